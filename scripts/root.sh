@@ -1,0 +1,97 @@
+#!/bin/bash
+# Set-up step "root": a Debian 13 root in OUT, with everything that builds and runs the lab.
+#
+# Needs: OUT EXITMETER_CACHE. About 3 GB, most of it fetched from the machine's own Debian mirror, or from
+# mmdebstrap's default when the machine has none. Interrupted, it goes on where it stopped: the packages fetched
+# stay in EXITMETER_CACHE/downloads until they are installed.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
+. "$here/common.sh"
+
+suite=trixie
+packages=(
+  # The kernel tree and the module: C, Rust as CONFIG_RUST wants it, clippy for what we write.
+  gcc-14 libc6-dev make bc flex bison pahole libelf-dev libssl-dev kmod cpio xz-utils zstd python3-minimal perl
+  rustc rust-src rust-clippy bindgen clang-19
+  # Bochs, with the tables its machine boots from.
+  g++-14 pkg-config patch bochsbios vgabios
+  # The hosts: QEMU for AMD, for Bochs a boot medium with GRUB; QEMU's microvm is the guest's VMM as well.
+  qemu-system-x86 seabios grub-pc-bin grub-common xorriso mtools
+  # What host and guest run.
+  busybox-static cpuid
+  # KVM's own selftests.
+  libcap-dev libnuma-dev uuid-dev
+)
+
+need_variables OUT EXITMETER_CACHE
+need_namespaces
+need_command mmdebstrap mmdebstrap
+mkdir -p "$OUT" "$EXITMETER_CACHE/downloads/apt"
+[ -e "$OUT/.base" ] || need_space "$OUT" 4500
+log=$EXITMETER_CACHE/downloads/root.log
+: >"$log"
+
+# The base. It is unpacked in one go and marked when whole; a part of it from an interrupted run is worthless.
+if [ ! -e "$OUT/.base" ]; then
+  say "the base of Debian $suite"
+  as_root find "$OUT" -mindepth 1 -delete
+  # The machine's own mirror, when it has one for Debian proper.
+  mirror=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
+    sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1) || mirror=
+  options=(
+    --variant=apt --components=main --format=tar
+    # No tables of contents for people: they are a third of the files.
+    --dpkgopt='path-exclude=/usr/share/man/*'
+    --dpkgopt='path-exclude=/usr/share/locale/*'
+    --dpkgopt='path-exclude=/usr/share/doc/*'
+    --dpkgopt='path-include=/usr/share/doc/*/copyright'
+    --dpkgopt='path-exclude=/usr/share/info/*'
+    # The folder counts only when it is whole, so no package has to reach the disk before the next.
+    --dpkgopt=force-unsafe-io
+    --aptopt='APT::Install-Recommends "false"'
+    --aptopt='Acquire::Languages "none"'
+    --aptopt='Acquire::Retries "3"'
+    --aptopt='APT::Sandbox::User "root"'
+  )
+  while IFS= read -r line; do
+    [ -z "$line" ] || options+=(--aptopt="$line")
+  done <<<"$(apt_config)"
+  # A tar on the way, because only so mmdebstrap works alike with root and with user namespaces.
+  if ! { mmdebstrap "${options[@]}" "$suite" - ${mirror:+"$mirror"} 2>>"$log" |
+    as_root tar -x --numeric-owner --exclude='./dev/*' -C "$OUT"; }; then
+    tail -n 15 "$log" >&2
+    die "the base of Debian $suite could not be fetched; check the network and the mirror (the log is $log)."
+  fi
+  # shellcheck disable=SC2016
+  as_root sh -c '
+    set -e
+    sources=$1/etc/apt/sources.list
+    main=$(grep -m 1 "^deb .* $2 " "$sources")
+    grep -q " $2-updates " "$sources" || printf "%s\n" "$main" | sed "s| $2 | $2-updates |" >>"$sources"
+    printf "%s\n" "$main" | sed "s| $2 | $2-backports |" >>"$sources"
+    # Sources too: Bochs is built from one.
+    sed -n "s|^deb \(.* $2 .*\)|deb-src \1|p" "$sources" >"$1/tmp/sources" && cat "$1/tmp/sources" >>"$sources"
+    rm "$1/tmp/sources"
+    touch "$1/.base"' sh "$OUT" "$suite" || die "the sources of $OUT could not be written; remove it and try again."
+fi
+
+inside() {
+  "$here/in-root.sh" "$OUT" --write --bind "$EXITMETER_CACHE/downloads/apt:/var/cache/apt/archives" -- \
+    env DEBIAN_FRONTEND=noninteractive "$@"
+}
+
+say "the lists of packages"
+run "$log" inside apt-get update ||
+  die "the lists of packages could not be fetched; check the network and try again (the log is $log)."
+# An earlier run may have been stopped between unpacking and setting up.
+run "$log" inside dpkg --configure -a ||
+  die "the root in $OUT is damaged; remove it and try again."
+say "the packages: fetching"
+run "$log" inside apt-get install --yes --download-only "${packages[@]}" ||
+  die "the packages could not be fetched; check the network and try again, what is fetched stays (the log is $log)."
+say "the packages: installing"
+run "$log" inside apt-get install --yes "${packages[@]}" ||
+  die "the packages could not be installed; remove $OUT and try again (the log is $log)."
+run "$log" inside apt-get clean || true
+say "the root is ready"

@@ -1,1 +1,12 @@
-//! The pure half of exitmeter.
+// SPDX-License-Identifier: GPL-2.0
+
+//! The pure half of exitmeter, as a crate for the tools and the tests.
+//!
+//! The kernel module compiles the same files by `mod meter;`. Both ways a path such as
+//! `crate::meter::phase::Phase` resolves.
+
+#![cfg_attr(not(test), no_std)]
+
+#[path = "mod.rs"]
+pub mod meter;
+pub use meter::*;

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The layout of KVM's types as the compiler of the kernel lays them out.
+ *
+ * bindgen asks clang for layouts, the kernel is built by gcc.  Kbuild compiles
+ * this file with the module's own flags and turns each DEFINE into a line of
+ * layout.h; src/bindings.rs asserts every one of them at build time.
+ */
+#include <linux/kbuild.h>
+#include <linux/kvm_host.h>
+#include <linux/ftrace.h>
+
+int main(void);
+int main(void)
+{
+	DEFINE(LAYOUT_VCPU_KVM, offsetof(struct kvm_vcpu, kvm));
+	DEFINE(LAYOUT_VCPU_ID, offsetof(struct kvm_vcpu, vcpu_id));
+	DEFINE(LAYOUT_VCPU_PREEMPTED, offsetof(struct kvm_vcpu, preempted));
+	DEFINE(LAYOUT_VCPU_SCHEDULED_OUT,
+	       offsetof(struct kvm_vcpu, scheduled_out));
+	DEFINE(LAYOUT_VCPU_REGS, offsetof(struct kvm_vcpu, arch.regs));
+	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
+	DEFINE(LAYOUT_EXCEPTION_VECTOR,
+	       offsetof(struct kvm_queued_exception, vector));
+	DEFINE(LAYOUT_VCPU_SIZE, sizeof(struct kvm_vcpu));
+	DEFINE(LAYOUT_KVM_PID, offsetof(struct kvm, userspace_pid));
+	DEFINE(LAYOUT_KVM_STATS_ID, offsetof(struct kvm, stats_id));
+	DEFINE(LAYOUT_KVM_VM_TYPE, offsetof(struct kvm, arch.vm_type));
+	DEFINE(LAYOUT_KVM_SIZE, sizeof(struct kvm));
+	DEFINE(LAYOUT_OPS_PRIVATE, offsetof(struct ftrace_ops, private));
+	DEFINE(LAYOUT_OPS_SIZE, sizeof(struct ftrace_ops));
+	DEFINE(LAYOUT_FREGS_IP, offsetof(struct __arch_ftrace_regs, regs.ip));
+	DEFINE(LAYOUT_FREGS_DI, offsetof(struct __arch_ftrace_regs, regs.di));
+	return 0;
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The generated bindings of KVM's and ftrace's types and of the shim.
+//!
+//! Only `hooks.rs` may use them; everything else goes through its safe wrappers.
+//! Kbuild makes them from `bindings/kvm.h` with the flags of the C compile.
+
+#![allow(
+    clippy::all,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    rustdoc::all,
+    unreachable_pub,
+    unnecessary_transmutes,
+    unsafe_op_in_unsafe_fn,
+    unused_qualifications,
+    reason = "generated code"
+)]
+#![allow(unknown_lints, reason = "two compilers with different lints read this file")]
+
+include!(env!("EXITMETER_BINDINGS"));
+
+/// Holds one place of a layout that bindgen sees against the C compiler's.
+macro_rules! same_layout {
+    ($($what:expr => $layout:ident),* $(,)?) => {
+        $(kernel::prelude::static_assert!($what as u64 == $layout as u64);)*
+    };
+}
+
+same_layout! {
+    core::mem::offset_of!(kvm_vcpu, kvm) => LAYOUT_VCPU_KVM,
+    core::mem::offset_of!(kvm_vcpu, vcpu_id) => LAYOUT_VCPU_ID,
+    core::mem::offset_of!(kvm_vcpu, preempted) => LAYOUT_VCPU_PREEMPTED,
+    core::mem::offset_of!(kvm_vcpu, scheduled_out) => LAYOUT_VCPU_SCHEDULED_OUT,
+    core::mem::offset_of!(kvm_vcpu, arch.regs) => LAYOUT_VCPU_REGS,
+    core::mem::offset_of!(kvm_vcpu, arch.exception) => LAYOUT_VCPU_EXCEPTION,
+    core::mem::offset_of!(kvm_queued_exception, vector) => LAYOUT_EXCEPTION_VECTOR,
+    core::mem::size_of::<kvm_vcpu>() => LAYOUT_VCPU_SIZE,
+    core::mem::offset_of!(kvm, userspace_pid) => LAYOUT_KVM_PID,
+    core::mem::offset_of!(kvm, stats_id) => LAYOUT_KVM_STATS_ID,
+    core::mem::offset_of!(kvm, arch.vm_type) => LAYOUT_KVM_VM_TYPE,
+    core::mem::size_of::<kvm>() => LAYOUT_KVM_SIZE,
+    core::mem::offset_of!(ftrace_ops, private) => LAYOUT_OPS_PRIVATE,
+    core::mem::size_of::<ftrace_ops>() => LAYOUT_OPS_SIZE,
+    core::mem::offset_of!(__arch_ftrace_regs, regs.ip) => LAYOUT_FREGS_IP,
+    core::mem::offset_of!(__arch_ftrace_regs, regs.di) => LAYOUT_FREGS_DI,
+}

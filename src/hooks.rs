@@ -1,0 +1,642 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The hooks into KVM, and the only room that names C.
+//!
+//! Everything here is either a registration that undoes itself when it is dropped,
+//! a callback that turns C's pointers into safe values and calls one safe method,
+//! or a safe reader of what KVM holds.
+
+use core::{
+    arch::{
+        asm,
+        x86_64::_rdtsc, //
+    },
+    marker::PhantomPinned,
+    sync::atomic::{
+        AtomicPtr,
+        AtomicUsize,
+        Ordering, //
+    },
+};
+
+use kernel::{
+    bindings as kernel_bindings,
+    error::to_result,
+    miscdevice::{
+        MiscDevice,
+        MiscDeviceOptions, //
+    },
+    prelude::*,
+    sync::Arc,
+    types::Opaque,
+};
+
+use crate::{
+    answer,
+    bindings,
+    meter::{
+        leaves::Registers,
+        phase::Phase,
+        reasons::Isa, //
+    },
+    registry::{
+        Identity,
+        Registry, //
+    },
+};
+
+/// The field of the VMCS that holds the exit reason (SDM, "Field Encoding in VMCS":
+/// 32-bit read-only data fields).
+const VMCS_EXIT_REASON: u64 = 0x4402;
+
+/// Places of the registers in `kvm_vcpu_arch.regs` (`enum kvm_reg`: x86's own numbering).
+const RAX: usize = 0;
+/// See [`RAX`].
+const RCX: usize = 1;
+/// See [`RAX`].
+const RDX: usize = 2;
+/// See [`RAX`].
+const RBX: usize = 3;
+
+/// The vector of a general protection fault.
+const GP_VECTOR: u8 = 13;
+
+/// The TSC now.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: Every x86-64 CPU has RDTSC, and the kernel may use it.
+    unsafe { _rdtsc() }
+}
+
+/// A vCPU of KVM, for the time of one callback.
+#[derive(Clone, Copy)]
+pub(crate) struct Vcpu<'a>(&'a Opaque<bindings::kvm_vcpu>);
+
+impl Vcpu<'_> {
+    /// # Safety
+    ///
+    /// `vcpu` must be a vCPU that KVM keeps for the time of `'a`.
+    #[inline(always)]
+    unsafe fn from_raw(vcpu: *mut bindings::kvm_vcpu) -> Self {
+        // SAFETY: By the contract of this function; `Opaque` is transparent.
+        Self(unsafe { &*vcpu.cast() })
+    }
+
+    /// What tells this vCPU from every other that lives: its address.
+    #[inline(always)]
+    pub(crate) fn key(&self) -> usize {
+        self.0.get() as usize
+    }
+
+    /// Who this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as
+    /// that of a trust domain, whose state the TDX module keeps.
+    pub(crate) fn identity(&self) -> Option<Identity> {
+        let vcpu = self.0.get();
+        // SAFETY: KVM sets `kvm` before the first event of a vCPU and keeps the VM at
+        // least as long as the vCPU.
+        let (kvm, vcpu_id) = unsafe { ((*vcpu).kvm, (*vcpu).vcpu_id) };
+        // SAFETY: As above; these fields are written when the VM is made, not later.
+        let (vm_type, pid, stats_id) =
+            unsafe { ((*kvm).arch.vm_type, (*kvm).userspace_pid, (*kvm).stats_id) };
+        if u32::from(vm_type) == bindings::KVM_X86_TDX_VM {
+            return None;
+        }
+        let mut name = [0; Identity::NAME];
+        for (to, from) in name.iter_mut().zip(stats_id) {
+            *to = from as u8;
+        }
+        Some(Identity {
+            vm: kvm as usize,
+            name,
+            pid: pid as u32,
+            vcpu: vcpu_id as u32,
+        })
+    }
+
+    /// The phase that begins when this vCPU leaves its CPU, from what
+    /// `kvm_sched_out()` noted before it called `kvm_arch_vcpu_put()`.
+    #[inline]
+    fn phase_after_put(&self) -> Phase {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU lives; other CPUs only read these two fields.
+        let (out, preempted) = unsafe {
+            (
+                (&raw const (*vcpu).scheduled_out).read_volatile(),
+                (&raw const (*vcpu).preempted).read_volatile(),
+            )
+        };
+        match (out, preempted) {
+            (false, _) => Phase::User,
+            (true, true) => Phase::Preempted,
+            (true, false) => Phase::Blocked,
+        }
+    }
+
+    /// The low half of a register of the guest, as CPUID reads it in every mode.
+    #[inline(always)]
+    fn register(&self, register: usize) -> u32 {
+        // SAFETY: The vCPU is held by this thread; `register` is one of the constants
+        // above, and KVM keeps the general registers in memory between exit and entry.
+        unsafe { (*self.0.get()).arch.regs[register & 7] as u32 }
+    }
+
+    /// Puts an answer of CPUID into the guest's registers. CPUID clears the upper halves
+    /// (SDM and APM, CPUID), as KVM's own writes do.
+    fn write_answer(&self, answer: Registers) {
+        let vcpu = self.0.get();
+        for (register, value) in [
+            (RAX, answer.eax),
+            (RBX, answer.ebx),
+            (RCX, answer.ecx),
+            (RDX, answer.edx),
+        ] {
+            // SAFETY: The vCPU is held by this thread, which is between exit and entry.
+            unsafe { (*vcpu).arch.regs[register & 7] = u64::from(value) };
+        }
+    }
+
+    /// Whether KVM has queued a general protection fault for the guest.
+    fn fault_is_pending(&self) -> bool {
+        // SAFETY: The vCPU is held by this thread.
+        let exception = unsafe { &raw const (*self.0.get()).arch.exception };
+        // SAFETY: As above.
+        unsafe { (*exception).pending && (*exception).vector == GP_VECTOR }
+    }
+}
+
+/// The registry as the callbacks see it.
+///
+/// # Safety
+///
+/// `data` must come from [`Arc::as_ptr`] of the registry that the registration of the
+/// running callback holds.
+#[inline(always)]
+unsafe fn registry<'a>(data: *mut c_void) -> &'a Registry {
+    // SAFETY: The registration holds the registry until after its last callback.
+    unsafe { &*data.cast::<Registry>() }
+}
+
+/// Probe of kvm:kvm_exit on VMX. Runs with interrupts off, on the vCPU's CPU.
+///
+/// # Safety
+///
+/// For the tracepoint alone, registered with a registry as `data`.
+unsafe extern "C" fn on_exit_vmx(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+    let now = now();
+    // Stays so where VMREAD fails, as it does with no VMCS: counted among "other".
+    let mut reason = u64::MAX;
+    // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
+    // loaded; VMREAD reads it, and touches but the operand and the flags.
+    unsafe {
+        asm!("vmread {}, {}", inlateout(reg) reason, in(reg) VMCS_EXIT_REASON,
+             options(nostack, nomem))
+    };
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
+    // The basic exit reason is the low half; the rest tells of failed entries and SMM.
+    registry.exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
+}
+
+/// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
+///
+/// # Safety
+///
+/// For the tracepoint alone, registered with a registry as `data`.
+unsafe extern "C" fn on_exit_svm(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+    let now = now();
+    // SAFETY: The vCPU has just taken an exit on this CPU.
+    let code = unsafe { bindings::exitmeter_svm_exit_code(vcpu) };
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
+    registry.exit(vcpu, now, Isa::Svm, code);
+}
+
+/// Probe of kvm:kvm_entry. Runs with interrupts off, on the vCPU's CPU.
+///
+/// # Safety
+///
+/// For the tracepoint alone, registered with a registry as `data`.
+unsafe extern "C" fn on_entry(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
+    registry.entry(vcpu, now());
+}
+
+/// Probes on the two tracepoints of KVM.
+pub(crate) struct Tracepoints {
+    registry: Arc<Registry>,
+    exit: bindings::exitmeter_exit_probe,
+}
+
+impl Tracepoints {
+    /// Begins to see every exit and entry.
+    pub(crate) fn attach(registry: Arc<Registry>, isa: Isa) -> Result<Self> {
+        let exit: bindings::exitmeter_exit_probe = match isa {
+            Isa::Vmx => Some(on_exit_vmx),
+            Isa::Svm => Some(on_exit_svm),
+        };
+        let data = Arc::as_ptr(&registry).cast_mut().cast();
+        // SAFETY: `data` lives until `drop` has detached the probe.
+        to_result(unsafe { bindings::exitmeter_attach_exit(exit, data) })
+            .inspect_err(|_| pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n"))?;
+        // SAFETY: As above.
+        if let Err(error) = to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), data) })
+        {
+            pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n");
+            // SAFETY: Attached above.
+            unsafe { bindings::exitmeter_detach_exit(exit, data) };
+            return Err(error);
+        }
+        Ok(Self { registry, exit })
+    }
+}
+
+impl Drop for Tracepoints {
+    fn drop(&mut self) {
+        let data = Arc::as_ptr(&self.registry).cast_mut().cast();
+        // SAFETY: Both were attached with the same data.
+        unsafe {
+            bindings::exitmeter_detach_exit(self.exit, data);
+            bindings::exitmeter_detach_entry(Some(on_entry), data);
+        }
+    }
+}
+
+/// A function of KVM whose every call is seen, by ftrace.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Function {
+    #[pin]
+    ops: Opaque<bindings::ftrace_ops>,
+    /// What the callback gets; held until after its last run.
+    _registry: Arc<Registry>,
+    #[pin]
+    _pin: PhantomPinned,
+}
+
+// SAFETY: ftrace may be told to drop a registration from any thread, and a shared
+// reference to one allows nothing.
+unsafe impl Send for Function {}
+// SAFETY: As above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Hooks `kvm_arch_vcpu_load()`: a vCPU thread takes a CPU.
+    pub(crate) fn vcpu_load(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
+        Self::attach(registry, c"kvm_arch_vcpu_load", on_load, false)
+    }
+
+    /// Hooks `kvm_arch_vcpu_put()`: a vCPU thread leaves its CPU.
+    pub(crate) fn vcpu_put(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
+        Self::attach(registry, c"kvm_arch_vcpu_put", on_put, false)
+    }
+
+    /// Hooks `kvm_arch_vcpu_destroy()`: a vCPU ends.
+    pub(crate) fn vcpu_destroy(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
+        Self::attach(registry, c"kvm_arch_vcpu_destroy", on_destroy, false)
+    }
+
+    fn attach(
+        registry: Arc<Registry>,
+        name: &'static CStr,
+        callback: Callback,
+        redirect: bool,
+    ) -> impl PinInit<Self, Error> {
+        let data = Arc::as_ptr(&registry).cast_mut().cast::<c_void>();
+        try_pin_init!(Self {
+            ops <- Opaque::try_ffi_init(move |slot: *mut bindings::ftrace_ops| {
+                // SAFETY: The slot is ours to write; all-zero bytes are a valid ftrace_ops.
+                unsafe {
+                    slot.write_bytes(0, 1);
+                    (*slot).func = Some(callback);
+                    (*slot).private = data;
+                }
+                // SAFETY: The slot stays in place and is detached before it goes; `data`
+                // is held by this registration; the name ends with a NUL.
+                let ret = unsafe {
+                    bindings::exitmeter_attach_function(slot, name.as_ptr().cast(), redirect)
+                };
+                to_result(ret).inspect_err(|error| {
+                    pr_err!(
+                        "function {} cannot be hooked ({:?}): {}\n",
+                        name.to_str().unwrap_or("?"),
+                        error,
+                        if *error == EBUSY {
+                            "another module or a live patch redirects it; unload that first"
+                        } else {
+                            "it must be in kvm.ko and traceable by ftrace"
+                        }
+                    )
+                })
+            }),
+            _registry: registry,
+            _pin: PhantomPinned,
+        })
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Function {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Attached when this was made, and only detached here.
+        unsafe { bindings::exitmeter_detach_function(self.ops.get()) };
+    }
+}
+
+/// The type of ftrace's callbacks.
+type Callback = unsafe extern "C" fn(
+    c_ulong,
+    c_ulong,
+    *mut bindings::ftrace_ops,
+    *mut bindings::ftrace_regs,
+);
+
+/// What a callback of ftrace is given, as safe values: the registry, and the vCPU that
+/// is the first argument of each function that is hooked.
+///
+/// # Safety
+///
+/// For the arguments of a callback that [`Function::attach`] registered, for a function
+/// whose first argument is a vCPU that KVM keeps during the call.
+#[inline(always)]
+unsafe fn hooked<'a>(
+    ops: *mut bindings::ftrace_ops,
+    fregs: *mut bindings::ftrace_regs,
+) -> (&'a Registry, Vcpu<'a>) {
+    // SAFETY: By the contract of this function; ftrace keeps the first argument in DI.
+    unsafe {
+        let regs = &raw const (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs;
+        (
+            registry((*ops).private),
+            Vcpu::from_raw((*regs).di as *mut bindings::kvm_vcpu),
+        )
+    }
+}
+
+/// # Safety
+///
+/// For ftrace alone, as a callback for `kvm_arch_vcpu_load()`.
+unsafe extern "C" fn on_load(
+    _ip: c_ulong,
+    _parent: c_ulong,
+    ops: *mut bindings::ftrace_ops,
+    fregs: *mut bindings::ftrace_regs,
+) {
+    // SAFETY: By the contract of this function.
+    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
+    registry.resume(vcpu, now());
+}
+
+/// # Safety
+///
+/// For ftrace alone, as a callback for `kvm_arch_vcpu_put()`.
+unsafe extern "C" fn on_put(
+    _ip: c_ulong,
+    _parent: c_ulong,
+    ops: *mut bindings::ftrace_ops,
+    fregs: *mut bindings::ftrace_regs,
+) {
+    // SAFETY: By the contract of this function.
+    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
+    registry.leave(vcpu, now(), vcpu.phase_after_put());
+}
+
+/// # Safety
+///
+/// For ftrace alone, as a callback for `kvm_arch_vcpu_destroy()`.
+unsafe extern "C" fn on_destroy(
+    _ip: c_ulong,
+    _parent: c_ulong,
+    ops: *mut bindings::ftrace_ops,
+    fregs: *mut bindings::ftrace_regs,
+) {
+    // SAFETY: By the contract of this function.
+    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
+    registry.destroy(vcpu);
+}
+
+/// The registry whose guests' queries are answered; set while the redirect is in place.
+static ANSWERING: AtomicPtr<Registry> = AtomicPtr::new(core::ptr::null_mut());
+
+/// KVM's own `kvm_emulate_cpuid()`; set while the redirect is in place.
+static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
+
+/// The redirect of `kvm_emulate_cpuid()`, for our leaves alone.
+#[pin_data(PinnedDrop)]
+pub(crate) struct CpuidRedirect {
+    #[pin]
+    function: Function,
+}
+
+impl CpuidRedirect {
+    /// Begins to answer the guests. There is at most one.
+    pub(crate) fn attach(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
+        let raw = Arc::as_ptr(&registry).cast_mut();
+        try_pin_init!(Self {
+            _: {
+                // SAFETY: A NUL-terminated name.
+                let function = unsafe {
+                    bindings::exitmeter_find_function(c"kvm:kvm_emulate_cpuid".as_ptr().cast())
+                };
+                // SAFETY: Any address may be asked for.
+                if function == 0 || !unsafe { bindings::exitmeter_may_call(function) } {
+                    pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
+                    return Err(ENOENT);
+                }
+                EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
+                ANSWERING.store(raw, Ordering::Release);
+            },
+            function <- Function::attach(registry, c"kvm_emulate_cpuid", on_cpuid, true),
+        })
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for CpuidRedirect {
+    // The field detaches itself after this, and waits for the last run of the redirect;
+    // the registry and KVM live on until then, so the two statics stay as they are.
+    fn drop(self: Pin<&mut Self>) {}
+}
+
+/// # Safety
+///
+/// For ftrace alone, as a callback for `kvm_emulate_cpuid()`.
+unsafe extern "C" fn on_cpuid(
+    _ip: c_ulong,
+    parent: c_ulong,
+    ops: *mut bindings::ftrace_ops,
+    fregs: *mut bindings::ftrace_regs,
+) {
+    // SAFETY: By the contract of this function.
+    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
+    if !registry.leaves().is_ours(vcpu.register(RAX)) {
+        return;
+    }
+    // SAFETY: Any address may be asked for.
+    if unsafe { bindings::exitmeter_is_own_text(parent) } {
+        // The replacement calls the original: let it through.
+        return;
+    }
+    // SAFETY: ftrace lets a redirect write the address to go on at.
+    unsafe {
+        (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =
+            emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
+    }
+}
+
+/// Stands in for `kvm_emulate_cpuid()` when the guest asks for one of our leaves: lets
+/// KVM emulate the instruction, then puts our answer in place of KVM's.
+///
+/// # Safety
+///
+/// For `on_cpuid` alone, in place of the call that KVM made.
+unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
+    type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
+
+    // SAFETY: The redirect is in place, so both statics are set, and the registry and
+    // kvm.ko stay until no task is in here any more. KVM holds the vCPU.
+    let (registry, original, guest) = unsafe {
+        (
+            &*ANSWERING.load(Ordering::Acquire),
+            core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),
+            Vcpu::from_raw(vcpu),
+        )
+    };
+    let (leaf, subleaf) = (guest.register(RAX), guest.register(RCX));
+    // SAFETY: KVM's own function with KVM's own argument, in KVM's own context.
+    let ret = unsafe { original(vcpu) };
+    // CPUID faulting: KVM has queued a fault instead of emulating. No fault can have
+    // been queued before, as KVM injects it at the entry that led to this exit.
+    if !guest.fault_is_pending() {
+        if let Some(answer) = answer::answer(registry, guest, leaf, subleaf) {
+            guest.write_answer(answer);
+        }
+    }
+    ret
+}
+
+/// KVM's reader of SVM's exit codes, found in kvm_amd.
+pub(crate) struct SvmExitCode(());
+
+impl SvmExitCode {
+    /// Finds the reader, and finds it anew whenever kvm_amd is loaded again.
+    fn attach() -> Result<Self> {
+        // SAFETY: Called once, by `Vendor::attach`.
+        to_result(unsafe { bindings::exitmeter_attach_svm() })
+            .inspect_err(|_| pr_err!("kvm_amd is not loaded: run 'modprobe kvm_amd' first\n"))?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for SvmExitCode {
+    fn drop(&mut self) {
+        // SAFETY: Attached when this was made; the tracepoints are detached before.
+        unsafe { bindings::exitmeter_detach_svm() };
+    }
+}
+
+/// The vendor's half of KVM, checked when the meter is loaded.
+pub(crate) struct Vendor {
+    isa: Isa,
+    _svm: Option<SvmExitCode>,
+}
+
+impl Vendor {
+    /// Checks the CPU, and that its vendor module is loaded.
+    pub(crate) fn attach() -> Result<Self> {
+        // SAFETY: No requirements.
+        match unsafe { bindings::exitmeter_vendor() } {
+            bindings::exitmeter_vendor_EXITMETER_VENDOR_VMX => {
+                // SAFETY: A NUL-terminated name. The address is not used: under IBT a
+                // function of kvm_intel may have lost its ENDBR.
+                let found = unsafe {
+                    bindings::exitmeter_find_function(c"kvm_intel:vmx_handle_exit".as_ptr().cast())
+                };
+                if found == 0 {
+                    pr_err!("kvm_intel is not loaded: run 'modprobe kvm_intel' first\n");
+                    return Err(ENODEV);
+                }
+                Ok(Self { isa: Isa::Vmx, _svm: None })
+            }
+            bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => Ok(Self {
+                isa: Isa::Svm,
+                _svm: Some(SvmExitCode::attach()?),
+            }),
+            _ => {
+                pr_err!("this CPU has neither VT-x nor SVM\n");
+                Err(ENODEV)
+            }
+        }
+    }
+
+    /// Which numbers this host's exit reasons are.
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+/// The host's TSC: its rate in kHz, and whether the kernel trusts it.
+pub(crate) fn clock() -> (u32, bool) {
+    // SAFETY: No requirements.
+    unsafe { (bindings::exitmeter_tsc_khz(), !bindings::exitmeter_tsc_unstable()) }
+}
+
+/// The TSC now, for a time stamp.
+pub(crate) fn timestamp() -> u64 {
+    now()
+}
+
+/// Whether one more line about a query may go to the kernel log.
+pub(crate) fn log_allowed() -> bool {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_log_allowed() }
+}
+
+/// The node in /dev, readable by root and by the group that udev gives it.
+///
+/// The kernel crate's own registration leaves the mode at 0600, hence this one; the file
+/// operations are the kernel crate's.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Node {
+    #[pin]
+    device: Opaque<kernel_bindings::miscdevice>,
+    #[pin]
+    _pin: PhantomPinned,
+}
+
+// SAFETY: A misc device may be deregistered from any thread.
+unsafe impl Send for Node {}
+// SAFETY: A shared reference to a registration allows nothing.
+unsafe impl Sync for Node {}
+
+impl Node {
+    /// Makes the node `/dev/<name>`.
+    pub(crate) fn register<T: MiscDevice>(name: &'static CStr, mode: u16) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            device <- Opaque::try_ffi_init(move |slot: *mut kernel_bindings::miscdevice| {
+                let mut device = MiscDeviceOptions { name }.into_raw::<T>();
+                device.mode = mode;
+                // SAFETY: The slot is ours to write.
+                unsafe { slot.write(device) };
+                // SAFETY: Just written; it stays in place and is deregistered in `drop`.
+                to_result(unsafe { kernel_bindings::misc_register(slot) })
+                    .inspect_err(|_| pr_err!("/dev/exitmeter cannot be made\n"))
+            }),
+            _pin: PhantomPinned,
+        })
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Node {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Registered when this was made. Open files pin the module.
+        unsafe { kernel_bindings::misc_deregister(self.device.get()) };
+    }
+}
+
+/// The registry behind the node in /dev. An open file pins the module, and the redirect,
+/// which sets this, is in place before the node appears.
+pub(crate) fn answering<'a>() -> Option<&'a Registry> {
+    // SAFETY: Null, or a registry that the module's state holds until it is unloaded.
+    unsafe { ANSWERING.load(Ordering::Acquire).as_ref() }
+}

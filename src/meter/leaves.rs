@@ -1,0 +1,485 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The CPUID leaves by which a guest reads its own exits.
+//!
+//! The four upper leaves, 0x4FFFFFFC to 0x4FFFFFFF, are those of the course CMPE 283, in
+//! one of the two orders it used; 0x4FFFFFF0 to 0x4FFFFFF3 let a guest's tool read
+//! everything without guessing.
+
+use core::fmt;
+
+use super::{
+    phase::Phase,
+    reasons::{self, Isa, Slot},
+};
+
+/// The version of what the identity leaves say.
+pub const INTERFACE_VERSION: u32 = 1;
+
+/// The order of the four upper leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeafMap {
+    /// No leaf is answered at all.
+    Off = 0,
+    /// As the course did in 2021, in spring 2022 and mostly in 2023.
+    Map2021 = 2021,
+    /// As the course did in fall 2022.
+    Map2022 = 2022,
+}
+
+impl LeafMap {
+    /// The map with a number: 0, 2021 or 2022.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(LeafMap::Off),
+            2021 => Some(LeafMap::Map2021),
+            2022 => Some(LeafMap::Map2022),
+            _ => None,
+        }
+    }
+}
+
+/// What a guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// eax = highest leaf, ebx:ecx:edx = "ExitMeter".
+    Identify,
+    /// eax = version, ebx = 1 VMX or 2 SVM, ecx = number of reasons, edx = leaf map.
+    Interface,
+    /// ecx = reason | phase << 16: edx:eax = cycles.
+    PhaseCycles,
+    /// ecx = reason: edx:eax = exits.
+    Exits64,
+    /// eax = total exits, low half; ebx = high half.
+    TotalExits,
+    /// ebx = high, ecx = low half of the cycles spent processing all exits.
+    TotalCycles,
+    /// ecx = reason: eax = number of such exits, low half; ebx = high half.
+    ReasonExits,
+    /// ecx = reason: ebx = high, ecx = low half of the cycles spent processing them.
+    ReasonCycles,
+}
+
+/// The four registers that CPUID writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// EAX.
+    pub eax: u32,
+    /// EBX.
+    pub ebx: u32,
+    /// ECX.
+    pub ecx: u32,
+    /// EDX.
+    pub edx: u32,
+}
+
+impl Registers {
+    /// The answer for a reason that is not defined.
+    pub const UNDEFINED: Registers = Registers {
+        eax: 0,
+        ebx: 0,
+        ecx: 0,
+        edx: u32::MAX,
+    };
+}
+
+/// The numbers that a guest may see.
+pub trait Numbers {
+    /// VM exits in a row.
+    fn exits(&self, slot: Slot) -> u64;
+    /// TSC ticks in a cell.
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64;
+}
+
+/// Which leaves are answered, and for which ISA.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaves {
+    /// The order of the upper four.
+    pub map: LeafMap,
+    /// Whose reasons.
+    pub isa: Isa,
+}
+
+const fn low(number: u64) -> u32 {
+    number as u32
+}
+
+const fn high(number: u64) -> u32 {
+    (number >> 32) as u32
+}
+
+/// The number if it is below the bound, else 0, without a branch that a CPU could
+/// mispredict: a guest must not have memory behind a table read ahead.
+#[inline]
+fn clamp(number: usize, bound: usize) -> usize {
+    let mask: usize;
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: Compares two registers and spreads the carry; touches nothing else.
+    unsafe {
+        core::arch::asm!("cmp {0}, {1}", "sbb {2}, {2}", in(reg) number, in(reg) bound,
+            out(reg) mask, options(pure, nomem, nostack));
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    {
+        mask = if number < bound { usize::MAX } else { 0 };
+    }
+    number & mask
+}
+
+impl Leaves {
+    /// Whether a leaf may be one of ours: a quick test, for every CPUID of every guest.
+    #[inline(always)]
+    pub fn is_ours(&self, leaf: u32) -> bool {
+        leaf & !0xf == 0x4fff_fff0 && self.classify(leaf).is_some()
+    }
+
+    /// What a leaf asks for; `None` for one that is not answered.
+    pub fn classify(&self, leaf: u32) -> Option<Query> {
+        let swapped = match self.map {
+            LeafMap::Off => return None,
+            LeafMap::Map2021 => false,
+            LeafMap::Map2022 => true,
+        };
+        Some(match (leaf, swapped) {
+            (0x4fff_fff0, _) => Query::Identify,
+            (0x4fff_fff1, _) => Query::Interface,
+            (0x4fff_fff2, _) => Query::PhaseCycles,
+            (0x4fff_fff3, _) => Query::Exits64,
+            (0x4fff_ffff, false) | (0x4fff_fffc, true) => Query::TotalExits,
+            (0x4fff_fffe, false) | (0x4fff_fffd, true) => Query::TotalCycles,
+            (0x4fff_fffd, false) | (0x4fff_fffe, true) => Query::ReasonExits,
+            (0x4fff_fffc, false) | (0x4fff_ffff, true) => Query::ReasonCycles,
+            _ => return None,
+        })
+    }
+
+    /// The row of a defined reason that a guest named.
+    fn row(&self, reason: u32) -> Option<Slot> {
+        if !reasons::is_defined(self.isa, reason) {
+            return None;
+        }
+        Slot::from_index(clamp(
+            reasons::slot(self.isa, reason).index(),
+            reasons::SLOTS,
+        ))
+    }
+
+    /// The answer to a query, with `subleaf` from ecx.
+    pub fn answer(&self, query: Query, subleaf: u32, numbers: &impl Numbers) -> Registers {
+        let total = |of: &dyn Fn(Slot) -> u64| {
+            Slot::all().fold(0_u64, |sum, slot| sum.wrapping_add(of(slot)))
+        };
+        let none = Registers::default();
+        match query {
+            Query::Identify => Registers {
+                eax: 0x4fff_ffff,
+                ebx: u32::from_le_bytes(*b"Exit"),
+                ecx: u32::from_le_bytes(*b"Mete"),
+                edx: u32::from_le_bytes(*b"r\0\0\0"),
+            },
+            Query::Interface => Registers {
+                eax: INTERFACE_VERSION,
+                ebx: self.isa as u32,
+                ecx: reasons::defined_count(self.isa),
+                edx: self.map as u32,
+            },
+            Query::TotalExits => {
+                let exits = total(&|slot| numbers.exits(slot));
+                Registers {
+                    eax: low(exits),
+                    ebx: high(exits),
+                    ..none
+                }
+            }
+            Query::TotalCycles => {
+                let cycles = total(&|slot| numbers.cycles(Phase::Kernel, slot));
+                Registers {
+                    ebx: high(cycles),
+                    ecx: low(cycles),
+                    ..none
+                }
+            }
+            Query::ReasonExits => match self.row(subleaf) {
+                None => Registers::UNDEFINED,
+                Some(slot) => {
+                    let exits = numbers.exits(slot);
+                    Registers {
+                        eax: low(exits),
+                        ebx: high(exits),
+                        ..none
+                    }
+                }
+            },
+            Query::ReasonCycles => match self.row(subleaf) {
+                None => Registers::UNDEFINED,
+                Some(slot) => {
+                    let cycles = numbers.cycles(Phase::Kernel, slot);
+                    Registers {
+                        ebx: high(cycles),
+                        ecx: low(cycles),
+                        ..none
+                    }
+                }
+            },
+            Query::Exits64 => match self.row(subleaf) {
+                None => Registers::UNDEFINED,
+                Some(slot) => {
+                    let exits = numbers.exits(slot);
+                    Registers {
+                        eax: low(exits),
+                        edx: high(exits),
+                        ..none
+                    }
+                }
+            },
+            Query::PhaseCycles => {
+                match (
+                    self.row(subleaf & 0xffff),
+                    Phase::from_number(subleaf >> 16),
+                ) {
+                    (Some(slot), Some(phase)) => {
+                        let cycles = numbers.cycles(phase, slot);
+                        Registers {
+                            eax: low(cycles),
+                            edx: high(cycles),
+                            ..none
+                        }
+                    }
+                    _ => Registers::UNDEFINED,
+                }
+            }
+        }
+    }
+}
+
+/// The words of a query and its answer, as the course has them.
+#[derive(Clone, Copy, Debug)]
+pub struct Spoken {
+    /// The leaf that was asked.
+    pub leaf: u32,
+    /// What it asks for.
+    pub query: Query,
+    /// ecx as it was asked.
+    pub subleaf: u32,
+    /// What the guest got.
+    pub answer: Registers,
+    /// Whose reasons.
+    pub isa: Isa,
+}
+
+impl fmt::Display for Spoken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Registers { eax, ebx, ecx, edx } = self.answer;
+        let join = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
+        let reason = match self.query {
+            Query::PhaseCycles => self.subleaf & 0xffff,
+            _ => self.subleaf,
+        };
+        write!(f, "CPUID({:#010X})", self.leaf)?;
+        if matches!(
+            self.query,
+            Query::ReasonExits | Query::ReasonCycles | Query::Exits64 | Query::PhaseCycles
+        ) {
+            write!(f, ", exit number {reason}")?;
+            if self.answer == Registers::UNDEFINED {
+                return write!(f, " is not defined");
+            }
+            if let Some(name) = reasons::name(self.isa, reason) {
+                write!(f, " ({name})")?;
+            }
+        }
+        match self.query {
+            Query::Identify => write!(f, ", identity"),
+            Query::Interface => write!(f, ", interface version {eax}"),
+            Query::TotalExits => write!(f, ", exits={}", join(ebx, eax)),
+            Query::TotalCycles => write!(f, ", total time in vmm: {} cycles", join(ebx, ecx)),
+            Query::ReasonExits => write!(f, " exits={}", join(ebx, eax)),
+            Query::ReasonCycles => write!(f, " time in vmm: {} cycles", join(ebx, ecx)),
+            Query::Exits64 => write!(f, " exits={}", join(edx, eax)),
+            Query::PhaseCycles => {
+                let phase = Phase::from_number(self.subleaf >> 16).map_or("?", Phase::name);
+                write!(f, " phase {phase}: {} cycles", join(edx, eax))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Numbers that tell where they come from.
+    struct Marked;
+
+    impl Numbers for Marked {
+        fn exits(&self, slot: Slot) -> u64 {
+            1 << 40 | slot.index() as u64
+        }
+        fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+            (phase as u64 + 2) << 36 | slot.index() as u64
+        }
+    }
+
+    const VMX: Leaves = Leaves {
+        map: LeafMap::Map2021,
+        isa: Isa::Vmx,
+    };
+
+    fn said(leaf: u32, subleaf: u32, answer: Registers) -> String {
+        let query = VMX.classify(leaf).expect("ours");
+        Spoken {
+            leaf,
+            query,
+            subleaf,
+            answer,
+            isa: Isa::Vmx,
+        }
+        .to_string()
+    }
+
+    #[test]
+    fn the_maps_are_the_courses() {
+        let order = |map| {
+            [0xf_u32, 0xe, 0xd, 0xc]
+                .map(|leaf| Leaves { map, isa: Isa::Vmx }.classify(0x4fff_fff0 | leaf))
+        };
+        use Query::{ReasonCycles as Rc, ReasonExits as Re, TotalCycles as Tc, TotalExits as Te};
+        assert_eq!(order(LeafMap::Map2021), [Te, Tc, Re, Rc].map(Some));
+        assert_eq!(order(LeafMap::Map2022), [Rc, Re, Tc, Te].map(Some));
+        assert_eq!(order(LeafMap::Off), [None; 4]);
+        assert_eq!(LeafMap::from_number(2023), None);
+    }
+
+    /// All 2^32 leaves by class: those above the low nibble, and its 16 values.
+    #[test]
+    fn only_our_leaves_are_ours() {
+        for map in [LeafMap::Off, LeafMap::Map2021, LeafMap::Map2022] {
+            let leaves = Leaves { map, isa: Isa::Svm };
+            for base in (0..=0x0fff_ffff_u32).map(|base| base << 4) {
+                if base != 0x4fff_fff0 {
+                    assert!(!leaves.is_ours(base) && !leaves.is_ours(base | 0xf));
+                }
+            }
+            for low in 0..16 {
+                let ours = map != LeafMap::Off && (low < 4 || low > 11);
+                assert_eq!(leaves.is_ours(0x4fff_fff0 | low), ours);
+            }
+        }
+    }
+
+    #[test]
+    fn answers_and_words() {
+        let ask = |leaf, subleaf| VMX.answer(VMX.classify(leaf).expect("ours"), subleaf, &Marked);
+        let exits = ask(0x4fff_fffd, 10);
+        assert_eq!(
+            exits,
+            Registers {
+                eax: 10,
+                ebx: 1 << 8,
+                ecx: 0,
+                edx: 0
+            }
+        );
+        assert_eq!(
+            ask(0x4fff_fffc, 48),
+            Registers {
+                eax: 0,
+                ebx: 3 << 4,
+                ecx: 48,
+                edx: 0
+            }
+        );
+        assert_eq!(
+            ask(0x4fff_fff3, 12),
+            Registers {
+                eax: 12,
+                ebx: 0,
+                ecx: 0,
+                edx: 1 << 8
+            }
+        );
+        assert_eq!(
+            ask(0x4fff_fff2, 3 << 16 | 12),
+            Registers {
+                eax: 12,
+                ebx: 0,
+                ecx: 0,
+                edx: 5 << 4
+            }
+        );
+        assert_eq!(ask(0x4fff_fff2, 5 << 16 | 12), Registers::UNDEFINED);
+        assert_eq!(
+            ask(0x4fff_fff1, 0),
+            Registers {
+                eax: 1,
+                ebx: 1,
+                ecx: 78,
+                edx: 2021
+            }
+        );
+        let identity = ask(0x4fff_fff0, 0);
+        let text: Vec<u8> = [identity.ebx, identity.ecx, identity.edx]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        assert_eq!(text, b"ExitMeter\0\0\0");
+        assert_eq!(
+            said(
+                0x4fff_fffd,
+                10,
+                Registers {
+                    eax: 1002,
+                    ..Registers::default()
+                }
+            ),
+            "CPUID(0x4FFFFFFD), exit number 10 (CPUID) exits=1002"
+        );
+        assert_eq!(
+            said(
+                0x4fff_fffe,
+                0,
+                Registers {
+                    ecx: 3_871_824_973,
+                    ..Registers::default()
+                }
+            ),
+            "CPUID(0x4FFFFFFE), total time in vmm: 3871824973 cycles"
+        );
+        assert_eq!(
+            said(
+                0x4fff_ffff,
+                0,
+                Registers {
+                    eax: 18840,
+                    ..Registers::default()
+                }
+            ),
+            "CPUID(0x4FFFFFFF), exits=18840"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_reason_is_answered_as_it_is_defined(reason in any::<u32>(), low in 0_u32..128) {
+            for reason in [reason, low] {
+                for isa in [Isa::Vmx, Isa::Svm] {
+                    let leaves = Leaves { map: LeafMap::Map2021, isa };
+                    let answer = leaves.answer(Query::ReasonExits, reason, &Marked);
+                    if reasons::is_defined(isa, reason) {
+                        let slot = reasons::slot(isa, reason).index() as u32;
+                        prop_assert_eq!(answer, Registers { eax: slot, ebx: 1 << 8, ecx: 0, edx: 0 });
+                    } else {
+                        prop_assert_eq!(answer, Registers::UNDEFINED);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn clamp_keeps_inside(number in any::<usize>(), bound in 1_usize..1 << 40) {
+            prop_assert_eq!(clamp(number, bound), if number < bound { number } else { 0 });
+            prop_assert_eq!(clamp(bound - 1, bound), bound - 1);
+        }
+    }
+}

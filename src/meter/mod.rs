@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is metered, and how it is told: pure Rust on `core` alone.
+//!
+//! Nothing here knows the kernel or C. Nothing here may panic on a path that the module
+//! takes, as a panic there is a dead host.
+
+pub mod leaves;
+pub mod ledger;
+pub mod phase;
+pub mod reasons;
+pub mod table;

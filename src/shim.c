@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The C half of exitmeter: tracepoint and ftrace registration, and readers of
+ * what the kernel offers to C as macros or inline functions alone.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/ftrace.h>
+#include <linux/ibt.h>
+#include <linux/kprobes.h>
+#include <linux/kvm_host.h>
+#include <linux/module.h>
+#include <linux/ratelimit.h>
+#include <linux/string.h>
+#include <linux/tracepoint.h>
+
+#include <asm/cpufeature.h>
+#include <asm/processor.h>
+#include <asm/tsc.h>
+
+#include "shim.h"
+
+/* Exported by kvm.ko; their declaration is in a header private to KVM. */
+DECLARE_TRACEPOINT(kvm_exit);
+DECLARE_TRACEPOINT(kvm_entry);
+
+int exitmeter_attach_exit(exitmeter_exit_probe probe, void *data)
+{
+	return tracepoint_probe_register(&__tracepoint_kvm_exit, probe, data);
+}
+
+/* Return after the last run of @probe: its code and @data may go then. */
+void exitmeter_detach_exit(exitmeter_exit_probe probe, void *data)
+{
+	tracepoint_probe_unregister(&__tracepoint_kvm_exit, probe, data);
+	tracepoint_synchronize_unregister();
+}
+
+int exitmeter_attach_entry(exitmeter_entry_probe probe, void *data)
+{
+	return tracepoint_probe_register(&__tracepoint_kvm_entry, probe, data);
+}
+
+/* Return after the last run of @probe: its code and @data may go then. */
+void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data)
+{
+	tracepoint_probe_unregister(&__tracepoint_kvm_entry, probe, data);
+	tracepoint_synchronize_unregister();
+}
+
+/*
+ * Call @ops->func at each entry of the function @name, from now on.
+ *
+ * PERMANENT has "sysctl kernel.ftrace_enabled=0" refused while the hook is in
+ * place, instead of having it taken away behind the meter's back.
+ */
+int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
+			      bool redirect)
+{
+	/* ftrace takes the name as a buffer that it may write to. */
+	unsigned char filter[64];
+	ssize_t length = strscpy(filter, name, sizeof(filter));
+	int ret;
+
+	if (length < 0)
+		return length;
+
+	ops->flags = FTRACE_OPS_FL_PERMANENT;
+	if (redirect)
+		ops->flags |= FTRACE_OPS_FL_IPMODIFY;
+#ifndef CONFIG_HAVE_DYNAMIC_FTRACE_WITH_ARGS
+#error "exitmeter needs DYNAMIC_FTRACE_WITH_ARGS"
+#endif
+
+	ret = ftrace_set_filter(ops, filter, length, 1);
+	if (ret)
+		return ret;
+
+	ret = register_ftrace_function(ops);
+	if (ret)
+		ftrace_free_filter(ops);
+	return ret;
+}
+
+/*
+ * Return after the last run of @ops->func, and after every task has left the
+ * code that a redirect sent it to: unregistering waits for RCU-tasks.
+ */
+void exitmeter_detach_function(struct ftrace_ops *ops)
+{
+	unregister_ftrace_function(ops);
+	ftrace_free_filter(ops);
+}
+
+/* Whether @ip lies in the code of this module. */
+bool exitmeter_is_own_text(unsigned long ip)
+{
+	return within_module(ip, THIS_MODULE);
+}
+
+/*
+ * Return the address of a function, "module:name" or "name", or 0.
+ *
+ * kallsyms is closed to modules; a kprobe that is registered and dropped at
+ * once tells the address as well.  kprobes moves it behind the ENDBR.
+ */
+unsigned long exitmeter_find_function(const char *name)
+{
+	struct kprobe probe = { .symbol_name = name };
+	unsigned long address;
+
+	if (register_kprobe(&probe))
+		return 0;
+	address = (unsigned long)probe.addr;
+	unregister_kprobe(&probe);
+
+	return ftrace_get_symaddr(address);
+}
+
+/* Whether an indirect call to @function is allowed on this CPU. */
+bool exitmeter_may_call(unsigned long function)
+{
+	if (!cpu_feature_enabled(X86_FEATURE_IBT))
+		return true;
+	return is_endbr((u32 *)function);
+}
+
+/*
+ * SVM keeps the exit code in the VMCB, behind a struct that is private to
+ * kvm_amd.  Its own reader is used instead of a guess about that struct.
+ */
+typedef void (*svm_exit_info)(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
+			      u64 *info2, u32 *intr_info, u32 *error_code);
+
+static svm_exit_info svm_get_exit_info;
+
+static int svm_find_exit_info(void)
+{
+	unsigned long function;
+
+	function = exitmeter_find_function("kvm_amd:svm_get_exit_info");
+	if (!function || !exitmeter_may_call(function))
+		return -ENOENT;
+	WRITE_ONCE(svm_get_exit_info, (svm_exit_info)function);
+	return 0;
+}
+
+/*
+ * kvm_amd may be taken out and put back while the meter stays.  No vCPU of it
+ * runs then, so no exit can race with the pointer.
+ */
+static int svm_module_event(struct notifier_block *nb, unsigned long event,
+			    void *data)
+{
+	struct module *mod = data;
+
+	if (strcmp(mod->name, "kvm_amd"))
+		return NOTIFY_DONE;
+
+	if (event == MODULE_STATE_LIVE && svm_find_exit_info())
+		pr_err("svm_get_exit_info not found in the new kvm_amd: its exits are counted without their code\n");
+	else if (event == MODULE_STATE_GOING)
+		WRITE_ONCE(svm_get_exit_info, NULL);
+
+	return NOTIFY_OK;
+}
+
+static struct notifier_block svm_notifier = {
+	.notifier_call = svm_module_event,
+};
+
+int exitmeter_attach_svm(void)
+{
+	int ret = register_module_notifier(&svm_notifier);
+
+	if (ret)
+		return ret;
+	ret = svm_find_exit_info();
+	if (ret)
+		unregister_module_notifier(&svm_notifier);
+	return ret;
+}
+
+void exitmeter_detach_svm(void)
+{
+	unregister_module_notifier(&svm_notifier);
+	WRITE_ONCE(svm_get_exit_info, NULL);
+}
+
+/* Return the exit code of the exit that @vcpu has just taken, on its CPU. */
+u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu)
+{
+	svm_exit_info get_exit_info = READ_ONCE(svm_get_exit_info);
+	u32 reason = U32_MAX - 15, intr_info, error_code;
+	u64 info1, info2;
+
+	if (likely(get_exit_info))
+		get_exit_info(vcpu, &reason, &info1, &info2, &intr_info,
+			      &error_code);
+	return reason;
+}
+
+enum exitmeter_vendor exitmeter_vendor(void)
+{
+	switch (boot_cpu_data.x86_vendor) {
+	case X86_VENDOR_INTEL:
+	case X86_VENDOR_CENTAUR:
+	case X86_VENDOR_ZHAOXIN:
+		return EXITMETER_VENDOR_VMX;
+	case X86_VENDOR_AMD:
+	case X86_VENDOR_HYGON:
+		return EXITMETER_VENDOR_SVM;
+	default:
+		return EXITMETER_VENDOR_OTHER;
+	}
+}
+
+u32 exitmeter_tsc_khz(void)
+{
+	return tsc_khz;
+}
+
+bool exitmeter_tsc_unstable(void)
+{
+	return check_tsc_unstable();
+}
+
+/*
+ * A sweep over all reasons with both leaves, run twice at full speed, shows
+ * whole; a guest that floods gets some ten lines a second on the long run.
+ */
+static DEFINE_RATELIMIT_STATE(log_limit, 30 * HZ, 400);
+
+bool exitmeter_log_allowed(void)
+{
+	return __ratelimit(&log_limit);
+}

@@ -1,0 +1,4 @@
+# The people's entry. No logic in here.
+.PHONY: test
+test:
+	cargo test --release -p exitmeter-meter

@@ -362,7 +362,7 @@ mod tests {
                 }
             }
             for low in 0..16 {
-                let ours = map != LeafMap::Off && (low < 4 || low > 11);
+                let ours = map != LeafMap::Off && (!(4..=11).contains(&low));
                 assert_eq!(leaves.is_ours(0x4fff_fff0 | low), ours);
             }
         }

@@ -9,4 +9,5 @@ pub mod leaves;
 pub mod ledger;
 pub mod phase;
 pub mod reasons;
+pub mod snapshot;
 pub mod table;

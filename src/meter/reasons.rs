@@ -257,7 +257,10 @@ const VMX: &[(u32, &str)] = &[
 const SVM: &[(u32, &str)] = &svm_names();
 
 // Single registers come before the range they lie in.
-#[allow(clippy::match_overlapping_arm, reason = "the first arm that fits is meant")]
+#[allow(
+    clippy::match_overlapping_arm,
+    reason = "the first arm that fits is meant"
+)]
 const fn svm_names() -> [(u32, &'static str); SVM_SINGLE.len() + 96] {
     let mut names = [(0, ""); SVM_SINGLE.len() + 96];
     let mut at = 0;

@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The snapshot that `/dev/exitmeter` gives: its layout, and how the module writes it.
+//!
+//! A snapshot describes itself, as KVM's binary statistics do: the header says where its
+//! parts begin and how large their elements are, and one descriptor per counter says what
+//! the counter is called, what it counts and where in a row it stands. So a reader skips
+//! what it does not know, and takes the steps that the snapshot names, not those below.
+//!
+//! All numbers are little endian. All offsets are in bytes; those in the header count from
+//! the start of the snapshot. Every part begins at a multiple of 8. Bytes that no line
+//! below names are 0, and may get a meaning in a later minor version.
+//!
+//! # Header
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 8 | magic: `ExitMetr` |
+//! | 8 | 2 | major version, 1: another one is another layout |
+//! | 10 | 2 | minor version, 0: grows as parts, fields and counters are added |
+//! | 12 | 4 | size of the header, 128 |
+//! | 16 | 8 | size of the whole snapshot |
+//! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers |
+//! | 28 | 4 | ISA: 1 VMX, 2 SVM |
+//! | 32 | 8 | TSC when the module was loaded: tells one life of it from another |
+//! | 40 | 8 | TSC when the snapshot was begun |
+//! | 48 | 4 | TSC frequency in kHz, 0 when not known |
+//! | 52 | 4 | leaf map that guests see: 0, 2021 or 2022 |
+//! | 56 | 8 | vCPUs that run, or ran, without being metered |
+//! | 64 | 8 | vCPUs that are gone and stand in the totals |
+//! | 72 | 8 | offset of the descriptors |
+//! | 80 | 4 | number of descriptors |
+//! | 84 | 4 | size of a descriptor, 64 |
+//! | 88 | 8 | offset of the records of vCPUs |
+//! | 96 | 4 | number of records of vCPUs |
+//! | 100 | 4 | size of a record's head, 104 |
+//! | 104 | 8 | offset of the totals: one more record, of the vCPUs that are gone |
+//! | 112 | 4 | size of a row |
+//! | 116 | 12 | reserved |
+//!
+//! # Descriptor of a counter
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | unit: 1 events, 2 TSC ticks |
+//! | 4 | 4 | kind: 1 a sum that only grows, 2 a histogram by powers of two |
+//! | 8 | 4 | offset in a row |
+//! | 12 | 4 | how many numbers of 8 bytes it has: 1 for a sum |
+//! | 16 | 48 | name, UTF-8, padded with NULs |
+//!
+//! Of this version: `exits` (events), and in TSC ticks `guest`, `kernel`, `user`,
+//! `blocked` and `preempted`, the five phases of a vCPU's life.
+//!
+//! # Record of a vCPU
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | size of the record, head and rows: where the next one begins |
+//! | 4 | 4 | number of rows |
+//! | 8 | 8 | the VM's number: one VM's vCPUs have the same, and no other VM has |
+//! | 16 | 4 | process that made the VM |
+//! | 20 | 4 | the vCPU's id in its VM |
+//! | 24 | 8 | TSC at its first event |
+//! | 32 | 8 | TSC at its latest transition |
+//! | 40 | 4 | phase since then: 0 guest, 1 kernel, 2 user, 3 blocked, 4 preempted |
+//! | 44 | 4 | kind of its latest reason, as in a row |
+//! | 48 | 4 | code of its latest reason, as in a row |
+//! | 52 | 4 | reserved |
+//! | 56 | 48 | KVM's name of the VM, UTF-8, padded with NULs |
+//! | 104 | | rows |
+//!
+//! A record is of one moment: the ticks of all its rows sum to the time from its first
+//! event to its latest transition, exactly. In the totals all but size, number of rows and
+//! the rows is 0.
+//!
+//! # Row
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | kind: 0 exits with a code, 1 the time before the first exit, 2 exits whose code has no row of its own |
+//! | 4 | 4 | code: VMX's basic exit reason or SVM's exit code for kind 0, else 0 |
+//! | 8 | | counters, where the descriptors say |
+//!
+//! Rows that hold nothing are left out.
+
+use super::{
+    leaves::LeafMap,
+    ledger::{LedgerCopy, RowCopy, Totals},
+    phase::Phase,
+    reasons::{self, Isa, Slot},
+};
+
+/// What a snapshot begins with.
+pub const MAGIC: [u8; 8] = *b"ExitMetr";
+/// The layout.
+pub const MAJOR: u16 = 1;
+/// What was added to it.
+pub const MINOR: u16 = 0;
+
+/// Bytes of the header.
+pub const HEADER_SIZE: usize = 128;
+/// Bytes of a descriptor.
+pub const DESCRIPTOR_SIZE: usize = 64;
+/// Bytes of a record before its rows.
+pub const HEAD_SIZE: usize = 104;
+/// Bytes of a row before its counters.
+pub const ROW_HEAD_SIZE: usize = 8;
+/// Bytes of a name, NULs included.
+pub const NAME_SIZE: usize = 48;
+
+/// How many counters a row has.
+const COUNTERS: usize = 1 + Phase::COUNT;
+/// Bytes of a row.
+const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * COUNTERS;
+
+/// Flag: the TSC runs at one rate, alike on all CPUs.
+pub const FLAG_TSC_STABLE: u32 = 1 << 0;
+/// Flag: guests read the sums of the host.
+pub const FLAG_HOST_SCOPE: u32 = 1 << 1;
+
+/// The counter of exits.
+pub const EXITS: &str = "exits";
+
+/// Unit of a counter: events.
+pub const UNIT_EVENTS: u32 = 1;
+/// Unit of a counter: TSC ticks.
+pub const UNIT_TICKS: u32 = 2;
+/// Kind of a counter: a sum that only grows.
+pub const KIND_SUM: u32 = 1;
+/// Kind of a counter: a histogram by powers of two.
+pub const KIND_HISTOGRAM: u32 = 2;
+
+/// What the time of a vCPU and its exits are booked on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Exits with this code, and the time after them.
+    Code(u32),
+    /// The time before the first exit.
+    Start,
+    /// Exits whose code has no row of its own.
+    Other,
+}
+
+impl Reason {
+    /// What a row of a ledger stands for.
+    pub fn of(isa: Isa, slot: Slot) -> Self {
+        match reasons::code(isa, slot) {
+            Some(code) => Reason::Code(code),
+            None if slot == Slot::START => Reason::Start,
+            None => Reason::Other,
+        }
+    }
+
+    /// Kind and code, as they are written.
+    const fn to_wire(self) -> [u32; 2] {
+        match self {
+            Reason::Code(code) => [0, code],
+            Reason::Start => [1, 0],
+            Reason::Other => [2, 0],
+        }
+    }
+
+    /// The reason from kind and code; `None` for a kind of a later version.
+    pub const fn from_wire(kind: u32, code: u32) -> Option<Self> {
+        match kind {
+            0 => Some(Reason::Code(code)),
+            1 => Some(Reason::Start),
+            2 => Some(Reason::Other),
+            _ => None,
+        }
+    }
+}
+
+/// What a snapshot says of the host and the module.
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    /// Whose reasons.
+    pub isa: Isa,
+    /// The leaves that guests see.
+    pub leaf_map: LeafMap,
+    /// Whether guests read the sums of the host.
+    pub host_scope: bool,
+    /// TSC frequency in kHz, 0 when not known.
+    pub tsc_khz: u32,
+    /// Whether the TSC runs at one rate, alike on all CPUs.
+    pub tsc_stable: bool,
+    /// TSC when the module was loaded.
+    pub loaded: u64,
+    /// TSC now.
+    pub now: u64,
+}
+
+/// Whose a ledger is.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    /// The VM's number: unique while the module is loaded.
+    pub vm: u64,
+    /// KVM's name of the VM, padded with NULs.
+    pub name: [u8; NAME_SIZE],
+    /// The process that made the VM.
+    pub pid: u32,
+    /// The vCPU's id in its VM.
+    pub vcpu: u32,
+}
+
+/// The snapshot does not fit into its buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full {
+    /// Bytes that it takes.
+    pub needed: usize,
+}
+
+/// Bytes of a snapshot of so many vCPUs that have so many rows together, the totals' rows
+/// with them.
+pub const fn size_for(vcpus: usize, rows: usize) -> usize {
+    const FIXED: usize = HEADER_SIZE + COUNTERS * DESCRIPTOR_SIZE + HEAD_SIZE;
+    FIXED
+        .saturating_add(vcpus.saturating_mul(HEAD_SIZE))
+        .saturating_add(rows.saturating_mul(ROW_SIZE))
+}
+
+/// Writes a snapshot into a buffer: first the vCPUs one by one, then [`Self::finish`].
+///
+/// As `snprintf` does, it goes on counting when the buffer is full. An empty buffer thus
+/// measures what is needed.
+#[derive(Debug)]
+pub struct Encoder<'a> {
+    buffer: &'a mut [u8],
+    at: usize,
+    host: Host,
+    vcpus: u32,
+}
+
+impl<'a> Encoder<'a> {
+    /// Begins a snapshot.
+    pub fn new(buffer: &'a mut [u8], host: Host) -> Self {
+        let mut encoder = Self {
+            buffer,
+            at: HEADER_SIZE,
+            host,
+            vcpus: 0,
+        };
+        encoder.descriptor(EXITS, UNIT_EVENTS, 0);
+        for phase in Phase::ALL {
+            encoder.descriptor(phase.name(), UNIT_TICKS, 1_u32.wrapping_add(phase as u32));
+        }
+        encoder
+    }
+
+    /// Adds a vCPU.
+    pub fn vcpu(&mut self, whose: &Identity, ledger: &LedgerCopy) {
+        let latest = Reason::of(self.host.isa, ledger.slot());
+        let state = [ledger.first, ledger.last];
+        self.record(
+            whose,
+            state,
+            ledger.phase() as u32,
+            latest.to_wire(),
+            ledger.rows(),
+        );
+        self.vcpus = self.vcpus.wrapping_add(1);
+    }
+
+    /// Adds the totals of the vCPUs that are gone and how many were not metered; the
+    /// snapshot's size in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] when it did not fit; the buffer then holds nothing of use.
+    pub fn finish(mut self, gone: &Totals, unmetered: u64) -> Result<usize, Full> {
+        const NOBODY: Identity = Identity {
+            vm: 0,
+            name: [0; NAME_SIZE],
+            pid: 0,
+            vcpu: 0,
+        };
+        let totals_at = self.at;
+        self.record(&NOBODY, [0; 2], 0, [0; 2], gone.rows());
+        let size = self.at;
+        self.at = 0;
+        self.header(size, totals_at, gone.vcpus, unmetered);
+        if size <= self.buffer.len() {
+            Ok(size)
+        } else {
+            Err(Full { needed: size })
+        }
+    }
+
+    fn header(&mut self, size: usize, totals_at: usize, gone: u64, unmetered: u64) {
+        const RECORDS_AT: usize = HEADER_SIZE + COUNTERS * DESCRIPTOR_SIZE;
+        let host = self.host;
+        let flag = |flag, set| if set { flag } else { 0 };
+        self.bytes(&MAGIC);
+        self.bytes(&MAJOR.to_le_bytes());
+        self.bytes(&MINOR.to_le_bytes());
+        self.u32(HEADER_SIZE as u32);
+        self.u64(size as u64);
+        self.u32(flag(FLAG_TSC_STABLE, host.tsc_stable) | flag(FLAG_HOST_SCOPE, host.host_scope));
+        self.u32(host.isa as u32);
+        self.u64(host.loaded);
+        self.u64(host.now);
+        self.u32(host.tsc_khz);
+        self.u32(host.leaf_map as u32);
+        self.u64(unmetered);
+        self.u64(gone);
+        self.u64(HEADER_SIZE as u64);
+        self.u32(COUNTERS as u32);
+        self.u32(DESCRIPTOR_SIZE as u32);
+        self.u64(RECORDS_AT as u64);
+        self.u32(self.vcpus);
+        self.u32(HEAD_SIZE as u32);
+        self.u64(totals_at as u64);
+        self.u32(ROW_SIZE as u32);
+        self.bytes(&[0; 12]);
+    }
+
+    fn descriptor(&mut self, name: &str, unit: u32, place: u32) {
+        self.u32(unit);
+        self.u32(KIND_SUM);
+        self.u32((ROW_HEAD_SIZE as u32).wrapping_add(place.wrapping_mul(8)));
+        self.u32(1);
+        let mut padded = [0; NAME_SIZE];
+        for (to, from) in padded.iter_mut().zip(name.bytes()) {
+            *to = from;
+        }
+        self.bytes(&padded);
+    }
+
+    fn record<'r>(
+        &mut self,
+        whose: &Identity,
+        [first, last]: [u64; 2],
+        phase: u32,
+        [kind, code]: [u32; 2],
+        rows: impl Iterator<Item = (Slot, &'r RowCopy)>,
+    ) {
+        let start = self.at;
+        // Size and number of rows, once they are known.
+        self.u64(0);
+        self.u64(whose.vm);
+        self.u32(whose.pid);
+        self.u32(whose.vcpu);
+        self.u64(first);
+        self.u64(last);
+        self.u32(phase);
+        self.u32(kind);
+        self.u32(code);
+        self.u32(0);
+        self.bytes(&whose.name);
+        let mut count = 0_u32;
+        for (slot, row) in rows {
+            let [kind, code] = Reason::of(self.host.isa, slot).to_wire();
+            self.u32(kind);
+            self.u32(code);
+            self.u64(row.exits);
+            for cycles in row.cycles {
+                self.u64(cycles);
+            }
+            count = count.wrapping_add(1);
+        }
+        let end = core::mem::replace(&mut self.at, start);
+        self.u32(end.wrapping_sub(start) as u32);
+        self.u32(count);
+        self.at = end;
+    }
+
+    fn u32(&mut self, value: u32) {
+        self.bytes(&value.to_le_bytes());
+    }
+
+    fn u64(&mut self, value: u64) {
+        self.bytes(&value.to_le_bytes());
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        let end = self.at.saturating_add(bytes.len());
+        if let Some(room) = self.buffer.get_mut(self.at..end) {
+            room.copy_from_slice(bytes);
+        }
+        self.at = end;
+    }
+}

@@ -1,0 +1,130 @@
+#!/bin/bash
+# Set-up step "kernel": one packaged, unmodified Debian kernel in OUT, taken apart for the lab.
+#
+# Needs: OUT EXITMETER_CACHE ROOT, and KERNEL: "newest" (of backports), a version ("7.2.12") or a whole release
+# ("7.2.12+deb13-amd64"). Gives in OUT:
+#   release            the kernel's name for itself (uname -r)
+#   vmlinuz            as packaged; what the emulated hosts boot
+#   vmlinux            the same kernel unpacked, an ELF with a PVH entry; what the guests boot
+#   modules/           lib/modules/<release> with the modules that the lab can use, decompressed, and modules.dep
+#   config Module.symvers source.tar.xz    what tree.sh prepares the kernel tree from
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
+. "$here/common.sh"
+
+# What the hosts and guests may load; all modules of a kernel are 500 MB and 40 s of unpacking.
+wanted_modules='arch/x86/kvm virt lib crypto fs/squashfs fs/overlayfs fs/isofs
+  drivers/ata drivers/scsi drivers/block drivers/cdrom drivers/crypto/ccp drivers/virtio'
+
+need_variables OUT EXITMETER_CACHE ROOT KERNEL
+mkdir -p "$OUT" "$EXITMETER_CACHE/downloads/kernel"
+need_space "$OUT" 700
+log=$OUT/kernel.log
+: >"$log"
+
+inside() {
+  "$here/in-root.sh" "$ROOT" --bind "$OUT:/out" --bind "$EXITMETER_CACHE/downloads/kernel:/downloads" \
+    --chdir /out -- env KERNEL="$KERNEL" WANTED="$wanted_modules" "$@"
+}
+
+say "the kernel: which"
+# shellcheck disable=SC2016
+inside bash -euc '
+  case $KERNEL in
+    newest)
+      version=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)
+      release=$(apt-cache show "linux-image-amd64=$version" | sed -n "s/^Depends:.*linux-image-\([^ ,]*\).*/\1/p")
+      ;;
+    *-amd64) release=$KERNEL ;;
+    *) release=$(apt-cache pkgnames "linux-image-$KERNEL+" | sed -n "s/^linux-image-\([0-9.]*+[a-z0-9]*-amd64\)$/\1/p" | sort -V | tail -n 1) ;;
+  esac
+  apt-cache show "linux-image-$release" >/dev/null && echo "$release"
+' >"$OUT/release.part" 2>>"$log" ||
+  die "Debian has no kernel $KERNEL; give a version such as 7.2.12 (in the root: apt-cache pkgnames linux-image-)."
+release=$(cat "$OUT/release.part")
+
+# The image is one package or, since 7.2, a binary and its modules. The source has to be of the very same version:
+# a tree of another one would give layouts that this kernel does not have.
+say "the kernel $release: fetching"
+# shellcheck disable=SC2016
+run "$log" inside bash -euc '
+  release=$1
+  version=$(apt-cache show "linux-headers-$release" | sed -n "s/^Version: //p" | head -n 1)
+  names=(linux-headers-"$release" linux-source-"$(echo "$release" | cut -d. -f1,2)")
+  for name in linux-binary-"$release" linux-modules-"$release"; do
+    apt-cache show "$name" >/dev/null 2>&1 && names+=("$name")
+  done
+  [ "${#names[@]}" -gt 2 ] || names+=(linux-image-"$release")
+  mkdir -p /downloads/fetch
+  cd /downloads
+  for name in "${names[@]}"; do
+    found=$(apt-cache show "$name" | sed -n "s/^Version: //p" | grep -Fx -m 1 "$version") || {
+      echo "$name is not there in version $version"; exit 1; }
+    read -r uri file size sum < <(apt-get download --print-uris "$name=$found")
+    sum=${sum#SHA256:}
+    echo "$file" >>/out/files.part
+    if ! echo "$sum $file" | sha256sum --check --status 2>/dev/null; then
+      # A name of its own until it is whole: another run may fetch the same file at this moment.
+      /usr/lib/apt/apt-helper download-file "$(eval echo "$uri")" "$file.$$.part" "SHA256:$sum"
+      mv "$file.$$.part" "$file"
+    fi
+  done
+' bash "$release" ||
+  die "the packages of the kernel $release could not be fetched; check the network, or pick another by --kernel (the log is $log)."
+
+say "the kernel $release: unpacking"
+# shellcheck disable=SC2016
+run "$log" inside bash -euc '
+  release=$1
+  rm -rf /out/unpacked /out/modules
+  mkdir -p /out/unpacked "/out/modules/lib/modules/$release"
+  for file in $(sort -u /out/files.part); do
+    case $file in
+      linux-modules-*|linux-image-*)
+        patterns=()
+        for part in $WANTED; do patterns+=("./*/modules/$release/kernel/$part/*"); done
+        dpkg-deb --fsys-tarfile "/downloads/$file" | tar -x -C /out/unpacked --wildcards \
+          "${patterns[@]}" "./*/modules/$release/modules.*" "./boot/*" 2>/dev/null || true ;;
+      *) dpkg-deb --extract "/downloads/$file" /out/unpacked ;;
+    esac
+  done
+  cd /out/unpacked
+  headers=usr/src/linux-headers-$release
+  cp "$(find . -path "*/vmlinuz*" -type f | head -n 1)" /out/vmlinuz
+  cp "$headers/.config" /out/config
+  cp "$headers/Module.symvers" /out/
+  mv usr/src/linux-source-*.tar.xz /out/source.tar.xz
+  modules=$(find . -type d -path "*/modules/$release" | head -n 1)
+  cp -a "$modules/." "/out/modules/lib/modules/$release/"
+  # busybox cannot load compressed modules, and they load sooner in an emulator when they are not.
+  find /out/modules -name "*.ko.xz" -print0 | xargs -0 -r -n 16 -P "$(nproc)" xz --decompress
+  depmod -b /out/modules "$release"
+  grep -q kvm-intel /out/modules/lib/modules/"$release"/modules.dep
+' bash "$release" || die "the packages of the kernel $release could not be unpacked; remove $OUT and try again (the log is $log)."
+
+# Documentation/arch/x86/boot.rst: the setup header tells where the compressed kernel lies in the file.
+say "the kernel $release: the guest's vmlinux"
+# shellcheck disable=SC2016
+run "$log" inside bash -euc '
+  python3 - >payload <<"END"
+import struct, sys
+image = open("vmlinuz", "rb").read()
+sectors = image[0x1f1] or 4
+offset, length = struct.unpack_from("<II", image, 0x248)
+start = (sectors + 1) * 512 + offset
+# The last four bytes are the size of what was compressed.
+sys.stdout.buffer.write(image[start:start + length - 4])
+END
+  case $(head -c 6 payload | od -An -tx1 | tr -d " ") in
+    28b52ffd*) zstd -dcq payload >vmlinux ;;
+    fd377a585a00) xz -dc --single-stream payload >vmlinux ;;
+    1f8b*) gzip -dc payload >vmlinux ;;
+    *) echo "unknown compression of vmlinuz"; exit 1 ;;
+  esac
+  head -c 4 vmlinux | grep -q ELF
+  rm payload
+' || die "the kernel in $OUT/vmlinuz could not be unpacked; its compression may be new (the log is $log)."
+
+as_root rm -rf "$OUT/unpacked" "$OUT/files.part"
+mv "$OUT/release.part" "$OUT/release"

@@ -348,7 +348,7 @@ mod tests {
 
     fn ledger() -> Box<Ledger> {
         // SAFETY: All-zero bytes are a valid ledger.
-        unsafe { Box::<Ledger>::new_zeroed().assume_init() }
+        Box::new(unsafe { core::mem::zeroed() })
     }
 
     #[test]

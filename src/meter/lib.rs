@@ -3,10 +3,13 @@
 //! The pure half of exitmeter, as a crate for the tools and the tests.
 //!
 //! The kernel module compiles the same files by `mod meter;`. Both ways a path such as
-//! `crate::meter::phase::Phase` resolves.
+//! `crate::meter::phase::Phase` resolves. What only the tools need, [`reader`], is declared
+//! here and not there.
 
 #![cfg_attr(not(test), no_std)]
 
 #[path = "mod.rs"]
 pub mod meter;
 pub use meter::*;
+
+pub mod reader;

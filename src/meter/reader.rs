@@ -1,0 +1,534 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads the snapshot of `/dev/exitmeter` that [`crate::snapshot`] lays out.
+//!
+//! Only the tools use this, so the module does not compile it. It copies nothing: all that
+//! it gives borrows from the snapshot's bytes. [`Snapshot::parse`] checks every offset
+//! once, and what comes after it cannot fail.
+//!
+//! A snapshot of a later minor version reads as one of this: larger headers, records and
+//! rows, counters and kinds of rows that have no name here, all are stepped over.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let bytes = std::fs::read("/dev/exitmeter")?;
+//! let snapshot = exitmeter_meter::reader::Snapshot::parse(&bytes)?;
+//! for vcpu in snapshot.vcpus() {
+//!     let exits: u64 = vcpu.rows().map(|row| row.exits()).sum();
+//!     println!("{} vCPU {}: {exits} exits", vcpu.name(), vcpu.id());
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+use core::fmt;
+
+use crate::{
+    leaves::LeafMap,
+    phase::Phase,
+    reasons::Isa,
+    snapshot::{
+        Reason, DESCRIPTOR_SIZE, EXITS, FLAG_HOST_SCOPE, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
+        KIND_HISTOGRAM, KIND_SUM, MAGIC, MAJOR, NAME_SIZE, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
+    },
+};
+
+/// Why bytes are not a snapshot that this reader understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// It ends before it should.
+    Truncated {
+        /// Bytes that there should be.
+        needed: u64,
+        /// Bytes that there are.
+        found: u64,
+    },
+    /// It does not begin as a snapshot does.
+    Magic,
+    /// Its layout is another one.
+    Version {
+        /// Its major version.
+        major: u16,
+        /// Its minor version.
+        minor: u16,
+    },
+    /// Its reasons are of an unknown ISA.
+    Isa(u32),
+    /// A part of it does not lie where it may.
+    Damaged(&'static str),
+    /// It has no counter of this name.
+    Counter(&'static str),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Truncated { needed, found } => write!(
+                f,
+                "the snapshot is truncated: it has {found} bytes and should have {needed}"
+            ),
+            Error::Magic => write!(f, "this is not a snapshot of exitmeter"),
+            Error::Version { major, minor } => write!(
+                f,
+                "the snapshot has version {major}.{minor}, this tool reads version {MAJOR}: \
+                 use the tool that came with the module"
+            ),
+            Error::Isa(number) => write!(
+                f,
+                "the snapshot names an unknown instruction set extension, {number}"
+            ),
+            Error::Damaged(what) => write!(f, "the snapshot is damaged: {what}"),
+            Error::Counter(name) => write!(f, "the snapshot lacks the counter '{name}'"),
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+/// The bytes of `count` elements of `size` bytes at an offset, if they all are there.
+fn part(bytes: &[u8], offset: u64, count: u32, size: u32) -> Option<&[u8]> {
+    let len = usize::try_from(u64::from(count).checked_mul(u64::from(size))?).ok()?;
+    bytes.get(usize::try_from(offset).ok()?..)?.get(..len)
+}
+
+fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    let bytes = bytes.get(offset..)?.first_chunk()?;
+    Some(u16::from_le_bytes(*bytes))
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    let bytes = bytes.get(offset..)?.first_chunk()?;
+    Some(u32::from_le_bytes(*bytes))
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    let bytes = bytes.get(offset..)?.first_chunk()?;
+    Some(u64::from_le_bytes(*bytes))
+}
+
+/// A name: up to the first NUL, or to what is not UTF-8.
+fn name_at(bytes: &[u8], offset: usize) -> &str {
+    let name = bytes.get(offset..).unwrap_or_default();
+    let name = name.get(..NAME_SIZE).unwrap_or(name);
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    match core::str::from_utf8(name) {
+        Ok(name) => name,
+        Err(error) => name
+            .get(..error.valid_up_to())
+            .and_then(|name| core::str::from_utf8(name).ok())
+            .unwrap_or_default(),
+    }
+}
+
+/// What a counter counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Events, such as exits.
+    Events,
+    /// Ticks of the TSC.
+    Ticks,
+    /// One of a later version.
+    Unknown(u32),
+}
+
+/// How the numbers of a counter are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// One sum that only grows.
+    Sum,
+    /// How many samples fell between one power of two and the next.
+    Histogram,
+    /// One of a later version.
+    Unknown(u32),
+}
+
+/// A counter that every row has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counter<'a> {
+    /// What it is called.
+    pub name: &'a str,
+    /// What it counts.
+    pub unit: Unit,
+    /// How to read it.
+    pub kind: Kind,
+    /// How many numbers it has.
+    pub len: usize,
+    offset: usize,
+}
+
+impl<'a> Counter<'a> {
+    fn read(descriptor: &'a [u8]) -> Option<Self> {
+        Some(Self {
+            unit: match u32_at(descriptor, 0)? {
+                UNIT_EVENTS => Unit::Events,
+                UNIT_TICKS => Unit::Ticks,
+                other => Unit::Unknown(other),
+            },
+            kind: match u32_at(descriptor, 4)? {
+                KIND_SUM => Kind::Sum,
+                KIND_HISTOGRAM => Kind::Histogram,
+                other => Kind::Unknown(other),
+            },
+            offset: usize::try_from(u32_at(descriptor, 8)?).ok()?,
+            len: usize::try_from(u32_at(descriptor, 12)?).ok()?,
+            name: name_at(descriptor, 16),
+        })
+    }
+}
+
+/// The sizes of a snapshot's elements, and where its known counters stand in a row.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    head: usize,
+    row: usize,
+    exits: usize,
+    cycles: [usize; Phase::COUNT],
+}
+
+/// A snapshot, all of whose parts have been found inside its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Snapshot<'a> {
+    bytes: &'a [u8],
+    descriptors: &'a [u8],
+    descriptor_size: usize,
+    records: &'a [u8],
+    count: u32,
+    totals: &'a [u8],
+    isa: Isa,
+    shape: Shape,
+}
+
+impl<'a> Snapshot<'a> {
+    /// Reads the snapshot that `bytes` begin with; more may follow.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong with bytes that are no snapshot of this major version, or whose
+    /// offsets and sizes do not fit together.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
+        let found = bytes.len() as u64;
+        let truncated = |needed| Error::Truncated { needed, found };
+        let short = truncated(HEADER_SIZE as u64);
+
+        if !bytes.starts_with(&MAGIC) {
+            return Err(if MAGIC.starts_with(bytes) {
+                short
+            } else {
+                Error::Magic
+            });
+        }
+        let major = u16_at(bytes, 8).ok_or(short)?;
+        let minor = u16_at(bytes, 10).ok_or(short)?;
+        if major != MAJOR {
+            return Err(Error::Version { major, minor });
+        }
+        let header = bytes.get(..HEADER_SIZE).ok_or(short)?;
+        let field32 = |offset| u32_at(header, offset).ok_or(short);
+        let field64 = |offset| u64_at(header, offset).ok_or(short);
+        if (field32(12)? as usize) < HEADER_SIZE {
+            return Err(Error::Damaged("its header is too small"));
+        }
+        let size = field64(16)?;
+        let bytes = usize::try_from(size)
+            .ok()
+            .and_then(|size| bytes.get(..size))
+            .ok_or(truncated(size))?;
+        let isa = match field32(28)? {
+            1 => Isa::Vmx,
+            2 => Isa::Svm,
+            other => return Err(Error::Isa(other)),
+        };
+
+        let descriptor_size = field32(84)? as usize;
+        let descriptors = part(bytes, field64(72)?, field32(80)?, field32(84)?)
+            .filter(|_| descriptor_size >= DESCRIPTOR_SIZE)
+            .ok_or(Error::Damaged("its descriptors lie outside of it"))?;
+        let shape = Shape::read(
+            descriptors.chunks_exact(descriptor_size),
+            field32(100)?,
+            field32(112)?,
+        )?;
+
+        let from = |offset| usize::try_from(offset).ok().and_then(|at| bytes.get(at..));
+        let outside = Error::Damaged("a record lies outside of it");
+        let records = from(field64(88)?).ok_or(outside)?;
+        let count = field32(96)?;
+        let mut rest = records;
+        for _ in 0..count {
+            rest = shape.record(rest).ok_or(outside)?.1;
+        }
+        let totals = from(field64(104)?)
+            .and_then(|bytes| shape.record(bytes))
+            .ok_or(outside)?
+            .0;
+        Ok(Self {
+            bytes,
+            descriptors,
+            descriptor_size,
+            records,
+            count,
+            totals,
+            isa,
+            shape,
+        })
+    }
+
+    fn u32(&self, offset: usize) -> u32 {
+        u32_at(self.bytes, offset).unwrap_or(0)
+    }
+
+    fn u64(&self, offset: usize) -> u64 {
+        u64_at(self.bytes, offset).unwrap_or(0)
+    }
+
+    /// Its major and minor version.
+    pub fn version(&self) -> (u16, u16) {
+        (MAJOR, u16_at(self.bytes, 10).unwrap_or(0))
+    }
+
+    /// Its bytes, without what may follow.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Whose reasons.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// TSC when the module was loaded.
+    pub fn loaded(&self) -> u64 {
+        self.u64(32)
+    }
+
+    /// TSC when the snapshot was begun.
+    pub fn now(&self) -> u64 {
+        self.u64(40)
+    }
+
+    /// TSC frequency in kHz; `None` when the host does not know it.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        Some(self.u32(48)).filter(|khz| *khz != 0)
+    }
+
+    /// Whether the TSC runs at one rate, alike on all CPUs.
+    pub fn tsc_is_stable(&self) -> bool {
+        self.u32(24) & FLAG_TSC_STABLE != 0
+    }
+
+    /// Whether guests read the sums of the host.
+    pub fn host_scope(&self) -> bool {
+        self.u32(24) & FLAG_HOST_SCOPE != 0
+    }
+
+    /// The leaves that guests see; `None` for a map of a later version.
+    pub fn leaf_map(&self) -> Option<LeafMap> {
+        LeafMap::from_number(self.u32(52))
+    }
+
+    /// vCPUs that run, or ran, without being metered.
+    pub fn unmetered(&self) -> u64 {
+        self.u64(56)
+    }
+
+    /// vCPUs that are gone and stand in [`Self::totals`].
+    pub fn gone(&self) -> u64 {
+        self.u64(64)
+    }
+
+    /// The counters that every row has, those without a name here too.
+    pub fn counters(&self) -> impl Iterator<Item = Counter<'a>> {
+        self.descriptors
+            .chunks_exact(self.descriptor_size)
+            .filter_map(Counter::read)
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> impl Iterator<Item = Vcpu<'a>> {
+        let (shape, mut rest) = (self.shape, self.records);
+        (0..self.count).map_while(move |_| {
+            let (record, behind) = shape.record(rest)?;
+            rest = behind;
+            Some(Vcpu { record, shape })
+        })
+    }
+
+    /// The sums of the vCPUs that are gone.
+    pub fn totals(&self) -> impl Iterator<Item = Row<'a>> {
+        self.shape.rows(self.totals)
+    }
+}
+
+impl Shape {
+    fn read<'a>(
+        descriptors: impl Iterator<Item = &'a [u8]> + Clone,
+        head: u32,
+        row: u32,
+    ) -> Result<Self, Error> {
+        let (head, row) = (head as usize, row as usize);
+        if head < HEAD_SIZE || row < ROW_HEAD_SIZE {
+            return Err(Error::Damaged("its records or rows are too small"));
+        }
+        let counters = descriptors.filter_map(Counter::read);
+        for counter in counters.clone() {
+            let end = counter.len.checked_mul(8);
+            let end = end.and_then(|len| len.checked_add(counter.offset));
+            if end.is_none_or(|end| end > row) {
+                return Err(Error::Damaged("a counter lies outside of its row"));
+            }
+        }
+        let offset_of = |name: &'static str| {
+            let mut counters = counters.clone();
+            counters
+                .find(|counter| counter.name == name && counter.len == 1)
+                .map(|counter| counter.offset)
+                .ok_or(Error::Counter(name))
+        };
+        let mut cycles = [0; Phase::COUNT];
+        for (cycles, phase) in cycles.iter_mut().zip(Phase::ALL) {
+            *cycles = offset_of(phase.name())?;
+        }
+        Ok(Self {
+            head,
+            row,
+            exits: offset_of(EXITS)?,
+            cycles,
+        })
+    }
+
+    /// The record that bytes begin with, and what follows it.
+    fn record<'a>(&self, bytes: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
+        let (record, rest) = bytes.split_at_checked(u32_at(bytes, 0)? as usize)?;
+        let rows = (u32_at(record, 4)? as usize).checked_mul(self.row)?;
+        (rows <= record.len().checked_sub(self.head)?).then_some((record, rest))
+    }
+
+    /// The rows of a record.
+    fn rows<'a>(self, record: &'a [u8]) -> impl Iterator<Item = Row<'a>> {
+        let count = u32_at(record, 4).unwrap_or(0) as usize;
+        record
+            .get(self.head..)
+            .unwrap_or_default()
+            .chunks_exact(self.row)
+            .take(count)
+            .filter_map(move |bytes| {
+                let reason = Reason::from_wire(u32_at(bytes, 0)?, u32_at(bytes, 4)?)?;
+                Some(Row {
+                    bytes,
+                    reason,
+                    shape: self,
+                })
+            })
+    }
+}
+
+/// A vCPU's record.
+#[derive(Clone, Copy, Debug)]
+pub struct Vcpu<'a> {
+    record: &'a [u8],
+    shape: Shape,
+}
+
+impl<'a> Vcpu<'a> {
+    fn u32(&self, offset: usize) -> u32 {
+        u32_at(self.record, offset).unwrap_or(0)
+    }
+
+    fn u64(&self, offset: usize) -> u64 {
+        u64_at(self.record, offset).unwrap_or(0)
+    }
+
+    /// The VM's number, unique while the module is loaded.
+    pub fn vm(&self) -> u64 {
+        self.u64(8)
+    }
+
+    /// KVM's name of the VM, such as `kvm-1234`.
+    pub fn name(&self) -> &'a str {
+        name_at(self.record, 56)
+    }
+
+    /// The process that made the VM.
+    pub fn pid(&self) -> u32 {
+        self.u32(16)
+    }
+
+    /// The vCPU's id in its VM.
+    pub fn id(&self) -> u32 {
+        self.u32(20)
+    }
+
+    /// TSC at its first event.
+    pub fn first(&self) -> u64 {
+        self.u64(24)
+    }
+
+    /// TSC at its latest transition.
+    pub fn last(&self) -> u64 {
+        self.u64(32)
+    }
+
+    /// The phase it has been in since then; `None` for one of a later version.
+    pub fn phase(&self) -> Option<Phase> {
+        Phase::from_number(self.u32(40))
+    }
+
+    /// The reason of its latest exit; `None` for a kind of a later version.
+    pub fn latest(&self) -> Option<Reason> {
+        Reason::from_wire(self.u32(44), self.u32(48))
+    }
+
+    /// The rows that hold something.
+    pub fn rows(&self) -> impl Iterator<Item = Row<'a>> {
+        self.shape.rows(self.record)
+    }
+
+    /// Whether the ticks of all rows sum to the time from first event to latest
+    /// transition.
+    pub fn balances(&self) -> bool {
+        let mut sum = 0_u64;
+        for row in self.rows() {
+            for phase in Phase::ALL {
+                sum = sum.wrapping_add(row.cycles(phase));
+            }
+        }
+        sum == self.last().wrapping_sub(self.first())
+    }
+}
+
+/// The numbers that are booked on one reason.
+#[derive(Clone, Copy, Debug)]
+pub struct Row<'a> {
+    bytes: &'a [u8],
+    reason: Reason,
+    shape: Shape,
+}
+
+impl<'a> Row<'a> {
+    /// What they are booked on.
+    pub fn reason(&self) -> Reason {
+        self.reason
+    }
+
+    /// VM exits.
+    pub fn exits(&self) -> u64 {
+        u64_at(self.bytes, self.shape.exits).unwrap_or(0)
+    }
+
+    /// TSC ticks spent in a phase.
+    pub fn cycles(&self, phase: Phase) -> u64 {
+        let offset = self.shape.cycles.get(phase as usize);
+        offset
+            .and_then(|offset| u64_at(self.bytes, *offset))
+            .unwrap_or(0)
+    }
+
+    /// The numbers of any counter of the same snapshot.
+    pub fn numbers(&self, counter: &Counter<'_>) -> impl Iterator<Item = u64> + 'a {
+        let numbers = self.bytes.get(counter.offset..).unwrap_or_default();
+        numbers
+            .chunks_exact(8)
+            .take(counter.len)
+            .filter_map(|number| u64_at(number, 0))
+    }
+}

@@ -1,0 +1,554 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The snapshot: written and read, saved, of a later version, and damaged.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use exitmeter_meter::{
+    leaves::LeafMap,
+    ledger::{Ledger, LedgerCopy, Totals},
+    phase::Phase,
+    reader::{Counter, Error, Kind, Snapshot, Unit},
+    reasons::{self, Isa, Slot},
+    snapshot::{size_for, Encoder, Full, Host, Identity, Reason},
+};
+use proptest::prelude::*;
+
+/// One snapshot of version 1.0, as the module wrote it. It never changes: who has a
+/// snapshot of today must be able to read it with the tool of tomorrow.
+const SAVED: &[u8] = include_bytes!("snapshot-1.0.bin");
+
+const HOST: Host = Host {
+    isa: Isa::Vmx,
+    leaf_map: LeafMap::Map2021,
+    host_scope: false,
+    tsc_khz: 2_400_000,
+    tsc_stable: true,
+    loaded: 1_000_000,
+    now: 60_000_000_000,
+};
+
+fn identity(vm: u64, pid: u32, vcpu: u32) -> Identity {
+    let mut name = [0; 48];
+    let text = format!("kvm-{pid}");
+    name[..text.len()].copy_from_slice(text.as_bytes());
+    Identity {
+        vm,
+        name,
+        pid,
+        vcpu,
+    }
+}
+
+fn ledger() -> Box<Ledger> {
+    // SAFETY: All-zero bytes are a valid ledger.
+    Box::new(unsafe { core::mem::zeroed() })
+}
+
+fn copy(ledger: &Ledger) -> LedgerCopy {
+    let mut copy = LedgerCopy::new();
+    assert!(ledger.try_copy(&mut copy));
+    copy
+}
+
+/// A vCPU that began at `now` and had for each (code, exits, kernel ticks of each, phase,
+/// ticks in it of each): so many exits, each after 40 000 ticks of guest.
+fn lived(mut now: u64, life: &[(u32, u64, u64, Phase, u64)]) -> LedgerCopy {
+    let ledger = ledger();
+    ledger.begin(now, Phase::User);
+    now += 2_000_000;
+    ledger.resume(now);
+    now += 9_000;
+    ledger.entry(now);
+    for &(code, exits, kernel, phase, ticks) in life {
+        for _ in 0..exits {
+            now += 40_000;
+            ledger.exit(now, reasons::slot(Isa::Vmx, code));
+            now += kernel;
+            if phase != Phase::Kernel {
+                ledger.leave(now, phase);
+                now += ticks;
+                ledger.resume(now);
+            }
+            ledger.entry(now);
+        }
+    }
+    copy(&ledger)
+}
+
+/// Two VMs, one with two vCPUs; one more that is gone; and one that was not metered.
+fn sample(buffer: &mut [u8]) -> Result<usize, Full> {
+    use Phase::{Blocked, Kernel, Preempted, User};
+    let mut encoder = Encoder::new(buffer, HOST);
+    encoder.vcpu(
+        &identity(1, 1234, 0),
+        &lived(
+            2_000_000,
+            &[
+                (1, 5191, 2_100, Kernel, 0),
+                (32, 4645, 1_480, Kernel, 0),
+                (30, 974, 3_730, User, 21_000),
+                (10, 868, 1_147, Kernel, 0),
+                (48, 489, 9_800, Kernel, 0),
+                (12, 300, 1_900, Blocked, 4_000_000),
+                (7, 125, 900, Preempted, 310_000),
+                (0xffff, 2, 800, Kernel, 0),
+            ],
+        ),
+    );
+    encoder.vcpu(
+        &identity(1, 1234, 1),
+        &lived(
+            3_000_000,
+            &[
+                (32, 120, 1_500, Kernel, 0),
+                (12, 410, 1_850, Blocked, 9_000_000),
+            ],
+        ),
+    );
+    encoder.vcpu(&identity(2, 1300, 0), &lived(4_000_000, &[]));
+    let mut gone = Totals::new();
+    gone.fold(&lived(
+        5_000_000,
+        &[(10, 1002, 1_147, Kernel, 0), (30, 1000, 3_730, User, 9_000)],
+    ));
+    encoder.finish(&gone, 1)
+}
+
+fn sample_bytes() -> Vec<u8> {
+    let Full { needed } = sample(&mut []).unwrap_err();
+    let mut bytes = vec![0xaa; needed];
+    assert_eq!(sample(&mut bytes), Ok(needed));
+    bytes
+}
+
+#[test]
+fn the_module_writes_what_was_saved() {
+    let bytes = sample_bytes();
+    if std::env::var_os("EXITMETER_SAVE").is_some() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.0.bin");
+        std::fs::write(path, &bytes).unwrap();
+    }
+    assert!(bytes == SAVED);
+}
+
+/// The offsets of the documentation, as numbers.
+#[test]
+fn the_fields_stand_where_the_documentation_says() {
+    let number = |offset: usize, size: usize| {
+        let mut bytes = [0; 8];
+        bytes[..size].copy_from_slice(&SAVED[offset..offset + size]);
+        u64::from_le_bytes(bytes)
+    };
+    assert_eq!(&SAVED[..8], b"ExitMetr");
+    let header: [(usize, usize, u64); 20] = [
+        (8, 2, 1),
+        (10, 2, 0),
+        (12, 4, 128),
+        (16, 8, SAVED.len() as u64),
+        (24, 4, 1),
+        (28, 4, 1),
+        (32, 8, 1_000_000),
+        (40, 8, 60_000_000_000),
+        (48, 4, 2_400_000),
+        (52, 4, 2021),
+        (56, 8, 1),
+        (64, 8, 1),
+        (72, 8, 128),
+        (80, 4, 6),
+        (84, 4, 64),
+        (88, 8, 512),
+        (96, 4, 3),
+        (100, 4, 104),
+        (104, 8, 512 + 3 * 104 + (9 + 3 + 1) * 56),
+        (112, 4, 56),
+    ];
+    for (offset, size, value) in header {
+        assert_eq!(number(offset, size), value, "header, offset {offset}");
+    }
+    assert!(SAVED[116..128].iter().all(|byte| *byte == 0));
+
+    for (place, name) in ["exits", "guest", "kernel", "user", "blocked", "preempted"]
+        .into_iter()
+        .enumerate()
+    {
+        let at = 128 + 64 * place;
+        assert_eq!(number(at, 4), if place == 0 { 1 } else { 2 });
+        assert_eq!(number(at + 4, 4), 1);
+        assert_eq!(number(at + 8, 4), 8 + 8 * place as u64);
+        assert_eq!(number(at + 12, 4), 1);
+        assert_eq!(&SAVED[at + 16..][..name.len()], name.as_bytes());
+        assert!(SAVED[at + 16 + name.len()..at + 64].iter().all(|b| *b == 0));
+    }
+
+    // The second vCPU, behind the first with its 9 rows.
+    let at = 512 + 104 + 9 * 56;
+    let record: [(usize, usize, u64); 10] = [
+        (0, 4, 104 + 3 * 56),
+        (4, 4, 3),
+        (8, 8, 1),
+        (16, 4, 1234),
+        (20, 4, 1),
+        (24, 8, 3_000_000),
+        (
+            32,
+            8,
+            3_000_000 + 2_009_000 + 120 * 41_500 + 410 * 9_041_850,
+        ),
+        (40, 4, 0),
+        (44, 4, 0),
+        (48, 4, 12),
+    ];
+    for (offset, size, value) in record {
+        assert_eq!(number(at + offset, size), value, "record, offset {offset}");
+    }
+    assert_eq!(&SAVED[at + 56..at + 65], b"kvm-1234\0");
+    let row = at + 104;
+    let rows: [[u64; 8]; 3] = [
+        [0, 12, 410, 409 * 40_000, 410 * 1_850, 0, 410 * 9_000_000, 0],
+        [0, 32, 120, 120 * 40_000, 120 * 1_500, 0, 0, 0],
+        [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0],
+    ];
+    for (place, [kind, code, numbers @ ..]) in rows.into_iter().enumerate() {
+        let row = row + 56 * place;
+        assert_eq!([number(row, 4), number(row + 4, 4)], [kind, code]);
+        for (counter, value) in numbers.into_iter().enumerate() {
+            assert_eq!(number(row + 8 + 8 * counter, 8), value, "{place} {counter}");
+        }
+    }
+}
+
+#[test]
+fn what_was_saved_reads_back() {
+    let snapshot = Snapshot::parse(SAVED).unwrap();
+    assert_eq!(snapshot.version(), (1, 0));
+    assert_eq!(snapshot.isa(), Isa::Vmx);
+    assert_eq!(snapshot.leaf_map(), Some(LeafMap::Map2021));
+    assert_eq!(snapshot.tsc_khz(), Some(2_400_000));
+    assert!(snapshot.tsc_is_stable() && !snapshot.host_scope());
+    assert_eq!(
+        (snapshot.loaded(), snapshot.now()),
+        (1_000_000, 60_000_000_000)
+    );
+    assert_eq!((snapshot.unmetered(), snapshot.gone()), (1, 1));
+    let counters: Vec<_> = snapshot.counters().collect();
+    assert_eq!(counters.len(), 6);
+    assert!(matches!(
+        counters[0],
+        Counter {
+            name: "exits",
+            unit: Unit::Events,
+            kind: Kind::Sum,
+            len: 1,
+            ..
+        }
+    ));
+
+    let vcpus: Vec<_> = snapshot.vcpus().collect();
+    let who: Vec<_> = vcpus
+        .iter()
+        .map(|vcpu| (vcpu.vm(), vcpu.name(), vcpu.pid(), vcpu.id()))
+        .collect();
+    assert_eq!(
+        who,
+        [
+            (1, "kvm-1234", 1234, 0),
+            (1, "kvm-1234", 1234, 1),
+            (2, "kvm-1300", 1300, 0)
+        ]
+    );
+    assert!(vcpus.iter().all(|vcpu| vcpu.balances()));
+    assert_eq!(vcpus[0].latest(), Some(Reason::Other));
+    assert_eq!(vcpus[0].phase(), Some(Phase::Guest));
+    assert_eq!(vcpus[2].latest(), Some(Reason::Start));
+    let rows: Vec<_> = vcpus[0]
+        .rows()
+        .map(|row| (row.reason(), row.exits(), row.cycles(Phase::Kernel)))
+        .collect();
+    assert_eq!(rows[0], (Reason::Code(1), 5191, 5191 * 2_100));
+    assert_eq!(rows[7], (Reason::Other, 2, 1600));
+    assert_eq!(rows[8], (Reason::Start, 0, 9_000));
+    let totals: Vec<_> = snapshot.totals().collect();
+    assert_eq!(
+        (totals[1].reason(), totals[1].exits()),
+        (Reason::Code(30), 1000)
+    );
+    assert_eq!(
+        totals[1].numbers(&counters[3]).collect::<Vec<_>>(),
+        [9_000_000]
+    );
+}
+
+#[test]
+fn a_buffer_of_any_size_is_safe_and_measured() {
+    let needed = SAVED.len();
+    assert_eq!(size_for(3, 9 + 3 + 1 + 3), needed);
+    for size in 0..needed {
+        assert_eq!(sample(&mut vec![0; size]), Err(Full { needed }));
+    }
+    let mut roomy = vec![0xaa; needed + 100];
+    assert_eq!(sample(&mut roomy), Ok(needed));
+    assert!(roomy[..needed] == *SAVED && roomy[needed..].iter().all(|byte| *byte == 0xaa));
+    assert_eq!(Snapshot::parse(&roomy).unwrap().bytes(), SAVED);
+}
+
+/// A snapshot as a later minor version could write it: everything is larger, there are a
+/// histogram before the known counters and a row of a kind without a name.
+fn later() -> Vec<u8> {
+    const HEADER: usize = 160;
+    const DESCRIPTOR: usize = 80;
+    const HEAD: usize = 120;
+    const ROW: usize = 8 + 8 * (64 + 6);
+    fn u32s(bytes: &mut [u8], at: usize, values: &[u32]) {
+        for (place, value) in values.iter().enumerate() {
+            bytes[at + 4 * place..][..4].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    fn u64s(bytes: &mut [u8], at: usize, values: &[u64]) {
+        for (place, value) in values.iter().enumerate() {
+            bytes[at + 8 * place..][..8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    let records = HEADER + 7 * DESCRIPTOR;
+    let record = HEAD + 2 * ROW + 16;
+    let totals = records + record;
+    let size = totals + HEAD;
+    let mut bytes = vec![0xee; size];
+    bytes[..8].copy_from_slice(b"ExitMetr");
+    bytes[8..12].copy_from_slice(&[1, 0, 9, 0]);
+    u32s(&mut bytes, 12, &[HEADER as u32]);
+    u64s(&mut bytes, 16, &[size as u64]);
+    u32s(&mut bytes, 24, &[0, 2]);
+    u64s(&mut bytes, 32, &[5, 6]);
+    u32s(&mut bytes, 48, &[0, 2040]);
+    u64s(&mut bytes, 56, &[0, 0, HEADER as u64]);
+    u32s(&mut bytes, 80, &[7, DESCRIPTOR as u32]);
+    u64s(&mut bytes, 88, &[records as u64]);
+    u32s(&mut bytes, 96, &[1, HEAD as u32]);
+    u64s(&mut bytes, 104, &[totals as u64]);
+    u32s(&mut bytes, 112, &[ROW as u32]);
+    let names = [
+        "kernel_histogram",
+        "exits",
+        "guest",
+        "kernel",
+        "user",
+        "blocked",
+        "preempted",
+    ];
+    for (place, name) in names.into_iter().enumerate() {
+        let at = HEADER + place * DESCRIPTOR;
+        let offset = if place == 0 { 8 } else { 8 * (64 + place) };
+        let (kind, len) = if place == 0 { (2, 64) } else { (1, 1) };
+        u32s(&mut bytes, at, &[2, kind, offset as u32, len]);
+        bytes[at + 16..][..48].fill(0);
+        bytes[at + 16..][..name.len()].copy_from_slice(name.as_bytes());
+    }
+    u32s(&mut bytes, records, &[record as u32, 2]);
+    u64s(&mut bytes, records + 24, &[100, 121]);
+    bytes[records + 56..][..48].copy_from_slice(&[b'x'; 48]);
+    let rows = records + HEAD;
+    u32s(&mut bytes, rows, &[7, 3]);
+    u32s(&mut bytes, rows + ROW, &[0, 0x72]);
+    u64s(&mut bytes, rows + ROW + 8, &(100..164).collect::<Vec<_>>());
+    u64s(&mut bytes, rows + ROW + 8 * 65, &[1, 2, 3, 4, 5, 7]);
+    u32s(&mut bytes, totals, &[HEAD as u32, 0]);
+    bytes
+}
+
+#[test]
+fn what_a_later_version_adds_is_stepped_over() {
+    let bytes = later();
+    let snapshot = Snapshot::parse(&bytes).unwrap();
+    assert_eq!(snapshot.version(), (1, 9));
+    assert_eq!(
+        (snapshot.leaf_map(), snapshot.tsc_khz(), snapshot.isa()),
+        (None, None, Isa::Svm)
+    );
+    let vcpu = snapshot.vcpus().next().unwrap();
+    assert_eq!(vcpu.name(), "x".repeat(48));
+    assert_eq!((vcpu.phase(), vcpu.latest()), (None, None));
+    let rows: Vec<_> = vcpu.rows().collect();
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].reason(), rows[0].exits()), (Reason::Code(0x72), 1));
+    assert_eq!(
+        Phase::ALL.map(|phase| rows[0].cycles(phase)),
+        [2, 3, 4, 5, 7]
+    );
+    assert!(vcpu.balances());
+    let histogram = snapshot.counters().next().unwrap();
+    assert_eq!(
+        (histogram.kind, histogram.unit),
+        (Kind::Histogram, Unit::Ticks)
+    );
+    assert!(rows[0].numbers(&histogram).eq(100..164));
+    assert_eq!(snapshot.totals().count(), 0);
+}
+
+/// Reads all there is to read.
+fn read_all(bytes: &[u8]) -> Result<u64, Error> {
+    let snapshot = Snapshot::parse(bytes)?;
+    let mut sum = snapshot.now() ^ snapshot.gone() ^ snapshot.unmetered();
+    let mut add = |value: u64| sum = sum.wrapping_add(value);
+    let counters: Vec<_> = snapshot.counters().collect();
+    for vcpu in snapshot.vcpus() {
+        add(vcpu.vm() ^ vcpu.first() ^ u64::from(vcpu.pid() ^ vcpu.id()));
+        add(vcpu.name().len() as u64 + u64::from(vcpu.balances()));
+        add(vcpu.phase().map_or(0, |phase| phase as u64));
+        add(u64::from(vcpu.latest().is_some()));
+    }
+    for row in snapshot
+        .totals()
+        .chain(snapshot.vcpus().flat_map(|vcpu| vcpu.rows()))
+    {
+        add(row.exits());
+        for phase in Phase::ALL {
+            add(row.cycles(phase));
+        }
+        for counter in &counters {
+            row.numbers(counter).for_each(&mut add);
+        }
+    }
+    Ok(sum)
+}
+
+#[test]
+fn what_is_cut_short_is_told() {
+    for size in 0..SAVED.len() {
+        let error = read_all(&SAVED[..size]).unwrap_err();
+        assert!(
+            matches!(error, Error::Truncated { found, .. } if found == size as u64),
+            "{size}: {error}"
+        );
+    }
+}
+
+#[test]
+fn errors_are_sentences() {
+    let with = |offset: usize, bytes: &[u8]| {
+        let mut changed = SAVED.to_vec();
+        changed[offset..offset + bytes.len()].copy_from_slice(bytes);
+        read_all(&changed).unwrap_err().to_string()
+    };
+    assert_eq!(
+        read_all(&SAVED[..1000]).unwrap_err().to_string(),
+        format!(
+            "the snapshot is truncated: it has 1000 bytes and should have {}",
+            SAVED.len()
+        )
+    );
+    assert_eq!(
+        read_all(b"#!/bin/sh").unwrap_err().to_string(),
+        "this is not a snapshot of exitmeter"
+    );
+    assert_eq!(
+        with(8, &[2, 0, 5, 0]),
+        "the snapshot has version 2.5, this tool reads version 1: \
+         use the tool that came with the module"
+    );
+    assert_eq!(
+        with(28, &[9]),
+        "the snapshot names an unknown instruction set extension, 9"
+    );
+    let damaged = |what| format!("the snapshot is damaged: {what}");
+    assert_eq!(with(12, &[127]), damaged("its header is too small"));
+    assert_eq!(with(75, &[1]), damaged("its descriptors lie outside of it"));
+    assert_eq!(with(84, &[0]), damaged("its descriptors lie outside of it"));
+    assert_eq!(
+        with(100, &[8]),
+        damaged("its records or rows are too small")
+    );
+    assert_eq!(
+        with(128 + 8, &[52]),
+        damaged("a counter lies outside of its row")
+    );
+    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (512, 0), (514, 1), (516, 10)] {
+        assert_eq!(
+            with(offset, &[byte]),
+            damaged("a record lies outside of it"),
+            "{offset}"
+        );
+    }
+    assert_eq!(
+        with(128 + 64 + 16, b"q"),
+        "the snapshot lacks the counter 'guest'"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn damaged_bytes_are_read_or_refused(
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
+        later_version in any::<bool>(),
+        in_front in any::<bool>(),
+    ) {
+        let mut bytes = if later_version { later() } else { SAVED.to_vec() };
+        // Half of the time where offsets and sizes stand.
+        let reach = if in_front { 640 } else { bytes.len() };
+        for (place, byte) in damage {
+            bytes[place.index(reach)] = byte;
+        }
+        let _ = read_all(&bytes);
+    }
+
+    #[test]
+    fn any_bytes_are_read_or_refused(tail in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        let _ = read_all(&tail);
+        let mut bytes = SAVED[..128].to_vec();
+        bytes.extend_from_slice(&tail);
+        bytes[16..24].copy_from_slice(&(128 + tail.len() as u64).to_le_bytes());
+        let _ = read_all(&bytes);
+    }
+
+    #[test]
+    fn any_ledgers_read_back(
+        lives in proptest::collection::vec(
+            proptest::collection::vec((0..reasons::SLOTS, 0_u64..1 << 50, 0_u32..5), 0..60),
+            0..8,
+        ),
+        isa in prop_oneof![Just(Isa::Vmx), Just(Isa::Svm)],
+    ) {
+        let mut copies = Vec::new();
+        let mut totals = Totals::new();
+        for life in &lives {
+            let (ledger, mut now) = (ledger(), 7);
+            ledger.begin(now, Phase::Kernel);
+            for &(slot, ticks, phase) in life {
+                now += ticks;
+                ledger.exit(now, Slot::from_index(slot).unwrap());
+                ledger.leave(now + 1, Phase::from_number(phase).unwrap());
+            }
+            copies.push(copy(&ledger));
+            totals.fold(copies.last().unwrap());
+        }
+        let mut bytes = vec![0; size_for(8, 9 * reasons::SLOTS)];
+        let mut encoder = Encoder::new(&mut bytes, Host { isa, ..HOST });
+        for (number, copy) in copies.iter().enumerate() {
+            encoder.vcpu(&identity(number as u64, 1, number as u32), copy);
+        }
+        let size = encoder.finish(&totals, 0).unwrap();
+
+        let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
+        prop_assert_eq!(snapshot.vcpus().count(), copies.len());
+        prop_assert_eq!(snapshot.gone(), copies.len() as u64);
+        for (number, (vcpu, copy)) in snapshot.vcpus().zip(&copies).enumerate() {
+            prop_assert_eq!(vcpu.vm(), number as u64);
+            prop_assert_eq!((vcpu.first(), vcpu.last()), (copy.first, copy.last));
+            prop_assert_eq!(vcpu.phase(), Some(copy.phase()));
+            prop_assert_eq!(vcpu.latest(), Some(Reason::of(isa, copy.slot())));
+            prop_assert!(vcpu.balances());
+            prop_assert_eq!(vcpu.rows().count(), copy.rows().count());
+            for (row, (slot, numbers)) in vcpu.rows().zip(copy.rows()) {
+                prop_assert_eq!(row.reason(), Reason::of(isa, slot));
+                prop_assert_eq!(row.exits(), numbers.exits);
+                prop_assert_eq!(Phase::ALL.map(|phase| row.cycles(phase)), numbers.cycles);
+            }
+        }
+        let exits = |rows: &mut dyn Iterator<Item = u64>| rows.sum::<u64>();
+        prop_assert_eq!(
+            exits(&mut snapshot.totals().map(|row| row.exits())),
+            exits(&mut totals.rows().map(|(_, row)| row.exits))
+        );
+    }
+}

@@ -1,0 +1,226 @@
+//! The guests there are, and how many exits each is known to cause.
+
+use std::{collections::BTreeMap, fmt};
+
+use clap::ValueEnum;
+use exitmeter_meter::reasons::{self, Isa};
+
+use crate::machine::PAGE;
+
+/// What a guest does, `count` times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    /// CPUID of leaf 0.
+    Cpuid,
+    /// OUT to a port that the VMM answers.
+    OutUser,
+    /// IN from a port that the VMM answers.
+    InUser,
+    /// IN from the port of KVM's own speaker.
+    InKernel,
+    /// OUT to a port that is an ioeventfd.
+    OutEventfd,
+    /// HLT that sleeps in KVM until an interrupt, which the VMM sends now and then.
+    HltKernel,
+    /// HLT without an interrupt controller in KVM, so that the VMM gets it.
+    HltUser,
+    /// RDMSR of the microcode's update level.
+    Rdmsr,
+    /// WRMSR of the microcode's update level.
+    Wrmsr,
+    /// MOV to CR0 that flips AM.
+    CrWrite,
+    /// VMCALL on VMX, VMMCALL on SVM.
+    Hypercall,
+    /// INVD.
+    Invd,
+    /// WBINVD.
+    Wbinvd,
+    /// Nothing: a loop that computes.
+    Spin,
+    /// A byte written to a page that was never touched.
+    Touch,
+    /// CPUID of a leaf and subleaf that the VMM chose, the answer handed back.
+    Query,
+}
+
+/// In what mode of the CPU a guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Real mode.
+    Real,
+    /// 64-bit mode at CPL 0.
+    Long,
+    /// 64-bit mode at CPL 3.
+    User,
+}
+
+impl Program {
+    /// Whether the guest can run in a mode: at CPL 3 most of what exits would fault
+    /// instead.
+    pub fn runs_in(self, mode: Mode) -> bool {
+        use Program::*;
+        mode != Mode::User
+            || matches!(
+                self,
+                Cpuid | OutUser | InUser | InKernel | OutEventfd | Spin | Touch | Query
+            )
+    }
+}
+
+/// How many exits a guest causes, by reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expected {
+    isa: Isa,
+    exact: BTreeMap<u32, u64>,
+    /// Reasons that come by the clock or by chance, any number of times.
+    noise: Vec<u32>,
+}
+
+/// The page that holds the code, and the three tables that map it in 64-bit mode.
+fn own_pages(mode: Mode) -> u64 {
+    match mode {
+        Mode::Real => 1,
+        Mode::Long | Mode::User => 4,
+    }
+}
+
+impl Expected {
+    /// What `vcpus` vCPUs cause, each of which runs `program` with `count`, under KVM with
+    /// EPT or NPT and with unrestricted guests.
+    pub fn of(isa: Isa, program: Program, mode: Mode, count: u32, vcpus: u8) -> Self {
+        use Program::*;
+
+        let (count, vcpus) = (u64::from(count), u64::from(vcpus));
+        let io = [30, 0x7b];
+        // The reason of the instruction in the loop: on VMX, on SVM.
+        let looped = match program {
+            Cpuid | Query => Some([10, 0x72]),
+            OutUser | InUser | InKernel | OutEventfd => Some(io),
+            HltKernel | HltUser => Some([12, 0x78]),
+            Rdmsr => Some([31, 0x7c]),
+            Wrmsr => Some([32, 0x7c]),
+            CrWrite => Some([28, 0x65]),
+            Hypercall => Some([18, 0x81]),
+            Invd => Some([13, 0x76]),
+            Wbinvd => Some([54, 0x89]),
+            Spin | Touch => None,
+        };
+        // Each page of guest memory faults once, when it is first touched.
+        let pages = own_pages(mode)
+            + match program {
+                Touch => count,
+                Query => (count * 64).div_ceil(PAGE),
+                // The stack, and what the CPU reads to get to the handler: the vector
+                // table; or the IDT and the GDT.
+                HltKernel if mode == Mode::Real => 2,
+                HltKernel => 3,
+                _ => 0,
+            };
+        let pick = |reasons: [u32; 2]| match isa {
+            Isa::Vmx => reasons[0],
+            Isa::Svm => reasons[1],
+        };
+
+        let mut exact = BTreeMap::new();
+        let mut add = |reasons, count: u64| {
+            *exact.entry(pick(reasons)).or_insert(0) += count * vcpus;
+        };
+        if let Some(reasons) = looped {
+            add(reasons, count);
+        }
+        // The OUT that ends the guest.
+        add(io, 1);
+        add([48, 0x400], pages);
+
+        // The host's interrupts, and the timer by which KVM ends a guest's time slice.
+        let mut noise = match isa {
+            Isa::Vmx => vec![1, 52],
+            Isa::Svm => vec![0x60],
+        };
+        if program == HltKernel {
+            // The interrupt that ends the HLT may come before it, and wait.
+            noise.push(pick([7, 0x64]));
+        }
+        Self { isa, exact, noise }
+    }
+
+    /// The exact number of exits for each reason that is not noise; 0 for all others.
+    pub fn exact(&self) -> &BTreeMap<u32, u64> {
+        &self.exact
+    }
+
+    /// Compares with what was counted.
+    ///
+    /// # Errors
+    ///
+    /// [`Differs`] with every reason whose number is another.
+    pub fn check(&self, counted: &BTreeMap<u32, u64>) -> Result<(), Differs> {
+        let keys = self.exact.keys().chain(counted.keys());
+        let mut differences: Vec<_> = keys
+            .filter(|reason| !self.noise.contains(reason))
+            .map(|reason| {
+                let number = |of: &BTreeMap<u32, u64>| of.get(reason).copied().unwrap_or(0);
+                (*reason, number(&self.exact), number(counted))
+            })
+            .filter(|(_, expected, counted)| expected != counted)
+            .collect();
+        differences.sort_unstable();
+        differences.dedup();
+        if differences.is_empty() {
+            Ok(())
+        } else {
+            Err(Differs {
+                isa: self.isa,
+                differences,
+            })
+        }
+    }
+}
+
+/// Exits were counted that are not those known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Differs {
+    isa: Isa,
+    /// Reason, expected, counted.
+    differences: Vec<(u32, u64, u64)>,
+}
+
+impl fmt::Display for Differs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "exits differ from those known:")?;
+        for (reason, expected, counted) in &self.differences {
+            let name = reasons::name(self.isa, *reason).unwrap_or("?");
+            write!(
+                f,
+                " {reason} ({name}) expected {expected}, counted {counted};"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_may_vary_and_nothing_else() {
+        let expected = Expected::of(Isa::Vmx, Program::Cpuid, Mode::Long, 1000, 2);
+        assert_eq!(
+            expected.exact(),
+            &BTreeMap::from([(10, 2000), (30, 2), (48, 8)])
+        );
+        let mut counted = expected.exact().clone();
+        counted.insert(1, 77);
+        assert_eq!(expected.check(&counted), Ok(()));
+        counted.insert(10, 1999);
+        counted.insert(31, 1);
+        counted.remove(&30);
+        assert_eq!(
+            expected.check(&counted).expect_err("differs").to_string(),
+            "exits differ from those known: 10 (CPUID) expected 2000, counted 1999; \
+             30 (IO_INSTRUCTION) expected 2, counted 0; 31 (MSR_READ) expected 0, counted 1;"
+        );
+    }
+}

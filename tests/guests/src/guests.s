@@ -1,0 +1,159 @@
+# The tiny guests. Each is a loop around one instruction that exits, assembled twice:
+# for real mode (.code16, operands and addresses of 32 bits by prefix) and for 64-bit mode.
+#
+# At the start the VMM has set:
+#   edi  how often to loop, at least 1
+#   esi  an address for guests that touch memory
+# All jumps are relative, so the code runs wherever the VMM puts it. A guest ends with an
+# OUT to port 0xf4, which the VMM takes for the end and never returns from.
+
+# The label of a guest, for code.rs.
+.macro guest name, mode
+.global tiny_\name\()_\mode
+tiny_\name\()_\mode:
+.endm
+
+# Loops to the guest's label 1, and ends it.
+.macro again
+        dec     edi
+        jnz     1b
+        mov     dx, 0xf4
+        out     dx, al
+        ud2
+.endm
+
+# `mode` is 16 or 64; `a` and `s` are the widest RAX and RSI there, `iret` its IRET.
+.macro guests mode, a, s, iret
+guest cpuid \mode
+1:      xor     eax, eax
+        xor     ecx, ecx
+        cpuid
+        again
+
+guest out_user \mode
+        mov     dx, 0x3f0
+1:      out     dx, al
+        again
+
+guest in_user \mode
+        mov     dx, 0x3f0
+1:      in      al, dx
+        again
+
+# The speaker's port, which KVM's own PIT answers.
+guest in_kernel \mode
+1:      in      al, 0x61
+        again
+
+# A port that an ioeventfd takes.
+guest out_eventfd \mode
+        mov     dx, 0x510
+1:      out     dx, al
+        again
+
+# One interrupt ends each HLT. The handler is a bare return: the VMM has set the
+# interrupt controller to acknowledge by itself, so there is no access to it.
+guest hlt_kernel \mode
+1:      sti
+        hlt
+        cli
+        again
+guest interrupt \mode
+        \iret
+
+guest hlt_user \mode
+1:      hlt
+        again
+
+# The update level of the microcode: KVM keeps every guest's own, and ignores writes.
+guest rdmsr \mode
+        mov     ecx, 0x8b
+1:      rdmsr
+        again
+
+guest wrmsr \mode
+        mov     ecx, 0x8b
+        xor     eax, eax
+        xor     edx, edx
+1:      wrmsr
+        again
+
+# CR0.AM belongs to the host, and means nothing at CPL 0.
+guest cr_write \mode
+        mov     \a, cr0
+1:      xor     eax, 0x40000
+        mov     cr0, \a
+        again
+
+# KVM_HC_VAPIC_POLL_IRQ, which does nothing.
+guest vmcall \mode
+1:      mov     eax, 1
+        vmcall
+        again
+
+guest vmmcall \mode
+1:      mov     eax, 1
+        vmmcall
+        again
+
+guest invd \mode
+1:      invd
+        again
+
+guest wbinvd \mode
+1:      wbinvd
+        again
+
+guest spin \mode
+1:      again
+
+# One byte in each of edi pages.
+guest touch \mode
+1:      mov     byte ptr [\s], 1
+        add     esi, 0x1000
+        again
+.endm
+
+.section .rodata.tiny_guests, "a"
+.balign 16
+.global tiny_code
+tiny_code:
+
+.code64
+guests 64, rax, rsi, iretq
+
+# CPUID with all of RAX to RDX set before and handed back: an entry is four numbers of 64
+# bits in, four out.
+guest query 64
+1:      mov     rax, [rsi]
+        mov     rbx, [rsi + 8]
+        mov     rcx, [rsi + 16]
+        mov     rdx, [rsi + 24]
+        cpuid
+        mov     [rsi + 32], rax
+        mov     [rsi + 40], rbx
+        mov     [rsi + 48], rcx
+        mov     [rsi + 56], rdx
+        add     rsi, 64
+        again
+
+.code16
+guests 16, eax, esi, iret
+
+guest query 16
+1:      mov     eax, [esi]
+        mov     ebx, [esi + 8]
+        mov     ecx, [esi + 16]
+        mov     edx, [esi + 24]
+        cpuid
+        mov     [esi + 32], eax
+        mov     [esi + 40], ebx
+        mov     [esi + 48], ecx
+        mov     [esi + 56], edx
+        add     esi, 64
+        again
+
+.global tiny_code_end
+tiny_code_end:
+.code64
+.text

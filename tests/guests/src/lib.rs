@@ -1,0 +1,19 @@
+//! Tiny KVM guests, each a loop around one instruction that exits, and the VMM that runs
+//! them.
+//!
+//! What a guest does is known to the instruction, so how often it exits, and why, is known
+//! too: [`Expected`] says it, for both vendors. Whatever counts exits can be held against
+//! it.
+//!
+//! A VM's every vCPU has a window of 64 KiB of its own, with code, stack, tables and
+//! queries, so that vCPUs share no page and faults can be counted too.
+
+mod catalogue;
+mod code;
+mod machine;
+mod memory;
+
+pub use catalogue::{Differs, Expected, Mode, Program};
+pub use machine::{
+    host_isa, Config, Error, Machine, Quad, Seen, MAX_PAGES, MAX_QUERIES, MAX_VCPUS,
+};

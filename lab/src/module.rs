@@ -1,0 +1,165 @@
+//! `cargo lab build`: the kernel module, built in the Debian root against the tree of a packaged kernel.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread;
+
+use anyhow::Result;
+use rustix::fs::{flock, FlockOperation};
+use thiserror::Error;
+
+use crate::setup::{self, in_root, repository, Prepared, Wanted};
+
+/// What `cargo lab build` takes.
+#[derive(Debug, clap::Args)]
+pub struct BuildArgs {
+    /// Build for this kernel of Debian's, a version or release; the newest of backports if not given
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<String>,
+
+    /// Show what kbuild says even when all is well
+    #[arg(short, long)]
+    verbose: bool,
+
+    /// Arguments for make, such as W=1 or CLIPPY=1
+    #[arg(last = true, value_name = "MAKE-ARG")]
+    make: Vec<String>,
+}
+
+/// Why there is no module.
+#[derive(Debug, Error)]
+pub enum ModuleError {
+    /// The set-up was made without the kernel's tree.
+    #[error("the module needs the kernel's tree, and this set-up was made without it")]
+    NoTree,
+    /// kbuild failed; the output has been shown.
+    #[error("the module could not be built; the messages of the compiler are above")]
+    Failed,
+    /// The module was built with warnings; the output has been shown.
+    #[error("the module was built with warnings, which count as errors; they are above")]
+    Warnings,
+    /// The system refused something.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// `cargo lab build`: prepares what is missing, builds the module, and prints where it is.
+///
+/// # Errors
+///
+/// When the set-up or the build fails, or standard output is closed.
+pub fn command(args: BuildArgs) -> Result<()> {
+    let prepared = setup::prepare(&Wanted {
+        kernel: args.kernel,
+        tree: true,
+        bochs: false,
+    })?;
+    let module = build_with(&prepared, &args.make, args.verbose)?;
+    writeln!(io::stdout(), "{}", module.display())?;
+    Ok(())
+}
+
+/// Builds `exitmeter.ko` as far as it is out of date, and says where it is. Two builds wait for each other.
+///
+/// # Errors
+///
+/// [`ModuleError`]; the output of a build that failed or warned goes to standard error.
+pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
+    build_with(prepared, &[], false)
+}
+
+fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<PathBuf, ModuleError> {
+    let tree = prepared.tree.as_deref().ok_or(ModuleError::NoTree)?;
+    let out = repository().join("build").join(&prepared.release);
+    fs::create_dir_all(&out).map_err(failed_to("make", &out))?;
+    // Held to the end: kbuild does not survive another one in its folder.
+    let lock_path = out.with_file_name(format!("{}.lock", prepared.release));
+    let lock = File::create(&lock_path).map_err(failed_to("open", &lock_path))?;
+    flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|error| failed_to("lock", &lock_path)(error.into()))?;
+
+    let log_path = out.join("make.log");
+    let log = File::create(&log_path).map_err(failed_to("write", &log_path))?;
+    let jobs = thread::available_parallelism().map_or(1, usize::from);
+    let status = in_root(&prepared.root)
+        .bind(repository(), "/src")
+        .bind(tree, "/tree")
+        .command("make")
+        .args(["-C", "/tree", "M=/src", "CC=gcc-14"])
+        .arg(format!("MO=/src/build/{}", prepared.release))
+        .arg(format!("-j{jobs}"))
+        .args(make)
+        .arg("modules")
+        .stdin(Stdio::null())
+        // One file, so that messages keep their order.
+        .stdout(log.try_clone().map_err(failed_to("write", &log_path))?)
+        .stderr(log)
+        .status()
+        .map_err(failed_to("run make in", &prepared.root))?;
+    let text = fs::read(&log_path).map_err(failed_to("read", &log_path))?;
+    let text = String::from_utf8_lossy(&text);
+    let warned = has_warning(&text);
+    if verbose || warned || !status.success() {
+        eprint!("{text}");
+    }
+    if !status.success() {
+        return Err(ModuleError::Failed);
+    }
+    if warned {
+        // Kept, its objects would be up to date, and the next build would have nothing to warn of.
+        fs::remove_dir_all(&out).map_err(failed_to("remove", &out))?;
+        return Err(ModuleError::Warnings);
+    }
+    Ok(out.join("exitmeter.ko"))
+}
+
+/// Whether any of the tools that kbuild runs (gcc, rustc, clippy, objtool, modpost) warned of something.
+fn has_warning(text: &str) -> bool {
+    text.lines()
+        .any(|line| line.to_ascii_lowercase().contains("warning"))
+}
+
+fn failed_to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ModuleError {
+    let path = path.into();
+    move |source| ModuleError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_warning;
+
+    #[test]
+    fn warnings_of_every_tool_count() {
+        for line in [
+            "src/shim.c:12:9: warning: unused variable 'x' [-Wunused-variable]",
+            "warning: unused import: `kernel::prelude`",
+            "WARNING: modpost: missing MODULE_DESCRIPTION() in exitmeter.o",
+            "exitmeter.o: warning: objtool: f+0x1: unreachable instruction",
+        ] {
+            assert!(
+                has_warning(&format!("  CC [M]  src/shim.o\n{line}\n")),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_quiet_build_is_no_warning() {
+        assert!(!has_warning(
+            "make: Entering directory '/tree'\n  RUSTC [M] src/exitmeter_main.o\n  MODPOST Module.symvers\n"
+        ));
+    }
+}

@@ -1,0 +1,247 @@
+//! What has to be there before a host can boot: the Debian root, the packaged kernel, its tree, Bochs.
+//!
+//! Each is the result of one script of the folder scripts/, kept in `$XDG_CACHE_HOME/exitmeter` (or
+//! `~/.cache/exitmeter`). [`prepare`] makes what is missing; see [`engine`] for how it is kept true.
+
+mod command;
+mod engine;
+mod in_root;
+mod progress;
+#[cfg(test)]
+mod tests;
+
+use std::env;
+use std::fs;
+use std::io;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use thiserror::Error;
+
+pub use command::{command, PrepareArgs};
+pub use in_root::{in_root, InRoot};
+
+use crate::interrupt;
+use engine::{Engine, Recipe, Step};
+use progress::Progress;
+
+/// What a run needs, besides the Debian root.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there.
+    pub kernel: Option<String>,
+    /// The kernel's tree, to build modules.
+    pub tree: bool,
+    /// Bochs, for Intel hosts.
+    pub bochs: bool,
+}
+
+/// Where it is. All of these are shared with other runs: not to be written to.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// The Debian root, for [`in_root`].
+    pub root: PathBuf,
+    /// The packaged kernel and its modules; scripts/kernel.sh lists the files.
+    pub kernel: PathBuf,
+    /// Stands for the kernel's content and all that it was made with: for names in a cache.
+    pub kernel_key: String,
+    /// The kernel's name for itself (uname -r).
+    pub release: String,
+    /// The kernel's prepared source, if it was wanted.
+    pub tree: Option<PathBuf>,
+    /// The folder with `bochs`, `bios` and `vgabios`, if it was wanted.
+    pub bochs: Option<PathBuf>,
+}
+
+/// Why the set-up is not there.
+#[derive(Debug, Error)]
+pub enum SetupError {
+    /// The disk is too small.
+    #[error(
+        "{} has {free} MiB free and the set-up needs {needed} MiB more; \
+         free some, or point XDG_CACHE_HOME to a larger disk",
+        folder.display()
+    )]
+    Space {
+        /// The cache.
+        folder: PathBuf,
+        /// What its disk has left, in MiB.
+        free: u64,
+        /// What the steps that are to be made take at their largest, in MiB.
+        needed: u64,
+    },
+    /// There is no place for the cache.
+    #[error(
+        "neither XDG_CACHE_HOME nor HOME is an absolute path; set one, the set-up is kept there"
+    )]
+    NoCache,
+    /// A signal came, or another step failed.
+    #[error("the set-up was interrupted; the next run goes on where it stopped")]
+    Interrupted,
+    /// A script failed.
+    #[error("{reason} (step {step} of the set-up)")]
+    Script {
+        /// The step.
+        step: &'static str,
+        /// The script's own last sentence.
+        reason: String,
+    },
+    /// The system refused something.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl SetupError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+/// The checkout that this program was built from: its scripts and sources are used where they lie.
+pub fn repository() -> &'static Path {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR"));
+    lab.parent().unwrap_or(lab)
+}
+
+/// The folder of all that is made once and kept. Whatever else is cached belongs there too, in folders of its own.
+///
+/// # Errors
+///
+/// [`SetupError::NoCache`] when the environment names no place.
+pub fn cache() -> Result<PathBuf, SetupError> {
+    let folder = |name| {
+        env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    folder("XDG_CACHE_HOME")
+        .or_else(|| folder("HOME").map(|home| home.join(".cache")))
+        .map(|cache| cache.join("exitmeter"))
+        .ok_or(SetupError::NoCache)
+}
+
+/// Makes what is missing of `wanted`, showing its progress on standard error, and says where all of it is.
+///
+/// # Errors
+///
+/// See [`SetupError`]. What is done by then is kept, and the next call goes on from there.
+pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
+    with_engine(|engine| {
+        let plan = Plan::new(engine, wanted)?;
+        plan.make(engine)?;
+        plan.prepared()
+    })
+}
+
+/// Calls `work` with an engine for this checkout's scripts and the user's cache.
+fn with_engine<T, E: From<SetupError>>(
+    work: impl FnOnce(&Engine<'_>) -> Result<T, E>,
+) -> Result<T, E> {
+    let scripts = repository().join("scripts");
+    let cache = cache()?;
+    let progress = Progress::stderr();
+    let interrupts = interrupt::watch();
+    work(&Engine::new(&scripts, &cache, &progress, &interrupts))
+}
+
+/// The steps of one set-up.
+struct Plan {
+    root: Step,
+    kernel: Step,
+    tree: Option<Step>,
+    bochs: Option<Step>,
+}
+
+impl Plan {
+    fn new(engine: &Engine<'_>, wanted: &Wanted) -> Result<Self, SetupError> {
+        let root = engine.step(&Recipe {
+            name: "root",
+            mib: 4500,
+            settings: &[],
+            on: &[],
+        })?;
+        let kernel = engine.step(&Recipe {
+            name: "kernel",
+            mib: 900,
+            settings: &[("KERNEL", wanted.kernel.as_deref().unwrap_or("newest"))],
+            on: &[("ROOT", &root)],
+        })?;
+        let tree = Recipe {
+            name: "tree",
+            mib: 2500,
+            settings: &[],
+            on: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
+        };
+        let bochs = Recipe {
+            name: "bochs",
+            mib: 400,
+            settings: &[],
+            on: &[("ROOT", &root)],
+        };
+        Ok(Self {
+            tree: wanted.tree.then(|| engine.step(&tree)).transpose()?,
+            bochs: wanted.bochs.then(|| engine.step(&bochs)).transpose()?,
+            root,
+            kernel,
+        })
+    }
+
+    fn steps(&self) -> Vec<&Step> {
+        let optional = [&self.tree, &self.bochs];
+        [&self.root, &self.kernel]
+            .into_iter()
+            .chain(optional.into_iter().flatten())
+            .collect()
+    }
+
+    fn make(&self, engine: &Engine<'_>) -> Result<(), SetupError> {
+        engine.check_space(&self.steps())?;
+        engine.make(&self.root)?;
+        // Bochs and what leads to the tree keep two cores busy side by side.
+        let (kernel, bochs) = thread::scope(|scope| {
+            let bochs =
+                scope.spawn(|| self.bochs.as_ref().map_or(Ok(()), |step| engine.make(step)));
+            let kernel = engine.make(&self.kernel);
+            let tree =
+                kernel.and_then(|()| self.tree.as_ref().map_or(Ok(()), |step| engine.make(step)));
+            (
+                tree,
+                bochs.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            )
+        });
+        match (kernel, bochs) {
+            (Ok(()), Ok(())) => Ok(()),
+            // One was stopped because the other failed.
+            (Err(SetupError::Interrupted), Err(error)) => Err(error),
+            (Err(error), _) | (Ok(()), Err(error)) => Err(error),
+        }
+    }
+
+    fn prepared(self) -> Result<Prepared, SetupError> {
+        let release = self.kernel.out.join("release");
+        Ok(Prepared {
+            release: fs::read_to_string(&release)
+                .map_err(SetupError::io("read", &release))?
+                .trim()
+                .into(),
+            root: self.root.out,
+            kernel: self.kernel.out,
+            kernel_key: self.kernel.key,
+            tree: self.tree.map(|step| step.out.join("tree")),
+            bochs: self.bochs.map(|step| step.out),
+        })
+    }
+}

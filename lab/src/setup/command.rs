@@ -1,0 +1,113 @@
+//! `cargo lab prepare`.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{ensure, Context, Result};
+use rustix::fs::{flock, FlockOperation};
+
+use super::engine::{size_of, Engine, Step};
+use super::{with_engine, Plan, Wanted};
+
+/// What `cargo lab prepare` takes.
+#[derive(Debug, clap::Args)]
+pub struct PrepareArgs {
+    /// Debian's kernel: a version (7.2.12) or release (7.2.12+deb13-amd64); the newest of backports if not given
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<String>,
+
+    /// Print each step with the seconds it took when it was made, its size and its folder
+    #[arg(long)]
+    timings: bool,
+
+    /// Remove what other versions of the scripts and other kernels left in the cache
+    #[arg(long)]
+    prune: bool,
+}
+
+/// Makes all that runs need, so that none has to wait for it.
+///
+/// # Errors
+///
+/// When the set-up fails, or standard output is closed.
+pub fn command(args: PrepareArgs) -> Result<()> {
+    let wanted = Wanted {
+        kernel: args.kernel,
+        tree: true,
+        bochs: true,
+    };
+    with_engine(|engine| {
+        let plan = Plan::new(engine, &wanted)?;
+        plan.make(engine)?;
+        let steps = plan.steps();
+        if args.prune {
+            prune(engine, &steps)?;
+        }
+        if args.timings {
+            print_timings(&steps)?;
+        }
+        Ok(())
+    })
+}
+
+fn print_timings(steps: &[&Step]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{:<7}{:>9}{:>7}  folder", "step", "seconds", "MiB")?;
+    for step in steps {
+        writeln!(
+            out,
+            "{:<7}{:>9}{:>7}  {}",
+            step.name,
+            step.seconds().unwrap_or_default(),
+            size_of(&step.out) >> 20,
+            step.out.display()
+        )?;
+    }
+    Ok(())
+}
+
+/// Removes all results but those of `steps`, and leaves those that a run is at.
+fn prune(engine: &Engine<'_>, steps: &[&Step]) -> Result<()> {
+    let mut old = vec![];
+    let mut locks = vec![];
+    for entry in fs::read_dir(engine.cache).context("cannot read the cache")? {
+        let path = entry.context("cannot read the cache")?.path();
+        if is_old(&path, steps) {
+            let (_, lock) = engine.lock_file(&path)?;
+            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                locks.push(lock);
+                old.push(path);
+            }
+        }
+    }
+    if old.is_empty() {
+        return Ok(());
+    }
+    // Without root, the files of a root belong to the user's sub-ids.
+    let status = Command::new("bash")
+        .args(["-c", r#". "$0/common.sh" && as_root rm -rf -- "$@""#])
+        .arg(engine.scripts)
+        .args(&old)
+        .status()
+        .context("cannot run bash")?;
+    ensure!(status.success(), "cannot remove all old results; see above");
+    for path in old {
+        engine.progress.note(&format!("removed {}", path.display()));
+    }
+    Ok(())
+}
+
+/// Whether a path is the result of one of `steps` as it was made by other scripts or for another kernel.
+fn is_old(path: &PathBuf, steps: &[&Step]) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let of_a_step = |step: &&&Step| {
+        name.strip_prefix(step.name)
+            .and_then(|rest| rest.strip_prefix('-'))
+            .is_some_and(|key| key.len() == step.key.len())
+    };
+    path.is_dir()
+        && steps.iter().any(|step| of_a_step(&step))
+        && steps.iter().all(|step| step.out != *path)
+}

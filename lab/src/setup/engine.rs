@@ -1,0 +1,453 @@
+//! Runs the steps of the set-up. A step is a script that fills one folder of the cache.
+//!
+//! The folder's name holds a hash of all that the result depends on, so nothing is ever out of date, and a change of
+//! a script makes what it makes anew. A folder counts only when it holds the marker [`COMPLETE`], which is written
+//! last; a script that finds its folder half done goes on with it.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{flock, FlockOperation};
+use rustix::io::Errno;
+use rustix::process::{kill_process_group, Pid, Signal};
+use sha2::{Digest, Sha256};
+
+use super::progress::{Progress, Row};
+use super::SetupError;
+use crate::interrupt::Interrupts;
+
+/// The marker of a whole result; it holds the seconds that the step took.
+pub const COMPLETE: &str = ".complete";
+
+/// What every script stands on besides itself.
+const SHARED: [&str; 2] = ["common.sh", "in-root.sh"];
+
+/// How often a running step looks whether it has to stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What a script gets to end in order, once it was told to.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What a step is made from.
+pub struct Recipe<'a> {
+    /// The script is `<name>.sh`; the files `patches/<name>-*` go into the result too.
+    pub name: &'static str,
+    /// What the result takes at its largest, in MiB.
+    pub mib: u64,
+    /// The variables that the result depends on.
+    pub settings: &'a [(&'static str, &'a str)],
+    /// The steps this one stands on, each by the variable that tells the script where its result is.
+    pub on: &'a [(&'static str, &'a Step)],
+}
+
+/// A step of which it is known what its result is called.
+#[derive(Debug)]
+pub struct Step {
+    /// Its name among the steps.
+    pub name: &'static str,
+    /// Twelve hexadecimal digits that stand for all that the result depends on.
+    pub key: String,
+    /// Its result.
+    pub out: PathBuf,
+    mib: u64,
+    script: PathBuf,
+    environment: Vec<(&'static str, OsString)>,
+}
+
+/// Where steps are made.
+pub struct Engine<'a> {
+    /// The folder of the scripts.
+    pub scripts: &'a Path,
+    /// The folder of the results.
+    pub cache: &'a Path,
+    /// Where the work shows.
+    pub progress: &'a Progress,
+    /// What ends it early.
+    pub interrupts: &'a Interrupts,
+    /// A step failed, so the others stop as well.
+    failed: AtomicBool,
+}
+
+impl Step {
+    /// The seconds that the step took, once its result is whole.
+    pub fn seconds(&self) -> Option<u64> {
+        // An empty marker comes from a machine that lost its power: its folder is as doubtful.
+        let text = fs::read_to_string(self.out.join(COMPLETE)).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// Whether the result is whole.
+    pub fn is_complete(&self) -> bool {
+        self.seconds().is_some()
+    }
+}
+
+impl<'a> Engine<'a> {
+    /// An engine for the scripts of one folder and the results of another.
+    pub fn new(
+        scripts: &'a Path,
+        cache: &'a Path,
+        progress: &'a Progress,
+        interrupts: &'a Interrupts,
+    ) -> Self {
+        Self {
+            scripts,
+            cache,
+            progress,
+            interrupts,
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Finds out what the result of `recipe` is called. Nothing is made yet.
+    pub fn step(&self, recipe: &Recipe<'_>) -> Result<Step, SetupError> {
+        let script = self.scripts.join(format!("{}.sh", recipe.name));
+        let mut key = Key::default();
+        key.file(&script)?;
+        for name in SHARED {
+            key.file(&self.scripts.join(name))?;
+        }
+        for patch in self.patches(recipe.name)? {
+            key.file(&patch)?;
+        }
+        let mut environment = vec![];
+        for &(name, value) in recipe.settings {
+            key.add(name, value.as_bytes());
+            environment.push((name, value.into()));
+        }
+        for &(name, step) in recipe.on {
+            key.add(name, step.key.as_bytes());
+            environment.push((name, step.out.clone().into_os_string()));
+        }
+        let key = key.finish();
+        Ok(Step {
+            name: recipe.name,
+            out: self.cache.join(format!("{}-{key}", recipe.name)),
+            key,
+            mib: recipe.mib,
+            script,
+            environment,
+        })
+    }
+
+    /// The patches that belong to a step, in order.
+    fn patches(&self, name: &str) -> Result<Vec<PathBuf>, SetupError> {
+        let folder = self.scripts.join("patches");
+        let prefix = format!("{name}-");
+        let mut found = vec![];
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+            entries => entries.map_err(SetupError::io("read", &folder))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(SetupError::io("read", &folder))?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                found.push(entry.path());
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// Fails when the disk cannot hold what those of `steps` add to it that are not made yet.
+    pub fn check_space(&self, steps: &[&Step]) -> Result<(), SetupError> {
+        let needed: u64 = steps
+            .iter()
+            .filter(|step| !step.is_complete())
+            .map(|step| step.mib.saturating_sub(size_of(&step.out) >> 20))
+            .sum();
+        if needed == 0 {
+            return Ok(());
+        }
+        fs::create_dir_all(self.cache).map_err(SetupError::io("make", self.cache))?;
+        let disk = rustix::fs::statvfs(self.cache).map_err(|error| {
+            SetupError::io("ask for the free space of", self.cache)(error.into())
+        })?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize) >> 20;
+        if free < needed {
+            return Err(SetupError::Space {
+                folder: self.cache.into(),
+                free,
+                needed,
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes the result of `step` unless it is whole already. When another run is at it, waits for that.
+    pub fn make(&self, step: &Step) -> Result<(), SetupError> {
+        if step.is_complete() {
+            return Ok(());
+        }
+        let result = self.make_alone(step);
+        if result.is_err() {
+            self.failed.store(true, Ordering::SeqCst);
+        }
+        result
+    }
+
+    fn make_alone(&self, step: &Step) -> Result<(), SetupError> {
+        fs::create_dir_all(&step.out).map_err(SetupError::io("make", &step.out))?;
+        let row = self.progress.row(step.name);
+        let mut size = Size::of(&step.out);
+        let lock = self.lock(step, &row, &mut size)?;
+        if step.is_complete() {
+            row.finish(size_of(&step.out));
+            return Ok(());
+        }
+
+        let started = Instant::now();
+        let jobs = thread::available_parallelism().map_or(1, usize::from);
+        let mut child = Command::new("bash")
+            .arg(&step.script)
+            .envs(step.environment.iter().map(|(name, value)| (name, value)))
+            .env("OUT", &step.out)
+            .env("EXITMETER_CACHE", self.cache)
+            .env("JOBS", jobs.to_string())
+            // Reads as nothing, and whatever outlives this process keeps the lock as long as it works.
+            .stdin(Stdio::from(
+                lock.try_clone()
+                    .map_err(SetupError::io("lock", &step.out))?,
+            ))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // So that all of it can be ended together, and Ctrl-C reaches this process alone.
+            .process_group(0)
+            .spawn()
+            .map_err(SetupError::io("run", &step.script))?;
+        let stages = lines(child.stdout.take());
+        let complaint = text(child.stderr.take());
+
+        let status = loop {
+            match stages.recv_timeout(TICK) {
+                Ok(stage) => row.stage(&stage, size.now()),
+                Err(RecvTimeoutError::Timeout) => row.tick(size.now()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    thread::sleep(TICK);
+                    row.tick(size.now());
+                }
+            }
+            if self.has_to_stop() {
+                stop(&mut child);
+                return Err(SetupError::Interrupted);
+            }
+            if let Some(status) = child
+                .try_wait()
+                .map_err(SetupError::io("wait for", &step.script))?
+            {
+                break status;
+            }
+        };
+        // Both end with the last process that the script left behind: until then its folder may change.
+        for stage in stages {
+            row.stage(&stage, size.now());
+        }
+        let complaint = complaint.join().unwrap_or_default();
+        if !status.success() {
+            return Err(self.failure(step, status, &complaint));
+        }
+        self.complete(step, started.elapsed())?;
+        drop(lock);
+        row.finish(size_of(&step.out));
+        Ok(())
+    }
+
+    fn has_to_stop(&self) -> bool {
+        self.interrupts.seen() || self.failed.load(Ordering::SeqCst)
+    }
+
+    /// Takes the lock of a step, which ends with the last process that has it open.
+    fn lock(&self, step: &Step, row: &Row<'_>, size: &mut Size<'_>) -> Result<File, SetupError> {
+        let (path, file) = self.lock_file(&step.out)?;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(Errno::WOULDBLOCK) => row.stage("another run makes this; waiting", size.now()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(SetupError::io("lock", &path)(error.into())),
+            }
+            thread::sleep(TICK);
+            row.tick(size.now());
+            if self.has_to_stop() {
+                return Err(SetupError::Interrupted);
+            }
+        }
+    }
+
+    /// The file that the makers of a result lock: not in it, since a script may empty its folder, and never removed,
+    /// since two runs could lock two files of one name otherwise.
+    pub fn lock_file(&self, out: &Path) -> Result<(PathBuf, File), SetupError> {
+        let folder = self.cache.join("locks");
+        fs::create_dir_all(&folder).map_err(SetupError::io("make", &folder))?;
+        let path = folder.join(out.file_name().unwrap_or_default());
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .read(true)
+            .open(&path)
+            .map_err(SetupError::io("open", &path))?;
+        Ok((path, file))
+    }
+
+    /// What to tell of a script that failed: its own last sentence if it has one, the rest as lines that stay.
+    fn failure(&self, step: &Step, status: ExitStatus, complaint: &str) -> SetupError {
+        let mut lines: Vec<&str> = complaint.lines().collect();
+        let sentence = lines
+            .iter()
+            .rposition(|line| line.starts_with("exitmeter: "))
+            .map(|at| lines.remove(at).trim_start_matches("exitmeter: "));
+        if !lines.is_empty() {
+            self.progress.note(&lines.join("\n"));
+        }
+        SetupError::Script {
+            step: step.name,
+            reason: sentence.map_or_else(
+                || {
+                    format!(
+                        "{} ended with {status}; try again, and if that does not help, remove {}",
+                        step.script.display(),
+                        step.out.display()
+                    )
+                },
+                |sentence| sentence.trim_end_matches('.').into(),
+            ),
+        }
+    }
+
+    /// Marks the result of a step as whole, once the disk has all of it.
+    fn complete(&self, step: &Step, took: Duration) -> Result<(), SetupError> {
+        let folder = File::open(&step.out).map_err(SetupError::io("open", &step.out))?;
+        rustix::fs::syncfs(&folder)
+            .map_err(|error| SetupError::io("write", &step.out)(error.into()))?;
+        let marker = step.out.join(COMPLETE);
+        // Seconds begun count: nothing takes none.
+        let seconds = took.as_secs() + 1;
+        fs::write(&marker, format!("{seconds}\n")).map_err(SetupError::io("write", &marker))
+    }
+}
+
+/// The size of a folder on the disk, in bytes; what may not be looked into counts nothing.
+pub fn size_of(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| Some((entry.metadata().ok()?, entry)))
+        .map(|(metadata, entry)| {
+            let within = if metadata.is_dir() {
+                size_of(&entry.path())
+            } else {
+                0
+            };
+            metadata.blocks() * 512 + within
+        })
+        .sum()
+}
+
+/// Watches the size of a growing folder without spending much time on it.
+struct Size<'a> {
+    folder: &'a Path,
+    bytes: u64,
+    next: Instant,
+}
+
+impl<'a> Size<'a> {
+    fn of(folder: &'a Path) -> Self {
+        Self {
+            folder,
+            bytes: 0,
+            next: Instant::now(),
+        }
+    }
+
+    /// The size in bytes, some seconds old at most.
+    fn now(&mut self) -> u64 {
+        let start = Instant::now();
+        if start >= self.next {
+            self.bytes = size_of(self.folder);
+            let cost = start.elapsed();
+            // A fiftieth of one core.
+            self.next = start + (cost * 50).max(Duration::from_secs(1));
+        }
+        self.bytes
+    }
+}
+
+#[derive(Default)]
+struct Key(Sha256);
+
+impl Key {
+    /// Lengths go in as well, so that no two different inputs look alike.
+    fn add(&mut self, name: &str, content: &[u8]) {
+        for part in [name.as_bytes(), content] {
+            self.0.update((part.len() as u64).to_le_bytes());
+            self.0.update(part);
+        }
+    }
+
+    fn file(&mut self, path: &Path) -> Result<(), SetupError> {
+        let content = fs::read(path).map_err(SetupError::io("read", path))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        self.add(&name, &content);
+        Ok(())
+    }
+
+    fn finish(self) -> String {
+        self.0.finalize()[..6]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    }
+}
+
+/// The lines of a pipe, as they come. The channel closes with the pipe.
+fn lines(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let lines = pipe
+            .map(BufReader::new)
+            .into_iter()
+            .flat_map(BufRead::lines);
+        for line in lines.map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+/// All the text of a pipe, once it closes.
+fn text(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = vec![];
+        if let Some(mut pipe) = pipe {
+            // What came before an error is still worth showing.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Ends a script and all that it started.
+fn stop(child: &mut Child) {
+    let group = Pid::from_child(child);
+    // It can only fail when nothing is left to be told.
+    let _ = kill_process_group(group, Signal::TERM);
+    let told = Instant::now();
+    while told.elapsed() < GRACE && matches!(child.try_wait(), Ok(None)) {
+        thread::sleep(TICK);
+    }
+    let _ = kill_process_group(group, Signal::KILL);
+    let _ = child.wait();
+}

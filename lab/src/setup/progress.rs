@@ -1,0 +1,301 @@
+//! What the set-up shows while it works: for each running step its stage, the size of its result, and the time.
+//!
+//! On a terminal the lines are renewed in place. Elsewhere a line is written when a stage begins, and one every half
+//! a minute, so that a log shows that something goes on.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const RENEW: Duration = Duration::from_secs(1);
+const REPEAT: Duration = Duration::from_secs(30);
+
+/// The lines of all running steps.
+pub struct Progress {
+    screen: Mutex<Screen>,
+}
+
+struct Screen {
+    out: Box<dyn Write + Send>,
+    /// The width of the terminal in columns, if it is one.
+    terminal: Option<usize>,
+    rows: Vec<RowState>,
+    /// How many lines of the terminal show `rows` now.
+    drawn: usize,
+}
+
+struct RowState {
+    name: &'static str,
+    stage: String,
+    bytes: u64,
+    started: Instant,
+    shown: Instant,
+}
+
+/// The line of one step. Dropped without [`Row::finish`], it is taken away.
+pub struct Row<'a> {
+    progress: &'a Progress,
+    name: &'static str,
+}
+
+impl Progress {
+    /// Progress on standard error.
+    pub fn stderr() -> Self {
+        let stderr = io::stderr();
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+        let terminal = (stderr.is_terminal() && !dumb).then(|| {
+            rustix::termios::tcgetwinsize(&stderr)
+                .map_or(80, |size| usize::from(size.ws_col.max(20)))
+        });
+        Self::new(Box::new(stderr), terminal)
+    }
+
+    /// Progress on `out`, which is a terminal of so many columns or none.
+    pub fn new(out: Box<dyn Write + Send>, terminal: Option<usize>) -> Self {
+        Self {
+            screen: Mutex::new(Screen {
+                out,
+                terminal,
+                rows: Vec::new(),
+                drawn: 0,
+            }),
+        }
+    }
+
+    /// Opens the line of a step. No two open lines have the same name.
+    pub fn row(&self, name: &'static str) -> Row<'_> {
+        let now = Instant::now();
+        self.with(|screen| {
+            screen.rows.push(RowState {
+                name,
+                stage: String::from("starting"),
+                bytes: 0,
+                started: now,
+                shown: now,
+            });
+        });
+        Row {
+            progress: self,
+            name,
+        }
+    }
+
+    /// Writes lines that stay.
+    pub fn note(&self, text: &str) {
+        self.with(|screen| screen.write(text));
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Screen)) {
+        change(&mut self.screen.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Row<'_> {
+    /// The step entered another stage; its result has so many bytes now.
+    pub fn stage(&self, stage: &str, bytes: u64) {
+        self.change(|screen, index| {
+            let row = &mut screen.rows[index];
+            if row.stage != stage {
+                stage.clone_into(&mut row.stage);
+                row.bytes = bytes;
+                screen.show(index);
+            }
+        });
+    }
+
+    /// Time passed; the step's result has so many bytes now.
+    pub fn tick(&self, bytes: u64) {
+        self.change(|screen, index| {
+            let due = if screen.terminal.is_some() {
+                RENEW
+            } else {
+                REPEAT
+            };
+            let row = &mut screen.rows[index];
+            row.bytes = bytes;
+            if row.shown.elapsed() >= due {
+                screen.show(index);
+            }
+        });
+    }
+
+    /// The step is done: its line stays and says so.
+    pub fn finish(self, bytes: u64) {
+        self.change(|screen, index| {
+            let mut row = screen.rows.remove(index);
+            row.stage = String::from("ready");
+            row.bytes = bytes;
+            let line = row.line();
+            screen.write(&line);
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Screen, usize)) {
+        self.progress.with(|screen| {
+            if let Some(index) = screen.rows.iter().position(|row| row.name == self.name) {
+                change(screen, index);
+            }
+        });
+    }
+}
+
+impl Drop for Row<'_> {
+    fn drop(&mut self) {
+        self.change(|screen, index| {
+            screen.rows.remove(index);
+            screen.draw("");
+        });
+    }
+}
+
+impl Screen {
+    /// Shows the row anew.
+    fn show(&mut self, index: usize) {
+        self.rows[index].shown = Instant::now();
+        if self.terminal.is_some() {
+            self.draw("");
+        } else {
+            let line = self.rows[index].line();
+            self.write(&line);
+        }
+    }
+
+    /// Writes lines that stay, above those that are renewed.
+    fn write(&mut self, text: &str) {
+        self.draw(&format!("{}\n", text.trim_end()));
+    }
+
+    /// Renews the lines of a terminal, with `above` before them. That progress cannot be written is no reason to
+    /// stop the work.
+    fn draw(&mut self, above: &str) {
+        let mut text = String::new();
+        if self.drawn > 0 {
+            text.push_str(&format!("\x1b[{}A\x1b[J", self.drawn));
+        }
+        text.push_str(above);
+        if let Some(columns) = self.terminal {
+            for row in &self.rows {
+                // A line that wraps could not be taken back.
+                text.extend(row.line().chars().take(columns - 1));
+                text.push('\n');
+            }
+            self.drawn = self.rows.len();
+        }
+        let _ = self
+            .out
+            .write_all(text.as_bytes())
+            .and_then(|()| self.out.flush());
+    }
+}
+
+impl RowState {
+    fn line(&self) -> String {
+        format!(
+            "{:<7}{:<50}{:>6} MiB {:>5} s",
+            self.name,
+            self.stage,
+            self.bytes >> 20,
+            self.started.elapsed().as_secs()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{mpsc, Arc};
+
+    struct Pipe(mpsc::Sender<u8>);
+
+    impl Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            for &byte in bytes {
+                self.0.send(byte).map_err(io::Error::other)?;
+            }
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What a piece of work writes to a terminal of so many columns, or to a file.
+    fn written(terminal: Option<usize>, work: impl FnOnce(&Progress)) -> String {
+        let (sender, bytes) = mpsc::channel();
+        let progress = Progress::new(Box::new(Pipe(sender)), terminal);
+        work(&progress);
+        drop(progress);
+        String::from_utf8(bytes.iter().collect()).unwrap()
+    }
+
+    #[test]
+    fn a_log_gets_one_line_for_each_stage() {
+        let text = written(None, |progress| {
+            let row = progress.row("root");
+            row.stage("fetching", 5 << 20);
+            row.tick(6 << 20);
+            row.stage("fetching", 6 << 20);
+            row.stage("unpacking", 7 << 20);
+            row.finish(8 << 20);
+        });
+        let words: Vec<Vec<&str>> = text
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(
+            words,
+            [
+                ["root", "fetching", "5", "MiB", "0", "s"],
+                ["root", "unpacking", "7", "MiB", "0", "s"],
+                ["root", "ready", "8", "MiB", "0", "s"],
+            ]
+        );
+    }
+
+    #[test]
+    fn a_terminal_is_renewed_in_place_and_no_line_wraps() {
+        let text = written(Some(40), |progress| {
+            let tree = progress.row("tree");
+            tree.stage(&"long ".repeat(20), 0);
+            let bochs = progress.row("bochs");
+            bochs.stage("compiling", 0);
+            tree.finish(0);
+            drop(bochs);
+        });
+        assert!(
+            text.contains("\x1b[2A\x1b[Jtree   ready"),
+            "the two lines make room for the one that stays: {text:?}"
+        );
+        assert!(
+            text.ends_with("\x1b[1A\x1b[J"),
+            "a step that was given up leaves no line: {text:?}"
+        );
+        let longest = text
+            .lines()
+            .filter(|line| line.contains("long"))
+            .map(|line| line.trim_start_matches("\x1b[1A\x1b[J").len());
+        assert_eq!(longest.max(), Some(39));
+    }
+
+    #[test]
+    fn notes_stand_above_the_lines() {
+        let text = written(Some(80), |progress| {
+            let row = progress.row("root");
+            row.stage("fetching", 0);
+            progress.note("a word");
+            drop(row);
+        });
+        assert!(text.contains("\x1b[1A\x1b[Ja word\nroot   fetching"));
+    }
+
+    #[test]
+    fn a_closed_output_does_not_stop_the_work() {
+        let (sender, bytes) = mpsc::channel();
+        drop(bytes);
+        let progress = Arc::new(Progress::new(Box::new(Pipe(sender)), None));
+        let row = progress.row("root");
+        row.stage("fetching", 0);
+        row.finish(0);
+    }
+}

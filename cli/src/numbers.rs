@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Numbers as people read them.
+
+/// A number with a comma at every third digit.
+pub fn exact(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A number in about three digits: `907`, `12.3k`, `4.02G`.
+pub fn rough(number: u64) -> String {
+    if number < 1000 {
+        return number.to_string();
+    }
+    let mut value = number as f64;
+    for suffix in ["", "k", "M", "G", "T", "P", "E"] {
+        if value < 999.5 {
+            let decimals = match value {
+                value if value < 9.995 => 2,
+                value if value < 99.95 => 1,
+                _ => 0,
+            };
+            return format!("{value:.decimals$}{suffix}");
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.0}Z")
+}
+
+/// A part of a whole in percent; a dash when there is no whole.
+pub fn share(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".to_owned();
+    }
+    format!("{:.1}%", part as f64 * 100.0 / whole as f64)
+}
+
+/// A sum by the number of its parts, rounded; a dash when there are none.
+pub fn mean(sum: u64, count: u64) -> String {
+    match (sum.saturating_add(count / 2)).checked_div(count) {
+        Some(mean) => exact(mean),
+        None => "-".to_owned(),
+    }
+}
+
+/// Ticks as time when the frequency is known, else as ticks.
+pub fn time(ticks: u64, khz: Option<u32>) -> String {
+    let Some(khz) = khz else {
+        return format!("{} ticks", rough(ticks));
+    };
+    let seconds = ticks as f64 / (f64::from(khz) * 1000.0);
+    match seconds {
+        s if s < 999.5e-9 => format!("{:.0} ns", s * 1e9),
+        s if s < 999.5e-6 => format!("{:.0} us", s * 1e6),
+        s if s < 999.5e-3 => format!("{:.0} ms", s * 1e3),
+        s if s < 99.95 => format!("{s:.1} s"),
+        s if s < 5999.5 => format!("{:.0} min {:.0} s", (s / 60.0).floor(), (s % 60.0).floor()),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
+/// A bar for a part of a whole that would fill `width` characters.
+pub fn bar(part: u64, whole: u64, width: u32) -> String {
+    const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
+    if part == 0 || whole == 0 {
+        return String::new();
+    }
+    let share = (part as f64 / whole as f64).min(1.0);
+    // Something that is there can be seen.
+    let eighths = ((share * f64::from(width) * 8.0).round() as usize).max(1);
+    let (full, rest) = (eighths / 8, eighths % 8);
+    "█".repeat(full) + EIGHTHS.get(rest).unwrap_or(&"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        let exactly = [0, 999, 1000, 1_234_567, u64::MAX].map(exact);
+        assert_eq!(
+            exactly,
+            [
+                "0",
+                "999",
+                "1,000",
+                "1,234,567",
+                "18,446,744,073,709,551,615"
+            ]
+        );
+        let roughly = [
+            0,
+            999,
+            1000,
+            9_994,
+            9_995,
+            99_949,
+            999_499,
+            999_500,
+            4_020_000_000,
+        ];
+        let roughly = roughly.map(rough);
+        assert_eq!(
+            roughly,
+            ["0", "999", "1.00k", "9.99k", "10.0k", "99.9k", "999k", "1.00M", "4.02G"]
+        );
+        assert_eq!(rough(u64::MAX), "18.4E");
+        assert_eq!(
+            [share(1, 3), share(0, 5), share(1, 0)],
+            ["33.3%", "0.0%", "-"]
+        );
+        assert_eq!([mean(10, 4), mean(3, 0)], ["3", "-"]);
+    }
+
+    #[test]
+    fn ticks_become_time() {
+        let time = |ticks| time(ticks, Some(1_000_000));
+        let times = [
+            7,
+            70_000,
+            70_000_000,
+            7_000_000_000,
+            125_000_000_000,
+            7_200_000_000_000,
+        ];
+        assert_eq!(
+            times.map(time),
+            ["7 ns", "70 us", "70 ms", "7.0 s", "2 min 5 s", "2.0 h"]
+        );
+        assert_eq!(super::time(7_000, None), "7.00k ticks");
+    }
+
+    #[test]
+    fn bars_have_their_length() {
+        assert_eq!(bar(1, 2, 4), "██");
+        assert_eq!(bar(1, 1_000_000, 4), "▏");
+        assert_eq!(bar(9, 16, 2), "█▏");
+        assert_eq!([bar(0, 7, 4), bar(3, 0, 4)], ["", ""]);
+        assert_eq!(bar(9, 3, 2), "██");
+    }
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The exit reasons that there are.
+
+use exitmeter_meter::reasons::{self, Isa, Slot};
+use serde::Serialize;
+
+use crate::{
+    model::isa_name,
+    report,
+    table::{
+        Side::{Left, Right},
+        Table,
+    },
+};
+
+/// The reasons of one ISA.
+#[derive(Clone, Debug, Serialize)]
+pub struct List {
+    /// `vmx` or `svm`.
+    #[serde(serialize_with = "isa_name")]
+    pub isa: Isa,
+    /// The reasons, by their codes.
+    pub reasons: Vec<Entry>,
+}
+
+/// A reason.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Entry {
+    /// VMX's basic exit reason or SVM's exit code.
+    pub code: u32,
+    /// Its name.
+    pub name: &'static str,
+}
+
+/// The reasons of some ISAs.
+pub fn list(isas: &[Isa]) -> Vec<List> {
+    isas.iter()
+        .map(|&isa| {
+            let mut reasons: Vec<_> = defined(isa)
+                .filter_map(|code| reasons::name(isa, code).map(|name| Entry { code, name }))
+                .collect();
+            reasons.sort_by_key(|entry| entry.code);
+            List { isa, reasons }
+        })
+        .collect()
+}
+
+/// The codes that the vendor's manual defines.
+pub(crate) fn defined(isa: Isa) -> impl Iterator<Item = u32> {
+    Slot::all()
+        .filter_map(move |slot| reasons::code(isa, slot))
+        .filter(move |code| reasons::is_defined(isa, *code))
+}
+
+/// The reasons as tables.
+pub fn text(lists: &[List]) -> String {
+    let tables = lists.iter().map(|List { isa, reasons }| {
+        let title = match isa {
+            Isa::Vmx => "VMX: basic exit reasons of Intel's SDM, volume 3, appendix C",
+            Isa::Svm => "SVM: exit codes of AMD's APM, volume 2, appendix C",
+        };
+        let mut table = Table::new([("code", Right), ("name", Left)]);
+        for entry in reasons {
+            table.row([report::code(*isa, Some(entry.code)), entry.name.to_owned()]);
+        }
+        format!("{title}\n\n{table}")
+    });
+    tables.collect::<Vec<_>>().join("\n")
+}

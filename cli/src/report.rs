@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The report of a snapshot, as text.
+
+use std::fmt::Write as _;
+
+use exitmeter_meter::{phase::Phase, reasons::Isa};
+
+use crate::{
+    model::{Host, Label, Ledger, ReasonRow, Report, Vcpu, Vm},
+    numbers::{bar, exact, mean, rough, share, time},
+    table::{
+        Side::{Left, Right},
+        Table,
+    },
+};
+
+/// Characters of a bar for the whole.
+const BAR: u32 = 40;
+
+/// The whole report.
+pub fn text(report: &Report) -> String {
+    let mut text = host(&report.host);
+    if report.unmetered_vcpus != 0 {
+        text += &format!(
+            "not metered: {} (no memory for them, or more than the module's max_vcpus)\n",
+            count(report.unmetered_vcpus, "vCPU")
+        );
+    }
+    if report.vms.is_empty() {
+        text += "\nNo VM runs.\n";
+    }
+    for vm in &report.vms {
+        let exits = count(vm.ledger.exits, "exit");
+        let vcpus = count(vm.vcpus.len() as u64, "vCPU");
+        let Vm { name, pid, .. } = vm;
+        text += &format!("\n{name}, process {pid}: {exits}, {vcpus}\n\n");
+        text += &format!("{}\n", phases(&vm.ledger));
+        text += &format!("{}\n", vcpu_table(&report.host, &vm.vcpus));
+        text += &reason_table(report.host.isa, &vm.ledger).to_string();
+    }
+    let departed = &report.departed;
+    if departed.vcpus_gone != 0 {
+        let exits = count(departed.ledger.exits, "exit");
+        let vcpus = count(departed.vcpus_gone, "vCPU");
+        text += &format!("\ngone: {exits}, {vcpus}\n\n");
+        text += &format!("{}\n", phases(&departed.ledger));
+        text += &reason_table(report.host.isa, &departed.ledger).to_string();
+    }
+    text
+}
+
+/// The line about the host.
+fn host(host: &Host) -> String {
+    let mut text = format!("host: {}, TSC ", host.isa.name().to_uppercase());
+    let _ = match host.tsc_khz {
+        Some(khz) => write!(text, "{:.3} MHz", f64::from(khz) / 1000.0),
+        None => write!(text, "of unknown rate"),
+    };
+    text += if host.tsc_stable { "" } else { ", unstable" };
+    match host.leaf_map {
+        Some(0) => text += ", guests read nothing",
+        map => {
+            let map = map.map_or("?".to_owned(), |map| map.to_string());
+            let scope = if host.host_scope {
+                "the host"
+            } else {
+                "their VM"
+            };
+            text += &format!(", guests read the sums of {scope} by leaf map {map}");
+        }
+    }
+    let age = host.snapshot_tsc.saturating_sub(host.loaded_tsc);
+    text + &format!(", loaded {} ago\n", time(age, host.tsc_khz))
+}
+
+/// Where the time went.
+fn phases(ledger: &Ledger) -> Table {
+    let mut table = Table::new([
+        ("phase", Left),
+        ("cycles", Right),
+        ("share", Right),
+        ("", Left),
+    ]);
+    let whole = ledger.cycles.sum();
+    for phase in Phase::ALL {
+        let cycles = ledger.cycles.of(phase);
+        table.row([
+            phase.name().to_owned(),
+            exact(cycles),
+            share(cycles, whole),
+            bar(cycles, whole, BAR),
+        ]);
+    }
+    table
+}
+
+/// The same of each vCPU, and what it does now.
+fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table {
+    let mut table = Table::new([
+        ("vCPU", Right),
+        ("now", Left),
+        ("exits", Right),
+        ("cycles", Right),
+        ("guest", Right),
+        ("kernel", Right),
+        ("user", Right),
+        ("blocked", Right),
+        ("preempted", Right),
+    ]);
+    for vcpu in vcpus {
+        let whole = vcpu.ledger.cycles.sum();
+        let of = |phase| share(vcpu.ledger.cycles.of(phase), whole);
+        let phase = vcpu.phase.unwrap_or("?");
+        table.row([
+            vcpu.vcpu.to_string(),
+            format!("{phase} for {}", time(vcpu.phase_ticks, host.tsc_khz)),
+            exact(vcpu.ledger.exits),
+            exact(whole),
+            of(Phase::Guest),
+            of(Phase::Kernel),
+            of(Phase::User),
+            of(Phase::Blocked),
+            of(Phase::Preempted),
+        ]);
+    }
+    table
+}
+
+/// What each reason cost. "share" is its part of all kernel cycles; the phases behind it
+/// are the time that vCPUs spent there with this as their latest exit.
+pub(crate) fn reason_table(isa: Isa, ledger: &Ledger) -> Table {
+    let mut table = Table::new([
+        ("code", Right),
+        ("reason", Left),
+        ("exits", Right),
+        ("kernel cycles", Right),
+        ("per exit", Right),
+        ("share", Right),
+        ("guest", Right),
+        ("user", Right),
+        ("blocked", Right),
+        ("preempted", Right),
+    ]);
+    for ReasonRow {
+        label,
+        exits,
+        cycles,
+    } in &ledger.reasons
+    {
+        table.row([
+            code(isa, label.code),
+            name(label),
+            exact(*exits),
+            exact(cycles.kernel),
+            mean(cycles.kernel, *exits),
+            share(cycles.kernel, ledger.cycles.kernel),
+            rough(cycles.guest),
+            rough(cycles.user),
+            rough(cycles.blocked),
+            rough(cycles.preempted),
+        ]);
+    }
+    table
+}
+
+/// A code as its vendor's manual writes it.
+pub(crate) fn code(isa: Isa, code: Option<u32>) -> String {
+    match (isa, code) {
+        (_, None) => String::new(),
+        (Isa::Vmx, Some(code)) => code.to_string(),
+        (Isa::Svm, Some(code)) => format!("{code:#x}"),
+    }
+}
+
+/// A reason's name, or what stands for one.
+fn name(label: &Label) -> String {
+    match (label.kind, label.name) {
+        (_, Some(name)) => name,
+        ("start", _) => "(before the first exit)",
+        ("other", _) => "(other codes)",
+        _ => "(not defined)",
+    }
+    .to_owned()
+}
+
+/// So many of a thing.
+pub(crate) fn count(number: u64, thing: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{} {thing}{plural}", exact(number))
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Where a snapshot comes from.
+
+use std::{
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+};
+
+use exitmeter_meter::reader::{self, Snapshot};
+
+/// The device that gives snapshots.
+pub const DEVICE: &str = "/dev/exitmeter";
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The device is not there.
+    #[error("there is no {DEVICE}: load the module on the host first (insmod exitmeter.ko)")]
+    NoDevice,
+    /// The device may not be opened.
+    #[error("no right to open {DEVICE}: run this as root or as a member of the group kvm")]
+    NoRight,
+    /// A file cannot be read.
+    #[error("cannot read {}: {error}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// What was read is no snapshot for this tool.
+    #[error("{}: {error}", path.display())]
+    NoSnapshot {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: reader::Error,
+    },
+}
+
+/// The bytes of a snapshot: a fresh one from the device, or a saved one.
+///
+/// # Errors
+///
+/// When the file cannot be read.
+pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound if path == Path::new(DEVICE) => Error::NoDevice,
+        ErrorKind::PermissionDenied if path == Path::new(DEVICE) => Error::NoRight,
+        _ => Error::Unreadable {
+            path: path.to_owned(),
+            error,
+        },
+    })
+}
+
+/// The snapshot in the bytes of a file.
+///
+/// # Errors
+///
+/// When they hold none, or one of another version.
+pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
+    Snapshot::parse(bytes).map_err(|error| Error::NoSnapshot {
+        path: path.to_owned(),
+        error,
+    })
+}

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tables for a terminal: columns as wide as what stands in them, two blanks apart.
+
+use std::fmt;
+
+/// On which side of its column a text stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// As words do.
+    Left,
+    /// As numbers do.
+    Right,
+}
+
+/// A table with a line of titles.
+#[derive(Clone, Debug)]
+pub struct Table {
+    sides: Vec<Side>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these columns and no line yet.
+    pub fn new<const N: usize>(columns: [(&str, Side); N]) -> Self {
+        Self {
+            sides: columns.iter().map(|(_, side)| *side).collect(),
+            rows: vec![columns
+                .iter()
+                .map(|(title, _)| (*title).to_owned())
+                .collect()],
+        }
+    }
+
+    /// Adds a line.
+    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
+        debug_assert_eq!(N, self.sides.len());
+        self.rows.push(cells.into());
+    }
+}
+
+/// How wide a text is: of the characters in use here each takes one column.
+fn width(text: &str) -> usize {
+    text.chars().count()
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut widths = vec![0; self.sides.len()];
+        for row in &self.rows {
+            for (widest, cell) in widths.iter_mut().zip(row) {
+                *widest = width(cell).max(*widest);
+            }
+        }
+        for row in &self.rows {
+            let mut line = String::new();
+            for ((cell, side), widest) in row.iter().zip(&self.sides).zip(&widths) {
+                let pad = " ".repeat(widest.saturating_sub(width(cell)));
+                line += &match side {
+                    Side::Left => format!("{cell}{pad}  "),
+                    Side::Right => format!("{pad}{cell}  "),
+                };
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let mut table = Table::new([("reason", Side::Left), ("exits", Side::Right)]);
+        table.row(["HLT".to_owned(), "7".to_owned()]);
+        table.row(["IO_INSTRUCTION".to_owned(), "1,234,567".to_owned()]);
+        table.row(["█▏".to_owned(), String::new()]);
+        assert_eq!(
+            table.to_string(),
+            "\
+reason              exits
+HLT                     7
+IO_INSTRUCTION  1,234,567
+█▏
+"
+        );
+    }
+}

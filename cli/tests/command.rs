@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The command as a whole, run on a saved snapshot.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
+    process::{Command, Output},
+};
+
+const SNAPSHOT: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../src/meter/tests/snapshot-1.0.bin"
+);
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    command.args(args);
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+/// What a run that succeeds prints.
+fn printed(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(output.status.success() && output.stderr.is_empty());
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a run that fails says, and its exit status.
+fn refused(args: &[&str]) -> (Option<i32>, String) {
+    let output = run(args);
+    assert!(output.stdout.is_empty());
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+#[test]
+fn the_report_in_full() {
+    let text = printed(&["report", "--input", SNAPSHOT]);
+    assert_eq!(text, include_str!("report.txt"));
+}
+
+#[test]
+fn the_report_as_json() {
+    let text = printed(&["report", "--json", "--input", SNAPSHOT]);
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["format"], 1);
+    assert_eq!(report["host"]["isa"], "vmx");
+    assert_eq!(report["unmetered_vcpus"], 1);
+    let vm = &report["vms"][0];
+    assert_eq!(
+        (&vm["name"], &vm["pid"]),
+        (&"kvm-1234".into(), &1234.into())
+    );
+    assert_eq!(vm["exits"], 13_124);
+    let vcpu = &vm["vcpus"][1];
+    assert_eq!(vcpu["phase"], "guest");
+    assert_eq!(vcpu["latest"]["name"], "HLT");
+    // Each tick of the vCPU's life stands in one phase of one reason.
+    let number = |value: &serde_json::Value| value.as_u64().unwrap();
+    let life = number(&vcpu["last_tsc"]) - number(&vcpu["first_tsc"]);
+    let cells = vcpu["reasons"].as_array().unwrap().iter();
+    let cells = cells.flat_map(|row| row["cycles"].as_object().unwrap().values());
+    assert_eq!(cells.map(number).sum::<u64>(), life);
+    assert_eq!(
+        vm["reasons"][0],
+        serde_json::json!({
+            "kind": "code", "code": 1, "name": "EXTERNAL_INTERRUPT", "exits": 5191,
+            "cycles": {
+                "guest": 5191 * 40_000_u64, "kernel": 5191 * 2_100_u64,
+                "user": 0, "blocked": 0, "preempted": 0,
+            },
+        })
+    );
+    assert_eq!(report["departed"]["vcpus_gone"], 1);
+    assert_eq!(report["departed"]["reasons"][0]["name"], "IO_INSTRUCTION");
+}
+
+#[test]
+fn the_reasons() {
+    let text = printed(&["reasons", "--isa", "svm"]);
+    assert!(text.contains("\n      0x72  CPUID\n"), "{text}");
+    assert!(!text.contains("EPT_VIOLATION"));
+    let lists: serde_json::Value = serde_json::from_str(&printed(&["reasons", "--json"])).unwrap();
+    assert_eq!(lists[0]["reasons"].as_array().unwrap().len(), 78);
+    assert_eq!(lists[1]["isa"], "svm");
+}
+
+#[test]
+fn each_error_is_one_sentence_with_its_remedy() {
+    if !Path::new("/dev/exitmeter").exists() {
+        let (status, text) = refused(&["report"]);
+        assert_eq!(status, Some(1));
+        assert_eq!(
+            text,
+            "exitmeter: there is no /dev/exitmeter: load the module on the host first \
+             (insmod exitmeter.ko)\n"
+        );
+    }
+    let (status, text) = refused(&["report", "--input", "/nowhere"]);
+    assert_eq!(status, Some(1));
+    assert_eq!(
+        text,
+        "exitmeter: cannot read /nowhere: No such file or directory (os error 2)\n"
+    );
+    let (status, text) = refused(&["report", "--input", "/proc/self/cmdline"]);
+    assert_eq!(status, Some(1));
+    assert_eq!(
+        text,
+        "exitmeter: /proc/self/cmdline: this is not a snapshot of exitmeter\n"
+    );
+    let (status, text) = refused(&["report", "--nonsense"]);
+    assert_eq!(status, Some(2));
+    assert!(text.contains("--nonsense"));
+}
+
+#[test]
+fn a_machine_without_a_meter_is_told_from_one_with() {
+    let output = run(&["guest"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    if output.status.success() {
+        assert!(text.is_empty());
+    } else {
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(
+            text,
+            "exitmeter: no meter answers CPUID leaf 0x4FFFFFF0: run this in a VM whose host has \
+             exitmeter.ko loaded, with a leaf_map other than 0\n"
+        );
+    }
+}
+
+#[test]
+fn a_closed_pipe_is_quiet() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(ours);
+    let output = command(&["report", "--input", SNAPSHOT])
+        .stdout(OwnedFd::from(theirs))
+        .output()
+        .unwrap();
+    assert!(output.status.success() && output.stderr.is_empty());
+}
+
+#[test]
+fn a_full_disk_is_told() {
+    let full = std::fs::File::create("/dev/full").unwrap();
+    let output = command(&["report", "--input", SNAPSHOT])
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        text,
+        "exitmeter: cannot write to the standard output: \
+         No space left on device (os error 28)\n"
+    );
+}
+
+#[test]
+fn every_command_has_examples() {
+    for name in ["report", "guest", "reasons"] {
+        let text = printed(&[name, "--help"]);
+        assert!(text.contains("Examples:\n  exitmeter "), "{text}");
+    }
+    assert!(printed(&["--help"]).contains("Exit status:"));
+}

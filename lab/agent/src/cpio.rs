@@ -1,0 +1,183 @@
+//! Archives for the kernel's initramfs, in the format "newc".
+//!
+//! Everything in them belongs to root and has no date, so that the same content gives the same bytes.
+
+use std::io::{self, Read, Write};
+
+/// Writes an archive.
+#[derive(Debug)]
+pub struct Archive<W> {
+    target: W,
+    written: u64,
+    inode: u32,
+}
+
+impl<W: Write> Archive<W> {
+    /// Starts an archive.
+    pub fn new(target: W) -> Self {
+        Self {
+            target,
+            written: 0,
+            inode: 0,
+        }
+    }
+
+    /// How many bytes the archive has by now.
+    pub fn size(&self) -> u64 {
+        self.written
+    }
+
+    /// Adds a folder. The folders above it have to be there already.
+    ///
+    /// # Errors
+    ///
+    /// Those of the target.
+    pub fn folder(&mut self, path: &str, permissions: u32) -> io::Result<()> {
+        self.entry(path, 0o040_000 | permissions, 0)
+    }
+
+    /// Adds a symbolic link.
+    ///
+    /// # Errors
+    ///
+    /// Those of the target.
+    pub fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
+        self.entry(path, 0o120_777, to.len() as u64)?;
+        self.data(to.as_bytes())?;
+        self.pad(4)
+    }
+
+    /// Adds a file with `size` bytes of `content`.
+    ///
+    /// # Errors
+    ///
+    /// Those of the two ends; a content that is not as long as `size` says, or longer than 4 GiB.
+    pub fn file(
+        &mut self,
+        path: &str,
+        permissions: u32,
+        size: u64,
+        content: impl Read,
+    ) -> io::Result<()> {
+        self.entry(path, 0o100_000 | permissions, size)?;
+        let copied = io::copy(&mut content.take(size), &mut self.target)?;
+        self.written += copied;
+        if copied != size {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("{path} has {copied} bytes and not {size}"),
+            ));
+        }
+        self.pad(4)
+    }
+
+    /// Adds a file that is at hand.
+    ///
+    /// # Errors
+    ///
+    /// Those of the target.
+    pub fn bytes(&mut self, path: &str, permissions: u32, content: &[u8]) -> io::Result<()> {
+        self.file(path, permissions, content.len() as u64, content)
+    }
+
+    /// Ends the archive with enough zeros that its size is `rest` modulo `block`, which is a multiple of 4 as
+    /// `rest` is; gives the target back.
+    ///
+    /// # Errors
+    ///
+    /// Those of the target.
+    pub fn finish(mut self, block: u64, rest: u64) -> io::Result<W> {
+        self.entry("TRAILER!!!", 0, 0)?;
+        let missing = (rest + block - self.written % block) % block;
+        io::copy(&mut io::repeat(0).take(missing), &mut self.target)?;
+        self.target.flush()?;
+        Ok(self.target)
+    }
+
+    fn entry(&mut self, path: &str, mode: u32, size: u64) -> io::Result<()> {
+        let path = path.trim_start_matches('/');
+        let size = u32::try_from(size).map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("{path} is too large for an initramfs"),
+            )
+        })?;
+        self.inode += 1;
+        let fields = [
+            self.inode,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            size,
+            0,
+            0,
+            0,
+            0,
+            // CAST: no path has 4 GiB.
+            path.len() as u32 + 1,
+            0,
+        ];
+        let mut header = b"070701".to_vec();
+        for field in fields {
+            header.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        header.extend_from_slice(path.as_bytes());
+        header.push(0);
+        self.data(&header)?;
+        self.pad(4)
+    }
+
+    fn data(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.target.write_all(bytes)?;
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn pad(&mut self, block: u64) -> io::Result<()> {
+        let missing = (block - self.written % block) % block;
+        for _ in 0..missing {
+            self.data(&[0])?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Archive<Vec<u8>> {
+        let mut archive = Archive::new(Vec::new());
+        archive.folder("/bin", 0o755).unwrap();
+        archive.bytes("/bin/true", 0o755, b"#!/bin/sh\n").unwrap();
+        archive.link("/bin/yes", "true").unwrap();
+        archive
+    }
+
+    #[test]
+    fn the_archive_is_as_the_format_says() {
+        let bytes = sample().finish(4, 0).unwrap();
+        let file = b"070701\
+            00000002000081ed000000000000000000000001000000000000000a\
+            000000000000000000000000000000000000000900000000bin/true";
+        // The numbers above are what GNU cpio writes for the same file (but for inode and date).
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        assert!(text.contains(&*String::from_utf8_lossy(file)), "{text:?}");
+        assert!(bytes.starts_with(b"070701"));
+        assert_eq!(bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn the_end_is_where_it_is_wanted() {
+        assert_eq!(sample().finish(4096, 512).unwrap().len() % 4096, 512);
+        assert_eq!(sample().finish(4096, 0).unwrap().len() % 4096, 0);
+    }
+
+    #[test]
+    fn a_content_that_is_too_short_is_refused() {
+        let mut archive = Archive::new(Vec::new());
+        assert!(archive.file("x", 0o644, 5, &b"four"[..]).is_err());
+    }
+}

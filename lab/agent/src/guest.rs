@@ -1,0 +1,452 @@
+//! The command `guest` of the host: a real Linux guest under KVM, and commands run in it.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::{Args, Parser, Subcommand};
+use lab_agent::channel::{Item, Message, Receiver, Sender};
+use lab_agent::cpio::Archive;
+use lab_agent::settings;
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::fs::{flock, FlockOperation};
+use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+
+/// The guest's VMM: QEMU's smallest machine, KVM's in-kernel interrupt controllers, and two serial ports.
+const VMM: &str = "/usr/bin/qemu-system-x86_64-microvm";
+
+/// The guest's kernel command line, before what `--append` adds.
+const COMMAND_LINE: &str =
+    "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
+     reboot=t panic=-1 random.trust_cpu=on";
+
+/// A command that could not be run has this status, as with `env` and `timeout`.
+const FAILED: u8 = 125;
+
+/// Boots Linux guests under KVM, and runs commands in them.
+#[derive(Debug, Parser)]
+#[command(name = "guest")]
+struct Guest {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Starts a guest, and waits until it takes commands.
+    Boot(Boot),
+    /// Runs a command in a guest; its output and status become those of this command (125: it could not be run).
+    Run {
+        #[command(flatten)]
+        which: Which,
+        /// The command; several words are put together with blanks, for the guest's shell.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Restarts a guest, and waits until it takes commands again.
+    Reboot(Which),
+    /// Ends a guest's VMM, and waits until it is gone.
+    Stop(Which),
+    /// Prints the process of a guest's VMM; KVM names the VM kvm-PID.
+    Pid(Which),
+}
+
+#[derive(Args, Debug)]
+struct Which {
+    /// Which guest.
+    #[arg(long, default_value = "guest", value_parser = name)]
+    name: String,
+    /// How many of the host's seconds to wait.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    timeout: u64,
+}
+
+#[derive(Args, Debug)]
+struct Boot {
+    #[command(flatten)]
+    which: Which,
+    /// How many vCPUs it has.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vcpus: u32,
+    /// How much memory it has, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    memory: u32,
+    /// More for the guest kernel's command line.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    append: String,
+    /// More arguments for the VMM, such as `-cpu host,-x2apic`.
+    #[arg(last = true)]
+    vmm: Vec<String>,
+}
+
+/// A name becomes part of file names.
+fn name(text: &str) -> Result<String, String> {
+    if !text.is_empty()
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+    {
+        Ok(text.to_owned())
+    } else {
+        Err("a guest's name has letters, digits, - and _ only".to_owned())
+    }
+}
+
+/// Runs the command line.
+pub fn command() -> ExitCode {
+    let done = match Guest::parse().verb {
+        Verb::Boot(options) => boot(&options),
+        Verb::Run { which, command } => run(&which, &command.join(" ")),
+        Verb::Reboot(which) => restart(&which),
+        Verb::Stop(which) => stop(&which),
+        Verb::Pid(which) => Files::of(&which).pid().map(|pid| {
+            println!("{}", pid.as_raw_nonzero());
+            0
+        }),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("guest: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Where a guest's things are.
+struct Files {
+    name: String,
+    folder: PathBuf,
+    console: PathBuf,
+    vmm_log: PathBuf,
+}
+
+impl Files {
+    fn of(which: &Which) -> Self {
+        let name = &which.name;
+        let out = std::env::var_os("OUT").map_or_else(|| settings::OUT.into(), PathBuf::from);
+        Self {
+            name: name.clone(),
+            folder: Path::new("/run/guests").join(name),
+            console: out.join(format!("{name}.console.log")),
+            vmm_log: out.join(format!("{name}.vmm.log")),
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.join("commands")
+    }
+
+    /// The VMM's process, as long as it lives.
+    fn pid(&self) -> Result<Pid> {
+        let alive = || {
+            let pid = fs::read_to_string(self.folder.join("pid"))
+                .ok()?
+                .parse()
+                .ok()
+                .and_then(Pid::from_raw)?;
+            let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+            // A zombie is the same as none.
+            let state = stat.rsplit_once(')')?.1.trim_start().chars().next()?;
+            (state != 'Z' && state != 'X').then_some(pid)
+        };
+        alive().with_context(|| {
+            format!(
+                "there is no guest {}; start one with: guest boot --name {}",
+                self.name, self.name
+            )
+        })
+    }
+
+    /// The VMM ended, or the guest says nothing: what there is to see of it.
+    fn describe(&self) -> String {
+        let mut text = String::new();
+        for path in [&self.vmm_log, &self.console] {
+            let tail = tail(path);
+            if !tail.trim().is_empty() {
+                let _ = write!(
+                    text,
+                    "\n--- the end of {}:\n{}",
+                    path.display(),
+                    tail.trim_end()
+                );
+            }
+        }
+        text
+    }
+}
+
+fn tail(path: &Path) -> String {
+    const ENOUGH: u64 = 2000;
+    let read = || -> io::Result<String> {
+        let mut file = File::open(path)?;
+        let size = file.metadata()?.len();
+        file.seek(SeekFrom::Start(size.saturating_sub(ENOUGH)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    read().unwrap_or_default()
+}
+
+fn boot(options: &Boot) -> Result<u8> {
+    let started = Instant::now();
+    let files = Files::of(&options.which);
+    ensure!(
+        files.pid().is_err(),
+        "the guest {} runs already; end it with: guest stop --name {}",
+        files.name,
+        files.name
+    );
+    ensure!(
+        Path::new("/dev/kvm").exists(),
+        "the host has no /dev/kvm; load kvm_intel or kvm_amd"
+    );
+    if files.folder.exists() {
+        fs::remove_dir_all(&files.folder)?;
+    }
+    fs::create_dir_all(&files.folder)?;
+    let initramfs = files.folder.join("initramfs");
+    pack(&initramfs).context("the guest's initramfs cannot be written")?;
+
+    let mut command = Command::new(VMM);
+    command
+        .args([
+            "-M",
+            "microvm,rtc=on,pit=off,pic=off",
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+        ])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args([
+            "-m",
+            &options.memory.to_string(),
+            "-smp",
+            &options.vcpus.to_string(),
+        ])
+        .args(["-kernel", settings::GUEST_KERNEL, "-initrd"])
+        .arg(&initramfs)
+        .args(["-append", &format!("{COMMAND_LINE} {}", options.append)])
+        .args([
+            "-chardev",
+            &format!("file,id=console,path={}", files.console.display()),
+        ])
+        .args(["-serial", "chardev:console"])
+        .args([
+            "-chardev",
+            &format!(
+                "socket,id=commands,path={},server=on,wait=off",
+                files.socket().display()
+            ),
+        ])
+        .args(["-device", "isa-serial,chardev=commands,index=1"]);
+    if options.vcpus > 1 {
+        // SeaBIOS's way of counting vCPUs needs them to run at the same time.
+        command.args(["-bios", "qboot.rom"]);
+    }
+    let log = File::create(&files.vmm_log)?;
+    command
+        .args(&options.vmm)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    // SAFETY: only a call that is allowed between fork and exec. The guest outlives the shell that started it.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            Ok(())
+        });
+    }
+    let mut vmm = command
+        .spawn()
+        .with_context(|| format!("{VMM} cannot be started"))?;
+    fs::write(files.folder.join("pid"), vmm.id().to_string())?;
+
+    let deadline = started + Duration::from_secs(options.which.timeout);
+    let line = loop {
+        match UnixStream::connect(files.socket()) {
+            Ok(line) => break line,
+            Err(_) if vmm.try_wait()?.is_none() && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            Err(_) => bail!("the VMM did not start{}", files.describe()),
+        }
+    };
+    let mut line = Line::new(line, deadline)?;
+    line.wait_for(&Message::Hello, &files)?;
+    eprintln!(
+        "guest: {} is up after {:.1} s",
+        files.name,
+        started.elapsed().as_secs_f64()
+    );
+    Ok(0)
+}
+
+/// The guest's initramfs: what the lab packed, and this program as its first process.
+fn pack(path: &Path) -> Result<()> {
+    let mut target = File::create(path)?;
+    let mut base = File::open(settings::GUEST_INITRAMFS)?;
+    let size = io::copy(&mut base, &mut target)?;
+    let mut archive = Archive::new(target);
+    let agent = File::open("/proc/self/exe")?;
+    archive.file("bin/guest-init", 0o755, agent.metadata()?.len(), agent)?;
+    // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
+    archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
+    Ok(())
+}
+
+fn run(which: &Which, command: &str) -> Result<u8> {
+    let files = Files::of(which);
+    let mut line = Line::to(&files, which)?;
+    let number = std::process::id().into();
+    line.send(&Message::Run {
+        number,
+        command: command.as_bytes().to_vec(),
+    })?;
+    // What an interrupted `guest run` left on the line comes first.
+    line.wait_for(&Message::Started(number), &files)?;
+    let (mut stdout, mut stderr) = (io::stdout().lock(), io::stderr().lock());
+    loop {
+        match line.next(&files)? {
+            Item::Message(Message::Stdout(bytes)) => {
+                stdout.write_all(&bytes)?;
+                stdout.flush()?;
+            }
+            Item::Message(Message::Stderr(bytes)) => stderr.write_all(&bytes)?,
+            Item::Message(Message::Verdict(status)) => {
+                return Ok(u8::try_from(status).unwrap_or(u8::MAX));
+            }
+            Item::Message(Message::Hello) => bail!("the guest restarted{}", files.describe()),
+            Item::Damage(text) => bail!("the line to the guest is damaged: {text}"),
+            Item::Message(_) | Item::Noise(_) => {}
+        }
+    }
+}
+
+fn restart(which: &Which) -> Result<u8> {
+    let started = Instant::now();
+    let files = Files::of(which);
+    let mut line = Line::to(&files, which)?;
+    line.send(&Message::Reboot)?;
+    line.wait_for(&Message::Hello, &files)?;
+    eprintln!(
+        "guest: {} is up again after {:.1} s",
+        files.name,
+        started.elapsed().as_secs_f64()
+    );
+    Ok(0)
+}
+
+fn stop(which: &Which) -> Result<u8> {
+    let files = Files::of(which);
+    let pid = files.pid()?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    pidfd_send_signal(&pidfd, Signal::TERM)?;
+    if !wait_for(&pidfd, Instant::now() + Duration::from_secs(10))? {
+        pidfd_send_signal(&pidfd, Signal::KILL)?;
+        ensure!(
+            wait_for(&pidfd, Instant::now() + Duration::from_secs(which.timeout))?,
+            "the VMM of guest {} does not end",
+            files.name
+        );
+    }
+    fs::remove_dir_all(&files.folder)?;
+    Ok(0)
+}
+
+/// Waits until there is something to read, or the end; gives whether that came before the deadline.
+fn wait_for(source: &impl AsFd, deadline: Instant) -> Result<bool> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let mut sources = [PollFd::new(source, PollFlags::IN)];
+    loop {
+        match poll(&mut sources, Some(&Timespec::try_from(left)?)) {
+            Ok(count) => return Ok(count > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The line to a guest, for one user at a time.
+struct Line {
+    sender: Sender<UnixStream>,
+    receiver: Receiver,
+    stream: UnixStream,
+    items: VecDeque<Item>,
+    deadline: Instant,
+    /// Held as long as this lives; none while the guest boots, when nobody else knows it.
+    _turn: Option<File>,
+}
+
+impl Line {
+    fn new(stream: UnixStream, deadline: Instant) -> Result<Self> {
+        Ok(Self {
+            sender: Sender::new(stream.try_clone()?),
+            receiver: Receiver::new(),
+            stream,
+            items: VecDeque::new(),
+            deadline,
+            _turn: None,
+        })
+    }
+
+    fn to(files: &Files, which: &Which) -> Result<Self> {
+        files.pid()?;
+        let turn = File::create(files.folder.join("turn"))?;
+        flock(&turn, FlockOperation::LockExclusive)?;
+        let stream = UnixStream::connect(files.socket())
+            .with_context(|| format!("the VMM of guest {} does not answer", files.name))?;
+        let mut line = Self::new(stream, Instant::now() + Duration::from_secs(which.timeout))?;
+        line._turn = Some(turn);
+        Ok(line)
+    }
+
+    fn send(&mut self, message: &Message) -> Result<()> {
+        self.sender
+            .send(message)
+            .context("the guest cannot be spoken to")
+    }
+
+    /// What came next.
+    fn next(&mut self, files: &Files) -> Result<Item> {
+        loop {
+            if let Some(item) = self.items.pop_front() {
+                return Ok(item);
+            }
+            if !wait_for(&self.stream, self.deadline)? {
+                bail!(
+                    "the guest {} did not answer in time{}",
+                    files.name,
+                    files.describe()
+                );
+            }
+            let mut bytes = [0; 4096];
+            match self.stream.read(&mut bytes)? {
+                0 => bail!("the VMM of guest {} ended{}", files.name, files.describe()),
+                length => self.items.extend(self.receiver.receive(&bytes[..length])),
+            }
+        }
+    }
+
+    /// Passes over everything before `message`, and that.
+    fn wait_for(&mut self, message: &Message, files: &Files) -> Result<()> {
+        while !matches!(self.next(files)?, Item::Message(got) if got == *message) {}
+        Ok(())
+    }
+}

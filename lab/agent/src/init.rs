@@ -1,0 +1,228 @@
+//! The first process: of the host, and of the guest in it.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{symlink, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use lab_agent::channel::{Item, Message, Receiver, Sender};
+use lab_agent::settings::{self, Settings, Task};
+use rustix::fs::OFlags;
+use rustix::mount::{mount, MountFlags};
+use rustix::system::{reboot, RebootCommand};
+use rustix::termios::{tcgetattr, tcsetattr, OptionalActions};
+
+use crate::child::{self, KernelLog};
+use crate::modules;
+use crate::port::Port;
+
+/// The guest's line for commands: its second serial port. The first is its console.
+const GUEST_LINE: &str = "/dev/ttyS1";
+
+/// Runs the host: mounts, modules, the script; then ends it. Never returns in a host that is in order.
+pub fn host() -> ExitCode {
+    if let Err(error) = run_host() {
+        // Where the port cannot be used, the console is all there is; the lab sees a host without a verdict.
+        let text = format!("lab: {error:#}");
+        eprintln!("{text}");
+        if let Ok(port) = Port::open() {
+            let _ = Sender::new(port).send(&Message::Failure(text));
+        }
+    }
+    end(RebootCommand::PowerOff)
+}
+
+fn run_host() -> Result<()> {
+    mount_all()?;
+    let mut sender = Sender::new(Port::open().context("the port to the lab cannot be opened")?);
+    sender.send(&Message::Hello)?;
+    let settings =
+        fs::read(settings::PATH).with_context(|| format!("{} cannot be read", settings::PATH))?;
+    let settings: Settings = serde_json::from_slice(&settings)
+        .with_context(|| format!("{} cannot be read", settings::PATH))?;
+    let mut log = KernelLog::open().context("the kernel log cannot be opened")?;
+    log.drain(&mut |message| sender.send(&message))?;
+
+    if let Some(module) = &settings.kvm {
+        sender.send(&Message::Stage(format!("loading {}", module.name)))?;
+        let loaded = modules::load(&module.name, &module.parameters);
+        log.drain(&mut |message| sender.send(&message))?;
+        loaded?;
+    }
+    fs::create_dir_all(settings::OUT)?;
+    let mut command = match &settings.task {
+        Task::Run(words) => {
+            sender.send(&Message::Stage(format!("running {}", words.join(" "))))?;
+            let (program, arguments) = words.split_first().context("there is nothing to run")?;
+            let mut command = Command::new(program);
+            command.args(arguments);
+            command
+        }
+        Task::Shell => {
+            sender.send(&Message::Stage("a shell".to_owned()))?;
+            return shell();
+        }
+    };
+    environment(&mut command);
+    let status = child::run(command, Some(&mut log), &mut |message| {
+        sender.send(&message)
+    })
+    .with_context(|| format!("{:?} cannot be run", settings.task))?;
+    send_folder(&mut sender, Path::new(settings::OUT), Path::new(""))?;
+    log.drain(&mut |message| sender.send(&message))?;
+    sender.send(&Message::Verdict(status))?;
+    Ok(())
+}
+
+/// What host and guest give to a command.
+fn environment(command: &mut Command) {
+    command
+        .current_dir(settings::HOME)
+        .env_clear()
+        .env("PATH", "/usr/local/bin:/usr/bin:/bin:/sbin")
+        .env("HOME", settings::HOME)
+        .env("OUT", settings::OUT)
+        .env("TERM", "linux")
+        .env("LANG", "C.UTF-8");
+}
+
+/// A shell on the console, until it ends.
+fn shell() -> Result<()> {
+    let mut command = Command::new("/bin/sh");
+    command.arg("-l");
+    environment(&mut command);
+    let console = File::options().read(true).write(true).open("/dev/ttyS0")?;
+    command
+        .stdin(console.try_clone()?)
+        .stdout(console.try_clone()?)
+        .stderr(console);
+    // SAFETY: only calls that are allowed between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+            Ok(())
+        });
+    }
+    command.spawn()?.wait()?;
+    Ok(())
+}
+
+/// Runs the guest: mounts, then commands as they come, until the VMM ends it.
+pub fn guest() -> ExitCode {
+    if let Err(error) = run_guest() {
+        eprintln!("guest: {error:#}");
+    }
+    end(RebootCommand::Restart)
+}
+
+fn run_guest() -> Result<()> {
+    mount_all()?;
+    let mut line = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NOCTTY.bits() as i32)
+        .open(GUEST_LINE)
+        .with_context(|| format!("{GUEST_LINE} cannot be opened"))?;
+    let mut mode = tcgetattr(&line)?;
+    mode.make_raw();
+    tcsetattr(&line, OptionalActions::Flush, &mode)?;
+
+    let mut sender = Sender::new(line.try_clone()?);
+    let mut receiver = Receiver::new();
+    sender.send(&Message::Hello)?;
+    let mut bytes = [0; 4096];
+    loop {
+        let length = line.read(&mut bytes)?;
+        for item in receiver.receive(&bytes[..length]) {
+            match item {
+                Item::Message(Message::Run { number, command }) => {
+                    sender.send(&Message::Started(number))?;
+                    let mut shell = Command::new("/bin/sh");
+                    shell.arg("-c").arg(std::ffi::OsString::from_vec(command));
+                    environment(&mut shell);
+                    let status = child::run(shell, None, &mut |message| sender.send(&message))?;
+                    sender.send(&Message::Verdict(status))?;
+                }
+                Item::Message(Message::Reboot) => return Ok(()),
+                // The sender notices that no answer comes.
+                Item::Message(_) | Item::Noise(_) | Item::Damage(_) => {}
+            }
+        }
+    }
+}
+
+/// Sends the files of a folder and of those in it; `path` is what the lab knows it by.
+fn send_folder(sender: &mut Sender<Port>, folder: &Path, path: &Path) -> Result<()> {
+    let mut names: Vec<_> = fs::read_dir(folder)?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<io::Result<_>>()?;
+    names.sort();
+    for name in names {
+        let (source, path) = (folder.join(&name), path.join(&name));
+        // A file may go while we look: the script may have left something running.
+        let Ok(facts) = fs::symlink_metadata(&source) else {
+            continue;
+        };
+        if facts.is_dir() {
+            send_folder(sender, &source, &path)?;
+        } else if facts.is_file() {
+            sender.send(&Message::File {
+                mode: facts.permissions().mode(),
+                path: path.into_os_string().into_encoded_bytes(),
+            })?;
+            let mut file = File::open(&source)?;
+            let mut piece = vec![0; 1 << 15];
+            let mut sent = 0;
+            // No further than it was when we looked: it may grow as fast as we read.
+            while sent < facts.size() {
+                let length = file.read(&mut piece)?;
+                if length == 0 {
+                    break;
+                }
+                sender.send(&Message::FileData(piece[..length].to_vec()))?;
+                sent += length as u64;
+            }
+            sender.send(&Message::FileEnd(sent))?;
+        }
+    }
+    Ok(())
+}
+
+/// The file systems that every Linux has.
+fn mount_all() -> Result<()> {
+    for (kind, target) in [
+        ("devtmpfs", "/dev"),
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("tmpfs", "/tmp"),
+        ("tmpfs", "/run"),
+        ("devpts", "/dev/pts"),
+        ("debugfs", "/sys/kernel/debug"),
+        ("tracefs", "/sys/kernel/tracing"),
+    ] {
+        // Those of /sys are there already; where one is not, mount says so.
+        let _ = fs::create_dir_all(target);
+        mount(kind, target, kind, MountFlags::empty(), None)
+            .with_context(|| format!("{kind} cannot be mounted at {target}"))?;
+    }
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+        ("stderr", "fd/2"),
+    ] {
+        symlink(target, Path::new("/dev").join(name))?;
+    }
+    Ok(())
+}
+
+/// Ends the machine.
+fn end(command: RebootCommand) -> ExitCode {
+    let _ = reboot(command);
+    ExitCode::FAILURE
+}

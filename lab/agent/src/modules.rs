@@ -1,0 +1,66 @@
+//! Loading kernel modules, with those that they need.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{bail, Context, Result};
+use rustix::io::Errno;
+
+/// Loads `name` (as in modules.dep, without folder and `.ko`) with `parameters`, after all it depends on.
+/// What is loaded already stays as it is.
+pub fn load(name: &str, parameters: &str) -> Result<()> {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let folder = Path::new("/lib/modules").join(release);
+    let list = folder.join("modules.dep");
+    let list =
+        fs::read_to_string(&list).with_context(|| format!("{} cannot be read", list.display()))?;
+    let Some((path, needs)) = find(&list, name) else {
+        bail!("the host has no module {name}");
+    };
+    // The list gives what is needed with the deepest last.
+    for need in needs.split_whitespace().rev() {
+        insert(&folder.join(need), "")?;
+    }
+    insert(&folder.join(path), parameters)
+}
+
+/// The line of modules.dep for a module: its path and what it needs.
+fn find<'a>(list: &'a str, name: &str) -> Option<(&'a str, &'a str)> {
+    list.lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(path, _)| Path::new(path).file_stem().and_then(|stem| stem.to_str()) == Some(name))
+}
+
+fn insert(path: &Path, parameters: &str) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("{} cannot be read", path.display()))?;
+    match rustix::system::finit_module(&file, &CString::new(parameters)?, 0) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error).with_context(|| {
+            format!(
+                "{} cannot be loaded with the parameters \"{parameters}\"",
+                path.display()
+            )
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_module_is_found_by_its_name() {
+        let list = "kernel/virt/lib/irqbypass.ko:\n\
+                    kernel/arch/x86/kvm/kvm.ko: kernel/virt/lib/irqbypass.ko\n";
+        assert_eq!(
+            super::find(list, "kvm"),
+            Some((
+                "kernel/arch/x86/kvm/kvm.ko",
+                " kernel/virt/lib/irqbypass.ko"
+            ))
+        );
+        assert_eq!(super::find(list, "vm"), None);
+    }
+}

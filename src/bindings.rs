@@ -15,12 +15,12 @@
     non_upper_case_globals,
     rustdoc::all,
     unreachable_pub,
-    unnecessary_transmutes,
     unsafe_op_in_unsafe_fn,
     unused_qualifications,
     reason = "generated code"
 )]
-#![allow(unknown_lints, reason = "two compilers with different lints read this file")]
+
+use kernel::ffi;
 
 include!(env!("EXITMETER_BINDINGS"));
 

@@ -32,15 +32,15 @@ use kernel::{
 };
 
 use crate::{
-    answer,
-    bindings,
+    bindings, cpuid,
     meter::{
         leaves::Registers,
         phase::Phase,
-        reasons::Isa, //
+        reasons::Isa,
+        snapshot::NAME_SIZE, //
     },
     registry::{
-        Identity,
+        Owner,
         Registry, //
     },
 };
@@ -88,9 +88,9 @@ impl Vcpu<'_> {
         self.0.get() as usize
     }
 
-    /// Who this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as
+    /// Whose this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as
     /// that of a trust domain, whose state the TDX module keeps.
-    pub(crate) fn identity(&self) -> Option<Identity> {
+    pub(crate) fn owner(&self) -> Option<Owner> {
         let vcpu = self.0.get();
         // SAFETY: KVM sets `kvm` before the first event of a vCPU and keeps the VM at
         // least as long as the vCPU.
@@ -101,11 +101,11 @@ impl Vcpu<'_> {
         if u32::from(vm_type) == bindings::KVM_X86_TDX_VM {
             return None;
         }
-        let mut name = [0; Identity::NAME];
+        let mut name = [0; NAME_SIZE];
         for (to, from) in name.iter_mut().zip(stats_id) {
             *to = from as u8;
         }
-        Some(Identity {
+        Some(Owner {
             vm: kvm as usize,
             name,
             pid: pid as u32,
@@ -151,7 +151,7 @@ impl Vcpu<'_> {
             (RDX, answer.edx),
         ] {
             // SAFETY: The vCPU is held by this thread, which is between exit and entry.
-            unsafe { (*vcpu).arch.regs[register & 7] = u64::from(value) };
+            unsafe { (*vcpu).arch.regs[register & 7] = value as c_ulong };
         }
     }
 
@@ -240,7 +240,8 @@ impl Tracepoints {
         to_result(unsafe { bindings::exitmeter_attach_exit(exit, data) })
             .inspect_err(|_| pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n"))?;
         // SAFETY: As above.
-        if let Err(error) = to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), data) })
+        if let Err(error) =
+            to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), data) })
         {
             pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n");
             // SAFETY: Attached above.
@@ -290,9 +291,13 @@ impl Function {
         Self::attach(registry, c"kvm_arch_vcpu_put", on_put, false)
     }
 
-    /// Hooks `kvm_arch_vcpu_destroy()`: a vCPU ends.
+    /// Hooks `kvm_mmu_destroy()`: a vCPU ends.
+    ///
+    /// Not `kvm_arch_vcpu_destroy()`, which calls this last of all: in between VMX loads
+    /// and puts the vCPU once more, to free what it keeps for nested guests. A vCPU let go
+    /// before that would be taken in again, and its ledger would outlive it.
     pub(crate) fn vcpu_destroy(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm_arch_vcpu_destroy", on_destroy, false)
+        Self::attach(registry, c"kvm_mmu_destroy", on_destroy, false)
     }
 
     fn attach(
@@ -316,16 +321,12 @@ impl Function {
                     bindings::exitmeter_attach_function(slot, name.as_ptr().cast(), redirect)
                 };
                 to_result(ret).inspect_err(|error| {
-                    pr_err!(
-                        "function {} cannot be hooked ({:?}): {}\n",
-                        name.to_str().unwrap_or("?"),
-                        error,
-                        if *error == EBUSY {
-                            "another module or a live patch redirects it; unload that first"
-                        } else {
-                            "it must be in kvm.ko and traceable by ftrace"
-                        }
-                    )
+                    let why = if *error == EBUSY {
+                        "another module or a live patch redirects it; unload that first"
+                    } else {
+                        "it must be in kvm.ko and traceable by ftrace"
+                    };
+                    pr_err!("function {} cannot be hooked ({:?}): {}\n", name, error, why);
                 })
             }),
             _registry: registry,
@@ -343,12 +344,8 @@ impl PinnedDrop for Function {
 }
 
 /// The type of ftrace's callbacks.
-type Callback = unsafe extern "C" fn(
-    c_ulong,
-    c_ulong,
-    *mut bindings::ftrace_ops,
-    *mut bindings::ftrace_regs,
-);
+type Callback =
+    unsafe extern "C" fn(c_ulong, c_ulong, *mut bindings::ftrace_ops, *mut bindings::ftrace_regs);
 
 /// What a callback of ftrace is given, as safe values: the registry, and the vCPU that
 /// is the first argument of each function that is hooked.
@@ -402,7 +399,7 @@ unsafe extern "C" fn on_put(
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_arch_vcpu_destroy()`.
+/// For ftrace alone, as a callback for `kvm_mmu_destroy()`.
 unsafe extern "C" fn on_destroy(
     _ip: c_ulong,
     _parent: c_ulong,
@@ -414,47 +411,61 @@ unsafe extern "C" fn on_destroy(
     registry.destroy(vcpu);
 }
 
-/// The registry whose guests' queries are answered; set while the redirect is in place.
-static ANSWERING: AtomicPtr<Registry> = AtomicPtr::new(core::ptr::null_mut());
+/// The registry, for those that C gives no place to keep it in: the redirect and the files
+/// of the node. Set for as long as there can be one of them.
+static REGISTRY: AtomicPtr<Registry> = AtomicPtr::new(core::ptr::null_mut());
+
+/// The registry as [`registry_of_module`] finds it, while this lives.
+pub(crate) struct Published(Arc<Registry>);
+
+impl Published {
+    /// Makes it known. There is at most one.
+    pub(crate) fn new(registry: Arc<Registry>) -> Self {
+        REGISTRY.store(Arc::as_ptr(&registry).cast_mut(), Ordering::Release);
+        Self(registry)
+    }
+}
+
+impl core::ops::Deref for Published {
+    type Target = Registry;
+
+    fn deref(&self) -> &Registry {
+        &self.0
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        REGISTRY.store(core::ptr::null_mut(), Ordering::Release);
+    }
+}
+
+/// The registry behind an open file of the node.
+pub(crate) fn registry_of_module<'a>() -> Option<&'a Registry> {
+    // SAFETY: Null, or published by the module's state, which outlives the node, as an open
+    // file pins the module.
+    unsafe { REGISTRY.load(Ordering::Acquire).as_ref() }
+}
 
 /// KVM's own `kvm_emulate_cpuid()`; set while the redirect is in place.
 static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 
-/// The redirect of `kvm_emulate_cpuid()`, for our leaves alone.
-#[pin_data(PinnedDrop)]
-pub(crate) struct CpuidRedirect {
-    #[pin]
-    function: Function,
-}
-
-impl CpuidRedirect {
-    /// Begins to answer the guests. There is at most one.
-    pub(crate) fn attach(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        let raw = Arc::as_ptr(&registry).cast_mut();
-        try_pin_init!(Self {
-            _: {
-                // SAFETY: A NUL-terminated name.
-                let function = unsafe {
-                    bindings::exitmeter_find_function(c"kvm:kvm_emulate_cpuid".as_ptr().cast())
-                };
-                // SAFETY: Any address may be asked for.
-                if function == 0 || !unsafe { bindings::exitmeter_may_call(function) } {
-                    pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
-                    return Err(ENOENT);
-                }
-                EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
-                ANSWERING.store(raw, Ordering::Release);
-            },
-            function <- Function::attach(registry, c"kvm_emulate_cpuid", on_cpuid, true),
-        })
+/// Finds KVM's own `kvm_emulate_cpuid()`, and hooks it to answer for our leaves. The registry
+/// has to be published for as long as this lives.
+pub(crate) fn redirect_cpuid(registry: Arc<Registry>) -> Result<Pin<KBox<Function>>> {
+    // SAFETY: The name ends with a NUL.
+    let function =
+        unsafe { bindings::exitmeter_find_function(c"kvm:kvm_emulate_cpuid".as_ptr().cast()) };
+    // SAFETY: Any address may be asked for.
+    if function == 0 || !unsafe { bindings::exitmeter_may_call(function) } {
+        pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
+        return Err(ENOENT);
     }
-}
-
-#[pinned_drop]
-impl PinnedDrop for CpuidRedirect {
-    // The field detaches itself after this, and waits for the last run of the redirect;
-    // the registry and KVM live on until then, so the two statics stay as they are.
-    fn drop(self: Pin<&mut Self>) {}
+    EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
+    KBox::try_pin_init(
+        Function::attach(registry, c"kvm_emulate_cpuid", on_cpuid, true),
+        GFP_KERNEL,
+    )
 }
 
 /// # Safety
@@ -493,10 +504,11 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
     // SAFETY: The redirect is in place, so both statics are set, and the registry and
-    // kvm.ko stay until no task is in here any more. KVM holds the vCPU.
+    // kvm.ko stay until no task is in here any more: KVM sleeps nowhere in the original, so
+    // unregistering, which waits for RCU-tasks, waits for it. KVM holds the vCPU.
     let (registry, original, guest) = unsafe {
         (
-            &*ANSWERING.load(Ordering::Acquire),
+            &*REGISTRY.load(Ordering::Acquire),
             core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),
             Vcpu::from_raw(vcpu),
         )
@@ -507,7 +519,7 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     // CPUID faulting: KVM has queued a fault instead of emulating. No fault can have
     // been queued before, as KVM injects it at the entry that led to this exit.
     if !guest.fault_is_pending() {
-        if let Some(answer) = answer::answer(registry, guest, leaf, subleaf) {
+        if let Some(answer) = cpuid::answer(registry, guest, leaf, subleaf) {
             guest.write_answer(answer);
         }
     }
@@ -555,7 +567,10 @@ impl Vendor {
                     pr_err!("kvm_intel is not loaded: run 'modprobe kvm_intel' first\n");
                     return Err(ENODEV);
                 }
-                Ok(Self { isa: Isa::Vmx, _svm: None })
+                Ok(Self {
+                    isa: Isa::Vmx,
+                    _svm: None,
+                })
             }
             bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => Ok(Self {
                 isa: Isa::Svm,
@@ -577,7 +592,12 @@ impl Vendor {
 /// The host's TSC: its rate in kHz, and whether the kernel trusts it.
 pub(crate) fn clock() -> (u32, bool) {
     // SAFETY: No requirements.
-    unsafe { (bindings::exitmeter_tsc_khz(), !bindings::exitmeter_tsc_unstable()) }
+    unsafe {
+        (
+            bindings::exitmeter_tsc_khz(),
+            !bindings::exitmeter_tsc_unstable(),
+        )
+    }
 }
 
 /// The TSC now, for a time stamp.
@@ -610,7 +630,10 @@ unsafe impl Sync for Node {}
 
 impl Node {
     /// Makes the node `/dev/<name>`.
-    pub(crate) fn register<T: MiscDevice>(name: &'static CStr, mode: u16) -> impl PinInit<Self, Error> {
+    pub(crate) fn register<T: MiscDevice>(
+        name: &'static CStr,
+        mode: u16,
+    ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             device <- Opaque::try_ffi_init(move |slot: *mut kernel_bindings::miscdevice| {
                 let mut device = MiscDeviceOptions { name }.into_raw::<T>();
@@ -632,11 +655,4 @@ impl PinnedDrop for Node {
         // SAFETY: Registered when this was made. Open files pin the module.
         unsafe { kernel_bindings::misc_deregister(self.device.get()) };
     }
-}
-
-/// The registry behind the node in /dev. An open file pins the module, and the redirect,
-/// which sets this, is in place before the node appears.
-pub(crate) fn answering<'a>() -> Option<&'a Registry> {
-    // SAFETY: Null, or a registry that the module's state holds until it is unloaded.
-    unsafe { ANSWERING.load(Ordering::Acquire).as_ref() }
 }

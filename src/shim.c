@@ -6,15 +6,16 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/ftrace.h>
-#include <linux/ibt.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
 #include <linux/module.h>
 #include <linux/ratelimit.h>
 #include <linux/string.h>
 #include <linux/tracepoint.h>
+#include <linux/uaccess.h>
 
 #include <asm/cpufeature.h>
+#include <asm/ibt.h>
 #include <asm/processor.h>
 #include <asm/tsc.h>
 
@@ -98,11 +99,20 @@ bool exitmeter_is_own_text(unsigned long ip)
 	return within_module(ip, THIS_MODULE);
 }
 
+/* Whether an ENDBR is at @address. */
+static bool has_endbr(unsigned long address)
+{
+	u32 first;
+
+	return !get_kernel_nofault(first, (u32 *)address) &&
+	       first == gen_endbr();
+}
+
 /*
  * Return the address of a function, "module:name" or "name", or 0.
  *
  * kallsyms is closed to modules; a kprobe that is registered and dropped at
- * once tells the address as well.  kprobes moves it behind the ENDBR.
+ * once tells the address as well, but behind the ENDBR if there is one.
  */
 unsigned long exitmeter_find_function(const char *name)
 {
@@ -114,15 +124,20 @@ unsigned long exitmeter_find_function(const char *name)
 	address = (unsigned long)probe.addr;
 	unregister_kprobe(&probe);
 
-	return ftrace_get_symaddr(address);
+	if (has_endbr(address - ENDBR_INSN_SIZE))
+		address -= ENDBR_INSN_SIZE;
+	return address;
 }
 
-/* Whether an indirect call to @function is allowed on this CPU. */
+/*
+ * Whether an indirect call to @function is allowed on this CPU.
+ *
+ * A function that nobody calls indirectly has lost its ENDBR; under Indirect
+ * Branch Tracking a call to it is a fault.
+ */
 bool exitmeter_may_call(unsigned long function)
 {
-	if (!cpu_feature_enabled(X86_FEATURE_IBT))
-		return true;
-	return is_endbr((u32 *)function);
+	return !cpu_feature_enabled(X86_FEATURE_IBT) || has_endbr(function);
 }
 
 /*

@@ -89,6 +89,16 @@ pub trait Numbers {
     fn exits(&self, slot: Slot) -> u64;
     /// TSC ticks in a cell.
     fn cycles(&self, phase: Phase, slot: Slot) -> u64;
+
+    /// VM exits in all rows.
+    fn total_exits(&self) -> u64 {
+        Slot::all().fold(0, |sum, slot| sum.wrapping_add(self.exits(slot)))
+    }
+
+    /// TSC ticks of a phase in all rows.
+    fn total_cycles(&self, phase: Phase) -> u64 {
+        Slot::all().fold(0, |sum, slot| sum.wrapping_add(self.cycles(phase, slot)))
+    }
 }
 
 /// Which leaves are answered, and for which ISA.
@@ -166,9 +176,6 @@ impl Leaves {
 
     /// The answer to a query, with `subleaf` from ecx.
     pub fn answer(&self, query: Query, subleaf: u32, numbers: &impl Numbers) -> Registers {
-        let total = |of: &dyn Fn(Slot) -> u64| {
-            Slot::all().fold(0_u64, |sum, slot| sum.wrapping_add(of(slot)))
-        };
         let none = Registers::default();
         match query {
             Query::Identify => Registers {
@@ -184,7 +191,7 @@ impl Leaves {
                 edx: self.map as u32,
             },
             Query::TotalExits => {
-                let exits = total(&|slot| numbers.exits(slot));
+                let exits = numbers.total_exits();
                 Registers {
                     eax: low(exits),
                     ebx: high(exits),
@@ -192,7 +199,7 @@ impl Leaves {
                 }
             }
             Query::TotalCycles => {
-                let cycles = total(&|slot| numbers.cycles(Phase::Kernel, slot));
+                let cycles = numbers.total_cycles(Phase::Kernel);
                 Registers {
                     ebx: high(cycles),
                     ecx: low(cycles),

@@ -10,6 +10,7 @@
 use core::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 
 use super::{
+    leaves::Numbers,
     phase::Phase,
     reasons::{Slot, SLOTS},
 };
@@ -44,7 +45,6 @@ pub struct Ledger {
     seq: AtomicU32,
     phase: AtomicU32,
     slot: AtomicU32,
-    begun: AtomicU32,
     last: AtomicU64,
     first: AtomicU64,
     used: [AtomicU64; WORDS],
@@ -112,13 +112,7 @@ impl Ledger {
             self.slot.store(Slot::START.index() as u32, Relaxed);
             // The one row that gets cycles without an exit.
             self.use_row(Slot::START);
-            self.begun.store(1, Relaxed);
         });
-    }
-
-    /// Whether the vCPU had its first event.
-    pub fn is_begun(&self) -> bool {
-        self.begun.load(Relaxed) != 0
     }
 
     /// A VM exit.
@@ -181,6 +175,26 @@ impl Ledger {
         slots_in(self.used()).count()
     }
 
+    /// Exits counted in all rows.
+    pub fn total_exits(&self) -> u64 {
+        slots_in(self.used()).fold(0, |sum, slot| sum.wrapping_add(self.exits(slot)))
+    }
+
+    /// TSC ticks of a phase in all rows.
+    pub fn total_cycles(&self, phase: Phase) -> u64 {
+        slots_in(self.used()).fold(0, |sum, slot| sum.wrapping_add(self.cycles(phase, slot)))
+    }
+
+    /// Copies the ledger whole, as of one moment between two transitions.
+    ///
+    /// Waits while the writer is within a transition, some ten instructions that the module's
+    /// callbacks run with preemption off. So the caller must not have interrupted one.
+    pub fn copy(&self, out: &mut LedgerCopy) {
+        while !self.try_copy(out) {
+            core::hint::spin_loop();
+        }
+    }
+
     /// Tries once to copy the ledger whole; `false` when a transition came between.
     ///
     /// Only rows in use are read, so the window is short and a reader wins soon even
@@ -226,6 +240,15 @@ pub struct RowCopy {
     pub exits: u64,
     /// TSC ticks by phase, in the order of [`Phase::ALL`].
     pub cycles: [u64; Phase::COUNT],
+}
+
+impl RowCopy {
+    fn add(&mut self, other: &RowCopy) {
+        self.exits = self.exits.wrapping_add(other.exits);
+        for (to, from) in self.cycles.iter_mut().zip(other.cycles) {
+            *to = to.wrapping_add(from);
+        }
+    }
 }
 
 /// A copy of a ledger, all of one moment. All-zero bytes are a valid, empty one.
@@ -291,7 +314,8 @@ impl Default for LedgerCopy {
     }
 }
 
-/// The numbers of the vCPUs that are gone. Its user keeps writers apart by a lock.
+/// The numbers of many vCPUs, those that are gone above all. Its user keeps writers apart by
+/// a lock. All-zero bytes are valid totals of nothing.
 #[derive(Clone, Debug)]
 pub struct Totals {
     /// How many vCPUs were folded in.
@@ -313,11 +337,16 @@ impl Totals {
         self.vcpus = self.vcpus.wrapping_add(1);
         for (slot, from) in ledger.rows() {
             if let Some(to) = self.rows.get_mut(slot.index()) {
-                to.exits = to.exits.wrapping_add(from.exits);
-                for (to, from) in to.cycles.iter_mut().zip(from.cycles) {
-                    *to = to.wrapping_add(from);
-                }
+                to.add(from);
             }
+        }
+    }
+
+    /// Adds other totals.
+    pub fn add(&mut self, other: &Totals) {
+        self.vcpus = self.vcpus.wrapping_add(other.vcpus);
+        for (to, from) in self.rows.iter_mut().zip(&other.rows) {
+            to.add(from);
         }
     }
 
@@ -331,6 +360,17 @@ impl Totals {
         Slot::all()
             .filter_map(|slot| Some((slot, self.rows.get(slot.index())?)))
             .filter(|(_, row)| **row != RowCopy::default())
+    }
+}
+
+impl Numbers for Totals {
+    fn exits(&self, slot: Slot) -> u64 {
+        self.row(slot).exits
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        let row = self.row(slot);
+        row.cycles.get(phase as usize).copied().unwrap_or(0)
     }
 }
 
@@ -364,7 +404,6 @@ mod tests {
             Slot::START,
             super::super::reasons::slot(super::super::reasons::Isa::Vmx, 10),
         );
-        assert!(!ledger.is_begun());
         ledger.begin(100, Phase::Kernel);
         ledger.entry(110);
         ledger.exit(130, cpuid);

@@ -26,25 +26,36 @@ const GONE: usize = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// A view of the places, whose count is a power of two.
+/// A view of the places.
 #[derive(Clone, Copy, Debug)]
 pub struct Table<'a>(&'a [Entry]);
 
 impl<'a> Table<'a> {
-    /// The table in `entries`; `None` unless their count is a power of two.
-    pub fn new(entries: &'a [Entry]) -> Option<Self> {
-        entries.len().is_power_of_two().then_some(Self(entries))
+    /// The table in `entries`, whose count is a power of two; of another count some places
+    /// stay unused.
+    #[inline(always)]
+    pub const fn new(entries: &'a [Entry]) -> Self {
+        Self(entries)
+    }
+
+    /// Where a key is looked for first; the places after it follow.
+    #[inline(always)]
+    fn home(&self, key: usize) -> usize {
+        // Addresses differ in their middle bits; the product spreads them to the top ones.
+        ((key as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize
+    }
+
+    /// The place at a number, counted around. There is none in an empty table alone.
+    #[inline(always)]
+    fn place(&self, at: usize) -> Option<&'a Entry> {
+        self.0.get(at & self.0.len().wrapping_sub(1))
     }
 
     /// The places to look at for a key, the likely one first.
     #[inline(always)]
     fn places(&self, key: usize) -> impl Iterator<Item = &'a Entry> {
-        let mask = self.0.len().wrapping_sub(1);
-        // Addresses differ in their middle bits; the product spreads them to the top ones.
-        let hash = (key as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let entries = self.0;
-        (0..entries.len())
-            .filter_map(move |step| entries.get((hash as usize).wrapping_add(step) & mask))
+        let (table, home) = (*self, self.home(key));
+        (0..self.0.len()).filter_map(move |step| table.place(home.wrapping_add(step)))
     }
 
     /// The value of a key, or 0. Without a lock; the caller owns the key.
@@ -80,47 +91,41 @@ impl<'a> Table<'a> {
     /// Takes a key away; its value, or 0 when it was not there. The caller keeps changes
     /// apart.
     pub fn remove(&self, key: usize) -> usize {
-        let mut places = self.places(key);
-        let Some(entry) =
-            places
-                .by_ref()
-                .find_map(|entry| match entry.key.load(Ordering::Relaxed) {
-                    found if found == key => Some(Some(entry)),
-                    EMPTY => Some(None),
-                    _ => None,
-                })
-        else {
-            return 0;
-        };
-        let Some(entry) = entry else { return 0 };
-        let value = entry.value.load(Ordering::Relaxed);
-        // With nothing behind it the place may be empty again, and with it every freed
-        // place right before it: so churn does not fill the table with graves. A reader
-        // whose key stands elsewhere either ends at this place, rightly, or goes on.
-        let behind_is_empty = places
-            .next()
-            .is_none_or(|next| next.key.load(Ordering::Relaxed) == EMPTY);
-        entry.key.store(
-            if behind_is_empty { EMPTY } else { GONE },
-            Ordering::Relaxed,
-        );
-        if behind_is_empty {
-            self.clear_graves_before(entry);
+        let home = self.home(key);
+        for step in 0..self.0.len() {
+            let at = home.wrapping_add(step);
+            let Some(entry) = self.place(at) else {
+                return 0;
+            };
+            match entry.key.load(Ordering::Relaxed) {
+                found if found == key => {
+                    let value = entry.value.load(Ordering::Relaxed);
+                    entry.key.store(GONE, Ordering::Relaxed);
+                    self.clear_graves_up_to(at);
+                    return value;
+                }
+                EMPTY => return 0,
+                _ => {}
+            }
         }
-        value
+        0
     }
 
-    /// Empties the freed places right before a place that is empty.
-    fn clear_graves_before(&self, entry: &Entry) {
-        let mask = self.0.len().wrapping_sub(1);
-        let Some(at) = self.0.iter().position(|other| core::ptr::eq(other, entry)) else {
-            return;
+    /// Empties the freed places up to `at` when nothing stands behind them, so that churn
+    /// does not fill the table with graves. A reader whose key stands elsewhere either ends
+    /// at one of these places, rightly, or goes on.
+    fn clear_graves_up_to(&self, at: usize) {
+        let is = |at, kind| {
+            self.place(at)
+                .is_some_and(|entry| entry.key.load(Ordering::Relaxed) == kind)
         };
-        for step in 1..self.0.len() {
-            match self.0.get(at.wrapping_sub(step) & mask) {
-                Some(grave) if grave.key.load(Ordering::Relaxed) == GONE => {
-                    grave.key.store(EMPTY, Ordering::Relaxed);
-                }
+        if !is(at.wrapping_add(1), EMPTY) {
+            return;
+        }
+        for step in 0..self.0.len() {
+            let at = at.wrapping_sub(step);
+            match self.place(at) {
+                Some(grave) if is(at, GONE) => grave.key.store(EMPTY, Ordering::Relaxed),
                 _ => return,
             }
         }
@@ -137,7 +142,7 @@ mod tests {
         #[test]
         fn behaves_as_a_map(changes in proptest::collection::vec((any::<bool>(), 1_usize..40), 0..2000)) {
             let entries: Vec<Entry> = (0..32).map(|_| Entry::default()).collect();
-            let table = Table::new(&entries).expect("a power of two");
+            let table = Table::new(&entries);
             let mut model = HashMap::new();
             for (insert, number) in changes {
                 let key = number * 0x1_2340;
@@ -160,7 +165,7 @@ mod tests {
     #[test]
     fn churn_leaves_an_empty_table_empty() {
         let entries: Vec<Entry> = (0..64).map(|_| Entry::default()).collect();
-        let table = Table::new(&entries).expect("a power of two");
+        let table = Table::new(&entries);
         for round in 1..100_000_usize {
             for number in 0..8 {
                 table
@@ -174,6 +179,5 @@ mod tests {
         assert!(entries
             .iter()
             .all(|entry| entry.key.load(Ordering::Relaxed) == EMPTY));
-        assert!(Table::new(&entries[..3]).is_none());
     }
 }

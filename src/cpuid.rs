@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Answers a guest that asks for its own exits by CPUID.
+
+use crate::{
+    hooks::Vcpu,
+    log,
+    meter::leaves::{
+        Registers,
+        Spoken, //
+    },
+    registry::Registry,
+};
+
+/// The answer to CPUID with `leaf` in eax and `subleaf` in ecx, and its line in the log.
+/// `None` leaves what KVM itself answered: for a leaf that is not ours, and for a vCPU that
+/// is not metered, whose sums would be wrong.
+pub(crate) fn answer(
+    registry: &Registry,
+    vcpu: Vcpu<'_>,
+    leaf: u32,
+    subleaf: u32,
+) -> Option<Registers> {
+    let leaves = registry.leaves();
+    let query = leaves.classify(leaf)?;
+    let (who, answer) = registry.answer(vcpu, query, subleaf)?;
+    log::query(
+        who,
+        &Spoken {
+            leaf,
+            query,
+            subleaf,
+            answer,
+            isa: leaves.isa,
+        },
+    );
+    Some(answer)
+}

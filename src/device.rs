@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `/dev/exitmeter`: a snapshot of all ledgers, by `read`.
+
+use kernel::{
+    fs::{
+        File,
+        Kiocb, //
+    },
+    iov::IovIterDest,
+    miscdevice::{
+        MiscDevice,
+        MiscDeviceRegistration, //
+    },
+    new_mutex,
+    prelude::*,
+    sync::Mutex,
+};
+
+use crate::{
+    hooks,
+    meter::snapshot::{
+        self,
+        Full, //
+    },
+};
+
+/// An open file: the snapshot that it reads from. A read at offset 0 takes a fresh one, any
+/// other goes on in the same.
+#[pin_data]
+pub(crate) struct Device {
+    #[pin]
+    snapshot: Mutex<KVVec<u8>>,
+}
+
+#[vtable]
+impl MiscDevice for Device {
+    type Ptr = Pin<KBox<Self>>;
+
+    fn open(_file: &File, _device: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
+        KBox::try_pin_init(
+            try_pin_init!(Self {
+                snapshot <- new_mutex!(KVVec::new(), "exitmeter::snapshot"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    fn read_iter(mut kiocb: Kiocb<'_, Self::Ptr>, iov: &mut IovIterDest<'_>) -> Result<usize> {
+        let device = kiocb.file();
+        let mut snapshot = device.snapshot.lock();
+        if *kiocb.ki_pos_mut() == 0 {
+            *snapshot = take()?;
+        }
+        iov.simple_read_from_buffer(kiocb.ki_pos_mut(), &snapshot)
+    }
+}
+
+/// A snapshot of now.
+fn take() -> Result<KVVec<u8>> {
+    let registry = hooks::registry_of_module().ok_or(ENODEV)?;
+    // A guess for the first try; the answer says what more it takes.
+    let mut size = snapshot::size_for(8, 256);
+    loop {
+        let mut buffer = KVVec::zeroed(size, GFP_KERNEL_ACCOUNT)?;
+        match registry.snapshot(&mut buffer) {
+            Ok(written) => {
+                buffer.truncate(written);
+                return Ok(buffer);
+            }
+            // vCPUs may come in the meantime: an eighth more, and again if that is short.
+            Err(Full { needed }) => size = needed.saturating_add(needed / 8),
+        }
+        if kernel::current!().signal_pending() {
+            return Err(ERESTARTSYS);
+        }
+    }
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! exitmeter: meters every VM exit of every VM beside an unmodified KVM, and tells the guest
+//! itself through CPUID.
+//!
+//! - [`hooks`]: where KVM is hooked, and the only room that names C.
+//! - [`registry`]: which ledger belongs to which vCPU.
+//! - [`meter`]: what a ledger is, what a guest asks and what a snapshot says; knows no kernel.
+//! - [`cpuid`], [`device`], [`log`]: what guests, the host's users and the log are told.
+
+#![crate_name = "exitmeter"]
+
+mod bindings;
+mod cpuid;
+mod device;
+mod hooks;
+mod log;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "cargo compiles the same files as a crate, whose other users take the rest"
+)]
+mod meter;
+mod registry;
+
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use device::Device;
+use hooks::{
+    Function,
+    Node,
+    Published,
+    Tracepoints,
+    Vendor, //
+};
+use meter::leaves::{
+    LeafMap,
+    Leaves, //
+};
+use registry::Registry;
+
+#[cfg(CONFIG_PREEMPT_RT)]
+compile_error!("exitmeter takes spinlocks with interrupts off, which PREEMPT_RT does not allow");
+
+module! {
+    type: ExitMeter,
+    name: "exitmeter",
+    authors: ["The exitmeter authors"],
+    description: "Meters every VM exit and tells the guest through CPUID",
+    license: "GPL v2",
+    params: {
+        leaf_map: u32 {
+            default: 2021,
+            description: "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none",
+        },
+        host_scope: bool {
+            default: false,
+            description: "Guests read the sums of the whole host instead of their own VM's",
+        },
+        log_queries: bool {
+            default: true,
+            description: "One line in the kernel log for each query of a guest, rate limited",
+        },
+        max_vcpus: u32 {
+            default: 4096,
+            description: "How many vCPUs are metered at a time, 1 to 65536; 16 KiB each",
+        },
+    },
+}
+
+/// The module's state. Dropping it undoes the fields in this order: first what lets others in,
+/// then the hooks, and `destroy` last of these, so that no vCPU ends unseen while it is metered.
+#[pin_data]
+struct ExitMeter {
+    #[pin]
+    node: Node,
+    cpuid: Option<Pin<KBox<Function>>>,
+    tracepoints: Tracepoints,
+    #[pin]
+    put: Function,
+    #[pin]
+    load: Function,
+    #[pin]
+    destroy: Function,
+    farewell: Farewell,
+    published: Published,
+    vendor: Vendor,
+}
+
+impl kernel::InPlaceModule for ExitMeter {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        pin_init::pin_init_scope(|| {
+            let (map, max_vcpus) = parameters()?;
+            let vendor = Vendor::attach()?;
+            let isa = vendor.isa();
+            let leaves = Leaves { map, isa };
+            let host_scope = module_parameters::host_scope.value();
+            let registry = Registry::new(leaves, host_scope, max_vcpus)?;
+            Ok(try_pin_init!(Self {
+                vendor,
+                published: Published::new(registry.clone()),
+                destroy <- Function::vcpu_destroy(registry.clone()),
+                load <- Function::vcpu_load(registry.clone()),
+                put <- Function::vcpu_put(registry.clone()),
+                tracepoints: Tracepoints::attach(registry.clone(), isa)?,
+                cpuid: match map {
+                    LeafMap::Off => None,
+                    _ => Some(hooks::redirect_cpuid(registry.clone())?),
+                },
+                node <- Node::register::<Device>(c"exitmeter", 0o440),
+                farewell: Farewell::new(registry, &leaves),
+            }? Error))
+        })
+    }
+}
+
+/// The parameters, checked.
+fn parameters() -> Result<(LeafMap, u32)> {
+    let number = module_parameters::leaf_map.value();
+    let map = LeafMap::from_number(number).ok_or_else(|| {
+        pr_err!("leaf_map={} is refused: it is 2021, 2022, or 0\n", number);
+        EINVAL
+    })?;
+    let max_vcpus = module_parameters::max_vcpus.value();
+    if !(1..=65536).contains(&max_vcpus) {
+        pr_err!("max_vcpus={} is refused: it is 1 to 65536\n", max_vcpus);
+        return Err(EINVAL);
+    }
+    Ok((map, max_vcpus))
+}
+
+/// Says that the module is there, and when it goes what it metered.
+struct Farewell(Arc<Registry>);
+
+impl Farewell {
+    /// Everything is attached.
+    fn new(registry: Arc<Registry>, leaves: &Leaves) -> Self {
+        log::loaded(leaves);
+        Self(registry)
+    }
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        match self.0.totals() {
+            Ok(totals) => log::table(self.0.leaves().isa, &totals),
+            Err(_) => pr_warn!("no memory for the table of what was metered\n"),
+        }
+    }
+}

@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which ledger belongs to which vCPU, and for how long.
+//!
+//! The exit path looks a ledger up in a table without a lock. A vCPU is taken in at the
+//! first event that a callback may allocate in (load, exit or entry), so VMs that ran before
+//! the module was loaded are metered as well; it is let go when KVM destroys it, its numbers
+//! folded into the totals. A vCPU that cannot be taken in, for lack of memory or past
+//! `max_vcpus`, is noted in the table as unmetered, counted, and runs on undisturbed.
+//!
+//! Who may touch a ledger when:
+//!
+//! - The thread that holds a vCPU writes its ledger. It may look it up without a lock, for
+//!   only this thread, or the one that destroys the vCPU after it, lets it go.
+//! - Everyone else goes through a list, under that list's lock, and only reads.
+//!
+//! Locks: `state`, then the `members` of a VM. None of them is taken when a vCPU leaves its
+//! CPU, as the scheduler's own lock is held then. A guest's query takes the lock of its own
+//! VM alone, so that guests cannot make each other wait.
+
+use core::sync::atomic::{
+    AtomicBool,
+    Ordering::Relaxed, //
+};
+
+use kernel::{
+    alloc::flags::GFP_NOWAIT,
+    list::{
+        impl_list_arc_safe,
+        impl_list_item,
+        List,
+        ListArc,
+        ListLinks, //
+    },
+    new_spinlock, pr_warn_once,
+    prelude::*,
+    sync::{
+        Arc,
+        SpinLock, //
+    },
+};
+
+use crate::{
+    hooks::{
+        self,
+        Vcpu, //
+    },
+    meter::{
+        leaves::{
+            Leaves,
+            Numbers,
+            Query,
+            Registers, //
+        },
+        ledger::{
+            Ledger,
+            LedgerCopy,
+            Totals, //
+        },
+        phase::Phase,
+        reasons::{
+            self,
+            Isa,
+            Slot, //
+        },
+        snapshot::{
+            Encoder,
+            Full,
+            Host,
+            Identity,
+            NAME_SIZE, //
+        },
+        table::{
+            Entry,
+            Table, //
+        },
+    },
+};
+
+// SAFETY: All-zero bytes are a valid ledger that has not begun, as `Ledger` promises.
+unsafe impl Zeroable for Ledger {}
+// SAFETY: All-zero bytes are a valid, empty copy, as `LedgerCopy` promises.
+unsafe impl Zeroable for LedgerCopy {}
+// SAFETY: All-zero bytes are valid totals of nothing, as `Totals` promises.
+unsafe impl Zeroable for Totals {}
+
+/// The table's value for a vCPU that is known and not metered. No address is 1.
+const UNMETERED: usize = 1;
+
+/// A metered vCPU.
+#[pin_data]
+struct Member {
+    ledger: Ledger,
+    identity: Identity,
+    vm: Arc<Vm>,
+    #[pin]
+    links: ListLinks,
+}
+
+impl_list_arc_safe! {
+    impl ListArcSafe<0> for Member { untracked; }
+}
+impl_list_item! {
+    impl ListItem<0> for Member { using ListLinks { self.links }; }
+}
+
+/// A VM with metered vCPUs.
+#[pin_data]
+struct Vm {
+    /// What tells this VM from every other that lives.
+    key: usize,
+    /// What tells it from every other that ever lived, while the module is loaded.
+    number: u64,
+    #[pin]
+    members: SpinLock<List<Member>>,
+    #[pin]
+    links: ListLinks,
+}
+
+impl_list_arc_safe! {
+    impl ListArcSafe<0> for Vm { untracked; }
+}
+impl_list_item! {
+    impl ListItem<0> for Vm { using ListLinks { self.links }; }
+}
+
+/// What changes as vCPUs come and go.
+struct State {
+    vms: List<Vm>,
+    /// The number of the latest VM.
+    number: u64,
+    /// vCPUs that are metered now.
+    metered: usize,
+    /// vCPUs that the table notes as unmetered now.
+    noted: usize,
+    /// vCPUs that run or ran unmetered.
+    unmetered: u64,
+    /// The numbers of the vCPUs that are gone.
+    gone: KBox<Totals>,
+    /// Room for a copy of a ledger: too large for a kernel stack.
+    copy: KBox<LedgerCopy>,
+}
+
+/// The ledgers of all vCPUs.
+///
+/// # Invariants
+///
+/// A value of the table is 0, [`UNMETERED`], or the address of a [`Member`] that the list of
+/// its VM holds. A member stays until the thread that has the vCPU to itself lets it go.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Registry {
+    leaves: Leaves,
+    host_scope: bool,
+    loaded: u64,
+    places: KVVec<Entry>,
+    max_vcpus: usize,
+    /// Neither a vCPU nor a note of one can be taken in: says so without a lock.
+    full: AtomicBool,
+    #[pin]
+    state: SpinLock<State>,
+}
+
+/// A vCPU and the VM that owns it, as KVM names them.
+pub(crate) struct Owner {
+    /// What tells the VM from every other that lives: its address.
+    pub(crate) vm: usize,
+    /// KVM's name of the VM.
+    pub(crate) name: [u8; NAME_SIZE],
+    /// The process that made the VM.
+    pub(crate) pid: u32,
+    /// The vCPU's id.
+    pub(crate) vcpu: u32,
+}
+
+impl Registry {
+    /// An empty registry for at most `max_vcpus` vCPUs at a time.
+    pub(crate) fn new(leaves: Leaves, host_scope: bool, max_vcpus: u32) -> Result<Arc<Self>> {
+        let max_vcpus = max_vcpus as usize;
+        // At most a quarter of the places is metered and a quarter noted as unmetered, so a
+        // look-up finds its key, or that there is none, within a place or two.
+        let count = max_vcpus.saturating_mul(4).next_power_of_two();
+        let mut places = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            places.push(Entry::default(), GFP_KERNEL)?;
+        }
+        let state = State {
+            vms: List::new(),
+            number: 0,
+            metered: 0,
+            noted: 0,
+            unmetered: 0,
+            gone: KBox::zeroed(GFP_KERNEL)?,
+            copy: KBox::zeroed(GFP_KERNEL)?,
+        };
+        Arc::pin_init(
+            try_pin_init!(Self {
+                leaves,
+                host_scope,
+                loaded: hooks::timestamp(),
+                places,
+                max_vcpus,
+                full: AtomicBool::new(false),
+                state <- new_spinlock!(state, "exitmeter::registry"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Which leaves are answered.
+    #[inline(always)]
+    pub(crate) fn leaves(&self) -> &Leaves {
+        &self.leaves
+    }
+
+    #[inline(always)]
+    fn table(&self) -> Table<'_> {
+        Table::new(&self.places)
+    }
+
+    /// The member at a value of the table.
+    #[inline(always)]
+    fn member_at(&self, value: usize) -> Option<&Member> {
+        if value <= UNMETERED {
+            return None;
+        }
+        // SAFETY: By the invariant of `Registry` a member is there. The callers hold the
+        // vCPU, so that it is not let go while they use it.
+        Some(unsafe { &*(value as *const Member) })
+    }
+
+    /// The ledger of a vCPU that the caller holds; taken in at this event if it is new, in
+    /// `phase` from `now` on.
+    #[inline(always)]
+    fn ledger(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) -> Option<&Ledger> {
+        let value = match self.table().get(vcpu.key()) {
+            0 => self.take_in(vcpu, now, phase),
+            value => value,
+        };
+        self.member_at(value).map(|member| &member.ledger)
+    }
+
+    /// A VM exit with `code`, at TSC `now`.
+    #[inline(always)]
+    pub(crate) fn exit(&self, vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
+        if let Some(ledger) = self.ledger(vcpu, now, Phase::Guest) {
+            ledger.exit(now, reasons::slot(isa, code));
+        }
+    }
+
+    /// A VM entry.
+    #[inline(always)]
+    pub(crate) fn entry(&self, vcpu: Vcpu<'_>, now: u64) {
+        if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
+            ledger.entry(now);
+        }
+    }
+
+    /// The vCPU takes a CPU.
+    pub(crate) fn resume(&self, vcpu: Vcpu<'_>, now: u64) {
+        if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
+            ledger.resume(now);
+        }
+    }
+
+    /// The vCPU leaves its CPU. The scheduler's lock may be held, so a vCPU that is not
+    /// known yet is left for its next event: nothing may be allocated here.
+    pub(crate) fn leave(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) {
+        if let Some(member) = self.member_at(self.table().get(vcpu.key())) {
+            member.ledger.leave(now, phase);
+        }
+    }
+
+    /// Takes a vCPU in, or notes it as unmetered; its value in the table.
+    #[cold]
+    #[inline(never)]
+    fn take_in(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) -> usize {
+        if self.full.load(Relaxed) {
+            return UNMETERED;
+        }
+        let mut state = self.state.lock();
+        if let Ok(value) = self.try_take_in(&mut state, vcpu, now, phase) {
+            return value;
+        }
+        if state.noted < self.max_vcpus && self.table().insert(vcpu.key(), UNMETERED).is_ok() {
+            state.noted = state.noted.wrapping_add(1);
+            state.unmetered = state.unmetered.wrapping_add(1);
+        }
+        self.note_whether_full(&state);
+        drop(state);
+        pr_warn_once!(
+            "a vCPU runs unmetered: more than max_vcpus={}, no memory, or a trust domain\n",
+            self.max_vcpus
+        );
+        UNMETERED
+    }
+
+    fn try_take_in(
+        &self,
+        state: &mut State,
+        vcpu: Vcpu<'_>,
+        now: u64,
+        phase: Phase,
+    ) -> Result<usize> {
+        let owner = vcpu.owner().ok_or(ENOTSUPP)?;
+        if state.metered >= self.max_vcpus {
+            return Err(ENOSPC);
+        }
+        let known = state.vms.iter().find(|vm| vm.key == owner.vm);
+        let (vm, new) = match known {
+            Some(vm) => (Arc::from(vm), None),
+            None => {
+                let vm = Vm::new(owner.vm, state.number.wrapping_add(1))?;
+                (vm.clone_arc(), Some(vm))
+            }
+        };
+        let member = Member::new(&vm, &owner)?;
+        member.ledger.begin(now, phase);
+        let value = &raw const *member as usize;
+        // INVARIANT: The member goes to the list of its VM right below.
+        self.table().insert(vcpu.key(), value).map_err(|_| ENOSPC)?;
+        vm.members.lock().push_back(member);
+        if let Some(new) = new {
+            state.number = new.number;
+            state.vms.push_back(new);
+        }
+        state.metered = state.metered.wrapping_add(1);
+        Ok(value)
+    }
+
+    /// KVM destroys the vCPU, and will not load it again: lets it go.
+    pub(crate) fn destroy(&self, vcpu: Vcpu<'_>) {
+        let mut state = self.state.lock();
+        let value = self.table().remove(vcpu.key());
+        if value == UNMETERED {
+            state.noted = state.noted.wrapping_sub(1);
+        }
+        let member = self.member_at(value);
+        if let Some(member) = member {
+            state.fold(&member.ledger);
+            state.metered = state.metered.wrapping_sub(1);
+        }
+        self.note_whether_full(&state);
+        let Some(member) = member else { return };
+        let vm = member.vm.clone();
+        let mut members = vm.members.lock();
+        // SAFETY: A member is in no list but that of its VM.
+        let member = unsafe { members.remove(member) };
+        let was_last = members.is_empty();
+        drop(members);
+        if was_last {
+            // SAFETY: A VM is in no list but that of the registry.
+            unsafe { state.vms.remove(&vm) };
+        }
+        drop(state);
+        // Memory is given back without the lock.
+        drop(member);
+    }
+
+    fn note_whether_full(&self, state: &State) {
+        let full = state.metered >= self.max_vcpus && state.noted >= self.max_vcpus;
+        self.full.store(full, Relaxed);
+    }
+
+    /// The answer to a query of a guest, and who asked; `None` for an unmetered vCPU.
+    pub(crate) fn answer(
+        &self,
+        vcpu: Vcpu<'_>,
+        query: Query,
+        subleaf: u32,
+    ) -> Option<(&Identity, Registers)> {
+        let member = self.member_at(self.table().get(vcpu.key()))?;
+        let answer = if self.host_scope {
+            let state = self.state.lock();
+            self.leaves.answer(query, subleaf, &*state)
+        } else {
+            let members = member.vm.members.lock();
+            self.leaves.answer(query, subleaf, &*members)
+        };
+        Some((&member.identity, answer))
+    }
+
+    /// Writes a snapshot into `buffer`; its size in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] when the buffer is too small.
+    pub(crate) fn snapshot(&self, buffer: &mut [u8]) -> Result<usize, Full> {
+        let (tsc_khz, tsc_stable) = hooks::clock();
+        let host = Host {
+            isa: self.leaves.isa,
+            leaf_map: self.leaves.map,
+            host_scope: self.host_scope,
+            tsc_khz,
+            tsc_stable,
+            loaded: self.loaded,
+            now: hooks::timestamp(),
+        };
+        let mut encoder = Encoder::new(buffer, host);
+        let mut state = self.state.lock();
+        let State {
+            vms,
+            copy,
+            gone,
+            unmetered,
+            ..
+        } = &mut *state;
+        for vm in vms.iter() {
+            for member in vm.members.lock().iter() {
+                member.ledger.copy(copy);
+                encoder.vcpu(&member.identity, copy);
+            }
+        }
+        encoder.finish(gone, *unmetered)
+    }
+
+    /// The numbers of all vCPUs, those that are gone and those that live.
+    pub(crate) fn totals(&self) -> Result<KBox<Totals>> {
+        let mut totals = KBox::<Totals>::zeroed(GFP_KERNEL)?;
+        let mut state = self.state.lock();
+        let State {
+            vms, copy, gone, ..
+        } = &mut *state;
+        totals.add(gone);
+        for vm in vms.iter() {
+            for member in vm.members.lock().iter() {
+                member.ledger.copy(copy);
+                totals.fold(copy);
+            }
+        }
+        Ok(totals)
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Registry {
+    /// A VM and its members hold each other; takes them apart, so that both go.
+    fn drop(self: Pin<&mut Self>) {
+        let mut state = self.state.lock();
+        while let Some(vm) = state.vms.pop_front() {
+            while let Some(member) = { vm.members.lock().pop_front() } {
+                drop(member);
+            }
+        }
+    }
+}
+
+impl State {
+    /// Adds the numbers of a vCPU that is going.
+    fn fold(&mut self, ledger: &Ledger) {
+        ledger.copy(&mut self.copy);
+        self.gone.fold(&self.copy);
+    }
+}
+
+impl Vm {
+    fn new(key: usize, number: u64) -> Result<ListArc<Self>> {
+        ListArc::pin_init(
+            try_pin_init!(Self {
+                key,
+                number,
+                members <- new_spinlock!(List::new(), "exitmeter::vm"),
+                links <- ListLinks::new(),
+            }),
+            GFP_NOWAIT,
+        )
+    }
+}
+
+impl Member {
+    fn new(vm: &Arc<Vm>, owner: &Owner) -> Result<ListArc<Self>> {
+        let identity = Identity {
+            vm: vm.number,
+            name: owner.name,
+            pid: owner.pid,
+            vcpu: owner.vcpu,
+        };
+        ListArc::pin_init(
+            try_pin_init!(Self {
+                ledger <- pin_init::init_zeroed(),
+                identity,
+                vm: vm.clone(),
+                links <- ListLinks::new(),
+            }),
+            // A callback may be anywhere but in the scheduler: it can neither sleep nor
+            // reclaim, and the reserves for those who must not fail are not for a meter.
+            GFP_NOWAIT,
+        )
+    }
+}
+
+/// A VM's numbers: the sums over its vCPUs.
+impl Numbers for List<Member> {
+    fn exits(&self, slot: Slot) -> u64 {
+        sum(self.iter().map(|member| member.ledger.exits(slot)))
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        sum(self.iter().map(|member| member.ledger.cycles(phase, slot)))
+    }
+
+    fn total_exits(&self) -> u64 {
+        sum(self.iter().map(|member| member.ledger.total_exits()))
+    }
+
+    fn total_cycles(&self, phase: Phase) -> u64 {
+        sum(self.iter().map(|member| member.ledger.total_cycles(phase)))
+    }
+}
+
+/// The host's numbers: the sums over all VMs, and what those that are gone left.
+impl Numbers for State {
+    fn exits(&self, slot: Slot) -> u64 {
+        let live = sum(self.vms.iter().map(|vm| vm.members.lock().exits(slot)));
+        live.wrapping_add(self.gone.exits(slot))
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        let live = sum(self
+            .vms
+            .iter()
+            .map(|vm| vm.members.lock().cycles(phase, slot)));
+        live.wrapping_add(self.gone.cycles(phase, slot))
+    }
+
+    fn total_exits(&self) -> u64 {
+        let live = sum(self.vms.iter().map(|vm| vm.members.lock().total_exits()));
+        live.wrapping_add(self.gone.total_exits())
+    }
+
+    fn total_cycles(&self, phase: Phase) -> u64 {
+        let live = sum(self
+            .vms
+            .iter()
+            .map(|vm| vm.members.lock().total_cycles(phase)));
+        live.wrapping_add(self.gone.total_cycles(phase))
+    }
+}
+
+fn sum(numbers: impl Iterator<Item = u64>) -> u64 {
+    numbers.fold(0, u64::wrapping_add)
+}

@@ -67,6 +67,17 @@ apt_config() {
     grep -iE '^Acquire::(https?|ftp|Retries|Queue-Mode|ForceIPv)[^ ]* "[^"]+";$' || true
 }
 
+# fetch URI FILE SUM: FILE in the current folder is what URI gives, with this SHA-256. Inside a root only, where apt's
+# settings hold. Several runs may want the same file at once: one fetches, the others wait and find it.
+fetch() (
+  exec 9>>.lock
+  flock 9
+  sum=${3#SHA256:}
+  if ! echo "$sum  $2" | sha256sum --check --status 2>/dev/null; then
+    /usr/lib/apt/apt-helper download-file "$1" "$2.part" "SHA256:$sum" && mv "$2.part" "$2"
+  fi
+)
+
 # run LOG CMD...: runs CMD with its output in LOG; when it fails, shows the end of LOG and returns its status.
 run() {
   local log=$1 status=0

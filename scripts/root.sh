@@ -1,9 +1,8 @@
 #!/bin/bash
 # Set-up step "root": a Debian 13 root in OUT, with everything that builds and runs the lab.
 #
-# Needs: OUT EXITMETER_CACHE. About 3 GB, most of it fetched from the machine's own Debian mirror, or from
-# mmdebstrap's default when the machine has none. Interrupted, it goes on where it stopped: the packages fetched
-# stay in EXITMETER_CACHE/downloads until they are installed.
+# Needs: OUT. About 3 GB, most of it fetched from the machine's own Debian mirror, or from
+# mmdebstrap's default when the machine has none. Interrupted, it goes on where it stopped: what is fetched stays.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
@@ -24,19 +23,20 @@ packages=(
   libcap-dev libnuma-dev uuid-dev
 )
 
-need_variables OUT EXITMETER_CACHE
+need_variables OUT
 need_namespaces
 need_command mmdebstrap mmdebstrap
-mkdir -p "$OUT" "$EXITMETER_CACHE/downloads/apt"
-[ -e "$OUT/.base" ] || need_space "$OUT" 4500
-log=$EXITMETER_CACHE/downloads/root.log
-: >"$log"
+mkdir -p "$OUT"
+[ -e "$OUT/.base" ] || need_space "$OUT" 3500
+log=$OUT/set-up.log
 
 # The base. It is unpacked in one go and marked when whole; a part of it from an interrupted run is worthless.
 if [ ! -e "$OUT/.base" ]; then
   say "the base of Debian $suite"
   as_root find "$OUT" -mindepth 1 -delete
+  : >"$log"
   # The machine's own mirror, when it has one for Debian proper.
+  # shellcheck disable=SC2016
   mirror=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
     sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1) || mirror=
   options=(
@@ -77,8 +77,7 @@ if [ ! -e "$OUT/.base" ]; then
 fi
 
 inside() {
-  "$here/in-root.sh" "$OUT" --write --bind "$EXITMETER_CACHE/downloads/apt:/var/cache/apt/archives" -- \
-    env DEBIAN_FRONTEND=noninteractive "$@"
+  "$here/in-root.sh" "$OUT" --write -- env DEBIAN_FRONTEND=noninteractive "$@"
 }
 
 say "the lists of packages"
@@ -94,4 +93,3 @@ say "the packages: installing"
 run "$log" inside apt-get install --yes "${packages[@]}" ||
   die "the packages could not be installed; remove $OUT and try again (the log is $log)."
 run "$log" inside apt-get clean || true
-say "the root is ready"

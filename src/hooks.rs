@@ -103,7 +103,7 @@ impl Vcpu<'_> {
         }
         let mut name = [0; NAME_SIZE];
         for (to, from) in name.iter_mut().zip(stats_id) {
-            *to = from as u8;
+            *to = from;
         }
         Some(Owner {
             vm: kvm as usize,
@@ -240,9 +240,8 @@ impl Tracepoints {
         to_result(unsafe { bindings::exitmeter_attach_exit(exit, data) })
             .inspect_err(|_| pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n"))?;
         // SAFETY: As above.
-        if let Err(error) =
-            to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), data) })
-        {
+        let entry = to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), data) });
+        if let Err(error) = entry {
             pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n");
             // SAFETY: Attached above.
             unsafe { bindings::exitmeter_detach_exit(exit, data) };
@@ -318,11 +317,11 @@ impl Function {
                 // SAFETY: The slot stays in place and is detached before it goes; `data`
                 // is held by this registration; the name ends with a NUL.
                 let ret = unsafe {
-                    bindings::exitmeter_attach_function(slot, name.as_ptr().cast(), redirect)
+                    bindings::exitmeter_attach_function(slot, name.as_char_ptr(), redirect)
                 };
                 to_result(ret).inspect_err(|error| {
                     let why = if *error == EBUSY {
-                        "another module or a live patch redirects it; unload that first"
+                        "another module or a live patch redirects it, or kernel.ftrace_enabled is 0"
                     } else {
                         "it must be in kvm.ko and traceable by ftrace"
                     };
@@ -416,21 +415,13 @@ unsafe extern "C" fn on_destroy(
 static REGISTRY: AtomicPtr<Registry> = AtomicPtr::new(core::ptr::null_mut());
 
 /// The registry as [`registry_of_module`] finds it, while this lives.
-pub(crate) struct Published(Arc<Registry>);
+pub(crate) struct Published(#[expect(dead_code, reason = "held")] Arc<Registry>);
 
 impl Published {
     /// Makes it known. There is at most one.
     pub(crate) fn new(registry: Arc<Registry>) -> Self {
         REGISTRY.store(Arc::as_ptr(&registry).cast_mut(), Ordering::Release);
         Self(registry)
-    }
-}
-
-impl core::ops::Deref for Published {
-    type Target = Registry;
-
-    fn deref(&self) -> &Registry {
-        &self.0
     }
 }
 
@@ -453,9 +444,9 @@ static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 /// Finds KVM's own `kvm_emulate_cpuid()`, and hooks it to answer for our leaves. The registry
 /// has to be published for as long as this lives.
 pub(crate) fn redirect_cpuid(registry: Arc<Registry>) -> Result<Pin<KBox<Function>>> {
+    let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
-    let function =
-        unsafe { bindings::exitmeter_find_function(c"kvm:kvm_emulate_cpuid".as_ptr().cast()) };
+    let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
     // SAFETY: Any address may be asked for.
     if function == 0 || !unsafe { bindings::exitmeter_may_call(function) } {
         pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
@@ -558,11 +549,10 @@ impl Vendor {
         // SAFETY: No requirements.
         match unsafe { bindings::exitmeter_vendor() } {
             bindings::exitmeter_vendor_EXITMETER_VENDOR_VMX => {
-                // SAFETY: A NUL-terminated name. The address is not used: under IBT a
+                let name = c"kvm_intel:vmx_handle_exit";
+                // SAFETY: The name ends with a NUL. The address is not used: under IBT a
                 // function of kvm_intel may have lost its ENDBR.
-                let found = unsafe {
-                    bindings::exitmeter_find_function(c"kvm_intel:vmx_handle_exit".as_ptr().cast())
-                };
+                let found = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
                 if found == 0 {
                     pr_err!("kvm_intel is not loaded: run 'modprobe kvm_intel' first\n");
                     return Err(ENODEV);

@@ -2,7 +2,10 @@
 
 //! The exit reasons that there are.
 
-use exitmeter_meter::reasons::{self, Isa, Slot};
+use exitmeter_meter::{
+    handlers::is_handled,
+    reasons::{self, Isa, Slot},
+};
 use serde::Serialize;
 
 use crate::{
@@ -31,6 +34,8 @@ pub struct Entry {
     pub code: u32,
     /// Its name.
     pub name: &'static str,
+    /// Whether KVM of Linux 7.3 handles such exits; of others there are none.
+    pub handled: bool,
 }
 
 /// The reasons of some ISAs.
@@ -38,7 +43,13 @@ pub fn list(isas: &[Isa]) -> Vec<List> {
     isas.iter()
         .map(|&isa| {
             let mut reasons: Vec<_> = defined(isa)
-                .filter_map(|code| reasons::name(isa, code).map(|name| Entry { code, name }))
+                .filter_map(|code| {
+                    reasons::name(isa, code).map(|name| Entry {
+                        code,
+                        name,
+                        handled: is_handled(isa, code),
+                    })
+                })
                 .collect();
             reasons.sort_by_key(|entry| entry.code);
             List { isa, reasons }
@@ -57,12 +68,17 @@ pub(crate) fn defined(isa: Isa) -> impl Iterator<Item = u32> {
 pub fn text(lists: &[List]) -> String {
     let tables = lists.iter().map(|List { isa, reasons }| {
         let title = match isa {
-            Isa::Vmx => "VMX: basic exit reasons of Intel's SDM, volume 3, appendix C",
-            Isa::Svm => "SVM: exit codes of AMD's APM, volume 2, appendix C",
+            Isa::Vmx => "VMX: Intel's SDM, volume 3, appendix \"VMX Basic Exit Reasons\"",
+            Isa::Svm => "SVM: AMD's APM, volume 2, appendix \"SVM Intercept Exit Codes\"",
         };
-        let mut table = Table::new([("code", Right), ("name", Left)]);
+        let mut table = Table::new([("code", Right), ("name", Left), ("KVM of Linux 7.3", Left)]);
         for entry in reasons {
-            table.row([report::code(*isa, Some(entry.code)), entry.name.to_owned()]);
+            let handled = if entry.handled { "handles it" } else { "" };
+            table.row([
+                report::code(*isa, Some(entry.code)),
+                entry.name.to_owned(),
+                handled.to_owned(),
+            ]);
         }
         format!("{title}\n\n{table}")
     });

@@ -75,7 +75,7 @@ fn host(host: &Host) -> String {
 }
 
 /// Where the time went.
-fn phases(ledger: &Ledger) -> Table {
+fn phases(ledger: &Ledger) -> Table<4> {
     let mut table = Table::new([
         ("phase", Left),
         ("cycles", Right),
@@ -96,7 +96,7 @@ fn phases(ledger: &Ledger) -> Table {
 }
 
 /// The same of each vCPU, and what it does now.
-fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table {
+fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<9> {
     let mut table = Table::new([
         ("vCPU", Right),
         ("now", Left),
@@ -129,7 +129,7 @@ fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table {
 
 /// What each reason cost. "share" is its part of all kernel cycles; the phases behind it
 /// are the time that vCPUs spent there with this as their latest exit.
-pub(crate) fn reason_table(isa: Isa, ledger: &Ledger) -> Table {
+fn reason_table(isa: Isa, ledger: &Ledger) -> Table<10> {
     let mut table = Table::new([
         ("code", Right),
         ("reason", Left),

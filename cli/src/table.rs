@@ -15,27 +15,23 @@ pub enum Side {
 
 /// A table with a line of titles.
 #[derive(Clone, Debug)]
-pub struct Table {
-    sides: Vec<Side>,
-    rows: Vec<Vec<String>>,
+pub struct Table<const COLUMNS: usize> {
+    sides: [Side; COLUMNS],
+    rows: Vec<[String; COLUMNS]>,
 }
 
-impl Table {
+impl<const COLUMNS: usize> Table<COLUMNS> {
     /// A table with these columns and no line yet.
-    pub fn new<const N: usize>(columns: [(&str, Side); N]) -> Self {
+    pub fn new(columns: [(&str, Side); COLUMNS]) -> Self {
         Self {
-            sides: columns.iter().map(|(_, side)| *side).collect(),
-            rows: vec![columns
-                .iter()
-                .map(|(title, _)| (*title).to_owned())
-                .collect()],
+            sides: columns.map(|(_, side)| side),
+            rows: vec![columns.map(|(title, _)| title.to_owned())],
         }
     }
 
     /// Adds a line.
-    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
-        debug_assert_eq!(N, self.sides.len());
-        self.rows.push(cells.into());
+    pub fn row(&mut self, cells: [String; COLUMNS]) {
+        self.rows.push(cells);
     }
 }
 
@@ -44,9 +40,9 @@ fn width(text: &str) -> usize {
     text.chars().count()
 }
 
-impl fmt::Display for Table {
+impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut widths = vec![0; self.sides.len()];
+        let mut widths = [0; COLUMNS];
         for row in &self.rows {
             for (widest, cell) in widths.iter_mut().zip(row) {
                 *widest = width(cell).max(*widest);

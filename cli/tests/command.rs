@@ -86,7 +86,10 @@ fn the_report_as_json() {
 #[test]
 fn the_reasons() {
     let text = printed(&["reasons", "--isa", "svm"]);
-    assert!(text.contains("\n      0x72  CPUID\n"), "{text}");
+    assert!(
+        text.contains("\n      0x72  CPUID                      handles it\n"),
+        "{text}"
+    );
     assert!(!text.contains("EPT_VIOLATION"));
     let lists: serde_json::Value = serde_json::from_str(&printed(&["reasons", "--json"])).unwrap();
     assert_eq!(lists[0]["reasons"].as_array().unwrap().len(), 78);

@@ -23,7 +23,7 @@ pub fn text(report: &Report) -> String {
     let mut text = host(&report.host);
     if report.unmetered_vcpus != 0 {
         text += &format!(
-            "not metered: {} (no memory for them, or more than the module's max_vcpus)\n",
+            "not metered: {} (past the module's max_vcpus, no memory, or a trust domain)\n",
             count(report.unmetered_vcpus, "vCPU")
         );
     }

@@ -552,3 +552,18 @@ proptest! {
         );
     }
 }
+
+/// The module's documentation and the page for people have the same tables.
+#[test]
+fn the_page_has_the_tables_of_the_source() {
+    let page = include_str!("../../../docs/interface.md");
+    let source = include_str!("../snapshot.rs");
+    let lines: Vec<_> = source
+        .lines()
+        .filter_map(|line| line.strip_prefix("//! |"))
+        .collect();
+    assert!(lines.len() > 50);
+    for line in lines {
+        assert!(page.contains(&format!("\n|{line}\n")), "{line}");
+    }
+}

@@ -1,5 +1,11 @@
 //! Emulated hosts: what sets them up, boots them and reads what they say.
 
+pub mod emulator;
+pub mod host;
+pub mod image;
 pub mod interrupt;
 pub mod module;
+pub mod programs;
+pub mod run;
 pub mod setup;
+pub mod verdict;

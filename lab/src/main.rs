@@ -1,2 +1,9 @@
-//! To be written.
-fn main() {}
+//! `cargo lab`: emulated hosts.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

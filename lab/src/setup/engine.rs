@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{flock, FlockOperation};
 use rustix::io::Errno;
-use rustix::process::{kill_process_group, Pid, Signal};
+use rustix::process::{kill_process_group, test_kill_process_group, Pid, Signal};
 use sha2::{Digest, Sha256};
 
 use super::progress::{Progress, Row};
@@ -439,15 +439,20 @@ fn text(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> 
     })
 }
 
-/// Ends a script and all that it started.
+/// Ends a script and all that it started: in order if they can, so that they take away what they left elsewhere.
 fn stop(child: &mut Child) {
     let group = Pid::from_child(child);
-    // It can only fail when nothing is left to be told.
-    let _ = kill_process_group(group, Signal::TERM);
     let told = Instant::now();
-    while told.elapsed() < GRACE && matches!(child.try_wait(), Ok(None)) {
+    // Signals can only fail when nobody is left to be told.
+    let _ = kill_process_group(group, Signal::TERM);
+    while test_kill_process_group(group).is_ok() {
+        if told.elapsed() > GRACE {
+            let _ = kill_process_group(group, Signal::KILL);
+            break;
+        }
+        // Dead, it would stay in the group until somebody asks for its status.
+        let _ = child.try_wait();
         thread::sleep(TICK);
     }
-    let _ = kill_process_group(group, Signal::KILL);
     let _ = child.wait();
 }

@@ -1,0 +1,176 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use lab::host::{Host, Machine};
+use lab::image::payload::FileSpec;
+use lab::module::{self, BuildArgs};
+use lab::run::{self, Event, Options};
+use lab::setup::{self, PrepareArgs};
+use lab::verdict::Limits;
+
+/// Boots emulated hosts with VT-x or SVM from packaged, unmodified kernels, and runs scripts on them.
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab")]
+struct Lab {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Boots a host, runs a script there, and ends with its status.
+    ///
+    /// The script runs as root in /root, which has exitmeter.ko and the files of --file; the commands of busybox,
+    /// `exitmeter` and `guest` are there. What it prints goes to standard output; what it leaves in $OUT is kept, as
+    /// are console and kernel log, in a folder that is named at the end.
+    ///
+    /// Status: that of the script, at most 99; 100 the host could not start, 101 kernel panic, 102 oops or BUG, 103 WARN,
+    /// 104 lockup or stall, 105 the emulator died, 106 silence, 107 time limit, 108 no verdict, 130 interrupted.
+    Run(RunArgs),
+    /// Makes all that the hosts need.
+    Prepare(PrepareArgs),
+    /// Builds exitmeter.ko for a packaged kernel.
+    Build(BuildArgs),
+}
+
+#[derive(Args, Debug)]
+struct HostArgs {
+    /// Which host
+    #[arg(long)]
+    host: Host,
+    /// The model of its CPU, in the words of its emulator
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+    /// How many CPUs it has
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// How much memory it has
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    memory: u32,
+    /// Debian's kernel, a version or release; the newest of backports if not given
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<String>,
+    /// More for the host kernel's command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    append: String,
+    /// Parameters of kvm-intel or kvm-amd, such as "ept=0"
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    kvm_args: String,
+    /// Do not load KVM's modules
+    #[arg(long, conflicts_with = "kvm_args")]
+    no_kvm: bool,
+    /// Do not build exitmeter.ko
+    #[arg(long)]
+    no_module: bool,
+    /// A file or folder for the host, in /root or at DEST
+    #[arg(long = "file", value_name = "SRC[:DEST]", value_parser = FileSpec::parse)]
+    files: Vec<FileSpec>,
+}
+
+#[derive(Args, Debug)]
+struct RunArgs {
+    #[command(flatten)]
+    host: HostArgs,
+    /// Where to put what the script leaves in $OUT
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// How long the run may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    timeout: u64,
+    /// How long the host may say nothing
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    silence: u64,
+    /// A shell script of this machine or a command of the host, and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "SCRIPT"
+    )]
+    script: Vec<OsString>,
+}
+
+impl HostArgs {
+    fn options(self, script: Vec<OsString>) -> Options {
+        Options {
+            machine: Machine {
+                host: self.host,
+                model: self.model,
+                cpus: self.cpus,
+                memory: self.memory,
+                append: self.append,
+            },
+            kernel: self.kernel,
+            kvm: (!self.no_kvm).then_some(self.kvm_args),
+            module: !self.no_module,
+            files: self.files,
+            ..Options::new(self.host, script)
+        }
+    }
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let done = match Lab::parse().verb {
+        Verb::Run(args) => run(args),
+        Verb::Prepare(args) => setup::command(args).map(|()| 0),
+        Verb::Build(args) => module::command(args).map(|()| 0),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::from(100)
+        }
+    }
+}
+
+fn run(args: RunArgs) -> Result<u8> {
+    let options = Options {
+        out: args.out,
+        limits: Limits {
+            time: Duration::from_secs(args.timeout),
+            silence: Duration::from_secs(args.silence),
+        },
+        ..args.host.options(args.script)
+    };
+    let stages = io::stderr().is_terminal();
+    let outcome = run::run(&options, &mut |event| match event {
+        // Nobody reads any more: the run is worth its verdict and its files even so.
+        Event::Stdout(bytes) => {
+            let mut stdout = io::stdout().lock();
+            let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+        }
+        Event::Stderr(bytes) => {
+            let _ = io::stderr().write_all(bytes);
+        }
+        Event::Stage(text) if stages => eprintln!("lab: {text}"),
+        Event::Stage(_) | Event::Kernel(_) => {}
+    })?;
+    eprint!("{}", outcome.tail);
+    let status = outcome.end.status();
+    eprintln!(
+        "lab: {} after {:.1} s; the logs are in {}",
+        outcome.end,
+        outcome.time.as_secs_f64(),
+        outcome.folder.display()
+    );
+    Ok(status)
+}

@@ -1,0 +1,71 @@
+//! The emulated hosts that there are.
+
+use std::fmt;
+
+/// An emulated host.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum)]
+pub enum Host {
+    /// VT-x, by Bochs.
+    Intel,
+    /// SVM, by QEMU's TCG.
+    Amd,
+}
+
+impl Host {
+    /// KVM's module for it.
+    pub fn kvm(self) -> &'static str {
+        match self {
+            Self::Intel => "kvm-intel",
+            Self::Amd => "kvm-amd",
+        }
+    }
+
+    /// The model of its CPU when no other is asked for, in its emulator's words.
+    pub fn model(self) -> &'static str {
+        match self {
+            // The newest without posted interrupts, with which Linux guests do not get theirs in Bochs.
+            Self::Intel => "corei7_ivy_bridge_3770k",
+            Self::Amd => "EPYC",
+        }
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Intel => "intel",
+            Self::Amd => "amd",
+        })
+    }
+}
+
+/// What a host looks like.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Which host.
+    pub host: Host,
+    /// The model of its CPU, in its emulator's words.
+    pub model: Option<String>,
+    /// How many CPUs.
+    pub cpus: u32,
+    /// How much memory, in MiB.
+    pub memory: u32,
+    /// More for its kernel's command line.
+    pub append: String,
+}
+
+impl Machine {
+    /// What its kernel is told.
+    pub fn command_line(&self) -> String {
+        let mut line = String::from(
+            // The console takes time, so it gets what matters: warnings and worse. The whole log comes by messages.
+            "console=ttyS0,115200 rdinit=/init loglevel=5 log_buf_len=2M mitigations=off \
+             random.trust_cpu=on tsc=reliable i8042.nokbd i8042.noaux",
+        );
+        if !self.append.is_empty() {
+            line.push(' ');
+            line.push_str(&self.append);
+        }
+        line
+    }
+}

@@ -1,0 +1,100 @@
+//! What a host boots: its kernel, and an initramfs in two parts.
+//!
+//! The first part is the same for all runs with one kernel and root: programs, KVM's modules, the guest's kernel. It
+//! is made once and cached. The second is of one run: the agent, the script, the files. The emulators put both into
+//! memory one behind the other, and the kernel unpacks them as one.
+
+mod base;
+mod cache;
+mod elf;
+pub mod payload;
+pub mod pvh;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::setup::{Prepared, SetupError};
+
+/// What cannot be made into an image.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// The cache has no place.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The system refused something.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl ImageError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    fn content(path: &Path, reason: impl ToString) -> Self {
+        Self::Content {
+            path: path.into(),
+            reason: reason.to_string(),
+        }
+    }
+}
+
+/// The images of one run.
+#[derive(Debug)]
+pub struct Images {
+    /// The first part of the initramfs, shared with other runs.
+    pub base: PathBuf,
+    /// The second part, in the run's folder.
+    pub payload: PathBuf,
+}
+
+impl Images {
+    /// Makes the part that is the same for all, if it is not there, and puts `payload` beside it.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`].
+    pub fn new(prepared: &Prepared, payload: &Path) -> Result<Self, ImageError> {
+        Ok(Self {
+            base: base::make(prepared)?,
+            payload: payload.into(),
+        })
+    }
+
+    /// Writes both parts of the initramfs to one file.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`].
+    pub fn join(&self, target: &Path) -> Result<(), ImageError> {
+        let mut file = File::create(target).map_err(ImageError::io("write", target))?;
+        for part in [&self.base, &self.payload] {
+            let mut source = File::open(part).map_err(ImageError::io("read", part))?;
+            io::copy(&mut source, &mut file).map_err(ImageError::io("write", target))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,180 @@
+//! The part of the initramfs that belongs to one run.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use lab_agent::cpio::Archive;
+use lab_agent::settings::{self, Settings};
+
+use super::ImageError;
+
+/// A file or folder of this machine that the host gets.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct FileSpec {
+    /// Where it is here.
+    pub source: PathBuf,
+    /// Where it goes there: absolute, or in the script's folder; as it is called here when not given.
+    pub target: Option<String>,
+}
+
+impl FileSpec {
+    /// A file that keeps its name and goes to the script's folder.
+    pub fn new(source: impl Into<PathBuf>) -> Self {
+        Self {
+            source: source.into(),
+            target: None,
+        }
+    }
+
+    /// A file with a place of its own in the host.
+    pub fn at(source: impl Into<PathBuf>, target: impl Into<String>) -> Self {
+        Self {
+            source: source.into(),
+            target: Some(target.into()),
+        }
+    }
+
+    /// Reads `SRC[:DEST]`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("", _)) | Some((_, "")) => Err("it is SRC or SRC:DEST".to_owned()),
+            Some((source, target)) => Ok(Self::at(source, target)),
+            None => Ok(Self::new(text)),
+        }
+    }
+
+    fn place(&self) -> String {
+        let name = || {
+            self.source
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        };
+        let target = match &self.target {
+            Some(target) if target.ends_with('/') => format!("{target}{}", name()),
+            Some(target) => target.clone(),
+            None => name(),
+        };
+        if target.starts_with('/') {
+            target
+        } else {
+            format!("{}/{target}", settings::HOME)
+        }
+    }
+}
+
+/// Writes the archive to `target`.
+///
+/// # Errors
+///
+/// [`ImageError`], when one of the files cannot be read or the archive cannot be written.
+pub fn write(
+    target: &Path,
+    agent: &Path,
+    files: &[FileSpec],
+    settings: &Settings,
+) -> Result<(), ImageError> {
+    let file = File::create(target).map_err(ImageError::io("write", target))?;
+    let mut payload = Payload {
+        archive: Archive::new(BufWriter::new(file)),
+        folders: BTreeSet::new(),
+        target,
+    };
+    payload.file("/init", agent)?;
+    payload.link("/usr/bin/guest", "/init")?;
+    let text = serde_json::to_vec(settings).map_err(|error| ImageError::content(target, error))?;
+    payload.bytes(settings::PATH, 0o644, &text)?;
+    for spec in files {
+        payload.add(&spec.place(), &spec.source)?;
+    }
+    payload
+        .archive
+        .finish(4096, 0)
+        .map_err(ImageError::io("write", target))?;
+    Ok(())
+}
+
+struct Payload<'a, W> {
+    archive: Archive<W>,
+    folders: BTreeSet<String>,
+    target: &'a Path,
+}
+
+impl<W: Write> Payload<'_, W> {
+    fn add(&mut self, path: &str, source: &Path) -> Result<(), ImageError> {
+        if !source.is_dir() {
+            return self.file(path, source);
+        }
+        let mut names: Vec<_> = fs::read_dir(source)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
+            .map_err(ImageError::io("read", source))?;
+        names.sort();
+        self.parents(&format!("{path}/"))?;
+        for name in names {
+            self.add(
+                &format!("{path}/{}", name.to_string_lossy()),
+                &source.join(&name),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &str, source: &Path) -> Result<(), ImageError> {
+        let file = File::open(source).map_err(ImageError::io("read", source))?;
+        let facts = file.metadata().map_err(ImageError::io("read", source))?;
+        self.parents(path)?;
+        self.archive
+            .file(path, facts.permissions().mode() & 0o7777, facts.len(), file)
+            .map_err(ImageError::io("copy", source))
+    }
+
+    fn bytes(&mut self, path: &str, permissions: u32, bytes: &[u8]) -> Result<(), ImageError> {
+        self.parents(path)?;
+        self.archive
+            .bytes(path, permissions, bytes)
+            .map_err(ImageError::io("write", self.target))
+    }
+
+    fn link(&mut self, path: &str, to: &str) -> Result<(), ImageError> {
+        self.archive
+            .link(path, to)
+            .map_err(ImageError::io("write", self.target))
+    }
+
+    /// Adds the folders that `path` is in, but for those of the base: the kernel keeps what is there already,
+    /// but takes the permissions of what comes later.
+    fn parents(&mut self, path: &str) -> Result<(), ImageError> {
+        const OF_THE_BASE: &[&str] = &[
+            "bin",
+            "dev",
+            "etc",
+            "lab",
+            "lib",
+            "lib64",
+            "out",
+            "root",
+            "sbin",
+            "tmp",
+            "usr",
+            "usr/bin",
+            "usr/lib",
+            "usr/local",
+            "usr/local/bin",
+            "usr/sbin",
+        ];
+        let path = path.trim_start_matches('/');
+        for (at, _) in path.match_indices('/') {
+            let folder = &path[..at];
+            if !OF_THE_BASE.contains(&folder) && self.folders.insert(folder.to_owned()) {
+                self.archive
+                    .folder(folder, 0o755)
+                    .map_err(ImageError::io("write", self.target))?;
+            }
+        }
+        Ok(())
+    }
+}

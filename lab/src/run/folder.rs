@@ -1,0 +1,66 @@
+//! The folder of a run.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::RunError;
+use crate::host::Host;
+use crate::setup::repository;
+
+/// Makes a folder that no other run has, named for the time (UTC) and the host.
+pub fn make(host: Host) -> Result<PathBuf, RunError> {
+    let all = repository().join("target/lab");
+    fs::create_dir_all(&all).map_err(RunError::io("make", &all))?;
+    let seconds = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let time = time(seconds);
+    for number in 0.. {
+        let name = match number {
+            0 => format!("{time}-{host}"),
+            number => format!("{time}-{host}-{number}"),
+        };
+        let folder = all.join(name);
+        match fs::create_dir(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(RunError::io("make", &folder)(error)),
+        }
+    }
+    unreachable!("there are more numbers than runs in a second")
+}
+
+/// Seconds since 1970 as YYYYMMDD-HHMMSS.
+fn time(seconds: u64) -> String {
+    let (day, second) = (seconds / 86_400, seconds % 86_400);
+    // Counted from 1 March 0000, so that a leap day is the last of its year; 400 years have 146097 days.
+    let day = day + 719_468;
+    let (era, day) = (day / 146_097, day % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "19700101-000000"),
+            (951_782_399, "20000228-235959"),
+            (951_782_400, "20000229-000000"),
+            (1_795_521_600, "20261124-120000"),
+            (4_107_542_400, "21000301-000000"),
+        ] {
+            assert_eq!(super::time(seconds), text);
+        }
+    }
+}

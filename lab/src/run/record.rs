@@ -1,0 +1,204 @@
+//! What a run leaves behind: the files of its folder.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
+
+use lab_agent::channel::Message;
+
+use super::{Event, RunError, CONSOLE};
+use crate::verdict;
+
+/// How many lines of a log are shown when a run fails.
+const TAIL: usize = 40;
+
+/// Writes down what a host says.
+pub struct Record {
+    folder: PathBuf,
+    out: PathBuf,
+    console: File,
+    kernel: Log,
+    stdout: Log,
+    stderr: Log,
+    noise: Log,
+    /// The script's standard output, for the one who called for the run.
+    said: Vec<u8>,
+    /// The file of the out folder that is being received.
+    file: Option<Incoming>,
+}
+
+struct Incoming {
+    path: PathBuf,
+    file: File,
+    size: u64,
+}
+
+/// A log with its path, for errors.
+struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    fn new(path: PathBuf) -> Result<Self, RunError> {
+        let file = File::create(&path).map_err(RunError::io("write", &path))?;
+        Ok(Self { path, file })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), RunError> {
+        self.file
+            .write_all(bytes)
+            .map_err(RunError::io("write", &self.path))
+    }
+}
+
+impl Record {
+    /// Starts with empty logs; the console's file is the emulator's and has to be there.
+    pub fn new(folder: &Path, out: &Path) -> Result<Self, RunError> {
+        let log = |name| Log::new(folder.join(name));
+        let console = folder.join(CONSOLE);
+        fs::create_dir_all(out).map_err(RunError::io("make", out))?;
+        Ok(Self {
+            folder: folder.into(),
+            out: out.into(),
+            console: File::open(&console).map_err(RunError::io("read", &console))?,
+            kernel: log("kernel.log")?,
+            stdout: log("stdout.log")?,
+            stderr: log("stderr.log")?,
+            noise: log("port.log")?,
+            said: Vec::new(),
+            file: None,
+        })
+    }
+
+    /// Writes down a message, and tells of it.
+    pub fn message(
+        &mut self,
+        message: Message,
+        listener: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), RunError> {
+        match message {
+            Message::Stage(text) => listener(Event::Stage(&text)),
+            Message::Stdout(bytes) => {
+                self.stdout.write(&bytes)?;
+                listener(Event::Stdout(&bytes));
+                self.said.extend(bytes);
+            }
+            Message::Stderr(bytes) => {
+                self.stderr.write(&bytes)?;
+                listener(Event::Stderr(&bytes));
+            }
+            Message::Kernel(bytes) => {
+                let text = match verdict::Record::parse(&bytes) {
+                    Some(record) => record.to_string(),
+                    None => format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()),
+                };
+                self.kernel.write(text.as_bytes())?;
+                for line in text.lines() {
+                    listener(Event::Kernel(line));
+                }
+            }
+            Message::File { mode, path } => self.begin(mode, &path)?,
+            Message::FileData(bytes) => {
+                if let Some(incoming) = &mut self.file {
+                    incoming
+                        .file
+                        .write_all(&bytes)
+                        .map_err(RunError::io("write", &incoming.path))?;
+                    incoming.size += bytes.len() as u64;
+                }
+            }
+            Message::FileEnd(size) => {
+                if let Some(incoming) = self.file.take().filter(|incoming| incoming.size != size) {
+                    return Err(RunError::Machine(format!(
+                        "{} came with {} bytes and not {size}",
+                        incoming.path.display(),
+                        incoming.size
+                    )));
+                }
+            }
+            Message::Hello
+            | Message::Verdict(_)
+            | Message::Failure(_)
+            | Message::Run { .. }
+            | Message::Started(_)
+            | Message::Reboot => {}
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, mode: u32, path: &[u8]) -> Result<(), RunError> {
+        let path = PathBuf::from(String::from_utf8_lossy(path).into_owned());
+        // A host does not write where it likes.
+        if !path
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+        {
+            return Err(RunError::Machine(format!(
+                "the host sent a file with the path {}",
+                path.display()
+            )));
+        }
+        let path = self.out.join(path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(RunError::io("make", parent))?;
+        }
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(RunError::io("write", &path))?;
+        // Ours to read at least.
+        let _ = file.set_permissions(fs::Permissions::from_mode(mode & 0o755 | 0o600));
+        self.file = Some(Incoming {
+            path,
+            file,
+            size: 0,
+        });
+        Ok(())
+    }
+
+    /// Writes down bytes that came over the port and are no message.
+    pub fn noise(&mut self, bytes: &[u8]) -> Result<(), RunError> {
+        self.noise.write(bytes)
+    }
+
+    /// What the console said since the last time.
+    pub fn console(&mut self) -> Result<Vec<u8>, RunError> {
+        let mut bytes = Vec::new();
+        self.console
+            .read_to_end(&mut bytes)
+            .map_err(RunError::io("read", &self.folder.join(CONSOLE)))?;
+        Ok(bytes)
+    }
+
+    /// The last lines of the console, and of what else tells of the failure.
+    pub fn tail(&self, kernel: bool, emulator: bool) -> String {
+        let names = [
+            (CONSOLE, true),
+            ("kernel.log", kernel),
+            ("emulator.log", emulator),
+            ("bochs.log", emulator),
+        ];
+        let mut text = String::new();
+        for (name, _) in names.into_iter().filter(|&(_, wanted)| wanted) {
+            let log = fs::read(self.folder.join(name)).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let lines: Vec<&str> = log.lines().collect();
+            let lines = &lines[lines.len().saturating_sub(TAIL)..];
+            if !lines.is_empty() {
+                let _ = write!(text, "--- the end of {name}:\n{}\n", lines.join("\n"));
+            }
+        }
+        text
+    }
+
+    /// Ends the record; gives the script's standard output.
+    pub fn finish(self) -> Result<Vec<u8>, RunError> {
+        Ok(self.said)
+    }
+}

@@ -1,0 +1,357 @@
+//! How a run ended: judged from the host's console, its kernel log, its messages, and its silence.
+//!
+//! Pure: bytes, messages and times go in, an [`End`] comes out.
+
+use std::fmt;
+use std::time::Duration;
+
+use lab_agent::channel::Message;
+
+/// After the first sign of a fault the host may say more about it for as long as it goes on talking,
+/// with pauses up to this.
+const SETTLE: Duration = Duration::from_millis(1500);
+
+/// But no longer than this.
+const SETTLE_MOST: Duration = Duration::from_secs(10);
+
+/// Facility of the kernel's own records in its log; others come from programs that write to /dev/kmsg.
+const KERNEL_FACILITY: u32 = 0;
+
+/// Something that the kernel found wrong with itself; the later, the worse.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Fault {
+    /// A WARN.
+    Warning,
+    /// A CPU that is stuck: soft or hard lockup, an RCU stall, a hung task.
+    Lockup,
+    /// An oops or another BUG.
+    Oops,
+    /// A panic.
+    Panic,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum End {
+    /// The script ended with this status, 128 + N for signal N.
+    Script(u32),
+    /// The host could not do what it was started for; says why.
+    Failure(String),
+    /// The host's kernel found a fault in itself.
+    Fault(Fault),
+    /// The emulator died, or was killed.
+    EmulatorDied,
+    /// The host said nothing for too long.
+    Silence(Duration),
+    /// The run took too long.
+    TimeLimit(Duration),
+    /// The host ended, or its messages were damaged, so that there is no verdict to trust; says which.
+    NoVerdict(String),
+    /// The user interrupted the run.
+    Interrupted,
+}
+
+impl End {
+    /// What `cargo lab run` exits with.
+    pub fn status(&self) -> u8 {
+        match self {
+            // CAST: at most 99.
+            Self::Script(status) => (*status).min(99) as u8,
+            Self::Failure(_) => 100,
+            Self::Fault(Fault::Panic) => 101,
+            Self::Fault(Fault::Oops) => 102,
+            Self::Fault(Fault::Warning) => 103,
+            Self::Fault(Fault::Lockup) => 104,
+            Self::EmulatorDied => 105,
+            Self::Silence(_) => 106,
+            Self::TimeLimit(_) => 107,
+            Self::NoVerdict(_) => 108,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Script(status) => write!(f, "the script ended with status {status}"),
+            Self::Failure(text) => write!(f, "the host could not start: {text}"),
+            Self::Fault(Fault::Panic) => f.write_str("the host's kernel panicked"),
+            Self::Fault(Fault::Oops) => f.write_str("the host's kernel reported a BUG or an oops"),
+            Self::Fault(Fault::Warning) => {
+                f.write_str("the host's kernel warned of a fault (WARN)")
+            }
+            Self::Fault(Fault::Lockup) => f.write_str("a CPU or task of the host is stuck"),
+            Self::EmulatorDied => f.write_str("the emulator died"),
+            Self::Silence(limit) => {
+                write!(
+                    f,
+                    "the host said nothing for {} s (--silence)",
+                    limit.as_secs()
+                )
+            }
+            Self::TimeLimit(limit) => {
+                write!(
+                    f,
+                    "the run took longer than {} s (--timeout)",
+                    limit.as_secs()
+                )
+            }
+            Self::NoVerdict(text) => write!(f, "the run has no verdict: {text}"),
+            Self::Interrupted => f.write_str("interrupted"),
+        }
+    }
+}
+
+/// How long a run may take.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Limits {
+    /// For all of it.
+    pub time: Duration,
+    /// Without a sign of the host: a byte on the console or a message.
+    pub silence: Duration,
+}
+
+/// Watches one run. All times are since its start.
+#[derive(Debug)]
+pub struct Watch {
+    limits: Limits,
+    last_sign: Duration,
+    /// The line of the console that has not ended yet.
+    line: Vec<u8>,
+    fault: Option<(Fault, Duration)>,
+    failure: Option<String>,
+    verdict: Option<u32>,
+    damage: Option<String>,
+    /// Set when the emulator is gone: whether it ended by itself and content.
+    gone: Option<bool>,
+}
+
+impl Watch {
+    /// Starts to watch.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            last_sign: Duration::ZERO,
+            line: Vec::new(),
+            fault: None,
+            failure: None,
+            verdict: None,
+            damage: None,
+            gone: None,
+        }
+    }
+
+    /// The console said something.
+    pub fn console(&mut self, now: Duration, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.last_sign = now;
+        for &byte in bytes {
+            if byte == b'\n' {
+                let line = std::mem::take(&mut self.line);
+                self.judge(now, &line);
+            } else {
+                self.line.push(byte);
+            }
+        }
+        // A panic may be the last the console says, without an end of the line.
+        let line = std::mem::take(&mut self.line);
+        if fault_in(&String::from_utf8_lossy(&line)) == Some(Fault::Panic) {
+            self.judge(now, &line);
+        }
+        self.line = line;
+    }
+
+    /// The host sent a message.
+    pub fn message(&mut self, now: Duration, message: &Message) {
+        self.last_sign = now;
+        match message {
+            Message::Kernel(record) => {
+                if let Some(record) = Record::parse(record) {
+                    if record.facility == KERNEL_FACILITY {
+                        self.judge(now, record.text.as_bytes());
+                    }
+                }
+            }
+            Message::Verdict(status) => match self.verdict {
+                Some(_) => self.damage("it gave two verdicts"),
+                None => self.verdict = Some(*status),
+            },
+            Message::Failure(text) => self.failure = Some(text.clone()),
+            _ => {}
+        }
+    }
+
+    /// A message was lost or garbled.
+    pub fn damage(&mut self, text: &str) {
+        self.damage.get_or_insert_with(|| text.to_owned());
+    }
+
+    /// The emulator is gone; `content` when it ended by itself with status 0.
+    pub fn gone(&mut self, content: bool) {
+        self.gone = Some(content);
+    }
+
+    /// Whether the run has ended, and how.
+    pub fn end(&self, now: Duration) -> Option<End> {
+        let decided = self.verdict.is_some() || self.failure.is_some() || self.gone.is_some();
+        if let Some((fault, since)) = self.fault {
+            let quiet = now.saturating_sub(self.last_sign) >= SETTLE;
+            if decided || quiet || now.saturating_sub(since) >= SETTLE_MOST {
+                return Some(End::Fault(fault));
+            }
+            return None;
+        }
+        if let Some(text) = &self.failure {
+            return Some(End::Failure(text.clone()));
+        }
+        if let Some(status) = self.verdict {
+            return Some(match &self.damage {
+                None => End::Script(status),
+                Some(damage) => End::NoVerdict(format!("its messages are damaged ({damage})")),
+            });
+        }
+        match self.gone {
+            Some(true) => {
+                return Some(End::NoVerdict(
+                    "the host ended before the script".to_owned(),
+                ))
+            }
+            Some(false) => return Some(End::EmulatorDied),
+            None => {}
+        }
+        if now >= self.limits.time {
+            return Some(End::TimeLimit(self.limits.time));
+        }
+        if now.saturating_sub(self.last_sign) >= self.limits.silence {
+            return Some(End::Silence(self.limits.silence));
+        }
+        None
+    }
+
+    fn judge(&mut self, now: Duration, line: &[u8]) {
+        let Some(fault) = fault_in(&String::from_utf8_lossy(line)) else {
+            return;
+        };
+        match &mut self.fault {
+            Some((known, _)) => *known = fault.max(*known),
+            None => self.fault = Some((fault, now)),
+        }
+    }
+}
+
+/// The fault that a line of the kernel's reports, if any. The line may be garbled around the words.
+pub fn fault_in(line: &str) -> Option<Fault> {
+    let any = |words: &[&str]| words.iter().any(|word| line.contains(word));
+    if any(&["Kernel panic - not syncing", "end Kernel panic"]) {
+        Some(Fault::Panic)
+    } else if any(&[
+        "BUG: soft lockup",
+        "BUG: workqueue lockup",
+        "detected hard LOCKUP",
+        "Hard LOCKUP",
+        "hard LOCKUP on cpu",
+        "detected stall",
+        "self-detected stall",
+        "blocked for more than",
+        "rcu_preempt kthread starved",
+    ]) {
+        Some(Fault::Lockup)
+    } else if any(&[
+        "Oops:",
+        "Oops -",
+        "BUG: ",
+        "kernel BUG at",
+        "Internal error:",
+        "general protection fault",
+        "double fault:",
+        "stack guard page was hit",
+        "UBSAN:",
+        "refcount_t:",
+        "unable to handle page fault",
+        "unable to handle kernel",
+    ]) {
+        Some(Fault::Oops)
+    } else if line.contains("WARNING: ")
+        && any(&[
+            // Kernels up to 6.17, and later.
+            " CPU: ",
+            ", CPU#",
+            "possible circular locking",
+            "possible recursive locking",
+            "suspicious RCU usage",
+            "inconsistent lock state",
+            "bad unlock balance",
+        ])
+    {
+        Some(Fault::Warning)
+    } else {
+        None
+    }
+}
+
+/// One record of /dev/kmsg.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Record {
+    /// Who wrote it; 0 is the kernel.
+    pub facility: u32,
+    /// How urgent it is, 0 to 7.
+    pub level: u32,
+    /// When, in microseconds since the host's start.
+    pub time: u64,
+    /// What, without the dictionary that follows it.
+    pub text: String,
+}
+
+impl Record {
+    /// Reads a record; none when it is not one.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let record = String::from_utf8_lossy(bytes);
+        let (head, text) = record.split_once(';')?;
+        let mut fields = head.split(',');
+        let priority: u32 = fields.next()?.parse().ok()?;
+        let time = fields.nth(1)?.parse().ok()?;
+        let text = text.split_once('\n').map_or(text, |(text, _)| text);
+        Some(Self {
+            facility: priority >> 3,
+            level: priority & 7,
+            time,
+            text: unescape(text),
+        })
+    }
+}
+
+/// What is not plain ASCII comes as \xNN, and so does the end of a line within a record.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, behind)) = rest.split_first() {
+        let escaped = || {
+            let digits = std::str::from_utf8(behind.strip_prefix(b"x")?.get(..2)?).ok()?;
+            u8::from_str_radix(digits, 16).ok()
+        };
+        match (first, escaped()) {
+            (b'\\', Some(byte)) => {
+                bytes.push(byte);
+                rest = &behind[3..];
+            }
+            _ => {
+                bytes.push(first);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+impl fmt::Display for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (seconds, micros) = (self.time / 1_000_000, self.time % 1_000_000);
+        for line in self.text.split('\n') {
+            writeln!(f, "[{seconds:5}.{micros:06}] {line}")?;
+        }
+        Ok(())
+    }
+}

@@ -170,11 +170,6 @@ impl Ledger {
         used
     }
 
-    /// How many rows are in use, at this moment.
-    pub fn rows_in_use(&self) -> usize {
-        slots_in(self.used()).count()
-    }
-
     /// Exits counted in all rows.
     pub fn total_exits(&self) -> u64 {
         slots_in(self.used()).fold(0, |sum, slot| sum.wrapping_add(self.exits(slot)))

@@ -120,6 +120,16 @@ fn name_at(bytes: &[u8], offset: usize) -> &str {
     }
 }
 
+/// The reason from kind and code; `None` for a kind of a later version.
+fn reason(kind: u32, code: u32) -> Option<Reason> {
+    match kind {
+        0 => Some(Reason::Code(code)),
+        1 => Some(Reason::Start),
+        2 => Some(Reason::Other),
+        _ => None,
+    }
+}
+
 /// What a counter counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
@@ -412,7 +422,7 @@ impl Shape {
             .chunks_exact(self.row)
             .take(count)
             .filter_map(move |bytes| {
-                let reason = Reason::from_wire(u32_at(bytes, 0)?, u32_at(bytes, 4)?)?;
+                let reason = reason(u32_at(bytes, 0)?, u32_at(bytes, 4)?)?;
                 Some(Row {
                     bytes,
                     reason,
@@ -475,7 +485,7 @@ impl<'a> Vcpu<'a> {
 
     /// The reason of its latest exit; `None` for a kind of a later version.
     pub fn latest(&self) -> Option<Reason> {
-        Reason::from_wire(self.u32(44), self.u32(48))
+        reason(self.u32(44), self.u32(48))
     }
 
     /// The rows that hold something.

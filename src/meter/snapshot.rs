@@ -159,16 +159,6 @@ impl Reason {
             Reason::Other => [2, 0],
         }
     }
-
-    /// The reason from kind and code; `None` for a kind of a later version.
-    pub const fn from_wire(kind: u32, code: u32) -> Option<Self> {
-        match kind {
-            0 => Some(Reason::Code(code)),
-            1 => Some(Reason::Start),
-            2 => Some(Reason::Other),
-            _ => None,
-        }
-    }
 }
 
 /// What a snapshot says of the host and the module.

@@ -1,0 +1,29 @@
+#!/bin/sh
+# The demo's half on the emulated host: host.sh REASON... Lines that begin with "  0x" are cpuid's, and go into the tables; "==" begins
+# a table; all others are shown as they are.
+set -eu
+reasons=$*
+
+# Asks for the exits and the cycles of each reason the course asks for, then for both totals.
+sweep() {
+    echo "== $1"
+    guest run -- "for reason in $reasons; do
+        for leaf in 0x4ffffffd 0x4ffffffc; do cpuid -1 -r -l \$leaf -s \$reason; done
+    done; cpuid -1 -r -l 0x4fffffff; cpuid -1 -r -l 0x4ffffffe"
+    echo "=="
+}
+
+echo "The host is up: Linux $(uname -r), not modified, with $(lsmod | grep -o '^kvm_[a-z]*') loaded. Now the meter beside it:"
+insmod exitmeter.ko
+dmesg | grep 'exitmeter: version' | cut -d']' -f2-
+echo "A Linux guest boots under KVM..."
+guest boot
+echo "The guest is up: $(guest run -- uname -sr). It asks for its own exits with the stock cpuid tool, one run a leaf and reason..."
+sweep "Exits since the guest was started"
+echo "The guest reboots..."
+guest reboot
+echo "It is back, and asks again..."
+sweep "Exits that the reboot added, and the first sweep"
+guest stop
+echo "The guest is gone. The meter goes too, and leaves a table of all it metered in the host's log."
+rmmod exitmeter

@@ -1,0 +1,144 @@
+//! Shows exitmeter at work: an emulated host, the module beside its KVM, and a Linux guest that
+//! reads its own exits with the stock `cpuid` tool.
+
+mod sweep;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use exitmeter_meter::reasons::Isa;
+use lab::host::Host;
+use lab::run::{self, Event, Options};
+use lab::verdict::End;
+
+use sweep::Sweep;
+
+/// How many of the host's log lines are shown of the many.
+const LOG_LINES: usize = 4;
+
+/// Shows exitmeter at work on an emulated host, set-up included.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Which host: intel (Bochs) or amd (QEMU)
+    #[arg(long, default_value = "intel")]
+    host: Host,
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    // The reasons that the course asks for; on SVM the codes from exceptions to nested page faults.
+    let (isa, reasons): (_, Vec<u32>) = match arguments.host {
+        Host::Intel => (Isa::Vmx, (0..=69).collect()),
+        Host::Amd => (Isa::Svm, (64..=141).chain(1024..=1027).collect()),
+    };
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/src/host.sh").to_owned();
+    let script = std::iter::once(script).chain(reasons.iter().map(u32::to_string));
+    let options = Options::new(arguments.host, script);
+    let mut show = Show::new(isa);
+    let outcome = run::run(&options, &mut |event| show.event(event))?;
+    show.end()?;
+    println!(
+        "\nThe full logs, console and kernel of the host, are in {}",
+        outcome.folder.display()
+    );
+    if !matches!(outcome.end, End::Script(0)) {
+        eprint!("{}", outcome.tail);
+        eprintln!("demo: {}", outcome.end);
+        return Ok(ExitCode::FAILURE);
+    }
+    let boot = show.boot.context("the guest told of no exits")?;
+    println!("{}", boot.summary());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is shown, as it happens.
+struct Show {
+    isa: Isa,
+    /// What came after the last whole line.
+    rest: String,
+    /// The table that is being filled.
+    sweep: Option<Sweep>,
+    /// The first sweep: what the boot took.
+    boot: Option<Sweep>,
+    /// The host's log lines of queries.
+    queries: Vec<String>,
+}
+
+impl Show {
+    fn new(isa: Isa) -> Self {
+        Self {
+            isa,
+            rest: String::new(),
+            sweep: None,
+            boot: None,
+            queries: Vec::new(),
+        }
+    }
+
+    fn event(&mut self, event: Event<'_>) {
+        match event {
+            Event::Stage(text) => println!("{text}"),
+            Event::Stderr(bytes) => {
+                let _ = io::stderr().write_all(bytes);
+            }
+            Event::Kernel(line) if line.contains("CPUID(0x4FFFFFF") => {
+                self.queries.push(line.to_owned());
+            }
+            Event::Kernel(_) => {}
+            Event::Stdout(bytes) => {
+                self.rest.push_str(&String::from_utf8_lossy(bytes));
+                while let Some(end) = self.rest.find('\n') {
+                    let line: String = self.rest.drain(..=end).collect();
+                    self.line(line.trim_end());
+                }
+            }
+        }
+        let _ = io::stdout().flush();
+    }
+
+    fn line(&mut self, line: &str) {
+        match (line.strip_prefix("=="), &mut self.sweep) {
+            (Some(""), _) => self.finish_sweep(),
+            (Some(title), _) => self.sweep = Some(Sweep::new(self.isa, title.trim())),
+            (None, Some(sweep)) => {
+                if sweep.line(line) && sweep.answers() % 14 == 0 {
+                    eprint!(".");
+                }
+            }
+            (None, None) => println!("{line}"),
+        }
+    }
+
+    fn finish_sweep(&mut self) {
+        let Some(sweep) = self.sweep.take() else {
+            return;
+        };
+        eprintln!();
+        match &self.boot {
+            None => {
+                println!("\n{}", sweep.table());
+                self.boot = Some(sweep);
+            }
+            Some(boot) => println!("\n{}", sweep.since(boot).table()),
+        }
+    }
+
+    /// The host's side of the story.
+    fn end(&self) -> Result<()> {
+        let mut out = io::stdout().lock();
+        writeln!(
+            out,
+            "\nThe host's kernel log has a line for each of the {} queries:",
+            self.queries.len()
+        )?;
+        for line in self.queries.iter().take(LOG_LINES) {
+            writeln!(out, "  {line}")?;
+        }
+        if let [.., last] = &self.queries[..] {
+            writeln!(out, "  ...\n  {last}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,2 +1,47 @@
-//! To be written.
-fn main() {}
+//! System tests of exitmeter: what must be shown on real input, on emulated hosts.
+//!
+//! One program with two sides. Outside, it boots a host by `cargo lab run`, with itself in
+//! it, and collects what the other side says. Inside, it runs the cases.
+
+mod cases;
+mod host;
+mod inside;
+mod outside;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Runs the system tests of exitmeter on emulated hosts.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Only on this host; on both when not given.
+    #[arg(long, value_enum)]
+    host: Option<outside::Host>,
+    /// How many seconds of the wall clock one host may take.
+    #[arg(long, default_value_t = 1200)]
+    timeout: u64,
+    /// The side inside: run the cases in this host, which must be an emulated one.
+    #[arg(long, hide = true)]
+    inside: bool,
+    /// The side inside: run this one case in this process.
+    #[arg(long, hide = true, value_name = "NAME")]
+    case: Option<String>,
+    /// Only cases whose names hold one of these words.
+    words: Vec<String>,
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    if let Some(case) = arguments.case {
+        inside::run_case(&case)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if arguments.inside {
+        return inside::run(&arguments.words);
+    }
+    outside::run(arguments.host, arguments.timeout, &arguments.words)
+}

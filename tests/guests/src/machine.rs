@@ -263,7 +263,12 @@ impl Machine {
         let isa = host_isa().ok_or(Error::Settings(
             "this CPU has neither VT-x nor SVM".to_owned(),
         ))?;
-        let kvm = Kvm::new().map_err(|error| Error::Kvm("open /dev/kvm; load kvm_intel or kvm_amd, and run as root", error))?;
+        let kvm = Kvm::new().map_err(|error| {
+            Error::Kvm(
+                "open /dev/kvm; load kvm_intel or kvm_amd, and run as root",
+                error,
+            )
+        })?;
         let vm = kvm
             .create_vm()
             .map_err(|error| Error::Kvm("make a VM", error))?;

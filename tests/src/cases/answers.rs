@@ -1,0 +1,493 @@
+//! Point 2: what the guest reads by CPUID is what the host holds, in every mode of the CPU,
+//! for every reason; and what is not the meter's is left as KVM answers it.
+
+use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::{
+    phase::Phase,
+    reasons::{self, Isa},
+};
+use tiny_guests::{Config, Expected, Machine, Mode, Program, Quad};
+
+use super::Case;
+use crate::host::{
+    self,
+    meter::{Meter, Numbers},
+    module,
+};
+
+/// The leaves of one of the course's maps.
+#[derive(Clone, Copy)]
+pub(super) struct Map {
+    pub(super) total_exits: u32,
+    pub(super) total_cycles: u32,
+    pub(super) reason_exits: u32,
+    pub(super) reason_cycles: u32,
+}
+
+pub(super) const MAP_2021: Map = Map {
+    total_exits: 0x4fff_ffff,
+    total_cycles: 0x4fff_fffe,
+    reason_exits: 0x4fff_fffd,
+    reason_cycles: 0x4fff_fffc,
+};
+
+const MAP_2022: Map = Map {
+    total_exits: 0x4fff_fffc,
+    total_cycles: 0x4fff_fffd,
+    reason_exits: 0x4fff_fffe,
+    reason_cycles: 0x4fff_ffff,
+};
+
+/// The leaves that are the same in both maps.
+const IDENTITY: u32 = 0x4fff_fff0;
+const INTERFACE: u32 = 0x4fff_fff1;
+const PHASE_CYCLES: u32 = 0x4fff_fff2;
+const EXITS_64: u32 = 0x4fff_fff3;
+
+/// What a query of a reason that is not defined gives.
+const UNDEFINED: Quad = Quad {
+    rax: 0,
+    rbx: 0,
+    rcx: 0,
+    rdx: 0xffff_ffff,
+};
+
+const MODES: [(Mode, &str); 3] = [
+    (Mode::Real, "real mode"),
+    (Mode::Long, "64-bit mode"),
+    (Mode::User, "64-bit mode at CPL 3"),
+];
+
+pub(super) fn cases() -> Vec<Case> {
+    const QUIET: &str = "log_queries=0";
+    let mut cases = Vec::new();
+    for (mode, words) in MODES {
+        cases.push(Case::with(
+            QUIET,
+            format!("answers: what a guest in {words} reads is what the host holds"),
+            move || equal_to_the_host(mode),
+        ));
+    }
+    cases.push(Case::with(
+        QUIET,
+        "answers: the totals that the guest reads are the host's",
+        totals,
+    ));
+    cases.push(Case::with(
+        QUIET,
+        "answers: a guest with 2 vCPUs reads their sum",
+        sum_of_vcpus,
+    ));
+    for (mode, words) in MODES {
+        cases.push(Case::with(
+            QUIET,
+            format!("answers: sweep of all reasons and hostile ones in {words}, map of 2021"),
+            move || sweep(mode, MAP_2021, 2021),
+        ));
+    }
+    for (mode, words) in MODES {
+        cases.push(Case::with(
+            "log_queries=0 leaf_map=2022",
+            format!("answers: sweep of all reasons and hostile ones in {words}, map of 2022"),
+            move || sweep(mode, MAP_2022, 2022),
+        ));
+    }
+    cases.push(Case::without(
+        "answers: leaf_map=0 leaves the guest what KVM answers",
+        || {
+            let ours: Vec<Quad> = (0x4fff_fff0..=0x4fff_ffff)
+                .flat_map(|leaf| [0, 1, 10, 0x1_000a, u32::MAX].map(|sub| Quad::cpuid(leaf, sub)))
+                .collect();
+            untouched(&ours, &["leaf_map=0"])
+        },
+    ));
+    cases.push(Case::without(
+        "answers: leaves beside the meter's are untouched",
+        || {
+            let mut beside = vec![
+                0,
+                1,
+                4,
+                7,
+                0xb,
+                0xd,
+                0x4000_0000,
+                0x4000_0001,
+                0x4fff_ff0f,
+                0x4fff_ffef,
+                0x5000_0000,
+                0x5fff_ffff,
+                0x8000_0000,
+                0x8000_0001,
+                0x8000_0008,
+                0xcfff_ffff,
+                u32::MAX,
+            ];
+            beside.extend(0x4fff_fff4..=0x4fff_fffb);
+            let beside: Vec<Quad> = beside
+                .into_iter()
+                .flat_map(|leaf| [0, 1, 10].map(|sub| Quad::cpuid(leaf, sub)))
+                .collect();
+            untouched(&beside, &["leaf_map=2021", "leaf_map=2022"])
+        },
+    ));
+    cases
+}
+
+/// Has a guest ask, to its end; its VM lives on.
+pub(super) fn ask(mode: Mode, queries: &[Quad]) -> Result<(Machine, Vec<Quad>)> {
+    let mut machine = Machine::new(Config::query(mode, queries.to_vec()))?;
+    machine.run()?;
+    let answers = machine.answers(0);
+    Ok((machine, answers))
+}
+
+/// A number of 64 bits in two registers of 32.
+fn join(high: u64, low: u64) -> u64 {
+    high << 32 | low
+}
+
+fn low(number: u64) -> u64 {
+    number & 0xffff_ffff
+}
+
+/// The codes that this host's vendor defines.
+fn defined_codes() -> Result<Vec<u32>> {
+    let isa = host::isa()?;
+    Ok(reasons::Slot::all()
+        .filter_map(|slot| reasons::code(isa, slot))
+        .filter(|code| reasons::is_defined(isa, *code))
+        .collect())
+}
+
+/// A guest asks for the exits and cycles of every defined reason, three ways.
+fn equal_to_the_host(mode: Mode) -> Result<()> {
+    let isa = host::isa()?;
+    let [cpuid, io, fault] = host::pick([10, 30, 48], [0x72, 0x7b, 0x400])?;
+    let codes = defined_codes()?;
+    let leaves = [MAP_2021.reason_exits, EXITS_64];
+    let mut queries: Vec<Quad> = leaves
+        .iter()
+        .flat_map(|leaf| codes.iter().map(|code| Quad::cpuid(*leaf, *code)))
+        .collect();
+    let tail = queries.len();
+    queries.push(Quad::cpuid(MAP_2021.reason_cycles, fault));
+    queries.extend(Phase::ALL.map(|phase| Quad::cpuid(PHASE_CYCLES, fault | (phase as u32) << 16)));
+    let (machine, answers) = ask(mode, &queries)?;
+    let meter = Meter::read()?;
+    let host = &meter.only()?.numbers;
+    drop(machine);
+
+    let count = queries.len();
+    Expected::of(isa, Program::Query, mode, count as u32, 1).check(&host.exits)?;
+    // A page of guest memory holds 64 queries; each page faults once.
+    let faults_after = |query: usize| ((count - 1) / 64 - query / 64) as u64;
+    let pairs = leaves
+        .iter()
+        .flat_map(|leaf| codes.iter().map(move |code| (leaf, code)));
+    for (query, (leaf, code)) in pairs.enumerate() {
+        let at_end = host.exits_of(*code);
+        let answer = answers[query];
+        let (exits, rest) = if *leaf == EXITS_64 {
+            (join(answer.rdx, answer.rax), [answer.rbx, answer.rcx])
+        } else {
+            (join(answer.rbx, answer.rax), [answer.rcx, answer.rdx])
+        };
+        let name = reasons::name(isa, *code).unwrap_or("?");
+        // The query itself is counted, those after it and the OUT at the end are not yet.
+        let right = if *code == cpuid {
+            exits == query as u64 + 1
+        } else if *code == io {
+            exits == 0
+        } else if *code == fault {
+            exits == at_end - faults_after(query)
+        } else if is_noise(isa, *code) {
+            exits <= at_end
+        } else {
+            exits == at_end
+        };
+        ensure!(
+            right && rest == [0, 0],
+            "query {query}, leaf {leaf:#x}, reason {code} ({name}): the guest reads {answer:x?}, \
+             the host holds {at_end} exits at the end"
+        );
+    }
+
+    // No page faults any more, so every tick of the page faults is booked.
+    ensure!(faults_after(tail) == 0, "the last queries are on one page");
+    let kernel = host.cycles_of(Phase::Kernel, fault);
+    let answer = answers[tail];
+    let expected = Quad {
+        rax: 0,
+        rbx: kernel >> 32,
+        rcx: low(kernel),
+        rdx: 0,
+    };
+    ensure!(
+        answer == expected && kernel != 0,
+        "of the cycles of page faults the guest reads {answer:x?}, the host holds {kernel}"
+    );
+    for (phase, answer) in Phase::ALL.into_iter().zip(&answers[tail + 1..]) {
+        let held = host.cycles_of(phase, fault);
+        let expected = Quad {
+            rax: low(held),
+            rbx: 0,
+            rcx: 0,
+            rdx: held >> 32,
+        };
+        ensure!(
+            *answer == expected,
+            "of the cycles in phase {} after page faults the guest reads {answer:x?}, the host \
+             holds {held}",
+            phase.name()
+        );
+    }
+    Ok(())
+}
+
+/// Whether exits with a code come by the host's clock.
+fn is_noise(isa: Isa, code: u32) -> bool {
+    match isa {
+        Isa::Vmx => matches!(code, 1 | 52),
+        Isa::Svm => code == 0x60,
+    }
+}
+
+fn noise(isa: Isa, numbers: &Numbers) -> u64 {
+    numbers
+        .exits
+        .iter()
+        .filter(|(code, _)| is_noise(isa, **code))
+        .map(|(_, exits)| exits)
+        .sum()
+}
+
+/// The two leaves without a reason, and the two that say what the meter is.
+fn totals() -> Result<()> {
+    const QUERIES: u64 = 16;
+    let isa = host::isa()?;
+    let mut undisturbed = 0;
+    for _ in 0..20 {
+        let queries: Vec<Quad> = (0..QUERIES)
+            .map(|query| match query % 2 {
+                0 => Quad::cpuid(MAP_2021.total_cycles, 0),
+                _ => Quad::cpuid(MAP_2021.total_exits, 0),
+            })
+            .collect();
+        let (machine, answers) = ask(Mode::Long, &queries)?;
+        let meter = Meter::read()?;
+        let host = &meter.only()?.numbers;
+        drop(machine);
+
+        let total: u64 = host.exits.values().sum();
+        let kernel = host.phases[Phase::Kernel as usize];
+        let noise = noise(isa, host);
+        let mut cycles_before = 0;
+        for (query, answer) in (0..QUERIES).zip(&answers) {
+            if query % 2 == 0 {
+                let cycles = join(answer.rbx, answer.rcx);
+                ensure!(
+                    answer.rax == 0 && answer.rdx == 0 && answer.rcx <= u64::from(u32::MAX),
+                    "of all cycles the guest reads {answer:x?}"
+                );
+                ensure!(
+                    cycles_before < cycles && cycles < kernel,
+                    "the guest reads {cycles} cycles after {cycles_before}, the host holds \
+                     {kernel} at the end"
+                );
+                cycles_before = cycles;
+            } else {
+                let exits = join(answer.rbx, answer.rax);
+                // Left of the guest's life: the later queries and the OUT at its end.
+                let left = QUERIES - 1 - query + 1;
+                ensure!(
+                    (total - left - noise..=total - left).contains(&exits)
+                        && answer.rcx == 0
+                        && answer.rdx == 0,
+                    "of all exits the guest reads {answer:x?}, the host holds {total} at the end"
+                );
+            }
+        }
+        undisturbed += u32::from(noise == 0);
+        if undisturbed == 3 {
+            return identity();
+        }
+    }
+    anyhow::bail!("the host's clock disturbed all but {undisturbed} of 20 short guests")
+}
+
+fn identity() -> Result<()> {
+    let (_machine, answers) = ask(
+        Mode::Long,
+        &[Quad::cpuid(IDENTITY, 0), Quad::cpuid(INTERFACE, 0)],
+    )?;
+    let word = |text: &[u8; 4]| u64::from(u32::from_le_bytes(*text));
+    let expected = [
+        Quad {
+            rax: 0x4fff_ffff,
+            rbx: word(b"Exit"),
+            rcx: word(b"Mete"),
+            rdx: word(b"r\0\0\0"),
+        },
+        Quad {
+            rax: 1,
+            rbx: host::pick(1, 2)?,
+            rcx: defined_codes()?.len() as u64,
+            rdx: 2021,
+        },
+    ];
+    ensure!(
+        answers == expected,
+        "the meter calls itself {answers:x?} instead of {expected:x?}"
+    );
+    Ok(())
+}
+
+/// Each of two vCPUs asks how often the VM has exited for CPUID.
+fn sum_of_vcpus() -> Result<()> {
+    const EACH: u64 = 200;
+    let cpuid = host::pick(10, 0x72)?;
+    let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
+    let mut machine = Machine::new(Config {
+        vcpus: 2,
+        ..Config::query(Mode::Long, queries)
+    })?;
+    machine.run()?;
+    let mut highest = 0;
+    for vcpu in 0..2 {
+        let counts: Vec<u64> = machine
+            .answers(vcpu)
+            .iter()
+            .map(|answer| answer.rax)
+            .collect();
+        ensure!(
+            counts.windows(2).all(|pair| pair[0] < pair[1]),
+            "the counts that vCPU {vcpu} reads do not grow: {counts:?}"
+        );
+        highest = highest.max(*counts.last().context("it asked")?);
+    }
+    // The query that was counted last was answered after all were counted.
+    ensure!(
+        highest == 2 * EACH,
+        "both vCPUs asked {EACH} times, and the highest count read is {highest}"
+    );
+    let meter = Meter::read()?;
+    let each: Vec<u64> = meter
+        .own()
+        .iter()
+        .map(|vcpu| vcpu.numbers.exits_of(cpuid))
+        .collect();
+    ensure!(each == [EACH, EACH], "the host holds {each:?} for them");
+    Ok(())
+}
+
+/// The reasons 0 to 99 and hostile ones, of both leaves that take one.
+fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
+    let isa = host::isa()?;
+    let hostile = [
+        100,
+        175,
+        176,
+        255,
+        256,
+        0x400,
+        0x404,
+        0xffff,
+        0x1_0000,
+        0x1_000a,
+        0xffff_000a,
+        0x7fff_ffff,
+        0x8000_0000,
+        0x8000_0001,
+        0x8000_0030,
+        0xffff_ff00,
+        u32::MAX - 1,
+        u32::MAX,
+    ];
+    let reasons: Vec<u32> = (0..100).chain(hostile).collect();
+    let mut queries = Vec::new();
+    for reason in &reasons {
+        queries.push(Quad::cpuid(map.reason_exits, *reason));
+        queries.push(Quad::cpuid(map.reason_cycles, *reason));
+    }
+    queries.push(Quad::cpuid(INTERFACE, 0));
+    let (machine, answers) = ask(mode, &queries)?;
+    let meter = Meter::read()?;
+    let host = &meter.only()?.numbers;
+    drop(machine);
+
+    for (answers, reason) in answers.chunks_exact(2).zip(&reasons) {
+        let (exits, cycles) = (answers[0], answers[1]);
+        let right = if !is_defined(isa, *reason) {
+            exits == UNDEFINED && cycles == UNDEFINED
+        } else if host.exits_of(*reason) == 0 {
+            // A reason that KVM does not handle, or that this guest never had.
+            exits == Quad::default() && cycles == Quad::default()
+        } else {
+            (exits.rcx, exits.rdx, cycles.rax, cycles.rdx) == (0, 0, 0, 0)
+                && join(exits.rbx, exits.rax) <= host.exits_of(*reason)
+                && join(cycles.rbx, cycles.rcx) <= host.cycles_of(Phase::Kernel, *reason)
+        };
+        ensure!(
+            right,
+            "reason {reason:#x}: the guest reads {exits:x?} for exits and {cycles:x?} for cycles"
+        );
+    }
+    let said = answers.last().context("it asked")?.rdx;
+    ensure!(
+        said == number,
+        "the guest reads that the map is that of {said}"
+    );
+    // The leaf is that of exits by its value too: one exit each for all queries before.
+    let cpuid = host::pick(10_u32, 0x72)?;
+    if let Some(place) = reasons.iter().position(|reason| *reason == cpuid) {
+        let exits = answers[2 * place].rax;
+        ensure!(
+            exits == 2 * place as u64 + 1,
+            "the guest reads {exits} CPUID exits"
+        );
+    }
+    let total = ask(mode, &[Quad::cpuid(map.total_exits, 0)])?.1[0];
+    ensure!(
+        total.rax != 0 && (total.rbx, total.rcx, total.rdx) == (0, 0, 0),
+        "of all exits the guest reads {total:x?}"
+    );
+    let total = ask(mode, &[Quad::cpuid(map.total_cycles, 0)])?.1[0];
+    ensure!(
+        total.rcx != 0 && (total.rax, total.rdx) == (0, 0),
+        "of all cycles the guest reads {total:x?}"
+    );
+    Ok(())
+}
+
+/// Whether a vendor's manual defines a code; for VMX as the issue lists them.
+fn is_defined(isa: Isa, code: u32) -> bool {
+    match isa {
+        Isa::Vmx => code <= 85 && !matches!(code, 35 | 38 | 42 | 71 | 80..=83),
+        Isa::Svm => reasons::is_defined(isa, code),
+    }
+}
+
+/// Demands that a guest reads the same with the module, whatever its parameters, as
+/// without it.
+fn untouched(queries: &[Quad], parameters: &[&str]) -> Result<()> {
+    for (mode, words) in MODES {
+        let without = ask(mode, queries)?.1;
+        for parameters in parameters {
+            let loaded = module::Loaded::with(parameters)?;
+            let (machine, with) = ask(mode, queries)?;
+            drop(machine);
+            loaded.unload()?;
+            for ((query, with), without) in queries.iter().zip(&with).zip(&without) {
+                ensure!(
+                    with == without,
+                    "with {parameters} a guest in {words} reads {with:x?} of leaf {:#x}, subleaf \
+                     {:#x}, and without the module {without:x?}",
+                    low(query.rax),
+                    low(query.rcx)
+                );
+            }
+        }
+    }
+    Ok(())
+}

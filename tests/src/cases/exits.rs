@@ -1,0 +1,136 @@
+//! Point 1: for every reason, and in all, the meter counts what the kernel's own histogram
+//! counts, and what the guest is known to cause.
+
+use anyhow::{ensure, Result};
+use clap::ValueEnum as _;
+use tiny_guests::{Config, Expected, Machine, Mode, Program};
+
+use super::Case;
+use crate::host::{self, hist::Exits, linux::Linux, span::Span};
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for mode in [Mode::Real, Mode::Long, Mode::User] {
+        for program in Program::value_variants() {
+            if *program == Program::Query || !program.runs_in(mode) {
+                continue;
+            }
+            let mut config = Config::new(*program, mode, 200);
+            if *program == Program::Spin {
+                config.count = 5_000_000;
+            }
+            cases.push(case(
+                format!(
+                    "exits: {} in {}",
+                    describe(*program),
+                    match mode {
+                        Mode::Real => "real mode",
+                        Mode::Long => "64-bit mode",
+                        Mode::User => "64-bit mode at CPL 3",
+                    }
+                ),
+                config,
+            ));
+        }
+    }
+    cases.push(case(
+        "exits: 100 000 of CPUID",
+        Config::new(Program::Cpuid, Mode::Long, 100_000),
+    ));
+    cases.push(case(
+        "exits: 20 000 of OUT to the VMM",
+        Config::new(Program::OutUser, Mode::Long, 20_000),
+    ));
+    for (program, mode) in [
+        (Program::Cpuid, Mode::Real),
+        (Program::OutUser, Mode::Long),
+        (Program::HltUser, Mode::Long),
+    ] {
+        let config = Config {
+            vcpus: 2,
+            ..Config::new(program, mode, 5000)
+        };
+        cases.push(case(
+            format!("exits: 2 vCPUs of {}", describe(program)),
+            config,
+        ));
+    }
+    cases.push(
+        Case::with("", "exits: boot of a Linux guest with 2 vCPUs", || {
+            let span = Span::begin()?;
+            let linux = Linux::boot(2)?;
+            ensure!(
+                linux.run("nproc")?.trim() == "2",
+                "the guest has not 2 CPUs"
+            );
+            linux.stop()?;
+            let total: u64 = span.end()?.values().sum();
+            ensure!(total > 1000, "a boot of {total} exits is none");
+            Ok(())
+        })
+        .within(300),
+    );
+    cases
+}
+
+fn describe(program: Program) -> &'static str {
+    match program {
+        Program::Cpuid | Program::Query => "CPUID",
+        Program::OutUser => "OUT to the VMM",
+        Program::InUser => "IN from the VMM",
+        Program::InKernel => "IN from KVM's speaker",
+        Program::OutEventfd => "OUT to an ioeventfd",
+        Program::HltKernel => "HLT that sleeps in KVM",
+        Program::HltUser => "HLT that goes to the VMM",
+        Program::Rdmsr => "RDMSR",
+        Program::Wrmsr => "WRMSR",
+        Program::CrWrite => "MOV to CR0",
+        Program::Hypercall => "VMCALL or VMMCALL",
+        Program::Invd => "INVD",
+        Program::Wbinvd => "WBINVD",
+        Program::Spin => "a computation",
+        Program::Touch => "touched pages",
+    }
+}
+
+fn case(name: impl Into<String>, config: Config) -> Case {
+    Case::with("", name, move || {
+        count(config.clone())?;
+        Ok(())
+    })
+}
+
+/// Runs a guest to its end; the exits, which the meter, the kernel's histogram and the
+/// guest's own program agree on.
+fn count(config: Config) -> Result<Exits> {
+    let Config {
+        program,
+        mode,
+        count,
+        vcpus,
+        ..
+    } = config;
+    let span = Span::begin()?;
+    let mut machine = Machine::new(config)?;
+    let seen = machine.run()?;
+    let writes = machine.eventfd_writes()?;
+    drop(machine);
+    let exits = span.end()?;
+    Expected::of(host::isa()?, program, mode, count, vcpus).check(&exits)?;
+
+    // What went to the VMM, and what stayed in the kernel.
+    let (loops, vcpus) = (u64::from(count), u64::from(vcpus));
+    let ports: u64 = seen.iter().map(|seen| seen.ports).sum();
+    let hlts: u64 = seen.iter().map(|seen| seen.hlts).sum();
+    let expected = |these: &[Program]| match these.contains(&program) {
+        true => loops * vcpus,
+        false => 0,
+    };
+    ensure!(
+        ports == expected(&[Program::OutUser, Program::InUser])
+            && hlts == expected(&[Program::HltUser])
+            && writes == expected(&[Program::OutEventfd]),
+        "{ports} port accesses and {hlts} HLTs came to the VMM, {writes} writes to the eventfd"
+    );
+    Ok(exits)
+}

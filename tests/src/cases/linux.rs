@@ -1,0 +1,164 @@
+//! Point 5: a real Linux guest reads its own exits with the stock tool `cpuid`.
+
+use std::collections::BTreeMap;
+
+use anyhow::{ensure, Result};
+use exitmeter_meter::{
+    leaves::Registers,
+    reasons::{self, Isa},
+};
+
+use super::Case;
+use crate::host::{
+    self,
+    linux::{Linux, Printed},
+    log::Log,
+    span::Span,
+};
+
+/// The reasons that the course asks for.
+const REASONS: u32 = 70;
+const EXITS_LEAF: u32 = 0x4fff_fffd;
+const CYCLES_LEAF: u32 = 0x4fff_fffc;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![Case::with(
+        "",
+        "linux: a guest boots, sweeps its exits, reboots and sweeps again",
+        boot_sweep_reboot_sweep,
+    )
+    .within(900)]
+}
+
+fn boot_sweep_reboot_sweep() -> Result<()> {
+    let span = Span::begin()?;
+    let mut log = Log::from_now()?;
+    let linux = Linux::boot(1)?;
+    let name = format!("kvm-{}", linux.pid()?);
+    ensure!(
+        log.own_lines()?.is_empty(),
+        "the boot asked for exits already"
+    );
+    let first = sweep(&linux, &mut log, &name)?;
+    linux.reboot()?;
+    log.own_lines()?;
+    let second = sweep(&linux, &mut log, &name)?;
+    linux.stop()?;
+    let exits = span.end()?;
+
+    for (query, before) in &first {
+        let after = second[query];
+        ensure!(
+            after >= *before,
+            "leaf {:#x}, reason {}: the guest read {before}, and {after} after its reboot",
+            query.0,
+            query.1
+        );
+    }
+    // What it read last is at most what there was in all, and both are something.
+    let isa = host::isa()?;
+    for reason in 0..REASONS {
+        let read = second[&(EXITS_LEAF, reason)];
+        let held = exits.get(&reason).copied().unwrap_or(0);
+        ensure!(
+            read <= held || !reasons::is_defined(isa, reason),
+            "reason {reason}: the guest read {read} exits, and had {held} in all"
+        );
+    }
+    let grown = first
+        .iter()
+        .filter(|(query, before)| second[query] > **before)
+        .count();
+    ensure!(
+        grown >= host::pick(8, 2)?,
+        "a reboot added to no more than {grown} numbers"
+    );
+    Ok(())
+}
+
+/// Has the guest ask for exits and cycles of each reason; what it read, by leaf and reason.
+/// Each query must have its line in the host's log, with the same number.
+fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32), u64>> {
+    let printed = linux.run(&format!(
+        "for reason in $(seq 0 {}); do for leaf in {EXITS_LEAF:#x} {CYCLES_LEAF:#x}; do \
+         cpuid -1 -l $leaf -s $reason || exit; done; done",
+        REASONS - 1
+    ))?;
+    let printed: Vec<Printed> = printed
+        .lines()
+        .filter(|line| line.trim_start().starts_with("0x4fff"))
+        .map(str::parse)
+        .collect::<Result<_>>()?;
+    let asked: Vec<(u32, u32)> = printed
+        .iter()
+        .map(|printed| (printed.leaf, printed.subleaf))
+        .collect();
+    let wanted: Vec<(u32, u32)> = (0..REASONS)
+        .flat_map(|reason| [EXITS_LEAF, CYCLES_LEAF].map(|leaf| (leaf, reason)))
+        .collect();
+    ensure!(
+        asked == wanted,
+        "the guest printed {} of {} answers: {asked:x?}",
+        asked.len(),
+        wanted.len()
+    );
+
+    let isa = host::isa()?;
+    let said: Vec<String> = printed
+        .iter()
+        .map(|printed| format!("{name}: {}", spoken(isa, printed)))
+        .collect();
+    let logged = log.own_lines()?;
+    ensure!(
+        logged == said,
+        "the guest read and the log says: {}",
+        difference(&said, &logged)
+    );
+
+    printed
+        .iter()
+        .map(|printed| {
+            let Registers { eax, ecx, edx, .. } = printed.registers;
+            let defined = reasons::is_defined(isa, printed.subleaf);
+            let rest = if printed.leaf == EXITS_LEAF { ecx } else { eax };
+            let expected = if defined { (0, 0) } else { (0, u32::MAX) };
+            let value = value(printed);
+            ensure!(
+                (rest, edx) == expected && (defined || value == 0),
+                "the guest read {printed:x?}"
+            );
+            Ok(((printed.leaf, printed.subleaf), value))
+        })
+        .collect()
+}
+
+/// The number in an answer.
+fn value(printed: &Printed) -> u64 {
+    let Registers { eax, ebx, ecx, .. } = printed.registers;
+    let low = if printed.leaf == EXITS_LEAF { eax } else { ecx };
+    u64::from(ebx) << 32 | u64::from(low)
+}
+
+/// What the log says of a query, in the course's words.
+fn spoken(isa: Isa, printed: &Printed) -> String {
+    let Printed { leaf, subleaf, .. } = printed;
+    let value = value(printed);
+    match reasons::name(isa, *subleaf) {
+        None => format!("CPUID({leaf:#010X}), exit number {subleaf} is not defined"),
+        Some(name) if *leaf == EXITS_LEAF => {
+            format!("CPUID({leaf:#010X}), exit number {subleaf} ({name}) exits={value}")
+        }
+        Some(name) => format!(
+            "CPUID({leaf:#010X}), exit number {subleaf} ({name}) time in vmm: {value} cycles"
+        ),
+    }
+}
+
+/// The first place where two lists differ, in words.
+fn difference(read: &[String], logged: &[String]) -> String {
+    let mut pairs = read.iter().zip(logged);
+    match pairs.find(|(read, logged)| read != logged) {
+        Some((read, logged)) => format!("'{read}' and '{logged}'"),
+        None => format!("{} queries and {} lines", read.len(), logged.len()),
+    }
+}

@@ -1,0 +1,285 @@
+//! Point 6: the module is refused cleanly, comes and goes, also under running guests, and
+//! goes on metering when KVM's own module is exchanged.
+
+use std::{fs, io, process, thread, time::Duration};
+
+use anyhow::{ensure, Context as _, Result};
+use tiny_guests::{Config, Expected, Machine, Mode, Program, Quad};
+
+use super::{
+    answers::{ask, MAP_2021},
+    Case,
+};
+use crate::host::{self, log::Log, meter::Meter, module, span::Span};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::without("loading: wrong parameters are refused", || {
+            for (parameters, words) in [
+                (
+                    "leaf_map=2023",
+                    "leaf_map=2023 is refused: it is 2021, 2022, or 0",
+                ),
+                (
+                    "leaf_map=1",
+                    "leaf_map=1 is refused: it is 2021, 2022, or 0",
+                ),
+                ("max_vcpus=0", "max_vcpus=0 is refused: it is 1 to 65536"),
+                (
+                    "max_vcpus=65537",
+                    "max_vcpus=65537 is refused: it is 1 to 65536",
+                ),
+            ] {
+                refused(parameters, libc::EINVAL, words)?;
+            }
+            // These the kernel refuses by itself, before the module runs.
+            for parameters in ["leaf_map=x", "leaf_map=-1", "host_scope=maybe"] {
+                refused(parameters, libc::EINVAL, "")?;
+            }
+            ensure!(
+                fs::metadata("/dev/exitmeter").is_err(),
+                "a refused module leaves /dev/exitmeter behind"
+            );
+            meters_again()
+        }),
+        Case::without("loading: twice at once is refused", || {
+            let loaded = module::Loaded::with("")?;
+            refused("", libc::EEXIST, "")?;
+            loaded.unload()
+        }),
+        Case::without("loading: load, unload, load again", || {
+            for _ in 0..3 {
+                meters_again()?;
+            }
+            Ok(())
+        }),
+        Case::with("", "loading: ftrace cannot be turned off under it", || {
+            let path = "/proc/sys/kernel/ftrace_enabled";
+            let refused = fs::write(path, "0")
+                .err()
+                .and_then(|error| error.raw_os_error());
+            ensure!(
+                refused == Some(libc::EBUSY),
+                "turning ftrace off ends with {refused:?} instead of EBUSY"
+            );
+            ensure!(fs::read_to_string(path)?.trim() == "1", "ftrace is off");
+            Ok(())
+        }),
+        Case::without("loading: comes and goes under a running guest", || {
+            comes_and_goes()
+        }),
+        Case::with(
+            "max_vcpus=1",
+            "loading: past max_vcpus a vCPU runs on unmetered",
+            past_max_vcpus,
+        ),
+        Case::with(
+            "",
+            "loading: goes on metering when KVM's module comes back with other parameters",
+            exchanged,
+        )
+        .within(180),
+        Case::without("loading: without KVM's modules is refused", || {
+            let vendor = module::vendor()?;
+            module::unload_vendor()?;
+            let without_vendor = refused(
+                "",
+                libc::ENODEV,
+                &format!("{vendor} is not loaded: run 'modprobe {vendor}' first"),
+            );
+            module::remove("kvm")?;
+            // The kernel cannot link the module without kvm.ko.
+            let without_kvm = refused("", libc::ENOENT, "");
+            module::load_vendor(&[])?;
+            without_vendor?;
+            without_kvm?;
+            meters_again()
+        })
+        .within(180),
+    ]
+}
+
+/// Demands that the module is refused with an error, and says why.
+fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
+    let mut log = Log::from_now()?;
+    let was_loaded = module::is_loaded("exitmeter")?;
+    let error = module::try_load(parameters).err();
+    if error.is_none() {
+        module::unload()?;
+    }
+    let number = error.as_ref().and_then(io::Error::raw_os_error);
+    ensure!(
+        number == Some(errno),
+        "({parameters}) ends with {error:?} instead of {}",
+        io::Error::from_raw_os_error(errno)
+    );
+    let lines = log.own_lines()?;
+    ensure!(
+        lines.iter().any(|line| line.contains(words)),
+        "({parameters}) is refused with the lines {lines:?} instead of '{words}'"
+    );
+    ensure!(
+        module::is_loaded("exitmeter")? == was_loaded,
+        "({parameters}) is refused, and the module is there"
+    );
+    Ok(())
+}
+
+/// Loads the module, meters a guest, and unloads it.
+fn meters_again() -> Result<()> {
+    let mut log = Log::from_now()?;
+    let loaded = module::Loaded::with("")?;
+    let lines = log.own_lines()?;
+    ensure!(
+        matches!(&lines[..], [line] if line.starts_with("version ") && line.contains("hooked")),
+        "the module says {lines:?} when it is loaded"
+    );
+    let span = Span::begin()?;
+    Machine::new(Config::new(Program::Cpuid, Mode::Long, 500))?.run()?;
+    let exits = span.end()?;
+    Expected::of(host::isa()?, Program::Cpuid, Mode::Long, 500, 1).check(&exits)?;
+    loaded.unload()?;
+    let lines = log.own_lines()?;
+    let row = lines.iter().find(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.get(1) == Some(&"CPUID") && words.get(2) == Some(&"500")
+    });
+    ensure!(
+        row.is_some(),
+        "the table at unload has no row of 500 CPUID exits: {lines:#?}"
+    );
+    Ok(())
+}
+
+/// A guest runs while the module is loaded, unloaded and loaded again.
+fn comes_and_goes() -> Result<()> {
+    const LOOPS: u32 = 400;
+    let config = Config {
+        pause: Duration::from_millis(5),
+        ..Config::new(Program::OutUser, Mode::Long, LOOPS)
+    };
+    let mut machine = Machine::new(config)?;
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| machine.run());
+        let mut rounds = 0;
+        while !guest.is_finished() {
+            let loaded = module::Loaded::with("")?;
+            thread::sleep(Duration::from_millis(50));
+            let meter = Meter::read()?;
+            if !guest.is_finished() {
+                // The VM was there before the module, and is metered from its next event.
+                let vcpu = meter.only()?;
+                ensure!(
+                    vcpu.numbers.exits_of(host::pick(30, 0x7b)?) > 0,
+                    "a guest that ran before the module was loaded is not metered"
+                );
+                rounds += 1;
+            }
+            loaded.unload()?;
+        }
+        let seen = guest.join().ok().context("the guest's thread panicked")??;
+        ensure!(
+            seen[0].ports == u64::from(LOOPS),
+            "the guest wrote {} times to its port instead of {LOOPS}",
+            seen[0].ports
+        );
+        ensure!(
+            rounds >= 2,
+            "the module came {rounds} times while the guest ran"
+        );
+        Ok(())
+    })
+}
+
+/// Two vCPUs where one may be metered.
+fn past_max_vcpus() -> Result<()> {
+    let mut log = Log::from_now()?;
+    let cpuid = host::pick(10, 0x72)?;
+    let query = Quad::cpuid(MAP_2021.reason_exits, cpuid);
+    module::unload()?;
+    let without = ask(Mode::Long, &[query])?.1[0];
+    module::load("max_vcpus=1")?;
+    let mut machine = Machine::new(Config {
+        vcpus: 2,
+        ..Config::query(Mode::Long, vec![query; 100])
+    })?;
+    machine.run()?;
+    let meter = Meter::read()?;
+    ensure!(
+        meter.own().len() == 1 && meter.unmetered == 1,
+        "of two vCPUs {} are metered and {} are not",
+        meter.own().len(),
+        meter.unmetered
+    );
+    let metered: Vec<u64> = machine.answers(0).iter().map(|answer| answer.rax).collect();
+    ensure!(
+        metered == (1..=100).collect::<Vec<u64>>(),
+        "the metered vCPU reads {metered:?}"
+    );
+    ensure!(
+        machine.answers(1).iter().all(|answer| *answer == without),
+        "the vCPU that is not metered reads something else than KVM's {without:x?}"
+    );
+    let lines = log.own_lines()?;
+    let said = lines
+        .iter()
+        .filter(|line| line.contains("max_vcpus=1"))
+        .count();
+    ensure!(said == 1, "the log says so {said} times: {lines:?}");
+    drop(machine);
+
+    // There is room again.
+    let (_machine, answers) = ask(Mode::Long, &[query])?;
+    ensure!(answers[0].rax >= 1, "the next VM is not metered");
+    ensure!(
+        Meter::read()?.own().len() == 1,
+        "the next VM is not metered"
+    );
+    Ok(())
+}
+
+/// KVM's vendor module is taken out and put back without nested paging, under the meter.
+fn exchanged() -> Result<()> {
+    let nested = host::pick("ept", "npt")?;
+    let parameter = format!("/sys/module/{}/parameters/{nested}", module::vendor()?);
+    let on = || Ok::<_, io::Error>(fs::read_to_string(&parameter)?.trim() == "Y");
+    ensure!(on()?, "{nested} is off already");
+    let meter = |config: Config| {
+        let Config { count, .. } = config;
+        let span = Span::begin()?;
+        Machine::new(config)?.run()?;
+        let exits = span.end()?;
+        let cpuid = exits.get(&host::pick(10, 0x72)?).copied().unwrap_or(0);
+        ensure!(
+            cpuid == u64::from(count),
+            "{cpuid} CPUID exits instead of {count}"
+        );
+        Ok(exits)
+    };
+    let config = Config::new(Program::Cpuid, Mode::Long, 300);
+    let before = meter(config.clone())?;
+
+    module::unload_vendor()?;
+    ensure!(
+        module::is_loaded("exitmeter")?,
+        "the meter went with {}",
+        module::vendor()?
+    );
+    module::load_vendor(&[&format!("{nested}=0")])?;
+    let shadow = (|| {
+        ensure!(!on()?, "{nested}=0 was not taken");
+        meter(config.clone())
+    })();
+    module::unload_vendor()?;
+    module::load_vendor(&[])?;
+    let shadow = shadow?;
+    let after = meter(config)?;
+
+    let fault = host::pick(48, 0x400)?;
+    ensure!(
+        before.contains_key(&fault) && !shadow.contains_key(&fault) && after.contains_key(&fault),
+        "nested page faults with {nested} on, off and on: {before:?}, {shadow:?}, {after:?}"
+    );
+    println!("process {}: {shadow:?} without {nested}", process::id());
+    Ok(())
+}

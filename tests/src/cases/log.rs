@@ -1,0 +1,138 @@
+//! What the host's kernel log holds: a line for each query while the cases run, and nothing
+//! that should not be there at their end.
+
+use std::fs;
+
+use anyhow::{ensure, Result};
+use exitmeter_meter::leaves::{LeafMap, Leaves, Registers, Spoken};
+use tiny_guests::{Mode, Quad};
+
+use super::{
+    answers::{ask, MAP_2021},
+    Case,
+};
+use crate::host::{self, log::Log};
+
+/// Taint: an unsigned module from outside the kernel's tree, and nothing else.
+const TAINT: u64 = 1 << 12 | 1 << 13;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::with(
+            "",
+            "log: each query has its line, in the course's words",
+            || {
+                let said = queries()?;
+                ensure!(
+                    said.0 == said.1,
+                    "the guest was answered {:#?} and the log says {:#?}",
+                    said.0,
+                    said.1
+                );
+                Ok(())
+            },
+        ),
+        Case::with(
+            "log_queries=0",
+            "log: log_queries=0 turns the lines off",
+            || {
+                let (_, logged) = queries()?;
+                ensure!(logged.is_empty(), "the log says {logged:#?}");
+                Ok(())
+            },
+        ),
+        Case::with("", "log: a guest that floods it is held back", || {
+            let mut log = Log::from_now()?;
+            let queries = vec![Quad::cpuid(MAP_2021.total_exits, 0); 500];
+            for _ in 0..4 {
+                ask(Mode::Long, &queries)?;
+            }
+            let lines = log.own_lines()?.len();
+            ensure!(
+                (140..1000).contains(&lines),
+                "2000 queries at once left {lines} lines; a sweep of 140 must show whole"
+            );
+            Ok(())
+        }),
+        Case::without("log: no oops, no warning, no stall in all of it", clean),
+    ]
+}
+
+/// A guest asks for something of each kind; the lines that should be logged, and those that
+/// are.
+fn queries() -> Result<(Vec<String>, Vec<String>)> {
+    let cpuid = host::pick(10, 0x72)?;
+    let asked = [
+        (0x4fff_fff0, 0),
+        (0x4fff_fff1, 0),
+        (0x4fff_fff2, cpuid | 1 << 16),
+        (0x4fff_fff3, cpuid),
+        (0x4fff_fffc, cpuid),
+        (0x4fff_fffd, cpuid),
+        (0x4fff_fffd, 35 + host::pick(0, 0x8000)?),
+        (0x4fff_fffe, 0),
+        (0x4fff_ffff, 0),
+    ];
+    let quads: Vec<Quad> = asked
+        .map(|(leaf, subleaf)| Quad::cpuid(leaf, subleaf))
+        .into();
+    let mut log = Log::from_now()?;
+    let answers = ask(Mode::Long, &quads)?.1;
+    let logged = log.own_lines()?;
+    let isa = host::isa()?;
+    let leaves = Leaves {
+        map: LeafMap::Map2021,
+        isa,
+    };
+    let mut said = Vec::new();
+    for ((leaf, subleaf), answer) in asked.into_iter().zip(answers) {
+        let Some(query) = leaves.classify(leaf) else {
+            anyhow::bail!("leaf {leaf:#x} is not ours");
+        };
+        let spoken = Spoken {
+            leaf,
+            query,
+            subleaf,
+            answer: Registers {
+                eax: answer.rax as u32,
+                ebx: answer.rbx as u32,
+                ecx: answer.rcx as u32,
+                edx: answer.rdx as u32,
+            },
+            isa,
+        };
+        said.push(format!("kvm-{}: {spoken}", std::process::id()));
+    }
+    Ok((said, logged))
+}
+
+fn clean() -> Result<()> {
+    const BAD: [&str; 11] = [
+        "BUG:",
+        "WARNING:",
+        "Oops",
+        "Call Trace",
+        "general protection fault",
+        "soft lockup",
+        "hard LOCKUP",
+        "rcu: INFO",
+        "blocked for more than",
+        "refcount_t",
+        "kernel BUG",
+    ];
+    let lines = Log::from_boot()?.lines()?;
+    ensure!(!lines.is_empty(), "the kernel log is empty");
+    let bad: Vec<&String> = lines
+        .iter()
+        .filter(|line| BAD.iter().any(|bad| line.contains(bad)))
+        .collect();
+    ensure!(bad.is_empty(), "the kernel log holds {bad:#?}");
+    let taint: u64 = fs::read_to_string("/proc/sys/kernel/tainted")?
+        .trim()
+        .parse()?;
+    ensure!(
+        taint == TAINT,
+        "the kernel's taint is {taint:#x} instead of {TAINT:#x}"
+    );
+    Ok(())
+}

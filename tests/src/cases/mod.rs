@@ -1,0 +1,92 @@
+//! The cases, in the order in which they run in the host.
+//!
+//! A case runs in a process of its own, with the module loaded as the case wants it, and no
+//! guest running. It passes by returning `Ok`.
+
+mod answers;
+mod exits;
+mod linux;
+mod loading;
+mod log;
+mod phases;
+mod scope;
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+/// A case.
+pub struct Case {
+    /// What it shows; also its name on the command line.
+    pub name: String,
+    /// The module's parameters; `None` for a case that loads it itself, or not at all.
+    pub module: Option<&'static str>,
+    /// How long it may take, by the host's clock.
+    pub limit: Duration,
+    /// What it does.
+    pub run: Box<dyn Fn() -> Result<()>>,
+}
+
+impl Case {
+    /// A case that takes a minute at most, with the module loaded with `parameters`.
+    fn with(
+        parameters: &'static str,
+        name: impl Into<String>,
+        run: impl Fn() -> Result<()> + 'static,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            module: Some(parameters),
+            limit: Duration::from_secs(60),
+            run: Box::new(run),
+        }
+    }
+
+    /// A case that takes a minute at most, and finds the module not loaded.
+    fn without(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Self {
+        Self {
+            module: None,
+            ..Self::with("", name, run)
+        }
+    }
+
+    /// The case with more time.
+    fn within(self, seconds: u64) -> Self {
+        Self {
+            limit: Duration::from_secs(seconds),
+            ..self
+        }
+    }
+}
+
+/// All cases.
+pub fn all() -> Vec<Case> {
+    [
+        exits::cases(),
+        answers::cases(),
+        phases::cases(),
+        scope::cases(),
+        linux::cases(),
+        loading::cases(),
+        // The last: it looks back at all of them.
+        log::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_fit_a_line() {
+        let mut names: Vec<_> = all().into_iter().map(|case| case.name).collect();
+        let count = names.len();
+        assert!(names.iter().all(|name| !name.contains(['\n', '#'])));
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

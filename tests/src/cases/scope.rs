@@ -1,0 +1,105 @@
+//! Point 4: two VMs at once, each of which reads its own numbers, or the sum.
+
+use std::thread;
+
+use anyhow::{ensure, Context as _, Result};
+use tiny_guests::{Config, Machine, Mode, Program, Quad};
+
+use super::{
+    answers::{ask, MAP_2021},
+    Case,
+};
+use crate::host::{self, meter::Meter};
+
+/// How often each VM asks for the number of CPUID exits.
+const EACH: u64 = 400;
+/// How often a VM beside them reads an MSR.
+const MSR_READS: u32 = 777;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::with(
+            "log_queries=0",
+            "scope: two VMs at once do not see each other's numbers",
+            || {
+                let both = two_at_once()?;
+                let own: Vec<u64> = (1..=EACH).collect();
+                ensure!(
+                    both.iter().all(|counts| *counts == own),
+                    "a VM that asks {EACH} times for its CPUID exits reads {both:?}"
+                );
+                beside(0)
+            },
+        ),
+        Case::with(
+            "log_queries=0 host_scope=1",
+            "scope: with host_scope=1 two VMs at once see the sum",
+            || {
+                let before = Meter::read()?
+                    .exits()
+                    .get(&host::pick(10, 0x72)?)
+                    .copied()
+                    .unwrap_or(0);
+                let both = two_at_once()?;
+                for counts in &both {
+                    ensure!(
+                        counts.windows(2).all(|pair| pair[0] < pair[1]),
+                        "the counts that a VM reads do not grow: {counts:?}"
+                    );
+                }
+                // The query that was counted last was answered after all were counted.
+                let highest = both.iter().flatten().max().copied();
+                ensure!(
+                    highest == Some(before + 2 * EACH),
+                    "the highest count read is {highest:?} instead of {}",
+                    before + 2 * EACH
+                );
+                beside(MSR_READS.into())
+            },
+        ),
+    ]
+}
+
+/// Two VMs ask for the number of CPUID exits, side by side; what each read.
+fn two_at_once() -> Result<Vec<Vec<u64>>> {
+    let cpuid = host::pick(10, 0x72)?;
+    let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
+    let mut machines = [Mode::Long, Mode::Real]
+        .map(|mode| Machine::new(Config::query(mode, queries.clone())))
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+    thread::scope(|scope| {
+        let threads: Vec<_> = machines
+            .iter_mut()
+            .map(|machine| scope.spawn(|| machine.run()))
+            .collect();
+        threads.into_iter().try_for_each(|thread| {
+            thread.join().ok().context("a VM's thread panicked")??;
+            anyhow::Ok(())
+        })
+    })?;
+    let meter = Meter::read()?;
+    let vms: Vec<u64> = meter.own().iter().map(|vcpu| vcpu.vm).collect();
+    ensure!(
+        vms.len() == 2 && vms[0] != vms[1],
+        "two VMs of one process have the numbers {vms:?}"
+    );
+    Ok(machines
+        .iter()
+        .map(|machine| machine.answers(0).iter().map(|answer| answer.rax).collect())
+        .collect())
+}
+
+/// Demands what a VM reads of the exits of another, which has read an MSR.
+fn beside(expected: u64) -> Result<()> {
+    let msr_read = host::pick(31, 0x7c)?;
+    let mut other = Machine::new(Config::new(Program::Rdmsr, Mode::Long, MSR_READS))?;
+    other.run()?;
+    let (_machine, answers) = ask(Mode::Long, &[Quad::cpuid(MAP_2021.reason_exits, msr_read)])?;
+    ensure!(
+        answers[0].rax == expected,
+        "a VM beside one with {MSR_READS} MSR reads reads {} of them",
+        answers[0].rax
+    );
+    Ok(())
+}

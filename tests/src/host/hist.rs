@@ -1,0 +1,176 @@
+//! The kernel's own count of VM exits: a histogram on the tracepoint kvm:kvm_exit, by
+//! reason. It is the oracle that the meter is held against.
+
+use std::{collections::BTreeMap, ffi::CStr, fs, io, path::Path};
+
+use anyhow::{bail, ensure, Context as _, Result};
+use exitmeter_meter::reasons::Isa;
+
+use super::isa;
+
+const TRACING: &CStr = c"/sys/kernel/tracing";
+const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
+const HIST: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/hist";
+const KEYS: &str = "hist:keys=exit_reason:size=4096";
+
+/// Exits by reason.
+pub type Exits = BTreeMap<u32, u64>;
+
+/// A histogram that counts until it is dropped.
+#[derive(Debug)]
+pub struct Hist(());
+
+impl Hist {
+    /// Begins to count, from 0.
+    pub fn begin() -> Result<Self> {
+        mount()?;
+        stop()?;
+        fs::write(TRIGGER, KEYS)
+            .with_context(|| format!("{TRIGGER} does not take a histogram; is kvm.ko loaded?"))?;
+        let hist = Self(());
+        ensure!(
+            hist.read()?.is_empty(),
+            "the histogram begins with exits: a guest is running"
+        );
+        Ok(hist)
+    }
+
+    /// The exits so far.
+    pub fn read(&self) -> Result<Exits> {
+        let text = fs::read_to_string(HIST).with_context(|| format!("{HIST} cannot be read"))?;
+        parse(&text, isa()?)
+    }
+}
+
+impl Drop for Hist {
+    fn drop(&mut self) {
+        if let Err(error) = stop() {
+            eprintln!("The histogram cannot be taken away: {error:#}");
+        }
+    }
+}
+
+/// Takes a histogram away, if there is one.
+pub fn stop() -> Result<()> {
+    let armed = fs::read_to_string(TRIGGER).unwrap_or_default();
+    if armed.contains("hist:") {
+        fs::write(TRIGGER, format!("!{KEYS}"))
+            .with_context(|| format!("{TRIGGER} keeps its histogram"))?;
+    }
+    Ok(())
+}
+
+fn mount() -> Result<()> {
+    if Path::new("/sys/kernel/tracing/events").is_dir() {
+        return Ok(());
+    }
+    // SAFETY: All strings end with a NUL; this file system takes no data.
+    let mounted = unsafe {
+        libc::mount(
+            c"tracefs".as_ptr(),
+            TRACING.as_ptr(),
+            c"tracefs".as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    if mounted != 0 {
+        return Err(io::Error::last_os_error()).context("tracefs cannot be mounted");
+    }
+    Ok(())
+}
+
+/// Reads the text of a histogram keyed by exit_reason. On VMX the basic reason is the low
+/// half of what the tracepoint gives.
+fn parse(text: &str, isa: Isa) -> Result<Exits> {
+    let mut exits = Exits::new();
+    let (mut hits, mut dropped) = (None, None);
+    for line in text.lines().map(str::trim) {
+        if line.is_empty() || line.starts_with('#') || line == "Totals:" {
+            continue;
+        }
+        let number = |text: &str| {
+            text.trim()
+                .parse::<u64>()
+                .with_context(|| format!("'{line}' of a histogram has no number"))
+        };
+        if let Some(entry) = line.strip_prefix("{ exit_reason:") {
+            let (reason, hits) = entry
+                .split_once("} hitcount:")
+                .with_context(|| format!("'{line}' is no entry of a histogram"))?;
+            let reason = u32::try_from(number(reason)?).context("a reason has 32 bits")?;
+            let reason = match isa {
+                Isa::Vmx => reason & 0xffff,
+                Isa::Svm => reason,
+            };
+            *exits.entry(reason).or_insert(0) += number(hits)?;
+        } else if let Some(text) = line.strip_prefix("Hits:") {
+            hits = Some(number(text)?);
+        } else if let Some(text) = line.strip_prefix("Dropped:") {
+            dropped = Some(number(text)?);
+        } else if !line.starts_with("Entries:") {
+            bail!("a histogram holds a line that is not known: '{line}'");
+        }
+    }
+    ensure!(
+        dropped == Some(0),
+        "the histogram dropped exits: {dropped:?}"
+    );
+    ensure!(
+        hits == Some(exits.values().sum()),
+        "the histogram's total, {hits:?}, is not the sum of its entries"
+    );
+    Ok(exits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As read on the emulated AMD host.
+    const SAVED: &str = "\
+# event histogram
+#
+# trigger info: hist:keys=exit_reason:vals=hitcount:sort=hitcount:size=2048 [active]
+#
+
+{ exit_reason:        123 } hitcount:          1
+{ exit_reason:         96 } hitcount:          7
+{ exit_reason: 4294967295 } hitcount:          2
+{ exit_reason:        120 } hitcount:        100
+
+Totals:
+    Hits: 110
+    Entries: 4
+    Dropped: 0
+";
+
+    #[test]
+    fn reads_what_the_kernel_says() -> Result<()> {
+        let svm = parse(SAVED, Isa::Svm)?;
+        assert_eq!(
+            svm,
+            Exits::from([(96, 7), (120, 100), (123, 1), (u32::MAX, 2)])
+        );
+        // A failed entry has bit 31 set.
+        let text = SAVED.replace("4294967295", "2147483681");
+        assert_eq!(parse(&text, Isa::Vmx)?.get(&33), Some(&2));
+        let empty = "# event histogram\n\nTotals:\n    Hits: 0\n    Entries: 0\n    Dropped: 0\n";
+        assert!(parse(empty, Isa::Vmx)?.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn refuses_what_is_not_whole() {
+        for (from, to) in [
+            ("Hits: 110", "Hits: 111"),
+            ("Dropped: 0", "Dropped: 1"),
+            ("    Dropped: 0\n", ""),
+            ("hitcount:          7", "hitcount:"),
+            ("{ exit_reason:         96 }", "{ isa:         96 }"),
+        ] {
+            assert!(parse(&SAVED.replace(from, to), Isa::Svm).is_err(), "{to}");
+        }
+        assert!(parse("", Isa::Svm).is_err());
+    }
+}

@@ -1,0 +1,142 @@
+//! A real Linux guest under KVM, by the host's command `guest`.
+
+use std::{
+    process::{Command, Stdio},
+    str::FromStr,
+};
+
+use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::leaves::Registers;
+
+/// A guest that runs; its VMM is ended when this is dropped.
+#[derive(Debug)]
+pub struct Linux(());
+
+impl Linux {
+    /// Boots it.
+    pub fn boot(vcpus: u32) -> Result<Self> {
+        guest(&["boot", "--vcpus", &vcpus.to_string()])?;
+        Ok(Self(()))
+    }
+
+    /// Runs a shell command in it; what it printed.
+    pub fn run(&self, command: &str) -> Result<String> {
+        guest(&["run", "--", command])
+    }
+
+    /// Boots it again.
+    pub fn reboot(&self) -> Result<()> {
+        guest(&["reboot"]).map(drop)
+    }
+
+    /// The process of its VMM.
+    pub fn pid(&self) -> Result<u32> {
+        let text = guest(&["pid"])?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("'{text}' is no process"))
+    }
+
+    /// Ends its VMM.
+    pub fn stop(self) -> Result<()> {
+        std::mem::forget(self);
+        stop()
+    }
+}
+
+impl Drop for Linux {
+    fn drop(&mut self) {
+        if let Err(error) = stop() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Ends the guest's VMM.
+pub fn stop() -> Result<()> {
+    guest(&["stop"]).map(drop)
+}
+
+/// Whether a guest runs.
+pub fn is_running() -> bool {
+    guest(&["pid"]).is_ok()
+}
+
+fn guest(arguments: &[&str]) -> Result<String> {
+    let output = Command::new("guest")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .context("the command guest cannot be run")?;
+    ensure!(
+        output.status.success(),
+        "guest {} failed: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A line of what the tool `cpuid` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Printed {
+    /// The leaf.
+    pub leaf: u32,
+    /// The subleaf.
+    pub subleaf: u32,
+    /// What CPUID gave.
+    pub registers: Registers,
+}
+
+impl FromStr for Printed {
+    type Err = anyhow::Error;
+
+    /// Reads `   0x4ffffffd 0x0a: eax=0x000003ea ebx=0x00000000 ecx=0x00000000 edx=0x00000000`.
+    fn from_str(line: &str) -> Result<Self> {
+        let read = || {
+            let mut words = line.split_whitespace();
+            let mut number = |prefix: &str, suffix: &str| {
+                let word = words.next()?.strip_prefix(prefix)?;
+                u32::from_str_radix(word.strip_suffix(suffix)?, 16).ok()
+            };
+            Some(Self {
+                leaf: number("0x", "")?,
+                subleaf: number("0x", ":")?,
+                registers: Registers {
+                    eax: number("eax=0x", "")?,
+                    ebx: number("ebx=0x", "")?,
+                    ecx: number("ecx=0x", "")?,
+                    edx: number("edx=0x", "")?,
+                },
+            })
+        };
+        read().with_context(|| format!("'{line}' is no line of the tool cpuid"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_cpuid_prints() -> Result<()> {
+        let line =
+            "   0x4ffffffd 0x0a: eax=0x000003ea ebx=0x00000000 ecx=0x00000001 edx=0xffffffff";
+        assert_eq!(
+            line.parse::<Printed>()?,
+            Printed {
+                leaf: 0x4fff_fffd,
+                subleaf: 10,
+                registers: Registers {
+                    eax: 1002,
+                    ebx: 0,
+                    ecx: 1,
+                    edx: u32::MAX
+                }
+            }
+        );
+        assert!("CPU:".parse::<Printed>().is_err());
+        assert!(line.replace("edx=", "").parse::<Printed>().is_err());
+        Ok(())
+    }
+}

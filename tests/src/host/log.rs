@@ -1,0 +1,83 @@
+//! The host's kernel log, read line by line from a moment on.
+
+use std::{
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom},
+    os::unix::fs::OpenOptionsExt as _,
+};
+
+use anyhow::{bail, Context as _, Result};
+
+/// The log from a moment on.
+#[derive(Debug)]
+pub struct Log(File);
+
+impl Log {
+    /// From now on.
+    pub fn from_now() -> Result<Self> {
+        let mut log = Self::from_boot()?;
+        // To the end, and not as in other files by an offset.
+        log.0.seek(SeekFrom::End(0)).context("the kernel log")?;
+        Ok(log)
+    }
+
+    /// From its first line that the kernel still has.
+    pub fn from_boot() -> Result<Self> {
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")
+            .context("/dev/kmsg cannot be opened")?;
+        Ok(Self(file))
+    }
+
+    /// The lines that came since the last call, without their time.
+    pub fn lines(&mut self) -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        let mut record = [0; 8192];
+        loop {
+            match self.0.read(&mut record) {
+                Ok(0) => return Ok(lines),
+                Ok(len) => lines.push(text(&String::from_utf8_lossy(&record[..len]))?),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(lines),
+                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {
+                    bail!("the kernel log overran its buffer before it was read")
+                }
+                Err(error) => return Err(error).context("the kernel log cannot be read"),
+            }
+        }
+    }
+
+    /// The module's own lines that came since the last call, without `exitmeter: `.
+    pub fn own_lines(&mut self) -> Result<Vec<String>> {
+        let lines = self.lines()?;
+        Ok(lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("exitmeter: "))
+            .map(str::to_owned)
+            .collect())
+    }
+}
+
+/// The text of a record of /dev/kmsg: `priority,number,time,flags;text`, then lines with
+/// the record's properties.
+fn text(record: &str) -> Result<String> {
+    let (_, text) = record
+        .split_once(';')
+        .with_context(|| format!("'{record}' is no record of the kernel log"))?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_the_text_alone() -> Result<()> {
+        let record =
+            "6,339,5140900,-;NET: Registered; really\n SUBSYSTEM=acpi\n DEVICE=+acpi:PNP0A03:00\n";
+        assert_eq!(text(record)?, "NET: Registered; really");
+        assert!(text("garbage").is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,174 @@
+//! What the host reads of the meter: the snapshot of /dev/exitmeter.
+
+use std::{collections::BTreeMap, fs};
+
+use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::{
+    phase::Phase,
+    reader::{self, Row},
+    snapshot::Reason,
+};
+
+use super::hist::Exits;
+
+const DEVICE: &str = "/dev/exitmeter";
+
+/// The numbers of one vCPU, or the sums of those that are gone.
+#[derive(Clone, Debug, Default)]
+pub struct Numbers {
+    /// Exits by reason, those that are 0 left out.
+    pub exits: Exits,
+    /// TSC ticks of a reason, by phase.
+    cells: BTreeMap<u32, [u64; Phase::COUNT]>,
+    /// TSC ticks by phase, over all reasons and the time before the first exit.
+    pub phases: [u64; Phase::COUNT],
+}
+
+impl Numbers {
+    fn read<'a>(rows: impl Iterator<Item = Row<'a>>) -> Result<Self> {
+        let mut numbers = Self::default();
+        for row in rows {
+            let cycles = Phase::ALL.map(|phase| row.cycles(phase));
+            for (sum, cycles) in numbers.phases.iter_mut().zip(cycles) {
+                *sum += cycles;
+            }
+            match row.reason() {
+                Reason::Code(code) => {
+                    numbers.cells.insert(code, cycles);
+                    if row.exits() != 0 {
+                        numbers.exits.insert(code, row.exits());
+                    }
+                }
+                Reason::Start => ensure!(
+                    row.exits() == 0,
+                    "exits are booked on the time before the first"
+                ),
+                Reason::Other => ensure!(
+                    row.exits() == 0,
+                    "{} exits have a code without a row",
+                    row.exits()
+                ),
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// Exits with a code.
+    pub fn exits_of(&self, code: u32) -> u64 {
+        self.exits.get(&code).copied().unwrap_or(0)
+    }
+
+    /// TSC ticks of a code in a phase.
+    pub fn cycles_of(&self, phase: Phase, code: u32) -> u64 {
+        self.cells
+            .get(&code)
+            .map_or(0, |cells| cells[phase as usize])
+    }
+
+    /// The share of a phase in all ticks, 0 to 1.
+    pub fn share(&self, phase: Phase) -> f64 {
+        self.phases[phase as usize] as f64 / self.phases.iter().sum::<u64>() as f64
+    }
+
+    /// The shares of all phases, in words.
+    pub fn shares(&self) -> String {
+        Phase::ALL
+            .map(|phase| format!("{} {:.1}%", phase.name(), 100. * self.share(phase)))
+            .join(", ")
+    }
+}
+
+/// A vCPU that lives.
+#[derive(Clone, Debug)]
+pub struct Vcpu {
+    /// The VM's number.
+    pub vm: u64,
+    /// KVM's name of the VM.
+    pub name: String,
+    /// The process that made the VM.
+    pub pid: u32,
+    /// The vCPU's id.
+    pub id: u32,
+    /// Its life in TSC ticks: first event to latest.
+    pub life: u64,
+    /// The phase it is in.
+    pub phase: Option<Phase>,
+    /// Its numbers.
+    pub numbers: Numbers,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug)]
+pub struct Meter {
+    /// The vCPUs that live.
+    pub vcpus: Vec<Vcpu>,
+    /// How many are gone.
+    pub gone: u64,
+    /// How many ran unmetered.
+    pub unmetered: u64,
+    /// The sums of those that are gone.
+    pub totals: Numbers,
+}
+
+impl Meter {
+    /// Reads the device. Each vCPU that lives is checked to balance.
+    pub fn read() -> Result<Self> {
+        let bytes = fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))?;
+        let snapshot = reader::Snapshot::parse(&bytes)?;
+        let vcpus = snapshot.vcpus().map(|vcpu| {
+            let numbers = Numbers::read(vcpu.rows())?;
+            let (life, cells) = (vcpu.last() - vcpu.first(), numbers.phases.iter().sum());
+            ensure!(
+                life == cells && vcpu.balances(),
+                "vCPU {} of {} lived {life} ticks and its cells hold {cells}",
+                vcpu.id(),
+                vcpu.name()
+            );
+            Ok(Vcpu {
+                vm: vcpu.vm(),
+                name: vcpu.name().to_owned(),
+                pid: vcpu.pid(),
+                id: vcpu.id(),
+                life,
+                phase: vcpu.phase(),
+                numbers,
+            })
+        });
+        Ok(Self {
+            vcpus: vcpus.collect::<Result<_>>()?,
+            gone: snapshot.gone(),
+            unmetered: snapshot.unmetered(),
+            totals: Numbers::read(snapshot.totals())?,
+        })
+    }
+
+    /// The vCPUs of this process, in the order of VM and id.
+    pub fn own(&self) -> Vec<&Vcpu> {
+        let mut own: Vec<_> = self
+            .vcpus
+            .iter()
+            .filter(|vcpu| vcpu.pid == std::process::id())
+            .collect();
+        own.sort_by_key(|vcpu| (vcpu.vm, vcpu.id));
+        own
+    }
+
+    /// The one vCPU of this process.
+    pub fn only(&self) -> Result<&Vcpu> {
+        match self.own()[..] {
+            [vcpu] => Ok(vcpu),
+            ref own => anyhow::bail!("this process has {} metered vCPUs instead of 1", own.len()),
+        }
+    }
+
+    /// Exits by reason of all vCPUs, those that live and those that are gone.
+    pub fn exits(&self) -> Exits {
+        let mut exits = self.totals.exits.clone();
+        for vcpu in &self.vcpus {
+            for (reason, count) in &vcpu.numbers.exits {
+                *exits.entry(*reason).or_insert(0) += count;
+            }
+        }
+        exits
+    }
+}

@@ -1,0 +1,122 @@
+//! The inside: runs the cases in the emulated host, each in a process of its own.
+//!
+//! So a case that panics, crashes or hangs fails alone. What it leaves behind, a guest, a
+//! histogram or a loaded module, is taken away before the next.
+
+use std::{
+    fs::File,
+    io::{self, Read as _, Seek as _},
+    os::fd::{FromRawFd as _, OwnedFd},
+    process::{Child, Command, ExitCode, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{bail, ensure, Context as _, Result};
+
+use crate::{
+    cases::{self, Case},
+    host::{hist, linux, module},
+    report::Line,
+};
+
+/// Runs the cases whose names hold one of the words, or all; the status says whether all
+/// passed.
+pub fn run(words: &[String]) -> Result<ExitCode> {
+    let cases: Vec<Case> = cases::all()
+        .into_iter()
+        .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)))
+        .collect();
+    println!("{}\n{}", Line::Version, Line::Plan(cases.len()));
+    let mut failed = 0;
+    for (number, case) in (1..).zip(&cases) {
+        let started = Instant::now();
+        let mut output = String::new();
+        let result = run_apart(case, &mut output);
+        let tidied = tidy();
+        let failure = result.and(tidied).err();
+        let mut remarks: Vec<String> = output.lines().map(str::to_owned).collect();
+        if let Some(failure) = &failure {
+            failed += 1;
+            remarks.extend(format!("{failure:#}").lines().map(str::to_owned));
+        }
+        for remark in remarks {
+            println!("{}", Line::Remark(remark));
+        }
+        let line = Line::Case {
+            number,
+            passed: failure.is_none(),
+            name: case.name.clone(),
+        };
+        println!("{line}");
+        println!(
+            "{}",
+            Line::Remark(format!("{:.1} s", started.elapsed().as_secs_f64()))
+        );
+    }
+    Ok(ExitCode::from(u8::from(failed != 0)))
+}
+
+/// Runs one case in this process.
+pub fn run_case(name: &str) -> Result<()> {
+    let case = cases::all().into_iter().find(|case| case.name == name);
+    let case = case.with_context(|| format!("there is no case '{name}'"))?;
+    (case.run)()
+}
+
+/// Runs a case in a process of its own; adds to `output` what it printed.
+fn run_apart(case: &Case, output: &mut String) -> Result<()> {
+    module::have(case.module)?;
+    let mut file = memory_file().context("no memory for a case's output")?;
+    let child = Command::new("/proc/self/exe")
+        .args(["--case", &case.name])
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file.try_clone()?)
+        .spawn()
+        .context("a case cannot be started")?;
+    let status = wait(child, case.limit);
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    output.push_str(&String::from_utf8_lossy(&bytes));
+    let status = status?;
+    ensure!(status.success(), "the case ended with {status}");
+    Ok(())
+}
+
+/// A file without a name.
+fn memory_file() -> io::Result<File> {
+    // SAFETY: A name that ends with a NUL.
+    let fd = unsafe { libc::memfd_create(c"output".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: Just opened, and nobody else's.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// Waits for a case, and ends it when it takes too long.
+fn wait(mut child: Child, limit: Duration) -> Result<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("the case took longer than {} s", limit.as_secs());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Takes away what a case that failed may have left.
+fn tidy() -> Result<()> {
+    if linux::is_running() {
+        linux::stop()?;
+    }
+    hist::stop()?;
+    module::have(None)
+}

@@ -10,7 +10,7 @@ mod elf;
 pub mod payload;
 pub mod pvh;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -62,6 +62,17 @@ impl ImageError {
     }
 }
 
+/// A kernel as it lies in memory.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The file with all of it.
+    pub path: PathBuf,
+    /// Where it begins, in bytes from the start of memory.
+    pub address: u64,
+    /// Where its entry for PVH is.
+    pub entry: u32,
+}
+
 /// The images of one run.
 #[derive(Debug)]
 pub struct Images {
@@ -81,6 +92,27 @@ impl Images {
         Ok(Self {
             base: base::make(prepared)?,
             payload: payload.into(),
+        })
+    }
+
+    /// The host's kernel as it lies in memory, made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`].
+    pub fn kernel(&self, prepared: &Prepared) -> Result<Kernel, ImageError> {
+        let source = prepared.kernel.join("vmlinux");
+        let bytes = fs::read(&source).map_err(ImageError::io("read", &source))?;
+        let kernel = elf::Kernel::parse(&source, &bytes)?;
+        let path = cache::file(
+            "kernel",
+            &[include_str!("image/elf.rs"), &prepared.kernel_key],
+            |target| fs::write(target, kernel.layout()).map_err(ImageError::io("write", target)),
+        )?;
+        Ok(Kernel {
+            path,
+            address: kernel.address,
+            entry: kernel.entry,
         })
     }
 

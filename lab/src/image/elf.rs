@@ -33,53 +33,62 @@ pub fn needs(path: &Path, bytes: &[u8]) -> Result<Needs, ImageError> {
     })
 }
 
-/// A kernel as it lies in memory.
+/// A kernel's segments, where they belong in memory.
 #[derive(Debug)]
-pub struct Kernel {
-    /// Where `content` begins, in bytes from the start of memory.
+pub struct Kernel<'a> {
+    /// Where the first begins, in bytes from the start of memory.
     pub address: u64,
     /// Where the entry for PVH is.
     pub entry: u32,
-    /// All segments, with zeros between them.
-    pub content: Vec<u8>,
+    /// Each segment's place behind `address`, and its content.
+    segments: Vec<(usize, &'a [u8])>,
 }
 
-/// Lays out the kernel in `bytes`.
-pub fn kernel(path: &Path, bytes: &[u8]) -> Result<Kernel, ImageError> {
-    let wrong = |reason: &str| ImageError::content(path, reason);
-    let elf = Elf::parse(bytes).map_err(|error| ImageError::content(path, error))?;
-    let segments = || {
-        elf.program_headers
-            .iter()
-            .filter(|header| header.p_type == PT_LOAD)
-    };
-    let address = segments()
-        .map(|segment| segment.p_paddr)
-        .min()
-        .ok_or_else(|| wrong("no kernel: it has no segments"))?;
-    let mut content = Vec::new();
-    for segment in segments() {
-        let data = bytes
-            .get(segment.file_range())
-            .ok_or_else(|| wrong("the file is cut off"))?;
-        let start = usize::try_from(segment.p_paddr - address)
-            .map_err(|_| wrong("no kernel: too large"))?;
-        if content.len() < start + data.len() {
-            content.resize(start + data.len(), 0);
+impl<'a> Kernel<'a> {
+    /// Reads the kernel in `bytes`.
+    pub fn parse(path: &Path, bytes: &'a [u8]) -> Result<Self, ImageError> {
+        let wrong = |reason: &str| ImageError::content(path, reason);
+        let elf = Elf::parse(bytes).map_err(|error| ImageError::content(path, error))?;
+        let headers = || {
+            elf.program_headers
+                .iter()
+                .filter(|header| header.p_type == PT_LOAD)
+        };
+        let address = headers()
+            .map(|header| header.p_paddr)
+            .min()
+            .ok_or_else(|| wrong("it is no kernel: it has no segments"))?;
+        let mut segments = Vec::new();
+        for header in headers() {
+            let content = bytes
+                .get(header.file_range())
+                .ok_or_else(|| wrong("it is cut off"))?;
+            let place = usize::try_from(header.p_paddr - address)
+                .map_err(|_| wrong("it is no kernel: it is too large"))?;
+            segments.push((place, content));
         }
-        content[start..start + data.len()].copy_from_slice(data);
+        let entry = elf
+            .iter_note_headers(bytes)
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+            .find(|note| note.n_type == PVH_ENTRY && note.name == "Xen")
+            .and_then(|note| Some(u32::from_le_bytes(*note.desc.first_chunk()?)))
+            .ok_or_else(|| wrong("the kernel has no entry for PVH; it needs CONFIG_PVH"))?;
+        Ok(Self {
+            address,
+            entry,
+            segments,
+        })
     }
-    let entry = elf
-        .iter_note_headers(bytes)
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok)
-        .find(|note| note.n_type == PVH_ENTRY && note.name == "Xen")
-        .and_then(|note| Some(u32::from_le_bytes(*note.desc.first_chunk()?)))
-        .ok_or_else(|| wrong("the kernel has no entry for PVH; it needs CONFIG_PVH"))?;
-    Ok(Kernel {
-        address,
-        entry,
-        content,
-    })
+
+    /// All of it, with zeros between the segments.
+    pub fn layout(&self) -> Vec<u8> {
+        let end = |&(place, content): &(usize, &[u8])| place + content.len();
+        let mut memory = vec![0; self.segments.iter().map(end).max().unwrap_or(0)];
+        for &(place, content) in &self.segments {
+            memory[place..place + content.len()].copy_from_slice(content);
+        }
+        memory
+    }
 }

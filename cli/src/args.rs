@@ -33,7 +33,7 @@ enum Command {
 Examples:
   exitmeter report
   exitmeter report --json | jq '.vms[] | {name, exits}'
-  cp /dev/exitmeter before; exitmeter report --input before")]
+  cat /dev/exitmeter > before; exitmeter report --input before")]
     Report {
         /// Prints JSON instead of tables.
         #[arg(long)]

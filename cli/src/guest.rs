@@ -162,7 +162,7 @@ impl Sweep {
         } in &self.ledger.reasons
         {
             table.row([
-                report::code(self.isa, label.code),
+                report::code(label.code),
                 label.name.unwrap_or_default().to_owned(),
                 exact(*exits),
                 exact(cycles.kernel),

@@ -71,11 +71,17 @@ pub fn text(lists: &[List]) -> String {
             Isa::Vmx => "VMX: Intel's SDM, volume 3, appendix \"VMX Basic Exit Reasons\"",
             Isa::Svm => "SVM: AMD's APM, volume 2, appendix \"SVM Intercept Exit Codes\"",
         };
-        let mut table = Table::new([("code", Right), ("name", Left), ("KVM of Linux 7.3", Left)]);
+        let mut table = Table::new([
+            ("code", Right),
+            ("hex", Right),
+            ("name", Left),
+            ("KVM of Linux 7.3", Left),
+        ]);
         for entry in reasons {
             let handled = if entry.handled { "handles it" } else { "" };
             table.row([
-                report::code(*isa, Some(entry.code)),
+                report::code(Some(entry.code)),
+                format!("{:#x}", entry.code),
                 entry.name.to_owned(),
                 handled.to_owned(),
             ]);

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use exitmeter_meter::{phase::Phase, reasons::Isa};
+use exitmeter_meter::phase::Phase;
 
 use crate::{
     model::{Host, Label, Ledger, ReasonRow, Report, Vcpu, Vm},
@@ -37,7 +37,7 @@ pub fn text(report: &Report) -> String {
         text += &format!("\n{name}, process {pid}: {exits}, {vcpus}\n\n");
         text += &format!("{}\n", phases(&vm.ledger));
         text += &format!("{}\n", vcpu_table(&report.host, &vm.vcpus));
-        text += &reason_table(report.host.isa, &vm.ledger).to_string();
+        text += &reason_table(&vm.ledger).to_string();
     }
     let departed = &report.departed;
     if departed.vcpus_gone != 0 {
@@ -45,7 +45,7 @@ pub fn text(report: &Report) -> String {
         let vcpus = count(departed.vcpus_gone, "vCPU");
         text += &format!("\ngone: {exits}, {vcpus}\n\n");
         text += &format!("{}\n", phases(&departed.ledger));
-        text += &reason_table(report.host.isa, &departed.ledger).to_string();
+        text += &reason_table(&departed.ledger).to_string();
     }
     text
 }
@@ -129,7 +129,7 @@ fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<9> {
 
 /// What each reason cost. "share" is its part of all kernel cycles; the phases behind it
 /// are the time that vCPUs spent there with this as their latest exit.
-fn reason_table(isa: Isa, ledger: &Ledger) -> Table<10> {
+fn reason_table(ledger: &Ledger) -> Table<10> {
     let mut table = Table::new([
         ("code", Right),
         ("reason", Left),
@@ -149,7 +149,7 @@ fn reason_table(isa: Isa, ledger: &Ledger) -> Table<10> {
     } in &ledger.reasons
     {
         table.row([
-            code(isa, label.code),
+            code(label.code),
             name(label),
             exact(*exits),
             exact(cycles.kernel),
@@ -164,13 +164,9 @@ fn reason_table(isa: Isa, ledger: &Ledger) -> Table<10> {
     table
 }
 
-/// A code as its vendor's manual writes it.
-pub(crate) fn code(isa: Isa, code: Option<u32>) -> String {
-    match (isa, code) {
-        (_, None) => String::new(),
-        (Isa::Vmx, Some(code)) => code.to_string(),
-        (Isa::Svm, Some(code)) => format!("{code:#x}"),
-    }
+/// A code as guests ask for it and the kernel log has it; nothing for rows without one.
+pub(crate) fn code(code: Option<u32>) -> String {
+    code.map_or_else(String::new, |code| code.to_string())
 }
 
 /// A reason's name, or what stands for one.

@@ -87,7 +87,7 @@ fn the_report_as_json() {
 fn the_reasons() {
     let text = printed(&["reasons", "--isa", "svm"]);
     assert!(
-        text.contains("\n      0x72  CPUID                      handles it\n"),
+        text.contains(" 114        0x72  CPUID                      handles it\n"),
         "{text}"
     );
     assert!(!text.contains("EPT_VIOLATION"));

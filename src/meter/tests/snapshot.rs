@@ -17,6 +17,10 @@ use proptest::prelude::*;
 /// snapshot of today must be able to read it with the tool of tomorrow.
 const SAVED: &[u8] = include_bytes!("snapshot-1.0.bin");
 
+/// One that the module gave on an emulated AMD host: a VM whose guest writes to a port that
+/// its VMM answers slowly, and one that is gone, which executed CPUID 100 times.
+const FROM_AMD: &[u8] = include_bytes!("snapshot-1.0-amd.bin");
+
 const HOST: Host = Host {
     isa: Isa::Vmx,
     leaf_map: LeafMap::Map2021,
@@ -276,6 +280,25 @@ fn what_was_saved_reads_back() {
         totals[1].numbers(&counters[3]).collect::<Vec<_>>(),
         [9_000_000]
     );
+}
+
+#[test]
+fn what_the_module_gave_reads_back() {
+    let snapshot = Snapshot::parse(FROM_AMD).unwrap();
+    assert_eq!(snapshot.bytes().len(), FROM_AMD.len());
+    assert_eq!(snapshot.isa(), Isa::Svm);
+    assert!(snapshot.loaded() < snapshot.now() && snapshot.tsc_khz() > Some(1_000_000));
+    let vcpus: Vec<_> = snapshot.vcpus().collect();
+    assert_eq!(vcpus.len(), 1);
+    assert_eq!((vcpus[0].name(), vcpus[0].pid()), ("kvm-97", 97));
+    assert_eq!(vcpus[0].phase(), Some(Phase::User));
+    assert_eq!(vcpus[0].latest(), Some(Reason::Code(0x7b)));
+    assert!(vcpus[0].balances());
+    let cpuid = snapshot
+        .totals()
+        .find(|row| row.reason() == Reason::Code(0x72));
+    assert_eq!(cpuid.map(|row| row.exits()), Some(100));
+    assert_eq!((snapshot.gone(), snapshot.unmetered()), (1, 0));
 }
 
 #[test]

@@ -5,6 +5,9 @@ use std::fmt::Write;
 
 use exitmeter_meter::reasons::{self, Isa};
 
+/// The leaf of all exits, by the map of 2021.
+const TOTAL_EXITS: u32 = 0x4fff_ffff;
+
 /// Exits and cycles of one reason.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 struct Numbers {
@@ -49,7 +52,7 @@ impl Sweep {
         let undefined = [eax, ebx, ecx, edx] == [0, 0, 0, u32::MAX];
         let join = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
         match leaf {
-            0x4fff_ffff => self.total.exits = join(ebx, eax),
+            TOTAL_EXITS => self.total.exits = join(ebx, eax),
             0x4fff_fffe => self.total.cycles = join(ebx, ecx),
             0x4fff_fffd if undefined => {}
             0x4fff_fffc if undefined => {}
@@ -116,8 +119,8 @@ impl Sweep {
         table
     }
 
-    /// How many exits it were and which reasons lead, in one line.
-    pub(crate) fn summary(&self) -> String {
+    /// Which reasons lead, in a few words.
+    pub(crate) fn leading(&self) -> String {
         let exits: u64 = self.reasons.values().map(|numbers| numbers.exits).sum();
         let leading: Vec<_> = self
             .by(|numbers| numbers.exits)
@@ -128,11 +131,14 @@ impl Sweep {
                 format!("{} ({reason}) with {share:.0}%", self.name(*reason))
             })
             .collect();
-        format!(
-            "The boot and the first sweep took {exits} exits, led by {}.",
-            leading.join(", ")
-        )
+        format!("up to the first sweep lead {}", leading.join(", "))
     }
+}
+
+/// How many exits a line of `cpuid -r` tells of in all, if it is of that leaf.
+pub(crate) fn total_exits(line: &str) -> Option<u64> {
+    let (leaf, _, [eax, ebx, ..]) = parse(line)?;
+    (leaf == TOTAL_EXITS).then_some(u64::from(ebx) << 32 | u64::from(eax))
 }
 
 /// Leaf, sub-leaf and the four registers of a line of `cpuid -r`.
@@ -201,8 +207,8 @@ mod tests {
             .table()
             .contains("CPUID                        20         1000           50"));
         assert_eq!(
-            first.summary(),
-            "The boot and the first sweep took 100 exits, led by CPUID (10) with 100%."
+            first.leading(),
+            "up to the first sweep lead CPUID (10) with 100%"
         );
     }
 }

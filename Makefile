@@ -1,4 +1,63 @@
-# The people's entry. No logic in here.
-.PHONY: test
-test:
-	cargo test --release -p exitmeter-meter
+# The people's entry. No logic in here: it is in scripts/ and `cargo lab`.
+#
+#   make                the module, in build/<kernel release>/exitmeter.ko, and the tool
+#   make KDIR=FOLDER    the module for the kernel of that build folder, such as /lib/modules/$(uname -r)/build
+#   make demo           shows on an emulated host what the module does
+#   make test           all tests
+#   make check          formats, lints and warnings
+#   make lab            sets up all that the emulated hosts need
+#   make install        module and tool for the running kernel, once they are built
+#   make clean          removes what was built; the set-up stays in its cache (cargo lab prepare --prune)
+#
+# Without KDIR the module is for the newest kernel of Debian's backports, and whatever that takes is set up first.
+
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+PREFIX ?= /usr/local
+KERNEL := $(shell uname -r)
+
+.PHONY: all module tool demo test check lab install clean bootstrap
+
+all: module tool
+
+ifdef KDIR
+module:
+	scripts/check-kdir.sh "$(KDIR)"
+	$(MAKE) -C "$(KDIR)" M="$(CURDIR)" MO="$(CURDIR)/build/$$(cat "$(KDIR)/include/config/kernel.release")" modules
+else
+module: bootstrap
+	cargo lab build
+endif
+
+tool: bootstrap
+	cargo build --release -p exitmeter
+
+demo: bootstrap
+	cargo run --release --quiet -p demo
+
+test: bootstrap
+	cargo test --release --workspace
+	cargo run --release --quiet -p system-tests
+
+check: bootstrap
+	scripts/bootstrap.sh rustfmt cargo-clippy shellcheck
+	cargo fmt --check
+	rustfmt --check src/exitmeter_main.rs
+	cargo clippy --release --workspace --all-targets -- --deny warnings
+	cargo lab build -- W=1 CLIPPY=1
+	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h bindings/layout.c
+	shellcheck --external-sources scripts/*.sh .ci/run
+
+lab: bootstrap
+	cargo lab prepare --timings
+
+install:
+	install -D -m 644 build/$(KERNEL)/exitmeter.ko "$(DESTDIR)/lib/modules/$(KERNEL)/updates/exitmeter.ko"
+	depmod --basedir "$(DESTDIR)/" $(KERNEL)
+	cargo install --quiet --no-track --force --path cli --root "$(DESTDIR)$(PREFIX)"
+
+clean:
+	rm -rf build
+	cargo clean --quiet
+
+bootstrap:
+	@scripts/bootstrap.sh

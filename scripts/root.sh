@@ -57,8 +57,14 @@ if [ ! -e "$OUT/.base" ]; then
   while IFS= read -r line; do
     [ -z "$line" ] || options+=(--aptopt="$line")
   done <<<"$(apt_config)"
+  # Where it works. Without root that has to be /tmp: the sub-ids may not enter a home.
+  temporary=/tmp
+  if [ "$(id -u)" = 0 ]; then
+    temporary=$OUT/.mmdebstrap
+    mkdir "$temporary"
+  fi
   # A tar on the way, because only so mmdebstrap works alike with root and with user namespaces.
-  if ! { mmdebstrap "${options[@]}" "$suite" - ${mirror:+"$mirror"} 2>>"$log" |
+  if ! { TMPDIR=$temporary mmdebstrap "${options[@]}" "$suite" - ${mirror:+"$mirror"} 2>>"$log" |
     as_root tar -x --numeric-owner --exclude='./dev/*' -C "$OUT"; }; then
     tail -n 15 "$log" >&2
     die "the base of Debian $suite could not be fetched; check the network and the mirror (the log is $log)."
@@ -66,6 +72,7 @@ if [ ! -e "$OUT/.base" ]; then
   # shellcheck disable=SC2016
   as_root sh -c '
     set -e
+    rm -rf "$1/.mmdebstrap"
     sources=$1/etc/apt/sources.list
     main=$(grep -m 1 "^deb .* $2 " "$sources")
     grep -q " $2-updates " "$sources" || printf "%s\n" "$main" | sed "s| $2 | $2-updates |" >>"$sources"

@@ -1,16 +1,19 @@
-//! `cargo lab build`: the kernel module, built in the Debian root against the tree of a packaged kernel.
+//! `cargo lab build`: the kernel module, built in the Debian root against the tree of a packaged kernel; and
+//! `cargo lab root`, for whatever else wants the tools of that root.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitCode, Stdio};
 use std::thread;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
-use crate::setup::{self, in_root, repository, Prepared, Wanted};
+use crate::setup::{self, in_root, repository, InRoot, Prepared, Wanted};
 
 /// What `cargo lab build` takes.
 #[derive(Debug, clap::Args)]
@@ -26,6 +29,18 @@ pub struct BuildArgs {
     /// Arguments for make, such as W=1 or CLIPPY=1
     #[arg(last = true, value_name = "MAKE-ARG")]
     make: Vec<String>,
+}
+
+/// What `cargo lab root` takes.
+#[derive(Debug, clap::Args)]
+pub struct RootArgs {
+    /// The tree of this kernel of Debian's, a version or release; the newest of backports if not given
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<String>,
+
+    /// The command, a shell if not given
+    #[arg(last = true, value_name = "COMMAND", default_value = "bash")]
+    command: Vec<OsString>,
 }
 
 /// Why there is no module.
@@ -68,6 +83,38 @@ pub fn command(args: BuildArgs) -> Result<()> {
     Ok(())
 }
 
+/// `cargo lab root`: runs a command in the Debian root and gives its status; the checkout is /src there, where it
+/// starts, and the kernel's tree is /tree.
+///
+/// # Errors
+///
+/// When the set-up fails.
+pub fn root_command(args: RootArgs) -> Result<ExitCode> {
+    let prepared = setup::prepare(&Wanted {
+        kernel: args.kernel,
+        tree: true,
+        bochs: false,
+    })?;
+    let mut words = args.command.iter();
+    let program = words.next().context("there is no command")?;
+    let status = workshop(&prepared)?.command(program).args(words).status()?;
+    // A signal has no status of its own; shells say 128 and its number.
+    let code = status.code().or(status.signal().map(|signal| 128 + signal));
+    Ok(code
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
+        .into())
+}
+
+/// The root with the checkout and the tree in it.
+fn workshop(prepared: &Prepared) -> Result<InRoot, ModuleError> {
+    let tree = prepared.tree.as_deref().ok_or(ModuleError::NoTree)?;
+    Ok(in_root(&prepared.root)
+        .bind(repository(), "/src")
+        .bind(tree, "/tree")
+        .chdir("/src"))
+}
+
 /// Builds `exitmeter.ko` as far as it is out of date, and says where it is. Two builds wait for each other.
 ///
 /// # Errors
@@ -78,7 +125,7 @@ pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
 }
 
 fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<PathBuf, ModuleError> {
-    let tree = prepared.tree.as_deref().ok_or(ModuleError::NoTree)?;
+    let workshop = workshop(prepared)?;
     let out = repository().join("build").join(&prepared.release);
     fs::create_dir_all(&out).map_err(failed_to("make", &out))?;
     // Held to the end: kbuild does not survive another one in its folder.
@@ -90,9 +137,7 @@ fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<Pat
     let log_path = out.join("make.log");
     let log = File::create(&log_path).map_err(failed_to("write", &log_path))?;
     let jobs = thread::available_parallelism().map_or(1, usize::from);
-    let status = in_root(&prepared.root)
-        .bind(repository(), "/src")
-        .bind(tree, "/tree")
+    let status = workshop
         .command("make")
         .args(["-C", "/tree", "M=/src", "CC=gcc-14"])
         .arg(format!("MO=/src/build/{}", prepared.release))

@@ -1,0 +1,126 @@
+//! scripts/check-kdir.sh on build folders of every kind.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+const CONFIG: &str = r#"CONFIG_MODULES=y
+CONFIG_RUST=y
+CONFIG_RUSTC_VERSION_TEXT="rustc 1.85.1 (4eb161250 2025-03-15)"
+CONFIG_BINDGEN_VERSION_TEXT="bindgen 0.71.1"
+CONFIG_KVM=m
+CONFIG_TRACEPOINTS=y
+CONFIG_KPROBES=y
+CONFIG_DYNAMIC_FTRACE_WITH_ARGS=y
+"#;
+
+/// A kernel build folder with all that the module needs, and the tools that it was built with.
+struct BuildFolder(TempDir);
+
+impl BuildFolder {
+    fn new() -> Self {
+        let folder = Self(TempDir::new().unwrap());
+        folder.write("include/config/auto.conf", CONFIG);
+        folder.write("include/config/kernel.release", "7.3.4+deb13-amd64\n");
+        folder.write("rust/libkernel.rmeta", "rust");
+        folder.tool("rustc", "rustc 1.85.1 (4eb161250 2025-03-15)");
+        folder.tool("bindgen", "bindgen 0.71.1");
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn tool(&self, name: &str, version: &str) {
+        self.write(name, &format!("#!/bin/sh\necho '{version}'\n"));
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// What the script says against the folder; nothing when it is good.
+    fn complaint(&self) -> Option<String> {
+        let script = lab::setup::repository().join("scripts/check-kdir.sh");
+        let output = Command::new(script)
+            .arg(self.0.path())
+            .env("RUSTC", self.path("rustc"))
+            .env("BINDGEN", self.path("bindgen"))
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.success(), said.is_empty(), "{said}");
+        (!output.status.success()).then_some(said)
+    }
+}
+
+#[track_caller]
+fn assert_complains(folder: &BuildFolder, of: &str) {
+    let said = folder.complaint().expect("the folder lacks something");
+    assert!(said.contains(of), "{said}");
+    assert!(
+        said.starts_with("exitmeter: ") && said.lines().count() == 1,
+        "{said}"
+    );
+    assert!(said.contains("or unset KDIR"), "it names a remedy: {said}");
+}
+
+#[test]
+fn a_whole_folder_is_good() {
+    assert_eq!(BuildFolder::new().complaint(), None);
+}
+
+#[test]
+fn a_folder_that_was_never_prepared_is_refused() {
+    for name in ["include/config/auto.conf", "include/config/kernel.release"] {
+        let folder = BuildFolder::new();
+        fs::remove_file(folder.path(name)).unwrap();
+        assert_complains(&folder, name);
+    }
+}
+
+#[test]
+fn every_setting_counts() {
+    for line in CONFIG.lines().filter(|line| !line.contains("VERSION")) {
+        let folder = BuildFolder::new();
+        let name = line.split('=').next().unwrap();
+        folder.write(
+            "include/config/auto.conf",
+            &CONFIG.replace(&format!("{line}\n"), ""),
+        );
+        assert_complains(&folder, &format!("without {name},"));
+    }
+}
+
+#[test]
+fn headers_without_rust_metadata_are_refused() {
+    let folder = BuildFolder::new();
+    folder.write("rust/libkernel.rmeta", "");
+    assert_complains(&folder, "rust/libkernel.rmeta");
+    fs::remove_dir_all(folder.path("rust")).unwrap();
+    assert_complains(&folder, "rust/libkernel.rmeta");
+}
+
+#[test]
+fn another_rustc_is_refused_and_both_are_named() {
+    let folder = BuildFolder::new();
+    folder.tool("rustc", "rustc 1.95.0 (59807616e 2026-04-14)");
+    assert_complains(&folder, "rustc 1.95.0 (59807616e 2026-04-14)");
+    assert_complains(&folder, "rustc 1.85.1 (4eb161250 2025-03-15)");
+}
+
+#[test]
+fn missing_tools_are_named() {
+    for (tool, version) in [("rustc", "rustc 1.85.1"), ("bindgen", "bindgen 0.71.1")] {
+        let folder = BuildFolder::new();
+        fs::remove_file(folder.path(tool)).unwrap();
+        assert_complains(&folder, version);
+    }
+}

@@ -1,0 +1,52 @@
+#!/bin/bash
+# Tells whether the module can be built against a kernel's build folder, and if not, what is missing and what to do.
+#
+#   scripts/check-kdir.sh KDIR    (with RUSTC and BINDGEN from the environment, as kbuild takes them)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
+. "$here/common.sh"
+
+[ $# = 1 ] || die "usage: check-kdir.sh KDIR."
+kdir=$1
+without="or unset KDIR to build against a tree that this project prepares"
+
+[ -d "$kdir" ] ||
+  die "KDIR=$kdir is no folder; install the headers of that kernel, $without."
+config=$kdir/include/config/auto.conf
+for file in "$config" "$kdir/include/config/kernel.release"; do
+  [ -s "$file" ] ||
+    die "$kdir is no prepared kernel build folder: it has no $file; run \`make modules_prepare\` there, $without."
+done
+
+# setting NAME: its value in the kernel's configuration, without quotes; nothing when it is off.
+setting() { sed -n "s/^CONFIG_$1=\"\{0,1\}\([^\"]*\)\"\{0,1\}$/\1/p" "$config"; }
+
+# needs NAME WHY
+needs() {
+  [ -n "$(setting "$1")" ] ||
+    die "the kernel of $kdir is built without CONFIG_$1, $2; take one with it, $without."
+}
+
+needs MODULES "and so loads no modules"
+needs RUST "and so can carry no module in Rust"
+needs KVM "which is what this module meters"
+needs TRACEPOINTS "by which the module sees VM exits"
+needs KPROBES "by which the module finds what names AMD's exits"
+needs DYNAMIC_FTRACE_WITH_ARGS "by which the module sees vCPUs come and go and answers CPUID"
+
+rmeta=$kdir/rust/libkernel.rmeta
+[ -s "$rmeta" ] ||
+  die "$kdir has no Rust metadata ($rmeta): Debian's headers leave it out, Ubuntu has it in linux-lib-rust-*, Arch in linux-headers; install that, $without."
+
+# The metadata can be read by the very compiler that wrote it, and by no other.
+rustc=${RUSTC:-rustc}
+wanted=$(setting RUSTC_VERSION_TEXT)
+command -v "$rustc" >/dev/null ||
+  die "there is no $rustc; install the one that built this kernel ($wanted), $without."
+found=$("$rustc" --version)
+[ "$found" = "$wanted" ] ||
+  die "this kernel is built with $wanted, and $rustc is $found; name the same one by \`make RUSTC=...\`, $without."
+bindgen=${BINDGEN:-bindgen}
+command -v "$bindgen" >/dev/null ||
+  die "there is no $bindgen; install it ($(setting BINDGEN_VERSION_TEXT)), $without."

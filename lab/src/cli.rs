@@ -10,7 +10,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use lab::host::{Host, Machine};
 use lab::image::payload::FileSpec;
-use lab::module::{self, BuildArgs};
+use lab::module::{self, BuildArgs, RootArgs};
 use lab::run::{self, Event, Options};
 use lab::setup::{self, PrepareArgs};
 use lab::verdict::Limits;
@@ -38,6 +38,8 @@ enum Verb {
     Prepare(PrepareArgs),
     /// Builds exitmeter.ko for a packaged kernel.
     Build(BuildArgs),
+    /// Runs a command in the Debian root, with the checkout at /src and the kernel's tree at /tree.
+    Root(RootArgs),
 }
 
 #[derive(Args, Debug)]
@@ -54,6 +56,9 @@ struct HostArgs {
     /// How much memory it has
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     memory: u32,
+    /// AMD only: let the TSC count instructions, so that the same work takes the same number of ticks
+    #[arg(long)]
+    icount: bool,
     /// Debian's kernel, a version or release; the newest of backports if not given
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
@@ -115,6 +120,7 @@ impl HostArgs {
                 model: self.model,
                 cpus: self.cpus,
                 memory: self.memory,
+                icount: self.icount,
                 append: self.append,
             },
             kernel: self.kernel,
@@ -129,12 +135,13 @@ impl HostArgs {
 /// Runs the command line.
 pub fn main() -> ExitCode {
     let done = match Lab::parse().verb {
-        Verb::Run(args) => run(args),
-        Verb::Prepare(args) => setup::command(args).map(|()| 0),
-        Verb::Build(args) => module::command(args).map(|()| 0),
+        Verb::Run(args) => run(args).map(ExitCode::from),
+        Verb::Prepare(args) => setup::command(args).map(|()| ExitCode::SUCCESS),
+        Verb::Build(args) => module::command(args).map(|()| ExitCode::SUCCESS),
+        Verb::Root(args) => module::root_command(args),
     };
     match done {
-        Ok(status) => ExitCode::from(status),
+        Ok(code) => code,
         Err(error) => {
             eprintln!("lab: {error:#}");
             ExitCode::from(100)

@@ -50,6 +50,8 @@ pub struct Machine {
     pub cpus: u32,
     /// How much memory, in MiB.
     pub memory: u32,
+    /// AMD only: let the TSC count instructions, so that the same work takes the same number of ticks.
+    pub icount: bool,
     /// More for its kernel's command line.
     pub append: String,
 }

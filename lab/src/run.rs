@@ -61,6 +61,7 @@ impl Options {
                 model: None,
                 cpus: 1,
                 memory: 1024,
+                icount: false,
                 append: String::new(),
             },
             kernel: None,
@@ -165,7 +166,12 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
     outcome
 }
 
-pub(crate) fn prepare(options: &Options) -> Result<Prepared, RunError> {
+/// What the run needs, made as far as it is not there.
+///
+/// # Errors
+///
+/// [`RunError::Setup`].
+pub fn prepare(options: &Options) -> Result<Prepared, RunError> {
     if let Some(folder) = std::env::var_os("EXITMETER_DEV").map(PathBuf::from) {
         return Ok(Prepared {
             root: folder.join("root"),
@@ -365,10 +371,7 @@ pub(crate) fn images(
 pub(crate) fn command(boot: &Boot<'_>) -> Result<std::process::Command, RunError> {
     match boot.machine.host {
         Host::Intel => bochs::command(boot),
-        Host::Amd => {
-            boot.images.join(&boot.folder.join("initramfs"))?;
-            Ok(qemu::command(boot))
-        }
+        Host::Amd => qemu::command(boot),
     }
 }
 

@@ -38,6 +38,9 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
             "an Intel host has at most 2048 MiB of memory; give a smaller --memory".to_owned(),
         );
     }
+    if machine.icount {
+        return impossible("Bochs always counts instructions; leave out --icount".to_owned());
+    }
     let kernel = boot.images.kernel(boot.prepared)?;
     let size = |path: &Path| {
         fs::metadata(path)

@@ -114,7 +114,7 @@ impl Sweep {
         let _ = writeln!(
             table,
             "{:>6}  {:<22} {:>8} {:>12}   (leaves 0x4FFFFFFF and 0x4FFFFFFE)",
-            "", "in all", self.total.exits, self.total.cycles
+            "", "all, when it ended", self.total.exits, self.total.cycles
         );
         table
     }

@@ -1,4 +1,5 @@
 //! scripts/check-kdir.sh on build folders of every kind.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -75,7 +75,7 @@ pub(crate) fn table(isa: Isa, totals: &Totals) {
         Phase::Blocked.name(),
         Phase::Preempted.name()
     );
-    for (slot, row) in totals.rows() {
+    for (slot, row, _) in totals.rows() {
         let [guest, kernel, user, blocked, preempted] = row.cycles;
         let (code, name) = match Reason::of(isa, slot) {
             Reason::Code(code) => (code, reasons::name(isa, code).unwrap_or("not defined")),

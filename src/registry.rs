@@ -136,9 +136,9 @@ struct State {
     /// vCPUs that run or ran unmetered.
     unmetered: u64,
     /// The numbers of the vCPUs that are gone.
-    gone: KBox<Totals>,
+    gone: KVBox<Totals>,
     /// Room for a copy of a ledger: too large for a kernel stack.
-    copy: KBox<LedgerCopy>,
+    copy: KVBox<LedgerCopy>,
 }
 
 /// The ledgers of all vCPUs.
@@ -189,8 +189,8 @@ impl Registry {
             metered: 0,
             noted: 0,
             unmetered: 0,
-            gone: KBox::zeroed(GFP_KERNEL)?,
-            copy: KBox::zeroed(GFP_KERNEL)?,
+            gone: KVBox::zeroed(GFP_KERNEL)?,
+            copy: KVBox::zeroed(GFP_KERNEL)?,
         };
         Arc::pin_init(
             try_pin_init!(Self {
@@ -414,8 +414,8 @@ impl Registry {
     }
 
     /// The numbers of all vCPUs, those that are gone and those that live.
-    pub(crate) fn totals(&self) -> Result<KBox<Totals>> {
-        let mut totals = KBox::<Totals>::zeroed(GFP_KERNEL)?;
+    pub(crate) fn totals(&self) -> Result<KVBox<Totals>> {
+        let mut totals = KVBox::<Totals>::zeroed(GFP_KERNEL)?;
         let mut state = self.state.lock();
         let State {
             vms, copy, gone, ..

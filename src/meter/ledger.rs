@@ -10,15 +10,24 @@
 use core::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 
 use super::{
-    leaves::Numbers,
+    histogram::{bucket, BUCKETS},
     phase::Phase,
     reasons::{Slot, SLOTS},
 };
 
 use Ordering::Relaxed;
 
+mod copy;
+use copy::slots_in;
+pub use copy::{LedgerCopy, RowCopy, Totals};
+
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
+
+/// How many reasons of a vCPU can have a histogram. Linux guests cause some 20, and KVM has
+/// handlers for 60; a reason that comes when all are taken has none, and its other numbers
+/// all the same.
+pub const HISTOGRAMS: usize = 40;
 
 /// What is metered of one exit reason. One cache line: an exit writes to few of them.
 #[repr(C, align(64))]
@@ -26,9 +35,16 @@ const WORDS: usize = SLOTS.div_ceil(64);
 struct Row {
     exits: AtomicU64,
     cycles: [AtomicU64; Phase::COUNT],
-    /// Room for the counters to come, so that a row stays one line.
-    spare: [AtomicU64; 2],
+    /// The most kernel cycles that one exit took.
+    max: AtomicU64,
+    /// The number of its histogram, counted from 1; 0 while it has none.
+    histogram: AtomicU32,
 }
+
+/// Exits of one reason by the kernel cycles that each took.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Histogram([AtomicU64; BUCKETS]);
 
 /// The ledger of one vCPU.
 ///
@@ -45,10 +61,16 @@ pub struct Ledger {
     seq: AtomicU32,
     phase: AtomicU32,
     slot: AtomicU32,
+    /// How many histograms are taken.
+    taken: AtomicU32,
     last: AtomicU64,
     first: AtomicU64,
+    /// The latest exit has not been followed by an entry yet: one more than what its row's
+    /// kernel cell held when it came. 0 after the entry.
+    open: AtomicU64,
     used: [AtomicU64; WORDS],
     rows: [Row; SLOTS],
+    histograms: [Histogram; HISTOGRAMS],
 }
 
 /// Adds to a cell that only this thread writes.
@@ -77,6 +99,45 @@ impl Ledger {
         }
     }
 
+    /// A reason occurs that has not occurred before.
+    #[cold]
+    fn first_exit(&self, slot: Slot) {
+        self.use_row(slot);
+        let taken = self.taken.load(Relaxed);
+        if (taken as usize) < HISTOGRAMS {
+            self.taken.store(taken.wrapping_add(1), Relaxed);
+            let number = taken.wrapping_add(1);
+            self.row(slot).histogram.store(number, Relaxed);
+        }
+    }
+
+    /// At an entry: takes the kernel cycles since the latest exit as one sample, if that exit
+    /// has not been entered from before.
+    #[inline(always)]
+    fn sample(&self, row: &Row) {
+        let open = self.open.load(Relaxed);
+        if open == 0 {
+            return;
+        }
+        self.open.store(0, Relaxed);
+        let kernel = row.cycles[Phase::Kernel as usize].load(Relaxed);
+        let ticks = kernel.wrapping_sub(open.wrapping_sub(1));
+        if ticks > row.max.load(Relaxed) {
+            row.max.store(ticks, Relaxed);
+        }
+        if let Some(Histogram(buckets)) = self.histogram(row) {
+            if let Some(samples) = buckets.get(bucket(ticks)) {
+                add(samples, 1);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn histogram(&self, row: &Row) -> Option<&Histogram> {
+        let number = row.histogram.load(Relaxed) as usize;
+        self.histograms.get(number.wrapping_sub(1))
+    }
+
     /// Runs one change of the ledger so that a reader sees it whole or not at all.
     #[inline(always)]
     fn change(&self, change: impl FnOnce()) {
@@ -90,17 +151,19 @@ impl Ledger {
     }
 
     /// Books the time since the last transition and begins a phase. Time that seems to
-    /// go backwards, as between CPUs whose clocks part, counts as none.
+    /// go backwards, as between CPUs whose clocks part, counts as none. Returns the row that
+    /// it was booked on.
     #[inline(always)]
-    fn transition(&self, now: u64, next: Phase) {
+    fn transition(&self, now: u64, next: Phase) -> &Row {
         let last = self.last.load(Relaxed);
         let now = now.max(last);
-        let cells = &self.row(self.current()).cycles;
-        if let Some(cell) = cells.get(self.phase.load(Relaxed) as usize) {
+        let row = self.row(self.current());
+        if let Some(cell) = row.cycles.get(self.phase.load(Relaxed) as usize) {
             add(cell, now.wrapping_sub(last));
         }
         self.last.store(now, Relaxed);
         self.phase.store(next as u32, Relaxed);
+        row
     }
 
     /// The vCPU's first event, at TSC `now`, after which it is in `phase`.
@@ -121,31 +184,40 @@ impl Ledger {
         self.change(|| {
             self.transition(now, Phase::Kernel);
             self.slot.store(slot.index() as u32, Relaxed);
-            let exits = &self.row(slot).exits;
-            let before = exits.load(Relaxed);
+            let row = self.row(slot);
+            let before = row.exits.load(Relaxed);
             if before == 0 {
-                self.use_row(slot);
+                self.first_exit(slot);
             }
-            exits.store(before.wrapping_add(1), Relaxed);
+            row.exits.store(before.wrapping_add(1), Relaxed);
+            let kernel = row.cycles[Phase::Kernel as usize].load(Relaxed);
+            self.open.store(kernel.wrapping_add(1), Relaxed);
         });
     }
 
     /// A VM entry.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
-        self.change(|| self.transition(now, Phase::Guest));
+        self.change(|| {
+            let row = self.transition(now, Phase::Guest);
+            self.sample(row);
+        });
     }
 
     /// The vCPU leaves its CPU, for the phase `phase`.
     #[inline]
     pub fn leave(&self, now: u64, phase: Phase) {
-        self.change(|| self.transition(now, phase));
+        self.change(|| {
+            self.transition(now, phase);
+        });
     }
 
     /// The vCPU is back on a CPU, in KVM.
     #[inline]
     pub fn resume(&self, now: u64) {
-        self.change(|| self.transition(now, Phase::Kernel));
+        self.change(|| {
+            self.transition(now, Phase::Kernel);
+        });
     }
 
     /// Exits counted in a row.
@@ -206,172 +278,18 @@ impl Ledger {
         out.last = self.last.load(Relaxed);
         out.used = self.used();
         for slot in slots_in(out.used) {
-            let from = self.row(slot);
-            if let Some(to) = out.rows.get_mut(slot.index()) {
-                to.exits = from.exits.load(Relaxed);
-                for (to, from) in to.cycles.iter_mut().zip(&from.cycles) {
-                    *to = from.load(Relaxed);
-                }
-            }
+            let row = self.row(slot);
+            let numbers = RowCopy {
+                exits: row.exits.load(Relaxed),
+                cycles: row.cycles.each_ref().map(|cell| cell.load(Relaxed)),
+                max: row.max.load(Relaxed),
+            };
+            let histogram = self.histogram(row).map(|Histogram(buckets)| buckets);
+            out.set_row(slot, numbers, row.histogram.load(Relaxed), histogram);
         }
         // ORDERING: What precedes is read before the number is read again.
         fence(Ordering::Acquire);
         self.seq.load(Relaxed) == seq
-    }
-}
-
-/// The rows whose bits are set.
-fn slots_in(used: [u64; WORDS]) -> impl Iterator<Item = Slot> {
-    Slot::all().filter(move |slot| {
-        used.get(slot.index() / 64)
-            .is_some_and(|word| word.wrapping_shr(slot.index() as u32 % 64) & 1 != 0)
-    })
-}
-
-/// The numbers of one row, at rest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RowCopy {
-    /// VM exits.
-    pub exits: u64,
-    /// TSC ticks by phase, in the order of [`Phase::ALL`].
-    pub cycles: [u64; Phase::COUNT],
-}
-
-impl RowCopy {
-    fn add(&mut self, other: &RowCopy) {
-        self.exits = self.exits.wrapping_add(other.exits);
-        for (to, from) in self.cycles.iter_mut().zip(other.cycles) {
-            *to = to.wrapping_add(from);
-        }
-    }
-}
-
-/// A copy of a ledger, all of one moment. All-zero bytes are a valid, empty one.
-#[derive(Clone, Debug)]
-pub struct LedgerCopy {
-    phase: u32,
-    slot: u32,
-    /// TSC at the vCPU's first event.
-    pub first: u64,
-    /// TSC at its latest transition.
-    pub last: u64,
-    used: [u64; WORDS],
-    rows: [RowCopy; SLOTS],
-}
-
-impl LedgerCopy {
-    /// An empty copy.
-    pub const fn new() -> Self {
-        const EMPTY: RowCopy = RowCopy {
-            exits: 0,
-            cycles: [0; Phase::COUNT],
-        };
-        Self {
-            phase: 0,
-            slot: 0,
-            first: 0,
-            last: 0,
-            used: [0; WORDS],
-            rows: [EMPTY; SLOTS],
-        }
-    }
-
-    /// The phase the vCPU was in.
-    pub fn phase(&self) -> Phase {
-        Phase::from_number(self.phase).unwrap_or(Phase::Kernel)
-    }
-
-    /// The row of its latest exit.
-    pub fn slot(&self) -> Slot {
-        Slot::from_index(self.slot as usize).unwrap_or(Slot::OTHER)
-    }
-
-    /// The rows in use.
-    pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy)> {
-        slots_in(self.used).filter_map(|slot| Some((slot, self.rows.get(slot.index())?)))
-    }
-
-    /// Whether the cells sum to the time from first to last event, to the tick.
-    pub fn balances(&self) -> bool {
-        let mut sum = 0_u64;
-        for (_, row) in self.rows() {
-            for cycles in row.cycles {
-                sum = sum.wrapping_add(cycles);
-            }
-        }
-        sum == self.last.wrapping_sub(self.first)
-    }
-}
-
-impl Default for LedgerCopy {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// The numbers of many vCPUs, those that are gone above all. Its user keeps writers apart by
-/// a lock. All-zero bytes are valid totals of nothing.
-#[derive(Clone, Debug)]
-pub struct Totals {
-    /// How many vCPUs were folded in.
-    pub vcpus: u64,
-    rows: [RowCopy; SLOTS],
-}
-
-impl Totals {
-    /// Nothing yet.
-    pub const fn new() -> Self {
-        Self {
-            vcpus: 0,
-            rows: LedgerCopy::new().rows,
-        }
-    }
-
-    /// Adds a vCPU's numbers.
-    pub fn fold(&mut self, ledger: &LedgerCopy) {
-        self.vcpus = self.vcpus.wrapping_add(1);
-        for (slot, from) in ledger.rows() {
-            if let Some(to) = self.rows.get_mut(slot.index()) {
-                to.add(from);
-            }
-        }
-    }
-
-    /// Adds other totals.
-    pub fn add(&mut self, other: &Totals) {
-        self.vcpus = self.vcpus.wrapping_add(other.vcpus);
-        for (to, from) in self.rows.iter_mut().zip(&other.rows) {
-            to.add(from);
-        }
-    }
-
-    /// The numbers of one row.
-    pub fn row(&self, slot: Slot) -> RowCopy {
-        self.rows.get(slot.index()).copied().unwrap_or_default()
-    }
-
-    /// The rows that are other than zero.
-    pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy)> {
-        Slot::all()
-            .filter_map(|slot| Some((slot, self.rows.get(slot.index())?)))
-            .filter(|(_, row)| **row != RowCopy::default())
-    }
-}
-
-impl Numbers for Totals {
-    fn exits(&self, slot: Slot) -> u64 {
-        self.row(slot).exits
-    }
-
-    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
-        let row = self.row(slot);
-        row.cycles.get(phase as usize).copied().unwrap_or(0)
-    }
-}
-
-impl Default for Totals {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -443,11 +361,64 @@ mod tests {
             let mut copy = LedgerCopy::new();
             prop_assert!(ledger.try_copy(&mut copy));
             prop_assert!(copy.balances());
-            prop_assert_eq!(copy.rows().map(|(_, row)| row.exits).sum::<u64>(), exits);
+            prop_assert_eq!(copy.rows().map(|(_, row, _)| row.exits).sum::<u64>(), exits);
             let mut totals = Totals::new();
             totals.fold(&copy);
             totals.fold(&copy);
-            prop_assert_eq!(totals.rows().map(|(_, row)| row.exits).sum::<u64>(), 2 * exits);
+            prop_assert_eq!(totals.rows().map(|(_, row, _)| row.exits).sum::<u64>(), 2 * exits);
+        }
+    }
+
+    proptest! {
+        /// Each exit that is followed by an entry is one sample, of the kernel ticks between
+        /// them, whatever sleep, preemption and user space come between.
+        #[test]
+        fn an_exit_is_one_sample_of_its_kernel_ticks(
+            exits in proptest::collection::vec(
+                (0..SLOTS, proptest::collection::vec((0_u64..1 << 20, 0_u64..1 << 30), 1..4)),
+                0..200,
+            )
+        ) {
+            let ledger = ledger();
+            let mut now = 1000_u64;
+            let mut expected = std::collections::BTreeMap::<usize, Vec<u64>>::new();
+            ledger.begin(now, Phase::Kernel);
+            ledger.entry(now);
+            for (place, parts) in exits {
+                now += 50;
+                ledger.exit(now, Slot::from_index(place).expect("below SLOTS"));
+                for (number, (kernel, away)) in parts.iter().enumerate() {
+                    now += kernel;
+                    if number > 0 {
+                        ledger.leave(now, Phase::User);
+                        now += away;
+                        ledger.resume(now);
+                    }
+                }
+                ledger.entry(now);
+                let sample = parts.iter().map(|(kernel, _)| kernel).sum();
+                expected.entry(place).or_default().push(sample);
+            }
+            let mut copy = LedgerCopy::new();
+            prop_assert!(ledger.try_copy(&mut copy));
+            let mut with_histogram = 0;
+            for (slot, row, histogram) in copy.rows() {
+                let Some(samples) = expected.get(&slot.index()) else {
+                    prop_assert_eq!(slot, Slot::START);
+                    continue;
+                };
+                prop_assert_eq!(row.cycles[Phase::Kernel as usize], samples.iter().sum::<u64>());
+                prop_assert_eq!(Some(&row.max), samples.iter().max());
+                if *histogram != [0; BUCKETS] {
+                    with_histogram += 1;
+                    let mut buckets = [0; BUCKETS];
+                    for sample in samples {
+                        buckets[bucket(*sample)] += 1;
+                    }
+                    prop_assert_eq!(histogram, &buckets);
+                }
+            }
+            prop_assert_eq!(with_histogram, expected.len().min(HISTOGRAMS));
         }
     }
 

@@ -17,7 +17,7 @@
 //! | ---: | ---: | --- |
 //! | 0 | 8 | magic: `ExitMetr` |
 //! | 8 | 2 | major version, 1: another one is another layout |
-//! | 10 | 2 | minor version, 0: grows as parts, fields and counters are added |
+//! | 10 | 2 | minor version, 1: grows as parts, fields and counters are added |
 //! | 12 | 4 | size of the header, 128 |
 //! | 16 | 8 | size of the whole snapshot |
 //! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers |
@@ -43,13 +43,23 @@
 //! | offset | size | what |
 //! | ---: | ---: | --- |
 //! | 0 | 4 | unit: 1 events, 2 TSC ticks |
-//! | 4 | 4 | kind: 1 a sum that only grows, 2 a histogram by powers of two |
+//! | 4 | 1 | kind: 1 a sum that only grows, 2 a histogram, 3 a maximum |
+//! | 5 | 1 | of a histogram: into how many parts each power of two is divided, as a power of two |
+//! | 6 | 1 | of a histogram: the power of two that the first bucket is of |
+//! | 7 | 1 | reserved |
 //! | 8 | 4 | offset in a row |
 //! | 12 | 4 | how many numbers of 8 bytes it has: 1 for a sum |
 //! | 16 | 48 | name, UTF-8, padded with NULs |
 //!
 //! Of this version: `exits` (events), and in TSC ticks `guest`, `kernel`, `user`,
-//! `blocked` and `preempted`, the five phases of a vCPU's life.
+//! `blocked` and `preempted`, the five phases of a vCPU's life. Since minor version 1
+//! `kernel_max`, the most ticks that one exit spent in the kernel phase up to the entry after
+//! it, and `kernel_histogram`, how many exits spent how many.
+//!
+//! A histogram's first bucket also takes all that lies below it, the last one all above. With
+//! 2 parts and first power 6, as now, the first holds what is below 96, the next what is below
+//! 128, 192, 256, 384 and so on. All zero in a row with exits: of one vCPU, 40 reasons have a
+//! histogram, and a reason that comes later has none.
 //!
 //! # Record of a vCPU
 //!
@@ -84,6 +94,7 @@
 //! Rows that hold nothing are left out.
 
 use super::{
+    histogram::{Buckets, BUCKETS, FIRST_POWER},
     leaves::LeafMap,
     ledger::{LedgerCopy, RowCopy, Totals},
     phase::Phase,
@@ -95,7 +106,7 @@ pub const MAGIC: [u8; 8] = *b"ExitMetr";
 /// The layout.
 pub const MAJOR: u16 = 1;
 /// What was added to it.
-pub const MINOR: u16 = 0;
+pub const MINOR: u16 = 1;
 
 /// Bytes of the header.
 pub const HEADER_SIZE: usize = 128;
@@ -109,9 +120,9 @@ pub const ROW_HEAD_SIZE: usize = 8;
 pub const NAME_SIZE: usize = 48;
 
 /// How many counters a row has.
-const COUNTERS: usize = 1 + Phase::COUNT;
+const COUNTERS: usize = 1 + Phase::COUNT + 2;
 /// Bytes of a row.
-const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * COUNTERS;
+const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (1 + Phase::COUNT + 1 + BUCKETS);
 
 /// Flag: the TSC runs at one rate, alike on all CPUs.
 pub const FLAG_TSC_STABLE: u32 = 1 << 0;
@@ -120,6 +131,10 @@ pub const FLAG_HOST_SCOPE: u32 = 1 << 1;
 
 /// The counter of exits.
 pub const EXITS: &str = "exits";
+/// The most kernel ticks of one exit.
+pub const KERNEL_MAX: &str = "kernel_max";
+/// Exits by kernel ticks.
+pub const KERNEL_HISTOGRAM: &str = "kernel_histogram";
 
 /// Unit of a counter: events.
 pub const UNIT_EVENTS: u32 = 1;
@@ -129,6 +144,8 @@ pub const UNIT_TICKS: u32 = 2;
 pub const KIND_SUM: u32 = 1;
 /// Kind of a counter: a histogram by powers of two.
 pub const KIND_HISTOGRAM: u32 = 2;
+/// Kind of a counter: the greatest of its samples.
+pub const KIND_MAXIMUM: u32 = 3;
 
 /// What the time of a vCPU and its exits are booked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,10 +247,17 @@ impl<'a> Encoder<'a> {
             host,
             vcpus: 0,
         };
-        encoder.descriptor(EXITS, UNIT_EVENTS, 0);
+        encoder.descriptor(EXITS, UNIT_EVENTS, KIND_SUM, 0, 1);
+        let mut place = 1;
         for phase in Phase::ALL {
-            encoder.descriptor(phase.name(), UNIT_TICKS, 1_u32.wrapping_add(phase as u32));
+            encoder.descriptor(phase.name(), UNIT_TICKS, KIND_SUM, place, 1);
+            place = place.wrapping_add(1);
         }
+        encoder.descriptor(KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, place, 1);
+        place = place.wrapping_add(1);
+        // Two parts to a power of two.
+        let kind = KIND_HISTOGRAM | 1 << 8 | FIRST_POWER << 16;
+        encoder.descriptor(KERNEL_HISTOGRAM, UNIT_TICKS, kind, place, BUCKETS as u32);
         encoder
     }
 
@@ -304,11 +328,11 @@ impl<'a> Encoder<'a> {
         self.bytes(&[0; 12]);
     }
 
-    fn descriptor(&mut self, name: &str, unit: u32, place: u32) {
+    fn descriptor(&mut self, name: &str, unit: u32, kind: u32, place: u32, count: u32) {
         self.u32(unit);
-        self.u32(KIND_SUM);
+        self.u32(kind);
         self.u32((ROW_HEAD_SIZE as u32).wrapping_add(place.wrapping_mul(8)));
-        self.u32(1);
+        self.u32(count);
         let mut padded = [0; NAME_SIZE];
         for (to, from) in padded.iter_mut().zip(name.bytes()) {
             *to = from;
@@ -322,7 +346,7 @@ impl<'a> Encoder<'a> {
         [first, last]: [u64; 2],
         phase: u32,
         [kind, code]: [u32; 2],
-        rows: impl Iterator<Item = (Slot, &'r RowCopy)>,
+        rows: impl Iterator<Item = (Slot, &'r RowCopy, &'r Buckets)>,
     ) {
         let start = self.at;
         // Size and number of rows, once they are known.
@@ -338,13 +362,17 @@ impl<'a> Encoder<'a> {
         self.u32(0);
         self.bytes(&whose.name);
         let mut count = 0_u32;
-        for (slot, row) in rows {
+        for (slot, row, histogram) in rows {
             let [kind, code] = Reason::of(self.host.isa, slot).to_wire();
             self.u32(kind);
             self.u32(code);
             self.u64(row.exits);
             for cycles in row.cycles {
                 self.u64(cycles);
+            }
+            self.u64(row.max);
+            for samples in histogram {
+                self.u64(*samples);
             }
             count = count.wrapping_add(1);
         }

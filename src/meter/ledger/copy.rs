@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Ledgers at rest: the copy of one, and the sums of many.
+
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::meter::{
+    histogram::{Buckets, BUCKETS, EMPTY},
+    leaves::Numbers,
+    phase::Phase,
+    reasons::{Slot, SLOTS},
+};
+
+use super::{HISTOGRAMS, WORDS};
+
+/// The histogram of a row that has none.
+static NONE: Buckets = EMPTY;
+
+/// The rows whose bits are set.
+pub(super) fn slots_in(used: [u64; WORDS]) -> impl Iterator<Item = Slot> {
+    Slot::all().filter(move |slot| {
+        used.get(slot.index() / 64)
+            .is_some_and(|word| word.wrapping_shr(slot.index() as u32 % 64) & 1 != 0)
+    })
+}
+
+/// The numbers of one row, at rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowCopy {
+    /// VM exits.
+    pub exits: u64,
+    /// TSC ticks by phase, in the order of [`Phase::ALL`].
+    pub cycles: [u64; Phase::COUNT],
+    /// The most kernel ticks that one exit took, up to the entry after it.
+    pub max: u64,
+}
+
+impl RowCopy {
+    const EMPTY: Self = Self {
+        exits: 0,
+        cycles: [0; Phase::COUNT],
+        max: 0,
+    };
+
+    fn add(&mut self, other: &RowCopy) {
+        self.exits = self.exits.wrapping_add(other.exits);
+        for (to, from) in self.cycles.iter_mut().zip(other.cycles) {
+            *to = to.wrapping_add(from);
+        }
+        self.max = self.max.max(other.max);
+    }
+}
+
+/// A copy of a ledger, all of one moment. All-zero bytes are a valid, empty one.
+#[derive(Clone, Debug)]
+pub struct LedgerCopy {
+    pub(super) phase: u32,
+    pub(super) slot: u32,
+    /// TSC at the vCPU's first event.
+    pub first: u64,
+    /// TSC at its latest transition.
+    pub last: u64,
+    pub(super) used: [u64; WORDS],
+    rows: [RowCopy; SLOTS],
+    /// For each row the number of its histogram, counted from 1; 0 for none.
+    numbers: [u8; SLOTS],
+    histograms: [Buckets; HISTOGRAMS],
+}
+
+impl LedgerCopy {
+    /// An empty copy.
+    pub const fn new() -> Self {
+        Self {
+            phase: 0,
+            slot: 0,
+            first: 0,
+            last: 0,
+            used: [0; WORDS],
+            rows: [RowCopy::EMPTY; SLOTS],
+            numbers: [0; SLOTS],
+            histograms: [EMPTY; HISTOGRAMS],
+        }
+    }
+
+    /// Takes the numbers of one row, and its histogram if it has one.
+    pub(super) fn set_row(
+        &mut self,
+        slot: Slot,
+        row: RowCopy,
+        number: u32,
+        histogram: Option<&[AtomicU64; BUCKETS]>,
+    ) {
+        if let Some(to) = self.rows.get_mut(slot.index()) {
+            *to = row;
+        }
+        if let Some(to) = self.numbers.get_mut(slot.index()) {
+            *to = number as u8;
+        }
+        let to = self.histograms.get_mut((number as usize).wrapping_sub(1));
+        if let (Some(to), Some(from)) = (to, histogram) {
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = from.load(Relaxed);
+            }
+        }
+    }
+
+    /// The phase the vCPU was in.
+    pub fn phase(&self) -> Phase {
+        Phase::from_number(self.phase).unwrap_or(Phase::Kernel)
+    }
+
+    /// The row of its latest exit.
+    pub fn slot(&self) -> Slot {
+        Slot::from_index(self.slot as usize).unwrap_or(Slot::OTHER)
+    }
+
+    /// The rows in use.
+    pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy, &Buckets)> {
+        slots_in(self.used).filter_map(|slot| {
+            let row = self.rows.get(slot.index())?;
+            Some((slot, row, self.histogram(slot)))
+        })
+    }
+
+    /// The histogram of a row: one sample for each exit that was followed by an entry.
+    pub fn histogram(&self, slot: Slot) -> &Buckets {
+        let number = self.numbers.get(slot.index()).copied().unwrap_or(0);
+        let place = usize::from(number).wrapping_sub(1);
+        self.histograms.get(place).unwrap_or(&NONE)
+    }
+
+    /// Whether the cells sum to the time from first to last event, to the tick.
+    pub fn balances(&self) -> bool {
+        let mut sum = 0_u64;
+        for (_, row, _) in self.rows() {
+            for cycles in row.cycles {
+                sum = sum.wrapping_add(cycles);
+            }
+        }
+        sum == self.last.wrapping_sub(self.first)
+    }
+}
+
+impl Default for LedgerCopy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The numbers of many vCPUs, those that are gone above all. Its user keeps writers apart by
+/// a lock. All-zero bytes are valid totals of nothing.
+#[derive(Clone, Debug)]
+pub struct Totals {
+    /// How many vCPUs were folded in.
+    pub vcpus: u64,
+    rows: [RowCopy; SLOTS],
+    histograms: [Buckets; SLOTS],
+}
+
+impl Totals {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Self {
+            vcpus: 0,
+            rows: [RowCopy::EMPTY; SLOTS],
+            histograms: [EMPTY; SLOTS],
+        }
+    }
+
+    /// Adds a vCPU's numbers.
+    pub fn fold(&mut self, ledger: &LedgerCopy) {
+        self.vcpus = self.vcpus.wrapping_add(1);
+        for (slot, row, histogram) in ledger.rows() {
+            self.add_row(slot, row, histogram);
+        }
+    }
+
+    /// Adds other totals.
+    pub fn add(&mut self, other: &Totals) {
+        self.vcpus = self.vcpus.wrapping_add(other.vcpus);
+        for (slot, row, histogram) in other.rows() {
+            self.add_row(slot, row, histogram);
+        }
+    }
+
+    fn add_row(&mut self, slot: Slot, row: &RowCopy, histogram: &Buckets) {
+        if let Some(to) = self.rows.get_mut(slot.index()) {
+            to.add(row);
+        }
+        if let Some(to) = self.histograms.get_mut(slot.index()) {
+            for (to, from) in to.iter_mut().zip(histogram) {
+                *to = to.wrapping_add(*from);
+            }
+        }
+    }
+
+    /// The numbers of one row.
+    pub fn row(&self, slot: Slot) -> RowCopy {
+        self.rows.get(slot.index()).copied().unwrap_or_default()
+    }
+
+    /// The rows that are other than zero.
+    pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy, &Buckets)> {
+        Slot::all().filter_map(|slot| {
+            let row = self.rows.get(slot.index())?;
+            let histogram = self.histograms.get(slot.index())?;
+            (*row != RowCopy::EMPTY).then_some((slot, row, histogram))
+        })
+    }
+}
+
+impl Numbers for Totals {
+    fn exits(&self, slot: Slot) -> u64 {
+        self.row(slot).exits
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        let row = self.row(slot);
+        row.cycles.get(phase as usize).copied().unwrap_or(0)
+    }
+}
+
+impl Default for Totals {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -24,12 +24,14 @@
 use core::fmt;
 
 use crate::{
+    histogram::{Buckets, BUCKETS, EMPTY, FIRST_POWER, PARTS_POWER},
     leaves::LeafMap,
     phase::Phase,
     reasons::Isa,
     snapshot::{
         Reason, DESCRIPTOR_SIZE, EXITS, FLAG_HOST_SCOPE, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
-        KIND_HISTOGRAM, KIND_SUM, MAGIC, MAJOR, NAME_SIZE, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
+        KERNEL_HISTOGRAM, KERNEL_MAX, KIND_HISTOGRAM, KIND_MAXIMUM, KIND_SUM, MAGIC, MAJOR,
+        NAME_SIZE, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
     },
 };
 
@@ -146,10 +148,39 @@ pub enum Unit {
 pub enum Kind {
     /// One sum that only grows.
     Sum,
-    /// How many samples fell between one power of two and the next.
-    Histogram,
-    /// One of a later version.
+    /// How many samples fell between one value and the next.
+    Histogram {
+        /// Into how many parts each power of two is divided, as a power of two.
+        parts_power: u32,
+        /// The power of two that the first bucket is of.
+        first_power: u32,
+    },
+    /// The greatest of its samples.
+    Maximum,
+    /// One of a later version: its number, from 0 to 255.
     Unknown(u32),
+}
+
+impl Kind {
+    /// The one histogram that [`crate::histogram`] can read.
+    const HISTOGRAM: Self = Kind::Histogram {
+        parts_power: PARTS_POWER,
+        first_power: FIRST_POWER,
+    };
+
+    /// From the kind's number in the lowest byte, and its parameters in the next two.
+    fn read(bytes: u32) -> Self {
+        let [kind, parts, first, _] = bytes.to_le_bytes();
+        match kind.into() {
+            KIND_SUM => Kind::Sum,
+            KIND_HISTOGRAM => Kind::Histogram {
+                parts_power: parts.into(),
+                first_power: first.into(),
+            },
+            KIND_MAXIMUM => Kind::Maximum,
+            other => Kind::Unknown(other),
+        }
+    }
 }
 
 /// A counter that every row has.
@@ -174,11 +205,7 @@ impl<'a> Counter<'a> {
                 UNIT_TICKS => Unit::Ticks,
                 other => Unit::Unknown(other),
             },
-            kind: match u32_at(descriptor, 4)? {
-                KIND_SUM => Kind::Sum,
-                KIND_HISTOGRAM => Kind::Histogram,
-                other => Kind::Unknown(other),
-            },
+            kind: Kind::read(u32_at(descriptor, 4)?),
             offset: usize::try_from(u32_at(descriptor, 8)?).ok()?,
             len: usize::try_from(u32_at(descriptor, 12)?).ok()?,
             name: name_at(descriptor, 16),
@@ -193,6 +220,8 @@ struct Shape {
     row: usize,
     exits: usize,
     cycles: [usize; Phase::COUNT],
+    max: Option<usize>,
+    histogram: Option<usize>,
 }
 
 /// A snapshot, all of whose parts have been found inside its bytes.
@@ -387,12 +416,20 @@ impl Shape {
                 return Err(Error::Damaged("a counter lies outside of its row"));
             }
         }
-        let offset_of = |name: &'static str| {
+        let find = |name, len| {
             let mut counters = counters.clone();
-            counters
-                .find(|counter| counter.name == name && counter.len == 1)
-                .map(|counter| counter.offset)
-                .ok_or(Error::Counter(name))
+            counters.find(move |counter| counter.name == name && counter.len == len)
+        };
+        let offset_of = |name| match find(name, 1) {
+            Some(counter) => Ok(counter.offset),
+            None => Err(Error::Counter(name)),
+        };
+        // What version 1.0 does not have, and a later one may have in another way.
+        let offset_if = |name, len, kind| {
+            let as_known = |counter: &Counter<'_>| {
+                counter.unit == Unit::Ticks && counter.kind == kind
+            };
+            find(name, len).filter(as_known).map(|counter| counter.offset)
         };
         let mut cycles = [0; Phase::COUNT];
         for (cycles, phase) in cycles.iter_mut().zip(Phase::ALL) {
@@ -403,6 +440,8 @@ impl Shape {
             row,
             exits: offset_of(EXITS)?,
             cycles,
+            max: offset_if(KERNEL_MAX, 1, Kind::Maximum),
+            histogram: offset_if(KERNEL_HISTOGRAM, BUCKETS, Kind::HISTOGRAM),
         })
     }
 
@@ -531,6 +570,23 @@ impl<'a> Row<'a> {
         offset
             .and_then(|offset| u64_at(self.bytes, *offset))
             .unwrap_or(0)
+    }
+
+    /// The most ticks that one exit spent in the kernel phase, up to the entry after it;
+    /// `None` when the snapshot does not have it, as one of version 1.0.
+    pub fn max(&self) -> Option<u64> {
+        u64_at(self.bytes, self.shape.max?)
+    }
+
+    /// How many exits spent how many ticks in the kernel phase, up to the entry after them;
+    /// `None` when the snapshot does not have it, or has it with other buckets.
+    pub fn histogram(&self) -> Option<Buckets> {
+        let samples = self.bytes.get(self.shape.histogram?..)?.chunks_exact(8);
+        let mut buckets = EMPTY;
+        for (to, from) in buckets.iter_mut().zip(samples) {
+            *to = u64_at(from, 0)?;
+        }
+        Some(buckets)
     }
 
     /// The numbers of any counter of the same snapshot.

@@ -94,7 +94,7 @@
 //! Rows that hold nothing are left out.
 
 use super::{
-    histogram::{Buckets, BUCKETS, FIRST_POWER},
+    histogram::{Buckets, BUCKETS, FIRST_POWER, PARTS_POWER},
     leaves::LeafMap,
     ledger::{LedgerCopy, RowCopy, Totals},
     phase::Phase,
@@ -255,8 +255,7 @@ impl<'a> Encoder<'a> {
         }
         encoder.descriptor(KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, place, 1);
         place = place.wrapping_add(1);
-        // Two parts to a power of two.
-        let kind = KIND_HISTOGRAM | 1 << 8 | FIRST_POWER << 16;
+        let kind = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
         encoder.descriptor(KERNEL_HISTOGRAM, UNIT_TICKS, kind, place, BUCKETS as u32);
         encoder
     }

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use exitmeter_meter::{
+    histogram::{bucket, quantile, Buckets, EMPTY},
     leaves::LeafMap,
     ledger::{Ledger, LedgerCopy, Totals},
     phase::Phase,
@@ -13,11 +14,12 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
-/// One snapshot of version 1.0, as the module wrote it. It never changes: who has a
+/// One snapshot of each version, as the module wrote it. They never change: who has a
 /// snapshot of today must be able to read it with the tool of tomorrow.
-const SAVED: &[u8] = include_bytes!("snapshot-1.0.bin");
+const SAVED: &[u8] = include_bytes!("snapshot-1.1.bin");
+const SAVED_1_0: &[u8] = include_bytes!("snapshot-1.0.bin");
 
-/// One that the module gave on an emulated AMD host: a VM whose guest writes to a port that
+/// One of version 1.0 that the module gave on an emulated AMD host: a VM whose guest writes to a port that
 /// its VMM answers slowly, and one that is gone, which executed CPUID 100 times.
 const FROM_AMD: &[u8] = include_bytes!("snapshot-1.0-amd.bin");
 
@@ -104,8 +106,9 @@ fn sample(buffer: &mut [u8]) -> Result<usize, Full> {
         &lived(
             3_000_000,
             &[
-                (32, 120, 1_500, Kernel, 0),
-                (12, 410, 1_850, Blocked, 9_000_000),
+                (32, 120, 5_100, Kernel, 0),
+                (12, 400, 2_900, Blocked, 9_000_000),
+                (12, 10, 41_000, Blocked, 9_000_000),
             ],
         ),
     );
@@ -129,7 +132,7 @@ fn sample_bytes() -> Vec<u8> {
 fn the_module_writes_what_was_saved() {
     let bytes = sample_bytes();
     if std::env::var_os("EXITMETER_SAVE").is_some() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.0.bin");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.1.bin");
         std::fs::write(path, &bytes).unwrap();
     }
     assert!(bytes == SAVED);
@@ -146,7 +149,7 @@ fn the_fields_stand_where_the_documentation_says() {
     assert_eq!(&SAVED[..8], b"ExitMetr");
     let header: [(usize, usize, u64); 20] = [
         (8, 2, 1),
-        (10, 2, 0),
+        (10, 2, 1),
         (12, 4, 128),
         (16, 8, SAVED.len() as u64),
         (24, 4, 1),
@@ -158,36 +161,42 @@ fn the_fields_stand_where_the_documentation_says() {
         (56, 8, 1),
         (64, 8, 1),
         (72, 8, 128),
-        (80, 4, 6),
+        (80, 4, 8),
         (84, 4, 64),
-        (88, 8, 512),
+        (88, 8, 640),
         (96, 4, 3),
         (100, 4, 104),
-        (104, 8, 512 + 3 * 104 + (9 + 3 + 1) * 56),
-        (112, 4, 56),
+        (104, 8, 640 + 3 * 104 + (9 + 3 + 1) * 576),
+        (112, 4, 576),
     ];
     for (offset, size, value) in header {
         assert_eq!(number(offset, size), value, "header, offset {offset}");
     }
     assert!(SAVED[116..128].iter().all(|byte| *byte == 0));
 
-    for (place, name) in ["exits", "guest", "kernel", "user", "blocked", "preempted"]
-        .into_iter()
-        .enumerate()
-    {
+    let descriptors: [(&str, u64, [u64; 4], u64, u64); 8] = [
+        ("exits", 1, [1, 0, 0, 0], 8, 1),
+        ("guest", 2, [1, 0, 0, 0], 16, 1),
+        ("kernel", 2, [1, 0, 0, 0], 24, 1),
+        ("user", 2, [1, 0, 0, 0], 32, 1),
+        ("blocked", 2, [1, 0, 0, 0], 40, 1),
+        ("preempted", 2, [1, 0, 0, 0], 48, 1),
+        ("kernel_max", 2, [3, 0, 0, 0], 56, 1),
+        ("kernel_histogram", 2, [2, 1, 6, 0], 64, 64),
+    ];
+    for (place, (name, unit, kind, offset, len)) in descriptors.into_iter().enumerate() {
         let at = 128 + 64 * place;
-        assert_eq!(number(at, 4), if place == 0 { 1 } else { 2 });
-        assert_eq!(number(at + 4, 4), 1);
-        assert_eq!(number(at + 8, 4), 8 + 8 * place as u64);
-        assert_eq!(number(at + 12, 4), 1);
+        assert_eq!(number(at, 4), unit, "{name}");
+        assert_eq!([4, 5, 6, 7].map(|byte| number(at + byte, 1)), kind);
+        assert_eq!((number(at + 8, 4), number(at + 12, 4)), (offset, len));
         assert_eq!(&SAVED[at + 16..][..name.len()], name.as_bytes());
         assert!(SAVED[at + 16 + name.len()..at + 64].iter().all(|b| *b == 0));
     }
 
     // The second vCPU, behind the first with its 9 rows.
-    let at = 512 + 104 + 9 * 56;
+    let at = 640 + 104 + 9 * 576;
     let record: [(usize, usize, u64); 10] = [
-        (0, 4, 104 + 3 * 56),
+        (0, 4, 104 + 3 * 576),
         (4, 4, 3),
         (8, 8, 1),
         (16, 4, 1234),
@@ -196,7 +205,7 @@ fn the_fields_stand_where_the_documentation_says() {
         (
             32,
             8,
-            3_000_000 + 2_009_000 + 120 * 41_500 + 410 * 9_041_850,
+            3_000_000 + 2_009_000 + 120 * 45_100 + 400 * 9_042_900 + 10 * 9_081_000,
         ),
         (40, 4, 0),
         (44, 4, 0),
@@ -207,24 +216,33 @@ fn the_fields_stand_where_the_documentation_says() {
     }
     assert_eq!(&SAVED[at + 56..at + 65], b"kvm-1234\0");
     let row = at + 104;
-    let rows: [[u64; 8]; 3] = [
-        [0, 12, 410, 409 * 40_000, 410 * 1_850, 0, 410 * 9_000_000, 0],
-        [0, 32, 120, 120 * 40_000, 120 * 1_500, 0, 0, 0],
-        [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0],
+    let hlt = 400 * 2_900 + 10 * 41_000;
+    let rows: [[u64; 9]; 3] = [
+        [0, 12, 410, 409 * 40_000, hlt, 0, 410 * 9_000_000, 0, 41_000],
+        [0, 32, 120, 120 * 40_000, 120 * 5_100, 0, 0, 0, 5_100],
+        [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0, 0],
     ];
+    // From 2048, 4096 and 32768 on: two to a power of two, of which the first is 2^6.
+    let histograms: [&[(usize, u64)]; 3] = [&[(10, 400), (18, 10)], &[(12, 120)], &[]];
     for (place, [kind, code, numbers @ ..]) in rows.into_iter().enumerate() {
-        let row = row + 56 * place;
+        let row = row + 576 * place;
         assert_eq!([number(row, 4), number(row + 4, 4)], [kind, code]);
         for (counter, value) in numbers.into_iter().enumerate() {
             assert_eq!(number(row + 8 + 8 * counter, 8), value, "{place} {counter}");
         }
+        let mut histogram = EMPTY;
+        for &(bucket, samples) in histograms[place] {
+            histogram[bucket] = samples;
+        }
+        for (bucket, samples) in histogram.into_iter().enumerate() {
+            let at = row + 64 + 8 * bucket;
+            assert_eq!(number(at, 8), samples, "{place}, bucket {bucket}");
+        }
     }
 }
 
-#[test]
-fn what_was_saved_reads_back() {
-    let snapshot = Snapshot::parse(SAVED).unwrap();
-    assert_eq!(snapshot.version(), (1, 0));
+/// What all versions tell of the sample.
+fn reads_back(snapshot: &Snapshot<'_>) {
     assert_eq!(snapshot.isa(), Isa::Vmx);
     assert_eq!(snapshot.leaf_map(), Some(LeafMap::Map2021));
     assert_eq!(snapshot.tsc_khz(), Some(2_400_000));
@@ -235,7 +253,6 @@ fn what_was_saved_reads_back() {
     );
     assert_eq!((snapshot.unmetered(), snapshot.gone()), (1, 1));
     let counters: Vec<_> = snapshot.counters().collect();
-    assert_eq!(counters.len(), 6);
     assert!(matches!(
         counters[0],
         Counter {
@@ -280,6 +297,72 @@ fn what_was_saved_reads_back() {
         totals[1].numbers(&counters[3]).collect::<Vec<_>>(),
         [9_000_000]
     );
+}
+
+#[test]
+fn what_was_saved_reads_back() {
+    let snapshot = Snapshot::parse(SAVED).unwrap();
+    assert_eq!(snapshot.version(), (1, 1));
+    reads_back(&snapshot);
+    let counters: Vec<_> = snapshot.counters().collect();
+    let kinds: Vec<_> = counters[6..].iter().map(|c| (c.name, c.kind)).collect();
+    assert_eq!(
+        kinds,
+        [
+            ("kernel_max", Kind::Maximum),
+            (
+                "kernel_histogram",
+                Kind::Histogram {
+                    parts_power: 1,
+                    first_power: 6
+                }
+            )
+        ]
+    );
+    let hlt = snapshot.vcpus().nth(1).unwrap().rows().next().unwrap();
+    let histogram = hlt.histogram().unwrap();
+    assert_eq!((hlt.reason(), hlt.max()), (Reason::Code(12), Some(41_000)));
+    assert_eq!(
+        (histogram[bucket(2_900)], histogram[bucket(41_000)]),
+        (400, 10)
+    );
+    assert!(hlt.numbers(&counters[7]).eq(histogram));
+    // 2457 and 39321 are what [2048, 3072) and [32768, 49152) are read as.
+    let quantiles = [50, 97, 98].map(|percent| quantile(&histogram, 41_000, percent));
+    assert_eq!(quantiles, [Some(2_457), Some(2_457), Some(39_321)]);
+}
+
+#[test]
+fn what_version_1_0_saved_reads_back() {
+    let snapshot = Snapshot::parse(SAVED_1_0).unwrap();
+    assert_eq!(snapshot.version(), (1, 0));
+    assert_eq!(snapshot.counters().count(), 6);
+    reads_back(&snapshot);
+    let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
+    assert_eq!(rows().count(), 9 + 3 + 1);
+    assert!(rows().all(|row| row.max().is_none() && row.histogram().is_none()));
+}
+
+/// A histogram, or maximum, that is told in another way is not taken for ours.
+#[test]
+fn other_buckets_are_not_read_as_ours() {
+    let max = 128 + 6 * 64;
+    let histogram = max + 64;
+    let told = |offset: usize, byte: u8| {
+        let mut bytes = SAVED.to_vec();
+        bytes[offset] = byte;
+        let snapshot = Snapshot::parse(&bytes).unwrap();
+        let row = snapshot.totals().next().unwrap();
+        (row.max().is_some(), row.histogram().is_some())
+    };
+    assert_eq!(told(histogram + 4, 2), (true, true));
+    // Its unit, kind, parts, first power, length and name.
+    for (place, byte) in [(0, 1), (4, 4), (5, 2), (6, 5), (12, 63), (16, b'q')] {
+        assert_eq!(told(histogram + place, byte), (true, false), "{place}");
+    }
+    for (place, byte) in [(0, 1), (4, 1), (12, 2), (16, b'q')] {
+        assert_eq!(told(max + place, byte), (false, true), "{place}");
+    }
 }
 
 #[test]
@@ -401,8 +484,15 @@ fn what_a_later_version_adds_is_stepped_over() {
     let histogram = snapshot.counters().next().unwrap();
     assert_eq!(
         (histogram.kind, histogram.unit),
-        (Kind::Histogram, Unit::Ticks)
+        (
+            Kind::Histogram {
+                parts_power: 0,
+                first_power: 0
+            },
+            Unit::Ticks
+        )
     );
+    assert_eq!((rows[0].max(), rows[0].histogram()), (None, None));
     assert!(rows[0].numbers(&histogram).eq(100..164));
     assert_eq!(snapshot.totals().count(), 0);
 }
@@ -424,6 +514,8 @@ fn read_all(bytes: &[u8]) -> Result<u64, Error> {
         .chain(snapshot.vcpus().flat_map(|vcpu| vcpu.rows()))
     {
         add(row.exits());
+        add(row.max().unwrap_or(0));
+        add(row.histogram().map_or(0, |buckets| buckets[0]));
         for phase in Phase::ALL {
             add(row.cycles(phase));
         }
@@ -481,10 +573,10 @@ fn errors_are_sentences() {
         damaged("its records or rows are too small")
     );
     assert_eq!(
-        with(128 + 8, &[52]),
+        with(128 + 8, &[61, 2]),
         damaged("a counter lies outside of its row")
     );
-    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (512, 0), (514, 1), (516, 10)] {
+    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (640, 0), (642, 1), (644, 10)] {
         assert_eq!(
             with(offset, &[byte]),
             damaged("a record lies outside of it"),
@@ -508,7 +600,7 @@ proptest! {
     ) {
         let mut bytes = if later_version { later() } else { SAVED.to_vec() };
         // Half of the time where offsets and sizes stand.
-        let reach = if in_front { 640 } else { bytes.len() };
+        let reach = if in_front { 768 } else { bytes.len() };
         for (place, byte) in damage {
             bytes[place.index(reach)] = byte;
         }
@@ -541,6 +633,11 @@ proptest! {
                 now += ticks;
                 ledger.exit(now, Slot::from_index(slot).unwrap());
                 ledger.leave(now + 1, Phase::from_number(phase).unwrap());
+                if ticks % 3 != 0 {
+                    ledger.resume(now + 2);
+                    now += ticks / 2;
+                    ledger.entry(now);
+                }
             }
             copies.push(copy(&ledger));
             totals.fold(copies.last().unwrap());
@@ -562,16 +659,29 @@ proptest! {
             prop_assert_eq!(vcpu.latest(), Some(Reason::of(isa, copy.slot())));
             prop_assert!(vcpu.balances());
             prop_assert_eq!(vcpu.rows().count(), copy.rows().count());
-            for (row, (slot, numbers)) in vcpu.rows().zip(copy.rows()) {
+            for (row, (slot, numbers, histogram)) in vcpu.rows().zip(copy.rows()) {
                 prop_assert_eq!(row.reason(), Reason::of(isa, slot));
                 prop_assert_eq!(row.exits(), numbers.exits);
                 prop_assert_eq!(Phase::ALL.map(|phase| row.cycles(phase)), numbers.cycles);
+                prop_assert_eq!(row.max(), Some(numbers.max));
+                prop_assert_eq!(row.histogram(), Some(*histogram));
             }
         }
         let exits = |rows: &mut dyn Iterator<Item = u64>| rows.sum::<u64>();
         prop_assert_eq!(
             exits(&mut snapshot.totals().map(|row| row.exits())),
-            exits(&mut totals.rows().map(|(_, row)| row.exits))
+            exits(&mut totals.rows().map(|(_, row, _)| row.exits))
+        );
+        // The totals have each sample of the vCPUs once, and the greatest of all.
+        let samples = |histogram: Option<Buckets>| histogram.unwrap().iter().sum::<u64>();
+        let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
+        prop_assert_eq!(
+            rows().map(|row| samples(row.histogram())).sum::<u64>(),
+            snapshot.totals().map(|row| samples(row.histogram())).sum::<u64>()
+        );
+        prop_assert_eq!(
+            rows().filter_map(|row| row.max()).max().unwrap_or(0),
+            snapshot.totals().filter_map(|row| row.max()).max().unwrap_or(0)
         );
     }
 }

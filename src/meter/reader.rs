@@ -426,10 +426,11 @@ impl Shape {
         };
         // What version 1.0 does not have, and a later one may have in another way.
         let offset_if = |name, len, kind| {
-            let as_known = |counter: &Counter<'_>| {
-                counter.unit == Unit::Ticks && counter.kind == kind
-            };
-            find(name, len).filter(as_known).map(|counter| counter.offset)
+            let as_known =
+                |counter: &Counter<'_>| counter.unit == Unit::Ticks && counter.kind == kind;
+            find(name, len)
+                .filter(as_known)
+                .map(|counter| counter.offset)
         };
         let mut cycles = [0; Phase::COUNT];
         for (cycles, phase) in cycles.iter_mut().zip(Phase::ALL) {

@@ -132,6 +132,8 @@ impl Sweep {
                 label: Label::new(isa, Reason::Code(code)),
                 exits,
                 cycles: Cycles::by_phase(|phase| cycles[phase as usize]),
+                // No leaf tells it.
+                spread: None,
             });
         }
         Ok(Self {
@@ -159,6 +161,7 @@ impl Sweep {
             label,
             exits,
             cycles,
+            ..
         } in &self.ledger.reasons
         {
             table.row([

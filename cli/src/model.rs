@@ -12,6 +12,8 @@ use exitmeter_meter::{
 };
 use serde::Serialize;
 
+use crate::spread::Spread;
+
 /// The version of the data's shape: grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;
 
@@ -117,6 +119,10 @@ pub struct ReasonRow {
     pub exits: u64,
     /// TSC ticks by phase.
     pub cycles: Cycles,
+    /// Kernel ticks of single exits, when they are known: `p50`, `p90` and `p99` within 20%,
+    /// `max`, and `histogram`, a list of the least ticks and the number of exits of a bucket.
+    #[serde(flatten)]
+    pub spread: Option<Spread>,
 }
 
 /// A reason, as it is shown.
@@ -201,6 +207,7 @@ impl Ledger {
             label: Label::new(isa, row.reason()),
             exits: row.exits(),
             cycles: Cycles::by_phase(|phase| row.cycles(phase)),
+            spread: Spread::read(&row),
         }))
     }
 
@@ -216,6 +223,9 @@ impl Ledger {
                 .and_modify(|sum: &mut ReasonRow| {
                     sum.exits = sum.exits.wrapping_add(row.exits);
                     sum.cycles += row.cycles;
+                    if let (Some(sum), Some(spread)) = (&mut sum.spread, row.spread) {
+                        *sum += spread;
+                    }
                 })
                 .or_insert(row);
         }

@@ -9,6 +9,7 @@ use exitmeter_meter::phase::Phase;
 use crate::{
     model::{Host, Label, Ledger, ReasonRow, Report, Vcpu, Vm},
     numbers::{bar, exact, mean, rough, share, time},
+    spread::Spread,
     table::{
         Side::{Left, Right},
         Table,
@@ -128,14 +129,18 @@ fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<9> {
 }
 
 /// What each reason cost. "share" is its part of all kernel cycles; the phases behind it
-/// are the time that vCPUs spent there with this as their latest exit.
-fn reason_table(ledger: &Ledger) -> Table<10> {
+/// are the time that vCPUs spent there with this as their latest exit. Without the columns of
+/// single exits when the snapshot does not have them.
+fn reason_table(ledger: &Ledger) -> Table<13> {
     let mut table = Table::new([
         ("code", Right),
         ("reason", Left),
         ("exits", Right),
         ("kernel cycles", Right),
         ("per exit", Right),
+        ("p50", Right),
+        ("p99", Right),
+        ("max", Right),
         ("share", Right),
         ("guest", Right),
         ("user", Right),
@@ -146,20 +151,31 @@ fn reason_table(ledger: &Ledger) -> Table<10> {
         label,
         exits,
         cycles,
+        spread,
     } in &ledger.reasons
     {
+        let single = |ticks: fn(&Spread) -> Option<u64>| {
+            let ticks = spread.as_ref().and_then(ticks);
+            ticks.map_or_else(|| "-".to_owned(), rough)
+        };
         table.row([
             code(label.code),
             name(label),
             exact(*exits),
             exact(cycles.kernel),
             mean(cycles.kernel, *exits),
+            single(|spread| spread.quantile(50)),
+            single(|spread| spread.quantile(99)),
+            single(|spread| Some(spread.max).filter(|max| *max != 0)),
             share(cycles.kernel, ledger.cycles.kernel),
             rough(cycles.guest),
             rough(cycles.user),
             rough(cycles.blocked),
             rough(cycles.preempted),
         ]);
+    }
+    if ledger.reasons.iter().all(|row| row.spread.is_none()) {
+        table.leave_out(&["p50", "p99", "max"]);
     }
     table
 }

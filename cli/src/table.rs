@@ -18,6 +18,7 @@ pub enum Side {
 pub struct Table<const COLUMNS: usize> {
     sides: [Side; COLUMNS],
     rows: Vec<[String; COLUMNS]>,
+    shown: [bool; COLUMNS],
 }
 
 impl<const COLUMNS: usize> Table<COLUMNS> {
@@ -26,12 +27,20 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         Self {
             sides: columns.map(|(_, side)| side),
             rows: vec![columns.map(|(title, _)| title.to_owned())],
+            shown: [true; COLUMNS],
         }
     }
 
     /// Adds a line.
     pub fn row(&mut self, cells: [String; COLUMNS]) {
         self.rows.push(cells);
+    }
+
+    /// Does not show the columns of these titles.
+    pub fn leave_out(&mut self, titles: &[&str]) {
+        for (shown, title) in self.shown.iter_mut().zip(self.rows.iter().flatten()) {
+            *shown &= !titles.contains(&title.as_str());
+        }
     }
 }
 
@@ -50,7 +59,8 @@ impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
         }
         for row in &self.rows {
             let mut line = String::new();
-            for ((cell, side), widest) in row.iter().zip(&self.sides).zip(&widths) {
+            let columns = row.iter().zip(&self.sides).zip(&widths).zip(&self.shown);
+            for ((cell, side), widest) in columns.filter(|(_, shown)| **shown).map(|(c, _)| c) {
                 let pad = " ".repeat(widest.saturating_sub(width(cell)));
                 line += &match side {
                     Side::Left => format!("{cell}{pad}  "),
@@ -82,5 +92,7 @@ IO_INSTRUCTION  1,234,567
 █▏
 "
         );
+        table.leave_out(&["exits", "HLT"]);
+        assert_eq!(table.to_string(), "reason\nHLT\nIO_INSTRUCTION\n█▏\n");
     }
 }

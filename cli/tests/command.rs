@@ -11,6 +11,11 @@ use std::{
 
 const SNAPSHOT: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
+    "/../src/meter/tests/snapshot-1.1.bin"
+);
+/// One without histograms.
+const SNAPSHOT_1_0: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.0.bin"
 );
 
@@ -45,6 +50,9 @@ fn refused(args: &[&str]) -> (Option<i32>, String) {
 fn the_report_in_full() {
     let text = printed(&["report", "--input", SNAPSHOT]);
     assert_eq!(text, include_str!("report.txt"));
+    assert!(text.lines().all(|line| line.chars().count() <= 125));
+    let text = printed(&["report", "--input", SNAPSHOT_1_0]);
+    assert_eq!(text, include_str!("report-1.0.txt"));
 }
 
 #[test]
@@ -77,10 +85,30 @@ fn the_report_as_json() {
                 "guest": 5191 * 40_000_u64, "kernel": 5191 * 2_100_u64,
                 "user": 0, "blocked": 0, "preempted": 0,
             },
+            "p50": 2100, "p90": 2100, "p99": 2100, "max": 2100,
+            "histogram": [[2048, 5191]],
         })
+    );
+    // Two vCPUs in one: 4645 exits of 1480 ticks, and 120 of 5100.
+    let write = &vm["reasons"][1];
+    assert_eq!(write["name"], "MSR_WRITE");
+    assert_eq!(
+        write["histogram"],
+        serde_json::json!([[1024, 4645], [4096, 120]])
+    );
+    let quantiles = ["p50", "p90", "p99", "max"].map(|field| number(&write[field]));
+    assert_eq!(quantiles, [1228, 1228, 4915, 5100]);
+    let mut rows = vm["reasons"].as_array().unwrap().iter();
+    let start = rows.find(|row| row["kind"] == "start").unwrap();
+    assert_eq!(
+        (&start["p50"], &start["histogram"]),
+        (&serde_json::Value::Null, &serde_json::json!([]))
     );
     assert_eq!(report["departed"]["vcpus_gone"], 1);
     assert_eq!(report["departed"]["reasons"][0]["name"], "IO_INSTRUCTION");
+
+    let text = printed(&["report", "--json", "--input", SNAPSHOT_1_0]);
+    assert!(text.contains("\"exits\"") && !text.contains("p50") && !text.contains("histogram"));
 }
 
 #[test]

@@ -61,6 +61,50 @@ const RBX: usize = 3;
 /// The vector of a general protection fault.
 const GP_VECTOR: u8 = 13;
 
+/// What this CPU noted for a vCPU, if that is the one it noted. Preemption is off.
+///
+/// The kernel crate has no per-CPU variables; this is what C's this_cpu_read() compiles to.
+#[inline(always)]
+fn noted(vcpu: usize) -> Option<usize> {
+    let (key, value): (usize, usize);
+    // SAFETY: The shim's variable is one of each CPU, at this offset of GS; these
+    // instructions read its two words and touch nothing else.
+    unsafe {
+        asm!(
+            "mov {key}, gs:[rip + {note}]",
+            "mov {value}, gs:[rip + {note} + 8]",
+            key = out(reg) key,
+            value = out(reg) value,
+            note = sym bindings::exitmeter_note,
+            options(nostack, readonly, preserves_flags),
+        )
+    };
+    (key == vcpu).then_some(value)
+}
+
+/// Has this CPU note a value for a vCPU. Preemption is off.
+#[inline(always)]
+pub(crate) fn note(vcpu: Vcpu<'_>, value: usize) {
+    // SAFETY: As in `noted`. The value comes first: a key is never seen with the value of
+    // another, not by the CPU itself, as no callback interrupts one.
+    unsafe {
+        asm!(
+            "mov gs:[rip + {note} + 8], {value}",
+            "mov gs:[rip + {note}], {key}",
+            key = in(reg) vcpu.key(),
+            value = in(reg) value,
+            note = sym bindings::exitmeter_note,
+            options(nostack, preserves_flags),
+        )
+    };
+}
+
+/// Has no CPU note a vCPU, which runs nowhere any more.
+pub(crate) fn forget(vcpu: Vcpu<'_>) {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_forget(vcpu.key() as c_ulong) };
+}
+
 /// The TSC now.
 #[inline(always)]
 fn now() -> u64 {
@@ -86,6 +130,12 @@ impl Vcpu<'_> {
     #[inline(always)]
     pub(crate) fn key(&self) -> usize {
         self.0.get() as usize
+    }
+
+    /// What this CPU noted for it, by [`note`]. The callbacks run with preemption off.
+    #[inline(always)]
+    pub(crate) fn noted(&self) -> Option<usize> {
+        noted(self.key())
     }
 
     /// Whose this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as

@@ -2,7 +2,8 @@
 
 //! Which ledger belongs to which vCPU, and for how long.
 //!
-//! The exit path looks a ledger up in a table without a lock. A vCPU is taken in at the
+//! Each CPU notes the vCPU that it metered last, so that an exit finds its ledger by one
+//! compare; another vCPU's is looked up in a table, without a lock. A vCPU is taken in at the
 //! first event that a callback may allocate in (load, exit or entry), so VMs that ran before
 //! the module was loaded are metered as well; it is let go when KVM destroys it, its numbers
 //! folded into the totals. A vCPU that cannot be taken in, for lack of memory or past
@@ -146,7 +147,8 @@ struct State {
 /// # Invariants
 ///
 /// A value of the table is 0, [`UNMETERED`], or the address of a [`Member`] that the list of
-/// its VM holds. A member stays until the thread that has the vCPU to itself lets it go.
+/// its VM holds; what a CPU notes of a vCPU is such an address. A member stays until the thread
+/// that has the vCPU to itself lets it go.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Registry {
     leaves: Leaves,
@@ -224,32 +226,64 @@ impl Registry {
             return None;
         }
         // SAFETY: By the invariant of `Registry` a member is there. The callers hold the
-        // vCPU, so that it is not let go while they use it.
+        // vCPU that it is of, so that it is not let go while they use it.
         Some(unsafe { &*(value as *const Member) })
     }
 
-    /// The ledger of a vCPU that the caller holds; taken in at this event if it is new, in
-    /// `phase` from `now` on.
+    /// The ledger of a vCPU that this CPU metered last, and that the caller holds.
     #[inline(always)]
+    fn noted(&self, vcpu: Vcpu<'_>) -> Option<&Ledger> {
+        // SAFETY: By the invariant of `Registry` the note is of a member. The callers hold the
+        // vCPU that it is of, so that it is not let go while they use it.
+        vcpu.noted()
+            .map(|value| unsafe { &(*(value as *const Member)).ledger })
+    }
+
+    /// The ledger of a vCPU that the caller holds, by the table; taken in at this event if it
+    /// is new, in `phase` from `now` on.
     fn ledger(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) -> Option<&Ledger> {
         let value = match self.table().get(vcpu.key()) {
             0 => self.take_in(vcpu, now, phase),
             value => value,
         };
-        self.member_at(value).map(|member| &member.ledger)
+        let member = self.member_at(value)?;
+        // INVARIANT: `destroy` has all CPUs forget the vCPU before it lets the member go.
+        hooks::note(vcpu, value);
+        Some(&member.ledger)
     }
 
     /// A VM exit with `code`, at TSC `now`.
     #[inline(always)]
     pub(crate) fn exit(&self, vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
+        let slot = reasons::slot(isa, code);
+        match self.noted(vcpu) {
+            Some(ledger) => ledger.exit(now, slot),
+            None => self.exit_of_another(vcpu, now, slot),
+        }
+    }
+
+    /// As [`Self::exit`], of a vCPU that this CPU has not metered last.
+    #[cold]
+    #[inline(never)]
+    fn exit_of_another(&self, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
         if let Some(ledger) = self.ledger(vcpu, now, Phase::Guest) {
-            ledger.exit(now, reasons::slot(isa, code));
+            ledger.exit(now, slot);
         }
     }
 
     /// A VM entry.
     #[inline(always)]
     pub(crate) fn entry(&self, vcpu: Vcpu<'_>, now: u64) {
+        match self.noted(vcpu) {
+            Some(ledger) => ledger.entry(now),
+            None => self.entry_of_another(vcpu, now),
+        }
+    }
+
+    /// As [`Self::entry`], of a vCPU that this CPU has not metered last.
+    #[cold]
+    #[inline(never)]
+    fn entry_of_another(&self, vcpu: Vcpu<'_>, now: u64) {
         if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
             ledger.entry(now);
         }
@@ -257,7 +291,9 @@ impl Registry {
 
     /// The vCPU takes a CPU.
     pub(crate) fn resume(&self, vcpu: Vcpu<'_>, now: u64) {
-        if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
+        if let Some(ledger) = self.noted(vcpu) {
+            ledger.resume(now);
+        } else if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
             ledger.resume(now);
         }
     }
@@ -265,7 +301,9 @@ impl Registry {
     /// The vCPU leaves its CPU. The scheduler's lock may be held, so a vCPU that is not
     /// known yet is left for its next event: nothing may be allocated here.
     pub(crate) fn leave(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) {
-        if let Some(member) = self.member_at(self.table().get(vcpu.key())) {
+        if let Some(ledger) = self.noted(vcpu) {
+            ledger.leave(now, phase);
+        } else if let Some(member) = self.member_at(self.table().get(vcpu.key())) {
             member.ledger.leave(now, phase);
         }
     }
@@ -329,6 +367,7 @@ impl Registry {
 
     /// KVM destroys the vCPU, and will not load it again: lets it go.
     pub(crate) fn destroy(&self, vcpu: Vcpu<'_>) {
+        hooks::forget(vcpu);
         let mut state = self.state.lock();
         let value = self.table().remove(vcpu.key());
         if value == UNMETERED {

@@ -9,6 +9,7 @@
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
 #include <linux/module.h>
+#include <linux/percpu.h>
 #include <linux/ratelimit.h>
 #include <linux/string.h>
 #include <linux/tracepoint.h>
@@ -97,6 +98,26 @@ void exitmeter_detach_function(struct ftrace_ops *ops)
 bool exitmeter_is_own_text(unsigned long ip)
 {
 	return within_module(ip, THIS_MODULE);
+}
+
+DEFINE_PER_CPU_ALIGNED(struct exitmeter_note, exitmeter_note);
+
+/*
+ * Have no CPU remember @vcpu, which runs nowhere any more.
+ *
+ * A CPU that notes another vCPU at this moment may lose that note, and looks
+ * the vCPU up at its next event.
+ */
+void exitmeter_forget(unsigned long vcpu)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu) {
+		struct exitmeter_note *note = per_cpu_ptr(&exitmeter_note, cpu);
+
+		if (READ_ONCE(note->vcpu) == vcpu)
+			WRITE_ONCE(note->vcpu, 0);
+	}
 }
 
 /* Whether an ENDBR is at @address. */

@@ -8,6 +8,7 @@
 #ifndef EXITMETER_SHIM_H
 #define EXITMETER_SHIM_H
 
+#include <linux/percpu-defs.h>
 #include <linux/types.h>
 
 struct ftrace_ops;
@@ -29,6 +30,18 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 			      bool redirect);
 void exitmeter_detach_function(struct ftrace_ops *ops);
 bool exitmeter_is_own_text(unsigned long ip);
+
+/*
+ * The vCPU that a CPU metered last, and what the Rust half keeps of it.  Read
+ * and written by the CPU itself, with preemption off; others only forget.
+ */
+struct exitmeter_note {
+	unsigned long vcpu;
+	unsigned long value;
+};
+
+DECLARE_PER_CPU(struct exitmeter_note, exitmeter_note);
+void exitmeter_forget(unsigned long vcpu);
 
 /* Symbols of modules. */
 unsigned long exitmeter_find_function(const char *name);

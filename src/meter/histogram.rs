@@ -26,11 +26,11 @@ pub const EMPTY: Buckets = [0; BUCKETS];
 pub const fn bucket(ticks: u64) -> usize {
     const LEAST: u64 = 1 << FIRST_POWER;
     let ticks = if ticks < LEAST { LEAST } else { ticks };
-    // Where the topmost bit stands, and as half a step the bit below it.
-    let power = ticks.ilog2();
-    let half = (ticks >> (power.wrapping_sub(1) & 63)) & 1;
-    let steps = power.wrapping_sub(FIRST_POWER).wrapping_mul(2);
-    let place = steps.wrapping_add(half as u32) as usize;
+    // Where the topmost bit stands; that bit and the one below it are 2 or 3.
+    let power = 63 ^ ticks.leading_zeros();
+    let two_bits = ticks.wrapping_shr(power.wrapping_sub(1));
+    let steps = power.wrapping_mul(2).wrapping_add(two_bits as u32);
+    let place = steps.wrapping_sub(FIRST_POWER * 2 + 2) as usize;
     if place < BUCKETS {
         place
     } else {

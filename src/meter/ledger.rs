@@ -29,16 +29,59 @@ const WORDS: usize = SLOTS.div_ceil(64);
 /// all the same.
 pub const HISTOGRAMS: usize = 40;
 
-/// What is metered of one exit reason. One cache line: an exit writes to few of them.
-#[repr(C, align(64))]
-#[derive(Debug)]
-struct Row {
-    exits: AtomicU64,
-    cycles: [AtomicU64; Phase::COUNT],
-    /// The most kernel cycles that one exit took.
-    max: AtomicU64,
-    /// The number of its histogram, counted from 1; 0 while it has none.
-    histogram: AtomicU32,
+/// The numbers of a row: eight, one cache line, so that an exit writes to few of them.
+const ROW: usize = 8;
+/// How many numbers all rows have.
+const CELLS: usize = SLOTS * ROW;
+
+/// A number of a row.
+#[repr(u8)]
+#[derive(Clone, Copy)]
+enum Column {
+    /// Exits.
+    Exits = 0,
+    /// TSC ticks in the first phase; those of the others follow.
+    Cycles = 1,
+    /// The most kernel ticks that one exit took.
+    Max = 6,
+    /// The number of the row's histogram, counted from 1; 0 while it has none.
+    Histogram = 7,
+}
+
+/// The place of a cell.
+///
+/// # Invariants
+///
+/// The number, that of its row times [`ROW`] and its column, is below [`CELLS`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Place(u32);
+
+impl Place {
+    #[inline(always)]
+    const fn of(slot: Slot, column: Column) -> Self {
+        // INVARIANT: A slot is below SLOTS, and a column below ROW.
+        Self((slot.index() * ROW + column as usize) as u32)
+    }
+
+    /// Where the ticks of a phase are booked, in the row of this cell.
+    #[inline(always)]
+    const fn of_phase(self, phase: Phase) -> Self {
+        self.beside((Column::Cycles as u32).wrapping_add(phase as u32))
+    }
+
+    /// The cell in another column of the same row.
+    #[inline(always)]
+    const fn beside(self, column: u32) -> Self {
+        const LAST: u32 = ROW as u32 - 1;
+        // INVARIANT: The row stays, and the column is below ROW.
+        Self((self.0 & !LAST) | (column & LAST))
+    }
+
+    /// The phase whose ticks the cell holds, as a number.
+    #[inline(always)]
+    const fn phase(self) -> u32 {
+        (self.0 % ROW as u32).wrapping_sub(Column::Cycles as u32)
+    }
 }
 
 /// Exits of one reason by the kernel cycles that each took.
@@ -59,19 +102,23 @@ struct Histogram([AtomicU64; BUCKETS]);
 #[derive(Debug)]
 pub struct Ledger {
     seq: AtomicU32,
-    phase: AtomicU32,
-    slot: AtomicU32,
+    /// The [`Place`] that time is booked on now.
+    booking: AtomicU32,
     /// How many histograms are taken.
     taken: AtomicU32,
     last: AtomicU64,
     first: AtomicU64,
-    /// The latest exit has not been followed by an entry yet: one more than what its row's
-    /// kernel cell held when it came. 0 after the entry.
-    open: AtomicU64,
+    /// Kernel ticks of the latest exit that were booked before the vCPU last left its CPU, or
+    /// [`CLOSED`]. 0 from an entry to the next such time.
+    carried: AtomicU64,
     used: [AtomicU64; WORDS],
-    rows: [Row; SLOTS],
+    /// By row and column; the rows begin a cache line each.
+    cells: [AtomicU64; CELLS],
     histograms: [Histogram; HISTOGRAMS],
 }
+
+/// The kernel ticks to come are not those of an exit: there was none since the latest entry.
+const CLOSED: u64 = u64::MAX;
 
 /// Adds to a cell that only this thread writes.
 #[inline(always)]
@@ -81,17 +128,17 @@ fn add(cell: &AtomicU64, value: u64) {
 
 impl Ledger {
     #[inline(always)]
-    fn row(&self, slot: Slot) -> &Row {
-        // SAFETY: By the invariant of `Slot` its index is below SLOTS.
-        unsafe { self.rows.get_unchecked(slot.index()) }
+    fn cell(&self, place: Place) -> &AtomicU64 {
+        // SAFETY: By the invariant of `Place`.
+        unsafe { self.cells.get_unchecked(place.0 as usize) }
     }
 
     #[inline(always)]
-    fn current(&self) -> Slot {
-        Slot::from_index(self.slot.load(Relaxed) as usize).unwrap_or(Slot::OTHER)
+    fn booking(&self) -> Place {
+        // INVARIANT: Nothing but places is ever stored there, and 0 is one.
+        Place(self.booking.load(Relaxed))
     }
 
-    #[inline]
     fn use_row(&self, slot: Slot) {
         if let Some(word) = self.used.get(slot.index() / 64) {
             let bit = 1_u64.wrapping_shl(slot.index() as u32 % 64);
@@ -99,31 +146,109 @@ impl Ledger {
         }
     }
 
-    /// A reason occurs that has not occurred before.
+    #[inline(always)]
+    fn histogram(&self, row: Place) -> Option<&Histogram> {
+        let number = self.cell(row.beside(Column::Histogram as u32));
+        let number = number.load(Relaxed) as usize;
+        self.histograms.get(number.wrapping_sub(1))
+    }
+
+    /// Begins a change that a reader sees whole or not at all; what `end_change` takes.
+    #[inline(always)]
+    fn begin_change(&self) -> u32 {
+        let seq = self.seq.load(Relaxed);
+        self.seq.store(seq.wrapping_add(1), Relaxed);
+        // ORDERING: The odd number is visible before anything of the change.
+        fence(Ordering::Release);
+        seq
+    }
+
+    #[inline(always)]
+    fn end_change(&self, seq: u32) {
+        // ORDERING: The change is visible before the even number.
+        self.seq.store(seq.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Books the time since the last transition where it belongs; that place and the time.
+    /// Time that seems to go backwards, as between CPUs whose clocks part, counts as none.
+    #[inline(always)]
+    fn book(&self, now: u64) -> (Place, u64) {
+        let last = self.last.load(Relaxed);
+        let now = now.max(last);
+        let ticks = now.wrapping_sub(last);
+        let booking = self.booking();
+        add(self.cell(booking), ticks);
+        self.last.store(now, Relaxed);
+        (booking, ticks)
+    }
+
+    #[inline(always)]
+    fn book_on(&self, place: Place) {
+        self.booking.store(place.0, Relaxed);
+    }
+
+    /// The vCPU's first event, at TSC `now`, after which it is in `phase`.
+    pub fn begin(&self, now: u64, phase: Phase) {
+        let seq = self.begin_change();
+        self.first.store(now, Relaxed);
+        self.last.store(now, Relaxed);
+        // The one row that gets cycles without an exit.
+        self.use_row(Slot::START);
+        self.book_on(Place::of(Slot::START, Column::Exits).of_phase(phase));
+        if phase != Phase::Guest {
+            self.carried.store(CLOSED, Relaxed);
+        }
+        self.end_change(seq);
+    }
+
+    /// A VM exit.
+    #[inline(always)]
+    pub fn exit(&self, now: u64, slot: Slot) {
+        let seq = self.begin_change();
+        self.book(now);
+        let exits = Place::of(slot, Column::Exits);
+        let before = self.cell(exits).load(Relaxed);
+        self.cell(exits).store(before.wrapping_add(1), Relaxed);
+        self.book_on(exits.of_phase(Phase::Kernel));
+        if before == 0 {
+            return self.end_first_exit(seq, slot);
+        }
+        self.end_change(seq);
+    }
+
+    /// Ends the change of an exit whose reason has not occurred before.
     #[cold]
-    fn first_exit(&self, slot: Slot) {
+    #[inline(never)]
+    fn end_first_exit(&self, seq: u32, slot: Slot) {
         self.use_row(slot);
         let taken = self.taken.load(Relaxed);
         if (taken as usize) < HISTOGRAMS {
-            self.taken.store(taken.wrapping_add(1), Relaxed);
             let number = taken.wrapping_add(1);
-            self.row(slot).histogram.store(number, Relaxed);
+            self.taken.store(number, Relaxed);
+            let cell = self.cell(Place::of(slot, Column::Histogram));
+            cell.store(number.into(), Relaxed);
         }
+        self.end_change(seq);
     }
 
-    /// At an entry: takes the kernel cycles since the latest exit as one sample, if that exit
-    /// has not been entered from before.
+    /// A VM entry: the kernel ticks since the latest exit become one sample.
     #[inline(always)]
-    fn sample(&self, row: &Row) {
-        let open = self.open.load(Relaxed);
-        if open == 0 {
-            return;
+    pub fn entry(&self, now: u64) {
+        let seq = self.begin_change();
+        let (booking, ticks) = self.book(now);
+        self.book_on(booking.of_phase(Phase::Guest));
+        if self.carried.load(Relaxed) != 0 {
+            return self.end_interrupted_exit(seq, booking, ticks);
         }
-        self.open.store(0, Relaxed);
-        let kernel = row.cycles[Phase::Kernel as usize].load(Relaxed);
-        let ticks = kernel.wrapping_sub(open.wrapping_sub(1));
-        if ticks > row.max.load(Relaxed) {
-            row.max.store(ticks, Relaxed);
+        self.sample(booking, ticks);
+        self.end_change(seq);
+    }
+
+    #[inline(always)]
+    fn sample(&self, row: Place, ticks: u64) {
+        let max = self.cell(row.beside(Column::Max as u32));
+        if ticks > max.load(Relaxed) {
+            max.store(ticks, Relaxed);
         }
         if let Some(Histogram(buckets)) = self.histogram(row) {
             if let Some(samples) = buckets.get(bucket(ticks)) {
@@ -132,105 +257,51 @@ impl Ledger {
         }
     }
 
-    #[inline(always)]
-    fn histogram(&self, row: &Row) -> Option<&Histogram> {
-        let number = row.histogram.load(Relaxed) as usize;
-        self.histograms.get(number.wrapping_sub(1))
-    }
-
-    /// Runs one change of the ledger so that a reader sees it whole or not at all.
-    #[inline(always)]
-    fn change(&self, change: impl FnOnce()) {
-        let seq = self.seq.load(Relaxed);
-        self.seq.store(seq.wrapping_add(1), Relaxed);
-        // ORDERING: The odd number is visible before anything of the change.
-        fence(Ordering::Release);
-        change();
-        // ORDERING: The change is visible before the even number.
-        self.seq.store(seq.wrapping_add(2), Ordering::Release);
-    }
-
-    /// Books the time since the last transition and begins a phase. Time that seems to
-    /// go backwards, as between CPUs whose clocks part, counts as none. Returns the row that
-    /// it was booked on.
-    #[inline(always)]
-    fn transition(&self, now: u64, next: Phase) -> &Row {
-        let last = self.last.load(Relaxed);
-        let now = now.max(last);
-        let row = self.row(self.current());
-        if let Some(cell) = row.cycles.get(self.phase.load(Relaxed) as usize) {
-            add(cell, now.wrapping_sub(last));
+    /// Ends the change of an entry after an exit in the course of which the vCPU left its CPU.
+    #[inline(never)]
+    fn end_interrupted_exit(&self, seq: u32, row: Place, ticks: u64) {
+        let carried = self.carried.load(Relaxed);
+        self.carried.store(0, Relaxed);
+        if carried != CLOSED {
+            self.sample(row, ticks.wrapping_add(carried));
         }
-        self.last.store(now, Relaxed);
-        self.phase.store(next as u32, Relaxed);
-        row
-    }
-
-    /// The vCPU's first event, at TSC `now`, after which it is in `phase`.
-    pub fn begin(&self, now: u64, phase: Phase) {
-        self.change(|| {
-            self.first.store(now, Relaxed);
-            self.last.store(now, Relaxed);
-            self.phase.store(phase as u32, Relaxed);
-            self.slot.store(Slot::START.index() as u32, Relaxed);
-            // The one row that gets cycles without an exit.
-            self.use_row(Slot::START);
-        });
-    }
-
-    /// A VM exit.
-    #[inline(always)]
-    pub fn exit(&self, now: u64, slot: Slot) {
-        self.change(|| {
-            self.transition(now, Phase::Kernel);
-            self.slot.store(slot.index() as u32, Relaxed);
-            let row = self.row(slot);
-            let before = row.exits.load(Relaxed);
-            if before == 0 {
-                self.first_exit(slot);
-            }
-            row.exits.store(before.wrapping_add(1), Relaxed);
-            let kernel = row.cycles[Phase::Kernel as usize].load(Relaxed);
-            self.open.store(kernel.wrapping_add(1), Relaxed);
-        });
-    }
-
-    /// A VM entry.
-    #[inline(always)]
-    pub fn entry(&self, now: u64) {
-        self.change(|| {
-            let row = self.transition(now, Phase::Guest);
-            self.sample(row);
-        });
+        self.end_change(seq);
     }
 
     /// The vCPU leaves its CPU, for the phase `phase`.
     #[inline]
     pub fn leave(&self, now: u64, phase: Phase) {
-        self.change(|| {
-            self.transition(now, phase);
-        });
+        let seq = self.begin_change();
+        let (booking, ticks) = self.book(now);
+        self.book_on(booking.of_phase(phase));
+        let carried = self.carried.load(Relaxed);
+        if booking == booking.of_phase(Phase::Guest) {
+            // An entry that was not followed by an exit, as one that failed.
+            self.carried.store(CLOSED, Relaxed);
+        } else if booking == booking.of_phase(Phase::Kernel) && carried != CLOSED {
+            self.carried.store(carried.wrapping_add(ticks), Relaxed);
+        }
+        self.end_change(seq);
     }
 
     /// The vCPU is back on a CPU, in KVM.
     #[inline]
     pub fn resume(&self, now: u64) {
-        self.change(|| {
-            self.transition(now, Phase::Kernel);
-        });
+        let seq = self.begin_change();
+        let (booking, _) = self.book(now);
+        self.book_on(booking.of_phase(Phase::Kernel));
+        self.end_change(seq);
     }
 
     /// Exits counted in a row.
     pub fn exits(&self, slot: Slot) -> u64 {
-        self.row(slot).exits.load(Relaxed)
+        self.cell(Place::of(slot, Column::Exits)).load(Relaxed)
     }
 
     /// TSC ticks in a cell.
     pub fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
-        match self.row(slot).cycles.get(phase as usize) {
-            Some(cell) => cell.load(Relaxed),
-            None => 0,
-        }
+        let row = Place::of(slot, Column::Exits);
+        self.cell(row.of_phase(phase)).load(Relaxed)
     }
 
     /// The rows in use, as a bitmap.
@@ -272,20 +343,22 @@ impl Ledger {
         if seq & 1 != 0 {
             return false;
         }
-        out.phase = self.phase.load(Relaxed);
-        out.slot = self.slot.load(Relaxed);
+        let booking = self.booking();
+        out.slot = booking.0 / ROW as u32;
+        out.phase = booking.phase();
         out.first = self.first.load(Relaxed);
         out.last = self.last.load(Relaxed);
         out.used = self.used();
         for slot in slots_in(out.used) {
-            let row = self.row(slot);
+            let row = Place::of(slot, Column::Exits);
+            let number = self.cell(Place::of(slot, Column::Histogram));
             let numbers = RowCopy {
-                exits: row.exits.load(Relaxed),
-                cycles: row.cycles.each_ref().map(|cell| cell.load(Relaxed)),
-                max: row.max.load(Relaxed),
+                exits: self.exits(slot),
+                cycles: Phase::ALL.map(|phase| self.cycles(phase, slot)),
+                max: self.cell(Place::of(slot, Column::Max)).load(Relaxed),
             };
             let histogram = self.histogram(row).map(|Histogram(buckets)| buckets);
-            out.set_row(slot, numbers, row.histogram.load(Relaxed), histogram);
+            out.set_row(slot, numbers, number.load(Relaxed) as u32, histogram);
         }
         // ORDERING: What precedes is read before the number is read again.
         fence(Ordering::Acquire);
@@ -309,7 +382,10 @@ mod tests {
 
     #[test]
     fn a_row_is_one_cache_line_and_a_vcpu_takes_32_kib_at_most() {
-        assert_eq!((size_of::<Row>(), size_of::<Histogram>()), (64, 512));
+        assert_eq!((8 * ROW, size_of::<Histogram>()), (64, 512));
+        assert_eq!(core::mem::offset_of!(Ledger, cells) % 64, 0);
+        let phases_end = Column::Cycles as usize + Phase::COUNT;
+        assert_eq!(phases_end, Column::Max as usize);
         assert!(size_of::<Ledger>() + BESIDE <= 32 * 1024);
     }
 

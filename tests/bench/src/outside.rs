@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 use lab::{
+    host::Host,
     image::payload::FileSpec,
     run::{self, Event, Options, Outcome},
     setup,
@@ -38,6 +39,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let mut options = Options::new(arguments.host, command(&arguments.plan));
     options.kernel.clone_from(&arguments.kernel);
     options.machine.memory = MEMORY;
+    // Otherwise its TSC is the wall clock.
+    options.machine.icount = arguments.host == Host::Amd;
     options.limits = Limits {
         time: Duration::from_secs(3600),
         // A meter that is slow says nothing for as long as it is measured.

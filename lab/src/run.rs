@@ -183,12 +183,14 @@ pub fn prepare(options: &Options) -> Result<Prepared, RunError> {
                 .to_owned(),
             tree: Some(folder.join("tree/tree")),
             bochs: Some(folder.join("r/bochs")),
+            perf: Some(folder.join("perf/perf")),
         });
     }
     Ok(setup::prepare(&Wanted {
         kernel: options.kernel.clone(),
         tree: options.module,
         bochs: options.machine.host == Host::Intel,
+        ..Wanted::default()
     })?)
 }
 
@@ -274,16 +276,10 @@ impl Start {
             }
         };
         self.emulator.kill();
-        let tail = match end {
-            End::Script(_) | End::Interrupted => String::new(),
-            _ => record.tail(
-                matches!(end, End::Fault(_)),
-                matches!(end, End::EmulatorDied | End::NoVerdict(_)),
-            ),
-        };
+        let tail = record.tail(&end);
         Ok(Outcome {
             end,
-            stdout: record.finish()?,
+            stdout: record.into_stdout(),
             folder: folder.into(),
             out,
             tail,

@@ -32,7 +32,7 @@ pub const REASON_FILE: &str = "/usr/local/lib/bpf/reason.json";
 const INSIDE: &str = "/usr/local/bin/bench";
 
 /// The host's memory in MiB: perf's data, 230 bytes an exit, goes there.
-const MEMORY: u32 = 2048;
+const MEMORY: u32 = 1024;
 
 /// Boots one host, measures, prints the table and writes the JSON.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {

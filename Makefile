@@ -4,6 +4,7 @@
 #   make KDIR=FOLDER    the module for the kernel of that build folder, such as /lib/modules/$(uname -r)/build
 #   make demo           shows on an emulated host what the module does
 #   make test           all tests
+#   make bench          measures what metering costs, beside other meters
 #   make check          formats, lints and warnings
 #   make lab            sets up all that the emulated hosts need
 #   make install        module and tool for the running kernel, once they are built
@@ -15,7 +16,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 PREFIX ?= /usr/local
 KERNEL := $(shell uname -r)
 
-.PHONY: all module tool demo test check lab install clean bootstrap
+.PHONY: all module tool demo test bench check lab install clean bootstrap
 
 all: module tool
 
@@ -37,6 +38,9 @@ demo: bootstrap
 test: bootstrap
 	cargo test --release --workspace
 	cargo run --release --quiet -p system-tests
+
+bench: bootstrap
+	cargo run --release --quiet -p bench
 
 check: bootstrap
 	scripts/bootstrap.sh rustfmt cargo-clippy shellcheck

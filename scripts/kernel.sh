@@ -13,9 +13,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 . "$here/common.sh"
 
-# What the hosts and guests may load; all modules of a kernel are 500 MB and 40 s of unpacking.
-wanted_modules='arch/x86/kvm virt lib crypto fs/squashfs fs/overlayfs fs/isofs
-  drivers/ata drivers/scsi drivers/block drivers/cdrom drivers/crypto/ccp drivers/virtio'
+# What the hosts load: KVM and what it needs. All modules of a kernel are 500 MB and 40 s of unpacking.
+wanted_modules='arch/x86/kvm virt drivers/crypto/ccp'
 
 need_variables OUT EXITMETER_CACHE ROOT KERNEL
 mkdir -p "$OUT" "$EXITMETER_CACHE/downloads/kernel"
@@ -25,61 +24,65 @@ log=$OUT/kernel.log
 
 inside() {
   "$here/in-root.sh" "$ROOT" --bind "$OUT:/out" --bind "$EXITMETER_CACHE/downloads/kernel:/downloads" \
-    --chdir /out -- env KERNEL="$KERNEL" WANTED="$wanted_modules" "$@"
+    --bind "$here:/scripts" --chdir /out -- env KERNEL="$KERNEL" WANTED="$wanted_modules" "$@"
 }
-
-say "the kernel: which"
-# shellcheck disable=SC2016
-inside bash -euc '
-  case $KERNEL in
-    newest)
-      version=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)
-      release=$(apt-cache show "linux-image-amd64=$version" | sed -n "s/^Depends:.*linux-image-\([^ ,]*\).*/\1/p")
-      ;;
-    *-amd64) release=$KERNEL ;;
-    *) release=$(apt-cache pkgnames "linux-image-$KERNEL+" | sed -n "s/^linux-image-\([0-9.]*+[a-z0-9]*-amd64\)$/\1/p" | sort -V | tail -n 1) ;;
-  esac
-  apt-cache show "linux-image-$release" >/dev/null && echo "$release"
-' >"$OUT/release.part" 2>>"$log" ||
-  die "Debian has no kernel $KERNEL; give a version such as 7.2.12 (in the root: apt-cache pkgnames linux-image-)."
-release=$(cat "$OUT/release.part")
 
 # The image is one package or, since 7.2, a binary and its modules. The source has to be of the very same version:
 # a tree of another one would give layouts that this kernel does not have.
-say "the kernel $release: fetching"
+say "which kernel"
 # shellcheck disable=SC2016
 run "$log" inside bash -euc '
-  release=$1
+  # The root may be older than the newest kernel. Without a network, what is fetched already may do.
+  apt-get update || true
+  case $KERNEL in
+    newest)
+      image=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)
+      release=$(apt-cache show "linux-image-amd64=$image" | sed -n "s/^Depends:.*linux-image-\([^ ,]*\).*/\1/p")
+      ;;
+    *-amd64) release=$KERNEL ;;
+    *)
+      release=$(apt-cache pkgnames "linux-image-$KERNEL+" |
+        sed -n "s/^linux-image-\([0-9.]*+[a-z0-9]*-amd64\)$/\1/p" | sort -V | tail -n 1)
+      ;;
+  esac
   version=$(apt-cache show "linux-headers-$release" | sed -n "s/^Version: //p" | head -n 1)
   names=(linux-headers-"$release" linux-source-"$(echo "$release" | cut -d. -f1,2)")
   for name in linux-binary-"$release" linux-modules-"$release"; do
-    apt-cache show "$name" >/dev/null 2>&1 && names+=("$name")
+    if apt-cache show "$name" >/dev/null 2>&1; then names+=("$name"); fi
   done
   [ "${#names[@]}" -gt 2 ] || names+=(linux-image-"$release")
-  mkdir -p /downloads/fetch
-  cd /downloads
+  echo "$release" >release.part
+  : >packages
+  apt-cache pkgnames linux-source- | xargs apt-cache show | sed -n "s/^Version: \([0-9.]*\)-.*/\1/p" |
+    sort -uV | paste -sd " " >known
   for name in "${names[@]}"; do
-    found=$(apt-cache show "$name" | sed -n "s/^Version: //p" | grep -Fx -m 1 "$version") || {
-      echo "$name is not there in version $version"; exit 1; }
-    read -r uri file size sum < <(apt-get download --print-uris "$name=$found")
-    sum=${sum#SHA256:}
-    echo "$file" >>/out/files.part
-    if ! echo "$sum $file" | sha256sum --check --status 2>/dev/null; then
-      # A name of its own until it is whole: another run may fetch the same file at this moment.
-      /usr/lib/apt/apt-helper download-file "$(eval echo "$uri")" "$file.$$.part" "SHA256:$sum"
-      mv "$file.$$.part" "$file"
+    if ! apt-cache show "$name" | grep -Fqx "Version: $version"; then
+      echo "$name is not there in version $version"
+      exit 1
     fi
+    # The address is quoted for a shell.
+    apt-get download --print-uris "$name=$version" | tr -d "\47" >>packages
   done
-' bash "$release" ||
-  die "the packages of the kernel $release could not be fetched; check the network, or pick another by --kernel (the log is $log)."
+' || die "Debian has no kernel $KERNEL with its source; it has $(cat "$OUT/known" 2>/dev/null) (the log is $log)."
+release=$(cat "$OUT/release.part")
 
-say "the kernel $release: unpacking"
+say "$release: fetching"
+# shellcheck disable=SC2016
+run "$log" inside bash -euc '
+  . /scripts/common.sh
+  cd /downloads
+  while read -r uri file size sum; do
+    fetch "$uri" "$file" "$sum"
+  done </out/packages
+' || die "the packages of the kernel $release could not be fetched; check the network and the mirror (the log is $log)."
+
+say "$release: unpacking"
 # shellcheck disable=SC2016
 run "$log" inside bash -euc '
   release=$1
   rm -rf /out/unpacked /out/modules
   mkdir -p /out/unpacked "/out/modules/lib/modules/$release"
-  for file in $(sort -u /out/files.part); do
+  while read -r uri file size sum; do
     case $file in
       linux-modules-*|linux-image-*)
         patterns=()
@@ -88,7 +91,7 @@ run "$log" inside bash -euc '
           "${patterns[@]}" "./*/modules/$release/modules.*" "./boot/*" 2>/dev/null || true ;;
       *) dpkg-deb --extract "/downloads/$file" /out/unpacked ;;
     esac
-  done
+  done <packages
   cd /out/unpacked
   headers=usr/src/linux-headers-$release
   cp "$(find . -path "*/vmlinuz*" -type f | head -n 1)" /out/vmlinuz
@@ -104,7 +107,7 @@ run "$log" inside bash -euc '
 ' bash "$release" || die "the packages of the kernel $release could not be unpacked; remove $OUT and try again (the log is $log)."
 
 # Documentation/arch/x86/boot.rst: the setup header tells where the compressed kernel lies in the file.
-say "the kernel $release: the guest's vmlinux"
+say "$release: the guest's vmlinux"
 # shellcheck disable=SC2016
 run "$log" inside bash -euc '
   python3 - >payload <<"END"
@@ -126,5 +129,5 @@ END
   rm payload
 ' || die "the kernel in $OUT/vmlinuz could not be unpacked; its compression may be new (the log is $log)."
 
-as_root rm -rf "$OUT/unpacked" "$OUT/files.part"
+as_root rm -rf "$OUT/unpacked" "$OUT/packages" "$OUT/known"
 mv "$OUT/release.part" "$OUT/release"

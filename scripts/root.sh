@@ -12,15 +12,13 @@ suite=trixie
 packages=(
   # The kernel tree and the module: C, Rust as CONFIG_RUST wants it, clippy for what we write.
   gcc-14 libc6-dev make bc flex bison pahole libelf-dev libssl-dev kmod cpio xz-utils zstd python3-minimal perl
-  rustc rust-src rust-clippy bindgen clang-19
+  rustc rust-src rust-clippy rustfmt bindgen clang-19
   # Bochs, with the tables its machine boots from.
   g++-14 pkg-config patch bochsbios vgabios
-  # The hosts: QEMU for AMD, for Bochs a boot medium with GRUB; QEMU's microvm is the guest's VMM as well.
-  qemu-system-x86 seabios grub-pc-bin grub-common xorriso mtools
+  # The AMD host; QEMU's microvm is the guest's VMM on both.
+  qemu-system-x86 seabios
   # What host and guest run.
   busybox-static cpuid
-  # KVM's own selftests.
-  libcap-dev libnuma-dev uuid-dev
 )
 
 need_variables OUT

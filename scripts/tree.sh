@@ -25,7 +25,7 @@ inside() {
 
 mkdir -p "$OUT/tree"
 if [ ! -e "$OUT/.unpacked" ]; then
-  say "the tree of $release: unpacking"
+  say "unpacking"
   # shellcheck disable=SC2016
   run "$log" inside sh -euc '
     find . -mindepth 1 -delete
@@ -34,8 +34,9 @@ if [ ! -e "$OUT/.unpacked" ]; then
   ' || die "the source of $release could not be unpacked; remove $OUT and try again (the log is $log)."
 fi
 
-say "the tree of $release: preparing (about a minute)"
+say "preparing (1 to 2 minutes)"
 # LOCALVERSION is what the packaged kernel has behind its version; the tree's own say in it is taken away.
+# shellcheck disable=SC2016
 run "$log" inside sh -euc '
   release=$1 jobs=$2
   cp /kernel/config .config

@@ -574,8 +574,10 @@ impl SvmExitCode {
     /// Finds the reader, and finds it anew whenever kvm_amd is loaded again.
     fn attach() -> Result<Self> {
         // SAFETY: Called once, by `Vendor::attach`.
-        to_result(unsafe { bindings::exitmeter_attach_svm() })
-            .inspect_err(|_| pr_err!("kvm_amd is not loaded: run 'modprobe kvm_amd' first\n"))?;
+        to_result(unsafe { bindings::exitmeter_attach_svm() }).map_err(|_| {
+            pr_err!("kvm_amd is not loaded: run 'modprobe kvm_amd' first\n");
+            ENODEV
+        })?;
         Ok(Self(()))
     }
 }

@@ -54,7 +54,8 @@ void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data)
  * Call @ops->func at each entry of the function @name, from now on.
  *
  * PERMANENT has "sysctl kernel.ftrace_enabled=0" refused while the hook is in
- * place, instead of having it taken away behind the meter's back.
+ * place, instead of having it taken away behind the meter's back.  Linux 7.3
+ * refuses that anyway; kernels before it need the flag.
  */
 int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 			      bool redirect)

@@ -13,6 +13,7 @@ use lab::image::payload::FileSpec;
 use lab::module::{self, BuildArgs, RootArgs};
 use lab::run::{self, Event, Options};
 use lab::setup::{self, PrepareArgs};
+use lab::shell;
 use lab::verdict::Limits;
 
 /// Boots emulated hosts with VT-x or SVM from packaged, unmodified kernels, and runs scripts on them.
@@ -34,6 +35,8 @@ enum Verb {
     /// Status: that of the script, at most 99; 100 the host could not start, 101 kernel panic, 102 oops or BUG, 103 WARN,
     /// 104 lockup or stall, 105 the emulator died, 106 silence, 107 time limit, 108 no verdict, 130 interrupted.
     Run(RunArgs),
+    /// Boots a host and gives a shell on its console; Ctrl-] ends it.
+    Shell(HostArgs),
     /// Makes all that the hosts need.
     Prepare(PrepareArgs),
     /// Builds exitmeter.ko for a packaged kernel.
@@ -136,6 +139,9 @@ impl HostArgs {
 pub fn main() -> ExitCode {
     let done = match Lab::parse().verb {
         Verb::Run(args) => run(args).map(ExitCode::from),
+        Verb::Shell(args) => shell::shell(&args.options(Vec::new()))
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Into::into),
         Verb::Prepare(args) => setup::command(args).map(|()| ExitCode::SUCCESS),
         Verb::Build(args) => module::command(args).map(|()| ExitCode::SUCCESS),
         Verb::Root(args) => module::root_command(args),

@@ -59,11 +59,18 @@ pub struct Machine {
 impl Machine {
     /// What its kernel is told.
     pub fn command_line(&self) -> String {
+        // The console takes time, so it gets what matters: warnings and worse. The whole log comes by messages.
         let mut line = String::from(
-            // The console takes time, so it gets what matters: warnings and worse. The whole log comes by messages.
-            "console=ttyS0,115200 rdinit=/init loglevel=5 log_buf_len=2M mitigations=off \
-             random.trust_cpu=on tsc=reliable i8042.nokbd i8042.noaux",
+            "console=ttyS0,115200 rdinit=/init loglevel=5 log_buf_len=2M random.trust_cpu=on \
+             mitigations=off tsc=reliable i8042.nokbd i8042.noaux",
         );
+        // The console is written by a thread of the kernel's. On a CPU that is stuck it does not run, so what the
+        // kernel says about that comes out only with a panic.
+        line.push_str(" softlockup_panic=1 hung_task_panic=1 sysctl.kernel.panic_on_rcu_stall=1");
+        if self.host == Host::Intel {
+            // Its seconds take longer than ours, and no load of ours makes it late.
+            line.push_str(" watchdog_thresh=5");
+        }
         if !self.append.is_empty() {
             line.push(' ');
             line.push_str(&self.append);

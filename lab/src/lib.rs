@@ -8,4 +8,5 @@ pub mod module;
 pub mod programs;
 pub mod run;
 pub mod setup;
+pub mod shell;
 pub mod verdict;

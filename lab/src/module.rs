@@ -76,7 +76,7 @@ pub fn command(args: BuildArgs) -> Result<()> {
     let prepared = setup::prepare(&Wanted {
         kernel: args.kernel,
         tree: true,
-        bochs: false,
+        ..Wanted::default()
     })?;
     let module = build_with(&prepared, &args.make, args.verbose)?;
     writeln!(io::stdout(), "{}", module.display())?;
@@ -93,7 +93,7 @@ pub fn root_command(args: RootArgs) -> Result<ExitCode> {
     let prepared = setup::prepare(&Wanted {
         kernel: args.kernel,
         tree: true,
-        bochs: false,
+        ..Wanted::default()
     })?;
     let mut words = args.command.iter();
     let program = words.next().context("there is no command")?;

@@ -1,6 +1,6 @@
 //! One run of one host: from the images to the verdict.
 
-mod folder;
+pub(crate) mod folder;
 mod record;
 
 use std::ffi::OsString;
@@ -30,6 +30,9 @@ use record::Record;
 
 /// How often the console's file is looked at.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How long the processes of a killed emulator may take to go.
+const GONE: Duration = Duration::from_secs(5);
 
 /// What to run, and on what.
 #[derive(Clone, Debug)]
@@ -159,11 +162,15 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
     let folder = folder::make(options.machine.host)?;
     let start = Start::new(options, &prepared, &folder)?;
     let outcome = start.watch(options, &folder, listener);
-    // It is large, and made of what is kept elsewhere.
+    tidy(&folder);
+    outcome
+}
+
+/// Removes what is large in a run's folder and made of what is kept elsewhere.
+pub(crate) fn tidy(folder: &Path) {
     for name in ["payload", "initramfs"] {
         let _ = fs::remove_file(folder.join(name));
     }
-    outcome
 }
 
 /// What the run needs, made as far as it is not there.
@@ -183,12 +190,14 @@ pub fn prepare(options: &Options) -> Result<Prepared, RunError> {
                 .to_owned(),
             tree: Some(folder.join("tree/tree")),
             bochs: Some(folder.join("r/bochs")),
+            perf: Some(folder.join("perf/perf")),
         });
     }
     Ok(setup::prepare(&Wanted {
         kernel: options.kernel.clone(),
         tree: options.module,
         bochs: options.machine.host == Host::Intel,
+        ..Wanted::default()
     })?)
 }
 
@@ -274,16 +283,12 @@ impl Start {
             }
         };
         self.emulator.kill();
-        let tail = match end {
-            End::Script(_) | End::Interrupted => String::new(),
-            _ => record.tail(
-                matches!(end, End::Fault(_)),
-                matches!(end, End::EmulatorDied | End::NoVerdict(_)),
-            ),
-        };
+        // Its output ends when the last process of its is gone.
+        while port.recv_timeout(GONE).is_ok() {}
+        let tail = record.tail(&end);
         Ok(Outcome {
             end,
-            stdout: record.finish()?,
+            stdout: record.into_stdout(),
             folder: folder.into(),
             out,
             tail,

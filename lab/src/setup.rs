@@ -35,6 +35,8 @@ pub struct Wanted {
     pub tree: bool,
     /// Bochs, for Intel hosts.
     pub bochs: bool,
+    /// Debian's perf, for the benchmark.
+    pub perf: bool,
 }
 
 /// Where it is. All of these are shared with other runs: not to be written to.
@@ -52,6 +54,8 @@ pub struct Prepared {
     pub tree: Option<PathBuf>,
     /// The folder with `bochs`, `bios` and `vgabios`, if it was wanted.
     pub bochs: Option<PathBuf>,
+    /// The folder with `perf` and its libraries, if it was wanted.
+    pub perf: Option<PathBuf>,
 }
 
 /// Why the set-up is not there.
@@ -163,6 +167,7 @@ struct Plan {
     kernel: Step,
     tree: Option<Step>,
     bochs: Option<Step>,
+    perf: Option<Step>,
 }
 
 impl Plan {
@@ -191,7 +196,14 @@ impl Plan {
             settings: &[],
             on: &[("ROOT", &root)],
         };
+        let perf = Recipe {
+            name: "perf",
+            mib: 200,
+            settings: &[],
+            on: &[("ROOT", &root)],
+        };
         Ok(Self {
+            perf: wanted.perf.then(|| engine.step(&perf)).transpose()?,
             tree: wanted.tree.then(|| engine.step(&tree)).transpose()?,
             bochs: wanted.bochs.then(|| engine.step(&bochs)).transpose()?,
             root,
@@ -200,7 +212,7 @@ impl Plan {
     }
 
     fn steps(&self) -> Vec<&Step> {
-        let optional = [&self.tree, &self.bochs];
+        let optional = [&self.tree, &self.bochs, &self.perf];
         [&self.root, &self.kernel]
             .into_iter()
             .chain(optional.into_iter().flatten())
@@ -210,23 +222,23 @@ impl Plan {
     fn make(&self, engine: &Engine<'_>) -> Result<(), SetupError> {
         engine.check_space(&self.steps())?;
         engine.make(&self.root)?;
+        let chain = |steps: [Option<&Step>; 2]| {
+            let mut steps = steps.into_iter().flatten();
+            steps.try_for_each(|step| engine.make(step))
+        };
         // Bochs and what leads to the tree keep two cores busy side by side.
-        let (kernel, bochs) = thread::scope(|scope| {
-            let bochs =
-                scope.spawn(|| self.bochs.as_ref().map_or(Ok(()), |step| engine.make(step)));
-            let kernel = engine.make(&self.kernel);
-            let tree =
-                kernel.and_then(|()| self.tree.as_ref().map_or(Ok(()), |step| engine.make(step)));
+        let (tree, bochs) = thread::scope(|scope| {
+            let bochs = scope.spawn(|| chain([self.bochs.as_ref(), self.perf.as_ref()]));
+            let tree = chain([Some(&self.kernel), self.tree.as_ref()]);
             (
                 tree,
                 bochs.join().unwrap_or_else(|panic| resume_unwind(panic)),
             )
         });
-        match (kernel, bochs) {
-            (Ok(()), Ok(())) => Ok(()),
+        match (tree, bochs) {
             // One was stopped because the other failed.
             (Err(SetupError::Interrupted), Err(error)) => Err(error),
-            (Err(error), _) | (Ok(()), Err(error)) => Err(error),
+            (tree, bochs) => tree.and(bochs),
         }
     }
 
@@ -242,6 +254,7 @@ impl Plan {
             kernel_key: self.kernel.key,
             tree: self.tree.map(|step| step.out.join("tree")),
             bochs: self.bochs.map(|step| step.out),
+            perf: self.perf.map(|step| step.out.join("perf")),
         })
     }
 }

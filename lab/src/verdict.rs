@@ -156,12 +156,6 @@ impl Watch {
                 self.line.push(byte);
             }
         }
-        // A panic may be the last the console says, without an end of the line.
-        let line = std::mem::take(&mut self.line);
-        if fault_in(&String::from_utf8_lossy(&line)) == Some(Fault::Panic) {
-            self.judge(now, &line);
-        }
-        self.line = line;
     }
 
     /// The host sent a message.
@@ -197,7 +191,7 @@ impl Watch {
     /// Whether the run has ended, and how.
     pub fn end(&self, now: Duration) -> Option<End> {
         let decided = self.verdict.is_some() || self.failure.is_some() || self.gone.is_some();
-        if let Some((fault, since)) = self.fault {
+        if let Some((fault, since)) = self.fault() {
             let quiet = now.saturating_sub(self.last_sign) >= SETTLE;
             if decided || quiet || now.saturating_sub(since) >= SETTLE_MOST {
                 return Some(End::Fault(fault));
@@ -231,6 +225,17 @@ impl Watch {
         None
     }
 
+    /// The worst fault so far, and since when the host is known to have one.
+    fn fault(&self) -> Option<(Fault, Duration)> {
+        // A panic may be the last that a console says, without an end of the line.
+        let unfinished = fault_in(&String::from_utf8_lossy(&self.line));
+        match (self.fault, unfinished) {
+            (Some((fault, since)), Some(unfinished)) => Some((fault.max(unfinished), since)),
+            (None, Some(unfinished)) => Some((unfinished, self.last_sign)),
+            (known, None) => known,
+        }
+    }
+
     fn judge(&mut self, now: Duration, line: &[u8]) {
         let Some(fault) = fault_in(&String::from_utf8_lossy(line)) else {
             return;
@@ -245,20 +250,22 @@ impl Watch {
 /// The fault that a line of the kernel's reports, if any. The line may be garbled around the words.
 pub fn fault_in(line: &str) -> Option<Fault> {
     let any = |words: &[&str]| words.iter().any(|word| line.contains(word));
-    if any(&["Kernel panic - not syncing", "end Kernel panic"]) {
-        Some(Fault::Panic)
-    } else if any(&[
-        "BUG: soft lockup",
-        "BUG: workqueue lockup",
-        "detected hard LOCKUP",
-        "Hard LOCKUP",
-        "hard LOCKUP on cpu",
+    if any(&[
+        "soft lockup",
+        "softlockup: hung tasks",
+        "LOCKUP",
+        "workqueue lockup",
         "detected stall",
+    ]) || any(&[
         "self-detected stall",
+        "RCU Stall",
         "blocked for more than",
-        "rcu_preempt kthread starved",
-    ]) {
+        "hung_task: blocked tasks",
+    ]) || any(&["kthread starved for"])
+    {
         Some(Fault::Lockup)
+    } else if any(&["Kernel panic - not syncing"]) {
+        Some(Fault::Panic)
     } else if any(&[
         "Oops:",
         "Oops -",
@@ -355,3 +362,6 @@ impl fmt::Display for Record {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

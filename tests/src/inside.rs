@@ -29,12 +29,16 @@ pub fn run(words: &[String]) -> Result<ExitCode> {
         .collect();
     println!("{}\n{}", Line::Version, Line::Plan(cases.len()));
     let mut failed = 0;
+    let mut loaded = None;
     for (number, case) in (1..).zip(&cases) {
         let started = Instant::now();
         let mut output = String::new();
-        let result = run_apart(case, &mut output);
-        let tidied = tidy();
-        let failure = result.and(tidied).err();
+        let result = have(&mut loaded, case.module).and_then(|()| run_apart(case, &mut output));
+        let failure = result.and(tidy()).err();
+        if failure.is_some() {
+            // Whatever is wrong with it, the next case is to find a new one.
+            loaded = None;
+        }
         let mut remarks: Vec<String> = output.lines().map(str::to_owned).collect();
         if let Some(failure) = &failure {
             failed += 1;
@@ -64,9 +68,25 @@ pub fn run_case(name: &str) -> Result<()> {
     (case.run)()
 }
 
+/// Has the module loaded as a case wants it. To load and to unload takes the kernel seconds,
+/// so cases in a row that want the same share it.
+fn have(loaded: &mut Option<&'static str>, wanted: Option<&'static str>) -> Result<()> {
+    if wanted.is_some() && *loaded == wanted && module::is_loaded("exitmeter")? {
+        return Ok(());
+    }
+    *loaded = None;
+    if module::is_loaded("exitmeter")? {
+        module::unload()?;
+    }
+    if let Some(parameters) = wanted {
+        module::load(parameters)?;
+    }
+    *loaded = wanted;
+    Ok(())
+}
+
 /// Runs a case in a process of its own; adds to `output` what it printed.
 fn run_apart(case: &Case, output: &mut String) -> Result<()> {
-    module::have(case.module)?;
     let mut file = memory_file().context("no memory for a case's output")?;
     let child = Command::new("/proc/self/exe")
         .args(["--case", &case.name])
@@ -117,6 +137,5 @@ fn tidy() -> Result<()> {
     if linux::is_running() {
         linux::stop()?;
     }
-    hist::stop()?;
-    module::have(None)
+    hist::stop()
 }

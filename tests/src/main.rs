@@ -18,12 +18,15 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Only on this host; on both when not given.
+    /// Only on this host; on both, side by side, when not given.
     #[arg(long, value_enum)]
     host: Option<outside::Host>,
     /// How many seconds of the wall clock one host may take.
     #[arg(long, default_value_t = 1200)]
     timeout: u64,
+    /// How many CPUs the hosts have; when not given 1 on Intel, 2 on AMD.
+    #[arg(long)]
+    cpus: Option<u32>,
     /// The side inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
@@ -43,5 +46,10 @@ fn main() -> Result<ExitCode> {
     if arguments.inside {
         return inside::run(&arguments.words);
     }
-    outside::run(arguments.host, arguments.timeout, &arguments.words)
+    outside::run(&outside::Plan {
+        host: arguments.host,
+        timeout: arguments.timeout,
+        cpus: arguments.cpus,
+        words: arguments.words,
+    })
 }

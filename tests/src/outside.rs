@@ -3,7 +3,9 @@
 use std::{
     env, fmt,
     io::{BufRead as _, BufReader},
+    panic,
     process::{Command, ExitCode, Stdio},
+    thread::{self, ScopedJoinHandle},
 };
 
 use anyhow::{Context as _, Result};
@@ -32,16 +34,49 @@ impl fmt::Display for Host {
     }
 }
 
-/// Runs the cases on one host or on both, one after the other, and tells what they came to;
-/// the last line has the numbers.
-pub fn run(host: Option<Host>, timeout: u64, words: &[String]) -> Result<ExitCode> {
-    let hosts = host
-        .as_ref()
-        .map_or(Host::value_variants(), std::slice::from_ref);
+impl Host {
+    /// How many CPUs it gets. Bochs emulates more than one only at the cost of all.
+    fn cpus(self) -> u32 {
+        match self {
+            Host::Intel => 1,
+            Host::Amd => 2,
+        }
+    }
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// On this host; on both, side by side, when not given.
+    pub host: Option<Host>,
+    /// How many seconds of the wall clock one host may take.
+    pub timeout: u64,
+    /// How many CPUs it has; as many as it usually gets when not given.
+    pub cpus: Option<u32>,
+    /// Only cases whose names hold one of these words.
+    pub words: Vec<String>,
+}
+
+/// Runs the cases and tells what they came to; the last line has the numbers.
+pub fn run(plan: &Plan) -> Result<ExitCode> {
+    let hosts = match &plan.host {
+        Some(host) => std::slice::from_ref(host),
+        None => Host::value_variants(),
+    };
+    let verdicts: Vec<Result<Verdict>> = thread::scope(|scope| {
+        let threads: Vec<_> = hosts
+            .iter()
+            .map(|host| scope.spawn(|| run_on(*host, plan)))
+            .collect();
+        let join = |thread: ScopedJoinHandle<'_, _>| match thread.join() {
+            Ok(verdict) => verdict,
+            Err(panic) => panic::resume_unwind(panic),
+        };
+        threads.into_iter().map(join).collect()
+    });
     let mut sum = Verdict::default();
-    for host in hosts {
-        eprintln!("The cases on the emulated host {host}:");
-        let verdict = run_on(*host, timeout, words)?;
+    for verdict in verdicts {
+        let verdict = verdict?;
         sum.passed += verdict.passed;
         sum.failures.extend(verdict.failures);
     }
@@ -53,18 +88,19 @@ pub fn run(host: Option<Host>, timeout: u64, words: &[String]) -> Result<ExitCod
 }
 
 /// Boots a host for the cases and ends it.
-fn run_on(host: Host, timeout: u64, words: &[String]) -> Result<Verdict> {
+fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let timeout = plan.timeout.to_string();
     let mut lab = Command::new(cargo)
         .args(["lab", "run", "--host", &host.to_string()])
-        .args(["--timeout", &timeout.to_string()])
+        .args(["--cpus", &plan.cpus.unwrap_or(host.cpus()).to_string()])
         // A case says nothing until it ends.
-        .args(["--silence", &timeout.to_string()])
+        .args(["--timeout", &timeout, "--silence", &timeout])
         .arg("--file")
         .arg(format!("{}:{INSIDE}", this.display()))
         .args(["--", INSIDE, "--inside"])
-        .args(words)
+        .args(&plan.words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -73,7 +109,7 @@ fn run_on(host: Host, timeout: u64, words: &[String]) -> Result<Verdict> {
     let stdout = lab.stdout.take().context("its output was asked for")?;
     for line in BufReader::new(stdout).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
-        println!("{line}");
+        println!("{host:<5} {line}");
         report.take(&line);
     }
     let status = lab.wait()?;

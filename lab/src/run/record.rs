@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use lab_agent::channel::Message;
 
 use super::{Event, RunError, CONSOLE};
-use crate::verdict;
+use crate::verdict::{self, End};
 
 /// How many lines of a log are shown when a run fails.
 const TAIL: usize = 40;
@@ -176,18 +176,19 @@ impl Record {
         Ok(bytes)
     }
 
-    /// The last lines of the console, and of what else tells of the failure.
-    pub fn tail(&self, kernel: bool, emulator: bool) -> String {
-        let names = [
-            (CONSOLE, true),
-            ("kernel.log", kernel),
-            ("emulator.log", emulator),
-            ("bochs.log", emulator),
-        ];
+    /// The last lines of the console, and of what else tells of the end of a run.
+    pub fn tail(&self, end: &End) -> String {
+        let names: &[&str] = match end {
+            // It said all it could.
+            End::Script(_) | End::Interrupted => &[],
+            End::EmulatorDied | End::NoVerdict(_) => &[CONSOLE, "emulator.log", "bochs.log"],
+            // A fault that is not bad enough for the console.
+            End::Fault(_) if !self.tells_of_fault(CONSOLE) => &["kernel.log"],
+            _ => &[CONSOLE],
+        };
         let mut text = String::new();
-        for (name, _) in names.into_iter().filter(|&(_, wanted)| wanted) {
-            let log = fs::read(self.folder.join(name)).unwrap_or_default();
-            let log = String::from_utf8_lossy(&log);
+        for name in names {
+            let log = self.log(name);
             let lines: Vec<&str> = log.lines().collect();
             let lines = &lines[lines.len().saturating_sub(TAIL)..];
             if !lines.is_empty() {
@@ -197,8 +198,19 @@ impl Record {
         text
     }
 
-    /// Ends the record; gives the script's standard output.
-    pub fn finish(self) -> Result<Vec<u8>, RunError> {
-        Ok(self.said)
+    fn tells_of_fault(&self, name: &str) -> bool {
+        self.log(name)
+            .lines()
+            .any(|line| verdict::fault_in(line).is_some())
+    }
+
+    fn log(&self, name: &str) -> String {
+        let bytes = fs::read(self.folder.join(name)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The script's standard output.
+    pub fn into_stdout(self) -> Vec<u8> {
+        self.said
     }
 }

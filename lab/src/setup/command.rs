@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
@@ -18,11 +18,15 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 
+    /// Fetch what the benchmark needs besides
+    #[arg(long)]
+    perf: bool,
+
     /// Print each step with the seconds it took when it was made, its size and its folder
     #[arg(long)]
     timings: bool,
 
-    /// Remove what other versions of the scripts and other kernels left in the cache
+    /// Remove from the cache what was fetched for it, and what other versions of the scripts and other kernels made
     #[arg(long)]
     prune: bool,
 }
@@ -37,6 +41,7 @@ pub fn command(args: PrepareArgs) -> Result<()> {
         kernel: args.kernel,
         tree: true,
         bochs: true,
+        perf: args.perf,
     };
     with_engine(|engine| {
         let plan = Plan::new(engine, &wanted)?;
@@ -68,13 +73,15 @@ fn print_timings(steps: &[&Step]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes all results but those of `steps`, and leaves those that a run is at.
+/// Removes what was fetched and all results but those of `steps`, and leaves those that a run is at.
 fn prune(engine: &Engine<'_>, steps: &[&Step]) -> Result<()> {
     let mut old = vec![];
     let mut locks = vec![];
     for entry in fs::read_dir(engine.cache).context("cannot read the cache")? {
         let path = entry.context("cannot read the cache")?.path();
-        if is_old(&path, steps) {
+        if path.ends_with("downloads") {
+            old.push(path);
+        } else if is_old(&path, steps) {
             let (_, lock) = engine.lock_file(&path)?;
             if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 locks.push(lock);
@@ -99,15 +106,50 @@ fn prune(engine: &Engine<'_>, steps: &[&Step]) -> Result<()> {
     Ok(())
 }
 
-/// Whether a path is the result of one of `steps` as it was made by other scripts or for another kernel.
-fn is_old(path: &PathBuf, steps: &[&Step]) -> bool {
+/// Whether a path is a result of one of `steps`, made by other scripts or for another kernel.
+fn is_old(path: &Path, steps: &[&Step]) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let of_a_step = |step: &&&Step| {
-        name.strip_prefix(step.name)
-            .and_then(|rest| rest.strip_prefix('-'))
-            .is_some_and(|key| key.len() == step.key.len())
+    let made_by = |step: &Step| {
+        let key = name
+            .strip_prefix(step.name)
+            .and_then(|rest| rest.strip_prefix('-'));
+        key.is_some_and(|key| key.len() == step.key.len() && key != step.key)
     };
-    path.is_dir()
-        && steps.iter().any(|step| of_a_step(&step))
-        && steps.iter().all(|step| step.out != *path)
+    steps.iter().any(|step| made_by(step))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::engine::Recipe;
+    use super::super::progress::Progress;
+    use super::*;
+    use crate::interrupt;
+
+    #[test]
+    fn only_other_results_of_the_same_steps_are_old() {
+        let scripts = super::super::repository().join("scripts");
+        let progress = Progress::new(Box::new(io::sink()), None);
+        let interrupts = interrupt::watch();
+        let cache = Path::new("/cache");
+        let engine = Engine::new(&scripts, cache, &progress, &interrupts);
+        let recipe = Recipe {
+            name: "root",
+            mib: 0,
+            settings: &[],
+            on: &[],
+        };
+        let root = engine.step(&recipe).expect("the script is there");
+        let old = |name: &str| is_old(&cache.join(name), &[&root]);
+        assert!(old("root-0123456789ab"));
+        let own = format!("root-{}", root.key);
+        for kept in [
+            own.as_str(),
+            "root-mine",
+            "images",
+            "locks",
+            "bochs-0123456789ab",
+        ] {
+            assert!(!old(kept), "{kept}");
+        }
+    }
 }

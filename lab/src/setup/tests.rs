@@ -313,6 +313,7 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
             kernel: kernel.map(String::from),
             tree: true,
             bochs: true,
+            perf: false,
         };
         Plan::new(&engine, &wanted).unwrap()
     };

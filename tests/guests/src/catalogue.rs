@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use clap::ValueEnum;
 use exitmeter_meter::reasons::{self, Isa};
 
-use crate::machine::PAGE;
+use crate::window::PAGE;
 
 /// What a guest does, `count` times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -131,13 +131,18 @@ impl Expected {
         }
         // The OUT that ends the guest.
         add(io, 1);
-        add([48, 0x400], pages);
 
         // The host's interrupts, and the timer by which KVM ends a guest's time slice.
         let mut noise = match isa {
             Isa::Vmx => vec![1, 52],
             Isa::Svm => vec![0x60],
         };
+        if vcpus == 1 {
+            add([48, 0x400], pages);
+        } else {
+            // Two vCPUs that fault at once race for KVM's tables; who loses faults again.
+            noise.push(pick([48, 0x400]));
+        }
         if program == HltKernel {
             // The interrupt that ends the HLT may come before it, and wait.
             noise.push(pick([7, 0x64]));
@@ -205,14 +210,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_vcpu_faults_as_often_as_it_touches_pages() {
+        for (mode, pages) in [(Mode::Real, 1 + 300), (Mode::Long, 4 + 300)] {
+            let expected = Expected::of(Isa::Svm, Program::Touch, mode, 300, 1);
+            assert_eq!(
+                expected.exact(),
+                &BTreeMap::from([(0x7b, 1), (0x400, pages)])
+            );
+        }
+    }
+
+    #[test]
     fn noise_may_vary_and_nothing_else() {
         let expected = Expected::of(Isa::Vmx, Program::Cpuid, Mode::Long, 1000, 2);
-        assert_eq!(
-            expected.exact(),
-            &BTreeMap::from([(10, 2000), (30, 2), (48, 8)])
-        );
+        assert_eq!(expected.exact(), &BTreeMap::from([(10, 2000), (30, 2)]));
         let mut counted = expected.exact().clone();
         counted.insert(1, 77);
+        counted.insert(48, 9);
         assert_eq!(expected.check(&counted), Ok(()));
         counted.insert(10, 1999);
         counted.insert(31, 1);

@@ -10,10 +10,11 @@
 
 mod catalogue;
 mod code;
+mod config;
 mod machine;
 mod memory;
+mod window;
 
 pub use catalogue::{Differs, Expected, Mode, Program};
-pub use machine::{
-    host_isa, Config, Error, Machine, Quad, Seen, MAX_PAGES, MAX_QUERIES, MAX_VCPUS,
-};
+pub use config::{Config, Error, Quad, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
+pub use machine::{host_isa, Machine, Seen};

@@ -8,56 +8,18 @@ use std::{
 
 use exitmeter_meter::reasons::Isa;
 use kvm_bindings::{
-    kvm_irqchip, kvm_mp_state, kvm_pit_config, kvm_regs, kvm_segment, kvm_sregs,
-    kvm_userspace_memory_region, CpuId, KVM_IRQCHIP_PIC_MASTER, KVM_MAX_CPUID_ENTRIES,
-    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip, kvm_mp_state, kvm_pit_config, kvm_userspace_memory_region, CpuId,
+    KVM_IRQCHIP_PIC_MASTER, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    catalogue::{Mode, Program},
-    code,
+    catalogue::Program,
+    config::{Config, Error, Quad, Result},
     memory::Memory,
+    window::{Window, FRESH, IRQ, PAGE, VECTOR_BASE},
 };
-
-/// The size of a page, in bytes.
-pub const PAGE: u64 = 4096;
-
-/// The most vCPUs a VM has: each has a window of 64 KiB in the first MiB.
-pub const MAX_VCPUS: u8 = 15;
-
-/// The most queries a guest asks: its window holds no more.
-pub const MAX_QUERIES: u32 = ((WINDOW - QUERIES) / QUERY) as u32;
-
-/// The most pages that the vCPUs of a VM touch together: 128 MiB.
-pub const MAX_PAGES: u32 = 32 * 1024;
-
-/// A vCPU's window, and what is where in it.
-const WINDOW: u64 = 0x1_0000;
-const VECTORS: u64 = 0;
-const CODE: u64 = 0x1000;
-const STACK_END: u64 = 0x3000;
-const IDT: u64 = 0x3000;
-const GDT: u64 = 0x4000;
-const PML4: u64 = 0x5000;
-const PDPT: u64 = 0x6000;
-const PD: u64 = 0x7000;
-const QUERIES: u64 = 0x8000;
-
-/// Where the pages to touch begin: behind the windows.
-const FRESH: u64 = 0x20_0000;
-
-/// The size of a query in guest memory: four numbers in, four out.
-const QUERY: u64 = 64;
-
-/// What the VMM leaves where an answer is to come.
-const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
-
-/// The line of the interrupt that ends a HLT, and its vector in the guest.
-const IRQ: u32 = 5;
-const VECTOR_BASE: u8 = 0x20;
-const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
 
 /// The port whose OUT ends a guest.
 const END_PORT: u16 = 0xf4;
@@ -65,159 +27,6 @@ const END_PORT: u16 = 0xf4;
 const USER_PORT: u16 = 0x3f0;
 /// The port that is an ioeventfd.
 const EVENTFD_PORT: u64 = 0x510;
-
-/// Selectors of code and data in 64-bit mode.
-const CODE_SELECTOR: u16 = 0x08;
-const DATA_SELECTOR: u16 = 0x10;
-
-/// Bits of control registers and of EFER.
-const CR0_PE: u64 = 1 << 0;
-const CR0_NE: u64 = 1 << 5;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-/// RFLAGS: bit 1 is always set; IOPL 3 lets CPL 3 use ports.
-const RFLAGS: u64 = 1 << 1;
-const RFLAGS_IOPL: u64 = 3 << 12;
-
-/// What can go wrong with a VM.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A call to KVM failed.
-    #[error("KVM refused to {0}")]
-    Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// A call to the kernel failed.
-    #[error("the kernel refused to {0}")]
-    Kernel(&'static str, #[source] std::io::Error),
-    /// The settings do not go together.
-    #[error("{0}")]
-    Settings(String),
-    /// The guest did what no guest here does.
-    #[error("vCPU {vcpu} ended with {what}")]
-    Guest {
-        /// Which vCPU.
-        vcpu: u8,
-        /// How it ended.
-        what: String,
-    },
-}
-
-type Result<T> = std::result::Result<T, Error>;
-
-/// The settings of a VM.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// What every vCPU runs.
-    pub program: Program,
-    /// In what mode.
-    pub mode: Mode,
-    /// How often each loops, from 1. For [`Program::Query`] the number of queries.
-    pub count: u32,
-    /// How many vCPUs, 1 to [`MAX_VCPUS`].
-    pub vcpus: u8,
-    /// How long the VMM sleeps each time a guest's OUT comes to it.
-    pub pause: Duration,
-    /// How often the VMM sends the interrupt that ends a HLT.
-    pub wake: Duration,
-    /// What every vCPU asks, for [`Program::Query`].
-    pub queries: Vec<Quad>,
-}
-
-impl Config {
-    /// One vCPU that loops `count` times, under a VMM that does not sleep.
-    pub fn new(program: Program, mode: Mode, count: u32) -> Self {
-        Self {
-            program,
-            mode,
-            count,
-            vcpus: 1,
-            pause: Duration::ZERO,
-            wake: Duration::from_millis(5),
-            queries: Vec::new(),
-        }
-    }
-
-    /// One vCPU that asks `queries`.
-    pub fn query(mode: Mode, queries: Vec<Quad>) -> Self {
-        Self {
-            queries,
-            ..Self::new(Program::Query, mode, 0)
-        }
-    }
-
-    fn loops(&self) -> u32 {
-        match self.program {
-            Program::Query => self.queries.len() as u32,
-            _ => self.count,
-        }
-    }
-
-    fn check(&self) -> Result<()> {
-        let fail = |text: String| Err(Error::Settings(text));
-        if !self.program.runs_in(self.mode) {
-            return fail(format!(
-                "{:?} would fault at CPL 3; choose mode real or long",
-                self.program
-            ));
-        }
-        if self.loops() == 0 {
-            return fail("a guest loops at least once".into());
-        }
-        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
-            return fail(format!("a VM has 1 to {MAX_VCPUS} vCPUs"));
-        }
-        if self.program == Program::Query && self.loops() > MAX_QUERIES {
-            return fail(format!("a guest asks at most {MAX_QUERIES} queries"));
-        }
-        if self.fresh_pages() > u64::from(MAX_PAGES) {
-            return fail(format!("a VM touches at most {MAX_PAGES} pages"));
-        }
-        if self.program == Program::HltKernel && self.vcpus != 1 {
-            return fail("KVM's PIC interrupts the first vCPU alone; use one vCPU".into());
-        }
-        Ok(())
-    }
-
-    fn fresh_pages(&self) -> u64 {
-        match self.program {
-            Program::Touch => u64::from(self.count) * u64::from(self.vcpus),
-            _ => 0,
-        }
-    }
-
-    /// Whether KVM is to hold the interrupt controllers.
-    fn has_irqchip(&self) -> bool {
-        matches!(self.program, Program::HltKernel | Program::InKernel)
-    }
-}
-
-/// Four registers: RAX, RBX, RCX, RDX.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Quad {
-    /// RAX.
-    pub rax: u64,
-    /// RBX.
-    pub rbx: u64,
-    /// RCX.
-    pub rcx: u64,
-    /// RDX.
-    pub rdx: u64,
-}
-
-impl Quad {
-    /// What CPUID reads: the leaf in RAX, the subleaf in RCX, and in all else bits that an
-    /// answer must not keep.
-    pub fn cpuid(leaf: u32, subleaf: u32) -> Self {
-        const JUNK: u64 = 0xdead_beef_0000_0000;
-        Self {
-            rax: JUNK | u64::from(leaf),
-            rbx: JUNK | 0xbbbb_bbbb,
-            rcx: JUNK | u64::from(subleaf),
-            rdx: JUNK | 0xdddd_dddd,
-        }
-    }
-}
 
 /// What came to the VMM while a vCPU ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -331,49 +140,19 @@ impl Machine {
             .map_err(|error| Error::Kvm("make a vCPU", error))?;
         vcpu.set_cpuid2(cpuid)
             .map_err(|error| Error::Kvm("set a vCPU's CPUID leaves", error))?;
-        let window = u64::from(number) * WINDOW;
-        self.fill_window(window);
+        let window = Window::of(number);
+        window.fill(&mut self.memory, &self.config);
 
-        let (mode, program) = (self.config.mode, self.config.program);
         let mut sregs = vcpu
             .get_sregs()
             .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
-        // The base of what the guest addresses: real mode adds it, 64-bit mode does not.
-        let base = match mode {
-            Mode::Real => {
-                set_real_mode(&mut sregs, window, program);
-                window
-            }
-            Mode::Long => {
-                set_long_mode(&mut sregs, window, 0);
-                0
-            }
-            Mode::User => {
-                set_long_mode(&mut sregs, window, 3);
-                0
-            }
-        };
+        window.set_mode(&mut sregs, &self.config);
         vcpu.set_sregs(&sregs)
             .map_err(|error| Error::Kvm("set a vCPU's system registers", error))?;
-
-        let fresh = FRESH
-            + u64::from(number) * self.config.fresh_pages() / u64::from(self.config.vcpus) * PAGE;
-        let operand = match program {
-            Program::Touch => fresh,
-            _ => window + QUERIES,
-        };
-        vcpu.set_regs(&kvm_regs {
-            rip: window - base + CODE + code::entry(program, isa, mode),
-            rsp: window - base + STACK_END,
-            rdi: u64::from(self.config.loops()),
-            rsi: operand - base,
-            rflags: match mode {
-                Mode::User => RFLAGS | RFLAGS_IOPL,
-                Mode::Real | Mode::Long => RFLAGS,
-            },
-            ..Default::default()
-        })
-        .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;
+        let pages_each = self.config.fresh_pages() / u64::from(self.config.vcpus);
+        let fresh = FRESH + u64::from(number) * pages_each * PAGE;
+        vcpu.set_regs(&window.registers(&self.config, isa, fresh))
+            .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;
         if self.config.has_irqchip() {
             // All but the first would wait for an INIT.
             vcpu.set_mp_state(kvm_mp_state {
@@ -382,49 +161,6 @@ impl Machine {
             .map_err(|error| Error::Kvm("set a vCPU running", error))?;
         }
         Ok(vcpu)
-    }
-
-    /// Writes a vCPU's code, tables and queries into its window.
-    fn fill_window(&mut self, window: u64) {
-        let handler = CODE + code::interrupt_handler(self.config.mode);
-        let memory = &mut self.memory;
-        memory.write(window + CODE, code::bytes());
-        match self.config.mode {
-            Mode::Real => {
-                let vector = (window >> 4) << 16 | handler;
-                memory.write(
-                    window + VECTORS + VECTOR * 4,
-                    &(vector as u32).to_le_bytes(),
-                );
-            }
-            Mode::Long | Mode::User => {
-                let handler = window + handler;
-                // An interrupt gate: present, offset in three parts, selector.
-                let gate = handler & 0xffff
-                    | u64::from(CODE_SELECTOR) << 16
-                    | 0x8e00 << 32
-                    | (handler >> 16 & 0xffff) << 48;
-                memory.write_u64(window + IDT + VECTOR * 16, gate);
-                memory.write_u64(window + GDT + 8, 0x00af_9b00_0000_ffff);
-                memory.write_u64(window + GDT + 16, 0x00cf_9300_0000_ffff);
-                // Present, writable, for CPL 3 too; the last level in pages of 2 MiB.
-                memory.write_u64(window + PML4, (window + PDPT) | 7);
-                memory.write_u64(window + PDPT, (window + PD) | 7);
-                for entry in 0..512 {
-                    memory.write_u64(window + PD + entry * 8, entry << 21 | 0x87);
-                }
-            }
-        }
-        for (number, query) in (0..).zip(&self.config.queries) {
-            let at = window + QUERIES + number * QUERY;
-            let words = [
-                query.rax, query.rbx, query.rcx, query.rdx, UNANSWERED, UNANSWERED, UNANSWERED,
-                UNANSWERED,
-            ];
-            for (place, word) in (0..).zip(words) {
-                memory.write_u64(at + place * 8, word);
-            }
-        }
     }
 
     /// Runs every vCPU to its end, each in a thread.
@@ -475,24 +211,7 @@ impl Machine {
     /// What a vCPU was answered, in the order of its queries. In real mode the upper
     /// halves are not the guest's to see, and 0 here.
     pub fn answers(&self, vcpu: u8) -> Vec<Quad> {
-        let at = u64::from(vcpu) * WINDOW + QUERIES;
-        (0..self.config.queries.len() as u64)
-            .map(|number| {
-                let word = |place: u64| {
-                    let word = self.memory.read_u64(at + number * QUERY + place * 8);
-                    match self.config.mode {
-                        Mode::Real => word & 0xffff_ffff,
-                        Mode::Long | Mode::User => word,
-                    }
-                };
-                Quad {
-                    rax: word(4),
-                    rbx: word(5),
-                    rcx: word(6),
-                    rdx: word(7),
-                }
-            })
-            .collect()
+        Window::of(vcpu).answers(&self.memory, &self.config)
     }
 
     /// How often the ioeventfd's port was written to, since the last call.
@@ -588,66 +307,4 @@ fn run_vcpu(number: u8, vcpu: &mut VcpuFd, pause: Duration) -> Result<Seen> {
             what: what + &place,
         });
     }
-}
-
-fn set_real_mode(sregs: &mut kvm_sregs, window: u64, program: Program) {
-    let segment = |type_| kvm_segment {
-        base: window,
-        limit: 0xffff,
-        selector: (window >> 4) as u16,
-        type_,
-        present: 1,
-        s: 1,
-        ..Default::default()
-    };
-    sregs.cs = segment(0xb);
-    let mut data = segment(0x3);
-    sregs.ss = data;
-    if program == Program::Touch {
-        // Segments of 4 GiB, to reach beyond the first MiB.
-        data.limit = 0xffff_ffff;
-        data.g = 1;
-    }
-    for register in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs] {
-        *register = data;
-    }
-    sregs.idt.base = window + VECTORS;
-    sregs.idt.limit = 0x3ff;
-    // Not the reset value: that turns the caches off, and then SVM's KVM intercepts every
-    // access to CR0.
-    sregs.cr0 = CR0_NE;
-}
-
-fn set_long_mode(sregs: &mut kvm_sregs, window: u64, cpl: u8) {
-    let segment = |selector: u16, type_, l| kvm_segment {
-        limit: 0xffff_ffff,
-        selector: selector | u16::from(cpl),
-        type_,
-        present: 1,
-        dpl: cpl,
-        s: 1,
-        l,
-        db: 1 - l,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = segment(CODE_SELECTOR, 0xb, 1);
-    let data = segment(DATA_SELECTOR, 0x3, 0);
-    for register in [
-        &mut sregs.ds,
-        &mut sregs.es,
-        &mut sregs.fs,
-        &mut sregs.gs,
-        &mut sregs.ss,
-    ] {
-        *register = data;
-    }
-    sregs.gdt.base = window + GDT;
-    sregs.gdt.limit = 0x17;
-    sregs.idt.base = window + IDT;
-    sregs.idt.limit = 0xfff;
-    sregs.cr0 = CR0_PE | CR0_NE | CR0_PG;
-    sregs.cr3 = window + PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LME | EFER_LMA;
 }

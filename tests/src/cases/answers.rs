@@ -471,14 +471,14 @@ fn is_defined(isa: Isa, code: u32) -> bool {
 /// Demands that a guest reads the same with the module, whatever its parameters, as
 /// without it.
 fn untouched(queries: &[Quad], parameters: &[&str]) -> Result<()> {
-    for (mode, words) in MODES {
-        let without = ask(mode, queries)?.1;
-        for parameters in parameters {
-            let loaded = module::Loaded::with(parameters)?;
-            let (machine, with) = ask(mode, queries)?;
-            drop(machine);
-            loaded.unload()?;
-            for ((query, with), without) in queries.iter().zip(&with).zip(&without) {
+    let read = || MODES.map(|(mode, _)| Ok(ask(mode, queries)?.1));
+    let without = read().into_iter().collect::<Result<Vec<_>>>()?;
+    for parameters in parameters {
+        let loaded = module::Loaded::with(parameters)?;
+        let with = read().into_iter().collect::<Result<Vec<_>>>()?;
+        loaded.unload()?;
+        for (((_, words), with), without) in MODES.iter().zip(&with).zip(&without) {
+            for ((query, with), without) in queries.iter().zip(with).zip(without) {
                 ensure!(
                     with == without,
                     "with {parameters} a guest in {words} reads {with:x?} of leaf {:#x}, subleaf \

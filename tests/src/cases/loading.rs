@@ -1,7 +1,7 @@
 //! Point 6: the module is refused cleanly, comes and goes, also under running guests, and
 //! goes on metering when KVM's own module is exchanged.
 
-use std::{fs, io, process, thread, time::Duration};
+use std::{fs, io, os::unix::fs::PermissionsExt as _, thread, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Expected, Machine, Mode, Program, Quad};
@@ -48,26 +48,33 @@ pub(super) fn cases() -> Vec<Case> {
             loaded.unload()
         }),
         Case::without("loading: load, unload, load again", || {
-            for _ in 0..3 {
-                meters_again()?;
-            }
-            Ok(())
+            meters_again()?;
+            meters_again()
         }),
         Case::with("", "loading: ftrace cannot be turned off under it", || {
+            // Since Linux 7 no more (EOPNOTSUPP); before, not under a hook that is marked
+            // permanent (EBUSY).
             let path = "/proc/sys/kernel/ftrace_enabled";
-            let refused = fs::write(path, "0")
+            let error = fs::write(path, "0")
                 .err()
                 .and_then(|error| error.raw_os_error());
             ensure!(
-                refused == Some(libc::EBUSY),
-                "turning ftrace off ends with {refused:?} instead of EBUSY"
+                matches!(error, Some(libc::EBUSY | libc::EOPNOTSUPP)),
+                "turning ftrace off ends with {error:?} instead of EBUSY or EOPNOTSUPP"
             );
-            ensure!(fs::read_to_string(path)?.trim() == "1", "ftrace is off");
+            let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
+            let answers = ask(Mode::Long, &[query, query])?.1;
+            ensure!(
+                answers[1].rax == 2,
+                "then a guest reads {:x?} of its CPUID exits",
+                answers[1]
+            );
             Ok(())
         }),
-        Case::without("loading: comes and goes under a running guest", || {
-            comes_and_goes()
-        }),
+        Case::without(
+            "loading: comes and goes under a running guest",
+            comes_and_goes,
+        ),
         Case::with(
             "max_vcpus=1",
             "loading: past max_vcpus a vCPU runs on unmetered",
@@ -115,7 +122,7 @@ fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
     );
     let lines = log.own_lines()?;
     ensure!(
-        lines.iter().any(|line| line.contains(words)),
+        words.is_empty() || lines.iter().any(|line| line.contains(words)),
         "({parameters}) is refused with the lines {lines:?} instead of '{words}'"
     );
     ensure!(
@@ -134,6 +141,8 @@ fn meters_again() -> Result<()> {
         matches!(&lines[..], [line] if line.starts_with("version ") && line.contains("hooked")),
         "the module says {lines:?} when it is loaded"
     );
+    let mode = fs::metadata("/dev/exitmeter")?.permissions().mode() & 0o7777;
+    ensure!(mode == 0o440, "/dev/exitmeter has mode {mode:o}");
     let span = Span::begin()?;
     Machine::new(Config::new(Program::Cpuid, Mode::Long, 500))?.run()?;
     let exits = span.end()?;
@@ -151,9 +160,9 @@ fn meters_again() -> Result<()> {
     Ok(())
 }
 
-/// A guest runs while the module is loaded, unloaded and loaded again.
+/// A guest runs, for some 10 s, while the module is loaded, unloaded and loaded again.
 fn comes_and_goes() -> Result<()> {
-    const LOOPS: u32 = 400;
+    const LOOPS: u32 = 2000;
     let config = Config {
         pause: Duration::from_millis(5),
         ..Config::new(Program::OutUser, Mode::Long, LOOPS)
@@ -280,6 +289,6 @@ fn exchanged() -> Result<()> {
         before.contains_key(&fault) && !shadow.contains_key(&fault) && after.contains_key(&fault),
         "nested page faults with {nested} on, off and on: {before:?}, {shadow:?}, {after:?}"
     );
-    println!("process {}: {shadow:?} without {nested}", process::id());
+    println!("exits without {nested}: {shadow:?}");
     Ok(())
 }

@@ -10,6 +10,7 @@ mod loading;
 mod log;
 mod phases;
 mod scope;
+mod tool;
 
 use std::time::Duration;
 
@@ -65,6 +66,7 @@ pub fn all() -> Vec<Case> {
         exits::cases(),
         answers::cases(),
         phases::cases(),
+        tool::cases(),
         scope::cases(),
         linux::cases(),
         loading::cases(),

@@ -117,7 +117,8 @@ impl Meter {
         let snapshot = reader::Snapshot::parse(&bytes)?;
         let vcpus = snapshot.vcpus().map(|vcpu| {
             let numbers = Numbers::read(vcpu.rows())?;
-            let (life, cells) = (vcpu.last() - vcpu.first(), numbers.phases.iter().sum());
+            let life = vcpu.last() - vcpu.first();
+            let cells: u64 = numbers.phases.iter().sum();
             ensure!(
                 life == cells && vcpu.balances(),
                 "vCPU {} of {} lived {life} ticks and its cells hold {cells}",

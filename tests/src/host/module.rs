@@ -56,14 +56,6 @@ pub fn is_loaded(name: &str) -> Result<bool> {
         .any(|line| line.split(' ').next() == Some(name)))
 }
 
-/// Has the module loaded with just these parameters, or not at all.
-pub fn have(parameters: Option<&str>) -> Result<()> {
-    if is_loaded("exitmeter")? {
-        unload()?;
-    }
-    parameters.map_or(Ok(()), load)
-}
-
 /// The loaded module, unloaded when this is dropped.
 #[derive(Debug)]
 pub struct Loaded(());

@@ -1,0 +1,165 @@
+//! `cargo lab shell`: a host's console on this terminal.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::thread;
+
+use lab_agent::channel::{Item, Message, Receiver};
+use lab_agent::settings::Task;
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
+use rustix::termios::{tcgetattr, tcsetattr, OptionalActions, Termios};
+
+use crate::emulator::{Boot, Console, Emulator};
+use crate::interrupt;
+use crate::run::{self, folder, Options, RunError};
+
+/// Ends the host from the keyboard: Ctrl-].
+const ESCAPE: u8 = 0x1d;
+
+/// How often to look whether a signal came.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 200_000_000,
+};
+
+/// Boots a host and gives its console to this terminal, until the shell or the host ends or Ctrl-] is typed.
+///
+/// # Errors
+///
+/// [`RunError`], when it comes to no host, or the host could not start its shell.
+pub fn shell(options: &Options) -> Result<(), RunError> {
+    let prepared = run::prepare(options)?;
+    let folder = folder::make(options.machine.host)?;
+    let images = run::images(options, &prepared, &folder, (Task::Shell, None))?;
+    let terminal = PathBuf::from("/dev/ptmx");
+    let (line, device) = pair().map_err(RunError::io("open", &terminal))?;
+    let boot = Boot {
+        prepared: &prepared,
+        machine: &options.machine,
+        images: &images,
+        folder: &folder,
+        console: Console::Terminal(&device.path),
+    };
+    let command = run::command(&boot)?;
+    let log = folder.join("emulator.log");
+    let log = File::create(&log).map_err(RunError::io("write", &log))?;
+    let program = PathBuf::from(command.get_program());
+
+    let interrupts = interrupt::watch();
+    let (mut emulator, mut output) =
+        Emulator::start(command, log).map_err(RunError::io("run", &program))?;
+    // The port has to be read, or the host waits; what it says is of no use here but for a failure.
+    let port = thread::spawn(move || {
+        let (mut receiver, mut bytes) = (Receiver::new(), vec![0; 1 << 16]);
+        let mut failure = None;
+        while let Ok(length @ 1..) = output.read(&mut bytes) {
+            for item in receiver.receive(&bytes[..length]) {
+                if let Item::Message(Message::Failure(text)) = item {
+                    failure = Some(text);
+                }
+            }
+        }
+        failure
+    });
+    eprintln!("lab: booting; Ctrl-] ends the host");
+    let talked = {
+        let _raw = Raw::stdin();
+        talk(&line, || port.is_finished() || interrupts.seen())
+    };
+    emulator.kill();
+    let failure = port.join().unwrap_or_default();
+    eprintln!("\nlab: the host has ended");
+    run::tidy(&folder);
+    let _ = fs::remove_dir(folder.join("out"));
+    talked.map_err(RunError::io("use", &device.path))?;
+    match failure {
+        Some(text) => Err(RunError::Machine(format!(
+            "the host could not start: {text}"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The far end of a terminal, for the emulator.
+struct Device {
+    path: PathBuf,
+    /// Held so that our end does not read an end before the emulator has opened it.
+    _open: File,
+}
+
+/// A terminal with nobody at it: our end, and the device.
+fn pair() -> io::Result<(File, Device)> {
+    let line = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&line)?;
+    unlockpt(&line)?;
+    let path = ptsname(&line, Vec::new())?;
+    let path = PathBuf::from(std::ffi::OsStr::from_bytes(path.to_bytes()));
+    let open = File::options().read(true).write(true).open(&path)?;
+    let mut mode = tcgetattr(&open)?;
+    mode.make_raw();
+    tcsetattr(&open, OptionalActions::Now, &mode)?;
+    Ok((File::from(line), Device { path, _open: open }))
+}
+
+/// Carries bytes between standard input and output and the line, until `ended` or the escape is typed.
+fn talk(mut line: &File, ended: impl Fn() -> bool) -> io::Result<()> {
+    let (stdin, mut stdout) = (io::stdin(), io::stdout());
+    let mut input_open = true;
+    let mut bytes = [0; 4096];
+    while !ended() {
+        let (from_line, from_input) = {
+            let mut sources = vec![PollFd::new(&line, PollFlags::IN)];
+            if input_open {
+                sources.push(PollFd::new(&stdin, PollFlags::IN));
+            }
+            match poll(&mut sources, Some(&LOOK)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let ready = |source: Option<&PollFd<'_>>| {
+                source.is_some_and(|source| !source.revents().is_empty())
+            };
+            (ready(sources.first()), ready(sources.get(1)))
+        };
+        if from_line {
+            let length = line.read(&mut bytes)?;
+            stdout.write_all(&bytes[..length])?;
+            stdout.flush()?;
+        }
+        if from_input {
+            let length = rustix::io::read(&stdin, &mut bytes)?;
+            if bytes[..length].contains(&ESCAPE) {
+                return Ok(());
+            }
+            input_open = length > 0;
+            line.write_all(&bytes[..length])?;
+        }
+    }
+    Ok(())
+}
+
+/// The terminal of standard input without its own editing, until this is dropped. Nothing when it is no terminal.
+struct Raw(Option<Termios>);
+
+impl Raw {
+    fn stdin() -> Self {
+        let before = tcgetattr(io::stdin()).ok();
+        if let Some(before) = &before {
+            let mut mode = before.clone();
+            mode.make_raw();
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, &mode);
+        }
+        Self(before)
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! The verdict on saved consoles (see lab/tests/fault), whole and damaged.
+
+use super::*;
+
+const GOOD: &str = include_str!("../../tests/consoles/good-intel.log");
+const WARN: &str = include_str!("../../tests/consoles/warn.log");
+const OOPS: &str = include_str!("../../tests/consoles/oops.log");
+const BUG: &str = include_str!("../../tests/consoles/bug.log");
+const PANIC: &str = include_str!("../../tests/consoles/panic.log");
+const SOFTLOCKUP: &str = include_str!("../../tests/consoles/softlockup.log");
+
+const BAD: [(&str, Fault); 5] = [
+    (WARN, Fault::Warning),
+    (OOPS, Fault::Oops),
+    (BUG, Fault::Oops),
+    (PANIC, Fault::Panic),
+    (SOFTLOCKUP, Fault::Lockup),
+];
+
+const LIMITS: Limits = Limits {
+    time: Duration::from_secs(600),
+    silence: Duration::from_secs(60),
+};
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// A watch that saw `console` in its first second.
+fn watch(console: &[u8]) -> Watch {
+    let mut watch = Watch::new(LIMITS);
+    watch.console(seconds(1), console);
+    watch
+}
+
+fn kernel(priority: u32, text: &str) -> Message {
+    Message::Kernel(format!("{priority},1,1000000,-;{text}\n").into_bytes())
+}
+
+#[test]
+fn a_good_run_has_the_scripts_status() {
+    for status in [0, 3, 99] {
+        let mut watch = watch(GOOD.as_bytes());
+        watch.message(
+            seconds(2),
+            &Message::Stdout(b"BUG: in the script's words\n".to_vec()),
+        );
+        assert_eq!(watch.end(seconds(2)), None);
+        watch.message(seconds(3), &Message::Verdict(status));
+        let end = watch.end(seconds(3)).unwrap();
+        assert_eq!(end, End::Script(status));
+        assert_eq!(u32::from(end.status()), status);
+    }
+    assert_eq!(End::Script(139).status(), 99);
+}
+
+#[test]
+fn a_fault_on_the_console_ends_the_run() {
+    for (console, fault) in BAD {
+        let watch = watch(console.as_bytes());
+        assert_eq!(watch.end(seconds(1)), None, "it has not settled");
+        assert_eq!(watch.end(seconds(4)), Some(End::Fault(fault)));
+    }
+}
+
+#[test]
+fn a_fault_is_worse_than_any_verdict() {
+    for (console, fault) in BAD {
+        let mut watch = watch(console.as_bytes());
+        watch.message(seconds(2), &Message::Verdict(0));
+        assert_eq!(watch.end(seconds(2)), Some(End::Fault(fault)));
+    }
+}
+
+#[test]
+fn every_end_has_a_status_of_its_own() {
+    let ends = [
+        End::Script(99),
+        End::Failure(String::new()),
+        End::Fault(Fault::Panic),
+        End::Fault(Fault::Oops),
+        End::Fault(Fault::Warning),
+        End::Fault(Fault::Lockup),
+        End::EmulatorDied,
+        End::Silence(seconds(1)),
+        End::TimeLimit(seconds(1)),
+        End::NoVerdict(String::new()),
+    ];
+    let status: Vec<u8> = ends.iter().map(End::status).collect();
+    assert_eq!(status, (99..=108).collect::<Vec<u8>>());
+}
+
+#[test]
+fn the_console_may_come_in_any_pieces() {
+    for (console, fault) in BAD {
+        for size in [1, 7, 100] {
+            let mut watch = Watch::new(LIMITS);
+            for piece in console.as_bytes().chunks(size) {
+                watch.console(seconds(1), piece);
+            }
+            assert_eq!(watch.end(seconds(4)), Some(End::Fault(fault)));
+        }
+    }
+}
+
+#[test]
+fn a_console_that_is_cut_off_is_judged_by_what_is_there() {
+    for (console, fault) in BAD {
+        let telling = console
+            .lines()
+            .position(|line| fault_in(line) == Some(fault))
+            .unwrap();
+        let lines: Vec<&str> = console.lines().collect();
+        let cut = lines[..=telling].join("\n") + "\n";
+        assert_eq!(
+            watch(cut.as_bytes()).end(seconds(4)),
+            Some(End::Fault(fault))
+        );
+        let before = lines[..telling].join("\n");
+        assert_ne!(
+            watch(before.as_bytes()).end(seconds(4)),
+            Some(End::Fault(fault))
+        );
+    }
+    // Nothing follows a panic, not even the end of the line.
+    let line = "[    1.0] Kernel panic - not syncing: attempted to kill init";
+    assert_eq!(
+        watch(line.as_bytes()).end(seconds(4)),
+        Some(End::Fault(Fault::Panic))
+    );
+}
+
+#[test]
+fn a_console_that_is_garbled_around_the_words_is_still_understood() {
+    for (console, fault) in BAD {
+        let mut garbled = Vec::new();
+        for line in console.lines() {
+            garbled.extend_from_slice(b"\xff\x00half of another line");
+            garbled.extend_from_slice(line.as_bytes());
+            garbled.extend_from_slice(b"[    2.\xfe\r\n");
+        }
+        assert_eq!(watch(&garbled).end(seconds(4)), Some(End::Fault(fault)));
+    }
+}
+
+#[test]
+fn every_byte_of_a_panic_may_be_lost_but_a_verdict_does_not_come_of_it() {
+    let mut watch = watch(&PANIC.as_bytes()[..PANIC.len() / 3]);
+    watch.gone(false);
+    assert!(matches!(
+        watch.end(seconds(1)),
+        Some(End::Fault(Fault::Panic) | End::EmulatorDied)
+    ));
+}
+
+#[test]
+fn a_host_that_goes_on_talking_does_not_put_off_its_end() {
+    let mut watch = watch(OOPS.as_bytes());
+    for second in 2..11 {
+        watch.console(seconds(second), b"more\n");
+        assert_eq!(watch.end(seconds(second)), None);
+    }
+    watch.console(seconds(11), b"more\n");
+    assert_eq!(watch.end(seconds(11)), Some(End::Fault(Fault::Oops)));
+}
+
+#[test]
+fn what_follows_an_oops_makes_it_worse_only() {
+    let mut watch = watch(OOPS.as_bytes());
+    watch.console(seconds(2), PANIC.as_bytes());
+    watch.console(seconds(2), WARN.as_bytes());
+    assert_eq!(watch.end(seconds(5)), Some(End::Fault(Fault::Panic)));
+}
+
+#[test]
+fn faults_count_in_the_kernel_log_too_but_only_the_kernels_own() {
+    let text = "WARNING: fault.c:20 at fault_init+0x24/0xff0 [fault], CPU#0: insmod/91";
+    let mut watch = watch(GOOD.as_bytes());
+    watch.message(seconds(2), &kernel(4, text));
+    assert_eq!(watch.end(seconds(5)), Some(End::Fault(Fault::Warning)));
+
+    let mut watch = self::watch(GOOD.as_bytes());
+    // Facility 1: a program wrote it.
+    watch.message(seconds(2), &kernel(12, text));
+    assert_eq!(watch.end(seconds(5)), None);
+}
+
+#[test]
+fn words_that_only_sound_bad_are_none() {
+    for line in [
+        "[    0.5] debug: warning: unused",
+        "WARNING: Spectre v2 mitigation leaves CPU vulnerable",
+        "WARNING! power/level is deprecated",
+        "rcu: \tRCU CPU stall warnings timeout set to 60",
+        "watchdog: Delayed init of the lockup detector failed: -19",
+        "NMI watchdog: Perf NMI watchdog permanently disabled",
+        "systemd[1]: Oops proof",
+    ] {
+        assert_eq!(fault_in(line), None, "{line}");
+    }
+}
+
+#[test]
+fn the_words_of_other_kernels_are_known() {
+    for (line, fault) in [
+        (
+            "WARNING: CPU: 1 PID: 92 at fs/read_write.c:312 vfs_read+0x1/0x2",
+            Fault::Warning,
+        ),
+        (
+            "WARNING: possible circular locking dependency detected",
+            Fault::Warning,
+        ),
+        (
+            "BUG: scheduling while atomic: sh/91/0x00000002",
+            Fault::Oops,
+        ),
+        (
+            "general protection fault, probably for non-canonical address",
+            Fault::Oops,
+        ),
+        (
+            "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            Fault::Lockup,
+        ),
+        (
+            "rcu: INFO: rcu_preempt self-detected stall on CPU",
+            Fault::Lockup,
+        ),
+        (
+            "watchdog: Watchdog detected hard LOCKUP on cpu 1",
+            Fault::Lockup,
+        ),
+        (
+            "INFO: task insmod:91 blocked for more than 122 seconds.",
+            Fault::Lockup,
+        ),
+        (
+            "Kernel panic - not syncing: softlockup: hung tasks",
+            Fault::Lockup,
+        ),
+        ("Kernel panic - not syncing: RCU Stall", Fault::Lockup),
+        (
+            "Kernel panic - not syncing: VFS: Unable to mount root fs",
+            Fault::Panic,
+        ),
+    ] {
+        assert_eq!(fault_in(line), Some(fault), "{line}");
+    }
+}
+
+#[test]
+fn silence_ends_a_run_and_any_sign_puts_it_off() {
+    let mut watch = watch(GOOD.as_bytes());
+    assert_eq!(watch.end(seconds(60)), None);
+    watch.message(seconds(60), &Message::Stage("loading".to_owned()));
+    assert_eq!(watch.end(seconds(119)), None);
+    assert_eq!(watch.end(seconds(120)), Some(End::Silence(LIMITS.silence)));
+}
+
+#[test]
+fn the_time_limit_ends_a_run_that_talks() {
+    let mut watch = Watch::new(LIMITS);
+    for second in 0..600 {
+        watch.console(seconds(second), b".");
+        assert_eq!(watch.end(seconds(second)), None);
+    }
+    watch.console(seconds(600), b".");
+    assert_eq!(watch.end(seconds(600)), Some(End::TimeLimit(LIMITS.time)));
+}
+
+#[test]
+fn an_emulator_that_is_gone_is_noticed_at_once() {
+    let mut dead = watch(GOOD.as_bytes());
+    dead.gone(false);
+    assert_eq!(dead.end(seconds(1)), Some(End::EmulatorDied));
+    let mut ended = watch(GOOD.as_bytes());
+    ended.gone(true);
+    assert!(matches!(ended.end(seconds(1)), Some(End::NoVerdict(_))));
+    // It may end right after the verdict.
+    let mut content = watch(GOOD.as_bytes());
+    content.message(seconds(1), &Message::Verdict(0));
+    content.gone(true);
+    assert_eq!(content.end(seconds(1)), Some(End::Script(0)));
+}
+
+#[test]
+fn a_verdict_counts_only_when_nothing_was_lost() {
+    let mut damaged = watch(GOOD.as_bytes());
+    damaged.damage("frame 7 came in the place of frame 6");
+    damaged.message(seconds(2), &Message::Verdict(0));
+    assert!(
+        matches!(damaged.end(seconds(2)), Some(End::NoVerdict(text)) if text.contains("frame 7"))
+    );
+
+    let mut twice = watch(GOOD.as_bytes());
+    twice.message(seconds(2), &Message::Verdict(0));
+    twice.message(seconds(2), &Message::Verdict(0));
+    assert!(matches!(twice.end(seconds(2)), Some(End::NoVerdict(_))));
+}
+
+#[test]
+fn a_host_that_cannot_start_says_why() {
+    let mut watch = watch(GOOD.as_bytes());
+    watch.message(
+        seconds(2),
+        &Message::Failure("no module kvm-intel".to_owned()),
+    );
+    let end = watch.end(seconds(2)).unwrap();
+    assert_eq!(end.status(), 100);
+    assert!(end.to_string().contains("no module kvm-intel"));
+}
+
+#[test]
+fn records_of_the_kernel_log_are_read_as_they_are_written() {
+    let record =
+        Record::parse(b"4,321,5724123,-,caller=T1;caf\\xc3\\xa9 \\x5c\\x0asecond\n SUBSYSTEM=x\n")
+            .unwrap();
+    assert_eq!(
+        (record.facility, record.level, record.time),
+        (0, 4, 5_724_123)
+    );
+    assert_eq!(record.text, "café \\\nsecond");
+    assert_eq!(
+        record.to_string(),
+        "[    5.724123] café \\\n[    5.724123] second\n"
+    );
+    for bytes in [
+        &b""[..],
+        b"no record",
+        b"x,1,2,-;text",
+        b"4;text",
+        b"\xff\xfe;",
+    ] {
+        assert_eq!(Record::parse(bytes), None);
+    }
+}

@@ -1,0 +1,123 @@
+//! Counts the instructions of the callbacks that run at every VM exit and entry, and
+//! compares them with the bounds in tests/bench/hot-path.json.
+//!
+//! No time is judged by this: it is there so that a change that makes the path longer is
+//! seen in review. What is counted is the longest way through a callback, without loops
+//! and without what is out of line: the common path, and a few instructions more.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    process::ExitCode,
+};
+
+use anyhow::{ensure, Context as _, Result};
+use clap::Parser;
+use lab::{
+    host::Host,
+    module,
+    run::{self, Options},
+    setup::{self, in_root},
+};
+
+/// Compares the instructions of exitmeter's hot path with their bounds.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Debian's kernel, a version or release; the newest of backports if not given
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<String>,
+    /// Take what is counted for the bounds
+    #[arg(long)]
+    record: bool,
+}
+
+/// The most instructions of each callback, by its name in src/hooks.rs.
+type Bounds = BTreeMap<String, usize>;
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let mut options = Options::new(Host::Amd, ["true"]);
+    options.kernel = arguments.kernel;
+    let prepared = run::prepare(&options)?;
+    let module = module::build(&prepared)?;
+    let folder = module.parent().context("the module is in a folder")?;
+    let output = in_root(&prepared.root)
+        .bind(folder, "/module")
+        .command("objdump")
+        .args(["-dr", "--no-show-raw-insn", "-j", ".text", "/module/exitmeter.ko"])
+        .output()
+        .context("objdump cannot be run in the root")?;
+    ensure!(output.status.success(), "objdump does not read exitmeter.ko");
+    let code = Code::parse(&String::from_utf8_lossy(&output.stdout));
+
+    let path = setup::repository().join("tests/bench/hot-path.json");
+    let text = fs::read_to_string(&path).with_context(|| format!("no {}", path.display()))?;
+    let mut bounds: Bounds = serde_json::from_str(&text)?;
+    let mut longer = false;
+    for (name, bound) in &mut bounds {
+        let count = code.longest(name)?;
+        let remark = match count.cmp(bound) {
+            _ if arguments.record => "",
+            std::cmp::Ordering::Greater => "longer than its bound",
+            std::cmp::Ordering::Equal => "",
+            std::cmp::Ordering::Less => "shorter now: record it by --record",
+        };
+        println!("{name:24} {count:4} instructions, at most {bound:4}  {remark}");
+        longer |= count > *bound;
+        *bound = count;
+    }
+    if arguments.record {
+        fs::write(&path, serde_json::to_string_pretty(&bounds)? + "\n")?;
+    } else if longer {
+        eprintln!(
+            "The hot path is longer than its bound. If that is worth it, run this with --record, and say why in the commit."
+        );
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What comes after an instruction.
+#[derive(Clone, Debug, PartialEq)]
+enum Next {
+    /// The one behind it.
+    Behind,
+    /// That, or the one at an address.
+    Either(u64),
+    /// The one at an address.
+    Jump(u64),
+    /// A function that belongs to the path, then the one behind it.
+    Call(String),
+    /// The caller.
+    Return,
+    /// What is out of line.
+    Away,
+}
+
+/// A function: address and successor of each of its instructions, in order.
+type Function = Vec<(u64, Next)>;
+
+/// Disassembled code.
+#[derive(Debug, Default)]
+struct Code {
+    functions: HashMap<String, Function>,
+}
+
+impl Code {
+    /// Reads what `objdump -dr --no-show-raw-insn` prints.
+    fn parse(text: &str) -> Self {
+        let mut code = Self::default();
+        let mut function = Function::new();
+        for line in text.lines() {
+            if let Some((_, rest)) = line.split_once(" <").filter(|_| line.ends_with(">:")) {
+                let name = rest.trim_end_matches(">:").to_owned();
+                function = code.functions.remove(&name).unwrap_or_default();
+                code.functions.insert(name, Vec::new());
+            }
+            let name = code.latest.clone();
+            let _ = (&mut function, name);
+        }
+        code
+    }
+}

@@ -1,0 +1,91 @@
+//! What watches exits while they are measured: exitmeter, and what there is besides.
+
+mod bpf;
+mod exitmeter;
+mod ftrace;
+mod perf;
+
+pub use perf::FOLDER as PERF_FOLDER;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// A meter.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Meter {
+    /// Nobody watches.
+    None,
+    /// exitmeter as it loads.
+    Exitmeter,
+    /// exitmeter with leaf_map=0: nothing redirects KVM's CPUID.
+    ExitmeterNoLeaves,
+    /// BPF that counts by reason, on the raw tracepoint.
+    BpfCountRaw,
+    /// BPF that counts by reason, on the tracepoint, as bcc's kvmexit does.
+    BpfCount,
+    /// BPF from exit to entry, a histogram by reason, on the raw tracepoints.
+    BpfLatencyRaw,
+    /// BPF from exit to entry, a histogram by reason, on the tracepoints.
+    BpfLatency,
+    /// A hist trigger of ftrace on kvm_exit, keyed by reason.
+    FtraceHist,
+    /// kvm_exit and kvm_entry in ftrace's ring buffer.
+    FtraceRing,
+    /// perf stat -e kvm:kvm_exit.
+    PerfStat,
+    /// perf kvm stat record.
+    PerfKvmStat,
+}
+
+impl Meter {
+    /// What heads its row.
+    pub fn title(self) -> &'static str {
+        match self {
+            Meter::None => "no meter",
+            Meter::Exitmeter => "exitmeter",
+            Meter::ExitmeterNoLeaves => "exitmeter, leaf_map=0",
+            Meter::BpfCountRaw => "BPF count, raw tracepoint",
+            Meter::BpfCount => "BPF count, tracepoint (kvmexit)",
+            Meter::BpfLatencyRaw => "BPF latency, raw tracepoints",
+            Meter::BpfLatency => "BPF latency, tracepoints",
+            Meter::FtraceHist => "ftrace hist trigger",
+            Meter::FtraceRing => "ftrace ring buffer, exit + entry",
+            Meter::PerfStat => "perf stat -e kvm:kvm_exit",
+            Meter::PerfKvmStat => "perf kvm stat record",
+        }
+    }
+}
+
+/// What a meter saw.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Exits, all VMs and reasons.
+    pub exits: u64,
+    /// What else it left behind.
+    pub remark: Option<String>,
+}
+
+/// A meter that watches.
+pub trait Watch {
+    /// Ends it, and gives what it saw.
+    fn stop(self: Box<Self>) -> Result<Seen>;
+}
+
+/// Starts a meter; from the return on it watches every exit.
+pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
+    Ok(match meter {
+        Meter::None => None,
+        Meter::Exitmeter => Some(Box::new(exitmeter::Loaded::new(&["log_queries=0"])?)),
+        Meter::ExitmeterNoLeaves => Some(Box::new(exitmeter::Loaded::new(&["leaf_map=0"])?)),
+        Meter::BpfCountRaw => Some(Box::new(bpf::Program::count(bpf::Hook::Raw)?)),
+        Meter::BpfCount => Some(Box::new(bpf::Program::count(bpf::Hook::Event)?)),
+        Meter::BpfLatencyRaw => Some(Box::new(bpf::Program::latency(bpf::Hook::Raw)?)),
+        Meter::BpfLatency => Some(Box::new(bpf::Program::latency(bpf::Hook::Event)?)),
+        Meter::FtraceHist => Some(Box::new(ftrace::Hist::new()?)),
+        Meter::FtraceRing => Some(Box::new(ftrace::Ring::new()?)),
+        Meter::PerfStat => Some(Box::new(perf::Perf::stat()?)),
+        Meter::PerfKvmStat => Some(Box::new(perf::Perf::kvm_stat_record()?)),
+    })
+}

@@ -1,0 +1,136 @@
+//! Debian's perf.
+
+use std::{
+    ffi::CString,
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Write as _},
+    os::fd::AsRawFd as _,
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{bail, ensure, Context as _, Result};
+
+use super::{ftrace, Seen, Watch};
+
+/// Where the outside puts perf.
+pub const FOLDER: &str = "/usr/local/lib/perf";
+
+const CONTROL: &str = "/tmp/perf.control";
+const ACKNOWLEDGED: &str = "/tmp/perf.acknowledged";
+const RESULT: &str = "/tmp/perf.result";
+const SAID: &str = "/tmp/perf.said";
+
+/// How long perf may take to start, in milliseconds of the host.
+const PATIENCE: i32 = 60_000;
+
+/// A perf that runs beside the guests.
+pub struct Perf {
+    process: Child,
+    seen: fn() -> Result<Seen>,
+}
+
+impl Perf {
+    /// `perf stat -e kvm:kvm_exit` on all CPUs.
+    pub fn stat() -> Result<Self> {
+        let command = ["stat", "-a", "-x", ",", "-e", "kvm:kvm_exit", "-o", RESULT];
+        Self::start(&command, || {
+            let text = fs::read_to_string(RESULT).context("perf stat left nothing")?;
+            let line = text.lines().find(|line| line.contains("kvm:kvm_exit"));
+            let count = line.and_then(|line| line.split(',').next()?.parse().ok());
+            Ok(Seen {
+                exits: count.with_context(|| format!("perf stat said '{text}'"))?,
+                remark: None,
+            })
+        })
+    }
+
+    /// `perf kvm stat record` on all CPUs.
+    pub fn kvm_stat_record() -> Result<Self> {
+        let command = ["kvm", "-o", RESULT, "stat", "record", "-a"];
+        Self::start(&command, || {
+            let size = fs::metadata(RESULT).context("perf left no data")?.len();
+            let said = fs::read_to_string(SAID).unwrap_or_default();
+            // "[ perf record: Captured and wrote 13.735 MB FILE (120012 samples) ]"
+            let samples = said
+                .split_once(" samples)")
+                .and_then(|(before, _)| before.rsplit_once('(')?.1.parse::<u64>().ok())
+                .with_context(|| format!("perf record said '{said}'"))?;
+            Ok(Seen {
+                // Exits and entries, and an event of its own for each OUT.
+                exits: samples / 2,
+                remark: Some(format!("{samples} samples in {:.1} MB", size as f64 / 1e6)),
+            })
+        })
+    }
+
+    fn start(arguments: &[&str], seen: fn() -> Result<Seen>) -> Result<Self> {
+        ftrace::mount()?;
+        let (mut control, mut acknowledged) = (fifo(CONTROL)?, fifo(ACKNOWLEDGED)?);
+        let said = File::create(SAID)?;
+        let mut process = Command::new(format!("{FOLDER}/lib/ld-linux-x86-64.so.2"))
+            .args(["--library-path", &format!("{FOLDER}/lib")])
+            .arg(format!("{FOLDER}/perf"))
+            .args(arguments)
+            .arg("--control")
+            .arg(format!("fifo:{CONTROL},{ACKNOWLEDGED}"))
+            .stdin(Stdio::null())
+            .stdout(said.try_clone()?)
+            .stderr(said)
+            .spawn()
+            .context("perf is not in this host")?;
+        // It answers once it counts.
+        control.write_all(b"ping\n")?;
+        if !wait(&acknowledged)? {
+            let _ = process.kill();
+            process.wait()?;
+            let said = fs::read_to_string(SAID).unwrap_or_default();
+            bail!("perf does not answer: {}", said.trim());
+        }
+        let mut answer = [0; 16];
+        let length = acknowledged.read(&mut answer)?;
+        ensure!(
+            answer[..length].starts_with(b"ack"),
+            "perf answers something else than ack"
+        );
+        Ok(Self { process, seen })
+    }
+}
+
+impl Watch for Perf {
+    fn stop(mut self: Box<Self>) -> Result<Seen> {
+        // SAFETY: A signal to a child that has not been waited for.
+        unsafe { libc::kill(self.process.id() as libc::pid_t, libc::SIGINT) };
+        self.process.wait()?;
+        let seen = (self.seen)();
+        for file in [CONTROL, ACKNOWLEDGED, RESULT, SAID] {
+            let _ = fs::remove_file(file);
+        }
+        seen
+    }
+}
+
+/// Makes a FIFO and opens both its ends, so that no open waits.
+fn fifo(path: &str) -> Result<File> {
+    let name = CString::new(path)?;
+    // SAFETY: A string that ends with a NUL.
+    let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
+    if made != 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("{path} cannot be made"));
+    }
+    Ok(OpenOptions::new().read(true).write(true).open(path)?)
+}
+
+/// Waits until there is something to read; `false` when it takes too long.
+fn wait(file: &File) -> Result<bool> {
+    let mut poll = libc::pollfd {
+        fd: file.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: One entry, whose file is open.
+    match unsafe { libc::poll(&mut poll, 1, PATIENCE) } {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(io::Error::last_os_error()).context("poll"),
+    }
+}

@@ -1,0 +1,177 @@
+//! The outside: compiles the BPF programs, boots a host with this program in it, and tells
+//! what comes back.
+
+mod bpf;
+pub mod reason;
+
+use std::{
+    env, fs,
+    io::{self, IsTerminal as _, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
+use lab::{
+    host::Host,
+    image::payload::FileSpec,
+    run::{self, Event, Options, Outcome},
+    setup,
+    verdict::{End, Limits},
+};
+
+use crate::{meters::PERF_FOLDER, report::Report, Arguments, Plan};
+
+/// Where the host has the BPF programs.
+pub const BPF_FOLDER: &str = "/usr/local/lib/bpf";
+/// Where the host has the place of the exit reason.
+pub const REASON_FILE: &str = "/usr/local/lib/bpf/reason.json";
+/// Where the host has this program.
+const INSIDE: &str = "/usr/local/bin/bench";
+
+/// The host's memory in MiB: perf's data, 230 bytes an exit, goes there.
+const MEMORY: u32 = 1024;
+
+/// Boots one host, measures, prints the table and writes the JSON.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let mut options = Options::new(arguments.host, command(&arguments.plan));
+    options.kernel.clone_from(&arguments.kernel);
+    options.machine.memory = MEMORY;
+    // Otherwise its TSC is the wall clock.
+    options.machine.icount = arguments.host == Host::Amd;
+    options.limits = Limits {
+        time: Duration::from_secs(3600),
+        // A meter that is slow says nothing for as long as it is measured.
+        silence: Duration::from_secs(900),
+    };
+    let prepared = run::prepare(&options)?;
+    let files = setup::repository().join(format!("build/bench-{}", arguments.host));
+    fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
+    bpf::compile(&prepared, &files)?;
+    let place = reason::find(&prepared, arguments.host)?;
+    fs::write(files.join("reason.json"), serde_json::to_string(&place)?)?;
+    let this = env::current_exe().context("the path of this program is not known")?;
+    options.files = vec![FileSpec::at(this, INSIDE), FileSpec::at(files, BPF_FOLDER)];
+    options
+        .files
+        .extend(perf().map(|perf| FileSpec::at(perf, PERF_FOLDER)));
+
+    let mut report = Report {
+        host: arguments.host.to_string(),
+        kernel: prepared.release.clone(),
+        count: arguments.plan.count,
+        ..Report::default()
+    };
+    let outcome = watch(&options, &mut report)?;
+    report.finish();
+    tell(&report, &outcome, arguments.json.as_deref())?;
+    Ok(match outcome.end {
+        End::Script(0) if report.failures.is_empty() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+/// What runs inside.
+fn command(plan: &Plan) -> Vec<String> {
+    let mut words: Vec<String> = vec![INSIDE.into(), "--inside".into()];
+    let mut option = |name: &str, value: String| words.push(format!("--{name}={value}"));
+    option("runs", plan.runs.to_string());
+    option("count", plan.count.to_string());
+    let names = |values: Vec<Option<clap::builder::PossibleValue>>| {
+        let values = values.into_iter().flatten();
+        let names: Vec<_> = values.map(|value| value.get_name().to_owned()).collect();
+        names.join(",")
+    };
+    if !plan.meters.is_empty() {
+        let values = plan.meters.iter().map(|meter| meter.to_possible_value());
+        option("meters", names(values.collect()));
+    }
+    if !plan.exits.is_empty() {
+        let values = plan.exits.iter().map(|exit| exit.to_possible_value());
+        option("exits", names(values.collect()));
+    }
+    words
+}
+
+/// Runs the host, and takes the lines of the inside as they come.
+fn watch(options: &Options, report: &mut Report) -> Result<Outcome> {
+    let terminal = io::stderr().is_terminal();
+    let mut stdout = Vec::new();
+    let outcome = run::run(options, &mut |event| match event {
+        Event::Stdout(bytes) => {
+            stdout.extend_from_slice(bytes);
+            while let Some(end) = stdout.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = stdout.drain(..=end).collect();
+                let line = String::from_utf8_lossy(&line);
+                if report.take(line.trim()) {
+                    progress(report, terminal);
+                } else {
+                    eprint!("{line}");
+                }
+            }
+        }
+        Event::Stderr(bytes) => {
+            let _ = io::stderr().write_all(bytes);
+        }
+        Event::Stage(text) if terminal => eprintln!("bench: {text}"),
+        Event::Stage(_) | Event::Kernel(_) => {}
+    })?;
+    if terminal {
+        eprintln!();
+    }
+    Ok(outcome)
+}
+
+fn progress(report: &Report, terminal: bool) {
+    let Some(last) = report.costs.last() else {
+        return;
+    };
+    if terminal {
+        let (meter, exit) = (last.cost.meter.title(), last.cost.exit.title());
+        eprint!("\r\x1b[Kbench: {meter}: {exit}");
+    }
+}
+
+/// Prints the table and what else there is to know.
+fn tell(report: &Report, outcome: &Outcome, json: Option<&Path>) -> Result<()> {
+    print!("{}", report.table());
+    println!(
+        "Medians; without a meter all ticks, else those added, and how many times what exitmeter adds.\n\
+         ± is half of the spread of all runs. Host {}, Linux {}, {} exits a run.",
+        report.host, report.kernel, report.count
+    );
+    for saw in &report.saw {
+        let remark = saw.remark.as_deref().unwrap_or_default();
+        let comma = if remark.is_empty() { "" } else { ", " };
+        println!(
+            "{} saw {} exits of {} and more{comma}{remark}",
+            saw.meter.title(),
+            saw.seen,
+            saw.known
+        );
+    }
+    for failure in &report.failures {
+        println!("failed: {failure}");
+    }
+    let text = serde_json::to_string_pretty(report)?;
+    let beside = outcome.folder.join("bench.json");
+    for path in [Some(beside.as_path()), json].into_iter().flatten() {
+        fs::write(path, &text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    eprint!("{}", outcome.tail);
+    eprintln!(
+        "bench: {} after {:.1} s; the numbers are in {}",
+        outcome.end,
+        outcome.time.as_secs_f64(),
+        beside.display()
+    );
+    Ok(())
+}
+
+/// Where Debian's perf is.
+fn perf() -> Option<PathBuf> {
+    let folder = env::var_os("EXITMETER_DEV").map(PathBuf::from)?;
+    Some(folder.join("perf/perf"))
+}

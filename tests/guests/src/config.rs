@@ -1,0 +1,155 @@
+//! The settings of a VM, and what can be wrong with them.
+
+use std::time::Duration;
+
+use crate::{
+    catalogue::{Mode, Program},
+    window::{QUERIES, QUERY, WINDOW},
+};
+
+/// The most vCPUs a VM has: each has a window of 64 KiB in the first MiB.
+pub const MAX_VCPUS: u8 = 15;
+
+/// The most queries a guest asks: its window holds no more.
+pub const MAX_QUERIES: u32 = ((WINDOW - QUERIES) / QUERY) as u32;
+
+/// The most pages that the vCPUs of a VM touch together: 128 MiB.
+pub const MAX_PAGES: u32 = 32 * 1024;
+
+/// What can go wrong with a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A call to KVM failed.
+    #[error("KVM refused to {0}")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
+    /// A call to the kernel failed.
+    #[error("the kernel refused to {0}")]
+    Kernel(&'static str, #[source] std::io::Error),
+    /// The settings do not go together.
+    #[error("{0}")]
+    Settings(String),
+    /// The guest did what no guest here does.
+    #[error("vCPU {vcpu} ended with {what}")]
+    Guest {
+        /// Which vCPU.
+        vcpu: u8,
+        /// How it ended.
+        what: String,
+    },
+}
+
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+/// The settings of a VM.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What every vCPU runs.
+    pub program: Program,
+    /// In what mode.
+    pub mode: Mode,
+    /// How often each loops, from 1. For [`Program::Query`] the number of queries.
+    pub count: u32,
+    /// How many vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// How long the VMM sleeps each time a guest's OUT comes to it.
+    pub pause: Duration,
+    /// How often the VMM sends the interrupt that ends a HLT.
+    pub wake: Duration,
+    /// What every vCPU asks, for [`Program::Query`].
+    pub queries: Vec<Quad>,
+}
+
+impl Config {
+    /// One vCPU that loops `count` times, under a VMM that does not sleep.
+    pub fn new(program: Program, mode: Mode, count: u32) -> Self {
+        Self {
+            program,
+            mode,
+            count,
+            vcpus: 1,
+            pause: Duration::ZERO,
+            wake: Duration::from_millis(5),
+            queries: Vec::new(),
+        }
+    }
+
+    /// One vCPU that asks `queries`.
+    pub fn query(mode: Mode, queries: Vec<Quad>) -> Self {
+        Self {
+            queries,
+            ..Self::new(Program::Query, mode, 0)
+        }
+    }
+
+    pub(crate) fn loops(&self) -> u32 {
+        match self.program {
+            Program::Query => self.queries.len() as u32,
+            _ => self.count,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let fail = |text: String| Err(Error::Settings(text));
+        if !self.program.runs_in(self.mode) {
+            return fail(format!(
+                "{:?} would fault at CPL 3; choose mode real or long",
+                self.program
+            ));
+        }
+        if self.loops() == 0 {
+            return fail("a guest loops at least once".into());
+        }
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return fail(format!("a VM has 1 to {MAX_VCPUS} vCPUs"));
+        }
+        if self.program == Program::Query && self.loops() > MAX_QUERIES {
+            return fail(format!("a guest asks at most {MAX_QUERIES} queries"));
+        }
+        if self.fresh_pages() > u64::from(MAX_PAGES) {
+            return fail(format!("a VM touches at most {MAX_PAGES} pages"));
+        }
+        if self.program == Program::HltKernel && self.vcpus != 1 {
+            return fail("KVM's PIC interrupts the first vCPU alone; use one vCPU".into());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn fresh_pages(&self) -> u64 {
+        match self.program {
+            Program::Touch => u64::from(self.count) * u64::from(self.vcpus),
+            _ => 0,
+        }
+    }
+
+    /// Whether KVM is to hold the interrupt controllers.
+    pub(crate) fn has_irqchip(&self) -> bool {
+        matches!(self.program, Program::HltKernel | Program::InKernel)
+    }
+}
+
+/// Four registers: RAX, RBX, RCX, RDX.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quad {
+    /// RAX.
+    pub rax: u64,
+    /// RBX.
+    pub rbx: u64,
+    /// RCX.
+    pub rcx: u64,
+    /// RDX.
+    pub rdx: u64,
+}
+
+impl Quad {
+    /// What CPUID reads: the leaf in RAX, the subleaf in RCX, and in all else bits that an
+    /// answer must not keep.
+    pub fn cpuid(leaf: u32, subleaf: u32) -> Self {
+        const JUNK: u64 = 0xdead_beef_0000_0000;
+        Self {
+            rax: JUNK | u64::from(leaf),
+            rbx: JUNK | 0xbbbb_bbbb,
+            rcx: JUNK | u64::from(subleaf),
+            rdx: JUNK | 0xdddd_dddd,
+        }
+    }
+}

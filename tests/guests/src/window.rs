@@ -1,0 +1,228 @@
+//! A vCPU's window: its 64 KiB of guest memory, and the registers that point into it.
+
+use exitmeter_meter::reasons::Isa;
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+
+use crate::{
+    catalogue::{Mode, Program},
+    code,
+    config::{Config, Quad},
+    memory::Memory,
+};
+
+/// The size of a page, in bytes.
+pub const PAGE: u64 = 4096;
+
+/// A vCPU's window, and what is where in it.
+pub(crate) const WINDOW: u64 = 0x1_0000;
+const VECTORS: u64 = 0;
+const CODE: u64 = 0x1000;
+const STACK_END: u64 = 0x3000;
+const IDT: u64 = 0x3000;
+const GDT: u64 = 0x4000;
+const PML4: u64 = 0x5000;
+const PDPT: u64 = 0x6000;
+const PD: u64 = 0x7000;
+pub(crate) const QUERIES: u64 = 0x8000;
+
+/// Where the pages to touch begin: behind the windows.
+pub(crate) const FRESH: u64 = 0x20_0000;
+
+/// The size of a query in guest memory: four numbers in, four out.
+pub(crate) const QUERY: u64 = 64;
+
+/// What the VMM leaves where an answer is to come.
+const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
+
+/// The line of the interrupt that ends a HLT, and its vector in the guest.
+pub(crate) const IRQ: u32 = 5;
+pub(crate) const VECTOR_BASE: u8 = 0x20;
+const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
+
+/// Selectors of code and data in 64-bit mode.
+const CODE_SELECTOR: u16 = 0x08;
+const DATA_SELECTOR: u16 = 0x10;
+
+/// Bits of control registers and of EFER.
+const CR0_PE: u64 = 1 << 0;
+const CR0_NE: u64 = 1 << 5;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+/// RFLAGS: bit 1 is always set; IOPL 3 lets CPL 3 use ports.
+const RFLAGS: u64 = 1 << 1;
+const RFLAGS_IOPL: u64 = 3 << 12;
+
+/// A vCPU's window, by its address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window(u64);
+
+impl Window {
+    /// That of a vCPU.
+    pub(crate) fn of(vcpu: u8) -> Self {
+        Self(u64::from(vcpu) * WINDOW)
+    }
+
+    /// Writes code, tables and queries.
+    pub(crate) fn fill(self, memory: &mut Memory, config: &Config) {
+        let Self(window) = self;
+        let handler = CODE + code::interrupt_handler(config.mode);
+        memory.write(window + CODE, code::bytes());
+        match config.mode {
+            Mode::Real => {
+                let vector = (window >> 4) << 16 | handler;
+                memory.write(
+                    window + VECTORS + VECTOR * 4,
+                    &(vector as u32).to_le_bytes(),
+                );
+            }
+            Mode::Long | Mode::User => {
+                let handler = window + handler;
+                // An interrupt gate: present, offset in three parts, selector.
+                let gate = handler & 0xffff
+                    | u64::from(CODE_SELECTOR) << 16
+                    | 0x8e00 << 32
+                    | (handler >> 16 & 0xffff) << 48;
+                memory.write_u64(window + IDT + VECTOR * 16, gate);
+                memory.write_u64(window + GDT + 8, 0x00af_9b00_0000_ffff);
+                memory.write_u64(window + GDT + 16, 0x00cf_9300_0000_ffff);
+                // Present, writable, for CPL 3 too; the last level in pages of 2 MiB.
+                memory.write_u64(window + PML4, (window + PDPT) | 7);
+                memory.write_u64(window + PDPT, (window + PD) | 7);
+                for entry in 0..512 {
+                    memory.write_u64(window + PD + entry * 8, entry << 21 | 0x87);
+                }
+            }
+        }
+        for (number, query) in (0..).zip(&config.queries) {
+            let at = window + QUERIES + number * QUERY;
+            let words = [
+                query.rax, query.rbx, query.rcx, query.rdx, UNANSWERED, UNANSWERED, UNANSWERED,
+                UNANSWERED,
+            ];
+            for (place, word) in (0..).zip(words) {
+                memory.write_u64(at + place * 8, word);
+            }
+        }
+    }
+
+    /// Sets the registers that make the mode of the CPU.
+    pub(crate) fn set_mode(self, sregs: &mut kvm_sregs, config: &Config) {
+        match config.mode {
+            Mode::Real => set_real_mode(sregs, self.0, config.program),
+            Mode::Long => set_long_mode(sregs, self.0, 0),
+            Mode::User => set_long_mode(sregs, self.0, 3),
+        }
+    }
+
+    /// The registers with which the guest begins; `fresh` is where its pages to touch are.
+    pub(crate) fn registers(self, config: &Config, isa: Isa, fresh: u64) -> kvm_regs {
+        let Self(window) = self;
+        // What the CPU adds to the guest's addresses: in real mode the segment's base.
+        let base = match config.mode {
+            Mode::Real => window,
+            Mode::Long | Mode::User => 0,
+        };
+        let operand = match config.program {
+            Program::Touch => fresh,
+            _ => window + QUERIES,
+        };
+        kvm_regs {
+            rip: window - base + CODE + code::entry(config.program, isa, config.mode),
+            rsp: window - base + STACK_END,
+            rdi: u64::from(config.loops()),
+            rsi: operand - base,
+            rflags: match config.mode {
+                Mode::User => RFLAGS | RFLAGS_IOPL,
+                Mode::Real | Mode::Long => RFLAGS,
+            },
+            ..Default::default()
+        }
+    }
+
+    /// What the vCPU was answered. In real mode the upper halves are not the guest's to
+    /// see, and 0 here.
+    pub(crate) fn answers(self, memory: &Memory, config: &Config) -> Vec<Quad> {
+        (0..config.queries.len() as u64)
+            .map(|number| {
+                let at = self.0 + QUERIES + number * QUERY + QUERY / 2;
+                let word = |place: u64| {
+                    let word = memory.read_u64(at + place * 8);
+                    match config.mode {
+                        Mode::Real => word & 0xffff_ffff,
+                        Mode::Long | Mode::User => word,
+                    }
+                };
+                Quad {
+                    rax: word(0),
+                    rbx: word(1),
+                    rcx: word(2),
+                    rdx: word(3),
+                }
+            })
+            .collect()
+    }
+}
+
+fn set_real_mode(sregs: &mut kvm_sregs, window: u64, program: Program) {
+    let segment = |type_| kvm_segment {
+        base: window,
+        limit: 0xffff,
+        selector: (window >> 4) as u16,
+        type_,
+        present: 1,
+        s: 1,
+        ..Default::default()
+    };
+    sregs.cs = segment(0xb);
+    let mut data = segment(0x3);
+    sregs.ss = data;
+    if program == Program::Touch {
+        // Segments of 4 GiB, to reach beyond the first MiB.
+        data.limit = 0xffff_ffff;
+        data.g = 1;
+    }
+    for register in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs] {
+        *register = data;
+    }
+    sregs.idt.base = window + VECTORS;
+    sregs.idt.limit = 0x3ff;
+    // Not the reset value: that turns the caches off, and then SVM's KVM intercepts every
+    // access to CR0.
+    sregs.cr0 = CR0_NE;
+}
+
+fn set_long_mode(sregs: &mut kvm_sregs, window: u64, cpl: u8) {
+    let segment = |selector: u16, type_, l| kvm_segment {
+        limit: 0xffff_ffff,
+        selector: selector | u16::from(cpl),
+        type_,
+        present: 1,
+        dpl: cpl,
+        s: 1,
+        l,
+        db: 1 - l,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = segment(CODE_SELECTOR, 0xb, 1);
+    let data = segment(DATA_SELECTOR, 0x3, 0);
+    for register in [
+        &mut sregs.ds,
+        &mut sregs.es,
+        &mut sregs.fs,
+        &mut sregs.gs,
+        &mut sregs.ss,
+    ] {
+        *register = data;
+    }
+    sregs.gdt.base = window + GDT;
+    sregs.gdt.limit = 0x17;
+    sregs.idt.base = window + IDT;
+    sregs.idt.limit = 0xfff;
+    sregs.cr0 = CR0_PE | CR0_NE | CR0_PG;
+    sregs.cr3 = window + PML4;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA;
+}

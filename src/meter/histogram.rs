@@ -28,7 +28,7 @@ pub const fn bucket(ticks: u64) -> usize {
     let ticks = if ticks < LEAST { LEAST } else { ticks };
     // Where the topmost bit stands; that bit and the one below it are 2 or 3.
     let power = 63 ^ ticks.leading_zeros();
-    let two_bits = ticks.wrapping_shr(power.wrapping_sub(1));
+    let two_bits = ticks.wrapping_shl(1).wrapping_shr(power);
     let steps = power.wrapping_mul(2).wrapping_add(two_bits as u32);
     let place = steps.wrapping_sub(FIRST_POWER * 2 + 2) as usize;
     if place < BUCKETS {

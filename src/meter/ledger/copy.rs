@@ -2,10 +2,8 @@
 
 //! Ledgers at rest: the copy of one, and the sums of many.
 
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
 use crate::meter::{
-    histogram::{Buckets, BUCKETS, EMPTY},
+    histogram::{Buckets, EMPTY},
     leaves::Numbers,
     phase::Phase,
     reasons::{Slot, SLOTS},
@@ -87,8 +85,8 @@ impl LedgerCopy {
         &mut self,
         slot: Slot,
         row: RowCopy,
-        number: u32,
-        histogram: Option<&[AtomicU64; BUCKETS]>,
+        number: usize,
+        samples: impl Fn(usize) -> u64,
     ) {
         if let Some(to) = self.rows.get_mut(slot.index()) {
             *to = row;
@@ -96,10 +94,9 @@ impl LedgerCopy {
         if let Some(to) = self.numbers.get_mut(slot.index()) {
             *to = number as u8;
         }
-        let to = self.histograms.get_mut((number as usize).wrapping_sub(1));
-        if let (Some(to), Some(from)) = (to, histogram) {
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = from.load(Relaxed);
+        if let Some(to) = self.histograms.get_mut(number.wrapping_sub(1)) {
+            for (bucket, to) in to.iter_mut().enumerate() {
+                *to = samples(bucket);
             }
         }
     }

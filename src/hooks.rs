@@ -233,14 +233,12 @@ unsafe fn registry<'a>(data: *mut c_void) -> &'a Registry {
 /// For the tracepoint alone, registered with a registry as `data`.
 unsafe extern "C" fn on_exit_vmx(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
     let now = now();
-    // Stays so where VMREAD fails, as it does with no VMCS: counted among "other".
-    let mut reason = u64::MAX;
+    // The field's number stays where VMREAD fails, as it does with no VMCS: no basic exit
+    // reason is as large, so the exit is counted among "other".
+    let mut reason = VMCS_EXIT_REASON;
     // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
     // loaded; VMREAD reads it, and touches but the operand and the flags.
-    unsafe {
-        asm!("vmread {}, {}", inlateout(reg) reason, in(reg) VMCS_EXIT_REASON,
-             options(nostack, nomem))
-    };
+    unsafe { asm!("vmread {0}, {0}", inlateout(reg) reason, options(nostack, nomem)) };
     // SAFETY: By the contract of this function; KVM holds the vCPU.
     let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.

@@ -290,20 +290,38 @@ impl Registry {
     }
 
     /// The vCPU takes a CPU.
+    #[inline(always)]
     pub(crate) fn resume(&self, vcpu: Vcpu<'_>, now: u64) {
-        if let Some(ledger) = self.noted(vcpu) {
-            ledger.resume(now);
-        } else if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
+        match self.noted(vcpu) {
+            Some(ledger) => ledger.resume(now),
+            None => self.resume_of_another(vcpu, now),
+        }
+    }
+
+    /// As [`Self::resume`], of a vCPU that this CPU has not metered last.
+    #[cold]
+    #[inline(never)]
+    fn resume_of_another(&self, vcpu: Vcpu<'_>, now: u64) {
+        if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
             ledger.resume(now);
         }
     }
 
     /// The vCPU leaves its CPU. The scheduler's lock may be held, so a vCPU that is not
     /// known yet is left for its next event: nothing may be allocated here.
+    #[inline(always)]
     pub(crate) fn leave(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) {
-        if let Some(ledger) = self.noted(vcpu) {
-            ledger.leave(now, phase);
-        } else if let Some(member) = self.member_at(self.table().get(vcpu.key())) {
+        match self.noted(vcpu) {
+            Some(ledger) => ledger.leave(now, phase),
+            None => self.leave_of_another(vcpu, now, phase),
+        }
+    }
+
+    /// As [`Self::leave`], of a vCPU that this CPU has not metered last, or whose note it lost.
+    #[cold]
+    #[inline(never)]
+    fn leave_of_another(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) {
+        if let Some(member) = self.member_at(self.table().get(vcpu.key())) {
             member.ledger.leave(now, phase);
         }
     }

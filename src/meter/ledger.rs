@@ -72,7 +72,7 @@ impl Row {
 /// All-zero bytes are a valid ledger that has not begun, so that it can be made in zeroed
 /// memory without a copy on a small stack.
 ///
-/// Each transition has a TSC of its own. It stands in `begun` before anything of the
+/// Each transition has a TSC of its own, at least one tick after the one before. It stands in `begun` before anything of the
 /// transition is written, and in `last` after all of it. So a reader that finds in `begun`,
 /// afterwards, what it found in `last` before, has read what belongs together.
 ///
@@ -139,12 +139,16 @@ impl Ledger {
     }
 
     /// A cell of the histogram of a row.
+    ///
+    /// # Safety
+    ///
+    /// `bucket` must be below [`BUCKETS`].
     #[inline(always)]
-    fn samples(&self, row: Row, bucket: usize) -> &AtomicU64 {
-        let histogram = self.cell(row, Column::Histogram).load(Relaxed) as usize;
-        let place = histogram.wrapping_add(bucket & (BUCKETS - 1));
-        // SAFETY: By the invariant of `Ledger` that histogram is there, and the bucket is one
-        // of it.
+    unsafe fn samples(&self, row: Row, bucket: usize) -> &AtomicU64 {
+        let histogram = self.cell(row, Column::Histogram).load(Relaxed) as u32;
+        let place = histogram.wrapping_add(bucket as u32) as usize;
+        // SAFETY: By the invariant of `Ledger` that histogram is there, and by the contract of
+        // this function the bucket is one of it.
         unsafe { self.cells.0.get_unchecked(place.wrapping_add(ROWS)) }
     }
 
@@ -155,16 +159,26 @@ impl Ledger {
         }
     }
 
-    /// Begins a transition: its TSC, and the time since the last one. Time that seems to go
-    /// backwards, as between CPUs whose clocks part, counts as one tick.
+    /// Begins a transition at TSC `now`; the time since the last one.
+    ///
+    /// `None` when no time has passed, or seems to have gone backwards, as between CPUs whose
+    /// clocks part: then nothing has begun, and the transition is to happen at
+    /// [`Self::one_tick_on`].
     #[inline(always)]
-    fn begin_transition(&self, now: u64) -> (u64, u64) {
+    fn begin_transition(&self, now: u64) -> Option<u64> {
         let last = self.last.load(Relaxed);
-        let now = now.max(last.wrapping_add(1));
+        if now <= last {
+            return None;
+        }
         self.begun.store(now, Relaxed);
         // ORDERING: Who sees anything of the transition sees that it has begun.
         fence(Ordering::Release);
-        (now, now.wrapping_sub(last))
+        Some(now.wrapping_sub(last))
+    }
+
+    /// The earliest TSC that a transition can have.
+    fn one_tick_on(&self) -> u64 {
+        self.last.load(Relaxed).wrapping_add(1)
     }
 
     #[inline(always)]
@@ -192,18 +206,25 @@ impl Ledger {
     /// A VM exit: the guest's phase ends.
     #[inline(always)]
     pub fn exit(&self, now: u64, slot: Slot) {
-        let (now, ticks) = self.begin_transition(now);
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_exit(slot);
+        };
         add(self.phase_cell(self.row(), Phase::Guest), ticks);
         let row = Row::of(slot);
         self.row.store(row.0, Relaxed);
         self.phase.store(Phase::Kernel as u32, Relaxed);
         let exits = self.cell(row, Column::Exits);
-        let before = exits.load(Relaxed);
-        exits.store(before.wrapping_add(1), Relaxed);
-        if before == 0 {
+        add(exits, 1);
+        if exits.load(Relaxed) == 1 {
             return self.end_first_exit(now, slot);
         }
         self.end_transition(now);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_exit(&self, slot: Slot) {
+        self.exit(self.one_tick_on(), slot);
     }
 
     /// Ends the transition of an exit whose reason has not occurred before.
@@ -227,7 +248,9 @@ impl Ledger {
     /// sample.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
-        let (now, ticks) = self.begin_transition(now);
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_entry();
+        };
         let row = self.row();
         add(self.phase_cell(row, Phase::Kernel), ticks);
         self.phase.store(Phase::Guest as u32, Relaxed);
@@ -236,6 +259,12 @@ impl Ledger {
         }
         self.sample(row, ticks);
         self.end_transition(now);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_entry(&self) {
+        self.entry(self.one_tick_on());
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -256,34 +285,57 @@ impl Ledger {
         if ticks > max.load(Relaxed) {
             max.store(ticks, Relaxed);
         }
-        add(self.samples(row, bucket(ticks)), 1);
+        // SAFETY: `bucket` gives no other ones.
+        add(unsafe { self.samples(row, bucket(ticks)) }, 1);
     }
 
     /// The vCPU leaves its CPU, for the phase `phase`.
-    #[inline]
+    #[inline(always)]
     pub fn leave(&self, now: u64, phase: Phase) {
-        let (now, ticks) = self.begin_transition(now);
-        let left = Phase::from_number(self.phase.load(Relaxed)).unwrap_or(Phase::Kernel);
-        add(self.phase_cell(self.row(), left), ticks);
-        self.phase.store(phase as u32, Relaxed);
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_leave(phase);
+        };
+        let left = self.change_phase(phase, ticks);
         let carried = self.carried.load(Relaxed);
-        if left == Phase::Guest {
+        if left == Phase::Guest as u32 {
             // An entry that was not followed by an exit, as one that failed.
             self.carried.store(CLOSED, Relaxed);
-        } else if left == Phase::Kernel && carried != CLOSED {
+        } else if left == Phase::Kernel as u32 && carried != CLOSED {
             self.carried.store(carried.wrapping_add(ticks), Relaxed);
         }
         self.end_transition(now);
     }
 
+    #[cold]
+    #[inline(never)]
+    fn late_leave(&self, phase: Phase) {
+        self.leave(self.one_tick_on(), phase);
+    }
+
     /// The vCPU is back on a CPU, in KVM.
-    #[inline]
+    #[inline(always)]
     pub fn resume(&self, now: u64) {
-        let (now, ticks) = self.begin_transition(now);
-        let left = Phase::from_number(self.phase.load(Relaxed)).unwrap_or(Phase::Kernel);
-        add(self.phase_cell(self.row(), left), ticks);
-        self.phase.store(Phase::Kernel as u32, Relaxed);
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_resume();
+        };
+        self.change_phase(Phase::Kernel, ticks);
         self.end_transition(now);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_resume(&self) {
+        self.resume(self.one_tick_on());
+    }
+
+    /// Begins a phase after `ticks` in another one; the number of that.
+    #[inline(always)]
+    fn change_phase(&self, phase: Phase, ticks: u64) -> u32 {
+        let left = self.phase.load(Relaxed);
+        let column = (Column::Cycles as u32).wrapping_add(left);
+        add(self.at(self.row(), column), ticks);
+        self.phase.store(phase as u32, Relaxed);
+        left
     }
 
     /// Exits counted in a row.
@@ -346,7 +398,8 @@ impl Ledger {
             };
             let histogram = self.cell(row, Column::Histogram).load(Relaxed) as usize;
             out.set_row(slot, numbers, histogram / BUCKETS, |bucket| {
-                self.samples(row, bucket).load(Relaxed)
+                // SAFETY: Below by the remainder.
+                unsafe { self.samples(row, bucket % BUCKETS) }.load(Relaxed)
             });
         }
         // ORDERING: What precedes is read before this, and so is not newer.

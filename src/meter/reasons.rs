@@ -36,7 +36,7 @@ pub const SLOTS: usize = 178;
 ///
 /// The number is below [`SLOTS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot(u8);
+pub struct Slot(u32);
 
 /// Codes below this one have the row of their own number.
 const DIRECT: u32 = 168;
@@ -64,8 +64,8 @@ impl Slot {
     #[inline]
     pub const fn from_index(index: usize) -> Option<Slot> {
         if index < SLOTS {
-            // INVARIANT: Just checked; below 256 as SLOTS is.
-            Some(Slot(index as u8))
+            // INVARIANT: Just checked.
+            Some(Slot(index as u32))
         } else {
             None
         }
@@ -82,7 +82,7 @@ impl Slot {
 pub const fn slot(isa: Isa, code: u32) -> Slot {
     if code < DIRECT {
         // INVARIANT: DIRECT is below SLOTS.
-        return Slot(code as u8);
+        return Slot(code);
     }
     match isa {
         Isa::Vmx => Slot::OTHER,
@@ -96,10 +96,10 @@ const fn svm_high_slot(code: u32) -> Slot {
     let failed = code.wrapping_sub(SVM_FAILED.0);
     if high < SVM_RANGE {
         // INVARIANT: At most 171.
-        Slot(high.wrapping_add(SVM_HIGH.1) as u8)
+        Slot(high.wrapping_add(SVM_HIGH.1))
     } else if failed < SVM_RANGE {
         // INVARIANT: At most 175.
-        Slot(failed.wrapping_add(SVM_FAILED.1) as u8)
+        Slot(failed.wrapping_add(SVM_FAILED.1))
     } else {
         Slot::OTHER
     }

@@ -330,12 +330,12 @@ unsafe impl Sync for Function {}
 impl Function {
     /// Hooks `kvm_arch_vcpu_load()`: a vCPU thread takes a CPU.
     pub(crate) fn vcpu_load(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm_arch_vcpu_load", on_load, false)
+        Self::attach(registry, c"kvm:kvm_arch_vcpu_load", on_load, false)
     }
 
     /// Hooks `kvm_arch_vcpu_put()`: a vCPU thread leaves its CPU.
     pub(crate) fn vcpu_put(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm_arch_vcpu_put", on_put, false)
+        Self::attach(registry, c"kvm:kvm_arch_vcpu_put", on_put, false)
     }
 
     /// Hooks `kvm_mmu_destroy()`: a vCPU ends.
@@ -344,7 +344,7 @@ impl Function {
     /// and puts the vCPU once more, to free what it keeps for nested guests. A vCPU let go
     /// before that would be taken in again, and its ledger would outlive it.
     pub(crate) fn vcpu_destroy(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm_mmu_destroy", on_destroy, false)
+        Self::attach(registry, c"kvm:kvm_mmu_destroy", on_destroy, false)
     }
 
     fn attach(
@@ -502,7 +502,7 @@ pub(crate) fn redirect_cpuid(registry: Arc<Registry>) -> Result<Pin<KBox<Functio
     }
     EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
     KBox::try_pin_init(
-        Function::attach(registry, c"kvm_emulate_cpuid", on_cpuid, true),
+        Function::attach(registry, c"kvm:kvm_emulate_cpuid", on_cpuid, true),
         GFP_KERNEL,
     )
 }

@@ -11,7 +11,6 @@
 #include <linux/module.h>
 #include <linux/percpu.h>
 #include <linux/ratelimit.h>
-#include <linux/string.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 
@@ -48,41 +47,6 @@ void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data)
 {
 	tracepoint_probe_unregister(&__tracepoint_kvm_entry, probe, data);
 	tracepoint_synchronize_unregister();
-}
-
-/*
- * Call @ops->func at each entry of the function @name, from now on.
- *
- * PERMANENT has "sysctl kernel.ftrace_enabled=0" refused while the hook is in
- * place, instead of having it taken away behind the meter's back.  Linux 7.3
- * refuses that anyway; kernels before it need the flag.
- */
-int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
-			      bool redirect)
-{
-	/* ftrace takes the name as a buffer that it may write to. */
-	unsigned char filter[64];
-	ssize_t length = strscpy(filter, name, sizeof(filter));
-	int ret;
-
-	if (length < 0)
-		return length;
-
-	ops->flags = FTRACE_OPS_FL_PERMANENT;
-	if (redirect)
-		ops->flags |= FTRACE_OPS_FL_IPMODIFY;
-#ifndef CONFIG_HAVE_DYNAMIC_FTRACE_WITH_ARGS
-#error "exitmeter needs DYNAMIC_FTRACE_WITH_ARGS"
-#endif
-
-	ret = ftrace_set_filter(ops, filter, length, 1);
-	if (ret)
-		return ret;
-
-	ret = register_ftrace_function(ops);
-	if (ret)
-		ftrace_free_filter(ops);
-	return ret;
 }
 
 /*
@@ -138,7 +102,11 @@ static bool has_endbr(unsigned long address)
  */
 unsigned long exitmeter_find_function(const char *name)
 {
-	struct kprobe probe = { .symbol_name = name };
+	/* Not armed: no code is changed for it. */
+	struct kprobe probe = {
+		.symbol_name = name,
+		.flags = KPROBE_FLAG_DISABLED,
+	};
 	unsigned long address;
 
 	if (register_kprobe(&probe))
@@ -149,6 +117,43 @@ unsigned long exitmeter_find_function(const char *name)
 	if (has_endbr(address - ENDBR_INSN_SIZE))
 		address -= ENDBR_INSN_SIZE;
 	return address;
+}
+
+/*
+ * Call @ops->func at each entry of the function @name, "module:name", from now
+ * on.
+ *
+ * The address is found first, as to match a name ftrace looks up the names of
+ * all functions there are.
+ *
+ * PERMANENT has "sysctl kernel.ftrace_enabled=0" refused while the hook is in
+ * place, instead of having it taken away behind the meter's back.  Linux 7.3
+ * refuses that anyway; kernels before it need the flag.
+ */
+int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
+			      bool redirect)
+{
+	unsigned long function = exitmeter_find_function(name);
+	int ret;
+
+	if (!function)
+		return -ENOENT;
+
+	ops->flags = FTRACE_OPS_FL_PERMANENT;
+	if (redirect)
+		ops->flags |= FTRACE_OPS_FL_IPMODIFY;
+#ifndef CONFIG_HAVE_DYNAMIC_FTRACE_WITH_ARGS
+#error "exitmeter needs DYNAMIC_FTRACE_WITH_ARGS"
+#endif
+
+	ret = ftrace_set_filter_ip(ops, function, 0, 1);
+	if (ret)
+		return ret;
+
+	ret = register_ftrace_function(ops);
+	if (ret)
+		ftrace_free_filter(ops);
+	return ret;
 }
 
 /*

@@ -12,10 +12,8 @@ use std::{cmp::Ordering, collections::BTreeMap, fs, process::ExitCode};
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use lab::{
-    host::Host,
     module,
-    run::{self, Options},
-    setup::{self, in_root},
+    setup::{self, in_root, Wanted},
 };
 
 use code::Code;
@@ -37,9 +35,11 @@ type Bounds = BTreeMap<String, usize>;
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let mut options = Options::new(Host::Amd, ["true"]);
-    options.kernel = arguments.kernel;
-    let prepared = run::prepare(&options)?;
+    let prepared = setup::prepare(&Wanted {
+        kernel: arguments.kernel,
+        tree: true,
+        ..Wanted::default()
+    })?;
     let module = module::build(&prepared)?;
     let folder = module.parent().context("the module is in a folder")?;
     let output = in_root(&prepared.root)

@@ -138,7 +138,7 @@ impl Machine {
             .vm
             .create_vcpu(u64::from(number))
             .map_err(|error| Error::Kvm("make a vCPU", error))?;
-        vcpu.set_cpuid2(cpuid)
+        vcpu.set_cpuid2(&with_apic_id(cpuid, number))
             .map_err(|error| Error::Kvm("set a vCPU's CPUID leaves", error))?;
         let window = Window::of(number);
         window.fill(&mut self.memory, &self.config);
@@ -227,6 +227,20 @@ impl Machine {
                 .map_err(|error| Error::Kernel("read an eventfd", error)),
         }
     }
+}
+
+/// The leaves for one vCPU: KVM gives those of whatever CPU of the host it was asked on.
+fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
+    let (mut cpuid, id) = (cpuid.clone(), u32::from(vcpu));
+    for leaf in cpuid.as_mut_slice() {
+        match leaf.function {
+            1 => leaf.ebx = leaf.ebx & 0x00ff_ffff | id << 24,
+            0xb | 0x1f => leaf.edx = id,
+            0x8000_001e => (leaf.eax, leaf.ebx) = (id, leaf.ebx & !0xff | id),
+            _ => {}
+        }
+    }
+    cpuid
 }
 
 /// Makes an ioeventfd of [`EVENTFD_PORT`].

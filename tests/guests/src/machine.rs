@@ -50,15 +50,23 @@ pub struct Machine {
 
 /// Which vendor's extensions the host has, by what its CPU says.
 pub fn host_isa() -> Option<Isa> {
-    let features = core::arch::x86_64::__cpuid(1).ecx;
-    if features & 1 << 5 != 0 {
+    if cpuid_ecx(1) & 1 << 5 != 0 {
         return Some(Isa::Vmx);
     }
-    if core::arch::x86_64::__cpuid(0x8000_0000).eax < 0x8000_0001 {
-        return None;
+    (cpuid_ecx(0x8000_0001) & 1 << 2 != 0).then_some(Isa::Svm)
+}
+
+/// ECX of a CPUID leaf, 0 of one past the last.
+fn cpuid_ecx(leaf: u32) -> u32 {
+    use core::arch::x86_64::__cpuid;
+    #[allow(unused_unsafe, reason = "safe since Rust 1.94, unsafe before")]
+    // SAFETY: Every CPU of 64 bits has CPUID.
+    let (last, ecx) = unsafe { (__cpuid(leaf & 0x8000_0000).eax, __cpuid(leaf).ecx) };
+    if leaf <= last {
+        ecx
+    } else {
+        0
     }
-    let extended = core::arch::x86_64::__cpuid(0x8000_0001).ecx;
-    (extended & 1 << 2 != 0).then_some(Isa::Svm)
 }
 
 impl Machine {

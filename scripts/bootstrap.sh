@@ -48,7 +48,7 @@ package() {
 }
 
 missing=()
-for command in make cc libc.a cargo mmdebstrap unshare newuidmap keyring ca-certificates "$@"; do
+for command in make cc libc.a cargo mmdebstrap unshare mount newuidmap keyring ca-certificates "$@"; do
   has "$command" || missing+=("$command")
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0

@@ -48,6 +48,7 @@ check: bootstrap
 	rustfmt --check src/exitmeter_main.rs
 	cargo clippy --release --workspace --all-targets -- --deny warnings
 	cargo lab build -- W=1 CLIPPY=1
+	cargo run --release --quiet -p bench --bin hot-path
 	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h bindings/layout.c
 	shellcheck --external-sources scripts/*.sh .ci/run
 

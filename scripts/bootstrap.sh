@@ -35,19 +35,20 @@ has() {
 # package COMMAND: what Debian has it in.
 package() {
   case $1 in
-    cargo) printf '%s' "$cargo" ;;
+    cargo) printf 'cargo%s rustc%s' "$web" "$web" ;;
+    rustfmt) printf 'rustfmt%s' "$web" ;;
+    cargo-clippy) printf 'rust%s-clippy' "$web" ;;
     cc) printf gcc ;;
     libc.a) printf libc6-dev ;;
     keyring) printf debian-archive-keyring ;;
     newuidmap) printf uidmap ;;
     unshare) printf util-linux ;;
-    cargo-clippy) printf rust-clippy ;;
     *) printf '%s' "$1" ;;
   esac
 }
 
 missing=()
-for command in make cc libc.a cargo mmdebstrap unshare newuidmap keyring ca-certificates "$@"; do
+for command in make cc libc.a cargo mmdebstrap unshare mount newuidmap keyring ca-certificates "$@"; do
   has "$command" || missing+=("$command")
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0
@@ -55,7 +56,7 @@ done
 if ! command -v apt-get >/dev/null; then
   die "this machine lacks ${missing[*]}; install them (cargo means Rust $rust or later)."
 fi
-cargo="cargo rustc"
+web=
 packages() { for command in "${missing[@]}"; do package "$command" && printf ' '; done; }
 if [ "$(id -u)" != 0 ]; then
   die "this machine lacks ${missing[*]}; as root, run scripts/bootstrap.sh or apt-get install $(packages)."
@@ -65,13 +66,11 @@ say "installing what this machine lacks: ${missing[*]}"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 run "$log" apt-get update || die "the lists of packages could not be fetched; check the network and the mirror."
+candidate() { apt-cache policy "$1" | sed -n 's/^  Candidate: //p'; }
 # Debian 12 has a second, newer Rust, for its browsers.
-if ! has cargo; then
-  candidate=$(apt-cache policy rustc | sed -n 's/^  Candidate: //p')
-  at_least "${candidate:-0}" "$rust" || cargo="cargo-web rustc-web"
-  candidate=$(apt-cache policy "${cargo#* }" | sed -n 's/^  Candidate: //p')
-  at_least "${candidate:-0}" "$rust" ||
-    die "no Rust $rust or later is to be had from this machine's mirror; install one (rustup, or Debian 13)."
+at_least "$(candidate rustc)" "$rust" || web=-web
+if ! has cargo && ! at_least "$(candidate "rustc$web")" "$rust"; then
+  die "no Rust $rust or later is to be had from this machine's mirror; install one (rustup, or Debian 13)."
 fi
 # Nothing is removed for it: the machine is not ours.
 # shellcheck disable=SC2046

@@ -2,6 +2,9 @@
 # What the set-up steps share: progress lines, errors of one sentence, checks before a step starts.
 # Sourced by the scripts beside it, never run by itself.
 
+# chroot and its like are not in the PATH of Debian's users.
+PATH=$PATH:/usr/sbin:/sbin
+
 # Prints a line of progress. The engine shows the last one with time and size.
 say() { printf '%s\n' "$*"; }
 

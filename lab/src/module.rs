@@ -56,7 +56,7 @@ pub enum ModuleError {
     #[error("the module was built with warnings, which count as errors; they are above")]
     Warnings,
     /// The system refused something.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}", path.display())]
     Io {
         /// What was tried.
         action: &'static str,

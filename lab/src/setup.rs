@@ -92,7 +92,7 @@ pub enum SetupError {
         reason: String,
     },
     /// The system refused something.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}", path.display())]
     Io {
         /// What was tried.
         action: &'static str,

@@ -48,7 +48,7 @@ struct Plan {
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
     /// How many exits a number is the mean of
-    #[arg(long, value_name = "N", default_value_t = 20_000,
+    #[arg(long, value_name = "N", default_value_t = 10_000,
           value_parser = clap::value_parser!(u32).range(100..=30_000))]
     count: u32,
     /// Only these meters

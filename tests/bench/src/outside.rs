@@ -7,7 +7,7 @@ pub mod reason;
 use std::{
     env, fs,
     io::{self, IsTerminal as _, Write as _},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     time::Duration,
 };
@@ -18,7 +18,7 @@ use lab::{
     host::Host,
     image::payload::FileSpec,
     run::{self, Event, Options, Outcome},
-    setup,
+    setup::{self, Wanted},
     verdict::{End, Limits},
 };
 
@@ -46,7 +46,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         // A meter that is slow says nothing for as long as it is measured.
         silence: Duration::from_secs(900),
     };
-    let prepared = run::prepare(&options)?;
+    let prepared = setup::prepare(&Wanted {
+        kernel: arguments.kernel.clone(),
+        tree: true,
+        bochs: arguments.host == Host::Intel,
+        perf: true,
+    })?;
     let files = setup::repository().join(format!("build/bench-{}", arguments.host));
     fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
     bpf::compile(&prepared, &files)?;
@@ -56,11 +61,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     options.files = vec![FileSpec::at(this, INSIDE), FileSpec::at(files, BPF_FOLDER)];
     options
         .files
-        .extend(perf().map(|perf| FileSpec::at(perf, PERF_FOLDER)));
+        .extend(prepared.perf.map(|perf| FileSpec::at(perf, PERF_FOLDER)));
 
     let mut report = Report {
         host: arguments.host.to_string(),
-        kernel: prepared.release.clone(),
+        kernel: prepared.release,
         count: arguments.plan.count,
         ..Report::default()
     };
@@ -168,10 +173,4 @@ fn tell(report: &Report, outcome: &Outcome, json: Option<&Path>) -> Result<()> {
         beside.display()
     );
     Ok(())
-}
-
-/// Where Debian's perf is.
-fn perf() -> Option<PathBuf> {
-    let folder = env::var_os("EXITMETER_DEV").map(PathBuf::from)?;
-    Some(folder.join("perf/perf"))
 }

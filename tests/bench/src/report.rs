@@ -127,8 +127,8 @@ impl Report {
 
     /// The table: a row for each meter, a column for each exit.
     pub fn table(&self) -> String {
-        const LABEL: usize = 34;
-        const CELL: usize = 22;
+        const LABEL: usize = 33;
+        const CELL: usize = 18;
         let mut columns: Vec<Exit> = Vec::new();
         let mut rows: Vec<Meter> = Vec::new();
         for cell in &self.costs {

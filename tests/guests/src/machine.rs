@@ -50,15 +50,23 @@ pub struct Machine {
 
 /// Which vendor's extensions the host has, by what its CPU says.
 pub fn host_isa() -> Option<Isa> {
-    let features = core::arch::x86_64::__cpuid(1).ecx;
-    if features & 1 << 5 != 0 {
+    if cpuid_ecx(1) & 1 << 5 != 0 {
         return Some(Isa::Vmx);
     }
-    if core::arch::x86_64::__cpuid(0x8000_0000).eax < 0x8000_0001 {
-        return None;
+    (cpuid_ecx(0x8000_0001) & 1 << 2 != 0).then_some(Isa::Svm)
+}
+
+/// ECX of a CPUID leaf, 0 of one past the last.
+fn cpuid_ecx(leaf: u32) -> u32 {
+    use core::arch::x86_64::__cpuid;
+    #[allow(unused_unsafe, reason = "safe since Rust 1.94, unsafe before")]
+    // SAFETY: Every CPU of 64 bits has CPUID.
+    let (last, ecx) = unsafe { (__cpuid(leaf & 0x8000_0000).eax, __cpuid(leaf).ecx) };
+    if leaf <= last {
+        ecx
+    } else {
+        0
     }
-    let extended = core::arch::x86_64::__cpuid(0x8000_0001).ecx;
-    (extended & 1 << 2 != 0).then_some(Isa::Svm)
 }
 
 impl Machine {
@@ -138,7 +146,7 @@ impl Machine {
             .vm
             .create_vcpu(u64::from(number))
             .map_err(|error| Error::Kvm("make a vCPU", error))?;
-        vcpu.set_cpuid2(cpuid)
+        vcpu.set_cpuid2(&with_apic_id(cpuid, number))
             .map_err(|error| Error::Kvm("set a vCPU's CPUID leaves", error))?;
         let window = Window::of(number);
         window.fill(&mut self.memory, &self.config);
@@ -227,6 +235,20 @@ impl Machine {
                 .map_err(|error| Error::Kernel("read an eventfd", error)),
         }
     }
+}
+
+/// The leaves for one vCPU: KVM gives those of whatever CPU of the host it was asked on.
+fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
+    let (mut cpuid, id) = (cpuid.clone(), u32::from(vcpu));
+    for leaf in cpuid.as_mut_slice() {
+        match leaf.function {
+            1 => leaf.ebx = leaf.ebx & 0x00ff_ffff | id << 24,
+            0xb | 0x1f => leaf.edx = id,
+            0x8000_001e => (leaf.eax, leaf.ebx) = (id, leaf.ebx & !0xff | id),
+            _ => {}
+        }
+    }
+    cpuid
 }
 
 /// Makes an ioeventfd of [`EVENTFD_PORT`].

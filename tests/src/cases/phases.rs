@@ -17,25 +17,25 @@ use crate::host::{
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with("", "phases: a guest that computes is in the guest", || {
-            // Some 100 ms. All that is not the guest is the host's clock, 250 times a
+            // Some 400 ms. All that is not the guest is the host's clock, 250 times a
             // second, and the making of the VM: some percent.
-            let vcpus = run(Config::new(Program::Spin, Mode::Long, 50_000_000))?;
+            let vcpus = run(Config::new(Program::Spin, Mode::Long, 100_000_000))?;
             at_least(&vcpus[0], Phase::Guest, 0.8)
         }),
         Case::with("", "phases: a guest that sleeps in HLT is blocked", || {
-            // 30 HLTs of 10 ms each. KVM polls for up to 0.2 ms before it puts the vCPU to
+            // 100 HLTs of 10 ms each. KVM polls for up to 0.2 ms before it puts the vCPU to
             // sleep, and the rest is the making of the VM.
             let vcpus = run(Config {
                 wake: Duration::from_millis(10),
-                ..Config::new(Program::HltKernel, Mode::Long, 30)
+                ..Config::new(Program::HltKernel, Mode::Long, 100)
             })?;
             at_least(&vcpus[0], Phase::Blocked, 0.8)
         }),
         Case::with("", "phases: a slow VMM is in user space", || {
-            // 30 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
+            // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
             let vcpus = run(Config {
                 pause: Duration::from_millis(10),
-                ..Config::new(Program::OutUser, Mode::Long, 30)
+                ..Config::new(Program::OutUser, Mode::Long, 100)
             })?;
             at_least(&vcpus[0], Phase::User, 0.8)?;
             let blocked = vcpus[0].numbers.share(Phase::Blocked);
@@ -50,7 +50,7 @@ pub(super) fn cases() -> Vec<Case> {
             "",
             "phases: a guest beside a busy task is preempted",
             || {
-                // The guest computes some 100 ms and shares its CPU with one more task of the
+                // The guest computes some 200 ms and shares its CPU with one more task of the
                 // same weight: half of the time is the other's. Slices of some ms and what else
                 // the host runs move that, but not below a quarter nor above three.
                 let busy = Busy::on(0);
@@ -126,18 +126,18 @@ fn run(config: Config) -> Result<Vec<Vcpu>> {
             vcpu.name,
             vcpu.phase
         );
+        println!("of {} ticks: {}", vcpu.life, vcpu.numbers.shares());
     }
     Ok(vcpus)
 }
 
 fn at_least(vcpu: &Vcpu, phase: Phase, share: f64) -> Result<()> {
-    let shares = vcpu.numbers.shares();
-    println!("of {} ticks: {shares}", vcpu.life);
     ensure!(
         vcpu.numbers.share(phase) >= share,
-        "less than {:.0}% of the time is {}: {shares}",
+        "less than {:.0}% of the time is {}: {}",
         100. * share,
-        phase.name()
+        phase.name(),
+        vcpu.numbers.shares()
     );
     Ok(())
 }

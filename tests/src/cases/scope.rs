@@ -23,11 +23,13 @@ pub(super) fn cases() -> Vec<Case> {
             "scope: two VMs at once do not see each other's numbers",
             || {
                 let both = two_at_once()?;
-                let own: Vec<u64> = (1..=EACH).collect();
-                ensure!(
-                    both.iter().all(|counts| *counts == own),
-                    "a VM that asks {EACH} times for its CPUID exits reads {both:?}"
-                );
+                for counts in &both {
+                    let wrong = (1..).zip(counts).find(|(query, count)| query != *count);
+                    ensure!(
+                        wrong.is_none(),
+                        "a VM reads its CPUID exits; at first wrong (query, count): {wrong:?}"
+                    );
+                }
                 beside(0)
             },
         ),
@@ -44,7 +46,7 @@ pub(super) fn cases() -> Vec<Case> {
                 for counts in &both {
                     ensure!(
                         counts.windows(2).all(|pair| pair[0] < pair[1]),
-                        "the counts that a VM reads do not grow: {counts:?}"
+                        "the counts that a VM reads do not grow"
                     );
                 }
                 // The query that was counted last was answered after all were counted.

@@ -5,20 +5,18 @@
 //! seen in review. What is counted is the longest way through a callback, without loops
 //! and without what is out of line: the common path, and a few instructions more.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fs,
-    process::ExitCode,
-};
+mod code;
+
+use std::{cmp::Ordering, collections::BTreeMap, fs, process::ExitCode};
 
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use lab::{
-    host::Host,
     module,
-    run::{self, Options},
-    setup::{self, in_root},
+    setup::{self, in_root, Wanted},
 };
+
+use code::Code;
 
 /// Compares the instructions of exitmeter's hot path with their bounds.
 #[derive(Debug, Parser)]
@@ -37,18 +35,29 @@ type Bounds = BTreeMap<String, usize>;
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let mut options = Options::new(Host::Amd, ["true"]);
-    options.kernel = arguments.kernel;
-    let prepared = run::prepare(&options)?;
+    let prepared = setup::prepare(&Wanted {
+        kernel: arguments.kernel,
+        tree: true,
+        ..Wanted::default()
+    })?;
     let module = module::build(&prepared)?;
     let folder = module.parent().context("the module is in a folder")?;
     let output = in_root(&prepared.root)
         .bind(folder, "/module")
         .command("objdump")
-        .args(["-dr", "--no-show-raw-insn", "-j", ".text", "/module/exitmeter.ko"])
+        .args([
+            "-dr",
+            "--no-show-raw-insn",
+            "-j",
+            ".text",
+            "/module/exitmeter.ko",
+        ])
         .output()
         .context("objdump cannot be run in the root")?;
-    ensure!(output.status.success(), "objdump does not read exitmeter.ko");
+    ensure!(
+        output.status.success(),
+        "objdump does not read exitmeter.ko"
+    );
     let code = Code::parse(&String::from_utf8_lossy(&output.stdout));
 
     let path = setup::repository().join("tests/bench/hot-path.json");
@@ -59,9 +68,9 @@ fn main() -> Result<ExitCode> {
         let count = code.longest(name)?;
         let remark = match count.cmp(bound) {
             _ if arguments.record => "",
-            std::cmp::Ordering::Greater => "longer than its bound",
-            std::cmp::Ordering::Equal => "",
-            std::cmp::Ordering::Less => "shorter now: record it by --record",
+            Ordering::Greater => "longer than its bound",
+            Ordering::Equal => "",
+            Ordering::Less => "shorter now: record it by --record",
         };
         println!("{name:24} {count:4} instructions, at most {bound:4}  {remark}");
         longer |= count > *bound;
@@ -76,48 +85,4 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// What comes after an instruction.
-#[derive(Clone, Debug, PartialEq)]
-enum Next {
-    /// The one behind it.
-    Behind,
-    /// That, or the one at an address.
-    Either(u64),
-    /// The one at an address.
-    Jump(u64),
-    /// A function that belongs to the path, then the one behind it.
-    Call(String),
-    /// The caller.
-    Return,
-    /// What is out of line.
-    Away,
-}
-
-/// A function: address and successor of each of its instructions, in order.
-type Function = Vec<(u64, Next)>;
-
-/// Disassembled code.
-#[derive(Debug, Default)]
-struct Code {
-    functions: HashMap<String, Function>,
-}
-
-impl Code {
-    /// Reads what `objdump -dr --no-show-raw-insn` prints.
-    fn parse(text: &str) -> Self {
-        let mut code = Self::default();
-        let mut function = Function::new();
-        for line in text.lines() {
-            if let Some((_, rest)) = line.split_once(" <").filter(|_| line.ends_with(">:")) {
-                let name = rest.trim_end_matches(">:").to_owned();
-                function = code.functions.remove(&name).unwrap_or_default();
-                code.functions.insert(name, Vec::new());
-            }
-            let name = code.latest.clone();
-            let _ = (&mut function, name);
-        }
-        code
-    }
 }

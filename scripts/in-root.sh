@@ -77,8 +77,10 @@ else
   mkdir "$root/run/upper" "$root/run/work" "$root/run/new"
   new=$root/run/new
   options=lowerdir=$root,upperdir=$root/run/upper,workdir=$root/run/work
-  mount -t overlay -o "$options" overlay "$new" 2>/dev/null ||
-    mount -t overlay -o "$options,userxattr" overlay "$new" ||
+  # Root of a user namespace may not set the attributes that overlays keep their notes in.
+  read -r _ outside _ </proc/self/uid_map
+  [ "$outside" = 0 ] || options+=,userxattr
+  mount -t overlay -o "$options" overlay "$new" ||
     die "this kernel cannot put an overlay on $root; load its module (modprobe overlay), or use a Linux of 5.11 or later."
 fi
 

@@ -59,6 +59,8 @@ if [ ! -e "$OUT/source/.configured" ]; then
     --enable-pci --disable-plugins --with-nogui --disable-docbook
     # Speed.
     --enable-repeat-speedups --enable-handlers-chaining --enable-all-optimizations
+    # All memory of the machine is at hand, so that a saved one is restored by reading one file.
+    --disable-large-ramfile
   )
   # shellcheck disable=SC2016
   run "$log" inside /out/source sh -euc './configure "$@" && touch .configured' sh \

@@ -84,6 +84,9 @@ struct HostArgs {
     /// Do not load KVM's modules
     #[arg(long, conflicts_with = "kvm_args")]
     no_kvm: bool,
+    /// Boot, instead of going on from a host that was saved after its boot
+    #[arg(long)]
+    fresh: bool,
     /// Do not build exitmeter.ko
     #[arg(long)]
     no_module: bool,
@@ -128,6 +131,7 @@ impl HostArgs {
             },
             kernel: self.kernel,
             kvm: (!self.no_kvm).then_some(self.kvm_args),
+            fresh: self.fresh,
             module: !self.no_module,
             files: self.files,
             ..Options::new(self.host, script)

@@ -28,6 +28,19 @@ pub struct Boot<'a> {
     pub folder: &'a Path,
     /// Where the host's console goes.
     pub console: Console<'a>,
+    /// How it begins.
+    pub begin: Begin<'a>,
+}
+
+/// How a host begins, and ends.
+#[derive(Clone, Copy, Debug)]
+pub enum Begin<'a> {
+    /// It boots.
+    Boot,
+    /// It boots, and is saved to this folder when its agent asks for it.
+    Save(&'a Path),
+    /// It goes on from what was saved in this folder.
+    Saved(&'a Path),
 }
 
 /// Where a host's console goes.

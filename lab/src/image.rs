@@ -5,7 +5,7 @@
 //! memory one behind the other, and the kernel unpacks them as one.
 
 mod base;
-mod cache;
+pub(crate) mod cache;
 mod elf;
 pub mod payload;
 pub mod pvh;
@@ -104,9 +104,12 @@ impl Images {
         let source = prepared.kernel.join("vmlinux");
         let bytes = fs::read(&source).map_err(ImageError::io("read", &source))?;
         let kernel = elf::Kernel::parse(&source, &bytes)?;
-        let path = cache::file(
+        let path = cache::get(
             "kernel",
-            &[include_str!("image/elf.rs"), &prepared.kernel_key],
+            &[
+                include_bytes!("image/elf.rs"),
+                prepared.kernel_key.as_bytes(),
+            ],
             |target| fs::write(target, kernel.layout()).map_err(ImageError::io("write", target)),
         )?;
         Ok(Kernel {

@@ -7,6 +7,7 @@ pub mod interrupt;
 pub mod module;
 pub mod programs;
 pub mod run;
+mod saved;
 pub mod setup;
 pub mod shell;
 pub mod verdict;

@@ -16,13 +16,14 @@ use lab_agent::channel::{self, Item, Message};
 use lab_agent::settings::{Module, Settings, Task, HOME};
 use thiserror::Error;
 
-use crate::emulator::{bochs, qemu, Boot, Console, Emulator};
+use crate::emulator::{bochs, qemu, Begin, Boot, Console, Emulator};
 use crate::host::{Host, Machine};
 use crate::image::payload::{self, FileSpec};
 use crate::image::{ImageError, Images};
 use crate::interrupt;
 use crate::module::{self, ModuleError};
-use crate::programs::{self, ProgramsError};
+use crate::programs::{self, Programs, ProgramsError};
+use crate::saved;
 use crate::setup::{self, Prepared, SetupError, Wanted};
 use crate::verdict::{End, Limits, Watch};
 
@@ -43,6 +44,8 @@ pub struct Options {
     pub kernel: Option<String>,
     /// The parameters of kvm-intel or kvm-amd; when not given, neither is loaded.
     pub kvm: Option<String>,
+    /// Boot, even where a saved machine could be gone on from.
+    pub fresh: bool,
     /// Whether exitmeter.ko is built and put into the host.
     pub module: bool,
     /// More files for the host.
@@ -69,6 +72,7 @@ impl Options {
             },
             kernel: None,
             kvm: Some(String::new()),
+            fresh: false,
             module: true,
             files: Vec::new(),
             out: None,
@@ -78,6 +82,14 @@ impl Options {
             },
             script: script.into_iter().map(Into::into).collect(),
         }
+    }
+
+    /// The module of KVM's to load, if any.
+    pub(crate) fn kvm(&self) -> Option<Module> {
+        self.kvm.as_ref().map(|parameters| Module {
+            name: self.machine.host.kvm().to_owned(),
+            parameters: parameters.clone(),
+        })
     }
 }
 
@@ -159,16 +171,66 @@ impl RunError {
 /// [`RunError`], when it comes to no run. A run that fails is an [`Outcome`].
 pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, RunError> {
     let prepared = prepare(options)?;
+    let programs = programs::build()?;
+    let (task, script) = task(&options.script);
+    let mut files = files(options, &prepared, &programs)?;
+    files.extend(script);
     let folder = folder::make(options.machine.host)?;
-    let start = Start::new(options, &prepared, &folder)?;
-    let outcome = start.watch(options, &folder, listener);
+    let payload = folder.join("payload");
+
+    let saved = if options.machine.host == Host::Intel && !options.fresh {
+        Some(saved::machine(
+            options,
+            &prepared,
+            &programs.agent,
+            listener,
+        )?)
+    } else {
+        None
+    };
+    match saved {
+        // It has its agent, and KVM.
+        Some(_) => payload::write(&payload, None, &files, &Settings { kvm: None, task })?,
+        None => {
+            let kvm = options.kvm();
+            payload::write(
+                &payload,
+                Some(&programs.agent),
+                &files,
+                &Settings { kvm, task },
+            )?;
+        }
+    }
+    let boot = Boot {
+        prepared: &prepared,
+        machine: &options.machine,
+        images: &Images::new(&prepared, &payload)?,
+        folder: &folder,
+        console: Console::File(CONSOLE),
+        begin: saved.as_deref().map_or(Begin::Boot, Begin::Saved),
+    };
+    let outcome = Running::start(&boot).and_then(|host| host.watch(options, &folder, listener));
     tidy(&folder);
     outcome
 }
 
+/// What a host gets, beside its script.
+pub(crate) fn files(
+    options: &Options,
+    prepared: &Prepared,
+    programs: &Programs,
+) -> Result<Vec<FileSpec>, RunError> {
+    let mut files = vec![FileSpec::at(&programs.tool, "/usr/local/bin/exitmeter")];
+    if options.module {
+        files.push(FileSpec::new(module::build(prepared)?));
+    }
+    files.extend(options.files.iter().cloned());
+    Ok(files)
+}
+
 /// Removes what is large in a run's folder and made of what is kept elsewhere.
 pub(crate) fn tidy(folder: &Path) {
-    for name in ["payload", "initramfs"] {
+    for name in ["payload", "initramfs", "input"] {
         let _ = fs::remove_file(folder.join(name));
     }
 }
@@ -202,26 +264,19 @@ pub fn prepare(options: &Options) -> Result<Prepared, RunError> {
 }
 
 /// A host that has been started.
-struct Start {
+pub(crate) struct Running {
     emulator: Emulator,
     output: ChildStdout,
     started: Instant,
 }
 
-impl Start {
-    fn new(options: &Options, prepared: &Prepared, folder: &Path) -> Result<Self, RunError> {
-        let images = images(options, prepared, folder, task(&options.script))?;
-        let boot = Boot {
-            prepared,
-            machine: &options.machine,
-            images: &images,
-            folder,
-            console: Console::File(CONSOLE),
-        };
-        let console = folder.join(CONSOLE);
+impl Running {
+    /// Starts it, with its console in a file.
+    pub(crate) fn start(boot: &Boot<'_>) -> Result<Self, RunError> {
+        let console = boot.folder.join(CONSOLE);
         File::create(&console).map_err(RunError::io("write", &console))?;
-        let command = command(&boot)?;
-        let log = folder.join("emulator.log");
+        let command = command(boot)?;
+        let log = boot.folder.join("emulator.log");
         let log = File::create(&log).map_err(RunError::io("write", &log))?;
         let started = Instant::now();
         let program = Path::new(command.get_program()).to_owned();
@@ -235,7 +290,7 @@ impl Start {
     }
 
     /// Watches the host to its end.
-    fn watch(
+    pub(crate) fn watch(
         mut self,
         options: &Options,
         folder: &Path,
@@ -298,7 +353,7 @@ impl Start {
 }
 
 /// The name of the console's file in the run's folder.
-const CONSOLE: &str = "console.log";
+pub(crate) const CONSOLE: &str = "console.log";
 
 /// What the script is to the host.
 enum Script {
@@ -344,32 +399,6 @@ fn task(script: &[OsString]) -> (Task, Option<FileSpec>) {
         }
         Script::Command => (Task::Run(words), None),
     }
-}
-
-/// The images of a run, in its folder and in the cache.
-pub(crate) fn images(
-    options: &Options,
-    prepared: &Prepared,
-    folder: &Path,
-    (task, script): (Task, Option<FileSpec>),
-) -> Result<Images, RunError> {
-    let programs = programs::build()?;
-    let mut files = vec![FileSpec::at(programs.tool, "/usr/local/bin/exitmeter")];
-    if options.module {
-        files.push(FileSpec::new(module::build(prepared)?));
-    }
-    files.extend(script);
-    files.extend(options.files.iter().cloned());
-    let settings = Settings {
-        kvm: options.kvm.as_ref().map(|parameters| Module {
-            name: options.machine.host.kvm().to_owned(),
-            parameters: parameters.clone(),
-        }),
-        task,
-    };
-    let payload = folder.join("payload");
-    payload::write(&payload, &programs.agent, &files, &settings)?;
-    Ok(Images::new(prepared, &payload)?)
 }
 
 /// How to start the emulator.

@@ -7,13 +7,16 @@ use std::path::PathBuf;
 use std::thread;
 
 use lab_agent::channel::{Item, Message, Receiver};
-use lab_agent::settings::Task;
+use lab_agent::settings::{Settings, Task};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use rustix::termios::{tcgetattr, tcsetattr, OptionalActions, Termios};
 
-use crate::emulator::{Boot, Console, Emulator};
+use crate::emulator::{Begin, Boot, Console, Emulator};
+use crate::image::payload;
+use crate::image::Images;
 use crate::interrupt;
+use crate::programs;
 use crate::run::{self, folder, Options, RunError};
 
 /// Ends the host from the keyboard: Ctrl-].
@@ -32,16 +35,24 @@ const LOOK: Timespec = Timespec {
 /// [`RunError`], when it comes to no host, or the host could not start its shell.
 pub fn shell(options: &Options) -> Result<(), RunError> {
     let prepared = run::prepare(options)?;
+    let programs = programs::build()?;
     let folder = folder::make(options.machine.host)?;
-    let images = run::images(options, &prepared, &folder, (Task::Shell, None))?;
+    let payload = folder.join("payload");
+    let files = run::files(options, &prepared, &programs)?;
+    let settings = Settings {
+        kvm: options.kvm(),
+        task: Task::Shell,
+    };
+    payload::write(&payload, Some(&programs.agent), &files, &settings)?;
     let terminal = PathBuf::from("/dev/ptmx");
     let (line, device) = pair().map_err(RunError::io("open", &terminal))?;
     let boot = Boot {
         prepared: &prepared,
         machine: &options.machine,
-        images: &images,
+        images: &Images::new(&prepared, &payload)?,
         folder: &folder,
         console: Console::Terminal(&device.path),
+        begin: Begin::Boot,
     };
     let command = run::command(&boot)?;
     let log = folder.join("emulator.log");

@@ -2,7 +2,12 @@
 //!
 //! Everything in them belongs to root and has no date, so that the same content gives the same bytes.
 
+use std::ffi::OsStr;
+use std::fs::{self, Permissions};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{symlink, PermissionsExt};
+use std::path::Path;
 
 /// Writes an archive.
 #[derive(Debug)]
@@ -144,6 +149,66 @@ impl<W: Write> Archive<W> {
     }
 }
 
+/// Unpacks the archive in `bytes` to `root`, as the kernel does: what is there already is replaced, but folders stay.
+///
+/// # Errors
+///
+/// Those of the file system, and an archive that is cut off or of another format.
+pub fn unpack(bytes: &[u8], root: &Path) -> io::Result<()> {
+    const HEADER: usize = 110;
+    let invalid = |text: &str| {
+        let text = format!("the archive cannot be unpacked: {text}");
+        io::Error::new(io::ErrorKind::InvalidData, text)
+    };
+    let part = |start: usize, size: usize| {
+        bytes
+            .get(start..start + size)
+            .ok_or_else(|| invalid("it is cut off"))
+    };
+    let mut at = 0;
+    loop {
+        let header = part(at, HEADER)?;
+        if !header.starts_with(b"070701") {
+            return Err(invalid("it is of another format"));
+        }
+        let field = |number: usize| {
+            std::str::from_utf8(&header[6 + 8 * number..14 + 8 * number])
+                .ok()
+                .and_then(|text| u32::from_str_radix(text, 16).ok())
+                .ok_or_else(|| invalid("a number is garbled"))
+        };
+        let (mode, size, name) = (field(1)?, field(6)? as usize, field(11)? as usize);
+        let name_at = at + HEADER;
+        let content_at = (name_at + name).next_multiple_of(4);
+        at = (content_at + size).next_multiple_of(4);
+        let name = part(name_at, name)?;
+        let content = part(content_at, size)?;
+        let name = name
+            .strip_suffix(b"\0")
+            .ok_or_else(|| invalid("a name has no end"))?;
+        if name == b"TRAILER!!!" {
+            return Ok(());
+        }
+        let path = root.join(OsStr::from_bytes(name));
+        match mode & 0o170_000 {
+            0o040_000 => match fs::create_dir(&path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => fs::set_permissions(&path, Permissions::from_mode(mode & 0o7777))?,
+            },
+            0o120_000 => {
+                let _ = fs::remove_file(&path);
+                symlink(OsStr::from_bytes(content), &path)?;
+            }
+            0o100_000 => {
+                let _ = fs::remove_file(&path);
+                fs::write(&path, content)?;
+                fs::set_permissions(&path, Permissions::from_mode(mode & 0o7777))?;
+            }
+            _ => return Err(invalid("it has a file of another type")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +238,30 @@ mod tests {
     fn the_end_is_where_it_is_wanted() {
         assert_eq!(sample().finish(4096, 512).unwrap().len() % 4096, 512);
         assert_eq!(sample().finish(4096, 0).unwrap().len() % 4096, 0);
+    }
+
+    #[test]
+    fn what_was_packed_is_unpacked() {
+        let root = tempfile::tempdir().unwrap();
+        let bytes = sample().finish(4096, 0).unwrap();
+        // Twice: what is there is no hindrance.
+        for _ in 0..2 {
+            unpack(&bytes, root.path()).unwrap();
+            let read = |name| fs::read(root.path().join(name)).unwrap();
+            assert_eq!(read("bin/true"), b"#!/bin/sh\n");
+            assert_eq!(read("bin/yes"), b"#!/bin/sh\n");
+            let mode = fs::metadata(root.path().join("bin/true"))
+                .unwrap()
+                .permissions()
+                .mode();
+            assert_eq!(mode & 0o7777, 0o755);
+        }
+        for length in [0, 50, 110, 200, 300] {
+            assert!(
+                unpack(&bytes[..length], root.path()).is_err(),
+                "{length} bytes"
+            );
+        }
     }
 
     #[test]

@@ -8,8 +8,9 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use lab_agent::channel::{Item, Message, Receiver, Sender};
+use lab_agent::cpio;
 use lab_agent::settings::{self, Settings, Task};
 use rustix::fs::OFlags;
 use rustix::mount::{mount, MountFlags};
@@ -22,6 +23,9 @@ use crate::port::Port;
 
 /// The guest's line for commands: its second serial port. The first is its console.
 const GUEST_LINE: &str = "/dev/ttyS1";
+
+/// The largest archive that a saved machine takes, in bytes.
+const MOST: usize = 1 << 28;
 
 /// Runs the host: mounts, modules, the script; then ends it. Never returns in a host that is in order.
 pub fn host() -> ExitCode {
@@ -40,10 +44,7 @@ fn run_host() -> Result<()> {
     mount_all()?;
     let mut sender = Sender::new(Port::open().context("the port to the lab cannot be opened")?);
     sender.send(&Message::Hello)?;
-    let settings =
-        fs::read(settings::PATH).with_context(|| format!("{} cannot be read", settings::PATH))?;
-    let settings: Settings = serde_json::from_slice(&settings)
-        .with_context(|| format!("{} cannot be read", settings::PATH))?;
+    let mut settings = read_settings()?;
     let mut log = KernelLog::open().context("the kernel log cannot be opened")?;
     log.drain(&mut |message| sender.send(&message))?;
 
@@ -53,7 +54,11 @@ fn run_host() -> Result<()> {
         log.drain(&mut |message| sender.send(&message))?;
         loaded?;
     }
-    fs::create_dir_all(settings::OUT)?;
+    if settings.task == Task::Save {
+        (sender, log) = be_saved()?;
+        log.drain(&mut |message| sender.send(&message))?;
+        settings = read_settings()?;
+    }
     let mut command = match &settings.task {
         Task::Run(words) => {
             sender.send(&Message::Stage(format!("running {}", words.join(" "))))?;
@@ -66,6 +71,7 @@ fn run_host() -> Result<()> {
             sender.send(&Message::Stage("a shell".to_owned()))?;
             return shell();
         }
+        Task::Save => bail!("a host that was saved is told to be saved again"),
     };
     environment(&mut command);
     let status = child::run(command, Some(&mut log), &mut |message| {
@@ -76,6 +82,33 @@ fn run_host() -> Result<()> {
     log.drain(&mut |message| sender.send(&message))?;
     sender.send(&Message::Verdict(status))?;
     Ok(())
+}
+
+fn read_settings() -> Result<Settings> {
+    let cannot = || format!("{} cannot be read", settings::PATH);
+    let text = fs::read(settings::PATH).with_context(cannot)?;
+    serde_json::from_slice(&text).with_context(cannot)
+}
+
+/// Has the machine saved, and afterwards, in a run that goes on from there, unpacks what that run brings.
+/// For the lab that run begins here: it gets the kernel log from its start.
+fn be_saved() -> Result<(Sender<Port>, KernelLog)> {
+    let mut port = Port::open()?;
+    rustix::fs::sync();
+    port.save_machine();
+    let mut length = [0; 8];
+    port.read_exact(&mut length);
+    let length = u64::from_le_bytes(length);
+    // More than the port has is what a machine reads that went on without having been saved.
+    let length = usize::try_from(length)
+        .ok()
+        .filter(|&length| length <= MOST);
+    let mut archive = vec![0; length.context("the emulator cannot save the machine")?];
+    port.read_exact(&mut archive);
+    let mut sender = Sender::new(port);
+    sender.send(&Message::Hello)?;
+    cpio::unpack(&archive, Path::new("/"))?;
+    Ok((sender, KernelLog::open()?))
 }
 
 /// What host and guest give to a command.

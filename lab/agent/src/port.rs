@@ -1,23 +1,48 @@
-//! The port that takes bytes to the lab.
+//! The ports between a host and the lab.
 
 use std::arch::asm;
 use std::io::{self, Write};
 
-use lab_agent::settings::PORT;
+use lab_agent::settings::{CONTROL_PORT, PORT};
 
-/// The port [`PORT`], opened for this process. Both emulators take what is written there to a file of the lab's
-/// machine, without a driver, an interrupt or a wait.
+/// The ports [`PORT`] and [`CONTROL_PORT`], opened for this process. What is written to the first goes to a file of
+/// the lab's machine, without a driver, an interrupt or a wait.
 #[derive(Debug)]
 pub struct Port(());
 
 impl Port {
-    /// Asks the kernel for the port.
+    /// Asks the kernel for the ports.
     pub fn open() -> io::Result<Self> {
-        // SAFETY: `ioperm` touches no memory of ours.
-        if unsafe { libc::ioperm(PORT.into(), 1, 1) } != 0 {
-            return Err(io::Error::last_os_error());
+        for port in [PORT, CONTROL_PORT] {
+            // SAFETY: `ioperm` touches no memory of ours.
+            if unsafe { libc::ioperm(port.into(), 1, 1) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
         Ok(Self(()))
+    }
+
+    /// Has the emulator save the machine as it is now, and end. Every run that starts from what was saved goes on
+    /// from here.
+    pub fn save_machine(&mut self) {
+        // SAFETY: touches no memory; `self` shows that the port is ours.
+        unsafe {
+            asm!("out dx, al", in("dx") CONTROL_PORT, in("al") 1_u8, options(nostack, nomem, preserves_flags));
+        }
+    }
+
+    /// Reads the next bytes of what the lab gave to this run.
+    pub fn read_exact(&mut self, bytes: &mut [u8]) {
+        // SAFETY: writes to `bytes` and nothing else; `self` shows that the port is ours.
+        unsafe {
+            asm!(
+                "rep insb",
+                in("dx") CONTROL_PORT,
+                inout("rcx") bytes.len() => _,
+                inout("rdi") bytes.as_mut_ptr() => _,
+                options(nostack, preserves_flags),
+            );
+        }
     }
 }
 

@@ -20,6 +20,11 @@ pub const GUEST_INITRAMFS: &str = "/lab/guest/initramfs";
 /// Where the port is that takes frames to the lab, one byte at a time.
 pub const PORT: u16 = 0xe9;
 
+/// Where the port is by which a machine has itself saved (by a byte written), and by which one that goes on from
+/// there reads what it is to do: 8 bytes with the length, little-endian, of the archive that follows, to be unpacked
+/// over the initramfs.
+pub const CONTROL_PORT: u16 = 0xe8;
+
 /// What a host is started for.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Settings {
@@ -45,4 +50,6 @@ pub enum Task {
     Run(Vec<String>),
     /// Give a shell on the console.
     Shell,
+    /// Be saved; then do what the settings say that come by [`CONTROL_PORT`].
+    Save,
 }

@@ -1,13 +1,14 @@
 //! The Intel host: Bochs, which emulates VMX with EPT.
 //!
-//! Kernel and initramfs are put into memory before the machine starts, see [`pvh`].
+//! Kernel and initramfs are put into memory before the machine starts, see [`pvh`]; or the machine goes on from where
+//! it was saved, see [`crate::saved`].
 
-use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::Command;
 
-use super::{Boot, Console, FOLDER};
+use super::{Begin, Boot, Console, FOLDER};
 use crate::image::pvh::{self, Info};
 use crate::run::RunError;
 use crate::setup::in_root;
@@ -22,6 +23,10 @@ const SPEED: u32 = 500_000_000;
 /// The time that every host starts at (1 January 2026), so that two runs differ as little as can be.
 const TIME: u64 = 1_767_225_600;
 
+/// Where Bochs sees its own files, and those of a saved machine.
+const BOCHS: &str = "/lab/bochs";
+const MACHINE: &str = "/lab/machine";
+
 /// How to start it.
 ///
 /// # Errors
@@ -29,18 +34,74 @@ const TIME: u64 = 1_767_225_600;
 /// When the machine is larger than Bochs can, or the images do not fit into its memory.
 pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     let machine = boot.machine;
-    let impossible = |text: String| Err(RunError::Machine(text));
     let Some(bochs) = &boot.prepared.bochs else {
-        return impossible("the set-up was made without Bochs".to_owned());
+        return impossible("the set-up was made without Bochs");
     };
     if machine.memory > 2048 {
-        return impossible(
-            "an Intel host has at most 2048 MiB of memory; give a smaller --memory".to_owned(),
-        );
+        return impossible("an Intel host has at most 2048 MiB of memory; give a smaller --memory");
     }
     if machine.icount {
-        return impossible("Bochs always counts instructions; leave out --icount".to_owned());
+        return impossible("Bochs always counts instructions; leave out --icount");
     }
+    let root = in_root(&boot.prepared.root)
+        .bind(bochs, BOCHS)
+        .bind(boot.folder, FOLDER);
+    if let Begin::Saved(saved) = boot.begin {
+        let input = boot.folder.join("input");
+        write_input(&boot.images.payload, &input).map_err(RunError::io("write", &input))?;
+        let mut command = root.bind(saved, MACHINE).command("env");
+        command
+            .arg(format!("BOCHS_INPUT={FOLDER}/input"))
+            .arg(format!("{BOCHS}/bochs"))
+            .args(["-q", "-r", MACHINE]);
+        return Ok(command);
+    }
+
+    let config = configure(boot)?;
+    let path = boot.folder.join("bochsrc");
+    fs::write(&path, config).map_err(RunError::io("write", &path))?;
+    let kernel = boot.images.kernel(boot.prepared)?;
+    let mut root = root
+        .bind(&kernel.path, "/lab/kernel-image")
+        .bind(&boot.images.base, "/lab/base");
+    let mut variables = Vec::new();
+    if let Begin::Save(folder) = boot.begin {
+        root = root.bind(folder, MACHINE);
+        variables.push(format!("BOCHS_SAVE={MACHINE}"));
+    }
+    let mut command = root.command("env");
+    command.args(variables).arg(format!("{BOCHS}/bochs")).args([
+        "-q",
+        "-f",
+        &format!("{FOLDER}/bochsrc"),
+    ]);
+    Ok(command)
+}
+
+/// Makes a machine that was saved to `folder` ready to go on from: it needs no images but its ROM any more.
+///
+/// # Errors
+///
+/// When its files cannot be read and written.
+pub fn settle(folder: &Path) -> Result<(), RunError> {
+    let rom = folder.join("rom");
+    fs::write(&rom, pvh::rom()).map_err(RunError::io("write", &rom))?;
+    let path = folder.join("config");
+    let config = fs::read_to_string(&path).map_err(RunError::io("read", &path))?;
+    let config: String = config
+        .lines()
+        .filter(|line| !line.starts_with("optramimage"))
+        .map(|line| match line.starts_with("optromimage1") {
+            true => format!("{}\n", rom_line(MACHINE)),
+            false => format!("{line}\n"),
+        })
+        .collect();
+    fs::write(&path, config).map_err(RunError::io("write", &path))
+}
+
+/// The settings of a machine that boots. Writes the images that are of this run alone.
+fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
+    let machine = boot.machine;
     let kernel = boot.images.kernel(boot.prepared)?;
     let size = |path: &Path| {
         fs::metadata(path)
@@ -49,6 +110,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     };
     let base = size(&boot.images.base)?;
     let initramfs = base + size(&boot.images.payload)?;
+    // Once as it is loaded, and once unpacked.
     let needed = (INITRAMFS_ADDRESS + 2 * initramfs) >> 20;
     if needed > machine.memory.into() {
         return impossible(format!(
@@ -61,69 +123,68 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
         command_line: &machine.command_line(),
     };
     let Some(info) = info.bytes() else {
-        return impossible(
-            "the kernel's command line is too long; give a shorter --append".to_owned(),
-        );
+        return impossible("the kernel's command line is too long; give a shorter --append");
     };
-    let write = |name: &str, bytes: &[u8]| {
+    for (name, bytes) in [("rom", pvh::rom()), ("info", info)] {
         let path = boot.folder.join(name);
-        fs::write(&path, bytes).map_err(RunError::io("write", &path))
-    };
-    write("rom", &pvh::rom())?;
-    write("info", &info)?;
+        fs::write(&path, bytes).map_err(RunError::io("write", &path))?;
+    }
 
+    let model = machine.model.as_deref().unwrap_or(machine.host.model());
     let serial = match boot.console {
         Console::File(name) => format!("mode=file, dev={FOLDER}/{name}"),
         Console::Terminal(device) => format!("mode=term, dev={}", device.display()),
     };
-    let mut config = String::new();
-    let mut line = |text: String| {
-        let _ = writeln!(config, "{text}");
+    let ram = |number: u32, file: &str, address: u64| {
+        format!("optramimage{number}: file={file}, address={address:#x}")
     };
-    let model = machine.model.as_deref().unwrap_or(machine.host.model());
-    line("display_library: nogui".to_owned());
-    line(format!(
-        "cpu: model={model}, count={}, ips={SPEED}, ignore_bad_msrs=1, reset_on_triple_fault=0",
-        machine.cpus
-    ));
-    line(format!("memory: guest={0}, host={0}", machine.memory));
-    line("romimage: file=/lab/bochs/bios".to_owned());
-    line("vgaromimage: file=/lab/bochs/vgabios".to_owned());
-    line(format!(
-        "optromimage1: file={FOLDER}/rom, address={:#x}",
-        pvh::ROM_ADDRESS
-    ));
-    for (number, file, address) in [
-        (1, format!("{FOLDER}/info"), pvh::INFO_ADDRESS),
-        (2, "/lab/kernel-image".to_owned(), kernel.address),
-        (3, "/lab/base".to_owned(), INITRAMFS_ADDRESS),
-        (4, format!("{FOLDER}/payload"), INITRAMFS_ADDRESS + base),
-    ] {
-        line(format!(
-            "optramimage{number}: file={file}, address={address:#x}"
-        ));
-    }
-    line("pci: enabled=1, chipset=i440fx".to_owned());
-    line("vga: extension=vbe, update_freq=1".to_owned());
-    line("ata0: enabled=0".to_owned());
-    line("ata1: enabled=0".to_owned());
-    line(format!("clock: sync=none, time0={TIME}"));
-    line(format!("com1: enabled=1, {serial}"));
-    line("port_e9_hack: enabled=1".to_owned());
-    line(format!("log: {FOLDER}/bochs.log"));
-    // What a guest's accesses to memory of its own cause counts as an error for Bochs: 170 MB of them.
-    line("panic: action=fatal".to_owned());
-    line("error: action=ignore".to_owned());
-    line("info: action=report".to_owned());
-    line("debug: action=ignore".to_owned());
-    write("bochsrc", config.as_bytes())?;
+    let lines = [
+        format!(
+            "cpu: model={model}, count={}, ips={SPEED}, ignore_bad_msrs=1, reset_on_triple_fault=0",
+            machine.cpus
+        ),
+        format!("memory: guest={0}, host={0}", machine.memory),
+        format!("romimage: file={BOCHS}/bios"),
+        format!("vgaromimage: file={BOCHS}/vgabios"),
+        rom_line(FOLDER),
+        ram(1, &format!("{FOLDER}/info"), pvh::INFO_ADDRESS),
+        ram(2, "/lab/kernel-image", kernel.address),
+        ram(3, "/lab/base", INITRAMFS_ADDRESS),
+        ram(4, &format!("{FOLDER}/payload"), INITRAMFS_ADDRESS + base),
+        format!("clock: sync=none, time0={TIME}"),
+        format!("com1: enabled=1, {serial}"),
+        "port_e9_hack: enabled=1".to_owned(),
+        "pci: enabled=1, chipset=i440fx".to_owned(),
+        "display_library: nogui".to_owned(),
+        "vga: extension=vbe, update_freq=1".to_owned(),
+        "ata0: enabled=0".to_owned(),
+        "ata1: enabled=0".to_owned(),
+        format!("log: {FOLDER}/bochs.log"),
+        "panic: action=fatal".to_owned(),
+        // Each access of a guest's that KVM has to emulate counts as one for Bochs: 170 MB of them.
+        "error: action=ignore".to_owned(),
+        "info: action=report".to_owned(),
+        "debug: action=ignore".to_owned(),
+    ];
+    Ok(lines.join("\n") + "\n")
+}
 
-    let root = in_root(&boot.prepared.root)
-        .bind(bochs, "/lab/bochs")
-        .bind(&kernel.path, "/lab/kernel-image")
-        .bind(&boot.images.base, "/lab/base")
-        .bind(boot.folder, FOLDER);
-    let mut command = root.command("/lab/bochs/bochs");
-    command.args(["-q", "-f", &format!("{FOLDER}/bochsrc")]);
-    Ok(command)
+fn rom_line(folder: &str) -> String {
+    format!(
+        "optromimage1: file={folder}/rom, address={:#x}",
+        pvh::ROM_ADDRESS
+    )
+}
+
+/// What a machine reads that goes on: the payload, and its length before it.
+fn write_input(payload: &Path, input: &Path) -> io::Result<()> {
+    let mut source = File::open(payload)?;
+    let mut target = File::create(input)?;
+    target.write_all(&source.metadata()?.len().to_le_bytes())?;
+    io::copy(&mut source, &mut target)?;
+    Ok(())
+}
+
+fn impossible<T>(text: impl Into<String>) -> Result<T, RunError> {
+    Err(RunError::Machine(text.into()))
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use lab_agent::cpio::Archive;
@@ -69,11 +70,11 @@ const TEXTS: &[(&str, &str)] = &[
 pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
     let parts = [
         // This file is what the image is made by.
-        include_str!("base.rs"),
-        &prepared.kernel_key,
-        &prepared.root.to_string_lossy(),
+        include_str!("base.rs").as_bytes(),
+        prepared.kernel_key.as_bytes(),
+        prepared.root.as_os_str().as_bytes(),
     ];
-    cache::file("base", &parts, |target| {
+    cache::get("base", &parts, |target| {
         let mut base = Contents::common();
         base.busybox(prepared)?;
         for program in HOST_PROGRAMS {

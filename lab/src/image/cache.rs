@@ -1,21 +1,25 @@
-//! Files that are made once for all runs.
+//! What is made once for all runs.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use rustix::fs::{flock, FlockOperation};
 use sha2::{Digest, Sha256};
 
 use super::ImageError;
 use crate::setup;
 
-/// The path of the cached file `name`, which depends on `parts` alone; `make` writes it when it is not there.
-/// Two makers at once do the work twice, and no reader sees half a file.
-pub fn file(
+/// How many of a kind are kept: those used last.
+const KEPT: usize = 6;
+
+/// The path of the cached file or folder `name`, which depends on `parts` alone; `make` makes it when it is not there.
+/// It is made once, however many want it, and nobody sees half of it.
+pub fn get<E: From<ImageError>>(
     name: &str,
-    parts: &[&str],
-    make: impl FnOnce(&Path) -> Result<(), ImageError>,
-) -> Result<PathBuf, ImageError> {
+    parts: &[&[u8]],
+    make: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<PathBuf, E> {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_le_bytes());
@@ -27,17 +31,57 @@ pub fn file(
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    let folder = setup::cache()?.join("images");
+    let folder = setup::cache().map_err(ImageError::Setup)?.join("images");
     fs::create_dir_all(&folder).map_err(ImageError::io("make", &folder))?;
     let path = folder.join(format!("{name}-{key}"));
-    if path.exists() {
-        return Ok(path);
+
+    let lock_path = folder.join(format!("{name}-{key}.lock"));
+    let lock = File::create(&lock_path).map_err(ImageError::io("write", &lock_path))?;
+    flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|error| ImageError::io("lock", &lock_path)(error.into()))?;
+    if !path.exists() {
+        let part = folder.join(format!("{name}-{key}.part"));
+        // Of a maker that was interrupted.
+        remove(&part);
+        let made = make(&part).and_then(|()| {
+            fs::rename(&part, &path)
+                .map_err(ImageError::io("rename", &part))
+                .map_err(E::from)
+        });
+        if let Err(error) = made {
+            remove(&part);
+            return Err(error);
+        }
+        prune(&folder, name);
     }
-    let part = folder.join(format!("{name}-{key}.{}.part", std::process::id()));
-    make(&part)
-        .and_then(|()| fs::rename(&part, &path).map_err(ImageError::io("rename", &part)))
-        .inspect_err(|_| {
-            let _: io::Result<()> = fs::remove_file(&part);
-        })?;
+    // For the order of use.
+    if let Ok(file) = File::open(&path) {
+        let _ = file.set_modified(SystemTime::now());
+    }
     Ok(path)
+}
+
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
+    let _ = fs::remove_dir_all(path);
+}
+
+/// Removes all but the last used of a kind. It is no error when that fails: they are only in the way.
+fn prune(folder: &Path, name: &str) {
+    let mut found: Vec<(SystemTime, PathBuf)> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let file_name = entry.file_name().into_string().ok()?;
+            let key = file_name.strip_prefix(name)?.strip_prefix('-')?;
+            key.chars().all(|c| c.is_ascii_hexdigit()).then_some(())?;
+            Some((entry.metadata().ok()?.modified().ok()?, entry.path()))
+        })
+        .collect();
+    found.sort();
+    let surplus = found.len().saturating_sub(KEPT);
+    for (_, path) in &found[..surplus] {
+        remove(path);
+    }
 }

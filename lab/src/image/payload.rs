@@ -67,14 +67,14 @@ impl FileSpec {
     }
 }
 
-/// Writes the archive to `target`.
+/// Writes the archive to `target`; with the agent, if it is for a host that boots.
 ///
 /// # Errors
 ///
 /// [`ImageError`], when one of the files cannot be read or the archive cannot be written.
 pub fn write(
     target: &Path,
-    agent: &Path,
+    agent: Option<&Path>,
     files: &[FileSpec],
     settings: &Settings,
 ) -> Result<(), ImageError> {
@@ -84,8 +84,10 @@ pub fn write(
         folders: BTreeSet::new(),
         target,
     };
-    payload.file("/init", agent)?;
-    payload.link("/usr/bin/guest", "/init")?;
+    if let Some(agent) = agent {
+        payload.file("/init", agent)?;
+        payload.link("/usr/bin/guest", "/init")?;
+    }
     let text = serde_json::to_vec(settings).map_err(|error| ImageError::content(target, error))?;
     payload.bytes(settings::PATH, 0o644, &text)?;
     for spec in files {

@@ -1,0 +1,127 @@
+//! Saved machines: hosts that have booted and loaded KVM, to start runs from.
+//!
+//! Bochs writes down all of a machine when the agent asks for it, and each run goes on from there: it takes a second
+//! or two instead of the boot's twenty. The agent then reads by a port what the run wants of it. What is saved depends
+//! on the machine, on KVM's parameters, and on all that was booted; it is made when it is first wanted, and kept in the
+//! cache.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use lab_agent::settings::{Settings, Task};
+
+use crate::emulator::{bochs, Begin, Boot, Console};
+use crate::image::{cache, payload, Images};
+use crate::run::{self, Event, Options, RunError, Running};
+use crate::setup::Prepared;
+
+/// The file of a saved machine that holds its memory.
+const MEMORY: &str = "memory.ram";
+
+/// Makes the saved machine for `options` if it is not there, and says where it is.
+///
+/// # Errors
+///
+/// [`RunError`], when the host does not come as far as to be saved.
+pub fn machine(
+    options: &Options,
+    prepared: &Prepared,
+    agent: &Path,
+    listener: &mut dyn FnMut(Event<'_>),
+) -> Result<PathBuf, RunError> {
+    let images = Images::new(prepared, Path::new(""))?;
+    let kernel = images.kernel(prepared)?;
+    let read = |path: &Path| fs::read(path).map_err(RunError::io("read", path));
+    let program = prepared
+        .bochs
+        .as_deref()
+        .unwrap_or(Path::new(""))
+        .join("bochs");
+    let what = format!("{:?} {:?}", options.machine, options.kvm);
+    let command_line = options.machine.command_line();
+    let parts = [
+        include_bytes!("saved.rs").as_slice(),
+        include_bytes!("emulator/bochs.rs"),
+        include_bytes!("image/pvh.rs"),
+        what.as_bytes(),
+        command_line.as_bytes(),
+        images.base.as_os_str().as_bytes(),
+        kernel.path.as_os_str().as_bytes(),
+        &read(&program)?,
+        &read(agent)?,
+    ];
+    cache::get("machine", &parts, |target| {
+        listener(Event::Stage("booting, to start later runs from there"));
+        save(options, prepared, agent, target)
+    })
+}
+
+/// Boots a host and saves it to `target`.
+fn save(
+    options: &Options,
+    prepared: &Prepared,
+    agent: &Path,
+    target: &Path,
+) -> Result<(), RunError> {
+    // What comes of the boot itself is of interest only when it fails.
+    let folder = target.join("boot");
+    fs::create_dir_all(&folder).map_err(RunError::io("make", &folder))?;
+    let settings = Settings {
+        kvm: options.kvm(),
+        task: Task::Save,
+    };
+    let payload = folder.join("payload");
+    payload::write(&payload, Some(agent), &[], &settings)?;
+    let boot = Boot {
+        prepared,
+        machine: &options.machine,
+        images: &Images::new(prepared, &payload)?,
+        folder: &folder,
+        console: Console::File(run::CONSOLE),
+        begin: Begin::Save(target),
+    };
+    let options = Options {
+        out: None,
+        ..options.clone()
+    };
+    let outcome = Running::start(&boot)?.watch(&options, &folder, &mut |_| {})?;
+    let log = folder.join("bochs.log");
+    let log = fs::read_to_string(&log).map_err(RunError::io("read", &log))?;
+    let memory = target.join(MEMORY);
+    let whole = u64::from(options.machine.memory) << 20;
+    let size = fs::metadata(&memory).map_or(0, |facts| facts.len());
+    if !log.contains("the state is saved") || size != whole {
+        return Err(RunError::Machine(format!(
+            "the host could not be saved: {}; --fresh does without\n{}",
+            outcome.end, outcome.tail
+        )));
+    }
+    bochs::settle(target)?;
+    dig_holes(&memory).map_err(RunError::io("write", &memory))?;
+    fs::remove_dir_all(&folder).map_err(RunError::io("remove", &folder))
+}
+
+/// Writes a file anew without its zeros, which then take no place on the disk.
+fn dig_holes(path: &Path) -> io::Result<()> {
+    const PIECE: usize = 1 << 16;
+    let sparse = path.with_extension("sparse");
+    let mut source = File::open(path)?;
+    let mut target = File::create(&sparse)?;
+    let size = source.metadata()?.len();
+    let mut piece = vec![0; PIECE];
+    let mut at = 0;
+    while at < size {
+        // CAST: at most PIECE.
+        let length = (size - at).min(PIECE as u64) as usize;
+        source.read_exact(&mut piece[..length])?;
+        if piece[..length].iter().any(|&byte| byte != 0) {
+            target.seek(SeekFrom::Start(at))?;
+            target.write_all(&piece[..length])?;
+        }
+        at += length as u64;
+    }
+    target.set_len(size)?;
+    fs::rename(&sparse, path)
+}

@@ -257,6 +257,7 @@ impl Registry {
     pub(crate) fn exit(&self, vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
         let slot = reasons::slot(isa, code);
         match self.noted(vcpu) {
+            Some(ledger) if vcpu.runs_nested() => ledger.exit_from_nested(now, slot),
             Some(ledger) => ledger.exit(now, slot),
             None => self.exit_of_another(vcpu, now, slot),
         }
@@ -266,8 +267,10 @@ impl Registry {
     #[cold]
     #[inline(never)]
     fn exit_of_another(&self, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
-        if let Some(ledger) = self.ledger(vcpu, now, Phase::Guest) {
-            ledger.exit(now, slot);
+        match self.ledger(vcpu, now, Phase::Guest) {
+            Some(ledger) if vcpu.runs_nested() => ledger.exit_from_nested(now, slot),
+            Some(ledger) => ledger.exit(now, slot),
+            None => {}
         }
     }
 
@@ -551,6 +554,10 @@ impl Numbers for List<Member> {
         sum(self.iter().map(|member| member.ledger.exits(slot)))
     }
 
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        sum(self.iter().map(|member| member.ledger.nested_exits(slot)))
+    }
+
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
         sum(self.iter().map(|member| member.ledger.cycles(phase, slot)))
     }
@@ -569,6 +576,14 @@ impl Numbers for State {
     fn exits(&self, slot: Slot) -> u64 {
         let live = sum(self.vms.iter().map(|vm| vm.members.lock().exits(slot)));
         live.wrapping_add(self.gone.exits(slot))
+    }
+
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        let live = sum(self
+            .vms
+            .iter()
+            .map(|vm| vm.members.lock().nested_exits(slot)));
+        live.wrapping_add(self.gone.nested_exits(slot))
     }
 
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {

@@ -257,8 +257,7 @@ impl Registry {
     pub(crate) fn exit(&self, vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
         let slot = reasons::slot(isa, code);
         match self.noted(vcpu) {
-            Some(ledger) if vcpu.runs_nested() => ledger.exit_from_nested(now, slot),
-            Some(ledger) => ledger.exit(now, slot),
+            Some(ledger) => exit(vcpu, ledger, now, slot),
             None => self.exit_of_another(vcpu, now, slot),
         }
     }
@@ -267,10 +266,8 @@ impl Registry {
     #[cold]
     #[inline(never)]
     fn exit_of_another(&self, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
-        match self.ledger(vcpu, now, Phase::Guest) {
-            Some(ledger) if vcpu.runs_nested() => ledger.exit_from_nested(now, slot),
-            Some(ledger) => ledger.exit(now, slot),
-            None => {}
+        if let Some(ledger) = self.ledger(vcpu, now, Phase::Guest) {
+            exit(vcpu, ledger, now, slot);
         }
     }
 
@@ -488,6 +485,15 @@ impl Registry {
             }
         }
         Ok(totals)
+    }
+}
+
+#[inline(always)]
+fn exit(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
+    if vcpu.runs_nested() {
+        ledger.exit_from_nested(now, slot);
+    } else {
+        ledger.exit(now, slot);
     }
 }
 

@@ -18,6 +18,7 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_PREEMPTED, offsetof(struct kvm_vcpu, preempted));
 	DEFINE(LAYOUT_VCPU_SCHEDULED_OUT,
 	       offsetof(struct kvm_vcpu, scheduled_out));
+	DEFINE(LAYOUT_VCPU_HFLAGS, offsetof(struct kvm_vcpu, arch.hflags));
 	DEFINE(LAYOUT_VCPU_REGS, offsetof(struct kvm_vcpu, arch.regs));
 	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
 	DEFINE(LAYOUT_EXCEPTION_VECTOR,

@@ -40,6 +40,7 @@ same_layout! {
     core::mem::offset_of!(kvm_vcpu, vcpu_id) => LAYOUT_VCPU_ID,
     core::mem::offset_of!(kvm_vcpu, preempted) => LAYOUT_VCPU_PREEMPTED,
     core::mem::offset_of!(kvm_vcpu, scheduled_out) => LAYOUT_VCPU_SCHEDULED_OUT,
+    core::mem::offset_of!(kvm_vcpu, arch.hflags) => LAYOUT_VCPU_HFLAGS,
     core::mem::offset_of!(kvm_vcpu, arch.regs) => LAYOUT_VCPU_REGS,
     core::mem::offset_of!(kvm_vcpu, arch.exception) => LAYOUT_VCPU_EXCEPTION,
     core::mem::offset_of!(kvm_queued_exception, vector) => LAYOUT_EXCEPTION_VECTOR,

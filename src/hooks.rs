@@ -138,6 +138,14 @@ impl Vcpu<'_> {
         noted(self.key())
     }
 
+    /// Whether it runs, or has just left, a guest of its guest: an L2.
+    #[inline(always)]
+    pub(crate) fn runs_nested(&self) -> bool {
+        // SAFETY: The vCPU is held by this thread, which alone writes the flags.
+        let flags = unsafe { (*self.0.get()).arch.hflags };
+        flags & bindings::HF_GUEST_MASK != 0
+    }
+
     /// Whose this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as
     /// that of a trust domain, whose state the TDX module keeps.
     pub(crate) fn owner(&self) -> Option<Owner> {

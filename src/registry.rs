@@ -257,7 +257,7 @@ impl Registry {
     pub(crate) fn exit(&self, vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
         let slot = reasons::slot(isa, code);
         match self.noted(vcpu) {
-            Some(ledger) => ledger.exit(now, slot),
+            Some(ledger) => exit(vcpu, ledger, now, slot),
             None => self.exit_of_another(vcpu, now, slot),
         }
     }
@@ -267,7 +267,7 @@ impl Registry {
     #[inline(never)]
     fn exit_of_another(&self, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
         if let Some(ledger) = self.ledger(vcpu, now, Phase::Guest) {
-            ledger.exit(now, slot);
+            exit(vcpu, ledger, now, slot);
         }
     }
 
@@ -488,6 +488,15 @@ impl Registry {
     }
 }
 
+#[inline(always)]
+fn exit(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
+    if vcpu.runs_nested() {
+        ledger.exit_from_nested(now, slot);
+    } else {
+        ledger.exit(now, slot);
+    }
+}
+
 #[pinned_drop]
 impl PinnedDrop for Registry {
     /// A VM and its members hold each other; takes them apart, so that both go.
@@ -551,6 +560,10 @@ impl Numbers for List<Member> {
         sum(self.iter().map(|member| member.ledger.exits(slot)))
     }
 
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        sum(self.iter().map(|member| member.ledger.nested_exits(slot)))
+    }
+
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
         sum(self.iter().map(|member| member.ledger.cycles(phase, slot)))
     }
@@ -569,6 +582,14 @@ impl Numbers for State {
     fn exits(&self, slot: Slot) -> u64 {
         let live = sum(self.vms.iter().map(|vm| vm.members.lock().exits(slot)));
         live.wrapping_add(self.gone.exits(slot))
+    }
+
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        let live = sum(self
+            .vms
+            .iter()
+            .map(|vm| vm.members.lock().nested_exits(slot)));
+        live.wrapping_add(self.gone.nested_exits(slot))
     }
 
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {

@@ -16,6 +16,9 @@ use super::{
 /// The version of what the identity leaves say.
 pub const INTERFACE_VERSION: u32 = 1;
 
+/// Set in ecx of leaf 0x4FFFFFF3: of the exits, those from a nested guest.
+pub const NESTED: u32 = 1 << 16;
+
 /// The order of the four upper leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeafMap {
@@ -48,7 +51,7 @@ pub enum Query {
     Interface,
     /// ecx = reason | phase << 16: edx:eax = cycles.
     PhaseCycles,
-    /// ecx = reason: edx:eax = exits.
+    /// ecx = reason: edx:eax = exits; with bit 16 of ecx set, those from a nested guest alone.
     Exits64,
     /// eax = total exits, low half; ebx = high half.
     TotalExits,
@@ -89,6 +92,9 @@ pub trait Numbers {
     fn exits(&self, slot: Slot) -> u64;
     /// TSC ticks in a cell.
     fn cycles(&self, phase: Phase, slot: Slot) -> u64;
+
+    /// VM exits in a row from a nested guest, an L2.
+    fn nested_exits(&self, slot: Slot) -> u64;
 
     /// VM exits in all rows.
     fn total_exits(&self) -> u64 {
@@ -228,10 +234,13 @@ impl Leaves {
                     }
                 }
             },
-            Query::Exits64 => match self.row(subleaf) {
+            Query::Exits64 => match self.row(subleaf & !NESTED) {
                 None => Registers::UNDEFINED,
                 Some(slot) => {
-                    let exits = numbers.exits(slot);
+                    let exits = match subleaf & NESTED {
+                        0 => numbers.exits(slot),
+                        _ => numbers.nested_exits(slot),
+                    };
                     Registers {
                         eax: low(exits),
                         edx: high(exits),
@@ -280,6 +289,7 @@ impl fmt::Display for Spoken {
         let join = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
         let reason = match self.query {
             Query::PhaseCycles => self.subleaf & 0xffff,
+            Query::Exits64 => self.subleaf & !NESTED,
             _ => self.subleaf,
         };
         write!(f, "CPUID({:#010X})", self.leaf)?;
@@ -302,6 +312,9 @@ impl fmt::Display for Spoken {
             Query::TotalCycles => write!(f, ", total time in vmm: {} cycles", join(ebx, ecx)),
             Query::ReasonExits => write!(f, " exits={}", join(ebx, eax)),
             Query::ReasonCycles => write!(f, " time in vmm: {} cycles", join(ebx, ecx)),
+            Query::Exits64 if self.subleaf & NESTED != 0 => {
+                write!(f, " exits from nested guests={}", join(edx, eax))
+            }
             Query::Exits64 => write!(f, " exits={}", join(edx, eax)),
             Query::PhaseCycles => {
                 let phase = Phase::from_number(self.subleaf >> 16).map_or("?", Phase::name);
@@ -322,6 +335,9 @@ mod tests {
     impl Numbers for Marked {
         fn exits(&self, slot: Slot) -> u64 {
             1 << 40 | slot.index() as u64
+        }
+        fn nested_exits(&self, slot: Slot) -> u64 {
+            7 << 40 | slot.index() as u64
         }
         fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
             (phase as u64 + 2) << 36 | slot.index() as u64
@@ -406,6 +422,16 @@ mod tests {
                 edx: 1 << 8
             }
         );
+        assert_eq!(
+            ask(0x4fff_fff3, NESTED | 12),
+            Registers {
+                eax: 12,
+                ebx: 0,
+                ecx: 0,
+                edx: 7 << 8
+            }
+        );
+        assert_eq!(ask(0x4fff_fff3, 2 << 16 | 12), Registers::UNDEFINED);
         assert_eq!(
             ask(0x4fff_fff2, 3 << 16 | 12),
             Registers {

@@ -27,7 +27,7 @@ const WORDS: usize = SLOTS.div_ceil(64);
 /// How many reasons of a vCPU can have a histogram. Linux guests cause some 20, and KVM has
 /// handlers for 60; a reason that comes when all are taken has none, and its other numbers
 /// all the same.
-pub const HISTOGRAMS: usize = 39;
+pub const HISTOGRAMS: usize = 36;
 
 /// The numbers of a row: eight, one cache line, so that an exit writes to few of them.
 const ROW: usize = 8;
@@ -98,6 +98,8 @@ pub struct Ledger {
     taken: AtomicU32,
     used: [AtomicU64; WORDS],
     cells: Cells,
+    /// By slot: of its exits, those from a nested guest.
+    nested: [AtomicU64; SLOTS],
 }
 
 /// By row and column; then the histograms. The rows begin a cache line each.
@@ -219,6 +221,24 @@ impl Ledger {
             return self.end_first_exit(now, slot);
         }
         self.end_transition(now);
+    }
+
+    /// A VM exit from a nested guest, an L2.
+    #[inline(never)]
+    pub fn exit_from_nested(&self, now: u64, slot: Slot) {
+        // Within the transition for whoever reads: before its end, and after the one before.
+        let now = now.max(self.one_tick_on());
+        self.begun.store(now, Relaxed);
+        // ORDERING: As in `begin_transition`.
+        fence(Ordering::Release);
+        add(self.nested_cell(slot), 1);
+        self.exit(now, slot);
+    }
+
+    #[inline(always)]
+    fn nested_cell(&self, slot: Slot) -> &AtomicU64 {
+        // SAFETY: By the invariant of `Slot` its index is below SLOTS.
+        unsafe { self.nested.get_unchecked(slot.index()) }
     }
 
     #[cold]
@@ -343,6 +363,11 @@ impl Ledger {
         self.cell(Row::of(slot), Column::Exits).load(Relaxed)
     }
 
+    /// Exits counted in a row that came from a nested guest.
+    pub fn nested_exits(&self, slot: Slot) -> u64 {
+        self.nested_cell(slot).load(Relaxed)
+    }
+
     /// TSC ticks in a cell.
     pub fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
         self.phase_cell(Row::of(slot), phase).load(Relaxed)
@@ -393,6 +418,7 @@ impl Ledger {
             let row = Row::of(slot);
             let numbers = RowCopy {
                 exits: self.exits(slot),
+                nested_exits: self.nested_exits(slot),
                 cycles: Phase::ALL.map(|phase| self.cycles(phase, slot)),
                 max: self.cell(row, Column::Max).load(Relaxed),
             };

@@ -54,11 +54,12 @@
 //! Of this version: `exits` (events), and in TSC ticks `guest`, `kernel`, `user`,
 //! `blocked` and `preempted`, the five phases of a vCPU's life. Since minor version 1
 //! `kernel_max`, the most ticks that one exit spent in the kernel phase up to the entry after
-//! it, and `kernel_histogram`, how many exits spent how many.
+//! it, `kernel_histogram`, how many exits spent how many, and `nested_exits`, how many of the
+//! exits came from a nested guest, an L2 (events).
 //!
 //! A histogram's first bucket also takes all that lies below it, the last one all above. With
 //! 2 parts and first power 6, as now, the first holds what is below 96, the next what is below
-//! 128, 192, 256, 384 and so on. All zero in a row with exits: of one vCPU, 40 reasons have a
+//! 128, 192, 256, 384 and so on. All zero in a row with exits: of one vCPU, 36 reasons have a
 //! histogram, and a reason that comes later has none.
 //!
 //! # Record of a vCPU
@@ -120,9 +121,9 @@ pub const ROW_HEAD_SIZE: usize = 8;
 pub const NAME_SIZE: usize = 48;
 
 /// How many counters a row has.
-const COUNTERS: usize = 1 + Phase::COUNT + 2;
+const COUNTERS: usize = 1 + Phase::COUNT + 3;
 /// Bytes of a row.
-const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (1 + Phase::COUNT + 1 + BUCKETS);
+const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (1 + Phase::COUNT + 2 + BUCKETS);
 
 /// Flag: the TSC runs at one rate, alike on all CPUs.
 pub const FLAG_TSC_STABLE: u32 = 1 << 0;
@@ -133,6 +134,8 @@ pub const FLAG_HOST_SCOPE: u32 = 1 << 1;
 pub const EXITS: &str = "exits";
 /// The most kernel ticks of one exit.
 pub const KERNEL_MAX: &str = "kernel_max";
+/// Exits from a nested guest.
+pub const NESTED_EXITS: &str = "nested_exits";
 /// Exits by kernel ticks.
 pub const KERNEL_HISTOGRAM: &str = "kernel_histogram";
 
@@ -255,6 +258,8 @@ impl<'a> Encoder<'a> {
         }
         encoder.descriptor(KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, place, 1);
         place = place.wrapping_add(1);
+        encoder.descriptor(NESTED_EXITS, UNIT_EVENTS, KIND_SUM, place, 1);
+        place = place.wrapping_add(1);
         let kind = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
         encoder.descriptor(KERNEL_HISTOGRAM, UNIT_TICKS, kind, place, BUCKETS as u32);
         encoder
@@ -370,6 +375,7 @@ impl<'a> Encoder<'a> {
                 self.u64(cycles);
             }
             self.u64(row.max);
+            self.u64(row.nested_exits);
             for samples in histogram {
                 self.u64(*samples);
             }

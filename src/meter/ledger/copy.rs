@@ -27,6 +27,8 @@ pub(super) fn slots_in(used: [u64; WORDS]) -> impl Iterator<Item = Slot> {
 pub struct RowCopy {
     /// VM exits.
     pub exits: u64,
+    /// Of these, those from a nested guest, an L2.
+    pub nested_exits: u64,
     /// TSC ticks by phase, in the order of [`Phase::ALL`].
     pub cycles: [u64; Phase::COUNT],
     /// The most kernel ticks that one exit took, up to the entry after it.
@@ -36,12 +38,14 @@ pub struct RowCopy {
 impl RowCopy {
     const EMPTY: Self = Self {
         exits: 0,
+        nested_exits: 0,
         cycles: [0; Phase::COUNT],
         max: 0,
     };
 
     fn add(&mut self, other: &RowCopy) {
         self.exits = self.exits.wrapping_add(other.exits);
+        self.nested_exits = self.nested_exits.wrapping_add(other.nested_exits);
         for (to, from) in self.cycles.iter_mut().zip(other.cycles) {
             *to = to.wrapping_add(from);
         }
@@ -209,6 +213,10 @@ impl Totals {
 impl Numbers for Totals {
     fn exits(&self, slot: Slot) -> u64 {
         self.row(slot).exits
+    }
+
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        self.row(slot).nested_exits
     }
 
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {

@@ -31,8 +31,8 @@ const MOST: usize = 1 << 28;
 pub fn host() -> ExitCode {
     if let Err(error) = run_host() {
         // Where the port cannot be used, the console is all there is; the lab sees a host without a verdict.
-        let text = format!("lab: {error:#}");
-        eprintln!("{text}");
+        let text = format!("{error:#}");
+        eprintln!("lab: {text}");
         if let Ok(port) = Port::open() {
             let _ = Sender::new(port).send(&Message::Failure(text));
         }

@@ -1,0 +1,280 @@
+//! Every way a run can end, on a real emulated host: `cargo test -p lab --test ends -- --ignored --test-threads 2`.
+
+#![expect(clippy::unwrap_used, reason = "this is how a test fails")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lab::setup::{self, Wanted};
+use rustix::process::{kill_process, Pid, Signal};
+
+/// A run on the AMD host, which boots fastest.
+fn lab(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
+    command
+        .args(["run", "--host", "amd", "--no-module"])
+        .args(arguments);
+    command
+}
+
+#[track_caller]
+fn ends_with(arguments: &[&str], status: i32) -> Output {
+    let output = lab(arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
+    output
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The folder that the last line of a run names.
+fn folder(output: &Output) -> PathBuf {
+    let text = stderr(output);
+    let (_, folder) = text.trim_end().rsplit_once("the logs are in ").unwrap();
+    folder.into()
+}
+
+/// The module that does wrong on request, built for the kernel of the hosts.
+static FAULT: LazyLock<String> = LazyLock::new(|| {
+    let prepared = setup::prepare(&Wanted {
+        tree: true,
+        ..Wanted::default()
+    })
+    .unwrap();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fault");
+    fs::create_dir_all(&folder).unwrap();
+    for name in ["Kbuild", "fault.c"] {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fault")
+            .join(name);
+        fs::copy(source, folder.join(name)).unwrap();
+    }
+    let output = setup::in_root(&prepared.root)
+        .bind(&folder, "/src")
+        .bind(prepared.tree.unwrap(), "/tree")
+        .command("make")
+        .args(["-C", "/tree", "M=/src", "CC=gcc-14", "modules"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    folder.join("fault.ko").to_str().unwrap().to_owned()
+});
+
+#[track_caller]
+fn fault_ends_with(kind: &str, status: i32) -> Output {
+    let kind = format!("kind={kind}");
+    // The script would go on, and end well, if it could.
+    let output = ends_with(
+        &[
+            "--no-kvm",
+            "--file",
+            &FAULT,
+            "--",
+            "sh",
+            "-c",
+            "insmod fault.ko $0; sleep 5",
+            &kind,
+        ],
+        status,
+    );
+    let text = stderr(&output);
+    assert!(
+        text.contains("fault_init") || text.contains("fault:"),
+        "{text}"
+    );
+    output
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn the_scripts_status_is_that_of_the_run_and_only_its_output_goes_to_standard_output() {
+    let script = Path::new(env!("CARGO_TARGET_TMPDIR")).join("script");
+    fs::write(
+        &script,
+        "echo out $1; echo err >&2; mkdir -p $OUT/a; echo kept >$OUT/a/file; echo logged >/dev/kmsg; exit 7\n",
+    )
+    .unwrap();
+    let output = ends_with(&["--", script.to_str().unwrap(), "first"], 7);
+    assert_eq!(output.stdout, b"out first\n");
+    assert!(stderr(&output).contains("err\n"));
+    let folder = folder(&output);
+    let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+    assert_eq!(read("out/a/file"), "kept\n");
+    assert!(read("kernel.log").contains("Linux version"));
+    assert!(read("kernel.log").contains("logged"));
+    assert_eq!(read("stdout.log"), "out first\n");
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn two_runs_go_side_by_side() {
+    let runs = ["one", "two"].map(|word| {
+        let run = lab(&["--", "echo", word])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        (word, run.unwrap())
+    });
+    for (word, run) in runs {
+        let output = run.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(output.stdout, format!("{word}\n").as_bytes());
+    }
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn a_host_that_cannot_load_kvm_is_100_and_says_why() {
+    let output = ends_with(&["--kvm-args", "npt=x", "--", "true"], 100);
+    assert!(
+        stderr(&output).contains("npt=x"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn a_panic_is_101() {
+    fault_ends_with("panic", 101);
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn an_oops_is_102() {
+    fault_ends_with("oops", 102);
+    fault_ends_with("bug", 102);
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn a_warning_is_103() {
+    fault_ends_with("warn", 103);
+}
+
+#[test]
+#[ignore = "boots a host, and waits 25 s"]
+fn a_lockup_is_104() {
+    fault_ends_with("softlockup", 104);
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn silence_is_106() {
+    ends_with(&["--silence", "15", "--", "sleep", "1000"], 106);
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn the_time_limit_is_107() {
+    let talk = "while true; do echo .; sleep 1; done";
+    ends_with(&["--timeout", "20", "--", talk], 107);
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn a_host_that_ends_without_a_verdict_is_108() {
+    ends_with(&["--", "reboot -f; sleep 100"], 108);
+}
+
+/// A run whose script has begun, and the process that is all of its emulator.
+fn begun() -> (Child, Pid) {
+    let mut run = lab(&["--", "echo begun; sleep 1000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(run.stdout.as_mut().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "begun\n");
+    let children = format!("/proc/{0}/task/{0}/children", run.id());
+    let children = fs::read_to_string(children).unwrap();
+    let emulator = children.split_whitespace().next().unwrap().parse().unwrap();
+    (run, Pid::from_raw(emulator).unwrap())
+}
+
+/// The last process of an emulator: the emulator itself, which its namespace's first process waits for.
+fn innermost(mut pid: Pid) -> Pid {
+    loop {
+        let children = format!("/proc/{0}/task/{0}/children", pid.as_raw_nonzero());
+        let children = fs::read_to_string(children).unwrap_or_default();
+        match children
+            .split_whitespace()
+            .next()
+            .and_then(|child| child.parse().ok())
+            .and_then(Pid::from_raw)
+        {
+            Some(child) => pid = child,
+            None => return pid,
+        }
+    }
+}
+
+fn is_gone(pid: Pid) -> bool {
+    let stat =
+        fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    // A zombie is a process that nobody has buried yet.
+    stat.rsplit_once(')')
+        .is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+}
+
+#[track_caller]
+fn status_soon(mut run: Child) -> (Option<i32>, String) {
+    let since = Instant::now();
+    let status = run.wait().unwrap();
+    assert!(
+        since.elapsed() < Duration::from_secs(5),
+        "it took {:?}",
+        since.elapsed()
+    );
+    let mut text = String::new();
+    run.stderr.unwrap().read_to_string(&mut text).unwrap();
+    (status.code(), text)
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn an_emulator_that_dies_is_105_at_once() {
+    let (run, emulator) = begun();
+    kill_process(innermost(emulator), Signal::KILL).unwrap();
+    let (status, text) = status_soon(run);
+    assert_eq!(status, Some(105), "{text}");
+}
+
+#[test]
+#[ignore = "boots hosts"]
+fn an_interrupted_run_leaves_nothing_running() {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let (run, emulator) = begun();
+        let innermost = innermost(emulator);
+        kill_process(Pid::from_child(&run), signal).unwrap();
+        let (status, text) = status_soon(run);
+        assert_eq!(status, Some(130), "{text}");
+        assert!(is_gone(emulator) && is_gone(innermost));
+    }
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn a_killed_run_leaves_nothing_running() {
+    let (mut run, emulator) = begun();
+    let innermost = innermost(emulator);
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let since = Instant::now();
+    while !(is_gone(emulator) && is_gone(innermost)) {
+        assert!(
+            since.elapsed() < Duration::from_secs(5),
+            "the emulator lives on"
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+}

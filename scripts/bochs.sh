@@ -32,7 +32,8 @@ say "fetching and correcting the source"
 # shellcheck disable=SC2016
 run "$log" inside /downloads bash -euc '
   . /scripts/common.sh
-  line=$(apt-get source --download-only --print-uris bochs | grep -m 1 "orig\.tar")
+  # Not here: it does not name a file that is there already.
+  line=$(cd / && apt-get source --download-only --print-uris bochs | grep -m 1 "orig\.tar")
   # The address is quoted for a shell.
   read -r uri name size sum < <(printf "%s\n" "$line" | tr -d "\47\42")
   fetch "$uri" "$name" "$sum"

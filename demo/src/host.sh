@@ -26,6 +26,10 @@ echo "The guest reboots..."
 guest reboot
 echo "It is back, and asks again..."
 sweep "Exits that the reboot added, and the first sweep"
+echo "What the host sees of it, by exitmeter report:"
+echo
+exitmeter report
 guest stop
+echo
 echo "The guest is gone. The meter goes too, and leaves a table of all it metered in the host's log."
 rmmod exitmeter

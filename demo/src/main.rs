@@ -35,6 +35,13 @@ fn main() -> Result<ExitCode> {
     };
     let script = [concat!(env!("CARGO_MANIFEST_DIR"), "/src/host.sh")];
     let options = Options::new(arguments.host, script.iter().chain(reasons));
+    println!(
+        "{}",
+        match arguments.host {
+            Host::Intel => "An Intel host starts, emulated by Bochs...",
+            Host::Amd => "An AMD host starts, emulated by QEMU...",
+        }
+    );
     let mut show = Show::new(isa);
     let outcome = run::run(&options, &mut |event| show.event(event))?;
     show.end()?;
@@ -84,7 +91,7 @@ impl Show {
 
     fn event(&mut self, event: Event<'_>) {
         match event {
-            Event::Stage(text) => println!("{text}"),
+            Event::Stage(_) => {}
             Event::Stderr(bytes) => {
                 let _ = io::stderr().write_all(bytes);
             }

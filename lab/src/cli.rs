@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use lab::host::{Host, Machine};
 use lab::image::payload::FileSpec;
 use lab::module::{self, BuildArgs, RootArgs};
-use lab::run::{self, Event, Options};
+use lab::run::{self, Event, Options, LIMITS};
 use lab::setup::{self, PrepareArgs};
 use lab::shell;
 use lab::verdict::Limits;
@@ -103,10 +103,10 @@ struct RunArgs {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// How long the run may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    #[arg(long, value_name = "SECONDS", default_value_t = LIMITS.time.as_secs())]
     timeout: u64,
     /// How long the host may say nothing
-    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    #[arg(long, value_name = "SECONDS", default_value_t = LIMITS.silence.as_secs())]
     silence: u64,
     /// A shell script of this machine or a command of the host, and its arguments
     #[arg(

@@ -126,10 +126,11 @@ pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
 
 fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<PathBuf, ModuleError> {
     let workshop = workshop(prepared)?;
-    let out = repository().join("build").join(&prepared.release);
+    let name = folder_name(&prepared.release, make);
+    let out = repository().join("build").join(&name);
     fs::create_dir_all(&out).map_err(failed_to("make", &out))?;
     // Held to the end: kbuild does not survive another one in its folder.
-    let lock_path = out.with_file_name(format!("{}.lock", prepared.release));
+    let lock_path = out.with_file_name(format!("{name}.lock"));
     let lock = File::create(&lock_path).map_err(failed_to("open", &lock_path))?;
     flock(&lock, FlockOperation::LockExclusive)
         .map_err(|error| failed_to("lock", &lock_path)(error.into()))?;
@@ -140,7 +141,7 @@ fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<Pat
     let status = workshop
         .command("make")
         .args(["-C", "/tree", "M=/src", "CC=gcc-14"])
-        .arg(format!("MO=/src/build/{}", prepared.release))
+        .arg(format!("MO=/src/build/{name}"))
         .arg(format!("-j{jobs}"))
         .args(make)
         .arg("modules")
@@ -167,6 +168,17 @@ fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<Pat
     Ok(out.join("exitmeter.ko"))
 }
 
+/// Where a build goes, below build/. Arguments change the objects, so builds with others have folders of their own,
+/// and neither has to make anew what the other made.
+fn folder_name(release: &str, make: &[String]) -> String {
+    let mut name = String::from(release);
+    for argument in make {
+        name.push(',');
+        name.push_str(&argument.replace('/', "_"));
+    }
+    name
+}
+
 /// Whether any of the tools that kbuild runs (gcc, rustc, clippy, objtool, modpost) warned of something.
 fn has_warning(text: &str) -> bool {
     text.lines()
@@ -184,7 +196,14 @@ fn failed_to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Mod
 
 #[cfg(test)]
 mod tests {
-    use super::has_warning;
+    use super::{folder_name, has_warning};
+
+    #[test]
+    fn other_arguments_have_another_folder() {
+        let arguments = ["W=1", "KCFLAGS=-I/x"].map(String::from);
+        assert_eq!(folder_name("7.3.4", &[]), "7.3.4");
+        assert_eq!(folder_name("7.3.4", &arguments), "7.3.4,W=1,KCFLAGS=-I_x");
+    }
 
     #[test]
     fn warnings_of_every_tool_count() {

@@ -2,38 +2,34 @@
 
 pub(crate) mod folder;
 mod record;
+mod running;
 
 use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ChildStdout;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use lab_agent::channel::{self, Item, Message};
 use lab_agent::settings::{Module, Settings, Task, HOME};
 use thiserror::Error;
 
-use crate::emulator::{bochs, qemu, Begin, Boot, Console, Emulator};
+use crate::emulator::{Begin, Boot, Console};
 use crate::host::{Host, Machine};
 use crate::image::payload::{self, FileSpec};
 use crate::image::{ImageError, Images};
-use crate::interrupt;
 use crate::module::{self, ModuleError};
 use crate::programs::{self, Programs, ProgramsError};
 use crate::saved;
 use crate::setup::{self, Prepared, SetupError, Wanted};
-use crate::verdict::{End, Limits, Watch};
+use crate::verdict::{End, Limits};
 
-use record::Record;
+pub(crate) use running::{command, Running};
 
-/// How often the console's file is looked at.
-const LOOK: Duration = Duration::from_millis(50);
-
-/// How long the processes of a killed emulator may take to go.
-const GONE: Duration = Duration::from_secs(5);
+/// How long a run may take when nothing else is said.
+pub const LIMITS: Limits = Limits {
+    time: Duration::from_secs(900),
+    silence: Duration::from_secs(180),
+};
 
 /// What to run, and on what.
 #[derive(Clone, Debug)]
@@ -76,10 +72,7 @@ impl Options {
             module: true,
             files: Vec::new(),
             out: None,
-            limits: Limits {
-                time: Duration::from_secs(900),
-                silence: Duration::from_secs(180),
-            },
+            limits: LIMITS,
             script: script.into_iter().map(Into::into).collect(),
         }
     }
@@ -141,6 +134,9 @@ pub enum RunError {
     /// The machine cannot be emulated.
     #[error("{0}")]
     Machine(String),
+    /// The host did not come as far as to be saved. [`run`] gives the outcome instead.
+    #[error("{}", .0.end)]
+    Boot(Box<Outcome>),
     /// The system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -178,36 +174,24 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
     let folder = folder::make(options.machine.host)?;
     let payload = folder.join("payload");
 
-    let saved = if options.machine.host == Host::Intel && !options.fresh {
-        Some(saved::machine(
-            options,
-            &prepared,
-            &programs.agent,
-            listener,
-        )?)
-    } else {
-        None
-    };
-    match saved {
+    let (mut agent, mut kvm, mut begin) = (Some(&*programs.agent), options.kvm(), Begin::Boot);
+    let saved;
+    if options.machine.host == Host::Intel && !options.fresh {
+        saved = match saved::machine(options, &prepared, &programs.agent, &folder, listener) {
+            Err(RunError::Boot(outcome)) => return Ok(*outcome),
+            other => other?,
+        };
         // It has its agent, and KVM.
-        Some(_) => payload::write(&payload, None, &files, &Settings { kvm: None, task })?,
-        None => {
-            let kvm = options.kvm();
-            payload::write(
-                &payload,
-                Some(&programs.agent),
-                &files,
-                &Settings { kvm, task },
-            )?;
-        }
+        (agent, kvm, begin) = (None, None, Begin::Saved(&saved));
     }
+    payload::write(&payload, agent, &files, &Settings { kvm, task })?;
     let boot = Boot {
         prepared: &prepared,
         machine: &options.machine,
         images: &Images::new(&prepared, &payload)?,
         folder: &folder,
         console: Console::File(CONSOLE),
-        begin: saved.as_deref().map_or(Begin::Boot, Begin::Saved),
+        begin,
     };
     let outcome = Running::start(&boot).and_then(|host| host.watch(options, &folder, listener));
     tidy(&folder);
@@ -241,115 +225,12 @@ pub(crate) fn tidy(folder: &Path) {
 ///
 /// [`RunError::Setup`].
 pub fn prepare(options: &Options) -> Result<Prepared, RunError> {
-    if let Some(folder) = std::env::var_os("EXITMETER_DEV").map(PathBuf::from) {
-        return Ok(Prepared {
-            root: folder.join("root"),
-            kernel: folder.join("kernel"),
-            kernel_key: "dev".to_owned(),
-            release: fs::read_to_string(folder.join("kernel/release"))
-                .map_err(RunError::io("read", &folder))?
-                .trim()
-                .to_owned(),
-            tree: Some(folder.join("tree/tree")),
-            bochs: Some(folder.join("r/bochs")),
-            perf: Some(folder.join("perf/perf")),
-        });
-    }
     Ok(setup::prepare(&Wanted {
         kernel: options.kernel.clone(),
         tree: options.module,
         bochs: options.machine.host == Host::Intel,
         ..Wanted::default()
     })?)
-}
-
-/// A host that has been started.
-pub(crate) struct Running {
-    emulator: Emulator,
-    output: ChildStdout,
-    started: Instant,
-}
-
-impl Running {
-    /// Starts it, with its console in a file.
-    pub(crate) fn start(boot: &Boot<'_>) -> Result<Self, RunError> {
-        let console = boot.folder.join(CONSOLE);
-        File::create(&console).map_err(RunError::io("write", &console))?;
-        let command = command(boot)?;
-        let log = boot.folder.join("emulator.log");
-        let log = File::create(&log).map_err(RunError::io("write", &log))?;
-        let started = Instant::now();
-        let program = Path::new(command.get_program()).to_owned();
-        let (emulator, output) =
-            Emulator::start(command, log).map_err(RunError::io("run", &program))?;
-        Ok(Self {
-            emulator,
-            output,
-            started,
-        })
-    }
-
-    /// Watches the host to its end.
-    pub(crate) fn watch(
-        mut self,
-        options: &Options,
-        folder: &Path,
-        listener: &mut dyn FnMut(Event<'_>),
-    ) -> Result<Outcome, RunError> {
-        let interrupts = interrupt::watch();
-        let out = options.out.clone().unwrap_or_else(|| folder.join("out"));
-        let mut record = Record::new(folder, &out)?;
-        let mut watch = Watch::new(options.limits);
-        let mut receiver = channel::Receiver::new();
-        let port = read(self.output);
-        let mut looked = Instant::now();
-        let end = loop {
-            let (items, gone) = match port.recv_timeout(LOOK) {
-                Ok(bytes) => (receiver.receive(&bytes), false),
-                Err(RecvTimeoutError::Timeout) => (Vec::new(), false),
-                Err(RecvTimeoutError::Disconnected) => (receiver.finish(), true),
-            };
-            let now = self.started.elapsed();
-            let mut decided = gone;
-            for item in items {
-                match item {
-                    Item::Message(message) => {
-                        decided |= matches!(message, Message::Verdict(_) | Message::Failure(_));
-                        watch.message(now, &message);
-                        record.message(message, listener)?;
-                    }
-                    Item::Noise(bytes) => record.noise(&bytes)?,
-                    Item::Damage(text) => watch.damage(&text),
-                }
-            }
-            if gone {
-                let status = self.emulator.wait();
-                watch.gone(status.is_ok_and(|status| status.success()));
-            }
-            if decided || looked.elapsed() >= LOOK {
-                looked = Instant::now();
-                watch.console(now, &record.console()?);
-            }
-            if interrupts.seen() {
-                break End::Interrupted;
-            }
-            if let Some(end) = watch.end(now) {
-                break end;
-            }
-        };
-        self.emulator.kill();
-        // Its output ends when the last process of its is gone.
-        while port.recv_timeout(GONE).is_ok() {}
-        let tail = record.tail(&end);
-        Ok(Outcome {
-            end,
-            stdout: record.into_stdout(),
-            folder: folder.into(),
-            out,
-            tail,
-            time: self.started.elapsed(),
-        })
-    }
 }
 
 /// The name of the console's file in the run's folder.
@@ -399,26 +280,4 @@ fn task(script: &[OsString]) -> (Task, Option<FileSpec>) {
         }
         Script::Command => (Task::Run(words), None),
     }
-}
-
-/// How to start the emulator.
-pub(crate) fn command(boot: &Boot<'_>) -> Result<std::process::Command, RunError> {
-    match boot.machine.host {
-        Host::Intel => bochs::command(boot),
-        Host::Amd => qemu::command(boot),
-    }
-}
-
-/// Reads what the host sends; the receiver is disconnected at its end.
-fn read(mut output: ChildStdout) -> Receiver<Vec<u8>> {
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let mut bytes = vec![0; 1 << 16];
-        while let Ok(length @ 1..) = output.read(&mut bytes) {
-            if sender.send(bytes[..length].to_vec()).is_err() {
-                break;
-            }
-        }
-    });
-    receiver
 }

@@ -20,25 +20,23 @@ use crate::setup::Prepared;
 /// The file of a saved machine that holds its memory.
 const MEMORY: &str = "memory.ram";
 
-/// Makes the saved machine for `options` if it is not there, and says where it is.
+/// Makes the saved machine for `options` if it is not there, and says where it is. The logs of its boot go to a folder
+/// in `logs`, and stay there when it fails.
 ///
 /// # Errors
 ///
-/// [`RunError`], when the host does not come as far as to be saved.
+/// [`RunError`]; among them [`RunError::Boot`] when the host does not come as far as to be saved.
 pub fn machine(
     options: &Options,
     prepared: &Prepared,
     agent: &Path,
+    logs: &Path,
     listener: &mut dyn FnMut(Event<'_>),
 ) -> Result<PathBuf, RunError> {
     let images = Images::new(prepared, Path::new(""))?;
     let kernel = images.kernel(prepared)?;
     let read = |path: &Path| fs::read(path).map_err(RunError::io("read", path));
-    let program = prepared
-        .bochs
-        .as_deref()
-        .unwrap_or(Path::new(""))
-        .join("bochs");
+    let bochs = prepared.bochs.as_deref().unwrap_or(Path::new(""));
     let what = format!("{:?} {:?}", options.machine, options.kvm);
     let command_line = options.machine.command_line();
     let parts = [
@@ -49,12 +47,14 @@ pub fn machine(
         command_line.as_bytes(),
         images.base.as_os_str().as_bytes(),
         kernel.path.as_os_str().as_bytes(),
-        &read(&program)?,
+        &read(&bochs.join("bochs"))?,
         &read(agent)?,
     ];
     cache::get("machine", &parts, |target| {
-        listener(Event::Stage("booting, to start later runs from there"));
-        save(options, prepared, agent, target)
+        listener(Event::Stage(
+            "booting, for all runs of this kind to go on from there",
+        ));
+        save(options, prepared, agent, &logs.join("boot"), target)
     })
 }
 
@@ -63,44 +63,48 @@ fn save(
     options: &Options,
     prepared: &Prepared,
     agent: &Path,
+    logs: &Path,
     target: &Path,
 ) -> Result<(), RunError> {
-    // What comes of the boot itself is of interest only when it fails.
-    let folder = target.join("boot");
-    fs::create_dir_all(&folder).map_err(RunError::io("make", &folder))?;
+    for folder in [logs, target] {
+        fs::create_dir_all(folder).map_err(RunError::io("make", folder))?;
+    }
     let settings = Settings {
         kvm: options.kvm(),
         task: Task::Save,
     };
-    let payload = folder.join("payload");
+    let payload = logs.join("payload");
     payload::write(&payload, Some(agent), &[], &settings)?;
     let boot = Boot {
         prepared,
         machine: &options.machine,
         images: &Images::new(prepared, &payload)?,
-        folder: &folder,
+        folder: logs,
         console: Console::File(run::CONSOLE),
         begin: Begin::Save(target),
     };
+    // The run's own limits are for what it does.
     let options = Options {
         out: None,
+        limits: run::LIMITS,
         ..options.clone()
     };
-    let outcome = Running::start(&boot)?.watch(&options, &folder, &mut |_| {})?;
-    let log = folder.join("bochs.log");
-    let log = fs::read_to_string(&log).map_err(RunError::io("read", &log))?;
-    let memory = target.join(MEMORY);
-    let whole = u64::from(options.machine.memory) << 20;
-    let size = fs::metadata(&memory).map_or(0, |facts| facts.len());
-    if !log.contains("the state is saved") || size != whole {
-        return Err(RunError::Machine(format!(
-            "the host could not be saved: {}; --fresh does without\n{}",
-            outcome.end, outcome.tail
-        )));
+    let outcome = Running::start(&boot)?.watch(&options, logs, &mut |_| {})?;
+    run::tidy(logs);
+    let log = fs::read_to_string(logs.join("bochs.log")).unwrap_or_default();
+    if !log.contains("the state is saved") {
+        return Err(RunError::Boot(Box::new(outcome)));
     }
     bochs::settle(target)?;
+    let memory = target.join(MEMORY);
+    let size = fs::metadata(&memory).map_or(0, |facts| facts.len());
+    if size != u64::from(options.machine.memory) << 20 {
+        return Err(RunError::io("save a machine to", target)(
+            io::ErrorKind::StorageFull.into(),
+        ));
+    }
     dig_holes(&memory).map_err(RunError::io("write", &memory))?;
-    fs::remove_dir_all(&folder).map_err(RunError::io("remove", &folder))
+    fs::remove_dir_all(logs).map_err(RunError::io("remove", logs))
 }
 
 /// Writes a file anew without its zeros, which then take no place on the disk.

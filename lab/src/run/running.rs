@@ -1,0 +1,135 @@
+//! A host while it runs.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::process::{ChildStdout, Command};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lab_agent::channel::{self, Item, Message};
+
+use super::record::Record;
+use super::{Event, Options, Outcome, RunError, CONSOLE};
+use crate::emulator::{bochs, qemu, Boot, Emulator};
+use crate::host::Host;
+use crate::interrupt;
+use crate::verdict::{End, Watch};
+
+/// How often the console's file is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How long the processes of a killed emulator may take to go.
+const GONE: Duration = Duration::from_secs(5);
+
+/// A host that has been started.
+pub(crate) struct Running {
+    emulator: Emulator,
+    output: ChildStdout,
+    started: Instant,
+}
+
+impl Running {
+    /// Starts it, with its console in a file.
+    pub(crate) fn start(boot: &Boot<'_>) -> Result<Self, RunError> {
+        let console = boot.folder.join(CONSOLE);
+        File::create(&console).map_err(RunError::io("write", &console))?;
+        let command = command(boot)?;
+        let log = boot.folder.join("emulator.log");
+        let log = File::create(&log).map_err(RunError::io("write", &log))?;
+        let started = Instant::now();
+        let program = Path::new(command.get_program()).to_owned();
+        let (emulator, output) =
+            Emulator::start(command, log).map_err(RunError::io("run", &program))?;
+        Ok(Self {
+            emulator,
+            output,
+            started,
+        })
+    }
+
+    /// Watches the host to its end.
+    pub(crate) fn watch(
+        mut self,
+        options: &Options,
+        folder: &Path,
+        listener: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Outcome, RunError> {
+        let interrupts = interrupt::watch();
+        let out = options.out.clone().unwrap_or_else(|| folder.join("out"));
+        let mut record = Record::new(folder, &out)?;
+        let mut watch = Watch::new(options.limits);
+        let mut receiver = channel::Receiver::new();
+        let port = read(self.output);
+        let mut looked = Instant::now();
+        let end = loop {
+            let (items, gone) = match port.recv_timeout(LOOK) {
+                Ok(bytes) => (receiver.receive(&bytes), false),
+                Err(RecvTimeoutError::Timeout) => (Vec::new(), false),
+                Err(RecvTimeoutError::Disconnected) => (receiver.finish(), true),
+            };
+            let now = self.started.elapsed();
+            let mut decided = gone;
+            for item in items {
+                match item {
+                    Item::Message(message) => {
+                        decided |= matches!(message, Message::Verdict(_) | Message::Failure(_));
+                        watch.message(now, &message);
+                        record.message(message, listener)?;
+                    }
+                    Item::Noise(bytes) => record.noise(&bytes)?,
+                    Item::Damage(text) => watch.damage(&text),
+                }
+            }
+            if gone {
+                let status = self.emulator.wait();
+                watch.gone(status.is_ok_and(|status| status.success()));
+            }
+            if decided || looked.elapsed() >= LOOK {
+                looked = Instant::now();
+                watch.console(now, &record.console()?);
+            }
+            if interrupts.seen() {
+                break End::Interrupted;
+            }
+            if let Some(end) = watch.end(now) {
+                break end;
+            }
+        };
+        self.emulator.kill();
+        // Its output ends when the last process of its is gone.
+        while port.recv_timeout(GONE).is_ok() {}
+        let tail = record.tail(&end);
+        Ok(Outcome {
+            end,
+            stdout: record.into_stdout(),
+            folder: folder.into(),
+            out,
+            tail,
+            time: self.started.elapsed(),
+        })
+    }
+}
+
+/// How to start the emulator.
+pub(crate) fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
+    match boot.machine.host {
+        Host::Intel => bochs::command(boot),
+        Host::Amd => qemu::command(boot),
+    }
+}
+
+/// Reads what the host sends; the receiver is disconnected at its end.
+fn read(mut output: ChildStdout) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = vec![0; 1 << 16];
+        while let Ok(length @ 1..) = output.read(&mut bytes) {
+            if sender.send(bytes[..length].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}

@@ -208,8 +208,19 @@ impl Ledger {
     /// A VM exit: the guest's phase ends.
     #[inline(always)]
     pub fn exit(&self, now: u64, slot: Slot) {
+        self.exit_from::<false>(now, slot);
+    }
+
+    /// A VM exit from a nested guest, an L2.
+    #[inline(never)]
+    pub fn exit_from_nested(&self, now: u64, slot: Slot) {
+        self.exit_from::<true>(now, slot);
+    }
+
+    #[inline(always)]
+    fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_exit(slot);
+            return self.late_exit::<NESTED>(slot);
         };
         add(self.phase_cell(self.row(), Phase::Guest), ticks);
         let row = Row::of(slot);
@@ -217,22 +228,13 @@ impl Ledger {
         self.phase.store(Phase::Kernel as u32, Relaxed);
         let exits = self.cell(row, Column::Exits);
         add(exits, 1);
+        if NESTED {
+            add(self.nested_cell(slot), 1);
+        }
         if exits.load(Relaxed) == 1 {
             return self.end_first_exit(now, slot);
         }
         self.end_transition(now);
-    }
-
-    /// A VM exit from a nested guest, an L2.
-    #[inline(never)]
-    pub fn exit_from_nested(&self, now: u64, slot: Slot) {
-        // Within the transition for whoever reads: before its end, and after the one before.
-        let now = now.max(self.one_tick_on());
-        self.begun.store(now, Relaxed);
-        // ORDERING: As in `begin_transition`.
-        fence(Ordering::Release);
-        add(self.nested_cell(slot), 1);
-        self.exit(now, slot);
     }
 
     #[inline(always)]
@@ -243,8 +245,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_exit(&self, slot: Slot) {
-        self.exit(self.one_tick_on(), slot);
+    fn late_exit<const NESTED: bool>(&self, slot: Slot) {
+        self.exit_from::<NESTED>(self.one_tick_on(), slot);
     }
 
     /// Ends the transition of an exit whose reason has not occurred before.

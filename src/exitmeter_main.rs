@@ -66,7 +66,7 @@ module! {
         },
         max_vcpus: u32 {
             default: 4096,
-            description: "How many vCPUs are metered at a time, 1 to 65536; 16 KiB each",
+            description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
         },
     },
 }

@@ -2,7 +2,12 @@
 
 //! The guest's own exits, read by CPUID inside the guest.
 
-use exitmeter_meter::{leaves::Registers, phase::Phase, reasons::Isa, snapshot::Reason};
+use exitmeter_meter::{
+    leaves::{Registers, NESTED},
+    phase::Phase,
+    reasons::Isa,
+    snapshot::Reason,
+};
 use serde::Serialize;
 
 use crate::{
@@ -21,7 +26,7 @@ const IDENTIFY: u32 = 0x4fff_fff0;
 const INTERFACE: u32 = 0x4fff_fff1;
 /// Cycles of a reason in a phase.
 const PHASE_CYCLES: u32 = 0x4fff_fff2;
-/// Exits of a reason.
+/// Exits of a reason, or those from nested guests alone.
 const EXITS: u32 = 0x4fff_fff3;
 /// The version of the leaves that is understood here.
 const VERSION: u32 = 1;
@@ -116,21 +121,21 @@ impl Sweep {
             other => return Err(Error::Isa(other)),
         };
 
-        let mut wide = |leaf, subleaf| {
-            let answer = ask(leaf, subleaf);
-            u64::from(answer.edx) << 32 | u64::from(answer.eax)
-        };
+        let wide = |answer: Registers| u64::from(answer.edx) << 32 | u64::from(answer.eax);
         let mut rows = Vec::new();
         // A subleaf of the phase leaf has 16 bits for the reason.
         for code in reasons::defined(isa).filter(|code| *code <= 0xffff) {
-            let exits = wide(EXITS, code);
+            let exits = wide(ask(EXITS, code));
             if exits == 0 {
                 continue;
             }
-            let cycles = Phase::ALL.map(|phase| wide(PHASE_CYCLES, (phase as u32) << 16 | code));
+            let cycles =
+                Phase::ALL.map(|phase| wide(ask(PHASE_CYCLES, (phase as u32) << 16 | code)));
+            let nested = ask(EXITS, NESTED | code);
             rows.push(ReasonRow {
                 label: Label::new(isa, Reason::Code(code)),
                 exits,
+                nested_exits: (nested != Registers::UNDEFINED).then(|| wide(nested)),
                 cycles: Cycles::by_phase(|phase| cycles[phase as usize]),
                 // No leaf tells it.
                 spread: None,
@@ -152,6 +157,7 @@ impl Sweep {
             ("code", Right),
             ("reason", Left),
             ("exits", Right),
+            (report::NESTED, Right),
             ("cycles", Right),
             ("per exit", Right),
             ("share", Right),
@@ -160,6 +166,7 @@ impl Sweep {
         for ReasonRow {
             label,
             exits,
+            nested_exits,
             cycles,
             ..
         } in &self.ledger.reasons
@@ -168,10 +175,14 @@ impl Sweep {
                 report::code(label.code),
                 label.name.unwrap_or_default().to_owned(),
                 exact(*exits),
+                report::nested(*nested_exits),
                 exact(cycles.kernel),
                 mean(cycles.kernel, *exits),
                 share(cycles.kernel, whole),
             ]);
+        }
+        if report::none_nested([self.ledger.nested_exits]) {
+            table.leave_out(&[report::NESTED]);
         }
         format!(
             "{table}\n{}, {} cycles; reading them took {} CPUID exits of its own\n",

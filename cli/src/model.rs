@@ -103,6 +103,9 @@ pub struct Departed {
 pub struct Ledger {
     /// VM exits.
     pub exits: u64,
+    /// Of these, those from nested guests, when they are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nested_exits: Option<u64>,
     /// TSC ticks by phase.
     pub cycles: Cycles,
     /// The same by reason, the one with the most kernel cycles first.
@@ -117,6 +120,9 @@ pub struct ReasonRow {
     pub label: Label,
     /// VM exits.
     pub exits: u64,
+    /// Of these, those from nested guests, when they are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nested_exits: Option<u64>,
     /// TSC ticks by phase.
     pub cycles: Cycles,
     /// Kernel ticks of single exits, when they are known: `p50`, `p90` and `p99` within 20%,
@@ -206,6 +212,7 @@ impl Ledger {
         Self::of(rows.map(|row| ReasonRow {
             label: Label::new(isa, row.reason()),
             exits: row.exits(),
+            nested_exits: row.nested_exits(),
             cycles: Cycles::by_phase(|phase| row.cycles(phase)),
             spread: Spread::read(&row),
         }))
@@ -213,15 +220,20 @@ impl Ledger {
 
     /// The sums of rows, of which several may have the same reason.
     pub fn of(rows: impl IntoIterator<Item = ReasonRow>) -> Self {
-        let mut ledger = Self::default();
+        let mut ledger = Self {
+            nested_exits: Some(0),
+            ..Self::default()
+        };
         let mut reasons = BTreeMap::new();
         for row in rows {
             ledger.exits = ledger.exits.wrapping_add(row.exits);
+            ledger.nested_exits = both(ledger.nested_exits, row.nested_exits);
             ledger.cycles += row.cycles;
             reasons
                 .entry((row.label.kind, row.label.code))
                 .and_modify(|sum: &mut ReasonRow| {
                     sum.exits = sum.exits.wrapping_add(row.exits);
+                    sum.nested_exits = both(sum.nested_exits, row.nested_exits);
                     sum.cycles += row.cycles;
                     if let (Some(sum), Some(spread)) = (&mut sum.spread, row.spread) {
                         *sum += spread;
@@ -295,6 +307,11 @@ impl Vcpu {
             ledger: Ledger::new(isa, record.rows()),
         }
     }
+}
+
+/// A sum that is known when both its parts are.
+fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    Some(one?.wrapping_add(other?))
 }
 
 /// Writes an ISA by its name.

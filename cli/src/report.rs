@@ -97,11 +97,12 @@ fn phases(ledger: &Ledger) -> Table<4> {
 }
 
 /// The same of each vCPU, and what it does now.
-fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<9> {
+fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<10> {
     let mut table = Table::new([
         ("vCPU", Right),
         ("now", Left),
         ("exits", Right),
+        (NESTED, Right),
         ("cycles", Right),
         ("guest", Right),
         ("kernel", Right),
@@ -117,6 +118,7 @@ fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<9> {
             vcpu.vcpu.to_string(),
             format!("{phase} for {}", time(vcpu.phase_ticks, host.tsc_khz)),
             exact(vcpu.ledger.exits),
+            nested(vcpu.ledger.nested_exits),
             exact(whole),
             of(Phase::Guest),
             of(Phase::Kernel),
@@ -125,17 +127,21 @@ fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<9> {
             of(Phase::Preempted),
         ]);
     }
+    if none_nested(vcpus.iter().map(|vcpu| vcpu.ledger.nested_exits)) {
+        table.leave_out(&[NESTED]);
+    }
     table
 }
 
 /// What each reason cost. "share" is its part of all kernel cycles; the phases behind it
 /// are the time that vCPUs spent there with this as their latest exit. Without the columns of
 /// single exits when the snapshot does not have them.
-fn reason_table(ledger: &Ledger) -> Table<13> {
+fn reason_table(ledger: &Ledger) -> Table<14> {
     let mut table = Table::new([
         ("code", Right),
         ("reason", Left),
         ("exits", Right),
+        (NESTED, Right),
         ("kernel cycles", Right),
         ("per exit", Right),
         ("p50", Right),
@@ -150,6 +156,7 @@ fn reason_table(ledger: &Ledger) -> Table<13> {
     for ReasonRow {
         label,
         exits,
+        nested_exits,
         cycles,
         spread,
     } in &ledger.reasons
@@ -162,6 +169,7 @@ fn reason_table(ledger: &Ledger) -> Table<13> {
             code(label.code),
             name(label),
             exact(*exits),
+            nested(*nested_exits),
             exact(cycles.kernel),
             mean(cycles.kernel, *exits),
             single(|spread| spread.quantile(50)),
@@ -177,7 +185,25 @@ fn reason_table(ledger: &Ledger) -> Table<13> {
     if ledger.reasons.iter().all(|row| row.spread.is_none()) {
         table.leave_out(&["p50", "p99", "max"]);
     }
+    if none_nested([ledger.nested_exits]) {
+        table.leave_out(&[NESTED]);
+    }
     table
+}
+
+/// The title of the column of exits from nested guests, shown when there are some.
+pub(crate) const NESTED: &str = "nested";
+
+/// What that column says.
+pub(crate) fn nested(exits: Option<u64>) -> String {
+    exits.map_or_else(|| "-".to_owned(), exact)
+}
+
+/// Whether that column would say nothing.
+pub(crate) fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
+    exits
+        .into_iter()
+        .all(|exits| matches!(exits, None | Some(0)))
 }
 
 /// A code as guests ask for it and the kernel log has it; nothing for rows without one.

@@ -50,7 +50,7 @@ fn refused(args: &[&str]) -> (Option<i32>, String) {
 fn the_report_in_full() {
     let text = printed(&["report", "--input", SNAPSHOT]);
     assert_eq!(text, include_str!("report.txt"));
-    assert!(text.lines().all(|line| line.chars().count() <= 125));
+    assert!(text.lines().all(|line| line.chars().count() <= 132));
     let text = printed(&["report", "--input", SNAPSHOT_1_0]);
     assert_eq!(text, include_str!("report-1.0.txt"));
 }
@@ -67,8 +67,12 @@ fn the_report_as_json() {
         (&vm["name"], &vm["pid"]),
         (&"kvm-1234".into(), &1234.into())
     );
-    assert_eq!(vm["exits"], 13_124);
+    assert_eq!(
+        (&vm["exits"], &vm["nested_exits"]),
+        (&13_124.into(), &789.into())
+    );
     let vcpu = &vm["vcpus"][1];
+    assert_eq!(vcpu["nested_exits"], 205);
     assert_eq!(vcpu["phase"], "guest");
     assert_eq!(vcpu["latest"]["name"], "HLT");
     // Each tick of the vCPU's life stands in one phase of one reason.
@@ -81,6 +85,7 @@ fn the_report_as_json() {
         vm["reasons"][0],
         serde_json::json!({
             "kind": "code", "code": 1, "name": "EXTERNAL_INTERRUPT", "exits": 5191,
+            "nested_exits": 0,
             "cycles": {
                 "guest": 5191 * 40_000_u64, "kernel": 5191 * 2_100_u64,
                 "user": 0, "blocked": 0, "preempted": 0,
@@ -105,10 +110,12 @@ fn the_report_as_json() {
         (&serde_json::Value::Null, &serde_json::json!([]))
     );
     assert_eq!(report["departed"]["vcpus_gone"], 1);
+    assert_eq!(report["departed"]["nested_exits"], 501);
     assert_eq!(report["departed"]["reasons"][0]["name"], "IO_INSTRUCTION");
 
     let text = printed(&["report", "--json", "--input", SNAPSHOT_1_0]);
     assert!(text.contains("\"exits\"") && !text.contains("p50") && !text.contains("histogram"));
+    assert!(!text.contains("nested"));
 }
 
 #[test]

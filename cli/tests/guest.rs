@@ -5,14 +5,14 @@
 
 use exitmeter::guest::{Cpuid, Error, Sweep};
 use exitmeter_meter::{
-    leaves::{LeafMap, Leaves, Numbers, Registers},
+    leaves::{LeafMap, Leaves, Numbers, Registers, NESTED},
     phase::Phase,
     reader::{Row, Snapshot},
     reasons::{self, Isa, Slot},
     snapshot::Reason,
 };
 
-const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.0.bin");
+const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.1.bin");
 
 /// What the host holds of the VM.
 struct Held<'a>(Vec<Row<'a>>);
@@ -29,6 +29,9 @@ impl Held<'_> {
 impl Numbers for Held<'_> {
     fn exits(&self, slot: Slot) -> u64 {
         self.sum(slot, |row| row.exits())
+    }
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        self.sum(slot, |row| row.nested_exits().unwrap())
     }
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
         self.sum(slot, |row| row.cycles(phase))
@@ -69,6 +72,7 @@ fn the_guest_reads_what_the_host_holds() {
         for row in &sweep.ledger.reasons {
             let slot = reasons::slot(Isa::Vmx, row.label.code.unwrap());
             assert_eq!(row.exits, cpu.held.exits(slot));
+            assert_eq!(row.nested_exits, Some(cpu.held.nested_exits(slot)));
             for phase in Phase::ALL {
                 assert_eq!(row.cycles.of(phase), cpu.held.cycles(phase, slot));
             }
@@ -82,18 +86,43 @@ fn the_table_in_full() {
     assert_eq!(
         sweep.text(),
         "\
-code  reason              exits      cycles  per exit  share
-   1  EXTERNAL_INTERRUPT  5,191  10,901,100     2,100  37.8%
-  32  MSR_WRITE           4,765   7,054,600     1,481  24.5%
-  48  EPT_VIOLATION         489   4,792,200     9,800  16.6%
-  30  IO_INSTRUCTION        974   3,633,020     3,730  12.6%
-  12  HLT                   710   1,328,500     1,871   4.6%
-  10  CPUID                 868     995,596     1,147   3.5%
-   7  INTERRUPT_WINDOW      125     112,500       900   0.4%
+code  reason              exits  nested      cycles  per exit  share
+   1  EXTERNAL_INTERRUPT  5,191       0  10,901,100     2,100  36.3%
+  32  MSR_WRITE           4,765       0   7,486,600     1,571  24.9%
+  48  EPT_VIOLATION         489       0   4,792,200     9,800  15.9%
+  30  IO_INSTRUCTION        974       0   3,633,020     3,730  12.1%
+  12  HLT                   710     355   2,140,000     3,014   7.1%
+  10  CPUID                 868     434     995,596     1,147   3.3%
+   7  INTERRUPT_WINDOW      125       0     112,500       900   0.4%
 
-13,122 exits, 28,817,516 cycles; reading them took 115 CPUID exits of its own
+13,122 exits, 30,061,016 cycles; reading them took 122 CPUID exits of its own
 "
     );
+}
+
+/// A host whose module does not tell nested exits, or has none to tell.
+#[test]
+fn without_nested_exits_there_is_no_column_of_them() {
+    struct Plain(Registers);
+    impl Cpuid for Plain {
+        fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
+            match (leaf, subleaf & NESTED) {
+                (0x4fff_fff3, NESTED) => self.0,
+                _ => metered(LeafMap::Map2021).ask(leaf, subleaf),
+            }
+        }
+    }
+    for (answer, told) in [
+        (Registers::UNDEFINED, None),
+        (Registers::default(), Some(0)),
+    ] {
+        let sweep = Sweep::read(&mut Plain(answer)).unwrap();
+        assert_eq!(
+            (sweep.ledger.exits, sweep.ledger.nested_exits),
+            (13_122, told)
+        );
+        assert!(!sweep.text().contains("nested"));
+    }
 }
 
 #[test]

@@ -19,6 +19,15 @@ pub const INTERFACE_VERSION: u32 = 1;
 /// Set in ecx of leaf 0x4FFFFFF3: of the exits, those from a nested guest.
 pub const NESTED: u32 = 1 << 16;
 
+/// The reason in ecx of leaf 0x4FFFFFF3, and whether of its exits those from a nested guest
+/// are meant. SVM's negative codes have that bit set themselves.
+const fn split_nested(subleaf: u32) -> (u32, bool) {
+    match subleaf & 0xffff_0000 {
+        NESTED => (subleaf & 0xffff, true),
+        _ => (subleaf, false),
+    }
+}
+
 /// The order of the four upper leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeafMap {
@@ -234,20 +243,21 @@ impl Leaves {
                     }
                 }
             },
-            Query::Exits64 => match self.row(subleaf & !NESTED) {
-                None => Registers::UNDEFINED,
-                Some(slot) => {
-                    let exits = match subleaf & NESTED {
-                        0 => numbers.exits(slot),
-                        _ => numbers.nested_exits(slot),
-                    };
-                    Registers {
-                        eax: low(exits),
-                        edx: high(exits),
-                        ..none
-                    }
+            Query::Exits64 => {
+                let (reason, nested) = split_nested(subleaf);
+                let Some(slot) = self.row(reason) else {
+                    return Registers::UNDEFINED;
+                };
+                let exits = match nested {
+                    false => numbers.exits(slot),
+                    true => numbers.nested_exits(slot),
+                };
+                Registers {
+                    eax: low(exits),
+                    edx: high(exits),
+                    ..none
                 }
-            },
+            }
             Query::PhaseCycles => {
                 match (
                     self.row(subleaf & 0xffff),
@@ -289,7 +299,7 @@ impl fmt::Display for Spoken {
         let join = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
         let reason = match self.query {
             Query::PhaseCycles => self.subleaf & 0xffff,
-            Query::Exits64 => self.subleaf & !NESTED,
+            Query::Exits64 => split_nested(self.subleaf).0,
             _ => self.subleaf,
         };
         write!(f, "CPUID({:#010X})", self.leaf)?;
@@ -312,7 +322,7 @@ impl fmt::Display for Spoken {
             Query::TotalCycles => write!(f, ", total time in vmm: {} cycles", join(ebx, ecx)),
             Query::ReasonExits => write!(f, " exits={}", join(ebx, eax)),
             Query::ReasonCycles => write!(f, " time in vmm: {} cycles", join(ebx, ecx)),
-            Query::Exits64 if self.subleaf & NESTED != 0 => {
+            Query::Exits64 if split_nested(self.subleaf).1 => {
                 write!(f, " exits from nested guests={}", join(edx, eax))
             }
             Query::Exits64 => write!(f, " exits={}", join(edx, eax)),
@@ -432,6 +442,15 @@ mod tests {
             }
         );
         assert_eq!(ask(0x4fff_fff3, 2 << 16 | 12), Registers::UNDEFINED);
+        let svm = Leaves {
+            map: LeafMap::Map2021,
+            isa: Isa::Svm,
+        };
+        let invalid = svm.answer(Query::Exits64, u32::MAX, &Marked);
+        assert_eq!(
+            (invalid.edx, invalid == Registers::UNDEFINED),
+            (1 << 8, false)
+        );
         assert_eq!(
             ask(0x4fff_fff2, 3 << 16 | 12),
             Registers {

@@ -208,8 +208,19 @@ impl Ledger {
     /// A VM exit: the guest's phase ends.
     #[inline(always)]
     pub fn exit(&self, now: u64, slot: Slot) {
+        self.exit_from::<false>(now, slot);
+    }
+
+    /// A VM exit from a nested guest, an L2.
+    #[inline(never)]
+    pub fn exit_from_nested(&self, now: u64, slot: Slot) {
+        self.exit_from::<true>(now, slot);
+    }
+
+    #[inline(always)]
+    fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_exit(slot);
+            return self.late_exit::<NESTED>(slot);
         };
         add(self.phase_cell(self.row(), Phase::Guest), ticks);
         let row = Row::of(slot);
@@ -217,22 +228,13 @@ impl Ledger {
         self.phase.store(Phase::Kernel as u32, Relaxed);
         let exits = self.cell(row, Column::Exits);
         add(exits, 1);
+        if NESTED {
+            add(self.nested_cell(slot), 1);
+        }
         if exits.load(Relaxed) == 1 {
             return self.end_first_exit(now, slot);
         }
         self.end_transition(now);
-    }
-
-    /// A VM exit from a nested guest, an L2.
-    #[inline(never)]
-    pub fn exit_from_nested(&self, now: u64, slot: Slot) {
-        // Within the transition for whoever reads: before its end, and after the one before.
-        let now = now.max(self.one_tick_on());
-        self.begun.store(now, Relaxed);
-        // ORDERING: As in `begin_transition`.
-        fence(Ordering::Release);
-        add(self.nested_cell(slot), 1);
-        self.exit(now, slot);
     }
 
     #[inline(always)]
@@ -243,8 +245,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_exit(&self, slot: Slot) {
-        self.exit(self.one_tick_on(), slot);
+    fn late_exit<const NESTED: bool>(&self, slot: Slot) {
+        self.exit_from::<NESTED>(self.one_tick_on(), slot);
     }
 
     /// Ends the transition of an exit whose reason has not occurred before.
@@ -488,33 +490,57 @@ mod tests {
     proptest! {
         #[test]
         fn transitions_in_any_order_lose_and_invent_nothing(
-            events in proptest::collection::vec((0_u8..4, any::<i16>(), 0..SLOTS, 2_u32..5), 0..400)
+            events in proptest::collection::vec((0_u8..4, any::<i16>(), 0..SLOTS, 2_u32..5, any::<bool>()), 0..400)
         ) {
-            let ledger = ledger();
+            let (ledger, plain) = (ledger(), ledger());
             let mut now = 1_u64 << 40;
-            let mut exits = 0;
+            let (mut exits, mut nested_exits) = (0, [0; SLOTS]);
             ledger.begin(now, Phase::Guest);
-            for (event, step, slot, phase) in events {
+            plain.begin(now, Phase::Guest);
+            for (event, step, slot, phase, nested) in events {
                 // A step back now and then: clocks that part.
                 now = now.wrapping_add_signed(i64::from(step) + 8000);
-                match event {
-                    0 => {
-                        ledger.exit(now, Slot::from_index(slot).expect("below SLOTS"));
-                        exits += 1;
+                if event == 0 {
+                    let slot = Slot::from_index(slot).expect("below SLOTS");
+                    if nested {
+                        ledger.exit_from_nested(now, slot);
+                        nested_exits[slot.index()] += 1;
+                    } else {
+                        ledger.exit(now, slot);
                     }
-                    1 => ledger.entry(now),
-                    2 => ledger.leave(now, Phase::from_number(phase).expect("a phase")),
-                    _ => ledger.resume(now),
+                    plain.exit(now, slot);
+                    exits += 1;
+                    continue;
+                }
+                for ledger in [&ledger, &plain] {
+                    match event {
+                        1 => ledger.entry(now),
+                        2 => ledger.leave(now, Phase::from_number(phase).expect("a phase")),
+                        _ => ledger.resume(now),
+                    }
                 }
             }
-            let mut copy = LedgerCopy::new();
-            prop_assert!(ledger.try_copy(&mut copy));
+            let (mut copy, mut plain_copy) = (LedgerCopy::new(), LedgerCopy::new());
+            prop_assert!(ledger.try_copy(&mut copy) && plain.try_copy(&mut plain_copy));
             prop_assert!(copy.balances());
             prop_assert_eq!(copy.rows().map(|(_, row, _)| row.exits).sum::<u64>(), exits);
             let mut totals = Totals::new();
             totals.fold(&copy);
             totals.fold(&copy);
             prop_assert_eq!(totals.rows().map(|(_, row, _)| row.exits).sum::<u64>(), 2 * exits);
+
+            // That exits came from nested guests changes nothing but their count.
+            prop_assert_eq!((copy.first, copy.last), (plain_copy.first, plain_copy.last));
+            prop_assert_eq!((copy.phase(), copy.slot()), (plain_copy.phase(), plain_copy.slot()));
+            prop_assert_eq!(copy.rows().count(), plain_copy.rows().count());
+            for ((slot, row, histogram), expected) in copy.rows().zip(plain_copy.rows()) {
+                let nested_exits = nested_exits[slot.index()];
+                prop_assert!(nested_exits <= row.exits);
+                prop_assert_eq!(totals.row(slot).nested_exits, 2 * nested_exits);
+                let (same_slot, plain_row, same_histogram) = expected;
+                prop_assert_eq!((slot, histogram), (same_slot, same_histogram));
+                prop_assert_eq!(*row, RowCopy { nested_exits, ..*plain_row });
+            }
         }
     }
 
@@ -524,7 +550,11 @@ mod tests {
         #[test]
         fn an_exit_is_one_sample_of_its_kernel_ticks(
             exits in proptest::collection::vec(
-                (0..Slot::START.index(), proptest::collection::vec((1_u64..1 << 20, 1_u64..1 << 30), 1..4)),
+                (
+                    0..Slot::START.index(),
+                    any::<bool>(),
+                    proptest::collection::vec((1_u64..1 << 20, 1_u64..1 << 30), 1..4),
+                ),
                 0..200,
             )
         ) {
@@ -533,9 +563,14 @@ mod tests {
             let mut expected = std::collections::BTreeMap::<usize, Vec<u64>>::new();
             ledger.begin(now, Phase::Kernel);
             ledger.entry(now);
-            for (place, parts) in exits {
+            for (place, nested, parts) in exits {
                 now += 50;
-                ledger.exit(now, Slot::from_index(place).expect("below SLOTS"));
+                let slot = Slot::from_index(place).expect("below SLOTS");
+                if nested {
+                    ledger.exit_from_nested(now, slot);
+                } else {
+                    ledger.exit(now, slot);
+                }
                 for (number, (kernel, away)) in parts.iter().enumerate() {
                     if number > 0 {
                         ledger.leave(now, Phase::User);
@@ -579,20 +614,30 @@ mod tests {
             scope.spawn(|| {
                 for now in (0..3_000_000_u64).step_by(3) {
                     let slot = Slot::from_index(now as usize % 60).expect("below SLOTS");
-                    ledger.exit(now, slot);
+                    // The rows of even places have only exits from nested guests.
+                    if slot.index() % 2 == 0 {
+                        ledger.exit_from_nested(now, slot);
+                    } else {
+                        ledger.exit(now, slot);
+                    }
                     ledger.entry(now + 2);
                 }
                 done.store(true, Ordering::Release);
             });
+            let nested_as_told = |copy: &LedgerCopy| {
+                copy.rows().all(|(slot, row, _)| {
+                    row.nested_exits == if slot.index() % 2 == 0 { row.exits } else { 0 }
+                })
+            };
             let (mut copy, mut copies) = (LedgerCopy::new(), 0);
             while !done.load(Ordering::Acquire) {
                 if ledger.try_copy(&mut copy) {
-                    assert!(copy.balances());
+                    assert!(copy.balances() && nested_as_told(&copy));
                     copies += 1;
                 }
             }
             while !ledger.try_copy(&mut copy) {}
-            assert!(copy.balances() && copies < usize::MAX);
+            assert!(copy.balances() && nested_as_told(&copy) && copies < usize::MAX);
             assert_eq!(copy.last, 2_999_999);
         });
     }

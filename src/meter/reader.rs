@@ -31,7 +31,7 @@ use crate::{
     snapshot::{
         Reason, DESCRIPTOR_SIZE, EXITS, FLAG_HOST_SCOPE, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
         KERNEL_HISTOGRAM, KERNEL_MAX, KIND_HISTOGRAM, KIND_MAXIMUM, KIND_SUM, MAGIC, MAJOR,
-        NAME_SIZE, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
+        NAME_SIZE, NESTED_EXITS, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
     },
 };
 
@@ -221,6 +221,7 @@ struct Shape {
     exits: usize,
     cycles: [usize; Phase::COUNT],
     max: Option<usize>,
+    nested_exits: Option<usize>,
     histogram: Option<usize>,
 }
 
@@ -425,11 +426,9 @@ impl Shape {
             None => Err(Error::Counter(name)),
         };
         // What version 1.0 does not have, and a later one may have in another way.
-        let offset_if = |name, len, kind| {
-            let as_known =
-                |counter: &Counter<'_>| counter.unit == Unit::Ticks && counter.kind == kind;
+        let offset_if = |name, len, unit, kind| {
             find(name, len)
-                .filter(as_known)
+                .filter(|counter| counter.unit == unit && counter.kind == kind)
                 .map(|counter| counter.offset)
         };
         let mut cycles = [0; Phase::COUNT];
@@ -441,8 +440,9 @@ impl Shape {
             row,
             exits: offset_of(EXITS)?,
             cycles,
-            max: offset_if(KERNEL_MAX, 1, Kind::Maximum),
-            histogram: offset_if(KERNEL_HISTOGRAM, BUCKETS, Kind::HISTOGRAM),
+            max: offset_if(KERNEL_MAX, 1, Unit::Ticks, Kind::Maximum),
+            nested_exits: offset_if(NESTED_EXITS, 1, Unit::Events, Kind::Sum),
+            histogram: offset_if(KERNEL_HISTOGRAM, BUCKETS, Unit::Ticks, Kind::HISTOGRAM),
         })
     }
 
@@ -563,6 +563,12 @@ impl<'a> Row<'a> {
     /// VM exits.
     pub fn exits(&self) -> u64 {
         u64_at(self.bytes, self.shape.exits).unwrap_or(0)
+    }
+
+    /// Of the exits, those from a nested guest, an L2; `None` when the snapshot does not have
+    /// them, as one of version 1.0.
+    pub fn nested_exits(&self) -> Option<u64> {
+        u64_at(self.bytes, self.shape.nested_exits?)
     }
 
     /// TSC ticks spent in a phase.

@@ -108,7 +108,7 @@ const fn svm_high_slot(code: u32) -> Slot {
 /// The code that a row counts; `None` for [`Slot::START`] and [`Slot::OTHER`], and for
 /// rows that the ISA does not use.
 pub const fn code(isa: Isa, slot: Slot) -> Option<u32> {
-    let row = slot.0 as u32;
+    let row = slot.0;
     match (isa, row) {
         (_, 0..DIRECT) => Some(row),
         (Isa::Svm, 168..=171) => Some(row.wrapping_sub(SVM_HIGH.1).wrapping_add(SVM_HIGH.0)),

@@ -56,6 +56,9 @@ fn copy(ledger: &Ledger) -> LedgerCopy {
     copy
 }
 
+/// Each second exit with one of these codes, CPUID and HLT, comes from a nested guest.
+const NESTED: [u32; 2] = [10, 12];
+
 /// A vCPU that began at `now` and had for each (code, exits, kernel ticks of each, phase,
 /// ticks in it of each): so many exits, each after 40 000 ticks of guest.
 fn lived(mut now: u64, life: &[(u32, u64, u64, Phase, u64)]) -> LedgerCopy {
@@ -66,9 +69,14 @@ fn lived(mut now: u64, life: &[(u32, u64, u64, Phase, u64)]) -> LedgerCopy {
     now += 9_000;
     ledger.entry(now);
     for &(code, exits, kernel, phase, ticks) in life {
-        for _ in 0..exits {
+        for number in 0..exits {
             now += 40_000;
-            ledger.exit(now, reasons::slot(Isa::Vmx, code));
+            let slot = reasons::slot(Isa::Vmx, code);
+            if NESTED.contains(&code) && number % 2 == 1 {
+                ledger.exit_from_nested(now, slot);
+            } else {
+                ledger.exit(now, slot);
+            }
             // One of the kernel's ticks comes after what else there is.
             now += kernel - 1;
             if phase != Phase::Kernel {
@@ -163,20 +171,20 @@ fn the_fields_stand_where_the_documentation_says() {
         (56, 8, 1),
         (64, 8, 1),
         (72, 8, 128),
-        (80, 4, 8),
+        (80, 4, 9),
         (84, 4, 64),
-        (88, 8, 640),
+        (88, 8, 704),
         (96, 4, 3),
         (100, 4, 104),
-        (104, 8, 640 + 3 * 104 + (9 + 3 + 1) * 576),
-        (112, 4, 576),
+        (104, 8, 704 + 3 * 104 + (9 + 3 + 1) * 584),
+        (112, 4, 584),
     ];
     for (offset, size, value) in header {
         assert_eq!(number(offset, size), value, "header, offset {offset}");
     }
     assert!(SAVED[116..128].iter().all(|byte| *byte == 0));
 
-    let descriptors: [(&str, u64, [u64; 4], u64, u64); 8] = [
+    let descriptors: [(&str, u64, [u64; 4], u64, u64); 9] = [
         ("exits", 1, [1, 0, 0, 0], 8, 1),
         ("guest", 2, [1, 0, 0, 0], 16, 1),
         ("kernel", 2, [1, 0, 0, 0], 24, 1),
@@ -184,7 +192,8 @@ fn the_fields_stand_where_the_documentation_says() {
         ("blocked", 2, [1, 0, 0, 0], 40, 1),
         ("preempted", 2, [1, 0, 0, 0], 48, 1),
         ("kernel_max", 2, [3, 0, 0, 0], 56, 1),
-        ("kernel_histogram", 2, [2, 1, 6, 0], 64, 64),
+        ("nested_exits", 1, [1, 0, 0, 0], 64, 1),
+        ("kernel_histogram", 2, [2, 1, 6, 0], 72, 64),
     ];
     for (place, (name, unit, kind, offset, len)) in descriptors.into_iter().enumerate() {
         let at = 128 + 64 * place;
@@ -196,9 +205,9 @@ fn the_fields_stand_where_the_documentation_says() {
     }
 
     // The second vCPU, behind the first with its 9 rows.
-    let at = 640 + 104 + 9 * 576;
+    let at = 704 + 104 + 9 * 584;
     let record: [(usize, usize, u64); 10] = [
-        (0, 4, 104 + 3 * 576),
+        (0, 4, 104 + 3 * 584),
         (4, 4, 3),
         (8, 8, 1),
         (16, 4, 1234),
@@ -219,15 +228,16 @@ fn the_fields_stand_where_the_documentation_says() {
     assert_eq!(&SAVED[at + 56..at + 65], b"kvm-1234\0");
     let row = at + 104;
     let hlt = 400 * 2_900 + 10 * 41_000;
-    let rows: [[u64; 9]; 3] = [
-        [0, 12, 410, 409 * 40_000, hlt, 0, 410 * 9_000_000, 0, 41_000],
-        [0, 32, 120, 120 * 40_000, 120 * 5_100, 0, 0, 0, 5_100],
-        [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0, 0],
+    let slept = 410 * 9_000_000;
+    let rows: [[u64; 10]; 3] = [
+        [0, 12, 410, 409 * 40_000, hlt, 0, slept, 0, 41_000, 205],
+        [0, 32, 120, 120 * 40_000, 120 * 5_100, 0, 0, 0, 5_100, 0],
+        [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0, 0, 0],
     ];
     // From 2048, 4096 and 32768 on: two to a power of two, of which the first is 2^6.
     let histograms: [&[(usize, u64)]; 3] = [&[(10, 400), (18, 10)], &[(12, 120)], &[]];
     for (place, [kind, code, numbers @ ..]) in rows.into_iter().enumerate() {
-        let row = row + 576 * place;
+        let row = row + 584 * place;
         assert_eq!([number(row, 4), number(row + 4, 4)], [kind, code]);
         for (counter, value) in numbers.into_iter().enumerate() {
             assert_eq!(number(row + 8 + 8 * counter, 8), value, "{place} {counter}");
@@ -237,7 +247,7 @@ fn the_fields_stand_where_the_documentation_says() {
             histogram[bucket] = samples;
         }
         for (bucket, samples) in histogram.into_iter().enumerate() {
-            let at = row + 64 + 8 * bucket;
+            let at = row + 72 + 8 * bucket;
             assert_eq!(number(at, 8), samples, "{place}, bucket {bucket}");
         }
     }
@@ -312,6 +322,7 @@ fn what_was_saved_reads_back() {
         kinds,
         [
             ("kernel_max", Kind::Maximum),
+            ("nested_exits", Kind::Sum),
             (
                 "kernel_histogram",
                 Kind::Histogram {
@@ -328,7 +339,11 @@ fn what_was_saved_reads_back() {
         (histogram[bucket(2_900)], histogram[bucket(41_000)]),
         (400, 10)
     );
-    assert!(hlt.numbers(&counters[7]).eq(histogram));
+    assert_eq!((hlt.exits(), hlt.nested_exits()), (410, Some(205)));
+    assert!(hlt.numbers(&counters[7]).eq([205]));
+    assert!(hlt.numbers(&counters[8]).eq(histogram));
+    let totals: Vec<_> = snapshot.totals().map(|row| row.nested_exits()).collect();
+    assert_eq!(totals, [Some(501), Some(0), Some(0)]);
     // 2457 and 39321 are what [2048, 3072) and [32768, 49152) are read as.
     let quantiles = [50, 97, 98].map(|percent| quantile(&histogram, 41_000, percent));
     assert_eq!(quantiles, [Some(2_457), Some(2_457), Some(39_321)]);
@@ -343,27 +358,38 @@ fn what_version_1_0_saved_reads_back() {
     let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
     assert_eq!(rows().count(), 9 + 3 + 1);
     assert!(rows().all(|row| row.max().is_none() && row.histogram().is_none()));
+    assert!(rows().all(|row| row.nested_exits().is_none()));
 }
 
-/// A histogram, or maximum, that is told in another way is not taken for ours.
+/// A counter since version 1.1 that is told in another way is not taken for ours.
 #[test]
 fn other_buckets_are_not_read_as_ours() {
     let max = 128 + 6 * 64;
-    let histogram = max + 64;
+    let nested = max + 64;
+    let histogram = nested + 64;
     let told = |offset: usize, byte: u8| {
         let mut bytes = SAVED.to_vec();
         bytes[offset] = byte;
         let snapshot = Snapshot::parse(&bytes).unwrap();
         let row = snapshot.totals().next().unwrap();
-        (row.max().is_some(), row.histogram().is_some())
+        (
+            row.max().is_some(),
+            row.nested_exits().is_some(),
+            row.histogram().is_some(),
+        )
     };
-    assert_eq!(told(histogram + 4, 2), (true, true));
+    assert_eq!(told(histogram + 4, 2), (true, true, true));
     // Its unit, kind, parts, first power, length and name.
     for (place, byte) in [(0, 1), (4, 4), (5, 2), (6, 5), (12, 63), (16, b'q')] {
-        assert_eq!(told(histogram + place, byte), (true, false), "{place}");
+        let known = told(histogram + place, byte);
+        assert_eq!(known, (true, true, false), "{place}");
     }
     for (place, byte) in [(0, 1), (4, 1), (12, 2), (16, b'q')] {
-        assert_eq!(told(max + place, byte), (false, true), "{place}");
+        assert_eq!(told(max + place, byte), (false, true, true), "{place}");
+    }
+    for (place, byte) in [(0, 2), (4, 3), (12, 2), (16, b'q')] {
+        let known = told(nested + place, byte);
+        assert_eq!(known, (true, false, true), "{place}");
     }
 }
 
@@ -495,6 +521,7 @@ fn what_a_later_version_adds_is_stepped_over() {
         )
     );
     assert_eq!((rows[0].max(), rows[0].histogram()), (None, None));
+    assert_eq!(rows[0].nested_exits(), None);
     assert!(rows[0].numbers(&histogram).eq(100..164));
     assert_eq!(snapshot.totals().count(), 0);
 }
@@ -517,6 +544,7 @@ fn read_all(bytes: &[u8]) -> Result<u64, Error> {
     {
         add(row.exits());
         add(row.max().unwrap_or(0));
+        add(row.nested_exits().unwrap_or(0));
         add(row.histogram().map_or(0, |buckets| buckets[0]));
         for phase in Phase::ALL {
             add(row.cycles(phase));
@@ -575,10 +603,10 @@ fn errors_are_sentences() {
         damaged("its records or rows are too small")
     );
     assert_eq!(
-        with(128 + 8, &[61, 2]),
+        with(128 + 8, &[65, 2]),
         damaged("a counter lies outside of its row")
     );
-    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (640, 0), (642, 1), (644, 10)] {
+    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (704, 0), (706, 1), (708, 10)] {
         assert_eq!(
             with(offset, &[byte]),
             damaged("a record lies outside of it"),
@@ -602,7 +630,7 @@ proptest! {
     ) {
         let mut bytes = if later_version { later() } else { SAVED.to_vec() };
         // Half of the time where offsets and sizes stand.
-        let reach = if in_front { 768 } else { bytes.len() };
+        let reach = if in_front { 832 } else { bytes.len() };
         for (place, byte) in damage {
             bytes[place.index(reach)] = byte;
         }
@@ -633,7 +661,12 @@ proptest! {
             ledger.begin(now, Phase::Kernel);
             for &(slot, ticks, phase) in life {
                 now += ticks;
-                ledger.exit(now, Slot::from_index(slot).unwrap());
+                let slot = Slot::from_index(slot).unwrap();
+                if ticks % 5 == 0 {
+                    ledger.exit_from_nested(now, slot);
+                } else {
+                    ledger.exit(now, slot);
+                }
                 ledger.leave(now + 1, Phase::from_number(phase).unwrap());
                 if ticks % 3 != 0 {
                     ledger.resume(now + 2);
@@ -664,6 +697,7 @@ proptest! {
             for (row, (slot, numbers, histogram)) in vcpu.rows().zip(copy.rows()) {
                 prop_assert_eq!(row.reason(), Reason::of(isa, slot));
                 prop_assert_eq!(row.exits(), numbers.exits);
+                prop_assert_eq!(row.nested_exits(), Some(numbers.nested_exits));
                 prop_assert_eq!(Phase::ALL.map(|phase| row.cycles(phase)), numbers.cycles);
                 prop_assert_eq!(row.max(), Some(numbers.max));
                 prop_assert_eq!(row.histogram(), Some(*histogram));
@@ -673,6 +707,11 @@ proptest! {
         prop_assert_eq!(
             exits(&mut snapshot.totals().map(|row| row.exits())),
             exits(&mut totals.rows().map(|(_, row, _)| row.exits))
+        );
+        let nested = lives.iter().flatten().filter(|(_, ticks, _)| ticks % 5 == 0).count();
+        prop_assert_eq!(
+            exits(&mut snapshot.totals().filter_map(|row| row.nested_exits())),
+            nested as u64
         );
         // The totals have each sample of the vCPUs once, and the greatest of all.
         let samples = |histogram: Option<Buckets>| histogram.unwrap().iter().sum::<u64>();

@@ -53,6 +53,9 @@ pub struct Config {
     pub vcpus: u8,
     /// How long the VMM sleeps each time a guest's OUT comes to it.
     pub pause: Duration,
+    /// Whether a vCPU's thread moves to the host's next CPU each time a guest's OUT comes to
+    /// the VMM.
+    pub roam: bool,
     /// How often the VMM sends the interrupt that ends a HLT.
     pub wake: Duration,
     /// What every vCPU asks, for [`Program::Query`].
@@ -68,6 +71,7 @@ impl Config {
             count,
             vcpus: 1,
             pause: Duration::ZERO,
+            roam: false,
             wake: Duration::from_millis(5),
             queries: Vec::new(),
         }

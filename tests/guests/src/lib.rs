@@ -17,4 +17,4 @@ mod window;
 
 pub use catalogue::{Differs, Expected, Mode, Program};
 pub use config::{Config, Error, Quad, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
-pub use machine::{host_isa, Machine, Seen};
+pub use machine::{host_isa, pin, Machine, Seen};

@@ -1,6 +1,9 @@
 //! A VMM of a few hundred lines: one VM, its memory, its vCPUs, each a thread.
 
 use std::{
+    io,
+    num::NonZero,
+    ops::Range,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -185,10 +188,7 @@ impl Machine {
     /// # Errors
     ///
     /// As [`Machine::run`], and those of `begin`.
-    pub fn run_with(
-        &mut self,
-        begin: impl Fn(u8) -> std::io::Result<()> + Sync,
-    ) -> Result<Vec<Seen>> {
+    pub fn run_with(&mut self, begin: impl Fn(u8) -> io::Result<()> + Sync) -> Result<Vec<Seen>> {
         let (config, vm, begin) = (&self.config, &self.vm, &begin);
         let done = &AtomicBool::new(false);
         thread::scope(|scope| {
@@ -200,7 +200,7 @@ impl Machine {
                 .map(|(number, vcpu)| {
                     scope.spawn(move || {
                         begin(number).map_err(|error| Error::Kernel("begin a vCPU", error))?;
-                        run_vcpu(number, vcpu, config.pause)
+                        run_vcpu(number, vcpu, config)
                     })
                 })
                 .collect();
@@ -234,6 +234,28 @@ impl Machine {
                 .read()
                 .map_err(|error| Error::Kernel("read an eventfd", error)),
         }
+    }
+}
+
+/// The host's CPUs, by their numbers.
+fn host_cpus() -> Range<usize> {
+    0..thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+/// Binds the calling thread to one CPU of the host.
+///
+/// # Errors
+///
+/// Those of sched_setaffinity(2).
+pub fn pin(cpu: usize) -> io::Result<()> {
+    // SAFETY: All-zero bytes are an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: The set is ours; `CPU_SET` checks the number.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: The set is as large as said.
+    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -292,15 +314,21 @@ fn wake(vm: &VmFd, every: Duration, done: &AtomicBool) {
     }
 }
 
-fn run_vcpu(number: u8, vcpu: &mut VcpuFd, pause: Duration) -> Result<Seen> {
+fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
     let mut seen = Seen::default();
+    let mut cpus = host_cpus().cycle().skip(number.into());
     loop {
         let what = match vcpu.run() {
             Ok(VcpuExit::IoOut(END_PORT, _)) => return Ok(seen),
             Ok(VcpuExit::IoOut(USER_PORT, _)) => {
                 seen.ports += 1;
-                if !pause.is_zero() {
-                    thread::sleep(pause);
+                if !config.pause.is_zero() {
+                    thread::sleep(config.pause);
+                }
+                if config.roam {
+                    if let Some(cpu) = cpus.next() {
+                        pin(cpu).map_err(|error| Error::Kernel("move a vCPU", error))?;
+                    }
                 }
                 continue;
             }

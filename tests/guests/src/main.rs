@@ -25,6 +25,9 @@ struct Arguments {
     /// How long the VMM sleeps on each OUT that comes to it, in microseconds.
     #[arg(long, default_value_t = 0)]
     pause: u64,
+    /// Move each vCPU's thread to the host's next CPU on each OUT that comes to the VMM.
+    #[arg(long)]
+    roam: bool,
     /// How often the VMM sends the interrupt that ends a HLT, in microseconds.
     #[arg(long, default_value_t = 5000)]
     wake: u64,
@@ -53,6 +56,7 @@ fn main() -> Result<()> {
         mut count,
         vcpus,
         pause,
+        roam,
         wake,
         ask,
     } = Arguments::parse();
@@ -65,6 +69,7 @@ fn main() -> Result<()> {
         count,
         vcpus,
         pause: Duration::from_micros(pause),
+        roam,
         wake: Duration::from_micros(wake),
         queries: ask.clone(),
     })?;

@@ -55,6 +55,14 @@ pub(super) fn cases() -> Vec<Case> {
             config,
         ));
     }
+    cases.push(case(
+        "exits: 6 vCPUs that roam between the host's CPUs",
+        Config {
+            vcpus: 6,
+            roam: true,
+            ..Config::new(Program::OutUser, Mode::Long, 1000)
+        },
+    ));
     cases.push(
         Case::with("", "exits: boot of a Linux guest with 2 vCPUs", || {
             let span = Span::begin()?;

@@ -1,17 +1,19 @@
 //! Point 3: the ledger balances to the tick, and shows the phase in which the time went.
 //!
-//! That it balances is checked by every reading of the meter; the cases here say for whom.
+//! That it balances, and that each exit has its sample in the histogram, is checked by every
+//! reading of the meter; the cases here say for whom.
 
 use std::time::Duration;
 
 use anyhow::{ensure, Result};
 use exitmeter_meter::phase::Phase;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{pin, Config, Machine, Mode, Program};
 
 use super::Case;
 use crate::host::{
+    self,
     meter::{Meter, Vcpu},
-    task::{pin, Busy},
+    task::Busy,
 };
 
 pub(super) fn cases() -> Vec<Case> {

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, fs};
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{
     phase::Phase,
-    reader::{self, Row},
-    snapshot::Reason,
+    reader::{Counter, Row, Snapshot},
+    snapshot::{Reason, KERNEL_HISTOGRAM},
 };
 
 use super::hist::Exits;
@@ -20,12 +20,14 @@ pub struct Numbers {
     pub exits: Exits,
     /// TSC ticks of a reason, by phase.
     cells: BTreeMap<u32, [u64; Phase::COUNT]>,
+    /// Samples in the histogram of a reason.
+    samples: BTreeMap<u32, u64>,
     /// TSC ticks by phase, over all reasons and the time before the first exit.
     pub phases: [u64; Phase::COUNT],
 }
 
 impl Numbers {
-    fn read<'a>(rows: impl Iterator<Item = Row<'a>>) -> Result<Self> {
+    fn read<'a>(rows: impl Iterator<Item = Row<'a>>, histogram: &Counter<'_>) -> Result<Self> {
         let mut numbers = Self::default();
         for row in rows {
             let cycles = Phase::ALL.map(|phase| row.cycles(phase));
@@ -35,6 +37,8 @@ impl Numbers {
             match row.reason() {
                 Reason::Code(code) => {
                     numbers.cells.insert(code, cycles);
+                    let samples = row.numbers(histogram).sum();
+                    numbers.samples.insert(code, samples);
                     if row.exits() != 0 {
                         numbers.exits.insert(code, row.exits());
                     }
@@ -63,6 +67,20 @@ impl Numbers {
         self.cells
             .get(&code)
             .map_or(0, |cells| cells[phase as usize])
+    }
+
+    /// Demands one sample for each exit; the latest one gets its own when the guest is
+    /// entered again.
+    fn check_samples(&self, latest: Option<Reason>) -> Result<()> {
+        for (code, samples) in &self.samples {
+            let exits = self.exits_of(*code);
+            let open = u64::from(latest == Some(Reason::Code(*code)));
+            ensure!(
+                (*samples..=samples + open).contains(&exits),
+                "reason {code} has {exits} exits and {samples} samples"
+            );
+        }
+        Ok(())
     }
 
     /// The share of a phase in all ticks, 0 to 1.
@@ -111,12 +129,14 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Reads the device. Each vCPU that lives is checked to balance.
+    /// Reads the device. Each vCPU that lives is checked: it balances, and each exit has
+    /// its sample in the histogram.
     pub fn read() -> Result<Self> {
         let bytes = fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))?;
-        let snapshot = reader::Snapshot::parse(&bytes)?;
+        let snapshot = Snapshot::parse(&bytes)?;
+        let histogram = &histogram(&snapshot)?;
         let vcpus = snapshot.vcpus().map(|vcpu| {
-            let numbers = Numbers::read(vcpu.rows())?;
+            let numbers = Numbers::read(vcpu.rows(), histogram)?;
             let life = vcpu.last() - vcpu.first();
             let cells: u64 = numbers.phases.iter().sum();
             ensure!(
@@ -125,6 +145,7 @@ impl Meter {
                 vcpu.id(),
                 vcpu.name()
             );
+            numbers.check_samples(vcpu.latest())?;
             Ok(Vcpu {
                 vm: vcpu.vm(),
                 name: vcpu.name().to_owned(),
@@ -139,7 +160,7 @@ impl Meter {
             vcpus: vcpus.collect::<Result<_>>()?,
             gone: snapshot.gone(),
             unmetered: snapshot.unmetered(),
-            totals: Numbers::read(snapshot.totals())?,
+            totals: Numbers::read(snapshot.totals(), histogram)?,
         })
     }
 
@@ -172,4 +193,11 @@ impl Meter {
         }
         exits
     }
+}
+
+fn histogram<'a>(snapshot: &Snapshot<'a>) -> Result<Counter<'a>> {
+    snapshot
+        .counters()
+        .find(|counter| counter.name == KERNEL_HISTOGRAM)
+        .context("the snapshot has no histogram")
 }

@@ -1,4 +1,4 @@
-//! Threads and processes of the host.
+//! A busy task of the host.
 
 use std::{
     io,
@@ -9,18 +9,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-/// Binds the calling thread to one CPU.
-pub fn pin(cpu: usize) -> io::Result<()> {
-    // SAFETY: All-zero bytes are an empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: The set is ours; `CPU_SET` checks the number.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: The set is as large as said.
-    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
+use tiny_guests::pin;
 
 /// A thread that does nothing but compute, on one CPU, until it is dropped.
 #[derive(Debug)]

@@ -62,6 +62,8 @@ if [ ! -e "$OUT/source/.configured" ]; then
     --enable-repeat-speedups --enable-handlers-chaining --enable-all-optimizations
     # All memory of the machine is at hand, so that a saved one is restored by reading one file.
     --disable-large-ramfile
+    # Once a second a signal writes the speed to the log, and waits for ever when the log is being written to.
+    --disable-show-ips
   )
   # shellcheck disable=SC2016
   run "$log" inside /out/source sh -euc './configure "$@" && touch .configured' sh \

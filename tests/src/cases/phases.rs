@@ -75,6 +75,21 @@ pub(super) fn cases() -> Vec<Case> {
             }
             Ok(())
         }),
+        Case::with("", "phases: each of 4 vCPUs that roam balances", || {
+            // More vCPUs than CPUs, each on another CPU after each exit.
+            let mut machine = Machine::new(Config {
+                vcpus: 4,
+                roam: true,
+                ..Config::new(Program::OutUser, Mode::Long, 1000)
+            })?;
+            machine.run()?;
+            let meter = Meter::read()?;
+            let io = host::pick(30, 0x7b)?;
+            let own = meter.own();
+            let exits: Vec<u64> = own.iter().map(|vcpu| vcpu.numbers.exits_of(io)).collect();
+            ensure!(exits == [1001; 4], "they count {exits:?} exits of OUT");
+            Ok(())
+        }),
         Case::with(
             "",
             "phases: a vCPU's numbers outlive it in the totals",

@@ -62,7 +62,7 @@ fn take() -> Result<KVVec<u8>> {
     // A guess for the first try; the answer says what more it takes.
     let mut size = snapshot::size_for(8, 256);
     loop {
-        let mut buffer = KVVec::zeroed(size, GFP_KERNEL_ACCOUNT)?;
+        let mut buffer = KVVec::from_elem(0, size, GFP_KERNEL_ACCOUNT)?;
         match registry.snapshot(&mut buffer) {
             Ok(written) => {
                 buffer.truncate(written);

@@ -23,6 +23,8 @@ mod log;
 mod meter;
 mod registry;
 
+use core::borrow::Borrow;
+
 use kernel::{
     prelude::*,
     sync::Arc, //
@@ -56,13 +58,14 @@ module! {
             default: 2021,
             description: "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none",
         },
-        host_scope: bool {
-            default: false,
-            description: "Guests read the sums of the whole host instead of their own VM's",
+        // 0 or 1, as Linux 7.2 knows no parameters that are bool.
+        host_scope: u8 {
+            default: 0,
+            description: "1: guests read the sums of the whole host instead of their own VM's",
         },
-        log_queries: bool {
-            default: true,
-            description: "One line in the kernel log for each query of a guest, rate limited",
+        log_queries: u8 {
+            default: 1,
+            description: "1: one line in the kernel log for each query of a guest, rate limited",
         },
         max_vcpus: u32 {
             default: 4096,
@@ -93,12 +96,12 @@ struct ExitMeter {
 impl kernel::InPlaceModule for ExitMeter {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(|| {
-            let (map, max_vcpus) = parameters()?;
+            let parameters = Parameters::checked()?;
             let vendor = Vendor::attach()?;
             let isa = vendor.isa();
+            let map = parameters.leaf_map;
             let leaves = Leaves { map, isa };
-            let host_scope = module_parameters::host_scope.value();
-            let registry = Registry::new(leaves, host_scope, max_vcpus)?;
+            let registry = Registry::new(leaves, parameters.host_scope, parameters.max_vcpus)?;
             Ok(try_pin_init!(Self {
                 vendor,
                 published: Published::new(registry.clone()),
@@ -117,19 +120,45 @@ impl kernel::InPlaceModule for ExitMeter {
     }
 }
 
-/// The parameters, checked.
-fn parameters() -> Result<(LeafMap, u32)> {
-    let number = module_parameters::leaf_map.value();
-    let map = LeafMap::from_number(number).ok_or_else(|| {
-        pr_err!("leaf_map={} is refused: it is 2021, 2022, or 0\n", number);
-        EINVAL
-    })?;
-    let max_vcpus = module_parameters::max_vcpus.value();
-    if !(1..=65536).contains(&max_vcpus) {
-        pr_err!("max_vcpus={} is refused: it is 1 to 65536\n", max_vcpus);
-        return Err(EINVAL);
+/// The parameters that decide what is attached.
+struct Parameters {
+    leaf_map: LeafMap,
+    host_scope: bool,
+    max_vcpus: u32,
+}
+
+impl Parameters {
+    /// What the module was given, if all of it is in its range.
+    fn checked() -> Result<Self> {
+        let number: u32 = given(module_parameters::leaf_map.value());
+        let leaf_map = LeafMap::from_number(number).ok_or_else(|| {
+            pr_err!("leaf_map={} is refused: it is 2021, 2022, or 0\n", number);
+            EINVAL
+        })?;
+        let max_vcpus: u32 = given(module_parameters::max_vcpus.value());
+        if !(1..=65536).contains(&max_vcpus) {
+            pr_err!("max_vcpus={} is refused: it is 1 to 65536\n", max_vcpus);
+            return Err(EINVAL);
+        }
+        let host_scope: u8 = given(module_parameters::host_scope.value());
+        let log_queries: u8 = given(module_parameters::log_queries.value());
+        for (name, value) in [("host_scope", host_scope), ("log_queries", log_queries)] {
+            if value > 1 {
+                pr_err!("{}={} is refused: it is 0 or 1\n", name, value);
+                return Err(EINVAL);
+            }
+        }
+        Ok(Self {
+            leaf_map,
+            host_scope: host_scope == 1,
+            max_vcpus,
+        })
     }
-    Ok((map, max_vcpus))
+}
+
+/// The value of a parameter: Linux 7.2 gives a reference to it, 7.3 the value itself.
+pub(crate) fn given<T: Copy>(value: impl Borrow<T>) -> T {
+    *value.borrow()
 }
 
 /// Says that the module is there, and when it goes what it metered.

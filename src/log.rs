@@ -8,7 +8,7 @@ use kernel::{
 };
 
 use crate::{
-    hooks,
+    given, hooks,
     meter::{
         leaves::{
             LeafMap,
@@ -56,7 +56,8 @@ pub(crate) fn loaded(leaves: &Leaves) {
 
 /// One line for each query of a guest, rate limited.
 pub(crate) fn query(who: &Identity, spoken: &Spoken) {
-    if module_parameters::log_queries.value() && hooks::log_allowed() {
+    let wanted: u8 = given(module_parameters::log_queries.value());
+    if wanted == 1 && hooks::log_allowed() {
         let name = who.name.split(|byte| *byte == 0).next().unwrap_or(&[]);
         pr_info!("{}: {}\n", BStr::from_bytes(name), spoken);
     }

@@ -132,11 +132,7 @@ fn two_runs_go_side_by_side() {
 #[ignore = "boots a host"]
 fn a_host_that_cannot_load_kvm_is_100_and_says_why() {
     let output = ends_with(&["--kvm-args", "npt=x", "--", "true"], 100);
-    assert!(
-        stderr(&output).contains("npt=x"),
-        "{}",
-        stderr(&output)
-    );
+    assert!(stderr(&output).contains("npt=x"), "{}", stderr(&output));
 }
 
 #[test]

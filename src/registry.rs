@@ -233,10 +233,10 @@ impl Registry {
     /// The ledger of a vCPU that this CPU metered last, and that the caller holds.
     #[inline(always)]
     fn noted(&self, vcpu: Vcpu<'_>) -> Option<&Ledger> {
+        let value = vcpu.noted()?;
         // SAFETY: By the invariant of `Registry` the note is of a member. The callers hold the
         // vCPU that it is of, so that it is not let go while they use it.
-        vcpu.noted()
-            .map(|value| unsafe { &(*(value as *const Member)).ledger })
+        Some(unsafe { &(*(value as *const Member)).ledger })
     }
 
     /// The ledger of a vCPU that the caller holds, by the table; taken in at this event if it

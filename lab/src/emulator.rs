@@ -63,7 +63,7 @@ pub struct Emulator {
 
 impl Emulator {
     /// Starts an emulator; its standard output, which is what the host writes to the port, is given back.
-    /// What it says for itself goes to `log`.
+    /// What it says for itself goes to `log`. It does not outlive the thread that started it.
     ///
     /// # Errors
     ///

@@ -281,3 +281,40 @@ fn task(script: &[OsString]) -> (Task, Option<FileSpec>) {
         Script::Command => (Task::Run(words), None),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(script: &[&str]) -> (Vec<String>, Option<FileSpec>) {
+        let script: Vec<OsString> = script.iter().map(Into::into).collect();
+        match task(&script) {
+            (Task::Run(words), file) => (words, file),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_file_of_this_machine_is_a_script() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let (words, spec) = words(&[file, "a b"]);
+        assert_eq!(words, ["/bin/sh", "/root/Cargo.toml", "a b"]);
+        assert_eq!(spec, Some(FileSpec::at(file, "/root/Cargo.toml")));
+    }
+
+    #[test]
+    fn anything_else_is_a_command_of_the_host() {
+        assert_eq!(
+            words(&["cat", "a b"]),
+            (vec!["cat".into(), "a b".into()], None)
+        );
+        assert_eq!(words(&["true"]), (vec!["true".into()], None));
+    }
+
+    #[test]
+    fn several_commands_in_one_word_are_for_its_shell() {
+        let (words, file) = words(&["cat /proc/cpuinfo | wc -l"]);
+        assert_eq!(words, ["/bin/sh", "-c", "cat /proc/cpuinfo | wc -l"]);
+        assert_eq!(file, None);
+    }
+}

@@ -180,3 +180,65 @@ impl<W: Write> Payload<'_, W> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lab_agent::cpio;
+    use lab_agent::settings::Task;
+
+    use super::*;
+
+    #[test]
+    fn files_go_where_they_are_said_to() {
+        for (text, place) in [
+            ("a/b.sh", "/root/b.sh"),
+            ("a/b.sh:c", "/root/c"),
+            ("a/b.sh:c/", "/root/c/b.sh"),
+            ("a/b.sh:/usr/local/bin/", "/usr/local/bin/b.sh"),
+            ("a/b.sh:/etc/c", "/etc/c"),
+        ] {
+            assert_eq!(FileSpec::parse(text).unwrap().place(), place, "{text}");
+        }
+        assert!(FileSpec::parse(":/etc/c").is_err());
+        assert!(FileSpec::parse("a:").is_err());
+    }
+
+    #[test]
+    fn a_payload_holds_agent_settings_files_and_folders() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir_all(at("data/deep")).unwrap();
+        fs::write(at("data/deep/file"), "deep").unwrap();
+        fs::write(at("agent"), "the agent").unwrap();
+        let settings = Settings {
+            kvm: None,
+            task: Task::Run(vec!["true".to_owned()]),
+        };
+        let files = [FileSpec::at(at("data"), "/srv/data")];
+        write(&at("payload"), Some(&at("agent")), &files, &settings).unwrap();
+
+        let root = tempfile::tempdir().unwrap();
+        // The folders of the base are there by then.
+        for name in ["usr/bin", "lab"] {
+            fs::create_dir_all(root.path().join(name)).unwrap();
+        }
+        cpio::unpack(&fs::read(at("payload")).unwrap(), root.path()).unwrap();
+        let read = |name: &str| fs::read(root.path().join(name)).unwrap();
+        assert_eq!(read("init"), b"the agent");
+        assert_eq!(read("srv/data/deep/file"), b"deep");
+        let unpacked: Settings = serde_json::from_slice(&read("lab/settings.json")).unwrap();
+        assert_eq!(unpacked, settings);
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            kvm: None,
+            task: Task::Shell,
+        };
+        let files = [FileSpec::new("/nowhere/at/all")];
+        let error = write(&folder.path().join("payload"), None, &files, &settings).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/at/all"));
+    }
+}

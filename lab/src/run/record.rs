@@ -214,3 +214,66 @@ impl Record {
         self.said
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(folder: &Path) -> Record {
+        File::create(folder.join(CONSOLE)).unwrap();
+        Record::new(folder, &folder.join("out")).unwrap()
+    }
+
+    fn file(path: &str) -> Message {
+        Message::File {
+            mode: 0o100_755,
+            path: path.into(),
+        }
+    }
+
+    #[test]
+    fn files_of_the_out_folder_come_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut record = record(folder.path());
+        let mut take = |message| record.message(message, &mut |_| {});
+        take(file("a/b")).unwrap();
+        take(Message::FileData(b"one ".to_vec())).unwrap();
+        take(Message::FileData(b"two".to_vec())).unwrap();
+        take(Message::FileEnd(7)).unwrap();
+        assert_eq!(fs::read(folder.path().join("out/a/b")).unwrap(), b"one two");
+        take(file("c")).unwrap();
+        assert!(take(Message::FileEnd(1)).is_err(), "a byte is missing");
+    }
+
+    #[test]
+    fn a_host_writes_nowhere_but_to_the_out_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut record = record(folder.path());
+        for path in ["../x", "/etc/x", "a/../../x", "."] {
+            assert!(record.message(file(path), &mut |_| {}).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_is_written_down_and_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut record = record(folder.path());
+        let mut told = Vec::new();
+        let messages = [
+            Message::Stdout(b"out\n".to_vec()),
+            Message::Stderr(b"err\n".to_vec()),
+            Message::Kernel(b"6,1,1500000,-;kvm: ready\n".to_vec()),
+        ];
+        for message in messages {
+            record
+                .message(message, &mut |event| told.push(format!("{event:?}")))
+                .unwrap();
+        }
+        let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
+        assert_eq!(read("stdout.log"), "out\n");
+        assert_eq!(read("stderr.log"), "err\n");
+        assert_eq!(read("kernel.log"), "[    1.500000] kvm: ready\n");
+        assert_eq!(told.len(), 3);
+        assert_eq!(record.into_stdout(), b"out\n");
+    }
+}

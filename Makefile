@@ -3,7 +3,8 @@
 #   make                the module, in build/<kernel release>/exitmeter.ko, and the tool
 #   make KDIR=FOLDER    the module for the kernel of that build folder, such as /lib/modules/$(uname -r)/build
 #   make demo           shows on an emulated host what the module does
-#   make test           all tests
+#   make test           all tests; KERNEL=7.2.12 takes another kernel for those on emulated hosts
+#   make test-amd       the tests on the emulated AMD host alone, the fast loop
 #   make bench          measures what metering costs, beside other meters
 #   make check          formats, lints and warnings
 #   make lab            sets up all that the emulated hosts need
@@ -14,9 +15,11 @@
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 PREFIX ?= /usr/local
-KERNEL := $(shell uname -r)
+RUNNING := $(shell uname -r)
+# Another kernel of Debian's for the tests, such as 7.2.12.
+with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test bench check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd bench check lab install clean bootstrap
 
 all: module tool
 
@@ -37,7 +40,11 @@ demo: bootstrap
 
 test: bootstrap
 	cargo test --release --workspace
-	cargo run --release --quiet -p system-tests
+	cargo test --release -p lab --test ends -- --ignored --test-threads 2
+	cargo run --release --quiet -p system-tests -- $(with_kernel)
+
+test-amd: bootstrap
+	cargo run --release --quiet -p system-tests -- --host amd $(with_kernel)
 
 bench: bootstrap
 	cargo run --release --quiet -p bench
@@ -56,8 +63,9 @@ lab: bootstrap
 	cargo lab prepare --timings
 
 install:
-	install -D -m 644 build/$(KERNEL)/exitmeter.ko "$(DESTDIR)/lib/modules/$(KERNEL)/updates/exitmeter.ko"
-	depmod --basedir "$(DESTDIR)/" $(KERNEL)
+	install -D -m 644 build/$(RUNNING)/exitmeter.ko "$(DESTDIR)/lib/modules/$(RUNNING)/updates/exitmeter.ko"
+	install -D -m 644 scripts/60-exitmeter.rules "$(DESTDIR)/usr/lib/udev/rules.d/60-exitmeter.rules"
+	depmod --basedir "$(DESTDIR)/" $(RUNNING)
 	cargo install --quiet --no-track --force --path cli --root "$(DESTDIR)$(PREFIX)"
 
 clean:

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -88,6 +89,9 @@ struct Boot {
         allow_hyphen_values = true
     )]
     append: String,
+    /// A file for the guest, in /root or at DEST.
+    #[arg(long = "file", value_name = "SRC[:DEST]")]
+    files: Vec<String>,
     /// More arguments for the VMM, such as `-cpu host,-x2apic`.
     #[arg(last = true)]
     vmm: Vec<String>,
@@ -221,7 +225,7 @@ fn boot(options: &Boot) -> Result<u8> {
     }
     fs::create_dir_all(&files.folder)?;
     let initramfs = files.folder.join("initramfs");
-    pack(&initramfs).context("the guest's initramfs cannot be written")?;
+    pack(&initramfs, &options.files).context("the guest's initramfs cannot be written")?;
 
     let mut command = Command::new(VMM);
     command
@@ -298,14 +302,30 @@ fn boot(options: &Boot) -> Result<u8> {
     Ok(0)
 }
 
-/// The guest's initramfs: what the lab packed, and this program as its first process.
-fn pack(path: &Path) -> Result<()> {
+/// Writes the guest's initramfs: what the lab packed, this program as its first process, and `files`.
+fn pack(path: &Path, files: &[String]) -> Result<()> {
     let mut target = File::create(path)?;
     let mut base = File::open(settings::GUEST_INITRAMFS)?;
     let size = io::copy(&mut base, &mut target)?;
     let mut archive = Archive::new(target);
     let agent = File::open("/proc/self/exe")?;
     archive.file("bin/guest-init", 0o755, agent.metadata()?.len(), agent)?;
+    for spec in files {
+        let (source, place) = spec.split_once(':').unwrap_or((spec, ""));
+        let name = Path::new(source).file_name().unwrap_or_default();
+        let place = Path::new(settings::HOME).join(if place.is_empty() {
+            Path::new(name)
+        } else {
+            Path::new(place)
+        });
+        let place = place.to_str().context("a file's name is not UTF-8")?;
+        let file = File::open(source).with_context(|| format!("{source} cannot be read"))?;
+        let facts = file.metadata()?;
+        for (at, _) in place.match_indices('/').skip(1) {
+            archive.folder(&place[..at], 0o755)?;
+        }
+        archive.file(place, facts.mode() & 0o777, facts.len(), file)?;
+    }
     // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
     archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
     Ok(())

@@ -58,7 +58,7 @@ impl MiscDevice for Device {
 
 /// A snapshot of now.
 fn take() -> Result<KVVec<u8>> {
-    let registry = hooks::registry_of_module().ok_or(ENODEV)?;
+    let registry = hooks::registry().ok_or(ENODEV)?;
     // A guess for the first try; the answer says what more it takes.
     let mut size = snapshot::size_for(8, 256);
     loop {

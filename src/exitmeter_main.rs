@@ -105,13 +105,13 @@ impl kernel::InPlaceModule for ExitMeter {
             Ok(try_pin_init!(Self {
                 vendor,
                 published: Published::new(registry.clone()),
-                destroy <- Function::vcpu_destroy(registry.clone()),
-                load <- Function::vcpu_load(registry.clone()),
-                put <- Function::vcpu_put(registry.clone()),
-                tracepoints: Tracepoints::attach(registry.clone(), isa)?,
+                destroy <- Function::vcpu_destroy(),
+                load <- Function::vcpu_load(),
+                put <- Function::vcpu_put(),
+                tracepoints: Tracepoints::attach(isa)?,
                 cpuid: match map {
                     LeafMap::Off => None,
-                    _ => Some(hooks::redirect_cpuid(registry.clone())?),
+                    _ => Some(hooks::redirect_cpuid()?),
                 },
                 node <- Node::register::<Device>(c"exitmeter", 0o440),
                 farewell: Farewell::new(registry, &leaves),

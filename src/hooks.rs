@@ -12,6 +12,7 @@ use core::{
         x86_64::_rdtsc, //
     },
     marker::PhantomPinned,
+    ptr::null_mut,
     sync::atomic::{
         AtomicPtr,
         AtomicUsize,
@@ -40,6 +41,7 @@ use crate::{
         snapshot::NAME_SIZE, //
     },
     registry::{
+        self,
         Owner,
         Registry, //
     },
@@ -222,24 +224,42 @@ impl Vcpu<'_> {
     }
 }
 
-/// The registry as the callbacks see it.
-///
-/// # Safety
-///
-/// `data` must come from [`Arc::as_ptr`] of the registry that the registration of the
-/// running callback holds.
+/// The registry, for the callbacks and the files of the node. Set for as long as there can be
+/// one of them.
+static REGISTRY: AtomicPtr<Registry> = AtomicPtr::new(null_mut());
+
+/// The registry as [`registry`] finds it, while this lives. Everything that is attached here
+/// has to go before it.
+pub(crate) struct Published(#[expect(dead_code, reason = "held")] Arc<Registry>);
+
+impl Published {
+    /// Makes it known. There is at most one.
+    pub(crate) fn new(registry: Arc<Registry>) -> Self {
+        REGISTRY.store(Arc::as_ptr(&registry).cast_mut(), Ordering::Release);
+        Self(registry)
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        REGISTRY.store(null_mut(), Ordering::Release);
+    }
+}
+
+/// The registry, in a callback or behind an open file of the node.
 #[inline(always)]
-unsafe fn registry<'a>(data: *mut c_void) -> &'a Registry {
-    // SAFETY: The registration holds the registry until after its last callback.
-    unsafe { &*data.cast::<Registry>() }
+pub(crate) fn registry<'a>() -> Option<&'a Registry> {
+    // SAFETY: Null, or published by the module's state. That lets it go after the last run of
+    // a callback, and an open file pins the module.
+    unsafe { REGISTRY.load(Ordering::Acquire).as_ref() }
 }
 
 /// Probe of kvm:kvm_exit on VMX. Runs with interrupts off, on the vCPU's CPU.
 ///
 /// # Safety
 ///
-/// For the tracepoint alone, registered with a registry as `data`.
-unsafe extern "C" fn on_exit_vmx(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
     let now = now();
     // The field's number stays where VMREAD fails, as it does with no VMCS: no basic exit
     // reason is as large, so the exit is counted among "other".
@@ -247,84 +267,81 @@ unsafe extern "C" fn on_exit_vmx(data: *mut c_void, vcpu: *mut bindings::kvm_vcp
     // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
     // loaded; VMREAD reads it, and touches but the operand and the flags.
     unsafe { asm!("vmread {0}, {0}", inlateout(reg) reason, options(nostack, nomem)) };
-    // SAFETY: By the contract of this function; KVM holds the vCPU.
-    let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
+    // SAFETY: KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
-    registry.exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
+    registry::exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
 ///
 /// # Safety
 ///
-/// For the tracepoint alone, registered with a registry as `data`.
-unsafe extern "C" fn on_exit_svm(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let code = unsafe { bindings::exitmeter_svm_exit_code(vcpu) };
-    // SAFETY: By the contract of this function; KVM holds the vCPU.
-    let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
-    registry.exit(vcpu, now, Isa::Svm, code);
+    // SAFETY: KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    registry::exit(vcpu, now, Isa::Svm, code);
 }
 
 /// Probe of kvm:kvm_entry. Runs with interrupts off, on the vCPU's CPU.
 ///
 /// # Safety
 ///
-/// For the tracepoint alone, registered with a registry as `data`.
-unsafe extern "C" fn on_entry(data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
-    // SAFETY: By the contract of this function; KVM holds the vCPU.
-    let (registry, vcpu) = unsafe { (registry(data), Vcpu::from_raw(vcpu)) };
-    registry.entry(vcpu, now());
+/// For the tracepoint alone.
+unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
+    // SAFETY: KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    registry::entry(vcpu, now());
 }
 
 /// Probes on the two tracepoints of KVM.
 pub(crate) struct Tracepoints {
-    registry: Arc<Registry>,
     exit: bindings::exitmeter_exit_probe,
 }
 
 impl Tracepoints {
-    /// Begins to see every exit and entry.
-    pub(crate) fn attach(registry: Arc<Registry>, isa: Isa) -> Result<Self> {
+    /// Begins to see every exit and entry. The registry has to be published for as long as
+    /// this lives.
+    pub(crate) fn attach(isa: Isa) -> Result<Self> {
         let exit: bindings::exitmeter_exit_probe = match isa {
             Isa::Vmx => Some(on_exit_vmx),
             Isa::Svm => Some(on_exit_svm),
         };
-        let data = Arc::as_ptr(&registry).cast_mut().cast();
-        // SAFETY: `data` lives until `drop` has detached the probe.
-        to_result(unsafe { bindings::exitmeter_attach_exit(exit, data) })
+        // SAFETY: The probe is detached before its code goes, and takes no data.
+        to_result(unsafe { bindings::exitmeter_attach_exit(exit, null_mut()) })
             .inspect_err(|_| pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n"))?;
         // SAFETY: As above.
-        let entry = to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), data) });
-        if let Err(error) = entry {
+        let entry = unsafe { bindings::exitmeter_attach_entry(Some(on_entry), null_mut()) };
+        if let Err(error) = to_result(entry) {
             pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n");
             // SAFETY: Attached above.
-            unsafe { bindings::exitmeter_detach_exit(exit, data) };
+            unsafe { bindings::exitmeter_detach_exit(exit, null_mut()) };
             return Err(error);
         }
-        Ok(Self { registry, exit })
+        Ok(Self { exit })
     }
 }
 
 impl Drop for Tracepoints {
     fn drop(&mut self) {
-        let data = Arc::as_ptr(&self.registry).cast_mut().cast();
-        // SAFETY: Both were attached with the same data.
+        // SAFETY: Both were attached, with the same data.
         unsafe {
-            bindings::exitmeter_detach_exit(self.exit, data);
-            bindings::exitmeter_detach_entry(Some(on_entry), data);
+            bindings::exitmeter_detach_exit(self.exit, null_mut());
+            bindings::exitmeter_detach_entry(Some(on_entry), null_mut());
         }
     }
 }
 
-/// A function of KVM whose every call is seen, by ftrace.
+/// A function of KVM whose every call is seen, by ftrace. The registry has to be published
+/// for as long as one lives.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Function {
     #[pin]
     ops: Opaque<bindings::ftrace_ops>,
-    /// What the callback gets; held until after its last run.
-    _registry: Arc<Registry>,
     #[pin]
     _pin: PhantomPinned,
 }
@@ -337,13 +354,13 @@ unsafe impl Sync for Function {}
 
 impl Function {
     /// Hooks `kvm_arch_vcpu_load()`: a vCPU thread takes a CPU.
-    pub(crate) fn vcpu_load(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm:kvm_arch_vcpu_load", on_load, false)
+    pub(crate) fn vcpu_load() -> impl PinInit<Self, Error> {
+        Self::attach(c"kvm:kvm_arch_vcpu_load", on_load, false)
     }
 
     /// Hooks `kvm_arch_vcpu_put()`: a vCPU thread leaves its CPU.
-    pub(crate) fn vcpu_put(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm:kvm_arch_vcpu_put", on_put, false)
+    pub(crate) fn vcpu_put() -> impl PinInit<Self, Error> {
+        Self::attach(c"kvm:kvm_arch_vcpu_put", on_put, false)
     }
 
     /// Hooks `kvm_mmu_destroy()`: a vCPU ends.
@@ -351,27 +368,24 @@ impl Function {
     /// Not `kvm_arch_vcpu_destroy()`, which calls this last of all: in between VMX loads
     /// and puts the vCPU once more, to free what it keeps for nested guests. A vCPU let go
     /// before that would be taken in again, and its ledger would outlive it.
-    pub(crate) fn vcpu_destroy(registry: Arc<Registry>) -> impl PinInit<Self, Error> {
-        Self::attach(registry, c"kvm:kvm_mmu_destroy", on_destroy, false)
+    pub(crate) fn vcpu_destroy() -> impl PinInit<Self, Error> {
+        Self::attach(c"kvm:kvm_mmu_destroy", on_destroy, false)
     }
 
     fn attach(
-        registry: Arc<Registry>,
         name: &'static CStr,
         callback: Callback,
         redirect: bool,
     ) -> impl PinInit<Self, Error> {
-        let data = Arc::as_ptr(&registry).cast_mut().cast::<c_void>();
         try_pin_init!(Self {
             ops <- Opaque::try_ffi_init(move |slot: *mut bindings::ftrace_ops| {
                 // SAFETY: The slot is ours to write; all-zero bytes are a valid ftrace_ops.
                 unsafe {
                     slot.write_bytes(0, 1);
                     (*slot).func = Some(callback);
-                    (*slot).private = data;
                 }
-                // SAFETY: The slot stays in place and is detached before it goes; `data`
-                // is held by this registration; the name ends with a NUL.
+                // SAFETY: The slot stays in place and is detached before it goes; the name
+                // ends with a NUL.
                 let ret = unsafe {
                     bindings::exitmeter_attach_function(slot, name.as_char_ptr(), redirect)
                 };
@@ -384,7 +398,6 @@ impl Function {
                     pr_err!("function {} cannot be hooked ({:?}): {}\n", name, error, why);
                 })
             }),
-            _registry: registry,
             _pin: PhantomPinned,
         })
     }
@@ -402,25 +415,18 @@ impl PinnedDrop for Function {
 type Callback =
     unsafe extern "C" fn(c_ulong, c_ulong, *mut bindings::ftrace_ops, *mut bindings::ftrace_regs);
 
-/// What a callback of ftrace is given, as safe values: the registry, and the vCPU that
-/// is the first argument of each function that is hooked.
+/// The vCPU that is the first argument of each function that is hooked.
 ///
 /// # Safety
 ///
 /// For the arguments of a callback that [`Function::attach`] registered, for a function
 /// whose first argument is a vCPU that KVM keeps during the call.
 #[inline(always)]
-unsafe fn hooked<'a>(
-    ops: *mut bindings::ftrace_ops,
-    fregs: *mut bindings::ftrace_regs,
-) -> (&'a Registry, Vcpu<'a>) {
+unsafe fn hooked<'a>(fregs: *mut bindings::ftrace_regs) -> Vcpu<'a> {
     // SAFETY: By the contract of this function; ftrace keeps the first argument in DI.
     unsafe {
         let regs = &raw const (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs;
-        (
-            registry((*ops).private),
-            Vcpu::from_raw((*regs).di as *mut bindings::kvm_vcpu),
-        )
+        Vcpu::from_raw((*regs).di as *mut bindings::kvm_vcpu)
     }
 }
 
@@ -430,12 +436,12 @@ unsafe fn hooked<'a>(
 unsafe extern "C" fn on_load(
     _ip: c_ulong,
     _parent: c_ulong,
-    ops: *mut bindings::ftrace_ops,
+    _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
     // SAFETY: By the contract of this function.
-    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
-    registry.resume(vcpu, now());
+    let vcpu = unsafe { hooked(fregs) };
+    registry::resume(vcpu, now());
 }
 
 /// # Safety
@@ -444,12 +450,12 @@ unsafe extern "C" fn on_load(
 unsafe extern "C" fn on_put(
     _ip: c_ulong,
     _parent: c_ulong,
-    ops: *mut bindings::ftrace_ops,
+    _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
     // SAFETY: By the contract of this function.
-    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
-    registry.leave(vcpu, now(), vcpu.phase_after_put());
+    let vcpu = unsafe { hooked(fregs) };
+    registry::leave(vcpu, now(), vcpu.phase_after_put());
 }
 
 /// # Safety
@@ -458,40 +464,14 @@ unsafe extern "C" fn on_put(
 unsafe extern "C" fn on_destroy(
     _ip: c_ulong,
     _parent: c_ulong,
-    ops: *mut bindings::ftrace_ops,
+    _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
     // SAFETY: By the contract of this function.
-    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
-    registry.destroy(vcpu);
-}
-
-/// The registry, for those that C gives no place to keep it in: the redirect and the files
-/// of the node. Set for as long as there can be one of them.
-static REGISTRY: AtomicPtr<Registry> = AtomicPtr::new(core::ptr::null_mut());
-
-/// The registry as [`registry_of_module`] finds it, while this lives.
-pub(crate) struct Published(#[expect(dead_code, reason = "held")] Arc<Registry>);
-
-impl Published {
-    /// Makes it known. There is at most one.
-    pub(crate) fn new(registry: Arc<Registry>) -> Self {
-        REGISTRY.store(Arc::as_ptr(&registry).cast_mut(), Ordering::Release);
-        Self(registry)
+    let vcpu = unsafe { hooked(fregs) };
+    if let Some(registry) = registry() {
+        registry.destroy(vcpu);
     }
-}
-
-impl Drop for Published {
-    fn drop(&mut self) {
-        REGISTRY.store(core::ptr::null_mut(), Ordering::Release);
-    }
-}
-
-/// The registry behind an open file of the node.
-pub(crate) fn registry_of_module<'a>() -> Option<&'a Registry> {
-    // SAFETY: Null, or published by the module's state, which outlives the node, as an open
-    // file pins the module.
-    unsafe { REGISTRY.load(Ordering::Acquire).as_ref() }
 }
 
 /// KVM's own `kvm_emulate_cpuid()`; set while the redirect is in place.
@@ -499,7 +479,7 @@ static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 
 /// Finds KVM's own `kvm_emulate_cpuid()`, and hooks it to answer for our leaves. The registry
 /// has to be published for as long as this lives.
-pub(crate) fn redirect_cpuid(registry: Arc<Registry>) -> Result<Pin<KBox<Function>>> {
+pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
@@ -510,7 +490,7 @@ pub(crate) fn redirect_cpuid(registry: Arc<Registry>) -> Result<Pin<KBox<Functio
     }
     EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
     KBox::try_pin_init(
-        Function::attach(registry, c"kvm:kvm_emulate_cpuid", on_cpuid, true),
+        Function::attach(c"kvm:kvm_emulate_cpuid", on_cpuid, true),
         GFP_KERNEL,
     )
 }
@@ -521,12 +501,13 @@ pub(crate) fn redirect_cpuid(registry: Arc<Registry>) -> Result<Pin<KBox<Functio
 unsafe extern "C" fn on_cpuid(
     _ip: c_ulong,
     parent: c_ulong,
-    ops: *mut bindings::ftrace_ops,
+    _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
     // SAFETY: By the contract of this function.
-    let (registry, vcpu) = unsafe { hooked(ops, fregs) };
-    if !registry.leaves().is_ours(vcpu.register(RAX)) {
+    let vcpu = unsafe { hooked(fregs) };
+    let ours = |registry: &Registry| registry.leaves().is_ours(vcpu.register(RAX));
+    if !registry().is_some_and(ours) {
         return;
     }
     // SAFETY: Any address may be asked for.
@@ -550,12 +531,11 @@ unsafe extern "C" fn on_cpuid(
 unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
-    // SAFETY: The redirect is in place, so both statics are set, and the registry and
+    // SAFETY: The redirect is in place, so the address is set, and the registry and
     // kvm.ko stay until no task is in here any more: KVM sleeps nowhere in the original, so
     // unregistering, which waits for RCU-tasks, waits for it. KVM holds the vCPU.
-    let (registry, original, guest) = unsafe {
+    let (original, guest) = unsafe {
         (
-            &*REGISTRY.load(Ordering::Acquire),
             core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),
             Vcpu::from_raw(vcpu),
         )
@@ -565,10 +545,11 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     let ret = unsafe { original(vcpu) };
     // CPUID faulting: KVM has queued a fault instead of emulating. No fault can have
     // been queued before, as KVM injects it at the entry that led to this exit.
-    if !guest.fault_is_pending() {
-        if let Some(answer) = cpuid::answer(registry, guest, leaf, subleaf) {
-            guest.write_answer(answer);
-        }
+    if guest.fault_is_pending() {
+        return ret;
+    }
+    if let Some(answer) = registry().and_then(|it| cpuid::answer(it, guest, leaf, subleaf)) {
+        guest.write_answer(answer);
     }
     ret
 }

@@ -214,13 +214,11 @@ impl Registry {
         &self.leaves
     }
 
-    #[inline(always)]
     fn table(&self) -> Table<'_> {
         Table::new(&self.places)
     }
 
     /// The member at a value of the table.
-    #[inline(always)]
     fn member_at(&self, value: usize) -> Option<&Member> {
         if value <= UNMETERED {
             return None;
@@ -228,15 +226,6 @@ impl Registry {
         // SAFETY: By the invariant of `Registry` a member is there. The callers hold the
         // vCPU that it is of, so that it is not let go while they use it.
         Some(unsafe { &*(value as *const Member) })
-    }
-
-    /// The ledger of a vCPU that this CPU metered last, and that the caller holds.
-    #[inline(always)]
-    fn noted(&self, vcpu: Vcpu<'_>) -> Option<&Ledger> {
-        let value = vcpu.noted()?;
-        // SAFETY: By the invariant of `Registry` the note is of a member. The callers hold the
-        // vCPU that it is of, so that it is not let go while they use it.
-        Some(unsafe { &(*(value as *const Member)).ledger })
     }
 
     /// The ledger of a vCPU that the caller holds, by the table; taken in at this event if it
@@ -250,80 +239,6 @@ impl Registry {
         // INVARIANT: `destroy` has all CPUs forget the vCPU before it lets the member go.
         hooks::note(vcpu, value);
         Some(&member.ledger)
-    }
-
-    /// A VM exit with `code`, at TSC `now`.
-    #[inline(always)]
-    pub(crate) fn exit(&self, vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
-        let slot = reasons::slot(isa, code);
-        match self.noted(vcpu) {
-            Some(ledger) => exit(vcpu, ledger, now, slot),
-            None => self.exit_of_another(vcpu, now, slot),
-        }
-    }
-
-    /// As [`Self::exit`], of a vCPU that this CPU has not metered last.
-    #[cold]
-    #[inline(never)]
-    fn exit_of_another(&self, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
-        if let Some(ledger) = self.ledger(vcpu, now, Phase::Guest) {
-            exit(vcpu, ledger, now, slot);
-        }
-    }
-
-    /// A VM entry.
-    #[inline(always)]
-    pub(crate) fn entry(&self, vcpu: Vcpu<'_>, now: u64) {
-        match self.noted(vcpu) {
-            Some(ledger) => ledger.entry(now),
-            None => self.entry_of_another(vcpu, now),
-        }
-    }
-
-    /// As [`Self::entry`], of a vCPU that this CPU has not metered last.
-    #[cold]
-    #[inline(never)]
-    fn entry_of_another(&self, vcpu: Vcpu<'_>, now: u64) {
-        if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
-            ledger.entry(now);
-        }
-    }
-
-    /// The vCPU takes a CPU.
-    #[inline(always)]
-    pub(crate) fn resume(&self, vcpu: Vcpu<'_>, now: u64) {
-        match self.noted(vcpu) {
-            Some(ledger) => ledger.resume(now),
-            None => self.resume_of_another(vcpu, now),
-        }
-    }
-
-    /// As [`Self::resume`], of a vCPU that this CPU has not metered last.
-    #[cold]
-    #[inline(never)]
-    fn resume_of_another(&self, vcpu: Vcpu<'_>, now: u64) {
-        if let Some(ledger) = self.ledger(vcpu, now, Phase::Kernel) {
-            ledger.resume(now);
-        }
-    }
-
-    /// The vCPU leaves its CPU. The scheduler's lock may be held, so a vCPU that is not
-    /// known yet is left for its next event: nothing may be allocated here.
-    #[inline(always)]
-    pub(crate) fn leave(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) {
-        match self.noted(vcpu) {
-            Some(ledger) => ledger.leave(now, phase),
-            None => self.leave_of_another(vcpu, now, phase),
-        }
-    }
-
-    /// As [`Self::leave`], of a vCPU that this CPU has not metered last, or whose note it lost.
-    #[cold]
-    #[inline(never)]
-    fn leave_of_another(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) {
-        if let Some(member) = self.member_at(self.table().get(vcpu.key())) {
-            member.ledger.leave(now, phase);
-        }
     }
 
     /// Takes a vCPU in, or notes it as unmetered; its value in the table.
@@ -488,12 +403,106 @@ impl Registry {
     }
 }
 
+// The transitions. The common way, that of a vCPU which this CPU metered last, needs no more
+// than its note, so that even the registry is only looked for on the other way.
+
+/// The ledger of a vCPU that this CPU metered last, and that the caller holds.
 #[inline(always)]
-fn exit(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
+fn noted(vcpu: Vcpu<'_>) -> Option<&Ledger> {
+    let value = vcpu.noted()?;
+    // SAFETY: By the invariant of `Registry` the note is of a member. The callers hold the
+    // vCPU that it is of, so that it is not let go while they use it.
+    Some(unsafe { &(*(value as *const Member)).ledger })
+}
+
+/// The ledger of any other vCPU that the caller holds; taken in at this event if it is new.
+fn looked_up<'a>(vcpu: Vcpu<'a>, now: u64, phase: Phase) -> Option<&'a Ledger> {
+    hooks::registry()?.ledger(vcpu, now, phase)
+}
+
+/// A VM exit with `code`, at TSC `now`.
+#[inline(always)]
+pub(crate) fn exit(vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
+    let slot = reasons::slot(isa, code);
+    match noted(vcpu) {
+        Some(ledger) => exit_of(vcpu, ledger, now, slot),
+        None => exit_of_another(vcpu, now, slot),
+    }
+}
+
+#[inline(always)]
+fn exit_of(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
     if vcpu.runs_nested() {
         ledger.exit_from_nested(now, slot);
     } else {
         ledger.exit(now, slot);
+    }
+}
+
+/// As [`exit`], of a vCPU that this CPU has not metered last.
+#[cold]
+#[inline(never)]
+fn exit_of_another(vcpu: Vcpu<'_>, now: u64, slot: Slot) {
+    if let Some(ledger) = looked_up(vcpu, now, Phase::Guest) {
+        exit_of(vcpu, ledger, now, slot);
+    }
+}
+
+/// A VM entry.
+#[inline(always)]
+pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
+    match noted(vcpu) {
+        Some(ledger) => ledger.entry(now),
+        None => entry_of_another(vcpu, now),
+    }
+}
+
+/// As [`entry`], of a vCPU that this CPU has not metered last.
+#[cold]
+#[inline(never)]
+fn entry_of_another(vcpu: Vcpu<'_>, now: u64) {
+    if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
+        ledger.entry(now);
+    }
+}
+
+/// The vCPU takes a CPU.
+#[inline(always)]
+pub(crate) fn resume(vcpu: Vcpu<'_>, now: u64) {
+    match noted(vcpu) {
+        Some(ledger) => ledger.resume(now),
+        None => resume_of_another(vcpu, now),
+    }
+}
+
+/// As [`resume`], of a vCPU that this CPU has not metered last.
+#[cold]
+#[inline(never)]
+fn resume_of_another(vcpu: Vcpu<'_>, now: u64) {
+    if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
+        ledger.resume(now);
+    }
+}
+
+/// The vCPU leaves its CPU. The scheduler's lock may be held, so a vCPU that is not known yet
+/// is left for its next event: nothing may be allocated here.
+#[inline(always)]
+pub(crate) fn leave(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
+    match noted(vcpu) {
+        Some(ledger) => ledger.leave(now, phase),
+        None => leave_of_another(vcpu, now, phase),
+    }
+}
+
+/// As [`leave`], of a vCPU that this CPU has not metered last, or whose note it lost.
+#[cold]
+#[inline(never)]
+fn leave_of_another(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
+    let Some(registry) = hooks::registry() else {
+        return;
+    };
+    if let Some(member) = registry.member_at(registry.table().get(vcpu.key())) {
+        member.ledger.leave(now, phase);
     }
 }
 

@@ -229,12 +229,20 @@ void exitmeter_detach_svm(void)
 	WRITE_ONCE(svm_get_exit_info, NULL);
 }
 
-/* Return the exit code of the exit that @vcpu has just taken, on its CPU. */
+/*
+ * Return the exit code of the exit that @vcpu has just taken, on its CPU.
+ *
+ * Called at every exit.  What KVM writes through the pointers is neither kept
+ * nor needed before, and all of it are scalars: zeroes first and a canary
+ * after would cost more than the call.
+ */
+__no_stack_protector
 u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu)
 {
 	svm_exit_info get_exit_info = READ_ONCE(svm_get_exit_info);
-	u32 reason = U32_MAX - 15, intr_info, error_code;
-	u64 info1, info2;
+	u32 reason = U32_MAX - 15;
+	u32 intr_info __uninitialized, error_code __uninitialized;
+	u64 info1 __uninitialized, info2 __uninitialized;
 
 	if (likely(get_exit_info))
 		get_exit_info(vcpu, &reason, &info1, &info2, &intr_info,

@@ -2,17 +2,21 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::RunError;
 use crate::host::Host;
 use crate::setup::repository;
 
+/// How many runs are kept: the latest, by name.
+const KEPT: usize = 100;
+
 /// Makes a folder that no other run has, named for the time (UTC) and the host.
 pub fn make(host: Host) -> Result<PathBuf, RunError> {
     let all = repository().join("target/lab");
     fs::create_dir_all(&all).map_err(RunError::io("make", &all))?;
+    prune(&all);
     let seconds = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
@@ -31,6 +35,19 @@ pub fn make(host: Host) -> Result<PathBuf, RunError> {
         }
     }
     unreachable!("there are more numbers than runs in a second")
+}
+
+/// Removes the oldest runs. It is no error when that fails: they are only in the way.
+fn prune(all: &Path) {
+    let mut runs: Vec<PathBuf> = fs::read_dir(all)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    runs.sort();
+    for run in &runs[..runs.len().saturating_sub(KEPT)] {
+        let _ = fs::remove_dir_all(run);
+    }
 }
 
 /// Seconds since 1970 as YYYYMMDD-HHMMSS.

@@ -239,10 +239,10 @@ void exitmeter_detach_svm(void)
 __no_stack_protector
 u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu)
 {
+	u32 __uninitialized intr_info, error_code;
+	u64 __uninitialized info1, info2;
+	u32 reason = U32_MAX - 15;	/* no code: counted among "other" */
 	svm_exit_info get_exit_info = READ_ONCE(svm_get_exit_info);
-	u32 reason = U32_MAX - 15;
-	u32 intr_info __uninitialized, error_code __uninitialized;
-	u64 info1 __uninitialized, info2 __uninitialized;
 
 	if (likely(get_exit_info))
 		get_exit_info(vcpu, &reason, &info1, &info2, &intr_info,

@@ -27,12 +27,19 @@ struct Arguments {
     /// How many CPUs the hosts have; when not given 1 on Intel, 2 on AMD.
     #[arg(long)]
     cpus: Option<u32>,
+    /// Debian's kernel for the hosts, a version or release; the newest of backports when not
+    /// given.
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<String>,
     /// The side inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
     /// The side inside: run this one case in this process.
     #[arg(long, hide = true, value_name = "NAME")]
     case: Option<String>,
+    /// In a guest of an emulated host: run a guest in it that loops so often.
+    #[arg(long, hide = true, value_name = "COUNT")]
+    nested: Option<u32>,
     /// Only cases whose names hold one of these words.
     words: Vec<String>,
 }
@@ -43,6 +50,10 @@ fn main() -> Result<ExitCode> {
         inside::run_case(&case)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(count) = arguments.nested {
+        cases::run_nested(count)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if arguments.inside {
         return inside::run(&arguments.words);
     }
@@ -50,6 +61,7 @@ fn main() -> Result<ExitCode> {
         host: arguments.host,
         timeout: arguments.timeout,
         cpus: arguments.cpus,
+        kernel: arguments.kernel,
         words: arguments.words,
     })
 }

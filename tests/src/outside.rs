@@ -53,6 +53,8 @@ pub struct Plan {
     pub timeout: u64,
     /// How many CPUs it has; as many as it usually gets when not given.
     pub cpus: Option<u32>,
+    /// Debian's kernel for the hosts; the newest when not given.
+    pub kernel: Option<String>,
     /// Only cases whose names hold one of these words.
     pub words: Vec<String>,
 }
@@ -92,13 +94,17 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let timeout = plan.timeout.to_string();
-    let mut lab = Command::new(cargo)
-        .args(["lab", "run", "--host", &host.to_string()])
+    let mut lab = Command::new(cargo);
+    lab.args(["lab", "run", "--host", &host.to_string()])
         .args(["--cpus", &plan.cpus.unwrap_or(host.cpus()).to_string()])
         // A case says nothing until it ends.
         .args(["--timeout", &timeout, "--silence", &timeout])
         .arg("--file")
-        .arg(format!("{}:{INSIDE}", this.display()))
+        .arg(format!("{}:{INSIDE}", this.display()));
+    if let Some(kernel) = &plan.kernel {
+        lab.args(["--kernel", kernel]);
+    }
+    let mut lab = lab
         .args(["--", INSIDE, "--inside"])
         .args(&plan.words)
         .stdin(Stdio::null())

@@ -66,7 +66,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(
         Case::with("", "exits: boot of a Linux guest with 2 vCPUs", || {
             let span = Span::begin()?;
-            let linux = Linux::boot(2)?;
+            let linux = Linux::boot(&["--vcpus", "2"])?;
             ensure!(
                 linux.run("nproc")?.trim() == "2",
                 "the guest has not 2 CPUs"

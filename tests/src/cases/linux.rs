@@ -33,7 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
 fn boot_sweep_reboot_sweep() -> Result<()> {
     let span = Span::begin()?;
     let mut log = Log::from_now()?;
-    let linux = Linux::boot(1)?;
+    let linux = Linux::boot(&[])?;
     let name = format!("kvm-{}", linux.pid()?);
     ensure!(
         log.own_lines()?.is_empty(),

@@ -26,6 +26,8 @@ pub(super) fn cases() -> Vec<Case> {
                     "leaf_map=1 is refused: it is 2021, 2022, or 0",
                 ),
                 ("max_vcpus=0", "max_vcpus=0 is refused: it is 1 to 65536"),
+                ("host_scope=2", "host_scope=2 is refused: it is 0 or 1"),
+                ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
                 (
                     "max_vcpus=65537",
                     "max_vcpus=65537 is refused: it is 1 to 65536",

@@ -8,9 +8,12 @@ mod exits;
 mod linux;
 mod loading;
 mod log;
+mod nested;
 mod phases;
 mod scope;
 mod tool;
+
+pub use nested::run_in_guest as run_nested;
 
 use std::time::Duration;
 
@@ -69,6 +72,7 @@ pub fn all() -> Vec<Case> {
         tool::cases(),
         scope::cases(),
         linux::cases(),
+        nested::cases(),
         loading::cases(),
         // The last: it looks back at all of them.
         log::cases(),

@@ -13,9 +13,9 @@ use exitmeter_meter::leaves::Registers;
 pub struct Linux(());
 
 impl Linux {
-    /// Boots it.
-    pub fn boot(vcpus: u32) -> Result<Self> {
-        guest(&["boot", "--vcpus", &vcpus.to_string()])?;
+    /// Boots it, with the options of `guest boot`.
+    pub fn boot(options: &[&str]) -> Result<Self> {
+        guest(&[&["boot"], options].concat())?;
         Ok(Self(()))
     }
 

@@ -18,6 +18,8 @@ const DEVICE: &str = "/dev/exitmeter";
 pub struct Numbers {
     /// Exits by reason, those that are 0 left out.
     pub exits: Exits,
+    /// Of those, the exits from a guest in the guest; those that are 0 left out.
+    pub nested: Exits,
     /// TSC ticks of a reason, by phase.
     cells: BTreeMap<u32, [u64; Phase::COUNT]>,
     /// Samples in the histogram of a reason.
@@ -39,6 +41,10 @@ impl Numbers {
                     numbers.cells.insert(code, cycles);
                     let samples = row.numbers(histogram).sum();
                     numbers.samples.insert(code, samples);
+                    let nested = row.nested_exits().context("nested exits are counted")?;
+                    if nested != 0 {
+                        numbers.nested.insert(code, nested);
+                    }
                     if row.exits() != 0 {
                         numbers.exits.insert(code, row.exits());
                     }

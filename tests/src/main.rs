@@ -31,6 +31,9 @@ struct Arguments {
     /// given.
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
+    /// Parameters of kvm_intel or kvm_amd, such as "ept=0": the same cases hold.
+    #[arg(long, value_name = "TEXT")]
+    kvm_args: Option<String>,
     /// The side inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
@@ -62,6 +65,7 @@ fn main() -> Result<ExitCode> {
         timeout: arguments.timeout,
         cpus: arguments.cpus,
         kernel: arguments.kernel,
+        kvm_args: arguments.kvm_args,
         words: arguments.words,
     })
 }

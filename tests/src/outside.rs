@@ -55,6 +55,8 @@ pub struct Plan {
     pub cpus: Option<u32>,
     /// Debian's kernel for the hosts; the newest when not given.
     pub kernel: Option<String>,
+    /// Parameters of kvm_intel or kvm_amd, such as `ept=0`.
+    pub kvm_args: Option<String>,
     /// Only cases whose names hold one of these words.
     pub words: Vec<String>,
 }
@@ -103,6 +105,9 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
         .arg(format!("{}:{INSIDE}", this.display()));
     if let Some(kernel) = &plan.kernel {
         lab.args(["--kernel", kernel]);
+    }
+    if let Some(parameters) = &plan.kvm_args {
+        lab.args(["--kvm-args", parameters]);
     }
     let mut lab = lab
         .args(["--", INSIDE, "--inside"])

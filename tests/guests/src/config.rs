@@ -85,7 +85,8 @@ impl Config {
         }
     }
 
-    pub(crate) fn loops(&self) -> u32 {
+    /// How often each vCPU loops.
+    pub fn loops(&self) -> u32 {
         match self.program {
             Program::Query => self.queries.len() as u32,
             _ => self.count,

@@ -3,7 +3,7 @@
 
 use anyhow::{ensure, Result};
 use clap::ValueEnum as _;
-use tiny_guests::{Config, Expected, Machine, Mode, Program};
+use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::Case;
 use crate::host::{self, hist::Exits, linux::Linux, span::Span};
@@ -113,31 +113,31 @@ fn case(name: impl Into<String>, config: Config) -> Case {
 fn count(config: Config) -> Result<Exits> {
     let Config {
         program,
-        mode,
         count,
         vcpus,
         ..
     } = config;
+    let expected = host::expected(&config)?;
     let span = Span::begin()?;
     let mut machine = Machine::new(config)?;
     let seen = machine.run()?;
     let writes = machine.eventfd_writes()?;
     drop(machine);
     let exits = span.end()?;
-    Expected::of(host::isa()?, program, mode, count, vcpus).check(&exits)?;
+    expected.check(&exits)?;
 
     // What went to the VMM, and what stayed in the kernel.
     let (loops, vcpus) = (u64::from(count), u64::from(vcpus));
     let ports: u64 = seen.iter().map(|seen| seen.ports).sum();
     let hlts: u64 = seen.iter().map(|seen| seen.hlts).sum();
-    let expected = |these: &[Program]| match these.contains(&program) {
+    let due = |these: &[Program]| match these.contains(&program) {
         true => loops * vcpus,
         false => 0,
     };
     ensure!(
-        ports == expected(&[Program::OutUser, Program::InUser])
-            && hlts == expected(&[Program::HltUser])
-            && writes == expected(&[Program::OutEventfd]),
+        ports == due(&[Program::OutUser, Program::InUser])
+            && hlts == due(&[Program::HltUser])
+            && writes == due(&[Program::OutEventfd]),
         "{ports} port accesses and {hlts} HLTs came to the VMM, {writes} writes to the eventfd"
     );
     Ok(exits)

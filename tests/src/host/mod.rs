@@ -9,8 +9,11 @@ pub mod module;
 pub mod span;
 pub mod task;
 
+use std::fs;
+
 use anyhow::{Context as _, Result};
 use exitmeter_meter::reasons::Isa;
+use tiny_guests::{Config, Expected};
 
 /// Which vendor's host this is.
 pub fn isa() -> Result<Isa> {
@@ -22,5 +25,31 @@ pub fn pick<T>(vmx: T, svm: T) -> Result<T> {
     Ok(match isa()? {
         Isa::Vmx => vmx,
         Isa::Svm => svm,
+    })
+}
+
+/// Whether KVM uses the CPU's nested paging, EPT or NPT.
+pub fn nested_paging() -> Result<bool> {
+    let path = format!(
+        "/sys/module/{}/parameters/{}",
+        module::vendor()?,
+        pick("ept", "npt")?
+    );
+    let value = fs::read_to_string(&path).with_context(|| format!("{path} cannot be read"))?;
+    Ok(value.trim() == "Y")
+}
+
+/// What a guest is known to cause under KVM as this host has it.
+pub fn expected(config: &Config) -> Result<Expected> {
+    let Config {
+        program,
+        mode,
+        vcpus,
+        ..
+    } = *config;
+    let expected = Expected::of(isa()?, program, mode, config.loops(), vcpus);
+    Ok(match nested_paging()? {
+        true => expected,
+        false => expected.without_nested_paging(),
     })
 }

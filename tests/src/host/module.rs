@@ -87,9 +87,10 @@ pub fn vendor() -> Result<&'static str> {
     pick("kvm_intel", "kvm_amd")
 }
 
-/// Loads KVM's module for this host's vendor, with parameters.
-pub fn load_vendor(parameters: &[&str]) -> Result<()> {
-    modprobe(&[&[vendor()?], parameters].concat())
+/// Loads KVM's module for this host's vendor, with or without nested paging.
+pub fn load_vendor(nested_paging: bool) -> Result<()> {
+    let parameter = format!("{}={}", pick("ept", "npt")?, u8::from(nested_paging));
+    modprobe(&[vendor()?, &parameter])
 }
 
 /// Unloads KVM's module for this host's vendor; kvm.ko stays.

@@ -311,15 +311,17 @@ impl Tracepoints {
             Isa::Vmx => Some(on_exit_vmx),
             Isa::Svm => Some(on_exit_svm),
         };
+        // Entries first, and last in `drop`: whoever's exit is seen is seen to be entered again,
+        // so that each exit has its sample.
         // SAFETY: The probe is detached before its code goes, and takes no data.
-        to_result(unsafe { bindings::exitmeter_attach_exit(exit, null_mut()) })
-            .inspect_err(|_| pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n"))?;
+        to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), null_mut()) })
+            .inspect_err(|_| pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n"))?;
         // SAFETY: As above.
-        let entry = unsafe { bindings::exitmeter_attach_entry(Some(on_entry), null_mut()) };
-        if let Err(error) = to_result(entry) {
-            pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n");
+        let attached = unsafe { bindings::exitmeter_attach_exit(exit, null_mut()) };
+        if let Err(error) = to_result(attached) {
+            pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n");
             // SAFETY: Attached above.
-            unsafe { bindings::exitmeter_detach_exit(exit, null_mut()) };
+            unsafe { bindings::exitmeter_detach_entry(Some(on_entry), null_mut()) };
             return Err(error);
         }
         Ok(Self { exit })

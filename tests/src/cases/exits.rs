@@ -76,6 +76,7 @@ pub(super) fn cases() -> Vec<Case> {
             ensure!(total > 1000, "a boot of {total} exits is none");
             Ok(())
         })
+        .with_linux()
         .within(300),
     );
     cases

@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         "linux: a guest boots, sweeps its exits, reboots and sweeps again",
         boot_sweep_reboot_sweep,
     )
+    .with_linux()
     .within(900)]
 }
 

@@ -27,6 +27,8 @@ pub struct Case {
     pub module: Option<&'static str>,
     /// How long it may take, by the host's clock.
     pub limit: Duration,
+    /// Whether it boots a Linux guest.
+    pub linux: bool,
     /// What it does.
     pub run: Box<dyn Fn() -> Result<()>>,
 }
@@ -42,6 +44,7 @@ impl Case {
             name: name.into(),
             module: Some(parameters),
             limit: Duration::from_secs(60),
+            linux: false,
             run: Box::new(run),
         }
     }
@@ -51,6 +54,14 @@ impl Case {
         Self {
             module: None,
             ..Self::with("", name, run)
+        }
+    }
+
+    /// The case as one that boots a Linux guest.
+    fn with_linux(self) -> Self {
+        Self {
+            linux: true,
+            ..self
         }
     }
 

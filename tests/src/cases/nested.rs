@@ -34,6 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
         "nested: exits of a guest in the guest are told apart",
         nested,
     )
+    .with_linux()
     .within(600)]
 }
 

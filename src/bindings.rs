@@ -5,6 +5,7 @@
 //! Only `hooks.rs` may use them; everything else goes through its safe wrappers.
 //! Kbuild makes them from `bindings/kvm.h` with the flags of the C compile.
 
+#![allow(unknown_lints, reason = "compilers from 1.85 to 1.97 read this file")]
 #![allow(
     clippy::all,
     clippy::cast_lossless,
@@ -18,6 +19,7 @@
     non_snake_case,
     non_upper_case_globals,
     rustdoc::all,
+    unnecessary_transmutes,
     unreachable_pub,
     unsafe_op_in_unsafe_fn,
     unused_qualifications,

@@ -395,11 +395,11 @@ impl<'a> Encoder<'a> {
         self.bytes(&value.to_le_bytes());
     }
 
-    fn bytes(&mut self, bytes: &[u8]) {
-        let end = self.at.saturating_add(bytes.len());
-        if let Some(room) = self.buffer.get_mut(self.at..end) {
-            room.copy_from_slice(bytes);
+    fn bytes<const N: usize>(&mut self, bytes: &[u8; N]) {
+        let room = self.buffer.get_mut(self.at..);
+        if let Some(room) = room.and_then(|room| room.first_chunk_mut()) {
+            *room = *bytes;
         }
-        self.at = end;
+        self.at = self.at.saturating_add(N);
     }
 }

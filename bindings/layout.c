@@ -28,7 +28,7 @@ int main(void)
 	DEFINE(LAYOUT_KVM_STATS_ID, offsetof(struct kvm, stats_id));
 	DEFINE(LAYOUT_KVM_VM_TYPE, offsetof(struct kvm, arch.vm_type));
 	DEFINE(LAYOUT_KVM_SIZE, sizeof(struct kvm));
-	DEFINE(LAYOUT_OPS_PRIVATE, offsetof(struct ftrace_ops, private));
+	DEFINE(LAYOUT_OPS_FUNC, offsetof(struct ftrace_ops, func));
 	DEFINE(LAYOUT_OPS_SIZE, sizeof(struct ftrace_ops));
 	DEFINE(LAYOUT_FREGS_IP, offsetof(struct __arch_ftrace_regs, regs.ip));
 	DEFINE(LAYOUT_FREGS_DI, offsetof(struct __arch_ftrace_regs, regs.di));

@@ -51,7 +51,7 @@ same_layout! {
     core::mem::offset_of!(kvm, stats_id) => LAYOUT_KVM_STATS_ID,
     core::mem::offset_of!(kvm, arch.vm_type) => LAYOUT_KVM_VM_TYPE,
     core::mem::size_of::<kvm>() => LAYOUT_KVM_SIZE,
-    core::mem::offset_of!(ftrace_ops, private) => LAYOUT_OPS_PRIVATE,
+    core::mem::offset_of!(ftrace_ops, func) => LAYOUT_OPS_FUNC,
     core::mem::size_of::<ftrace_ops>() => LAYOUT_OPS_SIZE,
     core::mem::offset_of!(__arch_ftrace_regs, regs.ip) => LAYOUT_FREGS_IP,
     core::mem::offset_of!(__arch_ftrace_regs, regs.di) => LAYOUT_FREGS_DI,

@@ -369,36 +369,16 @@ impl Registry {
         };
         let mut encoder = Encoder::new(buffer, host);
         let mut state = self.state.lock();
-        let State {
-            vms,
-            copy,
-            gone,
-            unmetered,
-            ..
-        } = &mut *state;
-        for vm in vms.iter() {
-            for member in vm.members.lock().iter() {
-                member.ledger.copy(copy);
-                encoder.vcpu(&member.identity, copy);
-            }
-        }
-        encoder.finish(gone, *unmetered)
+        state.each(|whose, ledger| encoder.vcpu(whose, ledger));
+        encoder.finish(&state.gone, state.unmetered)
     }
 
     /// The numbers of all vCPUs, those that are gone and those that live.
     pub(crate) fn totals(&self) -> Result<KVBox<Totals>> {
         let mut totals = KVBox::<Totals>::zeroed(GFP_KERNEL)?;
         let mut state = self.state.lock();
-        let State {
-            vms, copy, gone, ..
-        } = &mut *state;
-        totals.add(gone);
-        for vm in vms.iter() {
-            for member in vm.members.lock().iter() {
-                member.ledger.copy(copy);
-                totals.fold(copy);
-            }
-        }
+        totals.add(&state.gone);
+        state.each(|_, ledger| totals.fold(ledger));
         Ok(totals)
     }
 }
@@ -520,6 +500,16 @@ impl PinnedDrop for Registry {
 }
 
 impl State {
+    /// Has `see` see each metered vCPU, with its ledger at rest.
+    fn each(&mut self, mut see: impl FnMut(&Identity, &LedgerCopy)) {
+        for vm in self.vms.iter() {
+            for member in vm.members.lock().iter() {
+                member.ledger.copy(&mut self.copy);
+                see(&member.identity, &self.copy);
+            }
+        }
+    }
+
     /// Adds the numbers of a vCPU that is going.
     fn fold(&mut self, ledger: &Ledger) {
         ledger.copy(&mut self.copy);

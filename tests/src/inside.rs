@@ -52,6 +52,7 @@ pub fn run(words: &[String]) -> Result<ExitCode> {
             failed += 1;
             remarks.extend(format!("{failure:#}").lines().map(str::to_owned));
         }
+        remarks.push(format!("{:.1} s", started.elapsed().as_secs_f64()));
         for remark in remarks {
             println!("{}", Line::Remark(remark));
         }
@@ -61,10 +62,6 @@ pub fn run(words: &[String]) -> Result<ExitCode> {
             name: case.name.clone(),
         };
         println!("{line}");
-        println!(
-            "{}",
-            Line::Remark(format!("{:.1} s", started.elapsed().as_secs_f64()))
-        );
     }
     Ok(ExitCode::from(u8::from(failed != 0)))
 }

@@ -8,7 +8,7 @@
 //! not ok 2 the name of another
 //! ```
 
-use std::fmt;
+use std::{fmt, mem};
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +80,8 @@ pub struct Report {
     passed: usize,
     failed: Vec<String>,
     faults: Vec<String>,
+    /// The remarks since the latest case: what is said of the one to come.
+    remarks: Vec<String>,
 }
 
 impl Report {
@@ -87,7 +89,8 @@ impl Report {
     pub fn take(&mut self, line: &str) {
         let told = self.passed + self.failed.len();
         match Line::parse(line) {
-            Some(Line::Version | Line::Remark(_)) => {}
+            Some(Line::Version) => {}
+            Some(Line::Remark(text)) => self.remarks.push(text),
             Some(Line::Plan(count)) => {
                 if self.planned.replace(count).is_some() {
                     self.faults.push("there are two plans".to_owned());
@@ -104,10 +107,11 @@ impl Report {
                         told + 1
                     ));
                 }
+                let remarks = mem::take(&mut self.remarks);
                 if passed {
                     self.passed += 1;
                 } else {
-                    self.failed.push(name);
+                    self.failed.push(format!("{name}: {}", remarks.join("; ")));
                 }
             }
             None => self
@@ -150,7 +154,7 @@ impl Report {
 pub struct Verdict {
     /// Cases that passed.
     pub passed: usize,
-    /// Cases that failed, and what else is not as it should be.
+    /// Cases that failed with what was said of them, and what else is not as it should be.
     pub failures: Vec<String>,
 }
 
@@ -163,6 +167,7 @@ KTAP version 1
 1..3
 ok 1 exits: CPUID in real mode
 # of 1000 ticks: guest 99.0%
+# 1.2 s
 not ok 2 phases: a guest that computes is in the guest
 ok 3 log: no oops
 ";
@@ -198,7 +203,7 @@ ok 3 log: no oops
         assert_eq!(verdict.passed, 2);
         assert_eq!(
             verdict.failures,
-            ["intel: phases: a guest that computes is in the guest"]
+            ["intel: phases: a guest that computes is in the guest: of 1000 ticks: guest 99.0%; 1.2 s"]
         );
         let verdict = read(&SAVED.replace("not ok", "ok"), Some(0));
         assert_eq!((verdict.passed, verdict.failures.len()), (3, 0));

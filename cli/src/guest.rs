@@ -13,12 +13,42 @@ use serde::Serialize;
 use crate::{
     model::{isa_name, Cycles, Label, Ledger, ReasonRow, FORMAT},
     numbers::{exact, mean, share},
+    output::Output,
     reasons, report,
     table::{
         Side::{Left, Right},
         Table,
     },
 };
+
+/// In a guest: the exits that this VM caused, read by CPUID.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  exitmeter guest
+  exitmeter guest --json | jq '.reasons[] | select(.exits > 1000)'")]
+pub struct Args {
+    /// Prints JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// Prints the guest's exits.
+    ///
+    /// # Errors
+    ///
+    /// When no meter answers, or there is nowhere to print.
+    pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
+        let sweep = Sweep::read(&mut Instruction)?;
+        if self.json {
+            out.json(&sweep)?;
+        } else {
+            out.print(&sweep.text())?;
+        }
+        Ok(())
+    }
+}
 
 /// Identifies the meter.
 const IDENTIFY: u32 = 0x4fff_fff0;

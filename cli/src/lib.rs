@@ -2,14 +2,17 @@
 
 //! Shows where the time of virtual machines goes, as the kernel module exitmeter metered it.
 //!
-//! The rooms: [`source`] gets the bytes of a snapshot, [`model`] makes plain data of them
-//! (which is also what `--json` prints; [`spread`] is of single exits), [`report`], [`guest`] and [`reasons`] make text
-//! of the data, with [`table`] and [`numbers`] for the looks. [`args`] is the command line.
+//! The rooms: [`source`] gets the bytes of a snapshot, and [`model`] makes plain data of them
+//! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
+//! with what it takes on the command line and what it does: [`report`], [`guest`] and
+//! [`reasons`]. They print to [`output`], with [`table`] and [`numbers`] for the looks.
+//! [`args`] says which commands there are.
 
 pub mod args;
 pub mod guest;
 pub mod model;
 pub mod numbers;
+pub mod output;
 pub mod reasons;
 pub mod report;
 pub mod source;

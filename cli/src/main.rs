@@ -2,31 +2,18 @@
 
 //! The command `exitmeter`.
 
-use std::{
-    io::{ErrorKind, Write},
-    process::ExitCode,
-};
+use std::process::ExitCode;
 
 use clap::Parser;
-use exitmeter::args::Args;
+use exitmeter::{args::Args, output};
 
 fn main() -> ExitCode {
-    match Args::parse().run().and_then(print) {
-        Ok(()) => ExitCode::SUCCESS,
+    match Args::parse().run() {
+        Ok(status) => status,
+        Err(error) if output::Error::is_closed(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("exitmeter: {error:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Prints, and is content when nobody wants to read on.
-fn print(text: String) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(anyhow::Error::new(error).context("cannot write to the standard output"))
-        }
-        _ => Ok(()),
     }
 }

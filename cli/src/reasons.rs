@@ -2,6 +2,7 @@
 
 //! The exit reasons that there are.
 
+use clap::ValueEnum;
 use exitmeter_meter::{
     handlers::is_handled,
     reasons::{self, Isa, Slot},
@@ -10,12 +11,65 @@ use serde::Serialize;
 
 use crate::{
     model::isa_name,
+    output::Output,
     report,
     table::{
         Side::{Left, Right},
         Table,
     },
 };
+
+/// The exit reasons that there are, with numbers and names.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  exitmeter reasons --isa vmx")]
+pub struct Args {
+    /// Only those of one vendor.
+    #[arg(long, value_enum)]
+    isa: Option<Vendor>,
+    /// Prints JSON instead of tables.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Whose exit reasons.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Vendor {
+    /// Intel VT-x.
+    Vmx,
+    /// AMD-V.
+    Svm,
+}
+
+impl Vendor {
+    fn isa(self) -> Isa {
+        match self {
+            Vendor::Vmx => Isa::Vmx,
+            Vendor::Svm => Isa::Svm,
+        }
+    }
+}
+
+impl Args {
+    /// Prints the reasons.
+    ///
+    /// # Errors
+    ///
+    /// When there is nowhere to print.
+    pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
+        let isas = self
+            .isa
+            .map_or(vec![Isa::Vmx, Isa::Svm], |vendor| vec![vendor.isa()]);
+        let list = list(&isas);
+        if self.json {
+            out.json(&list)?;
+        } else {
+            out.print(&text(&list))?;
+        }
+        Ok(())
+    }
+}
 
 /// The reasons of one ISA.
 #[derive(Clone, Debug, Serialize)]

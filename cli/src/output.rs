@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The standard output, as every command prints to it: piece by piece, with colours where they
+//! can be seen, as wide as the terminal is, and quiet when nobody reads on.
+
+use std::io::{self, ErrorKind, IsTerminal as _, Write};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// When to print in colours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum When {
+    /// On a terminal, unless NO_COLOR is set or TERM is dumb.
+    #[default]
+    Auto,
+    /// In any case.
+    Always,
+    /// In no case.
+    Never,
+}
+
+/// How text is to look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// How many characters a line may have; `None` when that does not matter.
+    pub width: Option<usize>,
+    /// Whether to use colours.
+    pub color: bool,
+}
+
+/// Why nothing more can be printed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The reader has gone. Not a failure: whoever reads has read enough.
+    #[error("nobody reads the standard output any more")]
+    Closed,
+    /// It cannot be written.
+    #[error("cannot write to the standard output: {0}")]
+    Unwritable(io::Error),
+    /// Data has no form as JSON.
+    #[error("cannot print JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Error {
+    /// Whether a command failed with nothing but that its reader has gone.
+    pub fn is_closed(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Error::Closed))
+    }
+}
+
+/// Where a command prints to.
+pub struct Output {
+    to: Box<dyn Write>,
+    look: Look,
+}
+
+impl Output {
+    /// The standard output.
+    pub fn stdout(color: When) -> Self {
+        let stdout = io::stdout();
+        let terminal = stdout.is_terminal();
+        let color = match color {
+            When::Always => true,
+            When::Never => false,
+            When::Auto => terminal && colors_are_welcome(|name| std::env::var_os(name)),
+        };
+        Self::new(
+            Box::new(stdout),
+            Look {
+                width: width(),
+                color,
+            },
+        )
+    }
+
+    /// Another output.
+    pub fn new(to: Box<dyn Write>, look: Look) -> Self {
+        Self { to, look }
+    }
+
+    /// How text is to look there.
+    pub fn look(&self) -> Look {
+        self.look
+    }
+
+    /// Prints text, which is seen at once.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written, or nobody reads it.
+    pub fn print(&mut self, text: &str) -> Result<(), Error> {
+        let written = self.to.write_all(text.as_bytes());
+        written.and_then(|()| self.to.flush()).map_err(|error| {
+            if error.kind() == ErrorKind::BrokenPipe {
+                Error::Closed
+            } else {
+                Error::Unwritable(error)
+            }
+        })
+    }
+
+    /// Prints data as JSON for people and programs, over many lines.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::print`].
+    pub fn json(&mut self, data: &impl Serialize) -> Result<(), Error> {
+        self.print(&(serde_json::to_string_pretty(data)? + "\n"))
+    }
+
+    /// Prints data as JSON on one line, as one of many.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::print`].
+    pub fn json_line(&mut self, data: &impl Serialize) -> Result<(), Error> {
+        self.print(&(serde_json::to_string(data)? + "\n"))
+    }
+}
+
+/// Whether the environment has nothing against colours (see https://no-color.org).
+fn colors_are_welcome(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+    let unwanted = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
+    !unwanted && variable("TERM").is_some_and(|value| value != "dumb")
+}
+
+/// How wide lines may be: COLUMNS if it is set, else the terminal's width if there is one.
+fn width() -> Option<usize> {
+    let columns = std::env::var("COLUMNS")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    columns.filter(|columns| *columns > 0).or_else(|| {
+        let (width, _) = terminal_size::terminal_size_of(io::stdout())?;
+        Some(width.0.into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colors_need_a_terminal_that_has_them_and_a_user_who_wants_them() {
+        let welcome = |set: &[(&str, &str)]| {
+            colors_are_welcome(|name| {
+                let found = set.iter().find(|(variable, _)| *variable == name);
+                found.map(|(_, value)| value.into())
+            })
+        };
+        assert!(welcome(&[("TERM", "xterm")]));
+        assert!(welcome(&[("TERM", "xterm"), ("NO_COLOR", "")]));
+        assert!(!welcome(&[("TERM", "xterm"), ("NO_COLOR", "1")]));
+        assert!(!welcome(&[("TERM", "dumb")]));
+        assert!(!welcome(&[]));
+    }
+}

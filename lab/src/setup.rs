@@ -37,6 +37,8 @@ pub struct Wanted {
     pub bochs: bool,
     /// Debian's perf, for the benchmark.
     pub perf: bool,
+    /// KVM's own selftests.
+    pub selftests: bool,
 }
 
 /// Where it is. All of these are shared with other runs: not to be written to.
@@ -56,6 +58,8 @@ pub struct Prepared {
     pub bochs: Option<PathBuf>,
     /// The folder with `perf` and its libraries, if it was wanted.
     pub perf: Option<PathBuf>,
+    /// The folder of KVM's selftests, if it was wanted; scripts/selftests.sh lists the files.
+    pub selftests: Option<PathBuf>,
 }
 
 /// Why the set-up is not there.
@@ -168,6 +172,7 @@ struct Plan {
     tree: Option<Step>,
     bochs: Option<Step>,
     perf: Option<Step>,
+    selftests: Option<Step>,
 }
 
 impl Plan {
@@ -202,8 +207,18 @@ impl Plan {
             settings: &[],
             on: &[("ROOT", &root)],
         };
+        let selftests = Recipe {
+            name: "selftests",
+            mib: 300,
+            settings: &[],
+            on: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
+        };
         Ok(Self {
             perf: wanted.perf.then(|| engine.step(&perf)).transpose()?,
+            selftests: wanted
+                .selftests
+                .then(|| engine.step(&selftests))
+                .transpose()?,
             tree: wanted.tree.then(|| engine.step(&tree)).transpose()?,
             bochs: wanted.bochs.then(|| engine.step(&bochs)).transpose()?,
             root,
@@ -212,7 +227,7 @@ impl Plan {
     }
 
     fn steps(&self) -> Vec<&Step> {
-        let optional = [&self.tree, &self.bochs, &self.perf];
+        let optional = [&self.tree, &self.bochs, &self.perf, &self.selftests];
         [&self.root, &self.kernel]
             .into_iter()
             .chain(optional.into_iter().flatten())
@@ -222,14 +237,18 @@ impl Plan {
     fn make(&self, engine: &Engine<'_>) -> Result<(), SetupError> {
         engine.check_space(&self.steps())?;
         engine.make(&self.root)?;
-        let chain = |steps: [Option<&Step>; 2]| {
-            let mut steps = steps.into_iter().flatten();
+        let chain = |steps: &[Option<&Step>]| {
+            let mut steps = steps.iter().copied().flatten();
             steps.try_for_each(|step| engine.make(step))
         };
         // Bochs and what leads to the tree keep two cores busy side by side.
         let (tree, bochs) = thread::scope(|scope| {
-            let bochs = scope.spawn(|| chain([self.bochs.as_ref(), self.perf.as_ref()]));
-            let tree = chain([Some(&self.kernel), self.tree.as_ref()]);
+            let bochs = scope.spawn(|| chain(&[self.bochs.as_ref(), self.perf.as_ref()]));
+            let tree = chain(&[
+                Some(&self.kernel),
+                self.tree.as_ref(),
+                self.selftests.as_ref(),
+            ]);
             (
                 tree,
                 bochs.join().unwrap_or_else(|panic| resume_unwind(panic)),
@@ -255,6 +274,7 @@ impl Plan {
             tree: self.tree.map(|step| step.out.join("tree")),
             bochs: self.bochs.map(|step| step.out),
             perf: self.perf.map(|step| step.out.join("perf")),
+            selftests: self.selftests.map(|step| step.out.join("kvm")),
         })
     }
 }

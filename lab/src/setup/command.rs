@@ -22,6 +22,10 @@ pub struct PrepareArgs {
     #[arg(long)]
     perf: bool,
 
+    /// Build KVM's selftests besides
+    #[arg(long)]
+    selftests: bool,
+
     /// Print each step with the seconds it took when it was made, its size and its folder
     #[arg(long)]
     timings: bool,
@@ -42,6 +46,7 @@ pub fn command(args: PrepareArgs) -> Result<()> {
         tree: true,
         bochs: true,
         perf: args.perf,
+        selftests: args.selftests,
     };
     with_engine(|engine| {
         let plan = Plan::new(engine, &wanted)?;
@@ -59,11 +64,11 @@ pub fn command(args: PrepareArgs) -> Result<()> {
 
 fn print_timings(steps: &[&Step]) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{:<7}{:>9}{:>7}  folder", "step", "seconds", "MiB")?;
+    writeln!(out, "{:<9}{:>9}{:>7}  folder", "step", "seconds", "MiB")?;
     for step in steps {
         writeln!(
             out,
-            "{:<7}{:>9}{:>7}  {}",
+            "{:<9}{:>9}{:>7}  {}",
             step.name,
             step.seconds().unwrap_or_default(),
             size_of(&step.out) >> 20,

@@ -191,7 +191,7 @@ impl Screen {
 impl RowState {
     fn line(&self) -> String {
         format!(
-            "{:<7}{:<50}{:>6} MiB {:>5} s",
+            "{:<6} {:<50}{:>6} MiB {:>5} s",
             self.name,
             self.stage,
             self.bytes >> 20,

@@ -314,6 +314,7 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
             tree: true,
             bochs: true,
             perf: false,
+            selftests: false,
         };
         Plan::new(&engine, &wanted).unwrap()
     };

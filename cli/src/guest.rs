@@ -205,7 +205,7 @@ impl Sweep {
                 report::code(label.code),
                 label.name.unwrap_or_default().to_owned(),
                 exact(*exits),
-                report::nested(*nested_exits),
+                report::nested(*nested_exits, exact),
                 exact(cycles.kernel),
                 mean(cycles.kernel, *exits),
                 share(cycles.kernel, whole),

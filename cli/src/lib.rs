@@ -13,6 +13,7 @@ pub mod guest;
 pub mod model;
 pub mod numbers;
 pub mod output;
+pub mod paint;
 pub mod reasons;
 pub mod report;
 pub mod source;

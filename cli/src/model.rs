@@ -2,26 +2,31 @@
 
 //! A snapshot as plain data. Its field names are those of `--json`, and stay.
 
-use std::{cmp::Reverse, collections::BTreeMap, ops::AddAssign};
+use std::collections::BTreeMap;
 
 use exitmeter_meter::{
     phase::Phase,
-    reader::{Row, Snapshot, Vcpu as VcpuRecord},
-    reasons::{self, Isa},
-    snapshot::Reason,
+    reader::{Snapshot, Vcpu as VcpuRecord},
+    reasons::Isa,
 };
 use serde::Serialize;
 
-use crate::spread::Spread;
+pub mod delta;
+mod ledger;
+
+pub use ledger::{Cycles, Label, Ledger, ReasonRow, Sort};
 
 /// The version of the data's shape: grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;
 
-/// All that a snapshot says.
+/// All that a snapshot says, or what happened between two.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// [`FORMAT`].
     pub format: u32,
+    /// The time between two snapshots, when the numbers are of that alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<Span>,
     /// The host and its module.
     pub host: Host,
     /// vCPUs that run, or ran, without being metered.
@@ -30,6 +35,15 @@ pub struct Report {
     pub vms: Vec<Vm>,
     /// The sums of the vCPUs that are gone.
     pub departed: Departed,
+}
+
+/// A time.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Span {
+    /// In TSC ticks.
+    pub ticks: u64,
+    /// In seconds, when the TSC's frequency is known.
+    pub seconds: Option<f64>,
 }
 
 /// The host and its module.
@@ -61,6 +75,9 @@ pub struct Vm {
     pub name: String,
     /// The process that made it.
     pub pid: u32,
+    /// The time that its numbers are of: since the first event of its oldest vCPU, or since
+    /// the earlier snapshot.
+    pub span: Span,
     /// The sums of its vCPUs.
     #[serde(flatten)]
     pub ledger: Ledger,
@@ -73,13 +90,15 @@ pub struct Vm {
 pub struct Vcpu {
     /// Its id in its VM.
     pub vcpu: u32,
-    /// TSC at its first event.
+    /// TSC at its first event; of an interval, at its beginning.
     pub first_tsc: u64,
-    /// TSC at its latest transition.
+    /// TSC at its latest transition; of an interval, at its end.
     pub last_tsc: u64,
     /// The phase it has been in since then.
-    pub phase: Option<&'static str>,
-    /// Ticks from then to the snapshot: not yet booked on any row.
+    #[serde(serialize_with = "phase_name")]
+    pub phase: Option<Phase>,
+    /// Ticks from then to the snapshot: not yet booked on any row, but for the rows of an
+    /// interval.
     pub phase_ticks: u64,
     /// What that phase will be booked on.
     pub latest: Option<Label>,
@@ -98,158 +117,6 @@ pub struct Departed {
     pub ledger: Ledger,
 }
 
-/// The numbers of a vCPU, or sums of several.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Ledger {
-    /// VM exits.
-    pub exits: u64,
-    /// Of these, those from nested guests, when they are known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub nested_exits: Option<u64>,
-    /// TSC ticks by phase.
-    pub cycles: Cycles,
-    /// The same by reason, the one with the most kernel cycles first.
-    pub reasons: Vec<ReasonRow>,
-}
-
-/// The numbers of a reason.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct ReasonRow {
-    /// What they are booked on.
-    #[serde(flatten)]
-    pub label: Label,
-    /// VM exits.
-    pub exits: u64,
-    /// Of these, those from nested guests, when they are known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub nested_exits: Option<u64>,
-    /// TSC ticks by phase.
-    pub cycles: Cycles,
-    /// Kernel ticks of single exits, when they are known: `p50`, `p90` and `p99` within 20%,
-    /// `max`, and `histogram`, a list of the least ticks and the number of exits of a bucket.
-    #[serde(flatten)]
-    pub spread: Option<Spread>,
-}
-
-/// A reason, as it is shown.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Label {
-    /// `code`, `start` (before the first exit) or `other` (codes without a row).
-    pub kind: &'static str,
-    /// VMX's basic exit reason or SVM's exit code.
-    pub code: Option<u32>,
-    /// The code's name, when it is defined.
-    pub name: Option<&'static str>,
-}
-
-/// TSC ticks by phase.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Cycles {
-    /// The guest ran.
-    pub guest: u64,
-    /// KVM worked for it.
-    pub kernel: u64,
-    /// The VMM ran in user space.
-    pub user: u64,
-    /// The vCPU slept.
-    pub blocked: u64,
-    /// The host took the CPU away.
-    pub preempted: u64,
-}
-
-impl Cycles {
-    /// The ticks of each phase.
-    pub fn by_phase(of: impl Fn(Phase) -> u64) -> Self {
-        Self {
-            guest: of(Phase::Guest),
-            kernel: of(Phase::Kernel),
-            user: of(Phase::User),
-            blocked: of(Phase::Blocked),
-            preempted: of(Phase::Preempted),
-        }
-    }
-
-    /// The ticks of a phase.
-    pub fn of(&self, phase: Phase) -> u64 {
-        match phase {
-            Phase::Guest => self.guest,
-            Phase::Kernel => self.kernel,
-            Phase::User => self.user,
-            Phase::Blocked => self.blocked,
-            Phase::Preempted => self.preempted,
-        }
-    }
-
-    /// The ticks of all phases.
-    pub fn sum(&self) -> u64 {
-        Phase::ALL
-            .into_iter()
-            .fold(0, |sum: u64, phase| sum.wrapping_add(self.of(phase)))
-    }
-}
-
-impl AddAssign for Cycles {
-    fn add_assign(&mut self, other: Self) {
-        *self = Self::by_phase(|phase| self.of(phase).wrapping_add(other.of(phase)));
-    }
-}
-
-impl Label {
-    /// What an ISA calls a reason.
-    pub fn new(isa: Isa, reason: Reason) -> Self {
-        let (kind, code) = match reason {
-            Reason::Code(code) => ("code", Some(code)),
-            Reason::Start => ("start", None),
-            Reason::Other => ("other", None),
-        };
-        let name = code.and_then(|code| reasons::name(isa, code));
-        Self { kind, code, name }
-    }
-}
-
-impl Ledger {
-    fn new<'a>(isa: Isa, rows: impl Iterator<Item = Row<'a>>) -> Self {
-        Self::of(rows.map(|row| ReasonRow {
-            label: Label::new(isa, row.reason()),
-            exits: row.exits(),
-            nested_exits: row.nested_exits(),
-            cycles: Cycles::by_phase(|phase| row.cycles(phase)),
-            spread: Spread::read(&row),
-        }))
-    }
-
-    /// The sums of rows, of which several may have the same reason.
-    pub fn of(rows: impl IntoIterator<Item = ReasonRow>) -> Self {
-        let mut ledger = Self {
-            nested_exits: Some(0),
-            ..Self::default()
-        };
-        let mut reasons = BTreeMap::new();
-        for row in rows {
-            ledger.exits = ledger.exits.wrapping_add(row.exits);
-            ledger.nested_exits = both(ledger.nested_exits, row.nested_exits);
-            ledger.cycles += row.cycles;
-            reasons
-                .entry((row.label.kind, row.label.code))
-                .and_modify(|sum: &mut ReasonRow| {
-                    sum.exits = sum.exits.wrapping_add(row.exits);
-                    sum.nested_exits = both(sum.nested_exits, row.nested_exits);
-                    sum.cycles += row.cycles;
-                    if let (Some(sum), Some(spread)) = (&mut sum.spread, row.spread) {
-                        *sum += spread;
-                    }
-                })
-                .or_insert(row);
-        }
-        ledger.reasons = reasons.into_values().collect();
-        // A stable sort: what costs the same stays in the order of the codes.
-        ledger
-            .reasons
-            .sort_by_key(|row| Reverse((row.cycles.kernel, row.exits)));
-        ledger
-    }
-}
-
 impl Report {
     /// The data of a snapshot.
     pub fn new(snapshot: &Snapshot<'_>) -> Self {
@@ -261,6 +128,7 @@ impl Report {
                     vm: record.vm(),
                     name: record.name().to_owned(),
                     pid: record.pid(),
+                    span: Span::of(0, None),
                     ledger: Ledger::default(),
                     vcpus: Vec::new(),
                 })
@@ -269,11 +137,14 @@ impl Report {
         }
         for vm in vms.values_mut() {
             vm.vcpus.sort_by_key(|vcpu| vcpu.vcpu);
-            let rows = vm.vcpus.iter().flat_map(|vcpu| &vcpu.ledger.reasons);
-            vm.ledger = Ledger::of(rows.copied());
+            vm.sum_up();
+            let first = vm.vcpus.iter().map(|vcpu| vcpu.first_tsc).min();
+            let ticks = first.map_or(0, |first| snapshot.now().saturating_sub(first));
+            vm.span = Span::of(ticks, snapshot.tsc_khz());
         }
         Self {
             format: FORMAT,
+            interval: None,
             host: Host {
                 isa,
                 tsc_khz: snapshot.tsc_khz(),
@@ -293,6 +164,31 @@ impl Report {
     }
 }
 
+impl Span {
+    /// So many ticks of a TSC.
+    pub fn of(ticks: u64, khz: Option<u32>) -> Self {
+        Self {
+            ticks,
+            seconds: khz.map(|khz| ticks as f64 / (f64::from(khz) * 1000.0)),
+        }
+    }
+
+    /// How often something happened each second; `None` when the time is not known, or none
+    /// passed.
+    pub fn per_second(&self, count: u64) -> Option<f64> {
+        let seconds = self.seconds.filter(|seconds| *seconds > 0.0)?;
+        Some(count as f64 / seconds)
+    }
+}
+
+impl Vm {
+    /// Makes its numbers the sums of its vCPUs.
+    pub fn sum_up(&mut self) {
+        let rows = self.vcpus.iter().flat_map(|vcpu| &vcpu.ledger.reasons);
+        self.ledger = Ledger::of(rows.copied());
+    }
+}
+
 impl Vcpu {
     fn new(snapshot: &Snapshot<'_>, record: &VcpuRecord<'_>) -> Self {
         let isa = snapshot.isa();
@@ -300,7 +196,7 @@ impl Vcpu {
             vcpu: record.id(),
             first_tsc: record.first(),
             last_tsc: record.last(),
-            phase: record.phase().map(Phase::name),
+            phase: record.phase(),
             // The snapshot's time is that of its beginning: this vCPU may be a bit later.
             phase_ticks: snapshot.now().saturating_sub(record.last()),
             latest: record.latest().map(|reason| Label::new(isa, reason)),
@@ -309,9 +205,9 @@ impl Vcpu {
     }
 }
 
-/// A sum that is known when both its parts are.
-fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
-    Some(one?.wrapping_add(other?))
+/// Writes a phase by its name.
+fn phase_name<S: serde::Serializer>(phase: &Option<Phase>, to: S) -> Result<S::Ok, S::Error> {
+    phase.map(Phase::name).serialize(to)
 }
 
 /// Writes an ISA by its name.

@@ -43,6 +43,19 @@ pub fn share(part: u64, whole: u64) -> String {
     format!("{:.1}%", part as f64 * 100.0 / whole as f64)
 }
 
+/// How often something happened each second, in about three digits; a dash when that is not
+/// known.
+pub fn rate(per_second: Option<f64>) -> String {
+    match per_second {
+        None => "-".to_owned(),
+        Some(rate) if rate > 0.0 && rate < 0.005 => "<.01".to_owned(),
+        Some(rate) if rate > 0.0 && rate < 9.995 => format!("{rate:.2}"),
+        Some(rate) if rate < 99.95 && rate > 0.0 => format!("{rate:.1}"),
+        // A rate of exits fits by far.
+        Some(rate) => rough(rate.round() as u64),
+    }
+}
+
 /// A sum by the number of its parts, rounded; a dash when there are none.
 pub fn mean(sum: u64, count: u64) -> String {
     match (sum.saturating_add(count / 2)).checked_div(count) {
@@ -119,6 +132,10 @@ mod tests {
             ["33.3%", "0.0%", "-"]
         );
         assert_eq!([mean(10, 4), mean(3, 0)], ["3", "-"]);
+        let rates =
+            [0.0, 0.001, 0.5, 9.999, 99.96, 1234.4].map(|per_second| rate(Some(per_second)));
+        assert_eq!(rates, ["0", "<.01", "0.50", "10.0", "100", "1.23k"]);
+        assert_eq!(rate(None), "-");
     }
 
     #[test]

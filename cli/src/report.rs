@@ -1,268 +1,153 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The report of a snapshot, as text.
+//! `exitmeter report`: where each VM's time went.
 
-use std::{fmt::Write as _, path::PathBuf};
-
-use exitmeter_meter::phase::Phase;
-
-use crate::{
-    model::{Host, Label, Ledger, ReasonRow, Report, Vcpu, Vm},
-    numbers::{bar, exact, mean, rough, share, time},
-    output::Output,
-    source,
-    spread::Spread,
-    table::{
-        Side::{Left, Right},
-        Table,
-    },
+use std::{
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
-/// Characters of a bar for the whole.
-const BAR: u32 = 40;
+use crate::{
+    model::{Report, Sort},
+    output::Output,
+    source,
+};
+
+mod csv;
+mod select;
+mod text;
+
+pub use self::{
+    csv::{csv, HEADER as CSV_HEADER},
+    select::{Error as SelectError, Selection},
+    text::text,
+};
+pub(crate) use text::{code, count, nested, none_nested, NESTED};
 
 /// On the host: where each VM's time went, and the table of its exits.
+///
+/// First the five phases of its vCPUs: the guest ran, KVM worked in the kernel, the VMM worked in
+/// user space, the vCPU slept (blocked), or the host took its CPU away (preempted). Then what each
+/// exit reason cost. A phase is booked on the reason of the exit before it. What those vCPUs did that
+/// are gone stands at the end, as sums.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-p50, p99 and max are the kernel cycles of single exits, from an exit to the next entry
-without sleep, preemption and user space. Quantiles are within 20%, max is exact.
+share is the part of all kernel cycles. mean, p50, p99 and max are the kernel cycles of single
+exits, from an exit to the next entry without sleep, preemption and user space. Quantiles are
+within 20%. max is exact, but for one with a '~' before it, which is read as a quantile is: that
+of an interval in which no new maximum was reached.
+
+Where lines are too long for the terminal, numbers are rounded, and columns left out. COLUMNS sets
+how long they may be.
 
 Examples:
   exitmeter report
+  exitmeter report --vm 1234 --vcpu 0 --sort p99
+  exitmeter report --interval 1 --count 10
   exitmeter report --json | jq '.vms[] | {name, exits}'
-  cat /dev/exitmeter > before; exitmeter report --input before")]
+  cat /dev/exitmeter > before; sleep 10; cat /dev/exitmeter > after
+  exitmeter report --diff before after")]
 pub struct Args {
-    /// Prints JSON instead of tables.
+    /// Shows only the VM of this name, or of this process.
+    #[arg(long, value_name = "PID|NAME")]
+    vm: Option<String>,
+    /// Shows only the vCPU of this id, of each VM.
+    #[arg(long, value_name = "N")]
+    vcpu: Option<u32>,
+    /// What comes first in the table of reasons.
+    #[arg(long, value_enum, default_value_t)]
+    sort: Sort,
+    /// Prints JSON instead of tables; with --interval, one line each time.
     #[arg(long)]
     json: bool,
+    /// Prints comma separated values: one line for each reason of each VM.
+    #[arg(long, conflicts_with = "json")]
+    csv: bool,
+    /// Reports what happened in each S seconds, until it is interrupted.
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    interval: Option<Duration>,
+    /// Ends after N intervals.
+    #[arg(long, value_name = "N", requires = "interval", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// Reports what happened between two saved snapshots.
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["input", "interval"])]
+    diff: Option<Vec<PathBuf>>,
     /// Reads a saved snapshot instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
 }
 
+/// A time in seconds, from the command line.
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|time| *time >= Duration::from_millis(10))
+        .ok_or_else(|| "it must be a number of seconds, 0.01 or more".to_owned())
+}
+
 impl Args {
-    /// Prints the report.
+    /// Prints the report, or one after the other.
     ///
     /// # Errors
     ///
-    /// When there is no snapshot to read, or nowhere to print.
+    /// When there is no snapshot to read, it has not what was asked for, or there is nowhere to
+    /// print.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
-        let bytes = source::read(&self.input)?;
-        let report = Report::new(&source::parse(&self.input, &bytes)?);
-        if self.json {
-            out.json(&report)?;
-        } else {
-            out.print(&text(&report))?;
+        if self.csv {
+            out.print(CSV_HEADER)?;
+        }
+        if let Some([before, after]) = self.diff.as_deref() {
+            let (before, after) = (source::report(before)?, source::report(after)?);
+            return self.print(out, after.since(&before)?);
+        }
+        match self.interval {
+            None => self.print(out, source::report(&self.input)?),
+            Some(interval) => self.repeat(out, &self.input, interval),
+        }
+    }
+
+    /// Prints what happens, again and again.
+    fn repeat(&self, out: &mut Output, input: &Path, interval: Duration) -> anyhow::Result<()> {
+        let mut due = Instant::now();
+        let mut before = source::report(input)?;
+        // So that a VM that is not there is told now.
+        self.selection().apply(before.clone())?;
+        let mut left = self.count;
+        while left != Some(0) {
+            due += interval;
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let now = source::report(input)?;
+            self.print(out, now.since(&before)?)?;
+            before = now;
+            left = left.map(|left| left - 1);
         }
         Ok(())
     }
-}
 
-/// The whole report.
-pub fn text(report: &Report) -> String {
-    let mut text = host(&report.host);
-    if report.unmetered_vcpus != 0 {
-        text += &format!(
-            "not metered: {} (past the module's max_vcpus, no memory, or a trust domain)\n",
-            count(report.unmetered_vcpus, "vCPU")
-        );
-    }
-    if report.vms.is_empty() {
-        text += "\nNo VM runs.\n";
-    }
-    for vm in &report.vms {
-        let exits = count(vm.ledger.exits, "exit");
-        let vcpus = count(vm.vcpus.len() as u64, "vCPU");
-        let Vm { name, pid, .. } = vm;
-        text += &format!("\n{name}, process {pid}: {exits}, {vcpus}\n\n");
-        text += &format!("{}\n", phases(&vm.ledger));
-        text += &format!("{}\n", vcpu_table(&report.host, &vm.vcpus));
-        text += &reason_table(&vm.ledger).to_string();
-    }
-    let departed = &report.departed;
-    if departed.vcpus_gone != 0 {
-        let exits = count(departed.ledger.exits, "exit");
-        let vcpus = count(departed.vcpus_gone, "vCPU");
-        text += &format!("\ngone: {exits}, {vcpus}\n\n");
-        text += &format!("{}\n", phases(&departed.ledger));
-        text += &reason_table(&departed.ledger).to_string();
-    }
-    text
-}
-
-/// The line about the host.
-fn host(host: &Host) -> String {
-    let mut text = format!("host: {}, TSC ", host.isa.name().to_uppercase());
-    let _ = match host.tsc_khz {
-        Some(khz) => write!(text, "{:.3} MHz", f64::from(khz) / 1000.0),
-        None => write!(text, "of unknown rate"),
-    };
-    text += if host.tsc_stable { "" } else { ", unstable" };
-    match host.leaf_map {
-        Some(0) => text += ", guests read nothing",
-        map => {
-            let map = map.map_or("?".to_owned(), |map| map.to_string());
-            let scope = if host.host_scope {
-                "the host"
-            } else {
-                "their VM"
-            };
-            text += &format!(", guests read the sums of {scope} by leaf map {map}");
+    fn selection(&self) -> Selection<'_> {
+        Selection {
+            vm: self.vm.as_deref(),
+            vcpu: self.vcpu,
+            sort: self.sort,
         }
     }
-    let age = host.snapshot_tsc.saturating_sub(host.loaded_tsc);
-    text + &format!(", loaded {} ago\n", time(age, host.tsc_khz))
-}
 
-/// Where the time went.
-fn phases(ledger: &Ledger) -> Table<4> {
-    let mut table = Table::new([
-        ("phase", Left),
-        ("cycles", Right),
-        ("share", Right),
-        ("", Left),
-    ]);
-    let whole = ledger.cycles.sum();
-    for phase in Phase::ALL {
-        let cycles = ledger.cycles.of(phase);
-        table.row([
-            phase.name().to_owned(),
-            exact(cycles),
-            share(cycles, whole),
-            bar(cycles, whole, BAR),
-        ]);
+    /// Prints one report in the form that was asked for.
+    fn print(&self, out: &mut Output, report: Report) -> anyhow::Result<()> {
+        let selection = self.selection();
+        let report = selection.apply(report)?;
+        if self.csv {
+            out.print(&csv(&report, &selection))?;
+        } else if !self.json {
+            let end = if self.interval.is_some() { "\n" } else { "" };
+            out.print(&(text(&report, &selection, out.look()) + end))?;
+        } else if self.interval.is_some() {
+            out.json_line(&report)?;
+        } else {
+            out.json(&report)?;
+        }
+        Ok(())
     }
-    table
-}
-
-/// The same of each vCPU, and what it does now.
-fn vcpu_table(host: &Host, vcpus: &[Vcpu]) -> Table<10> {
-    let mut table = Table::new([
-        ("vCPU", Right),
-        ("now", Left),
-        ("exits", Right),
-        (NESTED, Right),
-        ("cycles", Right),
-        ("guest", Right),
-        ("kernel", Right),
-        ("user", Right),
-        ("blocked", Right),
-        ("preempted", Right),
-    ]);
-    for vcpu in vcpus {
-        let whole = vcpu.ledger.cycles.sum();
-        let of = |phase| share(vcpu.ledger.cycles.of(phase), whole);
-        let phase = vcpu.phase.unwrap_or("?");
-        table.row([
-            vcpu.vcpu.to_string(),
-            format!("{phase} for {}", time(vcpu.phase_ticks, host.tsc_khz)),
-            exact(vcpu.ledger.exits),
-            nested(vcpu.ledger.nested_exits),
-            exact(whole),
-            of(Phase::Guest),
-            of(Phase::Kernel),
-            of(Phase::User),
-            of(Phase::Blocked),
-            of(Phase::Preempted),
-        ]);
-    }
-    if none_nested(vcpus.iter().map(|vcpu| vcpu.ledger.nested_exits)) {
-        table.leave_out(&[NESTED]);
-    }
-    table
-}
-
-/// What each reason cost. "share" is its part of all kernel cycles; the phases behind it
-/// are the time that vCPUs spent there with this as their latest exit. Without the columns of
-/// single exits when the snapshot does not have them.
-fn reason_table(ledger: &Ledger) -> Table<14> {
-    let mut table = Table::new([
-        ("code", Right),
-        ("reason", Left),
-        ("exits", Right),
-        (NESTED, Right),
-        ("kernel cycles", Right),
-        ("per exit", Right),
-        ("p50", Right),
-        ("p99", Right),
-        ("max", Right),
-        ("share", Right),
-        ("guest", Right),
-        ("user", Right),
-        ("blocked", Right),
-        ("preempted", Right),
-    ]);
-    for ReasonRow {
-        label,
-        exits,
-        nested_exits,
-        cycles,
-        spread,
-    } in &ledger.reasons
-    {
-        let single = |ticks: fn(&Spread) -> Option<u64>| {
-            let ticks = spread.as_ref().and_then(ticks);
-            ticks.map_or_else(|| "-".to_owned(), rough)
-        };
-        table.row([
-            code(label.code),
-            name(label),
-            exact(*exits),
-            nested(*nested_exits),
-            exact(cycles.kernel),
-            mean(cycles.kernel, *exits),
-            single(|spread| spread.quantile(50)),
-            single(|spread| spread.quantile(99)),
-            single(|spread| Some(spread.max).filter(|max| *max != 0)),
-            share(cycles.kernel, ledger.cycles.kernel),
-            rough(cycles.guest),
-            rough(cycles.user),
-            rough(cycles.blocked),
-            rough(cycles.preempted),
-        ]);
-    }
-    if ledger.reasons.iter().all(|row| row.spread.is_none()) {
-        table.leave_out(&["p50", "p99", "max"]);
-    }
-    if none_nested([ledger.nested_exits]) {
-        table.leave_out(&[NESTED]);
-    }
-    table
-}
-
-/// The title of the column of exits from nested guests, shown when there are some.
-pub(crate) const NESTED: &str = "nested";
-
-/// What that column says.
-pub(crate) fn nested(exits: Option<u64>) -> String {
-    exits.map_or_else(|| "-".to_owned(), exact)
-}
-
-/// Whether that column would say nothing.
-pub(crate) fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
-    exits
-        .into_iter()
-        .all(|exits| matches!(exits, None | Some(0)))
-}
-
-/// A code as guests ask for it and the kernel log has it; nothing for rows without one.
-pub(crate) fn code(code: Option<u32>) -> String {
-    code.map_or_else(String::new, |code| code.to_string())
-}
-
-/// A reason's name, or what stands for one.
-fn name(label: &Label) -> String {
-    match (label.kind, label.name) {
-        (_, Some(name)) => name,
-        ("start", _) => "(before the first exit)",
-        ("other", _) => "(other codes)",
-        _ => "(not defined)",
-    }
-    .to_owned()
-}
-
-/// So many of a thing.
-pub(crate) fn count(number: u64, thing: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{} {thing}{plural}", exact(number))
 }

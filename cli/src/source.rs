@@ -9,6 +9,8 @@ use std::{
 
 use exitmeter_meter::reader::{self, Snapshot};
 
+use crate::model::Report;
+
 /// The device that gives snapshots.
 pub const DEVICE: &str = "/dev/exitmeter";
 
@@ -65,4 +67,16 @@ pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
         path: path.to_owned(),
         error,
     })
+}
+
+/// The data of a snapshot: of a fresh one from the device, or of a saved one.
+///
+/// Each call opens the device anew. So between two the module can be unloaded, and loaded.
+///
+/// # Errors
+///
+/// As [`read`] and [`parse`].
+pub fn report(path: &Path) -> Result<Report, Error> {
+    let bytes = read(path)?;
+    Ok(Report::new(&parse(path, &bytes)?))
 }

@@ -13,8 +13,11 @@ use serde::ser::{Serialize, SerializeStruct, Serializer};
 /// The kernel ticks of each exit that was followed by an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spread {
-    /// The most, exactly; 0 without samples.
+    /// The most; 0 without samples.
     pub max: u64,
+    /// Whether `max` is exact. Of the exits between two snapshots it is when it grew; else it
+    /// is read from a bucket, and within 20%.
+    pub max_exact: bool,
     buckets: Buckets,
 }
 
@@ -23,8 +26,35 @@ impl Spread {
     pub fn read(row: &Row<'_>) -> Option<Self> {
         Some(Self {
             max: row.max()?,
+            max_exact: true,
             buckets: row.histogram()?,
         })
+    }
+
+    /// What came after an earlier one of the same row; `None` when this cannot be a later one.
+    pub fn since(&self, earlier: &Self) -> Option<Self> {
+        let mut buckets = self.buckets;
+        for (to, before) in buckets.iter_mut().zip(earlier.buckets) {
+            *to = to.checked_sub(before)?;
+        }
+        let greatest = buckets.iter().rposition(|samples| *samples != 0);
+        let (max, max_exact) = match greatest {
+            None => (0, true),
+            Some(_) if self.max > earlier.max => (self.max, true),
+            Some(bucket) => (histogram::middle(bucket).min(self.max), false),
+        };
+        Some(Self {
+            max,
+            max_exact,
+            buckets,
+        })
+    }
+
+    /// How many samples there are.
+    pub fn count(&self) -> u64 {
+        self.buckets
+            .iter()
+            .fold(0, |sum: u64, samples| sum.wrapping_add(*samples))
     }
 
     /// The ticks that `percent` of the samples do not exceed, within 20%; `None` without
@@ -43,9 +73,21 @@ impl Spread {
     }
 }
 
+impl Default for Spread {
+    /// One without samples.
+    fn default() -> Self {
+        Self {
+            max: 0,
+            max_exact: true,
+            buckets: histogram::EMPTY,
+        }
+    }
+}
+
 impl AddAssign for Spread {
     fn add_assign(&mut self, other: Self) {
         self.max = self.max.max(other.max);
+        self.max_exact = self.max_exact && other.max_exact;
         for (to, from) in self.buckets.iter_mut().zip(other.buckets) {
             *to = to.wrapping_add(from);
         }
@@ -54,11 +96,12 @@ impl AddAssign for Spread {
 
 impl Serialize for Spread {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut to = to.serialize_struct("Spread", 5)?;
+        let mut to = to.serialize_struct("Spread", 6)?;
         to.serialize_field("p50", &self.quantile(50))?;
         to.serialize_field("p90", &self.quantile(90))?;
         to.serialize_field("p99", &self.quantile(99))?;
         to.serialize_field("max", &self.max)?;
+        to.serialize_field("max_exact", &self.max_exact)?;
         to.serialize_field("histogram", &self.samples())?;
         to.end()
     }

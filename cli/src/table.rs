@@ -4,6 +4,12 @@
 
 use std::fmt;
 
+use crate::{
+    numbers::{exact, rough},
+    output::Look,
+    paint::{paint, Style},
+};
+
 /// On which side of its column a text stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -13,12 +19,43 @@ pub enum Side {
     Right,
 }
 
+/// What stands in a column of a line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cell {
+    /// Text of characters that each take one column.
+    pub text: String,
+    /// How it looks in colours.
+    pub style: Style,
+}
+
+impl Cell {
+    /// A text in a style.
+    pub fn new(text: impl Into<String>, style: Style) -> Self {
+        let text = text.into();
+        Self { text, style }
+    }
+
+    /// Whether it says that there is nothing.
+    fn is_nothing(&self) -> bool {
+        matches!(self.text.as_str(), "" | "0" | "-" | "0.0%")
+    }
+}
+
+impl From<String> for Cell {
+    fn from(text: String) -> Self {
+        Self::new(text, Style::Plain)
+    }
+}
+
 /// A table with a line of titles.
 #[derive(Clone, Debug)]
 pub struct Table<const COLUMNS: usize> {
     sides: [Side; COLUMNS],
-    rows: Vec<[String; COLUMNS]>,
+    titles: [Cell; COLUMNS],
+    rows: Vec<[Cell; COLUMNS]>,
     shown: [bool; COLUMNS],
+    spared: Vec<String>,
+    gap: usize,
 }
 
 impl<const COLUMNS: usize> Table<COLUMNS> {
@@ -26,21 +63,125 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     pub fn new(columns: [(&str, Side); COLUMNS]) -> Self {
         Self {
             sides: columns.map(|(_, side)| side),
-            rows: vec![columns.map(|(title, _)| title.to_owned())],
+            titles: columns.map(|(title, _)| Cell::new(title, Style::Title)),
+            rows: Vec::new(),
             shown: [true; COLUMNS],
+            spared: Vec::new(),
+            gap: 2,
+        }
+    }
+
+    /// The table that `build` makes with numbers in full; with rounded ones, and without what
+    /// can be spared, when it would be wider than is allowed. `spare` names columns by their
+    /// titles, the first to go first; those that say nothing go before all others.
+    pub fn fitted(look: Look, spare: &[&str], build: impl Fn(fn(u64) -> String) -> Self) -> Self {
+        let table = build(exact);
+        match look.width {
+            Some(width) if table.width() > width => {
+                let mut table = build(rough);
+                table.fit(width, spare);
+                table
+            }
+            _ => table,
         }
     }
 
     /// Adds a line.
-    pub fn row(&mut self, cells: [String; COLUMNS]) {
-        self.rows.push(cells);
+    pub fn row(&mut self, cells: [impl Into<Cell>; COLUMNS]) {
+        self.rows.push(cells.map(Into::into));
     }
 
     /// Does not show the columns of these titles.
     pub fn leave_out(&mut self, titles: &[&str]) {
-        for (shown, title) in self.shown.iter_mut().zip(self.rows.iter().flatten()) {
-            *shown &= !titles.contains(&title.as_str());
+        for (shown, title) in self.shown.iter_mut().zip(&self.titles) {
+            *shown &= !titles.contains(&title.text.as_str());
         }
+    }
+
+    /// The titles of columns that say something and were left out for want of room.
+    pub fn spared(&self) -> &[String] {
+        &self.spared
+    }
+
+    /// Makes it as narrow as is allowed, if it can.
+    fn fit(&mut self, allowed: usize, spare: &[&str]) {
+        if self.width() <= allowed {
+            return;
+        }
+        self.gap = 1;
+        let says_nothing = |title: &&&str| {
+            let column = self.titles.iter().position(|cell| cell.text == **title);
+            column.is_some_and(|column| {
+                let cells = self.rows.iter().filter_map(|row| row.get(column));
+                cells.clone().count() > 0 && cells.clone().all(Cell::is_nothing)
+            })
+        };
+        let first: Vec<&str> = spare.iter().filter(says_nothing).copied().collect();
+        for title in first.iter().chain(spare) {
+            if self.width() <= allowed {
+                break;
+            }
+            self.leave_out(&[title]);
+            if !first.contains(title) {
+                self.spared.push((*title).to_owned());
+            }
+        }
+        self.gap = 2;
+        if self.width() > allowed {
+            self.gap = 1;
+        }
+    }
+
+    /// How wide the columns are.
+    fn widths(&self) -> [usize; COLUMNS] {
+        let mut widths = [0; COLUMNS];
+        for row in self.lines() {
+            for (widest, cell) in widths.iter_mut().zip(row) {
+                *widest = width(&cell.text).max(*widest);
+            }
+        }
+        widths
+    }
+
+    /// How wide it is.
+    fn width(&self) -> usize {
+        let columns = self.widths().into_iter().zip(self.shown);
+        let shown = columns.filter(|(_, shown)| *shown);
+        shown
+            .map(|(width, _)| width + self.gap)
+            .sum::<usize>()
+            .saturating_sub(self.gap)
+    }
+
+    /// Titles and rows.
+    fn lines(&self) -> impl Iterator<Item = &[Cell; COLUMNS]> {
+        std::iter::once(&self.titles).chain(&self.rows)
+    }
+
+    /// The table as text, with colours or without.
+    pub fn text(&self, color: bool) -> String {
+        let mut text = String::new();
+        let widths = self.widths();
+        for row in self.lines() {
+            let columns = row.iter().zip(&self.sides).zip(widths).zip(self.shown);
+            // Blanks that are yet to come, if anything comes after them.
+            let mut ahead = 0;
+            for (((cell, side), widest), _) in columns.filter(|(_, shown)| *shown) {
+                let pad = widest.saturating_sub(width(&cell.text));
+                let (before, after) = match side {
+                    Side::Left => (0, pad),
+                    Side::Right => (pad, 0),
+                };
+                ahead += before;
+                if !cell.text.is_empty() {
+                    text += &" ".repeat(std::mem::take(&mut ahead));
+                    text += &paint(&cell.text, cell.style, color);
+                }
+                ahead += after + self.gap;
+            }
+            text.push('\n');
+        }
+        text
     }
 }
 
@@ -49,27 +190,10 @@ fn width(text: &str) -> usize {
     text.chars().count()
 }
 
+/// The table without colours.
 impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut widths = [0; COLUMNS];
-        for row in &self.rows {
-            for (widest, cell) in widths.iter_mut().zip(row) {
-                *widest = width(cell).max(*widest);
-            }
-        }
-        for row in &self.rows {
-            let mut line = String::new();
-            let columns = row.iter().zip(&self.sides).zip(&widths).zip(&self.shown);
-            for ((cell, side), widest) in columns.filter(|(_, shown)| **shown).map(|(c, _)| c) {
-                let pad = " ".repeat(widest.saturating_sub(width(cell)));
-                line += &match side {
-                    Side::Left => format!("{cell}{pad}  "),
-                    Side::Right => format!("{pad}{cell}  "),
-                };
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        Ok(())
+        f.write_str(&self.text(false))
     }
 }
 
@@ -77,22 +201,85 @@ impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
 mod tests {
     use super::*;
 
+    fn table() -> Table<3> {
+        let mut table = Table::new([
+            ("reason", Side::Left),
+            ("exits", Side::Right),
+            ("user", Side::Right),
+        ]);
+        table.row(["HLT", "7", "0"].map(str::to_owned));
+        table.row(["IO_INSTRUCTION", "1,234,567", "0"].map(str::to_owned));
+        table.row(["█▏", "", ""].map(str::to_owned));
+        table
+    }
+
     #[test]
     fn columns_line_up() {
-        let mut table = Table::new([("reason", Side::Left), ("exits", Side::Right)]);
-        table.row(["HLT".to_owned(), "7".to_owned()]);
-        table.row(["IO_INSTRUCTION".to_owned(), "1,234,567".to_owned()]);
-        table.row(["█▏".to_owned(), String::new()]);
+        let mut table = table();
         assert_eq!(
             table.to_string(),
             "\
-reason              exits
-HLT                     7
-IO_INSTRUCTION  1,234,567
+reason              exits  user
+HLT                     7     0
+IO_INSTRUCTION  1,234,567     0
 █▏
 "
         );
-        table.leave_out(&["exits", "HLT"]);
+        table.leave_out(&["exits", "user", "HLT"]);
         assert_eq!(table.to_string(), "reason\nHLT\nIO_INSTRUCTION\n█▏\n");
+    }
+
+    #[test]
+    fn what_says_nothing_goes_first() {
+        let fit = |width| {
+            let mut table = table();
+            table.fit(width, &["exits", "user"]);
+            assert!(table
+                .to_string()
+                .lines()
+                .all(|line| line.chars().count() <= width));
+            assert_eq!(table.spared().len(), usize::from(width < 24));
+            table.to_string().lines().next().map(str::to_owned)
+        };
+        assert_eq!(fit(31).as_deref(), Some("reason              exits  user"));
+        assert_eq!(fit(29).as_deref(), Some("reason             exits user"));
+        assert_eq!(fit(28).as_deref(), Some("reason              exits"));
+        assert_eq!(fit(24).as_deref(), Some("reason             exits"));
+        assert_eq!(fit(23).as_deref(), Some("reason"));
+    }
+
+    #[test]
+    fn a_narrow_table_has_rounded_numbers() {
+        let titles = |width| {
+            let look = Look {
+                width,
+                color: false,
+            };
+            let table = Table::fitted(look, &[], |number| {
+                let mut table = Table::new([("exits", Side::Right)]);
+                table.row([number(1_234_567)]);
+                table
+            });
+            table.to_string()
+        };
+        assert_eq!(titles(None), "    exits\n1,234,567\n");
+        assert_eq!(titles(Some(9)), "    exits\n1,234,567\n");
+        assert_eq!(titles(Some(8)), "exits\n1.23M\n");
+    }
+
+    #[test]
+    fn colors_change_nothing_but_the_colors() {
+        let mut plain = String::new();
+        let mut escape = false;
+        for character in table().text(true).chars() {
+            match (escape, character) {
+                (false, '\x1b') => escape = true,
+                (true, 'm') => escape = false,
+                (true, _) => {}
+                (false, other) => plain.push(other),
+            }
+        }
+        assert_eq!(plain, table().to_string());
+        assert_ne!(table().text(true), plain);
     }
 }

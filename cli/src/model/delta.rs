@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What happened between two snapshots.
+//!
+//! vCPUs are told by the number of their VM and their id in it. One that came since the earlier
+//! snapshot counts from its first event on. What those that are gone still did stands in the
+//! totals, without what they had done before.
+//!
+//! A phase that runs while a snapshot is taken is not booked yet, however long it has run. Here
+//! it is settled at both ends: its ticks up to the later snapshot are added, and those up to the
+//! earlier one taken out. So the cycles of a vCPU sum to the interval, exactly.
+
+use std::collections::BTreeMap;
+
+use exitmeter_meter::phase::Phase;
+
+use super::{Cycles, Departed, Ledger, ReasonRow, Report, Span, Vcpu};
+use crate::spread::Spread;
+
+/// Why there is nothing between two snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// They are of two lives of the module, or of two hosts.
+    #[error(
+        "the module was loaded anew between the two snapshots, or they are of two hosts: \
+         compare snapshots of one life of the module"
+    )]
+    Reloaded,
+    /// The second one was taken before the first one.
+    #[error("the second snapshot is older than the first one: name the older one first")]
+    Order,
+    /// A number that can only grow is smaller in the later one.
+    #[error("the exits of {0} are fewer in the later snapshot: one of the two is damaged")]
+    Backwards(String),
+}
+
+impl Report {
+    /// What happened since an earlier snapshot of the same host.
+    ///
+    /// # Errors
+    ///
+    /// When the two snapshots are not of one life of the module, or not in this order.
+    pub fn since(&self, earlier: &Self) -> Result<Self, Error> {
+        let (now, before) = (self.host.snapshot_tsc, earlier.host.snapshot_tsc);
+        if (self.host.loaded_tsc, self.host.isa) != (earlier.host.loaded_tsc, earlier.host.isa) {
+            return Err(Error::Reloaded);
+        }
+        let ticks = now.checked_sub(before).ok_or(Error::Order)?;
+        let interval = Span::of(ticks, self.host.tsc_khz);
+
+        let mut olds: BTreeMap<_, _> = earlier
+            .vms
+            .iter()
+            .flat_map(|vm| {
+                vm.vcpus
+                    .iter()
+                    .map(move |vcpu| ((vm.vm, vcpu.vcpu), (vm, vcpu)))
+            })
+            .collect();
+        let mut vms = Vec::new();
+        for vm in &self.vms {
+            let mut new = vm.clone();
+            new.span = interval;
+            if !earlier.vms.iter().any(|old| old.vm == vm.vm) {
+                new.span.ticks = vm.span.ticks.min(ticks);
+                new.span = Span::of(new.span.ticks, self.host.tsc_khz);
+            }
+            for vcpu in &mut new.vcpus {
+                let old = olds.remove(&(vm.vm, vcpu.vcpu)).map(|(_, old)| old);
+                *vcpu = vcpu
+                    .since(now, old, before)
+                    .ok_or_else(|| Error::Backwards(format!("{} vCPU {}", vm.name, vcpu.vcpu)))?;
+            }
+            new.sum_up();
+            vms.push(new);
+        }
+        let gone = olds.into_values().map(|(_, vcpu)| vcpu.settled(before));
+        Ok(Self {
+            format: self.format,
+            interval: Some(interval),
+            host: self.host.clone(),
+            unmetered_vcpus: self.unmetered_vcpus.saturating_sub(earlier.unmetered_vcpus),
+            vms,
+            departed: self
+                .departed
+                .since(&earlier.departed, gone)
+                .ok_or_else(|| Error::Backwards("the vCPUs that are gone".to_owned()))?,
+        })
+    }
+}
+
+impl Vcpu {
+    /// The moment that its record is of, in a snapshot begun at `now`.
+    fn moment(&self, now: u64) -> u64 {
+        now.max(self.last_tsc)
+    }
+
+    /// Its numbers with the phase that runs at the snapshot.
+    fn settled(&self, now: u64) -> Ledger {
+        let mut rows = self.ledger.reasons.clone();
+        if let (Some(phase), Some(label)) = (self.phase, self.latest) {
+            let running = self.moment(now).saturating_sub(self.last_tsc);
+            rows.push(ReasonRow {
+                label,
+                exits: 0,
+                nested_exits: self.ledger.nested_exits.map(|_| 0),
+                cycles: Cycles::by_phase(|other| if other == phase { running } else { 0 }),
+                spread: self
+                    .ledger
+                    .reasons
+                    .iter()
+                    .any(|row| row.spread.is_some())
+                    .then(Spread::default),
+            });
+        }
+        Ledger::of(rows)
+    }
+
+    /// What it did since an earlier snapshot, if it was there.
+    fn since(&self, now: u64, old: Option<&Self>, before: u64) -> Option<Self> {
+        let settled = self.settled(now);
+        Some(Self {
+            first_tsc: old.map_or(self.first_tsc, |old| old.moment(before)),
+            last_tsc: self.moment(now),
+            ledger: match old {
+                Some(old) => settled.since(&old.settled(before))?,
+                None => settled,
+            },
+            ..self.clone()
+        })
+    }
+}
+
+impl Departed {
+    /// What those that are gone did, of which some were there before and had their numbers.
+    fn since(&self, earlier: &Self, were_there: impl Iterator<Item = Ledger>) -> Option<Self> {
+        let before = were_there.fold(earlier.ledger.reasons.clone(), |mut rows, ledger| {
+            rows.extend(ledger.reasons);
+            rows
+        });
+        Some(Self {
+            vcpus_gone: self.vcpus_gone.checked_sub(earlier.vcpus_gone)?,
+            ledger: self.ledger.since(&Ledger::of(before))?,
+        })
+    }
+}
+
+impl Ledger {
+    /// What came after an earlier one; `None` when this cannot be a later one.
+    pub fn since(&self, earlier: &Self) -> Option<Self> {
+        let known = earlier.reasons.iter().all(|row| {
+            // A phase that ran may have gone without a trace.
+            row.exits == 0 || self.row(&row.label).is_some()
+        });
+        let rows = self
+            .reasons
+            .iter()
+            .map(|row| match earlier.row(&row.label) {
+                Some(old) => row.since(old),
+                None => Some(*row),
+            });
+        let rows: Vec<_> = rows.collect::<Option<_>>()?;
+        let moved = |row: &ReasonRow| row.exits != 0 || row.cycles.sum() != 0;
+        known.then(|| Self::of(rows.into_iter().filter(moved)))
+    }
+}
+
+impl ReasonRow {
+    fn since(&self, earlier: &Self) -> Option<Self> {
+        let nested_exits = match (self.nested_exits, earlier.nested_exits) {
+            (Some(new), Some(old)) => Some(new.checked_sub(old)?),
+            _ => None,
+        };
+        let spread = match (&self.spread, &earlier.spread) {
+            (Some(new), Some(old)) => Some(new.since(old)?),
+            (new, _) => *new,
+        };
+        Some(Self {
+            label: self.label,
+            exits: self.exits.checked_sub(earlier.exits)?,
+            nested_exits,
+            // Clocks that part may set an end of a phase before its beginning.
+            cycles: Cycles::by_phase(|phase: Phase| {
+                self.cycles
+                    .of(phase)
+                    .saturating_sub(earlier.cycles.of(phase))
+            }),
+            spread,
+        })
+    }
+}

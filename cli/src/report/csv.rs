@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The report as comma separated values, as RFC 4180 has them.
+
+use exitmeter_meter::phase::Phase;
+
+use super::Selection;
+use crate::model::{ReasonRow, Report, Span};
+
+/// The line of titles. `time_s` is the moment of the snapshot, in seconds since the module was
+/// loaded, and `span_s` the time that the numbers are of. A number that is not known is left
+/// empty, as are `vm`, `pid` and `span_s` of the sums of those that are gone.
+pub const HEADER: &str = "time_s,span_s,vm,name,pid,vcpu,kind,code,reason,exits,nested_exits,\
+per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max\n";
+
+/// A line for each reason of each VM, and of those that are gone when all is shown. The column
+/// `vcpu` has a number when only the vCPUs of that id are shown.
+pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
+    let host = &report.host;
+    let age = host.snapshot_tsc.saturating_sub(host.loaded_tsc);
+    let time = seconds(&Span::of(age, host.tsc_khz));
+    let mut text = String::new();
+    for vm in &report.vms {
+        let whose = [
+            time.clone(),
+            seconds(&vm.span),
+            vm.vm.to_string(),
+            quoted(&vm.name),
+            vm.pid.to_string(),
+            number(selection.vcpu),
+        ]
+        .join(",");
+        for row in &vm.ledger.reasons {
+            text += &line(&whose, row, vm.ledger.cycles.kernel, Some(vm.span));
+        }
+    }
+    if !selection.is_part() {
+        let whose = format!("{time},,,departed,,");
+        let ledger = &report.departed.ledger;
+        for row in &ledger.reasons {
+            text += &line(&whose, row, ledger.cycles.kernel, report.interval);
+        }
+    }
+    text
+}
+
+fn line(whose: &str, row: &ReasonRow, kernel: u64, span: Option<Span>) -> String {
+    let rate = span.and_then(|span| span.per_second(row.exits));
+    let part = |whole: u64| (whole != 0).then(|| row.cycles.kernel as f64 / whole as f64);
+    let spread = row.spread.as_ref();
+    let quantile = |percent| number(spread.and_then(|spread| spread.quantile(percent)));
+    let mut fields = vec![
+        whose.to_owned(),
+        row.label.kind.to_owned(),
+        number(row.label.code),
+        row.label.name.map_or_else(String::new, quoted),
+        row.exits.to_string(),
+        number(row.nested_exits),
+        decimal(rate, 3),
+    ];
+    fields.extend(Phase::ALL.map(|phase| row.cycles.of(phase).to_string()));
+    fields.extend([decimal(part(kernel), 6), decimal(part(row.exits), 1)]);
+    fields.extend([50, 90, 99].map(quantile));
+    fields.push(number(
+        spread.map(|spread| spread.max).filter(|max| *max != 0),
+    ));
+    fields.join(",") + "\n"
+}
+
+fn number(number: Option<impl ToString>) -> String {
+    number.map_or_else(String::new, |number| number.to_string())
+}
+
+fn decimal(number: Option<f64>, places: usize) -> String {
+    number.map_or_else(String::new, |number| format!("{number:.places$}"))
+}
+
+fn seconds(span: &Span) -> String {
+    decimal(span.seconds, 6)
+}
+
+/// A text, in quotes when it needs them.
+fn quoted(text: &str) -> String {
+    if text.contains(['"', ',', '\n', '\r']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_would_be_torn_apart_is_quoted() {
+        assert_eq!(quoted("kvm-1"), "kvm-1");
+        assert_eq!(quoted("a,b"), "\"a,b\"");
+        assert_eq!(quoted("a\"b"), "\"a\"\"b\"");
+    }
+}

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The report as text.
+
+use std::collections::BTreeSet;
+
+use exitmeter_meter::phase::Phase;
+
+use super::Selection;
+use crate::{
+    model::{Host, Label, Ledger, ReasonRow, Report, Span, Vcpu, Vm},
+    numbers::{bar, exact, rate, rough, share, time},
+    output::Look,
+    paint::{paint, Style},
+    spread::Spread,
+    table::{
+        Cell,
+        Side::{Left, Right},
+        Table,
+    },
+};
+
+/// Characters of a bar for the whole.
+const BAR: usize = 40;
+
+/// The whole report, or the part of it that was selected.
+pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
+    let mut writer = Writer {
+        text: opening(report),
+        spared: BTreeSet::new(),
+        look,
+    };
+    if report.unmetered_vcpus != 0 {
+        let vcpus = count(report.unmetered_vcpus, "vCPU");
+        let line = format!("not metered: {vcpus} (past max_vcpus, no memory, or a trust domain)");
+        writer.text += &(paint(&line, Style::Warning, look.color) + "\n");
+    }
+    if report.vms.is_empty() {
+        writer.text += "\nNo VM runs.\n";
+    }
+    for vm in &report.vms {
+        let Vm { name, pid, .. } = vm;
+        let vcpus = count(vm.vcpus.len() as u64, "vCPU");
+        let exits = exits(&vm.ledger, Some(vm.span));
+        writer.title(&format!("{name}, process {pid}: {exits}, {vcpus}"));
+        writer.phases(&vm.ledger);
+        writer.vcpus(&report.host, &vm.vcpus);
+        writer.reasons(&vm.ledger, Some(vm.span));
+    }
+    let departed = &report.departed;
+    if departed.vcpus_gone != 0 && !selection.is_part() {
+        let vcpus = count(departed.vcpus_gone, "vCPU");
+        let exits = exits(&departed.ledger, None);
+        writer.title(&format!("gone: {exits}, {vcpus}"));
+        writer.phases(&departed.ledger);
+        writer.reasons(&departed.ledger, None);
+    }
+    if !writer.spared.is_empty() {
+        let columns: Vec<_> = writer.spared.into_iter().collect();
+        writer.text += &format!(
+            "\nNo room for: {}. --json and --csv have all.\n",
+            columns.join(", ")
+        );
+    }
+    writer.text
+}
+
+/// The lines about the host and the time.
+fn opening(report: &Report) -> String {
+    let host = &report.host;
+    let isa = host.isa.name().to_uppercase();
+    let clock = match host.tsc_khz {
+        Some(khz) => format!("{:.3} MHz", f64::from(khz) / 1000.0),
+        None => "of unknown rate".to_owned(),
+    };
+    let unstable = if host.tsc_stable { "" } else { ", unstable" };
+    let age = time(
+        host.snapshot_tsc.saturating_sub(host.loaded_tsc),
+        host.tsc_khz,
+    );
+    if let Some(interval) = report.interval {
+        let passed = time(interval.ticks, host.tsc_khz);
+        return format!(
+            "in {passed}, up to {age} after the module was loaded ({isa}, TSC {clock}{unstable})\n"
+        );
+    }
+    let guests = match host.leaf_map {
+        Some(0) => "guests read nothing".to_owned(),
+        map => {
+            let map = map.map_or("?".to_owned(), |map| map.to_string());
+            let scope = if host.host_scope {
+                "the host"
+            } else {
+                "their VM"
+            };
+            format!("guests read the sums of {scope} by leaf map {map}")
+        }
+    };
+    format!("host: {isa}, TSC {clock}{unstable}, loaded {age} ago\n{guests}\n")
+}
+
+/// How many exits, and how often.
+fn exits(ledger: &Ledger, span: Option<Span>) -> String {
+    let exits = count(ledger.exits, "exit");
+    match span.and_then(|span| span.per_second(ledger.exits)) {
+        Some(per_second) => format!("{exits}, {}/s", rate(Some(per_second))),
+        None => exits,
+    }
+}
+
+/// A report that is being written.
+struct Writer {
+    text: String,
+    /// Columns that found no room.
+    spared: BTreeSet<String>,
+    look: Look,
+}
+
+impl Writer {
+    fn title(&mut self, title: &str) {
+        let title = paint(title, Style::Strong, self.look.color);
+        self.text += &format!("\n{title}\n\n");
+    }
+
+    fn table<const COLUMNS: usize>(&mut self, table: &Table<COLUMNS>) {
+        self.text += &table.text(self.look.color);
+        self.spared.extend(table.spared().iter().cloned());
+    }
+
+    /// Where the time went.
+    fn phases(&mut self, ledger: &Ledger) {
+        let whole = ledger.cycles.sum();
+        let cycles = Phase::ALL.map(|phase| exact(ledger.cycles.of(phase)));
+        let widest = cycles
+            .iter()
+            .map(String::len)
+            .max()
+            .unwrap_or(0)
+            .max("cycles".len());
+        // What stands before the bar: the longest phase, the cycles, a share, and the gaps.
+        let before = "preempted".len() + widest + "100.0%".len() + 3 * 2;
+        let room = self
+            .look
+            .width
+            .map_or(BAR, |width| width.saturating_sub(before));
+        let mut table = Table::new([
+            ("phase", Left),
+            ("cycles", Right),
+            ("share", Right),
+            ("", Left),
+        ]);
+        for (phase, text) in Phase::ALL.into_iter().zip(cycles) {
+            let part = ledger.cycles.of(phase);
+            let style = Style::Of(phase);
+            table.row([
+                Cell::new(phase.name(), style),
+                text.into(),
+                share(part, whole).into(),
+                Cell::new(bar(part, whole, room.min(BAR) as u32), style),
+            ]);
+        }
+        self.table(&table);
+        self.text.push('\n');
+    }
+
+    /// The same of each vCPU, and what it does now.
+    fn vcpus(&mut self, host: &Host, vcpus: &[Vcpu]) {
+        let none_nested = none_nested(vcpus.iter().map(|vcpu| vcpu.ledger.nested_exits));
+        let spare = ["now", "preempted", "cycles"];
+        let table = Table::fitted(self.look, &spare, |number| {
+            let mut table = Table::new([
+                ("vCPU", Right),
+                ("now", Left),
+                ("exits", Right),
+                (NESTED, Right),
+                ("cycles", Right),
+                ("guest", Right),
+                ("kernel", Right),
+                ("user", Right),
+                ("blocked", Right),
+                ("preempted", Right),
+            ]);
+            for vcpu in vcpus {
+                let whole = vcpu.ledger.cycles.sum();
+                let of = |phase| Cell::from(share(vcpu.ledger.cycles.of(phase), whole));
+                let phase = vcpu.phase.map_or("?", Phase::name);
+                let now = format!("{phase} for {}", time(vcpu.phase_ticks, host.tsc_khz));
+                let style = vcpu.phase.map_or(Style::Plain, Style::Of);
+                table.row([
+                    vcpu.vcpu.to_string().into(),
+                    Cell::new(now, style),
+                    number(vcpu.ledger.exits).into(),
+                    nested(vcpu.ledger.nested_exits, number).into(),
+                    number(whole).into(),
+                    of(Phase::Guest),
+                    of(Phase::Kernel),
+                    of(Phase::User),
+                    of(Phase::Blocked),
+                    of(Phase::Preempted),
+                ]);
+            }
+            if none_nested {
+                table.leave_out(&[NESTED]);
+            }
+            table
+        });
+        self.table(&table);
+        self.text.push('\n');
+    }
+
+    /// What each reason cost: "share" is its part of all kernel cycles; the phases behind it are
+    /// the time that vCPUs spent there with this as their latest exit. Without the columns that
+    /// the snapshot knows nothing for.
+    fn reasons(&mut self, ledger: &Ledger, span: Option<Span>) {
+        if ledger.reasons.is_empty() {
+            self.text += "no exit, and no time passed\n";
+            return;
+        }
+        let single = ledger.reasons.iter().any(|row| row.spread.is_some());
+        let rates = span.is_some_and(|span| span.seconds.is_some());
+        let spare = [
+            "preempted",
+            "guest",
+            "code",
+            "p50",
+            "blocked",
+            "user",
+            "max",
+            "mean",
+            "/s",
+        ];
+        let table = Table::fitted(self.look, &spare, |number| {
+            let mut table = Table::new([
+                ("code", Right),
+                ("reason", Left),
+                ("exits", Right),
+                (NESTED, Right),
+                ("/s", Right),
+                ("kernel", Right),
+                ("share", Right),
+                ("mean", Right),
+                ("p50", Right),
+                ("p99", Right),
+                ("max", Right),
+                ("guest", Right),
+                ("user", Right),
+                ("blocked", Right),
+                ("preempted", Right),
+            ]);
+            for row in &ledger.reasons {
+                table.row(cells(row, ledger, span, number));
+            }
+            if !single {
+                table.leave_out(&["p50", "p99", "max"]);
+            }
+            if !rates {
+                table.leave_out(&["/s"]);
+            }
+            if none_nested([ledger.nested_exits]) {
+                table.leave_out(&[NESTED]);
+            }
+            table
+        });
+        self.table(&table);
+    }
+}
+
+/// What the table of reasons says of one.
+fn cells(
+    row: &ReasonRow,
+    ledger: &Ledger,
+    span: Option<Span>,
+    number: fn(u64) -> String,
+) -> [String; 15] {
+    let single = |ticks: fn(&Spread) -> Option<u64>| {
+        let ticks = row.spread.as_ref().and_then(ticks);
+        ticks.map_or_else(|| "-".to_owned(), rough)
+    };
+    let unsure = match row.spread {
+        Some(spread) if !spread.max_exact => "~",
+        _ => "",
+    };
+    let kernel = row.cycles.kernel;
+    let mean = kernel.saturating_add(row.exits / 2).checked_div(row.exits);
+    [
+        code(row.label.code),
+        name(&row.label),
+        number(row.exits),
+        nested(row.nested_exits, number),
+        rate(span.and_then(|span| span.per_second(row.exits))),
+        number(kernel),
+        share(kernel, ledger.cycles.kernel),
+        mean.map_or_else(|| "-".to_owned(), number),
+        single(|spread| spread.quantile(50)),
+        single(|spread| spread.quantile(99)),
+        unsure.to_owned() + &single(|spread| Some(spread.max).filter(|max| *max != 0)),
+        rough(row.cycles.guest),
+        rough(row.cycles.user),
+        rough(row.cycles.blocked),
+        rough(row.cycles.preempted),
+    ]
+}
+
+/// The title of the column of exits from nested guests, shown when there are some.
+pub(crate) const NESTED: &str = "nested";
+
+/// What that column says.
+pub(crate) fn nested(exits: Option<u64>, number: fn(u64) -> String) -> String {
+    exits.map_or_else(|| "-".to_owned(), number)
+}
+
+/// Whether that column would say nothing.
+pub(crate) fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
+    exits
+        .into_iter()
+        .all(|exits| matches!(exits, None | Some(0)))
+}
+
+/// A code as guests ask for it and the kernel log has it; nothing for rows without one.
+pub(crate) fn code(code: Option<u32>) -> String {
+    code.map_or_else(String::new, |code| code.to_string())
+}
+
+/// A reason's name, or what stands for one.
+fn name(label: &Label) -> String {
+    match (label.kind, label.name) {
+        (_, Some(name)) => name,
+        ("start", _) => "(before any exit)",
+        ("other", _) => "(other codes)",
+        _ => "(not defined)",
+    }
+    .to_owned()
+}
+
+/// So many of a thing.
+pub(crate) fn count(number: u64, thing: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{} {thing}{plural}", exact(number))
+}

@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     guest,
     output::{Output, When},
-    reasons, report,
+    reasons, record, report,
 };
 
 const STATUSES: &str = "\
@@ -43,6 +43,7 @@ pub struct Args {
 enum Command {
     Report(report::Args),
     Guest(guest::Args),
+    Record(record::Args),
     Reasons(reasons::Args),
 }
 
@@ -57,6 +58,7 @@ impl Args {
         match self.command {
             Command::Report(args) => args.run(out)?,
             Command::Guest(args) => args.run(out)?,
+            Command::Record(args) => return args.run(),
             Command::Reasons(args) => args.run(out)?,
         }
         Ok(ExitCode::SUCCESS)

@@ -15,6 +15,8 @@ pub mod numbers;
 pub mod output;
 pub mod paint;
 pub mod reasons;
+pub mod record;
+pub mod recording;
 pub mod report;
 pub mod source;
 pub mod spread;

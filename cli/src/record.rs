@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter record`: keeps snapshots over some time in a file.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context as _;
+
+use self::{
+    child::Child,
+    events::{Event, Events},
+};
+use crate::{
+    numbers,
+    recording::{write::Writer, Header},
+    source,
+};
+
+mod child;
+mod events;
+
+/// Exit status when the tool itself failed, though a command was to be run. As env(1),
+/// nice(1) and timeout(1) do.
+const FAILED: u8 = 125;
+
+/// On the host: records the exits over time, while a command runs or up to Ctrl-C.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The recording can be read up to its last snapshot at any time, also when it was cut off.
+What takes and stores a snapshot is a task of its own; the vCPUs are not held up.
+
+Exit status:
+  that of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
+  could not be run; 125 when the recording failed. Without CMD: 0, or 1 when it failed
+
+Examples:
+  exitmeter record -o boot.rec -- qemu-system-x86_64 -enable-kvm disk.img
+  exitmeter record -o day.rec --interval 1000
+  exitmeter plot boot.rec -o boot.html")]
+pub struct Args {
+    /// The file to write; what it held is lost.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Milliseconds from one snapshot to the next.
+    #[arg(short, long, value_name = "MS", default_value_t = 100,
+          value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
+    interval: u64,
+    /// The device, or a file in which something keeps a fresh snapshot.
+    #[arg(long, value_name = "DEVICE", default_value = source::DEVICE)]
+    input: PathBuf,
+    /// Does not tell at the end how much was recorded.
+    #[arg(short, long)]
+    quiet: bool,
+    /// The command to run meanwhile, with its arguments.
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+impl Args {
+    /// Records; the status to exit with.
+    ///
+    /// # Errors
+    ///
+    /// When there is nothing to record or it cannot be written, and no command was to be run.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self.record() {
+            Err(error) if !self.command.is_empty() => {
+                eprintln!("exitmeter: {error:#}");
+                let status = error.downcast_ref().map(child::Error::status);
+                Ok(status.unwrap_or(FAILED).into())
+            }
+            done => done.map(ExitCode::from),
+        }
+    }
+
+    fn record(&self) -> anyhow::Result<u8> {
+        let begun = Instant::now();
+        // Before anything is written or run: is there something to record?
+        let first = source::read(&self.input)?;
+        source::parse(&self.input, &first)?;
+
+        let mut tape = Tape {
+            args: self,
+            begun,
+            writer: self.begin().with_context(|| self.unwritable())?,
+        };
+        tape.write(|writer| writer.snapshot(Duration::ZERO, first))?;
+
+        // From here on no signal ends this process.
+        let (events, sender) = Events::new().context("cannot wait for signals")?;
+        let child = match self.command.split_first() {
+            Some((program, arguments)) => Some(Child::start(program, arguments, sender)?),
+            None => None,
+        };
+        let recorded = tape.run(&events, child.as_ref());
+        let Some(child) = child else {
+            return recorded.map(|_| 0);
+        };
+        match recorded {
+            Ok(ended) => Ok(ended.map_or(0, child::status)),
+            // What is being recorded is more than its recording: it runs on.
+            Err(error) => {
+                eprintln!("exitmeter: {error:#}");
+                events.until_the_end(&child);
+                Ok(FAILED)
+            }
+        }
+    }
+
+    /// Begins the file.
+    fn begin(&self) -> io::Result<Writer<File>> {
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let mut writer = Writer::new(
+            File::create(&self.output)?,
+            &Header {
+                begun: since_1970.unwrap_or_default(),
+                interval: self.interval(),
+            },
+        )?;
+        let mut about = vec![("tool", env!("CARGO_PKG_VERSION").to_owned())];
+        let system = rustix::system::uname();
+        about.push(("kernel", system.release().to_string_lossy().into_owned()));
+        about.extend(cpu().map(|name| ("cpu", name)));
+        if !self.command.is_empty() {
+            let words = self.command.iter().map(|word| word.to_string_lossy());
+            about.push(("command", words.collect::<Vec<_>>().join(" ")));
+        }
+        writer.about(about)?;
+        Ok(writer)
+    }
+
+    fn interval(&self) -> Duration {
+        Duration::from_millis(self.interval)
+    }
+
+    fn unwritable(&self) -> String {
+        format!("cannot write {}", self.output.display())
+    }
+}
+
+/// A recording that is going on.
+struct Tape<'a> {
+    args: &'a Args,
+    begun: Instant,
+    writer: Writer<File>,
+}
+
+impl Tape<'_> {
+    /// Takes a snapshot at each interval until the command, or a signal without one, ends it;
+    /// how the command ended.
+    fn run(
+        &mut self,
+        events: &Events,
+        child: Option<&Child>,
+    ) -> anyhow::Result<Option<std::process::ExitStatus>> {
+        let interval = self.args.interval();
+        let mut next = self.begun + interval;
+        loop {
+            let (ended, how) = match events.until(next) {
+                None => {
+                    self.take()?;
+                    // Of snapshots that were missed, since one took long, none is made up.
+                    let now = Instant::now();
+                    while next <= now {
+                        next += interval;
+                    }
+                    continue;
+                }
+                Some(Event::Signal(signal)) => {
+                    if let Some(child) = child {
+                        child.pass_on(signal);
+                        continue;
+                    }
+                    (None, format!("stopped by signal {signal}"))
+                }
+                Some(Event::Ended(status)) => (Some(status), child::words(status)),
+            };
+            self.take()?;
+            let at = self.begun.elapsed();
+            self.write(|writer| writer.end(at, &how))?;
+            self.tell(at);
+            return Ok(ended);
+        }
+    }
+
+    fn take(&mut self) -> anyhow::Result<()> {
+        let at = self.begun.elapsed();
+        let snapshot = source::read(&self.args.input)?;
+        self.write(|writer| writer.snapshot(at, snapshot))
+    }
+
+    fn write(
+        &mut self,
+        write: impl FnOnce(&mut Writer<File>) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
+        write(&mut self.writer).with_context(|| self.args.unwritable())
+    }
+
+    fn tell(&self, time: Duration) {
+        if !self.args.quiet {
+            eprintln!(
+                "exitmeter: {} snapshots in {:.1} s, {}B in {}",
+                numbers::exact(self.writer.snapshots()),
+                time.as_secs_f64(),
+                numbers::rough(self.writer.bytes()),
+                self.args.output.display()
+            );
+        }
+    }
+}
+
+/// What the host's CPU calls itself.
+fn cpu() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(": ")?.1.trim().to_owned())
+}

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a recording waits for.
+
+use std::{
+    io,
+    process::ExitStatus,
+    sync::mpsc::{channel, Receiver, Sender},
+    thread,
+    time::Instant,
+};
+
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use super::child::Child;
+
+/// Something has happened.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// A signal has come.
+    Signal(i32),
+    /// The command has ended.
+    Ended(ExitStatus),
+}
+
+/// Gives events as they come.
+#[derive(Debug)]
+pub struct Events {
+    events: Receiver<Event>,
+}
+
+impl Events {
+    /// Takes the signals that would end this process, and whatever else is sent.
+    pub fn new() -> io::Result<(Self, Sender<Event>)> {
+        let (sender, events) = channel();
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+        let to = sender.clone();
+        thread::spawn(move || {
+            // Sending fails once nobody waits any more.
+            signals
+                .forever()
+                .try_for_each(|signal| to.send(Event::Signal(signal)))
+        });
+        Ok((Self { events }, sender))
+    }
+
+    /// The next event; `None` when there is none up to a moment.
+    pub fn until(&self, moment: Instant) -> Option<Event> {
+        let left = moment.saturating_duration_since(Instant::now());
+        self.events.recv_timeout(left).ok()
+    }
+
+    /// Waits until the command has ended.
+    pub fn until_the_end(&self, child: &Child) {
+        while let Ok(Event::Signal(signal)) = self.events.recv() {
+            child.pass_on(signal);
+        }
+    }
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter record`, run on files that a command changes as the device would.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    fs,
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use exitmeter::recording::read::{Ending, Reader};
+use rustix::process::{kill_process, Pid, Signal};
+use tempfile::TempDir;
+
+const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.1.bin");
+const OTHER: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.0.bin");
+
+/// A folder with a file that stands for the device, and another snapshot.
+fn folder() -> TempDir {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("device"), SNAPSHOT).unwrap();
+    fs::write(folder.path().join("other"), OTHER).unwrap();
+    folder
+}
+
+/// `exitmeter record -o FILE`, each 10 ms, in a folder.
+fn record(folder: &TempDir, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    let file = ["record", "-o", "file.rec", "--input", "device"];
+    command
+        .current_dir(folder)
+        .args(file)
+        .args(["--interval", "10"]);
+    command.args(arguments);
+    command
+}
+
+fn file(folder: &TempDir) -> PathBuf {
+    folder.path().join("file.rec")
+}
+
+/// The snapshots of a recording, and how it ended.
+fn read(file: &Path) -> (Vec<Vec<u8>>, Option<Ending>) {
+    let bytes = fs::read(file).unwrap();
+    let mut reader = Reader::new(&bytes).unwrap();
+    let mut snapshots = Vec::new();
+    while let Some(taken) = reader.next_snapshot() {
+        snapshots.push(taken.snapshot.to_vec());
+    }
+    (snapshots, reader.ending().cloned())
+}
+
+fn words(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn a_command_is_recorded_from_before_it_starts_until_it_has_ended() {
+    let folder = folder();
+    // The last change is made as the last thing.
+    let change = "sleep 0.1; echo out; mv other device; exit 3";
+    let output = record(&folder, &["--", "sh", "-c", change])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(output.stdout, b"out\n");
+    let (snapshots, ending) = read(&file(&folder));
+    assert_eq!(
+        ending,
+        Some(Ending::Told("the command ended with status 3".to_owned()))
+    );
+    assert!(
+        (5..=14).contains(&snapshots.len()),
+        "{} snapshots",
+        snapshots.len()
+    );
+    assert_eq!(
+        (&snapshots[0][..], &snapshots.last().unwrap()[..]),
+        (SNAPSHOT, OTHER)
+    );
+    let told = words(&output);
+    let told = told.strip_prefix(&format!("exitmeter: {} snapshots in 0.", snapshots.len()));
+    assert!(told.unwrap().ends_with(" in file.rec\n"));
+
+    let bytes = fs::read(file(&folder)).unwrap();
+    let reader = Reader::new(&bytes).unwrap();
+    assert_eq!(reader.header.interval, Duration::from_millis(10));
+    let about: Vec<_> = reader.about().collect();
+    assert!(
+        about.contains(&("command", &format!("sh -c {change}"))),
+        "{about:?}"
+    );
+    assert!(about.contains(&("tool", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn the_exit_status_is_the_commands() {
+    let folder = folder();
+    let status = |arguments: &[&str]| {
+        let output = record(&folder, arguments).output().unwrap();
+        (output.status.code().unwrap(), words(&output))
+    };
+    assert_eq!(status(&["-q", "--", "true"]), (0, String::new()));
+    assert_eq!(
+        status(&["-q", "--", "sh", "-c", "kill -KILL $$"]),
+        (128 + 9, String::new())
+    );
+    let (code, text) = status(&["--", "/nowhere/at-all"]);
+    let words = "exitmeter: cannot run /nowhere/at-all: No such file or directory (os error 2)\n";
+    assert_eq!((code, text.as_str()), (127, words));
+    let (code, text) = status(&["--", "/etc/passwd"]);
+    assert_eq!(code, 126);
+    assert!(
+        text.contains("cannot run /etc/passwd: Permission denied"),
+        "{text}"
+    );
+    // The device goes while the command runs: it runs on to its end all the same.
+    let (code, text) = status(&["--", "sh", "-c", "rm device; sleep 0.2; touch ended"]);
+    let words = "exitmeter: cannot read device: No such file or directory (os error 2)\n";
+    assert_eq!((code, text.as_str()), (125, words));
+    assert!(folder.path().join("ended").exists());
+    assert_eq!(read(&file(&folder)).1, Some(Ending::Cut));
+    // Nothing to record: it does not run at all.
+    assert_eq!(status(&["--", "touch", "run"]).0, 125);
+    assert!(!folder.path().join("run").exists());
+    let (code, _) = status(&[]);
+    assert_eq!(code, 1);
+}
+
+#[test]
+fn what_is_no_snapshot_is_not_recorded() {
+    let folder = folder();
+    fs::write(folder.path().join("device"), "words").unwrap();
+    let output = record(&folder, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        words(&output),
+        "exitmeter: device: this is not a snapshot of exitmeter\n"
+    );
+    assert!(!file(&folder).exists());
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_told() {
+    let folder = folder();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    let arguments = ["record", "--input", "device", "-o", "/dev/full"];
+    let output = command
+        .current_dir(&folder)
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let told = "exitmeter: cannot write /dev/full: No space left on device (os error 28)\n";
+    assert_eq!(words(&output), told);
+}
+
+/// Waits until a recording has so many bytes.
+fn wait_for(file: &Path, bytes: u64) {
+    let begun = Instant::now();
+    while fs::metadata(file).map_or(0, |file| file.len()) < bytes {
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "nothing is recorded"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_signal_ends_a_recording_without_a_command() {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let folder = folder();
+        let child = record(&folder, &["-q"])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_for(&file(&folder), 1500);
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(
+            (output.status.code(), words(&output).as_str()),
+            (Some(0), "")
+        );
+        let (snapshots, ending) = read(&file(&folder));
+        let how = format!("stopped by signal {}", signal.as_raw());
+        assert_eq!(ending, Some(Ending::Told(how)));
+        assert!(snapshots.len() > 1 && snapshots.iter().all(|snapshot| snapshot == SNAPSHOT));
+    }
+}
+
+#[test]
+fn a_signal_is_the_commands_to_obey() {
+    let folder = folder();
+    let trap = "trap 'echo obeyed; exit 5' TERM; while :; do sleep 0.02; done";
+    let mut command = record(&folder, &["-q", "--", "sh", "-c", trap]);
+    let child = command.stdout(Stdio::piped()).spawn().unwrap();
+    wait_for(&file(&folder), 1500);
+    // The first is Ctrl-C, which the command would get from the terminal, too.
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        (output.status.code(), &output.stdout[..]),
+        (Some(5), &b"obeyed\n"[..])
+    );
+    let (_, ending) = read(&file(&folder));
+    assert_eq!(
+        ending,
+        Some(Ending::Told("the command ended with status 5".to_owned()))
+    );
+}
+
+#[test]
+fn a_recording_that_was_killed_reads_up_to_its_last_snapshot() {
+    let folder = folder();
+    let mut child = record(&folder, &["-q"]).spawn().unwrap();
+    wait_for(&file(&folder), 2000);
+    child.kill().unwrap();
+    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    let (snapshots, ending) = read(&file(&folder));
+    assert_eq!(ending, Some(Ending::Cut));
+    assert!(snapshots.len() > 2);
+}
+
+#[test]
+fn the_help_has_examples_and_statuses() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    let output = command.args(["record", "--help"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("Examples:\n  exitmeter record ") && text.contains("Exit status:"));
+    for wrong in [&["-i", "0", "-o", "x"][..], &["-o"], &[]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+        let output = command.arg("record").args(wrong).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+    }
+}

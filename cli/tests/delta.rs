@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What happened between two snapshots, of lives that the module's own ledgers recorded.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::collections::BTreeMap;
+
+use exitmeter::model::{delta::Error, Report};
+use exitmeter_meter::{
+    leaves::LeafMap,
+    ledger::{Ledger, LedgerCopy, Totals},
+    phase::Phase,
+    reader::Snapshot,
+    reasons::{self, Isa},
+    snapshot::{Encoder, Full, Host, Identity},
+};
+use proptest::prelude::*;
+
+const LOADED: u64 = 1_000;
+
+/// A host whose vCPUs come, live and go as a test wants it.
+struct World {
+    now: u64,
+    loaded: u64,
+    vcpus: BTreeMap<u32, Box<Ledger>>,
+    gone: Totals,
+    /// Exits by vCPU and code since the test last asked.
+    exits: BTreeMap<(u32, u32), u64>,
+}
+
+/// What happens to a vCPU after some ticks.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// It exits with a code, and is entered again, this many ticks later.
+    Exit(u32, u64),
+    /// It exits, is away in a phase, and is entered again.
+    Away(u32, Phase, u64),
+    /// It exits, and is away from then on.
+    Leave(u32, Phase),
+    /// It is no more. One that comes after it with the same number is another one.
+    Go,
+}
+
+fn copy(ledger: &Ledger) -> LedgerCopy {
+    let mut copy = LedgerCopy::new();
+    assert!(ledger.try_copy(&mut copy));
+    copy
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            now: 2_000,
+            loaded: LOADED,
+            vcpus: BTreeMap::new(),
+            gone: Totals::new(),
+            exits: BTreeMap::new(),
+        }
+    }
+
+    fn happen(&mut self, vcpu: u32, after: u64, event: Event) {
+        self.now += after + 1;
+        if matches!(event, Event::Go) {
+            if let Some(ledger) = self.vcpus.remove(&vcpu) {
+                self.gone.fold(&copy(&ledger));
+            }
+            return;
+        }
+        let now = &mut self.now;
+        let ledger = self.vcpus.entry(vcpu).or_insert_with(|| {
+            // SAFETY: All-zero bytes are a valid ledger.
+            let ledger: Box<Ledger> = Box::new(unsafe { core::mem::zeroed() });
+            ledger.begin(*now, Phase::User);
+            ledger
+        });
+        // From wherever it was into the guest.
+        if copy(ledger).phase() != Phase::Guest {
+            *now += 1;
+            ledger.resume(*now);
+            *now += 1;
+            ledger.entry(*now);
+        }
+        let (Event::Exit(code, _) | Event::Away(code, ..) | Event::Leave(code, _)) = event else {
+            return;
+        };
+        *now += 1;
+        ledger.exit(*now, reasons::slot(Isa::Vmx, code));
+        *self.exits.entry((vcpu, code)).or_default() += 1;
+        *now += 1;
+        match event {
+            Event::Exit(_, ticks) => {
+                *now += ticks;
+                ledger.entry(*now);
+            }
+            Event::Away(_, phase, ticks) => {
+                ledger.leave(*now, phase);
+                *now += ticks + 1;
+                ledger.resume(*now);
+                *now += 1;
+                ledger.entry(*now);
+            }
+            Event::Leave(_, phase) => ledger.leave(*now, phase),
+            Event::Go => {}
+        }
+    }
+
+    fn write(&self, buffer: &mut [u8]) -> Result<usize, Full> {
+        let host = Host {
+            isa: Isa::Vmx,
+            leaf_map: LeafMap::Map2021,
+            host_scope: false,
+            tsc_khz: 1_000_000,
+            tsc_stable: true,
+            loaded: self.loaded,
+            now: self.now,
+        };
+        let mut encoder = Encoder::new(buffer, host);
+        for (vcpu, ledger) in &self.vcpus {
+            let identity = Identity {
+                vm: 1 + u64::from(*vcpu % 2),
+                name: [b'v'; 48],
+                pid: 7,
+                vcpu: *vcpu,
+            };
+            encoder.vcpu(&identity, &copy(ledger));
+        }
+        encoder.finish(&self.gone, 0)
+    }
+
+    fn report(&self) -> Report {
+        let Full { needed } = self.write(&mut []).unwrap_err();
+        let mut bytes = vec![0; needed];
+        self.write(&mut bytes).unwrap();
+        Report::new(&Snapshot::parse(&bytes).unwrap())
+    }
+}
+
+fn phases() -> impl Strategy<Value = Phase> {
+    prop_oneof![
+        Just(Phase::User),
+        Just(Phase::Blocked),
+        Just(Phase::Preempted)
+    ]
+}
+
+fn events() -> impl Strategy<Value = Vec<(u32, u64, Event)>> {
+    let code = || prop_oneof![Just(1_u32), Just(10), Just(12), Just(30)];
+    let event = prop_oneof![
+        8 => (code(), 0_u64..200_000).prop_map(|(code, ticks)| Event::Exit(code, ticks)),
+        4 => (code(), phases(), 0_u64..200_000).prop_map(|(code, phase, ticks)| Event::Away(code, phase, ticks)),
+        2 => (code(), phases()).prop_map(|(code, phase)| Event::Leave(code, phase)),
+        1 => Just(Event::Go),
+    ];
+    proptest::collection::vec((0_u32..4, 0_u64..100_000, event), 0..60)
+}
+
+proptest! {
+    #[test]
+    fn every_tick_and_every_exit_of_an_interval_is_told_once(
+        before in events(),
+        after in events(),
+        rest in 0_u64..1_000_000,
+    ) {
+        let mut world = World::new();
+        for (vcpu, ticks, event) in before {
+            // A vCPU that goes leaves its number to no other one.
+            world.happen(vcpu, ticks, event);
+        }
+        world.now += rest;
+        let earlier = world.report();
+        let there: Vec<u32> = world.vcpus.keys().copied().collect();
+        world.exits.clear();
+        // Of the second half, whoever goes does not come back: numbers of vCPUs are used once.
+        let mut went = Vec::new();
+        for (vcpu, ticks, event) in after {
+            if !went.contains(&vcpu) {
+                world.happen(vcpu, ticks, event);
+            }
+            if matches!(event, Event::Go) {
+                went.push(vcpu);
+            }
+        }
+        world.now += rest / 2;
+        let later = world.report();
+        let delta = later.since(&earlier).unwrap();
+        let interval = delta.interval.unwrap();
+        prop_assert_eq!(interval.ticks, later.host.snapshot_tsc - earlier.host.snapshot_tsc);
+
+        let mut told: BTreeMap<(u32, u32), u64> = BTreeMap::new();
+        for vcpu in delta.vms.iter().flat_map(|vm| &vm.vcpus) {
+            // Its ticks sum to the interval, or to its life if that is shorter.
+            let life = vcpu.last_tsc - vcpu.first_tsc;
+            prop_assert_eq!(vcpu.ledger.cycles.sum(), life);
+            if there.contains(&vcpu.vcpu) {
+                prop_assert_eq!(life, interval.ticks);
+            } else {
+                prop_assert!(life <= interval.ticks);
+            }
+            for row in vcpu.ledger.reasons.iter().filter(|row| row.exits != 0) {
+                told.insert((vcpu.vcpu, row.label.code.unwrap()), row.exits);
+                let spread = row.spread.unwrap();
+                prop_assert!(spread.count() <= row.exits + 1);
+                prop_assert!(spread.quantile(100) <= Some(spread.max));
+            }
+        }
+        // What is not told of those that run stands with those that are gone.
+        let sum = |exits: &BTreeMap<(u32, u32), u64>, gone: bool| {
+            let of = exits.iter().filter(|((vcpu, _), _)| world.vcpus.contains_key(vcpu) != gone);
+            of.map(|(_, exits)| exits).sum::<u64>()
+        };
+        let live: BTreeMap<_, _> = world.exits.iter()
+            .filter(|((vcpu, _), _)| world.vcpus.contains_key(vcpu))
+            .map(|(key, exits)| (*key, *exits))
+            .collect();
+        prop_assert_eq!(told, live);
+        prop_assert_eq!(delta.departed.ledger.exits, sum(&world.exits, true));
+        prop_assert_eq!(
+            delta.departed.vcpus_gone,
+            later.departed.vcpus_gone - earlier.departed.vcpus_gone
+        );
+    }
+}
+
+#[test]
+fn a_maximum_of_an_interval_is_exact_when_it_grew() {
+    let mut world = World::new();
+    world.happen(0, 0, Event::Exit(10, 5_000));
+    let first = world.report();
+    world.happen(0, 0, Event::Exit(10, 1_000));
+    let second = world.report();
+    world.happen(0, 0, Event::Exit(10, 9_000));
+    let third = world.report();
+    let spread = |later: &Report, earlier: &Report| {
+        let delta = later.since(earlier).unwrap();
+        let row = delta.vms[0].ledger.reasons[0];
+        assert_eq!((row.exits, row.label.code), (1, Some(10)));
+        let spread = row.spread.unwrap();
+        (spread.max, spread.max_exact, spread.count())
+    };
+    // 1001 ticks fall into the bucket from 768 on, and are read as 877.
+    assert_eq!(spread(&second, &first), (877, false, 1));
+    assert_eq!(spread(&third, &second), (9_001, true, 1));
+}
+
+#[test]
+fn a_long_sleep_is_told_in_each_interval() {
+    let mut world = World::new();
+    world.happen(0, 0, Event::Leave(12, Phase::Blocked));
+    let first = world.report();
+    world.now += 1_000_000;
+    let second = world.report();
+    let delta = second.since(&first).unwrap();
+    let ledger = &delta.vms[0].vcpus[0].ledger;
+    assert_eq!(
+        (ledger.cycles.blocked, ledger.cycles.sum()),
+        (1_000_000, 1_000_000)
+    );
+    assert_eq!(ledger.exits, 0);
+}
+
+#[test]
+fn snapshots_that_do_not_belong_together_are_refused() {
+    let mut world = World::new();
+    world.happen(0, 0, Event::Exit(10, 5_000));
+    world.happen(0, 0, Event::Exit(10, 5_000));
+    let first = world.report();
+    world.now += 10;
+    let second = world.report();
+    assert_eq!(first.since(&second).unwrap_err(), Error::Order);
+    let mut fewer = second.clone();
+    fewer.vms[0].vcpus[0].ledger.reasons[0].exits -= 1;
+    assert_eq!(
+        fewer.since(&first).unwrap_err(),
+        Error::Backwards(format!("{} vCPU 0", "v".repeat(48)))
+    );
+    let mut none = second.clone();
+    none.vms[0].vcpus[0].ledger.reasons.clear();
+    assert!(matches!(
+        none.since(&first).unwrap_err(),
+        Error::Backwards(_)
+    ));
+    world.loaded += 1;
+    assert_eq!(world.report().since(&first).unwrap_err(), Error::Reloaded);
+}

@@ -3,9 +3,10 @@
 //! The exit reasons that there are.
 
 use clap::ValueEnum;
+use exitmeter_guest::defined;
 use exitmeter_meter::{
     handlers::is_handled,
-    reasons::{self, Isa, Slot},
+    reasons::{self, Isa},
 };
 use serde::Serialize;
 
@@ -109,13 +110,6 @@ pub fn list(isas: &[Isa]) -> Vec<List> {
             List { isa, reasons }
         })
         .collect()
-}
-
-/// The codes that the vendor's manual defines.
-pub(crate) fn defined(isa: Isa) -> impl Iterator<Item = u32> {
-    Slot::all()
-        .filter_map(move |slot| reasons::code(isa, slot))
-        .filter(move |code| reasons::is_defined(isa, *code))
 }
 
 /// The reasons as tables.

@@ -23,7 +23,7 @@ pub use self::{
     select::{Error as SelectError, Selection},
     text::text,
 };
-pub(crate) use text::{code, count, nested, none_nested, NESTED};
+pub(crate) use text::{code, count, Writer};
 
 /// On the host: where each VM's time went, and the table of its exits.
 ///

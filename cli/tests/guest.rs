@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The guest's table, answered by the module's own code from a saved snapshot.
+//! The guest's table, answered by the module's own code from a saved snapshot, on a CPU whose
+//! every question is an exit as well.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use exitmeter::guest::{Cpuid, Error, Sweep};
+use exitmeter::{guest::Sweep, output::Look};
+use exitmeter_guest::{cpuid_reason, Cpuid, Error, Meter};
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Numbers, Registers, NESTED},
     phase::Phase,
@@ -14,12 +16,28 @@ use exitmeter_meter::{
 
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.1.bin");
 
-/// What the host holds of the VM.
-struct Held<'a>(Vec<Row<'a>>);
+/// What a question costs, in kernel ticks.
+const COST: u64 = 1000;
+
+/// What the host holds of the VM, with the questions that it was asked so far.
+struct Held<'a> {
+    rows: Vec<Row<'a>>,
+    asked: u64,
+}
 
 impl Held<'_> {
+    /// What it held before it was asked anything.
+    fn before(&self) -> Held<'_> {
+        let rows = self.rows.clone();
+        Held { rows, asked: 0 }
+    }
+
+    fn is_cpuid(slot: Slot) -> bool {
+        slot == reasons::slot(Isa::Vmx, cpuid_reason(Isa::Vmx))
+    }
+
     fn sum(&self, slot: Slot, of: impl Fn(&Row<'_>) -> u64) -> u64 {
-        let rows = self.0.iter();
+        let rows = self.rows.iter();
         rows.filter(|row| row.reason() == Reason::of(Isa::Vmx, slot))
             .map(of)
             .sum()
@@ -28,13 +46,20 @@ impl Held<'_> {
 
 impl Numbers for Held<'_> {
     fn exits(&self, slot: Slot) -> u64 {
-        self.sum(slot, |row| row.exits())
+        // A question counts itself before it is answered.
+        let own = if Self::is_cpuid(slot) { self.asked } else { 0 };
+        self.sum(slot, |row| row.exits()) + own
     }
     fn nested_exits(&self, slot: Slot) -> u64 {
         self.sum(slot, |row| row.nested_exits().unwrap())
     }
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
-        self.sum(slot, |row| row.cycles(phase))
+        // Its cost is booked when the guest runs on.
+        let own = match phase {
+            Phase::Kernel if Self::is_cpuid(slot) => self.asked.saturating_sub(1) * COST,
+            _ => 0,
+        };
+        self.sum(slot, |row| row.cycles(phase)) + own
     }
 }
 
@@ -46,6 +71,7 @@ struct Metered<'a> {
 
 impl Cpuid for Metered<'_> {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
+        self.held.asked += 1;
         match self.leaves.classify(leaf) {
             Some(query) => self.leaves.answer(query, subleaf, &self.held),
             None => Registers::default(),
@@ -57,7 +83,10 @@ fn metered(map: LeafMap) -> Metered<'static> {
     let snapshot = Snapshot::parse(SNAPSHOT).unwrap();
     let vm = snapshot.vcpus().filter(|vcpu| vcpu.vm() == 1);
     Metered {
-        held: Held(vm.flat_map(|vcpu| vcpu.rows()).collect()),
+        held: Held {
+            rows: vm.flat_map(|vcpu| vcpu.rows()).collect(),
+            asked: 0,
+        },
         leaves: Leaves { map, isa: Isa::Vmx },
     }
 }
@@ -66,49 +95,91 @@ fn metered(map: LeafMap) -> Metered<'static> {
 fn the_guest_reads_what_the_host_holds() {
     for map in [LeafMap::Map2021, LeafMap::Map2022] {
         let mut cpu = metered(map);
-        let sweep = Sweep::read(&mut cpu).unwrap();
+        let sweep = Sweep::read(&mut cpu, Isa::Vmx).unwrap();
         assert_eq!(sweep.leaf_map, map as u32);
+        assert_eq!(sweep.queries, cpu.held.asked);
+        let held = cpu.held.before();
         assert_eq!(sweep.ledger.reasons.len(), 7);
         for row in &sweep.ledger.reasons {
             let slot = reasons::slot(Isa::Vmx, row.label.code.unwrap());
-            assert_eq!(row.exits, cpu.held.exits(slot));
-            assert_eq!(row.nested_exits, Some(cpu.held.nested_exits(slot)));
+            assert_eq!(row.exits, held.exits(slot));
+            assert_eq!(row.nested_exits, Some(held.nested_exits(slot)));
             for phase in Phase::ALL {
-                assert_eq!(row.cycles.of(phase), cpu.held.cycles(phase, slot));
+                assert_eq!(row.cycles.of(phase), held.cycles(phase, slot));
             }
         }
     }
 }
 
+/// A second reader finds the questions of the first one, and no other difference.
+#[test]
+fn one_sweep_after_the_other_balances() {
+    let mut cpu = metered(LeafMap::Map2021);
+    let mut meter = Meter::find(&mut cpu, Isa::Vmx).unwrap();
+    let mut rows = Vec::new();
+    meter.read(|row| rows.push(row));
+    let cost = meter.cost();
+    let queries = meter.queries();
+    assert_eq!((queries, cost), (cpu.held.asked, cpu.held.asked * COST));
+    let mut place = 0;
+    let mut meter = Meter::find(&mut cpu, Isa::Vmx).unwrap();
+    meter.read(|row| {
+        let mut before = rows[place];
+        place += 1;
+        if row.code == cpuid_reason(Isa::Vmx) {
+            before.exits += queries;
+            before.cycles[Phase::Kernel as usize] += cost;
+        }
+        assert_eq!(row, before);
+    });
+    assert_eq!(place, rows.len());
+}
+
+/// Who takes the CPU for another vendor's still gets each exit right.
+#[test]
+fn a_wrong_guess_costs_three_questions() {
+    let mut cpu = metered(LeafMap::Map2021);
+    let mut meter = Meter::find(&mut cpu, Isa::Svm).unwrap();
+    assert_eq!(meter.isa(), Isa::Vmx);
+    let mut told = None;
+    meter.read(|row| told = Some(row).filter(|row| row.code == 10));
+    let cost = meter.cost();
+    let told = told.unwrap();
+    assert_eq!(cost, (cpu.held.asked - 3) * COST);
+    let held = cpu.held.before();
+    let slot = reasons::slot(Isa::Vmx, 10);
+    assert_eq!(told.exits, held.exits(slot));
+    assert_eq!(
+        told.cycles(Phase::Kernel),
+        held.cycles(Phase::Kernel, slot) + 3 * COST
+    );
+}
+
 #[test]
 fn the_table_in_full() {
-    let sweep = Sweep::read(&mut metered(LeafMap::Map2021)).unwrap();
-    assert_eq!(
-        sweep.text(),
-        "\
-code  reason              exits  nested      cycles  per exit  share
-   1  EXTERNAL_INTERRUPT  5,191       0  10,901,100     2,100  36.3%
-  32  MSR_WRITE           4,765       0   7,486,600     1,571  24.9%
-  48  EPT_VIOLATION         489       0   4,792,200     9,800  15.9%
-  30  IO_INSTRUCTION        974       0   3,633,020     3,730  12.1%
-  12  HLT                   710     355   2,140,000     3,014   7.1%
-  10  CPUID                 868     434     995,596     1,147   3.3%
-   7  INTERRUPT_WINDOW      125       0     112,500       900   0.4%
-
-13,122 exits, 30,061,016 cycles; reading them took 122 CPUID exits of its own
-"
+    let sweep = Sweep::read(&mut metered(LeafMap::Map2021), Isa::Vmx).unwrap();
+    assert_eq!(sweep.text(Look::default()), include_str!("guest.txt"));
+    let narrow = Look {
+        width: Some(80),
+        ..Look::default()
+    };
+    let text = sweep.text(narrow);
+    assert!(
+        text.lines().all(|line| line.chars().count() <= 80),
+        "{text}"
     );
 }
 
 /// A host whose module does not tell nested exits, or has none to tell.
 #[test]
 fn without_nested_exits_there_is_no_column_of_them() {
-    struct Plain(Registers);
+    struct Plain(Registers, Metered<'static>);
     impl Cpuid for Plain {
         fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
+            let answer = self.1.ask(leaf, subleaf);
             match (leaf, subleaf & NESTED) {
                 (0x4fff_fff3, NESTED) => self.0,
-                _ => metered(LeafMap::Map2021).ask(leaf, subleaf),
+                _ => answer,
             }
         }
     }
@@ -116,19 +187,33 @@ fn without_nested_exits_there_is_no_column_of_them() {
         (Registers::UNDEFINED, None),
         (Registers::default(), Some(0)),
     ] {
-        let sweep = Sweep::read(&mut Plain(answer)).unwrap();
+        let mut plain = Plain(answer, metered(LeafMap::Map2021));
+        let sweep = Sweep::read(&mut plain, Isa::Vmx).unwrap();
         assert_eq!(
             (sweep.ledger.exits, sweep.ledger.nested_exits),
             (13_122, told)
         );
-        assert!(!sweep.text().contains("nested"));
+        assert!(!sweep.text(Look::default()).contains("nested"));
     }
 }
 
 #[test]
 fn without_a_meter_there_is_an_error() {
-    let read = |map| Sweep::read(&mut metered(map));
-    assert!(matches!(read(LeafMap::Off), Err(Error::NoMeter)));
+    let read = |map| Sweep::read(&mut metered(map), Isa::Vmx);
+    assert!(matches!(read(LeafMap::Off), Err(Error::NoVm)));
+
+    /// A VM of another host.
+    struct Elsewhere;
+    impl Cpuid for Elsewhere {
+        fn ask(&mut self, leaf: u32, _: u32) -> Registers {
+            Registers {
+                ecx: u32::from(leaf == 1) << 31,
+                ..Registers::default()
+            }
+        }
+    }
+    let read = Sweep::read(&mut Elsewhere, Isa::Vmx);
+    assert!(matches!(read, Err(Error::NoMeter)));
 
     /// A CPU that changes one register of one answer.
     struct Odd(u32, fn(&mut Registers));
@@ -141,10 +226,10 @@ fn without_a_meter_there_is_an_error() {
             answer
         }
     }
-    let read = |leaf, change| Sweep::read(&mut Odd(leaf, change)).unwrap_err();
+    let read = |leaf, change| Sweep::read(&mut Odd(leaf, change), Isa::Vmx).unwrap_err();
     assert!(matches!(
         read(0x4fff_fff0, |answer| answer.edx = 0),
-        Error::NoMeter
+        Error::NoVm
     ));
     assert_eq!(
         read(0x4fff_fff1, |answer| answer.eax = 2).to_string(),

@@ -25,11 +25,7 @@ const BAR: usize = 40;
 
 /// The whole report, or the part of it that was selected.
 pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
-    let mut writer = Writer {
-        text: opening(report),
-        spared: BTreeSet::new(),
-        look,
-    };
+    let mut writer = Writer::new(opening(report), look);
     if report.unmetered_vcpus != 0 {
         let vcpus = count(report.unmetered_vcpus, "vCPU");
         let line = format!("not metered: {vcpus} (past max_vcpus, no memory, or a trust domain)");
@@ -55,14 +51,7 @@ pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
         writer.phases(&departed.ledger);
         writer.reasons(&departed.ledger, None);
     }
-    if !writer.spared.is_empty() {
-        let columns: Vec<_> = writer.spared.into_iter().collect();
-        writer.text += &format!(
-            "\nNo room for: {}. --json and --csv have all.\n",
-            columns.join(", ")
-        );
-    }
-    writer.text
+    writer.finish()
 }
 
 /// The lines about the host and the time.
@@ -109,7 +98,7 @@ fn exits(ledger: &Ledger, span: Option<Span>) -> String {
 }
 
 /// A report that is being written.
-struct Writer {
+pub(crate) struct Writer {
     text: String,
     /// Columns that found no room.
     spared: BTreeSet<String>,
@@ -117,18 +106,42 @@ struct Writer {
 }
 
 impl Writer {
+    /// One that begins with a text.
+    pub(crate) fn new(text: String, look: Look) -> Self {
+        Self {
+            text,
+            spared: BTreeSet::new(),
+            look,
+        }
+    }
+
+    /// The report, with a word on what had no room.
+    fn finish(mut self) -> String {
+        if !self.spared.is_empty() {
+            let columns: Vec<_> = self.spared.into_iter().collect();
+            self.text += &format!("\nNo room for: {}. --json has all.\n", columns.join(", "));
+        }
+        self.text
+    }
+
+    /// The report, with a last line.
+    pub(crate) fn end(mut self, line: &str) -> String {
+        self.text += &format!("\n{line}\n");
+        self.finish()
+    }
+
     fn title(&mut self, title: &str) {
         let title = paint(title, Style::Strong, self.look.color);
         self.text += &format!("\n{title}\n\n");
     }
 
-    fn table<const COLUMNS: usize>(&mut self, table: &Table<COLUMNS>) {
+    pub(crate) fn table<const COLUMNS: usize>(&mut self, table: &Table<COLUMNS>) {
         self.text += &table.text(self.look.color);
         self.spared.extend(table.spared().iter().cloned());
     }
 
     /// Where the time went.
-    fn phases(&mut self, ledger: &Ledger) {
+    pub(crate) fn phases(&mut self, ledger: &Ledger) {
         let whole = ledger.cycles.sum();
         let cycles = Phase::ALL.map(|phase| exact(ledger.cycles.of(phase)));
         let widest = cycles
@@ -211,7 +224,7 @@ impl Writer {
     /// What each reason cost: "share" is its part of all kernel cycles; the phases behind it are
     /// the time that vCPUs spent there with this as their latest exit. Without the columns that
     /// the snapshot knows nothing for.
-    fn reasons(&mut self, ledger: &Ledger, span: Option<Span>) {
+    pub(crate) fn reasons(&mut self, ledger: &Ledger, span: Option<Span>) {
         if ledger.reasons.is_empty() {
             self.text += "no exit, and no time passed\n";
             return;
@@ -302,15 +315,15 @@ fn cells(
 }
 
 /// The title of the column of exits from nested guests, shown when there are some.
-pub(crate) const NESTED: &str = "nested";
+const NESTED: &str = "nested";
 
 /// What that column says.
-pub(crate) fn nested(exits: Option<u64>, number: fn(u64) -> String) -> String {
+fn nested(exits: Option<u64>, number: fn(u64) -> String) -> String {
     exits.map_or_else(|| "-".to_owned(), number)
 }
 
 /// Whether that column would say nothing.
-pub(crate) fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
+fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
     exits
         .into_iter()
         .all(|exits| matches!(exits, None | Some(0)))

@@ -36,6 +36,7 @@ use crate::{
     bindings, cpuid,
     meter::{
         leaves::Registers,
+        parts,
         phase::Phase,
         reasons::Isa,
         snapshot::NAME_SIZE, //
@@ -260,6 +261,9 @@ pub(crate) fn registry<'a>() -> Option<&'a Registry> {
 ///
 /// For the tracepoint alone.
 unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+    if !parts::CALLBACKS {
+        return;
+    }
     let now = now();
     // The field's number stays where VMREAD fails, as it does with no VMCS: no basic exit
     // reason is as large, so the exit is counted among "other".
@@ -279,6 +283,9 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 ///
 /// For the tracepoint alone.
 unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+    if !parts::CALLBACKS {
+        return;
+    }
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let code = unsafe { bindings::exitmeter_svm_exit_code(vcpu) };
@@ -293,6 +300,9 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 ///
 /// For the tracepoint alone.
 unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
+    if !parts::CALLBACKS {
+        return;
+    }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::entry(vcpu, now());
@@ -441,6 +451,9 @@ unsafe extern "C" fn on_load(
     _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
+    if !parts::CALLBACKS {
+        return;
+    }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     registry::resume(vcpu, now());
@@ -455,6 +468,9 @@ unsafe extern "C" fn on_put(
     _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
+    if !parts::CALLBACKS {
+        return;
+    }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     registry::leave(vcpu, now(), vcpu.phase_after_put());

@@ -124,7 +124,17 @@ pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
     build_with(prepared, &[], false)
 }
 
-fn build_with(prepared: &Prepared, make: &[String], verbose: bool) -> Result<PathBuf, ModuleError> {
+/// As [`build`], with arguments for make, which have a build folder of their own; `verbose` shows what kbuild says
+/// even when all is well.
+///
+/// # Errors
+///
+/// As [`build`].
+pub fn build_with(
+    prepared: &Prepared,
+    make: &[String],
+    verbose: bool,
+) -> Result<PathBuf, ModuleError> {
     let workshop = workshop(prepared)?;
     let name = folder_name(&prepared.release, make);
     let out = repository().join("build").join(&name);

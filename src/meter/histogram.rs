@@ -22,19 +22,31 @@ pub type Buckets = [u64; BUCKETS];
 pub const EMPTY: Buckets = [0; BUCKETS];
 
 /// The bucket of a value, below [`BUCKETS`].
-#[inline(always)]
+#[inline]
 pub const fn bucket(ticks: u64) -> usize {
-    const LEAST: u64 = 1 << FIRST_POWER;
-    let ticks = if ticks < LEAST { LEAST } else { ticks };
+    match usual_bucket(ticks) {
+        Some(bucket) => bucket,
+        None if ticks < 1 << FIRST_POWER => 0,
+        None => BUCKETS.wrapping_sub(1),
+    }
+}
+
+/// As [`bucket`], but `None` for what an exit does not cost: less than where the first bucket's
+/// power of two begins, or more than where the last one's ends.
+#[inline(always)]
+pub(super) const fn usual_bucket(ticks: u64) -> Option<usize> {
+    if ticks == 0 {
+        return None;
+    }
     // Where the topmost bit stands; that bit and the one below it are 2 or 3.
     let power = 63 ^ ticks.leading_zeros();
     let two_bits = ticks.wrapping_shl(1).wrapping_shr(power);
     let steps = power.wrapping_mul(2).wrapping_add(two_bits as u32);
     let place = steps.wrapping_sub(FIRST_POWER * 2 + 2) as usize;
     if place < BUCKETS {
-        place
+        Some(place)
     } else {
-        BUCKETS.wrapping_sub(1)
+        None
     }
 }
 

@@ -10,7 +10,8 @@
 use core::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 
 use super::{
-    histogram::{bucket, BUCKETS},
+    histogram::{bucket, usual_bucket, BUCKETS},
+    parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
 };
@@ -31,6 +32,8 @@ pub const HISTOGRAMS: usize = 36;
 
 /// The numbers of a row: eight, one cache line, so that an exit writes to few of them.
 const ROW: usize = 8;
+/// How many bytes these take.
+const ROW_BYTES: usize = ROW * size_of::<AtomicU64>();
 /// How many numbers all rows have.
 const ROWS: usize = SLOTS * ROW;
 /// How many numbers all rows and histograms have, with one more that nobody reads, for the
@@ -51,11 +54,12 @@ enum Column {
     Histogram = 7,
 }
 
-/// A row, by the place of its first cell.
+/// A row, by how many bytes from the first one it begins: that takes the hot path the fewest
+/// instructions.
 ///
 /// # Invariants
 ///
-/// The number is that of a slot times [`ROW`].
+/// The number is that of a slot times [`ROW_BYTES`].
 #[derive(Clone, Copy)]
 struct Row(u32);
 
@@ -63,7 +67,7 @@ impl Row {
     #[inline(always)]
     const fn of(slot: Slot) -> Self {
         // INVARIANT: By what is computed; it fits as SLOTS is below 256.
-        Self((slot.index() * ROW) as u32)
+        Self((slot.index() * ROW_BYTES) as u32)
     }
 }
 
@@ -72,9 +76,10 @@ impl Row {
 /// All-zero bytes are a valid ledger that has not begun, so that it can be made in zeroed
 /// memory without a copy on a small stack.
 ///
-/// Each transition has a TSC of its own, at least one tick after the one before. It stands in `begun` before anything of the
-/// transition is written, and in `last` after all of it. So a reader that finds in `begun`,
-/// afterwards, what it found in `last` before, has read what belongs together.
+/// Each transition has a TSC of its own, at least one tick after the one before. It stands in
+/// `begun` before anything of the transition is written, and in `last` after all of it. So a
+/// reader that finds in `begun`, afterwards, what it found in `last` before, has read what
+/// belongs together.
 ///
 /// # Invariants
 ///
@@ -119,9 +124,10 @@ fn add(cell: &AtomicU64, value: u64) {
 impl Ledger {
     #[inline(always)]
     fn at(&self, row: Row, column: u32) -> &AtomicU64 {
-        let place = (row.0 as usize).wrapping_add(column as usize & (ROW - 1));
+        let first = self.cells.0.as_ptr();
+        let column = column as usize & (ROW - 1);
         // SAFETY: By the invariant of `Row` that row is there, and the column is one of it.
-        unsafe { self.cells.0.get_unchecked(place) }
+        unsafe { &*first.byte_add(row.0 as usize).add(column) }
     }
 
     #[inline(always)]
@@ -222,17 +228,21 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_exit::<NESTED>(slot);
         };
-        add(self.phase_cell(self.row(), Phase::Guest), ticks);
+        if parts::PHASES {
+            add(self.phase_cell(self.row(), Phase::Guest), ticks);
+        }
         let row = Row::of(slot);
         self.row.store(row.0, Relaxed);
         self.phase.store(Phase::Kernel as u32, Relaxed);
-        let exits = self.cell(row, Column::Exits);
-        add(exits, 1);
         if NESTED {
             add(self.nested_cell(slot), 1);
         }
-        if exits.load(Relaxed) == 1 {
-            return self.end_first_exit(now, slot);
+        if parts::COUNTS {
+            let exits = self.cell(row, Column::Exits);
+            add(exits, 1);
+            if exits.load(Relaxed) == 1 {
+                return self.end_first_exit(now, slot);
+            }
         }
         self.end_transition(now);
     }
@@ -274,12 +284,19 @@ impl Ledger {
             return self.late_entry();
         };
         let row = self.row();
-        add(self.phase_cell(row, Phase::Kernel), ticks);
-        self.phase.store(Phase::Guest as u32, Relaxed);
-        if self.carried.load(Relaxed) != 0 {
-            return self.end_interrupted_exit(now, row, ticks);
+        if parts::PHASES {
+            add(self.phase_cell(row, Phase::Kernel), ticks);
         }
-        self.sample(row, ticks);
+        self.phase.store(Phase::Guest as u32, Relaxed);
+        if parts::HISTOGRAMS {
+            if self.carried.load(Relaxed) != 0 {
+                return self.end_unusual_exit(now, row, ticks);
+            }
+            let Some(bucket) = usual_bucket(ticks) else {
+                return self.end_unusual_exit(now, row, ticks);
+            };
+            self.sample(row, ticks, bucket);
+        }
         self.end_transition(now);
     }
 
@@ -290,25 +307,27 @@ impl Ledger {
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
-    /// CPU, or after none.
+    /// CPU, after one that took less or more than exits do, or after none.
     #[inline(never)]
-    fn end_interrupted_exit(&self, now: u64, row: Row, ticks: u64) {
+    fn end_unusual_exit(&self, now: u64, row: Row, ticks: u64) {
         let carried = self.carried.load(Relaxed);
         self.carried.store(0, Relaxed);
         if carried != CLOSED {
-            self.sample(row, ticks.wrapping_add(carried));
+            let ticks = ticks.wrapping_add(carried);
+            self.sample(row, ticks, bucket(ticks));
         }
         self.end_transition(now);
     }
 
+    /// Takes the sample of an exit, into the bucket that it belongs to.
     #[inline(always)]
-    fn sample(&self, row: Row, ticks: u64) {
+    fn sample(&self, row: Row, ticks: u64, bucket: usize) {
         let max = self.cell(row, Column::Max);
         if ticks > max.load(Relaxed) {
             max.store(ticks, Relaxed);
         }
-        // SAFETY: `bucket` gives no other ones.
-        add(unsafe { self.samples(row, bucket(ticks)) }, 1);
+        // SAFETY: `bucket` and `usual_bucket` give no other ones.
+        add(unsafe { self.samples(row, bucket) }, 1);
     }
 
     /// The vCPU leaves its CPU, for the phase `phase`.
@@ -355,7 +374,9 @@ impl Ledger {
     fn change_phase(&self, phase: Phase, ticks: u64) -> u32 {
         let left = self.phase.load(Relaxed);
         let column = (Column::Cycles as u32).wrapping_add(left);
-        add(self.at(self.row(), column), ticks);
+        if parts::PHASES {
+            add(self.at(self.row(), column), ticks);
+        }
         self.phase.store(phase as u32, Relaxed);
         left
     }
@@ -412,7 +433,7 @@ impl Ledger {
         // ORDERING: What follows is read after this, and so is at least as new.
         let last = self.last.load(Ordering::Acquire);
         out.phase = self.phase.load(Relaxed);
-        out.slot = self.row.load(Relaxed) / ROW as u32;
+        out.slot = self.row.load(Relaxed) / ROW_BYTES as u32;
         out.first = self.first.load(Relaxed);
         out.last = last;
         out.used = self.used();

@@ -8,6 +8,7 @@
 pub mod histogram;
 pub mod leaves;
 pub mod ledger;
+pub mod parts;
 pub mod phase;
 pub mod reasons;
 pub mod snapshot;

@@ -14,16 +14,12 @@ use crate::{
 
 /// Measures what the plan says; the status says whether every meter could be.
 pub fn run(plan: &Plan) -> Result<ExitCode> {
-    let chosen = |chosen: &[Meter]| match chosen {
-        [] => Meter::value_variants().to_vec(),
-        some => some.to_vec(),
-    };
     // What runs for the first time costs more.
     for exit in exits(plan) {
         exit.ticks(plan.count / 10)?;
     }
     let mut failed = false;
-    for meter in chosen(&plan.meters) {
+    for meter in plan.meters() {
         if let Err(error) = measure(meter, plan) {
             failed = true;
             print(&Line::Failed {
@@ -66,10 +62,12 @@ fn measure(meter: Meter, plan: &Plan) -> Result<()> {
         remark,
     }))?;
     // There are more: interrupts, and the end of each guest.
-    ensure!(
-        seen >= known,
-        "it saw {seen} exits, and the guests caused {known} and more"
-    );
+    if let Some(seen) = seen {
+        ensure!(
+            seen >= known,
+            "it saw {seen} exits, and the guests caused {known} and more"
+        );
+    }
     Ok(())
 }
 

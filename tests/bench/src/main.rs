@@ -15,7 +15,7 @@ mod report;
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
-use clap::{Args, Parser};
+use clap::{Args, Parser, ValueEnum as _};
 use lab::host::Host;
 
 use crate::{exits::Exit, meters::Meter};
@@ -57,6 +57,16 @@ struct Plan {
     /// Only these exits
     #[arg(long, value_enum, value_delimiter = ',', value_name = "EXIT,...")]
     exits: Vec<Exit>,
+}
+
+impl Plan {
+    /// The meters to measure.
+    fn meters(&self) -> Vec<Meter> {
+        match &self.meters[..] {
+            [] => Meter::value_variants().to_vec(),
+            some => some.to_vec(),
+        }
+    }
 }
 
 fn main() -> Result<ExitCode> {

@@ -21,6 +21,16 @@ pub enum Meter {
     Exitmeter,
     /// exitmeter with leaf_map=0: nothing redirects KVM's CPUID.
     ExitmeterNoLeaves,
+    /// exitmeter's callbacks alone, which return at once.
+    OnlyHooks,
+    /// exitmeter's clock and ledger alone, in which nothing but the transitions is written.
+    OnlyTransitions,
+    /// These with exits counted by reason.
+    OnlyCounts,
+    /// These with ticks booked by phase and reason.
+    OnlyPhases,
+    /// These with histograms.
+    OnlyHistograms,
     /// BPF that counts by reason, on the raw tracepoint.
     BpfCountRaw,
     /// BPF that counts by reason, on the tracepoint, as bcc's kvmexit does.
@@ -46,6 +56,11 @@ impl Meter {
             Meter::None => "no meter",
             Meter::Exitmeter => "exitmeter",
             Meter::ExitmeterNoLeaves => "exitmeter, leaf_map=0",
+            Meter::OnlyHooks => "its hooks alone",
+            Meter::OnlyTransitions => "hooks, clock, ledger's head",
+            Meter::OnlyCounts => "these and counts",
+            Meter::OnlyPhases => "these and phases",
+            Meter::OnlyHistograms => "these and histograms",
             Meter::BpfCountRaw => "BPF count, raw tracepoint",
             Meter::BpfCount => "BPF count, tracepoint (kvmexit)",
             Meter::BpfLatencyRaw => "BPF latency, raw tracepoints",
@@ -58,11 +73,28 @@ impl Meter {
     }
 }
 
+impl Meter {
+    /// The part of exitmeter that this build of it has alone, as its Kbuild names it.
+    pub fn part(self) -> Option<&'static str> {
+        match self {
+            Meter::OnlyHooks => Some("hooks"),
+            Meter::OnlyTransitions => Some("transitions"),
+            Meter::OnlyCounts => Some("counts"),
+            Meter::OnlyPhases => Some("phases"),
+            Meter::OnlyHistograms => Some("histograms"),
+            _ => None,
+        }
+    }
+}
+
+/// Where the host has the builds of exitmeter with one part alone: `PART.ko`.
+pub const PARTS_FOLDER: &str = "/usr/local/lib/exitmeter-parts";
+
 /// What a meter saw.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// Exits, all VMs and reasons.
-    pub exits: u64,
+    /// Exits, all VMs and reasons; `None` from a part of exitmeter that does not count.
+    pub exits: Option<u64>,
     /// What else it left behind.
     pub remark: Option<String>,
 }
@@ -79,6 +111,11 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
         Meter::None => None,
         Meter::Exitmeter => Some(Box::new(exitmeter::Loaded::new(&["log_queries=0"])?)),
         Meter::ExitmeterNoLeaves => Some(Box::new(exitmeter::Loaded::new(&["leaf_map=0"])?)),
+        Meter::OnlyHooks
+        | Meter::OnlyTransitions
+        | Meter::OnlyCounts
+        | Meter::OnlyPhases
+        | Meter::OnlyHistograms => Some(Box::new(exitmeter::Loaded::part(meter)?)),
         Meter::BpfCountRaw => Some(Box::new(bpf::Program::count(bpf::Hook::Raw)?)),
         Meter::BpfCount => Some(Box::new(bpf::Program::count(bpf::Hook::Event)?)),
         Meter::BpfLatencyRaw => Some(Box::new(bpf::Program::latency(bpf::Hook::Raw)?)),

@@ -17,12 +17,17 @@ use clap::ValueEnum as _;
 use lab::{
     host::Host,
     image::payload::FileSpec,
+    module,
     run::{self, Event, Options, Outcome},
     setup::{self, Wanted},
     verdict::{End, Limits},
 };
 
-use crate::{meters::PERF_FOLDER, report::Report, Arguments, Plan};
+use crate::{
+    meters::{PARTS_FOLDER, PERF_FOLDER},
+    report::Report,
+    Arguments, Plan,
+};
 
 /// Where the host has the BPF programs.
 pub const BPF_FOLDER: &str = "/usr/local/lib/bpf";
@@ -59,6 +64,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     fs::write(files.join("reason.json"), serde_json::to_string(&place)?)?;
     let this = env::current_exe().context("the path of this program is not known")?;
     options.files = vec![FileSpec::at(this, INSIDE), FileSpec::at(files, BPF_FOLDER)];
+    for meter in &arguments.plan.meters() {
+        let Some(part) = meter.part() else { continue };
+        let module = module::build_with(&prepared, &[format!("EXITMETER_ONLY={part}")], false)?;
+        let place = format!("{PARTS_FOLDER}/{part}.ko");
+        options.files.push(FileSpec::at(module, place));
+    }
     options
         .files
         .extend(prepared.perf.map(|perf| FileSpec::at(perf, PERF_FOLDER)));
@@ -150,10 +161,10 @@ fn tell(report: &Report, outcome: &Outcome, json: Option<&Path>) -> Result<()> {
     for saw in &report.saw {
         let remark = saw.remark.as_deref().unwrap_or_default();
         let comma = if remark.is_empty() { "" } else { ", " };
+        let Some(seen) = saw.seen else { continue };
         println!(
-            "{} saw {} exits of {} and more{comma}{remark}",
+            "{} saw {seen} exits of {} and more{comma}{remark}",
             saw.meter.title(),
-            saw.seen,
             saw.known
         );
     }

@@ -41,8 +41,8 @@ pub struct Saw {
     pub meter: Meter,
     /// Exits that the guests are known to have caused, and no others.
     pub known: u64,
-    /// Exits that the meter saw.
-    pub seen: u64,
+    /// Exits that the meter saw; `None` from a part of exitmeter that does not count.
+    pub seen: Option<u64>,
     /// What else it left behind.
     pub remark: Option<String>,
 }

@@ -144,7 +144,7 @@ impl Watch for Program {
     fn stop(mut self: Box<Self>) -> Result<Seen> {
         let exits = (self.seen)(&mut self.ebpf)?;
         Ok(Seen {
-            exits,
+            exits: Some(exits),
             remark: None,
         })
     }

@@ -63,7 +63,7 @@ impl Watch for Hist {
         set(&format!("{EVENTS}/kvm_exit/trigger"), &format!("!{KEYS}"))?;
         let exits = number_after(&text, "Hits:").context("the histogram has no total")?;
         Ok(Seen {
-            exits,
+            exits: Some(exits),
             remark: None,
         })
     }
@@ -99,7 +99,7 @@ impl Watch for Ring {
         set("/sys/kernel/tracing/trace", "")?;
         Ok(Seen {
             // Each exit but the last of a guest is followed by an entry.
-            exits: events / 2,
+            exits: Some(events / 2),
             remark: Some(format!("{events} events")),
         })
     }

@@ -38,7 +38,7 @@ impl Perf {
             let line = text.lines().find(|line| line.contains("kvm:kvm_exit"));
             let count = line.and_then(|line| line.split(',').next()?.parse().ok());
             Ok(Seen {
-                exits: count.with_context(|| format!("perf stat said '{text}'"))?,
+                exits: Some(count.with_context(|| format!("perf stat said '{text}'"))?),
                 remark: None,
             })
         })
@@ -57,7 +57,7 @@ impl Perf {
                 .with_context(|| format!("perf record said '{said}'"))?;
             Ok(Seen {
                 // Exits and entries, and an event of its own for each OUT.
-                exits: samples / 2,
+                exits: Some(samples / 2),
                 remark: Some(format!("{samples} samples in {:.1} MB", size as f64 / 1e6)),
             })
         })

@@ -4,7 +4,6 @@
 //! it, and collects what the other side says. Inside, it runs the cases.
 
 mod cases;
-mod host;
 mod inside;
 mod outside;
 mod report;
@@ -13,6 +12,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use system_tests::host;
 
 /// Runs the system tests of exitmeter on emulated hosts.
 #[derive(Debug, Parser)]

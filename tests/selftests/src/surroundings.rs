@@ -1,0 +1,28 @@
+//! What tests expect of a machine, and the bare host does not have: shared memory, and control groups.
+
+use std::{ffi::CStr, fs, io, path::Path};
+
+use anyhow::{Context as _, Result};
+
+/// File systems to mount: what, and where.
+const MOUNTS: [(&CStr, &CStr); 2] = [(c"tmpfs", c"/dev/shm"), (c"cgroup2", c"/sys/fs/cgroup")];
+
+/// Makes what is missing.
+pub fn complete() -> Result<()> {
+    for (kind, place) in MOUNTS {
+        let folder = Path::new(place.to_str()?);
+        if !folder.is_dir() {
+            fs::create_dir(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        // SAFETY: All strings end with a NUL; these file systems do without data.
+        let mounted = unsafe {
+            let (kind, place) = (kind.as_ptr(), place.as_ptr());
+            libc::mount(kind, place, kind, 0, std::ptr::null())
+        };
+        if mounted != 0 {
+            return Err(io::Error::last_os_error())
+                .with_context(|| format!("{} cannot be mounted", folder.display()));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! What tests find in an emulated host, for the system tests and for others that run there.
+
+pub mod host;

@@ -20,12 +20,13 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     catalogue::Program,
     config::{Config, Error, Quad, Result},
+    meddle,
     memory::Memory,
     window::{Window, FRESH, IRQ, PAGE, VECTOR_BASE},
 };
 
 /// The port whose OUT ends a guest.
-const END_PORT: u16 = 0xf4;
+pub(crate) const END_PORT: u16 = 0xf4;
 /// The port that the VMM answers.
 const USER_PORT: u16 = 0x3f0;
 /// The port that is an ioeventfd.
@@ -222,6 +223,23 @@ impl Machine {
         Window::of(vcpu).answers(&self.memory, &self.config)
     }
 
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    pub(crate) fn memory_mut(&mut self) -> &mut Memory {
+        &mut self.memory
+    }
+
+    /// The first vCPU; a machine has one at least.
+    pub(crate) fn first_vcpu(&mut self) -> &mut VcpuFd {
+        &mut self.vcpus[0]
+    }
+
     /// How often the ioeventfd's port was written to, since the last call.
     ///
     /// # Errors
@@ -318,6 +336,22 @@ fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
     let mut seen = Seen::default();
     let mut cpus = host_cpus().cycle().skip(number.into());
     loop {
+        if config.meddle {
+            // After an exit to the VMM KVM completes it at the next run alone, and until then a
+            // register may be half-way: so let it, and come back at once.
+            vcpu.set_kvm_immediate_exit(1);
+            let completed = vcpu.run().map(drop);
+            vcpu.set_kvm_immediate_exit(0);
+            match completed {
+                Err(error) if error.errno() == libc::EINTR => meddle::read_and_write_back(vcpu)?,
+                other => {
+                    return Err(Error::Guest {
+                        vcpu: number,
+                        what: format!("{other:?} instead of coming back at once"),
+                    })
+                }
+            }
+        }
         let what = match vcpu.run() {
             Ok(VcpuExit::IoOut(END_PORT, _)) => return Ok(seen),
             Ok(VcpuExit::IoOut(USER_PORT, _)) => {

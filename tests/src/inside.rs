@@ -19,13 +19,14 @@ use crate::{
     cases::{self, Case},
     host::{self, hist, linux, module},
     report::Line,
+    soak,
 };
 
 /// Runs the cases whose names hold one of the words, or all; the status says whether all
 /// passed.
-pub fn run(words: &[String]) -> Result<ExitCode> {
+pub fn run(cases: Vec<Case>, words: &[String]) -> Result<ExitCode> {
     println!("{}", Line::Version);
-    let wanted = cases::all()
+    let wanted = cases
         .into_iter()
         .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
     // On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
@@ -68,7 +69,8 @@ pub fn run(words: &[String]) -> Result<ExitCode> {
 
 /// Runs one case in this process.
 pub fn run_case(name: &str) -> Result<()> {
-    let case = cases::all().into_iter().find(|case| case.name == name);
+    let mut cases = cases::all().into_iter().chain(soak::all());
+    let case = cases.find(|case| case.name == name);
     let case = case.with_context(|| format!("there is no case '{name}'"))?;
     (case.run)()
 }

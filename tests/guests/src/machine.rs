@@ -139,22 +139,35 @@ impl Machine {
             memory,
         };
         for number in 0..machine.config.vcpus {
-            let vcpu = machine.make_vcpu(number, isa, &cpuid)?;
-            machine.vcpus.push(vcpu);
+            machine.make_vcpu(number, isa, &cpuid)?;
         }
         Ok(machine)
     }
 
-    fn make_vcpu(&mut self, number: u8, isa: Isa, cpuid: &CpuId) -> Result<VcpuFd> {
+    fn make_vcpu(&mut self, number: u8, isa: Isa, cpuid: &CpuId) -> Result<()> {
         let vcpu = self
             .vm
             .create_vcpu(u64::from(number))
             .map_err(|error| Error::Kvm("make a vCPU", error))?;
         vcpu.set_cpuid2(&with_apic_id(cpuid, number))
             .map_err(|error| Error::Kvm("set a vCPU's CPUID leaves", error))?;
-        let window = Window::of(number);
-        window.fill(&mut self.memory, &self.config);
+        Window::of(number).fill(&mut self.memory, &self.config);
+        self.vcpus.push(vcpu);
+        self.set_to_beginning(number, isa)?;
+        if self.config.has_irqchip() {
+            // All but the first would wait for an INIT.
+            self.vcpus[usize::from(number)]
+                .set_mp_state(kvm_mp_state {
+                    mp_state: KVM_MP_STATE_RUNNABLE,
+                })
+                .map_err(|error| Error::Kvm("set a vCPU running", error))?;
+        }
+        Ok(())
+    }
 
+    /// Sets a vCPU's registers as its program wants them.
+    fn set_to_beginning(&mut self, number: u8, isa: Isa) -> Result<()> {
+        let (window, vcpu) = (Window::of(number), &self.vcpus[usize::from(number)]);
         let mut sregs = vcpu
             .get_sregs()
             .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
@@ -164,15 +177,7 @@ impl Machine {
         let pages_each = self.config.fresh_pages() / u64::from(self.config.vcpus);
         let fresh = FRESH + u64::from(number) * pages_each * PAGE;
         vcpu.set_regs(&window.registers(&self.config, isa, fresh))
-            .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;
-        if self.config.has_irqchip() {
-            // All but the first would wait for an INIT.
-            vcpu.set_mp_state(kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            })
-            .map_err(|error| Error::Kvm("set a vCPU running", error))?;
-        }
-        Ok(vcpu)
+            .map_err(|error| Error::Kvm("set a vCPU's registers", error))
     }
 
     /// Runs every vCPU to its end, each in a thread.
@@ -217,6 +222,39 @@ impl Machine {
         })
     }
 
+    /// Has every vCPU ask anew, as many queries as before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Settings`] for another number of queries, [`Error::Kvm`] when KVM refuses.
+    pub fn ask(&mut self, queries: &[Quad]) -> Result<()> {
+        if queries.len() != self.config.queries.len() {
+            return Err(Error::Settings(
+                "a guest asks as often as before".to_owned(),
+            ));
+        }
+        self.config.queries = queries.to_vec();
+        for number in 0..self.config.vcpus {
+            Window::of(number).fill(&mut self.memory, &self.config);
+        }
+        self.rewind()
+    }
+
+    /// Puts every vCPU back to the beginning of its program.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kvm`] when KVM refuses.
+    pub fn rewind(&mut self) -> Result<()> {
+        let isa = host_isa().ok_or(Error::Settings(
+            "this CPU has neither VT-x nor SVM".to_owned(),
+        ))?;
+        for number in 0..self.config.vcpus {
+            self.set_to_beginning(number, isa)?;
+        }
+        Ok(())
+    }
+
     /// What a vCPU was answered, in the order of its queries. In real mode the upper
     /// halves are not the guest's to see, and 0 here.
     pub fn answers(&self, vcpu: u8) -> Vec<Quad> {
@@ -233,6 +271,10 @@ impl Machine {
 
     pub(crate) fn memory_mut(&mut self) -> &mut Memory {
         &mut self.memory
+    }
+
+    pub(crate) fn vm(&self) -> &VmFd {
+        &self.vm
     }
 
     /// The first vCPU; a machine has one at least.

@@ -1,13 +1,15 @@
 //! What a VMM may do to a vCPU in the middle of its work: step it, stop it anywhere and go on in
 //! another VM, have CPUID fault.
 
+use std::io;
+
 use kvm_bindings::{
     kvm_guest_debug, kvm_msr_entry, Msrs, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::{
-    config::{Error, Result},
+    config::{Error, Result, MAX_VCPUS},
     machine::{Machine, END_PORT},
 };
 
@@ -107,4 +109,61 @@ fn debug(vcpu: &VcpuFd, control: u32) -> Result<()> {
     };
     vcpu.set_guest_debug(&settings)
         .map_err(|error| Error::Kvm("step a vCPU", error))
+}
+
+impl Machine {
+    /// Asks KVM for vCPUs that it cannot have, with ids that are taken or out of range. How many
+    /// were refused.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Settings`] when KVM makes such a vCPU.
+    pub fn ask_for_impossible_vcpus(&mut self) -> Result<u64> {
+        for id in [0, u64::from(u32::MAX), 1 << 20] {
+            if self.vm().create_vcpu(id).is_ok() {
+                return Err(Error::Settings(format!("KVM made a second vCPU {id}")));
+            }
+        }
+        Ok(3)
+    }
+
+    /// Asks KVM for a vCPU when the process may not open another file, so that it is made and taken
+    /// back. No other thread should open files meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Settings`] when KVM makes it, [`Error::Kernel`] when the limit cannot be set.
+    pub fn ask_for_vcpu_without_a_file(&mut self) -> Result<()> {
+        let limit = |soft: Option<libc::rlim_t>| {
+            let mut limit = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: The limit is ours to write.
+            let mut ret = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+            let before = limit.rlim_cur;
+            if let (0, Some(soft)) = (ret, soft) {
+                limit.rlim_cur = soft;
+                // SAFETY: The kernel only reads it.
+                ret = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+            }
+            match ret {
+                0 => Ok(before),
+                _ => Err(Error::Kernel(
+                    "limit the number of files",
+                    io::Error::last_os_error(),
+                )),
+            }
+        };
+        let before = limit(Some(0))?;
+        let made = self.vm().create_vcpu(u64::from(MAX_VCPUS) + 1);
+        limit(Some(before))?;
+        match made {
+            Err(error) if error.errno() == libc::EMFILE => Ok(()),
+            other => Err(Error::Settings(format!(
+                "a vCPU without a file descriptor ends with {:?}",
+                other.map(drop)
+            ))),
+        }
+    }
 }

@@ -223,7 +223,10 @@ fn goes_while(config: &Config) -> Result<()> {
             slowest = slowest.max(begun.elapsed());
             ensure!(!guest.is_finished(), "the guest ended in round {round}");
         }
-        println!("10 unloads, the slowest took {:.2} s", slowest.as_secs_f64());
+        println!(
+            "10 unloads, the slowest took {:.2} s",
+            slowest.as_secs_f64()
+        );
         done.store(true, Ordering::Relaxed);
         match guest.join() {
             Ok(times) => times.map(drop),

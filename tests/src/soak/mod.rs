@@ -6,7 +6,10 @@ mod churn;
 mod clock;
 mod hostile;
 mod loading;
+mod random;
 mod snapshots;
+
+pub use churn::{bequeath, worker};
 
 use crate::cases::Case;
 

@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     guest,
     output::{Output, When},
-    reasons, record, report,
+    reasons, record, report, stat,
 };
 
 const STATUSES: &str = "\
@@ -43,6 +43,7 @@ pub struct Args {
 enum Command {
     Report(report::Args),
     Guest(guest::Args),
+    Stat(stat::Args),
     Record(record::Args),
     Reasons(reasons::Args),
 }
@@ -58,6 +59,7 @@ impl Args {
         match self.command {
             Command::Report(args) => args.run(out)?,
             Command::Guest(args) => args.run(out)?,
+            Command::Stat(args) => return Ok(args.run(out)),
             Command::Record(args) => return args.run(),
             Command::Reasons(args) => args.run(out)?,
         }

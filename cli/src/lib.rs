@@ -7,11 +7,13 @@
 //! with what it takes on the command line and what it does: [`report`], [`record`] and
 //! [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run.
-//! [`args`] says which there are.
+//! [`args`] says which commands there are, from which come [`man`] and [`completions`].
 
 pub mod args;
 pub mod command;
+pub mod completions;
 pub mod guest;
+pub mod man;
 pub mod model;
 pub mod numbers;
 pub mod output;

@@ -212,7 +212,7 @@ impl Summary {
                 let nested = reason.nested_exits.map_or(0, |nested| nested.number());
                 table.row([
                     code(reason.label.code),
-                    reason.label.name.unwrap_or("(not defined)").to_owned(),
+                    reason.label.to_string(),
                     number(reason.exits.number()),
                     reason.exits.deviation(),
                     number(nested),

@@ -5,6 +5,8 @@
 #   make demo           shows on an emulated host what the module does
 #   make test           all tests; KERNEL=7.2.12 takes another kernel for those on emulated hosts
 #   make test-amd       the tests on the emulated AMD host alone, the fast loop
+#   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
+#   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
 #   make bench          measures what metering costs, beside other meters
 #   make check          formats, lints and warnings
 #   make lab            sets up all that the emulated hosts need
@@ -19,7 +21,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd bench check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd soak-ibt soak-debug bench check lab install clean bootstrap
 
 all: module tool
 
@@ -40,11 +42,25 @@ demo: bootstrap
 
 test: bootstrap
 	cargo test --release --workspace
-	cargo test --release -p lab --test ends -- --ignored --test-threads 2
+	cargo test --release -p lab --test ends -- --ignored --test-threads 2 --skip what_the_kernel
 	cargo run --release --quiet -p system-tests -- $(with_kernel)
 
 test-amd: bootstrap
 	cargo run --release --quiet -p system-tests -- --host amd $(with_kernel)
+
+soak-ibt: bootstrap
+	cargo test --release -p lab --test ends -- --ignored past_an_endbr
+	cargo run --release --quiet -p system-tests -- --host intel --model tigerlake --kvm-args enable_apicv=0 \
+		--timeout 7200 --expect 'Indirect Branch Tracking enabled'
+
+# The kernels are built by the first command that wants them.
+soak-debug: bootstrap
+	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel
+	cargo run --release --quiet -p system-tests -- --host amd --kernel debug --memory 2048 --slow 5 --timeout 7200 \
+		--expect 'KernelAddressSanitizer initialized' --expect 'Lock dependency validator' \
+		--expect 'Kernel memory leak detector initialized'
+	cargo run --release --quiet -p system-tests -- --host amd --kernel kcsan --memory 2048 --slow 5 --timeout 7200 \
+		--expect 'kcsan: enabled'
 
 bench: bootstrap
 	cargo run --release --quiet -p bench

@@ -5,12 +5,12 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
-    guest,
+    completions, guest, man,
     output::{Output, When},
-    reasons, record, report,
+    reasons, record, report, stat,
 };
 
 const STATUSES: &str = "\
@@ -43,8 +43,16 @@ pub struct Args {
 enum Command {
     Report(report::Args),
     Guest(guest::Args),
+    Stat(stat::Args),
     Record(record::Args),
     Reasons(reasons::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+/// All of the command line, for those who describe it.
+pub fn command() -> clap::Command {
+    <Args as CommandFactory>::command()
 }
 
 impl Args {
@@ -58,8 +66,11 @@ impl Args {
         match self.command {
             Command::Report(args) => args.run(out)?,
             Command::Guest(args) => args.run(out)?,
+            Command::Stat(args) => return Ok(args.run(out)),
             Command::Record(args) => return args.run(),
             Command::Reasons(args) => args.run(out)?,
+            Command::Completions(args) => args.run(out)?,
+            Command::Man(args) => args.run()?,
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -71,6 +82,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        <Args as clap::CommandFactory>::command().debug_assert();
+        command().debug_assert();
     }
 }

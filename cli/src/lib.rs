@@ -4,12 +4,16 @@
 //!
 //! The rooms: [`source`] gets the bytes of a snapshot, and [`model`] makes plain data of them
 //! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
-//! with what it takes on the command line and what it does: [`report`], [`guest`] and
-//! [`reasons`]. They print to [`output`], with [`table`] and [`numbers`] for the looks.
-//! [`args`] says which commands there are.
+//! with what it takes on the command line and what it does: [`report`], [`record`] and
+//! [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
+//! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run.
+//! [`args`] says which commands there are, from which come [`man`] and [`completions`].
 
 pub mod args;
+pub mod command;
+pub mod completions;
 pub mod guest;
+pub mod man;
 pub mod model;
 pub mod numbers;
 pub mod output;
@@ -20,4 +24,5 @@ pub mod recording;
 pub mod report;
 pub mod source;
 pub mod spread;
+pub mod stat;
 pub mod table;

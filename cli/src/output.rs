@@ -3,7 +3,10 @@
 //! The standard output, as every command prints to it: piece by piece, with colours where they
 //! can be seen, as wide as the terminal is, and quiet when nobody reads on.
 
-use std::io::{self, ErrorKind, IsTerminal as _, Write};
+use std::{
+    io::{self, ErrorKind, IsTerminal, Write},
+    os::fd::AsFd,
+};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -18,6 +21,17 @@ pub enum When {
     Always,
     /// In no case.
     Never,
+}
+
+impl When {
+    /// Whether it is now, where text goes to.
+    fn on(self, to: &impl IsTerminal) -> bool {
+        match self {
+            When::Always => true,
+            When::Never => false,
+            When::Auto => to.is_terminal() && colors_are_welcome(|name| std::env::var_os(name)),
+        }
+    }
 }
 
 /// How text is to look.
@@ -54,30 +68,29 @@ impl Error {
 pub struct Output {
     to: Box<dyn Write>,
     look: Look,
+    color: When,
 }
 
 impl Output {
     /// The standard output.
     pub fn stdout(color: When) -> Self {
         let stdout = io::stdout();
-        let terminal = stdout.is_terminal();
-        let color = match color {
-            When::Always => true,
-            When::Never => false,
-            When::Auto => terminal && colors_are_welcome(|name| std::env::var_os(name)),
-        };
-        Self::new(
-            Box::new(stdout),
-            Look {
-                width: width(),
-                color,
+        Self {
+            look: Look {
+                width: width(&stdout),
+                color: color.on(&stdout),
             },
-        )
+            to: Box::new(stdout),
+            color,
+        }
     }
 
-    /// Another output.
-    pub fn new(to: Box<dyn Write>, look: Look) -> Self {
-        Self { to, look }
+    /// How text is to look on another one than the standard output.
+    pub fn look_of(&self, other: &(impl IsTerminal + AsFd)) -> Look {
+        Look {
+            width: width(other),
+            color: self.color.on(other),
+        }
     }
 
     /// How text is to look there.
@@ -127,12 +140,11 @@ fn colors_are_welcome(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> 
 }
 
 /// How wide lines may be: COLUMNS if it is set, else the terminal's width if there is one.
-fn width() -> Option<usize> {
-    let columns = std::env::var("COLUMNS")
-        .ok()
-        .and_then(|text| text.parse().ok());
+fn width(to: &impl AsFd) -> Option<usize> {
+    let columns = std::env::var("COLUMNS").ok();
+    let columns = columns.and_then(|text| text.parse().ok());
     columns.filter(|columns| *columns > 0).or_else(|| {
-        let (width, _) = terminal_size::terminal_size_of(io::stdout())?;
+        let (width, _) = terminal_size::terminal_size_of(to)?;
         Some(width.0.into())
     })
 }

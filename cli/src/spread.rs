@@ -64,7 +64,7 @@ impl Spread {
     }
 
     /// The least value and the number of samples of each bucket that has some.
-    fn samples(&self) -> Vec<(u64, u64)> {
+    pub fn samples(&self) -> Vec<(u64, u64)> {
         let buckets = self.buckets.iter().enumerate();
         buckets
             .filter(|(_, samples)| **samples != 0)

@@ -62,7 +62,8 @@ struct HostArgs {
     /// AMD only: let the TSC count instructions, so that the same work takes the same number of ticks
     #[arg(long)]
     icount: bool,
-    /// Debian's kernel, a version or release; the newest of backports if not given
+    /// Debian's kernel, a version or release; the newest of backports if not given. Or `debug` (KASAN, lockdep, kmemleak
+    /// and more) or `kcsan`, which are built here the first time, and want --memory 2048
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
     /// More for the host kernel's command line

@@ -150,7 +150,8 @@ pub fn build_with(
     let jobs = thread::available_parallelism().map_or(1, usize::from);
     let status = workshop
         .command("make")
-        .args(["-C", "/tree", "M=/src", "CC=gcc-14"])
+        .args(["-C", "/tree", "M=/src"])
+        .arg(format!("CC={}", compiler(prepared)?))
         .arg(format!("MO=/src/build/{name}"))
         .arg(format!("-j{jobs}"))
         .args(make)
@@ -176,6 +177,19 @@ pub fn build_with(
         return Err(ModuleError::Warnings);
     }
     Ok(out.join("exitmeter.ko"))
+}
+
+/// The compiler that the kernel was built with, by its name in the root; modules have to be built with it as well.
+///
+/// # Errors
+///
+/// [`ModuleError`], when there is no tree that tells.
+pub fn compiler(prepared: &Prepared) -> Result<&'static str, ModuleError> {
+    let config = prepared.tree.as_deref().ok_or(ModuleError::NoTree)?;
+    let config = config.join(".config");
+    let text = fs::read_to_string(&config).map_err(failed_to("read", &config))?;
+    let clang = text.lines().any(|line| line == "CONFIG_CC_IS_CLANG=y");
+    Ok(if clang { "clang-19" } else { "gcc-14" })
 }
 
 /// Where a build goes, below build/. Arguments change the objects, so builds with others have folders of their own,

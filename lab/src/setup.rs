@@ -26,10 +26,15 @@ use crate::interrupt;
 use engine::{Engine, Recipe, Step};
 use progress::Progress;
 
+/// The kernels that are built here, to check themselves while they run (scripts/debug-kernel.sh). They go by these
+/// names in the place of a version.
+pub const CHECKED: [&str; 2] = ["debug", "kcsan"];
+
 /// What a run needs, besides the Debian root.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there.
+    /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there; or one of [`CHECKED`],
+    /// made from the newest one's source.
     pub kernel: Option<String>,
     /// The kernel's tree, to build modules.
     pub tree: bool,
@@ -46,9 +51,11 @@ pub struct Wanted {
 pub struct Prepared {
     /// The Debian root, for [`in_root`].
     pub root: PathBuf,
-    /// The packaged kernel and its modules; scripts/kernel.sh lists the files.
+    /// The hosts' kernel and its modules, packaged or built here; scripts/kernel.sh lists the files.
     pub kernel: PathBuf,
-    /// Stands for the kernel's content and all that it was made with: for names in a cache.
+    /// The guests' kernel, always a packaged one: an ELF with a PVH entry.
+    pub guest_kernel: PathBuf,
+    /// Stands for the content of both kernels and all that they were made with: for names in a cache.
     pub kernel_key: String,
     /// The kernel's name for itself (uname -r).
     pub release: String,
@@ -169,6 +176,7 @@ fn with_engine<T, E: From<SetupError>>(
 struct Plan {
     root: Step,
     kernel: Step,
+    checked: Option<Step>,
     tree: Option<Step>,
     bochs: Option<Step>,
     perf: Option<Step>,
@@ -183,12 +191,25 @@ impl Plan {
             settings: &[],
             on: &[],
         })?;
+        let kernel = wanted.kernel.as_deref().unwrap_or("newest");
+        let checked = CHECKED.into_iter().find(|name| *name == kernel);
         let kernel = engine.step(&Recipe {
             name: "kernel",
             mib: 900,
-            settings: &[("KERNEL", wanted.kernel.as_deref().unwrap_or("newest"))],
+            settings: &[("KERNEL", checked.map_or(kernel, |_| "newest"))],
             on: &[("ROOT", &root)],
         })?;
+        let checked = checked
+            .map(|name| {
+                let config = engine.config(name)?;
+                engine.step(&Recipe {
+                    name: "debug-kernel",
+                    mib: 6000,
+                    settings: &[("FLAVOUR", name), ("CONFIG", &config)],
+                    on: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
+                })
+            })
+            .transpose()?;
         let tree = Recipe {
             name: "tree",
             mib: 2500,
@@ -219,18 +240,23 @@ impl Plan {
                 .selftests
                 .then(|| engine.step(&selftests))
                 .transpose()?,
-            tree: wanted.tree.then(|| engine.step(&tree)).transpose()?,
+            // One that is built here comes with its tree.
+            tree: (wanted.tree && checked.is_none())
+                .then(|| engine.step(&tree))
+                .transpose()?,
             bochs: wanted.bochs.then(|| engine.step(&bochs)).transpose()?,
             root,
             kernel,
+            checked,
         })
     }
 
     fn steps(&self) -> Vec<&Step> {
-        let optional = [&self.tree, &self.bochs, &self.perf, &self.selftests];
+        let optional = [&self.checked, &self.tree, &self.bochs, &self.perf];
         [&self.root, &self.kernel]
             .into_iter()
             .chain(optional.into_iter().flatten())
+            .chain(&self.selftests)
             .collect()
     }
 
@@ -246,7 +272,7 @@ impl Plan {
             let bochs = scope.spawn(|| chain(&[self.bochs.as_ref(), self.perf.as_ref()]));
             let tree = chain(&[
                 Some(&self.kernel),
-                self.tree.as_ref(),
+                self.checked.as_ref().or(self.tree.as_ref()),
                 self.selftests.as_ref(),
             ]);
             (
@@ -262,16 +288,20 @@ impl Plan {
     }
 
     fn prepared(self) -> Result<Prepared, SetupError> {
-        let release = self.kernel.out.join("release");
+        let guest_kernel = self.kernel.out.join("vmlinux");
+        let checked_tree = self.checked.as_ref().map(|step| step.out.join("tree"));
+        let kernel = self.checked.unwrap_or(self.kernel);
+        let release = kernel.out.join("release");
         Ok(Prepared {
+            guest_kernel,
             release: fs::read_to_string(&release)
                 .map_err(SetupError::io("read", &release))?
                 .trim()
                 .into(),
             root: self.root.out,
-            kernel: self.kernel.out,
-            kernel_key: self.kernel.key,
-            tree: self.tree.map(|step| step.out.join("tree")),
+            kernel: kernel.out,
+            kernel_key: kernel.key,
+            tree: self.tree.map(|step| step.out.join("tree")).or(checked_tree),
             bochs: self.bochs.map(|step| step.out),
             perf: self.perf.map(|step| step.out.join("perf")),
             selftests: self.selftests.map(|step| step.out.join("kvm")),

@@ -282,22 +282,43 @@ pub fn fault_in(line: &str) -> Option<Fault> {
     ]) {
         Some(Fault::Oops)
     } else if line.contains("WARNING: ")
-        && any(&[
-            // Kernels up to 6.17, and later.
-            " CPU: ",
-            ", CPU#",
-            "possible circular locking",
-            "possible recursive locking",
-            "suspicious RCU usage",
-            "inconsistent lock state",
-            "bad unlock balance",
-        ])
+        && (any(LOCKDEP)
+            || any(&[
+                // Kernels up to 6.17, and later.
+                " CPU: ", ", CPU#",
+            ]))
+        || any(CHECKERS)
     {
         Some(Fault::Warning)
     } else {
         None
     }
 }
+
+/// What lockdep says (kernel/locking/lockdep.c).
+const LOCKDEP: &[&str] = &[
+    "possible circular locking",
+    "possible recursive locking",
+    "possible irq lock inversion",
+    "lock order detected",
+    "inconsistent lock state",
+    "bad unlock balance",
+    "bad contention",
+    "held lock freed",
+    "still has locks held",
+    "lock held when returning",
+    "Nested lock was not taken",
+    "chain_key collision",
+    "suspicious RCU usage",
+];
+
+/// What other checkers of the kernel's say; among it that they gave up, as then nothing they say counts any more.
+const CHECKERS: &[&str] = &[
+    "new suspected memory leaks",
+    "memory leak detector disabled",
+    "trying to register non-static key",
+    "turning off the locking correctness validator",
+];
 
 /// One record of /dev/kmsg.
 #[derive(Clone, Debug, Eq, PartialEq)]

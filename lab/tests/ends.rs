@@ -1,4 +1,5 @@
-//! Every way a run can end, on a real emulated host: `cargo test -p lab --test ends -- --ignored --test-threads 2`.
+//! Every way a run can end, on a real emulated host: `cargo test -p lab --test ends -- --ignored --test-threads 2`. Add
+//! `--skip what_the_kernel` to do without the kernels that have to be built first.
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
@@ -10,14 +11,19 @@ use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lab::module;
 use lab::setup::{self, Wanted};
 use rustix::process::{kill_process, Pid, Signal};
 
 /// A run on the AMD host, which boots fastest.
 fn lab(arguments: &[&str]) -> Command {
+    lab_on("amd", arguments)
+}
+
+fn lab_on(host: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
     command
-        .args(["run", "--host", "amd", "--no-module"])
+        .args(["run", "--host", host, "--no-module"])
         .args(arguments);
     command
 }
@@ -41,13 +47,17 @@ fn folder(output: &Output) -> PathBuf {
 }
 
 /// The module that does wrong on request, built for the kernel of the hosts.
-static FAULT: LazyLock<String> = LazyLock::new(|| {
+static FAULT: LazyLock<String> = LazyLock::new(|| fault_for(None));
+
+fn fault_for(kernel: Option<&str>) -> String {
     let prepared = setup::prepare(&Wanted {
+        kernel: kernel.map(str::to_owned),
         tree: true,
         ..Wanted::default()
     })
     .unwrap();
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fault");
+    let name = format!("fault-{}", prepared.release);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(&folder).unwrap();
     for name in ["Kbuild", "fault.c"] {
         let source = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -57,14 +67,15 @@ static FAULT: LazyLock<String> = LazyLock::new(|| {
     }
     let output = setup::in_root(&prepared.root)
         .bind(&folder, "/src")
-        .bind(prepared.tree.unwrap(), "/tree")
+        .bind(prepared.tree.as_deref().unwrap(), "/tree")
         .command("make")
-        .args(["-C", "/tree", "M=/src", "CC=gcc-14", "modules"])
+        .args(["-C", "/tree", "M=/src", "modules"])
+        .arg(format!("CC={}", module::compiler(&prepared).unwrap()))
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     folder.join("fault.ko").to_str().unwrap().to_owned()
-});
+}
 
 #[track_caller]
 fn fault_ends_with(kind: &str, status: i32) -> Output {
@@ -152,6 +163,68 @@ fn an_oops_is_102() {
 #[ignore = "boots a host"]
 fn a_warning_is_103() {
     fault_ends_with("warn", 103);
+}
+
+#[test]
+#[ignore = "boots hosts"]
+fn a_call_past_an_endbr_is_102_on_a_cpu_that_tracks_branches() {
+    let load = |model: &str| {
+        let model = ["--model", model, "--kvm-args", "enable_apicv=0"];
+        let script = ["--file", &FAULT, "--", "insmod fault.ko kind=ibt"];
+        let arguments = [&model[..], &script[..]].concat();
+        lab_on("intel", &arguments).output().unwrap()
+    };
+    let tracked = load("tigerlake");
+    assert_eq!(tracked.status.code(), Some(102), "{}", stderr(&tracked));
+    let log = fs::read_to_string(folder(&tracked).join("kernel.log")).unwrap();
+    assert!(log.contains("Missing ENDBR: fault_target"), "{log}");
+    // So nothing else is wrong with that call.
+    let untracked = load("corei7_ivy_bridge_3770k");
+    assert_eq!(untracked.status.code(), Some(0), "{}", stderr(&untracked));
+}
+
+/// Each of the faults of `kinds`, on a kernel that checks itself, ends a run with this status and these words of the
+/// kernel's.
+#[track_caller]
+fn is_found_by(kernel: &str, kinds: &[(&str, i32, &str)]) {
+    let fault = fault_for(Some(kernel));
+    for &(kind, status, words) in kinds {
+        // What leaks is found by a scan, once it is some seconds old.
+        let script = format!(
+            "insmod fault.ko kind={kind}; sleep 6; \
+             for i in 1 2; do echo scan >/sys/kernel/debug/kmemleak; done; sleep 2"
+        );
+        let host = ["--kernel", kernel, "--memory", "2048", "--cpus", "2"];
+        let run = ["--no-kvm", "--file", &fault, "--", &script];
+        let output = lab(&[&host[..], &run[..]].concat()).output().unwrap();
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(status), "{kind}: {text}");
+        let log = fs::read_to_string(folder(&output).join("kernel.log")).unwrap();
+        assert!(log.contains(words), "{kind}: {log}");
+    }
+}
+
+#[test]
+#[ignore = "builds a kernel, and boots hosts with it"]
+fn what_the_kernel_debug_finds_ends_a_run() {
+    is_found_by(
+        "debug",
+        &[
+            ("freed", 102, "BUG: KASAN: slab-use-after-free in fault_"),
+            ("shift", 102, "UBSAN: shift-out-of-bounds"),
+            ("locks", 103, "possible circular locking dependency"),
+            ("rcu", 103, "suspicious RCU usage"),
+            ("sleep", 102, "BUG: scheduling while atomic"),
+            ("timer", 102, "ODEBUG: free active"),
+            ("leak", 103, "kmemleak: 1 new suspected memory leaks"),
+        ],
+    );
+}
+
+#[test]
+#[ignore = "builds a kernel, and boots hosts with it"]
+fn what_the_kernel_kcsan_finds_ends_a_run() {
+    is_found_by("kcsan", &[("race", 102, "BUG: KCSAN: data-race in fault_")]);
 }
 
 #[test]

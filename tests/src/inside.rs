@@ -18,20 +18,24 @@ use exitmeter_meter::reasons::Isa;
 use crate::{
     cases::{self, Case},
     host::{self, hist, linux, module},
+    outside::expected,
     report::Line,
     soak,
 };
 
-/// Runs the cases whose names hold one of the words, or all; the status says whether all
+/// Runs the cases whose names hold one of the words, or all, and those that demand what is
+/// `expect`ed of the kernel log; each gets `slow` times its time. The status says whether all
 /// passed.
-pub fn run(cases: Vec<Case>, words: &[String]) -> Result<ExitCode> {
+pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> Result<ExitCode> {
     println!("{}", Line::Version);
     let wanted = cases
         .into_iter()
         .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
     // On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
     let linux = host::isa()? == Isa::Vmx || host::nested_paging()?;
-    let (cases, left_out): (Vec<Case>, Vec<Case>) = wanted.partition(|case| linux || !case.linux);
+    let (mut cases, left_out): (Vec<Case>, Vec<Case>) =
+        wanted.partition(|case| linux || !case.linux);
+    cases.extend(cases::expected(expect));
     for case in left_out {
         let text = format!("left out, as Linux guests need npt=1 here: {}", case.name);
         println!("{}", Line::Remark(text));
@@ -42,7 +46,8 @@ pub fn run(cases: Vec<Case>, words: &[String]) -> Result<ExitCode> {
     for (number, case) in (1..).zip(&cases) {
         let started = Instant::now();
         let mut output = String::new();
-        let result = have(&mut loaded, case.module).and_then(|()| run_apart(case, &mut output));
+        let result = have(&mut loaded, case.module)
+            .and_then(|()| run_apart(case, expect, slow, &mut output));
         let failure = result.and(tidy()).err();
         if failure.is_some() {
             // Whatever is wrong with it, the next case is to find a new one.
@@ -68,8 +73,11 @@ pub fn run(cases: Vec<Case>, words: &[String]) -> Result<ExitCode> {
 }
 
 /// Runs one case in this process.
-pub fn run_case(name: &str) -> Result<()> {
-    let mut cases = cases::all().into_iter().chain(soak::all());
+pub fn run_case(name: &str, expect: &[String]) -> Result<()> {
+    let mut cases = cases::all()
+        .into_iter()
+        .chain(soak::all())
+        .chain(cases::expected(expect));
     let case = cases.find(|case| case.name == name);
     let case = case.with_context(|| format!("there is no case '{name}'"))?;
     (case.run)()
@@ -93,16 +101,17 @@ fn have(loaded: &mut Option<&'static str>, wanted: Option<&'static str>) -> Resu
 }
 
 /// Runs a case in a process of its own; adds to `output` what it printed.
-fn run_apart(case: &Case, output: &mut String) -> Result<()> {
+fn run_apart(case: &Case, expect: &[String], slow: u32, output: &mut String) -> Result<()> {
     let mut file = memory_file().context("no memory for a case's output")?;
     let child = Command::new("/proc/self/exe")
         .args(["--case", &case.name])
+        .args(expected(expect))
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file.try_clone()?)
         .spawn()
         .context("a case cannot be started")?;
-    let status = wait(child, case.limit);
+    let status = wait(child, case.limit * slow);
     file.rewind()?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;

@@ -32,6 +32,18 @@ struct Arguments {
     /// given.
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
+    /// The model of the hosts' CPU, in the words of their emulator, such as tigerlake.
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+    /// How much memory the hosts have; as much as the lab gives when not given.
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// Give each case so many times its time: for a kernel that is slow by what it checks.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1)]
+    slow: u32,
+    /// What a line of the host's kernel log must hold: a case of its own demands each.
+    #[arg(long, value_name = "WORDS")]
+    expect: Vec<String>,
     /// Parameters of kvm_intel or kvm_amd, such as "ept=0": the same cases hold.
     #[arg(long, value_name = "TEXT")]
     kvm_args: Option<String>,
@@ -63,7 +75,7 @@ struct Arguments {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(case) = arguments.case {
-        inside::run_case(&case)?;
+        inside::run_case(&case, &arguments.expect)?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(count) = arguments.nested {
@@ -82,13 +94,17 @@ fn main() -> Result<ExitCode> {
             true => soak::all(),
             false => cases::all(),
         };
-        return inside::run(cases, &arguments.words);
+        return inside::run(cases, &arguments.words, &arguments.expect, arguments.slow);
     }
     outside::run(&outside::Plan {
         host: arguments.host,
         timeout: arguments.timeout,
         cpus: arguments.cpus,
         kernel: arguments.kernel,
+        model: arguments.model,
+        memory: arguments.memory,
+        slow: arguments.slow,
+        expect: arguments.expect,
         kvm_args: arguments.kvm_args,
         append: arguments.append,
         soak: arguments.soak,

@@ -55,6 +55,14 @@ pub struct Plan {
     pub cpus: Option<u32>,
     /// Debian's kernel for the hosts; the newest when not given.
     pub kernel: Option<String>,
+    /// The model of its CPU; the lab's own choice when not given.
+    pub model: Option<String>,
+    /// Its memory in MiB; the lab's own choice when not given.
+    pub memory: Option<u32>,
+    /// How many times its time each case gets.
+    pub slow: u32,
+    /// What the lines of its kernel log must hold.
+    pub expect: Vec<String>,
     /// Parameters of kvm_intel or kvm_amd, such as `ept=0`.
     pub kvm_args: Option<String>,
     /// More for the host kernel's command line.
@@ -95,6 +103,11 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::from(!sum.failures.is_empty())))
 }
 
+/// What is expected, as arguments of this program.
+pub fn expected(words: &[String]) -> impl Iterator<Item = String> + '_ {
+    words.iter().map(|words| format!("--expect={words}"))
+}
+
 /// Boots a host for the cases and ends it.
 fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     let this = env::current_exe().context("the path of this program is not known")?;
@@ -110,6 +123,12 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     if let Some(kernel) = &plan.kernel {
         lab.args(["--kernel", kernel]);
     }
+    if let Some(model) = &plan.model {
+        lab.args(["--model", model]);
+    }
+    if let Some(memory) = plan.memory {
+        lab.args(["--memory", &memory.to_string()]);
+    }
     if let Some(parameters) = &plan.kvm_args {
         lab.args(["--kvm-args", parameters]);
     }
@@ -119,6 +138,8 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     let mut lab = lab
         .args(["--", INSIDE, "--inside"])
         .args(plan.soak.then_some("--soak"))
+        .args(["--slow", &plan.slow.to_string()])
+        .args(expected(&plan.expect))
         .args(&plan.words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

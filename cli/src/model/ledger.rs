@@ -2,7 +2,7 @@
 
 //! Exits and ticks by reason.
 
-use std::{cmp::Reverse, collections::BTreeMap, ops::AddAssign};
+use std::{cmp::Reverse, collections::BTreeMap, fmt, ops::AddAssign};
 
 use exitmeter_meter::{
     phase::Phase,
@@ -137,6 +137,18 @@ impl Label {
     /// What tells reasons apart.
     pub fn key(&self) -> (&'static str, Option<u32>) {
         (self.kind, self.code)
+    }
+}
+
+/// Its name, or what stands for one.
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match (self.kind, self.name) {
+            (_, Some(name)) => name,
+            ("start", _) => "(before any exit)",
+            ("other", _) => "(other codes)",
+            _ => "(not defined)",
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use crate::model::{ReasonRow, Report, Span};
 /// loaded, and `span_s` the time that the numbers are of. A number that is not known is left
 /// empty, as are `vm`, `pid` and `span_s` of the sums of those that are gone.
 pub const HEADER: &str = "time_s,span_s,vm,name,pid,vcpu,kind,code,reason,exits,nested_exits,\
-per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max\n";
+per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_exact\n";
 
 /// A line for each reason of each VM, and of those that are gone when all is shown. The column
 /// `vcpu` has a number when only the vCPUs of that id are shown.
@@ -61,9 +61,9 @@ fn line(whose: &str, row: &ReasonRow, kernel: u64, span: Option<Span>) -> String
     fields.extend(Phase::ALL.map(|phase| row.cycles.of(phase).to_string()));
     fields.extend([decimal(part(kernel), 6), decimal(part(row.exits), 1)]);
     fields.extend([50, 90, 99].map(quantile));
-    fields.push(number(
-        spread.map(|spread| spread.max).filter(|max| *max != 0),
-    ));
+    let max = spread.filter(|spread| spread.max != 0);
+    fields.push(number(max.map(|spread| spread.max)));
+    fields.push(number(max.map(|spread| spread.max_exact)));
     fields.join(",") + "\n"
 }
 

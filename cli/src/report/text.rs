@@ -8,7 +8,7 @@ use exitmeter_meter::phase::Phase;
 
 use super::Selection;
 use crate::{
-    model::{Host, Label, Ledger, ReasonRow, Report, Span, Vcpu, Vm},
+    model::{Host, Ledger, ReasonRow, Report, Span, Vcpu, Vm},
     numbers::{bar, exact, rate, rough, share, time},
     output::Look,
     paint::{paint, Style},
@@ -297,7 +297,7 @@ fn cells(
     let mean = kernel.saturating_add(row.exits / 2).checked_div(row.exits);
     [
         code(row.label.code),
-        name(&row.label),
+        row.label.to_string(),
         number(row.exits),
         nested(row.nested_exits, number),
         rate(span.and_then(|span| span.per_second(row.exits))),
@@ -332,17 +332,6 @@ fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
 /// A code as guests ask for it and the kernel log has it; nothing for rows without one.
 pub(crate) fn code(code: Option<u32>) -> String {
     code.map_or_else(String::new, |code| code.to_string())
-}
-
-/// A reason's name, or what stands for one.
-fn name(label: &Label) -> String {
-    match (label.kind, label.name) {
-        (_, Some(name)) => name,
-        ("start", _) => "(before any exit)",
-        ("other", _) => "(other codes)",
-        _ => "(not defined)",
-    }
-    .to_owned()
 }
 
 /// So many of a thing.

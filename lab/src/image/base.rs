@@ -84,7 +84,7 @@ pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
             base.copy(file, &prepared.root.join(file));
         }
         base.modules(prepared)?;
-        base.copy(settings::GUEST_KERNEL, &prepared.kernel.join("vmlinux"));
+        base.copy(settings::GUEST_KERNEL, &prepared.guest_kernel);
 
         let mut guest = Contents::common();
         guest.busybox(prepared)?;

@@ -139,6 +139,15 @@ impl<'a> Engine<'a> {
         })
     }
 
+    /// What the configuration of a kernel that is built here has to hold.
+    pub fn config(&self, kernel: &str) -> Result<String, SetupError> {
+        ["common", kernel]
+            .map(|name| self.scripts.join(format!("configs/{name}.config")))
+            .iter()
+            .map(|path| fs::read_to_string(path).map_err(SetupError::io("read", path)))
+            .collect()
+    }
+
     /// The patches that belong to a step, in order.
     fn patches(&self, name: &str) -> Result<Vec<PathBuf>, SetupError> {
         let folder = self.scripts.join("patches");

@@ -195,6 +195,10 @@ fn words_that_only_sound_bad_are_none() {
         "watchdog: Delayed init of the lockup detector failed: -19",
         "NMI watchdog: Perf NMI watchdog permanently disabled",
         "systemd[1]: Oops proof",
+        "kmemleak: Kernel memory leak detector initialized (mem pool available: 15866)",
+        "Lock dependency validator: Copyright (c) 2006 Red Hat, Inc., Ingo Molnar",
+        "kcsan: enabled early",
+        "rcu: \tRCU lockdep checking is enabled.",
     ] {
         assert_eq!(fault_in(line), None, "{line}");
     }
@@ -211,6 +215,31 @@ fn the_words_of_other_kernels_are_known() {
             "WARNING: possible circular locking dependency detected",
             Fault::Warning,
         ),
+        (
+            "WARNING: SOFTIRQ-safe -> SOFTIRQ-unsafe lock order detected",
+            Fault::Warning,
+        ),
+        ("WARNING: held lock freed!", Fault::Warning),
+        (
+            "WARNING: lock held when returning to user space!",
+            Fault::Warning,
+        ),
+        ("INFO: trying to register non-static key.", Fault::Warning),
+        ("[ BUG: Invalid wait context ]", Fault::Oops),
+        ("BUG: MAX_LOCKDEP_ENTRIES too low!", Fault::Oops),
+        (
+            "turning off the locking correctness validator.",
+            Fault::Warning,
+        ),
+        (
+            "kmemleak: 1 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
+            Fault::Warning,
+        ),
+        (
+            "kmemleak: Kernel memory leak detector disabled",
+            Fault::Warning,
+        ),
+        ("ODEBUG: Out of memory. ODEBUG disabled", Fault::Oops),
         (
             "BUG: scheduling while atomic: sh/91/0x00000002",
             Fault::Oops,

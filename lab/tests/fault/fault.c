@@ -1,34 +1,209 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Does the wrong that its parameter names, as soon as it is loaded: so that
- * the lab can be seen to notice it.
+ * the lab can be seen to notice it. Some of it only a kernel sees that checks
+ * itself (cargo lab run --kernel debug, or kcsan).
  */
 #include <linux/bug.h>
+#include <linux/compiler.h>
+#include <linux/delay.h>
+#include <linux/err.h>
+#include <linux/jiffies.h>
+#include <linux/kthread.h>
 #include <linux/module.h>
+#include <linux/mutex.h>
 #include <linux/panic.h>
 #include <linux/preempt.h>
+#include <linux/rcupdate.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
 #include <linux/string.h>
+#include <linux/timer.h>
+
+/* The length of ENDBR64. */
+#define ENDBR 4
 
 static char *kind = "";
 module_param(kind, charp, 0);
-MODULE_PARM_DESC(kind, "warn, oops, bug, panic or softlockup");
+MODULE_PARM_DESC(kind, "the name of a fault; the table in fault.c has them all");
+
+static void fault_warn(void)
+{
+	WARN_ON(1);
+}
+
+static void fault_oops(void)
+{
+	*(volatile int *)8 = 1;
+}
+
+static void fault_bug(void)
+{
+	BUG();
+}
+
+static void fault_panic(void)
+{
+	panic("as it was asked for");
+}
+
+static void fault_softlockup(void)
+{
+	preempt_disable();
+	for (;;)
+		cpu_relax();
+}
+
+static noinline void fault_target(void)
+{
+	pr_info("fault: called past its ENDBR\n");
+}
+
+/* Calls a function behind the instruction that says it may be called so. */
+static void fault_ibt(void)
+{
+	void (*call)(void) = fault_target;
+
+	OPTIMIZER_HIDE_VAR(call);
+	call = (void (*)(void))((unsigned long)call + ENDBR);
+	call();
+}
+
+/* KASAN: writes to memory that was given back. */
+static void fault_freed(void)
+{
+	char *memory = kzalloc(16, GFP_KERNEL);
+
+	if (!memory)
+		return;
+	OPTIMIZER_HIDE_VAR(memory);
+	kfree(memory);
+	WRITE_ONCE(memory[3], 1);
+}
+
+/* UBSAN: an int has no such bit. */
+static void fault_shift(void)
+{
+	int by = 40;
+
+	OPTIMIZER_HIDE_VAR(by);
+	pr_info("fault: 1 << %d is %d\n", by, 1 << by);
+}
+
+/* lockdep: two tasks that do these at once wait for each other for ever. */
+static void fault_locks(void)
+{
+	static DEFINE_MUTEX(one);
+	static DEFINE_MUTEX(two);
+
+	mutex_lock(&one);
+	mutex_lock(&two);
+	mutex_unlock(&two);
+	mutex_unlock(&one);
+
+	mutex_lock(&two);
+	mutex_lock(&one);
+	mutex_unlock(&one);
+	mutex_unlock(&two);
+}
+
+/* PROVE_RCU: reads what may be freed meanwhile. */
+static void fault_rcu(void)
+{
+	static char __rcu *pointer;
+
+	pr_info("fault: %p\n", rcu_dereference(pointer));
+}
+
+/* DEBUG_ATOMIC_SLEEP: sleeps where nothing else could run. */
+static void fault_sleep(void)
+{
+	static DEFINE_SPINLOCK(lock);
+
+	spin_lock(&lock);
+	msleep(20);
+	spin_unlock(&lock);
+}
+
+static void fault_never(struct timer_list *timer)
+{
+}
+
+/* DEBUG_OBJECTS: gives the memory back of a timer that is set. */
+static void fault_timer(void)
+{
+	struct timer_list *timer = kzalloc(sizeof(*timer), GFP_KERNEL);
+
+	if (!timer)
+		return;
+	timer_setup(timer, fault_never, 0);
+	mod_timer(timer, jiffies + 3600 * HZ);
+	kfree(timer);
+}
+
+/* kmemleak: what nothing points to any more. It is found by the next scans. */
+static void fault_leak(void)
+{
+	void *memory = kzalloc(4000, GFP_KERNEL);
+
+	pr_info("fault: one of %zu bytes is lost\n", ksize(memory));
+}
+
+static unsigned long fault_shared;
+
+static int fault_add(void *unused)
+{
+	while (!kthread_should_stop()) {
+		fault_shared++;
+		cond_resched();
+	}
+	return 0;
+}
+
+/* KCSAN: two threads write the same, and neither says so. */
+static void fault_race(void)
+{
+	struct task_struct *one = kthread_run(fault_add, NULL, "fault/1");
+	struct task_struct *two = kthread_run(fault_add, NULL, "fault/2");
+
+	msleep(5000);
+	if (!IS_ERR(one))
+		kthread_stop(one);
+	if (!IS_ERR(two))
+		kthread_stop(two);
+}
+
+static const struct {
+	const char *kind;
+	void (*fault)(void);
+} faults[] = {
+	{ "warn", fault_warn },
+	{ "oops", fault_oops },
+	{ "bug", fault_bug },
+	{ "panic", fault_panic },
+	{ "softlockup", fault_softlockup },
+	{ "ibt", fault_ibt },
+	{ "freed", fault_freed },
+	{ "shift", fault_shift },
+	{ "locks", fault_locks },
+	{ "rcu", fault_rcu },
+	{ "sleep", fault_sleep },
+	{ "timer", fault_timer },
+	{ "leak", fault_leak },
+	{ "race", fault_race },
+};
 
 static int __init fault_init(void)
 {
-	if (!strcmp(kind, "warn")) {
-		WARN_ON(1);
-	} else if (!strcmp(kind, "oops")) {
-		*(volatile int *)8 = 1;
-	} else if (!strcmp(kind, "bug")) {
-		BUG();
-	} else if (!strcmp(kind, "panic")) {
-		panic("as it was asked for");
-	} else if (!strcmp(kind, "softlockup")) {
-		preempt_disable();
-		for (;;)
-			cpu_relax();
+	unsigned int at;
+
+	for (at = 0; at < ARRAY_SIZE(faults); at++) {
+		if (!strcmp(kind, faults[at].kind)) {
+			faults[at].fault();
+			return 0;
+		}
 	}
-	return 0;
+	return -EINVAL;
 }
 
 static void __exit fault_exit(void)

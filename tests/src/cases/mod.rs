@@ -100,6 +100,12 @@ pub fn all() -> Vec<Case> {
     .collect()
 }
 
+/// The cases that demand of the host's kernel log that a line of it holds these words: that the
+/// host is what it was started to be.
+pub fn expected(words: &[String]) -> impl Iterator<Item = Case> + '_ {
+    words.iter().map(|words| log::says(words.clone()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,6 +8,8 @@
 //! [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
+//!
+//! Over time: [`record`] keeps snapshots in a [`recording`], and [`plot`] draws it.
 
 pub mod args;
 pub mod command;
@@ -18,6 +20,7 @@ pub mod model;
 pub mod numbers;
 pub mod output;
 pub mod paint;
+pub mod plot;
 pub mod reasons;
 pub mod record;
 pub mod recording;

@@ -20,14 +20,15 @@ use crate::{
     host::{self, hist, linux, module},
     outside::expected,
     report::Line,
+    soak,
 };
 
 /// Runs the cases whose names hold one of the words, or all, and those that demand what is
 /// `expect`ed of the kernel log; each gets `slow` times its time. The status says whether all
 /// passed.
-pub fn run(words: &[String], expect: &[String], slow: u32) -> Result<ExitCode> {
+pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> Result<ExitCode> {
     println!("{}", Line::Version);
-    let wanted = cases::all()
+    let wanted = cases
         .into_iter()
         .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
     // On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
@@ -73,7 +74,10 @@ pub fn run(words: &[String], expect: &[String], slow: u32) -> Result<ExitCode> {
 
 /// Runs one case in this process.
 pub fn run_case(name: &str, expect: &[String]) -> Result<()> {
-    let mut cases = cases::all().into_iter().chain(cases::expected(expect));
+    let mut cases = cases::all()
+        .into_iter()
+        .chain(soak::all())
+        .chain(cases::expected(expect));
     let case = cases.find(|case| case.name == name);
     let case = case.with_context(|| format!("there is no case '{name}'"))?;
     (case.run)()

@@ -7,6 +7,7 @@ mod cases;
 mod inside;
 mod outside;
 mod report;
+mod soak;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,12 @@ struct Arguments {
     /// Parameters of kvm_intel or kvm_amd, such as "ept=0": the same cases hold.
     #[arg(long, value_name = "TEXT")]
     kvm_args: Option<String>,
+    /// More for the host kernel's command line.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    append: Option<String>,
+    /// The long cases in place of the others: load, churn, attacks.
+    #[arg(long)]
+    soak: bool,
     /// The side inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
@@ -55,6 +62,12 @@ struct Arguments {
     /// In a guest of an emulated host: run a guest in it that loops so often.
     #[arg(long, hide = true, value_name = "COUNT")]
     nested: Option<u32>,
+    /// For a case: make VMs and run them, until killed.
+    #[arg(long, hide = true, value_name = "SEED")]
+    worker: Option<u64>,
+    /// For a case: make a VM and leave it to a child.
+    #[arg(long, hide = true)]
+    bequeath: bool,
     /// Only cases whose names hold one of these words.
     words: Vec<String>,
 }
@@ -69,8 +82,19 @@ fn main() -> Result<ExitCode> {
         cases::run_nested(count)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(seed) = arguments.worker {
+        soak::worker(seed)?;
+    }
+    if arguments.bequeath {
+        soak::bequeath()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if arguments.inside {
-        return inside::run(&arguments.words, &arguments.expect, arguments.slow);
+        let cases = match arguments.soak {
+            true => soak::all(),
+            false => cases::all(),
+        };
+        return inside::run(cases, &arguments.words, &arguments.expect, arguments.slow);
     }
     outside::run(&outside::Plan {
         host: arguments.host,
@@ -82,6 +106,8 @@ fn main() -> Result<ExitCode> {
         slow: arguments.slow,
         expect: arguments.expect,
         kvm_args: arguments.kvm_args,
+        append: arguments.append,
+        soak: arguments.soak,
         words: arguments.words,
     })
 }

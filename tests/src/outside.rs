@@ -65,6 +65,10 @@ pub struct Plan {
     pub expect: Vec<String>,
     /// Parameters of kvm_intel or kvm_amd, such as `ept=0`.
     pub kvm_args: Option<String>,
+    /// More for the host kernel's command line.
+    pub append: Option<String>,
+    /// The long cases in place of the others.
+    pub soak: bool,
     /// Only cases whose names hold one of these words.
     pub words: Vec<String>,
 }
@@ -128,8 +132,12 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     if let Some(parameters) = &plan.kvm_args {
         lab.args(["--kvm-args", parameters]);
     }
+    if let Some(text) = &plan.append {
+        lab.arg(format!("--append={text}"));
+    }
     let mut lab = lab
         .args(["--", INSIDE, "--inside"])
+        .args(plan.soak.then_some("--soak"))
         .args(["--slow", &plan.slow.to_string()])
         .args(expected(&plan.expect))
         .args(&plan.words)

@@ -58,6 +58,9 @@ pub struct Config {
     pub roam: bool,
     /// How often the VMM sends the interrupt that ends a HLT.
     pub wake: Duration,
+    /// Whether the VMM reads a vCPU's registers and writes them back each time it comes to the VMM,
+    /// by an exit or by a signal.
+    pub meddle: bool,
     /// What every vCPU asks, for [`Program::Query`].
     pub queries: Vec<Quad>,
 }
@@ -73,6 +76,7 @@ impl Config {
             pause: Duration::ZERO,
             roam: false,
             wake: Duration::from_millis(5),
+            meddle: false,
             queries: Vec::new(),
         }
     }

@@ -12,9 +12,11 @@ mod catalogue;
 mod code;
 mod config;
 mod machine;
+mod meddle;
 mod memory;
 mod window;
 
 pub use catalogue::{Differs, Expected, Mode, Program};
 pub use config::{Config, Error, Quad, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
 pub use machine::{host_isa, pin, Machine, Seen};
+pub use meddle::Stepped;

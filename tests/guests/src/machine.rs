@@ -20,12 +20,13 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     catalogue::Program,
     config::{Config, Error, Quad, Result},
+    meddle,
     memory::Memory,
     window::{Window, FRESH, IRQ, PAGE, VECTOR_BASE},
 };
 
 /// The port whose OUT ends a guest.
-const END_PORT: u16 = 0xf4;
+pub(crate) const END_PORT: u16 = 0xf4;
 /// The port that the VMM answers.
 const USER_PORT: u16 = 0x3f0;
 /// The port that is an ioeventfd.
@@ -138,22 +139,35 @@ impl Machine {
             memory,
         };
         for number in 0..machine.config.vcpus {
-            let vcpu = machine.make_vcpu(number, isa, &cpuid)?;
-            machine.vcpus.push(vcpu);
+            machine.make_vcpu(number, isa, &cpuid)?;
         }
         Ok(machine)
     }
 
-    fn make_vcpu(&mut self, number: u8, isa: Isa, cpuid: &CpuId) -> Result<VcpuFd> {
+    fn make_vcpu(&mut self, number: u8, isa: Isa, cpuid: &CpuId) -> Result<()> {
         let vcpu = self
             .vm
             .create_vcpu(u64::from(number))
             .map_err(|error| Error::Kvm("make a vCPU", error))?;
         vcpu.set_cpuid2(&with_apic_id(cpuid, number))
             .map_err(|error| Error::Kvm("set a vCPU's CPUID leaves", error))?;
-        let window = Window::of(number);
-        window.fill(&mut self.memory, &self.config);
+        Window::of(number).fill(&mut self.memory, &self.config);
+        self.vcpus.push(vcpu);
+        self.set_to_beginning(number, isa)?;
+        if self.config.has_irqchip() {
+            // All but the first would wait for an INIT.
+            self.vcpus[usize::from(number)]
+                .set_mp_state(kvm_mp_state {
+                    mp_state: KVM_MP_STATE_RUNNABLE,
+                })
+                .map_err(|error| Error::Kvm("set a vCPU running", error))?;
+        }
+        Ok(())
+    }
 
+    /// Sets a vCPU's registers as its program wants them.
+    fn set_to_beginning(&mut self, number: u8, isa: Isa) -> Result<()> {
+        let (window, vcpu) = (Window::of(number), &self.vcpus[usize::from(number)]);
         let mut sregs = vcpu
             .get_sregs()
             .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
@@ -163,15 +177,7 @@ impl Machine {
         let pages_each = self.config.fresh_pages() / u64::from(self.config.vcpus);
         let fresh = FRESH + u64::from(number) * pages_each * PAGE;
         vcpu.set_regs(&window.registers(&self.config, isa, fresh))
-            .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;
-        if self.config.has_irqchip() {
-            // All but the first would wait for an INIT.
-            vcpu.set_mp_state(kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            })
-            .map_err(|error| Error::Kvm("set a vCPU running", error))?;
-        }
-        Ok(vcpu)
+            .map_err(|error| Error::Kvm("set a vCPU's registers", error))
     }
 
     /// Runs every vCPU to its end, each in a thread.
@@ -216,10 +222,64 @@ impl Machine {
         })
     }
 
+    /// Has every vCPU ask anew, as many queries as before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Settings`] for another number of queries, [`Error::Kvm`] when KVM refuses.
+    pub fn ask(&mut self, queries: &[Quad]) -> Result<()> {
+        if queries.len() != self.config.queries.len() {
+            return Err(Error::Settings(
+                "a guest asks as often as before".to_owned(),
+            ));
+        }
+        self.config.queries = queries.to_vec();
+        for number in 0..self.config.vcpus {
+            Window::of(number).fill(&mut self.memory, &self.config);
+        }
+        self.rewind()
+    }
+
+    /// Puts every vCPU back to the beginning of its program.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kvm`] when KVM refuses.
+    pub fn rewind(&mut self) -> Result<()> {
+        let isa = host_isa().ok_or(Error::Settings(
+            "this CPU has neither VT-x nor SVM".to_owned(),
+        ))?;
+        for number in 0..self.config.vcpus {
+            self.set_to_beginning(number, isa)?;
+        }
+        Ok(())
+    }
+
     /// What a vCPU was answered, in the order of its queries. In real mode the upper
     /// halves are not the guest's to see, and 0 here.
     pub fn answers(&self, vcpu: u8) -> Vec<Quad> {
         Window::of(vcpu).answers(&self.memory, &self.config)
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    pub(crate) fn memory_mut(&mut self) -> &mut Memory {
+        &mut self.memory
+    }
+
+    pub(crate) fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// The first vCPU; a machine has one at least.
+    pub(crate) fn first_vcpu(&mut self) -> &mut VcpuFd {
+        &mut self.vcpus[0]
     }
 
     /// How often the ioeventfd's port was written to, since the last call.
@@ -318,6 +378,22 @@ fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
     let mut seen = Seen::default();
     let mut cpus = host_cpus().cycle().skip(number.into());
     loop {
+        if config.meddle {
+            // After an exit to the VMM KVM completes it at the next run alone, and until then a
+            // register may be half-way: so let it, and come back at once.
+            vcpu.set_kvm_immediate_exit(1);
+            let completed = vcpu.run().map(drop);
+            vcpu.set_kvm_immediate_exit(0);
+            match completed {
+                Err(error) if error.errno() == libc::EINTR => meddle::read_and_write_back(vcpu)?,
+                other => {
+                    return Err(Error::Guest {
+                        vcpu: number,
+                        what: format!("{other:?} instead of coming back at once"),
+                    })
+                }
+            }
+        }
         let what = match vcpu.run() {
             Ok(VcpuExit::IoOut(END_PORT, _)) => return Ok(seen),
             Ok(VcpuExit::IoOut(USER_PORT, _)) => {

@@ -72,6 +72,7 @@ fn main() -> Result<()> {
         roam,
         wake: Duration::from_micros(wake),
         queries: ask.clone(),
+        meddle: false,
     })?;
     for (number, seen) in machine.run()?.into_iter().enumerate() {
         println!(

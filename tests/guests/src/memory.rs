@@ -79,6 +79,13 @@ impl Memory {
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
+    /// Takes over all bytes of another memory of the same size, whose guest stands still.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        assert_eq!(self.len, other.len, "memories of one size");
+        // SAFETY: Both mappings are so long, and they are two.
+        unsafe { self.start.copy_from_nonoverlapping(other.start, self.len) };
+    }
+
     /// Writes a number to a guest's address.
     pub(crate) fn write_u64(&mut self, at: u64, number: u64) {
         self.write(at, &number.to_le_bytes());

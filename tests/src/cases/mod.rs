@@ -5,6 +5,7 @@
 
 mod answers;
 mod exits;
+mod hooks;
 mod linux;
 mod loading;
 mod log;
@@ -35,7 +36,7 @@ pub struct Case {
 
 impl Case {
     /// A case that takes a minute at most, with the module loaded with `parameters`.
-    fn with(
+    pub fn with(
         parameters: &'static str,
         name: impl Into<String>,
         run: impl Fn() -> Result<()> + 'static,
@@ -50,7 +51,7 @@ impl Case {
     }
 
     /// A case that takes a minute at most, and finds the module not loaded.
-    fn without(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Self {
+    pub fn without(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Self {
         Self {
             module: None,
             ..Self::with("", name, run)
@@ -58,7 +59,7 @@ impl Case {
     }
 
     /// The case as one that boots a Linux guest.
-    fn with_linux(self) -> Self {
+    pub fn with_linux(self) -> Self {
         Self {
             linux: true,
             ..self
@@ -66,12 +67,17 @@ impl Case {
     }
 
     /// The case with more time.
-    fn within(self, seconds: u64) -> Self {
+    pub fn within(self, seconds: u64) -> Self {
         Self {
             limit: Duration::from_secs(seconds),
             ..self
         }
     }
+}
+
+/// The case that looks back at the kernel log of all cases before it.
+pub fn log_is_clean() -> Vec<Case> {
+    vec![log::is_clean()]
 }
 
 /// All cases.
@@ -85,6 +91,7 @@ pub fn all() -> Vec<Case> {
         linux::cases(),
         nested::cases(),
         loading::cases(),
+        hooks::cases(),
         // The last: it looks back at all of them.
         log::cases(),
     ]

@@ -89,6 +89,23 @@ impl Numbers {
         Ok(())
     }
 
+    /// Whether none of the numbers is less than it was before.
+    pub fn is_not_behind(&self, before: &Self) -> bool {
+        let counts = |of: fn(&Self) -> &Exits| {
+            of(before)
+                .iter()
+                .all(|(code, count)| of(self).get(code) >= Some(count))
+        };
+        counts(|numbers| &numbers.exits)
+            && counts(|numbers| &numbers.nested)
+            && counts(|numbers| &numbers.samples)
+            && before.cells.iter().all(|(code, cells)| {
+                self.cells
+                    .get(code)
+                    .is_some_and(|now| now.iter().zip(cells).all(|(now, before)| now >= before))
+            })
+    }
+
     /// The share of a phase in all ticks, 0 to 1.
     pub fn share(&self, phase: Phase) -> f64 {
         self.phases[phase as usize] as f64 / self.phases.iter().sum::<u64>() as f64

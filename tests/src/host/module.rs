@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::fd::AsRawFd as _,
+    path::Path,
     process::Command,
 };
 
@@ -12,7 +13,8 @@ use anyhow::{ensure, Context as _, Result};
 
 use super::pick;
 
-const FILE: &str = "/root/exitmeter.ko";
+/// Where the module is.
+pub const FILE: &str = "/root/exitmeter.ko";
 
 /// Loads the module with parameters, as insmod takes them.
 ///
@@ -20,7 +22,16 @@ const FILE: &str = "/root/exitmeter.ko";
 ///
 /// The kernel's own error.
 pub fn try_load(parameters: &str) -> io::Result<()> {
-    let file = File::open(FILE)?;
+    try_load_file(Path::new(FILE), parameters)
+}
+
+/// Loads another module from a file.
+///
+/// # Errors
+///
+/// The kernel's own error.
+pub fn try_load_file(file: &Path, parameters: &str) -> io::Result<()> {
+    let file = File::open(file)?;
     let parameters = CString::new(parameters)?;
     // SAFETY: An open file and a string that ends with a NUL, which the kernel only reads.
     let ret = unsafe {

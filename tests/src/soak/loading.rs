@@ -1,0 +1,255 @@
+//! The module comes and goes a thousand times while guests work, and while they do what is
+//! worst for it.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{ensure, Context as _, Result};
+use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
+
+use crate::{
+    cases::Case,
+    host::{hist, linux::Linux, meter::Meter, module},
+};
+
+/// How often the module is loaded and unloaded.
+const CYCLES: u32 = 1000;
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = vec![Case::without(
+        format!("soak: {CYCLES} times loaded and unloaded while guests work"),
+        || cycles(CYCLES),
+    )
+    .with_linux()
+    .within(7200)];
+    for (words, config) in [
+        (
+            "sleeps in HLT for seconds",
+            Config {
+                wake: Duration::from_secs(4),
+                ..Config::new(Program::HltKernel, Mode::Long, 3)
+            },
+        ),
+        (
+            "computes without an exit",
+            Config::new(Program::Spin, Mode::Long, u32::MAX),
+        ),
+        (
+            "floods the meter's leaves",
+            Config {
+                vcpus: 2,
+                ..Config::query(Mode::Long, vec![Quad::cpuid(0x4fff_ffff, 0); 500])
+            },
+        ),
+    ] {
+        cases.push(
+            Case::without(format!("soak: goes while a guest {words}"), move || {
+                goes_while(&config)
+            })
+            .within(300),
+        );
+    }
+    cases.push(Case::without(
+        "soak: stays while its device is open",
+        held_open,
+    ));
+    cases
+}
+
+/// Counts how often `work` could be done until `done`.
+fn keep_on(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
+    let mut times = 0;
+    while !done.load(Ordering::Relaxed) {
+        work()?;
+        times += 1;
+    }
+    Ok(times)
+}
+
+fn cycles(count: u32) -> Result<()> {
+    let linux = Linux::boot(&["--vcpus", "2"])?;
+    // What is made once and kept, be made before the first look.
+    cycle()?;
+    cycle()?;
+    let before = Memory::read()?;
+    let done = AtomicBool::new(false);
+    let started = Instant::now();
+    let (sums, tiny) = thread::scope(|scope| {
+        // The guest checks itself: the same bytes have the same sum, on both of its CPUs.
+        let work = "dd if=/dev/urandom of=/tmp/a bs=64k count=16 2>/dev/null; \
+                    a=$(sha256sum </tmp/a); for i in 1 2 3 4; do \
+                    (b=$(sha256sum </tmp/a); test \"$a\" = \"$b\" || echo differs) & done; wait";
+        let linux = scope.spawn(|| {
+            keep_on(&done, || {
+                let said = linux.run(work)?;
+                ensure!(said.trim().is_empty(), "the guest's sum {said}");
+                Ok(())
+            })
+        });
+        let tiny = scope.spawn(|| {
+            let programs = [
+                Program::Cpuid,
+                Program::OutUser,
+                Program::Touch,
+                Program::Rdmsr,
+            ];
+            let mut turn = programs.iter().cycle();
+            keep_on(&done, || {
+                let program = *turn.next().context("a cycle has no end")?;
+                Machine::new(Config {
+                    vcpus: 2,
+                    ..Config::new(program, Mode::Long, 300)
+                })?
+                .run()?;
+                Ok(())
+            })
+        });
+        let cycled = (0..count).try_for_each(|number| {
+            ensure!(
+                !linux.is_finished() && !tiny.is_finished(),
+                "a guest ended at load {number}"
+            );
+            cycle()
+        });
+        done.store(true, Ordering::Relaxed);
+        let ends = (linux.join(), tiny.join());
+        cycled?;
+        match ends {
+            (Ok(linux), Ok(tiny)) => anyhow::Ok((linux?, tiny?)),
+            _ => anyhow::bail!("a guest's thread panicked"),
+        }
+    })?;
+    let after = Memory::read()?;
+    linux.stop()?;
+    println!(
+        "{count} loads and unloads in {:.0} s, while a Linux guest checked {sums} sums and {tiny} VMs came and went",
+        started.elapsed().as_secs_f64()
+    );
+    before.demand_no_leak(&after, u64::from(count))
+}
+
+/// Loads the module, sees that it meters, and unloads it.
+fn cycle() -> Result<()> {
+    let loaded = module::Loaded::with("log_queries=0")?;
+    Meter::read()?;
+    loaded.unload()
+}
+
+/// What the kernel's allocators have handed out.
+struct Memory {
+    /// Objects by cache.
+    objects: BTreeMap<String, u64>,
+    /// Pages of vmalloc.
+    vmalloc: u64,
+}
+
+impl Memory {
+    fn read() -> Result<Self> {
+        // What is freed lazily, be freed: RCU's and vmalloc's.
+        for _ in 0..3 {
+            fs::write("/proc/sys/vm/drop_caches", "3")?;
+            thread::sleep(Duration::from_millis(500));
+        }
+        let slabs = fs::read_to_string("/proc/slabinfo").context("/proc/slabinfo")?;
+        let objects = slabs
+            .lines()
+            .filter_map(|line| {
+                let mut words = line.split_whitespace();
+                let name = words.next()?;
+                // Of others' caches the number changes as files and processes come and go.
+                name.starts_with("kmalloc")
+                    .then(|| Some((name.to_owned(), words.next()?.parse().ok()?)))?
+            })
+            .collect();
+        let areas = fs::read_to_string("/proc/vmallocinfo").context("/proc/vmallocinfo")?;
+        let vmalloc = areas
+            .lines()
+            .filter_map(|line| line.split("pages=").nth(1)?.split(' ').next()?.parse().ok())
+            .fold(0, |sum, pages: u64| sum + pages);
+        Ok(Self { objects, vmalloc })
+    }
+
+    /// Demands that nothing was kept at each of so many cycles: one object at every second one
+    /// would show, and so would one page.
+    fn demand_no_leak(&self, after: &Self, cycles: u64) -> Result<()> {
+        ensure!(!self.objects.is_empty(), "/proc/slabinfo has no kmalloc");
+        let mut most = (0, "nothing");
+        for (name, objects) in &after.objects {
+            let before = self.objects.get(name).copied().unwrap_or(0);
+            let more = objects.saturating_sub(before);
+            if more > most.0 {
+                most = (more, name);
+            }
+        }
+        let pages = after.vmalloc.saturating_sub(self.vmalloc);
+        println!(
+            "kept after {cycles} cycles: {} objects more in {}, {pages} pages more of vmalloc",
+            most.0, most.1
+        );
+        ensure!(
+            most.0 < cycles / 2 && pages < cycles / 2,
+            "memory leaks, some at each cycle"
+        );
+        Ok(())
+    }
+}
+
+/// The module comes and goes ten times under a guest.
+fn goes_while(config: &Config) -> Result<()> {
+    let mut machine = Machine::new(config.clone())?;
+    let runs = AtomicU64::new(0);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            keep_on(&done, || {
+                machine.run_with(|vcpu| pin(usize::from(vcpu) % 2))?;
+                runs.fetch_add(1, Ordering::Relaxed);
+                machine = Machine::new(config.clone())?;
+                Ok(())
+            })
+        });
+        thread::sleep(Duration::from_millis(200));
+        let mut slowest = Duration::ZERO;
+        for round in 0..10 {
+            let loaded = module::Loaded::with("log_queries=0")?;
+            thread::sleep(Duration::from_millis(50));
+            let begun = Instant::now();
+            loaded.unload()?;
+            slowest = slowest.max(begun.elapsed());
+            ensure!(!guest.is_finished(), "the guest ended in round {round}");
+        }
+        println!(
+            "10 unloads, the slowest took {:.2} s",
+            slowest.as_secs_f64()
+        );
+        done.store(true, Ordering::Relaxed);
+        match guest.join() {
+            Ok(times) => times.map(drop),
+            Err(_) => anyhow::bail!("the guest's thread panicked"),
+        }
+    })
+}
+
+fn held_open() -> Result<()> {
+    module::load("")?;
+    let device = File::open("/dev/exitmeter")?;
+    let error = module::unload().err();
+    let refused = error.as_ref().is_some_and(|error| {
+        let number = error.downcast_ref::<std::io::Error>();
+        number.and_then(std::io::Error::raw_os_error) == Some(libc::EWOULDBLOCK)
+    });
+    Meter::read()?;
+    drop(device);
+    module::unload()?;
+    hist::stop()?;
+    ensure!(
+        refused,
+        "unloading under an open device ends with {error:?} instead of being refused"
+    );
+    Ok(())
+}

@@ -9,7 +9,8 @@
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
 //!
-//! Over time: [`record`] keeps snapshots in a [`recording`], and [`plot`] draws it.
+//! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
+//! and [`plot`] draws it.
 
 pub mod args;
 pub mod command;
@@ -29,3 +30,4 @@ pub mod source;
 pub mod spread;
 pub mod stat;
 pub mod table;
+pub mod top;

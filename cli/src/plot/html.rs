@@ -3,7 +3,6 @@
 //! A page with all charts and their numbers, in one file.
 
 use super::{
-    palette,
     series::Series,
     svg::{escape, Picture},
 };
@@ -79,7 +78,7 @@ fn table(series: &Series) -> String {
         table += &row(
             &[
                 code.map_or(String::new(), |code| code.to_string()),
-                palette::name(&reason.label),
+                reason.label.to_string(),
                 exact(reason.exits),
                 share(reason.exits, series.sum.exits),
                 exact(reason.cycles.kernel),

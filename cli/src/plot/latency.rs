@@ -140,7 +140,7 @@ fn reason(
     scale: Scale,
     top: f64,
 ) {
-    let name = palette::name(&row.label);
+    let name = row.label.to_string();
     let paint = palette::reason(layers, row.label.key());
     let quantile = |percent| spread.quantile(percent).unwrap_or(0);
     let [p5, p25, p50, p75, p95] = [5, 25, 50, 75, 95].map(quantile);

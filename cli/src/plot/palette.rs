@@ -8,7 +8,6 @@ use super::{
     series::{Key, Series},
     svg::Paint,
 };
-use crate::model::Label;
 
 /// Of reasons, the most frequent first. Neighbours differ in lightness, too.
 const REASONS: [&str; 7] = [
@@ -57,7 +56,7 @@ pub fn layers(series: &Series) -> Vec<Layer> {
         .iter()
         .zip(REASONS.iter().zip(DASHES))
         .map(|((label, exits), (color, dashes))| Layer {
-            name: name(label),
+            name: label.to_string(),
             paint: Paint::Plain(color),
             dashes,
             keys: vec![label.key()],
@@ -67,7 +66,7 @@ pub fn layers(series: &Series) -> Vec<Layer> {
     if let Some((first, _)) = rest.first() {
         layers.push(Layer {
             name: match rest.len() {
-                1 => name(first),
+                1 => first.to_string(),
                 more => format!("{more} other reasons"),
             },
             paint: Paint::Hatch,
@@ -83,16 +82,6 @@ pub fn layers(series: &Series) -> Vec<Layer> {
 pub fn reason(layers: &[Layer], key: Key) -> Paint {
     let layer = layers.iter().find(|layer| layer.keys.contains(&key));
     layer.map_or(Paint::Hatch, |layer| layer.paint)
-}
-
-/// A reason's name, or what stands for one.
-pub fn name(label: &Label) -> String {
-    match (label.name, label.code, label.kind) {
-        (Some(name), _, _) => name.to_owned(),
-        (_, Some(code), _) => format!("(not defined: {code})"),
-        (_, _, "start") => "(before the first exit)".to_owned(),
-        _ => "(other codes)".to_owned(),
-    }
 }
 
 /// What texts are written in.

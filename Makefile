@@ -8,6 +8,7 @@
 #   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
 #   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
 #   make bench          measures what metering costs, beside other meters
+#   make soak-selftests KVM's own selftests on both emulated hosts, without the module and with it: docs/selftests.md
 #   make check          formats, lints and warnings
 #   make lab            sets up all that the emulated hosts need
 #   make install        module and tool for the running kernel, once they are built
@@ -21,7 +22,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak-ibt soak-debug bench check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd soak-ibt soak-debug bench soak-selftests check lab install clean bootstrap
 
 all: module tool
 
@@ -64,6 +65,9 @@ soak-debug: bootstrap
 
 bench: bootstrap
 	cargo run --release --quiet -p bench
+
+soak-selftests: bootstrap
+	cargo run --release --quiet -p selftests -- --table docs/selftests.md $(with_kernel)
 
 check: bootstrap
 	scripts/bootstrap.sh rustfmt cargo-clippy shellcheck

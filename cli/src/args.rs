@@ -10,7 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::{
     completions, guest, man,
     output::{Output, When},
-    reasons, record, report, stat,
+    plot, reasons, record, report, stat, top,
 };
 
 const STATUSES: &str = "\
@@ -45,6 +45,8 @@ enum Command {
     Guest(guest::Args),
     Stat(stat::Args),
     Record(record::Args),
+    Plot(plot::Args),
+    Top(top::Args),
     Reasons(reasons::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -68,6 +70,8 @@ impl Args {
             Command::Guest(args) => args.run(out)?,
             Command::Stat(args) => return Ok(args.run(out)),
             Command::Record(args) => return args.run(),
+            Command::Plot(args) => args.run(out)?,
+            Command::Top(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,
             Command::Completions(args) => args.run(out)?,
             Command::Man(args) => args.run()?,

@@ -8,6 +8,9 @@
 //! [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
+//!
+//! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
+//! and [`plot`] draws it.
 
 pub mod args;
 pub mod command;
@@ -18,6 +21,7 @@ pub mod model;
 pub mod numbers;
 pub mod output;
 pub mod paint;
+pub mod plot;
 pub mod reasons;
 pub mod record;
 pub mod recording;
@@ -26,3 +30,4 @@ pub mod source;
 pub mod spread;
 pub mod stat;
 pub mod table;
+pub mod top;

@@ -104,7 +104,16 @@ impl Output {
     ///
     /// When it cannot be written, or nobody reads it.
     pub fn print(&mut self, text: &str) -> Result<(), Error> {
-        let written = self.to.write_all(text.as_bytes());
+        self.write(text.as_bytes())
+    }
+
+    /// Writes what is not text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::print`].
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let written = self.to.write_all(bytes);
         written.and_then(|()| self.to.flush()).map_err(|error| {
             if error.kind() == ErrorKind::BrokenPipe {
                 Error::Closed

@@ -99,7 +99,7 @@ fn run_one(name: &str, metered: bool) -> Ended {
 
 /// Runs a test as the kernel's own runner does.
 fn run_test(name: &str) -> Result<(Verdict, String)> {
-    let allowance = allowance::of(name);
+    let allowance = allowance::of(name)?;
     let path = Path::new(FOLDER).join(name);
     let mut command = match path.extension() {
         Some(extension) if extension == "sh" => {

@@ -3,7 +3,7 @@
 mod hosts;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env, fs, panic,
     path::Path,
     process::ExitCode,
@@ -28,7 +28,7 @@ const INSIDE: &str = "/usr/local/bin/selftests";
 const PART: &str = "x86/nx_huge_pages_test";
 
 /// What came of one test on one host: its first run, and those that followed because its verdicts differed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Compared {
     /// Without the module.
     pub without: Vec<Ended>,
@@ -37,18 +37,17 @@ pub struct Compared {
 }
 
 impl Compared {
-    /// Whether both first runs ended alike.
-    fn agrees(&self) -> bool {
-        let verdict = |runs: &[Ended]| runs.first().map(|run| run.verdict);
-        verdict(&self.without) == verdict(&self.with)
+    /// Whether the module may have made a difference: the verdicts are not all the same, and only with the module
+    /// they vary.
+    fn is_open(&self) -> bool {
+        let verdicts = |runs: &[Ended]| runs.iter().map(|run| run.verdict).collect::<BTreeSet<_>>();
+        verdicts(&self.without) != verdicts(&self.with) && !self.is_random()
     }
 
     /// Whether the test has more than one verdict without the module.
     pub fn is_random(&self) -> bool {
-        let mut verdicts: Vec<_> = self.without.iter().map(|run| run.verdict).collect();
-        verdicts.sort();
-        verdicts.dedup();
-        verdicts.len() > 1
+        let first = self.without.first().map(|run| run.verdict);
+        self.without.iter().any(|run| Some(run.verdict) != first)
     }
 
     /// What must not be.
@@ -56,7 +55,7 @@ impl Compared {
         let mut troubles = Vec::new();
         if self.with.is_empty() || self.without.is_empty() {
             troubles.push("it did not run both ways".to_owned());
-        } else if !self.agrees() && !self.is_random() {
+        } else if self.is_open() {
             troubles.push(format!(
                 "without the module {}, with it {}",
                 document::tally(&self.without),
@@ -188,27 +187,20 @@ fn both_ways(lane: &Lane, names: &[String], repeat: usize) -> Result<Results> {
     let started = Instant::now();
     let mut troubles = Vec::new();
     let mut tests: BTreeMap<String, Compared> = BTreeMap::new();
-    let mut again: Vec<String> = names.to_vec();
-    for round in 0..2 {
-        let without = lane.run(false, &again, &mut troubles)?;
-        let with = lane.run(true, &again, &mut troubles)?;
-        for (runs, metered) in [(without, false), (with, true)] {
-            for run in runs {
-                let compared = tests.entry(run.name.clone()).or_insert(Compared {
-                    without: Vec::new(),
-                    with: Vec::new(),
-                });
+    let mut again = names.to_vec();
+    for _ in 0..=repeat {
+        for metered in [false, true] {
+            for run in lane.run(metered, &again, &mut troubles)? {
+                let compared = tests.entry(run.name.clone()).or_default();
                 match metered {
                     false => compared.without.push(run),
                     true => compared.with.push(run),
                 }
             }
         }
-        let differ = tests.iter().filter(|(_, compared)| !compared.agrees());
-        again = differ
-            .flat_map(|(name, _)| vec![name.clone(); repeat])
-            .collect();
-        if again.is_empty() || round == 1 {
+        let open = tests.iter().filter(|(_, compared)| compared.is_open());
+        again = open.map(|(name, _)| name.clone()).collect();
+        if again.is_empty() {
             break;
         }
     }

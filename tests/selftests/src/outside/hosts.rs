@@ -16,7 +16,7 @@ use lab::{
 use super::INSIDE;
 use crate::verdict::{Ended, Line, Verdict};
 
-/// The hosts' memory in MiB: some tests make guests of 1 GiB.
+/// The hosts' memory in MiB, as some tests make guests of 1 GiB; as much as Bochs can have.
 const MEMORY: u32 = 2048;
 
 /// How a host is started.

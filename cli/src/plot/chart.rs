@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What all charts have: title, axes, and at the right a table that is the legend as well.
+
+use super::{
+    axis::{self, Scale},
+    font,
+    svg::{Anchor, Paint, Picture, GREY, GRID, INK},
+};
+
+/// Pixels of a chart in all.
+const WIDTH: f64 = 1040.0;
+/// Where the data begin and end.
+pub const LEFT: f64 = 66.0;
+/// See [`LEFT`].
+pub const RIGHT: f64 = 670.0;
+/// See [`LEFT`].
+pub const TOP: f64 = 84.0;
+/// Where the legend begins.
+const LEGEND: f64 = 694.0;
+/// Where its columns of numbers end.
+const COLUMNS: [f64; 2] = [966.0, 1024.0];
+/// From one line of the legend to the next.
+const LINE: f64 = 20.0;
+/// Sizes of texts.
+const LARGE: f64 = 17.0;
+/// See [`LARGE`].
+pub const SMALL: f64 = 12.0;
+/// Below the data: names of ticks, and of the axis.
+const BELOW: f64 = 52.0;
+
+/// A line of the legend.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// How that looks in the chart.
+    pub paint: Paint,
+    /// Of a line: its dashes.
+    pub dashes: Option<&'static str>,
+    /// What it is.
+    pub name: String,
+    /// Two numbers of it.
+    pub numbers: [String; 2],
+}
+
+/// A chart with its data still to be drawn.
+#[derive(Clone, Debug)]
+pub struct Chart {
+    /// Where to draw them.
+    pub picture: Picture,
+    bottom: f64,
+}
+
+impl Chart {
+    /// A chart whose data have so many pixels from top to bottom.
+    pub fn new(title: &str, subtitle: &str, height: f64) -> Self {
+        let bottom = TOP + height;
+        let mut picture = Picture::new(WIDTH, bottom + BELOW);
+        picture.text((14.0, 30.0), Anchor::Start, LARGE, INK, title);
+        let subtitle = font::fit(subtitle, SMALL, WIDTH - 28.0);
+        picture.text((14.0, 50.0), Anchor::Start, SMALL, GREY, &subtitle);
+        Self { picture, bottom }
+    }
+
+    /// The axis of time, with lines behind the data.
+    pub fn time_axis(&mut self, range: (f64, f64)) -> Scale {
+        let scale = Scale::linear(range, (LEFT, RIGHT));
+        for tick in axis::ticks(range.0, range.1, 8) {
+            self.tick_below(scale.place(tick), &axis::label(tick), GRID);
+        }
+        self.name_below("seconds since the recording began");
+        scale
+    }
+
+    /// The upright axis, from 0 to a value or a bit more.
+    pub fn upright_axis(&mut self, name: &str, to: f64, label: impl Fn(f64) -> String) -> Scale {
+        let scale = Scale::linear((0.0, to), (self.bottom, TOP));
+        for tick in axis::ticks(0.0, to, 6) {
+            let y = scale.place(tick);
+            let color = if tick == 0.0 { GREY } else { GRID };
+            self.picture.line((LEFT, y), (RIGHT, y), color, 1.0);
+            let at = (LEFT - 8.0, y + SMALL / 3.0);
+            self.picture.text(at, Anchor::End, SMALL, INK, &label(tick));
+        }
+        self.picture
+            .text((14.0, TOP - 14.0), Anchor::Start, SMALL, GREY, name);
+        scale
+    }
+
+    /// A line from top to bottom, named below.
+    pub fn tick_below(&mut self, x: f64, name: &str, color: &str) {
+        self.picture.line((x, TOP), (x, self.bottom), color, 1.0);
+        let at = (x, self.bottom + 18.0);
+        self.picture.text(at, Anchor::Middle, SMALL, INK, name);
+    }
+
+    /// What the axis below is of.
+    pub fn name_below(&mut self, name: &str) {
+        let middle = ((LEFT + RIGHT) / 2.0, self.bottom + 38.0);
+        self.picture.text(middle, Anchor::Middle, SMALL, GREY, name);
+    }
+
+    /// The table at the right.
+    pub fn legend(&mut self, titles: [&str; 3], entries: &[Entry]) {
+        let [name, numbers @ ..] = titles;
+        self.picture
+            .text((LEGEND, TOP - 14.0), Anchor::Start, SMALL, GREY, name);
+        for (title, end) in numbers.iter().zip(COLUMNS) {
+            self.picture
+                .text((end, TOP - 14.0), Anchor::End, SMALL, GREY, title);
+        }
+        let mut y = TOP + 4.0;
+        for entry in entries {
+            match entry.dashes {
+                None => self
+                    .picture
+                    .rectangle((LEGEND, y - 1.0), (13.0, 13.0), entry.paint, ""),
+                Some(dashes) => {
+                    let ends = [(LEGEND - 8.0, y + 5.5), (LEGEND + 14.0, y + 5.5)];
+                    self.picture.curve(ends, entry.paint, 2.2, dashes, "");
+                }
+            }
+            let room = COLUMNS[0] - 62.0 - LEGEND - 20.0;
+            let name = font::fit(&entry.name, SMALL, room);
+            self.picture
+                .text((LEGEND + 20.0, y + 10.0), Anchor::Start, SMALL, INK, &name);
+            for (number, end) in entry.numbers.iter().zip(COLUMNS) {
+                self.picture
+                    .text((end, y + 10.0), Anchor::End, SMALL, INK, number);
+            }
+            y += LINE;
+        }
+    }
+
+    /// A ready picture.
+    pub fn done(self) -> Picture {
+        self.picture
+    }
+}

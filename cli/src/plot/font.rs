@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The font of the pictures: which it is, and how wide texts are in it.
+
+/// A part of Noto Sans, see font/LICENSE.
+pub const FILE: &[u8] = include_bytes!("font/NotoSans.ttf");
+
+/// How wide the letters from blank to tilde are, in thousandths of the font's size.
+const WIDTHS: [u16; 95] = [
+    260, 269, 408, 646, 572, 831, 732, 225, 300, 300, 551, 572, 268, 322, 268, 372, 572, 572, 572,
+    572, 572, 572, 572, 572, 572, 572, 268, 268, 572, 572, 572, 434, 899, 639, 650, 632, 730, 556,
+    519, 728, 741, 339, 273, 619, 524, 907, 760, 781, 605, 781, 622, 549, 556, 731, 600, 930, 586,
+    566, 572, 329, 372, 329, 572, 444, 281, 561, 615, 480, 615, 564, 344, 615, 618, 258, 258, 534,
+    258, 935, 618, 605, 615, 615, 413, 479, 361, 618, 508, 786, 529, 510, 470, 380, 551, 380, 572,
+];
+
+/// How wide a text is at a size, in pixels. Of letters that are not of ASCII it is a guess.
+pub fn width(text: &str, size: f64) -> f64 {
+    let letter = |letter: char| {
+        let place = (letter as usize).checked_sub(' ' as usize);
+        f64::from(*place.and_then(|place| WIDTHS.get(place)).unwrap_or(&600))
+    };
+    text.chars().map(letter).sum::<f64>() / 1000.0 * size
+}
+
+/// A text that is no wider than there is room for: cut, with an ellipsis, if need be.
+pub fn fit(text: &str, size: f64, room: f64) -> String {
+    if width(text, size) <= room {
+        return text.to_owned();
+    }
+    let mut cut = String::new();
+    for letter in text.chars() {
+        cut.push(letter);
+        if width(&cut, size) + size > room {
+            cut.pop();
+            break;
+        }
+    }
+    cut + "\u{2026}"
+}

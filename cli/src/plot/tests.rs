@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of the pictures, on recordings of guests that booted on emulated hosts: that they
+//! tell what was recorded, and that each text can be read.
+
+use resvg::usvg::{Group, Node};
+
+use super::*;
+use crate::recording::{write::Writer, Header};
+
+const INTEL: &[u8] = include_bytes!("../../tests/recordings/intel-boot.rec");
+const AMD: &[u8] = include_bytes!("../../tests/recordings/amd-work.rec");
+/// One VM runs in it, one is gone.
+const SNAPSHOT: &[u8] = include_bytes!("../../../src/meter/tests/snapshot-1.1.bin");
+
+fn series(bytes: &[u8]) -> Series {
+    Series::read(Path::new("x.rec"), bytes, &Part::default()).expect("a recording")
+}
+
+/// All pictures of a recording.
+fn pictures(series: &Series, subtitle: &str) -> Vec<(&'static str, Picture)> {
+    let layers = palette::layers(series);
+    vec![
+        ("rate", rate::draw(series, &layers, subtitle)),
+        ("phases", phases::draw(series, subtitle)),
+        ("cumulative", cumulative::draw(series, &layers, subtitle)),
+        (
+            "latency",
+            latency::draw(series, &layers, subtitle).expect("exits with costs"),
+        ),
+    ]
+}
+
+/// A recording of snapshots, one each second.
+fn recording(snapshots: &[Vec<u8>]) -> Vec<u8> {
+    let mut file = Vec::new();
+    let second = std::time::Duration::from_secs(1);
+    let (begun, interval) = (second, second);
+    let mut writer = Writer::new(&mut file, &Header { begun, interval }).expect("memory");
+    for (place, snapshot) in snapshots.iter().enumerate() {
+        writer
+            .snapshot(second * place as u32, snapshot.clone())
+            .expect("memory");
+    }
+    writer.end(second * 9, "tested").expect("memory");
+    file
+}
+
+/// The snapshot as it would be after so many seconds without an exit. Its TSC has 3 GHz.
+fn later(seconds: u64) -> Vec<u8> {
+    let mut snapshot = SNAPSHOT.to_vec();
+    let khz = u32::from_le_bytes(snapshot[48..52].try_into().expect("4 bytes"));
+    let tsc = u64::from_le_bytes(snapshot[40..48].try_into().expect("8 bytes"));
+    let tsc = tsc + seconds * u64::from(khz) * 1000;
+    snapshot[40..48].copy_from_slice(&tsc.to_le_bytes());
+    snapshot
+}
+
+#[test]
+fn a_recording_is_read_exit_by_exit() {
+    // What the last snapshot of each holds, as `exitmeter report` told it on that host.
+    for (bytes, exits, seconds, name) in [
+        (INTEL, 13_063, 4.45, "kvm-99"),
+        (AMD, 11_852, 14.5, "kvm-97"),
+    ] {
+        let series = series(bytes);
+        assert_eq!(series.sum.exits, exits);
+        let steps: u64 = series
+            .steps
+            .iter()
+            .flat_map(|step| step.exits.values())
+            .sum();
+        assert_eq!(steps, exits);
+        assert!(series.vms.iter().eq([name]));
+        assert!(series.snapshots > 100 && series.steps.len() == series.snapshots - 1);
+        let (from, to) = series.range();
+        assert!(from == 0.0 && (to - seconds).abs() < 0.1, "{to}");
+        assert!(series.steps.windows(2).all(|two| two[0].to == two[1].from));
+        // The one vCPU is in some phase at any time: no step has more time than there is.
+        let khz = f64::from(series.tsc_khz.expect("a frequency"));
+        let full = series.steps.iter().filter(|step| {
+            let share = step.cycles.sum() as f64 / (khz * 1000.0) / step.seconds();
+            assert!(share < 1.2, "{step:?}");
+            share > 0.9
+        });
+        assert!(full.count() > series.steps.len() / 2);
+    }
+}
+
+#[test]
+fn taking_steps_together_loses_nothing() {
+    let series = series(AMD);
+    for most in [1, 7, 100, 10_000] {
+        let bins = series.bins(most);
+        assert!(!bins.is_empty() && bins.len() <= (most as usize).min(series.steps.len()));
+        let exits: u64 = bins.iter().flat_map(|bin| bin.exits.values()).sum();
+        assert_eq!(exits, series.sum.exits);
+        let cycles: u64 = bins.iter().map(|bin| bin.cycles.sum()).sum();
+        assert_eq!(cycles, series.sum.cycles.sum());
+        assert!(bins.windows(2).all(|two| two[0].to == two[1].from));
+    }
+}
+
+#[test]
+fn a_part_of_a_recording() {
+    let read = |part: &Part| Series::read(Path::new("x.rec"), INTEL, part);
+    let (from, to) = (Some(1.0), Some(2.0));
+    let middle = read(&Part { from, to, vm: None }).expect("steps");
+    assert!(middle.range().0 >= 1.0 && middle.range().1 <= 2.0);
+    assert!(middle.sum.exits > 1000 && middle.sum.exits < 13_063);
+    for vm in ["kvm-99", "99"] {
+        let vm = Some(vm.to_owned());
+        assert_eq!(
+            read(&Part {
+                vm,
+                ..Part::default()
+            })
+            .expect("the VM")
+            .sum
+            .exits,
+            13_063
+        );
+    }
+    let refusal = |part: Part| read(&part).expect_err("nothing there").to_string();
+    let vm = Some("9".to_owned());
+    assert_eq!(
+        refusal(Part {
+            vm,
+            ..Part::default()
+        }),
+        "x.rec has no VM that is called '9' or belongs to process '9'; those in it are kvm-99"
+    );
+    let text = refusal(Part {
+        from: Some(60.0),
+        ..Part::default()
+    });
+    assert!(
+        text.starts_with("x.rec has 0 of the two snapshots"),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_does_not_fit_together_is_refused() {
+    let refusal = |snapshots: &[Vec<u8>]| {
+        let series = Series::read(Path::new("x.rec"), &recording(snapshots), &Part::default());
+        series.expect_err("no series").to_string()
+    };
+    assert!(refusal(&[later(0)]).contains("has 1 of the two snapshots"));
+    let text = refusal(&[later(1), later(0)]);
+    assert!(
+        text.starts_with("x.rec, snapshot 2: the second snapshot is older"),
+        "{text}"
+    );
+    let mut reloaded = later(1);
+    reloaded[32] ^= 1;
+    let text = refusal(&[later(0), reloaded]);
+    assert!(
+        text.starts_with("x.rec, snapshot 2: the module was loaded anew"),
+        "{text}"
+    );
+    let text = refusal(&[later(0), b"words".to_vec()]);
+    assert_eq!(
+        text,
+        "x.rec, snapshot 2: this is not a snapshot of exitmeter"
+    );
+    let text = Series::read(Path::new("x.rec"), SNAPSHOT, &Part::default());
+    let text = text.expect_err("a snapshot").to_string();
+    assert!(
+        text.starts_with("x.rec: this is not a recording of exitmeter: "),
+        "{text}"
+    );
+}
+
+/// The texts of a picture with the boxes that they take when they are drawn.
+fn texts(svg: &str) -> Vec<(String, [f32; 4])> {
+    fn walk(group: &Group, texts: &mut Vec<(String, [f32; 4])>) {
+        for node in group.children() {
+            match node {
+                Node::Group(group) => walk(group, texts),
+                Node::Text(text) => {
+                    let words = text.chunks().iter().map(|chunk| chunk.text()).collect();
+                    let place = text.abs_bounding_box();
+                    texts.push((
+                        words,
+                        [place.left(), place.top(), place.right(), place.bottom()],
+                    ));
+                }
+                _ => {}
+            }
+        }
+    }
+    let mut texts = Vec::new();
+    walk(png::tree(svg).expect("an SVG").root(), &mut texts);
+    texts
+}
+
+#[test]
+fn each_text_lies_inside_and_on_no_other() {
+    let long = "a very long word on what was recorded ".repeat(20);
+    for (bytes, subtitle) in [(INTEL, "boot"), (AMD, "work"), (AMD, long.as_str())] {
+        for (name, picture) in pictures(&series(bytes), subtitle) {
+            let svg = picture.svg(name);
+            let size = png::tree(&svg).expect("an SVG").size();
+            let texts = texts(&svg);
+            assert!(texts.len() > 20, "{name} has {} texts", texts.len());
+            for (place, (text, [left, top, right, bottom])) in texts.iter().enumerate() {
+                let inside = *left >= 4.0
+                    && *top >= 4.0
+                    && *right <= size.width() - 4.0
+                    && *bottom <= size.height() - 2.0;
+                assert!(inside, "{name}: '{text}' is cut off");
+                for (other, [l, t, r, b]) in &texts[..place] {
+                    let apart = r + 2.0 <= *left
+                        || right + 2.0 <= *l
+                        || b - 6.0 <= *top
+                        || bottom - 6.0 <= *t;
+                    assert!(apart, "{name}: '{text}' is written over '{other}'");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn texts_are_as_wide_as_is_reckoned_with() {
+    for text in [
+        "EXTERNAL_INTERRUPT",
+        "seconds since the recording began",
+        "0123456789,.%",
+        "~{|}@#Wij",
+    ] {
+        let svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"900\" height=\"90\">\
+             <text x=\"9\" y=\"60\" font-size=\"20\">{}</text></svg>",
+            svg::escape(text)
+        );
+        let (_, [left, _, right, _]) = texts(&svg).remove(0);
+        let (drawn, reckoned) = (f64::from(right - left), font::width(text, 20.0));
+        assert!(
+            (drawn - reckoned).abs() < 0.02 * reckoned + 2.0,
+            "{text}: {drawn}, {reckoned}"
+        );
+    }
+    assert_eq!(
+        font::fit("EXTERNAL_INTERRUPT", 12.0, 300.0),
+        "EXTERNAL_INTERRUPT"
+    );
+    let cut = font::fit("EXTERNAL_INTERRUPT", 12.0, 80.0);
+    assert!(cut.ends_with('\u{2026}') && cut.len() > 8 && font::width(&cut, 12.0) <= 80.0);
+}
+
+#[test]
+fn the_legend_names_what_is_frequent_and_sums_up_the_rest() {
+    let series = series(AMD);
+    let layers = palette::layers(&series);
+    let names: Vec<_> = layers.iter().map(|layer| layer.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "MSR",
+            "INTR",
+            "IOIO",
+            "NPF",
+            "CPUID",
+            "VINTR",
+            "HLT",
+            "8 other reasons"
+        ]
+    );
+    assert_eq!(
+        layers.iter().map(|layer| layer.exits).sum::<u64>(),
+        series.sum.exits
+    );
+    // No two look alike.
+    let paints: std::collections::BTreeSet<_> =
+        layers.iter().map(|layer| layer.paint.fill()).collect();
+    assert_eq!(paints.len(), layers.len());
+}
+
+#[test]
+fn areas_are_as_large_as_what_they_stand_for() {
+    // In pixels: of the rate's picture, how many are of a reason, and of the phases' of a phase.
+    let series = series(INTEL);
+    let pixels = |picture: &Picture| {
+        let png = png::render(&picture.svg("x")).expect("pixels");
+        let pixels = resvg::tiny_skia::Pixmap::decode_png(&png).expect("a PNG");
+        let inside = move |color: &str| {
+            let wanted =
+                [1, 3, 5].map(|at| u8::from_str_radix(&color[at..at + 2], 16).expect("hex"));
+            let data = pixels.pixels().iter().enumerate();
+            let width = pixels.width() as usize;
+            let here = data.filter(|(place, pixel)| {
+                let (x, y) = ((place % width) as f64 / 2.0, (place / width) as f64 / 2.0);
+                let color = [pixel.red(), pixel.green(), pixel.blue()];
+                (chart::LEFT..chart::RIGHT).contains(&x) && y > chart::TOP && color == wanted
+            });
+            here.count() as f64
+        };
+        inside
+    };
+    let layers = palette::layers(&series);
+    let rate = pixels(&rate::draw(&series, &layers, ""));
+    let [interrupts, writes] = ["#0072b2", "#e69f00"].map(rate);
+    let expected = layers[0].exits as f64 / layers[1].exits as f64;
+    assert!(
+        (interrupts / writes / expected - 1.0).abs() < 0.1,
+        "{interrupts}, {writes}"
+    );
+
+    let phases = pixels(&phases::draw(&series, ""));
+    let [guest, preempted] = ["#009e73", "#4d4d4d"].map(phases);
+    let expected = series.sum.cycles.guest as f64 / series.sum.cycles.preempted as f64;
+    assert!(
+        (guest / preempted / expected - 1.0).abs() < 0.05,
+        "{guest}, {preempted}"
+    );
+}
+
+#[test]
+fn nothing_that_happens_is_drawn_too() {
+    let series = series(&recording(&[later(0), later(1), later(2)]));
+    assert_eq!(series.sum.exits, 0);
+    let layers = palette::layers(&series);
+    assert!(layers.is_empty());
+    for picture in [
+        rate::draw(&series, &layers, "x"),
+        phases::draw(&series, "x"),
+        cumulative::draw(&series, &layers, "x"),
+    ] {
+        let svg = picture.svg("x");
+        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        png::render(&svg).expect("pixels");
+    }
+    assert!(latency::draw(&series, &layers, "x").is_none());
+}
+
+#[test]
+fn names_of_vms_cannot_break_a_picture() {
+    let hostile = "<b>&\"'\u{1}</title>";
+    let escaped = svg::escape(hostile);
+    assert_eq!(escaped, "&lt;b&gt;&amp;&quot;' &lt;/title&gt;");
+    for (name, picture) in pictures(&series(INTEL), hostile) {
+        assert!(texts(&picture.svg(name))
+            .iter()
+            .any(|(text, _)| text.contains("<b>&\"'")));
+    }
+}

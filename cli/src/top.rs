@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter top`: what happens now, on the whole screen.
+
+use std::{
+    io::IsTerminal as _,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use self::{
+    app::{Action, App},
+    events::{Event, Events},
+    feed::{Feed, Next},
+    screen::Screen,
+    theme::Theme,
+};
+use crate::{output::Output, source};
+
+mod app;
+mod columns;
+mod data;
+mod events;
+mod feed;
+mod history;
+pub mod screen;
+mod theme;
+mod view;
+
+/// On the host: shows live which VMs exit, why, and where their time goes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Opens with the VMs; Enter goes into one, to its reasons and vCPUs, and Esc back. ? shows
+all keys. Rates and shares are of the last interval, or with t since the VM began.
+
+Exit status:
+  0  it was left with q or Ctrl-C; when a signal ends it, it ends by that signal
+  1  there is nothing to show: no module, no right to open, or no terminal
+  2  the command line was wrong
+
+Examples:
+  exitmeter top
+  exitmeter top --interval 250 --vm 1234
+  exitmeter top --input boot.rec --interval 100")]
+pub struct Args {
+    /// Milliseconds from one reading to the next; of a recording, how much of it that is.
+    #[arg(short, long, value_name = "MS", default_value_t = 1000,
+          value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
+    interval: u64,
+    /// Opens with the VM of this name, or of this process.
+    #[arg(long, value_name = "PID|NAME")]
+    vm: Option<String>,
+    /// Shows a recording as it was, or a saved snapshot, instead of the device.
+    #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
+    input: PathBuf,
+}
+
+impl Args {
+    /// Shows, until it is left.
+    ///
+    /// # Errors
+    ///
+    /// When there is nothing to show, or no terminal to show it on.
+    pub fn run(self, out: &Output) -> anyhow::Result<ExitCode> {
+        let mut feed = Feed::open(&self.input)?;
+        let interval = Duration::from_millis(self.interval);
+        let mut app = App::new(feed.first()?, interval);
+        if let Some(vm) = &self.vm {
+            app.open(vm)?;
+        }
+        if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
+            anyhow::bail!(
+                "this is no terminal that could show it: use `exitmeter report --interval` for a \
+                 log, or `exitmeter record` for a file"
+            );
+        }
+        let theme = Theme::new(out.look().color);
+        let mut screen = Screen::enter()?;
+        let events = Events::new()?;
+        let ended = show(&mut app, &mut feed, &events, &mut screen, &theme);
+        // Before anything is printed.
+        drop(screen);
+        if let Some(signal) = ended? {
+            // To whoever waits, it ended as if it had not been handled.
+            signal_hook::low_level::emulate_default_handler(signal)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Shows until a key or a signal ends it; which signal.
+fn show(
+    app: &mut App,
+    feed: &mut Feed,
+    events: &Events,
+    screen: &mut Screen,
+    theme: &Theme,
+) -> anyhow::Result<Option<i32>> {
+    let mut next = Instant::now() + app.interval;
+    let mut changed = true;
+    loop {
+        if changed {
+            screen.draw(|frame| view::draw(frame, app, theme))?;
+        }
+        changed = true;
+        match events.until(next) {
+            Some(Event::Key(key)) => match app.key(key) {
+                Action::Stay => {}
+                Action::Retime => next = Instant::now() + app.interval,
+                Action::Suspend => screen.suspend()?,
+                Action::Quit => return Ok(None),
+            },
+            Some(Event::Resized) => {}
+            Some(Event::Signal(signal)) => return Ok(Some(signal)),
+            Some(Event::Gone) => anyhow::bail!("the terminal is gone"),
+            None => {
+                changed = !app.paused
+                    && match feed.next(app.interval) {
+                        Ok(Next::Snapshot(report)) => app.tick(*report),
+                        Ok(Next::Ended) => app.tell("the recording ends here"),
+                        // It may come back, as a module that is loaded anew does.
+                        Err(error) => app.tell(&error.to_string()),
+                    };
+                // Readings that were missed are not made up for.
+                let now = Instant::now();
+                while next <= now {
+                    next += app.interval;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is shown: of all VMs, of one, or of one of its vCPUs.
+
+use crate::model::{Ledger, Report, Span, Vcpu, Vm};
+
+/// Whose numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// Those of all VMs, and of those that are gone.
+    All,
+    /// Those of a VM, by its number.
+    Vm(u64),
+    /// Those of a vCPU, by its VM's number and its id.
+    Vcpu(u64, u32),
+}
+
+/// The numbers of a scope.
+#[derive(Clone, Debug)]
+pub struct Numbers {
+    /// Exits and cycles.
+    pub ledger: Ledger,
+    /// The time that they are of.
+    pub span: Span,
+}
+
+impl Scope {
+    /// The VM that it is, or is of.
+    pub fn vm<'a>(&self, report: &'a Report) -> Option<&'a Vm> {
+        let (Scope::Vm(number) | Scope::Vcpu(number, _)) = self else {
+            return None;
+        };
+        report.vms.iter().find(|vm| vm.vm == *number)
+    }
+
+    /// The vCPU that it is.
+    fn vcpu<'a>(&self, report: &'a Report) -> Option<&'a Vcpu> {
+        let Scope::Vcpu(_, id) = self else {
+            return None;
+        };
+        self.vm(report)?.vcpus.iter().find(|vcpu| vcpu.vcpu == *id)
+    }
+
+    /// Its numbers; `None` when it is gone.
+    pub fn numbers(&self, report: &Report) -> Option<Numbers> {
+        let (ledger, span) = match self {
+            Scope::All => {
+                let vms = report.vms.iter().map(|vm| &vm.ledger);
+                let ledgers = vms.chain([&report.departed.ledger]);
+                let rows = ledgers.flat_map(|ledger| ledger.reasons.iter().copied());
+                let host = &report.host;
+                let life = host.snapshot_tsc.saturating_sub(host.loaded_tsc);
+                let life = Span::of(life, host.tsc_khz);
+                (Ledger::of(rows), report.interval.unwrap_or(life))
+            }
+            Scope::Vm(_) => {
+                let vm = self.vm(report)?;
+                (vm.ledger.clone(), vm.span)
+            }
+            Scope::Vcpu(..) => (self.vcpu(report)?.ledger.clone(), self.vm(report)?.span),
+        };
+        Some(Numbers { ledger, span })
+    }
+
+    /// What it is called.
+    pub fn title(&self, report: &Report) -> String {
+        let vm = match self.vm(report) {
+            Some(Vm { name, pid, .. }) => format!("{name}, process {pid}"),
+            None => "a VM that is gone".to_owned(),
+        };
+        match self {
+            Scope::All => "all VMs".to_owned(),
+            Scope::Vm(_) => vm,
+            Scope::Vcpu(_, id) => format!("{vm}, vCPU {id}"),
+        }
+    }
+}

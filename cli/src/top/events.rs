@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the screen waits for: keys, signals, time.
+
+use std::{
+    io,
+    sync::mpsc::{channel, Receiver},
+    thread,
+    time::Instant,
+};
+
+use ratatui::crossterm::event::{self, KeyEvent, KeyEventKind};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
+    iterator::Signals,
+};
+
+/// Something has happened.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// A key was pressed.
+    Key(KeyEvent),
+    /// The terminal has another size.
+    Resized,
+    /// A signal has come.
+    Signal(i32),
+    /// No more keys can come.
+    Gone,
+}
+
+/// Gives events as they come.
+#[derive(Debug)]
+pub struct Events {
+    events: Receiver<Event>,
+}
+
+impl Events {
+    /// Takes the signals that would end this process, and the keys.
+    pub fn new() -> io::Result<Self> {
+        let (to, events) = channel();
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM])?;
+        let sender = to.clone();
+        thread::spawn(move || {
+            signals
+                .forever()
+                .try_for_each(|signal| sender.send(Event::Signal(signal)))
+        });
+        thread::spawn(move || loop {
+            let event = match event::read() {
+                Ok(event::Event::Key(key)) if key.kind != KeyEventKind::Release => Event::Key(key),
+                Ok(event::Event::Resize(..)) => Event::Resized,
+                Ok(_) => continue,
+                Err(_) => Event::Gone,
+            };
+            if to.send(event).is_err() || matches!(event, Event::Gone) {
+                break;
+            }
+        });
+        Ok(Self { events })
+    }
+
+    /// The next event; `None` when there is none up to a moment.
+    pub fn until(&self, moment: Instant) -> Option<Event> {
+        let left = moment.saturating_duration_since(Instant::now());
+        self.events.recv_timeout(left).ok()
+    }
+}

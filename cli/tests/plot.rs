@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter plot`, run on recordings of guests that booted on emulated hosts.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    fs,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::{Command, Output},
+};
+
+use tempfile::TempDir;
+
+const INTEL: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/tests/recordings/intel-boot.rec"
+);
+
+fn plot(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    command.arg("plot").args(arguments).output().unwrap()
+}
+
+/// What a run that fails says.
+fn refused(arguments: &[&str]) -> String {
+    let output = plot(arguments);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn each_kind_in_each_format() {
+    let folder = TempDir::new().unwrap();
+    for kind in ["rate", "phases", "cumulative", "latency", "all"] {
+        for (name, begin) in [
+            ("x.svg", "<svg "),
+            ("x.png", "\u{fffd}PNG"),
+            ("x.HTML", "<!DOCTYPE html>"),
+        ] {
+            let file = folder.path().join(name);
+            let output = plot(&[INTEL, "--kind", kind, "-o", file.to_str().unwrap()]);
+            assert!(
+                output.status.success() && output.stderr.is_empty() && output.stdout.is_empty()
+            );
+            let bytes = fs::read(file).unwrap();
+            assert!(String::from_utf8_lossy(&bytes).starts_with(begin));
+            assert!(bytes.len() > 3000);
+        }
+    }
+}
+
+#[test]
+fn a_page_stands_alone_and_has_all_numbers() {
+    let output = plot(&[INTEL, "--format", "html", "-o", "-"]);
+    assert!(output.status.success());
+    let page = String::from_utf8(output.stdout).unwrap();
+    let elsewhere = page.replace("http://www.w3.org/2000/svg", "");
+    for word in ["http", "<script", "<link", "src=", "@import"] {
+        assert!(!elsewhere.contains(word), "{word}");
+    }
+    assert_eq!(page.matches("<svg ").count(), 4);
+    for cell in [
+        "<td>EXTERNAL_INTERRUPT</td><td>5,452</td><td>41.7%</td>",
+        "<dd>guest boot</dd>",
+        "<dd>13,063</dd>",
+    ] {
+        assert!(page.contains(cell), "{cell}");
+    }
+}
+
+#[test]
+fn a_recording_that_was_cut_off_is_drawn_with_a_warning() {
+    let folder = TempDir::new().unwrap();
+    let [cut, damaged, picture] = ["cut.rec", "damaged.rec", "x.svg"].map(|name| {
+        let path = folder.path().join(name);
+        path.to_str().unwrap().to_owned()
+    });
+    let mut bytes = fs::read(INTEL).unwrap();
+    fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
+    bytes[20_000] ^= 1;
+    fs::write(&damaged, &bytes).unwrap();
+    for (file, word) in [(cut, "cut off"), (damaged, "damaged")] {
+        let output = plot(&[&file, "-o", &picture]);
+        assert!(output.status.success());
+        let words = format!("exitmeter: {file} is {word}; this is what it has up to there\n");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), words);
+    }
+}
+
+#[test]
+fn each_error_is_one_sentence_with_its_remedy() {
+    assert_eq!(
+        refused(&[INTEL, "-o", "x.gif"]),
+        "exitmeter: cannot tell from the name x.gif what to write: let it end in .svg, .png or \
+         .html, or say --format\n"
+    );
+    assert_eq!(
+        refused(&["/etc/passwd", "-o", "x.svg"]),
+        "exitmeter: /etc/passwd: this is not a recording of exitmeter: make one with `exitmeter \
+         record`\n"
+    );
+    assert_eq!(
+        refused(&[INTEL, "-o", "/nowhere/x.svg"]),
+        "exitmeter: cannot write /nowhere/x.svg: No such file or directory (os error 2)\n"
+    );
+    let text = refused(&[INTEL, "-o", "x.svg", "--vm", "other"]);
+    assert!(text.ends_with("; those in it are kvm-99\n"), "{text}");
+    let output = plot(&[INTEL]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_closed_pipe_is_quiet() {
+    for format in ["svg", "png"] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(ours);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+        command.args(["plot", INTEL, "-o", "-", "--format", format]);
+        let output = command.stdout(OwnedFd::from(theirs)).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn the_help_has_examples() {
+    let text = String::from_utf8(plot(&["--help"]).stdout).unwrap();
+    assert!(text.contains("Examples:\n  exitmeter plot "), "{text}");
+}

@@ -18,6 +18,7 @@ use self::{
     events::{Event, Events},
 };
 use crate::{
+    command::{self, Unrunnable, FAILED},
     numbers,
     recording::{write::Writer, Header},
     source,
@@ -25,10 +26,6 @@ use crate::{
 
 mod child;
 mod events;
-
-/// Exit status when the tool itself failed, though a command was to be run. As env(1),
-/// nice(1) and timeout(1) do.
-const FAILED: u8 = 125;
 
 /// On the host: records the exits over time, while a command runs or up to Ctrl-C.
 #[derive(Debug, clap::Args)]
@@ -73,7 +70,7 @@ impl Args {
         match self.record() {
             Err(error) if !self.command.is_empty() => {
                 eprintln!("exitmeter: {error:#}");
-                let status = error.downcast_ref().map(child::Error::status);
+                let status = error.downcast_ref().map(Unrunnable::status);
                 Ok(status.unwrap_or(FAILED).into())
             }
             done => done.map(ExitCode::from),
@@ -104,7 +101,7 @@ impl Args {
             return recorded.map(|_| 0);
         };
         match recorded {
-            Ok(ended) => Ok(ended.map_or(0, child::status)),
+            Ok(ended) => Ok(ended.map_or(0, command::status)),
             // What is being recorded is more than its recording: it runs on.
             Err(error) => {
                 eprintln!("exitmeter: {error:#}");

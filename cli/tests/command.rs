@@ -209,9 +209,61 @@ fn a_full_disk_is_told() {
 
 #[test]
 fn every_command_has_examples() {
-    for name in ["report", "guest", "reasons"] {
+    let names = ["report", "guest", "stat", "reasons", "completions", "man"];
+    for name in names {
         let text = printed(&[name, "--help"]);
-        assert!(text.contains("Examples:\n  exitmeter "), "{text}");
+        assert!(text.contains("Examples:\n  "), "{text}");
+        assert!(text.contains(&format!("exitmeter {name}")), "{text}");
     }
     assert!(printed(&["--help"]).contains("Exit status:"));
+}
+
+#[test]
+fn each_command_has_a_page() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("man1");
+    assert_eq!(printed(&["man", path.to_str().unwrap()]), "");
+    let page = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
+    let whole = page("exitmeter.1");
+    for name in ["report", "guest", "stat", "reasons"] {
+        assert!(whole.contains(&format!("exitmeter\\-{name}(1)")));
+        let page = page(&format!("exitmeter-{name}.1"));
+        assert!(page.contains(".SH \"EXAMPLES\"\n.nf\nexitmeter "), "{page}");
+    }
+    assert!(whole.contains(".SH \"EXIT STATUS\"\n.nf\n0  it printed"));
+    let (status, text) = refused(&["man", "/proc/nowhere"]);
+    assert_eq!(status, Some(1));
+    assert!(
+        text.starts_with("exitmeter: cannot write to /proc/nowhere: "),
+        "{text}"
+    );
+}
+
+#[test]
+fn shells_complete_it() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = printed(&["completions", shell]);
+        assert!(script.contains("exitmeter") && script.contains("interval"));
+    }
+    // Bash itself takes the script, and completes by it.
+    let mut bash = Command::new("bash");
+    let lines = "eval \"$(\"$1\" completions bash)\"; COMP_WORDS=(exitmeter rep); COMP_CWORD=1; \
+                 _exitmeter exitmeter rep exitmeter; echo \"${COMPREPLY[@]}\"";
+    bash.args(["-c", lines, "bash", env!("CARGO_BIN_EXE_exitmeter")]);
+    let output = bash.output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "report\n");
+}
+
+/// Where no meter answers, the command is not run.
+#[test]
+fn without_a_meter_nothing_is_run() {
+    if run(&["guest"]).status.success() {
+        return;
+    }
+    let (status, text) = refused(&["stat", "--", "echo", "run"]);
+    assert_eq!(status, Some(125));
+    assert!(
+        text.starts_with("exitmeter: ") && text.lines().count() == 1,
+        "{text}"
+    );
 }

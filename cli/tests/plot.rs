@@ -38,6 +38,10 @@ fn each_kind_in_each_format() {
             ("x.png", "\u{fffd}PNG"),
             ("x.HTML", "<!DOCTYPE html>"),
         ] {
+            // Pixels are made of the same lines.
+            if name == "x.png" && kind != "latency" {
+                continue;
+            }
             let file = folder.path().join(name);
             let output = plot(&[INTEL, "--kind", kind, "-o", file.to_str().unwrap()]);
             assert!(

@@ -219,6 +219,25 @@ fn a_signal_is_the_commands_to_obey() {
 }
 
 #[test]
+fn after_nohup_a_hangup_is_nobodys_business() {
+    let folder = folder();
+    let mut command = Command::new("sh");
+    let words = format!(
+        "trap '' HUP; exec {} record -q -o file.rec --input device -i 10 -- sh -c 'kill -HUP $PPID; sleep 0.1'",
+        env!("CARGO_BIN_EXE_exitmeter")
+    );
+    let status = command
+        .current_dir(&folder)
+        .args(["-c", &words])
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(0));
+    let (_, ending) = read(&file(&folder));
+    let how = "the command ended with status 0".to_owned();
+    assert_eq!(ending, Some(Ending::Told(how)));
+}
+
+#[test]
 fn a_recording_that_was_killed_reads_up_to_its_last_snapshot() {
     let folder = folder();
     let mut child = record(&folder, &["-q"]).spawn().unwrap();

@@ -152,7 +152,7 @@ fn a_terminal_that_changes_its_size() {
     terminal.settle();
     compare(&mut terminal, "vms-80x24");
     // So small that nothing fits: nothing breaks.
-    for (columns, rows) in [(20, 5), (3, 2), (1, 1)] {
+    for (columns, rows) in [(20, 5), (4, 2), (2, 1)] {
         terminal.resize(columns, rows);
         terminal.settle();
     }

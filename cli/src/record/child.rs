@@ -4,7 +4,6 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io::{self, ErrorKind},
     os::unix::process::ExitStatusExt as _,
     process::{Command, ExitStatus},
     sync::mpsc::Sender,
@@ -14,24 +13,7 @@ use std::{
 use rustix::process::{kill_process, Pid, Signal};
 
 use super::events::Event;
-
-/// Why a command does not run.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot run {}: {error}", program.to_string_lossy())]
-pub struct Error {
-    program: OsString,
-    error: io::Error,
-}
-
-impl Error {
-    /// The exit status that shells have for it.
-    pub fn status(&self) -> u8 {
-        match self.error.kind() {
-            ErrorKind::NotFound => 127,
-            _ => 126,
-        }
-    }
-}
+use crate::command::Unrunnable;
 
 /// A command that runs.
 #[derive(Debug)]
@@ -45,12 +27,9 @@ impl Child {
         program: &OsStr,
         arguments: &[OsString],
         events: Sender<Event>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, Unrunnable> {
         let child = Command::new(program).args(arguments).spawn();
-        let mut child = child.map_err(|error| Error {
-            program: program.to_owned(),
-            error,
-        })?;
+        let mut child = child.map_err(|error| Unrunnable::new(program, error))?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         thread::spawn(move || {
             // A child of our own can be waited for.
@@ -71,16 +50,7 @@ impl Child {
     }
 }
 
-/// The exit status that tells how a command ended.
-pub fn status(ended: ExitStatus) -> u8 {
-    let signal = || ended.signal().map(|signal| signal | 128);
-    let status = ended.code().or_else(signal);
-    status
-        .and_then(|status| u8::try_from(status).ok())
-        .unwrap_or(super::FAILED)
-}
-
-/// The same in words.
+/// How a command ended, in words.
 pub fn words(ended: ExitStatus) -> String {
     match (ended.code(), ended.signal()) {
         (Some(code), _) => format!("the command ended with status {code}"),

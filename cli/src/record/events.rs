@@ -16,6 +16,7 @@ use signal_hook::{
 };
 
 use super::child::Child;
+use crate::command::is_ignored;
 
 /// Something has happened.
 #[derive(Clone, Copy, Debug)]
@@ -33,10 +34,12 @@ pub struct Events {
 }
 
 impl Events {
-    /// Takes the signals that would end this process, and whatever else is sent.
+    /// Takes the signals that would end this process (after nohup(1), SIGHUP would not), and
+    /// whatever else is sent.
     pub fn new() -> io::Result<(Self, Sender<Event>)> {
         let (sender, events) = channel();
-        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+        let ending = [SIGHUP, SIGINT, SIGTERM].into_iter();
+        let mut signals = Signals::new(ending.filter(|signal| !is_ignored(*signal)))?;
         let to = sender.clone();
         thread::spawn(move || {
             // Sending fails once nobody waits any more.

@@ -15,6 +15,8 @@ use signal_hook::{
     iterator::Signals,
 };
 
+use crate::command::is_ignored;
+
 /// Something has happened.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
@@ -38,7 +40,8 @@ impl Events {
     /// Takes the signals that would end this process, and the keys.
     pub fn new() -> io::Result<Self> {
         let (to, events) = channel();
-        let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM])?;
+        let ending = [SIGHUP, SIGINT, SIGQUIT, SIGTERM].into_iter();
+        let mut signals = Signals::new(ending.filter(|signal| !is_ignored(*signal)))?;
         let sender = to.clone();
         thread::spawn(move || {
             signals

@@ -1,6 +1,6 @@
 //! The tool `exitmeter` tells what the snapshot holds.
 
-use std::process::Command;
+use std::{fs, process::Command};
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
@@ -10,11 +10,18 @@ use super::Case;
 use crate::host::{self, hist::Exits, meter::Meter};
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::with(
-        "",
-        "tool: exitmeter report tells what the snapshot holds",
-        report,
-    )]
+    vec![
+        Case::with(
+            "",
+            "tool: exitmeter report tells what the snapshot holds",
+            report,
+        ),
+        Case::with(
+            "",
+            "tool: exitmeter record and plot tell what the device did",
+            record,
+        ),
+    ]
 }
 
 fn report() -> Result<()> {
@@ -73,6 +80,63 @@ fn report() -> Result<()> {
         "the report has no line of 600 CPUID exits:\n{text}"
     );
     Ok(())
+}
+
+/// A VM comes, runs and stays while it is recorded; the sums of what the recording says it did
+/// are what the device says at the end.
+fn record() -> Result<()> {
+    const RECORDING: &str = "tool.rec";
+    const STOP: &str = "tool.stop";
+    let wait = format!("until [ -e {STOP} ]; do sleep 0.02; done; exit 7");
+    let mut recorder = Command::new("exitmeter")
+        .args(["record", "--output", RECORDING, "--interval", "5"])
+        .args(["--", "sh", "-c", &wait])
+        .spawn()
+        .context("the tool exitmeter cannot be run")?;
+    let mut machine = Machine::new(Config {
+        vcpus: 2,
+        ..Config::new(Program::Cpuid, Mode::Long, 5000)
+    })?;
+    machine.run()?;
+    let meter = Meter::read()?;
+    fs::write(STOP, "")?;
+    let status = recorder.wait()?;
+    drop(machine);
+    ensure!(
+        status.code() == Some(7),
+        "exitmeter record does not end as its command did: {status}"
+    );
+
+    let name = format!("kvm-{}", std::process::id());
+    let page = [
+        "plot", RECORDING, "--output", "-", "--format", "html", "--vm", &name,
+    ];
+    let page = tool(&page)?;
+    let mut held = Exits::new();
+    for vcpu in meter.own() {
+        for (code, exits) in &vcpu.numbers.exits {
+            *held.entry(*code).or_default() += exits;
+        }
+    }
+    ensure!(
+        held.get(&host::pick(10, 0x72)?) >= Some(&10_000),
+        "the VM has not exited as it should: {held:?}"
+    );
+    let told: Exits = page.lines().filter_map(row).collect();
+    ensure!(
+        told == held,
+        "the recording tells {told:?} of the VM, and the device {held:?}"
+    );
+    Ok(())
+}
+
+/// Code and exits of a row of the page's table.
+fn row(line: &str) -> Option<(u32, u64)> {
+    let cells = line.strip_prefix("<tr><td>")?;
+    let mut cells = cells.split("</td><td>");
+    let code = cells.next()?.parse().ok()?;
+    let exits = cells.nth(1)?.replace(',', "").parse().ok()?;
+    (exits != 0).then_some((code, exits))
 }
 
 /// Exits by reason, of what has them in the tool's JSON.

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter report` in all its forms: narrow, as CSV, of a part, of an interval, in colours.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader, Read as _},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use rustix::{
+    fs::{open, Mode, OFlags},
+    pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags},
+    termios::{tcsetwinsize, Winsize},
+};
+use tempfile::TempDir;
+
+const SAVED: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.1.bin");
+
+/// Header: TSC when the module was loaded, TSC of the snapshot, vCPUs not metered, where records
+/// begin.
+const LOADED: usize = 32;
+const NOW: usize = 40;
+const UNMETERED: usize = 56;
+const RECORDS: usize = 88;
+/// A record's TSC of its latest transition, and its first row's exits and guest's ticks.
+const LAST: usize = 32;
+const EXITS: usize = 104 + 8;
+const GUEST: usize = 104 + 16;
+
+fn add(bytes: &mut [u8], offset: usize, more: u64) {
+    let number = bytes[offset..].first_chunk_mut::<8>().unwrap();
+    *number = (u64::from_le_bytes(*number) + more).to_le_bytes();
+}
+
+/// The saved snapshot, and what it was one second later: after 1000 more exits of the first vCPU
+/// and 30 ms in its guest, of which 20 ms are booked.
+fn two(folder: &TempDir) -> [PathBuf; 2] {
+    let mut later = SAVED.to_vec();
+    let first = u64::from_le_bytes(*SAVED[RECORDS..].first_chunk().unwrap());
+    let first = usize::try_from(first).unwrap();
+    add(&mut later, NOW, 2_400_000_000);
+    add(&mut later, UNMETERED, 2);
+    add(&mut later, first + EXITS, 1000);
+    add(&mut later, first + GUEST, 48_000_000);
+    add(&mut later, first + LAST, 48_000_000);
+    let [before, after] = ["before", "after"].map(|name| folder.path().join(name));
+    fs::write(&before, SAVED).unwrap();
+    fs::write(&after, later).unwrap();
+    [before, after]
+}
+
+fn report(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    command.arg("report").args(arguments);
+    command.env_remove("NO_COLOR").env_remove("COLUMNS");
+    command
+}
+
+/// What it prints of the saved snapshot.
+fn printed(arguments: &[&str]) -> String {
+    let folder = TempDir::new().unwrap();
+    let [before, _] = two(&folder);
+    let mut command = report(arguments);
+    succeeded(command.arg("--input").arg(before).output().unwrap())
+}
+
+fn succeeded(output: Output) -> String {
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refused(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn eighty_columns_are_enough() {
+    let folder = TempDir::new().unwrap();
+    let [before, _] = two(&folder);
+    let mut command = report(&["--input", text(&before)]);
+    let text = succeeded(command.env("COLUMNS", "80").output().unwrap());
+    assert_eq!(text, include_str!("report-80.txt"));
+    assert!(text.lines().all(|line| line.chars().count() <= 80));
+}
+
+#[test]
+fn a_part_of_the_report() {
+    let whole = printed(&[]);
+    for vm in ["1234", "kvm-1234"] {
+        let part = printed(&["--vm", vm]);
+        assert!(part.contains("\nkvm-1234, process 1234: 13,124 exits, 525/s, 2 vCPUs\n"));
+        assert!(!part.contains("kvm-1300") && !part.contains("gone:"));
+        assert!(part.lines().all(|line| whole.contains(line)));
+    }
+    // Of the vCPUs with this id; the VM's numbers are then their sums.
+    let part = printed(&["--vcpu", "1"]);
+    assert!(
+        part.contains("\nkvm-1234, process 1234: 530 exits"),
+        "{part}"
+    );
+    assert!(!part.contains("kvm-1300") && !part.contains("gone:"));
+
+    let folder = TempDir::new().unwrap();
+    let [before, _] = two(&folder);
+    assert_eq!(
+        refused(&mut report(&["--vm", "7", "--input", text(&before)])),
+        "exitmeter: no VM runs that is called '7' or belongs to process '7'; \
+         those that run are kvm-1234, kvm-1300\n"
+    );
+    assert_eq!(
+        refused(&mut report(&["--vcpu", "2", "--input", text(&before)])),
+        "exitmeter: no vCPU with the id 2 runs: vCPUs are counted from 0\n"
+    );
+}
+
+#[test]
+fn each_order_puts_its_most_first() {
+    let first = |sort: &str| {
+        let text = printed(&["--csv", "--sort", sort]);
+        let line = text.lines().nth(1).unwrap();
+        line.split(',').nth(8).unwrap().to_owned()
+    };
+    assert_eq!(first("cycles"), "EXTERNAL_INTERRUPT");
+    assert_eq!(first("exits"), "EXTERNAL_INTERRUPT");
+    assert_eq!(first("p99"), "HLT");
+    let text = printed(&["--csv", "--sort", "exits"]);
+    let second = text.lines().nth(2).unwrap();
+    assert!(second.contains(",MSR_WRITE,4765,"));
+}
+
+#[test]
+fn comma_separated_values() {
+    let text = printed(&["--csv"]);
+    let lines: Vec<Vec<_>> = text.lines().map(|line| line.split(',').collect()).collect();
+    assert!(lines.iter().all(|line| line.len() == lines[0].len()));
+    let column = |title| lines[0].iter().position(|field| *field == title).unwrap();
+    // 9 reasons of one VM, 1 of the other, 3 of those that are gone.
+    assert_eq!(lines.len(), 1 + 9 + 1 + 3);
+    let hlt = &lines[5];
+    let fields = [
+        "name",
+        "pid",
+        "code",
+        "reason",
+        "exits",
+        "nested_exits",
+        "kernel",
+        "blocked",
+        "max",
+    ];
+    assert_eq!(
+        fields.map(|title| hlt[column(title)]),
+        [
+            "kvm-1234",
+            "1234",
+            "12",
+            "HLT",
+            "710",
+            "355",
+            "2140000",
+            "4890000000",
+            "41000"
+        ]
+    );
+    let rate: f64 = hlt[column("per_second")].parse().unwrap();
+    assert!((rate - 710.0 / 24.999_167).abs() < 0.001);
+    assert_eq!(lines[13][column("name")], "departed");
+    assert_eq!(lines[13][column("vm")], "");
+}
+
+#[test]
+fn two_snapshots_are_compared() {
+    let folder = TempDir::new().unwrap();
+    let [before, after] = two(&folder);
+    let (before, after) = (text(&before), text(&after));
+    let text = succeeded(report(&["--diff", before, after]).output().unwrap());
+    assert_eq!(text, include_str!("report-diff.txt"));
+
+    let json = succeeded(
+        report(&["--json", "--diff", before, after])
+            .output()
+            .unwrap(),
+    );
+    let report_of: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        report_of["interval"],
+        serde_json::json!({"ticks": 2_400_000_000_u64, "seconds": 1.0})
+    );
+    assert_eq!(report_of["unmetered_vcpus"], 2);
+    assert_eq!(report_of["vms"][0]["exits"], 1000);
+    let vcpu = &report_of["vms"][0]["vcpus"][0];
+    assert_eq!(vcpu["cycles"]["guest"], 2_400_000_000_u64);
+
+    assert_eq!(
+        refused(&mut report(&["--diff", after, before])),
+        "exitmeter: the second snapshot is older than the first one: name the older one first\n"
+    );
+    let amd = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../src/meter/tests/snapshot-1.0-amd.bin"
+    );
+    assert_eq!(
+        refused(&mut report(&["--diff", amd, before])),
+        "exitmeter: the module was loaded anew between the two snapshots, or they are of two \
+         hosts: compare snapshots of one life of the module\n"
+    );
+}
+
+#[test]
+fn intervals_go_on_until_nobody_reads() {
+    let folder = TempDir::new().unwrap();
+    let [before, after] = two(&folder);
+    let mut child = report(&["--json", "--interval", "0.02", "--input", text(&before)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut exits = || -> u64 {
+        let line = lines.next().unwrap().unwrap();
+        let report: serde_json::Value = serde_json::from_str(&line).unwrap();
+        report["vms"][0]["exits"].as_u64().unwrap()
+    };
+    assert_eq!((exits(), exits()), (0, 0));
+    fs::rename(after, before).unwrap();
+    // What is new is told once.
+    let told = (0..1000).find_map(|_| Some(exits()).filter(|exits| *exits != 0));
+    assert_eq!((told, exits()), (Some(1000), 0));
+    drop(lines);
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty());
+}
+
+#[test]
+fn intervals_end_when_the_module_is_another() {
+    let folder = TempDir::new().unwrap();
+    let [before, _] = two(&folder);
+    let mut child = report(&["--interval", "0.02", "--json", "--input", text(&before)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().contains("kvm-1234"));
+    let mut other = SAVED.to_vec();
+    add(&mut other, LOADED, 1);
+    let new = folder.path().join("new");
+    fs::write(&new, other).unwrap();
+    fs::rename(new, before).unwrap();
+    assert!(lines.all(|line| line.is_ok()));
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        text.starts_with("exitmeter: the module was loaded anew"),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_count_ends_the_intervals() {
+    let text = printed(&["--json", "--interval", "0.01", "--count", "3"]);
+    assert_eq!(text.lines().count(), 3);
+    let output = report(&["--count", "3"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let output = report(&["--interval", "0"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+/// Runs it on a terminal of so many columns.
+fn on_a_terminal(columns: u16, change: impl FnOnce(&mut Command) -> &mut Command) -> String {
+    let folder = TempDir::new().unwrap();
+    let [before, _] = two(&folder);
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&terminal, size).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let end: OwnedFd = open(&*name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+    let mut command = report(&["--input", text(&before)]);
+    change(command.env("TERM", "xterm").stdout(end));
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut bytes = Vec::new();
+    // Linux says EIO when the other side is closed.
+    let _ = File::from(terminal).read_to_end(&mut bytes);
+    assert!(child.wait().unwrap().success());
+    String::from_utf8(bytes).unwrap().replace('\r', "")
+}
+
+fn without_colors(text: &str) -> String {
+    let mut pieces = text.split("\x1b[");
+    let first = pieces.next().unwrap().to_owned();
+    pieces.fold(first, |text, piece| text + piece.split_once('m').unwrap().1)
+}
+
+#[test]
+fn colors_are_for_terminals() {
+    let colored = on_a_terminal(80, |command| command);
+    assert_eq!(without_colors(&colored), include_str!("report-80.txt"));
+    assert!(
+        colored.contains("\x1b[1mkvm-1234, process 1234"),
+        "{colored}"
+    );
+    assert!(colored.contains("\x1b[34mguest\x1b[0m"));
+
+    let plain = on_a_terminal(80, |command| command.env("NO_COLOR", "1"));
+    assert_eq!(plain, include_str!("report-80.txt"));
+    let plain = on_a_terminal(200, |command| command.arg("--color=never"));
+    assert_eq!(plain, include_str!("report.txt"));
+    let forced = printed(&["--color=always"]);
+    assert_ne!(forced, include_str!("report.txt"));
+    assert_eq!(without_colors(&forced), include_str!("report.txt"));
+}

@@ -8,6 +8,7 @@
 #   make soak           the module under load, churn and attack, on both emulated hosts; PERCENT=10 does a tenth
 #   make soak-loom      every order in which threads can see a ledger and the table of ledgers
 #   make soak-miri      the pure half under an interpreter that knows undefined behaviour; takes nightly Rust
+#   make soak-fuzz      damaged snapshots for the reader, for five minutes; takes nightly Rust and cargo-fuzz
 #   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
 #   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
 #   make bench          measures what metering costs, beside other meters
@@ -25,7 +26,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-ibt soak-debug bench soak-selftests check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench soak-selftests check lab install clean bootstrap
 
 all: module tool
 
@@ -61,6 +62,11 @@ soak-loom: bootstrap
 soak-miri: bootstrap
 	rustup toolchain install nightly --profile minimal --component miri --component rust-src
 	PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p exitmeter-meter
+
+soak-fuzz: bootstrap
+	rustup toolchain install nightly --profile minimal --component rust-src
+	cargo install --quiet cargo-fuzz
+	cargo +nightly fuzz run --fuzz-dir src/meter/fuzz snapshot -- -max_total_time=300 -max_len=16384
 
 soak-ibt: bootstrap
 	cargo test --release -p lab --test ends -- --ignored past_an_endbr

@@ -19,9 +19,12 @@ use kernel::{
 
 use crate::{
     hooks,
-    meter::snapshot::{
-        self,
-        Full, //
+    meter::{
+        ledger::Totals,
+        snapshot::{
+            self,
+            Full, //
+        },
     },
 };
 
@@ -63,7 +66,8 @@ fn take() -> Result<KVVec<u8>> {
     let mut size = snapshot::size_for(8, 256);
     loop {
         let mut buffer = KVVec::from_elem(0, size, GFP_KERNEL_ACCOUNT)?;
-        match registry.snapshot(&mut buffer) {
+        let mut gone = KVBox::<Totals>::zeroed(GFP_KERNEL_ACCOUNT)?;
+        match registry.snapshot(&mut buffer, &mut gone) {
             Ok(written) => {
                 buffer.truncate(written);
                 return Ok(buffer);

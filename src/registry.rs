@@ -15,9 +15,10 @@
 //!   only this thread, or the one that destroys the vCPU after it, lets it go.
 //! - Everyone else goes through a list, under that list's lock, and only reads.
 //!
-//! Locks: `state`, then the `members` of a VM. None of them is taken when a vCPU leaves its
-//! CPU, as the scheduler's own lock is held then. A guest's query takes the lock of its own
-//! VM alone, so that guests cannot make each other wait.
+//! Locks: `walking`, then `state`, then the `members` of a VM. None of them is taken when a vCPU
+//! leaves its CPU, as the scheduler's own lock is held then. A guest's query takes the lock of its
+//! own VM alone, so that guests cannot make each other wait. A snapshot takes `state` for a few
+//! vCPUs at a time, so that neither vCPUs that come and go nor the CPU it runs on wait for long.
 
 use core::sync::atomic::{
     AtomicBool,
@@ -33,10 +34,11 @@ use kernel::{
         ListArc,
         ListLinks, //
     },
-    new_spinlock, pr_warn_once,
+    new_mutex, new_spinlock, pr_warn_once,
     prelude::*,
     sync::{
         Arc,
+        Mutex,
         SpinLock, //
     },
 };
@@ -88,10 +90,15 @@ unsafe impl Zeroable for Totals {}
 /// The table's value for a vCPU that is known and not metered. No address is 1.
 const UNMETERED: usize = 1;
 
+/// How many vCPUs a snapshot sees before it lets go of the lock: some 50 µs.
+const AT_A_TIME: usize = 16;
+
 /// A metered vCPU.
 #[pin_data]
 struct Member {
     ledger: Ledger,
+    /// Grows from each vCPU to the next one that is taken in.
+    serial: u64,
     identity: Identity,
     vm: Arc<Vm>,
     #[pin]
@@ -127,9 +134,16 @@ impl_list_item! {
 
 /// What changes as vCPUs come and go.
 struct State {
+    /// In the order of their numbers, and in each VM the members in the order of theirs.
     vms: List<Vm>,
     /// The number of the latest VM.
     number: u64,
+    /// The number of the latest member.
+    serial: u64,
+    /// A snapshot that is being taken.
+    walk: Option<Walk>,
+    /// vCPUs that have gone while that snapshot still awaits them.
+    awaited: List<Member>,
     /// vCPUs that are metered now.
     metered: usize,
     /// vCPUs that the table notes as unmetered now.
@@ -140,6 +154,21 @@ struct State {
     gone: KVBox<Totals>,
     /// Room for a copy of a ledger: too large for a kernel stack.
     copy: KVBox<LedgerCopy>,
+}
+
+/// How far a snapshot has come, which sees those vCPUs that there were when it began.
+#[derive(Clone, Copy)]
+struct Walk {
+    /// The latest member when it began.
+    newest: u64,
+    /// The VM and the member that it saw last.
+    seen: (u64, u64),
+}
+
+impl Walk {
+    fn awaits(&self, vm: &Vm, member: &Member) -> bool {
+        member.serial <= self.newest && (vm.number, member.serial) > self.seen
+    }
 }
 
 /// The ledgers of all vCPUs.
@@ -158,6 +187,9 @@ pub(crate) struct Registry {
     max_vcpus: usize,
     /// Neither a vCPU nor a note of one can be taken in: says so without a lock.
     full: AtomicBool,
+    /// Held by the one who takes a snapshot.
+    #[pin]
+    walking: Mutex<()>,
     #[pin]
     state: SpinLock<State>,
 }
@@ -188,6 +220,9 @@ impl Registry {
         let state = State {
             vms: List::new(),
             number: 0,
+            serial: 0,
+            walk: None,
+            awaited: List::new(),
             metered: 0,
             noted: 0,
             unmetered: 0,
@@ -202,6 +237,7 @@ impl Registry {
                 places,
                 max_vcpus,
                 full: AtomicBool::new(false),
+                walking <- new_mutex!((), "exitmeter::walking"),
                 state <- new_spinlock!(state, "exitmeter::registry"),
             }),
             GFP_KERNEL,
@@ -284,11 +320,12 @@ impl Registry {
                 (vm.clone_arc(), Some(vm))
             }
         };
-        let member = Member::new(&vm, &owner)?;
+        let member = Member::new(&vm, &owner, state.serial.wrapping_add(1))?;
         member.ledger.begin(now, phase);
         let value = &raw const *member as usize;
         // INVARIANT: The member goes to the list of its VM right below.
         self.table().insert(vcpu.key(), value).map_err(|_| ENOSPC)?;
+        state.serial = member.serial;
         vm.members.lock().push_back(member);
         if let Some(new) = new {
             state.number = new.number;
@@ -323,6 +360,13 @@ impl Registry {
             // SAFETY: A VM is in no list but that of the registry.
             unsafe { state.vms.remove(&vm) };
         }
+        let member = match (member, state.walk) {
+            (Some(member), Some(walk)) if walk.awaits(&vm, &member) => {
+                state.awaited.push_back(member);
+                None
+            }
+            (member, _) => member,
+        };
         drop(state);
         // Memory is given back without the lock.
         drop(member);
@@ -351,12 +395,16 @@ impl Registry {
         Some((&member.identity, answer))
     }
 
-    /// Writes a snapshot into `buffer`; its size in bytes.
+    /// Writes a snapshot into `buffer`; its size in bytes. `gone` is room for the totals, empty.
+    ///
+    /// It is of the vCPUs that there are when it begins, each as of the moment when it is seen.
+    /// One that goes in the meantime is seen all the same, and stands in the totals of the next
+    /// snapshot: so none is in both or in neither.
     ///
     /// # Errors
     ///
     /// [`Full`] when the buffer is too small.
-    pub(crate) fn snapshot(&self, buffer: &mut [u8]) -> Result<usize, Full> {
+    pub(crate) fn snapshot(&self, buffer: &mut [u8], gone: &mut Totals) -> Result<usize, Full> {
         let (tsc_khz, tsc_stable) = hooks::clock();
         let host = Host {
             isa: self.leaves.isa,
@@ -368,9 +416,21 @@ impl Registry {
             now: hooks::timestamp(),
         };
         let mut encoder = Encoder::new(buffer, host);
-        let mut state = self.state.lock();
-        state.each(|whose, ledger| encoder.vcpu(whose, ledger));
-        encoder.finish(&state.gone, state.unmetered)
+        let walking = self.walking.lock();
+        let unmetered = self.state.lock().begin_walk(gone);
+        while self
+            .state
+            .lock()
+            .walk_on(|whose, ledger| encoder.vcpu(whose, ledger))
+        {}
+        let awaited = self
+            .state
+            .lock()
+            .end_walk(|whose, ledger| encoder.vcpu(whose, ledger));
+        drop(walking);
+        // Memory is given back without a lock.
+        drop(awaited);
+        encoder.finish(gone, unmetered)
     }
 
     /// The numbers of all vCPUs, those that are gone and those that live.
@@ -500,6 +560,55 @@ impl PinnedDrop for Registry {
 }
 
 impl State {
+    /// Begins a snapshot: adds the numbers of the vCPUs that are gone to `gone`, and says how many
+    /// ran unmetered.
+    fn begin_walk(&mut self, gone: &mut Totals) -> u64 {
+        gone.add(&self.gone);
+        self.walk = Some(Walk {
+            newest: self.serial,
+            seen: (0, 0),
+        });
+        self.unmetered
+    }
+
+    /// Has `see` see the next few vCPUs, with their ledgers at rest; whether there are more.
+    fn walk_on(&mut self, mut see: impl FnMut(&Identity, &LedgerCopy)) -> bool {
+        let Some(walk) = &mut self.walk else {
+            return false;
+        };
+        let mut seen = 0_usize;
+        for vm in self.vms.iter() {
+            if vm.number < walk.seen.0 {
+                continue;
+            }
+            for member in vm.members.lock().iter() {
+                if !walk.awaits(&vm, &member) {
+                    continue;
+                }
+                if seen == AT_A_TIME {
+                    return true;
+                }
+                member.ledger.copy(&mut self.copy);
+                see(&member.identity, &self.copy);
+                walk.seen = (vm.number, member.serial);
+                seen = seen.wrapping_add(1);
+            }
+        }
+        false
+    }
+
+    /// Has `see` see those that went before they were seen, and ends the snapshot; gives them to
+    /// be dropped.
+    fn end_walk(&mut self, mut see: impl FnMut(&Identity, &LedgerCopy)) -> List<Member> {
+        self.walk = None;
+        let awaited = core::mem::replace(&mut self.awaited, List::new());
+        for member in awaited.iter() {
+            member.ledger.copy(&mut self.copy);
+            see(&member.identity, &self.copy);
+        }
+        awaited
+    }
+
     /// Has `see` see each metered vCPU, with its ledger at rest.
     fn each(&mut self, mut see: impl FnMut(&Identity, &LedgerCopy)) {
         for vm in self.vms.iter() {
@@ -532,7 +641,7 @@ impl Vm {
 }
 
 impl Member {
-    fn new(vm: &Arc<Vm>, owner: &Owner) -> Result<ListArc<Self>> {
+    fn new(vm: &Arc<Vm>, owner: &Owner, serial: u64) -> Result<ListArc<Self>> {
         let identity = Identity {
             vm: vm.number,
             name: owner.name,
@@ -542,6 +651,7 @@ impl Member {
         ListArc::pin_init(
             try_pin_init!(Self {
                 ledger <- pin_init::init_zeroed(),
+                serial,
                 identity,
                 vm: vm.clone(),
                 links <- ListLinks::new(),

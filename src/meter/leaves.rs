@@ -387,9 +387,11 @@ mod tests {
     /// All 2^32 leaves by class: those above the low nibble, and its 16 values.
     #[test]
     fn only_our_leaves_are_ours() {
+        // Miri takes a thousand times as long.
+        let step = if cfg!(miri) { 0xf_fffd } else { 1 };
         for map in [LeafMap::Off, LeafMap::Map2021, LeafMap::Map2022] {
             let leaves = Leaves { map, isa: Isa::Svm };
-            for base in (0..=0x0fff_ffff_u32).map(|base| base << 4) {
+            for base in (0..=0x0fff_ffff_u32).step_by(step).map(|base| base << 4) {
                 if base != 0x4fff_fff0 {
                     assert!(!leaves.is_ours(base) && !leaves.is_ours(base | 0xf));
                 }

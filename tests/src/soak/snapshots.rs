@@ -20,12 +20,82 @@ use crate::{
 const SECONDS: u64 = 60;
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::with(
-        "log_queries=0",
-        "soak: snapshots while 4 vCPUs run, each balanced and none behind the one before",
-        || beside_vcpus(Duration::from_secs(part_of(SECONDS))),
-    )
-    .within(600)]
+    vec![
+        Case::with(
+            "log_queries=0",
+            "soak: snapshots while 4 vCPUs run, each balanced and none behind the one before",
+            || beside_vcpus(Duration::from_secs(part_of(SECONDS))),
+        )
+        .within(600),
+        Case::with(
+            "log_queries=0",
+            "soak: snapshots while vCPUs come and go, no number lost or told twice",
+            || beside_churn(Duration::from_secs(part_of(SECONDS))),
+        )
+        .within(600),
+    ]
+}
+
+/// The exits of all vCPUs, gone or not, do not fall from one snapshot to the next: they would if
+/// one was in the records and in the totals, or, the next time, in neither.
+fn beside_churn(time: Duration) -> Result<()> {
+    // More vCPUs than a snapshot sees at a time, so that others come and go in its course.
+    let _resting = (0..4)
+        .map(|_| {
+            let mut machine = Machine::new(Config {
+                vcpus: 15,
+                ..Config::new(Program::OutUser, Mode::Long, 5)
+            })?;
+            machine.run()?;
+            anyhow::Ok(machine)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let done = AtomicBool::new(false);
+    let (mut snapshots, mut vms) = (0_u64, 0_u64);
+    thread::scope(|scope| {
+        let churn = scope.spawn(|| -> Result<u64> {
+            let mut vms = 0;
+            while !done.load(Ordering::Relaxed) {
+                let some = |program| {
+                    Machine::new(Config {
+                        vcpus: 4,
+                        ..Config::new(program, Mode::Long, 20)
+                    })
+                };
+                // The older one goes first, and the other way round.
+                let (mut one, mut other) = (some(Program::Cpuid)?, some(Program::OutUser)?);
+                one.run()?;
+                other.run()?;
+                if vms % 4 == 0 {
+                    drop(one);
+                }
+                vms += 2;
+            }
+            Ok(vms)
+        });
+        let result = (|| {
+            let mut before = Meter::read()?.exits();
+            let started = Instant::now();
+            while started.elapsed() < time {
+                let now = Meter::read()?.exits();
+                snapshots += 1;
+                for (code, count) in &before {
+                    let exits = now.get(code).copied().unwrap_or(0);
+                    ensure!(
+                        exits >= *count,
+                        "exits of reason {code} fell from {count} to {exits}"
+                    );
+                }
+                before = now;
+            }
+            anyhow::Ok(())
+        })();
+        done.store(true, Ordering::Relaxed);
+        vms = churn.join().ok().context("a thread panicked")??;
+        result
+    })?;
+    println!("{snapshots} snapshots while {vms} VMs came and went; no number fell");
+    Ok(())
 }
 
 fn beside_vcpus(time: Duration) -> Result<()> {

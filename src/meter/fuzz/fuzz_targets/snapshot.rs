@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whatever the bytes, the reader refuses them or reads them to the end, and never panics.
+
+#![no_main]
+
+use exitmeter_meter::{phase::Phase, reader::Snapshot};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(snapshot) = Snapshot::parse(bytes) else {
+        return;
+    };
+    let _ = (snapshot.version(), snapshot.isa(), snapshot.tsc_khz());
+    let _ = (snapshot.leaf_map(), snapshot.unmetered(), snapshot.gone());
+    let vcpus = snapshot.vcpus().flat_map(|vcpu| {
+        let _ = (vcpu.vm(), vcpu.name(), vcpu.pid(), vcpu.id());
+        let _ = (vcpu.first(), vcpu.last(), vcpu.phase(), vcpu.latest());
+        let _ = vcpu.balances();
+        vcpu.rows()
+    });
+    for row in vcpus.chain(snapshot.totals()) {
+        let _ = (row.reason(), row.exits(), row.nested_exits(), row.max());
+        let _ = Phase::ALL.map(|phase| row.cycles(phase));
+        let _ = row.histogram();
+        for counter in snapshot.counters() {
+            let _ = row.numbers(&counter).fold(0, u64::wrapping_add);
+        }
+    }
+});

@@ -5,6 +5,9 @@
 #   make demo           shows on an emulated host what the module does
 #   make test           all tests; KERNEL=7.2.12 takes another kernel for those on emulated hosts
 #   make test-amd       the tests on the emulated AMD host alone, the fast loop
+#   make soak           the module under load, churn and attack, on both emulated hosts; PERCENT=10 does a tenth
+#   make soak-loom      every order in which threads can see a ledger and the table of ledgers
+#   make soak-miri      the pure half under an interpreter that knows undefined behaviour; takes nightly Rust
 #   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
 #   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
 #   make bench          measures what metering costs, beside other meters
@@ -22,7 +25,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak-ibt soak-debug bench soak-selftests check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-ibt soak-debug bench soak-selftests check lab install clean bootstrap
 
 all: module tool
 
@@ -48,6 +51,16 @@ test: bootstrap
 
 test-amd: bootstrap
 	cargo run --release --quiet -p system-tests -- --host amd $(with_kernel)
+
+soak: bootstrap
+	cargo run --release --quiet -p system-tests -- --soak --percent $(or $(PERCENT),100) --timeout 14400
+
+soak-loom: bootstrap
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p exitmeter-meter --test loom
+
+soak-miri: bootstrap
+	rustup toolchain install nightly --profile minimal --component miri --component rust-src
+	PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p exitmeter-meter
 
 soak-ibt: bootstrap
 	cargo test --release -p lab --test ends -- --ignored past_an_endbr
@@ -87,6 +100,12 @@ install:
 	install -D -m 644 scripts/60-exitmeter.rules "$(DESTDIR)/usr/lib/udev/rules.d/60-exitmeter.rules"
 	depmod --basedir "$(DESTDIR)/" $(RUNNING)
 	cargo install --quiet --no-track --force --path cli --root "$(DESTDIR)$(PREFIX)"
+	"$(DESTDIR)$(PREFIX)/bin/exitmeter" man "$(DESTDIR)$(PREFIX)/share/man/man1"
+	install -d "$(DESTDIR)$(PREFIX)/share/bash-completion/completions" "$(DESTDIR)$(PREFIX)/share/zsh/site-functions" \
+		"$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d"
+	"$(DESTDIR)$(PREFIX)/bin/exitmeter" completions bash >"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/exitmeter"
+	"$(DESTDIR)$(PREFIX)/bin/exitmeter" completions zsh >"$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_exitmeter"
+	"$(DESTDIR)$(PREFIX)/bin/exitmeter" completions fish >"$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/exitmeter.fish"
 
 clean:
 	rm -rf build

@@ -7,9 +7,8 @@
 //! than the kernel's atomics because those are an out-of-line call per operation on
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
-use core::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
-
 use super::{
+    atomic::{fence, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
     parts,
     phase::Phase,
@@ -193,6 +192,41 @@ impl Ledger {
     fn end_transition(&self, now: u64) {
         // ORDERING: Who sees that it has ended sees all of it.
         self.last.store(now, Ordering::Release);
+    }
+
+    /// A ledger that has not begun, where loom's atomics are none of zeroed memory.
+    #[cfg(loom)]
+    #[allow(clippy::new_without_default, reason = "of the models alone")]
+    pub fn new() -> Box<Self> {
+        let mut ledger = Box::<Self>::new_uninit();
+        let at = ledger.as_mut_ptr();
+        // SAFETY: Every field is written once, in place, as a model's stack is small.
+        unsafe {
+            for word in [
+                &raw mut (*at).begun,
+                &raw mut (*at).last,
+                &raw mut (*at).carried,
+                &raw mut (*at).first,
+            ] {
+                word.write(AtomicU64::new(0));
+            }
+            for word in [
+                &raw mut (*at).row,
+                &raw mut (*at).phase,
+                &raw mut (*at).taken,
+            ] {
+                word.write(AtomicU32::new(0));
+            }
+            let fill = |first: *mut AtomicU64, count| {
+                for place in 0..count {
+                    first.add(place).write(AtomicU64::new(0));
+                }
+            };
+            fill((&raw mut (*at).used).cast(), WORDS);
+            fill((&raw mut (*at).cells.0).cast(), CELLS);
+            fill((&raw mut (*at).nested).cast(), SLOTS);
+            ledger.assume_init()
+        }
     }
 
     /// The vCPU's first event, at TSC `now`, after which it is in `phase`.

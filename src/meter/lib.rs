@@ -6,7 +6,7 @@
 //! `crate::meter::phase::Phase` resolves. What only the tools need, [`reader`] and
 //! [`handlers`], is declared here and not there.
 
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, loom)), no_std)]
 
 #[path = "mod.rs"]
 pub mod meter;

@@ -5,6 +5,7 @@
 //! Nothing here knows the kernel or C. Nothing here may panic on a path that the module
 //! takes, as a panic there is a dead host.
 
+mod atomic;
 pub mod histogram;
 pub mod leaves;
 pub mod ledger;

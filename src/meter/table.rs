@@ -8,7 +8,7 @@
 //! changes around it, other keys, must only not hide it. That holds because a place that
 //! was taken never becomes empty again while a key stands behind it.
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use super::atomic::{AtomicUsize, Ordering};
 
 /// A place of the table. All-zero bytes are an empty one.
 #[derive(Debug, Default)]

@@ -9,7 +9,7 @@ mod outside;
 mod report;
 mod soak;
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode};
 
 use anyhow::Result;
 use clap::Parser;
@@ -53,6 +53,10 @@ struct Arguments {
     /// The long cases in place of the others: load, churn, attacks.
     #[arg(long)]
     soak: bool,
+    /// How much of the long cases' work to do, in percent.
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "soak",
+          value_parser = clap::value_parser!(u32).range(1..=100))]
+    percent: u32,
     /// The side inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
@@ -91,7 +95,11 @@ fn main() -> Result<ExitCode> {
     }
     if arguments.inside {
         let cases = match arguments.soak {
-            true => soak::all(),
+            true => {
+                // For the cases, each of which is a process of its own.
+                env::set_var(soak::PERCENT, arguments.percent.to_string());
+                soak::all()
+            }
             false => cases::all(),
         };
         return inside::run(cases, &arguments.words, &arguments.expect, arguments.slow);
@@ -107,7 +115,7 @@ fn main() -> Result<ExitCode> {
         expect: arguments.expect,
         kvm_args: arguments.kvm_args,
         append: arguments.append,
-        soak: arguments.soak,
+        soak: arguments.soak.then_some(arguments.percent),
         words: arguments.words,
     })
 }

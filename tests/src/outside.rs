@@ -67,8 +67,8 @@ pub struct Plan {
     pub kvm_args: Option<String>,
     /// More for the host kernel's command line.
     pub append: Option<String>,
-    /// The long cases in place of the others.
-    pub soak: bool,
+    /// The long cases in place of the others, and how much of their work to do, in percent.
+    pub soak: Option<u32>,
     /// Only cases whose names hold one of these words.
     pub words: Vec<String>,
 }
@@ -135,9 +135,13 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     if let Some(text) = &plan.append {
         lab.arg(format!("--append={text}"));
     }
+    let mut words = vec![INSIDE.to_owned(), "--inside".to_owned()];
+    if let Some(percent) = plan.soak {
+        words.extend(["--soak".to_owned(), format!("--percent={percent}")]);
+    }
     let mut lab = lab
-        .args(["--", INSIDE, "--inside"])
-        .args(plan.soak.then_some("--soak"))
+        .arg("--")
+        .args(words)
         .args(["--slow", &plan.slow.to_string()])
         .args(expected(&plan.expect))
         .args(&plan.words)

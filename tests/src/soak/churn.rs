@@ -13,7 +13,7 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::random::Random;
+use super::{part_of, random::Random};
 use crate::{
     cases::Case,
     host::{
@@ -24,17 +24,15 @@ use crate::{
 };
 
 /// How many VMs come and go in all.
-const VMS: u32 = 10_000;
-/// Of these, how many are killed with their process.
-const KILLED: u32 = 500;
+const VMS: u64 = 10_000;
+/// How many processes are killed with their VMs.
+const KILLED: u64 = 500;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
-            "log_queries=0",
-            format!("soak: {VMS} VMs come and go"),
-            || come_and_go(VMS - 3 * KILLED),
-        )
+        Case::with("log_queries=0", "soak: VMs come and go", || {
+            come_and_go(part_of(VMS))
+        })
         .within(7200),
         Case::with(
             "log_queries=0",
@@ -44,8 +42,8 @@ pub(super) fn cases() -> Vec<Case> {
         .within(300),
         Case::with(
             "log_queries=0",
-            format!("soak: {KILLED} processes killed at random moments of their VMs"),
-            || killed(KILLED),
+            "soak: processes are killed at random moments of their VMs",
+            || killed(part_of(KILLED)),
         )
         .within(3600),
         Case::with(
@@ -107,7 +105,7 @@ fn nothing_is_left() -> Result<u64> {
 
 /// Two threads make VMs and run them; every tenth VM is asked for vCPUs that it cannot have, and
 /// every seventh is never run.
-fn come_and_go(count: u32) -> Result<()> {
+fn come_and_go(count: u64) -> Result<()> {
     let span = Span::begin()?;
     let before = nothing_is_left()?;
     let started = Instant::now();
@@ -179,7 +177,7 @@ fn without_a_file() -> Result<()> {
 }
 
 /// Processes with VMs, each of which is killed when it has run for up to 120 ms.
-fn killed(count: u32) -> Result<()> {
+fn killed(count: u64) -> Result<()> {
     let span = Span::begin()?;
     nothing_is_left()?;
     let mut random = Random::new(7);
@@ -197,7 +195,7 @@ fn killed(count: u32) -> Result<()> {
     thread::sleep(Duration::from_secs(1));
     let gone = nothing_is_left()?;
     let exits: u64 = span.end()?.values().sum();
-    ensure!(exits > u64::from(count), "{exits} exits are too few");
+    ensure!(exits > count, "{exits} exits are too few");
     println!("{count} processes killed, {gone} vCPUs gone; {exits} exits, all in the totals");
     Ok(())
 }
@@ -215,8 +213,8 @@ fn child(arguments: &[&str]) -> Result<Child> {
 
 /// VMs of 15 vCPUs where 8 may be metered.
 fn past_the_limit() -> Result<()> {
-    const ROUNDS: u64 = 200;
-    for round in 1..=ROUNDS {
+    let rounds = part_of(200);
+    for round in 1..=rounds {
         let many = Config {
             vcpus: 15,
             ..Config::new(Program::OutUser, Mode::Long, 20)
@@ -239,7 +237,7 @@ fn past_the_limit() -> Result<()> {
         let cpuid = numbers.exits_of(crate::host::pick(10, 0x72)?);
         ensure!(cpuid == 50, "then {cpuid} CPUID exits of 50 are metered");
     }
-    println!("{ROUNDS} times 15 vCPUs where 8 may be metered");
+    println!("{rounds} times 15 vCPUs where 8 may be metered");
     // The count of those unmetered does not fall: the next case is to find a new module.
     module::unload()
 }

@@ -11,7 +11,7 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reader::Snapshot;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::snapshots::not_behind;
+use super::{part_of, snapshots::not_behind};
 use crate::{
     cases::Case,
     host::{log::Log, meter::Meter, span::Span},
@@ -23,7 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with(
             "log_queries=0",
-            "soak: a CPU goes offline and comes back 100 times under load",
+            "soak: a CPU goes offline and comes back under load, again and again",
             hotplug,
         )
         .within(1200),
@@ -36,7 +36,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn hotplug() -> Result<()> {
-    const TIMES: u32 = 100;
+    let times = part_of(100);
     if !fs::exists(ONLINE)? {
         println!("left out: this host has one CPU");
         return Ok(());
@@ -58,7 +58,7 @@ fn hotplug() -> Result<()> {
         });
         let result = (|| {
             let mut before = Meter::read()?;
-            for time in 0..2 * TIMES {
+            for time in 0..2 * times {
                 let online = time % 2;
                 fs::write(ONLINE, online.to_string())
                     .with_context(|| format!("{ONLINE} does not take {online}"))?;
@@ -81,7 +81,7 @@ fn hotplug() -> Result<()> {
     })?;
     let exits: u64 = span.end()?.values().sum();
     println!(
-        "{TIMES} times offline and online in {:.0} s, {exits} exits meanwhile, all counted",
+        "{times} times offline and online in {:.0} s, {exits} exits meanwhile, all counted",
         started.elapsed().as_secs_f64()
     );
     Ok(())

@@ -12,18 +12,19 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 
+use super::part_of;
 use crate::{
     cases::Case,
     host::{hist, linux::Linux, meter::Meter, module},
 };
 
 /// How often the module is loaded and unloaded.
-const CYCLES: u32 = 1000;
+const CYCLES: u64 = 1000;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = vec![Case::without(
-        format!("soak: {CYCLES} times loaded and unloaded while guests work"),
-        || cycles(CYCLES),
+        "soak: loaded and unloaded again and again while guests work",
+        || cycles(part_of(CYCLES)),
     )
     .with_linux()
     .within(7200)];
@@ -71,7 +72,7 @@ fn keep_on(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u6
     Ok(times)
 }
 
-fn cycles(count: u32) -> Result<()> {
+fn cycles(count: u64) -> Result<()> {
     let linux = Linux::boot(&["--vcpus", "2"])?;
     // What is made once and kept, be made before the first look.
     cycle()?;
@@ -92,20 +93,14 @@ fn cycles(count: u32) -> Result<()> {
             })
         });
         let tiny = scope.spawn(|| {
-            let programs = [
-                Program::Cpuid,
-                Program::OutUser,
-                Program::Touch,
-                Program::Rdmsr,
-            ];
+            // These two have KVM's own interrupt controllers. VMs without would have KVM change its
+            // code (the static key kvm_has_noapic_vcpu) as they come and go, and there QEMU's
+            // emulation of several CPUs is not sound: see docs/testing.md.
+            let programs = [Program::InKernel, Program::HltKernel];
             let mut turn = programs.iter().cycle();
             keep_on(&done, || {
                 let program = *turn.next().context("a cycle has no end")?;
-                Machine::new(Config {
-                    vcpus: 2,
-                    ..Config::new(program, Mode::Long, 300)
-                })?
-                .run()?;
+                Machine::new(Config::new(program, Mode::Long, 30))?.run()?;
                 Ok(())
             })
         });
@@ -130,7 +125,7 @@ fn cycles(count: u32) -> Result<()> {
         "{count} loads and unloads in {:.0} s, while a Linux guest checked {sums} sums and {tiny} VMs came and went",
         started.elapsed().as_secs_f64()
     );
-    before.demand_no_leak(&after, u64::from(count))
+    before.demand_no_leak(&after, count)
 }
 
 /// Loads the module, sees that it meters, and unloads it.

@@ -11,7 +11,18 @@ mod snapshots;
 
 pub use churn::{bequeath, worker};
 
+use std::env;
+
 use crate::cases::Case;
+
+/// The environment variable by which a case learns how much of its work to do, in percent.
+pub const PERCENT: &str = "EXITMETER_SOAK_PERCENT";
+
+/// That part of `count` which is to be done, at least 1.
+fn part_of(count: u64) -> u64 {
+    let percent = env::var(PERCENT).ok().and_then(|text| text.parse().ok());
+    (count * percent.unwrap_or(100_u64) / 100).max(1)
+}
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {

@@ -10,19 +10,20 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program};
 
+use super::part_of;
 use crate::{
     cases::Case,
     host::meter::{Meter, Vcpu},
 };
 
-/// How long.
-const TIME: Duration = Duration::from_secs(60);
+/// For how many seconds.
+const SECONDS: u64 = 60;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![Case::with(
         "log_queries=0",
         "soak: snapshots while 4 vCPUs run, each balanced and none behind the one before",
-        || beside_vcpus(TIME),
+        || beside_vcpus(Duration::from_secs(part_of(SECONDS))),
     )
     .within(600)]
 }

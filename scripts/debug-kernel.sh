@@ -30,15 +30,16 @@ inside() {
 if [ ! -e "$OUT/.unpacked" ]; then
   say "unpacking"
   # shellcheck disable=SC2016
-  run "$log" inside sh -euc '
+  run "$log" inside bash -euc '
+    shopt -s nullglob
     find . -mindepth 1 -delete
     tar -xJf /kernel/source.tar.xz --strip-components=1 --exclude=Documentation/devicetree/bindings
-    for patch in /scripts/patches/debug-kernel-*.patch; do
+    for patch in /scripts/patches/debug-kernel-"$1"-*.patch; do
       echo "$patch"
       patch -p1 --no-backup-if-mismatch --fuzz=0 <"$patch"
     done
     touch /out/.unpacked
-  ' || die "the kernel's source could not be unpacked or patched; remove $OUT and try again (the log is $log)."
+  ' bash "$FLAVOUR" || die "the kernel's source could not be unpacked or patched; remove $OUT and try again (the log is $log)."
 fi
 
 say "configuring"

@@ -36,12 +36,13 @@ run "$log" "$here/in-root.sh" "$ROOT" --bind "$OUT:/out" --bind "$KERNEL_DIR:/ke
   make -j "$JOBS" ARCH=x86 HOSTCC=gcc-14 CC=gcc-14 headers_install
 
   cd tools/testing/selftests/kvm
-  # These ask for more rounds than an emulator does in minutes, and take no arguments.
+  # These ask for more rounds or threads than an emulator does in minutes, and take no arguments.
   fewer() {
     grep -q "^#define $2[[:space:]]*$3\$" "$1"
     sed -i "s/^\(#define $2[[:space:]]*\)$3\$/\1$4/" "$1"
   }
   fewer hardware_disable_test.c NR_ITERATIONS 512 16
+  fewer hardware_disable_test.c NR_SLEEPERS_PER_VCPU 16 2
   fewer rseq_test.c NR_TASK_MIGRATIONS 100000 2000
   fewer x86/save_restore_pf_stress_test.c NR_ITERATIONS 500 20
   # Static, as the hosts have no libraries. One test that does not build is not to take the others with it.

@@ -203,10 +203,10 @@ impl Tape<'_> {
     fn tell(&self, time: Duration) {
         if !self.args.quiet {
             eprintln!(
-                "exitmeter: {} snapshots in {:.1} s, {}B in {}",
+                "exitmeter: {} snapshots in {:.1} s, {} in {}",
                 numbers::exact(self.writer.snapshots()),
                 time.as_secs_f64(),
-                numbers::rough(self.writer.bytes()),
+                size(self.writer.bytes()),
                 self.args.output.display()
             );
         }
@@ -218,4 +218,12 @@ fn cpu() -> Option<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(": ")?.1.trim().to_owned())
+}
+
+/// A number of bytes, as people read it.
+fn size(bytes: u64) -> String {
+    let text = numbers::rough(bytes);
+    let number = text.trim_end_matches(char::is_alphabetic);
+    let unit = text.trim_start_matches(number);
+    format!("{number} {unit}B")
 }

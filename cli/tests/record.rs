@@ -87,7 +87,7 @@ fn a_command_is_recorded_from_before_it_starts_until_it_has_ended() {
     );
     let told = words(&output);
     let told = told.strip_prefix(&format!("exitmeter: {} snapshots in 0.", snapshots.len()));
-    assert!(told.unwrap().ends_with(" in file.rec\n"));
+    assert!(told.unwrap().ends_with(" kB in file.rec\n"));
 
     let bytes = fs::read(file(&folder)).unwrap();
     let reader = Reader::new(&bytes).unwrap();

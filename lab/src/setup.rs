@@ -26,15 +26,26 @@ use crate::interrupt;
 use engine::{Engine, Recipe, Step};
 use progress::Progress;
 
-/// The kernels that are built here, to check themselves while they run (scripts/debug-kernel.sh). They go by these
-/// names in the place of a version.
-pub const CHECKED: [&str; 2] = ["debug", "kcsan"];
+/// The kernels that are built here, to check themselves while they run (scripts/debug-kernel.sh).
+const CHECKED: [&str; 2] = ["debug", "kcsan"];
+
+/// Which of the kernels that are built here is wanted, if one is, and from the source of which packaged one: "debug" is
+/// from the newest's, "7.2.12-debug" from that of 7.2.12.
+fn checked(kernel: &str) -> Option<(&'static str, &str)> {
+    CHECKED.into_iter().find_map(|name| {
+        let version = kernel.strip_suffix(name)?;
+        match version {
+            "" => Some((name, "newest")),
+            version => Some((name, version.strip_suffix('-')?)),
+        }
+    })
+}
 
 /// What a run needs, besides the Debian root.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there; or one of [`CHECKED`],
-    /// made from the newest one's source.
+    /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there. Or one that is built here
+    /// from its source: "debug", "kcsan", "7.2.12-debug", "7.2.12-kcsan".
     pub kernel: Option<String>,
     /// The kernel's tree, to build modules.
     pub tree: bool,
@@ -192,15 +203,15 @@ impl Plan {
             on: &[],
         })?;
         let kernel = wanted.kernel.as_deref().unwrap_or("newest");
-        let checked = CHECKED.into_iter().find(|name| *name == kernel);
+        let checked = checked(kernel);
         let kernel = engine.step(&Recipe {
             name: "kernel",
             mib: 900,
-            settings: &[("KERNEL", checked.map_or(kernel, |_| "newest"))],
+            settings: &[("KERNEL", checked.map_or(kernel, |(_, version)| version))],
             on: &[("ROOT", &root)],
         })?;
         let checked = checked
-            .map(|name| {
+            .map(|(name, _)| {
                 let config = engine.config(name)?;
                 engine.step(&Recipe {
                     name: "debug-kernel",

@@ -119,6 +119,9 @@ pub struct Watch {
     last_sign: Duration,
     /// The line of the console that has not ended yet.
     line: Vec<u8>,
+    /// What goes through the lines of the console, and those of the kernel log.
+    console: Judge,
+    log: Judge,
     fault: Option<(Fault, Duration)>,
     failure: Option<String>,
     verdict: Option<u32>,
@@ -134,6 +137,8 @@ impl Watch {
             limits,
             last_sign: Duration::ZERO,
             line: Vec::new(),
+            console: Judge::default(),
+            log: Judge::default(),
             fault: None,
             failure: None,
             verdict: None,
@@ -151,7 +156,8 @@ impl Watch {
         for &byte in bytes {
             if byte == b'\n' {
                 let line = std::mem::take(&mut self.line);
-                self.judge(now, &line);
+                let fault = self.console.fault_in(&String::from_utf8_lossy(&line));
+                self.note(now, fault);
             } else {
                 self.line.push(byte);
             }
@@ -165,7 +171,8 @@ impl Watch {
             Message::Kernel(record) => {
                 if let Some(record) = Record::parse(record) {
                     if record.facility == KERNEL_FACILITY {
-                        self.judge(now, record.text.as_bytes());
+                        let fault = self.log.fault_in(&record.text);
+                        self.note(now, fault);
                     }
                 }
             }
@@ -228,7 +235,8 @@ impl Watch {
     /// The worst fault so far, and since when the host is known to have one.
     fn fault(&self) -> Option<(Fault, Duration)> {
         // A panic may be the last that a console says, without an end of the line.
-        let unfinished = fault_in(&String::from_utf8_lossy(&self.line));
+        let unfinished = String::from_utf8_lossy(&self.line);
+        let unfinished = self.console.clone().fault_in(&unfinished);
         match (self.fault, unfinished) {
             (Some((fault, since)), Some(unfinished)) => Some((fault.max(unfinished), since)),
             (None, Some(unfinished)) => Some((unfinished, self.last_sign)),
@@ -236,16 +244,41 @@ impl Watch {
         }
     }
 
-    fn judge(&mut self, now: Duration, line: &[u8]) {
-        let Some(fault) = fault_in(&String::from_utf8_lossy(line)) else {
-            return;
+    fn note(&mut self, now: Duration, fault: Option<Fault>) {
+        self.fault = match (self.fault, fault) {
+            (Some((known, since)), Some(fault)) => Some((fault.max(known), since)),
+            (None, Some(fault)) => Some((fault, now)),
+            (known, None) => known,
         };
-        match &mut self.fault {
-            Some((known, _)) => *known = fault.max(*known),
-            None => self.fault = Some((fault, now)),
+    }
+}
+
+/// Goes through the lines of one source, in order.
+#[derive(Clone, Debug, Default)]
+struct Judge {
+    /// A report of a data race has begun and not ended.
+    race: bool,
+}
+
+impl Judge {
+    /// The fault that a line reports. A data race (KCSAN) is one when one of our modules is on a stack of it: the kernel
+    /// has some of its own, and they are not what a run is for.
+    fn fault_in(&mut self, line: &str) -> Option<Fault> {
+        let title = line.contains("BUG: KCSAN:");
+        self.race |= title;
+        let ours = self.race && OURS.iter().any(|name| line.contains(name));
+        if line.contains("Reported by Kernel Concurrency Sanitizer") {
+            self.race = false;
+        }
+        match title || ours {
+            true => ours.then_some(Fault::Oops),
+            false => fault_in(line),
         }
     }
 }
+
+/// How the kernel writes that a function is one of ours: the meter's, or of the module that does wrong.
+const OURS: [&str; 2] = ["[exitmeter]", "[fault]"];
 
 /// The fault that a line of the kernel's reports, if any. The line may be garbled around the words.
 pub fn fault_in(line: &str) -> Option<Fault> {

@@ -38,6 +38,9 @@ struct Arguments {
     /// How much memory the hosts have; as much as the lab gives when not given.
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
+    /// More for the command line of the hosts' kernel.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    append: Option<String>,
     /// Give each case so many times its time: for a kernel that is slow by what it checks.
     #[arg(long, value_name = "FACTOR", default_value_t = 1)]
     slow: u32,
@@ -111,6 +114,7 @@ fn main() -> Result<ExitCode> {
         kernel: arguments.kernel,
         model: arguments.model,
         memory: arguments.memory,
+        append: arguments.append,
         slow: arguments.slow,
         expect: arguments.expect,
         kvm_args: arguments.kvm_args,

@@ -59,6 +59,8 @@ pub struct Plan {
     pub model: Option<String>,
     /// Its memory in MiB; the lab's own choice when not given.
     pub memory: Option<u32>,
+    /// More for its kernel's command line.
+    pub append: Option<String>,
     /// How many times its time each case gets.
     pub slow: u32,
     /// What the lines of its kernel log must hold.
@@ -128,6 +130,9 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     }
     if let Some(memory) = plan.memory {
         lab.args(["--memory", &memory.to_string()]);
+    }
+    if let Some(text) = &plan.append {
+        lab.arg(format!("--append={text}"));
     }
     if let Some(parameters) = &plan.kvm_args {
         lab.args(["--kvm-args", parameters]);

@@ -74,6 +74,7 @@ fn table(series: &Series) -> String {
             let ticks = spread.and_then(|spread| spread.quantile(percent));
             ticks.map_or("-".to_owned(), exact)
         };
+        let max = spread.map(|spread| spread.max).filter(|max| *max != 0);
         let code = reason.label.code;
         table += &row(
             &[
@@ -87,7 +88,7 @@ fn table(series: &Series) -> String {
                 quantile(50),
                 quantile(95),
                 quantile(99),
-                spread.map_or("-".to_owned(), |spread| exact(spread.max)),
+                max.map_or("-".to_owned(), exact),
             ],
             "td",
         );

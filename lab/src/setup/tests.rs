@@ -332,4 +332,18 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
         "root, kernel, tree, bochs"
     );
     assert_eq!(keys(&newest), keys(&plan(None)));
+    // One that is built here stands on the packaged one of its version, and comes with its tree.
+    for (checked, packaged) in [
+        ("debug", &newest),
+        ("7.2.12-debug", &other),
+        ("7.2.12-kcsan", &other),
+    ] {
+        let checked = plan(Some(checked));
+        assert_eq!(checked.kernel.key, packaged.kernel.key);
+        assert!(checked.checked.is_some() && checked.tree.is_none());
+    }
+    assert_ne!(
+        keys(&plan(Some("7.2.12-debug"))),
+        keys(&plan(Some("7.2.12-kcsan")))
+    );
 }

@@ -364,3 +364,29 @@ fn records_of_the_kernel_log_are_read_as_they_are_written() {
         assert_eq!(Record::parse(bytes), None);
     }
 }
+
+#[test]
+fn a_data_race_counts_when_one_of_our_modules_takes_part() {
+    let report = |frame: &str| {
+        format!(
+            "[    1.0] BUG: KCSAN: data-race in copy / work\n[    1.0] write to 0xffff of 8 bytes by task 7 on cpu 0:\n\
+             [    1.0]  copy+0x1/0x2\n[    1.0]  {frame}\n[    1.0] Reported by Kernel Concurrency Sanitizer on:\n\
+             [    1.0] Modules linked in: [exitmeter]\n"
+        )
+    };
+    let (own, kernels) = (report("work+0x1/0x2 [exitmeter]"), report("work+0x1/0x2"));
+    assert_eq!(
+        watch(own.as_bytes()).end(seconds(5)),
+        Some(End::Fault(Fault::Oops))
+    );
+    let mut watch = watch(kernels.as_bytes());
+    assert_eq!(watch.end(seconds(5)), None);
+    // And nothing that comes in it, or after it, is missed.
+    watch.console(seconds(5), OOPS.as_bytes());
+    assert_eq!(watch.end(seconds(9)), Some(End::Fault(Fault::Oops)));
+    let cut = kernels.split("Reported").next().unwrap().to_owned() + PANIC;
+    assert_eq!(
+        self::watch(cut.as_bytes()).end(seconds(5)),
+        Some(End::Fault(Fault::Panic))
+    );
+}

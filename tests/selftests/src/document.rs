@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use crate::{
+    allowance::{LIMITS, SPECIAL},
     outside::{Compared, Results, Soak},
     verdict::{Ended, Verdict},
 };
@@ -28,7 +29,7 @@ pub fn tally(runs: &[Ended]) -> String {
 /// One line that sums up a host.
 pub fn sum(results: &Results) -> String {
     let mut counts: BTreeMap<Verdict, usize> = BTreeMap::new();
-    let (mut exits, mut runs, mut random) = (0, 0, 0);
+    let (mut exits, mut reasons, mut runs, mut random) = (0, 0, 0, 0);
     for compared in results.tests.values() {
         if let Some(first) = compared.with.first() {
             *counts.entry(first.verdict).or_default() += 1;
@@ -36,6 +37,7 @@ pub fn sum(results: &Results) -> String {
         random += usize::from(compared.is_random());
         runs += compared.with.len();
         exits += compared.with.iter().map(|run| run.exits).sum::<u64>();
+        reasons += compared.with.iter().map(|run| run.reasons).sum::<usize>();
     }
     let counts: Vec<String> = counts
         .iter()
@@ -43,7 +45,8 @@ pub fn sum(results: &Results) -> String {
         .collect();
     format!(
         "{}, {} CPU{}: {} tests, with the module {}; {random} of them random without it; \
-         {exits} exits in {runs} runs metered as the kernel's histogram has them; {:.0} min",
+         {exits} exits in {runs} runs metered, {reasons} counts by test and reason held against the kernel's \
+         histogram; {:.0} min",
         results.host,
         results.cpus,
         if results.cpus == 1 { "" } else { "s" },
@@ -77,11 +80,24 @@ fn fill(text: &mut String, soak: &Soak) -> std::fmt::Result {
     writeln!(
         text,
         "\nSeconds are those of the host's clock, with the module. Exits are those that were metered, which are those of \
-         the kernel's histogram, reason by reason. Where a test was repeated, all its runs are counted.\n"
+         the kernel's histogram, reason by reason. Where a test was repeated because its verdicts differed, all its runs \
+         are counted.\n"
     )?;
     table(text, soak)?;
     for results in &soak.results {
         reasons(text, results)?;
+    }
+    writeln!(
+        text,
+        "\n## Arguments and limits\n\n\
+         A test gets {} s on Intel and {} s on AMD, and no arguments; these get something of their own. scripts/selftests.sh \
+         names those that have their rounds cut.\n\n\
+         | test | arguments | s on Intel | s on AMD |\n| --- | --- | ---: | ---: |",
+        LIMITS[0], LIMITS[1]
+    )?;
+    for (name, arguments, [intel, amd]) in SPECIAL {
+        let arguments = arguments.join(" ");
+        writeln!(text, "| {name} | {arguments} | {intel} | {amd} |")?;
     }
     Ok(())
 }

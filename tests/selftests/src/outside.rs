@@ -117,17 +117,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let names = names(&folder.join("bin"), &arguments.words)?;
     let lanes = hosts.iter().map(|host| lane(*host, arguments, &prepared));
     let lanes: Vec<Lane> = lanes.collect::<Result<_>>()?;
-    let results: Vec<Result<Results>> = thread::scope(|scope| {
-        let threads: Vec<_> = lanes
-            .iter()
-            .map(|lane| scope.spawn(|| both_ways(lane, &names, arguments.repeat)))
-            .collect();
-        let join = |thread: ScopedJoinHandle<'_, _>| match thread.join() {
-            Ok(results) => results,
-            Err(panic) => panic::resume_unwind(panic),
-        };
-        threads.into_iter().map(join).collect()
-    });
+    let results = together(&lanes, |lane| both_ways(lane, &names, arguments.repeat));
     let soak = Soak {
         release: prepared.release.clone(),
         results: results.into_iter().collect::<Result<_>>()?,
@@ -182,6 +172,20 @@ fn lane(host: Host, arguments: &Arguments, prepared: &Prepared) -> Result<Lane> 
     })
 }
 
+/// Calls `work` for each at once.
+fn together<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let work = &work;
+    thread::scope(|scope| {
+        let spawn = |one| scope.spawn(move || work(one));
+        let threads: Vec<_> = all.iter().map(spawn).collect();
+        let join = |thread: ScopedJoinHandle<'_, _>| match thread.join() {
+            Ok(result) => result,
+            Err(panic) => panic::resume_unwind(panic),
+        };
+        threads.into_iter().map(join).collect()
+    })
+}
+
 /// Runs the tests without the module and with it, and those again whose verdicts differ.
 fn both_ways(lane: &Lane, names: &[String], repeat: usize) -> Result<Results> {
     let started = Instant::now();
@@ -189,8 +193,13 @@ fn both_ways(lane: &Lane, names: &[String], repeat: usize) -> Result<Results> {
     let mut tests: BTreeMap<String, Compared> = BTreeMap::new();
     let mut again = names.to_vec();
     for _ in 0..=repeat {
-        for metered in [false, true] {
-            for run in lane.run(metered, &again, &mut troubles)? {
+        // Side by side, so that the machine is as busy for the one as for the other.
+        let ways = [false, true];
+        let ran = together(&ways, |metered| lane.run(*metered, &again));
+        for (metered, ran) in ways.into_iter().zip(ran) {
+            let (runs, at_the_end) = ran?;
+            troubles.extend(at_the_end);
+            for run in runs {
                 let compared = tests.entry(run.name.clone()).or_default();
                 match metered {
                     false => compared.without.push(run),
@@ -237,4 +246,58 @@ fn tell(soak: &Soak, table: Option<&Path>) -> Result<ExitCode> {
     }
     println!("{failed} failed");
     Ok(ExitCode::from(u8::from(failed != 0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verdict::Verdict::{self, Fail, Pass};
+
+    fn compared(without: &[Verdict], with: &[Verdict]) -> Compared {
+        let runs = |verdicts: &[Verdict]| {
+            let run = |verdict: &Verdict| Ended {
+                name: "a_test".to_owned(),
+                verdict: *verdict,
+                why: String::new(),
+                seconds: 1.,
+                exits: 2,
+                reasons: 1,
+                troubles: Vec::new(),
+            };
+            verdicts.iter().map(run).collect()
+        };
+        Compared {
+            without: runs(without),
+            with: runs(with),
+        }
+    }
+
+    #[test]
+    fn a_verdict_that_differs_is_trouble_unless_it_varies_without_the_module() {
+        for (without, with) in [
+            (&[Pass][..], &[Pass][..]),
+            (&[Fail], &[Fail]),
+            (&[Fail, Pass], &[Pass, Pass]),
+            (&[Pass, Fail], &[Fail, Pass]),
+        ] {
+            let compared = compared(without, with);
+            assert!(compared.troubles().is_empty(), "{without:?} {with:?}");
+        }
+        for (without, with) in [
+            (&[Pass][..], &[Fail][..]),
+            (&[Pass, Pass], &[Fail, Pass]),
+            (&[Pass], &[]),
+            (&[], &[]),
+        ] {
+            let compared = compared(without, with);
+            assert_eq!(compared.troubles().len(), 1, "{without:?} {with:?}");
+        }
+    }
+
+    #[test]
+    fn what_goes_wrong_around_a_test_is_trouble() {
+        let mut compared = compared(&[Pass], &[Pass]);
+        compared.with[0].troubles = vec!["2 ledgers are left".to_owned()];
+        assert_eq!(compared.troubles(), ["with the module: 2 ledgers are left"]);
+    }
 }

@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result};
 const MOUNTS: [(&CStr, &CStr); 2] = [(c"tmpfs", c"/dev/shm"), (c"cgroup2", c"/sys/fs/cgroup")];
 
 /// Settings: which, and what they become.
-const SETTINGS: [(&str, &str); 3] = [
+const SETTINGS: [(&str, &str); 4] = [
+    ("/sys/fs/cgroup/cgroup.subtree_control", "+memory"),
     // Guests may ask for instructions to be emulated: some tests are about that alone.
     ("/sys/module/kvm/parameters/force_emulation_prefix", "1"),
     // Huge pages, and with them fewer faults for the same memory.

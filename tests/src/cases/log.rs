@@ -146,6 +146,34 @@ fn nothing_lost() -> Result<()> {
     Ok(())
 }
 
+/// Takes the data races out of a log that the kernel found (KCSAN) and of which no function of the
+/// meter's is a part; their titles.
+fn take_races(lines: &mut Vec<String>) -> Vec<String> {
+    let mut titles = Vec::new();
+    let mut from = 0;
+    while let Some(start) = lines[from..]
+        .iter()
+        .position(|line| line.contains("BUG: KCSAN:"))
+    {
+        let start = from + start;
+        let end = lines[start..]
+            .iter()
+            .position(|line| line.contains("Reported by Kernel Concurrency Sanitizer"))
+            .map_or(lines.len(), |length| start + length);
+        let ours = lines[start..end]
+            .iter()
+            .any(|line| line.contains("[exitmeter]"));
+        if ours {
+            from = end;
+        } else {
+            titles.push(lines[start].clone());
+            lines.drain(start..end);
+            from = start;
+        }
+    }
+    titles
+}
+
 fn clean() -> Result<()> {
     const BAD: [&str; 11] = [
         "BUG:",
@@ -160,8 +188,12 @@ fn clean() -> Result<()> {
         "refcount_t",
         "kernel BUG",
     ];
-    let lines = Log::from_boot()?.lines()?;
+    let mut lines = Log::from_boot()?.lines()?;
     ensure!(!lines.is_empty(), "the kernel log is empty");
+    let races = take_races(&mut lines);
+    if !races.is_empty() {
+        println!("{} data races of the kernel's own: {races:#?}", races.len());
+    }
     let bad: Vec<&String> = lines
         .iter()
         .filter(|line| BAD.iter().any(|bad| line.contains(bad)))
@@ -175,4 +207,29 @@ fn clean() -> Result<()> {
         "the kernel's taint is {taint:#x} instead of {OUTSIDE:#x}"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_races_of_the_kernels_own_are_taken_out() {
+        let log = "before
+BUG: KCSAN: data-race in tick_nohz_stop_tick / tick_nohz_stop_tick
+ tick_nohz_stop_tick+0x1/0x2
+Reported by Kernel Concurrency Sanitizer on:
+between
+BUG: KCSAN: data-race in memcpy / work
+ memcpy+0x1/0x2
+ work+0x1/0x2 [exitmeter]
+Reported by Kernel Concurrency Sanitizer on:
+BUG: KCSAN: data-race in a / b";
+        let mut lines: Vec<String> = log.lines().map(str::to_owned).collect();
+        let titles = take_races(&mut lines);
+        assert_eq!(titles.len(), 2, "{titles:?}");
+        let left = lines.iter().filter(|line| line.contains("BUG:")).count();
+        assert_eq!(left, 1, "{lines:?}");
+        assert!(lines.contains(&"before".to_owned()) && lines.contains(&"between".to_owned()));
+    }
 }

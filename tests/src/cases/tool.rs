@@ -1,13 +1,13 @@
 //! The tool `exitmeter` tells what the snapshot holds.
 
-use std::{fs, process::Command};
+use std::{fs, process::Command, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::Case;
-use crate::host::{self, hist::Exits, meter::Meter};
+use crate::host::{self, hist::Exits, linux::Linux, meter::Meter};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -18,9 +18,23 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::with(
             "",
+            "tool: the difference of two snapshots holds what happened between them",
+            difference,
+        ),
+        Case::with(
+            "",
             "tool: exitmeter record and plot tell what the device did",
             record,
         ),
+        Case {
+            limit: Duration::from_secs(240),
+            linux: true,
+            ..Case::with(
+                "log_queries=0",
+                "tool: a Linux guest reads its exits, and those of a command, without the tool's own",
+                in_guest,
+            )
+        },
     ]
 }
 
@@ -80,6 +94,147 @@ fn report() -> Result<()> {
         "the report has no line of 600 CPUID exits:\n{text}"
     );
     Ok(())
+}
+
+fn difference() -> Result<()> {
+    let cpuid = host::pick(10, 0x72)?;
+    let [before, after] = ["/tmp/before", "/tmp/after"];
+    let mut old = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
+    old.run()?;
+    save(before)?;
+    let mut new = Machine::new(Config {
+        vcpus: 2,
+        ..Config::new(Program::Cpuid, Mode::Long, 200)
+    })?;
+    new.run()?;
+    drop(old);
+    save(after)?;
+    let delta = json(&tool(&["report", "--json", "--diff", before, after])?)?;
+
+    let vms = delta["vms"].as_array().context("there are VMs")?;
+    ensure!(vms.len() == 1, "the difference has {} VMs", vms.len());
+    let told = exits(&vms[0])?.get(&cpuid).copied();
+    ensure!(told == Some(400), "{told:?} CPUID exits instead of 400");
+    let gone = &delta["departed"];
+    ensure!(
+        gone["vcpus_gone"] == 1 && exits(gone)?.is_empty(),
+        "of the VM that only went there is {gone}"
+    );
+    balance(&delta)?;
+
+    // The one that stays does nothing but to wait in user space.
+    let lines = tool(&["report", "--json", "--interval", "0.2", "--count", "2"])?;
+    let deltas: Vec<Value> = lines.lines().map(json).collect::<Result<_>>()?;
+    ensure!(deltas.len() == 2, "{} intervals instead of 2", deltas.len());
+    for delta in &deltas {
+        balance(delta)?;
+        let (vm, ticks) = (&delta["vms"][0], &delta["interval"]["ticks"]);
+        let user = vm["vcpus"].as_array().context("there are vCPUs")?.iter();
+        ensure!(
+            exits(vm)?.is_empty() && user.clone().all(|vcpu| vcpu["cycles"]["user"] == *ticks),
+            "of {ticks} ticks of idleness there is {vm}"
+        );
+    }
+    let refused = Command::new("exitmeter")
+        .args(["report", "--diff", after, before])
+        .output()?;
+    ensure!(
+        refused.status.code() == Some(1),
+        "the difference the other way round ends with {}",
+        refused.status
+    );
+    drop(new);
+    Ok(())
+}
+
+/// Saves a snapshot.
+fn save(path: &str) -> Result<()> {
+    let bytes = fs::read("/dev/exitmeter").context("there is no snapshot")?;
+    fs::write(path, bytes).with_context(|| format!("cannot write {path}"))
+}
+
+/// Each vCPU's ticks must sum to the time that the report is of.
+fn balance(report: &Value) -> Result<()> {
+    let vms = report["vms"].as_array().context("there are VMs")?;
+    for vcpu in vms.iter().filter_map(|vm| vm["vcpus"].as_array()).flatten() {
+        let cycles = vcpu["cycles"].as_object().context("there are cycles")?;
+        let sum: u64 = cycles.values().filter_map(Value::as_u64).sum();
+        let [first, last] = ["first_tsc", "last_tsc"].map(|field| vcpu[field].as_u64());
+        ensure!(
+            first
+                .zip(last)
+                .is_some_and(|(first, last)| sum == last - first),
+            "{sum} ticks do not balance in {vcpu}"
+        );
+    }
+    Ok(())
+}
+
+/// What the tool causes besides, its start for one, is the same each time; so only its own
+/// questions can make a difference.
+fn in_guest() -> Result<()> {
+    let path = output(Command::new("sh").args(["-c", "command -v exitmeter"]))?;
+    let file = format!("{}:/usr/bin/exitmeter", path.trim());
+    let linux = Linux::boot(&["--file", &file])?;
+    let cpuid = host::pick(10, 0x72)?;
+    let count = |told: &Value| -> Result<u64> {
+        let count = exits(told)?.get(&cpuid).copied();
+        count.context("there is no CPUID exit")
+    };
+
+    let mut sweeps = Vec::new();
+    for _ in 0..4 {
+        let sweep = json(&linux.run("exitmeter guest --json")?)?;
+        let queries = sweep["queries"].as_u64().context("there are queries")?;
+        sweeps.push((count(&sweep)?, queries));
+    }
+    let between: Vec<u64> = sweeps
+        .windows(2)
+        .map(|pair| pair[1].0 - pair[0].0 - pair[0].1)
+        .collect();
+    ensure!(
+        between.iter().all(|exits| *exits == between[0]),
+        "between sweeps (exits, own exits) {sweeps:?} there were {between:?} CPUID exits"
+    );
+
+    // What a command causes: a sweep differs from no sweep by its questions.
+    let stat = |command: &str| -> Result<Value> {
+        let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
+        json(&linux.run(&line)?)
+    };
+    let none = stat("exitmeter reasons >/tmp/out")?;
+    let sweep = stat("exitmeter guest --json >/tmp/out")?;
+    let own = json(&linux.run("cat /tmp/out")?)?["queries"].as_u64();
+    let [none, sweep] = [&none, &sweep].map(|told| mean(told, cpuid));
+    ensure!(
+        own.is_some() && sweep.zip(none).map(|(sweep, none)| sweep - none) == own,
+        "a sweep of {own:?} questions is told as {sweep:?} CPUID exits, none as {none:?}"
+    );
+
+    let status = linux.run(
+        "exitmeter stat -r 2 -o /tmp/stat -- sh -c 'exit 7'; echo $?; \
+         exitmeter stat -o /tmp/stat -- sh -c 'kill -TERM $$'; echo $?; \
+         exitmeter stat -- /nowhere 2>/dev/null; echo $?; \
+         (sleep 1; killall -TERM exitmeter) & exitmeter stat -o /tmp/stat -- sleep 60; echo $?",
+    )?;
+    let status: Vec<&str> = status.lines().collect();
+    ensure!(
+        status == ["7", "143", "127", "143"],
+        "the tool ends with {status:?}"
+    );
+    linux.stop()
+}
+
+/// How many exits of a reason a command caused.
+fn mean(told: &Value, code: u32) -> Option<u64> {
+    let reasons = told["reasons"].as_array()?;
+    let reason = reasons.iter().find(|reason| reason["code"] == code)?;
+    // Of one run, so it is a whole number.
+    Some(reason["exits"]["mean"].as_f64()? as u64)
+}
+
+fn json(text: &str) -> Result<Value> {
+    serde_json::from_str(text).with_context(|| format!("the tool prints no JSON: {text}"))
 }
 
 /// A VM comes, runs and stays while it is recorded; the sums of what the recording says it did
@@ -154,14 +309,17 @@ fn exits(ledger: &Value) -> Result<Exits> {
 }
 
 fn tool(arguments: &[&str]) -> Result<String> {
-    let output = Command::new("exitmeter")
-        .args(arguments)
+    output(Command::new("exitmeter").args(arguments))
+}
+
+/// What a command prints that must succeed.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command
         .output()
-        .context("the tool exitmeter cannot be run")?;
+        .with_context(|| format!("{command:?} cannot be run"))?;
     ensure!(
         output.status.success(),
-        "exitmeter {} failed: {}",
-        arguments.join(" "),
+        "{command:?} failed: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(String::from_utf8(output.stdout)?)

@@ -45,14 +45,9 @@ struct Heard {
 
 impl Lane {
     /// Runs the tests of these names, in that order, in as many hosts as it takes: where a test ends its host,
-    /// that is its verdict, and the next host goes on with the next test.
-    pub fn run(
-        &self,
-        metered: bool,
-        names: &[String],
-        troubles: &mut Vec<String>,
-    ) -> Result<Vec<Ended>> {
-        let mut ended = Vec::new();
+    /// that is its verdict, and the next host goes on with the next test. Gives what must not be besides.
+    pub fn run(&self, metered: bool, names: &[String]) -> Result<(Vec<Ended>, Vec<String>)> {
+        let (mut ended, mut troubles) = (Vec::new(), Vec::new());
         while ended.len() < names.len() {
             let rest = &names[ended.len()..];
             let mut heard = Heard::default();
@@ -78,7 +73,7 @@ impl Lane {
                 );
             }
         }
-        Ok(ended)
+        Ok((ended, troubles))
     }
 
     /// Boots one host.

@@ -50,9 +50,6 @@ struct Arguments {
     /// Parameters of kvm_intel or kvm_amd, such as "ept=0": the same cases hold.
     #[arg(long, value_name = "TEXT")]
     kvm_args: Option<String>,
-    /// More for the host kernel's command line.
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    append: Option<String>,
     /// The long cases in place of the others: load, churn, attacks.
     #[arg(long)]
     soak: bool,
@@ -114,7 +111,6 @@ fn main() -> Result<ExitCode> {
         kernel: arguments.kernel,
         model: arguments.model,
         memory: arguments.memory,
-        append: arguments.append,
         slow: arguments.slow,
         expect: arguments.expect,
         kvm_args: arguments.kvm_args,

@@ -67,8 +67,6 @@ pub struct Plan {
     pub expect: Vec<String>,
     /// Parameters of kvm_intel or kvm_amd, such as `ept=0`.
     pub kvm_args: Option<String>,
-    /// More for the host kernel's command line.
-    pub append: Option<String>,
     /// The long cases in place of the others, and how much of their work to do, in percent.
     pub soak: Option<u32>,
     /// Only cases whose names hold one of these words.
@@ -136,9 +134,6 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     }
     if let Some(parameters) = &plan.kvm_args {
         lab.args(["--kvm-args", parameters]);
-    }
-    if let Some(text) = &plan.append {
-        lab.arg(format!("--append={text}"));
     }
     let mut words = vec![INSIDE.to_owned(), "--inside".to_owned()];
     if let Some(percent) = plan.soak {

@@ -664,7 +664,7 @@ mod tests {
     #[test]
     fn a_reader_beside_a_writer_sees_a_balance() {
         // Miri takes a thousand times as long.
-        const END: u64 = if cfg!(miri) { 3_000 } else { 3_000_000 };
+        const END: u64 = if cfg!(miri) { 300 } else { 3_000_000 };
         let (ledger, done) = (ledger(), AtomicBool::new(false));
         ledger.begin(0, Phase::Guest);
         std::thread::scope(|scope| {

@@ -106,6 +106,7 @@ fn run_apart(case: &Case, expect: &[String], slow: u32, output: &mut String) -> 
     let child = Command::new("/proc/self/exe")
         .args(["--case", &case.name])
         .args(expected(expect))
+        .env(host::SLOW, slow.to_string())
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file.try_clone()?)

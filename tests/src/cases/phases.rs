@@ -21,7 +21,11 @@ pub(super) fn cases() -> Vec<Case> {
         Case::with("", "phases: a guest that computes is in the guest", || {
             // Some 400 ms. All that is not the guest is the host's clock, 250 times a
             // second, and the making of the VM: some percent.
-            let vcpus = run(Config::new(Program::Spin, Mode::Long, 100_000_000))?;
+            let vcpus = run(Config::new(
+                Program::Spin,
+                Mode::Long,
+                100_000_000 * host::slow(),
+            ))?;
             at_least(&vcpus[0], Phase::Guest, 0.8)
         }),
         Case::with("", "phases: a guest that sleeps in HLT is blocked", || {
@@ -29,7 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
             // sleep, and the rest is the making of the VM.
             let vcpus = run(Config {
                 wake: Duration::from_millis(10),
-                ..Config::new(Program::HltKernel, Mode::Long, 100)
+                ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slow())
             })?;
             at_least(&vcpus[0], Phase::Blocked, 0.8)
         }),
@@ -65,7 +69,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::with("", "phases: each of 2 vCPUs balances", || {
             let vcpus = run(Config {
                 vcpus: 2,
-                ..Config::new(Program::Spin, Mode::Long, 25_000_000)
+                ..Config::new(Program::Spin, Mode::Long, 25_000_000 * host::slow())
             })?;
             ensure!(vcpus.len() == 2, "{} vCPUs are metered", vcpus.len());
             for vcpu in vcpus {

@@ -39,6 +39,16 @@ pub fn nested_paging() -> Result<bool> {
     Ok(value.trim() == "Y")
 }
 
+/// In a case's environment: how many times slower than the packaged kernel the host's is.
+pub const SLOW: &str = "SLOW";
+
+/// How many times slower than the packaged kernel the host's is. A guest has to do so much more
+/// for its own work to be most of its life.
+pub fn slow() -> u32 {
+    let slow = std::env::var(SLOW).ok();
+    slow.and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
 /// What a guest is known to cause under KVM as this host has it.
 pub fn expected(config: &Config) -> Result<Expected> {
     let Config {

@@ -165,7 +165,7 @@ impl Memory {
         let vmalloc = areas
             .lines()
             .filter_map(|line| line.split("pages=").nth(1)?.split(' ').next()?.parse().ok())
-            .fold(0, |sum, pages: u64| sum + pages);
+            .sum();
         Ok(Self { objects, vmalloc })
     }
 

@@ -56,6 +56,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         tree: true,
         bochs: arguments.host == Host::Intel,
         perf: true,
+        ..Wanted::default()
     })?;
     let files = setup::repository().join(format!("build/bench-{}", arguments.host));
     fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;

@@ -164,7 +164,14 @@ impl Memory {
         let areas = fs::read_to_string("/proc/vmallocinfo").context("/proc/vmallocinfo")?;
         let vmalloc = areas
             .lines()
-            .filter_map(|line| line.split("pages=").nth(1)?.split(' ').next()?.parse().ok())
+            .filter_map(|line| {
+                line.split("pages=")
+                    .nth(1)?
+                    .split(' ')
+                    .next()?
+                    .parse::<u64>()
+                    .ok()
+            })
             .sum();
         Ok(Self { objects, vmalloc })
     }

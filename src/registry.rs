@@ -423,13 +423,18 @@ impl Registry {
             .lock()
             .walk_on(|whose, ledger| encoder.vcpu(whose, ledger))
         {}
-        let awaited = self
-            .state
-            .lock()
-            .end_walk(|whose, ledger| encoder.vcpu(whose, ledger));
+        self.state.lock().walk = None;
+        loop {
+            let seen = self
+                .state
+                .lock()
+                .see_awaited(|whose, ledger| encoder.vcpu(whose, ledger));
+            // Its memory is given back without that lock.
+            if seen.is_none() {
+                break;
+            }
+        }
         drop(walking);
-        // Memory is given back without a lock.
-        drop(awaited);
         encoder.finish(gone, unmetered)
     }
 
@@ -597,16 +602,12 @@ impl State {
         false
     }
 
-    /// Has `see` see those that went before they were seen, and ends the snapshot; gives them to
-    /// be dropped.
-    fn end_walk(&mut self, mut see: impl FnMut(&Identity, &LedgerCopy)) -> List<Member> {
-        self.walk = None;
-        let awaited = core::mem::replace(&mut self.awaited, List::new());
-        for member in awaited.iter() {
-            member.ledger.copy(&mut self.copy);
-            see(&member.identity, &self.copy);
-        }
-        awaited
+    /// Has `see` see one of the vCPUs that went before they were seen; gives it to be dropped.
+    fn see_awaited(&mut self, see: impl FnOnce(&Identity, &LedgerCopy)) -> Option<ListArc<Member>> {
+        let member = self.awaited.pop_front()?;
+        member.ledger.copy(&mut self.copy);
+        see(&member.identity, &self.copy);
+        Some(member)
     }
 
     /// Has `see` see each metered vCPU, with its ledger at rest.

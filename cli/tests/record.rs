@@ -29,7 +29,10 @@ fn folder() -> TempDir {
 
 /// `exitmeter record -o FILE`, each 10 ms, in a folder.
 fn record(folder: &TempDir, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    // A test may run where signals are ignored, as in the background of a script, and what runs
+    // there leaves them so.
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_exitmeter")]);
     let file = ["record", "-o", "file.rec", "--input", "device"];
     command
         .current_dir(folder)

@@ -85,7 +85,10 @@ impl Device {
 }
 
 fn top() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    // A test may run where signals are ignored, as in the background of a script, and what runs
+    // there leaves them so.
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_exitmeter")]);
     command
         .arg("top")
         .env("TERM", "xterm-256color")

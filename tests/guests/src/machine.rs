@@ -60,6 +60,13 @@ pub fn host_isa() -> Option<Isa> {
     (cpuid_ecx(0x8000_0001) & 1 << 2 != 0).then_some(Isa::Svm)
 }
 
+/// As [`host_isa`], of a host that is to run a VM.
+fn required_isa() -> Result<Isa> {
+    host_isa().ok_or(Error::Settings(
+        "this CPU has neither VT-x nor SVM".to_owned(),
+    ))
+}
+
 /// ECX of a CPUID leaf, 0 of one past the last.
 fn cpuid_ecx(leaf: u32) -> u32 {
     use core::arch::x86_64::__cpuid;
@@ -81,9 +88,7 @@ impl Machine {
     /// [`Error::Settings`] when they do not go together, else what KVM or the kernel said.
     pub fn new(config: Config) -> Result<Self> {
         config.check()?;
-        let isa = host_isa().ok_or(Error::Settings(
-            "this CPU has neither VT-x nor SVM".to_owned(),
-        ))?;
+        let isa = required_isa()?;
         let kvm = Kvm::new().map_err(|error| {
             Error::Kvm(
                 "open /dev/kvm; load kvm_intel or kvm_amd, and run as root",
@@ -246,9 +251,7 @@ impl Machine {
     ///
     /// [`Error::Kvm`] when KVM refuses.
     pub fn rewind(&mut self) -> Result<()> {
-        let isa = host_isa().ok_or(Error::Settings(
-            "this CPU has neither VT-x nor SVM".to_owned(),
-        ))?;
+        let isa = required_isa()?;
         for number in 0..self.config.vcpus {
             self.set_to_beginning(number, isa)?;
         }
@@ -385,7 +388,9 @@ fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
             let completed = vcpu.run().map(drop);
             vcpu.set_kvm_immediate_exit(0);
             match completed {
-                Err(error) if error.errno() == libc::EINTR => meddle::read_and_write_back(vcpu)?,
+                Err(error) if error.errno() == libc::EINTR => {
+                    meddle::State::of(vcpu)?.give(vcpu)?
+                }
                 other => {
                     return Err(Error::Guest {
                         vcpu: number,

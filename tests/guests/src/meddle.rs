@@ -4,7 +4,8 @@
 use std::io;
 
 use kvm_bindings::{
-    kvm_guest_debug, kvm_msr_entry, Msrs, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    kvm_guest_debug, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, Msrs,
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -59,59 +60,10 @@ impl Machine {
     pub fn migrate(mut self) -> Result<Self> {
         let mut other = Self::new(self.config().clone())?;
         other.memory_mut().copy_from(self.memory());
-        let (from, to) = (self.first_vcpu(), other.first_vcpu());
-        let refused = |error| Error::Kvm("carry a vCPU's state over", error);
-        let sregs = from.get_sregs().map_err(refused)?;
-        let regs = from.get_regs().map_err(refused)?;
-        let events = from.get_vcpu_events().map_err(refused)?;
-        to.set_sregs(&sregs).map_err(refused)?;
-        to.set_regs(&regs).map_err(refused)?;
-        to.set_vcpu_events(&events).map_err(refused)?;
+        State::of(self.first_vcpu())?.give(other.first_vcpu())?;
         Ok(other)
     }
 
-    /// Has CPUID fault above CPL 0, for the first vCPU.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Kvm`] when KVM does not know that.
-    pub fn make_cpuid_fault(&mut self) -> Result<()> {
-        let entries = [PLATFORM_INFO, MISC_FEATURES_ENABLES].map(|(index, data)| kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        });
-        let refused = |error| Error::Kvm("make CPUID fault", error);
-        let msrs = Msrs::from_entries(&entries)
-            .map_err(|_| refused(kvm_ioctls::Error::new(libc::EINVAL)))?;
-        match self.first_vcpu().set_msrs(&msrs).map_err(refused)? {
-            set if set == entries.len() => Ok(()),
-            _ => Err(refused(kvm_ioctls::Error::new(libc::EINVAL))),
-        }
-    }
-}
-
-/// Reads all that KVM lets a VMM read of a running vCPU, and writes it back.
-pub(crate) fn read_and_write_back(vcpu: &VcpuFd) -> Result<()> {
-    let refused = |error| Error::Kvm("give and take a vCPU's registers", error);
-    let regs = vcpu.get_regs().map_err(refused)?;
-    let sregs = vcpu.get_sregs().map_err(refused)?;
-    let events = vcpu.get_vcpu_events().map_err(refused)?;
-    vcpu.set_sregs(&sregs).map_err(refused)?;
-    vcpu.set_regs(&regs).map_err(refused)?;
-    vcpu.set_vcpu_events(&events).map_err(refused)
-}
-
-fn debug(vcpu: &VcpuFd, control: u32) -> Result<()> {
-    let settings = kvm_guest_debug {
-        control,
-        ..Default::default()
-    };
-    vcpu.set_guest_debug(&settings)
-        .map_err(|error| Error::Kvm("step a vCPU", error))
-}
-
-impl Machine {
     /// Asks KVM for vCPUs that it cannot have, with ids that are taken or out of range. How many
     /// were refused.
     ///
@@ -166,4 +118,60 @@ impl Machine {
             ))),
         }
     }
+
+    /// Has CPUID fault above CPL 0, for the first vCPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kvm`] when KVM does not know that.
+    pub fn make_cpuid_fault(&mut self) -> Result<()> {
+        let entries = [PLATFORM_INFO, MISC_FEATURES_ENABLES].map(|(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        });
+        let refused = |error| Error::Kvm("make CPUID fault", error);
+        let msrs = Msrs::from_entries(&entries)
+            .map_err(|_| refused(kvm_ioctls::Error::new(libc::EINVAL)))?;
+        match self.first_vcpu().set_msrs(&msrs).map_err(refused)? {
+            set if set == entries.len() => Ok(()),
+            _ => Err(refused(kvm_ioctls::Error::new(libc::EINVAL))),
+        }
+    }
+}
+
+/// What a VMM reads of a vCPU that stands still, and writes to the same or to another one.
+pub(crate) struct State {
+    sregs: kvm_sregs,
+    regs: kvm_regs,
+    events: kvm_vcpu_events,
+}
+
+impl State {
+    /// That of a vCPU.
+    pub(crate) fn of(vcpu: &VcpuFd) -> Result<Self> {
+        let refused = |error| Error::Kvm("tell a vCPU's state", error);
+        Ok(Self {
+            sregs: vcpu.get_sregs().map_err(refused)?,
+            regs: vcpu.get_regs().map_err(refused)?,
+            events: vcpu.get_vcpu_events().map_err(refused)?,
+        })
+    }
+
+    /// Writes it to a vCPU.
+    pub(crate) fn give(&self, vcpu: &VcpuFd) -> Result<()> {
+        let refused = |error| Error::Kvm("take a vCPU's state", error);
+        vcpu.set_sregs(&self.sregs).map_err(refused)?;
+        vcpu.set_regs(&self.regs).map_err(refused)?;
+        vcpu.set_vcpu_events(&self.events).map_err(refused)
+    }
+}
+
+fn debug(vcpu: &VcpuFd, control: u32) -> Result<()> {
+    let settings = kvm_guest_debug {
+        control,
+        ..Default::default()
+    };
+    vcpu.set_guest_debug(&settings)
+        .map_err(|error| Error::Kvm("step a vCPU", error))
 }

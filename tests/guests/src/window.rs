@@ -32,7 +32,7 @@ pub(crate) const FRESH: u64 = 0x20_0000;
 pub(crate) const QUERY: u64 = 64;
 
 /// What the VMM leaves where an answer is to come.
-const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
+pub const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 
 /// The line of the interrupt that ends a HLT, and its vector in the guest.
 pub(crate) const IRQ: u32 = 5;

@@ -10,18 +10,6 @@ use std::{
     process::ExitStatus,
 };
 
-/// Whether a signal is ignored, as after nohup(1), or of a shell's background job. Who handles it all
-/// the same hands it to commands as one that ends them.
-pub fn is_ignored(signal: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let bit = u32::try_from(signal - 1)
-        .ok()
-        .and_then(|bit| 1_u64.checked_shl(bit));
-    mask.zip(bit).is_some_and(|(mask, bit)| mask & bit != 0)
-}
-
 /// Exit status when the tool itself failed, though a command was to be run.
 pub const FAILED: u8 = 125;
 

@@ -6,7 +6,8 @@
 //! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
 //! with what it takes on the command line and what it does: [`report`], [`record`] and
 //! [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
-//! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run.
+//! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run,
+//! and [`signals`] of what would end them.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
 //!
 //! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
@@ -26,6 +27,7 @@ pub mod reasons;
 pub mod record;
 pub mod recording;
 pub mod report;
+pub mod signals;
 pub mod source;
 pub mod spread;
 pub mod stat;

@@ -6,17 +6,13 @@ use std::{
     io,
     process::ExitStatus,
     sync::mpsc::{channel, Receiver, Sender},
-    thread,
     time::Instant,
 };
 
-use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
-    iterator::Signals,
-};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::child::Child;
-use crate::command::is_ignored;
+use crate::signals;
 
 /// Something has happened.
 #[derive(Clone, Copy, Debug)]
@@ -38,15 +34,7 @@ impl Events {
     /// whatever else is sent.
     pub fn new() -> io::Result<(Self, Sender<Event>)> {
         let (sender, events) = channel();
-        let ending = [SIGHUP, SIGINT, SIGTERM].into_iter();
-        let mut signals = Signals::new(ending.filter(|signal| !is_ignored(*signal)))?;
-        let to = sender.clone();
-        thread::spawn(move || {
-            // Sending fails once nobody waits any more.
-            signals
-                .forever()
-                .try_for_each(|signal| to.send(Event::Signal(signal)))
-        });
+        signals::send(&[SIGHUP, SIGINT, SIGTERM], sender.clone(), Event::Signal)?;
         Ok((Self { events }, sender))
     }
 

@@ -23,7 +23,7 @@ use signal_hook::{
 };
 
 use super::moment::Moment;
-use crate::command::{is_ignored, Unrunnable};
+use crate::{command::Unrunnable, signals::is_ignored};
 
 /// What one run of the command caused.
 #[derive(Clone, Debug)]

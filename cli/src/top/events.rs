@@ -10,12 +10,9 @@ use std::{
 };
 
 use ratatui::crossterm::event::{self, KeyEvent, KeyEventKind};
-use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
-    iterator::Signals,
-};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-use crate::command::is_ignored;
+use crate::signals;
 
 /// Something has happened.
 #[derive(Clone, Copy, Debug)]
@@ -40,14 +37,8 @@ impl Events {
     /// Takes the signals that would end this process, and the keys.
     pub fn new() -> io::Result<Self> {
         let (to, events) = channel();
-        let ending = [SIGHUP, SIGINT, SIGQUIT, SIGTERM].into_iter();
-        let mut signals = Signals::new(ending.filter(|signal| !is_ignored(*signal)))?;
-        let sender = to.clone();
-        thread::spawn(move || {
-            signals
-                .forever()
-                .try_for_each(|signal| sender.send(Event::Signal(signal)))
-        });
+        let ending = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
+        signals::send(&ending, to.clone(), Event::Signal)?;
         thread::spawn(move || loop {
             let event = match event::read() {
                 Ok(event::Event::Key(key)) if key.kind != KeyEventKind::Release => Event::Key(key),

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Signals that would end the tool, taken as events.
+
+use std::{io, sync::mpsc::Sender, thread};
+
+use signal_hook::iterator::Signals;
+
+/// Whether a signal is ignored, as after nohup(1), or of a shell's background job. Who handles it all
+/// the same hands it to commands as one that ends them.
+pub fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let bit = u32::try_from(signal - 1)
+        .ok()
+        .and_then(|bit| 1_u64.checked_shl(bit));
+    mask.zip(bit).is_some_and(|(mask, bit)| mask & bit != 0)
+}
+
+/// Sends each of these signals that comes from now on as an event, but for those that are ignored:
+/// they stay so.
+///
+/// # Errors
+///
+/// When the system does not allow it.
+pub fn send<E: Send + 'static>(
+    signals: &[i32],
+    to: Sender<E>,
+    event: fn(i32) -> E,
+) -> io::Result<()> {
+    let signals = signals.iter().filter(|signal| !is_ignored(**signal));
+    let mut signals = Signals::new(signals)?;
+    thread::spawn(move || {
+        // Sending fails once nobody waits any more.
+        signals
+            .forever()
+            .try_for_each(|signal| to.send(event(signal)))
+    });
+    Ok(())
+}

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 
 use crate::report::{Report, Verdict};
 
@@ -45,30 +45,46 @@ impl Host {
 }
 
 /// What to run.
-#[derive(Clone, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct Plan {
-    /// On this host; on both, side by side, when not given.
+    /// Only on this host; on both, side by side, when not given.
+    #[arg(long, value_enum)]
     pub host: Option<Host>,
     /// How many seconds of the wall clock one host may take.
+    #[arg(long, default_value_t = 1200)]
     pub timeout: u64,
-    /// How many CPUs it has; as many as it usually gets when not given.
+    /// How many CPUs the hosts have; when not given 1 on Intel, 2 on AMD.
+    #[arg(long)]
     pub cpus: Option<u32>,
-    /// Debian's kernel for the hosts; the newest when not given.
+    /// Debian's kernel for the hosts, a version or release; the newest of backports when not
+    /// given.
+    #[arg(long, value_name = "VERSION")]
     pub kernel: Option<String>,
-    /// The model of its CPU; the lab's own choice when not given.
+    /// The model of the hosts' CPU, in the words of their emulator, such as tigerlake.
+    #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
-    /// Its memory in MiB; the lab's own choice when not given.
+    /// How much memory the hosts have; as much as the lab gives when not given.
+    #[arg(long, value_name = "MIB")]
     pub memory: Option<u32>,
-    /// More for its kernel's command line.
+    /// More for the command line of the hosts' kernel.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// How many times its time each case gets.
+    /// Give each case so many times its time: for a kernel that is slow by what it checks.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1)]
     pub slow: u32,
-    /// What the lines of its kernel log must hold.
+    /// What a line of the host's kernel log must hold: a case of its own demands each.
+    #[arg(long, value_name = "WORDS")]
     pub expect: Vec<String>,
-    /// Parameters of kvm_intel or kvm_amd, such as `ept=0`.
+    /// Parameters of kvm_intel or kvm_amd, such as "ept=0": the same cases hold.
+    #[arg(long, value_name = "TEXT")]
     pub kvm_args: Option<String>,
-    /// The long cases in place of the others, and how much of their work to do, in percent.
-    pub soak: Option<u32>,
+    /// The long cases in place of the others: load, churn, attacks.
+    #[arg(long)]
+    pub soak: bool,
+    /// How much of the long cases' work to do, in percent.
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "soak",
+          value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub percent: u32,
     /// Only cases whose names hold one of these words.
     pub words: Vec<String>,
 }
@@ -136,8 +152,8 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
         lab.args(["--kvm-args", parameters]);
     }
     let mut words = vec![INSIDE.to_owned(), "--inside".to_owned()];
-    if let Some(percent) = plan.soak {
-        words.extend(["--soak".to_owned(), format!("--percent={percent}")]);
+    if plan.soak {
+        words.extend(["--soak".to_owned(), format!("--percent={}", plan.percent)]);
     }
     let mut lab = lab
         .arg("--")

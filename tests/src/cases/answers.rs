@@ -11,38 +11,10 @@ use tiny_guests::{Config, Machine, Mode, Quad};
 use super::Case;
 use crate::host::{
     self,
+    leaves::{Map, EXITS_64, IDENTITY, INTERFACE, MAP_2021, MAP_2022, PHASE_CYCLES},
     meter::{Meter, Numbers},
     module,
 };
-
-/// The leaves of one of the course's maps.
-#[derive(Clone, Copy)]
-pub(super) struct Map {
-    pub(super) total_exits: u32,
-    pub(super) total_cycles: u32,
-    pub(super) reason_exits: u32,
-    pub(super) reason_cycles: u32,
-}
-
-pub(super) const MAP_2021: Map = Map {
-    total_exits: 0x4fff_ffff,
-    total_cycles: 0x4fff_fffe,
-    reason_exits: 0x4fff_fffd,
-    reason_cycles: 0x4fff_fffc,
-};
-
-const MAP_2022: Map = Map {
-    total_exits: 0x4fff_fffc,
-    total_cycles: 0x4fff_fffd,
-    reason_exits: 0x4fff_fffe,
-    reason_cycles: 0x4fff_ffff,
-};
-
-/// The leaves that are the same in both maps.
-const IDENTITY: u32 = 0x4fff_fff0;
-const INTERFACE: u32 = 0x4fff_fff1;
-const PHASE_CYCLES: u32 = 0x4fff_fff2;
-const EXITS_64: u32 = 0x4fff_fff3;
 
 /// What a query of a reason that is not defined gives.
 const UNDEFINED: Quad = Quad {

@@ -7,11 +7,10 @@ use anyhow::{ensure, Context as _, Result};
 use clap::ValueEnum as _;
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
-use super::{
-    answers::{ask, MAP_2021},
-    Case,
+use super::{answers::ask, Case};
+use crate::host::{
+    self, hist::Exits, leaves::MAP_2021, log::Log, meter::Meter, module, span::Span,
 };
-use crate::host::{self, hist::Exits, log::Log, meter::Meter, module, span::Span};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![

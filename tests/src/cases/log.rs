@@ -7,11 +7,8 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::leaves::{LeafMap, Leaves, Registers, Spoken};
 use tiny_guests::{Mode, Quad};
 
-use super::{
-    answers::{ask, MAP_2021},
-    Case,
-};
-use crate::host::{self, log::Log};
+use super::{answers::ask, Case};
+use crate::host::{self, leaves::MAP_2021, log::Log};
 
 /// Taint: a module from outside the kernel's tree, which is not signed where the kernel looks.
 const OUTSIDE: u64 = 1 << 12;

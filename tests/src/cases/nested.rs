@@ -6,12 +6,10 @@ use std::{env, fs};
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
-use super::{
-    answers::{ask, MAP_2021},
-    Case,
-};
+use super::{answers::ask, Case};
 use crate::host::{
     self,
+    leaves::{EXITS_64, MAP_2021},
     linux::{Linux, Printed},
     meter::Meter,
     span::Span,
@@ -24,8 +22,7 @@ const COUNT: u32 = 300;
 /// of range for KVM, which answers all such leaves alike.
 const ASKED: [u32; 2] = [MAP_2021.reason_exits, 0x4fff_fffb];
 
-/// Leaf of exits by reason, and what asks for those from nested guests alone.
-const EXITS_64: u32 = 0x4fff_fff3;
+/// What asks for those from nested guests alone.
 const NESTED: u32 = 1 << 16;
 
 pub(super) fn cases() -> Vec<Case> {

@@ -5,11 +5,8 @@ use std::thread;
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
-use super::{
-    answers::{ask, MAP_2021},
-    Case,
-};
-use crate::host::{self, meter::Meter};
+use super::{answers::ask, Case};
+use crate::host::{self, leaves::MAP_2021, meter::Meter};
 
 /// How often each VM asks for the number of CPUID exits.
 const EACH: u64 = 400;

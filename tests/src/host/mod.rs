@@ -2,6 +2,7 @@
 //! its log, and a Linux guest.
 
 pub mod hist;
+pub mod leaves;
 pub mod linux;
 pub mod log;
 pub mod meter;

@@ -9,9 +9,9 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reader::Snapshot;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program};
 
-use super::{part_of, snapshots::not_behind};
+use super::{keep_running, part_of, snapshots::not_behind};
 use crate::{
     cases::Case,
     host::{log::Log, meter::Meter, span::Span},
@@ -45,17 +45,11 @@ fn hotplug() -> Result<()> {
     let done = AtomicBool::new(false);
     let started = Instant::now();
     thread::scope(|scope| {
-        let guest = scope.spawn(|| -> Result<()> {
-            let mut machine = Machine::new(Config {
-                vcpus: 3,
-                ..Config::new(Program::OutUser, Mode::Long, 500)
-            })?;
-            while !done.load(Ordering::Relaxed) {
-                machine.run()?;
-                machine.rewind()?;
-            }
-            Ok(())
-        });
+        let config = Config {
+            vcpus: 3,
+            ..Config::new(Program::OutUser, Mode::Long, 500)
+        };
+        let guest = scope.spawn(|| keep_running(&done, config));
         let result = (|| {
             let mut before = Meter::read()?;
             for time in 0..2 * times {

@@ -12,10 +12,10 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 
-use super::part_of;
+use super::{keep_on, part_of};
 use crate::{
     cases::Case,
-    host::{hist, linux::Linux, meter::Meter, module},
+    host::{hist, leaves::MAP_2021, linux::Linux, meter::Meter, module},
 };
 
 /// How often the module is loaded and unloaded.
@@ -44,7 +44,7 @@ pub(super) fn cases() -> Vec<Case> {
             "floods the meter's leaves",
             Config {
                 vcpus: 2,
-                ..Config::query(Mode::Long, vec![Quad::cpuid(0x4fff_ffff, 0); 500])
+                ..Config::query(Mode::Long, vec![Quad::cpuid(MAP_2021.total_exits, 0); 500])
             },
         ),
     ] {
@@ -60,16 +60,6 @@ pub(super) fn cases() -> Vec<Case> {
         held_open,
     ));
     cases
-}
-
-/// Counts how often `work` could be done until `done`.
-fn keep_on(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
-    let mut times = 0;
-    while !done.load(Ordering::Relaxed) {
-        work()?;
-        times += 1;
-    }
-    Ok(times)
 }
 
 fn cycles(count: u64) -> Result<()> {

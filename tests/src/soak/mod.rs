@@ -11,7 +11,13 @@ mod snapshots;
 
 pub use churn::{bequeath, worker};
 
-use std::env;
+use std::{
+    env,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use anyhow::Result;
+use tiny_guests::{Config, Machine};
 
 use crate::cases::Case;
 
@@ -22,6 +28,25 @@ pub const PERCENT: &str = "EXITMETER_SOAK_PERCENT";
 fn part_of(count: u64) -> u64 {
     let percent = env::var(PERCENT).ok().and_then(|text| text.parse().ok());
     (count * percent.unwrap_or(100_u64) / 100).max(1)
+}
+
+/// Does `work` again and again until `done`; how often.
+fn keep_on(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
+    let mut times = 0;
+    while !done.load(Ordering::Relaxed) {
+        work()?;
+        times += 1;
+    }
+    Ok(times)
+}
+
+/// Runs the same VM again and again until `done`, each time from its beginning; how often.
+fn keep_running(done: &AtomicBool, config: Config) -> Result<u64> {
+    let mut machine = Machine::new(config)?;
+    keep_on(done, || {
+        machine.run()?;
+        Ok(machine.rewind()?)
+    })
 }
 
 /// All cases, in the order in which they run.

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::part_of;
+use super::{keep_on, keep_running, part_of};
 use crate::{
     cases::Case,
     host::meter::{Meter, Vcpu},
@@ -55,7 +55,7 @@ fn beside_churn(time: Duration) -> Result<()> {
     thread::scope(|scope| {
         let churn = scope.spawn(|| -> Result<u64> {
             let mut vms = 0;
-            while !done.load(Ordering::Relaxed) {
+            keep_on(&done, || {
                 let some = |program| {
                     Machine::new(Config {
                         vcpus: 4,
@@ -70,7 +70,8 @@ fn beside_churn(time: Duration) -> Result<()> {
                     drop(one);
                 }
                 vms += 2;
-            }
+                Ok(())
+            })?;
             Ok(vms)
         });
         let result = (|| {
@@ -105,18 +106,11 @@ fn beside_vcpus(time: Duration) -> Result<()> {
         let guests: Vec<_> = [Program::Cpuid, Program::OutUser]
             .map(|program| {
                 let done = &done;
-                scope.spawn(move || -> Result<()> {
-                    let mut machine = Machine::new(Config {
-                        vcpus: 2,
-                        ..Config::new(program, Mode::Long, 2_000)
-                    })?;
-                    while !done.load(Ordering::Relaxed) {
-                        machine.run()?;
-                        // The same vCPUs once more, from their beginning.
-                        machine.rewind()?;
-                    }
-                    Ok(())
-                })
+                let config = Config {
+                    vcpus: 2,
+                    ..Config::new(program, Mode::Long, 2_000)
+                };
+                scope.spawn(move || keep_running(done, config))
             })
             .into();
         let result = (|| {

@@ -96,7 +96,7 @@ fn fault_ends_with(kind: &str, status: i32) -> Output {
     );
     // The last lines alone may begin behind the place of the fault.
     let console = folder(&output).join("console.log");
-    let text = String::from_utf8_lossy(&std::fs::read(console).unwrap()).into_owned();
+    let text = String::from_utf8_lossy(&fs::read(console).unwrap()).into_owned();
     assert!(
         text.contains("fault_init") || text.contains("fault:"),
         "{text}"

@@ -25,6 +25,8 @@ pub const MAGIC: [u8; 8] = *b"ExitMRec";
 pub const MAJOR: u16 = 1;
 /// Grows as kinds of frames and fields of the header are added.
 pub const MINOR: u16 = 0;
+/// What a recording says about its next snapshot: that it is of a moment with a name.
+pub const MARK: &str = "mark";
 /// Bytes of the header.
 pub const HEADER_SIZE: usize = 40;
 

@@ -71,6 +71,22 @@ impl Chart {
         scale
     }
 
+    /// Moments that have names: a line for each, and its name at the right of it. Comes behind the data.
+    pub fn marks(&mut self, marks: &[(f64, String)], scale: Scale) {
+        let mut free = LEFT;
+        for (time, name) in marks {
+            let x = scale.place(*time);
+            let ends = [(x, TOP - 6.0), (x, self.bottom)];
+            let ink = Paint::Plain(INK);
+            self.picture.curve(ends, ink, 0.8, "3 2", name);
+            // Names that would lie over each other move to the right.
+            let at = (x + SMALL).max(free);
+            let name = font::fit(name, SMALL, self.bottom - TOP - 12.0);
+            self.picture.upwards((at, TOP + 4.0), SMALL, INK, &name);
+            free = at + SMALL + 1.0;
+        }
+    }
+
     /// The upright axis, from 0 to a value or a bit more.
     pub fn upright_axis(&mut self, name: &str, to: f64, label: impl Fn(f64) -> String) -> Scale {
         let scale = Scale::linear((0.0, to), (self.bottom, TOP));

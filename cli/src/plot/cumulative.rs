@@ -41,6 +41,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let all = Paint::Plain(INK);
     curve(&|step| step.exits.values().sum(), all, 2.2, "", "all exits");
 
+    chart.marks(&series.marks, time);
     let mut entries = vec![Entry {
         paint: all,
         dashes: Some(""),

@@ -43,6 +43,7 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
             }
         }
     }
+    chart.marks(&series.marks, time);
     let whole = series.sum.cycles.sum();
     let entries = Phase::ALL.into_iter().rev().map(|phase| {
         let cycles = series.sum.cycles.of(phase);

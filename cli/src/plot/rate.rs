@@ -47,6 +47,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
             .picture
             .area(top.chain(bottom), layer.paint, &layer.name);
     }
+    chart.marks(&series.marks, time);
     chart.legend(
         ["reason", "exits", "share"],
         &entries(series, layers, false),

@@ -56,6 +56,8 @@ pub struct Series {
     pub about: BTreeMap<String, String>,
     /// The VMs in it: their names.
     pub vms: BTreeSet<String>,
+    /// Moments that have names, in seconds since the recording began, in their order.
+    pub marks: Vec<(f64, String)>,
     /// How many snapshots it is of.
     pub snapshots: usize,
     /// How the recording ended.
@@ -134,6 +136,7 @@ impl Series {
             tsc_khz: None,
             about: BTreeMap::new(),
             vms: BTreeSet::new(),
+            marks: Vec::new(),
             snapshots: 0,
             ending: Ending::Cut,
         };
@@ -154,6 +157,8 @@ impl Series {
             if part.from.is_some_and(|from| time < from) || part.to.is_some_and(|to| time > to) {
                 continue;
             }
+            let mark = taken.mark.map(|name| (time, name.to_owned()));
+            series.marks.extend(mark);
             let report = Report::new(&snapshot);
             series.snapshots += 1;
             series.tsc_khz = report.host.tsc_khz;

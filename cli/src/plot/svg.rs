@@ -85,6 +85,15 @@ impl Picture {
         ));
     }
 
+    /// Writes a text upwards that ends at a place, with some white around it to stand before data.
+    pub fn upwards(&mut self, (x, y): (f64, f64), size: f64, color: &str, text: &str) {
+        let (x, y, text) = (place(x), place(y), escape(text));
+        self.add(format_args!(
+            "<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"{size}\" fill=\"{color}\" text-anchor=\"end\" \
+             stroke=\"#ffffff\" stroke-width=\"3\" stroke-linejoin=\"round\" paint-order=\"stroke\">{text}</text>"
+        ));
+    }
+
     /// Draws a straight line.
     pub fn line(&mut self, from: (f64, f64), to: (f64, f64), color: &str, width: f64) {
         let [x1, y1, x2, y2] = [from.0, from.1, to.0, to.1].map(place);

@@ -346,3 +346,49 @@ fn names_of_vms_cannot_break_a_picture() {
             .any(|(text, _)| text.contains("<b>&\"'")));
     }
 }
+
+#[test]
+fn moments_that_have_names_are_drawn_where_they_are() {
+    let mut file = Vec::new();
+    let second = std::time::Duration::from_secs(1);
+    let (begun, interval) = (second, second);
+    let mut writer = Writer::new(&mut file, &Header { begun, interval }).expect("memory");
+    for (place, name) in [
+        (0_u32, "boot"),
+        (1, ""),
+        (2, "work"),
+        (3, "reboot"),
+        (4, ""),
+    ] {
+        if !name.is_empty() {
+            writer.mark(second * place, name).expect("memory");
+        }
+        let snapshot = later(place.into());
+        writer.snapshot(second * place, snapshot).expect("memory");
+    }
+    writer.end(second * 4, "tested").expect("memory");
+
+    let series = series(&file);
+    let marks: Vec<_> = series
+        .marks
+        .iter()
+        .map(|(time, name)| (time.round(), &**name))
+        .collect();
+    assert_eq!(marks, [(0.0, "boot"), (2.0, "work"), (3.0, "reboot")]);
+    let layers = palette::layers(&series);
+    let svg = cumulative::draw(&series, &layers, "").svg("");
+    for (_, name) in marks {
+        assert!(svg.contains(&format!(">{name}</text>")), "{name}");
+    }
+    let part = Part {
+        from: Some(1.5),
+        to: Some(2.5),
+        ..Part::default()
+    };
+    let part = Series::read(Path::new("x.rec"), &file, &part);
+    // One snapshot is no interval.
+    assert!(matches!(
+        part,
+        Err(series::Error::TooShort { found: 1, .. })
+    ));
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{
     difference,
     frame::{self, Frame, Kind},
-    Header, HEADER_SIZE, MAGIC, MAJOR,
+    Header, HEADER_SIZE, MAGIC, MAJOR, MARK,
 };
 
 /// Why bytes are not a recording that this reader understands.
@@ -48,6 +48,8 @@ pub enum Ending {
 pub struct Taken<'a> {
     /// How long after the beginning.
     pub at: Duration,
+    /// What this moment is called, if it has a name.
+    pub mark: Option<&'a str>,
     /// Its bytes.
     pub snapshot: &'a [u8],
 }
@@ -60,6 +62,7 @@ pub struct Reader<'a> {
     rest: &'a [u8],
     about: Vec<(String, String)>,
     snapshot: Option<Vec<u8>>,
+    mark: Option<String>,
     ending: Option<Ending>,
 }
 
@@ -118,6 +121,7 @@ impl<'a> Reader<'a> {
             rest,
             about: Vec::new(),
             snapshot: None,
+            mark: None,
             ending: None,
         };
         // What is said about it stands before the first snapshot.
@@ -140,6 +144,10 @@ impl<'a> Reader<'a> {
 
     /// The next snapshot; `None` behind the last that can be read.
     pub fn next_snapshot(&mut self) -> Option<Taken<'_>> {
+        // The one of the last snapshot has been told; those that stand before the first are known.
+        if self.snapshot.is_some() {
+            self.mark = None;
+        }
         let at = loop {
             let frame = self.next_frame()?;
             let before = self.snapshot.take();
@@ -160,7 +168,8 @@ impl<'a> Reader<'a> {
             break Duration::from_nanos(frame.at);
         };
         let snapshot = self.snapshot.as_deref()?;
-        Some(Taken { at, snapshot })
+        let mark = self.mark.as_deref();
+        Some(Taken { at, mark, snapshot })
     }
 
     /// How it ended, once [`Self::next_snapshot`] has given the last.
@@ -202,8 +211,11 @@ impl<'a> Reader<'a> {
 
     fn note(&mut self, text: &[u8]) {
         let text = String::from_utf8_lossy(text);
-        let lines = text.lines().filter_map(|line| line.split_once(": "));
-        self.about
-            .extend(lines.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        for (name, value) in text.lines().filter_map(|line| line.split_once(": ")) {
+            match name {
+                MARK => self.mark = Some(value.to_owned()),
+                name => self.about.push((name.to_owned(), value.to_owned())),
+            }
+        }
     }
 }

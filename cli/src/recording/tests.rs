@@ -209,3 +209,27 @@ proptest! {
         prop_assert!(reader.ending().is_some());
     }
 }
+
+#[test]
+fn a_mark_belongs_to_the_snapshot_behind_it() {
+    let mut file = Vec::new();
+    let mut writer = Writer::new(&mut file, &HEADER).unwrap();
+    writer.mark(Duration::ZERO, "boot").unwrap();
+    writer.about([("tool", "0.1.0".to_owned())]).unwrap();
+    for name in [None, Some("disk:\nwrite"), None] {
+        if let Some(name) = name {
+            writer.mark(Duration::ZERO, name).unwrap();
+        }
+        writer.snapshot(Duration::ZERO, vec![7; 16]).unwrap();
+    }
+    writer.end(Duration::ZERO, "done").unwrap();
+
+    let mut reader = Reader::new(&file).unwrap();
+    let mut marks = Vec::new();
+    while let Some(taken) = reader.next_snapshot() {
+        marks.push(taken.mark.map(str::to_owned));
+    }
+    let expected = [Some("boot"), Some("disk: write"), None];
+    assert_eq!(marks, expected.map(|name| name.map(str::to_owned)));
+    assert!(reader.about().eq([("tool", "0.1.0")]));
+}

@@ -10,7 +10,7 @@ use std::{
 use super::{
     difference,
     frame::{Frame, Kind},
-    nanoseconds, Header, HEADER_SIZE, MAGIC, MAJOR, MINOR,
+    nanoseconds, Header, HEADER_SIZE, MAGIC, MAJOR, MARK, MINOR,
 };
 
 /// A recording that is being written. Each frame is out when its call returns.
@@ -71,6 +71,12 @@ impl<W: Write> Writer<W> {
         self.before = Some(snapshot);
         self.snapshots += 1;
         Ok(())
+    }
+
+    /// Names the moment of the snapshot that comes next, in one line.
+    pub fn mark(&mut self, at: Duration, name: &str) -> io::Result<()> {
+        let name = name.split('\n').collect::<Vec<_>>().join(" ");
+        self.frame(Kind::About, at, format!("{MARK}: {name}\n").into_bytes())
     }
 
     /// Ends it, and says how.

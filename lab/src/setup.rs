@@ -66,6 +66,8 @@ pub struct Prepared {
     pub kernel: PathBuf,
     /// The guests' kernel, always a packaged one: an ELF with a PVH entry.
     pub guest_kernel: PathBuf,
+    /// The folder of its modules, with modules.dep; its name is the release.
+    pub guest_modules: PathBuf,
     /// Stands for the content of both kernels and all that they were made with: for names in a cache.
     pub kernel_key: String,
     /// The kernel's name for itself (uname -r).
@@ -123,6 +125,13 @@ pub enum SetupError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl Prepared {
+    /// The folder of the hosts' modules, with modules.dep; its name is the release.
+    pub fn modules(&self) -> PathBuf {
+        modules(&self.kernel, &self.release)
+    }
 }
 
 impl SetupError {
@@ -300,15 +309,13 @@ impl Plan {
 
     fn prepared(self) -> Result<Prepared, SetupError> {
         let guest_kernel = self.kernel.out.join("vmlinux");
+        let guest_modules = modules(&self.kernel.out, &release(&self.kernel)?);
         let checked_tree = self.checked.as_ref().map(|step| step.out.join("tree"));
         let kernel = self.checked.unwrap_or(self.kernel);
-        let release = kernel.out.join("release");
         Ok(Prepared {
             guest_kernel,
-            release: fs::read_to_string(&release)
-                .map_err(SetupError::io("read", &release))?
-                .trim()
-                .into(),
+            guest_modules,
+            release: release(&kernel)?,
             root: self.root.out,
             kernel: kernel.out,
             kernel_key: kernel.key,
@@ -318,4 +325,16 @@ impl Plan {
             selftests: self.selftests.map(|step| step.out.join("kvm")),
         })
     }
+}
+
+/// What the kernel that a step gave calls itself.
+fn release(kernel: &Step) -> Result<String, SetupError> {
+    let path = kernel.out.join("release");
+    let text = fs::read_to_string(&path).map_err(SetupError::io("read", &path))?;
+    Ok(text.trim().into())
+}
+
+/// Where a step that gives a kernel keeps its modules.
+fn modules(kernel: &Path, release: &str) -> PathBuf {
+    kernel.join("modules/lib/modules").join(release)
 }

@@ -24,8 +24,11 @@ const HOST_FILES: &[&str] = &[
     "usr/share/qemu/kvmvapic.bin",
 ];
 
-/// Modules of the host's kernel, beside those that these need.
-const HOST_MODULES: &[&str] = &["kvm-intel", "kvm-amd"];
+/// Modules of the host's kernel and the guests', beside those that these need.
+const MODULES: &[&str] = &["kvm-intel", "kvm-amd"];
+
+/// In the host, the modules of the guests' kernel: for a guest that has guests.
+const GUEST_MODULES: &str = "lab/guest/modules";
 
 const GUEST_PROGRAMS: &[&str] = &["usr/bin/cpuid"];
 
@@ -83,8 +86,11 @@ pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
         for file in HOST_FILES {
             base.copy(file, &prepared.root.join(file));
         }
-        base.modules(prepared)?;
+        base.modules(&prepared.modules())?;
         base.copy(settings::GUEST_KERNEL, &prepared.guest_kernel);
+        let folder = base.modules(&prepared.guest_modules)?;
+        base.entries
+            .insert(GUEST_MODULES.to_owned(), Entry::Link(format!("/{folder}")));
 
         let mut guest = Contents::common();
         guest.busybox(prepared)?;
@@ -192,12 +198,10 @@ impl Contents {
         Ok(())
     }
 
-    /// Adds the modules and a modules.dep with nothing else.
-    fn modules(&mut self, prepared: &Prepared) -> Result<(), ImageError> {
-        let folder = prepared
-            .kernel
-            .join("modules/lib/modules")
-            .join(&prepared.release);
+    /// Adds what [`MODULES`] names of a kernel's folder of modules, and a modules.dep with nothing else. Gives the
+    /// folder where they are in the archive.
+    fn modules(&mut self, folder: &Path) -> Result<String, ImageError> {
+        let release = folder.file_name().unwrap_or_default().to_string_lossy();
         let list = folder.join("modules.dep");
         let text = fs::read_to_string(&list).map_err(ImageError::io("read", &list))?;
         let lines: BTreeMap<&str, &str> = text
@@ -212,12 +216,12 @@ impl Contents {
                 .ok_or_else(|| ImageError::content(&list, format!("it has no module {name}")))
         };
         let mut wanted = BTreeSet::new();
-        for name in HOST_MODULES {
+        for name in MODULES {
             let path = named(name)?;
             wanted.insert(path);
             wanted.extend(lines[path].split_whitespace());
         }
-        let target = format!("usr/lib/modules/{}", prepared.release);
+        let target = format!("usr/lib/modules/{release}");
         let mut kept = String::new();
         for path in wanted {
             self.copy(&format!("{target}/{path}"), &folder.join(path));
@@ -226,7 +230,7 @@ impl Contents {
         }
         self.entries
             .insert(format!("{target}/modules.dep"), Entry::Bytes(kept.into()));
-        Ok(())
+        Ok(target)
     }
 
     /// Writes the archive. Folders come before what is in them: a path sorts behind its beginning.

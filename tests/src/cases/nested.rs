@@ -1,7 +1,7 @@
 //! A guest in the guest: the host counts its exits and tells them apart, and it reads what
 //! its own hypervisor answers.
 
-use std::{env, fs};
+use std::env;
 
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
@@ -14,6 +14,9 @@ use crate::host::{
     meter::Meter,
     span::Span,
 };
+
+/// The modules of the guest's kernel, which need not be the host's.
+const GUEST_MODULES: &str = "/lab/guest/modules";
 
 /// How often the inner guest asks for CPUID before it asks for ours.
 const COUNT: u32 = 300;
@@ -37,8 +40,6 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn nested() -> Result<()> {
     let span = Span::begin()?;
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let folder = format!("/lib/modules/{}/kernel", release.trim());
     let modules: &[&str] = host::pick(
         &[
             "virt/lib/irqbypass",
@@ -54,7 +55,8 @@ fn nested() -> Result<()> {
     )?;
     let this = env::current_exe().context("the path of this program is not known")?;
     let mut files = vec![format!("{}:system-tests", this.display())];
-    files.extend(modules.iter().map(|module| format!("{folder}/{module}.ko")));
+    let path = |module| format!("{GUEST_MODULES}/kernel/{module}.ko");
+    files.extend(modules.iter().map(path));
     let mut options = vec!["--memory", "512"];
     for file in &files {
         options.extend(["--file", file]);

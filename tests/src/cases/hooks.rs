@@ -7,7 +7,7 @@ use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
-use crate::host::{self, hist, leaves::MAP_2021, log::Log, module, span::Span};
+use crate::host::{self, bpf::Fentry, hist, leaves::MAP_2021, log::Log, module, span::Span};
 
 const TRACING: &str = "/sys/kernel/tracing";
 
@@ -20,79 +20,121 @@ const FUNCTIONS: [&str; 4] = [
 ];
 
 /// Somebody else's hooks.
-struct Other {
-    name: &'static str,
-    set: fn() -> Result<()>,
-    /// How often they were hit.
-    hits: fn() -> Result<u64>,
-    clear: fn() -> Result<()>,
+trait Other {
+    const NAME: &'static str;
+
+    /// Sets them.
+    fn set() -> Result<Self>
+    where
+        Self: Sized;
+
+    /// How often that of kvm_arch_vcpu_load() was hit.
+    fn hits(&self) -> Result<u64>;
+
+    /// Takes them away.
+    fn clear(self) -> Result<()>;
+}
+
+struct FunctionTracer;
+
+impl Other for FunctionTracer {
+    const NAME: &'static str = "ftrace's function tracer";
+
+    fn set() -> Result<Self> {
+        let functions = FUNCTIONS.map(|name| format!("{name}\n")).concat();
+        write("set_ftrace_filter", &functions)?;
+        write("trace", "")?;
+        write("current_tracer", "function")?;
+        Ok(Self)
+    }
+
+    fn hits(&self) -> Result<u64> {
+        let trace = read("trace")?;
+        let hits = trace
+            .lines()
+            .filter(|line| line.contains("kvm_arch_vcpu_load"));
+        Ok(hits.count() as u64)
+    }
+
+    fn clear(self) -> Result<()> {
+        write("current_tracer", "nop")?;
+        write("set_ftrace_filter", "")?;
+        write("trace", "")
+    }
+}
+
+struct Kprobes;
+
+impl Other for Kprobes {
+    const NAME: &'static str = "kprobes";
+
+    fn set() -> Result<Self> {
+        for name in FUNCTIONS {
+            append("kprobe_events", &format!("p:soak/{name} {name}"))?;
+        }
+        write("events/soak/enable", "1")?;
+        Ok(Self)
+    }
+
+    fn hits(&self) -> Result<u64> {
+        let profile = read("kprobe_profile")?;
+        let line = profile
+            .lines()
+            .find(|line| line.contains("kvm_arch_vcpu_load"))
+            .context("the profile of kprobes lacks kvm_arch_vcpu_load")?;
+        let hits = line.split_whitespace().nth(1).context("it has no hits")?;
+        Ok(hits.parse()?)
+    }
+
+    fn clear(self) -> Result<()> {
+        write("events/soak/enable", "0")?;
+        for name in FUNCTIONS {
+            append("kprobe_events", &format!("-:soak/{name}"))?;
+        }
+        Ok(())
+    }
+}
+
+struct Bpf(Vec<Fentry>);
+
+impl Other for Bpf {
+    const NAME: &'static str = "BPF's fentry";
+
+    fn set() -> Result<Self> {
+        Fentry::of_all("kvm", &FUNCTIONS).map(Self)
+    }
+
+    fn hits(&self) -> Result<u64> {
+        let place = FUNCTIONS.iter().zip(&self.0);
+        let mut place = place.filter(|(name, _)| **name == "kvm_arch_vcpu_load");
+        place.next().context("it has no program")?.1.runs()
+    }
+
+    fn clear(self) -> Result<()> {
+        Ok(())
+    }
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let tracer = Other {
-        name: "ftrace's function tracer",
-        set: || {
-            let functions = FUNCTIONS.map(|name| format!("{name}\n")).concat();
-            write("set_ftrace_filter", &functions)?;
-            write("trace", "")?;
-            write("current_tracer", "function")
+    vec![
+        beside_other::<FunctionTracer>(),
+        beside_other::<Kprobes>(),
+        beside_other::<Bpf>(),
+        Case::without(
+            "hooks: a second redirect is refused by name, and all is undone",
+            second_redirect,
+        ),
+    ]
+}
+
+fn beside_other<T: Other + 'static>() -> Case {
+    Case::without(
+        format!("hooks: beside {}, whoever comes first", T::NAME),
+        || {
+            hist::Hist::begin().map(drop)?;
+            beside::<T>()
         },
-        hits: || {
-            let trace = read("trace")?;
-            Ok(trace
-                .lines()
-                .filter(|line| line.contains("kvm_arch_vcpu_load"))
-                .count() as u64)
-        },
-        clear: || {
-            write("current_tracer", "nop")?;
-            write("set_ftrace_filter", "")?;
-            write("trace", "")
-        },
-    };
-    let kprobes = Other {
-        name: "kprobes",
-        set: || {
-            for name in FUNCTIONS {
-                append("kprobe_events", &format!("p:soak/{name} {name}"))?;
-            }
-            write("events/soak/enable", "1")
-        },
-        hits: || {
-            let profile = read("kprobe_profile")?;
-            let line = profile
-                .lines()
-                .find(|line| line.contains("kvm_arch_vcpu_load"))
-                .context("the profile of kprobes lacks kvm_arch_vcpu_load")?;
-            let hits = line.split_whitespace().nth(1).context("it has no hits")?;
-            Ok(hits.parse()?)
-        },
-        clear: || {
-            write("events/soak/enable", "0")?;
-            for name in FUNCTIONS {
-                append("kprobe_events", &format!("-:soak/{name}"))?;
-            }
-            Ok(())
-        },
-    };
-    let mut cases = Vec::new();
-    for other in [tracer, kprobes] {
-        cases.push(Case::without(
-            format!("hooks: beside {}, whoever comes first", other.name),
-            move || {
-                hist::Hist::begin().map(drop)?;
-                let result = beside(&other);
-                // Whatever happened, nothing is left for the next case.
-                let cleared = (other.clear)();
-                result.and(cleared)
-            },
-        ));
-    }
-    cases.push(Case::without(
-        "hooks: a second redirect is refused by name, and all is undone",
-        second_redirect,
-    ));
-    cases
+    )
 }
 
 fn path(name: &str) -> String {
@@ -130,36 +172,40 @@ fn meters() -> Result<()> {
     Ok(())
 }
 
-fn beside(other: &Other) -> Result<()> {
-    let hit = |words: &str, before: u64| {
-        let hits = (other.hits)()?;
-        ensure!(
-            hits >= before + 100,
-            "{} saw {hits} calls {words}",
-            other.name
-        );
+fn beside<T: Other>() -> Result<()> {
+    let hit = |other: &T, words: &str, before: u64| {
+        let hits = other.hits()?;
+        ensure!(hits >= before + 100, "{} saw {hits} calls {words}", T::NAME);
         anyhow::Ok(hits)
     };
     // The meter first.
     let loaded = module::Loaded::with("log_queries=0")?;
-    (other.set)()?;
-    meters()?;
-    let hits = hit("beside the meter", 0)?;
-    loaded.unload()?;
-    // The other first.
-    let loaded = module::Loaded::with("log_queries=0")?;
-    meters()?;
-    hit("when the meter came back", hits)?;
-    (other.clear)()?;
+    let other = T::set()?;
+    // Whatever comes, nothing is left for the next case.
+    let both = (|| {
+        meters()?;
+        let hits = hit(&other, "beside the meter", 0)?;
+        loaded.unload()?;
+        // The other first.
+        let loaded = module::Loaded::with("log_queries=0")?;
+        meters()?;
+        hit(&other, "when the meter came back", hits)?;
+        anyhow::Ok(loaded)
+    })();
+    other.clear()?;
+    let loaded = both?;
     meters()?;
     // And the meter goes first.
-    (other.set)()?;
-    let hits = (other.hits)()?;
-    loaded.unload()?;
-    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 100))?;
-    machine.run()?;
-    hit("when the meter was gone", hits)?;
-    Ok(())
+    let other = T::set()?;
+    let alone = (|| {
+        let hits = other.hits()?;
+        loaded.unload()?;
+        let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 100))?;
+        machine.run()?;
+        hit(&other, "when the meter was gone", hits).map(drop)
+    })();
+    other.clear()?;
+    alone
 }
 
 /// A module that redirects the same function: the meter itself, by another name.

@@ -52,16 +52,19 @@ pub(super) fn cases() -> Vec<Case> {
             );
             Ok(())
         }),
-        is_clean(),
     ]
-    .into_iter()
-    .chain(Path::new(KMEMLEAK).exists().then(|| {
+}
+
+/// The last cases of all.
+pub(super) fn look_back() -> Vec<Case> {
+    let clean = Case::without("log: no oops, no warning, no stall in all of it", clean);
+    let lost = Path::new(KMEMLEAK).exists().then(|| {
         Case::without(
             "log: nothing is lost, now that the module is unloaded",
             nothing_lost,
         )
-    }))
-    .collect()
+    });
+    [clean].into_iter().chain(lost).collect()
 }
 
 /// Where a kernel that looks for lost memory is told to, and tells what it found.
@@ -76,11 +79,6 @@ pub(super) fn says(words: String) -> Case {
         println!("{}", line.context("no line of the kernel log does")?);
         Ok(())
     })
-}
-
-/// The case that looks back at the log of all cases before it.
-pub(super) fn is_clean() -> Case {
-    Case::without("log: no oops, no warning, no stall in all of it", clean)
 }
 
 /// A guest asks for something of each kind; the lines that should be logged, and those that

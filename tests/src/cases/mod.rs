@@ -75,9 +75,9 @@ impl Case {
     }
 }
 
-/// The case that looks back at the kernel log of all cases before it.
-pub fn log_is_clean() -> Vec<Case> {
-    vec![log::is_clean()]
+/// The cases that look back at all those before them: at the kernel log, and for lost memory.
+pub fn look_back() -> Vec<Case> {
+    log::look_back()
 }
 
 /// All cases.
@@ -92,8 +92,8 @@ pub fn all() -> Vec<Case> {
         nested::cases(),
         loading::cases(),
         hooks::cases(),
-        // The last: it looks back at all of them.
         log::cases(),
+        look_back(),
     ]
     .into_iter()
     .flatten()

@@ -1,6 +1,8 @@
 //! What the cases find in the emulated host: the module, KVM, the kernel's own counters,
 //! its log, and a Linux guest.
 
+pub mod bpf;
+pub mod faults;
 pub mod hist;
 pub mod leaves;
 pub mod linux;

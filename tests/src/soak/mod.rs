@@ -8,6 +8,7 @@ mod hostile;
 mod loading;
 mod random;
 mod snapshots;
+mod starving;
 
 pub use churn::{bequeath, worker};
 
@@ -57,8 +58,9 @@ pub fn all() -> Vec<Case> {
         hostile::cases(),
         snapshots::cases(),
         clock::cases(),
-        // It looks back at all of them.
-        crate::cases::log_is_clean(),
+        starving::cases(),
+        // They look back at all of them.
+        crate::cases::look_back(),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,191 @@
+//! A BPF program at the entry of a kernel function (fentry), which counts its runs.
+//!
+//! By bpf(2) itself: the libraries in Rust know the functions of the kernel's own image alone, not
+//! those of its modules.
+
+use std::{
+    ffi::c_long,
+    fs, io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    ptr,
+};
+
+use anyhow::{Context as _, Result};
+use btf_rs::{Backend, Btf};
+
+// Commands and types of linux/bpf.h.
+const BPF_PROG_LOAD: c_long = 5;
+const BPF_OBJ_GET_INFO_BY_FD: c_long = 15;
+const BPF_RAW_TRACEPOINT_OPEN: c_long = 17;
+const BPF_BTF_GET_FD_BY_ID: c_long = 19;
+const BPF_BTF_GET_NEXT_ID: c_long = 23;
+const BPF_PROG_TYPE_TRACING: u32 = 26;
+const BPF_TRACE_FENTRY: u32 = 24;
+
+/// Has the kernel count the runs of all programs, while it says 1.
+const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+/// As `union bpf_attr` begins for `BPF_PROG_LOAD`.
+#[repr(C)]
+#[derive(Default)]
+struct Load {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+    own_btf: u32,
+    function_record: u32,
+    functions: u64,
+    function_count: u32,
+    line_record: u32,
+    lines: u64,
+    line_count: u32,
+    attach_id: u32,
+    attach_btf: u32,
+    padding: u32,
+}
+
+/// As for `BPF_OBJ_GET_INFO_BY_FD`.
+#[repr(C)]
+struct GetInfo {
+    fd: u32,
+    size: u32,
+    info: u64,
+}
+
+/// `struct bpf_btf_info`.
+#[repr(C)]
+#[derive(Default)]
+struct BtfInfo {
+    bytes: u64,
+    size: u32,
+    id: u32,
+    name: u64,
+    name_size: u32,
+    of_kernel: u32,
+}
+
+/// A call of bpf(2).
+///
+/// # Safety
+///
+/// The addresses in `attributes` must be of memory that the command may read or write.
+unsafe fn bpf<T>(command: c_long, attributes: &mut T) -> io::Result<RawFd> {
+    let size = size_of::<T>();
+    // SAFETY: The attributes are as large as said; the rest is the caller's.
+    match unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attributes), size) } {
+        -1 => Err(io::Error::last_os_error()),
+        value => Ok(value as RawFd),
+    }
+}
+
+/// As [`bpf`], for a command that makes a file.
+///
+/// # Safety
+///
+/// As for [`bpf`].
+unsafe fn make<T>(command: c_long, attributes: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: By the contract of this function; the file is new, and nobody else's.
+    unsafe { Ok(OwnedFd::from_raw_fd(bpf(command, attributes)?)) }
+}
+
+/// The types of a module, as the kernel holds them.
+fn types_of(module: &str) -> Result<OwnedFd> {
+    let mut next = [0_u32; 4];
+    loop {
+        // The id from which on, and the next one, which it is to begin from the time after.
+        // SAFETY: No addresses.
+        unsafe { bpf(BPF_BTF_GET_NEXT_ID, &mut next) }
+            .with_context(|| format!("the kernel holds no types of {module}"))?;
+        next[0] = next[1];
+        let mut id = [next[1], 0, 0, 0];
+        // SAFETY: No addresses.
+        let Ok(types) = (unsafe { make(BPF_BTF_GET_FD_BY_ID, &mut id) }) else {
+            continue;
+        };
+        let mut name = [0_u8; 64];
+        let mut info = BtfInfo {
+            name: name.as_mut_ptr() as u64,
+            name_size: name.len() as u32,
+            ..BtfInfo::default()
+        };
+        let mut get = GetInfo {
+            fd: types.as_raw_fd() as u32,
+            size: size_of::<BtfInfo>() as u32,
+            info: ptr::from_mut(&mut info) as u64,
+        };
+        // SAFETY: Both places are ours, and as large as said.
+        unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut get) }?;
+        if name.split(|byte| *byte == 0).next() == Some(module.as_bytes()) {
+            return Ok(types);
+        }
+    }
+}
+
+/// A program at the entry of a function, until this is dropped.
+#[derive(Debug)]
+pub struct Fentry {
+    program: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl Fentry {
+    /// Puts a program that does nothing at the entry of each of these functions of a module, and
+    /// has the kernel count their runs from now on.
+    pub fn of_all(module: &str, functions: &[&str]) -> Result<Vec<Self>> {
+        fs::write(STATISTICS, "1").context(STATISTICS)?;
+        let base = Btf::from_file_with_backend("/sys/kernel/btf/vmlinux", Backend::Mmap)
+            .context("/sys/kernel/btf/vmlinux cannot be read")?;
+        let path = format!("/sys/kernel/btf/{module}");
+        let names =
+            Btf::from_split_file(&path, &base).with_context(|| format!("{path} cannot be read"))?;
+        let types = types_of(module)?;
+        let of = |function: &&str| {
+            let ids = names.resolve_ids_by_name(function)?;
+            let id = ids.last().context("it has no type")?;
+            Self::of(&types, *id).with_context(|| format!("no program can be put at {function}"))
+        };
+        functions.iter().map(of).collect()
+    }
+
+    fn of(types: &OwnedFd, function: u32) -> Result<Self> {
+        // r0 = 0; exit
+        let instructions = [0x0000_0000_0000_00b7_u64, 0x0000_0000_0000_0095];
+        let mut load = Load {
+            kind: BPF_PROG_TYPE_TRACING,
+            instruction_count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            attach_type: BPF_TRACE_FENTRY,
+            attach_id: function,
+            attach_btf: types.as_raw_fd() as u32,
+            ..Load::default()
+        };
+        // SAFETY: The addresses are of the two instructions and a string, which are only read.
+        let program = unsafe { make(BPF_PROG_LOAD, &mut load) }.context("it is not loaded")?;
+        // A name, which a function has by its type already, and the program.
+        let mut open = [0_u64, program.as_raw_fd() as u64];
+        // SAFETY: There is no name, and so no address.
+        let link = unsafe { make(BPF_RAW_TRACEPOINT_OPEN, &mut open) }.context("no link")?;
+        Ok(Self {
+            program,
+            _link: link,
+        })
+    }
+
+    /// How often it has run.
+    pub fn runs(&self) -> Result<u64> {
+        let path = format!("/proc/self/fdinfo/{}", self.program.as_raw_fd());
+        let text = fs::read_to_string(&path)?;
+        let count = text.lines().find_map(|line| line.strip_prefix("run_cnt:"));
+        Ok(count.context("the kernel counts no runs")?.trim().parse()?)
+    }
+}

@@ -1,0 +1,207 @@
+//! No memory: each allocation of the module fails in its turn, and nothing else does.
+//!
+//! For kernels that can have allocations fail, such as the lab's `debug`; elsewhere the cases say
+//! that they are left out.
+
+use std::{fs, io, path::Path};
+
+use anyhow::{ensure, Context as _, Result};
+use tiny_guests::{Config, Machine, Mode, Program};
+
+use super::{part_of, random::Random};
+use crate::{
+    cases::Case,
+    host::{
+        self,
+        faults::{self, Code, Faults},
+        meter::Meter,
+        module,
+    },
+};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::without(
+            "soak: no memory for any step of loading",
+            when_possible(load),
+        )
+        .within(1800),
+        Case::without(
+            "soak: no memory for any step of unloading",
+            when_possible(unload),
+        )
+        .within(1800),
+        Case::with(
+            "log_queries=0",
+            "soak: no memory for a snapshot",
+            when_possible(snapshot),
+        )
+        .within(600),
+        Case::with(
+            "log_queries=0",
+            "soak: no memory for vCPUs, which run on unmetered",
+            when_possible(vcpus),
+        )
+        .within(1800),
+    ]
+}
+
+fn when_possible(case: fn() -> Result<()>) -> impl Fn() -> Result<()> {
+    move || {
+        if !faults::are_possible() {
+            println!("left out: allocations do not fail by order on this kernel");
+            return Ok(());
+        }
+        case()
+    }
+}
+
+/// A guest is metered, every exit.
+fn meters() -> Result<()> {
+    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 50))?;
+    machine.run()?;
+    let meter = Meter::read()?;
+    let cpuid = meter.only()?.numbers.exits_of(host::pick(10, 0x72)?);
+    ensure!(cpuid == 50, "{cpuid} CPUID exits of 50 are metered");
+    Ok(())
+}
+
+/// The module is loaded, or refused whole.
+fn load() -> Result<()> {
+    // Whatever is allocated on the module's behalf, ftrace's and the tracepoints' included.
+    let faults = Faults::under(Code::of_function("do_init_module")?)?;
+    // What was allocated for good at the first load of all, is there.
+    module::Loaded::with("")?.unload()?;
+    let mut in_spite = 0;
+    let (count, last) = faults.one_after_the_other(
+        || module::try_load(""),
+        |_, result: io::Result<()>| match result {
+            Err(error) => {
+                ensure!(
+                    error.raw_os_error() == Some(libc::ENOMEM),
+                    "loading ends with '{error}' instead of ENOMEM"
+                );
+                ensure!(
+                    !module::is_loaded("exitmeter")? && !Path::new("/dev/exitmeter").exists(),
+                    "the refused module left something behind"
+                );
+                Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
+                Ok(())
+            }
+            // Something that can do without.
+            Ok(()) => {
+                in_spite += 1;
+                meters()?;
+                module::unload()
+            }
+        },
+    )?;
+    last?;
+    drop(faults);
+    meters()?;
+    println!("{count} allocations failed, one after the other; {in_spite} times it was loaded in spite of that");
+    module::unload()
+}
+
+/// The module goes, whatever it finds no memory for.
+fn unload() -> Result<()> {
+    let faults = Faults::under(Code::of_function("__do_sys_delete_module")?)?;
+    module::load("")?;
+    let (count, last) = faults.one_after_the_other(module::unload, |_, result| {
+        result?;
+        ensure!(
+            !module::is_loaded("exitmeter")? && !Path::new("/dev/exitmeter").exists(),
+            "the module left something behind"
+        );
+        Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
+        module::load("")?;
+        meters()
+    })?;
+    println!("{count} allocations failed, one after the other");
+    last
+}
+
+fn snapshot() -> Result<()> {
+    let mut machine = Machine::new(Config {
+        vcpus: 15,
+        ..Config::new(Program::Cpuid, Mode::Long, 5)
+    })?;
+    machine.run()?;
+    let faults = Faults::under(Code::of_module("exitmeter")?)?;
+    let (count, last) = faults.one_after_the_other(
+        || fs::read("/dev/exitmeter"),
+        |_, result| {
+            let number = result.as_ref().err().and_then(io::Error::raw_os_error);
+            // Memory for the reader's own buffer is not under the module's code.
+            ensure!(
+                number == Some(libc::ENOMEM),
+                "the read ends with {:?} instead of ENOMEM",
+                result.map(|bytes| bytes.len())
+            );
+            Ok(())
+        },
+    )?;
+    ensure!(
+        !last?.is_empty() && count >= 3,
+        "{count} allocations failed"
+    );
+    drop(faults);
+    ensure!(Meter::read()?.own().len() == 15, "not all are metered");
+    println!("{count} allocations failed, one after the other");
+    Ok(())
+}
+
+fn vcpus() -> Result<()> {
+    const VCPUS: u8 = 3;
+    let cpuid = host::pick(10, 0x72)?;
+    let config = Config {
+        vcpus: VCPUS,
+        ..Config::new(Program::Cpuid, Mode::Long, 40)
+    };
+    let faults = Faults::under(Code::of_module("exitmeter")?)?;
+    let mut unmetered = 0;
+    let mut metered = 0;
+    let mut random = Random::new(11);
+    let vms = part_of(200).max(10);
+    for vm in 0..vms {
+        // All, none, and some.
+        faults.percent(match vm {
+            0 => 100,
+            1 => 0,
+            _ => 10 + random.below(80) as u32,
+        })?;
+        let mut machine = Machine::new(config.clone())?;
+        machine.run()?;
+        faults.percent(0)?;
+        // Who came without memory stays unmetered for its life, and the rest is exact.
+        machine.rewind()?;
+        machine.run()?;
+        let meter = Meter::read()?;
+        let own = meter.own();
+        let without = meter.unmetered - unmetered;
+        ensure!(
+            own.len() as u64 + without == u64::from(VCPUS),
+            "of {VCPUS} vCPUs {} are metered, and {without} are said to be unmetered",
+            own.len()
+        );
+        ensure!(
+            (vm != 0 || own.is_empty()) && (vm != 1 || without == 0),
+            "VM {vm} has {without} vCPUs without memory"
+        );
+        for vcpu in &own {
+            let exits = vcpu.numbers.exits_of(cpuid);
+            ensure!(exits == 80, "{exits} CPUID exits of 80 are metered");
+        }
+        metered += own.len() as u64;
+        unmetered = meter.unmetered;
+    }
+    drop(faults);
+    ensure!(
+        metered > 0 && unmetered > u64::from(VCPUS),
+        "{metered} vCPUs were metered, {unmetered} were not"
+    );
+    meters().context("then")?;
+    println!("{vms} VMs: {metered} vCPUs metered, every exit, {unmetered} for want of memory not");
+    // The count of those unmetered does not fall: the next case is to find a new module.
+    module::unload()
+}

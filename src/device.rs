@@ -21,10 +21,7 @@ use crate::{
     hooks,
     meter::{
         ledger::Totals,
-        snapshot::{
-            self,
-            Full, //
-        },
+        snapshot::Full, //
     },
 };
 
@@ -62,21 +59,17 @@ impl MiscDevice for Device {
 /// A snapshot of now.
 fn take() -> Result<KVVec<u8>> {
     let registry = hooks::registry().ok_or(ENODEV)?;
-    // A guess for the first try; the answer says what more it takes.
-    let mut size = snapshot::size_for(8, 256);
+    // One that turns out too large leaves word of how large it is.
     loop {
-        let mut buffer = KVVec::from_elem(0, size, GFP_KERNEL_ACCOUNT)?;
+        let mut buffer = KVVec::from_elem(0, registry.likely_size(), GFP_KERNEL_ACCOUNT)?;
         let mut gone = KVBox::<Totals>::zeroed(GFP_KERNEL_ACCOUNT)?;
         match registry.snapshot(&mut buffer, &mut gone) {
             Ok(written) => {
                 buffer.truncate(written);
                 return Ok(buffer);
             }
-            // vCPUs may come in the meantime: an eighth more, and again if that is short.
-            Err(Full { needed }) => size = needed.saturating_add(needed / 8),
-        }
-        if kernel::current!().signal_pending() {
-            return Err(ERESTARTSYS);
+            Err(Full { .. }) if kernel::current!().signal_pending() => return Err(ERESTARTSYS),
+            Err(Full { .. }) => {}
         }
     }
 }

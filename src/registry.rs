@@ -22,6 +22,7 @@
 
 use core::sync::atomic::{
     AtomicBool,
+    AtomicUsize,
     Ordering::Relaxed, //
 };
 
@@ -67,6 +68,7 @@ use crate::{
             Slot, //
         },
         snapshot::{
+            self,
             Encoder,
             Full,
             Host,
@@ -187,6 +189,8 @@ pub(crate) struct Registry {
     max_vcpus: usize,
     /// Neither a vCPU nor a note of one can be taken in: says so without a lock.
     full: AtomicBool,
+    /// What the latest snapshot took, in bytes.
+    latest_size: AtomicUsize,
     /// Held by the one who takes a snapshot.
     #[pin]
     walking: Mutex<()>,
@@ -237,6 +241,7 @@ impl Registry {
                 places,
                 max_vcpus,
                 full: AtomicBool::new(false),
+                latest_size: AtomicUsize::new(snapshot::size_for(8, 256)),
                 walking <- new_mutex!((), "exitmeter::walking"),
                 state <- new_spinlock!(state, "exitmeter::registry"),
             }),
@@ -435,7 +440,17 @@ impl Registry {
             }
         }
         drop(walking);
-        encoder.finish(gone, unmetered)
+        let result = encoder.finish(gone, unmetered);
+        let (Ok(size) | Err(Full { needed: size })) = result;
+        self.latest_size.store(size, Relaxed);
+        result
+    }
+
+    /// What the next snapshot is likely to take, in bytes: an eighth more than the latest, as
+    /// vCPUs may have come.
+    pub(crate) fn likely_size(&self) -> usize {
+        let latest = self.latest_size.load(Relaxed);
+        latest.saturating_add(latest / 8)
     }
 
     /// The numbers of all vCPUs, those that are gone and those that live.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -13,7 +14,10 @@ use tiny_guests::{Config, Machine, Mode, Program};
 use super::{keep_on, keep_running, part_of};
 use crate::{
     cases::Case,
-    host::meter::{Meter, Vcpu},
+    host::{
+        self,
+        meter::{Meter, Vcpu},
+    },
 };
 
 /// For how many seconds.
@@ -31,6 +35,12 @@ pub(super) fn cases() -> Vec<Case> {
             "log_queries=0",
             "soak: snapshots while vCPUs come and go, no number lost or told twice",
             || beside_churn(Duration::from_secs(part_of(SECONDS))),
+        )
+        .within(600),
+        Case::with(
+            "log_queries=0",
+            "soak: a snapshot of 4096 vCPUs",
+            of_4096_vcpus,
         )
         .within(600),
     ]
@@ -143,6 +153,64 @@ fn beside_vcpus(time: Duration) -> Result<()> {
         time.as_secs_f64()
     );
     Ok(())
+}
+
+/// As many vCPUs as are metered by default, each of which has run: one snapshot holds them all.
+fn of_4096_vcpus() -> Result<()> {
+    const VCPUS: u64 = 4096;
+    const EACH: u8 = 15;
+    let files = libc::rlimit {
+        rlim_cur: 2 * VCPUS,
+        rlim_max: 2 * VCPUS,
+    };
+    // SAFETY: The limits are only read.
+    let ret = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files) };
+    ensure!(ret == 0, "no more files may be opened than usual");
+    let cpuid = host::pick(10, 0x72)?;
+    let mut machines = Vec::new();
+    let mut left = VCPUS;
+    while left > 0 {
+        let vcpus = left.min(u64::from(EACH)) as u8;
+        left -= u64::from(vcpus);
+        let mut machine = Machine::new(Config {
+            vcpus,
+            ..Config::new(Program::Cpuid, Mode::Long, 5)
+        })
+        .with_context(|| format!("{left} vCPUs are to be made still"))?;
+        machine.run()?;
+        machines.push(machine);
+    }
+    let mut bytes = Vec::new();
+    let mut ticks = Vec::new();
+    for _ in 0..5 {
+        let began = tsc();
+        bytes = fs::read("/dev/exitmeter")?;
+        ticks.push(tsc() - began);
+    }
+    ticks.sort_unstable();
+    let meter = Meter::read()?;
+    let own = meter.own();
+    ensure!(
+        own.len() as u64 == VCPUS && meter.unmetered == 0,
+        "{} of {VCPUS} vCPUs are metered, {} ran unmetered",
+        own.len(),
+        meter.unmetered
+    );
+    for vcpu in &own {
+        let exits = vcpu.numbers.exits_of(cpuid);
+        ensure!(exits == 5, "{exits} CPUID exits of 5 are metered");
+    }
+    println!(
+        "{VCPUS} vCPUs in {} kB, read in {} ticks of this host's TSC (the median of 5)",
+        bytes.len() / 1000,
+        ticks[ticks.len() / 2]
+    );
+    Ok(())
+}
+
+fn tsc() -> u64 {
+    // SAFETY: Every CPU of 64 bits has it.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// No number of a vCPU falls.

@@ -1,0 +1,220 @@
+//! What a guest does for the study: each word on the command line is a piece of work of a fixed amount.
+
+use std::{
+    alloc::{self, Layout},
+    fs::{File, OpenOptions},
+    hint::black_box,
+    io::{self, Read as _, Write as _},
+    net::{TcpStream, UdpSocket},
+    os::{
+        fd::AsRawFd as _,
+        unix::{fs::OpenOptionsExt as _, net::UnixStream},
+    },
+    process::{Command, ExitCode},
+    slice,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+/// How much of each.
+const STEPS: u64 = 20_000_000;
+const SLEEPS: u32 = 200;
+const PROCESSES: u32 = 20;
+const PAGES: usize = 2048;
+const BARRIERS: u32 = 100;
+const WAKES: u32 = 200;
+const BLOCKS: usize = 64;
+const BLOCK: usize = 65536;
+const PINGS: u32 = 100;
+const STREAM: usize = 1 << 20;
+const LETTERS: usize = 1000;
+
+/// The host's side of the network, and its ports for echoes and for a stream.
+const ECHO: &str = "10.0.2.1:7";
+const SINK: &str = "10.0.2.1:9";
+
+fn main() -> ExitCode {
+    for word in std::env::args().skip(1) {
+        let done = match &*word {
+            "compute" => Ok(compute()),
+            "timers" => Ok(timers()),
+            "processes" => processes(),
+            "memory" => Ok(memory()),
+            "ipi" => ipi(),
+            "wake" => wake(),
+            "write" => disk(true),
+            "read" => disk(false),
+            "ping" => ping(),
+            "stream" => stream(),
+            "console" => console(),
+            _ => Err(io::Error::other("there is no such work")),
+        };
+        if let Err(error) = done {
+            eprintln!("{word}: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Arithmetic, without a system call.
+fn compute() {
+    let mut state = 1_u64;
+    for _ in 0..STEPS {
+        state = black_box(state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1));
+    }
+}
+
+/// Sleeps of 1 ms.
+fn timers() {
+    for _ in 0..SLEEPS {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Processes, each made, run and ended.
+fn processes() -> io::Result<()> {
+    for _ in 0..PROCESSES {
+        Command::new("/bin/true").status()?;
+    }
+    Ok(())
+}
+
+/// Pages of 4 KiB, written to for the first time.
+fn memory() {
+    let mut pages = vec![0_u8; PAGES * 4096];
+    for page in pages.chunks_mut(4096) {
+        page[0] = 1;
+    }
+    black_box(&mut pages);
+}
+
+/// Has this thread run on one CPU alone.
+fn pin(cpu: usize) -> io::Result<()> {
+    // SAFETY: A set of plain bits, of which the second is within.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        set
+    };
+    // SAFETY: The kernel reads the set alone, of that size.
+    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn membarrier(command: libc::c_int) -> io::Result<()> {
+    // SAFETY: The call takes numbers alone.
+    match unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Interrupts from one CPU to another that computes: the barrier on all CPUs that run this program.
+fn ipi() -> io::Result<()> {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
+    pin(0)?;
+    let other = thread::spawn(|| {
+        pin(1)?;
+        while !DONE.load(Ordering::Relaxed) {
+            black_box(());
+        }
+        Ok(())
+    });
+    // It runs there by then.
+    thread::sleep(Duration::from_millis(20));
+    for _ in 0..BARRIERS {
+        membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED)?;
+    }
+    DONE.store(true, Ordering::Relaxed);
+    other
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("a thread ended early")))
+}
+
+/// Two threads on two CPUs that wake each other in turn.
+fn wake() -> io::Result<()> {
+    let (mut here, mut there) = UnixStream::pair()?;
+    pin(0)?;
+    let other = thread::spawn(move || {
+        pin(1)?;
+        let mut byte = [0];
+        for _ in 0..WAKES {
+            there.read_exact(&mut byte)?;
+            there.write_all(&byte)?;
+        }
+        Ok(())
+    });
+    let mut byte = [0];
+    for _ in 0..WAKES {
+        here.write_all(&byte)?;
+        here.read_exact(&mut byte)?;
+    }
+    other
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("a thread ended early")))
+}
+
+/// Blocks of 64 KiB to or from the disk, past the guest's cache.
+fn disk(write: bool) -> io::Result<()> {
+    let mut disk: File = OpenOptions::new()
+        .read(!write)
+        .write(write)
+        .custom_flags(libc::O_DIRECT)
+        .open("/dev/vda")?;
+    let layout = Layout::from_size_align(BLOCK, 4096).map_err(io::Error::other)?;
+    // SAFETY: Its size is not 0.
+    let memory = unsafe { alloc::alloc_zeroed(layout) };
+    if memory.is_null() {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    // SAFETY: Just allocated, of that size, zeroed, and never freed.
+    let block: &mut [u8] = unsafe { slice::from_raw_parts_mut(memory, BLOCK) };
+    for _ in 0..BLOCKS {
+        match write {
+            true => disk.write_all(block)?,
+            false => disk.read_exact(block)?,
+        }
+    }
+    // SAFETY: An open file.
+    match unsafe { libc::fdatasync(disk.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Datagrams to the host, each awaited on its way back.
+fn ping() -> io::Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    socket.connect(ECHO)?;
+    let mut bytes = [0; 64];
+    for _ in 0..PINGS {
+        socket.send(&bytes)?;
+        socket.recv(&mut bytes)?;
+    }
+    Ok(())
+}
+
+/// A stream to the host, which answers when it has all.
+fn stream() -> io::Result<()> {
+    let mut stream = TcpStream::connect(SINK)?;
+    stream.write_all(&vec![0; STREAM])?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.read_exact(&mut [0])
+}
+
+/// Letters to the console.
+fn console() -> io::Result<()> {
+    let mut console = OpenOptions::new().write(true).open("/dev/ttyS0")?;
+    console.write_all(&[b'x'; LETTERS])?;
+    // SAFETY: An open terminal.
+    match unsafe { libc::tcdrain(console.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

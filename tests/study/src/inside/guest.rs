@@ -1,0 +1,228 @@
+//! A Linux guest of one of the VMMs, and its line for commands: the same agent is the first process of all.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    os::unix::net::UnixStream,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{bail, ensure, Context as _, Result};
+use lab_agent::{
+    channel::{Item, Message, Receiver, Sender},
+    cpio::Archive,
+    settings,
+};
+
+use super::network;
+use crate::plan::Guest as Kind;
+
+/// Where the VMM waits for who speaks to the guest.
+pub const SOCKET: &str = "/tmp/commands";
+/// Where the guest's console goes.
+pub const CONSOLE: &str = "/out/guest.console.log";
+/// The guest's kernel as packaged, for a machine with a firmware.
+pub const PACKAGED: &str = "/root/vmlinuz";
+
+const VMM_LOG: &str = "/out/guest.vmm.log";
+const INITRAMFS: &str = "/tmp/initramfs";
+const DISK: &str = "/tmp/disk";
+const DISK_SIZE: u64 = 16 << 20;
+
+/// As the lab's command `guest` has it.
+const MICROVM: &str =
+    "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
+                       reboot=t panic=-1 random.trust_cpu=on";
+/// All messages to the serial console, as on a server.
+const PC: &str =
+    "console=ttyS0,115200 rdinit=/bin/guest-init tsc=reliable panic=-1 random.trust_cpu=on";
+
+/// How long a guest may take for what it is told.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A guest that runs. Its VMM is killed when this is dropped.
+pub struct Guest {
+    vmm: Child,
+    sender: Sender<UnixStream>,
+    receiver: Receiver,
+    line: UnixStream,
+    items: std::collections::VecDeque<Item>,
+}
+
+impl Guest {
+    /// Starts it, with a disk and a network or without, and waits until it takes commands.
+    pub fn boot(kind: Kind, devices: bool) -> Result<Self> {
+        pack(Path::new(INITRAMFS))?;
+        File::create(DISK)?.set_len(DISK_SIZE)?;
+        let _ = fs::remove_file(SOCKET);
+        let log = File::create(VMM_LOG)?;
+        let mut vmm = command(kind, devices)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("the VMM cannot be started")?;
+        let deadline = Instant::now() + PATIENCE;
+        let line = loop {
+            match UnixStream::connect(SOCKET) {
+                Ok(line) => break line,
+                Err(_) if vmm.try_wait()?.is_none() && Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                Err(_) => bail!("the VMM did not start{}", tails()),
+            }
+        };
+        line.set_read_timeout(Some(PATIENCE))?;
+        let mut guest = Self {
+            vmm,
+            sender: Sender::new(line.try_clone()?),
+            receiver: Receiver::new(),
+            line,
+            items: Default::default(),
+        };
+        guest.wait_for(&Message::Hello)?;
+        Ok(guest)
+    }
+
+    /// Runs a command in it, and demands that it succeeds.
+    pub fn run(&mut self, command: &str) -> Result<()> {
+        self.sender.send(&Message::Run {
+            number: 1,
+            command: command.as_bytes().to_vec(),
+        })?;
+        self.wait_for(&Message::Started(1))?;
+        let mut said = String::new();
+        loop {
+            match self.next()? {
+                Item::Message(Message::Stdout(bytes) | Message::Stderr(bytes)) => {
+                    said.push_str(&String::from_utf8_lossy(&bytes));
+                }
+                Item::Message(Message::Verdict(status)) => {
+                    ensure!(status == 0, "{command} failed in the guest: {said}");
+                    return Ok(());
+                }
+                Item::Message(Message::Hello) => {
+                    bail!("the guest restarted at {command}{}", tails())
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Has it restart, and waits until it takes commands again.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.sender.send(&Message::Reboot)?;
+        self.wait_for(&Message::Hello)
+    }
+
+    fn wait_for(&mut self, message: &Message) -> Result<()> {
+        while !matches!(self.next()?, Item::Message(got) if got == *message) {}
+        Ok(())
+    }
+
+    fn next(&mut self) -> Result<Item> {
+        loop {
+            if let Some(item) = self.items.pop_front() {
+                return Ok(item);
+            }
+            let mut bytes = [0; 4096];
+            match self.line.read(&mut bytes) {
+                Ok(0) => bail!("the VMM ended{}", tails()),
+                Ok(length) => self.items.extend(self.receiver.receive(&bytes[..length])),
+                Err(error) => bail!("the guest said nothing: {error}{}", tails()),
+            }
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.vmm.kill();
+        let _ = self.vmm.wait();
+    }
+}
+
+/// How the VMM is started.
+fn command(kind: Kind, devices: bool) -> Command {
+    let console = format!("file,id=console,path={CONSOLE}");
+    let commands = format!("socket,id=commands,path={SOCKET},server=on,wait=off");
+    let disk = format!("file={DISK},if=none,format=raw,id=disk");
+    let net = format!("tap,id=net,ifname={},script=no,downscript=no", network::TAP);
+    let mut vmm = Command::new(match kind {
+        Kind::Microvm | Kind::Smp => "/usr/bin/qemu-system-x86_64-microvm",
+        Kind::Pc => "/usr/bin/qemu-system-x86_64",
+        Kind::Tiny | Kind::Loops => "/usr/local/bin/study",
+    });
+    match kind {
+        Kind::Microvm | Kind::Smp => {
+            vmm.args(["-M", "microvm,rtc=on,pit=off,pic=off", "-nodefaults"])
+                .args(["-kernel", settings::GUEST_KERNEL, "-append", MICROVM])
+                .args(["-serial", "chardev:console"])
+                .args(["-device", "isa-serial,chardev=commands,index=1"]);
+            if kind == Kind::Smp {
+                // SeaBIOS's way of counting vCPUs needs them to run at the same time.
+                vmm.args(["-smp", "2", "-bios", "qboot.rom"]);
+            }
+        }
+        Kind::Pc => {
+            vmm.args(["-M", "q35", "-kernel", PACKAGED, "-append", PC])
+                .args(["-serial", "chardev:console", "-serial", "chardev:commands"]);
+        }
+        Kind::Tiny | Kind::Loops => {
+            vmm.args(["--vmm", INITRAMFS]);
+            return vmm;
+        }
+    }
+    vmm.args(["-accel", "kvm", "-cpu", "host", "-m", "256"])
+        .args(["-no-user-config", "-display", "none", "-initrd", INITRAMFS])
+        .args(["-chardev", &console, "-chardev", &commands]);
+    if devices {
+        let bus = if kind == Kind::Pc { "pci" } else { "device" };
+        vmm.args(["-drive", &disk, "-netdev", &net])
+            .args(["-device", &format!("virtio-blk-{bus},drive=disk")])
+            .args(["-device", &format!("virtio-net-{bus},netdev=net")]);
+    } else if kind == Kind::Pc {
+        vmm.args(["-nic", "none"]);
+    }
+    vmm
+}
+
+/// Writes the guest's initramfs: what the lab packed, the agent as its first process, the work and the drivers.
+fn pack(path: &Path) -> Result<()> {
+    let mut target = File::create(path)?;
+    let size = io::copy(&mut File::open(settings::GUEST_INITRAMFS)?, &mut target)?;
+    let mut archive = Archive::new(target);
+    let mut add = |name: &str, source: &Path| -> Result<()> {
+        let file = File::open(source).with_context(|| format!("no {}", source.display()))?;
+        let size = file.metadata()?.len();
+        Ok(archive.file(name, 0o755, size, file)?)
+    };
+    add("bin/guest-init", Path::new("/init"))?;
+    add("root/work", Path::new("/usr/local/bin/work"))?;
+    let mut modules: Vec<_> = fs::read_dir("/root/modules")?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<io::Result<_>>()?;
+    modules.sort();
+    for module in modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        add(&format!("root/{name}"), &module)?;
+    }
+    // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
+    archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
+    Ok(())
+}
+
+/// The ends of what VMM and guest said.
+fn tails() -> String {
+    [VMM_LOG, CONSOLE]
+        .into_iter()
+        .fold(String::new(), |text, path| {
+            let said = fs::read(path).unwrap_or_default();
+            let said =
+                String::from_utf8_lossy(&said[said.len().saturating_sub(2000)..]).into_owned();
+            format!("{text}\n--- the end of {path}:\n{}", said.trim_end())
+        })
+}

@@ -1,0 +1,108 @@
+//! A recording that goes on while the guest works, with a mark where something begins.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, Result};
+use exitmeter::{
+    recording::{write::Writer, Header},
+    source,
+};
+
+/// The recording.
+pub struct Tape {
+    shared: Arc<Mutex<Shared>>,
+    thread: JoinHandle<Result<()>>,
+}
+
+struct Shared {
+    begun: Instant,
+    writer: Writer<File>,
+    ended: bool,
+}
+
+impl Tape {
+    /// Begins one, with a snapshot each `interval`.
+    pub fn begin(path: &Path, interval: Duration, about: Vec<(&str, String)>) -> Result<Self> {
+        let file =
+            File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let header = Header {
+            begun: since_1970.unwrap_or_default(),
+            interval,
+        };
+        let mut writer = Writer::new(file, &header)?;
+        writer.about(about)?;
+        let shared = Arc::new(Mutex::new(Shared {
+            begun: Instant::now(),
+            writer,
+            ended: false,
+        }));
+        let thread = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || loop {
+                thread::sleep(interval);
+                let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                if shared.ended {
+                    return Ok(());
+                }
+                shared.take(None)?;
+            }
+        });
+        Ok(Self { shared, thread })
+    }
+
+    /// What comes from here on is called so: takes a snapshot at once.
+    pub fn mark(&self, name: &str) -> Result<()> {
+        println!("{name}");
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.take(Some(name))
+    }
+
+    /// Ends it.
+    pub fn end(self) -> Result<()> {
+        self.mark("end")?;
+        {
+            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.ended = true;
+            let at = shared.begun.elapsed();
+            shared.writer.end(at, "the study ended")?;
+        }
+        let done = self.thread.join();
+        done.unwrap_or_else(|_| anyhow::bail!("the recording's thread ended early"))
+    }
+}
+
+impl Shared {
+    fn take(&mut self, mark: Option<&str>) -> Result<()> {
+        let at = self.begun.elapsed();
+        let snapshot = source::read(Path::new(source::DEVICE))?;
+        if let Some(name) = mark {
+            self.writer.mark(at, name)?;
+        }
+        self.writer.snapshot(at, snapshot)?;
+        Ok(())
+    }
+}
+
+/// What a recording says about the host that it was made on.
+pub fn about() -> Vec<(&'static str, String)> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let cpu = cpu.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        (name.trim() == "model name").then(|| value.trim().to_owned())
+    });
+    vec![
+        (
+            "kernel",
+            read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        ),
+        ("cpu", cpu.unwrap_or_default()),
+    ]
+}

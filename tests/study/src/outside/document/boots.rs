@@ -1,0 +1,174 @@
+//! Boots and reboots: how many exits they take, how the number grows, and of which reasons.
+
+use std::{cmp::Reverse, collections::BTreeMap};
+
+use exitmeter::{model::Ledger, numbers::exact};
+use lab::host::Host;
+
+use super::{
+    super::recorded::{self, Recorded, Stage},
+    table::{count, percent, Table},
+    All,
+};
+
+/// What was run, when, and on what.
+pub fn runs(all: &All<'_>) -> String {
+    let dates = recorded::dates(all.folder);
+    let mut table = Table::new([
+        "run",
+        "<recorded",
+        "<host",
+        "<KVM",
+        "exits",
+        "s of the host",
+        "file, kB",
+    ]);
+    for recorded in all.recorded {
+        let run = recorded.run;
+        let about = |name: &str| recorded.about.get(name).cloned().unwrap_or_default();
+        let date = dates.get(&run.to_string()).cloned().unwrap_or_default();
+        let (end, exits) = recorded.growth.last().copied().unwrap_or_default();
+        table.row([
+            format!("[{run}](study/{run}-rate.svg)"),
+            date,
+            format!("{}, Linux {}", about("cpu"), about("kernel")),
+            run.kvm().to_owned(),
+            exact(exits),
+            format!("{end:.1}"),
+            (recorded.size / 1000).to_string(),
+        ]);
+    }
+    table.text()
+}
+
+/// What boots and reboots take.
+pub fn boots(all: &All<'_>) -> String {
+    let mut table = Table::new([
+        "run",
+        "boot, exits",
+        "s",
+        "exits/s",
+        "kernel cycles",
+        "reboot, exits",
+        "s",
+        "idle, exits/s",
+    ]);
+    for (recorded, boot) in all.linux(None) {
+        let stage = |name: &str| recorded.stage(name);
+        let exits = |stage: &Stage| exact(stage.ledger.exits);
+        let rate = |stage: &Stage| format!("{:.0}", stage.ledger.exits as f64 / stage.seconds());
+        let seconds = |stage: &Stage| format!("{:.2}", stage.seconds());
+        table.row([
+            recorded.run.title(),
+            exits(boot),
+            seconds(boot),
+            rate(boot),
+            exact(boot.ledger.cycles.kernel),
+            stage("reboot").map(exits).unwrap_or_default(),
+            stage("reboot").map(seconds).unwrap_or_default(),
+            stage("idle").map(rate).unwrap_or_default(),
+        ]);
+    }
+    table.text()
+}
+
+/// Whether exits come at a steady rate: their share by each fifth of the boot's time, and the busiest tenth of a second.
+pub fn growth(all: &All<'_>) -> String {
+    let mut table = Table::new([
+        "run",
+        "1/5",
+        "2/5",
+        "3/5",
+        "4/5",
+        "busiest 0.1 s, exits",
+        "at, s",
+        "times the mean",
+        "quietest 0.1 s, exits",
+    ]);
+    for (recorded, boot) in all.linux(None) {
+        let (from, to) = boot.span;
+        let at = |time: f64| recorded.exits_at(time) - recorded.exits_at(from);
+        let fifth = |part: f64| {
+            let share = at(from + (to - from) * part / 5.0) / at(to).max(1.0);
+            format!("{:.0}%", share * 100.0)
+        };
+        let tenths = tenths(recorded, boot);
+        let busiest = tenths
+            .iter()
+            .max_by_key(|(_, exits)| *exits)
+            .copied()
+            .unwrap_or_default();
+        let quietest = tenths
+            .iter()
+            .map(|(_, exits)| *exits)
+            .min()
+            .unwrap_or_default();
+        let mean = at(to) / (to - from) / 10.0;
+        table.row([
+            recorded.run.title(),
+            fifth(1.0),
+            fifth(2.0),
+            fifth(3.0),
+            fifth(4.0),
+            exact(busiest.1),
+            format!("{:.1}", busiest.0),
+            format!("{:.1}", busiest.1 as f64 / mean),
+            exact(quietest),
+        ]);
+    }
+    table.text()
+}
+
+/// The exits in each whole tenth of a second of a stage, and when that begins in it.
+fn tenths(recorded: &Recorded, stage: &Stage) -> Vec<(f64, u64)> {
+    let (from, to) = stage.span;
+    let whole = ((to - from) * 10.0) as u32;
+    (0..whole)
+        .map(|place| {
+            let at = f64::from(place) / 10.0;
+            let exits = recorded.exits_at(from + at + 0.1) - recorded.exits_at(from + at);
+            (at, exits.round() as u64)
+        })
+        .collect()
+}
+
+/// How often each reason occurs in the boots of a host.
+pub fn reasons(all: &All<'_>, host: Host) -> String {
+    let boots = all.linux(Some(host));
+    let ledgers: Vec<&Ledger> = boots.iter().map(|(_, boot)| &boot.ledger).collect();
+    let titles = boots.iter().map(|(recorded, _)| {
+        let title = recorded.run.title();
+        title
+            .split_once(", ")
+            .map_or(title.clone(), |(_, guest)| guest.to_owned())
+    });
+    let mut table = Table::new(
+        ["code".to_owned(), "<reason".to_owned()]
+            .into_iter()
+            .chain(titles),
+    );
+    let mut labels = BTreeMap::new();
+    for row in ledgers
+        .iter()
+        .flat_map(|ledger| &ledger.reasons)
+        .filter(|row| row.exits > 0)
+    {
+        labels.entry(row.label.key()).or_insert((row.label, 0)).1 += row.exits;
+    }
+    let mut labels: Vec<_> = labels.into_values().collect();
+    labels.sort_by_key(|(label, exits)| (Reverse(*exits), label.key()));
+    for (label, _) in labels {
+        let code = label.code.map(|code| code.to_string()).unwrap_or_default();
+        let cells = ledgers.iter().map(|ledger| {
+            let exits = ledger.row(&label).map_or(0, |row| row.exits);
+            match exits * 100 >= ledger.exits {
+                true => format!("{} ({})", exact(exits), percent(exits, ledger.exits)),
+                false => count(exits),
+            }
+        });
+        table.row([code, label.to_string()].into_iter().chain(cells));
+    }
+    let sums = ledgers.iter().map(|ledger| exact(ledger.exits));
+    table.row([String::new(), "all".to_owned()].into_iter().chain(sums));
+    table.text()
+}

@@ -1,0 +1,177 @@
+//! The smallest VMM that a packaged Linux boots in: one vCPU, memory, KVM's own interrupt controllers and timer, and two
+//! serial ports. No firmware, no ACPI, no PCI, no disk. What a triple fault ends begins anew.
+
+mod kernel;
+mod memory;
+mod uart;
+
+use std::{
+    fs::File,
+    io::Read as _,
+    os::unix::net::UnixListener,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
+
+use anyhow::{bail, Context as _, Result};
+use kvm_bindings::{
+    kvm_pit_config, kvm_segment, kvm_userspace_memory_region, KVM_MAX_CPUID_ENTRIES,
+    KVM_PIT_SPEAKER_DUMMY,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+use self::{memory::Memory, uart::Uart};
+
+/// The guest's memory in bytes.
+const MEMORY: usize = 256 << 20;
+
+/// The kernel has to find out that there is no firmware and no PCI, but for this.
+const COMMAND_LINE: &str =
+    "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
+                            reboot=t panic=-1 random.trust_cpu=on acpi=off pci=off";
+
+/// The first serial port is the console, the second takes commands: their first ports and interrupts.
+const PORTS: [(u16, u32); 2] = [(0x3f8, 4), (0x2f8, 3)];
+
+/// Where commands come from, and where the console goes.
+pub struct Lines<'a> {
+    /// A socket to listen at, for one who speaks to the guest.
+    pub commands: &'a str,
+    /// A file.
+    pub console: &'a str,
+}
+
+/// Boots the kernel with this initramfs, again and again. Ends by a signal, or when the guest does what it must not.
+pub fn run(kernel: &Path, initramfs: &Path, lines: &Lines<'_>) -> Result<()> {
+    let listener = UnixListener::bind(lines.commands).context("no socket for commands")?;
+    let console = File::create(lines.console).context("no file for the console")?;
+    let (commands, _) = listener.accept()?;
+    let uarts = [
+        Arc::new(Mutex::new(Uart::new(console)?)),
+        Arc::new(Mutex::new(Uart::new(commands.try_clone()?)?)),
+    ];
+    let second = Arc::clone(&uarts[1]);
+    thread::spawn(move || {
+        let mut commands = commands;
+        let mut bytes = [0; 256];
+        while let Ok(length @ 1..) = commands.read(&mut bytes) {
+            lock(&second).receive(&bytes[..length]);
+        }
+    });
+    let kvm = Kvm::new().context("cannot open /dev/kvm")?;
+    loop {
+        let memory = Memory::new(MEMORY)?;
+        let entry = kernel::load(&memory, kernel, initramfs, COMMAND_LINE)?;
+        let vm = machine(&kvm, &memory, &uarts)?;
+        let vcpu = vcpu(&kvm, &vm, entry)?;
+        until_reset(vcpu, &uarts)?;
+    }
+}
+
+fn lock(uart: &Mutex<Uart>) -> std::sync::MutexGuard<'_, Uart> {
+    uart.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The VM without its vCPU.
+fn machine(kvm: &Kvm, memory: &Memory, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<VmFd> {
+    let vm = kvm.create_vm()?;
+    // Where Intel's KVM may put what it needs for real mode; no guest looks there.
+    vm.set_identity_map_address(0xfffb_c000)?;
+    vm.set_tss_address(0xfffb_d000)?;
+    vm.create_irq_chip()?;
+    vm.create_pit2(kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    })?;
+    let region = kvm_userspace_memory_region {
+        memory_size: MEMORY as u64,
+        userspace_addr: memory.address(),
+        ..Default::default()
+    };
+    // SAFETY: The caller holds the memory until the VM is gone.
+    unsafe { vm.set_user_memory_region(region) }?;
+    for (uart, (_, line)) in uarts.iter().zip(PORTS) {
+        let mut uart = lock(uart);
+        uart.reset();
+        vm.register_irqfd(uart.interrupt(), line)?;
+    }
+    Ok(vm)
+}
+
+/// A vCPU as PVH wants it: protected mode, flat segments, no paging, EBX at what the kernel is told.
+fn vcpu(kvm: &Kvm, vm: &VmFd, entry: u64) -> Result<VcpuFd> {
+    let vcpu = vm.create_vcpu(0)?;
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    for leaf in cpuid.as_mut_slice() {
+        match leaf.function {
+            1 => {
+                // Its APIC is the first, and it is in a VM.
+                leaf.ebx &= 0x00ff_ffff;
+                leaf.ecx |= 1 << 31;
+            }
+            0xb | 0x1f => leaf.edx = 0,
+            _ => {}
+        }
+    }
+    vcpu.set_cpuid2(&cpuid)?;
+    let segment = |type_: u8, selector: u16, code: u8| kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        db: code,
+        s: code,
+        g: code,
+        ..Default::default()
+    };
+    let mut sregs = vcpu.get_sregs()?;
+    sregs.cs = segment(0xb, 0x8, 1);
+    let data = segment(0x3, 0x10, 1);
+    [sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss] = [data; 5];
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        ..segment(0xb, 0x18, 0)
+    };
+    // Protection, and the bit that is always set.
+    sregs.cr0 = 0x11;
+    vcpu.set_sregs(&sregs)?;
+    let mut regs = vcpu.get_regs()?;
+    regs.rip = entry;
+    regs.rbx = kernel::INFO;
+    regs.rflags = 2;
+    vcpu.set_regs(&regs)?;
+    Ok(vcpu)
+}
+
+/// Runs it until it resets itself.
+fn until_reset(mut vcpu: VcpuFd, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<()> {
+    let uart = |port: u16| {
+        let place = PORTS.iter().position(|(first, _)| port & !7 == *first)?;
+        Some((&uarts[place], port & 7))
+    };
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(port, bytes)) => {
+                if let Some((uart, register)) = uart(port) {
+                    lock(uart).write(register, bytes[0])?;
+                }
+            }
+            Ok(VcpuExit::IoIn(port, bytes)) => {
+                bytes.fill(match (uart(port), port) {
+                    (Some((uart, register)), _) => lock(uart).read(register),
+                    // Of these, nothing is to be waited for.
+                    (None, 0x61 | 0x64 | 0x71) => 0,
+                    (None, _) => 0xff,
+                });
+            }
+            Ok(VcpuExit::MmioRead(_, bytes)) => bytes.fill(0xff),
+            Ok(VcpuExit::MmioWrite(..)) => {}
+            Ok(VcpuExit::Shutdown) => return Ok(()),
+            Ok(exit) => bail!("the guest ended with {exit:?}"),
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(error).context("KVM does not run the guest"),
+        }
+    }
+}

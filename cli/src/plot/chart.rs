@@ -29,6 +29,11 @@ pub const SMALL: f64 = 12.0;
 /// Below the data: names of ticks, and of the axis.
 const BELOW: f64 = 52.0;
 
+/// Room for the name of a moment, and for what leads from it to its line.
+const LONGEST: f64 = 110.0;
+/// See [`LONGEST`].
+const LEADER: f64 = 12.0;
+
 /// A line of the legend.
 #[derive(Clone, Debug)]
 pub struct Entry {
@@ -47,18 +52,41 @@ pub struct Entry {
 pub struct Chart {
     /// Where to draw them.
     pub picture: Picture,
+    /// Where the upright axis ends: above it are the names of moments.
+    top: f64,
     bottom: f64,
 }
 
 impl Chart {
     /// A chart whose data have so many pixels from top to bottom.
     pub fn new(title: &str, subtitle: &str, height: f64) -> Self {
-        let bottom = TOP + height;
+        Self::below(title, subtitle, 0.0, height)
+    }
+
+    /// The same with room for the names of moments above the data.
+    pub fn with_marks(title: &str, subtitle: &str, height: f64, marks: &[(f64, String)]) -> Self {
+        let longest = marks.iter().map(|(_, name)| font::width(name, SMALL));
+        let room = longest.fold(0.0, f64::max).min(LONGEST);
+        let head = if marks.is_empty() {
+            0.0
+        } else {
+            room + LEADER + 8.0
+        };
+        Self::below(title, subtitle, head, height)
+    }
+
+    fn below(title: &str, subtitle: &str, head: f64, height: f64) -> Self {
+        let top = TOP + head;
+        let bottom = top + height;
         let mut picture = Picture::new(WIDTH, bottom + BELOW);
         picture.text((14.0, 30.0), Anchor::Start, LARGE, INK, title);
         let subtitle = font::fit(subtitle, SMALL, WIDTH - 28.0);
         picture.text((14.0, 50.0), Anchor::Start, SMALL, GREY, &subtitle);
-        Self { picture, bottom }
+        Self {
+            picture,
+            top,
+            bottom,
+        }
     }
 
     /// The axis of time, with lines behind the data.
@@ -71,25 +99,24 @@ impl Chart {
         scale
     }
 
-    /// Moments that have names: a line for each, and its name at the right of it. Comes behind the data.
+    /// Moments that have names: a line for each, and its name above the data. Comes behind these.
     pub fn marks(&mut self, marks: &[(f64, String)], scale: Scale) {
-        let mut free = LEFT;
-        for (time, name) in marks {
-            let x = scale.place(*time);
-            let ends = [(x, TOP - 6.0), (x, self.bottom)];
-            let ink = Paint::Plain(INK);
-            self.picture.curve(ends, ink, 0.8, "3 2", name);
-            // Names that would lie over each other move to the right.
-            let at = (x + SMALL).max(free);
-            let name = font::fit(name, SMALL, self.bottom - TOP - 12.0);
-            self.picture.upwards((at, TOP + 4.0), SMALL, INK, &name);
-            free = at + SMALL + 1.0;
+        let lines: Vec<_> = marks.iter().map(|(time, _)| scale.place(*time)).collect();
+        let (paint, feet) = (Paint::Plain(GREY), self.top - LEADER);
+        for ((_, name), (x, above)) in marks.iter().zip(lines.iter().zip(apart(&lines))) {
+            let ends = [(*x, self.top), (*x, self.bottom)];
+            self.picture.curve(ends, paint, 0.8, "3 2", name);
+            let leader = [(*x, self.top), (above, feet)];
+            self.picture.curve(leader, paint, 0.8, "", name);
+            let name = font::fit(name, SMALL, LONGEST);
+            let at = (above + SMALL / 3.0, feet - 3.0);
+            self.picture.upwards(at, SMALL, INK, &name);
         }
     }
 
     /// The upright axis, from 0 to a value or a bit more.
     pub fn upright_axis(&mut self, name: &str, to: f64, label: impl Fn(f64) -> String) -> Scale {
-        let scale = Scale::linear((0.0, to), (self.bottom, TOP));
+        let scale = Scale::linear((0.0, to), (self.bottom, self.top));
         for tick in axis::ticks(0.0, to, 6) {
             let y = scale.place(tick);
             let color = if tick == 0.0 { GREY } else { GRID };
@@ -150,5 +177,35 @@ impl Chart {
     /// A ready picture.
     pub fn done(self) -> Picture {
         self.picture
+    }
+}
+
+/// Places for names of moments, near to their lines and none over another.
+fn apart(lines: &[f64]) -> Vec<f64> {
+    let step = SMALL + 1.0;
+    let mut places: Vec<f64> = Vec::new();
+    for line in lines {
+        let free = places.last().map_or(f64::MIN, |place| place + step);
+        places.push(line.max(free));
+    }
+    let mut end = RIGHT + step / 2.0;
+    for place in places.iter_mut().rev() {
+        *place = place.min(end);
+        end = *place - step;
+    }
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_moments_do_not_lie_over_each_other() {
+        assert_eq!(apart(&[100.0, 300.0]), [100.0, 300.0]);
+        assert_eq!(apart(&[100.0, 100.0, 101.0]), [100.0, 113.0, 126.0]);
+        let places = apart(&[RIGHT - 2.0, RIGHT - 1.0, RIGHT]);
+        assert!(places.windows(2).all(|two| two[1] - two[0] >= SMALL));
+        assert!(places.iter().all(|place| *place < RIGHT + SMALL));
     }
 }

@@ -18,7 +18,12 @@ const POINTS: u32 = 600;
 /// The chart.
 pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let bins = series.bins(POINTS);
-    let mut chart = Chart::new("Exits since the recording began", subtitle, 300.0);
+    let mut chart = Chart::with_marks(
+        "Exits since the recording began",
+        subtitle,
+        300.0,
+        &series.marks,
+    );
     let upright = chart.upright_axis("exits", series.sum.exits as f64 * 1.04, axis::label);
     let time = chart.time_axis(series.range());
     let mut curve = |exits: &dyn Fn(&Step) -> u64, paint, width, dashes, hint: &str| {

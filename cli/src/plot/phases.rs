@@ -19,7 +19,12 @@ const BINS: u32 = 200;
 /// The chart.
 pub fn draw(series: &Series, subtitle: &str) -> Picture {
     let bins = series.bins(BINS);
-    let mut chart = Chart::new("Where the time of the vCPUs went", subtitle, 260.0);
+    let mut chart = Chart::with_marks(
+        "Where the time of the vCPUs went",
+        subtitle,
+        260.0,
+        &series.marks,
+    );
     let percent = |share: f64| format!("{:.0}%", share * 100.0);
     let upright = chart.upright_axis("share of the time of all vCPUs", 1.0, percent);
     let time = chart.time_axis(series.range());

@@ -21,7 +21,12 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let highest = heights.iter().filter_map(|heights| heights.last().copied());
     let highest = highest.fold(0.0, f64::max);
 
-    let mut chart = Chart::new("Exits per second, by reason", subtitle, 300.0);
+    let mut chart = Chart::with_marks(
+        "Exits per second, by reason",
+        subtitle,
+        300.0,
+        &series.marks,
+    );
     let mean = series.range().1 - series.range().0;
     let mean = axis::time((mean / bins.len().max(1) as f64 * 1e4).round() / 1e4);
     let name = format!("exits per second, means of {mean}");

@@ -85,12 +85,11 @@ impl Picture {
         ));
     }
 
-    /// Writes a text upwards that ends at a place, with some white around it to stand before data.
+    /// Writes a text upwards from a place.
     pub fn upwards(&mut self, (x, y): (f64, f64), size: f64, color: &str, text: &str) {
         let (x, y, text) = (place(x), place(y), escape(text));
         self.add(format_args!(
-            "<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"{size}\" fill=\"{color}\" text-anchor=\"end\" \
-             stroke=\"#ffffff\" stroke-width=\"3\" stroke-linejoin=\"round\" paint-order=\"stroke\">{text}</text>"
+            "<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"{size}\" fill=\"{color}\">{text}</text>"
         ));
     }
 

@@ -12,6 +12,7 @@
 #   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
 #   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
 #   make bench          measures what metering costs, beside other meters
+#   make study          records how guests exit on both emulated hosts: docs/study.md
 #   make soak-selftests KVM's own selftests on both emulated hosts, without the module and with it: docs/selftests.md
 #   make check          formats, lints and warnings
 #   make lab            sets up all that the emulated hosts need
@@ -26,7 +27,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench soak-selftests check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench study soak-selftests check lab install clean bootstrap
 
 all: module tool
 
@@ -84,6 +85,10 @@ soak-debug: bootstrap
 
 bench: bootstrap
 	cargo run --release --quiet -p bench
+
+# Built as what goes into a host, since it does.
+study: bootstrap
+	cargo run --profile host --quiet -p study
 
 soak-selftests: bootstrap
 	cargo run --release --quiet -p selftests -- --table docs/selftests.md $(with_kernel)

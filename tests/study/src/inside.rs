@@ -20,7 +20,7 @@ use crate::{
 
 /// From one snapshot to the next, on hosts whose TSC counts instructions, and on those where it is the wall clock.
 const INTERVAL: Duration = Duration::from_millis(20);
-const WALL_INTERVAL: Duration = Duration::from_millis(100);
+const WALL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How long a guest is left alone.
 const IDLE: Duration = Duration::from_secs(1);

@@ -27,11 +27,12 @@ use crate::{
     Arguments,
 };
 
-/// The host's memory in MiB: for the guest's, its disk, and what runs it.
+/// The host's memory in MiB: for the guest's, its disk, and what runs it; the largest of these is QEMU with all it has.
 const MEMORY: u32 = 1024;
+const PC_MEMORY: u32 = 2048;
 
 /// A recording that is larger would weigh on the repository.
-const LARGEST: u64 = 150_000;
+const LARGEST: u64 = 250_000;
 
 /// Where the study is, in the repository.
 fn folder() -> PathBuf {
@@ -50,6 +51,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         words.is_empty() || words.iter().any(|word| name.contains(word))
     };
     fs::create_dir_all(folder())?;
+    let mut failed = Vec::new();
     if !arguments.only_write {
         let started = Instant::now();
         let runs: Vec<Run> = match words
@@ -63,7 +65,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         };
         ensure!(!runs.is_empty(), "no run has a name like that");
         for run in runs {
-            record(run)?;
+            // One that fails is not to take the others with it.
+            if let Err(error) = record(run) {
+                println!("\nfailed: {run}: {error:#}");
+                failed.push(run.to_string());
+            }
         }
         println!(
             "study: recorded in {:.0} s",
@@ -76,7 +82,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     pictures::draw(&all, &folder())?;
     document::write(&all, &setup::repository().join("docs/study.md"))?;
-    Ok(ExitCode::SUCCESS)
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "study: failed, and as they were before: {}",
+        failed.join(", ")
+    );
+    Ok(ExitCode::FAILURE)
 }
 
 /// Makes one run, and keeps what it recorded.
@@ -86,7 +99,11 @@ fn record(run: Run) -> Result<()> {
         run.host,
         ["/usr/local/bin/study", "--inside", &run.to_string()],
     );
-    options.machine.memory = MEMORY;
+    options.machine.memory = if run.guest == Guest::Pc {
+        PC_MEMORY
+    } else {
+        MEMORY
+    };
     // Two vCPUs are to run at the same time, where the emulator can do so without paying for it with all its speed.
     options.machine.cpus = if (run.host, run.guest) == (Host::Amd, Guest::Smp) {
         2

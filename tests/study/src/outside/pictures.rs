@@ -30,7 +30,7 @@ pub fn draw(all: &[Recorded], folder: &Path) -> Result<()> {
                 // A snapshot at the very end belongs to it.
                 plot.args([
                     "--from",
-                    &format!("{:.6}", from - 1e-6),
+                    &format!("{:.6}", (from - 1e-6).max(0.0)),
                     "--to",
                     &format!("{:.6}", to + 1e-6),
                 ]);

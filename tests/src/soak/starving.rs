@@ -106,7 +106,7 @@ fn load() -> Result<()> {
 
 /// The module goes, whatever it finds no memory for.
 fn unload() -> Result<()> {
-    let faults = Faults::under(Code::of_function("__do_sys_delete_module")?)?;
+    let faults = Faults::under(Code::of_function("__x64_sys_delete_module")?)?;
     module::load("")?;
     let (count, last) = faults.one_after_the_other(module::unload, |_, result| {
         result?;

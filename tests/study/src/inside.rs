@@ -7,7 +7,6 @@ mod tape;
 use std::{path::Path, process::ExitCode, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
-use lab::host::Host;
 use lab_agent::settings;
 use system_tests::host::module;
 use tiny_guests::{Config, Machine, Mode, Program};
@@ -54,9 +53,9 @@ pub fn run(run: Run) -> Result<ExitCode> {
     if matches!(run.guest, Kind::Microvm | Kind::Pc) {
         network::begin()?;
     }
-    let interval = match (run.host, run.guest) {
-        (Host::Amd, Kind::Microvm | Kind::Smp | Kind::Pc | Kind::Tiny) => WALL_INTERVAL,
-        _ => INTERVAL,
+    let interval = match run.counts_instructions() {
+        true => INTERVAL,
+        false => WALL_INTERVAL,
     };
     let tape = Tape::begin(Path::new(&path), interval, about)?;
     match run.guest {

@@ -110,8 +110,7 @@ fn record(run: Run) -> Result<()> {
     } else {
         1
     };
-    // Otherwise its TSC is the wall clock. Linux guests get stuck in a host that counts instructions.
-    options.machine.icount = (run.host, run.guest) == (Host::Amd, Guest::Loops);
+    options.machine.icount = run.host == Host::Amd && run.counts_instructions();
     options.kvm = Some(run.kvm().to_owned());
     options.files = files.specs;
     options.limits = Limits {

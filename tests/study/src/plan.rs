@@ -111,6 +111,12 @@ impl Run {
         }
     }
 
+    /// Whether its TSC counts what the emulator executes; else it is the wall clock of the machine that emulates. Linux
+    /// guests get stuck in an AMD host that counts.
+    pub fn counts_instructions(self) -> bool {
+        self.host == Host::Intel || self.guest == Guest::Loops
+    }
+
     /// What it is, for people: host, guest and, when it is not the usual one, paging.
     pub fn title(self) -> String {
         let host = match self.host {

@@ -37,10 +37,10 @@ const SINK: &str = "10.0.2.1:9";
 fn main() -> ExitCode {
     for word in std::env::args().skip(1) {
         let done = match &*word {
-            "compute" => Ok(compute()),
-            "timers" => Ok(timers()),
+            "compute" => compute(),
+            "timers" => timers(),
             "processes" => processes(),
-            "memory" => Ok(memory()),
+            "memory" => memory(),
             "ipi" => ipi(),
             "wake" => wake(),
             "write" => disk(true),
@@ -59,18 +59,20 @@ fn main() -> ExitCode {
 }
 
 /// Arithmetic, without a system call.
-fn compute() {
+fn compute() -> io::Result<()> {
     let mut state = 1_u64;
     for _ in 0..STEPS {
         state = black_box(state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1));
     }
+    Ok(())
 }
 
 /// Sleeps of 1 ms.
-fn timers() {
+fn timers() -> io::Result<()> {
     for _ in 0..SLEEPS {
         thread::sleep(Duration::from_millis(1));
     }
+    Ok(())
 }
 
 /// Processes, each made, run and ended.
@@ -82,12 +84,13 @@ fn processes() -> io::Result<()> {
 }
 
 /// Pages of 4 KiB, written to for the first time.
-fn memory() {
+fn memory() -> io::Result<()> {
     let mut pages = vec![0_u8; PAGES * 4096];
     for page in pages.chunks_mut(4096) {
         page[0] = 1;
     }
     black_box(&mut pages);
+    Ok(())
 }
 
 /// Has this thread run on one CPU alone.

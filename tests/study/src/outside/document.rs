@@ -13,8 +13,11 @@ use super::recorded::{Recorded, Stage};
 use crate::plan::{Guest, Paging, Run};
 use lab::host::Host;
 
+/// What makes a table.
+type Make = fn(&All<'_>) -> String;
+
 /// What the comments say, and what makes the table.
-const TABLES: [(&str, fn(&All<'_>) -> String); 11] = [
+const TABLES: [(&str, Make); 11] = [
     ("runs", boots::runs),
     ("boots", boots::boots),
     ("growth", boots::growth),

@@ -40,7 +40,8 @@ pub fn extremes(all: &All<'_>) -> String {
         let enough = || rows.iter().filter(|row| row.exits >= ENOUGH);
         let by_mean = |one: &&ReasonRow, other: &&ReasonRow| mean(one).total_cmp(&mean(other));
         let each = |row: Option<&ReasonRow>| {
-            row.map(|row| format!("{} {}", row.label, exact(mean(row).round() as u64)))
+            row.filter(|_| recorded.run.counts_instructions())
+                .map(|row| format!("{} {}", row.label, exact(mean(row).round() as u64)))
                 .unwrap_or_default()
         };
         table.row([
@@ -50,6 +51,7 @@ pub fn extremes(all: &All<'_>) -> String {
                 .unwrap_or_default(),
             format!("{} ({rarest})", rare.join(", ")),
             costly
+                .filter(|_| recorded.run.counts_instructions())
                 .map(|row| {
                     format!(
                         "{} {}",
@@ -65,7 +67,8 @@ pub fn extremes(all: &All<'_>) -> String {
     table.text()
 }
 
-/// Kernel and VMM cycles of single exits, by reason, in the boots of the one-vCPU guests with nested paging.
+/// Kernel and VMM cycles of single exits, by reason, in the boots of the one-vCPU guests with nested paging, where
+/// cycles are what was executed.
 pub fn costs(all: &All<'_>) -> String {
     let mut text = String::new();
     for (host, name) in [(Host::Intel, "Intel"), (Host::Amd, "AMD")] {
@@ -73,9 +76,13 @@ pub fn costs(all: &All<'_>) -> String {
             .linux(Some(host))
             .into_iter()
             .filter(|(recorded, _)| {
-                recorded.run.paging == Paging::Nested && recorded.run.guest != Guest::Smp
+                let run = recorded.run;
+                run.paging == Paging::Nested && run.guest != Guest::Smp && run.counts_instructions()
             })
             .collect();
+        if boots.is_empty() {
+            continue;
+        }
         let titles = boots.iter().flat_map(|(recorded, _)| {
             let guest = recorded.run.guest.title();
             [

@@ -33,13 +33,21 @@ pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> 
         .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
     // On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
     let linux = host::isa()? == Isa::Vmx || host::nested_paging()?;
-    let (mut cases, left_out): (Vec<Case>, Vec<Case>) =
-        wanted.partition(|case| linux || !case.linux);
-    cases.extend(cases::expected(expect));
-    for case in left_out {
-        let text = format!("left out, as Linux guests need npt=1 here: {}", case.name);
-        println!("{}", Line::Remark(text));
+    let mut cases = Vec::new();
+    for case in wanted {
+        let impossible = match linux || !case.linux {
+            true => (case.impossible)(),
+            false => Some("Linux guests need npt=1 here"),
+        };
+        match impossible {
+            None => cases.push(case),
+            Some(reason) => {
+                let text = format!("left out, as {reason}: {}", case.name);
+                println!("{}", Line::Remark(text));
+            }
+        }
     }
+    cases.extend(cases::expected(expect));
     println!("{}", Line::Plan(cases.len()));
     let mut failed = 0;
     let mut loaded = None;

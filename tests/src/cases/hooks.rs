@@ -119,12 +119,18 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         beside_other::<FunctionTracer>(),
         beside_other::<Kprobes>(),
-        beside_other::<Bpf>(),
+        beside_other::<Bpf>().unless(no_types),
         Case::without(
             "hooks: a second redirect is refused by name, and all is undone",
             second_redirect,
         ),
     ]
+}
+
+/// The kernels that are built for the lab (scripts/configs) do without.
+fn no_types() -> Option<&'static str> {
+    let types = Path::new("/sys/kernel/btf/vmlinux").exists();
+    (!types).then_some("this kernel has no types for BPF (DEBUG_INFO_BTF)")
 }
 
 fn beside_other<T: Other + 'static>() -> Case {

@@ -30,6 +30,8 @@ pub struct Case {
     pub limit: Duration,
     /// Whether it boots a Linux guest.
     pub linux: bool,
+    /// Why it cannot be on this host, when it cannot.
+    pub impossible: fn() -> Option<&'static str>,
     /// What it does.
     pub run: Box<dyn Fn() -> Result<()>>,
 }
@@ -46,6 +48,7 @@ impl Case {
             module: Some(parameters),
             limit: Duration::from_secs(60),
             linux: false,
+            impossible: || None,
             run: Box::new(run),
         }
     }
@@ -64,6 +67,11 @@ impl Case {
             linux: true,
             ..self
         }
+    }
+
+    /// The case as one that hosts do not have for which `impossible` gives a reason.
+    pub fn unless(self, impossible: fn() -> Option<&'static str>) -> Self {
+        Self { impossible, ..self }
     }
 
     /// The case with more time.

@@ -27,6 +27,11 @@ use crate::{
     Arguments,
 };
 
+/// Somebody wants this to end.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted; the runs before this one are kept")]
+struct Interrupted;
+
 /// The host's memory in MiB: for the guest's, its disk, and what runs it; the largest of these is QEMU with all it has.
 const MEMORY: u32 = 1024;
 const PC_MEMORY: u32 = 2048;
@@ -67,6 +72,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         for run in runs {
             // One that fails is not to take the others with it.
             if let Err(error) = record(run) {
+                if error.is::<Interrupted>() {
+                    return Err(error);
+                }
                 println!("\nfailed: {run}: {error:#}");
                 failed.push(run.to_string());
             }
@@ -135,6 +143,9 @@ fn record(run: Run) -> Result<()> {
         Event::Stage(_) | Event::Kernel(_) => {}
     })?;
     println!(", {:.0} s", outcome.time.as_secs_f64());
+    if matches!(outcome.end, End::Interrupted) {
+        return Err(Interrupted.into());
+    }
     if !matches!(outcome.end, End::Script(0)) {
         bail!(
             "{run}: {}; see {}\n{}",

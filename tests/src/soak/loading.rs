@@ -120,9 +120,26 @@ fn cycles(count: u64) -> Result<()> {
 
 /// Loads the module, sees that it meters, and unloads it.
 fn cycle() -> Result<()> {
-    let loaded = module::Loaded::with("log_queries=0")?;
+    module::load("log_queries=0")?;
     Meter::read()?;
-    loaded.unload()
+    // A process that another thread starts in this moment holds all files that were open, that of
+    // the device as well, until it runs its own program.
+    let mut patience = 100;
+    loop {
+        match module::unload() {
+            Err(error) if patience > 0 && is_in_use(&error) => {
+                patience -= 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Whether the module was not unloaded as somebody uses it.
+fn is_in_use(error: &anyhow::Error) -> bool {
+    let number = error.downcast_ref::<std::io::Error>();
+    number.and_then(std::io::Error::raw_os_error) == Some(libc::EWOULDBLOCK)
 }
 
 /// What the kernel's allocators have handed out.
@@ -233,10 +250,7 @@ fn held_open() -> Result<()> {
     module::load("")?;
     let device = File::open("/dev/exitmeter")?;
     let error = module::unload().err();
-    let refused = error.as_ref().is_some_and(|error| {
-        let number = error.downcast_ref::<std::io::Error>();
-        number.and_then(std::io::Error::raw_os_error) == Some(libc::EWOULDBLOCK)
-    });
+    let refused = error.as_ref().is_some_and(is_in_use);
     Meter::read()?;
     drop(device);
     module::unload()?;

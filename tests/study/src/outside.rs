@@ -119,6 +119,7 @@ fn record(run: Run) -> Result<()> {
         1
     };
     options.machine.icount = run.host == Host::Amd && run.counts_instructions();
+    options.kernel = files.kernel;
     options.kvm = Some(run.kvm().to_owned());
     options.files = files.specs;
     options.limits = Limits {

@@ -11,6 +11,8 @@ pub enum Guest {
     Microvm,
     /// The same with two vCPUs.
     Smp,
+    /// The same with Debian's kernel for clouds, which the host has as well.
+    Cloud,
     /// Linux as packaged, in QEMU's q35 with firmware, PCI, VGA and a serial console.
     Pc,
     /// Linux in a VMM that has two serial ports and nothing else.
@@ -48,10 +50,11 @@ const fn run(host: Host, guest: Guest, paging: Paging) -> Run {
 }
 
 /// All runs, in the order of the tables. On the AMD host, as QEMU emulates it, no Linux boots without nested paging.
-pub const RUNS: [Run; 14] = [
+pub const RUNS: [Run; 16] = [
     run(Host::Intel, Guest::Microvm, Paging::Nested),
     run(Host::Intel, Guest::Microvm, Paging::Shadow),
     run(Host::Intel, Guest::Smp, Paging::Nested),
+    run(Host::Intel, Guest::Cloud, Paging::Nested),
     run(Host::Intel, Guest::Pc, Paging::Nested),
     run(Host::Intel, Guest::Tiny, Paging::Nested),
     run(Host::Intel, Guest::Tiny, Paging::Shadow),
@@ -59,6 +62,7 @@ pub const RUNS: [Run; 14] = [
     run(Host::Intel, Guest::Loops, Paging::Shadow),
     run(Host::Amd, Guest::Microvm, Paging::Nested),
     run(Host::Amd, Guest::Smp, Paging::Nested),
+    run(Host::Amd, Guest::Cloud, Paging::Nested),
     run(Host::Amd, Guest::Pc, Paging::Nested),
     run(Host::Amd, Guest::Tiny, Paging::Nested),
     run(Host::Amd, Guest::Loops, Paging::Nested),
@@ -66,13 +70,21 @@ pub const RUNS: [Run; 14] = [
 ];
 
 impl Guest {
-    const ALL: [Self; 5] = [Self::Microvm, Self::Smp, Self::Pc, Self::Tiny, Self::Loops];
+    const ALL: [Self; 6] = [
+        Self::Microvm,
+        Self::Smp,
+        Self::Cloud,
+        Self::Pc,
+        Self::Tiny,
+        Self::Loops,
+    ];
 
     /// Its name in those of runs.
     pub fn name(self) -> &'static str {
         match self {
             Self::Microvm => "microvm",
             Self::Smp => "smp",
+            Self::Cloud => "cloud",
             Self::Pc => "pc",
             Self::Tiny => "tiny",
             Self::Loops => "loops",
@@ -84,6 +96,7 @@ impl Guest {
         match self {
             Self::Microvm => "microvm",
             Self::Smp => "microvm, 2 vCPUs",
+            Self::Cloud => "microvm, cloud kernel",
             Self::Pc => "q35",
             Self::Tiny => "tiny VMM",
             Self::Loops => "loops",

@@ -152,12 +152,12 @@ fn command(kind: Kind, devices: bool) -> Command {
     let disk = format!("file={DISK},if=none,format=raw,id=disk");
     let net = format!("tap,id=net,ifname={},script=no,downscript=no", network::TAP);
     let mut vmm = Command::new(match kind {
-        Kind::Microvm | Kind::Smp => "/usr/bin/qemu-system-x86_64-microvm",
+        Kind::Microvm | Kind::Smp | Kind::Cloud => "/usr/bin/qemu-system-x86_64-microvm",
         Kind::Pc => "/usr/bin/qemu-system-x86_64",
         Kind::Tiny | Kind::Loops => "/usr/local/bin/study",
     });
     match kind {
-        Kind::Microvm | Kind::Smp => {
+        Kind::Microvm | Kind::Smp | Kind::Cloud => {
             vmm.args(["-M", "microvm,rtc=on,pit=off,pic=off", "-nodefaults"])
                 .args(["-kernel", settings::GUEST_KERNEL, "-append", MICROVM])
                 .args(["-serial", "chardev:console"])

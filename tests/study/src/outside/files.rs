@@ -43,6 +43,8 @@ const QEMU_FILES: [&str; 3] = [
 pub struct Files {
     /// Where they are, and where the host has them.
     pub specs: Vec<FileSpec>,
+    /// Which kernel host and guest have; the newest of Debian's usual ones when `None`.
+    pub kernel: Option<String>,
 }
 
 impl Files {
@@ -51,9 +53,17 @@ impl Files {
         let this = env::current_exe().context("the path of this program is not known")?;
         let mut specs = vec![FileSpec::at(this, "/usr/local/bin/study")];
         if run.guest == Guest::Loops {
-            return Ok(Self { specs });
+            return Ok(Self {
+                specs,
+                kernel: None,
+            });
         }
+        let kernel = match run.guest {
+            Guest::Cloud => Some(cloud_kernel()?),
+            _ => None,
+        };
         let prepared = setup::prepare(&Wanted {
+            kernel: kernel.clone(),
             tree: true,
             bochs: run.host == Host::Intel,
             ..Wanted::default()
@@ -68,8 +78,17 @@ impl Files {
             let kernel = prepared.kernel.join("vmlinuz");
             specs.push(FileSpec::at(kernel, "/root/vmlinuz"));
         }
-        Ok(Self { specs })
+        Ok(Self { specs, kernel })
     }
+}
+
+/// Debian's kernel for clouds, of the same version as its newest usual one.
+fn cloud_kernel() -> Result<String> {
+    let usual = setup::prepare(&Wanted::default())?;
+    let release = fs::read_to_string(usual.kernel.join("release"))?;
+    let version = release.trim().strip_suffix("-amd64");
+    let version = version.with_context(|| format!("{release} is no kernel for amd64"))?;
+    Ok(format!("{version}-cloud-amd64"))
 }
 
 /// Builds a program of this workspace, as far as it is out of date; where it is.

@@ -77,7 +77,9 @@ pub fn costs(all: &All<'_>) -> String {
             .into_iter()
             .filter(|(recorded, _)| {
                 let run = recorded.run;
-                run.paging == Paging::Nested && run.guest != Guest::Smp && run.counts_instructions()
+                run.paging == Paging::Nested
+                    && !matches!(run.guest, Guest::Smp | Guest::Cloud)
+                    && run.counts_instructions()
             })
             .collect();
         if boots.is_empty() {

@@ -1,5 +1,6 @@
 //! Emulated hosts: what sets them up, boots them and reads what they say.
 
+pub mod calendar;
 pub mod emulator;
 pub mod host;
 pub mod image;

@@ -1,5 +1,6 @@
 //! The programs of this workspace that go into a host.
 
+use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -47,6 +48,25 @@ struct Target {
 ///
 /// [`ProgramsError`].
 pub fn build() -> Result<Programs, ProgramsError> {
+    let mut built = cargo_build(&["-p", "lab-agent", "-p", "exitmeter"])?;
+    match (built.remove("lab-agent"), built.remove("exitmeter")) {
+        (Some(agent), Some(tool)) => Ok(Programs { agent, tool }),
+        _ => Err(ProgramsError::Failed),
+    }
+}
+
+/// Builds one program of this workspace, as far as it is out of date; where it is.
+///
+/// # Errors
+///
+/// [`ProgramsError`].
+pub fn program(package: &str, name: &str) -> Result<PathBuf, ProgramsError> {
+    let mut built = cargo_build(&["-p", package, "--bin", name])?;
+    built.remove(name).ok_or(ProgramsError::Failed)
+}
+
+/// Builds what the arguments say, as it goes into a host; where each program is, by its name.
+fn cargo_build(what: &[&str]) -> Result<HashMap<String, PathBuf>, ProgramsError> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo)
         .current_dir(repository())
@@ -56,12 +76,12 @@ pub fn build() -> Result<Programs, ProgramsError> {
             "--profile=host",
             "--message-format=json-render-diagnostics",
         ])
-        .args(["-p", "lab-agent", "-p", "exitmeter"])
+        .args(what)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .map_err(ProgramsError::Cargo)?;
-    let (mut agent, mut tool) = (None, None);
+    let mut programs = HashMap::new();
     for line in build
         .stdout
         .take()
@@ -74,16 +94,11 @@ pub fn build() -> Result<Programs, ProgramsError> {
             executable: Some(path),
         }) = serde_json::from_str(&line)
         {
-            match target.name.as_str() {
-                "lab-agent" => agent = Some(path),
-                "exitmeter" => tool = Some(path),
-                _ => {}
-            }
+            programs.insert(target.name, path);
         }
     }
-    let status = build.wait().map_err(ProgramsError::Cargo)?;
-    match (agent, tool) {
-        (Some(agent), Some(tool)) if status.success() => Ok(Programs { agent, tool }),
-        _ => Err(ProgramsError::Failed),
+    match build.wait().map_err(ProgramsError::Cargo)?.success() {
+        true => Ok(programs),
+        false => Err(ProgramsError::Failed),
     }
 }

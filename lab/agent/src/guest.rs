@@ -16,19 +16,14 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use clap::{Args, Parser, Subcommand};
 use lab_agent::channel::{Item, Message, Receiver, Sender};
-use lab_agent::cpio::Archive;
-use lab_agent::settings;
+use lab_agent::initramfs;
+use lab_agent::settings::{self, GUEST_COMMAND_LINE};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{flock, FlockOperation};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
 /// The guest's VMM: QEMU's smallest machine, KVM's in-kernel interrupt controllers, and two serial ports.
 const VMM: &str = "/usr/bin/qemu-system-x86_64-microvm";
-
-/// The guest's kernel command line, before what `--append` adds.
-const COMMAND_LINE: &str =
-    "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
-     reboot=t panic=-1 random.trust_cpu=on";
 
 /// A command that could not be run has this status, as with `env` and `timeout`.
 const FAILED: u8 = 125;
@@ -246,7 +241,10 @@ fn boot(options: &Boot) -> Result<u8> {
         ])
         .args(["-kernel", settings::GUEST_KERNEL, "-initrd"])
         .arg(&initramfs)
-        .args(["-append", &format!("{COMMAND_LINE} {}", options.append)])
+        .args([
+            "-append",
+            &format!("{GUEST_COMMAND_LINE} {}", options.append),
+        ])
         .args([
             "-chardev",
             &format!("file,id=console,path={}", files.console.display()),
@@ -302,33 +300,27 @@ fn boot(options: &Boot) -> Result<u8> {
     Ok(0)
 }
 
-/// Writes the guest's initramfs: what the lab packed, this program as its first process, and `files`.
+/// Writes the guest's initramfs, with this program as its first process and with `files`.
 fn pack(path: &Path, files: &[String]) -> Result<()> {
-    let mut target = File::create(path)?;
-    let mut base = File::open(settings::GUEST_INITRAMFS)?;
-    let size = io::copy(&mut base, &mut target)?;
-    let mut archive = Archive::new(target);
-    let agent = File::open("/proc/self/exe")?;
-    archive.file("bin/guest-init", 0o755, agent.metadata()?.len(), agent)?;
-    for spec in files {
-        let (source, place) = spec.split_once(':').unwrap_or((spec, ""));
-        let name = Path::new(source).file_name().unwrap_or_default();
-        let place = Path::new(settings::HOME).join(if place.is_empty() {
-            Path::new(name)
-        } else {
-            Path::new(place)
-        });
-        let place = place.to_str().context("a file's name is not UTF-8")?;
-        let file = File::open(source).with_context(|| format!("{source} cannot be read"))?;
-        let facts = file.metadata()?;
-        for (at, _) in place.match_indices('/').skip(1) {
-            archive.folder(&place[..at], 0o755)?;
+    initramfs::write(path, Path::new("/proc/self/exe"), |archive| {
+        for spec in files {
+            let (source, place) = spec.split_once(':').unwrap_or((spec, ""));
+            let name = Path::new(source).file_name().unwrap_or_default();
+            let place = Path::new(settings::HOME).join(if place.is_empty() {
+                Path::new(name)
+            } else {
+                Path::new(place)
+            });
+            let place = place.to_str().context("a file's name is not UTF-8")?;
+            let file = File::open(source).with_context(|| format!("{source} cannot be read"))?;
+            let facts = file.metadata()?;
+            for (at, _) in place.match_indices('/').skip(1) {
+                archive.folder(&place[..at], 0o755)?;
+            }
+            archive.file(place, facts.mode() & 0o777, facts.len(), file)?;
         }
-        archive.file(place, facts.mode() & 0o777, facts.len(), file)?;
-    }
-    // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
-    archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
-    Ok(())
+        Ok(())
+    })
 }
 
 fn run(which: &Which, command: &str) -> Result<u8> {

@@ -17,6 +17,11 @@ pub const GUEST_KERNEL: &str = "/lab/guest/vmlinux";
 /// The guest's initramfs without the agent, which is put behind it when the guest starts.
 pub const GUEST_INITRAMFS: &str = "/lab/guest/initramfs";
 
+/// The command line of the guest's kernel in QEMU's microvm.
+pub const GUEST_COMMAND_LINE: &str =
+    "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
+     reboot=t panic=-1 random.trust_cpu=on";
+
 /// Where the port is that takes frames to the lab, one byte at a time.
 pub const PORT: u16 = 0xe9;
 

@@ -13,8 +13,7 @@ use std::{
 use anyhow::{bail, ensure, Context as _, Result};
 use lab_agent::{
     channel::{Item, Message, Receiver, Sender},
-    cpio::Archive,
-    settings,
+    initramfs, settings,
 };
 
 use super::network;
@@ -32,10 +31,6 @@ const INITRAMFS: &str = "/tmp/initramfs";
 const DISK: &str = "/tmp/disk";
 const DISK_SIZE: u64 = 16 << 20;
 
-/// As the lab's command `guest` has it.
-const MICROVM: &str =
-    "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
-                       reboot=t panic=-1 random.trust_cpu=on";
 /// All messages to the serial console, as on a server.
 const PC: &str =
     "console=ttyS0,115200 rdinit=/bin/guest-init tsc=reliable panic=-1 random.trust_cpu=on";
@@ -159,7 +154,8 @@ fn command(kind: Kind, devices: bool) -> Command {
     match kind {
         Kind::Microvm | Kind::Smp | Kind::Cloud => {
             vmm.args(["-M", "microvm,rtc=on,pit=off,pic=off", "-nodefaults"])
-                .args(["-kernel", settings::GUEST_KERNEL, "-append", MICROVM])
+                .args(["-kernel", settings::GUEST_KERNEL])
+                .args(["-append", settings::GUEST_COMMAND_LINE])
                 .args(["-serial", "chardev:console"])
                 .args(["-device", "isa-serial,chardev=commands,index=1"]);
             if kind == Kind::Smp {
@@ -190,29 +186,25 @@ fn command(kind: Kind, devices: bool) -> Command {
     vmm
 }
 
-/// Writes the guest's initramfs: what the lab packed, the agent as its first process, the work and the drivers.
+/// Writes the guest's initramfs, with the host's agent as its first process, the work and the drivers.
 fn pack(path: &Path) -> Result<()> {
-    let mut target = File::create(path)?;
-    let size = io::copy(&mut File::open(settings::GUEST_INITRAMFS)?, &mut target)?;
-    let mut archive = Archive::new(target);
-    let mut add = |name: &str, source: &Path| -> Result<()> {
-        let file = File::open(source).with_context(|| format!("no {}", source.display()))?;
-        let size = file.metadata()?.len();
-        Ok(archive.file(name, 0o755, size, file)?)
-    };
-    add("bin/guest-init", Path::new("/init"))?;
-    add("root/work", Path::new("/usr/local/bin/work"))?;
-    let mut modules: Vec<_> = fs::read_dir("/root/modules")?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<io::Result<_>>()?;
-    modules.sort();
-    for module in modules {
-        let name = module.file_name().unwrap_or_default().to_string_lossy();
-        add(&format!("root/{name}"), &module)?;
-    }
-    // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
-    archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
-    Ok(())
+    initramfs::write(path, Path::new("/init"), |archive| {
+        let mut add = |name: &str, source: &Path| -> Result<()> {
+            let file = File::open(source).with_context(|| format!("no {}", source.display()))?;
+            let size = file.metadata()?.len();
+            Ok(archive.file(name, 0o755, size, file)?)
+        };
+        add("root/work", Path::new("/usr/local/bin/work"))?;
+        let mut modules: Vec<_> = fs::read_dir("/root/modules")?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<io::Result<_>>()?;
+        modules.sort();
+        for module in modules {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            add(&format!("root/{name}"), &module)?;
+        }
+        Ok(())
+    })
 }
 
 /// The ends of what VMM and guest said.

@@ -2,15 +2,14 @@
 
 use std::{
     env, fs,
-    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use anyhow::{ensure, Context as _, Result};
 use lab::{
     host::Host,
     image::payload::FileSpec,
+    programs,
     setup::{self, in_root, Prepared, Wanted},
 };
 
@@ -69,7 +68,7 @@ impl Files {
             ..Wanted::default()
         })?;
         specs.push(FileSpec::at(
-            program("study", "work")?,
+            programs::program("study", "work")?,
             "/usr/local/bin/work",
         ));
         specs.push(FileSpec::at(modules(&prepared)?, "/root/modules"));
@@ -85,41 +84,9 @@ impl Files {
 /// Debian's kernel for clouds, of the same version as its newest usual one.
 fn cloud_kernel() -> Result<String> {
     let usual = setup::prepare(&Wanted::default())?;
-    let release = fs::read_to_string(usual.kernel.join("release"))?;
-    let version = release.trim().strip_suffix("-amd64");
-    let version = version.with_context(|| format!("{release} is no kernel for amd64"))?;
+    let version = usual.release.strip_suffix("-amd64");
+    let version = version.with_context(|| format!("{} is no kernel for amd64", usual.release))?;
     Ok(format!("{version}-cloud-amd64"))
-}
-
-/// Builds a program of this workspace, as far as it is out of date; where it is.
-pub fn program(package: &str, name: &str) -> Result<PathBuf> {
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = Command::new(cargo)
-        .current_dir(setup::repository())
-        .args([
-            "build",
-            "--quiet",
-            "--profile=host",
-            "-p",
-            package,
-            "--bin",
-            name,
-        ])
-        .arg("--message-format=json-render-diagnostics")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cargo cannot be run")?;
-    let output = build.stdout.take().context("its output was asked for")?;
-    let mut path = None;
-    for line in BufReader::new(output).lines() {
-        let line: serde_json::Value = serde_json::from_str(&line?)?;
-        if line["target"]["name"] == name {
-            path = line["executable"].as_str().map(PathBuf::from).or(path);
-        }
-    }
-    ensure!(build.wait()?.success(), "{name} cannot be built; see above");
-    path.with_context(|| format!("cargo does not say where {name} is"))
 }
 
 /// The kernel's modules, out of the package that the set-up fetched, or fetched anew.

@@ -3,13 +3,14 @@
 use std::{path::Path, process::Command};
 
 use anyhow::{ensure, Context as _, Result};
+use lab::programs;
 
-use super::{files, recorded::Recorded};
+use super::recorded::Recorded;
 use crate::plan::Guest;
 
 /// Draws what there is to see of each recording.
 pub fn draw(all: &[Recorded], folder: &Path) -> Result<()> {
-    let tool = files::program("exitmeter", "exitmeter")?;
+    let tool = programs::program("exitmeter", "exitmeter")?;
     for recorded in all {
         let run = recorded.run;
         let source = folder.join(format!("{run}.rec"));

@@ -142,18 +142,8 @@ pub fn dates(folder: &Path) -> BTreeMap<String, String> {
 
 /// A date as 2026-11-24, of a time since 1970 in UTC.
 fn calendar(since_1970: Duration) -> String {
-    // Howard Hinnant's civil_from_days, for years that begin in March.
-    let days = since_1970.as_secs() / 86400 + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let date = day - (153 * month + 2) / 5 + 1;
-    let (year, month) = match month {
-        0..=9 => (year + era * 400, month + 3),
-        _ => (year + era * 400 + 1, month - 9),
-    };
-    format!("{year}-{month:02}-{date:02}")
+    let (year, month, day) = lab::calendar::date(since_1970.as_secs() / 86400);
+    format!("{year}-{month:02}-{day:02}")
 }
 
 #[cfg(test)]

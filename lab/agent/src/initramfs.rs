@@ -1,0 +1,29 @@
+//! The initramfs of a guest.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use crate::cpio::Archive;
+use crate::settings::GUEST_INITRAMFS;
+
+/// Writes one to a new file: what the lab packed, the agent, which is the guest's first process, and what `add` adds.
+///
+/// # Errors
+///
+/// Those of `add`, of the files and of the target.
+pub fn write<E: From<io::Error>>(
+    path: &Path,
+    agent: &Path,
+    add: impl FnOnce(&mut Archive<File>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut target = File::create(path)?;
+    let size = io::copy(&mut File::open(GUEST_INITRAMFS)?, &mut target)?;
+    let mut archive = Archive::new(target);
+    let agent = File::open(agent)?;
+    archive.file("bin/guest-init", 0o755, agent.metadata()?.len(), agent)?;
+    add(&mut archive)?;
+    // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
+    archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
+    Ok(())
+}

@@ -122,9 +122,7 @@ impl Args {
             },
         )?;
         let mut about = vec![("tool", env!("CARGO_PKG_VERSION").to_owned())];
-        let system = rustix::system::uname();
-        about.push(("kernel", system.release().to_string_lossy().into_owned()));
-        about.extend(cpu().map(|name| ("cpu", name)));
+        about.extend(about_host());
         if !self.command.is_empty() {
             let words = self.command.iter().map(|word| word.to_string_lossy());
             about.push(("command", words.collect::<Vec<_>>().join(" ")));
@@ -211,6 +209,14 @@ impl Tape<'_> {
             );
         }
     }
+}
+
+/// What a recording says about the host that it is made on.
+pub fn about_host() -> Vec<(&'static str, String)> {
+    let system = rustix::system::uname();
+    let mut about = vec![("kernel", system.release().to_string_lossy().into_owned())];
+    about.extend(cpu().map(|name| ("cpu", name)));
+    about
 }
 
 /// What the host's CPU calls itself.

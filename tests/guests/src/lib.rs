@@ -18,6 +18,6 @@ mod window;
 
 pub use catalogue::{Differs, Expected, Mode, Program};
 pub use config::{Config, Error, Quad, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
-pub use machine::{host_isa, pin, Machine, Seen};
+pub use machine::{host_isa, pin, with_apic_id, Machine, Seen};
 pub use meddle::Stepped;
 pub use window::UNANSWERED;

@@ -323,7 +323,7 @@ pub fn pin(cpu: usize) -> io::Result<()> {
 }
 
 /// The leaves for one vCPU: KVM gives those of whatever CPU of the host it was asked on.
-fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
+pub fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
     let (mut cpuid, id) = (cpuid.clone(), u32::from(vcpu));
     for leaf in cpuid.as_mut_slice() {
         match leaf.function {

@@ -7,6 +7,7 @@ mod tape;
 use std::{path::Path, process::ExitCode, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
+use exitmeter::record;
 use lab_agent::settings;
 use system_tests::host::module;
 use tiny_guests::{Config, Machine, Mode, Program};
@@ -47,7 +48,7 @@ pub fn vmm(initramfs: &Path) -> Result<ExitCode> {
 /// Makes a run.
 pub fn run(run: Run) -> Result<ExitCode> {
     module::load("log_queries=0")?;
-    let mut about = tape::about();
+    let mut about = record::about_host();
     about.push(("run", run.to_string()));
     let path = format!("/out/{run}.rec");
     if matches!(run.guest, Kind::Microvm | Kind::Pc) {

@@ -20,6 +20,7 @@ use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use tiny_guests::with_apic_id;
 
 use self::{memory::Memory, uart::Uart};
 
@@ -102,17 +103,15 @@ fn machine(kvm: &Kvm, memory: &Memory, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<
 /// A vCPU as PVH wants it: protected mode, flat segments, no paging, EBX at what the kernel is told.
 fn vcpu(kvm: &Kvm, vm: &VmFd, entry: u64) -> Result<VcpuFd> {
     let vcpu = vm.create_vcpu(0)?;
-    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-    for leaf in cpuid.as_mut_slice() {
-        match leaf.function {
-            1 => {
-                // Its APIC is the first, and it is in a VM.
-                leaf.ebx &= 0x00ff_ffff;
-                leaf.ecx |= 1 << 31;
-            }
-            0xb | 0x1f => leaf.edx = 0,
-            _ => {}
-        }
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    let mut cpuid = with_apic_id(&supported, 0);
+    for leaf in cpuid
+        .as_mut_slice()
+        .iter_mut()
+        .filter(|leaf| leaf.function == 1)
+    {
+        // It is in a VM.
+        leaf.ecx |= 1 << 31;
     }
     vcpu.set_cpuid2(&cpuid)?;
     let segment = |type_: u8, selector: u16, code: u8| kvm_segment {

@@ -17,6 +17,8 @@ use std::{
     time::Duration,
 };
 
+use tiny_guests::pin;
+
 /// How much of each.
 const STEPS: u64 = 20_000_000;
 const SLEEPS: u32 = 200;
@@ -91,21 +93,6 @@ fn memory() -> io::Result<()> {
     }
     black_box(&mut pages);
     Ok(())
-}
-
-/// Has this thread run on one CPU alone.
-fn pin(cpu: usize) -> io::Result<()> {
-    // SAFETY: A set of plain bits, of which the second is within.
-    let set = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        set
-    };
-    // SAFETY: The kernel reads the set alone, of that size.
-    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 fn membarrier(command: libc::c_int) -> io::Result<()> {

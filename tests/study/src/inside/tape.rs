@@ -1,7 +1,7 @@
 //! A recording that goes on while the guest works, with a mark where something begins.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
@@ -88,21 +88,4 @@ impl Shared {
         self.writer.snapshot(at, snapshot)?;
         Ok(())
     }
-}
-
-/// What a recording says about the host that it was made on.
-pub fn about() -> Vec<(&'static str, String)> {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let cpu = cpu.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        (name.trim() == "model name").then(|| value.trim().to_owned())
-    });
-    vec![
-        (
-            "kernel",
-            read("/proc/sys/kernel/osrelease").trim().to_owned(),
-        ),
-        ("cpu", cpu.unwrap_or_default()),
-    ]
 }

@@ -60,7 +60,7 @@ pub struct Chart {
 impl Chart {
     /// A chart whose data have so many pixels from top to bottom.
     pub fn new(title: &str, subtitle: &str, height: f64) -> Self {
-        Self::below(title, subtitle, 0.0, height)
+        Self::with_marks(title, subtitle, height, &[])
     }
 
     /// The same with room for the names of moments above the data.
@@ -72,10 +72,6 @@ impl Chart {
         } else {
             room + LEADER + 8.0
         };
-        Self::below(title, subtitle, head, height)
-    }
-
-    fn below(title: &str, subtitle: &str, head: f64, height: f64) -> Self {
         let top = TOP + head;
         let bottom = top + height;
         let mut picture = Picture::new(WIDTH, bottom + BELOW);

@@ -13,7 +13,6 @@ use std::{
 };
 
 use anyhow::{bail, ensure, Context as _, Result};
-use exitmeter_meter::reasons::Isa;
 
 use crate::{
     cases::{self, Case},
@@ -31,15 +30,9 @@ pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> 
     let wanted = cases
         .into_iter()
         .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
-    // On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
-    let linux = host::isa()? == Isa::Vmx || host::nested_paging()?;
     let mut cases = Vec::new();
     for case in wanted {
-        let impossible = match linux || !case.linux {
-            true => (case.impossible)(),
-            false => Some("Linux guests need npt=1 here"),
-        };
-        match impossible {
+        match (case.impossible)()? {
             None => cases.push(case),
             Some(reason) => {
                 let text = format!("left out, as {reason}: {}", case.name);

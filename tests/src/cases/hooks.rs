@@ -105,9 +105,9 @@ impl Other for Bpf {
     }
 
     fn hits(&self) -> Result<u64> {
-        let place = FUNCTIONS.iter().zip(&self.0);
-        let mut place = place.filter(|(name, _)| **name == "kvm_arch_vcpu_load");
-        place.next().context("it has no program")?.1.runs()
+        let mut programs = FUNCTIONS.iter().zip(&self.0);
+        let loads = programs.find(|(name, _)| **name == "kvm_arch_vcpu_load");
+        loads.context("it has no program")?.1.runs()
     }
 
     fn clear(self) -> Result<()> {
@@ -128,9 +128,9 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// The kernels that are built for the lab (scripts/configs) do without.
-fn no_types() -> Option<&'static str> {
+fn no_types() -> Result<Option<&'static str>> {
     let types = Path::new("/sys/kernel/btf/vmlinux").exists();
-    (!types).then_some("this kernel has no types for BPF (DEBUG_INFO_BTF)")
+    Ok((!types).then_some("this kernel has no types for BPF (DEBUG_INFO_BTF)"))
 }
 
 fn beside_other<T: Other + 'static>() -> Case {

@@ -19,6 +19,12 @@ pub use nested::run_in_guest as run_nested;
 use std::time::Duration;
 
 use anyhow::Result;
+use exitmeter_meter::reasons::Isa;
+
+use crate::host;
+
+/// Why a case cannot be on this host, when it cannot.
+pub type Impossible = fn() -> Result<Option<&'static str>>;
 
 /// A case.
 pub struct Case {
@@ -28,10 +34,8 @@ pub struct Case {
     pub module: Option<&'static str>,
     /// How long it may take, by the host's clock.
     pub limit: Duration,
-    /// Whether it boots a Linux guest.
-    pub linux: bool,
     /// Why it cannot be on this host, when it cannot.
-    pub impossible: fn() -> Option<&'static str>,
+    pub impossible: Impossible,
     /// What it does.
     pub run: Box<dyn Fn() -> Result<()>>,
 }
@@ -47,8 +51,7 @@ impl Case {
             name: name.into(),
             module: Some(parameters),
             limit: Duration::from_secs(60),
-            linux: false,
-            impossible: || None,
+            impossible: || Ok(None),
             run: Box::new(run),
         }
     }
@@ -63,14 +66,11 @@ impl Case {
 
     /// The case as one that boots a Linux guest.
     pub fn with_linux(self) -> Self {
-        Self {
-            linux: true,
-            ..self
-        }
+        self.unless(no_linux)
     }
 
     /// The case as one that hosts do not have for which `impossible` gives a reason.
-    pub fn unless(self, impossible: fn() -> Option<&'static str>) -> Self {
+    pub fn unless(self, impossible: Impossible) -> Self {
         Self { impossible, ..self }
     }
 
@@ -81,6 +81,12 @@ impl Case {
             ..self
         }
     }
+}
+
+/// On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
+fn no_linux() -> Result<Option<&'static str>> {
+    let boots = host::isa()? == Isa::Vmx || host::nested_paging()?;
+    Ok((!boots).then_some("Linux guests need npt=1 here"))
 }
 
 /// The cases that look back at all those before them: at the kernel log, and for lost memory.

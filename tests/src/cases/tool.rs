@@ -1,6 +1,6 @@
 //! The tool `exitmeter` tells what the snapshot holds.
 
-use std::{fs, process::Command, time::Duration};
+use std::{fs, process::Command};
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
@@ -26,15 +26,13 @@ pub(super) fn cases() -> Vec<Case> {
             "tool: exitmeter record and plot tell what the device did",
             record,
         ),
-        Case {
-            limit: Duration::from_secs(240),
-            linux: true,
-            ..Case::with(
-                "log_queries=0",
-                "tool: a Linux guest reads its exits, and those of a command, without the tool's own",
-                in_guest,
-            )
-        },
+        Case::with(
+            "log_queries=0",
+            "tool: a Linux guest reads its exits, and those of a command, without the tool's own",
+            in_guest,
+        )
+        .with_linux()
+        .within(240),
     ]
 }
 

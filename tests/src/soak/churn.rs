@@ -13,14 +13,10 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{part_of, random::Random};
+use super::{is_metered_whole, part_of, random::Random};
 use crate::{
     cases::Case,
-    host::{
-        meter::{Meter, Numbers},
-        module,
-        span::Span,
-    },
+    host::{meter::Meter, module, span::Span},
 };
 
 /// How many VMs come and go in all.
@@ -230,12 +226,7 @@ fn past_the_limit() -> Result<()> {
         );
         drop(machine);
         // There is room again, and who finds it is metered whole.
-        let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 50))?;
-        machine.run()?;
-        let meter = Meter::read()?;
-        let numbers: &Numbers = &meter.only()?.numbers;
-        let cpuid = numbers.exits_of(crate::host::pick(10, 0x72)?);
-        ensure!(cpuid == 50, "then {cpuid} CPUID exits of 50 are metered");
+        is_metered_whole()?;
     }
     println!("{rounds} times 15 vCPUs where 8 may be metered");
     // The count of those unmetered does not fall: the next case is to find a new module.

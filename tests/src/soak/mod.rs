@@ -17,10 +17,13 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use anyhow::Result;
-use tiny_guests::{Config, Machine};
+use anyhow::{ensure, Result};
+use tiny_guests::{Config, Machine, Mode, Program};
 
-use crate::cases::Case;
+use crate::{
+    cases::Case,
+    host::{self, meter::Meter},
+};
 
 /// The environment variable by which a case learns how much of its work to do, in percent.
 pub const PERCENT: &str = "EXITMETER_SOAK_PERCENT";
@@ -48,6 +51,17 @@ fn keep_running(done: &AtomicBool, config: Config) -> Result<u64> {
         machine.run()?;
         Ok(machine.rewind()?)
     })
+}
+
+/// Demands that a guest that comes now is metered, every exit; no other may be there.
+fn is_metered_whole() -> Result<()> {
+    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 50))?;
+    machine.run()?;
+    let meter = Meter::read()?;
+    let numbers = &meter.only()?.numbers;
+    let cpuid = numbers.exits_of(host::pick(10, 0x72)?);
+    ensure!(cpuid == 50, "{cpuid} CPUID exits of 50 are metered");
+    Ok(())
 }
 
 /// All cases, in the order in which they run.

@@ -102,12 +102,13 @@ fn cycles(count: u64) -> Result<()> {
             cycle()
         });
         done.store(true, Ordering::Relaxed);
-        let ends = (linux.join(), tiny.join());
-        cycled?;
-        match ends {
-            (Ok(linux), Ok(tiny)) => anyhow::Ok((linux?, tiny?)),
+        // What a guest ended by says more than that it ended.
+        let ended = match (linux.join(), tiny.join()) {
+            (Ok(linux), Ok(tiny)) => (linux?, tiny?),
             _ => anyhow::bail!("a guest's thread panicked"),
-        }
+        };
+        cycled?;
+        anyhow::Ok(ended)
     })?;
     let after = Memory::read()?;
     linux.stop()?;

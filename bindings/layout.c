@@ -14,6 +14,7 @@ int main(void);
 int main(void)
 {
 	DEFINE(LAYOUT_VCPU_KVM, offsetof(struct kvm_vcpu, kvm));
+	DEFINE(LAYOUT_VCPU_CPU, offsetof(struct kvm_vcpu, cpu));
 	DEFINE(LAYOUT_VCPU_ID, offsetof(struct kvm_vcpu, vcpu_id));
 	DEFINE(LAYOUT_VCPU_PREEMPTED, offsetof(struct kvm_vcpu, preempted));
 	DEFINE(LAYOUT_VCPU_SCHEDULED_OUT,

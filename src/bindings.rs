@@ -39,6 +39,7 @@ macro_rules! same_layout {
 
 same_layout! {
     core::mem::offset_of!(kvm_vcpu, kvm) => LAYOUT_VCPU_KVM,
+    core::mem::offset_of!(kvm_vcpu, cpu) => LAYOUT_VCPU_CPU,
     core::mem::offset_of!(kvm_vcpu, vcpu_id) => LAYOUT_VCPU_ID,
     core::mem::offset_of!(kvm_vcpu, preempted) => LAYOUT_VCPU_PREEMPTED,
     core::mem::offset_of!(kvm_vcpu, scheduled_out) => LAYOUT_VCPU_SCHEDULED_OUT,

@@ -141,6 +141,15 @@ impl Vcpu<'_> {
         noted(self.key())
     }
 
+    /// Whether it has never been on a CPU: its first load, and nothing later, finds it so.
+    ///
+    /// But for a trust domain's vCPU, which is so again when its CPU goes offline or its VM ends.
+    pub(crate) fn is_new(&self) -> bool {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU lives; who writes the field writes it whole.
+        unsafe { (&raw const (*vcpu).cpu).read_volatile() == -1 }
+    }
+
     /// Whether it runs, or has just left, a guest of its guest: an L2.
     #[inline(always)]
     pub(crate) fn runs_nested(&self) -> bool {

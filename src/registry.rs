@@ -7,7 +7,13 @@
 //! first event that a callback may allocate in (load, exit or entry), so VMs that ran before
 //! the module was loaded are metered as well; it is let go when KVM destroys it, its numbers
 //! folded into the totals. A vCPU that cannot be taken in, for lack of memory or past
-//! `max_vcpus`, is noted in the table as unmetered, counted, and runs on undisturbed.
+//! `max_vcpus`, is counted, noted in the table as unmetered, and runs on undisturbed: by the
+//! note it stays unmetered, whatever room there is later.
+//!
+//! Notes are bounded as well, as whoever may open /dev/kvm makes vCPUs. Once one could not be
+//! noted, no vCPU is taken in, or counted, but at the first load of its life, which KVM's own
+//! record of its CPU tells. So those made since the module was loaded are still counted once each,
+//! and none is taken in in mid-life; only of those made before, some may never be seen.
 //!
 //! Who may touch a ledger when:
 //!
@@ -92,6 +98,10 @@ unsafe impl Zeroable for Totals {}
 /// The table's value for a vCPU that is known and not metered. No address is 1.
 const UNMETERED: usize = 1;
 
+/// How many vCPUs can be noted as unmetered at a time, whatever `max_vcpus` is: so the table takes
+/// 256 KiB up to the default of that.
+const NOTES: usize = 4096;
+
 /// How many vCPUs a snapshot sees before it lets go of the lock: some 50 µs.
 const AT_A_TIME: usize = 16;
 
@@ -150,7 +160,7 @@ struct State {
     metered: usize,
     /// vCPUs that the table notes as unmetered now.
     noted: usize,
-    /// vCPUs that run or ran unmetered.
+    /// vCPUs that run or ran unmetered, noted or not.
     unmetered: u64,
     /// The numbers of the vCPUs that are gone.
     gone: KVBox<Totals>,
@@ -187,8 +197,11 @@ pub(crate) struct Registry {
     loaded: u64,
     places: KVVec<Entry>,
     max_vcpus: usize,
-    /// Neither a vCPU nor a note of one can be taken in: says so without a lock.
-    full: AtomicBool,
+    /// How many vCPUs may be noted as unmetered at a time.
+    max_notes: usize,
+    /// A vCPU could not be noted, now or at some time before: one that the table does not know
+    /// may be known all the same.
+    unnoted: AtomicBool,
     /// What the latest snapshot took, in bytes.
     latest_size: AtomicUsize,
     /// Held by the one who takes a snapshot.
@@ -214,9 +227,13 @@ impl Registry {
     /// An empty registry for at most `max_vcpus` vCPUs at a time.
     pub(crate) fn new(leaves: Leaves, host_scope: bool, max_vcpus: u32) -> Result<Arc<Self>> {
         let max_vcpus = max_vcpus as usize;
-        // At most a quarter of the places is metered and a quarter noted as unmetered, so a
-        // look-up finds its key, or that there is none, within a place or two.
-        let count = max_vcpus.saturating_mul(4).next_power_of_two();
+        let max_notes = max_vcpus.max(NOTES);
+        // At most half of the places are taken, so a look-up finds its key, or that there is
+        // none, within a place or two.
+        let count = max_vcpus
+            .saturating_add(max_notes)
+            .saturating_mul(2)
+            .next_power_of_two();
         let mut places = KVVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
             places.push(Entry::default(), GFP_KERNEL)?;
@@ -240,7 +257,8 @@ impl Registry {
                 loaded: hooks::timestamp(),
                 places,
                 max_vcpus,
-                full: AtomicBool::new(false),
+                max_notes,
+                unnoted: AtomicBool::new(false),
                 latest_size: AtomicUsize::new(snapshot::size_for(8, 256)),
                 walking <- new_mutex!((), "exitmeter::walking"),
                 state <- new_spinlock!(state, "exitmeter::registry"),
@@ -282,30 +300,48 @@ impl Registry {
         Some(&member.ledger)
     }
 
-    /// Takes a vCPU in, or notes it as unmetered; its value in the table.
+    /// Takes in a vCPU that the table does not know, or notes it as unmetered; its value.
     #[cold]
     #[inline(never)]
     fn take_in(&self, vcpu: Vcpu<'_>, now: u64, phase: Phase) -> usize {
-        if self.full.load(Relaxed) {
+        // The thread that had a vCPU when it could not be noted set this; whoever has the vCPU
+        // after it sees that, by KVM's lock of the vCPU.
+        if self.unnoted.load(Relaxed) && !vcpu.is_new() {
             return UNMETERED;
         }
         let mut state = self.state.lock();
-        if let Ok(value) = self.try_take_in(&mut state, vcpu, now, phase) {
-            return value;
-        }
-        if state.noted < self.max_vcpus && self.table().insert(vcpu.key(), UNMETERED).is_ok() {
+        let error = match self.try_take_in(&mut state, vcpu, now, phase) {
+            Ok(value) => return value,
+            Err(error) => error,
+        };
+        state.unmetered = state.unmetered.wrapping_add(1);
+        if state.noted < self.max_notes && self.table().insert(vcpu.key(), UNMETERED).is_ok() {
             state.noted = state.noted.wrapping_add(1);
-            state.unmetered = state.unmetered.wrapping_add(1);
+        } else {
+            self.unnoted.store(true, Relaxed);
         }
-        self.note_whether_full(&state);
         drop(state);
-        pr_warn_once!(
-            "a vCPU runs unmetered: more than max_vcpus={}, no memory, or a trust domain\n",
-            self.max_vcpus
-        );
+        self.say_why_not(error);
         UNMETERED
     }
 
+    /// Tells the log why a vCPU runs unmetered, of each reason once.
+    fn say_why_not(&self, error: Error) {
+        if error == ENOSPC {
+            pr_warn_once!(
+                "a vCPU runs unmetered: max_vcpus={} are metered already\n",
+                self.max_vcpus
+            );
+        } else if error == ENOTSUPP {
+            pr_warn_once!("a vCPU runs unmetered: it is a trust domain's\n");
+        } else {
+            pr_warn_once!("a vCPU runs unmetered: there is no memory for its ledger\n");
+        }
+    }
+
+    /// # Errors
+    ///
+    /// `ENOTSUPP` for a vCPU of a trust domain, `ENOSPC` past `max_vcpus`, `ENOMEM`.
     fn try_take_in(
         &self,
         state: &mut State,
@@ -353,7 +389,6 @@ impl Registry {
             state.fold(&member.ledger);
             state.metered = state.metered.wrapping_sub(1);
         }
-        self.note_whether_full(&state);
         let Some(member) = member else { return };
         let vm = member.vm.clone();
         let mut members = vm.members.lock();
@@ -375,11 +410,6 @@ impl Registry {
         drop(state);
         // Memory is given back without the lock.
         drop(member);
-    }
-
-    fn note_whether_full(&self, state: &State) {
-        let full = state.metered >= self.max_vcpus && state.noted >= self.max_vcpus;
-        self.full.store(full, Relaxed);
     }
 
     /// The answer to a query of a guest, and who asked; `None` for an unmetered vCPU.

@@ -82,6 +82,11 @@ pub(super) fn cases() -> Vec<Case> {
             "loading: past max_vcpus a vCPU runs on unmetered",
             past_max_vcpus,
         ),
+        Case::without(
+            "loading: a vCPU for which there was no room is not metered in mid-life",
+            not_in_mid_life,
+        )
+        .within(120),
         Case::with(
             "",
             "loading: goes on metering when KVM's module comes back with other parameters",
@@ -199,8 +204,9 @@ fn comes_and_goes() -> Result<()> {
     })
 }
 
-/// Two vCPUs where one may be metered.
+/// Four vCPUs where one may be metered.
 fn past_max_vcpus() -> Result<()> {
+    const VCPUS: u8 = 4;
     let mut log = Log::from_now()?;
     let cpuid = host::pick(10, 0x72)?;
     let query = Quad::cpuid(MAP_2021.reason_exits, cpuid);
@@ -208,14 +214,14 @@ fn past_max_vcpus() -> Result<()> {
     let without = ask(Mode::Long, &[query])?.1[0];
     module::load("max_vcpus=1")?;
     let mut machine = Machine::new(Config {
-        vcpus: 2,
+        vcpus: VCPUS,
         ..Config::query(Mode::Long, vec![query; 100])
     })?;
     machine.run()?;
     let meter = Meter::read()?;
     ensure!(
-        meter.own().len() == 1 && meter.unmetered == 1,
-        "of two vCPUs {} are metered and {} are not",
+        meter.own().len() == 1 && meter.unmetered == 3,
+        "of {VCPUS} vCPUs {} are metered and {} are not",
         meter.own().len(),
         meter.unmetered
     );
@@ -224,17 +230,24 @@ fn past_max_vcpus() -> Result<()> {
         metered == (1..=100).collect::<Vec<u64>>(),
         "the metered vCPU reads {metered:?}"
     );
-    ensure!(
-        machine.answers(1).iter().all(|answer| *answer == without),
-        "the vCPU that is not metered reads something else than KVM's {without:x?}"
-    );
+    for vcpu in 1..VCPUS {
+        ensure!(
+            machine
+                .answers(vcpu)
+                .iter()
+                .all(|answer| *answer == without),
+            "vCPU {vcpu} is not metered and reads something else than KVM's {without:x?}"
+        );
+    }
     let lines = log.own_lines()?;
     let said = lines
         .iter()
-        .filter(|line| line.contains("max_vcpus=1"))
+        .filter(|line| line.contains("a vCPU runs unmetered: max_vcpus=1 are metered already"))
         .count();
     ensure!(said == 1, "the log says so {said} times: {lines:?}");
     drop(machine);
+    // The first went first, and the others were loaded once more as they went.
+    came_to(0, 3, 1)?;
 
     // There is room again.
     let (_machine, answers) = ask(Mode::Long, &[query])?;
@@ -242,6 +255,58 @@ fn past_max_vcpus() -> Result<()> {
     ensure!(
         Meter::read()?.own().len() == 1,
         "the next VM is not metered"
+    );
+    Ok(())
+}
+
+/// A VM of three vCPUs comes when the one that may be metered is there, and runs when that goes.
+fn not_in_mid_life() -> Result<()> {
+    let loaded = module::Loaded::with("max_vcpus=1")?;
+    let config = |vcpus, count| Config {
+        vcpus,
+        pause: Duration::from_millis(5),
+        ..Config::new(Program::OutUser, Mode::Long, count)
+    };
+    let mut first = Machine::new(config(1, 1))?;
+    first.run()?;
+    let mut late = Machine::new(config(3, 200))?;
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| late.run());
+        thread::sleep(Duration::from_millis(100));
+        came_to(1, 3, 0)?;
+        drop(first);
+        thread::sleep(Duration::from_millis(200));
+        came_to(0, 3, 1)?;
+        ensure!(
+            !guest.is_finished(),
+            "the guest ended before there was room"
+        );
+        guest.join().ok().context("the guest's thread panicked")??;
+        anyhow::Ok(())
+    })?;
+    late.rewind()?;
+    late.run()?;
+    came_to(0, 3, 1)?;
+
+    // The room is for who comes new.
+    let mut new = Machine::new(config(1, 1))?;
+    new.run()?;
+    came_to(1, 3, 1)?;
+    drop(late);
+    came_to(1, 3, 1)?;
+    drop(new);
+    came_to(0, 3, 2)?;
+    loaded.unload()
+}
+
+/// Demands that so many vCPUs are metered, so many ran unmetered, and so many metered ones are gone.
+fn came_to(metered: usize, unmetered: u64, gone: u64) -> Result<()> {
+    let meter = Meter::read()?;
+    let found = (meter.vcpus.len(), meter.unmetered, meter.gone);
+    ensure!(
+        found == (metered, unmetered, gone),
+        "(metered, unmetered, gone) is {found:?} instead of {:?}",
+        (metered, unmetered, gone)
     );
     Ok(())
 }

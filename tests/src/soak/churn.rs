@@ -11,9 +11,10 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
+use kvm_ioctls::Kvm;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{is_metered_whole, part_of, random::Random};
+use super::{is_metered_whole, may_open_files, part_of, random::Random};
 use crate::{
     cases::Case,
     host::{meter::Meter, module, span::Span},
@@ -46,6 +47,11 @@ pub(super) fn cases() -> Vec<Case> {
             "log_queries=0 max_vcpus=8",
             "soak: past max_vcpus and back, again and again",
             past_the_limit,
+        )
+        .within(600),
+        Case::without(
+            "soak: more unmetered vCPUs than can be noted, each counted once and none metered later",
+            past_all_notes,
         )
         .within(600),
         Case::with(
@@ -231,6 +237,61 @@ fn past_the_limit() -> Result<()> {
     println!("{rounds} times 15 vCPUs where 8 may be metered");
     // The count of those unmetered does not fall: the next case is to find a new module.
     module::unload()
+}
+
+/// Where one may be metered, more others than the meter keeps a note of.
+///
+/// They never enter a guest, which would take more memory than a host has: reading the registers
+/// of a vCPU loads it as well.
+fn past_all_notes() -> Result<()> {
+    const NOTES: u64 = 4096;
+    const VMS: u64 = 9;
+    const EACH: u64 = 500;
+    const VCPUS: u64 = VMS * EACH;
+    const { assert!(VCPUS > NOTES + 100) };
+    may_open_files(VCPUS + 100)?;
+    let loaded = module::Loaded::with("log_queries=0 max_vcpus=1")?;
+    let demand = |metered: usize, unmetered: u64, gone: u64| {
+        let meter = Meter::read()?;
+        let found = (meter.vcpus.len(), meter.unmetered, meter.gone);
+        let due = (metered, unmetered, gone);
+        ensure!(
+            found == due,
+            "(metered, unmetered, gone) is {found:?} instead of {due:?}"
+        );
+        anyhow::Ok(())
+    };
+    let kvm = Kvm::new()?;
+    let vm_of = |count| {
+        let vm = kvm.create_vm()?;
+        let vcpus: Result<Vec<_>, _> = (0..count).map(|id| vm.create_vcpu(id)).collect();
+        anyhow::Ok((vm, vcpus?))
+    };
+    let first = vm_of(1)?;
+    let others = (0..VMS).map(|_| vm_of(EACH)).collect::<Result<Vec<_>>>()?;
+    demand(1, VCPUS, 0)?;
+
+    // There is room again, for none of these.
+    drop(first);
+    for vcpu in others.iter().flat_map(|(_, vcpus)| vcpus) {
+        vcpu.get_regs()?;
+    }
+    demand(0, VCPUS, 1)?;
+    is_metered_whole()?;
+    demand(0, VCPUS, 2)?;
+
+    // They go, and are loaded once more as they do; then all is as it was at first.
+    drop(others);
+    demand(0, VCPUS, 2)?;
+    is_metered_whole()?;
+    let again = vm_of(4)?;
+    demand(1, VCPUS + 3, 3)?;
+    drop(again);
+    demand(0, VCPUS + 3, 4)?;
+    println!(
+        "{VCPUS} vCPUs unmetered at a time, each counted once; none of them was metered later"
+    );
+    loaded.unload()
 }
 
 /// A VM is the file's, not the process's that made it: it goes when the last one who holds it does.

@@ -53,6 +53,18 @@ fn keep_running(done: &AtomicBool, config: Config) -> Result<u64> {
     })
 }
 
+/// Has this process open up to `count` files, of which each vCPU is one.
+fn may_open_files(count: u64) -> Result<()> {
+    let files = libc::rlimit {
+        rlim_cur: count,
+        rlim_max: count,
+    };
+    // SAFETY: The limits are only read.
+    let ret = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files) };
+    ensure!(ret == 0, "no more files may be opened than usual");
+    Ok(())
+}
+
 /// Demands that a guest that comes now is metered, every exit; no other may be there.
 fn is_metered_whole() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 50))?;

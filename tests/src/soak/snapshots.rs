@@ -11,7 +11,7 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{keep_on, keep_running, part_of};
+use super::{keep_on, keep_running, may_open_files, part_of};
 use crate::{
     cases::Case,
     host::{
@@ -159,13 +159,7 @@ fn beside_vcpus(time: Duration) -> Result<()> {
 fn of_4096_vcpus() -> Result<()> {
     const VCPUS: u64 = 4096;
     const EACH: u8 = 15;
-    let files = libc::rlimit {
-        rlim_cur: 2 * VCPUS,
-        rlim_max: 2 * VCPUS,
-    };
-    // SAFETY: The limits are only read.
-    let ret = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const files) };
-    ensure!(ret == 0, "no more files may be opened than usual");
+    may_open_files(2 * VCPUS)?;
     let cpuid = host::pick(10, 0x72)?;
     let mut machines = Vec::new();
     let mut left = VCPUS;

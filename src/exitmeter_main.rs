@@ -53,21 +53,23 @@ module! {
     authors: ["The exitmeter authors"],
     description: "Meters every VM exit and tells the guest through CPUID",
     license: "GPL v2",
+    // All of a type that holds more than they may be: a value out of its range comes to `Parameters`,
+    // which gives the range, where the kernel would say no more than that it is invalid.
     params: {
-        leaf_map: u32 {
+        leaf_map: i64 {
             default: 2021,
             description: "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none",
         },
         // 0 or 1, as Linux 7.2 knows no parameters that are bool.
-        host_scope: u8 {
+        host_scope: i64 {
             default: 0,
             description: "1: guests read the sums of the whole host instead of their own VM's",
         },
-        log_queries: u8 {
+        log_queries: i64 {
             default: 1,
             description: "1: one line in the kernel log for each query of a guest, rate limited",
         },
-        max_vcpus: u32 {
+        max_vcpus: i64 {
             default: 4096,
             description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
         },
@@ -130,30 +132,52 @@ struct Parameters {
 impl Parameters {
     /// What the module was given, if all of it is in its range.
     fn checked() -> Result<Self> {
-        let number: u32 = given(module_parameters::leaf_map.value());
-        let leaf_map = LeafMap::from_number(number).ok_or_else(|| {
-            pr_err!("leaf_map={} is refused: it is 2021, 2022, or 0\n", number);
-            EINVAL
-        })?;
-        let max_vcpus: u32 = given(module_parameters::max_vcpus.value());
-        if !(1..=65536).contains(&max_vcpus) {
-            pr_err!("max_vcpus={} is refused: it is 1 to 65536\n", max_vcpus);
-            return Err(EINVAL);
-        }
-        let host_scope: u8 = given(module_parameters::host_scope.value());
-        let log_queries: u8 = given(module_parameters::log_queries.value());
-        for (name, value) in [("host_scope", host_scope), ("log_queries", log_queries)] {
-            if value > 1 {
-                pr_err!("{}={} is refused: it is 0 or 1\n", name, value);
-                return Err(EINVAL);
-            }
-        }
+        let leaf_map = in_range(
+            "leaf_map",
+            given(module_parameters::leaf_map.value()),
+            "2021, 2022, or 0",
+            LeafMap::from_number,
+        )?;
+        let max_vcpus = in_range(
+            "max_vcpus",
+            given(module_parameters::max_vcpus.value()),
+            "1 to 65536",
+            |number| (1..=65536).contains(&number).then_some(number),
+        )?;
+        let flag = |number| (number <= 1).then_some(number == 1);
+        let host_scope = in_range(
+            "host_scope",
+            given(module_parameters::host_scope.value()),
+            "0 or 1",
+            flag,
+        )?;
+        // The log looks it up itself, at each query.
+        let _: bool = in_range(
+            "log_queries",
+            given(module_parameters::log_queries.value()),
+            "0 or 1",
+            flag,
+        )?;
         Ok(Self {
             leaf_map,
-            host_scope: host_scope == 1,
+            host_scope,
             max_vcpus,
         })
     }
+}
+
+/// What `meaning` makes of the value of a parameter; refused with the range where that is nothing.
+fn in_range<T>(
+    name: &str,
+    value: i64,
+    range: &str,
+    meaning: impl FnOnce(u32) -> Option<T>,
+) -> Result<T> {
+    let meant = u32::try_from(value).ok().and_then(meaning);
+    meant.ok_or_else(|| {
+        pr_err!("{name}={value} is refused: it is {range}\n");
+        EINVAL
+    })
 }
 
 /// The value of a parameter: Linux 7.2 gives a reference to it, 7.3 the value itself.

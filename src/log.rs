@@ -56,7 +56,7 @@ pub(crate) fn loaded(leaves: &Leaves) {
 
 /// One line for each query of a guest, rate limited.
 pub(crate) fn query(who: &Identity, spoken: &Spoken) {
-    let wanted: u8 = given(module_parameters::log_queries.value());
+    let wanted: i64 = given(module_parameters::log_queries.value());
     if wanted == 1 && hooks::log_allowed() {
         let name = who.name.split(|byte| *byte == 0).next().unwrap_or(&[]);
         pr_info!("{}: {}\n", BStr::from_bytes(name), spoken);

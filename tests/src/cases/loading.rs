@@ -24,18 +24,43 @@ pub(super) fn cases() -> Vec<Case> {
                     "leaf_map=1",
                     "leaf_map=1 is refused: it is 2021, 2022, or 0",
                 ),
+                (
+                    "leaf_map=-1",
+                    "leaf_map=-1 is refused: it is 2021, 2022, or 0",
+                ),
+                // As 32 bits this is 2021.
+                (
+                    "leaf_map=4294969317",
+                    "leaf_map=4294969317 is refused: it is 2021, 2022, or 0",
+                ),
                 ("max_vcpus=0", "max_vcpus=0 is refused: it is 1 to 65536"),
-                ("host_scope=2", "host_scope=2 is refused: it is 0 or 1"),
-                ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
+                ("max_vcpus=-1", "max_vcpus=-1 is refused: it is 1 to 65536"),
                 (
                     "max_vcpus=65537",
                     "max_vcpus=65537 is refused: it is 1 to 65536",
                 ),
+                // And this 1.
+                (
+                    "max_vcpus=4294967297",
+                    "max_vcpus=4294967297 is refused: it is 1 to 65536",
+                ),
+                (
+                    "max_vcpus=-9223372036854775808",
+                    "max_vcpus=-9223372036854775808 is refused: it is 1 to 65536",
+                ),
+                ("host_scope=2", "host_scope=2 is refused: it is 0 or 1"),
+                ("host_scope=300", "host_scope=300 is refused: it is 0 or 1"),
+                ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
+                ("log_queries=-1", "log_queries=-1 is refused: it is 0 or 1"),
             ] {
                 refused(parameters, libc::EINVAL, words)?;
             }
-            // These the kernel refuses by itself, before the module runs.
-            for parameters in ["leaf_map=x", "leaf_map=-1", "host_scope=maybe"] {
+            // No numbers of 64 bits: these the kernel refuses by itself, before the module runs.
+            for parameters in [
+                "leaf_map=x",
+                "leaf_map=99999999999999999999",
+                "host_scope=maybe",
+            ] {
                 refused(parameters, libc::EINVAL, "")?;
             }
             ensure!(

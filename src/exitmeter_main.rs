@@ -47,6 +47,9 @@ use registry::Registry;
 #[cfg(CONFIG_PREEMPT_RT)]
 compile_error!("exitmeter takes spinlocks with interrupts off, which PREEMPT_RT does not allow");
 
+#[cfg(not(CONFIG_MODULE_UNLOAD))]
+compile_error!("exitmeter finds kvm_intel and kvm_amd by the functions that unload them");
+
 module! {
     type: ExitMeter,
     name: "exitmeter",

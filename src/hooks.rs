@@ -588,9 +588,14 @@ impl SvmExitCode {
     /// Finds the reader, and finds it anew whenever kvm_amd is loaded again.
     fn attach() -> Result<Self> {
         // SAFETY: Called once, by `Vendor::attach`.
-        to_result(unsafe { bindings::exitmeter_attach_svm() }).map_err(|_| {
-            pr_err!("kvm_amd is not loaded: run 'modprobe kvm_amd' first\n");
-            ENODEV
+        to_result(unsafe { bindings::exitmeter_attach_svm() }).inspect_err(|error| {
+            if *error == ENOENT {
+                pr_err!("function svm_get_exit_info not found in kvm_amd: nothing else tells why a guest exits\n");
+            } else if *error == EOPNOTSUPP {
+                pr_err!("function svm_get_exit_info of kvm_amd cannot be called: under IBT that takes an ENDBR\n");
+            } else {
+                pr_err!("loads of kvm_amd cannot be watched ({:?})\n", error);
+            }
         })?;
         Ok(Self(()))
     }
@@ -615,23 +620,19 @@ impl Vendor {
         // SAFETY: No requirements.
         match unsafe { bindings::exitmeter_vendor() } {
             bindings::exitmeter_vendor_EXITMETER_VENDOR_VMX => {
-                let name = c"kvm_intel:vmx_handle_exit";
-                // SAFETY: The name ends with a NUL. The address is not used: under IBT a
-                // function of kvm_intel may have lost its ENDBR.
-                let found = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
-                if found == 0 {
-                    pr_err!("kvm_intel is not loaded: run 'modprobe kvm_intel' first\n");
-                    return Err(ENODEV);
-                }
+                demand_loaded("kvm_intel", c"kvm_intel:cleanup_module")?;
                 Ok(Self {
                     isa: Isa::Vmx,
                     _svm: None,
                 })
             }
-            bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => Ok(Self {
-                isa: Isa::Svm,
-                _svm: Some(SvmExitCode::attach()?),
-            }),
+            bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => {
+                demand_loaded("kvm_amd", c"kvm_amd:cleanup_module")?;
+                Ok(Self {
+                    isa: Isa::Svm,
+                    _svm: Some(SvmExitCode::attach()?),
+                })
+            }
             _ => {
                 pr_err!("this CPU has neither VT-x nor SVM\n");
                 Err(ENODEV)
@@ -643,6 +644,17 @@ impl Vendor {
     pub(crate) fn isa(&self) -> Isa {
         self.isa
     }
+}
+
+/// Demands that a module of KVM's is loaded, and tells that from a function that is not in it: by
+/// the function that unloads it, which has the same name in every module.
+fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
+    // SAFETY: The name ends with a NUL. The address is not used.
+    if unsafe { bindings::exitmeter_find_function(unload.as_char_ptr()) } == 0 {
+        pr_err!("{module} is not loaded: run 'modprobe {module}' first\n");
+        return Err(ENODEV);
+    }
+    Ok(())
 }
 
 /// The host's TSC: its rate in kHz, and whether the kernel trusts it.

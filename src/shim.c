@@ -181,8 +181,10 @@ static int svm_find_exit_info(void)
 	unsigned long function;
 
 	function = exitmeter_find_function("kvm_amd:svm_get_exit_info");
-	if (!function || !exitmeter_may_call(function))
+	if (!function)
 		return -ENOENT;
+	if (!exitmeter_may_call(function))
+		return -EOPNOTSUPP;
 	WRITE_ONCE(svm_get_exit_info, (svm_exit_info)function);
 	return 0;
 }
@@ -195,14 +197,18 @@ static int svm_module_event(struct notifier_block *nb, unsigned long event,
 			    void *data)
 {
 	struct module *mod = data;
+	int ret = 0;
 
 	if (strcmp(mod->name, "kvm_amd"))
 		return NOTIFY_DONE;
 
-	if (event == MODULE_STATE_LIVE && svm_find_exit_info())
-		pr_err("svm_get_exit_info not found in the new kvm_amd: its exits are counted without their code\n");
+	if (event == MODULE_STATE_LIVE)
+		ret = svm_find_exit_info();
 	else if (event == MODULE_STATE_GOING)
 		WRITE_ONCE(svm_get_exit_info, NULL);
+	if (ret)
+		pr_err("svm_get_exit_info %s in the new kvm_amd: its exits are counted without their code\n",
+		       ret == -ENOENT ? "not found" : "not callable");
 
 	return NOTIFY_OK;
 }

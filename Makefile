@@ -27,20 +27,25 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench study soak-selftests check lab install clean bootstrap
+.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench study soak-selftests check lab install clean bootstrap bootstrap-tool
 
 all: module tool
 
+# The kernel of a KDIR comes with its tools, and the tool takes few: nothing of the lab's.
 ifdef KDIR
 module:
 	scripts/check-kdir.sh "$(KDIR)"
 	$(MAKE) -C "$(KDIR)" M="$(CURDIR)" MO="$(CURDIR)/build/$$(cat "$(KDIR)/include/config/kernel.release")" modules
+
+tool: bootstrap-tool
 else
 module: bootstrap
 	cargo lab build
-endif
 
 tool: bootstrap
+endif
+
+tool:
 	cargo build --release -p exitmeter
 
 demo: bootstrap
@@ -48,7 +53,7 @@ demo: bootstrap
 
 test: bootstrap
 	cargo test --release --workspace
-	cargo test --release -p lab --test ends -- --ignored --test-threads 2 --skip what_the_kernel
+	cargo test --release -p lab --test ends --test shell -- --ignored --test-threads 2 --skip what_the_kernel
 	cargo run --release --quiet -p system-tests -- $(with_kernel)
 
 test-amd: bootstrap
@@ -124,3 +129,6 @@ clean:
 
 bootstrap:
 	@scripts/bootstrap.sh
+
+bootstrap-tool:
+	@scripts/bootstrap.sh --tool

@@ -1,7 +1,9 @@
 #!/bin/bash
-# Sees to it that this machine has the few commands that all else starts from; the rest comes into the Debian root.
+# Sees to it that this machine has the few commands that all else starts from, and the crates; the rest comes into the
+# Debian root.
 #
 #   scripts/bootstrap.sh [COMMAND]...    (rustfmt, cargo-clippy, shellcheck: what `make check` wants besides)
+#   scripts/bootstrap.sh --tool          what the tool alone takes, on any distribution: `make KDIR=...`
 #
 # As root on Debian 12 or later it installs what is missing; elsewhere it says what that is. When nothing is, it
 # takes no time.
@@ -20,8 +22,11 @@ at_least() { printf '%s\n%s\n' "$2" "$1" | sort --version-sort --check=quiet; }
 # has COMMAND: whether it is there, and new enough.
 has() {
   case $1 in
-    cargo) command -v cargo rustc >/dev/null && at_least "$(rustc --version 2>/dev/null | cut -d ' ' -f 2)" "$rust" ;;
-    # Programs of the lab are linked statically.
+    cargo)
+      command -v cargo >/dev/null && command -v rustc >/dev/null &&
+        at_least "$(rustc --version 2>/dev/null | cut -d ' ' -f 2)" "$rust"
+      ;;
+    # Programs of this workspace are linked statically.
     libc.a) [ -n "$(find /usr/lib /usr/lib64 -maxdepth 2 -name libc.a -print -quit 2>/dev/null)" ] ;;
     ca-certificates) [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -e /etc/ssl/cert.pem ] ;;
     keyring) [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] ;;
@@ -47,35 +52,68 @@ package() {
   esac
 }
 
+# candidate PACKAGE: the version that apt would install; nothing when it knows of none.
+candidate() { LC_ALL=C apt-cache policy "$1" 2>/dev/null | sed -n 's/^  Candidate: \([0-9].*\)/\1/p'; }
+
+# logged CMD...: runs CMD; when it fails, shows the end of what it said.
+logged() {
+  if [ -z "$log" ]; then
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+  fi
+  run "$log" "$@"
+}
+log=
+
+# Installs what is missing of the commands, or says what that is.
+install_missing() {
+  local packages command
+  command -v apt-get >/dev/null ||
+    die "this machine lacks ${missing[*]}; install them (cargo means Rust $rust or later)."
+  if [ "$(id -u)" = 0 ]; then
+    say "installing what this machine lacks: ${missing[*]}"
+    logged apt-get update || die "the lists of packages could not be fetched; check the network and the mirror."
+  fi
+  # Debian 12 has a second, newer Rust, for its browsers.
+  web=
+  if ! at_least "$(candidate rustc)" "$rust" && at_least "$(candidate rustc-web)" "$rust"; then
+    web=-web
+  fi
+  if ! has cargo && ! at_least "$(candidate "rustc$web")" "$rust"; then
+    die "this machine lacks cargo, and its mirror has no Rust $rust or later; install one (rustup, or Debian 13), or run apt-get update if it never ran."
+  fi
+  read -r -a packages <<<"$(for command in "${missing[@]}"; do package "$command" && printf ' '; done)"
+  if [ "$(id -u)" != 0 ]; then
+    die "this machine lacks ${missing[*]}; as root, run scripts/bootstrap.sh or apt-get install ${packages[*]}."
+  fi
+  # Nothing is removed for it: the machine is not ours.
+  logged env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-remove --no-install-recommends "${packages[@]}" ||
+    die "the packages ${packages[*]} could not be installed; the reason is above."
+  for command in "${missing[@]}"; do
+    has "$command" || die "the package $(package "$command") is installed and $command is still missing; see PATH."
+  done
+}
+
+# Fetches the crates that are not there. It is done here because cargo's own words for a network that is not there
+# are many, and name no remedy.
+fetch_crates() {
+  cd "$here/.."
+  ! cargo fetch --quiet --locked --offline 2>/dev/null || return 0
+  say "fetching the crates"
+  # Not locked, for whoever changes what the workspace depends on.
+  logged cargo fetch --quiet ||
+    die "the crates could not be fetched; check the network, or name its proxy (https_proxy=http://HOST:PORT)."
+}
+
+wanted=(make cc libc.a cargo)
+if [ "${1:-}" = --tool ]; then
+  shift
+else
+  wanted+=(mmdebstrap unshare mount newuidmap keyring ca-certificates)
+fi
 missing=()
-for command in make cc libc.a cargo mmdebstrap unshare mount newuidmap keyring ca-certificates "$@"; do
+for command in "${wanted[@]}" "$@"; do
   has "$command" || missing+=("$command")
 done
-[ "${#missing[@]}" -gt 0 ] || exit 0
-
-if ! command -v apt-get >/dev/null; then
-  die "this machine lacks ${missing[*]}; install them (cargo means Rust $rust or later)."
-fi
-web=
-packages() { for command in "${missing[@]}"; do package "$command" && printf ' '; done; }
-if [ "$(id -u)" != 0 ]; then
-  die "this machine lacks ${missing[*]}; as root, run scripts/bootstrap.sh or apt-get install $(packages)."
-fi
-
-say "installing what this machine lacks: ${missing[*]}"
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-run "$log" apt-get update || die "the lists of packages could not be fetched; check the network and the mirror."
-candidate() { apt-cache policy "$1" | sed -n 's/^  Candidate: //p'; }
-# Debian 12 has a second, newer Rust, for its browsers.
-at_least "$(candidate rustc)" "$rust" || web=-web
-if ! has cargo && ! at_least "$(candidate "rustc$web")" "$rust"; then
-  die "no Rust $rust or later is to be had from this machine's mirror; install one (rustup, or Debian 13)."
-fi
-# Nothing is removed for it: the machine is not ours.
-# shellcheck disable=SC2046
-run "$log" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-remove --no-install-recommends $(packages) ||
-  die "the packages $(packages) could not be installed; the reason is above."
-for command in "${missing[@]}"; do
-  has "$command" || die "the package $(package "$command") is installed and $command is still missing; see PATH."
-done
+[ "${#missing[@]}" = 0 ] || install_missing
+fetch_crates

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::refused::Refused;
 use crate::setup::{Prepared, SetupError};
 
 /// What cannot be made into an image.
@@ -25,15 +26,8 @@ pub enum ImageError {
     #[error(transparent)]
     Setup(#[from] SetupError),
     /// The system refused something.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] Refused),
     /// A file is not what it should be.
     #[error("{}: {reason}", path.display())]
     Content {
@@ -46,12 +40,8 @@ pub enum ImageError {
 
 impl ImageError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
+        let refused = Refused::to(action, path);
+        move |source| Self::Io(refused(source))
     }
 
     fn content(path: &Path, reason: impl ToString) -> Self {

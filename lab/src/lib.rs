@@ -7,6 +7,7 @@ pub mod image;
 pub mod interrupt;
 pub mod module;
 pub mod programs;
+pub mod refused;
 pub mod run;
 mod saved;
 pub mod setup;

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
+use crate::refused::Refused;
 use crate::setup::{self, in_root, repository, InRoot, Prepared, Wanted};
 
 /// What `cargo lab build` takes.
@@ -56,15 +57,8 @@ pub enum ModuleError {
     #[error("the module was built with warnings, which count as errors; they are above")]
     Warnings,
     /// The system refused something.
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] Refused),
 }
 
 /// `cargo lab build`: prepares what is missing, builds the module, and prints where it is.
@@ -210,12 +204,8 @@ fn has_warning(text: &str) -> bool {
 }
 
 fn failed_to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ModuleError {
-    let path = path.into();
-    move |source| ModuleError::Io {
-        action,
-        path,
-        source,
-    }
+    let refused = Refused::to(action, path);
+    move |source| ModuleError::Io(refused(source))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::setup::repository;
 #[derive(Debug, Error)]
 pub enum ProgramsError {
     /// cargo cannot be run.
-    #[error("cargo cannot be run: {0}")]
+    #[error("cargo cannot be run")]
     Cargo(#[source] io::Error),
     /// The build failed; the output has been shown.
     #[error("the programs of the host could not be built; cargo's messages are above")]

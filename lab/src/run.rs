@@ -19,6 +19,7 @@ use crate::image::payload::{self, FileSpec};
 use crate::image::{ImageError, Images};
 use crate::module::{self, ModuleError};
 use crate::programs::{self, Programs, ProgramsError};
+use crate::refused::Refused;
 use crate::saved;
 use crate::setup::{self, Prepared, SetupError, Wanted};
 use crate::verdict::{End, Limits};
@@ -86,6 +87,9 @@ impl Options {
     }
 }
 
+/// The stage that takes longest, and comes once: a host boots and is saved.
+pub const SAVING: &str = "booting, for all runs of this kind to go on from there";
+
 /// What a run tells while it goes on.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
@@ -138,25 +142,14 @@ pub enum RunError {
     #[error("{}", .0.end)]
     Boot(Box<Outcome>),
     /// The system refused something.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] Refused),
 }
 
 impl RunError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
+        let refused = Refused::to(action, path);
+        move |source| Self::Io(refused(source))
     }
 }
 

@@ -15,7 +15,7 @@ use lab_agent::settings::{Settings, Task};
 use crate::emulator::{bochs, Begin, Boot, Console};
 use crate::image::{cache, payload, Images};
 use crate::run::{self, Event, Options, RunError, Running};
-use crate::setup::Prepared;
+use crate::setup::{need_space, Prepared, SetupError};
 
 /// The file of a saved machine that holds its memory.
 const MEMORY: &str = "memory.ram";
@@ -51,11 +51,17 @@ pub fn machine(
         &read(agent)?,
     ];
     cache::get("machine", &parts, |target| {
-        listener(Event::Stage(
-            "booting, for all runs of this kind to go on from there",
-        ));
+        check_space(target, options.machine.memory)?;
+        listener(Event::Stage(run::SAVING));
         save(options, prepared, agent, &logs.join("boot"), target)
     })
+}
+
+/// Fails when the disk cannot hold the machine, before it boots: Bochs writes all of its memory, and what is not zero
+/// there, a quarter and a bit, is then written once more.
+fn check_space(target: &Path, memory: u32) -> Result<(), SetupError> {
+    let folder = target.parent().unwrap_or(target);
+    need_space(folder, u64::from(memory) / 3 * 4 + 64, "saving a machine")
 }
 
 /// Boots a host and saves it to `target`.

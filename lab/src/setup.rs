@@ -6,7 +6,9 @@
 mod command;
 mod engine;
 mod in_root;
+mod namespaces;
 mod progress;
+mod space;
 #[cfg(test)]
 mod tests;
 
@@ -21,8 +23,10 @@ use thiserror::Error;
 
 pub use command::{command, PrepareArgs};
 pub use in_root::{in_root, InRoot};
+pub(crate) use space::{need_space, LARGER_DISK};
 
 use crate::interrupt;
+use crate::refused::Refused;
 use engine::{Engine, Recipe, Step};
 use progress::Progress;
 
@@ -87,8 +91,7 @@ pub struct Prepared {
 pub enum SetupError {
     /// The disk is too small.
     #[error(
-        "{} has {free} MiB free and the set-up needs {needed} MiB more; \
-         free some, or point XDG_CACHE_HOME to a larger disk",
+        "{} has {free} MiB free and {what} needs {needed} MiB; free some, or {LARGER_DISK}",
         folder.display()
     )]
     Space {
@@ -96,7 +99,9 @@ pub enum SetupError {
         folder: PathBuf,
         /// What its disk has left, in MiB.
         free: u64,
-        /// What the steps that are to be made take at their largest, in MiB.
+        /// What is to be made.
+        what: &'static str,
+        /// What that takes at its largest, in MiB.
         needed: u64,
     },
     /// There is no place for the cache.
@@ -104,6 +109,9 @@ pub enum SetupError {
         "neither XDG_CACHE_HOME nor HOME is an absolute path; set one, the set-up is kept there"
     )]
     NoCache,
+    /// Nothing can be run in the Debian root; the script's own sentence.
+    #[error("{0}")]
+    Namespaces(String),
     /// A signal came, or another step failed.
     #[error("the set-up was interrupted; the next run goes on where it stopped")]
     Interrupted,
@@ -116,15 +124,8 @@ pub enum SetupError {
         reason: String,
     },
     /// The system refused something.
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] Refused),
 }
 
 impl Prepared {
@@ -136,12 +137,8 @@ impl Prepared {
 
 impl SetupError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
+        let refused = Refused::to(action, path);
+        move |source| Self::Io(refused(source))
     }
 }
 
@@ -189,6 +186,7 @@ fn with_engine<T, E: From<SetupError>>(
     let cache = cache()?;
     let progress = Progress::stderr();
     let interrupts = interrupt::watch();
+    namespaces::need(&scripts)?;
     work(&Engine::new(&scripts, &cache, &progress, &interrupts))
 }
 
@@ -207,7 +205,7 @@ impl Plan {
     fn new(engine: &Engine<'_>, wanted: &Wanted) -> Result<Self, SetupError> {
         let root = engine.step(&Recipe {
             name: "root",
-            mib: 4500,
+            mib: 2400,
             settings: &[],
             on: &[],
         })?;
@@ -215,7 +213,7 @@ impl Plan {
         let checked = checked(kernel);
         let kernel = engine.step(&Recipe {
             name: "kernel",
-            mib: 900,
+            mib: 700,
             settings: &[("KERNEL", checked.map_or(kernel, |(_, version)| version))],
             on: &[("ROOT", &root)],
         })?;

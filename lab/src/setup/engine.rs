@@ -22,7 +22,7 @@ use rustix::process::{kill_process_group, test_kill_process_group, Pid, Signal};
 use sha2::{Digest, Sha256};
 
 use super::progress::{Progress, Row};
-use super::SetupError;
+use super::{need_space, SetupError};
 use crate::interrupt::Interrupts;
 
 /// The marker of a whole result; it holds the seconds that the step took.
@@ -41,7 +41,8 @@ const GRACE: Duration = Duration::from_secs(5);
 pub struct Recipe<'a> {
     /// The script is `<name>.sh`; the files `patches/<name>-*` go into the result too.
     pub name: &'static str,
-    /// What the result takes at its largest, in MiB.
+    /// What the result takes at its largest, with what is fetched for it, in MiB. It is measured, and the key does not
+    /// depend on it.
     pub mib: u64,
     /// The variables that the result depends on.
     pub settings: &'a [(&'static str, &'a str)],
@@ -169,27 +170,11 @@ impl<'a> Engine<'a> {
 
     /// Fails when the disk cannot hold what those of `steps` add to it that are not made yet.
     pub fn check_space(&self, steps: &[&Step]) -> Result<(), SetupError> {
-        let needed: u64 = steps
-            .iter()
-            .filter(|step| !step.is_complete())
-            .map(|step| step.mib.saturating_sub(size_of(&step.out) >> 20))
-            .sum();
+        let needed = needed(steps);
         if needed == 0 {
             return Ok(());
         }
-        fs::create_dir_all(self.cache).map_err(SetupError::io("make", self.cache))?;
-        let disk = rustix::fs::statvfs(self.cache).map_err(|error| {
-            SetupError::io("ask for the free space of", self.cache)(error.into())
-        })?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize) >> 20;
-        if free < needed {
-            return Err(SetupError::Space {
-                folder: self.cache.into(),
-                free,
-                needed,
-            });
-        }
-        Ok(())
+        need_space(self.cache, needed, "the set-up")
     }
 
     /// Makes the result of `step` unless it is whole already. When another run is at it, waits for that.
@@ -309,11 +294,7 @@ impl<'a> Engine<'a> {
 
     /// What to tell of a script that failed: its own last sentence if it has one, the rest as lines that stay.
     fn failure(&self, step: &Step, status: ExitStatus, complaint: &str) -> SetupError {
-        let mut lines: Vec<&str> = complaint.lines().collect();
-        let sentence = lines
-            .iter()
-            .rposition(|line| line.starts_with("exitmeter: "))
-            .map(|at| lines.remove(at).trim_start_matches("exitmeter: "));
+        let (sentence, lines) = sentence(complaint);
         if !lines.is_empty() {
             self.progress.note(&lines.join("\n"));
         }
@@ -327,7 +308,7 @@ impl<'a> Engine<'a> {
                         step.out.display()
                     )
                 },
-                |sentence| sentence.trim_end_matches('.').into(),
+                str::to_owned,
             ),
         }
     }
@@ -342,6 +323,28 @@ impl<'a> Engine<'a> {
         let seconds = took.as_secs() + 1;
         fs::write(&marker, format!("{seconds}\n")).map_err(SetupError::io("write", &marker))
     }
+}
+
+/// What those of `steps` that are not made yet add to the disk, in MiB.
+pub fn needed(steps: &[&Step]) -> u64 {
+    steps
+        .iter()
+        .filter(|step| !step.is_complete())
+        .map(|step| step.mib.saturating_sub(size_of(&step.out) >> 20))
+        .sum()
+}
+
+/// The sentence that a script ended with, as errors have it, and what else it said.
+pub fn sentence(complaint: &str) -> (Option<&str>, Vec<&str>) {
+    let mut lines: Vec<&str> = complaint.lines().collect();
+    let at = lines
+        .iter()
+        .rposition(|line| line.starts_with("exitmeter: "));
+    let sentence = at.map(|at| {
+        let line = lines.remove(at);
+        line.trim_start_matches("exitmeter: ").trim_end_matches('.')
+    });
+    (sentence, lines)
 }
 
 /// The size of a folder on the disk, in bytes; what may not be looked into counts nothing.

@@ -296,10 +296,31 @@ fn a_disk_that_is_too_small_is_seen_before_the_work() {
         .with(|engine| engine.check_space(&[&step]))
         .unwrap_err()
         .to_string();
-    assert!(error.contains("XDG_CACHE_HOME to a larger disk"), "{error}");
+    let needed = format!("and the set-up needs {} MiB; free some", 1_u64 << 40);
+    for words in [&*needed, "XDG_CACHE_HOME to a larger disk"] {
+        assert!(error.contains(words), "{error}");
+    }
     room.make(&step).unwrap();
     room.with(|engine| engine.check_space(&[&step]))
         .expect("what is made needs no space");
+}
+
+#[test]
+fn what_the_documentation_says_of_the_disk_is_what_is_asked_for() {
+    let progress = Progress::new(Box::new(io::sink()), None);
+    let interrupts = interrupt::watch();
+    let scripts = repository().join("scripts");
+    let engine = Engine::new(&scripts, Path::new("/nowhere"), &progress, &interrupts);
+    let wanted = Wanted {
+        tree: true,
+        bochs: true,
+        ..Wanted::default()
+    };
+    let plan = Plan::new(&engine, &wanted).unwrap();
+    let needed = engine::needed(&plan.steps());
+    let text = fs::read_to_string(repository().join("docs/testing.md")).unwrap();
+    let sentence = format!("with less than {needed} MiB free the set-up does not begin");
+    assert!(text.contains(&sentence), "no {sentence:?} in it");
 }
 
 #[test]

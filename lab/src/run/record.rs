@@ -11,7 +11,7 @@ use lab_agent::channel::Message;
 use super::{Event, RunError, CONSOLE};
 use crate::verdict::{self, End};
 
-/// How many lines of a log are shown when a run fails.
+/// How many lines of a log are shown when a run fails, and of a fault that began before them.
 const TAIL: usize = 40;
 
 /// Writes down what a host says.
@@ -189,10 +189,8 @@ impl Record {
         let mut text = String::new();
         for name in names {
             let log = self.log(name);
-            let lines: Vec<&str> = log.lines().collect();
-            let lines = &lines[lines.len().saturating_sub(TAIL)..];
-            if !lines.is_empty() {
-                let _ = write!(text, "--- the end of {name}:\n{}\n", lines.join("\n"));
+            if !log.is_empty() {
+                let _ = write!(text, "--- the end of {name}:\n{}\n", ending(&log));
             }
         }
         text
@@ -213,6 +211,25 @@ impl Record {
     pub fn into_stdout(self) -> Vec<u8> {
         self.said
     }
+}
+
+/// The last lines of a log; with the first of its fault, which says what happened, where there is one before them.
+fn ending(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    let last = lines.len().saturating_sub(TAIL);
+    let is_fault = |line: &&str| verdict::fault_in(line).is_some();
+    let fault = lines[..last].iter().position(is_fault).unwrap_or(last);
+    let left_out = fault + TAIL..last;
+    if left_out.is_empty() {
+        return lines[fault..].join("\n");
+    }
+    [
+        &lines[fault..left_out.start],
+        &["..."],
+        &lines[left_out.end..],
+    ]
+    .concat()
+    .join("\n")
 }
 
 #[cfg(test)]
@@ -243,6 +260,25 @@ mod tests {
         assert_eq!(fs::read(folder.path().join("out/a/b")).unwrap(), b"one two");
         take(file("c")).unwrap();
         assert!(take(Message::FileEnd(1)).is_err(), "a byte is missing");
+    }
+
+    #[test]
+    fn the_end_of_a_log_has_the_beginning_of_its_fault() {
+        let log = |before: usize, after: usize| {
+            let fault =
+                "[    5.0] BUG: kernel NULL pointer dereference, address: 0000000000000008\n";
+            "before\n".repeat(before) + fault + &"after\n".repeat(after)
+        };
+        // Without one, or when it is among the last lines, these are all.
+        assert_eq!(ending(&"line\n".repeat(100)).lines().count(), TAIL);
+        assert_eq!(ending("one\ntwo"), "one\ntwo");
+        assert_eq!(ending(&log(100, 9)).lines().count(), TAIL);
+        for (after, shown) in [(TAIL, TAIL + 1), (60, 61), (79, 80), (500, 2 * TAIL + 1)] {
+            let text = ending(&log(100, after));
+            assert_eq!(text.lines().count(), shown);
+            assert!(text.starts_with("[    5.0] BUG: "), "{text}");
+            assert_eq!(text.contains("..."), after > 79, "{text}");
+        }
     }
 
     #[test]

@@ -77,8 +77,20 @@ fn fault_for(kernel: Option<&str>) -> String {
     folder.join("fault.ko").to_str().unwrap().to_owned()
 }
 
+/// What a run shows of a log when it ends badly; not the script's standard error before it, nor the verdict after it.
 #[track_caller]
-fn fault_ends_with(kind: &str, status: i32) -> Output {
+fn shown(output: &Output, log: &str) -> String {
+    let said = stderr(output);
+    let (_, shown) = said
+        .split_once(&format!("--- the end of {log}:\n"))
+        .unwrap_or_else(|| panic!("it shows no {log}: {said}"));
+    let (shown, _) = shown.rsplit_once("lab: ").unwrap();
+    shown.to_owned()
+}
+
+/// A fault of this kind ends a run with this status, and this is what is shown of it.
+#[track_caller]
+fn fault_ends_with(kind: &str, status: i32, words: &str) -> Output {
     let kind = format!("kind={kind}");
     // The script would go on, and end well, if it could.
     let output = ends_with(
@@ -101,6 +113,8 @@ fn fault_ends_with(kind: &str, status: i32) -> Output {
         text.contains("fault_init") || text.contains("fault:"),
         "{text}"
     );
+    let shown = shown(&output, "console.log");
+    assert!(shown.contains(words), "no {words} in {shown}");
     output
 }
 
@@ -151,20 +165,30 @@ fn a_host_that_cannot_load_kvm_is_100_and_says_why() {
 #[test]
 #[ignore = "boots a host"]
 fn a_panic_is_101() {
-    fault_ends_with("panic", 101);
+    fault_ends_with("panic", 101, "Kernel panic - not syncing");
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn a_panic_is_101_on_the_intel_host_too() {
+    let script = ["--file", &FAULT, "--", "insmod fault.ko kind=panic"];
+    let output = lab_on("intel", &script).output().unwrap();
+    assert_eq!(output.status.code(), Some(101), "{}", stderr(&output));
+    let shown = shown(&output, "console.log");
+    assert!(shown.contains("Kernel panic - not syncing"), "{shown}");
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn an_oops_is_102() {
-    fault_ends_with("oops", 102);
-    fault_ends_with("bug", 102);
+    fault_ends_with("oops", 102, "BUG: kernel NULL pointer dereference");
+    fault_ends_with("bug", 102, "kernel BUG at");
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn a_warning_is_103() {
-    fault_ends_with("warn", 103);
+    fault_ends_with("warn", 103, "WARNING: ");
 }
 
 #[test]
@@ -232,26 +256,90 @@ fn what_the_kernel_kcsan_finds_ends_a_run() {
 #[test]
 #[ignore = "boots a host, and waits 25 s"]
 fn a_lockup_is_104() {
-    fault_ends_with("softlockup", 104);
+    fault_ends_with("softlockup", 104, "BUG: soft lockup");
+}
+
+/// A limit ends a script with this status, and what is shown of the console ends with the script's word there.
+#[track_caller]
+fn limit_ends_with(limit: &str, script: &str, status: i32) {
+    let script = format!("echo the last word >/dev/console; {script}");
+    let ends_well = |seconds: &str| {
+        let output = ends_with(&[limit, seconds, "--", &script], status);
+        let shown = shown(&output, "console.log");
+        println!("after {seconds} s: {shown}");
+        shown.ends_with("the last word\n")
+    };
+    // On a busy machine the limit may come before the script.
+    assert!(["20", "120"].into_iter().any(ends_well));
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn silence_is_106() {
-    ends_with(&["--silence", "15", "--", "sleep", "1000"], 106);
+    limit_ends_with("--silence", "sleep 1000", 106);
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn the_time_limit_is_107() {
-    let talk = "while true; do echo .; sleep 1; done";
-    ends_with(&["--timeout", "20", "--", talk], 107);
+    limit_ends_with("--timeout", "while true; do echo .; sleep 1; done", 107);
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn a_host_that_ends_without_a_verdict_is_108() {
     ends_with(&["--", "reboot -f; sleep 100"], 108);
+}
+
+/// A run with a cache that has the set-up, and else no more than so many MiB of room.
+fn on_a_disk_of(mib: u32, host: &str) -> Output {
+    LazyLock::force(&FAULT);
+    let mount = r#"
+        mount -t tmpfs -o size="$1m" tmpfs "$2"
+        mkdir "$2/exitmeter"
+        ln -s "$3"/{root,kernel,tree,bochs}-* "$2/exitmeter/"
+        export XDG_CACHE_HOME=$2
+        shift 3
+        exec "$@""#;
+    let disk = Path::new(env!("CARGO_TARGET_TMPDIR")).join("disk");
+    fs::create_dir_all(&disk).unwrap();
+    let mut namespace = Command::new("unshare");
+    namespace.arg("--mount");
+    if !rustix::process::geteuid().is_root() {
+        namespace.args(["--map-root-user", "--map-auto"]);
+    }
+    let run = lab_on(host, &["--", "true"]);
+    namespace
+        .args(["bash", "-euc", mount, "bash", &mib.to_string()])
+        .args([&disk, &setup::cache().unwrap()])
+        .arg(run.get_program())
+        .args(run.get_args())
+        .output()
+        .unwrap()
+}
+
+#[test]
+#[ignore = "takes the set-up"]
+fn a_full_disk_is_100_and_its_remedy_is_named_once() {
+    // Neither does the image fit, nor is there room to save a machine behind it.
+    for (mib, host, words) in [
+        (20, "amd", "lab: there is no space left to write "),
+        (
+            200,
+            "intel",
+            " MiB free and saving a machine needs 1428 MiB",
+        ),
+    ] {
+        let output = on_a_disk_of(mib, host);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(100), "{said}");
+        assert!(said.contains(words), "no {words} in {said}");
+        assert!(
+            said.ends_with("; free some, or point XDG_CACHE_HOME to a larger disk\n")
+                && said.lines().count() == 1,
+            "{said}"
+        );
+    }
 }
 
 /// A run whose script has begun, and the process that is all of its emulator.

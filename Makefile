@@ -60,7 +60,7 @@ test-amd: bootstrap
 	cargo run --release --quiet -p system-tests -- --host amd $(with_kernel)
 
 soak: bootstrap
-	cargo run --release --quiet -p system-tests -- --soak --percent $(or $(PERCENT),100) --timeout 14400
+	cargo run --release --quiet -p system-tests -- --soak --percent $(or $(PERCENT),100) --timeout 28800
 
 soak-loom: bootstrap
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p exitmeter-meter --test loom

@@ -158,6 +158,13 @@ impl Memory {
             fs::write("/proc/sys/vm/drop_caches", "3")?;
             thread::sleep(Duration::from_millis(500));
         }
+        // Under KASAN what is freed stays an object for long, unless its cache is shrunk.
+        for cache in fs::read_dir("/sys/kernel/slab").context("/sys/kernel/slab")? {
+            let cache = cache?;
+            if cache.file_name().to_string_lossy().starts_with("kmalloc") {
+                fs::write(cache.path().join("shrink"), "1")?;
+            }
+        }
         let slabs = fs::read_to_string("/proc/slabinfo").context("/proc/slabinfo")?;
         let objects = slabs
             .lines()

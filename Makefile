@@ -82,10 +82,10 @@ soak-ibt: bootstrap
 # The kernels are built by the first command that wants them.
 soak-debug: bootstrap
 	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel
-	cargo run --release --quiet -p system-tests -- --host amd --kernel debug --memory 2048 --slow 5 --timeout 7200 \
+	cargo run --release --quiet -p system-tests -- --host amd --kernel debug --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'KernelAddressSanitizer initialized' --expect 'Lock dependency validator' \
 		--expect 'Kernel memory leak detector initialized'
-	cargo run --release --quiet -p system-tests -- --host amd --kernel kcsan --memory 2048 --slow 5 --timeout 7200 \
+	cargo run --release --quiet -p system-tests -- --host amd --kernel kcsan --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'kcsan: enabled'
 
 bench: bootstrap

@@ -30,10 +30,12 @@ inside() {
 # The image is one package or, since 7.2, a binary and its modules. The source has to be of the very same version:
 # a tree of another one would give layouts that this kernel does not have.
 say "which kernel"
+rm -f "$OUT/offline"
 # shellcheck disable=SC2016
 run "$log" inside bash -euc '
-  # The root may be older than the newest kernel. Without a network, what is fetched already may do.
-  apt-get update || true
+  # The root may be older than the newest kernel. Without a network, what is fetched already may do, but that a kernel
+  # is not in the old lists means little. By itself apt counts old lists as a success.
+  apt-get -o APT::Update::Error-Mode=any update || touch offline
   case $KERNEL in
     newest)
       image=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)
@@ -63,7 +65,11 @@ run "$log" inside bash -euc '
     # The address is quoted for a shell.
     apt-get download --print-uris "$name=$version" | tr -d "\47" >>packages
   done
-' || die "Debian has no kernel $KERNEL with its source; it has $(cat "$OUT/known" 2>/dev/null) (the log is $log)."
+' || {
+  [ ! -e "$OUT/offline" ] ||
+    die "the lists of packages could not be fetched, and the old ones have no kernel $KERNEL; check the network and the mirror (the log is $log)."
+  die "Debian has no kernel $KERNEL with its source; it has $(cat "$OUT/known" 2>/dev/null) (the log is $log)."
+}
 release=$(cat "$OUT/release.part")
 
 say "$release: fetching"
@@ -129,5 +135,5 @@ END
   rm payload
 ' || die "the kernel in $OUT/vmlinuz could not be unpacked; its compression may be new (the log is $log)."
 
-as_root rm -rf "$OUT/unpacked" "$OUT/packages" "$OUT/known"
+as_root rm -rf "$OUT/unpacked" "$OUT/packages" "$OUT/known" "$OUT/offline"
 mv "$OUT/release.part" "$OUT/release"

@@ -301,6 +301,20 @@ fn without_a_network_there_is_no_root() {
 }
 
 #[test]
+fn without_a_network_old_lists_are_no_proof_that_there_is_no_kernel() {
+    let machine = Machine::new();
+    // What kernel.sh runs in the root leaves word that the lists are old.
+    machine.command(
+        "unshare",
+        "case $* in *in-root.sh*) touch \"$OUT/offline\"; exit 100 ;; esac",
+    );
+    assert_says(
+        &machine.step("kernel"),
+        &["the old ones have no kernel newest", "check the network"],
+    );
+}
+
+#[test]
 fn without_apt_the_missing_commands_are_named() {
     let machine = Machine::whole();
     machine.remove("mmdebstrap");

@@ -408,10 +408,11 @@ fn the_tool_alone_takes_nothing_of_the_labs() {
 /// What make would do.
 fn recipe(arguments: &[&str]) -> String {
     let output = Command::new("make")
-        .arg("--dry-run")
+        .args(["--dry-run", "--no-print-directory"])
         .args(arguments)
         .current_dir(lab::setup::repository())
         .env_remove("MAKEFLAGS")
+        .env_remove("MAKELEVEL")
         .env_remove("KDIR")
         .output()
         .unwrap();

@@ -591,7 +591,7 @@ impl SvmExitCode {
         to_result(unsafe { bindings::exitmeter_attach_svm() }).inspect_err(|error| {
             if *error == ENOENT {
                 pr_err!("function svm_get_exit_info not found in kvm_amd: nothing else tells why a guest exits\n");
-            } else if *error == EOPNOTSUPP {
+            } else if *error == ENOEXEC {
                 pr_err!("function svm_get_exit_info of kvm_amd cannot be called: under IBT that takes an ENDBR\n");
             } else {
                 pr_err!("loads of kvm_amd cannot be watched ({:?})\n", error);

@@ -184,7 +184,7 @@ static int svm_find_exit_info(void)
 	if (!function)
 		return -ENOENT;
 	if (!exitmeter_may_call(function))
-		return -EOPNOTSUPP;
+		return -ENOEXEC;
 	WRITE_ONCE(svm_get_exit_info, (svm_exit_info)function);
 	return 0;
 }

@@ -94,8 +94,7 @@ impl Faults {
     /// Has those alone fail that have this code on their stack, and as yet none.
     pub fn under(code: Code) -> Result<Self> {
         let faults = Self(());
-        set("require-start", &format!("{:#x}", code.first))?;
-        set("require-end", &format!("{:#x}", code.end))?;
+        faults.only_under(code)?;
         set("stacktrace-depth", "32")?;
         set("times", "-1")?;
         set("verbose", "0")?;
@@ -104,6 +103,12 @@ impl Faults {
         fs::write(format!("{}/ignore-gfp-highmem", ALLOCATORS[1]), "N")?;
         fs::write(format!("{}/min-order", ALLOCATORS[1]), "0")?;
         Ok(faults)
+    }
+
+    /// Other code from now on.
+    pub fn only_under(&self, code: Code) -> Result<()> {
+        set("require-start", &format!("{:#x}", code.first))?;
+        set("require-end", &format!("{:#x}", code.end))
     }
 
     /// Has so many of a hundred fail, of any thread.

@@ -187,6 +187,19 @@ impl Meter {
         })
     }
 
+    /// Demands that so many vCPUs are metered, so many ran unmetered, and so many metered ones are
+    /// gone.
+    pub fn demand(metered: usize, unmetered: u64, gone: u64) -> Result<()> {
+        let meter = Self::read()?;
+        let found = (meter.vcpus.len(), meter.unmetered, meter.gone);
+        let due = (metered, unmetered, gone);
+        ensure!(
+            found == due,
+            "(metered, unmetered, gone) is {found:?} instead of {due:?}"
+        );
+        Ok(())
+    }
+
     /// The vCPUs of this process, in the order of VM and id.
     pub fn own(&self) -> Vec<&Vcpu> {
         let mut own: Vec<_> = self

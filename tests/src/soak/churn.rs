@@ -251,16 +251,6 @@ fn past_all_notes() -> Result<()> {
     const { assert!(VCPUS > NOTES + 100) };
     may_open_files(VCPUS + 100)?;
     let loaded = module::Loaded::with("log_queries=0 max_vcpus=1")?;
-    let demand = |metered: usize, unmetered: u64, gone: u64| {
-        let meter = Meter::read()?;
-        let found = (meter.vcpus.len(), meter.unmetered, meter.gone);
-        let due = (metered, unmetered, gone);
-        ensure!(
-            found == due,
-            "(metered, unmetered, gone) is {found:?} instead of {due:?}"
-        );
-        anyhow::Ok(())
-    };
     let kvm = Kvm::new()?;
     let vm_of = |count| {
         let vm = kvm.create_vm()?;
@@ -269,25 +259,25 @@ fn past_all_notes() -> Result<()> {
     };
     let first = vm_of(1)?;
     let others = (0..VMS).map(|_| vm_of(EACH)).collect::<Result<Vec<_>>>()?;
-    demand(1, VCPUS, 0)?;
+    Meter::demand(1, VCPUS, 0)?;
 
     // There is room again, for none of these.
     drop(first);
     for vcpu in others.iter().flat_map(|(_, vcpus)| vcpus) {
         vcpu.get_regs()?;
     }
-    demand(0, VCPUS, 1)?;
+    Meter::demand(0, VCPUS, 1)?;
     is_metered_whole()?;
-    demand(0, VCPUS, 2)?;
+    Meter::demand(0, VCPUS, 2)?;
 
     // They go, and are loaded once more as they do; then all is as it was at first.
     drop(others);
-    demand(0, VCPUS, 2)?;
+    Meter::demand(0, VCPUS, 2)?;
     is_metered_whole()?;
     let again = vm_of(4)?;
-    demand(1, VCPUS + 3, 3)?;
+    Meter::demand(1, VCPUS + 3, 3)?;
     drop(again);
-    demand(0, VCPUS + 3, 4)?;
+    Meter::demand(0, VCPUS + 3, 4)?;
     println!(
         "{VCPUS} vCPUs unmetered at a time, each counted once; none of them was metered later"
     );

@@ -40,8 +40,7 @@ pub enum ImageError {
 
 impl ImageError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let refused = Refused::to(action, path);
-        move |source| Self::Io(refused(source))
+        Refused::to(action, path)
     }
 
     fn content(path: &Path, reason: impl ToString) -> Self {

@@ -204,8 +204,7 @@ fn has_warning(text: &str) -> bool {
 }
 
 fn failed_to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ModuleError {
-    let refused = Refused::to(action, path);
-    move |source| ModuleError::Io(refused(source))
+    Refused::to(action, path)
 }
 
 #[cfg(test)]

@@ -18,12 +18,14 @@ pub struct Refused {
 
 impl Refused {
     /// What to make of the system's reason why `path` could not be read, written or what else `action` says.
-    pub fn to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub fn to<E: From<Self>>(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> E {
         let path = path.into();
-        move |source| Self {
-            action,
-            path,
-            source,
+        move |source| {
+            E::from(Self {
+                action,
+                path,
+                source,
+            })
         }
     }
 
@@ -64,10 +66,8 @@ mod tests {
     /// All that is said of an attempt to write to `path`, which fails for the reason that writing to `target` does.
     fn said(path: &Path, target: &str) -> String {
         let reason = fs::write(target, "text").unwrap_err();
-        format!(
-            "{:#}",
-            anyhow::Error::from(Refused::to("write", path)(reason))
-        )
+        let refused: anyhow::Error = Refused::to("write", path)(reason);
+        format!("{refused:#}")
     }
 
     #[test]

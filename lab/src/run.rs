@@ -148,8 +148,7 @@ pub enum RunError {
 
 impl RunError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let refused = Refused::to(action, path);
-        move |source| Self::Io(refused(source))
+        Refused::to(action, path)
     }
 }
 

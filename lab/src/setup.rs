@@ -137,8 +137,7 @@ impl Prepared {
 
 impl SetupError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let refused = Refused::to(action, path);
-        move |source| Self::Io(refused(source))
+        Refused::to(action, path)
     }
 }
 

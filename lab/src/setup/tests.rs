@@ -305,19 +305,24 @@ fn a_disk_that_is_too_small_is_seen_before_the_work() {
         .expect("what is made needs no space");
 }
 
-#[test]
-fn what_the_documentation_says_of_the_disk_is_what_is_asked_for() {
+/// What the real scripts would make for the hosts and the module, where nothing is made yet.
+fn plan(kernel: Option<&str>) -> Plan {
     let progress = Progress::new(Box::new(io::sink()), None);
     let interrupts = interrupt::watch();
     let scripts = repository().join("scripts");
     let engine = Engine::new(&scripts, Path::new("/nowhere"), &progress, &interrupts);
     let wanted = Wanted {
+        kernel: kernel.map(String::from),
         tree: true,
         bochs: true,
         ..Wanted::default()
     };
-    let plan = Plan::new(&engine, &wanted).unwrap();
-    let needed = engine::needed(&plan.steps());
+    Plan::new(&engine, &wanted).unwrap()
+}
+
+#[test]
+fn what_the_documentation_says_of_the_disk_is_what_is_asked_for() {
+    let needed = engine::needed(&plan(None).steps());
     let text = fs::read_to_string(repository().join("docs/testing.md")).unwrap();
     let sentence = format!("with less than {needed} MiB free the set-up does not begin");
     assert!(text.contains(&sentence), "no {sentence:?} in it");
@@ -325,20 +330,6 @@ fn what_the_documentation_says_of_the_disk_is_what_is_asked_for() {
 
 #[test]
 fn the_plan_keeps_what_another_kernel_does_not_touch() {
-    let progress = Progress::new(Box::new(io::sink()), None);
-    let interrupts = interrupt::watch();
-    let scripts = repository().join("scripts");
-    let engine = Engine::new(&scripts, Path::new("/nowhere"), &progress, &interrupts);
-    let plan = |kernel: Option<&str>| {
-        let wanted = Wanted {
-            kernel: kernel.map(String::from),
-            tree: true,
-            bochs: true,
-            perf: false,
-            selftests: false,
-        };
-        Plan::new(&engine, &wanted).unwrap()
-    };
     let (newest, other) = (plan(None), plan(Some("7.2.12")));
     let keys =
         |plan: &Plan| -> Vec<String> { plan.steps().iter().map(|step| step.key.clone()).collect() };

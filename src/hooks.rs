@@ -198,7 +198,7 @@ impl Vcpu<'_> {
         match (out, preempted) {
             (false, _) => Phase::User,
             (true, true) => Phase::Preempted,
-            (true, false) => Phase::Blocked,
+            (true, false) => Phase::Halted,
         }
     }
 

@@ -63,36 +63,27 @@ pub(crate) fn query(who: &Identity, spoken: &Spoken) {
     }
 }
 
-/// A table of all that was metered, when the module is unloaded.
+/// Log a table of all that was metered, when the module is unloaded.
 pub(crate) fn table(isa: Isa, totals: &Totals) {
+    let [a, b, c, d, e, f] = Phase::SHOWN.map(Phase::name);
     pr_info!(
-        "{:>5} {:<22} {:>12} {:>16} {:>16} {:>16} {:>16} {:>16}\n",
+        "{:>5} {:<22} {:>12} {a:>16} {b:>16} {c:>16} {d:>16} {e:>16} {f:>16}\n",
         "code",
         "exit reason",
         "exits",
-        Phase::Guest.name(),
-        Phase::Kernel.name(),
-        Phase::User.name(),
-        Phase::Blocked.name(),
-        Phase::Preempted.name()
     );
     for (slot, row, _) in totals.rows() {
-        let [guest, kernel, user, blocked, preempted] = row.cycles;
+        let [a, b, c, d, e, f] = Phase::SHOWN.map(|phase| row.cycles(phase));
         let (code, name) = match Reason::of(isa, slot) {
             Reason::Code(code) => (code, reasons::name(isa, code).unwrap_or("not defined")),
             Reason::Start => (0, "before the first exit"),
             Reason::Other => (0, "other"),
         };
         pr_info!(
-            "{:>5} {:<22} {:>12} {:>16} {:>16} {:>16} {:>16} {:>16}\n",
+            "{:>5} {:<22} {:>12} {a:>16} {b:>16} {c:>16} {d:>16} {e:>16} {f:>16}\n",
             code as i32,
             name,
             row.exits,
-            guest,
-            kernel,
-            user,
-            blocked,
-            preempted
         );
     }
 }

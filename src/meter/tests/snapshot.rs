@@ -108,7 +108,7 @@ impl Sample {
     /// Two VMs, one with two vCPUs; one more that is gone; and one that was not metered. Of all exits only
     /// each `fewer`th, but one of each reason.
     fn new(fewer: u64) -> Self {
-        use Phase::{Blocked, Kernel, Preempted, User};
+        use Phase::{Halted, Kernel, Preempted, User};
         let lived = |now, life: &[(u32, u64, u64, Phase, u64)]| {
             let life = life.iter().map(|&(code, exits, kernel, phase, ticks)| {
                 (code, exits.div_ceil(fewer), kernel, phase, ticks)
@@ -123,7 +123,7 @@ impl Sample {
                 (30, 974, 3_730, User, 21_000),
                 (10, 868, 1_147, Kernel, 0),
                 (48, 489, 9_800, Kernel, 0),
-                (12, 300, 1_900, Blocked, 4_000_000),
+                (12, 300, 1_900, Halted, 4_000_000),
                 (7, 125, 900, Preempted, 310_000),
                 (0xffff, 2, 800, Kernel, 0),
             ],
@@ -132,8 +132,8 @@ impl Sample {
             3_000_000,
             &[
                 (32, 120, 5_100, Kernel, 0),
-                (12, 400, 2_900, Blocked, 9_000_000),
-                (12, 10, 41_000, Blocked, 9_000_000),
+                (12, 400, 2_900, Halted, 9_000_000),
+                (12, 10, 41_000, Halted, 9_000_000),
             ],
         );
         let mut gone = Totals::new();

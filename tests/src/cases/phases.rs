@@ -35,7 +35,7 @@ pub(super) fn cases() -> Vec<Case> {
                 wake: Duration::from_millis(10),
                 ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slow())
             })?;
-            at_least(&vcpus[0], Phase::Blocked, most())
+            at_least(&vcpus[0], Phase::Halted, most())
         }),
         Case::with("", "phases: a slow VMM is in user space", || {
             // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
@@ -44,7 +44,7 @@ pub(super) fn cases() -> Vec<Case> {
                 ..Config::new(Program::OutUser, Mode::Long, 100)
             })?;
             at_least(&vcpus[0], Phase::User, most())?;
-            let blocked = vcpus[0].numbers.share(Phase::Blocked);
+            let blocked = vcpus[0].numbers.share(Phase::Halted);
             ensure!(
                 blocked < 0.05,
                 "a VMM that sleeps is no vCPU that is blocked: {}",
@@ -73,7 +73,7 @@ pub(super) fn cases() -> Vec<Case> {
             })?;
             ensure!(vcpus.len() == 2, "{} vCPUs are metered", vcpus.len());
             for vcpu in vcpus {
-                let idle = vcpu.numbers.share(Phase::User) + vcpu.numbers.share(Phase::Blocked);
+                let idle = vcpu.numbers.share(Phase::User) + vcpu.numbers.share(Phase::Halted);
                 // On one CPU each waits for the other, on two neither does; neither sleeps.
                 ensure!(idle < 0.2, "vCPU {}: {}", vcpu.id, vcpu.numbers.shares());
             }

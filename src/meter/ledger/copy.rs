@@ -146,6 +146,11 @@ impl LedgerCopy {
         }
     }
 
+    /// Return true if the vCPU has had no event yet.
+    pub fn is_empty(&self) -> bool {
+        self.used == [0; WORDS]
+    }
+
     /// The phase the vCPU was in.
     pub fn phase(&self) -> Phase {
         Phase::from_number(self.phase).unwrap_or(Phase::Kernel)

@@ -1,0 +1,886 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which ledger belongs to which vCPU, and for how long: the algorithm, on any [`Platform`].
+//!
+//! A vCPU is announced when KVM makes it, where memory can be waited for, and its ledger begins
+//! at its first event. A vCPU that was there before the module is taken in at its first event,
+//! without waiting. It is let go when KVM destroys it, and its numbers are folded into the
+//! totals. A vCPU that cannot be taken in, for lack of memory or past `max_vcpus`, is counted,
+//! marked in the table as unmetered, and runs on undisturbed: by the mark it stays unmetered,
+//! whatever room there is later.
+//!
+//! Marks are bounded as well, as whoever may open /dev/kvm makes vCPUs. Once one could not be
+//! marked, no vCPU is taken in, or counted, but at the first load of its life. So those made
+//! since the module was loaded are still counted once each, and none is taken in in mid-life;
+//! only of those made before, some may never be seen.
+//!
+//! Nobody waits for long, and nobody for a guest:
+//!
+//! - The thread that holds a vCPU writes its ledger. It looks it up without a lock, for only this
+//!   thread, or the one that destroys the vCPU after it, lets it go.
+//! - A query ([`answer`]) takes no lock. It reads up to [`GROUP`] vCPUs one by one, and the sums
+//!   over the others of its VM, which one asker renews now and then.
+//! - A snapshot ([`walk`]) takes references to a few vCPUs with the lock held, and copies
+//!   them without it.
+//! - The one lock is held for a constant number of steps, however many vCPUs and VMs there are.
+//!   Memory is allocated and freed without it.
+
+pub mod answer;
+pub mod platform;
+mod vm;
+pub mod walk;
+
+use core::{
+    alloc::Layout,
+    cell::UnsafeCell,
+    ops::{Deref, DerefMut},
+    ptr::{null_mut, NonNull},
+    sync::atomic::{
+        fence, AtomicBool, AtomicPtr, AtomicUsize,
+        Ordering::{Acquire, Relaxed, Release},
+    },
+};
+
+use super::{
+    leaves::Leaves,
+    ledger::{Ledger, LedgerCopy, Totals},
+    phase::Phase,
+    snapshot::{self, Identity, NAME_SIZE},
+    table::{Entry, Table},
+};
+
+pub use platform::Platform;
+use vm::{Group, GroupSums, Links, Vm, WALKS};
+pub use vm::{Member, Rows, GROUP};
+use walk::Walk;
+
+/// The table's value for a vCPU that is known and not metered. No address is 1.
+const UNMETERED: usize = 1;
+
+/// vCPUs that can be marked as unmetered at a time, whatever `max_vcpus` is: so the table takes
+/// 256 KiB up to the default of that.
+const MARKS: usize = 4096;
+
+/// A vCPU and the VM that owns it, as KVM names them.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner {
+    /// A number that no other VM has while this one lives: its address.
+    pub vm: usize,
+    /// KVM's name of the VM.
+    pub name: [u8; NAME_SIZE],
+    /// The process that made the VM.
+    pub pid: u32,
+    /// The vCPU's id.
+    pub vcpu: u32,
+}
+
+/// A vCPU that the registry does not know yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Newcomer {
+    /// The vCPU and its VM; `None` when the host cannot read why the vCPU exits.
+    pub owner: Option<Owner>,
+    /// The vCPU has never been on a CPU.
+    pub is_new: bool,
+    /// Time that KVM polled for the vCPU before now, in ns.
+    pub polled: u64,
+}
+
+/// The reason why a vCPU runs unmetered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// `max_vcpus` others are metered.
+    NoRoom,
+    /// There is no memory for its ledger.
+    NoMemory,
+    /// The host cannot read why the vCPU exits.
+    Unreadable,
+}
+
+/// There is no memory for the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMemory;
+
+/// What is decided when the module is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The leaves that are answered.
+    pub leaves: Leaves,
+    /// Guests read the sums of the whole host.
+    pub host_scope: bool,
+    /// The most vCPUs that are metered at a time, from 1.
+    pub max_vcpus: usize,
+}
+
+/// What changes as vCPUs come and go. All-zero bytes are a state without any.
+#[derive(Debug)]
+struct State {
+    /// The VMs, in the order of their numbers.
+    first: *mut Vm,
+    last: *mut Vm,
+    /// The number of the latest VM.
+    number: u64,
+    /// The number of the latest vCPU.
+    serial: u64,
+    walks: [Walk; WALKS],
+    /// vCPUs that are metered now, or for which a place is kept.
+    metered: usize,
+    /// Groups of all VMs.
+    groups: usize,
+    /// vCPUs that the table marks as unmetered now.
+    marked: usize,
+    /// vCPUs that run or ran unmetered, marked or not.
+    unmetered: u64,
+    /// The numbers of the vCPUs that are gone.
+    gone: Totals,
+    /// Room for a copy of a ledger: too large for a kernel stack.
+    copy: LedgerCopy,
+}
+
+/// The ledgers of all vCPUs.
+///
+/// # Invariants
+///
+/// - A value of the table of vCPUs is 0, [`UNMETERED`], or the address of a [`Member`] that is
+///   held by the registry. It stays until the thread that has the vCPU to itself lets it go.
+/// - A value of the table of VMs is 0 or the address of a [`Vm`] in the list of VMs, which has at
+///   least one member.
+#[derive(Debug)]
+pub struct Registry<P: Platform> {
+    platform: P,
+    settings: Settings,
+    /// The clock when the registry was made.
+    loaded: u64,
+    vcpus: Array<Entry>,
+    vms: Array<Entry>,
+    max_marks: usize,
+    /// A vCPU could not be marked, now or at some time before: one that the table does not know
+    /// may be known all the same.
+    unmarked: AtomicBool,
+    /// The size of the latest snapshot, in bytes.
+    latest_size: AtomicUsize,
+    /// Under the lock.
+    state: NonNull<UnsafeCell<State>>,
+    /// The sums of the host, for its guests; null unless these read them.
+    host: AtomicPtr<answer::HostSums>,
+}
+
+// SAFETY: What is shared without the lock are atomics; all else is read and written with the
+// lock held, by the thread that owns a vCPU, or before others can see it.
+unsafe impl<P: Platform + Send> Send for Registry<P> {}
+// SAFETY: As above.
+unsafe impl<P: Platform + Sync> Sync for Registry<P> {}
+
+/// Memory for many equal things, all-zero at first.
+#[derive(Debug)]
+struct Array<T> {
+    first: NonNull<T>,
+    count: usize,
+}
+
+impl<T> Array<T> {
+    fn layout(count: usize) -> Result<Layout, NoMemory> {
+        Layout::array::<T>(count).map_err(|_| NoMemory)
+    }
+
+    /// # Safety
+    ///
+    /// All-zero bytes must be a valid `T`.
+    unsafe fn new(platform: &impl Platform, count: usize) -> Result<Self, NoMemory> {
+        let memory = platform.allocate(Self::layout(count)?, true);
+        let first = memory.ok_or(NoMemory)?.cast();
+        Ok(Self { first, count })
+    }
+
+    fn as_slice(&self) -> &[T] {
+        // SAFETY: That many were allocated, and stay as long as this is borrowed.
+        unsafe { core::slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+
+    /// # Safety
+    ///
+    /// Nobody may use it any more.
+    unsafe fn free(&self, platform: &impl Platform) {
+        if let Ok(layout) = Self::layout(self.count) {
+            // SAFETY: Allocated by `new` with that layout.
+            unsafe { platform.free(self.first.cast(), layout) };
+        }
+    }
+}
+
+/// Return zeroed memory for a value.
+///
+/// # Safety
+///
+/// All-zero bytes must be a valid `T`.
+unsafe fn zeroed<T>(platform: &impl Platform, may_sleep: bool) -> Option<NonNull<T>> {
+    Some(platform.allocate(Layout::new::<T>(), may_sleep)?.cast())
+}
+
+/// Free a value, if there is one.
+///
+/// # Safety
+///
+/// It must come from [`zeroed`], and nobody may use it any more.
+unsafe fn free<T>(platform: &impl Platform, value: *mut T) {
+    if let Some(value) = NonNull::new(value) {
+        // SAFETY: By the contract of this function.
+        unsafe { platform.free(value.cast(), Layout::new::<T>()) };
+    }
+}
+
+/// The state, while the lock is held.
+struct Locked<'a, P: Platform> {
+    registry: &'a Registry<P>,
+}
+
+impl<P: Platform> Deref for Locked<'_, P> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        // SAFETY: The lock is held, so nobody else has a reference.
+        unsafe { &*self.registry.state.as_ref().get() }
+    }
+}
+
+impl<P: Platform> DerefMut for Locked<'_, P> {
+    fn deref_mut(&mut self) -> &mut State {
+        // SAFETY: As above.
+        unsafe { &mut *self.registry.state.as_ref().get() }
+    }
+}
+
+impl<P: Platform> Drop for Locked<'_, P> {
+    fn drop(&mut self) {
+        // SAFETY: Taken when this was made.
+        unsafe { self.registry.platform.unlock() };
+    }
+}
+
+/// Objects that a vCPU may take to be placed, allocated before the lock is taken.
+struct Spare {
+    vm: *mut Vm,
+    group: *mut Group,
+    /// The sums of the VM, and of its first and its new group, when it gets its second one.
+    rows: *mut Rows,
+    first_sums: *mut GroupSums,
+    sums: *mut GroupSums,
+}
+
+/// What a vCPU still takes to be placed.
+#[derive(Clone, Copy)]
+enum Lacking {
+    Vm,
+    Group,
+    Sums,
+}
+
+impl<P: Platform> Registry<P> {
+    /// Create a registry without a vCPU.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`] when the platform has none.
+    pub fn new(platform: P, settings: Settings) -> Result<Self, NoMemory> {
+        let max_marks = settings.max_vcpus.max(MARKS);
+        // At most half of the places are taken, so a look-up finds its key, or that there is
+        // none, within a place or two.
+        let places = |keys: usize| keys.saturating_mul(2).next_power_of_two();
+        // SAFETY: All-zero bytes are an empty place of a table.
+        let vcpus = unsafe {
+            Array::new(
+                &platform,
+                places(settings.max_vcpus.saturating_add(max_marks)),
+            )?
+        };
+        // SAFETY: As above.
+        let vms = unsafe { Array::new(&platform, places(settings.max_vcpus)) };
+        // SAFETY: All-zero bytes are a state without a vCPU.
+        let state = unsafe { zeroed::<UnsafeCell<State>>(&platform, true) };
+        let host = match settings.host_scope {
+            // SAFETY: All-zero bytes are sums over nobody that were never renewed.
+            true => unsafe { zeroed::<answer::HostSums>(&platform, true) },
+            false => Some(NonNull::dangling()),
+        };
+        let (Ok(vms), Some(state), Some(host)) = (&vms, state, host) else {
+            // SAFETY: Allocated above, and not used.
+            unsafe {
+                vcpus.free(&platform);
+                if let Ok(vms) = vms {
+                    vms.free(&platform);
+                }
+                free(&platform, state.map_or(null_mut(), NonNull::as_ptr));
+                if let (true, Some(host)) = (settings.host_scope, host) {
+                    free(&platform, host.as_ptr());
+                }
+            }
+            return Err(NoMemory);
+        };
+        Ok(Self {
+            loaded: platform.now(),
+            platform,
+            settings,
+            vcpus,
+            vms: Array {
+                first: vms.first,
+                count: vms.count,
+            },
+            max_marks,
+            unmarked: AtomicBool::new(false),
+            latest_size: AtomicUsize::new(snapshot::size_for(8, 256)),
+            state,
+            host: AtomicPtr::new(match settings.host_scope {
+                true => host.as_ptr(),
+                false => null_mut(),
+            }),
+        })
+    }
+
+    /// The leaves that are answered.
+    #[inline(always)]
+    pub fn leaves(&self) -> &Leaves {
+        &self.settings.leaves
+    }
+
+    /// The surroundings.
+    pub fn platform(&self) -> &P {
+        &self.platform
+    }
+
+    fn lock(&self) -> Locked<'_, P> {
+        self.platform.lock();
+        Locked { registry: self }
+    }
+
+    fn table(&self) -> Table<'_> {
+        Table::new(self.vcpus.as_slice())
+    }
+
+    fn vm_table(&self) -> Table<'_> {
+        Table::new(self.vms.as_slice())
+    }
+
+    /// Return the member at a value of the table.
+    fn member_at(&self, value: usize) -> Option<&Member> {
+        if value <= UNMETERED {
+            return None;
+        }
+        // SAFETY: By the invariant of `Registry` a member is there. The callers hold the
+        // vCPU that it is of, so that it is not let go while they use it.
+        Some(unsafe { &*(value as *const Member) })
+    }
+
+    /// Return a metered vCPU that the caller holds and that has begun, without taking it in.
+    #[inline]
+    pub fn known(&self, key: usize) -> Option<&Member> {
+        let member = self.member_at(self.table().get(key))?;
+        member.ledger.has_begun().then_some(member)
+    }
+
+    /// Return the vCPU that the caller holds, at an event: taken in if it is new, in `phase`
+    /// from `now` on. `None` when it is unmetered, with the reason where that was decided now.
+    #[inline]
+    pub fn at_event(
+        &self,
+        key: usize,
+        now: u64,
+        phase: Phase,
+        newcomer: impl FnOnce() -> Newcomer,
+    ) -> Result<Option<&Member>, Refused> {
+        let value = match self.table().get(key) {
+            0 => self.take_in(key, newcomer(), false)?,
+            value => value,
+        };
+        let Some(member) = self.member_at(value) else {
+            return Ok(None);
+        };
+        if !member.ledger.has_begun() {
+            member.ledger.begin(now, phase);
+        }
+        Ok(Some(member))
+    }
+
+    /// Take in a vCPU that KVM is making, before its first event. KVM lets it go in any case, by
+    /// [`Self::destroy`].
+    ///
+    /// # Errors
+    ///
+    /// The reason why it will run unmetered.
+    pub fn announce(&self, key: usize, newcomer: Newcomer) -> Result<(), Refused> {
+        match self.table().get(key) {
+            0 => self.take_in(key, newcomer, true).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Take in a vCPU that the table does not know, or mark it as unmetered; return its value.
+    #[cold]
+    #[inline(never)]
+    fn take_in(&self, key: usize, newcomer: Newcomer, may_sleep: bool) -> Result<usize, Refused> {
+        // The thread that had a vCPU when it could not be marked set this; whoever has the vCPU
+        // after it sees that, by KVM's lock of the vCPU.
+        if self.unmarked.load(Relaxed) && !newcomer.is_new {
+            return Ok(UNMETERED);
+        }
+        let refused = match newcomer.owner {
+            None => Refused::Unreadable,
+            Some(owner) => match self.admit(key, &owner, newcomer.polled, may_sleep) {
+                Ok(member) => return Ok(member.as_ptr() as usize),
+                Err(refused) => refused,
+            },
+        };
+        let mut state = self.lock();
+        state.unmetered = state.unmetered.wrapping_add(1);
+        if state.marked < self.max_marks && self.table().insert(key, UNMETERED).is_ok() {
+            state.marked = state.marked.wrapping_add(1);
+        } else {
+            self.unmarked.store(true, Relaxed);
+        }
+        drop(state);
+        Err(refused)
+    }
+
+    /// Make a vCPU's ledger, and place it in its VM.
+    fn admit(
+        &self,
+        key: usize,
+        owner: &Owner,
+        polled: u64,
+        may_sleep: bool,
+    ) -> Result<NonNull<Member>, Refused> {
+        let mut state = self.lock();
+        if state.metered >= self.settings.max_vcpus {
+            return Err(Refused::NoRoom);
+        }
+        state.metered = state.metered.wrapping_add(1);
+        drop(state);
+
+        let result = self.allocate_and_place(key, owner, polled, may_sleep);
+        if result.is_err() {
+            let mut state = self.lock();
+            state.metered = state.metered.wrapping_sub(1);
+        }
+        result
+    }
+
+    fn allocate_and_place(
+        &self,
+        key: usize,
+        owner: &Owner,
+        polled: u64,
+        may_sleep: bool,
+    ) -> Result<NonNull<Member>, Refused> {
+        // SAFETY: All-zero bytes are a member that is not placed.
+        let member = unsafe { zeroed::<Member>(&self.platform, may_sleep) };
+        let member = member.ok_or(Refused::NoMemory)?;
+        // SAFETY: Nobody else has it yet.
+        let new = unsafe { &mut *member.as_ptr() };
+        new.holders = AtomicUsize::new(1);
+        new.key = key;
+        new.polled = polled.into();
+        new.identity = Identity {
+            vm: 0,
+            name: owner.name,
+            pid: owner.pid,
+            vcpu: owner.vcpu,
+        };
+        let mut spare = Spare::none();
+        // A VM that is new lacks itself and a group; one that grows, a group and sums.
+        let mut result = Err(Refused::NoMemory);
+        for _ in 0..5 {
+            let placed = self.lock().place(self, member, owner.vm, &mut spare);
+            match placed {
+                Ok(()) => {
+                    result = Ok(member);
+                    break;
+                }
+                Err(lacking) if spare.fetch(&self.platform, lacking, may_sleep).is_none() => break,
+                Err(_) => {}
+            }
+        }
+        // SAFETY: What is left of it was not placed.
+        unsafe { spare.free(&self.platform) };
+        if result.is_err() {
+            // SAFETY: It was not placed either.
+            unsafe { free(&self.platform, member.as_ptr()) };
+        }
+        result
+    }
+
+    /// Let a vCPU go that KVM destroys, and will not load again. KVM polled for it for `polled`
+    /// ns in all.
+    pub fn destroy(&self, key: usize, polled: u64) {
+        self.platform.forget(key);
+        let mut state = self.lock();
+        let value = self.table().remove(key);
+        if value == UNMETERED {
+            state.marked = state.marked.wrapping_sub(1);
+        }
+        let Some(member) = self.member_at(value) else {
+            return;
+        };
+        let before = member.polled.load(Relaxed);
+        member.polled.store(polled.wrapping_sub(before), Relaxed);
+        member.gone.store(true, Relaxed);
+        if member.ledger.has_begun() {
+            state.fold(member);
+        }
+        state.metered = state.metered.wrapping_sub(1);
+        state.await_gone(member);
+        let empty = state.remove(self, member);
+        drop(state);
+        // SAFETY: The VM had no vCPU but this one, and is in no list any more: nobody is left
+        // who could look at it.
+        unsafe { self.free_vm(empty) };
+        self.let_go(member);
+    }
+
+    /// Give back one hold on a vCPU; the last one retires it.
+    fn let_go(&self, member: &Member) {
+        // ORDERING: Who retires it comes after all that the others did with it.
+        if member.holders.fetch_sub(1, Release) != 1 {
+            return;
+        }
+        fence(Acquire);
+        let room = NonNull::from(&member.retired).cast();
+        let memory = NonNull::from(member).cast();
+        // SAFETY: It is in no list any more, and nobody holds it; queries that still read it are
+        // waited for. The room is for this alone.
+        unsafe { self.platform.retire(memory, Layout::new::<Member>(), room) };
+    }
+
+    /// Free a VM with its groups.
+    ///
+    /// # Safety
+    ///
+    /// Nobody may use it any more.
+    unsafe fn free_vm(&self, vm: *mut Vm) {
+        // SAFETY: By the contract of this function.
+        let Some(it) = (unsafe { vm.as_ref() }) else {
+            return;
+        };
+        let mut group = it.groups.load(Relaxed);
+        // SAFETY: As above; a group is of one VM.
+        while let Some(it) = unsafe { group.as_ref() } {
+            let next = it.next.load(Relaxed);
+            // SAFETY: As above.
+            unsafe {
+                free(&self.platform, it.sums.load(Relaxed));
+                free(&self.platform, group);
+            }
+            group = next;
+        }
+        // SAFETY: As above.
+        unsafe {
+            free(&self.platform, it.sums.load(Relaxed));
+            free(&self.platform, vm);
+        }
+    }
+
+    /// Have all ledgers go on at `now` by a clock that has begun anew; it was `then` by the clock
+    /// before.
+    ///
+    /// For a moment at which no other CPU runs. It takes as many steps as there are vCPUs.
+    pub fn rebase(&self, then: u64, now: u64) {
+        let state = self.lock();
+        state.each(|member| {
+            if member.ledger.has_begun() {
+                member.ledger.rebase(then, now);
+            }
+        });
+    }
+}
+
+impl<P: Platform> Drop for Registry<P> {
+    fn drop(&mut self) {
+        // SAFETY: Nobody else has a reference to the registry, and thus to what it holds.
+        unsafe {
+            let mut vm = self
+                .state
+                .as_ref()
+                .get()
+                .as_ref()
+                .map_or(null_mut(), |it| it.first);
+            while let Some(it) = vm.as_ref() {
+                let next = (*it.links.get()).next;
+                it.each(|member| {
+                    free(&self.platform, core::ptr::from_ref(member).cast_mut());
+                });
+                self.free_vm(vm);
+                vm = next;
+            }
+            free(&self.platform, self.state.as_ptr());
+            free(&self.platform, self.host.load(Relaxed));
+            self.vms.free(&self.platform);
+            self.vcpus.free(&self.platform);
+        }
+    }
+}
+
+impl Vm {
+    /// Have `see` see the vCPUs of this VM.
+    ///
+    /// # Safety
+    ///
+    /// The caller must hold the lock, or be alone.
+    unsafe fn each(&self, mut see: impl FnMut(&Member)) {
+        let mut group = self.groups.load(Relaxed);
+        // SAFETY: A group stays for as long as its VM, which the caller keeps.
+        while let Some(it) = unsafe { group.as_ref() } {
+            let next = it.next.load(Relaxed);
+            // SAFETY: By the contract of this function.
+            unsafe { it.each(&mut see) };
+            group = next;
+        }
+    }
+}
+
+impl State {
+    /// Have `see` see each metered vCPU.
+    fn each(&self, mut see: impl FnMut(&Member)) {
+        let mut vm = self.first;
+        // SAFETY: A VM in the list stays while the lock is held, as it is by the one who has a
+        // reference to the state.
+        while let Some(it) = unsafe { vm.as_ref() } {
+            // SAFETY: As above.
+            unsafe {
+                it.each(&mut see);
+                vm = (*it.links.get()).next;
+            }
+        }
+    }
+
+    /// Place a vCPU in its VM, and make it known.
+    ///
+    /// # Errors
+    ///
+    /// What it lacks, with nothing changed.
+    fn place<P: Platform>(
+        &mut self,
+        registry: &Registry<P>,
+        member: NonNull<Member>,
+        key: usize,
+        spare: &mut Spare,
+    ) -> Result<(), Lacking> {
+        registry.platform.step();
+        let known = registry.vm_table().get(key) as *mut Vm;
+        let vm = if known.is_null() { spare.vm } else { known };
+        // SAFETY: By the invariant of `Registry` a VM is there; or it is the spare one.
+        let Some(it) = (unsafe { vm.as_ref() }) else {
+            return Err(Lacking::Vm);
+        };
+        // SAFETY: The lock is held.
+        let links = unsafe { &mut *it.links.get() };
+        let group = if links.vacant.is_null() {
+            self.add_group(registry, vm, links, spare)?
+        } else {
+            links.vacant
+        };
+        // SAFETY: A group stays for as long as its VM.
+        let Some(group) = (unsafe { group.as_ref() }) else {
+            return Err(Lacking::Group);
+        };
+
+        self.serial = self.serial.wrapping_add(1);
+        let number = if known.is_null() {
+            self.number.wrapping_add(1)
+        } else {
+            it.number
+        };
+        let place = group.taken.load(Relaxed).trailing_ones();
+        // SAFETY: Nobody else has the vCPU yet.
+        unsafe {
+            let new = &mut *member.as_ptr();
+            new.serial = self.serial;
+            new.identity.vm = number;
+            new.group = core::ptr::from_ref(group).cast_mut();
+            new.place = place;
+        }
+        // INVARIANT: The member is placed right below. There is room, as places are kept for
+        // twice as many as may come.
+        // SAFETY: As above.
+        let _ = registry
+            .table()
+            .insert(unsafe { member.as_ref() }.key, member.as_ptr() as usize);
+        group.take(place, member);
+        if group.is_full() {
+            // SAFETY: The lock is held.
+            links.vacant = unsafe { core::mem::replace(&mut *group.next_vacant.get(), null_mut()) };
+        }
+        links.members = links.members.wrapping_add(1);
+        if known.is_null() {
+            self.add_vm(registry, vm, number, key);
+            spare.vm = null_mut();
+        }
+        Ok(())
+    }
+
+    /// Give a VM one more group.
+    fn add_group<P: Platform>(
+        &mut self,
+        registry: &Registry<P>,
+        vm: *mut Vm,
+        links: &mut Links,
+        spare: &mut Spare,
+    ) -> Result<*mut Group, Lacking> {
+        registry.platform.step();
+        // SAFETY: The caller has a reference to the VM; the spare group is nobody else's.
+        let (Some(it), Some(new)) = (unsafe { (vm.as_ref(), spare.group.as_mut()) }) else {
+            return Err(Lacking::Group);
+        };
+        // SAFETY: A group stays for as long as its VM.
+        if let Some(last) = unsafe { links.last.as_ref() } {
+            if spare.sums.is_null() {
+                return Err(Lacking::Sums);
+            }
+            new.number = last.number.wrapping_add(1);
+            if it.sums.load(Relaxed).is_null() {
+                if spare.rows.is_null() || spare.first_sums.is_null() {
+                    return Err(Lacking::Sums);
+                }
+                last.sums.store(
+                    core::mem::replace(&mut spare.first_sums, null_mut()),
+                    Release,
+                );
+                it.sums
+                    .store(core::mem::replace(&mut spare.rows, null_mut()), Release);
+            }
+            new.sums = core::mem::replace(&mut spare.sums, null_mut()).into();
+        }
+        new.vm = vm;
+        let group = core::mem::replace(&mut spare.group, null_mut());
+        // SAFETY: As above.
+        // ORDERING: Who finds the group finds what was written of it.
+        match unsafe { links.last.as_ref() } {
+            Some(last) => last.next.store(group, Release),
+            None => it.groups.store(group, Release),
+        }
+        links.last = group;
+        links.vacant = group;
+        self.groups = self.groups.wrapping_add(1);
+        Ok(group)
+    }
+
+    /// Add a VM to the list, and make it known.
+    fn add_vm<P: Platform>(
+        &mut self,
+        registry: &Registry<P>,
+        vm: *mut Vm,
+        number: u64,
+        key: usize,
+    ) {
+        // SAFETY: Nobody else has the VM yet.
+        let Some(it) = (unsafe { vm.as_mut() }) else {
+            return;
+        };
+        it.key = key;
+        it.number = number;
+        it.links.get_mut().previous = self.last;
+        // INVARIANT: It has a member, and is in the list from here on. There is room, as no more
+        // VMs than vCPUs are known.
+        let _ = registry.vm_table().insert(key, vm as usize);
+        // SAFETY: A VM in the list stays while the lock is held.
+        match unsafe { self.last.as_ref() } {
+            // SAFETY: As above.
+            Some(last) => unsafe { (*last.links.get()).next = vm },
+            None => self.first = vm,
+        }
+        self.last = vm;
+        self.number = number;
+    }
+
+    /// Take a vCPU out of its VM; return the VM if that has no other, out of the list.
+    fn remove<P: Platform>(&mut self, registry: &Registry<P>, member: &Member) -> *mut Vm {
+        registry.platform.step();
+        // SAFETY: The group of a vCPU, and its VM, stay for as long as it is placed.
+        let Some((group, vm)) = (unsafe {
+            let group = member.group.as_ref();
+            group.and_then(|group| Some((group, group.vm.as_ref()?)))
+        }) else {
+            return null_mut();
+        };
+        // SAFETY: The lock is held.
+        let links = unsafe { &mut *vm.links.get() };
+        if group.is_full() {
+            // SAFETY: As above.
+            unsafe { *group.next_vacant.get() = links.vacant };
+            links.vacant = member.group;
+        }
+        group.leave(member.place);
+        links.members = links.members.wrapping_sub(1);
+        if links.members != 0 {
+            return null_mut();
+        }
+        for walk in &mut self.walks {
+            walk.step_over(vm);
+        }
+        // SAFETY: VMs in the list stay while the lock is held.
+        match unsafe { links.previous.as_ref() } {
+            // SAFETY: As above.
+            Some(previous) => unsafe { (*previous.links.get()).next = links.next },
+            None => self.first = links.next,
+        }
+        // SAFETY: As above.
+        match unsafe { links.next.as_ref() } {
+            // SAFETY: As above.
+            Some(next) => unsafe { (*next.links.get()).previous = links.previous },
+            None => self.last = links.previous,
+        }
+        // SAFETY: A group has a number one above that of the group before it.
+        let groups = unsafe { links.last.as_ref() }.map_or(0, |last| last.number as usize);
+        self.groups = self.groups.wrapping_sub(groups.wrapping_add(1));
+        registry.vm_table().remove(vm.key);
+        group.vm
+    }
+
+    /// Add the numbers of a vCPU that is going. Nobody writes its ledger any more, so the copy
+    /// takes one attempt.
+    fn fold(&mut self, member: &Member) {
+        if member.ledger.try_copy(&mut self.copy) {
+            self.copy.polled = member.polled.load(Relaxed);
+            self.gone.fold(&self.copy);
+        }
+    }
+}
+
+impl Spare {
+    const fn none() -> Self {
+        Self {
+            vm: null_mut(),
+            group: null_mut(),
+            rows: null_mut(),
+            first_sums: null_mut(),
+            sums: null_mut(),
+        }
+    }
+
+    /// Allocate what is lacking; `None` when there is no memory.
+    fn fetch(&mut self, platform: &impl Platform, lacking: Lacking, may_sleep: bool) -> Option<()> {
+        // SAFETY: All-zero bytes are valid for all of them, as they say.
+        unsafe {
+            match lacking {
+                Lacking::Vm => self.vm = zeroed(platform, may_sleep)?.as_ptr(),
+                Lacking::Group => self.group = zeroed(platform, may_sleep)?.as_ptr(),
+                Lacking::Sums => {
+                    self.sums = zeroed(platform, may_sleep)?.as_ptr();
+                    self.first_sums = zeroed(platform, may_sleep)?.as_ptr();
+                    self.rows = zeroed(platform, may_sleep)?.as_ptr();
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// # Safety
+    ///
+    /// What it holds must not be placed.
+    unsafe fn free(self, platform: &impl Platform) {
+        // SAFETY: By the contract of this function.
+        unsafe {
+            free(platform, self.vm);
+            free(platform, self.group);
+            free(platform, self.rows);
+            free(platform, self.first_sums);
+            free(platform, self.sums);
+        }
+    }
+}

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a guest's query costs and reads: the vCPUs of the asker's own group one by one, and the
+//! sums over the others, which one asker renews now and then.
+//!
+//! A query takes no lock and waits for nobody, so no guest can make another one wait. A VM
+//! with up to [`GROUP`](super::GROUP) vCPUs has one group, and its numbers are exact. In a larger
+//! one the numbers of other groups are as of the latest renewal, and a query takes the same time
+//! however many vCPUs there are; but for the asker that renews, which reads them all, at most once
+//! a millisecond, and for at most a sixteenth of the time.
+
+use core::sync::atomic::{
+    AtomicBool, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
+
+use crate::meter::{
+    leaves::{Numbers, Query, Registers},
+    phase::Phase,
+    reasons::Slot,
+    snapshot::Identity,
+};
+
+use super::{
+    vm::{Group, Rows, Sum, Vm, GROUP},
+    walk, Member, Platform, Registry, State,
+};
+
+/// The share of the time for which sums are renewed at most: one part in so many.
+const RENEWING_SHARE: u64 = 16;
+
+/// The sums of the host. All-zero bytes are some that were never renewed.
+#[derive(Debug)]
+pub(super) struct HostSums {
+    /// What guests read.
+    told: Rows,
+    /// The sums to come. For the one who renews them.
+    next: Rows,
+    renewing: AtomicBool,
+    due: AtomicU64,
+}
+
+/// The numbers that a guest may see: those of its group, and of all others.
+struct Told<'a, P: Platform> {
+    registry: &'a Registry<P>,
+    group: &'a Group,
+    others: Option<&'a Rows>,
+}
+
+/// The numbers of a host of few vCPUs, with the lock held.
+struct Few<'a>(&'a State);
+
+/// The numbers of a host, as of the latest renewal.
+struct Renewed<'a>(&'a Rows);
+
+impl<P: Platform> Registry<P> {
+    /// Answer a query of a guest; return who asked as well. `None` for an unmetered vCPU. The
+    /// caller holds the vCPU, and may sleep.
+    pub fn answer(&self, key: usize, query: Query, subleaf: u32) -> Option<(&Identity, Registers)> {
+        let member = self.known(key)?;
+        let answer = if self.settings.host_scope {
+            self.answer_for_host(query, subleaf)?
+        } else {
+            self.answer_for_vm(member, query, subleaf)?
+        };
+        Some((&member.identity, answer))
+    }
+
+    fn answer_for_vm(&self, member: &Member, query: Query, subleaf: u32) -> Option<Registers> {
+        // SAFETY: A vCPU that is held is placed, and its group and VM stay as long as it is.
+        let (group, vm) = unsafe {
+            let group = member.group.as_ref()?;
+            (group, group.vm.as_ref()?)
+        };
+        // ORDERING: See `State::add_group`.
+        // SAFETY: Sums stay for as long as their VM.
+        let sums = unsafe { vm.sums.load(Acquire).as_ref() };
+        if let Some(sums) = sums {
+            if is_due(&vm.due, self.platform.now()) {
+                self.renew(vm, sums);
+            }
+        }
+        // SAFETY: As above.
+        let others = unsafe { group.sums.load(Acquire).as_ref() }.map(|sums| &sums.others);
+        let numbers = Told {
+            registry: self,
+            group,
+            others,
+        };
+        Some(self.settings.leaves.answer(query, subleaf, &numbers))
+    }
+
+    /// Renew the sums of a VM, unless somebody does so already.
+    #[cold]
+    fn renew(&self, vm: &Vm, sums: &Rows) {
+        let Some(_turn) = Turn::take(&self.platform, &vm.renewing, &vm.due) else {
+            return;
+        };
+        sums.clear();
+        each_group(vm, |group| {
+            // SAFETY: Sums stay for as long as their VM.
+            let Some(its) = (unsafe { group.sums.load(Acquire).as_ref() }) else {
+                return;
+            };
+            its.own.clear();
+            let reading = self.platform.read();
+            // SAFETY: What is seen is kept by `reading`.
+            unsafe { group.each(|member| its.own.add_ledger(&member.ledger)) };
+            drop(reading);
+            sums.add_rows(&its.own);
+            self.platform.pause();
+        });
+        each_group(vm, |group| {
+            // SAFETY: As above.
+            if let Some(its) = unsafe { group.sums.load(Acquire).as_ref() } {
+                its.others.set_difference(sums, &its.own);
+            }
+        });
+    }
+
+    fn answer_for_host(&self, query: Query, subleaf: u32) -> Option<Registers> {
+        let leaves = &self.settings.leaves;
+        let state = self.lock();
+        if state.metered <= GROUP && state.groups <= GROUP {
+            return Some(leaves.answer(query, subleaf, &Few(&state)));
+        }
+        drop(state);
+        // SAFETY: There for as long as the registry is.
+        let host = unsafe { self.host.load(Relaxed).as_ref() }?;
+        if is_due(&host.due, self.platform.now()) {
+            self.renew_host(host);
+        }
+        Some(leaves.answer(query, subleaf, &Renewed(&host.told)))
+    }
+
+    /// Renew the sums of the host, unless somebody does so already.
+    #[cold]
+    fn renew_host(&self, host: &HostSums) {
+        let Some(_turn) = Turn::take(&self.platform, &host.renewing, &host.due) else {
+            return;
+        };
+        host.next.clear();
+        self.walk(
+            walk::HOST,
+            |state| {
+                for (slot, row, _) in state.gone.rows() {
+                    host.next.add(slot, Sum::Exits, row.exits);
+                    host.next.add(slot, Sum::Nested, row.nested_exits);
+                    for phase in Phase::ALL {
+                        host.next.add(slot, Sum::Cycles(phase), row.cycles(phase));
+                    }
+                }
+            },
+            |member, _| host.next.add_ledger(&member.ledger),
+        );
+        host.told.set(&host.next);
+    }
+}
+
+fn each_group(vm: &Vm, mut see: impl FnMut(&Group)) {
+    let mut group = vm.groups.load(Acquire);
+    // SAFETY: A group stays for as long as its VM.
+    while let Some(it) = unsafe { group.as_ref() } {
+        see(it);
+        group = it.next.load(Acquire);
+    }
+}
+
+/// Return true if sums are to be renewed. A time far ahead is one of before the clock began anew.
+fn is_due(due: &AtomicU64, now: u64) -> bool {
+    let ahead = due.load(Relaxed).wrapping_sub(now);
+    ahead == 0 || ahead > 1 << 40
+}
+
+/// The turn of one asker to renew sums. While it lives, others use those there are.
+struct Turn<'a, P: Platform> {
+    platform: &'a P,
+    renewing: &'a AtomicBool,
+    due: &'a AtomicU64,
+    began: u64,
+}
+
+impl<'a, P: Platform> Turn<'a, P> {
+    fn take(platform: &'a P, renewing: &'a AtomicBool, due: &'a AtomicU64) -> Option<Self> {
+        // ORDERING: The turn comes after all that the one before it wrote.
+        if renewing.swap(true, Acquire) {
+            return None;
+        }
+        let turn = Self {
+            platform,
+            renewing,
+            due,
+            began: platform.now(),
+        };
+        // Somebody may have just had it. The drop sets the time anew, a little late.
+        is_due(due, turn.began).then_some(turn)
+    }
+}
+
+impl<P: Platform> Drop for Turn<'_, P> {
+    fn drop(&mut self) {
+        let now = self.platform.now();
+        let took = now.wrapping_sub(self.began);
+        let wait = took.saturating_mul(RENEWING_SHARE);
+        let wait = wait.clamp(self.platform.millisecond(), 1 << 39);
+        self.due.store(now.wrapping_add(wait), Relaxed);
+        // ORDERING: As in `take`.
+        self.renewing.store(false, Release);
+    }
+}
+
+impl<P: Platform> Told<'_, P> {
+    fn sum(&self, slot: Option<Slot>, sum: Sum) -> u64 {
+        let others = self.others.map_or(0, |others| others.get(slot, sum));
+        let reading = self.registry.platform.read();
+        // SAFETY: What is seen is kept by `reading`.
+        let own = unsafe { self.group.sum(slot, sum) };
+        drop(reading);
+        own.wrapping_add(others)
+    }
+}
+
+impl<P: Platform> Numbers for Told<'_, P> {
+    fn exits(&self, slot: Slot) -> u64 {
+        self.sum(Some(slot), Sum::Exits)
+    }
+
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        self.sum(Some(slot), Sum::Nested)
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        self.sum(Some(slot), Sum::Cycles(phase))
+    }
+
+    fn total_exits(&self) -> u64 {
+        self.sum(None, Sum::Exits)
+    }
+
+    fn total_cycles(&self, phase: Phase) -> u64 {
+        self.sum(None, Sum::Cycles(phase))
+    }
+}
+
+impl Few<'_> {
+    fn sum(&self, read: impl Fn(&super::Ledger) -> u64) -> u64 {
+        let mut all = 0_u64;
+        self.0
+            .each(|member| all = all.wrapping_add(read(&member.ledger)));
+        all
+    }
+}
+
+impl Numbers for Few<'_> {
+    fn exits(&self, slot: Slot) -> u64 {
+        let live = self.sum(|ledger| ledger.exits(slot));
+        live.wrapping_add(self.0.gone.exits(slot))
+    }
+
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        let live = self.sum(|ledger| ledger.nested_exits(slot));
+        live.wrapping_add(self.0.gone.nested_exits(slot))
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        let live = self.sum(|ledger| ledger.cycles(phase, slot));
+        live.wrapping_add(self.0.gone.cycles(phase, slot))
+    }
+
+    fn total_exits(&self) -> u64 {
+        let live = self.sum(super::Ledger::total_exits);
+        live.wrapping_add(self.0.gone.total_exits())
+    }
+
+    fn total_cycles(&self, phase: Phase) -> u64 {
+        let live = self.sum(|ledger| ledger.total_cycles(phase));
+        live.wrapping_add(self.0.gone.total_cycles(phase))
+    }
+}
+
+impl Numbers for Renewed<'_> {
+    fn exits(&self, slot: Slot) -> u64 {
+        self.0.get(Some(slot), Sum::Exits)
+    }
+
+    fn nested_exits(&self, slot: Slot) -> u64 {
+        self.0.get(Some(slot), Sum::Nested)
+    }
+
+    fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
+        self.0.get(Some(slot), Sum::Cycles(phase))
+    }
+
+    fn total_exits(&self) -> u64 {
+        self.0.get(None, Sum::Exits)
+    }
+
+    fn total_cycles(&self, phase: Phase) -> u64 {
+        self.0.get(None, Sum::Cycles(phase))
+    }
+}

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The objects of the registry: metered vCPUs, their VMs, and the groups that these are read in.
+
+use core::{
+    cell::UnsafeCell,
+    ptr::{null_mut, NonNull},
+    sync::atomic::{
+        AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize,
+        Ordering::{Acquire, Relaxed, Release},
+    },
+};
+
+use crate::meter::{
+    ledger::Ledger,
+    phase::Phase,
+    reasons::{Slot, SLOTS},
+    snapshot::Identity,
+};
+
+use super::platform::Retired;
+
+/// The most vCPUs that a query reads one by one.
+pub const GROUP: usize = 32;
+
+/// The ways in which the registry walks over all vCPUs, each by a cursor of its own: snapshots, and
+/// the sums of the host.
+pub(super) const WALKS: usize = 2;
+
+/// A metered vCPU. All-zero bytes are one that is not placed yet.
+///
+/// What is in an `UnsafeCell` is read and written with the registry's lock held, all else
+/// is written before others can see the vCPU.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Member {
+    /// For the platform, once the vCPU is let go. In the first page, as `kvfree_rcu()` demands.
+    pub(super) retired: UnsafeCell<Retired>,
+    /// The registry itself, and each walk that has yet to see the vCPU.
+    pub(super) holders: AtomicUsize,
+    /// The vCPU, as the table knows it.
+    pub(super) key: usize,
+    /// Grows from each vCPU to the next one that is taken in.
+    pub(super) serial: u64,
+    pub(super) identity: Identity,
+    pub(super) group: *mut Group,
+    /// The place in the group.
+    pub(super) place: u32,
+    /// KVM has destroyed the vCPU: nobody writes the ledger any more.
+    pub(super) gone: AtomicBool,
+    /// Time that KVM had polled before the vCPU was taken in, in ns; once it is gone, the time
+    /// since then.
+    pub(super) polled: AtomicU64,
+    /// The next of those that a walk has yet to see although they are gone.
+    pub(super) awaited: UnsafeCell<[*mut Member; WALKS]>,
+    pub(super) ledger: Ledger,
+}
+
+/// A VM with metered vCPUs. All-zero bytes are one that is not placed yet.
+#[derive(Debug)]
+pub(super) struct Vm {
+    pub(super) key: usize,
+    /// Grows from each VM to the next one.
+    pub(super) number: u64,
+    /// Under the lock.
+    pub(super) links: UnsafeCell<Links>,
+    /// The first group; the others follow it.
+    pub(super) groups: AtomicPtr<Group>,
+    /// The sums of a VM that has more than one group; null in others.
+    pub(super) sums: AtomicPtr<Rows>,
+    /// Somebody renews the sums.
+    pub(super) renewing: AtomicBool,
+    /// The time from which on the sums are to be renewed.
+    pub(super) due: AtomicU64,
+}
+
+/// What changes in a VM as vCPUs come and go.
+#[derive(Debug)]
+pub(super) struct Links {
+    pub(super) next: *mut Vm,
+    pub(super) previous: *mut Vm,
+    /// The latest group.
+    pub(super) last: *mut Group,
+    /// The first group with a free place.
+    pub(super) vacant: *mut Group,
+    /// Metered vCPUs.
+    pub(super) members: u32,
+}
+
+/// Up to [`GROUP`] vCPUs of a VM. It stays for as long as its VM does. All-zero bytes are an
+/// empty one.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) vm: *mut Vm,
+    /// Counted from 0 in each VM.
+    pub(super) number: u32,
+    /// Places that are taken, as bits. Written under the lock.
+    pub(super) taken: AtomicU32,
+    pub(super) members: [AtomicPtr<Member>; GROUP],
+    pub(super) next: AtomicPtr<Group>,
+    /// The next group with a free place. Under the lock.
+    pub(super) next_vacant: UnsafeCell<*mut Group>,
+    /// The sums over this group and over all others of the VM; null while it is the only one.
+    pub(super) sums: AtomicPtr<GroupSums>,
+}
+
+/// The sums of a VM, from the point of view of one of its groups.
+#[derive(Debug)]
+pub(super) struct GroupSums {
+    /// Over this group's vCPUs. For the one who renews the sums.
+    pub(super) own: Rows,
+    /// Over the vCPUs of all other groups.
+    pub(super) others: Rows,
+}
+
+/// The numbers of a row.
+const COLUMNS: usize = 2 + Phase::COUNT;
+/// The row that holds the sums of all others.
+const ALL: usize = SLOTS;
+
+/// Sums over vCPUs, by row and column. All-zero bytes are sums over nobody.
+#[derive(Debug)]
+pub struct Rows([[AtomicU64; COLUMNS]; SLOTS + 1]);
+
+/// A number of a row.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Sum {
+    /// Exits.
+    Exits,
+    /// Exits from nested guests.
+    Nested,
+    /// TSC ticks in a phase.
+    Cycles(Phase),
+}
+
+impl Sum {
+    const fn column(self) -> usize {
+        match self {
+            Sum::Exits => 0,
+            Sum::Nested => 1,
+            Sum::Cycles(phase) => 2 + phase as usize,
+        }
+    }
+}
+
+impl Rows {
+    /// Sums over nobody.
+    pub fn new() -> Self {
+        Self([const { [const { AtomicU64::new(0) }; COLUMNS] }; SLOTS + 1])
+    }
+
+    fn at(&self, row: usize, column: usize) -> Option<&AtomicU64> {
+        self.0.get(row)?.get(column)
+    }
+
+    /// Return a sum of one row, or with `None` of all rows.
+    pub(super) fn get(&self, slot: Option<Slot>, sum: Sum) -> u64 {
+        let row = slot.map_or(ALL, Slot::index);
+        self.at(row, sum.column())
+            .map_or(0, |cell| cell.load(Relaxed))
+    }
+
+    /// Set all sums to 0.
+    pub(super) fn clear(&self) {
+        for cell in self.0.iter().flatten() {
+            cell.store(0, Relaxed);
+        }
+    }
+
+    /// Add a number to a row and to the sum of all rows. One thread at a time may.
+    pub(super) fn add(&self, slot: Slot, sum: Sum, number: u64) {
+        for row in [slot.index(), ALL] {
+            if let Some(cell) = self.at(row, sum.column()) {
+                cell.store(cell.load(Relaxed).wrapping_add(number), Relaxed);
+            }
+        }
+    }
+
+    /// Add the numbers of a vCPU, which may run meanwhile.
+    pub(super) fn add_ledger(&self, ledger: &Ledger) {
+        for slot in ledger.slots() {
+            self.add(slot, Sum::Exits, ledger.exits(slot));
+            self.add(slot, Sum::Nested, ledger.nested_exits(slot));
+            for phase in Phase::ALL {
+                self.add(slot, Sum::Cycles(phase), ledger.cycles(phase, slot));
+            }
+        }
+    }
+
+    /// Set each sum to what `from` has of it, and `less` has not.
+    pub(super) fn set_difference(&self, from: &Rows, less: &Rows) {
+        let cells = from.0.iter().flatten().zip(less.0.iter().flatten());
+        for (to, (from, less)) in self.0.iter().flatten().zip(cells) {
+            to.store(from.load(Relaxed).wrapping_sub(less.load(Relaxed)), Relaxed);
+        }
+    }
+
+    /// Set each sum to that of another.
+    pub(super) fn set(&self, from: &Rows) {
+        for (to, from) in self.0.iter().flatten().zip(from.0.iter().flatten()) {
+            to.store(from.load(Relaxed), Relaxed);
+        }
+    }
+
+    /// Add the sums of others to each.
+    pub(super) fn add_rows(&self, other: &Rows) {
+        for (to, from) in self.0.iter().flatten().zip(other.0.iter().flatten()) {
+            to.store(to.load(Relaxed).wrapping_add(from.load(Relaxed)), Relaxed);
+        }
+    }
+}
+
+impl Default for Rows {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Member {
+    /// The ledger of the vCPU.
+    #[inline(always)]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// The vCPU and its VM, as people know them.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+}
+
+impl Group {
+    /// Have `see` see the vCPUs of this group.
+    ///
+    /// # Safety
+    ///
+    /// The caller must read what others may retire (`Platform::read`) or hold the lock.
+    pub(super) unsafe fn each(&self, mut see: impl FnMut(&Member)) {
+        // Only places that were ever taken hold anything, and most groups have few.
+        let mut taken = self.taken.load(Relaxed);
+        while taken != 0 {
+            let place = taken.trailing_zeros() as usize;
+            taken &= taken.wrapping_sub(1);
+            let Some(member) = self.members.get(place) else {
+                return;
+            };
+            // ORDERING: Who sees the vCPU sees what was written of it before it was placed.
+            // SAFETY: By the contract of this function it is not freed meanwhile.
+            if let Some(member) = unsafe { member.load(Acquire).as_ref() } {
+                see(member);
+            }
+        }
+    }
+
+    /// Return the sum of one number over the vCPUs of this group.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::each`].
+    pub(super) unsafe fn sum(&self, slot: Option<Slot>, sum: Sum) -> u64 {
+        let mut all = 0_u64;
+        // SAFETY: By the contract of this function.
+        unsafe {
+            self.each(|member| {
+                let ledger = &member.ledger;
+                let number = match (slot, sum) {
+                    (Some(slot), Sum::Exits) => ledger.exits(slot),
+                    (Some(slot), Sum::Nested) => ledger.nested_exits(slot),
+                    (Some(slot), Sum::Cycles(phase)) => ledger.cycles(phase, slot),
+                    (None, Sum::Exits) => ledger.total_exits(),
+                    (None, Sum::Nested) => 0,
+                    (None, Sum::Cycles(phase)) => ledger.total_cycles(phase),
+                };
+                all = all.wrapping_add(number);
+            });
+        }
+        all
+    }
+
+    /// Put a vCPU into a free place. The caller holds the lock, and there is a free place.
+    pub(super) fn take(&self, place: u32, member: NonNull<Member>) {
+        if let Some(at) = self.members.get(place as usize) {
+            // ORDERING: See `each`.
+            at.store(member.as_ptr(), Release);
+        }
+        let bit = 1_u32.wrapping_shl(place);
+        self.taken.store(self.taken.load(Relaxed) | bit, Relaxed);
+    }
+
+    /// Empty a place. The caller holds the lock.
+    pub(super) fn leave(&self, place: u32) {
+        let bit = 1_u32.wrapping_shl(place);
+        self.taken.store(self.taken.load(Relaxed) & !bit, Relaxed);
+        if let Some(at) = self.members.get(place as usize) {
+            at.store(null_mut(), Relaxed);
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.taken.load(Relaxed) == u32::MAX
+    }
+}

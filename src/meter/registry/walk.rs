@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Walks over all vCPUs, a few at a time: snapshots, and the totals at the end.
+//!
+//! A walk sees the vCPUs that there are when it begins, each once. It keeps a cursor, so it never
+//! begins anew, and takes hold of the vCPUs it has come to with the lock held; it reads them
+//! without it. One that goes before the walk has come to it is kept for the end of the walk.
+
+use core::{
+    ptr::null_mut,
+    sync::atomic::Ordering::{Acquire, Relaxed},
+};
+
+use crate::meter::{
+    ledger::{LedgerCopy, Totals},
+    snapshot::{Encoder, Full, Host},
+};
+
+use super::{
+    vm::{Group, Member, Vm},
+    Locked, Platform, Registry, State,
+};
+
+/// vCPUs that a walk takes hold of before it lets the lock go.
+pub const AT_A_TIME: usize = 16;
+
+/// Steps of a walk, from one group or vCPU to the next, before it lets the lock go. Of a VM that
+/// once had many vCPUs most groups may be empty.
+const STEPS_AT_A_TIME: usize = 64;
+
+/// Interrupts that are sent for one copy. One fails when it comes in the middle of a vCPU's load or
+/// put, some twenty instructions, which no guest can aim at; or when the vCPU has just moved.
+const INTERRUPTS: u32 = 16;
+
+/// The walk of snapshots and totals.
+pub(super) const SNAPSHOT: usize = 0;
+/// The walk that renews the host's sums.
+pub(super) const HOST: usize = 1;
+
+/// How far a walk has come. All-zero bytes are a walk that nobody takes.
+#[derive(Debug)]
+pub(super) struct Walk {
+    /// It is being taken.
+    active: bool,
+    /// The latest vCPU when it began.
+    newest: u64,
+    /// The next VM, group and place.
+    vm: *mut Vm,
+    group: *mut Group,
+    place: u32,
+    /// vCPUs that have gone while the walk awaits them.
+    gone: *mut Member,
+}
+
+/// A vCPU that a walk has taken hold of, and for how long KVM polled for it, in ns.
+type Held<'a> = (&'a Member, u64);
+
+/// The vCPUs of one step of a walk.
+type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
+
+/// Room for a walk's copies. One walk at a time may be taken of each kind.
+#[derive(Debug)]
+pub struct Walker {
+    copy: LedgerCopy,
+}
+
+/// The reason why there is no snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoSnapshot {
+    /// The buffer is too small.
+    Full(Full),
+    /// A vCPU could not be copied: it has had a transition at each attempt.
+    Busy,
+}
+
+impl Walk {
+    /// Go on at the VM behind one that is removed. The caller holds the lock.
+    pub(super) fn step_over(&mut self, vm: &Vm) {
+        if core::ptr::eq(self.vm, vm) {
+            // SAFETY: The lock is held.
+            self.vm = unsafe { (*vm.links.get()).next };
+            self.group = null_mut();
+            self.place = 0;
+        }
+    }
+
+    /// Return true if the walk has yet to come to a vCPU. The caller holds the lock.
+    fn awaits(&self, member: &Member) -> bool {
+        if !self.active || member.serial > self.newest {
+            return false;
+        }
+        // SAFETY: VMs and groups of placed vCPUs stay while the lock is held.
+        unsafe {
+            let (Some(at), Some(its)) = (self.vm.as_ref(), member.group.as_ref()) else {
+                return false;
+            };
+            let number = its.vm.as_ref().map_or(0, |vm| vm.number);
+            let group = self.group.as_ref().map_or(0, |group| group.number);
+            (number, its.number, member.place) >= (at.number, group, self.place)
+        }
+    }
+}
+
+impl Walker {
+    /// Room for a walk.
+    pub const fn new() -> Self {
+        Self {
+            copy: LedgerCopy::new(),
+        }
+    }
+}
+
+impl Default for Walker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl State {
+    /// Begin a walk.
+    pub(super) fn begin_walk(&mut self, which: usize) {
+        let (newest, vm) = (self.serial, self.first);
+        if let Some(walk) = self.walks.get_mut(which) {
+            *walk = Walk {
+                active: true,
+                newest,
+                vm,
+                group: null_mut(),
+                place: 0,
+                gone: null_mut(),
+            };
+        }
+    }
+
+    /// End a walk. Those vCPUs that it still awaits are its caller's.
+    fn end_walk(&mut self, which: usize) -> *mut Member {
+        let Some(walk) = self.walks.get_mut(which) else {
+            return null_mut();
+        };
+        walk.active = false;
+        core::mem::replace(&mut walk.gone, null_mut())
+    }
+
+    /// Have the walks that await a vCPU keep it, which is going.
+    pub(super) fn await_gone(&mut self, member: &Member) {
+        for (which, walk) in self.walks.iter_mut().enumerate() {
+            if !walk.awaits(member) {
+                continue;
+            }
+            // SAFETY: The lock is held.
+            if let Some(next) = unsafe { (*member.awaited.get()).get_mut(which) } {
+                member.holders.fetch_add(1, Relaxed);
+                *next = core::mem::replace(&mut walk.gone, core::ptr::from_ref(member).cast_mut());
+            }
+        }
+    }
+}
+
+impl<P: Platform> Locked<'_, P> {
+    /// Take hold of the next few vCPUs of a walk; return true if there may be more.
+    fn walk_on<'a>(&mut self, which: usize, batch: &mut Batch<'a>) -> bool {
+        let platform = &self.registry.platform;
+        let Some(walk) = self.walks.get_mut(which) else {
+            return false;
+        };
+        let mut places = batch.iter_mut();
+        for _ in 0..STEPS_AT_A_TIME {
+            platform.step();
+            // SAFETY: A VM in the list stays while the lock is held, and a walk is moved on when
+            // its VM is removed.
+            let Some(vm) = (unsafe { walk.vm.as_ref() }) else {
+                return false;
+            };
+            if walk.group.is_null() {
+                walk.group = vm.groups.load(Acquire);
+            }
+            // SAFETY: A group stays for as long as its VM.
+            let Some(group) = (unsafe { walk.group.as_ref() }) else {
+                return false;
+            };
+            let ahead = u32::MAX.checked_shl(walk.place).unwrap_or(0);
+            let place = (group.taken.load(Relaxed) & ahead).trailing_zeros();
+            let Some(member) = group.members.get(place as usize) else {
+                // None ahead in this group.
+                walk.group = group.next.load(Acquire);
+                walk.place = 0;
+                if walk.group.is_null() {
+                    // SAFETY: The lock is held.
+                    walk.vm = unsafe { (*vm.links.get()).next };
+                }
+                continue;
+            };
+            // SAFETY: A vCPU that is placed stays while the lock is held, and as long as it is
+            // held on to.
+            let member = unsafe { member.load(Acquire).as_ref() };
+            if let Some(member) = member.filter(|it| it.serial <= walk.newest) {
+                let Some(to) = places.next() else {
+                    return true;
+                };
+                member.holders.fetch_add(1, Relaxed);
+                let before = member.polled.load(Relaxed);
+                let polled = platform.polled(member.key).wrapping_sub(before);
+                *to = Some((member, polled));
+            }
+            walk.place = place.wrapping_add(1);
+        }
+        true
+    }
+}
+
+impl<P: Platform> Registry<P> {
+    /// Have `see` see each vCPU that there is now, and for how long KVM polled for it. `begin` runs
+    /// at the moment from which the walk is. Not called with the lock held.
+    pub(super) fn walk<'a>(
+        &'a self,
+        which: usize,
+        begin: impl FnOnce(&State),
+        mut see: impl FnMut(&'a Member, u64),
+    ) {
+        let mut state = self.lock();
+        begin(&state);
+        state.begin_walk(which);
+        drop(state);
+        loop {
+            let mut batch: Batch<'a> = [None; AT_A_TIME];
+            let more = self.lock().walk_on(which, &mut batch);
+            for (member, polled) in batch.into_iter().flatten() {
+                see(member, polled);
+                self.let_go(member);
+            }
+            if !more {
+                break;
+            }
+            self.platform.pause();
+        }
+        let mut gone = self.lock().end_walk(which);
+        // SAFETY: The walk holds each of them; the list is its own from here on.
+        while let Some(member) = unsafe { gone.as_ref() } {
+            // SAFETY: As above.
+            gone = unsafe { (*member.awaited.get()).get(which).copied() }.unwrap_or(null_mut());
+            see(member, member.polled.load(Relaxed));
+            self.let_go(member);
+            self.platform.pause();
+        }
+    }
+
+    /// Copy the ledger of a vCPU that the caller holds on to; return the attempts and the
+    /// interrupts that failed or were sent for it, or `None` when it could not be copied.
+    pub fn copy(&self, member: &Member, out: &mut LedgerCopy) -> Option<(u32, u32)> {
+        if let Some(failed) = member.ledger.copy(out) {
+            return Some((failed, 0));
+        }
+        for sent in 0..INTERRUPTS {
+            let state = self.lock();
+            let cpu = match member.gone.load(Relaxed) {
+                true => None,
+                false => self.platform.cpu(member.key),
+            };
+            drop(state);
+            let copied = match cpu {
+                Some(cpu) => self.platform.copy_on(cpu, &member.ledger, out),
+                // Nobody writes it, or nobody who does so as fast.
+                None => member.ledger.copy(out).is_some(),
+            };
+            if copied {
+                return Some((crate::meter::ledger::TRIES, sent.wrapping_add(1)));
+            }
+        }
+        None
+    }
+
+    /// Write a snapshot into `buffer`; return its size in bytes. `gone` is room for the totals,
+    /// empty. `host` tells of the host and the module at this moment.
+    ///
+    /// It is of the vCPUs that there are when it begins, each as of the moment when it is seen.
+    /// One that goes in the meantime is seen all the same, and stands in the totals of the next
+    /// snapshot: so none is in both or in neither.
+    ///
+    /// # Errors
+    ///
+    /// When the buffer is too small, or a vCPU could not be copied.
+    pub fn snapshot(
+        &self,
+        walker: &mut Walker,
+        buffer: &mut [u8],
+        gone: &mut Totals,
+        host: Host,
+    ) -> Result<usize, NoSnapshot> {
+        let mut encoder = Encoder::new(buffer, host);
+        let mut unmetered = 0;
+        let mut busy = false;
+        self.walk(
+            SNAPSHOT,
+            |state| {
+                gone.add(&state.gone);
+                unmetered = state.unmetered;
+            },
+            |member, polled| {
+                let copy = &mut walker.copy;
+                if self.copy(member, copy).is_none() {
+                    busy = true;
+                } else if !copy.is_empty() {
+                    copy.polled = polled;
+                    encoder.vcpu(&member.identity, copy);
+                }
+            },
+        );
+        let result = encoder.finish(gone, unmetered);
+        let (Ok(size) | Err(Full { needed: size })) = result;
+        self.latest_size.store(size, Relaxed);
+        match busy {
+            true => Err(NoSnapshot::Busy),
+            false => result.map_err(NoSnapshot::Full),
+        }
+    }
+
+    /// Estimate the size of the next snapshot, in bytes. Adds an eighth to the latest size to leave
+    /// room for new vCPUs.
+    pub fn likely_size(&self) -> usize {
+        let latest = self.latest_size.load(Relaxed);
+        latest.saturating_add(latest / 8)
+    }
+
+    /// The clock when the registry was made.
+    pub fn loaded(&self) -> u64 {
+        self.loaded
+    }
+
+    /// Add the numbers of all vCPUs, those that are gone and those that live, to `totals`.
+    pub fn add_totals(&self, walker: &mut Walker, totals: &mut Totals) {
+        // Two closures want them, one after the other.
+        let totals = core::cell::RefCell::new(totals);
+        self.walk(
+            SNAPSHOT,
+            |state| totals.borrow_mut().add(&state.gone),
+            |member, polled| {
+                let copy = &mut walker.copy;
+                if self.copy(member, copy).is_some() && !copy.is_empty() {
+                    copy.polled = polled;
+                    totals.borrow_mut().fold(copy);
+                }
+            },
+        );
+    }
+}

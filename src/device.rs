@@ -21,7 +21,7 @@ use crate::{
     hooks,
     meter::{
         ledger::Totals,
-        snapshot::Full, //
+        registry::walk::NoSnapshot, //
     },
 };
 
@@ -56,7 +56,11 @@ impl MiscDevice for Device {
     }
 }
 
-/// A snapshot of now.
+/// Take a snapshot of now.
+///
+/// # Errors
+///
+/// `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
 fn take() -> Result<KVVec<u8>> {
     let registry = hooks::registry().ok_or(ENODEV)?;
     // One that turns out too large leaves word of how large it is.
@@ -68,8 +72,11 @@ fn take() -> Result<KVVec<u8>> {
                 buffer.truncate(written);
                 return Ok(buffer);
             }
-            Err(Full { .. }) if kernel::current!().signal_pending() => return Err(ERESTARTSYS),
-            Err(Full { .. }) => {}
+            Err(NoSnapshot::Busy) => return Err(EAGAIN),
+            Err(NoSnapshot::Full(_)) if kernel::current!().signal_pending() => {
+                return Err(ERESTARTSYS)
+            }
+            Err(NoSnapshot::Full(_)) => {}
         }
     }
 }

@@ -18,6 +18,7 @@ mod log;
 #[allow(
     dead_code,
     unreachable_pub,
+    unused_imports,
     reason = "cargo compiles the same files as a crate, whose other users take the rest"
 )]
 mod meter;
@@ -35,6 +36,7 @@ use hooks::{
     Function,
     Node,
     Published,
+    Sleep,
     Tracepoints,
     Vendor, //
 };
@@ -92,7 +94,10 @@ struct ExitMeter {
     #[pin]
     load: Function,
     #[pin]
+    create: Function,
+    #[pin]
     destroy: Function,
+    sleep: Sleep,
     farewell: Farewell,
     published: Published,
     vendor: Vendor,
@@ -110,7 +115,9 @@ impl kernel::InPlaceModule for ExitMeter {
             Ok(try_pin_init!(Self {
                 vendor,
                 published: Published::new(registry.clone()),
+                sleep: Sleep::watch(),
                 destroy <- Function::vcpu_destroy(),
+                create <- Function::vcpu_create(),
                 load <- Function::vcpu_load(),
                 put <- Function::vcpu_put(),
                 tracepoints: Tracepoints::attach(isa)?,

@@ -12,7 +12,10 @@ use core::{
         x86_64::_rdtsc, //
     },
     marker::PhantomPinned,
-    ptr::null_mut,
+    ptr::{
+        null_mut,
+        NonNull, //
+    },
     sync::atomic::{
         AtomicPtr,
         AtomicUsize,
@@ -36,14 +39,22 @@ use crate::{
     bindings, cpuid,
     meter::{
         leaves::Registers,
+        ledger::{
+            Ledger,
+            LedgerCopy, //
+        },
         parts,
         phase::Phase,
         reasons::Isa,
+        registry::{
+            platform::Retired,
+            Newcomer,
+            Owner, //
+        },
         snapshot::NAME_SIZE, //
     },
     registry::{
         self,
-        Owner,
         Registry, //
     },
 };
@@ -64,11 +75,11 @@ const RBX: usize = 3;
 /// The vector of a general protection fault.
 const GP_VECTOR: u8 = 13;
 
-/// What this CPU noted for a vCPU, if that is the one it noted. Preemption is off.
+/// Return what this CPU's cache holds of a vCPU, if it is the one in there. Preemption is off.
 ///
 /// The kernel crate has no per-CPU variables; this is what C's this_cpu_read() compiles to.
 #[inline(always)]
-fn noted(vcpu: usize) -> Option<usize> {
+fn cached(vcpu: usize) -> Option<usize> {
     let (key, value): (usize, usize);
     // SAFETY: The shim's variable is one of each CPU, at this offset of GS; these
     // instructions read its two words and touch nothing else.
@@ -78,34 +89,106 @@ fn noted(vcpu: usize) -> Option<usize> {
             "mov {value}, gs:[rip + {note} + 8]",
             key = out(reg) key,
             value = out(reg) value,
-            note = sym bindings::exitmeter_note,
+            note = sym bindings::exitmeter_cache,
             options(nostack, readonly, preserves_flags),
         )
     };
     (key == vcpu).then_some(value)
 }
 
-/// Has this CPU note a value for a vCPU. Preemption is off.
+/// Put a vCPU's ledger into this CPU's cache. Preemption is off.
 #[inline(always)]
-pub(crate) fn note(vcpu: Vcpu<'_>, value: usize) {
-    // SAFETY: As in `noted`. The value comes first: a key is never seen with the value of
+pub(crate) fn cache(vcpu: Vcpu<'_>, ledger: &Ledger) {
+    // SAFETY: As in `cached`. The value comes first: a key is never seen with the value of
     // another, not by the CPU itself, as no callback interrupts one.
     unsafe {
         asm!(
             "mov gs:[rip + {note} + 8], {value}",
             "mov gs:[rip + {note}], {key}",
             key = in(reg) vcpu.key(),
-            value = in(reg) value,
-            note = sym bindings::exitmeter_note,
+            value = in(reg) ledger,
+            note = sym bindings::exitmeter_cache,
             options(nostack, preserves_flags),
         )
     };
 }
 
-/// Has no CPU note a vCPU, which runs nowhere any more.
-pub(crate) fn forget(vcpu: Vcpu<'_>) {
+/// Take a vCPU out of all CPUs' caches. It runs nowhere any more.
+pub(crate) fn forget(vcpu: usize) {
     // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_forget(vcpu.key() as c_ulong) };
+    unsafe { bindings::exitmeter_forget(vcpu as c_ulong) };
+}
+
+/// Return zeroed memory, charged to the memory cgroup of the task that runs.
+pub(crate) fn allocate(size: usize, may_sleep: bool) -> Option<NonNull<u8>> {
+    // SAFETY: No requirements but a context that can sleep where that is said.
+    NonNull::new(unsafe { bindings::exitmeter_allocate(size, may_sleep) }.cast())
+}
+
+/// Free memory.
+///
+/// # Safety
+///
+/// It must come from [`allocate`], and nobody may use it any more.
+pub(crate) unsafe fn free(memory: NonNull<u8>) {
+    // SAFETY: By the contract of this function.
+    unsafe { bindings::exitmeter_free(memory.as_ptr().cast()) };
+}
+
+/// Free memory after a grace period of RCU.
+///
+/// # Safety
+///
+/// As for [`free`], but for RCU's readers; `room` must lie within its first page, and be used by
+/// nobody.
+pub(crate) unsafe fn retire(memory: NonNull<u8>, room: NonNull<Retired>) {
+    // SAFETY: By the contract of this function.
+    unsafe { bindings::exitmeter_retire(memory.as_ptr().cast(), room.as_ptr().cast()) };
+}
+
+/// Let another task run, if one wants to. In a context that can sleep.
+pub(crate) fn pause() {
+    // SAFETY: By the contract of this function.
+    unsafe { bindings::exitmeter_pause() };
+}
+
+/// Return a number that no other life of the module has: a random one, and never 0.
+pub(crate) fn random_life() -> u64 {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_random() }.max(1)
+}
+
+/// A copy that another CPU makes.
+struct RemoteCopy<'a> {
+    ledger: &'a Ledger,
+    out: &'a mut LedgerCopy,
+    copied: bool,
+}
+
+/// Make a copy that another CPU wants. It came by an interrupt, so no transition of the vCPU that
+/// runs here is under way, unless it interrupted a load or a put.
+///
+/// # Safety
+///
+/// For `copy_on` alone, with a [`RemoteCopy`].
+unsafe extern "C" fn copy_here(copy: *mut c_void) {
+    // SAFETY: By the contract of this function; its owner waits.
+    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_>>() };
+    copy.copied = copy.ledger.try_copy(copy.out);
+}
+
+/// Try to copy a ledger on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
+/// is offline. In a context that can sleep.
+pub(crate) fn copy_on(cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+    let mut copy = RemoteCopy {
+        ledger,
+        out,
+        copied: false,
+    };
+    // SAFETY: The function runs before this returns, or not at all.
+    let called =
+        unsafe { bindings::exitmeter_call_on(cpu, Some(copy_here), (&raw mut copy).cast()) };
+    called && copy.copied
 }
 
 /// The TSC now.
@@ -135,19 +218,52 @@ impl Vcpu<'_> {
         self.0.get() as usize
     }
 
-    /// What this CPU noted for it, by [`note`]. The callbacks run with preemption off.
-    #[inline(always)]
-    pub(crate) fn noted(&self) -> Option<usize> {
-        noted(self.key())
+    /// Return the vCPU with a key.
+    ///
+    /// # Safety
+    ///
+    /// The key must be that of a vCPU that KVM keeps for the time of `'a`.
+    pub(crate) unsafe fn from_key(key: usize) -> Self {
+        // SAFETY: By the contract of this function.
+        unsafe { Self::from_raw(key as *mut bindings::kvm_vcpu) }
     }
 
-    /// Whether it has never been on a CPU: its first load, and nothing later, finds it so.
-    ///
-    /// But for a trust domain's vCPU, which is so again when its CPU goes offline or its VM ends.
-    pub(crate) fn is_new(&self) -> bool {
+    /// Return its ledger from this CPU's cache. The callbacks run with preemption off.
+    #[inline(always)]
+    pub(crate) fn cached(&self) -> Option<NonNull<Ledger>> {
+        NonNull::new(cached(self.key())? as *mut Ledger)
+    }
+
+    /// Return the CPU that it was loaded on last; `None` for a vCPU that has never been on one. A
+    /// trust domain's vCPU is so again when its CPU goes offline or its VM ends.
+    pub(crate) fn cpu(&self) -> Option<u32> {
         let vcpu = self.0.get();
         // SAFETY: The vCPU lives; who writes the field writes it whole.
-        unsafe { (&raw const (*vcpu).cpu).read_volatile() == -1 }
+        let cpu = unsafe { (&raw const (*vcpu).cpu).read_volatile() };
+        u32::try_from(cpu).ok()
+    }
+
+    /// Return the time that KVM polled before it let the vCPU sleep, in ns: KVM's own count.
+    pub(crate) fn polled(&self) -> u64 {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU lives; its thread writes each field whole.
+        let (success, fail) = unsafe {
+            let stat = &raw const (*vcpu).stat.generic;
+            (
+                (&raw const (*stat).halt_poll_success_ns).read_volatile(),
+                (&raw const (*stat).halt_poll_fail_ns).read_volatile(),
+            )
+        };
+        success.wrapping_add(fail)
+    }
+
+    /// Describe the vCPU to the registry, which does not know it.
+    pub(crate) fn newcomer(&self) -> Newcomer {
+        Newcomer {
+            owner: self.owner(),
+            is_new: self.cpu().is_none(),
+            polled: self.polled(),
+        }
     }
 
     /// Whether it runs, or has just left, a guest of its guest: an L2.
@@ -158,9 +274,9 @@ impl Vcpu<'_> {
         flags & bindings::HF_GUEST_MASK != 0
     }
 
-    /// Whose this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as
-    /// that of a trust domain, whose state the TDX module keeps.
-    pub(crate) fn owner(&self) -> Option<Owner> {
+    /// Return the vCPU and its VM, as KVM names them. `None` for a vCPU whose exit reason the
+    /// host cannot read, as that of a trust domain, whose state the TDX module keeps.
+    fn owner(&self) -> Option<Owner> {
         let vcpu = self.0.get();
         // SAFETY: KVM sets `kvm` before the first event of a vCPU and keeps the VM at
         // least as long as the vCPU.
@@ -183,12 +299,14 @@ impl Vcpu<'_> {
         })
     }
 
-    /// The phase that begins when this vCPU leaves its CPU, from what
-    /// `kvm_sched_out()` noted before it called `kvm_arch_vcpu_put()`.
+    /// Return the phase that begins when this vCPU leaves its CPU, from what `kvm_sched_out()`
+    /// and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
+    ///
+    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
     #[inline]
     fn phase_after_put(&self) -> Phase {
         let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; other CPUs only read these two fields.
+        // SAFETY: The vCPU lives; other CPUs only read these fields.
         let (out, preempted) = unsafe {
             (
                 (&raw const (*vcpu).scheduled_out).read_volatile(),
@@ -198,7 +316,22 @@ impl Vcpu<'_> {
         match (out, preempted) {
             (false, _) => Phase::User,
             (true, true) => Phase::Preempted,
-            (true, false) => Phase::Halted,
+            (true, false) => self.phase_asleep(),
+        }
+    }
+
+    /// Return the phase of a vCPU that was scheduled out, and that KVM does not call preempted.
+    #[inline(never)]
+    fn phase_asleep(&self) -> Phase {
+        // SAFETY: The vCPU lives; its own thread alone writes the field.
+        let blocking =
+            unsafe { (&raw const (*self.0.get()).stat.generic.blocking).read_volatile() };
+        // SAFETY: No requirements.
+        let runnable = unsafe { bindings::exitmeter_current_is_runnable() };
+        match (runnable, blocking) {
+            (true, _) => Phase::Preempted,
+            (false, 0) => Phase::Waiting,
+            (false, _) => Phase::Halted,
         }
     }
 
@@ -379,6 +512,13 @@ impl Function {
         Self::attach(c"kvm:kvm_arch_vcpu_load", on_load, false)
     }
 
+    /// Hooks `kvm_create_lapic()`: KVM makes a vCPU, and has made its MMU. From there on each vCPU
+    /// comes to `kvm_mmu_destroy()`, also one that KVM fails to make (`kvm_arch_vcpu_create()`,
+    /// Linux 7.3).
+    pub(crate) fn vcpu_create() -> impl PinInit<Self, Error> {
+        Self::attach(c"kvm:kvm_create_lapic", on_create, false)
+    }
+
     /// Hooks `kvm_arch_vcpu_put()`: a vCPU thread leaves its CPU.
     pub(crate) fn vcpu_put() -> impl PinInit<Self, Error> {
         Self::attach(c"kvm:kvm_arch_vcpu_put", on_put, false)
@@ -483,6 +623,28 @@ unsafe extern "C" fn on_put(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     registry::leave(vcpu, now(), vcpu.phase_after_put());
+}
+
+/// # Safety
+///
+/// For ftrace alone, as a callback for `kvm_create_lapic()`.
+unsafe extern "C" fn on_create(
+    _ip: c_ulong,
+    _parent: c_ulong,
+    _ops: *mut bindings::ftrace_ops,
+    fregs: *mut bindings::ftrace_regs,
+) {
+    // Another user of the function has ftrace call all of them with preemption off. Then the vCPU is
+    // taken in at its first event, if there is memory at once.
+    // SAFETY: No requirements.
+    if !unsafe { bindings::exitmeter_may_sleep() } {
+        return;
+    }
+    // SAFETY: By the contract of this function.
+    let vcpu = unsafe { hooked(fregs) };
+    if let Some(registry) = registry() {
+        registry.announce(vcpu);
+    }
 }
 
 /// # Safety
@@ -655,6 +817,33 @@ fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
         return Err(ENODEV);
     }
     Ok(())
+}
+
+/// Have the registry go on after the host's sleep, when the TSC has begun anew. `then` and `now` are
+/// one moment, by the TSC as it would have gone on, and as it is.
+unsafe extern "C" fn on_rebase(then: u64, now: u64) {
+    if let Some(registry) = registry() {
+        registry.rebase(then, now);
+    }
+}
+
+/// The host's sleep is watched. The registry has to be published for as long as this lives.
+pub(crate) struct Sleep(());
+
+impl Sleep {
+    /// Begin to watch it.
+    pub(crate) fn watch() -> Self {
+        // SAFETY: Called once, by the module's init; undone in `drop`.
+        unsafe { bindings::exitmeter_attach_sleep(Some(on_rebase)) };
+        Self(())
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        // SAFETY: Attached when this was made.
+        unsafe { bindings::exitmeter_detach_sleep() };
+    }
 }
 
 /// The host's TSC: its rate in kHz, and whether the kernel trusts it.

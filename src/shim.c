@@ -10,7 +10,14 @@
 #include <linux/kvm_host.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
+#include <linux/random.h>
 #include <linux/ratelimit.h>
+#include <linux/rcupdate.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/smp.h>
+#include <linux/syscore_ops.h>
+#include <linux/timekeeping.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 
@@ -65,24 +72,90 @@ bool exitmeter_is_own_text(unsigned long ip)
 	return within_module(ip, THIS_MODULE);
 }
 
-DEFINE_PER_CPU_ALIGNED(struct exitmeter_note, exitmeter_note);
+DEFINE_PER_CPU_ALIGNED(struct exitmeter_cache, exitmeter_cache);
 
 /*
- * Have no CPU remember @vcpu, which runs nowhere any more.
+ * Take @vcpu, which runs nowhere any more, out of all CPUs' caches.
  *
- * A CPU that notes another vCPU at this moment may lose that note, and looks
- * the vCPU up at its next event.
+ * A CPU that caches another vCPU at this moment may lose that one, and looks
+ * it up at its next event.
  */
 void exitmeter_forget(unsigned long vcpu)
 {
 	int cpu;
 
 	for_each_possible_cpu(cpu) {
-		struct exitmeter_note *note = per_cpu_ptr(&exitmeter_note, cpu);
+		struct exitmeter_cache *cache = per_cpu_ptr(&exitmeter_cache, cpu);
 
-		if (READ_ONCE(note->vcpu) == vcpu)
-			WRITE_ONCE(note->vcpu, 0);
+		if (READ_ONCE(cache->vcpu) == vcpu)
+			WRITE_ONCE(cache->vcpu, 0);
 	}
+}
+
+/*
+ * Return zeroed memory, charged to the cgroup of the current task, or NULL.
+ *
+ * Without sleeping it is not taken from the reserves for those who must not
+ * fail either: they are not for a meter.
+ */
+void *exitmeter_allocate(size_t size, bool may_sleep)
+{
+	if (may_sleep)
+		return kvzalloc(size, GFP_KERNEL_ACCOUNT);
+	return kzalloc(size, GFP_NOWAIT | __GFP_NOWARN | __GFP_ACCOUNT);
+}
+
+void exitmeter_free(void *memory)
+{
+	kvfree(memory);
+}
+
+/* An object of which the Rust half leaves the first bytes to RCU. */
+struct exitmeter_retired {
+	struct rcu_head rcu;
+};
+
+/*
+ * Free @memory after a grace period.  It begins with @room, which has space
+ * for an rcu_head.
+ */
+void exitmeter_retire(void *memory, void *room)
+{
+	struct exitmeter_retired *retired = memory;
+
+	if (WARN_ON_ONCE(memory != room))
+		return;
+	kvfree_rcu(retired, rcu);
+}
+
+bool exitmeter_may_sleep(void)
+{
+	return preemptible();
+}
+
+void exitmeter_pause(void)
+{
+	cond_resched();
+}
+
+/*
+ * Run @function on @cpu, in an interrupt, and wait for it.  Return false if
+ * the CPU is offline.
+ */
+bool exitmeter_call_on(u32 cpu, void (*function)(void *info), void *info)
+{
+	return !smp_call_function_single(cpu, function, info, 1);
+}
+
+/* As kvm_sched_out() asks it, for any ioctl. */
+bool exitmeter_current_is_runnable(void)
+{
+	return task_is_runnable(current);
+}
+
+u64 exitmeter_random(void)
+{
+	return get_random_u64();
 }
 
 /* Whether an ENDBR is at @address. */
@@ -279,6 +352,58 @@ u32 exitmeter_tsc_khz(void)
 bool exitmeter_tsc_unstable(void)
 {
 	return check_tsc_unstable();
+}
+
+/*
+ * The TSC may begin anew, or stand still, while the host sleeps (S3, S4).  One
+ * CPU is left when these functions run, with interrupts off, and all tasks are
+ * frozen.  Timekeeping sleeps after this and wakes before it, as it was
+ * registered first.
+ */
+static exitmeter_rebase sleep_rebase;
+static u64 sleep_tsc, sleep_boottime;
+
+/*
+ * How much a TSC that went on may differ from the time slept, in ms: a clock
+ * that tells the time only in seconds measures the sleep.
+ */
+#define SLEEP_SLACK_MS 2000
+
+static int sleep_suspend(void *data)
+{
+	sleep_tsc = rdtsc();
+	sleep_boottime = ktime_get_boottime_ns();
+	return 0;
+}
+
+static void sleep_resume(void *data)
+{
+	u64 slept = ktime_get_boottime_ns() - sleep_boottime;
+	u64 now = rdtsc();
+	u64 then = sleep_tsc + mul_u64_u32_div(slept, tsc_khz, NSEC_PER_MSEC);
+
+	if (now < sleep_tsc || now + (u64)tsc_khz * SLEEP_SLACK_MS < then)
+		sleep_rebase(then, now);
+}
+
+static const struct syscore_ops sleep_ops = {
+	.suspend = sleep_suspend,
+	.resume = sleep_resume,
+};
+
+static struct syscore sleep_syscore = {
+	.ops = &sleep_ops,
+};
+
+void exitmeter_attach_sleep(exitmeter_rebase rebase)
+{
+	sleep_rebase = rebase;
+	register_syscore(&sleep_syscore);
+}
+
+void exitmeter_detach_sleep(void)
+{
+	unregister_syscore(&sleep_syscore);
 }
 
 /*

@@ -32,16 +32,31 @@ void exitmeter_detach_function(struct ftrace_ops *ops);
 bool exitmeter_is_own_text(unsigned long ip);
 
 /*
- * The vCPU that a CPU metered last, and what the Rust half keeps of it.  Read
- * and written by the CPU itself, with preemption off; others only forget.
+ * The vCPU that a CPU metered last, and its ledger.  Read and written by the
+ * CPU itself, with preemption off; others only forget.
  */
-struct exitmeter_note {
+struct exitmeter_cache {
 	unsigned long vcpu;
-	unsigned long value;
+	unsigned long ledger;
 };
 
-DECLARE_PER_CPU(struct exitmeter_note, exitmeter_note);
+DECLARE_PER_CPU(struct exitmeter_cache, exitmeter_cache);
 void exitmeter_forget(unsigned long vcpu);
+
+/* Memory, and whether it can be waited for. */
+void *exitmeter_allocate(size_t size, bool may_sleep);
+void exitmeter_free(void *memory);
+void exitmeter_retire(void *memory, void *room);
+bool exitmeter_may_sleep(void);
+void exitmeter_pause(void);
+
+/* Another CPU, by an interrupt. */
+bool exitmeter_call_on(u32 cpu, void (*function)(void *info), void *info);
+
+/* The task that runs. */
+bool exitmeter_current_is_runnable(void);
+
+u64 exitmeter_random(void);
 
 /* Symbols of modules. */
 unsigned long exitmeter_find_function(const char *name);
@@ -58,6 +73,12 @@ enum exitmeter_vendor {
 	EXITMETER_VENDOR_VMX,
 	EXITMETER_VENDOR_SVM,
 };
+
+/* The host's sleep, from which the TSC may begin anew. */
+typedef void (*exitmeter_rebase)(u64 then, u64 now);
+
+void exitmeter_attach_sleep(exitmeter_rebase rebase);
+void exitmeter_detach_sleep(void);
 
 enum exitmeter_vendor exitmeter_vendor(void);
 u32 exitmeter_tsc_khz(void);

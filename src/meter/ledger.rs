@@ -19,7 +19,7 @@ use Ordering::Relaxed;
 
 mod copy;
 use copy::{set, slots_in};
-pub use copy::{LedgerCopy, RowCopy, Totals};
+pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
 
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
@@ -514,7 +514,7 @@ impl Ledger {
     }
 
     /// The rows in use. For sums over many ledgers.
-    pub fn slots(&self) -> impl Iterator<Item = Slot> {
+    pub fn slots(&self) -> Slots {
         slots_in(self.used())
     }
 

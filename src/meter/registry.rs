@@ -341,6 +341,11 @@ impl<P: Platform> Registry<P> {
         &self.settings.leaves
     }
 
+    /// Return true if guests read the sums of the whole host.
+    pub fn host_scope(&self) -> bool {
+        self.settings.host_scope
+    }
+
     /// The surroundings.
     pub fn platform(&self) -> &P {
         &self.platform

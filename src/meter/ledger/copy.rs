@@ -15,15 +15,33 @@ use super::{HISTOGRAMS, WORDS};
 static NONE: Buckets = EMPTY;
 
 /// The rows whose bits are set.
+#[derive(Clone, Copy, Debug)]
+pub struct Slots {
+    rows: [u64; WORDS],
+    word: usize,
+}
+
+impl Iterator for Slots {
+    type Item = Slot;
+
+    #[inline]
+    fn next(&mut self) -> Option<Slot> {
+        loop {
+            let bits = self.rows.get_mut(self.word)?;
+            if *bits != 0 {
+                let bit = bits.trailing_zeros() as usize;
+                *bits &= bits.wrapping_sub(1);
+                return Slot::from_index(self.word.wrapping_mul(64).wrapping_add(bit));
+            }
+            self.word = self.word.wrapping_add(1);
+        }
+    }
+}
+
+/// Return the rows whose bits are set.
 #[inline]
-pub(super) fn slots_in(used: [u64; WORDS]) -> impl Iterator<Item = Slot> {
-    used.into_iter().enumerate().flat_map(|(word, mut bits)| {
-        core::iter::from_fn(move || {
-            let bit = bits.trailing_zeros() as usize;
-            bits &= bits.wrapping_sub(1);
-            Slot::from_index(word.wrapping_mul(64).wrapping_add(bit)).filter(|_| bit < 64)
-        })
-    })
+pub(super) fn slots_in(rows: [u64; WORDS]) -> Slots {
+    Slots { rows, word: 0 }
 }
 
 /// Set the bit of a row.

@@ -70,7 +70,7 @@ pub(crate) fn table(isa: Isa, totals: &Totals) {
         "{:>5} {:<22} {:>12} {a:>16} {b:>16} {c:>16} {d:>16} {e:>16} {f:>16}\n",
         "code",
         "exit reason",
-        "exits",
+        "exits"
     );
     for (slot, row, _) in totals.rows() {
         let [a, b, c, d, e, f] = Phase::SHOWN.map(|phase| row.cycles(phase));
@@ -83,7 +83,7 @@ pub(crate) fn table(isa: Isa, totals: &Totals) {
             "{:>5} {:<22} {:>12} {a:>16} {b:>16} {c:>16} {d:>16} {e:>16} {f:>16}\n",
             code as i32,
             name,
-            row.exits,
+            row.exits
         );
     }
 }

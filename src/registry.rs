@@ -449,6 +449,8 @@ impl Registry {
             tsc_stable,
             loaded: self.loaded,
             now: hooks::timestamp(),
+            clock_offset: 0,
+            life: self.leaves.life,
         };
         let mut encoder = Encoder::new(buffer, host);
         let walking = self.walking.lock();

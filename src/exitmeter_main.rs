@@ -110,7 +110,8 @@ impl kernel::InPlaceModule for ExitMeter {
             let vendor = Vendor::attach()?;
             let isa = vendor.isa();
             let map = parameters.leaf_map;
-            let leaves = Leaves { map, isa };
+            let life = hooks::random_life();
+            let leaves = Leaves { map, isa, life };
             let registry = Registry::new(leaves, parameters.host_scope, parameters.max_vcpus)?;
             Ok(try_pin_init!(Self {
                 vendor,

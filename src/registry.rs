@@ -165,8 +165,6 @@ pub(crate) struct Registry {
     /// Held by the one who takes a snapshot.
     #[pin]
     walker: Mutex<KVBox<Walker>>,
-    /// A number that another life of the module does not have. Never 0.
-    life: u64,
     /// Added to the TSC, it gives a clock that goes on when the TSC begins anew.
     clock_offset: AtomicU64,
 }
@@ -191,7 +189,6 @@ impl Registry {
             pin_init!(Self {
                 vcpus,
                 walker <- new_mutex!(walker, "exitmeter::walker"),
-                life: hooks::random_life(),
                 clock_offset: AtomicU64::new(0),
             }),
             GFP_KERNEL,
@@ -282,6 +279,8 @@ impl Registry {
             tsc_stable,
             loaded: self.vcpus.loaded(),
             now: hooks::timestamp().wrapping_add(clock_offset),
+            clock_offset,
+            life: leaves.life,
         };
         self.vcpus.snapshot(&mut walker, buffer, gone, host)
     }

@@ -40,9 +40,13 @@ use hooks::{
     Tracepoints,
     Vendor, //
 };
-use meter::leaves::{
-    LeafMap,
-    Leaves, //
+use meter::{
+    leaves::{
+        LeafMap,
+        Leaves, //
+    },
+    ledger::TRIES,
+    registry::Settings, //
 };
 use registry::Registry;
 
@@ -78,6 +82,10 @@ module! {
             default: 4096,
             description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
         },
+        copy_tries: i64 {
+            default: 64,
+            description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 64",
+        },
     },
 }
 
@@ -112,7 +120,12 @@ impl kernel::InPlaceModule for ExitMeter {
             let map = parameters.leaf_map;
             let life = hooks::random_life();
             let leaves = Leaves { map, isa, life };
-            let registry = Registry::new(leaves, parameters.host_scope, parameters.max_vcpus)?;
+            let registry = Registry::new(Settings {
+                leaves,
+                host_scope: parameters.host_scope,
+                max_vcpus: parameters.max_vcpus as usize,
+                copy_tries: parameters.copy_tries,
+            })?;
             Ok(try_pin_init!(Self {
                 vendor,
                 published: Published::new(registry.clone()),
@@ -138,6 +151,7 @@ struct Parameters {
     leaf_map: LeafMap,
     host_scope: bool,
     max_vcpus: u32,
+    copy_tries: u32,
 }
 
 impl Parameters {
@@ -169,10 +183,17 @@ impl Parameters {
             "0 or 1",
             flag,
         )?;
+        let copy_tries = in_range(
+            "copy_tries",
+            given(module_parameters::copy_tries.value()),
+            "0 to 64",
+            |number| (number <= TRIES).then_some(number),
+        )?;
         Ok(Self {
             leaf_map,
             host_scope,
             max_vcpus,
+            copy_tries,
         })
     }
 }

@@ -170,19 +170,14 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// Create an empty registry for at most `max_vcpus` vCPUs at a time.
-    pub(crate) fn new(leaves: Leaves, host_scope: bool, max_vcpus: u32) -> Result<Arc<Self>> {
+    /// Create a registry without a vCPU.
+    pub(crate) fn new(settings: Settings) -> Result<Arc<Self>> {
         let lock = KBox::pin_init(
             pin_init!(Lock {
                 spin <- new_spinlock!((), "exitmeter::registry"),
             }),
             GFP_KERNEL,
         )?;
-        let settings = Settings {
-            leaves,
-            host_scope,
-            max_vcpus: max_vcpus as usize,
-        };
         let vcpus = algorithm::Registry::new(Kernel { lock }, settings).map_err(|_| ENOMEM)?;
         let walker = KVBox::<Walker>::zeroed(GFP_KERNEL)?;
         Arc::pin_init(

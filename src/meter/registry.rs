@@ -109,6 +109,9 @@ pub struct Settings {
     pub host_scope: bool,
     /// The most vCPUs that are metered at a time, from 1.
     pub max_vcpus: usize,
+    /// Attempts to copy a ledger before an interrupt is sent to the vCPU's CPU, up to
+    /// [`TRIES`](super::ledger::TRIES).
+    pub copy_tries: u32,
 }
 
 /// What changes as vCPUs come and go. All-zero bytes are a state without any.

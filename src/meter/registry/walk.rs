@@ -12,7 +12,7 @@ use core::{
 };
 
 use crate::meter::{
-    ledger::{LedgerCopy, Totals},
+    ledger::{LedgerCopy, Totals, TRIES},
     snapshot::{Encoder, Full, Host},
 };
 
@@ -247,7 +247,8 @@ impl<P: Platform> Registry<P> {
     /// Copy the ledger of a vCPU that the caller holds on to; return the attempts and the
     /// interrupts that failed or were sent for it, or `None` when it could not be copied.
     pub fn copy(&self, member: &Member, out: &mut LedgerCopy) -> Option<(u32, u32)> {
-        if let Some(failed) = member.ledger.copy(out) {
+        let tries = self.settings.copy_tries;
+        if let Some(failed) = member.ledger.copy(tries, out) {
             return Some((failed, 0));
         }
         for sent in 0..INTERRUPTS {
@@ -260,10 +261,10 @@ impl<P: Platform> Registry<P> {
             let copied = match cpu {
                 Some(cpu) => self.platform.copy_on(cpu, &member.ledger, out),
                 // Nobody writes it, or nobody who does so as fast.
-                None => member.ledger.copy(out).is_some(),
+                None => member.ledger.copy(TRIES, out).is_some(),
             };
             if copied {
-                return Some((crate::meter::ledger::TRIES, sent.wrapping_add(1)));
+                return Some((tries, sent.wrapping_add(1)));
             }
         }
         None

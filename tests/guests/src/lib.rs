@@ -17,7 +17,7 @@ mod memory;
 mod window;
 
 pub use catalogue::{Differs, Expected, Mode, Program};
-pub use config::{Config, Error, Quad, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
+pub use config::{Config, Error, Quad, MAX_LONG_VCPUS, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
 pub use machine::{host_isa, pin, with_apic_id, Machine, Seen};
 pub use meddle::Stepped;
 pub use window::UNANSWERED;

@@ -26,7 +26,7 @@ const PD: u64 = 0x7000;
 pub(crate) const QUERIES: u64 = 0x8000;
 
 /// Where the pages to touch begin: behind the windows.
-pub(crate) const FRESH: u64 = 0x20_0000;
+pub(crate) const FRESH: u64 = 0x40_0000;
 
 /// The size of a query in guest memory: four numbers in, four out.
 pub(crate) const QUERY: u64 = 64;

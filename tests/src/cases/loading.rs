@@ -48,6 +48,8 @@ pub(super) fn cases() -> Vec<Case> {
                     "max_vcpus=-9223372036854775808",
                     "max_vcpus=-9223372036854775808 is refused: it is 1 to 65536",
                 ),
+                ("copy_tries=65", "copy_tries=65 is refused: it is 0 to 64"),
+                ("copy_tries=-1", "copy_tries=-1 is refused: it is 0 to 64"),
                 ("host_scope=2", "host_scope=2 is refused: it is 0 or 1"),
                 ("host_scope=300", "host_scope=300 is refused: it is 0 or 1"),
                 ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),

@@ -32,6 +32,7 @@ use kernel::{
 
 use device::Device;
 use hooks::{
+    CpuidRedirect,
     Function,
     Node,
     Published,
@@ -85,7 +86,7 @@ module! {
 struct ExitMeter {
     #[pin]
     node: Node,
-    cpuid: Option<Pin<KBox<Function>>>,
+    cpuid: Option<CpuidRedirect>,
     tracepoints: Tracepoints,
     #[pin]
     put: Function,

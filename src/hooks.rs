@@ -501,12 +501,122 @@ unsafe extern "C" fn on_destroy(
     }
 }
 
+/// A task of KVM's in code of the module in which it may sleep.
+///
+/// Nothing else keeps that code for a task that sleeps: RCU-tasks, for which ftrace waits when a
+/// hook goes, takes a sleeping task for one that has left.
+pub(crate) struct Inside(bindings::exitmeter_place);
+
+/// KVM's own `kvm_emulate_cpuid()`, called by [`emulate_cpuid`]. KVM sleeps there where it fetches
+/// the instruction from a guest's memory that is swapped out or userfaultfd's: on SVM without
+/// NRIPS (`svm_skip_emulated_instruction()`).
+const IN_CPUID: bindings::exitmeter_place = bindings::exitmeter_place_EXITMETER_PLACE_CPUID;
+
+impl Inside {
+    /// Comes into a place whose door is shut otherwise, before [`wait_for_none`] is called.
+    fn enter(place: bindings::exitmeter_place) -> Self {
+        // SAFETY: No requirements.
+        unsafe { bindings::exitmeter_enter(place) };
+        Self(place)
+    }
+
+    /// Comes into a place unless it is [`closed`](close).
+    #[expect(
+        dead_code,
+        reason = "for a callback that sleeps in ftrace's trampoline"
+    )]
+    pub(crate) fn try_enter(place: bindings::exitmeter_place) -> Option<Self> {
+        // SAFETY: No requirements.
+        unsafe { bindings::exitmeter_try_enter(place) }.then_some(Self(place))
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        // SAFETY: This task came in when this was made.
+        unsafe { bindings::exitmeter_leave(self.0) };
+    }
+}
+
+/// Has a place refuse, from now on or until now, whoever would come in by [`Inside::try_enter`].
+///
+/// For a callback that sleeps: ftrace frees the trampoline that called it as the hook goes, so it
+/// has to be over before: close, [`wait_for_none`], then let the hook go.
+#[expect(dead_code, reason = "as for `Inside::try_enter`")]
+pub(crate) fn close(place: bindings::exitmeter_place, closed: bool) {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_close(place, closed) };
+}
+
+/// Waits until no task is in a place, however long they sleep, nor in the few instructions by which
+/// they leave the module's code. `where_they_sleep` and `what_for` are for the log.
+///
+/// Nobody may come in any more: the hook that let them in is gone, or the place is closed.
+pub(crate) fn wait_for_none(
+    place: bindings::exitmeter_place,
+    where_they_sleep: &str,
+    what_for: &str,
+) {
+    /// The time between two looks, in ms: short while it may be over at once.
+    const STEPS: [u32; 2] = [1, 50];
+    /// When the log is told, in ms, and how long after that again.
+    const FIRST_LINE: u32 = 1000;
+    const NEXT_LINE: u32 = 30_000;
+
+    let mut waited = 0_u32;
+    let mut next_line = FIRST_LINE;
+    loop {
+        // SAFETY: No requirements.
+        let inside = unsafe { bindings::exitmeter_inside(place) };
+        if inside == 0 {
+            break;
+        }
+        if waited >= next_line {
+            let (vcpus, sleep) = if inside == 1 {
+                ("vCPU", "sleeps")
+            } else {
+                ("vCPUs", "sleep")
+            };
+            pr_info!(
+                "unloading waits: {inside} {vcpus} {sleep} in {where_they_sleep}(), until {what_for}\n"
+            );
+            next_line = waited.saturating_add(NEXT_LINE);
+        }
+        let step = if waited < STEPS[1] {
+            STEPS[0]
+        } else {
+            STEPS[1]
+        };
+        // SAFETY: The callers may sleep.
+        unsafe { bindings::exitmeter_doze(step) };
+        waited = waited.saturating_add(step);
+    }
+    // SAFETY: As above.
+    unsafe { bindings::exitmeter_wait_for_tails() };
+}
+
 /// KVM's own `kvm_emulate_cpuid()`; set while the redirect is in place.
 static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 
+/// The hook by which guests are answered. Its fields go in this order.
+pub(crate) struct CpuidRedirect {
+    _function: Pin<KBox<Function>>,
+    _asleep: AsleepInCpuid,
+}
+
+/// The tasks that the redirect sent to [`emulate_cpuid`]. Dropping this waits for all of them; the
+/// redirect has to be gone.
+struct AsleepInCpuid;
+
+impl Drop for AsleepInCpuid {
+    fn drop(&mut self) {
+        wait_for_none(IN_CPUID, "kvm_emulate_cpuid", "the guest's memory is there");
+    }
+}
+
 /// Finds KVM's own `kvm_emulate_cpuid()`, and hooks it to answer for our leaves. The registry
 /// has to be published for as long as this lives.
-pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
+pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
@@ -516,10 +626,11 @@ pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
         return Err(ENOENT);
     }
     EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
-    KBox::try_pin_init(
-        Function::attach(c"kvm:kvm_emulate_cpuid", on_cpuid, true),
-        GFP_KERNEL,
-    )
+    let function = KBox::try_pin_init(Function::attach(name, on_cpuid, true), GFP_KERNEL)?;
+    Ok(CpuidRedirect {
+        _function: function,
+        _asleep: AsleepInCpuid,
+    })
 }
 
 /// # Safety
@@ -558,9 +669,11 @@ unsafe extern "C" fn on_cpuid(
 unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
-    // SAFETY: The redirect is in place, so the address is set, and the registry and
-    // kvm.ko stay until no task is in here any more: KVM sleeps nowhere in the original, so
-    // unregistering, which waits for RCU-tasks, waits for it. KVM holds the vCPU.
+    // From here on `CpuidRedirect` waits for this task as it goes. Before, this task does not
+    // sleep, so that ftrace waits for it.
+    let _inside = Inside::enter(IN_CPUID);
+    // SAFETY: The redirect was in place, so the address is set, and the registry and kvm.ko stay
+    // until no task is in here any more. KVM holds the vCPU.
     let (original, guest) = unsafe {
         (
             core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),

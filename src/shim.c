@@ -11,6 +11,8 @@
 #include <linux/module.h>
 #include <linux/percpu.h>
 #include <linux/ratelimit.h>
+#include <linux/rcupdate.h>
+#include <linux/sched.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 
@@ -50,8 +52,9 @@ void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data)
 }
 
 /*
- * Return after the last run of @ops->func, and after every task has left the
- * code that a redirect sent it to: unregistering waits for RCU-tasks.
+ * Return after the last run of @ops->func.  A task that a redirect sent to
+ * other code may still be there if it sleeps in it, and nowhere else:
+ * ftrace_shutdown() waits for RCU-tasks, that is for all who do not sleep.
  */
 void exitmeter_detach_function(struct ftrace_ops *ops)
 {
@@ -63,6 +66,94 @@ void exitmeter_detach_function(struct ftrace_ops *ops)
 bool exitmeter_is_own_text(unsigned long ip)
 {
 	return within_module(ip, THIS_MODULE);
+}
+
+/*
+ * How many tasks came into each place on this CPU, less those that left on it.
+ * A task that moves leaves on another CPU, so only the sum means something.
+ */
+static DEFINE_PER_CPU(long[EXITMETER_PLACES], tasks_inside);
+
+/* Which places refuse whoever would come in. */
+static bool is_closed[EXITMETER_PLACES];
+
+void exitmeter_enter(enum exitmeter_place place)
+{
+	this_cpu_inc(tasks_inside[place]);
+}
+
+/*
+ * Come into @place unless it is closed.
+ *
+ * The barrier pairs with that of exitmeter_close(): either this task sees that
+ * the place is closed, or whoever closed it sees this task inside.  Preemption
+ * is off, so that a task that is turned away counts up and down on one CPU:
+ * no sum is ever too low for it.
+ */
+bool exitmeter_try_enter(enum exitmeter_place place)
+{
+	bool closed;
+
+	preempt_disable();
+	this_cpu_inc(tasks_inside[place]);
+	smp_mb();
+	closed = READ_ONCE(is_closed[place]);
+	if (closed)
+		this_cpu_dec(tasks_inside[place]);
+	preempt_enable();
+	return !closed;
+}
+
+void exitmeter_leave(enum exitmeter_place place)
+{
+	/* What was done inside comes before. */
+	barrier();
+	this_cpu_dec(tasks_inside[place]);
+}
+
+void exitmeter_close(enum exitmeter_place place, bool closed)
+{
+	WRITE_ONCE(is_closed[place], closed);
+	/* See exitmeter_try_enter(). */
+	smp_mb();
+}
+
+/*
+ * Return how many tasks are in @place, at least; 0 only if none is.
+ *
+ * For a place that nobody comes into any more, and where whoever is turned away
+ * counts for a moment at most.  Whoever leaves while this adds up makes a number
+ * less that may be added already: the sum is never too low.
+ */
+long exitmeter_inside(enum exitmeter_place place)
+{
+	long sum = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		sum += READ_ONCE(*per_cpu_ptr(&tasks_inside[place], cpu));
+	return sum;
+}
+
+/*
+ * Return when every task that was about to leave the module's code, and does
+ * not sleep any more, has left it.
+ *
+ * Where kernel code can be preempted this waits for each task to sleep by its
+ * own wish or to be in user mode; where it cannot, TASKS_RCU is off
+ * (kernel/rcu/Kconfig), this is synchronize_rcu() (linux/rcupdate.h), and every
+ * CPU has switched tasks or been in user mode once, which takes the rest of
+ * the code to be over.
+ */
+void exitmeter_wait_for_tails(void)
+{
+	synchronize_rcu_tasks();
+}
+
+/* Sleep for @ms, without a load and without the watch for hung tasks. */
+void exitmeter_doze(unsigned int ms)
+{
+	schedule_timeout_idle(msecs_to_jiffies(ms));
 }
 
 DEFINE_PER_CPU_ALIGNED(struct exitmeter_note, exitmeter_note);

@@ -31,6 +31,21 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 void exitmeter_detach_function(struct ftrace_ops *ops);
 bool exitmeter_is_own_text(unsigned long ip);
 
+/* The module's code in which a task may sleep. */
+enum exitmeter_place {
+	EXITMETER_PLACE_CPUID,
+	EXITMETER_PLACE_CREATION,
+	EXITMETER_PLACES,
+};
+
+void exitmeter_enter(enum exitmeter_place place);
+bool exitmeter_try_enter(enum exitmeter_place place);
+void exitmeter_leave(enum exitmeter_place place);
+void exitmeter_close(enum exitmeter_place place, bool closed);
+long exitmeter_inside(enum exitmeter_place place);
+void exitmeter_wait_for_tails(void);
+void exitmeter_doze(unsigned int ms);
+
 /*
  * The vCPU that a CPU metered last, and what the Rust half keeps of it.  Read
  * and written by the CPU itself, with preemption off; others only forget.

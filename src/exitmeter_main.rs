@@ -33,6 +33,8 @@ use kernel::{
 
 use device::Device;
 use hooks::{
+    CpuidRedirect,
+    CreationHook,
     Function,
     Node,
     Published,
@@ -95,14 +97,13 @@ module! {
 struct ExitMeter {
     #[pin]
     node: Node,
-    cpuid: Option<Pin<KBox<Function>>>,
+    cpuid: Option<CpuidRedirect>,
     tracepoints: Tracepoints,
     #[pin]
     put: Function,
     #[pin]
     load: Function,
-    #[pin]
-    create: Function,
+    creation: CreationHook,
     #[pin]
     destroy: Function,
     sleep: Sleep,
@@ -116,7 +117,7 @@ impl kernel::InPlaceModule for ExitMeter {
         pin_init::pin_init_scope(|| {
             let parameters = Parameters::checked()?;
             let vendor = Vendor::attach()?;
-            let isa = vendor.isa();
+            let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe());
             let map = parameters.leaf_map;
             let life = hooks::random_life();
             let leaves = Leaves { map, isa, life };
@@ -131,10 +132,10 @@ impl kernel::InPlaceModule for ExitMeter {
                 published: Published::new(registry.clone()),
                 sleep: Sleep::watch(),
                 destroy <- Function::vcpu_destroy(),
-                create <- Function::vcpu_create(),
+                creation: CreationHook::attach()?,
                 load <- Function::vcpu_load(),
                 put <- Function::vcpu_put(),
-                tracepoints: Tracepoints::attach(isa)?,
+                tracepoints: Tracepoints::attach(exit_probe)?,
                 cpuid: match map {
                     LeafMap::Off => None,
                     _ => Some(hooks::redirect_cpuid()?),

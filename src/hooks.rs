@@ -358,12 +358,16 @@ impl Vcpu<'_> {
         }
     }
 
-    /// Whether KVM has queued a general protection fault for the guest.
+    /// Return true if KVM has queued a general protection fault for the guest, or for the
+    /// hypervisor in it: that gets an L2's faults which it intercepts as exits, by a place of their
+    /// own (`kvm_queue_exception_vmexit()`).
     fn fault_is_pending(&self) -> bool {
+        let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread.
-        let exception = unsafe { &raw const (*self.0.get()).arch.exception };
-        // SAFETY: As above.
-        unsafe { (*exception).pending && (*exception).vector == GP_VECTOR }
+        let (own, of_l2) = unsafe { (&(*vcpu).arch.exception, &(*vcpu).arch.exception_vmexit) };
+        [own, of_l2]
+            .iter()
+            .any(|queued| queued.pending && queued.vector == GP_VECTOR)
     }
 }
 
@@ -407,16 +411,57 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
         return;
     }
     let now = now();
-    // The field's number stays where VMREAD fails, as it does with no VMCS: no basic exit
-    // reason is as large, so the exit is counted among "other".
+    // The field's number stays where VMREAD fails, as it does with no VMCS, and where it faults, as
+    // it does with VMX off: no basic exit reason is as large, so the exit is counted among "other".
     let mut reason = VMCS_EXIT_REASON;
     // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
-    // loaded; VMREAD reads it, and touches but the operand and the flags.
-    unsafe { asm!("vmread {0}, {0}", inlateout(reg) reason, options(nostack, nomem)) };
+    // loaded; VMREAD reads it, and touches but the operand and the flags. At a fault the kernel
+    // goes on behind it, by an entry in the table of exceptions (asm/asm.h, _ASM_EXTABLE_TYPE:
+    // where it may fault, where to go on, EX_TYPE_DEFAULT).
+    unsafe {
+        asm!(
+            "2: vmread {0}, {0}",
+            "3:",
+            ".pushsection __ex_table, \"aM\", @progbits, 12",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1",
+            ".popsection",
+            inlateout(reg) reason,
+            options(nostack, nomem),
+        )
+    };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
     registry::exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
+}
+
+/// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
+/// VMREAD is "unsupported and can result in unexpected behavior" (TLFS, "Enlightened VMCS"). Runs
+/// with interrupts off, on the vCPU's CPU.
+///
+/// KVM's own reader takes the reason from `vcpu_vt.exit_reason`, which `vmx_vcpu_enter_exit()` has
+/// just set, and reads through the enlightened VMCS where there is one.
+///
+/// # Safety
+///
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_vmx_by_kvm(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
+    if !parts::CALLBACKS {
+        return;
+    }
+    let now = now();
+    // SAFETY: The vCPU has just taken an exit on this CPU.
+    let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
+    // SAFETY: KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    registry::exit(vcpu, now, Isa::Vmx, reason & 0xffff);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -430,7 +475,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     }
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
-    let code = unsafe { bindings::exitmeter_svm_exit_code(vcpu) };
+    let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::exit(vcpu, now, Isa::Svm, code);
@@ -441,7 +486,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 /// # Safety
 ///
 /// For the tracepoint alone.
-unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
+unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: u8) {
     if !parts::CALLBACKS {
         return;
     }
@@ -449,6 +494,10 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::entry(vcpu, now());
 }
+
+/// The probe of kvm:kvm_exit that can read why a guest exits on this host.
+#[derive(Clone, Copy)]
+pub(crate) struct ExitProbe(bindings::exitmeter_exit_probe);
 
 /// Probes on the two tracepoints of KVM.
 pub(crate) struct Tracepoints {
@@ -458,11 +507,8 @@ pub(crate) struct Tracepoints {
 impl Tracepoints {
     /// Begins to see every exit and entry. The registry has to be published for as long as
     /// this lives.
-    pub(crate) fn attach(isa: Isa) -> Result<Self> {
-        let exit: bindings::exitmeter_exit_probe = match isa {
-            Isa::Vmx => Some(on_exit_vmx),
-            Isa::Svm => Some(on_exit_svm),
-        };
+    pub(crate) fn attach(exit: ExitProbe) -> Result<Self> {
+        let ExitProbe(exit) = exit;
         // Entries first, and last in `drop`: whoever's exit is seen is seen to be entered again,
         // so that each exit has its sample.
         // SAFETY: The probe is detached before its code goes, and takes no data.
@@ -510,13 +556,6 @@ impl Function {
     /// Hooks `kvm_arch_vcpu_load()`: a vCPU thread takes a CPU.
     pub(crate) fn vcpu_load() -> impl PinInit<Self, Error> {
         Self::attach(c"kvm:kvm_arch_vcpu_load", on_load, false)
-    }
-
-    /// Hooks `kvm_create_lapic()`: KVM makes a vCPU, and has made its MMU. From there on each vCPU
-    /// comes to `kvm_mmu_destroy()`, also one that KVM fails to make (`kvm_arch_vcpu_create()`,
-    /// Linux 7.3).
-    pub(crate) fn vcpu_create() -> impl PinInit<Self, Error> {
-        Self::attach(c"kvm:kvm_create_lapic", on_create, false)
     }
 
     /// Hooks `kvm_arch_vcpu_put()`: a vCPU thread leaves its CPU.
@@ -640,6 +679,9 @@ unsafe extern "C" fn on_create(
     if !unsafe { bindings::exitmeter_may_sleep() } {
         return;
     }
+    let Some(_inside) = Inside::try_enter(IN_CREATION) else {
+        return;
+    };
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     if let Some(registry) = registry() {
@@ -663,12 +705,148 @@ unsafe extern "C" fn on_destroy(
     }
 }
 
+/// A task of KVM's in code of the module in which it may sleep.
+///
+/// Nothing else keeps that code for a task that sleeps: RCU-tasks, for which ftrace waits when a
+/// hook goes, takes a sleeping task for one that has left.
+pub(crate) struct Inside(bindings::exitmeter_place);
+
+/// KVM's own `kvm_emulate_cpuid()`, called by [`emulate_cpuid`]. KVM sleeps there where it fetches
+/// the instruction from a guest's memory that is swapped out or userfaultfd's: on SVM without
+/// NRIPS (`svm_skip_emulated_instruction()`).
+const IN_CPUID: bindings::exitmeter_place = bindings::exitmeter_place_EXITMETER_PLACE_CPUID;
+
+/// The allocation of a ledger, by [`on_create`].
+const IN_CREATION: bindings::exitmeter_place = bindings::exitmeter_place_EXITMETER_PLACE_CREATION;
+
+impl Inside {
+    /// Comes into a place whose door is shut otherwise, before [`wait_for_none`] is called.
+    fn enter(place: bindings::exitmeter_place) -> Self {
+        // SAFETY: No requirements.
+        unsafe { bindings::exitmeter_enter(place) };
+        Self(place)
+    }
+
+    /// Comes into a place unless it is [`closed`](close).
+    fn try_enter(place: bindings::exitmeter_place) -> Option<Self> {
+        // SAFETY: No requirements.
+        unsafe { bindings::exitmeter_try_enter(place) }.then_some(Self(place))
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        // SAFETY: This task came in when this was made.
+        unsafe { bindings::exitmeter_leave(self.0) };
+    }
+}
+
+/// Has a place refuse, from now on or until now, whoever would come in by [`Inside::try_enter`].
+///
+/// For a callback that sleeps: ftrace frees the trampoline that called it as the hook goes, so it
+/// has to be over before: close, [`wait_for_none`], then let the hook go.
+fn close(place: bindings::exitmeter_place, closed: bool) {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_close(place, closed) };
+}
+
+/// Waits until no task is in a place, however long they sleep, nor in the few instructions by which
+/// they leave the module's code. `where_they_sleep` and `what_for` are for the log.
+///
+/// Nobody may come in any more: the hook that let them in is gone, or the place is closed.
+fn wait_for_none(place: bindings::exitmeter_place, where_they_sleep: &str, what_for: &str) {
+    /// The time between two looks, in ms: short while it may be over at once.
+    const STEPS: [u32; 2] = [1, 50];
+    /// When the log is told, in ms, and how long after that again.
+    const FIRST_LINE: u32 = 1000;
+    const NEXT_LINE: u32 = 30_000;
+
+    let mut waited = 0_u32;
+    let mut next_line = FIRST_LINE;
+    loop {
+        // SAFETY: No requirements.
+        let inside = unsafe { bindings::exitmeter_inside(place) };
+        if inside == 0 {
+            break;
+        }
+        if waited >= next_line {
+            let (vcpus, sleep) = if inside == 1 {
+                ("vCPU", "sleeps")
+            } else {
+                ("vCPUs", "sleep")
+            };
+            pr_info!(
+                "unloading waits: {inside} {vcpus} {sleep} in {where_they_sleep}(), until {what_for}\n"
+            );
+            next_line = waited.saturating_add(NEXT_LINE);
+        }
+        let step = if waited < STEPS[1] {
+            STEPS[0]
+        } else {
+            STEPS[1]
+        };
+        // SAFETY: The callers may sleep.
+        unsafe { bindings::exitmeter_doze(step) };
+        waited = waited.saturating_add(step);
+    }
+    // SAFETY: As above.
+    unsafe { bindings::exitmeter_wait_for_tails() };
+}
+
+/// The hook by which vCPUs are announced that KVM makes. Its fields go in this order: the callback
+/// sleeps in ftrace's trampoline, so no task may be in it when that is freed.
+pub(crate) struct CreationHook {
+    _gate: CreationGate,
+    _function: Pin<KBox<Function>>,
+}
+
+/// Lets tasks into the callback. Dropping this shuts them out, and waits for those inside.
+struct CreationGate;
+
+impl Drop for CreationGate {
+    fn drop(&mut self) {
+        close(IN_CREATION, true);
+        wait_for_none(IN_CREATION, "kvm_create_lapic", "memory is there");
+    }
+}
+
+impl CreationHook {
+    /// Hooks `kvm_create_lapic()`: KVM makes a vCPU, and has made its MMU. From there on each vCPU
+    /// comes to `kvm_mmu_destroy()`, also one that KVM fails to make (`kvm_arch_vcpu_create()`,
+    /// Linux 7.3). The registry has to be published for as long as this lives.
+    pub(crate) fn attach() -> Result<Self> {
+        let name = c"kvm:kvm_create_lapic";
+        let function = KBox::try_pin_init(Function::attach(name, on_create, false), GFP_KERNEL)?;
+        close(IN_CREATION, false);
+        Ok(Self {
+            _gate: CreationGate,
+            _function: function,
+        })
+    }
+}
+
 /// KVM's own `kvm_emulate_cpuid()`; set while the redirect is in place.
 static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 
+/// The hook by which guests are answered. Its fields go in this order.
+pub(crate) struct CpuidRedirect {
+    _function: Pin<KBox<Function>>,
+    _asleep: AsleepInCpuid,
+}
+
+/// The tasks that the redirect sent to [`emulate_cpuid`]. Dropping this waits for all of them; the
+/// redirect has to be gone.
+struct AsleepInCpuid;
+
+impl Drop for AsleepInCpuid {
+    fn drop(&mut self) {
+        wait_for_none(IN_CPUID, "kvm_emulate_cpuid", "the guest's memory is there");
+    }
+}
+
 /// Finds KVM's own `kvm_emulate_cpuid()`, and hooks it to answer for our leaves. The registry
 /// has to be published for as long as this lives.
-pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
+pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
@@ -678,10 +856,11 @@ pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
         return Err(ENOENT);
     }
     EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
-    KBox::try_pin_init(
-        Function::attach(c"kvm:kvm_emulate_cpuid", on_cpuid, true),
-        GFP_KERNEL,
-    )
+    let function = KBox::try_pin_init(Function::attach(name, on_cpuid, true), GFP_KERNEL)?;
+    Ok(CpuidRedirect {
+        _function: function,
+        _asleep: AsleepInCpuid,
+    })
 }
 
 /// # Safety
@@ -720,9 +899,11 @@ unsafe extern "C" fn on_cpuid(
 unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
-    // SAFETY: The redirect is in place, so the address is set, and the registry and
-    // kvm.ko stay until no task is in here any more: KVM sleeps nowhere in the original, so
-    // unregistering, which waits for RCU-tasks, waits for it. KVM holds the vCPU.
+    // From here on `CpuidRedirect` waits for this task as it goes. Before, this task does not
+    // sleep, so that ftrace waits for it.
+    let _inside = Inside::enter(IN_CPUID);
+    // SAFETY: The redirect was in place, so the address is set, and the registry and kvm.ko stay
+    // until no task is in here any more. KVM holds the vCPU.
     let (original, guest) = unsafe {
         (
             core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),
@@ -743,76 +924,112 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     ret
 }
 
-/// KVM's reader of SVM's exit codes, found in kvm_amd.
-pub(crate) struct SvmExitCode(());
+/// KVM's own reader of exit codes, found in the vendor's module.
+pub(crate) struct ExitReader(());
 
-impl SvmExitCode {
-    /// Finds the reader, and finds it anew whenever kvm_amd is loaded again.
-    fn attach() -> Result<Self> {
+impl ExitReader {
+    /// Finds the reader, and finds it anew whenever the vendor's module is loaded again.
+    fn attach(vendor: bindings::exitmeter_vendor, module: &str) -> Result<Self> {
         // SAFETY: Called once, by `Vendor::attach`.
-        to_result(unsafe { bindings::exitmeter_attach_svm() }).inspect_err(|error| {
+        to_result(unsafe { bindings::exitmeter_attach_reader(vendor) }).inspect_err(|error| {
             if *error == ENOENT {
-                pr_err!("function svm_get_exit_info not found in kvm_amd: nothing else tells why a guest exits\n");
+                pr_err!("no reader of exit codes (get_exit_info) found in {module}: nothing else tells why a guest exits\n");
             } else if *error == ENOEXEC {
-                pr_err!("function svm_get_exit_info of kvm_amd cannot be called: under IBT that takes an ENDBR\n");
+                pr_err!("the reader of exit codes (get_exit_info) of {module} cannot be called: it is sealed against indirect calls\n");
             } else {
-                pr_err!("loads of kvm_amd cannot be watched ({:?})\n", error);
+                pr_err!("loads of {module} cannot be watched ({:?})\n", error);
             }
         })?;
         Ok(Self(()))
     }
 }
 
-impl Drop for SvmExitCode {
+impl Drop for ExitReader {
     fn drop(&mut self) {
         // SAFETY: Attached when this was made; the tracepoints are detached before.
-        unsafe { bindings::exitmeter_detach_svm() };
+        unsafe { bindings::exitmeter_detach_reader() };
     }
 }
 
 /// The vendor's half of KVM, checked when the meter is loaded.
 pub(crate) struct Vendor {
     isa: Isa,
-    _svm: Option<SvmExitCode>,
+    exit_probe: ExitProbe,
+    _reader: Option<ExitReader>,
 }
 
 impl Vendor {
     /// Checks the CPU, and that its vendor module is loaded.
     pub(crate) fn attach() -> Result<Self> {
         // SAFETY: No requirements.
-        match unsafe { bindings::exitmeter_vendor() } {
+        let vendor = unsafe { bindings::exitmeter_vendor() };
+        let (isa, module, unload) = match vendor {
             bindings::exitmeter_vendor_EXITMETER_VENDOR_VMX => {
-                demand_loaded("kvm_intel", c"kvm_intel:cleanup_module")?;
-                Ok(Self {
-                    isa: Isa::Vmx,
-                    _svm: None,
-                })
+                (Isa::Vmx, "kvm_intel", c"kvm_intel:cleanup_module")
             }
             bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => {
-                demand_loaded("kvm_amd", c"kvm_amd:cleanup_module")?;
-                Ok(Self {
-                    isa: Isa::Svm,
-                    _svm: Some(SvmExitCode::attach()?),
-                })
+                (Isa::Svm, "kvm_amd", c"kvm_amd:cleanup_module")
             }
             _ => {
                 pr_err!("this CPU has neither VT-x nor SVM\n");
-                Err(ENODEV)
+                return Err(ENODEV);
             }
+        };
+        demand_module()?;
+        demand_loaded(module, unload)?;
+        // SAFETY: No requirements.
+        let enlightened = isa == Isa::Vmx && unsafe { bindings::exitmeter_has_enlightened_vmcs() };
+        if enlightened {
+            pr_info!("this host runs under Hyper-V with an enlightened VMCS: exit reasons come from kvm_intel's own reader\n");
         }
+        let exit_probe: bindings::exitmeter_exit_probe = match isa {
+            Isa::Svm => Some(on_exit_svm),
+            Isa::Vmx if enlightened => Some(on_exit_vmx_by_kvm),
+            Isa::Vmx => Some(on_exit_vmx),
+        };
+        let by_kvm = isa == Isa::Svm || enlightened;
+        Ok(Self {
+            isa,
+            exit_probe: ExitProbe(exit_probe),
+            _reader: by_kvm
+                .then(|| ExitReader::attach(vendor, module))
+                .transpose()?,
+        })
     }
 
-    /// Which numbers this host's exit reasons are.
+    /// Return the vendor, that is, which numbers this host's exit reasons are.
     pub(crate) fn isa(&self) -> Isa {
         self.isa
     }
+
+    /// Return the probe for this host's exits, to attach for as long as this lives.
+    pub(crate) fn exit_probe(&self) -> ExitProbe {
+        self.exit_probe
+    }
+}
+
+/// Return true if a function is there: `module:name`, or `name` in the kernel or any module.
+fn exists(name: &'static CStr) -> bool {
+    // SAFETY: The name ends with a NUL. The address is not used.
+    unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) != 0 }
+}
+
+/// Demands that KVM is a module, by a function of it that has the module's name, or none if KVM is
+/// a part of the kernel.
+fn demand_module() -> Result {
+    if !exists(c"kvm:kvm_arch_vcpu_load") && exists(c"kvm_arch_vcpu_load") {
+        pr_err!(
+            "KVM is built into this kernel (CONFIG_KVM=y): exitmeter hooks it as a module alone\n"
+        );
+        return Err(ENODEV);
+    }
+    Ok(())
 }
 
 /// Demands that a module of KVM's is loaded, and tells that from a function that is not in it: by
 /// the function that unloads it, which has the same name in every module.
 fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
-    // SAFETY: The name ends with a NUL. The address is not used.
-    if unsafe { bindings::exitmeter_find_function(unload.as_char_ptr()) } == 0 {
+    if !exists(unload) {
         pr_err!("{module} is not loaded: run 'modprobe {module}' first\n");
         return Err(ENODEV);
     }

@@ -18,7 +18,7 @@ struct kvm_vcpu;
 typedef void (*exitmeter_exit_probe)(void *data, struct kvm_vcpu *vcpu,
 				     u32 isa);
 typedef void (*exitmeter_entry_probe)(void *data, struct kvm_vcpu *vcpu,
-				      bool force_immediate_exit);
+				      u8 force_immediate_exit);
 
 int exitmeter_attach_exit(exitmeter_exit_probe probe, void *data);
 void exitmeter_detach_exit(exitmeter_exit_probe probe, void *data);
@@ -30,6 +30,21 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 			      bool redirect);
 void exitmeter_detach_function(struct ftrace_ops *ops);
 bool exitmeter_is_own_text(unsigned long ip);
+
+/* The module's code in which a task may sleep. */
+enum exitmeter_place {
+	EXITMETER_PLACE_CPUID,
+	EXITMETER_PLACE_CREATION,
+	EXITMETER_PLACES,
+};
+
+void exitmeter_enter(enum exitmeter_place place);
+bool exitmeter_try_enter(enum exitmeter_place place);
+void exitmeter_leave(enum exitmeter_place place);
+void exitmeter_close(enum exitmeter_place place, bool closed);
+long exitmeter_inside(enum exitmeter_place place);
+void exitmeter_wait_for_tails(void);
+void exitmeter_doze(unsigned int ms);
 
 /*
  * The vCPU that a CPU metered last, and its ledger.  Read and written by the
@@ -62,11 +77,6 @@ u64 exitmeter_random(void);
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function);
 
-/* SVM: where KVM keeps the exit code. */
-int exitmeter_attach_svm(void);
-void exitmeter_detach_svm(void);
-u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu);
-
 /* The host's CPU and its clock. */
 enum exitmeter_vendor {
 	EXITMETER_VENDOR_OTHER,
@@ -81,6 +91,13 @@ void exitmeter_attach_sleep(exitmeter_rebase rebase);
 void exitmeter_detach_sleep(void);
 
 enum exitmeter_vendor exitmeter_vendor(void);
+bool exitmeter_has_enlightened_vmcs(void);
+
+/* KVM's own reader of the exit code. */
+int exitmeter_attach_reader(enum exitmeter_vendor vendor);
+void exitmeter_detach_reader(void);
+u32 exitmeter_exit_code(struct kvm_vcpu *vcpu);
+
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 

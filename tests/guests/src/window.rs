@@ -39,6 +39,9 @@ pub(crate) const IRQ: u32 = 5;
 pub(crate) const VECTOR_BASE: u8 = 0x20;
 const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
 
+/// An entry of a page directory but for its address: present, writable, for CPL 3 too, of 2 MiB.
+const LARGE_PAGE: u64 = 0x87;
+
 /// Selectors of code and data in 64-bit mode.
 const CODE_SELECTOR: u16 = 0x08;
 const DATA_SELECTOR: u16 = 0x10;
@@ -91,7 +94,7 @@ impl Window {
                 memory.write_u64(window + PML4, (window + PDPT) | 7);
                 memory.write_u64(window + PDPT, (window + PD) | 7);
                 for entry in 0..512 {
-                    memory.write_u64(window + PD + entry * 8, entry << 21 | 0x87);
+                    memory.write_u64(window + PD + entry * 8, entry << 21 | LARGE_PAGE);
                 }
             }
         }
@@ -139,6 +142,28 @@ impl Window {
             },
             ..Default::default()
         }
+    }
+
+    /// The registers with which the guest in 64-bit mode begins that moves its own code to the
+    /// pages to touch, and asks `query` there.
+    pub(crate) fn moved(self, query: Quad) -> kvm_regs {
+        let Self(window) = self;
+        kvm_regs {
+            rip: window + CODE + code::moved(),
+            // The first 2 MiB of addresses, in which the windows are, become the next.
+            rsi: window + PD,
+            rbx: FRESH | LARGE_PAGE,
+            rax: query.rax,
+            rcx: query.rcx,
+            rdx: query.rdx,
+            rflags: RFLAGS,
+            ..Default::default()
+        }
+    }
+
+    /// The page of the guest's memory that holds the code, and where it is when that has moved.
+    pub(crate) fn code_pages(self) -> (u64, u64) {
+        (self.0 + CODE, FRESH + self.0 + CODE)
     }
 
     /// What the vCPU was answered. In real mode the upper halves are not the guest's to

@@ -1,10 +1,17 @@
 //! Point 6: the module is refused cleanly, comes and goes, also under running guests, and
 //! goes on metering when KVM's own module is exchanged.
 
-use std::{fs, io, os::unix::fs::PermissionsExt as _, thread, time::Duration};
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    sync::atomic::{AtomicI32, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{ensure, Context as _, Result};
 use clap::ValueEnum as _;
+use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
@@ -137,6 +144,11 @@ pub(super) fn cases() -> Vec<Case> {
             meters_again()
         })
         .within(180),
+        Case::without(
+            "loading: unloading waits for a vCPU that sleeps in the query's emulation",
+            asleep,
+        )
+        .unless(never_fetches),
     ]
 }
 
@@ -324,6 +336,79 @@ fn not_in_mid_life() -> Result<()> {
     drop(new);
     Meter::demand(0, 3, 2)?;
     loaded.unload()
+}
+
+/// KVM fetches the instruction itself on SVM without NRIPS alone, and the guest's trick takes
+/// nested paging: without, KVM sees it change its page table.
+fn never_fetches() -> Result<Option<&'static str>> {
+    let cpus = fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
+    let fetches = host::isa()? == Isa::Svm
+        && host::nested_paging()?
+        && !cpus.split_whitespace().any(|flag| flag == "nrip_save");
+    Ok((!fetches).then_some("KVM does not fetch a guest's CPUID from memory here"))
+}
+
+/// A vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, which the module called, while that goes.
+fn asleep() -> Result<()> {
+    let cpuid = host::pick(10, 0x72)?;
+    let mut log = Log::from_now()?;
+    let loaded = module::Loaded::with("")?;
+    let (mut machine, absent) =
+        Machine::with_absent_code(Quad::cpuid(MAP_2021.reason_exits, cpuid))?;
+    let thread_id = AtomicI32::new(0);
+    let (stack, finished_early) = thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            machine.run_with(|_| {
+                // SAFETY: No requirements.
+                thread_id.store(unsafe { libc::gettid() }, Ordering::Relaxed);
+                Ok(())
+            })
+        });
+        let unloading = (|| {
+            absent.wait_until_wanted(Duration::from_secs(10))?;
+            let thread_id = thread_id.load(Ordering::Relaxed);
+            let stack = fs::read_to_string(format!("/proc/self/task/{thread_id}/stack"))?;
+            let unload = scope.spawn(|| loaded.unload());
+            thread::sleep(Duration::from_secs(4));
+            anyhow::Ok((stack, unload.is_finished(), unload))
+        })();
+        // Whatever came, nobody is left asleep.
+        absent.provide()?;
+        guest.join().ok().context("the guest's thread panicked")??;
+        let (stack, finished_early, unload) = unloading?;
+        unload.join().ok().context("unloading panicked")??;
+        anyhow::Ok((stack, finished_early))
+    })?;
+    ensure!(
+        [
+            "handle_userfault",
+            "kvm_skip_emulated_instruction",
+            "[exitmeter]"
+        ]
+        .iter()
+        .all(|words| stack.contains(words)),
+        "the vCPU slept elsewhere: {stack}"
+    );
+    ensure!(
+        !finished_early,
+        "the module went while a vCPU slept in it: {stack}"
+    );
+    let answer = machine.registers()?;
+    ensure!(
+        answer
+            == Quad {
+                rax: 1,
+                ..Quad::default()
+            },
+        "the vCPU reads {answer:x?} of its only CPUID exit"
+    );
+    let lines = log.own_lines()?;
+    let waits = "unloading waits: 1 vCPU sleeps in kvm_emulate_cpuid()";
+    ensure!(
+        lines.iter().filter(|line| line.contains(waits)).count() == 1,
+        "the log does not say once that unloading waits: {lines:#?}"
+    );
+    meters_again()
 }
 
 /// KVM's vendor module is taken out and put back under the meter, without nested paging

@@ -29,6 +29,9 @@ use super::{
 /// The share of the time for which sums are renewed at most: one part in so many.
 const RENEWING_SHARE: u64 = 16;
 
+/// The longest time between two renewals, in ms, however long the asker was off its CPU meanwhile.
+const LONGEST_WAIT: u64 = 1000;
+
 /// The sums of the host. All-zero bytes are some that were never renewed.
 #[derive(Debug)]
 pub(super) struct HostSums {
@@ -202,7 +205,8 @@ impl<P: Platform> Drop for Turn<'_, P> {
         let now = self.platform.now();
         let took = now.wrapping_sub(self.began);
         let wait = took.saturating_mul(RENEWING_SHARE);
-        let wait = wait.clamp(self.platform.millisecond(), 1 << 39);
+        let millisecond = self.platform.millisecond();
+        let wait = wait.clamp(millisecond, millisecond.saturating_mul(LONGEST_WAIT));
         self.due.store(now.wrapping_add(wait), Relaxed);
         // ORDERING: As in `take`.
         self.renewing.store(false, Release);

@@ -25,7 +25,7 @@ use crate::{
     platform::{millisecond, pauses, Holds, Native},
     spread::Spread,
     together::check_records,
-    writer::{self, host, load, newcomer, put, settings, spend, Meter},
+    writer::{self, host, load, newcomer, put, settings, spend, spend_between, Meter, GAP},
 };
 
 /// The most steps that may be taken in one hold of the lock, however many vCPUs there are.
@@ -58,7 +58,10 @@ pub struct Size {
 const NOTHING: u32 = 0;
 const ONE: u32 = 1;
 const ALL: u32 = 2;
-const END: u32 = 3;
+/// One vCPU whose transitions come as fast as those of no guest do, and one that is all transitions.
+const FAST: u32 = 3;
+const FASTEST: u32 = 4;
+const END: u32 = 5;
 
 /// Transitions of one vCPU before the next one gets the CPU.
 const STINT: usize = 200;
@@ -109,25 +112,13 @@ pub fn machine(time: Duration) {
     });
 }
 
-/// Add up attempts or interrupts.
-#[derive(Default)]
-struct Most {
-    count: u64,
-    sum: u64,
-    most: u32,
-}
-
-impl Most {
-    fn add(&mut self, number: u32) {
-        self.count += 1;
-        self.sum += u64::from(number);
-        self.most = self.most.max(number);
-    }
-
-    fn tell(&self, what: &str) -> String {
-        let mean = self.sum as f64 / self.count.max(1) as f64;
-        format!("{what} {mean:.2}, most {}", self.most)
-    }
+fn numbers(what: &str, spread: &Spread) -> String {
+    format!(
+        "{what} {:.2}, 99.9% {}, most {}",
+        spread.mean(),
+        spread.quantile(0.999),
+        spread.worst()
+    )
 }
 
 /// The vCPUs of one measurement, and the meter that knows them.
@@ -181,19 +172,24 @@ impl Guests {
                     std::thread::yield_now();
                     continue;
                 }
-                ONE => turn = 0,
+                ONE | FAST | FASTEST => turn = 0,
                 _ => turn = (turn + 1) % self.vcpus.len(),
             }
+            let gap = match ordered {
+                FAST => (GAP.0, GAP.0),
+                FASTEST => (0, 0),
+                _ => GAP,
+            };
             let vcpu = &self.vcpus[turn];
             let key = vcpu.key();
             load(&self.meter, (WRITER as u32, cpu), vcpu, || unreachable!("it is known"))
                 .expect("it is known");
             for _ in 0..STINT {
                 writer::entry(&self.meter, cpu, key);
-                spend(&mut chance);
+                spend_between(&mut chance, gap);
                 let code = chance.below(self.plan.reasons.into()) as u32;
                 writer::exit(&self.meter, cpu, key, code, false);
-                spend(&mut chance);
+                spend_between(&mut chance, gap);
             }
             put(&self.meter, cpu, vcpu, Phase::User);
         });
@@ -222,11 +218,49 @@ impl Guests {
         )
     }
 
-    fn copy(&self) {
+    fn copies(&self) {
+        self.copy("copy of one ledger");
+    }
+
+    fn copies_of_fast(&self) {
+        self.copy("the same, a transition each 300 ticks");
+    }
+
+    /// Copy a ledger that never stands still: all attempts, then interrupts.
+    fn copies_of_fastest(&self) {
+        self.copy("the same, one transition at once after the other");
         let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
         let mut copy = Box::new(LedgerCopy::new());
-        let [mut alone, mut interrupted, mut forced] = [(); 3].map(|()| Spread::default());
-        let [mut attempts, mut interrupts, mut failed] = [(); 3].map(|()| Most::default());
+        let [mut tries, mut forced, mut sent_all] = [(); 3].map(|()| Spread::default());
+        let began = Instant::now();
+        while began.elapsed() < self.plan.time {
+            let from = ticks();
+            if member.ledger().copy(&mut copy).is_none() {
+                tries.add(ticks() - from);
+            }
+            let (from, mut sent) = (ticks(), 1);
+            while !self
+                .meter
+                .platform()
+                .copy_on(WRITER as u32, member.ledger(), &mut copy)
+            {
+                sent += 1;
+                assert!(sent <= MOST_INTERRUPTS.into(), "{sent} interrupts");
+            }
+            forced.add(ticks() - from);
+            sent_all.add(sent);
+            assert!(copy.balances(), "a copy that does not balance");
+        }
+        line("all attempts in vain", &tries, "|");
+        let sent = numbers("signals", &sent_all);
+        line("a signal in place of the interrupt", &forced, &format!("{sent} |"));
+    }
+
+    fn copy(&self, what: &str) {
+        let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
+        let mut copy = Box::new(LedgerCopy::new());
+        let [mut alone, mut interrupted] = [(); 2].map(|()| Spread::default());
+        let [mut attempts, mut interrupts] = [(); 2].map(|()| Spread::default());
         let mut chance = Chance::new(3);
         let began = Instant::now();
         while began.elapsed() < self.plan.time {
@@ -235,43 +269,23 @@ impl Guests {
             let took = ticks() - from;
             assert!(tries <= TRIES && sent <= MOST_INTERRUPTS, "{tries}, {sent}");
             assert!(copy.balances(), "a copy that does not balance");
-            attempts.add(tries + 1);
-            interrupts.add(sent);
+            attempts.add(u64::from(tries) + u64::from(sent == 0));
             match sent {
                 0 => alone.add(took),
-                _ => interrupted.add(took),
+                _ => {
+                    interrupted.add(took);
+                    interrupts.add(sent.into());
+                }
             }
             let until = ticks() + chance.below(20_000);
             while ticks() < until {}
         }
         let lock = self.lock();
-        line(
-            "copy of one ledger",
-            &alone,
-            &format!("{}; {}; {lock}", attempts.tell("attempts"), interrupts.tell("interrupts")),
-        );
+        line(what, &alone, &format!("{}; {lock}", numbers("attempts", &attempts)));
         if interrupted.count() > 0 {
-            line("copy of one ledger, by an interrupt", &interrupted, "|");
+            let interrupts = numbers("interrupts", &interrupts);
+            line(&format!("{what}, by an interrupt"), &interrupted, &format!("{interrupts} |"));
         }
-        while began.elapsed() < self.plan.time * 2 {
-            let (from, mut sent) = (ticks(), 1);
-            while !self
-                .meter
-                .platform()
-                .copy_on(WRITER as u32, member.ledger(), &mut copy)
-            {
-                sent += 1;
-                assert!(sent <= MOST_INTERRUPTS, "{sent} interrupts");
-            }
-            forced.add(ticks() - from);
-            failed.add(sent);
-            assert!(copy.balances(), "a copy that does not balance");
-        }
-        line(
-            "the interrupt alone (a signal)",
-            &forced,
-            &format!("{} |", failed.tell("interrupts")),
-        );
     }
 
     fn snapshots(&self) {
@@ -402,8 +416,10 @@ pub fn measure(size: Size, plan: Plan) {
         scope.spawn(|| guests.write(&order));
         let callers = scope.spawn(|| {
             pin(CALLER);
-            let callers: [(u32, fn(&Guests)); 4] = [
-                (ONE, Guests::copy),
+            let callers: [(u32, fn(&Guests)); 6] = [
+                (ONE, Guests::copies),
+                (FAST, Guests::copies_of_fast),
+                (FASTEST, Guests::copies_of_fastest),
                 (ALL, Guests::snapshots),
                 // A single vCPU does not run while it asks.
                 (if size.vcpus > 1 { ONE } else { NOTHING }, Guests::queries),

@@ -128,7 +128,13 @@ pub fn put(meter: &Meter, cpu: &Cpu, vcpu: &Vcpu, phase: Phase) {
 /// Spend the time up to the next transition.
 #[inline(always)]
 pub fn spend(chance: &mut Chance) {
-    let until = ticks() + GAP.0 + chance.below(GAP.1 - GAP.0);
+    spend_between(chance, GAP);
+}
+
+/// Spend the time up to the next transition, of ticks between two bounds.
+#[inline(always)]
+pub fn spend_between(chance: &mut Chance, (least, most): (u64, u64)) {
+    let until = ticks() + least + chance.below(most - least + 1);
     while ticks() < until {
         core::hint::spin_loop();
     }

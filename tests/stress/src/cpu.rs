@@ -252,6 +252,14 @@ pub fn pin(to: usize) {
     }
 }
 
+/// Have no ordinary thread of the machine run in place of this one.
+pub fn be_real_time() {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: Reads the parameters alone.
+    let set = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameters) };
+    assert_eq!(set, 0, "real time takes root's rights");
+}
+
 /// Numbers by chance, the same in each run.
 #[derive(Clone, Debug)]
 pub struct Chance(u64);

@@ -17,6 +17,9 @@ struct Arguments {
     /// vCPUs of the largest measurement.
     #[arg(long, default_value_t = 65_536)]
     most: usize,
+    /// Measure before all other threads of the machine; takes root's rights.
+    #[arg(long)]
+    real_time: bool,
     /// Only all kinds of callers at once.
     #[arg(long)]
     together: bool,
@@ -30,11 +33,16 @@ fn main() {
     let time = Duration::from_secs_f64(arguments.seconds);
     if !arguments.together {
         measure::head();
-        machine(time);
+        machine(time, arguments.real_time);
         for (size, reasons) in measurements() {
             if size.vcpus <= arguments.most {
-                let poison = false;
-                measure(size, measure::Plan { time, reasons, poison });
+                let plan = measure::Plan {
+                    time,
+                    reasons,
+                    poison: false,
+                    real_time: arguments.real_time,
+                };
+                measure(size, plan);
             }
         }
     }

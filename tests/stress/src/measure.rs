@@ -21,7 +21,7 @@ use exitmeter_meter::{
 };
 
 use crate::{
-    cpu::{pin, ticks, Chance, Vcpu},
+    cpu::{be_real_time, pin, ticks, Chance, Vcpu},
     platform::{millisecond, pauses, Holds, Native},
     spread::Spread,
     together::check_records,
@@ -43,6 +43,8 @@ pub struct Plan {
     pub reasons: u32,
     /// Fill freed memory.
     pub poison: bool,
+    /// Callers and writer run before all other threads of the machine.
+    pub real_time: bool,
 }
 
 /// How many vCPUs there are, and in how many VMs.
@@ -87,6 +89,13 @@ fn line(what: &str, spread: &Spread, beside: &str) {
     );
 }
 
+fn start(cpu: usize, real_time: bool) {
+    pin(cpu);
+    if real_time {
+        be_real_time();
+    }
+}
+
 /// Print what the columns are.
 pub fn head() {
     println!("| µs | count | mean | median | 99% | 99.9% | worst | beside |");
@@ -94,10 +103,10 @@ pub fn head() {
 }
 
 /// Tell how the machine holds up a loop that waits for nobody: what the other lines have of it, too.
-pub fn machine(time: Duration) {
+pub fn machine(time: Duration, real_time: bool) {
     let _: () = std::thread::scope(|scope| {
         scope.spawn(|| {
-            pin(CALLER);
+            start(CALLER, real_time);
             let mut spread = Spread::default();
             let (began, round) = (Instant::now(), millisecond() / 100);
             while began.elapsed() < time {
@@ -164,12 +173,15 @@ impl Guests {
         let cpu = self.meter.platform().cpu_at(WRITER);
         let mut chance = Chance::new(2);
         let mut turn = 0;
+        if self.plan.real_time {
+            be_real_time();
+        }
         cpu.run(Some(WRITER), || loop {
             let ordered = order.load(Acquire);
             match ordered {
                 END => return,
                 NOTHING => {
-                    std::thread::yield_now();
+                    std::thread::sleep(Duration::from_micros(200));
                     continue;
                 }
                 ONE | FAST | FASTEST => turn = 0,
@@ -235,7 +247,7 @@ impl Guests {
         let began = Instant::now();
         while began.elapsed() < self.plan.time {
             let from = ticks();
-            if member.ledger().copy(&mut copy).is_none() {
+            if member.ledger().copy(TRIES, &mut copy).is_none() {
                 tries.add(ticks() - from);
             }
             let (from, mut sent) = (ticks(), 1);
@@ -415,7 +427,7 @@ pub fn measure(size: Size, plan: Plan) {
     std::thread::scope(|scope| {
         scope.spawn(|| guests.write(&order));
         let callers = scope.spawn(|| {
-            pin(CALLER);
+            start(CALLER, plan.real_time);
             let callers: [(u32, fn(&Guests)); 6] = [
                 (ONE, Guests::copies),
                 (FAST, Guests::copies_of_fast),

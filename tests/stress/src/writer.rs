@@ -2,6 +2,7 @@
 
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves},
+    ledger::TRIES,
     phase::Phase,
     reasons::{slot, Isa},
     registry::{Member, Newcomer, Owner, Refused, Registry, Settings},
@@ -27,9 +28,11 @@ pub fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
         leaves: Leaves {
             map: LeafMap::Map2021,
             isa: Isa::Vmx,
+            life: 1,
         },
         host_scope,
         max_vcpus,
+        copy_tries: TRIES,
     }
 }
 
@@ -43,6 +46,8 @@ pub fn host(meter: &Meter) -> Host {
         tsc_stable: true,
         loaded: meter.loaded(),
         now: ticks(),
+        clock_offset: 0,
+        life: 1,
     }
 }
 

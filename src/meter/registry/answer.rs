@@ -29,6 +29,12 @@ use super::{
 /// The share of the time for which sums are renewed at most: one part in so many.
 const RENEWING_SHARE: u64 = 16;
 
+/// Pauses of an asker that waits for sums, should the clock stand.
+const MOST_PAUSES: u32 = 1 << 16;
+
+/// The longest time between two renewals, in ms, however long the asker was off its CPU meanwhile.
+const LONGEST_WAIT: u64 = 1000;
+
 /// The sums of the host. All-zero bytes are some that were never renewed.
 #[derive(Debug)]
 pub(super) struct HostSums {
@@ -38,6 +44,18 @@ pub(super) struct HostSums {
     next: Rows,
     renewing: AtomicBool,
     due: AtomicU64,
+    /// Answers that were not of `told`, while there were few vCPUs. Written under the lock.
+    few: AtomicU64,
+    /// Of these, those that are not newer than `told`, and 1; 0 before the first renewal.
+    covered: AtomicU64,
+}
+
+impl HostSums {
+    /// Return true if `told` is not older than any answer so far.
+    fn is_new(&self) -> bool {
+        // ORDERING: Who sees that sums cover an answer sees them.
+        self.covered.load(Acquire) == self.few.load(Relaxed).wrapping_add(1)
+    }
 }
 
 /// The numbers that a guest may see: those of its group, and of all others.
@@ -74,28 +92,56 @@ impl<P: Platform> Registry<P> {
         };
         // ORDERING: See `State::add_group`.
         // SAFETY: Sums stay for as long as their VM.
-        let sums = unsafe { vm.sums.load(Acquire).as_ref() };
-        if let Some(sums) = sums {
-            if is_due(&vm.due, self.platform.now()) {
-                self.renew(vm, sums);
-            }
+        let (sums, its) = unsafe {
+            let sums = vm.sums.load(Acquire).as_ref();
+            (sums, group.sums.load(Acquire).as_ref())
+        };
+        if let (Some(sums), Some(its)) = (sums, its) {
+            // ORDERING: Who sees that sums were renewed sees them.
+            let are_there = || its.renewed.load(Acquire);
+            self.renew_or_wait(&vm.renewing, &vm.due, are_there, || self.renew(vm, sums));
         }
-        // SAFETY: As above.
-        let others = unsafe { group.sums.load(Acquire).as_ref() }.map(|sums| &sums.others);
         let numbers = Told {
             registry: self,
             group,
-            others,
+            others: its.map(|its| &its.others),
         };
         Some(self.settings.leaves.answer(query, subleaf, &numbers))
     }
 
-    /// Renew the sums of a VM, unless somebody does so already.
+    /// Have sums renewed that are due, or that this asker may not yet read: by `renew`, unless
+    /// somebody does so already. Numbers that have never been told must not make others fall, so
+    /// for such sums the asker waits, a millisecond at most.
+    fn renew_or_wait(
+        &self,
+        renewing: &AtomicBool,
+        due: &AtomicU64,
+        may_be_read: impl Fn() -> bool,
+        renew: impl Fn(),
+    ) {
+        let began = self.platform.now();
+        if may_be_read() && !is_due(due, began) {
+            return;
+        }
+        for _ in 0..MOST_PAUSES {
+            if let Some(_turn) = Turn::take(&self.platform, renewing, due) {
+                // Somebody may have just had it.
+                if !may_be_read() || is_due(due, self.platform.now()) {
+                    renew();
+                }
+                return;
+            }
+            let waited = self.platform.now().wrapping_sub(began);
+            if may_be_read() || waited > self.platform.millisecond() {
+                return;
+            }
+            self.platform.pause();
+        }
+    }
+
+    /// Renew the sums of a VM. The caller has the turn.
     #[cold]
     fn renew(&self, vm: &Vm, sums: &Rows) {
-        let Some(_turn) = Turn::take(&self.platform, &vm.renewing, &vm.due) else {
-            return;
-        };
         sums.clear();
         each_group(vm, |group| {
             // SAFETY: Sums stay for as long as their VM.
@@ -114,35 +160,37 @@ impl<P: Platform> Registry<P> {
             // SAFETY: As above.
             if let Some(its) = unsafe { group.sums.load(Acquire).as_ref() } {
                 its.others.set_difference(sums, &its.own);
+                // ORDERING: See `answer_for_vm`.
+                its.renewed.store(true, Release);
             }
         });
     }
 
     fn answer_for_host(&self, query: Query, subleaf: u32) -> Option<Registers> {
         let leaves = &self.settings.leaves;
+        // SAFETY: There for as long as the registry is.
+        let host = unsafe { self.host.load(Relaxed).as_ref() }?;
         let state = self.lock();
         if state.metered <= GROUP && state.groups <= GROUP {
+            let few = host.few.load(Relaxed);
+            host.few.store(few.wrapping_add(1), Relaxed);
             return Some(leaves.answer(query, subleaf, &Few(&state)));
         }
         drop(state);
-        // SAFETY: There for as long as the registry is.
-        let host = unsafe { self.host.load(Relaxed).as_ref() }?;
-        if is_due(&host.due, self.platform.now()) {
-            self.renew_host(host);
-        }
+        let is_new = || host.is_new();
+        self.renew_or_wait(&host.renewing, &host.due, is_new, || self.renew_host(host));
         Some(leaves.answer(query, subleaf, &Renewed(&host.told)))
     }
 
-    /// Renew the sums of the host, unless somebody does so already.
+    /// Renew the sums of the host. The caller has the turn.
     #[cold]
     fn renew_host(&self, host: &HostSums) {
-        let Some(_turn) = Turn::take(&self.platform, &host.renewing, &host.due) else {
-            return;
-        };
         host.next.clear();
+        let mut few = 0;
         self.walk(
             walk::HOST,
             |state| {
+                few = host.few.load(Relaxed);
                 for (slot, row, _) in state.gone.rows() {
                     host.next.add(slot, Sum::Exits, row.exits);
                     host.next.add(slot, Sum::Nested, row.nested_exits);
@@ -154,6 +202,8 @@ impl<P: Platform> Registry<P> {
             |member, _| host.next.add_ledger(&member.ledger),
         );
         host.told.set(&host.next);
+        // ORDERING: See `HostSums::is_new`.
+        host.covered.store(few.wrapping_add(1), Release);
     }
 }
 
@@ -186,14 +236,12 @@ impl<'a, P: Platform> Turn<'a, P> {
         if renewing.swap(true, Acquire) {
             return None;
         }
-        let turn = Self {
+        Some(Self {
             platform,
             renewing,
             due,
             began: platform.now(),
-        };
-        // Somebody may have just had it. The drop sets the time anew, a little late.
-        is_due(due, turn.began).then_some(turn)
+        })
     }
 }
 
@@ -202,7 +250,8 @@ impl<P: Platform> Drop for Turn<'_, P> {
         let now = self.platform.now();
         let took = now.wrapping_sub(self.began);
         let wait = took.saturating_mul(RENEWING_SHARE);
-        let wait = wait.clamp(self.platform.millisecond(), 1 << 39);
+        let millisecond = self.platform.millisecond();
+        let wait = wait.clamp(millisecond, millisecond.saturating_mul(LONGEST_WAIT));
         self.due.store(now.wrapping_add(wait), Relaxed);
         // ORDERING: As in `take`.
         self.renewing.store(false, Release);

@@ -111,6 +111,8 @@ pub(super) struct GroupSums {
     pub(super) own: Rows,
     /// Over the vCPUs of all other groups.
     pub(super) others: Rows,
+    /// `others` was renewed since the group was made.
+    pub(super) renewed: AtomicBool,
 }
 
 /// The numbers of a row.

@@ -1,0 +1,452 @@
+//! How long each kind of caller waits, how long the lock is held, and by how many steps.
+
+use std::{
+    sync::atomic::{
+        AtomicU32,
+        Ordering::{Acquire, Relaxed, Release},
+    },
+    time::{Duration, Instant},
+};
+
+use exitmeter_meter::{
+    leaves::Query,
+    ledger::{LedgerCopy, Totals, TRIES},
+    phase::Phase,
+    reader::Snapshot,
+    registry::{
+        walk::{NoSnapshot, Walker},
+        Platform,
+    },
+    snapshot::size_for,
+};
+
+use crate::{
+    cpu::{be_real_time, pin, ticks, Chance, Vcpu},
+    platform::{millisecond, pauses, Holds, Native},
+    spread::Spread,
+    together::check_records,
+    writer::{self, host, load, newcomer, put, settings, spend, spend_between, Meter, GAP},
+};
+
+/// The most steps that may be taken in one hold of the lock, however many vCPUs there are.
+pub const MOST_STEPS: u64 = 64;
+
+/// The most interrupts for one copy.
+pub const MOST_INTERRUPTS: u32 = 16;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// The time for each kind of caller.
+    pub time: Duration,
+    /// Reasons that each vCPU has exited for.
+    pub reasons: u32,
+    /// Fill freed memory.
+    pub poison: bool,
+    /// Callers and writer run before all other threads of the machine.
+    pub real_time: bool,
+}
+
+/// How many vCPUs there are, and in how many VMs.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// vCPUs in all.
+    pub vcpus: usize,
+    /// VMs, of as many vCPUs each.
+    pub vms: usize,
+}
+
+/// What the CPU beside the callers does.
+const NOTHING: u32 = 0;
+const ONE: u32 = 1;
+const ALL: u32 = 2;
+/// One vCPU whose transitions come as fast as those of no guest do, and one that is all transitions.
+const FAST: u32 = 3;
+const FASTEST: u32 = 4;
+const END: u32 = 5;
+
+/// Transitions of one vCPU before the next one gets the CPU.
+const STINT: usize = 200;
+
+/// The callers' CPU of the machine, and the writer's.
+const CALLER: usize = 0;
+const WRITER: usize = 1;
+
+fn micros(ticks: f64) -> f64 {
+    ticks * 1000.0 / millisecond() as f64
+}
+
+fn line(what: &str, spread: &Spread, beside: &str) {
+    let of = |share| micros(spread.quantile(share) as f64);
+    println!(
+        "| {what} | {} | {:.2} | {:.2} | {:.1} | {:.1} | {:.1} | {beside}",
+        spread.count(),
+        micros(spread.mean()),
+        of(0.5),
+        of(0.99),
+        of(0.999),
+        micros(spread.worst() as f64),
+    );
+}
+
+fn start(cpu: usize, real_time: bool) {
+    pin(cpu);
+    if real_time {
+        be_real_time();
+    }
+}
+
+/// Print what the columns are.
+pub fn head() {
+    println!("| µs | count | mean | median | 99% | 99.9% | worst | beside |");
+    println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |");
+}
+
+/// Tell how the machine holds up a loop that waits for nobody: what the other lines have of it, too.
+pub fn machine(time: Duration, real_time: bool) {
+    let _: () = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            start(CALLER, real_time);
+            let mut spread = Spread::default();
+            let (began, round) = (Instant::now(), millisecond() / 100);
+            while began.elapsed() < time {
+                let from = ticks();
+                while ticks() - from < round {
+                    core::hint::spin_loop();
+                }
+                spread.add(ticks() - from - round);
+            }
+            line("a loop of 10 µs, above that", &spread, "the machine's own |");
+        });
+    });
+}
+
+fn numbers(what: &str, spread: &Spread) -> String {
+    format!(
+        "{what} {:.2}, 99.9% {}, most {}",
+        spread.mean(),
+        spread.quantile(0.999),
+        spread.worst()
+    )
+}
+
+/// The vCPUs of one measurement, and the meter that knows them.
+struct Guests {
+    meter: Meter,
+    vcpus: Vec<Vcpu>,
+    size: Size,
+    plan: Plan,
+}
+
+impl Guests {
+    fn new(size: Size, plan: Plan) -> Self {
+        let native = Native::new(2, plan.poison);
+        let meter = Meter::new(native, settings(size.vcpus + 256, false)).expect("memory");
+        let vcpus: Vec<_> = (0..size.vcpus).map(|_| Vcpu::new()).collect();
+        let mut chance = Chance::new(1);
+        let cpu = meter.platform().cpu_at(WRITER);
+        for (id, vcpu) in vcpus.iter().enumerate() {
+            let vm = id / (size.vcpus / size.vms);
+            meter
+                .announce(vcpu.key(), newcomer(vcpu, vm, id as u32))
+                .expect("there is room");
+            load(&meter, (WRITER as u32, cpu), vcpu, || unreachable!("it is known"))
+                .expect("it is known");
+            for code in 0..plan.reasons {
+                writer::entry(&meter, cpu, vcpu.key());
+                spend(&mut chance);
+                writer::exit(&meter, cpu, vcpu.key(), code, false);
+            }
+            put(&meter, cpu, vcpu, Phase::User);
+        }
+        meter.platform().take_holds();
+        Self {
+            meter,
+            vcpus,
+            size,
+            plan,
+        }
+    }
+
+    /// Run vCPUs on the CPU beside the callers.
+    fn write(&self, order: &AtomicU32) {
+        let cpu = self.meter.platform().cpu_at(WRITER);
+        let mut chance = Chance::new(2);
+        let mut turn = 0;
+        if self.plan.real_time {
+            be_real_time();
+        }
+        cpu.run(Some(WRITER), || loop {
+            let ordered = order.load(Acquire);
+            match ordered {
+                END => return,
+                NOTHING => {
+                    std::thread::sleep(Duration::from_micros(200));
+                    continue;
+                }
+                ONE | FAST | FASTEST => turn = 0,
+                _ => turn = (turn + 1) % self.vcpus.len(),
+            }
+            let gap = match ordered {
+                FAST => (GAP.0, GAP.0),
+                FASTEST => (0, 0),
+                _ => GAP,
+            };
+            let vcpu = &self.vcpus[turn];
+            let key = vcpu.key();
+            load(&self.meter, (WRITER as u32, cpu), vcpu, || unreachable!("it is known"))
+                .expect("it is known");
+            for _ in 0..STINT {
+                writer::entry(&self.meter, cpu, key);
+                spend_between(&mut chance, gap);
+                let code = chance.below(self.plan.reasons.into()) as u32;
+                writer::exit(&self.meter, cpu, key, code, false);
+                spend_between(&mut chance, gap);
+            }
+            put(&self.meter, cpu, vcpu, Phase::User);
+        });
+    }
+
+    /// Tell of the lock since this was last told.
+    fn lock(&self) -> String {
+        Self::tell_of(&self.meter.platform().take_holds())
+    }
+
+    fn tell_of(holds: &Holds) -> String {
+        assert!(
+            holds.most_steps <= MOST_STEPS,
+            "{} steps in one hold of the lock",
+            holds.most_steps
+        );
+        if holds.held.count() == 0 {
+            return "no lock |".to_owned();
+        }
+        format!(
+            "lock held {:.2}, 99.9% {:.1}, worst {:.1}; most steps {} |",
+            micros(holds.held.mean()),
+            micros(holds.held.quantile(0.999) as f64),
+            micros(holds.held.worst() as f64),
+            holds.most_steps
+        )
+    }
+
+    fn copies(&self) {
+        self.copy("copy of one ledger");
+    }
+
+    fn copies_of_fast(&self) {
+        self.copy("the same, a transition each 300 ticks");
+    }
+
+    /// Copy a ledger that never stands still: all attempts, then interrupts.
+    fn copies_of_fastest(&self) {
+        self.copy("the same, one transition at once after the other");
+        let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
+        let mut copy = Box::new(LedgerCopy::new());
+        let [mut tries, mut forced, mut sent_all] = [(); 3].map(|()| Spread::default());
+        let began = Instant::now();
+        while began.elapsed() < self.plan.time {
+            let from = ticks();
+            if member.ledger().copy(TRIES, &mut copy).is_none() {
+                tries.add(ticks() - from);
+            }
+            let (from, mut sent) = (ticks(), 1);
+            while !self
+                .meter
+                .platform()
+                .copy_on(WRITER as u32, member.ledger(), &mut copy)
+            {
+                sent += 1;
+                assert!(sent <= MOST_INTERRUPTS.into(), "{sent} interrupts");
+            }
+            forced.add(ticks() - from);
+            sent_all.add(sent);
+            assert!(copy.balances(), "a copy that does not balance");
+        }
+        line("all attempts in vain", &tries, "|");
+        let sent = numbers("signals", &sent_all);
+        line("a signal in place of the interrupt", &forced, &format!("{sent} |"));
+    }
+
+    fn copy(&self, what: &str) {
+        let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
+        let mut copy = Box::new(LedgerCopy::new());
+        let [mut alone, mut interrupted] = [(); 2].map(|()| Spread::default());
+        let [mut attempts, mut interrupts] = [(); 2].map(|()| Spread::default());
+        let mut chance = Chance::new(3);
+        let began = Instant::now();
+        while began.elapsed() < self.plan.time {
+            let from = ticks();
+            let (tries, sent) = self.meter.copy(member, &mut copy).expect("a copy");
+            let took = ticks() - from;
+            assert!(tries <= TRIES && sent <= MOST_INTERRUPTS, "{tries}, {sent}");
+            assert!(copy.balances(), "a copy that does not balance");
+            attempts.add(u64::from(tries) + u64::from(sent == 0));
+            match sent {
+                0 => alone.add(took),
+                _ => {
+                    interrupted.add(took);
+                    interrupts.add(sent.into());
+                }
+            }
+            let until = ticks() + chance.below(20_000);
+            while ticks() < until {}
+        }
+        let lock = self.lock();
+        line(what, &alone, &format!("{}; {lock}", numbers("attempts", &attempts)));
+        if interrupted.count() > 0 {
+            let interrupts = numbers("interrupts", &interrupts);
+            line(&format!("{what}, by an interrupt"), &interrupted, &format!("{interrupts} |"));
+        }
+    }
+
+    fn snapshots(&self) {
+        let (mut walker, mut gone) = (Box::new(Walker::new()), Box::new(Totals::new()));
+        let rows = self.size.vcpus * (self.plan.reasons as usize + 2);
+        let mut buffer = vec![0; size_for(self.size.vcpus + 1, rows)];
+        let mut spread = Spread::default();
+        let (began, mut exits) = (Instant::now(), 0);
+        let mut steps = 0;
+        while began.elapsed() < self.plan.time || spread.count() < 2 {
+            *gone = Totals::new();
+            let from = ticks();
+            let told = host(&self.meter);
+            let size = match self.meter.snapshot(&mut walker, &mut buffer, &mut gone, told) {
+                Ok(size) => size,
+                Err(NoSnapshot::Full(_)) => panic!("the buffer is large enough"),
+                Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
+            };
+            spread.add(ticks() - from);
+            let snapshot = Snapshot::parse(&buffer[..size]).expect("a snapshot");
+            let (vcpus, now) = check_records(&snapshot);
+            assert_eq!(vcpus, self.size.vcpus, "each vCPU stands in the snapshot once");
+            assert!(now >= exits, "exits fell from {exits} to {now}");
+            exits = now;
+            steps += 1;
+        }
+        let holds = self.meter.platform().take_holds();
+        assert!(holds.most_steps <= MOST_STEPS, "{} steps", holds.most_steps);
+        line(
+            "snapshot",
+            &spread,
+            &format!(
+                "each {} holds, {} steps; lock held {:.2}, 99.9% {:.1}, worst {:.1}; most steps {} |",
+                holds.held.count() / steps,
+                holds.all_steps / steps,
+                micros(holds.held.mean()),
+                micros(holds.held.quantile(0.999) as f64),
+                micros(holds.held.worst() as f64),
+                holds.most_steps
+            ),
+        );
+    }
+
+    fn queries(&self) {
+        let key = self.vcpus[self.size.vcpus.min(2) - 1].key();
+        let kinds: [(&str, &[Query]); 2] = [
+            ("query of all reasons", &[Query::TotalExits, Query::TotalCycles]),
+            ("query of one reason", &[Query::Exits64, Query::PhaseCycles, Query::ReasonCycles]),
+        ];
+        for (what, queries) in kinds {
+            let [mut plain, mut renewing] = [(); 2].map(|()| Spread::default());
+            let (mut chance, began) = (Chance::new(4), Instant::now());
+            while began.elapsed() < self.plan.time {
+                let query = queries[chance.below(queries.len() as u64) as usize];
+                let code = chance.below(self.plan.reasons.into()) as u32;
+                let (from, before) = (ticks(), pauses());
+                let answer = self.meter.answer(key, query, code);
+                let took = ticks() - from;
+                assert!(answer.is_some(), "a vCPU that is known is answered");
+                match pauses() == before {
+                    true => plain.add(took),
+                    false => renewing.add(took),
+                }
+            }
+            let holds = self.meter.platform().take_holds();
+            assert_eq!(holds.held.count(), 0, "a query takes no lock");
+            line(what, &plain, "no lock |");
+            if renewing.count() > 0 {
+                line(&format!("{what}, that renews"), &renewing, "no lock |");
+            }
+        }
+    }
+
+    fn births(&self) {
+        let [mut births, mut deaths] = [(); 2].map(|()| Spread::default());
+        let began = Instant::now();
+        let mut made: Vec<Vcpu> = (0..64).map(|_| Vcpu::new()).collect();
+        let [mut lock_of_births, mut lock_of_deaths] = [(); 2].map(|()| Holds::default());
+        while began.elapsed() < self.plan.time || births.count() == 0 {
+            for (number, vcpu) in made.iter_mut().enumerate() {
+                *vcpu.lives.get_mut() = true;
+                let id = self.size.vcpus + number;
+                // Into the one VM, or a VM each.
+                let vm = if self.size.vms == 1 { 0 } else { id };
+                let newcomer = newcomer(vcpu, vm, id as u32);
+                let from = ticks();
+                self.meter.announce(vcpu.key(), newcomer).expect("there is room");
+                let born = self.meter.at_event(vcpu.key(), ticks(), Phase::Kernel, || newcomer);
+                births.add(ticks() - from);
+                assert!(born.expect("it is known").is_some(), "it is metered");
+            }
+            lock_of_births.add(&self.meter.platform().take_holds());
+            for vcpu in &mut made {
+                let from = ticks();
+                self.meter.destroy(vcpu.key(), 0);
+                deaths.add(ticks() - from);
+                *vcpu.lives.get_mut() = false;
+            }
+            lock_of_deaths.add(&self.meter.platform().take_holds());
+        }
+        line("birth", &births, &Self::tell_of(&lock_of_births));
+        line("death", &deaths, &Self::tell_of(&lock_of_deaths));
+    }
+
+    fn destroy_all(mut self) {
+        let memory = self.meter.platform().ledger_of_memory();
+        for vcpu in &mut self.vcpus {
+            self.meter.destroy(vcpu.key(), 0);
+            *vcpu.lives.get_mut() = false;
+        }
+        drop(self.meter);
+        memory.demand_none();
+    }
+}
+
+/// Measure all kinds of callers with that many vCPUs.
+pub fn measure(size: Size, plan: Plan) {
+    println!();
+    println!(
+        "{} vCPUs in {} VMs, {} reasons used:",
+        size.vcpus, size.vms, plan.reasons
+    );
+    println!();
+    head();
+    let guests = Guests::new(size, plan);
+    let order = AtomicU32::new(NOTHING);
+    std::thread::scope(|scope| {
+        scope.spawn(|| guests.write(&order));
+        let callers = scope.spawn(|| {
+            start(CALLER, plan.real_time);
+            let callers: [(u32, fn(&Guests)); 6] = [
+                (ONE, Guests::copies),
+                (FAST, Guests::copies_of_fast),
+                (FASTEST, Guests::copies_of_fastest),
+                (ALL, Guests::snapshots),
+                // A single vCPU does not run while it asks.
+                (if size.vcpus > 1 { ONE } else { NOTHING }, Guests::queries),
+                (ALL, Guests::births),
+            ];
+            for (ordered, caller) in callers {
+                order.store(ordered, Release);
+                std::thread::sleep(Duration::from_millis(5));
+                guests.meter.platform().take_holds();
+                caller(&guests);
+            }
+            order.store(END, Release);
+        });
+        callers.join().expect("no panic");
+    });
+    assert_eq!(order.load(Relaxed), END);
+    guests.destroy_all();
+}

@@ -1,0 +1,146 @@
+//! What the module's hooks do on a CPU, without a guest: load a vCPU, let it exit and enter, put it.
+
+use exitmeter_meter::{
+    leaves::{LeafMap, Leaves},
+    ledger::TRIES,
+    phase::Phase,
+    reasons::{slot, Isa},
+    registry::{Member, Newcomer, Owner, Refused, Registry, Settings},
+    snapshot::{Host, NAME_SIZE},
+};
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::{
+    cpu::{ticks, Chance, Cpu, Vcpu, NOWHERE},
+    platform::Native,
+};
+
+/// The registry of the stress.
+pub type Meter = Registry<Native>;
+
+/// Ticks from one transition to the next, at least and at most: as of a guest that does nothing but
+/// exit.
+pub const GAP: (u64, u64) = (300, 1500);
+
+/// What the module is loaded with.
+pub fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
+    Settings {
+        leaves: Leaves {
+            map: LeafMap::Map2021,
+            isa: Isa::Vmx,
+            life: 1,
+        },
+        host_scope,
+        max_vcpus,
+        copy_tries: TRIES,
+    }
+}
+
+/// What a snapshot tells of the host.
+pub fn host(meter: &Meter) -> Host {
+    Host {
+        isa: Isa::Vmx,
+        leaf_map: LeafMap::Map2021,
+        host_scope: false,
+        tsc_khz: 0,
+        tsc_stable: true,
+        loaded: meter.loaded(),
+        now: ticks(),
+        clock_offset: 0,
+        life: 1,
+    }
+}
+
+/// Return the key of a VM, as the kernel's addresses are.
+pub fn vm_key(vm: usize) -> usize {
+    0xffff_c900_0000_0000 + vm * 0xb000
+}
+
+/// A vCPU that the meter does not know yet.
+pub fn newcomer(vcpu: &Vcpu, vm: usize, id: u32) -> Newcomer {
+    let mut name = [0; NAME_SIZE];
+    for (to, from) in name.iter_mut().zip(format!("vm-{vm}").bytes()) {
+        *to = from;
+    }
+    Newcomer {
+        owner: Some(Owner {
+            vm: vm_key(vm),
+            name,
+            pid: vm as u32,
+            vcpu: id,
+        }),
+        is_new: true,
+        polled: vcpu.polled.load(Relaxed),
+    }
+}
+
+/// Load a vCPU on a CPU.
+pub fn load<'a>(
+    meter: &'a Meter,
+    (number, cpu): (u32, &Cpu),
+    vcpu: &Vcpu,
+    newcomer: impl FnOnce() -> Newcomer,
+) -> Result<Option<&'a Member>, Refused> {
+    vcpu.cpu.store(number, Relaxed);
+    let key = vcpu.key();
+    let member = match meter.known(key) {
+        Some(member) => {
+            member.ledger().resume(ticks());
+            Some(member)
+        }
+        None => meter.at_event(key, ticks(), Phase::Kernel, newcomer)?,
+    };
+    if let Some(member) = member {
+        cpu.note(key, member);
+    }
+    Ok(member)
+}
+
+/// Return the vCPU that runs on a CPU, as a hook finds it.
+#[inline(always)]
+pub fn running<'a>(meter: &'a Meter, cpu: &'a Cpu, key: usize) -> Option<&'a Member> {
+    cpu.noted(key).or_else(|| meter.known(key))
+}
+
+/// Have a vCPU enter its guest.
+#[inline(always)]
+pub fn entry(meter: &Meter, cpu: &Cpu, key: usize) {
+    if let Some(member) = running(meter, cpu, key) {
+        member.ledger().entry(ticks());
+    }
+}
+
+/// Have a vCPU exit for a reason.
+#[inline(always)]
+pub fn exit(meter: &Meter, cpu: &Cpu, key: usize, code: u32, nested: bool) {
+    if let Some(member) = running(meter, cpu, key) {
+        let at = slot(Isa::Vmx, code);
+        match nested {
+            false => member.ledger().exit(ticks(), at),
+            true => member.ledger().exit_from_nested(ticks(), at),
+        }
+    }
+}
+
+/// Put a vCPU, for a phase.
+pub fn put(meter: &Meter, cpu: &Cpu, vcpu: &Vcpu, phase: Phase) {
+    if let Some(member) = running(meter, cpu, vcpu.key()) {
+        member.ledger().leave(ticks(), phase);
+    }
+    vcpu.cpu.store(NOWHERE, Relaxed);
+}
+
+/// Spend the time up to the next transition.
+#[inline(always)]
+pub fn spend(chance: &mut Chance) {
+    spend_between(chance, GAP);
+}
+
+/// Spend the time up to the next transition, of ticks between two bounds.
+#[inline(always)]
+pub fn spend_between(chance: &mut Chance, (least, most): (u64, u64)) {
+    let until = ticks() + least + chance.below(most - least + 1);
+    while ticks() < until {
+        core::hint::spin_loop();
+    }
+}

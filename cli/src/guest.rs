@@ -19,7 +19,8 @@ use crate::{
 /// command's own are counted, and taken out of what it tells.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The cycles are TSC ticks of the host.
+The cycles are TSC ticks of the host. The kernel's of HLT hold the time for which KVM polled before
+it let the vCPU sleep; `exitmeter report` on the host tells them apart.
 
 Examples:
   exitmeter guest
@@ -73,6 +74,10 @@ pub struct Sweep {
     pub interface: u32,
     /// Their order: 2021 or 2022.
     pub leaf_map: u32,
+    /// The number of the meter's life, another one when its numbers have begun anew; when the
+    /// host tells it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub life: Option<u64>,
     /// How many CPUID instructions reading took: exits that are not in the numbers.
     pub queries: u64,
     /// Exits by reason. The numbers are of the moments at which each was read.
@@ -85,19 +90,23 @@ impl Sweep {
     ///
     /// # Errors
     ///
-    /// When there is no meter, or one of another version.
+    /// When there is no meter, or one of another version, or it began anew meanwhile.
     pub fn read(cpuid: impl Cpuid, likely: Isa) -> Result<Self, Error> {
         let mut meter = Meter::find(cpuid, likely)?;
         let isa = meter.isa();
         let mut rows = Vec::new();
         meter.read(|row| rows.push(reason_row(isa, &row)));
+        meter.check_life()?;
+        let mut ledger = Ledger::of(rows);
+        ledger.cycles.has_waits = meter.has_waits();
         Ok(Self {
             format: FORMAT,
             isa,
             interface: meter.interface(),
             leaf_map: meter.leaf_map(),
+            life: meter.life(),
             queries: meter.queries(),
-            ledger: Ledger::of(rows),
+            ledger,
         })
     }
 
@@ -120,7 +129,8 @@ fn reason_row(isa: Isa, row: &Row) -> ReasonRow {
         label: Label::new(isa, Reason::Code(row.code)),
         exits: row.exits,
         nested_exits: row.nested_exits,
-        cycles: Cycles::by_phase(|phase| row.cycles(phase)),
+        cycles: Cycles::counted(row.has_waits, |phase| row.cycles(phase)),
+        polled: None,
         // No leaf tells it.
         spread: None,
     }

@@ -26,7 +26,7 @@
 //! # }
 //! ```
 //!
-//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF3, which
+//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF4, which
 //! are the same whatever `leaf_map` the host has.
 
 #![no_std]
@@ -51,6 +51,12 @@ const INTERFACE: u32 = 0x4fff_fff1;
 const PHASE_CYCLES: u32 = 0x4fff_fff2;
 /// Exits of a reason, or those from nested guests alone.
 const EXITS: u32 = 0x4fff_fff3;
+/// The number of the meter's life, since version 2.
+const LIFE: u32 = 0x4fff_fff4;
+/// The first version of the leaves. It has one phase for both sleeps, and no life.
+const VERSION_1: u32 = 1;
+/// The phase of [`VERSION_1`] for both sleeps.
+const BLOCKED: u32 = 3;
 /// The processor's features; ecx has bit 31 set in a VM.
 const FEATURES: u32 = 1;
 const HYPERVISOR: u32 = 1 << 31;
@@ -66,6 +72,8 @@ pub enum Error {
     Version(u32),
     /// The ISA is unknown.
     Isa(u32),
+    /// The meter's numbers began anew while they were read.
+    Anew,
 }
 
 impl fmt::Display for Error {
@@ -83,11 +91,16 @@ impl fmt::Display for Error {
             Error::Version(version) => write!(
                 f,
                 "the host's meter has version {version} of its CPUID leaves, this tool reads \
-                 version {INTERFACE_VERSION}: use the tool that came with the module"
+                 versions {VERSION_1} and {INTERFACE_VERSION}: use the tool that came with the module"
             ),
             Error::Isa(number) => write!(
                 f,
                 "the host's meter names an unknown instruction set extension, {number}"
+            ),
+            Error::Anew => write!(
+                f,
+                "the meter began anew while it was read, as when the module is loaded again or \
+                 the VM is moved to another host: read again"
             ),
         }
     }
@@ -136,6 +149,9 @@ pub struct Row {
     pub nested_exits: Option<u64>,
     /// TSC ticks of the host by [`Phase`].
     pub cycles: [u64; Phase::COUNT],
+    /// Whether the host tells the two sleeps apart. When it does not, [`Phase::Halted`] has the
+    /// ticks of both.
+    pub has_waits: bool,
 }
 
 impl Row {
@@ -161,6 +177,21 @@ pub fn defined(isa: Isa) -> impl Iterator<Item = u32> {
         .filter(move |code| reasons::is_defined(isa, *code))
 }
 
+/// Return the number by which leaf 0x4FFFFFF2 is asked for a phase; `None` for one that a version
+/// of the leaves does not have.
+const fn phase_number(phase: Phase, version: u32) -> Option<u32> {
+    Some(match (phase, version) {
+        (Phase::Guest, _) => 0,
+        (Phase::Kernel, _) => 1,
+        (Phase::User, _) => 2,
+        (Phase::Preempted, _) => 4,
+        (Phase::Halted, VERSION_1) => BLOCKED,
+        (Phase::Waiting, VERSION_1) => return None,
+        (Phase::Halted, _) => 5,
+        (Phase::Waiting, _) => 6,
+    })
+}
+
 /// A 64-bit answer.
 fn wide(answer: Registers) -> u64 {
     u64::from(answer.edx) << 32 | u64::from(answer.eax)
@@ -171,7 +202,9 @@ fn wide(answer: Registers) -> u64 {
 pub struct Meter<C> {
     cpuid: C,
     isa: Isa,
+    version: u32,
     leaf_map: u32,
+    life: Option<u64>,
     queries: u64,
     /// Kernel ticks of CPUID exits, as they were told when so many questions had been asked:
     /// none, or those of [`Self::find`] when it was given the other ISA.
@@ -194,7 +227,8 @@ impl<C: Cpuid> Meter<C> {
             queries += 1;
             cpuid.ask(leaf, subleaf)
         };
-        let cost = |isa| (Phase::Kernel as u32) << 16 | cpuid_reason(isa);
+        // In each version kernel is 1.
+        let cost = |isa| 1 << 16 | cpuid_reason(isa);
         let mut kernel_before = wide(ask(PHASE_CYCLES, cost(likely)));
         let identity = ask(IDENTIFY, 0);
         let name = [identity.ebx, identity.ecx, identity.edx].map(u32::to_le_bytes);
@@ -205,7 +239,7 @@ impl<C: Cpuid> Meter<C> {
             });
         }
         let interface = ask(INTERFACE, 0);
-        if interface.eax != INTERFACE_VERSION {
+        if !(VERSION_1..=INTERFACE_VERSION).contains(&interface.eax) {
             return Err(Error::Version(interface.eax));
         }
         let isa = match interface.ebx {
@@ -218,14 +252,18 @@ impl<C: Cpuid> Meter<C> {
             asked_before = 3;
             kernel_before = wide(ask(PHASE_CYCLES, cost(isa)));
         }
-        Ok(Self {
+        let mut meter = Self {
             cpuid,
             isa,
+            version: interface.eax,
             leaf_map: interface.edx,
+            life: None,
             queries,
             kernel_before,
             asked_before,
-        })
+        };
+        meter.life = meter.life_now();
+        Ok(meter)
     }
 
     /// Whose reasons.
@@ -235,7 +273,39 @@ impl<C: Cpuid> Meter<C> {
 
     /// The version of the leaves.
     pub fn interface(&self) -> u32 {
-        INTERFACE_VERSION
+        self.version
+    }
+
+    /// The number of the meter's life when it was found: another one when its numbers have begun
+    /// anew. `None` when the host does not tell it, as version 1.
+    pub fn life(&self) -> Option<u64> {
+        self.life
+    }
+
+    /// Whether the host tells the two sleeps apart, which version 1 does not.
+    pub fn has_waits(&self) -> bool {
+        self.version != VERSION_1
+    }
+
+    /// Asks whether all that was read is of one life of the meter: whether it has not begun anew
+    /// since it was found, as when the module is loaded again or the VM moves to another host.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Anew`] when it has.
+    pub fn check_life(&mut self) -> Result<(), Error> {
+        match self.life_now() == self.life {
+            true => Ok(()),
+            false => Err(Error::Anew),
+        }
+    }
+
+    /// Asks for the life, where there is such a leaf.
+    fn life_now(&mut self) -> Option<u64> {
+        if self.version == VERSION_1 {
+            return None;
+        }
+        Some(wide(self.ask(LIFE, 0)))
     }
 
     /// The order of the upper four leaves, which are not used here: 2021 or 2022.
@@ -270,9 +340,13 @@ impl<C: Cpuid> Meter<C> {
     }
 
     /// TSC ticks of the host in a phase, booked on a reason below 65536; 0 of a reason that is
-    /// not defined. With the cost of this reader's own exits.
+    /// not defined. With the cost of this reader's own exits. When the host does not tell the two
+    /// sleeps apart ([`Self::has_waits`]), all of them are [`Phase::Halted`].
     pub fn cycles(&mut self, code: u32, phase: Phase) -> u64 {
-        match self.ask(PHASE_CYCLES, (phase as u32) << 16 | code) {
+        let Some(number) = phase_number(phase, self.version) else {
+            return 0;
+        };
+        match self.ask(PHASE_CYCLES, number << 16 | code) {
             Registers::UNDEFINED => 0,
             answer => wide(answer),
         }
@@ -308,6 +382,7 @@ impl<C: Cpuid> Meter<C> {
                 exits,
                 nested_exits: (nested != Registers::UNDEFINED).then(|| wide(nested)),
                 cycles,
+                has_waits: self.has_waits(),
             });
         }
     }

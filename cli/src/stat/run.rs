@@ -30,8 +30,9 @@ use crate::{command::Unrunnable, signals::is_ignored};
 pub struct Run {
     /// Whose reasons.
     pub isa: Isa,
-    /// Exits and ticks by reason, with nothing of the tool's own.
-    pub rows: Vec<Row>,
+    /// Exits and ticks by reason, with nothing of the tool's own; `None` when the meter began anew
+    /// meanwhile, so that nobody knows.
+    pub rows: Option<Vec<Row>>,
     /// How many CPUID exits of its own were taken out.
     pub queries: u64,
     /// How long it ran, in ticks of this guest's TSC.

@@ -61,7 +61,8 @@ impl Theme {
             Phase::Guest => Color::Green,
             Phase::Kernel => Color::LightRed,
             Phase::User => Color::Blue,
-            Phase::Blocked => Color::Gray,
+            Phase::Halted => Color::Gray,
+            Phase::Waiting => Color::Yellow,
             Phase::Preempted => Color::DarkGray,
         })
     }
@@ -73,7 +74,8 @@ pub fn texture(phase: Phase) -> char {
         Phase::Guest => '█',
         Phase::Kernel => '▓',
         Phase::User => '▒',
-        Phase::Blocked => '·',
+        Phase::Halted => '·',
+        Phase::Waiting => '~',
         Phase::Preempted => '░',
     }
 }

@@ -77,6 +77,10 @@ u64 exitmeter_random(void);
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function);
 
+
+/* The guest's privilege level. */
+int exitmeter_cpl(struct kvm_vcpu *vcpu);
+
 /* The host's CPU and its clock. */
 enum exitmeter_vendor {
 	EXITMETER_VENDOR_OTHER,
@@ -101,7 +105,7 @@ u32 exitmeter_exit_code(struct kvm_vcpu *vcpu);
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 
-/* Whether one more line about a guest's query may go to the kernel log. */
-bool exitmeter_log_allowed(void);
+/* Monotonic time in ns, by the tick: cheap, and off by up to one. */
+u64 exitmeter_coarse_ns(void);
 
 #endif /* EXITMETER_SHIM_H */

@@ -48,7 +48,11 @@ impl Args {
     ///
     /// When no meter answers, or there is nowhere to print.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
-        let (_, sweep) = find(likely_isa(), Sweep::of)?;
+        #[expect(
+            clippy::redundant_closure,
+            reason = "the function alone is of one lifetime"
+        )]
+        let (_, sweep) = find(likely_isa(), |meter| Sweep::of(meter))?;
         let mut sweep = sweep?;
         sweep.ledger.sort(self.sort);
         if self.json {

@@ -22,6 +22,10 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_HFLAGS, offsetof(struct kvm_vcpu, arch.hflags));
 	DEFINE(LAYOUT_VCPU_REGS, offsetof(struct kvm_vcpu, arch.regs));
 	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
+	DEFINE(LAYOUT_VCPU_EXCEPTION_VMEXIT,
+	       offsetof(struct kvm_vcpu, arch.exception_vmexit));
+	DEFINE(LAYOUT_EXCEPTION_PENDING,
+	       offsetof(struct kvm_queued_exception, pending));
 	DEFINE(LAYOUT_EXCEPTION_VECTOR,
 	       offsetof(struct kvm_queued_exception, vector));
 	DEFINE(LAYOUT_VCPU_SIZE, sizeof(struct kvm_vcpu));

@@ -46,6 +46,8 @@ same_layout! {
     core::mem::offset_of!(kvm_vcpu, arch.hflags) => LAYOUT_VCPU_HFLAGS,
     core::mem::offset_of!(kvm_vcpu, arch.regs) => LAYOUT_VCPU_REGS,
     core::mem::offset_of!(kvm_vcpu, arch.exception) => LAYOUT_VCPU_EXCEPTION,
+    core::mem::offset_of!(kvm_vcpu, arch.exception_vmexit) => LAYOUT_VCPU_EXCEPTION_VMEXIT,
+    core::mem::offset_of!(kvm_queued_exception, pending) => LAYOUT_EXCEPTION_PENDING,
     core::mem::offset_of!(kvm_queued_exception, vector) => LAYOUT_EXCEPTION_VECTOR,
     core::mem::size_of::<kvm_vcpu>() => LAYOUT_VCPU_SIZE,
     core::mem::offset_of!(kvm, userspace_pid) => LAYOUT_KVM_PID,

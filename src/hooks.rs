@@ -225,12 +225,16 @@ impl Vcpu<'_> {
         }
     }
 
-    /// Whether KVM has queued a general protection fault for the guest.
+    /// Return true if KVM has queued a general protection fault for the guest, or for the
+    /// hypervisor in it: that gets an L2's faults which it intercepts as exits, by a place of their
+    /// own (`kvm_queue_exception_vmexit()`).
     fn fault_is_pending(&self) -> bool {
+        let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread.
-        let exception = unsafe { &raw const (*self.0.get()).arch.exception };
-        // SAFETY: As above.
-        unsafe { (*exception).pending && (*exception).vector == GP_VECTOR }
+        let (own, of_l2) = unsafe { (&(*vcpu).arch.exception, &(*vcpu).arch.exception_vmexit) };
+        [own, of_l2]
+            .iter()
+            .any(|queued| queued.pending && queued.vector == GP_VECTOR)
     }
 }
 

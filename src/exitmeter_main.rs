@@ -104,7 +104,7 @@ impl kernel::InPlaceModule for ExitMeter {
         pin_init::pin_init_scope(|| {
             let parameters = Parameters::checked()?;
             let vendor = Vendor::attach()?;
-            let isa = vendor.isa();
+            let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe());
             let map = parameters.leaf_map;
             let leaves = Leaves { map, isa };
             let registry = Registry::new(leaves, parameters.host_scope, parameters.max_vcpus)?;
@@ -114,7 +114,7 @@ impl kernel::InPlaceModule for ExitMeter {
                 destroy <- Function::vcpu_destroy(),
                 load <- Function::vcpu_load(),
                 put <- Function::vcpu_put(),
-                tracepoints: Tracepoints::attach(isa)?,
+                tracepoints: Tracepoints::attach(exit_probe)?,
                 cpuid: match map {
                     LeafMap::Off => None,
                     _ => Some(hooks::redirect_cpuid()?),

@@ -278,16 +278,57 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
         return;
     }
     let now = now();
-    // The field's number stays where VMREAD fails, as it does with no VMCS: no basic exit
-    // reason is as large, so the exit is counted among "other".
+    // The field's number stays where VMREAD fails, as it does with no VMCS, and where it faults, as
+    // it does with VMX off: no basic exit reason is as large, so the exit is counted among "other".
     let mut reason = VMCS_EXIT_REASON;
     // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
-    // loaded; VMREAD reads it, and touches but the operand and the flags.
-    unsafe { asm!("vmread {0}, {0}", inlateout(reg) reason, options(nostack, nomem)) };
+    // loaded; VMREAD reads it, and touches but the operand and the flags. At a fault the kernel
+    // goes on behind it, by an entry in the table of exceptions (asm/asm.h, _ASM_EXTABLE_TYPE:
+    // where it may fault, where to go on, EX_TYPE_DEFAULT).
+    unsafe {
+        asm!(
+            "2: vmread {0}, {0}",
+            "3:",
+            ".pushsection __ex_table, \"aM\", @progbits, 12",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 3b - .",
+            ".long 1",
+            ".popsection",
+            inlateout(reg) reason,
+            options(nostack, nomem),
+        )
+    };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
     registry::exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
+}
+
+/// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
+/// VMREAD is "unsupported and can result in unexpected behavior" (TLFS, "Enlightened VMCS"). Runs
+/// with interrupts off, on the vCPU's CPU.
+///
+/// KVM's own reader takes the reason from `vcpu_vt.exit_reason`, which `vmx_vcpu_enter_exit()` has
+/// just set, and reads through the enlightened VMCS where there is one.
+///
+/// # Safety
+///
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_vmx_by_kvm(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
+    if !parts::CALLBACKS {
+        return;
+    }
+    let now = now();
+    // SAFETY: The vCPU has just taken an exit on this CPU.
+    let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
+    // SAFETY: KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    registry::exit(vcpu, now, Isa::Vmx, reason & 0xffff);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -301,7 +342,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     }
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
-    let code = unsafe { bindings::exitmeter_svm_exit_code(vcpu) };
+    let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::exit(vcpu, now, Isa::Svm, code);
@@ -312,7 +353,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 /// # Safety
 ///
 /// For the tracepoint alone.
-unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
+unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: u8) {
     if !parts::CALLBACKS {
         return;
     }
@@ -320,6 +361,10 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::entry(vcpu, now());
 }
+
+/// The probe of kvm:kvm_exit that can read why a guest exits on this host.
+#[derive(Clone, Copy)]
+pub(crate) struct ExitProbe(bindings::exitmeter_exit_probe);
 
 /// Probes on the two tracepoints of KVM.
 pub(crate) struct Tracepoints {
@@ -329,11 +374,8 @@ pub(crate) struct Tracepoints {
 impl Tracepoints {
     /// Begins to see every exit and entry. The registry has to be published for as long as
     /// this lives.
-    pub(crate) fn attach(isa: Isa) -> Result<Self> {
-        let exit: bindings::exitmeter_exit_probe = match isa {
-            Isa::Vmx => Some(on_exit_vmx),
-            Isa::Svm => Some(on_exit_svm),
-        };
+    pub(crate) fn attach(exit: ExitProbe) -> Result<Self> {
+        let ExitProbe(exit) = exit;
         // Entries first, and last in `drop`: whoever's exit is seen is seen to be entered again,
         // so that each exit has its sample.
         // SAFETY: The probe is detached before its code goes, and takes no data.
@@ -698,76 +740,112 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     ret
 }
 
-/// KVM's reader of SVM's exit codes, found in kvm_amd.
-pub(crate) struct SvmExitCode(());
+/// KVM's own reader of exit codes, found in the vendor's module.
+pub(crate) struct ExitReader(());
 
-impl SvmExitCode {
-    /// Finds the reader, and finds it anew whenever kvm_amd is loaded again.
-    fn attach() -> Result<Self> {
+impl ExitReader {
+    /// Finds the reader, and finds it anew whenever the vendor's module is loaded again.
+    fn attach(vendor: bindings::exitmeter_vendor, module: &str) -> Result<Self> {
         // SAFETY: Called once, by `Vendor::attach`.
-        to_result(unsafe { bindings::exitmeter_attach_svm() }).inspect_err(|error| {
+        to_result(unsafe { bindings::exitmeter_attach_reader(vendor) }).inspect_err(|error| {
             if *error == ENOENT {
-                pr_err!("function svm_get_exit_info not found in kvm_amd: nothing else tells why a guest exits\n");
+                pr_err!("no reader of exit codes (get_exit_info) found in {module}: nothing else tells why a guest exits\n");
             } else if *error == ENOEXEC {
-                pr_err!("function svm_get_exit_info of kvm_amd cannot be called: under IBT that takes an ENDBR\n");
+                pr_err!("the reader of exit codes (get_exit_info) of {module} cannot be called: it is sealed against indirect calls\n");
             } else {
-                pr_err!("loads of kvm_amd cannot be watched ({:?})\n", error);
+                pr_err!("loads of {module} cannot be watched ({:?})\n", error);
             }
         })?;
         Ok(Self(()))
     }
 }
 
-impl Drop for SvmExitCode {
+impl Drop for ExitReader {
     fn drop(&mut self) {
         // SAFETY: Attached when this was made; the tracepoints are detached before.
-        unsafe { bindings::exitmeter_detach_svm() };
+        unsafe { bindings::exitmeter_detach_reader() };
     }
 }
 
 /// The vendor's half of KVM, checked when the meter is loaded.
 pub(crate) struct Vendor {
     isa: Isa,
-    _svm: Option<SvmExitCode>,
+    exit_probe: ExitProbe,
+    _reader: Option<ExitReader>,
 }
 
 impl Vendor {
     /// Checks the CPU, and that its vendor module is loaded.
     pub(crate) fn attach() -> Result<Self> {
         // SAFETY: No requirements.
-        match unsafe { bindings::exitmeter_vendor() } {
+        let vendor = unsafe { bindings::exitmeter_vendor() };
+        let (isa, module, unload) = match vendor {
             bindings::exitmeter_vendor_EXITMETER_VENDOR_VMX => {
-                demand_loaded("kvm_intel", c"kvm_intel:cleanup_module")?;
-                Ok(Self {
-                    isa: Isa::Vmx,
-                    _svm: None,
-                })
+                (Isa::Vmx, "kvm_intel", c"kvm_intel:cleanup_module")
             }
             bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => {
-                demand_loaded("kvm_amd", c"kvm_amd:cleanup_module")?;
-                Ok(Self {
-                    isa: Isa::Svm,
-                    _svm: Some(SvmExitCode::attach()?),
-                })
+                (Isa::Svm, "kvm_amd", c"kvm_amd:cleanup_module")
             }
             _ => {
                 pr_err!("this CPU has neither VT-x nor SVM\n");
-                Err(ENODEV)
+                return Err(ENODEV);
             }
+        };
+        demand_module()?;
+        demand_loaded(module, unload)?;
+        // SAFETY: No requirements.
+        let enlightened = isa == Isa::Vmx && unsafe { bindings::exitmeter_has_enlightened_vmcs() };
+        if enlightened {
+            pr_info!("this host runs under Hyper-V with an enlightened VMCS: exit reasons come from kvm_intel's own reader\n");
         }
+        let exit_probe: bindings::exitmeter_exit_probe = match isa {
+            Isa::Svm => Some(on_exit_svm),
+            Isa::Vmx if enlightened => Some(on_exit_vmx_by_kvm),
+            Isa::Vmx => Some(on_exit_vmx),
+        };
+        let by_kvm = isa == Isa::Svm || enlightened;
+        Ok(Self {
+            isa,
+            exit_probe: ExitProbe(exit_probe),
+            _reader: by_kvm
+                .then(|| ExitReader::attach(vendor, module))
+                .transpose()?,
+        })
     }
 
-    /// Which numbers this host's exit reasons are.
+    /// Return the vendor, that is, which numbers this host's exit reasons are.
     pub(crate) fn isa(&self) -> Isa {
         self.isa
     }
+
+    /// Return the probe for this host's exits, to attach for as long as this lives.
+    pub(crate) fn exit_probe(&self) -> ExitProbe {
+        self.exit_probe
+    }
+}
+
+/// Return true if a function is there: `module:name`, or `name` in the kernel or any module.
+fn exists(name: &'static CStr) -> bool {
+    // SAFETY: The name ends with a NUL. The address is not used.
+    unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) != 0 }
+}
+
+/// Demands that KVM is a module, by a function of it that has the module's name, or none if KVM is
+/// a part of the kernel.
+fn demand_module() -> Result {
+    if !exists(c"kvm:kvm_arch_vcpu_load") && exists(c"kvm_arch_vcpu_load") {
+        pr_err!(
+            "KVM is built into this kernel (CONFIG_KVM=y): exitmeter hooks it as a module alone\n"
+        );
+        return Err(ENODEV);
+    }
+    Ok(())
 }
 
 /// Demands that a module of KVM's is loaded, and tells that from a function that is not in it: by
 /// the function that unloads it, which has the same name in every module.
 fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
-    // SAFETY: The name ends with a NUL. The address is not used.
-    if unsafe { bindings::exitmeter_find_function(unload.as_char_ptr()) } == 0 {
+    if !exists(unload) {
         pr_err!("{module} is not loaded: run 'modprobe {module}' first\n");
         return Err(ENODEV);
     }

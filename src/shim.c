@@ -18,6 +18,7 @@
 
 #include <asm/cpufeature.h>
 #include <asm/ibt.h>
+#include <asm/mshyperv.h>
 #include <asm/processor.h>
 #include <asm/tsc.h>
 
@@ -96,7 +97,7 @@ bool exitmeter_try_enter(enum exitmeter_place place)
 
 	preempt_disable();
 	this_cpu_inc(tasks_inside[place]);
-	smp_mb();
+	smp_mb(); /* pairs with exitmeter_close() */
 	closed = READ_ONCE(is_closed[place]);
 	if (closed)
 		this_cpu_dec(tasks_inside[place]);
@@ -114,8 +115,7 @@ void exitmeter_leave(enum exitmeter_place place)
 void exitmeter_close(enum exitmeter_place place, bool closed)
 {
 	WRITE_ONCE(is_closed[place], closed);
-	/* See exitmeter_try_enter(). */
-	smp_mb();
+	smp_mb(); /* pairs with exitmeter_try_enter() */
 }
 
 /*
@@ -176,20 +176,41 @@ void exitmeter_forget(unsigned long vcpu)
 	}
 }
 
-/* Whether an ENDBR is at @address. */
+/* Return the four bytes at @address, or 0. */
+static u32 four_bytes(unsigned long address)
+{
+	u32 bytes;
+
+	return get_kernel_nofault(bytes, (u32 *)address) ? 0 : bytes;
+}
+
+#ifdef CONFIG_X86_KERNEL_IBT
+
+/* Return true if an ENDBR is at @address. */
 static bool has_endbr(unsigned long address)
 {
-	u32 first;
-
-	return !get_kernel_nofault(first, (u32 *)address) &&
-	       first == gen_endbr();
+	return four_bytes(address) == gen_endbr();
 }
+
+/* Return true if an ENDBR is at @address, or what the kernel made of one. */
+static bool had_endbr(unsigned long address)
+{
+	return __is_endbr(four_bytes(address));
+}
+
+#else
+
+static bool has_endbr(unsigned long address) { return false; }
+static bool had_endbr(unsigned long address) { return false; }
+
+#endif
 
 /*
  * Return the address of a function, "module:name" or "name", or 0.
  *
  * kallsyms is closed to modules; a kprobe that is registered and dropped at
- * once tells the address as well, but behind the ENDBR if there is one.
+ * once tells the address as well, but behind the ENDBR if there is one, or was
+ * (arch_adjust_kprobe_addr()).
  */
 unsigned long exitmeter_find_function(const char *name)
 {
@@ -205,7 +226,7 @@ unsigned long exitmeter_find_function(const char *name)
 	address = (unsigned long)probe.addr;
 	unregister_kprobe(&probe);
 
-	if (has_endbr(address - ENDBR_INSN_SIZE))
+	if (had_endbr(address - ENDBR_INSN_SIZE))
 		address -= ENDBR_INSN_SIZE;
 	return address;
 }
@@ -247,83 +268,136 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 	return ret;
 }
 
+/* How far before a function its FineIBT preamble begins (__apply_fineibt()). */
+#define FINEIBT_PREFIX	16
+
 /*
- * Whether an indirect call to @function is allowed on this CPU.
+ * Return true if an indirect call to @function is allowed on this CPU.
  *
- * A function that nobody calls indirectly has lost its ENDBR; under Indirect
- * Branch Tracking a call to it is a fault.
+ * A function that nobody calls indirectly is sealed: apply_seal_endbr() takes
+ * its ENDBR, so that under Indirect Branch Tracking a call is a fault.
+ *
+ * Under CFI it takes the hash of the function's type as well, so that a call is
+ * a fault without IBT too.  There FineIBT has every caller go to a preamble, by
+ * an ENDBR of its own, and takes the one at the function from all alike
+ * (cfi_rewrite_endbr()); it is the preamble's that tells who is sealed.
  */
 bool exitmeter_may_call(unsigned long function)
 {
-	return !cpu_feature_enabled(X86_FEATURE_IBT) || has_endbr(function);
+	if (!IS_ENABLED(CONFIG_X86_KERNEL_IBT))
+		return true;
+	if (IS_ENABLED(CONFIG_FINEIBT) && has_endbr(function - FINEIBT_PREFIX))
+		return true;
+	if (!IS_ENABLED(CONFIG_CFI) && !cpu_feature_enabled(X86_FEATURE_IBT))
+		return true;
+	return has_endbr(function);
 }
 
 /*
- * SVM keeps the exit code in the VMCB, behind a struct that is private to
- * kvm_amd.  Its own reader is used instead of a guess about that struct.
+ * KVM's own reader of the exit code, one for each vendor.
+ *
+ * SVM keeps the code in the VMCB, behind a struct that is private to kvm_amd;
+ * an enlightened VMCS is private to kvm_intel.
  */
-typedef void (*svm_exit_info)(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
-			      u64 *info2, u32 *intr_info, u32 *error_code);
+typedef void (*exit_reader)(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
+			    u64 *info2, u32 *intr_info, u32 *error_code);
 
-static svm_exit_info svm_get_exit_info;
+static_assert(__same_type(((struct kvm_x86_ops *)NULL)->get_exit_info,
+			  (exit_reader)NULL));
 
-static int svm_find_exit_info(void)
+static exit_reader read_exit;
+
+/* What the vendor's module is called, and how its reader may be. */
+static const struct {
+	const char *module;
+	const char *functions[2];
+} readers[] = {
+	[EXITMETER_VENDOR_VMX] = {
+		.module = "kvm_intel",
+		/* With TDX, or without it the second alone is in the ops. */
+		.functions = {
+			"kvm_intel:vt_get_exit_info",
+			"kvm_intel:vmx_get_exit_info",
+		},
+	},
+	[EXITMETER_VENDOR_SVM] = {
+		.module = "kvm_amd",
+		.functions = { "kvm_amd:svm_get_exit_info" },
+	},
+};
+
+static enum exitmeter_vendor readers_vendor;
+
+static int find_reader(void)
 {
-	unsigned long function;
+	const char *const *functions = readers[readers_vendor].functions;
+	int ret = -ENOENT;
+	int i;
 
-	function = exitmeter_find_function("kvm_amd:svm_get_exit_info");
-	if (!function)
-		return -ENOENT;
-	if (!exitmeter_may_call(function))
-		return -ENOEXEC;
-	WRITE_ONCE(svm_get_exit_info, (svm_exit_info)function);
-	return 0;
+	for (i = 0; i < ARRAY_SIZE(readers[0].functions) && functions[i]; i++) {
+		unsigned long function = exitmeter_find_function(functions[i]);
+
+		if (!function)
+			continue;
+		if (exitmeter_may_call(function)) {
+			WRITE_ONCE(read_exit, (exit_reader)function);
+			return 0;
+		}
+		ret = -ENOEXEC;
+	}
+	return ret;
 }
 
 /*
- * kvm_amd may be taken out and put back while the meter stays.  No vCPU of it
- * runs then, so no exit can race with the pointer.
+ * The vendor's module may be taken out and put back while the meter stays.  No
+ * vCPU of it runs then, so no exit can race with the pointer.
+ *
+ * Of one that comes, all is in place before its first instruction runs: its
+ * ENDBRs are sealed (module_finalize()), kallsyms shows it and kprobes takes
+ * it, as trace_kprobe_module_callback() does at the same moment.
  */
-static int svm_module_event(struct notifier_block *nb, unsigned long event,
-			    void *data)
+static int vendor_module_event(struct notifier_block *nb, unsigned long event,
+			       void *data)
 {
 	struct module *mod = data;
 	int ret = 0;
 
-	if (strcmp(mod->name, "kvm_amd"))
+	if (strcmp(mod->name, readers[readers_vendor].module))
 		return NOTIFY_DONE;
 
-	if (event == MODULE_STATE_LIVE)
-		ret = svm_find_exit_info();
+	if (event == MODULE_STATE_COMING)
+		ret = find_reader();
 	else if (event == MODULE_STATE_GOING)
-		WRITE_ONCE(svm_get_exit_info, NULL);
+		WRITE_ONCE(read_exit, NULL);
 	if (ret)
-		pr_err("svm_get_exit_info %s in the new kvm_amd: its exits are counted without their code\n",
-		       ret == -ENOENT ? "not found" : "not callable");
+		pr_err("the reader of exit codes %s in the new %s: its exits are counted without their code\n",
+		       ret == -ENOENT ? "not found" : "not callable", mod->name);
 
 	return NOTIFY_OK;
 }
 
-static struct notifier_block svm_notifier = {
-	.notifier_call = svm_module_event,
+static struct notifier_block vendor_notifier = {
+	.notifier_call = vendor_module_event,
 };
 
-int exitmeter_attach_svm(void)
+int exitmeter_attach_reader(enum exitmeter_vendor vendor)
 {
-	int ret = register_module_notifier(&svm_notifier);
+	int ret;
 
+	readers_vendor = vendor;
+	ret = register_module_notifier(&vendor_notifier);
 	if (ret)
 		return ret;
-	ret = svm_find_exit_info();
+	ret = find_reader();
 	if (ret)
-		unregister_module_notifier(&svm_notifier);
+		unregister_module_notifier(&vendor_notifier);
 	return ret;
 }
 
-void exitmeter_detach_svm(void)
+void exitmeter_detach_reader(void)
 {
-	unregister_module_notifier(&svm_notifier);
-	WRITE_ONCE(svm_get_exit_info, NULL);
+	unregister_module_notifier(&vendor_notifier);
+	WRITE_ONCE(read_exit, NULL);
 }
 
 /*
@@ -334,17 +408,32 @@ void exitmeter_detach_svm(void)
  * after would cost more than the call.
  */
 __no_stack_protector
-u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu)
+u32 exitmeter_exit_code(struct kvm_vcpu *vcpu)
 {
 	u32 __uninitialized intr_info, error_code;
 	u64 __uninitialized info1, info2;
 	u32 reason = U32_MAX - 15;	/* no code: counted among "other" */
-	svm_exit_info get_exit_info = READ_ONCE(svm_get_exit_info);
+	exit_reader reader = READ_ONCE(read_exit);
 
-	if (likely(get_exit_info))
-		get_exit_info(vcpu, &reason, &info1, &info2, &intr_info,
-			      &error_code);
+	if (likely(reader))
+		reader(vcpu, &reason, &info1, &info2, &intr_info, &error_code);
 	return reason;
+}
+
+/*
+ * Return true if KVM may use Hyper-V's enlightened VMCS.
+ *
+ * As hv_init_evmcs() of kvm_intel decides, but for its parameter
+ * enlightened_vmcs: the module may come back with another.
+ */
+bool exitmeter_has_enlightened_vmcs(void)
+{
+#if IS_ENABLED(CONFIG_HYPERV)
+	return ms_hyperv.hints & HV_X64_ENLIGHTENED_VMCS_RECOMMENDED &&
+	       (ms_hyperv.nested_features & HV_X64_ENLIGHTENED_VMCS_VERSION);
+#else
+	return false;
+#endif
 }
 
 enum exitmeter_vendor exitmeter_vendor(void)

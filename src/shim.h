@@ -18,7 +18,7 @@ struct kvm_vcpu;
 typedef void (*exitmeter_exit_probe)(void *data, struct kvm_vcpu *vcpu,
 				     u32 isa);
 typedef void (*exitmeter_entry_probe)(void *data, struct kvm_vcpu *vcpu,
-				      bool force_immediate_exit);
+				      u8 force_immediate_exit);
 
 int exitmeter_attach_exit(exitmeter_exit_probe probe, void *data);
 void exitmeter_detach_exit(exitmeter_exit_probe probe, void *data);
@@ -62,11 +62,6 @@ void exitmeter_forget(unsigned long vcpu);
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function);
 
-/* SVM: where KVM keeps the exit code. */
-int exitmeter_attach_svm(void);
-void exitmeter_detach_svm(void);
-u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu);
-
 /* The host's CPU and its clock. */
 enum exitmeter_vendor {
 	EXITMETER_VENDOR_OTHER,
@@ -75,6 +70,13 @@ enum exitmeter_vendor {
 };
 
 enum exitmeter_vendor exitmeter_vendor(void);
+bool exitmeter_has_enlightened_vmcs(void);
+
+/* KVM's own reader of the exit code. */
+int exitmeter_attach_reader(enum exitmeter_vendor vendor);
+void exitmeter_detach_reader(void);
+u32 exitmeter_exit_code(struct kvm_vcpu *vcpu);
+
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 

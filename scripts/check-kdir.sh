@@ -28,12 +28,33 @@ needs() {
     die "the kernel of $kdir is built without CONFIG_$1, $2; take one with it, $without."
 }
 
+# needs_module NAME WHY
+needs_module() {
+  [ "$(setting "$1")" = m ] ||
+    die "the kernel of $kdir has CONFIG_$1=$(setting "$1"), $2; take one with CONFIG_$1=m, $without."
+}
+
+# refuses NAME WHY
+refuses() {
+  [ -z "$(setting "$1")" ] ||
+    die "the kernel of $kdir is built with CONFIG_$1, $2; take one without it, $without."
+}
+
 needs MODULES "and so loads no modules"
+needs MODULE_UNLOAD "and the module knows kvm_intel and kvm_amd by the functions that unload them"
 needs RUST "and so can carry no module in Rust"
 needs KVM "which is what this module meters"
+needs_module KVM "and the module hooks kvm.ko"
+[ -n "$(setting KVM_INTEL)$(setting KVM_AMD)" ] ||
+  die "the kernel of $kdir is built without CONFIG_KVM_INTEL and CONFIG_KVM_AMD, one of which runs the guests; take one with either as a module, $without."
+[[ $(setting KVM_INTEL)$(setting KVM_AMD) = *m* ]] ||
+  die "the kernel of $kdir has both CONFIG_KVM_INTEL and CONFIG_KVM_AMD built in or off, and the module looks for kvm_intel.ko or kvm_amd.ko; take one with either as a module, $without."
+needs KALLSYMS "by which the module finds KVM's functions"
 needs TRACEPOINTS "by which the module sees VM exits"
 needs KPROBES "by which the module finds what names AMD's exits"
 needs DYNAMIC_FTRACE_WITH_ARGS "by which the module sees vCPUs come and go and answers CPUID"
+refuses PREEMPT_RT "where the module's spinlocks, taken with interrupts off, would sleep"
+refuses LTO_CLANG "which may inline KVM's functions from file to file, so that the module's hooks miss calls"
 
 rmeta=$kdir/rust/libkernel.rmeta
 [ -s "$rmeta" ] ||

@@ -77,7 +77,6 @@ u64 exitmeter_random(void);
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function);
 
-
 /* The guest's privilege level. */
 int exitmeter_cpl(struct kvm_vcpu *vcpu);
 

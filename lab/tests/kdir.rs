@@ -12,7 +12,11 @@ const CONFIG: &str = r#"CONFIG_MODULES=y
 CONFIG_RUST=y
 CONFIG_RUSTC_VERSION_TEXT="rustc 1.85.1 (4eb161250 2025-03-15)"
 CONFIG_BINDGEN_VERSION_TEXT="bindgen 0.71.1"
+CONFIG_MODULE_UNLOAD=y
 CONFIG_KVM=m
+CONFIG_KVM_INTEL=m
+CONFIG_KVM_AMD=m
+CONFIG_KALLSYMS=y
 CONFIG_TRACEPOINTS=y
 CONFIG_KPROBES=y
 CONFIG_DYNAMIC_FTRACE_WITH_ARGS=y
@@ -29,6 +33,13 @@ impl BuildFolder {
         folder.write("rust/libkernel.rmeta", "rust");
         folder.tool("rustc", "rustc 1.85.1 (4eb161250 2025-03-15)");
         folder.tool("bindgen", "bindgen 0.71.1");
+        folder
+    }
+
+    /// As [`BuildFolder::new`], of a kernel with another configuration.
+    fn with(config: &str) -> Self {
+        let folder = Self::new();
+        folder.write("include/config/auto.conf", config);
         folder
     }
 
@@ -89,14 +100,50 @@ fn a_folder_that_was_never_prepared_is_refused() {
 
 #[test]
 fn every_setting_counts() {
+    let vendor = ["CONFIG_KVM_INTEL", "CONFIG_KVM_AMD"];
     for line in CONFIG.lines().filter(|line| !line.contains("VERSION")) {
-        let folder = BuildFolder::new();
         let name = line.split('=').next().unwrap();
-        folder.write(
-            "include/config/auto.conf",
-            &CONFIG.replace(&format!("{line}\n"), ""),
-        );
-        assert_complains(&folder, &format!("without {name},"));
+        let folder = BuildFolder::with(&CONFIG.replace(&format!("{line}\n"), ""));
+        if vendor.contains(&name) {
+            assert_eq!(folder.complaint(), None, "one vendor is enough");
+        } else {
+            assert_complains(&folder, &format!("without {name},"));
+        }
+    }
+    let neither: String = CONFIG
+        .lines()
+        .filter(|line| !vendor.iter().any(|name| line.starts_with(name)))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    assert_complains(
+        &BuildFolder::with(&neither),
+        "without CONFIG_KVM_INTEL and CONFIG_KVM_AMD,",
+    );
+}
+
+#[test]
+fn kvm_that_is_built_in_is_refused() {
+    let built_in = |names: &[&str]| {
+        let config = names.iter().fold(CONFIG.to_owned(), |config, name| {
+            config.replace(&format!("{name}=m"), &format!("{name}=y"))
+        });
+        BuildFolder::with(&config)
+    };
+    let folder = built_in(&["CONFIG_KVM"]);
+    assert_complains(&folder, "CONFIG_KVM=y, and the module hooks kvm.ko");
+    let both = ["CONFIG_KVM_INTEL", "CONFIG_KVM_AMD"];
+    assert_complains(&built_in(&both), "both CONFIG_KVM_INTEL and CONFIG_KVM_AMD");
+    for name in both {
+        let folder = built_in(&[name]);
+        assert_eq!(folder.complaint(), None, "the other vendor is a module");
+    }
+}
+
+#[test]
+fn settings_that_break_the_module_are_refused() {
+    for name in ["CONFIG_PREEMPT_RT", "CONFIG_LTO_CLANG"] {
+        let folder = BuildFolder::with(&format!("{CONFIG}{name}=y\n"));
+        assert_complains(&folder, &format!("built with {name},"));
     }
 }
 

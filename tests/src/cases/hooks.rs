@@ -4,6 +4,7 @@
 use std::{fs, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
@@ -124,6 +125,13 @@ pub(super) fn cases() -> Vec<Case> {
             "hooks: a second redirect is refused by name, and all is undone",
             second_redirect,
         ),
+        Case::with(
+            "",
+            "hooks: of KVM's module that comes back, the exit codes' reader is found before it runs",
+            found_in_time,
+        )
+        .unless(reads_by_itself)
+        .within(120),
     ]
 }
 
@@ -212,6 +220,40 @@ fn beside<T: Other>() -> Result<()> {
     })();
     other.clear()?;
     alone
+}
+
+/// On VMX the module reads the VMCS by itself.
+fn reads_by_itself() -> Result<Option<&'static str>> {
+    let vmx = host::isa()? == Isa::Vmx;
+    Ok(vmx.then_some("the module needs no reader of KVM's here"))
+}
+
+/// Finds functions by kprobes, so those are traced, beside the kernel's own event between a
+/// module's links and its first instruction.
+fn found_in_time() -> Result<()> {
+    let paging = host::nested_paging()?;
+    write("trace", "")?;
+    write("set_ftrace_filter", "register_kprobe\n")?;
+    write("current_tracer", "function")?;
+    write("events/module/module_load/enable", "1")?;
+    let traced = (|| {
+        module::unload_vendor()?;
+        module::load_vendor(paging)?;
+        read("trace")
+    })();
+    write("events/module/module_load/enable", "0")?;
+    write("current_tracer", "nop")?;
+    write("set_ftrace_filter", "")?;
+    write("trace", "")?;
+    let traced = traced?;
+    let place = |words: &str| traced.lines().position(|line| line.contains(words));
+    let found = place("register_kprobe").context("nothing was looked for")?;
+    let runs = place("module_load: kvm_amd").context("kvm_amd was not seen to load")?;
+    ensure!(
+        found < runs,
+        "the reader is looked for when kvm_amd may run guests already: {traced}"
+    );
+    meters()
 }
 
 /// A module that redirects the same function: the meter itself, by another name.

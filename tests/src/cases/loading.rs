@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use clap::ValueEnum as _;
 use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
@@ -380,6 +380,19 @@ fn never_fetches() -> Result<Option<&'static str>> {
     Ok((!fetches).then_some("KVM does not fetch a guest's CPUID from memory here"))
 }
 
+/// Read the kernel's stack of a thread that is about to sleep: there is none of one that runs.
+fn stack_of_sleeping(thread_id: i32) -> Result<String> {
+    let path = format!("/proc/self/task/{thread_id}/stack");
+    for _ in 0..500 {
+        let stack = fs::read_to_string(&path).with_context(|| path.clone())?;
+        if !stack.is_empty() {
+            return Ok(stack);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    bail!("a thread that waits for a page does not sleep")
+}
+
 /// A vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, which the module called, while that goes.
 fn asleep() -> Result<()> {
     let cpuid = host::pick(10, 0x72)?;
@@ -398,8 +411,7 @@ fn asleep() -> Result<()> {
         });
         let unloading = (|| {
             absent.wait_until_wanted(Duration::from_secs(10))?;
-            let thread_id = thread_id.load(Ordering::Relaxed);
-            let stack = fs::read_to_string(format!("/proc/self/task/{thread_id}/stack"))?;
+            let stack = stack_of_sleeping(thread_id.load(Ordering::Relaxed))?;
             let unload = scope.spawn(|| loaded.unload());
             thread::sleep(Duration::from_secs(4));
             anyhow::Ok((stack, unload.is_finished(), unload))

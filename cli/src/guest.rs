@@ -48,11 +48,7 @@ impl Args {
     ///
     /// When no meter answers, or there is nowhere to print.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
-        #[expect(
-            clippy::redundant_closure,
-            reason = "the function alone is of one lifetime"
-        )]
-        let (_, sweep) = find(likely_isa(), |meter| Sweep::of(meter))?;
+        let (_, sweep) = find(likely_isa(), Sweep::of)?;
         let mut sweep = sweep?;
         sweep.ledger.sort(self.sort);
         if self.json {
@@ -103,8 +99,8 @@ impl Sweep {
     /// # Errors
     ///
     /// When there is no meter, or one of another version, or it began anew meanwhile.
-    pub fn read(cpuid: impl Cpuid, likely: Isa) -> Result<Self, Error> {
-        Self::of(Meter::find(cpuid, likely)?)
+    pub fn read(mut cpuid: impl Cpuid, likely: Isa) -> Result<Self, Error> {
+        Self::of(Meter::find(&mut cpuid as &mut dyn Cpuid, likely)?)
     }
 
     /// Reads all there is from a meter that was found.
@@ -112,7 +108,7 @@ impl Sweep {
     /// # Errors
     ///
     /// When the meter began anew meanwhile.
-    pub fn of(mut meter: Meter<impl Cpuid>) -> Result<Self, Error> {
+    pub fn of(mut meter: Meter<&mut dyn Cpuid>) -> Result<Self, Error> {
         let isa = meter.isa();
         let mut rows = Vec::new();
         meter.read(|row| rows.push(reason_row(isa, &row)));

@@ -21,7 +21,7 @@ use crate::{
     hooks,
     meter::{
         ledger::Totals,
-        registry::walk::NoSnapshot, //
+        snapshot::Full, //
     },
 };
 
@@ -56,11 +56,7 @@ impl MiscDevice for Device {
     }
 }
 
-/// Take a snapshot of now.
-///
-/// # Errors
-///
-/// `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
+/// A snapshot of now.
 fn take() -> Result<KVVec<u8>> {
     let registry = hooks::registry().ok_or(ENODEV)?;
     // One that turns out too large leaves word of how large it is.
@@ -72,11 +68,8 @@ fn take() -> Result<KVVec<u8>> {
                 buffer.truncate(written);
                 return Ok(buffer);
             }
-            Err(NoSnapshot::Busy) => return Err(EAGAIN),
-            Err(NoSnapshot::Full(_)) if kernel::current!().signal_pending() => {
-                return Err(ERESTARTSYS)
-            }
-            Err(NoSnapshot::Full(_)) => {}
+            Err(Full { .. }) if kernel::current!().signal_pending() => return Err(ERESTARTSYS),
+            Err(Full { .. }) => {}
         }
     }
 }

@@ -18,7 +18,6 @@ mod log;
 #[allow(
     dead_code,
     unreachable_pub,
-    unused_imports,
     reason = "cargo compiles the same files as a crate, whose other users take the rest"
 )]
 mod meter;
@@ -33,22 +32,15 @@ use kernel::{
 
 use device::Device;
 use hooks::{
-    CpuidRedirect,
-    CreationHook,
     Function,
     Node,
     Published,
-    Sleep,
     Tracepoints,
     Vendor, //
 };
-use meter::{
-    leaves::{
-        LeafMap,
-        Leaves, //
-    },
-    ledger::TRIES,
-    registry::Settings, //
+use meter::leaves::{
+    LeafMap,
+    Leaves, //
 };
 use registry::Registry;
 
@@ -71,6 +63,10 @@ module! {
             default: 2021,
             description: "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none",
         },
+        leaf_cpl: i64 {
+            default: 3,
+            description: "Who may ask in a guest: 3 everyone, or 0 its kernel alone, the others get what KVM answers",
+        },
         // 0 or 1, as Linux 7.2 knows no parameters that are bool.
         host_scope: i64 {
             default: 0,
@@ -84,10 +80,6 @@ module! {
             default: 4096,
             description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
         },
-        copy_tries: i64 {
-            default: 64,
-            description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 64",
-        },
     },
 }
 
@@ -97,16 +89,14 @@ module! {
 struct ExitMeter {
     #[pin]
     node: Node,
-    cpuid: Option<CpuidRedirect>,
+    cpuid: Option<Pin<KBox<Function>>>,
     tracepoints: Tracepoints,
     #[pin]
     put: Function,
     #[pin]
     load: Function,
-    creation: CreationHook,
     #[pin]
     destroy: Function,
-    sleep: Sleep,
     farewell: Farewell,
     published: Published,
     vendor: Vendor,
@@ -117,31 +107,23 @@ impl kernel::InPlaceModule for ExitMeter {
         pin_init::pin_init_scope(|| {
             let parameters = Parameters::checked()?;
             let vendor = Vendor::attach()?;
-            let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe());
+            let isa = vendor.isa();
             let map = parameters.leaf_map;
-            let life = hooks::random_life();
-            let leaves = Leaves { map, isa, life };
-            let registry = Registry::new(Settings {
-                leaves,
-                host_scope: parameters.host_scope,
-                max_vcpus: parameters.max_vcpus as usize,
-                copy_tries: parameters.copy_tries,
-            })?;
+            let leaves = Leaves { map, isa };
+            let registry = Registry::new(leaves, parameters.host_scope, parameters.max_vcpus)?;
             Ok(try_pin_init!(Self {
                 vendor,
                 published: Published::new(registry.clone()),
-                sleep: Sleep::watch(),
                 destroy <- Function::vcpu_destroy(),
-                creation: CreationHook::attach()?,
                 load <- Function::vcpu_load(),
                 put <- Function::vcpu_put(),
-                tracepoints: Tracepoints::attach(exit_probe)?,
+                tracepoints: Tracepoints::attach(isa)?,
                 cpuid: match map {
                     LeafMap::Off => None,
                     _ => Some(hooks::redirect_cpuid()?),
                 },
                 node <- Node::register::<Device>(c"exitmeter", 0o440),
-                farewell: Farewell::new(registry, &leaves),
+                farewell: Farewell::new(registry, &leaves, parameters.host_scope),
             }? Error))
         })
     }
@@ -152,7 +134,6 @@ struct Parameters {
     leaf_map: LeafMap,
     host_scope: bool,
     max_vcpus: u32,
-    copy_tries: u32,
 }
 
 impl Parameters {
@@ -163,6 +144,13 @@ impl Parameters {
             given(module_parameters::leaf_map.value()),
             "2021, 2022, or 0",
             LeafMap::from_number,
+        )?;
+        // Looked up at each query (`cpuid::for_cpl_0_alone`).
+        let _: bool = in_range(
+            "leaf_cpl",
+            given(module_parameters::leaf_cpl.value()),
+            "3 or 0",
+            |number| matches!(number, 0 | 3).then_some(number == 0),
         )?;
         let max_vcpus = in_range(
             "max_vcpus",
@@ -184,17 +172,10 @@ impl Parameters {
             "0 or 1",
             flag,
         )?;
-        let copy_tries = in_range(
-            "copy_tries",
-            given(module_parameters::copy_tries.value()),
-            "0 to 64",
-            |number| (number <= TRIES).then_some(number),
-        )?;
         Ok(Self {
             leaf_map,
             host_scope,
             max_vcpus,
-            copy_tries,
         })
     }
 }
@@ -223,8 +204,8 @@ struct Farewell(Arc<Registry>);
 
 impl Farewell {
     /// Everything is attached.
-    fn new(registry: Arc<Registry>, leaves: &Leaves) -> Self {
-        log::loaded(leaves);
+    fn new(registry: Arc<Registry>, leaves: &Leaves, host_scope: bool) -> Self {
+        log::loaded(leaves, host_scope);
         Self(registry)
     }
 }

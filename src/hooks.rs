@@ -12,10 +12,7 @@ use core::{
         x86_64::_rdtsc, //
     },
     marker::PhantomPinned,
-    ptr::{
-        null_mut,
-        NonNull, //
-    },
+    ptr::null_mut,
     sync::atomic::{
         AtomicPtr,
         AtomicUsize,
@@ -39,22 +36,14 @@ use crate::{
     bindings, cpuid,
     meter::{
         leaves::Registers,
-        ledger::{
-            Ledger,
-            LedgerCopy, //
-        },
         parts,
         phase::Phase,
         reasons::Isa,
-        registry::{
-            platform::Retired,
-            Newcomer,
-            Owner, //
-        },
         snapshot::NAME_SIZE, //
     },
     registry::{
         self,
+        Owner,
         Registry, //
     },
 };
@@ -75,11 +64,11 @@ const RBX: usize = 3;
 /// The vector of a general protection fault.
 const GP_VECTOR: u8 = 13;
 
-/// Return what this CPU's cache holds of a vCPU, if it is the one in there. Preemption is off.
+/// What this CPU noted for a vCPU, if that is the one it noted. Preemption is off.
 ///
 /// The kernel crate has no per-CPU variables; this is what C's this_cpu_read() compiles to.
 #[inline(always)]
-fn cached(vcpu: usize) -> Option<usize> {
+fn noted(vcpu: usize) -> Option<usize> {
     let (key, value): (usize, usize);
     // SAFETY: The shim's variable is one of each CPU, at this offset of GS; these
     // instructions read its two words and touch nothing else.
@@ -89,106 +78,34 @@ fn cached(vcpu: usize) -> Option<usize> {
             "mov {value}, gs:[rip + {note} + 8]",
             key = out(reg) key,
             value = out(reg) value,
-            note = sym bindings::exitmeter_cache,
+            note = sym bindings::exitmeter_note,
             options(nostack, readonly, preserves_flags),
         )
     };
     (key == vcpu).then_some(value)
 }
 
-/// Put a vCPU's ledger into this CPU's cache. Preemption is off.
+/// Has this CPU note a value for a vCPU. Preemption is off.
 #[inline(always)]
-pub(crate) fn cache(vcpu: Vcpu<'_>, ledger: &Ledger) {
-    // SAFETY: As in `cached`. The value comes first: a key is never seen with the value of
+pub(crate) fn note(vcpu: Vcpu<'_>, value: usize) {
+    // SAFETY: As in `noted`. The value comes first: a key is never seen with the value of
     // another, not by the CPU itself, as no callback interrupts one.
     unsafe {
         asm!(
             "mov gs:[rip + {note} + 8], {value}",
             "mov gs:[rip + {note}], {key}",
             key = in(reg) vcpu.key(),
-            value = in(reg) ledger,
-            note = sym bindings::exitmeter_cache,
+            value = in(reg) value,
+            note = sym bindings::exitmeter_note,
             options(nostack, preserves_flags),
         )
     };
 }
 
-/// Take a vCPU out of all CPUs' caches. It runs nowhere any more.
-pub(crate) fn forget(vcpu: usize) {
+/// Has no CPU note a vCPU, which runs nowhere any more.
+pub(crate) fn forget(vcpu: Vcpu<'_>) {
     // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_forget(vcpu as c_ulong) };
-}
-
-/// Return zeroed memory, charged to the memory cgroup of the task that runs.
-pub(crate) fn allocate(size: usize, may_sleep: bool) -> Option<NonNull<u8>> {
-    // SAFETY: No requirements but a context that can sleep where that is said.
-    NonNull::new(unsafe { bindings::exitmeter_allocate(size, may_sleep) }.cast())
-}
-
-/// Free memory.
-///
-/// # Safety
-///
-/// It must come from [`allocate`], and nobody may use it any more.
-pub(crate) unsafe fn free(memory: NonNull<u8>) {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_free(memory.as_ptr().cast()) };
-}
-
-/// Free memory after a grace period of RCU.
-///
-/// # Safety
-///
-/// As for [`free`], but for RCU's readers; `room` must lie within its first page, and be used by
-/// nobody.
-pub(crate) unsafe fn retire(memory: NonNull<u8>, room: NonNull<Retired>) {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_retire(memory.as_ptr().cast(), room.as_ptr().cast()) };
-}
-
-/// Let another task run, if one wants to. In a context that can sleep.
-pub(crate) fn pause() {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_pause() };
-}
-
-/// Return a number that no other life of the module has: a random one, and never 0.
-pub(crate) fn random_life() -> u64 {
-    // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_random() }.max(1)
-}
-
-/// A copy that another CPU makes.
-struct RemoteCopy<'a> {
-    ledger: &'a Ledger,
-    out: &'a mut LedgerCopy,
-    copied: bool,
-}
-
-/// Make a copy that another CPU wants. It came by an interrupt, so no transition of the vCPU that
-/// runs here is under way, unless it interrupted a load or a put.
-///
-/// # Safety
-///
-/// For `copy_on` alone, with a [`RemoteCopy`].
-unsafe extern "C" fn copy_here(copy: *mut c_void) {
-    // SAFETY: By the contract of this function; its owner waits.
-    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_>>() };
-    copy.copied = copy.ledger.try_copy(copy.out);
-}
-
-/// Try to copy a ledger on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
-/// is offline. In a context that can sleep.
-pub(crate) fn copy_on(cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
-    let mut copy = RemoteCopy {
-        ledger,
-        out,
-        copied: false,
-    };
-    // SAFETY: The function runs before this returns, or not at all.
-    let called =
-        unsafe { bindings::exitmeter_call_on(cpu, Some(copy_here), (&raw mut copy).cast()) };
-    called && copy.copied
+    unsafe { bindings::exitmeter_forget(vcpu.key() as c_ulong) };
 }
 
 /// The TSC now.
@@ -218,52 +135,19 @@ impl Vcpu<'_> {
         self.0.get() as usize
     }
 
-    /// Return the vCPU with a key.
-    ///
-    /// # Safety
-    ///
-    /// The key must be that of a vCPU that KVM keeps for the time of `'a`.
-    pub(crate) unsafe fn from_key(key: usize) -> Self {
-        // SAFETY: By the contract of this function.
-        unsafe { Self::from_raw(key as *mut bindings::kvm_vcpu) }
-    }
-
-    /// Return its ledger from this CPU's cache. The callbacks run with preemption off.
+    /// What this CPU noted for it, by [`note`]. The callbacks run with preemption off.
     #[inline(always)]
-    pub(crate) fn cached(&self) -> Option<NonNull<Ledger>> {
-        NonNull::new(cached(self.key())? as *mut Ledger)
+    pub(crate) fn noted(&self) -> Option<usize> {
+        noted(self.key())
     }
 
-    /// Return the CPU that it was loaded on last; `None` for a vCPU that has never been on one. A
-    /// trust domain's vCPU is so again when its CPU goes offline or its VM ends.
-    pub(crate) fn cpu(&self) -> Option<u32> {
+    /// Whether it has never been on a CPU: its first load, and nothing later, finds it so.
+    ///
+    /// But for a trust domain's vCPU, which is so again when its CPU goes offline or its VM ends.
+    pub(crate) fn is_new(&self) -> bool {
         let vcpu = self.0.get();
         // SAFETY: The vCPU lives; who writes the field writes it whole.
-        let cpu = unsafe { (&raw const (*vcpu).cpu).read_volatile() };
-        u32::try_from(cpu).ok()
-    }
-
-    /// Return the time that KVM polled before it let the vCPU sleep, in ns: KVM's own count.
-    pub(crate) fn polled(&self) -> u64 {
-        let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; its thread writes each field whole.
-        let (success, fail) = unsafe {
-            let stat = &raw const (*vcpu).stat.generic;
-            (
-                (&raw const (*stat).halt_poll_success_ns).read_volatile(),
-                (&raw const (*stat).halt_poll_fail_ns).read_volatile(),
-            )
-        };
-        success.wrapping_add(fail)
-    }
-
-    /// Describe the vCPU to the registry, which does not know it.
-    pub(crate) fn newcomer(&self) -> Newcomer {
-        Newcomer {
-            owner: self.owner(),
-            is_new: self.cpu().is_none(),
-            polled: self.polled(),
-        }
+        unsafe { (&raw const (*vcpu).cpu).read_volatile() == -1 }
     }
 
     /// Whether it runs, or has just left, a guest of its guest: an L2.
@@ -274,9 +158,9 @@ impl Vcpu<'_> {
         flags & bindings::HF_GUEST_MASK != 0
     }
 
-    /// Return the vCPU and its VM, as KVM names them. `None` for a vCPU whose exit reason the
-    /// host cannot read, as that of a trust domain, whose state the TDX module keeps.
-    fn owner(&self) -> Option<Owner> {
+    /// Whose this vCPU is. `None` for a vCPU whose exit reason the host cannot read, as
+    /// that of a trust domain, whose state the TDX module keeps.
+    pub(crate) fn owner(&self) -> Option<Owner> {
         let vcpu = self.0.get();
         // SAFETY: KVM sets `kvm` before the first event of a vCPU and keeps the VM at
         // least as long as the vCPU.
@@ -299,14 +183,12 @@ impl Vcpu<'_> {
         })
     }
 
-    /// Return the phase that begins when this vCPU leaves its CPU, from what `kvm_sched_out()`
-    /// and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
-    ///
-    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
+    /// The phase that begins when this vCPU leaves its CPU, from what
+    /// `kvm_sched_out()` noted before it called `kvm_arch_vcpu_put()`.
     #[inline]
     fn phase_after_put(&self) -> Phase {
         let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; other CPUs only read these fields.
+        // SAFETY: The vCPU lives; other CPUs only read these two fields.
         let (out, preempted) = unsafe {
             (
                 (&raw const (*vcpu).scheduled_out).read_volatile(),
@@ -316,22 +198,7 @@ impl Vcpu<'_> {
         match (out, preempted) {
             (false, _) => Phase::User,
             (true, true) => Phase::Preempted,
-            (true, false) => self.phase_asleep(),
-        }
-    }
-
-    /// Return the phase of a vCPU that was scheduled out, and that KVM does not call preempted.
-    #[inline(never)]
-    fn phase_asleep(&self) -> Phase {
-        // SAFETY: The vCPU lives; its own thread alone writes the field.
-        let blocking =
-            unsafe { (&raw const (*self.0.get()).stat.generic.blocking).read_volatile() };
-        // SAFETY: No requirements.
-        let runnable = unsafe { bindings::exitmeter_current_is_runnable() };
-        match (runnable, blocking) {
-            (true, _) => Phase::Preempted,
-            (false, 0) => Phase::Waiting,
-            (false, _) => Phase::Halted,
+            (true, false) => Phase::Blocked,
         }
     }
 
@@ -358,16 +225,21 @@ impl Vcpu<'_> {
         }
     }
 
-    /// Return true if KVM has queued a general protection fault for the guest, or for the
-    /// hypervisor in it: that gets an L2's faults which it intercepts as exits, by a place of their
-    /// own (`kvm_queue_exception_vmexit()`).
+    /// Return true if the guest's kernel runs: CPL 0, and not of a guest of its own. False where
+    /// the host cannot know, as for SEV-ES, whose guest tells KVM any level it likes.
+    ///
+    /// Real mode and SMM are CPL 0, virtual-8086 mode is CPL 3.
+    fn is_at_cpl_0(&self) -> bool {
+        // SAFETY: The vCPU is held and loaded by this thread, which is between exit and entry.
+        !self.runs_nested() && unsafe { bindings::exitmeter_cpl(self.0.get()) } == 0
+    }
+
+    /// Whether KVM has queued a general protection fault for the guest.
     fn fault_is_pending(&self) -> bool {
-        let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread.
-        let (own, of_l2) = unsafe { (&(*vcpu).arch.exception, &(*vcpu).arch.exception_vmexit) };
-        [own, of_l2]
-            .iter()
-            .any(|queued| queued.pending && queued.vector == GP_VECTOR)
+        let exception = unsafe { &raw const (*self.0.get()).arch.exception };
+        // SAFETY: As above.
+        unsafe { (*exception).pending && (*exception).vector == GP_VECTOR }
     }
 }
 
@@ -411,57 +283,16 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
         return;
     }
     let now = now();
-    // The field's number stays where VMREAD fails, as it does with no VMCS, and where it faults, as
-    // it does with VMX off: no basic exit reason is as large, so the exit is counted among "other".
+    // The field's number stays where VMREAD fails, as it does with no VMCS: no basic exit
+    // reason is as large, so the exit is counted among "other".
     let mut reason = VMCS_EXIT_REASON;
     // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
-    // loaded; VMREAD reads it, and touches but the operand and the flags. At a fault the kernel
-    // goes on behind it, by an entry in the table of exceptions (asm/asm.h, _ASM_EXTABLE_TYPE:
-    // where it may fault, where to go on, EX_TYPE_DEFAULT).
-    unsafe {
-        asm!(
-            "2: vmread {0}, {0}",
-            "3:",
-            ".pushsection __ex_table, \"aM\", @progbits, 12",
-            ".balign 4",
-            ".long 2b - .",
-            ".long 3b - .",
-            ".long 1",
-            ".popsection",
-            inlateout(reg) reason,
-            options(nostack, nomem),
-        )
-    };
+    // loaded; VMREAD reads it, and touches but the operand and the flags.
+    unsafe { asm!("vmread {0}, {0}", inlateout(reg) reason, options(nostack, nomem)) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
     registry::exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
-}
-
-/// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
-/// VMREAD is "unsupported and can result in unexpected behavior" (TLFS, "Enlightened VMCS"). Runs
-/// with interrupts off, on the vCPU's CPU.
-///
-/// KVM's own reader takes the reason from `vcpu_vt.exit_reason`, which `vmx_vcpu_enter_exit()` has
-/// just set, and reads through the enlightened VMCS where there is one.
-///
-/// # Safety
-///
-/// For the tracepoint alone.
-unsafe extern "C" fn on_exit_vmx_by_kvm(
-    _data: *mut c_void,
-    vcpu: *mut bindings::kvm_vcpu,
-    _isa: u32,
-) {
-    if !parts::CALLBACKS {
-        return;
-    }
-    let now = now();
-    // SAFETY: The vCPU has just taken an exit on this CPU.
-    let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
-    // SAFETY: KVM holds the vCPU.
-    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit(vcpu, now, Isa::Vmx, reason & 0xffff);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -475,7 +306,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     }
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
-    let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
+    let code = unsafe { bindings::exitmeter_svm_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::exit(vcpu, now, Isa::Svm, code);
@@ -486,7 +317,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 /// # Safety
 ///
 /// For the tracepoint alone.
-unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: u8) {
+unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: bool) {
     if !parts::CALLBACKS {
         return;
     }
@@ -494,10 +325,6 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     registry::entry(vcpu, now());
 }
-
-/// The probe of kvm:kvm_exit that can read why a guest exits on this host.
-#[derive(Clone, Copy)]
-pub(crate) struct ExitProbe(bindings::exitmeter_exit_probe);
 
 /// Probes on the two tracepoints of KVM.
 pub(crate) struct Tracepoints {
@@ -507,8 +334,11 @@ pub(crate) struct Tracepoints {
 impl Tracepoints {
     /// Begins to see every exit and entry. The registry has to be published for as long as
     /// this lives.
-    pub(crate) fn attach(exit: ExitProbe) -> Result<Self> {
-        let ExitProbe(exit) = exit;
+    pub(crate) fn attach(isa: Isa) -> Result<Self> {
+        let exit: bindings::exitmeter_exit_probe = match isa {
+            Isa::Vmx => Some(on_exit_vmx),
+            Isa::Svm => Some(on_exit_svm),
+        };
         // Entries first, and last in `drop`: whoever's exit is seen is seen to be entered again,
         // so that each exit has its sample.
         // SAFETY: The probe is detached before its code goes, and takes no data.
@@ -666,31 +496,6 @@ unsafe extern "C" fn on_put(
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_create_lapic()`.
-unsafe extern "C" fn on_create(
-    _ip: c_ulong,
-    _parent: c_ulong,
-    _ops: *mut bindings::ftrace_ops,
-    fregs: *mut bindings::ftrace_regs,
-) {
-    // Another user of the function has ftrace call all of them with preemption off. Then the vCPU is
-    // taken in at its first event, if there is memory at once.
-    // SAFETY: No requirements.
-    if !unsafe { bindings::exitmeter_may_sleep() } {
-        return;
-    }
-    let Some(_inside) = Inside::try_enter(IN_CREATION) else {
-        return;
-    };
-    // SAFETY: By the contract of this function.
-    let vcpu = unsafe { hooked(fregs) };
-    if let Some(registry) = registry() {
-        registry.announce(vcpu);
-    }
-}
-
-/// # Safety
-///
 /// For ftrace alone, as a callback for `kvm_mmu_destroy()`.
 unsafe extern "C" fn on_destroy(
     _ip: c_ulong,
@@ -705,148 +510,12 @@ unsafe extern "C" fn on_destroy(
     }
 }
 
-/// A task of KVM's in code of the module in which it may sleep.
-///
-/// Nothing else keeps that code for a task that sleeps: RCU-tasks, for which ftrace waits when a
-/// hook goes, takes a sleeping task for one that has left.
-pub(crate) struct Inside(bindings::exitmeter_place);
-
-/// KVM's own `kvm_emulate_cpuid()`, called by [`emulate_cpuid`]. KVM sleeps there where it fetches
-/// the instruction from a guest's memory that is swapped out or userfaultfd's: on SVM without
-/// NRIPS (`svm_skip_emulated_instruction()`).
-const IN_CPUID: bindings::exitmeter_place = bindings::exitmeter_place_EXITMETER_PLACE_CPUID;
-
-/// The allocation of a ledger, by [`on_create`].
-const IN_CREATION: bindings::exitmeter_place = bindings::exitmeter_place_EXITMETER_PLACE_CREATION;
-
-impl Inside {
-    /// Comes into a place whose door is shut otherwise, before [`wait_for_none`] is called.
-    fn enter(place: bindings::exitmeter_place) -> Self {
-        // SAFETY: No requirements.
-        unsafe { bindings::exitmeter_enter(place) };
-        Self(place)
-    }
-
-    /// Comes into a place unless it is [`closed`](close).
-    fn try_enter(place: bindings::exitmeter_place) -> Option<Self> {
-        // SAFETY: No requirements.
-        unsafe { bindings::exitmeter_try_enter(place) }.then_some(Self(place))
-    }
-}
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        // SAFETY: This task came in when this was made.
-        unsafe { bindings::exitmeter_leave(self.0) };
-    }
-}
-
-/// Has a place refuse, from now on or until now, whoever would come in by [`Inside::try_enter`].
-///
-/// For a callback that sleeps: ftrace frees the trampoline that called it as the hook goes, so it
-/// has to be over before: close, [`wait_for_none`], then let the hook go.
-fn close(place: bindings::exitmeter_place, closed: bool) {
-    // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_close(place, closed) };
-}
-
-/// Waits until no task is in a place, however long they sleep, nor in the few instructions by which
-/// they leave the module's code. `where_they_sleep` and `what_for` are for the log.
-///
-/// Nobody may come in any more: the hook that let them in is gone, or the place is closed.
-fn wait_for_none(place: bindings::exitmeter_place, where_they_sleep: &str, what_for: &str) {
-    /// The time between two looks, in ms: short while it may be over at once.
-    const STEPS: [u32; 2] = [1, 50];
-    /// When the log is told, in ms, and how long after that again.
-    const FIRST_LINE: u32 = 1000;
-    const NEXT_LINE: u32 = 30_000;
-
-    let mut waited = 0_u32;
-    let mut next_line = FIRST_LINE;
-    loop {
-        // SAFETY: No requirements.
-        let inside = unsafe { bindings::exitmeter_inside(place) };
-        if inside == 0 {
-            break;
-        }
-        if waited >= next_line {
-            let (vcpus, sleep) = if inside == 1 {
-                ("vCPU", "sleeps")
-            } else {
-                ("vCPUs", "sleep")
-            };
-            pr_info!(
-                "unloading waits: {inside} {vcpus} {sleep} in {where_they_sleep}(), until {what_for}\n"
-            );
-            next_line = waited.saturating_add(NEXT_LINE);
-        }
-        let step = if waited < STEPS[1] {
-            STEPS[0]
-        } else {
-            STEPS[1]
-        };
-        // SAFETY: The callers may sleep.
-        unsafe { bindings::exitmeter_doze(step) };
-        waited = waited.saturating_add(step);
-    }
-    // SAFETY: As above.
-    unsafe { bindings::exitmeter_wait_for_tails() };
-}
-
-/// The hook by which vCPUs are announced that KVM makes. Its fields go in this order: the callback
-/// sleeps in ftrace's trampoline, so no task may be in it when that is freed.
-pub(crate) struct CreationHook {
-    _gate: CreationGate,
-    _function: Pin<KBox<Function>>,
-}
-
-/// Lets tasks into the callback. Dropping this shuts them out, and waits for those inside.
-struct CreationGate;
-
-impl Drop for CreationGate {
-    fn drop(&mut self) {
-        close(IN_CREATION, true);
-        wait_for_none(IN_CREATION, "kvm_create_lapic", "memory is there");
-    }
-}
-
-impl CreationHook {
-    /// Hooks `kvm_create_lapic()`: KVM makes a vCPU, and has made its MMU. From there on each vCPU
-    /// comes to `kvm_mmu_destroy()`, also one that KVM fails to make (`kvm_arch_vcpu_create()`,
-    /// Linux 7.3). The registry has to be published for as long as this lives.
-    pub(crate) fn attach() -> Result<Self> {
-        let name = c"kvm:kvm_create_lapic";
-        let function = KBox::try_pin_init(Function::attach(name, on_create, false), GFP_KERNEL)?;
-        close(IN_CREATION, false);
-        Ok(Self {
-            _gate: CreationGate,
-            _function: function,
-        })
-    }
-}
-
 /// KVM's own `kvm_emulate_cpuid()`; set while the redirect is in place.
 static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 
-/// The hook by which guests are answered. Its fields go in this order.
-pub(crate) struct CpuidRedirect {
-    _function: Pin<KBox<Function>>,
-    _asleep: AsleepInCpuid,
-}
-
-/// The tasks that the redirect sent to [`emulate_cpuid`]. Dropping this waits for all of them; the
-/// redirect has to be gone.
-struct AsleepInCpuid;
-
-impl Drop for AsleepInCpuid {
-    fn drop(&mut self) {
-        wait_for_none(IN_CPUID, "kvm_emulate_cpuid", "the guest's memory is there");
-    }
-}
-
 /// Finds KVM's own `kvm_emulate_cpuid()`, and hooks it to answer for our leaves. The registry
 /// has to be published for as long as this lives.
-pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
+pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
@@ -856,11 +525,10 @@ pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
         return Err(ENOENT);
     }
     EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
-    let function = KBox::try_pin_init(Function::attach(name, on_cpuid, true), GFP_KERNEL)?;
-    Ok(CpuidRedirect {
-        _function: function,
-        _asleep: AsleepInCpuid,
-    })
+    KBox::try_pin_init(
+        Function::attach(c"kvm:kvm_emulate_cpuid", on_cpuid, true),
+        GFP_KERNEL,
+    )
 }
 
 /// # Safety
@@ -883,6 +551,10 @@ unsafe extern "C" fn on_cpuid(
         // The replacement calls the original: let it through.
         return;
     }
+    // Before KVM's own function has done anything: who may not ask gets just that.
+    if cpuid::for_cpl_0_alone() && !vcpu.is_at_cpl_0() {
+        return;
+    }
     // SAFETY: ftrace lets a redirect write the address to go on at.
     unsafe {
         (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =
@@ -899,11 +571,9 @@ unsafe extern "C" fn on_cpuid(
 unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
-    // From here on `CpuidRedirect` waits for this task as it goes. Before, this task does not
-    // sleep, so that ftrace waits for it.
-    let _inside = Inside::enter(IN_CPUID);
-    // SAFETY: The redirect was in place, so the address is set, and the registry and kvm.ko stay
-    // until no task is in here any more. KVM holds the vCPU.
+    // SAFETY: The redirect is in place, so the address is set, and the registry and
+    // kvm.ko stay until no task is in here any more: KVM sleeps nowhere in the original, so
+    // unregistering, which waits for RCU-tasks, waits for it. KVM holds the vCPU.
     let (original, guest) = unsafe {
         (
             core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),
@@ -924,143 +594,80 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     ret
 }
 
-/// KVM's own reader of exit codes, found in the vendor's module.
-pub(crate) struct ExitReader(());
+/// KVM's reader of SVM's exit codes, found in kvm_amd.
+pub(crate) struct SvmExitCode(());
 
-impl ExitReader {
-    /// Finds the reader, and finds it anew whenever the vendor's module is loaded again.
-    fn attach(vendor: bindings::exitmeter_vendor, module: &str) -> Result<Self> {
+impl SvmExitCode {
+    /// Finds the reader, and finds it anew whenever kvm_amd is loaded again.
+    fn attach() -> Result<Self> {
         // SAFETY: Called once, by `Vendor::attach`.
-        to_result(unsafe { bindings::exitmeter_attach_reader(vendor) }).inspect_err(|error| {
+        to_result(unsafe { bindings::exitmeter_attach_svm() }).inspect_err(|error| {
             if *error == ENOENT {
-                pr_err!("no reader of exit codes (get_exit_info) found in {module}: nothing else tells why a guest exits\n");
+                pr_err!("function svm_get_exit_info not found in kvm_amd: nothing else tells why a guest exits\n");
             } else if *error == ENOEXEC {
-                pr_err!("the reader of exit codes (get_exit_info) of {module} cannot be called: it is sealed against indirect calls\n");
+                pr_err!("function svm_get_exit_info of kvm_amd cannot be called: under IBT that takes an ENDBR\n");
             } else {
-                pr_err!("loads of {module} cannot be watched ({:?})\n", error);
+                pr_err!("loads of kvm_amd cannot be watched ({:?})\n", error);
             }
         })?;
         Ok(Self(()))
     }
 }
 
-impl Drop for ExitReader {
+impl Drop for SvmExitCode {
     fn drop(&mut self) {
         // SAFETY: Attached when this was made; the tracepoints are detached before.
-        unsafe { bindings::exitmeter_detach_reader() };
+        unsafe { bindings::exitmeter_detach_svm() };
     }
 }
 
 /// The vendor's half of KVM, checked when the meter is loaded.
 pub(crate) struct Vendor {
     isa: Isa,
-    exit_probe: ExitProbe,
-    _reader: Option<ExitReader>,
+    _svm: Option<SvmExitCode>,
 }
 
 impl Vendor {
     /// Checks the CPU, and that its vendor module is loaded.
     pub(crate) fn attach() -> Result<Self> {
         // SAFETY: No requirements.
-        let vendor = unsafe { bindings::exitmeter_vendor() };
-        let (isa, module, unload) = match vendor {
+        match unsafe { bindings::exitmeter_vendor() } {
             bindings::exitmeter_vendor_EXITMETER_VENDOR_VMX => {
-                (Isa::Vmx, "kvm_intel", c"kvm_intel:cleanup_module")
+                demand_loaded("kvm_intel", c"kvm_intel:cleanup_module")?;
+                Ok(Self {
+                    isa: Isa::Vmx,
+                    _svm: None,
+                })
             }
             bindings::exitmeter_vendor_EXITMETER_VENDOR_SVM => {
-                (Isa::Svm, "kvm_amd", c"kvm_amd:cleanup_module")
+                demand_loaded("kvm_amd", c"kvm_amd:cleanup_module")?;
+                Ok(Self {
+                    isa: Isa::Svm,
+                    _svm: Some(SvmExitCode::attach()?),
+                })
             }
             _ => {
                 pr_err!("this CPU has neither VT-x nor SVM\n");
-                return Err(ENODEV);
+                Err(ENODEV)
             }
-        };
-        demand_module()?;
-        demand_loaded(module, unload)?;
-        // SAFETY: No requirements.
-        let enlightened = isa == Isa::Vmx && unsafe { bindings::exitmeter_has_enlightened_vmcs() };
-        if enlightened {
-            pr_info!("this host runs under Hyper-V with an enlightened VMCS: exit reasons come from kvm_intel's own reader\n");
         }
-        let exit_probe: bindings::exitmeter_exit_probe = match isa {
-            Isa::Svm => Some(on_exit_svm),
-            Isa::Vmx if enlightened => Some(on_exit_vmx_by_kvm),
-            Isa::Vmx => Some(on_exit_vmx),
-        };
-        let by_kvm = isa == Isa::Svm || enlightened;
-        Ok(Self {
-            isa,
-            exit_probe: ExitProbe(exit_probe),
-            _reader: by_kvm
-                .then(|| ExitReader::attach(vendor, module))
-                .transpose()?,
-        })
     }
 
-    /// Return the vendor, that is, which numbers this host's exit reasons are.
+    /// Which numbers this host's exit reasons are.
     pub(crate) fn isa(&self) -> Isa {
         self.isa
     }
-
-    /// Return the probe for this host's exits, to attach for as long as this lives.
-    pub(crate) fn exit_probe(&self) -> ExitProbe {
-        self.exit_probe
-    }
-}
-
-/// Return true if a function is there: `module:name`, or `name` in the kernel or any module.
-fn exists(name: &'static CStr) -> bool {
-    // SAFETY: The name ends with a NUL. The address is not used.
-    unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) != 0 }
-}
-
-/// Demands that KVM is a module, by a function of it that has the module's name, or none if KVM is
-/// a part of the kernel.
-fn demand_module() -> Result {
-    if !exists(c"kvm:kvm_arch_vcpu_load") && exists(c"kvm_arch_vcpu_load") {
-        pr_err!(
-            "KVM is built into this kernel (CONFIG_KVM=y): exitmeter hooks it as a module alone\n"
-        );
-        return Err(ENODEV);
-    }
-    Ok(())
 }
 
 /// Demands that a module of KVM's is loaded, and tells that from a function that is not in it: by
 /// the function that unloads it, which has the same name in every module.
 fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
-    if !exists(unload) {
+    // SAFETY: The name ends with a NUL. The address is not used.
+    if unsafe { bindings::exitmeter_find_function(unload.as_char_ptr()) } == 0 {
         pr_err!("{module} is not loaded: run 'modprobe {module}' first\n");
         return Err(ENODEV);
     }
     Ok(())
-}
-
-/// Have the registry go on after the host's sleep, when the TSC has begun anew. `then` and `now` are
-/// one moment, by the TSC as it would have gone on, and as it is.
-unsafe extern "C" fn on_rebase(then: u64, now: u64) {
-    if let Some(registry) = registry() {
-        registry.rebase(then, now);
-    }
-}
-
-/// The host's sleep is watched. The registry has to be published for as long as this lives.
-pub(crate) struct Sleep(());
-
-impl Sleep {
-    /// Begin to watch it.
-    pub(crate) fn watch() -> Self {
-        // SAFETY: Called once, by the module's init; undone in `drop`.
-        unsafe { bindings::exitmeter_attach_sleep(Some(on_rebase)) };
-        Self(())
-    }
-}
-
-impl Drop for Sleep {
-    fn drop(&mut self) {
-        // SAFETY: Attached when this was made.
-        unsafe { bindings::exitmeter_detach_sleep() };
-    }
 }
 
 /// The host's TSC: its rate in kHz, and whether the kernel trusts it.
@@ -1079,10 +686,10 @@ pub(crate) fn timestamp() -> u64 {
     now()
 }
 
-/// Whether one more line about a query may go to the kernel log.
-pub(crate) fn log_allowed() -> bool {
+/// Return the monotonic time in nanoseconds, as exact as the kernel's tick.
+pub(crate) fn coarse_ns() -> u64 {
     // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_log_allowed() }
+    unsafe { bindings::exitmeter_coarse_ns() }
 }
 
 /// The node in /dev, readable by root and by the group that udev gives it.

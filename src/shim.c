@@ -10,20 +10,12 @@
 #include <linux/kvm_host.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
-#include <linux/random.h>
-#include <linux/ratelimit.h>
-#include <linux/rcupdate.h>
-#include <linux/sched.h>
-#include <linux/slab.h>
-#include <linux/smp.h>
-#include <linux/syscore_ops.h>
 #include <linux/timekeeping.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 
 #include <asm/cpufeature.h>
 #include <asm/ibt.h>
-#include <asm/mshyperv.h>
 #include <asm/processor.h>
 #include <asm/tsc.h>
 
@@ -58,9 +50,8 @@ void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data)
 }
 
 /*
- * Return after the last run of @ops->func.  A task that a redirect sent to
- * other code may still be there if it sleeps in it, and nowhere else:
- * ftrace_shutdown() waits for RCU-tasks, that is for all who do not sleep.
+ * Return after the last run of @ops->func, and after every task has left the
+ * code that a redirect sent it to: unregistering waits for RCU-tasks.
  */
 void exitmeter_detach_function(struct ftrace_ops *ops)
 {
@@ -74,214 +65,40 @@ bool exitmeter_is_own_text(unsigned long ip)
 	return within_module(ip, THIS_MODULE);
 }
 
-/*
- * How many tasks came into each place on this CPU, less those that left on it.
- * A task that moves leaves on another CPU, so only the sum means something.
- */
-static DEFINE_PER_CPU(long[EXITMETER_PLACES], tasks_inside);
-
-/* Which places refuse whoever would come in. */
-static bool is_closed[EXITMETER_PLACES];
-
-void exitmeter_enter(enum exitmeter_place place)
-{
-	this_cpu_inc(tasks_inside[place]);
-}
+DEFINE_PER_CPU_ALIGNED(struct exitmeter_note, exitmeter_note);
 
 /*
- * Come into @place unless it is closed.
+ * Have no CPU remember @vcpu, which runs nowhere any more.
  *
- * The barrier pairs with that of exitmeter_close(): either this task sees that
- * the place is closed, or whoever closed it sees this task inside.  Preemption
- * is off, so that a task that is turned away counts up and down on one CPU:
- * no sum is ever too low for it.
- */
-bool exitmeter_try_enter(enum exitmeter_place place)
-{
-	bool closed;
-
-	preempt_disable();
-	this_cpu_inc(tasks_inside[place]);
-	smp_mb(); /* pairs with exitmeter_close() */
-	closed = READ_ONCE(is_closed[place]);
-	if (closed)
-		this_cpu_dec(tasks_inside[place]);
-	preempt_enable();
-	return !closed;
-}
-
-void exitmeter_leave(enum exitmeter_place place)
-{
-	/* What was done inside comes before. */
-	barrier();
-	this_cpu_dec(tasks_inside[place]);
-}
-
-void exitmeter_close(enum exitmeter_place place, bool closed)
-{
-	WRITE_ONCE(is_closed[place], closed);
-	smp_mb(); /* pairs with exitmeter_try_enter() */
-}
-
-/*
- * Return how many tasks are in @place, at least; 0 only if none is.
- *
- * For a place that nobody comes into any more, and where whoever is turned away
- * counts for a moment at most.  Whoever leaves while this adds up makes a number
- * less that may be added already: the sum is never too low.
- */
-long exitmeter_inside(enum exitmeter_place place)
-{
-	long sum = 0;
-	int cpu;
-
-	for_each_possible_cpu(cpu)
-		sum += READ_ONCE(*per_cpu_ptr(&tasks_inside[place], cpu));
-	return sum;
-}
-
-/*
- * Return when every task that was about to leave the module's code, and does
- * not sleep any more, has left it.
- *
- * Where kernel code can be preempted this waits for each task to sleep by its
- * own wish or to be in user mode; where it cannot, TASKS_RCU is off
- * (kernel/rcu/Kconfig), this is synchronize_rcu() (linux/rcupdate.h), and every
- * CPU has switched tasks or been in user mode once, which takes the rest of
- * the code to be over.
- */
-void exitmeter_wait_for_tails(void)
-{
-	synchronize_rcu_tasks();
-}
-
-/* Sleep for @ms, without a load and without the watch for hung tasks. */
-void exitmeter_doze(unsigned int ms)
-{
-	schedule_timeout_idle(msecs_to_jiffies(ms));
-}
-
-DEFINE_PER_CPU_ALIGNED(struct exitmeter_cache, exitmeter_cache);
-
-/*
- * Take @vcpu, which runs nowhere any more, out of all CPUs' caches.
- *
- * A CPU that caches another vCPU at this moment may lose that one, and looks
- * it up at its next event.
+ * A CPU that notes another vCPU at this moment may lose that note, and looks
+ * the vCPU up at its next event.
  */
 void exitmeter_forget(unsigned long vcpu)
 {
 	int cpu;
 
 	for_each_possible_cpu(cpu) {
-		struct exitmeter_cache *cache = per_cpu_ptr(&exitmeter_cache, cpu);
+		struct exitmeter_note *note = per_cpu_ptr(&exitmeter_note, cpu);
 
-		if (READ_ONCE(cache->vcpu) == vcpu)
-			WRITE_ONCE(cache->vcpu, 0);
+		if (READ_ONCE(note->vcpu) == vcpu)
+			WRITE_ONCE(note->vcpu, 0);
 	}
 }
 
-/*
- * Return zeroed memory, charged to the cgroup of the current task, or NULL.
- *
- * Without sleeping it is not taken from the reserves for those who must not
- * fail either: they are not for a meter.
- */
-void *exitmeter_allocate(size_t size, bool may_sleep)
-{
-	if (may_sleep)
-		return kvzalloc(size, GFP_KERNEL_ACCOUNT);
-	return kzalloc(size, GFP_NOWAIT | __GFP_NOWARN | __GFP_ACCOUNT);
-}
-
-void exitmeter_free(void *memory)
-{
-	kvfree(memory);
-}
-
-/* An object of which the Rust half leaves the first bytes to RCU. */
-struct exitmeter_retired {
-	struct rcu_head rcu;
-};
-
-/*
- * Free @memory after a grace period.  It begins with @room, which has space
- * for an rcu_head.
- */
-void exitmeter_retire(void *memory, void *room)
-{
-	struct exitmeter_retired *retired = memory;
-
-	if (WARN_ON_ONCE(memory != room))
-		return;
-	kvfree_rcu(retired, rcu);
-}
-
-bool exitmeter_may_sleep(void)
-{
-	return preemptible();
-}
-
-void exitmeter_pause(void)
-{
-	cond_resched();
-}
-
-/*
- * Run @function on @cpu, in an interrupt, and wait for it.  Return false if
- * the CPU is offline.
- */
-bool exitmeter_call_on(u32 cpu, void (*function)(void *info), void *info)
-{
-	return !smp_call_function_single(cpu, function, info, 1);
-}
-
-/* As kvm_sched_out() asks it, for any ioctl. */
-bool exitmeter_current_is_runnable(void)
-{
-	return task_is_runnable(current);
-}
-
-u64 exitmeter_random(void)
-{
-	return get_random_u64();
-}
-
-/* Return the four bytes at @address, or 0. */
-static u32 four_bytes(unsigned long address)
-{
-	u32 bytes;
-
-	return get_kernel_nofault(bytes, (u32 *)address) ? 0 : bytes;
-}
-
-#ifdef CONFIG_X86_KERNEL_IBT
-
-/* Return true if an ENDBR is at @address. */
+/* Whether an ENDBR is at @address. */
 static bool has_endbr(unsigned long address)
 {
-	return four_bytes(address) == gen_endbr();
+	u32 first;
+
+	return !get_kernel_nofault(first, (u32 *)address) &&
+	       first == gen_endbr();
 }
-
-/* Return true if an ENDBR is at @address, or what the kernel made of one. */
-static bool had_endbr(unsigned long address)
-{
-	return __is_endbr(four_bytes(address));
-}
-
-#else
-
-static bool has_endbr(unsigned long address) { return false; }
-static bool had_endbr(unsigned long address) { return false; }
-
-#endif
 
 /*
  * Return the address of a function, "module:name" or "name", or 0.
  *
  * kallsyms is closed to modules; a kprobe that is registered and dropped at
- * once tells the address as well, but behind the ENDBR if there is one, or was
- * (arch_adjust_kprobe_addr()).
+ * once tells the address as well, but behind the ENDBR if there is one.
  */
 unsigned long exitmeter_find_function(const char *name)
 {
@@ -297,7 +114,7 @@ unsigned long exitmeter_find_function(const char *name)
 	address = (unsigned long)probe.addr;
 	unregister_kprobe(&probe);
 
-	if (had_endbr(address - ENDBR_INSN_SIZE))
+	if (has_endbr(address - ENDBR_INSN_SIZE))
 		address -= ENDBR_INSN_SIZE;
 	return address;
 }
@@ -339,136 +156,83 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 	return ret;
 }
 
-/* How far before a function its FineIBT preamble begins (__apply_fineibt()). */
-#define FINEIBT_PREFIX	16
-
 /*
- * Return true if an indirect call to @function is allowed on this CPU.
+ * Whether an indirect call to @function is allowed on this CPU.
  *
- * A function that nobody calls indirectly is sealed: apply_seal_endbr() takes
- * its ENDBR, so that under Indirect Branch Tracking a call is a fault.
- *
- * Under CFI it takes the hash of the function's type as well, so that a call is
- * a fault without IBT too.  There FineIBT has every caller go to a preamble, by
- * an ENDBR of its own, and takes the one at the function from all alike
- * (cfi_rewrite_endbr()); it is the preamble's that tells who is sealed.
+ * A function that nobody calls indirectly has lost its ENDBR; under Indirect
+ * Branch Tracking a call to it is a fault.
  */
 bool exitmeter_may_call(unsigned long function)
 {
-	if (!IS_ENABLED(CONFIG_X86_KERNEL_IBT))
-		return true;
-	if (IS_ENABLED(CONFIG_FINEIBT) && has_endbr(function - FINEIBT_PREFIX))
-		return true;
-	if (!IS_ENABLED(CONFIG_CFI) && !cpu_feature_enabled(X86_FEATURE_IBT))
-		return true;
-	return has_endbr(function);
+	return !cpu_feature_enabled(X86_FEATURE_IBT) || has_endbr(function);
 }
 
 /*
- * KVM's own reader of the exit code, one for each vendor.
- *
- * SVM keeps the code in the VMCB, behind a struct that is private to kvm_amd;
- * an enlightened VMCS is private to kvm_intel.
+ * SVM keeps the exit code in the VMCB, behind a struct that is private to
+ * kvm_amd.  Its own reader is used instead of a guess about that struct.
  */
-typedef void (*exit_reader)(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
-			    u64 *info2, u32 *intr_info, u32 *error_code);
+typedef void (*svm_exit_info)(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
+			      u64 *info2, u32 *intr_info, u32 *error_code);
 
-static_assert(__same_type(((struct kvm_x86_ops *)NULL)->get_exit_info,
-			  (exit_reader)NULL));
+static svm_exit_info svm_get_exit_info;
 
-static exit_reader read_exit;
-
-/* What the vendor's module is called, and how its reader may be. */
-static const struct {
-	const char *module;
-	const char *functions[2];
-} readers[] = {
-	[EXITMETER_VENDOR_VMX] = {
-		.module = "kvm_intel",
-		/* With TDX, or without it the second alone is in the ops. */
-		.functions = {
-			"kvm_intel:vt_get_exit_info",
-			"kvm_intel:vmx_get_exit_info",
-		},
-	},
-	[EXITMETER_VENDOR_SVM] = {
-		.module = "kvm_amd",
-		.functions = { "kvm_amd:svm_get_exit_info" },
-	},
-};
-
-static enum exitmeter_vendor readers_vendor;
-
-static int find_reader(void)
+static int svm_find_exit_info(void)
 {
-	const char *const *functions = readers[readers_vendor].functions;
-	int ret = -ENOENT;
-	int i;
+	unsigned long function;
 
-	for (i = 0; i < ARRAY_SIZE(readers[0].functions) && functions[i]; i++) {
-		unsigned long function = exitmeter_find_function(functions[i]);
-
-		if (!function)
-			continue;
-		if (exitmeter_may_call(function)) {
-			WRITE_ONCE(read_exit, (exit_reader)function);
-			return 0;
-		}
-		ret = -ENOEXEC;
-	}
-	return ret;
+	function = exitmeter_find_function("kvm_amd:svm_get_exit_info");
+	if (!function)
+		return -ENOENT;
+	if (!exitmeter_may_call(function))
+		return -ENOEXEC;
+	WRITE_ONCE(svm_get_exit_info, (svm_exit_info)function);
+	return 0;
 }
 
 /*
- * The vendor's module may be taken out and put back while the meter stays.  No
- * vCPU of it runs then, so no exit can race with the pointer.
- *
- * Of one that comes, all is in place before its first instruction runs: its
- * ENDBRs are sealed (module_finalize()), kallsyms shows it and kprobes takes
- * it, as trace_kprobe_module_callback() does at the same moment.
+ * kvm_amd may be taken out and put back while the meter stays.  No vCPU of it
+ * runs then, so no exit can race with the pointer.
  */
-static int vendor_module_event(struct notifier_block *nb, unsigned long event,
-			       void *data)
+static int svm_module_event(struct notifier_block *nb, unsigned long event,
+			    void *data)
 {
 	struct module *mod = data;
 	int ret = 0;
 
-	if (strcmp(mod->name, readers[readers_vendor].module))
+	if (strcmp(mod->name, "kvm_amd"))
 		return NOTIFY_DONE;
 
-	if (event == MODULE_STATE_COMING)
-		ret = find_reader();
+	if (event == MODULE_STATE_LIVE)
+		ret = svm_find_exit_info();
 	else if (event == MODULE_STATE_GOING)
-		WRITE_ONCE(read_exit, NULL);
+		WRITE_ONCE(svm_get_exit_info, NULL);
 	if (ret)
-		pr_err("the reader of exit codes %s in the new %s: its exits are counted without their code\n",
-		       ret == -ENOENT ? "not found" : "not callable", mod->name);
+		pr_err("svm_get_exit_info %s in the new kvm_amd: its exits are counted without their code\n",
+		       ret == -ENOENT ? "not found" : "not callable");
 
 	return NOTIFY_OK;
 }
 
-static struct notifier_block vendor_notifier = {
-	.notifier_call = vendor_module_event,
+static struct notifier_block svm_notifier = {
+	.notifier_call = svm_module_event,
 };
 
-int exitmeter_attach_reader(enum exitmeter_vendor vendor)
+int exitmeter_attach_svm(void)
 {
-	int ret;
+	int ret = register_module_notifier(&svm_notifier);
 
-	readers_vendor = vendor;
-	ret = register_module_notifier(&vendor_notifier);
 	if (ret)
 		return ret;
-	ret = find_reader();
+	ret = svm_find_exit_info();
 	if (ret)
-		unregister_module_notifier(&vendor_notifier);
+		unregister_module_notifier(&svm_notifier);
 	return ret;
 }
 
-void exitmeter_detach_reader(void)
+void exitmeter_detach_svm(void)
 {
-	unregister_module_notifier(&vendor_notifier);
-	WRITE_ONCE(read_exit, NULL);
+	unregister_module_notifier(&svm_notifier);
+	WRITE_ONCE(svm_get_exit_info, NULL);
 }
 
 /*
@@ -479,32 +243,35 @@ void exitmeter_detach_reader(void)
  * after would cost more than the call.
  */
 __no_stack_protector
-u32 exitmeter_exit_code(struct kvm_vcpu *vcpu)
+u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu)
 {
 	u32 __uninitialized intr_info, error_code;
 	u64 __uninitialized info1, info2;
 	u32 reason = U32_MAX - 15;	/* no code: counted among "other" */
-	exit_reader reader = READ_ONCE(read_exit);
+	svm_exit_info get_exit_info = READ_ONCE(svm_get_exit_info);
 
-	if (likely(reader))
-		reader(vcpu, &reason, &info1, &info2, &intr_info, &error_code);
+	if (likely(get_exit_info))
+		get_exit_info(vcpu, &reason, &info1, &info2, &intr_info,
+			      &error_code);
 	return reason;
 }
 
 /*
- * Return true if KVM may use Hyper-V's enlightened VMCS.
+ * Return the privilege level at which @vcpu has just exited, 0 to 3, or -1
+ * when the host cannot know it.
  *
- * As hv_init_evmcs() of kvm_intel decides, but for its parameter
- * enlightened_vmcs: the module may come back with another.
+ * The caller has @vcpu loaded, between exit and entry.  KVM reads the level at
+ * the same place itself, in kvm_is_cpuid_allowed(): on VMX from the VMCS or
+ * from what it has read of it since this exit, on SVM from the VMCB.
+ *
+ * Of a guest whose registers are encrypted KVM tells what the guest last told
+ * it (sev_es_sync_from_ghcb), 0 if it told nothing, and 0 of a trust domain.
  */
-bool exitmeter_has_enlightened_vmcs(void)
+int exitmeter_cpl(struct kvm_vcpu *vcpu)
 {
-#if IS_ENABLED(CONFIG_HYPERV)
-	return ms_hyperv.hints & HV_X64_ENLIGHTENED_VMCS_RECOMMENDED &&
-	       (ms_hyperv.nested_features & HV_X64_ENLIGHTENED_VMCS_VERSION);
-#else
-	return false;
-#endif
+	if (vcpu->arch.guest_state_protected)
+		return -1;
+	return static_call(kvm_x86_get_cpl)(vcpu);
 }
 
 enum exitmeter_vendor exitmeter_vendor(void)
@@ -532,65 +299,7 @@ bool exitmeter_tsc_unstable(void)
 	return check_tsc_unstable();
 }
 
-/*
- * The TSC may begin anew, or stand still, while the host sleeps (S3, S4).  One
- * CPU is left when these functions run, with interrupts off, and all tasks are
- * frozen.  Timekeeping sleeps after this and wakes before it, as it was
- * registered first.
- */
-static exitmeter_rebase sleep_rebase;
-static u64 sleep_tsc, sleep_boottime;
-
-/*
- * How much a TSC that went on may differ from the time slept, in ms: a clock
- * that tells the time only in seconds measures the sleep.
- */
-#define SLEEP_SLACK_MS 2000
-
-static int sleep_suspend(void *data)
+u64 exitmeter_coarse_ns(void)
 {
-	sleep_tsc = rdtsc();
-	sleep_boottime = ktime_get_boottime_ns();
-	return 0;
-}
-
-static void sleep_resume(void *data)
-{
-	u64 slept = ktime_get_boottime_ns() - sleep_boottime;
-	u64 now = rdtsc();
-	u64 then = sleep_tsc + mul_u64_u32_div(slept, tsc_khz, NSEC_PER_MSEC);
-
-	if (now < sleep_tsc || now + (u64)tsc_khz * SLEEP_SLACK_MS < then)
-		sleep_rebase(then, now);
-}
-
-static const struct syscore_ops sleep_ops = {
-	.suspend = sleep_suspend,
-	.resume = sleep_resume,
-};
-
-static struct syscore sleep_syscore = {
-	.ops = &sleep_ops,
-};
-
-void exitmeter_attach_sleep(exitmeter_rebase rebase)
-{
-	sleep_rebase = rebase;
-	register_syscore(&sleep_syscore);
-}
-
-void exitmeter_detach_sleep(void)
-{
-	unregister_syscore(&sleep_syscore);
-}
-
-/*
- * A sweep over all reasons with both leaves, run twice at full speed, shows
- * whole; a guest that floods gets some ten lines a second on the long run.
- */
-static DEFINE_RATELIMIT_STATE(log_limit, 30 * HZ, 400);
-
-bool exitmeter_log_allowed(void)
-{
-	return __ratelimit(&log_limit);
+	return ktime_get_coarse_ns();
 }

@@ -18,7 +18,7 @@ struct kvm_vcpu;
 typedef void (*exitmeter_exit_probe)(void *data, struct kvm_vcpu *vcpu,
 				     u32 isa);
 typedef void (*exitmeter_entry_probe)(void *data, struct kvm_vcpu *vcpu,
-				      u8 force_immediate_exit);
+				      bool force_immediate_exit);
 
 int exitmeter_attach_exit(exitmeter_exit_probe probe, void *data);
 void exitmeter_detach_exit(exitmeter_exit_probe probe, void *data);
@@ -31,51 +31,29 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 void exitmeter_detach_function(struct ftrace_ops *ops);
 bool exitmeter_is_own_text(unsigned long ip);
 
-/* The module's code in which a task may sleep. */
-enum exitmeter_place {
-	EXITMETER_PLACE_CPUID,
-	EXITMETER_PLACE_CREATION,
-	EXITMETER_PLACES,
-};
-
-void exitmeter_enter(enum exitmeter_place place);
-bool exitmeter_try_enter(enum exitmeter_place place);
-void exitmeter_leave(enum exitmeter_place place);
-void exitmeter_close(enum exitmeter_place place, bool closed);
-long exitmeter_inside(enum exitmeter_place place);
-void exitmeter_wait_for_tails(void);
-void exitmeter_doze(unsigned int ms);
-
 /*
- * The vCPU that a CPU metered last, and its ledger.  Read and written by the
- * CPU itself, with preemption off; others only forget.
+ * The vCPU that a CPU metered last, and what the Rust half keeps of it.  Read
+ * and written by the CPU itself, with preemption off; others only forget.
  */
-struct exitmeter_cache {
+struct exitmeter_note {
 	unsigned long vcpu;
-	unsigned long ledger;
+	unsigned long value;
 };
 
-DECLARE_PER_CPU(struct exitmeter_cache, exitmeter_cache);
+DECLARE_PER_CPU(struct exitmeter_note, exitmeter_note);
 void exitmeter_forget(unsigned long vcpu);
-
-/* Memory, and whether it can be waited for. */
-void *exitmeter_allocate(size_t size, bool may_sleep);
-void exitmeter_free(void *memory);
-void exitmeter_retire(void *memory, void *room);
-bool exitmeter_may_sleep(void);
-void exitmeter_pause(void);
-
-/* Another CPU, by an interrupt. */
-bool exitmeter_call_on(u32 cpu, void (*function)(void *info), void *info);
-
-/* The task that runs. */
-bool exitmeter_current_is_runnable(void);
-
-u64 exitmeter_random(void);
 
 /* Symbols of modules. */
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function);
+
+/* SVM: where KVM keeps the exit code. */
+int exitmeter_attach_svm(void);
+void exitmeter_detach_svm(void);
+u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu);
+
+/* The guest's privilege level. */
+int exitmeter_cpl(struct kvm_vcpu *vcpu);
 
 /* The host's CPU and its clock. */
 enum exitmeter_vendor {
@@ -84,24 +62,11 @@ enum exitmeter_vendor {
 	EXITMETER_VENDOR_SVM,
 };
 
-/* The host's sleep, from which the TSC may begin anew. */
-typedef void (*exitmeter_rebase)(u64 then, u64 now);
-
-void exitmeter_attach_sleep(exitmeter_rebase rebase);
-void exitmeter_detach_sleep(void);
-
 enum exitmeter_vendor exitmeter_vendor(void);
-bool exitmeter_has_enlightened_vmcs(void);
-
-/* KVM's own reader of the exit code. */
-int exitmeter_attach_reader(enum exitmeter_vendor vendor);
-void exitmeter_detach_reader(void);
-u32 exitmeter_exit_code(struct kvm_vcpu *vcpu);
-
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 
-/* Whether one more line about a guest's query may go to the kernel log. */
-bool exitmeter_log_allowed(void);
+/* Monotonic time in ns, by the tick: cheap, and off by up to one. */
+u64 exitmeter_coarse_ns(void);
 
 #endif /* EXITMETER_SHIM_H */

@@ -3,7 +3,7 @@
 //! The CPUID leaves by which a guest reads its own exits.
 //!
 //! The four upper leaves, 0x4FFFFFFC to 0x4FFFFFFF, are those of the course CMPE 283, in
-//! one of the two orders it used; 0x4FFFFFF0 to 0x4FFFFFF4 let a guest's tool read
+//! one of the two orders it used; 0x4FFFFFF0 to 0x4FFFFFF3 let a guest's tool read
 //! everything without guessing.
 
 use core::fmt;
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// The version of what the identity leaves say.
-pub const INTERFACE_VERSION: u32 = 2;
+pub const INTERFACE_VERSION: u32 = 1;
 
 /// Set in ecx of leaf 0x4FFFFFF3: of the exits, those from a nested guest.
 pub const NESTED: u32 = 1 << 16;
@@ -26,24 +26,6 @@ const fn split_nested(subleaf: u32) -> (u32, bool) {
         NESTED => (subleaf & 0xffff, true),
         _ => (subleaf, false),
     }
-}
-
-/// How many numbers of phases leaf 0x4FFFFFF2 has.
-const ASKED_PHASES: usize = 7;
-
-/// Return what a number of leaf 0x4FFFFFF2 asks for, by its name and the phases it sums. The first
-/// five are those of version 1, in which the two sleeps were one phase.
-pub const fn asked_phases(number: u32) -> Option<(&'static str, &'static [Phase])> {
-    Some(match number {
-        0 => (Phase::Guest.name(), &[Phase::Guest]),
-        1 => (Phase::Kernel.name(), &[Phase::Kernel]),
-        2 => (Phase::User.name(), &[Phase::User]),
-        3 => ("blocked", &[Phase::Halted, Phase::Waiting]),
-        4 => (Phase::Preempted.name(), &[Phase::Preempted]),
-        5 => (Phase::Halted.name(), &[Phase::Halted]),
-        6 => (Phase::Waiting.name(), &[Phase::Waiting]),
-        _ => return None,
-    })
 }
 
 /// The order of the four upper leaves.
@@ -80,8 +62,6 @@ pub enum Query {
     PhaseCycles,
     /// ecx = reason: edx:eax = exits; with bit 16 of ecx set, those from a nested guest alone.
     Exits64,
-    /// edx:eax = the number of the meter's life.
-    Life,
     /// eax = total exits, low half; ebx = high half.
     TotalExits,
     /// ebx = high, ecx = low half of the cycles spent processing all exits.
@@ -127,12 +107,12 @@ pub trait Numbers {
 
     /// VM exits in all rows.
     fn total_exits(&self) -> u64 {
-        Slot::all().fold(0, |sum, slot| sum.saturating_add(self.exits(slot)))
+        Slot::all().fold(0, |sum, slot| sum.wrapping_add(self.exits(slot)))
     }
 
     /// TSC ticks of a phase in all rows.
     fn total_cycles(&self, phase: Phase) -> u64 {
-        Slot::all().fold(0, |sum, slot| sum.saturating_add(self.cycles(phase, slot)))
+        Slot::all().fold(0, |sum, slot| sum.wrapping_add(self.cycles(phase, slot)))
     }
 }
 
@@ -143,8 +123,6 @@ pub struct Leaves {
     pub map: LeafMap,
     /// Whose reasons.
     pub isa: Isa,
-    /// The number of the meter's life: not 0, and another one when the numbers begin anew.
-    pub life: u64,
 }
 
 const fn low(number: u64) -> u32 {
@@ -192,7 +170,6 @@ impl Leaves {
             (0x4fff_fff1, _) => Query::Interface,
             (0x4fff_fff2, _) => Query::PhaseCycles,
             (0x4fff_fff3, _) => Query::Exits64,
-            (0x4fff_fff4, _) => Query::Life,
             (0x4fff_ffff, false) | (0x4fff_fffc, true) => Query::TotalExits,
             (0x4fff_fffe, false) | (0x4fff_fffd, true) => Query::TotalCycles,
             (0x4fff_fffd, false) | (0x4fff_fffe, true) => Query::ReasonExits,
@@ -281,19 +258,13 @@ impl Leaves {
                     ..none
                 }
             }
-            Query::Life => Registers {
-                eax: low(self.life),
-                edx: high(self.life),
-                ..none
-            },
             Query::PhaseCycles => {
-                let number = (subleaf >> 16) as usize;
-                let phases = asked_phases(clamp(number, ASKED_PHASES) as u32);
-                let phases = phases.filter(|_| number < ASKED_PHASES);
-                match (self.row(subleaf & 0xffff), phases) {
-                    (Some(slot), Some((_, phases))) => {
-                        let cycles = phases.iter().map(|phase| numbers.cycles(*phase, slot));
-                        let cycles = cycles.fold(0, u64::saturating_add);
+                match (
+                    self.row(subleaf & 0xffff),
+                    Phase::from_number(subleaf >> 16),
+                ) {
+                    (Some(slot), Some(phase)) => {
+                        let cycles = numbers.cycles(phase, slot);
                         Registers {
                             eax: low(cycles),
                             edx: high(cycles),
@@ -347,7 +318,6 @@ impl fmt::Display for Spoken {
         match self.query {
             Query::Identify => write!(f, ", identity"),
             Query::Interface => write!(f, ", interface version {eax}"),
-            Query::Life => write!(f, ", life {}", join(edx, eax)),
             Query::TotalExits => write!(f, ", exits={}", join(ebx, eax)),
             Query::TotalCycles => write!(f, ", total time in vmm: {} cycles", join(ebx, ecx)),
             Query::ReasonExits => write!(f, " exits={}", join(ebx, eax)),
@@ -357,7 +327,7 @@ impl fmt::Display for Spoken {
             }
             Query::Exits64 => write!(f, " exits={}", join(edx, eax)),
             Query::PhaseCycles => {
-                let phase = asked_phases(self.subleaf >> 16).map_or("?", |(name, _)| name);
+                let phase = Phase::from_number(self.subleaf >> 16).map_or("?", Phase::name);
                 write!(f, " phase {phase}: {} cycles", join(edx, eax))
             }
         }
@@ -387,7 +357,6 @@ mod tests {
     const VMX: Leaves = Leaves {
         map: LeafMap::Map2021,
         isa: Isa::Vmx,
-        life: 5 << 32 | 9,
     };
 
     fn said(leaf: u32, subleaf: u32, answer: Registers) -> String {
@@ -405,7 +374,8 @@ mod tests {
     #[test]
     fn the_maps_are_the_courses() {
         let order = |map| {
-            [0xf_u32, 0xe, 0xd, 0xc].map(|leaf| Leaves { map, ..VMX }.classify(0x4fff_fff0 | leaf))
+            [0xf_u32, 0xe, 0xd, 0xc]
+                .map(|leaf| Leaves { map, isa: Isa::Vmx }.classify(0x4fff_fff0 | leaf))
         };
         use Query::{ReasonCycles as Rc, ReasonExits as Re, TotalCycles as Tc, TotalExits as Te};
         assert_eq!(order(LeafMap::Map2021), [Te, Tc, Re, Rc].map(Some));
@@ -420,14 +390,14 @@ mod tests {
         // Miri takes a thousand times as long.
         let step = if cfg!(miri) { 0xf_fffd } else { 1 };
         for map in [LeafMap::Off, LeafMap::Map2021, LeafMap::Map2022] {
-            let leaves = Leaves { map, ..VMX };
+            let leaves = Leaves { map, isa: Isa::Svm };
             for base in (0..=0x0fff_ffff_u32).step_by(step).map(|base| base << 4) {
                 if base != 0x4fff_fff0 {
                     assert!(!leaves.is_ours(base) && !leaves.is_ours(base | 0xf));
                 }
             }
             for low in 0..16 {
-                let ours = map != LeafMap::Off && (!(5..=11).contains(&low));
+                let ours = map != LeafMap::Off && (!(4..=11).contains(&low));
                 assert_eq!(leaves.is_ours(0x4fff_fff0 | low), ours);
             }
         }
@@ -475,51 +445,28 @@ mod tests {
         );
         assert_eq!(ask(0x4fff_fff3, 2 << 16 | 12), Registers::UNDEFINED);
         let svm = Leaves {
+            map: LeafMap::Map2021,
             isa: Isa::Svm,
-            ..VMX
         };
         let invalid = svm.answer(Query::Exits64, u32::MAX, &Marked);
         assert_eq!(
             (invalid.edx, invalid == Registers::UNDEFINED),
             (1 << 8, false)
         );
-        // A number of its phase, from 2 in the order of `Phase`; 3 is the sum of both sleeps.
-        let phases = [2, 3, 4, 5 + 7, 6, 5, 7];
-        for (number, marks) in phases.into_iter().enumerate() {
-            let answer = ask(0x4fff_fff2, (number as u32) << 16 | 12);
-            let rows = if number == 3 { 2 * 12 } else { 12 };
-            let (low, high) = (answer.eax, answer.edx);
-            assert_eq!((low, high), (rows, marks << 4), "phase {number}");
-            assert_eq!((answer.ebx, answer.ecx), (0, 0));
-        }
-        let names: Vec<_> = (0..)
-            .map_while(asked_phases)
-            .map(|(name, _)| name)
-            .collect();
-        assert_eq!(names.len(), ASKED_PHASES);
-        assert_eq!(names[3..], ["blocked", "preempted", "halted", "waiting"]);
-        assert_eq!(ask(0x4fff_fff2, 7 << 16 | 12), Registers::UNDEFINED);
         assert_eq!(
-            ask(0x4fff_fff4, 12),
+            ask(0x4fff_fff2, 3 << 16 | 12),
             Registers {
-                eax: 9,
+                eax: 12,
                 ebx: 0,
                 ecx: 0,
-                edx: 5
+                edx: 5 << 4
             }
         );
-        assert_eq!(
-            said(0x4fff_fff4, 0, ask(0x4fff_fff4, 0)),
-            "CPUID(0x4FFFFFF4), life 21474836489"
-        );
-        assert_eq!(
-            said(0x4fff_fff2, 3 << 16 | 12, ask(0x4fff_fff2, 3 << 16 | 12)),
-            "CPUID(0x4FFFFFF2), exit number 12 (HLT) phase blocked: 824633720856 cycles"
-        );
+        assert_eq!(ask(0x4fff_fff2, 5 << 16 | 12), Registers::UNDEFINED);
         assert_eq!(
             ask(0x4fff_fff1, 0),
             Registers {
-                eax: 2,
+                eax: 1,
                 ebx: 1,
                 ecx: 78,
                 edx: 2021
@@ -571,7 +518,7 @@ mod tests {
         fn a_reason_is_answered_as_it_is_defined(reason in any::<u32>(), low in 0_u32..128) {
             for reason in [reason, low] {
                 for isa in [Isa::Vmx, Isa::Svm] {
-                    let leaves = Leaves { isa, ..VMX };
+                    let leaves = Leaves { map: LeafMap::Map2021, isa };
                     let answer = leaves.answer(Query::ReasonExits, reason, &Marked);
                     if reasons::is_defined(isa, reason) {
                         let slot = reasons::slot(isa, reason).index() as u32;

@@ -18,25 +18,16 @@ use super::{
 use Ordering::Relaxed;
 
 mod copy;
-use copy::{set, slots_in};
-pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
+use copy::slots_in;
+pub use copy::{LedgerCopy, RowCopy, Totals};
 
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
 
-/// Reasons of one vCPU that can have a histogram. Linux guests cause some 20, and KVM has
+/// How many reasons of a vCPU can have a histogram. Linux guests cause some 20, and KVM has
 /// handlers for 60; a reason that comes when all are taken has none, and its other numbers
 /// all the same.
-pub const HISTOGRAMS: usize = 33;
-
-/// The usual attempts of [`Ledger::copy`] before it gives up, and the most: some 30 µs.
-///
-/// One attempt takes 300 to 800 ticks with 20 reasons in use, measured by `make stress`.
-pub const TRIES: u32 = 64;
-
-/// A step back of the clock that no skew between CPUs explains, in TSC ticks: some 20 s. The
-/// clock has begun anew.
-const RESTARTED: u64 = 1 << 36;
+pub const HISTOGRAMS: usize = 36;
 
 /// The numbers of a row: eight, one cache line, so that an exit writes to few of them.
 const ROW: usize = 8;
@@ -113,9 +104,6 @@ pub struct Ledger {
     cells: Cells,
     /// By slot: of its exits, those from a nested guest.
     nested: [AtomicU64; SLOTS],
-    /// By slot: TSC ticks in [`Phase::Waiting`], for which a row has no room. A transition
-    /// into or out of that phase is rare.
-    waiting: [AtomicU64; SLOTS],
 }
 
 /// By row and column; then the histograms. The rows begin a cache line each.
@@ -146,16 +134,9 @@ impl Ledger {
         self.at(row, column as u32)
     }
 
-    /// The ticks of a row in a phase other than [`Phase::Waiting`].
     #[inline(always)]
     fn phase_cell(&self, row: Row, phase: Phase) -> &AtomicU64 {
         self.at(row, (Column::Cycles as u32).wrapping_add(phase as u32))
-    }
-
-    #[inline(always)]
-    fn waiting_cell(&self, slot: Slot) -> &AtomicU64 {
-        // SAFETY: By the invariant of `Slot` its index is below SLOTS.
-        unsafe { self.waiting.get_unchecked(slot.index()) }
     }
 
     #[inline(always)]
@@ -202,36 +183,9 @@ impl Ledger {
         Some(now.wrapping_sub(last))
     }
 
-    /// Return the TSC of a transition for which the clock, at `now`, stands still or goes back:
-    /// one tick after the latest one. A clock that begins anew is followed.
-    #[cold]
-    fn one_tick_on(&self, now: u64) -> u64 {
-        let next = self.last.load(Relaxed).wrapping_add(1);
-        if next.wrapping_sub(now) < RESTARTED {
-            return next;
-        }
-        self.rebase(next, now);
-        now.wrapping_add(1)
-    }
-
-    /// Book the time up to `then` on the present phase, and go on at `now` by a clock that has
-    /// begun anew. `then` and `now` are one moment, by the clock before and after.
-    ///
-    /// `first` moves with the clock, and may lie before its zero: differences are modulo 2^64.
-    pub fn rebase(&self, then: u64, now: u64) {
-        let ticks = then.wrapping_sub(self.last.load(Relaxed));
-        self.begun.store(now, Relaxed);
-        // ORDERING: As in `begin_transition`.
-        fence(Ordering::Release);
-        let phase = self.phase.load(Relaxed);
-        self.book(phase, ticks);
-        let life = then.wrapping_sub(self.first.load(Relaxed));
-        self.first.store(now.wrapping_sub(life), Relaxed);
-        let carried = self.carried.load(Relaxed);
-        if phase == Phase::Kernel as u32 && carried != CLOSED {
-            self.carried.store(carried.wrapping_add(ticks), Relaxed);
-        }
-        self.end_transition(now);
+    /// The earliest TSC that a transition can have.
+    fn one_tick_on(&self) -> u64 {
+        self.last.load(Relaxed).wrapping_add(1)
     }
 
     #[inline(always)]
@@ -271,17 +225,11 @@ impl Ledger {
             fill((&raw mut (*at).used).cast(), WORDS);
             fill((&raw mut (*at).cells.0).cast(), CELLS);
             fill((&raw mut (*at).nested).cast(), SLOTS);
-            fill((&raw mut (*at).waiting).cast(), SLOTS);
             ledger.assume_init()
         }
     }
 
-    /// Return true if the vCPU has had its first event. For the thread that holds the vCPU.
-    pub fn has_begun(&self) -> bool {
-        self.used() != [0; WORDS]
-    }
-
-    /// Take the vCPU's first event, at TSC `now`, after which it is in `phase`.
+    /// The vCPU's first event, at TSC `now`, after which it is in `phase`.
     pub fn begin(&self, now: u64, phase: Phase) {
         self.begun.store(now, Relaxed);
         // ORDERING: As in `begin_transition`.
@@ -312,7 +260,7 @@ impl Ledger {
     #[inline(always)]
     fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_exit::<NESTED>(now, slot);
+            return self.late_exit::<NESTED>(slot);
         };
         if parts::PHASES {
             add(self.phase_cell(self.row(), Phase::Guest), ticks);
@@ -341,8 +289,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_exit<const NESTED: bool>(&self, now: u64, slot: Slot) {
-        self.exit_from::<NESTED>(self.one_tick_on(now), slot);
+    fn late_exit<const NESTED: bool>(&self, slot: Slot) {
+        self.exit_from::<NESTED>(self.one_tick_on(), slot);
     }
 
     /// Ends the transition of an exit whose reason has not occurred before.
@@ -367,7 +315,7 @@ impl Ledger {
     #[inline(always)]
     pub fn entry(&self, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry(now);
+            return self.late_entry();
         };
         let row = self.row();
         if parts::PHASES {
@@ -388,8 +336,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_entry(&self, now: u64) {
-        self.entry(self.one_tick_on(now));
+    fn late_entry(&self) {
+        self.entry(self.one_tick_on());
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -420,7 +368,7 @@ impl Ledger {
     #[inline(always)]
     pub fn leave(&self, now: u64, phase: Phase) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_leave(now, phase);
+            return self.late_leave(phase);
         };
         let left = self.change_phase(phase, ticks);
         let carried = self.carried.load(Relaxed);
@@ -435,15 +383,15 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_leave(&self, now: u64, phase: Phase) {
-        self.leave(self.one_tick_on(now), phase);
+    fn late_leave(&self, phase: Phase) {
+        self.leave(self.one_tick_on(), phase);
     }
 
     /// The vCPU is back on a CPU, in KVM.
     #[inline(always)]
     pub fn resume(&self, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_resume(now);
+            return self.late_resume();
         };
         self.change_phase(Phase::Kernel, ticks);
         self.end_transition(now);
@@ -451,38 +399,20 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_resume(&self, now: u64) {
-        self.resume(self.one_tick_on(now));
+    fn late_resume(&self) {
+        self.resume(self.one_tick_on());
     }
 
-    /// Begin a phase after `ticks` in another one; return the number of that.
+    /// Begins a phase after `ticks` in another one; the number of that.
     #[inline(always)]
     fn change_phase(&self, phase: Phase, ticks: u64) -> u32 {
         let left = self.phase.load(Relaxed);
+        let column = (Column::Cycles as u32).wrapping_add(left);
         if parts::PHASES {
-            self.book(left, ticks);
+            add(self.at(self.row(), column), ticks);
         }
         self.phase.store(phase as u32, Relaxed);
         left
-    }
-
-    /// Book ticks on the latest reason and the phase of a number.
-    #[inline(always)]
-    fn book(&self, phase: u32, ticks: u64) {
-        if phase == Phase::Waiting as u32 {
-            return self.book_waiting(ticks);
-        }
-        let column = (Column::Cycles as u32).wrapping_add(phase);
-        add(self.at(self.row(), column), ticks);
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn book_waiting(&self, ticks: u64) {
-        let slot = self.row.load(Relaxed) as usize / ROW_BYTES;
-        if let Some(cell) = self.waiting.get(slot) {
-            add(cell, ticks);
-        }
     }
 
     /// Exits counted in a row.
@@ -497,11 +427,7 @@ impl Ledger {
 
     /// TSC ticks in a cell.
     pub fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
-        match phase {
-            Phase::Waiting => self.waiting_cell(slot),
-            _ => self.phase_cell(Row::of(slot), phase),
-        }
-        .load(Relaxed)
+        self.phase_cell(Row::of(slot), phase).load(Relaxed)
     }
 
     /// The rows in use, as a bitmap.
@@ -513,55 +439,31 @@ impl Ledger {
         used
     }
 
-    /// The rows in use. For sums over many ledgers.
-    pub fn slots(&self) -> Slots {
-        slots_in(self.used())
-    }
-
     /// Exits counted in all rows.
     pub fn total_exits(&self) -> u64 {
-        self.slots()
-            .fold(0, |sum, slot| sum.wrapping_add(self.exits(slot)))
+        slots_in(self.used()).fold(0, |sum, slot| sum.wrapping_add(self.exits(slot)))
     }
 
     /// TSC ticks of a phase in all rows.
     pub fn total_cycles(&self, phase: Phase) -> u64 {
-        self.slots()
-            .fold(0, |sum, slot| sum.wrapping_add(self.cycles(phase, slot)))
+        slots_in(self.used()).fold(0, |sum, slot| sum.wrapping_add(self.cycles(phase, slot)))
     }
 
-    /// Copy the ledger whole, as of one moment between two transitions; return the number of
-    /// failed attempts, or `None` when none of `tries` succeeds. A writer is never held up.
+    /// Copies the ledger whole, as of one moment between two transitions.
     ///
-    /// An attempt fails when a transition begins meanwhile. Histograms are most of a ledger, so
-    /// each is copied by itself, and copied anew only while its reason goes on exiting: what
-    /// has to stand still is the rows alone. A vCPU that exits by many reasons as fast as it
-    /// can still may not stand still for as long. Then the copy has to be made where it
-    /// cannot be disturbed: on the vCPU's own CPU, by [`Self::try_copy`].
-    pub fn copy(&self, tries: u32, out: &mut LedgerCopy) -> Option<u32> {
-        if tries == 0 {
-            return None;
+    /// Waits while the writer is within a transition, some ten instructions that the module's
+    /// callbacks run with preemption off. So the caller must not have interrupted one.
+    pub fn copy(&self, out: &mut LedgerCopy) {
+        while !self.try_copy(out) {
+            core::hint::spin_loop();
         }
-        if self.try_copy(out) {
-            return Some(0);
-        }
-        for failed in 1..tries {
-            self.copy_histograms(out);
-            if self.copy_rest(out) {
-                return Some(failed);
-            }
-        }
-        None
     }
 
-    /// Try once to copy the ledger whole; return `false` when a transition came between.
+    /// Tries once to copy the ledger whole; `false` when a transition came between.
+    ///
+    /// Only rows in use are read, so the window is short and a reader wins soon even
+    /// against a vCPU that does nothing but exit. A writer is never held up.
     pub fn try_copy(&self, out: &mut LedgerCopy) -> bool {
-        out.sampled = [0; SLOTS];
-        self.copy_rest(out)
-    }
-
-    /// Try once to copy all but those histograms that `out` has as they are now.
-    fn copy_rest(&self, out: &mut LedgerCopy) -> bool {
         // ORDERING: What follows is read after this, and so is at least as new.
         let last = self.last.load(Ordering::Acquire);
         out.phase = self.phase.load(Relaxed);
@@ -569,7 +471,6 @@ impl Ledger {
         out.first = self.first.load(Relaxed);
         out.last = last;
         out.used = self.used();
-        let mut copied = [0_u64; WORDS];
         for slot in slots_in(out.used) {
             let row = Row::of(slot);
             let numbers = RowCopy {
@@ -578,59 +479,15 @@ impl Ledger {
                 cycles: Phase::ALL.map(|phase| self.cycles(phase, slot)),
                 max: self.cell(row, Column::Max).load(Relaxed),
             };
-            let kernel = numbers.cycles(Phase::Kernel);
-            if self.copy_histogram(slot, kernel, out) {
-                set(&mut copied, slot);
-            }
-            out.set_row(slot, numbers);
+            let histogram = self.cell(row, Column::Histogram).load(Relaxed) as usize;
+            out.set_row(slot, numbers, histogram / BUCKETS, |bucket| {
+                // SAFETY: Below by the remainder.
+                unsafe { self.samples(row, bucket % BUCKETS) }.load(Relaxed)
+            });
         }
         // ORDERING: What precedes is read before this, and so is not newer.
         fence(Ordering::Acquire);
-        let undisturbed = self.begun.load(Relaxed) == last;
-        if !undisturbed {
-            for slot in slots_in(copied) {
-                out.set_sampled(slot, 0);
-            }
-        }
-        undisturbed
-    }
-
-    /// Try once for each histogram to copy it by itself.
-    fn copy_histograms(&self, out: &mut LedgerCopy) {
-        for slot in self.slots() {
-            // ORDERING: As in `copy_rest`, for the window of one row.
-            let last = self.last.load(Ordering::Acquire);
-            let kernel = self.cycles(Phase::Kernel, slot);
-            let copied = self.copy_histogram(slot, kernel, out);
-            // ORDERING: As in `copy_rest`.
-            fence(Ordering::Acquire);
-            if copied && self.begun.load(Relaxed) != last {
-                out.set_sampled(slot, 0);
-            }
-        }
-    }
-
-    /// Copy the histogram of a row that has booked `kernel` ticks in the kernel phase, unless
-    /// `out` has it; return true if it was copied.
-    ///
-    /// Each sample comes with at least one tick of the kernel phase. So two undisturbed windows
-    /// that find the same ticks find the same samples.
-    #[inline]
-    fn copy_histogram(&self, slot: Slot, kernel: u64, out: &mut LedgerCopy) -> bool {
-        let row = Row::of(slot);
-        let number = self.cell(row, Column::Histogram).load(Relaxed) as usize / BUCKETS;
-        out.set_number(slot, number);
-        // All-zero bytes are no histogram, so none is of 0.
-        let sampled = kernel.wrapping_add(1);
-        if number == 0 || out.sampled(slot) == sampled {
-            return false;
-        }
-        out.set_sampled(slot, sampled);
-        out.set_histogram(number, |bucket| {
-            // SAFETY: Below by the remainder.
-            unsafe { self.samples(row, bucket % BUCKETS) }.load(Relaxed)
-        });
-        true
+        self.begun.load(Relaxed) == last
     }
 }
 
@@ -659,8 +516,7 @@ mod tests {
         assert_eq!(core::mem::offset_of!(Ledger, cells) % 64, 0);
         // What an exit and an entry touch besides cells.
         assert!(core::mem::offset_of!(Ledger, first) <= 64);
-        // All phases but `Waiting`.
-        let phases_end = Column::Cycles as usize + Phase::Waiting as usize;
+        let phases_end = Column::Cycles as usize + Phase::COUNT;
         assert_eq!(phases_end, Column::Max as usize);
         assert!(size_of::<Ledger>() + BESIDE <= 32 * 1024);
     }
@@ -675,20 +531,17 @@ mod tests {
         ledger.begin(100, Phase::Kernel);
         ledger.entry(110);
         ledger.exit(130, cpuid);
-        ledger.leave(131, Phase::Halted);
+        ledger.leave(131, Phase::Blocked);
         ledger.resume(1131);
         ledger.leave(1133, Phase::User);
         ledger.resume(1140);
         ledger.leave(1141, Phase::Preempted);
         ledger.resume(1200);
-        ledger.leave(1201, Phase::Waiting);
-        ledger.resume(1500);
-        ledger.entry(1501);
+        ledger.entry(1201);
         assert_eq!(ledger.cycles(Phase::Kernel, start), 10);
         assert_eq!(ledger.cycles(Phase::Guest, start), 20);
-        assert_eq!(ledger.cycles(Phase::Kernel, cpuid), 1 + 2 + 1 + 1 + 1);
-        assert_eq!(ledger.cycles(Phase::Waiting, cpuid), 299);
-        assert_eq!(ledger.cycles(Phase::Halted, cpuid), 1000);
+        assert_eq!(ledger.cycles(Phase::Kernel, cpuid), 1 + 2 + 1 + 1);
+        assert_eq!(ledger.cycles(Phase::Blocked, cpuid), 1000);
         assert_eq!(ledger.cycles(Phase::User, cpuid), 7);
         assert_eq!(ledger.cycles(Phase::Preempted, cpuid), 59);
         assert_eq!(ledger.exits(cpuid), 1);
@@ -781,8 +634,8 @@ mod tests {
     proptest! {
         #[test]
         fn transitions_in_any_order_lose_and_invent_nothing(
-            begins_in in 0_u32..6,
-            events in proptest::collection::vec((0_u8..4, any::<i16>(), 0..SLOTS, 2_u32..6, any::<bool>()), 0..EVENTS)
+            begins_in in 0_u32..5,
+            events in proptest::collection::vec((0_u8..4, any::<i16>(), 0..SLOTS, 2_u32..5, any::<bool>()), 0..EVENTS)
         ) {
             let ledger = ledger();
             let mut now = 1_u64 << 40;

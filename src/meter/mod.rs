@@ -6,14 +6,12 @@
 //! takes, as a panic there is a dead host.
 
 mod atomic;
+pub mod bucket;
 pub mod histogram;
 pub mod leaves;
 pub mod ledger;
 pub mod parts;
 pub mod phase;
 pub mod reasons;
-// loom's atomics are not constants, and its models are of what the registry stands on.
-#[cfg(not(loom))]
-pub mod registry;
 pub mod snapshot;
 pub mod table;

@@ -12,60 +12,44 @@ pub enum Phase {
     Kernel = 1,
     /// The VMM runs in user space: from put, not scheduled out, to load.
     User = 2,
-    /// The vCPU sleeps by its own wish, as after HLT: scheduled out in `kvm_vcpu_block()`.
-    Halted = 3,
+    /// The vCPU sleeps by its own wish (HLT, waiting): scheduled out, not preempted.
+    Blocked = 3,
     /// The host took the CPU away: scheduled out while runnable.
     Preempted = 4,
-    /// KVM sleeps for the host, as for memory that is swapped out: scheduled out, neither
-    /// runnable nor halted.
-    Waiting = 5,
 }
 
 impl Phase {
-    /// The number of phases.
-    pub const COUNT: usize = 6;
+    /// How many phases there are.
+    pub const COUNT: usize = 5;
 
     /// Every phase, in the order of their numbers.
     pub const ALL: [Phase; Self::COUNT] = [
         Phase::Guest,
         Phase::Kernel,
         Phase::User,
-        Phase::Halted,
-        Phase::Preempted,
-        Phase::Waiting,
-    ];
-
-    /// Every phase, in the order in which people read them: the two sleeps side by side.
-    pub const SHOWN: [Phase; Self::COUNT] = [
-        Phase::Guest,
-        Phase::Kernel,
-        Phase::User,
-        Phase::Halted,
-        Phase::Waiting,
+        Phase::Blocked,
         Phase::Preempted,
     ];
 
-    /// Return the phase's name, in lower case.
+    /// The phase's name, in lower case.
     pub const fn name(self) -> &'static str {
         match self {
             Phase::Guest => "guest",
             Phase::Kernel => "kernel",
             Phase::User => "user",
-            Phase::Halted => "halted",
+            Phase::Blocked => "blocked",
             Phase::Preempted => "preempted",
-            Phase::Waiting => "waiting",
         }
     }
 
-    /// Return the phase with a number; `None` above 5.
+    /// The phase with a number; `None` above 4.
     pub const fn from_number(number: u32) -> Option<Phase> {
         match number {
             0 => Some(Phase::Guest),
             1 => Some(Phase::Kernel),
             2 => Some(Phase::User),
-            3 => Some(Phase::Halted),
+            3 => Some(Phase::Blocked),
             4 => Some(Phase::Preempted),
-            5 => Some(Phase::Waiting),
             _ => None,
         }
     }

@@ -29,14 +29,11 @@ use crate::{
     phase::Phase,
     reasons::Isa,
     snapshot::{
-        Reason, BLOCKED, DESCRIPTOR_SIZE, EXITS, FLAG_HOST_SCOPE, FLAG_TSC_STABLE, HEADER_SIZE,
-        HEAD_SIZE, KERNEL_HISTOGRAM, KERNEL_MAX, KIND_HISTOGRAM, KIND_MAXIMUM, KIND_SUM, MAGIC,
-        MAJOR, NAME_SIZE, NESTED_EXITS, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
+        Reason, DESCRIPTOR_SIZE, EXITS, FLAG_HOST_SCOPE, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
+        KERNEL_HISTOGRAM, KERNEL_MAX, KIND_HISTOGRAM, KIND_MAXIMUM, KIND_SUM, MAGIC, MAJOR,
+        NAME_SIZE, NESTED_EXITS, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
     },
 };
-
-/// Bytes of a record before its rows in version 1.0: less there cannot be.
-const HEAD_SIZE_1_0: usize = 104;
 
 /// Why bytes are not a snapshot that this reader understands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,9 +219,7 @@ struct Shape {
     head: usize,
     row: usize,
     exits: usize,
-    /// By phase; `None` for one that the snapshot does not have, as versions before 1.2 do not
-    /// have [`Phase::Waiting`].
-    cycles: [Option<usize>; Phase::COUNT],
+    cycles: [usize; Phase::COUNT],
     max: Option<usize>,
     nested_exits: Option<usize>,
     histogram: Option<usize>,
@@ -341,25 +336,9 @@ impl<'a> Snapshot<'a> {
         self.isa
     }
 
-    /// TSC when the module was loaded. Like all TSC values of a snapshot it is the host's TSC,
-    /// continued over sleeps of the host.
+    /// TSC when the module was loaded.
     pub fn loaded(&self) -> u64 {
         self.u64(32)
-    }
-
-    /// The number of the meter's life: another one when the numbers have begun anew. For a
-    /// snapshot that has none, as before version 1.2, the time when the module was loaded.
-    pub fn life(&self) -> u64 {
-        match self.u64(120) {
-            0 => self.loaded(),
-            life => life,
-        }
-    }
-
-    /// Whether it tells sleeps of the vCPU's wish and for the host apart. When it does not, as
-    /// before version 1.2, [`Phase::Halted`] has the ticks of both.
-    pub fn has_waits(&self) -> bool {
-        self.shape.waiting().is_some()
     }
 
     /// TSC when the snapshot was begun.
@@ -414,12 +393,6 @@ impl<'a> Snapshot<'a> {
         })
     }
 
-    /// Nanoseconds that KVM polled before it let the vCPUs sleep that are gone, by its own count;
-    /// `None` when the snapshot does not have it, as before version 1.2.
-    pub fn gone_polled(&self) -> Option<u64> {
-        self.shape.polled(self.totals)
-    }
-
     /// The sums of the vCPUs that are gone.
     pub fn totals(&self) -> impl Iterator<Item = Row<'a>> {
         self.shape.rows(self.totals)
@@ -433,7 +406,7 @@ impl Shape {
         row: u32,
     ) -> Result<Self, Error> {
         let (head, row) = (head as usize, row as usize);
-        if head < HEAD_SIZE_1_0 || row < ROW_HEAD_SIZE {
+        if head < HEAD_SIZE || row < ROW_HEAD_SIZE {
             return Err(Error::Damaged("its records or rows are too small"));
         }
         let counters = descriptors.filter_map(Counter::read);
@@ -458,19 +431,9 @@ impl Shape {
                 .filter(|counter| counter.unit == unit && counter.kind == kind)
                 .map(|counter| counter.offset)
         };
-        let blocked = offset_of(BLOCKED)?;
-        let of_12 = |phase: Phase| offset_if(phase.name(), 1, Unit::Ticks, Kind::Sum);
-        let (halted, waiting) = match (of_12(Phase::Halted), of_12(Phase::Waiting)) {
-            (Some(halted), Some(waiting)) => (halted, Some(waiting)),
-            _ => (blocked, None),
-        };
-        let mut cycles = [None; Phase::COUNT];
+        let mut cycles = [0; Phase::COUNT];
         for (cycles, phase) in cycles.iter_mut().zip(Phase::ALL) {
-            *cycles = match phase {
-                Phase::Halted => Some(halted),
-                Phase::Waiting => waiting,
-                phase => Some(offset_of(phase.name())?),
-            };
+            *cycles = offset_of(phase.name())?;
         }
         Ok(Self {
             head,
@@ -481,16 +444,6 @@ impl Shape {
             nested_exits: offset_if(NESTED_EXITS, 1, Unit::Events, Kind::Sum),
             histogram: offset_if(KERNEL_HISTOGRAM, BUCKETS, Unit::Ticks, Kind::HISTOGRAM),
         })
-    }
-
-    /// Where the ticks of waits stand in a row.
-    fn waiting(&self) -> Option<usize> {
-        self.cycles.get(Phase::Waiting as usize).copied().flatten()
-    }
-
-    /// What the head of a record says of KVM's polling.
-    fn polled(&self, record: &[u8]) -> Option<u64> {
-        u64_at(record, HEAD_SIZE_1_0).filter(|_| self.head >= HEAD_SIZE)
     }
 
     /// The record that bytes begin with, and what follows it.
@@ -567,21 +520,7 @@ impl<'a> Vcpu<'a> {
 
     /// The phase it has been in since then; `None` for one of a later version.
     pub fn phase(&self) -> Option<Phase> {
-        match (self.u32(40), self.u32(52)) {
-            (0, _) => Some(Phase::Guest),
-            (1, _) => Some(Phase::Kernel),
-            (2, _) => Some(Phase::User),
-            (3, 0) => Some(Phase::Halted),
-            (3, 1) => Some(Phase::Waiting),
-            (4, _) => Some(Phase::Preempted),
-            _ => None,
-        }
-    }
-
-    /// Nanoseconds that KVM polled before it let the vCPU sleep, since the meter has known it, by
-    /// KVM's own count; `None` when the snapshot does not have it, as before version 1.2.
-    pub fn polled(&self) -> Option<u64> {
-        self.shape.polled(self.record)
+        Phase::from_number(self.u32(40))
     }
 
     /// The reason of its latest exit; `None` for a kind of a later version.
@@ -632,12 +571,11 @@ impl<'a> Row<'a> {
         u64_at(self.bytes, self.shape.nested_exits?)
     }
 
-    /// TSC ticks spent in a phase. When the snapshot does not tell the two sleeps apart
-    /// ([`Snapshot::has_waits`]), all of them are [`Phase::Halted`].
+    /// TSC ticks spent in a phase.
     pub fn cycles(&self, phase: Phase) -> u64 {
-        let offset = self.shape.cycles.get(phase as usize).copied().flatten();
+        let offset = self.shape.cycles.get(phase as usize);
         offset
-            .and_then(|offset| u64_at(self.bytes, offset))
+            .and_then(|offset| u64_at(self.bytes, *offset))
             .unwrap_or(0)
     }
 

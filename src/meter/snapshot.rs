@@ -17,12 +17,12 @@
 //! | ---: | ---: | --- |
 //! | 0 | 8 | magic: `ExitMetr` |
 //! | 8 | 2 | major version, 1: another one is another layout |
-//! | 10 | 2 | minor version, 2: grows as parts, fields and counters are added |
+//! | 10 | 2 | minor version, 1: grows as parts, fields and counters are added |
 //! | 12 | 4 | size of the header, 128 |
 //! | 16 | 8 | size of the whole snapshot |
 //! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers |
 //! | 28 | 4 | ISA: 1 VMX, 2 SVM |
-//! | 32 | 8 | TSC when the module was loaded |
+//! | 32 | 8 | TSC when the module was loaded: tells one life of it from another |
 //! | 40 | 8 | TSC when the snapshot was begun |
 //! | 48 | 4 | TSC frequency in kHz, 0 when not known |
 //! | 52 | 4 | leaf map that guests see: 0, 2021 or 2022 |
@@ -33,14 +33,10 @@
 //! | 84 | 4 | size of a descriptor, 64 |
 //! | 88 | 8 | offset of the records of vCPUs |
 //! | 96 | 4 | number of records of vCPUs |
-//! | 100 | 4 | size of a record's head, 112 |
+//! | 100 | 4 | size of a record's head, 104 |
 //! | 104 | 8 | offset of the totals: one more record, of the vCPUs that are gone |
 //! | 112 | 4 | size of a row |
-//! | 116 | 4 | reserved |
-//! | 120 | 8 | since 1.2: the meter's life, not 0: another number once its numbers begin anew |
-//!
-//! "TSC" is the host's, continued over sleeps of the host: where the hardware's begins anew,
-//! as after suspend to RAM, the snapshot's goes on.
+//! | 116 | 12 | reserved |
 //!
 //! # Descriptor of a counter
 //!
@@ -56,17 +52,14 @@
 //! | 16 | 48 | name, UTF-8, padded with NULs |
 //!
 //! Of this version: `exits` (events), and in TSC ticks `guest`, `kernel`, `user`,
-//! `blocked` and `preempted`, which together are a vCPU's life. Since minor version 1
+//! `blocked` and `preempted`, the five phases of a vCPU's life. Since minor version 1
 //! `kernel_max`, the most ticks that one exit spent in the kernel phase up to the entry after
 //! it, `kernel_histogram`, how many exits spent how many, and `nested_exits`, how many of the
-//! exits came from a nested guest, an L2 (events). Since minor version 2 `halted` and `waiting`
-//! (TSC ticks), the two phases that `blocked` is the sum of.
-//!
-//! A sum that has no room in 8 bytes stays at 2^64 - 1.
+//! exits came from a nested guest, an L2 (events).
 //!
 //! A histogram's first bucket also takes all that lies below it, the last one all above. With
 //! 2 parts and first power 6, as now, the first holds what is below 96, the next what is below
-//! 128, 192, 256, 384 and so on. All zero in a row with exits: of one vCPU, 33 reasons have a
+//! 128, 192, 256, 384 and so on. All zero in a row with exits: of one vCPU, 36 reasons have a
 //! histogram, and a reason that comes later has none.
 //!
 //! # Record of a vCPU
@@ -83,14 +76,13 @@
 //! | 40 | 4 | phase since then: 0 guest, 1 kernel, 2 user, 3 blocked, 4 preempted |
 //! | 44 | 4 | kind of its latest reason, as in a row |
 //! | 48 | 4 | code of its latest reason, as in a row |
-//! | 52 | 4 | since 1.2: in phase 3, 0 halted, 1 waiting |
+//! | 52 | 4 | reserved |
 //! | 56 | 48 | KVM's name of the VM, UTF-8, padded with NULs |
-//! | 104 | 8 | since 1.2: ns that KVM polled before it let the vCPU sleep, by KVM's own count |
-//! | 112 | | rows |
+//! | 104 | | rows |
 //!
 //! A record is of one moment: the ticks of all its rows sum to the time from its first
-//! event to its latest transition, exactly. In the totals all but size, number of rows, the
-//! polling and the rows is 0.
+//! event to its latest transition, exactly. In the totals all but size, number of rows and
+//! the rows is 0.
 //!
 //! # Row
 //!
@@ -115,24 +107,23 @@ pub const MAGIC: [u8; 8] = *b"ExitMetr";
 /// The layout.
 pub const MAJOR: u16 = 1;
 /// What was added to it.
-pub const MINOR: u16 = 2;
+pub const MINOR: u16 = 1;
 
 /// Bytes of the header.
 pub const HEADER_SIZE: usize = 128;
 /// Bytes of a descriptor.
 pub const DESCRIPTOR_SIZE: usize = 64;
 /// Bytes of a record before its rows.
-pub const HEAD_SIZE: usize = 112;
+pub const HEAD_SIZE: usize = 104;
 /// Bytes of a row before its counters.
 pub const ROW_HEAD_SIZE: usize = 8;
 /// Bytes of a name, NULs included.
 pub const NAME_SIZE: usize = 48;
 
-/// How many counters a row has: those of exits, of each phase and of the two sleeps together, and
-/// three on what single exits cost and where they came from.
-const COUNTERS: usize = 1 + Phase::COUNT + 1 + 3;
-/// Bytes of a row. All counters but the histogram are one number.
-const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (COUNTERS - 1 + BUCKETS);
+/// How many counters a row has.
+const COUNTERS: usize = 1 + Phase::COUNT + 3;
+/// Bytes of a row.
+const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (1 + Phase::COUNT + 2 + BUCKETS);
 
 /// Flag: the TSC runs at one rate, alike on all CPUs.
 pub const FLAG_TSC_STABLE: u32 = 1 << 0;
@@ -141,8 +132,6 @@ pub const FLAG_HOST_SCOPE: u32 = 1 << 1;
 
 /// The counter of exits.
 pub const EXITS: &str = "exits";
-/// The ticks of both sleeps, [`Phase::Halted`] and [`Phase::Waiting`].
-pub const BLOCKED: &str = "blocked";
 /// The most kernel ticks of one exit.
 pub const KERNEL_MAX: &str = "kernel_max";
 /// Exits from a nested guest.
@@ -205,28 +194,10 @@ pub struct Host {
     pub tsc_khz: u32,
     /// Whether the TSC runs at one rate, alike on all CPUs.
     pub tsc_stable: bool,
-    /// TSC when the module was loaded, by the snapshot's clock.
+    /// TSC when the module was loaded.
     pub loaded: u64,
-    /// TSC now, by the snapshot's clock.
+    /// TSC now.
     pub now: u64,
-    /// TSC ticks that the snapshot's clock is ahead of the one of the ledgers, modulo 2^64: the
-    /// hardware's TSC begins anew when the host wakes from some sleeps, and the snapshot's goes on.
-    pub clock_offset: u64,
-    /// The number of the meter's life: not 0, and another one when the numbers begin anew.
-    pub life: u64,
-}
-
-/// Return how a record names a phase: the number that version 1.0 knows, in which both sleeps
-/// are 3, and what tells these apart.
-const fn phase_to_wire(phase: Phase) -> [u32; 2] {
-    match phase {
-        Phase::Guest => [0, 0],
-        Phase::Kernel => [1, 0],
-        Phase::User => [2, 0],
-        Phase::Halted => [3, 0],
-        Phase::Waiting => [3, 1],
-        Phase::Preempted => [4, 0],
-    }
 }
 
 /// Whose a ledger is.
@@ -279,40 +250,30 @@ impl<'a> Encoder<'a> {
             host,
             vcpus: 0,
         };
-        let histogram = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
-        // In the order of the row's numbers: what is new comes last.
-        let counters: [(&str, u32, u32, usize); COUNTERS] = [
-            (EXITS, UNIT_EVENTS, KIND_SUM, 1),
-            (Phase::Guest.name(), UNIT_TICKS, KIND_SUM, 1),
-            (Phase::Kernel.name(), UNIT_TICKS, KIND_SUM, 1),
-            (Phase::User.name(), UNIT_TICKS, KIND_SUM, 1),
-            (BLOCKED, UNIT_TICKS, KIND_SUM, 1),
-            (Phase::Preempted.name(), UNIT_TICKS, KIND_SUM, 1),
-            (KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, 1),
-            (NESTED_EXITS, UNIT_EVENTS, KIND_SUM, 1),
-            (KERNEL_HISTOGRAM, UNIT_TICKS, histogram, BUCKETS),
-            (Phase::Halted.name(), UNIT_TICKS, KIND_SUM, 1),
-            (Phase::Waiting.name(), UNIT_TICKS, KIND_SUM, 1),
-        ];
-        let mut place = 0_u32;
-        for (name, unit, kind, count) in counters {
-            encoder.descriptor(name, unit, kind, place, count as u32);
-            place = place.wrapping_add(count as u32);
+        encoder.descriptor(EXITS, UNIT_EVENTS, KIND_SUM, 0, 1);
+        let mut place = 1;
+        for phase in Phase::ALL {
+            encoder.descriptor(phase.name(), UNIT_TICKS, KIND_SUM, place, 1);
+            place = place.wrapping_add(1);
         }
+        encoder.descriptor(KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, place, 1);
+        place = place.wrapping_add(1);
+        encoder.descriptor(NESTED_EXITS, UNIT_EVENTS, KIND_SUM, place, 1);
+        place = place.wrapping_add(1);
+        let kind = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
+        encoder.descriptor(KERNEL_HISTOGRAM, UNIT_TICKS, kind, place, BUCKETS as u32);
         encoder
     }
 
     /// Adds a vCPU.
     pub fn vcpu(&mut self, whose: &Identity, ledger: &LedgerCopy) {
         let latest = Reason::of(self.host.isa, ledger.slot());
-        let times =
-            [ledger.first, ledger.last].map(|time| time.wrapping_add(self.host.clock_offset));
+        let state = [ledger.first, ledger.last];
         self.record(
             whose,
-            times,
-            phase_to_wire(ledger.phase()),
+            state,
+            ledger.phase() as u32,
             latest.to_wire(),
-            ledger.polled,
             ledger.rows(),
         );
         self.vcpus = self.vcpus.wrapping_add(1);
@@ -332,7 +293,7 @@ impl<'a> Encoder<'a> {
             vcpu: 0,
         };
         let totals_at = self.at;
-        self.record(&NOBODY, [0; 2], [0; 2], [0; 2], gone.polled, gone.rows());
+        self.record(&NOBODY, [0; 2], 0, [0; 2], gone.rows());
         let size = self.at;
         self.at = 0;
         self.header(size, totals_at, gone.vcpus, unmetered);
@@ -368,8 +329,7 @@ impl<'a> Encoder<'a> {
         self.u32(HEAD_SIZE as u32);
         self.u64(totals_at as u64);
         self.u32(ROW_SIZE as u32);
-        self.u32(0);
-        self.u64(host.life);
+        self.bytes(&[0; 12]);
     }
 
     fn descriptor(&mut self, name: &str, unit: u32, kind: u32, place: u32, count: u32) {
@@ -388,9 +348,8 @@ impl<'a> Encoder<'a> {
         &mut self,
         whose: &Identity,
         [first, last]: [u64; 2],
-        [phase, sleep]: [u32; 2],
+        phase: u32,
         [kind, code]: [u32; 2],
-        polled: u64,
         rows: impl Iterator<Item = (Slot, &'r RowCopy, &'r Buckets)>,
     ) {
         let start = self.at;
@@ -404,38 +363,28 @@ impl<'a> Encoder<'a> {
         self.u32(phase);
         self.u32(kind);
         self.u32(code);
-        self.u32(sleep);
+        self.u32(0);
         self.bytes(&whose.name);
-        self.u64(polled);
         let mut count = 0_u32;
         for (slot, row, histogram) in rows {
-            self.row(slot, row, histogram);
+            let [kind, code] = Reason::of(self.host.isa, slot).to_wire();
+            self.u32(kind);
+            self.u32(code);
+            self.u64(row.exits);
+            for cycles in row.cycles {
+                self.u64(cycles);
+            }
+            self.u64(row.max);
+            self.u64(row.nested_exits);
+            for samples in histogram {
+                self.u64(*samples);
+            }
             count = count.wrapping_add(1);
         }
         let end = core::mem::replace(&mut self.at, start);
         self.u32(end.wrapping_sub(start) as u32);
         self.u32(count);
         self.at = end;
-    }
-
-    fn row(&mut self, slot: Slot, row: &RowCopy, histogram: &Buckets) {
-        let [kind, code] = Reason::of(self.host.isa, slot).to_wire();
-        self.u32(kind);
-        self.u32(code);
-        let [halted, waiting] = [Phase::Halted, Phase::Waiting].map(|phase| row.cycles(phase));
-        self.u64(row.exits);
-        self.u64(row.cycles(Phase::Guest));
-        self.u64(row.cycles(Phase::Kernel));
-        self.u64(row.cycles(Phase::User));
-        self.u64(halted.saturating_add(waiting));
-        self.u64(row.cycles(Phase::Preempted));
-        self.u64(row.max);
-        self.u64(row.nested_exits);
-        for samples in histogram {
-            self.u64(*samples);
-        }
-        self.u64(halted);
-        self.u64(waiting);
     }
 
     fn u32(&mut self, value: u32) {

@@ -15,41 +15,11 @@ use super::{HISTOGRAMS, WORDS};
 static NONE: Buckets = EMPTY;
 
 /// The rows whose bits are set.
-#[derive(Clone, Copy, Debug)]
-pub struct Slots {
-    rows: [u64; WORDS],
-    word: usize,
-}
-
-impl Iterator for Slots {
-    type Item = Slot;
-
-    #[inline]
-    fn next(&mut self) -> Option<Slot> {
-        loop {
-            let bits = self.rows.get_mut(self.word)?;
-            if *bits != 0 {
-                let bit = bits.trailing_zeros() as usize;
-                *bits &= bits.wrapping_sub(1);
-                return Slot::from_index(self.word.wrapping_mul(64).wrapping_add(bit));
-            }
-            self.word = self.word.wrapping_add(1);
-        }
-    }
-}
-
-/// Return the rows whose bits are set.
-#[inline]
-pub(super) fn slots_in(rows: [u64; WORDS]) -> Slots {
-    Slots { rows, word: 0 }
-}
-
-/// Set the bit of a row.
-#[inline]
-pub(super) fn set(rows: &mut [u64; WORDS], slot: Slot) {
-    if let Some(word) = rows.get_mut(slot.index() / 64) {
-        *word |= 1_u64.wrapping_shl(slot.index() as u32 % 64);
-    }
+pub(super) fn slots_in(used: [u64; WORDS]) -> impl Iterator<Item = Slot> {
+    Slot::all().filter(move |slot| {
+        used.get(slot.index() / 64)
+            .is_some_and(|word| word.wrapping_shr(slot.index() as u32 % 64) & 1 != 0)
+    })
 }
 
 /// The numbers of one row, at rest.
@@ -73,11 +43,6 @@ impl RowCopy {
         max: 0,
     };
 
-    /// TSC ticks in a phase.
-    pub fn cycles(&self, phase: Phase) -> u64 {
-        self.cycles.get(phase as usize).copied().unwrap_or(0)
-    }
-
     fn add(&mut self, other: &RowCopy) {
         self.exits = self.exits.wrapping_add(other.exits);
         self.nested_exits = self.nested_exits.wrapping_add(other.nested_exits);
@@ -97,15 +62,10 @@ pub struct LedgerCopy {
     pub first: u64,
     /// TSC at its latest transition.
     pub last: u64,
-    /// Time that KVM polled before it let the vCPU sleep, in ns by KVM's own count. A ledger does not
-    /// know it: whoever copies one adds it.
-    pub polled: u64,
     pub(super) used: [u64; WORDS],
     rows: [RowCopy; SLOTS],
     /// For each row the number of its histogram, counted from 1; 0 for none.
     numbers: [u8; SLOTS],
-    /// For each row the kernel ticks at which its histogram was copied, and 1; 0 while it was not.
-    pub(super) sampled: [u64; SLOTS],
     histograms: [Buckets; HISTOGRAMS],
 }
 
@@ -117,56 +77,32 @@ impl LedgerCopy {
             slot: 0,
             first: 0,
             last: 0,
-            polled: 0,
             used: [0; WORDS],
             rows: [RowCopy::EMPTY; SLOTS],
             numbers: [0; SLOTS],
-            sampled: [0; SLOTS],
             histograms: [EMPTY; HISTOGRAMS],
         }
     }
 
-    /// Take the numbers of one row.
-    #[inline]
-    pub(super) fn set_row(&mut self, slot: Slot, row: RowCopy) {
+    /// Takes the numbers of one row, and its histogram if it has one.
+    pub(super) fn set_row(
+        &mut self,
+        slot: Slot,
+        row: RowCopy,
+        number: usize,
+        samples: impl Fn(usize) -> u64,
+    ) {
         if let Some(to) = self.rows.get_mut(slot.index()) {
             *to = row;
         }
-    }
-
-    /// Take the number of a row's histogram, 0 for none.
-    #[inline]
-    pub(super) fn set_number(&mut self, slot: Slot, number: usize) {
         if let Some(to) = self.numbers.get_mut(slot.index()) {
             *to = number as u8;
         }
-    }
-
-    #[inline]
-    pub(super) fn sampled(&self, slot: Slot) -> u64 {
-        self.sampled.get(slot.index()).copied().unwrap_or(0)
-    }
-
-    #[inline]
-    pub(super) fn set_sampled(&mut self, slot: Slot, sampled: u64) {
-        if let Some(to) = self.sampled.get_mut(slot.index()) {
-            *to = sampled;
-        }
-    }
-
-    /// Take the samples of the histogram with a number, from 1.
-    #[inline]
-    pub(super) fn set_histogram(&mut self, number: usize, samples: impl Fn(usize) -> u64) {
         if let Some(to) = self.histograms.get_mut(number.wrapping_sub(1)) {
             for (bucket, to) in to.iter_mut().enumerate() {
                 *to = samples(bucket);
             }
         }
-    }
-
-    /// Return true if the vCPU has had no event yet.
-    pub fn is_empty(&self) -> bool {
-        self.used == [0; WORDS]
     }
 
     /// The phase the vCPU was in.
@@ -218,8 +154,6 @@ impl Default for LedgerCopy {
 pub struct Totals {
     /// How many vCPUs were folded in.
     pub vcpus: u64,
-    /// Time that KVM polled before it let these vCPUs sleep, in ns.
-    pub polled: u64,
     rows: [RowCopy; SLOTS],
     histograms: [Buckets; SLOTS],
 }
@@ -229,7 +163,6 @@ impl Totals {
     pub const fn new() -> Self {
         Self {
             vcpus: 0,
-            polled: 0,
             rows: [RowCopy::EMPTY; SLOTS],
             histograms: [EMPTY; SLOTS],
         }
@@ -238,7 +171,6 @@ impl Totals {
     /// Adds a vCPU's numbers.
     pub fn fold(&mut self, ledger: &LedgerCopy) {
         self.vcpus = self.vcpus.wrapping_add(1);
-        self.polled = self.polled.wrapping_add(ledger.polled);
         for (slot, row, histogram) in ledger.rows() {
             self.add_row(slot, row, histogram);
         }
@@ -247,7 +179,6 @@ impl Totals {
     /// Adds other totals.
     pub fn add(&mut self, other: &Totals) {
         self.vcpus = self.vcpus.wrapping_add(other.vcpus);
-        self.polled = self.polled.wrapping_add(other.polled);
         for (slot, row, histogram) in other.rows() {
             self.add_row(slot, row, histogram);
         }

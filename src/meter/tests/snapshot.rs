@@ -23,8 +23,7 @@ const EXITS: usize = if cfg!(miri) { 8 } else { 60 };
 
 /// One snapshot of each version, as the module wrote it. They never change: who has a
 /// snapshot of today must be able to read it with the tool of tomorrow.
-const SAVED: &[u8] = include_bytes!("snapshot-1.2.bin");
-const SAVED_1_1: &[u8] = include_bytes!("snapshot-1.1.bin");
+const SAVED: &[u8] = include_bytes!("snapshot-1.1.bin");
 const SAVED_1_0: &[u8] = include_bytes!("snapshot-1.0.bin");
 
 /// One of version 1.0 that the module gave on an emulated AMD host: a VM whose guest writes to a port that
@@ -39,8 +38,6 @@ const HOST: Host = Host {
     tsc_stable: true,
     loaded: 1_000_000,
     now: 60_000_000_000,
-    clock_offset: 0,
-    life: 0x1122_3344_5566_7788,
 };
 
 fn identity(vm: u64, pid: u32, vcpu: u32) -> Identity {
@@ -111,43 +108,39 @@ impl Sample {
     /// Two VMs, one with two vCPUs; one more that is gone; and one that was not metered. Of all exits only
     /// each `fewer`th, but one of each reason.
     fn new(fewer: u64) -> Self {
-        use Phase::{Halted, Kernel, Preempted, User, Waiting};
+        use Phase::{Blocked, Kernel, Preempted, User};
         let lived = |now, life: &[(u32, u64, u64, Phase, u64)]| {
             let life = life.iter().map(|&(code, exits, kernel, phase, ticks)| {
                 (code, exits.div_ceil(fewer), kernel, phase, ticks)
             });
             lived(now, &life.collect::<Vec<_>>())
         };
-        let mut first = lived(
+        let first = lived(
             2_000_000,
             &[
                 (1, 5191, 2_100, Kernel, 0),
                 (32, 4645, 1_480, Kernel, 0),
                 (30, 974, 3_730, User, 21_000),
                 (10, 868, 1_147, Kernel, 0),
-                (48, 480, 9_800, Kernel, 0),
-                (48, 9, 9_800, Waiting, 2_000_000),
-                (12, 300, 1_900, Halted, 4_000_000),
+                (48, 489, 9_800, Kernel, 0),
+                (12, 300, 1_900, Blocked, 4_000_000),
                 (7, 125, 900, Preempted, 310_000),
                 (0xffff, 2, 800, Kernel, 0),
             ],
         );
-        let mut second = lived(
+        let second = lived(
             3_000_000,
             &[
                 (32, 120, 5_100, Kernel, 0),
-                (12, 400, 2_900, Halted, 9_000_000),
-                (12, 10, 41_000, Halted, 9_000_000),
+                (12, 400, 2_900, Blocked, 9_000_000),
+                (12, 10, 41_000, Blocked, 9_000_000),
             ],
         );
-        (first.polled, second.polled) = (150_000, 600_000);
-        let mut departed = lived(
+        let mut gone = Totals::new();
+        gone.fold(&lived(
             5_000_000,
             &[(10, 1002, 1_147, Kernel, 0), (30, 1000, 3_730, User, 9_000)],
-        );
-        departed.polled = 7_000;
-        let mut gone = Totals::new();
-        gone.fold(&departed);
+        ));
         Self {
             vcpus: vec![
                 (identity(1, 1234, 0), first),
@@ -182,7 +175,7 @@ impl Sample {
 fn the_module_writes_what_was_saved() {
     let bytes = Sample::new(1).bytes();
     if std::env::var_os("EXITMETER_SAVE").is_some() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.2.bin");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.1.bin");
         std::fs::write(path, &bytes).unwrap();
     }
     assert!(bytes == SAVED);
@@ -197,9 +190,9 @@ fn the_fields_stand_where_the_documentation_says() {
         u64::from_le_bytes(bytes)
     };
     assert_eq!(&SAVED[..8], b"ExitMetr");
-    let header: [(usize, usize, u64); 21] = [
+    let header: [(usize, usize, u64); 20] = [
         (8, 2, 1),
-        (10, 2, 2),
+        (10, 2, 1),
         (12, 4, 128),
         (16, 8, SAVED.len() as u64),
         (24, 4, 1),
@@ -211,21 +204,20 @@ fn the_fields_stand_where_the_documentation_says() {
         (56, 8, 1),
         (64, 8, 1),
         (72, 8, 128),
-        (80, 4, 11),
+        (80, 4, 9),
         (84, 4, 64),
-        (88, 8, 832),
+        (88, 8, 704),
         (96, 4, 3),
-        (100, 4, 112),
-        (104, 8, 832 + 3 * 112 + (9 + 3 + 1) * 600),
-        (112, 4, 600),
-        (120, 8, 0x1122_3344_5566_7788),
+        (100, 4, 104),
+        (104, 8, 704 + 3 * 104 + (9 + 3 + 1) * 584),
+        (112, 4, 584),
     ];
     for (offset, size, value) in header {
         assert_eq!(number(offset, size), value, "header, offset {offset}");
     }
-    assert!(SAVED[116..120].iter().all(|byte| *byte == 0));
+    assert!(SAVED[116..128].iter().all(|byte| *byte == 0));
 
-    let descriptors: [(&str, u64, [u64; 4], u64, u64); 11] = [
+    let descriptors: [(&str, u64, [u64; 4], u64, u64); 9] = [
         ("exits", 1, [1, 0, 0, 0], 8, 1),
         ("guest", 2, [1, 0, 0, 0], 16, 1),
         ("kernel", 2, [1, 0, 0, 0], 24, 1),
@@ -235,8 +227,6 @@ fn the_fields_stand_where_the_documentation_says() {
         ("kernel_max", 2, [3, 0, 0, 0], 56, 1),
         ("nested_exits", 1, [1, 0, 0, 0], 64, 1),
         ("kernel_histogram", 2, [2, 1, 6, 0], 72, 64),
-        ("halted", 2, [1, 0, 0, 0], 584, 1),
-        ("waiting", 2, [1, 0, 0, 0], 592, 1),
     ];
     for (place, (name, unit, kind, offset, len)) in descriptors.into_iter().enumerate() {
         let at = 128 + 64 * place;
@@ -248,10 +238,9 @@ fn the_fields_stand_where_the_documentation_says() {
     }
 
     // The second vCPU, behind the first with its 9 rows.
-    let first = 832;
-    let at = first + 112 + 9 * 600;
-    let record: [(usize, usize, u64); 12] = [
-        (0, 4, 112 + 3 * 600),
+    let at = 704 + 104 + 9 * 584;
+    let record: [(usize, usize, u64); 10] = [
+        (0, 4, 104 + 3 * 584),
         (4, 4, 3),
         (8, 8, 1),
         (16, 4, 1234),
@@ -265,14 +254,12 @@ fn the_fields_stand_where_the_documentation_says() {
         (40, 4, 0),
         (44, 4, 0),
         (48, 4, 12),
-        (52, 4, 0),
-        (104, 8, 600_000),
     ];
     for (offset, size, value) in record {
         assert_eq!(number(at + offset, size), value, "record, offset {offset}");
     }
     assert_eq!(&SAVED[at + 56..at + 65], b"kvm-1234\0");
-    let row = at + 112;
+    let row = at + 104;
     let hlt = 400 * 2_900 + 10 * 41_000;
     let slept = 410 * 9_000_000;
     let rows: [[u64; 10]; 3] = [
@@ -283,7 +270,7 @@ fn the_fields_stand_where_the_documentation_says() {
     // From 2048, 4096 and 32768 on: two to a power of two, of which the first is 2^6.
     let histograms: [&[(usize, u64)]; 3] = [&[(10, 400), (18, 10)], &[(12, 120)], &[]];
     for (place, [kind, code, numbers @ ..]) in rows.into_iter().enumerate() {
-        let row = row + 600 * place;
+        let row = row + 584 * place;
         assert_eq!([number(row, 4), number(row + 4, 4)], [kind, code]);
         for (counter, value) in numbers.into_iter().enumerate() {
             assert_eq!(number(row + 8 + 8 * counter, 8), value, "{place} {counter}");
@@ -296,54 +283,6 @@ fn the_fields_stand_where_the_documentation_says() {
             let at = row + 72 + 8 * bucket;
             assert_eq!(number(at, 8), samples, "{place}, bucket {bucket}");
         }
-        let slept = if place == 0 { slept } else { 0 };
-        assert_eq!([number(row + 584, 8), number(row + 592, 8)], [slept, 0]);
-    }
-    // The first vCPU's EPT_VIOLATION, for which KVM waited 9 times: the two sleeps and their sum.
-    let row = (0..9).map(|place| first + 112 + 600 * place);
-    let row = row
-        .into_iter()
-        .find(|row| number(row + 4, 4) == 48)
-        .unwrap();
-    let sleeps = [584, 592, 40].map(|offset| number(row + offset, 8));
-    assert_eq!(sleeps, [0, 9 * 2_000_000, 9 * 2_000_000]);
-    // The totals: nothing but the polling.
-    let totals = 832 + 3 * 112 + (9 + 3 + 1) * 600;
-    assert!(SAVED[totals + 8..totals + 104]
-        .iter()
-        .all(|byte| *byte == 0));
-    assert_eq!(number(totals + 104, 8), 7_000);
-}
-
-/// Who knows only version 1.0 still finds both sleeps as one phase.
-#[test]
-fn each_phase_has_its_number_in_a_record() {
-    use Phase::{Guest, Halted, Kernel, Preempted, User, Waiting};
-    for (phase, expected) in [
-        (Guest, [0, 0]),
-        (Kernel, [1, 0]),
-        (User, [2, 0]),
-        (Halted, [3, 0]),
-        (Waiting, [3, 1]),
-        (Preempted, [4, 0]),
-    ] {
-        let ledger = ledger();
-        ledger.begin(100, phase);
-        let mut bytes = vec![0; size_for(1, 1)];
-        let host = Host {
-            clock_offset: u64::MAX - 29,
-            ..HOST
-        };
-        let mut encoder = Encoder::new(&mut bytes, host);
-        encoder.vcpu(&identity(1, 1, 0), &copy(&ledger));
-        let size = encoder.finish(&Totals::new(), 0).unwrap();
-        let number = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
-        assert_eq!([number(832 + 40), number(832 + 52)], expected);
-        let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
-        let vcpu = snapshot.vcpus().next().unwrap();
-        assert_eq!(vcpu.phase(), Some(phase));
-        // Its times are by the snapshot's clock, here 30 ticks behind.
-        assert_eq!((vcpu.first(), vcpu.last()), (70, 70));
     }
 }
 
@@ -408,22 +347,8 @@ fn reads_back(snapshot: &Snapshot<'_>) {
 #[test]
 fn what_was_saved_reads_back() {
     let snapshot = Snapshot::parse(SAVED).unwrap();
-    assert_eq!(snapshot.version(), (1, 2));
+    assert_eq!(snapshot.version(), (1, 1));
     reads_back(&snapshot);
-    assert_eq!(snapshot.life(), 0x1122_3344_5566_7788);
-    let polled: Vec<_> = snapshot.vcpus().map(|vcpu| vcpu.polled()).collect();
-    assert_eq!(polled, [Some(150_000), Some(600_000), Some(0)]);
-    assert_eq!(snapshot.gone_polled(), Some(7_000));
-    assert!(snapshot.has_waits());
-    let slept = |phase| {
-        let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
-        rows().map(|row| row.cycles(phase)).sum::<u64>()
-    };
-    let halted = 300 * 4_000_000 + 410 * 9_000_000;
-    assert_eq!(
-        (slept(Phase::Halted), slept(Phase::Waiting)),
-        (halted, 18_000_000)
-    );
     let counters: Vec<_> = snapshot.counters().collect();
     let kinds: Vec<_> = counters[6..].iter().map(|c| (c.name, c.kind)).collect();
     assert_eq!(
@@ -437,9 +362,7 @@ fn what_was_saved_reads_back() {
                     parts_power: 1,
                     first_power: 6
                 }
-            ),
-            ("halted", Kind::Sum),
-            ("waiting", Kind::Sum),
+            )
         ]
     );
     let hlt = snapshot.vcpus().nth(1).unwrap().rows().next().unwrap();
@@ -459,45 +382,12 @@ fn what_was_saved_reads_back() {
     assert_eq!(quantiles, [Some(2_457), Some(2_457), Some(39_321)]);
 }
 
-/// What versions before 1.2 do not have is told from what is zero.
-fn has_nothing_of_1_2(snapshot: &Snapshot<'_>) {
-    assert_eq!(snapshot.life(), snapshot.loaded());
-    assert!(!snapshot.has_waits());
-    assert_eq!(snapshot.gone_polled(), None);
-    assert!(snapshot.vcpus().all(|vcpu| vcpu.polled().is_none()));
-    let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
-    assert!(rows().all(|row| row.cycles(Phase::Waiting) == 0));
-    // Both sleeps as one.
-    let blocked = snapshot
-        .counters()
-        .find(|counter| counter.name == "blocked");
-    let blocked = blocked.unwrap();
-    let slept = 300 * 4_000_000 + 410 * 9_000_000;
-    let sums = [
-        rows().map(|row| row.cycles(Phase::Halted)).sum::<u64>(),
-        rows().flat_map(|row| row.numbers(&blocked)).sum::<u64>(),
-    ];
-    assert_eq!(sums, [slept, slept]);
-}
-
-#[test]
-fn what_version_1_1_saved_reads_back() {
-    let snapshot = Snapshot::parse(SAVED_1_1).unwrap();
-    assert_eq!(snapshot.version(), (1, 1));
-    assert_eq!(snapshot.counters().count(), 9);
-    reads_back(&snapshot);
-    has_nothing_of_1_2(&snapshot);
-    let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
-    assert!(rows().all(|row| row.max().is_some() && row.histogram().is_some()));
-}
-
 #[test]
 fn what_version_1_0_saved_reads_back() {
     let snapshot = Snapshot::parse(SAVED_1_0).unwrap();
     assert_eq!(snapshot.version(), (1, 0));
     assert_eq!(snapshot.counters().count(), 6);
     reads_back(&snapshot);
-    has_nothing_of_1_2(&snapshot);
     let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
     assert_eq!(rows().count(), 9 + 3 + 1);
     assert!(rows().all(|row| row.max().is_none() && row.histogram().is_none()));
@@ -533,23 +423,6 @@ fn other_buckets_are_not_read_as_ours() {
     for (place, byte) in [(0, 2), (4, 3), (12, 2), (16, b'q')] {
         let known = told(nested + place, byte);
         assert_eq!(known, (true, false, true), "{place}");
-    }
-    // Without one of the sleeps there are none, but their sum.
-    for sleep in [histogram + 64, histogram + 128] {
-        for (place, byte) in [(0, 1), (4, 3), (12, 2), (16, b'q')] {
-            let mut bytes = SAVED.to_vec();
-            bytes[sleep + place] = byte;
-            if place == 12 {
-                // Two numbers, so that they lie inside of the row.
-                bytes[sleep + 8] -= 8;
-            }
-            let snapshot = Snapshot::parse(&bytes).unwrap();
-            let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
-            assert!(!snapshot.has_waits());
-            assert!(rows().all(|row| row.cycles(Phase::Waiting) == 0));
-            let slept = rows().map(|row| row.cycles(Phase::Halted)).sum::<u64>();
-            assert_eq!(slept, 300 * 4_000_000 + 410 * 9_000_000 + 9 * 2_000_000);
-        }
     }
 }
 
@@ -668,11 +541,8 @@ fn what_a_later_version_adds_is_stepped_over() {
     assert_eq!((rows[0].reason(), rows[0].exits()), (Reason::Code(0x72), 1));
     assert_eq!(
         Phase::ALL.map(|phase| rows[0].cycles(phase)),
-        [2, 3, 4, 5, 7, 0]
+        [2, 3, 4, 5, 7]
     );
-    assert!(!snapshot.has_waits());
-    // The header's size is larger than ours, what stands there now is what 1.2 has.
-    assert_eq!(vcpu.polled(), Some(0xeeee_eeee_eeee_eeee));
     assert!(vcpu.balances());
     let histogram = snapshot.counters().next().unwrap();
     assert_eq!(
@@ -695,7 +565,6 @@ fn what_a_later_version_adds_is_stepped_over() {
 fn read_all(bytes: &[u8]) -> Result<u64, Error> {
     let snapshot = Snapshot::parse(bytes)?;
     let mut sum = snapshot.now() ^ snapshot.gone() ^ snapshot.unmetered();
-    sum ^= snapshot.life() ^ snapshot.gone_polled().unwrap_or(0);
     let mut add = |value: u64| sum = sum.wrapping_add(value);
     let counters: Vec<_> = snapshot.counters().collect();
     for vcpu in snapshot.vcpus() {
@@ -703,7 +572,6 @@ fn read_all(bytes: &[u8]) -> Result<u64, Error> {
         add(vcpu.name().len() as u64 + u64::from(vcpu.balances()));
         add(vcpu.phase().map_or(0, |phase| phase as u64));
         add(u64::from(vcpu.latest().is_some()));
-        add(vcpu.polled().unwrap_or(0));
     }
     for row in snapshot
         .totals()
@@ -770,10 +638,10 @@ fn errors_are_sentences() {
         damaged("its records or rows are too small")
     );
     assert_eq!(
-        with(128 + 8, &[81, 2]),
+        with(128 + 8, &[65, 2]),
         damaged("a counter lies outside of its row")
     );
-    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (832, 0), (834, 1), (836, 10)] {
+    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (704, 0), (706, 1), (708, 10)] {
         assert_eq!(
             with(offset, &[byte]),
             damaged("a record lies outside of it"),
@@ -801,7 +669,7 @@ proptest! {
     ) {
         let mut bytes = if later_version { later() } else { SAVED.to_vec() };
         // Half of the time where offsets and sizes stand.
-        let reach = if in_front { 960 } else { bytes.len() };
+        let reach = if in_front { 832 } else { bytes.len() };
         for (place, byte) in damage {
             bytes[place.index(reach)] = byte;
         }
@@ -820,7 +688,7 @@ proptest! {
     #[test]
     fn any_ledgers_read_back(
         lives in proptest::collection::vec(
-            proptest::collection::vec((0..reasons::SLOTS, 0_u64..1 << 50, 0_u32..6), 0..EXITS),
+            proptest::collection::vec((0..reasons::SLOTS, 0_u64..1 << 50, 0_u32..5), 0..EXITS),
             0..VCPUS,
         ),
         isa in prop_oneof![Just(Isa::Vmx), Just(Isa::Svm)],

@@ -13,11 +13,10 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let _ = (snapshot.version(), snapshot.isa(), snapshot.tsc_khz());
     let _ = (snapshot.leaf_map(), snapshot.unmetered(), snapshot.gone());
-    let _ = (snapshot.life(), snapshot.has_waits(), snapshot.gone_polled());
     let vcpus = snapshot.vcpus().flat_map(|vcpu| {
         let _ = (vcpu.vm(), vcpu.name(), vcpu.pid(), vcpu.id());
         let _ = (vcpu.first(), vcpu.last(), vcpu.phase(), vcpu.latest());
-        let _ = (vcpu.balances(), vcpu.polled());
+        let _ = vcpu.balances();
         vcpu.rows()
     });
     for row in vcpus.chain(snapshot.totals()) {

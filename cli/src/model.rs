@@ -56,8 +56,6 @@ pub struct Host {
     pub tsc_khz: Option<u32>,
     /// Whether the TSC runs at one rate, alike on all CPUs.
     pub tsc_stable: bool,
-    /// The number of the meter's life: another one when its numbers have begun anew.
-    pub life: u64,
     /// TSC when the module was loaded.
     pub loaded_tsc: u64,
     /// TSC when the snapshot was begun.
@@ -80,10 +78,6 @@ pub struct Vm {
     /// The time that its numbers are of: since the first event of its oldest vCPU, or since
     /// the earlier snapshot.
     pub span: Span,
-    /// Nanoseconds that KVM polled before it let its vCPUs sleep, by KVM's own count, when it is
-    /// known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub polled_ns: Option<u64>,
     /// The sums of its vCPUs.
     #[serde(flatten)]
     pub ledger: Ledger,
@@ -100,21 +94,14 @@ pub struct Vcpu {
     pub first_tsc: u64,
     /// TSC at its latest transition; of an interval, at its end.
     pub last_tsc: u64,
-    /// The phase it has been in since then, `blocked` when the two sleeps are not told apart.
-    #[serde(rename = "phase")]
-    pub phase_name: Option<&'static str>,
-    /// The same as a phase.
-    #[serde(skip)]
+    /// The phase it has been in since then.
+    #[serde(serialize_with = "phase_name")]
     pub phase: Option<Phase>,
     /// Ticks from then to the snapshot: not yet booked on any row, but for the rows of an
     /// interval.
     pub phase_ticks: u64,
     /// What that phase will be booked on.
     pub latest: Option<Label>,
-    /// Nanoseconds that KVM polled before it let the vCPU sleep, by KVM's own count, when it is
-    /// known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub polled_ns: Option<u64>,
     /// Its numbers.
     #[serde(flatten)]
     pub ledger: Ledger,
@@ -125,9 +112,6 @@ pub struct Vcpu {
 pub struct Departed {
     /// How many there were.
     pub vcpus_gone: u64,
-    /// Nanoseconds that KVM polled before it let them sleep, by KVM's own count, when it is known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub polled_ns: Option<u64>,
     /// Their sums.
     #[serde(flatten)]
     pub ledger: Ledger,
@@ -145,7 +129,6 @@ impl Report {
                     name: record.name().to_owned(),
                     pid: record.pid(),
                     span: Span::of(0, None),
-                    polled_ns: None,
                     ledger: Ledger::default(),
                     vcpus: Vec::new(),
                 })
@@ -166,7 +149,6 @@ impl Report {
                 isa,
                 tsc_khz: snapshot.tsc_khz(),
                 tsc_stable: snapshot.tsc_is_stable(),
-                life: snapshot.life(),
                 loaded_tsc: snapshot.loaded(),
                 snapshot_tsc: snapshot.now(),
                 leaf_map: snapshot.leaf_map().map(|map| map as u32),
@@ -174,7 +156,10 @@ impl Report {
             },
             unmetered_vcpus: snapshot.unmetered(),
             vms: vms.into_values().collect(),
-            departed: Departed::new(snapshot),
+            departed: Departed {
+                vcpus_gone: snapshot.gone(),
+                ledger: Ledger::new(isa, snapshot.totals()),
+            },
         }
     }
 }
@@ -199,46 +184,30 @@ impl Span {
 impl Vm {
     /// Makes its numbers the sums of its vCPUs.
     pub fn sum_up(&mut self) {
-        let polled = self.vcpus.iter().map(|vcpu| vcpu.polled_ns);
-        self.polled_ns = polled.fold(Some(0), |sum: Option<u64>, polled| {
-            Some(sum?.saturating_add(polled?))
-        });
         let rows = self.vcpus.iter().flat_map(|vcpu| &vcpu.ledger.reasons);
         self.ledger = Ledger::of(rows.copied());
-    }
-}
-
-impl Departed {
-    fn new(snapshot: &Snapshot<'_>) -> Self {
-        let isa = snapshot.isa();
-        let mut ledger = Ledger::new(isa, snapshot.has_waits(), snapshot.totals());
-        ledger.take_polling_apart(isa, snapshot.gone_polled(), snapshot.tsc_khz());
-        Self {
-            vcpus_gone: snapshot.gone(),
-            polled_ns: snapshot.gone_polled(),
-            ledger,
-        }
     }
 }
 
 impl Vcpu {
     fn new(snapshot: &Snapshot<'_>, record: &VcpuRecord<'_>) -> Self {
         let isa = snapshot.isa();
-        let mut ledger = Ledger::new(isa, snapshot.has_waits(), record.rows());
-        ledger.take_polling_apart(isa, record.polled(), snapshot.tsc_khz());
         Self {
             vcpu: record.id(),
             first_tsc: record.first(),
             last_tsc: record.last(),
-            phase_name: record.phase().map(|phase| ledger.cycles.name(phase)),
             phase: record.phase(),
             // The snapshot's time is that of its beginning: this vCPU may be a bit later.
             phase_ticks: snapshot.now().saturating_sub(record.last()),
             latest: record.latest().map(|reason| Label::new(isa, reason)),
-            polled_ns: record.polled(),
-            ledger,
+            ledger: Ledger::new(isa, record.rows()),
         }
     }
+}
+
+/// Writes a phase by its name.
+fn phase_name<S: serde::Serializer>(phase: &Option<Phase>, to: S) -> Result<S::Ok, S::Error> {
+    phase.map(Phase::name).serialize(to)
 }
 
 /// Writes an ISA by its name.

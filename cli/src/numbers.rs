@@ -3,8 +3,8 @@
 //! Numbers as people read them.
 
 /// A number with a comma at every third digit.
-pub fn exact<N: Into<u128>>(number: N) -> String {
-    let digits = number.into().to_string();
+pub fn exact(number: u64) -> String {
+    let digits = number.to_string();
     let mut text = String::new();
     for (place, digit) in digits.chars().enumerate() {
         if place > 0 && (digits.len() - place) % 3 == 0 {
@@ -16,13 +16,12 @@ pub fn exact<N: Into<u128>>(number: N) -> String {
 }
 
 /// A number in about three digits: `907`, `12.3k`, `4.02G`.
-pub fn rough<N: Into<u128>>(number: N) -> String {
-    let number = number.into();
+pub fn rough(number: u64) -> String {
     if number < 1000 {
         return number.to_string();
     }
     let mut value = number as f64;
-    for suffix in ["", "k", "M", "G", "T", "P", "E", "Z"] {
+    for suffix in ["", "k", "M", "G", "T", "P", "E"] {
         if value < 999.5 {
             let decimals = match value {
                 value if value < 9.995 => 2,
@@ -33,21 +32,15 @@ pub fn rough<N: Into<u128>>(number: N) -> String {
         }
         value /= 1000.0;
     }
-    format!("{value:.0}Y")
+    format!("{value:.0}Z")
 }
 
-/// A number that had no room where it was counted, and is at least what is told: `18.4E+`.
-pub fn at_least(text: String, at_least: bool) -> String {
-    text + if at_least { "+" } else { "" }
-}
-
-/// A part of a whole in percent, never above 100; a dash when there is no whole.
-pub fn share<P: Into<u128>, W: Into<u128>>(part: P, whole: W) -> String {
-    let (part, whole) = (part.into(), whole.into());
+/// A part of a whole in percent; a dash when there is no whole.
+pub fn share(part: u64, whole: u64) -> String {
     if whole == 0 {
         return "-".to_owned();
     }
-    format!("{:.1}%", (part as f64 * 100.0 / whole as f64).min(100.0))
+    format!("{:.1}%", part as f64 * 100.0 / whole as f64)
 }
 
 /// How often something happened each second, in about three digits; a dash when that is not
@@ -59,24 +52,20 @@ pub fn rate(per_second: Option<f64>) -> String {
         Some(rate) if rate > 0.0 && rate < 9.995 => format!("{rate:.2}"),
         Some(rate) if rate < 99.95 && rate > 0.0 => format!("{rate:.1}"),
         // A rate of exits fits by far.
-        Some(rate) => rough(rate.round() as u128),
+        Some(rate) => rough(rate.round() as u64),
     }
 }
 
 /// A sum by the number of its parts, rounded; a dash when there are none.
-pub fn mean(sum: u128, count: u64) -> String {
-    rounded(sum, count).map_or_else(|| "-".to_owned(), exact)
-}
-
-/// A sum by the number of its parts, rounded; `None` when there are none.
-pub fn rounded(sum: u128, count: u64) -> Option<u128> {
-    sum.saturating_add(u128::from(count / 2))
-        .checked_div(count.into())
+pub fn mean(sum: u64, count: u64) -> String {
+    match (sum.saturating_add(count / 2)).checked_div(count) {
+        Some(mean) => exact(mean),
+        None => "-".to_owned(),
+    }
 }
 
 /// Ticks as time when the frequency is known, else as ticks.
-pub fn time<N: Into<u128>>(ticks: N, khz: Option<u32>) -> String {
-    let ticks = ticks.into();
+pub fn time(ticks: u64, khz: Option<u32>) -> String {
     let Some(khz) = khz else {
         return format!("{} ticks", rough(ticks));
     };
@@ -92,8 +81,7 @@ pub fn time<N: Into<u128>>(ticks: N, khz: Option<u32>) -> String {
 }
 
 /// A bar for a part of a whole that would fill `width` characters.
-pub fn bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> String {
-    let (part, whole) = (part.into(), whole.into());
+pub fn bar(part: u64, whole: u64, width: u32) -> String {
     const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
     if part == 0 || whole == 0 {
         return String::new();
@@ -111,7 +99,7 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        let exactly = [0, 999, 1000, 1_234_567, u64::MAX].map(exact::<u64>);
+        let exactly = [0, 999, 1000, 1_234_567, u64::MAX].map(exact);
         assert_eq!(
             exactly,
             [
@@ -133,16 +121,15 @@ mod tests {
             999_500,
             4_020_000_000,
         ];
-        let roughly = roughly.map(rough::<u64>);
+        let roughly = roughly.map(rough);
         assert_eq!(
             roughly,
             ["0", "999", "1.00k", "9.99k", "10.0k", "99.9k", "999k", "1.00M", "4.02G"]
         );
         assert_eq!(rough(u64::MAX), "18.4E");
-        assert_eq!(rough(u128::from(u64::MAX) * 100), "1.84Z");
         assert_eq!(
-            [(1_u64, 3_u64), (0, 5), (1, 0), (7, 5)].map(|(part, whole)| share(part, whole)),
-            ["33.3%", "0.0%", "-", "100.0%"]
+            [share(1, 3), share(0, 5), share(1, 0)],
+            ["33.3%", "0.0%", "-"]
         );
         assert_eq!([mean(10, 4), mean(3, 0)], ["3", "-"]);
         let rates =
@@ -153,7 +140,7 @@ mod tests {
 
     #[test]
     fn ticks_become_time() {
-        let time = |ticks: u64| time(ticks, Some(1_000_000));
+        let time = |ticks| time(ticks, Some(1_000_000));
         let times = [
             7,
             70_000,
@@ -166,15 +153,15 @@ mod tests {
             times.map(time),
             ["7 ns", "70 us", "70 ms", "7.0 s", "2 min 5 s", "2.0 h"]
         );
-        assert_eq!(super::time(7_000_u64, None), "7.00k ticks");
+        assert_eq!(super::time(7_000, None), "7.00k ticks");
     }
 
     #[test]
     fn bars_have_their_length() {
-        assert_eq!(bar(1_u64, 2_u64, 4), "██");
-        assert_eq!(bar(1_u64, 1_000_000_u64, 4), "▏");
-        assert_eq!(bar(9_u64, 16_u64, 2), "█▏");
-        assert_eq!([bar(0_u64, 7_u64, 4), bar(3_u64, 0_u64, 4)], ["", ""]);
-        assert_eq!(bar(9_u64, 3_u64, 2), "██");
+        assert_eq!(bar(1, 2, 4), "██");
+        assert_eq!(bar(1, 1_000_000, 4), "▏");
+        assert_eq!(bar(9, 16, 2), "█▏");
+        assert_eq!([bar(0, 7, 4), bar(3, 0, 4)], ["", ""]);
+        assert_eq!(bar(9, 3, 2), "██");
     }
 }

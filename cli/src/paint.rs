@@ -30,8 +30,7 @@ impl Style {
             Style::Of(Phase::Guest) => "34",
             Style::Of(Phase::Kernel) => "33",
             Style::Of(Phase::User) => "35",
-            Style::Of(Phase::Halted) => "36",
-            Style::Of(Phase::Waiting) => "32",
+            Style::Of(Phase::Blocked) => "36",
             Style::Of(Phase::Preempted) | Style::Warning => "31",
         })
     }

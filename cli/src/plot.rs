@@ -15,7 +15,7 @@ use self::{
     series::{Part, Series},
     svg::Picture,
 };
-use crate::{model::delta::ANEW, numbers::exact, output::Output, recording::read::Ending, source};
+use crate::{numbers::exact, output::Output, recording::read::Ending, source};
 
 mod axis;
 mod chart;
@@ -33,8 +33,6 @@ mod svg;
 /// Draws a recording: as SVG, PNG, or a page with all charts and their numbers.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Where the meter began anew, as when the module was loaded again, there is a gap with a mark.
-
 Colours can be told apart by those who confuse some. A page is one file, without scripts
 and without anything from elsewhere; point at an area for its name.
 
@@ -115,11 +113,6 @@ impl Args {
             Ending::Told(_) => {}
             Ending::Cut => self.warn("is cut off; this is what it has up to there"),
             Ending::Damaged => self.warn("is damaged; this is what it has up to there"),
-        }
-        if !series.breaks.is_empty() {
-            let times = series.breaks.iter().map(|time| format!("{time:.2} s"));
-            let times = times.collect::<Vec<_>>().join(", ");
-            self.warn(&format!("has a gap: {ANEW} at {times}"));
         }
         let pictures = self.pictures(&series)?;
         let file = match format {
@@ -242,13 +235,6 @@ fn facts(series: &Series) -> Vec<(String, String)> {
         "TSC".to_owned(),
         khz.unwrap_or("of unknown rate".to_owned()),
     ));
-    if !series.breaks.is_empty() {
-        let times = series.breaks.iter().map(|time| format!("at {time:.2} s"));
-        facts.push((
-            ANEW.to_owned(),
-            times.collect::<Vec<_>>().join(", ") + "; what happened up to there is not known",
-        ));
-    }
     let about = series.about.iter();
     facts.extend(about.map(|(name, text)| (name.clone(), text.clone())));
     facts.push((

@@ -12,7 +12,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exitmeter_meter::reader::Snapshot;
 
 use self::{
     child::Child,
@@ -20,7 +19,6 @@ use self::{
 };
 use crate::{
     command::{self, Unrunnable, FAILED},
-    model::delta::ANEW,
     numbers,
     recording::{write::Writer, Header},
     source,
@@ -83,13 +81,11 @@ impl Args {
         let begun = Instant::now();
         // Before anything is written or run: is there something to record?
         let first = source::read(&self.input)?;
-        let snapshot = source::parse(&self.input, &first)?;
+        source::parse(&self.input, &first)?;
 
         let mut tape = Tape {
             args: self,
             begun,
-            latest: (snapshot.life(), snapshot.now()),
-            breaks: 0,
             writer: self.begin().with_context(|| self.unwritable())?,
         };
         tape.write(|writer| writer.snapshot(Duration::ZERO, first))?;
@@ -148,10 +144,6 @@ impl Args {
 struct Tape<'a> {
     args: &'a Args,
     begun: Instant,
-    /// The latest snapshot's life of the meter, and TSC.
-    latest: (u64, u64),
-    /// How often the meter began anew.
-    breaks: u64,
     writer: Writer<File>,
 }
 
@@ -196,14 +188,6 @@ impl Tape<'_> {
     fn take(&mut self) -> anyhow::Result<()> {
         let at = self.begun.elapsed();
         let snapshot = source::read(&self.args.input)?;
-        // What cannot be read now may be read by a later tool: it is kept as it is.
-        if let Ok(snapshot) = Snapshot::parse(&snapshot) {
-            let now = (snapshot.life(), snapshot.now());
-            if now.0 != self.latest.0 || now.1 < self.latest.1 {
-                self.breaks += 1;
-            }
-            self.latest = now;
-        }
         self.write(|writer| writer.snapshot(at, snapshot))
     }
 
@@ -216,13 +200,8 @@ impl Tape<'_> {
 
     fn tell(&self, time: Duration) {
         if !self.args.quiet {
-            let breaks = match self.breaks {
-                0 => String::new(),
-                1 => format!("; {ANEW} once meanwhile"),
-                times => format!("; {ANEW} {times} times meanwhile"),
-            };
             eprintln!(
-                "exitmeter: {} snapshots in {:.1} s, {} in {}{breaks}",
+                "exitmeter: {} snapshots in {:.1} s, {} in {}",
                 numbers::exact(self.writer.snapshots()),
                 time.as_secs_f64(),
                 size(self.writer.bytes()),

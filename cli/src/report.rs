@@ -9,10 +9,7 @@ use std::{
 };
 
 use crate::{
-    model::{
-        delta::{self, ANEW},
-        Report, Sort,
-    },
+    model::{Report, Sort},
     output::Output,
     source,
 };
@@ -30,23 +27,16 @@ pub(crate) use text::{code, count, Writer};
 
 /// On the host: where each VM's time went, and the table of its exits.
 ///
-/// First the six phases of its vCPUs: the guest ran, KVM worked in the kernel, the VMM worked in
-/// user space, the vCPU slept by its own wish (halted), KVM slept for the host (waiting), or the host
-/// took its CPU away (preempted). Then what each exit reason cost. A phase is booked on the reason of
-/// the exit before it. What those vCPUs did that are gone stands at the end, as sums.
+/// First the five phases of its vCPUs: the guest ran, KVM worked in the kernel, the VMM worked in
+/// user space, the vCPU slept (blocked), or the host took its CPU away (preempted). Then what each
+/// exit reason cost. A phase is booked on the reason of the exit before it. What those vCPUs did that
+/// are gone stands at the end, as sums.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 share is the part of all kernel cycles. mean, p50, p99 and max are the kernel cycles of single
 exits, from an exit to the next entry without sleep, preemption and user space. Quantiles are
 within 20%. max is exact, but for one with a '~' before it, which is read as a quantile is: that
-of an interval in which no new maximum was reached. A number with a '+' after it had no room where
-it was counted, and is at least that.
-
-polled is for how long KVM polled before it let vCPUs sleep. It is in the kernel's share of the
-phases, and in p50, p99 and max of HLT; kernel, share and mean of HLT are without it. It is KVM's
-own count by another clock, with the time for which the host took the CPU away meanwhile: of what
-exceeds the kernel cycles of HLT nothing is shown. --json has all of it, in nanoseconds. A module
-older than version 1.2 of its snapshots does not tell it, and shows both sleeps as blocked.
+of an interval in which no new maximum was reached.
 
 Where lines are too long for the terminal, numbers are rounded, and columns left out. COLUMNS sets
 how long they may be.
@@ -74,8 +64,7 @@ pub struct Args {
     /// Prints comma separated values: one line for each reason of each VM.
     #[arg(long, conflicts_with = "json")]
     csv: bool,
-    /// Reports what happened in each S seconds, until it is interrupted. When the meter begins anew
-    /// that is told on the standard error, and the next interval counts from there.
+    /// Reports what happened in each S seconds, until it is interrupted.
     #[arg(long, value_name = "S", value_parser = seconds)]
     interval: Option<Duration>,
     /// Ends after N intervals.
@@ -98,22 +87,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "it must be a number of seconds, 0.01 or more".to_owned())
 }
 
-/// What happened between two saved snapshots.
-fn difference(before: &Path, after: &Path) -> anyhow::Result<Report> {
-    let (older, newer) = (source::report(before)?, source::report(after)?);
-    let (before, after) = (before.display(), after.display());
-    newer.since(&older).map_err(|error| match error {
-        delta::Error::Anew => anyhow::anyhow!(
-            "{ANEW} between {before} and {after}, or they are of two hosts: compare two \
-             snapshots of one life of the meter, or report each alone with --input"
-        ),
-        delta::Error::Order => {
-            anyhow::anyhow!("{after} is older than {before}: name the older one first")
-        }
-        error => anyhow::anyhow!("{before}, {after}: {error}"),
-    })
-}
-
 impl Args {
     /// Prints the report, or one after the other.
     ///
@@ -126,7 +99,8 @@ impl Args {
             out.print(CSV_HEADER)?;
         }
         if let Some([before, after]) = self.diff.as_deref() {
-            return self.print(out, difference(before, after)?);
+            let (before, after) = (source::report(before)?, source::report(after)?);
+            return self.print(out, after.since(&before)?);
         }
         match self.interval {
             None => self.print(out, source::report(&self.input)?),
@@ -145,13 +119,7 @@ impl Args {
             due += interval;
             thread::sleep(due.saturating_duration_since(Instant::now()));
             let now = source::report(input)?;
-            match now.since(&before) {
-                Ok(delta) => self.print(out, delta)?,
-                Err(error) if error.is_break() => {
-                    eprintln!("exitmeter: {ANEW}; the next interval counts from here");
-                }
-                Err(error) => return Err(error.into()),
-            }
+            self.print(out, now.since(&before)?)?;
             before = now;
             left = left.map(|left| left - 1);
         }

@@ -54,7 +54,7 @@ impl Spread {
     pub fn count(&self) -> u64 {
         self.buckets
             .iter()
-            .fold(0, |sum: u64, samples| sum.saturating_add(*samples))
+            .fold(0, |sum: u64, samples| sum.wrapping_add(*samples))
     }
 
     /// The ticks that `percent` of the samples do not exceed, within 20%; `None` without
@@ -89,7 +89,7 @@ impl AddAssign for Spread {
         self.max = self.max.max(other.max);
         self.max_exact = self.max_exact && other.max_exact;
         for (to, from) in self.buckets.iter_mut().zip(other.buckets) {
-            *to = to.saturating_add(from);
+            *to = to.wrapping_add(from);
         }
     }
 }

@@ -11,11 +11,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exitmeter_guest::{Instruction, Meter};
 
 use crate::{
     command::{self, Unrunnable, FAILED},
-    guest::likely_isa,
+    guest::{find, likely_isa},
     output::{Look, Output},
 };
 
@@ -31,20 +30,16 @@ pub use summary::{Mean, Reason, Summary};
 ///
 /// The numbers are of the whole VM while CMD runs, from the moment before it is executed until it has
 /// ended. What else runs in the VM meanwhile is among them. What reading them costs is not. It
-/// needs no privilege.
+/// needs the privileges of 'exitmeter guest'.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 kernel is what the host's kernel spent on the exits, and mean that of one. 'of time' is its part of
 the time that CMD took, 'in VMM' that of the VMM; with several vCPUs either may exceed 100%.
 Interrupts that come while the numbers are read, before and after CMD, are CMD's.
 
-When the meter begins anew while CMD runs, as when the module is loaded again on the host or the VM
-is moved to another one, what that run caused is not known. It is left out, and that is told.
-
 Exit status:
   that of CMD, of the last run; 128 + N when signal N ended it; 127 when it was not found and
-  126 when it could not be run; 125 when there is no meter, no run could be measured, or the
-  tool failed
+  126 when it could not be run; 125 when there is no meter, or the tool failed
 
 Examples:
   exitmeter stat -- dd if=/dev/vda of=/dev/null bs=1M count=100
@@ -65,11 +60,6 @@ pub struct Args {
     command: Vec<OsString>,
 }
 
-/// What is said when there is nothing else to say.
-const NOT_MEASURED: &str =
-    "the meter began anew while the command ran, as when the module is loaded \
-    again on the host or the VM is moved: what it caused is not known; run it again";
-
 impl Args {
     /// Runs the command and prints what it caused; the command's exit status.
     pub fn run(self, out: &Output) -> ExitCode {
@@ -82,11 +72,10 @@ impl Args {
         status.into()
     }
 
-    /// Runs the command and tells of all runs that could be measured; the status to exit with.
     fn stat(&self, look: Look) -> anyhow::Result<u8> {
         let (program, arguments) = self.command.split_first().context("there is no command")?;
         // Before anything is written or run: is there a meter?
-        let isa = Meter::find(Instruction, likely_isa())?.isa();
+        let (way, isa) = find(likely_isa(), |meter| meter.isa())?;
         let mut file = match &self.output {
             Some(path) => {
                 let file = File::create(path);
@@ -97,29 +86,15 @@ impl Args {
         run::outlive_signals().context("cannot wait for signals")?;
         let mut runs = Vec::new();
         let mut status = 0;
-        let mut failure = None;
         for _ in 0..self.repeat {
-            match run::once(program, arguments, isa) {
-                Ok(run) => {
-                    status = command::status(run.ended);
-                    runs.push(run);
-                }
-                // What came before is told all the same.
-                Err(error) => {
-                    failure = Some(error);
-                    break;
-                }
-            }
+            let run = run::once(program, arguments, isa, way)?;
+            status = command::status(run.ended);
+            runs.push(run);
             if run::is_to_end() {
                 break;
             }
         }
-        let Some(summary) = Summary::new(&self.command, isa, status, &runs) else {
-            return Err(failure.unwrap_or_else(|| anyhow::anyhow!(NOT_MEASURED)));
-        };
-        if let (Some(words), Some(_)) = (summary.left_out_in_words(), &file) {
-            eprintln!("exitmeter: {words}");
-        }
+        let summary = Summary::new(&self.command, isa, status, &runs);
         let text = match self.json {
             true => serde_json::to_string_pretty(&summary)? + "\n",
             false if file.is_some() => summary.text(Look::default()),
@@ -134,6 +109,6 @@ impl Args {
                 let _ = io::stderr().write_all(text.as_bytes());
             }
         }
-        failure.map_or(Ok(status), Err)
+        Ok(status)
     }
 }

@@ -74,7 +74,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     /// The table that `build` makes with numbers in full; with rounded ones, and without what
     /// can be spared, when it would be wider than is allowed. `spare` names columns by their
     /// titles, the first to go first; those that say nothing go before all others.
-    pub fn fitted(look: Look, spare: &[&str], build: impl Fn(fn(u128) -> String) -> Self) -> Self {
+    pub fn fitted(look: Look, spare: &[&str], build: impl Fn(fn(u64) -> String) -> Self) -> Self {
         let table = build(exact);
         match look.width {
             Some(width) if table.width() > width => {

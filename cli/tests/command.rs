@@ -11,14 +11,9 @@ use std::{
 
 const SNAPSHOT: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
-    "/../src/meter/tests/snapshot-1.2.bin"
-);
-/// One that has both sleeps as one.
-const SNAPSHOT_1_1: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.1.bin"
 );
-/// One without histograms, too.
+/// One without histograms.
 const SNAPSHOT_1_0: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.0.bin"
@@ -56,11 +51,9 @@ fn the_report_in_full() {
     let text = printed(&["report", "--input", SNAPSHOT]);
     assert_eq!(text, include_str!("report.txt"));
     assert!(
-        text.lines().all(|line| line.chars().count() <= 144),
+        text.lines().all(|line| line.chars().count() <= 132),
         "{text}"
     );
-    let text = printed(&["report", "--input", SNAPSHOT_1_1]);
-    assert_eq!(text, include_str!("report-1.1.txt"));
     let text = printed(&["report", "--input", SNAPSHOT_1_0]);
     assert_eq!(text, include_str!("report-1.0.txt"));
 }
@@ -89,16 +82,8 @@ fn the_report_as_json() {
     let number = |value: &serde_json::Value| value.as_u64().unwrap();
     let life = number(&vcpu["last_tsc"]) - number(&vcpu["first_tsc"]);
     let cells = vcpu["reasons"].as_array().unwrap().iter();
-    let cells: Vec<_> = cells.map(|row| &row["cycles"]).collect();
-    let sum = |phases: &[&str]| {
-        let of = |cycles: &serde_json::Value| -> u64 {
-            phases.iter().map(|phase| number(&cycles[*phase])).sum()
-        };
-        cells.iter().map(|cycles| of(cycles)).sum::<u64>()
-    };
-    let awake = ["guest", "kernel", "user", "preempted"];
-    assert_eq!(sum(&awake) + sum(&["halted", "waiting"]), life);
-    assert_eq!(sum(&awake) + sum(&["blocked"]), life);
+    let cells = cells.flat_map(|row| row["cycles"].as_object().unwrap().values());
+    assert_eq!(cells.map(number).sum::<u64>(), life);
     assert_eq!(
         vm["reasons"][0],
         serde_json::json!({
@@ -106,7 +91,7 @@ fn the_report_as_json() {
             "nested_exits": 0,
             "cycles": {
                 "guest": 5191 * 40_000_u64, "kernel": 5191 * 2_100_u64,
-                "user": 0, "blocked": 0, "preempted": 0, "halted": 0, "waiting": 0,
+                "user": 0, "blocked": 0, "preempted": 0,
             },
             "p50": 2100, "p90": 2100, "p99": 2100, "max": 2100, "max_exact": true,
             "histogram": [[2048, 5191]],
@@ -127,30 +112,6 @@ fn the_report_as_json() {
         (&start["p50"], &start["histogram"]),
         (&serde_json::Value::Null, &serde_json::json!([]))
     );
-    // KVM polled for 150 and 600 us before it let the vCPUs sleep, of HLT's 2 140 000 ticks.
-    let of = |name: &str| {
-        let mut rows = vm["reasons"].as_array().unwrap().iter();
-        rows.find(|row| row["name"] == name).unwrap()
-    };
-    assert_eq!(of("HLT")["cycles"]["kernel"], 2_140_000);
-    assert_eq!(
-        (&of("HLT")["polled"], &vm["polled"]),
-        (&1_800_000.into(), &1_800_000.into())
-    );
-    assert_eq!(
-        (&vm["polled_ns"], &vcpu["polled_ns"]),
-        (&750_000.into(), &600_000.into())
-    );
-    assert!(of("CPUID").get("polled").is_none());
-    assert_eq!(of("EPT_VIOLATION")["cycles"]["waiting"], 18_000_000);
-    assert_eq!(of("EPT_VIOLATION")["cycles"]["blocked"], 18_000_000);
-    // Of those that are gone none has exited by HLT: of what KVM counted none is told.
-    let departed = &report["departed"];
-    assert_eq!(
-        (&departed["polled_ns"], &departed["polled"]),
-        (&7_000.into(), &0.into())
-    );
-    assert_eq!(report["host"]["life"], 0x1122_3344_5566_7788_u64);
     assert_eq!(report["departed"]["vcpus_gone"], 1);
     assert_eq!(report["departed"]["nested_exits"], 501);
     assert_eq!(report["departed"]["reasons"][0]["name"], "IO_INSTRUCTION");
@@ -158,13 +119,6 @@ fn the_report_as_json() {
     let text = printed(&["report", "--json", "--input", SNAPSHOT_1_0]);
     assert!(text.contains("\"exits\"") && !text.contains("p50") && !text.contains("histogram"));
     assert!(!text.contains("nested"));
-    for snapshot in [SNAPSHOT_1_0, SNAPSHOT_1_1] {
-        let text = printed(&["report", "--json", "--input", snapshot]);
-        assert!(text.contains("\"blocked\": 4890000000"));
-        for absent in ["halted", "waiting", "polled"] {
-            assert!(!text.contains(absent), "{absent}");
-        }
-    }
 }
 
 #[test]
@@ -218,11 +172,12 @@ fn a_machine_without_a_meter_is_told_from_one_with() {
         assert_eq!(output.status.code(), Some(1));
         let texts = [
             "exitmeter: no meter answers CPUID leaf 0x4FFFFFF0: run this in a VM whose host has \
-             exitmeter.ko loaded, with a leaf_map other than 0\n",
+             exitmeter.ko loaded, with a leaf_map other than 0",
             "exitmeter: this is not a virtual machine: run this in one, or 'exitmeter report' on \
              the host\n",
         ];
-        assert!(texts.contains(&text.as_str()), "{text}");
+        assert!(texts.iter().any(|start| text.starts_with(start)), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
     }
 }
 

@@ -4,7 +4,7 @@
 //! every question is an exit as well.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use exitmeter::{guest::Sweep, output::Look, stat::Moment};
+use exitmeter::{guest::Sweep, output::Look};
 use exitmeter_guest::{cpuid_reason, Cpuid, Error, Meter};
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Numbers, Registers, NESTED},
@@ -14,10 +14,7 @@ use exitmeter_meter::{
     snapshot::Reason,
 };
 
-const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
-
-/// The meter's life.
-const LIFE: u64 = 77 << 32 | 5;
+const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.1.bin");
 
 /// What a question costs, in kernel ticks.
 const COST: u64 = 1000;
@@ -90,11 +87,7 @@ fn metered(map: LeafMap) -> Metered<'static> {
             rows: vm.flat_map(|vcpu| vcpu.rows()).collect(),
             asked: 0,
         },
-        leaves: Leaves {
-            map,
-            isa: Isa::Vmx,
-            life: LIFE,
-        },
+        leaves: Leaves { map, isa: Isa::Vmx },
     }
 }
 
@@ -112,7 +105,7 @@ fn the_guest_reads_what_the_host_holds() {
             assert_eq!(row.exits, held.exits(slot));
             assert_eq!(row.nested_exits, Some(held.nested_exits(slot)));
             for phase in Phase::ALL {
-                assert_eq!(row.cycles.of(phase), held.cycles(phase, slot).into());
+                assert_eq!(row.cycles.of(phase), held.cycles(phase, slot));
             }
         }
     }
@@ -160,6 +153,23 @@ fn a_wrong_guess_costs_three_questions() {
         told.cycles(Phase::Kernel),
         held.cycles(Phase::Kernel, slot) + 3 * COST
     );
+}
+
+/// Who asked in vain before, on another way to the same CPU, has those questions taken out as well.
+#[test]
+fn questions_before_the_meter_was_found_are_its_own() {
+    let mut cpu = metered(LeafMap::Map2021);
+    for _ in 0..3 {
+        cpu.ask(0x4fff_fff0, 0);
+    }
+    let mut meter = Meter::find(&mut cpu, Isa::Vmx).unwrap().with_earlier(3);
+    let exits = meter.exits(10);
+    let cost = meter.cost();
+    let queries = meter.queries();
+    assert_eq!(queries, cpu.held.asked);
+    assert_eq!(cost, (queries - 3) * COST);
+    let slot = reasons::slot(Isa::Vmx, 10);
+    assert_eq!(exits, cpu.held.before().exits(slot));
 }
 
 #[test]
@@ -239,126 +249,12 @@ fn without_a_meter_there_is_an_error() {
         Error::NoVm
     ));
     assert_eq!(
-        read(0x4fff_fff1, |answer| answer.eax = 3).to_string(),
-        "the host's meter has version 3 of its CPUID leaves, this tool reads versions 1 and 2: \
+        read(0x4fff_fff1, |answer| answer.eax = 2).to_string(),
+        "the host's meter has version 2 of its CPUID leaves, this tool reads version 1: \
          use the tool that came with the module"
     );
     assert_eq!(
         read(0x4fff_fff1, |answer| answer.ebx = 3).to_string(),
         "the host's meter names an unknown instruction set extension, 3"
     );
-}
-
-/// A host whose meter begins anew after so many questions.
-struct Renewed {
-    cpu: Metered<'static>,
-    after: u64,
-}
-
-impl Cpuid for Renewed {
-    fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
-        if self.cpu.held.asked == self.after {
-            self.cpu.leaves.life += 1;
-        }
-        self.cpu.ask(leaf, subleaf)
-    }
-}
-
-#[test]
-fn a_meter_that_begins_anew_is_told() {
-    let all = {
-        let mut cpu = metered(LeafMap::Map2021);
-        Sweep::read(&mut cpu, Isa::Vmx).unwrap().queries
-    };
-    // Before it knows the life, and while it reads; after its last question nothing is wrong.
-    for (after, anew) in [
-        (0, false),
-        (5, true),
-        (60, true),
-        (all - 1, true),
-        (all, false),
-    ] {
-        let cpu = metered(LeafMap::Map2021);
-        let read = Sweep::read(Renewed { cpu, after }, Isa::Vmx);
-        match read {
-            Ok(sweep) => {
-                assert!(!anew, "{after}");
-                assert_eq!(sweep.life, Some(LIFE + u64::from(after == 0)));
-            }
-            Err(error) => {
-                assert!(anew && error == Error::Anew, "{after}: {error}");
-                assert!(error.to_string().starts_with("the meter began anew "));
-            }
-        }
-    }
-}
-
-/// What a command causes while the meter begins anew is not told as a difference.
-#[test]
-fn two_moments_of_two_lives_have_no_difference() {
-    let moment = |cpu: &mut Renewed| {
-        let mut moment = Moment::new(Isa::Vmx);
-        moment.read(cpu).unwrap();
-        moment
-    };
-    let all = {
-        let mut cpu = metered(LeafMap::Map2021);
-        let mut moment = Moment::new(Isa::Vmx);
-        moment.read(&mut cpu).unwrap();
-        moment.queries
-    };
-    for (after, known) in [
-        // Before the first reading, in it, between the two, in the second one, and never.
-        (0, true),
-        (all / 2, false),
-        (all, false),
-        (all + all / 2, false),
-        (u64::MAX, true),
-    ] {
-        let cpu = metered(LeafMap::Map2021);
-        let mut cpu = Renewed { cpu, after };
-        let (before, after_it) = (moment(&mut cpu), moment(&mut cpu));
-        let rows = after_it.since(&before);
-        // Nothing but the readers' own questions was asked.
-        assert_eq!(rows.map(|rows| rows.len()), known.then_some(0), "{after}");
-    }
-}
-
-/// A host of the first version of the leaves, which knows one sleep and no life.
-struct First(Metered<'static>);
-
-impl Cpuid for First {
-    fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
-        let mut answer = self.0.ask(leaf, subleaf);
-        match (leaf, subleaf >> 16) {
-            (0x4fff_fff1, _) => answer.eax = 1,
-            (0x4fff_fff2, 5..) => return Registers::UNDEFINED,
-            // What KVM itself answers.
-            (0x4fff_fff4, _) => return Registers::default(),
-            _ => {}
-        }
-        answer
-    }
-}
-
-#[test]
-fn a_host_of_the_first_version_is_read_as_ever() {
-    let mut first = First(metered(LeafMap::Map2021));
-    let sweep = Sweep::read(&mut first, Isa::Vmx).unwrap();
-    assert_eq!((sweep.interface, sweep.life), (1, None));
-    let held = first.0.held.before();
-    for row in &sweep.ledger.reasons {
-        let slot = reasons::slot(Isa::Vmx, row.label.code.unwrap());
-        let [halted, waiting] = [Phase::Halted, Phase::Waiting];
-        let slept = held.cycles(halted, slot) + held.cycles(waiting, slot);
-        assert_eq!(row.cycles.halted, slept.into());
-        assert_eq!((row.cycles.waiting, row.cycles.has_waits), (0, false));
-    }
-    let text = sweep.text(Look::default());
-    assert!(text.contains("\nblocked    4,908,000,000 "), "{text}");
-    assert!(!text.contains("halted") && !text.contains("waiting"));
-    let json = serde_json::to_value(&sweep).unwrap();
-    assert_eq!(json["cycles"]["blocked"], 4_908_000_000_u64);
-    assert_eq!(json["cycles"].get("halted"), None);
-    assert_eq!(json.get("life"), None);
 }

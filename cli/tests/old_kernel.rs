@@ -15,7 +15,7 @@ use seccompiler::{apply_filter, BpfProgram, SeccompAction, SeccompFilter, Target
 
 const SNAPSHOT: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
-    "/../src/meter/tests/snapshot-1.2.bin"
+    "/../src/meter/tests/snapshot-1.1.bin"
 );
 const RECORDING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-work.rec");
 

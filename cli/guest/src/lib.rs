@@ -26,7 +26,10 @@
 //! # }
 //! ```
 //!
-//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF4, which
+//! A host whose module has `leaf_cpl=0` answers only at CPL 0. There a program in user space finds
+//! no meter by [`Instruction`]; a [`Cpuid`] of its own may have its kernel execute CPUID.
+//!
+//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF3, which
 //! are the same whatever `leaf_map` the host has.
 
 #![no_std]
@@ -51,12 +54,6 @@ const INTERFACE: u32 = 0x4fff_fff1;
 const PHASE_CYCLES: u32 = 0x4fff_fff2;
 /// Exits of a reason, or those from nested guests alone.
 const EXITS: u32 = 0x4fff_fff3;
-/// The number of the meter's life, since version 2.
-const LIFE: u32 = 0x4fff_fff4;
-/// The first version of the leaves. It has one phase for both sleeps, and no life.
-const VERSION_1: u32 = 1;
-/// The phase of [`VERSION_1`] for both sleeps.
-const BLOCKED: u32 = 3;
 /// The processor's features; ecx has bit 31 set in a VM.
 const FEATURES: u32 = 1;
 const HYPERVISOR: u32 = 1 << 31;
@@ -72,8 +69,6 @@ pub enum Error {
     Version(u32),
     /// The ISA is unknown.
     Isa(u32),
-    /// The meter's numbers began anew while they were read.
-    Anew,
 }
 
 impl fmt::Display for Error {
@@ -91,16 +86,11 @@ impl fmt::Display for Error {
             Error::Version(version) => write!(
                 f,
                 "the host's meter has version {version} of its CPUID leaves, this tool reads \
-                 versions {VERSION_1} and {INTERFACE_VERSION}: use the tool that came with the module"
+                 version {INTERFACE_VERSION}: use the tool that came with the module"
             ),
             Error::Isa(number) => write!(
                 f,
                 "the host's meter names an unknown instruction set extension, {number}"
-            ),
-            Error::Anew => write!(
-                f,
-                "the meter began anew while it was read, as when the module is loaded again or \
-                 the VM is moved to another host: read again"
             ),
         }
     }
@@ -114,7 +104,7 @@ pub trait Cpuid {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers;
 }
 
-impl<C: Cpuid> Cpuid for &mut C {
+impl<C: Cpuid + ?Sized> Cpuid for &mut C {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
         (**self).ask(leaf, subleaf)
     }
@@ -149,9 +139,6 @@ pub struct Row {
     pub nested_exits: Option<u64>,
     /// TSC ticks of the host by [`Phase`].
     pub cycles: [u64; Phase::COUNT],
-    /// Whether the host tells the two sleeps apart. When it does not, [`Phase::Halted`] has the
-    /// ticks of both.
-    pub has_waits: bool,
 }
 
 impl Row {
@@ -177,21 +164,6 @@ pub fn defined(isa: Isa) -> impl Iterator<Item = u32> {
         .filter(move |code| reasons::is_defined(isa, *code))
 }
 
-/// Return the number by which leaf 0x4FFFFFF2 is asked for a phase; `None` for one that a version
-/// of the leaves does not have.
-const fn phase_number(phase: Phase, version: u32) -> Option<u32> {
-    Some(match (phase, version) {
-        (Phase::Guest, _) => 0,
-        (Phase::Kernel, _) => 1,
-        (Phase::User, _) => 2,
-        (Phase::Preempted, _) => 4,
-        (Phase::Halted, VERSION_1) => BLOCKED,
-        (Phase::Waiting, VERSION_1) => return None,
-        (Phase::Halted, _) => 5,
-        (Phase::Waiting, _) => 6,
-    })
-}
-
 /// A 64-bit answer.
 fn wide(answer: Registers) -> u64 {
     u64::from(answer.edx) << 32 | u64::from(answer.eax)
@@ -202,9 +174,7 @@ fn wide(answer: Registers) -> u64 {
 pub struct Meter<C> {
     cpuid: C,
     isa: Isa,
-    version: u32,
     leaf_map: u32,
-    life: Option<u64>,
     queries: u64,
     /// Kernel ticks of CPUID exits, as they were told when so many questions had been asked:
     /// none, or those of [`Self::find`] when it was given the other ISA.
@@ -227,8 +197,7 @@ impl<C: Cpuid> Meter<C> {
             queries += 1;
             cpuid.ask(leaf, subleaf)
         };
-        // In each version kernel is 1.
-        let cost = |isa| 1 << 16 | cpuid_reason(isa);
+        let cost = |isa| (Phase::Kernel as u32) << 16 | cpuid_reason(isa);
         let mut kernel_before = wide(ask(PHASE_CYCLES, cost(likely)));
         let identity = ask(IDENTIFY, 0);
         let name = [identity.ebx, identity.ecx, identity.edx].map(u32::to_le_bytes);
@@ -239,7 +208,7 @@ impl<C: Cpuid> Meter<C> {
             });
         }
         let interface = ask(INTERFACE, 0);
-        if !(VERSION_1..=INTERFACE_VERSION).contains(&interface.eax) {
+        if interface.eax != INTERFACE_VERSION {
             return Err(Error::Version(interface.eax));
         }
         let isa = match interface.ebx {
@@ -252,18 +221,24 @@ impl<C: Cpuid> Meter<C> {
             asked_before = 3;
             kernel_before = wide(ask(PHASE_CYCLES, cost(isa)));
         }
-        let mut meter = Self {
+        Ok(Self {
             cpuid,
             isa,
-            version: interface.eax,
             leaf_map: interface.edx,
-            life: None,
             queries,
             kernel_before,
             asked_before,
-        };
-        meter.life = meter.life_now();
-        Ok(meter)
+        })
+    }
+
+    /// Count questions that this reader asked before it found the meter among its own, as when it
+    /// has looked for one by another [`Cpuid`]. No number of exits holds them then; the ticks that
+    /// they cost the kernel stay in.
+    #[must_use]
+    pub fn with_earlier(mut self, queries: u64) -> Self {
+        self.queries = self.queries.wrapping_add(queries);
+        self.asked_before = self.asked_before.wrapping_add(queries);
+        self
     }
 
     /// Whose reasons.
@@ -273,39 +248,7 @@ impl<C: Cpuid> Meter<C> {
 
     /// The version of the leaves.
     pub fn interface(&self) -> u32 {
-        self.version
-    }
-
-    /// The number of the meter's life when it was found: another one when its numbers have begun
-    /// anew. `None` when the host does not tell it, as version 1.
-    pub fn life(&self) -> Option<u64> {
-        self.life
-    }
-
-    /// Whether the host tells the two sleeps apart, which version 1 does not.
-    pub fn has_waits(&self) -> bool {
-        self.version != VERSION_1
-    }
-
-    /// Asks whether all that was read is of one life of the meter: whether it has not begun anew
-    /// since it was found, as when the module is loaded again or the VM moves to another host.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Anew`] when it has.
-    pub fn check_life(&mut self) -> Result<(), Error> {
-        match self.life_now() == self.life {
-            true => Ok(()),
-            false => Err(Error::Anew),
-        }
-    }
-
-    /// Asks for the life, where there is such a leaf.
-    fn life_now(&mut self) -> Option<u64> {
-        if self.version == VERSION_1 {
-            return None;
-        }
-        Some(wide(self.ask(LIFE, 0)))
+        INTERFACE_VERSION
     }
 
     /// The order of the upper four leaves, which are not used here: 2021 or 2022.
@@ -340,13 +283,9 @@ impl<C: Cpuid> Meter<C> {
     }
 
     /// TSC ticks of the host in a phase, booked on a reason below 65536; 0 of a reason that is
-    /// not defined. With the cost of this reader's own exits. When the host does not tell the two
-    /// sleeps apart ([`Self::has_waits`]), all of them are [`Phase::Halted`].
+    /// not defined. With the cost of this reader's own exits.
     pub fn cycles(&mut self, code: u32, phase: Phase) -> u64 {
-        let Some(number) = phase_number(phase, self.version) else {
-            return 0;
-        };
-        match self.ask(PHASE_CYCLES, number << 16 | code) {
+        match self.ask(PHASE_CYCLES, (phase as u32) << 16 | code) {
             Registers::UNDEFINED => 0,
             answer => wide(answer),
         }
@@ -382,7 +321,6 @@ impl<C: Cpuid> Meter<C> {
                 exits,
                 nested_exits: (nested != Registers::UNDEFINED).then(|| wide(nested)),
                 cycles,
-                has_waits: self.has_waits(),
             });
         }
     }

@@ -12,45 +12,38 @@
 
 use std::collections::BTreeMap;
 
+use exitmeter_meter::phase::Phase;
+
 use super::{Cycles, Departed, Ledger, ReasonRow, Report, Span, Vcpu};
 use crate::spread::Spread;
 
 /// Why there is nothing between two snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// They are of two lives of the meter, or of two hosts.
-    #[error("the meter began anew")]
-    Anew,
-    /// The second one was taken before the first one, though both are of one life. Of snapshots
-    /// that were taken one after the other it says that the clock began anew, and the meter with
-    /// it.
-    #[error("the second snapshot is older than the first one")]
+    /// They are of two lives of the module, or of two hosts.
+    #[error(
+        "the module was loaded anew between the two snapshots, or they are of two hosts: \
+         compare snapshots of one life of the module"
+    )]
+    Reloaded,
+    /// The second one was taken before the first one.
+    #[error("the second snapshot is older than the first one: name the older one first")]
     Order,
     /// A number that can only grow is smaller in the later one.
     #[error("the exits of {0} are fewer in the later snapshot: one of the two is damaged")]
     Backwards(String),
 }
 
-impl Error {
-    /// Whether the meter began anew between two snapshots that were taken one after the other.
-    pub fn is_break(&self) -> bool {
-        matches!(self, Error::Anew | Error::Order)
-    }
-}
-
-/// What is said when the meter began anew between two readings.
-pub const ANEW: &str = "the meter began anew";
-
 impl Report {
     /// What happened since an earlier snapshot of the same host.
     ///
     /// # Errors
     ///
-    /// When the two snapshots are not of one life of the meter, or not in this order.
+    /// When the two snapshots are not of one life of the module, or not in this order.
     pub fn since(&self, earlier: &Self) -> Result<Self, Error> {
         let (now, before) = (self.host.snapshot_tsc, earlier.host.snapshot_tsc);
-        if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
-            return Err(Error::Anew);
+        if (self.host.loaded_tsc, self.host.isa) != (earlier.host.loaded_tsc, earlier.host.isa) {
+            return Err(Error::Reloaded);
         }
         let ticks = now.checked_sub(before).ok_or(Error::Order)?;
         let interval = Span::of(ticks, self.host.tsc_khz);
@@ -77,29 +70,21 @@ impl Report {
                 *vcpu = vcpu
                     .since(now, old, before)
                     .ok_or_else(|| Error::Backwards(format!("{} vCPU {}", vm.name, vcpu.vcpu)))?;
-                let polled = vcpu.polled_ns;
-                vcpu.ledger
-                    .take_polling_apart(self.host.isa, polled, self.host.tsc_khz);
             }
             new.sum_up();
             vms.push(new);
         }
-        let gone: Vec<_> = olds.into_values().map(|(_, vcpu)| vcpu).collect();
-        let mut departed = self
-            .departed
-            .since(&earlier.departed, &gone, before)
-            .ok_or_else(|| Error::Backwards("the vCPUs that are gone".to_owned()))?;
-        let polled = departed.polled_ns;
-        departed
-            .ledger
-            .take_polling_apart(self.host.isa, polled, self.host.tsc_khz);
+        let gone = olds.into_values().map(|(_, vcpu)| vcpu.settled(before));
         Ok(Self {
             format: self.format,
             interval: Some(interval),
             host: self.host.clone(),
             unmetered_vcpus: self.unmetered_vcpus.saturating_sub(earlier.unmetered_vcpus),
             vms,
-            departed,
+            departed: self
+                .departed
+                .since(&earlier.departed, gone)
+                .ok_or_else(|| Error::Backwards("the vCPUs that are gone".to_owned()))?,
         })
     }
 }
@@ -114,17 +99,12 @@ impl Vcpu {
     fn settled(&self, now: u64) -> Ledger {
         let mut rows = self.ledger.reasons.clone();
         if let (Some(phase), Some(label)) = (self.phase, self.latest) {
-            let running = u128::from(self.moment(now).saturating_sub(self.last_tsc));
-            let has_waits = self.ledger.cycles.has_waits;
+            let running = self.moment(now).saturating_sub(self.last_tsc);
             rows.push(ReasonRow {
                 label,
                 exits: 0,
                 nested_exits: self.ledger.nested_exits.map(|_| 0),
-                cycles: Cycles::by_phase(has_waits, |other| match other == phase {
-                    true => running,
-                    false => 0,
-                }),
-                polled: None,
+                cycles: Cycles::by_phase(|other| if other == phase { running } else { 0 }),
                 spread: self
                     .ledger
                     .reasons
@@ -142,10 +122,6 @@ impl Vcpu {
         Some(Self {
             first_tsc: old.map_or(self.first_tsc, |old| old.moment(before)),
             last_tsc: self.moment(now),
-            polled_ns: match old {
-                Some(old) => grown(self.polled_ns, old.polled_ns),
-                None => self.polled_ns,
-            },
             ledger: match old {
                 Some(old) => settled.since(&old.settled(before))?,
                 None => settled,
@@ -157,29 +133,16 @@ impl Vcpu {
 
 impl Departed {
     /// What those that are gone did, of which some were there before and had their numbers.
-    fn since(&self, earlier: &Self, were_there: &[&Vcpu], before: u64) -> Option<Self> {
-        let rows = were_there
-            .iter()
-            .fold(earlier.ledger.reasons.clone(), |mut rows, vcpu| {
-                rows.extend(vcpu.settled(before).reasons);
-                rows
-            });
-        let polled = were_there.iter().map(|vcpu| vcpu.polled_ns);
-        let polled = polled.fold(earlier.polled_ns, |sum, polled| {
-            Some(sum?.saturating_add(polled?))
+    fn since(&self, earlier: &Self, were_there: impl Iterator<Item = Ledger>) -> Option<Self> {
+        let before = were_there.fold(earlier.ledger.reasons.clone(), |mut rows, ledger| {
+            rows.extend(ledger.reasons);
+            rows
         });
         Some(Self {
             vcpus_gone: self.vcpus_gone.checked_sub(earlier.vcpus_gone)?,
-            polled_ns: grown(self.polled_ns, polled),
-            ledger: self.ledger.since(&Ledger::of(rows))?,
+            ledger: self.ledger.since(&Ledger::of(before))?,
         })
     }
-}
-
-/// By how much a number has grown, when it is known. KVM's count of the polling is no clock, and
-/// not of the same moment as the numbers beside it.
-fn grown(new: Option<u64>, old: Option<u64>) -> Option<u64> {
-    Some(new?.saturating_sub(old?))
 }
 
 impl Ledger {
@@ -194,16 +157,11 @@ impl Ledger {
             .iter()
             .map(|row| match earlier.row(&row.label) {
                 Some(old) => row.since(old),
-                None => Some(ReasonRow {
-                    polled: None,
-                    ..*row
-                }),
+                None => Some(*row),
             });
         let rows: Vec<_> = rows.collect::<Option<_>>()?;
         let moved = |row: &ReasonRow| row.exits != 0 || row.cycles.sum() != 0;
-        let mut ledger = Self::of(rows.into_iter().filter(moved));
-        ledger.cycles.has_waits = self.cycles.has_waits && earlier.cycles.has_waits;
-        known.then_some(ledger)
+        known.then(|| Self::of(rows.into_iter().filter(moved)))
     }
 }
 
@@ -221,9 +179,12 @@ impl ReasonRow {
             label: self.label,
             exits: self.exits.checked_sub(earlier.exits)?,
             nested_exits,
-            cycles: self.cycles.since(&earlier.cycles),
-            // As much as the ledger's, which is told apart afterwards.
-            polled: None,
+            // Clocks that part may set an end of a phase before its beginning.
+            cycles: Cycles::by_phase(|phase: Phase| {
+                self.cycles
+                    .of(phase)
+                    .saturating_sub(earlier.cycles.of(phase))
+            }),
             spread,
         })
     }

@@ -7,7 +7,7 @@ use super::{
     chart::{Chart, Entry},
     palette::Layer,
     rate,
-    series::{runs, Series, Step},
+    series::{Series, Step},
     svg::{Paint, Picture, INK},
 };
 use crate::numbers::exact;
@@ -27,18 +27,14 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let upright = chart.upright_axis("exits", series.sum.exits as f64 * 1.04, axis::label);
     let time = chart.time_axis(series.range());
     let mut curve = |exits: &dyn Fn(&Step) -> u64, paint, width, dashes, hint: &str| {
-        let mut sum = 0_u64;
-        // What happened where the meter began anew nobody knows: there the curve is broken.
-        for run in runs(&bins) {
-            let from = run.first().map_or(0.0, |bin| bin.from);
-            let start = (time.place(from), upright.place(sum as f64));
-            let points = run.iter().map(|bin| {
-                sum = sum.saturating_add(exits(bin));
-                (time.place(bin.to), upright.place(sum as f64))
-            });
-            let points: Vec<_> = std::iter::once(start).chain(points).collect();
-            chart.picture.curve(points, paint, width, dashes, hint);
-        }
+        let mut sum = 0;
+        let start = (time.place(series.range().0), upright.place(0.0));
+        let points = bins.iter().map(|bin| {
+            sum += exits(bin);
+            (time.place(bin.to), upright.place(sum as f64))
+        });
+        let points: Vec<_> = std::iter::once(start).chain(points).collect();
+        chart.picture.curve(points, paint, width, dashes, hint);
     };
     for layer in layers.iter().rev() {
         let exits = |step: &Step| {

@@ -41,7 +41,7 @@ pub fn page(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n\
          <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n<dl>\n{facts}</dl>\n\
-         {figures}<section>\n<h2>All reasons, the most kernel cycles first, without those for which KVM polled before it let a vCPU sleep</h2>\n{table}</section>\n\
+         {figures}<section>\n<h2>All reasons, the most kernel cycles first</h2>\n{table}</section>\n\
          </main>\n</body>\n</html>\n"
     )
 }
@@ -53,7 +53,6 @@ fn table(series: &Series) -> String {
         "exits",
         "of all",
         "kernel cycles",
-        "polled",
         "of all",
         "mean",
         "p50",
@@ -83,10 +82,9 @@ fn table(series: &Series) -> String {
                 reason.label.to_string(),
                 exact(reason.exits),
                 share(reason.exits, series.sum.exits),
-                exact(reason.cost()),
-                reason.polled.map_or("-".to_owned(), exact),
-                share(reason.cost(), series.sum.cost()),
-                mean(reason.cost(), reason.exits),
+                exact(reason.cycles.kernel),
+                share(reason.cycles.kernel, series.sum.cycles.kernel),
+                mean(reason.cycles.kernel, reason.exits),
                 quantile(50),
                 quantile(95),
                 quantile(99),

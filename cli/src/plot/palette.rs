@@ -23,8 +23,7 @@ pub fn phase(phase: Phase) -> Paint {
         Phase::Guest => "#009e73",
         Phase::Kernel => "#d55e00",
         Phase::User => "#0072b2",
-        Phase::Halted => "#d8d8d8",
-        Phase::Waiting => "#f0e442",
+        Phase::Blocked => "#d8d8d8",
         Phase::Preempted => "#4d4d4d",
     })
 }
@@ -49,7 +48,7 @@ pub struct Layer {
 pub fn layers(series: &Series) -> Vec<Layer> {
     let frequent = series.frequent();
     // What would be thinner than a pixel is not worth a colour.
-    let worth = |exits: u64| u128::from(exits) * 500 >= series.sum.exits.into();
+    let worth = |exits: u64| exits * 500 >= series.sum.exits;
     let own = frequent.iter().take(REASONS.len());
     let own = own.take_while(|(_, exits)| worth(*exits)).count();
     let (own, rest) = frequent.split_at_checked(own).unwrap_or_default();

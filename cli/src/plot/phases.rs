@@ -8,13 +8,10 @@ use super::{
     axis,
     chart::{Chart, Entry},
     palette,
-    series::{runs, Series, Step},
+    series::Series,
     svg::Picture,
 };
-use crate::{
-    model::Cycles,
-    numbers::{rough, share},
-};
+use crate::numbers::{rough, share};
 
 /// More steps than there are pixels for could not be seen.
 const BINS: u32 = 200;
@@ -31,15 +28,12 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
     let percent = |share: f64| format!("{:.0}%", share * 100.0);
     let upright = chart.upright_axis("share of the time of all vCPUs", 1.0, percent);
     let time = chart.time_axis(series.range());
-    let all = &series.sum.cycles;
-    for (place, phase) in all.phases().enumerate() {
+    for (place, phase) in Phase::ALL.into_iter().enumerate() {
         // Where there is no vCPU there is no share, and the area ends.
-        let runs = runs(&bins).flat_map(|run| run.split(|bin| bin.cycles.sum() == 0));
-        for run in runs {
-            let edge = |bin: &Step, phases: usize| {
-                let below = all.phases().take(phases);
-                let cycles = bin.cycles.as_told_by(all);
-                let below: u128 = below.map(|phase| cycles.of(phase)).sum();
+        for run in bins.split(|bin| bin.cycles.sum() == 0) {
+            let edge = |bin: &super::series::Step, phases: usize| {
+                let below = Phase::ALL.into_iter().take(phases);
+                let below: u64 = below.map(|phase| bin.cycles.of(phase)).sum();
                 let y = upright.place(below as f64 / bin.cycles.sum() as f64);
                 [(time.place(bin.from), y), (time.place(bin.to), y)]
             };
@@ -50,18 +44,14 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
             });
             if !run.is_empty() {
                 let paint = palette::phase(phase);
-                chart
-                    .picture
-                    .area(top.chain(bottom), paint, all.name(phase));
+                chart.picture.area(top.chain(bottom), paint, phase.name());
             }
         }
     }
     chart.marks(&series.marks, time);
-    let whole = all.sum();
-    let mut phases: Vec<_> = all.phases().collect();
-    phases.reverse();
-    let entries = phases.into_iter().map(|phase| {
-        let cycles = all.of(phase);
+    let whole = series.sum.cycles.sum();
+    let entries = Phase::ALL.into_iter().rev().map(|phase| {
+        let cycles = series.sum.cycles.of(phase);
         let spent = match series.tsc_khz {
             Some(khz) => axis::time(round(cycles as f64 / (f64::from(khz) * 1000.0))),
             None => rough(cycles),
@@ -69,7 +59,7 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
         Entry {
             paint: palette::phase(phase),
             dashes: None,
-            name: meaning(phase, all).to_owned(),
+            name: meaning(phase).to_owned(),
             numbers: [spent, share(cycles, whole)],
         }
     });
@@ -92,14 +82,12 @@ fn round(value: f64) -> f64 {
 }
 
 /// A phase in words.
-fn meaning(phase: Phase, all: &Cycles) -> &'static str {
+fn meaning(phase: Phase) -> &'static str {
     match phase {
         Phase::Guest => "guest: it runs",
         Phase::Kernel => "kernel: KVM",
         Phase::User => "user: the VMM",
-        Phase::Halted if !all.has_waits => "blocked: it sleeps",
-        Phase::Halted => "halted: it sleeps",
-        Phase::Waiting => "waiting: for the host",
+        Phase::Blocked => "blocked: it sleeps",
         Phase::Preempted => "preempted",
     }
 }

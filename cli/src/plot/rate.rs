@@ -6,7 +6,7 @@ use super::{
     axis,
     chart::{Chart, Entry},
     palette::Layer,
-    series::{runs, Series, Step},
+    series::{Series, Step},
     svg::Picture,
 };
 use crate::numbers::{exact, share};
@@ -17,9 +17,8 @@ const BINS: u32 = 200;
 /// The chart.
 pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let bins = series.bins(BINS);
-    let highest = bins
-        .iter()
-        .filter_map(|bin| heights(bin, layers).last().copied());
+    let heights: Vec<_> = bins.iter().map(|bin| heights(bin, layers)).collect();
+    let highest = heights.iter().filter_map(|heights| heights.last().copied());
     let highest = highest.fold(0.0, f64::max);
 
     let mut chart = Chart::with_marks(
@@ -34,23 +33,24 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let upright = chart.upright_axis(&name, highest * 1.04, axis::label);
     let time = chart.time_axis(series.range());
     for (place, layer) in layers.iter().enumerate() {
-        // Where the meter began anew the area ends.
-        for run in runs(&bins) {
-            // Each step is level; along the top from left to right, and back along the bottom.
-            let corners = |bin: &Step, edge: usize| {
-                let heights = heights(bin, layers);
-                let y = upright.place(heights.get(edge).copied().unwrap_or(0.0));
-                [(time.place(bin.from), y), (time.place(bin.to), y)]
-            };
-            let top = run.iter().flat_map(|bin| corners(bin, place + 1));
-            let bottom = run.iter().rev().flat_map(|bin| {
-                let [left, right] = corners(bin, place);
-                [right, left]
-            });
-            chart
-                .picture
-                .area(top.chain(bottom), layer.paint, &layer.name);
-        }
+        let above = |at: usize| heights.get(at).and_then(|heights| heights.get(place + 1));
+        let below = |at: usize| heights.get(at).and_then(|heights| heights.get(place));
+        // Each step is level; along the top from left to right, and back along the bottom.
+        let corners = |at: usize, height: f64| {
+            let bin = bins.get(at);
+            let y = upright.place(height);
+            bin.map(|bin| [(time.place(bin.from), y), (time.place(bin.to), y)])
+        };
+        let top = (0..bins.len())
+            .filter_map(|at| corners(at, *above(at)?))
+            .flatten();
+        let bottom = (0..bins.len())
+            .rev()
+            .filter_map(|at| corners(at, *below(at)?));
+        let bottom = bottom.flat_map(|[left, right]| [right, left]);
+        chart
+            .picture
+            .area(top.chain(bottom), layer.paint, &layer.name);
     }
     chart.marks(&series.marks, time);
     chart.legend(

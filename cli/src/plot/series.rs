@@ -12,10 +12,7 @@ use std::{
 use exitmeter_meter::{reader, reader::Snapshot};
 
 use crate::{
-    model::{
-        delta::{self, ANEW},
-        Cycles, Label, Ledger, Report,
-    },
+    model::{delta, Cycles, Label, Ledger, Report},
     recording::read::{self, Ending, Reader},
 };
 
@@ -40,9 +37,6 @@ pub struct Step {
     pub from: f64,
     /// Its end.
     pub to: f64,
-    /// Whether the meter began anew between the step before it and this one: what happened up to
-    /// here is not known.
-    pub begins_anew: bool,
     /// Exits by reason.
     pub exits: BTreeMap<Key, u64>,
     /// Ticks by phase.
@@ -52,7 +46,7 @@ pub struct Step {
 /// A recording, read.
 #[derive(Clone, Debug)]
 pub struct Series {
-    /// One after the other, without gaps but where the meter began anew.
+    /// One after the other, without gaps.
     pub steps: Vec<Step>,
     /// The sums of all.
     pub sum: Ledger,
@@ -64,8 +58,6 @@ pub struct Series {
     pub vms: BTreeSet<String>,
     /// Moments that have names, in seconds since the recording began, in their order.
     pub marks: Vec<(f64, String)>,
-    /// Where the meter began anew, in seconds since the recording began.
-    pub breaks: Vec<f64>,
     /// How many snapshots it is of.
     pub snapshots: usize,
     /// How the recording ended.
@@ -114,12 +106,6 @@ pub enum Error {
         /// How many there are.
         found: usize,
     },
-    /// The meter began anew from each snapshot to the next.
-    #[error(
-        "the meter began anew between all snapshots of {}, so that there is nothing to draw: \
-         record longer, or draw more of it (--from, --to)", .0.display()
-    )]
-    Torn(PathBuf),
     /// The VM does not occur.
     #[error("{} has no VM that is called '{vm}' or belongs to process '{vm}'; {those}", path.display())]
     NoVm {
@@ -151,13 +137,11 @@ impl Series {
             about: BTreeMap::new(),
             vms: BTreeSet::new(),
             marks: Vec::new(),
-            breaks: Vec::new(),
             snapshots: 0,
             ending: Ending::Cut,
         };
-        let mut clock: Option<Clock> = None;
+        let mut clock = None;
         let mut before: Option<(f64, Report)> = None;
-        let mut anew = false;
         let mut found = 0;
         let mut others = BTreeSet::new();
         let mut number = 0;
@@ -168,16 +152,10 @@ impl Series {
                 number,
                 error,
             })?;
-            let clock = clock.get_or_insert_with(|| Clock::new(&snapshot, taken.at));
-            let (time, torn) = clock.advance(&snapshot, taken.at);
-            let earlier = before.take_if(|_| torn);
+            let clock = clock.get_or_insert((snapshot.now(), taken.at));
+            let time = seconds_since(*clock, &snapshot, taken.at);
             if part.from.is_some_and(|from| time < from) || part.to.is_some_and(|to| time > to) {
                 continue;
-            }
-            if earlier.is_some() {
-                series.breaks.push(time);
-                series.marks.push((time, ANEW.to_owned()));
-                anew = true;
             }
             let mark = taken.mark.map(|name| (time, name.to_owned()));
             series.marks.extend(mark);
@@ -195,7 +173,7 @@ impl Series {
                     number,
                     error,
                 })?;
-                series.add(*from, time, std::mem::take(&mut anew), delta, part);
+                series.add(*from, time, delta, part);
             }
             before = Some((time, report));
         }
@@ -209,9 +187,6 @@ impl Series {
         }
         if series.steps.is_empty() {
             let found = series.snapshots;
-            if found > 1 {
-                return Err(Error::Torn(file()));
-            }
             return Err(Error::TooShort {
                 path: file(),
                 found,
@@ -225,7 +200,7 @@ impl Series {
         Ok(series)
     }
 
-    fn add(&mut self, from: f64, to: f64, begins_anew: bool, delta: Report, part: &Part) {
+    fn add(&mut self, from: f64, to: f64, delta: Report, part: &Part) {
         let vms = delta.vms.into_iter();
         let vms = vms
             .filter(|vm| part.has(&vm.name, vm.pid))
@@ -235,14 +210,12 @@ impl Series {
         let mut step = Step {
             from,
             to,
-            begins_anew,
             ..Step::default()
         };
         for ledger in vms.chain(gone) {
             step.cycles += ledger.cycles;
             for row in ledger.reasons {
-                let exits = step.exits.entry(row.label.key()).or_default();
-                *exits = exits.saturating_add(row.exits);
+                *step.exits.entry(row.label.key()).or_default() += row.exits;
                 self.sum.reasons.push(row);
             }
         }
@@ -269,7 +242,7 @@ impl Series {
             let middle = (step.from + step.to) / 2.0;
             let here = Some(((middle - from) / width).floor() as u64);
             match bins.last_mut() {
-                Some(bin) if place == here && !step.begins_anew => bin.add(step),
+                Some(bin) if place == here => bin.add(step),
                 _ => bins.push(step.clone()),
             }
             place = here;
@@ -298,8 +271,7 @@ impl Step {
         self.to = next.to;
         self.cycles += next.cycles;
         for (key, exits) in &next.exits {
-            let sum = self.exits.entry(*key).or_default();
-            *sum = sum.saturating_add(*exits);
+            *self.exits.entry(*key).or_default() += exits;
         }
     }
 
@@ -309,54 +281,12 @@ impl Step {
     }
 }
 
-/// The parts of steps between which the meter began anew.
-pub fn runs(steps: &[Step]) -> impl Iterator<Item = &[Step]> {
-    steps.chunk_by(|_, next| !next.begins_anew)
-}
-
-/// The time of snapshots, in seconds since that of the first one.
-///
-/// It is that of their TSC, the moment that the numbers are of. Where the meter began anew it is
-/// the recording's, as the TSC may be another one from there on.
-#[derive(Clone, Copy, Debug)]
-struct Clock {
-    /// The first snapshot's time in the recording.
-    begun: Duration,
-    /// Of the latest snapshot: the meter's life, TSC, time in the recording, and in seconds.
-    life: u64,
-    tsc: u64,
-    at: Duration,
-    time: f64,
-}
-
-impl Clock {
-    fn new(first: &Snapshot<'_>, at: Duration) -> Self {
-        Self {
-            begun: at,
-            life: first.life(),
-            tsc: first.now(),
-            at,
-            time: 0.0,
-        }
-    }
-
-    /// Takes the next snapshot; its time, and whether the meter began anew before it.
-    fn advance(&mut self, snapshot: &Snapshot<'_>, at: Duration) -> (f64, bool) {
-        let torn = snapshot.life() != self.life || snapshot.now() < self.tsc;
-        let passed = match snapshot.tsc_khz() {
-            Some(khz) if !torn => {
-                snapshot.now().saturating_sub(self.tsc) as f64 / (f64::from(khz) * 1000.0)
-            }
-            Some(_) => at.saturating_sub(self.begun).as_secs_f64() - self.time,
-            None => at.saturating_sub(self.at).as_secs_f64(),
-        };
-        *self = Self {
-            begun: self.begun,
-            life: snapshot.life(),
-            tsc: snapshot.now(),
-            at,
-            time: self.time + passed.max(0.0),
-        };
-        (self.time, torn)
+/// The time from a first snapshot, of which TSC and time in the recording are known, to
+/// another one.
+fn seconds_since((tsc, at): (u64, Duration), snapshot: &Snapshot<'_>, now: Duration) -> f64 {
+    match snapshot.tsc_khz() {
+        // The moment that the numbers are of, to the tick.
+        Some(khz) => snapshot.now().saturating_sub(tsc) as f64 / (f64::from(khz) * 1000.0),
+        None => now.saturating_sub(at).as_secs_f64(),
     }
 }

@@ -2,17 +2,16 @@
 
 //! The report as comma separated values, as RFC 4180 has them.
 
+use exitmeter_meter::phase::Phase;
+
 use super::Selection;
 use crate::model::{ReasonRow, Report, Span};
 
 /// The line of titles. `time_s` is the moment of the snapshot, in seconds since the module was
 /// loaded, and `span_s` the time that the numbers are of. A number that is not known is left
-/// empty, as are `vm`, `pid` and `span_s` of the sums of those that are gone. `kernel`, `share` and
-/// `mean` are with the time that KVM polled, `polled` is that part of `kernel`; `blocked` is the sum
-/// of `halted` and `waiting`.
+/// empty, as are `vm`, `pid` and `span_s` of the sums of those that are gone.
 pub const HEADER: &str = "time_s,span_s,vm,name,pid,vcpu,kind,code,reason,exits,nested_exits,\
-per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_exact,halted,waiting,\
-polled\n";
+per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_exact\n";
 
 /// A line for each reason of each VM, and of those that are gone when all is shown. The column
 /// `vcpu` has a number when only the vCPUs of that id are shown.
@@ -45,9 +44,9 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
     text
 }
 
-fn line(whose: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> String {
+fn line(whose: &str, row: &ReasonRow, kernel: u64, span: Option<Span>) -> String {
     let rate = span.and_then(|span| span.per_second(row.exits));
-    let part = |whole: u128| (whole != 0).then(|| row.cycles.kernel as f64 / whole as f64);
+    let part = |whole: u64| (whole != 0).then(|| row.cycles.kernel as f64 / whole as f64);
     let spread = row.spread.as_ref();
     let quantile = |percent| number(spread.and_then(|spread| spread.quantile(percent)));
     let mut fields = vec![
@@ -59,23 +58,12 @@ fn line(whose: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> Strin
         number(row.nested_exits),
         decimal(rate, 3),
     ];
-    let cycles = &row.cycles;
-    let phases = [
-        cycles.guest,
-        cycles.kernel,
-        cycles.user,
-        cycles.blocked(),
-        cycles.preempted,
-    ];
-    fields.extend(phases.map(|ticks| ticks.to_string()));
-    fields.extend([decimal(part(kernel), 6), decimal(part(row.exits.into()), 1)]);
+    fields.extend(Phase::ALL.map(|phase| row.cycles.of(phase).to_string()));
+    fields.extend([decimal(part(kernel), 6), decimal(part(row.exits), 1)]);
     fields.extend([50, 90, 99].map(quantile));
     let max = spread.filter(|spread| spread.max != 0);
     fields.push(number(max.map(|spread| spread.max)));
     fields.push(number(max.map(|spread| spread.max_exact)));
-    let sleeps = [cycles.halted, cycles.waiting];
-    fields.extend(sleeps.map(|ticks| number(cycles.has_waits.then_some(ticks))));
-    fields.push(number(row.polled));
     fields.join(",") + "\n"
 }
 

@@ -8,8 +8,8 @@ use exitmeter_meter::phase::Phase;
 
 use super::Selection;
 use crate::{
-    model::{Cycles, Host, Ledger, ReasonRow, Report, Span, Vcpu, Vm},
-    numbers::{at_least, bar, exact, rate, rough, rounded, share, time},
+    model::{Host, Ledger, ReasonRow, Report, Span, Vcpu, Vm},
+    numbers::{bar, exact, rate, rough, share, time},
     output::Look,
     paint::{paint, Style},
     spread::Spread,
@@ -119,14 +119,7 @@ impl Writer {
     fn finish(mut self) -> String {
         if !self.spared.is_empty() {
             let columns: Vec<_> = self.spared.into_iter().collect();
-            let words = format!("No room for: {}.", columns.join(", "));
-            let rest = "--json has all.";
-            let fits = self
-                .look
-                .width
-                .is_none_or(|width| words.len() + 1 + rest.len() <= width);
-            let gap = if fits { ' ' } else { '\n' };
-            self.text += &format!("\n{words}{gap}{rest}\n");
+            self.text += &format!("\nNo room for: {}. --json has all.\n", columns.join(", "));
         }
         self.text
     }
@@ -149,28 +142,16 @@ impl Writer {
 
     /// Where the time went.
     pub(crate) fn phases(&mut self, ledger: &Ledger) {
-        let all = &ledger.cycles;
-        let whole = all.sum();
-        // Phases, and behind the kernel's what of it was polling.
-        let mut lines: Vec<_> = all
-            .phases()
-            .map(|phase| {
-                let text = at_least(exact(all.of(phase)), all.is_full(phase));
-                (all.name(phase), all.of(phase), text, Style::Of(phase))
-            })
-            .collect();
-        let polled = ledger.polled.filter(|polled| *polled != 0);
-        let kernel = lines.iter().position(|line| line.0 == Phase::Kernel.name());
-        if let (Some(polled), Some(kernel)) = (polled, kernel) {
-            let style = Style::Of(Phase::Kernel);
-            lines.insert(kernel + 1, (POLLED_OF_IT, polled, exact(polled), style));
-        }
-        let widest = |of: &dyn Fn(&(&'static str, u128, String, Style)) -> usize| {
-            lines.iter().map(of).max().unwrap_or(0)
-        };
-        let cycles = widest(&|line| line.2.len()).max("cycles".len());
-        // What stands before the bar: a phase, the cycles, a share, and the gaps.
-        let before = widest(&|line| line.0.len()) + cycles + "100.0%".len() + 3 * 2;
+        let whole = ledger.cycles.sum();
+        let cycles = Phase::ALL.map(|phase| exact(ledger.cycles.of(phase)));
+        let widest = cycles
+            .iter()
+            .map(String::len)
+            .max()
+            .unwrap_or(0)
+            .max("cycles".len());
+        // What stands before the bar: the longest phase, the cycles, a share, and the gaps.
+        let before = "preempted".len() + widest + "100.0%".len() + 3 * 2;
         let room = self
             .look
             .width
@@ -181,9 +162,11 @@ impl Writer {
             ("share", Right),
             ("", Left),
         ]);
-        for (name, part, text, style) in lines {
+        for (phase, text) in Phase::ALL.into_iter().zip(cycles) {
+            let part = ledger.cycles.of(phase);
+            let style = Style::Of(phase);
             table.row([
-                Cell::new(name, style),
+                Cell::new(phase.name(), style),
                 text.into(),
                 share(part, whole).into(),
                 Cell::new(bar(part, whole, room.min(BAR) as u32), style),
@@ -196,9 +179,7 @@ impl Writer {
     /// The same of each vCPU, and what it does now.
     fn vcpus(&mut self, host: &Host, vcpus: &[Vcpu]) {
         let none_nested = none_nested(vcpus.iter().map(|vcpu| vcpu.ledger.nested_exits));
-        let (halted, none_waits) = sleeps(vcpus.iter().map(|vcpu| &vcpu.ledger.cycles));
-        let none_polled = none_polled(vcpus.iter().map(|vcpu| vcpu.ledger.polled));
-        let spare = ["cycles", POLLED, "now", "preempted", "waiting"];
+        let spare = ["now", "preempted", "cycles"];
         let table = Table::fitted(self.look, &spare, |number| {
             let mut table = Table::new([
                 ("vCPU", Right),
@@ -208,39 +189,28 @@ impl Writer {
                 ("cycles", Right),
                 ("guest", Right),
                 ("kernel", Right),
-                (POLLED, Right),
                 ("user", Right),
-                (halted, Right),
-                ("waiting", Right),
+                ("blocked", Right),
                 ("preempted", Right),
             ]);
             for vcpu in vcpus {
                 let whole = vcpu.ledger.cycles.sum();
                 let of = |phase| Cell::from(share(vcpu.ledger.cycles.of(phase), whole));
-                let phase = vcpu.phase_name.unwrap_or("?");
-                let polled = vcpu.ledger.polled.unwrap_or(0);
+                let phase = vcpu.phase.map_or("?", Phase::name);
                 let now = format!("{phase} for {}", time(vcpu.phase_ticks, host.tsc_khz));
                 let style = vcpu.phase.map_or(Style::Plain, Style::Of);
                 table.row([
                     vcpu.vcpu.to_string().into(),
                     Cell::new(now, style),
-                    number(vcpu.ledger.exits.into()).into(),
+                    number(vcpu.ledger.exits).into(),
                     nested(vcpu.ledger.nested_exits, number).into(),
                     number(whole).into(),
                     of(Phase::Guest),
                     of(Phase::Kernel),
-                    share(polled, whole).into(),
                     of(Phase::User),
-                    of(Phase::Halted),
-                    of(Phase::Waiting),
+                    of(Phase::Blocked),
                     of(Phase::Preempted),
                 ]);
-            }
-            if none_waits {
-                table.leave_out(&["waiting"]);
-            }
-            if none_polled {
-                table.leave_out(&[POLLED]);
             }
             if none_nested {
                 table.leave_out(&[NESTED]);
@@ -251,9 +221,9 @@ impl Writer {
         self.text.push('\n');
     }
 
-    /// What each reason cost: "kernel" and what is made of it is without polling, "share" is its
-    /// part of all kernel cycles; the phases behind it are the time that vCPUs spent there with this
-    /// as their latest exit. Without the columns that the snapshot knows nothing for.
+    /// What each reason cost: "share" is its part of all kernel cycles; the phases behind it are
+    /// the time that vCPUs spent there with this as their latest exit. Without the columns that
+    /// the snapshot knows nothing for.
     pub(crate) fn reasons(&mut self, ledger: &Ledger, span: Option<Span>) {
         if ledger.reasons.is_empty() {
             self.text += "no exit, and no time passed\n";
@@ -261,15 +231,12 @@ impl Writer {
         }
         let single = ledger.reasons.iter().any(|row| row.spread.is_some());
         let rates = span.is_some_and(|span| span.seconds.is_some());
-        let (halted, none_waits) = sleeps([&ledger.cycles]);
         let spare = [
             "preempted",
             "guest",
             "code",
             "p50",
-            "waiting",
-            halted,
-            POLLED,
+            "blocked",
             "user",
             "max",
             "mean",
@@ -283,7 +250,6 @@ impl Writer {
                 (NESTED, Right),
                 ("/s", Right),
                 ("kernel", Right),
-                (POLLED, Right),
                 ("share", Right),
                 ("mean", Right),
                 ("p50", Right),
@@ -291,8 +257,7 @@ impl Writer {
                 ("max", Right),
                 ("guest", Right),
                 ("user", Right),
-                (halted, Right),
-                ("waiting", Right),
+                ("blocked", Right),
                 ("preempted", Right),
             ]);
             for row in &ledger.reasons {
@@ -307,12 +272,6 @@ impl Writer {
             if none_nested([ledger.nested_exits]) {
                 table.leave_out(&[NESTED]);
             }
-            if none_waits {
-                table.leave_out(&["waiting"]);
-            }
-            if none_polled([ledger.polled]) {
-                table.leave_out(&[POLLED]);
-            }
             table
         });
         self.table(&table);
@@ -324,8 +283,8 @@ fn cells(
     row: &ReasonRow,
     ledger: &Ledger,
     span: Option<Span>,
-    number: fn(u128) -> String,
-) -> [String; 17] {
+    number: fn(u64) -> String,
+) -> [String; 15] {
     let single = |ticks: fn(&Spread) -> Option<u64>| {
         let ticks = row.spread.as_ref().and_then(ticks);
         ticks.map_or_else(|| "-".to_owned(), rough)
@@ -334,55 +293,33 @@ fn cells(
         Some(spread) if !spread.max_exact => "~",
         _ => "",
     };
-    let full = |text, phase| at_least(text, row.cycles.is_full(phase));
-    let phase = |phase| full(rough(row.cycles.of(phase)), phase);
-    let mean = rounded(row.cost(), row.exits);
+    let kernel = row.cycles.kernel;
+    let mean = kernel.saturating_add(row.exits / 2).checked_div(row.exits);
     [
         code(row.label.code),
         row.label.to_string(),
-        number(row.exits.into()),
+        number(row.exits),
         nested(row.nested_exits, number),
         rate(span.and_then(|span| span.per_second(row.exits))),
-        full(number(row.cost()), Phase::Kernel),
-        row.polled.map_or_else(|| "-".to_owned(), rough),
-        share(row.cost(), ledger.cost()),
+        number(kernel),
+        share(kernel, ledger.cycles.kernel),
         mean.map_or_else(|| "-".to_owned(), number),
         single(|spread| spread.quantile(50)),
         single(|spread| spread.quantile(99)),
         unsure.to_owned() + &single(|spread| Some(spread.max).filter(|max| *max != 0)),
-        phase(Phase::Guest),
-        phase(Phase::User),
-        phase(Phase::Halted),
-        phase(Phase::Waiting),
-        phase(Phase::Preempted),
+        rough(row.cycles.guest),
+        rough(row.cycles.user),
+        rough(row.cycles.blocked),
+        rough(row.cycles.preempted),
     ]
-}
-
-/// The title of the column of KVM's polling, shown when there was some.
-const POLLED: &str = "polled";
-/// The same as a part of the kernel phase.
-const POLLED_OF_IT: &str = "- polled";
-
-/// Whether that column would say nothing.
-fn none_polled(polled: impl IntoIterator<Item = Option<u128>>) -> bool {
-    let mut polled = polled.into_iter();
-    polled.all(|polled| matches!(polled, None | Some(0)))
-}
-
-/// What the column of [`Phase::Halted`] is called, and whether that of [`Phase::Waiting`] is left
-/// out, as the two sleeps are not told apart.
-fn sleeps<'a>(cycles: impl IntoIterator<Item = &'a Cycles>) -> (&'static str, bool) {
-    let both = cycles.into_iter().find(|cycles| !cycles.has_waits);
-    let named = both.copied().unwrap_or_default();
-    (named.name(Phase::Halted), both.is_some())
 }
 
 /// The title of the column of exits from nested guests, shown when there are some.
 const NESTED: &str = "nested";
 
 /// What that column says.
-fn nested(exits: Option<u64>, number: fn(u128) -> String) -> String {
-    exits.map_or_else(|| "-".to_owned(), |exits| number(exits.into()))
+fn nested(exits: Option<u64>, number: fn(u64) -> String) -> String {
+    exits.map_or_else(|| "-".to_owned(), number)
 }
 
 /// Whether that column would say nothing.

@@ -13,10 +13,6 @@ use rustix::time::{clock_gettime, ClockId};
 pub struct Moment {
     /// Whose reasons.
     pub isa: Isa,
-    /// The number of the meter's life when the reader began, when the host tells it.
-    pub life: Option<u64>,
-    /// Whether the meter began anew before the last question was answered.
-    pub torn: bool,
     /// Reasons with exits, by when they were read.
     pub rows: Vec<Row>,
     /// How many questions the reader asked. None of them is in the rows.
@@ -61,8 +57,6 @@ impl Moment {
     pub fn new(isa: Isa) -> Self {
         Self {
             isa,
-            life: None,
-            torn: false,
             rows: Vec::with_capacity(SLOTS),
             queries: 0,
             cost: 0,
@@ -80,10 +74,8 @@ impl Moment {
         self.begun = Clock::now();
         let mut meter = Meter::find(cpuid, self.isa)?;
         self.isa = meter.isa();
-        self.life = meter.life();
         self.rows.clear();
         meter.read(|row| self.rows.push(row));
-        self.torn = meter.check_life().is_err();
         self.cost = meter.cost();
         self.queries = meter.queries();
         self.ended = Clock::now();
@@ -93,10 +85,7 @@ impl Moment {
     /// Passes it on to another process; takes no memory but the stack.
     pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
         let times = [self.begun, self.ended].map(|clock| [clock.tsc, clock.nanos]);
-        // No life has the number 0.
-        let life = self.life.unwrap_or(0);
-        let (isa, torn) = (self.isa as u64, self.torn.into());
-        let head = [isa, life, torn, self.queries, self.cost];
+        let head = [self.isa as u64, self.queries, self.cost];
         for number in head.into_iter().chain(times.into_iter().flatten()) {
             to.write_all(&number.to_ne_bytes())?;
         }
@@ -127,9 +116,6 @@ impl Moment {
                 _ => return None,
             };
             let mut moment = Self::new(isa);
-            moment.life = Some(numbers.next()?).filter(|life| *life != 0);
-            moment.torn = numbers.next()? != 0;
-            let has_waits = moment.life.is_some();
             (moment.queries, moment.cost) = (numbers.next()?, numbers.next()?);
             for clock in [&mut moment.begun, &mut moment.ended] {
                 (clock.tsc, clock.nanos) = (numbers.next()?, numbers.next()?);
@@ -143,7 +129,6 @@ impl Moment {
                     exits,
                     nested_exits: (known != 0).then_some(nested),
                     cycles,
-                    has_waits,
                 });
             }
             Some(moment)
@@ -152,25 +137,9 @@ impl Moment {
         (moment)().ok_or_else(cut_off)
     }
 
-    /// Whether the meter began anew after an earlier moment, so that its numbers are no beginning
-    /// of these. A host that does not tell its life shows it by numbers that shrink.
-    fn began_anew_since(&self, earlier: &Self) -> bool {
-        let shrinks = |old: &Row| {
-            let new = self.rows.iter().find(|row| row.code == old.code);
-            new.map_or(0, |row| row.exits) < old.exits
-        };
-        self.torn
-            || self.life != earlier.life
-            || self.life.is_none() && earlier.rows.iter().any(shrinks)
-    }
-
     /// What happened since an earlier moment, but for its reader's questions, by reason. Ticks of
-    /// the guest phase of CPUID exits still hold the time between those. `None` when the meter
-    /// began anew in between, so that nobody knows.
-    pub fn since(&self, earlier: &Self) -> Option<Vec<Row>> {
-        if self.began_anew_since(earlier) {
-            return None;
-        }
+    /// the guest phase of CPUID exits still hold the time between those.
+    pub fn since(&self, earlier: &Self) -> Vec<Row> {
         let rows = self.rows.iter().map(|row| {
             let old = earlier.rows.iter().find(|old| old.code == row.code);
             let old = old.copied().unwrap_or(Row {
@@ -198,7 +167,7 @@ impl Moment {
             *kernel = kernel.saturating_sub(cost);
             new
         });
-        Some(rows.filter(|row| row.exits != 0).collect())
+        rows.filter(|row| row.exits != 0).collect()
     }
 }
 
@@ -211,16 +180,13 @@ mod tests {
             code,
             exits,
             nested_exits: (code % 2 == 0).then_some(exits / 2),
-            cycles: [5, kernel, 7, 8, 9, 10],
-            has_waits: true,
+            cycles: [5, kernel, 7, 8, 9],
         }
     }
 
     fn moment(rows: Vec<Row>) -> Moment {
         Moment {
             isa: Isa::Svm,
-            life: Some(7),
-            torn: false,
             rows,
             queries: 100,
             cost: 150_000,
@@ -248,33 +214,10 @@ mod tests {
             row(0x60, 10, 20_000),
             row(0x78, 4, 40),
         ]);
-        let told = after.since(&before).expect("one life");
+        let told = after.since(&before);
         assert_eq!(told.len(), 2);
         let cpuid = told[0];
-        assert_eq!((cpuid.exits, cpuid.cycles), (7, [0, 10_500, 0, 0, 0, 0]));
+        assert_eq!((cpuid.exits, cpuid.cycles), (7, [0, 10_500, 0, 0, 0]));
         assert_eq!(told[1], row(0x78, 4, 40));
-    }
-
-    #[test]
-    fn of_two_lives_there_is_no_difference() {
-        let before = moment(vec![row(0x72, 1_000, 2_000_000), row(0x60, 10, 20_000)]);
-        let with = |life, torn, rows: &[Row]| Moment {
-            life,
-            torn,
-            ..moment(rows.to_vec())
-        };
-        let same = before.rows.as_slice();
-        assert!(with(Some(7), false, same).since(&before).is_some());
-        assert!(with(Some(8), false, same).since(&before).is_none());
-        assert!(with(None, false, same).since(&before).is_none());
-        assert!(with(Some(7), true, same).since(&before).is_none());
-        // A sum shrinks when a vCPU of the VM goes, which the life tells from a new beginning.
-        assert!(with(Some(7), false, &same[..1]).since(&before).is_some());
-        let before = with(None, false, same);
-        assert!(with(None, false, same).since(&before).is_some());
-        assert!(with(None, false, &same[..1]).since(&before).is_none());
-        assert!(with(None, false, &[row(0x72, 5, 9), same[1]])
-            .since(&before)
-            .is_none());
     }
 }

@@ -66,11 +66,8 @@ pub struct Summary {
     pub isa: Isa,
     /// The command and its arguments.
     pub command: Vec<String>,
-    /// How often it ran, not counting what was left out.
+    /// How often it ran.
     pub runs: usize,
-    /// How many runs are left out, as the meter began anew while they ran.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub left_out: usize,
     /// Its exit status, of the last run.
     pub status: u8,
     /// CPUID exits of the tool's own that were taken out of each run.
@@ -102,14 +99,8 @@ pub struct Reason {
     pub kernel: Mean,
     /// Ticks of the VMM.
     pub user: Mean,
-    /// Ticks that a vCPU slept, whatever for.
+    /// Ticks that a vCPU slept.
     pub blocked: Mean,
-    /// Of these, ticks that it slept by its own wish, when the host tells them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub halted: Option<Mean>,
-    /// Of these, ticks that KVM slept for the host, when the host tells them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub waiting: Option<Mean>,
     /// Ticks for which the host took the CPU away.
     pub preempted: Mean,
     /// The kernel's ticks as a part of the time that the command took.
@@ -117,41 +108,28 @@ pub struct Reason {
 }
 
 impl Summary {
-    /// Of these runs; `None` when none of them could be measured.
-    pub fn new(command: &[OsString], isa: Isa, status: u8, all: &[Run]) -> Option<Self> {
-        let runs = all.iter().filter_map(|run| Some((run, run.rows.as_ref()?)));
-        let runs: Vec<(&Run, &Vec<Row>)> = runs.collect();
-        if runs.is_empty() {
-            return None;
-        }
-        let of = |number: &dyn Fn(&Run) -> f64| Mean::of(runs.iter().map(|(run, _)| number(run)));
+    /// Of these runs.
+    pub fn new(command: &[OsString], isa: Isa, status: u8, runs: &[Run]) -> Self {
+        let of = |number: &dyn Fn(&Run) -> f64| Mean::of(runs.iter().map(number));
         let sum = |number: fn(&Row) -> u64| {
-            Mean::of(runs.iter().map(|(_, rows)| {
-                let sum: u128 = rows.iter().map(|row| u128::from(number(row))).sum();
-                sum as f64
-            }))
+            move |run: &Run| run.rows.iter().map(number).fold(0, u64::wrapping_add) as f64
         };
         let ticks = of(&|run| run.ticks as f64);
         let mut codes = BTreeMap::new();
-        for row in runs.iter().flat_map(|(_, rows)| *rows) {
-            let known = (row.nested_exits.is_some(), row.has_waits);
-            codes.entry(row.code).or_insert(known);
+        for row in runs.iter().flat_map(|run| &run.rows) {
+            codes.entry(row.code).or_insert(row.nested_exits.is_some());
         }
         let mut reasons: Vec<_> = codes
             .into_iter()
-            .map(|(code, (nested, waits))| {
+            .map(|(code, nested)| {
                 // A reason that a run did not have has 0 there.
                 let of = |number: &dyn Fn(&Row) -> u64| {
-                    Mean::of(runs.iter().map(|(_, rows)| {
-                        let row = rows.iter().find(|row| row.code == code);
+                    Mean::of(runs.iter().map(|run| {
+                        let row = run.rows.iter().find(|row| row.code == code);
                         row.map_or(0.0, |row| number(row) as f64)
                     }))
                 };
                 let in_phase = |phase| of(&|row| row.cycles(phase));
-                let blocked = |row: &Row| {
-                    row.cycles(Phase::Halted)
-                        .saturating_add(row.cycles(Phase::Waiting))
-                };
                 let kernel = in_phase(Phase::Kernel);
                 Reason {
                     label: Label::new(isa, Code::Code(code)),
@@ -159,16 +137,14 @@ impl Summary {
                     nested_exits: nested.then(|| of(&|row| row.nested_exits.unwrap_or(0))),
                     kernel,
                     user: in_phase(Phase::User),
-                    blocked: of(&blocked),
-                    halted: waits.then(|| in_phase(Phase::Halted)),
-                    waiting: waits.then(|| in_phase(Phase::Waiting)),
+                    blocked: in_phase(Phase::Blocked),
                     preempted: in_phase(Phase::Preempted),
                     share_of_time: kernel.mean / ticks.mean.max(1.0),
                 }
             })
             .collect();
         reasons.sort_by(|one, other| other.kernel.mean.total_cmp(&one.kernel.mean));
-        Some(Self {
+        Self {
             format: FORMAT,
             isa,
             command: command
@@ -176,28 +152,13 @@ impl Summary {
                 .map(|word| word.to_string_lossy().into_owned())
                 .collect(),
             runs: runs.len(),
-            left_out: all.len() - runs.len(),
             status,
             queries: of(&|run| run.queries as f64),
             seconds: of(&|run| run.time.as_secs_f64()),
             ticks,
-            exits: sum(|row| row.exits),
-            kernel: sum(|row| row.cycles(Phase::Kernel)),
+            exits: of(&sum(|row| row.exits)),
+            kernel: of(&sum(|row| row.cycles(Phase::Kernel))),
             reasons,
-        })
-    }
-
-    /// How many runs are left out, and why, if any.
-    pub fn left_out_in_words(&self) -> Option<String> {
-        let all = self.left_out + self.runs;
-        match self.left_out {
-            0 => None,
-            1 => Some(format!(
-                "1 of {all} runs is left out: the meter began anew while it ran"
-            )),
-            more => Some(format!(
-                "{more} of {all} runs are left out: the meter began anew while they ran"
-            )),
         }
     }
 
@@ -213,13 +174,9 @@ impl Summary {
             Some(_) => format!(" ({})", mean.deviation()),
             None => String::new(),
         };
-        let left_out = match self.left_out_in_words() {
-            Some(words) => paint(&words, Style::Warning, look.color) + "\n",
-            None => String::new(),
-        };
         format!(
             "\n{}\n\n{}\n{}{}, kernel {} of the time, in {:.3} s{}\n\
-             {} of this tool's own {} not among them\n{left_out}",
+             {} of this tool's own {} not among them\n",
             paint(&title, Style::Strong, look.color),
             table.text(look.color),
             count(self.exits.number(), "exit"),
@@ -252,16 +209,14 @@ impl Summary {
                 ("in VMM", Right),
             ]);
             for reason in &self.reasons {
-                let nested = reason
-                    .nested_exits
-                    .map_or(0, |nested| nested.number().into());
+                let nested = reason.nested_exits.map_or(0, |nested| nested.number());
                 table.row([
                     code(reason.label.code),
                     reason.label.to_string(),
-                    number(reason.exits.number().into()),
+                    number(reason.exits.number()),
                     reason.exits.deviation(),
                     number(nested),
-                    number(reason.kernel.number().into()),
+                    number(reason.kernel.number()),
                     reason.kernel.deviation(),
                     each(reason.kernel, reason.exits, number),
                     share(reason.kernel, self.ticks),
@@ -280,10 +235,6 @@ impl Summary {
     }
 }
 
-fn is_zero(number: &usize) -> bool {
-    *number == 0
-}
-
 /// A part of the time.
 fn share(part: Mean, time: Mean) -> String {
     match time.mean {
@@ -293,17 +244,15 @@ fn share(part: Mean, time: Mean) -> String {
 }
 
 /// What one exit took.
-fn each(kernel: Mean, exits: Mean, number: fn(u128) -> String) -> String {
+fn each(kernel: Mean, exits: Mean, number: fn(u64) -> String) -> String {
     match exits.mean {
-        exits if exits > 0.0 => number((kernel.mean / exits).round() as u128),
+        exits if exits > 0.0 => number((kernel.mean / exits).round() as u64),
         _ => "-".to_owned(),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{process::ExitStatus, time::Duration};
-
     use super::*;
 
     #[test]
@@ -326,46 +275,5 @@ mod tests {
         );
         assert_eq!(three.deviation(), "±50.0%");
         assert_eq!(of(&[0.0, 0.0]).deviation(), "-");
-    }
-
-    /// A run of so many exits of CPUID, or one while the meter began anew.
-    fn run(exits: Option<u64>) -> Run {
-        let row = |exits| Row {
-            code: 0x72,
-            exits,
-            nested_exits: None,
-            cycles: [0, exits * 100, 0, 3, 0, 4],
-            has_waits: true,
-        };
-        Run {
-            isa: Isa::Svm,
-            rows: exits.map(|exits| vec![row(exits)]),
-            queries: 5,
-            ticks: 1_000_000,
-            time: Duration::from_secs(1),
-            ended: ExitStatus::default(),
-        }
-    }
-
-    #[test]
-    fn a_run_that_was_not_measured_is_left_out_and_told() {
-        let command = ["true".into()];
-        let of = |runs: &[Run]| Summary::new(&command, Isa::Svm, 0, runs);
-        assert!(of(&[run(None), run(None)]).is_none());
-        let all = of(&[run(Some(10)), run(Some(30))]).expect("measured");
-        assert!(!all.text(Look::default()).contains("left out"));
-        let json = serde_json::to_value(&all).expect("JSON");
-        assert_eq!(json.get("left_out"), None);
-
-        let some = of(&[run(Some(10)), run(None), run(Some(30))]).expect("measured");
-        assert_eq!((some.runs, some.left_out), (2, 1));
-        assert_eq!(some.exits.mean, 20.0);
-        let text = some.text(Look::default());
-        let words = "\n1 of 3 runs is left out: the meter began anew while it ran\n";
-        assert!(text.ends_with(words), "{text}");
-        let reason = &some.reasons[0];
-        let sleeps = [Some(reason.blocked), reason.halted, reason.waiting];
-        let sleeps = sleeps.map(|mean| mean.map(|mean| mean.mean));
-        assert_eq!(sleeps, [Some(7.0), Some(3.0), Some(4.0)]);
     }
 }

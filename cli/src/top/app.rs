@@ -11,7 +11,7 @@ use super::{
     data::{Numbers, Scope},
     history::History,
 };
-use crate::model::{delta::ANEW, Report};
+use crate::model::Report;
 
 /// Intervals that + and - go through, in milliseconds.
 const INTERVALS: [u64; 10] = [50, 100, 250, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000];
@@ -116,7 +116,7 @@ impl App {
     /// Takes the next snapshot; whether it changes anything.
     pub fn tick(&mut self, now: Report) -> bool {
         let old = &self.now.host;
-        if (now.host.snapshot_tsc, now.host.life) == (old.snapshot_tsc, old.life) {
+        if (now.host.snapshot_tsc, now.host.loaded_tsc) == (old.snapshot_tsc, old.loaded_tsc) {
             // A file that nobody has written anew.
             return self.tell("");
         }
@@ -127,10 +127,7 @@ impl App {
                 Some(delta)
             }
             Err(error) => {
-                self.note = match error.is_break() {
-                    true => ANEW.to_owned(),
-                    false => error.to_string(),
-                };
+                self.note = error.to_string();
                 self.history = History::default();
                 None
             }

@@ -11,8 +11,8 @@ use super::{
     data::{Numbers, Scope},
 };
 use crate::{
-    model::{Cycles, Ledger, ReasonRow, Span, Vcpu, Vm},
-    numbers::{rough, rounded, share},
+    model::{Ledger, ReasonRow, Span, Vcpu, Vm},
+    numbers::{rough, share},
     spread::Spread,
 };
 
@@ -33,7 +33,7 @@ pub enum Cell {
     /// The latest rates, as bars.
     Rates(Scope),
     /// A part of a whole, as a bar.
-    Part(u128, u128),
+    Part(u64, u64),
 }
 
 /// A column.
@@ -104,23 +104,19 @@ const fn bars(title: &'static str) -> Column {
     }
 }
 
-/// The columns of the phases, in the order of [`Cycles::phases`].
-fn phase_columns(cycles: Cycles) -> impl Iterator<Item = Column> {
-    cycles.phases().map(move |phase| {
-        let name = cycles.name(phase);
-        let rank = u8::from(phase != Phase::Kernel);
-        // As wide as its name, or a share.
-        right(name, (name.len() as u16).max(6), rank)
-    })
-}
+/// The columns of the phases, in their order.
+const PHASES: [Column; Phase::COUNT] = [
+    right("guest", 6, 1),
+    right("kernel", 6, 0),
+    right("user", 6, 1),
+    right("blocked", 7, 1),
+    right("preempted", 9, 1),
+];
 
 /// The table that is to be shown, in one of its orders.
 pub fn sheet(app: &App, order: usize) -> Sheet {
     match (app.tab, app.scope) {
-        (Tab::Parts, Scope::All) => {
-            let report = app.report();
-            vms(&report.vms, report.departed.ledger.cycles, order)
-        }
+        (Tab::Parts, Scope::All) => vms(&app.report().vms, order),
         (Tab::Parts, Scope::Vm(_)) => {
             let vm = app.scope.vm(app.report());
             vcpus(vm, order)
@@ -129,13 +125,12 @@ pub fn sheet(app: &App, order: usize) -> Sheet {
     }
 }
 
-/// `told` says which phases there are.
-fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
+fn vms(vms: &[Vm], order: usize) -> Sheet {
     const ORDERS: [&str; 3] = ["exits", "kernel cycles", "name"];
     let mut vms: Vec<_> = vms.iter().collect();
     match order {
         0 => vms.sort_by_key(|vm| Reverse(vm.ledger.exits)),
-        1 => vms.sort_by_key(|vm| Reverse(vm.ledger.cost())),
+        1 => vms.sort_by_key(|vm| Reverse(vm.ledger.cycles.kernel)),
         _ => vms.sort_by(|one, other| one.name.cmp(&other.name)),
     }
     let mut columns = vec![
@@ -144,7 +139,7 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
         right("vCPUs", 5, 2),
         right("exits/s", 9, 0),
     ];
-    columns.extend(phase_columns(told));
+    columns.extend(PHASES);
     columns.push(bars("trend"));
     let lines = vms.into_iter().map(|vm| {
         let mut cells = vec![
@@ -170,7 +165,7 @@ fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
     let mut vcpus: Vec<&Vcpu> = vm.iter().flat_map(|vm| &vm.vcpus).collect();
     match order {
         1 => vcpus.sort_by_key(|vcpu| Reverse(vcpu.ledger.exits)),
-        2 => vcpus.sort_by_key(|vcpu| Reverse(vcpu.ledger.cost())),
+        2 => vcpus.sort_by_key(|vcpu| Reverse(vcpu.ledger.cycles.kernel)),
         _ => {}
     }
     let mut columns = vec![
@@ -181,14 +176,13 @@ fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
         },
         right("exits/s", 9, 0),
     ];
-    let told = vm.map_or_else(Cycles::default, |vm| vm.ledger.cycles);
-    columns.extend(phase_columns(told));
+    columns.extend(PHASES);
     columns.push(bars("trend"));
     let lines = vcpus.into_iter().zip(vm.iter().cycle()).map(|(vcpu, vm)| {
         let name = format!("vCPU {}", vcpu.vcpu);
         let mut cells = vec![
             name.clone(),
-            vcpu.phase_name.unwrap_or("?").to_owned(),
+            vcpu.phase.map_or("?", Phase::name).to_owned(),
             rate(vm.span, vcpu.ledger.exits),
         ];
         cells.extend(phases(&vcpu.ledger));
@@ -246,14 +240,14 @@ fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
                 .map_or_else(String::new, |code| code.to_string()),
             rate(*span, row.exits),
             share(row.exits, ledger.exits),
-            share(row.cost(), ledger.cost()),
-            rounded(row.cost(), row.exits).map_or_else(|| "-".to_owned(), rough),
+            share(row.cycles.kernel, ledger.cycles.kernel),
+            rough((row.cycles.kernel + row.exits / 2) / row.exits.max(1)),
             single(|spread| spread.quantile(50)),
             single(|spread| spread.quantile(99)),
             single(|spread| Some(spread.max).filter(|max| *max != 0)),
         ];
         let mut cells: Vec<_> = cells.into_iter().map(Cell::Text).collect();
-        cells.push(Cell::Part(row.cost(), ledger.cost()));
+        cells.push(Cell::Part(row.cycles.kernel, ledger.cycles.kernel));
         Line {
             id: Id::Reason(row.label.key()),
             name,
@@ -284,7 +278,7 @@ pub fn rate(span: Span, count: u64) -> String {
     match span.per_second(count) {
         // Below ten a rate without decimals would not tell much.
         Some(rate) if rate > 0.0 && rate < 9.95 => format!("{rate:.1}"),
-        Some(rate) => rough(rate.round() as u128),
+        Some(rate) => rough(rate.round() as u64),
         None => "-".to_owned(),
     }
 }
@@ -292,8 +286,9 @@ pub fn rate(span: Span, count: u64) -> String {
 /// The share of each phase.
 fn phases(ledger: &Ledger) -> impl Iterator<Item = String> + '_ {
     let whole = ledger.cycles.sum();
-    let phases = ledger.cycles.phases();
-    phases.map(move |phase| share(ledger.cycles.of(phase), whole))
+    Phase::ALL
+        .into_iter()
+        .map(move |phase| share(ledger.cycles.of(phase), whole))
 }
 
 /// Which columns there is room for, two blanks apart.
@@ -329,7 +324,7 @@ mod tests {
     #[test]
     fn columns_of_less_worth_make_room() {
         let titles = |width| {
-            let sheet = vms(&[], Cycles::default(), 0);
+            let sheet = vms(&[], 0);
             let shown = fitting(&sheet.columns, width).into_iter();
             let titles: Vec<_> = shown.map(|place| sheet.columns[place].title).collect();
             titles.join(" ")
@@ -338,13 +333,7 @@ mod tests {
         assert_eq!(titles(33), "VM exits/s kernel");
         assert_eq!(
             titles(80),
-            "VM vCPUs exits/s guest kernel user halted waiting preempted"
-        );
-        let old = Cycles::by_phase(false, |_| 0);
-        let titles_of_old: Vec<_> = phase_columns(old).map(|column| column.title).collect();
-        assert_eq!(
-            titles_of_old,
-            ["guest", "kernel", "user", "blocked", "preempted"]
+            "VM process vCPUs exits/s guest kernel user blocked preempted"
         );
         assert!(titles(160).ends_with(" trend"));
     }

@@ -24,7 +24,7 @@ impl History {
         // A VM that came in this interval has a shorter one of its own.
         let interval = delta.interval.unwrap_or(Span::of(0, None));
         for vm in &delta.vms {
-            all = all.saturating_add(vm.ledger.exits);
+            all += vm.ledger.exits;
             rates.push((Scope::Vm(vm.vm), vm.ledger.exits));
             let vcpus = vm.vcpus.iter();
             rates.extend(vcpus.map(|vcpu| (Scope::Vcpu(vm.vm, vcpu.vcpu), vcpu.ledger.exits)));

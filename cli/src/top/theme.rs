@@ -61,8 +61,7 @@ impl Theme {
             Phase::Guest => Color::Green,
             Phase::Kernel => Color::LightRed,
             Phase::User => Color::Blue,
-            Phase::Halted => Color::Gray,
-            Phase::Waiting => Color::Yellow,
+            Phase::Blocked => Color::Gray,
             Phase::Preempted => Color::DarkGray,
         })
     }
@@ -74,8 +73,7 @@ pub fn texture(phase: Phase) -> char {
         Phase::Guest => '█',
         Phase::Kernel => '▓',
         Phase::User => '▒',
-        Phase::Halted => '·',
-        Phase::Waiting => '~',
+        Phase::Blocked => '·',
         Phase::Preempted => '░',
     }
 }

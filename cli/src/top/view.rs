@@ -2,6 +2,7 @@
 
 //! Draws the screen.
 
+use exitmeter_meter::phase::Phase;
 use ratatui::{
     layout::{Alignment, Constraint, Layout, Rect},
     text::{Line, Span, Text},
@@ -16,10 +17,7 @@ use super::{
     history::sparkline,
     theme::{texture, Theme},
 };
-use crate::{
-    model::Cycles,
-    numbers::{self, bar, exact, rough, share},
-};
+use crate::numbers::{self, bar, exact, rough, share};
 
 /// What the keys do.
 const HELP: [(&str, &str); 12] = [
@@ -128,49 +126,33 @@ fn exits(frame: &mut Frame<'_>, area: Rect, app: &App, numbers: Option<&Numbers>
 fn phases(frame: &mut Frame<'_>, areas: [Rect; 2], numbers: Option<&Numbers>, theme: &Theme) {
     let cycles = numbers.map_or_else(Default::default, |numbers| numbers.ledger.cycles);
     let whole = cycles.sum();
-    let width = u128::from(areas[0].width);
+    let width = u64::from(areas[0].width);
     let mut bar = Vec::new();
-    let (mut sum, mut drawn) = (0_u128, 0);
-    for phase in cycles.phases() {
-        sum += cycles.of(phase);
+    let mut legend = Vec::new();
+    let (mut sum, mut drawn) = (0_u64, 0);
+    for phase in Phase::ALL {
+        let ticks = cycles.of(phase);
+        sum += ticks;
         // Where it ends, rounded; so the bar is as wide as the screen.
-        let end = (sum * width + whole / 2).checked_div(whole).unwrap_or(0) as usize;
+        let end = (u128::from(sum) * u128::from(width) + u128::from(whole / 2))
+            .checked_div(u128::from(whole))
+            .unwrap_or(0) as usize;
+        let texture = texture(phase);
         let length = end.saturating_sub(drawn);
-        let texture = texture(phase).to_string().repeat(length);
-        bar.push(Span::styled(texture, theme.phase(phase)));
+        bar.push(Span::styled(
+            texture.to_string().repeat(length),
+            theme.phase(phase),
+        ));
         drawn = end;
+        legend.push(Span::styled(texture.to_string(), theme.phase(phase)));
+        legend.push(Span::raw(format!(
+            " {} {}  ",
+            phase.name(),
+            share(ticks, whole)
+        )));
     }
     frame.render_widget(Line::from(bar), areas[0]);
-    frame.render_widget(legend(&cycles, areas[1].width, theme), areas[1]);
-}
-
-/// What the bar of phases means, in numbers: without those that take no time where there is no room
-/// for all, and then without decimals.
-fn legend(cycles: &Cycles, width: u16, theme: &Theme) -> Line<'static> {
-    let whole = cycles.sum();
-    let line = |all: bool, decimals: bool| {
-        let phases = cycles.phases();
-        let phases = phases.filter(|phase| all || cycles.of(*phase) != 0);
-        let words = phases.flat_map(|phase| {
-            let share = share(cycles.of(phase), whole);
-            let (name, gap) = (cycles.name(phase), if decimals { "  " } else { " " });
-            let share = match share.split_once('.') {
-                Some((number, _)) if !decimals => format!("{number}%"),
-                _ => share,
-            };
-            [
-                Span::styled(texture(phase).to_string(), theme.phase(phase)),
-                Span::raw(format!(" {name} {share}{gap}")),
-            ]
-        });
-        Line::from(words.collect::<Vec<_>>())
-    };
-    // The last gap is no loss.
-    let fits = |line: &Line<'_>| line.width() <= usize::from(width) + 2;
-    [line(true, true), line(false, true)]
-        .into_iter()
-        .find(fits)
-        .unwrap_or_else(|| line(false, false))
+    frame.render_widget(Line::from(legend), areas[1]);
 }
 
 /// What the table is of, and what the user should know.

@@ -16,7 +16,6 @@ macro_rules! labels {
             static tiny_code_end: u8;
             static tiny_interrupt_16: u8;
             static tiny_interrupt_64: u8;
-            static tiny_moved_64: u8;
             $(static $real: u8; static $long: u8;)*
         }
 
@@ -69,11 +68,6 @@ pub(crate) fn interrupt_handler(mode: Mode) -> u64 {
         Mode::Real => &raw const tiny_interrupt_16,
         Mode::Long | Mode::User => &raw const tiny_interrupt_64,
     })
-}
-
-/// Where the guest that moves its own code begins in [`bytes`].
-pub(crate) fn moved() -> u64 {
-    offset(&raw const tiny_moved_64)
 }
 
 fn offset(label: *const u8) -> u64 {

@@ -4,14 +4,11 @@ use std::time::Duration;
 
 use crate::{
     catalogue::{Mode, Program},
-    window::{FRESH, QUERIES, QUERY, WINDOW},
+    window::{QUERIES, QUERY, WINDOW},
 };
 
-/// The most vCPUs of a VM in real mode: each has a window of 64 KiB in the first MiB.
+/// The most vCPUs a VM has: each has a window of 64 KiB in the first MiB.
 pub const MAX_VCPUS: u8 = 15;
-
-/// The most vCPUs of a VM in 64-bit mode: their windows lie below [`FRESH`].
-pub const MAX_LONG_VCPUS: u8 = (FRESH / WINDOW) as u8;
 
 /// The most queries a guest asks: its window holds no more.
 pub const MAX_QUERIES: u32 = ((WINDOW - QUERIES) / QUERY) as u32;
@@ -52,7 +49,7 @@ pub struct Config {
     pub mode: Mode,
     /// How often each loops, from 1. For [`Program::Query`] the number of queries.
     pub count: u32,
-    /// vCPUs, from 1 to [`MAX_VCPUS`] in real mode and [`MAX_LONG_VCPUS`] in the others.
+    /// How many vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
     /// How long the VMM sleeps each time a guest's OUT comes to it.
     pub pause: Duration,
@@ -111,12 +108,8 @@ impl Config {
         if self.loops() == 0 {
             return fail("a guest loops at least once".into());
         }
-        let most = match self.mode {
-            Mode::Real => MAX_VCPUS,
-            Mode::Long | Mode::User => MAX_LONG_VCPUS,
-        };
-        if !(1..=most).contains(&self.vcpus) {
-            return fail(format!("a VM has 1 to {most} vCPUs in this mode"));
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return fail(format!("a VM has 1 to {MAX_VCPUS} vCPUs"));
         }
         if self.program == Program::Query && self.loops() > MAX_QUERIES {
             return fail(format!("a guest asks at most {MAX_QUERIES} queries"));

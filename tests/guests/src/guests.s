@@ -137,14 +137,6 @@ guest query 64
         add     rsi, 64
         again
 
-# Moves its own code: rbx becomes the entry of the page directory at rsi, which maps it. The CPU
-# goes on by the translation that it holds, up to the exit of CPUID.
-guest moved 64
-        mov     [rsi], rbx
-        cpuid
-        out     0xf4, al
-        ud2
-
 .code16
 guests 16, eax, esi, iret
 

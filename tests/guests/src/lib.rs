@@ -8,7 +8,6 @@
 //! A VM's every vCPU has a window of 64 KiB of its own, with code, stack, tables and
 //! queries, so that vCPUs share no page and faults can be counted too.
 
-mod absent;
 mod catalogue;
 mod code;
 mod config;
@@ -17,9 +16,8 @@ mod meddle;
 mod memory;
 mod window;
 
-pub use absent::Absent;
 pub use catalogue::{Differs, Expected, Mode, Program};
-pub use config::{Config, Error, Quad, MAX_LONG_VCPUS, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
+pub use config::{Config, Error, Quad, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
 pub use machine::{host_isa, pin, with_apic_id, Machine, Seen};
 pub use meddle::Stepped;
 pub use window::UNANSWERED;

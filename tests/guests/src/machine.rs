@@ -227,19 +227,6 @@ impl Machine {
         })
     }
 
-    /// Run one vCPU to its end, in this thread.
-    ///
-    /// # Errors
-    ///
-    /// As [`Machine::run`].
-    pub fn run_one(&mut self, number: u8) -> Result<Seen> {
-        let vcpu = self
-            .vcpus
-            .get_mut(usize::from(number))
-            .ok_or_else(|| Error::Settings(format!("there is no vCPU {number}")))?;
-        run_vcpu(number, vcpu, &self.config)
-    }
-
     /// Has every vCPU ask anew, as many queries as before.
     ///
     /// # Errors

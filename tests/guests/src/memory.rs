@@ -79,13 +79,6 @@ impl Memory {
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// Reads bytes from a guest's address, while the guest stands still.
-    pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) {
-        let from = self.place(at, bytes.len());
-        // SAFETY: `place` is inside the mapping, which nothing else in this process uses.
-        unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
-    }
-
     /// Takes over all bytes of another memory of the same size, whose guest stands still.
     pub(crate) fn copy_from(&mut self, other: &Self) {
         assert_eq!(self.len, other.len, "memories of one size");

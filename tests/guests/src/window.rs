@@ -26,7 +26,7 @@ const PD: u64 = 0x7000;
 pub(crate) const QUERIES: u64 = 0x8000;
 
 /// Where the pages to touch begin: behind the windows.
-pub(crate) const FRESH: u64 = 0x40_0000;
+pub(crate) const FRESH: u64 = 0x20_0000;
 
 /// The size of a query in guest memory: four numbers in, four out.
 pub(crate) const QUERY: u64 = 64;
@@ -38,9 +38,6 @@ pub const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 pub(crate) const IRQ: u32 = 5;
 pub(crate) const VECTOR_BASE: u8 = 0x20;
 const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
-
-/// An entry of a page directory but for its address: present, writable, for CPL 3 too, of 2 MiB.
-const LARGE_PAGE: u64 = 0x87;
 
 /// Selectors of code and data in 64-bit mode.
 const CODE_SELECTOR: u16 = 0x08;
@@ -94,7 +91,7 @@ impl Window {
                 memory.write_u64(window + PML4, (window + PDPT) | 7);
                 memory.write_u64(window + PDPT, (window + PD) | 7);
                 for entry in 0..512 {
-                    memory.write_u64(window + PD + entry * 8, entry << 21 | LARGE_PAGE);
+                    memory.write_u64(window + PD + entry * 8, entry << 21 | 0x87);
                 }
             }
         }
@@ -142,28 +139,6 @@ impl Window {
             },
             ..Default::default()
         }
-    }
-
-    /// The registers with which the guest in 64-bit mode begins that moves its own code to the
-    /// pages to touch, and asks `query` there.
-    pub(crate) fn moved(self, query: Quad) -> kvm_regs {
-        let Self(window) = self;
-        kvm_regs {
-            rip: window + CODE + code::moved(),
-            // The first 2 MiB of addresses, in which the windows are, become the next.
-            rsi: window + PD,
-            rbx: FRESH | LARGE_PAGE,
-            rax: query.rax,
-            rcx: query.rcx,
-            rdx: query.rdx,
-            rflags: RFLAGS,
-            ..Default::default()
-        }
-    }
-
-    /// The page of the guest's memory that holds the code, and where it is when that has moved.
-    pub(crate) fn code_pages(self) -> (u64, u64) {
-        (self.0 + CODE, FRESH + self.0 + CODE)
     }
 
     /// What the vCPU was answered. In real mode the upper halves are not the guest's to

@@ -1,17 +1,10 @@
 //! Point 6: the module is refused cleanly, comes and goes, also under running guests, and
 //! goes on metering when KVM's own module is exchanged.
 
-use std::{
-    fs, io,
-    os::unix::fs::PermissionsExt as _,
-    sync::atomic::{AtomicI32, Ordering},
-    thread,
-    time::Duration,
-};
+use std::{fs, io, os::unix::fs::PermissionsExt as _, thread, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use clap::ValueEnum as _;
-use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
@@ -55,8 +48,15 @@ pub(super) fn cases() -> Vec<Case> {
                     "max_vcpus=-9223372036854775808",
                     "max_vcpus=-9223372036854775808 is refused: it is 1 to 65536",
                 ),
-                ("copy_tries=65", "copy_tries=65 is refused: it is 0 to 64"),
-                ("copy_tries=-1", "copy_tries=-1 is refused: it is 0 to 64"),
+                ("leaf_cpl=1", "leaf_cpl=1 is refused: it is 3 or 0"),
+                ("leaf_cpl=2", "leaf_cpl=2 is refused: it is 3 or 0"),
+                ("leaf_cpl=4", "leaf_cpl=4 is refused: it is 3 or 0"),
+                ("leaf_cpl=-1", "leaf_cpl=-1 is refused: it is 3 or 0"),
+                // As 32 bits this is 3.
+                (
+                    "leaf_cpl=4294967299",
+                    "leaf_cpl=4294967299 is refused: it is 3 or 0",
+                ),
                 ("host_scope=2", "host_scope=2 is refused: it is 0 or 1"),
                 ("host_scope=300", "host_scope=300 is refused: it is 0 or 1"),
                 ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
@@ -69,6 +69,7 @@ pub(super) fn cases() -> Vec<Case> {
                 "leaf_map=x",
                 "leaf_map=99999999999999999999",
                 "host_scope=maybe",
+                "leaf_cpl=kernel",
             ] {
                 refused(parameters, libc::EINVAL, "")?;
             }
@@ -77,6 +78,28 @@ pub(super) fn cases() -> Vec<Case> {
                 "a refused module leaves /dev/exitmeter behind"
             );
             meters_again()
+        }),
+        Case::without("loading: host_scope=1 is warned of", || {
+            const WORDS: &str = "host_scope=1: each guest reads the exits and times of all VMs";
+            for (parameters, warned) in [
+                ("host_scope=1", true),
+                ("host_scope=0", false),
+                // Which guests read nothing of.
+                ("host_scope=1 leaf_map=0", false),
+            ] {
+                let mut log = Log::from_now()?;
+                module::Loaded::with(parameters)?.unload()?;
+                let lines: Vec<(u32, String)> = log.own_records()?;
+                // Warnings are level 4, and reach a console that is quiet by default.
+                let told = lines
+                    .iter()
+                    .any(|(level, line)| *level == 4 && line.starts_with(WORDS));
+                ensure!(
+                    told == warned,
+                    "({parameters}) is loaded with the lines {lines:?}"
+                );
+            }
+            Ok(())
         }),
         Case::without("loading: twice at once is refused", || {
             let loaded = module::Loaded::with("")?;
@@ -144,11 +167,6 @@ pub(super) fn cases() -> Vec<Case> {
             meters_again()
         })
         .within(180),
-        Case::without(
-            "loading: unloading waits for a vCPU that sleeps in the query's emulation",
-            asleep,
-        )
-        .unless(never_fetches),
     ]
 }
 
@@ -336,79 +354,6 @@ fn not_in_mid_life() -> Result<()> {
     drop(new);
     Meter::demand(0, 3, 2)?;
     loaded.unload()
-}
-
-/// KVM fetches the instruction itself on SVM without NRIPS alone, and the guest's trick takes
-/// nested paging: without, KVM sees it change its page table.
-fn never_fetches() -> Result<Option<&'static str>> {
-    let cpus = fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
-    let fetches = host::isa()? == Isa::Svm
-        && host::nested_paging()?
-        && !cpus.split_whitespace().any(|flag| flag == "nrip_save");
-    Ok((!fetches).then_some("KVM does not fetch a guest's CPUID from memory here"))
-}
-
-/// A vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, which the module called, while that goes.
-fn asleep() -> Result<()> {
-    let cpuid = host::pick(10, 0x72)?;
-    let mut log = Log::from_now()?;
-    let loaded = module::Loaded::with("")?;
-    let (mut machine, absent) =
-        Machine::with_absent_code(Quad::cpuid(MAP_2021.reason_exits, cpuid))?;
-    let thread_id = AtomicI32::new(0);
-    let (stack, finished_early) = thread::scope(|scope| {
-        let guest = scope.spawn(|| {
-            machine.run_with(|_| {
-                // SAFETY: No requirements.
-                thread_id.store(unsafe { libc::gettid() }, Ordering::Relaxed);
-                Ok(())
-            })
-        });
-        let unloading = (|| {
-            absent.wait_until_wanted(Duration::from_secs(10))?;
-            let thread_id = thread_id.load(Ordering::Relaxed);
-            let stack = fs::read_to_string(format!("/proc/self/task/{thread_id}/stack"))?;
-            let unload = scope.spawn(|| loaded.unload());
-            thread::sleep(Duration::from_secs(4));
-            anyhow::Ok((stack, unload.is_finished(), unload))
-        })();
-        // Whatever came, nobody is left asleep.
-        absent.provide()?;
-        guest.join().ok().context("the guest's thread panicked")??;
-        let (stack, finished_early, unload) = unloading?;
-        unload.join().ok().context("unloading panicked")??;
-        anyhow::Ok((stack, finished_early))
-    })?;
-    ensure!(
-        [
-            "handle_userfault",
-            "kvm_skip_emulated_instruction",
-            "[exitmeter]"
-        ]
-        .iter()
-        .all(|words| stack.contains(words)),
-        "the vCPU slept elsewhere: {stack}"
-    );
-    ensure!(
-        !finished_early,
-        "the module went while a vCPU slept in it: {stack}"
-    );
-    let answer = machine.registers()?;
-    ensure!(
-        answer
-            == Quad {
-                rax: 1,
-                ..Quad::default()
-            },
-        "the vCPU reads {answer:x?} of its only CPUID exit"
-    );
-    let lines = log.own_lines()?;
-    let waits = "unloading waits: 1 vCPU sleeps in kvm_emulate_cpuid()";
-    ensure!(
-        lines.iter().filter(|line| line.contains(waits)).count() == 1,
-        "the log does not say once that unloading waits: {lines:#?}"
-    );
-    meters_again()
 }
 
 /// KVM's vendor module is taken out and put back under the meter, without nested paging

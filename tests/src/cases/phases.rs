@@ -3,13 +3,9 @@
 //! That it balances, and that each exit has its sample in the histogram, is checked by every
 //! reading of the meter; the cases here say for whom.
 
-use std::{
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
-    time::Duration,
-};
+use std::time::Duration;
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{ensure, Result};
 use exitmeter_meter::phase::Phase;
 use tiny_guests::{pin, Config, Machine, Mode, Program};
 
@@ -32,14 +28,14 @@ pub(super) fn cases() -> Vec<Case> {
             ))?;
             at_least(&vcpus[0], Phase::Guest, most())
         }),
-        Case::with("", "phases: a guest that sleeps in HLT is halted", || {
+        Case::with("", "phases: a guest that sleeps in HLT is blocked", || {
             // 100 HLTs of 10 ms each. KVM polls for up to 0.2 ms before it puts the vCPU to
             // sleep, and the rest is the making of the VM.
             let vcpus = run(Config {
                 wake: Duration::from_millis(10),
                 ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slow())
             })?;
-            at_least(&vcpus[0], Phase::Halted, most())
+            at_least(&vcpus[0], Phase::Blocked, most())
         }),
         Case::with("", "phases: a slow VMM is in user space", || {
             // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
@@ -48,11 +44,10 @@ pub(super) fn cases() -> Vec<Case> {
                 ..Config::new(Program::OutUser, Mode::Long, 100)
             })?;
             at_least(&vcpus[0], Phase::User, most())?;
-            let numbers = &vcpus[0].numbers;
-            let asleep = numbers.share(Phase::Halted) + numbers.share(Phase::Waiting);
+            let blocked = vcpus[0].numbers.share(Phase::Blocked);
             ensure!(
-                asleep < 0.05,
-                "a VMM that sleeps is no vCPU that is halted: {}",
+                blocked < 0.05,
+                "a VMM that sleeps is no vCPU that is blocked: {}",
                 vcpus[0].numbers.shares()
             );
             Ok(())
@@ -78,20 +73,12 @@ pub(super) fn cases() -> Vec<Case> {
             })?;
             ensure!(vcpus.len() == 2, "{} vCPUs are metered", vcpus.len());
             for vcpu in vcpus {
-                let idle = [Phase::User, Phase::Halted, Phase::Waiting]
-                    .map(|phase| vcpu.numbers.share(phase))
-                    .iter()
-                    .sum::<f64>();
+                let idle = vcpu.numbers.share(Phase::User) + vcpu.numbers.share(Phase::Blocked);
                 // On one CPU each waits for the other, on two neither does; neither sleeps.
                 ensure!(idle < 0.2, "vCPU {}: {}", vcpu.id, vcpu.numbers.shares());
             }
             Ok(())
         }),
-        Case::with(
-            "copy_tries=0 log_queries=0",
-            "phases: copies that interrupt the vCPU's CPU balance, and lose nothing",
-            copies_by_interrupt,
-        ),
         Case::with("", "phases: each of 4 vCPUs that roam balances", || {
             // More vCPUs than CPUs, each on another CPU after each exit.
             let mut machine = Machine::new(Config {
@@ -146,59 +133,6 @@ pub(super) fn cases() -> Vec<Case> {
             },
         ),
     ]
-}
-
-/// Snapshots beside a vCPU that floods, each copy by an interrupt: as on a real CPU that exits too
-/// fast to be copied otherwise.
-fn copies_by_interrupt() -> Result<()> {
-    const SNAPSHOTS: u64 = 100;
-    let [flooding, other] = match host::cpus()? {
-        1 => [0, 0],
-        _ => [1, 0],
-    };
-    let cpuid = host::pick(10, 0x72)?;
-    let done = AtomicBool::new(false);
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::User, 20_000))?;
-    let before = host::function_calls(flooding)?;
-    let ran = thread::scope(|scope| {
-        let guest = scope.spawn(|| -> Result<u64> {
-            pin(flooding)?;
-            let mut rounds = 0;
-            while !done.load(Ordering::Relaxed) {
-                machine.run_one(0)?;
-                machine.rewind()?;
-                rounds += 1;
-            }
-            Ok(rounds)
-        });
-        let result = (|| {
-            pin(other)?;
-            let mut exits = 0;
-            for _ in 0..SNAPSHOTS {
-                // Each ledger is checked as it is read.
-                let now = Meter::read()?.only()?.numbers.exits_of(cpuid);
-                ensure!(now >= exits, "the exits fell from {exits} to {now}");
-                exits = now;
-            }
-            ensure!(exits > 0, "the guest did not run");
-            Ok(())
-        })();
-        done.store(true, Ordering::Relaxed);
-        let rounds = guest.join().ok().context("a guest's thread panicked")?;
-        result.and(rounds)
-    })?;
-    let exits = Meter::read()?.only()?.numbers.exits_of(cpuid);
-    ensure!(
-        exits == ran * 20_000,
-        "{exits} CPUID exits are metered of {ran} times 20000"
-    );
-    let calls = host::function_calls(flooding)? - before;
-    println!("{calls} interrupts for {SNAPSHOTS} snapshots on CPU {flooding}, {ran} rounds");
-    ensure!(
-        flooding == other || calls >= SNAPSHOTS,
-        "only {calls} interrupts came to CPU {flooding} for {SNAPSHOTS} copies"
-    );
-    Ok(())
 }
 
 /// Runs a guest on the host's first CPU; its vCPUs after that, which have balanced.

@@ -37,5 +37,3 @@ pub const INTERFACE: u32 = 0x4fff_fff1;
 pub const PHASE_CYCLES: u32 = 0x4fff_fff2;
 /// Exits of a reason in 64 bits; with bit 16 of ECX those of nested guests.
 pub const EXITS_64: u32 = 0x4fff_fff3;
-/// The number of the life of the meter.
-pub const LIFE: u32 = 0x4fff_fff4;

@@ -147,8 +147,6 @@ pub struct Meter {
     pub gone: u64,
     /// How many ran unmetered.
     pub unmetered: u64,
-    /// The number of the meter's life.
-    pub life: u64,
     /// The sums of those that are gone.
     pub totals: Numbers,
 }
@@ -162,7 +160,7 @@ impl Meter {
         let histogram = &histogram(&snapshot)?;
         let vcpus = snapshot.vcpus().map(|vcpu| {
             let numbers = Numbers::read(vcpu.rows(), histogram)?;
-            let life = vcpu.last().wrapping_sub(vcpu.first());
+            let life = vcpu.last() - vcpu.first();
             let cells: u64 = numbers.phases.iter().sum();
             ensure!(
                 life == cells && vcpu.balances(),
@@ -185,7 +183,6 @@ impl Meter {
             vcpus: vcpus.collect::<Result<_>>()?,
             gone: snapshot.gone(),
             unmetered: snapshot.unmetered(),
-            life: snapshot.life(),
             totals: Numbers::read(snapshot.totals(), histogram)?,
         })
     }

@@ -42,22 +42,6 @@ pub fn nested_paging() -> Result<bool> {
     Ok(value.trim() == "Y")
 }
 
-/// CPUs of this host that are online.
-pub fn cpus() -> Result<usize> {
-    Ok(std::thread::available_parallelism()?.get())
-}
-
-/// Function calls that other CPUs had a CPU make by an interrupt so far (CAL of /proc/interrupts).
-pub fn function_calls(cpu: usize) -> Result<u64> {
-    let table =
-        fs::read_to_string("/proc/interrupts").context("/proc/interrupts cannot be read")?;
-    let calls = table
-        .lines()
-        .find_map(|line| line.trim_start().strip_prefix("CAL:"))
-        .and_then(|counts| counts.split_whitespace().nth(cpu)?.parse().ok());
-    calls.with_context(|| format!("/proc/interrupts has no count of CAL for CPU {cpu}"))
-}
-
 /// In a case's environment: how many times slower than the packaged kernel the host's is.
 pub const SLOW: &str = "SLOW";
 

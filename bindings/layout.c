@@ -22,19 +22,8 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_HFLAGS, offsetof(struct kvm_vcpu, arch.hflags));
 	DEFINE(LAYOUT_VCPU_REGS, offsetof(struct kvm_vcpu, arch.regs));
 	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
-	DEFINE(LAYOUT_VCPU_EXCEPTION_VMEXIT,
-	       offsetof(struct kvm_vcpu, arch.exception_vmexit));
-	DEFINE(LAYOUT_EXCEPTION_PENDING,
-	       offsetof(struct kvm_queued_exception, pending));
 	DEFINE(LAYOUT_EXCEPTION_VECTOR,
 	       offsetof(struct kvm_queued_exception, vector));
-	DEFINE(LAYOUT_VCPU_POLL_SUCCESS,
-	       offsetof(struct kvm_vcpu, stat.generic.halt_poll_success_ns));
-	DEFINE(LAYOUT_VCPU_POLL_FAIL,
-	       offsetof(struct kvm_vcpu, stat.generic.halt_poll_fail_ns));
-	DEFINE(LAYOUT_VCPU_BLOCKING,
-	       offsetof(struct kvm_vcpu, stat.generic.blocking));
-	DEFINE(LAYOUT_RCU_HEAD_SIZE, sizeof(struct rcu_head));
 	DEFINE(LAYOUT_VCPU_SIZE, sizeof(struct kvm_vcpu));
 	DEFINE(LAYOUT_KVM_PID, offsetof(struct kvm, userspace_pid));
 	DEFINE(LAYOUT_KVM_STATS_ID, offsetof(struct kvm, stats_id));

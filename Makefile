@@ -6,6 +6,7 @@
 #   make test           all tests; KERNEL=7.2.12 takes another kernel for those on emulated hosts
 #   make test-amd       the tests on the emulated AMD host alone, the fast loop
 #   make soak           the module under load, churn and attack, on both emulated hosts; PERCENT=10 does a tenth
+#   make stress         the meter's own code at native speed: how long each caller waits; make test has a short form
 #   make soak-loom      every order in which threads can see a ledger and the table of ledgers
 #   make soak-miri      the pure half under an interpreter that knows undefined behaviour; takes nightly Rust
 #   make soak-fuzz      damaged snapshots for the reader, for five minutes; takes nightly Rust and cargo-fuzz
@@ -27,7 +28,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench study soak-selftests check lab install clean bootstrap bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench study soak-selftests check lab install clean bootstrap bootstrap-tool
 
 all: module tool
 
@@ -61,6 +62,9 @@ test-amd: bootstrap
 
 soak: bootstrap
 	cargo run --release --quiet -p system-tests -- --soak --percent $(or $(PERCENT),100) --timeout 28800
+
+stress: bootstrap
+	cargo run --release --quiet -p stress
 
 soak-loom: bootstrap
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p exitmeter-meter --test loom

@@ -89,8 +89,8 @@ module! {
             description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
         },
         copy_tries: i64 {
-            default: 64,
-            description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 64",
+            default: 24,
+            description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24",
         },
     },
 }

@@ -180,14 +180,8 @@ impl Cpu {
         request.state.store(ASKED, Release);
         // SAFETY: Sends a signal to a thread of this process, which lives, as it takes a turn
         // before it ends.
-        let sent = unsafe {
-            libc::syscall(
-                libc::SYS_tgkill,
-                libc::getpid(),
-                thread,
-                libc::SIGUSR1,
-            )
-        };
+        let sent =
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGUSR1) };
         assert_eq!(sent, 0, "the signal is sent");
         let began = Instant::now();
         let mut spins = 0_u32;

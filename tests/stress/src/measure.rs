@@ -116,7 +116,11 @@ pub fn machine(time: Duration, real_time: bool) {
                 }
                 spread.add(ticks() - from - round);
             }
-            line("a loop of 10 µs, above that", &spread, "the machine's own |");
+            line(
+                "a loop of 10 µs, above that",
+                &spread,
+                "the machine's own |",
+            );
         });
     });
 }
@@ -150,8 +154,10 @@ impl Guests {
             meter
                 .announce(vcpu.key(), newcomer(vcpu, vm, id as u32))
                 .expect("there is room");
-            load(&meter, (WRITER as u32, cpu), vcpu, || unreachable!("it is known"))
-                .expect("it is known");
+            load(&meter, (WRITER as u32, cpu), vcpu, || {
+                unreachable!("it is known")
+            })
+            .expect("it is known");
             for code in 0..plan.reasons {
                 writer::entry(&meter, cpu, vcpu.key());
                 spend(&mut chance);
@@ -194,8 +200,10 @@ impl Guests {
             };
             let vcpu = &self.vcpus[turn];
             let key = vcpu.key();
-            load(&self.meter, (WRITER as u32, cpu), vcpu, || unreachable!("it is known"))
-                .expect("it is known");
+            load(&self.meter, (WRITER as u32, cpu), vcpu, || {
+                unreachable!("it is known")
+            })
+            .expect("it is known");
             for _ in 0..STINT {
                 writer::entry(&self.meter, cpu, key);
                 spend_between(&mut chance, gap);
@@ -265,7 +273,11 @@ impl Guests {
         }
         line("all attempts in vain", &tries, "|");
         let sent = numbers("signals", &sent_all);
-        line("a signal in place of the interrupt", &forced, &format!("{sent} |"));
+        line(
+            "a signal in place of the interrupt",
+            &forced,
+            &format!("{sent} |"),
+        );
     }
 
     fn copy(&self, what: &str) {
@@ -293,10 +305,18 @@ impl Guests {
             while ticks() < until {}
         }
         let lock = self.lock();
-        line(what, &alone, &format!("{}; {lock}", numbers("attempts", &attempts)));
+        line(
+            what,
+            &alone,
+            &format!("{}; {lock}", numbers("attempts", &attempts)),
+        );
         if interrupted.count() > 0 {
             let interrupts = numbers("interrupts", &interrupts);
-            line(&format!("{what}, by an interrupt"), &interrupted, &format!("{interrupts} |"));
+            line(
+                &format!("{what}, by an interrupt"),
+                &interrupted,
+                &format!("{interrupts} |"),
+            );
         }
     }
 
@@ -311,7 +331,10 @@ impl Guests {
             *gone = Totals::new();
             let from = ticks();
             let told = host(&self.meter);
-            let size = match self.meter.snapshot(&mut walker, &mut buffer, &mut gone, told) {
+            let size = match self
+                .meter
+                .snapshot(&mut walker, &mut buffer, &mut gone, told)
+            {
                 Ok(size) => size,
                 Err(NoSnapshot::Full(_)) => panic!("the buffer is large enough"),
                 Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
@@ -319,7 +342,10 @@ impl Guests {
             spread.add(ticks() - from);
             let snapshot = Snapshot::parse(&buffer[..size]).expect("a snapshot");
             let (vcpus, now) = check_records(&snapshot);
-            assert_eq!(vcpus, self.size.vcpus, "each vCPU stands in the snapshot once");
+            assert_eq!(
+                vcpus, self.size.vcpus,
+                "each vCPU stands in the snapshot once"
+            );
             assert!(now >= exits, "exits fell from {exits} to {now}");
             exits = now;
             steps += 1;
@@ -344,8 +370,14 @@ impl Guests {
     fn queries(&self) {
         let key = self.vcpus[self.size.vcpus.min(2) - 1].key();
         let kinds: [(&str, &[Query]); 2] = [
-            ("query of all reasons", &[Query::TotalExits, Query::TotalCycles]),
-            ("query of one reason", &[Query::Exits64, Query::PhaseCycles, Query::ReasonCycles]),
+            (
+                "query of all reasons",
+                &[Query::TotalExits, Query::TotalCycles],
+            ),
+            (
+                "query of one reason",
+                &[Query::Exits64, Query::PhaseCycles, Query::ReasonCycles],
+            ),
         ];
         for (what, queries) in kinds {
             let [mut plain, mut renewing] = [(); 2].map(|()| Spread::default());
@@ -384,8 +416,12 @@ impl Guests {
                 let vm = if self.size.vms == 1 { 0 } else { id };
                 let newcomer = newcomer(vcpu, vm, id as u32);
                 let from = ticks();
-                self.meter.announce(vcpu.key(), newcomer).expect("there is room");
-                let born = self.meter.at_event(vcpu.key(), ticks(), Phase::Kernel, || newcomer);
+                self.meter
+                    .announce(vcpu.key(), newcomer)
+                    .expect("there is room");
+                let born = self
+                    .meter
+                    .at_event(vcpu.key(), ticks(), Phase::Kernel, || newcomer);
                 births.add(ticks() - from);
                 assert!(born.expect("it is known").is_some(), "it is metered");
             }

@@ -238,7 +238,10 @@ unsafe impl Platform for Native {
 
     unsafe fn retire(&self, memory: NonNull<u8>, layout: Layout, room: NonNull<Retired>) {
         let from = room.as_ptr() as usize - memory.as_ptr() as usize;
-        assert!(from + size_of::<Retired>() <= layout.size().min(4096), "the room is not in it");
+        assert!(
+            from + size_of::<Retired>() <= layout.size().min(4096),
+            "the room is not in it"
+        );
         // As the kernel does, while others still read the object.
         // SAFETY: By the contract of this function nobody uses the room.
         unsafe { room.as_ptr().write([usize::from_ne_bytes([POISON; 8]); 2]) };

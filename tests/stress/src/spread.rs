@@ -96,9 +96,17 @@ mod tests {
         for value in 1..=100_000_u64 {
             spread.add(value);
         }
-        for (share, exact) in [(0.5, 50_000), (0.99, 99_000), (0.999, 99_900), (1.0, 100_000)] {
+        for (share, exact) in [
+            (0.5, 50_000),
+            (0.99, 99_000),
+            (0.999, 99_900),
+            (1.0, 100_000),
+        ] {
             let read = spread.quantile(share);
-            assert!(read >= exact && read - exact <= exact / 32, "{share}: {read}");
+            assert!(
+                read >= exact && read - exact <= exact / 32,
+                "{share}: {read}"
+            );
         }
         assert_eq!((spread.count(), spread.worst()), (100_000, 100_000));
         assert_eq!(high(bucket(u64::MAX)), u64::MAX);

@@ -167,7 +167,10 @@ impl World {
             id,
             ..Life::default()
         });
-        self.new_lives.lock().expect("no panic").push(Arc::clone(&life));
+        self.new_lives
+            .lock()
+            .expect("no panic")
+            .push(Arc::clone(&life));
         let vcpu = self.vcpu();
         life.born[0].store(self.mark(), SeqCst);
         let mut metered = true;
@@ -262,7 +265,10 @@ impl World {
         let mut exits = 0;
         for (slot, row, _) in last.rows().filter(|(slot, ..)| *slot != Slot::START) {
             let place = slot.index();
-            assert_eq!((row.exits, row.nested_exits), (it.exits[place], it.nested[place]));
+            assert_eq!(
+                (row.exits, row.nested_exits),
+                (it.exits[place], it.nested[place])
+            );
             exits += row.exits;
         }
         assert_eq!(exits, it.exits.iter().sum::<u64>());
@@ -333,42 +339,53 @@ impl World {
             let mut chance = Chance::new(seed);
             let mut told = HashMap::<(u32, u32), (u64, u64)>::new();
             while !self.stop.load(Relaxed) {
-                self.run(number, &mut it, 50, &mut Chance::new(chance.below(u64::MAX)), |it| {
-                    let code = chance.below(REASONS.into()) as u32;
-                    let kind = chance.below(KINDS.len() as u64) as u32;
-                    let (query, subleaf, read) = KINDS[kind as usize];
-                    let sum = |of: fn(&Life) -> &AtomicU64| {
-                        all.iter().map(|life| of(life).load(Acquire)).sum::<u64>()
-                    };
-                    let done = sum(|life| &life.done);
-                    let answer = self.meter.answer(it.vcpu.key(), query, subleaf + code);
-                    let answer = read(answer.expect("it is metered").1);
-                    let begun = sum(|life| &life.begun);
-                    let own = match query {
-                        // As of the latest renewal.
-                        _ if self.plan.host_scope => 0,
-                        Query::TotalExits => it.exits.iter().sum(),
-                        Query::Exits64 => it.exits[code as usize],
-                        _ => 0,
-                    };
-                    let per_reason = if query == Query::TotalExits || query == Query::TotalCycles {
-                        0
-                    } else {
-                        code
-                    };
-                    let (before, own_before) =
-                        told.insert((kind, per_reason), (answer, own)).unwrap_or((0, 0));
-                    assert!(
+                self.run(
+                    number,
+                    &mut it,
+                    50,
+                    &mut Chance::new(chance.below(u64::MAX)),
+                    |it| {
+                        let code = chance.below(REASONS.into()) as u32;
+                        let kind = chance.below(KINDS.len() as u64) as u32;
+                        let (query, subleaf, read) = KINDS[kind as usize];
+                        let sum = |of: fn(&Life) -> &AtomicU64| {
+                            all.iter().map(|life| of(life).load(Acquire)).sum::<u64>()
+                        };
+                        let done = sum(|life| &life.done);
+                        let answer = self.meter.answer(it.vcpu.key(), query, subleaf + code);
+                        let answer = read(answer.expect("it is metered").1);
+                        let begun = sum(|life| &life.begun);
+                        let own = match query {
+                            // As of the latest renewal.
+                            _ if self.plan.host_scope => 0,
+                            Query::TotalExits => it.exits.iter().sum(),
+                            Query::Exits64 => it.exits[code as usize],
+                            _ => 0,
+                        };
+                        let per_reason =
+                            if query == Query::TotalExits || query == Query::TotalCycles {
+                                0
+                            } else {
+                                code
+                            };
+                        let (before, own_before) = told
+                            .insert((kind, per_reason), (answer, own))
+                            .unwrap_or((0, 0));
+                        assert!(
                         answer >= before + (own - own_before),
                         "{query:?} {code}: {answer} after {before}, own {own} after {own_before}"
                     );
-                    if query == Query::TotalExits && !self.plan.host_scope {
-                        assert!(answer <= begun, "{answer} exits told, {begun} begun");
-                        // Those of a large VM may be a little old.
-                        assert!(it.vm == LARGE || answer >= done, "{answer} told, {done} done");
-                    }
-                    asked += 1;
-                });
+                        if query == Query::TotalExits && !self.plan.host_scope {
+                            assert!(answer <= begun, "{answer} exits told, {begun} begun");
+                            // Those of a large VM may be a little old.
+                            assert!(
+                                it.vm == LARGE || answer >= done,
+                                "{answer} told, {done} done"
+                            );
+                        }
+                        asked += 1;
+                    },
+                );
             }
         });
         (it, asked)
@@ -396,12 +413,24 @@ type Read = fn(Registers) -> u64;
 
 /// Queries, with a subleaf to which a reason is added, and how their answers are read.
 const KINDS: [(Query, u32, Read); 6] = [
-    (Query::TotalExits, 0, |it| u64::from(it.ebx) << 32 | u64::from(it.eax)),
-    (Query::TotalCycles, 0, |it| u64::from(it.ebx) << 32 | u64::from(it.ecx)),
-    (Query::Exits64, 0, |it| u64::from(it.edx) << 32 | u64::from(it.eax)),
-    (Query::ReasonCycles, 0, |it| u64::from(it.ebx) << 32 | u64::from(it.ecx)),
-    (Query::PhaseCycles, 0, |it| u64::from(it.edx) << 32 | u64::from(it.eax)),
-    (Query::PhaseCycles, 1 << 16, |it| u64::from(it.edx) << 32 | u64::from(it.eax)),
+    (Query::TotalExits, 0, |it| {
+        u64::from(it.ebx) << 32 | u64::from(it.eax)
+    }),
+    (Query::TotalCycles, 0, |it| {
+        u64::from(it.ebx) << 32 | u64::from(it.ecx)
+    }),
+    (Query::Exits64, 0, |it| {
+        u64::from(it.edx) << 32 | u64::from(it.eax)
+    }),
+    (Query::ReasonCycles, 0, |it| {
+        u64::from(it.ebx) << 32 | u64::from(it.ecx)
+    }),
+    (Query::PhaseCycles, 0, |it| {
+        u64::from(it.edx) << 32 | u64::from(it.eax)
+    }),
+    (Query::PhaseCycles, 1 << 16, |it| {
+        u64::from(it.edx) << 32 | u64::from(it.eax)
+    }),
 ];
 
 #[derive(Debug, Default)]
@@ -426,7 +455,8 @@ struct Watcher<'a> {
 impl Watcher<'_> {
     fn take_new(&mut self) {
         let new = core::mem::take(&mut *self.world.new_lives.lock().expect("no panic"));
-        self.lives.extend(new.into_iter().map(|life| (life.id, life)));
+        self.lives
+            .extend(new.into_iter().map(|life| (life.id, life)));
     }
 
     fn snapshot(&mut self) {
@@ -461,12 +491,22 @@ impl Watcher<'_> {
 
         let mut seen = HashSet::new();
         for vcpu in snapshot.vcpus() {
-            let life = self.lives.get(&vcpu.id()).expect("one that is not long gone");
-            assert!(seen.insert(vcpu.id()), "vCPU {} stands there twice", vcpu.id());
+            let life = self
+                .lives
+                .get(&vcpu.id())
+                .expect("one that is not long gone");
+            assert!(
+                seen.insert(vcpu.id()),
+                "vCPU {} stands there twice",
+                vcpu.id()
+            );
             let exits: u64 = vcpu.rows().map(|row| row.exits()).sum();
             let begun = life.begun.load(Acquire);
             let done = before.get(&vcpu.id()).copied().unwrap_or(0);
-            assert!(done <= exits && exits <= begun, "{done} <= {exits} <= {begun}");
+            assert!(
+                done <= exits && exits <= begun,
+                "{done} <= {exits} <= {begun}"
+            );
             let died = life.died[1].load(SeqCst);
             assert!(died == 0 || died > start, "vCPU {} was gone", vcpu.id());
         }
@@ -479,7 +519,11 @@ impl Watcher<'_> {
             let [died_from, died_to] = [0, 1].map(|at| life.died[at].load(SeqCst));
             let is = |mark: u64, before: u64| mark != 0 && mark < before;
             let is_seen = seen.contains(&life.id);
-            assert!(!is_seen || is(born_from, end), "vCPU {} was not born", life.id);
+            assert!(
+                !is_seen || is(born_from, end),
+                "vCPU {} was not born",
+                life.id
+            );
             if is(died_to, start) && !life.counts.load(SeqCst) {
                 assert!(!is_seen, "one without an event");
                 settled.push(life.id);
@@ -701,12 +745,20 @@ fn demand_told(world: &World, left: &[Runnable], vm: usize) {
     let sum = |of: &dyn Fn(&Runnable) -> u64| members.iter().map(|it| of(it)).sum::<u64>();
     let (_, _, read) = KINDS[0];
     let told = read(ask(Query::TotalExits, 0));
-    assert_eq!(told, sum(&|it| it.exits.iter().sum()), "all exits of VM {vm}");
+    assert_eq!(
+        told,
+        sum(&|it| it.exits.iter().sum()),
+        "all exits of VM {vm}"
+    );
     for code in 0..REASONS {
         let (_, _, read) = KINDS[2];
         let told = read(ask(Query::Exits64, code));
         assert_eq!(told, sum(&|it| it.exits[code as usize]), "VM {vm}, {code}");
         let told = read(ask(Query::Exits64, code | 1 << 16));
-        assert_eq!(told, sum(&|it| it.nested[code as usize]), "VM {vm}, {code}, nested");
+        assert_eq!(
+            told,
+            sum(&|it| it.nested[code as usize]),
+            "VM {vm}, {code}, nested"
+        );
     }
 }

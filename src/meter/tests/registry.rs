@@ -1,0 +1,894 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The registry by its interface, in one thread, beside a plain model: who is metered, what is told
+//! of whom, and that all memory comes back.
+//!
+//! Others come and go between the steps of a walk, which is where the platform lets others have
+//! the CPU; and each allocation fails in its turn.
+
+use std::{
+    alloc::{alloc_zeroed, dealloc, Layout},
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap},
+    ptr::NonNull,
+    rc::Rc,
+};
+
+use exitmeter_meter::{
+    leaves::{LeafMap, Leaves, Query},
+    ledger::{Ledger, LedgerCopy, Totals, TRIES},
+    phase::Phase,
+    reader::Snapshot,
+    reasons::{slot, Isa},
+    registry::{
+        platform::Retired,
+        walk::{NoSnapshot, Walker},
+        Newcomer, NoMemory, Owner, Platform, Refused, Registry, Settings, GROUP,
+    },
+    snapshot::{size_for, Host, NAME_SIZE},
+};
+use proptest::prelude::*;
+
+/// The clock's ticks in a millisecond.
+const MILLISECOND: u64 = 1000;
+
+/// What happens at a pause.
+type Meanwhile = Box<dyn FnMut(&Registry<Plain>)>;
+
+/// What the platform and the test share.
+#[derive(Default)]
+struct Shared {
+    locked: Cell<bool>,
+    readers: Cell<usize>,
+    now: Cell<u64>,
+    objects: Cell<i64>,
+    allocations: Cell<usize>,
+    /// The allocation that fails, counted from 1.
+    fails: Cell<usize>,
+    retired: RefCell<Vec<(NonNull<u8>, Layout)>>,
+    /// Time that KVM polled for each vCPU that lives.
+    polled: RefCell<HashMap<usize, u64>>,
+    steps: Cell<u64>,
+    most_steps: Cell<u64>,
+    /// CPUs of vCPUs, and copies that were made there.
+    cpus: RefCell<HashMap<usize, u32>>,
+    interrupts: Cell<u32>,
+    /// Interrupts that fail.
+    failing: Cell<u32>,
+    registry: Cell<*const Registry<Plain>>,
+    meanwhile: RefCell<Option<Meanwhile>>,
+}
+
+impl Shared {
+    /// Free what is retired, once nobody reads.
+    fn pass_time(&self) {
+        if self.readers.get() > 0 {
+            return;
+        }
+        for (memory, layout) in self.retired.take() {
+            // SAFETY: It comes from `allocate`, and nobody reads it any more.
+            unsafe { self.free(memory, layout) };
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Platform::free`].
+    unsafe fn free(&self, memory: NonNull<u8>, layout: Layout) {
+        // SAFETY: By the contract of this function.
+        unsafe {
+            memory.as_ptr().write_bytes(0xdb, layout.size());
+            dealloc(memory.as_ptr(), layout);
+        }
+        self.objects.set(self.objects.get() - 1);
+    }
+}
+
+/// A platform of one thread.
+struct Plain(Rc<Shared>);
+
+/// Keeps what is retired.
+struct Reading(Rc<Shared>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.readers.set(self.0.readers.get() - 1);
+    }
+}
+
+// SAFETY: There is one thread; the lock panics when it is taken twice, memory is the allocator's,
+// and what is retired is freed while nobody reads.
+unsafe impl Platform for Plain {
+    type Reading = Reading;
+
+    fn lock(&self) {
+        assert!(!self.0.locked.replace(true), "the lock is taken twice");
+        self.0.steps.set(0);
+    }
+
+    unsafe fn unlock(&self) {
+        assert!(self.0.locked.replace(false), "the lock is not held");
+        let most = self.0.most_steps.get().max(self.0.steps.get());
+        self.0.most_steps.set(most);
+    }
+
+    fn read(&self) -> Reading {
+        self.0.readers.set(self.0.readers.get() + 1);
+        Reading(Rc::clone(&self.0))
+    }
+
+    fn allocate(&self, layout: Layout, _may_sleep: bool) -> Option<NonNull<u8>> {
+        assert!(!self.0.locked.get(), "memory is allocated under the lock");
+        self.0.allocations.set(self.0.allocations.get() + 1);
+        if self.0.allocations.get() == self.0.fails.get() {
+            return None;
+        }
+        self.0.objects.set(self.0.objects.get() + 1);
+        // SAFETY: The registry has no empty objects.
+        NonNull::new(unsafe { alloc_zeroed(layout) })
+    }
+
+    unsafe fn free(&self, memory: NonNull<u8>, layout: Layout) {
+        assert!(!self.0.locked.get(), "memory is freed under the lock");
+        // SAFETY: By the contract of this function.
+        unsafe { self.0.free(memory, layout) };
+    }
+
+    unsafe fn retire(&self, memory: NonNull<u8>, layout: Layout, room: NonNull<Retired>) {
+        // SAFETY: By the contract of this function nobody uses the room.
+        unsafe { room.as_ptr().write([usize::MAX; 2]) };
+        self.0.retired.borrow_mut().push((memory, layout));
+    }
+
+    fn forget(&self, _key: usize) {}
+
+    fn polled(&self, key: usize) -> u64 {
+        assert!(self.0.locked.get());
+        let polled = self.0.polled.borrow();
+        *polled.get(&key).expect("a vCPU that lives")
+    }
+
+    fn cpu(&self, key: usize) -> Option<u32> {
+        assert!(self.0.locked.get());
+        assert!(self.0.polled.borrow().contains_key(&key), "it lives");
+        self.0.cpus.borrow().get(&key).copied()
+    }
+
+    fn copy_on(&self, _cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+        assert!(
+            !self.0.locked.get(),
+            "an interrupt is awaited under the lock"
+        );
+        self.0.interrupts.set(self.0.interrupts.get() + 1);
+        self.0.interrupts.get() > self.0.failing.get() && ledger.try_copy(out)
+    }
+
+    fn now(&self) -> u64 {
+        self.0.now.get()
+    }
+
+    fn millisecond(&self) -> u64 {
+        MILLISECOND
+    }
+
+    fn pause(&self) {
+        assert!(!self.0.locked.get(), "it pauses under the lock");
+        self.0.pass_time();
+        let meanwhile = self.0.meanwhile.take();
+        if let Some(mut meanwhile) = meanwhile {
+            // SAFETY: The registry that pauses is there, and all it takes is a shared reference.
+            meanwhile(unsafe { &*self.0.registry.get() });
+            *self.0.meanwhile.borrow_mut() = Some(meanwhile);
+        }
+    }
+
+    fn step(&self) {
+        assert!(self.0.locked.get(), "a step without the lock");
+        self.0.steps.set(self.0.steps.get() + 1);
+    }
+}
+
+const MOST_STEPS: u64 = 64;
+
+fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
+    Settings {
+        leaves: Leaves {
+            map: LeafMap::Map2021,
+            isa: Isa::Vmx,
+            life: 1,
+        },
+        host_scope,
+        max_vcpus,
+        copy_tries: TRIES,
+    }
+}
+
+/// A registry, and what the test knows of it.
+struct Bench {
+    registry: Box<Registry<Plain>>,
+    shared: Rc<Shared>,
+}
+
+/// Return the numbers of a snapshot: exits by vCPU id, all of the totals, gone, and unmetered.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Told {
+    exits: BTreeMap<u32, u64>,
+    totals: u64,
+    gone: u64,
+    unmetered: u64,
+}
+
+impl Bench {
+    fn new(max_vcpus: usize, host_scope: bool) -> Self {
+        let shared = Rc::new(Shared::default());
+        shared.now.set(1 << 30);
+        let registry = Registry::new(Plain(Rc::clone(&shared)), settings(max_vcpus, host_scope));
+        let registry = Box::new(registry.expect("memory"));
+        shared.registry.set(&*registry);
+        Self { registry, shared }
+    }
+
+    fn announce(&self, key: usize, vm: usize, id: u32) -> Result<(), Refused> {
+        announce(&self.registry, &self.shared, key, vm, id)
+    }
+
+    fn exits(&self, key: usize, count: u64) -> bool {
+        exits(&self.registry, &self.shared, key, count)
+    }
+
+    fn destroy(&self, key: usize) {
+        destroy(&self.registry, &self.shared, key);
+    }
+
+    fn snapshot(&self) -> Told {
+        let mut buffer = vec![0; size_for(600, 2000)];
+        let mut gone = Totals::new();
+        let mut walker = Walker::new();
+        let host = Host {
+            isa: Isa::Vmx,
+            leaf_map: LeafMap::Map2021,
+            host_scope: false,
+            tsc_khz: 0,
+            tsc_stable: true,
+            loaded: 0,
+            now: 0,
+            clock_offset: 0,
+            life: 1,
+        };
+        let size = self
+            .registry
+            .snapshot(&mut walker, &mut buffer, &mut gone, host);
+        let snapshot = Snapshot::parse(&buffer[..size.expect("it fits")]).expect("a snapshot");
+        let mut told = Told {
+            gone: snapshot.gone(),
+            unmetered: snapshot.unmetered(),
+            totals: snapshot.totals().map(|row| row.exits()).sum(),
+            ..Told::default()
+        };
+        for vcpu in snapshot.vcpus() {
+            assert!(vcpu.balances());
+            let exits = vcpu.rows().map(|row| row.exits()).sum();
+            let twice = told.exits.insert(vcpu.id(), exits);
+            assert_eq!(twice, None, "vCPU {} stands there twice", vcpu.id());
+        }
+        told
+    }
+
+    fn ask(&self, key: usize) -> Option<u64> {
+        let (_, answer) = self.registry.answer(key, Query::TotalExits, 0)?;
+        Some(u64::from(answer.ebx) << 32 | u64::from(answer.eax))
+    }
+
+    /// Let two milliseconds pass, so that sums are due.
+    fn wait(&self) {
+        self.shared.now.set(self.shared.now.get() + 2 * MILLISECOND);
+    }
+
+    /// End the registry, and demand that it gives back all.
+    fn end(self) {
+        assert!(self.shared.most_steps.get() <= MOST_STEPS);
+        drop(self.registry);
+        self.shared.pass_time();
+        assert_eq!(self.shared.objects.get(), 0, "objects not given back");
+    }
+}
+
+fn newcomer(shared: &Shared, key: usize, vm: usize, id: u32) -> Newcomer {
+    let polled = *shared.polled.borrow_mut().entry(key).or_insert(100);
+    Newcomer {
+        owner: Some(Owner {
+            vm: (1 << 40) + vm * 4096,
+            name: [0; NAME_SIZE],
+            pid: vm as u32,
+            vcpu: id,
+        }),
+        is_new: true,
+        polled,
+    }
+}
+
+fn announce(
+    registry: &Registry<Plain>,
+    shared: &Shared,
+    key: usize,
+    vm: usize,
+    id: u32,
+) -> Result<(), Refused> {
+    registry.announce(key, newcomer(shared, key, vm, id))
+}
+
+/// Have a vCPU that is known exit that often; return false if it is unmetered.
+fn exits(registry: &Registry<Plain>, shared: &Shared, key: usize, count: u64) -> bool {
+    let tick = || {
+        shared.now.set(shared.now.get() + 7);
+        shared.now.get()
+    };
+    let newcomer = || -> Newcomer { panic!("vCPU {key} is known") };
+    let member = registry.at_event(key, tick(), Phase::Kernel, newcomer);
+    let Some(member) = member.expect("it is known") else {
+        return false;
+    };
+    for _ in 0..count {
+        member.ledger().entry(tick());
+        member.ledger().exit(tick(), slot(Isa::Vmx, 10));
+    }
+    true
+}
+
+fn destroy(registry: &Registry<Plain>, shared: &Shared, key: usize) {
+    let polled = shared.polled.borrow().get(&key).copied().unwrap_or(0);
+    registry.destroy(key, polled);
+    shared.polled.borrow_mut().remove(&key);
+    shared.pass_time();
+}
+
+fn key(place: usize) -> usize {
+    0x10_0000 + place * 0x2340
+}
+
+/// A vCPU of the model.
+#[derive(Clone, Debug)]
+struct Known {
+    id: u32,
+    vm: usize,
+    exits: u64,
+    /// It has had an event.
+    began: bool,
+    metered: bool,
+}
+
+#[derive(Debug, Default)]
+struct Model {
+    vcpus: BTreeMap<usize, Known>,
+    next: u32,
+    gone: u64,
+    gone_exits: u64,
+    unmetered: u64,
+}
+
+impl Model {
+    fn metered(&self) -> impl Iterator<Item = &Known> {
+        self.vcpus.values().filter(|it| it.metered)
+    }
+
+    fn told(&self) -> Told {
+        let began = self.metered().filter(|it| it.began);
+        Told {
+            exits: began.map(|it| (it.id, it.exits)).collect(),
+            totals: self.gone_exits,
+            gone: self.gone,
+            unmetered: self.unmetered,
+        }
+    }
+
+    /// Do one thing to a vCPU: make it, have it exit, or destroy it.
+    fn change(
+        &mut self,
+        (registry, shared): (&Registry<Plain>, &Shared),
+        max_vcpus: usize,
+        (place, vm, what): (usize, usize, u64),
+    ) {
+        let key = key(place);
+        let Some(known) = self.vcpus.get_mut(&place) else {
+            let id = self.next;
+            self.next += 1;
+            let room = self.metered().count() < max_vcpus;
+            let known = announce(registry, shared, key, vm, id);
+            assert_eq!(known, if room { Ok(()) } else { Err(Refused::NoRoom) });
+            self.unmetered += u64::from(!room);
+            self.vcpus.insert(
+                place,
+                Known {
+                    id,
+                    vm,
+                    exits: 0,
+                    began: false,
+                    metered: room,
+                },
+            );
+            return;
+        };
+        if what % 3 == 0 {
+            let known = known.clone();
+            destroy(registry, shared, key);
+            self.vcpus.remove(&place);
+            if known.metered && known.began {
+                self.gone += 1;
+                self.gone_exits += known.exits;
+            }
+        } else {
+            assert_eq!(exits(registry, shared, key, what), known.metered);
+            known.began = true;
+            known.exits += what;
+        }
+    }
+}
+
+/// How often each property is tried, and how much is done in each. Miri takes a thousand times as
+/// long.
+const CHANGES: usize = if cfg!(miri) { 30 } else { 600 };
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 60 }, ..ProptestConfig::default() })]
+
+    /// vCPUs that come and go in any order, up to `max_vcpus` of them metered: snapshots, queries
+    /// and totals are those of the model.
+    #[test]
+    fn who_comes_and_goes_is_told_once(
+        max_vcpus in prop_oneof![Just(3_usize), Just(40), Just(200)],
+        changes in proptest::collection::vec((0_usize..150, 0_usize..4, 0_u64..9), 0..CHANGES),
+    ) {
+        let bench = Bench::new(max_vcpus, false);
+        let mut model = Model::default();
+        for (number, change) in changes.into_iter().enumerate() {
+            // Most of one VM, so that it grows past two groups.
+            let change = (change.0, change.1.saturating_sub(2), change.2);
+            model.change((&bench.registry, &bench.shared), max_vcpus, change);
+            if number % 50 == 0 {
+                prop_assert_eq!(bench.snapshot(), model.told());
+                bench.wait();
+                for (place, known) in &model.vcpus {
+                    let of_vm = model.metered().filter(|it| it.vm == known.vm);
+                    let sum = of_vm.map(|it| it.exits).sum::<u64>();
+                    let due = (known.metered && known.began).then_some(sum);
+                    bench.wait();
+                    prop_assert_eq!(bench.ask(key(*place)), due);
+                }
+            }
+        }
+        prop_assert_eq!(bench.snapshot(), model.told());
+        let mut totals = Totals::new();
+        bench.registry.add_totals(&mut Walker::new(), &mut totals);
+        let live: u64 = model.metered().map(|it| it.exits).sum();
+        prop_assert_eq!(totals.row(slot(Isa::Vmx, 10)).exits, live + model.gone_exits);
+        bench.end();
+    }
+
+    /// vCPUs that come and go while a snapshot is taken: each that there was when it began is in it
+    /// once, none that came later; and the next one has all again.
+    #[test]
+    fn a_snapshot_is_of_those_at_its_beginning(
+        first in 0_usize..150,
+        changes in proptest::collection::vec((0_usize..150, 0_usize..3, 0_u64..9), 0..CHANGES),
+    ) {
+        let bench = Bench::new(200, false);
+        let model = Rc::new(RefCell::new(Model::default()));
+        for place in 0..first {
+            for what in [0, 1] {
+                let change = (place, place % 3, what);
+                model.borrow_mut().change((&bench.registry, &bench.shared), 200, change);
+            }
+        }
+        let before = model.borrow().told();
+        let (after, mut left) = (Rc::clone(&model), changes.into_iter());
+        let shared = Rc::downgrade(&bench.shared);
+        *bench.shared.meanwhile.borrow_mut() = Some(Box::new(move |registry| {
+            let shared = shared.upgrade().expect("it is there");
+            for change in left.by_ref().take(40) {
+                after.borrow_mut().change((registry, &shared), 200, change);
+            }
+        }));
+        let told = bench.snapshot();
+        drop(bench.shared.meanwhile.take());
+        prop_assert_eq!(told.gone, before.gone);
+        prop_assert_eq!(told.totals, before.totals);
+        let ids: Vec<_> = told.exits.keys().collect();
+        prop_assert_eq!(ids, before.exits.keys().collect::<Vec<_>>());
+        for (id, exits) in &before.exits {
+            prop_assert!(told.exits[id] >= *exits);
+        }
+        prop_assert_eq!(bench.snapshot(), model.borrow().told());
+        bench.end();
+    }
+}
+
+/// A VM grows past one, two and three groups and shrinks again; free places are taken anew.
+#[test]
+fn a_vm_grows_and_shrinks_by_groups() {
+    let bench = Bench::new(1000, false);
+    let count = 3 * GROUP + 1;
+    let mut sum = 0;
+    for round in 0..3 {
+        for place in 0..count {
+            if round == 0 || place % 2 == 1 {
+                bench
+                    .announce(key(place), 0, (round * count + place) as u32)
+                    .expect("room");
+            }
+            assert!(bench.exits(key(place), 2));
+        }
+        sum += 2 * count as u64;
+        bench.wait();
+        for place in 0..count {
+            assert_eq!(bench.ask(key(place)), Some(sum), "vCPU {place}");
+        }
+        assert_eq!(bench.snapshot().exits.len(), count);
+        for place in (1..count).step_by(2) {
+            let member = bench.registry.known(key(place)).expect("it is known");
+            sum -= member.ledger().total_exits();
+            bench.destroy(key(place));
+        }
+        bench.wait();
+        assert_eq!(bench.ask(key(0)), Some(sum));
+    }
+    // A VM takes no more groups than it ever had vCPUs for.
+    let objects = bench.shared.objects.get();
+    for place in (1..count).step_by(2) {
+        bench.announce(key(place), 0, 0).expect("room");
+    }
+    assert_eq!(bench.shared.objects.get() - objects, (count / 2) as i64);
+    bench.end();
+}
+
+/// What a guest is told does not fall when a vCPU of a new group asks, although the sums were renewed
+/// just before.
+#[test]
+fn a_new_group_is_told_of_the_others_at_once() {
+    let bench = Bench::new(1000, false);
+    for place in 0..=3 * GROUP {
+        bench.announce(key(place), 0, place as u32).expect("room");
+        assert!(bench.exits(key(place), 5));
+        // No time passes but that of the exits.
+        assert_eq!(
+            bench.ask(key(place)).map(|told| told >= 5 * place as u64),
+            Some(true),
+            "{place}"
+        );
+    }
+    bench.end();
+}
+
+/// Above a group, a query has the own group's numbers at once and the others' within a millisecond.
+#[test]
+fn the_own_group_is_fresh() {
+    let bench = Bench::new(1000, false);
+    for place in 0..2 * GROUP {
+        bench.announce(key(place), 0, place as u32).expect("room");
+        assert!(bench.exits(key(place), 1));
+    }
+    bench.wait();
+    let all = 2 * GROUP as u64;
+    assert_eq!(bench.ask(key(0)), Some(all));
+    // Fewer ticks than a millisecond has.
+    assert!(bench.exits(key(1), 10) && bench.exits(key(GROUP), 20));
+    assert_eq!(bench.ask(key(0)), Some(all + 10));
+    assert_eq!(bench.ask(key(GROUP)), Some(all + 20));
+    bench.wait();
+    assert_eq!(bench.ask(key(0)), Some(all + 30));
+    bench.end();
+}
+
+/// The sums of the host: exact while there are few vCPUs, as of the latest renewal above, those that
+/// are gone with them, and never less than before.
+#[test]
+fn the_host_is_summed_up() {
+    let bench = Bench::new(1000, true);
+    let mut sum = 0;
+    for place in 0..2 * GROUP {
+        bench
+            .announce(key(place), place % 5, place as u32)
+            .expect("room");
+        assert!(bench.exits(key(place), 3));
+        sum += 3;
+        let told = bench.ask(key(place)).expect("metered");
+        assert!(told <= sum);
+        if place < GROUP || place == GROUP {
+            // Also when the 33rd comes: what was told before is not older than the sums.
+            assert_eq!(told, sum, "{place}");
+        }
+        bench.wait();
+        assert_eq!(bench.ask(key(0)), Some(sum));
+    }
+    for place in 1..2 * GROUP {
+        bench.destroy(key(place));
+        bench.wait();
+        assert_eq!(bench.ask(key(0)), Some(sum), "those that are gone count on");
+    }
+    // Few again, and then many, within a millisecond.
+    assert!(bench.exits(key(0), 1));
+    sum += 1;
+    assert_eq!(bench.ask(key(0)), Some(sum));
+    for place in 1..2 * GROUP {
+        bench.announce(key(place), 7, place as u32).expect("room");
+    }
+    assert_eq!(bench.ask(key(0)), Some(sum), "not as of before");
+    bench.end();
+}
+
+/// Few vCPUs of the host are summed up by steps that do not grow with those that are gone.
+#[test]
+fn steps_under_the_lock_do_not_grow() {
+    for (vcpus, vms) in [(1, 1), (300, 1), (300, 300)] {
+        let bench = Bench::new(1000, true);
+        for place in 0..vcpus {
+            bench
+                .announce(key(place), place % vms, place as u32)
+                .expect("room");
+            assert!(bench.exits(key(place), 1));
+            bench.ask(key(place));
+        }
+        bench.wait();
+        assert_eq!(bench.snapshot().exits.len(), vcpus);
+        // Groups that are empty now.
+        for place in 0..vcpus - 1 {
+            bench.destroy(key(place));
+        }
+        assert_eq!(bench.snapshot().exits.len(), 1);
+        assert!(bench.shared.most_steps.get() <= MOST_STEPS);
+        bench.end();
+    }
+}
+
+/// Each allocation fails in its turn: the vCPU goes unmetered and is counted, and nothing is left
+/// behind of it.
+#[test]
+fn an_allocation_that_fails_undoes_all() {
+    // A VM's first vCPU, one more, and the ones that take a second and a third group.
+    for before in [0, 1, GROUP, 2 * GROUP] {
+        for fails in 1.. {
+            let bench = Bench::new(1000, false);
+            for place in 0..before {
+                bench.announce(key(place), 0, place as u32).expect("room");
+                assert!(bench.exits(key(place), 1));
+            }
+            let objects = bench.shared.objects.get();
+            bench
+                .shared
+                .fails
+                .set(bench.shared.allocations.get() + fails);
+            let known = bench.announce(key(before), 0, before as u32);
+            bench.shared.fails.set(0);
+            if known.is_ok() {
+                assert!(fails > 1, "a vCPU takes memory");
+                bench.end();
+                break;
+            }
+            assert_eq!(known, Err(Refused::NoMemory));
+            assert_eq!(
+                bench.shared.objects.get(),
+                objects,
+                "before {before}, fails {fails}"
+            );
+            assert!(!bench.exits(key(before), 1), "it stays unmetered");
+            // The next one is metered, by what is there.
+            bench.announce(key(before + 1), 0, 1000).expect("memory");
+            assert!(bench.exits(key(before + 1), 1));
+            let told = bench.snapshot();
+            assert_eq!((told.exits.len(), told.unmetered), (before + 1, 1));
+            bench.wait();
+            assert_eq!(bench.ask(key(before + 1)), Some(before as u64 + 1));
+            bench.destroy(key(before));
+            bench.end();
+        }
+    }
+}
+
+/// A registry without memory is none, and takes none.
+#[test]
+fn no_registry_without_memory() {
+    for host_scope in [false, true] {
+        for fails in 1.. {
+            let shared = Rc::new(Shared::default());
+            shared.fails.set(fails);
+            let made = Registry::new(Plain(Rc::clone(&shared)), settings(10, host_scope));
+            if let Ok(registry) = made {
+                assert_eq!(fails, if host_scope { 5 } else { 4 });
+                drop(registry);
+                assert_eq!(shared.objects.get(), 0);
+                break;
+            }
+            assert_eq!(made.err(), Some(NoMemory));
+            assert_eq!(shared.objects.get(), 0, "fails {fails}");
+        }
+    }
+}
+
+/// KVM makes a vCPU and fails before its first event: nothing is told of it, and nothing is left.
+#[test]
+fn a_vcpu_without_an_event_leaves_nothing() {
+    let bench = Bench::new(10, false);
+    let objects = bench.shared.objects.get();
+    bench.announce(key(1), 0, 1).expect("room");
+    assert!(bench.registry.known(key(1)).is_none(), "it has not begun");
+    assert_eq!(bench.snapshot(), Told::default());
+    bench.destroy(key(1));
+    bench.shared.pass_time();
+    assert_eq!(bench.shared.objects.get(), objects);
+    assert_eq!(bench.snapshot(), Told::default());
+    // One that KVM destroys and that was never known.
+    bench.destroy(key(2));
+    assert_eq!(bench.snapshot(), Told::default());
+    bench.end();
+}
+
+/// Past `max_vcpus` a vCPU is counted once and never metered, whatever room there is later; past the
+/// marks as well, as long as it is not new.
+#[test]
+fn unmetered_is_for_life() {
+    const MARKS: usize = 4096;
+    let bench = Bench::new(1, false);
+    bench.announce(key(0), 0, 0).expect("room");
+    let refused = MARKS + 3;
+    for place in 1..=refused {
+        assert_eq!(
+            bench.announce(key(place), 0, place as u32),
+            Err(Refused::NoRoom)
+        );
+    }
+    assert_eq!(bench.snapshot().unmetered, refused as u64);
+    bench.destroy(key(0));
+    // One with a mark, and one without, which was made before.
+    let old = |place| Newcomer {
+        is_new: false,
+        ..newcomer(&bench.shared, key(place), 0, place as u32)
+    };
+    for place in [1, refused] {
+        let now = bench.shared.now.get();
+        let event = bench
+            .registry
+            .at_event(key(place), now, Phase::Kernel, || old(place));
+        assert!(event.expect("it was counted").is_none());
+    }
+    assert_eq!(
+        bench.snapshot().unmetered,
+        refused as u64,
+        "each is counted once"
+    );
+    // A new one is metered in the room that is there.
+    bench.announce(key(refused + 1), 0, 1).expect("room");
+    assert!(bench.exits(key(refused + 1), 1));
+    for place in 1..=refused + 1 {
+        bench.destroy(key(place));
+    }
+    let told = bench.snapshot();
+    assert_eq!(
+        (told.gone, told.totals, told.unmetered),
+        (1, 1, refused as u64)
+    );
+    bench.end();
+}
+
+/// A vCPU whose reasons cannot be read is marked, and counted once.
+#[test]
+fn unreadable_is_counted_once() {
+    let bench = Bench::new(10, false);
+    let newcomer = Newcomer {
+        owner: None,
+        ..newcomer(&bench.shared, key(1), 0, 1)
+    };
+    let event = bench
+        .registry
+        .at_event(key(1), 1, Phase::Kernel, || newcomer);
+    assert_eq!(event.err(), Some(Refused::Unreadable));
+    let event = bench
+        .registry
+        .at_event(key(1), 2, Phase::Kernel, || panic!("it is known"));
+    assert!(event.expect("it was counted").is_none());
+    assert_eq!(bench.snapshot().unmetered, 1);
+    bench.destroy(key(1));
+    bench.end();
+}
+
+/// Time that KVM polled counts from when the vCPU was taken in, up to its end.
+#[test]
+fn polled_time_is_told_once() {
+    let bench = Bench::new(10, false);
+    let totals = || {
+        let mut totals = Totals::new();
+        bench.registry.add_totals(&mut Walker::new(), &mut totals);
+        totals.polled
+    };
+    for place in 0..2 {
+        bench.announce(key(place), 0, place as u32).expect("room");
+        assert!(bench.exits(key(place), 1));
+    }
+    assert_eq!(totals(), 0);
+    *bench
+        .shared
+        .polled
+        .borrow_mut()
+        .get_mut(&key(0))
+        .expect("it lives") += 40;
+    *bench
+        .shared
+        .polled
+        .borrow_mut()
+        .get_mut(&key(1))
+        .expect("it lives") += 2;
+    assert_eq!(totals(), 42);
+    bench.destroy(key(0));
+    assert_eq!(totals(), 42);
+    bench.end();
+}
+
+/// A ledger that does not stand still is copied by interrupts, as many as are allowed; and then not.
+#[test]
+fn a_copy_takes_a_bounded_number_of_interrupts() {
+    for (failing, due) in [(0, Some(1)), (15, Some(16)), (16, None)] {
+        let bench = Bench::new(10, false);
+        bench.announce(key(1), 0, 1).expect("room");
+        assert!(bench.exits(key(1), 3));
+        bench.shared.failing.set(failing);
+        bench.shared.cpus.borrow_mut().insert(key(1), 0);
+        let member = bench.registry.known(key(1)).expect("it is known");
+        let mut copy = LedgerCopy::new();
+        // At rest no interrupt is sent.
+        assert_eq!(bench.registry.copy(member, &mut copy), Some((0, 0)));
+        let tries = Settings {
+            copy_tries: 0,
+            ..settings(10, false)
+        };
+        bench.end();
+        let shared = Rc::new(Shared::default());
+        shared.failing.set(failing);
+        let registry = Registry::new(Plain(Rc::clone(&shared)), tries).expect("memory");
+        announce(&registry, &shared, key(1), 0, 1).expect("room");
+        shared.now.set(1);
+        assert!(exits(&registry, &shared, key(1), 3));
+        shared.cpus.borrow_mut().insert(key(1), 0);
+        let member = registry.known(key(1)).expect("it is known");
+        let copied = registry.copy(member, &mut copy);
+        assert_eq!(copied.map(|(_, sent)| sent), due);
+        assert_eq!(shared.interrupts.get(), failing.min(15) + 1);
+        let mut buffer = vec![0; size_for(4, 40)];
+        let host = Host {
+            isa: Isa::Vmx,
+            leaf_map: LeafMap::Map2021,
+            host_scope: false,
+            tsc_khz: 0,
+            tsc_stable: true,
+            loaded: 0,
+            now: 0,
+            clock_offset: 0,
+            life: 1,
+        };
+        shared.interrupts.set(0);
+        let snapshot = registry.snapshot(&mut Walker::new(), &mut buffer, &mut Totals::new(), host);
+        assert_eq!(snapshot.err(), due.is_none().then_some(NoSnapshot::Busy));
+        destroy(&registry, &shared, key(1));
+        drop(registry);
+        assert_eq!(shared.objects.get(), 0);
+    }
+}
+
+/// A clock that begins anew moves all ledgers, and no time is lost or made.
+#[test]
+fn a_new_clock_moves_all_ledgers() {
+    let bench = Bench::new(100, false);
+    for place in 0..40 {
+        bench
+            .announce(key(place), place % 2, place as u32)
+            .expect("room");
+        assert!(place == 39 || bench.exits(key(place), 2));
+    }
+    let then = bench.shared.now.get() + 1000;
+    bench.shared.now.set(50);
+    bench.registry.rebase(then, 50);
+    for place in 0..39 {
+        assert!(bench.exits(key(place), 1));
+    }
+    let told = bench.snapshot();
+    assert!(told.exits.values().all(|exits| *exits == 3));
+    assert_eq!(told.exits.len(), 39);
+    bench.end();
+}

@@ -1,0 +1,35 @@
+//! The short form of `make stress`: small sizes, the same demands.
+
+use std::time::Duration;
+
+use stress::{
+    measure::{self, measure, Size},
+    together::{self, together},
+};
+
+#[test]
+fn each_kind_of_caller_takes_bounded_steps() {
+    for (vcpus, vms) in [(1, 1), (80, 1), (80, 80)] {
+        let plan = measure::Plan {
+            time: Duration::from_millis(100),
+            reasons: 20,
+            poison: true,
+            real_time: false,
+        };
+        measure(Size { vcpus, vms }, plan);
+    }
+}
+
+#[test]
+fn all_at_once_tell_what_was_done() {
+    for (max_vcpus, host_scope) in [(4096, false), (120, false), (4096, true)] {
+        together(together::Plan {
+            time: Duration::from_millis(1000),
+            max_vcpus,
+            staying: (20, 80),
+            coming: 100,
+            host_scope,
+            poison: true,
+        });
+    }
+}

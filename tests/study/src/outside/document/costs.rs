@@ -101,7 +101,7 @@ pub fn costs(all: &All<'_>) -> String {
                     return [const { String::new() }; 4];
                 };
                 let p99 = row.spread.and_then(|spread| spread.quantile(99));
-                let user = row.cycles.user / row.exits;
+                let user = row.cycles.user / u128::from(row.exits);
                 [
                     exact(mean(row).round() as u64),
                     percent(row.cycles.kernel, boot.ledger.cycles.kernel),

@@ -53,7 +53,8 @@ pub fn count(number: u64) -> String {
 }
 
 /// A share in percent.
-pub fn percent(part: u64, whole: u64) -> String {
+pub fn percent<N: Into<u128>>(part: N, whole: N) -> String {
+    let (part, whole): (u128, u128) = (part.into(), whole.into());
     match whole {
         0 => String::new(),
         _ => format!("{:.0}%", part as f64 * 100.0 / whole as f64),

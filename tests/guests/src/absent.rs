@@ -20,7 +20,7 @@ use crate::{
     catalogue::{Mode, Program},
     config::{Config, Error, Quad, Result},
     machine::Machine,
-    window::{Window, PAGE},
+    window::{Window, FRESH, PAGE},
 };
 
 /// The size of a large page of the guest, in small ones.
@@ -62,6 +62,20 @@ impl Machine {
             .first_vcpu()
             .set_regs(&window.moved(query))
             .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;
+        Ok((machine, absent))
+    }
+
+    /// Make a VM of one vCPU that writes to one page, which is not there yet: KVM sleeps for it
+    /// as it resolves the page fault.
+    ///
+    /// # Errors
+    ///
+    /// As [`Machine::new`], and [`Error::Kernel`] without userfaultfd.
+    pub fn with_absent_page() -> Result<(Self, Absent)> {
+        let machine = Self::new(Config::new(Program::Touch, Mode::Long, 1))?;
+        let address = machine.memory().address() + FRESH;
+        let absent = Absent::new(address, vec![0; PAGE as usize])
+            .map_err(|error| Error::Kernel("take a page away (userfaultfd)", error))?;
         Ok((machine, absent))
     }
 

@@ -41,6 +41,11 @@ pub(super) fn cases() -> Vec<Case> {
             })?;
             at_least(&vcpus[0], Phase::Halted, most())
         }),
+        Case::with(
+            "",
+            "phases: a vCPU whose memory the host has yet to bring is waiting",
+            waits_for_memory,
+        ),
         Case::with("", "phases: a slow VMM is in user space", || {
             // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
             let vcpus = run(Config {
@@ -146,6 +151,34 @@ pub(super) fn cases() -> Vec<Case> {
             },
         ),
     ]
+}
+
+/// KVM sleeps in a page fault, as for memory that is swapped out or still on another host.
+fn waits_for_memory() -> Result<()> {
+    let (mut machine, absent) = Machine::with_absent_page()?;
+    let meanwhile = thread::scope(|scope| {
+        let guest = scope.spawn(|| machine.run());
+        let meanwhile = (|| {
+            absent.wait_until_wanted(Duration::from_secs(10))?;
+            thread::sleep(Duration::from_secs(1));
+            anyhow::Ok(Meter::read()?.only()?.phase)
+        })();
+        // Whatever came, nobody is left asleep.
+        absent.provide()?;
+        guest.join().ok().context("the guest's thread panicked")??;
+        meanwhile
+    })?;
+    ensure!(
+        meanwhile == Some(Phase::Waiting),
+        "a vCPU that waits for its memory is in phase {meanwhile:?}"
+    );
+    let meter = Meter::read()?;
+    let vcpu = meter.only()?;
+    println!("of {} ticks: {}", vcpu.life, vcpu.numbers.shares());
+    at_least(vcpu, Phase::Waiting, 0.5)?;
+    let halted = vcpu.numbers.phases[Phase::Halted as usize];
+    ensure!(halted == 0, "it was halted for {halted} ticks");
+    Ok(())
 }
 
 /// Snapshots beside a vCPU that floods, each copy by an interrupt: as on a real CPU that exits too

@@ -25,7 +25,7 @@ pub struct Ledger {
     /// TSC ticks by phase.
     pub cycles: Cycles,
     /// Of the kernel's ticks those for which KVM polled before it let the vCPU sleep, when they
-    /// are known (see [`Ledger::take_polling_apart`]).
+    /// are known (see `take_polling_apart`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled: Option<u128>,
     /// The same by reason, the one with the most kernel cycles first, without polling.

@@ -199,10 +199,8 @@ impl Span {
 impl Vm {
     /// Makes its numbers the sums of its vCPUs.
     pub fn sum_up(&mut self) {
-        let polled = self.vcpus.iter().map(|vcpu| vcpu.polled_ns);
-        self.polled_ns = polled.fold(Some(0), |sum: Option<u64>, polled| {
-            Some(sum?.saturating_add(polled?))
-        });
+        let mut polled = self.vcpus.iter().map(|vcpu| vcpu.polled_ns);
+        self.polled_ns = polled.try_fold(0_u64, |sum, polled| Some(sum.saturating_add(polled?)));
         let rows = self.vcpus.iter().flat_map(|vcpu| &vcpu.ledger.reasons);
         self.ledger = Ledger::of(rows.copied());
     }

@@ -25,7 +25,7 @@ pub struct Ledger {
     /// TSC ticks by phase.
     pub cycles: Cycles,
     /// Of the kernel's ticks those for which KVM polled before it let the vCPU sleep, when they
-    /// are known (see [`Ledger::take_polling_apart`]).
+    /// are known (see `take_polling_apart`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled: Option<u128>,
     /// The same by reason, the one with the most kernel cycles first, without polling.
@@ -193,6 +193,15 @@ impl Cycles {
         alike(self, *others).0
     }
 
+    /// The sums of both.
+    fn plus(self, other: Self) -> Self {
+        let (one, other) = alike(self, other);
+        Self {
+            full: one.full | other.full,
+            ..Self::by_phase(one.has_waits, |phase| one.of(phase) + other.of(phase))
+        }
+    }
+
     /// The same with both sleeps as one.
     fn without_waits(self) -> Self {
         let waiting = self.full >> Phase::Waiting as u32 & 1;
@@ -216,11 +225,7 @@ fn alike(one: Cycles, other: Cycles) -> (Cycles, Cycles) {
 
 impl AddAssign for Cycles {
     fn add_assign(&mut self, other: Self) {
-        let (one, other) = alike(*self, other);
-        *self = Self {
-            full: one.full | other.full,
-            ..Self::by_phase(one.has_waits, |phase| one.of(phase) + other.of(phase))
-        };
+        *self = self.plus(other);
     }
 }
 

@@ -165,12 +165,11 @@ impl Writer {
             let style = Style::Of(Phase::Kernel);
             lines.insert(kernel + 1, (POLLED_OF_IT, polled, exact(polled), style));
         }
-        let widest = |of: &dyn Fn(&(&'static str, u128, String, Style)) -> usize| {
-            lines.iter().map(of).max().unwrap_or(0)
-        };
-        let cycles = widest(&|line| line.2.len()).max("cycles".len());
+        let widest = |lengths: Vec<usize>| lengths.into_iter().max().unwrap_or(0);
+        let names = widest(lines.iter().map(|line| line.0.len()).collect());
+        let cycles = widest(lines.iter().map(|line| line.2.len()).collect()).max("cycles".len());
         // What stands before the bar: a phase, the cycles, a share, and the gaps.
-        let before = widest(&|line| line.0.len()) + cycles + "100.0%".len() + 3 * 2;
+        let before = names + cycles + "100.0%".len() + 3 * 2;
         let room = self
             .look
             .width

@@ -13,8 +13,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 . "$here/common.sh"
 
-# What the hosts load: KVM and what it needs. All modules of a kernel are 500 MB and 40 s of unpacking.
-wanted_modules='arch/x86/kvm virt drivers/crypto/ccp'
+# What the hosts load: KVM and what it needs; and the guests: the driver of /dev/cpu/*/cpuid. All modules of a kernel
+# are 500 MB and 40 s of unpacking.
+wanted_modules='arch/x86/kvm virt drivers/crypto/ccp arch/x86/kernel'
 
 need_variables OUT EXITMETER_CACHE ROOT KERNEL
 mkdir -p "$OUT" "$EXITMETER_CACHE/downloads/kernel"

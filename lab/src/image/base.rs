@@ -32,6 +32,9 @@ const GUEST_MODULES: &str = "lab/guest/modules";
 
 const GUEST_PROGRAMS: &[&str] = &["usr/bin/cpuid"];
 
+/// Modules that a guest has at hand: the driver of /dev/cpu/*/cpuid, by which its kernel executes CPUID.
+const OWN_MODULES: &[&str] = &["cpuid"];
+
 /// The root's folder of libraries.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 
@@ -86,9 +89,9 @@ pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
         for file in HOST_FILES {
             base.copy(file, &prepared.root.join(file));
         }
-        base.modules(&prepared.modules())?;
+        base.modules(&prepared.modules(), MODULES)?;
         base.copy(settings::GUEST_KERNEL, &prepared.guest_kernel);
-        let folder = base.modules(&prepared.guest_modules)?;
+        let folder = base.modules(&prepared.guest_modules, MODULES)?;
         base.entries
             .insert(GUEST_MODULES.to_owned(), Entry::Link(format!("/{folder}")));
 
@@ -97,6 +100,7 @@ pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
         for program in GUEST_PROGRAMS {
             guest.program(&prepared.root, program)?;
         }
+        guest.modules(&prepared.guest_modules, OWN_MODULES)?;
         base.entries.insert(
             settings::GUEST_INITRAMFS.trim_start_matches('/').to_owned(),
             Entry::Bytes(
@@ -198,9 +202,9 @@ impl Contents {
         Ok(())
     }
 
-    /// Adds what [`MODULES`] names of a kernel's folder of modules, and a modules.dep with nothing else. Gives the
+    /// Adds modules of a kernel's folder with those that they need, and a modules.dep with nothing else. Gives the
     /// folder where they are in the archive.
-    fn modules(&mut self, folder: &Path) -> Result<String, ImageError> {
+    fn modules(&mut self, folder: &Path, names: &[&str]) -> Result<String, ImageError> {
         let release = folder.file_name().unwrap_or_default().to_string_lossy();
         let list = folder.join("modules.dep");
         let text = fs::read_to_string(&list).map_err(ImageError::io("read", &list))?;
@@ -216,7 +220,7 @@ impl Contents {
                 .ok_or_else(|| ImageError::content(&list, format!("it has no module {name}")))
         };
         let mut wanted = BTreeSet::new();
-        for name in MODULES {
+        for name in names {
             let path = named(name)?;
             wanted.insert(path);
             wanted.extend(lines[path].split_whitespace());

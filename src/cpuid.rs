@@ -3,14 +3,22 @@
 //! Answers a guest that asks for its own exits by CPUID.
 
 use crate::{
+    given,
     hooks::Vcpu,
     log,
     meter::leaves::{
         Registers,
         Spoken, //
     },
-    registry::Registry,
+    module_parameters,
+    registry::Registry, //
 };
+
+/// Return true if only the guest's kernel is answered, by the parameter `leaf_cpl`.
+pub(crate) fn for_cpl_0_alone() -> bool {
+    let highest: i64 = given(module_parameters::leaf_cpl.value());
+    highest == 0
+}
 
 /// The answer to CPUID with `leaf` in eax and `subleaf` in ecx, and its line in the log.
 /// `None` leaves what KVM itself answered: for a leaf that is not ours, and for a vCPU that

@@ -63,6 +63,10 @@ module! {
             default: 2021,
             description: "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none",
         },
+        leaf_cpl: i64 {
+            default: 3,
+            description: "Who may ask in a guest: 3 everyone, or 0 its kernel alone, the others get what KVM answers",
+        },
         // 0 or 1, as Linux 7.2 knows no parameters that are bool.
         host_scope: i64 {
             default: 0,
@@ -119,7 +123,7 @@ impl kernel::InPlaceModule for ExitMeter {
                     _ => Some(hooks::redirect_cpuid()?),
                 },
                 node <- Node::register::<Device>(c"exitmeter", 0o440),
-                farewell: Farewell::new(registry, &leaves),
+                farewell: Farewell::new(registry, &leaves, parameters.host_scope),
             }? Error))
         })
     }
@@ -140,6 +144,13 @@ impl Parameters {
             given(module_parameters::leaf_map.value()),
             "2021, 2022, or 0",
             LeafMap::from_number,
+        )?;
+        // Looked up at each query (`cpuid::for_cpl_0_alone`).
+        let _: bool = in_range(
+            "leaf_cpl",
+            given(module_parameters::leaf_cpl.value()),
+            "3 or 0",
+            |number| matches!(number, 0 | 3).then_some(number == 0),
         )?;
         let max_vcpus = in_range(
             "max_vcpus",
@@ -193,8 +204,8 @@ struct Farewell(Arc<Registry>);
 
 impl Farewell {
     /// Everything is attached.
-    fn new(registry: Arc<Registry>, leaves: &Leaves) -> Self {
-        log::loaded(leaves);
+    fn new(registry: Arc<Registry>, leaves: &Leaves, host_scope: bool) -> Self {
+        log::loaded(leaves, host_scope);
         Self(registry)
     }
 }

@@ -225,6 +225,15 @@ impl Vcpu<'_> {
         }
     }
 
+    /// Return true if the guest's kernel runs: CPL 0, and not of a guest of its own. False where
+    /// the host cannot know, as for SEV-ES, whose guest tells KVM any level it likes.
+    ///
+    /// Real mode and SMM are CPL 0, virtual-8086 mode is CPL 3.
+    fn is_at_cpl_0(&self) -> bool {
+        // SAFETY: The vCPU is held and loaded by this thread, which is between exit and entry.
+        !self.runs_nested() && unsafe { bindings::exitmeter_cpl(self.0.get()) } == 0
+    }
+
     /// Whether KVM has queued a general protection fault for the guest.
     fn fault_is_pending(&self) -> bool {
         // SAFETY: The vCPU is held by this thread.
@@ -542,6 +551,10 @@ unsafe extern "C" fn on_cpuid(
         // The replacement calls the original: let it through.
         return;
     }
+    // Before KVM's own function has done anything: who may not ask gets just that.
+    if cpuid::for_cpl_0_alone() && !vcpu.is_at_cpl_0() {
+        return;
+    }
     // SAFETY: ftrace lets a redirect write the address to go on at.
     unsafe {
         (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =
@@ -673,10 +686,10 @@ pub(crate) fn timestamp() -> u64 {
     now()
 }
 
-/// Whether one more line about a query may go to the kernel log.
-pub(crate) fn log_allowed() -> bool {
+/// Return the monotonic time in nanoseconds, as exact as the kernel's tick.
+pub(crate) fn coarse_ns() -> u64 {
     // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_log_allowed() }
+    unsafe { bindings::exitmeter_coarse_ns() }
 }
 
 /// The node in /dev, readable by root and by the group that udev gives it.

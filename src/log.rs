@@ -2,14 +2,22 @@
 
 //! The lines in the kernel log.
 
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering, //
+};
+
 use kernel::{
     prelude::*,
+    print::format_strings::DEBUG,
+    print_macro,
     str::BStr, //
 };
 
 use crate::{
-    given, hooks,
+    cpuid, given, hooks,
     meter::{
+        bucket::Bucket,
         leaves::{
             LeafMap,
             Leaves,
@@ -36,10 +44,26 @@ impl kernel::fmt::Display for Spoken {
     }
 }
 
-/// One line when the module is loaded.
-pub(crate) fn loaded(leaves: &Leaves) {
+/// The lines about queries: a guest makes as many as it likes, and the console may be a serial one.
+///
+/// They are of the level KERN_DEBUG, which the kernel keeps for dmesg and does not send to a console
+/// unless it is told to show all (console_loglevel above 7). On such a console of 115200 baud, 11520
+/// bytes a second, 8 lines of up to 144 bytes a second are a tenth, and 350 at once take it some 3 s.
+/// That many, as two sweeps with a reboot between show whole: 333 lines, of the demo's 82 reasons of
+/// SVM with both leaves.
+static LINES: Bucket = Bucket::new(350, 125_000_000);
+
+/// The lines that tell how many there were not: one in 30 s.
+static LEFT_OUT_LINES: Bucket = Bucket::new(1, 30_000_000_000);
+
+/// Queries that had no line, and of which none has told.
+static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
+
+/// One line when the module is loaded, and one for each thing about it to be warned of.
+pub(crate) fn loaded(leaves: &Leaves, host_scope: bool) {
+    let alone = cpuid::for_cpl_0_alone() && !matches!(leaves.map, LeafMap::Off);
     pr_info!(
-        "version {} meters {}: kvm_exit, kvm_entry, vCPU put, load and destroy hooked; {}\n",
+        "version {} meters {}: kvm_exit, kvm_entry, vCPU put, load and destroy hooked; {}{}\n",
         env!("EXITMETER_VERSION"),
         leaves.isa.name(),
         match leaves.map {
@@ -47,7 +71,11 @@ pub(crate) fn loaded(leaves: &Leaves) {
             LeafMap::Map2021 => "CPUID leaves answered by the map of 2021",
             LeafMap::Map2022 => "CPUID leaves answered by the map of 2022",
         },
+        if alone { ", to CPL 0 alone" } else { "" },
     );
+    if host_scope && !matches!(leaves.map, LeafMap::Off) {
+        pr_warn!("host_scope=1: each guest reads the exits and times of all VMs of this host\n");
+    }
     let (_, tsc_stable) = hooks::clock();
     if !tsc_stable {
         pr_warn!("the TSC is marked unstable: counts hold, cycles do not\n");
@@ -57,9 +85,20 @@ pub(crate) fn loaded(leaves: &Leaves) {
 /// One line for each query of a guest, rate limited.
 pub(crate) fn query(who: &Identity, spoken: &Spoken) {
     let wanted: i64 = given(module_parameters::log_queries.value());
-    if wanted == 1 && hooks::log_allowed() {
-        let name = who.name.split(|byte| *byte == 0).next().unwrap_or(&[]);
-        pr_info!("{}: {}\n", BStr::from_bytes(name), spoken);
+    if wanted != 1 {
+        return;
+    }
+    let now = hooks::coarse_ns();
+    if !LINES.take(now) {
+        LEFT_OUT.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    let name = who.name.split(|byte| *byte == 0).next().unwrap_or(&[]);
+    // Not `pr_debug!`, which a kernel without debug assertions leaves out.
+    print_macro!(DEBUG, false, "{}: {}\n", BStr::from_bytes(name), spoken);
+    if LEFT_OUT.load(Ordering::Relaxed) != 0 && LEFT_OUT_LINES.take(now) {
+        let left_out = LEFT_OUT.swap(0, Ordering::Relaxed);
+        pr_notice!("{left_out} queries of guests have no line, as they came too fast\n");
     }
 }
 

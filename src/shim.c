@@ -10,7 +10,7 @@
 #include <linux/kvm_host.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
-#include <linux/ratelimit.h>
+#include <linux/timekeeping.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
 
@@ -256,6 +256,24 @@ u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu)
 	return reason;
 }
 
+/*
+ * Return the privilege level at which @vcpu has just exited, 0 to 3, or -1
+ * when the host cannot know it.
+ *
+ * The caller has @vcpu loaded, between exit and entry.  KVM reads the level at
+ * the same place itself, in kvm_is_cpuid_allowed(): on VMX from the VMCS or
+ * from what it has read of it since this exit, on SVM from the VMCB.
+ *
+ * Of a guest whose registers are encrypted KVM tells what the guest last told
+ * it (sev_es_sync_from_ghcb), 0 if it told nothing, and 0 of a trust domain.
+ */
+int exitmeter_cpl(struct kvm_vcpu *vcpu)
+{
+	if (vcpu->arch.guest_state_protected)
+		return -1;
+	return static_call(kvm_x86_get_cpl)(vcpu);
+}
+
 enum exitmeter_vendor exitmeter_vendor(void)
 {
 	switch (boot_cpu_data.x86_vendor) {
@@ -281,13 +299,7 @@ bool exitmeter_tsc_unstable(void)
 	return check_tsc_unstable();
 }
 
-/*
- * A sweep over all reasons with both leaves, run twice at full speed, shows
- * whole; a guest that floods gets some ten lines a second on the long run.
- */
-static DEFINE_RATELIMIT_STATE(log_limit, 30 * HZ, 400);
-
-bool exitmeter_log_allowed(void)
+u64 exitmeter_coarse_ns(void)
 {
-	return __ratelimit(&log_limit);
+	return ktime_get_coarse_ns();
 }

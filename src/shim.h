@@ -52,6 +52,9 @@ int exitmeter_attach_svm(void);
 void exitmeter_detach_svm(void);
 u32 exitmeter_svm_exit_code(struct kvm_vcpu *vcpu);
 
+/* The guest's privilege level. */
+int exitmeter_cpl(struct kvm_vcpu *vcpu);
+
 /* The host's CPU and its clock. */
 enum exitmeter_vendor {
 	EXITMETER_VENDOR_OTHER,
@@ -63,7 +66,7 @@ enum exitmeter_vendor exitmeter_vendor(void);
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 
-/* Whether one more line about a guest's query may go to the kernel log. */
-bool exitmeter_log_allowed(void);
+/* Monotonic time in ns, by the tick: cheap, and off by up to one. */
+u64 exitmeter_coarse_ns(void);
 
 #endif /* EXITMETER_SHIM_H */

@@ -2,7 +2,7 @@
 
 //! `exitmeter guest`: the guest's own exits, read by CPUID inside the guest.
 
-use exitmeter_guest::{Cpuid, Error, Instruction, Isa, Meter, Row};
+use exitmeter_guest::{Cpuid, Error, Isa, Meter, Row};
 use exitmeter_meter::snapshot::Reason;
 use serde::Serialize;
 
@@ -12,9 +12,16 @@ use crate::{
     report::{count, Writer},
 };
 
+mod way;
+
+pub use way::{find, Asker, Silence, Way};
+
 /// In a guest: the exits that this VM caused, read by CPUID.
 ///
-/// It needs no privilege, and of the host only that it has the module loaded. What it reads are
+/// It needs of the host only that it has the module loaded, and no privilege, unless the module
+/// answers only the guest's kernel (leaf_cpl=0). Then it reads /dev/cpu/*/cpuid, which takes root and
+/// 'modprobe cpuid'. If it is moved to another CPU meanwhile, the kernel interrupts the one that it came
+/// from, and these exits are among the numbers. What it reads are
 /// sums over the vCPUs of this VM. Reading is done by CPUID, which is an exit, too: those of this
 /// command's own are counted, and taken out of what it tells.
 #[derive(Debug, clap::Args)]
@@ -40,7 +47,7 @@ impl Args {
     ///
     /// When no meter answers, or there is nowhere to print.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
-        let mut sweep = Sweep::read(Instruction, likely_isa())?;
+        let (_, mut sweep) = find(likely_isa(), Sweep::of)?;
         sweep.ledger.sort(self.sort);
         if self.json {
             out.json(&sweep)?;
@@ -86,19 +93,23 @@ impl Sweep {
     /// # Errors
     ///
     /// When there is no meter, or one of another version.
-    pub fn read(cpuid: impl Cpuid, likely: Isa) -> Result<Self, Error> {
-        let mut meter = Meter::find(cpuid, likely)?;
+    pub fn read(mut cpuid: impl Cpuid, likely: Isa) -> Result<Self, Error> {
+        Ok(Self::of(Meter::find(&mut cpuid as &mut dyn Cpuid, likely)?))
+    }
+
+    /// Reads all there is from a meter that was found.
+    pub fn of(mut meter: Meter<&mut dyn Cpuid>) -> Self {
         let isa = meter.isa();
         let mut rows = Vec::new();
         meter.read(|row| rows.push(reason_row(isa, &row)));
-        Ok(Self {
+        Self {
             format: FORMAT,
             isa,
             interface: meter.interface(),
             leaf_map: meter.leaf_map(),
             queries: meter.queries(),
             ledger: Ledger::of(rows),
-        })
+        }
     }
 
     /// The sweep as text: the host's report, from this side.

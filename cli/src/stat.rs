@@ -11,11 +11,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exitmeter_guest::{Instruction, Meter};
 
 use crate::{
     command::{self, Unrunnable, FAILED},
-    guest::likely_isa,
+    guest::{find, likely_isa},
     output::{Look, Output},
 };
 
@@ -31,7 +30,7 @@ pub use summary::{Mean, Reason, Summary};
 ///
 /// The numbers are of the whole VM while CMD runs, from the moment before it is executed until it has
 /// ended. What else runs in the VM meanwhile is among them. What reading them costs is not. It
-/// needs no privilege.
+/// needs the privileges of 'exitmeter guest'.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 kernel is what the host's kernel spent on the exits, and mean that of one. 'of time' is its part of
@@ -76,7 +75,7 @@ impl Args {
     fn stat(&self, look: Look) -> anyhow::Result<u8> {
         let (program, arguments) = self.command.split_first().context("there is no command")?;
         // Before anything is written or run: is there a meter?
-        let isa = Meter::find(Instruction, likely_isa())?.isa();
+        let (way, isa) = find(likely_isa(), |meter| meter.isa())?;
         let mut file = match &self.output {
             Some(path) => {
                 let file = File::create(path);
@@ -88,7 +87,7 @@ impl Args {
         let mut runs = Vec::new();
         let mut status = 0;
         for _ in 0..self.repeat {
-            let run = run::once(program, arguments, isa)?;
+            let run = run::once(program, arguments, isa, way)?;
             status = command::status(run.ended);
             runs.push(run);
             if run::is_to_end() {

@@ -155,6 +155,23 @@ fn a_wrong_guess_costs_three_questions() {
     );
 }
 
+/// Who asked in vain before, on another way to the same CPU, has those questions taken out as well.
+#[test]
+fn questions_before_the_meter_was_found_are_its_own() {
+    let mut cpu = metered(LeafMap::Map2021);
+    for _ in 0..3 {
+        cpu.ask(0x4fff_fff0, 0);
+    }
+    let mut meter = Meter::find(&mut cpu, Isa::Vmx).unwrap().with_earlier(3);
+    let exits = meter.exits(10);
+    let cost = meter.cost();
+    let queries = meter.queries();
+    assert_eq!(queries, cpu.held.asked);
+    assert_eq!(cost, (queries - 3) * COST);
+    let slot = reasons::slot(Isa::Vmx, 10);
+    assert_eq!(exits, cpu.held.before().exits(slot));
+}
+
 #[test]
 fn the_table_in_full() {
     let sweep = Sweep::read(&mut metered(LeafMap::Map2021), Isa::Vmx).unwrap();

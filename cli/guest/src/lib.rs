@@ -26,6 +26,9 @@
 //! # }
 //! ```
 //!
+//! A host whose module has `leaf_cpl=0` answers only at CPL 0. There a program in user space finds
+//! no meter by [`Instruction`]; a [`Cpuid`] of its own may have its kernel execute CPUID.
+//!
 //! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF3, which
 //! are the same whatever `leaf_map` the host has.
 
@@ -101,7 +104,7 @@ pub trait Cpuid {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers;
 }
 
-impl<C: Cpuid> Cpuid for &mut C {
+impl<C: Cpuid + ?Sized> Cpuid for &mut C {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
         (**self).ask(leaf, subleaf)
     }
@@ -226,6 +229,16 @@ impl<C: Cpuid> Meter<C> {
             kernel_before,
             asked_before,
         })
+    }
+
+    /// Count questions that this reader asked before it found the meter among its own, as when it
+    /// has looked for one by another [`Cpuid`]. No number of exits holds them then; the ticks that
+    /// they cost the kernel stay in.
+    #[must_use]
+    pub fn with_earlier(mut self, queries: u64) -> Self {
+        self.queries = self.queries.wrapping_add(queries);
+        self.asked_before = self.asked_before.wrapping_add(queries);
+        self
     }
 
     /// Whose reasons.

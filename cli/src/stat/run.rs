@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exitmeter_guest::{Instruction, Isa, Row};
+use exitmeter_guest::{Isa, Row};
 use rustix::process::{kill_process, waitid, Pid, Signal, WaitId, WaitIdOptions};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2},
@@ -23,7 +23,7 @@ use signal_hook::{
 };
 
 use super::moment::Moment;
-use crate::{command::Unrunnable, signals::is_ignored};
+use crate::{command::Unrunnable, guest::Way, signals::is_ignored};
 
 /// What one run of the command caused.
 #[derive(Clone, Debug)]
@@ -82,23 +82,26 @@ pub fn is_to_end() -> bool {
     [SIGHUP, SIGINT, SIGQUIT, SIGTERM].contains(&CAME.load(SeqCst))
 }
 
-/// Runs the command once. `isa` says whose CPU this is.
+/// Runs the command once. `isa` says whose CPU this is, `way` how its meter is asked.
 ///
 /// # Errors
 ///
 /// When it cannot be run ([`Unrunnable`]), or what it caused cannot be read.
-pub fn once(program: &OsString, arguments: &[OsString], isa: Isa) -> anyhow::Result<Run> {
+pub fn once(program: &OsString, arguments: &[OsString], isa: Isa, way: Way) -> anyhow::Result<Run> {
     let (mut ours, theirs) = UnixStream::pair().context("no memory for a socket")?;
     let mut before = Moment::new(isa);
+    let mut asker = way.open()?;
     let mut command = Command::new(program);
     command.args(arguments);
     let begin = move || {
-        before.read(Instruction).map_err(io::Error::other)?;
+        let read = before.read(&mut asker);
+        asker.check().map_err(io::Error::other)?;
+        read.map_err(io::Error::other)?;
         before.write(&mut &theirs)?;
         (&theirs).flush()
     };
-    // SAFETY: After fork it executes CPUID and writes to a socket, and takes no memory: `before`
-    // has room for all rows. Its one failure that would is no success either.
+    // SAFETY: After fork it executes CPUID or reads a device, writes to a socket, and takes no memory:
+    // `before` has room for all rows. Its one failure that would is no success either.
     unsafe { command.pre_exec(begin) };
     let mut child = command
         .spawn()
@@ -107,7 +110,10 @@ pub fn once(program: &OsString, arguments: &[OsString], isa: Isa) -> anyhow::Res
     drop(command);
     let ended = wait(&mut child).context("cannot wait for the command")?;
     let mut after = Moment::new(isa);
-    after.read(Instruction)?;
+    let mut asker = way.open()?;
+    let read = after.read(&mut asker);
+    asker.check()?;
+    read?;
     let before = Moment::receive(&mut ours).context("the command began without a reading")?;
     Ok(Run {
         isa: after.isa,

@@ -48,6 +48,15 @@ pub(super) fn cases() -> Vec<Case> {
                     "max_vcpus=-9223372036854775808",
                     "max_vcpus=-9223372036854775808 is refused: it is 1 to 65536",
                 ),
+                ("leaf_cpl=1", "leaf_cpl=1 is refused: it is 3 or 0"),
+                ("leaf_cpl=2", "leaf_cpl=2 is refused: it is 3 or 0"),
+                ("leaf_cpl=4", "leaf_cpl=4 is refused: it is 3 or 0"),
+                ("leaf_cpl=-1", "leaf_cpl=-1 is refused: it is 3 or 0"),
+                // As 32 bits this is 3.
+                (
+                    "leaf_cpl=4294967299",
+                    "leaf_cpl=4294967299 is refused: it is 3 or 0",
+                ),
                 ("host_scope=2", "host_scope=2 is refused: it is 0 or 1"),
                 ("host_scope=300", "host_scope=300 is refused: it is 0 or 1"),
                 ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
@@ -60,6 +69,7 @@ pub(super) fn cases() -> Vec<Case> {
                 "leaf_map=x",
                 "leaf_map=99999999999999999999",
                 "host_scope=maybe",
+                "leaf_cpl=kernel",
             ] {
                 refused(parameters, libc::EINVAL, "")?;
             }
@@ -68,6 +78,28 @@ pub(super) fn cases() -> Vec<Case> {
                 "a refused module leaves /dev/exitmeter behind"
             );
             meters_again()
+        }),
+        Case::without("loading: host_scope=1 is warned of", || {
+            const WORDS: &str = "host_scope=1: each guest reads the exits and times of all VMs";
+            for (parameters, warned) in [
+                ("host_scope=1", true),
+                ("host_scope=0", false),
+                // Which guests read nothing of.
+                ("host_scope=1 leaf_map=0", false),
+            ] {
+                let mut log = Log::from_now()?;
+                module::Loaded::with(parameters)?.unload()?;
+                let lines: Vec<(u32, String)> = log.own_records()?;
+                // Warnings are level 4, and reach a console that is quiet by default.
+                let told = lines
+                    .iter()
+                    .any(|(level, line)| *level == 4 && line.starts_with(WORDS));
+                ensure!(
+                    told == warned,
+                    "({parameters}) is loaded with the lines {lines:?}"
+                );
+            }
+            Ok(())
         }),
         Case::without("loading: twice at once is refused", || {
             let loaded = module::Loaded::with("")?;

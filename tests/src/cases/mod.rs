@@ -3,6 +3,7 @@
 //! A case runs in a process of its own, with the module loaded as the case wants it, and no
 //! guest running. It passes by returning `Ok`.
 
+mod access;
 mod answers;
 mod exits;
 mod hooks;
@@ -99,6 +100,7 @@ pub fn all() -> Vec<Case> {
     [
         exits::cases(),
         answers::cases(),
+        access::cases(),
         phases::cases(),
         tool::cases(),
         scope::cases(),

@@ -171,8 +171,7 @@ fn balance(report: &Value) -> Result<()> {
 /// What the tool causes besides, its start for one, is the same each time; so only its own
 /// questions can make a difference.
 fn in_guest() -> Result<()> {
-    let path = output(Command::new("sh").args(["-c", "command -v exitmeter"]))?;
-    let file = format!("{}:/usr/bin/exitmeter", path.trim());
+    let file = file()?;
     let linux = Linux::boot(&["--file", &file])?;
     let cpuid = host::pick(10, 0x72)?;
     let count = |told: &Value| -> Result<u64> {
@@ -223,15 +222,21 @@ fn in_guest() -> Result<()> {
     linux.stop()
 }
 
+/// The tool as a file for a guest.
+pub(super) fn file() -> Result<String> {
+    let path = output(Command::new("sh").args(["-c", "command -v exitmeter"]))?;
+    Ok(format!("{}:/usr/bin/exitmeter", path.trim()))
+}
+
 /// How many exits of a reason a command caused.
-fn mean(told: &Value, code: u32) -> Option<u64> {
+pub(super) fn mean(told: &Value, code: u32) -> Option<u64> {
     let reasons = told["reasons"].as_array()?;
     let reason = reasons.iter().find(|reason| reason["code"] == code)?;
     // Of one run, so it is a whole number.
     Some(reason["exits"]["mean"].as_f64()? as u64)
 }
 
-fn json(text: &str) -> Result<Value> {
+pub(super) fn json(text: &str) -> Result<Value> {
     serde_json::from_str(text).with_context(|| format!("the tool prints no JSON: {text}"))
 }
 
@@ -293,7 +298,7 @@ fn row(line: &str) -> Option<(u32, u64)> {
 }
 
 /// Exits by reason, of what has them in the tool's JSON.
-fn exits(ledger: &Value) -> Result<Exits> {
+pub(super) fn exits(ledger: &Value) -> Result<Exits> {
     let rows = ledger["reasons"].as_array().context("there are reasons")?;
     let mut exits = Exits::new();
     for row in rows {

@@ -33,12 +33,18 @@ impl Log {
 
     /// The lines that came since the last call, without their time.
     pub fn lines(&mut self) -> Result<Vec<String>> {
+        let records = self.records()?;
+        Ok(records.into_iter().map(|(_, line)| line).collect())
+    }
+
+    /// The same with their levels, 0 (emergency) to 7 (debug).
+    fn records(&mut self) -> Result<Vec<(u32, String)>> {
         let mut lines = Vec::new();
         let mut record = [0; 8192];
         loop {
             match self.0.read(&mut record) {
                 Ok(0) => return Ok(lines),
-                Ok(len) => lines.push(text(&String::from_utf8_lossy(&record[..len]))?),
+                Ok(len) => lines.push(parse(&String::from_utf8_lossy(&record[..len]))?),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(lines),
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {
                     bail!("the kernel log overran its buffer before it was read")
@@ -50,22 +56,34 @@ impl Log {
 
     /// The module's own lines that came since the last call, without `exitmeter: `.
     pub fn own_lines(&mut self) -> Result<Vec<String>> {
-        let lines = self.lines()?;
-        Ok(lines
+        let records = self.own_records()?;
+        Ok(records.into_iter().map(|(_, line)| line).collect())
+    }
+
+    /// The same with their levels.
+    pub fn own_records(&mut self) -> Result<Vec<(u32, String)>> {
+        let records = self.records()?;
+        Ok(records
             .iter()
-            .filter_map(|line| line.strip_prefix("exitmeter: "))
-            .map(str::to_owned)
+            .filter_map(|(level, line)| {
+                Some((*level, line.strip_prefix("exitmeter: ")?.to_owned()))
+            })
             .collect())
     }
 }
 
-/// The text of a record of /dev/kmsg: `priority,number,time,flags;text`, then lines with
-/// the record's properties.
-fn text(record: &str) -> Result<String> {
-    let (_, text) = record
-        .split_once(';')
-        .with_context(|| format!("'{record}' is no record of the kernel log"))?;
-    Ok(text.lines().next().unwrap_or_default().to_owned())
+/// Level and text of a record of /dev/kmsg: `priority,number,time,flags;text`, then lines with
+/// the record's properties. The level is the lower 3 bits of the priority.
+fn parse(record: &str) -> Result<(u32, String)> {
+    let read = || {
+        let (head, text) = record.split_once(';')?;
+        let priority: u32 = head.split(',').next()?.parse().ok()?;
+        Some((
+            priority & 7,
+            text.lines().next().unwrap_or_default().to_owned(),
+        ))
+    };
+    read().with_context(|| format!("'{record}' is no record of the kernel log"))
 }
 
 #[cfg(test)]
@@ -73,11 +91,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_the_text_alone() -> Result<()> {
+    fn takes_the_level_and_the_text() -> Result<()> {
         let record =
-            "6,339,5140900,-;NET: Registered; really\n SUBSYSTEM=acpi\n DEVICE=+acpi:PNP0A03:00\n";
-        assert_eq!(text(record)?, "NET: Registered; really");
-        assert!(text("garbage").is_err());
+            "30,339,5140900,-;NET: Registered; really\n SUBSYSTEM=acpi\n DEVICE=+acpi:PNP0A03:00\n";
+        assert_eq!(parse(record)?, (6, "NET: Registered; really".to_owned()));
+        assert!(parse("garbage").is_err() && parse("x,1;text").is_err());
         Ok(())
     }
 }

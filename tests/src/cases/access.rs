@@ -1,0 +1,214 @@
+//! Who may ask: with `leaf_cpl=0` a guest's kernel reads the numbers, and everybody else in the
+//! guest what KVM answers.
+
+use anyhow::{ensure, Context as _, Result};
+use serde_json::Value;
+use tiny_guests::{Mode, Quad};
+
+use super::{answers::ask, tool, Case};
+use crate::host::{
+    self,
+    leaves::{EXITS_64, IDENTITY, INTERFACE, MAP_2021, PHASE_CYCLES},
+    linux::{Linux, Printed},
+    log::Log,
+    module,
+};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::without(
+            "access: with leaf_cpl=0 CPL 3 reads what KVM answers, CPL 0 the numbers",
+            by_level,
+        ),
+        Case::with(
+            "leaf_cpl=0 log_queries=0",
+            "access: with leaf_cpl=0 a Linux guest's root reads its exits, its users do not",
+            in_linux,
+        )
+        .with_linux()
+        .within(300),
+        Case::without(
+            "access: the configuration for hosts with other people's VMs loads",
+            recommended,
+        ),
+    ]
+}
+
+/// Tiny guests at each level ask for each leaf.
+fn by_level() -> Result<()> {
+    let cpuid = host::pick(10, 0x72)?;
+    let queries: Vec<Quad> = (0x4fff_fff0..=0x4fff_ffff)
+        .map(|leaf| Quad::cpuid(leaf, cpuid))
+        .collect();
+    let without = ask(Mode::User, &queries)?.1;
+    for (parameters, total) in [("leaf_cpl=0", MAP_2021.total_exits), ("leaf_cpl=3", 0)] {
+        let mut log = Log::from_now()?;
+        let loaded = module::Loaded::with(parameters)?;
+        let said = log.own_lines()?;
+        ensure!(
+            said.iter()
+                .any(|line| line.ends_with("2021, to CPL 0 alone"))
+                == (total != 0),
+            "with {parameters} the module says {said:?}"
+        );
+        // The answers' own numbers grow by the queries: the reason of all is CPUID.
+        for mode in [Mode::Real, Mode::Long] {
+            let answers = ask(mode, &queries)?.1;
+            for (place, (query, answer)) in (1..).zip(queries.iter().zip(&answers)) {
+                let leaf = query.rax as u32;
+                let right = match leaf {
+                    IDENTITY => answer.rbx == u64::from(u32::from_le_bytes(*b"Exit")),
+                    INTERFACE => answer.rdx == 2021,
+                    EXITS_64 => answer.rax == place,
+                    PHASE_CYCLES => answer.rax != 0,
+                    _ if leaf == MAP_2021.reason_exits => answer.rax == place,
+                    _ => true,
+                };
+                ensure!(
+                    right,
+                    "with {parameters} a guest in {mode:?} mode reads {answer:x?} of leaf {leaf:#x}"
+                );
+            }
+        }
+        let lines = log.own_lines()?.len();
+        let user = ask(Mode::User, &queries)?.1;
+        let user_lines = log.own_lines()?.len();
+        loaded.unload()?;
+        // 8 of the 16 leaves are the meter's.
+        ensure!(
+            lines == 16,
+            "with {parameters} two guests' queries of 8 leaves have {lines} lines"
+        );
+        if total == 0 {
+            ensure!(
+                user != without && user_lines == 8,
+                "with {parameters} CPL 3 reads {user:x?}, logged by {user_lines} lines"
+            );
+        } else {
+            ensure!(
+                user == without && user_lines == 0,
+                "with {parameters} CPL 3 reads {user:x?} instead of {without:x?}, logged by \
+                 {user_lines} lines"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The stock tool and the project's own, as root and as somebody else.
+fn in_linux() -> Result<()> {
+    let file = tool::file()?;
+    let linux = Linux::boot(&["--file", &file])?;
+    let cpuid = host::pick(10, 0x72)?;
+    let leaf = MAP_2021.reason_exits;
+
+    // The instruction alone reads what KVM answers, also as root: the kernel is no better.
+    let printed = |options: &str| -> Result<Printed> {
+        let text = linux.run(&format!("cpuid -1 -r {options} -l {leaf:#x} -s {cpuid}"))?;
+        let mut lines = text
+            .lines()
+            .filter(|line| line.trim_start().starts_with("0x4fff"));
+        lines.next().context("cpuid prints no answer")?.parse()
+    };
+    let plain = printed("")?.registers;
+    ensure!(
+        plain.eax == 0 || plain.eax == plain.ebx,
+        "a process reads {plain:x?}"
+    );
+    let refused = |command: &str| linux.run(&format!("{command} 2>&1; echo status $?"));
+    let text = refused("exitmeter guest")?;
+    ensure!(
+        text.contains("run 'modprobe cpuid' as root here") && text.ends_with("status 1\n"),
+        "without the driver the tool says: {text}"
+    );
+    linux.run("modprobe cpuid && ls /dev/cpu/0/cpuid")?;
+    // `cpuid -k` asks the kernel.
+    let first = printed("-k")?.registers;
+    let second = printed("-k")?.registers;
+    ensure!(
+        first.eax != 0 && second.eax > first.eax && (second.ecx, second.edx) == (0, 0),
+        "the guest's kernel reads {first:x?}, then {second:x?}"
+    );
+
+    // As in `tool::in_guest`: what happens between two sweeps is always the same, if none of the
+    // tool's questions is in the numbers; those that the instruction asked in vain neither.
+    let mut sweeps = Vec::new();
+    for _ in 0..4 {
+        let sweep = tool::json(&linux.run("exitmeter guest --json")?)?;
+        let count = tool::exits(&sweep)?.get(&cpuid).copied();
+        let queries = sweep["queries"].as_u64();
+        sweeps.push(count.zip(queries).context("there are CPUID exits")?);
+    }
+    let between: Vec<u64> = sweeps
+        .windows(2)
+        .map(|pair| pair[1].0 - pair[0].0 - pair[0].1)
+        .collect();
+    ensure!(
+        between.iter().all(|exits| *exits == between[0]),
+        "between sweeps (exits, own exits) {sweeps:?} there were {between:?} CPUID exits"
+    );
+    let stat = |command: &str| -> Result<Value> {
+        let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
+        tool::json(&linux.run(&line)?)
+    };
+    let none = tool::mean(&stat("exitmeter reasons >/tmp/out")?, cpuid);
+    let sweep = tool::mean(&stat("exitmeter guest --json >/tmp/out")?, cpuid);
+    let own = tool::json(&linux.run("cat /tmp/out")?)?["queries"].as_u64();
+    ensure!(
+        own.is_some() && sweep.zip(none).map(|(sweep, none)| sweep - none) == own,
+        "a sweep of {own:?} questions is told as {sweep:?} CPUID exits, none as {none:?}"
+    );
+
+    linux.run("echo 'nobody:x:65534:65534::/:/bin/sh' >>/etc/passwd")?;
+    let text = refused("su nobody -s /bin/sh -c 'id -u; exitmeter guest; exitmeter stat -- true'")?;
+    let told = text
+        .lines()
+        .filter(|line| {
+            line.contains("no meter answers") && line.contains("run this command as root")
+        })
+        .count();
+    ensure!(
+        text.starts_with("65534\n") && told == 2 && text.ends_with("status 125\n"),
+        "a user who is not root is told: {text}"
+    );
+    linux.stop()
+}
+
+/// Loads the module by the lines of the example file, as modprobe would.
+fn recommended() -> Result<()> {
+    let text = include_str!("../../../scripts/exitmeter-modprobe.conf");
+    // What is commented out in it are options, too.
+    let options: Vec<&str> = text
+        .lines()
+        .filter_map(|line| {
+            line.trim_start_matches('#')
+                .strip_prefix("options exitmeter ")
+        })
+        .collect();
+    ensure!(options.len() == 2, "the file has the options {options:?}");
+    let cpuid = host::pick(10, 0x72)?;
+    let query = [Quad::cpuid(MAP_2021.reason_exits, cpuid); 2];
+    let without = [Mode::Long, Mode::User].map(|mode| ask(mode, &query).map(|told| told.1));
+    let [kernel, user] = without;
+    let (kernel, user) = (kernel?, user?);
+    for options in options {
+        let mut log = Log::from_now()?;
+        let loaded = module::Loaded::with(options)?;
+        let told = ask(Mode::Long, &query)?.1;
+        ensure!(
+            told != kernel || options.contains("leaf_map=0"),
+            "with {options} a guest's kernel reads {told:x?}"
+        );
+        ensure!(
+            ask(Mode::User, &query)?.1 == user,
+            "with {options} a guest's process reads numbers"
+        );
+        let lines = log.own_lines()?;
+        loaded.unload()?;
+        ensure!(
+            lines.len() == 1 && lines[0].starts_with("version "),
+            "with {options} the log says {lines:?}"
+        );
+    }
+    Ok(())
+}

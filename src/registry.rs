@@ -229,7 +229,10 @@ impl Registry {
     fn say_why_not(&self, refused: Refused) {
         match refused {
             Refused::NoRoom => {
-                pr_warn_once!("a vCPU runs unmetered: max_vcpus others are metered already\n");
+                pr_warn_once!(
+                    "a vCPU runs unmetered: max_vcpus={} are metered already\n",
+                    self.vcpus.max_vcpus()
+                );
             }
             Refused::Unreadable => {
                 pr_warn_once!("a vCPU runs unmetered: it is a trust domain's\n");

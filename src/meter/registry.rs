@@ -349,6 +349,11 @@ impl<P: Platform> Registry<P> {
         self.settings.host_scope
     }
 
+    /// The most vCPUs that are metered at a time.
+    pub fn max_vcpus(&self) -> usize {
+        self.settings.max_vcpus
+    }
+
     /// The surroundings.
     pub fn platform(&self) -> &P {
         &self.platform

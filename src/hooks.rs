@@ -230,8 +230,8 @@ impl Vcpu<'_> {
 
     /// Return its ledger from this CPU's cache. The callbacks run with preemption off.
     #[inline(always)]
-    pub(crate) fn cached(&self) -> Option<NonNull<Ledger>> {
-        NonNull::new(cached(self.key())? as *mut Ledger)
+    pub(crate) fn cached(&self) -> Option<*const Ledger> {
+        Some(cached(self.key())? as *const Ledger)
     }
 
     /// Return the CPU that it was loaded on last; `None` for a vCPU that has never been on one. A

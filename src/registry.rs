@@ -310,9 +310,9 @@ impl Registry {
 #[inline(always)]
 fn cached(vcpu: Vcpu<'_>) -> Option<&Ledger> {
     let ledger = vcpu.cached()?;
-    // SAFETY: A CPU's cache holds the ledger of a member of the registry. The callers hold the
-    // vCPU that it is of, so that it is not let go while they use it.
-    Some(unsafe { ledger.as_ref() })
+    // SAFETY: With a vCPU, a CPU's cache holds the ledger of a member of the registry. The callers
+    // hold the vCPU, so that it is not let go while they use it.
+    Some(unsafe { &*ledger })
 }
 
 /// Return the ledger of any other vCPU that the caller holds; taken in at this event if it is new.

@@ -198,7 +198,7 @@ impl Parameters {
         let copy_tries = in_range(
             "copy_tries",
             given(module_parameters::copy_tries.value()),
-            "0 to 64",
+            "0 to 24",
             |number| (number <= TRIES).then_some(number),
         )?;
         Ok(Self {

@@ -194,9 +194,10 @@ void *exitmeter_allocate(size_t size, bool may_sleep)
 	return kzalloc(size, GFP_NOWAIT | __GFP_NOWARN | __GFP_ACCOUNT);
 }
 
+/* Callbacks of ftrace free as well, and may run with preemption off. */
 void exitmeter_free(void *memory)
 {
-	kvfree(memory);
+	kvfree_atomic(memory);
 }
 
 /* An object of which the Rust half leaves the first bytes to RCU. */

@@ -16,7 +16,7 @@ use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
 use crate::host::{
-    self, hist::Exits, leaves::MAP_2021, log::Log, meter::Meter, module, span::Span,
+    self, cgroup::Cgroup, hist::Exits, leaves::MAP_2021, log::Log, meter::Meter, module, span::Span,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -147,6 +147,10 @@ pub(super) fn cases() -> Vec<Case> {
             "max_vcpus=1",
             "loading: past max_vcpus a vCPU runs on unmetered",
             past_max_vcpus,
+        ),
+        Case::without(
+            "loading: a vCPU's ledger is charged to the cgroup of its VMM",
+            charged,
         ),
         Case::without(
             "loading: a vCPU for which there was no room is not metered in mid-life",
@@ -391,6 +395,44 @@ fn stack_of_sleeping(thread_id: i32) -> Result<String> {
         thread::sleep(Duration::from_millis(10));
     }
     bail!("a thread that waits for a page does not sleep")
+}
+
+/// This process, as a VMM in a cgroup of its own, makes vCPUs without the module and with it.
+fn charged() -> Result<()> {
+    const VMS: u64 = 3;
+    const EACH: u8 = 15;
+    /// What the module keeps for a vCPU, in bytes.
+    const LEDGER: u64 = 32 * 1024;
+    let group = Cgroup::of_this_process()?;
+    let kernel_memory_of_vcpus = || -> Result<u64> {
+        let before = group.kernel_memory()?;
+        let machines = (0..VMS)
+            .map(|_| {
+                Machine::new(Config {
+                    vcpus: EACH,
+                    ..Config::new(Program::Cpuid, Mode::Long, 1)
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let after = group.kernel_memory()?;
+        drop(machines);
+        Ok(after.saturating_sub(before))
+    };
+    // What is allocated once for all is there after the first time.
+    kernel_memory_of_vcpus()?;
+    let without = kernel_memory_of_vcpus()?;
+    let loaded = module::Loaded::with("")?;
+    let with = kernel_memory_of_vcpus()?;
+    loaded.unload()?;
+    let due = VMS * u64::from(EACH) * LEDGER;
+    println!("{without} bytes without the module, {with} with it, {due} are the ledgers'");
+    let more = with.saturating_sub(without);
+    // Some of it may be in pages that were charged before.
+    ensure!(
+        (due * 9 / 10..due * 2).contains(&more),
+        "{more} bytes more are charged with the module, where the ledgers take {due}"
+    );
+    Ok(())
 }
 
 /// A vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, which the module called, while that goes.

@@ -2,6 +2,7 @@
 //! its log, and a Linux guest.
 
 pub mod bpf;
+pub mod cgroup;
 pub mod faults;
 pub mod hist;
 pub mod leaves;

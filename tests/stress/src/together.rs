@@ -142,6 +142,8 @@ struct World {
     /// Memory of vCPUs that are gone: the next one has the same address, as in the kernel.
     unused: Mutex<Vec<&'static Vcpu>>,
     coming: AtomicU64,
+    /// No vCPU is made for a while.
+    calm: AtomicBool,
     /// vCPUs that the meter refused.
     refused: AtomicU64,
     deaths: AtomicU64,
@@ -307,7 +309,8 @@ impl World {
         let mut chance = Chance::new(seed);
         let mut vm = COMING;
         while !self.stop.load(Relaxed) {
-            if self.coming.load(Relaxed) >= self.plan.coming as u64 {
+            let is_full = self.coming.load(Relaxed) >= self.plan.coming as u64;
+            if is_full || self.calm.load(Relaxed) {
                 std::thread::sleep(Duration::from_micros(200));
                 continue;
             }
@@ -403,8 +406,16 @@ impl World {
             watched: Watched::default(),
         };
         while !self.stop.load(Relaxed) {
+            // While none is made, it is known of each that goes on which side of the snapshot it
+            // went; so every other one is taken at such a time.
+            let calm = watcher.watched.snapshots % 2 == 1;
+            self.calm.store(calm, Relaxed);
+            if calm {
+                std::thread::sleep(Duration::from_millis(20));
+            }
             watcher.snapshot();
         }
+        self.calm.store(false, Relaxed);
         watcher.watched
     }
 }
@@ -601,6 +612,7 @@ pub fn together(plan: Plan) {
         queue: Mutex::default(),
         unused: Mutex::default(),
         coming: AtomicU64::new(0),
+        calm: AtomicBool::new(false),
         refused: AtomicU64::new(0),
         deaths: AtomicU64::new(0),
     };
@@ -660,6 +672,10 @@ fn end(
     memory: &MemoryInUse,
     took: Duration,
 ) {
+    assert!(
+        watched.snapshots < 10 || watched.exact > 0,
+        "totals were held against the lives"
+    );
     let asked: u64 = askers.iter().map(|(_, asked)| asked).sum();
     let mut left: Vec<Runnable> = askers.into_iter().map(|(it, _)| it).collect();
     left.extend(core::mem::take(&mut *world.queue.lock().expect("no panic")));

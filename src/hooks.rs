@@ -510,8 +510,9 @@ pub(crate) fn redirect_cpuid() -> Result<Pin<KBox<Function>>> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
-    // SAFETY: Any address may be asked for.
-    if function == 0 || !unsafe { bindings::exitmeter_may_call(function) } {
+    let like = emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
+    // SAFETY: Any address may be asked for; ours is of the type that `emulate_cpuid` calls it as.
+    if function == 0 || !unsafe { bindings::exitmeter_may_call(function, like) } {
         pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
         return Err(ENOENT);
     }
@@ -592,7 +593,7 @@ impl SvmExitCode {
             if *error == ENOENT {
                 pr_err!("function svm_get_exit_info not found in kvm_amd: nothing else tells why a guest exits\n");
             } else if *error == ENOEXEC {
-                pr_err!("function svm_get_exit_info of kvm_amd cannot be called: under IBT that takes an ENDBR\n");
+                pr_err!("function svm_get_exit_info of kvm_amd cannot be called: IBT takes an ENDBR, and CFI the type that it is called as\n");
             } else {
                 pr_err!("loads of kvm_amd cannot be watched ({:?})\n", error);
             }

@@ -5,6 +5,7 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/cfi.h>
 #include <linux/ftrace.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
@@ -94,6 +95,14 @@ static bool has_endbr(unsigned long address)
 	       first == gen_endbr();
 }
 
+/* Whether an ENDBR is at @address, or was until the kernel took it away. */
+static bool had_endbr(unsigned long address)
+{
+	u32 first;
+
+	return !get_kernel_nofault(first, (u32 *)address) && __is_endbr(first);
+}
+
 /*
  * Return the address of a function, "module:name" or "name", or 0.
  *
@@ -114,7 +123,7 @@ unsigned long exitmeter_find_function(const char *name)
 	address = (unsigned long)probe.addr;
 	unregister_kprobe(&probe);
 
-	if (has_endbr(address - ENDBR_INSN_SIZE))
+	if (had_endbr(address - ENDBR_INSN_SIZE))
 		address -= ENDBR_INSN_SIZE;
 	return address;
 }
@@ -156,15 +165,46 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 	return ret;
 }
 
+#ifdef CONFIG_CFI
 /*
- * Whether an indirect call to @function is allowed on this CPU.
+ * Whether CFI takes @function for one of the type that @like has.
+ *
+ * What it compares is ahead of the function: a hash of the type, where kCFI has
+ * it or where FineIBT has it (arch/x86/kernel/alternative.c).  It is taken away
+ * from a function that nobody calls indirectly.  The last bytes are left out:
+ * call depth tracking has code there that is each function's own.
+ */
+static bool has_type_of(unsigned long function, unsigned long like)
+{
+	u8 theirs[CFI_OFFSET > 7 ? CFI_OFFSET - 7 : CFI_OFFSET];
+	u8 ours[sizeof(theirs)];
+
+	return !copy_from_kernel_nofault(theirs, (void *)(function - CFI_OFFSET),
+					 sizeof(theirs)) &&
+	       !copy_from_kernel_nofault(ours, (void *)(like - CFI_OFFSET),
+					 sizeof(ours)) &&
+	       !memcmp(theirs, ours, sizeof(ours));
+}
+#else
+static bool has_type_of(unsigned long function, unsigned long like)
+{
+	return true;
+}
+#endif
+
+/*
+ * Whether an indirect call to @function is allowed on this CPU, as a function
+ * of the type of @like, which is one of our own that may be called.
  *
  * A function that nobody calls indirectly has lost its ENDBR; under Indirect
- * Branch Tracking a call to it is a fault.
+ * Branch Tracking a call to it is a fault.  Under FineIBT each function has,
+ * also @like: such a call goes to the ENDBR ahead of it.
  */
-bool exitmeter_may_call(unsigned long function)
+bool exitmeter_may_call(unsigned long function, unsigned long like)
 {
-	return !cpu_feature_enabled(X86_FEATURE_IBT) || has_endbr(function);
+	return has_type_of(function, like) &&
+	       (!cpu_feature_enabled(X86_FEATURE_IBT) || has_endbr(function) ||
+		!has_endbr(like));
 }
 
 /*
@@ -176,6 +216,12 @@ typedef void (*svm_exit_info)(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
 
 static svm_exit_info svm_get_exit_info;
 
+/* A function of that type. */
+static void svm_no_exit_info(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
+			     u64 *info2, u32 *intr_info, u32 *error_code)
+{
+}
+
 static int svm_find_exit_info(void)
 {
 	unsigned long function;
@@ -183,7 +229,7 @@ static int svm_find_exit_info(void)
 	function = exitmeter_find_function("kvm_amd:svm_get_exit_info");
 	if (!function)
 		return -ENOENT;
-	if (!exitmeter_may_call(function))
+	if (!exitmeter_may_call(function, (unsigned long)svm_no_exit_info))
 		return -ENOEXEC;
 	WRITE_ONCE(svm_get_exit_info, (svm_exit_info)function);
 	return 0;

@@ -45,7 +45,7 @@ void exitmeter_forget(unsigned long vcpu);
 
 /* Symbols of modules. */
 unsigned long exitmeter_find_function(const char *name);
-bool exitmeter_may_call(unsigned long function);
+bool exitmeter_may_call(unsigned long function, unsigned long like);
 
 /* SVM: where KVM keeps the exit code. */
 int exitmeter_attach_svm(void);

@@ -271,6 +271,8 @@ fn what_the_kernel_cfi_finds_ends_a_run() {
         let output = lab_on(host, &arguments).output().unwrap();
         let (status, words) = match mode {
             "off" => (0, "called as a function of another type"),
+            // The caller under kCFI, the function that was called under FineIBT.
+            "fineibt" => (102, "CFI failure at fault_number"),
             _ => (102, "CFI failure at fault_type"),
         };
         let text = stderr(&output);

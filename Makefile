@@ -12,6 +12,7 @@
 #   make soak-fuzz      damaged snapshots for the reader, for five minutes; takes nightly Rust and cargo-fuzz
 #   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
 #   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
+#   make soak-cfi       under a kernel where a call to a function of another type is a fault: kCFI, and FineIBT on Intel
 #   make bench          measures what metering costs, beside other meters
 #   make study          records how guests exit on both emulated hosts: docs/study.md
 #   make soak-selftests KVM's own selftests on both emulated hosts, without the module and with it: docs/selftests.md
@@ -28,7 +29,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug bench study soak-selftests check lab install clean bootstrap bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench study soak-selftests check lab install clean bootstrap bootstrap-tool
 
 all: module tool
 
@@ -85,12 +86,21 @@ soak-ibt: bootstrap
 
 # The kernels are built by the first command that wants them.
 soak-debug: bootstrap
-	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel
+	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_debug what_the_kernel_kcsan
 	cargo run --release --quiet -p system-tests -- --host amd --kernel debug --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'KernelAddressSanitizer initialized' --expect 'Lock dependency validator' \
 		--expect 'Kernel memory leak detector initialized'
 	cargo run --release --quiet -p system-tests -- --host amd --kernel kcsan --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'kcsan: enabled'
+
+# FineIBT takes a CPU with IBT; the emulated AMD CPU has none.
+soak-cfi: bootstrap
+	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_cfi
+	cargo run --release --quiet -p system-tests -- --host amd --kernel cfi --slow 5 --timeout 7200 \
+		--expect 'CFI: Using rehashed retpoline kCFI'
+	cargo run --release --quiet -p system-tests -- --host intel --model tigerlake --kvm-args enable_apicv=0 \
+		--kernel cfi --append cfi=fineibt --slow 5 --timeout 14400 \
+		--expect 'Indirect Branch Tracking enabled' --expect 'Using FineIBT CFI'
 
 bench: bootstrap
 	cargo run --release --quiet -p bench

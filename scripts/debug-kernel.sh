@@ -1,9 +1,10 @@
 #!/bin/bash
-# Set-up step "debug-kernel": a kernel that checks itself while it runs, in OUT, for `--kernel debug` and `--kernel kcsan`.
+# Set-up step "debug-kernel": a kernel that checks itself while it runs, in OUT, for `--kernel debug`, `--kernel kcsan` and
+# `--kernel cfi`.
 #
-# Needs: OUT ROOT KERNEL_DIR (what kernel.sh gave: the source is its) JOBS, FLAVOUR ("debug" or "kcsan"), and CONFIG, the
-# text of configs/common.config and configs/FLAVOUR.config. Gives in OUT what kernel.sh gives, vmlinux, modules/ and
-# release; and tree/, what modules are built against, without the objects.
+# Needs: OUT ROOT KERNEL_DIR (what kernel.sh gave: the source is its) JOBS, FLAVOUR ("debug", "kcsan" or "cfi"), and
+# CONFIG, the text of configs/common.config and configs/FLAVOUR.config. Gives in OUT what kernel.sh gives, vmlinux,
+# modules/ and release; and tree/, what modules are built against, without the objects.
 #
 # Small, since it is built here, and since each check makes it some times slower: nothing is on but what the fragments
 # name and what that needs.
@@ -18,9 +19,12 @@ need_space "$OUT" 5000
 log=$OUT/build.log
 : >"$log"
 
-# The kernel's Kconfig has Rust beside KASAN by clang alone; KCSAN takes either, and gcc compiles faster.
-compiler=gcc-14
-[ "$FLAVOUR" != debug ] || compiler=clang-19
+# The kernel's Kconfig has Rust beside KASAN by clang alone, and gcc knows no kCFI. KCSAN takes either, and gcc compiles
+# faster.
+case $FLAVOUR in
+  kcsan) compiler=gcc-14 ;;
+  *) compiler=clang-19 ;;
+esac
 
 inside() {
   "$here/in-root.sh" "$ROOT" --bind "$OUT:/out" --bind "$KERNEL_DIR:/kernel" --bind "$OUT/tree:/tree" \
@@ -56,7 +60,13 @@ run "$log" inside sh -euc '
 
 say "compiling (10 to 20 minutes on two cores)"
 # shellcheck disable=SC2016
-run "$log" inside sh -euc '
+run "$log" inside bash -euc '
+  shopt -s nullglob
+  # Rust of the kernel takes `core` as source. The root is an overlay here: the patch goes when this command ends.
+  for patch in /scripts/patches/debug-kernel-library-"$3"-*.patch; do
+    echo "$patch"
+    patch -d "$(rustc --print sysroot)/lib/rustlib/src/rust" -p1 --no-backup-if-mismatch --fuzz=0 <"$patch"
+  done
   export KBUILD_BUILD_TIMESTAMP="1 January 2026" KBUILD_BUILD_USER=lab KBUILD_BUILD_HOST=lab
   make -j "$2" CC="$1" HOSTCC=gcc-14 vmlinux modules
   rm -rf /out/modules
@@ -66,7 +76,7 @@ run "$log" inside sh -euc '
   cp vmlinux /out/vmlinux
   cp .config /out/config
   cp Module.symvers /out/
-' sh "$compiler" "$JOBS" ||
+' bash "$compiler" "$JOBS" "$FLAVOUR" ||
   die "the kernel $FLAVOUR could not be built; the log is $log, and the next run goes on where it stopped."
 
 # Half of the size, and nothing that a module is built against.

@@ -859,8 +859,9 @@ pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
-    // SAFETY: Any address may be asked for.
-    if function == 0 || !unsafe { bindings::exitmeter_may_call(function) } {
+    let like = emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
+    // SAFETY: Any address may be asked for; ours is of the type that `emulate_cpuid` calls it as.
+    if function == 0 || !unsafe { bindings::exitmeter_may_call(function, like) } {
         pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
         return Err(ENOENT);
     }
@@ -948,7 +949,7 @@ impl ExitReader {
             if *error == ENOENT {
                 pr_err!("no reader of exit codes (get_exit_info) found in {module}: nothing else tells why a guest exits\n");
             } else if *error == ENOEXEC {
-                pr_err!("the reader of exit codes (get_exit_info) of {module} cannot be called: it is sealed against indirect calls\n");
+                pr_err!("the reader of exit codes (get_exit_info) of {module} cannot be called: IBT takes an ENDBR, and CFI the type that it is called as\n");
             } else {
                 pr_err!("loads of {module} cannot be watched ({:?})\n", error);
             }

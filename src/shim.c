@@ -5,6 +5,7 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/cfi.h>
 #include <linux/ftrace.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
@@ -339,29 +340,46 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 	return ret;
 }
 
-/* How far before a function its FineIBT preamble begins (__apply_fineibt()). */
-#define FINEIBT_PREFIX	16
+#ifdef CONFIG_CFI
+/*
+ * Whether CFI takes @function for one of the type that @like has.
+ *
+ * What it compares is ahead of the function: a hash of the type, where kCFI has
+ * it or where FineIBT has it (arch/x86/kernel/alternative.c).  It is taken away
+ * from a function that nobody calls indirectly.  The last bytes are left out:
+ * call depth tracking has code there that is each function's own.
+ */
+static bool has_type_of(unsigned long function, unsigned long like)
+{
+	u8 theirs[CFI_OFFSET > 7 ? CFI_OFFSET - 7 : CFI_OFFSET];
+	u8 ours[sizeof(theirs)];
+
+	return !copy_from_kernel_nofault(theirs, (void *)(function - CFI_OFFSET),
+					 sizeof(theirs)) &&
+	       !copy_from_kernel_nofault(ours, (void *)(like - CFI_OFFSET),
+					 sizeof(ours)) &&
+	       !memcmp(theirs, ours, sizeof(ours));
+}
+#else
+static bool has_type_of(unsigned long function, unsigned long like)
+{
+	return true;
+}
+#endif
 
 /*
- * Return true if an indirect call to @function is allowed on this CPU.
+ * Whether an indirect call to @function is allowed on this CPU, as a function
+ * of the type of @like, which is one of our own that may be called.
  *
- * A function that nobody calls indirectly is sealed: apply_seal_endbr() takes
- * its ENDBR, so that under Indirect Branch Tracking a call is a fault.
- *
- * Under CFI it takes the hash of the function's type as well, so that a call is
- * a fault without IBT too.  There FineIBT has every caller go to a preamble, by
- * an ENDBR of its own, and takes the one at the function from all alike
- * (cfi_rewrite_endbr()); it is the preamble's that tells who is sealed.
+ * A function that nobody calls indirectly has lost its ENDBR; under Indirect
+ * Branch Tracking a call to it is a fault.  Under FineIBT each function has,
+ * also @like: such a call goes to the ENDBR ahead of it.
  */
-bool exitmeter_may_call(unsigned long function)
+bool exitmeter_may_call(unsigned long function, unsigned long like)
 {
-	if (!IS_ENABLED(CONFIG_X86_KERNEL_IBT))
-		return true;
-	if (IS_ENABLED(CONFIG_FINEIBT) && has_endbr(function - FINEIBT_PREFIX))
-		return true;
-	if (!IS_ENABLED(CONFIG_CFI) && !cpu_feature_enabled(X86_FEATURE_IBT))
-		return true;
-	return has_endbr(function);
+	return has_type_of(function, like) &&
+	       (!cpu_feature_enabled(X86_FEATURE_IBT) || has_endbr(function) ||
+		!has_endbr(like));
 }
 
 /*
@@ -399,6 +417,12 @@ static const struct {
 
 static enum exitmeter_vendor readers_vendor;
 
+/* A function of that type. */
+static void read_nothing(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
+			 u64 *info2, u32 *intr_info, u32 *error_code)
+{
+}
+
 static int find_reader(void)
 {
 	const char *const *functions = readers[readers_vendor].functions;
@@ -410,7 +434,7 @@ static int find_reader(void)
 
 		if (!function)
 			continue;
-		if (exitmeter_may_call(function)) {
+		if (exitmeter_may_call(function, (unsigned long)read_nothing)) {
 			WRITE_ONCE(read_exit, (exit_reader)function);
 			return 0;
 		}

@@ -75,7 +75,7 @@ u64 exitmeter_random(void);
 
 /* Symbols of modules. */
 unsigned long exitmeter_find_function(const char *name);
-bool exitmeter_may_call(unsigned long function);
+bool exitmeter_may_call(unsigned long function, unsigned long like);
 
 /* The guest's privilege level. */
 int exitmeter_cpl(struct kvm_vcpu *vcpu);

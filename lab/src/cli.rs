@@ -63,7 +63,8 @@ struct HostArgs {
     #[arg(long)]
     icount: bool,
     /// Debian's kernel, a version or release; the newest of backports if not given. Or `debug` (KASAN, lockdep, kmemleak
-    /// and more) or `kcsan`, which are built here the first time, and want --memory 2048; `7.2.12-debug` is from that version's source
+    /// and more), `kcsan` or `cfi`, which are built here the first time; the first two want --memory 2048; `7.2.12-debug` is
+    /// from that version's source
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
     /// More for the host kernel's command line

@@ -31,7 +31,7 @@ use engine::{Engine, Recipe, Step};
 use progress::Progress;
 
 /// The kernels that are built here, to check themselves while they run (scripts/debug-kernel.sh).
-const CHECKED: [&str; 2] = ["debug", "kcsan"];
+const CHECKED: [&str; 3] = ["debug", "kcsan", "cfi"];
 
 /// Which of the kernels that are built here is wanted, if one is, and from the source of which packaged one: "debug" is
 /// from the newest's, "7.2.12-debug" from that of 7.2.12.
@@ -49,7 +49,7 @@ fn checked(kernel: &str) -> Option<(&'static str, &str)> {
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
     /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there. Or one that is built here
-    /// from its source: "debug", "kcsan", "7.2.12-debug", "7.2.12-kcsan".
+    /// from its source: "debug", "kcsan", "cfi", "7.2.12-debug" and so on.
     pub kernel: Option<String>,
     /// The kernel's tree, to build modules.
     pub tree: bool,

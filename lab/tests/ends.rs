@@ -254,6 +254,35 @@ fn what_the_kernel_kcsan_finds_ends_a_run() {
 }
 
 #[test]
+#[ignore = "builds a kernel, and boots hosts with it"]
+fn what_the_kernel_cfi_finds_ends_a_run() {
+    let fault = fault_for(Some("cfi"));
+    let tracked = ["--model", "tigerlake", "--kvm-args", "enable_apicv=0"];
+    for (host, model, mode) in [
+        ("amd", &[][..], "kcfi"),
+        ("intel", &tracked, "kcfi"),
+        ("intel", &tracked, "fineibt"),
+        // So nothing else is wrong with that call.
+        ("amd", &[], "off"),
+    ] {
+        let append = format!("--append=cfi={mode}");
+        let run = ["--kernel", "cfi", &append, "--file", &fault, "--"];
+        let arguments = [model, &run, &["insmod fault.ko kind=type"]].concat();
+        let output = lab_on(host, &arguments).output().unwrap();
+        let (status, words) = match mode {
+            "off" => (0, "called as a function of another type"),
+            // The caller under kCFI, the function that was called under FineIBT.
+            "fineibt" => (102, "CFI failure at fault_number"),
+            _ => (102, "CFI failure at fault_type"),
+        };
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(status), "{host} {mode}: {text}");
+        let log = fs::read_to_string(folder(&output).join("kernel.log")).unwrap();
+        assert!(log.contains(words), "{host} {mode}: {log}");
+    }
+}
+
+#[test]
 #[ignore = "boots a host, and waits 25 s"]
 fn a_lockup_is_104() {
     fault_ends_with("softlockup", 104, "BUG: soft lockup");

@@ -349,6 +349,7 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
         ("debug", &newest),
         ("7.2.12-debug", &other),
         ("7.2.12-kcsan", &other),
+        ("cfi", &newest),
     ] {
         let checked = plan(Some(checked));
         assert_eq!(checked.kernel.key, packaged.kernel.key);

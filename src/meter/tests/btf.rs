@@ -143,8 +143,8 @@ fn files(others: u32, of: impl Fn(&Ids, &mut File)) -> (Vec<u8>, Vec<u8>) {
 /// What differs, and how the tracepoint shows; `None` if it fits.
 fn compared(of: impl Fn(&Ids, &mut File), probe: &Probe) -> Option<(Place, String)> {
     let (kernel, module) = files(20_000, of);
-    let types = Types::read(&kernel, &module).unwrap();
-    match types.compare(probe).unwrap() {
+    let types = Types::read(&kernel, &module).expect("the files are whole");
+    match types.compare(probe).expect("the tracepoint is there") {
         Verdict::Fits => None,
         Verdict::Differs(place, found) => Some((place, found.to_string())),
     }

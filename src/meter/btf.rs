@@ -419,7 +419,9 @@ impl<'a> Types<'a> {
             };
             f.write_str(before)?;
             for byte in self.name(&this).unwrap_or(b"?").iter().take(MAX_NAME) {
-                let shown = if byte.is_ascii_graphic() { *byte } else { b'?' };
+                // Such as "unsigned int".
+                let is_fit = byte.is_ascii_graphic() || *byte == b' ';
+                let shown = if is_fit { *byte } else { b'?' };
                 write!(f, "{}", char::from(shown))?;
             }
             for place in 0..pointers {

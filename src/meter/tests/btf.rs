@@ -98,6 +98,7 @@ struct Ids {
     int: u32,
     u32: u32,
     u64: u32,
+    long: u32,
     bool: u32,
     pointer: u32,
     vcpu: u32,
@@ -130,6 +131,7 @@ fn files(others: u32, of: impl Fn(&Ids, &mut File)) -> (Vec<u8>, Vec<u8>) {
         int,
         u32,
         u64,
+        long,
         bool,
         pointer,
         vcpu,
@@ -202,6 +204,13 @@ fn each_difference_is_named() {
         differs(
             Place::Parameter(1),
             "void (struct kvm_vcpu *, struct kvm_vcpu *, u32)"
+        )
+    );
+    assert_eq!(
+        exit_of(|ids| vec![ids.pointer, ids.vcpu, ids.long]),
+        differs(
+            Place::Parameter(3),
+            "void (void *, struct kvm_vcpu *, unsigned long)"
         )
     );
     assert_eq!(

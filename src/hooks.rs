@@ -38,6 +38,13 @@ use kernel::{
 use crate::{
     bindings, cpuid,
     meter::{
+        btf::{
+            Parameter,
+            Probe,
+            Types,
+            Unknown,
+            Verdict, //
+        },
         leaves::Registers,
         ledger::{
             Ledger,
@@ -991,6 +998,7 @@ impl Vendor {
         };
         demand_module()?;
         demand_loaded(module, unload)?;
+        demand_prototypes()?;
         // SAFETY: No requirements.
         let enlightened = isa == Isa::Vmx && unsafe { bindings::exitmeter_has_enlightened_vmcs() };
         if enlightened {
@@ -1048,6 +1056,105 @@ fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
         return Err(ENODEV);
     }
     Ok(())
+}
+
+/// What the probes of kvm:kvm_exit take, `on_exit_vmx` and its like.
+const EXIT_PROBE: Probe = Probe {
+    typedef: "btf_trace_kvm_exit",
+    parameters: &[
+        Parameter::Pointer,
+        Parameter::PointerTo("kvm_vcpu"),
+        Parameter::U32,
+    ],
+};
+
+/// What [`on_entry`] takes: its `u8` is KVM's bool, which is one byte.
+const ENTRY_PROBE: Probe = Probe {
+    typedef: "btf_trace_kvm_entry",
+    parameters: &[
+        Parameter::Pointer,
+        Parameter::PointerTo("kvm_vcpu"),
+        Parameter::Bool,
+    ],
+};
+
+/// A file of `/sys/kernel/btf`, in memory for as long as this lives.
+struct TypesFile {
+    bytes: NonNull<u8>,
+    size: usize,
+}
+
+impl TypesFile {
+    /// Read a file, if it is there.
+    fn read(path: &'static CStr) -> Option<Self> {
+        let mut size = 0;
+        // SAFETY: The path ends with a NUL. This is called in the module's init, which may sleep.
+        let bytes = unsafe { bindings::exitmeter_read_types(path.as_char_ptr(), &mut size) };
+        let bytes = NonNull::new(bytes.cast())?;
+        Some(Self { bytes, size })
+    }
+
+    /// Return what it holds.
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: The kernel has filled as many bytes, and nobody writes them.
+        unsafe { core::slice::from_raw_parts(self.bytes.as_ptr(), self.size) }
+    }
+}
+
+impl Drop for TypesFile {
+    fn drop(&mut self) {
+        // SAFETY: It was made by `read`, and no borrow is left.
+        unsafe { bindings::exitmeter_free_types(self.bytes.as_ptr().cast()) };
+    }
+}
+
+/// Demands that KVM's tracepoints call probes as ours are, where the kernel has types that tell.
+///
+/// KVM stays meanwhile: this module needs its symbols.
+fn demand_prototypes() -> Result {
+    // The small file first: most kernels without types have none of them.
+    let files = TypesFile::read(c"/sys/kernel/btf/kvm")
+        .and_then(|module| Some((TypesFile::read(c"/sys/kernel/btf/vmlinux")?, module)));
+    let Some((kernel, module)) = files else {
+        pr_info!("kvm_exit and kvm_entry are taken for what they were when exitmeter was written: this kernel shows no types of kvm (/sys/kernel/btf)\n");
+        return Ok(());
+    };
+    let types = Types::read(kernel.bytes(), module.bytes());
+    for (tracepoint, probe) in [("kvm_exit", EXIT_PROBE), ("kvm_entry", ENTRY_PROBE)] {
+        let verdict = match &types {
+            Ok(types) => types.compare(&probe),
+            Err(unknown) => Err(*unknown),
+        };
+        match verdict {
+            Ok(Verdict::Fits) => (),
+            Ok(Verdict::Differs(place, found)) => {
+                pr_err!(
+                    "this kernel's tracepoint kvm:{tracepoint} calls {}, and exitmeter takes {}: they differ in {}\n",
+                    Shown(found),
+                    Shown(probe),
+                    Shown(place)
+                );
+                return Err(ENOEXEC);
+            }
+            Err(why) => pr_warn!(
+                "{tracepoint} is taken for what it was when exitmeter was written: {}\n",
+                match why {
+                    Unknown::Damaged => "the types of kvm in /sys/kernel/btf cannot be read",
+                    Unknown::Missing => "the types of kvm in /sys/kernel/btf do not hold it",
+                }
+            ),
+        }
+    }
+    Ok(())
+}
+
+/// Lets the kernel, which formats through a trait of its own, show what core shows.
+struct Shown<T>(T);
+
+impl<T: core::fmt::Display> kernel::fmt::Display for Shown<T> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        core::fmt::Display::fmt(&self.0, f)
+    }
 }
 
 /// Have the registry go on after the host's sleep, when the TSC has begun anew. `then` and `now` are

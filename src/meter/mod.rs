@@ -6,6 +6,7 @@
 //! takes, as a panic there is a dead host.
 
 mod atomic;
+pub mod btf;
 pub mod bucket;
 pub mod histogram;
 pub mod leaves;

@@ -136,7 +136,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// The kernels that are built for the lab (scripts/configs) do without.
-fn no_types() -> Result<Option<&'static str>> {
+pub(super) fn no_types() -> Result<Option<&'static str>> {
     let types = Path::new("/sys/kernel/btf/vmlinux").exists();
     Ok((!types).then_some("this kernel has no types for BPF (DEBUG_INFO_BTF)"))
 }
@@ -297,7 +297,7 @@ fn second_redirect() -> Result<()> {
 }
 
 /// `bytes` with each `from` as `to`, which is as long.
-fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+pub(super) fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     let mut at = 0;
     while let Some(found) = bytes[at..]

@@ -4,6 +4,8 @@
 use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
+    path::Path,
+    ptr,
     sync::atomic::{AtomicI32, Ordering},
     thread,
     time::Duration,
@@ -14,7 +16,11 @@ use clap::ValueEnum as _;
 use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
-use super::{answers::ask, Case};
+use super::{
+    answers::ask,
+    hooks::{no_types, replace},
+    Case,
+};
 use crate::host::{
     self, cgroup::Cgroup, hist::Exits, leaves::MAP_2021, log::Log, meter::Meter, module, span::Span,
 };
@@ -181,6 +187,11 @@ pub(super) fn cases() -> Vec<Case> {
         })
         .within(180),
         Case::without(
+            "loading: tracepoints of another prototype are refused",
+            other_prototypes,
+        )
+        .unless(no_types),
+        Case::without(
             "loading: unloading waits for a vCPU that sleeps in the query's emulation",
             asleep,
         )
@@ -218,7 +229,14 @@ fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
 fn meters_again() -> Result<()> {
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
-    let lines = log.own_lines()?;
+    let mut lines = log.own_lines()?;
+    let unchecked = lines.len();
+    lines.retain(|line| !line.contains("this kernel shows no types of kvm"));
+    let unchecked = unchecked - lines.len();
+    ensure!(
+        unchecked == usize::from(!Path::new(TYPES).exists()),
+        "the module says {unchecked} times that the tracepoints are not checked"
+    );
     ensure!(
         matches!(&lines[..], [line] if line.starts_with("version ") && line.contains("hooked")),
         "the module says {lines:?} when it is loaded"
@@ -241,6 +259,96 @@ fn meters_again() -> Result<()> {
         "the table at unload has no row of 500 CPUID exits: {lines:#?}"
     );
     Ok(())
+}
+
+/// The kernel's types of kvm.ko.
+const TYPES: &str = "/sys/kernel/btf/kvm";
+
+/// Other types of kvm.ko in the place of the kernel's, for as long as this lives.
+struct OtherTypes(());
+
+impl OtherTypes {
+    fn new(bytes: &[u8]) -> Result<Self> {
+        fs::write("/tmp/types", bytes).context("/tmp/types cannot be written")?;
+        // SAFETY: Strings that end with a NUL, and nothing else to read.
+        let ret = unsafe {
+            libc::mount(
+                c"/tmp/types".as_ptr(),
+                c"/sys/kernel/btf/kvm".as_ptr(),
+                ptr::null(),
+                libc::MS_BIND,
+                ptr::null(),
+            )
+        };
+        ensure!(ret == 0, "{TYPES}: {}", io::Error::last_os_error());
+        Ok(Self(()))
+    }
+}
+
+impl Drop for OtherTypes {
+    fn drop(&mut self) {
+        // SAFETY: As in `new`.
+        if unsafe { libc::umount(c"/sys/kernel/btf/kvm".as_ptr()) } != 0 {
+            eprintln!("{TYPES} stays: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+/// The kernel's own types, in which tracepoints have changed names.
+fn other_prototypes() -> Result<()> {
+    let types = fs::read(TYPES).context(TYPES)?;
+    let named = |from: &str, to: &str| {
+        ensure!(from.len() == to.len(), "{from} and {to} differ in length");
+        let name = |name: &str| format!("\0btf_trace_{name}\0").into_bytes();
+        let other = replace(&types, &name(to), &name(&"x".repeat(to.len())));
+        let other = replace(&other, &name(from), &name(to));
+        ensure!(other != types, "{TYPES} has no {from}");
+        anyhow::Ok(other)
+    };
+    for (tracepoint, as_other, words) in [
+        (
+            "kvm_exit",
+            "kvm_mmio",
+            "this kernel's tracepoint kvm:kvm_exit calls void (void *, int, int, u64, void *), and \
+             exitmeter takes void (void *, struct kvm_vcpu *, u32): they differ in the number of \
+             parameters",
+        ),
+        (
+            "kvm_entry",
+            "kvm_cpuid",
+            ", and exitmeter takes void (void *, struct kvm_vcpu *, bool): they differ in the \
+             number of parameters",
+        ),
+    ] {
+        let _other = OtherTypes::new(&named(as_other, tracepoint)?)?;
+        refused("", libc::ENOEXEC, words)?;
+    }
+    // What cannot be compared is told of, and does not keep the module out.
+    for (bytes, words) in [
+        (
+            named("kvm_exit", "xvm_exit")?,
+            "kvm_exit is taken for what it was when exitmeter was written: the types of kvm in \
+             /sys/kernel/btf do not hold it",
+        ),
+        (
+            types[..types.len() / 2].to_vec(),
+            "kvm_entry is taken for what it was when exitmeter was written: the types of kvm in \
+             /sys/kernel/btf cannot be read",
+        ),
+    ] {
+        let _other = OtherTypes::new(&bytes)?;
+        let mut log = Log::from_now()?;
+        module::Loaded::with("")?.unload()?;
+        let lines: Vec<(u32, String)> = log.own_records()?;
+        // Warnings are level 4.
+        ensure!(
+            lines
+                .iter()
+                .any(|(level, line)| *level == 4 && line.starts_with(words)),
+            "the module is loaded with the lines {lines:?} instead of '{words}'"
+        );
+    }
+    meters_again()
 }
 
 /// A guest runs, for some 15 s, while the module is loaded, unloaded and loaded again.

@@ -222,6 +222,8 @@ impl Ledger {
     ///
     /// `first` moves with the clock, and may lie before its zero: differences are modulo 2^64.
     pub fn rebase(&self, then: u64, now: u64) {
+        // Another CPU may have measured, whose clock was behind.
+        let then = then.max(self.last.load(Relaxed));
         let ticks = then.wrapping_sub(self.last.load(Relaxed));
         self.begun.store(now, Relaxed);
         // ORDERING: As in `begin_transition`.
@@ -783,66 +785,83 @@ mod tests {
             self.spend(now, self.phase);
             self.phase = Phase::Kernel;
         }
-    }
 
-    proptest! {
-        #[test]
-        fn transitions_in_any_order_lose_and_invent_nothing(
-            begins_in in 0_u32..6,
-            events in proptest::collection::vec((0_u8..4, any::<i16>(), 0..SLOTS, 2_u32..6, any::<bool>()), 0..EVENTS)
-        ) {
-            let ledger = ledger();
-            let mut now = 1_u64 << 40;
-            let begins_in = Phase::from_number(begins_in).expect("a phase");
-            ledger.begin(now, begins_in);
-            let mut model = Model::begin(now, begins_in);
-            for (event, step, slot, phase, nested) in events {
-                // A step back now and then: clocks that part.
-                now = now.wrapping_add_signed(i64::from(step) + 8000);
-                let phase = Phase::from_number(phase).expect("a phase");
-                match event {
-                    0 => {
-                        let at = Slot::from_index(slot).expect("below SLOTS");
-                        if nested {
-                            ledger.exit_from_nested(now, at);
-                        } else {
-                            ledger.exit(now, at);
-                        }
-                        model.exit(now, slot, nested);
+        /// The host slept, in whatever the vCPU was doing.
+        fn sleep(&mut self, until: u64) {
+            let ticks = until - self.last;
+            self.last = until;
+            let phase = self.phase;
+            self.row().cycles[phase as usize] += ticks;
+            if phase == Phase::Kernel {
+                self.sample = self.sample.map(|before| before + ticks);
+            }
+        }
+
+        /// Have an event happen to the model at `now`, and to the ledger by its clock.
+        fn tell(&mut self, ledger: &Ledger, (now, clock): (u64, u64), event: &Event) {
+            let (event, _, slot, phase, nested) = *event;
+            let phase = Phase::from_number(phase).expect("a phase");
+            match event {
+                0 => {
+                    let at = Slot::from_index(slot).expect("below SLOTS");
+                    if nested {
+                        ledger.exit_from_nested(clock, at);
+                    } else {
+                        ledger.exit(clock, at);
                     }
-                    1 => {
-                        ledger.entry(now);
-                        model.entry(now);
-                    }
-                    2 => {
-                        ledger.leave(now, phase);
-                        model.leave(now, phase);
-                    }
-                    _ => {
-                        ledger.resume(now);
-                        model.resume(now);
-                    }
+                    self.exit(now, slot, nested);
+                }
+                1 => {
+                    ledger.entry(clock);
+                    self.entry(now);
+                }
+                2 => {
+                    ledger.leave(clock, phase);
+                    self.leave(now, phase);
+                }
+                _ => {
+                    ledger.resume(clock);
+                    self.resume(now);
                 }
             }
+        }
 
+        /// Demand that the ledger holds what the model does, with a clock that is `offset` behind.
+        fn demand(&self, ledger: &Ledger, offset: u64) -> Result<(), TestCaseError> {
             let mut copy = LedgerCopy::new();
             prop_assert!(ledger.try_copy(&mut copy));
             prop_assert!(copy.balances());
-            prop_assert_eq!((copy.first, copy.last), (model.first, model.last));
-            prop_assert_eq!((copy.phase(), copy.slot().index()), (model.phase, model.latest));
+            let times = [copy.first, copy.last].map(|time| time.wrapping_add(offset));
+            prop_assert_eq!(times, [self.first, self.last]);
+            prop_assert_eq!(
+                (copy.phase(), copy.slot().index()),
+                (self.phase, self.latest)
+            );
             let mut totals = Totals::new();
             totals.fold(&copy);
             totals.fold(&copy);
-            let copied: HashMap<_, _> = copy.rows().map(|(slot, row, _)| (slot.index(), *row)).collect();
+            let copied: HashMap<_, _> = copy
+                .rows()
+                .map(|(slot, row, _)| (slot.index(), *row))
+                .collect();
             let mut sums = RowCopy::default();
             for slot in Slot::all() {
-                let due = model.rows.get(&slot.index()).copied().unwrap_or_default();
+                let due = self.rows.get(&slot.index()).copied().unwrap_or_default();
                 prop_assert_eq!(copied.get(&slot.index()).copied().unwrap_or_default(), due);
-                let histogram = model.histograms.iter().find(|(row, _)| *row == slot.index());
-                prop_assert_eq!(copy.histogram(slot), histogram.map_or(&[0; BUCKETS], |(_, it)| it));
+                let histogram = self.histograms.iter().find(|(row, _)| *row == slot.index());
+                prop_assert_eq!(
+                    copy.histogram(slot),
+                    histogram.map_or(&[0; BUCKETS], |(_, it)| it)
+                );
                 // What a guest's query reads, without a copy.
-                prop_assert_eq!((ledger.exits(slot), ledger.nested_exits(slot)), (due.exits, due.nested_exits));
-                prop_assert_eq!(Phase::ALL.map(|phase| ledger.cycles(phase, slot)), due.cycles);
+                prop_assert_eq!(
+                    (ledger.exits(slot), ledger.nested_exits(slot)),
+                    (due.exits, due.nested_exits)
+                );
+                prop_assert_eq!(
+                    Phase::ALL.map(|phase| ledger.cycles(phase, slot)),
+                    due.cycles
+                );
                 let twice = RowCopy {
                     exits: 2 * due.exits,
                     nested_exits: 2 * due.nested_exits,
@@ -856,8 +875,154 @@ mod tests {
                 }
             }
             prop_assert_eq!(ledger.total_exits(), sums.exits);
-            prop_assert_eq!(Phase::ALL.map(|phase| ledger.total_cycles(phase)), sums.cycles);
+            prop_assert_eq!(
+                Phase::ALL.map(|phase| ledger.total_cycles(phase)),
+                sums.cycles
+            );
+            Ok(())
         }
+    }
+
+    /// Its kind, the step of the clock to it, its row, its phase, and whether it is of a nested guest.
+    type Event = (u8, i16, usize, u32, bool);
+
+    fn event() -> impl Strategy<Value = Event> {
+        (0_u8..4, any::<i16>(), 0..SLOTS, 2_u32..6, any::<bool>())
+    }
+
+    proptest! {
+        #[test]
+        fn transitions_in_any_order_lose_and_invent_nothing(
+            begins_in in 0_u32..6,
+            events in proptest::collection::vec(event(), 0..EVENTS)
+        ) {
+            let ledger = ledger();
+            let mut now = 1_u64 << 40;
+            let begins_in = Phase::from_number(begins_in).expect("a phase");
+            ledger.begin(now, begins_in);
+            let mut model = Model::begin(now, begins_in);
+            for event in events {
+                // A step back now and then: clocks that part.
+                now = now.wrapping_add_signed(i64::from(event.1) + 8000);
+                model.tell(&ledger, (now, now), &event);
+            }
+            model.demand(&ledger, 0)?;
+        }
+    }
+
+    proptest! {
+        /// As if the clock had gone on, but for what a ledger that is not told of it cannot know:
+        /// how long the host slept.
+        #[test]
+        fn a_clock_that_begins_anew_loses_and_invents_nothing(
+            begins_in in 0_u32..6,
+            events in proptest::collection::vec(
+                (event(), 0_u8..8, 0_u64..1 << 48, 0_u64..1 << 40),
+                0..EVENTS,
+            )
+        ) {
+            let ledger = ledger();
+            let (mut now, mut offset) = (1_u64 << 40, 0_u64);
+            let begins_in = Phase::from_number(begins_in).expect("a phase");
+            ledger.begin(now, begins_in);
+            let mut model = Model::begin(now, begins_in);
+            for (event, anew, clock, slept) in events {
+                let last = model.last.wrapping_sub(offset);
+                match anew {
+                    // The host says so.
+                    0 => {
+                        now = now.max(model.last) + slept;
+                        ledger.rebase(now.wrapping_sub(offset), clock);
+                        model.sleep(now);
+                        offset = now.wrapping_sub(clock);
+                        model.demand(&ledger, offset)?;
+                    }
+                    // The ledger finds it.
+                    1 if last >= RESTARTED => {
+                        let clock = clock % (last + 2 - RESTARTED);
+                        now = model.last + 1;
+                        model.sleep(now);
+                        offset = now.wrapping_sub(clock);
+                    }
+                    _ => now = now.wrapping_add_signed(i64::from(event.1) + 8000),
+                }
+                let clock = now.wrapping_sub(offset);
+                // Before its zero there is no clock.
+                if clock < 1 << 63 {
+                    model.tell(&ledger, (now, clock), &event);
+                }
+            }
+            model.demand(&ledger, offset)?;
+        }
+    }
+
+    /// A halted vCPU whose host slept for an hour, and a transition 7 ticks after the clock began
+    /// anew.
+    #[test]
+    fn a_sleep_is_on_the_phase_and_what_follows_has_its_true_time() {
+        const HOUR: u64 = 3600 * 3_000_000_000;
+        let hlt = Slot::from_index(12).expect("below SLOTS");
+        for phase in Phase::ALL {
+            let ledger = ledger();
+            ledger.begin(1 << 50, Phase::Guest);
+            ledger.exit((1 << 50) + 10, hlt);
+            match phase {
+                Phase::Kernel => {}
+                Phase::Guest => ledger.entry((1 << 50) + 11),
+                _ => ledger.leave((1 << 50) + 11, phase),
+            }
+            let before = ledger.cycles(phase, hlt);
+            let last = ledger.last.load(Relaxed);
+            ledger.rebase(last + HOUR, 3);
+            assert_eq!(ledger.cycles(phase, hlt), before + HOUR, "{phase:?}");
+            // It began before the clock's zero.
+            assert!(ledger.first.load(Relaxed) > 1 << 63);
+            match phase {
+                Phase::Guest => ledger.exit(10, hlt),
+                Phase::Kernel => ledger.entry(10),
+                _ => ledger.resume(10),
+            }
+            let row = if phase == Phase::Guest { 2 } else { 1 };
+            assert_eq!(ledger.cycles(phase, hlt), before + HOUR + 7, "{phase:?}");
+            assert_eq!(ledger.exits(hlt), row);
+            let mut copy = LedgerCopy::new();
+            assert!(ledger.try_copy(&mut copy) && copy.balances());
+            assert_eq!(copy.last, 10);
+        }
+    }
+
+    #[test]
+    fn a_clock_begins_anew_by_more_than_clocks_part() {
+        const LAST: u64 = 1 << 50;
+        for (back, last) in [
+            (1, LAST + 1),
+            (RESTARTED - 2, LAST + 1),
+            (RESTARTED - 1, LAST - (RESTARTED - 1) + 1),
+            (LAST, 1),
+        ] {
+            let ledger = ledger();
+            ledger.begin(LAST, Phase::Kernel);
+            ledger.entry(LAST - back);
+            assert_eq!(ledger.last.load(Relaxed), last, "{back} ticks back");
+            // By a clock that it follows, time is what it is.
+            ledger.exit(last + 1000, Slot::OTHER);
+            assert_eq!(ledger.cycles(Phase::Guest, Slot::START), 1000);
+            let mut copy = LedgerCopy::new();
+            assert!(ledger.try_copy(&mut copy) && copy.balances());
+        }
+    }
+
+    /// The CPU that measures the sleep may be behind the vCPU's.
+    #[test]
+    fn a_sleep_that_ends_before_the_latest_transition_takes_no_time() {
+        let ledger = ledger();
+        ledger.begin(1000, Phase::Halted);
+        ledger.rebase(900, 5);
+        assert_eq!(ledger.total_cycles(Phase::Halted), 0);
+        ledger.resume(25);
+        assert_eq!(ledger.total_cycles(Phase::Halted), 20);
+        let mut copy = LedgerCopy::new();
+        assert!(ledger.try_copy(&mut copy) && copy.balances());
     }
 
     proptest! {

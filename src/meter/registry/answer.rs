@@ -120,13 +120,13 @@ impl<P: Platform> Registry<P> {
         renew: impl Fn(),
     ) {
         let began = self.platform.now();
-        if may_be_read() && !is_due(due, began) {
+        if may_be_read() && !self.is_due(due, began) {
             return;
         }
         for _ in 0..MOST_PAUSES {
             if let Some(_turn) = Turn::take(&self.platform, renewing, due) {
                 // Somebody may have just had it.
-                if !may_be_read() || is_due(due, self.platform.now()) {
+                if !may_be_read() || self.is_due(due, self.platform.now()) {
                     renew();
                 }
                 return;
@@ -137,6 +137,14 @@ impl<P: Platform> Registry<P> {
             }
             self.platform.pause();
         }
+    }
+
+    /// Return true if sums are to be renewed. A time further ahead than the longest wait is one of
+    /// before the clock began anew.
+    fn is_due(&self, due: &AtomicU64, now: u64) -> bool {
+        let ahead = due.load(Relaxed).wrapping_sub(now);
+        let longest = self.platform.millisecond().saturating_mul(LONGEST_WAIT);
+        ahead == 0 || ahead > longest
     }
 
     /// Renew the sums of a VM. The caller has the turn.
@@ -214,12 +222,6 @@ fn each_group(vm: &Vm, mut see: impl FnMut(&Group)) {
         see(it);
         group = it.next.load(Acquire);
     }
-}
-
-/// Return true if sums are to be renewed. A time far ahead is one of before the clock began anew.
-fn is_due(due: &AtomicU64, now: u64) -> bool {
-    let ahead = due.load(Relaxed).wrapping_sub(now);
-    ahead == 0 || ahead > 1 << 40
 }
 
 /// The turn of one asker to renew sums. While it lives, others use those there are.

@@ -218,6 +218,9 @@ struct Told {
     unmetered: u64,
 }
 
+/// First and latest event by vCPU id.
+type Lives = BTreeMap<u32, (u64, u64)>;
+
 impl Bench {
     fn new(max_vcpus: usize, host_scope: bool) -> Self {
         let shared = Rc::new(Shared::default());
@@ -241,6 +244,11 @@ impl Bench {
     }
 
     fn snapshot(&self) -> Told {
+        self.snapshot_at(0).0
+    }
+
+    /// Take a snapshot by a clock that has lost so many ticks in sleeps of the host.
+    fn snapshot_at(&self, clock_offset: u64) -> (Told, Lives) {
         let mut buffer = vec![0; size_for(600, 2000)];
         let mut gone = Totals::new();
         let mut walker = Walker::new();
@@ -250,9 +258,9 @@ impl Bench {
             host_scope: false,
             tsc_khz: 0,
             tsc_stable: true,
-            loaded: 0,
-            now: 0,
-            clock_offset: 0,
+            loaded: self.registry.loaded(),
+            now: self.shared.now.get().wrapping_add(clock_offset),
+            clock_offset,
             life: 1,
         };
         let size = self
@@ -265,13 +273,15 @@ impl Bench {
             totals: snapshot.totals().map(|row| row.exits()).sum(),
             ..Told::default()
         };
+        let mut lives = Lives::new();
         for vcpu in snapshot.vcpus() {
             assert!(vcpu.balances());
+            lives.insert(vcpu.id(), (vcpu.first(), vcpu.last()));
             let exits = vcpu.rows().map(|row| row.exits()).sum();
             let twice = told.exits.insert(vcpu.id(), exits);
             assert_eq!(twice, None, "vCPU {} stands there twice", vcpu.id());
         }
-        told
+        (told, lives)
     }
 
     fn ask(&self, key: usize) -> Option<u64> {
@@ -871,9 +881,11 @@ fn a_copy_takes_a_bounded_number_of_interrupts() {
     }
 }
 
-/// A clock that begins anew moves all ledgers, and no time is lost or made.
+/// A clock that begins anew moves all ledgers, and no time is lost or made: what is told goes on as
+/// if nothing had been.
 #[test]
 fn a_new_clock_moves_all_ledgers() {
+    const SLEPT: u64 = 1_000_000_000_000;
     let bench = Bench::new(100, false);
     for place in 0..40 {
         bench
@@ -881,14 +893,58 @@ fn a_new_clock_moves_all_ledgers() {
             .expect("room");
         assert!(place == 39 || bench.exits(key(place), 2));
     }
+    let (before, began) = bench.snapshot_at(0);
+    let mut offset = 0_u64;
+    // Twice: what is behind the first sleep is not lost in the second.
+    for round in 1..=2 {
+        let then = bench.shared.now.get() + SLEPT;
+        bench.shared.now.set(50 * round);
+        bench.registry.rebase(then, 50 * round);
+        offset = offset.wrapping_add(then.wrapping_sub(50 * round));
+        let (told, lives) = bench.snapshot_at(offset);
+        let firsts = |lives: &Lives| -> Vec<u64> { lives.values().map(|life| life.0).collect() };
+        assert_eq!(firsts(&lives), firsts(&began));
+        // The sleep is booked to its end, and that is now.
+        let end = bench.shared.now.get().wrapping_add(offset);
+        assert!(lives.values().all(|life| life.1 == end), "{lives:?}");
+        assert!(lives.values().all(|life| bench.registry.loaded() <= life.0));
+        assert_eq!(told.exits.len(), 39);
+        assert!(told.exits.values().all(|exits| *exits == 1 + round));
+        for place in 0..39 {
+            assert!(bench.exits(key(place), 1));
+        }
+        let (told, lives) = bench.snapshot_at(offset);
+        assert!(told.exits.values().all(|exits| *exits == 2 + round));
+        // Two events of 7 ticks for each of them, and no more.
+        let latest = lives.values().map(|life| life.1).max();
+        assert_eq!(latest, Some(bench.shared.now.get().wrapping_add(offset)));
+        assert!(latest <= Some(end + 39 * 3 * 7));
+    }
+    // Who comes now began now.
+    assert!(bench.exits(key(39), 1));
+    let (told, lives) = bench.snapshot_at(offset);
+    assert_eq!(told.exits.len(), before.exits.len() + 1);
+    assert!(lives[&39].0 > began[&38].1 + 2 * SLEPT);
+    bench.end();
+}
+
+/// Sums that are renewed each millisecond are so by a new clock as well, at once.
+#[test]
+fn a_new_clock_does_not_hold_up_sums() {
+    let bench = Bench::new(100, false);
+    for place in 0..3 * GROUP {
+        let id = place as u32;
+        bench.announce(key(place), 0, id).expect("room");
+        assert!(bench.exits(key(place), 1));
+    }
+    let all = 3 * GROUP as u64;
+    bench.wait();
+    assert_eq!(bench.ask(key(0)), Some(all));
     let then = bench.shared.now.get() + 1000;
     bench.shared.now.set(50);
     bench.registry.rebase(then, 50);
-    for place in 0..39 {
-        assert!(bench.exits(key(place), 1));
-    }
-    let told = bench.snapshot();
-    assert!(told.exits.values().all(|exits| *exits == 3));
-    assert_eq!(told.exits.len(), 39);
+    assert!(bench.exits(key(3 * GROUP - 1), 5));
+    bench.wait();
+    assert_eq!(bench.ask(key(0)), Some(all + 5));
     bench.end();
 }

@@ -9,14 +9,23 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
-use exitmeter_meter::reader::Snapshot;
-use tiny_guests::{Config, Mode, Program};
+use exitmeter_meter::{phase::Phase, reader::Snapshot};
+use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::{keep_running, part_of, snapshots::not_behind};
 use crate::{
     cases::Case,
-    host::{log::Log, meter::Meter, span::Span},
+    host::{
+        self,
+        log::Log,
+        meter::{Meter, Vcpu},
+        module::{self, Loaded},
+        span::Span,
+    },
 };
+
+/// A module that has the TSC begin anew: lab/tests/newtsc.
+const NEW_TSC: &str = "/root/newtsc.ko";
 
 const ONLINE: &str = "/sys/devices/system/cpu/cpu1/online";
 
@@ -34,6 +43,18 @@ pub(super) fn cases() -> Vec<Case> {
             "soak: the snapshot says whether the kernel trusts the TSC",
             trusted_tsc,
         ),
+        Case::with(
+            "log_queries=0",
+            "soak: VMs live through a sleep of the host",
+            || sleep_through(false),
+        )
+        .within(600),
+        Case::without(
+            "soak: VMs live through a sleep of the host from which its TSC begins anew",
+            new_tsc,
+        )
+        .within(600)
+        .unless(no_new_tsc),
     ]
 }
 
@@ -102,4 +123,129 @@ fn trusted_tsc() -> Result<()> {
     ensure!(warned == unstable, "the module warned: {warned}");
     println!("the kernel trusts the TSC: {said}");
     Ok(())
+}
+
+fn no_new_tsc() -> Result<Option<&'static str>> {
+    Ok((!Path::new(NEW_TSC).exists()).then_some("newtsc.ko is not among the host's files"))
+}
+
+fn new_tsc() -> Result<()> {
+    // Those who come first wake first, and KVM has to find the new clock as well.
+    module::unload_vendor()?;
+    module::try_load_file(Path::new(NEW_TSC), "").context("newtsc.ko does not load")?;
+    module::load_vendor(true)?;
+    let loaded = Loaded::with("log_queries=0")?;
+    let result = sleep_through(true);
+    loaded.unload()?;
+    result?;
+    module::remove("newtsc")
+}
+
+/// What the snapshot says of its clock: when the module was loaded, now, ticks in a second, and the
+/// meter's life.
+fn clock() -> Result<(u64, u64, u64, u64)> {
+    let bytes = fs::read("/dev/exitmeter")?;
+    let snapshot = Snapshot::parse(&bytes)?;
+    let second = snapshot.tsc_khz().context("the TSC's frequency")?;
+    Ok((
+        snapshot.loaded(),
+        snapshot.now(),
+        u64::from(second) * 1000,
+        snapshot.life(),
+    ))
+}
+
+/// A sleep of the host, of 5 s, as deep as the kernel goes without the firmware: but for that last
+/// step all is as in S3. One VM idles meanwhile, one works.
+fn sleep_through(anew: bool) -> Result<()> {
+    let hlt = host::pick(12, 0x78)?;
+    let span = Span::begin()?;
+    let config = Config {
+        wake: Duration::from_millis(10),
+        ..Config::new(Program::HltKernel, Mode::Long, 100)
+    };
+    let mut idle = Machine::new(config)?;
+    idle.run()?;
+    let halted = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::Halted as usize];
+    let in_user = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::User as usize];
+    let first = Meter::read()?.only()?.clone();
+    let of_idle = |meter: &Meter| -> Result<Vcpu> {
+        let own = meter.own();
+        let found = own.iter().find(|vcpu| vcpu.vm == first.vm);
+        Ok((*found.context("the idle VM is not metered")?).clone())
+    };
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| keep_running(&done, config));
+        let result = (|| {
+            thread::sleep(Duration::from_millis(500));
+            let (loaded, now, second, life) = clock()?;
+            let tsc = host_tsc();
+            let before = Meter::read()?;
+            fs::write("/sys/power/pm_test", "core").context("/sys/power/pm_test")?;
+            fs::write("/sys/power/state", "mem").context("the host does not sleep")?;
+            let (new_tsc, (loaded_after, now_after, _, life_after)) = (host_tsc(), clock()?);
+            ensure!(
+                (new_tsc < tsc) == anew,
+                "the host's TSC was {tsc} and is {new_tsc}"
+            );
+            ensure!(
+                (loaded, life) == (loaded_after, life_after),
+                "loaded at {loaded} in life {life}, then at {loaded_after} in {life_after}"
+            );
+            // The kernel may know only by a clock of seconds how long it slept.
+            let passed = now_after.wrapping_sub(now);
+            ensure!(
+                (3 * second..60 * second).contains(&passed),
+                "{passed} ticks of {second} a second passed"
+            );
+            let after = Meter::read()?;
+            let mut seen = 0;
+            for after in after.own() {
+                for before in before.own() {
+                    if (before.vm, before.id) == (after.vm, after.id) {
+                        not_behind(before, after)?;
+                        seen += 1;
+                    }
+                }
+            }
+            ensure!(seen == 2, "{seen} vCPUs live before and after");
+            let slept = in_user(&of_idle(&after)?) - in_user(&first);
+            println!(
+                "the TSC was {tsc} and is {new_tsc}; {:.1} s passed, of them {:.1} s are booked \
+                 on the idle vCPU's time in user space",
+                passed as f64 / second as f64,
+                slept as f64 / second as f64
+            );
+            // Otherwise its time is booked when it runs again.
+            ensure!(!anew || slept >= 3 * second, "the sleep is not booked");
+            idle.rewind()?;
+            idle.run()?;
+            let again = of_idle(&Meter::read()?)?;
+            let times = [halted(&first), halted(&again) - halted(&first)];
+            println!(
+                "100 HLTs took {} ticks before and {} after",
+                times[0], times[1]
+            );
+            ensure!(
+                times[1] > times[0] / 2 && times[1] < 4 * times[0],
+                "what follows the sleep has not its true time"
+            );
+            let counts = [&first, &again].map(|vcpu| vcpu.numbers.exits_of(hlt));
+            ensure!(counts[1] == 2 * counts[0], "HLT exits: {counts:?}");
+            anyhow::Ok(())
+        })();
+        done.store(true, Ordering::Relaxed);
+        guest.join().ok().context("the guest's thread panicked")??;
+        result
+    })?;
+    let exits: u64 = span.end()?.values().sum();
+    println!("{exits} exits, all counted");
+    Ok(())
+}
+
+/// The host's TSC.
+fn host_tsc() -> u64 {
+    // SAFETY: Each CPU with VT-x or SVM has it, and user space may read it.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }

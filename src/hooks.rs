@@ -1159,6 +1159,10 @@ impl<T: core::fmt::Display> kernel::fmt::Display for Shown<T> {
 
 /// Have the registry go on after the host's sleep, when the TSC has begun anew. `then` and `now` are
 /// one moment, by the TSC as it would have gone on, and as it is.
+///
+/// # Safety
+///
+/// For the shim alone, when no other CPU runs.
 unsafe extern "C" fn on_rebase(then: u64, now: u64) {
     if let Some(registry) = registry() {
         registry.rebase(then, now);

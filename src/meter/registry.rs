@@ -708,12 +708,11 @@ impl State {
             new.group = core::ptr::from_ref(group).cast_mut();
             new.place = place;
         }
+        // SAFETY: As above.
+        let key = unsafe { member.as_ref() }.key;
         // INVARIANT: The member is placed right below. There is room, as places are kept for
         // twice as many as may come.
-        // SAFETY: As above.
-        let _ = registry
-            .table()
-            .insert(unsafe { member.as_ref() }.key, member.as_ptr() as usize);
+        let _ = registry.table().insert(key, member.as_ptr() as usize);
         group.take(place, member);
         if group.is_full() {
             // SAFETY: The lock is held.

@@ -104,6 +104,8 @@ fn snapshot(criterion: &mut Criterion) {
             tsc_stable: true,
             loaded: 0,
             now: 1,
+            clock_offset: 0,
+            life: 1,
         };
         let mut copy = Box::new(LedgerCopy::new());
         let gone = Box::new(Totals::new());

@@ -28,6 +28,9 @@ use crate::{
     writer::{self, host, load, newcomer, put, settings, spend, spend_between, Meter, GAP},
 };
 
+/// What one kind of caller does, again and again.
+type Caller = fn(&Guests);
+
 /// The most steps that may be taken in one hold of the lock, however many vCPUs there are.
 pub const MOST_STEPS: u64 = 64;
 
@@ -464,7 +467,7 @@ pub fn measure(size: Size, plan: Plan) {
         scope.spawn(|| guests.write(&order));
         let callers = scope.spawn(|| {
             start(CALLER, plan.real_time);
-            let callers: [(u32, fn(&Guests)); 6] = [
+            let callers: [(u32, Caller); 6] = [
                 (ONE, Guests::copies),
                 (FAST, Guests::copies_of_fast),
                 (FASTEST, Guests::copies_of_fastest),

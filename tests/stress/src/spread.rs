@@ -75,7 +75,7 @@ fn bucket(value: u64) -> usize {
     let value = value.max(1);
     let power = value.ilog2() as usize;
     // The five bits below the topmost one.
-    let part = (u128::from(value) * PARTS as u128 >> power) as usize - PARTS;
+    let part = ((u128::from(value) * PARTS as u128) >> power) as usize - PARTS;
     power * PARTS + part
 }
 

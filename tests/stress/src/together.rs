@@ -480,19 +480,16 @@ impl Watcher<'_> {
             .map(|life| (life.id, life.done.load(Acquire)))
             .collect();
         let mut gone = Box::new(Totals::new());
-        let size = loop {
-            let told = host(&world.meter);
-            let meter = &world.meter;
-            *gone = Totals::new();
-            match meter.snapshot(&mut self.walker, &mut self.buffer, &mut gone, told) {
-                Ok(size) => break size,
-                Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
-                // What was seen in vain is not looked at: the walk as such was.
-                Err(NoSnapshot::Full(full)) => {
-                    let room = size_for(64, 64 * (REASONS as usize + 1));
-                    self.buffer = vec![0; full.needed + room];
-                    return self.snapshot();
-                }
+        let told = host(&world.meter);
+        let meter = &world.meter;
+        let size = match meter.snapshot(&mut self.walker, &mut self.buffer, &mut gone, told) {
+            Ok(size) => size,
+            Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
+            // What was seen in vain is not looked at: the walk as such was.
+            Err(NoSnapshot::Full(full)) => {
+                let room = size_for(64, 64 * (REASONS as usize + 1));
+                self.buffer = vec![0; full.needed + room];
+                return self.snapshot();
             }
         };
         let end = world.mark();

@@ -709,10 +709,10 @@ impl State {
             new.place = place;
         }
         // SAFETY: As above.
-        let key = unsafe { member.as_ref() }.key;
+        let vcpu = unsafe { member.as_ref() }.key;
         // INVARIANT: The member is placed right below. There is room, as places are kept for
         // twice as many as may come.
-        let _ = registry.table().insert(key, member.as_ptr() as usize);
+        let _ = registry.table().insert(vcpu, member.as_ptr() as usize);
         group.take(place, member);
         if group.is_full() {
             // SAFETY: The lock is held.

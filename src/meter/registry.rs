@@ -555,7 +555,7 @@ impl<P: Platform> Registry<P> {
         }
         fence(Acquire);
         let room = NonNull::from(&member.retired).cast();
-        let memory = NonNull::from(member).cast();
+        let memory = member.address().cast();
         // SAFETY: It is in no list any more, and nobody holds it; queries that still read it are
         // waited for. The room is for this alone.
         unsafe { self.platform.retire(memory, Layout::new::<Member>(), room) };
@@ -615,9 +615,13 @@ impl<P: Platform> Drop for Registry<P> {
                 .map_or(null_mut(), |it| it.first);
             while let Some(it) = vm.as_ref() {
                 let next = (*it.links.get()).next;
-                it.each(|member| {
-                    free(&self.platform, core::ptr::from_ref(member).cast_mut());
-                });
+                let mut group = it.groups.load(Relaxed);
+                while let Some(it) = group.as_ref() {
+                    for member in &it.members {
+                        free(&self.platform, member.load(Relaxed));
+                    }
+                    group = it.next.load(Relaxed);
+                }
                 self.free_vm(vm);
                 vm = next;
             }
@@ -823,7 +827,7 @@ impl State {
             return null_mut();
         }
         for walk in &mut self.walks {
-            walk.step_over(vm);
+            walk.step_over(vm, links.next);
         }
         // SAFETY: VMs in the list stay while the lock is held.
         match unsafe { links.previous.as_ref() } {

@@ -225,6 +225,13 @@ impl Member {
         &self.ledger
     }
 
+    /// Return where the vCPU is, to write there or to free it: by its address, as the table has it,
+    /// since nothing may be written by way of a shared reference.
+    pub(super) fn address(&self) -> NonNull<Self> {
+        let address = core::ptr::from_ref(self) as usize as *mut Self;
+        NonNull::new(address).unwrap_or(NonNull::from(self))
+    }
+
     /// The vCPU and its VM, as people know them.
     pub fn identity(&self) -> &Identity {
         &self.identity

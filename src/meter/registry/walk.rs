@@ -74,11 +74,10 @@ pub enum NoSnapshot {
 }
 
 impl Walk {
-    /// Go on at the VM behind one that is removed. The caller holds the lock.
-    pub(super) fn step_over(&mut self, vm: &Vm) {
+    /// Go on at `next`, the VM behind one that is removed.
+    pub(super) fn step_over(&mut self, vm: &Vm, next: *mut Vm) {
         if core::ptr::eq(self.vm, vm) {
-            // SAFETY: The lock is held.
-            self.vm = unsafe { (*vm.links.get()).next };
+            self.vm = next;
             self.group = null_mut();
             self.place = 0;
         }
@@ -150,7 +149,7 @@ impl State {
             // SAFETY: The lock is held.
             if let Some(next) = unsafe { (*member.awaited.get()).get_mut(which) } {
                 member.holders.fetch_add(1, Relaxed);
-                *next = core::mem::replace(&mut walk.gone, core::ptr::from_ref(member).cast_mut());
+                *next = core::mem::replace(&mut walk.gone, member.address().as_ptr());
             }
         }
     }

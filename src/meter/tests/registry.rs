@@ -205,7 +205,7 @@ fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
 
 /// A registry, and what the test knows of it.
 struct Bench {
-    registry: Box<Registry<Plain>>,
+    registry: Rc<Registry<Plain>>,
     shared: Rc<Shared>,
 }
 
@@ -226,8 +226,8 @@ impl Bench {
         let shared = Rc::new(Shared::default());
         shared.now.set(1 << 30);
         let registry = Registry::new(Plain(Rc::clone(&shared)), settings(max_vcpus, host_scope));
-        let registry = Box::new(registry.expect("memory"));
-        shared.registry.set(&*registry);
+        let registry = Rc::new(registry.expect("memory"));
+        shared.registry.set(Rc::as_ptr(&registry));
         Self { registry, shared }
     }
 
@@ -510,6 +510,33 @@ proptest! {
         prop_assert_eq!(bench.snapshot(), model.borrow().told());
         bench.end();
     }
+}
+
+/// The VM that a walk has come to ends: the walk goes on behind it, and tells of its vCPU.
+#[test]
+fn a_vm_ends_where_a_walk_stands() {
+    // A walk takes hold of so many at a time.
+    const AT_A_TIME: usize = 16;
+    let bench = Bench::new(100, false);
+    for place in 0..AT_A_TIME + 2 {
+        bench
+            .announce(key(place), place, place as u32)
+            .expect("room");
+        assert!(bench.exits(key(place), 1));
+    }
+    let shared = Rc::downgrade(&bench.shared);
+    let mut done = false;
+    *bench.shared.meanwhile.borrow_mut() = Some(Box::new(move |registry| {
+        if !core::mem::replace(&mut done, true) {
+            let shared = shared.upgrade().expect("it is there");
+            destroy(registry, &shared, key(AT_A_TIME));
+        }
+    }));
+    let told = bench.snapshot();
+    assert_eq!((told.exits.len(), told.gone), (AT_A_TIME + 2, 0));
+    let told = bench.snapshot();
+    assert_eq!((told.exits.len(), told.gone), (AT_A_TIME + 1, 1));
+    bench.end();
 }
 
 /// A VM grows past one, two and three groups and shrinks again; free places are taken anew.

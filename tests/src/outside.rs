@@ -71,9 +71,6 @@ pub struct Plan {
     /// More for the command line of the hosts' kernel.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// One more file for the hosts, for cases that ask for it.
-    #[arg(long, value_name = "PATH")]
-    pub file: Option<String>,
     /// Give each case so many times its time: for a kernel that is slow by what it checks.
     #[arg(long, value_name = "FACTOR", default_value_t = 1)]
     pub slow: u32,
@@ -155,9 +152,6 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     }
     if let Some(text) = &plan.append {
         lab.arg(format!("--append={text}"));
-    }
-    if let Some(file) = &plan.file {
-        lab.args(["--file", file]);
     }
     if let Some(parameters) = &plan.kvm_args {
         lab.args(["--kvm-args", parameters]);

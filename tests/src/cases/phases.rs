@@ -6,7 +6,7 @@
 use std::{
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{ensure, Context as _, Result};
@@ -192,8 +192,7 @@ fn copies_by_interrupt() -> Result<()> {
     let cpuid = host::pick(10, 0x72)?;
     let done = AtomicBool::new(false);
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::User, 20_000))?;
-    let before = host::function_calls(flooding)?;
-    let ran = thread::scope(|scope| {
+    let (ran, calls) = thread::scope(|scope| {
         let guest = scope.spawn(|| -> Result<u64> {
             pin(flooding)?;
             let mut rounds = 0;
@@ -206,6 +205,15 @@ fn copies_by_interrupt() -> Result<()> {
         });
         let result = (|| {
             pin(other)?;
+            // The vCPU was made on another CPU, which is the one to interrupt until it runs.
+            let started = Instant::now();
+            while Meter::read()?.only()?.numbers.exits_of(cpuid) == 0 {
+                ensure!(
+                    started.elapsed() < Duration::from_secs(20),
+                    "the guest does not run"
+                );
+            }
+            let before = host::function_calls(flooding)?;
             let mut exits = 0;
             for _ in 0..SNAPSHOTS {
                 // Each ledger is checked as it is read.
@@ -213,19 +221,17 @@ fn copies_by_interrupt() -> Result<()> {
                 ensure!(now >= exits, "the exits fell from {exits} to {now}");
                 exits = now;
             }
-            ensure!(exits > 0, "the guest did not run");
-            Ok(())
+            Ok(host::function_calls(flooding)? - before)
         })();
         done.store(true, Ordering::Relaxed);
         let rounds = guest.join().ok().context("a guest's thread panicked")?;
-        result.and(rounds)
+        anyhow::Ok((rounds?, result?))
     })?;
     let exits = Meter::read()?.only()?.numbers.exits_of(cpuid);
     ensure!(
         exits == ran * 20_000,
         "{exits} CPUID exits are metered of {ran} times 20000"
     );
-    let calls = host::function_calls(flooding)? - before;
     println!("{calls} interrupts for {SNAPSHOTS} snapshots on CPU {flooding}, {ran} rounds");
     ensure!(
         flooding == other || calls >= SNAPSHOTS,

@@ -139,14 +139,7 @@ fn in_linux() -> Result<()> {
         let queries = sweep["queries"].as_u64();
         sweeps.push(count.zip(queries).context("there are CPUID exits")?);
     }
-    let between: Vec<u64> = sweeps
-        .windows(2)
-        .map(|pair| pair[1].0 - pair[0].0 - pair[0].1)
-        .collect();
-    ensure!(
-        between.iter().all(|exits| *exits == between[0]),
-        "between sweeps (exits, own exits) {sweeps:?} there were {between:?} CPUID exits"
-    );
+    tool::alike_between(&sweeps)?;
     let stat = |command: &str| -> Result<Value> {
         let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
         tool::json(&linux.run(&line)?)

@@ -185,14 +185,7 @@ fn in_guest() -> Result<()> {
         let queries = sweep["queries"].as_u64().context("there are queries")?;
         sweeps.push((count(&sweep)?, queries));
     }
-    let between: Vec<u64> = sweeps
-        .windows(2)
-        .map(|pair| pair[1].0 - pair[0].0 - pair[0].1)
-        .collect();
-    ensure!(
-        between.iter().all(|exits| *exits == between[0]),
-        "between sweeps (exits, own exits) {sweeps:?} there were {between:?} CPUID exits"
-    );
+    alike_between(&sweeps)?;
 
     // What a command causes: a sweep differs from no sweep by its questions.
     let stat = |command: &str| -> Result<Value> {
@@ -326,4 +319,18 @@ fn output(command: &mut Command) -> Result<String> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Demand that as many CPUID exits came between each two sweeps, given as CPUID exits that a sweep
+/// tells, and its own.
+pub(super) fn alike_between(sweeps: &[(u64, u64)]) -> Result<()> {
+    let between: Vec<u64> = sweeps
+        .windows(2)
+        .map(|pair| pair[1].0 - pair[0].0 - pair[0].1)
+        .collect();
+    ensure!(
+        between.iter().all(|exits| *exits == between[0]),
+        "between sweeps (exits, own exits) {sweeps:?} there were {between:?} CPUID exits"
+    );
+    Ok(())
 }

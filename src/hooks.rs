@@ -281,19 +281,27 @@ impl Vcpu<'_> {
         flags & bindings::HF_GUEST_MASK != 0
     }
 
+    /// Return true if the vCPU is a trust domain's. Its state is kept by the TDX module, so no VMCS
+    /// that the host may read holds its exit reason.
+    pub(crate) fn is_of_trust_domain(&self) -> bool {
+        // SAFETY: KVM sets `kvm` before the first event of a vCPU, keeps the VM at least as long as
+        // the vCPU, and writes its type when the VM is made, not later.
+        let vm_type = unsafe { (*(*self.0.get()).kvm).arch.vm_type };
+        u32::from(vm_type) == bindings::KVM_X86_TDX_VM
+    }
+
     /// Return the vCPU and its VM, as KVM names them. `None` for a vCPU whose exit reason the
-    /// host cannot read, as that of a trust domain, whose state the TDX module keeps.
+    /// host cannot read, as that of a trust domain.
     fn owner(&self) -> Option<Owner> {
+        if self.is_of_trust_domain() {
+            return None;
+        }
         let vcpu = self.0.get();
         // SAFETY: KVM sets `kvm` before the first event of a vCPU and keeps the VM at
         // least as long as the vCPU.
         let (kvm, vcpu_id) = unsafe { ((*vcpu).kvm, (*vcpu).vcpu_id) };
         // SAFETY: As above; these fields are written when the VM is made, not later.
-        let (vm_type, pid, stats_id) =
-            unsafe { ((*kvm).arch.vm_type, (*kvm).userspace_pid, (*kvm).stats_id) };
-        if u32::from(vm_type) == bindings::KVM_X86_TDX_VM {
-            return None;
-        }
+        let (pid, stats_id) = unsafe { ((*kvm).userspace_pid, (*kvm).stats_id) };
         let mut name = [0; NAME_SIZE];
         for (to, from) in name.iter_mut().zip(stats_id) {
             *to = from;
@@ -427,13 +435,21 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
         return;
     }
     let now = now();
+    // SAFETY: KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    // The basic exit reason is the low half; the rest tells of failed entries and SMM.
+    registry::exit(vcpu, now, Isa::Vmx, || vmcs_exit_reason() & 0xffff);
+}
+
+/// Read the exit reason from the VMCS that this CPU has loaded.
+#[inline(always)]
+fn vmcs_exit_reason() -> u32 {
     // The field's number stays where VMREAD fails, as it does with no VMCS, and where it faults, as
     // it does with VMX off: no basic exit reason is as large, so the exit is counted among "other".
     let mut reason = VMCS_EXIT_REASON;
-    // SAFETY: KVM fires the tracepoint between exit and entry with the vCPU's VMCS
-    // loaded; VMREAD reads it, and touches but the operand and the flags. At a fault the kernel
-    // goes on behind it, by an entry in the table of exceptions (asm/asm.h, _ASM_EXTABLE_TYPE:
-    // where it may fault, where to go on, EX_TYPE_DEFAULT).
+    // SAFETY: VMREAD touches nothing but the operand and the flags. KVM fires the tracepoint with the
+    // vCPU's VMCS loaded. At a fault the kernel goes on behind it, by an entry in the table of
+    // exceptions (asm/asm.h, _ASM_EXTABLE_TYPE: where it may fault, where to go on, EX_TYPE_DEFAULT).
     unsafe {
         asm!(
             "2: vmread {0}, {0}",
@@ -448,10 +464,7 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
             options(nostack, nomem),
         )
     };
-    // SAFETY: KVM holds the vCPU.
-    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    // The basic exit reason is the low half; the rest tells of failed entries and SMM.
-    registry::exit(vcpu, now, Isa::Vmx, reason as u32 & 0xffff);
+    reason as u32
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
@@ -477,7 +490,7 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
     let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit(vcpu, now, Isa::Vmx, reason & 0xffff);
+    registry::exit(vcpu, now, Isa::Vmx, move || reason & 0xffff);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -494,7 +507,7 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit(vcpu, now, Isa::Svm, code);
+    registry::exit(vcpu, now, Isa::Svm, move || code);
 }
 
 /// Probe of kvm:kvm_entry. Runs with interrupts off, on the vCPU's CPU.

@@ -320,12 +320,12 @@ fn looked_up<'a>(vcpu: Vcpu<'a>, now: u64, phase: Phase) -> Option<&'a Ledger> {
     hooks::registry()?.ledger(vcpu, now, phase)
 }
 
-/// Take a VM exit with `code`, at TSC `now`.
+/// Take a VM exit at TSC `now`. `code` reads its exit code, once the vCPU is known to be metered.
 #[inline(always)]
-pub(crate) fn exit(vcpu: Vcpu<'_>, now: u64, isa: Isa, code: u32) {
-    let slot = reasons::slot(isa, code);
+pub(crate) fn exit(vcpu: Vcpu<'_>, now: u64, isa: Isa, code: impl FnOnce() -> u32) {
+    let slot = move || reasons::slot(isa, code());
     match cached(vcpu) {
-        Some(ledger) => exit_of(vcpu, ledger, now, slot),
+        Some(ledger) => exit_of(vcpu, ledger, now, slot()),
         None => exit_slow(vcpu, now, slot),
     }
 }
@@ -340,11 +340,17 @@ fn exit_of(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
 }
 
 /// Slow path of [`exit`]: the vCPU is not in this CPU's cache.
+///
+/// A trust domain's vCPU never is, and takes this path at each exit. It was marked as unmetered when
+/// it was made, or is when it is loaded next; here it costs a look at its VM's type and no more.
 #[cold]
 #[inline(never)]
-fn exit_slow(vcpu: Vcpu<'_>, now: u64, slot: Slot) {
+fn exit_slow(vcpu: Vcpu<'_>, now: u64, slot: impl FnOnce() -> Slot) {
+    if vcpu.is_of_trust_domain() {
+        return;
+    }
     if let Some(ledger) = looked_up(vcpu, now, Phase::Guest) {
-        exit_of(vcpu, ledger, now, slot);
+        exit_of(vcpu, ledger, now, slot());
     }
 }
 
@@ -357,10 +363,13 @@ pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
     }
 }
 
-/// Slow path of [`entry`]: the vCPU is not in this CPU's cache.
+/// Slow path of [`entry`]: the vCPU is not in this CPU's cache. See [`exit_slow`] for trust domains.
 #[cold]
 #[inline(never)]
 fn entry_slow(vcpu: Vcpu<'_>, now: u64) {
+    if vcpu.is_of_trust_domain() {
+        return;
+    }
     if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
         ledger.entry(now);
     }

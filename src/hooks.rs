@@ -45,7 +45,10 @@ use crate::{
             Unknown,
             Verdict, //
         },
-        leaves::Registers,
+        leaves::{
+            Leaves,
+            Registers, //
+        },
         ledger::{
             Ledger,
             LedgerCopy, //
@@ -314,39 +317,33 @@ impl Vcpu<'_> {
         })
     }
 
-    /// Return the phase that begins when this vCPU leaves its CPU, from what `kvm_sched_out()`
-    /// and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
-    ///
-    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
-    #[inline]
-    fn phase_after_put(&self) -> Phase {
-        let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; other CPUs only read these fields.
-        let (out, preempted) = unsafe {
-            (
-                (&raw const (*vcpu).scheduled_out).read_volatile(),
-                (&raw const (*vcpu).preempted).read_volatile(),
-            )
-        };
-        match (out, preempted) {
-            (false, _) => Phase::User,
-            (true, true) => Phase::Preempted,
-            (true, false) => self.phase_asleep(),
-        }
+    /// Return true if the scheduler takes this vCPU off its CPU, by what `kvm_sched_out()` has
+    /// written; false if its thread leaves KVM. Called by that thread.
+    #[inline(always)]
+    fn is_scheduled_out(&self) -> bool {
+        // SAFETY: The vCPU lives; other CPUs only read the field.
+        unsafe { (&raw const (*self.0.get()).scheduled_out).read_volatile() }
     }
 
-    /// Return the phase of a vCPU that was scheduled out, and that KVM does not call preempted.
-    #[inline(never)]
-    fn phase_asleep(&self) -> Phase {
-        // SAFETY: The vCPU lives; its own thread alone writes the field.
-        let blocking =
-            unsafe { (&raw const (*self.0.get()).stat.generic.blocking).read_volatile() };
+    /// Return the phase that begins as the scheduler takes this vCPU off its CPU, from what
+    /// `kvm_sched_out()` and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
+    ///
+    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
+    fn phase_scheduled_out(&self) -> Phase {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU lives; other CPUs only read these fields.
+        let (preempted, blocking) = unsafe {
+            (
+                (&raw const (*vcpu).preempted).read_volatile(),
+                (&raw const (*vcpu).stat.generic.blocking).read_volatile(),
+            )
+        };
         // SAFETY: No requirements.
-        let runnable = unsafe { bindings::exitmeter_current_is_runnable() };
-        match (runnable, blocking) {
-            (true, _) => Phase::Preempted,
-            (false, 0) => Phase::Waiting,
-            (false, _) => Phase::Halted,
+        let runnable = || unsafe { bindings::exitmeter_current_is_runnable() };
+        match blocking {
+            _ if preempted || runnable() => Phase::Preempted,
+            0 => Phase::Waiting,
+            _ => Phase::Halted,
         }
     }
 
@@ -690,7 +687,18 @@ unsafe extern "C" fn on_put(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    registry::leave(vcpu, now(), vcpu.phase_after_put());
+    let now = now();
+    if vcpu.is_scheduled_out() {
+        return leave_scheduled_out(vcpu, now);
+    }
+    registry::leave(vcpu, now, Phase::User);
+}
+
+/// Take the way off its CPU of a vCPU that the scheduler takes off it. Apart, so that the way to
+/// user space saves no registers for this.
+#[inline(never)]
+fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
+    registry::leave(vcpu, now, vcpu.phase_scheduled_out());
 }
 
 /// # Safety
@@ -904,8 +912,21 @@ unsafe extern "C" fn on_cpuid(
 ) {
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    let ours = |registry: &Registry| registry.leaves().is_ours(vcpu.register(RAX));
-    if !registry().is_some_and(ours) {
+    if Leaves::are_near(vcpu.register(RAX)) {
+        // SAFETY: By the contract of this function.
+        unsafe { redirect_query(vcpu, parent, fregs) };
+    }
+}
+
+/// Redirect the call if the guest asks for one of our leaves, and may.
+///
+/// # Safety
+///
+/// For [`on_cpuid`] alone, with its own arguments.
+#[inline(never)]
+unsafe fn redirect_query(vcpu: Vcpu<'_>, parent: c_ulong, fregs: *mut bindings::ftrace_regs) {
+    let leaf = vcpu.register(RAX);
+    if registry().is_none_or(|registry| registry.leaves().classify(leaf).is_none()) {
         return;
     }
     // SAFETY: Any address may be asked for.

@@ -427,13 +427,30 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_leave(now, phase);
         };
-        let left = self.change_phase(phase, ticks);
+        if self.phase.load(Relaxed) != Phase::Kernel as u32 {
+            return self.leave_outside(now, phase, ticks);
+        }
+        if parts::PHASES {
+            add(self.phase_cell(self.row(), Phase::Kernel), ticks);
+        }
+        self.phase.store(phase as u32, Relaxed);
         let carried = self.carried.load(Relaxed);
+        if carried != CLOSED {
+            self.carried.store(carried.wrapping_add(ticks), Relaxed);
+        }
+        self.end_transition(now);
+    }
+
+    /// Slow path of [`Self::leave`]: the vCPU was not in KVM, after `ticks` of another phase.
+    #[cold]
+    #[inline(never)]
+    fn leave_outside(&self, now: u64, phase: Phase, ticks: u64) {
+        let left = self.phase.load(Relaxed);
+        self.book(left, ticks);
+        self.phase.store(phase as u32, Relaxed);
         if left == Phase::Guest as u32 {
             // An entry that was not followed by an exit, as one that failed.
             self.carried.store(CLOSED, Relaxed);
-        } else if left == Phase::Kernel as u32 && carried != CLOSED {
-            self.carried.store(carried.wrapping_add(ticks), Relaxed);
         }
         self.end_transition(now);
     }
@@ -450,7 +467,24 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_resume(now);
         };
-        self.change_phase(Phase::Kernel, ticks);
+        let left = self.phase.load(Relaxed);
+        if left == Phase::Waiting as u32 {
+            return self.resume_from_waiting(now, ticks);
+        }
+        if parts::PHASES {
+            let column = (Column::Cycles as u32).wrapping_add(left);
+            add(self.at(self.row(), column), ticks);
+        }
+        self.phase.store(Phase::Kernel as u32, Relaxed);
+        self.end_transition(now);
+    }
+
+    /// Slow path of [`Self::resume`]: the vCPU waited for `ticks`.
+    #[cold]
+    #[inline(never)]
+    fn resume_from_waiting(&self, now: u64, ticks: u64) {
+        self.book(Phase::Waiting as u32, ticks);
+        self.phase.store(Phase::Kernel as u32, Relaxed);
         self.end_transition(now);
     }
 
@@ -460,34 +494,20 @@ impl Ledger {
         self.resume(self.one_tick_on(now));
     }
 
-    /// Begin a phase after `ticks` in another one; return the number of that.
-    #[inline(always)]
-    fn change_phase(&self, phase: Phase, ticks: u64) -> u32 {
-        let left = self.phase.load(Relaxed);
-        if parts::PHASES {
-            self.book(left, ticks);
-        }
-        self.phase.store(phase as u32, Relaxed);
-        left
-    }
-
     /// Book ticks on the latest reason and the phase of a number.
-    #[inline(always)]
     fn book(&self, phase: u32, ticks: u64) {
+        if !parts::PHASES {
+            return;
+        }
+        let row = self.row();
         if phase == Phase::Waiting as u32 {
-            return self.book_waiting(ticks);
+            if let Some(cell) = self.waiting.get(row.0 as usize / ROW_BYTES) {
+                add(cell, ticks);
+            }
+            return;
         }
         let column = (Column::Cycles as u32).wrapping_add(phase);
-        add(self.at(self.row(), column), ticks);
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn book_waiting(&self, ticks: u64) {
-        let slot = self.row.load(Relaxed) as usize / ROW_BYTES;
-        if let Some(cell) = self.waiting.get(slot) {
-            add(cell, ticks);
-        }
+        add(self.at(row, column), ticks);
     }
 
     /// Exits counted in a row.

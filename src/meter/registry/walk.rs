@@ -58,6 +58,14 @@ type Held<'a> = (&'a Member, u64);
 /// The vCPUs of one step of a walk.
 type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
 
+/// What a walk sees.
+pub(super) enum Seen<'a, 's> {
+    /// The state as the walk begins, with the lock held.
+    Start(&'s State),
+    /// A vCPU, and for how long KVM polled for it, in ns.
+    Vcpu(&'a Member, u64),
+}
+
 /// Room for a walk's copies. One walk at a time may be taken of each kind.
 #[derive(Debug)]
 pub struct Walker {
@@ -208,23 +216,18 @@ impl<P: Platform> Locked<'_, P> {
 }
 
 impl<P: Platform> Registry<P> {
-    /// Have `see` see each vCPU that there is now, and for how long KVM polled for it. `begin` runs
-    /// at the moment from which the walk is. Not called with the lock held.
-    pub(super) fn walk<'a>(
-        &'a self,
-        which: usize,
-        begin: impl FnOnce(&State),
-        mut see: impl FnMut(&'a Member, u64),
-    ) {
+    /// Have `see` see the state at the moment of which the walk is, then each vCPU that there is at
+    /// that moment. Not called with the lock held.
+    pub(super) fn walk<'a>(&'a self, which: usize, mut see: impl FnMut(Seen<'a, '_>)) {
         let mut state = self.lock();
-        begin(&state);
+        see(Seen::Start(&state));
         state.begin_walk(which);
         drop(state);
         loop {
             let mut batch: Batch<'a> = [None; AT_A_TIME];
             let more = self.lock().walk_on(which, &mut batch);
             for (member, polled) in batch.into_iter().flatten() {
-                see(member, polled);
+                see(Seen::Vcpu(member, polled));
                 self.let_go(member);
             }
             if !more {
@@ -237,7 +240,7 @@ impl<P: Platform> Registry<P> {
         while let Some(member) = unsafe { gone.as_ref() } {
             // SAFETY: As above.
             gone = unsafe { (*member.awaited.get()).get(which).copied() }.unwrap_or(null_mut());
-            see(member, member.polled.load(Relaxed));
+            see(Seen::Vcpu(member, member.polled.load(Relaxed)));
             self.let_go(member);
             self.platform.pause();
         }
@@ -289,13 +292,12 @@ impl<P: Platform> Registry<P> {
         let mut encoder = Encoder::new(buffer, host);
         let mut unmetered = 0;
         let mut busy = false;
-        self.walk(
-            SNAPSHOT,
-            |state| {
+        self.walk(SNAPSHOT, |seen| match seen {
+            Seen::Start(state) => {
                 gone.add(&state.gone);
                 unmetered = state.unmetered;
-            },
-            |member, polled| {
+            }
+            Seen::Vcpu(member, polled) => {
                 let copy = &mut walker.copy;
                 if self.copy(member, copy).is_none() {
                     busy = true;
@@ -303,8 +305,8 @@ impl<P: Platform> Registry<P> {
                     copy.polled = polled;
                     encoder.vcpu(&member.identity, copy);
                 }
-            },
-        );
+            }
+        });
         let result = encoder.finish(gone, unmetered);
         let (Ok(size) | Err(Full { needed: size })) = result;
         self.latest_size.store(size, Relaxed);
@@ -328,18 +330,15 @@ impl<P: Platform> Registry<P> {
 
     /// Add the numbers of all vCPUs, those that are gone and those that live, to `totals`.
     pub fn add_totals(&self, walker: &mut Walker, totals: &mut Totals) {
-        // Two closures want them, one after the other.
-        let totals = core::cell::RefCell::new(totals);
-        self.walk(
-            SNAPSHOT,
-            |state| totals.borrow_mut().add(&state.gone),
-            |member, polled| {
+        self.walk(SNAPSHOT, |seen| match seen {
+            Seen::Start(state) => totals.add(&state.gone),
+            Seen::Vcpu(member, polled) => {
                 let copy = &mut walker.copy;
                 if self.copy(member, copy).is_some() && !copy.is_empty() {
                     copy.polled = polled;
-                    totals.borrow_mut().fold(copy);
+                    totals.fold(copy);
                 }
-            },
-        );
+            }
+        });
     }
 }

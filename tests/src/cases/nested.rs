@@ -4,13 +4,15 @@
 use std::env;
 
 use anyhow::{ensure, Context as _, Result};
-use tiny_guests::{Config, Machine, Mode, Program, Quad};
+use exitmeter_meter::reasons::Isa;
+use tiny_guests::{Config, Inner, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
 use crate::host::{
     self,
     leaves::{EXITS_64, MAP_2021},
     linux::{Linux, Printed},
+    log::Log,
     meter::Meter,
     span::Span,
 };
@@ -28,14 +30,83 @@ const ASKED: [u32; 2] = [MAP_2021.reason_exits, 0x4fff_fffb];
 /// What asks for those from nested guests alone.
 const NESTED: u32 = 1 << 16;
 
+/// The bit of the general protection fault in a bitmap of exceptions.
+const GP: u32 = 1 << 13;
+
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::with(
-        "",
-        "nested: exits of a guest in the guest are told apart",
-        nested,
-    )
-    .with_linux()
-    .within(600)]
+    vec![
+        Case::with(
+            "",
+            "nested: exits of a guest in the guest are told apart",
+            nested,
+        )
+        .with_linux()
+        .within(600),
+        Case::with(
+            "",
+            "nested: where CPUID faults in a guest in the guest, its registers stay",
+            faulting,
+        )
+        .unless(l1_gets_all),
+    ]
+}
+
+/// KVM's `nested_vmx_l1_wants_exit()` takes each CPUID for the guest's hypervisor, so the function
+/// that the meter redirects is never called for a guest of that.
+fn l1_gets_all() -> Result<Option<&'static str>> {
+    Ok((host::isa()? == Isa::Vmx)
+        .then_some("on VMX a guest's hypervisor gets every CPUID of its own guest"))
+}
+
+/// A guest's hypervisor leaves its guest's CPUID to KVM, which has it fault.
+fn faulting() -> Result<()> {
+    let span = Span::begin()?;
+    let mut log = Log::from_now()?;
+    let query = Quad::cpuid(MAP_2021.reason_exits, 0x72);
+    let ask = |faults: bool, exceptions| {
+        let mut machine = Machine::with_inner(query, exceptions)?;
+        if faults {
+            machine.make_cpuid_fault()?;
+        }
+        machine.run()?;
+        anyhow::Ok(machine.inner()?)
+    };
+    // Without the fault the meter answers, and the inner guest goes on to its VMMCALL.
+    let answered = ask(false, GP)?;
+    let expected = Inner {
+        exit: 0x81,
+        behind: 2,
+        registers: Quad {
+            rax: 1,
+            ..Quad::default()
+        },
+    };
+    ensure!(
+        answered == expected,
+        "of its first CPUID the inner guest reads {answered:x?}"
+    );
+    let lines = log.own_lines()?;
+    ensure!(lines.len() == 1, "one query is logged by {lines:?}");
+
+    // The fault goes to the hypervisor (exit 0x4d), or into the inner guest, where without a
+    // handler it ends in a shutdown (0x7f).
+    for (exceptions, exit) in [(GP, 0x4d), (0, 0x7f)] {
+        let faulted = ask(true, exceptions)?;
+        let expected = Inner {
+            exit,
+            behind: 0,
+            registers: query,
+        };
+        ensure!(
+            faulted == expected,
+            "the inner guest's CPUID has faulted, and its hypervisor finds {faulted:x?} instead of \
+             {expected:x?}"
+        );
+    }
+    let lines = log.own_lines()?;
+    ensure!(lines.is_empty(), "CPUID that faulted is logged: {lines:?}");
+    span.end()?;
+    Ok(())
 }
 
 fn nested() -> Result<()> {

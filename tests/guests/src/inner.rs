@@ -3,7 +3,8 @@
 //!
 //! The hypervisor does not intercept CPUID, as Linux's would, so KVM itself is to answer.
 //! VMX leaves a hypervisor no such choice (SDM, "Instructions That Cause VM Exits
-//! Unconditionally"), and KVM hands each to it (`nested_vmx_l1_wants_exit()`).
+//! Unconditionally"). There KVM hands it each CPUID (`nested_vmx_l1_wants_exit()`) that does not
+//! fault (`nested_vmx_l0_wants_exit()`).
 
 use exitmeter_meter::reasons::Isa;
 use kvm_bindings::kvm_segment;

@@ -15,7 +15,7 @@ mod phases;
 mod scope;
 mod tool;
 
-pub use nested::run_in_guest as run_nested;
+pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
 use std::time::Duration;
 

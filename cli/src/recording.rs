@@ -9,7 +9,7 @@
 //! version of them holds.
 //!
 //! A snapshot is mostly what the one before was. It is stored as what its numbers have grown
-//! by ([`difference`]), deflated: a Linux guest that boots takes some 400 bytes a snapshot
+//! by (`difference`), deflated: a Linux guest that boots takes some 400 bytes a snapshot
 //! instead of 15 000.
 
 use std::time::Duration;

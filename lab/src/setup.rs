@@ -1,7 +1,7 @@
 //! What has to be there before a host can boot: the Debian root, the packaged kernel, its tree, Bochs.
 //!
 //! Each is the result of one script of the folder scripts/, kept in `$XDG_CACHE_HOME/exitmeter` (or
-//! `~/.cache/exitmeter`). [`prepare`] makes what is missing; see [`engine`] for how it is kept true.
+//! `~/.cache/exitmeter`). [`prepare`] makes what is missing; see `engine` for how it is kept true.
 
 mod command;
 mod engine;

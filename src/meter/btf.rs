@@ -7,7 +7,7 @@
 //! BTF holds each as a typedef `btf_trace_NAME` (include/trace/bpf_probe.h).
 //!
 //! A module's types go on where those of the kernel end: its first id is behind their last, and its
-//! names behind theirs. So both are read, in one pass each; a look-up takes at most [`STRIDE`] steps.
+//! names behind theirs. So both are read, in one pass each; a look-up takes at most `STRIDE` steps.
 
 use core::fmt;
 

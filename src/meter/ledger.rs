@@ -96,7 +96,7 @@ impl Row {
 ///
 /// - Once it has begun, the cells of all rows sum to `last - first` between two transitions,
 ///   and only rows whose bit in `used` is set are other than zero.
-/// - `row` holds the number of a [`Row`], and the cell [`Column::Histogram`] of a row a
+/// - `row` holds the number of a `Row`, and the cell `Column::Histogram` of a row a
 ///   multiple of [`BUCKETS`] up to that of [`HISTOGRAMS`].
 #[repr(C, align(64))]
 #[derive(Debug)]

@@ -143,9 +143,9 @@ struct State {
 ///
 /// # Invariants
 ///
-/// - A value of the table of vCPUs is 0, [`UNMETERED`], or the address of a [`Member`] that is
+/// - A value of the table of vCPUs is 0, `UNMETERED`, or the address of a [`Member`] that is
 ///   held by the registry. It stays until the thread that has the vCPU to itself lets it go.
-/// - A value of the table of VMs is 0 or the address of a [`Vm`] in the list of VMs, which has at
+/// - A value of the table of VMs is 0 or the address of a `Vm` in the list of VMs, which has at
 ///   least one member.
 #[derive(Debug)]
 pub struct Registry<P: Platform> {

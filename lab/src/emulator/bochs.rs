@@ -1,7 +1,7 @@
 //! The Intel host: Bochs, which emulates VMX with EPT.
 //!
 //! Kernel and initramfs are put into memory before the machine starts, see [`pvh`]; or the machine goes on from where
-//! it was saved, see [`crate::saved`].
+//! it was saved, see `saved`.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

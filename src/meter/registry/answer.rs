@@ -4,7 +4,7 @@
 //! sums over the others, which one asker renews now and then.
 //!
 //! A query takes no lock and waits for nobody, so no guest can make another one wait. A VM
-//! with up to [`GROUP`](super::GROUP) vCPUs has one group, and its numbers are exact. In a larger
+//! with up to [`GROUP`] vCPUs has one group, and its numbers are exact. In a larger
 //! one the numbers of other groups are as of the latest renewal, and a query takes the same time
 //! however many vCPUs there are; but for the asker that renews, which reads them all, at most once
 //! a millisecond, and for at most a sixteenth of the time.

@@ -10,7 +10,7 @@ use crate::{
 /// The most vCPUs of a VM in real mode: each has a window of 64 KiB in the first MiB.
 pub const MAX_VCPUS: u8 = 15;
 
-/// The most vCPUs of a VM in 64-bit mode: their windows lie below [`FRESH`].
+/// The most vCPUs of a VM in 64-bit mode: their windows lie below `FRESH`.
 pub const MAX_LONG_VCPUS: u8 = (FRESH / WINDOW) as u8;
 
 /// The most queries a guest asks: its window holds no more.

@@ -1,6 +1,6 @@
 //! All kinds of callers at once, and each number held against what the writers did.
 //!
-//! Every vCPU has a [`Life`]: the marks of a common clock around its birth and its death, and its
+//! Every vCPU has a `Life`: the marks of a common clock around its birth and its death, and its
 //! exits, counted apart from the meter before and after each. From these follow, for a snapshot
 //! between two marks, the vCPUs that have to be in it, those that have to be in its totals, and
 //! between which bounds each number lies.

@@ -62,7 +62,7 @@ test-amd: bootstrap
 	cargo run --release --quiet -p system-tests -- --host amd $(with_kernel)
 
 soak: bootstrap
-	cargo run --release --quiet -p system-tests -- --soak --percent $(or $(PERCENT),100) --timeout 28800
+	cargo run --release --quiet -p system-tests -- --soak --memory 2048 --percent $(or $(PERCENT),100) --timeout 28800
 
 stress: bootstrap
 	cargo run --release --quiet -p stress

@@ -442,12 +442,16 @@ impl<P: Platform> Registry<P> {
             },
         };
         let mut state = self.lock();
-        state.unmetered = state.unmetered.wrapping_add(1);
-        if state.marked < self.max_marks && self.table().insert(key, UNMETERED).is_ok() {
+        let marked = state.marked < self.max_marks && self.table().insert(key, UNMETERED).is_ok();
+        if marked {
             state.marked = state.marked.wrapping_add(1);
+        } else if may_sleep {
+            // Nothing says later that it was counted, so its first load is to do that.
+            return Err(refused);
         } else {
             self.unmarked.store(true, Relaxed);
         }
+        state.unmetered = state.unmetered.wrapping_add(1);
         drop(state);
         Err(refused)
     }

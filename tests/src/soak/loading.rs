@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{anyhow, bail, ensure, Context as _, Result};
 use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 
 use super::{keep_on, part_of};
@@ -105,7 +105,7 @@ fn cycles(count: u64) -> Result<()> {
         // What a guest ended by says more than that it ended.
         let ended = match (linux.join(), tiny.join()) {
             (Ok(linux), Ok(tiny)) => (linux?, tiny?),
-            _ => anyhow::bail!("a guest's thread panicked"),
+            _ => bail!("a guest's thread panicked"),
         };
         cycled?;
         anyhow::Ok(ended)
@@ -240,7 +240,11 @@ fn goes_while(config: &Config) -> Result<()> {
             let begun = Instant::now();
             loaded.unload()?;
             slowest = slowest.max(begun.elapsed());
-            ensure!(!guest.is_finished(), "the guest ended in round {round}");
+            if guest.is_finished() {
+                let why = guest.join().map_err(|_| anyhow!("its thread panicked"))?;
+                why.with_context(|| format!("the guest ended in round {round}"))?;
+                bail!("the guest ended in round {round} without an error");
+            }
         }
         println!(
             "10 unloads, the slowest took {:.2} s",
@@ -249,7 +253,7 @@ fn goes_while(config: &Config) -> Result<()> {
         done.store(true, Ordering::Relaxed);
         match guest.join() {
             Ok(times) => times.map(drop),
-            Err(_) => anyhow::bail!("the guest's thread panicked"),
+            Err(_) => bail!("the guest's thread panicked"),
         }
     })
 }

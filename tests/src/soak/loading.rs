@@ -15,7 +15,7 @@ use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 use super::{keep_on, part_of};
 use crate::{
     cases::Case,
-    host::{hist, leaves::MAP_2021, linux::Linux, meter::Meter, module},
+    host::{self, hist, leaves::MAP_2021, linux::Linux, meter::Meter, module},
 };
 
 /// How often the module is loaded and unloaded.
@@ -220,13 +220,14 @@ impl Memory {
 
 /// The module comes and goes ten times under a guest.
 fn goes_while(config: &Config) -> Result<()> {
+    let cpus = host::cpus()?;
     let mut machine = Machine::new(config.clone())?;
     let runs = AtomicU64::new(0);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let guest = scope.spawn(|| {
             keep_on(&done, || {
-                machine.run_with(|vcpu| pin(usize::from(vcpu) % 2))?;
+                machine.run_with(|vcpu| pin(usize::from(vcpu) % cpus))?;
                 runs.fetch_add(1, Ordering::Relaxed);
                 machine = Machine::new(config.clone())?;
                 Ok(())

@@ -8,11 +8,12 @@
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
 use super::{
-    atomic::{fence, AtomicU32, AtomicU64, Ordering},
+    atomic::{fence, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    tables::{About, Tables, TablesCopy},
 };
 
 use Ordering::Relaxed;
@@ -20,6 +21,9 @@ use Ordering::Relaxed;
 mod copy;
 use copy::{set, slots_in};
 pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
+
+/// Tables of a ledger that is copied, and room for their copy.
+pub type WithTables<'a, 'b> = Option<(&'a Tables, &'b mut TablesCopy)>;
 
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
@@ -98,6 +102,8 @@ impl Row {
 ///   and only rows whose bit in `used` is set are other than zero.
 /// - `row` holds the number of a [`Row`], and the cell [`Column::Histogram`] of a row a
 ///   multiple of [`BUCKETS`] up to that of [`HISTOGRAMS`].
+/// - `tables` is null or points to tables, which stay for as long as a transition takes that has
+///   found them here.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Ledger {
@@ -113,6 +119,8 @@ pub struct Ledger {
     /// How many histograms are taken.
     taken: AtomicU32,
     used: [AtomicU64; WORDS],
+    /// The vCPU's tables, while there are some.
+    tables: AtomicPtr<Tables>,
     cells: Cells,
     /// By slot: of its exits, those from a nested guest.
     nested: [AtomicU64; SLOTS],
@@ -236,7 +244,42 @@ impl Ledger {
         if phase == Phase::Kernel as u32 && carried != CLOSED {
             self.carried.store(carried.wrapping_add(ticks), Relaxed);
         }
+        // SAFETY: This is a transition, or no other CPU runs.
+        if let Some(tables) = unsafe { self.tables() } {
+            tables.book(self.slot(), phase, ticks);
+            tables.rebase(then, now);
+        }
         self.end_transition(now);
+    }
+
+    /// Return the vCPU's tables, if there are some.
+    ///
+    /// # Safety
+    ///
+    /// They may be used in a transition of the vCPU's own thread, or while something else keeps
+    /// them.
+    #[inline(always)]
+    pub unsafe fn tables(&self) -> Option<&Tables> {
+        // ORDERING: Who finds them finds them zeroed.
+        // SAFETY: By the invariant of `Ledger`, and the contract of this function.
+        unsafe { self.tables.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// Give the vCPU tables, or with null none; return those it had.
+    ///
+    /// # Safety
+    ///
+    /// The tables must stay for as long as they are here, and those that are returned for as long
+    /// as a transition may take that has found them.
+    pub unsafe fn set_tables(&self, tables: *mut Tables) -> *mut Tables {
+        // ORDERING: See `tables`.
+        self.tables.swap(tables, Ordering::AcqRel)
+    }
+
+    /// The row of the latest exit.
+    #[inline]
+    fn slot(&self) -> Option<Slot> {
+        Slot::from_index(self.row.load(Relaxed) as usize / ROW_BYTES)
     }
 
     #[inline(always)]
@@ -273,6 +316,7 @@ impl Ledger {
                     first.add(place).write(AtomicU64::new(0));
                 }
             };
+            (&raw mut (*at).tables).write(AtomicPtr::new(core::ptr::null_mut()));
             fill((&raw mut (*at).used).cast(), WORDS);
             fill((&raw mut (*at).cells.0).cast(), CELLS);
             fill((&raw mut (*at).nested).cast(), SLOTS);
@@ -305,20 +349,34 @@ impl Ledger {
     /// A VM exit: the guest's phase ends.
     #[inline(always)]
     pub fn exit(&self, now: u64, slot: Slot) {
-        self.exit_from::<false>(now, slot);
+        self.exit_from::<false>(now, slot, || ());
+    }
+
+    /// A VM exit of a vCPU that has tables.
+    #[inline(always)]
+    pub fn exit_with(&self, tables: &Tables, now: u64, slot: Slot, about: &About) {
+        // A clock that stands still may call for another time than `now`, for nobody who minds.
+        let note = || tables.exit(self, now, slot, about);
+        if about.nested {
+            self.exit_from::<true>(now, slot, note);
+        } else {
+            self.exit_from::<false>(now, slot, note);
+        }
     }
 
     /// A VM exit from a nested guest, an L2.
     #[inline(never)]
     pub fn exit_from_nested(&self, now: u64, slot: Slot) {
-        self.exit_from::<true>(now, slot);
+        self.exit_from::<true>(now, slot, || ());
     }
 
+    /// A VM exit, of which `note` takes note before it is counted.
     #[inline(always)]
-    fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot) {
+    fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot, note: impl FnOnce()) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_exit::<NESTED>(now, slot);
+            return self.late_exit::<NESTED>(now, slot, note);
         };
+        note();
         if parts::PHASES {
             add(self.phase_cell(self.row(), Phase::Guest), ticks);
         }
@@ -346,8 +404,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_exit<const NESTED: bool>(&self, now: u64, slot: Slot) {
-        self.exit_from::<NESTED>(self.one_tick_on(now), slot);
+    fn late_exit<const NESTED: bool>(&self, now: u64, slot: Slot, note: impl FnOnce()) {
+        self.exit_from::<NESTED>(self.one_tick_on(now), slot, note);
     }
 
     /// Ends the transition of an exit whose reason has not occurred before.
@@ -371,9 +429,22 @@ impl Ledger {
     /// sample.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
+        self.entry_noting(now, |_| ());
+    }
+
+    /// A VM entry of a vCPU that has tables.
+    #[inline(always)]
+    pub fn entry_with(&self, tables: &Tables, now: u64) {
+        self.entry_noting(now, |ticks| tables.book_kernel(ticks));
+    }
+
+    /// A VM entry, of whose kernel ticks `note` takes note.
+    #[inline(always)]
+    fn entry_noting(&self, now: u64, note: impl FnOnce(u64)) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry(now);
+            return self.late_entry(now, note);
         };
+        note(ticks);
         let row = self.row();
         if parts::PHASES {
             add(self.phase_cell(row, Phase::Kernel), ticks);
@@ -393,8 +464,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_entry(&self, now: u64) {
-        self.entry(self.one_tick_on(now));
+    fn late_entry(&self, now: u64, note: impl FnOnce(u64)) {
+        self.entry_noting(self.one_tick_on(now), note);
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -424,10 +495,30 @@ impl Ledger {
     /// The vCPU leaves its CPU, for the phase `phase`.
     #[inline(always)]
     pub fn leave(&self, now: u64, phase: Phase) {
+        self.leave_noting(now, phase, |_, _| ());
+    }
+
+    /// A vCPU that has tables leaves its CPU; `to_user` is KVM_EXIT_* (linux/kvm.h) where KVM_RUN
+    /// ends.
+    #[inline(always)]
+    pub fn leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
+        self.leave_noting(now, phase, |left, ticks| {
+            let slot = self.slot();
+            tables.book(slot, left, ticks);
+            if let Some(why) = to_user {
+                tables.leave_to_user(slot, why);
+            }
+        });
+    }
+
+    /// The vCPU leaves its CPU; `note` takes note of the phase that it leaves and its ticks.
+    #[inline(always)]
+    fn leave_noting(&self, now: u64, phase: Phase, note: impl FnOnce(u32, u64)) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_leave(now, phase);
+            return self.late_leave(now, phase, note);
         };
         let left = self.change_phase(phase, ticks);
+        note(left, ticks);
         let carried = self.carried.load(Relaxed);
         if left == Phase::Guest as u32 {
             // An entry that was not followed by an exit, as one that failed.
@@ -440,24 +531,37 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_leave(&self, now: u64, phase: Phase) {
-        self.leave(self.one_tick_on(now), phase);
+    fn late_leave(&self, now: u64, phase: Phase, note: impl FnOnce(u32, u64)) {
+        self.leave_noting(self.one_tick_on(now), phase, note);
     }
 
     /// The vCPU is back on a CPU, in KVM.
     #[inline(always)]
     pub fn resume(&self, now: u64) {
+        self.resume_noting(now, |_, _| ());
+    }
+
+    /// A vCPU that has tables is back on a CPU, in KVM.
+    #[inline(always)]
+    pub fn resume_with(&self, tables: &Tables, now: u64) {
+        self.resume_noting(now, |left, ticks| tables.book(self.slot(), left, ticks));
+    }
+
+    /// The vCPU is back; `note` takes note of the phase that it leaves and its ticks.
+    #[inline(always)]
+    fn resume_noting(&self, now: u64, note: impl FnOnce(u32, u64)) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_resume(now);
+            return self.late_resume(now, note);
         };
-        self.change_phase(Phase::Kernel, ticks);
+        let left = self.change_phase(Phase::Kernel, ticks);
+        note(left, ticks);
         self.end_transition(now);
     }
 
     #[cold]
     #[inline(never)]
-    fn late_resume(&self, now: u64) {
-        self.resume(self.one_tick_on(now));
+    fn late_resume(&self, now: u64, note: impl FnOnce(u32, u64)) {
+        self.resume_noting(self.one_tick_on(now), note);
     }
 
     /// Begin a phase after `ticks` in another one; return the number of that.
@@ -544,15 +648,25 @@ impl Ledger {
     /// can still may not stand still for as long. Then the copy has to be made where it
     /// cannot be disturbed: on the vCPU's own CPU, by [`Self::try_copy`].
     pub fn copy(&self, tries: u32, out: &mut LedgerCopy) -> Option<u32> {
+        self.copy_with(tries, out, &mut None)
+    }
+
+    /// As [`Self::copy`], with the vCPU's tables as of the same moment.
+    pub fn copy_with(
+        &self,
+        tries: u32,
+        out: &mut LedgerCopy,
+        tables: &mut WithTables<'_, '_>,
+    ) -> Option<u32> {
         if tries == 0 {
             return None;
         }
-        if self.try_copy(out) {
+        if self.try_copy_with(out, tables) {
             return Some(0);
         }
         for failed in 1..tries {
             self.copy_histograms(out);
-            if self.copy_rest(out) {
+            if self.copy_rest(out, tables) {
                 return Some(failed);
             }
         }
@@ -561,12 +675,17 @@ impl Ledger {
 
     /// Try once to copy the ledger whole; return `false` when a transition came between.
     pub fn try_copy(&self, out: &mut LedgerCopy) -> bool {
+        self.try_copy_with(out, &mut None)
+    }
+
+    /// As [`Self::try_copy`], with the vCPU's tables as of the same moment.
+    pub fn try_copy_with(&self, out: &mut LedgerCopy, tables: &mut WithTables<'_, '_>) -> bool {
         out.sampled = [0; SLOTS];
-        self.copy_rest(out)
+        self.copy_rest(out, tables)
     }
 
     /// Try once to copy all but those histograms that `out` has as they are now.
-    fn copy_rest(&self, out: &mut LedgerCopy) -> bool {
+    fn copy_rest(&self, out: &mut LedgerCopy, tables: &mut WithTables<'_, '_>) -> bool {
         // ORDERING: What follows is read after this, and so is at least as new.
         let last = self.last.load(Ordering::Acquire);
         out.phase = self.phase.load(Relaxed);
@@ -592,6 +711,9 @@ impl Ledger {
             if self.begun.load(Relaxed) != last {
                 break;
             }
+        }
+        if let Some((tables, to)) = tables {
+            tables.copy(to, || self.begun.load(Relaxed) == last);
         }
         // ORDERING: What precedes is read before this, and so is not newer.
         fence(Ordering::Acquire);

@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tables of one vCPU: its exits by what they were about, by which code of the guest's caused
+//! them, and by why they went to user space.
+//!
+//! Tables stand beside a [`Ledger`], and are written in the same transitions. When they begin, they
+//! take down what the ledger has counted so far: the baseline. So the exits and ticks of a reason
+//! that no row has are the ledger's, less the baseline, less the rows: rows and these others sum
+//! to the reason's, to the tick, and nothing is counted twice. A row that has to give way is simply
+//! overwritten: what it had falls to the others.
+//!
+//! # Which rows are kept
+//!
+//! Details and code are kept by Space-Saving (Metwally, Agrawal, El Abbadi: "Efficient Computation
+//! of Frequent and Top-k Elements in Data Streams", ICDT 2005) in sets of [`WAYS`] rows. A key
+//! belongs to one set. A new key takes the place of the row of the fewest exits in its set, those
+//! that the row may have missed included. So each key that is in no row has had at most as many
+//! exits as that row; with this the new row begins, as the most that it may have missed. Of ticks a
+//! row may have missed at most all that was lost in its set before it came. A row of a set in which
+//! nothing was lost is exact.
+//!
+//! A guest chooses keys, and can fill its own table with rubbish. It takes no longer for that, and
+//! the sums stay exact.
+
+use super::{
+    atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    detail,
+    ledger::Ledger,
+    phase::Phase,
+    reasons::{Slot, SLOTS},
+};
+
+mod copy;
+pub use copy::{CodeCopy, DetailCopy, TablesCopy, UserCopy};
+
+/// Rows of a set.
+pub const WAYS: usize = 4;
+/// Sets of details, as a power of two.
+const DETAIL_POWER: u32 = 6;
+/// Sets of code, as a power of two.
+const CODE_POWER: u32 = 7;
+/// Rows of details.
+pub const DETAILS: usize = WAYS << DETAIL_POWER;
+/// Rows of code.
+pub const CODES: usize = WAYS << CODE_POWER;
+/// Rows of exits to user space.
+pub const USERS: usize = 32;
+
+/// The odd number nearest to 2^64 divided by the golden ratio: a multiplication by it spreads keys
+/// over the high bits (Knuth, "The Art of Computer Programming", volume 3, 6.4).
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The most that the tables of one vCPU take, in bytes.
+pub const MOST_BYTES: usize = 48 * 1024;
+
+/// Where a key holds that the exit came from a nested guest.
+const NESTED: u32 = detail::BITS;
+/// Where a key holds its reason.
+const REASON: u32 = detail::BITS + 1;
+/// Where the tag of a row of code holds that the exit came from a nested guest.
+const CODE_NESTED: u32 = 8;
+
+/// A row of details: one cache line.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Detail {
+    /// Reason, nested or not, and detail; 0 for a row that is free.
+    key: AtomicU64,
+    exits: AtomicU64,
+    kernel: AtomicU64,
+    user: AtomicU64,
+    missed_exits: AtomicU64,
+    missed_kernel: AtomicU64,
+    missed_user: AtomicU64,
+    /// Ticks that were lost in the set: in its first row the kernel's, in the second user space's.
+    lost: AtomicU64,
+}
+
+/// A row of code.
+#[repr(C)]
+#[derive(Debug)]
+struct Code {
+    rip: AtomicU64,
+    /// Reason, and nested or not; 0 for a row that is free.
+    tag: AtomicU64,
+    exits: AtomicU64,
+    kernel: AtomicU64,
+    missed_exits: AtomicU64,
+    missed_kernel: AtomicU64,
+}
+
+/// A row of exits to user space.
+#[repr(C)]
+#[derive(Debug)]
+struct User {
+    /// Reason, and why; 0 for a row that is free.
+    tag: AtomicU64,
+    exits: AtomicU64,
+    ticks: AtomicU64,
+}
+
+/// What a ledger had of one reason when the tables began.
+#[derive(Debug)]
+struct Baseline {
+    exits: AtomicU64,
+    kernel: AtomicU64,
+    user: AtomicU64,
+}
+
+/// What an exit tells beside its reason.
+#[derive(Clone, Copy, Debug)]
+pub struct About {
+    /// It came from a nested guest, an L2.
+    pub nested: bool,
+    /// What it was about: see [`detail::of`].
+    pub detail: Option<u64>,
+    /// Where the guest was; `None` when its registers are encrypted.
+    pub rip: Option<u64>,
+}
+
+/// The tables of one vCPU. All-zero bytes are some that have not begun.
+///
+/// The first row of each table is nobody's: what has no row is booked there, and never read.
+///
+/// # Invariants
+///
+/// - `detail`, `code` and `user` are how many bytes from the first row of its table a row begins.
+/// - They are in no row, or in one of the ledger's latest reason; `user` alone may lag behind.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub struct Tables {
+    /// For the platform, once the tables are let go. Comes first, as `kvfree_rcu()` demands.
+    retired: [AtomicUsize; 2],
+    /// TSC when the tables began.
+    since: AtomicU64,
+    has_begun: AtomicU32,
+    detail: AtomicU32,
+    code: AtomicU32,
+    user: AtomicU32,
+    /// An exit came without RIP.
+    lacks_rip: AtomicU32,
+    details_in_use: [AtomicU64; DETAILS / 64],
+    codes_in_use: [AtomicU64; CODES / 64],
+    /// By set: kernel ticks that were lost.
+    code_lost: [AtomicU64; 1 << CODE_POWER],
+    details: [Detail; 1 + DETAILS],
+    codes: [Code; 1 + CODES],
+    users: [User; 1 + USERS],
+    baseline: [Baseline; SLOTS],
+    /// By reason: exits to user space that have no row.
+    other_users: [AtomicU64; SLOTS],
+}
+
+const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
+
+/// Adds to a cell that only this thread writes.
+#[inline(always)]
+fn add(cell: &AtomicU64, value: u64) {
+    cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
+}
+
+/// Sets the bit of a row, counted from the first that is somebody's.
+fn mark(bits: &[AtomicU64], row: usize) {
+    if let Some(word) = bits.get(row / 64) {
+        let bit = 1_u64.wrapping_shl(row as u32 % 64);
+        word.store(word.load(Relaxed) | bit, Relaxed);
+    }
+}
+
+/// The reason as keys hold it: never 0, so that no key is.
+#[inline(always)]
+const fn reason_of(slot: Slot) -> u64 {
+    (slot.index() as u64).wrapping_add(1)
+}
+
+/// Return the row of a ledger that a key's reason is.
+const fn slot_of(reason: u64) -> Option<Slot> {
+    Slot::from_index((reason as usize).wrapping_sub(1))
+}
+
+impl Tables {
+    /// Room for the platform, once nobody uses the tables any more.
+    pub fn room(&self) -> &[AtomicUsize; 2] {
+        &self.retired
+    }
+
+    #[inline(always)]
+    fn detail_at(&self, offset: u32) -> &Detail {
+        // SAFETY: By the invariant of `Tables`, or of who computes it, a row is there.
+        unsafe { &*self.details.as_ptr().byte_add(offset as usize) }
+    }
+
+    #[inline(always)]
+    fn code_at(&self, offset: u32) -> &Code {
+        // SAFETY: As above.
+        unsafe { &*self.codes.as_ptr().byte_add(offset as usize) }
+    }
+
+    #[inline(always)]
+    fn user_at(&self, offset: u32) -> &User {
+        // SAFETY: As above.
+        unsafe { &*self.users.as_ptr().byte_add(offset as usize) }
+    }
+
+    /// Take an exit of a reason at TSC `now`, before the ledger counts it, in its transition.
+    #[inline(always)]
+    pub(super) fn exit(&self, ledger: &Ledger, now: u64, slot: Slot, about: &About) {
+        let offset = match about.detail {
+            Some(detail) => {
+                let key = detail | u64::from(about.nested) << NESTED | reason_of(slot) << REASON;
+                self.find_detail(ledger, now, key)
+            }
+            None => 0,
+        };
+        // INVARIANT: As `find_detail` gives it.
+        self.detail.store(offset, Relaxed);
+        add(&self.detail_at(offset).exits, 1);
+        let offset = match about.rip {
+            Some(rip) => {
+                let tag = reason_of(slot) | u64::from(about.nested) << CODE_NESTED;
+                self.find_code(ledger, now, rip, tag)
+            }
+            None => self.without_rip(),
+        };
+        // INVARIANT: As `find_code` gives it.
+        self.code.store(offset, Relaxed);
+        add(&self.code_at(offset).exits, 1);
+    }
+
+    #[cold]
+    fn without_rip(&self) -> u32 {
+        self.lacks_rip.store(1, Relaxed);
+        0
+    }
+
+    /// Return where the row of a key is.
+    #[inline(always)]
+    fn find_detail(&self, ledger: &Ledger, now: u64, key: u64) -> u32 {
+        const ROW: u32 = size_of::<Detail>() as u32;
+        let set = (key.wrapping_mul(SPREAD) >> (64 - DETAIL_POWER)) as u32;
+        // The offset is that of one of the rows: a set has WAYS of them, behind the first.
+        let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
+        let first = offset;
+        for _ in 0..WAYS {
+            if self.detail_at(offset).key.load(Relaxed) == key {
+                return offset;
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        self.new_detail(ledger, now, key, first)
+    }
+
+    /// Give a key a row of the set that begins at `first`; return where it is.
+    #[cold]
+    #[inline(never)]
+    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64, first: u32) -> u32 {
+        const ROW: u32 = size_of::<Detail>() as u32;
+        self.begin(ledger, now);
+        let mut chosen = (first, u64::MAX);
+        let mut offset = first;
+        for _ in 0..WAYS {
+            let row = self.detail_at(offset);
+            if row.key.load(Relaxed) == 0 {
+                // The first row is nobody's.
+                mark(
+                    &self.details_in_use,
+                    (offset / ROW).wrapping_sub(1) as usize,
+                );
+                row.key.store(key, Relaxed);
+                return offset;
+            }
+            let weight = row
+                .exits
+                .load(Relaxed)
+                .saturating_add(row.missed_exits.load(Relaxed));
+            if weight < chosen.1 {
+                chosen = (offset, weight);
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        let (offset, missed) = chosen;
+        let row = self.detail_at(offset);
+        let kernel_lost = &self.detail_at(first).lost;
+        let user_lost = &self.detail_at(first.wrapping_add(ROW)).lost;
+        add(kernel_lost, row.kernel.load(Relaxed));
+        add(user_lost, row.user.load(Relaxed));
+        row.key.store(key, Relaxed);
+        row.missed_exits.store(missed, Relaxed);
+        row.missed_kernel.store(kernel_lost.load(Relaxed), Relaxed);
+        row.missed_user.store(user_lost.load(Relaxed), Relaxed);
+        for cell in [&row.exits, &row.kernel, &row.user] {
+            cell.store(0, Relaxed);
+        }
+        offset
+    }
+
+    /// Return where the row of a place in the guest's code is.
+    #[inline(always)]
+    fn find_code(&self, ledger: &Ledger, now: u64, rip: u64, tag: u64) -> u32 {
+        const ROW: u32 = size_of::<Code>() as u32;
+        let mixed = (rip ^ tag << 48).wrapping_mul(SPREAD);
+        let set = (mixed >> (64 - CODE_POWER)) as u32;
+        // As in `find_detail`.
+        let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
+        for _ in 0..WAYS {
+            let row = self.code_at(offset);
+            if row.rip.load(Relaxed) == rip && row.tag.load(Relaxed) == tag {
+                return offset;
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        self.new_code(ledger, now, rip, tag, set)
+    }
+
+    /// Give a place in the guest's code a row of a set; return where it is.
+    #[cold]
+    #[inline(never)]
+    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, tag: u64, set: u32) -> u32 {
+        const ROW: u32 = size_of::<Code>() as u32;
+        self.begin(ledger, now);
+        let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
+        let mut chosen = (offset, u64::MAX);
+        for _ in 0..WAYS {
+            let row = self.code_at(offset);
+            if row.tag.load(Relaxed) == 0 {
+                mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1) as usize);
+                row.rip.store(rip, Relaxed);
+                row.tag.store(tag, Relaxed);
+                return offset;
+            }
+            let weight = row
+                .exits
+                .load(Relaxed)
+                .saturating_add(row.missed_exits.load(Relaxed));
+            if weight < chosen.1 {
+                chosen = (offset, weight);
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        let (offset, missed) = chosen;
+        let row = self.code_at(offset);
+        let mut lost = 0;
+        if let Some(cell) = self.code_lost.get(set as usize) {
+            add(cell, row.kernel.load(Relaxed));
+            lost = cell.load(Relaxed);
+        }
+        row.rip.store(rip, Relaxed);
+        row.tag.store(tag, Relaxed);
+        row.missed_exits.store(missed, Relaxed);
+        row.missed_kernel.store(lost, Relaxed);
+        for cell in [&row.exits, &row.kernel] {
+            cell.store(0, Relaxed);
+        }
+        offset
+    }
+
+    /// Take down what the ledger has so far, unless that was done. Each table is empty at first, so
+    /// the first exit that needs a row comes here.
+    fn begin(&self, ledger: &Ledger, now: u64) {
+        if self.has_begun.load(Relaxed) != 0 {
+            return;
+        }
+        for slot in ledger.slots() {
+            if let Some(baseline) = self.baseline.get(slot.index()) {
+                baseline.exits.store(ledger.exits(slot), Relaxed);
+                let ticks = |phase| ledger.cycles(phase, slot);
+                baseline.kernel.store(ticks(Phase::Kernel), Relaxed);
+                baseline.user.store(ticks(Phase::User), Relaxed);
+            }
+        }
+        self.since.store(now, Relaxed);
+        self.has_begun.store(1, Relaxed);
+    }
+
+    /// Book kernel ticks on the rows of the latest exit.
+    #[inline(always)]
+    pub(super) fn book_kernel(&self, ticks: u64) {
+        add(&self.detail_at(self.detail.load(Relaxed)).kernel, ticks);
+        add(&self.code_at(self.code.load(Relaxed)).kernel, ticks);
+    }
+
+    /// Book ticks of a phase, by its number, on the rows of the latest exit, which was of a reason.
+    #[inline(always)]
+    pub(super) fn book(&self, slot: Option<Slot>, phase: u32, ticks: u64) {
+        if phase == Phase::Kernel as u32 {
+            self.book_kernel(ticks);
+        } else if phase == Phase::User as u32 {
+            add(&self.detail_at(self.detail.load(Relaxed)).user, ticks);
+            let row = self.user_at(self.user.load(Relaxed));
+            // The latest exit to user space may be of another reason than the latest exit.
+            if slot.map(reason_of) == Some(row.tag.load(Relaxed) >> 16) {
+                add(&row.ticks, ticks);
+            }
+        }
+    }
+
+    /// Take an exit to user space, for `why`: KVM_EXIT_* (linux/kvm.h), in 16 bits.
+    pub(super) fn leave_to_user(&self, slot: Option<Slot>, why: u16) {
+        const ROW: u32 = size_of::<User>() as u32;
+        let Some(slot) = slot else {
+            return;
+        };
+        if self.has_begun.load(Relaxed) == 0 {
+            return;
+        }
+        let tag = reason_of(slot) << 16 | u64::from(why);
+        let mut offset = ROW;
+        for _ in 0..USERS {
+            let row = self.user_at(offset);
+            match row.tag.load(Relaxed) {
+                0 => row.tag.store(tag, Relaxed),
+                other if other != tag => {
+                    offset = offset.wrapping_add(ROW);
+                    continue;
+                }
+                _ => {}
+            }
+            add(&row.exits, 1);
+            // INVARIANT: That row is there.
+            self.user.store(offset, Relaxed);
+            return;
+        }
+        // INVARIANT: The first row.
+        self.user.store(0, Relaxed);
+        if let Some(cell) = self.other_users.get(slot.index()) {
+            add(cell, 1);
+        }
+    }
+
+    /// Go on at `now` by a clock that has begun anew; it was `then` by the one before.
+    pub(super) fn rebase(&self, then: u64, now: u64) {
+        let age = then.wrapping_sub(self.since.load(Relaxed));
+        self.since.store(now.wrapping_sub(age), Relaxed);
+    }
+}

@@ -31,7 +31,7 @@ use super::{
 };
 
 mod copy;
-pub use copy::{CodeCopy, DetailCopy, TablesCopy, UserCopy};
+pub use copy::{CodeCopy, DetailCopy, Others, TablesCopy, UserCopy};
 
 /// Rows of a set.
 pub const WAYS: usize = 4;

@@ -25,6 +25,29 @@ pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
 /// Tables of a ledger that is copied, and room for their copy.
 pub type WithTables<'a, 'b> = Option<(&'a Tables, &'b mut TablesCopy)>;
 
+/// A copy that is to be made of a ledger, and of the vCPU's tables where that is wanted.
+#[derive(Debug)]
+pub struct Copying<'a> {
+    /// What is copied.
+    pub ledger: &'a Ledger,
+    /// Room for it.
+    pub out: &'a mut LedgerCopy,
+    /// The tables, and room for them.
+    pub tables: WithTables<'a, 'a>,
+}
+
+impl Copying<'_> {
+    /// Try once; return false when a transition came between.
+    pub fn try_copy(&mut self) -> bool {
+        self.ledger.try_copy_with(self.out, &mut self.tables)
+    }
+
+    /// Try up to so many times, as [`Ledger::copy`].
+    pub fn copy(&mut self, tries: u32) -> Option<u32> {
+        self.ledger.copy_with(tries, self.out, &mut self.tables)
+    }
+}
+
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
 

@@ -16,13 +16,13 @@ use std::{
 
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Query},
-    ledger::{Ledger, LedgerCopy, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     reasons::{slot, Isa},
     registry::{
         platform::Retired,
-        walk::{NoSnapshot, Walker},
+        walk::{NoSnapshot, Show, Walker},
         Newcomer, NoMemory, Owner, Platform, Refused, Registry, Settings, GROUP,
     },
     snapshot::{size_for, Host, NAME_SIZE},
@@ -154,13 +154,13 @@ unsafe impl Platform for Plain {
         self.0.cpus.borrow().get(&key).copied()
     }
 
-    fn copy_on(&self, _cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+    fn copy_on(&self, _cpu: u32, copying: &mut Copying<'_>) -> bool {
         assert!(
             !self.0.locked.get(),
             "an interrupt is awaited under the lock"
         );
         self.0.interrupts.set(self.0.interrupts.get() + 1);
-        self.0.interrupts.get() > self.0.failing.get() && ledger.try_copy(out)
+        self.0.interrupts.get() > self.0.failing.get() && copying.try_copy()
     }
 
     fn now(&self) -> u64 {
@@ -263,9 +263,9 @@ impl Bench {
             clock_offset,
             life: 1,
         };
-        let size = self
-            .registry
-            .snapshot(&mut walker, &mut buffer, &mut gone, host);
+        let size =
+            self.registry
+                .snapshot(&mut walker, &mut buffer, &mut gone, host, Show::default());
         let snapshot = Snapshot::parse(&buffer[..size.expect("it fits")]).expect("a snapshot");
         let mut told = Told {
             gone: snapshot.gone(),
@@ -900,7 +900,13 @@ fn a_copy_takes_a_bounded_number_of_interrupts() {
             life: 1,
         };
         shared.interrupts.set(0);
-        let snapshot = registry.snapshot(&mut Walker::new(), &mut buffer, &mut Totals::new(), host);
+        let snapshot = registry.snapshot(
+            &mut Walker::new(),
+            &mut buffer,
+            &mut Totals::new(),
+            host,
+            Show::default(),
+        );
         assert_eq!(snapshot.err(), due.is_none().then_some(NoSnapshot::Busy));
         destroy(&registry, &shared, key(1));
         drop(registry);

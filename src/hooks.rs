@@ -552,6 +552,7 @@ pub(crate) fn may_see_details() -> bool {
 }
 
 /// Return the code of the Hyper-V hypercall that a vCPU has just exited for.
+#[inline(never)]
 fn hyperv_call(vcpu: Vcpu<'_>) -> Option<u16> {
     // SAFETY: The vCPU is held and loaded by this thread, which is between exit and entry.
     let code = unsafe { bindings::exitmeter_hyperv_call(vcpu.0.get()) };
@@ -559,6 +560,7 @@ fn hyperv_call(vcpu: Vcpu<'_>) -> Option<u16> {
 }
 
 /// An exit of VMX, read from the VMCS.
+#[derive(Clone, Copy)]
 struct VmxExit<'a>(Vcpu<'a>);
 
 impl Exit for VmxExit<'_> {
@@ -587,13 +589,14 @@ impl Exit for VmxExit<'_> {
         self.0.wide_register(RCX)
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn hyperv_call(&self) -> Option<u16> {
         hyperv_call(self.0)
     }
 }
 
 /// An exit as KVM's own reader tells it.
+#[derive(Clone, Copy)]
 struct ExitByKvm<'a> {
     vcpu: Vcpu<'a>,
     isa: Isa,
@@ -627,7 +630,7 @@ impl Exit for ExitByKvm<'_> {
         self.vcpu.wide_register(RCX)
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn hyperv_call(&self) -> Option<u16> {
         hyperv_call(self.vcpu)
     }
@@ -637,7 +640,7 @@ impl Exit for ExitByKvm<'_> {
 #[inline(never)]
 fn exit_vmx_with(vcpu: Vcpu<'_>, now: u64) {
     let code = || vmcs_exit_reason() & 0xffff;
-    registry::exit_with(vcpu, now, Isa::Vmx, code, &VmxExit(vcpu), || {
+    registry::exit_with(vcpu, now, Isa::Vmx, code, VmxExit(vcpu), || {
         Some(vmread(VMCS_GUEST_RIP))
     });
 }
@@ -660,7 +663,7 @@ fn exit_by_kvm_with(vcpu: Vcpu<'_>, now: u64, isa: Isa) {
         Isa::Vmx => code & 0xffff,
         Isa::Svm => code,
     };
-    registry::exit_with(vcpu, now, isa, move || code, &exit, || match isa {
+    registry::exit_with(vcpu, now, isa, move || code, exit, move || match isa {
         Isa::Svm => vcpu.rip(),
         // Of an enlightened VMCS KVM has not read it yet.
         Isa::Vmx => None,

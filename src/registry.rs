@@ -480,16 +480,70 @@ pub(crate) fn exit_with(
     now: u64,
     isa: Isa,
     code: impl FnOnce() -> u32,
-    exit: &impl detail::Exit,
+    exit: impl detail::Exit,
     rip: impl FnOnce() -> Option<u64>,
 ) {
-    let ledger = match cached(vcpu) {
-        Some(ledger) => ledger,
-        None if vcpu.is_of_trust_domain() => return,
-        None => match looked_up(vcpu, now, Phase::Guest) {
-            Some(ledger) => ledger,
-            None => return,
-        },
+    let Some(ledger) = cached(vcpu) else {
+        return exit_with_slow(vcpu, now, isa, code, exit, rip);
+    };
+    let code = code();
+    let Some(tables) = tables(ledger) else {
+        return exit_without(vcpu, ledger, now, reasons::slot(isa, code));
+    };
+    // So that no call is on the way of all others.
+    if detail::is_hypercall(isa, code) {
+        return exit_by_hypercall(vcpu, ledger, tables, now, reasons::slot(isa, code), exit, rip);
+    }
+    let about = About {
+        nested: vcpu.runs_nested(),
+        detail: detail::of(isa, code, &exit),
+        rip: rip(),
+    };
+    ledger.exit_with(tables, now, reasons::slot(isa, code), &about);
+}
+
+/// Take an exit of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn exit_without(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
+    exit_of(vcpu, ledger, now, slot);
+}
+
+/// Take an exit by a hypercall.
+#[inline(never)]
+fn exit_by_hypercall(
+    vcpu: Vcpu<'_>,
+    ledger: &Ledger,
+    tables: &Tables,
+    now: u64,
+    slot: Slot,
+    exit: impl detail::Exit,
+    rip: impl FnOnce() -> Option<u64>,
+) {
+    let about = About {
+        nested: vcpu.runs_nested(),
+        detail: Some(detail::hypercall(&exit)),
+        rip: rip(),
+    };
+    ledger.exit_with(tables, now, slot, &about);
+}
+
+/// Slow path of [`exit_with`]: the vCPU is not in this CPU's cache.
+#[cold]
+#[inline(never)]
+fn exit_with_slow(
+    vcpu: Vcpu<'_>,
+    now: u64,
+    isa: Isa,
+    code: impl FnOnce() -> u32,
+    exit: impl detail::Exit,
+    rip: impl FnOnce() -> Option<u64>,
+) {
+    if vcpu.is_of_trust_domain() {
+        return;
+    }
+    let Some(ledger) = looked_up(vcpu, now, Phase::Guest) else {
+        return;
     };
     let code = code();
     let slot = reasons::slot(isa, code);
@@ -498,7 +552,7 @@ pub(crate) fn exit_with(
     };
     let about = About {
         nested: vcpu.runs_nested(),
-        detail: detail::of(isa, code, exit),
+        detail: detail::of(isa, code, &exit),
         rip: rip(),
     };
     ledger.exit_with(tables, now, slot, &about);

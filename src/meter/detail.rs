@@ -204,8 +204,18 @@ pub const fn has_subleaves(leaf: u32) -> bool {
     )
 }
 
+/// Return true if an exit is a hypercall, of which [`hypercall`] is the detail.
 #[inline(always)]
-fn hypercall(exit: &impl Exit) -> u64 {
+pub const fn is_hypercall(isa: Isa, code: u32) -> bool {
+    match isa {
+        Isa::Vmx => code == 18,
+        Isa::Svm => code == 0x81,
+    }
+}
+
+/// Return the detail of a hypercall.
+#[inline(always)]
+pub fn hypercall(exit: &impl Exit) -> u64 {
     match exit.hyperv_call() {
         Some(code) => u64::from(code) | 1 << 32,
         None => exit.rax() & 0xffff_ffff,

@@ -290,7 +290,7 @@ fn leaves() -> Result<()> {
 
 /// More leaves than there are rows.
 fn many_leaves() -> Vec<Quad> {
-    (0..600)
+    (0..500)
         .map(|number| Quad::cpuid(0x1000_0000 + number, 0))
         .collect()
 }
@@ -358,8 +358,7 @@ fn on_and_off() -> Result<()> {
             let file = File::open(DEVICE)?;
             turn_on(&file)?;
             for _ in 0..3 {
-                let mut bytes = Vec::new();
-                (&file).read_to_end(&mut bytes)?;
+                let bytes = read()?;
                 let snapshot = Snapshot::parse(&bytes)?;
                 for tables in snapshot.tables() {
                     for entry in tables.entries() {

@@ -13,7 +13,7 @@ use super::{
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    tables::{About, Keys, Tables, TablesCopy},
+    tables::{About, Keys, Tables, TablesCopy, Tag},
 };
 
 use Ordering::Relaxed;
@@ -382,10 +382,14 @@ impl Ledger {
         let rows = tables.rows_of(&keys);
         let (Some(rows), Some(ticks)) = (rows, self.begin_transition_if(rows.is_some(), now))
         else {
-            return self.exit_anew(tables, now, slot, keys);
+            // So that all goes in registers.
+            return match keys.detail {
+                Some(detail) => self.exit_anew(tables, now, keys.tag, keys.rip, detail),
+                None => self.exit_anew_without(tables, now, keys.tag, keys.rip),
+            };
         };
         tables.take_exit(rows);
-        self.count_exit(now, slot, ticks, keys.is_nested());
+        self.count_exit(now, slot, ticks, keys.tag.is_nested());
     }
 
     /// Begin a transition as [`Self::begin_transition`], but only if `may`.
@@ -400,7 +404,21 @@ impl Ledger {
     /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
     #[cold]
     #[inline(never)]
-    fn exit_anew(&self, tables: &Tables, now: u64, slot: Slot, keys: Keys) {
+    fn exit_anew(&self, tables: &Tables, now: u64, tag: Tag, rip: u64, detail: u64) {
+        let detail = Some(detail);
+        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
+    }
+
+    /// As [`Self::exit_anew`], for an exit without a detail.
+    #[cold]
+    #[inline(never)]
+    fn exit_anew_without(&self, tables: &Tables, now: u64, tag: Tag, rip: u64) {
+        let detail = None;
+        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
+    }
+
+    #[cold]
+    fn exit_of_new(&self, tables: &Tables, now: u64, keys: &Keys) {
         let mut now = now;
         let ticks = match self.begin_transition(now) {
             Some(ticks) => ticks,
@@ -409,8 +427,8 @@ impl Ledger {
                 self.begin_transition(now).unwrap_or(0)
             }
         };
-        tables.take_exit(tables.rows_for(self, now, &keys));
-        self.count_exit(now, slot, ticks, keys.is_nested());
+        tables.take_exit(tables.rows_for(self, now, keys));
+        self.count_exit(now, keys.tag.slot(), ticks, keys.tag.is_nested());
     }
 
     /// A VM exit from a nested guest, an L2.

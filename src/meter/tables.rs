@@ -53,11 +53,9 @@ const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// The most that the tables of one vCPU take, in bytes.
 pub const MOST_BYTES: usize = 48 * 1024;
 
-/// Where a key holds that the exit came from a nested guest.
-const NESTED: u32 = detail::BITS;
-/// Where a key holds its reason.
-const REASON: u32 = detail::BITS + 1;
-/// Where the tag of a row of code holds that the exit came from a nested guest.
+/// Where a key of details holds its tag.
+const TAG: u32 = detail::BITS;
+/// Where a tag holds that the exit came from a nested guest: above the reason.
 const CODE_NESTED: u32 = 8;
 
 /// A row of details: one cache line.
@@ -118,39 +116,57 @@ pub struct About {
     pub rip: Option<u64>,
 }
 
-/// The keys of an exit.
+/// The keys of an exit, as few words: they go from function to function in registers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys {
-    /// 0 for an exit without a detail.
-    detail: u64,
-    rip: u64,
-    tag: u64,
-    has_rip: bool,
+    /// See [`Tag`].
+    pub(super) tag: Tag,
+    /// `None` for an exit without a detail.
+    pub(super) detail: Option<u64>,
+    /// 0 where it cannot be read, as the tag says.
+    pub(super) rip: u64,
 }
+
+/// Which reason an exit is of, from 1, and in bits above that whether it came from a nested guest
+/// and whether its RIP can be read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tag(u64);
+
+/// Where a tag holds that the RIP cannot be read.
+const NO_RIP: u32 = CODE_NESTED + 1;
 
 impl About {
     /// Return the keys of an exit of a reason.
     #[inline(always)]
     pub(super) fn keys(&self, slot: Slot) -> Keys {
-        let nested = u64::from(self.nested);
-        let detail = match self.detail {
-            Some(detail) => detail | nested << NESTED | reason_of(slot) << REASON,
-            None => 0,
-        };
+        let tag = reason_of(slot)
+            | u64::from(self.nested) << CODE_NESTED
+            | u64::from(self.rip.is_none()) << NO_RIP;
         Keys {
-            detail,
+            tag: Tag(tag),
+            // The bit for the RIP falls out of the word.
+            detail: self.detail.map(|detail| detail | tag << TAG),
             rip: self.rip.unwrap_or(0),
-            tag: reason_of(slot) | nested << CODE_NESTED,
-            has_rip: self.rip.is_some(),
         }
     }
 }
 
-impl Keys {
+impl Tag {
     /// Return true if the exit came from a nested guest.
     #[inline(always)]
-    pub(super) const fn is_nested(&self) -> bool {
-        self.tag >> CODE_NESTED & 1 != 0
+    pub(super) const fn is_nested(self) -> bool {
+        self.0 >> CODE_NESTED & 1 != 0
+    }
+
+    /// Return the row of the ledger.
+    #[inline(always)]
+    pub(super) fn slot(self) -> Slot {
+        slot_of(self.0 & ((1 << CODE_NESTED) - 1)).unwrap_or(Slot::OTHER)
+    }
+
+    #[inline(always)]
+    const fn has_rip(self) -> bool {
+        self.0 >> NO_RIP == 0
     }
 }
 
@@ -206,6 +222,20 @@ fn add(cell: &AtomicU64, value: u64) {
     cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
 }
 
+/// Reads a cell that only this thread writes. Others only read it, so there is no race; and unlike
+/// the load of an atomic this one can be part of the compare.
+#[cfg(not(loom))]
+#[inline(always)]
+fn own(cell: &AtomicU64) -> u64 {
+    // SAFETY: The cell is there, and nobody else writes to it.
+    unsafe { cell.as_ptr().read() }
+}
+
+#[cfg(loom)]
+fn own(cell: &AtomicU64) -> u64 {
+    cell.load(Relaxed)
+}
+
 /// Sets the bit of a row, counted from the first that is somebody's.
 fn mark(bits: &[AtomicU64], row: usize) {
     if let Some(word) = bits.get(row / 64) {
@@ -253,11 +283,11 @@ impl Tables {
     #[inline(always)]
     pub(super) fn rows_of(&self, keys: &Keys) -> Option<Rows> {
         let detail = match keys.detail {
-            0 => 0,
-            key => self.find_detail(key)?,
+            None => 0,
+            Some(key) => self.find_detail(key)?,
         };
-        let code = match keys.has_rip {
-            true => self.find_code(keys.rip, keys.tag)?,
+        let code = match keys.tag.has_rip() {
+            true => self.find_code(keys.rip, keys.tag.0)?,
             false if self.lacks_rip.load(Relaxed) == 0 => return None,
             false => 0,
         };
@@ -268,15 +298,15 @@ impl Tables {
     /// transition, before the ledger counts the exit.
     pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
         let detail = match keys.detail {
-            0 => 0,
-            key => self
+            None => 0,
+            Some(key) => self
                 .find_detail(key)
                 .unwrap_or_else(|| self.new_detail(ledger, now, key)),
         };
-        let code = match keys.has_rip {
+        let code = match keys.tag.has_rip() {
             true => self
-                .find_code(keys.rip, keys.tag)
-                .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.tag)),
+                .find_code(keys.rip, keys.tag.0)
+                .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.tag.0)),
             false => {
                 self.lacks_rip.store(1, Relaxed);
                 0
@@ -309,7 +339,7 @@ impl Tables {
     fn find_detail(&self, key: u64) -> Option<u32> {
         let mut offset = Self::detail_set(key);
         for _ in 0..WAYS {
-            if self.detail_at(offset).key.load(Relaxed) == key {
+            if own(&self.detail_at(offset).key) == key {
                 return Some(offset);
             }
             offset = offset.wrapping_add(size_of::<Detail>() as u32);
@@ -378,7 +408,7 @@ impl Tables {
         let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
         for _ in 0..WAYS {
             let row = self.code_at(offset);
-            if row.rip.load(Relaxed) == rip && row.tag.load(Relaxed) == tag {
+            if own(&row.rip) == rip && own(&row.tag) == tag {
                 return Some(offset);
             }
             offset = offset.wrapping_add(ROW);

@@ -981,3 +981,48 @@ fn a_new_clock_does_not_hold_up_sums() {
     assert_eq!(bench.ask(key(0)), Some(all + 5));
     bench.end();
 }
+
+/// Tables come for those that are there and those that come, and go with either they or their vCPU.
+#[test]
+fn tables_come_and_go_with_their_vcpus() {
+    let bench = Bench::new(8, false);
+    let has = |place: usize| {
+        let member = bench.registry.known(key(place)).expect("it is known");
+        // SAFETY: Nothing goes on beside this.
+        unsafe { member.ledger().tables() }.is_some()
+    };
+    for place in 0..3 {
+        assert_eq!(bench.announce(key(place), 0, place as u32), Ok(()));
+        assert!(bench.exits(key(place), 1) && !has(place));
+    }
+    bench.registry.give_tables(&mut Walker::new());
+    assert!((0..3).all(has));
+    assert_eq!(bench.announce(key(3), 1, 3), Ok(()));
+    assert!(bench.exits(key(3), 1) && has(3));
+    // There is no memory for the tables of this one, nor is it refused for that.
+    bench.shared.fails.set(bench.shared.allocations.get() + 2);
+    assert_eq!(bench.announce(key(4), 1, 4), Ok(()));
+    assert!(bench.exits(key(4), 1) && !has(4));
+    assert_eq!(bench.snapshot().exits.len(), 5);
+    bench.registry.give_tables(&mut Walker::new());
+    assert!((0..5).all(has));
+    // With its tables, both once those who read have ended.
+    let objects = || bench.shared.objects.get();
+    let before = objects();
+    bench.destroy(key(3));
+    assert_eq!(before - objects(), 2);
+    let before = objects();
+    bench.registry.take_tables(&mut Walker::new());
+    assert!([0, 1, 2, 4].into_iter().all(|place| !has(place)));
+    assert_eq!(objects(), before, "freed beside those who read");
+    bench.shared.pass_time();
+    assert_eq!(before - objects(), 4);
+    assert_eq!(bench.announce(key(5), 1, 5), Ok(()));
+    assert!(bench.exits(key(5), 1) && !has(5));
+    let before = objects();
+    bench.destroy(key(5));
+    assert_eq!(before - objects(), 1);
+    bench.registry.give_tables(&mut Walker::new());
+    // What is left goes with the registry.
+    bench.end();
+}

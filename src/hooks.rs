@@ -368,7 +368,11 @@ impl Vcpu<'_> {
             if (*vcpu).arch.guest_state_protected {
                 return None;
             }
-            Some(vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize).cast::<u64>().read())
+            Some(
+                vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize)
+                    .cast::<u64>()
+                    .read(),
+            )
         }
     }
 
@@ -387,7 +391,9 @@ impl Vcpu<'_> {
         // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
         // it is. User space may write to the page, so it is read once.
         let (wants, why) = unsafe {
-            let run = (*vcpu).run.byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
+            let run = (*vcpu)
+                .run
+                .byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
             ((*vcpu).wants_to_run, run.cast::<u32>().read_volatile())
         };
         wants.then(|| u16::try_from(why).unwrap_or(u16::MAX))
@@ -663,11 +669,18 @@ fn exit_by_kvm_with(vcpu: Vcpu<'_>, now: u64, isa: Isa) {
         Isa::Vmx => code & 0xffff,
         Isa::Svm => code,
     };
-    registry::exit_with(vcpu, now, isa, move || code, exit, move || match isa {
-        Isa::Svm => vcpu.rip(),
-        // Of an enlightened VMCS KVM has not read it yet.
-        Isa::Vmx => None,
-    });
+    registry::exit_with(
+        vcpu,
+        now,
+        isa,
+        move || code,
+        exit,
+        move || match isa {
+            Isa::Svm => vcpu.rip(),
+            // Of an enlightened VMCS KVM has not read it yet.
+            Isa::Vmx => None,
+        },
+    );
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it

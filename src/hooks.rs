@@ -386,7 +386,7 @@ impl Vcpu<'_> {
     /// Return KVM_EXIT_* of a vCPU that leaves its CPU, for user space: why, where KVM_RUN ends;
     /// `None` for another ioctl.
     #[inline]
-    fn to_user(&self) -> Option<u16> {
+    fn user_exit(&self) -> Option<u16> {
         let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
         // it is. User space may write to the page, so it is read once.
@@ -931,7 +931,7 @@ unsafe extern "C" fn on_put(
 fn leave_with(vcpu: Vcpu<'_>, now: u64) {
     let phase = vcpu.phase_after_put();
     let to_user = match phase {
-        Phase::User => vcpu.to_user(),
+        Phase::User => vcpu.user_exit(),
         _ => None,
     };
     registry::leave_with(vcpu, now, phase, to_user);

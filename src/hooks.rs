@@ -46,7 +46,10 @@ use crate::{
             Verdict, //
         },
         detail::Exit,
-        leaves::Registers,
+        leaves::{
+            Leaves,
+            Registers, //
+        },
         ledger::{
             Copying,
             Ledger, //
@@ -321,39 +324,33 @@ impl Vcpu<'_> {
         })
     }
 
-    /// Return the phase that begins when this vCPU leaves its CPU, from what `kvm_sched_out()`
-    /// and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
-    ///
-    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
-    #[inline]
-    fn phase_after_put(&self) -> Phase {
-        let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; other CPUs only read these fields.
-        let (out, preempted) = unsafe {
-            (
-                (&raw const (*vcpu).scheduled_out).read_volatile(),
-                (&raw const (*vcpu).preempted).read_volatile(),
-            )
-        };
-        match (out, preempted) {
-            (false, _) => Phase::User,
-            (true, true) => Phase::Preempted,
-            (true, false) => self.phase_asleep(),
-        }
+    /// Return true if the scheduler takes this vCPU off its CPU, by what `kvm_sched_out()` has
+    /// written; false if its thread leaves KVM. Called by that thread.
+    #[inline(always)]
+    fn is_scheduled_out(&self) -> bool {
+        // SAFETY: The vCPU lives; other CPUs only read the field.
+        unsafe { (&raw const (*self.0.get()).scheduled_out).read_volatile() }
     }
 
-    /// Return the phase of a vCPU that was scheduled out, and that KVM does not call preempted.
-    #[inline(never)]
-    fn phase_asleep(&self) -> Phase {
-        // SAFETY: The vCPU lives; its own thread alone writes the field.
-        let blocking =
-            unsafe { (&raw const (*self.0.get()).stat.generic.blocking).read_volatile() };
+    /// Return the phase that begins as the scheduler takes this vCPU off its CPU, from what
+    /// `kvm_sched_out()` and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
+    ///
+    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
+    fn phase_scheduled_out(&self) -> Phase {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU lives; other CPUs only read these fields.
+        let (preempted, blocking) = unsafe {
+            (
+                (&raw const (*vcpu).preempted).read_volatile(),
+                (&raw const (*vcpu).stat.generic.blocking).read_volatile(),
+            )
+        };
         // SAFETY: No requirements.
-        let runnable = unsafe { bindings::exitmeter_current_is_runnable() };
-        match (runnable, blocking) {
-            (true, _) => Phase::Preempted,
-            (false, 0) => Phase::Waiting,
-            (false, _) => Phase::Halted,
+        let runnable = || unsafe { bindings::exitmeter_current_is_runnable() };
+        match blocking {
+            _ if preempted || runnable() => Phase::Preempted,
+            0 => Phase::Waiting,
+            _ => Phase::Halted,
         }
     }
 
@@ -920,19 +917,29 @@ unsafe extern "C" fn on_put(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
+    let now = now();
     if details_are_on() {
-        return leave_with(vcpu, now());
+        return leave_with(vcpu, now);
     }
-    registry::leave(vcpu, now(), vcpu.phase_after_put());
+    if vcpu.is_scheduled_out() {
+        return leave_scheduled_out(vcpu, now);
+    }
+    registry::leave(vcpu, now, Phase::User);
+}
+
+/// Take the way off its CPU of a vCPU that the scheduler takes off it. Apart, so that the way to
+/// user space saves no registers for this.
+#[inline(never)]
+fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
+    registry::leave(vcpu, now, vcpu.phase_scheduled_out());
 }
 
 /// Take a vCPU's way off its CPU, with why it goes to user space.
 #[inline(never)]
 fn leave_with(vcpu: Vcpu<'_>, now: u64) {
-    let phase = vcpu.phase_after_put();
-    let to_user = match phase {
-        Phase::User => vcpu.user_exit(),
-        _ => None,
+    let (phase, to_user) = match vcpu.is_scheduled_out() {
+        true => (vcpu.phase_scheduled_out(), None),
+        false => (Phase::User, vcpu.user_exit()),
     };
     registry::leave_with(vcpu, now, phase, to_user);
 }
@@ -1148,8 +1155,21 @@ unsafe extern "C" fn on_cpuid(
 ) {
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    let ours = |registry: &Registry| registry.leaves().is_ours(vcpu.register(RAX));
-    if !registry().is_some_and(ours) {
+    if Leaves::are_near(vcpu.register(RAX)) {
+        // SAFETY: By the contract of this function.
+        unsafe { redirect_query(vcpu, parent, fregs) };
+    }
+}
+
+/// Redirect the call if the guest asks for one of our leaves, and may.
+///
+/// # Safety
+///
+/// For [`on_cpuid`] alone, with its own arguments.
+#[inline(never)]
+unsafe fn redirect_query(vcpu: Vcpu<'_>, parent: c_ulong, fregs: *mut bindings::ftrace_regs) {
+    let leaf = vcpu.register(RAX);
+    if registry().is_none_or(|registry| registry.leaves().classify(leaf).is_none()) {
         return;
     }
     // SAFETY: Any address may be asked for.

@@ -486,28 +486,24 @@ pub(crate) fn exit_with(
     let Some(ledger) = cached(vcpu) else {
         return exit_with_slow(vcpu, now, isa, code, exit, rip);
     };
-    let code = code();
+    let slot = reasons::slot(isa, code());
     let Some(tables) = tables(ledger) else {
-        return exit_without(vcpu, ledger, now, reasons::slot(isa, code));
+        return exit_without(vcpu, ledger, now, slot);
     };
-    // So that no call is on the way of all others.
-    if detail::is_hypercall(isa, code) {
-        return exit_by_hypercall(
-            vcpu,
-            ledger,
-            tables,
-            now,
-            reasons::slot(isa, code),
-            exit,
-            rip,
-        );
+    // So that nothing rare is on the way of all others.
+    if vcpu.runs_nested() {
+        return exit_apart((vcpu, ledger), now, isa, slot, exit, rip);
     }
+    let Ok(key) = detail::plain(detail::rule(isa, slot), &exit) else {
+        return exit_apart((vcpu, ledger), now, isa, slot, exit, rip);
+    };
     let about = About {
-        nested: vcpu.runs_nested(),
-        detail: detail::of(isa, code, &exit),
+        slot,
+        nested: false,
+        key,
         rip: rip(),
     };
-    ledger.exit_with(tables, now, reasons::slot(isa, code), &about);
+    ledger.exit_with(tables, now, &about);
 }
 
 /// Take an exit of a vCPU that has no tables.
@@ -517,23 +513,26 @@ fn exit_without(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
     exit_of(vcpu, ledger, now, slot);
 }
 
-/// Take an exit by a hypercall.
+/// Take an exit of a nested guest, or one whose detail is composed.
 #[inline(never)]
-fn exit_by_hypercall(
-    vcpu: Vcpu<'_>,
-    ledger: &Ledger,
-    tables: &Tables,
+fn exit_apart(
+    (vcpu, ledger): (Vcpu<'_>, &Ledger),
     now: u64,
+    isa: Isa,
     slot: Slot,
     exit: impl detail::Exit,
     rip: impl FnOnce() -> Option<u64>,
 ) {
+    let Some(tables) = tables(ledger) else {
+        return exit_without(vcpu, ledger, now, slot);
+    };
     let about = About {
+        slot,
         nested: vcpu.runs_nested(),
-        detail: Some(detail::hypercall(&exit)),
+        key: detail::key(isa, slot, &exit),
         rip: rip(),
     };
-    ledger.exit_with(tables, now, slot, &about);
+    ledger.exit_with(tables, now, &about);
 }
 
 /// Slow path of [`exit_with`]: the vCPU is not in this CPU's cache.
@@ -550,32 +549,35 @@ fn exit_with_slow(
     if vcpu.is_of_trust_domain() {
         return;
     }
-    let Some(ledger) = looked_up(vcpu, now, Phase::Guest) else {
-        return;
-    };
-    let code = code();
-    let slot = reasons::slot(isa, code);
-    let Some(tables) = tables(ledger) else {
-        return exit_of(vcpu, ledger, now, slot);
-    };
-    let about = About {
-        nested: vcpu.runs_nested(),
-        detail: detail::of(isa, code, &exit),
-        rip: rip(),
-    };
-    ledger.exit_with(tables, now, slot, &about);
+    if let Some(ledger) = looked_up(vcpu, now, Phase::Guest) {
+        exit_apart(
+            (vcpu, ledger),
+            now,
+            isa,
+            reasons::slot(isa, code()),
+            exit,
+            rip,
+        );
+    }
 }
 
 /// Take a VM entry.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn entry_with(vcpu: Vcpu<'_>, now: u64) {
     let Some(ledger) = cached(vcpu) else {
         return entry_with_slow(vcpu, now);
     };
     match tables(ledger) {
         Some(tables) => ledger.entry_with(tables, now),
-        None => ledger.entry(now),
+        None => entry_without(ledger, now),
     }
+}
+
+/// Take an entry of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn entry_without(ledger: &Ledger, now: u64) {
+    ledger.entry(now);
 }
 
 /// Slow path of [`entry_with`]: the vCPU is not in this CPU's cache.

@@ -8,12 +8,12 @@
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
 use super::{
-    atomic::{fence, AtomicPtr, AtomicU32, AtomicU64, Ordering},
+    atomic::{fence, own, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    tables::{About, Keys, Tables, TablesCopy, Tag},
+    tables::{About, Keys, Tables, TablesCopy, Which},
 };
 
 use Ordering::Relaxed;
@@ -226,7 +226,8 @@ impl Ledger {
     /// [`Self::one_tick_on`].
     #[inline(always)]
     fn begin_transition(&self, now: u64) -> Option<u64> {
-        let last = self.last.load(Relaxed);
+        // SAFETY: This thread holds the vCPU, so nobody else writes its ledger.
+        let last = unsafe { own(&self.last) };
         if now <= last {
             return None;
         }
@@ -377,48 +378,23 @@ impl Ledger {
 
     /// A VM exit of a vCPU that has tables.
     #[inline(always)]
-    pub fn exit_with(&self, tables: &Tables, now: u64, slot: Slot, about: &About) {
-        let keys = about.keys(slot);
-        let rows = tables.rows_of(&keys);
-        let (Some(rows), Some(ticks)) = (rows, self.begin_transition_if(rows.is_some(), now))
-        else {
-            // So that all goes in registers.
-            return match keys.detail {
-                Some(detail) => self.exit_anew(tables, now, keys.tag, keys.rip, detail),
-                None => self.exit_anew_without(tables, now, keys.tag, keys.rip),
-            };
-        };
-        tables.take_exit(rows);
-        self.count_exit(now, slot, ticks, keys.tag.is_nested());
-    }
-
-    /// Begin a transition as [`Self::begin_transition`], but only if `may`.
-    #[inline(always)]
-    fn begin_transition_if(&self, may: bool, now: u64) -> Option<u64> {
-        match may {
-            true => self.begin_transition(now),
-            false => None,
+    pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
+        if !about.nested {
+            if let Some(rows) = tables.latest_rows(about) {
+                if let Some(ticks) = self.begin_transition(now) {
+                    tables.take_exit(rows);
+                    return self.count_exit(now, about.slot, ticks, false);
+                }
+            }
         }
+        // So that all goes in registers.
+        let Keys { which, detail, rip } = about.keys();
+        self.exit_anew(tables, now, which, detail, rip);
     }
 
     /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
-    #[cold]
     #[inline(never)]
-    fn exit_anew(&self, tables: &Tables, now: u64, tag: Tag, rip: u64, detail: u64) {
-        let detail = Some(detail);
-        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
-    }
-
-    /// As [`Self::exit_anew`], for an exit without a detail.
-    #[cold]
-    #[inline(never)]
-    fn exit_anew_without(&self, tables: &Tables, now: u64, tag: Tag, rip: u64) {
-        let detail = None;
-        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
-    }
-
-    #[cold]
-    fn exit_of_new(&self, tables: &Tables, now: u64, keys: &Keys) {
+    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, detail: u64, rip: u64) {
         let mut now = now;
         let ticks = match self.begin_transition(now) {
             Some(ticks) => ticks,
@@ -427,8 +403,8 @@ impl Ledger {
                 self.begin_transition(now).unwrap_or(0)
             }
         };
-        tables.take_exit(tables.rows_for(self, now, keys));
-        self.count_exit(now, keys.tag.slot(), ticks, keys.tag.is_nested());
+        tables.take_exit(tables.rows_for(self, now, &Keys { which, detail, rip }));
+        self.count_exit(now, which.slot(), ticks, which.is_nested());
     }
 
     /// A VM exit from a nested guest, an L2.
@@ -459,10 +435,11 @@ impl Ledger {
         }
         if parts::COUNTS {
             let exits = self.cell(row, Column::Exits);
-            add(exits, 1);
-            if exits.load(Relaxed) == 1 {
+            // SAFETY: As in `begin_transition`.
+            if unsafe { own(exits) } == 0 {
                 return self.end_first_exit(now, slot);
             }
+            add(exits, 1);
         }
         self.end_transition(now);
     }
@@ -484,6 +461,7 @@ impl Ledger {
     #[inline(never)]
     fn end_first_exit(&self, now: u64, slot: Slot) {
         self.use_row(slot);
+        add(self.cell(Row::of(slot), Column::Exits), 1);
         let taken = self.taken.load(Relaxed);
         if (taken as usize) < HISTOGRAMS {
             let taken = taken.wrapping_add(1);

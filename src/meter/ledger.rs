@@ -205,7 +205,8 @@ impl Ledger {
     /// `bucket` must be below [`BUCKETS`].
     #[inline(always)]
     unsafe fn samples(&self, row: Row, bucket: usize) -> &AtomicU64 {
-        let histogram = self.cell(row, Column::Histogram).load(Relaxed) as u32;
+        // SAFETY: As in `begin_transition`.
+        let histogram = unsafe { own(self.cell(row, Column::Histogram)) } as u32;
         let place = histogram.wrapping_add(bucket as u32) as usize;
         // SAFETY: By the invariant of `Ledger` that histogram is there, and by the contract of
         // this function the bucket is one of it.
@@ -500,7 +501,8 @@ impl Ledger {
         }
         self.phase.store(Phase::Guest as u32, Relaxed);
         if parts::HISTOGRAMS {
-            if self.carried.load(Relaxed) != 0 {
+            // SAFETY: As in `begin_transition`.
+            if unsafe { own(&self.carried) } != 0 {
                 return self.end_unusual_exit(now, row, ticks);
             }
             let Some(bucket) = usual_bucket(ticks) else {
@@ -534,7 +536,8 @@ impl Ledger {
     #[inline(always)]
     fn sample(&self, row: Row, ticks: u64, bucket: usize) {
         let max = self.cell(row, Column::Max);
-        if ticks > max.load(Relaxed) {
+        // SAFETY: As in `begin_transition`.
+        if ticks > unsafe { own(max) } {
             max.store(ticks, Relaxed);
         }
         // SAFETY: `bucket` and `usual_bucket` give no other ones.

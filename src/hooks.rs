@@ -12,6 +12,7 @@ use core::{
         x86_64::_rdtsc, //
     },
     marker::PhantomPinned,
+    mem::MaybeUninit,
     ptr::{
         null_mut,
         NonNull, //
@@ -596,6 +597,11 @@ impl Exit for VmxExit<'_> {
     }
 
     #[inline(always)]
+    fn read_plain(&self, source: i32) -> Option<u64> {
+        self.read(source)
+    }
+
+    #[inline(always)]
     fn msr(&self) -> u64 {
         self.rcx()
     }
@@ -616,29 +622,53 @@ impl Exit for VmxExit<'_> {
     }
 }
 
-/// An exit as KVM's own reader tells it.
-#[derive(Clone, Copy)]
-struct ExitByKvm<'a> {
+/// An exit as KVM's own reader tells it, on SVM or of an enlightened VMCS.
+struct ExitByKvm<'a, const SVM: bool> {
     vcpu: Vcpu<'a>,
-    isa: Isa,
-    info: bindings::exitmeter_exit_info,
+    code: u32,
+    info: MaybeUninit<bindings::exitmeter_exit_info>,
 }
 
-impl Exit for ExitByKvm<'_> {
+impl<'a, const SVM: bool> ExitByKvm<'a, SVM> {
+    /// Read the exit that a vCPU has just taken on this CPU.
+    #[inline(always)]
+    fn read(vcpu: Vcpu<'a>) -> Self {
+        let mut info = MaybeUninit::uninit();
+        // SAFETY: By the contract of this function.
+        let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), info.as_mut_ptr()) };
+        Self { vcpu, code, info }
+    }
+
+    #[inline(always)]
+    fn info(&self) -> &bindings::exitmeter_exit_info {
+        // SAFETY: The shim writes all of it.
+        unsafe { self.info.assume_init_ref() }
+    }
+}
+
+impl<const SVM: bool> Exit for &ExitByKvm<'_, SVM> {
     #[inline(always)]
     fn read(&self, source: i32) -> Option<u64> {
-        match (source, self.isa) {
-            (source::QUALIFICATION, _) => Some(self.info.info1),
-            (source::INTERRUPTION, _) => Some(self.info.intr_info.into()),
-            (_, Isa::Svm) => Some(self.info.info2),
-            // The second number is the IDT-vectoring information (`vmx_get_exit_info()`).
-            (_, Isa::Vmx) => None,
+        match source {
+            source::QUALIFICATION => Some(self.info().info1),
+            source::INTERRUPTION => Some(self.info().intr_info.into()),
+            // The second number of VMX is the IDT-vectoring information (`vmx_get_exit_info()`).
+            _ => SVM.then_some(self.info().info2),
+        }
+    }
+
+    #[inline(always)]
+    fn read_plain(&self, source: i32) -> Option<u64> {
+        match SVM {
+            // There is no other on SVM.
+            true => Some(self.info().info1),
+            false => self.read(source),
         }
     }
 
     #[inline(always)]
     fn msr(&self) -> u64 {
-        let write = self.isa == Isa::Svm && self.info.info1 != 0;
+        let write = SVM && self.info().info1 != 0;
         self.rcx() & u64::from(u32::MAX) | u64::from(write) << 32
     }
 
@@ -672,33 +702,18 @@ fn exit_vmx_with(vcpu: Vcpu<'_>) {
 #[inline(never)]
 fn exit_svm_with(vcpu: Vcpu<'_>) {
     let now = now();
-    let (code, exit) = exit_by_kvm(vcpu, Isa::Svm);
-    registry::exit_with(vcpu, now, Isa::Svm, move || code, exit, move || vcpu.rip());
+    let exit = ExitByKvm::<true>::read(vcpu);
+    let code = exit.code;
+    registry::exit_with(vcpu, now, Isa::Svm, move || code, &exit, move || vcpu.rip());
 }
 
 /// Take an exit with details, of an enlightened VMCS. KVM has not read its RIP yet.
 #[inline(never)]
 fn exit_enlightened_with(vcpu: Vcpu<'_>) {
     let now = now();
-    let (code, exit) = exit_by_kvm(vcpu, Isa::Vmx);
-    registry::exit_with(vcpu, now, Isa::Vmx, move || code & 0xffff, exit, || None);
-}
-
-/// Return the code of an exit, and what KVM's own reader tells of it.
-#[inline(always)]
-fn exit_by_kvm(vcpu: Vcpu<'_>, isa: Isa) -> (u32, ExitByKvm<'_>) {
-    let mut exit = ExitByKvm {
-        vcpu,
-        isa,
-        info: bindings::exitmeter_exit_info {
-            info1: 0,
-            info2: 0,
-            intr_info: 0,
-        },
-    };
-    // SAFETY: The vCPU has just taken an exit on this CPU.
-    let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), &mut exit.info) };
-    (code, exit)
+    let exit = ExitByKvm::<false>::read(vcpu);
+    let code = exit.code & 0xffff;
+    registry::exit_with(vcpu, now, Isa::Vmx, move || code, &exit, || None);
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it

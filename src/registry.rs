@@ -492,16 +492,19 @@ pub(crate) fn exit_with(
     };
     // So that nothing rare is on the way of all others.
     if vcpu.runs_nested() {
-        return exit_apart((vcpu, ledger), now, isa, slot, exit, rip);
+        return exit_nested((vcpu, ledger), now, isa, slot, exit, rip);
     }
+    let Some(rip) = rip() else {
+        return exit_apart((vcpu, ledger), now, isa, slot, exit, None);
+    };
     let Ok(key) = detail::plain(detail::rule(isa, slot), &exit) else {
-        return exit_apart((vcpu, ledger), now, isa, slot, exit, rip);
+        return exit_composed((vcpu, ledger), now, isa, slot, exit, rip);
     };
     let about = About {
         slot,
         nested: false,
         key,
-        rip: rip(),
+        rip: Some(rip),
     };
     ledger.exit_with(tables, now, &about);
 }
@@ -513,7 +516,46 @@ fn exit_without(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
     exit_of(vcpu, ledger, now, slot);
 }
 
-/// Take an exit of a nested guest, or one whose detail is composed.
+/// Take an exit of a nested guest. It is here that its RIP is read, so that the check for it stays
+/// one instruction.
+#[inline(never)]
+fn exit_nested(
+    held: (Vcpu<'_>, &Ledger),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    exit: impl detail::Exit,
+    rip: impl FnOnce() -> Option<u64>,
+) {
+    exit_apart(held, now, isa, slot, exit, rip());
+}
+
+/// Take an exit whose detail is composed.
+#[inline(never)]
+fn exit_composed(
+    (vcpu, ledger): (Vcpu<'_>, &Ledger),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    exit: impl detail::Exit,
+    rip: u64,
+) {
+    if detail::rule(isa, slot).source() == detail::source::HYPERCALL {
+        return exit_apart((vcpu, ledger), now, isa, slot, exit, Some(rip));
+    }
+    let Some(tables) = tables(ledger) else {
+        return exit_without(vcpu, ledger, now, slot);
+    };
+    let about = About {
+        slot,
+        nested: false,
+        key: detail::composed(isa, slot, &exit),
+        rip: Some(rip),
+    };
+    ledger.exit_with(tables, now, &about);
+}
+
+/// Take an exit of a nested guest, one by a hypercall, or one whose RIP cannot be read.
 #[inline(never)]
 fn exit_apart(
     (vcpu, ledger): (Vcpu<'_>, &Ledger),
@@ -521,7 +563,7 @@ fn exit_apart(
     isa: Isa,
     slot: Slot,
     exit: impl detail::Exit,
-    rip: impl FnOnce() -> Option<u64>,
+    rip: Option<u64>,
 ) {
     let Some(tables) = tables(ledger) else {
         return exit_without(vcpu, ledger, now, slot);
@@ -530,7 +572,7 @@ fn exit_apart(
         slot,
         nested: vcpu.runs_nested(),
         key: detail::key(isa, slot, &exit),
-        rip: rip(),
+        rip,
     };
     ledger.exit_with(tables, now, &about);
 }
@@ -556,7 +598,7 @@ fn exit_with_slow(
             isa,
             reasons::slot(isa, code()),
             exit,
-            rip,
+            rip(),
         );
     }
 }

@@ -191,6 +191,8 @@ const MSR_NUMBER: u64 = 0xffff_ffff;
 pub trait Exit {
     /// Return what one of [`source`] that is a field's number names; `None` where it cannot be read.
     fn read(&self, source: i32) -> Option<u64>;
+    /// Return the same for an exit whose detail is that number alone.
+    fn read_plain(&self, source: i32) -> Option<u64>;
     /// Return the number of the MSR in RCX; on SVM with bit 32 if it is written, as EXITINFO1 tells.
     fn msr(&self) -> u64;
     /// Return the guest's RAX.
@@ -218,7 +220,7 @@ pub fn rule(isa: Isa, slot: Slot) -> &'static Rule {
 #[inline(always)]
 pub fn plain(rule: &Rule, exit: &impl Exit) -> Result<Option<u64>, Composed> {
     let told = if rule.source > 0 {
-        exit.read(rule.source)
+        exit.read_plain(rule.source)
     } else if rule.source == source::MSR {
         Some(exit.msr())
     } else if rule.source == source::NONE {
@@ -394,6 +396,9 @@ mod tests {
                 source::INTERRUPTION => self.interruption.into(),
                 _ => panic!("no field of that number is known"),
             })
+        }
+        fn read_plain(&self, source: i32) -> Option<u64> {
+            self.read(source)
         }
         fn msr(&self) -> u64 {
             let write = self.is_svm && self.qualification != 0;

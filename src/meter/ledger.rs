@@ -380,12 +380,18 @@ impl Ledger {
     /// A VM exit of a vCPU that has tables.
     #[inline(always)]
     pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
-        if !about.nested {
-            if let Some(rows) = tables.latest_rows(about) {
-                if let Some(ticks) = self.begin_transition(now) {
-                    tables.take_exit(rows);
-                    return self.count_exit(now, about.slot, ticks, false);
+        let rows = match (about.nested, about.rip) {
+            (false, Some(rip)) => tables.latest_rows(about.slot, about.key, rip),
+            _ => None,
+        };
+        if let Some(rows) = rows {
+            if let Some(ticks) = self.begin_transition(now) {
+                tables.take_exit(rows);
+                let row = self.change_to_kernel(about.slot, ticks);
+                if parts::COUNTS {
+                    add(self.cell(row, Column::Exits), 1);
                 }
+                return self.end_transition(now);
             }
         }
         // So that all goes in registers.
@@ -425,12 +431,7 @@ impl Ledger {
     /// Count an exit after `ticks` in the guest, and end the transition.
     #[inline(always)]
     fn count_exit(&self, now: u64, slot: Slot, ticks: u64, nested: bool) {
-        if parts::PHASES {
-            add(self.phase_cell(self.row(), Phase::Guest), ticks);
-        }
-        let row = Row::of(slot);
-        self.row.store(row.0, Relaxed);
-        self.phase.store(Phase::Kernel as u32, Relaxed);
+        let row = self.change_to_kernel(slot, ticks);
         if nested {
             add(self.nested_cell(slot), 1);
         }
@@ -443,6 +444,19 @@ impl Ledger {
             add(exits, 1);
         }
         self.end_transition(now);
+    }
+
+    /// Book `ticks` in the guest, and have the vCPU in the kernel for an exit of a reason; return
+    /// its row.
+    #[inline(always)]
+    fn change_to_kernel(&self, slot: Slot, ticks: u64) -> Row {
+        if parts::PHASES {
+            add(self.phase_cell(self.row(), Phase::Guest), ticks);
+        }
+        let row = Row::of(slot);
+        self.row.store(row.0, Relaxed);
+        self.phase.store(Phase::Kernel as u32, Relaxed);
+        row
     }
 
     #[inline(always)]

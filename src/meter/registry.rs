@@ -904,8 +904,11 @@ impl Spare {
                     self.first_sums = zeroed(platform, may_sleep)?.as_ptr();
                     self.rows = zeroed(platform, may_sleep)?.as_ptr();
                 }
-                Lacking::Tables => match zeroed(platform, may_sleep) {
-                    Some(tables) => self.tables = tables.as_ptr(),
+                Lacking::Tables => match zeroed::<Tables>(platform, may_sleep) {
+                    Some(tables) => {
+                        tables.as_ref().prepare();
+                        self.tables = tables.as_ptr();
+                    }
                     None => self.no_tables = true,
                 },
             }

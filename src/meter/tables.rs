@@ -207,7 +207,7 @@ pub(super) struct Rows {
     code: usize,
 }
 
-/// The tables of one vCPU. All-zero bytes are some that have not begun.
+/// The tables of one vCPU. All-zero bytes are some that have not begun, once they are prepared.
 ///
 /// The first row of each table is nobody's: what has no row is booked there, and never read.
 ///
@@ -317,42 +317,35 @@ impl Tables {
         unsafe { &*self.users.as_ptr().byte_add(offset) }
     }
 
+    /// Make all-zero bytes tables that have not begun.
+    pub fn prepare(&self) {
+        // No exit is one of the first row, that all latest rows are at first.
+        self.code_at(0).which.store(u32::MAX, Relaxed);
+    }
+
     /// Return the rows of an exit that is none of a nested guest, if each is the latest one of its
-    /// set; `None` where they are to be looked for.
+    /// set; `None` where they are to be looked for. If there are some, the reason has had an exit.
     #[inline(always)]
-    pub(super) fn latest_rows(&self, about: &About) -> Option<Rows> {
-        let detail = match about.key {
+    pub(super) fn latest_rows(&self, slot: Slot, key: Option<u64>, rip: u64) -> Option<Rows> {
+        let detail = match key {
             None => 0,
             Some(key) => {
+                let set = set_of(key as u32, DETAIL_POWER);
                 // SAFETY: The set is below the power of 2 of their number.
-                let latest = unsafe {
-                    self.latest_details
-                        .get_unchecked(set_of(key as u32, DETAIL_POWER))
-                };
-                let latest = own(latest).into();
+                let latest = own(unsafe { self.latest_details.get_unchecked(set) }).into();
                 if own(&self.detail_at(latest).key) != key {
                     return None;
                 }
                 latest
             }
         };
-        let code = match about.rip {
-            Some(rip) => {
-                // SAFETY: As above.
-                let latest = unsafe {
-                    self.latest_codes
-                        .get_unchecked(code_set(rip, about.slot.index() as u32))
-                };
-                let latest = own(latest).into();
-                let row = self.code_at(latest);
-                if own(&row.rip) != rip || own(&row.which) != about.slot.index() as u32 {
-                    return None;
-                }
-                latest
-            }
-            None if self.lacks_rip.load(Relaxed) == 0 => return None,
-            None => 0,
-        };
+        let set = code_set(rip, slot.index() as u32);
+        // SAFETY: As above.
+        let code = own(unsafe { self.latest_codes.get_unchecked(set) }).into();
+        let row = self.code_at(code);
+        if own(&row.rip) != rip || own(&row.which) != slot.index() as u32 {
+            return None;
+        }
         Some(Rows { detail, code })
     }
 
@@ -530,8 +523,6 @@ impl Tables {
                 baseline.user.store(ticks(Phase::User), Relaxed);
             }
         }
-        // From now on no exit is one of the first row, that all latest rows are at first.
-        self.code_at(0).which.store(u32::MAX, Relaxed);
         self.since.store(now, Relaxed);
         self.has_begun.store(1, Relaxed);
     }

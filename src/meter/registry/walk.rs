@@ -373,6 +373,8 @@ impl<P: Platform> Registry<P> {
             }
             // SAFETY: All-zero bytes are tables that have not begun.
             if let Some(tables) = unsafe { zeroed::<Tables>(&self.platform, true) } {
+                // SAFETY: They are there, and nobody else's yet.
+                unsafe { tables.as_ref() }.prepare();
                 // SAFETY: They stay until they are retired.
                 unsafe { member.ledger.set_tables(tables.as_ptr()) };
             }

@@ -87,6 +87,7 @@ fn lived(
     let ledger = ledger();
     // SAFETY: All-zero bytes are valid tables.
     let tables: Box<Tables> = Box::new(unsafe { core::mem::zeroed() });
+    tables.prepare();
     ledger.begin(now, Phase::User);
     now += 2_000_000;
     ledger.resume(now);

@@ -92,6 +92,7 @@ impl Metered {
         // SAFETY: All-zero bytes are a valid ledger and valid tables.
         let (ledger, tables): (Box<Ledger>, Box<Tables>) =
             unsafe { (Box::new(core::mem::zeroed()), Box::new(core::mem::zeroed())) };
+        tables.prepare();
         let metered = Self {
             ledger,
             tables,
@@ -376,6 +377,30 @@ fn tables_go_on_when_the_clock_begins_anew() {
         assert!(tables.other_users(&ledger, slot).is_empty());
         assert_eq!(ledger.last.wrapping_sub(tables.since), 10 + 1000 + 23);
     }
+}
+
+/// All bytes of an exit of the first reason at address 0 are 0, as those of a row that is free.
+#[test]
+fn an_exit_whose_numbers_are_0_has_a_row() {
+    let mut metered = Metered::new();
+    let slot = reasons::slot(Isa::Svm, 0);
+    let about = About {
+        slot,
+        nested: false,
+        key: None,
+        rip: Some(0),
+    };
+    for _ in 0..3 {
+        let now = metered.at(50);
+        metered.ledger.exit_with(&metered.tables, now, &about);
+        let now = metered.at(20);
+        metered.ledger.entry_with(&metered.tables, now);
+    }
+    let (ledger, tables) = metered.copy();
+    assert_eq!(ledger.row(slot).exits, 3);
+    let row = tables.codes()[0];
+    assert_eq!((row.slot(), row.rip, row.exits), (Some(slot), 0, 3));
+    assert!(tables.other_codes(&ledger, slot).is_empty());
 }
 
 proptest! {

@@ -100,7 +100,8 @@ fn lived(
             let about = About {
                 slot,
                 nested: NESTED.contains(&code) && number % 2 == 1,
-                key: (code != 1).then_some(detail::key_of(slot, u64::from(code) << 8 | number % 3)),
+                key: (code != 1)
+                    .then_some(detail::key_of(slot, (u64::from(code) << 8) + number % 3)),
                 rip: (!no_rip).then_some(0xffff_ffff_8100_0000 + number % 2),
             };
             ledger.exit_with(&tables, now, &about);

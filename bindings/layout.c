@@ -24,6 +24,19 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
 	DEFINE(LAYOUT_VCPU_EXCEPTION_VMEXIT,
 	       offsetof(struct kvm_vcpu, arch.exception_vmexit));
+	/*
+	 * Behind R15 in both: in Linux 7.2 it is the next of regs
+	 * (VCPU_REGS_RIP), in 7.3 the field behind these (arch.rip).
+	 */
+	DEFINE(LAYOUT_VCPU_RIP,
+	       offsetof(struct kvm_vcpu, arch.regs[VCPU_REGS_R15]) +
+	       sizeof(unsigned long));
+	DEFINE(LAYOUT_VCPU_PROTECTED,
+	       offsetof(struct kvm_vcpu, arch.guest_state_protected));
+	DEFINE(LAYOUT_VCPU_RUN, offsetof(struct kvm_vcpu, run));
+	DEFINE(LAYOUT_VCPU_WANTS_TO_RUN,
+	       offsetof(struct kvm_vcpu, wants_to_run));
+	DEFINE(LAYOUT_RUN_EXIT_REASON, offsetof(struct kvm_run, exit_reason));
 	DEFINE(LAYOUT_EXCEPTION_PENDING,
 	       offsetof(struct kvm_queued_exception, pending));
 	DEFINE(LAYOUT_EXCEPTION_VECTOR,

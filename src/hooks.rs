@@ -12,6 +12,7 @@ use core::{
         x86_64::_rdtsc, //
     },
     marker::PhantomPinned,
+    mem::MaybeUninit,
     ptr::{
         null_mut,
         NonNull, //
@@ -45,13 +46,17 @@ use crate::{
             Unknown,
             Verdict, //
         },
+        detail::{
+            source,
+            Exit, //
+        },
         leaves::{
             Leaves,
             Registers, //
         },
         ledger::{
-            Ledger,
-            LedgerCopy, //
+            Copying,
+            Ledger, //
         },
         parts,
         phase::Phase,
@@ -72,6 +77,8 @@ use crate::{
 /// The field of the VMCS that holds the exit reason (SDM, "Field Encoding in VMCS":
 /// 32-bit read-only data fields).
 const VMCS_EXIT_REASON: u64 = 0x4402;
+/// The field of the guest's RIP (natural-width guest-state fields).
+const VMCS_GUEST_RIP: u64 = 0x681e;
 
 /// Places of the registers in `kvm_vcpu_arch.regs` (`enum kvm_reg`: x86's own numbering).
 const RAX: usize = 0;
@@ -169,9 +176,8 @@ pub(crate) fn random_life() -> u64 {
 }
 
 /// A copy that another CPU makes.
-struct RemoteCopy<'a> {
-    ledger: &'a Ledger,
-    out: &'a mut LedgerCopy,
+struct RemoteCopy<'c, 'a> {
+    copying: &'c mut Copying<'a>,
     copied: bool,
 }
 
@@ -183,16 +189,15 @@ struct RemoteCopy<'a> {
 /// For `copy_on` alone, with a [`RemoteCopy`].
 unsafe extern "C" fn copy_here(copy: *mut c_void) {
     // SAFETY: By the contract of this function; its owner waits.
-    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_>>() };
-    copy.copied = copy.ledger.try_copy(copy.out);
+    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_, '_>>() };
+    copy.copied = copy.copying.try_copy();
 }
 
-/// Try to copy a ledger on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
+/// Try to make a copy on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
 /// is offline. In a context that can sleep.
-pub(crate) fn copy_on(cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+pub(crate) fn copy_on(cpu: u32, copying: &mut Copying<'_>) -> bool {
     let mut copy = RemoteCopy {
-        ledger,
-        out,
+        copying,
         copied: false,
     };
     // SAFETY: The function runs before this returns, or not at all.
@@ -347,6 +352,48 @@ impl Vcpu<'_> {
         }
     }
 
+    /// Return where the guest was when it exited, where KVM has read that from the VMCB; `None` for
+    /// a guest whose registers are encrypted.
+    #[inline(always)]
+    fn rip(&self) -> Option<u64> {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU is held by this thread; the offset is that of the field in the kernel's
+        // own layout.
+        unsafe {
+            if (*vcpu).arch.guest_state_protected {
+                return None;
+            }
+            Some(
+                vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize)
+                    .cast::<u64>()
+                    .read(),
+            )
+        }
+    }
+
+    /// Return a register of the guest.
+    #[inline(always)]
+    fn wide_register(&self, register: usize) -> u64 {
+        // SAFETY: As in `register`.
+        unsafe { (*self.0.get()).arch.regs[register & 7] as u64 }
+    }
+
+    /// Return KVM_EXIT_* of a vCPU that leaves its CPU, for user space: why, where KVM_RUN ends;
+    /// `None` for another ioctl.
+    #[inline]
+    fn user_exit(&self) -> Option<u16> {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
+        // it is. User space may write to the page, so it is read once.
+        let (wants, why) = unsafe {
+            let run = (*vcpu)
+                .run
+                .byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
+            ((*vcpu).wants_to_run, run.cast::<u32>().read_volatile())
+        };
+        wants.then(|| u16::try_from(why).unwrap_or(u16::MAX))
+    }
+
     /// The low half of a register of the guest, as CPUID reads it in every mode.
     #[inline(always)]
     fn register(&self, register: usize) -> u32 {
@@ -431,9 +478,12 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     if !parts::CALLBACKS {
         return;
     }
-    let now = now();
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    if details_are_on() {
+        return exit_vmx_with(vcpu);
+    }
+    let now = now();
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
     registry::exit(vcpu, now, Isa::Vmx, || vmcs_exit_reason() & 0xffff);
 }
@@ -441,9 +491,16 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 /// Read the exit reason from the VMCS that this CPU has loaded.
 #[inline(always)]
 fn vmcs_exit_reason() -> u32 {
-    // The field's number stays where VMREAD fails, as it does with no VMCS, and where it faults, as
-    // it does with VMX off: no basic exit reason is as large, so the exit is counted among "other".
-    let mut reason = VMCS_EXIT_REASON;
+    // No basic exit reason is as large as the field's number, so with that the exit is counted among
+    // "other".
+    vmread(VMCS_EXIT_REASON) as u32
+}
+
+/// Read a field from the VMCS that this CPU has loaded. The field's number stays where VMREAD fails,
+/// as it does with no VMCS, and where it faults, as it does with VMX off.
+#[inline(always)]
+fn vmread(field: u64) -> u64 {
+    let mut value = field;
     // SAFETY: VMREAD touches nothing but the operand and the flags. KVM fires the tracepoint with the
     // vCPU's VMCS loaded. At a fault the kernel goes on behind it, by an entry in the table of
     // exceptions (asm/asm.h, _ASM_EXTABLE_TYPE: where it may fault, where to go on, EX_TYPE_DEFAULT).
@@ -457,11 +514,206 @@ fn vmcs_exit_reason() -> u32 {
             ".long 3b - .",
             ".long 1",
             ".popsection",
-            inlateout(reg) reason,
+            inlateout(reg) value,
             options(nostack, nomem),
         )
     };
-    reason as u32
+    value
+}
+
+extern "C" {
+    /// The key of the branch that leads to details.
+    static exitmeter_details: Switch;
+}
+
+/// A key in a struct, as the kernel's macro takes it. See `shim.c`.
+#[repr(C)]
+struct Switch {
+    key: kernel_bindings::static_key_false,
+}
+
+/// Return true if exits are told with details. While they are not, this is one NOP.
+#[inline(always)]
+#[cfg(CONFIG_JUMP_LABEL)]
+fn details_are_on() -> bool {
+    'branch: {
+        // As `static_branch_unlikely!` of the kernel crate, which does not say that no stack is
+        // used: for that the compiler aligns the stack on the way with details.
+        // SAFETY: The shim's variable is a struct that begins with a static key of C's.
+        unsafe {
+            kernel::asm!(
+                include!(concat!(
+                    env!("OBJTREE"),
+                    "/rust/kernel/generated_arch_static_branch_asm.rs"
+                ));
+                l_yes = label { break 'branch true },
+                symb = sym exitmeter_details,
+                off = const core::mem::offset_of!(Switch, key),
+                branch = const 0,
+                options(nostack, preserves_flags),
+            )
+        };
+        false
+    }
+}
+
+/// Return true if exits are told with details.
+#[inline(always)]
+#[cfg(not(CONFIG_JUMP_LABEL))]
+fn details_are_on() -> bool {
+    // SAFETY: The shim's variable is a struct that begins with a static key of C's.
+    unsafe { kernel::jump_label::static_branch_unlikely!(exitmeter_details, Switch, key) }
+}
+
+/// Tell exits with details from now on, or no more. Returns when all CPUs have seen it. Callers take
+/// turns, and may sleep.
+pub(crate) fn switch_details(on: bool) {
+    // SAFETY: By the contract of this function.
+    unsafe { bindings::exitmeter_switch_details(on) };
+}
+
+/// Return true if the task that runs may see details, and the guest's code.
+pub(crate) fn may_see_details() -> bool {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_may_see_details() }
+}
+
+/// Return the code of the Hyper-V hypercall that a vCPU has just exited for.
+#[inline(never)]
+fn hyperv_call(vcpu: Vcpu<'_>) -> Option<u16> {
+    // SAFETY: The vCPU is held and loaded by this thread, which is between exit and entry.
+    let code = unsafe { bindings::exitmeter_hyperv_call(vcpu.0.get()) };
+    u16::try_from(code).ok()
+}
+
+/// An exit of VMX, read from the VMCS.
+#[derive(Clone, Copy)]
+struct VmxExit<'a>(Vcpu<'a>);
+
+impl Exit for VmxExit<'_> {
+    #[inline(always)]
+    fn read(&self, source: i32) -> Option<u64> {
+        Some(vmread(source as u64))
+    }
+
+    #[inline(always)]
+    fn read_plain(&self, source: i32) -> Option<u64> {
+        self.read(source)
+    }
+
+    #[inline(always)]
+    fn msr(&self) -> u64 {
+        self.rcx()
+    }
+
+    #[inline(always)]
+    fn rax(&self) -> u64 {
+        self.0.wide_register(RAX)
+    }
+
+    #[inline(always)]
+    fn rcx(&self) -> u64 {
+        self.0.wide_register(RCX)
+    }
+
+    #[inline(always)]
+    fn hyperv_call(&self) -> Option<u16> {
+        hyperv_call(self.0)
+    }
+}
+
+/// An exit as KVM's own reader tells it, on SVM or of an enlightened VMCS.
+struct ExitByKvm<'a, const SVM: bool> {
+    vcpu: Vcpu<'a>,
+    code: u32,
+    info: MaybeUninit<bindings::exitmeter_exit_info>,
+}
+
+impl<'a, const SVM: bool> ExitByKvm<'a, SVM> {
+    /// Read the exit that a vCPU has just taken on this CPU.
+    #[inline(always)]
+    fn read(vcpu: Vcpu<'a>) -> Self {
+        let mut info = MaybeUninit::uninit();
+        // SAFETY: By the contract of this function.
+        let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), info.as_mut_ptr()) };
+        Self { vcpu, code, info }
+    }
+
+    #[inline(always)]
+    fn info(&self) -> &bindings::exitmeter_exit_info {
+        // SAFETY: The shim writes all of it.
+        unsafe { self.info.assume_init_ref() }
+    }
+}
+
+impl<const SVM: bool> Exit for &ExitByKvm<'_, SVM> {
+    #[inline(always)]
+    fn read(&self, source: i32) -> Option<u64> {
+        match source {
+            source::QUALIFICATION => Some(self.info().info1),
+            source::INTERRUPTION => Some(self.info().intr_info.into()),
+            // The second number of VMX is the IDT-vectoring information (`vmx_get_exit_info()`).
+            _ => SVM.then_some(self.info().info2),
+        }
+    }
+
+    #[inline(always)]
+    fn read_plain(&self, source: i32) -> Option<u64> {
+        match SVM {
+            // There is no other on SVM.
+            true => Some(self.info().info1),
+            false => self.read(source),
+        }
+    }
+
+    #[inline(always)]
+    fn msr(&self) -> u64 {
+        let write = SVM && self.info().info1 != 0;
+        self.rcx() & u64::from(u32::MAX) | u64::from(write) << 32
+    }
+
+    #[inline(always)]
+    fn rax(&self) -> u64 {
+        self.vcpu.wide_register(RAX)
+    }
+
+    #[inline(always)]
+    fn rcx(&self) -> u64 {
+        self.vcpu.wide_register(RCX)
+    }
+
+    #[inline(always)]
+    fn hyperv_call(&self) -> Option<u16> {
+        hyperv_call(self.vcpu)
+    }
+}
+
+/// Take an exit with details, on VMX.
+#[inline(never)]
+fn exit_vmx_with(vcpu: Vcpu<'_>) {
+    let now = now();
+    let code = || vmcs_exit_reason() & 0xffff;
+    registry::exit_with(vcpu, now, Isa::Vmx, code, VmxExit(vcpu), || {
+        Some(vmread(VMCS_GUEST_RIP))
+    });
+}
+
+/// Take an exit with details, on SVM.
+#[inline(never)]
+fn exit_svm_with(vcpu: Vcpu<'_>) {
+    let now = now();
+    let exit = ExitByKvm::<true>::read(vcpu);
+    let code = exit.code;
+    registry::exit_with(vcpu, now, Isa::Svm, move || code, &exit, move || vcpu.rip());
+}
+
+/// Take an exit with details, of an enlightened VMCS. KVM has not read its RIP yet.
+#[inline(never)]
+fn exit_enlightened_with(vcpu: Vcpu<'_>) {
+    let now = now();
+    let exit = ExitByKvm::<false>::read(vcpu);
+    let code = exit.code & 0xffff;
+    registry::exit_with(vcpu, now, Isa::Vmx, move || code, &exit, || None);
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
@@ -482,6 +734,10 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
     if !parts::CALLBACKS {
         return;
     }
+    if details_are_on() {
+        // SAFETY: KVM holds the vCPU.
+        return exit_enlightened_with(unsafe { Vcpu::from_raw(vcpu) });
+    }
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
@@ -498,6 +754,10 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
 unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
     if !parts::CALLBACKS {
         return;
+    }
+    if details_are_on() {
+        // SAFETY: KVM holds the vCPU.
+        return exit_svm_with(unsafe { Vcpu::from_raw(vcpu) });
     }
     let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
@@ -518,7 +778,16 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    if details_are_on() {
+        return entry_with(vcpu);
+    }
     registry::entry(vcpu, now());
+}
+
+/// Take an entry with details.
+#[inline(never)]
+fn entry_with(vcpu: Vcpu<'_>) {
+    registry::entry_with(vcpu, now());
 }
 
 /// The probe of kvm:kvm_exit that can read why a guest exits on this host.
@@ -670,6 +939,9 @@ unsafe extern "C" fn on_load(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
+    if details_are_on() {
+        return registry::resume_with(vcpu, now());
+    }
     registry::resume(vcpu, now());
 }
 
@@ -688,6 +960,9 @@ unsafe extern "C" fn on_put(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     let now = now();
+    if details_are_on() {
+        return leave_with(vcpu, now);
+    }
     if vcpu.is_scheduled_out() {
         return leave_scheduled_out(vcpu, now);
     }
@@ -699,6 +974,16 @@ unsafe extern "C" fn on_put(
 #[inline(never)]
 fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
     registry::leave(vcpu, now, vcpu.phase_scheduled_out());
+}
+
+/// Take a vCPU's way off its CPU, with why it goes to user space.
+#[inline(never)]
+fn leave_with(vcpu: Vcpu<'_>, now: u64) {
+    let (phase, to_user) = match vcpu.is_scheduled_out() {
+        true => (vcpu.phase_scheduled_out(), None),
+        false => (Phase::User, vcpu.user_exit()),
+    };
+    registry::leave_with(vcpu, now, phase, to_user);
 }
 
 /// # Safety

@@ -8,11 +8,12 @@
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
 use super::{
-    atomic::{fence, AtomicU32, AtomicU64, Ordering},
+    atomic::{fence, own, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    tables::{About, Keys, Tables, TablesCopy, Which},
 };
 
 use Ordering::Relaxed;
@@ -20,6 +21,32 @@ use Ordering::Relaxed;
 mod copy;
 use copy::{set, slots_in};
 pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
+
+/// Tables of a ledger that is copied, and room for their copy.
+pub type WithTables<'a, 'b> = Option<(&'a Tables, &'b mut TablesCopy)>;
+
+/// A copy that is to be made of a ledger, and of the vCPU's tables where that is wanted.
+#[derive(Debug)]
+pub struct Copying<'a> {
+    /// What is copied.
+    pub ledger: &'a Ledger,
+    /// Room for it.
+    pub out: &'a mut LedgerCopy,
+    /// The tables, and room for them.
+    pub tables: WithTables<'a, 'a>,
+}
+
+impl Copying<'_> {
+    /// Try once; return false when a transition came between.
+    pub fn try_copy(&mut self) -> bool {
+        self.ledger.try_copy_with(self.out, &mut self.tables)
+    }
+
+    /// Try up to so many times, as [`Ledger::copy`].
+    pub fn copy(&mut self, tries: u32) -> Option<u32> {
+        self.ledger.copy_with(tries, self.out, &mut self.tables)
+    }
+}
 
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
@@ -98,6 +125,8 @@ impl Row {
 ///   and only rows whose bit in `used` is set are other than zero.
 /// - `row` holds the number of a `Row`, and the cell `Column::Histogram` of a row a
 ///   multiple of [`BUCKETS`] up to that of [`HISTOGRAMS`].
+/// - `tables` is null or points to tables, which stay for as long as a transition takes that has
+///   found them here.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Ledger {
@@ -113,6 +142,8 @@ pub struct Ledger {
     /// How many histograms are taken.
     taken: AtomicU32,
     used: [AtomicU64; WORDS],
+    /// The vCPU's tables, while there are some.
+    tables: AtomicPtr<Tables>,
     cells: Cells,
     /// By slot: of its exits, those from a nested guest.
     nested: [AtomicU64; SLOTS],
@@ -174,7 +205,8 @@ impl Ledger {
     /// `bucket` must be below [`BUCKETS`].
     #[inline(always)]
     unsafe fn samples(&self, row: Row, bucket: usize) -> &AtomicU64 {
-        let histogram = self.cell(row, Column::Histogram).load(Relaxed) as u32;
+        // SAFETY: As in `begin_transition`.
+        let histogram = unsafe { own(self.cell(row, Column::Histogram)) } as u32;
         let place = histogram.wrapping_add(bucket as u32) as usize;
         // SAFETY: By the invariant of `Ledger` that histogram is there, and by the contract of
         // this function the bucket is one of it.
@@ -195,7 +227,8 @@ impl Ledger {
     /// [`Self::one_tick_on`].
     #[inline(always)]
     fn begin_transition(&self, now: u64) -> Option<u64> {
-        let last = self.last.load(Relaxed);
+        // SAFETY: This thread holds the vCPU, so nobody else writes its ledger.
+        let last = unsafe { own(&self.last) };
         if now <= last {
             return None;
         }
@@ -236,7 +269,42 @@ impl Ledger {
         if phase == Phase::Kernel as u32 && carried != CLOSED {
             self.carried.store(carried.wrapping_add(ticks), Relaxed);
         }
+        // SAFETY: This is a transition, or no other CPU runs.
+        if let Some(tables) = unsafe { self.tables() } {
+            tables.book(self.slot(), phase, ticks);
+            tables.rebase(then, now);
+        }
         self.end_transition(now);
+    }
+
+    /// Return the vCPU's tables, if there are some.
+    ///
+    /// # Safety
+    ///
+    /// They may be used in a transition of the vCPU's own thread, or while something else keeps
+    /// them.
+    #[inline(always)]
+    pub unsafe fn tables(&self) -> Option<&Tables> {
+        // ORDERING: Who finds them finds them zeroed.
+        // SAFETY: By the invariant of `Ledger`, and the contract of this function.
+        unsafe { self.tables.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// Give the vCPU tables, or with null none; return those it had.
+    ///
+    /// # Safety
+    ///
+    /// The tables must stay for as long as they are here, and those that are returned for as long
+    /// as a transition may take that has found them.
+    pub unsafe fn set_tables(&self, tables: *mut Tables) -> *mut Tables {
+        // ORDERING: See `tables`.
+        self.tables.swap(tables, Ordering::AcqRel)
+    }
+
+    /// The row of the latest exit.
+    #[inline]
+    fn slot(&self) -> Option<Slot> {
+        Slot::from_index(self.row.load(Relaxed) as usize / ROW_BYTES)
     }
 
     #[inline(always)]
@@ -273,6 +341,7 @@ impl Ledger {
                     first.add(place).write(AtomicU64::new(0));
                 }
             };
+            (&raw mut (*at).tables).write(AtomicPtr::new(core::ptr::null_mut()));
             fill((&raw mut (*at).used).cast(), WORDS);
             fill((&raw mut (*at).cells.0).cast(), CELLS);
             fill((&raw mut (*at).nested).cast(), SLOTS);
@@ -308,6 +377,43 @@ impl Ledger {
         self.exit_from::<false>(now, slot);
     }
 
+    /// A VM exit of a vCPU that has tables.
+    #[inline(always)]
+    pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
+        let rows = match (about.nested, about.rip) {
+            (false, Some(rip)) => tables.latest_rows(about.slot, about.key, rip),
+            _ => None,
+        };
+        if let Some(rows) = rows {
+            if let Some(ticks) = self.begin_transition(now) {
+                tables.take_exit(rows);
+                let row = self.change_to_kernel(about.slot, ticks);
+                if parts::COUNTS {
+                    add(self.cell(row, Column::Exits), 1);
+                }
+                return self.end_transition(now);
+            }
+        }
+        // So that all goes in registers.
+        let Keys { which, detail, rip } = about.keys();
+        self.exit_anew(tables, now, which, detail, rip);
+    }
+
+    /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
+    #[inline(never)]
+    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, detail: u64, rip: u64) {
+        let mut now = now;
+        let ticks = match self.begin_transition(now) {
+            Some(ticks) => ticks,
+            None => {
+                now = self.one_tick_on(now);
+                self.begin_transition(now).unwrap_or(0)
+            }
+        };
+        tables.take_exit(tables.rows_for(self, now, &Keys { which, detail, rip }));
+        self.count_exit(now, which.slot(), ticks, which.is_nested());
+    }
+
     /// A VM exit from a nested guest, an L2.
     #[inline(never)]
     pub fn exit_from_nested(&self, now: u64, slot: Slot) {
@@ -319,23 +425,38 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_exit::<NESTED>(now, slot);
         };
+        self.count_exit(now, slot, ticks, NESTED);
+    }
+
+    /// Count an exit after `ticks` in the guest, and end the transition.
+    #[inline(always)]
+    fn count_exit(&self, now: u64, slot: Slot, ticks: u64, nested: bool) {
+        let row = self.change_to_kernel(slot, ticks);
+        if nested {
+            add(self.nested_cell(slot), 1);
+        }
+        if parts::COUNTS {
+            let exits = self.cell(row, Column::Exits);
+            // SAFETY: As in `begin_transition`.
+            if unsafe { own(exits) } == 0 {
+                return self.end_first_exit(now, slot);
+            }
+            add(exits, 1);
+        }
+        self.end_transition(now);
+    }
+
+    /// Book `ticks` in the guest, and have the vCPU in the kernel for an exit of a reason; return
+    /// its row.
+    #[inline(always)]
+    fn change_to_kernel(&self, slot: Slot, ticks: u64) -> Row {
         if parts::PHASES {
             add(self.phase_cell(self.row(), Phase::Guest), ticks);
         }
         let row = Row::of(slot);
         self.row.store(row.0, Relaxed);
         self.phase.store(Phase::Kernel as u32, Relaxed);
-        if NESTED {
-            add(self.nested_cell(slot), 1);
-        }
-        if parts::COUNTS {
-            let exits = self.cell(row, Column::Exits);
-            add(exits, 1);
-            if exits.load(Relaxed) == 1 {
-                return self.end_first_exit(now, slot);
-            }
-        }
-        self.end_transition(now);
+        row
     }
 
     #[inline(always)]
@@ -355,6 +476,7 @@ impl Ledger {
     #[inline(never)]
     fn end_first_exit(&self, now: u64, slot: Slot) {
         self.use_row(slot);
+        add(self.cell(Row::of(slot), Column::Exits), 1);
         let taken = self.taken.load(Relaxed);
         if (taken as usize) < HISTOGRAMS {
             let taken = taken.wrapping_add(1);
@@ -371,16 +493,30 @@ impl Ledger {
     /// sample.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
+        self.entry_noting(now, |_| ());
+    }
+
+    /// A VM entry of a vCPU that has tables.
+    #[inline(always)]
+    pub fn entry_with(&self, tables: &Tables, now: u64) {
+        self.entry_noting(now, |ticks| tables.book_kernel(ticks));
+    }
+
+    /// A VM entry, of whose kernel ticks `note` takes note.
+    #[inline(always)]
+    fn entry_noting(&self, now: u64, note: impl FnOnce(u64)) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry(now);
+            return self.late_entry(now, note);
         };
+        note(ticks);
         let row = self.row();
         if parts::PHASES {
             add(self.phase_cell(row, Phase::Kernel), ticks);
         }
         self.phase.store(Phase::Guest as u32, Relaxed);
         if parts::HISTOGRAMS {
-            if self.carried.load(Relaxed) != 0 {
+            // SAFETY: As in `begin_transition`.
+            if unsafe { own(&self.carried) } != 0 {
                 return self.end_unusual_exit(now, row, ticks);
             }
             let Some(bucket) = usual_bucket(ticks) else {
@@ -393,8 +529,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_entry(&self, now: u64) {
-        self.entry(self.one_tick_on(now));
+    fn late_entry(&self, now: u64, note: impl FnOnce(u64)) {
+        self.entry_noting(self.one_tick_on(now), note);
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -414,7 +550,8 @@ impl Ledger {
     #[inline(always)]
     fn sample(&self, row: Row, ticks: u64, bucket: usize) {
         let max = self.cell(row, Column::Max);
-        if ticks > max.load(Relaxed) {
+        // SAFETY: As in `begin_transition`.
+        if ticks > unsafe { own(max) } {
             max.store(ticks, Relaxed);
         }
         // SAFETY: `bucket` and `usual_bucket` give no other ones.
@@ -427,6 +564,27 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_leave(now, phase);
         };
+        self.leave_after(now, phase, ticks);
+    }
+
+    /// A vCPU that has tables leaves its CPU; `to_user` is KVM_EXIT_* (linux/kvm.h) where KVM_RUN
+    /// ends.
+    #[inline(always)]
+    pub fn leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_leave_with(tables, now, phase, to_user);
+        };
+        let slot = self.slot();
+        tables.book(slot, self.phase.load(Relaxed), ticks);
+        if let Some(why) = to_user {
+            tables.leave_to_user(slot, why);
+        }
+        self.leave_after(now, phase, ticks);
+    }
+
+    /// Have the vCPU off its CPU after `ticks` of the present phase, and end the transition.
+    #[inline(always)]
+    fn leave_after(&self, now: u64, phase: Phase, ticks: u64) {
         if self.phase.load(Relaxed) != Phase::Kernel as u32 {
             return self.leave_outside(now, phase, ticks);
         }
@@ -461,12 +619,34 @@ impl Ledger {
         self.leave(self.one_tick_on(now), phase);
     }
 
+    #[cold]
+    #[inline(never)]
+    fn late_leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
+        self.leave_with(tables, self.one_tick_on(now), phase, to_user);
+    }
+
     /// The vCPU is back on a CPU, in KVM.
     #[inline(always)]
     pub fn resume(&self, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_resume(now);
         };
+        self.resume_after(now, ticks);
+    }
+
+    /// A vCPU that has tables is back on a CPU, in KVM.
+    #[inline(always)]
+    pub fn resume_with(&self, tables: &Tables, now: u64) {
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_resume_with(tables, now);
+        };
+        tables.book(self.slot(), self.phase.load(Relaxed), ticks);
+        self.resume_after(now, ticks);
+    }
+
+    /// Have the vCPU on a CPU after `ticks` of the present phase, and end the transition.
+    #[inline(always)]
+    fn resume_after(&self, now: u64, ticks: u64) {
         let left = self.phase.load(Relaxed);
         if left == Phase::Waiting as u32 {
             return self.resume_from_waiting(now, ticks);
@@ -492,6 +672,12 @@ impl Ledger {
     #[inline(never)]
     fn late_resume(&self, now: u64) {
         self.resume(self.one_tick_on(now));
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_resume_with(&self, tables: &Tables, now: u64) {
+        self.resume_with(tables, self.one_tick_on(now));
     }
 
     /// Book ticks on the latest reason and the phase of a number.
@@ -564,15 +750,25 @@ impl Ledger {
     /// can still may not stand still for as long. Then the copy has to be made where it
     /// cannot be disturbed: on the vCPU's own CPU, by [`Self::try_copy`].
     pub fn copy(&self, tries: u32, out: &mut LedgerCopy) -> Option<u32> {
+        self.copy_with(tries, out, &mut None)
+    }
+
+    /// As [`Self::copy`], with the vCPU's tables as of the same moment.
+    pub fn copy_with(
+        &self,
+        tries: u32,
+        out: &mut LedgerCopy,
+        tables: &mut WithTables<'_, '_>,
+    ) -> Option<u32> {
         if tries == 0 {
             return None;
         }
-        if self.try_copy(out) {
+        if self.try_copy_with(out, tables) {
             return Some(0);
         }
         for failed in 1..tries {
             self.copy_histograms(out);
-            if self.copy_rest(out) {
+            if self.copy_rest(out, tables) {
                 return Some(failed);
             }
         }
@@ -581,12 +777,17 @@ impl Ledger {
 
     /// Try once to copy the ledger whole; return `false` when a transition came between.
     pub fn try_copy(&self, out: &mut LedgerCopy) -> bool {
+        self.try_copy_with(out, &mut None)
+    }
+
+    /// As [`Self::try_copy`], with the vCPU's tables as of the same moment.
+    pub fn try_copy_with(&self, out: &mut LedgerCopy, tables: &mut WithTables<'_, '_>) -> bool {
         out.sampled = [0; SLOTS];
-        self.copy_rest(out)
+        self.copy_rest(out, tables)
     }
 
     /// Try once to copy all but those histograms that `out` has as they are now.
-    fn copy_rest(&self, out: &mut LedgerCopy) -> bool {
+    fn copy_rest(&self, out: &mut LedgerCopy, tables: &mut WithTables<'_, '_>) -> bool {
         // ORDERING: What follows is read after this, and so is at least as new.
         let last = self.last.load(Ordering::Acquire);
         out.phase = self.phase.load(Relaxed);
@@ -612,6 +813,9 @@ impl Ledger {
             if self.begun.load(Relaxed) != last {
                 break;
             }
+        }
+        if let Some((tables, to)) = tables {
+            tables.copy(to, || self.begun.load(Relaxed) == last);
         }
         // ORDERING: What precedes is read before this, and so is not newer.
         fence(Ordering::Acquire);

@@ -8,6 +8,7 @@
 mod atomic;
 pub mod btf;
 pub mod bucket;
+pub mod detail;
 pub mod histogram;
 pub mod leaves;
 pub mod ledger;
@@ -19,3 +20,4 @@ pub mod reasons;
 pub mod registry;
 pub mod snapshot;
 pub mod table;
+pub mod tables;

@@ -29,11 +29,16 @@ use crate::{
     phase::Phase,
     reasons::Isa,
     snapshot::{
-        Reason, BLOCKED, DESCRIPTOR_SIZE, EXITS, FLAG_HOST_SCOPE, FLAG_TSC_STABLE, HEADER_SIZE,
-        HEAD_SIZE, KERNEL_HISTOGRAM, KERNEL_MAX, KIND_HISTOGRAM, KIND_MAXIMUM, KIND_SUM, MAGIC,
-        MAJOR, NAME_SIZE, NESTED_EXITS, ROW_HEAD_SIZE, UNIT_EVENTS, UNIT_TICKS,
+        Reason, BLOCKED, DESCRIPTOR_SIZE, ENTRY_HEAD_SIZE, EXITS, EXITS_MISSED, FLAG_HOST_SCOPE,
+        FLAG_NESTED, FLAG_NO_RIP, FLAG_OTHERS, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
+        KERNEL_HISTOGRAM, KERNEL_MAX, KERNEL_MISSED, KIND_BOUND, KIND_HISTOGRAM, KIND_MAXIMUM,
+        KIND_SUM, MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, ROW_HEAD_SIZE, SECTION_HEAD_SIZE,
+        TABLES_HEAD_SIZE, TABLE_USER, UNIT_EVENTS, UNIT_TICKS, USER_MISSED,
     },
 };
+
+/// Bytes of the header before version 1.3: less there cannot be.
+const HEADER_SIZE_1_0: usize = 128;
 
 /// Bytes of a record before its rows in version 1.0: less there cannot be.
 const HEAD_SIZE_1_0: usize = 104;
@@ -160,6 +165,8 @@ pub enum Kind {
     },
     /// The greatest of its samples.
     Maximum,
+    /// An upper bound of what another column lacks.
+    Bound,
     /// One of a later version: its number, from 0 to 255.
     Unknown(u32),
 }
@@ -181,6 +188,7 @@ impl Kind {
                 first_power: first.into(),
             },
             KIND_MAXIMUM => Kind::Maximum,
+            KIND_BOUND => Kind::Bound,
             other => Kind::Unknown(other),
         }
     }
@@ -239,6 +247,7 @@ pub struct Snapshot<'a> {
     records: &'a [u8],
     count: u32,
     totals: &'a [u8],
+    tables: Option<TablesPart<'a>>,
     isa: Isa,
     shape: Shape,
 }
@@ -253,7 +262,7 @@ impl<'a> Snapshot<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
         let found = bytes.len() as u64;
         let truncated = |needed| Error::Truncated { needed, found };
-        let short = truncated(HEADER_SIZE as u64);
+        let short = truncated(HEADER_SIZE_1_0 as u64);
 
         if !bytes.starts_with(&MAGIC) {
             return Err(if MAGIC.starts_with(bytes) {
@@ -267,10 +276,11 @@ impl<'a> Snapshot<'a> {
         if major != MAJOR {
             return Err(Error::Version { major, minor });
         }
-        let header = bytes.get(..HEADER_SIZE).ok_or(short)?;
+        let header = bytes.get(..HEADER_SIZE_1_0).ok_or(short)?;
         let field32 = |offset| u32_at(header, offset).ok_or(short);
         let field64 = |offset| u64_at(header, offset).ok_or(short);
-        if (field32(12)? as usize) < HEADER_SIZE {
+        let header_size = field32(12)? as usize;
+        if header_size < HEADER_SIZE_1_0 {
             return Err(Error::Damaged("its header is too small"));
         }
         let size = field64(16)?;
@@ -306,6 +316,14 @@ impl<'a> Snapshot<'a> {
             .and_then(|bytes| shape.record(bytes))
             .ok_or(outside)?
             .0;
+        // Before version 1.3 other bytes may stand where these fields are.
+        let tables = bytes
+            .get(..HEADER_SIZE)
+            .filter(|_| header_size >= HEADER_SIZE);
+        let tables = match tables {
+            Some(header) => TablesPart::read(bytes, header, descriptor_size, count)?,
+            None => None,
+        };
         Ok(Self {
             bytes,
             descriptors,
@@ -313,6 +331,7 @@ impl<'a> Snapshot<'a> {
             records,
             count,
             totals,
+            tables,
             isa,
             shape,
         })
@@ -418,6 +437,34 @@ impl<'a> Snapshot<'a> {
     /// `None` when the snapshot does not have it, as before version 1.2.
     pub fn gone_polled(&self) -> Option<u64> {
         self.shape.polled(self.totals)
+    }
+
+    /// Return true if details were on. A snapshot before version 1.3 has none.
+    pub fn has_tables(&self) -> bool {
+        self.tables.is_some()
+    }
+
+    /// How many vCPUs have no tables for want of memory; 0 while details are off.
+    pub fn without_tables(&self) -> u32 {
+        self.tables.map_or(0, |tables| tables.without)
+    }
+
+    /// The tables of those vCPUs that have some.
+    pub fn tables(&self) -> impl Iterator<Item = Tables<'a>> {
+        let part = self.tables;
+        let mut rest = part.map_or(&[][..], |part| part.records);
+        (0..part.map_or(0, |part| part.count)).map_while(move |_| {
+            let part = part?;
+            let (record, behind) = part.record(rest)?;
+            rest = behind;
+            Some(Tables {
+                vcpu: u32_at(record, 4)? as usize,
+                since: u64_at(record, 8)?,
+                no_rip: u32_at(record, 20)? & FLAG_NO_RIP != 0,
+                record,
+                part,
+            })
+        })
     }
 
     /// The sums of the vCPUs that are gone.
@@ -665,5 +712,260 @@ impl<'a> Row<'a> {
             .chunks_exact(8)
             .take(counter.len)
             .filter_map(|number| u64_at(number, 0))
+    }
+}
+
+/// Where the columns of one kind of table stand in its entries.
+#[derive(Clone, Copy, Debug, Default)]
+struct Columns {
+    exits: Option<usize>,
+    kernel: Option<usize>,
+    user: Option<usize>,
+    exits_missed: Option<usize>,
+    kernel_missed: Option<usize>,
+    user_missed: Option<usize>,
+}
+
+/// The kinds of tables that have a name here.
+const TABLES: usize = TABLE_USER as usize;
+
+/// The tables of a snapshot.
+#[derive(Clone, Copy, Debug)]
+struct TablesPart<'a> {
+    records: &'a [u8],
+    count: u32,
+    head: usize,
+    without: u32,
+    /// By kind of table, from 1.
+    columns: [Columns; TABLES],
+}
+
+impl<'a> TablesPart<'a> {
+    fn read(
+        bytes: &'a [u8],
+        header: &[u8],
+        descriptor_size: usize,
+        vcpus: u32,
+    ) -> Result<Option<Self>, Error> {
+        let field32 = |offset| u32_at(header, offset).unwrap_or(0);
+        let field64 = |offset| u64_at(header, offset).unwrap_or(0);
+        if field64(128) == 0 {
+            return Ok(None);
+        }
+        let descriptors = part(bytes, field64(128), field32(136), descriptor_size as u32).ok_or(
+            Error::Damaged("the descriptors of its tables lie outside of it"),
+        )?;
+        let mut columns = [Columns::default(); TABLES];
+        for descriptor in descriptors.chunks_exact(descriptor_size) {
+            let table = descriptor.get(7).map_or(0, |table| usize::from(*table));
+            let columns = columns.get_mut(table.wrapping_sub(1));
+            if let (Some(columns), Some(counter)) = (columns, Counter::read(descriptor)) {
+                columns.take(&counter);
+            }
+        }
+        let outside = Error::Damaged("a record of tables lies outside of it");
+        let head = field32(156) as usize;
+        let records = usize::try_from(field64(144))
+            .ok()
+            .and_then(|at| bytes.get(at..));
+        let part = Self {
+            records: records
+                .filter(|_| head >= TABLES_HEAD_SIZE)
+                .ok_or(outside)?,
+            count: field32(152),
+            head,
+            without: field32(140),
+            columns,
+        };
+        let mut rest = part.records;
+        for _ in 0..part.count {
+            let (record, behind) = part.record(rest).ok_or(outside)?;
+            rest = behind;
+            if u32_at(record, 4).is_none_or(|vcpu| vcpu >= vcpus) {
+                return Err(Error::Damaged(
+                    "its tables are of a vCPU that it does not have",
+                ));
+            }
+            let mut sections = record.get(head..).ok_or(outside)?;
+            for _ in 0..u32_at(record, 16).unwrap_or(0) {
+                sections = part.section(sections).ok_or(outside)?.1;
+            }
+        }
+        Ok(Some(part))
+    }
+
+    /// The record that bytes begin with, and what follows it.
+    fn record(&self, bytes: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
+        let size = u32_at(bytes, 0)? as usize;
+        if size < self.head {
+            return None;
+        }
+        bytes.split_at_checked(size)
+    }
+
+    /// The section that bytes begin with, and what follows it.
+    fn section(&self, bytes: &'a [u8]) -> Option<(Section<'a>, &'a [u8])> {
+        let (section, rest) = bytes.split_at_checked(u32_at(bytes, 4)? as usize)?;
+        let size = u32_at(section, 8)?;
+        if (size as usize) < ENTRY_HEAD_SIZE {
+            return None;
+        }
+        let table = u32_at(section, 0)?;
+        let entries = part(
+            section,
+            SECTION_HEAD_SIZE as u64,
+            u32_at(section, 12)?,
+            size,
+        )?;
+        let columns = self.columns.get((table as usize).wrapping_sub(1)).copied();
+        if columns.is_some_and(|columns| !columns.fit(size as usize)) {
+            return None;
+        }
+        let section = Section {
+            table,
+            entries,
+            size: size as usize,
+            columns,
+        };
+        Some((section, rest))
+    }
+}
+
+impl Columns {
+    /// Take a column, if it is one that has a name here.
+    fn take(&mut self, column: &Counter<'_>) {
+        let (to, unit, kind) = match column.name {
+            EXITS => (&mut self.exits, Unit::Events, Kind::Sum),
+            "kernel" => (&mut self.kernel, Unit::Ticks, Kind::Sum),
+            "user" => (&mut self.user, Unit::Ticks, Kind::Sum),
+            EXITS_MISSED => (&mut self.exits_missed, Unit::Events, Kind::Bound),
+            KERNEL_MISSED => (&mut self.kernel_missed, Unit::Ticks, Kind::Bound),
+            USER_MISSED => (&mut self.user_missed, Unit::Ticks, Kind::Bound),
+            _ => return,
+        };
+        if (column.unit, column.kind, column.len) == (unit, kind, 1) {
+            *to = Some(column.offset);
+        }
+    }
+
+    /// Return true if all of them lie within an entry of a size.
+    fn fit(&self, size: usize) -> bool {
+        [
+            self.exits,
+            self.kernel,
+            self.user,
+            self.exits_missed,
+            self.kernel_missed,
+            self.user_missed,
+        ]
+        .into_iter()
+        .flatten()
+        .all(|offset| offset.checked_add(8).is_some_and(|end| end <= size))
+    }
+}
+
+/// One table of a vCPU.
+#[derive(Clone, Copy, Debug)]
+struct Section<'a> {
+    table: u32,
+    entries: &'a [u8],
+    size: usize,
+    /// `None` for a kind of table of a later version.
+    columns: Option<Columns>,
+}
+
+/// The tables of a vCPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables<'a> {
+    /// Which vCPU, in the order of [`Snapshot::vcpus`].
+    pub vcpu: usize,
+    /// TSC when the tables began.
+    pub since: u64,
+    /// The guest's RIP cannot be read: its registers are encrypted.
+    pub no_rip: bool,
+    record: &'a [u8],
+    part: TablesPart<'a>,
+}
+
+/// How much of a column stands among the others at most; 0 throughout for an exact entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Missed {
+    /// Exits.
+    pub exits: u64,
+    /// Kernel ticks.
+    pub kernel: u64,
+    /// User ticks.
+    pub user: u64,
+}
+
+/// An entry of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Kind of table, such as [`TABLE_DETAILS`](crate::snapshot::TABLE_DETAILS).
+    pub table: u32,
+    /// What its ticks and exits are booked on.
+    pub reason: Reason,
+    /// What the key is, of details: a number of [`detail::Kind`](crate::detail::Kind).
+    pub detail_kind: u8,
+    /// The exits came from a nested guest, an L2.
+    pub nested: bool,
+    /// It is what the reason's other entries leave: it has no key.
+    pub others: bool,
+    /// The detail, the RIP, or KVM_EXIT_* of kvm_run.
+    pub key: u64,
+    /// Exits; in a table of exits to user space, those alone.
+    pub exits: u64,
+    /// Kernel ticks, where the table has them.
+    pub kernel: Option<u64>,
+    /// User ticks, where the table has them.
+    pub user: Option<u64>,
+    /// At most how much of the same key stands among the others.
+    pub missed: Missed,
+}
+
+impl<'a> Tables<'a> {
+    fn sections(&self) -> impl Iterator<Item = Section<'a>> {
+        let part = self.part;
+        let mut rest = self.record.get(part.head..).unwrap_or_default();
+        (0..u32_at(self.record, 16).unwrap_or(0)).map_while(move |_| {
+            let (section, behind) = part.section(rest)?;
+            rest = behind;
+            Some(section)
+        })
+    }
+
+    /// Return true if it has a kind of table: of code, none is given to those who may not have it.
+    pub fn has(&self, table: u32) -> bool {
+        self.sections().any(|section| section.table == table)
+    }
+
+    /// The entries of all tables, one table after the other. Those of one reason stand together, that
+    /// of its others last. Tables and reasons of a later version are stepped over.
+    pub fn entries(&self) -> impl Iterator<Item = Entry> + 'a {
+        self.sections().flat_map(|section| {
+            let columns = section.columns;
+            let entries = section.entries.chunks_exact(section.size);
+            entries.filter_map(move |bytes| {
+                let columns = columns?;
+                let number = |offset: Option<usize>| u64_at(bytes, offset?);
+                let flags = *bytes.get(9)?;
+                Some(Entry {
+                    table: section.table,
+                    reason: reason(u32_at(bytes, 0)?, u32_at(bytes, 4)?)?,
+                    detail_kind: *bytes.get(8)?,
+                    nested: flags & FLAG_NESTED != 0,
+                    others: flags & FLAG_OTHERS != 0,
+                    key: u64_at(bytes, 16)?,
+                    exits: number(columns.exits).unwrap_or(0),
+                    kernel: number(columns.kernel),
+                    user: number(columns.user),
+                    missed: Missed {
+                        exits: number(columns.exits_missed).unwrap_or(0),
+                        kernel: number(columns.kernel_missed).unwrap_or(0),
+                        user: number(columns.user_missed).unwrap_or(0),
+                    },
+                })
+            })
+        })
     }
 }

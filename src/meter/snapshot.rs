@@ -17,8 +17,8 @@
 //! | ---: | ---: | --- |
 //! | 0 | 8 | magic: `ExitMetr` |
 //! | 8 | 2 | major version, 1: another one is another layout |
-//! | 10 | 2 | minor version, 2: grows as parts, fields and counters are added |
-//! | 12 | 4 | size of the header, 128 |
+//! | 10 | 2 | minor version, 3: grows as parts, fields and counters are added |
+//! | 12 | 4 | size of the header, 160 |
 //! | 16 | 8 | size of the whole snapshot |
 //! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers |
 //! | 28 | 4 | ISA: 1 VMX, 2 SVM |
@@ -38,6 +38,12 @@
 //! | 112 | 4 | size of a row |
 //! | 116 | 4 | reserved |
 //! | 120 | 8 | since 1.2: the meter's life, not 0: another number once its numbers begin anew |
+//! | 128 | 8 | since 1.3: offset of the descriptors of the tables' columns; 0: there are no tables |
+//! | 136 | 4 | number of these descriptors |
+//! | 140 | 4 | vCPUs that have no tables for want of memory |
+//! | 144 | 8 | offset of the records of tables |
+//! | 152 | 4 | number of records of tables |
+//! | 156 | 4 | size of such a record's head, 32 |
 //!
 //! "TSC" is the host's, continued over sleeps of the host: where the hardware's begins anew,
 //! as after suspend to RAM, the snapshot's goes on.
@@ -101,13 +107,85 @@
 //! | 8 | | counters, where the descriptors say |
 //!
 //! Rows that hold nothing are left out.
+//!
+//! # Tables
+//!
+//! Since 1.3, and only while details are on: what the exits of a vCPU were about, which code of
+//! the guest's caused them, and why they went to user space. There are three kinds of tables:
+//! 1 details, 2 code, 3 exits to user space.
+//!
+//! Their columns have descriptors as counters have them, with the same size. In these, byte 7 is
+//! the kind of table whose entries have the column, the offset is one in an entry, and kind 4 is an
+//! upper bound: of what the column of the same name without `_missed` lacks in this entry, and the
+//! entry of the others has. Details have `exits` (events), `kernel`, `user` (TSC ticks),
+//! `exits_missed`, `kernel_missed`, `user_missed`; code has `exits`, `kernel`, `exits_missed`,
+//! `kernel_missed`; exits to user space have `exits`, of those to user space, and `user`.
+//!
+//! # Record of a vCPU's tables
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | size of the record, head and sections |
+//! | 4 | 4 | which vCPU: the place of its record in this snapshot, from 0 |
+//! | 8 | 8 | TSC when the tables began |
+//! | 16 | 4 | number of sections |
+//! | 20 | 4 | flags: bit 0 no RIP can be read, as the guest's registers are encrypted |
+//! | 24 | 8 | reserved |
+//! | 32 | | sections |
+//!
+//! # Section of a record
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | kind of table |
+//! | 4 | 4 | size of the section, head and entries |
+//! | 8 | 4 | size of an entry |
+//! | 12 | 4 | number of entries |
+//! | 16 | | entries |
+//!
+//! # Entry of a table
+//!
+//! | offset | size | what |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | kind of its reason, as in a row |
+//! | 4 | 4 | code of its reason, as in a row |
+//! | 8 | 1 | of details: what the key is, see below |
+//! | 9 | 1 | flags: bit 0 from a nested guest, bit 1 all others of the reason |
+//! | 10 | 6 | reserved |
+//! | 16 | 8 | key: the detail, the RIP, or KVM_EXIT_* of kvm_run; 0 for others |
+//! | 24 | | columns, where the descriptors say |
+//!
+//! The entries of one reason stand together, that of the others last. Tables are of the same moment
+//! as the vCPU's record. In a table of details or code, the exits and ticks of a reason's entries,
+//! the others' with them, sum to what its row has booked since the tables began, exactly.
+//! So do the user ticks in one of exits to user space. An entry whose `_missed` are 0 is exact.
+//!
+//! # Key of a detail
+//!
+//! | kind | what | number | other bits |
+//! | ---: | --- | --- | --- |
+//! | 0 | no detail | | |
+//! | 1 | port | 0 to 15 | 32 in, 33 string, 34 REP, 36 to 38 size in bytes |
+//! | 2 | MSR | 0 to 31 | 32 write |
+//! | 3 | guest-physical address of a device | 0 to 51 | |
+//! | 4 | memory | 0 to 21 which GiB | 32 read, 33 write, 34 fetch |
+//! | 5 | vector | 0 to 7 | 8 to 10 type, as in VMX's interruption information |
+//! | 6 | CPUID leaf | 0 to 31 | 32 to 54 subleaf where the leaf has some; all ones: that or a higher one |
+//! | 7 | hypercall | 0 to 31 | 32 one of Hyper-V's |
+//! | 8 | control register | 0 to 3 | 4 to 5 type of access, as in VMX's exit qualification |
+//! | 9 | debug register | 0 to 2 | 4 read |
+//! | 10 | access to the APIC | 0 to 11 offset | 12 to 15 type, as in VMX's exit qualification; on SVM 12 write |
+//! | 11 | write to the virtual APIC | 0 to 11 offset | |
+//! | 12 | end of an interrupt | 0 to 7 vector | |
 
 use super::{
+    detail,
     histogram::{Buckets, BUCKETS, FIRST_POWER, PARTS_POWER},
     leaves::LeafMap,
     ledger::{LedgerCopy, RowCopy, Totals},
     phase::Phase,
     reasons::{self, Isa, Slot},
+    tables::{Others, TablesCopy},
 };
 
 /// What a snapshot begins with.
@@ -115,10 +193,10 @@ pub const MAGIC: [u8; 8] = *b"ExitMetr";
 /// The layout.
 pub const MAJOR: u16 = 1;
 /// What was added to it.
-pub const MINOR: u16 = 2;
+pub const MINOR: u16 = 3;
 
 /// Bytes of the header.
-pub const HEADER_SIZE: usize = 128;
+pub const HEADER_SIZE: usize = 160;
 /// Bytes of a descriptor.
 pub const DESCRIPTOR_SIZE: usize = 64;
 /// Bytes of a record before its rows.
@@ -127,6 +205,13 @@ pub const HEAD_SIZE: usize = 112;
 pub const ROW_HEAD_SIZE: usize = 8;
 /// Bytes of a name, NULs included.
 pub const NAME_SIZE: usize = 48;
+
+/// Bytes of a record of tables before its sections.
+pub const TABLES_HEAD_SIZE: usize = 32;
+/// Bytes of a section before its entries.
+pub const SECTION_HEAD_SIZE: usize = 16;
+/// Bytes of an entry before its columns.
+pub const ENTRY_HEAD_SIZE: usize = 24;
 
 /// How many counters a row has: those of exits, of each phase and of the two sleeps together, and
 /// three on what single exits cost and where they came from.
@@ -150,6 +235,41 @@ pub const NESTED_EXITS: &str = "nested_exits";
 /// Exits by kernel ticks.
 pub const KERNEL_HISTOGRAM: &str = "kernel_histogram";
 
+/// Kind of a table: details.
+pub const TABLE_DETAILS: u32 = 1;
+/// Kind of a table: code.
+pub const TABLE_CODE: u32 = 2;
+/// Kind of a table: exits to user space.
+pub const TABLE_USER: u32 = 3;
+/// Flag of a record of tables: no RIP can be read.
+pub const FLAG_NO_RIP: u32 = 1 << 0;
+/// Flag of an entry: the exits are a nested guest's.
+pub const FLAG_NESTED: u8 = 1 << 0;
+/// Flag of an entry: it is that of all others of the reason.
+pub const FLAG_OTHERS: u8 = 1 << 1;
+/// Column: at most how many exits an entry lacks.
+pub const EXITS_MISSED: &str = "exits_missed";
+/// Column: at most how many kernel ticks an entry lacks.
+pub const KERNEL_MISSED: &str = "kernel_missed";
+/// Column: at most how many user ticks an entry lacks.
+pub const USER_MISSED: &str = "user_missed";
+
+/// The columns of the tables: kind of table, name, unit, kind.
+const COLUMNS: [(u32, &str, u32, u32); 12] = [
+    (TABLE_DETAILS, EXITS, UNIT_EVENTS, KIND_SUM),
+    (TABLE_DETAILS, Phase::Kernel.name(), UNIT_TICKS, KIND_SUM),
+    (TABLE_DETAILS, Phase::User.name(), UNIT_TICKS, KIND_SUM),
+    (TABLE_DETAILS, EXITS_MISSED, UNIT_EVENTS, KIND_BOUND),
+    (TABLE_DETAILS, KERNEL_MISSED, UNIT_TICKS, KIND_BOUND),
+    (TABLE_DETAILS, USER_MISSED, UNIT_TICKS, KIND_BOUND),
+    (TABLE_CODE, EXITS, UNIT_EVENTS, KIND_SUM),
+    (TABLE_CODE, Phase::Kernel.name(), UNIT_TICKS, KIND_SUM),
+    (TABLE_CODE, EXITS_MISSED, UNIT_EVENTS, KIND_BOUND),
+    (TABLE_CODE, KERNEL_MISSED, UNIT_TICKS, KIND_BOUND),
+    (TABLE_USER, EXITS, UNIT_EVENTS, KIND_SUM),
+    (TABLE_USER, Phase::User.name(), UNIT_TICKS, KIND_SUM),
+];
+
 /// Unit of a counter: events.
 pub const UNIT_EVENTS: u32 = 1;
 /// Unit of a counter: TSC ticks.
@@ -160,6 +280,9 @@ pub const KIND_SUM: u32 = 1;
 pub const KIND_HISTOGRAM: u32 = 2;
 /// Kind of a counter: the greatest of its samples.
 pub const KIND_MAXIMUM: u32 = 3;
+
+/// Kind of a column: an upper bound of what another column lacks.
+pub const KIND_BOUND: u32 = 4;
 
 /// What the time of a vCPU and its exits are booked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,6 +391,20 @@ pub struct Encoder<'a> {
     at: usize,
     host: Host,
     vcpus: u32,
+    /// Bytes of the records of tables, which stand at the end of the buffer until
+    /// [`Self::finish`].
+    tables_size: usize,
+    tables: u32,
+    has_tables: bool,
+    without_tables: u32,
+}
+
+/// An entry of a table.
+struct Entry<const COLUMNS: usize> {
+    detail: detail::Kind,
+    flags: u8,
+    key: u64,
+    columns: [u64; COLUMNS],
 }
 
 impl<'a> Encoder<'a> {
@@ -278,6 +415,10 @@ impl<'a> Encoder<'a> {
             at: HEADER_SIZE,
             host,
             vcpus: 0,
+            tables_size: 0,
+            tables: 0,
+            has_tables: false,
+            without_tables: 0,
         };
         let histogram = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
         // In the order of the row's numbers: what is new comes last.
@@ -296,7 +437,8 @@ impl<'a> Encoder<'a> {
         ];
         let mut place = 0_u32;
         for (name, unit, kind, count) in counters {
-            encoder.descriptor(name, unit, kind, place, count as u32);
+            let offset = (ROW_HEAD_SIZE as u32).wrapping_add(place.wrapping_mul(8));
+            encoder.descriptor(name, unit, kind, offset, count as u32);
             place = place.wrapping_add(count as u32);
         }
         encoder
@@ -318,6 +460,142 @@ impl<'a> Encoder<'a> {
         self.vcpus = self.vcpus.wrapping_add(1);
     }
 
+    /// Add the tables of the vCPU that was added last, if they have begun; `ledger` is of the same
+    /// moment. Without `show_code` that table is left out.
+    pub fn tables(&mut self, ledger: &LedgerCopy, tables: &TablesCopy, show_code: bool) {
+        if !tables.has_begun() {
+            return;
+        }
+        let front = self.at;
+        // How large they are is not known before they are written, so they are written twice: first
+        // nowhere.
+        self.at = usize::MAX / 2;
+        self.sections(ledger, tables, show_code, 0);
+        let size = self.at.saturating_sub(usize::MAX / 2);
+        self.tables_size = self.tables_size.saturating_add(size);
+        let end = self.buffer.len();
+        self.at = end.checked_sub(self.tables_size).unwrap_or(usize::MAX / 2);
+        self.sections(ledger, tables, show_code, size);
+        self.at = front;
+        self.has_tables = true;
+        self.tables = self.tables.wrapping_add(1);
+    }
+
+    /// Tell that details are on, and how many vCPUs have no tables for want of memory.
+    pub fn told_tables(&mut self, without: u32) {
+        self.has_tables = true;
+        self.without_tables = without;
+    }
+
+    /// Write a record of tables, which has `size` bytes.
+    fn sections(&mut self, ledger: &LedgerCopy, tables: &TablesCopy, show_code: bool, size: usize) {
+        let sections = if show_code { 3 } else { 2 };
+        let flags = if tables.lacks_rip() { FLAG_NO_RIP } else { 0 };
+        self.u32(size as u32);
+        self.u32(self.vcpus.wrapping_sub(1));
+        self.u64(tables.since.wrapping_add(self.host.clock_offset));
+        self.u32(sections);
+        self.u32(flags);
+        self.u64(0);
+
+        let isa = self.host.isa;
+        let nested = |is_nested| if is_nested { FLAG_NESTED } else { 0 };
+        self.section(TABLE_DETAILS, ledger, |slot, entries| {
+            for row in tables
+                .details()
+                .iter()
+                .filter(|row| row.slot() == Some(slot))
+            {
+                let code = reasons::code(isa, slot).unwrap_or(u32::MAX);
+                let (detail, key) = detail::to_wire(isa, code, row.detail());
+                entries.entry(
+                    isa,
+                    slot,
+                    Entry {
+                        detail,
+                        flags: nested(row.is_nested()),
+                        key,
+                        columns: [
+                            row.exits,
+                            row.kernel,
+                            row.user,
+                            row.missed_exits,
+                            row.missed_kernel,
+                            row.missed_user,
+                        ],
+                    },
+                );
+            }
+            let Others {
+                exits,
+                kernel,
+                user,
+            } = tables.other_details(ledger, slot);
+            entries.others(isa, slot, [exits, kernel, user, 0, 0, 0]);
+        });
+        if show_code {
+            self.section(TABLE_CODE, ledger, |slot, entries| {
+                for row in tables.codes().iter().filter(|row| row.slot() == Some(slot)) {
+                    entries.entry(
+                        isa,
+                        slot,
+                        Entry {
+                            detail: detail::Kind::None,
+                            flags: nested(row.is_nested()),
+                            key: row.rip,
+                            columns: [row.exits, row.kernel, row.missed_exits, row.missed_kernel],
+                        },
+                    );
+                }
+                let Others { exits, kernel, .. } = tables.other_codes(ledger, slot);
+                entries.others(isa, slot, [exits, kernel, 0, 0]);
+            });
+        }
+        self.section(TABLE_USER, ledger, |slot, entries| {
+            for row in tables.users().iter().filter(|row| row.slot() == Some(slot)) {
+                entries.entry(
+                    isa,
+                    slot,
+                    Entry {
+                        detail: detail::Kind::None,
+                        flags: 0,
+                        key: row.why().into(),
+                        columns: [row.exits, row.ticks],
+                    },
+                );
+            }
+            let Others { exits, user, .. } = tables.other_users(ledger, slot);
+            entries.others(isa, slot, [exits, user]);
+        });
+    }
+
+    /// Write a section, to which `write` adds the entries of each reason.
+    fn section<const COLUMNS: usize>(
+        &mut self,
+        table: u32,
+        ledger: &LedgerCopy,
+        mut write: impl FnMut(Slot, &mut Entries<'_, 'a, COLUMNS>),
+    ) {
+        let start = self.at;
+        // The numbers, once they are known.
+        self.u64(0);
+        self.u64(0);
+        let mut entries = Entries {
+            encoder: self,
+            count: 0,
+        };
+        for (slot, _, _) in ledger.rows() {
+            write(slot, &mut entries);
+        }
+        let count = entries.count;
+        let end = core::mem::replace(&mut self.at, start);
+        self.u32(table);
+        self.u32(end.wrapping_sub(start) as u32);
+        self.u32(const { (ENTRY_HEAD_SIZE + 8 * COLUMNS) as u32 });
+        self.u32(count);
+        self.at = end;
+    }
+
     /// Adds the totals of the vCPUs that are gone and how many were not metered; the
     /// snapshot's size in bytes.
     ///
@@ -333,13 +611,44 @@ impl<'a> Encoder<'a> {
         };
         let totals_at = self.at;
         self.record(&NOBODY, [0; 2], [0; 2], [0; 2], gone.polled, gone.rows());
-        let size = self.at;
+        let columns_at = self.at;
+        if self.has_tables {
+            self.columns();
+        }
+        let tables_at = self.at;
+        let size = tables_at.saturating_add(self.tables_size);
+        if size <= self.buffer.len() {
+            let from = self.buffer.len().saturating_sub(self.tables_size);
+            self.buffer.copy_within(from.., tables_at);
+        }
         self.at = 0;
         self.header(size, totals_at, gone.vcpus, unmetered);
+        if self.has_tables {
+            self.u64(columns_at as u64);
+            self.u32(COLUMNS.len() as u32);
+            self.u32(self.without_tables);
+            self.u64(tables_at as u64);
+            self.u32(self.tables);
+            self.u32(TABLES_HEAD_SIZE as u32);
+        } else {
+            self.bytes(&[0; 32]);
+        }
         if size <= self.buffer.len() {
             Ok(size)
         } else {
             Err(Full { needed: size })
+        }
+    }
+
+    /// Write the descriptors of the tables' columns.
+    fn columns(&mut self) {
+        let mut before = (0, 0);
+        for (table, name, unit, kind) in COLUMNS {
+            if before.0 != table {
+                before = (table, ENTRY_HEAD_SIZE as u32);
+            }
+            self.descriptor(name, unit, kind | table << 24, before.1, 1);
+            before.1 = before.1.wrapping_add(8);
         }
     }
 
@@ -372,10 +681,10 @@ impl<'a> Encoder<'a> {
         self.u64(host.life);
     }
 
-    fn descriptor(&mut self, name: &str, unit: u32, kind: u32, place: u32, count: u32) {
+    fn descriptor(&mut self, name: &str, unit: u32, kind: u32, offset: u32, count: u32) {
         self.u32(unit);
         self.u32(kind);
-        self.u32((ROW_HEAD_SIZE as u32).wrapping_add(place.wrapping_mul(8)));
+        self.u32(offset);
         self.u32(count);
         let mut padded = [0; NAME_SIZE];
         for (to, from) in padded.iter_mut().zip(name.bytes()) {
@@ -452,5 +761,40 @@ impl<'a> Encoder<'a> {
             *room = *bytes;
         }
         self.at = self.at.saturating_add(N);
+    }
+}
+
+/// The entries of a section, as they are written.
+struct Entries<'e, 'a, const COLUMNS: usize> {
+    encoder: &'e mut Encoder<'a>,
+    count: u32,
+}
+
+impl<const COLUMNS: usize> Entries<'_, '_, COLUMNS> {
+    fn entry(&mut self, isa: Isa, slot: Slot, entry: Entry<COLUMNS>) {
+        let [kind, code] = Reason::of(isa, slot).to_wire();
+        self.encoder.u32(kind);
+        self.encoder.u32(code);
+        self.encoder.bytes(&[entry.detail as u8, entry.flags]);
+        self.encoder.bytes(&[0; 6]);
+        self.encoder.u64(entry.key);
+        for column in entry.columns {
+            self.encoder.u64(column);
+        }
+        self.count = self.count.wrapping_add(1);
+    }
+
+    /// Write the entry of the others of a reason, unless nothing is left for it.
+    fn others(&mut self, isa: Isa, slot: Slot, columns: [u64; COLUMNS]) {
+        if columns == [0; COLUMNS] {
+            return;
+        }
+        let entry = Entry {
+            detail: detail::Kind::None,
+            flags: FLAG_OTHERS,
+            key: 0,
+            columns,
+        };
+        self.entry(isa, slot, entry);
     }
 }

@@ -179,6 +179,16 @@ impl LedgerCopy {
         Slot::from_index(self.slot as usize).unwrap_or(Slot::OTHER)
     }
 
+    /// The numbers of one row; zeroes for one that is not in use.
+    pub fn row(&self, slot: Slot) -> RowCopy {
+        let used = self.used.get(slot.index() / 64).copied().unwrap_or(0);
+        // A copy that is made anew still holds rows of the one before.
+        match used >> (slot.index() % 64) & 1 {
+            0 => RowCopy::EMPTY,
+            _ => self.rows.get(slot.index()).copied().unwrap_or_default(),
+        }
+    }
+
     /// The rows in use.
     pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy, &Buckets)> {
         slots_in(self.used).filter_map(|slot| {

@@ -4,13 +4,17 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use exitmeter_meter::{
+    detail,
     histogram::{bucket, quantile, Buckets, EMPTY},
     leaves::LeafMap,
     ledger::{Ledger, LedgerCopy, Totals},
     phase::Phase,
-    reader::{Counter, Error, Kind, Snapshot, Unit},
+    reader::{Counter, Entry, Error, Kind, Missed, Snapshot, Unit},
     reasons::{self, Isa, Slot},
-    snapshot::{size_for, Encoder, Full, Host, Identity, Reason},
+    snapshot::{
+        size_for, Encoder, Full, Host, Identity, Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER,
+    },
+    tables::{About, Tables, TablesCopy},
 };
 use proptest::prelude::*;
 
@@ -23,7 +27,8 @@ const EXITS: usize = if cfg!(miri) { 8 } else { 60 };
 
 /// One snapshot of each version, as the module wrote it. They never change: who has a
 /// snapshot of today must be able to read it with the tool of tomorrow.
-const SAVED: &[u8] = include_bytes!("snapshot-1.2.bin");
+const SAVED: &[u8] = include_bytes!("snapshot-1.3.bin");
+const SAVED_1_2: &[u8] = include_bytes!("snapshot-1.2.bin");
 const SAVED_1_1: &[u8] = include_bytes!("snapshot-1.1.bin");
 const SAVED_1_0: &[u8] = include_bytes!("snapshot-1.0.bin");
 
@@ -71,8 +76,18 @@ const NESTED: [u32; 2] = [10, 12];
 
 /// A vCPU that began at `now` and had for each (code, exits, kernel ticks of each, phase,
 /// ticks in it of each): so many exits, each after 40 000 ticks of guest.
-fn lived(mut now: u64, life: &[(u32, u64, u64, Phase, u64)]) -> LedgerCopy {
+///
+/// It has tables. Each exit but those with code 1 has a detail, by its code and its number modulo 3, and unless
+/// `no_rip` each comes from one of two places.
+fn lived(
+    mut now: u64,
+    life: &[(u32, u64, u64, Phase, u64)],
+    no_rip: bool,
+) -> (LedgerCopy, Box<TablesCopy>) {
     let ledger = ledger();
+    // SAFETY: All-zero bytes are valid tables.
+    let tables: Box<Tables> = Box::new(unsafe { core::mem::zeroed() });
+    tables.prepare();
     ledger.begin(now, Phase::User);
     now += 2_000_000;
     ledger.resume(now);
@@ -82,28 +97,34 @@ fn lived(mut now: u64, life: &[(u32, u64, u64, Phase, u64)]) -> LedgerCopy {
         for number in 0..exits {
             now += 40_000;
             let slot = reasons::slot(Isa::Vmx, code);
-            if NESTED.contains(&code) && number % 2 == 1 {
-                ledger.exit_from_nested(now, slot);
-            } else {
-                ledger.exit(now, slot);
-            }
+            let about = About {
+                slot,
+                nested: NESTED.contains(&code) && number % 2 == 1,
+                key: (code != 1)
+                    .then_some(detail::key_of(slot, (u64::from(code) << 8) + number % 3)),
+                rip: (!no_rip).then_some(0xffff_ffff_8100_0000 + number % 2),
+            };
+            ledger.exit_with(&tables, now, &about);
             // One of the kernel's ticks comes after what else there is.
             now += kernel - 1;
             if phase != Phase::Kernel {
-                ledger.leave(now, phase);
+                let to_user = (phase == Phase::User).then_some(2);
+                ledger.leave_with(&tables, now, phase, to_user);
                 now += ticks;
-                ledger.resume(now);
+                ledger.resume_with(&tables, now);
             }
             now += 1;
-            ledger.entry(now);
+            ledger.entry_with(&tables, now);
         }
     }
-    copy(&ledger)
+    let (mut copy, mut copies) = (LedgerCopy::new(), Box::new(TablesCopy::new()));
+    assert!(ledger.try_copy_with(&mut copy, &mut Some((&tables, &mut copies))));
+    (copy, copies)
 }
 
 /// What a snapshot tells of: vCPUs, and those that are gone.
 struct Sample {
-    vcpus: Vec<(Identity, LedgerCopy)>,
+    vcpus: Vec<(Identity, LedgerCopy, Box<TablesCopy>)>,
     gone: Totals,
 }
 
@@ -112,13 +133,13 @@ impl Sample {
     /// each `fewer`th, but one of each reason.
     fn new(fewer: u64) -> Self {
         use Phase::{Halted, Kernel, Preempted, User, Waiting};
-        let lived = |now, life: &[(u32, u64, u64, Phase, u64)]| {
+        let lived = |now, life: &[(u32, u64, u64, Phase, u64)], no_rip| {
             let life = life.iter().map(|&(code, exits, kernel, phase, ticks)| {
                 (code, exits.div_ceil(fewer), kernel, phase, ticks)
             });
-            lived(now, &life.collect::<Vec<_>>())
+            lived(now, &life.collect::<Vec<_>>(), no_rip)
         };
-        let mut first = lived(
+        let (mut first, its_tables) = lived(
             2_000_000,
             &[
                 (1, 5191, 2_100, Kernel, 0),
@@ -131,28 +152,32 @@ impl Sample {
                 (7, 125, 900, Preempted, 310_000),
                 (0xffff, 2, 800, Kernel, 0),
             ],
+            false,
         );
-        let mut second = lived(
+        let (mut second, other_tables) = lived(
             3_000_000,
             &[
                 (32, 120, 5_100, Kernel, 0),
                 (12, 400, 2_900, Halted, 9_000_000),
                 (12, 10, 41_000, Halted, 9_000_000),
             ],
+            true,
         );
         (first.polled, second.polled) = (150_000, 600_000);
-        let mut departed = lived(
+        let (mut departed, _) = lived(
             5_000_000,
             &[(10, 1002, 1_147, Kernel, 0), (30, 1000, 3_730, User, 9_000)],
+            false,
         );
         departed.polled = 7_000;
         let mut gone = Totals::new();
         gone.fold(&departed);
+        let (idle, no_tables) = lived(4_000_000, &[], false);
         Self {
             vcpus: vec![
-                (identity(1, 1234, 0), first),
-                (identity(1, 1234, 1), second),
-                (identity(2, 1300, 0), lived(4_000_000, &[])),
+                (identity(1, 1234, 0), first, its_tables),
+                (identity(1, 1234, 1), second, other_tables),
+                (identity(2, 1300, 0), idle, no_tables),
             ],
             gone,
         }
@@ -160,9 +185,11 @@ impl Sample {
 
     fn write(&self, buffer: &mut [u8]) -> Result<usize, Full> {
         let mut encoder = Encoder::new(buffer, HOST);
-        for (identity, copy) in &self.vcpus {
+        for (identity, copy, tables) in &self.vcpus {
             encoder.vcpu(identity, copy);
+            encoder.tables(copy, tables, true);
         }
+        encoder.told_tables(1);
         encoder.finish(&self.gone, 1)
     }
 
@@ -182,7 +209,7 @@ impl Sample {
 fn the_module_writes_what_was_saved() {
     let bytes = Sample::new(1).bytes();
     if std::env::var_os("EXITMETER_SAVE").is_some() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.2.bin");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.3.bin");
         std::fs::write(path, &bytes).unwrap();
     }
     assert!(bytes == SAVED);
@@ -197,10 +224,12 @@ fn the_fields_stand_where_the_documentation_says() {
         u64::from_le_bytes(bytes)
     };
     assert_eq!(&SAVED[..8], b"ExitMetr");
-    let header: [(usize, usize, u64); 21] = [
+    let totals = 864 + 3 * 112 + (9 + 3 + 1) * 600;
+    let columns = totals + 112 + 3 * 600;
+    let header: [(usize, usize, u64); 27] = [
         (8, 2, 1),
-        (10, 2, 2),
-        (12, 4, 128),
+        (10, 2, 3),
+        (12, 4, 160),
         (16, 8, SAVED.len() as u64),
         (24, 4, 1),
         (28, 4, 1),
@@ -210,15 +239,21 @@ fn the_fields_stand_where_the_documentation_says() {
         (52, 4, 2021),
         (56, 8, 1),
         (64, 8, 1),
-        (72, 8, 128),
+        (72, 8, 160),
         (80, 4, 11),
         (84, 4, 64),
-        (88, 8, 832),
+        (88, 8, 864),
         (96, 4, 3),
         (100, 4, 112),
-        (104, 8, 832 + 3 * 112 + (9 + 3 + 1) * 600),
+        (104, 8, totals),
         (112, 4, 600),
         (120, 8, 0x1122_3344_5566_7788),
+        (128, 8, columns),
+        (136, 4, 12),
+        (140, 4, 1),
+        (144, 8, columns + 12 * 64),
+        (152, 4, 2),
+        (156, 4, 32),
     ];
     for (offset, size, value) in header {
         assert_eq!(number(offset, size), value, "header, offset {offset}");
@@ -239,7 +274,7 @@ fn the_fields_stand_where_the_documentation_says() {
         ("waiting", 2, [1, 0, 0, 0], 592, 1),
     ];
     for (place, (name, unit, kind, offset, len)) in descriptors.into_iter().enumerate() {
-        let at = 128 + 64 * place;
+        let at = 160 + 64 * place;
         assert_eq!(number(at, 4), unit, "{name}");
         assert_eq!([4, 5, 6, 7].map(|byte| number(at + byte, 1)), kind);
         assert_eq!((number(at + 8, 4), number(at + 12, 4)), (offset, len));
@@ -248,7 +283,7 @@ fn the_fields_stand_where_the_documentation_says() {
     }
 
     // The second vCPU, behind the first with its 9 rows.
-    let first = 832;
+    let first = 864;
     let at = first + 112 + 9 * 600;
     let record: [(usize, usize, u64); 12] = [
         (0, 4, 112 + 3 * 600),
@@ -308,7 +343,7 @@ fn the_fields_stand_where_the_documentation_says() {
     let sleeps = [584, 592, 40].map(|offset| number(row + offset, 8));
     assert_eq!(sleeps, [0, 9 * 2_000_000, 9 * 2_000_000]);
     // The totals: nothing but the polling.
-    let totals = 832 + 3 * 112 + (9 + 3 + 1) * 600;
+    let totals = 864 + 3 * 112 + (9 + 3 + 1) * 600;
     assert!(SAVED[totals + 8..totals + 104]
         .iter()
         .all(|byte| *byte == 0));
@@ -338,7 +373,7 @@ fn each_phase_has_its_number_in_a_record() {
         encoder.vcpu(&identity(1, 1, 0), &copy(&ledger));
         let size = encoder.finish(&Totals::new(), 0).unwrap();
         let number = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
-        assert_eq!([number(832 + 40), number(832 + 52)], expected);
+        assert_eq!([number(864 + 40), number(864 + 52)], expected);
         let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
         let vcpu = snapshot.vcpus().next().unwrap();
         assert_eq!(vcpu.phase(), Some(phase));
@@ -408,8 +443,21 @@ fn reads_back(snapshot: &Snapshot<'_>) {
 #[test]
 fn what_was_saved_reads_back() {
     let snapshot = Snapshot::parse(SAVED).unwrap();
+    assert_eq!(snapshot.version(), (1, 3));
+    reads_back(&snapshot);
+    has_all_of_1_2(&snapshot);
+}
+
+#[test]
+fn what_version_1_2_saved_reads_back() {
+    let snapshot = Snapshot::parse(SAVED_1_2).unwrap();
     assert_eq!(snapshot.version(), (1, 2));
     reads_back(&snapshot);
+    has_all_of_1_2(&snapshot);
+    assert!(!snapshot.has_tables() && snapshot.tables().next().is_none());
+}
+
+fn has_all_of_1_2(snapshot: &Snapshot<'_>) {
     assert_eq!(snapshot.life(), 0x1122_3344_5566_7788);
     let polled: Vec<_> = snapshot.vcpus().map(|vcpu| vcpu.polled()).collect();
     assert_eq!(polled, [Some(150_000), Some(600_000), Some(0)]);
@@ -507,7 +555,7 @@ fn what_version_1_0_saved_reads_back() {
 /// A counter since version 1.1 that is told in another way is not taken for ours.
 #[test]
 fn other_buckets_are_not_read_as_ours() {
-    let max = 128 + 6 * 64;
+    let max = 160 + 6 * 64;
     let nested = max + 64;
     let histogram = nested + 64;
     let told = |offset: usize, byte: u8| {
@@ -576,24 +624,27 @@ fn what_the_module_gave_reads_back() {
 fn a_buffer_of_any_size_is_safe_and_measured() {
     let sample = Sample::new(1000);
     let bytes = sample.bytes();
-    let needed = SAVED.len();
-    assert_eq!((bytes.len(), size_for(3, 9 + 3 + 1 + 3)), (needed, needed));
+    let needed = bytes.len();
+    // The tables come after all else.
+    let before_tables = size_for(3, 9 + 3 + 1 + 3) as u64;
+    assert_eq!(bytes[128..136], before_tables.to_le_bytes());
     for size in (0..needed).step_by(STEP) {
         assert_eq!(sample.write(&mut vec![0; size]), Err(Full { needed }));
     }
     let mut roomy = vec![0xaa; needed + 100];
     assert_eq!(sample.write(&mut roomy), Ok(needed));
-    assert!(roomy[..needed] == *bytes && roomy[needed..].iter().all(|byte| *byte == 0xaa));
+    assert!(roomy[..needed] == *bytes);
     assert_eq!(Snapshot::parse(&roomy).unwrap().bytes(), bytes);
 }
 
 /// A snapshot as a later minor version could write it: everything is larger, there are a
 /// histogram before the known counters and a row of a kind without a name.
 fn later() -> Vec<u8> {
-    const HEADER: usize = 160;
+    const HEADER: usize = 192;
     const DESCRIPTOR: usize = 80;
     const HEAD: usize = 120;
     const ROW: usize = 8 + 8 * (64 + 6);
+    const TABLES_HEAD: usize = 40;
     fn u32s(bytes: &mut [u8], at: usize, values: &[u32]) {
         for (place, value) in values.iter().enumerate() {
             bytes[at + 4 * place..][..4].copy_from_slice(&value.to_le_bytes());
@@ -607,7 +658,9 @@ fn later() -> Vec<u8> {
     let records = HEADER + 7 * DESCRIPTOR;
     let record = HEAD + 2 * ROW + 16;
     let totals = records + record;
-    let size = totals + HEAD;
+    let columns = totals + HEAD;
+    let tables = columns + 3 * DESCRIPTOR;
+    let size = tables + TABLES_HEAD + 16 + 48 + 16 + 2 * 64 + 8;
     let mut bytes = vec![0xee; size];
     bytes[..8].copy_from_slice(b"ExitMetr");
     bytes[8..12].copy_from_slice(&[1, 0, 9, 0]);
@@ -622,6 +675,10 @@ fn later() -> Vec<u8> {
     u32s(&mut bytes, 96, &[1, HEAD as u32]);
     u64s(&mut bytes, 104, &[totals as u64]);
     u32s(&mut bytes, 112, &[ROW as u32]);
+    u64s(&mut bytes, 128, &[columns as u64]);
+    u32s(&mut bytes, 136, &[3, 0]);
+    u64s(&mut bytes, 144, &[tables as u64]);
+    u32s(&mut bytes, 152, &[1, TABLES_HEAD as u32]);
     let names = [
         "kernel_histogram",
         "exits",
@@ -648,6 +705,31 @@ fn later() -> Vec<u8> {
     u64s(&mut bytes, rows + ROW + 8, &(100..164).collect::<Vec<_>>());
     u64s(&mut bytes, rows + ROW + 8 * 65, &[1, 2, 3, 4, 5, 7]);
     u32s(&mut bytes, totals, &[HEAD as u32, 0]);
+
+    // Columns: one of a table without a name, one without a name, and exits.
+    for (place, (table, name)) in [(9, "exits"), (2, "joules"), (2, "exits")]
+        .into_iter()
+        .enumerate()
+    {
+        let at = columns + place * DESCRIPTOR;
+        u32s(
+            &mut bytes,
+            at,
+            &[1, 1 | table << 24, 24 + 8 * place as u32, 1],
+        );
+        bytes[at + 16..][..48].fill(0);
+        bytes[at + 16..][..name.len()].copy_from_slice(name.as_bytes());
+    }
+    u32s(&mut bytes, tables, &[(size - tables) as u32, 0]);
+    u64s(&mut bytes, tables + 8, &[77]);
+    u32s(&mut bytes, tables + 16, &[2, 0]);
+    let other = tables + TABLES_HEAD;
+    u32s(&mut bytes, other, &[9, 16 + 48, 48, 1]);
+    let code = other + 16 + 48;
+    u32s(&mut bytes, code, &[2, 16 + 2 * 64 + 8, 64, 2]);
+    u32s(&mut bytes, code + 16, &[8, 8]);
+    u32s(&mut bytes, code + 16 + 64, &[0, 0x72, 0, 0]);
+    u64s(&mut bytes, code + 16 + 64 + 16, &[0x1234, 1, 2, 3]);
     bytes
 }
 
@@ -689,6 +771,116 @@ fn what_a_later_version_adds_is_stepped_over() {
     assert_eq!(rows[0].nested_exits(), None);
     assert!(rows[0].numbers(&histogram).eq(100..164));
     assert_eq!(snapshot.totals().count(), 0);
+
+    let tables: Vec<_> = snapshot.tables().collect();
+    assert_eq!((tables.len(), tables[0].vcpu, tables[0].since), (1, 0, 77));
+    assert!(tables[0].has(9) && tables[0].has(TABLE_CODE) && !tables[0].has(TABLE_DETAILS));
+    let entries: Vec<_> = tables[0].entries().collect();
+    let expected = Entry {
+        table: TABLE_CODE,
+        reason: Reason::Code(0x72),
+        detail_kind: 0,
+        nested: false,
+        others: false,
+        key: 0x1234,
+        exits: 3,
+        kernel: None,
+        user: None,
+        missed: Missed::default(),
+    };
+    assert_eq!(entries, [expected]);
+}
+
+/// The sums that are all there was, and what tells one entry from another.
+#[test]
+fn tables_read_back() {
+    let snapshot = Snapshot::parse(SAVED).unwrap();
+    assert!(snapshot.has_tables());
+    assert_eq!(snapshot.without_tables(), 1);
+    let tables: Vec<_> = snapshot.tables().collect();
+    let who: Vec<_> = tables.iter().map(|it| (it.vcpu, it.no_rip)).collect();
+    // The third has not had an exit.
+    assert_eq!(who.len(), 2);
+    assert!(who.contains(&(0, false)) && who.contains(&(1, true)));
+    for tables in &tables {
+        let vcpu = snapshot.vcpus().nth(tables.vcpu).unwrap();
+        let begun = vcpu.first() + 2_009_000 + 40_000;
+        assert_eq!(tables.since, begun);
+        for row in vcpu.rows().filter(|row| row.reason() != Reason::Start) {
+            for table in [TABLE_DETAILS, TABLE_CODE] {
+                let entries = tables
+                    .entries()
+                    .filter(|entry| (entry.table, entry.reason) == (table, row.reason()));
+                let mut sums = [0; 3];
+                for entry in entries {
+                    assert_eq!(entry.missed, Missed::default());
+                    sums[0] += entry.exits;
+                    sums[1] += entry.kernel.unwrap();
+                    sums[2] += entry.user.unwrap_or(0);
+                }
+                let user = row.cycles(Phase::User);
+                let user = if table == TABLE_CODE { 0 } else { user };
+                assert_eq!(sums, [row.exits(), row.cycles(Phase::Kernel), user]);
+            }
+        }
+    }
+    let first = tables.iter().find(|it| it.vcpu == 0).unwrap();
+    let of = |table, code| -> Vec<_> {
+        let of_table = first.entries().filter(|entry| entry.table == table);
+        let of_reason = of_table.filter(|entry| entry.reason == Reason::Code(code));
+        of_reason
+            .map(|entry| (entry.key, entry.nested, entry.others, entry.exits))
+            .collect()
+    };
+    // Exits without a detail are all others.
+    assert_eq!(of(TABLE_DETAILS, 1), [(0, false, true, 5191)]);
+    let mut msrs = of(TABLE_DETAILS, 32);
+    msrs.sort_unstable();
+    assert_eq!(
+        msrs,
+        [
+            (1 << 32 | 0x2000, false, false, 1549),
+            (1 << 32 | 0x2001, false, false, 1548),
+            (1 << 32 | 0x2002, false, false, 1548)
+        ]
+    );
+    // CPUID: each second one from a nested guest.
+    let mut code = of(TABLE_CODE, 10);
+    code.sort_unstable();
+    assert_eq!(
+        code,
+        [
+            (0xffff_ffff_8100_0000, false, false, 434),
+            (0xffff_ffff_8100_0001, true, false, 434)
+        ]
+    );
+    assert_eq!(of(TABLE_USER, 30), [(2, false, false, 974)]);
+    let user = first
+        .entries()
+        .find(|entry| entry.table == TABLE_USER)
+        .unwrap();
+    assert_eq!((user.user, user.kernel), (Some(974 * 21_000), None));
+    let msr = first
+        .entries()
+        .find(|entry| entry.reason == Reason::Code(32))
+        .unwrap();
+    assert_eq!(msr.detail_kind, 2);
+}
+
+/// Who may not see the guest's code gets all else.
+#[test]
+fn code_is_left_out_for_those_who_may_not_have_it() {
+    let sample = Sample::new(100);
+    let mut bytes = vec![0; sample.bytes().len()];
+    let mut encoder = Encoder::new(&mut bytes, HOST);
+    let (identity, copy, tables) = &sample.vcpus[0];
+    encoder.vcpu(identity, copy);
+    encoder.tables(copy, tables, false);
+    let size = encoder.finish(&sample.gone, 0).unwrap();
+    let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
+    let tables = snapshot.tables().next().unwrap();
+    assert!(tables.has(TABLE_DETAILS) && tables.has(TABLE_USER) && !tables.has(TABLE_CODE));
+    assert!(tables.entries().all(|entry| entry.key < 1 << 40));
 }
 
 /// Reads all there is to read.
@@ -718,6 +910,13 @@ fn read_all(bytes: &[u8]) -> Result<u64, Error> {
         }
         for counter in &counters {
             row.numbers(counter).for_each(&mut add);
+        }
+    }
+    for tables in snapshot.tables() {
+        add(tables.vcpu as u64 ^ tables.since ^ u64::from(tables.no_rip));
+        for entry in tables.entries() {
+            add(entry.key ^ entry.exits ^ entry.kernel.unwrap_or(0) ^ entry.user.unwrap_or(0));
+            add(entry.missed.exits ^ entry.missed.kernel ^ entry.missed.user);
         }
     }
     Ok(sum)
@@ -770,10 +969,10 @@ fn errors_are_sentences() {
         damaged("its records or rows are too small")
     );
     assert_eq!(
-        with(128 + 8, &[81, 2]),
+        with(160 + 8, &[81, 2]),
         damaged("a counter lies outside of its row")
     );
-    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (832, 0), (834, 1), (836, 10)] {
+    for (offset, byte) in [(90, 1), (97, 1), (106, 1), (864, 0), (866, 1), (868, 10)] {
         assert_eq!(
             with(offset, &[byte]),
             damaged("a record lies outside of it"),
@@ -781,7 +980,7 @@ fn errors_are_sentences() {
         );
     }
     assert_eq!(
-        with(128 + 64 + 16, b"q"),
+        with(160 + 64 + 16, b"q"),
         "the snapshot lacks the counter 'guest'"
     );
 }
@@ -797,13 +996,17 @@ proptest! {
     fn damaged_bytes_are_read_or_refused(
         damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
         later_version in any::<bool>(),
-        in_front in any::<bool>(),
+        place in 0..3,
     ) {
         let mut bytes = if later_version { later() } else { SAVED.to_vec() };
-        // Half of the time where offsets and sizes stand.
-        let reach = if in_front { 960 } else { bytes.len() };
+        // Most of the time where offsets and sizes stand: in front, and in the tables.
+        let (from, reach) = match place {
+            0 => (0, bytes.len()),
+            1 => (0, 960),
+            _ => (bytes.len() - 2000, 2000),
+        };
         for (place, byte) in damage {
-            bytes[place.index(reach)] = byte;
+            bytes[from + place.index(reach)] = byte;
         }
         let _ = read_all(&bytes);
     }
@@ -811,9 +1014,9 @@ proptest! {
     #[test]
     fn any_bytes_are_read_or_refused(tail in proptest::collection::vec(any::<u8>(), 0..2000)) {
         let _ = read_all(&tail);
-        let mut bytes = SAVED[..128].to_vec();
+        let mut bytes = SAVED[..160].to_vec();
         bytes.extend_from_slice(&tail);
-        bytes[16..24].copy_from_slice(&(128 + tail.len() as u64).to_le_bytes());
+        bytes[16..24].copy_from_slice(&(160 + tail.len() as u64).to_le_bytes());
         let _ = read_all(&bytes);
     }
 

@@ -4,7 +4,11 @@
 
 #![no_main]
 
-use exitmeter_meter::{phase::Phase, reader::Snapshot};
+use exitmeter_meter::{
+    phase::Phase,
+    reader::Snapshot,
+    snapshot::{TABLE_CODE, TABLE_DETAILS, TABLE_USER},
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -20,6 +24,16 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = (vcpu.balances(), vcpu.polled());
         vcpu.rows()
     });
+    let _ = (snapshot.has_tables(), snapshot.without_tables());
+    for tables in snapshot.tables() {
+        let _ = (tables.vcpu, tables.since, tables.no_rip);
+        let known = [TABLE_DETAILS, TABLE_CODE, TABLE_USER];
+        let _ = known.map(|table| tables.has(table));
+        for entry in tables.entries() {
+            assert!(known.contains(&entry.table));
+            let _ = (entry.exits, entry.kernel, entry.user, entry.missed);
+        }
+    }
     for row in vcpus.chain(snapshot.totals()) {
         let _ = (row.reason(), row.exits(), row.nested_exits(), row.max());
         let _ = Phase::ALL.map(|phase| row.cycles(phase));

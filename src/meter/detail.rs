@@ -1,0 +1,629 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What an exit was about: the port, the MSR, the address, the vector.
+//!
+//! A detail is composed at each exit from what the CPU tells of it. On VMX that is the exit
+//! qualification (SDM, "Basic VM-Exit Information"), the guest-physical address and the
+//! interruption information; on SVM EXITINFO1 and EXITINFO2 (APM, "SVM Intercept Exit Codes").
+//!
+//! A detail has [`BITS`] bits at most, so that it fits into one word with the reason: the key. Keys
+//! hold what the CPU tells as it tells it, but for the bits that do not matter. What it means is
+//! found out when somebody reads it, by [`to_wire`].
+
+use super::reasons::{self, Isa, Slot, SLOTS};
+
+/// The bits of a detail.
+pub const BITS: u32 = 55;
+
+/// The highest number that a CPUID subleaf is told by: that one or a higher one.
+pub const LAST_SUBLEAF: u32 = (1 << 23) - 1;
+
+/// Of a nested page fault: the detail is an address, and not an access.
+const IS_ADDRESS: u64 = 1 << (BITS - 1);
+/// The bits of a guest-physical address.
+const ADDRESS: u64 = (1 << 52) - 1;
+
+/// A number that says what a detail is. The numbers are those of the snapshot.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// None: the exits of a reason that has no details.
+    None = 0,
+    /// A port: bits 0 to 15; bit 32 in, 33 string, 34 with a prefix REP, bits 36 to 38 bytes.
+    Port = 1,
+    /// An MSR: bits 0 to 31; bit 32 write.
+    Msr = 2,
+    /// A guest-physical address, of a device's register.
+    Address = 3,
+    /// Memory: bits 0 to 21 which GiB of it; bit 32 read, 33 write, 34 fetch.
+    Memory = 4,
+    /// A vector: bits 0 to 7; bits 8 to 10 its type (SDM, "Information for VM Exits Due to
+    /// Vectored Events").
+    Vector = 5,
+    /// A CPUID leaf: bits 0 to 31; bits 32 to 54 its subleaf, where the leaf has some.
+    Cpuid = 6,
+    /// A hypercall: bits 0 to 31; bit 32 one of Hyper-V's.
+    Hypercall = 7,
+    /// A control register: bits 0 to 3; bits 4 and 5 the access (SDM, "Exit Qualification for
+    /// Control-Register Accesses").
+    Control = 8,
+    /// A debug register: bits 0 to 2; bit 4 read.
+    Debug = 9,
+    /// An access to the APIC: bits 0 to 11 the offset; bits 12 to 15 its type (SDM, "Exit
+    /// Qualification for APIC-Access VM Exits"), on SVM bit 12 write.
+    ApicAccess = 10,
+    /// A write to the virtual APIC: bits 0 to 11 the offset.
+    ApicWrite = 11,
+    /// An interrupt's end: bits 0 to 7 the vector.
+    Eoi = 12,
+}
+
+/// Where a key tells that the exit came from a nested guest: above the reason.
+pub const NESTED: u64 = 1 << 63;
+
+/// What is read of an exit for its detail. Those that VMX has a field for are its number (SDM,
+/// "Field Encoding in VMCS"), so that it is there to be read by.
+pub mod source {
+    /// Nothing: the reason has no details.
+    pub const NONE: i32 = 0;
+    /// The exit qualification, or EXITINFO1.
+    pub const QUALIFICATION: i32 = 0x6400;
+    /// The guest-physical address.
+    pub const ADDRESS: i32 = 0x2400;
+    /// The interruption information.
+    pub const INTERRUPTION: i32 = 0x4404;
+    /// RCX, which names an MSR.
+    pub const MSR: i32 = -1;
+    /// More than one number: see [`super::composed`].
+    pub const COMPOSED: i32 = -2;
+    /// What [`super::hypercall`] takes.
+    pub const HYPERCALL: i32 = -3;
+}
+
+/// How an exit's key is had, by its reason.
+#[repr(C, align(32))]
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// What the reason adds to the detail, bit by bit.
+    tag: u64,
+    /// The bits of what is read that are the detail.
+    mask: u64,
+    /// One of [`source`].
+    source: i32,
+}
+
+impl Rule {
+    /// What is read: one of [`source`].
+    #[inline(always)]
+    pub const fn source(&self) -> i32 {
+        self.source
+    }
+}
+
+/// Return what a reason adds to its details, bit by bit: in the bits above them the reason, which is
+/// never 0, so that no key is; and in the low half a number that has the same details of different
+/// reasons spread over a table.
+#[inline(always)]
+const fn tag(slot: Slot) -> u64 {
+    let reason = (slot.index() as u64).wrapping_add(1);
+    reason << BITS | reason.wrapping_mul(0x9e37_79b9) & 0xffff_ffff
+}
+
+/// Return the key of a reason and a detail.
+#[inline(always)]
+pub const fn key_of(slot: Slot, detail: u64) -> u64 {
+    detail ^ tag(slot)
+}
+
+/// Return the detail that a key holds.
+pub fn detail_of(key: u64) -> u64 {
+    let tag = slot_of(key).map_or(0, tag);
+    (key ^ tag) & ((1 << BITS) - 1)
+}
+
+/// Return the row of the ledger that a key's exits have.
+pub fn slot_of(key: u64) -> Option<Slot> {
+    let reason = (key & !NESTED) >> BITS;
+    Slot::from_index((reason as usize).wrapping_sub(1))
+}
+
+static VMX: [Rule; SLOTS] = rules(Isa::Vmx);
+static SVM: [Rule; SLOTS] = rules(Isa::Svm);
+
+#[allow(clippy::indexing_slicing, reason = "while this is compiled")]
+const fn rules(isa: Isa) -> [Rule; SLOTS] {
+    let mut rules = [Rule {
+        tag: 0,
+        mask: 0,
+        source: source::NONE,
+    }; SLOTS];
+    let mut place = 0;
+    while place < SLOTS {
+        if let Some(slot) = Slot::from_index(place) {
+            let (source, mask) = match reasons::code(isa, slot) {
+                Some(code) => source_of(isa, code),
+                None => (source::NONE, 0),
+            };
+            rules[place] = Rule {
+                tag: tag(slot),
+                mask,
+                source,
+            };
+        }
+        place += 1;
+    }
+    rules
+}
+
+/// Return what is read of the exits with a code, and the bits of it that are the detail.
+const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
+    use source::{ADDRESS as AT, COMPOSED, HYPERCALL, INTERRUPTION, MSR, NONE, QUALIFICATION};
+    match (isa, code) {
+        (Isa::Vmx, 31 | 32) => (MSR, MSR_NUMBER),
+        (Isa::Svm, 0x7c) => (MSR, 1 << 32 | MSR_NUMBER),
+        // The immediate forms: the MSR is in the qualification (vmx_get_msr_imm_reg() and its
+        // callers in vmx.c).
+        (Isa::Vmx, 84 | 85) => (QUALIFICATION, MSR_NUMBER),
+        // Bits 0 to 2 size less 1, 3 in, 4 string, 5 REP, 16 to 31 port (SDM, "Exit Qualification
+        // for I/O Instructions").
+        (Isa::Vmx, 30) => (QUALIFICATION, 0xffff_003f),
+        // `SVM_IOIO_*` in svm.h: bit 0 in, 2 string, 3 REP, 4 to 6 size, 16 to 31 port.
+        (Isa::Svm, 0x7b) => (QUALIFICATION, 0xffff_007d),
+        (Isa::Vmx, 49) => (AT, ADDRESS),
+        (Isa::Vmx, 0 | 1) => (INTERRUPTION, 0x7ff),
+        (Isa::Vmx, 28) => (QUALIFICATION, 0x3f),
+        (Isa::Vmx, 29) => (QUALIFICATION, 0x17),
+        (Isa::Vmx, 44) => (QUALIFICATION, 0xffff),
+        (Isa::Vmx, 45) => (QUALIFICATION, 0xff),
+        (Isa::Vmx, 56) => (QUALIFICATION, 0xfff),
+        // `avic_unaccelerated_access_interception()`: bits 4 to 11 the offset, bit 32 write.
+        (Isa::Svm, 0x402) => (QUALIFICATION, 1 << 32 | 0xff0),
+        (Isa::Vmx, 10 | 48) | (Isa::Svm, 0x72 | 0x400) => (COMPOSED, 0),
+        (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (HYPERCALL, 0),
+        _ => (NONE, 0),
+    }
+}
+
+/// The bits of an MSR's number.
+const MSR_NUMBER: u64 = 0xffff_ffff;
+
+/// What an exit can be asked for, each only where it is wanted.
+pub trait Exit {
+    /// Return what one of [`source`] that is a field's number names; `None` where it cannot be read.
+    fn read(&self, source: i32) -> Option<u64>;
+    /// Return the same for an exit whose detail is that number alone.
+    fn read_plain(&self, source: i32) -> Option<u64>;
+    /// Return the number of the MSR in RCX; on SVM with bit 32 if it is written, as EXITINFO1 tells.
+    fn msr(&self) -> u64;
+    /// Return the guest's RAX.
+    fn rax(&self) -> u64;
+    /// Return the guest's RCX.
+    fn rcx(&self) -> u64;
+    /// Return the code of the Hyper-V hypercall that this exit is; `None` where the guest's
+    /// hypercalls are not Hyper-V's.
+    fn hyperv_call(&self) -> Option<u16>;
+}
+
+/// Return how the keys of a reason are had.
+#[inline(always)]
+pub fn rule(isa: Isa, slot: Slot) -> &'static Rule {
+    let rules = match isa {
+        Isa::Vmx => &VMX,
+        Isa::Svm => &SVM,
+    };
+    // SAFETY: By the invariant of `Slot` its index is below SLOTS.
+    unsafe { rules.get_unchecked(slot.index()) }
+}
+
+/// Return the key of an exit whose detail is one number, or that has none: `None` for that. `Err`
+/// for any other.
+#[inline(always)]
+pub fn plain(rule: &Rule, exit: &impl Exit) -> Result<Option<u64>, Composed> {
+    let told = if rule.source > 0 {
+        exit.read_plain(rule.source)
+    } else if rule.source == source::MSR {
+        Some(exit.msr())
+    } else if rule.source == source::NONE {
+        None
+    } else {
+        return Err(Composed);
+    };
+    Ok(told.map(|told| told & rule.mask ^ rule.tag))
+}
+
+/// An exit's detail is composed of more than one number.
+#[derive(Clone, Copy, Debug)]
+pub struct Composed;
+
+/// Return the key of an exit whose detail is composed; `None` where the CPU does not tell.
+#[inline(always)]
+pub fn composed(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
+    /// Page fault error codes (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
+    const WRITE: u64 = 1 << 1;
+    const RESERVED: u64 = 1 << 3;
+    const FETCH: u64 = 1 << 4;
+
+    let code = reasons::code(isa, slot).unwrap_or(u32::MAX);
+    let fault = || {
+        let told = exit.read(source::QUALIFICATION)?;
+        let address = exit.read(source::ADDRESS)? & ADDRESS;
+        Some((told, address))
+    };
+    let detail = match (isa, code) {
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => Some(cpuid(exit.rax() as u32, exit.rcx() as u32)),
+        (Isa::Vmx, 48) => fault().map(|(told, address)| memory(address, told & 7)),
+        (Isa::Svm, 0x400) => fault().map(|(error, address)| match error & RESERVED {
+            0 => {
+                let (write, fetch) = (error & WRITE != 0, error & FETCH != 0);
+                let read = u64::from(!write && !fetch);
+                memory(
+                    address,
+                    read | u64::from(write) << 1 | u64::from(fetch) << 2,
+                )
+            }
+            _ => address | IS_ADDRESS,
+        }),
+        _ => None,
+    };
+    detail.map(|detail| key_of(slot, detail))
+}
+
+/// Return the key of a hypercall.
+#[inline(always)]
+pub fn hypercall(slot: Slot, exit: &impl Exit) -> u64 {
+    let detail = match exit.hyperv_call() {
+        Some(code) => u64::from(code) | 1 << 32,
+        None => exit.rax() & 0xffff_ffff,
+    };
+    key_of(slot, detail)
+}
+
+/// Return the key of an exit: its reason and its detail; `None` where it has none.
+#[inline(always)]
+pub fn key(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
+    let rule = rule(isa, slot);
+    match plain(rule, exit) {
+        Ok(key) => key,
+        Err(Composed) if rule.source == source::HYPERCALL => Some(hypercall(slot, exit)),
+        Err(Composed) => composed(isa, slot, exit),
+    }
+}
+
+#[inline(always)]
+fn memory(address: u64, access: u64) -> u64 {
+    address >> 30 | access << 32
+}
+
+/// The low bits tell subleaves apart as well: tables spread keys by these.
+#[inline(always)]
+fn cpuid(leaf: u32, subleaf: u32) -> u64 {
+    let subleaf = match has_subleaves(leaf) {
+        true => subleaf.min(LAST_SUBLEAF),
+        false => 0,
+    };
+    u64::from(leaf ^ subleaf) | u64::from(subleaf) << 32
+}
+
+/// Return true if a CPUID leaf tells different things by ECX.
+///
+/// Those of which the SDM ("CPUID - CPU Identification") and the APM (volume 3, appendix E) say so,
+/// and exitmeter's own.
+#[inline(always)]
+pub const fn has_subleaves(leaf: u32) -> bool {
+    /// Of the leaves below 64, by bit.
+    const BASIC: u64 = 1 << 0x04
+        | 1 << 0x07
+        | 1 << 0x0b
+        | 1 << 0x0d
+        | 1 << 0x0f
+        | 1 << 0x10
+        | 1 << 0x12
+        | 1 << 0x14
+        | 1 << 0x17
+        | 1 << 0x18
+        | 1 << 0x1a
+        | 1 << 0x1b
+        | 1 << 0x1d
+        | 1 << 0x1e
+        | 1 << 0x1f
+        | 1 << 0x20
+        | 1 << 0x23
+        | 1 << 0x24;
+    if leaf < 64 {
+        return BASIC >> leaf & 1 != 0;
+    }
+    matches!(
+        leaf,
+        0x4fff_ff00..=0x4fff_ffff | 0x8000_001d | 0x8000_0020 | 0x8000_0026
+    )
+}
+
+/// Return what a detail is, and the number that it is told by.
+pub fn to_wire(isa: Isa, code: u32, detail: u64) -> (Kind, u64) {
+    let bit = |from: u32, to: u32| (detail >> from & 1) << to;
+    match (isa, code) {
+        (Isa::Vmx, 30) => {
+            let port = detail >> 16 & 0xffff;
+            let size = (detail & 7).wrapping_add(1) & 7;
+            let how = bit(3, 32) | bit(4, 33) | bit(5, 34);
+            (Kind::Port, port | how | size << 36)
+        }
+        (Isa::Svm, 0x7b) => {
+            let port = detail >> 16 & 0xffff;
+            let size = detail >> 4 & 7;
+            let how = bit(0, 32) | bit(2, 33) | bit(3, 34);
+            (Kind::Port, port | how | size << 36)
+        }
+        (Isa::Vmx, 32 | 85) => (Kind::Msr, detail | 1 << 32),
+        (Isa::Vmx, 31 | 84) | (Isa::Svm, 0x7c) => (Kind::Msr, detail),
+        (Isa::Vmx, 49) => (Kind::Address, detail),
+        (Isa::Svm, 0x400) if detail & IS_ADDRESS != 0 => (Kind::Address, detail & ADDRESS),
+        (Isa::Vmx, 48) | (Isa::Svm, 0x400) => (Kind::Memory, detail),
+        (Isa::Vmx, 0 | 1) => (Kind::Vector, detail),
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (Kind::Cpuid, detail ^ detail >> 32),
+        (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (Kind::Hypercall, detail),
+        (Isa::Vmx, 28) => (Kind::Control, detail),
+        (Isa::Vmx, 29) => (Kind::Debug, detail),
+        (Isa::Vmx, 44) => (Kind::ApicAccess, detail),
+        (Isa::Svm, 0x402) => (Kind::ApicAccess, detail & 0xff0 | bit(32, 12)),
+        (Isa::Vmx, 45) => (Kind::Eoi, detail),
+        (Isa::Vmx, 56) => (Kind::ApicWrite, detail),
+        _ => (Kind::None, detail),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An exit that tells what it is given.
+    #[derive(Default)]
+    struct Told {
+        qualification: u64,
+        address: u64,
+        interruption: u32,
+        rax: u64,
+        rcx: u64,
+        hyperv: Option<u16>,
+        is_svm: bool,
+    }
+
+    impl Exit for Told {
+        fn read(&self, source: i32) -> Option<u64> {
+            Some(match source {
+                source::QUALIFICATION => self.qualification,
+                source::ADDRESS => self.address,
+                source::INTERRUPTION => self.interruption.into(),
+                _ => panic!("no field of that number is known"),
+            })
+        }
+        fn read_plain(&self, source: i32) -> Option<u64> {
+            self.read(source)
+        }
+        fn msr(&self) -> u64 {
+            let write = self.is_svm && self.qualification != 0;
+            self.rcx & MSR_NUMBER | u64::from(write) << 32
+        }
+        fn rax(&self) -> u64 {
+            self.rax
+        }
+        fn rcx(&self) -> u64 {
+            self.rcx
+        }
+        fn hyperv_call(&self) -> Option<u16> {
+            self.hyperv
+        }
+    }
+
+    fn wire(isa: Isa, code: u32, told: Told) -> (Kind, u64) {
+        let slot = reasons::slot(isa, code);
+        let told = Told {
+            is_svm: isa == Isa::Svm,
+            ..told
+        };
+        let key = key(isa, slot, &told).expect("a detail");
+        assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}");
+        to_wire(isa, code, detail_of(key))
+    }
+
+    #[test]
+    fn a_port_is_told_alike_on_both() {
+        // IN AL from 0x3f8; REP OUTSW to 0x1f0.
+        for (vmx, svm, key) in [
+            (0x03f8_0008, 0x03f8_0011, 0x3f8 | 1 << 32 | 1 << 36),
+            (0x01f0_0031, 0x01f0_002c, 0x1f0 | 3 << 33 | 2 << 36),
+            (0x0cf8_0003, 0x0cf8_0040, 0xcf8 | 4 << 36),
+        ] {
+            for (isa, code, qualification) in [(Isa::Vmx, 30, vmx), (Isa::Svm, 0x7b, svm)] {
+                let told = Told {
+                    qualification,
+                    ..Told::default()
+                };
+                assert_eq!(wire(isa, code, told), (Kind::Port, key), "{isa:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_msr_is_in_rcx_but_for_the_immediate_forms() {
+        let told = |qualification, rcx| Told {
+            qualification,
+            rcx,
+            ..Told::default()
+        };
+        let (read, write) = (0xc000_0080, 0xc000_0080 | 1 << 32);
+        for (isa, code, told, key) in [
+            (Isa::Vmx, 31, told(7, 0xffff_ffff_c000_0080), read),
+            (Isa::Vmx, 32, told(7, 0xc000_0080), write),
+            (Isa::Vmx, 84, told(0xc000_0080, 7), read),
+            (Isa::Vmx, 85, told(0xc000_0080, 7), write),
+            (Isa::Svm, 0x7c, told(0, 0xc000_0080), read),
+            (Isa::Svm, 0x7c, told(1, 0xc000_0080), write),
+        ] {
+            assert_eq!(wire(isa, code, told), (Kind::Msr, key), "{isa:?} {code}");
+        }
+    }
+
+    #[test]
+    fn a_device_is_told_by_its_address_and_memory_by_its_gib() {
+        let told = |qualification, address| Told {
+            qualification,
+            address,
+            ..Told::default()
+        };
+        let address = 0xfee0_0300;
+        for (isa, code, told, expected) in [
+            (Isa::Vmx, 49, told(0, address), (Kind::Address, address)),
+            (
+                Isa::Svm,
+                0x400,
+                told(0xd, address),
+                (Kind::Address, address),
+            ),
+            (Isa::Svm, 0x400, told(0xd, 0), (Kind::Address, 0)),
+            (
+                Isa::Vmx,
+                48,
+                told(0x182, address),
+                (Kind::Memory, 3 | 1 << 33),
+            ),
+            (
+                Isa::Vmx,
+                48,
+                told(1, 1 << 40),
+                (Kind::Memory, 1 << 10 | 1 << 32),
+            ),
+            (
+                Isa::Svm,
+                0x400,
+                told(0x1_0000_0006, address),
+                (Kind::Memory, 3 | 1 << 33),
+            ),
+            (
+                Isa::Svm,
+                0x400,
+                told(4, 1 << 40),
+                (Kind::Memory, 1 << 10 | 1 << 32),
+            ),
+            (Isa::Svm, 0x400, told(0x14, 5), (Kind::Memory, 1 << 34)),
+        ] {
+            assert_eq!(wire(isa, code, told), expected, "{isa:?} {code}");
+        }
+    }
+
+    #[test]
+    fn a_subleaf_is_told_of_leaves_that_have_some() {
+        let told = |leaf, subleaf| Told {
+            rax: leaf,
+            rcx: subleaf,
+            ..Told::default()
+        };
+        for (leaf, subleaf, key) in [
+            (1, 9, 1),
+            (0xd, 9, 0xd | 9 << 32),
+            (0xffff_ffff_0000_000d, 0xffff_ffff, 0xd | 0x7f_ffff << 32),
+            (0x4fff_fffc, 48, 0x4fff_fffc | 48 << 32),
+            (0x4000_0000, 48, 0x4000_0000),
+        ] {
+            for (isa, code) in [(Isa::Vmx, 10), (Isa::Svm, 0x72)] {
+                assert_eq!(wire(isa, code, told(leaf, subleaf)), (Kind::Cpuid, key));
+            }
+        }
+    }
+
+    #[test]
+    fn a_hypercall_is_in_rax_unless_it_is_of_hyperv() {
+        for (isa, code) in [(Isa::Vmx, 18), (Isa::Svm, 0x81)] {
+            for (hyperv, key) in [(None, 5), (Some(0x5c), 0x5c | 1 << 32)] {
+                let told = Told {
+                    rax: 5,
+                    hyperv,
+                    ..Told::default()
+                };
+                assert_eq!(wire(isa, code, told), (Kind::Hypercall, key));
+            }
+        }
+    }
+
+    /// Nothing that a guest or the CPU tells makes a detail too large.
+    #[test]
+    fn every_detail_has_room_beside_its_reason() {
+        let told = Told {
+            qualification: u64::MAX,
+            address: u64::MAX,
+            interruption: u32::MAX,
+            rax: u64::MAX,
+            rcx: u64::MAX,
+            hyperv: None,
+            is_svm: false,
+        };
+        let mut with_detail = 0;
+        for (isa, code) in [Isa::Vmx, Isa::Svm]
+            .map(|isa| (0..0x500).map(move |it| (isa, it)))
+            .into_iter()
+            .flatten()
+        {
+            let slot = reasons::slot(isa, code);
+            let Some(key) = key(isa, slot, &told) else {
+                continue;
+            };
+            assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}: {key:#x}");
+            assert_eq!(key & NESTED, 0, "{isa:?} {code:#x}: {key:#x}");
+            let (kind, number) = to_wire(isa, code, detail_of(key));
+            assert_ne!(kind, Kind::None, "{isa:?} {code:#x}");
+            assert!(kind != Kind::Address || number & IS_ADDRESS == 0);
+            with_detail += 1;
+        }
+        assert_eq!(with_detail, 16 + 6);
+    }
+
+    /// What the qualification, the interruption information and EXITINFO1 tell, with all bits set
+    /// beside what counts.
+    #[test]
+    fn registers_the_apic_and_vectors_are_told_by_their_bits_alone() {
+        let told = |qualification, interruption| Told {
+            qualification,
+            interruption,
+            ..Told::default()
+        };
+        for (isa, code, told, expected) in [
+            // MOV to CR3 from RDI; MOV from CR8 to RSI; CLTS.
+            (Isa::Vmx, 28, told(0x703, 0), (Kind::Control, 3)),
+            (Isa::Vmx, 28, told(0x618, 0), (Kind::Control, 8 | 1 << 4)),
+            (Isa::Vmx, 28, told(0x20, 0), (Kind::Control, 2 << 4)),
+            (Isa::Vmx, 28, told(!0x3f, 0), (Kind::Control, 0)),
+            // MOV to DR7 from RAX; MOV from DR6 to R15.
+            (Isa::Vmx, 29, told(0x007, 0), (Kind::Debug, 7)),
+            (Isa::Vmx, 29, told(0xf16, 0), (Kind::Debug, 6 | 1 << 4)),
+            (Isa::Vmx, 29, told(!0x17, 0), (Kind::Debug, 0)),
+            // A write of EOI, at its offset; a read of the version.
+            (Isa::Vmx, 44, told(0x10b0, 0), (Kind::ApicAccess, 0x10b0)),
+            (Isa::Vmx, 44, told(0x1_0030, 0), (Kind::ApicAccess, 0x30)),
+            (Isa::Vmx, 45, told(!0xff | 0xd1, 0), (Kind::Eoi, 0xd1)),
+            (
+                Isa::Vmx,
+                56,
+                told(!0xfff | 0x300, 0),
+                (Kind::ApicWrite, 0x300),
+            ),
+            (
+                Isa::Svm,
+                0x402,
+                told(1 << 32 | 0x380, 0),
+                (Kind::ApicAccess, 1 << 12 | 0x380),
+            ),
+            (
+                Isa::Svm,
+                0x402,
+                told(!(1 << 32 | 0xff0) | 0x20, 0),
+                (Kind::ApicAccess, 0x20),
+            ),
+            // The timer's interrupt; a page fault; an NMI.
+            (Isa::Vmx, 1, told(0, 0x8000_00ec), (Kind::Vector, 0xec)),
+            (Isa::Vmx, 0, told(0, 0x8000_0b0e), (Kind::Vector, 0x30e)),
+            (Isa::Vmx, 0, told(0, 0x8000_0202), (Kind::Vector, 0x202)),
+        ] {
+            assert_eq!(wire(isa, code, told), expected, "{isa:?} {code:#x}");
+        }
+    }
+}

@@ -1,0 +1,594 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tables of one vCPU: its exits by what they were about, by which code of the guest's caused
+//! them, and by why they went to user space.
+//!
+//! Tables stand beside a [`Ledger`], and are written in the same transitions. When they begin, they
+//! take down what the ledger has counted so far: the baseline. So the exits and ticks of a reason
+//! that no row has are the ledger's, less the baseline, less the rows: rows and these others sum
+//! to the reason's, to the tick, and nothing is counted twice. A row that has to give way is simply
+//! overwritten: what it had falls to the others.
+//!
+//! # Which rows are kept
+//!
+//! Details and code are kept by Space-Saving (Metwally, Agrawal, El Abbadi: "Efficient Computation
+//! of Frequent and Top-k Elements in Data Streams", ICDT 2005) in sets of [`WAYS`] rows. A key
+//! belongs to one set. A new key takes the place of the row of the fewest exits in its set, those
+//! that the row may have missed included. So each key that is in no row has had at most as many
+//! exits as that row; with this the new row begins, as the most that it may have missed. Of ticks a
+//! row may have missed at most all that was lost in its set before it came. A row of a set in which
+//! nothing was lost is exact.
+//!
+//! A guest mostly repeats itself. So each set knows its latest row, and an exit is compared with
+//! that alone before its set is searched, out of line.
+//!
+//! A guest chooses keys, and can fill its own table with rubbish. It takes no longer for that, and
+//! the sums stay exact.
+
+use super::{
+    atomic::{
+        self,
+        AtomicU16,
+        AtomicU32,
+        AtomicU64,
+        AtomicUsize,
+        Cell,
+        Ordering::Relaxed, //
+    },
+    detail,
+    ledger::Ledger,
+    phase::Phase,
+    reasons::{Slot, SLOTS},
+};
+
+mod copy;
+pub use copy::{CodeCopy, DetailCopy, Others, TablesCopy, UserCopy};
+
+/// Rows of a set.
+pub const WAYS: usize = 4;
+/// Sets of details, as a power of two.
+const DETAIL_POWER: u32 = 6;
+/// Sets of code, as a power of two.
+const CODE_POWER: u32 = 7;
+/// Rows of details.
+pub const DETAILS: usize = WAYS << DETAIL_POWER;
+/// Rows of code.
+pub const CODES: usize = WAYS << CODE_POWER;
+/// Rows of exits to user space.
+pub const USERS: usize = 32;
+
+/// A multiplication by this spreads keys over the high bits: GOLDEN_RATIO_32 of linux/hash.h, from
+/// the golden ratio (Knuth, "The Art of Computer Programming", volume 3, 6.4).
+const SPREAD: u32 = 0x61c8_8647;
+
+/// The most that the tables of one vCPU take, in bytes.
+pub const MOST_BYTES: usize = 48 * 1024;
+
+/// A row of details: one cache line.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Detail {
+    /// Its exits' key: see [`detail::key`]. 0 for a row that is free.
+    key: AtomicU64,
+    exits: AtomicU64,
+    kernel: AtomicU64,
+    user: AtomicU64,
+    missed_exits: AtomicU64,
+    missed_kernel: AtomicU64,
+    missed_user: AtomicU64,
+    /// Ticks that were lost in the set: in its first row the kernel's, in the second user space's.
+    lost: AtomicU64,
+}
+
+/// A row of code.
+#[repr(C)]
+#[derive(Debug)]
+struct Code {
+    rip: AtomicU64,
+    /// See [`Which`].
+    which: AtomicU32,
+    unused: AtomicU32,
+    /// 0 for a row that is free.
+    exits: AtomicU64,
+    kernel: AtomicU64,
+    missed_exits: AtomicU64,
+    missed_kernel: AtomicU64,
+}
+
+/// A row of exits to user space.
+#[repr(C)]
+#[derive(Debug)]
+struct User {
+    /// Reason, and why; 0 for a row that is free.
+    tag: AtomicU64,
+    exits: AtomicU64,
+    ticks: AtomicU64,
+}
+
+/// What a ledger had of one reason when the tables began.
+#[derive(Debug)]
+struct Baseline {
+    exits: AtomicU64,
+    kernel: AtomicU64,
+    user: AtomicU64,
+}
+
+/// What an exit tells.
+#[derive(Clone, Copy, Debug)]
+pub struct About {
+    /// Its reason.
+    pub slot: Slot,
+    /// It came from a nested guest, an L2.
+    pub nested: bool,
+    /// What it was about: see [`detail::key`].
+    pub key: Option<u64>,
+    /// Where the guest was; `None` when its registers are encrypted.
+    pub rip: Option<u64>,
+}
+
+/// The keys of an exit, as few words: they go from function to function in registers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keys {
+    pub(super) which: Which,
+    /// 0 for an exit without a detail.
+    pub(super) detail: u64,
+    /// 0 where it cannot be read, as `which` tells.
+    pub(super) rip: u64,
+}
+
+/// Which reason an exit is of: its row in the ledger, and in bits above that whether it came from a
+/// nested guest and whether its RIP cannot be read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Which(u32);
+
+/// Where that holds that the exit came from a nested guest.
+const IS_NESTED: u32 = 1 << 8;
+/// Where that holds that the RIP cannot be read.
+const NO_RIP: u32 = 1 << 9;
+/// The bits of a row's place.
+const SLOT: u32 = IS_NESTED - 1;
+
+impl About {
+    /// Return the keys of the exit.
+    #[inline(always)]
+    pub(super) fn keys(&self) -> Keys {
+        let mut which = self.slot.index() as u32;
+        let mut detail = self.key.unwrap_or(0);
+        if self.nested {
+            which |= IS_NESTED;
+            if detail != 0 {
+                detail |= detail::NESTED;
+            }
+        }
+        if self.rip.is_none() {
+            which |= NO_RIP;
+        }
+        Keys {
+            which: Which(which),
+            detail,
+            rip: self.rip.unwrap_or(0),
+        }
+    }
+}
+
+impl Which {
+    /// Return true if the exit came from a nested guest.
+    #[inline(always)]
+    pub(super) const fn is_nested(self) -> bool {
+        self.0 & IS_NESTED != 0
+    }
+
+    /// Return the place of the row of the ledger.
+    #[inline(always)]
+    const fn place(self) -> u32 {
+        self.0 & SLOT
+    }
+
+    /// Return the row of the ledger.
+    #[inline(always)]
+    pub(super) fn slot(self) -> Slot {
+        Slot::from_index(self.place() as usize).unwrap_or(Slot::OTHER)
+    }
+
+    #[inline(always)]
+    const fn has_rip(self) -> bool {
+        self.0 & NO_RIP == 0
+    }
+}
+
+/// The rows of an exit.
+///
+/// # Invariants
+///
+/// They are how many bytes from the first row of its table a row begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    detail: usize,
+    code: usize,
+}
+
+/// The tables of one vCPU. All-zero bytes are some that have not begun, once they are prepared.
+///
+/// The first row of each table is nobody's: what has no row is booked there, and never read.
+///
+/// # Invariants
+///
+/// - `detail`, `code` and `user` are how many bytes from the first row of its table a row begins.
+/// - They are in no row, or in one of the ledger's latest reason; `user` alone may lag behind.
+/// - So are `latest_details` and `latest_codes`, each in a row that is in use, or the first one.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub struct Tables {
+    /// For the platform, once the tables are let go. Comes first, as `kvfree_rcu()` demands.
+    retired: [AtomicUsize; 2],
+    /// TSC when the tables began.
+    since: AtomicU64,
+    has_begun: AtomicU32,
+    detail: AtomicU32,
+    code: AtomicU32,
+    user: AtomicU32,
+    /// An exit came without RIP.
+    lacks_rip: AtomicU32,
+    /// By set: where its latest row begins.
+    latest_details: [AtomicU16; 1 << DETAIL_POWER],
+    latest_codes: [AtomicU16; 1 << CODE_POWER],
+    codes_in_use: [AtomicU64; CODES / 64],
+    /// By set: kernel ticks that were lost.
+    code_lost: [AtomicU64; 1 << CODE_POWER],
+    /// By reason: exits to user space that have no row.
+    other_users: [AtomicU64; SLOTS],
+    /// Their rows begin a cache line each, so they stand where no room is lost by that.
+    details: [Detail; 1 + DETAILS],
+    codes: [Code; 1 + CODES],
+    users: [User; 1 + USERS],
+    baseline: [Baseline; SLOTS],
+    details_in_use: [AtomicU64; DETAILS / 64],
+}
+
+// Loom's atomics are larger.
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
+// Where a row begins has room in 16 bits.
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<[Detail; 1 + DETAILS]>() <= 1 << 16);
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<[Code; 1 + CODES]>() <= 1 << 16);
+
+/// Adds to a cell that only this thread writes.
+#[inline(always)]
+fn add(cell: &AtomicU64, value: u64) {
+    cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
+}
+
+/// Reads a cell of a vCPU's tables, in a transition of that vCPU.
+#[inline(always)]
+fn own<C: Cell>(cell: &C) -> C::Value {
+    // SAFETY: Only transitions write to tables, and there is one at a time.
+    unsafe { atomic::own(cell) }
+}
+
+/// Sets the bit of a row, counted from the first that is somebody's.
+fn mark(bits: &[AtomicU64], row: usize) {
+    if let Some(word) = bits.get(row / 64) {
+        let bit = 1_u64.wrapping_shl(row as u32 % 64);
+        word.store(word.load(Relaxed) | bit, Relaxed);
+    }
+}
+
+/// Return the set of `1 << power` that a key belongs to, by its low half.
+#[inline(always)]
+const fn set_of(key: u32, power: u32) -> usize {
+    (key.wrapping_mul(SPREAD) >> (32 - power)) as usize
+}
+
+/// Return the set of code that a place belongs to, where exits are of a reason.
+#[inline(always)]
+const fn code_set(rip: u64, slot: u32) -> usize {
+    set_of((rip as u32).wrapping_add(slot << 3), CODE_POWER)
+}
+
+/// Return where a set begins, whose rows take `row` bytes: behind the first row of the table.
+const fn start_of(set: usize, row: usize) -> usize {
+    set.wrapping_mul(WAYS * row).wrapping_add(row)
+}
+
+/// Return the reason as rows of exits to user space hold it: never 0, so that no tag is.
+const fn user_reason(slot: Slot) -> u64 {
+    (slot.index() as u64).wrapping_add(1)
+}
+
+impl Tables {
+    /// Room for the platform, once nobody uses the tables any more.
+    pub fn room(&self) -> &[AtomicUsize; 2] {
+        &self.retired
+    }
+
+    #[inline(always)]
+    fn detail_at(&self, offset: usize) -> &Detail {
+        // SAFETY: By the invariant of `Tables`, or of who computes it, a row is there.
+        unsafe { &*self.details.as_ptr().byte_add(offset) }
+    }
+
+    #[inline(always)]
+    fn code_at(&self, offset: usize) -> &Code {
+        // SAFETY: As above.
+        unsafe { &*self.codes.as_ptr().byte_add(offset) }
+    }
+
+    #[inline(always)]
+    fn user_at(&self, offset: usize) -> &User {
+        // SAFETY: As above.
+        unsafe { &*self.users.as_ptr().byte_add(offset) }
+    }
+
+    /// Make all-zero bytes tables that have not begun.
+    pub fn prepare(&self) {
+        // No exit is one of the first row, that all latest rows are at first.
+        self.code_at(0).which.store(u32::MAX, Relaxed);
+    }
+
+    /// Return the rows of an exit that is none of a nested guest, if each is the latest one of its
+    /// set; `None` where they are to be looked for. If there are some, the reason has had an exit.
+    #[inline(always)]
+    pub(super) fn latest_rows(&self, slot: Slot, key: Option<u64>, rip: u64) -> Option<Rows> {
+        let detail = match key {
+            None => 0,
+            Some(key) => {
+                let set = set_of(key as u32, DETAIL_POWER);
+                // SAFETY: The set is below the power of 2 of their number.
+                let latest = own(unsafe { self.latest_details.get_unchecked(set) }).into();
+                if own(&self.detail_at(latest).key) != key {
+                    return None;
+                }
+                latest
+            }
+        };
+        let set = code_set(rip, slot.index() as u32);
+        // SAFETY: As above.
+        let code = own(unsafe { self.latest_codes.get_unchecked(set) }).into();
+        let row = self.code_at(code);
+        if own(&row.rip) != rip || own(&row.which) != slot.index() as u32 {
+            return None;
+        }
+        Some(Rows { detail, code })
+    }
+
+    /// Return the rows of an exit at TSC `now`, which gets those that it has not. In the ledger's
+    /// transition, before the ledger counts the exit.
+    pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
+        let detail = match keys.detail {
+            0 => 0,
+            key => {
+                let row = self
+                    .find_detail(key)
+                    .unwrap_or_else(|| self.new_detail(ledger, now, key));
+                if let Some(latest) = self.latest_details.get(set_of(key as u32, DETAIL_POWER)) {
+                    // INVARIANT: The row is there, and in use.
+                    latest.store(row as u16, Relaxed);
+                }
+                row
+            }
+        };
+        let code = match keys.which.has_rip() {
+            true => {
+                let row = self
+                    .find_code(keys.rip, keys.which)
+                    .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.which));
+                if let Some(latest) = self
+                    .latest_codes
+                    .get(code_set(keys.rip, keys.which.place()))
+                {
+                    // INVARIANT: As above.
+                    latest.store(row as u16, Relaxed);
+                }
+                row
+            }
+            false => {
+                self.lacks_rip.store(1, Relaxed);
+                0
+            }
+        };
+        Rows { detail, code }
+    }
+
+    /// Take an exit into its rows, in the ledger's transition.
+    #[inline(always)]
+    pub(super) fn take_exit(&self, rows: Rows) {
+        // INVARIANT: By that of `Rows`.
+        self.detail.store(rows.detail as u32, Relaxed);
+        self.code.store(rows.code as u32, Relaxed);
+        add(&self.detail_at(rows.detail).exits, 1);
+        add(&self.code_at(rows.code).exits, 1);
+    }
+
+    /// Return where the row of a key is, if it has one.
+    fn find_detail(&self, key: u64) -> Option<usize> {
+        let mut offset = start_of(set_of(key as u32, DETAIL_POWER), size_of::<Detail>());
+        for _ in 0..WAYS {
+            if own(&self.detail_at(offset).key) == key {
+                return Some(offset);
+            }
+            offset = offset.wrapping_add(size_of::<Detail>());
+        }
+        None
+    }
+
+    /// Give a key a row of its set; return where it is.
+    #[cold]
+    #[inline(never)]
+    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64) -> usize {
+        const ROW: usize = size_of::<Detail>();
+        self.begin(ledger, now);
+        let first = start_of(set_of(key as u32, DETAIL_POWER), ROW);
+        let mut chosen = (first, u64::MAX);
+        let mut offset = first;
+        for _ in 0..WAYS {
+            let row = self.detail_at(offset);
+            if row.key.load(Relaxed) == 0 {
+                // The first row is nobody's.
+                mark(&self.details_in_use, (offset / ROW).wrapping_sub(1));
+                row.key.store(key, Relaxed);
+                return offset;
+            }
+            let weight = row
+                .exits
+                .load(Relaxed)
+                .saturating_add(row.missed_exits.load(Relaxed));
+            if weight < chosen.1 {
+                chosen = (offset, weight);
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        let (offset, missed) = chosen;
+        let row = self.detail_at(offset);
+        let kernel_lost = &self.detail_at(first).lost;
+        let user_lost = &self.detail_at(first.wrapping_add(ROW)).lost;
+        add(kernel_lost, row.kernel.load(Relaxed));
+        add(user_lost, row.user.load(Relaxed));
+        row.key.store(key, Relaxed);
+        row.missed_exits.store(missed, Relaxed);
+        row.missed_kernel.store(kernel_lost.load(Relaxed), Relaxed);
+        row.missed_user.store(user_lost.load(Relaxed), Relaxed);
+        for cell in [&row.exits, &row.kernel, &row.user] {
+            cell.store(0, Relaxed);
+        }
+        offset
+    }
+
+    /// Return where the row of a place in the guest's code is, if it has one.
+    fn find_code(&self, rip: u64, which: Which) -> Option<usize> {
+        const ROW: usize = size_of::<Code>();
+        let mut offset = start_of(code_set(rip, which.place()), ROW);
+        for _ in 0..WAYS {
+            let row = self.code_at(offset);
+            // All bytes of a free row are 0, which is a place of the first reason as well.
+            if own(&row.rip) == rip && own(&row.which) == which.0 && own(&row.exits) != 0 {
+                return Some(offset);
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        None
+    }
+
+    /// Give a place in the guest's code a row of its set; return where it is.
+    #[cold]
+    #[inline(never)]
+    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, which: Which) -> usize {
+        const ROW: usize = size_of::<Code>();
+        self.begin(ledger, now);
+        let set = code_set(rip, which.place());
+        let mut offset = start_of(set, ROW);
+        let mut chosen = (offset, u64::MAX);
+        for _ in 0..WAYS {
+            let row = self.code_at(offset);
+            if row.exits.load(Relaxed) == 0 {
+                mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1));
+                row.rip.store(rip, Relaxed);
+                row.which.store(which.0, Relaxed);
+                return offset;
+            }
+            let weight = row
+                .exits
+                .load(Relaxed)
+                .saturating_add(row.missed_exits.load(Relaxed));
+            if weight < chosen.1 {
+                chosen = (offset, weight);
+            }
+            offset = offset.wrapping_add(ROW);
+        }
+        let (offset, missed) = chosen;
+        let row = self.code_at(offset);
+        let mut lost = 0;
+        if let Some(cell) = self.code_lost.get(set) {
+            add(cell, row.kernel.load(Relaxed));
+            lost = cell.load(Relaxed);
+        }
+        row.rip.store(rip, Relaxed);
+        row.which.store(which.0, Relaxed);
+        row.missed_exits.store(missed, Relaxed);
+        row.missed_kernel.store(lost, Relaxed);
+        for cell in [&row.exits, &row.kernel] {
+            cell.store(0, Relaxed);
+        }
+        offset
+    }
+
+    /// Take down what the ledger has so far, unless that was done. Each table is empty at first, so
+    /// the first exit that needs a row comes here.
+    fn begin(&self, ledger: &Ledger, now: u64) {
+        if self.has_begun.load(Relaxed) != 0 {
+            return;
+        }
+        for slot in ledger.slots() {
+            if let Some(baseline) = self.baseline.get(slot.index()) {
+                baseline.exits.store(ledger.exits(slot), Relaxed);
+                let ticks = |phase| ledger.cycles(phase, slot);
+                baseline.kernel.store(ticks(Phase::Kernel), Relaxed);
+                baseline.user.store(ticks(Phase::User), Relaxed);
+            }
+        }
+        self.since.store(now, Relaxed);
+        self.has_begun.store(1, Relaxed);
+    }
+
+    /// Book kernel ticks on the rows of the latest exit.
+    #[inline(always)]
+    pub(super) fn book_kernel(&self, ticks: u64) {
+        add(&self.detail_at(own(&self.detail) as usize).kernel, ticks);
+        add(&self.code_at(own(&self.code) as usize).kernel, ticks);
+    }
+
+    /// Book ticks of a phase, by its number, on the rows of the latest exit, which was of a reason.
+    #[inline(always)]
+    pub(super) fn book(&self, slot: Option<Slot>, phase: u32, ticks: u64) {
+        if phase == Phase::Kernel as u32 {
+            self.book_kernel(ticks);
+        } else if phase == Phase::User as u32 {
+            add(&self.detail_at(own(&self.detail) as usize).user, ticks);
+            let row = self.user_at(own(&self.user) as usize);
+            // The latest exit to user space may be of another reason than the latest exit.
+            if slot.map(user_reason) == Some(row.tag.load(Relaxed) >> 16) {
+                add(&row.ticks, ticks);
+            }
+        }
+    }
+
+    /// Take an exit to user space, for `why`: KVM_EXIT_* (linux/kvm.h), in 16 bits.
+    pub(super) fn leave_to_user(&self, slot: Option<Slot>, why: u16) {
+        const ROW: usize = size_of::<User>();
+        let Some(slot) = slot else {
+            return;
+        };
+        if self.has_begun.load(Relaxed) == 0 {
+            return;
+        }
+        let tag = user_reason(slot) << 16 | u64::from(why);
+        let mut offset = ROW;
+        for _ in 0..USERS {
+            let row = self.user_at(offset);
+            match row.tag.load(Relaxed) {
+                0 => row.tag.store(tag, Relaxed),
+                other if other != tag => {
+                    offset = offset.wrapping_add(ROW);
+                    continue;
+                }
+                _ => {}
+            }
+            add(&row.exits, 1);
+            // INVARIANT: That row is there.
+            self.user.store(offset as u32, Relaxed);
+            return;
+        }
+        // INVARIANT: The first row.
+        self.user.store(0, Relaxed);
+        if let Some(cell) = self.other_users.get(slot.index()) {
+            add(cell, 1);
+        }
+    }
+
+    /// Go on at `now` by a clock that has begun anew; it was `then` by the one before.
+    pub(super) fn rebase(&self, then: u64, now: u64) {
+        let age = then.wrapping_sub(self.since.load(Relaxed));
+        self.since.store(now.wrapping_sub(age), Relaxed);
+    }
+}

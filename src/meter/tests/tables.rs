@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tables against exact counting: whatever comes, rows and others are all there was, and each
+//! row is within its bound.
+#![cfg(not(loom))]
+
+use std::collections::HashMap;
+
+use exitmeter_meter::{
+    detail,
+    ledger::{Ledger, LedgerCopy},
+    phase::Phase,
+    reasons::{self, Isa, Slot},
+    tables::{About, Tables, TablesCopy, CODES, DETAILS, MOST_BYTES, USERS, WAYS},
+};
+use proptest::prelude::*;
+
+/// The most exits of one stream. Miri takes a thousand times as long.
+const EXITS: usize = if cfg!(miri) { 60 } else { 4000 };
+
+/// Exits and ticks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sums {
+    exits: u64,
+    kernel: u64,
+    user: u64,
+}
+
+impl Sums {
+    fn add(&mut self, other: Sums) {
+        self.exits += other.exits;
+        self.kernel += other.kernel;
+        self.user += other.user;
+    }
+
+    /// What is left without `other`; a sum that is too small panics.
+    fn less(self, other: Sums) -> Self {
+        Self {
+            exits: self.exits.checked_sub(other.exits).expect("exits"),
+            kernel: self.kernel.checked_sub(other.kernel).expect("kernel ticks"),
+            user: self.user.checked_sub(other.user).expect("user ticks"),
+        }
+    }
+}
+
+/// Keys as they come.
+#[derive(Clone, Copy, Debug)]
+enum Stream {
+    /// Few keys have most exits.
+    Skewed,
+    /// Each key is as likely as any other, and there are more than rows.
+    Uniform,
+    /// One key more than a set has rows, in turns: each evicts the next.
+    Hostile,
+    /// No key comes twice.
+    Ever,
+}
+
+/// By a fixed rule, so that a failure can be had again.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        (self.next() >> 11) % bound
+    }
+}
+
+/// What an exit is of, but for its reason.
+type Key = (Slot, bool, u64);
+
+/// A vCPU with tables, and what these are to hold by the plainest count.
+struct Metered {
+    ledger: Box<Ledger>,
+    tables: Box<Tables>,
+    now: u64,
+    begun: bool,
+    reasons: HashMap<usize, Sums>,
+    details: HashMap<(usize, bool, u64), Sums>,
+    codes: HashMap<(usize, bool, u64), Sums>,
+    users: HashMap<(usize, u16), Sums>,
+}
+
+impl Metered {
+    fn new() -> Self {
+        // SAFETY: All-zero bytes are a valid ledger and valid tables.
+        let (ledger, tables): (Box<Ledger>, Box<Tables>) =
+            unsafe { (Box::new(core::mem::zeroed()), Box::new(core::mem::zeroed())) };
+        tables.prepare();
+        let metered = Self {
+            ledger,
+            tables,
+            now: 1000,
+            begun: false,
+            reasons: HashMap::new(),
+            details: HashMap::new(),
+            codes: HashMap::new(),
+            users: HashMap::new(),
+        };
+        metered.ledger.begin(metered.now, Phase::Kernel);
+        metered.ledger.entry(metered.now + 5);
+        metered
+    }
+
+    fn at(&mut self, ticks: u64) -> u64 {
+        self.now += ticks;
+        self.now
+    }
+
+    /// An exit with so many kernel ticks, and unless 0 so many user ticks, after an exit to user
+    /// space for a cause.
+    fn exit(
+        &mut self,
+        (slot, nested, key): Key,
+        detail: bool,
+        rip: u64,
+        kernel: u64,
+        user: u64,
+        why: u16,
+    ) {
+        let about = About {
+            slot,
+            nested,
+            key: detail.then_some(detail::key_of(slot, key)),
+            rip: (rip != 0).then_some(rip),
+        };
+        self.begun |= detail || rip != 0;
+        let now = self.at(50);
+        self.ledger.exit_with(&self.tables, now, &about);
+        if user != 0 {
+            let now = self.at(kernel);
+            self.ledger
+                .leave_with(&self.tables, now, Phase::User, Some(why));
+            let now = self.at(user);
+            self.ledger.resume_with(&self.tables, now);
+        }
+        let now = self.at(kernel);
+        self.ledger.entry_with(&self.tables, now);
+        if !self.begun {
+            return;
+        }
+        let sums = Sums {
+            exits: 1,
+            kernel: if user == 0 { kernel } else { 2 * kernel },
+            user,
+        };
+        self.reasons.entry(slot.index()).or_default().add(sums);
+        if detail {
+            self.details
+                .entry((slot.index(), nested, key))
+                .or_default()
+                .add(sums);
+        }
+        if rip != 0 {
+            self.codes
+                .entry((slot.index(), nested, rip))
+                .or_default()
+                .add(sums);
+        }
+        if user != 0 {
+            self.users.entry((slot.index(), why)).or_default().add(sums);
+        }
+    }
+
+    fn copy(&self) -> (Box<LedgerCopy>, Box<TablesCopy>) {
+        let (mut ledger, mut tables) = (Box::new(LedgerCopy::new()), Box::new(TablesCopy::new()));
+        assert!(self
+            .ledger
+            .try_copy_with(&mut ledger, &mut Some((&self.tables, &mut tables))));
+        assert!(ledger.balances());
+        (ledger, tables)
+    }
+
+    /// Demand that the tables hold what there was.
+    fn check(&self) {
+        let (ledger, tables) = self.copy();
+        assert_eq!(tables.has_begun(), self.begun);
+        if !self.begun {
+            return;
+        }
+        let total: u64 = self.reasons.values().map(|sums| sums.exits).sum();
+        for (place, all) in &self.reasons {
+            let slot = Slot::from_index(*place).expect("below SLOTS");
+            let mut rows = Sums::default();
+            for row in tables
+                .details()
+                .iter()
+                .filter(|row| row.slot() == Some(slot))
+            {
+                let exact = self.details[&(*place, row.is_nested(), row.detail())];
+                let has = Sums {
+                    exits: row.exits,
+                    kernel: row.kernel,
+                    user: row.user,
+                };
+                let missed = exact.less(has);
+                assert!(missed.exits <= row.missed_exits);
+                assert!(missed.kernel <= row.missed_kernel);
+                assert!(missed.user <= row.missed_user);
+                rows.add(has);
+            }
+            let others = tables.other_details(&ledger, slot);
+            let left = all.less(rows);
+            assert_eq!(
+                (others.exits, others.kernel, others.user),
+                (left.exits, left.kernel, left.user)
+            );
+
+            let mut rows = Sums::default();
+            for row in tables.codes().iter().filter(|row| row.slot() == Some(slot)) {
+                let exact = Sums {
+                    user: 0,
+                    ..self.codes[&(*place, row.is_nested(), row.rip)]
+                };
+                let has = Sums {
+                    exits: row.exits,
+                    kernel: row.kernel,
+                    user: 0,
+                };
+                let missed = exact.less(has);
+                assert!(missed.exits <= row.missed_exits);
+                assert!(missed.kernel <= row.missed_kernel);
+                rows.add(has);
+            }
+            let others = tables.other_codes(&ledger, slot);
+            let left = all.less(rows);
+            assert_eq!(
+                (others.exits, others.kernel, others.user),
+                (left.exits, left.kernel, 0)
+            );
+
+            let (mut rows, mut users) = (Sums::default(), Sums::default());
+            for row in tables.users().iter().filter(|row| row.slot() == Some(slot)) {
+                let exact = self.users[&(*place, row.why())];
+                assert_eq!((row.exits, row.ticks), (exact.exits, exact.user));
+                rows.add(exact);
+            }
+            for (_, sums) in self.users.iter().filter(|((it, _), _)| it == place) {
+                users.add(*sums);
+            }
+            let (others, left) = (tables.other_users(&ledger, slot), users.less(rows));
+            assert_eq!((others.exits, others.user), (left.exits, left.user));
+        }
+        // Whoever has more than a set can give to all its rows has a row.
+        for ((place, nested, detail), exact) in &self.details {
+            let has_row = tables.details().iter().any(|row| {
+                let slot = row.slot().map(Slot::index);
+                (slot, row.is_nested(), row.detail()) == (Some(*place), *nested, *detail)
+            });
+            assert!(has_row || exact.exits <= total / WAYS as u64);
+        }
+        if self.details.len() <= WAYS {
+            assert!(tables.details().iter().all(|row| row.missed_exits == 0));
+        }
+    }
+}
+
+/// Details of one set, by the rule of `Tables`.
+fn of_one_set(slot: Slot, count: usize) -> Vec<u64> {
+    let set = |detail| (detail::key_of(slot, detail) as u32).wrapping_mul(0x61c8_8647) >> 26;
+    (0..)
+        .filter(|detail| set(*detail) == set(0))
+        .take(count)
+        .collect()
+}
+
+fn slots() -> [Slot; 3] {
+    [32, 30, 10].map(|code| reasons::slot(Isa::Vmx, code))
+}
+
+#[test]
+fn tables_take_48_kib_at_most() {
+    assert!(size_of::<Tables>() <= MOST_BYTES && MOST_BYTES == 48 * 1024);
+    const { assert!(DETAILS >= 256 && CODES >= 512 && USERS >= 32) };
+}
+
+#[test]
+fn one_more_key_than_a_set_has_rows_evicts_and_all_else_is_exact() {
+    let slot = slots()[0];
+    let keys = of_one_set(slot, WAYS + 1);
+    let mut metered = Metered::new();
+    for round in 1..=10 {
+        for key in keys.iter().take(WAYS) {
+            metered.exit((slot, false, *key), true, 7, 100, 0, 0);
+        }
+        let (ledger, tables) = metered.copy();
+        assert!(tables
+            .details()
+            .iter()
+            .all(|row| row.exits == round && row.missed_exits == 0));
+        assert!(tables.other_details(&ledger, slot).is_empty());
+    }
+    metered.exit((slot, false, keys[WAYS]), true, 7, 300, 0, 0);
+    metered.check();
+    let (ledger, tables) = metered.copy();
+    let new = tables
+        .details()
+        .iter()
+        .find(|row| row.detail() == keys[WAYS])
+        .expect("a row");
+    assert_eq!((new.exits, new.kernel), (1, 300));
+    assert_eq!((new.missed_exits, new.missed_kernel), (10, 1000));
+    let others = tables.other_details(&ledger, slot);
+    assert_eq!((others.exits, others.kernel), (10, 1000));
+    assert_eq!(tables.codes().len(), 1);
+    assert_eq!(
+        (tables.codes()[0].exits, tables.codes()[0].kernel),
+        (41, 4300)
+    );
+}
+
+#[test]
+fn what_was_before_the_tables_is_not_theirs() {
+    let mut metered = Metered::new();
+    let slot = slots()[2];
+    let now = metered.at(50);
+    metered.ledger.exit(now, slot);
+    let now = metered.at(1_000_000);
+    metered.ledger.entry(now);
+    metered.exit((slot, false, 1), false, 0, 70, 9, 2);
+    metered.check();
+    metered.exit((slot, false, 1), true, 7, 70, 9, 2);
+    metered.check();
+    let (ledger, tables) = metered.copy();
+    assert_eq!(ledger.row(slot).exits, 3);
+    assert_eq!(tables.details().len(), 1);
+    assert!(tables.other_details(&ledger, slot).is_empty());
+    assert_eq!(tables.since, now + 50 + 70 + 9 + 70 + 50);
+    assert!(tables.lacks_rip());
+}
+
+/// A clock that begins anew, while a vCPU is in the kernel or in user space, moves nothing.
+#[test]
+fn tables_go_on_when_the_clock_begins_anew() {
+    for phase in [Phase::Kernel, Phase::User] {
+        let mut metered = Metered::new();
+        // SAFETY: They stay longer than the ledger is used.
+        unsafe { metered.ledger.set_tables(&raw mut *metered.tables) };
+        let slot = slots()[1];
+        let about = About {
+            slot,
+            nested: false,
+            key: Some(detail::key_of(slot, 5)),
+            rip: Some(9),
+        };
+        let begun = metered.at(100);
+        metered.ledger.exit_with(&metered.tables, begun, &about);
+        let now = metered.at(10);
+        if phase == Phase::User {
+            metered
+                .ledger
+                .leave_with(&metered.tables, now, phase, Some(2));
+        }
+        metered.ledger.rebase(now + 1000, 7);
+        if phase == Phase::User {
+            metered.ledger.resume_with(&metered.tables, 27);
+        }
+        metered.ledger.entry_with(&metered.tables, 30);
+        let (ledger, tables) = metered.copy();
+        let row = tables.details()[0];
+        let (kernel, user) = match phase {
+            Phase::User => (10 + 3, 1000 + 20),
+            _ => (10 + 1000 + 23, 0),
+        };
+        assert_eq!((row.kernel, row.user), (kernel, user));
+        assert_eq!(
+            tables.users().iter().map(|row| row.ticks).sum::<u64>(),
+            user
+        );
+        assert!(tables.other_details(&ledger, slot).is_empty());
+        assert!(tables.other_users(&ledger, slot).is_empty());
+        assert_eq!(ledger.last.wrapping_sub(tables.since), 10 + 1000 + 23);
+    }
+}
+
+/// All bytes of an exit of the first reason at address 0 are 0, as those of a row that is free.
+#[test]
+fn an_exit_whose_numbers_are_0_has_a_row() {
+    let mut metered = Metered::new();
+    let slot = reasons::slot(Isa::Svm, 0);
+    let about = About {
+        slot,
+        nested: false,
+        key: None,
+        rip: Some(0),
+    };
+    for _ in 0..3 {
+        let now = metered.at(50);
+        metered.ledger.exit_with(&metered.tables, now, &about);
+        let now = metered.at(20);
+        metered.ledger.entry_with(&metered.tables, now);
+    }
+    let (ledger, tables) = metered.copy();
+    assert_eq!(ledger.row(slot).exits, 3);
+    let row = tables.codes()[0];
+    assert_eq!((row.slot(), row.rip, row.exits), (Some(slot), 0, 3));
+    assert!(tables.other_codes(&ledger, slot).is_empty());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: if cfg!(miri) { 3 } else { 128 },
+        ..ProptestConfig::default()
+    })]
+
+    /// Rows and others are all there was, for each reason, whatever comes.
+    #[test]
+    fn rows_and_others_are_all_there_was(
+        stream in prop_oneof![
+            Just(Stream::Skewed), Just(Stream::Uniform), Just(Stream::Hostile), Just(Stream::Ever)
+        ],
+        seed in 1_u64..,
+        exits in 0..EXITS,
+        without in 0_u64..3,
+    ) {
+        let mut random = Random(seed);
+        let mut metered = Metered::new();
+        let colliding = slots().map(|slot| of_one_set(slot, WAYS + 1));
+        for number in 0..exits {
+            let place = match stream {
+                Stream::Hostile => number / 50 % 3,
+                _ => random.below(3) as usize,
+            };
+            let slot = slots()[place];
+            let key = match stream {
+                Stream::Skewed => {
+                    let bits = random.below(11);
+                    random.below(1 << bits)
+                }
+                Stream::Uniform => random.below(4 * DETAILS as u64),
+                Stream::Hostile => colliding[place][number % (WAYS + 1)],
+                Stream::Ever => number as u64,
+            };
+            // The first few exits have neither, so that the tables begin in the midst.
+            let late = number as u64 >= 4 * without;
+            let detail = late && random.below(16) != 0;
+            let rip = match late && random.below(16) != 0 {
+                true => 1 + key.wrapping_mul(0x1_0001) + (random.below(2) << 63),
+                false => 0,
+            };
+            let nested = random.below(8) == 0;
+            let (kernel, user) = (1 + random.below(5000), match random.below(4) {
+                0 => 1 + random.below(90_000),
+                _ => 0,
+            });
+            let why = random.below(20) as u16;
+            metered.exit((slot, nested, key), detail, rip, kernel, user, why);
+            if number % 512 == 0 {
+                metered.check();
+            }
+        }
+        metered.check();
+    }
+}

@@ -256,7 +256,15 @@ fn a_full_disk_is_told() {
 
 #[test]
 fn every_command_has_examples() {
-    let names = ["report", "guest", "stat", "reasons", "completions", "man"];
+    let names = [
+        "report",
+        "why",
+        "guest",
+        "stat",
+        "reasons",
+        "completions",
+        "man",
+    ];
     for name in names {
         let text = printed(&[name, "--help"]);
         assert!(text.contains("Examples:\n  "), "{text}");

@@ -61,32 +61,31 @@ pub fn speedscope(why: &Why, weight: Weight) -> Value {
             names.len() - 1
         })
     };
-    let profiles: Vec<_> = why
-        .vms
-        .iter()
-        .map(|vm| {
-            let root = frame(vm.name.clone());
-            let (mut samples, mut weights, mut end) = (Vec::new(), Vec::new(), 0_u128);
-            for ((reason, code), weight) in stacks(vm, weight) {
-                samples.push([root, frame(reason), frame(code)]);
-                weights.push(weight);
-                end = end.saturating_add(weight);
-            }
-            let unit = match weight {
-                Weight::Exits => "exits",
-                Weight::Ticks => "kernel ticks",
-            };
-            json!({
-                "type": "sampled",
-                "name": format!("{}: {unit}", vm.name),
-                "unit": "none",
-                "startValue": 0,
-                "endValue": end,
-                "samples": samples,
-                "weights": weights,
-            })
-        })
-        .collect();
+    let unit = match weight {
+        Weight::Exits => "exits",
+        Weight::Ticks => "kernel ticks",
+    };
+    let mut profiles = Vec::new();
+    for vm in &why.vms {
+        let (mut samples, mut weights, mut end) = (Vec::new(), Vec::new(), 0_u128);
+        for ((reason, code), weight) in stacks(vm, weight) {
+            samples.push([frame(vm.name.clone()), frame(reason), frame(code)]);
+            weights.push(weight);
+            end = end.saturating_add(weight);
+        }
+        if samples.is_empty() {
+            continue;
+        }
+        profiles.push(json!({
+            "type": "sampled",
+            "name": format!("{}: {unit}", vm.name),
+            "unit": "none",
+            "startValue": 0,
+            "endValue": end,
+            "samples": samples,
+            "weights": weights,
+        }));
+    }
     json!({
         "$schema": SCHEMA,
         "name": "exitmeter why",

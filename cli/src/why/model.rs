@@ -166,8 +166,9 @@ impl Counts {
 
     /// Add others of the same table.
     pub fn plus(self, other: Self) -> Self {
-        let add = |one: Option<u128>, other: Option<u128>| {
-            Some(one?.saturating_add(other?)).or(one).or(other)
+        let add = |one: Option<u128>, other: Option<u128>| match (one, other) {
+            (Some(one), Some(other)) => Some(one.saturating_add(other)),
+            (one, other) => one.or(other),
         };
         Self {
             exits: self.exits.saturating_add(other.exits),

@@ -69,7 +69,7 @@ mod tests {
                 assert_eq!(find(names, *number), Some(*name));
             }
         }
-        assert_eq!(find(exit::NAMES, 19), None);
+        assert_eq!(find(exit::NAMES, 44), None);
     }
 
     #[test]

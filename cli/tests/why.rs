@@ -6,10 +6,15 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
+use seccompiler::{
+    apply_filter, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -26,6 +31,9 @@ const SAVED: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.3.bin");
 /// Header: TSC of the snapshot, and where the records of tables begin.
 const NOW: usize = 40;
 const TABLES: usize = 144;
+/// Header: how many records of vCPUs, and of tables.
+const VCPUS: usize = 96;
+const TABLE_RECORDS: usize = 152;
 /// In a record of tables and in a section: the heads' sizes.
 const RECORD_HEAD: usize = 32;
 const SECTION_HEAD: usize = 16;
@@ -355,17 +363,7 @@ fn values_separated_by_commas() {
 fn what_came_between_two_snapshots() {
     let folder = TempDir::new().unwrap();
     let before = file(&folder, "before", named());
-    let mut later = named();
-    let add = |bytes: &mut [u8], at: usize, more: u64| {
-        let number = bytes[at..].first_chunk_mut::<8>().unwrap();
-        *number = (u64::from_le_bytes(*number) + more).to_le_bytes();
-    };
-    add(&mut later, NOW, 2_400_000_000);
-    let key = (0x6e0_u64 | 1 << 32).to_le_bytes();
-    let row = later.windows(8).position(|bytes| bytes == key).unwrap() - KEY;
-    add(&mut later, row + EXITS, 1000);
-    add(&mut later, row + KERNEL, 1_480_000);
-    let after = file(&folder, "after", later);
+    let after = file(&folder, "after", one_second_later());
 
     let text_of = printed(&["--diff", text(&before), text(&after)]);
     assert!(text_of.starts_with("in 1.0 s (VMX)\n"), "{text_of}");
@@ -453,4 +451,131 @@ fn few_rows_and_a_narrow_terminal() {
         narrow.lines().all(|line| line.chars().count() <= 80),
         "{narrow}"
     );
+}
+
+/// Have the kernel say yes to the ioctl that turns details on, of whatever file: so a file stands for
+/// the device. Return the tool, ready to run.
+fn on_a_file_as_device(arguments: &[&str]) -> Command {
+    /// `_IO(0xE7, 1)`, docs/interface.md.
+    const DETAILS: u64 = 0xe701;
+    let is_it = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, DETAILS);
+    let rule = SeccompRule::new(vec![is_it.unwrap()]).unwrap();
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_ioctl, vec![rule])]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(0),
+        TargetArch::x86_64,
+    );
+    let filter: BpfProgram = filter.unwrap().try_into().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
+    command.arg("why").args(arguments);
+    command.env_remove("NO_COLOR").env_remove("COLUMNS");
+    // SAFETY: The filter is there already; to apply it takes two system calls.
+    unsafe {
+        command.pre_exec(move || apply_filter(&filter).map_err(std::io::Error::other));
+    }
+    command
+}
+
+/// The snapshot one second later, with 1000 more writes of the TSC deadline.
+fn one_second_later() -> Vec<u8> {
+    let mut later = named();
+    let key = (0x6e0_u64 | 1 << 32).to_le_bytes();
+    let row = later.windows(8).position(|bytes| bytes == key).unwrap() - KEY;
+    for (at, more) in [
+        (NOW, 2_400_000_000),
+        (row + EXITS, 1000),
+        (row + KERNEL, 1_480_000),
+    ] {
+        let number = later[at..].first_chunk_mut::<8>().unwrap();
+        *number = (u64::from_le_bytes(*number) + more).to_le_bytes();
+    }
+    later
+}
+
+#[test]
+fn a_command_is_watched_and_its_status_handed_on() {
+    let folder = TempDir::new().unwrap();
+    let device = file(&folder, "device", named());
+    let later = file(&folder, "later", one_second_later());
+    let script = "dd if=\"$1\" of=\"$0\" bs=1M conv=notrunc status=none; exit 7";
+    let arguments = [
+        "--device",
+        text(&device),
+        "--",
+        "sh",
+        "-c",
+        script,
+        text(&device),
+        text(&later),
+    ];
+    let output = on_a_file_as_device(&arguments).output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert_eq!(output.status.code(), Some(7));
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.starts_with("in 1.0 s (VMX)\n"), "{printed}");
+    let rows = table(&printed, "about");
+    assert_eq!(rows.len(), 3, "{printed}");
+    assert_eq!(rows[2][..2], ["write 0x6e0 IA32_TSC_DEADLINE", "1,000"]);
+}
+
+/// A VM that went while the command ran is told as it was read last.
+#[test]
+fn what_went_meanwhile_is_told() {
+    let folder = TempDir::new().unwrap();
+    let device = file(&folder, "device", named());
+    let later = file(&folder, "later", one_second_later());
+    let mut gone = one_second_later();
+    // Neither vCPUs nor tables any more; the rest stays behind them, unused.
+    gone[NOW] ^= 1;
+    for count in [VCPUS, TABLE_RECORDS] {
+        gone[count..count + 4].fill(0);
+    }
+    let gone = file(&folder, "gone", gone);
+    let script = "dd if=\"$1\" of=\"$0\" bs=1M conv=notrunc status=none; sleep 2; \
+                  dd if=\"$2\" of=\"$0\" bs=1M conv=notrunc status=none";
+    let arguments = [
+        "--device",
+        text(&device),
+        "--vm",
+        "1234",
+        "--",
+        "sh",
+        "-c",
+        script,
+        text(&device),
+        text(&later),
+        text(&gone),
+    ];
+    let output = on_a_file_as_device(&arguments).output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        printed.contains("\nkvm-1234, process 1234, gone: 1,000 exits in 1.0 s, 2 vCPUs\n"),
+        "{printed}"
+    );
+}
+
+#[test]
+fn intervals_come_one_after_the_other() {
+    let folder = TempDir::new().unwrap();
+    let device = file(&folder, "device", named());
+    let arguments = [
+        "--device",
+        text(&device),
+        "--interval",
+        "0.1",
+        "--count",
+        "2",
+        "--json",
+    ];
+    let output = on_a_file_as_device(&arguments).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(printed.lines().count(), 2, "{printed}");
+    for line in printed.lines() {
+        let why: Value = serde_json::from_str(line).unwrap();
+        // The file is the same all the time: nothing happened.
+        assert_eq!(why["interval"]["ticks"], 0);
+    }
 }

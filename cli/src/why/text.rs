@@ -2,6 +2,8 @@
 
 //! What exits were about, as tables for people.
 
+use std::collections::BTreeSet;
+
 use exitmeter_meter::phase::Phase;
 
 use super::model::{Counts, Group, Row, Vm, Why};
@@ -55,13 +57,24 @@ pub fn text(why: &Why, shown: Shown, look: Look) -> String {
         text +=
             "\nNo code is told: the snapshot was read without the right to it, or no vCPU ran.\n";
     }
+    let mut spared = BTreeSet::new();
     for vm in &why.vms {
-        text += &of_vm(vm, host.tsc_khz, shown, look);
+        text += &of_vm(vm, host.tsc_khz, shown, look, &mut spared);
+    }
+    if !spared.is_empty() {
+        let columns: Vec<_> = spared.into_iter().collect();
+        text += &format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "));
     }
     text
 }
 
-fn of_vm(vm: &Vm, khz: Option<u32>, shown: Shown, look: Look) -> String {
+fn of_vm(
+    vm: &Vm,
+    khz: Option<u32>,
+    shown: Shown,
+    look: Look,
+    spared: &mut BTreeSet<String>,
+) -> String {
     let groups = if shown.code { &vm.code } else { &vm.details };
     let all = groups
         .iter()
@@ -83,11 +96,18 @@ fn of_vm(vm: &Vm, khz: Option<u32>, shown: Shown, look: Look) -> String {
     if vm.vcpus == 0 {
         return text + "No exit since details are on.\n";
     }
-    text += &table("about", groups, all, shown.limit, look);
+    text += &table("about", groups, all, shown.limit, look, spared);
     if !shown.code && !vm.user_exits.is_empty() {
         let all = vm.user_exits.iter();
         let all = all.fold(Counts::default(), |sum, group| sum.plus(group.total));
-        text += &table("to user space", &vm.user_exits, all, shown.limit, look);
+        text += &table(
+            "to user space",
+            &vm.user_exits,
+            all,
+            shown.limit,
+            look,
+            spared,
+        );
     }
     text
 }
@@ -97,7 +117,14 @@ fn spent(span: Span, khz: Option<u32>) -> String {
 }
 
 /// Write the groups of a table: reasons, with their rows below them.
-fn table(title: &str, groups: &[Group], all: Counts, limit: usize, look: Look) -> String {
+fn table(
+    title: &str,
+    groups: &[Group],
+    all: Counts,
+    limit: usize,
+    look: Look,
+    spared: &mut BTreeSet<String>,
+) -> String {
     if groups.is_empty() {
         return String::new();
     }
@@ -144,6 +171,7 @@ fn table(title: &str, groups: &[Group], all: Counts, limit: usize, look: Look) -
         table
     };
     let table = Table::fitted(look, &[SHARE, MEAN, USER, BOUND], build);
+    spared.extend(table.spared().iter().cloned());
     format!("\n{}", table.text(look.color))
 }
 

@@ -9,6 +9,7 @@
 #include <linux/kbuild.h>
 #include <linux/kvm_host.h>
 #include <linux/ftrace.h>
+#include <linux/version.h>
 
 int main(void);
 int main(void)
@@ -24,6 +25,19 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
 	DEFINE(LAYOUT_VCPU_EXCEPTION_VMEXIT,
 	       offsetof(struct kvm_vcpu, arch.exception_vmexit));
+	/* No field that bindgen could name in both. */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 3, 0)
+	DEFINE(LAYOUT_VCPU_RIP, offsetof(struct kvm_vcpu, arch.rip));
+#else
+	DEFINE(LAYOUT_VCPU_RIP,
+	       offsetof(struct kvm_vcpu, arch.regs[VCPU_REGS_RIP]));
+#endif
+	DEFINE(LAYOUT_VCPU_PROTECTED,
+	       offsetof(struct kvm_vcpu, arch.guest_state_protected));
+	DEFINE(LAYOUT_VCPU_RUN, offsetof(struct kvm_vcpu, run));
+	DEFINE(LAYOUT_VCPU_WANTS_TO_RUN,
+	       offsetof(struct kvm_vcpu, wants_to_run));
+	DEFINE(LAYOUT_RUN_EXIT_REASON, offsetof(struct kvm_run, exit_reason));
 	DEFINE(LAYOUT_EXCEPTION_PENDING,
 	       offsetof(struct kvm_queued_exception, pending));
 	DEFINE(LAYOUT_EXCEPTION_VECTOR,

@@ -7,6 +7,7 @@ use kernel::{
         File,
         Kiocb, //
     },
+    ioctl::_IO,
     iov::IovIterDest,
     miscdevice::{
         MiscDevice,
@@ -21,7 +22,10 @@ use crate::{
     hooks,
     meter::{
         ledger::Totals,
-        registry::walk::NoSnapshot, //
+        registry::walk::{
+            NoSnapshot,
+            Show, //
+        }, //
     },
 };
 
@@ -31,6 +35,33 @@ use crate::{
 pub(crate) struct Device {
     #[pin]
     snapshot: Mutex<KVVec<u8>>,
+    /// Whoever opened it may see details, and the guest's code.
+    may_see_details: bool,
+    #[pin]
+    details: Mutex<Option<WantsDetails>>,
+}
+
+/// Turn details on for as long as the file is open: `_IO(0xE7, 1)`. For CAP_PERFMON, else `EPERM`.
+const TURN_ON_DETAILS: u32 = _IO(0xe7, 1);
+
+/// Somebody wants details, while this lives.
+pub(crate) struct WantsDetails(());
+
+impl WantsDetails {
+    /// Turn details on, unless they are. The registry has to be published for as long as this
+    /// lives.
+    pub(crate) fn new() -> Result<Self> {
+        hooks::registry().ok_or(ENODEV)?.hold_details();
+        Ok(Self(()))
+    }
+}
+
+impl Drop for WantsDetails {
+    fn drop(&mut self) {
+        if let Some(registry) = hooks::registry() {
+            registry.release_details();
+        }
+    }
 }
 
 #[vtable]
@@ -41,16 +72,33 @@ impl MiscDevice for Device {
         KBox::try_pin_init(
             try_pin_init!(Self {
                 snapshot <- new_mutex!(KVVec::new(), "exitmeter::snapshot"),
+                may_see_details: hooks::may_see_details(),
+                details <- new_mutex!(None, "exitmeter::details"),
             }),
             GFP_KERNEL,
         )
+    }
+
+    fn ioctl(device: Pin<&Self>, _file: &File, cmd: u32, _arg: usize) -> Result<isize> {
+        if cmd != TURN_ON_DETAILS {
+            return Err(ENOTTY);
+        }
+        if !hooks::may_see_details() {
+            return Err(EPERM);
+        }
+        let mut details = device.details.lock();
+        if details.is_none() {
+            *details = Some(WantsDetails::new()?);
+        }
+        Ok(0)
     }
 
     fn read_iter(mut kiocb: Kiocb<'_, Self::Ptr>, iov: &mut IovIterDest<'_>) -> Result<usize> {
         let device = kiocb.file();
         let mut snapshot = device.snapshot.lock();
         if *kiocb.ki_pos_mut() == 0 {
-            *snapshot = take()?;
+            let code = device.may_see_details || device.details.lock().is_some();
+            *snapshot = take(Show { code })?;
         }
         iov.simple_read_from_buffer(kiocb.ki_pos_mut(), &snapshot)
     }
@@ -61,13 +109,13 @@ impl MiscDevice for Device {
 /// # Errors
 ///
 /// `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
-fn take() -> Result<KVVec<u8>> {
+fn take(show: Show) -> Result<KVVec<u8>> {
     let registry = hooks::registry().ok_or(ENODEV)?;
     // One that turns out too large leaves word of how large it is.
     loop {
         let mut buffer = KVVec::from_elem(0, registry.likely_size(), GFP_KERNEL_ACCOUNT)?;
         let mut gone = KVBox::<Totals>::zeroed(GFP_KERNEL_ACCOUNT)?;
-        match registry.snapshot(&mut buffer, &mut gone) {
+        match registry.snapshot(&mut buffer, &mut gone, show) {
             Ok(written) => {
                 buffer.truncate(written);
                 return Ok(buffer);

@@ -31,7 +31,10 @@ use kernel::{
     sync::Arc, //
 };
 
-use device::Device;
+use device::{
+    Device,
+    WantsDetails, //
+};
 use hooks::{
     CpuidRedirect,
     CreationHook,
@@ -88,6 +91,10 @@ module! {
             default: 4096,
             description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
         },
+        details: i64 {
+            default: 0,
+            description: "1: exits are told with what they were about and which guest code caused them, always; 48 KiB more for each vCPU",
+        },
         copy_tries: i64 {
             default: 24,
             description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24",
@@ -101,6 +108,7 @@ module! {
 struct ExitMeter {
     #[pin]
     node: Node,
+    details: Option<WantsDetails>,
     cpuid: Option<CpuidRedirect>,
     tracepoints: Tracepoints,
     #[pin]
@@ -144,6 +152,10 @@ impl kernel::InPlaceModule for ExitMeter {
                     LeafMap::Off => None,
                     _ => Some(hooks::redirect_cpuid()?),
                 },
+                details: match parameters.details {
+                    true => Some(WantsDetails::new()?),
+                    false => None,
+                },
                 node <- Node::register::<Device>(c"exitmeter", 0o440),
                 farewell: Farewell::new(registry, &leaves, parameters.host_scope),
             }? Error))
@@ -156,6 +168,7 @@ struct Parameters {
     leaf_map: LeafMap,
     host_scope: bool,
     max_vcpus: u32,
+    details: bool,
     copy_tries: u32,
 }
 
@@ -188,6 +201,12 @@ impl Parameters {
             "0 or 1",
             flag,
         )?;
+        let details = in_range(
+            "details",
+            given(module_parameters::details.value()),
+            "0 or 1",
+            flag,
+        )?;
         // The log looks it up itself, at each query.
         let _: bool = in_range(
             "log_queries",
@@ -205,6 +224,7 @@ impl Parameters {
             leaf_map,
             host_scope,
             max_vcpus,
+            details,
             copy_tries,
         })
     }

@@ -45,10 +45,11 @@ use crate::{
             Unknown,
             Verdict, //
         },
+        detail::Exit,
         leaves::Registers,
         ledger::{
-            Ledger,
-            LedgerCopy, //
+            Copying,
+            Ledger, //
         },
         parts,
         phase::Phase,
@@ -69,6 +70,14 @@ use crate::{
 /// The field of the VMCS that holds the exit reason (SDM, "Field Encoding in VMCS":
 /// 32-bit read-only data fields).
 const VMCS_EXIT_REASON: u64 = 0x4402;
+/// The field of the interruption information, one of the same.
+const VMCS_INTERRUPTION: u64 = 0x4404;
+/// The field of the guest-physical address (64-bit read-only data fields).
+const VMCS_GUEST_PHYSICAL: u64 = 0x2400;
+/// The field of the exit qualification (natural-width read-only data fields).
+const VMCS_QUALIFICATION: u64 = 0x6400;
+/// The field of the guest's RIP (natural-width guest-state fields).
+const VMCS_GUEST_RIP: u64 = 0x681e;
 
 /// Places of the registers in `kvm_vcpu_arch.regs` (`enum kvm_reg`: x86's own numbering).
 const RAX: usize = 0;
@@ -166,9 +175,8 @@ pub(crate) fn random_life() -> u64 {
 }
 
 /// A copy that another CPU makes.
-struct RemoteCopy<'a> {
-    ledger: &'a Ledger,
-    out: &'a mut LedgerCopy,
+struct RemoteCopy<'c, 'a> {
+    copying: &'c mut Copying<'a>,
     copied: bool,
 }
 
@@ -180,16 +188,15 @@ struct RemoteCopy<'a> {
 /// For `copy_on` alone, with a [`RemoteCopy`].
 unsafe extern "C" fn copy_here(copy: *mut c_void) {
     // SAFETY: By the contract of this function; its owner waits.
-    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_>>() };
-    copy.copied = copy.ledger.try_copy(copy.out);
+    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_, '_>>() };
+    copy.copied = copy.copying.try_copy();
 }
 
-/// Try to copy a ledger on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
+/// Try to make a copy on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
 /// is offline. In a context that can sleep.
-pub(crate) fn copy_on(cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+pub(crate) fn copy_on(cpu: u32, copying: &mut Copying<'_>) -> bool {
     let mut copy = RemoteCopy {
-        ledger,
-        out,
+        copying,
         copied: false,
     };
     // SAFETY: The function runs before this returns, or not at all.
@@ -350,6 +357,42 @@ impl Vcpu<'_> {
         }
     }
 
+    /// Return where the guest was when it exited, where KVM has read that from the VMCB; `None` for
+    /// a guest whose registers are encrypted.
+    #[inline(always)]
+    fn rip(&self) -> Option<u64> {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU is held by this thread; the offset is that of the field in the kernel's
+        // own layout.
+        unsafe {
+            if (*vcpu).arch.guest_state_protected {
+                return None;
+            }
+            Some(vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize).cast::<u64>().read())
+        }
+    }
+
+    /// Return a register of the guest.
+    #[inline(always)]
+    fn wide_register(&self, register: usize) -> u64 {
+        // SAFETY: As in `register`.
+        unsafe { (*self.0.get()).arch.regs[register & 7] as u64 }
+    }
+
+    /// Return KVM_EXIT_* of a vCPU that leaves its CPU, for user space: why, where KVM_RUN ends;
+    /// `None` for another ioctl.
+    #[inline]
+    fn to_user(&self) -> Option<u16> {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
+        // it is. User space may write to the page, so it is read once.
+        let (wants, why) = unsafe {
+            let run = (*vcpu).run.byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
+            ((*vcpu).wants_to_run, run.cast::<u32>().read_volatile())
+        };
+        wants.then(|| u16::try_from(why).unwrap_or(u16::MAX))
+    }
+
     /// The low half of a register of the guest, as CPUID reads it in every mode.
     #[inline(always)]
     fn register(&self, register: usize) -> u32 {
@@ -437,6 +480,9 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     let now = now();
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    if details_are_on() {
+        return exit_vmx_with(vcpu, now);
+    }
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
     registry::exit(vcpu, now, Isa::Vmx, || vmcs_exit_reason() & 0xffff);
 }
@@ -444,9 +490,16 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
 /// Read the exit reason from the VMCS that this CPU has loaded.
 #[inline(always)]
 fn vmcs_exit_reason() -> u32 {
-    // The field's number stays where VMREAD fails, as it does with no VMCS, and where it faults, as
-    // it does with VMX off: no basic exit reason is as large, so the exit is counted among "other".
-    let mut reason = VMCS_EXIT_REASON;
+    // No basic exit reason is as large as the field's number, so with that the exit is counted among
+    // "other".
+    vmread(VMCS_EXIT_REASON) as u32
+}
+
+/// Read a field from the VMCS that this CPU has loaded. The field's number stays where VMREAD fails,
+/// as it does with no VMCS, and where it faults, as it does with VMX off.
+#[inline(always)]
+fn vmread(field: u64) -> u64 {
+    let mut value = field;
     // SAFETY: VMREAD touches nothing but the operand and the flags. KVM fires the tracepoint with the
     // vCPU's VMCS loaded. At a fault the kernel goes on behind it, by an entry in the table of
     // exceptions (asm/asm.h, _ASM_EXTABLE_TYPE: where it may fault, where to go on, EX_TYPE_DEFAULT).
@@ -460,11 +513,161 @@ fn vmcs_exit_reason() -> u32 {
             ".long 3b - .",
             ".long 1",
             ".popsection",
-            inlateout(reg) reason,
+            inlateout(reg) value,
             options(nostack, nomem),
         )
     };
-    reason as u32
+    value
+}
+
+extern "C" {
+    /// The key of the branch that leads to details.
+    static exitmeter_details: Switch;
+}
+
+/// A key in a struct, as the kernel's macro takes it. See `shim.c`.
+#[repr(C)]
+struct Switch {
+    key: kernel_bindings::static_key_false,
+}
+
+/// Return true if exits are told with details. While they are not, this is one NOP.
+#[inline(always)]
+fn details_are_on() -> bool {
+    // SAFETY: The shim's variable is a struct that begins with a static key of C's.
+    unsafe { kernel::jump_label::static_branch_unlikely!(exitmeter_details, Switch, key) }
+}
+
+/// Tell exits with details from now on, or no more. Returns when all CPUs have seen it. Callers take
+/// turns, and may sleep.
+pub(crate) fn switch_details(on: bool) {
+    // SAFETY: By the contract of this function.
+    unsafe { bindings::exitmeter_switch_details(on) };
+}
+
+/// Return true if the task that runs may see details, and the guest's code.
+pub(crate) fn may_see_details() -> bool {
+    // SAFETY: No requirements.
+    unsafe { bindings::exitmeter_may_see_details() }
+}
+
+/// Return the code of the Hyper-V hypercall that a vCPU has just exited for.
+#[inline(never)]
+fn hyperv_call(vcpu: Vcpu<'_>) -> Option<u16> {
+    // SAFETY: The vCPU is held and loaded by this thread, which is between exit and entry.
+    let code = unsafe { bindings::exitmeter_hyperv_call(vcpu.0.get()) };
+    u16::try_from(code).ok()
+}
+
+/// An exit of VMX, read from the VMCS.
+#[derive(Clone, Copy)]
+struct VmxExit<'a>(Vcpu<'a>);
+
+impl Exit for VmxExit<'_> {
+    #[inline(always)]
+    fn qualification(&self) -> u64 {
+        vmread(VMCS_QUALIFICATION)
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Option<u64> {
+        Some(vmread(VMCS_GUEST_PHYSICAL))
+    }
+
+    #[inline(always)]
+    fn interruption(&self) -> u32 {
+        vmread(VMCS_INTERRUPTION) as u32
+    }
+
+    #[inline(always)]
+    fn rax(&self) -> u64 {
+        self.0.wide_register(RAX)
+    }
+
+    #[inline(always)]
+    fn rcx(&self) -> u64 {
+        self.0.wide_register(RCX)
+    }
+
+    #[inline(always)]
+    fn hyperv_call(&self) -> Option<u16> {
+        hyperv_call(self.0)
+    }
+}
+
+/// An exit as KVM's own reader tells it.
+#[derive(Clone, Copy)]
+struct ExitByKvm<'a> {
+    vcpu: Vcpu<'a>,
+    isa: Isa,
+    info: bindings::exitmeter_exit_info,
+}
+
+impl Exit for ExitByKvm<'_> {
+    #[inline(always)]
+    fn qualification(&self) -> u64 {
+        self.info.info1
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Option<u64> {
+        // On VMX the second number is the IDT-vectoring information (`vmx_get_exit_info()`).
+        (self.isa == Isa::Svm).then_some(self.info.info2)
+    }
+
+    #[inline(always)]
+    fn interruption(&self) -> u32 {
+        self.info.intr_info
+    }
+
+    #[inline(always)]
+    fn rax(&self) -> u64 {
+        self.vcpu.wide_register(RAX)
+    }
+
+    #[inline(always)]
+    fn rcx(&self) -> u64 {
+        self.vcpu.wide_register(RCX)
+    }
+
+    #[inline(always)]
+    fn hyperv_call(&self) -> Option<u16> {
+        hyperv_call(self.vcpu)
+    }
+}
+
+/// Take an exit with details, on VMX.
+#[inline(never)]
+fn exit_vmx_with(vcpu: Vcpu<'_>, now: u64) {
+    let code = || vmcs_exit_reason() & 0xffff;
+    registry::exit_with(vcpu, now, Isa::Vmx, code, VmxExit(vcpu), || {
+        Some(vmread(VMCS_GUEST_RIP))
+    });
+}
+
+/// Take an exit with details, by KVM's own reader.
+#[inline(never)]
+fn exit_by_kvm_with(vcpu: Vcpu<'_>, now: u64, isa: Isa) {
+    let mut exit = ExitByKvm {
+        vcpu,
+        isa,
+        info: bindings::exitmeter_exit_info {
+            info1: 0,
+            info2: 0,
+            intr_info: 0,
+        },
+    };
+    // SAFETY: The vCPU has just taken an exit on this CPU.
+    let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), &mut exit.info) };
+    let code = match isa {
+        Isa::Vmx => code & 0xffff,
+        Isa::Svm => code,
+    };
+    registry::exit_with(vcpu, now, isa, move || code, exit, move || match isa {
+        Isa::Svm => vcpu.rip(),
+        // Of an enlightened VMCS KVM has not read it yet.
+        Isa::Vmx => None,
+    });
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
@@ -486,6 +689,10 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
         return;
     }
     let now = now();
+    if details_are_on() {
+        // SAFETY: KVM holds the vCPU.
+        return exit_by_kvm_with(unsafe { Vcpu::from_raw(vcpu) }, now, Isa::Vmx);
+    }
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
@@ -503,6 +710,10 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
         return;
     }
     let now = now();
+    if details_are_on() {
+        // SAFETY: KVM holds the vCPU.
+        return exit_by_kvm_with(unsafe { Vcpu::from_raw(vcpu) }, now, Isa::Svm);
+    }
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
@@ -521,6 +732,9 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    if details_are_on() {
+        return registry::entry_with(vcpu, now());
+    }
     registry::entry(vcpu, now());
 }
 
@@ -673,6 +887,9 @@ unsafe extern "C" fn on_load(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
+    if details_are_on() {
+        return registry::resume_with(vcpu, now());
+    }
     registry::resume(vcpu, now());
 }
 
@@ -690,7 +907,21 @@ unsafe extern "C" fn on_put(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
+    if details_are_on() {
+        return leave_with(vcpu, now());
+    }
     registry::leave(vcpu, now(), vcpu.phase_after_put());
+}
+
+/// Take a vCPU's way off its CPU, with why it goes to user space.
+#[inline(never)]
+fn leave_with(vcpu: Vcpu<'_>, now: u64) {
+    let phase = vcpu.phase_after_put();
+    let to_user = match phase {
+        Phase::User => vcpu.to_user(),
+        _ => None,
+    };
+    registry::leave_with(vcpu, now, phase, to_user);
 }
 
 /// # Safety

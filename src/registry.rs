@@ -38,14 +38,15 @@ use crate::{
         Vcpu, //
     },
     meter::{
+        detail,
         leaves::{
             Leaves,
             Query,
             Registers, //
         },
         ledger::{
+            Copying,
             Ledger,
-            LedgerCopy,
             Totals, //
         },
         phase::Phase,
@@ -59,6 +60,7 @@ use crate::{
             platform::Retired,
             walk::{
                 NoSnapshot,
+                Show,
                 Walker, //
             },
             Platform,
@@ -68,6 +70,10 @@ use crate::{
         snapshot::{
             Host,
             Identity, //
+        },
+        tables::{
+            About,
+            Tables, //
         },
     },
 };
@@ -92,7 +98,8 @@ struct Lock {
 // - `lock` and `unlock` are the kernel's spinlock.
 // - `allocate` gives what the kernel's allocator gives, zeroed. Its caches and page allocator align
 //   a size that is a multiple of 64 to 64 at least (ARCH_KMALLOC_MINALIGN, and vmalloc by pages).
-// - `retire` is `kvfree_rcu()`, which waits for RCU's readers; `Reading` is one.
+// - `retire` is `kvfree_rcu()`, which waits for RCU's readers; `Reading` is one, and so is each
+//   callback of a transition, as preemption is off in it.
 unsafe impl Platform for Kernel {
     type Reading = rcu::Guard;
 
@@ -138,8 +145,8 @@ unsafe impl Platform for Kernel {
         unsafe { Vcpu::from_key(key) }.cpu()
     }
 
-    fn copy_on(&self, cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
-        hooks::copy_on(cpu, ledger, out)
+    fn copy_on(&self, cpu: u32, copying: &mut Copying<'_>) -> bool {
+        hooks::copy_on(cpu, copying)
     }
 
     fn now(&self) -> u64 {
@@ -162,11 +169,18 @@ unsafe impl Platform for Kernel {
 #[pin_data]
 pub(crate) struct Registry {
     vcpus: algorithm::Registry<Kernel>,
-    /// Held by the one who takes a snapshot.
+    /// Held by the one who takes a snapshot, or turns details on or off.
     #[pin]
-    walker: Mutex<KVBox<Walker>>,
+    walker: Mutex<Walks>,
     /// Added to the TSC, it gives a clock that goes on when the TSC begins anew.
     clock_offset: AtomicU64,
+}
+
+/// What walks over all vCPUs take.
+struct Walks {
+    walker: KVBox<Walker>,
+    /// How many want details.
+    want_details: usize,
 }
 
 impl Registry {
@@ -183,7 +197,13 @@ impl Registry {
         Arc::pin_init(
             pin_init!(Self {
                 vcpus,
-                walker <- new_mutex!(walker, "exitmeter::walker"),
+                walker <- new_mutex!(
+                    Walks {
+                        walker,
+                        want_details: 0,
+                    },
+                    "exitmeter::walker"
+                ),
                 clock_offset: AtomicU64::new(0),
             }),
             GFP_KERNEL,
@@ -263,10 +283,11 @@ impl Registry {
         &self,
         buffer: &mut [u8],
         gone: &mut Totals,
+        show: Show,
     ) -> Result<usize, NoSnapshot> {
         let (tsc_khz, tsc_stable) = hooks::clock();
         let leaves = self.leaves();
-        let mut walker = self.walker.lock();
+        let mut walks = self.walker.lock();
         // Nobody takes a snapshot while the host sleeps, so this stays as it is.
         let clock_offset = self.clock_offset.load(Relaxed);
         let host = Host {
@@ -280,7 +301,31 @@ impl Registry {
             clock_offset,
             life: leaves.life,
         };
-        self.vcpus.snapshot(&mut walker, buffer, gone, host)
+        self.vcpus
+            .snapshot(&mut walks.walker, buffer, gone, host, show)
+    }
+
+    /// Have exits told with details, until [`Self::release_details`] is called as often as this.
+    pub(crate) fn hold_details(&self) {
+        let mut walks = self.walker.lock();
+        walks.want_details = walks.want_details.saturating_add(1);
+        // First the branch, then the tables: whoever finds tables tells all of an exit with them.
+        if walks.want_details == 1 {
+            hooks::switch_details(true);
+        }
+        // The next ones are here for vCPUs for which there was no memory before.
+        self.vcpus.give_tables(&mut walks.walker);
+    }
+
+    /// Want no details any more.
+    pub(crate) fn release_details(&self) {
+        let mut walks = self.walker.lock();
+        walks.want_details = walks.want_details.saturating_sub(1);
+        // First the branch: the tables are seen by nobody meanwhile, as no snapshot can be taken.
+        if walks.want_details == 0 {
+            hooks::switch_details(false);
+            self.vcpus.take_tables(&mut walks.walker);
+        }
     }
 
     /// Estimate the size of the next snapshot, in bytes.
@@ -291,7 +336,9 @@ impl Registry {
     /// Return the numbers of all vCPUs, those that are gone and those that live.
     pub(crate) fn totals(&self) -> Result<KVBox<Totals>> {
         let mut totals = KVBox::<Totals>::zeroed(GFP_KERNEL)?;
-        self.vcpus.add_totals(&mut self.walker.lock(), &mut totals);
+        let mut walks = self.walker.lock();
+        self.vcpus.add_totals(&mut walks.walker, &mut totals);
+        drop(walks);
         Ok(totals)
     }
 
@@ -412,5 +459,156 @@ fn leave_slow(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
     };
     if let Some(member) = registry.vcpus.known(vcpu.key()) {
         member.ledger().leave(now, phase);
+    }
+}
+
+// The same with details, for vCPUs that have tables.
+
+/// Return the tables of a vCPU that the caller holds, in a callback.
+#[inline(always)]
+fn tables(ledger: &Ledger) -> Option<&Tables> {
+    // SAFETY: All callbacks of transitions run with preemption off, so what they find is freed after
+    // them.
+    unsafe { ledger.tables() }
+}
+
+/// Take a VM exit at TSC `now`, with what it was about and where the guest was. `code`, `exit` and
+/// `rip` are read once the vCPU is known to be metered.
+#[inline(always)]
+pub(crate) fn exit_with(
+    vcpu: Vcpu<'_>,
+    now: u64,
+    isa: Isa,
+    code: impl FnOnce() -> u32,
+    exit: impl detail::Exit,
+    rip: impl FnOnce() -> Option<u64>,
+) {
+    let Some(ledger) = cached(vcpu) else {
+        return exit_with_slow(vcpu, now, isa, code, exit, rip);
+    };
+    let code = code();
+    let Some(tables) = tables(ledger) else {
+        return exit_without(vcpu, ledger, now, reasons::slot(isa, code));
+    };
+    // So that no call is on the way of all others.
+    if detail::is_hypercall(isa, code) {
+        return exit_by_hypercall(vcpu, ledger, tables, now, reasons::slot(isa, code), exit, rip);
+    }
+    let about = About {
+        nested: vcpu.runs_nested(),
+        detail: detail::of(isa, code, &exit),
+        rip: rip(),
+    };
+    ledger.exit_with(tables, now, reasons::slot(isa, code), &about);
+}
+
+/// Take an exit of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn exit_without(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
+    exit_of(vcpu, ledger, now, slot);
+}
+
+/// Take an exit by a hypercall.
+#[inline(never)]
+fn exit_by_hypercall(
+    vcpu: Vcpu<'_>,
+    ledger: &Ledger,
+    tables: &Tables,
+    now: u64,
+    slot: Slot,
+    exit: impl detail::Exit,
+    rip: impl FnOnce() -> Option<u64>,
+) {
+    let about = About {
+        nested: vcpu.runs_nested(),
+        detail: Some(detail::hypercall(&exit)),
+        rip: rip(),
+    };
+    ledger.exit_with(tables, now, slot, &about);
+}
+
+/// Slow path of [`exit_with`]: the vCPU is not in this CPU's cache.
+#[cold]
+#[inline(never)]
+fn exit_with_slow(
+    vcpu: Vcpu<'_>,
+    now: u64,
+    isa: Isa,
+    code: impl FnOnce() -> u32,
+    exit: impl detail::Exit,
+    rip: impl FnOnce() -> Option<u64>,
+) {
+    if vcpu.is_of_trust_domain() {
+        return;
+    }
+    let Some(ledger) = looked_up(vcpu, now, Phase::Guest) else {
+        return;
+    };
+    let code = code();
+    let slot = reasons::slot(isa, code);
+    let Some(tables) = tables(ledger) else {
+        return exit_of(vcpu, ledger, now, slot);
+    };
+    let about = About {
+        nested: vcpu.runs_nested(),
+        detail: detail::of(isa, code, &exit),
+        rip: rip(),
+    };
+    ledger.exit_with(tables, now, slot, &about);
+}
+
+/// Take a VM entry.
+#[inline(never)]
+pub(crate) fn entry_with(vcpu: Vcpu<'_>, now: u64) {
+    let Some(ledger) = cached(vcpu) else {
+        return entry_with_slow(vcpu, now);
+    };
+    match tables(ledger) {
+        Some(tables) => ledger.entry_with(tables, now),
+        None => ledger.entry(now),
+    }
+}
+
+/// Slow path of [`entry_with`]: the vCPU is not in this CPU's cache.
+#[cold]
+#[inline(never)]
+fn entry_with_slow(vcpu: Vcpu<'_>, now: u64) {
+    if vcpu.is_of_trust_domain() {
+        return;
+    }
+    if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
+        match tables(ledger) {
+            Some(tables) => ledger.entry_with(tables, now),
+            None => ledger.entry(now),
+        }
+    }
+}
+
+/// Take the vCPU's way onto a CPU.
+#[inline(never)]
+pub(crate) fn resume_with(vcpu: Vcpu<'_>, now: u64) {
+    let found = cached(vcpu).or_else(|| looked_up(vcpu, now, Phase::Kernel));
+    let Some(ledger) = found else {
+        return;
+    };
+    match tables(ledger) {
+        Some(tables) => ledger.resume_with(tables, now),
+        None => ledger.resume(now),
+    }
+}
+
+/// Take the vCPU's way off its CPU. `to_user` is why, where KVM_RUN ends. As for [`leave`], nothing
+/// is allocated.
+#[inline(always)]
+pub(crate) fn leave_with(vcpu: Vcpu<'_>, now: u64, phase: Phase, to_user: Option<u16>) {
+    let known = || hooks::registry()?.vcpus.known(vcpu.key());
+    let found = cached(vcpu).or_else(|| known().map(|member| member.ledger()));
+    let Some(ledger) = found else {
+        return;
+    };
+    match tables(ledger) {
+        Some(tables) => ledger.leave_with(tables, now, phase, to_user),
+        None => ledger.leave(now, phase),
     }
 }

@@ -5,9 +5,11 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/capability.h>
 #include <linux/cfi.h>
 #include <linux/fs.h>
 #include <linux/ftrace.h>
+#include <linux/jump_label.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
 #include <linux/module.h>
@@ -192,6 +194,9 @@ void exitmeter_forget(unsigned long vcpu)
  */
 void *exitmeter_allocate(size_t size, bool may_sleep)
 {
+	/* The page allocator would round a vCPU's 48 KiB of tables up to 64. */
+	if (may_sleep && size > SZ_32K && size < SZ_64K)
+		return __vmalloc(size, GFP_KERNEL_ACCOUNT | __GFP_ZERO);
 	if (may_sleep)
 		return kvzalloc(size, GFP_KERNEL_ACCOUNT);
 	return kzalloc(size, GFP_NOWAIT | __GFP_NOWARN | __GFP_ACCOUNT);
@@ -553,6 +558,73 @@ u32 exitmeter_exit_code(struct kvm_vcpu *vcpu)
 	if (likely(reader))
 		reader(vcpu, &reason, &info1, &info2, &intr_info, &error_code);
 	return reason;
+}
+
+/* As exitmeter_exit_code(), with what else the exit tells in @info. */
+u32 exitmeter_exit_info(struct kvm_vcpu *vcpu, struct exitmeter_exit_info *info)
+{
+	u32 reason = U32_MAX - 15;	/* as above */
+	exit_reader reader = READ_ONCE(read_exit);
+	u32 error_code;
+
+	*info = (struct exitmeter_exit_info){};
+	if (likely(reader))
+		reader(vcpu, &reason, &info->info1, &info->info2,
+		       &info->intr_info, &error_code);
+	return reason;
+}
+
+/*
+ * Return the code of the hypercall that @vcpu has just exited for, or -1 when
+ * the guest's are not Hyper-V's.
+ *
+ * As kvm_hv_hypercall_enabled(), is_64_bit_hypercall() and kvm_hv_hypercall()
+ * decide, which KVM keeps to itself.
+ */
+int exitmeter_hyperv_call(struct kvm_vcpu *vcpu)
+{
+#ifdef CONFIG_KVM_HYPERV
+	bool is_64_bit = vcpu->arch.guest_state_protected;
+	int db, l;
+
+	if (!vcpu->arch.hyperv_enabled ||
+	    !READ_ONCE(vcpu->kvm->arch.hyperv.hv_guest_os_id))
+		return -1;
+	if (!is_64_bit && vcpu->arch.efer & EFER_LMA) {
+		static_call(kvm_x86_get_cs_db_l_bits)(vcpu, &db, &l);
+		is_64_bit = l;
+	}
+	return vcpu->arch.regs[is_64_bit ? VCPU_REGS_RCX : VCPU_REGS_RAX] & 0xffff;
+#else
+	return -1;
+#endif
+}
+
+/*
+ * Whether exits are told with details.  A struct, as the kernel's macro for Rust
+ * takes a key that is a field.
+ */
+struct exitmeter_switch {
+	struct static_key_false key;
+};
+
+struct exitmeter_switch exitmeter_details = {
+	.key = STATIC_KEY_FALSE_INIT,
+};
+
+/* Return when all CPUs have seen it.  Callers take turns. */
+void exitmeter_switch_details(bool on)
+{
+	if (on)
+		static_branch_enable(&exitmeter_details.key);
+	else
+		static_branch_disable(&exitmeter_details.key);
+}
+
+/* As perf_event_open() asks for what it tells of a guest and its kernel. */
+bool exitmeter_may_see_details(void)
+{
+	return perfmon_capable();
 }
 
 /*

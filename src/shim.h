@@ -105,6 +105,21 @@ int exitmeter_attach_reader(enum exitmeter_vendor vendor);
 void exitmeter_detach_reader(void);
 u32 exitmeter_exit_code(struct kvm_vcpu *vcpu);
 
+/* What an exit tells beside its code. */
+struct exitmeter_exit_info {
+	u64 info1;
+	u64 info2;
+	u32 intr_info;
+};
+
+u32 exitmeter_exit_info(struct kvm_vcpu *vcpu,
+			struct exitmeter_exit_info *info);
+int exitmeter_hyperv_call(struct kvm_vcpu *vcpu);
+
+/* Whether exits are told with details: see exitmeter_details in shim.c. */
+void exitmeter_switch_details(bool on);
+bool exitmeter_may_see_details(void);
+
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 

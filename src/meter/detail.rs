@@ -60,8 +60,9 @@ pub enum Kind {
 pub trait Exit {
     /// Return VMX's exit qualification, or SVM's EXITINFO1.
     fn qualification(&self) -> u64;
-    /// Return the guest-physical address: VMX's field, or SVM's EXITINFO2.
-    fn address(&self) -> u64;
+    /// Return the guest-physical address: VMX's field, or SVM's EXITINFO2; `None` where it cannot be
+    /// read.
+    fn address(&self) -> Option<u64>;
     /// Return VMX's interruption information.
     fn interruption(&self) -> u32;
     /// Return the guest's RAX.
@@ -89,7 +90,7 @@ fn of_vmx(reason: u32, exit: &impl Exit) -> Option<u64> {
     Some(match reason {
         32 => msr(exit.rcx(), true),
         31 => msr(exit.rcx(), false),
-        49 => exit.address() & ADDRESS,
+        49 => exit.address()? & ADDRESS,
         30 => {
             // Bits 0 to 2 size less 1, 3 in, 4 string, 5 REP, 16 to 31 port (SDM, "Exit
             // Qualification for I/O Instructions").
@@ -99,7 +100,7 @@ fn of_vmx(reason: u32, exit: &impl Exit) -> Option<u64> {
         }
         1 | 0 => u64::from(exit.interruption() & 0x7ff),
         10 => cpuid(exit.rax() as u32, exit.rcx() as u32),
-        48 => memory(exit.address(), exit.qualification() & 7),
+        48 => memory(exit.address()?, exit.qualification() & 7),
         18 => hypercall(exit),
         28 => exit.qualification() & 0x3f,
         29 => exit.qualification() & 0x17,
@@ -126,12 +127,12 @@ fn of_svm(code: u32, exit: &impl Exit) -> Option<u64> {
         0x400 => {
             let error = exit.qualification();
             if error & RESERVED != 0 {
-                exit.address() & ADDRESS | IS_ADDRESS
+                exit.address()? & ADDRESS | IS_ADDRESS
             } else {
                 let (write, fetch) = (error & WRITE != 0, error & FETCH != 0);
                 let read = u64::from(!write && !fetch);
                 let access = read | u64::from(write) << 1 | u64::from(fetch) << 2;
-                memory(exit.address(), access)
+                memory(exit.address()?, access)
             }
         }
         0x7b => {
@@ -203,8 +204,18 @@ pub const fn has_subleaves(leaf: u32) -> bool {
     )
 }
 
+/// Return true if an exit is a hypercall, of which [`hypercall`] is the detail.
 #[inline(always)]
-fn hypercall(exit: &impl Exit) -> u64 {
+pub const fn is_hypercall(isa: Isa, code: u32) -> bool {
+    match isa {
+        Isa::Vmx => code == 18,
+        Isa::Svm => code == 0x81,
+    }
+}
+
+/// Return the detail of a hypercall.
+#[inline(always)]
+pub fn hypercall(exit: &impl Exit) -> u64 {
     match exit.hyperv_call() {
         Some(code) => u64::from(code) | 1 << 32,
         None => exit.rax() & 0xffff_ffff,
@@ -253,8 +264,8 @@ mod tests {
         fn qualification(&self) -> u64 {
             self.qualification
         }
-        fn address(&self) -> u64 {
-            self.address
+        fn address(&self) -> Option<u64> {
+            Some(self.address)
         }
         fn interruption(&self) -> u32 {
             self.interruption

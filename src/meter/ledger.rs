@@ -13,7 +13,7 @@ use super::{
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    tables::{About, Tables, TablesCopy},
+    tables::{About, Keys, Tables, TablesCopy, Tag},
 };
 
 use Ordering::Relaxed;
@@ -24,6 +24,29 @@ pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
 
 /// Tables of a ledger that is copied, and room for their copy.
 pub type WithTables<'a, 'b> = Option<(&'a Tables, &'b mut TablesCopy)>;
+
+/// A copy that is to be made of a ledger, and of the vCPU's tables where that is wanted.
+#[derive(Debug)]
+pub struct Copying<'a> {
+    /// What is copied.
+    pub ledger: &'a Ledger,
+    /// Room for it.
+    pub out: &'a mut LedgerCopy,
+    /// The tables, and room for them.
+    pub tables: WithTables<'a, 'a>,
+}
+
+impl Copying<'_> {
+    /// Try once; return false when a transition came between.
+    pub fn try_copy(&mut self) -> bool {
+        self.ledger.try_copy_with(self.out, &mut self.tables)
+    }
+
+    /// Try up to so many times, as [`Ledger::copy`].
+    pub fn copy(&mut self, tries: u32) -> Option<u32> {
+        self.ledger.copy_with(tries, self.out, &mut self.tables)
+    }
+}
 
 /// Words of the bitmap of rows in use.
 const WORDS: usize = SLOTS.div_ceil(64);
@@ -349,41 +372,89 @@ impl Ledger {
     /// A VM exit: the guest's phase ends.
     #[inline(always)]
     pub fn exit(&self, now: u64, slot: Slot) {
-        self.exit_from::<false>(now, slot, || ());
+        self.exit_from::<false>(now, slot);
     }
 
     /// A VM exit of a vCPU that has tables.
     #[inline(always)]
     pub fn exit_with(&self, tables: &Tables, now: u64, slot: Slot, about: &About) {
-        // A clock that stands still may call for another time than `now`, for nobody who minds.
-        let note = || tables.exit(self, now, slot, about);
-        if about.nested {
-            self.exit_from::<true>(now, slot, note);
-        } else {
-            self.exit_from::<false>(now, slot, note);
+        let keys = about.keys(slot);
+        let rows = tables.rows_of(&keys);
+        let (Some(rows), Some(ticks)) = (rows, self.begin_transition_if(rows.is_some(), now))
+        else {
+            // So that all goes in registers.
+            return match keys.detail {
+                Some(detail) => self.exit_anew(tables, now, keys.tag, keys.rip, detail),
+                None => self.exit_anew_without(tables, now, keys.tag, keys.rip),
+            };
+        };
+        tables.take_exit(rows);
+        self.count_exit(now, slot, ticks, keys.tag.is_nested());
+    }
+
+    /// Begin a transition as [`Self::begin_transition`], but only if `may`.
+    #[inline(always)]
+    fn begin_transition_if(&self, may: bool, now: u64) -> Option<u64> {
+        match may {
+            true => self.begin_transition(now),
+            false => None,
         }
+    }
+
+    /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
+    #[cold]
+    #[inline(never)]
+    fn exit_anew(&self, tables: &Tables, now: u64, tag: Tag, rip: u64, detail: u64) {
+        let detail = Some(detail);
+        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
+    }
+
+    /// As [`Self::exit_anew`], for an exit without a detail.
+    #[cold]
+    #[inline(never)]
+    fn exit_anew_without(&self, tables: &Tables, now: u64, tag: Tag, rip: u64) {
+        let detail = None;
+        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
+    }
+
+    #[cold]
+    fn exit_of_new(&self, tables: &Tables, now: u64, keys: &Keys) {
+        let mut now = now;
+        let ticks = match self.begin_transition(now) {
+            Some(ticks) => ticks,
+            None => {
+                now = self.one_tick_on(now);
+                self.begin_transition(now).unwrap_or(0)
+            }
+        };
+        tables.take_exit(tables.rows_for(self, now, keys));
+        self.count_exit(now, keys.tag.slot(), ticks, keys.tag.is_nested());
     }
 
     /// A VM exit from a nested guest, an L2.
     #[inline(never)]
     pub fn exit_from_nested(&self, now: u64, slot: Slot) {
-        self.exit_from::<true>(now, slot, || ());
+        self.exit_from::<true>(now, slot);
     }
 
-    /// A VM exit, of which `note` takes note before it is counted.
     #[inline(always)]
-    fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot, note: impl FnOnce()) {
+    fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_exit::<NESTED>(now, slot, note);
+            return self.late_exit::<NESTED>(now, slot);
         };
-        note();
+        self.count_exit(now, slot, ticks, NESTED);
+    }
+
+    /// Count an exit after `ticks` in the guest, and end the transition.
+    #[inline(always)]
+    fn count_exit(&self, now: u64, slot: Slot, ticks: u64, nested: bool) {
         if parts::PHASES {
             add(self.phase_cell(self.row(), Phase::Guest), ticks);
         }
         let row = Row::of(slot);
         self.row.store(row.0, Relaxed);
         self.phase.store(Phase::Kernel as u32, Relaxed);
-        if NESTED {
+        if nested {
             add(self.nested_cell(slot), 1);
         }
         if parts::COUNTS {
@@ -404,8 +475,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_exit<const NESTED: bool>(&self, now: u64, slot: Slot, note: impl FnOnce()) {
-        self.exit_from::<NESTED>(self.one_tick_on(now), slot, note);
+    fn late_exit<const NESTED: bool>(&self, now: u64, slot: Slot) {
+        self.exit_from::<NESTED>(self.one_tick_on(now), slot);
     }
 
     /// Ends the transition of an exit whose reason has not occurred before.

@@ -47,6 +47,7 @@ use super::{
     phase::Phase,
     snapshot::{self, Identity, NAME_SIZE},
     table::{Entry, Table},
+    tables::Tables,
 };
 
 pub use platform::Platform;
@@ -133,6 +134,8 @@ struct State {
     marked: usize,
     /// vCPUs that run or ran unmetered, marked or not.
     unmetered: u64,
+    /// A vCPU that comes gets tables.
+    wants_tables: bool,
     /// The numbers of the vCPUs that are gone.
     gone: Totals,
     /// Room for a copy of a ledger: too large for a kernel stack.
@@ -267,6 +270,9 @@ struct Spare {
     rows: *mut Rows,
     first_sums: *mut GroupSums,
     sums: *mut GroupSums,
+    tables: *mut Tables,
+    /// There was no memory for tables: the vCPU goes without.
+    no_tables: bool,
 }
 
 /// What a vCPU still takes to be placed.
@@ -275,6 +281,7 @@ enum Lacking {
     Vm,
     Group,
     Sums,
+    Tables,
 }
 
 impl<P: Platform> Registry<P> {
@@ -497,9 +504,10 @@ impl<P: Platform> Registry<P> {
             vcpu: owner.vcpu,
         };
         let mut spare = Spare::none();
-        // A VM that is new lacks itself and a group; one that grows, a group and sums.
+        // A VM that is new lacks itself and a group; one that grows, a group and sums; and a vCPU may
+        // lack tables.
         let mut result = Err(Refused::NoMemory);
-        for _ in 0..5 {
+        for _ in 0..6 {
             let placed = self.lock().place(self, member, owner.vm, &mut spare);
             match placed {
                 Ok(()) => {
@@ -554,6 +562,7 @@ impl<P: Platform> Registry<P> {
             return;
         }
         fence(Acquire);
+        self.retire_tables(member);
         let room = NonNull::from(&member.retired).cast();
         let memory = member.address().cast();
         // SAFETY: It is in no list any more, and nobody holds it; queries that still read it are
@@ -618,7 +627,11 @@ impl<P: Platform> Drop for Registry<P> {
                 let mut group = it.groups.load(Relaxed);
                 while let Some(it) = group.as_ref() {
                     for member in &it.members {
-                        free(&self.platform, member.load(Relaxed));
+                        let member = member.load(Relaxed);
+                        if let Some(it) = member.as_ref() {
+                            free(&self.platform, it.ledger.set_tables(null_mut()));
+                        }
+                        free(&self.platform, member);
                     }
                     group = it.next.load(Relaxed);
                 }
@@ -687,6 +700,9 @@ impl State {
         };
         // SAFETY: The lock is held.
         let links = unsafe { &mut *it.links.get() };
+        if self.wants_tables && spare.tables.is_null() && !spare.no_tables {
+            return Err(Lacking::Tables);
+        }
         let group = if links.vacant.is_null() {
             self.add_group(registry, vm, links, spare)?
         } else {
@@ -704,9 +720,14 @@ impl State {
             it.number
         };
         let place = group.taken.load(Relaxed).trailing_ones();
-        // SAFETY: Nobody else has the vCPU yet.
+        let tables = match self.wants_tables {
+            true => core::mem::replace(&mut spare.tables, null_mut()),
+            false => null_mut(),
+        };
+        // SAFETY: Nobody else has the vCPU yet. Its tables stay until they are retired.
         unsafe {
             let new = &mut *member.as_ptr();
+            new.ledger.set_tables(tables);
             new.serial = self.serial;
             new.identity.vm = number;
             new.group = core::ptr::from_ref(group).cast_mut();
@@ -866,6 +887,8 @@ impl Spare {
             rows: null_mut(),
             first_sums: null_mut(),
             sums: null_mut(),
+            tables: null_mut(),
+            no_tables: false,
         }
     }
 
@@ -881,6 +904,10 @@ impl Spare {
                     self.first_sums = zeroed(platform, may_sleep)?.as_ptr();
                     self.rows = zeroed(platform, may_sleep)?.as_ptr();
                 }
+                Lacking::Tables => match zeroed(platform, may_sleep) {
+                    Some(tables) => self.tables = tables.as_ptr(),
+                    None => self.no_tables = true,
+                },
             }
         }
         Some(())
@@ -897,6 +924,7 @@ impl Spare {
             free(platform, self.rows);
             free(platform, self.first_sums);
             free(platform, self.sums);
+            free(platform, self.tables);
         }
     }
 }

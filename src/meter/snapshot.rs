@@ -395,6 +395,7 @@ pub struct Encoder<'a> {
     /// [`Self::finish`].
     tables_size: usize,
     tables: u32,
+    has_tables: bool,
     without_tables: u32,
 }
 
@@ -416,6 +417,7 @@ impl<'a> Encoder<'a> {
             vcpus: 0,
             tables_size: 0,
             tables: 0,
+            has_tables: false,
             without_tables: 0,
         };
         let histogram = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
@@ -475,12 +477,14 @@ impl<'a> Encoder<'a> {
         self.at = end.checked_sub(self.tables_size).unwrap_or(usize::MAX / 2);
         self.sections(ledger, tables, show_code, size);
         self.at = front;
+        self.has_tables = true;
         self.tables = self.tables.wrapping_add(1);
     }
 
-    /// Tell how many vCPUs have no tables for want of memory.
-    pub fn without_tables(&mut self, vcpus: u32) {
-        self.without_tables = vcpus;
+    /// Tell that details are on, and how many vCPUs have no tables for want of memory.
+    pub fn told_tables(&mut self, without: u32) {
+        self.has_tables = true;
+        self.without_tables = without;
     }
 
     /// Write a record of tables, which has `size` bytes.
@@ -608,8 +612,7 @@ impl<'a> Encoder<'a> {
         let totals_at = self.at;
         self.record(&NOBODY, [0; 2], [0; 2], [0; 2], gone.polled, gone.rows());
         let columns_at = self.at;
-        let has_tables = self.tables != 0 || self.without_tables != 0;
-        if has_tables {
+        if self.has_tables {
             self.columns();
         }
         let tables_at = self.at;
@@ -620,7 +623,7 @@ impl<'a> Encoder<'a> {
         }
         self.at = 0;
         self.header(size, totals_at, gone.vcpus, unmetered);
-        if has_tables {
+        if self.has_tables {
             self.u64(columns_at as u64);
             self.u32(COLUMNS.len() as u32);
             self.u32(self.without_tables);

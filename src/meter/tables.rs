@@ -53,11 +53,9 @@ const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// The most that the tables of one vCPU take, in bytes.
 pub const MOST_BYTES: usize = 48 * 1024;
 
-/// Where a key holds that the exit came from a nested guest.
-const NESTED: u32 = detail::BITS;
-/// Where a key holds its reason.
-const REASON: u32 = detail::BITS + 1;
-/// Where the tag of a row of code holds that the exit came from a nested guest.
+/// Where a key of details holds its tag.
+const TAG: u32 = detail::BITS;
+/// Where a tag holds that the exit came from a nested guest: above the reason.
 const CODE_NESTED: u32 = 8;
 
 /// A row of details: one cache line.
@@ -118,6 +116,71 @@ pub struct About {
     pub rip: Option<u64>,
 }
 
+/// The keys of an exit, as few words: they go from function to function in registers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keys {
+    /// See [`Tag`].
+    pub(super) tag: Tag,
+    /// `None` for an exit without a detail.
+    pub(super) detail: Option<u64>,
+    /// 0 where it cannot be read, as the tag says.
+    pub(super) rip: u64,
+}
+
+/// Which reason an exit is of, from 1, and in bits above that whether it came from a nested guest
+/// and whether its RIP can be read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tag(u64);
+
+/// Where a tag holds that the RIP cannot be read.
+const NO_RIP: u32 = CODE_NESTED + 1;
+
+impl About {
+    /// Return the keys of an exit of a reason.
+    #[inline(always)]
+    pub(super) fn keys(&self, slot: Slot) -> Keys {
+        let tag = reason_of(slot)
+            | u64::from(self.nested) << CODE_NESTED
+            | u64::from(self.rip.is_none()) << NO_RIP;
+        Keys {
+            tag: Tag(tag),
+            // The bit for the RIP falls out of the word.
+            detail: self.detail.map(|detail| detail | tag << TAG),
+            rip: self.rip.unwrap_or(0),
+        }
+    }
+}
+
+impl Tag {
+    /// Return true if the exit came from a nested guest.
+    #[inline(always)]
+    pub(super) const fn is_nested(self) -> bool {
+        self.0 >> CODE_NESTED & 1 != 0
+    }
+
+    /// Return the row of the ledger.
+    #[inline(always)]
+    pub(super) fn slot(self) -> Slot {
+        slot_of(self.0 & ((1 << CODE_NESTED) - 1)).unwrap_or(Slot::OTHER)
+    }
+
+    #[inline(always)]
+    const fn has_rip(self) -> bool {
+        self.0 >> NO_RIP == 0
+    }
+}
+
+/// The rows of an exit.
+///
+/// # Invariants
+///
+/// They are how many bytes from the first row of its table a row begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    detail: u32,
+    code: u32,
+}
+
 /// The tables of one vCPU. All-zero bytes are some that have not begun.
 ///
 /// The first row of each table is nobody's: what has no row is booked there, and never read.
@@ -157,6 +220,20 @@ const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
 #[inline(always)]
 fn add(cell: &AtomicU64, value: u64) {
     cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
+}
+
+/// Reads a cell that only this thread writes. Others only read it, so there is no race; and unlike
+/// the load of an atomic this one can be part of the compare.
+#[cfg(not(loom))]
+#[inline(always)]
+fn own(cell: &AtomicU64) -> u64 {
+    // SAFETY: The cell is there, and nobody else writes to it.
+    unsafe { cell.as_ptr().read() }
+}
+
+#[cfg(loom)]
+fn own(cell: &AtomicU64) -> u64 {
+    cell.load(Relaxed)
 }
 
 /// Sets the bit of a row, counted from the first that is somebody's.
@@ -202,60 +279,81 @@ impl Tables {
         unsafe { &*self.users.as_ptr().byte_add(offset as usize) }
     }
 
-    /// Take an exit of a reason at TSC `now`, before the ledger counts it, in its transition.
+    /// Return the rows of an exit; `None` where it has none yet.
     #[inline(always)]
-    pub(super) fn exit(&self, ledger: &Ledger, now: u64, slot: Slot, about: &About) {
-        let offset = match about.detail {
-            Some(detail) => {
-                let key = detail | u64::from(about.nested) << NESTED | reason_of(slot) << REASON;
-                self.find_detail(ledger, now, key)
-            }
+    pub(super) fn rows_of(&self, keys: &Keys) -> Option<Rows> {
+        let detail = match keys.detail {
             None => 0,
+            Some(key) => self.find_detail(key)?,
         };
-        // INVARIANT: As `find_detail` gives it.
-        self.detail.store(offset, Relaxed);
-        add(&self.detail_at(offset).exits, 1);
-        let offset = match about.rip {
-            Some(rip) => {
-                let tag = reason_of(slot) | u64::from(about.nested) << CODE_NESTED;
-                self.find_code(ledger, now, rip, tag)
+        let code = match keys.tag.has_rip() {
+            true => self.find_code(keys.rip, keys.tag.0)?,
+            false if self.lacks_rip.load(Relaxed) == 0 => return None,
+            false => 0,
+        };
+        Some(Rows { detail, code })
+    }
+
+    /// Return the rows of an exit at TSC `now`, which gets those that it has not. In the ledger's
+    /// transition, before the ledger counts the exit.
+    pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
+        let detail = match keys.detail {
+            None => 0,
+            Some(key) => self
+                .find_detail(key)
+                .unwrap_or_else(|| self.new_detail(ledger, now, key)),
+        };
+        let code = match keys.tag.has_rip() {
+            true => self
+                .find_code(keys.rip, keys.tag.0)
+                .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.tag.0)),
+            false => {
+                self.lacks_rip.store(1, Relaxed);
+                0
             }
-            None => self.without_rip(),
         };
-        // INVARIANT: As `find_code` gives it.
-        self.code.store(offset, Relaxed);
-        add(&self.code_at(offset).exits, 1);
+        Rows { detail, code }
     }
 
-    #[cold]
-    fn without_rip(&self) -> u32 {
-        self.lacks_rip.store(1, Relaxed);
-        0
-    }
-
-    /// Return where the row of a key is.
+    /// Take an exit into its rows, in the ledger's transition.
     #[inline(always)]
-    fn find_detail(&self, ledger: &Ledger, now: u64, key: u64) -> u32 {
+    pub(super) fn take_exit(&self, rows: Rows) {
+        // INVARIANT: By that of `Rows`.
+        self.detail.store(rows.detail, Relaxed);
+        self.code.store(rows.code, Relaxed);
+        add(&self.detail_at(rows.detail).exits, 1);
+        add(&self.code_at(rows.code).exits, 1);
+    }
+
+    /// Return where the set of a detail begins.
+    #[inline(always)]
+    fn detail_set(key: u64) -> u32 {
         const ROW: u32 = size_of::<Detail>() as u32;
         let set = (key.wrapping_mul(SPREAD) >> (64 - DETAIL_POWER)) as u32;
-        // The offset is that of one of the rows: a set has WAYS of them, behind the first.
-        let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
-        let first = offset;
-        for _ in 0..WAYS {
-            if self.detail_at(offset).key.load(Relaxed) == key {
-                return offset;
-            }
-            offset = offset.wrapping_add(ROW);
-        }
-        self.new_detail(ledger, now, key, first)
+        // A set has WAYS rows, behind the first of the table.
+        set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW)
     }
 
-    /// Give a key a row of the set that begins at `first`; return where it is.
+    /// Return where the row of a key is, if it has one.
+    #[inline(always)]
+    fn find_detail(&self, key: u64) -> Option<u32> {
+        let mut offset = Self::detail_set(key);
+        for _ in 0..WAYS {
+            if own(&self.detail_at(offset).key) == key {
+                return Some(offset);
+            }
+            offset = offset.wrapping_add(size_of::<Detail>() as u32);
+        }
+        None
+    }
+
+    /// Give a key a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64, first: u32) -> u32 {
+    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64) -> u32 {
         const ROW: u32 = size_of::<Detail>() as u32;
         self.begin(ledger, now);
+        let first = Self::detail_set(key);
         let mut chosen = (first, u64::MAX);
         let mut offset = first;
         for _ in 0..WAYS {
@@ -294,30 +392,37 @@ impl Tables {
         offset
     }
 
-    /// Return where the row of a place in the guest's code is.
+    /// Return which set a place in the guest's code belongs to.
     #[inline(always)]
-    fn find_code(&self, ledger: &Ledger, now: u64, rip: u64, tag: u64) -> u32 {
-        const ROW: u32 = size_of::<Code>() as u32;
+    fn code_set(rip: u64, tag: u64) -> u32 {
         let mixed = (rip ^ tag << 48).wrapping_mul(SPREAD);
-        let set = (mixed >> (64 - CODE_POWER)) as u32;
-        // As in `find_detail`.
+        (mixed >> (64 - CODE_POWER)) as u32
+    }
+
+    /// Return where the row of a place in the guest's code is, if it has one.
+    #[inline(always)]
+    fn find_code(&self, rip: u64, tag: u64) -> Option<u32> {
+        const ROW: u32 = size_of::<Code>() as u32;
+        let set = Self::code_set(rip, tag);
+        // As in `detail_set`.
         let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
         for _ in 0..WAYS {
             let row = self.code_at(offset);
-            if row.rip.load(Relaxed) == rip && row.tag.load(Relaxed) == tag {
-                return offset;
+            if own(&row.rip) == rip && own(&row.tag) == tag {
+                return Some(offset);
             }
             offset = offset.wrapping_add(ROW);
         }
-        self.new_code(ledger, now, rip, tag, set)
+        None
     }
 
-    /// Give a place in the guest's code a row of a set; return where it is.
+    /// Give a place in the guest's code a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, tag: u64, set: u32) -> u32 {
+    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, tag: u64) -> u32 {
         const ROW: u32 = size_of::<Code>() as u32;
         self.begin(ledger, now);
+        let set = Self::code_set(rip, tag);
         let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
         let mut chosen = (offset, u64::MAX);
         for _ in 0..WAYS {

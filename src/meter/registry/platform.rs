@@ -4,7 +4,7 @@
 
 use core::{alloc::Layout, ptr::NonNull};
 
-use crate::meter::ledger::{Ledger, LedgerCopy};
+use crate::meter::ledger::Copying;
 
 /// Room in a retired object for the platform's own use: a `struct rcu_head`.
 pub type Retired = [usize; 2];
@@ -66,7 +66,7 @@ pub unsafe trait Platform {
     /// Try to copy a ledger on a CPU, between two transitions of the vCPU that runs there; return
     /// false when that did not succeed. Called without the lock; may wait for that CPU to take
     /// an interrupt.
-    fn copy_on(&self, cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool;
+    fn copy_on(&self, cpu: u32, copying: &mut Copying<'_>) -> bool;
 
     /// Return the clock's ticks now.
     fn now(&self) -> u64;

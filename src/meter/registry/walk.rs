@@ -7,18 +7,20 @@
 //! without it. One that goes before the walk has come to it is kept for the end of the walk.
 
 use core::{
-    ptr::null_mut,
+    alloc::Layout,
+    ptr::{null_mut, NonNull},
     sync::atomic::Ordering::{Acquire, Relaxed},
 };
 
 use crate::meter::{
-    ledger::{LedgerCopy, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, Totals, TRIES},
     snapshot::{Encoder, Full, Host},
+    tables::{Tables, TablesCopy},
 };
 
 use super::{
     vm::{Group, Member, Vm},
-    Locked, Platform, Registry, State,
+    zeroed, Locked, Platform, Registry, State,
 };
 
 /// vCPUs that a walk takes hold of before it lets the lock go.
@@ -62,6 +64,14 @@ type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
 #[derive(Debug)]
 pub struct Walker {
     copy: LedgerCopy,
+    tables: TablesCopy,
+}
+
+/// How a snapshot tells of tables.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Show {
+    /// Of the guest's code as well, by its addresses.
+    pub code: bool,
 }
 
 /// The reason why there is no snapshot.
@@ -105,6 +115,7 @@ impl Walker {
     pub const fn new() -> Self {
         Self {
             copy: LedgerCopy::new(),
+            tables: TablesCopy::new(),
         }
     }
 }
@@ -246,8 +257,20 @@ impl<P: Platform> Registry<P> {
     /// Copy the ledger of a vCPU that the caller holds on to; return the attempts and the
     /// interrupts that failed or were sent for it, or `None` when it could not be copied.
     pub fn copy(&self, member: &Member, out: &mut LedgerCopy) -> Option<(u32, u32)> {
+        self.make_copy(
+            member,
+            Copying {
+                ledger: &member.ledger,
+                out,
+                tables: None,
+            },
+        )
+    }
+
+    /// Make a copy of a vCPU that the caller holds on to, as [`Self::copy`].
+    fn make_copy(&self, member: &Member, mut copying: Copying<'_>) -> Option<(u32, u32)> {
         let tries = self.settings.copy_tries;
-        if let Some(failed) = member.ledger.copy(tries, out) {
+        if let Some(failed) = copying.copy(tries) {
             return Some((failed, 0));
         }
         for sent in 0..INTERRUPTS {
@@ -258,9 +281,9 @@ impl<P: Platform> Registry<P> {
             };
             drop(state);
             let copied = match cpu {
-                Some(cpu) => self.platform.copy_on(cpu, &member.ledger, out),
+                Some(cpu) => self.platform.copy_on(cpu, &mut copying),
                 // Nobody writes it, or nobody who does so as fast.
-                None => member.ledger.copy(TRIES, out).is_some(),
+                None => copying.copy(TRIES).is_some(),
             };
             if copied {
                 return Some((tries, sent.wrapping_add(1)));
@@ -285,26 +308,44 @@ impl<P: Platform> Registry<P> {
         buffer: &mut [u8],
         gone: &mut Totals,
         host: Host,
+        show: Show,
     ) -> Result<usize, NoSnapshot> {
         let mut encoder = Encoder::new(buffer, host);
         let mut unmetered = 0;
+        let mut wants_tables = false;
+        let mut without_tables = 0_u32;
         let mut busy = false;
         self.walk(
             SNAPSHOT,
             |state| {
                 gone.add(&state.gone);
                 unmetered = state.unmetered;
+                wants_tables = state.wants_tables;
             },
             |member, polled| {
-                let copy = &mut walker.copy;
-                if self.copy(member, copy).is_none() {
+                let Walker { copy, tables } = walker;
+                // SAFETY: The vCPU is held on to. Else only `take_tables` takes its tables away,
+                // which is a walk of the same kind.
+                let its_tables = unsafe { member.ledger.tables() };
+                tables.clear();
+                let copying = Copying {
+                    ledger: &member.ledger,
+                    out: copy,
+                    tables: its_tables.map(|it| (it, &mut *tables)),
+                };
+                if self.make_copy(member, copying).is_none() {
                     busy = true;
                 } else if !copy.is_empty() {
                     copy.polled = polled;
                     encoder.vcpu(&member.identity, copy);
+                    encoder.tables(copy, tables, show.code);
+                    without_tables = without_tables.wrapping_add(its_tables.is_none().into());
                 }
             },
         );
+        if wants_tables {
+            encoder.told_tables(without_tables);
+        }
         let result = encoder.finish(gone, unmetered);
         let (Ok(size) | Err(Full { needed: size })) = result;
         self.latest_size.store(size, Relaxed);
@@ -312,6 +353,53 @@ impl<P: Platform> Registry<P> {
             true => Err(NoSnapshot::Busy),
             false => result.map_err(NoSnapshot::Full),
         }
+    }
+
+    /// Give tables to all vCPUs, and to those that come. Where there is no memory for some, a vCPU
+    /// has none. May sleep. The walker shows that no snapshot is being taken.
+    ///
+    /// From now on each transition of a vCPU that has tables must be told with them.
+    pub fn give_tables(&self, _walker: &mut Walker) {
+        self.lock().wants_tables = true;
+        self.walk(
+            SNAPSHOT,
+            |_| (),
+            |member, _| {
+                // SAFETY: As in `snapshot`.
+                if unsafe { member.ledger.tables() }.is_some() {
+                    return;
+                }
+                // SAFETY: All-zero bytes are tables that have not begun.
+                if let Some(tables) = unsafe { zeroed::<Tables>(&self.platform, true) } {
+                    // SAFETY: They stay until they are retired.
+                    unsafe { member.ledger.set_tables(tables.as_ptr()) };
+                }
+            },
+        );
+    }
+
+    /// Take the tables from all vCPUs. No transition may begin to be told with them any more; those
+    /// that are under way are waited for, before memory is freed.
+    pub fn take_tables(&self, _walker: &mut Walker) {
+        self.lock().wants_tables = false;
+        self.walk(SNAPSHOT, |_| (), |member, _| self.retire_tables(member));
+    }
+
+    /// Take the tables from a vCPU that the caller holds on to.
+    pub(super) fn retire_tables(&self, member: &Member) {
+        // SAFETY: What is returned is retired.
+        let tables = unsafe { member.ledger.set_tables(null_mut()) };
+        let Some(tables) = NonNull::new(tables) else {
+            return;
+        };
+        // SAFETY: They stay until they are retired.
+        let room = NonNull::from(unsafe { tables.as_ref() }.room()).cast();
+        // SAFETY: Nobody can find them any more but a transition that has begun before, and the
+        // room is for this alone.
+        unsafe {
+            self.platform
+                .retire(tables.cast(), Layout::new::<Tables>(), room);
+        };
     }
 
     /// Estimate the size of the next snapshot, in bytes. Adds an eighth to the latest size to leave

@@ -9,7 +9,7 @@ use crate::meter::{
     reasons::{Slot, SLOTS},
 };
 
-use super::{slot_of, Tables, CODES, CODE_NESTED, DETAILS, NESTED, REASON, USERS};
+use super::{slot_of, Tables, CODES, CODE_NESTED, DETAILS, TAG, USERS};
 
 /// A row of details, at rest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,17 +42,17 @@ impl DetailCopy {
 
     /// The reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        slot_of(self.key >> REASON)
+        slot_of(self.key >> TAG & ((1 << CODE_NESTED) - 1))
     }
 
     /// Whether the exits came from a nested guest.
     pub fn is_nested(&self) -> bool {
-        self.key >> NESTED & 1 != 0
+        self.key >> (TAG + CODE_NESTED) & 1 != 0
     }
 
     /// What the exits were about.
     pub fn detail(&self) -> u64 {
-        self.key & ((1 << NESTED) - 1)
+        self.key & ((1 << TAG) - 1)
     }
 }
 

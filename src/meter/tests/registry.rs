@@ -16,13 +16,13 @@ use std::{
 
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Query},
-    ledger::{Ledger, LedgerCopy, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     reasons::{slot, Isa},
     registry::{
         platform::Retired,
-        walk::{NoSnapshot, Walker},
+        walk::{NoSnapshot, Show, Walker},
         Newcomer, NoMemory, Owner, Platform, Refused, Registry, Settings, GROUP,
     },
     snapshot::{size_for, Host, NAME_SIZE},
@@ -154,13 +154,13 @@ unsafe impl Platform for Plain {
         self.0.cpus.borrow().get(&key).copied()
     }
 
-    fn copy_on(&self, _cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+    fn copy_on(&self, _cpu: u32, copying: &mut Copying<'_>) -> bool {
         assert!(
             !self.0.locked.get(),
             "an interrupt is awaited under the lock"
         );
         self.0.interrupts.set(self.0.interrupts.get() + 1);
-        self.0.interrupts.get() > self.0.failing.get() && ledger.try_copy(out)
+        self.0.interrupts.get() > self.0.failing.get() && copying.try_copy()
     }
 
     fn now(&self) -> u64 {
@@ -263,9 +263,9 @@ impl Bench {
             clock_offset,
             life: 1,
         };
-        let size = self
-            .registry
-            .snapshot(&mut walker, &mut buffer, &mut gone, host);
+        let size =
+            self.registry
+                .snapshot(&mut walker, &mut buffer, &mut gone, host, Show::default());
         let snapshot = Snapshot::parse(&buffer[..size.expect("it fits")]).expect("a snapshot");
         let mut told = Told {
             gone: snapshot.gone(),
@@ -900,7 +900,13 @@ fn a_copy_takes_a_bounded_number_of_interrupts() {
             life: 1,
         };
         shared.interrupts.set(0);
-        let snapshot = registry.snapshot(&mut Walker::new(), &mut buffer, &mut Totals::new(), host);
+        let snapshot = registry.snapshot(
+            &mut Walker::new(),
+            &mut buffer,
+            &mut Totals::new(),
+            host,
+            Show::default(),
+        );
         assert_eq!(snapshot.err(), due.is_none().then_some(NoSnapshot::Busy));
         destroy(&registry, &shared, key(1));
         drop(registry);
@@ -973,5 +979,50 @@ fn a_new_clock_does_not_hold_up_sums() {
     assert!(bench.exits(key(3 * GROUP - 1), 5));
     bench.wait();
     assert_eq!(bench.ask(key(0)), Some(all + 5));
+    bench.end();
+}
+
+/// Tables come for those that are there and those that come, and go with either they or their vCPU.
+#[test]
+fn tables_come_and_go_with_their_vcpus() {
+    let bench = Bench::new(8, false);
+    let has = |place: usize| {
+        let member = bench.registry.known(key(place)).expect("it is known");
+        // SAFETY: Nothing goes on beside this.
+        unsafe { member.ledger().tables() }.is_some()
+    };
+    for place in 0..3 {
+        assert_eq!(bench.announce(key(place), 0, place as u32), Ok(()));
+        assert!(bench.exits(key(place), 1) && !has(place));
+    }
+    bench.registry.give_tables(&mut Walker::new());
+    assert!((0..3).all(has));
+    assert_eq!(bench.announce(key(3), 1, 3), Ok(()));
+    assert!(bench.exits(key(3), 1) && has(3));
+    // There is no memory for the tables of this one, nor is it refused for that.
+    bench.shared.fails.set(bench.shared.allocations.get() + 2);
+    assert_eq!(bench.announce(key(4), 1, 4), Ok(()));
+    assert!(bench.exits(key(4), 1) && !has(4));
+    assert_eq!(bench.snapshot().exits.len(), 5);
+    bench.registry.give_tables(&mut Walker::new());
+    assert!((0..5).all(has));
+    // With its tables, both once those who read have ended.
+    let objects = || bench.shared.objects.get();
+    let before = objects();
+    bench.destroy(key(3));
+    assert_eq!(before - objects(), 2);
+    let before = objects();
+    bench.registry.take_tables(&mut Walker::new());
+    assert!([0, 1, 2, 4].into_iter().all(|place| !has(place)));
+    assert_eq!(objects(), before, "freed beside those who read");
+    bench.shared.pass_time();
+    assert_eq!(before - objects(), 4);
+    assert_eq!(bench.announce(key(5), 1, 5), Ok(()));
+    assert!(bench.exits(key(5), 1) && !has(5));
+    let before = objects();
+    bench.destroy(key(5));
+    assert_eq!(before - objects(), 1);
+    bench.registry.give_tables(&mut Walker::new());
+    // What is left goes with the registry.
     bench.end();
 }

@@ -185,7 +185,7 @@ impl Sample {
             encoder.vcpu(identity, copy);
             encoder.tables(copy, tables, true);
         }
-        encoder.without_tables(1);
+        encoder.told_tables(1);
         encoder.finish(&self.gone, 1)
     }
 

@@ -261,7 +261,7 @@ impl Metered {
 /// Details of one set, by the rule of `Tables`.
 fn of_one_set(slot: Slot, count: usize) -> Vec<u64> {
     let set = |detail: u64| {
-        let key = detail | (slot.index() as u64 + 1) << 56;
+        let key = detail | (slot.index() as u64 + 1) << 55;
         key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58
     };
     (0..)

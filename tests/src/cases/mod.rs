@@ -5,6 +5,7 @@
 
 mod access;
 mod answers;
+mod details;
 mod exits;
 mod hooks;
 mod linux;
@@ -102,6 +103,7 @@ pub fn all() -> Vec<Case> {
         answers::cases(),
         access::cases(),
         phases::cases(),
+        details::cases(),
         tool::cases(),
         scope::cases(),
         linux::cases(),

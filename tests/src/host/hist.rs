@@ -62,7 +62,8 @@ pub fn stop() -> Result<()> {
     Ok(())
 }
 
-fn mount() -> Result<()> {
+/// Mounts tracefs, unless it is there.
+pub(super) fn mount() -> Result<()> {
     if Path::new("/sys/kernel/tracing/events").is_dir() {
         return Ok(());
     }

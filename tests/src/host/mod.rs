@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod cgroup;
 pub mod faults;
 pub mod hist;
+pub mod keyed;
 pub mod leaves;
 pub mod linux;
 pub mod log;

@@ -13,10 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exitmeter_meter::{
-    ledger::{Ledger, LedgerCopy},
-    registry::Member,
-};
+use exitmeter_meter::{ledger::Copying, registry::Member};
 
 /// The CPU of a vCPU that is on none.
 pub const NOWHERE: u32 = u32::MAX;
@@ -70,8 +67,7 @@ impl Default for Vcpu {
 #[derive(Debug)]
 struct Request {
     state: AtomicU32,
-    ledger: AtomicPtr<Ledger>,
-    out: AtomicPtr<LedgerCopy>,
+    copying: AtomicPtr<Copying<'static>>,
 }
 
 const IDLE: u32 = 0;
@@ -107,11 +103,8 @@ extern "C" fn on_signal(_: libc::c_int) {
     if request.state.load(Acquire) != ASKED {
         return;
     }
-    // SAFETY: The one who asks keeps both alive until it is answered, and touches neither.
-    let copied = unsafe {
-        let ledger = &*request.ledger.load(Relaxed);
-        ledger.try_copy(&mut *request.out.load(Relaxed))
-    };
+    // SAFETY: The one who asks keeps it alive until it is answered, and does not touch it.
+    let copied = unsafe { (*request.copying.load(Relaxed)).try_copy() };
     // ORDERING: Who sees the answer sees the copy.
     request
         .state
@@ -137,8 +130,7 @@ impl Cpu {
             thread: AtomicI32::new(0),
             request: Request {
                 state: AtomicU32::new(IDLE),
-                ledger: AtomicPtr::new(null_mut()),
-                out: AtomicPtr::new(null_mut()),
+                copying: AtomicPtr::new(null_mut()),
             },
             turn: Mutex::new(()),
             noted: AtomicUsize::new(0),
@@ -163,19 +155,18 @@ impl Cpu {
         result
     }
 
-    /// Have this CPU copy a ledger between two of its instructions: as by an interrupt.
-    pub fn copy(&self, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
+    /// Have this CPU make a copy between two of its instructions: as by an interrupt.
+    pub fn copy(&self, copying: &mut Copying<'_>) -> bool {
         let _turn = self.turn.lock().expect("no panic");
         let thread = self.thread.load(Acquire);
         if thread == 0 {
             // A CPU that runs nothing has nobody who writes the ledger.
-            return ledger.try_copy(out);
+            return copying.try_copy();
         }
         let request = &self.request;
         request
-            .ledger
-            .store(core::ptr::from_ref(ledger).cast_mut(), Relaxed);
-        request.out.store(out, Relaxed);
+            .copying
+            .store(core::ptr::from_mut(copying).cast(), Relaxed);
         // ORDERING: As in `on_signal`.
         request.state.store(ASKED, Release);
         // SAFETY: Sends a signal to a thread of this process, which lives, as it takes a turn

@@ -10,11 +10,11 @@ use std::{
 
 use exitmeter_meter::{
     leaves::Query,
-    ledger::{LedgerCopy, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     registry::{
-        walk::{NoSnapshot, Walker},
+        walk::{NoSnapshot, Show, Walker},
         Platform,
     },
     snapshot::size_for,
@@ -262,11 +262,14 @@ impl Guests {
                 tries.add(ticks() - from);
             }
             let (from, mut sent) = (ticks(), 1);
-            while !self
-                .meter
-                .platform()
-                .copy_on(WRITER as u32, member.ledger(), &mut copy)
-            {
+            while !self.meter.platform().copy_on(
+                WRITER as u32,
+                &mut Copying {
+                    ledger: member.ledger(),
+                    out: &mut copy,
+                    tables: None,
+                },
+            ) {
                 sent += 1;
                 assert!(sent <= MOST_INTERRUPTS.into(), "{sent} interrupts");
             }
@@ -334,10 +337,13 @@ impl Guests {
             *gone = Totals::new();
             let from = ticks();
             let told = host(&self.meter);
-            let size = match self
-                .meter
-                .snapshot(&mut walker, &mut buffer, &mut gone, told)
-            {
+            let size = match self.meter.snapshot(
+                &mut walker,
+                &mut buffer,
+                &mut gone,
+                told,
+                Show::default(),
+            ) {
                 Ok(size) => size,
                 Err(NoSnapshot::Full(_)) => panic!("the buffer is large enough"),
                 Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),

@@ -16,7 +16,7 @@ use std::{
 
 use crossbeam_epoch::{pin, Guard};
 use exitmeter_meter::{
-    ledger::{Ledger, LedgerCopy},
+    ledger::Copying,
     registry::{platform::Retired, Platform},
 };
 
@@ -276,8 +276,8 @@ unsafe impl Platform for Native {
         (cpu != NOWHERE).then_some(cpu)
     }
 
-    fn copy_on(&self, cpu: u32, ledger: &Ledger, out: &mut LedgerCopy) -> bool {
-        self.cpus[cpu as usize].copy(ledger, out)
+    fn copy_on(&self, cpu: u32, copying: &mut Copying<'_>) -> bool {
+        self.cpus[cpu as usize].copy(copying)
     }
 
     fn now(&self) -> u64 {

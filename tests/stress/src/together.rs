@@ -24,7 +24,7 @@ use exitmeter_meter::{
     reader::{Row, Snapshot},
     reasons::{slot, Isa, Slot},
     registry::{
-        walk::{NoSnapshot, Walker},
+        walk::{NoSnapshot, Show, Walker},
         Refused,
     },
     snapshot::{size_for, Reason},
@@ -482,7 +482,13 @@ impl Watcher<'_> {
         let mut gone = Box::new(Totals::new());
         let told = host(&world.meter);
         let meter = &world.meter;
-        let size = match meter.snapshot(&mut self.walker, &mut self.buffer, &mut gone, told) {
+        let size = match meter.snapshot(
+            &mut self.walker,
+            &mut self.buffer,
+            &mut gone,
+            told,
+            Show::default(),
+        ) {
             Ok(size) => size,
             Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
             // What was seen in vain is not looked at: the walk as such was.

@@ -1,0 +1,126 @@
+//! The kernel's own counts of KVM's events by any of their fields: histograms on tracepoints, the
+//! oracle that the tables of details are held against.
+
+use std::{collections::BTreeMap, fs};
+
+use anyhow::{ensure, Context as _, Result};
+
+const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
+
+/// Events by the values of the keys.
+pub type Counts = BTreeMap<Vec<u64>, u64>;
+
+/// A histogram that counts until it is dropped.
+#[derive(Debug)]
+pub struct Keyed {
+    event: &'static str,
+    keys: &'static [&'static str],
+}
+
+impl Keyed {
+    /// Begin to count an event of KVM's by some of its fields, from 0. No guest runs.
+    pub fn begin(event: &'static str, keys: &'static [&'static str]) -> Result<Self> {
+        super::hist::mount()?;
+        let hist = Self { event, keys };
+        let trigger = hist.file("trigger");
+        // By CPU as well, as in `hist`.
+        fs::write(&trigger, hist.words())
+            .with_context(|| format!("{trigger} does not take a histogram"))?;
+        ensure!(
+            hist.read()?.is_empty(),
+            "the histogram of {event} begins with events"
+        );
+        Ok(hist)
+    }
+
+    fn file(&self, name: &str) -> String {
+        format!("{EVENTS}/{}/{name}", self.event)
+    }
+
+    fn words(&self) -> String {
+        format!("hist:keys=common_cpu,{}:size=8192", self.keys.join(","))
+    }
+
+    /// The events so far.
+    pub fn read(&self) -> Result<Counts> {
+        let file = self.file("hist");
+        let text = fs::read_to_string(&file).with_context(|| format!("{file} cannot be read"))?;
+        parse(&text, self.keys)
+    }
+}
+
+impl Drop for Keyed {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(self.file("trigger"), format!("!{}", self.words())) {
+            eprintln!(
+                "The histogram of {} cannot be taken away: {error}",
+                self.event
+            );
+        }
+    }
+}
+
+/// Reads the text of a histogram by CPU and keys; the sums over all CPUs.
+fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
+    let mut counts = Counts::new();
+    let mut totals = BTreeMap::new();
+    for line in text.lines().map(str::trim) {
+        if let Some(entry) = line.strip_prefix("{ ") {
+            let (fields, hits) = entry
+                .split_once("} hitcount:")
+                .with_context(|| format!("'{line}' is no entry of a histogram"))?;
+            let mut values = Vec::new();
+            for (field, key) in fields.split(',').zip(["common_cpu"].iter().chain(keys)) {
+                let (name, value) = field.split_once(':').unwrap_or_default();
+                ensure!(name.trim() == *key, "'{line}' has no {key}");
+                values.push(value.trim().parse::<u64>()?);
+            }
+            ensure!(values.len() == keys.len() + 1, "'{line}' lacks a key");
+            values.remove(0);
+            *counts.entry(values).or_insert(0) += hits.trim().parse::<u64>()?;
+        } else if let Some((name, value)) = line.split_once(": ") {
+            totals.insert(
+                name.to_owned(),
+                value.trim().parse::<u64>().unwrap_or(u64::MAX),
+            );
+        }
+    }
+    let total = |name| totals.get(name).copied();
+    ensure!(
+        total("Dropped") == Some(0) && total("Hits") == Some(counts.values().sum()),
+        "the histogram is not whole: {text}"
+    );
+    Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As read on the emulated AMD host.
+    const SAVED: &str = "\
+# event histogram
+#
+# trigger info: hist:keys=common_cpu,port,rw:vals=hitcount:sort=hitcount:size=8192 [active]
+#
+
+{ common_cpu:          0, port:        244, rw:          1 } hitcount:          1
+{ common_cpu:          1, port:       1008, rw:          1 } hitcount:        150
+{ common_cpu:          0, port:       1008, rw:          1 } hitcount:         50
+
+Totals:
+    Hits: 201
+    Entries: 3
+    Dropped: 0
+";
+
+    #[test]
+    fn reads_what_the_kernel_says() -> Result<()> {
+        let expected = Counts::from([(vec![244, 1], 1), (vec![1008, 1], 200)]);
+        assert_eq!(parse(SAVED, &["port", "rw"])?, expected);
+        assert!(parse(SAVED, &["port"]).is_err());
+        assert!(parse(&SAVED.replace("Hits: 201", "Hits: 202"), &["port", "rw"]).is_err());
+        assert!(parse(&SAVED.replace("Dropped: 0", "Dropped: 1"), &["port", "rw"]).is_err());
+        Ok(())
+    }
+}

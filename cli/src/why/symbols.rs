@@ -172,7 +172,7 @@ fn symbol(line: &[u8]) -> Result<Symbol, &'static str> {
     if line.len() > LONGEST {
         return Err("is too long");
     }
-    let line = str::from_utf8(line).map_err(|_| "is no text")?;
+    let line = std::str::from_utf8(line).map_err(|_| "is no text")?;
     let line = line.trim_end_matches(['\n', '\r']);
     let mut words = line.split([' ', '\t']).filter(|word| !word.is_empty());
     let address = words.next().ok_or("is empty")?;
@@ -216,7 +216,6 @@ pub fn half(address: u64) -> &'static str {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -135,6 +135,8 @@ pub(super) const RANGES: &[Range<u16>] = &[
     range(0x3f6, 0x3f6, "IDE 1 control", &[]),
     range(0x3f7, 0x3f7, "floppy", &[]),
     range(0x3f8, 0x3ff, "COM1", UART),
+    // QEMU's isa-debugcon where SeaBIOS (`CONFIG_DEBUG_IO`) and OVMF write to.
+    range(0x402, 0x402, "firmware debug console", &[]),
     // arch/x86/include/asm/pci-direct.h has 0xcf8; edge/level control: arch/x86/kvm/i8259.c.
     range(0x4d0, 0x4d1, "PIC edge or level", &[]),
     // QEMU docs/specs/fw_cfg.rst; drivers/firmware/qemu_fw_cfg.c.

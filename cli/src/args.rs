@@ -10,7 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::{
     completions, guest, man,
     output::{Output, When},
-    plot, reasons, record, report, stat, top,
+    plot, reasons, record, report, stat, top, why,
 };
 
 const STATUSES: &str = "\
@@ -47,6 +47,7 @@ enum Command {
     Record(record::Args),
     Plot(plot::Args),
     Top(top::Args),
+    Why(why::Args),
     Reasons(reasons::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -72,6 +73,7 @@ impl Args {
             Command::Record(args) => return args.run(),
             Command::Plot(args) => args.run(out)?,
             Command::Top(args) => return args.run(out),
+            Command::Why(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,
             Command::Completions(args) => args.run(out)?,
             Command::Man(args) => args.run()?,

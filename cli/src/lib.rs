@@ -4,8 +4,8 @@
 //!
 //! The rooms: [`source`] gets the bytes of a snapshot, and [`model`] makes plain data of them
 //! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
-//! with what it takes on the command line and what it does: [`report`], [`record`] and
-//! [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
+//! with what it takes on the command line and what it does: [`report`], [`why`],
+//! [`record`] and [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run,
 //! and [`signals`] of what would end them.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
@@ -33,3 +33,4 @@ pub mod spread;
 pub mod stat;
 pub mod table;
 pub mod top;
+pub mod why;

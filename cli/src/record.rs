@@ -26,8 +26,8 @@ use crate::{
     source,
 };
 
-mod child;
-mod events;
+pub(crate) mod child;
+pub(crate) mod events;
 
 /// On the host: records the exits over time, while a command runs or up to Ctrl-C.
 #[derive(Debug, clap::Args)]

@@ -26,6 +26,7 @@ pub use self::{
     select::{Error as SelectError, Selection},
     text::text,
 };
+pub(crate) use csv::quoted;
 pub(crate) use text::{code, count, Writer};
 
 /// On the host: where each VM's time went, and the table of its exits.
@@ -90,7 +91,7 @@ pub struct Args {
 }
 
 /// A time in seconds, from the command line.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())

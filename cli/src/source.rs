@@ -47,14 +47,19 @@ pub enum Error {
 ///
 /// When the file cannot be read.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    std::fs::read(path).map_err(|error| match error.kind() {
+    std::fs::read(path).map_err(|found| error(path, found))
+}
+
+/// Return why a file cannot be opened or read.
+pub fn error(path: &Path, error: io::Error) -> Error {
+    match error.kind() {
         ErrorKind::NotFound if path == Path::new(DEVICE) => Error::NoDevice,
         ErrorKind::PermissionDenied if path == Path::new(DEVICE) => Error::NoRight,
         _ => Error::Unreadable {
             path: path.to_owned(),
             error,
         },
-    })
+    }
 }
 
 /// The snapshot in the bytes of a file.

@@ -256,7 +256,15 @@ fn a_full_disk_is_told() {
 
 #[test]
 fn every_command_has_examples() {
-    let names = ["report", "guest", "stat", "reasons", "completions", "man"];
+    let names = [
+        "report",
+        "why",
+        "guest",
+        "stat",
+        "reasons",
+        "completions",
+        "man",
+    ];
     for name in names {
         let text = printed(&[name, "--help"]);
         assert!(text.contains("Examples:\n  "), "{text}");
@@ -272,7 +280,7 @@ fn each_command_has_a_page() {
     assert_eq!(printed(&["man", path.to_str().unwrap()]), "");
     let page = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
     let whole = page("exitmeter.1");
-    for name in ["report", "guest", "stat", "reasons"] {
+    for name in ["report", "why", "guest", "stat", "reasons"] {
         assert!(whole.contains(&format!("exitmeter\\-{name}(1)")));
         let page = page(&format!("exitmeter-{name}.1"));
         assert!(page.contains(".SH \"EXAMPLES\"\n.nf\nexitmeter "), "{page}");

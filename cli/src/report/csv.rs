@@ -92,7 +92,7 @@ fn seconds(span: &Span) -> String {
 }
 
 /// A text, in quotes when it needs them.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     if text.contains(['"', ',', '\n', '\r']) {
         format!("\"{}\"", text.replace('"', "\"\""))
     } else {

@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter why`: what exits were about, and which code of the guest caused them.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{ExitCode, ExitStatus},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+
+use self::{
+    device::Device,
+    model::{Weight, Why},
+    symbols::Symbols,
+    tables::Moment,
+    text::Shown,
+};
+use crate::{
+    command::{self, Unrunnable, FAILED},
+    model::delta::ANEW,
+    output::{Look, Output},
+    record::{
+        child::Child,
+        events::{Event, Events},
+    },
+    report::seconds,
+    source,
+};
+
+mod csv;
+mod detail;
+mod device;
+mod export;
+mod model;
+mod names;
+mod select;
+mod symbols;
+mod tables;
+mod text;
+
+/// On the host: what exits were about, and which code of the guest caused them.
+///
+/// By reason, the ports, MSRs, addresses, vectors, CPUID leaves, hypercalls and registers that lead,
+/// with their names, and why the VMM was asked. The module tells these only while someone wants them:
+/// this command turns them on for as long as it runs, which is until CMD has ended, or up to Ctrl-C.
+/// That needs CAP_PERFMON, which root has.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+A row is exact, or has its bound beside it: '+12' says that up to 12 exits more of it may stand
+among the others of its reason. That comes when a vCPU has more different details than its table
+has rows, or when a row gave way to another and came back. Rows and others always sum to the
+exits and cycles of the reason. Reasons that have no details, such as HLT, have no rows.
+
+share is the part of the reason's exits; of a reason, that of all exits. kernel and user are TSC
+cycles, and mean those of one exit: kernel cycles, or of exits to user space user cycles.
+
+--code tells by guest address, and by symbol with the guest's own list of symbols. Its
+/proc/kallsyms must be read by root there, at the same boot, as addresses change with each. A
+System.map tells the same of a guest without KASLR. No address is told of guests whose registers
+are encrypted.
+
+--collapsed and --speedscope write the guest's code as a profile, with the frames VM, reason and
+symbol. What a vCPU did that went while CMD ran is told up to half a second before it went.
+
+A vector of the host is named when it is one of its own, as in /proc/interrupts; those of devices
+change from CPU to CPU. On AMD an interrupt tells no vector.
+
+Exit status:
+  that of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
+  could not be run; 125 when the tool failed. Without CMD: 0, or 1 when it failed
+
+Examples:
+  exitmeter why -- sleep 10
+  exitmeter why --interval 1 --reason MSR_WRITE
+  exitmeter why --vm 1234 --code --symbols guest.kallsyms -- sleep 10
+  exitmeter why --vm 1234 --symbols guest.kallsyms --collapsed -- sleep 10 | flamegraph.pl > exits.svg
+  exitmeter why --speedscope -o exits.json -- sleep 10
+  exitmeter why saved.snapshot")]
+pub struct Args {
+    /// Shows only the VM of this name, or of this process.
+    #[arg(long, value_name = "PID|NAME")]
+    vm: Option<String>,
+    /// Shows only this exit reason: its name, or its number.
+    #[arg(long, value_name = "REASON")]
+    reason: Option<String>,
+    /// Shows where in the guest's code the exits were.
+    #[arg(long)]
+    code: bool,
+    /// Names code by the symbols in FILE: the guest's /proc/kallsyms, or its System.map. Implies
+    /// --code.
+    #[arg(long, value_name = "FILE")]
+    symbols: Option<PathBuf>,
+    /// What leads, and what a profile weighs: exits, or the ticks that they took.
+    #[arg(long, value_enum, default_value_t)]
+    weight: Weight,
+    /// Shows up to N rows of each reason.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    limit: usize,
+    /// Prints JSON instead of tables; with --interval, one line each time.
+    #[arg(long, group = "form")]
+    json: bool,
+    /// Prints comma separated values: one line for each row.
+    #[arg(long, group = "form")]
+    csv: bool,
+    /// Prints the guest's code as collapsed stacks, as flamegraph.pl and inferno read them.
+    #[arg(long, group = "form")]
+    collapsed: bool,
+    /// Prints the guest's code as JSON for speedscope.
+    #[arg(long, group = "form")]
+    speedscope: bool,
+    /// Writes to FILE, and not to the standard output.
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Tells what happened in each S seconds.
+    #[arg(long, value_name = "S", value_parser = seconds, conflicts_with_all = ["collapsed", "speedscope", "input", "diff"])]
+    interval: Option<Duration>,
+    /// Ends after N intervals.
+    #[arg(long, value_name = "N", requires = "interval", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// Tells what happened between two saved snapshots.
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "input")]
+    diff: Option<Vec<PathBuf>>,
+    /// The device whose details are turned on.
+    #[arg(long, value_name = "DEVICE", default_value = source::DEVICE, hide = true)]
+    device: PathBuf,
+    /// Reads a saved snapshot, of a time when details were on.
+    #[arg(value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// The command to run meanwhile, with its arguments.
+    #[arg(last = true, value_name = "CMD", conflicts_with_all = ["input", "diff"])]
+    command: Vec<OsString>,
+}
+
+/// From one reading to the next, so that little is lost of a VM that goes.
+const READING: Duration = Duration::from_millis(500);
+
+impl Args {
+    /// Tells why; the status to exit with.
+    ///
+    /// # Errors
+    ///
+    /// When there is nothing to tell, or nowhere to tell it.
+    pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
+        match self.tell(out) {
+            Err(error) if !self.command.is_empty() => {
+                eprintln!("exitmeter: {error:#}");
+                let status = error.downcast_ref().map(Unrunnable::status);
+                Ok(status.unwrap_or(FAILED).into())
+            }
+            told => told.map(ExitCode::from),
+        }
+    }
+
+    fn tell(&self, out: &mut Output) -> anyhow::Result<u8> {
+        let symbols = match &self.symbols {
+            Some(path) => Symbols::read(path)?,
+            None => Symbols::default(),
+        };
+        let mut to = Printer {
+            args: self,
+            symbols,
+            file: match &self.output {
+                Some(path) => {
+                    let file = File::create(path);
+                    Some(file.with_context(|| format!("cannot write {}", path.display()))?)
+                }
+                None => None,
+            },
+            out,
+        };
+        match (&self.input, self.diff.as_deref()) {
+            (Some(path), _) => {
+                to.begin()?;
+                to.print(saved(path)?)?;
+                Ok(0)
+            }
+            (None, Some([before, after])) => {
+                to.begin()?;
+                to.print(difference(before, after)?)?;
+                Ok(0)
+            }
+            _ => self.watch(&mut to),
+        }
+    }
+
+    /// Turns details on, and tells what they are until the command, or a signal without one, ends it.
+    fn watch(&self, to: &mut Printer<'_>) -> anyhow::Result<u8> {
+        let device = Device::open(&self.device)?;
+        let mut watch = Watch {
+            before: live(&device)?,
+            latest: None,
+            device,
+        };
+        // So that a VM or a reason that is not there is told now.
+        if self.command.is_empty() {
+            if let Some(vm) = &self.vm {
+                select::vm(&mut watch.before.clone(), vm)?;
+            }
+        }
+        if let Some(reason) = &self.reason {
+            select::code(watch.before.host.isa, reason)?;
+        }
+        to.begin()?;
+        // From here on no signal ends this process.
+        let (events, sender) = Events::new().context("cannot wait for signals")?;
+        let child = match self.command.split_first() {
+            Some((program, arguments)) => Some(Child::start(program, arguments, sender.clone())?),
+            None => None,
+        };
+        let told = self.watch_on(&mut watch, to, &events, child.as_ref());
+        drop(sender);
+        match (told, &child) {
+            (Ok(ended), _) => Ok(ended.map_or(0, command::status)),
+            // What is watched is more than its watching: it runs on.
+            (Err(error), Some(child)) => {
+                eprintln!("exitmeter: {error:#}");
+                events.until_the_end(child);
+                Ok(FAILED)
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    fn watch_on(
+        &self,
+        watch: &mut Watch,
+        to: &mut Printer<'_>,
+        events: &Events,
+        child: Option<&Child>,
+    ) -> anyhow::Result<Option<ExitStatus>> {
+        let mut left = self.count;
+        let mut due = self.interval.map(|interval| Instant::now() + interval);
+        let mut reading = Instant::now() + READING;
+        loop {
+            let next = due.map_or(reading, |due| due.min(reading));
+            let ended = match events.until(next) {
+                Some(Event::Signal(signal)) => match child {
+                    Some(child) => {
+                        child.pass_on(signal);
+                        continue;
+                    }
+                    None => None,
+                },
+                Some(Event::Ended(status)) => Some(status),
+                None => {
+                    let now = Instant::now();
+                    if reading <= now {
+                        watch.read()?;
+                        reading = now + READING;
+                    }
+                    if let (Some(end), Some(interval)) = (due, self.interval) {
+                        if end <= now {
+                            watch.tell(to)?;
+                            due = Some(end.max(now - interval) + interval);
+                            left = left.map(|left| left - 1);
+                            if left == Some(0) && child.is_none() {
+                                return Ok(None);
+                            }
+                        }
+                    }
+                    continue;
+                }
+            };
+            if left != Some(0) {
+                watch.tell(to)?;
+            }
+            return Ok(ended);
+        }
+    }
+}
+
+/// Read a saved snapshot.
+fn saved(path: &Path) -> anyhow::Result<Moment> {
+    let bytes = source::read(path)?;
+    let moment = Moment::new(&source::parse(path, &bytes)?);
+    anyhow::ensure!(
+        moment.has_tables,
+        "{} has no details: they were off when it was taken, or its module is older than they are; \
+         'exitmeter why -- CMD' turns them on",
+        path.display()
+    );
+    Ok(moment)
+}
+
+/// Tell what happened between two saved snapshots.
+fn difference(before: &Path, after: &Path) -> anyhow::Result<Moment> {
+    use crate::model::delta::Error;
+    let (older, newer) = (saved(before)?, saved(after)?);
+    let (before, after) = (before.display(), after.display());
+    newer.since(&older).map_err(|error| match error {
+        Error::Order => anyhow::anyhow!("{after} is older than {before}: name the older one first"),
+        error => anyhow::anyhow!("{error} between {before} and {after}, or they are of two hosts"),
+    })
+}
+
+fn live(device: &Device) -> anyhow::Result<Moment> {
+    let bytes = device.read()?;
+    Ok(Moment::new(&source::parse(device.path(), &bytes)?))
+}
+
+/// What is watched.
+struct Watch {
+    device: Device,
+    /// The moment from which on is told next.
+    before: Moment,
+    /// The latest one since then.
+    latest: Option<Moment>,
+}
+
+impl Watch {
+    /// Read once more, and keep what has gone since.
+    fn read(&mut self) -> anyhow::Result<()> {
+        let mut now = live(&self.device)?;
+        let before = self.latest.take();
+        if let Some(before) = before.filter(|before| before.host.life == now.host.life) {
+            now.keep(before);
+        }
+        self.latest = Some(now);
+        Ok(())
+    }
+
+    /// Tell what came since that was told last.
+    fn tell(&mut self, to: &mut Printer<'_>) -> anyhow::Result<()> {
+        self.read()?;
+        let Some(now) = self.latest.take() else {
+            return Ok(());
+        };
+        match now.since(&self.before) {
+            Ok(delta) => to.print(delta)?,
+            Err(error) if error.is_break() => {
+                eprintln!("exitmeter: {ANEW}; what it told before is lost");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.before = now;
+        Ok(())
+    }
+}
+
+/// Prints in the form that was asked for.
+struct Printer<'a> {
+    args: &'a Args,
+    symbols: Symbols,
+    file: Option<File>,
+    out: &'a mut Output,
+}
+
+impl Printer<'_> {
+    /// Print what comes before all else.
+    fn begin(&mut self) -> anyhow::Result<()> {
+        match self.args.csv {
+            true => self.write(csv::HEADER),
+            false => Ok(()),
+        }
+    }
+
+    /// Print what happened.
+    fn print(&mut self, mut moment: Moment) -> anyhow::Result<()> {
+        let args = self.args;
+        if let Some(vm) = &args.vm {
+            select::vm(&mut moment, vm)?;
+        }
+        if args.symbols.is_some() && moment.vms.len() > 1 {
+            return Err(select::Error::Symbols(moment.vms.len()).into());
+        }
+        let mut why = Why::new(&moment, &self.symbols, args.weight);
+        if let Some(reason) = &args.reason {
+            select::reason(&mut why, reason)?;
+        }
+        let code = args.code || args.symbols.is_some();
+        let text = if args.json && args.interval.is_some() {
+            serde_json::to_string(&why)? + "\n"
+        } else if args.json {
+            serde_json::to_string_pretty(&why)? + "\n"
+        } else if args.csv {
+            csv::csv(&why, code)
+        } else if args.collapsed || args.speedscope {
+            anyhow::ensure!(
+                why.has_code || why.vms.is_empty(),
+                "no code is told: the snapshot was read without the right to it, or no vCPU ran"
+            );
+            match args.collapsed {
+                true => export::collapsed(&why, args.weight),
+                false => serde_json::to_string(&export::speedscope(&why, args.weight))? + "\n",
+            }
+        } else {
+            let shown = Shown {
+                code,
+                limit: args.limit,
+            };
+            let look = match self.file {
+                Some(_) => Look::default(),
+                None => self.out.look(),
+            };
+            let end = if args.interval.is_some() { "\n" } else { "" };
+            text::text(&why, shown, look) + end
+        };
+        self.write(&text)
+    }
+
+    fn write(&mut self, text: &str) -> anyhow::Result<()> {
+        match &mut self.file {
+            Some(file) => file
+                .write_all(text.as_bytes())
+                .context("cannot write the output"),
+            None => Ok(self.out.print(text)?),
+        }
+    }
+}

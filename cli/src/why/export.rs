@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest's code as a profile for other tools.
+//!
+//! Its stacks have three frames: the VM, the exit reason, and the symbol, or the address where there
+//! is none. What has no row is a frame `[others]`.
+
+use std::collections::BTreeMap;
+
+use serde_json::{json, Value};
+
+use super::model::{Vm, Weight, Why};
+
+/// The format that speedscope's files name (npm's package speedscope, file-format-schema.json).
+const SCHEMA: &str = "https://www.speedscope.app/file-format-schema.json";
+
+/// Sum up a VM's code by reason and frame. In order, so that the same numbers give the same file.
+fn stacks(vm: &Vm, weight: Weight) -> BTreeMap<(String, String), u128> {
+    let mut stacks: BTreeMap<_, u128> = BTreeMap::new();
+    for group in &vm.code {
+        let rows = group.rows.iter().map(|row| {
+            let nested = if row.nested { " (nested)" } else { "" };
+            (row.what.frame() + nested, row.counts)
+        });
+        let others = ("[others]".to_owned(), group.others);
+        for (frame, counts) in rows.chain([others]) {
+            let weight = counts.weigh(weight);
+            if weight != 0 {
+                let sum = stacks.entry((group.label.to_string(), frame)).or_default();
+                *sum = sum.saturating_add(weight);
+            }
+        }
+    }
+    stacks
+}
+
+/// Write collapsed stacks, as flamegraph.pl and inferno-flamegraph read them.
+pub fn collapsed(why: &Why, weight: Weight) -> String {
+    let mut text = String::new();
+    for vm in &why.vms {
+        for ((reason, frame), weight) in stacks(vm, weight) {
+            let frames = [&vm.name, &reason, &frame].map(|frame| one_frame(frame));
+            text += &format!("{} {weight}\n", frames.join(";"));
+        }
+    }
+    text
+}
+
+/// Return a frame without what would end it.
+fn one_frame(frame: &str) -> String {
+    frame.replace(|at: char| at == ';' || at.is_control(), "_")
+}
+
+/// Make a file for speedscope: one profile for each VM.
+pub fn speedscope(why: &Why, weight: Weight) -> Value {
+    let mut frames: BTreeMap<String, usize> = BTreeMap::new();
+    let mut names = Vec::new();
+    let mut frame = |name: String| {
+        *frames.entry(name.clone()).or_insert_with(|| {
+            names.push(json!({ "name": name }));
+            names.len() - 1
+        })
+    };
+    let unit = match weight {
+        Weight::Exits => "exits",
+        Weight::Ticks => "kernel ticks",
+    };
+    let mut profiles = Vec::new();
+    for vm in &why.vms {
+        let (mut samples, mut weights, mut end) = (Vec::new(), Vec::new(), 0_u128);
+        for ((reason, code), weight) in stacks(vm, weight) {
+            samples.push([frame(vm.name.clone()), frame(reason), frame(code)]);
+            weights.push(weight);
+            end = end.saturating_add(weight);
+        }
+        if samples.is_empty() {
+            continue;
+        }
+        profiles.push(json!({
+            "type": "sampled",
+            "name": format!("{}: {unit}", vm.name),
+            "unit": "none",
+            "startValue": 0,
+            "endValue": end,
+            "samples": samples,
+            "weights": weights,
+        }));
+    }
+    json!({
+        "$schema": SCHEMA,
+        "name": "exitmeter why",
+        "exporter": concat!("exitmeter@", env!("CARGO_PKG_VERSION")),
+        "activeProfileIndex": 0,
+        "shared": { "frames": names },
+        "profiles": profiles,
+    })
+}

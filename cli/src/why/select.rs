@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What of the data is shown.
+
+use exitmeter_guest::defined;
+use exitmeter_meter::reasons::{self, Isa};
+
+use super::{model::Why, tables::Moment};
+
+/// Why there is nothing to show.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such VM.
+    #[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
+    NoVm {
+        /// What was asked for.
+        vm: String,
+        /// What there is.
+        those: String,
+    },
+    /// There is no such reason.
+    #[error(
+        "no exit reason of {isa} is called '{reason}' or has that number: \
+         'exitmeter reasons --isa {isa}' lists them"
+    )]
+    NoReason {
+        /// What was asked for.
+        reason: String,
+        /// Whose reasons.
+        isa: &'static str,
+    },
+    /// Symbols are of one guest, and there are several.
+    #[error("symbols are of one guest, and {0} VMs are shown: name the guest by --vm")]
+    Symbols(usize),
+}
+
+/// Keep the VMs of a name, or of a process.
+///
+/// # Errors
+///
+/// When there is none.
+pub fn vm(moment: &mut Moment, vm: &str) -> Result<(), Error> {
+    const SOME: usize = 5;
+    let names: Vec<_> = moment.vms.values().map(|(name, _)| name.clone()).collect();
+    moment
+        .vms
+        .retain(|_, (name, pid)| name == vm || pid.to_string() == vm);
+    if !moment.vms.is_empty() {
+        return Ok(());
+    }
+    let more = if names.len() > SOME { ", ..." } else { "" };
+    let some: Vec<_> = names.into_iter().take(SOME).collect();
+    Err(Error::NoVm {
+        vm: vm.to_owned(),
+        those: match some.as_slice() {
+            [] => "none runs at all".to_owned(),
+            some => format!("those that run are {}{more}", some.join(", ")),
+        },
+    })
+}
+
+/// Keep the rows of one reason, which is told by its name or its number.
+///
+/// # Errors
+///
+/// When there is no such reason.
+pub fn reason(why: &mut Why, reason: &str) -> Result<(), Error> {
+    let code = code(why.host.isa, reason)?;
+    for vm in &mut why.vms {
+        for groups in [&mut vm.details, &mut vm.code, &mut vm.user_exits] {
+            groups.retain(|group| group.label.code == Some(code));
+        }
+    }
+    Ok(())
+}
+
+/// Return the code of a reason.
+///
+/// # Errors
+///
+/// When there is no such reason.
+pub fn code(isa: Isa, reason: &str) -> Result<u32, Error> {
+    let number = match reason.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => reason.parse().ok(),
+    };
+    let called = |code: &u32| {
+        reasons::name(isa, *code).is_some_and(|name| name.eq_ignore_ascii_case(reason))
+    };
+    let mut codes = defined(isa);
+    codes
+        .find(|code| number == Some(*code) || called(code))
+        .ok_or_else(|| Error::NoReason {
+            reason: reason.to_owned(),
+            isa: isa.name(),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_have_names_and_numbers() {
+        let vmx = |reason| code(Isa::Vmx, reason).ok();
+        assert_eq!(vmx("MSR_WRITE"), Some(32));
+        assert_eq!(vmx("msr_write"), Some(32));
+        assert_eq!([vmx("32"), vmx("0x20")], [Some(32), Some(32)]);
+        assert_eq!([vmx("NPF"), vmx("999"), vmx(""), vmx("0x")], [None; 4]);
+        assert_eq!(code(Isa::Svm, "npf").ok(), Some(0x400));
+    }
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Symbols of a guest's kernel: its /proc/kallsyms, or the System.map of its build.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read as _},
+    path::{Path, PathBuf},
+};
+
+/// Bytes that a file may have. A kernel with all of its modules has some 20 MB.
+const LARGEST: u64 = 1 << 30;
+/// Bytes that a line may have: `KSYM_NAME_LEN` of Linux is 512, and a module's name is shorter.
+const LONGEST: usize = 4096;
+/// How far behind its beginning code still belongs to a symbol, in bytes, when no other follows.
+const FARTHEST: u64 = 1 << 20;
+
+/// Why symbols cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("cannot read {}: {error}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// A line is no symbol.
+    #[error(
+        "{}: line {line} {what}: each line must be an address, a type and a name, as of \
+         /proc/kallsyms in the guest or of a System.map",
+        path.display()
+    )]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// There is no code in it.
+    #[error("{}: none of its {lines} lines is a symbol of code (types t, T, w and W)", path.display())]
+    NoCode {
+        /// The file.
+        path: PathBuf,
+        /// How many lines it has.
+        lines: usize,
+    },
+    /// The guest did not tell addresses.
+    #[error(
+        "{}: all addresses are 0: the guest hides them from who is not root; \
+         read /proc/kallsyms there as root, with kernel.kptr_restrict=0 or 1",
+        path.display()
+    )]
+    Hidden {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is too large.
+    #[error("{}: larger than 1 GiB: this is no list of symbols", path.display())]
+    Large {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// A symbol.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Symbol {
+    address: u64,
+    /// How good its name is for code at its address: 0 is of no code, more is better.
+    rank: u8,
+    name: Box<str>,
+}
+
+/// The symbols of a guest.
+#[derive(Clone, Debug, Default)]
+pub struct Symbols {
+    /// By address, each address once.
+    symbols: Vec<Symbol>,
+}
+
+/// Where code is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The symbol, with the module's name in brackets as kallsyms has it.
+    pub symbol: &'a str,
+    /// Bytes from its beginning.
+    pub offset: u64,
+}
+
+impl Symbols {
+    /// Read the symbols of a file.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or is no list of symbols; then the line is named.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let unreadable = |error| Error::Unreadable {
+            path: path.to_owned(),
+            error,
+        };
+        let file = File::open(path).map_err(unreadable)?;
+        Self::parse(BufReader::new(file.take(LARGEST + 1)), path)
+    }
+
+    fn parse(mut from: impl BufRead, path: &Path) -> Result<Self, Error> {
+        let mut symbols = Vec::new();
+        let mut bytes = Vec::new();
+        let (mut lines, mut size) = (0, 0);
+        loop {
+            bytes.clear();
+            // One byte more than is allowed, so that a longer line shows.
+            let limit = LONGEST as u64 + 1;
+            let read = from.by_ref().take(limit).read_until(b'\n', &mut bytes);
+            let read = read.map_err(|error| Error::Unreadable {
+                path: path.to_owned(),
+                error,
+            })?;
+            if read == 0 {
+                break;
+            }
+            size += read as u64;
+            if size > LARGEST {
+                return Err(Error::Large {
+                    path: path.to_owned(),
+                });
+            }
+            lines += 1;
+            let symbol = symbol(&bytes).map_err(|what| Error::Line {
+                path: path.to_owned(),
+                line: lines,
+                what,
+            })?;
+            symbols.push(symbol);
+        }
+        if !symbols.is_empty() && symbols.iter().all(|symbol| symbol.address == 0) {
+            return Err(Error::Hidden {
+                path: path.to_owned(),
+            });
+        }
+        if symbols.iter().all(|symbol| symbol.rank == 0) {
+            return Err(Error::NoCode {
+                path: path.to_owned(),
+                lines,
+            });
+        }
+        // Of several at an address the best one comes first, and of equals the first of the file.
+        symbols.sort_by_key(|symbol| (symbol.address, u8::MAX - symbol.rank));
+        symbols.dedup_by_key(|symbol| symbol.address);
+        Ok(Self { symbols })
+    }
+
+    /// Find the symbol that code at an address belongs to.
+    pub fn find(&self, address: u64) -> Option<Place<'_>> {
+        let behind = self
+            .symbols
+            .partition_point(|symbol| symbol.address <= address);
+        let symbol = self.symbols.get(behind.checked_sub(1)?)?;
+        let offset = address.checked_sub(symbol.address)?;
+        (symbol.rank != 0 && offset < FARTHEST).then_some(Place {
+            symbol: &symbol.name,
+            offset,
+        })
+    }
+}
+
+/// Read a line: `ffffffff81000000 T _text`, in kallsyms with a tab and `[module]` behind it.
+fn symbol(line: &[u8]) -> Result<Symbol, &'static str> {
+    if line.len() > LONGEST {
+        return Err("is too long");
+    }
+    let line = std::str::from_utf8(line).map_err(|_| "is no text")?;
+    let line = line.trim_end_matches(['\n', '\r']);
+    let mut words = line.split([' ', '\t']).filter(|word| !word.is_empty());
+    let address = words.next().ok_or("is empty")?;
+    let digits = address.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let address = u64::from_str_radix(address, 16).ok().filter(|_| digits);
+    let address = address.ok_or("does not begin with an address")?;
+    let kind = words.next().filter(|kind| kind.len() == 1);
+    let kind = kind.ok_or("has no type of one letter")?;
+    let mut name = words.next().ok_or("has no name")?.to_owned();
+    if let Some(module) = words.next() {
+        if !(module.starts_with('[') && module.ends_with(']')) {
+            return Err("has more than a module's name in brackets after the symbol");
+        }
+        name = format!("{name} {module}");
+    }
+    if words.next().is_some() {
+        return Err("has too many words");
+    }
+    if name.contains(char::is_control) {
+        return Err("has control characters");
+    }
+    let rank = match kind {
+        "T" => 3,
+        "W" | "w" => 2,
+        "t" => 1,
+        _ => 0,
+    };
+    Ok(Symbol {
+        address,
+        rank,
+        name: name.into(),
+    })
+}
+
+/// Return in which half of the address space code is.
+pub fn half(address: u64) -> &'static str {
+    match address >> 63 {
+        1 => "kernel",
+        _ => "user",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KALLSYMS: &str = "\
+0000000000000000 A fixed_percpu_data
+ffffffff9a000000 T _text
+ffffffff9a000000 T startup_64
+ffffffff9a000040 t local
+ffffffff9a000040 T global
+ffffffff9a000080 D data
+ffffffffc0001000 t of_module\t[virtio_net]
+";
+
+    fn parse(text: impl AsRef<[u8]>) -> Result<Symbols, String> {
+        let parsed = Symbols::parse(text.as_ref(), Path::new("k"));
+        parsed.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn code_is_found_by_its_symbol() {
+        let symbols = parse(KALLSYMS).unwrap();
+        let find = |address| {
+            symbols
+                .find(address)
+                .map(|place| (place.symbol, place.offset))
+        };
+        assert_eq!(find(0xffff_ffff_9a00_0000), Some(("_text", 0)));
+        assert_eq!(find(0xffff_ffff_9a00_003f), Some(("_text", 0x3f)));
+        assert_eq!(find(0xffff_ffff_9a00_0041), Some(("global", 1)));
+        // Data, user space, what is before all symbols of code, and what is far behind the last.
+        assert_eq!(find(0xffff_ffff_9a00_0081), None);
+        assert_eq!(find(0x40_0000), None);
+        assert_eq!(find(0xffff_ffff_99ff_ffff), None);
+        assert_eq!(
+            find(0xffff_ffff_c000_1008),
+            Some(("of_module [virtio_net]", 8))
+        );
+        assert_eq!(find(u64::MAX), None);
+        assert_eq!(
+            [half(0x40_0000), half(0xffff_ffff_9a00_0000)],
+            ["user", "kernel"]
+        );
+    }
+
+    #[test]
+    fn what_is_no_list_of_symbols_is_refused_by_its_line() {
+        let refused = |text: &[u8], line: usize, what: &str| {
+            let error = parse(text).unwrap_err();
+            assert!(
+                error.starts_with(&format!("k: line {line} {what}: ")),
+                "{error}"
+            );
+        };
+        refused(b"ffffffff9a000000 T _text\n\n", 2, "is empty");
+        refused(b"hello\n", 1, "does not begin with an address");
+        refused(b"+1 T name\n", 1, "does not begin with an address");
+        refused(
+            b"11112222333344445 T name\n",
+            1,
+            "does not begin with an address",
+        );
+        refused(b"ff TT name\n", 1, "has no type of one letter");
+        refused(b"ff T\n", 1, "has no name");
+        refused(
+            b"ff T a b\n",
+            1,
+            "has more than a module's name in brackets after the symbol",
+        );
+        refused(b"ff T a [b] c\n", 1, "has too many words");
+        refused(b"ff T a\x1b[31m\n", 1, "has control characters");
+        refused(b"1 T a\nff T \xff\xfe\n", 2, "is no text");
+        refused(
+            &[&b"1 T a\nff T "[..], &[b'x'; 5000]].concat(),
+            2,
+            "is too long",
+        );
+        refused(&[0; 4096], 1, "does not begin with an address");
+        let error = parse("00 T a\n00 t b\n").unwrap_err();
+        assert!(error.contains("all addresses are 0"), "{error}");
+        for none in ["", "ff D data\n"] {
+            let error = parse(none).unwrap_err();
+            assert!(error.contains("is a symbol of code"), "{error}");
+        }
+        let error = Symbols::read(Path::new("/nonexistent")).unwrap_err();
+        assert!(error.to_string().starts_with("cannot read /nonexistent: "));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes: Vec<u8>, address: u64) {
+            if let Ok(symbols) = parse(&bytes) {
+                let _ = symbols.find(address);
+            }
+        }
+    }
+}

@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tables of vCPUs as numbers: what they hold at a moment, what came between two, and their sums.
+//!
+//! The rows of a vCPU's table are exact since they came in, and a reason's others have what no row
+//! has. `missed` is the most of a row's key that the others may have. From that follows:
+//!
+//! - A sum over vCPUs adds rows and bounds by key. A vCPU that has no row of a key may have it among
+//!   the others of that reason: they are its bound.
+//! - Nothing is missed where a reason's others have no exit.
+//! - A row that gives way to another and comes back has a greater `missed` than before: Space-Saving
+//!   sets it to the exits and `missed` of a row that is at least as great as the one that went
+//!   (src/meter/tables.rs). So of two snapshots, a row with the same `missed` was there all the time,
+//!   and their difference is exact.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use exitmeter_meter::{
+    reader::{Entry, Snapshot},
+    snapshot::{Reason, TABLE_CODE},
+};
+
+use crate::model::{delta, Host, Report};
+
+/// Numbers of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
+    /// Exits.
+    pub exits: u64,
+    /// Kernel ticks.
+    pub kernel: u128,
+    /// User ticks.
+    pub user: u128,
+}
+
+impl Numbers {
+    /// Add others, up to the most that there is room for.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            exits: self.exits.saturating_add(other.exits),
+            kernel: self.kernel.saturating_add(other.kernel),
+            user: self.user.saturating_add(other.user),
+        }
+    }
+
+    /// Take others away, down to 0.
+    fn minus(self, other: Self) -> Self {
+        Self {
+            exits: self.exits.saturating_sub(other.exits),
+            kernel: self.kernel.saturating_sub(other.kernel),
+            user: self.user.saturating_sub(other.user),
+        }
+    }
+
+    fn least(self, other: Self) -> Self {
+        Self {
+            exits: self.exits.min(other.exits),
+            kernel: self.kernel.min(other.kernel),
+            user: self.user.min(other.user),
+        }
+    }
+
+    /// Return true if there are none.
+    pub fn is_zero(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A reason in order: its kind, and its code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Of(u32, u32);
+
+impl Of {
+    /// Of a reason.
+    pub fn new(reason: Reason) -> Self {
+        match reason {
+            Reason::Code(code) => Self(0, code),
+            Reason::Start => Self(1, 0),
+            Reason::Other => Self(2, 0),
+        }
+    }
+
+    /// The reason.
+    pub fn reason(self) -> Reason {
+        match self {
+            Self(0, code) => Reason::Code(code),
+            Self(1, _) => Reason::Start,
+            _ => Reason::Other,
+        }
+    }
+}
+
+/// What tells rows apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    /// Kind of table.
+    pub table: u32,
+    /// The reason.
+    pub of: Of,
+    /// The exits came from a nested guest.
+    pub nested: bool,
+    /// What the key is.
+    pub detail_kind: u8,
+    /// The key.
+    pub key: u64,
+}
+
+/// A row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Row {
+    /// Its numbers.
+    pub numbers: Numbers,
+    /// The most that it may lack.
+    pub missed: Numbers,
+}
+
+/// Rows, and by table and reason what is in none of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rows {
+    /// Rows by their keys.
+    pub rows: BTreeMap<Key, Row>,
+    /// The others.
+    pub others: BTreeMap<(u32, Of), Numbers>,
+}
+
+impl Rows {
+    /// Take entries as a snapshot has them.
+    pub fn new(entries: impl IntoIterator<Item = Entry>) -> Self {
+        let mut new = Self::default();
+        for entry in entries {
+            let of = Of::new(entry.reason);
+            let numbers = Numbers {
+                exits: entry.exits,
+                kernel: entry.kernel.unwrap_or(0).into(),
+                user: entry.user.unwrap_or(0).into(),
+            };
+            if entry.others {
+                let others = new.others.entry((entry.table, of)).or_default();
+                *others = others.plus(numbers);
+                continue;
+            }
+            let key = Key {
+                table: entry.table,
+                of,
+                nested: entry.nested,
+                detail_kind: entry.detail_kind,
+                key: entry.key,
+            };
+            let missed = Numbers {
+                exits: entry.missed.exits,
+                kernel: entry.missed.kernel.into(),
+                user: entry.missed.user.into(),
+            };
+            // Each key has one row, unless the snapshot is damaged.
+            let row = new.rows.entry(key).or_default();
+            row.numbers = row.numbers.plus(numbers);
+            row.missed = row.missed.plus(missed);
+        }
+        new
+    }
+
+    fn others(&self, table: u32, of: Of) -> Numbers {
+        self.others.get(&(table, of)).copied().unwrap_or_default()
+    }
+
+    /// Sum up all of a reason in a table, rows and others.
+    fn totals(&self) -> BTreeMap<(u32, Of), Numbers> {
+        let mut totals = self.others.clone();
+        for (key, row) in &self.rows {
+            let total = totals.entry((key.table, key.of)).or_default();
+            *total = total.plus(row.numbers);
+        }
+        totals
+    }
+
+    /// Return what came after an earlier moment of the same tables.
+    fn since(&self, earlier: &Self) -> Self {
+        let mut new = Self::default();
+        let mut left: BTreeMap<_, _> = self.totals();
+        for (place, total) in earlier.totals() {
+            let left = left.entry(place).or_default();
+            *left = left.minus(total);
+        }
+        for (key, row) in &self.rows {
+            let row = match earlier.rows.get(key) {
+                // It was there all the time.
+                Some(old) if old.missed.exits == row.missed.exits => Row {
+                    numbers: row.numbers.minus(old.numbers),
+                    missed: Numbers::default(),
+                },
+                // It went and came back. What it has is of this interval; what it had before is not,
+                // and cannot be missed now.
+                Some(old) => Row {
+                    numbers: row.numbers,
+                    missed: row.missed.minus(old.numbers),
+                },
+                None => *row,
+            };
+            let left = left.entry((key.table, key.of)).or_default();
+            *left = left.minus(row.numbers);
+            if !row.numbers.is_zero() {
+                new.rows.insert(*key, row);
+            }
+        }
+        left.retain(|_, numbers| !numbers.is_zero());
+        new.others = left;
+        new
+    }
+
+    /// Return the most that a key may have among the others.
+    fn missed(&self, key: &Key) -> Numbers {
+        let others = self.others(key.table, key.of);
+        if others.exits == 0 {
+            return Numbers::default();
+        }
+        match self.rows.get(key) {
+            Some(row) => row.missed.least(others),
+            None => others,
+        }
+    }
+
+    /// Sum up several vCPUs.
+    pub fn sum<'a>(vcpus: impl Iterator<Item = &'a Self> + Clone) -> Self {
+        let keys: BTreeSet<_> = vcpus.clone().flat_map(|vcpu| vcpu.rows.keys()).collect();
+        let mut sum = Self::default();
+        for key in keys {
+            let row = vcpus.clone().fold(Row::default(), |sum, vcpu| {
+                let numbers = vcpu.rows.get(key).map(|row| row.numbers);
+                Row {
+                    numbers: sum.numbers.plus(numbers.unwrap_or_default()),
+                    missed: sum.missed.plus(vcpu.missed(key)),
+                }
+            });
+            sum.rows.insert(*key, row);
+        }
+        for (place, others) in vcpus.flat_map(|vcpu| &vcpu.others) {
+            let sum = sum.others.entry(*place).or_default();
+            *sum = sum.plus(*others);
+        }
+        sum
+    }
+}
+
+/// The tables of a vCPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vcpu {
+    /// TSC when they began, or when the earlier one of two snapshots was taken.
+    pub since: u64,
+    /// TSC of the snapshot that they are from.
+    pub at: u64,
+    /// The guest's RIP cannot be read.
+    pub no_rip: bool,
+    /// Their rows.
+    pub rows: Rows,
+}
+
+/// All tables at a moment, or what came between two.
+#[derive(Clone, Debug)]
+pub struct Moment {
+    /// The host.
+    pub host: Host,
+    /// There are tables, though maybe of no vCPU.
+    pub has_tables: bool,
+    /// Code is told.
+    pub has_code: bool,
+    /// vCPUs that have no tables for want of memory.
+    pub without: u32,
+    /// TSC at the earlier one of two moments.
+    pub earlier: Option<u64>,
+    /// Names and processes of VMs, by their numbers.
+    pub vms: BTreeMap<u64, (String, u32)>,
+    /// Those of vCPUs that have some, by VM and id.
+    pub vcpus: BTreeMap<(u64, u32), Vcpu>,
+}
+
+impl Moment {
+    /// Take the tables of a snapshot.
+    pub fn new(snapshot: &Snapshot<'_>) -> Self {
+        let records: Vec<_> = snapshot.vcpus().collect();
+        let mut has_code = false;
+        let mut vcpus = BTreeMap::new();
+        for tables in snapshot.tables() {
+            has_code |= tables.has(TABLE_CODE);
+            // The reader has checked that it is there.
+            if let Some(record) = records.get(tables.vcpu) {
+                let vcpu = Vcpu {
+                    since: tables.since,
+                    at: snapshot.now(),
+                    no_rip: tables.no_rip,
+                    rows: Rows::new(tables.entries()),
+                };
+                vcpus.insert((record.vm(), record.id()), vcpu);
+            }
+        }
+        let vms = records.iter();
+        Self {
+            host: Report::new(snapshot).host,
+            has_tables: snapshot.has_tables(),
+            has_code,
+            without: snapshot.without_tables(),
+            earlier: None,
+            vms: vms
+                .map(|record| (record.vm(), (record.name().to_owned(), record.pid())))
+                .collect(),
+            vcpus,
+        }
+    }
+
+    /// Keep what an earlier moment of the same life has of vCPUs that have gone since.
+    pub fn keep(&mut self, earlier: Self) {
+        self.has_code |= earlier.has_code;
+        for (number, vm) in earlier.vms {
+            let mut vcpus = earlier.vcpus.range((number, 0)..=(number, u32::MAX));
+            if vcpus.next().is_some() {
+                self.vms.entry(number).or_insert(vm);
+            }
+        }
+        for (id, vcpu) in earlier.vcpus {
+            self.vcpus.entry(id).or_insert(vcpu);
+        }
+    }
+
+    /// Return what came after an earlier moment.
+    ///
+    /// # Errors
+    ///
+    /// When the two are not of one life of the meter, or not in this order.
+    pub fn since(&self, earlier: &Self) -> Result<Self, delta::Error> {
+        if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
+            return Err(delta::Error::Anew);
+        }
+        let before = earlier.host.snapshot_tsc;
+        if self.host.snapshot_tsc < before {
+            return Err(delta::Error::Order);
+        }
+        let mut new = self.clone();
+        new.earlier = Some(before);
+        new.vcpus.retain(|id, vcpu| {
+            let old = earlier.vcpus.get(id);
+            // Details may have been off between the two: then the tables are others.
+            let old = old.filter(|old| vcpu.since == old.since || vcpu.since <= before);
+            if let Some(old) = old {
+                vcpu.rows = vcpu.rows.since(&old.rows);
+                vcpu.since = before;
+            }
+            // Those that have gone since before the earlier moment stand still.
+            vcpu.at > before
+        });
+        let vms: BTreeSet<_> = new.vcpus.keys().map(|(vm, _)| *vm).collect();
+        let runs = |vm: &u64| self.runs(*vm);
+        new.vms.retain(|vm, _| vms.contains(vm) || runs(vm));
+        Ok(new)
+    }
+
+    /// Return false if a VM had tables, and they all are of an earlier moment.
+    pub fn runs(&self, vm: u64) -> bool {
+        let mut vcpus = self.vcpus.range((vm, 0)..=(vm, u32::MAX)).peekable();
+        let now = self.host.snapshot_tsc;
+        vcpus.peek().is_none() || vcpus.any(|(_, vcpu)| vcpu.at == now)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use exitmeter_meter::{
+        reader::Missed,
+        snapshot::{TABLE_DETAILS, TABLE_USER},
+    };
+
+    /// An MSR that is written, as an entry: exits, and how many more there may be; an exit takes 10
+    /// ticks. Without a key, all others.
+    pub fn entry(key: Option<u64>, exits: u64, missed: u64) -> Entry {
+        Entry {
+            table: TABLE_DETAILS,
+            reason: Reason::Code(32),
+            detail_kind: 2,
+            nested: false,
+            others: key.is_none(),
+            key: key.map_or(0, |msr| msr | 1 << 32),
+            exits,
+            kernel: Some(exits * 10),
+            user: Some(0),
+            missed: Missed {
+                exits: missed,
+                kernel: missed * 10,
+                user: 0,
+            },
+        }
+    }
+
+    fn rows(entries: &[(Option<u64>, u64, u64)]) -> Rows {
+        Rows::new(
+            entries
+                .iter()
+                .map(|&(key, exits, missed)| entry(key, exits, missed)),
+        )
+    }
+
+    /// Exits and bounds by MSR, and the others.
+    fn told(rows: &Rows) -> (Vec<(u64, u64, u64)>, u64) {
+        let told = rows.rows.iter().map(|(key, row)| {
+            let (numbers, missed) = (row.numbers, row.missed);
+            assert_eq!(numbers.kernel, u128::from(numbers.exits) * 10);
+            (key.key & 0xffff_ffff, numbers.exits, missed.exits)
+        });
+        let others = rows.others.values().map(|others| others.exits).sum();
+        (told.collect(), others)
+    }
+
+    #[test]
+    fn sums_add_rows_and_bounds() {
+        let one = rows(&[(Some(1), 100, 0), (Some(2), 50, 9), (None, 20, 0)]);
+        let other = rows(&[(Some(1), 7, 0), (None, 3, 0)]);
+        let third = rows(&[(Some(1), 1, 0)]);
+        let sum = Rows::sum([&one, &other, &third].into_iter());
+        // The second vCPU may have had MSR 2 three times, the third one not once.
+        assert_eq!(told(&sum), (vec![(1, 108, 0), (2, 50, 12)], 23));
+    }
+
+    #[test]
+    fn a_bound_is_never_more_than_the_others() {
+        let tight = rows(&[(Some(1), 100, 60), (None, 20, 0)]);
+        assert_eq!(told(&Rows::sum([&tight].into_iter())).0, [(1, 100, 20)]);
+        // What was lost in the row's set was of other reasons.
+        let exact = rows(&[(Some(1), 100, 60)]);
+        assert_eq!(told(&Rows::sum([&exact].into_iter())).0, [(1, 100, 0)]);
+    }
+
+    #[test]
+    fn a_row_that_stayed_has_an_exact_difference() {
+        let before = rows(&[(Some(1), 100, 30), (None, 40, 0)]);
+        let after = rows(&[(Some(1), 150, 30), (Some(2), 4, 0), (None, 40, 0)]);
+        assert_eq!(
+            told(&after.since(&before)),
+            (vec![(1, 50, 0), (2, 4, 0)], 0)
+        );
+    }
+
+    #[test]
+    fn a_row_that_came_back_has_a_wide_one() {
+        // MSR 1 had 10 exits, went, and came back for 25 more. It may have had some between.
+        let before = rows(&[(Some(1), 10, 0), (Some(2), 5, 0)]);
+        let after = rows(&[(Some(1), 25, 12), (Some(3), 6, 5), (None, 19, 0)]);
+        let between = after.since(&before);
+        // 50 exits in all, 15 before: 35, of which 31 are in rows.
+        assert_eq!(told(&between), (vec![(1, 25, 2), (3, 6, 5)], 4));
+        // Fewer exits than before are no error, nor are they negative.
+        let after = rows(&[(Some(1), 3, 12), (None, 30, 0)]);
+        assert_eq!(told(&after.since(&before)), (vec![(1, 3, 2)], 15));
+    }
+
+    #[test]
+    fn tables_and_reasons_are_apart() {
+        let mut other = entry(Some(1), 5, 0);
+        other.reason = Reason::Code(31);
+        let mut nested = entry(Some(1), 6, 0);
+        nested.nested = true;
+        let mut user = entry(Some(1), 7, 0);
+        user.table = TABLE_USER;
+        let rows = Rows::new([entry(Some(1), 4, 0), other, nested, user]);
+        assert_eq!(rows.rows.len(), 4);
+    }
+
+    /// Space-Saving as the module has it: one set of two rows.
+    #[derive(Clone, Default)]
+    struct Set {
+        rows: Vec<(u64, u64, u64)>,
+        lost: u64,
+    }
+
+    impl Set {
+        fn exit(&mut self, key: u64) {
+            if let Some(row) = self.rows.iter_mut().find(|row| row.0 == key) {
+                row.1 += 1;
+            } else if self.rows.len() < 2 {
+                self.rows.push((key, 1, 0));
+            } else if let Some(row) = self.rows.iter_mut().min_by_key(|row| row.1 + row.2) {
+                self.lost += row.1;
+                *row = (key, 1, row.1 + row.2);
+            }
+        }
+
+        fn rows(&self) -> Rows {
+            let rows = self
+                .rows
+                .iter()
+                .map(|&(key, exits, missed)| entry(Some(key), exits, missed));
+            let others = (self.lost != 0).then(|| entry(None, self.lost, 0));
+            Rows::new(rows.chain(others))
+        }
+    }
+
+    proptest::proptest! {
+        /// What the module's tables give, summed and subtracted, against exact counting.
+        #[test]
+        fn every_row_is_within_its_bound(
+            before in proptest::collection::vec((0_usize..2, 0_u64..6), 0..60),
+            after in proptest::collection::vec((0_usize..2, 0_u64..6), 0..60),
+        ) {
+            let mut vcpus = [Set::default(), Set::default()];
+            for (vcpu, key) in before {
+                vcpus[vcpu].exit(key);
+            }
+            let earlier = vcpus.clone();
+            let mut exact = BTreeMap::<u64, u64>::new();
+            for &(vcpu, key) in &after {
+                vcpus[vcpu].exit(key);
+                *exact.entry(key).or_default() += 1;
+            }
+            let between: Vec<_> = vcpus
+                .iter()
+                .zip(&earlier)
+                .map(|(now, earlier)| now.rows().since(&earlier.rows()))
+                .collect();
+            let sum = Rows::sum(between.iter());
+            let (rows, others) = told(&sum);
+            let in_rows: u64 = rows.iter().map(|row| row.1).sum();
+            assert_eq!(in_rows + others, after.len() as u64);
+            for (key, exits, missed) in rows {
+                let exact = exact.get(&key).copied().unwrap_or(0);
+                assert!(exits <= exact && exact <= exits + missed, "{key}: {exact}, {exits}+{missed}");
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What exits were about, as tables for people.
+
+use std::collections::BTreeSet;
+
+use exitmeter_meter::phase::Phase;
+
+use super::model::{Counts, Group, Row, Vm, Why};
+use crate::{
+    model::Span,
+    numbers::{exact, mean, rough, share, time},
+    output::Look,
+    paint::{paint, Style},
+    report::count,
+    table::{
+        Cell,
+        Side::{Left, Right},
+        Table,
+    },
+};
+
+/// What is to be shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown {
+    /// Code, and not details and exits to user space.
+    pub code: bool,
+    /// How many rows of each reason.
+    pub limit: usize,
+}
+
+/// Titles of the columns.
+const EXITS: &str = "exits";
+const SHARE: &str = "share";
+const KERNEL: &str = "kernel";
+const USER: &str = "user";
+const MEAN: &str = "mean";
+const BOUND: &str = "bound";
+
+/// Write all of it.
+pub fn text(why: &Why, shown: Shown, look: Look) -> String {
+    let host = &why.host;
+    let isa = host.isa.name().to_uppercase();
+    let mut text = match why.interval {
+        Some(interval) => format!("in {} ({isa})\n", time(interval.ticks, host.tsc_khz)),
+        None => format!("since details are on ({isa})\n"),
+    };
+    if why.vcpus_without_tables != 0 {
+        let vcpus = count(why.vcpus_without_tables.into(), "vCPU");
+        let line = format!("no memory for the tables of {vcpus}: their exits are not below");
+        text += &(paint(&line, Style::Warning, look.color) + "\n");
+    }
+    if why.vms.is_empty() {
+        text += "\nNo VM runs.\n";
+    }
+    if shown.code && !why.has_code {
+        text +=
+            "\nNo code is told: the snapshot was read without the right to it, or no vCPU ran.\n";
+    }
+    let mut spared = BTreeSet::new();
+    for vm in &why.vms {
+        text += &of_vm(vm, host.tsc_khz, shown, look, &mut spared);
+    }
+    if !spared.is_empty() {
+        let columns: Vec<_> = spared.into_iter().collect();
+        text += &format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "));
+    }
+    text
+}
+
+fn of_vm(
+    vm: &Vm,
+    khz: Option<u32>,
+    shown: Shown,
+    look: Look,
+    spared: &mut BTreeSet<String>,
+) -> String {
+    let groups = if shown.code { &vm.code } else { &vm.details };
+    let all = groups
+        .iter()
+        .fold(Counts::default(), |sum, group| sum.plus(group.total));
+    let gone = if vm.gone { ", gone" } else { "" };
+    let title = format!(
+        "{}, process {}{gone}: {} in {}, {}",
+        vm.name,
+        vm.pid,
+        count(all.exits, "exit"),
+        spent(vm.span, khz),
+        count(vm.vcpus as u64, "vCPU"),
+    );
+    let mut text = format!("\n{}\n", paint(&title, Style::Strong, look.color));
+    if shown.code && vm.vcpus_without_rip != 0 {
+        let vcpus = count(vm.vcpus_without_rip as u64, "vCPU");
+        text += &format!("no RIP can be read of {vcpus}, whose registers are encrypted\n");
+    }
+    if vm.vcpus == 0 {
+        return text + "No exit since details are on.\n";
+    }
+    text += &table("about", groups, all, shown.limit, look, spared);
+    if !shown.code && !vm.user_exits.is_empty() {
+        let all = vm.user_exits.iter();
+        let all = all.fold(Counts::default(), |sum, group| sum.plus(group.total));
+        text += &table(
+            "to user space",
+            &vm.user_exits,
+            all,
+            shown.limit,
+            look,
+            spared,
+        );
+    }
+    text
+}
+
+fn spent(span: Span, khz: Option<u32>) -> String {
+    time(span.ticks, khz)
+}
+
+/// Write the groups of a table: reasons, with their rows below them.
+fn table(
+    title: &str,
+    groups: &[Group],
+    all: Counts,
+    limit: usize,
+    look: Look,
+    spared: &mut BTreeSet<String>,
+) -> String {
+    if groups.is_empty() {
+        return String::new();
+    }
+    // Columns that the table does not have.
+    let mut absent: Vec<&str> = Vec::new();
+    if all.kernel.is_none() {
+        // Of exits to user space nothing is missed.
+        absent.extend([KERNEL, BOUND]);
+    }
+    if all.user.is_none() {
+        absent.push(USER);
+    }
+    let build = |number: fn(u128) -> String| {
+        let mut table = Table::new([
+            (title, Left),
+            (EXITS, Right),
+            (SHARE, Right),
+            (KERNEL, Right),
+            (MEAN, Right),
+            (USER, Right),
+            (BOUND, Left),
+        ]);
+        for group in groups {
+            let name = Cell::new(group.label.to_string(), Style::Strong);
+            table.row(cells(name, group.total, all, "", number));
+            for row in group.rows.iter().take(limit) {
+                let words = Cell::from(format!("  {}", words(row)));
+                table.row(cells(words, row.counts, group.total, &bound(row), number));
+            }
+            let rest = group.rows.get(limit..).unwrap_or_default();
+            if !rest.is_empty() {
+                let sum = rest
+                    .iter()
+                    .fold(Counts::default(), |sum, row| sum.plus(row.counts));
+                let words = Cell::from(format!("  {} more", exact(rest.len() as u128)));
+                table.row(cells(words, sum, group.total, "", number));
+            }
+            if !group.others.is_zero() && !group.rows.is_empty() {
+                let words = Cell::from("  others".to_owned());
+                table.row(cells(words, group.others, group.total, "", number));
+            }
+        }
+        table.leave_out(&absent);
+        table
+    };
+    let table = Table::fitted(look, &[SHARE, MEAN, USER, BOUND], build);
+    spared.extend(table.spared().iter().cloned());
+    format!("\n{}", table.text(look.color))
+}
+
+fn cells(
+    name: Cell,
+    counts: Counts,
+    whole: Counts,
+    bound: &str,
+    number: fn(u128) -> String,
+) -> [Cell; 7] {
+    let ticks = counts.kernel.or(counts.user).unwrap_or(0);
+    let of = |phase, ticks: Option<u128>| {
+        Cell::new(ticks.map_or_else(String::new, number), Style::Of(phase))
+    };
+    [
+        name,
+        number(counts.exits.into()).into(),
+        share(counts.exits, whole.exits).into(),
+        of(Phase::Kernel, counts.kernel),
+        mean(ticks, counts.exits).into(),
+        of(Phase::User, counts.user),
+        bound.to_owned().into(),
+    ]
+}
+
+/// Write what a row is about.
+fn words(row: &Row) -> String {
+    match row.nested {
+        true => format!("{}, nested", row.words),
+        false => row.words.clone(),
+    }
+}
+
+/// Write how much a row may lack.
+fn bound(row: &Row) -> String {
+    if row.exact {
+        return "exact".to_owned();
+    }
+    let ticks = row.missed.kernel.unwrap_or(0);
+    format!("+{}, +{} cycles", rough(row.missed.exits), rough(ticks))
+}

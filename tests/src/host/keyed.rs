@@ -69,13 +69,16 @@ fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
             let (fields, hits) = entry
                 .split_once("} hitcount:")
                 .with_context(|| format!("'{line}' is no entry of a histogram"))?;
+            ensure!(
+                fields.split(',').count() == keys.len() + 1,
+                "'{line}' has other keys than {keys:?}"
+            );
             let mut values = Vec::new();
             for (field, key) in fields.split(',').zip(["common_cpu"].iter().chain(keys)) {
                 let (name, value) = field.split_once(':').unwrap_or_default();
                 ensure!(name.trim() == *key, "'{line}' has no {key}");
                 values.push(value.trim().parse::<u64>()?);
             }
-            ensure!(values.len() == keys.len() + 1, "'{line}' lacks a key");
             values.remove(0);
             *counts.entry(values).or_insert(0) += hits.trim().parse::<u64>()?;
         } else if let Some((name, value)) = line.split_once(": ") {

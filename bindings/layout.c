@@ -9,7 +9,6 @@
 #include <linux/kbuild.h>
 #include <linux/kvm_host.h>
 #include <linux/ftrace.h>
-#include <linux/version.h>
 
 int main(void);
 int main(void)
@@ -25,13 +24,13 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_EXCEPTION, offsetof(struct kvm_vcpu, arch.exception));
 	DEFINE(LAYOUT_VCPU_EXCEPTION_VMEXIT,
 	       offsetof(struct kvm_vcpu, arch.exception_vmexit));
-	/* No field that bindgen could name in both. */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 3, 0)
-	DEFINE(LAYOUT_VCPU_RIP, offsetof(struct kvm_vcpu, arch.rip));
-#else
+	/*
+	 * Behind R15 in both: in Linux 7.2 it is the next of regs
+	 * (VCPU_REGS_RIP), in 7.3 the field behind these (arch.rip).
+	 */
 	DEFINE(LAYOUT_VCPU_RIP,
-	       offsetof(struct kvm_vcpu, arch.regs[VCPU_REGS_RIP]));
-#endif
+	       offsetof(struct kvm_vcpu, arch.regs[VCPU_REGS_R15]) +
+	       sizeof(unsigned long));
 	DEFINE(LAYOUT_VCPU_PROTECTED,
 	       offsetof(struct kvm_vcpu, arch.guest_state_protected));
 	DEFINE(LAYOUT_VCPU_RUN, offsetof(struct kvm_vcpu, run));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `/dev/exitmeter`: a snapshot of all ledgers, by `read`.
+//! `/dev/exitmeter`: a snapshot of all ledgers, by `read`, and details while somebody wants them.
 
 use kernel::{
     fs::{

@@ -46,7 +46,10 @@ use crate::{
             Verdict, //
         },
         detail::Exit,
-        leaves::Registers,
+        leaves::{
+            Leaves,
+            Registers, //
+        },
         ledger::{
             Copying,
             Ledger, //
@@ -321,39 +324,33 @@ impl Vcpu<'_> {
         })
     }
 
-    /// Return the phase that begins when this vCPU leaves its CPU, from what `kvm_sched_out()`
-    /// and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
-    ///
-    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
-    #[inline]
-    fn phase_after_put(&self) -> Phase {
-        let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; other CPUs only read these fields.
-        let (out, preempted) = unsafe {
-            (
-                (&raw const (*vcpu).scheduled_out).read_volatile(),
-                (&raw const (*vcpu).preempted).read_volatile(),
-            )
-        };
-        match (out, preempted) {
-            (false, _) => Phase::User,
-            (true, true) => Phase::Preempted,
-            (true, false) => self.phase_asleep(),
-        }
+    /// Return true if the scheduler takes this vCPU off its CPU, by what `kvm_sched_out()` has
+    /// written; false if its thread leaves KVM. Called by that thread.
+    #[inline(always)]
+    fn is_scheduled_out(&self) -> bool {
+        // SAFETY: The vCPU lives; other CPUs only read the field.
+        unsafe { (&raw const (*self.0.get()).scheduled_out).read_volatile() }
     }
 
-    /// Return the phase of a vCPU that was scheduled out, and that KVM does not call preempted.
-    #[inline(never)]
-    fn phase_asleep(&self) -> Phase {
-        // SAFETY: The vCPU lives; its own thread alone writes the field.
-        let blocking =
-            unsafe { (&raw const (*self.0.get()).stat.generic.blocking).read_volatile() };
+    /// Return the phase that begins as the scheduler takes this vCPU off its CPU, from what
+    /// `kvm_sched_out()` and `kvm_vcpu_block()` have written. Called by the vCPU's own thread.
+    ///
+    /// KVM takes a vCPU for preempted in KVM_RUN alone; here it is so in any ioctl.
+    fn phase_scheduled_out(&self) -> Phase {
+        let vcpu = self.0.get();
+        // SAFETY: The vCPU lives; other CPUs only read these fields.
+        let (preempted, blocking) = unsafe {
+            (
+                (&raw const (*vcpu).preempted).read_volatile(),
+                (&raw const (*vcpu).stat.generic.blocking).read_volatile(),
+            )
+        };
         // SAFETY: No requirements.
-        let runnable = unsafe { bindings::exitmeter_current_is_runnable() };
-        match (runnable, blocking) {
-            (true, _) => Phase::Preempted,
-            (false, 0) => Phase::Waiting,
-            (false, _) => Phase::Halted,
+        let runnable = || unsafe { bindings::exitmeter_current_is_runnable() };
+        match blocking {
+            _ if preempted || runnable() => Phase::Preempted,
+            0 => Phase::Waiting,
+            _ => Phase::Halted,
         }
     }
 
@@ -368,7 +365,11 @@ impl Vcpu<'_> {
             if (*vcpu).arch.guest_state_protected {
                 return None;
             }
-            Some(vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize).cast::<u64>().read())
+            Some(
+                vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize)
+                    .cast::<u64>()
+                    .read(),
+            )
         }
     }
 
@@ -382,12 +383,14 @@ impl Vcpu<'_> {
     /// Return KVM_EXIT_* of a vCPU that leaves its CPU, for user space: why, where KVM_RUN ends;
     /// `None` for another ioctl.
     #[inline]
-    fn to_user(&self) -> Option<u16> {
+    fn user_exit(&self) -> Option<u16> {
         let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
         // it is. User space may write to the page, so it is read once.
         let (wants, why) = unsafe {
-            let run = (*vcpu).run.byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
+            let run = (*vcpu)
+                .run
+                .byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
             ((*vcpu).wants_to_run, run.cast::<u32>().read_volatile())
         };
         wants.then(|| u16::try_from(why).unwrap_or(u16::MAX))
@@ -663,11 +666,18 @@ fn exit_by_kvm_with(vcpu: Vcpu<'_>, now: u64, isa: Isa) {
         Isa::Vmx => code & 0xffff,
         Isa::Svm => code,
     };
-    registry::exit_with(vcpu, now, isa, move || code, exit, move || match isa {
-        Isa::Svm => vcpu.rip(),
-        // Of an enlightened VMCS KVM has not read it yet.
-        Isa::Vmx => None,
-    });
+    registry::exit_with(
+        vcpu,
+        now,
+        isa,
+        move || code,
+        exit,
+        move || match isa {
+            Isa::Svm => vcpu.rip(),
+            // Of an enlightened VMCS KVM has not read it yet.
+            Isa::Vmx => None,
+        },
+    );
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
@@ -907,19 +917,29 @@ unsafe extern "C" fn on_put(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
+    let now = now();
     if details_are_on() {
-        return leave_with(vcpu, now());
+        return leave_with(vcpu, now);
     }
-    registry::leave(vcpu, now(), vcpu.phase_after_put());
+    if vcpu.is_scheduled_out() {
+        return leave_scheduled_out(vcpu, now);
+    }
+    registry::leave(vcpu, now, Phase::User);
+}
+
+/// Take the way off its CPU of a vCPU that the scheduler takes off it. Apart, so that the way to
+/// user space saves no registers for this.
+#[inline(never)]
+fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
+    registry::leave(vcpu, now, vcpu.phase_scheduled_out());
 }
 
 /// Take a vCPU's way off its CPU, with why it goes to user space.
 #[inline(never)]
 fn leave_with(vcpu: Vcpu<'_>, now: u64) {
-    let phase = vcpu.phase_after_put();
-    let to_user = match phase {
-        Phase::User => vcpu.to_user(),
-        _ => None,
+    let (phase, to_user) = match vcpu.is_scheduled_out() {
+        true => (vcpu.phase_scheduled_out(), None),
+        false => (Phase::User, vcpu.user_exit()),
     };
     registry::leave_with(vcpu, now, phase, to_user);
 }
@@ -1135,8 +1155,21 @@ unsafe extern "C" fn on_cpuid(
 ) {
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    let ours = |registry: &Registry| registry.leaves().is_ours(vcpu.register(RAX));
-    if !registry().is_some_and(ours) {
+    if Leaves::are_near(vcpu.register(RAX)) {
+        // SAFETY: By the contract of this function.
+        unsafe { redirect_query(vcpu, parent, fregs) };
+    }
+}
+
+/// Redirect the call if the guest asks for one of our leaves, and may.
+///
+/// # Safety
+///
+/// For [`on_cpuid`] alone, with its own arguments.
+#[inline(never)]
+unsafe fn redirect_query(vcpu: Vcpu<'_>, parent: c_ulong, fregs: *mut bindings::ftrace_regs) {
+    let leaf = vcpu.register(RAX);
+    if registry().is_none_or(|registry| registry.leaves().classify(leaf).is_none()) {
         return;
     }
     // SAFETY: Any address may be asked for.

@@ -492,7 +492,15 @@ pub(crate) fn exit_with(
     };
     // So that no call is on the way of all others.
     if detail::is_hypercall(isa, code) {
-        return exit_by_hypercall(vcpu, ledger, tables, now, reasons::slot(isa, code), exit, rip);
+        return exit_by_hypercall(
+            vcpu,
+            ledger,
+            tables,
+            now,
+            reasons::slot(isa, code),
+            exit,
+            rip,
+        );
     }
     let about = About {
         nested: vcpu.runs_nested(),

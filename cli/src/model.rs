@@ -75,7 +75,7 @@ pub struct Vm {
     pub vm: u64,
     /// KVM's name for it.
     pub name: String,
-    /// The process that made it.
+    /// The thread that made it (`kvm->userspace_pid`): for most VMMs their process.
     pub pid: u32,
     /// The time that its numbers are of: since the first event of its oldest vCPU, or since
     /// the earlier snapshot.

@@ -566,103 +566,139 @@ impl Ledger {
     /// The vCPU leaves its CPU, for the phase `phase`.
     #[inline(always)]
     pub fn leave(&self, now: u64, phase: Phase) {
-        self.leave_noting(now, phase, |_, _| ());
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_leave(now, phase);
+        };
+        self.leave_after(now, phase, ticks);
     }
 
     /// A vCPU that has tables leaves its CPU; `to_user` is KVM_EXIT_* (linux/kvm.h) where KVM_RUN
     /// ends.
     #[inline(always)]
     pub fn leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
-        self.leave_noting(now, phase, |left, ticks| {
-            let slot = self.slot();
-            tables.book(slot, left, ticks);
-            if let Some(why) = to_user {
-                tables.leave_to_user(slot, why);
-            }
-        });
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_leave_with(tables, now, phase, to_user);
+        };
+        let slot = self.slot();
+        tables.book(slot, self.phase.load(Relaxed), ticks);
+        if let Some(why) = to_user {
+            tables.leave_to_user(slot, why);
+        }
+        self.leave_after(now, phase, ticks);
     }
 
-    /// The vCPU leaves its CPU; `note` takes note of the phase that it leaves and its ticks.
+    /// Have the vCPU off its CPU after `ticks` of the present phase, and end the transition.
     #[inline(always)]
-    fn leave_noting(&self, now: u64, phase: Phase, note: impl FnOnce(u32, u64)) {
-        let Some(ticks) = self.begin_transition(now) else {
-            return self.late_leave(now, phase, note);
-        };
-        let left = self.change_phase(phase, ticks);
-        note(left, ticks);
+    fn leave_after(&self, now: u64, phase: Phase, ticks: u64) {
+        if self.phase.load(Relaxed) != Phase::Kernel as u32 {
+            return self.leave_outside(now, phase, ticks);
+        }
+        if parts::PHASES {
+            add(self.phase_cell(self.row(), Phase::Kernel), ticks);
+        }
+        self.phase.store(phase as u32, Relaxed);
         let carried = self.carried.load(Relaxed);
-        if left == Phase::Guest as u32 {
-            // An entry that was not followed by an exit, as one that failed.
-            self.carried.store(CLOSED, Relaxed);
-        } else if left == Phase::Kernel as u32 && carried != CLOSED {
+        if carried != CLOSED {
             self.carried.store(carried.wrapping_add(ticks), Relaxed);
         }
         self.end_transition(now);
     }
 
+    /// Slow path of [`Self::leave`]: the vCPU was not in KVM, after `ticks` of another phase.
     #[cold]
     #[inline(never)]
-    fn late_leave(&self, now: u64, phase: Phase, note: impl FnOnce(u32, u64)) {
-        self.leave_noting(self.one_tick_on(now), phase, note);
-    }
-
-    /// The vCPU is back on a CPU, in KVM.
-    #[inline(always)]
-    pub fn resume(&self, now: u64) {
-        self.resume_noting(now, |_, _| ());
-    }
-
-    /// A vCPU that has tables is back on a CPU, in KVM.
-    #[inline(always)]
-    pub fn resume_with(&self, tables: &Tables, now: u64) {
-        self.resume_noting(now, |left, ticks| tables.book(self.slot(), left, ticks));
-    }
-
-    /// The vCPU is back; `note` takes note of the phase that it leaves and its ticks.
-    #[inline(always)]
-    fn resume_noting(&self, now: u64, note: impl FnOnce(u32, u64)) {
-        let Some(ticks) = self.begin_transition(now) else {
-            return self.late_resume(now, note);
-        };
-        let left = self.change_phase(Phase::Kernel, ticks);
-        note(left, ticks);
+    fn leave_outside(&self, now: u64, phase: Phase, ticks: u64) {
+        let left = self.phase.load(Relaxed);
+        self.book(left, ticks);
+        self.phase.store(phase as u32, Relaxed);
+        if left == Phase::Guest as u32 {
+            // An entry that was not followed by an exit, as one that failed.
+            self.carried.store(CLOSED, Relaxed);
+        }
         self.end_transition(now);
     }
 
     #[cold]
     #[inline(never)]
-    fn late_resume(&self, now: u64, note: impl FnOnce(u32, u64)) {
-        self.resume_noting(self.one_tick_on(now), note);
-    }
-
-    /// Begin a phase after `ticks` in another one; return the number of that.
-    #[inline(always)]
-    fn change_phase(&self, phase: Phase, ticks: u64) -> u32 {
-        let left = self.phase.load(Relaxed);
-        if parts::PHASES {
-            self.book(left, ticks);
-        }
-        self.phase.store(phase as u32, Relaxed);
-        left
-    }
-
-    /// Book ticks on the latest reason and the phase of a number.
-    #[inline(always)]
-    fn book(&self, phase: u32, ticks: u64) {
-        if phase == Phase::Waiting as u32 {
-            return self.book_waiting(ticks);
-        }
-        let column = (Column::Cycles as u32).wrapping_add(phase);
-        add(self.at(self.row(), column), ticks);
+    fn late_leave(&self, now: u64, phase: Phase) {
+        self.leave(self.one_tick_on(now), phase);
     }
 
     #[cold]
     #[inline(never)]
-    fn book_waiting(&self, ticks: u64) {
-        let slot = self.row.load(Relaxed) as usize / ROW_BYTES;
-        if let Some(cell) = self.waiting.get(slot) {
-            add(cell, ticks);
+    fn late_leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
+        self.leave_with(tables, self.one_tick_on(now), phase, to_user);
+    }
+
+    /// The vCPU is back on a CPU, in KVM.
+    #[inline(always)]
+    pub fn resume(&self, now: u64) {
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_resume(now);
+        };
+        self.resume_after(now, ticks);
+    }
+
+    /// A vCPU that has tables is back on a CPU, in KVM.
+    #[inline(always)]
+    pub fn resume_with(&self, tables: &Tables, now: u64) {
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_resume_with(tables, now);
+        };
+        tables.book(self.slot(), self.phase.load(Relaxed), ticks);
+        self.resume_after(now, ticks);
+    }
+
+    /// Have the vCPU on a CPU after `ticks` of the present phase, and end the transition.
+    #[inline(always)]
+    fn resume_after(&self, now: u64, ticks: u64) {
+        let left = self.phase.load(Relaxed);
+        if left == Phase::Waiting as u32 {
+            return self.resume_from_waiting(now, ticks);
         }
+        if parts::PHASES {
+            let column = (Column::Cycles as u32).wrapping_add(left);
+            add(self.at(self.row(), column), ticks);
+        }
+        self.phase.store(Phase::Kernel as u32, Relaxed);
+        self.end_transition(now);
+    }
+
+    /// Slow path of [`Self::resume`]: the vCPU waited for `ticks`.
+    #[cold]
+    #[inline(never)]
+    fn resume_from_waiting(&self, now: u64, ticks: u64) {
+        self.book(Phase::Waiting as u32, ticks);
+        self.phase.store(Phase::Kernel as u32, Relaxed);
+        self.end_transition(now);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_resume(&self, now: u64) {
+        self.resume(self.one_tick_on(now));
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_resume_with(&self, tables: &Tables, now: u64) {
+        self.resume_with(tables, self.one_tick_on(now));
+    }
+
+    /// Book ticks on the latest reason and the phase of a number.
+    fn book(&self, phase: u32, ticks: u64) {
+        if !parts::PHASES {
+            return;
+        }
+        let row = self.row();
+        if phase == Phase::Waiting as u32 {
+            if let Some(cell) = self.waiting.get(row.0 as usize / ROW_BYTES) {
+                add(cell, ticks);
+            }
+            return;
+        }
+        let column = (Column::Cycles as u32).wrapping_add(phase);
+        add(self.at(row, column), ticks);
     }
 
     /// Exits counted in a row.

@@ -592,7 +592,7 @@ impl<'a> Vcpu<'a> {
         name_at(self.record, 56)
     }
 
-    /// The process that made the VM.
+    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
     pub fn pid(&self) -> u32 {
         self.u32(16)
     }

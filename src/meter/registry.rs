@@ -69,7 +69,7 @@ pub struct Owner {
     pub vm: usize,
     /// KVM's name of the VM.
     pub name: [u8; NAME_SIZE],
-    /// The process that made the VM.
+    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
     pub pid: u32,
     /// The vCPU's id.
     pub vcpu: u32,

@@ -82,7 +82,7 @@
 //! | 0 | 4 | size of the record, head and rows: where the next one begins |
 //! | 4 | 4 | number of rows |
 //! | 8 | 8 | the VM's number: one VM's vCPUs have the same, and no other VM has |
-//! | 16 | 4 | process that made the VM |
+//! | 16 | 4 | thread that made the VM, by KVM's note of it; for most VMMs their process |
 //! | 20 | 4 | the vCPU's id in its VM |
 //! | 24 | 8 | TSC at its first event |
 //! | 32 | 8 | TSC at its latest transition |
@@ -359,7 +359,7 @@ pub struct Identity {
     pub vm: u64,
     /// KVM's name of the VM, padded with NULs.
     pub name: [u8; NAME_SIZE],
-    /// The process that made the VM.
+    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
     pub pid: u32,
     /// The vCPU's id in its VM.
     pub vcpu: u32,

@@ -30,6 +30,9 @@ struct Arguments {
     /// In a guest of an emulated host: run a guest in it that loops so often.
     #[arg(long, hide = true, value_name = "COUNT")]
     nested: Option<u32>,
+    /// In a guest of an emulated host: run a guest in it whose CPUID faults.
+    #[arg(long, hide = true)]
+    faulting: bool,
     /// For a case: make VMs and run them, until killed.
     #[arg(long, hide = true, value_name = "SEED")]
     worker: Option<u64>,
@@ -46,6 +49,10 @@ fn main() -> Result<ExitCode> {
     }
     if let Some(count) = arguments.nested {
         cases::run_nested(count)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if arguments.faulting {
+        cases::run_faulting()?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(seed) = arguments.worker {

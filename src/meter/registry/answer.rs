@@ -23,7 +23,8 @@ use crate::meter::{
 
 use super::{
     vm::{Group, Rows, Sum, Vm, GROUP},
-    walk, Member, Platform, Registry, State,
+    walk::{self, Seen},
+    Member, Platform, Registry, State,
 };
 
 /// The share of the time for which sums are renewed at most: one part in so many.
@@ -195,9 +196,8 @@ impl<P: Platform> Registry<P> {
     fn renew_host(&self, host: &HostSums) {
         host.next.clear();
         let mut few = 0;
-        self.walk(
-            walk::HOST,
-            |state| {
+        self.walk(walk::HOST, |seen| match seen {
+            Seen::Start(state) => {
                 few = host.few.load(Relaxed);
                 for (slot, row, _) in state.gone.rows() {
                     host.next.add(slot, Sum::Exits, row.exits);
@@ -206,9 +206,9 @@ impl<P: Platform> Registry<P> {
                         host.next.add(slot, Sum::Cycles(phase), row.cycles(phase));
                     }
                 }
-            },
-            |member, _| host.next.add_ledger(&member.ledger),
-        );
+            }
+            Seen::Vcpu(member, _) => host.next.add_ledger(&member.ledger),
+        });
         host.told.set(&host.next);
         // ORDERING: See `HostSums::is_new`.
         host.covered.store(few.wrapping_add(1), Release);

@@ -60,6 +60,14 @@ type Held<'a> = (&'a Member, u64);
 /// The vCPUs of one step of a walk.
 type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
 
+/// What a walk sees.
+pub(super) enum Seen<'a, 's> {
+    /// The state as the walk begins, with the lock held.
+    Start(&'s State),
+    /// A vCPU, and for how long KVM polled for it, in ns.
+    Vcpu(&'a Member, u64),
+}
+
 /// Room for a walk's copies. One walk at a time may be taken of each kind.
 #[derive(Debug)]
 pub struct Walker {
@@ -219,23 +227,18 @@ impl<P: Platform> Locked<'_, P> {
 }
 
 impl<P: Platform> Registry<P> {
-    /// Have `see` see each vCPU that there is now, and for how long KVM polled for it. `begin` runs
-    /// at the moment from which the walk is. Not called with the lock held.
-    pub(super) fn walk<'a>(
-        &'a self,
-        which: usize,
-        begin: impl FnOnce(&State),
-        mut see: impl FnMut(&'a Member, u64),
-    ) {
+    /// Have `see` see the state at the moment of which the walk is, then each vCPU that there is at
+    /// that moment. Not called with the lock held.
+    pub(super) fn walk<'a>(&'a self, which: usize, mut see: impl FnMut(Seen<'a, '_>)) {
         let mut state = self.lock();
-        begin(&state);
+        see(Seen::Start(&state));
         state.begin_walk(which);
         drop(state);
         loop {
             let mut batch: Batch<'a> = [None; AT_A_TIME];
             let more = self.lock().walk_on(which, &mut batch);
             for (member, polled) in batch.into_iter().flatten() {
-                see(member, polled);
+                see(Seen::Vcpu(member, polled));
                 self.let_go(member);
             }
             if !more {
@@ -248,7 +251,7 @@ impl<P: Platform> Registry<P> {
         while let Some(member) = unsafe { gone.as_ref() } {
             // SAFETY: As above.
             gone = unsafe { (*member.awaited.get()).get(which).copied() }.unwrap_or(null_mut());
-            see(member, member.polled.load(Relaxed));
+            see(Seen::Vcpu(member, member.polled.load(Relaxed)));
             self.let_go(member);
             self.platform.pause();
         }
@@ -315,15 +318,14 @@ impl<P: Platform> Registry<P> {
         let mut wants_tables = false;
         let mut without_tables = 0_u32;
         let mut busy = false;
-        self.walk(
-            SNAPSHOT,
-            |state| {
+        self.walk(SNAPSHOT, |seen| match seen {
+            Seen::Start(state) => {
                 gone.add(&state.gone);
                 unmetered = state.unmetered;
                 wants_tables = state.wants_tables;
-            },
-            |member, polled| {
-                let Walker { copy, tables } = walker;
+            }
+            Seen::Vcpu(member, polled) => {
+                let Walker { copy, tables } = &mut *walker;
                 // SAFETY: The vCPU is held on to. Else only `take_tables` takes its tables away,
                 // which is a walk of the same kind.
                 let its_tables = unsafe { member.ledger.tables() };
@@ -341,8 +343,8 @@ impl<P: Platform> Registry<P> {
                     encoder.tables(copy, tables, show.code);
                     without_tables = without_tables.wrapping_add(its_tables.is_none().into());
                 }
-            },
-        );
+            }
+        });
         if wants_tables {
             encoder.told_tables(without_tables);
         }
@@ -361,28 +363,31 @@ impl<P: Platform> Registry<P> {
     /// From now on each transition of a vCPU that has tables must be told with them.
     pub fn give_tables(&self, _walker: &mut Walker) {
         self.lock().wants_tables = true;
-        self.walk(
-            SNAPSHOT,
-            |_| (),
-            |member, _| {
-                // SAFETY: As in `snapshot`.
-                if unsafe { member.ledger.tables() }.is_some() {
-                    return;
-                }
-                // SAFETY: All-zero bytes are tables that have not begun.
-                if let Some(tables) = unsafe { zeroed::<Tables>(&self.platform, true) } {
-                    // SAFETY: They stay until they are retired.
-                    unsafe { member.ledger.set_tables(tables.as_ptr()) };
-                }
-            },
-        );
+        self.walk(SNAPSHOT, |seen| {
+            let Seen::Vcpu(member, _) = seen else {
+                return;
+            };
+            // SAFETY: As in `snapshot`.
+            if unsafe { member.ledger.tables() }.is_some() {
+                return;
+            }
+            // SAFETY: All-zero bytes are tables that have not begun.
+            if let Some(tables) = unsafe { zeroed::<Tables>(&self.platform, true) } {
+                // SAFETY: They stay until they are retired.
+                unsafe { member.ledger.set_tables(tables.as_ptr()) };
+            }
+        });
     }
 
     /// Take the tables from all vCPUs. No transition may begin to be told with them any more; those
     /// that are under way are waited for, before memory is freed.
     pub fn take_tables(&self, _walker: &mut Walker) {
         self.lock().wants_tables = false;
-        self.walk(SNAPSHOT, |_| (), |member, _| self.retire_tables(member));
+        self.walk(SNAPSHOT, |seen| {
+            if let Seen::Vcpu(member, _) = seen {
+                self.retire_tables(member);
+            }
+        });
     }
 
     /// Take the tables from a vCPU that the caller holds on to.
@@ -416,18 +421,15 @@ impl<P: Platform> Registry<P> {
 
     /// Add the numbers of all vCPUs, those that are gone and those that live, to `totals`.
     pub fn add_totals(&self, walker: &mut Walker, totals: &mut Totals) {
-        // Two closures want them, one after the other.
-        let totals = core::cell::RefCell::new(totals);
-        self.walk(
-            SNAPSHOT,
-            |state| totals.borrow_mut().add(&state.gone),
-            |member, polled| {
+        self.walk(SNAPSHOT, |seen| match seen {
+            Seen::Start(state) => totals.add(&state.gone),
+            Seen::Vcpu(member, polled) => {
                 let copy = &mut walker.copy;
                 if self.copy(member, copy).is_some() && !copy.is_empty() {
                     copy.polled = polled;
-                    totals.borrow_mut().fold(copy);
+                    totals.fold(copy);
                 }
-            },
-        );
+            }
+        });
     }
 }

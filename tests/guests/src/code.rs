@@ -17,6 +17,8 @@ macro_rules! labels {
             static tiny_interrupt_16: u8;
             static tiny_interrupt_64: u8;
             static tiny_moved_64: u8;
+            static tiny_vmrun_64: u8;
+            static tiny_inner_64: u8;
             $(static $real: u8; static $long: u8;)*
         }
 
@@ -76,6 +78,16 @@ pub(crate) fn moved() -> u64 {
     offset(&raw const tiny_moved_64)
 }
 
+/// Return where the hypervisor that runs a guest once begins in [`bytes`].
+pub(crate) fn hypervisor() -> u64 {
+    offset(&raw const tiny_vmrun_64)
+}
+
+/// Return where its guest begins in [`bytes`].
+pub(crate) fn inner() -> u64 {
+    offset(&raw const tiny_inner_64)
+}
+
 fn offset(label: *const u8) -> u64 {
     (label as usize - &raw const tiny_code as usize) as u64
 }
@@ -100,5 +112,8 @@ mod tests {
             code[interrupt_handler(Mode::Long) as usize..][..2],
             [0x48, 0xcf]
         );
+        // vmrun; cpuid and vmmcall.
+        assert!(code[hypervisor() as usize..].starts_with(&[0x0f, 0x01, 0xd8]));
+        assert!(code[inner() as usize..].starts_with(&[0x0f, 0xa2, 0x0f, 0x01, 0xd9]));
     }
 }

@@ -145,6 +145,18 @@ guest moved 64
         out     0xf4, al
         ud2
 
+# A hypervisor on SVM that runs a guest once; rax is the address of its VMCB.
+guest vmrun 64
+        vmrun   rax
+        out     0xf4, al
+        ud2
+
+# Its guest, which asks once. A hypervisor takes VMMCALL for the end.
+guest inner 64
+        cpuid
+        vmmcall
+        ud2
+
 .code16
 guests 16, eax, esi, iret
 

@@ -125,18 +125,11 @@ impl Machine {
     ///
     /// [`Error::Kvm`] when KVM does not know that.
     pub fn make_cpuid_fault(&mut self) -> Result<()> {
-        let entries = [PLATFORM_INFO, MISC_FEATURES_ENABLES].map(|(index, data)| kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        });
-        let refused = |error| Error::Kvm("make CPUID fault", error);
-        let msrs = Msrs::from_entries(&entries)
-            .map_err(|_| refused(kvm_ioctls::Error::new(libc::EINVAL)))?;
-        match self.first_vcpu().set_msrs(&msrs).map_err(refused)? {
-            set if set == entries.len() => Ok(()),
-            _ => Err(refused(kvm_ioctls::Error::new(libc::EINVAL))),
-        }
+        set_msrs(
+            self.first_vcpu(),
+            &[PLATFORM_INFO, MISC_FEATURES_ENABLES],
+            "make CPUID fault",
+        )
     }
 }
 
@@ -164,6 +157,25 @@ impl State {
         vcpu.set_sregs(&self.sregs).map_err(refused)?;
         vcpu.set_regs(&self.regs).map_err(refused)?;
         vcpu.set_vcpu_events(&self.events).map_err(refused)
+    }
+}
+
+/// Set MSRs of a vCPU, by their numbers, to `what`: an error if KVM does not take one of them.
+pub(crate) fn set_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)], what: &'static str) -> Result<()> {
+    let entries: Vec<_> = msrs
+        .iter()
+        .map(|&(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        })
+        .collect();
+    let refused = |error| Error::Kvm(what, error);
+    let msrs =
+        Msrs::from_entries(&entries).map_err(|_| refused(kvm_ioctls::Error::new(libc::EINVAL)))?;
+    match vcpu.set_msrs(&msrs).map_err(refused)? {
+        set if set == entries.len() => Ok(()),
+        _ => Err(refused(kvm_ioctls::Error::new(libc::EINVAL))),
     }
 }
 

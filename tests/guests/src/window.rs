@@ -54,7 +54,7 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 /// RFLAGS: bit 1 is always set; IOPL 3 lets CPL 3 use ports.
-const RFLAGS: u64 = 1 << 1;
+pub(crate) const RFLAGS: u64 = 1 << 1;
 const RFLAGS_IOPL: u64 = 3 << 12;
 
 /// A vCPU's window, by its address.
@@ -159,6 +159,35 @@ impl Window {
             rflags: RFLAGS,
             ..Default::default()
         }
+    }
+
+    /// Return the registers with which a hypervisor begins that runs a guest of its own once. The
+    /// guest gets `query` from it, but for RAX, which its VMCB holds.
+    pub(crate) fn hypervisor(self, query: Quad) -> kvm_regs {
+        kvm_regs {
+            rip: self.0 + CODE + code::hypervisor(),
+            rax: self.vmcb(),
+            rbx: query.rbx,
+            rcx: query.rcx,
+            rdx: query.rdx,
+            rflags: RFLAGS,
+            ..Default::default()
+        }
+    }
+
+    /// Return where a hypervisor's guest begins.
+    pub(crate) fn inner(self) -> u64 {
+        self.0 + CODE + code::inner()
+    }
+
+    /// Return the page of a hypervisor's VMCB. It has no queries that could be there.
+    pub(crate) fn vmcb(self) -> u64 {
+        self.0 + QUERIES
+    }
+
+    /// Return the page where the CPU keeps a hypervisor's own state (VM_HSAVE_PA).
+    pub(crate) fn host_save_area(self) -> u64 {
+        self.vmcb() + PAGE
     }
 
     /// The page of the guest's memory that holds the code, and where it is when that has moved.

@@ -19,7 +19,7 @@ use tiny_guests::{Config, Machine, Mode, Program, Quad};
 use super::{
     answers::ask,
     hooks::{no_types, replace},
-    Case,
+    no_memory_cgroups, no_userfaultfd, Case,
 };
 use crate::host::{
     self, cgroup::Cgroup, hist::Exits, leaves::MAP_2021, log::Log, meter::Meter, module, span::Span,
@@ -157,7 +157,8 @@ pub(super) fn cases() -> Vec<Case> {
         Case::without(
             "loading: a vCPU's ledger is charged to the cgroup of its VMM",
             charged,
-        ),
+        )
+        .unless(no_memory_cgroups),
         Case::without(
             "loading: a vCPU for which there was no room is not metered in mid-life",
             not_in_mid_life,
@@ -231,7 +232,7 @@ fn meters_again() -> Result<()> {
     let loaded = module::Loaded::with("")?;
     let mut lines = log.own_lines()?;
     let unchecked = lines.len();
-    lines.retain(|line| !line.contains("this kernel shows no types of kvm"));
+    lines.retain(|line| !line.contains(UNCHECKED));
     let unchecked = unchecked - lines.len();
     ensure!(
         unchecked == usize::from(!Path::new(TYPES).exists()),
@@ -260,6 +261,9 @@ fn meters_again() -> Result<()> {
     );
     Ok(())
 }
+
+/// The line of the module on a kernel whose tracepoints it cannot check.
+pub(super) const UNCHECKED: &str = "this kernel shows no types of kvm";
 
 /// The kernel's types of kvm.ko.
 const TYPES: &str = "/sys/kernel/btf/kvm";
@@ -489,7 +493,10 @@ fn never_fetches() -> Result<Option<&'static str>> {
     let fetches = host::isa()? == Isa::Svm
         && host::nested_paging()?
         && !cpus.split_whitespace().any(|flag| flag == "nrip_save");
-    Ok((!fetches).then_some("KVM does not fetch a guest's CPUID from memory here"))
+    if !fetches {
+        return Ok(Some("KVM does not fetch a guest's CPUID from memory here"));
+    }
+    no_userfaultfd()
 }
 
 /// Read the kernel's stack of a thread that is about to sleep: there is none of one that runs.

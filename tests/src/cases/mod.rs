@@ -16,9 +16,9 @@ mod phases;
 mod scope;
 mod tool;
 
-pub use nested::run_in_guest as run_nested;
+pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
-use std::time::Duration;
+use std::{io, path::Path, time::Duration};
 
 use anyhow::Result;
 use exitmeter_meter::reasons::Isa;
@@ -89,6 +89,21 @@ impl Case {
 fn no_linux() -> Result<Option<&'static str>> {
     let boots = host::isa()? == Isa::Vmx || host::nested_paging()?;
     Ok((!boots).then_some("Linux guests need npt=1 here"))
+}
+
+/// The kernels that check themselves (scripts/configs) are built without.
+fn no_userfaultfd() -> Result<Option<&'static str>> {
+    // SAFETY: A system call without memory; these flags are none, so it makes nothing.
+    let ret = unsafe { libc::syscall(libc::SYS_userfaultfd, -1) };
+    let missing = ret == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS);
+    Ok(missing.then_some("this kernel has no userfaultfd (USERFAULTFD)"))
+}
+
+/// As [`no_userfaultfd`].
+fn no_memory_cgroups() -> Result<Option<&'static str>> {
+    // The one file of /proc that is there with memory cgroups alone (fs/proc/page.c).
+    let missing = !Path::new("/proc/kpagecgroup").exists();
+    Ok(missing.then_some("this kernel has no memory cgroups (MEMCG)"))
 }
 
 /// The cases that look back at all those before them: at the kernel log, and for lost memory.

@@ -1,16 +1,18 @@
 //! A guest in the guest: the host counts its exits and tells them apart, and it reads what
 //! its own hypervisor answers.
 
-use std::env;
+use std::{env, io};
 
-use anyhow::{ensure, Context as _, Result};
-use tiny_guests::{Config, Machine, Mode, Program, Quad};
+use anyhow::{bail, ensure, Context as _, Result};
+use exitmeter_meter::reasons::Isa;
+use tiny_guests::{Config, Inner, Machine, Mode, Program, Quad};
 
 use super::{answers::ask, Case};
 use crate::host::{
     self,
     leaves::{EXITS_64, MAP_2021},
     linux::{Linux, Printed},
+    log::Log,
     meter::Meter,
     span::Span,
 };
@@ -28,19 +30,149 @@ const ASKED: [u32; 2] = [MAP_2021.reason_exits, 0x4fff_fffb];
 /// What asks for those from nested guests alone.
 const NESTED: u32 = 1 << 16;
 
+/// The bit of the general protection fault in a bitmap of exceptions.
+const GP: u32 = 1 << 13;
+
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::with(
-        "",
-        "nested: exits of a guest in the guest are told apart",
-        nested,
-    )
-    .with_linux()
-    .within(600)]
+    vec![
+        Case::with(
+            "",
+            "nested: exits of a guest in the guest are told apart",
+            nested,
+        )
+        .with_linux()
+        .within(600),
+        Case::with(
+            "",
+            "nested: where CPUID faults in a guest in the guest, its registers stay (SVM)",
+            faulting_svm,
+        )
+        .unless(not_svm),
+        Case::with(
+            "",
+            "nested: where CPUID faults in a guest in the guest, its registers stay (VMX)",
+            faulting_vmx,
+        )
+        .unless(not_vmx)
+        .within(600),
+    ]
 }
 
-fn nested() -> Result<()> {
+/// VMX leaves a hypervisor no choice: CPUID of its guest always exits.
+fn not_svm() -> Result<Option<&'static str>> {
+    Ok((host::isa()? != Isa::Svm).then_some("on SVM alone can a hypervisor leave CPUID to KVM"))
+}
+
+/// On SVM KVM hands CPUID to a hypervisor that intercepts it, faults or not
+/// (`nested_svm_intercept()`), as Linux's does.
+fn not_vmx() -> Result<Option<&'static str>> {
+    Ok((host::isa()? != Isa::Vmx)
+        .then_some("on SVM a Linux guest gets CPUID of its own guest even where that faults"))
+}
+
+/// A guest's hypervisor leaves its guest's CPUID to KVM, which has it fault.
+fn faulting_svm() -> Result<()> {
     let span = Span::begin()?;
-    let modules: &[&str] = host::pick(
+    let mut log = Log::from_now()?;
+    let query = Quad::cpuid(MAP_2021.reason_exits, 0x72);
+    let ask = |faults: bool, exceptions| {
+        let mut machine = Machine::with_inner(query, exceptions)?;
+        if faults {
+            machine.make_cpuid_fault()?;
+        }
+        machine.run()?;
+        anyhow::Ok(machine.inner()?)
+    };
+    // Without the fault the meter answers, and the inner guest goes on to its VMMCALL.
+    let answered = ask(false, GP)?;
+    let expected = Inner {
+        exit: 0x81,
+        behind: 2,
+        registers: Quad {
+            rax: 1,
+            ..Quad::default()
+        },
+    };
+    ensure!(
+        answered == expected,
+        "of its first CPUID the inner guest reads {answered:x?}"
+    );
+    let lines = log.own_lines()?;
+    ensure!(lines.len() == 1, "one query is logged by {lines:?}");
+
+    // The fault goes to the hypervisor (exit 0x4d), or into the inner guest, where without a
+    // handler it ends in a shutdown (0x7f).
+    for (exceptions, exit) in [(GP, 0x4d), (0, 0x7f)] {
+        let faulted = ask(true, exceptions)?;
+        let expected = Inner {
+            exit,
+            behind: 0,
+            registers: query,
+        };
+        ensure!(
+            faulted == expected,
+            "the inner guest's CPUID has faulted, and its hypervisor finds {faulted:x?} instead of \
+             {expected:x?}"
+        );
+    }
+    let lines = log.own_lines()?;
+    ensure!(lines.is_empty(), "CPUID that faulted is logged: {lines:?}");
+    span.end()?;
+    Ok(())
+}
+
+/// A Linux guest has CPUID fault while a guest of its own runs. KVM then keeps CPUID of that one from
+/// the Linux guest (`nested_vmx_l0_wants_exit()`), and has it fault itself.
+fn faulting_vmx() -> Result<()> {
+    let span = Span::begin()?;
+    let linux = boot_hypervisor()?;
+    // With the parameter the Linux guest's KVM intercepts the general protection fault of its guest
+    // (`vmx_update_exception_bitmap()`), so that the fault waits in `exception_vmexit`, and without
+    // in `exception`.
+    for parameters in ["enable_vmware_backdoor=1", ""] {
+        load_kvm(&linux, parameters)?;
+        let numbers = || nested_cpuids(&linux);
+        let before = numbers()?;
+        let mut log = Log::from_now()?;
+        let said = linux.run("/root/system-tests --faulting")?;
+        let lines = log.own_lines()?;
+        let after = numbers()?;
+
+        let said: Vec<&str> = said.lines().collect();
+        let [ours, beside, end, registers] = said[..] else {
+            bail!("of its guests the Linux guest says {said:#?}");
+        };
+        ensure!(
+            ours == beside,
+            "without the fault the inner guest reads {ours} of our leaf, and {beside} of one beside"
+        );
+        ensure!(
+            end.contains("Shutdown"),
+            "the inner guest has no handler of the fault, and ends with {end}"
+        );
+        let expected = format!("{:x?}", faulting_query());
+        ensure!(
+            registers == expected,
+            "with '{parameters}' the inner guest's CPUID has faulted, and its registers are \
+             {registers} instead of {expected}"
+        );
+        let expected = ASKED.len() as u64 + 1;
+        ensure!(
+            after - before == expected,
+            "the inner guests ask for CPUID {expected} times, and {} such exits are nested",
+            after - before
+        );
+        ensure!(lines.is_empty(), "CPUID that faulted is logged: {lines:?}");
+        unload_kvm(&linux)?;
+    }
+    linux.stop()?;
+    span.end()?;
+    Ok(())
+}
+
+/// The modules of KVM in a guest; those that `kvm` needs are first, and the vendor's is last.
+fn kvm_modules() -> Result<&'static [&'static str]> {
+    host::pick(
         &[
             "virt/lib/irqbypass",
             "arch/x86/kvm/kvm",
@@ -52,20 +184,58 @@ fn nested() -> Result<()> {
             "arch/x86/kvm/kvm",
             "arch/x86/kvm/kvm-amd",
         ],
-    )?;
+    )
+}
+
+/// Return the name of a module's file.
+fn file_name(module: &str) -> &str {
+    module.rsplit('/').next().unwrap_or(module)
+}
+
+/// Boot a Linux guest that holds KVM's modules and this program.
+fn boot_hypervisor() -> Result<Linux> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let mut files = vec![format!("{}:system-tests", this.display())];
     let path = |module| format!("{GUEST_MODULES}/kernel/{module}.ko");
-    files.extend(modules.iter().map(path));
+    files.extend(kvm_modules()?.iter().map(path));
     let mut options = vec!["--memory", "512"];
     for file in &files {
         options.extend(["--file", file]);
     }
-    let linux = Linux::boot(&options)?;
-    for module in modules {
-        let name = module.rsplit('/').next().unwrap_or(module);
-        linux.run(&format!("insmod /root/{name}.ko"))?;
+    Linux::boot(&options)
+}
+
+/// Load KVM in the Linux guest, `kvm` itself with `parameters`.
+fn load_kvm(linux: &Linux, parameters: &str) -> Result<()> {
+    for module in kvm_modules()? {
+        let name = file_name(module);
+        let parameters = if name == "kvm" { parameters } else { "" };
+        linux.run(&format!("insmod /root/{name}.ko {parameters}"))?;
     }
+    Ok(())
+}
+
+/// Unload it.
+fn unload_kvm(linux: &Linux) -> Result<()> {
+    for module in kvm_modules()?.iter().rev() {
+        linux.run(&format!("rmmod {}", file_name(module)))?;
+    }
+    Ok(())
+}
+
+/// Return how many CPUID exits of the Linux guest's vCPU are nested.
+fn nested_cpuids(linux: &Linux) -> Result<u64> {
+    let meter = Meter::read()?;
+    let pid = linux.pid()?;
+    let vcpu = meter.vcpus.into_iter().find(|vcpu| vcpu.pid == pid);
+    let nested = vcpu.context("the guest is metered")?.numbers.nested;
+    Ok(nested.get(&host::pick(10, 0x72)?).copied().unwrap_or(0))
+}
+
+fn nested() -> Result<()> {
+    let span = Span::begin()?;
+    let linux = boot_hypervisor()?;
+    load_kvm(&linux, "")?;
     let pid = linux.pid()?;
     let numbers = || {
         let meter = Meter::read()?;
@@ -119,4 +289,43 @@ pub fn run_in_guest(count: u32) -> Result<()> {
         println!("{answer:x?}");
     }
     Ok(())
+}
+
+/// What the inner guest asks when its CPUID faults.
+fn faulting_query() -> Quad {
+    Quad::cpuid(ASKED[0], 10)
+}
+
+/// Run two guests in the guest, at CPL 3: one whose CPUID is answered, and one whose CPUID faults.
+/// Prints what the first reads of [`ASKED`], how the second ends, and its registers then.
+pub fn run_faulting_in_guest() -> Result<()> {
+    let queries = ASKED.map(|leaf| Quad::cpuid(leaf, 10));
+    for answer in ask(Mode::User, &queries)?.1 {
+        println!("{answer:x?}");
+    }
+    let mut machine = Machine::new(Config::query(Mode::User, vec![faulting_query()]))?;
+    // The CPU is the thread's own when it enters the guest, with what it has of this.
+    set_cpuid(false)?;
+    let end = machine.run_one(0);
+    set_cpuid(true)?;
+    println!("{end:?}");
+    println!("{:x?}", machine.registers()?);
+    Ok(())
+}
+
+/// Let CPUID of this thread work, or fault (arch_prctl(2), ARCH_SET_CPUID).
+fn set_cpuid(works: bool) -> Result<()> {
+    const ARCH_SET_CPUID: libc::c_int = 0x1012;
+    // SAFETY: No addresses.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_arch_prctl,
+            ARCH_SET_CPUID,
+            libc::c_ulong::from(works),
+        )
+    };
+    if ret == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error()).context("this kernel cannot have CPUID fault")
 }

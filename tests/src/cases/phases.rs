@@ -13,7 +13,7 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::phase::Phase;
 use tiny_guests::{pin, Config, Machine, Mode, Program};
 
-use super::Case;
+use super::{no_userfaultfd, Case};
 use crate::host::{
     self,
     meter::{Meter, Vcpu},
@@ -45,7 +45,8 @@ pub(super) fn cases() -> Vec<Case> {
             "",
             "phases: a vCPU whose memory the host has yet to bring is waiting",
             waits_for_memory,
-        ),
+        )
+        .unless(no_userfaultfd),
         Case::with("", "phases: a slow VMM is in user space", || {
             // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
             let vcpus = run(Config {

@@ -68,9 +68,17 @@ impl Log {
             .filter_map(|(level, line)| {
                 Some((*level, line.strip_prefix("exitmeter: ")?.to_owned()))
             })
+            .filter(|(_, line)| !LOADER.contains(&line.as_str()))
             .collect())
     }
 }
+
+/// Lines about a module that are the kernel's own, once a boot, with the module's name before them
+/// (kernel/module/main.c).
+const LOADER: [&str; 2] = [
+    "loading out-of-tree module taints kernel.",
+    "module verification failed: signature and/or required key missing - tainting kernel",
+];
 
 /// Level and text of a record of /dev/kmsg: `priority,number,time,flags;text`, then lines with
 /// the record's properties. The level is the lower 3 bits of the priority.

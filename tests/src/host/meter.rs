@@ -126,7 +126,7 @@ pub struct Vcpu {
     pub vm: u64,
     /// KVM's name of the VM.
     pub name: String,
-    /// The process that made the VM.
+    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
     pub pid: u32,
     /// The vCPU's id.
     pub id: u32,

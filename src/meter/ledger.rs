@@ -13,6 +13,7 @@ use super::{
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    slow::{Leaving, Told},
     tables::{About, Keys, Tables, TablesCopy, Tag},
 };
 
@@ -271,6 +272,8 @@ impl Ledger {
         if let Some(tables) = unsafe { self.tables() } {
             tables.book(self.slot(), phase, ticks);
             tables.rebase(then, now);
+            let last = self.last.load(Relaxed);
+            tables.slow().rebase(last, then, now, phase);
         }
         self.end_transition(now);
     }
@@ -379,8 +382,11 @@ impl Ledger {
     #[inline(always)]
     pub fn exit_with(&self, tables: &Tables, now: u64, slot: Slot, about: &About) {
         let keys = about.keys(slot);
-        let rows = tables.rows_of(&keys);
-        let (Some(rows), Some(ticks)) = (rows, self.begin_transition_if(rows.is_some(), now))
+        let found = tables
+            .rows_of(&keys)
+            .and_then(|rows| Some((rows, tables.slow().next()?)));
+        let (Some((rows, place)), Some(ticks)) =
+            (found, self.begin_transition_if(found.is_some(), now))
         else {
             // So that all goes in registers.
             return match keys.detail {
@@ -389,7 +395,19 @@ impl Ledger {
             };
         };
         tables.take_exit(rows);
+        tables.slow().take_exit(place, &self.told(now, &keys));
         self.count_exit(now, slot, ticks, keys.tag.is_nested());
+    }
+
+    /// Tell of an exit at TSC `now`, in its transition.
+    #[inline(always)]
+    fn told(&self, now: u64, keys: &Keys) -> Told {
+        Told {
+            last: self.last.load(Relaxed),
+            now,
+            key: keys.whole(),
+            rip: keys.rip,
+        }
     }
 
     /// Begin a transition as [`Self::begin_transition`], but only if `may`.
@@ -428,6 +446,8 @@ impl Ledger {
             }
         };
         tables.take_exit(tables.rows_for(self, now, keys));
+        let place = tables.slow().next_or_anew(now);
+        tables.slow().take_exit(place, &self.told(now, keys));
         self.count_exit(now, keys.tag.slot(), ticks, keys.tag.is_nested());
     }
 
@@ -500,27 +520,10 @@ impl Ledger {
     /// sample.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
-        self.entry_noting(now, |_| ());
-    }
-
-    /// A VM entry of a vCPU that has tables.
-    #[inline(always)]
-    pub fn entry_with(&self, tables: &Tables, now: u64) {
-        self.entry_noting(now, |ticks| tables.book_kernel(ticks));
-    }
-
-    /// A VM entry, of whose kernel ticks `note` takes note.
-    #[inline(always)]
-    fn entry_noting(&self, now: u64, note: impl FnOnce(u64)) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry(now, note);
+            return self.late_entry(now);
         };
-        note(ticks);
-        let row = self.row();
-        if parts::PHASES {
-            add(self.phase_cell(row, Phase::Kernel), ticks);
-        }
-        self.phase.store(Phase::Guest as u32, Relaxed);
+        let row = self.enter_after(ticks);
         if parts::HISTOGRAMS {
             if self.carried.load(Relaxed) != 0 {
                 return self.end_unusual_exit(now, row, ticks);
@@ -533,10 +536,57 @@ impl Ledger {
         self.end_transition(now);
     }
 
+    /// A VM entry of a vCPU that has tables.
+    #[inline(always)]
+    pub fn entry_with(&self, tables: &Tables, now: u64) {
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_entry_with(tables, now);
+        };
+        tables.book_kernel(ticks);
+        let row = self.enter_after(ticks);
+        // Where the kernel's ticks are carried over, that is 0.
+        if ticks > tables.slow().floor() {
+            return self.end_slow_exit(tables, now, row, ticks);
+        }
+        if parts::HISTOGRAMS {
+            let Some(bucket) = usual_bucket(ticks) else {
+                return self.end_unusual_exit(now, row, ticks);
+            };
+            self.sample(row, ticks, bucket);
+        }
+        self.end_transition(now);
+    }
+
+    /// Have the vCPU in the guest after `ticks` in the kernel; return the row of its latest exit.
+    #[inline(always)]
+    fn enter_after(&self, ticks: u64) -> Row {
+        let row = self.row();
+        if parts::PHASES {
+            add(self.phase_cell(row, Phase::Kernel), ticks);
+        }
+        self.phase.store(Phase::Guest as u32, Relaxed);
+        row
+    }
+
     #[cold]
     #[inline(never)]
-    fn late_entry(&self, now: u64, note: impl FnOnce(u64)) {
-        self.entry_noting(self.one_tick_on(now), note);
+    fn late_entry(&self, now: u64) {
+        self.entry(self.one_tick_on(now));
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_entry_with(&self, tables: &Tables, now: u64) {
+        self.entry_with(tables, self.one_tick_on(now));
+    }
+
+    /// Ends the transition of an entry after an exit that may be one of the slowest.
+    #[inline(never)]
+    fn end_slow_exit(&self, tables: &Tables, now: u64, row: Row, ticks: u64) {
+        let carried = self.carried.load(Relaxed);
+        let kernel = (carried != CLOSED).then(|| ticks.wrapping_add(carried));
+        tables.slow().end(self.last.load(Relaxed), now, kernel);
+        self.end_unusual_exit(now, row, ticks);
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -572,19 +622,20 @@ impl Ledger {
         self.leave_after(now, phase, ticks);
     }
 
-    /// A vCPU that has tables leaves its CPU; `to_user` is KVM_EXIT_* (linux/kvm.h) where KVM_RUN
-    /// ends.
+    /// A vCPU that has tables leaves its CPU.
     #[inline(always)]
-    pub fn leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
+    pub fn leave_with(&self, tables: &Tables, now: u64, leaving: &Leaving) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_leave_with(tables, now, phase, to_user);
+            return self.late_leave_with(tables, now, leaving);
         };
         let slot = self.slot();
         tables.book(slot, self.phase.load(Relaxed), ticks);
-        if let Some(why) = to_user {
+        if let Some(why) = leaving.to_user {
             tables.leave_to_user(slot, why);
         }
-        self.leave_after(now, phase, ticks);
+        let (last, left) = (self.last.load(Relaxed), self.phase.load(Relaxed));
+        tables.slow().leave(last, now, left, leaving);
+        self.leave_after(now, leaving.phase, ticks);
     }
 
     /// Have the vCPU off its CPU after `ticks` of the present phase, and end the transition.
@@ -626,8 +677,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
-        self.leave_with(tables, self.one_tick_on(now), phase, to_user);
+    fn late_leave_with(&self, tables: &Tables, now: u64, leaving: &Leaving) {
+        self.leave_with(tables, self.one_tick_on(now), leaving);
     }
 
     /// The vCPU is back on a CPU, in KVM.
@@ -639,13 +690,15 @@ impl Ledger {
         self.resume_after(now, ticks);
     }
 
-    /// A vCPU that has tables is back on a CPU, in KVM.
+    /// A vCPU that has tables is back on CPU `cpu`, in KVM.
     #[inline(always)]
-    pub fn resume_with(&self, tables: &Tables, now: u64) {
+    pub fn resume_with(&self, tables: &Tables, now: u64, cpu: u32) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_resume_with(tables, now);
+            return self.late_resume_with(tables, now, cpu);
         };
-        tables.book(self.slot(), self.phase.load(Relaxed), ticks);
+        let (last, left) = (self.last.load(Relaxed), self.phase.load(Relaxed));
+        tables.book(self.slot(), left, ticks);
+        tables.slow().resume(last, now, left, cpu);
         self.resume_after(now, ticks);
     }
 
@@ -681,8 +734,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_resume_with(&self, tables: &Tables, now: u64) {
-        self.resume_with(tables, self.one_tick_on(now));
+    fn late_resume_with(&self, tables: &Tables, now: u64, cpu: u32) {
+        self.resume_with(tables, self.one_tick_on(now), cpu);
     }
 
     /// Book ticks on the latest reason and the phase of a number.

@@ -30,7 +30,9 @@
 
 use super::{
     atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    detail,
     phase::Phase,
+    reasons::Slot,
 };
 
 mod copy;
@@ -105,6 +107,16 @@ struct Kept {
     _reserved: AtomicU32,
 }
 
+/// The detail of an exit that has none, as its key holds it. No detail is all ones: those of a CPUID
+/// leaf are but for leaf 0xffffffff, which has no subleaf.
+pub(super) const NO_DETAIL: u64 = (1 << detail::BITS) - 1;
+
+/// Return the reason of a key, as a row of the ledger.
+fn slot_of(key: u64) -> Option<Slot> {
+    let reason = key >> detail::BITS & 0xff;
+    Slot::from_index((reason as usize).wrapping_sub(1))
+}
+
 /// Set where an exit went to user space, above why: KVM_EXIT_*.
 const WENT: u32 = 1 << 16;
 
@@ -139,6 +151,17 @@ pub(super) struct Told {
     pub(super) rip: u64,
 }
 
+/// How a vCPU leaves its CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaving {
+    /// The phase that begins.
+    pub phase: Phase,
+    /// KVM_EXIT_* (linux/kvm.h) where KVM_RUN ends.
+    pub to_user: Option<u16>,
+    /// The CPU.
+    pub cpu: u32,
+}
+
 /// The recorder of one vCPU's slow exits. All-zero bytes are one that has recorded nothing and
 /// never freezes.
 ///
@@ -171,8 +194,11 @@ pub struct Slow {
     frozen: AtomicU32,
     /// Which window is the current one.
     current: AtomicU32,
-    /// The CPU that the vCPU is on, and 1; 0 until it has been loaded on one.
+    /// The CPU that the vCPU is on, and 1; 0 until it has left one.
     cpu: AtomicU32,
+    /// The CPU that it was on before it left one for the first time, and 1. Exits up to then do not
+    /// tell their CPU.
+    first_cpu: AtomicU32,
     /// How often a ring was asked for that is not frozen.
     asked: AtomicU32,
     /// How many of these requests were met.
@@ -229,8 +255,8 @@ impl Slow {
         self.limit.store(ticks, Relaxed);
     }
 
-    /// Ask for a ring that is not frozen. It is given at the next exit that finds its ring full, or
-    /// at the next slow one. From any thread; those that ask take turns.
+    /// Ask for a ring that is not frozen. It is given at the next slow exit, or within 16 exits. From
+    /// any thread; those that ask take turns.
     pub fn ask(&self) {
         self.asked
             .store(self.asked.load(Relaxed).wrapping_add(1), Relaxed);
@@ -372,9 +398,10 @@ impl Slow {
     }
 
     /// The vCPU leaves its CPU at `now` for `phase`, after a time in `left`; the transition before
-    /// was at `last`. `to_user` is KVM_EXIT_* where KVM_RUN ends.
-    pub(super) fn leave(&self, last: u64, now: u64, left: u32, phase: Phase, to_user: Option<u16>) {
+    /// was at `last`.
+    pub(super) fn leave(&self, last: u64, now: u64, left: u32, leaving: &Leaving) {
         self.floor.store(0, Relaxed);
+        self.on_cpu(leaving.cpu);
         if left == Phase::Guest as u32 {
             return self.close(last);
         }
@@ -384,11 +411,11 @@ impl Slow {
         let Some(course) = self.open_course(last) else {
             return;
         };
-        if phase != Phase::User {
+        if leaving.phase != Phase::User {
             let outs = course.outs.load(Relaxed);
             course.outs.store(outs.saturating_add(1), Relaxed);
         }
-        if let Some(why) = to_user {
+        if let Some(why) = leaving.to_user {
             course.why.store(WENT | u32::from(why), Relaxed);
         }
         self.noted.store(now, Relaxed);
@@ -397,8 +424,7 @@ impl Slow {
     /// The vCPU is back at `now` on a CPU, after a time in `left`; the transition before was at
     /// `last`.
     pub(super) fn resume(&self, last: u64, now: u64, left: u32, cpu: u32) {
-        let cpu = cpu.saturating_add(1).min(0xffff);
-        self.cpu.store(cpu, Relaxed);
+        let cpu = self.on_cpu(cpu);
         self.floor.store(0, Relaxed);
         if left == Phase::Guest as u32 {
             self.close(last);
@@ -410,6 +436,16 @@ impl Slow {
         if let Some(course) = self.course() {
             course.after.store(cpu, Relaxed);
         }
+    }
+
+    /// Note which CPU the vCPU is on; return it as it is held.
+    fn on_cpu(&self, cpu: u32) -> u32 {
+        let cpu = cpu.saturating_add(1).min(0xffff);
+        self.cpu.store(cpu, Relaxed);
+        if self.first_cpu.load(Relaxed) == 0 {
+            self.first_cpu.store(cpu, Relaxed);
+        }
+        cpu
     }
 
     /// Book the time from `last` to `now` in a phase other than the kernel's and the guest's, if

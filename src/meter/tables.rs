@@ -28,6 +28,7 @@ use super::{
     ledger::Ledger,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    slow::{Slow, NO_DETAIL},
 };
 
 mod copy;
@@ -38,7 +39,7 @@ pub const WAYS: usize = 4;
 /// Sets of details, as a power of two.
 const DETAIL_POWER: u32 = 6;
 /// Sets of code, as a power of two.
-const CODE_POWER: u32 = 7;
+const CODE_POWER: u32 = 6;
 /// Rows of details.
 pub const DETAILS: usize = WAYS << DETAIL_POWER;
 /// Rows of code.
@@ -151,6 +152,17 @@ impl About {
     }
 }
 
+impl Keys {
+    /// Return reason, nested or not, and detail as one word.
+    #[inline(always)]
+    pub(super) fn whole(&self) -> u64 {
+        match self.detail {
+            Some(detail) => detail,
+            None => self.tag.0 << TAG | NO_DETAIL,
+        }
+    }
+}
+
 impl Tag {
     /// Return true if the exit came from a nested guest.
     #[inline(always)]
@@ -212,6 +224,7 @@ pub struct Tables {
     baseline: [Baseline; SLOTS],
     /// By reason: exits to user space that have no row.
     other_users: [AtomicU64; SLOTS],
+    slow: Slow,
 }
 
 const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
@@ -259,6 +272,12 @@ impl Tables {
     /// Room for the platform, once nobody uses the tables any more.
     pub fn room(&self) -> &[AtomicUsize; 2] {
         &self.retired
+    }
+
+    /// The recorder of slow exits, which stands beside them.
+    #[inline(always)]
+    pub fn slow(&self) -> &Slow {
+        &self.slow
     }
 
     #[inline(always)]

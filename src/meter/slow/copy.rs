@@ -2,14 +2,11 @@
 
 //! The recorder at rest: the copy of that of one vCPU, and the exits in it.
 
-use crate::meter::{
-    atomic::Ordering::Relaxed,
-    phase::Phase,
-    reasons::Slot,
-    tables::{detail_of_key, is_nested_key, slot_of_key},
-};
+use crate::meter::{atomic::Ordering::Relaxed, phase::Phase, reasons::Slot};
 
-use super::{Place, Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
+use super::{
+    slot_of, Slow, KEPT, NO_DETAIL, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT,
+};
 
 /// An exit, told in full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,17 +40,17 @@ impl SlowExit {
 
     /// The reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        slot_of_key(self.key)
+        slot_of(self.key)
     }
 
     /// Whether it came from a nested guest.
     pub fn is_nested(&self) -> bool {
-        is_nested_key(self.key)
+        self.key >> 63 != 0
     }
 
     /// What it was about, as a row of details has it; `None` where the exit did not tell.
     pub fn detail(&self) -> Option<u64> {
-        detail_of_key(self.key)
+        Some(self.key & NO_DETAIL).filter(|detail| *detail != NO_DETAIL)
     }
 
     /// TSC ticks in a phase up to the entry after it; 0 in the guest's.
@@ -64,14 +61,9 @@ impl SlowExit {
 
     /// The ticks that make it slow: all but those of the guest's own sleep.
     pub fn length(&self) -> u64 {
-        [
-            Phase::Kernel,
-            Phase::User,
-            Phase::Waiting,
-            Phase::Preempted,
-        ]
-        .into_iter()
-        .fold(0, |sum: u64, phase| sum.saturating_add(self.ticks(phase)))
+        [Phase::Kernel, Phase::User, Phase::Waiting, Phase::Preempted]
+            .into_iter()
+            .fold(0, |sum: u64, phase| sum.saturating_add(self.ticks(phase)))
     }
 
     /// KVM_EXIT_* when it went to user space, the last time if it did so often.
@@ -130,6 +122,7 @@ pub struct SlowCopy {
     culprit: u64,
     base: u64,
     cpu: u16,
+    first_cpu: u16,
     current: usize,
     steps: [StepCopy; RING],
     courses: [CourseCopy; RING],
@@ -171,6 +164,7 @@ impl SlowCopy {
             culprit: 0,
             base: 0,
             cpu: 0,
+            first_cpu: 0,
             current: 0,
             steps: [STEP; RING],
             courses: [COURSE; RING],
@@ -178,11 +172,11 @@ impl SlowCopy {
         }
     }
 
-    /// Take the CPU that the vCPU is on for that of exits of which none was noted: it has not been
-    /// loaded since the recorder began.
+    /// Take the CPU that the vCPU is on for that of all exits, if it has not left its CPU since the
+    /// recorder began.
     pub fn set_cpu(&mut self, cpu: u32) {
-        if self.cpu == 0 {
-            self.cpu = cpu.saturating_add(1).min(0xffff) as u16;
+        if self.first_cpu == 0 {
+            self.first_cpu = cpu.saturating_add(1).min(0xffff) as u16;
         }
     }
 
@@ -221,7 +215,9 @@ impl SlowCopy {
 
     /// Fill in CPUs that were not noted.
     fn with_cpus(&self, exit: SlowExit) -> SlowExit {
-        let cpus = exit.cpus.map(|cpu| if cpu == 0 { self.cpu } else { cpu });
+        let cpus = exit
+            .cpus
+            .map(|cpu| if cpu == 0 { self.first_cpu } else { cpu });
         SlowExit { cpus, ..exit }
     }
 
@@ -272,7 +268,7 @@ impl SlowCopy {
                         _ => self.steps.get(place.wrapping_sub(1) % RING)?.entered,
                     };
                     exit.set_kernel(until.wrapping_sub(step.exited));
-                    let on = *cpu.get_or_insert_with(|| self.first_cpu());
+                    let on = *cpu.get_or_insert_with(|| self.oldest_cpu());
                     exit.cpus = [on; 2];
                 }
             }
@@ -289,7 +285,7 @@ impl SlowCopy {
     }
 
     /// Return the CPU of the ring's exits before the first one that has a course.
-    fn first_cpu(&self) -> u16 {
+    fn oldest_cpu(&self) -> u16 {
         let newest = match self.frozen {
             0 => self.at,
             frozen => frozen,
@@ -328,6 +324,7 @@ impl Slow {
         out.culprit = self.culprit.load(Relaxed);
         out.base = self.base.load(Relaxed);
         out.cpu = self.cpu.load(Relaxed) as u16;
+        out.first_cpu = self.first_cpu.load(Relaxed) as u16;
         out.current = self.current.load(Relaxed) as usize;
         let steps = self.steps.iter().skip(SCRATCH);
         for (from, to) in steps.zip(&mut out.steps) {

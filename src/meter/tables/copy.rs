@@ -7,6 +7,7 @@ use crate::meter::{
     ledger::LedgerCopy,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    slow::SlowCopy,
 };
 
 use super::{slot_of, Tables, CODES, CODE_NESTED, DETAILS, TAG, USERS};
@@ -164,6 +165,7 @@ pub struct TablesCopy {
     users: [UserCopy; USERS],
     baseline: [Others; SLOTS],
     other_users: [u64; SLOTS],
+    slow: SlowCopy,
 }
 
 impl TablesCopy {
@@ -185,7 +187,18 @@ impl TablesCopy {
                 user: 0,
             }; SLOTS],
             other_users: [0; SLOTS],
+            slow: SlowCopy::new(),
         }
+    }
+
+    /// Its slow exits.
+    pub fn slow(&self) -> &SlowCopy {
+        &self.slow
+    }
+
+    /// As [`Self::slow`].
+    pub fn slow_mut(&mut self) -> &mut SlowCopy {
+        &mut self.slow
     }
 
     /// Make this one of tables that have not begun.
@@ -348,5 +361,6 @@ impl Tables {
         for (from, to) in self.other_users.iter().zip(&mut out.other_users) {
             *to = from.load(Relaxed);
         }
+        self.slow.copy(&mut out.slow, undisturbed);
     }
 }

@@ -632,6 +632,8 @@ impl Slow {
         // INVARIANT: Both are the same.
         self.low.store(RING_LOW, Relaxed);
         self.at.store(RING_LOW, Relaxed);
+        // Exits above the limit count again.
+        self.floor.store(0, Relaxed);
     }
 
     /// Set the floor, after an exit has ended.

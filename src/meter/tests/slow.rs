@@ -14,17 +14,31 @@ use exitmeter_meter::{
 use proptest::prelude::*;
 
 /// The most steps of one run. Miri takes a thousand times as long.
-const STEPS: usize = if cfg!(miri) { 40 } else { 1200 };
+const STEPS: usize = if cfg!(miri) { 40 } else { 600 };
 
 /// What happens next. What cannot happen in the vCPU's state is left out.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    Exit { key: u8, nested: bool },
+    Exit {
+        key: u8,
+        nested: bool,
+    },
     Enter,
-    Leave { phase: u8, why: u16 },
-    Resume { cpu: u16 },
-    Rebase { now: u32 },
+    Leave {
+        phase: u8,
+        why: u16,
+    },
+    Resume {
+        cpu: u16,
+    },
+    Rebase {
+        now: u32,
+    },
     Ask,
+    /// So many exits that the kernel handles, whose lengths follow from the ticks.
+    Usual {
+        count: u8,
+    },
 }
 
 /// An exit, told plainly.
@@ -262,6 +276,17 @@ impl Metered {
                 self.pass(ticks);
                 self.rebase(now.into());
             }
+            (Step::Usual { count }, Phase::Guest) => {
+                let mut random = ticks | 1;
+                for _ in 0..count {
+                    random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                    // Few are long.
+                    let length =
+                        (random >> 40 & 0x3ff) << (random >> 52 & 15) >> (random >> 56 & 7);
+                    usual(self, 1 + length);
+                }
+                return;
+            }
             (Step::Ask, _) => {
                 self.tables.slow().ask();
                 self.asked = self.frozen.is_some();
@@ -373,6 +398,7 @@ fn steps() -> impl Strategy<Value = Vec<(Step, u64)>> {
         4 => (0..6_u16).prop_map(|cpu| Step::Resume { cpu }),
         1 => any::<u32>().prop_map(|now| Step::Rebase { now: now / 2 + 1 }),
         1 => Just(Step::Ask),
+        1 => (1..120_u8).prop_map(|count| Step::Usual { count }),
     ];
     let ticks = prop_oneof![
         60 => 1..3000_u64,
@@ -388,7 +414,7 @@ proptest! {
     #[test]
     fn what_is_recorded_is_what_was(
         steps in steps(),
-        limit in prop_oneof![Just(0), 1000..100_000_000_u64],
+        limit in prop_oneof![Just(0), (10..27_u32).prop_map(|power| 1 << power)],
     ) {
         let mut metered = Metered::new(limit);
         for (number, (step, ticks)) in steps.into_iter().enumerate() {

@@ -198,9 +198,10 @@ impl SlowCopy {
         self.windows.get(which)
     }
 
-    /// TSC when the current window began, and the previous one ended.
-    pub fn window_begun(&self) -> u64 {
-        self.window(true).map_or(0, |window| window.begun)
+    /// TSC when the current window began, and the previous one ended; `None` before the first exit.
+    pub fn window_begun(&self) -> Option<u64> {
+        let window = self.window(true).filter(|_| self.has_begun != 0)?;
+        Some(window.begun)
     }
 
     /// The slowest exits of the current window or of the one before, in no order.

@@ -305,7 +305,7 @@ impl Metered {
         let was_exit = self.ended.last() == Some(&None);
         let (asked, frozen) = (self.asked, self.frozen);
         let slow = self.copy();
-        let (begun, is_frozen) = (slow.window_begun(), slow.is_frozen());
+        let (begun, is_frozen) = (slow.window_begun().expect("a window"), slow.is_frozen());
         if frozen.is_some() && !is_frozen {
             assert!(asked, "a ring thaws only when asked");
             self.frozen = None;

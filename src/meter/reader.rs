@@ -1097,6 +1097,11 @@ impl<'a> Tables<'a> {
         })
     }
 
+    /// Return true if it tells of slow exits.
+    pub fn has_slow(&self) -> bool {
+        self.has(TABLE_SLOWEST)
+    }
+
     /// Return true if it has a kind of table: of code, none is given to those who may not have it.
     pub fn has(&self, table: u32) -> bool {
         self.sections().any(|section| section.table == table)

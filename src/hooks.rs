@@ -12,6 +12,7 @@ use core::{
         x86_64::_rdtsc, //
     },
     marker::PhantomPinned,
+    mem::MaybeUninit,
     ptr::{
         null_mut,
         NonNull, //
@@ -45,7 +46,10 @@ use crate::{
             Unknown,
             Verdict, //
         },
-        detail::Exit,
+        detail::{
+            source,
+            Exit, //
+        },
         leaves::{
             Leaves,
             Registers, //
@@ -62,6 +66,7 @@ use crate::{
             Newcomer,
             Owner, //
         },
+        slow::Leaving,
         snapshot::NAME_SIZE, //
     },
     registry::{
@@ -73,12 +78,6 @@ use crate::{
 /// The field of the VMCS that holds the exit reason (SDM, "Field Encoding in VMCS":
 /// 32-bit read-only data fields).
 const VMCS_EXIT_REASON: u64 = 0x4402;
-/// The field of the interruption information, one of the same.
-const VMCS_INTERRUPTION: u64 = 0x4404;
-/// The field of the guest-physical address (64-bit read-only data fields).
-const VMCS_GUEST_PHYSICAL: u64 = 0x2400;
-/// The field of the exit qualification (natural-width read-only data fields).
-const VMCS_QUALIFICATION: u64 = 0x6400;
 /// The field of the guest's RIP (natural-width guest-state fields).
 const VMCS_GUEST_RIP: u64 = 0x681e;
 
@@ -480,12 +479,12 @@ unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     if !parts::CALLBACKS {
         return;
     }
-    let now = now();
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     if details_are_on() {
-        return exit_vmx_with(vcpu, now);
+        return exit_vmx_with(vcpu);
     }
+    let now = now();
     // The basic exit reason is the low half; the rest tells of failed entries and SMM.
     registry::exit(vcpu, now, Isa::Vmx, || vmcs_exit_reason() & 0xffff);
 }
@@ -536,6 +535,32 @@ struct Switch {
 
 /// Return true if exits are told with details. While they are not, this is one NOP.
 #[inline(always)]
+#[cfg(CONFIG_JUMP_LABEL)]
+fn details_are_on() -> bool {
+    'branch: {
+        // As `static_branch_unlikely!` of the kernel crate, which does not say that no stack is
+        // used: for that the compiler aligns the stack on the way with details.
+        // SAFETY: The shim's variable is a struct that begins with a static key of C's.
+        unsafe {
+            kernel::asm!(
+                include!(concat!(
+                    env!("OBJTREE"),
+                    "/rust/kernel/generated_arch_static_branch_asm.rs"
+                ));
+                l_yes = label { break 'branch true },
+                symb = sym exitmeter_details,
+                off = const core::mem::offset_of!(Switch, key),
+                branch = const 0,
+                options(nostack, preserves_flags),
+            )
+        };
+        false
+    }
+}
+
+/// Return true if exits are told with details.
+#[inline(always)]
+#[cfg(not(CONFIG_JUMP_LABEL))]
 fn details_are_on() -> bool {
     // SAFETY: The shim's variable is a struct that begins with a static key of C's.
     unsafe { kernel::jump_label::static_branch_unlikely!(exitmeter_details, Switch, key) }
@@ -568,18 +593,18 @@ struct VmxExit<'a>(Vcpu<'a>);
 
 impl Exit for VmxExit<'_> {
     #[inline(always)]
-    fn qualification(&self) -> u64 {
-        vmread(VMCS_QUALIFICATION)
+    fn read(&self, source: i32) -> Option<u64> {
+        Some(vmread(source as u64))
     }
 
     #[inline(always)]
-    fn address(&self) -> Option<u64> {
-        Some(vmread(VMCS_GUEST_PHYSICAL))
+    fn read_plain(&self, source: i32) -> Option<u64> {
+        self.read(source)
     }
 
     #[inline(always)]
-    fn interruption(&self) -> u32 {
-        vmread(VMCS_INTERRUPTION) as u32
+    fn msr(&self) -> u64 {
+        self.rcx()
     }
 
     #[inline(always)]
@@ -598,29 +623,54 @@ impl Exit for VmxExit<'_> {
     }
 }
 
-/// An exit as KVM's own reader tells it.
-#[derive(Clone, Copy)]
-struct ExitByKvm<'a> {
+/// An exit as KVM's own reader tells it, on SVM or of an enlightened VMCS.
+struct ExitByKvm<'a, const SVM: bool> {
     vcpu: Vcpu<'a>,
-    isa: Isa,
-    info: bindings::exitmeter_exit_info,
+    code: u32,
+    info: MaybeUninit<bindings::exitmeter_exit_info>,
 }
 
-impl Exit for ExitByKvm<'_> {
+impl<'a, const SVM: bool> ExitByKvm<'a, SVM> {
+    /// Read the exit that a vCPU has just taken on this CPU.
     #[inline(always)]
-    fn qualification(&self) -> u64 {
-        self.info.info1
+    fn read(vcpu: Vcpu<'a>) -> Self {
+        let mut info = MaybeUninit::uninit();
+        // SAFETY: By the contract of this function.
+        let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), info.as_mut_ptr()) };
+        Self { vcpu, code, info }
     }
 
     #[inline(always)]
-    fn address(&self) -> Option<u64> {
-        // On VMX the second number is the IDT-vectoring information (`vmx_get_exit_info()`).
-        (self.isa == Isa::Svm).then_some(self.info.info2)
+    fn info(&self) -> &bindings::exitmeter_exit_info {
+        // SAFETY: The shim writes all of it.
+        unsafe { self.info.assume_init_ref() }
+    }
+}
+
+impl<const SVM: bool> Exit for &ExitByKvm<'_, SVM> {
+    #[inline(always)]
+    fn read(&self, source: i32) -> Option<u64> {
+        match source {
+            source::QUALIFICATION => Some(self.info().info1),
+            source::INTERRUPTION => Some(self.info().intr_info.into()),
+            // The second number of VMX is the IDT-vectoring information (`vmx_get_exit_info()`).
+            _ => SVM.then_some(self.info().info2),
+        }
     }
 
     #[inline(always)]
-    fn interruption(&self) -> u32 {
-        self.info.intr_info
+    fn read_plain(&self, source: i32) -> Option<u64> {
+        match SVM {
+            // There is no other on SVM.
+            true => Some(self.info().info1),
+            false => self.read(source),
+        }
+    }
+
+    #[inline(always)]
+    fn msr(&self) -> u64 {
+        let write = SVM && self.info().info1 != 0;
+        self.rcx() & u64::from(u32::MAX) | u64::from(write) << 32
     }
 
     #[inline(always)]
@@ -641,43 +691,30 @@ impl Exit for ExitByKvm<'_> {
 
 /// Take an exit with details, on VMX.
 #[inline(never)]
-fn exit_vmx_with(vcpu: Vcpu<'_>, now: u64) {
+fn exit_vmx_with(vcpu: Vcpu<'_>) {
+    let now = now();
     let code = || vmcs_exit_reason() & 0xffff;
     registry::exit_with(vcpu, now, Isa::Vmx, code, VmxExit(vcpu), || {
         Some(vmread(VMCS_GUEST_RIP))
     });
 }
 
-/// Take an exit with details, by KVM's own reader.
+/// Take an exit with details, on SVM.
 #[inline(never)]
-fn exit_by_kvm_with(vcpu: Vcpu<'_>, now: u64, isa: Isa) {
-    let mut exit = ExitByKvm {
-        vcpu,
-        isa,
-        info: bindings::exitmeter_exit_info {
-            info1: 0,
-            info2: 0,
-            intr_info: 0,
-        },
-    };
-    // SAFETY: The vCPU has just taken an exit on this CPU.
-    let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), &mut exit.info) };
-    let code = match isa {
-        Isa::Vmx => code & 0xffff,
-        Isa::Svm => code,
-    };
-    registry::exit_with(
-        vcpu,
-        now,
-        isa,
-        move || code,
-        exit,
-        move || match isa {
-            Isa::Svm => vcpu.rip(),
-            // Of an enlightened VMCS KVM has not read it yet.
-            Isa::Vmx => None,
-        },
-    );
+fn exit_svm_with(vcpu: Vcpu<'_>) {
+    let now = now();
+    let exit = ExitByKvm::<true>::read(vcpu);
+    let code = exit.code;
+    registry::exit_with(vcpu, now, Isa::Svm, move || code, &exit, move || vcpu.rip());
+}
+
+/// Take an exit with details, of an enlightened VMCS. KVM has not read its RIP yet.
+#[inline(never)]
+fn exit_enlightened_with(vcpu: Vcpu<'_>) {
+    let now = now();
+    let exit = ExitByKvm::<false>::read(vcpu);
+    let code = exit.code & 0xffff;
+    registry::exit_with(vcpu, now, Isa::Vmx, move || code, &exit, || None);
 }
 
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
@@ -698,11 +735,11 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
     if !parts::CALLBACKS {
         return;
     }
-    let now = now();
     if details_are_on() {
         // SAFETY: KVM holds the vCPU.
-        return exit_by_kvm_with(unsafe { Vcpu::from_raw(vcpu) }, now, Isa::Vmx);
+        return exit_enlightened_with(unsafe { Vcpu::from_raw(vcpu) });
     }
+    let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
@@ -719,11 +756,11 @@ unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vc
     if !parts::CALLBACKS {
         return;
     }
-    let now = now();
     if details_are_on() {
         // SAFETY: KVM holds the vCPU.
-        return exit_by_kvm_with(unsafe { Vcpu::from_raw(vcpu) }, now, Isa::Svm);
+        return exit_svm_with(unsafe { Vcpu::from_raw(vcpu) });
     }
+    let now = now();
     // SAFETY: The vCPU has just taken an exit on this CPU.
     let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
@@ -743,9 +780,15 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     if details_are_on() {
-        return registry::entry_with(vcpu, now());
+        return entry_with(vcpu);
     }
     registry::entry(vcpu, now());
+}
+
+/// Take an entry with details.
+#[inline(never)]
+fn entry_with(vcpu: Vcpu<'_>) {
+    registry::entry_with(vcpu, now());
 }
 
 /// The probe of kvm:kvm_exit that can read why a guest exits on this host.
@@ -864,6 +907,17 @@ impl PinnedDrop for Function {
     }
 }
 
+/// Return the second argument of a function that is hooked.
+///
+/// # Safety
+///
+/// As for [`hooked`]; it must be a number.
+#[inline(always)]
+unsafe fn second_argument(fregs: *mut bindings::ftrace_regs) -> c_ulong {
+    // SAFETY: By the contract of this function; ftrace keeps the second argument in SI.
+    unsafe { (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.si }
+}
+
 /// The type of ftrace's callbacks.
 type Callback =
     unsafe extern "C" fn(c_ulong, c_ulong, *mut bindings::ftrace_ops, *mut bindings::ftrace_regs);
@@ -898,7 +952,9 @@ unsafe extern "C" fn on_load(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     if details_are_on() {
-        return registry::resume_with(vcpu, now());
+        // SAFETY: As above; the CPU is the function's second argument.
+        let cpu = unsafe { second_argument(fregs) };
+        return registry::resume_with(vcpu, now(), cpu as u32);
     }
     registry::resume(vcpu, now());
 }
@@ -941,7 +997,12 @@ fn leave_with(vcpu: Vcpu<'_>, now: u64) {
         true => (vcpu.phase_scheduled_out(), None),
         false => (Phase::User, vcpu.user_exit()),
     };
-    registry::leave_with(vcpu, now, phase, to_user);
+    let leaving = Leaving {
+        phase,
+        to_user,
+        cpu: vcpu.cpu().unwrap_or(u32::MAX),
+    };
+    registry::leave_with(vcpu, now, &leaving);
 }
 
 /// # Safety

@@ -67,6 +67,7 @@ use crate::{
             Refused,
             Settings, //
         },
+        slow::Leaving,
         snapshot::{
             Host,
             Identity, //
@@ -317,6 +318,11 @@ impl Registry {
         self.vcpus.give_tables(&mut walks.walker);
     }
 
+    /// Ask for rings of the last exits that are not frozen.
+    pub(crate) fn thaw_rings(&self) {
+        self.vcpus.thaw_rings(&mut self.walker.lock().walker);
+    }
+
     /// Want no details any more.
     pub(crate) fn release_details(&self) {
         let mut walks = self.walker.lock();
@@ -486,28 +492,27 @@ pub(crate) fn exit_with(
     let Some(ledger) = cached(vcpu) else {
         return exit_with_slow(vcpu, now, isa, code, exit, rip);
     };
-    let code = code();
+    let slot = reasons::slot(isa, code());
     let Some(tables) = tables(ledger) else {
-        return exit_without(vcpu, ledger, now, reasons::slot(isa, code));
+        return exit_without(vcpu, ledger, now, slot);
     };
-    // So that no call is on the way of all others.
-    if detail::is_hypercall(isa, code) {
-        return exit_by_hypercall(
-            vcpu,
-            ledger,
-            tables,
-            now,
-            reasons::slot(isa, code),
-            exit,
-            rip,
-        );
+    // So that nothing rare is on the way of all others.
+    if vcpu.runs_nested() {
+        return exit_nested((vcpu, ledger), now, isa, slot, exit, rip);
     }
-    let about = About {
-        nested: vcpu.runs_nested(),
-        detail: detail::of(isa, code, &exit),
-        rip: rip(),
+    let Some(rip) = rip() else {
+        return exit_apart((vcpu, ledger), now, isa, slot, exit, None);
     };
-    ledger.exit_with(tables, now, reasons::slot(isa, code), &about);
+    let Ok(key) = detail::plain(detail::rule(isa, slot), &exit) else {
+        return exit_composed((vcpu, ledger), now, isa, slot, exit, rip);
+    };
+    let about = About {
+        slot,
+        nested: false,
+        key,
+        rip: Some(rip),
+    };
+    ledger.exit_with(tables, now, &about);
 }
 
 /// Take an exit of a vCPU that has no tables.
@@ -517,23 +522,65 @@ fn exit_without(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
     exit_of(vcpu, ledger, now, slot);
 }
 
-/// Take an exit by a hypercall.
+/// Take an exit of a nested guest. It is here that its RIP is read, so that the check for it stays
+/// one instruction.
 #[inline(never)]
-fn exit_by_hypercall(
-    vcpu: Vcpu<'_>,
-    ledger: &Ledger,
-    tables: &Tables,
+fn exit_nested(
+    held: (Vcpu<'_>, &Ledger),
     now: u64,
+    isa: Isa,
     slot: Slot,
     exit: impl detail::Exit,
     rip: impl FnOnce() -> Option<u64>,
 ) {
-    let about = About {
-        nested: vcpu.runs_nested(),
-        detail: Some(detail::hypercall(&exit)),
-        rip: rip(),
+    exit_apart(held, now, isa, slot, exit, rip());
+}
+
+/// Take an exit whose detail is composed.
+#[inline(never)]
+fn exit_composed(
+    (vcpu, ledger): (Vcpu<'_>, &Ledger),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    exit: impl detail::Exit,
+    rip: u64,
+) {
+    if detail::rule(isa, slot).source() == detail::source::HYPERCALL {
+        return exit_apart((vcpu, ledger), now, isa, slot, exit, Some(rip));
+    }
+    let Some(tables) = tables(ledger) else {
+        return exit_without(vcpu, ledger, now, slot);
     };
-    ledger.exit_with(tables, now, slot, &about);
+    let about = About {
+        slot,
+        nested: false,
+        key: detail::composed(isa, slot, &exit),
+        rip: Some(rip),
+    };
+    ledger.exit_with(tables, now, &about);
+}
+
+/// Take an exit of a nested guest, one by a hypercall, or one whose RIP cannot be read.
+#[inline(never)]
+fn exit_apart(
+    (vcpu, ledger): (Vcpu<'_>, &Ledger),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    exit: impl detail::Exit,
+    rip: Option<u64>,
+) {
+    let Some(tables) = tables(ledger) else {
+        return exit_without(vcpu, ledger, now, slot);
+    };
+    let about = About {
+        slot,
+        nested: vcpu.runs_nested(),
+        key: detail::key(isa, slot, &exit),
+        rip,
+    };
+    ledger.exit_with(tables, now, &about);
 }
 
 /// Slow path of [`exit_with`]: the vCPU is not in this CPU's cache.
@@ -550,32 +597,35 @@ fn exit_with_slow(
     if vcpu.is_of_trust_domain() {
         return;
     }
-    let Some(ledger) = looked_up(vcpu, now, Phase::Guest) else {
-        return;
-    };
-    let code = code();
-    let slot = reasons::slot(isa, code);
-    let Some(tables) = tables(ledger) else {
-        return exit_of(vcpu, ledger, now, slot);
-    };
-    let about = About {
-        nested: vcpu.runs_nested(),
-        detail: detail::of(isa, code, &exit),
-        rip: rip(),
-    };
-    ledger.exit_with(tables, now, slot, &about);
+    if let Some(ledger) = looked_up(vcpu, now, Phase::Guest) {
+        exit_apart(
+            (vcpu, ledger),
+            now,
+            isa,
+            reasons::slot(isa, code()),
+            exit,
+            rip(),
+        );
+    }
 }
 
 /// Take a VM entry.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn entry_with(vcpu: Vcpu<'_>, now: u64) {
     let Some(ledger) = cached(vcpu) else {
         return entry_with_slow(vcpu, now);
     };
     match tables(ledger) {
         Some(tables) => ledger.entry_with(tables, now),
-        None => ledger.entry(now),
+        None => entry_without(ledger, now),
     }
+}
+
+/// Take an entry of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn entry_without(ledger: &Ledger, now: u64) {
+    ledger.entry(now);
 }
 
 /// Slow path of [`entry_with`]: the vCPU is not in this CPU's cache.
@@ -593,30 +643,29 @@ fn entry_with_slow(vcpu: Vcpu<'_>, now: u64) {
     }
 }
 
-/// Take the vCPU's way onto a CPU.
+/// Take the vCPU's way onto CPU `cpu`.
 #[inline(never)]
-pub(crate) fn resume_with(vcpu: Vcpu<'_>, now: u64) {
+pub(crate) fn resume_with(vcpu: Vcpu<'_>, now: u64, cpu: u32) {
     let found = cached(vcpu).or_else(|| looked_up(vcpu, now, Phase::Kernel));
     let Some(ledger) = found else {
         return;
     };
     match tables(ledger) {
-        Some(tables) => ledger.resume_with(tables, now),
+        Some(tables) => ledger.resume_with(tables, now, cpu),
         None => ledger.resume(now),
     }
 }
 
-/// Take the vCPU's way off its CPU. `to_user` is why, where KVM_RUN ends. As for [`leave`], nothing
-/// is allocated.
+/// Take the vCPU's way off its CPU. As for [`leave`], nothing is allocated.
 #[inline(always)]
-pub(crate) fn leave_with(vcpu: Vcpu<'_>, now: u64, phase: Phase, to_user: Option<u16>) {
+pub(crate) fn leave_with(vcpu: Vcpu<'_>, now: u64, leaving: &Leaving) {
     let known = || hooks::registry()?.vcpus.known(vcpu.key());
     let found = cached(vcpu).or_else(|| known().map(|member| member.ledger()));
     let Some(ledger) = found else {
         return;
     };
     match tables(ledger) {
-        Some(tables) => ledger.leave_with(tables, now, phase, to_user),
-        None => ledger.leave(now, phase),
+        Some(tables) => ledger.leave_with(tables, now, leaving),
+        None => ledger.leave(now, leaving.phase),
     }
 }

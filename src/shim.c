@@ -560,17 +560,22 @@ u32 exitmeter_exit_code(struct kvm_vcpu *vcpu)
 	return reason;
 }
 
-/* As exitmeter_exit_code(), with what else the exit tells in @info. */
+/*
+ * As exitmeter_exit_code(), with what else the exit tells in @info, all of
+ * which vmx_get_exit_info() and svm_get_exit_info() write.
+ */
+__no_stack_protector
 u32 exitmeter_exit_info(struct kvm_vcpu *vcpu, struct exitmeter_exit_info *info)
 {
 	u32 reason = U32_MAX - 15;	/* as above */
 	exit_reader reader = READ_ONCE(read_exit);
-	u32 error_code;
+	u32 __uninitialized error_code;
 
-	*info = (struct exitmeter_exit_info){};
 	if (likely(reader))
 		reader(vcpu, &reason, &info->info1, &info->info2,
 		       &info->intr_info, &error_code);
+	else
+		*info = (struct exitmeter_exit_info){};
 	return reason;
 }
 

@@ -5,9 +5,63 @@
 
 #[cfg(not(loom))]
 pub(crate) use core::sync::atomic::{
-    fence, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{
-    fence, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
+
+/// A cell of which [`own`] reads.
+pub(crate) trait Cell {
+    /// What it holds.
+    type Value;
+    #[cfg(not(loom))]
+    fn at(&self) -> *const Self::Value;
+    #[cfg(loom)]
+    fn value(&self) -> Self::Value;
+}
+
+macro_rules! cells {
+    ($($cell:ident: $value:ident),*) => {
+        $(
+            impl Cell for $cell {
+                type Value = $value;
+                #[cfg(not(loom))]
+                #[inline(always)]
+                fn at(&self) -> *const $value {
+                    self.as_ptr()
+                }
+                #[cfg(loom)]
+                fn value(&self) -> $value {
+                    self.load(Ordering::Relaxed)
+                }
+            }
+        )*
+    };
+}
+
+cells!(AtomicU16: u16, AtomicU32: u32, AtomicU64: u64);
+
+/// Read a cell that only this thread writes. Unlike the load of an atomic this one can be part of
+/// another instruction.
+///
+/// # Safety
+///
+/// Nobody else may write the cell meanwhile. Others may read it.
+#[cfg(not(loom))]
+#[inline(always)]
+pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
+    // SAFETY: The cell is there, and by the contract of this function there is no race.
+    unsafe { cell.at().read() }
+}
+
+/// As above, by an atomic of the models.
+///
+/// # Safety
+///
+/// As above.
+#[cfg(loom)]
+pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
+    cell.value()
+}

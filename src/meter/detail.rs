@@ -6,9 +6,11 @@
 //! qualification (SDM, "Basic VM-Exit Information"), the guest-physical address and the
 //! interruption information; on SVM EXITINFO1 and EXITINFO2 (APM, "SVM Intercept Exit Codes").
 //!
-//! A detail has [`BITS`] bits at most, so that it fits into one word with the reason.
+//! A detail has [`BITS`] bits at most, so that it fits into one word with the reason: the key. Keys
+//! hold what the CPU tells as it tells it, but for the bits that do not matter. What it means is
+//! found out when somebody reads it, by [`to_wire`].
 
-use super::reasons::Isa;
+use super::reasons::{self, Isa, Slot, SLOTS};
 
 /// The bits of a detail.
 pub const BITS: u32 = 55;
@@ -56,15 +58,143 @@ pub enum Kind {
     Eoi = 12,
 }
 
+/// Where a key tells that the exit came from a nested guest: above the reason.
+pub const NESTED: u64 = 1 << 63;
+
+/// What is read of an exit for its detail. Those that VMX has a field for are its number (SDM,
+/// "Field Encoding in VMCS"), so that it is there to be read by.
+pub mod source {
+    /// Nothing: the reason has no details.
+    pub const NONE: i32 = 0;
+    /// The exit qualification, or EXITINFO1.
+    pub const QUALIFICATION: i32 = 0x6400;
+    /// The guest-physical address.
+    pub const ADDRESS: i32 = 0x2400;
+    /// The interruption information.
+    pub const INTERRUPTION: i32 = 0x4404;
+    /// RCX, which names an MSR.
+    pub const MSR: i32 = -1;
+    /// More than one number: see [`super::composed`].
+    pub const COMPOSED: i32 = -2;
+    /// What [`super::hypercall`] takes.
+    pub const HYPERCALL: i32 = -3;
+}
+
+/// How an exit's key is had, by its reason.
+#[repr(C, align(32))]
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// What the reason adds to the detail, bit by bit.
+    tag: u64,
+    /// The bits of what is read that are the detail.
+    mask: u64,
+    /// One of [`source`].
+    source: i32,
+}
+
+impl Rule {
+    /// What is read: one of [`source`].
+    #[inline(always)]
+    pub const fn source(&self) -> i32 {
+        self.source
+    }
+}
+
+/// Return what a reason adds to its details, bit by bit: in the bits above them the reason, which is
+/// never 0, so that no key is; and in the low half a number that has the same details of different
+/// reasons spread over a table.
+#[inline(always)]
+const fn tag(slot: Slot) -> u64 {
+    let reason = (slot.index() as u64).wrapping_add(1);
+    reason << BITS | reason.wrapping_mul(0x9e37_79b9) & 0xffff_ffff
+}
+
+/// Return the key of a reason and a detail.
+#[inline(always)]
+pub const fn key_of(slot: Slot, detail: u64) -> u64 {
+    detail ^ tag(slot)
+}
+
+/// Return the detail that a key holds.
+pub fn detail_of(key: u64) -> u64 {
+    let tag = slot_of(key).map_or(0, tag);
+    (key ^ tag) & ((1 << BITS) - 1)
+}
+
+/// Return the row of the ledger that a key's exits have.
+pub fn slot_of(key: u64) -> Option<Slot> {
+    let reason = (key & !NESTED) >> BITS;
+    Slot::from_index((reason as usize).wrapping_sub(1))
+}
+
+static VMX: [Rule; SLOTS] = rules(Isa::Vmx);
+static SVM: [Rule; SLOTS] = rules(Isa::Svm);
+
+#[allow(clippy::indexing_slicing, reason = "while this is compiled")]
+const fn rules(isa: Isa) -> [Rule; SLOTS] {
+    let mut rules = [Rule {
+        tag: 0,
+        mask: 0,
+        source: source::NONE,
+    }; SLOTS];
+    let mut place = 0;
+    while place < SLOTS {
+        if let Some(slot) = Slot::from_index(place) {
+            let (source, mask) = match reasons::code(isa, slot) {
+                Some(code) => source_of(isa, code),
+                None => (source::NONE, 0),
+            };
+            rules[place] = Rule {
+                tag: tag(slot),
+                mask,
+                source,
+            };
+        }
+        place += 1;
+    }
+    rules
+}
+
+/// Return what is read of the exits with a code, and the bits of it that are the detail.
+const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
+    use source::{ADDRESS as AT, COMPOSED, HYPERCALL, INTERRUPTION, MSR, NONE, QUALIFICATION};
+    match (isa, code) {
+        (Isa::Vmx, 31 | 32) => (MSR, MSR_NUMBER),
+        (Isa::Svm, 0x7c) => (MSR, 1 << 32 | MSR_NUMBER),
+        // The immediate forms: the MSR is in the qualification (vmx_get_msr_imm_reg() and its
+        // callers in vmx.c).
+        (Isa::Vmx, 84 | 85) => (QUALIFICATION, MSR_NUMBER),
+        // Bits 0 to 2 size less 1, 3 in, 4 string, 5 REP, 16 to 31 port (SDM, "Exit Qualification
+        // for I/O Instructions").
+        (Isa::Vmx, 30) => (QUALIFICATION, 0xffff_003f),
+        // `SVM_IOIO_*` in svm.h: bit 0 in, 2 string, 3 REP, 4 to 6 size, 16 to 31 port.
+        (Isa::Svm, 0x7b) => (QUALIFICATION, 0xffff_007d),
+        (Isa::Vmx, 49) => (AT, ADDRESS),
+        (Isa::Vmx, 0 | 1) => (INTERRUPTION, 0x7ff),
+        (Isa::Vmx, 28) => (QUALIFICATION, 0x3f),
+        (Isa::Vmx, 29) => (QUALIFICATION, 0x17),
+        (Isa::Vmx, 44) => (QUALIFICATION, 0xffff),
+        (Isa::Vmx, 45) => (QUALIFICATION, 0xff),
+        (Isa::Vmx, 56) => (QUALIFICATION, 0xfff),
+        // `avic_unaccelerated_access_interception()`: bits 4 to 11 the offset, bit 32 write.
+        (Isa::Svm, 0x402) => (QUALIFICATION, 1 << 32 | 0xff0),
+        (Isa::Vmx, 10 | 48) | (Isa::Svm, 0x72 | 0x400) => (COMPOSED, 0),
+        (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (HYPERCALL, 0),
+        _ => (NONE, 0),
+    }
+}
+
+/// The bits of an MSR's number.
+const MSR_NUMBER: u64 = 0xffff_ffff;
+
 /// What an exit can be asked for, each only where it is wanted.
 pub trait Exit {
-    /// Return VMX's exit qualification, or SVM's EXITINFO1.
-    fn qualification(&self) -> u64;
-    /// Return the guest-physical address: VMX's field, or SVM's EXITINFO2; `None` where it cannot be
-    /// read.
-    fn address(&self) -> Option<u64>;
-    /// Return VMX's interruption information.
-    fn interruption(&self) -> u32;
+    /// Return what one of [`source`] that is a field's number names; `None` where it cannot be read.
+    fn read(&self, source: i32) -> Option<u64>;
+    /// Return the same for an exit whose detail is that number alone.
+    fn read_plain(&self, source: i32) -> Option<u64>;
+    /// Return the number of the MSR in RCX; on SVM with bit 32 if it is written, as EXITINFO1 tells.
+    fn msr(&self) -> u64;
     /// Return the guest's RAX.
     fn rax(&self) -> u64;
     /// Return the guest's RCX.
@@ -74,100 +204,104 @@ pub trait Exit {
     fn hyperv_call(&self) -> Option<u16>;
 }
 
-/// Return the detail of an exit; `None` where its reason has none, or the CPU does not tell.
-///
-/// `code` is VMX's basic exit reason or SVM's exit code.
+/// Return how the keys of a reason are had.
 #[inline(always)]
-pub fn of(isa: Isa, code: u32, exit: &impl Exit) -> Option<u64> {
-    match isa {
-        Isa::Vmx => of_vmx(code, exit),
-        Isa::Svm => of_svm(code, exit),
-    }
+pub fn rule(isa: Isa, slot: Slot) -> &'static Rule {
+    let rules = match isa {
+        Isa::Vmx => &VMX,
+        Isa::Svm => &SVM,
+    };
+    // SAFETY: By the invariant of `Slot` its index is below SLOTS.
+    unsafe { rules.get_unchecked(slot.index()) }
 }
 
+/// Return the key of an exit whose detail is one number, or that has none: `None` for that. `Err`
+/// for any other.
 #[inline(always)]
-fn of_vmx(reason: u32, exit: &impl Exit) -> Option<u64> {
-    Some(match reason {
-        32 => msr(exit.rcx(), true),
-        31 => msr(exit.rcx(), false),
-        49 => exit.address()? & ADDRESS,
-        30 => {
-            // Bits 0 to 2 size less 1, 3 in, 4 string, 5 REP, 16 to 31 port (SDM, "Exit
-            // Qualification for I/O Instructions").
-            let told = exit.qualification();
-            let size = (told & 7).wrapping_add(1) & 7;
-            (told >> 16 & 0xffff) | (told >> 3 & 7) << 32 | size << 36
-        }
-        1 | 0 => u64::from(exit.interruption() & 0x7ff),
-        10 => cpuid(exit.rax() as u32, exit.rcx() as u32),
-        48 => memory(exit.address()?, exit.qualification() & 7),
-        18 => hypercall(exit),
-        28 => exit.qualification() & 0x3f,
-        29 => exit.qualification() & 0x17,
-        44 => exit.qualification() & 0xffff,
-        45 => exit.qualification() & 0xff,
-        56 => exit.qualification() & 0xfff,
-        // The immediate forms: the MSR is in the qualification (vmx_get_msr_imm_reg() and its
-        // callers in vmx.c).
-        84 => msr(exit.qualification(), false),
-        85 => msr(exit.qualification(), true),
-        _ => return None,
-    })
+pub fn plain(rule: &Rule, exit: &impl Exit) -> Result<Option<u64>, Composed> {
+    let told = if rule.source > 0 {
+        exit.read_plain(rule.source)
+    } else if rule.source == source::MSR {
+        Some(exit.msr())
+    } else if rule.source == source::NONE {
+        None
+    } else {
+        return Err(Composed);
+    };
+    Ok(told.map(|told| told & rule.mask ^ rule.tag))
 }
 
+/// An exit's detail is composed of more than one number.
+#[derive(Clone, Copy, Debug)]
+pub struct Composed;
+
+/// Return the key of an exit whose detail is composed; `None` where the CPU does not tell.
 #[inline(always)]
-fn of_svm(code: u32, exit: &impl Exit) -> Option<u64> {
+pub fn composed(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
     /// Page fault error codes (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
     const WRITE: u64 = 1 << 1;
     const RESERVED: u64 = 1 << 3;
     const FETCH: u64 = 1 << 4;
 
-    Some(match code {
-        0x7c => msr(exit.rcx(), exit.qualification() != 0),
-        0x400 => {
-            let error = exit.qualification();
-            if error & RESERVED != 0 {
-                exit.address()? & ADDRESS | IS_ADDRESS
-            } else {
+    let code = reasons::code(isa, slot).unwrap_or(u32::MAX);
+    let fault = || {
+        let told = exit.read(source::QUALIFICATION)?;
+        let address = exit.read(source::ADDRESS)? & ADDRESS;
+        Some((told, address))
+    };
+    let detail = match (isa, code) {
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => Some(cpuid(exit.rax() as u32, exit.rcx() as u32)),
+        (Isa::Vmx, 48) => fault().map(|(told, address)| memory(address, told & 7)),
+        (Isa::Svm, 0x400) => fault().map(|(error, address)| match error & RESERVED {
+            0 => {
                 let (write, fetch) = (error & WRITE != 0, error & FETCH != 0);
                 let read = u64::from(!write && !fetch);
-                let access = read | u64::from(write) << 1 | u64::from(fetch) << 2;
-                memory(exit.address()?, access)
+                memory(
+                    address,
+                    read | u64::from(write) << 1 | u64::from(fetch) << 2,
+                )
             }
-        }
-        0x7b => {
-            // `SVM_IOIO_*` in svm.h: bit 0 in, 2 string, 3 REP, 4 to 6 size, 16 to 31 port.
-            let told = exit.qualification();
-            (told >> 16 & 0xffff) | (told & 1) << 32 | (told >> 2 & 3) << 33 | (told >> 4 & 7) << 36
-        }
-        0x72 => cpuid(exit.rax() as u32, exit.rcx() as u32),
-        0x81 => hypercall(exit),
-        // `avic_unaccelerated_access_interception()`: bits 4 to 11 the offset, bit 32 write.
-        0x402 => {
-            let told = exit.qualification();
-            told & 0xff0 | (told >> 32 & 1) << 12
-        }
-        _ => return None,
-    })
+            _ => address | IS_ADDRESS,
+        }),
+        _ => None,
+    };
+    detail.map(|detail| key_of(slot, detail))
 }
 
+/// Return the key of a hypercall.
 #[inline(always)]
-fn msr(number: u64, write: bool) -> u64 {
-    number & 0xffff_ffff | u64::from(write) << 32
+pub fn hypercall(slot: Slot, exit: &impl Exit) -> u64 {
+    let detail = match exit.hyperv_call() {
+        Some(code) => u64::from(code) | 1 << 32,
+        None => exit.rax() & 0xffff_ffff,
+    };
+    key_of(slot, detail)
+}
+
+/// Return the key of an exit: its reason and its detail; `None` where it has none.
+#[inline(always)]
+pub fn key(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
+    let rule = rule(isa, slot);
+    match plain(rule, exit) {
+        Ok(key) => key,
+        Err(Composed) if rule.source == source::HYPERCALL => Some(hypercall(slot, exit)),
+        Err(Composed) => composed(isa, slot, exit),
+    }
 }
 
 #[inline(always)]
 fn memory(address: u64, access: u64) -> u64 {
-    (address & ADDRESS) >> 30 | access << 32
+    address >> 30 | access << 32
 }
 
+/// The low bits tell subleaves apart as well: tables spread keys by these.
 #[inline(always)]
 fn cpuid(leaf: u32, subleaf: u32) -> u64 {
     let subleaf = match has_subleaves(leaf) {
         true => subleaf.min(LAST_SUBLEAF),
         false => 0,
     };
-    u64::from(leaf) | u64::from(subleaf) << 32
+    u64::from(leaf ^ subleaf) | u64::from(subleaf) << 32
 }
 
 /// Return true if a CPUID leaf tells different things by ECX.
@@ -204,45 +338,38 @@ pub const fn has_subleaves(leaf: u32) -> bool {
     )
 }
 
-/// Return true if an exit is a hypercall, of which [`hypercall`] is the detail.
-#[inline(always)]
-pub const fn is_hypercall(isa: Isa, code: u32) -> bool {
-    match isa {
-        Isa::Vmx => code == 18,
-        Isa::Svm => code == 0x81,
-    }
-}
-
-/// Return the detail of a hypercall.
-#[inline(always)]
-pub fn hypercall(exit: &impl Exit) -> u64 {
-    match exit.hyperv_call() {
-        Some(code) => u64::from(code) | 1 << 32,
-        None => exit.rax() & 0xffff_ffff,
-    }
-}
-
 /// Return what a detail is, and the number that it is told by.
 pub fn to_wire(isa: Isa, code: u32, detail: u64) -> (Kind, u64) {
-    let kind = match (isa, code) {
-        (Isa::Vmx, 30) | (Isa::Svm, 0x7b) => Kind::Port,
-        (Isa::Vmx, 31 | 32 | 84 | 85) | (Isa::Svm, 0x7c) => Kind::Msr,
-        (Isa::Vmx, 49) => Kind::Address,
-        (Isa::Svm, 0x400) if detail & IS_ADDRESS != 0 => {
-            return (Kind::Address, detail & ADDRESS);
+    let bit = |from: u32, to: u32| (detail >> from & 1) << to;
+    match (isa, code) {
+        (Isa::Vmx, 30) => {
+            let port = detail >> 16 & 0xffff;
+            let size = (detail & 7).wrapping_add(1) & 7;
+            let how = bit(3, 32) | bit(4, 33) | bit(5, 34);
+            (Kind::Port, port | how | size << 36)
         }
-        (Isa::Vmx, 48) | (Isa::Svm, 0x400) => Kind::Memory,
-        (Isa::Vmx, 0 | 1) => Kind::Vector,
-        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => Kind::Cpuid,
-        (Isa::Vmx, 18) | (Isa::Svm, 0x81) => Kind::Hypercall,
-        (Isa::Vmx, 28) => Kind::Control,
-        (Isa::Vmx, 29) => Kind::Debug,
-        (Isa::Vmx, 44) | (Isa::Svm, 0x402) => Kind::ApicAccess,
-        (Isa::Vmx, 45) => Kind::Eoi,
-        (Isa::Vmx, 56) => Kind::ApicWrite,
-        _ => Kind::None,
-    };
-    (kind, detail)
+        (Isa::Svm, 0x7b) => {
+            let port = detail >> 16 & 0xffff;
+            let size = detail >> 4 & 7;
+            let how = bit(0, 32) | bit(2, 33) | bit(3, 34);
+            (Kind::Port, port | how | size << 36)
+        }
+        (Isa::Vmx, 32 | 85) => (Kind::Msr, detail | 1 << 32),
+        (Isa::Vmx, 31 | 84) | (Isa::Svm, 0x7c) => (Kind::Msr, detail),
+        (Isa::Vmx, 49) => (Kind::Address, detail),
+        (Isa::Svm, 0x400) if detail & IS_ADDRESS != 0 => (Kind::Address, detail & ADDRESS),
+        (Isa::Vmx, 48) | (Isa::Svm, 0x400) => (Kind::Memory, detail),
+        (Isa::Vmx, 0 | 1) => (Kind::Vector, detail),
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (Kind::Cpuid, detail ^ detail >> 32),
+        (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (Kind::Hypercall, detail),
+        (Isa::Vmx, 28) => (Kind::Control, detail),
+        (Isa::Vmx, 29) => (Kind::Debug, detail),
+        (Isa::Vmx, 44) => (Kind::ApicAccess, detail),
+        (Isa::Svm, 0x402) => (Kind::ApicAccess, detail & 0xff0 | bit(32, 12)),
+        (Isa::Vmx, 45) => (Kind::Eoi, detail),
+        (Isa::Vmx, 56) => (Kind::ApicWrite, detail),
+        _ => (Kind::None, detail),
+    }
 }
 
 #[cfg(test)]
@@ -258,17 +385,24 @@ mod tests {
         rax: u64,
         rcx: u64,
         hyperv: Option<u16>,
+        is_svm: bool,
     }
 
     impl Exit for Told {
-        fn qualification(&self) -> u64 {
-            self.qualification
+        fn read(&self, source: i32) -> Option<u64> {
+            Some(match source {
+                source::QUALIFICATION => self.qualification,
+                source::ADDRESS => self.address,
+                source::INTERRUPTION => self.interruption.into(),
+                _ => panic!("no field of that number is known"),
+            })
         }
-        fn address(&self) -> Option<u64> {
-            Some(self.address)
+        fn read_plain(&self, source: i32) -> Option<u64> {
+            self.read(source)
         }
-        fn interruption(&self) -> u32 {
-            self.interruption
+        fn msr(&self) -> u64 {
+            let write = self.is_svm && self.qualification != 0;
+            self.rcx & MSR_NUMBER | u64::from(write) << 32
         }
         fn rax(&self) -> u64 {
             self.rax
@@ -282,7 +416,14 @@ mod tests {
     }
 
     fn wire(isa: Isa, code: u32, told: Told) -> (Kind, u64) {
-        to_wire(isa, code, of(isa, code, &told).expect("a detail"))
+        let slot = reasons::slot(isa, code);
+        let told = Told {
+            is_svm: isa == Isa::Svm,
+            ..told
+        };
+        let key = key(isa, slot, &told).expect("a detail");
+        assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}");
+        to_wire(isa, code, detail_of(key))
     }
 
     #[test]
@@ -414,6 +555,7 @@ mod tests {
             rax: u64::MAX,
             rcx: u64::MAX,
             hyperv: None,
+            is_svm: false,
         };
         let mut with_detail = 0;
         for (isa, code) in [Isa::Vmx, Isa::Svm]
@@ -421,15 +563,67 @@ mod tests {
             .into_iter()
             .flatten()
         {
-            let Some(detail) = of(isa, code, &told) else {
+            let slot = reasons::slot(isa, code);
+            let Some(key) = key(isa, slot, &told) else {
                 continue;
             };
-            assert!(detail < 1 << BITS, "{isa:?} {code:#x}: {detail:#x}");
-            let (kind, key) = to_wire(isa, code, detail);
+            assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}: {key:#x}");
+            assert_eq!(key & NESTED, 0, "{isa:?} {code:#x}: {key:#x}");
+            let (kind, number) = to_wire(isa, code, detail_of(key));
             assert_ne!(kind, Kind::None, "{isa:?} {code:#x}");
-            assert!(kind != Kind::Address || key & IS_ADDRESS == 0);
+            assert!(kind != Kind::Address || number & IS_ADDRESS == 0);
             with_detail += 1;
         }
         assert_eq!(with_detail, 16 + 6);
+    }
+
+    /// What the qualification, the interruption information and EXITINFO1 tell, with all bits set
+    /// beside what counts.
+    #[test]
+    fn registers_the_apic_and_vectors_are_told_by_their_bits_alone() {
+        let told = |qualification, interruption| Told {
+            qualification,
+            interruption,
+            ..Told::default()
+        };
+        for (isa, code, told, expected) in [
+            // MOV to CR3 from RDI; MOV from CR8 to RSI; CLTS.
+            (Isa::Vmx, 28, told(0x703, 0), (Kind::Control, 3)),
+            (Isa::Vmx, 28, told(0x618, 0), (Kind::Control, 8 | 1 << 4)),
+            (Isa::Vmx, 28, told(0x20, 0), (Kind::Control, 2 << 4)),
+            (Isa::Vmx, 28, told(!0x3f, 0), (Kind::Control, 0)),
+            // MOV to DR7 from RAX; MOV from DR6 to R15.
+            (Isa::Vmx, 29, told(0x007, 0), (Kind::Debug, 7)),
+            (Isa::Vmx, 29, told(0xf16, 0), (Kind::Debug, 6 | 1 << 4)),
+            (Isa::Vmx, 29, told(!0x17, 0), (Kind::Debug, 0)),
+            // A write of EOI, at its offset; a read of the version.
+            (Isa::Vmx, 44, told(0x10b0, 0), (Kind::ApicAccess, 0x10b0)),
+            (Isa::Vmx, 44, told(0x1_0030, 0), (Kind::ApicAccess, 0x30)),
+            (Isa::Vmx, 45, told(!0xff | 0xd1, 0), (Kind::Eoi, 0xd1)),
+            (
+                Isa::Vmx,
+                56,
+                told(!0xfff | 0x300, 0),
+                (Kind::ApicWrite, 0x300),
+            ),
+            (
+                Isa::Svm,
+                0x402,
+                told(1 << 32 | 0x380, 0),
+                (Kind::ApicAccess, 1 << 12 | 0x380),
+            ),
+            (
+                Isa::Svm,
+                0x402,
+                told(!(1 << 32 | 0xff0) | 0x20, 0),
+                (Kind::ApicAccess, 0x20),
+            ),
+            // The timer's interrupt; a page fault; an NMI.
+            (Isa::Vmx, 1, told(0, 0x8000_00ec), (Kind::Vector, 0xec)),
+            (Isa::Vmx, 0, told(0, 0x8000_0b0e), (Kind::Vector, 0x30e)),
+            (Isa::Vmx, 0, told(0, 0x8000_0202), (Kind::Vector, 0x202)),
+        ] {
+            assert_eq!(wire(isa, code, told), expected, "{isa:?} {code:#x}");
+        }
     }
 }

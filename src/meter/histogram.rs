@@ -6,6 +6,8 @@
 //! [`middle`]). The first bucket takes all below 96 ticks, less than any exit costs, and the
 //! last all from 1.5 × 2^37, more than a minute of work for one exit.
 
+use core::num::NonZero;
+
 /// How many buckets a histogram has.
 pub const BUCKETS: usize = 64;
 
@@ -35,11 +37,11 @@ pub const fn bucket(ticks: u64) -> usize {
 /// power of two begins, or more than where the last one's ends.
 #[inline(always)]
 pub(super) const fn usual_bucket(ticks: u64) -> Option<usize> {
-    if ticks == 0 {
+    let Some(not_0) = NonZero::new(ticks) else {
         return None;
-    }
+    };
     // Where the topmost bit stands; that bit and the one below it are 2 or 3.
-    let power = 63 ^ ticks.leading_zeros();
+    let power = 63 ^ not_0.leading_zeros();
     let two_bits = ticks.wrapping_shl(1).wrapping_shr(power);
     let steps = power.wrapping_mul(2).wrapping_add(two_bits as u32);
     let place = steps.wrapping_sub(FIRST_POWER * 2 + 2) as usize;

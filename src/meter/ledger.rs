@@ -8,13 +8,13 @@
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
 use super::{
-    atomic::{fence, AtomicPtr, AtomicU32, AtomicU64, Ordering},
+    atomic::{fence, own, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    slow::{Leaving, Told},
-    tables::{About, Keys, Tables, TablesCopy, Tag},
+    slow::{self, Leaving, Told},
+    tables::{About, Keys, Tables, TablesCopy, Which},
 };
 
 use Ordering::Relaxed;
@@ -206,7 +206,8 @@ impl Ledger {
     /// `bucket` must be below [`BUCKETS`].
     #[inline(always)]
     unsafe fn samples(&self, row: Row, bucket: usize) -> &AtomicU64 {
-        let histogram = self.cell(row, Column::Histogram).load(Relaxed) as u32;
+        // SAFETY: As in `begin_transition`.
+        let histogram = unsafe { own(self.cell(row, Column::Histogram)) } as u32;
         let place = histogram.wrapping_add(bucket as u32) as usize;
         // SAFETY: By the invariant of `Ledger` that histogram is there, and by the contract of
         // this function the bucket is one of it.
@@ -227,7 +228,8 @@ impl Ledger {
     /// [`Self::one_tick_on`].
     #[inline(always)]
     fn begin_transition(&self, now: u64) -> Option<u64> {
-        let last = self.last.load(Relaxed);
+        // SAFETY: This thread holds the vCPU, so nobody else writes its ledger.
+        let last = unsafe { own(&self.last) };
         if now <= last {
             return None;
         }
@@ -380,63 +382,37 @@ impl Ledger {
 
     /// A VM exit of a vCPU that has tables.
     #[inline(always)]
-    pub fn exit_with(&self, tables: &Tables, now: u64, slot: Slot, about: &About) {
-        let keys = about.keys(slot);
-        let found = tables
-            .rows_of(&keys)
-            .and_then(|rows| Some((rows, tables.slow().next()?)));
-        let (Some((rows, place)), Some(ticks)) =
-            (found, self.begin_transition_if(found.is_some(), now))
-        else {
-            // So that all goes in registers.
-            return match keys.detail {
-                Some(detail) => self.exit_anew(tables, now, keys.tag, keys.rip, detail),
-                None => self.exit_anew_without(tables, now, keys.tag, keys.rip),
-            };
+    pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
+        let rows = match (about.nested, about.rip) {
+            (false, Some(rip)) => tables.latest_rows(about.slot, about.key, rip),
+            _ => None,
         };
-        tables.take_exit(rows);
-        tables.slow().take_exit(place, &self.told(now, &keys));
-        self.count_exit(now, slot, ticks, keys.tag.is_nested());
-    }
-
-    /// Tell of an exit at TSC `now`, in its transition.
-    #[inline(always)]
-    fn told(&self, now: u64, keys: &Keys) -> Told {
-        Told {
-            last: self.last.load(Relaxed),
-            now,
-            key: keys.whole(),
-            rip: keys.rip,
+        let place = tables.slow().next();
+        if let (Some(rows), Some(place)) = (rows, place) {
+            if let Some(ticks) = self.begin_transition(now) {
+                tables.take_exit(rows);
+                let told = Told {
+                    last: now.wrapping_sub(ticks),
+                    now,
+                    key: slow::key(about.slot, false, about.key.unwrap_or(0)),
+                    rip: about.rip.unwrap_or(0),
+                };
+                tables.slow().take_exit(place, &told);
+                let row = self.change_to_kernel(about.slot, ticks);
+                if parts::COUNTS {
+                    add(self.cell(row, Column::Exits), 1);
+                }
+                return self.end_transition(now);
+            }
         }
-    }
-
-    /// Begin a transition as [`Self::begin_transition`], but only if `may`.
-    #[inline(always)]
-    fn begin_transition_if(&self, may: bool, now: u64) -> Option<u64> {
-        match may {
-            true => self.begin_transition(now),
-            false => None,
-        }
+        // So that all goes in registers.
+        let Keys { which, detail, rip } = about.keys();
+        self.exit_anew(tables, now, which, detail, rip);
     }
 
     /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
-    #[cold]
     #[inline(never)]
-    fn exit_anew(&self, tables: &Tables, now: u64, tag: Tag, rip: u64, detail: u64) {
-        let detail = Some(detail);
-        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
-    }
-
-    /// As [`Self::exit_anew`], for an exit without a detail.
-    #[cold]
-    #[inline(never)]
-    fn exit_anew_without(&self, tables: &Tables, now: u64, tag: Tag, rip: u64) {
-        let detail = None;
-        self.exit_of_new(tables, now, &Keys { tag, detail, rip });
-    }
-
-    #[cold]
-    fn exit_of_new(&self, tables: &Tables, now: u64, keys: &Keys) {
+    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, detail: u64, rip: u64) {
         let mut now = now;
         let ticks = match self.begin_transition(now) {
             Some(ticks) => ticks,
@@ -445,10 +421,17 @@ impl Ledger {
                 self.begin_transition(now).unwrap_or(0)
             }
         };
-        tables.take_exit(tables.rows_for(self, now, keys));
-        let place = tables.slow().next_or_anew(now);
-        tables.slow().take_exit(place, &self.told(now, keys));
-        self.count_exit(now, keys.tag.slot(), ticks, keys.tag.is_nested());
+        tables.take_exit(tables.rows_for(self, now, &Keys { which, detail, rip }));
+        let told = Told {
+            last: now.wrapping_sub(ticks),
+            now,
+            key: slow::key(which.slot(), which.is_nested(), detail),
+            rip,
+        };
+        tables
+            .slow()
+            .take_exit(tables.slow().next_or_anew(now), &told);
+        self.count_exit(now, which.slot(), ticks, which.is_nested());
     }
 
     /// A VM exit from a nested guest, an L2.
@@ -468,23 +451,32 @@ impl Ledger {
     /// Count an exit after `ticks` in the guest, and end the transition.
     #[inline(always)]
     fn count_exit(&self, now: u64, slot: Slot, ticks: u64, nested: bool) {
+        let row = self.change_to_kernel(slot, ticks);
+        if nested {
+            add(self.nested_cell(slot), 1);
+        }
+        if parts::COUNTS {
+            let exits = self.cell(row, Column::Exits);
+            // SAFETY: As in `begin_transition`.
+            if unsafe { own(exits) } == 0 {
+                return self.end_first_exit(now, slot);
+            }
+            add(exits, 1);
+        }
+        self.end_transition(now);
+    }
+
+    /// Book `ticks` in the guest, and have the vCPU in the kernel for an exit of a reason; return
+    /// its row.
+    #[inline(always)]
+    fn change_to_kernel(&self, slot: Slot, ticks: u64) -> Row {
         if parts::PHASES {
             add(self.phase_cell(self.row(), Phase::Guest), ticks);
         }
         let row = Row::of(slot);
         self.row.store(row.0, Relaxed);
         self.phase.store(Phase::Kernel as u32, Relaxed);
-        if nested {
-            add(self.nested_cell(slot), 1);
-        }
-        if parts::COUNTS {
-            let exits = self.cell(row, Column::Exits);
-            add(exits, 1);
-            if exits.load(Relaxed) == 1 {
-                return self.end_first_exit(now, slot);
-            }
-        }
-        self.end_transition(now);
+        row
     }
 
     #[inline(always)]
@@ -504,6 +496,7 @@ impl Ledger {
     #[inline(never)]
     fn end_first_exit(&self, now: u64, slot: Slot) {
         self.use_row(slot);
+        add(self.cell(Row::of(slot), Column::Exits), 1);
         let taken = self.taken.load(Relaxed);
         if (taken as usize) < HISTOGRAMS {
             let taken = taken.wrapping_add(1);
@@ -525,7 +518,8 @@ impl Ledger {
         };
         let row = self.enter_after(ticks);
         if parts::HISTOGRAMS {
-            if self.carried.load(Relaxed) != 0 {
+            // SAFETY: As in `begin_transition`.
+            if unsafe { own(&self.carried) } != 0 {
                 return self.end_unusual_exit(now, row, ticks);
             }
             let Some(bucket) = usual_bucket(ticks) else {
@@ -606,7 +600,8 @@ impl Ledger {
     #[inline(always)]
     fn sample(&self, row: Row, ticks: u64, bucket: usize) {
         let max = self.cell(row, Column::Max);
-        if ticks > max.load(Relaxed) {
+        // SAFETY: As in `begin_transition`.
+        if ticks > unsafe { own(max) } {
             max.store(ticks, Relaxed);
         }
         // SAFETY: `bucket` and `usual_bucket` give no other ones.

@@ -29,8 +29,7 @@
 //! the same.
 
 use super::{
-    atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
-    detail,
+    atomic::{own, AtomicU32, AtomicU64, Ordering::Relaxed},
     phase::Phase,
     reasons::Slot,
 };
@@ -107,14 +106,17 @@ struct Kept {
     _reserved: AtomicU32,
 }
 
-/// The detail of an exit that has none, as its key holds it. No detail is all ones: those of a CPUID
-/// leaf are but for leaf 0xffffffff, which has no subleaf.
-pub(super) const NO_DETAIL: u64 = (1 << detail::BITS) - 1;
-
-/// Return the reason of a key, as a row of the ledger.
-fn slot_of(key: u64) -> Option<Slot> {
-    let reason = key >> detail::BITS & 0xff;
-    Slot::from_index((reason as usize).wrapping_sub(1))
+/// Return reason, nested or not, and detail of an exit as one word, which is not 0. `detail` is its
+/// key as details have it, or 0.
+///
+/// Without a detail that is the reason from 1, and bit 8 for a nested guest: where the key of a detail
+/// has its reason, there is 0.
+#[inline(always)]
+pub(super) fn key(slot: Slot, nested: bool, detail: u64) -> u64 {
+    match detail {
+        0 => (slot.index() as u64).wrapping_add(1) | u64::from(nested) << 8,
+        detail => detail,
+    }
 }
 
 /// Set where an exit went to user space, above why: KVM_EXIT_*.
@@ -283,8 +285,9 @@ impl Slow {
     /// Return the step for the next exit; `None` when the ring is full.
     #[inline(always)]
     pub(super) fn next(&self) -> Option<Place> {
-        let at = self.at.load(Relaxed);
-        if at == self.low.load(Relaxed) {
+        // SAFETY: This thread holds the vCPU, so nobody else writes them.
+        let (at, low) = unsafe { (own(&self.at), own(&self.low)) };
+        if at == low {
             return None;
         }
         // INVARIANT: `low` is not above `at`.
@@ -340,7 +343,8 @@ impl Slow {
     /// Return the most ticks of an exit after which an entry needs nothing to be done.
     #[inline(always)]
     pub(super) fn floor(&self) -> u64 {
-        self.floor.load(Relaxed)
+        // SAFETY: As in `next`.
+        unsafe { own(&self.floor) }
     }
 
     /// Return the number of the latest exit.

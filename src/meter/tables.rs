@@ -19,16 +19,27 @@
 //! row may have missed at most all that was lost in its set before it came. A row of a set in which
 //! nothing was lost is exact.
 //!
+//! A guest mostly repeats itself. So each set knows its latest row, and an exit is compared with
+//! that alone before its set is searched, out of line.
+//!
 //! A guest chooses keys, and can fill its own table with rubbish. It takes no longer for that, and
 //! the sums stay exact.
 
 use super::{
-    atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    atomic::{
+        self,
+        AtomicU16,
+        AtomicU32,
+        AtomicU64,
+        AtomicUsize,
+        Cell,
+        Ordering::Relaxed, //
+    },
     detail,
     ledger::Ledger,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    slow::{Slow, NO_DETAIL},
+    slow::Slow,
 };
 
 mod copy;
@@ -47,23 +58,18 @@ pub const CODES: usize = WAYS << CODE_POWER;
 /// Rows of exits to user space.
 pub const USERS: usize = 32;
 
-/// The odd number nearest to 2^64 divided by the golden ratio: a multiplication by it spreads keys
-/// over the high bits (Knuth, "The Art of Computer Programming", volume 3, 6.4).
-const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+/// A multiplication by this spreads keys over the high bits: GOLDEN_RATIO_32 of linux/hash.h, from
+/// the golden ratio (Knuth, "The Art of Computer Programming", volume 3, 6.4).
+const SPREAD: u32 = 0x61c8_8647;
 
 /// The most that the tables of one vCPU take, in bytes.
 pub const MOST_BYTES: usize = 48 * 1024;
-
-/// Where a key of details holds its tag.
-const TAG: u32 = detail::BITS;
-/// Where a tag holds that the exit came from a nested guest: above the reason.
-const CODE_NESTED: u32 = 8;
 
 /// A row of details: one cache line.
 #[repr(C, align(64))]
 #[derive(Debug)]
 struct Detail {
-    /// Reason, nested or not, and detail; 0 for a row that is free.
+    /// Its exits' key: see [`detail::key`]. 0 for a row that is free.
     key: AtomicU64,
     exits: AtomicU64,
     kernel: AtomicU64,
@@ -80,8 +86,10 @@ struct Detail {
 #[derive(Debug)]
 struct Code {
     rip: AtomicU64,
-    /// Reason, and nested or not; 0 for a row that is free.
-    tag: AtomicU64,
+    /// See [`Which`].
+    which: AtomicU32,
+    unused: AtomicU32,
+    /// 0 for a row that is free.
     exits: AtomicU64,
     kernel: AtomicU64,
     missed_exits: AtomicU64,
@@ -106,13 +114,15 @@ struct Baseline {
     user: AtomicU64,
 }
 
-/// What an exit tells beside its reason.
+/// What an exit tells.
 #[derive(Clone, Copy, Debug)]
 pub struct About {
+    /// Its reason.
+    pub slot: Slot,
     /// It came from a nested guest, an L2.
     pub nested: bool,
-    /// What it was about: see [`detail::of`].
-    pub detail: Option<u64>,
+    /// What it was about: see [`detail::key`].
+    pub key: Option<u64>,
     /// Where the guest was; `None` when its registers are encrypted.
     pub rip: Option<u64>,
 }
@@ -120,65 +130,70 @@ pub struct About {
 /// The keys of an exit, as few words: they go from function to function in registers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys {
-    /// See [`Tag`].
-    pub(super) tag: Tag,
-    /// `None` for an exit without a detail.
-    pub(super) detail: Option<u64>,
-    /// 0 where it cannot be read, as the tag says.
+    pub(super) which: Which,
+    /// 0 for an exit without a detail.
+    pub(super) detail: u64,
+    /// 0 where it cannot be read, as `which` tells.
     pub(super) rip: u64,
 }
 
-/// Which reason an exit is of, from 1, and in bits above that whether it came from a nested guest
-/// and whether its RIP can be read.
+/// Which reason an exit is of: its row in the ledger, and in bits above that whether it came from a
+/// nested guest and whether its RIP cannot be read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Tag(u64);
+pub(super) struct Which(u32);
 
-/// Where a tag holds that the RIP cannot be read.
-const NO_RIP: u32 = CODE_NESTED + 1;
+/// Where that holds that the exit came from a nested guest.
+const IS_NESTED: u32 = 1 << 8;
+/// Where that holds that the RIP cannot be read.
+const NO_RIP: u32 = 1 << 9;
+/// The bits of a row's place.
+const SLOT: u32 = IS_NESTED - 1;
 
 impl About {
-    /// Return the keys of an exit of a reason.
+    /// Return the keys of the exit.
     #[inline(always)]
-    pub(super) fn keys(&self, slot: Slot) -> Keys {
-        let tag = reason_of(slot)
-            | u64::from(self.nested) << CODE_NESTED
-            | u64::from(self.rip.is_none()) << NO_RIP;
+    pub(super) fn keys(&self) -> Keys {
+        let mut which = self.slot.index() as u32;
+        let mut detail = self.key.unwrap_or(0);
+        if self.nested {
+            which |= IS_NESTED;
+            if detail != 0 {
+                detail |= detail::NESTED;
+            }
+        }
+        if self.rip.is_none() {
+            which |= NO_RIP;
+        }
         Keys {
-            tag: Tag(tag),
-            // The bit for the RIP falls out of the word.
-            detail: self.detail.map(|detail| detail | tag << TAG),
+            which: Which(which),
+            detail,
             rip: self.rip.unwrap_or(0),
         }
     }
 }
 
-impl Keys {
-    /// Return reason, nested or not, and detail as one word.
-    #[inline(always)]
-    pub(super) fn whole(&self) -> u64 {
-        match self.detail {
-            Some(detail) => detail,
-            None => self.tag.0 << TAG | NO_DETAIL,
-        }
-    }
-}
-
-impl Tag {
+impl Which {
     /// Return true if the exit came from a nested guest.
     #[inline(always)]
     pub(super) const fn is_nested(self) -> bool {
-        self.0 >> CODE_NESTED & 1 != 0
+        self.0 & IS_NESTED != 0
+    }
+
+    /// Return the place of the row of the ledger.
+    #[inline(always)]
+    const fn place(self) -> u32 {
+        self.0 & SLOT
     }
 
     /// Return the row of the ledger.
     #[inline(always)]
     pub(super) fn slot(self) -> Slot {
-        slot_of(self.0 & ((1 << CODE_NESTED) - 1)).unwrap_or(Slot::OTHER)
+        Slot::from_index(self.place() as usize).unwrap_or(Slot::OTHER)
     }
 
     #[inline(always)]
     const fn has_rip(self) -> bool {
-        self.0 >> NO_RIP == 0
+        self.0 & NO_RIP == 0
     }
 }
 
@@ -189,11 +204,11 @@ impl Tag {
 /// They are how many bytes from the first row of its table a row begins.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
-    detail: u32,
-    code: u32,
+    detail: usize,
+    code: usize,
 }
 
-/// The tables of one vCPU. All-zero bytes are some that have not begun.
+/// The tables of one vCPU. All-zero bytes are some that have not begun, once they are prepared.
 ///
 /// The first row of each table is nobody's: what has no row is booked there, and never read.
 ///
@@ -201,6 +216,7 @@ pub(super) struct Rows {
 ///
 /// - `detail`, `code` and `user` are how many bytes from the first row of its table a row begins.
 /// - They are in no row, or in one of the ledger's latest reason; `user` alone may lag behind.
+/// - So are `latest_details` and `latest_codes`, each in a row that is in use, or the first one.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Tables {
@@ -214,20 +230,31 @@ pub struct Tables {
     user: AtomicU32,
     /// An exit came without RIP.
     lacks_rip: AtomicU32,
-    details_in_use: [AtomicU64; DETAILS / 64],
+    /// By set: where its latest row begins.
+    latest_details: [AtomicU16; 1 << DETAIL_POWER],
+    latest_codes: [AtomicU16; 1 << CODE_POWER],
     codes_in_use: [AtomicU64; CODES / 64],
     /// By set: kernel ticks that were lost.
     code_lost: [AtomicU64; 1 << CODE_POWER],
+    /// By reason: exits to user space that have no row.
+    other_users: [AtomicU64; SLOTS],
+    /// Their rows begin a cache line each, so they stand where no room is lost by that.
     details: [Detail; 1 + DETAILS],
     codes: [Code; 1 + CODES],
     users: [User; 1 + USERS],
     baseline: [Baseline; SLOTS],
-    /// By reason: exits to user space that have no row.
-    other_users: [AtomicU64; SLOTS],
     slow: Slow,
+    details_in_use: [AtomicU64; DETAILS / 64],
 }
 
+// Loom's atomics are larger.
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
+// Where a row begins has room in 16 bits.
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<[Detail; 1 + DETAILS]>() <= 1 << 16);
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<[Code; 1 + CODES]>() <= 1 << 16);
 
 /// Adds to a cell that only this thread writes.
 #[inline(always)]
@@ -235,18 +262,11 @@ fn add(cell: &AtomicU64, value: u64) {
     cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
 }
 
-/// Reads a cell that only this thread writes. Others only read it, so there is no race; and unlike
-/// the load of an atomic this one can be part of the compare.
-#[cfg(not(loom))]
+/// Reads a cell of a vCPU's tables, in a transition of that vCPU.
 #[inline(always)]
-fn own(cell: &AtomicU64) -> u64 {
-    // SAFETY: The cell is there, and nobody else writes to it.
-    unsafe { cell.as_ptr().read() }
-}
-
-#[cfg(loom)]
-fn own(cell: &AtomicU64) -> u64 {
-    cell.load(Relaxed)
+fn own<C: Cell>(cell: &C) -> C::Value {
+    // SAFETY: Only transitions write to tables, and there is one at a time.
+    unsafe { atomic::own(cell) }
 }
 
 /// Sets the bit of a row, counted from the first that is somebody's.
@@ -257,15 +277,26 @@ fn mark(bits: &[AtomicU64], row: usize) {
     }
 }
 
-/// The reason as keys hold it: never 0, so that no key is.
+/// Return the set of `1 << power` that a key belongs to, by its low half.
 #[inline(always)]
-const fn reason_of(slot: Slot) -> u64 {
-    (slot.index() as u64).wrapping_add(1)
+const fn set_of(key: u32, power: u32) -> usize {
+    (key.wrapping_mul(SPREAD) >> (32 - power)) as usize
 }
 
-/// Return the row of a ledger that a key's reason is.
-const fn slot_of(reason: u64) -> Option<Slot> {
-    Slot::from_index((reason as usize).wrapping_sub(1))
+/// Return the set of code that a place belongs to, where exits are of a reason.
+#[inline(always)]
+const fn code_set(rip: u64, slot: u32) -> usize {
+    set_of((rip as u32).wrapping_add(slot << 3), CODE_POWER)
+}
+
+/// Return where a set begins, whose rows take `row` bytes: behind the first row of the table.
+const fn start_of(set: usize, row: usize) -> usize {
+    set.wrapping_mul(WAYS * row).wrapping_add(row)
+}
+
+/// Return the reason as rows of exits to user space hold it: never 0, so that no tag is.
+const fn user_reason(slot: Slot) -> u64 {
+    (slot.index() as u64).wrapping_add(1)
 }
 
 impl Tables {
@@ -281,35 +312,52 @@ impl Tables {
     }
 
     #[inline(always)]
-    fn detail_at(&self, offset: u32) -> &Detail {
+    fn detail_at(&self, offset: usize) -> &Detail {
         // SAFETY: By the invariant of `Tables`, or of who computes it, a row is there.
-        unsafe { &*self.details.as_ptr().byte_add(offset as usize) }
+        unsafe { &*self.details.as_ptr().byte_add(offset) }
     }
 
     #[inline(always)]
-    fn code_at(&self, offset: u32) -> &Code {
+    fn code_at(&self, offset: usize) -> &Code {
         // SAFETY: As above.
-        unsafe { &*self.codes.as_ptr().byte_add(offset as usize) }
+        unsafe { &*self.codes.as_ptr().byte_add(offset) }
     }
 
     #[inline(always)]
-    fn user_at(&self, offset: u32) -> &User {
+    fn user_at(&self, offset: usize) -> &User {
         // SAFETY: As above.
-        unsafe { &*self.users.as_ptr().byte_add(offset as usize) }
+        unsafe { &*self.users.as_ptr().byte_add(offset) }
     }
 
-    /// Return the rows of an exit; `None` where it has none yet.
+    /// Make all-zero bytes tables that have not begun.
+    pub fn prepare(&self) {
+        // No exit is one of the first row, that all latest rows are at first.
+        self.code_at(0).which.store(u32::MAX, Relaxed);
+    }
+
+    /// Return the rows of an exit that is none of a nested guest, if each is the latest one of its
+    /// set; `None` where they are to be looked for. If there are some, the reason has had an exit.
     #[inline(always)]
-    pub(super) fn rows_of(&self, keys: &Keys) -> Option<Rows> {
-        let detail = match keys.detail {
+    pub(super) fn latest_rows(&self, slot: Slot, key: Option<u64>, rip: u64) -> Option<Rows> {
+        let detail = match key {
             None => 0,
-            Some(key) => self.find_detail(key)?,
+            Some(key) => {
+                let set = set_of(key as u32, DETAIL_POWER);
+                // SAFETY: The set is below the power of 2 of their number.
+                let latest = own(unsafe { self.latest_details.get_unchecked(set) }).into();
+                if own(&self.detail_at(latest).key) != key {
+                    return None;
+                }
+                latest
+            }
         };
-        let code = match keys.tag.has_rip() {
-            true => self.find_code(keys.rip, keys.tag.0)?,
-            false if self.lacks_rip.load(Relaxed) == 0 => return None,
-            false => 0,
-        };
+        let set = code_set(rip, slot.index() as u32);
+        // SAFETY: As above.
+        let code = own(unsafe { self.latest_codes.get_unchecked(set) }).into();
+        let row = self.code_at(code);
+        if own(&row.rip) != rip || own(&row.which) != slot.index() as u32 {
+            return None;
+        }
         Some(Rows { detail, code })
     }
 
@@ -317,15 +365,32 @@ impl Tables {
     /// transition, before the ledger counts the exit.
     pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
         let detail = match keys.detail {
-            None => 0,
-            Some(key) => self
-                .find_detail(key)
-                .unwrap_or_else(|| self.new_detail(ledger, now, key)),
+            0 => 0,
+            key => {
+                let row = self
+                    .find_detail(key)
+                    .unwrap_or_else(|| self.new_detail(ledger, now, key));
+                if let Some(latest) = self.latest_details.get(set_of(key as u32, DETAIL_POWER)) {
+                    // INVARIANT: The row is there, and in use.
+                    latest.store(row as u16, Relaxed);
+                }
+                row
+            }
         };
-        let code = match keys.tag.has_rip() {
-            true => self
-                .find_code(keys.rip, keys.tag.0)
-                .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.tag.0)),
+        let code = match keys.which.has_rip() {
+            true => {
+                let row = self
+                    .find_code(keys.rip, keys.which)
+                    .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.which));
+                if let Some(latest) = self
+                    .latest_codes
+                    .get(code_set(keys.rip, keys.which.place()))
+                {
+                    // INVARIANT: As above.
+                    latest.store(row as u16, Relaxed);
+                }
+                row
+            }
             false => {
                 self.lacks_rip.store(1, Relaxed);
                 0
@@ -338,30 +403,20 @@ impl Tables {
     #[inline(always)]
     pub(super) fn take_exit(&self, rows: Rows) {
         // INVARIANT: By that of `Rows`.
-        self.detail.store(rows.detail, Relaxed);
-        self.code.store(rows.code, Relaxed);
+        self.detail.store(rows.detail as u32, Relaxed);
+        self.code.store(rows.code as u32, Relaxed);
         add(&self.detail_at(rows.detail).exits, 1);
         add(&self.code_at(rows.code).exits, 1);
     }
 
-    /// Return where the set of a detail begins.
-    #[inline(always)]
-    fn detail_set(key: u64) -> u32 {
-        const ROW: u32 = size_of::<Detail>() as u32;
-        let set = (key.wrapping_mul(SPREAD) >> (64 - DETAIL_POWER)) as u32;
-        // A set has WAYS rows, behind the first of the table.
-        set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW)
-    }
-
     /// Return where the row of a key is, if it has one.
-    #[inline(always)]
-    fn find_detail(&self, key: u64) -> Option<u32> {
-        let mut offset = Self::detail_set(key);
+    fn find_detail(&self, key: u64) -> Option<usize> {
+        let mut offset = start_of(set_of(key as u32, DETAIL_POWER), size_of::<Detail>());
         for _ in 0..WAYS {
             if own(&self.detail_at(offset).key) == key {
                 return Some(offset);
             }
-            offset = offset.wrapping_add(size_of::<Detail>() as u32);
+            offset = offset.wrapping_add(size_of::<Detail>());
         }
         None
     }
@@ -369,20 +424,17 @@ impl Tables {
     /// Give a key a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64) -> u32 {
-        const ROW: u32 = size_of::<Detail>() as u32;
+    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64) -> usize {
+        const ROW: usize = size_of::<Detail>();
         self.begin(ledger, now);
-        let first = Self::detail_set(key);
+        let first = start_of(set_of(key as u32, DETAIL_POWER), ROW);
         let mut chosen = (first, u64::MAX);
         let mut offset = first;
         for _ in 0..WAYS {
             let row = self.detail_at(offset);
             if row.key.load(Relaxed) == 0 {
                 // The first row is nobody's.
-                mark(
-                    &self.details_in_use,
-                    (offset / ROW).wrapping_sub(1) as usize,
-                );
+                mark(&self.details_in_use, (offset / ROW).wrapping_sub(1));
                 row.key.store(key, Relaxed);
                 return offset;
             }
@@ -411,23 +463,14 @@ impl Tables {
         offset
     }
 
-    /// Return which set a place in the guest's code belongs to.
-    #[inline(always)]
-    fn code_set(rip: u64, tag: u64) -> u32 {
-        let mixed = (rip ^ tag << 48).wrapping_mul(SPREAD);
-        (mixed >> (64 - CODE_POWER)) as u32
-    }
-
     /// Return where the row of a place in the guest's code is, if it has one.
-    #[inline(always)]
-    fn find_code(&self, rip: u64, tag: u64) -> Option<u32> {
-        const ROW: u32 = size_of::<Code>() as u32;
-        let set = Self::code_set(rip, tag);
-        // As in `detail_set`.
-        let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
+    fn find_code(&self, rip: u64, which: Which) -> Option<usize> {
+        const ROW: usize = size_of::<Code>();
+        let mut offset = start_of(code_set(rip, which.place()), ROW);
         for _ in 0..WAYS {
             let row = self.code_at(offset);
-            if own(&row.rip) == rip && own(&row.tag) == tag {
+            // All bytes of a free row are 0, which is a place of the first reason as well.
+            if own(&row.rip) == rip && own(&row.which) == which.0 && own(&row.exits) != 0 {
                 return Some(offset);
             }
             offset = offset.wrapping_add(ROW);
@@ -438,18 +481,18 @@ impl Tables {
     /// Give a place in the guest's code a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, tag: u64) -> u32 {
-        const ROW: u32 = size_of::<Code>() as u32;
+    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, which: Which) -> usize {
+        const ROW: usize = size_of::<Code>();
         self.begin(ledger, now);
-        let set = Self::code_set(rip, tag);
-        let mut offset = set.wrapping_mul(WAYS as u32 * ROW).wrapping_add(ROW);
+        let set = code_set(rip, which.place());
+        let mut offset = start_of(set, ROW);
         let mut chosen = (offset, u64::MAX);
         for _ in 0..WAYS {
             let row = self.code_at(offset);
-            if row.tag.load(Relaxed) == 0 {
-                mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1) as usize);
+            if row.exits.load(Relaxed) == 0 {
+                mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1));
                 row.rip.store(rip, Relaxed);
-                row.tag.store(tag, Relaxed);
+                row.which.store(which.0, Relaxed);
                 return offset;
             }
             let weight = row
@@ -464,12 +507,12 @@ impl Tables {
         let (offset, missed) = chosen;
         let row = self.code_at(offset);
         let mut lost = 0;
-        if let Some(cell) = self.code_lost.get(set as usize) {
+        if let Some(cell) = self.code_lost.get(set) {
             add(cell, row.kernel.load(Relaxed));
             lost = cell.load(Relaxed);
         }
         row.rip.store(rip, Relaxed);
-        row.tag.store(tag, Relaxed);
+        row.which.store(which.0, Relaxed);
         row.missed_exits.store(missed, Relaxed);
         row.missed_kernel.store(lost, Relaxed);
         for cell in [&row.exits, &row.kernel] {
@@ -499,8 +542,8 @@ impl Tables {
     /// Book kernel ticks on the rows of the latest exit.
     #[inline(always)]
     pub(super) fn book_kernel(&self, ticks: u64) {
-        add(&self.detail_at(self.detail.load(Relaxed)).kernel, ticks);
-        add(&self.code_at(self.code.load(Relaxed)).kernel, ticks);
+        add(&self.detail_at(own(&self.detail) as usize).kernel, ticks);
+        add(&self.code_at(own(&self.code) as usize).kernel, ticks);
     }
 
     /// Book ticks of a phase, by its number, on the rows of the latest exit, which was of a reason.
@@ -509,10 +552,10 @@ impl Tables {
         if phase == Phase::Kernel as u32 {
             self.book_kernel(ticks);
         } else if phase == Phase::User as u32 {
-            add(&self.detail_at(self.detail.load(Relaxed)).user, ticks);
-            let row = self.user_at(self.user.load(Relaxed));
+            add(&self.detail_at(own(&self.detail) as usize).user, ticks);
+            let row = self.user_at(own(&self.user) as usize);
             // The latest exit to user space may be of another reason than the latest exit.
-            if slot.map(reason_of) == Some(row.tag.load(Relaxed) >> 16) {
+            if slot.map(user_reason) == Some(row.tag.load(Relaxed) >> 16) {
                 add(&row.ticks, ticks);
             }
         }
@@ -520,14 +563,14 @@ impl Tables {
 
     /// Take an exit to user space, for `why`: KVM_EXIT_* (linux/kvm.h), in 16 bits.
     pub(super) fn leave_to_user(&self, slot: Option<Slot>, why: u16) {
-        const ROW: u32 = size_of::<User>() as u32;
+        const ROW: usize = size_of::<User>();
         let Some(slot) = slot else {
             return;
         };
         if self.has_begun.load(Relaxed) == 0 {
             return;
         }
-        let tag = reason_of(slot) << 16 | u64::from(why);
+        let tag = user_reason(slot) << 16 | u64::from(why);
         let mut offset = ROW;
         for _ in 0..USERS {
             let row = self.user_at(offset);
@@ -541,7 +584,7 @@ impl Tables {
             }
             add(&row.exits, 1);
             // INVARIANT: That row is there.
-            self.user.store(offset, Relaxed);
+            self.user.store(offset as u32, Relaxed);
             return;
         }
         // INVARIANT: The first row.

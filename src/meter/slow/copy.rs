@@ -2,11 +2,9 @@
 
 //! The recorder at rest: the copy of that of one vCPU, and the exits in it.
 
-use crate::meter::{atomic::Ordering::Relaxed, phase::Phase, reasons::Slot};
+use crate::meter::{atomic::Ordering::Relaxed, detail, phase::Phase, reasons::Slot};
 
-use super::{
-    slot_of, Slow, KEPT, NO_DETAIL, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT,
-};
+use super::{Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
 
 /// An exit, told in full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,17 +38,23 @@ impl SlowExit {
 
     /// The reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        slot_of(self.key)
+        match detail::slot_of(self.key) {
+            None => Slot::from_index((self.key as usize & 0xff).wrapping_sub(1)),
+            slot => slot,
+        }
     }
 
     /// Whether it came from a nested guest.
     pub fn is_nested(&self) -> bool {
-        self.key >> 63 != 0
+        match detail::slot_of(self.key) {
+            None => self.key >> 8 & 1 != 0,
+            Some(_) => self.key & detail::NESTED != 0,
+        }
     }
 
     /// What it was about, as a row of details has it; `None` where the exit did not tell.
     pub fn detail(&self) -> Option<u64> {
-        Some(self.key & NO_DETAIL).filter(|detail| *detail != NO_DETAIL)
+        detail::slot_of(self.key).map(|_| detail::detail_of(self.key))
     }
 
     /// TSC ticks in a phase up to the entry after it; 0 in the guest's.

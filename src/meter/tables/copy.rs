@@ -4,13 +4,14 @@
 
 use crate::meter::{
     atomic::{AtomicU64, Ordering::Relaxed},
+    detail,
     ledger::LedgerCopy,
     phase::Phase,
     reasons::{Slot, SLOTS},
     slow::SlowCopy,
 };
 
-use super::{slot_of, Tables, CODES, CODE_NESTED, DETAILS, TAG, USERS};
+use super::{Tables, Which, CODES, DETAILS, USERS};
 
 /// A row of details, at rest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,17 +44,17 @@ impl DetailCopy {
 
     /// The reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        slot_of(self.key >> TAG & ((1 << CODE_NESTED) - 1))
+        detail::slot_of(self.key)
     }
 
     /// Whether the exits came from a nested guest.
     pub fn is_nested(&self) -> bool {
-        self.key >> (TAG + CODE_NESTED) & 1 != 0
+        self.key & detail::NESTED != 0
     }
 
     /// What the exits were about.
     pub fn detail(&self) -> u64 {
-        self.key & ((1 << TAG) - 1)
+        detail::detail_of(self.key)
     }
 }
 
@@ -62,7 +63,7 @@ impl DetailCopy {
 pub struct CodeCopy {
     /// Where the guest was.
     pub rip: u64,
-    pub(super) tag: u64,
+    pub(super) which: u32,
     /// Exits since the row began.
     pub exits: u64,
     /// Kernel ticks of these.
@@ -76,7 +77,7 @@ pub struct CodeCopy {
 impl CodeCopy {
     const EMPTY: Self = Self {
         rip: 0,
-        tag: 0,
+        which: 0,
         exits: 0,
         kernel: 0,
         missed_exits: 0,
@@ -85,12 +86,12 @@ impl CodeCopy {
 
     /// The reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        slot_of(self.tag & ((1 << CODE_NESTED) - 1))
+        Some(Which(self.which).slot())
     }
 
     /// Whether the exits came from a nested guest.
     pub fn is_nested(&self) -> bool {
-        self.tag >> CODE_NESTED & 1 != 0
+        Which(self.which).is_nested()
     }
 }
 
@@ -113,7 +114,7 @@ impl UserCopy {
 
     /// The reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        slot_of(self.tag >> 16)
+        Slot::from_index(((self.tag >> 16) as usize).wrapping_sub(1))
     }
 
     /// KVM_EXIT_*, as KVM told user space.
@@ -330,7 +331,7 @@ impl Tables {
             if let (Some(from), Some(to)) = (from, out.codes.get_mut(count)) {
                 *to = CodeCopy {
                     rip: from.rip.load(Relaxed),
-                    tag: from.tag.load(Relaxed),
+                    which: from.which.load(Relaxed),
                     exits: from.exits.load(Relaxed),
                     kernel: from.kernel.load(Relaxed),
                     missed_exits: from.missed_exits.load(Relaxed),

@@ -127,6 +127,7 @@ impl Metered {
                 Box::new(core::mem::zeroed()),
             )
         };
+        tables.prepare();
         tables.slow().set_limit(limit);
         // SAFETY: They stay until this is dropped.
         unsafe { ledger.set_tables((&raw const *tables).cast_mut()) };
@@ -175,8 +176,7 @@ impl Metered {
 
     fn exit(&mut self, key: u8, nested: bool) {
         let about = about(key, nested);
-        self.ledger
-            .exit_with(&self.tables, self.now, slot(key), &about);
+        self.ledger.exit_with(&self.tables, self.now, &about);
         if self.exits.is_empty() {
             self.windows = [self.now; 2];
         }
@@ -185,7 +185,7 @@ impl Metered {
             exited: self.now,
             slot: slot(key),
             nested,
-            detail: about.detail,
+            detail: detail_of(key),
             rip: about.rip.unwrap_or(0),
             ticks: [0; Phase::COUNT],
             outs: 0,
@@ -381,11 +381,15 @@ fn slot(key: u8) -> Slot {
 }
 
 /// What a key's exits are about: the third reason has no details, and one detail of the second is 0.
+fn detail_of(key: u8) -> Option<u64> {
+    (key % 4 != 2).then_some(u64::from(key / 4) << (detail::BITS - 6))
+}
+
 fn about(key: u8, nested: bool) -> About {
-    let detail = u64::from(key / 4);
     About {
+        slot: slot(key),
         nested,
-        detail: (key % 4 != 2).then_some(detail << (detail::BITS - 6)),
+        key: detail_of(key).map(|detail| detail::key_of(slot(key), detail)),
         rip: Some(0xffff_ffff_8100_0000 + u64::from(key)),
     }
 }

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use exitmeter_meter::{
+    detail,
     histogram::{bucket, quantile, Buckets, EMPTY},
     leaves::LeafMap,
     ledger::{Ledger, LedgerCopy, Totals},
@@ -78,7 +79,7 @@ const NESTED: [u32; 2] = [10, 12];
 /// A vCPU that began at `now` and had for each (code, exits, kernel ticks of each, phase,
 /// ticks in it of each): so many exits, each after 40 000 ticks of guest.
 ///
-/// It has tables. Each exit but those with code 1 has a detail, its number modulo 3, and unless
+/// It has tables. Each exit but those with code 1 has a detail, by its code and its number modulo 3, and unless
 /// `no_rip` each comes from one of two places.
 fn lived(
     mut now: u64,
@@ -88,6 +89,7 @@ fn lived(
     let ledger = ledger();
     // SAFETY: All-zero bytes are valid tables.
     let tables: Box<Tables> = Box::new(unsafe { core::mem::zeroed() });
+    tables.prepare();
     // A wait for the host is as long.
     tables.slow().set_limit(1_900_000);
     ledger.begin(now, Phase::User);
@@ -100,11 +102,13 @@ fn lived(
             now += 40_000;
             let slot = reasons::slot(Isa::Vmx, code);
             let about = About {
+                slot,
                 nested: NESTED.contains(&code) && number % 2 == 1,
-                detail: (code != 1).then_some(number % 3),
+                key: (code != 1)
+                    .then_some(detail::key_of(slot, (u64::from(code) << 8) + number % 3)),
                 rip: (!no_rip).then_some(0xffff_ffff_8100_0000 + number % 2),
             };
-            ledger.exit_with(&tables, now, slot, &about);
+            ledger.exit_with(&tables, now, &about);
             // One of the kernel's ticks comes after what else there is.
             now += kernel - 1;
             if phase != Phase::Kernel {
@@ -845,9 +849,9 @@ fn tables_read_back() {
     assert_eq!(
         msrs,
         [
-            (0, false, false, 1549),
-            (1, false, false, 1548),
-            (2, false, false, 1548)
+            (1 << 32 | 0x2000, false, false, 1549),
+            (1 << 32 | 0x2001, false, false, 1548),
+            (1 << 32 | 0x2002, false, false, 1548)
         ]
     );
     // CPUID: each second one from a nested guest.

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use exitmeter_meter::{
+    detail,
     ledger::{Ledger, LedgerCopy},
     phase::Phase,
     reasons::{self, Isa, Slot},
@@ -101,6 +102,7 @@ impl Metered {
         // SAFETY: All-zero bytes are a valid ledger and valid tables.
         let (ledger, tables): (Box<Ledger>, Box<Tables>) =
             unsafe { (Box::new(core::mem::zeroed()), Box::new(core::mem::zeroed())) };
+        tables.prepare();
         let metered = Self {
             ledger,
             tables,
@@ -133,13 +135,14 @@ impl Metered {
         why: u16,
     ) {
         let about = About {
+            slot,
             nested,
-            detail: detail.then_some(key),
+            key: detail.then_some(detail::key_of(slot, key)),
             rip: (rip != 0).then_some(rip),
         };
         self.begun |= detail || rip != 0;
         let now = self.at(50);
-        self.ledger.exit_with(&self.tables, now, slot, &about);
+        self.ledger.exit_with(&self.tables, now, &about);
         if user != 0 {
             let now = self.at(kernel);
             self.ledger
@@ -270,10 +273,7 @@ impl Metered {
 
 /// Details of one set, by the rule of `Tables`.
 fn of_one_set(slot: Slot, count: usize) -> Vec<u64> {
-    let set = |detail: u64| {
-        let key = detail | (slot.index() as u64 + 1) << 55;
-        key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58
-    };
+    let set = |detail| (detail::key_of(slot, detail) as u32).wrapping_mul(0x61c8_8647) >> 26;
     (0..)
         .filter(|detail| set(*detail) == set(0))
         .take(count)
@@ -354,14 +354,13 @@ fn tables_go_on_when_the_clock_begins_anew() {
         unsafe { metered.ledger.set_tables(&raw mut *metered.tables) };
         let slot = slots()[1];
         let about = About {
+            slot,
             nested: false,
-            detail: Some(5),
+            key: Some(detail::key_of(slot, 5)),
             rip: Some(9),
         };
         let begun = metered.at(100);
-        metered
-            .ledger
-            .exit_with(&metered.tables, begun, slot, &about);
+        metered.ledger.exit_with(&metered.tables, begun, &about);
         let now = metered.at(10);
         if phase == Phase::User {
             metered
@@ -390,6 +389,30 @@ fn tables_go_on_when_the_clock_begins_anew() {
     }
 }
 
+/// All bytes of an exit of the first reason at address 0 are 0, as those of a row that is free.
+#[test]
+fn an_exit_whose_numbers_are_0_has_a_row() {
+    let mut metered = Metered::new();
+    let slot = reasons::slot(Isa::Svm, 0);
+    let about = About {
+        slot,
+        nested: false,
+        key: None,
+        rip: Some(0),
+    };
+    for _ in 0..3 {
+        let now = metered.at(50);
+        metered.ledger.exit_with(&metered.tables, now, &about);
+        let now = metered.at(20);
+        metered.ledger.entry_with(&metered.tables, now);
+    }
+    let (ledger, tables) = metered.copy();
+    assert_eq!(ledger.row(slot).exits, 3);
+    let row = tables.codes()[0];
+    assert_eq!((row.slot(), row.rip, row.exits), (Some(slot), 0, 3));
+    assert!(tables.other_codes(&ledger, slot).is_empty());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: if cfg!(miri) { 3 } else { 128 },
@@ -408,7 +431,7 @@ proptest! {
     ) {
         let mut random = Random(seed);
         let mut metered = Metered::new();
-        let colliding: Vec<_> = slots().iter().map(|slot| of_one_set(*slot, WAYS + 1)).collect();
+        let colliding = slots().map(|slot| of_one_set(slot, WAYS + 1));
         for number in 0..exits {
             let place = match stream {
                 Stream::Hostile => number / 50 % 3,

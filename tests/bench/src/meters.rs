@@ -19,6 +19,8 @@ pub enum Meter {
     None,
     /// exitmeter as it loads.
     Exitmeter,
+    /// exitmeter with details=1: each exit is told with what it was about.
+    ExitmeterDetails,
     /// exitmeter with leaf_map=0: nothing redirects KVM's CPUID.
     ExitmeterNoLeaves,
     /// exitmeter's callbacks alone, which return at once.
@@ -55,6 +57,7 @@ impl Meter {
         match self {
             Meter::None => "no meter",
             Meter::Exitmeter => "exitmeter",
+            Meter::ExitmeterDetails => "exitmeter, details=1",
             Meter::ExitmeterNoLeaves => "exitmeter, leaf_map=0",
             Meter::OnlyHooks => "its hooks alone",
             Meter::OnlyTransitions => "hooks, clock, ledger's head",
@@ -110,6 +113,10 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
     Ok(match meter {
         Meter::None => None,
         Meter::Exitmeter => Some(Box::new(exitmeter::Loaded::new(&["log_queries=0"])?)),
+        Meter::ExitmeterDetails => Some(Box::new(exitmeter::Loaded::new(&[
+            "log_queries=0",
+            "details=1",
+        ])?)),
         Meter::ExitmeterNoLeaves => Some(Box::new(exitmeter::Loaded::new(&["leaf_map=0"])?)),
         Meter::OnlyHooks
         | Meter::OnlyTransitions

@@ -13,7 +13,7 @@ use super::{
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    slow::{self, Leaving, Told},
+    slow::{Leaving, Told},
     tables::{About, Keys, Tables, TablesCopy, Which},
 };
 
@@ -383,21 +383,19 @@ impl Ledger {
     /// A VM exit of a vCPU that has tables.
     #[inline(always)]
     pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
-        let rows = match (about.nested, about.rip) {
+        let (key, rows) = match (about.nested, about.rip) {
             (false, Some(rip)) => tables.latest_rows(about.slot, about.key, rip),
-            _ => None,
+            _ => (about.whole_key(), None),
         };
-        let place = tables.slow().next();
-        if let (Some(rows), Some(place)) = (rows, place) {
+        if let Some(rows) = rows.filter(|_| tables.slow().has_room()) {
             if let Some(ticks) = self.begin_transition(now) {
                 tables.take_exit(rows);
-                let told = Told {
-                    last: now.wrapping_sub(ticks),
+                tables.slow().take_exit(&Told {
                     now,
-                    key: slow::key(about.slot, false, about.key.unwrap_or(0)),
+                    guest: ticks,
+                    key,
                     rip: about.rip.unwrap_or(0),
-                };
-                tables.slow().take_exit(place, &told);
+                });
                 let row = self.change_to_kernel(about.slot, ticks);
                 if parts::COUNTS {
                     add(self.cell(row, Column::Exits), 1);
@@ -406,13 +404,13 @@ impl Ledger {
             }
         }
         // So that all goes in registers.
-        let Keys { which, detail, rip } = about.keys();
-        self.exit_anew(tables, now, which, detail, rip);
+        let Keys { which, rip, .. } = about.keys();
+        self.exit_anew(tables, now, which, key, rip);
     }
 
     /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
     #[inline(never)]
-    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, detail: u64, rip: u64) {
+    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, key: u64, rip: u64) {
         let mut now = now;
         let ticks = match self.begin_transition(now) {
             Some(ticks) => ticks,
@@ -421,16 +419,15 @@ impl Ledger {
                 self.begin_transition(now).unwrap_or(0)
             }
         };
-        tables.take_exit(tables.rows_for(self, now, &Keys { which, detail, rip }));
-        let told = Told {
-            last: now.wrapping_sub(ticks),
+        let rows = tables.rows_for(self, now, &Keys { which, key, rip });
+        tables.take_exit(rows);
+        tables.slow().make_room(now);
+        tables.slow().take_exit(&Told {
             now,
-            key: slow::key(which.slot(), which.is_nested(), detail),
+            guest: ticks,
+            key,
             rip,
-        };
-        tables
-            .slow()
-            .take_exit(tables.slow().next_or_anew(now), &told);
+        });
         self.count_exit(now, which.slot(), ticks, which.is_nested());
     }
 

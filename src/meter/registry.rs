@@ -915,7 +915,10 @@ impl Spare {
                 Lacking::Tables => match zeroed::<Tables>(platform, may_sleep) {
                     Some(tables) => {
                         tables.as_ref().prepare();
-                        tables.as_ref().slow().set_limit(registry.settings.slow_ticks);
+                        tables
+                            .as_ref()
+                            .slow()
+                            .set_limit(registry.settings.slow_ticks);
                         self.tables = tables.as_ptr();
                     }
                     None => self.no_tables = true,

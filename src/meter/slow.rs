@@ -30,6 +30,7 @@
 
 use super::{
     atomic::{own, AtomicU32, AtomicU64, Ordering::Relaxed},
+    detail,
     phase::Phase,
     reasons::Slot,
 };
@@ -57,15 +58,15 @@ const RING_TOP: u32 = RING_LOW + (RING as u32 - 1) * STEP;
 /// The last step of the ring that nobody reads.
 const SCRATCH_TOP: u32 = RING_LOW - STEP;
 
-/// What each exit leaves behind. Without a course it was in the kernel up to the next one's
-/// `entered`, on one CPU.
+/// What each exit leaves behind. Without a course it was in the kernel up to the latest transition
+/// before the next one, on one CPU.
 #[repr(C)]
 #[derive(Debug)]
 struct Step {
-    /// TSC at the latest transition before the exit: an entry, but for the first exit.
-    entered: AtomicU64,
     /// TSC at the exit.
     exited: AtomicU64,
+    /// Ticks between that and the latest transition before it, an entry.
+    guest: AtomicU64,
     /// Reason, nested or not, and detail; 0 for none.
     key: AtomicU64,
     rip: AtomicU64,
@@ -106,17 +107,16 @@ struct Kept {
     _reserved: AtomicU32,
 }
 
-/// Return reason, nested or not, and detail of an exit as one word, which is not 0. `detail` is its
-/// key as details have it, or 0.
-///
-/// Without a detail that is the reason from 1, and bit 8 for a nested guest: where the key of a detail
-/// has its reason, there is 0.
+/// Return the key of an exit without a detail, which is not 0: the reason from 1, and bit 8 for a
+/// nested guest. Where the key of a detail has its reason, there is 0.
 #[inline(always)]
-pub(super) fn key(slot: Slot, nested: bool, detail: u64) -> u64 {
-    match detail {
-        0 => (slot.index() as u64).wrapping_add(1) | u64::from(nested) << 8,
-        detail => detail,
-    }
+pub(super) fn key(slot: Slot, nested: bool) -> u64 {
+    (slot.index() as u64).wrapping_add(1) | u64::from(nested) << 8
+}
+
+/// Return true if a key is that of an exit with a detail.
+pub(super) fn has_detail(key: u64) -> bool {
+    key >> detail::BITS != 0
 }
 
 /// Set where an exit went to user space, above why: KVM_EXIT_*.
@@ -144,11 +144,11 @@ pub(super) struct Place(u32);
 /// An exit, as the ledger tells of it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Told {
-    /// TSC at the transition before it.
-    pub(super) last: u64,
     /// TSC at the exit.
     pub(super) now: u64,
-    /// Reason, nested or not, and detail; not 0.
+    /// Ticks since the transition before it.
+    pub(super) guest: u64,
+    /// See [`key`].
     pub(super) key: u64,
     pub(super) rip: u64,
 }
@@ -282,60 +282,58 @@ impl Slow {
         self.courses.get(of_ring).unwrap_or(others)
     }
 
-    /// Return the step for the next exit; `None` when the ring is full.
+    /// Return true if there is a step for the next exit.
     #[inline(always)]
-    pub(super) fn next(&self) -> Option<Place> {
+    pub(super) fn has_room(&self) -> bool {
         // SAFETY: This thread holds the vCPU, so nobody else writes them.
-        let (at, low) = unsafe { (own(&self.at), own(&self.low)) };
-        if at == low {
-            return None;
-        }
-        // INVARIANT: `low` is not above `at`.
-        Some(Place(at.wrapping_sub(STEP)))
+        unsafe { own(&self.at) != own(&self.low) }
     }
 
-    /// Return the step for the next exit, at TSC `now`, by beginning the ring anew where it is full.
-    #[cold]
-    pub(super) fn next_or_anew(&self, now: u64) -> Place {
-        if let Some(place) = self.next() {
-            return place;
+    /// Begin the ring anew where it is full, for an exit at TSC `now`, which has to follow.
+    pub(super) fn make_room(&self, now: u64) {
+        if self.has_room() {
+            return;
         }
-        let low = self.low.load(Relaxed);
         if self.has_begun.load(Relaxed) == 0 {
             self.has_begun.store(1, Relaxed);
             for window in &self.windows {
                 window.begun.store(now, Relaxed);
             }
-            // INVARIANT: `at` follows with the step that is returned.
-            self.low.store(RING_LOW, Relaxed);
-            return Place(RING_TOP);
+            return self.go_to(RING_LOW, RING_TOP);
         }
         if self.turn_window(now) {
             self.floor.store(0, Relaxed);
         }
-        let (len, top) = match low {
-            0 => (SCRATCH, SCRATCH_TOP),
-            _ => (RING, RING_TOP),
-        };
-        add(&self.base, len as u64);
         let is_frozen = self.frozen.load(Relaxed) != 0;
-        if !self.is_asked() || !is_frozen {
-            return Place(top);
+        let len = if is_frozen { SCRATCH } else { RING };
+        add(&self.base, len as u64);
+        if self.is_asked() && is_frozen {
+            self.thaw(self.base.load(Relaxed));
+            add(&self.base, RING as u64);
         }
-        self.thaw(self.base.load(Relaxed));
-        add(&self.base, RING as u64);
-        // INVARIANT: As above.
-        Place(RING_TOP)
+        match self.frozen.load(Relaxed) {
+            0 => self.go_to(RING_LOW, RING_TOP),
+            _ => self.go_to(0, SCRATCH_TOP),
+        }
     }
 
-    /// Take an exit into its step.
+    /// Have the next exit take the step `top`, of those from `low` on.
+    fn go_to(&self, low: u32, top: u32) {
+        // INVARIANT: The next exit, which follows, makes that the number of a place.
+        self.at.store(top.wrapping_add(STEP), Relaxed);
+        self.low.store(low, Relaxed);
+    }
+
+    /// Take an exit into the next step. There has to be room.
     #[inline(always)]
-    pub(super) fn take_exit(&self, place: Place, told: &Told) {
-        // INVARIANT: By that of `Place`.
+    pub(super) fn take_exit(&self, told: &Told) {
+        // Loaded once more, so that no register has to hold it since `has_room`.
+        // INVARIANT: `low` is not above `at`, and they were not the same.
+        let place = Place(self.at.load(Relaxed).wrapping_sub(STEP));
         self.at.store(place.0, Relaxed);
         let step = self.step_at(place);
-        step.entered.store(told.last, Relaxed);
         step.exited.store(told.now, Relaxed);
+        step.guest.store(told.guest, Relaxed);
         step.key.store(told.key, Relaxed);
         step.rip.store(told.rip, Relaxed);
     }
@@ -343,7 +341,7 @@ impl Slow {
     /// Return the most ticks of an exit after which an entry needs nothing to be done.
     #[inline(always)]
     pub(super) fn floor(&self) -> u64 {
-        // SAFETY: As in `next`.
+        // SAFETY: As in `has_room`.
         unsafe { own(&self.floor) }
     }
 
@@ -665,7 +663,6 @@ impl Slow {
         self.floor.store(0, Relaxed);
         let shift = |cell: &AtomicU64| add(cell, now.wrapping_sub(then));
         for step in &self.steps {
-            shift(&step.entered);
             shift(&step.exited);
         }
         for course in &self.courses {

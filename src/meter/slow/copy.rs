@@ -90,8 +90,8 @@ impl SlowExit {
 /// A copied step.
 #[derive(Clone, Copy, Debug)]
 struct StepCopy {
-    entered: u64,
     exited: u64,
+    guest: u64,
     key: u64,
     rip: u64,
 }
@@ -142,8 +142,8 @@ impl SlowCopy {
     /// A copy of a recorder that has recorded nothing.
     pub const fn new() -> Self {
         const STEP: StepCopy = StepCopy {
-            entered: 0,
             exited: 0,
+            guest: 0,
             key: 0,
             rip: 0,
         };
@@ -270,7 +270,10 @@ impl SlowCopy {
                 None => {
                     let until = match age {
                         0 => last,
-                        _ => self.steps.get(place.wrapping_sub(1) % RING)?.entered,
+                        _ => {
+                            let next = self.steps.get(place.wrapping_sub(1) % RING)?;
+                            next.exited.wrapping_sub(next.guest)
+                        }
                     };
                     exit.set_kernel(until.wrapping_sub(step.exited));
                     let on = *cpu.get_or_insert_with(|| self.oldest_cpu());
@@ -334,8 +337,8 @@ impl Slow {
         let steps = self.steps.iter().skip(SCRATCH);
         for (from, to) in steps.zip(&mut out.steps) {
             *to = StepCopy {
-                entered: from.entered.load(Relaxed),
                 exited: from.exited.load(Relaxed),
+                guest: from.guest.load(Relaxed),
                 key: from.key.load(Relaxed),
                 rip: from.rip.load(Relaxed),
             };

@@ -92,12 +92,25 @@ fn the_slowest_exits_with_their_phases() {
         printed.starts_with("slow exits (VMX), in microseconds, at times in UTC\n"),
         "{printed}"
     );
-    let rows = table(&printed, "kvm-1234, process 1234: 20 slowest exits of 32 that are kept");
+    let rows = table(
+        &printed,
+        "kvm-1234, process 1234: 20 slowest exits of 32 that are kept",
+    );
     assert_eq!(
         rows[0],
         [
-            "when", "vCPU", "exit", "code", "CPU", "took", "kernel", "user", "waiting",
-            "preempted", "halted", "outs"
+            "when",
+            "vCPU",
+            "exit",
+            "code",
+            "CPU",
+            "took",
+            "kernel",
+            "user",
+            "waiting",
+            "preempted",
+            "halted",
+            "outs"
         ]
     );
     // 9 waits for the host, then the preempted ones; the longest first. The guest's own sleep, 3750
@@ -109,7 +122,10 @@ fn the_slowest_exits_with_their_phases() {
         let numbers = ["3->5", "837.4", "4.1", "0", "833.3", "0", "0", "1"];
         assert_eq!(row[4..], numbers);
     }
-    assert_eq!(rows[10][2], "EXTERNAL_INTERRUPT".replace("EXTERNAL_INTERRUPT", rows[10][2]));
+    assert_eq!(
+        rows[10][2],
+        "EXTERNAL_INTERRUPT".replace("EXTERNAL_INTERRUPT", rows[10][2])
+    );
     assert_eq!(rows[10][5..], ["129.5", "0.4", "0", "0", "129.2", "0", "1"]);
     assert!(printed.contains("\nThe ring of vCPU 0 is frozen, for EPT_VIOLATION "));
     assert!(printed.contains(": --ring shows what led to it.\n"));
@@ -136,8 +152,14 @@ fn the_time_on_the_wall_is_that_of_the_exit() {
     assert_eq!(culprit["when"], expected);
     assert_eq!(culprit["name"], "EPT_VIOLATION");
     assert_eq!(culprit["detail"]["kind"], "memory");
-    assert_eq!((&culprit["took"], &culprit["waiting"]), (&2_009_800.into(), &2_000_000.into()));
-    assert_eq!((&culprit["cpu_exit"], &culprit["cpu_entry"]), (&3.into(), &5.into()));
+    assert_eq!(
+        (&culprit["took"], &culprit["waiting"]),
+        (&2_009_800.into(), &2_000_000.into())
+    );
+    assert_eq!(
+        (&culprit["cpu_exit"], &culprit["cpu_entry"]),
+        (&3.into(), &5.into())
+    );
     assert_eq!(culprit["rip"], "0xffffffff81000000");
     assert_eq!(json["vms"][0]["slowest"].as_array().unwrap().len(), 32);
 }
@@ -182,7 +204,9 @@ fn values_are_a_line_for_each_exit() {
     let titles = slowest[0].split(',').count();
     for line in &slowest[1..] {
         assert_eq!(line.split(',').count(), titles, "{line}");
-        assert!(line.contains(",EPT_VIOLATION,") && line.contains(",3,5,2009800,9800,0,2000000,0,0,1,"));
+        assert!(
+            line.contains(",EPT_VIOLATION,") && line.contains(",3,5,2009800,9800,0,2000000,0,0,1,")
+        );
     }
     let ring = lines(&["--csv", "--ring", "--vm", "1234", saved.path()]);
     assert_eq!(ring.len(), 1 + 64 + 64);
@@ -194,16 +218,28 @@ fn what_there_is_not_is_told() {
     let saved = Saved::new(SAVED);
     let (status, said) = refused(&[WITHOUT_TABLES]);
     assert_eq!(status, Some(1));
-    assert!(said.contains("has no slow exits: details were off"), "{said}");
+    assert!(
+        said.contains("has no slow exits: details were off"),
+        "{said}"
+    );
     let (_, said) = refused(&["--vm", "999", saved.path()]);
-    assert!(said.contains("those that run are kvm-1234, kvm-1300"), "{said}");
+    assert!(
+        said.contains("those that run are kvm-1234, kvm-1300"),
+        "{said}"
+    );
     let (_, said) = refused(&["--reason", "NPF", saved.path()]);
     assert!(said.contains("no exit reason of vmx"), "{said}");
     let (_, said) = refused(&["--device", "/nowhere"]);
-    assert!(said.starts_with("exitmeter: cannot read /nowhere"), "{said}");
+    assert!(
+        said.starts_with("exitmeter: cannot read /nowhere"),
+        "{said}"
+    );
     // A device whose details are off is told before they are turned on.
     let (_, said) = refused(&["--device", WITHOUT_TABLES]);
-    assert!(said.contains("details are off, so no exit has been recorded"), "{said}");
+    assert!(
+        said.contains("details are off, so no exit has been recorded"),
+        "{said}"
+    );
     let (status, _) = refused(&["--device", "/nowhere", "--", "true"]);
     assert_eq!(status, Some(125));
 }

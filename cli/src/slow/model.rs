@@ -231,7 +231,7 @@ impl Exit {
         let place = exit.rip.and_then(|rip| symbols.find(rip));
         let detail = (exit.detail_kind != Kind::None as u8)
             .then(|| Detail::new(exit.detail_kind, exit.detail));
-        let age = host.snapshot_tsc.wrapping_sub(exit.time).cast_signed();
+        let age = i128::from(host.snapshot_tsc) - i128::from(exit.time);
         let when = |time: Moment| time.before(age, host.tsc_khz?);
         let [cpu_exit, cpu_entry] = exit.cpus;
         Self {

@@ -19,8 +19,8 @@ impl Moment {
     }
 
     /// Return the moment that lies so many ticks before; `khz` is how many a millisecond has.
-    pub fn before(self, ticks: i64, khz: u32) -> Option<Self> {
-        let micros = i128::from(ticks) * 1000 / i128::from(khz.max(1));
+    pub fn before(self, ticks: i128, khz: u32) -> Option<Self> {
+        let micros = ticks.checked_mul(1000)? / i128::from(khz.max(1));
         let micros = i128::from(self.0).checked_sub(micros)?;
         Some(Self(i64::try_from(micros).ok()?))
     }
@@ -102,6 +102,6 @@ mod tests {
         assert_eq!(before(2_400_000_000, 2_400_000), after(99, 5));
         assert_eq!(before(12_000, 2_400_000), after(100, 0));
         assert_eq!(before(-2_400_000, 2_400_000), after(100, 1005));
-        assert!(before(i64::MAX, 2_400_000) < moment);
+        assert!(before(i64::MAX.into(), 2_400_000) < moment);
     }
 }

@@ -531,7 +531,7 @@ impl Ledger {
     #[inline(always)]
     pub fn entry_with(&self, tables: &Tables, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry_with(tables, now);
+            return self.late_entry_told(tables, now);
         };
         tables.book_kernel(ticks);
         let row = self.enter_after(ticks);
@@ -567,7 +567,7 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_entry_with(&self, tables: &Tables, now: u64) {
+    fn late_entry_told(&self, tables: &Tables, now: u64) {
         self.entry_with(tables, self.one_tick_on(now));
     }
 

@@ -44,6 +44,10 @@ pub(crate) struct Device {
 /// Turn details on for as long as the file is open: `_IO(0xE7, 1)`. For CAP_PERFMON, else `EPERM`.
 const TURN_ON_DETAILS: u32 = _IO(0xe7, 1);
 
+/// Ask for rings of the last exits that are not frozen: `_IO(0xE7, 2)`. For a file that has turned
+/// details on, else `EPERM`.
+const THAW_RINGS: u32 = _IO(0xe7, 2);
+
 /// Somebody wants details, while this lives.
 pub(crate) struct WantsDetails(());
 
@@ -80,6 +84,13 @@ impl MiscDevice for Device {
     }
 
     fn ioctl(device: Pin<&Self>, _file: &File, cmd: u32, _arg: usize) -> Result<isize> {
+        if cmd == THAW_RINGS {
+            if device.details.lock().is_none() {
+                return Err(EPERM);
+            }
+            hooks::registry().ok_or(ENODEV)?.thaw_rings();
+            return Ok(0);
+        }
         if cmd != TURN_ON_DETAILS {
             return Err(ENOTTY);
         }

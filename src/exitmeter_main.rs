@@ -95,6 +95,10 @@ module! {
             default: 0,
             description: "1: exits are told with what they were about and which guest code caused them, always; 48 KiB more for each vCPU",
         },
+        slow_us: i64 {
+            default: 0,
+            description: "With details: an exit of more microseconds freezes the ring of its vCPU's last 64 exits; 0: none does",
+        },
         copy_tries: i64 {
             default: 24,
             description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24",
@@ -138,6 +142,7 @@ impl kernel::InPlaceModule for ExitMeter {
                 host_scope: parameters.host_scope,
                 max_vcpus: parameters.max_vcpus as usize,
                 copy_tries: parameters.copy_tries,
+                slow_ticks: parameters.slow_ticks(),
             })?;
             Ok(try_pin_init!(Self {
                 vendor,
@@ -169,6 +174,7 @@ struct Parameters {
     host_scope: bool,
     max_vcpus: u32,
     details: bool,
+    slow_us: u32,
     copy_tries: u32,
 }
 
@@ -207,6 +213,12 @@ impl Parameters {
             "0 or 1",
             flag,
         )?;
+        let slow_us = in_range(
+            "slow_us",
+            given(module_parameters::slow_us.value()),
+            "0 to 1000000000",
+            |number| (number <= 1_000_000_000).then_some(number),
+        )?;
         // The log looks it up itself, at each query.
         let _: bool = in_range(
             "log_queries",
@@ -225,8 +237,18 @@ impl Parameters {
             host_scope,
             max_vcpus,
             details,
+            slow_us,
             copy_tries,
         })
+    }
+
+    /// Return the ticks of [`Self::slow_us`]. They need a TSC whose frequency is known.
+    fn slow_ticks(&self) -> u64 {
+        let (khz, _) = hooks::clock();
+        if khz == 0 && self.slow_us != 0 {
+            pr_warn!("slow_us is not heeded: the TSC's frequency is not known\n");
+        }
+        u64::from(khz).wrapping_mul(self.slow_us.into()) / 1000
     }
 }
 

@@ -66,6 +66,7 @@ use crate::{
             Newcomer,
             Owner, //
         },
+        slow::Leaving,
         snapshot::NAME_SIZE, //
     },
     registry::{
@@ -906,6 +907,17 @@ impl PinnedDrop for Function {
     }
 }
 
+/// Return the second argument of a function that is hooked.
+///
+/// # Safety
+///
+/// As for [`hooked`]; it must be a number.
+#[inline(always)]
+unsafe fn second_argument(fregs: *mut bindings::ftrace_regs) -> c_ulong {
+    // SAFETY: By the contract of this function; ftrace keeps the second argument in SI.
+    unsafe { (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.si }
+}
+
 /// The type of ftrace's callbacks.
 type Callback =
     unsafe extern "C" fn(c_ulong, c_ulong, *mut bindings::ftrace_ops, *mut bindings::ftrace_regs);
@@ -940,7 +952,9 @@ unsafe extern "C" fn on_load(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     if details_are_on() {
-        return registry::resume_with(vcpu, now());
+        // SAFETY: As above; the CPU is the function's second argument.
+        let cpu = unsafe { second_argument(fregs) };
+        return registry::resume_with(vcpu, now(), cpu as u32);
     }
     registry::resume(vcpu, now());
 }
@@ -983,7 +997,12 @@ fn leave_with(vcpu: Vcpu<'_>, now: u64) {
         true => (vcpu.phase_scheduled_out(), None),
         false => (Phase::User, vcpu.user_exit()),
     };
-    registry::leave_with(vcpu, now, phase, to_user);
+    let leaving = Leaving {
+        phase,
+        to_user,
+        cpu: vcpu.cpu().unwrap_or(u32::MAX),
+    };
+    registry::leave_with(vcpu, now, &leaving);
 }
 
 /// # Safety

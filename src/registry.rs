@@ -67,6 +67,7 @@ use crate::{
             Refused,
             Settings, //
         },
+        slow::Leaving,
         snapshot::{
             Host,
             Identity, //
@@ -315,6 +316,11 @@ impl Registry {
         }
         // The next ones are here for vCPUs for which there was no memory before.
         self.vcpus.give_tables(&mut walks.walker);
+    }
+
+    /// Ask for rings of the last exits that are not frozen.
+    pub(crate) fn thaw_rings(&self) {
+        self.vcpus.thaw_rings(&mut self.walker.lock().walker);
     }
 
     /// Want no details any more.
@@ -637,30 +643,29 @@ fn entry_with_slow(vcpu: Vcpu<'_>, now: u64) {
     }
 }
 
-/// Take the vCPU's way onto a CPU.
+/// Take the vCPU's way onto CPU `cpu`.
 #[inline(never)]
-pub(crate) fn resume_with(vcpu: Vcpu<'_>, now: u64) {
+pub(crate) fn resume_with(vcpu: Vcpu<'_>, now: u64, cpu: u32) {
     let found = cached(vcpu).or_else(|| looked_up(vcpu, now, Phase::Kernel));
     let Some(ledger) = found else {
         return;
     };
     match tables(ledger) {
-        Some(tables) => ledger.resume_with(tables, now),
+        Some(tables) => ledger.resume_with(tables, now, cpu),
         None => ledger.resume(now),
     }
 }
 
-/// Take the vCPU's way off its CPU. `to_user` is why, where KVM_RUN ends. As for [`leave`], nothing
-/// is allocated.
+/// Take the vCPU's way off its CPU. As for [`leave`], nothing is allocated.
 #[inline(always)]
-pub(crate) fn leave_with(vcpu: Vcpu<'_>, now: u64, phase: Phase, to_user: Option<u16>) {
+pub(crate) fn leave_with(vcpu: Vcpu<'_>, now: u64, leaving: &Leaving) {
     let known = || hooks::registry()?.vcpus.known(vcpu.key());
     let found = cached(vcpu).or_else(|| known().map(|member| member.ledger()));
     let Some(ledger) = found else {
         return;
     };
     match tables(ledger) {
-        Some(tables) => ledger.leave_with(tables, now, phase, to_user),
-        None => ledger.leave(now, phase),
+        Some(tables) => ledger.leave_with(tables, now, leaving),
+        None => ledger.leave(now, leaving.phase),
     }
 }

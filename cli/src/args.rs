@@ -10,7 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::{
     completions, guest, man,
     output::{Output, When},
-    plot, reasons, record, report, stat, top, why,
+    plot, reasons, record, report, slow, stat, top, why,
 };
 
 const STATUSES: &str = "\
@@ -48,6 +48,7 @@ enum Command {
     Plot(plot::Args),
     Top(top::Args),
     Why(why::Args),
+    Slow(slow::Args),
     Reasons(reasons::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -74,6 +75,7 @@ impl Args {
             Command::Plot(args) => args.run(out)?,
             Command::Top(args) => return args.run(out),
             Command::Why(args) => return args.run(out),
+            Command::Slow(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,
             Command::Completions(args) => args.run(out)?,
             Command::Man(args) => args.run()?,

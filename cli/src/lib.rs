@@ -4,7 +4,7 @@
 //!
 //! The rooms: [`source`] gets the bytes of a snapshot, and [`model`] makes plain data of them
 //! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
-//! with what it takes on the command line and what it does: [`report`], [`why`],
+//! with what it takes on the command line and what it does: [`report`], [`why`], [`slow`],
 //! [`record`] and [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run,
 //! and [`signals`] of what would end them.
@@ -28,6 +28,7 @@ pub mod record;
 pub mod recording;
 pub mod report;
 pub mod signals;
+pub mod slow;
 pub mod source;
 pub mod spread;
 pub mod stat;

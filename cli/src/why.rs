@@ -33,13 +33,13 @@ use crate::{
 };
 
 mod csv;
-mod detail;
-mod device;
+pub(crate) mod detail;
+pub(crate) mod device;
 mod export;
 mod model;
 mod names;
-mod select;
-mod symbols;
+pub(crate) mod select;
+pub(crate) mod symbols;
 mod tables;
 mod text;
 

@@ -13,6 +13,7 @@ use super::{
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    slow::{Leaving, Told},
     tables::{About, Keys, Tables, TablesCopy, Which},
 };
 
@@ -273,6 +274,8 @@ impl Ledger {
         if let Some(tables) = unsafe { self.tables() } {
             tables.book(self.slot(), phase, ticks);
             tables.rebase(then, now);
+            let last = self.last.load(Relaxed);
+            tables.slow().rebase(last, then, now, phase);
         }
         self.end_transition(now);
     }
@@ -380,13 +383,19 @@ impl Ledger {
     /// A VM exit of a vCPU that has tables.
     #[inline(always)]
     pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
-        let rows = match (about.nested, about.rip) {
+        let (key, rows) = match (about.nested, about.rip) {
             (false, Some(rip)) => tables.latest_rows(about.slot, about.key, rip),
-            _ => None,
+            _ => (about.whole_key(), None),
         };
-        if let Some(rows) = rows {
+        if let Some(rows) = rows.filter(|_| tables.slow().has_room()) {
             if let Some(ticks) = self.begin_transition(now) {
                 tables.take_exit(rows);
+                tables.slow().take_exit(&Told {
+                    now,
+                    guest: ticks,
+                    key,
+                    rip: about.rip.unwrap_or(0),
+                });
                 let row = self.change_to_kernel(about.slot, ticks);
                 if parts::COUNTS {
                     add(self.cell(row, Column::Exits), 1);
@@ -395,13 +404,13 @@ impl Ledger {
             }
         }
         // So that all goes in registers.
-        let Keys { which, detail, rip } = about.keys();
-        self.exit_anew(tables, now, which, detail, rip);
+        let Keys { which, rip, .. } = about.keys();
+        self.exit_anew(tables, now, which, key, rip);
     }
 
     /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
     #[inline(never)]
-    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, detail: u64, rip: u64) {
+    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, key: u64, rip: u64) {
         let mut now = now;
         let ticks = match self.begin_transition(now) {
             Some(ticks) => ticks,
@@ -410,7 +419,15 @@ impl Ledger {
                 self.begin_transition(now).unwrap_or(0)
             }
         };
-        tables.take_exit(tables.rows_for(self, now, &Keys { which, detail, rip }));
+        let rows = tables.rows_for(self, now, &Keys { which, key, rip });
+        tables.take_exit(rows);
+        tables.slow().make_room(now);
+        tables.slow().take_exit(&Told {
+            now,
+            guest: ticks,
+            key,
+            rip,
+        });
         self.count_exit(now, which.slot(), ticks, which.is_nested());
     }
 
@@ -493,27 +510,10 @@ impl Ledger {
     /// sample.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
-        self.entry_noting(now, |_| ());
-    }
-
-    /// A VM entry of a vCPU that has tables.
-    #[inline(always)]
-    pub fn entry_with(&self, tables: &Tables, now: u64) {
-        self.entry_noting(now, |ticks| tables.book_kernel(ticks));
-    }
-
-    /// A VM entry, of whose kernel ticks `note` takes note.
-    #[inline(always)]
-    fn entry_noting(&self, now: u64, note: impl FnOnce(u64)) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry(now, note);
+            return self.late_entry(now);
         };
-        note(ticks);
-        let row = self.row();
-        if parts::PHASES {
-            add(self.phase_cell(row, Phase::Kernel), ticks);
-        }
-        self.phase.store(Phase::Guest as u32, Relaxed);
+        let row = self.enter_after(ticks);
         if parts::HISTOGRAMS {
             // SAFETY: As in `begin_transition`.
             if unsafe { own(&self.carried) } != 0 {
@@ -527,10 +527,57 @@ impl Ledger {
         self.end_transition(now);
     }
 
+    /// A VM entry of a vCPU that has tables.
+    #[inline(always)]
+    pub fn entry_with(&self, tables: &Tables, now: u64) {
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_entry_told(tables, now);
+        };
+        tables.book_kernel(ticks);
+        let row = self.enter_after(ticks);
+        // Where the kernel's ticks are carried over, that is 0.
+        if ticks > tables.slow().floor() {
+            return self.end_slow_exit(tables, now, row, ticks);
+        }
+        if parts::HISTOGRAMS {
+            let Some(bucket) = usual_bucket(ticks) else {
+                return self.end_unusual_exit(now, row, ticks);
+            };
+            self.sample(row, ticks, bucket);
+        }
+        self.end_transition(now);
+    }
+
+    /// Have the vCPU in the guest after `ticks` in the kernel; return the row of its latest exit.
+    #[inline(always)]
+    fn enter_after(&self, ticks: u64) -> Row {
+        let row = self.row();
+        if parts::PHASES {
+            add(self.phase_cell(row, Phase::Kernel), ticks);
+        }
+        self.phase.store(Phase::Guest as u32, Relaxed);
+        row
+    }
+
     #[cold]
     #[inline(never)]
-    fn late_entry(&self, now: u64, note: impl FnOnce(u64)) {
-        self.entry_noting(self.one_tick_on(now), note);
+    fn late_entry(&self, now: u64) {
+        self.entry(self.one_tick_on(now));
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn late_entry_told(&self, tables: &Tables, now: u64) {
+        self.entry_with(tables, self.one_tick_on(now));
+    }
+
+    /// Ends the transition of an entry after an exit that may be one of the slowest.
+    #[inline(never)]
+    fn end_slow_exit(&self, tables: &Tables, now: u64, row: Row, ticks: u64) {
+        let carried = self.carried.load(Relaxed);
+        let kernel = (carried != CLOSED).then(|| ticks.wrapping_add(carried));
+        tables.slow().end(self.last.load(Relaxed), now, kernel);
+        self.end_unusual_exit(now, row, ticks);
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -567,19 +614,20 @@ impl Ledger {
         self.leave_after(now, phase, ticks);
     }
 
-    /// A vCPU that has tables leaves its CPU; `to_user` is KVM_EXIT_* (linux/kvm.h) where KVM_RUN
-    /// ends.
+    /// A vCPU that has tables leaves its CPU.
     #[inline(always)]
-    pub fn leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
+    pub fn leave_with(&self, tables: &Tables, now: u64, leaving: &Leaving) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_leave_with(tables, now, phase, to_user);
+            return self.late_leave_with(tables, now, leaving);
         };
         let slot = self.slot();
         tables.book(slot, self.phase.load(Relaxed), ticks);
-        if let Some(why) = to_user {
+        if let Some(why) = leaving.to_user {
             tables.leave_to_user(slot, why);
         }
-        self.leave_after(now, phase, ticks);
+        let (last, left) = (self.last.load(Relaxed), self.phase.load(Relaxed));
+        tables.slow().leave(last, now, left, leaving);
+        self.leave_after(now, leaving.phase, ticks);
     }
 
     /// Have the vCPU off its CPU after `ticks` of the present phase, and end the transition.
@@ -621,8 +669,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_leave_with(&self, tables: &Tables, now: u64, phase: Phase, to_user: Option<u16>) {
-        self.leave_with(tables, self.one_tick_on(now), phase, to_user);
+    fn late_leave_with(&self, tables: &Tables, now: u64, leaving: &Leaving) {
+        self.leave_with(tables, self.one_tick_on(now), leaving);
     }
 
     /// The vCPU is back on a CPU, in KVM.
@@ -634,13 +682,15 @@ impl Ledger {
         self.resume_after(now, ticks);
     }
 
-    /// A vCPU that has tables is back on a CPU, in KVM.
+    /// A vCPU that has tables is back on CPU `cpu`, in KVM.
     #[inline(always)]
-    pub fn resume_with(&self, tables: &Tables, now: u64) {
+    pub fn resume_with(&self, tables: &Tables, now: u64, cpu: u32) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_resume_with(tables, now);
+            return self.late_resume_with(tables, now, cpu);
         };
-        tables.book(self.slot(), self.phase.load(Relaxed), ticks);
+        let (last, left) = (self.last.load(Relaxed), self.phase.load(Relaxed));
+        tables.book(self.slot(), left, ticks);
+        tables.slow().resume(last, now, left, cpu);
         self.resume_after(now, ticks);
     }
 
@@ -676,8 +726,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_resume_with(&self, tables: &Tables, now: u64) {
-        self.resume_with(tables, self.one_tick_on(now));
+    fn late_resume_with(&self, tables: &Tables, now: u64, cpu: u32) {
+        self.resume_with(tables, self.one_tick_on(now), cpu);
     }
 
     /// Book ticks on the latest reason and the phase of a number.

@@ -18,6 +18,7 @@ pub mod reasons;
 // loom's atomics are not constants, and its models are of what the registry stands on.
 #[cfg(not(loom))]
 pub mod registry;
+pub mod slow;
 pub mod snapshot;
 pub mod table;
 pub mod tables;

@@ -29,11 +29,14 @@ use crate::{
     phase::Phase,
     reasons::Isa,
     snapshot::{
-        Reason, BLOCKED, DESCRIPTOR_SIZE, ENTRY_HEAD_SIZE, EXITS, EXITS_MISSED, FLAG_HOST_SCOPE,
-        FLAG_NESTED, FLAG_NO_RIP, FLAG_OTHERS, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
-        KERNEL_HISTOGRAM, KERNEL_MAX, KERNEL_MISSED, KIND_BOUND, KIND_HISTOGRAM, KIND_MAXIMUM,
-        KIND_SUM, MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, ROW_HEAD_SIZE, SECTION_HEAD_SIZE,
-        TABLES_HEAD_SIZE, TABLE_USER, UNIT_EVENTS, UNIT_TICKS, USER_MISSED,
+        Reason, BLOCKED, CPU_ENTRY, CPU_EXIT, DESCRIPTOR_SIZE, ENTRY_HEAD_SIZE, EXITS,
+        EXITS_MISSED, FLAG_CULPRIT, FLAG_FROZEN, FLAG_HOST_SCOPE, FLAG_NESTED, FLAG_NO_ENTRY_RIP,
+        FLAG_NO_RIP, FLAG_OTHERS, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE, KERNEL_HISTOGRAM,
+        KERNEL_MAX, KERNEL_MISSED, KIND_BOUND, KIND_HISTOGRAM, KIND_MAXIMUM, KIND_ONE, KIND_SUM,
+        MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, RIP, ROW_HEAD_SIZE, SCHEDULED_OUT,
+        SECTION_HEAD_SIZE, SEQUENCE, TABLES_HEAD_SIZE, TABLE_RING, TABLE_SLOWEST, TABLE_USER, TIME,
+        UNIT_ADDRESS, UNIT_EVENTS, UNIT_NUMBER, UNIT_TICKS, UNIT_TIME, USER_EXIT, USER_MISSED,
+        WINDOW,
     },
 };
 
@@ -147,6 +150,12 @@ pub enum Unit {
     Events,
     /// Ticks of the TSC.
     Ticks,
+    /// A number of its own sort.
+    Number,
+    /// A moment, as a TSC.
+    Time,
+    /// An address of the guest.
+    Address,
     /// One of a later version.
     Unknown(u32),
 }
@@ -167,6 +176,8 @@ pub enum Kind {
     Maximum,
     /// An upper bound of what another column lacks.
     Bound,
+    /// What is told of one exit.
+    One,
     /// One of a later version: its number, from 0 to 255.
     Unknown(u32),
 }
@@ -189,6 +200,7 @@ impl Kind {
             },
             KIND_MAXIMUM => Kind::Maximum,
             KIND_BOUND => Kind::Bound,
+            KIND_ONE => Kind::One,
             other => Kind::Unknown(other),
         }
     }
@@ -214,6 +226,9 @@ impl<'a> Counter<'a> {
             unit: match u32_at(descriptor, 0)? {
                 UNIT_EVENTS => Unit::Events,
                 UNIT_TICKS => Unit::Ticks,
+                UNIT_NUMBER => Unit::Number,
+                UNIT_TIME => Unit::Time,
+                UNIT_ADDRESS => Unit::Address,
                 other => Unit::Unknown(other),
             },
             kind: Kind::read(u32_at(descriptor, 4)?),
@@ -461,6 +476,8 @@ impl<'a> Snapshot<'a> {
                 vcpu: u32_at(record, 4)? as usize,
                 since: u64_at(record, 8)?,
                 no_rip: u32_at(record, 20)? & FLAG_NO_RIP != 0,
+                is_frozen: u32_at(record, 20)? & FLAG_FROZEN != 0,
+                window_begun: u64_at(record, 24).filter(|begun| *begun != 0),
                 record,
                 part,
             })
@@ -726,8 +743,37 @@ struct Columns {
     user_missed: Option<usize>,
 }
 
-/// The kinds of tables that have a name here.
+/// The kinds of tables that have a name here, but for those of single exits.
 const TABLES: usize = TABLE_USER as usize;
+
+/// Where the columns of single exits stand in an entry: in the order of [`SLOW_COLUMNS`].
+type SlowColumns = [Option<usize>; SLOW_COLUMNS.len()];
+
+/// The columns of single exits.
+const SLOW_COLUMNS: [(&str, Unit); 13] = [
+    (SEQUENCE, Unit::Number),
+    (TIME, Unit::Time),
+    (RIP, Unit::Address),
+    (CPU_EXIT, Unit::Number),
+    (CPU_ENTRY, Unit::Number),
+    (SCHEDULED_OUT, Unit::Events),
+    (USER_EXIT, Unit::Number),
+    (WINDOW, Unit::Number),
+    (Phase::Kernel.name(), Unit::Ticks),
+    (Phase::User.name(), Unit::Ticks),
+    (Phase::Halted.name(), Unit::Ticks),
+    (Phase::Waiting.name(), Unit::Ticks),
+    (Phase::Preempted.name(), Unit::Ticks),
+];
+
+/// Return the place of a table of single exits among those.
+fn slow_table(table: u32) -> Option<usize> {
+    match table {
+        TABLE_SLOWEST => Some(0),
+        TABLE_RING => Some(1),
+        _ => None,
+    }
+}
 
 /// The tables of a snapshot.
 #[derive(Clone, Copy, Debug)]
@@ -738,6 +784,8 @@ struct TablesPart<'a> {
     without: u32,
     /// By kind of table, from 1.
     columns: [Columns; TABLES],
+    /// Of the slowest exits, and of the ring.
+    slow: [SlowColumns; 2],
 }
 
 impl<'a> TablesPart<'a> {
@@ -756,11 +804,21 @@ impl<'a> TablesPart<'a> {
             Error::Damaged("the descriptors of its tables lie outside of it"),
         )?;
         let mut columns = [Columns::default(); TABLES];
+        let mut slow = [SlowColumns::default(); 2];
         for descriptor in descriptors.chunks_exact(descriptor_size) {
             let table = descriptor.get(7).map_or(0, |table| usize::from(*table));
-            let columns = columns.get_mut(table.wrapping_sub(1));
-            if let (Some(columns), Some(counter)) = (columns, Counter::read(descriptor)) {
+            let Some(counter) = Counter::read(descriptor) else {
+                continue;
+            };
+            if let Some(columns) = columns.get_mut(table.wrapping_sub(1)) {
                 columns.take(&counter);
+            }
+            let slow = slow_table(table as u32).and_then(|which| slow.get_mut(which));
+            for (to, column) in slow.into_iter().flatten().zip(SLOW_COLUMNS) {
+                let is_it = (counter.name, counter.unit) == column;
+                if is_it && counter.kind == Kind::One && counter.len == 1 {
+                    *to = Some(counter.offset);
+                }
             }
         }
         let outside = Error::Damaged("a record of tables lies outside of it");
@@ -776,6 +834,7 @@ impl<'a> TablesPart<'a> {
             head,
             without: field32(140),
             columns,
+            slow,
         };
         let mut rest = part.records;
         for _ in 0..part.count {
@@ -818,7 +877,12 @@ impl<'a> TablesPart<'a> {
             size,
         )?;
         let columns = self.columns.get((table as usize).wrapping_sub(1)).copied();
-        if columns.is_some_and(|columns| !columns.fit(size as usize)) {
+        let slow = slow_table(table)
+            .and_then(|which| self.slow.get(which))
+            .copied();
+        if columns.is_some_and(|columns| !columns.fit(size as usize))
+            || !all_fit(slow.into_iter().flatten(), size as usize)
+        {
             return None;
         }
         let section = Section {
@@ -826,6 +890,7 @@ impl<'a> TablesPart<'a> {
             entries,
             size: size as usize,
             columns,
+            slow,
         };
         Some((section, rest))
     }
@@ -850,18 +915,23 @@ impl Columns {
 
     /// Return true if all of them lie within an entry of a size.
     fn fit(&self, size: usize) -> bool {
-        [
+        let all = [
             self.exits,
             self.kernel,
             self.user,
             self.exits_missed,
             self.kernel_missed,
             self.user_missed,
-        ]
-        .into_iter()
+        ];
+        all_fit(all.into_iter(), size)
+    }
+}
+
+/// Return true if all columns lie within an entry of a size.
+fn all_fit(offsets: impl Iterator<Item = Option<usize>>, size: usize) -> bool {
+    offsets
         .flatten()
         .all(|offset| offset.checked_add(8).is_some_and(|end| end <= size))
-    }
 }
 
 /// One table of a vCPU.
@@ -870,8 +940,10 @@ struct Section<'a> {
     table: u32,
     entries: &'a [u8],
     size: usize,
-    /// `None` for a kind of table of a later version.
+    /// `None` for a kind of table of a later version, or of single exits.
     columns: Option<Columns>,
+    /// `None` for all but tables of single exits.
+    slow: Option<SlowColumns>,
 }
 
 /// The tables of a vCPU.
@@ -883,6 +955,10 @@ pub struct Tables<'a> {
     pub since: u64,
     /// The guest's RIP cannot be read: its registers are encrypted.
     pub no_rip: bool,
+    /// The ring of the last exits is frozen.
+    pub is_frozen: bool,
+    /// TSC when the current window of the slowest exits began, where there is one.
+    pub window_begun: Option<u64>,
     record: &'a [u8],
     part: TablesPart<'a>,
 }
@@ -923,7 +999,94 @@ pub struct Entry {
     pub missed: Missed,
 }
 
+/// One exit, of the slowest or of the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlowExit {
+    /// [`TABLE_SLOWEST`] or [`TABLE_RING`].
+    pub table: u32,
+    /// Its reason.
+    pub reason: Reason,
+    /// What the detail is: a number of [`detail::Kind`](crate::detail::Kind).
+    pub detail_kind: u8,
+    /// What it was about.
+    pub detail: u64,
+    /// It came from a nested guest, an L2.
+    pub nested: bool,
+    /// The ring is frozen for it.
+    pub is_culprit: bool,
+    /// Of the slowest: it is one of the window before the current one.
+    pub is_previous: bool,
+    /// Which exit of the vCPU's it was.
+    pub sequence: u64,
+    /// TSC at the exit.
+    pub time: u64,
+    /// Where the guest was, where that is known and shown.
+    pub rip: Option<u64>,
+    /// The host's CPU at the exit and at the entry after it, where they are known.
+    pub cpus: [Option<u64>; 2],
+    /// How often the scheduler took the vCPU off its CPU.
+    pub scheduled_out: u64,
+    /// KVM_EXIT_* when it went to user space.
+    pub user_exit: Option<u64>,
+    ticks: [u64; Phase::COUNT],
+}
+
+impl SlowExit {
+    /// Its ticks in a phase, up to the entry after it; 0 in the guest's.
+    pub fn ticks(&self, phase: Phase) -> u64 {
+        self.ticks.get(phase as usize).copied().unwrap_or(0)
+    }
+
+    /// The ticks that make it slow: all but those of the guest's own sleep.
+    pub fn length(&self) -> u64 {
+        Phase::ALL
+            .into_iter()
+            .filter(|phase| *phase != Phase::Halted)
+            .fold(0, |sum, phase| sum.saturating_add(self.ticks(phase)))
+    }
+
+    fn read(table: u32, bytes: &[u8], columns: &SlowColumns) -> Option<Self> {
+        let number = |name| {
+            let place = SLOW_COLUMNS.iter().position(|(its, _)| *its == name)?;
+            u64_at(bytes, columns.get(place).copied().flatten()?)
+        };
+        let known = |name| number(name).filter(|number| *number != u64::MAX);
+        let flags = *bytes.get(9)?;
+        let mut ticks = [0; Phase::COUNT];
+        for (phase, to) in Phase::ALL.into_iter().zip(&mut ticks) {
+            *to = number(phase.name()).unwrap_or(0);
+        }
+        Some(Self {
+            table,
+            reason: reason(u32_at(bytes, 0)?, u32_at(bytes, 4)?)?,
+            detail_kind: *bytes.get(8)?,
+            detail: u64_at(bytes, 16)?,
+            nested: flags & FLAG_NESTED != 0,
+            is_culprit: flags & FLAG_CULPRIT != 0,
+            is_previous: number(WINDOW) == Some(1),
+            sequence: number(SEQUENCE).unwrap_or(0),
+            time: number(TIME).unwrap_or(0),
+            rip: number(RIP).filter(|_| flags & FLAG_NO_ENTRY_RIP == 0),
+            cpus: [known(CPU_EXIT), known(CPU_ENTRY)],
+            scheduled_out: number(SCHEDULED_OUT).unwrap_or(0),
+            user_exit: known(USER_EXIT),
+            ticks,
+        })
+    }
+}
+
 impl<'a> Tables<'a> {
+    /// The slowest exits, in no order, then those of the ring in the order of time. Reasons of a
+    /// later version are stepped over.
+    pub fn slow(&self) -> impl Iterator<Item = SlowExit> + 'a {
+        self.sections().flat_map(|section| {
+            let entries = section.entries.chunks_exact(section.size);
+            entries.filter_map(move |bytes| {
+                SlowExit::read(section.table, bytes, section.slow.as_ref()?)
+            })
+        })
+    }
+
     fn sections(&self) -> impl Iterator<Item = Section<'a>> {
         let part = self.part;
         let mut rest = self.record.get(part.head..).unwrap_or_default();
@@ -932,6 +1095,11 @@ impl<'a> Tables<'a> {
             rest = behind;
             Some(section)
         })
+    }
+
+    /// Return true if it tells of slow exits.
+    pub fn has_slow(&self) -> bool {
+        self.has(TABLE_SLOWEST)
     }
 
     /// Return true if it has a kind of table: of code, none is given to those who may not have it.

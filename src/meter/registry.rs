@@ -113,6 +113,8 @@ pub struct Settings {
     /// Attempts to copy a ledger before an interrupt is sent to the vCPU's CPU, up to
     /// [`TRIES`](super::ledger::TRIES).
     pub copy_tries: u32,
+    /// An exit of more ticks freezes its vCPU's ring of the last exits; 0: none does.
+    pub slow_ticks: u64,
 }
 
 /// What changes as vCPUs come and go. All-zero bytes are a state without any.
@@ -518,7 +520,7 @@ impl<P: Platform> Registry<P> {
                     result = Ok(member);
                     break;
                 }
-                Err(lacking) if spare.fetch(&self.platform, lacking, may_sleep).is_none() => break,
+                Err(lacking) if spare.fetch(self, lacking, may_sleep).is_none() => break,
                 Err(_) => {}
             }
         }
@@ -897,7 +899,13 @@ impl Spare {
     }
 
     /// Allocate what is lacking; `None` when there is no memory.
-    fn fetch(&mut self, platform: &impl Platform, lacking: Lacking, may_sleep: bool) -> Option<()> {
+    fn fetch<P: Platform>(
+        &mut self,
+        registry: &Registry<P>,
+        lacking: Lacking,
+        may_sleep: bool,
+    ) -> Option<()> {
+        let platform = &registry.platform;
         // SAFETY: All-zero bytes are valid for all of them, as they say.
         unsafe {
             match lacking {
@@ -911,6 +919,10 @@ impl Spare {
                 Lacking::Tables => match zeroed::<Tables>(platform, may_sleep) {
                     Some(tables) => {
                         tables.as_ref().prepare();
+                        tables
+                            .as_ref()
+                            .slow()
+                            .set_limit(registry.settings.slow_ticks);
                         self.tables = tables.as_ptr();
                     }
                     None => self.no_tables = true,

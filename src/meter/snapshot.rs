@@ -111,8 +111,9 @@
 //! # Tables
 //!
 //! Since 1.3, and only while details are on: what the exits of a vCPU were about, which code of
-//! the guest's caused them, and why they went to user space. There are three kinds of tables:
-//! 1 details, 2 code, 3 exits to user space.
+//! the guest's caused them, why they went to user space, and which were slow. There are five kinds
+//! of tables: 1 details, 2 code, 3 exits to user space, 4 the slowest exits, 5 the ring of the last
+//! exits.
 //!
 //! Their columns have descriptors as counters have them, with the same size. In these, byte 7 is
 //! the kind of table whose entries have the column, the offset is one in an entry, and kind 4 is an
@@ -120,6 +121,15 @@
 //! entry of the others has. Details have `exits` (events), `kernel`, `user` (TSC ticks),
 //! `exits_missed`, `kernel_missed`, `user_missed`; code has `exits`, `kernel`, `exits_missed`,
 //! `kernel_missed`; exits to user space have `exits`, of those to user space, and `user`.
+//!
+//! An entry of the slowest exits and of the ring is one exit, and the kind of its columns is 5: what
+//! is told of one exit. They are `sequence`, which exit of the vCPU's it was since its tables began;
+//! `time`, the TSC at the exit (unit 3: TSC); `rip` (unit 4: address of the guest); `cpu_exit` and
+//! `cpu_entry`, the host's CPU at the exit and at the entry after it (unit 0: a number);
+//! `kernel`, `user`, `halted`, `waiting` and `preempted`, the exit's ticks by phase; `scheduled_out`,
+//! how often the scheduler took the vCPU off its CPU (events); and `user_exit`, KVM_EXIT_* when it
+//! went to user space (unit 0). The slowest have `window` as well: 0 the current one, 1 the one
+//! before (unit 0). A CPU that is not known, and a `user_exit` that there was not, are 2^64 - 1.
 //!
 //! # Record of a vCPU's tables
 //!
@@ -129,8 +139,8 @@
 //! | 4 | 4 | which vCPU: the place of its record in this snapshot, from 0 |
 //! | 8 | 8 | TSC when the tables began |
 //! | 16 | 4 | number of sections |
-//! | 20 | 4 | flags: bit 0 no RIP can be read, as the guest's registers are encrypted |
-//! | 24 | 8 | reserved |
+//! | 20 | 4 | flags: bit 0 no RIP can be read, as the guest's registers are encrypted; bit 1 the ring is frozen |
+//! | 24 | 8 | TSC when the current window of the slowest exits began; 0: there was none |
 //! | 32 | | sections |
 //!
 //! # Section of a record
@@ -149,16 +159,21 @@
 //! | ---: | ---: | --- |
 //! | 0 | 4 | kind of its reason, as in a row |
 //! | 4 | 4 | code of its reason, as in a row |
-//! | 8 | 1 | of details: what the key is, see below |
-//! | 9 | 1 | flags: bit 0 from a nested guest, bit 1 all others of the reason |
+//! | 8 | 1 | of details and slow exits: what the key is, see below |
+//! | 9 | 1 | flags: bit 0 from a nested guest, bit 1 all others of the reason, bit 2 the RIP is not known or not shown, bit 3 the exit that froze the ring |
 //! | 10 | 6 | reserved |
-//! | 16 | 8 | key: the detail, the RIP, or KVM_EXIT_* of kvm_run; 0 for others |
+//! | 16 | 8 | key: the detail, also of a slow exit, the RIP, or KVM_EXIT_* of kvm_run; 0 for others |
 //! | 24 | | columns, where the descriptors say |
 //!
-//! The entries of one reason stand together, that of the others last. Tables are of the same moment
+//! In the tables 1 to 3 the entries of one reason stand together, that of the others last. The
+//! slowest exits stand in no order, those of the ring in the order of time. Tables are of the same moment
 //! as the vCPU's record. In a table of details or code, the exits and ticks of a reason's entries,
 //! the others' with them, sum to what its row has booked since the tables began, exactly.
 //! So do the user ticks in one of exits to user space. An entry whose `_missed` are 0 is exact.
+//!
+//! An exit is slow by its ticks in all phases but `halted`. Of each window there are the 16 slowest
+//! whose entry is in it. A window takes 2^35 ticks, or a little longer. A ring that is not frozen
+//! ends with the latest exit that was followed by an entry, a frozen one with the exit that froze it.
 //!
 //! # Key of a detail
 //!
@@ -185,6 +200,7 @@ use super::{
     ledger::{LedgerCopy, RowCopy, Totals},
     phase::Phase,
     reasons::{self, Isa, Slot},
+    slow::SlowExit,
     tables::{Others, TablesCopy},
 };
 
@@ -241,12 +257,22 @@ pub const TABLE_DETAILS: u32 = 1;
 pub const TABLE_CODE: u32 = 2;
 /// Kind of a table: exits to user space.
 pub const TABLE_USER: u32 = 3;
+/// Kind of a table: the slowest exits.
+pub const TABLE_SLOWEST: u32 = 4;
+/// Kind of a table: the ring of the last exits.
+pub const TABLE_RING: u32 = 5;
 /// Flag of a record of tables: no RIP can be read.
 pub const FLAG_NO_RIP: u32 = 1 << 0;
+/// Flag of a record of tables: the ring is frozen.
+pub const FLAG_FROZEN: u32 = 1 << 1;
 /// Flag of an entry: the exits are a nested guest's.
 pub const FLAG_NESTED: u8 = 1 << 0;
 /// Flag of an entry: it is that of all others of the reason.
 pub const FLAG_OTHERS: u8 = 1 << 1;
+/// Flag of an entry: the RIP is not known, or not shown.
+pub const FLAG_NO_ENTRY_RIP: u8 = 1 << 2;
+/// Flag of an entry: the exit froze the ring.
+pub const FLAG_CULPRIT: u8 = 1 << 3;
 /// Column: at most how many exits an entry lacks.
 pub const EXITS_MISSED: &str = "exits_missed";
 /// Column: at most how many kernel ticks an entry lacks.
@@ -254,8 +280,25 @@ pub const KERNEL_MISSED: &str = "kernel_missed";
 /// Column: at most how many user ticks an entry lacks.
 pub const USER_MISSED: &str = "user_missed";
 
+/// Column of slow exits: which exit of the vCPU's it was.
+pub const SEQUENCE: &str = "sequence";
+/// Column of slow exits: TSC at the exit.
+pub const TIME: &str = "time";
+/// Column of slow exits: where the guest was.
+pub const RIP: &str = "rip";
+/// Column of slow exits: the host's CPU at the exit.
+pub const CPU_EXIT: &str = "cpu_exit";
+/// Column of slow exits: the host's CPU at the entry after it.
+pub const CPU_ENTRY: &str = "cpu_entry";
+/// Column of slow exits: how often the scheduler took the vCPU off its CPU.
+pub const SCHEDULED_OUT: &str = "scheduled_out";
+/// Column of slow exits: KVM_EXIT_* when it went to user space.
+pub const USER_EXIT: &str = "user_exit";
+/// Column of the slowest exits: 0 of the current window, 1 of the one before.
+pub const WINDOW: &str = "window";
+
 /// The columns of the tables: kind of table, name, unit, kind.
-const COLUMNS: [(u32, &str, u32, u32); 12] = [
+const COLUMNS: [(u32, &str, u32, u32); 12 + 13 + 12] = [
     (TABLE_DETAILS, EXITS, UNIT_EVENTS, KIND_SUM),
     (TABLE_DETAILS, Phase::Kernel.name(), UNIT_TICKS, KIND_SUM),
     (TABLE_DETAILS, Phase::User.name(), UNIT_TICKS, KIND_SUM),
@@ -268,12 +311,43 @@ const COLUMNS: [(u32, &str, u32, u32); 12] = [
     (TABLE_CODE, KERNEL_MISSED, UNIT_TICKS, KIND_BOUND),
     (TABLE_USER, EXITS, UNIT_EVENTS, KIND_SUM),
     (TABLE_USER, Phase::User.name(), UNIT_TICKS, KIND_SUM),
+    (TABLE_SLOWEST, SEQUENCE, UNIT_NUMBER, KIND_ONE),
+    (TABLE_SLOWEST, TIME, UNIT_TIME, KIND_ONE),
+    (TABLE_SLOWEST, RIP, UNIT_ADDRESS, KIND_ONE),
+    (TABLE_SLOWEST, CPU_EXIT, UNIT_NUMBER, KIND_ONE),
+    (TABLE_SLOWEST, CPU_ENTRY, UNIT_NUMBER, KIND_ONE),
+    (TABLE_SLOWEST, Phase::Kernel.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_SLOWEST, Phase::User.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_SLOWEST, Phase::Halted.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_SLOWEST, Phase::Waiting.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_SLOWEST, Phase::Preempted.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_SLOWEST, SCHEDULED_OUT, UNIT_EVENTS, KIND_ONE),
+    (TABLE_SLOWEST, USER_EXIT, UNIT_NUMBER, KIND_ONE),
+    (TABLE_SLOWEST, WINDOW, UNIT_NUMBER, KIND_ONE),
+    (TABLE_RING, SEQUENCE, UNIT_NUMBER, KIND_ONE),
+    (TABLE_RING, TIME, UNIT_TIME, KIND_ONE),
+    (TABLE_RING, RIP, UNIT_ADDRESS, KIND_ONE),
+    (TABLE_RING, CPU_EXIT, UNIT_NUMBER, KIND_ONE),
+    (TABLE_RING, CPU_ENTRY, UNIT_NUMBER, KIND_ONE),
+    (TABLE_RING, Phase::Kernel.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_RING, Phase::User.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_RING, Phase::Halted.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_RING, Phase::Waiting.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_RING, Phase::Preempted.name(), UNIT_TICKS, KIND_ONE),
+    (TABLE_RING, SCHEDULED_OUT, UNIT_EVENTS, KIND_ONE),
+    (TABLE_RING, USER_EXIT, UNIT_NUMBER, KIND_ONE),
 ];
 
+/// Unit of a column: a number of its own sort.
+pub const UNIT_NUMBER: u32 = 0;
 /// Unit of a counter: events.
 pub const UNIT_EVENTS: u32 = 1;
 /// Unit of a counter: TSC ticks.
 pub const UNIT_TICKS: u32 = 2;
+/// Unit of a column: a moment, as a TSC.
+pub const UNIT_TIME: u32 = 3;
+/// Unit of a column: an address of the guest.
+pub const UNIT_ADDRESS: u32 = 4;
 /// Kind of a counter: a sum that only grows.
 pub const KIND_SUM: u32 = 1;
 /// Kind of a counter: a histogram by powers of two.
@@ -283,6 +357,8 @@ pub const KIND_MAXIMUM: u32 = 3;
 
 /// Kind of a column: an upper bound of what another column lacks.
 pub const KIND_BOUND: u32 = 4;
+/// Kind of a column: what is told of one exit.
+pub const KIND_ONE: u32 = 5;
 
 /// What the time of a vCPU and its exits are booked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -489,14 +565,20 @@ impl<'a> Encoder<'a> {
 
     /// Write a record of tables, which has `size` bytes.
     fn sections(&mut self, ledger: &LedgerCopy, tables: &TablesCopy, show_code: bool, size: usize) {
-        let sections = if show_code { 3 } else { 2 };
-        let flags = if tables.lacks_rip() { FLAG_NO_RIP } else { 0 };
+        let sections = if show_code { 5 } else { 4 };
+        let slow = tables.slow();
+        let flag = |flag, set| if set { flag } else { 0 };
+        let flags = flag(FLAG_NO_RIP, tables.lacks_rip()) | flag(FLAG_FROZEN, slow.is_frozen());
+        let clock_offset = self.host.clock_offset;
         self.u32(size as u32);
         self.u32(self.vcpus.wrapping_sub(1));
         self.u64(tables.since.wrapping_add(self.host.clock_offset));
         self.u32(sections);
         self.u32(flags);
-        self.u64(0);
+        self.u64(
+            slow.window_begun()
+                .map_or(0, |begun| begun.wrapping_add(clock_offset)),
+        );
 
         let isa = self.host.isa;
         let nested = |is_nested| if is_nested { FLAG_NESTED } else { 0 };
@@ -567,6 +649,24 @@ impl<'a> Encoder<'a> {
             let Others { exits, user, .. } = tables.other_users(ledger, slot);
             entries.others(isa, slot, [exits, user]);
         });
+        let shows_rip = show_code && !tables.lacks_rip();
+        self.section_of(TABLE_SLOWEST, |entries| {
+            for (window, is_current) in [(0, true), (1, false)] {
+                for exit in slow.slowest(is_current) {
+                    let columns = columns_of(&exit, shows_rip, clock_offset);
+                    let [a, b, c, d, e, f, g, h, i, j, k, l] = columns;
+                    let columns = [a, b, c, d, e, f, g, h, i, j, k, l, window];
+                    entries.slow(isa, &exit, shows_rip, 0, columns);
+                }
+            }
+        });
+        self.section_of(TABLE_RING, |entries| {
+            for exit in slow.ring(ledger.last, ledger.phase() == Phase::Guest) {
+                let froze = flag_of(FLAG_CULPRIT, slow.culprit() == Some(exit.sequence));
+                let columns = columns_of(&exit, shows_rip, clock_offset);
+                entries.slow(isa, &exit, shows_rip, froze, columns);
+            }
+        });
     }
 
     /// Write a section, to which `write` adds the entries of each reason.
@@ -576,6 +676,19 @@ impl<'a> Encoder<'a> {
         ledger: &LedgerCopy,
         mut write: impl FnMut(Slot, &mut Entries<'_, 'a, COLUMNS>),
     ) {
+        self.section_of(table, |entries| {
+            for (slot, _, _) in ledger.rows() {
+                write(slot, entries);
+            }
+        });
+    }
+
+    /// Write a section, to which `write` adds the entries.
+    fn section_of<const COLUMNS: usize>(
+        &mut self,
+        table: u32,
+        write: impl FnOnce(&mut Entries<'_, 'a, COLUMNS>),
+    ) {
         let start = self.at;
         // The numbers, once they are known.
         self.u64(0);
@@ -584,9 +697,7 @@ impl<'a> Encoder<'a> {
             encoder: self,
             count: 0,
         };
-        for (slot, _, _) in ledger.rows() {
-            write(slot, &mut entries);
-        }
+        write(&mut entries);
         let count = entries.count;
         let end = core::mem::replace(&mut self.at, start);
         self.u32(table);
@@ -764,6 +875,34 @@ impl<'a> Encoder<'a> {
     }
 }
 
+/// Return a flag that is set, or none.
+const fn flag_of(flag: u8, is_set: bool) -> u8 {
+    if is_set {
+        flag
+    } else {
+        0
+    }
+}
+
+/// Return the columns that the slowest exits and the ring have.
+fn columns_of(exit: &SlowExit, shows_rip: bool, clock_offset: u64) -> [u64; 12] {
+    let [at_exit, at_entry] = exit.cpus().map(|cpu| cpu.map_or(u64::MAX, u64::from));
+    [
+        exit.sequence,
+        exit.exited.wrapping_add(clock_offset),
+        if shows_rip { exit.rip } else { 0 },
+        at_exit,
+        at_entry,
+        exit.ticks(Phase::Kernel),
+        exit.ticks(Phase::User),
+        exit.ticks(Phase::Halted),
+        exit.ticks(Phase::Waiting),
+        exit.ticks(Phase::Preempted),
+        exit.outs.into(),
+        exit.user_exit().map_or(u64::MAX, u64::from),
+    ]
+}
+
 /// The entries of a section, as they are written.
 struct Entries<'e, 'a, const COLUMNS: usize> {
     encoder: &'e mut Encoder<'a>,
@@ -782,6 +921,32 @@ impl<const COLUMNS: usize> Entries<'_, '_, COLUMNS> {
             self.encoder.u64(column);
         }
         self.count = self.count.wrapping_add(1);
+    }
+
+    /// Write the entry of one exit.
+    fn slow(
+        &mut self,
+        isa: Isa,
+        exit: &SlowExit,
+        shows_rip: bool,
+        flags: u8,
+        columns: [u64; COLUMNS],
+    ) {
+        let slot = exit.slot().unwrap_or(Slot::OTHER);
+        let code = reasons::code(isa, slot).unwrap_or(u32::MAX);
+        let (detail, key) = match exit.detail() {
+            Some(key) => detail::to_wire(isa, code, key),
+            None => (detail::Kind::None, 0),
+        };
+        let flags =
+            flags | flag_of(FLAG_NESTED, exit.is_nested()) | flag_of(FLAG_NO_ENTRY_RIP, !shows_rip);
+        let entry = Entry {
+            detail,
+            flags,
+            key,
+            columns,
+        };
+        self.entry(isa, slot, entry);
     }
 
     /// Write the entry of the others of a reason, unless nothing is left for it.

@@ -39,6 +39,7 @@ use super::{
     ledger::Ledger,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    slow::{self, Slow},
 };
 
 mod copy;
@@ -49,7 +50,7 @@ pub const WAYS: usize = 4;
 /// Sets of details, as a power of two.
 const DETAIL_POWER: u32 = 6;
 /// Sets of code, as a power of two.
-const CODE_POWER: u32 = 7;
+const CODE_POWER: u32 = 6;
 /// Rows of details.
 pub const DETAILS: usize = WAYS << DETAIL_POWER;
 /// Rows of code.
@@ -130,8 +131,8 @@ pub struct About {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys {
     pub(super) which: Which,
-    /// 0 for an exit without a detail.
-    pub(super) detail: u64,
+    /// See [`slow::key`].
+    pub(super) key: u64,
     /// 0 where it cannot be read, as `which` tells.
     pub(super) rip: u64,
 }
@@ -149,23 +150,29 @@ const NO_RIP: u32 = 1 << 9;
 const SLOT: u32 = IS_NESTED - 1;
 
 impl About {
+    /// Return the exit's key, also where it has no detail: see [`slow::key`].
+    #[inline(always)]
+    pub(super) fn whole_key(&self) -> u64 {
+        match (self.key, self.nested) {
+            (Some(key), false) => key,
+            (Some(key), true) => key | detail::NESTED,
+            (None, nested) => slow::key(self.slot, nested),
+        }
+    }
+
     /// Return the keys of the exit.
     #[inline(always)]
     pub(super) fn keys(&self) -> Keys {
         let mut which = self.slot.index() as u32;
-        let mut detail = self.key.unwrap_or(0);
         if self.nested {
             which |= IS_NESTED;
-            if detail != 0 {
-                detail |= detail::NESTED;
-            }
         }
         if self.rip.is_none() {
             which |= NO_RIP;
         }
         Keys {
             which: Which(which),
-            detail,
+            key: self.whole_key(),
             rip: self.rip.unwrap_or(0),
         }
     }
@@ -200,7 +207,7 @@ impl Which {
 ///
 /// # Invariants
 ///
-/// They are how many bytes from the first row of its table a row begins.
+/// `detail` and `code` are how many bytes from the first row of its table a row begins.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
     detail: usize,
@@ -242,6 +249,7 @@ pub struct Tables {
     codes: [Code; 1 + CODES],
     users: [User; 1 + USERS],
     baseline: [Baseline; SLOTS],
+    slow: Slow,
     details_in_use: [AtomicU64; DETAILS / 64],
 }
 
@@ -303,6 +311,12 @@ impl Tables {
         &self.retired
     }
 
+    /// The recorder of slow exits, which stands beside them.
+    #[inline(always)]
+    pub fn slow(&self) -> &Slow {
+        &self.slow
+    }
+
     #[inline(always)]
     fn detail_at(&self, offset: usize) -> &Detail {
         // SAFETY: By the invariant of `Tables`, or of who computes it, a row is there.
@@ -329,18 +343,24 @@ impl Tables {
 
     /// Return the rows of an exit that is none of a nested guest, if each is the latest one of its
     /// set; `None` where they are to be looked for. If there are some, the reason has had an exit.
+    /// With them the exit's key, also where it has no detail: see [`slow::key`].
     #[inline(always)]
-    pub(super) fn latest_rows(&self, slot: Slot, key: Option<u64>, rip: u64) -> Option<Rows> {
-        let detail = match key {
-            None => 0,
+    pub(super) fn latest_rows(
+        &self,
+        slot: Slot,
+        key: Option<u64>,
+        rip: u64,
+    ) -> (u64, Option<Rows>) {
+        let (key, detail) = match key {
+            None => (slow::key(slot, false), 0),
             Some(key) => {
                 let set = set_of(key as u32, DETAIL_POWER);
                 // SAFETY: The set is below the power of 2 of their number.
                 let latest = own(unsafe { self.latest_details.get_unchecked(set) }).into();
                 if own(&self.detail_at(latest).key) != key {
-                    return None;
+                    return (key, None);
                 }
-                latest
+                (key, latest)
             }
         };
         let set = code_set(rip, slot.index() as u32);
@@ -348,17 +368,18 @@ impl Tables {
         let code = own(unsafe { self.latest_codes.get_unchecked(set) }).into();
         let row = self.code_at(code);
         if own(&row.rip) != rip || own(&row.which) != slot.index() as u32 {
-            return None;
+            return (key, None);
         }
-        Some(Rows { detail, code })
+        (key, Some(Rows { detail, code }))
     }
 
     /// Return the rows of an exit at TSC `now`, which gets those that it has not. In the ledger's
     /// transition, before the ledger counts the exit.
     pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
-        let detail = match keys.detail {
-            0 => 0,
-            key => {
+        let detail = match slow::has_detail(keys.key) {
+            false => 0,
+            true => {
+                let key = keys.key;
                 let row = self
                     .find_detail(key)
                     .unwrap_or_else(|| self.new_detail(ledger, now, key));

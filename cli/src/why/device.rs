@@ -19,6 +19,9 @@ use crate::source;
 /// Turns details on while the file is open: docs/interface.md.
 const DETAILS: Opcode = opcode::none(0xe7, 1);
 
+/// Asks for rings of the last exits that are not frozen.
+const THAW: Opcode = opcode::none(0xe7, 2);
+
 /// Bytes that are read at once.
 const CHUNK: usize = 1 << 18;
 
@@ -96,6 +99,21 @@ impl Device {
                 return Ok(bytes);
             }
         }
+    }
+
+    /// Ask for rings of the last exits that are not frozen.
+    ///
+    /// # Errors
+    ///
+    /// When the module does not do that.
+    pub fn thaw(&self) -> Result<(), Error> {
+        // SAFETY: As for `DETAILS`.
+        let thawed = unsafe { ioctl(&self.file, NoArg::<THAW>::new()) };
+        thawed.map_err(|error| match error {
+            Errno::NOTTY | Errno::INVAL => Error::Older(self.path.clone()),
+            Errno::PERM => Error::NoRight,
+            other => Error::Refused(other),
+        })
     }
 
     /// Where it is.

@@ -40,23 +40,28 @@ pub enum Error {
 ///
 /// When there is none.
 pub fn vm(moment: &mut Moment, vm: &str) -> Result<(), Error> {
-    const SOME: usize = 5;
     let names: Vec<_> = moment.vms.values().map(|(name, _)| name.clone()).collect();
     moment
         .vms
         .retain(|_, (name, pid)| name == vm || pid.to_string() == vm);
-    if !moment.vms.is_empty() {
-        return Ok(());
+    match moment.vms.is_empty() {
+        false => Ok(()),
+        true => Err(no_vm(vm, names)),
     }
+}
+
+/// Tell that there is no such VM, but those of these names.
+pub fn no_vm(vm: &str, names: Vec<String>) -> Error {
+    const SOME: usize = 5;
     let more = if names.len() > SOME { ", ..." } else { "" };
     let some: Vec<_> = names.into_iter().take(SOME).collect();
-    Err(Error::NoVm {
+    Error::NoVm {
         vm: vm.to_owned(),
         those: match some.as_slice() {
             [] => "none runs at all".to_owned(),
             some => format!("those that run are {}{more}", some.join(", ")),
         },
-    })
+    }
 }
 
 /// Keep the rows of one reason, which is told by its name or its number.

@@ -270,6 +270,15 @@ impl<P: Platform> Registry<P> {
         )
     }
 
+    /// Return the CPU that a vCPU was loaded on last, which the caller holds on to.
+    fn cpu_of(&self, member: &Member) -> Option<u32> {
+        let _state = self.lock();
+        match member.gone.load(Relaxed) {
+            true => None,
+            false => self.platform.cpu(member.key),
+        }
+    }
+
     /// Make a copy of a vCPU that the caller holds on to, as [`Self::copy`].
     fn make_copy(&self, member: &Member, mut copying: Copying<'_>) -> Option<(u32, u32)> {
         let tries = self.settings.copy_tries;
@@ -277,13 +286,7 @@ impl<P: Platform> Registry<P> {
             return Some((failed, 0));
         }
         for sent in 0..INTERRUPTS {
-            let state = self.lock();
-            let cpu = match member.gone.load(Relaxed) {
-                true => None,
-                false => self.platform.cpu(member.key),
-            };
-            drop(state);
-            let copied = match cpu {
+            let copied = match self.cpu_of(member) {
                 Some(cpu) => self.platform.copy_on(cpu, &mut copying),
                 // Nobody writes it, or nobody who does so as fast.
                 None => copying.copy(TRIES).is_some(),
@@ -330,6 +333,7 @@ impl<P: Platform> Registry<P> {
                 // which is a walk of the same kind.
                 let its_tables = unsafe { member.ledger.tables() };
                 tables.clear();
+                let cpu = its_tables.and_then(|_| self.cpu_of(member));
                 let copying = Copying {
                     ledger: &member.ledger,
                     out: copy,
@@ -339,6 +343,11 @@ impl<P: Platform> Registry<P> {
                     busy = true;
                 } else if !copy.is_empty() {
                     copy.polled = polled;
+                    // It was there before the copy was made, and cannot have left it if the copy
+                    // knows none.
+                    if let Some(cpu) = cpu {
+                        tables.slow_mut().set_cpu(cpu);
+                    }
                     encoder.vcpu(&member.identity, copy);
                     encoder.tables(copy, tables, show.code);
                     without_tables = without_tables.wrapping_add(its_tables.is_none().into());
@@ -374,9 +383,23 @@ impl<P: Platform> Registry<P> {
             // SAFETY: All-zero bytes are tables that have not begun.
             if let Some(tables) = unsafe { zeroed::<Tables>(&self.platform, true) } {
                 // SAFETY: They are there, and nobody else's yet.
-                unsafe { tables.as_ref() }.prepare();
+                let new = unsafe { tables.as_ref() };
+                new.prepare();
+                new.slow().set_limit(self.settings.slow_ticks);
                 // SAFETY: They stay until they are retired.
                 unsafe { member.ledger.set_tables(tables.as_ptr()) };
+            }
+        });
+    }
+
+    /// Ask all vCPUs for rings of their last exits that are not frozen.
+    pub fn thaw_rings(&self, _walker: &mut Walker) {
+        self.walk(SNAPSHOT, |seen| {
+            if let Seen::Vcpu(member, _) = seen {
+                // SAFETY: As in `snapshot`.
+                if let Some(tables) = unsafe { member.ledger.tables() } {
+                    tables.slow().ask();
+                }
             }
         });
     }

@@ -8,6 +8,7 @@ use crate::meter::{
     ledger::LedgerCopy,
     phase::Phase,
     reasons::{Slot, SLOTS},
+    slow::SlowCopy,
 };
 
 use super::{Tables, Which, CODES, DETAILS, USERS};
@@ -165,6 +166,7 @@ pub struct TablesCopy {
     users: [UserCopy; USERS],
     baseline: [Others; SLOTS],
     other_users: [u64; SLOTS],
+    slow: SlowCopy,
 }
 
 impl TablesCopy {
@@ -186,7 +188,18 @@ impl TablesCopy {
                 user: 0,
             }; SLOTS],
             other_users: [0; SLOTS],
+            slow: SlowCopy::new(),
         }
+    }
+
+    /// Its slow exits.
+    pub fn slow(&self) -> &SlowCopy {
+        &self.slow
+    }
+
+    /// As [`Self::slow`].
+    pub fn slow_mut(&mut self) -> &mut SlowCopy {
+        &mut self.slow
     }
 
     /// Make this one of tables that have not begun.
@@ -349,5 +362,6 @@ impl Tables {
         for (from, to) in self.other_users.iter().zip(&mut out.other_users) {
             *to = from.load(Relaxed);
         }
+        self.slow.copy(&mut out.slow, undisturbed);
     }
 }

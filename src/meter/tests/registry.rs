@@ -26,6 +26,7 @@ use exitmeter_meter::{
         Newcomer, NoMemory, Owner, Platform, Refused, Registry, Settings, GROUP,
     },
     snapshot::{size_for, Host, NAME_SIZE},
+    tables::About,
 };
 use proptest::prelude::*;
 
@@ -200,6 +201,7 @@ fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
         host_scope,
         max_vcpus,
         copy_tries: TRIES,
+        slow_ticks: 0,
     }
 }
 
@@ -1035,4 +1037,97 @@ fn tables_come_and_go_with_their_vcpus() {
     bench.registry.give_tables(&mut Walker::new());
     // What is left goes with the registry.
     bench.end();
+}
+
+/// Exits of a vCPU that has not left its CPU are told with the one that KVM knows, and a ring freezes
+/// at the limit that the registry was given, until another one is asked for.
+#[test]
+fn slow_exits_are_told_with_their_cpu() {
+    let shared = Rc::new(Shared::default());
+    let slow = Settings {
+        slow_ticks: 1000,
+        ..settings(10, false)
+    };
+    let registry = Registry::new(Plain(Rc::clone(&shared)), slow).expect("memory");
+    announce(&registry, &shared, key(1), 0, 1).expect("room");
+    shared.now.set(1);
+    assert!(exits(&registry, &shared, key(1), 3));
+    registry.give_tables(&mut Walker::new());
+    // One that gets its tables as it comes.
+    announce(&registry, &shared, key(2), 0, 2).expect("room");
+    assert!(exits(&registry, &shared, key(2), 3));
+    shared.cpus.borrow_mut().insert(key(1), 7);
+    shared.cpus.borrow_mut().insert(key(2), 9);
+    let mut now = shared.now.get() + 1000;
+    let mut exit = |place: usize, ticks: u64| {
+        let ledger = registry.known(key(place)).expect("it is known").ledger();
+        // SAFETY: Nothing goes on beside this.
+        let tables = unsafe { ledger.tables() }.expect("it has tables");
+        let about = About {
+            slot: slot(Isa::Vmx, 12),
+            nested: false,
+            key: None,
+            rip: Some(0x1000),
+        };
+        ledger.exit_with(tables, now + 100, &about);
+        now += 100 + ticks;
+        ledger.entry_with(tables, now);
+    };
+    let told = || {
+        let mut buffer = vec![0; 1 << 20];
+        let host = Host {
+            isa: Isa::Vmx,
+            leaf_map: LeafMap::Map2021,
+            host_scope: false,
+            tsc_khz: 0,
+            tsc_stable: true,
+            loaded: 0,
+            now: 0,
+            clock_offset: 0,
+            life: 1,
+        };
+        let show = Show { code: true };
+        let (mut walker, mut gone) = (Walker::new(), Totals::new());
+        let size = registry
+            .snapshot(&mut walker, &mut buffer, &mut gone, host, show)
+            .expect("room");
+        let snapshot = Snapshot::parse(&buffer[..size]).expect("a snapshot");
+        let tables = snapshot.tables().map(|tables| {
+            let exits: Vec<_> = tables
+                .slow()
+                .map(|exit| (exit.length(), exit.cpus))
+                .collect();
+            (tables.vcpu, (tables.is_frozen, exits))
+        });
+        tables
+            .collect::<BTreeMap<_, _>>()
+            .into_values()
+            .collect::<Vec<_>>()
+    };
+    for place in [1, 2] {
+        exit(place, 500);
+        exit(place, 800);
+    }
+    exit(2, 1001);
+    let of = |lengths: &[u64], cpu| -> Vec<_> {
+        // Of the window, and of the ring.
+        let both = lengths.iter().chain(lengths);
+        both.map(|length| (*length, [Some(cpu); 2])).collect()
+    };
+    assert_eq!(
+        told(),
+        [
+            (false, of(&[500, 800], 7)),
+            (true, of(&[500, 800, 1001], 9))
+        ]
+    );
+    registry.thaw_rings(&mut Walker::new());
+    exit(2, 900);
+    let frozen: Vec<_> = told().into_iter().map(|(is_frozen, _)| is_frozen).collect();
+    assert_eq!(frozen, [false, false]);
+    for place in [1, 2] {
+        destroy(&registry, &shared, key(place));
+    }
+    drop(registry);
+    assert_eq!(shared.objects.get(), 0);
 }

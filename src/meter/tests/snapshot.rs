@@ -11,8 +11,10 @@ use exitmeter_meter::{
     phase::Phase,
     reader::{Counter, Entry, Error, Kind, Missed, Snapshot, Unit},
     reasons::{self, Isa, Slot},
+    slow::Leaving,
     snapshot::{
-        size_for, Encoder, Full, Host, Identity, Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER,
+        size_for, Encoder, Full, Host, Identity, Reason, TABLE_CODE, TABLE_DETAILS, TABLE_RING,
+        TABLE_SLOWEST, TABLE_USER,
     },
     tables::{About, Tables, TablesCopy},
 };
@@ -88,6 +90,8 @@ fn lived(
     // SAFETY: All-zero bytes are valid tables.
     let tables: Box<Tables> = Box::new(unsafe { core::mem::zeroed() });
     tables.prepare();
+    // A wait for the host is as long.
+    tables.slow().set_limit(1_900_000);
     ledger.begin(now, Phase::User);
     now += 2_000_000;
     ledger.resume(now);
@@ -108,10 +112,16 @@ fn lived(
             // One of the kernel's ticks comes after what else there is.
             now += kernel - 1;
             if phase != Phase::Kernel {
-                let to_user = (phase == Phase::User).then_some(2);
-                ledger.leave_with(&tables, now, phase, to_user);
+                let leaving = Leaving {
+                    phase,
+                    to_user: (phase == Phase::User).then_some(2),
+                    cpu: 3,
+                };
+                ledger.leave_with(&tables, now, &leaving);
                 now += ticks;
-                ledger.resume_with(&tables, now);
+                // Waits end on another CPU.
+                let cpu = if phase == Phase::Waiting { 5 } else { 3 };
+                ledger.resume_with(&tables, now, cpu);
             }
             now += 1;
             ledger.entry_with(&tables, now);
@@ -249,9 +259,9 @@ fn the_fields_stand_where_the_documentation_says() {
         (112, 4, 600),
         (120, 8, 0x1122_3344_5566_7788),
         (128, 8, columns),
-        (136, 4, 12),
+        (136, 4, 12 + 13 + 12),
         (140, 4, 1),
-        (144, 8, columns + 12 * 64),
+        (144, 8, columns + 37 * 64),
         (152, 4, 2),
         (156, 4, 32),
     ];
@@ -867,6 +877,76 @@ fn tables_read_back() {
     assert_eq!(msr.detail_kind, 2);
 }
 
+/// The slowest exits, and what came before one that was too slow.
+#[test]
+fn slow_exits_read_back() {
+    let snapshot = Snapshot::parse(SAVED).unwrap();
+    let tables: Vec<_> = snapshot.tables().collect();
+    let first = tables.iter().find(|it| it.vcpu == 0).unwrap();
+    let vcpu = snapshot.vcpus().next().unwrap();
+    assert!(first.is_frozen);
+    assert_eq!(first.window_begun, Some(first.since));
+    let (slowest, ring): (Vec<_>, Vec<_>) =
+        first.slow().partition(|exit| exit.table == TABLE_SLOWEST);
+    assert_eq!((slowest.len(), ring.len()), (16, 64));
+    assert!(ring.iter().all(|exit| exit.table == TABLE_RING));
+    // 9 waits, and 7 that were preempted.
+    let waits: Vec<_> = slowest
+        .iter()
+        .filter(|exit| exit.reason == Reason::Code(48))
+        .collect();
+    assert_eq!(waits.len(), 9);
+    for exit in &waits {
+        assert_eq!(
+            (exit.length(), exit.ticks(Phase::Waiting)),
+            (2_009_800, 2_000_000)
+        );
+        assert_eq!((exit.scheduled_out, exit.user_exit), (1, None));
+        assert_eq!(exit.cpus, [Some(3), Some(5)]);
+        assert!(!exit.is_culprit && !exit.is_previous && !exit.nested);
+    }
+    assert!(slowest
+        .iter()
+        .filter(|exit| exit.reason != Reason::Code(48))
+        .all(|exit| exit.reason == Reason::Code(7) && exit.ticks(Phase::Preempted) == 310_000));
+    // The ring: up to the first wait, after faults that the kernel handled.
+    let (culprit, before) = ring.split_last().unwrap();
+    assert!(culprit.is_culprit && culprit.reason == Reason::Code(48));
+    assert_eq!(culprit.sequence, 5191 + 4645 + 974 + 868 + 480);
+    assert_eq!(culprit.length(), 2_009_800);
+    assert_eq!(
+        (culprit.detail_kind, culprit.rip),
+        (4, Some(0xffff_ffff_8100_0000))
+    );
+    for (place, exit) in before.iter().enumerate() {
+        assert!(!exit.is_culprit && exit.reason == Reason::Code(48));
+        assert_eq!(exit.sequence + 63 - place as u64, culprit.sequence);
+        assert_eq!(culprit.time - exit.time, (63 - place as u64) * 49_800);
+        assert_eq!((exit.length(), exit.ticks(Phase::Kernel)), (9_800, 9_800));
+        assert_eq!(exit.cpus, [Some(3), Some(3)]);
+    }
+    // Of the second, all of whose sleep was its own; its registers are encrypted.
+    let second = tables.iter().find(|it| it.vcpu == 1).unwrap();
+    assert!(!second.is_frozen);
+    assert!(second.slow().all(|exit| exit.rip.is_none()));
+    let lengths: Vec<_> = second
+        .slow()
+        .filter(|exit| exit.table == TABLE_SLOWEST)
+        .map(|exit| exit.length())
+        .collect();
+    assert_eq!(
+        lengths.iter().filter(|length| **length == 41_000).count(),
+        10
+    );
+    let latest = second.slow().last().unwrap();
+    assert_eq!(latest.ticks(Phase::Halted), 9_000_000);
+    assert_eq!(
+        latest.time + 9_041_000,
+        snapshot.vcpus().nth(1).unwrap().last()
+    );
+    assert!(vcpu.last() > culprit.time);
+}
+
 /// Who may not see the guest's code gets all else.
 #[test]
 fn code_is_left_out_for_those_who_may_not_have_it() {
@@ -881,6 +961,10 @@ fn code_is_left_out_for_those_who_may_not_have_it() {
     let tables = snapshot.tables().next().unwrap();
     assert!(tables.has(TABLE_DETAILS) && tables.has(TABLE_USER) && !tables.has(TABLE_CODE));
     assert!(tables.entries().all(|entry| entry.key < 1 << 40));
+    assert!(tables.slow().count() > 16);
+    assert!(tables.slow().all(|exit| exit.rip.is_none()));
+    let rip = 0xffff_ffff_8100_0000_u64.to_le_bytes();
+    assert!(!bytes[..size].windows(8).any(|word| word[2..] == rip[2..]));
 }
 
 /// Reads all there is to read.
@@ -917,6 +1001,12 @@ fn read_all(bytes: &[u8]) -> Result<u64, Error> {
         for entry in tables.entries() {
             add(entry.key ^ entry.exits ^ entry.kernel.unwrap_or(0) ^ entry.user.unwrap_or(0));
             add(entry.missed.exits ^ entry.missed.kernel ^ entry.missed.user);
+        }
+        add(u64::from(tables.is_frozen) ^ tables.window_begun.unwrap_or(0));
+        for exit in tables.slow() {
+            add(exit.length() ^ exit.time ^ exit.sequence ^ exit.rip.unwrap_or(0));
+            add(exit.detail ^ exit.scheduled_out ^ exit.user_exit.unwrap_or(0));
+            exit.cpus.into_iter().flatten().for_each(&mut add);
         }
     }
     Ok(sum)
@@ -1003,7 +1093,12 @@ proptest! {
         let (from, reach) = match place {
             0 => (0, bytes.len()),
             1 => (0, 960),
-            _ => (bytes.len() - 2000, 2000),
+            _ => {
+                let tables = u64::from_le_bytes(*bytes[144..].first_chunk().unwrap()) as usize;
+                // The columns, and the front of the tables.
+                let from = tables - 3 * 64;
+                (from, (bytes.len() - from).min(4000))
+            }
         };
         for (place, byte) in damage {
             bytes[from + place.index(reach)] = byte;

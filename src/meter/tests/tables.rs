@@ -11,6 +11,7 @@ use exitmeter_meter::{
     ledger::{Ledger, LedgerCopy},
     phase::Phase,
     reasons::{self, Isa, Slot},
+    slow::Leaving,
     tables::{About, Tables, TablesCopy, CODES, DETAILS, MOST_BYTES, USERS, WAYS},
 };
 use proptest::prelude::*;
@@ -69,6 +70,15 @@ impl Random {
 
     fn below(&mut self, bound: u64) -> u64 {
         (self.next() >> 11) % bound
+    }
+}
+
+/// A vCPU leaves its CPU, and tells user space why.
+fn leaving(phase: Phase, why: u16) -> Leaving {
+    Leaving {
+        phase,
+        to_user: Some(why),
+        cpu: 0,
     }
 }
 
@@ -136,9 +146,9 @@ impl Metered {
         if user != 0 {
             let now = self.at(kernel);
             self.ledger
-                .leave_with(&self.tables, now, Phase::User, Some(why));
+                .leave_with(&self.tables, now, &leaving(Phase::User, why));
             let now = self.at(user);
-            self.ledger.resume_with(&self.tables, now);
+            self.ledger.resume_with(&self.tables, now, 0);
         }
         let now = self.at(kernel);
         self.ledger.entry_with(&self.tables, now);
@@ -277,7 +287,7 @@ fn slots() -> [Slot; 3] {
 #[test]
 fn tables_take_48_kib_at_most() {
     assert!(size_of::<Tables>() <= MOST_BYTES && MOST_BYTES == 48 * 1024);
-    const { assert!(DETAILS >= 256 && CODES >= 512 && USERS >= 32) };
+    const { assert!(DETAILS >= 256 && CODES >= 256 && USERS >= 32) };
 }
 
 #[test]
@@ -355,11 +365,11 @@ fn tables_go_on_when_the_clock_begins_anew() {
         if phase == Phase::User {
             metered
                 .ledger
-                .leave_with(&metered.tables, now, phase, Some(2));
+                .leave_with(&metered.tables, now, &leaving(phase, 2));
         }
         metered.ledger.rebase(now + 1000, 7);
         if phase == Phase::User {
-            metered.ledger.resume_with(&metered.tables, 27);
+            metered.ledger.resume_with(&metered.tables, 27, 0);
         }
         metered.ledger.entry_with(&metered.tables, 30);
         let (ledger, tables) = metered.copy();

@@ -56,6 +56,8 @@ pub struct Config {
     pub vcpus: u8,
     /// How long the VMM sleeps each time a guest's OUT comes to it.
     pub pause: Duration,
+    /// The one OUT on which it does so, from 1; `None` for each.
+    pub pause_on: Option<u64>,
     /// Whether a vCPU's thread moves to the host's next CPU each time a guest's OUT comes to
     /// the VMM.
     pub roam: bool,
@@ -77,6 +79,7 @@ impl Config {
             count,
             vcpus: 1,
             pause: Duration::ZERO,
+            pause_on: None,
             roam: false,
             wake: Duration::from_millis(5),
             meddle: false,

@@ -416,7 +416,8 @@ fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
             Ok(VcpuExit::IoOut(END_PORT, _)) => return Ok(seen),
             Ok(VcpuExit::IoOut(USER_PORT, _)) => {
                 seen.ports += 1;
-                if !config.pause.is_zero() {
+                let pauses = config.pause_on.is_none_or(|on| on == seen.ports);
+                if pauses && !config.pause.is_zero() {
                     thread::sleep(config.pause);
                 }
                 if config.roam {

@@ -69,6 +69,7 @@ fn main() -> Result<()> {
         count,
         vcpus,
         pause: Duration::from_micros(pause),
+        pause_on: None,
         roam,
         wake: Duration::from_micros(wake),
         queries: ask.clone(),

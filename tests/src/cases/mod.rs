@@ -14,6 +14,7 @@ mod log;
 mod nested;
 mod phases;
 mod scope;
+mod slow;
 mod tool;
 
 pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
@@ -119,6 +120,7 @@ pub fn all() -> Vec<Case> {
         access::cases(),
         phases::cases(),
         details::cases(),
+        slow::cases(),
         tool::cases(),
         scope::cases(),
         linux::cases(),

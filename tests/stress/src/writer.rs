@@ -33,6 +33,7 @@ pub fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
         host_scope,
         max_vcpus,
         copy_tries: TRIES,
+        slow_ticks: 0,
     }
 }
 

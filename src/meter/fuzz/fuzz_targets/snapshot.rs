@@ -7,7 +7,7 @@
 use exitmeter_meter::{
     phase::Phase,
     reader::Snapshot,
-    snapshot::{TABLE_CODE, TABLE_DETAILS, TABLE_USER},
+    snapshot::{TABLE_CODE, TABLE_DETAILS, TABLE_RING, TABLE_SLOWEST, TABLE_USER},
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -32,6 +32,12 @@ fuzz_target!(|bytes: &[u8]| {
         for entry in tables.entries() {
             assert!(known.contains(&entry.table));
             let _ = (entry.exits, entry.kernel, entry.user, entry.missed);
+        }
+        let _ = (tables.is_frozen, tables.window_begun);
+        for exit in tables.slow() {
+            assert!([TABLE_SLOWEST, TABLE_RING].contains(&exit.table));
+            let _ = (exit.length(), exit.time, exit.rip, exit.cpus);
+            let _ = Phase::ALL.map(|phase| exit.ticks(phase));
         }
     }
     for row in vcpus.chain(snapshot.totals()) {

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter slow`: the slowest exits, and what came before one that was too slow.
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context as _;
+
+use self::{
+    model::{Seen, Selection, Slow},
+    text::Shown,
+};
+use crate::{
+    command::{self, Unrunnable, FAILED},
+    output::Output,
+    record::{
+        child::Child,
+        events::{Event, Events},
+    },
+    source,
+    why::{device::Device, select, symbols::Symbols},
+};
+
+mod csv;
+mod model;
+mod moment;
+mod text;
+
+/// On the host: the slowest exits, and the last ones before one that was too slow.
+///
+/// The module keeps the 16 slowest exits of each vCPU, of a window of some 10 s and of the one before,
+/// and a ring of its last 64 exits, while details are on. The ring freezes when an exit takes longer
+/// than the module's parameter slow_us. An exit is as long as it was in the kernel, in user space,
+/// waiting and preempted: that the guest slept by its own wish (halted) makes it no slower.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Details are on while CMD runs, or always with the module's parameter details=1. Without CMD the
+device is read once, and tells of the time before only if they were on. To read it takes
+CAP_PERFMON, which root has. With CMD the slowest exits are those while it ran.
+
+when is the time of the exit, in UTC. It is reckoned from the TSC and the time at which the
+snapshot was read; of a saved one, at which its file was written. It is as exact as that time.
+CPU is the host's CPU at the exit, and at the entry after it if that is another one. took is the
+sum of kernel, user, waiting and preempted. All are microseconds, or TSC ticks where the TSC's
+frequency is not known. outs is how often the scheduler took the vCPU off its CPU.
+
+--ring shows each vCPU's ring, the oldest exit first. Of a frozen one the exit that it froze for
+is marked by '>'. A frozen ring stays until details are turned off, or until --thaw asks for
+others: it does not give way to a later exit that was too slow.
+
+Exit status:
+  that of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
+  could not be run; 125 when the tool failed. Without CMD: 0, or 1 when it failed
+
+Examples:
+  exitmeter slow -- sleep 20
+  exitmeter slow --vm 1234 --symbols guest.kallsyms
+  exitmeter slow --ring --vm 1234
+  exitmeter slow --reason EXTERNAL_INTERRUPT --limit 5 saved.snapshot")]
+pub struct Args {
+    /// Shows only the VM of this name, or of this process.
+    #[arg(long, value_name = "PID|NAME")]
+    vm: Option<String>,
+    /// Shows only this exit reason: its name, or its number. Not with --ring, which shows what came
+    /// one after the other.
+    #[arg(long, value_name = "REASON", conflicts_with = "ring")]
+    reason: Option<String>,
+    /// Shows the rings of the last exits.
+    #[arg(long)]
+    ring: bool,
+    /// Names code by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
+    #[arg(long, value_name = "FILE")]
+    symbols: Option<PathBuf>,
+    /// Shows up to N exits: the slowest, or with --ring the last of each ring.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Prints JSON instead of tables: both the slowest exits and the rings.
+    #[arg(long, group = "form")]
+    json: bool,
+    /// Prints comma separated values: one line for each exit.
+    #[arg(long, group = "form")]
+    csv: bool,
+    /// Then asks for rings that are not frozen.
+    #[arg(long, conflicts_with_all = ["input", "command"])]
+    thaw: bool,
+    /// The device whose details are turned on.
+    #[arg(long, value_name = "DEVICE", default_value = source::DEVICE, hide = true)]
+    device: PathBuf,
+    /// Reads a saved snapshot, of a time when details were on.
+    #[arg(value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// The command to run meanwhile, with its arguments.
+    #[arg(last = true, value_name = "CMD", conflicts_with = "input")]
+    command: Vec<OsString>,
+}
+
+/// How many of the slowest exits are shown unless that is told.
+const SLOWEST: usize = 20;
+/// From one reading to the next: less than a window, so that no slow exit is missed, and so that little
+/// is lost of a VM that goes.
+const READING: Duration = Duration::from_millis(500);
+
+impl Args {
+    /// Tells which exits were slow; the status to exit with.
+    ///
+    /// # Errors
+    ///
+    /// When there is nothing to tell, or nowhere to tell it.
+    pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
+        match self.tell(out) {
+            Err(error) if !self.command.is_empty() => {
+                eprintln!("exitmeter: {error:#}");
+                let status = error.downcast_ref().map(Unrunnable::status);
+                Ok(status.unwrap_or(FAILED).into())
+            }
+            told => told.map(ExitCode::from),
+        }
+    }
+
+    fn tell(&self, out: &mut Output) -> anyhow::Result<u8> {
+        let symbols = match &self.symbols {
+            Some(path) => Symbols::read(path)?,
+            None => Symbols::default(),
+        };
+        if let Some(path) = &self.input {
+            let seen = saved(path)?;
+            self.print(&seen, &symbols, out)?;
+            return Ok(0);
+        }
+        if let Some((program, arguments)) = self.command.split_first() {
+            let device = Device::open(&self.device)?;
+            let mut seen = read(&device)?;
+            seen.begin();
+            // From here on no signal ends this process.
+            let (events, sender) = Events::new().context("cannot wait for signals")?;
+            let child = Child::start(program, arguments, sender)?;
+            return match self.watch(&device, &mut seen, &events, &child) {
+                Ok(status) => {
+                    self.print(&seen, &symbols, out)?;
+                    Ok(status)
+                }
+                // What is watched is more than its watching: it runs on.
+                Err(error) => {
+                    eprintln!("exitmeter: {error:#}");
+                    events.until_the_end(&child);
+                    Ok(FAILED)
+                }
+            };
+        }
+        // Turning details on would have them begin.
+        let bytes = source::read(&self.device)?;
+        anyhow::ensure!(
+            source::parse(&self.device, &bytes)?.has_tables(),
+            "details are off, so no exit has been recorded: 'exitmeter slow -- CMD' turns them on \
+             while CMD runs; with the module's parameter details=1 they are always on"
+        );
+        let device = Device::open(&self.device)?;
+        let seen = read(&device)?;
+        self.print(&seen, &symbols, out)?;
+        if self.thaw {
+            device.thaw()?;
+        }
+        Ok(0)
+    }
+
+    /// Read until the command ends; return its status.
+    fn watch(
+        &self,
+        device: &Device,
+        seen: &mut Seen,
+        events: &Events,
+        child: &Child,
+    ) -> anyhow::Result<u8> {
+        loop {
+            match events.until(Instant::now() + READING) {
+                Some(Event::Signal(signal)) => child.pass_on(signal),
+                Some(Event::Ended(status)) => {
+                    seen.add(read(device)?)?;
+                    return Ok(command::status(status));
+                }
+                None => seen.add(read(device)?)?,
+            }
+        }
+    }
+
+    fn print(&self, seen: &Seen, symbols: &Symbols, out: &mut Output) -> anyhow::Result<()> {
+        let selection = Selection {
+            vm: self.vm.as_deref(),
+            code: match &self.reason {
+                Some(reason) => Some(select::code(seen.host.isa, reason)?),
+                None => None,
+            },
+        };
+        let slow = Slow::new(seen, symbols, selection)?;
+        if self.symbols.is_some() && slow.vms.len() > 1 {
+            return Err(select::Error::Symbols(slow.vms.len()).into());
+        }
+        if self.json {
+            return Ok(out.json(&slow)?);
+        }
+        if self.csv {
+            return Ok(out.print(&csv::csv(&slow, self.ring))?);
+        }
+        let shown = Shown {
+            ring: self.ring,
+            limit: self
+                .limit
+                .unwrap_or(if self.ring { usize::MAX } else { SLOWEST }),
+        };
+        Ok(out.print(&text::text(&slow, shown, out.look()))?)
+    }
+}
+
+/// Read a saved snapshot.
+fn saved(path: &Path) -> anyhow::Result<Seen> {
+    let bytes = source::read(path)?;
+    let snapshot = source::parse(path, &bytes)?;
+    anyhow::ensure!(
+        snapshot.tables().any(|tables| tables.has_slow()) || snapshot.tables().next().is_none(),
+        "{} has no slow exits: its module is older than they are",
+        path.display()
+    );
+    anyhow::ensure!(
+        snapshot.has_tables(),
+        "{} has no slow exits: details were off when it was taken, or its module is older than \
+         they are; 'exitmeter slow -- CMD' turns them on",
+        path.display()
+    );
+    let written = fs::metadata(path).and_then(|metadata| metadata.modified());
+    Ok(Seen::new(&snapshot, written.ok()))
+}
+
+fn read(device: &Device) -> anyhow::Result<Seen> {
+    let bytes = device.read()?;
+    let snapshot = source::parse(device.path(), &bytes)?;
+    Ok(Seen::new(&snapshot, Some(SystemTime::now())))
+}

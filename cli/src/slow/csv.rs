@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Slow exits as comma separated values, as RFC 4180 has them.
+
+use super::model::{Exit, Slow};
+use crate::report::quoted;
+
+/// The line of titles. Times are TSC ticks; what is not known, or was not, is left empty.
+const HEADER: &str = "when,tsc,vm,name,pid,vcpu,sequence,kind,code,reason,about,nested,rip,symbol,\
+cpu_exit,cpu_entry,took,kernel,user,waiting,preempted,halted,scheduled_out,exit_reason,culprit\n";
+
+/// Write a line for each of the slowest exits, or for each exit of the rings.
+pub fn csv(slow: &Slow, ring: bool) -> String {
+    let mut text = HEADER.to_owned();
+    for vm in &slow.vms {
+        let whose = format!("{},{},{}", vm.vm, quoted(&vm.name), vm.pid);
+        if ring {
+            for exit in vm.rings.iter().flat_map(|ring| &ring.exits) {
+                text += &line(&whose, exit);
+            }
+        } else {
+            for exit in &vm.slowest {
+                text += &line(&whose, exit);
+            }
+        }
+    }
+    text
+}
+
+fn line(whose: &str, exit: &Exit) -> String {
+    let fields = [
+        shown(exit.when),
+        exit.tsc.to_string(),
+        whose.to_owned(),
+        exit.vcpu.to_string(),
+        exit.sequence.to_string(),
+        exit.label.kind.to_owned(),
+        shown(exit.label.code),
+        exit.label.name.map_or_else(String::new, quoted),
+        exit.words.as_deref().map_or_else(String::new, quoted),
+        u8::from(exit.nested).to_string(),
+        exit.rip.map_or_else(String::new, |rip| format!("{rip:#x}")),
+        exit.symbol
+            .is_some()
+            .then(|| exit.place())
+            .flatten()
+            .map_or_else(String::new, |place| quoted(&place)),
+        shown(exit.cpu_exit),
+        shown(exit.cpu_entry),
+        exit.took.to_string(),
+        exit.kernel.to_string(),
+        exit.user.to_string(),
+        exit.waiting.to_string(),
+        exit.preempted.to_string(),
+        exit.halted.to_string(),
+        exit.scheduled_out.to_string(),
+        exit.to_user().map_or_else(String::new, |why| quoted(&why)),
+        u8::from(exit.culprit).to_string(),
+    ];
+    fields.join(",") + "\n"
+}
+
+fn shown(value: Option<impl ToString>) -> String {
+    value.map_or_else(String::new, |value| value.to_string())
+}

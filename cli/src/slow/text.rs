@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Slow exits as tables for people.
+
+use std::collections::BTreeSet;
+
+use exitmeter_meter::phase::Phase;
+
+use super::model::{Exit, Ring, Slow, Vm};
+use crate::{
+    numbers::exact,
+    output::Look,
+    paint::{paint, Style},
+    report::count,
+    table::{
+        Cell,
+        Side::{Left, Right},
+        Table,
+    },
+};
+
+/// What is to be shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown {
+    /// The rings, and not the slowest exits.
+    pub ring: bool,
+    /// How many exits.
+    pub limit: usize,
+}
+
+/// Titles of columns that may be left out.
+const CODE: &str = "code";
+const OUTS: &str = "outs";
+const HALTED: &str = "halted";
+const WAITING: &str = "waiting";
+const PREEMPTED: &str = "preempted";
+const TO_USER: &str = "to user space";
+const VCPU: &str = "vCPU";
+const CPU: &str = "CPU";
+
+/// Write all of it.
+pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
+    let khz = slow.host.tsc_khz;
+    let unit = match khz {
+        Some(_) => "microseconds",
+        None => "TSC ticks",
+    };
+    let isa = slow.host.isa.name().to_uppercase();
+    let mut text = format!("slow exits ({isa}), in {unit}, at times in UTC\n");
+    if slow.vcpus_without_tables != 0 {
+        let vcpus = count(slow.vcpus_without_tables.into(), "vCPU");
+        let line = format!("no memory for the tables of {vcpus}: their exits are not below");
+        text += &(paint(&line, Style::Warning, look.color) + "\n");
+    }
+    if slow.vms.is_empty() {
+        text += "\nNo VM runs.\n";
+    }
+    let mut spared = BTreeSet::new();
+    for vm in &slow.vms {
+        text += &of_vm(vm, khz, shown, look, &mut spared);
+    }
+    if !spared.is_empty() {
+        let columns: Vec<_> = spared.into_iter().collect();
+        text += &format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "));
+    }
+    text
+}
+
+fn of_vm(
+    vm: &Vm,
+    khz: Option<u32>,
+    shown: Shown,
+    look: Look,
+    spared: &mut BTreeSet<String>,
+) -> String {
+    let whose = format!("{}, process {}", vm.name, vm.pid);
+    let title = |text: &str| format!("\n{}\n", paint(text, Style::Strong, look.color));
+    if shown.ring {
+        let mut text = String::new();
+        for ring in &vm.rings {
+            let state = if ring.frozen { "frozen" } else { "not frozen" };
+            text += &title(&format!("{whose}, vCPU {}: ring, {state}", ring.vcpu));
+            let first = ring.exits.len().saturating_sub(shown.limit);
+            let exits: Vec<_> = ring.exits.iter().skip(first).collect();
+            text += &table(&exits, true, khz, look, spared);
+        }
+        if vm.rings.is_empty() {
+            text += &(title(&whose) + "No exit since details are on.\n");
+        }
+        return text;
+    }
+    let exits: Vec<_> = vm.slowest.iter().take(shown.limit).collect();
+    let of = match vm.slowest.len() {
+        all if all > exits.len() => format!(" of {all} that are kept"),
+        _ => String::new(),
+    };
+    let slowest = count(exits.len() as u64, "slowest exit");
+    let mut text = title(&format!("{whose}: {slowest}{of}"));
+    text += &table(&exits, false, khz, look, spared);
+    for Ring { vcpu, exits, .. } in vm.rings.iter().filter(|ring| ring.frozen) {
+        let Some(culprit) = exits.last() else {
+            continue;
+        };
+        let when = culprit
+            .when
+            .map_or_else(String::new, |when| format!(" at {}", when.of_day()));
+        text += &format!(
+            "The ring of vCPU {vcpu} is frozen, for {}{when}: --ring shows what led to it.\n",
+            culprit.about()
+        );
+    }
+    text
+}
+
+fn table(
+    exits: &[&Exit],
+    is_ring: bool,
+    khz: Option<u32>,
+    look: Look,
+    spared: &mut BTreeSet<String>,
+) -> String {
+    if exits.is_empty() {
+        return "No exit since details are on.\n".to_owned();
+    }
+    let mut absent = Vec::new();
+    if exits.iter().all(|exit| exit.rip.is_none()) {
+        absent.push(CODE);
+    }
+    if exits.iter().all(|exit| exit.exit_reason.is_none()) {
+        absent.push(TO_USER);
+    }
+    if is_ring {
+        absent.push(VCPU);
+    }
+    let build = |_: fn(u128) -> String| {
+        let mut table = Table::new([
+            ("when", Left),
+            (VCPU, Right),
+            ("exit", Left),
+            (CODE, Left),
+            (CPU, Right),
+            ("took", Right),
+            ("kernel", Right),
+            ("user", Right),
+            (WAITING, Right),
+            (PREEMPTED, Right),
+            (HALTED, Right),
+            (OUTS, Right),
+            (TO_USER, Left),
+        ]);
+        for exit in exits {
+            let mark = match (is_ring, exit.culprit) {
+                (true, true) => "> ",
+                (true, false) => "  ",
+                _ => "",
+            };
+            let when = exit
+                .when
+                .map_or_else(|| "-".to_owned(), |when| when.of_day());
+            let style = match exit.culprit {
+                true => Style::Warning,
+                false => Style::Plain,
+            };
+            let ticks = |phase, ticks| Cell::new(length(ticks, khz), Style::Of(phase));
+            table.row([
+                Cell::new(format!("{mark}{when}"), style),
+                exit.vcpu.to_string().into(),
+                Cell::new(exit.about(), style),
+                exit.place().unwrap_or_default().into(),
+                cpus(exit).into(),
+                Cell::new(length(exit.took, khz), Style::Strong),
+                ticks(Phase::Kernel, exit.kernel),
+                ticks(Phase::User, exit.user),
+                ticks(Phase::Waiting, exit.waiting),
+                ticks(Phase::Preempted, exit.preempted),
+                ticks(Phase::Halted, exit.halted),
+                exit.scheduled_out.to_string().into(),
+                exit.to_user().unwrap_or_default().into(),
+            ]);
+        }
+        table.leave_out(&absent);
+        table
+    };
+    let spare = [OUTS, HALTED, WAITING, PREEMPTED, TO_USER, CODE, CPU];
+    let table = Table::fitted(look, &spare, build);
+    let left_out = table.spared().iter();
+    spared.extend(
+        left_out
+            .filter(|title| !absent.contains(&title.as_str()))
+            .cloned(),
+    );
+    table.text(look.color)
+}
+
+/// Ticks in microseconds with a tenth, or as they are.
+fn length(ticks: u64, khz: Option<u32>) -> String {
+    let Some(khz) = khz.filter(|_| ticks != 0) else {
+        return exact(ticks);
+    };
+    let tenths = (u128::from(ticks) * 10_000 + u128::from(khz) / 2) / u128::from(khz);
+    format!("{}.{}", exact(tenths / 10), tenths % 10)
+}
+
+/// The CPUs at exit and entry.
+fn cpus(exit: &Exit) -> String {
+    let cpu = |cpu: Option<u64>| cpu.map_or_else(|| "?".to_owned(), |cpu| cpu.to_string());
+    match (exit.cpu_exit, exit.cpu_entry) {
+        (at_exit, at_entry) if at_exit == at_entry => cpu(at_exit),
+        (at_exit, at_entry) => format!("{}->{}", cpu(at_exit), cpu(at_entry)),
+    }
+}

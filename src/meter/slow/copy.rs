@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The recorder at rest: the copy of that of one vCPU, and the exits in it.
+
+use crate::meter::{atomic::Ordering::Relaxed, detail, phase::Phase, reasons::Slot};
+
+use super::{Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
+
+/// An exit, told in full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlowExit {
+    /// Which exit of the vCPU's it was, from 0 when the recorder began.
+    pub sequence: u64,
+    /// TSC at the exit.
+    pub exited: u64,
+    pub(super) key: u64,
+    /// Where the guest was; 0 where that cannot be read.
+    pub rip: u64,
+    /// TSC ticks by phase, without the guest's, which comes first.
+    ticks: [u64; PHASES],
+    /// How often the scheduler took the vCPU off its CPU.
+    pub outs: u32,
+    why: u32,
+    cpus: [u16; 2],
+}
+
+impl SlowExit {
+    const EMPTY: Self = Self {
+        sequence: 0,
+        exited: 0,
+        key: 0,
+        rip: 0,
+        ticks: [0; PHASES],
+        outs: 0,
+        why: 0,
+        cpus: [0; 2],
+    };
+
+    /// The reason, as a row of the ledger.
+    pub fn slot(&self) -> Option<Slot> {
+        match detail::slot_of(self.key) {
+            None => Slot::from_index((self.key as usize & 0xff).wrapping_sub(1)),
+            slot => slot,
+        }
+    }
+
+    /// Whether it came from a nested guest.
+    pub fn is_nested(&self) -> bool {
+        match detail::slot_of(self.key) {
+            None => self.key >> 8 & 1 != 0,
+            Some(_) => self.key & detail::NESTED != 0,
+        }
+    }
+
+    /// What it was about, as a row of details has it; `None` where the exit did not tell.
+    pub fn detail(&self) -> Option<u64> {
+        detail::slot_of(self.key).map(|_| detail::detail_of(self.key))
+    }
+
+    /// TSC ticks in a phase up to the entry after it; 0 in the guest's.
+    pub fn ticks(&self, phase: Phase) -> u64 {
+        let place = (phase as usize).wrapping_sub(1);
+        self.ticks.get(place).copied().unwrap_or(0)
+    }
+
+    /// The ticks that make it slow: all but those of the guest's own sleep.
+    pub fn length(&self) -> u64 {
+        [Phase::Kernel, Phase::User, Phase::Waiting, Phase::Preempted]
+            .into_iter()
+            .fold(0, |sum: u64, phase| sum.saturating_add(self.ticks(phase)))
+    }
+
+    /// KVM_EXIT_* when it went to user space, the last time if it did so often.
+    pub fn user_exit(&self) -> Option<u16> {
+        (self.why & WENT != 0).then_some(self.why as u16)
+    }
+
+    /// The host's CPU at the exit and at the entry, where they are known.
+    pub fn cpus(&self) -> [Option<u16>; 2] {
+        self.cpus.map(|cpu| cpu.checked_sub(1))
+    }
+
+    fn set_kernel(&mut self, kernel: u64) {
+        if let Some(cell) = self.ticks.first_mut() {
+            *cell = kernel;
+        }
+    }
+}
+
+/// A copied step.
+#[derive(Clone, Copy, Debug)]
+struct StepCopy {
+    exited: u64,
+    guest: u64,
+    key: u64,
+    rip: u64,
+}
+
+/// A copied course.
+#[derive(Clone, Copy, Debug)]
+struct CourseCopy {
+    exited: u64,
+    ticks: [u64; PHASES],
+    outs: u32,
+    why: u32,
+    cpus: [u16; 2],
+    after: u16,
+}
+
+/// A copied window.
+#[derive(Clone, Debug)]
+struct WindowCopy {
+    begun: u64,
+    count: usize,
+    kept: [SlowExit; KEPT],
+}
+
+/// A copy of a recorder, of the same moment as that of its ledger. All-zero bytes are one that has
+/// recorded nothing.
+#[derive(Clone, Debug)]
+pub struct SlowCopy {
+    has_begun: u32,
+    at: u32,
+    low: u32,
+    frozen: u32,
+    culprit: u64,
+    base: u64,
+    cpu: u16,
+    first_cpu: u16,
+    current: usize,
+    steps: [StepCopy; RING],
+    courses: [CourseCopy; RING],
+    windows: [WindowCopy; 2],
+}
+
+/// Return the two CPUs that one word holds.
+const fn unpair(cpus: u32) -> [u16; 2] {
+    [cpus as u16, (cpus >> 16) as u16]
+}
+
+impl SlowCopy {
+    /// A copy of a recorder that has recorded nothing.
+    pub const fn new() -> Self {
+        const STEP: StepCopy = StepCopy {
+            exited: 0,
+            guest: 0,
+            key: 0,
+            rip: 0,
+        };
+        const COURSE: CourseCopy = CourseCopy {
+            exited: 0,
+            ticks: [0; PHASES],
+            outs: 0,
+            why: 0,
+            cpus: [0; 2],
+            after: 0,
+        };
+        const WINDOW: WindowCopy = WindowCopy {
+            begun: 0,
+            count: 0,
+            kept: [SlowExit::EMPTY; KEPT],
+        };
+        Self {
+            has_begun: 0,
+            at: 0,
+            low: 0,
+            frozen: 0,
+            culprit: 0,
+            base: 0,
+            cpu: 0,
+            first_cpu: 0,
+            current: 0,
+            steps: [STEP; RING],
+            courses: [COURSE; RING],
+            windows: [WINDOW; 2],
+        }
+    }
+
+    /// Take the CPU that the vCPU is on for that of all exits, if it has not left its CPU since the
+    /// recorder began.
+    pub fn set_cpu(&mut self, cpu: u32) {
+        if self.first_cpu == 0 {
+            self.first_cpu = cpu.saturating_add(1).min(0xffff) as u16;
+        }
+    }
+
+    /// Return true if the ring is frozen.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen != 0
+    }
+
+    /// Return the number of the exit that froze the ring.
+    pub fn culprit(&self) -> Option<u64> {
+        self.is_frozen().then_some(self.culprit)
+    }
+
+    fn window(&self, is_current: bool) -> Option<&WindowCopy> {
+        let which = match is_current {
+            true => self.current,
+            false => self.current ^ 1,
+        };
+        self.windows.get(which)
+    }
+
+    /// TSC when the current window began, and the previous one ended; `None` before the first exit.
+    pub fn window_begun(&self) -> Option<u64> {
+        let window = self.window(true).filter(|_| self.has_begun != 0)?;
+        Some(window.begun)
+    }
+
+    /// The slowest exits of the current window or of the one before, in no order.
+    pub fn slowest(&self, of_current: bool) -> impl Iterator<Item = SlowExit> + '_ {
+        let kept = self
+            .window(of_current)
+            .filter(|_| self.has_begun != 0)
+            .and_then(|window| window.kept.get(..window.count))
+            .unwrap_or_default();
+        kept.iter().map(|kept| self.with_cpus(*kept))
+    }
+
+    /// Fill in CPUs that were not noted.
+    fn with_cpus(&self, exit: SlowExit) -> SlowExit {
+        let cpus = exit
+            .cpus
+            .map(|cpu| if cpu == 0 { self.first_cpu } else { cpu });
+        SlowExit { cpus, ..exit }
+    }
+
+    /// The exits of the ring, from the oldest to the latest that has ended. `last` is the TSC of
+    /// the latest transition, and `in_guest` says whether that was an entry.
+    pub fn ring(&self, last: u64, in_guest: bool) -> impl Iterator<Item = SlowExit> + '_ {
+        let newest = match self.frozen {
+            0 if self.low == 0 => None,
+            0 => Some(self.at),
+            frozen => Some(frozen),
+        };
+        let newest = newest
+            .filter(|_| self.has_begun != 0)
+            .and_then(|at| at.checked_sub(RING_LOW))
+            .map(|at| (at / STEP) as usize);
+        // Which exit it was.
+        let number = match self.frozen {
+            0 => {
+                let steps = RING_TOP.wrapping_sub(self.at) / STEP;
+                self.base.wrapping_add(steps.into())
+            }
+            _ => self.culprit,
+        };
+        let mut cpu = None;
+        (0..RING).rev().filter_map(move |age| {
+            // They are written downwards.
+            let place = newest?.wrapping_add(age) % RING;
+            let step = self.steps.get(place).filter(|step| step.key != 0)?;
+            let course = self.course(place, step);
+            let mut exit = SlowExit {
+                sequence: number.wrapping_sub(age as u64),
+                exited: step.exited,
+                key: step.key,
+                rip: step.rip,
+                ..SlowExit::EMPTY
+            };
+            match course {
+                Some(course) => {
+                    cpu = Some(course.after);
+                    exit.ticks = course.ticks;
+                    exit.outs = course.outs;
+                    exit.why = course.why;
+                    exit.cpus = course.cpus;
+                }
+                None => {
+                    let until = match age {
+                        0 => last,
+                        _ => {
+                            let next = self.steps.get(place.wrapping_sub(1) % RING)?;
+                            next.exited.wrapping_sub(next.guest)
+                        }
+                    };
+                    exit.set_kernel(until.wrapping_sub(step.exited));
+                    let on = *cpu.get_or_insert_with(|| self.oldest_cpu());
+                    exit.cpus = [on; 2];
+                }
+            }
+            // The latest one may be under way still.
+            let has_ended = age != 0 || in_guest || self.is_frozen();
+            has_ended.then(|| self.with_cpus(exit))
+        })
+    }
+
+    /// Return the course of a step, if it has one.
+    fn course(&self, place: usize, step: &StepCopy) -> Option<&CourseCopy> {
+        let course = self.courses.get(place)?;
+        (course.exited == step.exited).then_some(course)
+    }
+
+    /// Return the CPU of the ring's exits before the first one that has a course.
+    fn oldest_cpu(&self) -> u16 {
+        let newest = match self.frozen {
+            0 => self.at,
+            frozen => frozen,
+        };
+        let newest = (newest.wrapping_sub(RING_LOW) / STEP) as usize;
+        let mut ages = (0..RING).rev();
+        let first = ages.find_map(|age| {
+            let place = newest.wrapping_add(age) % RING;
+            let step = self.steps.get(place).filter(|step| step.key != 0)?;
+            self.course(place, step)
+        });
+        first.map_or(self.cpu, |course| {
+            let [exit, _] = course.cpus;
+            exit
+        })
+    }
+}
+
+impl Default for SlowCopy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Slow {
+    /// Copy the recorder, in the window in which the ledger is copied. `undisturbed` tells whether
+    /// that window still holds: if not, the copy ends early.
+    pub(in crate::meter) fn copy(&self, out: &mut SlowCopy, undisturbed: impl Fn() -> bool) {
+        out.has_begun = self.has_begun.load(Relaxed);
+        if out.has_begun == 0 {
+            return;
+        }
+        out.at = self.at.load(Relaxed);
+        out.low = self.low.load(Relaxed);
+        out.frozen = self.frozen.load(Relaxed);
+        out.culprit = self.culprit.load(Relaxed);
+        out.base = self.base.load(Relaxed);
+        out.cpu = self.cpu.load(Relaxed) as u16;
+        out.first_cpu = self.first_cpu.load(Relaxed) as u16;
+        out.current = self.current.load(Relaxed) as usize;
+        let steps = self.steps.iter().skip(SCRATCH);
+        for (from, to) in steps.zip(&mut out.steps) {
+            *to = StepCopy {
+                exited: from.exited.load(Relaxed),
+                guest: from.guest.load(Relaxed),
+                key: from.key.load(Relaxed),
+                rip: from.rip.load(Relaxed),
+            };
+        }
+        if !undisturbed() {
+            return;
+        }
+        for (from, to) in self.courses.iter().zip(&mut out.courses) {
+            *to = CourseCopy {
+                exited: from.exited.load(Relaxed),
+                ticks: core::array::from_fn(|phase| {
+                    from.ticks.get(phase).map_or(0, |cell| cell.load(Relaxed))
+                }),
+                outs: from.outs.load(Relaxed),
+                why: from.why.load(Relaxed),
+                cpus: unpair(from.cpus.load(Relaxed)),
+                after: from.after.load(Relaxed) as u16,
+            };
+        }
+        if !undisturbed() {
+            return;
+        }
+        for (from, to) in self.windows.iter().zip(&mut out.windows) {
+            to.begun = from.begun.load(Relaxed);
+            to.count = (from.count.load(Relaxed) as usize).min(KEPT);
+            let kept = from.kept.iter().take(to.count);
+            for (from, to) in kept.zip(&mut to.kept) {
+                *to = SlowExit {
+                    sequence: from.sequence.load(Relaxed),
+                    exited: from.exited.load(Relaxed),
+                    key: from.key.load(Relaxed),
+                    rip: from.rip.load(Relaxed),
+                    ticks: core::array::from_fn(|phase| {
+                        from.ticks.get(phase).map_or(0, |cell| cell.load(Relaxed))
+                    }),
+                    outs: from.outs.load(Relaxed),
+                    why: from.why.load(Relaxed),
+                    cpus: unpair(from.cpus.load(Relaxed)),
+                };
+            }
+        }
+    }
+}

@@ -65,3 +65,20 @@ pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
 pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
     cell.value()
 }
+
+/// Add to a cell that only this thread writes.
+#[inline(always)]
+pub(crate) fn add(cell: &AtomicU64, value: u64) {
+    cell.store(
+        cell.load(Ordering::Relaxed).wrapping_add(value),
+        Ordering::Relaxed,
+    );
+}
+
+/// Set a bit of a bitmap that only this thread writes, if it has that many.
+pub(crate) fn mark(bits: &[AtomicU64], place: usize) {
+    if let Some(word) = bits.get(place / 64) {
+        let bit = 1_u64.wrapping_shl(place as u32 % 64);
+        word.store(word.load(Ordering::Relaxed) | bit, Ordering::Relaxed);
+    }
+}

@@ -8,7 +8,7 @@
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
 use super::{
-    atomic::{fence, own, AtomicPtr, AtomicU32, AtomicU64, Ordering},
+    atomic::{add, fence, mark, own, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
     parts,
     phase::Phase,
@@ -161,12 +161,6 @@ struct Cells([AtomicU64; CELLS]);
 /// The kernel ticks to come are not those of an exit: there was none since the latest entry.
 const CLOSED: u64 = u64::MAX;
 
-/// Adds to a cell that only this thread writes.
-#[inline(always)]
-fn add(cell: &AtomicU64, value: u64) {
-    cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
-}
-
 impl Ledger {
     #[inline(always)]
     fn at(&self, row: Row, column: u32) -> &AtomicU64 {
@@ -215,10 +209,7 @@ impl Ledger {
     }
 
     fn use_row(&self, slot: Slot) {
-        if let Some(word) = self.used.get(slot.index() / 64) {
-            let bit = 1_u64.wrapping_shl(slot.index() as u32 % 64);
-            word.store(word.load(Relaxed) | bit, Relaxed);
-        }
+        mark(&self.used, slot.index());
     }
 
     /// Begins a transition at TSC `now`; the time since the last one.
@@ -531,7 +522,7 @@ impl Ledger {
     #[inline(always)]
     pub fn entry_with(&self, tables: &Tables, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry_told(tables, now);
+            return self.late_entry_with(tables, now);
         };
         tables.book_kernel(ticks);
         let row = self.enter_after(ticks);
@@ -567,7 +558,7 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_entry_told(&self, tables: &Tables, now: u64) {
+    fn late_entry_with(&self, tables: &Tables, now: u64) {
         self.entry_with(tables, self.one_tick_on(now));
     }
 

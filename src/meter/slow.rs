@@ -29,7 +29,7 @@
 //! the same.
 
 use super::{
-    atomic::{own, AtomicU32, AtomicU64, Ordering::Relaxed},
+    atomic::{add, own, AtomicU32, AtomicU64, Ordering::Relaxed},
     detail,
     phase::Phase,
     reasons::Slot,
@@ -171,7 +171,7 @@ pub struct Leaving {
 ///
 /// # Invariants
 ///
-/// `at` holds the number of a [`Place`], and `low` 0 or [`RING_LOW`], not above `at`.
+/// `at` holds the number of a `Place`, and `low` 0 or `RING_LOW`, not above `at`.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Slow {
@@ -215,11 +215,6 @@ pub struct Slow {
 // Loom's atomics are larger.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Slow>() <= MOST_BYTES);
-
-/// Adds to a cell that only this thread writes.
-fn add(cell: &AtomicU64, value: u64) {
-    cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
-}
 
 /// Return the sum of ticks that makes an exit slow.
 fn length(ticks: &[AtomicU64; PHASES]) -> u64 {

@@ -28,6 +28,8 @@
 use super::{
     atomic::{
         self,
+        add,
+        mark,
         AtomicU16,
         AtomicU32,
         AtomicU64,
@@ -262,25 +264,11 @@ const _: () = assert!(size_of::<[Detail; 1 + DETAILS]>() <= 1 << 16);
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<[Code; 1 + CODES]>() <= 1 << 16);
 
-/// Adds to a cell that only this thread writes.
-#[inline(always)]
-fn add(cell: &AtomicU64, value: u64) {
-    cell.store(cell.load(Relaxed).wrapping_add(value), Relaxed);
-}
-
 /// Reads a cell of a vCPU's tables, in a transition of that vCPU.
 #[inline(always)]
 fn own<C: Cell>(cell: &C) -> C::Value {
     // SAFETY: Only transitions write to tables, and there is one at a time.
     unsafe { atomic::own(cell) }
-}
-
-/// Sets the bit of a row, counted from the first that is somebody's.
-fn mark(bits: &[AtomicU64], row: usize) {
-    if let Some(word) = bits.get(row / 64) {
-        let bit = 1_u64.wrapping_shl(row as u32 % 64);
-        word.store(word.load(Relaxed) | bit, Relaxed);
-    }
 }
 
 /// Return the set of `1 << power` that a key belongs to, by its low half.
@@ -298,6 +286,32 @@ const fn code_set(rip: u64, slot: u32) -> usize {
 /// Return where a set begins, whose rows take `row` bytes: behind the first row of the table.
 const fn start_of(set: usize, row: usize) -> usize {
     set.wrapping_mul(WAYS * row).wrapping_add(row)
+}
+
+/// Return where the rows of a set begin.
+fn rows_of(set: usize, row: usize) -> impl Iterator<Item = usize> {
+    let start = start_of(set, row);
+    (0..WAYS).map(move |way| start.wrapping_add(way.wrapping_mul(row)))
+}
+
+/// Return which row of a set a new key takes: a free one, or the one of the fewest exits. Of that
+/// also how many these are, which is how many of the new key's there may have been before. `exits`
+/// counts those of a row, with those that it may have missed, and gives `None` for a free one.
+fn choose(set: usize, row: usize, exits: impl Fn(usize) -> Option<u64>) -> (usize, Option<u64>) {
+    let mut chosen = (start_of(set, row), u64::MAX);
+    for offset in rows_of(set, row) {
+        match exits(offset) {
+            None => return (offset, None),
+            Some(exits) if exits < chosen.1 => chosen = (offset, exits),
+            Some(_) => {}
+        }
+    }
+    (chosen.0, Some(chosen.1))
+}
+
+/// Return the exits of a row, with those that it may have missed.
+fn all_exits(exits: &AtomicU64, missed: &AtomicU64) -> u64 {
+    own(exits).saturating_add(own(missed))
 }
 
 /// Return the reason as rows of exits to user space hold it: never 0, so that no tag is.
@@ -379,11 +393,11 @@ impl Tables {
         let detail = match slow::has_detail(keys.key) {
             false => 0,
             true => {
-                let key = keys.key;
+                let (key, set) = (keys.key, set_of(keys.key as u32, DETAIL_POWER));
                 let row = self
-                    .find_detail(key)
-                    .unwrap_or_else(|| self.new_detail(ledger, now, key));
-                if let Some(latest) = self.latest_details.get(set_of(key as u32, DETAIL_POWER)) {
+                    .find_detail(set, key)
+                    .unwrap_or_else(|| self.new_detail(ledger, now, set, key));
+                if let Some(latest) = self.latest_details.get(set) {
                     // INVARIANT: The row is there, and in use.
                     latest.store(row as u16, Relaxed);
                 }
@@ -392,13 +406,12 @@ impl Tables {
         };
         let code = match keys.which.has_rip() {
             true => {
+                let (rip, which) = (keys.rip, keys.which);
+                let set = code_set(rip, which.place());
                 let row = self
-                    .find_code(keys.rip, keys.which)
-                    .unwrap_or_else(|| self.new_code(ledger, now, keys.rip, keys.which));
-                if let Some(latest) = self
-                    .latest_codes
-                    .get(code_set(keys.rip, keys.which.place()))
-                {
+                    .find_code(set, rip, which)
+                    .unwrap_or_else(|| self.new_code(ledger, now, set, rip, which));
+                if let Some(latest) = self.latest_codes.get(set) {
                     // INVARIANT: As above.
                     latest.store(row as u16, Relaxed);
                 }
@@ -422,115 +435,80 @@ impl Tables {
         add(&self.code_at(rows.code).exits, 1);
     }
 
-    /// Return where the row of a key is, if it has one.
-    fn find_detail(&self, key: u64) -> Option<usize> {
-        let mut offset = start_of(set_of(key as u32, DETAIL_POWER), size_of::<Detail>());
-        for _ in 0..WAYS {
-            if own(&self.detail_at(offset).key) == key {
-                return Some(offset);
-            }
-            offset = offset.wrapping_add(size_of::<Detail>());
-        }
-        None
+    /// Return where the row of a key is, if its set has one.
+    fn find_detail(&self, set: usize, key: u64) -> Option<usize> {
+        rows_of(set, size_of::<Detail>()).find(|&offset| own(&self.detail_at(offset).key) == key)
     }
 
     /// Give a key a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_detail(&self, ledger: &Ledger, now: u64, key: u64) -> usize {
+    fn new_detail(&self, ledger: &Ledger, now: u64, set: usize, key: u64) -> usize {
         const ROW: usize = size_of::<Detail>();
         self.begin(ledger, now);
-        let first = start_of(set_of(key as u32, DETAIL_POWER), ROW);
-        let mut chosen = (first, u64::MAX);
-        let mut offset = first;
-        for _ in 0..WAYS {
+        let (offset, missed) = choose(set, ROW, |offset| {
             let row = self.detail_at(offset);
-            if row.key.load(Relaxed) == 0 {
-                // The first row is nobody's.
-                mark(&self.details_in_use, (offset / ROW).wrapping_sub(1));
-                row.key.store(key, Relaxed);
-                return offset;
-            }
-            let weight = row
-                .exits
-                .load(Relaxed)
-                .saturating_add(row.missed_exits.load(Relaxed));
-            if weight < chosen.1 {
-                chosen = (offset, weight);
-            }
-            offset = offset.wrapping_add(ROW);
-        }
-        let (offset, missed) = chosen;
+            (own(&row.key) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
+        });
         let row = self.detail_at(offset);
-        let kernel_lost = &self.detail_at(first).lost;
-        let user_lost = &self.detail_at(first.wrapping_add(ROW)).lost;
-        add(kernel_lost, row.kernel.load(Relaxed));
-        add(user_lost, row.user.load(Relaxed));
-        row.key.store(key, Relaxed);
-        row.missed_exits.store(missed, Relaxed);
-        row.missed_kernel.store(kernel_lost.load(Relaxed), Relaxed);
-        row.missed_user.store(user_lost.load(Relaxed), Relaxed);
-        for cell in [&row.exits, &row.kernel, &row.user] {
-            cell.store(0, Relaxed);
+        match missed {
+            // The first row is nobody's.
+            None => mark(&self.details_in_use, (offset / ROW).wrapping_sub(1)),
+            Some(missed) => {
+                let first = start_of(set, ROW);
+                let kernel_lost = &self.detail_at(first).lost;
+                let user_lost = &self.detail_at(first.wrapping_add(ROW)).lost;
+                add(kernel_lost, own(&row.kernel));
+                add(user_lost, own(&row.user));
+                row.missed_exits.store(missed, Relaxed);
+                row.missed_kernel.store(own(kernel_lost), Relaxed);
+                row.missed_user.store(own(user_lost), Relaxed);
+                for cell in [&row.exits, &row.kernel, &row.user] {
+                    cell.store(0, Relaxed);
+                }
+            }
         }
+        row.key.store(key, Relaxed);
         offset
     }
 
-    /// Return where the row of a place in the guest's code is, if it has one.
-    fn find_code(&self, rip: u64, which: Which) -> Option<usize> {
-        const ROW: usize = size_of::<Code>();
-        let mut offset = start_of(code_set(rip, which.place()), ROW);
-        for _ in 0..WAYS {
+    /// Return where the row of a place in the guest's code is, if its set has one.
+    fn find_code(&self, set: usize, rip: u64, which: Which) -> Option<usize> {
+        rows_of(set, size_of::<Code>()).find(|&offset| {
             let row = self.code_at(offset);
             // All bytes of a free row are 0, which is a place of the first reason as well.
-            if own(&row.rip) == rip && own(&row.which) == which.0 && own(&row.exits) != 0 {
-                return Some(offset);
-            }
-            offset = offset.wrapping_add(ROW);
-        }
-        None
+            own(&row.rip) == rip && own(&row.which) == which.0 && own(&row.exits) != 0
+        })
     }
 
     /// Give a place in the guest's code a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_code(&self, ledger: &Ledger, now: u64, rip: u64, which: Which) -> usize {
+    fn new_code(&self, ledger: &Ledger, now: u64, set: usize, rip: u64, which: Which) -> usize {
         const ROW: usize = size_of::<Code>();
         self.begin(ledger, now);
-        let set = code_set(rip, which.place());
-        let mut offset = start_of(set, ROW);
-        let mut chosen = (offset, u64::MAX);
-        for _ in 0..WAYS {
+        let (offset, missed) = choose(set, ROW, |offset| {
             let row = self.code_at(offset);
-            if row.exits.load(Relaxed) == 0 {
-                mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1));
-                row.rip.store(rip, Relaxed);
-                row.which.store(which.0, Relaxed);
-                return offset;
-            }
-            let weight = row
-                .exits
-                .load(Relaxed)
-                .saturating_add(row.missed_exits.load(Relaxed));
-            if weight < chosen.1 {
-                chosen = (offset, weight);
-            }
-            offset = offset.wrapping_add(ROW);
-        }
-        let (offset, missed) = chosen;
+            (own(&row.exits) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
+        });
         let row = self.code_at(offset);
-        let mut lost = 0;
-        if let Some(cell) = self.code_lost.get(set) {
-            add(cell, row.kernel.load(Relaxed));
-            lost = cell.load(Relaxed);
+        match missed {
+            None => mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1)),
+            Some(missed) => {
+                let mut lost = 0;
+                if let Some(cell) = self.code_lost.get(set) {
+                    add(cell, own(&row.kernel));
+                    lost = own(cell);
+                }
+                row.missed_exits.store(missed, Relaxed);
+                row.missed_kernel.store(lost, Relaxed);
+                for cell in [&row.exits, &row.kernel] {
+                    cell.store(0, Relaxed);
+                }
+            }
         }
         row.rip.store(rip, Relaxed);
         row.which.store(which.0, Relaxed);
-        row.missed_exits.store(missed, Relaxed);
-        row.missed_kernel.store(lost, Relaxed);
-        for cell in [&row.exits, &row.kernel] {
-            cell.store(0, Relaxed);
-        }
         offset
     }
 

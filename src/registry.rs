@@ -373,6 +373,20 @@ fn looked_up<'a>(vcpu: Vcpu<'a>, now: u64, phase: Phase) -> Option<&'a Ledger> {
     hooks::registry()?.ledger(vcpu, now, phase)
 }
 
+/// As [`looked_up`], at an exit or entry. A trust domain's vCPU is in no cache, and comes here at each
+/// of its own: it was marked as unmetered when it was made, or is when it is loaded next. Here it
+/// costs a look at its VM's type and no more.
+fn looked_up_unless_of_trust_domain<'a>(
+    vcpu: Vcpu<'a>,
+    now: u64,
+    phase: Phase,
+) -> Option<&'a Ledger> {
+    if vcpu.is_of_trust_domain() {
+        return None;
+    }
+    looked_up(vcpu, now, phase)
+}
+
 /// Take a VM exit at TSC `now`. `code` reads its exit code, once the vCPU is known to be metered.
 #[inline(always)]
 pub(crate) fn exit(vcpu: Vcpu<'_>, now: u64, isa: Isa, code: impl FnOnce() -> u32) {
@@ -393,16 +407,10 @@ fn exit_of(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
 }
 
 /// Slow path of [`exit`]: the vCPU is not in this CPU's cache.
-///
-/// A trust domain's vCPU never is, and takes this path at each exit. It was marked as unmetered when
-/// it was made, or is when it is loaded next; here it costs a look at its VM's type and no more.
 #[cold]
 #[inline(never)]
 fn exit_slow(vcpu: Vcpu<'_>, now: u64, slot: impl FnOnce() -> Slot) {
-    if vcpu.is_of_trust_domain() {
-        return;
-    }
-    if let Some(ledger) = looked_up(vcpu, now, Phase::Guest) {
+    if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Guest) {
         exit_of(vcpu, ledger, now, slot());
     }
 }
@@ -416,14 +424,11 @@ pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
     }
 }
 
-/// Slow path of [`entry`]: the vCPU is not in this CPU's cache. See [`exit_slow`] for trust domains.
+/// Slow path of [`entry`]: the vCPU is not in this CPU's cache.
 #[cold]
 #[inline(never)]
 fn entry_slow(vcpu: Vcpu<'_>, now: u64) {
-    if vcpu.is_of_trust_domain() {
-        return;
-    }
-    if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
+    if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Kernel) {
         ledger.entry(now);
     }
 }
@@ -594,10 +599,7 @@ fn exit_with_slow(
     exit: impl detail::Exit,
     rip: impl FnOnce() -> Option<u64>,
 ) {
-    if vcpu.is_of_trust_domain() {
-        return;
-    }
-    if let Some(ledger) = looked_up(vcpu, now, Phase::Guest) {
+    if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Guest) {
         exit_apart(
             (vcpu, ledger),
             now,
@@ -632,10 +634,7 @@ fn entry_without(ledger: &Ledger, now: u64) {
 #[cold]
 #[inline(never)]
 fn entry_with_slow(vcpu: Vcpu<'_>, now: u64) {
-    if vcpu.is_of_trust_domain() {
-        return;
-    }
-    if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
+    if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Kernel) {
         match tables(ledger) {
             Some(tables) => ledger.entry_with(tables, now),
             None => ledger.entry(now),

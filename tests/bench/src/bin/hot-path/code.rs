@@ -68,15 +68,18 @@ impl Code {
         code
     }
 
-    /// The instructions of the longest way through the function whose mangled name ends in
-    /// `name`.
+    /// The instructions of the longest way through a function: one of C's of that name, or one of
+    /// Rust's, whose mangled name ends in the length of its own and that (RFC 2603).
     ///
     /// # Errors
     ///
     /// When there is no such function, or no way through it that stays in line.
     pub fn longest(&self, name: &str) -> Result<usize> {
-        let ends = |full: &&String| full.ends_with(name) && !full.starts_with("__pfx_");
-        let full = self.functions.keys().find(ends);
+        let mangled = format!("{}{name}", name.len());
+        let is_it = |full: &&String| {
+            *full == name || full.ends_with(&mangled) && !full.starts_with("__pfx_")
+        };
+        let full = self.functions.keys().find(is_it);
         let full = full.with_context(|| format!("the module has no function {name}"))?;
         let function = &self.functions[full];
         let Some((&start, _)) = function.first_key_value() else {

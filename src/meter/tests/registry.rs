@@ -30,6 +30,19 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
+/// A host of which nothing is told that matters here.
+const HOST: Host = Host {
+    isa: Isa::Vmx,
+    leaf_map: LeafMap::Map2021,
+    host_scope: false,
+    tsc_khz: 0,
+    tsc_stable: true,
+    loaded: 0,
+    now: 0,
+    clock_offset: 0,
+    life: 1,
+};
+
 /// The clock's ticks in a millisecond.
 const MILLISECOND: u64 = 1000;
 
@@ -255,15 +268,10 @@ impl Bench {
         let mut gone = Totals::new();
         let mut walker = Walker::new();
         let host = Host {
-            isa: Isa::Vmx,
-            leaf_map: LeafMap::Map2021,
-            host_scope: false,
-            tsc_khz: 0,
-            tsc_stable: true,
             loaded: self.registry.loaded(),
             now: self.shared.now.get().wrapping_add(clock_offset),
             clock_offset,
-            life: 1,
+            ..HOST
         };
         let size =
             self.registry
@@ -900,23 +908,12 @@ fn a_copy_takes_a_bounded_number_of_interrupts() {
         assert_eq!(copied.map(|(_, sent)| sent), due);
         assert_eq!(shared.interrupts.get(), failing.min(15) + 1);
         let mut buffer = vec![0; size_for(4, 40)];
-        let host = Host {
-            isa: Isa::Vmx,
-            leaf_map: LeafMap::Map2021,
-            host_scope: false,
-            tsc_khz: 0,
-            tsc_stable: true,
-            loaded: 0,
-            now: 0,
-            clock_offset: 0,
-            life: 1,
-        };
         shared.interrupts.set(0);
         let snapshot = registry.snapshot(
             &mut Walker::new(),
             &mut buffer,
             &mut Totals::new(),
-            host,
+            HOST,
             Show::default(),
         );
         assert_eq!(snapshot.err(), due.is_none().then_some(NoSnapshot::Busy));
@@ -1075,21 +1072,10 @@ fn slow_exits_are_told_with_their_cpu() {
     };
     let told = || {
         let mut buffer = vec![0; 1 << 20];
-        let host = Host {
-            isa: Isa::Vmx,
-            leaf_map: LeafMap::Map2021,
-            host_scope: false,
-            tsc_khz: 0,
-            tsc_stable: true,
-            loaded: 0,
-            now: 0,
-            clock_offset: 0,
-            life: 1,
-        };
         let show = Show { code: true };
         let (mut walker, mut gone) = (Walker::new(), Totals::new());
         let size = registry
-            .snapshot(&mut walker, &mut buffer, &mut gone, host, show)
+            .snapshot(&mut walker, &mut buffer, &mut gone, HOST, show)
             .expect("room");
         let snapshot = Snapshot::parse(&buffer[..size]).expect("a snapshot");
         let tables = snapshot.tables().map(|tables| {

@@ -3,10 +3,10 @@
 
 use std::{collections::BTreeMap, ffi::CStr, fs, io, path::Path};
 
-use anyhow::{bail, ensure, Context as _, Result};
+use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reasons::Isa;
 
-use super::isa;
+use super::{isa, keyed};
 
 const TRACING: &CStr = c"/sys/kernel/tracing";
 const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
@@ -87,45 +87,15 @@ pub(super) fn mount() -> Result<()> {
 /// basic reason is the low half of what the tracepoint gives.
 fn parse(text: &str, isa: Isa) -> Result<Exits> {
     let mut exits = Exits::new();
-    let (mut hits, mut dropped) = (None, None);
-    for line in text.lines().map(str::trim) {
-        if line.is_empty() || line.starts_with('#') || line == "Totals:" {
-            continue;
-        }
-        let number = |text: &str| {
-            text.trim()
-                .parse::<u64>()
-                .with_context(|| format!("'{line}' of a histogram has no number"))
+    for (keys, hits) in keyed::parse(text, &["exit_reason"])? {
+        let reason = keys.first().copied().context("an entry has its key")?;
+        let reason = u32::try_from(reason).context("a reason has 32 bits")?;
+        let reason = match isa {
+            Isa::Vmx => reason & 0xffff,
+            Isa::Svm => reason,
         };
-        if let Some(entry) = line.strip_prefix("{ common_cpu:") {
-            let (keys, hits) = entry
-                .split_once("} hitcount:")
-                .with_context(|| format!("'{line}' is no entry of a histogram"))?;
-            let (_, reason) = keys
-                .split_once(", exit_reason:")
-                .with_context(|| format!("'{line}' has no reason"))?;
-            let reason = u32::try_from(number(reason)?).context("a reason has 32 bits")?;
-            let reason = match isa {
-                Isa::Vmx => reason & 0xffff,
-                Isa::Svm => reason,
-            };
-            *exits.entry(reason).or_insert(0) += number(hits)?;
-        } else if let Some(text) = line.strip_prefix("Hits:") {
-            hits = Some(number(text)?);
-        } else if let Some(text) = line.strip_prefix("Dropped:") {
-            dropped = Some(number(text)?);
-        } else if !line.starts_with("Entries:") {
-            bail!("a histogram holds a line that is not known: '{line}'");
-        }
+        *exits.entry(reason).or_insert(0) += hits;
     }
-    ensure!(
-        dropped == Some(0),
-        "the histogram dropped exits: {dropped:?}"
-    );
-    ensure!(
-        hits == Some(exits.values().sum()),
-        "the histogram's total, {hits:?}, is not the sum of its entries"
-    );
     Ok(exits)
 }
 

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs};
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 
 const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
 
@@ -61,10 +61,18 @@ impl Drop for Keyed {
 }
 
 /// Reads the text of a histogram by CPU and keys; the sums over all CPUs.
-fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
+pub(super) fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
     let mut counts = Counts::new();
-    let mut totals = BTreeMap::new();
+    let (mut hits, mut dropped) = (None, None);
     for line in text.lines().map(str::trim) {
+        if line.is_empty() || line.starts_with('#') || line == "Totals:" {
+            continue;
+        }
+        let number = |text: &str| {
+            text.trim()
+                .parse::<u64>()
+                .with_context(|| format!("'{line}' of a histogram has no number"))
+        };
         if let Some(entry) = line.strip_prefix("{ ") {
             let (fields, hits) = entry
                 .split_once("} hitcount:")
@@ -77,21 +85,25 @@ fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
             for (field, key) in fields.split(',').zip(["common_cpu"].iter().chain(keys)) {
                 let (name, value) = field.split_once(':').unwrap_or_default();
                 ensure!(name.trim() == *key, "'{line}' has no {key}");
-                values.push(value.trim().parse::<u64>()?);
+                values.push(number(value)?);
             }
             values.remove(0);
-            *counts.entry(values).or_insert(0) += hits.trim().parse::<u64>()?;
-        } else if let Some((name, value)) = line.split_once(": ") {
-            totals.insert(
-                name.to_owned(),
-                value.trim().parse::<u64>().unwrap_or(u64::MAX),
-            );
+            *counts.entry(values).or_insert(0) += number(hits)?;
+        } else if let Some(text) = line.strip_prefix("Hits:") {
+            hits = Some(number(text)?);
+        } else if let Some(text) = line.strip_prefix("Dropped:") {
+            dropped = Some(number(text)?);
+        } else if !line.starts_with("Entries:") {
+            bail!("a histogram holds a line that is not known: '{line}'");
         }
     }
-    let total = |name| totals.get(name).copied();
     ensure!(
-        total("Dropped") == Some(0) && total("Hits") == Some(counts.values().sum()),
-        "the histogram is not whole: {text}"
+        dropped == Some(0),
+        "the histogram dropped events: {dropped:?}"
+    );
+    ensure!(
+        hits == Some(counts.values().sum()),
+        "the histogram's total, {hits:?}, is not the sum of its entries"
     );
     Ok(counts)
 }

@@ -7,7 +7,7 @@ use std::{
     ffi::{OsStr, OsString},
     io::{self, ErrorKind},
     os::unix::process::ExitStatusExt as _,
-    process::ExitStatus,
+    process::{ExitCode, ExitStatus},
 };
 
 /// Exit status when the tool itself failed, though a command was to be run.
@@ -34,6 +34,23 @@ impl Unrunnable {
             ErrorKind::NotFound => 127,
             _ => 126,
         }
+    }
+}
+
+/// Return the status to exit with when a command was to be run, or none (`command` is empty). With
+/// one, a failure is told here, and has a status that is not taken for the command's own.
+///
+/// # Errors
+///
+/// The failure, without a command.
+pub fn exit_code(done: anyhow::Result<u8>, command: &[OsString]) -> anyhow::Result<ExitCode> {
+    match done {
+        Err(error) if !command.is_empty() => {
+            eprintln!("exitmeter: {error:#}");
+            let status = error.downcast_ref().map(Unrunnable::status);
+            Ok(status.unwrap_or(FAILED).into())
+        }
+        done => done.map(ExitCode::from),
     }
 }
 

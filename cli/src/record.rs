@@ -19,7 +19,7 @@ use self::{
     events::{Event, Events},
 };
 use crate::{
-    command::{self, Unrunnable, FAILED},
+    command,
     model::delta::ANEW,
     numbers,
     recording::{write::Writer, Header},
@@ -69,14 +69,7 @@ impl Args {
     ///
     /// When there is nothing to record or it cannot be written, and no command was to be run.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        match self.record() {
-            Err(error) if !self.command.is_empty() => {
-                eprintln!("exitmeter: {error:#}");
-                let status = error.downcast_ref().map(Unrunnable::status);
-                Ok(status.unwrap_or(FAILED).into())
-            }
-            done => done.map(ExitCode::from),
-        }
+        command::exit_code(self.record(), &self.command)
     }
 
     fn record(&self) -> anyhow::Result<u8> {
@@ -106,12 +99,7 @@ impl Args {
         };
         match recorded {
             Ok(ended) => Ok(ended.map_or(0, command::status)),
-            // What is being recorded is more than its recording: it runs on.
-            Err(error) => {
-                eprintln!("exitmeter: {error:#}");
-                events.until_the_end(&child);
-                Ok(FAILED)
-            }
+            Err(error) => Ok(events.outlast(&child, &error)),
         }
     }
 

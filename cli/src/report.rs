@@ -23,7 +23,7 @@ mod text;
 
 pub use self::{
     csv::{csv, HEADER as CSV_HEADER},
-    select::{Error as SelectError, Selection},
+    select::{is_called, Error as SelectError, NoVm, Selection},
     text::text,
 };
 pub(crate) use csv::quoted;

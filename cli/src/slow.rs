@@ -17,7 +17,7 @@ use self::{
     text::Shown,
 };
 use crate::{
-    command::{self, Unrunnable, FAILED},
+    command,
     output::Output,
     record::{
         child::Child,
@@ -113,14 +113,7 @@ impl Args {
     ///
     /// When there is nothing to tell, or nowhere to tell it.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
-        match self.tell(out) {
-            Err(error) if !self.command.is_empty() => {
-                eprintln!("exitmeter: {error:#}");
-                let status = error.downcast_ref().map(Unrunnable::status);
-                Ok(status.unwrap_or(FAILED).into())
-            }
-            told => told.map(ExitCode::from),
-        }
+        command::exit_code(self.tell(out), &self.command)
     }
 
     fn tell(&self, out: &mut Output) -> anyhow::Result<u8> {
@@ -145,12 +138,7 @@ impl Args {
                     self.print(&seen, &symbols, out)?;
                     Ok(status)
                 }
-                // What is watched is more than its watching: it runs on.
-                Err(error) => {
-                    eprintln!("exitmeter: {error:#}");
-                    events.until_the_end(&child);
-                    Ok(FAILED)
-                }
+                Err(error) => Ok(events.outlast(&child, &error)),
             };
         }
         // Turning details on would have them begin.

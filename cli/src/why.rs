@@ -21,7 +21,7 @@ use self::{
     text::Shown,
 };
 use crate::{
-    command::{self, Unrunnable, FAILED},
+    command,
     model::delta::ANEW,
     output::{Look, Output},
     record::{
@@ -41,7 +41,7 @@ mod names;
 pub(crate) mod select;
 pub(crate) mod symbols;
 mod tables;
-mod text;
+pub(crate) mod text;
 
 /// On the host: what exits were about, and which code of the guest caused them.
 ///
@@ -146,14 +146,7 @@ impl Args {
     ///
     /// When there is nothing to tell, or nowhere to tell it.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
-        match self.tell(out) {
-            Err(error) if !self.command.is_empty() => {
-                eprintln!("exitmeter: {error:#}");
-                let status = error.downcast_ref().map(Unrunnable::status);
-                Ok(status.unwrap_or(FAILED).into())
-            }
-            told => told.map(ExitCode::from),
-        }
+        command::exit_code(self.tell(out), &self.command)
     }
 
     fn tell(&self, out: &mut Output) -> anyhow::Result<u8> {
@@ -216,12 +209,7 @@ impl Args {
         drop(sender);
         match (told, &child) {
             (Ok(ended), _) => Ok(ended.map_or(0, command::status)),
-            // What is watched is more than its watching: it runs on.
-            (Err(error), Some(child)) => {
-                eprintln!("exitmeter: {error:#}");
-                events.until_the_end(child);
-                Ok(FAILED)
-            }
+            (Err(error), Some(child)) => Ok(events.outlast(child, &error)),
             (Err(error), None) => Err(error),
         }
     }

@@ -12,7 +12,7 @@ use std::{
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::child::Child;
-use crate::signals;
+use crate::{command::FAILED, signals};
 
 /// Something has happened.
 #[derive(Clone, Copy, Debug)]
@@ -44,10 +44,13 @@ impl Events {
         self.events.recv_timeout(left).ok()
     }
 
-    /// Waits until the command has ended.
-    pub fn until_the_end(&self, child: &Child) {
+    /// Tells of a failure of what runs beside a command, waits until the command has ended, and
+    /// returns the status to exit with. What a command does is more than its watching: it runs on.
+    pub fn outlast(&self, child: &Child, error: &anyhow::Error) -> u8 {
+        eprintln!("exitmeter: {error:#}");
         while let Ok(Event::Signal(signal)) = self.events.recv() {
             child.pass_on(signal);
         }
+        FAILED
     }
 }

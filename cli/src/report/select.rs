@@ -15,17 +15,42 @@ pub struct Selection<'a> {
     pub sort: Sort,
 }
 
+/// Return true if a VM is meant by what a user calls it: its name, or its process.
+pub fn is_called(name: &str, pid: u32, vm: &str) -> bool {
+    name == vm || pid.to_string() == vm
+}
+
+/// There is no such VM.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
+pub struct NoVm {
+    vm: String,
+    those: String,
+}
+
+impl NoVm {
+    /// Tell that there is no such VM, but those of these names.
+    pub fn new<'a>(vm: &str, names: impl Iterator<Item = &'a str>) -> Self {
+        const SOME: usize = 5;
+        let names: Vec<_> = names.collect();
+        let those = match names.get(..SOME.min(names.len())) {
+            None | Some([]) => "none runs at all".to_owned(),
+            Some(some) => {
+                let more = if names.len() > SOME { ", ..." } else { "" };
+                format!("those that run are {}{more}", some.join(", "))
+            }
+        };
+        let vm = vm.to_owned();
+        Self { vm, those }
+    }
+}
+
 /// What is to be shown is not there.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// There is no such VM.
-    #[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
-    NoVm {
-        /// What was asked for.
-        vm: String,
-        /// What there is.
-        those: String,
-    },
+    #[error(transparent)]
+    NoVm(#[from] NoVm),
     /// There is no such vCPU.
     #[error("no vCPU with the id {0} runs: vCPUs are counted from 0")]
     NoVcpu(u32),
@@ -44,12 +69,10 @@ impl Selection<'_> {
     /// When there is no such part.
     pub fn apply(&self, mut report: Report) -> Result<Report, Error> {
         if let Some(vm) = self.vm {
-            let those = those(&report);
-            let wanted = |name: &str, pid: u32| name == vm || pid.to_string() == vm;
-            report.vms.retain(|vm| wanted(&vm.name, vm.pid));
+            let none = NoVm::new(vm, report.vms.iter().map(|vm| vm.name.as_str()));
+            report.vms.retain(|one| is_called(&one.name, one.pid, vm));
             if report.vms.is_empty() {
-                let vm = vm.to_owned();
-                return Err(Error::NoVm { vm, those });
+                return Err(none.into());
             }
         }
         if let Some(id) = self.vcpu {
@@ -71,18 +94,5 @@ impl Selection<'_> {
             ledger.sort(self.sort);
         }
         Ok(report)
-    }
-}
-
-/// The VMs that there are.
-fn those(report: &Report) -> String {
-    const SOME: usize = 5;
-    let names: Vec<_> = report.vms.iter().map(|vm| vm.name.as_str()).collect();
-    match names.get(..SOME.min(names.len())) {
-        None | Some([]) => "none runs at all".to_owned(),
-        Some(some) => {
-            let more = if names.len() > SOME { ", ..." } else { "" };
-            format!("those that run are {}{more}", some.join(", "))
-        }
     }
 }

@@ -15,10 +15,10 @@ use serde::Serialize;
 use super::moment::Moment;
 use crate::{
     model::{Host, Label, Report},
+    report::{is_called, NoVm},
     why::{
         detail::{user_exit, Detail},
-        select,
-        symbols::{half, Symbols},
+        symbols::{self, Symbols},
     },
 };
 
@@ -277,10 +277,8 @@ impl Exit {
 
     /// Return where the guest was, in words.
     pub fn place(&self) -> Option<String> {
-        Some(match (&self.symbol, self.rip?) {
-            (Some(symbol), _) => format!("{symbol}+{:#x}", self.offset.unwrap_or(0)),
-            (None, rip) => format!("{rip:#x} ({})", half(rip)),
-        })
+        let symbol = self.symbol.as_deref().zip(self.offset);
+        Some(symbols::words(self.rip?, symbol))
     }
 
     /// Return why it went to user space, in words.
@@ -295,19 +293,10 @@ impl Slow {
     /// # Errors
     ///
     /// When there is no such VM.
-    pub fn new(
-        seen: &Seen,
-        symbols: &Symbols,
-        selection: Selection<'_>,
-    ) -> Result<Self, select::Error> {
-        let is_wanted = |name: &str, pid: u32| {
-            selection
-                .vm
-                .is_none_or(|vm| name == vm || pid.to_string() == vm)
-        };
+    pub fn new(seen: &Seen, symbols: &Symbols, selection: Selection<'_>) -> Result<Self, NoVm> {
         let mut vms = Vec::new();
         for (number, (name, pid)) in &seen.vms {
-            if !is_wanted(name, *pid) {
+            if !selection.vm.is_none_or(|vm| is_called(name, *pid, vm)) {
                 continue;
             }
             let mut vm = Vm {
@@ -334,8 +323,8 @@ impl Slow {
             vms.push(vm);
         }
         if let (Some(vm), true) = (selection.vm, vms.is_empty()) {
-            let names = seen.vms.values().map(|(name, _)| name.clone());
-            return Err(select::no_vm(vm, names.collect()));
+            let names = seen.vms.values().map(|(name, _)| name.as_str());
+            return Err(NoVm::new(vm, names));
         }
         Ok(Self {
             format: FORMAT,

@@ -17,6 +17,7 @@ use crate::{
         Side::{Left, Right},
         Table,
     },
+    why::text::{missing, no_room},
 };
 
 /// What is to be shown.
@@ -47,23 +48,12 @@ pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
     };
     let isa = slow.host.isa.name().to_uppercase();
     let mut text = format!("slow exits ({isa}), in {unit}, at times in UTC\n");
-    if slow.vcpus_without_tables != 0 {
-        let vcpus = count(slow.vcpus_without_tables.into(), "vCPU");
-        let line = format!("no memory for the tables of {vcpus}: their exits are not below");
-        text += &(paint(&line, Style::Warning, look.color) + "\n");
-    }
-    if slow.vms.is_empty() {
-        text += "\nNo VM runs.\n";
-    }
+    text += &missing(slow.vcpus_without_tables, slow.vms.is_empty(), look);
     let mut spared = BTreeSet::new();
     for vm in &slow.vms {
         text += &of_vm(vm, khz, shown, look, &mut spared);
     }
-    if !spared.is_empty() {
-        let columns: Vec<_> = spared.into_iter().collect();
-        text += &format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "));
-    }
-    text
+    text + &no_room(spared)
 }
 
 fn of_vm(

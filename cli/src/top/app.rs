@@ -11,7 +11,10 @@ use super::{
     data::{Numbers, Scope},
     history::History,
 };
-use crate::model::{delta::ANEW, Report};
+use crate::{
+    model::{delta::ANEW, Report},
+    report::is_called,
+};
 
 /// Intervals that + and - go through, in milliseconds.
 const INTERVALS: [u64; 10] = [50, 100, 250, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000];
@@ -107,7 +110,7 @@ impl App {
     /// When there is none.
     pub fn open(&mut self, vm: &str) -> Result<(), NoVm> {
         let mut vms = self.now.vms.iter();
-        let found = vms.find(|one| one.name == vm || one.pid.to_string() == vm);
+        let found = vms.find(|one| is_called(&one.name, one.pid, vm));
         let number = found.ok_or_else(|| NoVm(vm.to_owned()))?.vm;
         self.go(Scope::Vm(number));
         Ok(())

@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 
 use super::{
     detail::{user_exit, Detail},
-    symbols::{half, Symbols},
+    symbols::{self, half, Symbols},
     tables::{Key, Moment, Numbers, Rows},
 };
 use crate::model::{Host, Label, Span};
@@ -219,11 +219,11 @@ impl What {
         match self {
             What::Detail { detail, .. } => detail.words(),
             What::Code {
-                symbol: Some(symbol),
+                rip,
+                symbol,
                 offset,
                 ..
-            } => format!("{symbol}+{:#x}", offset.unwrap_or(0)),
-            What::Code { rip, half, .. } => format!("{rip:#x} ({half})"),
+            } => symbols::words(*rip, symbol.as_deref().zip(*offset)),
             What::User { exit_reason } => user_exit(*exit_reason),
         }
     }

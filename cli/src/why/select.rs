@@ -6,18 +6,14 @@ use exitmeter_guest::defined;
 use exitmeter_meter::reasons::{self, Isa};
 
 use super::{model::Why, tables::Moment};
+use crate::report::{is_called, NoVm};
 
 /// Why there is nothing to show.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no such VM.
-    #[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
-    NoVm {
-        /// What was asked for.
-        vm: String,
-        /// What there is.
-        those: String,
-    },
+    #[error(transparent)]
+    NoVm(#[from] NoVm),
     /// There is no such reason.
     #[error(
         "no exit reason of {isa} is called '{reason}' or has that number: \
@@ -39,28 +35,14 @@ pub enum Error {
 /// # Errors
 ///
 /// When there is none.
-pub fn vm(moment: &mut Moment, vm: &str) -> Result<(), Error> {
-    let names: Vec<_> = moment.vms.values().map(|(name, _)| name.clone()).collect();
+pub fn vm(moment: &mut Moment, vm: &str) -> Result<(), NoVm> {
+    let none = NoVm::new(vm, moment.vms.values().map(|(name, _)| name.as_str()));
     moment
         .vms
-        .retain(|_, (name, pid)| name == vm || pid.to_string() == vm);
+        .retain(|_, (name, pid)| is_called(name, *pid, vm));
     match moment.vms.is_empty() {
         false => Ok(()),
-        true => Err(no_vm(vm, names)),
-    }
-}
-
-/// Tell that there is no such VM, but those of these names.
-pub fn no_vm(vm: &str, names: Vec<String>) -> Error {
-    const SOME: usize = 5;
-    let more = if names.len() > SOME { ", ..." } else { "" };
-    let some: Vec<_> = names.into_iter().take(SOME).collect();
-    Error::NoVm {
-        vm: vm.to_owned(),
-        those: match some.as_slice() {
-            [] => "none runs at all".to_owned(),
-            some => format!("those that run are {}{more}", some.join(", ")),
-        },
+        true => Err(none),
     }
 }
 

@@ -215,6 +215,15 @@ pub fn half(address: u64) -> &'static str {
     }
 }
 
+/// Put a place of the guest's code into words: by its symbol and the bytes from that symbol's
+/// beginning, or by its address.
+pub fn words(address: u64, symbol: Option<(&str, u64)>) -> String {
+    match symbol {
+        Some((symbol, offset)) => format!("{symbol}+{offset:#x}"),
+        None => format!("{address:#x} ({})", half(address)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

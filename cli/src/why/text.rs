@@ -45,14 +45,7 @@ pub fn text(why: &Why, shown: Shown, look: Look) -> String {
         Some(interval) => format!("in {} ({isa})\n", time(interval.ticks, host.tsc_khz)),
         None => format!("since details are on ({isa})\n"),
     };
-    if why.vcpus_without_tables != 0 {
-        let vcpus = count(why.vcpus_without_tables.into(), "vCPU");
-        let line = format!("no memory for the tables of {vcpus}: their exits are not below");
-        text += &(paint(&line, Style::Warning, look.color) + "\n");
-    }
-    if why.vms.is_empty() {
-        text += "\nNo VM runs.\n";
-    }
+    text += &missing(why.vcpus_without_tables, why.vms.is_empty(), look);
     if shown.code && !why.has_code {
         text +=
             "\nNo code is told: the snapshot was read without the right to it, or no vCPU ran.\n";
@@ -61,11 +54,30 @@ pub fn text(why: &Why, shown: Shown, look: Look) -> String {
     for vm in &why.vms {
         text += &of_vm(vm, host.tsc_khz, shown, look, &mut spared);
     }
-    if !spared.is_empty() {
-        let columns: Vec<_> = spared.into_iter().collect();
-        text += &format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "));
+    text + &no_room(spared)
+}
+
+/// Say what is not in any table: vCPUs that have none, or all VMs.
+pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, look: Look) -> String {
+    let mut text = String::new();
+    if vcpus_without_tables != 0 {
+        let vcpus = count(vcpus_without_tables.into(), "vCPU");
+        let line = format!("no memory for the tables of {vcpus}: their exits are not below");
+        text += &(paint(&line, Style::Warning, look.color) + "\n");
+    }
+    if no_vm_runs {
+        text += "\nNo VM runs.\n";
     }
     text
+}
+
+/// Say which columns had no room.
+pub(crate) fn no_room(spared: BTreeSet<String>) -> String {
+    if spared.is_empty() {
+        return String::new();
+    }
+    let columns: Vec<_> = spared.into_iter().collect();
+    format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "))
 }
 
 fn of_vm(

@@ -29,6 +29,20 @@ const ATA: &[&str] = &[
     "data", "error", "sectors", "LBA low", "LBA mid", "LBA high", "device", "status",
 ];
 
+/// Registers of ACPI's power management: ACPI specification, "Power Management Timer" and those
+/// before it, as Intel's chipsets lay them out.
+const ACPI: &[&str] = &[
+    "PM1 status",
+    "",
+    "PM1 enable",
+    "",
+    "PM1 control",
+    "",
+    "",
+    "",
+    "PM timer",
+];
+
 const fn range(
     first: u16,
     last: u16,
@@ -151,22 +165,7 @@ pub(super) const RANGES: &[Range<u16>] = &[
     // ICH9's ACPI registers at 0x600, where QEMU's q35 firmware puts them, with the PM timer at 8
     // (QEMU hw/acpi/ich9.c; ACPI specification, "Power Management Timer"). cloud-hypervisor has
     // its PM timer at 0x608 as well.
-    range(
-        0x600,
-        0x60b,
-        "ACPI",
-        &[
-            "PM1 status",
-            "",
-            "PM1 enable",
-            "",
-            "PM1 control",
-            "",
-            "",
-            "",
-            "PM timer",
-        ],
-    ),
+    range(0x600, 0x60b, "ACPI", ACPI),
     range(0x620, 0x62f, "ACPI GPE", &[]),
     // PnP, as above.
     range(0xa79, 0xa79, "PnP write", &[]),
@@ -184,20 +183,5 @@ pub(super) const RANGES: &[Range<u16>] = &[
     range(0xae00, 0xae17, "ACPI PCI hotplug", &[]),
     range(0xaf00, 0xaf0b, "ACPI CPU hotplug", &[]),
     // PIIX4's ACPI registers at 0xb000, by Bochs' and old SeaBIOS' firmware, with the PM timer at 8.
-    range(
-        0xb000,
-        0xb00b,
-        "ACPI",
-        &[
-            "PM1 status",
-            "",
-            "PM1 enable",
-            "",
-            "PM1 control",
-            "",
-            "",
-            "",
-            "PM timer",
-        ],
-    ),
+    range(0xb000, 0xb00b, "ACPI", ACPI),
 ];

@@ -9,6 +9,10 @@ use std::{
     process::{Command, Output},
 };
 
+use self::tool::{exitmeter, failed, succeeded};
+
+mod tool;
+
 const SNAPSHOT: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.2.bin"
@@ -24,31 +28,18 @@ const SNAPSHOT_1_0: &str = concat!(
     "/../src/meter/tests/snapshot-1.0.bin"
 );
 
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
-    command.args(args);
-    command
-}
-
 fn run(args: &[&str]) -> Output {
-    command(args).output().unwrap()
+    exitmeter(args).output().unwrap()
 }
 
 /// What a run that succeeds prints.
 fn printed(args: &[&str]) -> String {
-    let output = run(args);
-    assert!(output.status.success() && output.stderr.is_empty());
-    String::from_utf8(output.stdout).unwrap()
+    succeeded(run(args))
 }
 
 /// What a run that fails says, and its exit status.
 fn refused(args: &[&str]) -> (Option<i32>, String) {
-    let output = run(args);
-    assert!(output.stdout.is_empty());
-    (
-        output.status.code(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
+    failed(run(args))
 }
 
 #[test]
@@ -231,7 +222,7 @@ fn a_machine_without_a_meter_is_told_from_one_with() {
 fn a_closed_pipe_is_quiet() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(ours);
-    let output = command(&["report", "--input", SNAPSHOT])
+    let output = exitmeter(&["report", "--input", SNAPSHOT])
         .stdout(OwnedFd::from(theirs))
         .output()
         .unwrap();
@@ -241,7 +232,7 @@ fn a_closed_pipe_is_quiet() {
 #[test]
 fn a_full_disk_is_told() {
     let full = std::fs::File::create("/dev/full").unwrap();
-    let output = command(&["report", "--input", SNAPSHOT])
+    let output = exitmeter(&["report", "--input", SNAPSHOT])
         .stdout(full)
         .output()
         .unwrap();

@@ -8,7 +8,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
 };
 
 use rustix::{
@@ -17,6 +17,10 @@ use rustix::{
     termios::{tcsetwinsize, Winsize},
 };
 use tempfile::TempDir;
+
+use self::tool::{exitmeter, failed, succeeded};
+
+mod tool;
 
 const SAVED: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 
@@ -53,10 +57,7 @@ fn two(folder: &TempDir) -> [PathBuf; 2] {
 }
 
 fn report(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
-    command.arg("report").args(arguments);
-    command.env_remove("NO_COLOR").env_remove("COLUMNS");
-    command
+    exitmeter(&[&["report"], arguments].concat())
 }
 
 /// What it prints of the saved snapshot.
@@ -67,17 +68,10 @@ fn printed(arguments: &[&str]) -> String {
     succeeded(command.arg("--input").arg(before).output().unwrap())
 }
 
-fn succeeded(output: Output) -> String {
-    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
-}
-
 fn refused(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
-    String::from_utf8(output.stderr).unwrap()
+    let (status, said) = failed(command.output().unwrap());
+    assert_eq!(status, Some(1));
+    said
 }
 
 fn text(path: &Path) -> &str {

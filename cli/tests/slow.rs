@@ -6,12 +6,16 @@
 use std::{
     fs::{self, File},
     path::PathBuf,
-    process::{Command, Output},
+    process::Output,
     time::{Duration, SystemTime},
 };
 
 use serde_json::Value;
 use tempfile::TempDir;
+
+use self::tool::{exitmeter, failed, succeeded};
+
+mod tool;
 
 const SAVED: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.3.bin");
 const WITHOUT_TABLES: &str = concat!(
@@ -23,26 +27,17 @@ const NOW: u64 = 60_000_000_000;
 const KHZ: u64 = 2_400_000;
 
 fn slow(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
-    command.arg("slow").args(arguments);
-    command.env_remove("NO_COLOR").env_remove("COLUMNS");
-    command.output().unwrap()
+    let arguments = [&["slow"], arguments].concat();
+    exitmeter(&arguments).output().unwrap()
 }
 
 fn printed(arguments: &[&str]) -> String {
-    let output = slow(arguments);
-    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
+    succeeded(slow(arguments))
 }
 
+/// The exit status, and what is said of a failure.
 fn refused(arguments: &[&str]) -> (Option<i32>, String) {
-    let output = slow(arguments);
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
-    (
-        output.status.code(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
+    failed(slow(arguments))
 }
 
 /// The saved snapshot, as if it had been written at 2026-11-27 12:00:00 UTC.

@@ -18,6 +18,10 @@ use seccompiler::{
 use serde_json::Value;
 use tempfile::TempDir;
 
+use self::tool::{exitmeter, failed, succeeded};
+
+mod tool;
+
 const SNAPSHOT: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.3.bin"
@@ -48,25 +52,17 @@ const EXITS: usize = 24;
 const KERNEL: usize = 32;
 
 fn why(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
-    command.arg("why").args(arguments);
-    command.env_remove("NO_COLOR").env_remove("COLUMNS");
-    command.output().unwrap()
+    let arguments = [&["why"], arguments].concat();
+    exitmeter(&arguments).output().unwrap()
 }
 
 fn printed(arguments: &[&str]) -> String {
-    let output = why(arguments);
-    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
+    succeeded(why(arguments))
 }
 
 /// The exit status, and what is said of a failure.
 fn refused(arguments: &[&str]) -> (Option<i32>, String) {
-    let output = why(arguments);
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
-    let said = String::from_utf8(output.stderr).unwrap();
-    (output.status.code(), said)
+    failed(why(arguments))
 }
 
 fn json(arguments: &[&str]) -> Value {

@@ -368,6 +368,17 @@ impl<P: Platform> Registry<P> {
         &self.platform
     }
 
+    /// Allocate the tables of a vCPU, which have not begun; `None` when there is no memory.
+    fn new_tables(&self, may_sleep: bool) -> Option<NonNull<Tables>> {
+        // SAFETY: All-zero bytes are tables that have not begun.
+        let tables = unsafe { zeroed::<Tables>(&self.platform, may_sleep) }?;
+        // SAFETY: They are there, and nobody else's yet.
+        let new = unsafe { tables.as_ref() };
+        new.prepare();
+        new.slow().set_limit(self.settings.slow_ticks);
+        Some(tables)
+    }
+
     fn lock(&self) -> Locked<'_, P> {
         self.platform.lock();
         Locked { registry: self }
@@ -916,15 +927,8 @@ impl Spare {
                     self.first_sums = zeroed(platform, may_sleep)?.as_ptr();
                     self.rows = zeroed(platform, may_sleep)?.as_ptr();
                 }
-                Lacking::Tables => match zeroed::<Tables>(platform, may_sleep) {
-                    Some(tables) => {
-                        tables.as_ref().prepare();
-                        tables
-                            .as_ref()
-                            .slow()
-                            .set_limit(registry.settings.slow_ticks);
-                        self.tables = tables.as_ptr();
-                    }
+                Lacking::Tables => match registry.new_tables(may_sleep) {
+                    Some(tables) => self.tables = tables.as_ptr(),
                     None => self.no_tables = true,
                 },
             }

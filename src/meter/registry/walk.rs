@@ -20,7 +20,7 @@ use crate::meter::{
 
 use super::{
     vm::{Group, Member, Vm},
-    zeroed, Locked, Platform, Registry, State,
+    Locked, Platform, Registry, State,
 };
 
 /// vCPUs that a walk takes hold of before it lets the lock go.
@@ -380,12 +380,7 @@ impl<P: Platform> Registry<P> {
             if unsafe { member.ledger.tables() }.is_some() {
                 return;
             }
-            // SAFETY: All-zero bytes are tables that have not begun.
-            if let Some(tables) = unsafe { zeroed::<Tables>(&self.platform, true) } {
-                // SAFETY: They are there, and nobody else's yet.
-                let new = unsafe { tables.as_ref() };
-                new.prepare();
-                new.slow().set_limit(self.settings.slow_ticks);
+            if let Some(tables) = self.new_tables(true) {
                 // SAFETY: They stay until they are retired.
                 unsafe { member.ledger.set_tables(tables.as_ptr()) };
             }

@@ -2,7 +2,12 @@
 
 //! The recorder at rest: the copy of that of one vCPU, and the exits in it.
 
-use crate::meter::{atomic::Ordering::Relaxed, detail, phase::Phase, reasons::Slot};
+use crate::meter::{
+    atomic::{AtomicU64, Ordering::Relaxed},
+    detail,
+    phase::Phase,
+    reasons::Slot,
+};
 
 use super::{Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
 
@@ -136,6 +141,15 @@ pub struct SlowCopy {
 /// Return the two CPUs that one word holds.
 const fn unpair(cpus: u32) -> [u16; 2] {
     [cpus as u16, (cpus >> 16) as u16]
+}
+
+/// Return ticks by phase as they are now.
+fn copied(ticks: &[AtomicU64; PHASES]) -> [u64; PHASES] {
+    let mut copy = [0; PHASES];
+    for (to, from) in copy.iter_mut().zip(ticks) {
+        *to = from.load(Relaxed);
+    }
+    copy
 }
 
 impl SlowCopy {
@@ -349,9 +363,7 @@ impl Slow {
         for (from, to) in self.courses.iter().zip(&mut out.courses) {
             *to = CourseCopy {
                 exited: from.exited.load(Relaxed),
-                ticks: core::array::from_fn(|phase| {
-                    from.ticks.get(phase).map_or(0, |cell| cell.load(Relaxed))
-                }),
+                ticks: copied(&from.ticks),
                 outs: from.outs.load(Relaxed),
                 why: from.why.load(Relaxed),
                 cpus: unpair(from.cpus.load(Relaxed)),
@@ -371,9 +383,7 @@ impl Slow {
                     exited: from.exited.load(Relaxed),
                     key: from.key.load(Relaxed),
                     rip: from.rip.load(Relaxed),
-                    ticks: core::array::from_fn(|phase| {
-                        from.ticks.get(phase).map_or(0, |cell| cell.load(Relaxed))
-                    }),
+                    ticks: copied(&from.ticks),
                     outs: from.outs.load(Relaxed),
                     why: from.why.load(Relaxed),
                     cpus: unpair(from.cpus.load(Relaxed)),

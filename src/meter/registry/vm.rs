@@ -306,6 +306,6 @@ impl Group {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.taken.load(Relaxed) == u32::MAX
+        self.taken.load(Relaxed).trailing_ones() as usize >= GROUP
     }
 }

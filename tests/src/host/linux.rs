@@ -63,8 +63,12 @@ pub fn is_running() -> bool {
 }
 
 fn guest(arguments: &[&str]) -> Result<String> {
+    let (subcommand, rest) = arguments.split_first().context("no subcommand")?;
+    // A host that checks itself has so many times the time.
+    let timeout = 300 * super::slow();
     let output = Command::new("guest")
-        .args(arguments)
+        .args([subcommand, "--timeout", &timeout.to_string()])
+        .args(rest)
         .stdin(Stdio::null())
         .output()
         .context("the command guest cannot be run")?;

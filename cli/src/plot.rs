@@ -10,16 +10,25 @@ use std::{
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use exitmeter_meter::reasons;
 
 use self::{
     series::{Part, Series},
     svg::Picture,
 };
-use crate::{model::delta::ANEW, numbers::exact, output::Output, recording::read::Ending, source};
+use crate::{
+    model::delta::ANEW,
+    numbers::exact,
+    output::Output,
+    recording::read::Ending,
+    source,
+    why::{model::Weight, select, symbols::Symbols},
+};
 
 mod axis;
 mod chart;
 mod cumulative;
+mod details;
 mod font;
 mod html;
 mod latency;
@@ -28,6 +37,7 @@ mod phases;
 mod png;
 mod rate;
 mod series;
+mod slow;
 mod svg;
 
 /// Draws a recording: as SVG, PNG, or a page with all charts and their numbers.
@@ -35,13 +45,21 @@ mod svg;
 #[command(after_help = "\
 Where the meter began anew, as when the module was loaded again, there is a gap with a mark.
 
+What exits were about, and the slowest ones, are drawn of recordings with details: those made by
+`exitmeter record --why`, or while details were on. The details that lead are those with the most
+exits, or with --weight ticks with the most kernel cycles; an exit and its cycles stand where it
+ended. A slow exit is a mark where it began, as high as it took long: of each vCPU there are the
+16 slowest of each window of some 10 s.
+
 Colours can be told apart by those who confuse some. A page is one file, without scripts
 and without anything from elsewhere; point at an area for its name.
 
 Examples:
   exitmeter plot boot.rec -o boot.html
   exitmeter plot boot.rec -o rate.svg --kind rate --vm 1234
-  exitmeter plot boot.rec -o latency.png --kind latency --from 2 --to 4.5")]
+  exitmeter plot boot.rec -o latency.png --kind latency --from 2 --to 4.5
+  exitmeter plot why.rec -o ports.svg --kind details --reason IO_INSTRUCTION
+  exitmeter plot why.rec -o slow.svg --kind slow --symbols guest.kallsyms")]
 pub struct Args {
     /// The recording, made by `exitmeter record`.
     #[arg(value_name = "FILE")]
@@ -59,6 +77,16 @@ pub struct Args {
     /// Only the VM of this name, or of this process.
     #[arg(long, value_name = "PID|NAME")]
     vm: Option<String>,
+    /// Of what exits were about and the slowest, only those of this reason: its name, or its number.
+    #[arg(long, value_name = "REASON")]
+    reason: Option<String>,
+    /// Which details lead, and what is drawn of them: exits, or kernel cycles (ticks).
+    #[arg(long, value_enum, default_value_t = Weight::Exits)]
+    weight: Weight,
+    /// Names the code of slow exits by the symbols in FILE: the guest's /proc/kallsyms, or its
+    /// System.map.
+    #[arg(long, value_name = "FILE")]
+    symbols: Option<PathBuf>,
     /// Only from so many seconds after the recording's beginning on.
     #[arg(long, value_name = "SECONDS")]
     from: Option<f64>,
@@ -92,6 +120,10 @@ enum Kind {
     Cumulative,
     /// What single exits cost, by reason.
     Latency,
+    /// What exits were about, over time: the details that lead.
+    Details,
+    /// The slowest exits.
+    Slow,
     /// One below the other.
     All,
 }
@@ -109,8 +141,16 @@ impl Args {
             vm: self.vm.clone(),
             from: self.from,
             to: self.to,
+            reason: self.reason.clone(),
+            symbols: match &self.symbols {
+                Some(path) => Symbols::read(path)?,
+                None => Symbols::default(),
+            },
         };
         let series = Series::read(&self.recording, &bytes, &part)?;
+        if self.symbols.is_some() && series.vms.len() > 1 {
+            return Err(select::Error::Symbols(series.vms.len()).into());
+        }
         match &series.ending {
             Ending::Told(_) => {}
             Ending::Cut => self.warn("is cut off; this is what it has up to there"),
@@ -121,11 +161,12 @@ impl Args {
             let times = times.collect::<Vec<_>>().join(", ");
             self.warn(&format!("has a gap: {ANEW} at {times}"));
         }
-        let pictures = self.pictures(&series)?;
+        let pictures = self.pictures(&series, &part)?;
         let file = match format {
             Format::Html => {
                 let title = format!("Exits in {}", name(&self.recording));
-                html::page(&title, &facts(&series), &pictures, &series).into_bytes()
+                let facts = facts(&series);
+                html::page(&title, &facts, &pictures, &series, self.weight).into_bytes()
             }
             Format::Svg => self.one(pictures).into_bytes(),
             Format::Png => png::render(&self.one(pictures))?,
@@ -147,7 +188,7 @@ impl Args {
     }
 
     /// The pictures that were asked for, with their titles.
-    fn pictures(&self, series: &Series) -> anyhow::Result<Vec<(String, Picture)>> {
+    fn pictures(&self, series: &Series, part: &Part) -> anyhow::Result<Vec<(String, Picture)>> {
         let layers = palette::layers(series);
         let subtitle = self.title.clone().unwrap_or_else(|| self.subtitle(series));
         let wanted = |kind| self.kind == kind || self.kind == Kind::All;
@@ -177,6 +218,39 @@ impl Args {
                      record with a module whose snapshots have histograms (version 1.1)",
                     self.recording.display()
                 ),
+            }
+        }
+        let tables = series.details.is_some();
+        if !tables && matches!(self.kind, Kind::Details | Kind::Slow) {
+            anyhow::bail!(
+                "{} has no details: they were off while it was recorded; \
+                 'exitmeter record --why' turns them on",
+                self.recording.display()
+            );
+        }
+        let code = part.code(series.isa)?;
+        let reason = code.and_then(|code| reasons::name(series.isa, code));
+        let reason = reason.or(self.reason.as_deref());
+        let nothing = |what: &str| {
+            let of = reason.map_or_else(String::new, |reason| format!(" by {reason}"));
+            anyhow::anyhow!(
+                "there is no {what}{of} in that part of {}: draw another part, or another reason",
+                self.recording.display()
+            )
+        };
+        if wanted(Kind::Details) && tables {
+            let untold = details::untold(series, code);
+            match details::draw(series, self.weight, reason, untold, &subtitle) {
+                Some(picture) => add("what exits were about", picture),
+                None if self.kind == Kind::All => {}
+                None => return Err(nothing("exit")),
+            }
+        }
+        if wanted(Kind::Slow) && tables {
+            match slow::draw(series, &layers, reason, &subtitle) {
+                Some(picture) => add("the slowest exits", picture),
+                None if self.kind == Kind::All => {}
+                None => return Err(nothing("slow exit")),
             }
         }
         Ok(pictures)
@@ -242,6 +316,11 @@ fn facts(series: &Series) -> Vec<(String, String)> {
         "TSC".to_owned(),
         khz.unwrap_or("of unknown rate".to_owned()),
     ));
+    if series.details.is_none() {
+        let none =
+            "none: they were off while it was recorded; 'exitmeter record --why' turns them on";
+        facts.push(("details".to_owned(), none.to_owned()));
+    }
     if !series.breaks.is_empty() {
         let times = series.breaks.iter().map(|time| format!("at {time:.2} s"));
         facts.push((

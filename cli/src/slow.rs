@@ -28,7 +28,7 @@ use crate::{
 };
 
 mod csv;
-mod model;
+pub(crate) mod model;
 mod moment;
 mod text;
 

@@ -16,11 +16,12 @@ use self::{
     screen::Screen,
     theme::Theme,
 };
-use crate::{output::Output, source};
+use crate::{output::Output, source, why::symbols::Symbols};
 
 mod app;
 mod columns;
 mod data;
+mod details;
 mod events;
 mod feed;
 mod history;
@@ -34,6 +35,12 @@ mod view;
 Opens with the VMs; Enter goes into one, to its reasons and vCPUs, and Esc back. ? shows
 all keys. Rates and shares are of the last interval, or with t since the VM began.
 
+Enter on a reason opens its details, as `exitmeter why` tells them: which MSR, port, address.
+Enter there opens the guest's code that caused its exits, Tab what went to user space. For
+this, details are turned on when such a table is first opened, and off when top ends; it takes
+CAP_PERFMON, which root has. bound is exact, or how many exits more of a row may stand among
+the others.
+
 Exit status:
   0  it was left with q or Ctrl-C; when a signal ends it, it ends by that signal
   1  there is nothing to show: no module, no right to open, or no terminal
@@ -42,6 +49,7 @@ Exit status:
 Examples:
   exitmeter top
   exitmeter top --interval 250 --vm 1234
+  exitmeter top --vm 1234 --symbols guest.kallsyms
   exitmeter top --input boot.rec --interval 100")]
 pub struct Args {
     /// Milliseconds from one reading to the next; of a recording, how much of it that is.
@@ -51,6 +59,9 @@ pub struct Args {
     /// Opens with the VM of this name, or of this process.
     #[arg(long, value_name = "PID|NAME")]
     vm: Option<String>,
+    /// Names code of that VM by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
+    #[arg(long, value_name = "FILE", requires = "vm")]
+    symbols: Option<PathBuf>,
     /// Shows a recording as it was, or a saved snapshot, instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -68,6 +79,9 @@ impl Args {
         let mut app = App::new(feed.first()?, interval);
         if let Some(vm) = &self.vm {
             app.open(vm)?;
+        }
+        if let Some(symbols) = &self.symbols {
+            app.name_code(Symbols::read(symbols)?);
         }
         if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
             anyhow::bail!(
@@ -89,6 +103,9 @@ impl Args {
     }
 }
 
+/// From when details are turned on to the first reading of them.
+const SOON: Duration = Duration::from_millis(300);
+
 /// Shows until a key or a signal ends it; which signal.
 fn show(
     app: &mut App,
@@ -108,6 +125,12 @@ fn show(
             Some(Event::Key(key)) => match app.key(key) {
                 Action::Stay => {}
                 Action::Retime => next = Instant::now() + app.interval,
+                Action::TurnOn => match feed.turn_on() {
+                    // So that they come soon.
+                    Ok(true) => next = next.min(Instant::now() + SOON),
+                    Ok(false) => {}
+                    Err(words) => app.refusal = Some(words),
+                },
                 Action::Suspend => screen.suspend()?,
                 Action::Quit => return Ok(None),
             },
@@ -117,7 +140,7 @@ fn show(
             None => {
                 changed = !app.paused
                     && match feed.next(app.interval) {
-                        Ok(Next::Snapshot(report)) => app.tick(*report),
+                        Ok(Next::Snapshot(reading)) => app.tick(*reading),
                         Ok(Next::Ended) => app.tell("the recording ends here"),
                         // It may come back, as a module that is loaded anew does.
                         Err(error) => app.tell(&error.to_string()),

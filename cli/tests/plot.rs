@@ -16,6 +16,9 @@ const INTEL: &str = concat!(
     "/tests/recordings/intel-boot.rec"
 );
 
+/// With details.
+const WHY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-why.rec");
+
 fn plot(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
     command.arg("plot").args(arguments).output().unwrap()
@@ -52,6 +55,79 @@ fn each_kind_in_each_format() {
             assert!(bytes.len() > 3000);
         }
     }
+}
+
+#[test]
+fn a_recording_with_details_has_two_pictures_more() {
+    let folder = TempDir::new().unwrap();
+    for (kind, format, begin) in [
+        ("details", "svg", "<svg "),
+        ("slow", "svg", "<svg "),
+        ("slow", "png", "\u{fffd}PNG"),
+    ] {
+        for more in [&[][..], &["--reason", "ioio", "--weight", "ticks"]] {
+            let file = folder.path().join(format!("x.{format}"));
+            let output =
+                plot(&[&[WHY, "--kind", kind, "-o", file.to_str().unwrap()], more].concat());
+            assert!(output.status.success() && output.stderr.is_empty());
+            let bytes = fs::read(file).unwrap();
+            assert!(String::from_utf8_lossy(&bytes).starts_with(begin));
+        }
+    }
+    let output = plot(&[WHY, "--format", "html", "-o", "-"]);
+    let page = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(page.matches("<svg ").count(), 6);
+    for cell in [
+        "<tr><td>MSR</td><td>write 0x6e0 IA32_TSC_DEADLINE</td><td>",
+        "<td>KVM_EXIT_IO</td>",
+    ] {
+        assert!(page.contains(cell), "{cell}");
+    }
+    // A list of symbols names code of the slow exits.
+    let symbols = folder.path().join("System.map");
+    fs::write(&symbols, "ffffffff81000000 T _text\n").unwrap();
+    let symbols = symbols.to_str().unwrap();
+    let output = plot(&[
+        WHY,
+        "--kind",
+        "slow",
+        "--format",
+        "svg",
+        "-o",
+        "-",
+        "--symbols",
+        symbols,
+    ]);
+    assert!(output.status.success());
+}
+
+#[test]
+fn a_recording_without_details_says_how_to_have_them() {
+    for kind in ["details", "slow"] {
+        assert_eq!(
+            refused(&[INTEL, "-o", "x.svg", "--kind", kind]),
+            format!(
+                "exitmeter: {INTEL} has no details: they were off while it was recorded; \
+                 'exitmeter record --why' turns them on\n"
+            )
+        );
+        assert_eq!(
+            refused(&[WHY, "-o", "x.svg", "--kind", kind, "--reason", "TASK_SWITCH"]),
+            format!(
+                "exitmeter: there is no {} by TASK_SWITCH in that part of {WHY}: draw another part, or \
+                 another reason\n",
+                if kind == "slow" { "slow exit" } else { "exit" }
+            )
+        );
+    }
+    let text = refused(&[WHY, "-o", "x.svg", "--reason", "MSR_WRITE"]);
+    assert!(
+        text.starts_with("exitmeter: no exit reason of svm is called 'MSR_WRITE'"),
+        "{text}"
+    );
+    let page = plot(&[INTEL, "--format", "html", "-o", "-"]);
+    let page = String::from_utf8(page.stdout).unwrap();
+    assert!(page.contains("<dt>details</dt><dd>none: "));
 }
 
 #[test]

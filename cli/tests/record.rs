@@ -13,8 +13,11 @@ use std::{
 };
 
 use exitmeter::recording::read::{Ending, Reader};
+use ioctl::answer_details;
 use rustix::process::{kill_process, Pid, Signal};
 use tempfile::TempDir;
+
+mod ioctl;
 
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 const OTHER: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.0.bin");
@@ -148,6 +151,49 @@ fn the_exit_status_is_the_commands() {
     assert!(!folder.path().join("run").exists());
     let (code, _) = status(&[]);
     assert_eq!(code, 1);
+}
+
+#[test]
+fn details_are_turned_on_for_as_long_as_it_records() {
+    let folder = folder();
+    // Without the right to it nothing is run, and what the file held is not lost.
+    fs::write(file(&folder), "kept").unwrap();
+    for (errno, told) in [
+        (
+            1,
+            "exitmeter: no right to turn details on: run this as root, or with CAP_PERFMON; with the \
+             module's parameter details=1 they are always on\n",
+        ),
+        (
+            25,
+            "exitmeter: device cannot tell details: the module that is loaded is older than this tool, \
+             or this is no device of its\n",
+        ),
+    ] {
+        let mut command = record(&folder, &["--why", "--", "touch", "run"]);
+        answer_details(&mut command, errno);
+        let output = command.output().unwrap();
+        assert_eq!(
+            (output.status.code(), words(&output).as_str()),
+            (Some(125), told)
+        );
+    }
+    assert!(!folder.path().join("run").exists());
+    assert_eq!(fs::read(file(&folder)).unwrap(), b"kept");
+    // The file is opened once, and read anew each time.
+    let change = "sleep 0.1; cat other >device; sleep 0.1; rm device";
+    let mut command = record(&folder, &["-q", "--why", "--", "sh", "-c", change]);
+    answer_details(&mut command, 0);
+    let output = command.output().unwrap();
+    assert_eq!(
+        (output.status.code(), words(&output).as_str()),
+        (Some(0), "")
+    );
+    let (snapshots, _) = read(&file(&folder));
+    assert_eq!(
+        (&snapshots[0][..], &snapshots.last().unwrap()[..]),
+        (SNAPSHOT, OTHER)
+    );
 }
 
 #[test]

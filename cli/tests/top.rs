@@ -4,16 +4,18 @@
 //! emulator. It shows a snapshot in a file that the tests write anew, as the device would.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod ioctl;
 mod terminal;
 
 use std::{
     fs,
-    os::unix::process::ExitStatusExt as _,
+    os::unix::{fs::FileExt as _, process::ExitStatusExt as _},
     path::PathBuf,
     process::{Command, Stdio},
 };
 
 use exitmeter::top::screen::Screen;
+use ioctl::answer_details;
 use rustix::process::Signal;
 use tempfile::TempDir;
 use terminal::Terminal;
@@ -21,14 +23,25 @@ use terminal::Terminal;
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 const RECORDING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-work.rec");
 
+/// A recording with details.
+const WHY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-why.rec");
+
 /// What an exit takes in the phases: guest, kernel, user, halted.
 const CYCLES: [u64; 4] = [700_000, 150_000, 250_000, 350_000];
+
+/// A snapshot with tables, of the same VM.
+const TABLES: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.3.bin");
 
 /// A file that stands for the device. Each second of its TSC the first reason of the first
 /// vCPU has 1500 exits, which take 90% of it; for the rest, and in the other vCPUs, goes on
 /// what went on before.
 struct Device {
     folder: TempDir,
+    snapshot: Vec<u8>,
+    /// Where the row of the reason is that has exits.
+    row: usize,
+    /// Where the entries of tables are that have them as well.
+    entries: Vec<usize>,
     seconds: u64,
     /// What makes the meter's life another one.
     lives: u8,
@@ -36,14 +49,63 @@ struct Device {
 
 impl Device {
     fn new() -> Self {
+        Self::of(SNAPSHOT.to_vec())
+    }
+
+    fn of(snapshot: Vec<u8>) -> Self {
         let folder = TempDir::new().unwrap();
         let device = Self {
             folder,
+            row: number(&snapshot, 88) + 112,
+            snapshot,
+            entries: Vec::new(),
             seconds: 0,
             lives: 0,
         };
         device.write();
         device
+    }
+
+    /// One whose details are on. What exits are MSR_WRITEs of the first vCPU: of one MSR of the three that
+    /// it has written, and from one place.
+    fn with_tables() -> Self {
+        let mut device = Self::of(TABLES.to_vec());
+        let bytes = &mut device.snapshot;
+        let row_size = number(bytes, 112) & 0xffff_ffff;
+        let is_write = |bytes: &[u8], at: usize| number(bytes, at) >> 32 == 32;
+        while !is_write(bytes, device.row) {
+            device.row += row_size;
+        }
+        // Of the first record the sections of details and of code.
+        let mut section = number(bytes, 144) + 32;
+        for (table, msrs) in [(1, &[0x6e0, 0x830, 0x4000_0070][..]), (2, &[])] {
+            assert_eq!(number(bytes, section) & 0xffff_ffff, table);
+            let (size, count) = (number(bytes, section + 8), number(bytes, section + 8) >> 32);
+            let entries = (0..count).map(|entry| section + 16 + entry * (size & 0xffff_ffff));
+            let entries: Vec<_> = entries.filter(|at| is_write(bytes, *at)).collect();
+            device.entries.push(entries[0]);
+            if msrs.is_empty() {
+                // No address of this vCPU is told: all are others, and now have one.
+                assert_eq!((entries.len(), bytes[entries[0] + 9] & 2), (1, 2));
+                bytes[entries[0] + 9] = 0;
+                let rip = 0xffff_ffff_8100_0000_u64.to_le_bytes();
+                bytes[entries[0] + 16..entries[0] + 24].copy_from_slice(&rip);
+            }
+            for (entry, msr) in entries.iter().zip(msrs) {
+                let key: u64 = msr | 1 << 32;
+                bytes[entry + 16..entry + 24].copy_from_slice(&key.to_le_bytes());
+            }
+            section += number(bytes, section) >> 32;
+        }
+        device.write();
+        device
+    }
+
+    /// The tool on this file as a device whose details can be turned on, or not for an error.
+    fn top_with(&self, errno: u32) -> Command {
+        let mut command = self.top();
+        answer_details(&mut command, errno);
+        command
     }
 
     fn path(&self) -> PathBuf {
@@ -57,13 +119,10 @@ impl Device {
 
     /// Writes it at once, as nobody reads a half.
     fn write(&self) {
-        let mut bytes = SNAPSHOT.to_vec();
-        let number =
-            |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
-        let records = usize::try_from(number(&bytes, 88)).unwrap();
-        let row = records + 112;
+        let mut bytes = self.snapshot.clone();
+        let (records, row) = (number(&bytes, 88), self.row);
         let exits = 1500 * self.seconds;
-        let khz = number(&bytes, 48) & 0xffff_ffff;
+        let khz = (number(&bytes, 48) & 0xffff_ffff) as u64;
         let phases = [16, 24, 32, 584].into_iter().zip(CYCLES);
         let phases = phases.map(|(at, cycles)| (row + at, exits * cycles));
         let grown = [
@@ -71,15 +130,23 @@ impl Device {
             (records + 32, exits * CYCLES.iter().sum::<u64>()),
             (row + 8, exits),
         ];
-        let grown = grown.into_iter().chain(phases);
+        let tables = self.entries.iter();
+        let tables = tables.flat_map(|at| [(at + 24, exits), (at + 32, exits * CYCLES[1])]);
+        let grown = grown.into_iter().chain(phases).chain(tables);
         for (at, more) in grown {
-            let sum = number(&bytes, at) + more;
+            let sum = number(&bytes, at) as u64 + more;
             bytes[at..at + 8].copy_from_slice(&sum.to_le_bytes());
         }
         bytes[120] ^= self.lives;
-        let new = self.folder.path().join("new");
-        fs::write(&new, bytes).unwrap();
-        fs::rename(new, self.path()).unwrap();
+        if self.entries.is_empty() {
+            let new = self.folder.path().join("new");
+            fs::write(&new, bytes).unwrap();
+            fs::rename(new, self.path()).unwrap();
+            return;
+        }
+        // Whose details are on stays open. A half that is read is repaired with the next reading.
+        let file = fs::File::options().write(true).open(self.path());
+        file.unwrap().write_all_at(&bytes, 0).unwrap();
     }
 
     fn top(&self) -> Command {
@@ -89,6 +156,11 @@ impl Device {
             .arg(self.path());
         command
     }
+}
+
+/// The number at a place.
+fn number(bytes: &[u8], at: usize) -> usize {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
 }
 
 fn top() -> Command {
@@ -232,6 +304,139 @@ fn keys() {
     terminal.wait_selected("kvm-1234");
     terminal.keys("q");
     assert_eq!(terminal.end().code(), Some(0));
+}
+
+#[test]
+fn a_reason_opens_to_its_details_and_these_to_code() {
+    let mut device = Device::with_tables();
+    let symbols = device.folder.path().join("kallsyms");
+    fs::write(&symbols, "ffffffff81000000 T native_write_msr\n").unwrap();
+    let mut command = device.top_with(0);
+    command.args(["--vm", "1234", "--symbols"]).arg(symbols);
+    let mut terminal = Terminal::new(80, 24, command);
+    terminal.wait_for("most kernel cycles first");
+    device.second();
+    terminal.wait_for("1.50k exits/s");
+    terminal.wait_for("Enter details");
+    terminal.keys("\r");
+    terminal.wait_for("detail of MSR_WRITE");
+    terminal.settle();
+    device.second();
+    terminal.wait_for("1 detail of MSR_WRITE, most kernel cycles first");
+    compare(&mut terminal, "details-80x24");
+    terminal.keys("\r");
+    terminal.wait_for("1 place in the code of MSR_WRITE");
+    compare(&mut terminal, "code-80x24");
+    terminal.keys("\t");
+    terminal.wait_for("none had such an exit to user space");
+    terminal.keys("\t");
+    // Since details are on there are those of the other vCPU, too.
+    terminal.keys("t");
+    terminal.wait_for("6 details of MSR_WRITE, most kernel cycles first");
+    terminal.wait_for("since details are on");
+    terminal.wait_selected("write 0x6e0 IA32_TSC_DEADLINE");
+    terminal.keys("/icr");
+    terminal.wait_for("1 detail of MSR_WRITE, most kernel cycles first, with \"icr\"");
+    terminal.wait_selected("write 0x830 X2APIC_ICR");
+    terminal.keys("\x1b");
+    terminal.wait_for("6 details");
+    terminal.keys("s");
+    terminal.wait_for("6 details of MSR_WRITE, most exits first");
+    // However narrow: what it was about and how often is there.
+    terminal.resize(30, 12);
+    terminal.wait_for("write 0x6e0 IA32_TSC_");
+    for (columns, rows) in [(20, 5), (4, 2), (2, 1)] {
+        terminal.resize(columns, rows);
+        terminal.settle();
+    }
+    terminal.resize(80, 24);
+    // All the way back, to where it was entered.
+    terminal.keys("\r");
+    terminal.wait_for("places in the code of MSR_WRITE");
+    terminal.wait_for("native_write_msr+0x0");
+    terminal.keys("\x1b");
+    terminal.wait_for("6 details");
+    terminal.keys("\x7f");
+    terminal.wait_for(" reasons, most kernel cycles first");
+    terminal.wait_selected("MSR_WRITE");
+    // Of one vCPU alone.
+    terminal.keys("\tj\r");
+    terminal.wait_for("process 1234, vCPU 1");
+    terminal.keys("/msr_w\r\r");
+    terminal.wait_for("3 details of MSR_WRITE");
+    terminal.keys("q");
+    assert_eq!(terminal.end().code(), Some(0));
+}
+
+#[test]
+fn a_reason_without_details_has_its_code() {
+    let mut device = Device::with_tables();
+    let mut terminal = Terminal::new(80, 24, device.top_with(0));
+    terminal.wait_for("most exits first");
+    terminal.keys("/1234\r\r/external\r\r");
+    terminal.wait_for("1 detail of EXTERNAL_INTERRUPT");
+    terminal.wait_selected("(no details)");
+    terminal.keys("\r");
+    terminal.wait_for("of EXTERNAL_INTERRUPT");
+    // An interval in which it has not exited.
+    device.second();
+    terminal.wait_for("of the vCPUs that live none had such an exit");
+}
+
+#[test]
+fn what_keeps_details_away_is_said_and_it_goes_on() {
+    // 1: EPERM.
+    for (command, words) in [
+        (
+            Device::top_with as fn(&Device, u32) -> Command,
+            "no details: they take CAP_PERFMON: run this as root, or load the module with\ndetails=1\n",
+        ),
+        (
+            |device: &Device, _| device.top(),
+            "no details: the snapshot has none: 'exitmeter why -- CMD' turns them on\n",
+        ),
+    ] {
+        let mut device = Device::new();
+        let mut terminal = Terminal::new(80, 24, command(&device, 1));
+        terminal.wait_for("most exits first");
+        terminal.keys("\r\r");
+        terminal.wait_for("0 details of ");
+        terminal.wait_for(words);
+        device.second();
+        terminal.wait_for("1.50k exits/s");
+        terminal.keys("\x1b");
+        terminal.wait_for("1 reason, most kernel cycles first");
+    }
+    let mut command = top();
+    command.args(["--input", RECORDING, "--vm", "97", "--interval", "1000"]);
+    let mut terminal = Terminal::new(60, 20, command);
+    terminal.wait_for("kvm-97, process 97");
+    terminal.keys("t");
+    terminal.wait_selected("MSR");
+    terminal.keys("\r");
+    terminal.wait_for("no details: the recording has none here: 'exitmeter record\n--why' records");
+    // Symbols are of one guest, so they need its name.
+    let output = top().args(["--symbols", "x"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_recording_with_details_has_them() {
+    let mut command = top();
+    command.args(["--input", WHY, "--interval", "1000"]);
+    let mut terminal = Terminal::new(80, 24, command);
+    terminal.wait_for("exitmeter all VMs");
+    terminal.keys("t\t");
+    terminal.wait_for("IOIO");
+    terminal.keys("/ioio\r\rs");
+    terminal.wait_for("details of IOIO, most exits first");
+    // Soon after it begins to boot.
+    terminal.wait_for("OUT 0xcf8 PCI config address");
+    terminal.keys("p\r");
+    // The firmware, which runs below.
+    terminal.wait_for("(user)");
+    terminal.keys("\t");
+    terminal.wait_for("KVM_EXIT_IO");
 }
 
 #[test]

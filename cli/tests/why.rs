@@ -6,20 +6,19 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
-use seccompiler::{
-    apply_filter, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use self::tool::{exitmeter, failed, succeeded};
+use self::{
+    ioctl::answer_details,
+    tool::{exitmeter, failed, succeeded},
+};
 
+mod ioctl;
 mod tool;
 
 const SNAPSHOT: &str = concat!(
@@ -449,27 +448,12 @@ fn few_rows_and_a_narrow_terminal() {
     );
 }
 
-/// Have the kernel say yes to the ioctl that turns details on, of whatever file: so a file stands for
-/// the device. Return the tool, ready to run.
+/// Return the tool, ready to run, for which a file stands for the device.
 fn on_a_file_as_device(arguments: &[&str]) -> Command {
-    /// `_IO(0xE7, 1)`, docs/interface.md.
-    const DETAILS: u64 = 0xe701;
-    let is_it = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, DETAILS);
-    let rule = SeccompRule::new(vec![is_it.unwrap()]).unwrap();
-    let filter = SeccompFilter::new(
-        BTreeMap::from([(libc::SYS_ioctl, vec![rule])]),
-        SeccompAction::Allow,
-        SeccompAction::Errno(0),
-        TargetArch::x86_64,
-    );
-    let filter: BpfProgram = filter.unwrap().try_into().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
     command.arg("why").args(arguments);
     command.env_remove("NO_COLOR").env_remove("COLUMNS");
-    // SAFETY: The filter is there already; to apply it takes two system calls.
-    unsafe {
-        command.pre_exec(move || apply_filter(&filter).map_err(std::io::Error::other));
-    }
+    answer_details(&mut command, 0);
     command
 }
 

@@ -87,6 +87,15 @@ pub fn label(value: f64) -> String {
     format!("{text}{suffix}")
 }
 
+/// A number to three digits.
+pub fn round(value: f64) -> f64 {
+    if value <= 0.0 {
+        return 0.0;
+    }
+    let power = 10_f64.powf(2.0 - value.log10().floor());
+    (value * power).round() / power
+}
+
 /// A time as an axis names it: `500 ns`, `2 µs`, `10 ms`, `1 s`.
 pub fn time(seconds: f64) -> String {
     let (times, unit) = match seconds {

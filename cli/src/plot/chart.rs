@@ -21,7 +21,11 @@ const LEGEND: f64 = 694.0;
 /// Where its columns of numbers end.
 const COLUMNS: [f64; 2] = [966.0, 1024.0];
 /// From one line of the legend to the next.
-const LINE: f64 = 20.0;
+pub const LINE: f64 = 20.0;
+/// From the first to the second line of a pair, and from one pair to the next.
+const BETWEEN: f64 = 16.0;
+/// See [`BETWEEN`].
+pub const PAIR: f64 = 38.0;
 /// Sizes of texts.
 const LARGE: f64 = 17.0;
 /// See [`LARGE`].
@@ -125,6 +129,43 @@ impl Chart {
         scale
     }
 
+    /// The upright axis with equal steps for equal ratios. Both values are at least 1.
+    pub fn upright_logarithmic_axis(
+        &mut self,
+        name: &str,
+        range: (f64, f64),
+        label: impl Fn(f64) -> String,
+    ) -> Scale {
+        let scale = Scale::logarithmic(range, (self.bottom, self.top));
+        // Where there are few powers of ten, what lies between has names as well.
+        let named: &[u8] = match range.1 / range.0 {
+            ratio if ratio < 30.0 => &[1, 2, 5],
+            _ => &[1],
+        };
+        for decade in axis::decades(range.0, range.1) {
+            for times in 1..10_u8 {
+                let value = decade * f64::from(times);
+                if value < range.0 || value > range.1 {
+                    continue;
+                }
+                let y = scale.place(value);
+                let is_named = named.contains(&times);
+                let color = if is_named { "#cfcfcf" } else { "#f2f2f2" };
+                self.picture.line((LEFT, y), (RIGHT, y), color, 1.0);
+                if is_named {
+                    let at = (LEFT - 8.0, y + SMALL / 3.0);
+                    self.picture
+                        .text(at, Anchor::End, SMALL, INK, &label(value));
+                }
+            }
+        }
+        self.picture
+            .line((LEFT, self.bottom), (RIGHT, self.bottom), GREY, 1.0);
+        self.picture
+            .text((14.0, TOP - 14.0), Anchor::Start, SMALL, GREY, name);
+        scale
+    }
+
     /// A line from top to bottom, named below.
     pub fn tick_below(&mut self, x: f64, name: &str, color: &str) {
         self.picture.line((x, TOP), (x, self.bottom), color, 1.0);
@@ -140,13 +181,7 @@ impl Chart {
 
     /// The table at the right.
     pub fn legend(&mut self, titles: [&str; 3], entries: &[Entry]) {
-        let [name, numbers @ ..] = titles;
-        self.picture
-            .text((LEGEND, TOP - 14.0), Anchor::Start, SMALL, GREY, name);
-        for (title, end) in numbers.iter().zip(COLUMNS) {
-            self.picture
-                .text((end, TOP - 14.0), Anchor::End, SMALL, GREY, title);
-        }
+        self.titles(titles);
         let mut y = TOP + 4.0;
         for entry in entries {
             match entry.dashes {
@@ -168,6 +203,72 @@ impl Chart {
             }
             y += LINE;
         }
+    }
+
+    /// The titles of the table at the right.
+    fn titles(&mut self, titles: [&str; 3]) {
+        let [name, numbers @ ..] = titles;
+        self.picture
+            .text((LEGEND, TOP - 14.0), Anchor::Start, SMALL, GREY, name);
+        for (title, end) in numbers.iter().zip(COLUMNS) {
+            self.picture
+                .text((end, TOP - 14.0), Anchor::End, SMALL, GREY, title);
+        }
+    }
+
+    /// The table at the right with names that are longer than its column: the numbers stand below
+    /// them, beside what they belong to.
+    pub fn legend_of_pairs(&mut self, titles: [&str; 3], entries: &[(Entry, String)]) -> f64 {
+        self.titles(titles);
+        let mut y = TOP + 4.0;
+        for (entry, below) in entries {
+            self.picture
+                .rectangle((LEGEND, y - 1.0), (13.0, 13.0), entry.paint, &entry.name);
+            self.pair(y, &entry.name, below);
+            for (number, end) in entry.numbers.iter().zip(COLUMNS) {
+                let at = (end, y + 10.0 + BETWEEN);
+                self.picture.text(at, Anchor::End, SMALL, GREY, number);
+            }
+            y += PAIR;
+        }
+        y
+    }
+
+    /// A name beside the data, and what is said of it below that.
+    fn pair(&mut self, y: f64, name: &str, below: &str) {
+        let left = LEGEND + 20.0;
+        let name = font::fit(name, SMALL, COLUMNS[1] - left);
+        self.picture
+            .text((left, y + 10.0), Anchor::Start, SMALL, INK, &name);
+        let below = font::fit(below, SMALL, COLUMNS[0] - 72.0 - left);
+        let at = (left, y + 10.0 + BETWEEN);
+        self.picture.text(at, Anchor::Start, SMALL, GREY, &below);
+    }
+
+    /// Numbered names beside the data, from a height on, and what is said of each below it.
+    pub fn list(&mut self, mut y: f64, title: &str, entries: &[(String, String)]) {
+        self.picture
+            .text((LEGEND, y + 10.0), Anchor::Start, SMALL, GREY, title);
+        y += LINE + 4.0;
+        let left = LEGEND + 20.0;
+        for (place, (name, below)) in entries.iter().enumerate() {
+            let number = (place + 1).to_string();
+            let at = (LEGEND + 6.0, y + 10.0);
+            self.picture.text(at, Anchor::Middle, SMALL, INK, &number);
+            for (text, down, color) in [(name, 0.0, INK), (below, BETWEEN, GREY)] {
+                let text = font::fit(text, SMALL, COLUMNS[1] - left);
+                let at = (left, y + 10.0 + down);
+                self.picture.text(at, Anchor::Start, SMALL, color, &text);
+            }
+            y += PAIR;
+        }
+    }
+
+    /// A remark beside the data, at a height.
+    pub fn remark(&mut self, y: f64, text: &str) {
+        let text = font::fit(text, SMALL, COLUMNS[1] - LEGEND);
+        self.picture
+            .text((LEGEND, y + 10.0), Anchor::Start, SMALL, GREY, &text);
     }
 
     /// A ready picture.

@@ -3,10 +3,18 @@
 //! A page with all charts and their numbers, in one file.
 
 use super::{
+    details,
     series::Series,
+    slow,
     svg::{escape, Picture},
 };
-use crate::numbers::{exact, mean, share};
+use crate::{
+    numbers::{exact, mean, rough, share},
+    why::model::Weight,
+};
+
+/// More rows than this are too many to look at.
+const ROWS: usize = 100;
 
 const STYLE: &str = "\
 body { font: 15px/1.5 'Noto Sans', 'DejaVu Sans', Verdana, Arial, sans-serif; color: #222; background: #f4f4f4; margin: 0 }
@@ -17,7 +25,7 @@ svg { display: block; max-width: 100%; height: auto }
 dl { display: grid; grid-template-columns: max-content auto; gap: 2px 16px; margin: 0 } dt { color: #666 } dd { margin: 0 }
 table { border-collapse: collapse; font-size: 13px; width: 100% }
 th { font-weight: normal; color: #666; text-align: right } td { text-align: right; font-variant-numeric: tabular-nums }
-th, td { padding: 3px 10px; border-bottom: 1px solid #eee } th:nth-child(2), td:nth-child(2) { text-align: left }
+th, td { padding: 3px 10px; border-bottom: 1px solid #eee } th:nth-child(2), td:nth-child(2), .code :nth-child(3) { text-align: left }
 ";
 
 /// The page. `facts` are names and texts.
@@ -26,6 +34,7 @@ pub fn page(
     facts: &[(String, String)],
     pictures: &[(String, Picture)],
     series: &Series,
+    weight: Weight,
 ) -> String {
     let title = escape(title);
     let facts: String = facts
@@ -37,12 +46,145 @@ pub fn page(
         .map(|(name, picture)| format!("<figure>\n{}</figure>\n", picture.svg(name)))
         .collect();
     let table = table(series);
+    let more = about(series, weight) + &slowest(series);
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n\
          <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n<dl>\n{facts}</dl>\n\
-         {figures}<section>\n<h2>All reasons, the most kernel cycles first, without those for which KVM polled before it let a vCPU sleep</h2>\n{table}</section>\n\
+         {figures}<section>\n<h2>All reasons, the most kernel cycles first, without those for which KVM polled before it let a vCPU sleep</h2>\n{table}</section>\n{more}\
          </main>\n</body>\n</html>\n"
+    )
+}
+
+/// A line of a table.
+fn row(cells: &[String], tag: &str) -> String {
+    let cells: String = cells
+        .iter()
+        .map(|cell| format!("<{tag}>{}</{tag}>", escape(cell)))
+        .collect();
+    format!("<tr>{cells}</tr>\n")
+}
+
+/// A part of the page with a table, the first `ROWS` of so many rows.
+fn section(title: &str, class: &str, titles: &[&str], rows: Vec<Vec<String>>) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let more = match rows.len().saturating_sub(ROWS) {
+        0 => String::new(),
+        more => format!("; {} more are left out", exact(more as u64)),
+    };
+    let titles: Vec<_> = titles.iter().map(|title| (*title).to_owned()).collect();
+    let rows: String = rows
+        .iter()
+        .take(ROWS)
+        .map(|cells| row(cells, "td"))
+        .collect();
+    format!(
+        "<section>\n<h2>{title}{more}</h2>\n<table class=\"{class}\">\n{}{rows}</table>\n</section>\n",
+        row(&titles, "th")
+    )
+}
+
+/// What the exits were about.
+fn about(series: &Series, weight: Weight) -> String {
+    let mut rows = Vec::new();
+    for group in details::by_reason(series, weight) {
+        for row in &group.rows {
+            let bound = match row.exact {
+                true => "exact".to_owned(),
+                false => format!(
+                    "+{}, +{} cycles",
+                    rough(row.missed.exits),
+                    rough(row.missed.kernel.unwrap_or(0))
+                ),
+            };
+            rows.push((group.label, row.about(), row.counts, bound));
+        }
+        if !group.others.is_zero() {
+            let words = if group.rows.is_empty() { "" } else { "others" };
+            rows.push((group.label, words.to_owned(), group.others, String::new()));
+        }
+    }
+    rows.sort_by_key(|(.., counts, _)| std::cmp::Reverse((counts.weigh(weight), counts.exits)));
+    let all: u64 = rows.iter().map(|(.., counts, _)| counts.exits).sum();
+    let rows = rows.into_iter().map(|(label, words, counts, bound)| {
+        let kernel = counts.kernel.unwrap_or(0);
+        vec![
+            label.to_string(),
+            words,
+            exact(counts.exits),
+            share(counts.exits, all),
+            exact(kernel),
+            mean(kernel, counts.exits),
+            exact(counts.user.unwrap_or(0)),
+            bound,
+        ]
+    });
+    let titles = [
+        "reason",
+        "about",
+        "exits",
+        "of all",
+        "kernel cycles",
+        "mean",
+        "user cycles",
+        "bound",
+    ];
+    section(
+        "What exits were about, what leads first",
+        "about",
+        &titles,
+        rows.collect(),
+    )
+}
+
+/// The slowest exits.
+fn slowest(series: &Series) -> String {
+    let unit = slow::Unit::new(series);
+    let rows = series.slow.iter().map(|slow| {
+        let exit = &slow.exit;
+        let mut cells = vec![
+            format!("{:.6}", slow.at),
+            exit.about(),
+            exit.place().unwrap_or_default(),
+            format!("{} {}", slow.vm, exit.vcpu),
+        ];
+        let times = [
+            exit.took,
+            exit.kernel,
+            exit.user,
+            exit.waiting,
+            exit.preempted,
+            exit.halted,
+        ];
+        cells.extend(times.map(|ticks| match ticks {
+            0 => "0".to_owned(),
+            ticks => unit.time(ticks),
+        }));
+        cells.push(exact(exit.scheduled_out));
+        cells.push(exit.to_user().unwrap_or_default());
+        cells
+    });
+    let titles = [
+        "s",
+        "exit",
+        "code",
+        "vCPU",
+        "took",
+        "kernel",
+        "user",
+        "waiting",
+        "preempted",
+        "halted",
+        "outs",
+        "to user space",
+    ];
+    section(
+        "The slowest exits, the longest first",
+        "code",
+        &titles,
+        rows.collect(),
     )
 }
 
@@ -61,13 +203,6 @@ fn table(series: &Series) -> String {
         "p99",
         "max",
     ];
-    let row = |cells: &[String], tag: &str| {
-        let cells: String = cells
-            .iter()
-            .map(|cell| format!("<{tag}>{}</{tag}>", escape(cell)))
-            .collect();
-        format!("<tr>{cells}</tr>\n")
-    };
     let mut table = row(&titles.map(str::to_owned), "th");
     for reason in &series.sum.reasons {
         let spread = reason.spread.as_ref();

@@ -79,6 +79,11 @@ pub fn layers(series: &Series) -> Vec<Layer> {
     layers
 }
 
+/// The colours of what leads, whatever it is, the first one first.
+pub fn colors() -> impl Iterator<Item = Paint> {
+    REASONS.into_iter().map(Paint::Plain)
+}
+
 /// The colour of one reason.
 pub fn reason(layers: &[Layer], key: Key) -> Paint {
     let layer = layers.iter().find(|layer| layer.keys.contains(&key));

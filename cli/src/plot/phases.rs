@@ -63,7 +63,7 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
     let entries = phases.into_iter().map(|phase| {
         let cycles = all.of(phase);
         let spent = match series.tsc_khz {
-            Some(khz) => axis::time(round(cycles as f64 / (f64::from(khz) * 1000.0))),
+            Some(khz) => axis::time(axis::round(cycles as f64 / (f64::from(khz) * 1000.0))),
             None => rough(cycles),
         };
         Entry {
@@ -80,15 +80,6 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
     };
     chart.legend(["phase", spent, "share"], &entries.collect::<Vec<_>>());
     chart.done()
-}
-
-/// A number to three digits.
-fn round(value: f64) -> f64 {
-    if value <= 0.0 {
-        return 0.0;
-    }
-    let power = 10_f64.powf(2.0 - value.log10().floor());
-    (value * power).round() / power
 }
 
 /// A phase in words.

@@ -9,7 +9,12 @@ use std::{
     time::Duration,
 };
 
-use exitmeter_meter::{reader, reader::Snapshot};
+use exitmeter_meter::{
+    reader,
+    reader::Snapshot,
+    reasons::Isa,
+    snapshot::{Reason, TABLE_DETAILS},
+};
 
 use crate::{
     model::{
@@ -17,6 +22,12 @@ use crate::{
         Cycles, Label, Ledger, Report,
     },
     recording::read::{self, Ending, Reader},
+    slow::model::{Exit, Seen, Selection, Slow},
+    why::{
+        select,
+        symbols::Symbols,
+        tables::{Moment, Of, Rows},
+    },
 };
 
 /// What tells reasons apart.
@@ -31,6 +42,10 @@ pub struct Part {
     pub from: Option<f64>,
     /// Only up to so many seconds after its beginning.
     pub to: Option<f64>,
+    /// Of details and slow exits, only those of this reason.
+    pub reason: Option<String>,
+    /// Symbols of the guest, for slow exits.
+    pub symbols: Symbols,
 }
 
 /// What happened from one snapshot to the next.
@@ -47,6 +62,19 @@ pub struct Step {
     pub exits: BTreeMap<Key, u64>,
     /// Ticks by phase.
     pub cycles: Cycles,
+    /// What the exits were about; `None` while details were off.
+    pub details: Option<Rows>,
+}
+
+/// An exit that was among the slowest of its vCPU.
+#[derive(Clone, Debug)]
+pub struct SlowExit {
+    /// When it was, in seconds since the recording began.
+    pub at: f64,
+    /// Its VM's name.
+    pub vm: String,
+    /// The exit.
+    pub exit: Exit,
 }
 
 /// A recording, read.
@@ -56,6 +84,12 @@ pub struct Series {
     pub steps: Vec<Step>,
     /// The sums of all.
     pub sum: Ledger,
+    /// Vendor whose exit reasons the codes are.
+    pub isa: Isa,
+    /// What the exits were about, in all; `None` when details were off all the time.
+    pub details: Option<Rows>,
+    /// The slowest exits, the longest first.
+    pub slow: Vec<SlowExit>,
     /// TSC frequency, when it is known.
     pub tsc_khz: Option<u32>,
     /// What the recording says about itself.
@@ -120,6 +154,9 @@ pub enum Error {
          record longer, or draw more of it (--from, --to)", .0.display()
     )]
     Torn(PathBuf),
+    /// There is no such reason.
+    #[error(transparent)]
+    Selection(#[from] select::Error),
     /// The VM does not occur.
     #[error("{} has no VM that is called '{vm}' or belongs to process '{vm}'; {those}", path.display())]
     NoVm {
@@ -147,6 +184,9 @@ impl Series {
         let mut series = Self {
             steps: Vec::new(),
             sum: Ledger::of([]),
+            isa: Isa::Vmx,
+            details: None,
+            slow: Vec::new(),
             tsc_khz: None,
             about: BTreeMap::new(),
             vms: BTreeSet::new(),
@@ -156,7 +196,8 @@ impl Series {
             ending: Ending::Cut,
         };
         let mut clock: Option<Clock> = None;
-        let mut before: Option<(f64, Report)> = None;
+        let mut before: Option<(f64, Report, Option<Moment>)> = None;
+        let mut slow = SlowExits::default();
         let mut anew = false;
         let mut found = 0;
         let mut others = BTreeSet::new();
@@ -174,6 +215,9 @@ impl Series {
             if part.from.is_some_and(|from| time < from) || part.to.is_some_and(|to| time > to) {
                 continue;
             }
+            if torn {
+                series.end_of_life(&mut slow, part)?;
+            }
             if earlier.is_some() {
                 series.breaks.push(time);
                 series.marks.push((time, ANEW.to_owned()));
@@ -183,22 +227,40 @@ impl Series {
             series.marks.extend(mark);
             let report = Report::new(&snapshot);
             series.snapshots += 1;
-            series.tsc_khz = report.host.tsc_khz;
+            let tables = snapshot.has_tables().then(|| Moment::new(&snapshot));
+            slow.add(&snapshot, time);
+            (series.tsc_khz, series.isa) = (report.host.tsc_khz, report.host.isa);
             for vm in &report.vms {
                 let here = part.has(&vm.name, vm.pid);
                 found += usize::from(here);
                 if here { &mut series.vms } else { &mut others }.insert(vm.name.clone());
             }
-            if let Some((from, before)) = &before {
+            if let Some((from, before, tables_before)) = &before {
                 let delta = report.since(before).map_err(|error| Error::NoInterval {
                     path: file(),
                     number,
                     error,
                 })?;
-                series.add(*from, time, std::mem::take(&mut anew), delta, part);
+                let between = match (&tables, tables_before) {
+                    (Some(now), Some(before)) => now.since(before).ok(),
+                    _ => None,
+                };
+                let details = match between {
+                    Some(between) => Some(part.details(&between)?),
+                    None => None,
+                };
+                let step = Step {
+                    from: *from,
+                    to: time,
+                    begins_anew: std::mem::take(&mut anew),
+                    details,
+                    ..Step::default()
+                };
+                series.add(step, delta, part);
             }
-            before = Some((time, report));
+            before = Some((time, report, tables));
         }
+        series.end_of_life(&mut slow, part)?;
         if let (Some(vm), 0) = (&part.vm, found) {
             let those = match others.into_iter().collect::<Vec<_>>() {
                 none if none.is_empty() => "there is none in that part of it".to_owned(),
@@ -217,6 +279,18 @@ impl Series {
                 found,
             });
         }
+        series.details = series
+            .steps
+            .iter()
+            .filter_map(|step| step.details.as_ref())
+            .fold(None, |sum: Option<Rows>, rows| {
+                Some(Rows::sum(sum.iter().chain([rows])))
+            });
+        let (from, to) = series.range();
+        series.slow.retain(|exit| (from..=to).contains(&exit.at));
+        series
+            .slow
+            .sort_by_key(|one| (std::cmp::Reverse(one.exit.took), one.exit.tsc));
         let about = reader.about();
         series.about = about
             .map(|(name, text)| (name.to_owned(), text.to_owned()))
@@ -225,19 +299,13 @@ impl Series {
         Ok(series)
     }
 
-    fn add(&mut self, from: f64, to: f64, begins_anew: bool, delta: Report, part: &Part) {
+    fn add(&mut self, mut step: Step, delta: Report, part: &Part) {
         let vms = delta.vms.into_iter();
         let vms = vms
             .filter(|vm| part.has(&vm.name, vm.pid))
             .map(|vm| vm.ledger);
         // What those that are gone still did belongs to no VM any more.
         let gone = part.vm.is_none().then_some(delta.departed.ledger);
-        let mut step = Step {
-            from,
-            to,
-            begins_anew,
-            ..Step::default()
-        };
         for ledger in vms.chain(gone) {
             step.cycles += ledger.cycles;
             for row in ledger.reasons {
@@ -248,6 +316,28 @@ impl Series {
         }
         self.sum = Ledger::of(std::mem::take(&mut self.sum.reasons));
         self.steps.push(step);
+    }
+
+    /// Take the slow exits of a life of the meter that ends here.
+    fn end_of_life(&mut self, slow: &mut SlowExits, part: &Part) -> Result<(), Error> {
+        let SlowExits { seen, times } = std::mem::take(slow);
+        let Some(seen) = seen else { return Ok(()) };
+        let code = part.code(seen.host.isa)?;
+        let selection = Selection { vm: None, code };
+        // There is no VM that could be missing.
+        let Ok(slow) = Slow::new(&seen, &part.symbols, selection) else {
+            return Ok(());
+        };
+        let vms = slow.vms.into_iter();
+        for vm in vms.filter(|vm| part.has(&vm.name, vm.pid)) {
+            let exits = vm.slowest.into_iter().filter_map(|exit| {
+                let at = moment(&times, exit.tsc)?;
+                let vm = vm.name.clone();
+                Some(SlowExit { at, vm, exit })
+            });
+            self.slow.extend(exits);
+        }
+        Ok(())
     }
 
     /// Its beginning and its end, in seconds since that of the recording.
@@ -269,7 +359,13 @@ impl Series {
             let middle = (step.from + step.to) / 2.0;
             let here = Some(((middle - from) / width).floor() as u64);
             match bins.last_mut() {
-                Some(bin) if place == here && !step.begins_anew => bin.add(step),
+                Some(bin)
+                    if place == here
+                        && !step.begins_anew
+                        && bin.details.is_some() == step.details.is_some() =>
+                {
+                    bin.add(step);
+                }
                 _ => bins.push(step.clone()),
             }
             place = here;
@@ -291,12 +387,35 @@ impl Part {
         let vm = self.vm.as_deref();
         vm.is_none_or(|vm| vm == name || vm == pid.to_string())
     }
+
+    /// The code of the reason that was asked for.
+    pub fn code(&self, isa: Isa) -> Result<Option<u32>, select::Error> {
+        let reason = self.reason.as_deref();
+        reason.map(|reason| select::code(isa, reason)).transpose()
+    }
+
+    /// What the exits were about between two snapshots.
+    fn details(&self, between: &Moment) -> Result<Rows, select::Error> {
+        let code = self.code(between.host.isa)?;
+        let of = code.map(|code| Of::new(Reason::Code(code)));
+        let vcpus = between.vcpus.iter().filter(|((vm, _), _)| {
+            let vm = between.vms.get(vm);
+            vm.is_some_and(|(name, pid)| self.has(name, *pid))
+        });
+        let parts: Vec<_> = vcpus
+            .map(|(_, vcpu)| vcpu.rows.part(TABLE_DETAILS, of))
+            .collect();
+        Ok(Rows::sum(parts.iter()))
+    }
 }
 
 impl Step {
     fn add(&mut self, next: &Self) {
         self.to = next.to;
         self.cycles += next.cycles;
+        if let (Some(sum), Some(next)) = (&mut self.details, &next.details) {
+            *sum = Rows::sum([&*sum, next].into_iter());
+        }
         for (key, exits) in &next.exits {
             let sum = self.exits.entry(*key).or_default();
             *sum = sum.saturating_add(*exits);
@@ -312,6 +431,41 @@ impl Step {
 /// The parts of steps between which the meter began anew.
 pub fn runs(steps: &[Step]) -> impl Iterator<Item = &[Step]> {
     steps.chunk_by(|_, next| !next.begins_anew)
+}
+
+/// The slow exits of one life of the meter, each of which several snapshots may tell.
+#[derive(Debug, Default)]
+struct SlowExits {
+    seen: Option<Seen>,
+    /// TSC and time of each snapshot.
+    times: Vec<(u64, f64)>,
+}
+
+impl SlowExits {
+    /// Take what a snapshot tells.
+    fn add(&mut self, snapshot: &Snapshot<'_>, time: f64) {
+        self.times.push((snapshot.now(), time));
+        if !snapshot.has_tables() {
+            return;
+        }
+        let new = Seen::new(snapshot, None);
+        match &mut self.seen {
+            Some(seen) => seen.follow(new),
+            None => self.seen = Some(new),
+        }
+    }
+}
+
+/// Return the time at a TSC between those of two snapshots; `None` when it is before all of them.
+pub fn moment(times: &[(u64, f64)], tsc: u64) -> Option<f64> {
+    let behind = times.partition_point(|(at, _)| *at <= tsc);
+    let (before, from) = *times.get(behind.checked_sub(1)?)?;
+    let Some((after, to)) = times.get(behind) else {
+        // While the last one was taken.
+        return Some(from);
+    };
+    let share = (tsc - before) as f64 / (after - before).max(1) as f64;
+    Some(from + share * (to - from))
 }
 
 /// The time of snapshots, in seconds since that of the first one.

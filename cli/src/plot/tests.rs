@@ -10,6 +10,10 @@ use crate::recording::{write::Writer, Header};
 
 const INTEL: &[u8] = include_bytes!("../../tests/recordings/intel-boot.rec");
 const AMD: &[u8] = include_bytes!("../../tests/recordings/amd-work.rec");
+/// With details: one snapshot each second.
+const WHY: &[u8] = include_bytes!("../../tests/recordings/amd-why.rec");
+/// With tables. TSC of 2.4 GHz.
+const TABLES: &[u8] = include_bytes!("../../../src/meter/tests/snapshot-1.3.bin");
 /// One VM runs in it, one is gone.
 const SNAPSHOT: &[u8] = include_bytes!("../../../src/meter/tests/snapshot-1.2.bin");
 
@@ -20,7 +24,7 @@ fn series(bytes: &[u8]) -> Series {
 /// All pictures of a recording.
 fn pictures(series: &Series, subtitle: &str) -> Vec<(&'static str, Picture)> {
     let layers = palette::layers(series);
-    vec![
+    let mut pictures = vec![
         ("rate", rate::draw(series, &layers, subtitle)),
         ("phases", phases::draw(series, subtitle)),
         ("cumulative", cumulative::draw(series, &layers, subtitle)),
@@ -28,7 +32,16 @@ fn pictures(series: &Series, subtitle: &str) -> Vec<(&'static str, Picture)> {
             "latency",
             latency::draw(series, &layers, subtitle).expect("exits with costs"),
         ),
-    ]
+    ];
+    if series.details.is_some() {
+        for (name, weight) in [("details", Weight::Exits), ("ticks", Weight::Ticks)] {
+            let picture = details::draw(series, weight, None, 1234, subtitle);
+            pictures.push((name, picture.expect("details")));
+        }
+        let picture = slow::draw(series, &layers, None, subtitle);
+        pictures.push(("slow", picture.expect("slow exits")));
+    }
+    pictures
 }
 
 /// A recording of snapshots, one each second.
@@ -105,7 +118,12 @@ fn taking_steps_together_loses_nothing() {
 fn a_part_of_a_recording() {
     let read = |part: &Part| Series::read(Path::new("x.rec"), INTEL, part);
     let (from, to) = (Some(1.0), Some(2.0));
-    let middle = read(&Part { from, to, vm: None }).expect("steps");
+    let middle = read(&Part {
+        from,
+        to,
+        ..Part::default()
+    });
+    let middle = middle.expect("steps");
     assert!(middle.range().0 >= 1.0 && middle.range().1 <= 2.0);
     assert!(middle.sum.exits > 1000 && middle.sum.exits < 13_063);
     for vm in ["kvm-99", "99"] {
@@ -272,7 +290,12 @@ fn texts(svg: &str) -> Vec<(String, [f32; 4])> {
 #[test]
 fn each_text_lies_inside_and_on_no_other() {
     let long = "a very long word on what was recorded ".repeat(20);
-    for (bytes, subtitle) in [(INTEL, "boot"), (AMD, "work"), (AMD, long.as_str())] {
+    for (bytes, subtitle) in [
+        (INTEL, "boot"),
+        (AMD, "work"),
+        (AMD, long.as_str()),
+        (WHY, "why"),
+    ] {
         for (name, picture) in pictures(&series(bytes), subtitle) {
             let svg = picture.svg(name);
             let size = png::tree(&svg).expect("an SVG").size();
@@ -465,4 +488,209 @@ fn moments_that_have_names_are_drawn_where_they_are() {
         part,
         Err(series::Error::TooShort { found: 1, .. })
     ));
+}
+
+/// The snapshot with tables as it would be after so many seconds, each of them with 1000 exits of one
+/// detail of its MSR_WRITEs more.
+fn busier(seconds: u64) -> Vec<u8> {
+    let mut bytes = TABLES.to_vec();
+    let number = |bytes: &[u8], at: usize| {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes")) as usize
+    };
+    let is_write = |bytes: &[u8], at: usize| number(bytes, at) >> 32 == 32;
+    let mut row = number(&bytes, 88) + 112;
+    while !is_write(&bytes, row) {
+        row += number(&bytes, 112) & 0xffff_ffff;
+    }
+    let section = number(&bytes, 144) + 32;
+    let mut entry = section + 16;
+    while !is_write(&bytes, entry) {
+        entry += number(&bytes, section + 8) & 0xffff_ffff;
+    }
+    // The MSR of that entry becomes one that has a name.
+    bytes[entry + 16..entry + 24].copy_from_slice(&(0x6e0_u64 | 1 << 32).to_le_bytes());
+    let exits = 1000 * seconds;
+    for (at, more) in [
+        (40, seconds * 2_400_000_000),
+        (row + 8, exits),
+        (row + 24, exits * 1200),
+        (entry + 24, exits),
+        (entry + 32, exits * 1200),
+    ] {
+        let sum = number(&bytes, at) as u64 + more;
+        bytes[at..at + 8].copy_from_slice(&sum.to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn details_are_told_step_by_step_with_their_names() {
+    let snapshots: Vec<_> = (0..4).map(busier).collect();
+    let all = series(&recording(&snapshots));
+    let exits = |step: &series::Step| {
+        let rows = &step.details.as_ref().expect("details").rows;
+        rows.values().map(|row| row.numbers.exits).sum::<u64>()
+    };
+    assert!(all.steps.iter().map(exits).eq([1000, 1000, 1000]));
+    // It exits 1000 times a second for 0.5 us: 0.05% of a CPU.
+    for (weight, unit, sum) in [
+        (Weight::Exits, "exits per second, means of 1 s", "3,000"),
+        (
+            Weight::Ticks,
+            "time in the kernel, in % of one CPU, means of 1 s",
+            "3.60M",
+        ),
+    ] {
+        let picture = details::draw(&all, weight, None, 0, "").expect("details");
+        let texts: Vec<_> = texts(&picture.svg("")).into_iter().map(|it| it.0).collect();
+        for word in [
+            unit,
+            sum,
+            "write 0x6e0 IA32_TSC_DEADLINE",
+            "MSR_WRITE",
+            "100.0%",
+        ] {
+            assert!(texts.iter().any(|text| text == word), "{word}: {texts:?}");
+        }
+        let svg = picture.svg("");
+        assert!(svg.contains("<title>MSR_WRITE: write 0x6e0 IA32_TSC_DEADLINE</title>"));
+    }
+    assert_eq!(details::untold(&all, None), 0);
+    // As the steps have them, the sum has them, with what it can lack: nothing.
+    let groups = details::by_reason(&all, Weight::Exits);
+    assert_eq!((groups.len(), groups[0].rows.len()), (1, 1));
+    let row = &groups[0].rows[0];
+    assert_eq!(
+        (row.counts.exits, row.counts.kernel, row.exact),
+        (3000, Some(3_600_000), true)
+    );
+
+    let of = |reason: &str| {
+        let part = Part {
+            reason: Some(reason.to_owned()),
+            ..Part::default()
+        };
+        Series::read(Path::new("x.rec"), &recording(&snapshots), &part)
+    };
+    let none = of("CPUID").expect("a reason");
+    assert!(details::draw(&none, Weight::Exits, Some("CPUID"), 0, "").is_none());
+    let writes = of("msr_write").expect("a reason");
+    let picture = details::draw(&writes, Weight::Exits, Some("MSR_WRITE"), 0, "");
+    let svg = picture.expect("details").svg("");
+    assert!(svg.contains(">What exits by MSR_WRITE were about<"));
+    let refusal = of("NPF").expect_err("another vendor's").to_string();
+    assert!(
+        refusal.starts_with("no exit reason of vmx is called 'NPF'"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn where_details_were_off_there_is_a_gap() {
+    let mut without = busier(2);
+    without[128..160].fill(0);
+    let snapshots = [busier(0), busier(1), without, busier(3), busier(4)];
+    let series = series(&recording(&snapshots));
+    let told: Vec<_> = series
+        .steps
+        .iter()
+        .map(|step| step.details.is_some())
+        .collect();
+    assert_eq!(told, [true, false, false, true]);
+    // Taken together they stay apart.
+    assert_eq!(series.bins(1).len(), 3);
+    let picture = details::draw(&series, Weight::Exits, None, 0, "").expect("details");
+    let svg = picture.svg("");
+    assert_eq!(svg.matches("<title>MSR_WRITE: write").count(), 2);
+    assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    // Exits while they were off are not counted as missing.
+    assert_eq!(details::untold(&series, None), 0);
+    assert!(facts(&series).iter().all(|(name, _)| name != "details"));
+    let old = facts(&self::series(AMD));
+    assert!(old
+        .iter()
+        .any(|(name, text)| name == "details" && text.starts_with("none: ")));
+}
+
+#[test]
+fn exits_before_the_tables_are_said_to_be_in_none() {
+    // The row of the reason has exits that no table has.
+    let mut after = busier(1);
+    let row = {
+        let old = busier(0);
+        (0..after.len())
+            .step_by(8)
+            .find(|at| *at > 160 && old[*at..at + 8] != after[*at..at + 8])
+            .expect("a row that grows")
+    };
+    let exits = u64::from_le_bytes(after[row..row + 8].try_into().expect("8 bytes")) + 500;
+    after[row..row + 8].copy_from_slice(&exits.to_le_bytes());
+    let series = series(&recording(&[busier(0), after]));
+    assert_eq!(details::untold(&series, None), 500);
+    assert_eq!(details::untold(&series, Some(32)), 500);
+    assert_eq!(details::untold(&series, Some(10)), 0);
+    let picture = details::draw(&series, Weight::Exits, None, 500, "").expect("details");
+    assert!(picture
+        .svg("")
+        .contains(">500 exits more, 33.3%, are in no table<"));
+}
+
+#[test]
+fn each_slow_exit_is_one_mark_where_it_was() {
+    let series = series(WHY);
+    let (from, to) = series.range();
+    let mut last = u64::MAX;
+    let mut times = std::collections::BTreeSet::new();
+    for slow in &series.slow {
+        assert!(
+            times.insert((slow.exit.vcpu, slow.exit.tsc)),
+            "{slow:?} is told twice"
+        );
+        assert!((from..=to).contains(&slow.at) && slow.exit.took <= last);
+        last = slow.exit.took;
+    }
+    // One vCPU, and a window of 2^35 ticks, of which there are some.
+    let khz = f64::from(series.tsc_khz.expect("a frequency"));
+    let windows = ((to - from) * khz * 1000.0 / 2_f64.powi(35)).ceil() + 1.0;
+    let most = (windows * 16.0) as usize;
+    assert!(
+        (16..=most).contains(&times.len()),
+        "{} of {most}",
+        times.len()
+    );
+    let layers = palette::layers(&series);
+    let picture = slow::draw(&series, &layers, None, "").expect("slow exits");
+    let svg = picture.svg("");
+    assert_eq!(svg.matches("<circle ").count(), times.len());
+    // The longest has its number, and all about it where it is pointed at.
+    let longest = &series.slow[0].exit;
+    for word in [
+        ">1</text>".to_owned(),
+        format!(">{}</text>", svg::escape(&longest.about())),
+        format!("<title>{}: ", svg::escape(&longest.about())),
+        longest.place().expect("an address"),
+    ] {
+        assert!(svg.contains(&word), "{word}");
+    }
+    let text = texts(&svg);
+    let reasons: usize = layers
+        .iter()
+        .filter_map(|layer| {
+            let at = text.iter().position(|(text, _)| *text == layer.name)?;
+            text[at + 1].0.parse::<usize>().ok()
+        })
+        .sum();
+    assert_eq!(reasons, times.len());
+}
+
+#[test]
+fn a_tsc_lies_between_its_snapshots() {
+    let times = [(100, 0.0), (200, 1.0), (400, 2.0)];
+    let at = |tsc| series::moment(&times, tsc);
+    assert_eq!([at(99), at(100), at(150)], [None, Some(0.0), Some(0.5)]);
+    assert_eq!(
+        [at(300), at(400), at(999)],
+        [Some(1.5), Some(2.0), Some(2.0)]
+    );
+    assert_eq!(series::moment(&[], 5), None);
 }

@@ -28,10 +28,12 @@ const FORMAT: u32 = 1;
 /// What was seen of one vCPU.
 #[derive(Clone, Debug, Default)]
 struct Vcpu {
-    /// By which exit it was.
+    /// By the TSC at the exit.
     slowest: BTreeMap<u64, SlowExit>,
     ring: Vec<SlowExit>,
     is_frozen: bool,
+    /// TSC when the current window began.
+    window: Option<u64>,
 }
 
 /// What one snapshot told, or several one after the other.
@@ -62,11 +64,12 @@ impl Seen {
             };
             let vcpu = vcpus.entry((record.vm(), record.id())).or_default();
             vcpu.is_frozen = tables.is_frozen;
+            vcpu.window = tables.window_begun;
             for exit in tables.slow() {
                 match exit.table {
                     TABLE_RING => vcpu.ring.push(exit),
                     _ => {
-                        vcpu.slowest.insert(exit.sequence, exit);
+                        vcpu.slowest.insert(exit.time, exit);
                     }
                 }
             }
@@ -106,14 +109,39 @@ impl Seen {
         for (whose, mut vcpu) in later.vcpus {
             vcpu.slowest.retain(|_, exit| exit.time >= from);
             let before = self.vcpus.remove(&whose).unwrap_or_default();
-            for (sequence, exit) in before.slowest {
-                vcpu.slowest.entry(sequence).or_insert(exit);
+            for (time, exit) in before.slowest {
+                vcpu.slowest.entry(time).or_insert(exit);
             }
             self.vcpus.insert(whose, vcpu);
         }
         self.vms.extend(later.vms);
         (self.host, self.time, self.without) = (later.host, later.time, later.without);
         Ok(())
+    }
+}
+
+impl Seen {
+    /// Add what a later snapshot of the same life tells, and keep of each window no more than its slowest
+    /// exits: what was among them in an earlier snapshot gives way to what is in a later one.
+    pub fn follow(&mut self, later: Self) {
+        for (whose, mut vcpu) in later.vcpus {
+            let before = self.vcpus.remove(&whose).unwrap_or_default();
+            // Of the window that was the current one the later snapshot has what it came to, unless another
+            // one has passed since.
+            let is_told = vcpu.window == before.window || {
+                let mut current = before.slowest.values().filter(|exit| !exit.is_previous);
+                current.any(|exit| vcpu.slowest.contains_key(&exit.time))
+            };
+            for (time, mut exit) in before.slowest {
+                if exit.is_previous || !is_told {
+                    exit.is_previous = true;
+                    vcpu.slowest.entry(time).or_insert(exit);
+                }
+            }
+            self.vcpus.insert(whose, vcpu);
+        }
+        self.vms.extend(later.vms);
+        (self.host, self.time, self.without) = (later.host, later.time, later.without);
     }
 }
 

@@ -4,16 +4,20 @@
 
 use std::time::Duration;
 
+use exitmeter_meter::snapshot::Reason;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::{
     columns::{self, Id, Sheet},
     data::{Numbers, Scope},
+    details::{self, Story, View},
+    feed::Reading,
     history::History,
 };
 use crate::{
-    model::{delta::ANEW, Report},
+    model::{delta::ANEW, Label, Report},
     report::is_called,
+    why::{symbols::Symbols, tables::Moment},
 };
 
 /// Intervals that + and - go through, in milliseconds.
@@ -26,6 +30,8 @@ pub enum Tab {
     Parts,
     /// The reasons.
     Reasons,
+    /// What there is to tell of one reason.
+    Why(Reason, View),
 }
 
 /// What is to be done after a key.
@@ -35,6 +41,8 @@ pub enum Action {
     Stay,
     /// The interval has changed.
     Retime,
+    /// To have details.
+    TurnOn,
     /// To stop, as Ctrl-Z does.
     Suspend,
     /// To leave.
@@ -53,6 +61,16 @@ pub struct App {
     now: Report,
     /// What happened since the one before it.
     delta: Option<Report>,
+    /// What the exits were about, since details are on.
+    tables: Option<Moment>,
+    /// The same since the snapshot before.
+    between: Option<Moment>,
+    /// Of the reason that is shown.
+    pub story: Option<Story>,
+    /// Why details cannot be turned on.
+    pub refusal: Option<String>,
+    /// Symbols of one guest, and the VM that it is.
+    symbols: (Symbols, Option<u64>),
     /// The latest rates.
     pub history: History,
     /// From one reading to the next.
@@ -73,8 +91,9 @@ pub struct App {
     pub filter: String,
     /// Whether it is being typed.
     pub typing: bool,
-    /// By which column each table is sorted: that of the VMs, of the vCPUs, of the reasons.
-    sorts: [usize; 3],
+    /// By which column each table is sorted: that of the VMs, of the vCPUs, of the reasons, and each
+    /// view of one reason.
+    sorts: [usize; 6],
     /// The line that is selected, and where it was.
     selected: (Option<Id>, usize),
     /// How many lines fit on a page.
@@ -83,10 +102,15 @@ pub struct App {
 
 impl App {
     /// With a first snapshot, which has the numbers since the beginning.
-    pub fn new(now: Report, interval: Duration) -> Self {
+    pub fn new(first: Reading, interval: Duration) -> Self {
         Self {
-            now,
+            now: first.report,
             delta: None,
+            tables: first.tables,
+            between: None,
+            story: None,
+            refusal: None,
+            symbols: (Symbols::default(), None),
             history: History::default(),
             interval,
             paused: false,
@@ -97,7 +121,7 @@ impl App {
             help: false,
             filter: String::new(),
             typing: false,
-            sorts: [0; 3],
+            sorts: [0; 6],
             selected: (None, 0),
             page: 1,
         }
@@ -116,8 +140,20 @@ impl App {
         Ok(())
     }
 
+    /// Name code of the VM that is shown by these symbols.
+    pub fn name_code(&mut self, symbols: Symbols) {
+        let Scope::Vm(number) = self.scope else {
+            return;
+        };
+        self.symbols = (symbols, Some(number));
+    }
+
     /// Takes the next snapshot; whether it changes anything.
-    pub fn tick(&mut self, now: Report) -> bool {
+    pub fn tick(&mut self, reading: Reading) -> bool {
+        let Reading {
+            report: now,
+            tables,
+        } = reading;
         let old = &self.now.host;
         if (now.host.snapshot_tsc, now.host.life) == (old.snapshot_tsc, old.life) {
             // A file that nobody has written anew.
@@ -139,7 +175,30 @@ impl App {
             }
         };
         self.now = now;
+        self.between = match (&tables, &self.tables) {
+            (Some(now), Some(before)) if self.delta.is_some() => now.since(before).ok(),
+            _ => None,
+        };
+        self.tables = tables;
+        self.look();
         true
+    }
+
+    /// Sum up what is told of the reason that is shown.
+    pub fn look(&mut self) {
+        let Tab::Why(reason, view) = self.tab else {
+            self.story = None;
+            return;
+        };
+        let between = self.between.as_ref().filter(|_| !self.totals);
+        let none = Symbols::default();
+        let symbols = match (self.scope, &self.symbols) {
+            (Scope::Vm(vm) | Scope::Vcpu(vm, _), (symbols, Some(of))) if vm == *of => symbols,
+            _ => &none,
+        };
+        let weight = details::weight(self.sorts[self.table()]);
+        let story = |moment| Story::new(moment, self.scope, reason, view, symbols, weight);
+        self.story = between.or(self.tables.as_ref()).map(story);
     }
 
     /// Tells the user something; whether it is news.
@@ -151,7 +210,8 @@ impl App {
 
     /// Whether the numbers are since the beginning: by wish, or as there was no interval yet.
     pub fn is_total(&self) -> bool {
-        self.totals || self.delta.is_none()
+        let story = self.story.as_ref();
+        self.totals || self.delta.is_none() || story.is_some_and(|story| story.is_total)
     }
 
     /// The report whose numbers are shown.
@@ -186,9 +246,12 @@ impl App {
         Some(id.and_then(here).unwrap_or(place.min(last)))
     }
 
-    /// Which of the three tables is shown.
+    /// Which of the tables is shown.
     fn table(&self) -> usize {
         match (self.tab, self.scope) {
+            (Tab::Why(_, View::Details), _) => 3,
+            (Tab::Why(_, View::Code), _) => 4,
+            (Tab::Why(_, View::User), _) => 5,
             (Tab::Reasons, _) | (_, Scope::Vcpu(..)) => 2,
             (_, Scope::All) => 0,
             (_, Scope::Vm(_)) => 1,
@@ -197,6 +260,12 @@ impl App {
 
     /// Obeys a key.
     pub fn key(&mut self, key: KeyEvent) -> Action {
+        let action = self.act(key);
+        self.look();
+        action
+    }
+
+    fn act(&mut self, key: KeyEvent) -> Action {
         let control = key.modifiers.contains(KeyModifiers::CONTROL);
         match key.code {
             KeyCode::Char('c') if control => return Action::Quit,
@@ -213,7 +282,7 @@ impl App {
             KeyCode::Char('+') => return self.retime(true),
             KeyCode::Char('-') => return self.retime(false),
             KeyCode::Tab => self.turn(),
-            KeyCode::Enter | KeyCode::Right => self.enter(),
+            KeyCode::Enter | KeyCode::Right => return self.enter(),
             KeyCode::Esc | KeyCode::Backspace | KeyCode::Left => self.back(),
             KeyCode::Down | KeyCode::Char('j') => self.step(1),
             KeyCode::Up | KeyCode::Char('k') => self.step(-1),
@@ -263,24 +332,57 @@ impl App {
         self.tab = match self.tab {
             Tab::Parts => Tab::Reasons,
             Tab::Reasons => Tab::Parts,
+            Tab::Why(reason, view) => Tab::Why(reason, view.next()),
         };
         self.leave_line();
     }
 
-    fn enter(&mut self) {
+    fn enter(&mut self) -> Action {
+        if let Tab::Why(reason, View::Details) = self.tab {
+            self.turn_to(Tab::Why(reason, View::Code));
+            return Action::Stay;
+        }
         let sheet = self.sheet();
         let line = self
             .selected(&sheet)
             .and_then(|place| sheet.lines.get(place));
-        if let Some(Id::Scope(scope)) = line.map(|line| line.id) {
-            self.go(scope);
+        match line.map(|line| line.id) {
+            Some(Id::Scope(scope)) => self.go(scope),
+            Some(Id::Reason(key)) => {
+                let reason = match key {
+                    (_, Some(code)) => Reason::Code(code),
+                    _ => Reason::Other,
+                };
+                self.turn_to(Tab::Why(reason, View::Details));
+                return Action::TurnOn;
+            }
+            _ => {}
         }
+        Action::Stay
+    }
+
+    fn turn_to(&mut self, tab: Tab) {
+        self.tab = tab;
+        self.filter.clear();
+        self.leave_line();
     }
 
     fn back(&mut self) {
         if !self.filter.is_empty() {
             self.filter.clear();
             return;
+        }
+        match self.tab {
+            Tab::Why(reason, View::Code | View::User) => {
+                return self.turn_to(Tab::Why(reason, View::Details));
+            }
+            Tab::Why(reason, View::Details) => {
+                self.tab = Tab::Reasons;
+                let label = Label::new(self.now.host.isa, reason);
+                self.selected = (Some(Id::Reason(label.key())), 0);
+                return;
+            }
+            Tab::Parts | Tab::Reasons => {}
         }
         let from = self.scope;
         self.scope = match from {
@@ -295,9 +397,7 @@ impl App {
 
     fn go(&mut self, scope: Scope) {
         self.scope = scope;
-        self.tab = Tab::Reasons;
-        self.filter.clear();
-        self.leave_line();
+        self.turn_to(Tab::Reasons);
     }
 
     fn leave_line(&mut self) {

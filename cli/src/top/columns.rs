@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The three tables: of VMs, of a VM's vCPUs, and of reasons.
+//! The tables of VMs, of a VM's vCPUs, and of reasons. Those of one reason are in [`details`].
 
 use std::cmp::Reverse;
 
@@ -9,11 +9,13 @@ use exitmeter_meter::phase::Phase;
 use super::{
     app::{App, Tab},
     data::{Numbers, Scope},
+    details,
 };
 use crate::{
-    model::{Cycles, Ledger, ReasonRow, Span, Vcpu, Vm},
+    model::{Cycles, Label, Ledger, ReasonRow, Span, Vcpu, Vm},
     numbers::{rough, rounded, share},
     spread::Spread,
+    why::tables::Key,
 };
 
 /// What tells lines apart, whatever their order.
@@ -23,6 +25,10 @@ pub enum Id {
     Scope(Scope),
     /// A reason.
     Reason((&'static str, Option<u32>)),
+    /// A row of a reason's table.
+    Row(Key),
+    /// What is in none of its rows.
+    Others,
 }
 
 /// What stands in a line and a column.
@@ -65,8 +71,10 @@ pub struct Line {
 /// A table.
 #[derive(Clone, Debug)]
 pub struct Sheet {
-    /// What it is of.
-    pub title: &'static str,
+    /// What one of its lines is, and several.
+    pub counted: [&'static str; 2],
+    /// What they belong to.
+    pub of: String,
     /// How it is sorted, in words.
     pub order: &'static str,
     /// In how many ways it can be sorted.
@@ -77,7 +85,7 @@ pub struct Sheet {
     pub lines: Vec<Line>,
 }
 
-const fn right(title: &'static str, width: u16, rank: u8) -> Column {
+pub const fn right(title: &'static str, width: u16, rank: u8) -> Column {
     Column {
         title,
         width,
@@ -87,7 +95,7 @@ const fn right(title: &'static str, width: u16, rank: u8) -> Column {
     }
 }
 
-const fn left(title: &'static str, width: u16) -> Column {
+pub const fn left(title: &'static str, width: u16) -> Column {
     Column {
         left: true,
         ..right(title, width, 0)
@@ -125,6 +133,10 @@ pub fn sheet(app: &App, order: usize) -> Sheet {
             let vm = app.scope.vm(app.report());
             vcpus(vm, order)
         }
+        (Tab::Why(reason, view), _) => {
+            let label = Label::new(app.report().host.isa, reason);
+            details::sheet(app.story.as_ref(), label, view, order)
+        }
         _ => reasons(app.numbers().as_ref(), order),
     }
 }
@@ -157,7 +169,8 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
         line(Scope::Vm(vm.vm), vm.name.clone(), cells)
     });
     Sheet {
-        title: "VMs",
+        counted: ["VM", "VMs"],
+        of: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
         columns,
@@ -195,7 +208,8 @@ fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
         line(Scope::Vcpu(vm.vm, vcpu.vcpu), name, cells)
     });
     Sheet {
-        title: "vCPUs",
+        counted: ["vCPU", "vCPUs"],
+        of: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
         columns,
@@ -261,7 +275,8 @@ fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
         }
     });
     Sheet {
-        title: "reasons",
+        counted: ["reason", "reasons"],
+        of: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
         columns,

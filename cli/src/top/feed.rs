@@ -1,35 +1,64 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Where the screen's numbers come from: the device, a snapshot in a file, or a recording.
+//!
+//! The device tells what exits were about once somebody opens such a view: then its details are turned
+//! on, and stay so as long as the screen is shown. So who does not ask for them has no cost.
 
 use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use exitmeter_meter::reader::Snapshot;
+
 use crate::{
     model::Report,
     recording::read::{self, Reader},
     source,
+    why::{
+        device::{self, Device},
+        tables::Moment,
+    },
 };
 
-/// Gives a report each time.
+/// Gives a reading each time.
 #[derive(Debug)]
 pub struct Feed {
     path: PathBuf,
     recording: Option<Recording>,
+    /// The device with its details on.
+    device: Option<Device>,
 }
 
-/// The next report.
+/// What a snapshot tells.
+#[derive(Clone, Debug)]
+pub struct Reading {
+    /// Exits and cycles.
+    pub report: Report,
+    /// What the exits were about, while details are on.
+    pub tables: Option<Moment>,
+}
+
+impl Reading {
+    fn new(snapshot: &Snapshot<'_>) -> Self {
+        Self {
+            report: Report::new(snapshot),
+            tables: snapshot.has_tables().then(|| Moment::new(snapshot)),
+        }
+    }
+}
+
+/// The next reading.
 #[derive(Debug)]
 pub enum Next {
     /// Here it is.
-    Snapshot(Box<Report>),
+    Snapshot(Box<Reading>),
     /// There is none any more.
     Ended,
 }
 
-/// Why there is no report.
+/// Why there is no reading.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No snapshot.
@@ -80,37 +109,77 @@ impl Feed {
         Ok(Self {
             path: path.to_owned(),
             recording,
+            device: None,
         })
     }
 
-    /// The report to begin with.
+    /// Turn details on; return true if that was to be done.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be turned on: why, and what to do about it.
+    pub fn turn_on(&mut self) -> Result<bool, String> {
+        if self.recording.is_some() {
+            let words = "the recording has none here: 'exitmeter record --why' records them";
+            return Err(words.to_owned());
+        }
+        if self.device.is_some() {
+            return Ok(false);
+        }
+        let device = Device::open(&self.path).map_err(|error| match error {
+            device::Error::NoRight => {
+                "they take CAP_PERFMON: run this as root, or load the module with details=1"
+                    .to_owned()
+            }
+            device::Error::Older(path) if path == Path::new(source::DEVICE) => {
+                "the module that is loaded is older than they are: load a newer one".to_owned()
+            }
+            device::Error::Older(_) => {
+                "the snapshot has none: 'exitmeter why -- CMD' turns them on".to_owned()
+            }
+            error => error.to_string(),
+        })?;
+        self.device = Some(device);
+        Ok(true)
+    }
+
+    /// The reading to begin with.
     ///
     /// # Errors
     ///
     /// When there is none.
-    pub fn first(&self) -> Result<Report, Error> {
+    pub fn first(&self) -> Result<Reading, Error> {
         Ok(match &self.recording {
-            None => source::report(&self.path)?,
-            Some(recording) => recording.report(&self.path)?,
+            None => self.read()?,
+            Some(recording) => recording.reading(&self.path)?,
         })
     }
 
-    /// The report after so much time.
+    /// Take a snapshot of the device, or of the file that stands for it.
+    fn read(&self) -> Result<Reading, source::Error> {
+        let bytes = match &self.device {
+            Some(device) => device.read()?,
+            None => source::read(&self.path)?,
+        };
+        Ok(Reading::new(&source::parse(&self.path, &bytes)?))
+    }
+
+    /// The reading after so much time.
     ///
     /// # Errors
     ///
     /// When there is none now; there may be one later.
     pub fn next(&mut self, interval: Duration) -> Result<Next, Error> {
-        let report = match &mut self.recording {
-            None => source::report(&self.path)?,
+        let reading = match &mut self.recording {
+            None => self.read()?,
             Some(recording) => {
                 if !recording.advance(interval) {
                     return Ok(Next::Ended);
                 }
-                recording.report(&self.path)?
+                recording.reading(&self.path)?
             }
         };
-        Ok(Next::Snapshot(Box::new(report)))
+        Ok(Next::Snapshot(Box::new(reading)))
     }
 }
 
@@ -142,9 +211,9 @@ impl Recording {
         true
     }
 
-    fn report(&self, path: &Path) -> Result<Report, source::Error> {
+    fn reading(&self, path: &Path) -> Result<Reading, source::Error> {
         let bytes = self.snapshots.get(self.place);
         let bytes = bytes.map_or(&[][..], |(_, bytes)| bytes);
-        Ok(Report::new(&source::parse(path, bytes)?))
+        Ok(Reading::new(&source::parse(path, bytes)?))
     }
 }

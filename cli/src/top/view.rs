@@ -5,7 +5,7 @@
 use ratatui::{
     layout::{Alignment, Constraint, Layout, Rect},
     text::{Line, Span, Text},
-    widgets::{Block, Cell, Clear, Paragraph, Row, Sparkline, Table, TableState},
+    widgets::{Block, Cell, Clear, Paragraph, Row, Sparkline, Table, TableState, Wrap},
     Frame,
 };
 
@@ -13,20 +13,22 @@ use super::{
     app::{App, Tab},
     columns::{self, Column, Sheet, GAP},
     data::{Numbers, Scope},
+    details::View,
     history::sparkline,
     theme::{texture, Theme},
 };
 use crate::{
     model::Cycles,
     numbers::{self, bar, exact, rough, share},
+    report::count,
 };
 
 /// What the keys do.
 const HELP: [(&str, &str); 12] = [
     ("Up Down PgUp PgDn", "select a line (also j, k, g, G)"),
-    ("Enter", "go into the VM or vCPU that is selected"),
+    ("Enter", "go into the VM, vCPU or reason that is selected"),
     ("Esc", "drop the filter; go back"),
-    ("Tab", "between reasons and VMs, or a VM's vCPUs"),
+    ("Tab", "reasons, VMs or vCPUs; details, code, to user space"),
     ("s", "sort by something else"),
     ("/", "show only lines with a text in their names"),
     ("t", "numbers since the beginning, or of the last interval"),
@@ -69,6 +71,7 @@ fn header(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
     let host = &app.report().host;
     let time = if app.is_total() {
         match app.scope {
+            _ if app.story.is_some() => "since details are on".to_owned(),
             Scope::All => "since the module was loaded".to_owned(),
             _ => "since it began".to_owned(),
         }
@@ -175,21 +178,29 @@ fn legend(cycles: &Cycles, width: u16, theme: &Theme) -> Line<'static> {
 
 /// What the table is of, and what the user should know.
 fn heading(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Theme) {
-    let count = match sheet.lines.len() {
-        1 => format!("1 {}", sheet.title.trim_end_matches('s')),
-        many => format!("{many} {}", sheet.title),
+    let [one, several] = sheet.counted;
+    let lines = match sheet.lines.len() {
+        1 => format!("1 {one}{}", sheet.of),
+        many => format!("{many} {several}{}", sheet.of),
     };
     let order = match sheet.order {
         "name" | "number" => format!(", by {}", sheet.order),
         order => format!(", most {order} first"),
     };
     let mut words = vec![
-        Span::styled(count, theme.title()),
+        Span::styled(lines, theme.title()),
         Span::styled(order, theme.quiet()),
     ];
     if !app.filter.is_empty() {
         words.push(Span::styled(
             format!(", with \"{}\"", app.filter),
+            theme.notice(),
+        ));
+    }
+    if let Some(without @ 1..) = app.story.as_ref().map(|story| story.without) {
+        let vcpus = count(without.into(), "vCPU");
+        words.push(Span::styled(
+            format!("  no memory for {vcpus}"),
             theme.notice(),
         ));
     }
@@ -247,8 +258,17 @@ fn lines(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Th
     let mut state = TableState::default().with_selected(app.selected(sheet));
     frame.render_stateful_widget(table, area, &mut state);
     if sheet.lines.is_empty() && area.height > 1 {
+        let untold;
         let word = match (app.tab, app.scope, app.filter.is_empty()) {
             (_, _, false) => "no line has that text; Esc drops the filter",
+            (Tab::Why(_, view), ..) => match (&app.story, &app.refusal) {
+                (Some(story), _) => story.nothing(view),
+                (None, Some(refusal)) => {
+                    untold = format!("no details: {refusal}");
+                    &untold
+                }
+                (None, None) => "details come with the next reading",
+            },
             (Tab::Parts, Scope::All, _) => "no VM runs",
             (_, Scope::All, _) => "no VM has exited",
             (_, scope, _) if scope.numbers(app.report()).is_none() => "it is gone; Esc goes back",
@@ -256,10 +276,11 @@ fn lines(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Th
         };
         let below = Rect {
             y: area.y + 1,
-            height: 1,
+            height: area.height - 1,
             ..area
         };
-        frame.render_widget(Line::styled(word, theme.quiet()), below);
+        let words = Paragraph::new(Line::styled(word, theme.quiet()));
+        frame.render_widget(words.wrap(Wrap { trim: true }), below);
     }
 }
 
@@ -276,15 +297,22 @@ fn footer(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
         return;
     }
     let other = match (app.tab, app.scope) {
+        (Tab::Why(_, view), _) => view.next().name(),
         (Tab::Parts, _) | (_, Scope::Vcpu(..)) => "reasons",
         (_, Scope::All) => "VMs",
         _ => "vCPUs",
+    };
+    let enter = match app.tab {
+        Tab::Parts => "open",
+        Tab::Reasons => "details",
+        Tab::Why(_, View::Details) => "code",
+        Tab::Why(..) => "",
     };
     // The last go first where there is no room for all.
     let mut keys = vec![
         ("q", "quit"),
         ("?", "help"),
-        ("Enter", "open"),
+        ("Enter", enter),
         ("Esc", "back"),
         ("Tab", other),
         ("s", "sort"),
@@ -292,6 +320,7 @@ fn footer(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
         ("p", if app.paused { "go on" } else { "pause" }),
         ("t", if app.totals { "interval" } else { "totals" }),
     ];
+    keys.retain(|(_, word)| !word.is_empty());
     let width = |keys: &[(&str, &str)]| {
         let widths = keys.iter().map(|(key, word)| key.len() + word.len() + 3);
         widths.sum::<usize>().saturating_sub(2)

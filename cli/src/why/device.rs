@@ -34,7 +34,7 @@ pub enum Error {
     /// It is no device of the meter, or of an older module.
     #[error(
         "{} cannot tell details: the module that is loaded is older than this tool, \
-         or this is no device of its; a saved snapshot is read without '--'",
+         or this is no device of its",
         .0.display()
     )]
     Older(PathBuf),

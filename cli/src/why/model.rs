@@ -13,7 +13,7 @@ use serde::{Serialize, Serializer};
 use super::{
     detail::{user_exit, Detail},
     symbols::{self, half, Symbols},
-    tables::{Key, Moment, Numbers, Rows},
+    tables::{self, Key, Moment, Numbers, Rows},
 };
 use crate::model::{Host, Label, Span};
 
@@ -105,6 +105,9 @@ pub struct Row {
     pub exact: bool,
     /// The most of it that may be among the others.
     pub missed: Counts,
+    /// What tells it apart from others.
+    #[serde(skip)]
+    pub key: Key,
 }
 
 /// What a row is about.
@@ -240,6 +243,16 @@ impl What {
     }
 }
 
+impl Row {
+    /// Put what it is about into words, with what it came from.
+    pub fn about(&self) -> String {
+        match self.nested {
+            true => format!("{}, nested", self.words),
+            false => self.words.clone(),
+        }
+    }
+}
+
 impl Why {
     /// Make the data of what tables hold, with the symbols of the guest.
     pub fn new(moment: &Moment, symbols: &Symbols, weight: Weight) -> Self {
@@ -253,11 +266,7 @@ impl Why {
                 .vcpus
                 .range((number, 0)..=(number, u32::MAX))
                 .collect();
-            let since = vcpus.iter().map(|(_, vcpu)| vcpu.since).min();
-            let until = vcpus.iter().map(|(_, vcpu)| vcpu.at).max();
-            let ticks = until
-                .zip(since)
-                .map(|(until, since)| until.saturating_sub(since));
+            let ticks = tables::ticks(vcpus.iter().map(|(_, vcpu)| *vcpu));
             let rows = Rows::sum(vcpus.iter().map(|(_, vcpu)| &vcpu.rows));
             let groups = |table| groups(&rows, table, host.isa, symbols, weight);
             Vm {
@@ -267,7 +276,7 @@ impl Why {
                 gone: !moment.runs(number),
                 vcpus: vcpus.len(),
                 vcpus_without_rip: vcpus.iter().filter(|(_, vcpu)| vcpu.no_rip).count(),
-                span: Span::of(ticks.unwrap_or(0), host.tsc_khz),
+                span: Span::of(ticks, host.tsc_khz),
                 details: groups(TABLE_DETAILS),
                 code: groups(TABLE_CODE),
                 user_exits: groups(TABLE_USER),
@@ -285,7 +294,7 @@ impl Why {
 }
 
 /// Make the groups of a table, the one that leads first.
-fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
+pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
     let mut by_reason: BTreeMap<_, Vec<Row>> = BTreeMap::new();
     for (key, row) in rows.rows.iter().filter(|(key, _)| key.table == table) {
         let what = What::new(key, symbols);
@@ -296,6 +305,7 @@ fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) 
             counts: Counts::new(table, row.numbers),
             exact: row.missed.is_zero(),
             missed: Counts::new(table, row.missed),
+            key: *key,
         });
     }
     let others = rows.others.iter().filter(|((other, _), _)| *other == table);

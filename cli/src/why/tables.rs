@@ -20,7 +20,7 @@ use exitmeter_meter::{
     snapshot::{Reason, TABLE_CODE},
 };
 
-use crate::model::{delta, Host, Report};
+use crate::model::{delta, Host, Label, Report};
 
 /// Numbers of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,6 +78,15 @@ impl Of {
             Reason::Start => Self(1, 0),
             Reason::Other => Self(2, 0),
         }
+    }
+
+    /// Of the reason that a label names.
+    pub fn labelled(label: &Label) -> Self {
+        Self::new(match (label.kind, label.code) {
+            (_, Some(code)) => Reason::Code(code),
+            ("start", None) => Reason::Start,
+            _ => Reason::Other,
+        })
     }
 
     /// The reason.
@@ -159,8 +168,37 @@ impl Rows {
         new
     }
 
-    fn others(&self, table: u32, of: Of) -> Numbers {
+    /// Return what of a reason is in no row of a table.
+    pub fn others(&self, table: u32, of: Of) -> Numbers {
         self.others.get(&(table, of)).copied().unwrap_or_default()
+    }
+
+    /// Return what one table has, of all reasons or of one.
+    pub fn part(&self, table: u32, of: Option<Of>) -> Self {
+        let (from, to) = match of {
+            Some(of) => (of, of),
+            None => (Of(0, 0), Of(u32::MAX, u32::MAX)),
+        };
+        let first = Key {
+            table,
+            of: from,
+            nested: false,
+            detail_kind: 0,
+            key: 0,
+        };
+        let last = Key {
+            table,
+            of: to,
+            nested: true,
+            detail_kind: u8::MAX,
+            key: u64::MAX,
+        };
+        let rows = self.rows.range(first..=last);
+        let others = self.others.range((table, from)..=(table, to));
+        Self {
+            rows: rows.map(|(key, row)| (*key, *row)).collect(),
+            others: others.map(|(place, sum)| (*place, *sum)).collect(),
+        }
     }
 
     /// Sum up all of a reason in a table, rows and others.
@@ -252,6 +290,16 @@ pub struct Vcpu {
     pub no_rip: bool,
     /// Their rows.
     pub rows: Rows,
+}
+
+/// Return the ticks that the numbers of vCPUs are of: those since the oldest tables began, or since the
+/// earlier snapshot.
+pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> u64 {
+    let since = vcpus.clone().map(|vcpu| vcpu.since).min();
+    let until = vcpus.map(|vcpu| vcpu.at).max();
+    until
+        .zip(since)
+        .map_or(0, |(until, since)| until.saturating_sub(since))
 }
 
 /// All tables at a moment, or what came between two.
@@ -448,6 +496,27 @@ pub(super) mod tests {
         // Fewer exits than before are no error, nor are they negative.
         let after = rows(&[(Some(1), 3, 12), (None, 30, 0)]);
         assert_eq!(told(&after.since(&before)), (vec![(1, 3, 2)], 15));
+    }
+
+    #[test]
+    fn a_part_is_of_one_table_and_reason() {
+        let mut other = entry(Some(1), 5, 0);
+        other.reason = Reason::Code(31);
+        let mut others = entry(None, 3, 0);
+        others.reason = Reason::Code(31);
+        let mut user = entry(Some(u64::MAX), 7, 0);
+        user.table = TABLE_USER;
+        let rows = Rows::new([entry(Some(9), 4, 0), entry(None, 2, 0), other, others, user]);
+        let exits = |part: Rows| {
+            let rows: u64 = part.rows.values().map(|row| row.numbers.exits).sum();
+            (rows, part.others.values().map(|sum| sum.exits).sum::<u64>())
+        };
+        let of = |code| Some(Of::new(Reason::Code(code)));
+        assert_eq!(exits(rows.part(TABLE_DETAILS, of(32))), (4, 2));
+        assert_eq!(exits(rows.part(TABLE_DETAILS, of(31))), (5, 3));
+        assert_eq!(exits(rows.part(TABLE_DETAILS, None)), (9, 5));
+        assert_eq!(exits(rows.part(TABLE_USER, None)), (7, 0));
+        assert_eq!(exits(rows.part(TABLE_DETAILS, of(30))), (0, 0));
     }
 
     #[test]

@@ -163,7 +163,7 @@ fn table(
             let name = Cell::new(group.label.to_string(), Style::Strong);
             table.row(cells(name, group.total, all, "", number));
             for row in group.rows.iter().take(limit) {
-                let words = Cell::from(format!("  {}", words(row)));
+                let words = Cell::from(format!("  {}", row.about()));
                 table.row(cells(words, row.counts, group.total, &bound(row), number));
             }
             let rest = group.rows.get(limit..).unwrap_or_default();
@@ -207,14 +207,6 @@ fn cells(
         of(Phase::User, counts.user),
         bound.to_owned().into(),
     ]
-}
-
-/// Write what a row is about.
-fn words(row: &Row) -> String {
-    match row.nested {
-        true => format!("{}, nested", row.words),
-        false => row.words.clone(),
-    }
 }
 
 /// Write how much a row may lack.

@@ -1,8 +1,14 @@
 //! The tool `exitmeter` tells what the snapshot holds.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::{reader::Snapshot, reasons};
 use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
@@ -25,6 +31,11 @@ pub(super) fn cases() -> Vec<Case> {
             "",
             "tool: exitmeter record and plot tell what the device did",
             record,
+        ),
+        Case::with(
+            "",
+            "tool: exitmeter record --why has the port of a guest, and the OUT that was slow",
+            details,
         ),
         Case::with(
             "log_queries=0",
@@ -279,6 +290,98 @@ fn record() -> Result<()> {
         "the recording tells {told:?} of the VM, and the device {held:?}"
     );
     Ok(())
+}
+
+/// A guest writes to one port that its VMM answers, once after a pause; the picture of what its exits
+/// were about names the port with its count, and the slow exits have that one first.
+fn details() -> Result<()> {
+    const RECORDING: &str = "why.rec";
+    const STOP: &str = "why.stop";
+    const OUTS: u32 = 2000;
+    const PAUSE: Duration = Duration::from_millis(400);
+    let wait = format!("until [ -e {STOP} ]; do sleep 0.02; done");
+    let mut recorder = Command::new("exitmeter")
+        .args(["record", "--why", "--output", RECORDING, "--interval", "20"])
+        .args(["--", "sh", "-c", &wait])
+        .spawn()
+        .context("the tool exitmeter cannot be run")?;
+    // The guest begins once details are on, so that none of its exits is before its tables.
+    let begun = Instant::now();
+    while !has_tables()? {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(60),
+            "exitmeter record --why turns no details on"
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut machine = Machine::new(Config {
+        pause: PAUSE,
+        pause_on: Some(1000),
+        ..Config::new(Program::OutUser, Mode::Long, OUTS)
+    })?;
+    machine.run()?;
+    fs::write(STOP, "")?;
+    let status = recorder.wait()?;
+    drop(machine);
+    ensure!(
+        status.success(),
+        "exitmeter record --why ends with {status}"
+    );
+    ensure!(!has_tables()?, "details are on after it has recorded");
+
+    let page = tool(&["plot", RECORDING, "--output", "-", "--format", "html"])?;
+    let name = reasons::name(host::isa()?, host::pick(30, 0x7b)?).context("the reason's name")?;
+    let row = format!("<tr><td>{name}</td><td>OUT 0x3f0 ");
+    let row = page.lines().find(|line| line.starts_with(&row));
+    let row = row.with_context(|| format!("no row of port 0x3f0:\n{page}"))?;
+    ensure!(
+        row.contains("<td>2,000</td>") && row.ends_with("<td>exact</td></tr>"),
+        "of 2000 OUTs the page has {row}"
+    );
+    let led = page.find("<h2>What exits were about").context("details")?;
+    let first = page[led..]
+        .lines()
+        .find(|line| line.starts_with("<tr><td>"));
+    ensure!(first == Some(row), "what leads is {first:?}, not {row}");
+    let slow = page.find("<h2>The slowest exits").context("slow exits")?;
+    // On a host that is emulated others may be as long.
+    let mut exits = page[slow..].lines();
+    ensure!(
+        exits.any(|line| {
+            let mut cells = line.split("</td><td>");
+            let [exit, took] = [1, 2].map(|skipped| cells.nth(skipped).unwrap_or_default());
+            exit.starts_with(&format!("{name} OUT 0x3f0 "))
+                && line.ends_with("<td>KVM_EXIT_IO</td></tr>")
+                && seconds(took).is_some_and(|took| took >= PAUSE.as_secs_f64() * 0.99)
+        }),
+        "no slow exit is the OUT on which the VMM slept:\n{}",
+        &page[slow..]
+    );
+    let svg = tool(&[
+        "plot", RECORDING, "--output", "-", "--format", "svg", "--kind", "details",
+    ])?;
+    ensure!(
+        svg.contains(&format!("<title>{name}: OUT 0x3f0 ")),
+        "the picture does not name the port:\n{svg}"
+    );
+    Ok(())
+}
+
+/// Seconds of a time as the page tells it.
+fn seconds(text: &str) -> Option<f64> {
+    let (number, unit) = text.split_once(' ')?;
+    let unit = match unit {
+        "s" => 1.0,
+        "ms" => 1e-3,
+        _ => return None,
+    };
+    Some(number.parse::<f64>().ok()? * unit)
+}
+
+/// Return true if the device's snapshots have tables now.
+fn has_tables() -> Result<bool> {
+    let bytes = fs::read("/dev/exitmeter").context("there is no snapshot")?;
+    Ok(Snapshot::parse(&bytes)?.has_tables())
 }
 
 /// Code and exits of a row of the page's table.

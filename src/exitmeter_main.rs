@@ -97,7 +97,7 @@ module! {
         },
         slow_us: i64 {
             default: 0,
-            description: "With details: an exit of more microseconds freezes the ring of its vCPU's last 64 exits; 0: none does",
+            description: "With details: each vCPU has a ring of its last 64 exits, which an exit of more microseconds freezes; 0: there are none",
         },
         copy_tries: i64 {
             default: 24,
@@ -133,7 +133,8 @@ impl kernel::InPlaceModule for ExitMeter {
         pin_init::pin_init_scope(|| {
             let parameters = Parameters::checked()?;
             let vendor = Vendor::attach()?;
-            let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe());
+            let slow_ticks = parameters.slow_ticks();
+            let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe(slow_ticks != 0));
             let map = parameters.leaf_map;
             let life = hooks::random_life();
             let leaves = Leaves { map, isa, life };
@@ -142,7 +143,7 @@ impl kernel::InPlaceModule for ExitMeter {
                 host_scope: parameters.host_scope,
                 max_vcpus: parameters.max_vcpus as usize,
                 copy_tries: parameters.copy_tries,
-                slow_ticks: parameters.slow_ticks(),
+                slow_ticks,
             })?;
             Ok(try_pin_init!(Self {
                 vendor,

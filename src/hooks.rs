@@ -66,11 +66,11 @@ use crate::{
             Newcomer,
             Owner, //
         },
-        slow::Leaving,
         snapshot::NAME_SIZE, //
     },
     registry::{
         self,
+        Event,
         Registry, //
     },
 };
@@ -259,6 +259,13 @@ impl Vcpu<'_> {
         u32::try_from(cpu).ok()
     }
 
+    /// Return the CPU that the vCPU is on, whose thread asks.
+    #[inline(always)]
+    pub(crate) fn cpu_loaded(&self) -> u32 {
+        // SAFETY: The vCPU lives, and this thread holds it, which alone writes the field.
+        unsafe { (*self.0.get()).cpu as u32 }
+    }
+
     /// Return the time that KVM polled before it let the vCPU sleep, in ns: KVM's own count.
     pub(crate) fn polled(&self) -> u64 {
         let vcpu = self.0.get();
@@ -357,18 +364,22 @@ impl Vcpu<'_> {
     /// a guest whose registers are encrypted.
     #[inline(always)]
     fn rip(&self) -> Option<u64> {
-        let vcpu = self.0.get();
+        // SAFETY: The vCPU is held by this thread.
+        let protected = unsafe { (*self.0.get()).arch.guest_state_protected };
+        (!protected).then(|| self.likely_rip())
+    }
+
+    /// Return the same, and of a guest whose registers are encrypted what KVM has in place of it.
+    #[inline(always)]
+    fn likely_rip(&self) -> u64 {
         // SAFETY: The vCPU is held by this thread; the offset is that of the field in the kernel's
         // own layout.
         unsafe {
-            if (*vcpu).arch.guest_state_protected {
-                return None;
-            }
-            Some(
-                vcpu.byte_add(bindings::LAYOUT_VCPU_RIP as usize)
-                    .cast::<u64>()
-                    .read(),
-            )
+            self.0
+                .get()
+                .byte_add(bindings::LAYOUT_VCPU_RIP as usize)
+                .cast::<u64>()
+                .read()
         }
     }
 
@@ -381,18 +392,22 @@ impl Vcpu<'_> {
 
     /// Return KVM_EXIT_* of a vCPU that leaves its CPU, for user space: why, where KVM_RUN ends;
     /// `None` for another ioctl.
-    #[inline]
-    fn user_exit(&self) -> Option<u16> {
+    ///
+    /// All of KVM's are below 2^16, so the low half is read, the first one on x86. What the VMM may
+    /// write there itself is told of its own VM alone.
+    #[inline(always)]
+    pub(crate) fn user_exit(&self) -> Option<u16> {
         let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
         // it is. User space may write to the page, so it is read once.
-        let (wants, why) = unsafe {
+        unsafe {
             let run = (*vcpu)
                 .run
                 .byte_add(bindings::LAYOUT_RUN_EXIT_REASON as usize);
-            ((*vcpu).wants_to_run, run.cast::<u32>().read_volatile())
-        };
-        wants.then(|| u16::try_from(why).unwrap_or(u16::MAX))
+            (*vcpu)
+                .wants_to_run
+                .then(|| run.cast::<u16>().read_volatile())
+        }
     }
 
     /// The low half of a register of the guest, as CPUID reads it in every mode.
@@ -470,23 +485,23 @@ pub(crate) fn registry<'a>() -> Option<&'a Registry> {
     unsafe { REGISTRY.load(Ordering::Acquire).as_ref() }
 }
 
-/// Probe of kvm:kvm_exit on VMX. Runs with interrupts off, on the vCPU's CPU.
+/// Probe of kvm:kvm_exit on VMX. Runs with interrupts off, on the vCPU's CPU. `RING` tells whether
+/// vCPUs have rings of their last exits, where exits are told with details.
 ///
 /// # Safety
 ///
 /// For the tracepoint alone.
-unsafe extern "C" fn on_exit_vmx(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+unsafe extern "C" fn on_exit_vmx<const RING: bool>(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
     if !parts::CALLBACKS {
         return;
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    if details_are_on() {
-        return exit_vmx_with(vcpu);
-    }
-    let now = now();
-    // The basic exit reason is the low half; the rest tells of failed entries and SMM.
-    registry::exit(vcpu, now, Isa::Vmx, || vmcs_exit_reason() & 0xffff);
+    registry::exit::<RING>(vcpu, now(), Isa::Vmx, VmxExit(vcpu));
 }
 
 /// Read the exit reason from the VMCS that this CPU has loaded.
@@ -536,7 +551,7 @@ struct Switch {
 /// Return true if exits are told with details. While they are not, this is one NOP.
 #[inline(always)]
 #[cfg(CONFIG_JUMP_LABEL)]
-fn details_are_on() -> bool {
+pub(crate) fn details_are_on() -> bool {
     'branch: {
         // As `static_branch_unlikely!` of the kernel crate, which does not say that no stack is
         // used: for that the compiler aligns the stack on the way with details.
@@ -561,7 +576,7 @@ fn details_are_on() -> bool {
 /// Return true if exits are told with details.
 #[inline(always)]
 #[cfg(not(CONFIG_JUMP_LABEL))]
-fn details_are_on() -> bool {
+pub(crate) fn details_are_on() -> bool {
     // SAFETY: The shim's variable is a struct that begins with a static key of C's.
     unsafe { kernel::jump_label::static_branch_unlikely!(exitmeter_details, Switch, key) }
 }
@@ -623,31 +638,79 @@ impl Exit for VmxExit<'_> {
     }
 }
 
+impl Event for VmxExit<'_> {
+    const HIDES_RIP: bool = false;
+
+    #[inline(always)]
+    fn code(&self) -> u32 {
+        // The basic exit reason is the low half; the rest tells of failed entries and SMM.
+        vmcs_exit_reason() & 0xffff
+    }
+
+    #[inline(always)]
+    fn rip(&self) -> Option<u64> {
+        Some(self.likely_rip())
+    }
+
+    #[inline(always)]
+    fn likely_rip(&self) -> u64 {
+        vmread(VMCS_GUEST_RIP)
+    }
+}
+
 /// An exit as KVM's own reader tells it, on SVM or of an enlightened VMCS.
+#[derive(Clone, Copy)]
 struct ExitByKvm<'a, const SVM: bool> {
     vcpu: Vcpu<'a>,
-    code: u32,
-    info: MaybeUninit<bindings::exitmeter_exit_info>,
+    info: &'a bindings::exitmeter_exit_info,
 }
 
 impl<'a, const SVM: bool> ExitByKvm<'a, SVM> {
-    /// Read the exit that a vCPU has just taken on this CPU.
+    /// Read the exit that a vCPU has just taken on this CPU, with room for it.
     #[inline(always)]
-    fn read(vcpu: Vcpu<'a>) -> Self {
-        let mut info = MaybeUninit::uninit();
-        // SAFETY: By the contract of this function.
-        let code = unsafe { bindings::exitmeter_exit_info(vcpu.0.get(), info.as_mut_ptr()) };
-        Self { vcpu, code, info }
+    fn read(vcpu: Vcpu<'a>, room: &'a mut MaybeUninit<bindings::exitmeter_exit_info>) -> Self {
+        // SAFETY: The callers are probes of kvm_exit, and the shim writes all of it.
+        let info = unsafe {
+            bindings::exitmeter_read_exit(vcpu.0.get(), room.as_mut_ptr());
+            room.assume_init_ref()
+        };
+        Self { vcpu, info }
     }
 
     #[inline(always)]
     fn info(&self) -> &bindings::exitmeter_exit_info {
-        // SAFETY: The shim writes all of it.
-        unsafe { self.info.assume_init_ref() }
+        self.info
     }
 }
 
-impl<const SVM: bool> Exit for &ExitByKvm<'_, SVM> {
+impl<const SVM: bool> Event for ExitByKvm<'_, SVM> {
+    const HIDES_RIP: bool = true;
+
+    #[inline(always)]
+    fn code(&self) -> u32 {
+        match SVM {
+            true => self.info.code,
+            // As of any VMCS.
+            false => self.info.code & 0xffff,
+        }
+    }
+
+    #[inline(always)]
+    fn rip(&self) -> Option<u64> {
+        match SVM {
+            true => self.vcpu.rip(),
+            // KVM has not read it yet.
+            false => None,
+        }
+    }
+
+    #[inline(always)]
+    fn likely_rip(&self) -> u64 {
+        self.vcpu.likely_rip()
+    }
+}
+
+impl<const SVM: bool> Exit for ExitByKvm<'_, SVM> {
     #[inline(always)]
     fn read(&self, source: i32) -> Option<u64> {
         match source {
@@ -689,34 +752,6 @@ impl<const SVM: bool> Exit for &ExitByKvm<'_, SVM> {
     }
 }
 
-/// Take an exit with details, on VMX.
-#[inline(never)]
-fn exit_vmx_with(vcpu: Vcpu<'_>) {
-    let now = now();
-    let code = || vmcs_exit_reason() & 0xffff;
-    registry::exit_with(vcpu, now, Isa::Vmx, code, VmxExit(vcpu), || {
-        Some(vmread(VMCS_GUEST_RIP))
-    });
-}
-
-/// Take an exit with details, on SVM.
-#[inline(never)]
-fn exit_svm_with(vcpu: Vcpu<'_>) {
-    let now = now();
-    let exit = ExitByKvm::<true>::read(vcpu);
-    let code = exit.code;
-    registry::exit_with(vcpu, now, Isa::Svm, move || code, &exit, move || vcpu.rip());
-}
-
-/// Take an exit with details, of an enlightened VMCS. KVM has not read its RIP yet.
-#[inline(never)]
-fn exit_enlightened_with(vcpu: Vcpu<'_>) {
-    let now = now();
-    let exit = ExitByKvm::<false>::read(vcpu);
-    let code = exit.code & 0xffff;
-    registry::exit_with(vcpu, now, Isa::Vmx, move || code, &exit, || None);
-}
-
 /// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
 /// VMREAD is "unsupported and can result in unexpected behavior" (TLFS, "Enlightened VMCS"). Runs
 /// with interrupts off, on the vCPU's CPU.
@@ -727,7 +762,7 @@ fn exit_enlightened_with(vcpu: Vcpu<'_>) {
 /// # Safety
 ///
 /// For the tracepoint alone.
-unsafe extern "C" fn on_exit_vmx_by_kvm(
+unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     _data: *mut c_void,
     vcpu: *mut bindings::kvm_vcpu,
     _isa: u32,
@@ -735,16 +770,12 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
     if !parts::CALLBACKS {
         return;
     }
-    if details_are_on() {
-        // SAFETY: KVM holds the vCPU.
-        return exit_enlightened_with(unsafe { Vcpu::from_raw(vcpu) });
-    }
     let now = now();
-    // SAFETY: The vCPU has just taken an exit on this CPU.
-    let reason = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit(vcpu, now, Isa::Vmx, move || reason & 0xffff);
+    let mut room = MaybeUninit::uninit();
+    let exit = ExitByKvm::<false>::read(vcpu, &mut room);
+    registry::exit::<RING>(vcpu, now, Isa::Vmx, exit);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -752,20 +783,20 @@ unsafe extern "C" fn on_exit_vmx_by_kvm(
 /// # Safety
 ///
 /// For the tracepoint alone.
-unsafe extern "C" fn on_exit_svm(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _isa: u32) {
+unsafe extern "C" fn on_exit_svm<const RING: bool>(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
     if !parts::CALLBACKS {
         return;
     }
-    if details_are_on() {
-        // SAFETY: KVM holds the vCPU.
-        return exit_svm_with(unsafe { Vcpu::from_raw(vcpu) });
-    }
     let now = now();
-    // SAFETY: The vCPU has just taken an exit on this CPU.
-    let code = unsafe { bindings::exitmeter_exit_code(vcpu) };
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit(vcpu, now, Isa::Svm, move || code);
+    let mut room = MaybeUninit::uninit();
+    let exit = ExitByKvm::<true>::read(vcpu, &mut room);
+    registry::exit::<RING>(vcpu, now, Isa::Svm, exit);
 }
 
 /// Probe of kvm:kvm_entry. Runs with interrupts off, on the vCPU's CPU.
@@ -779,16 +810,7 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    if details_are_on() {
-        return entry_with(vcpu);
-    }
     registry::entry(vcpu, now());
-}
-
-/// Take an entry with details.
-#[inline(never)]
-fn entry_with(vcpu: Vcpu<'_>) {
-    registry::entry_with(vcpu, now());
 }
 
 /// The probe of kvm:kvm_exit that can read why a guest exits on this host.
@@ -907,17 +929,6 @@ impl PinnedDrop for Function {
     }
 }
 
-/// Return the second argument of a function that is hooked.
-///
-/// # Safety
-///
-/// As for [`hooked`]; it must be a number.
-#[inline(always)]
-unsafe fn second_argument(fregs: *mut bindings::ftrace_regs) -> c_ulong {
-    // SAFETY: By the contract of this function; ftrace keeps the second argument in SI.
-    unsafe { (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.si }
-}
-
 /// The type of ftrace's callbacks.
 type Callback =
     unsafe extern "C" fn(c_ulong, c_ulong, *mut bindings::ftrace_ops, *mut bindings::ftrace_regs);
@@ -951,11 +962,6 @@ unsafe extern "C" fn on_load(
     }
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    if details_are_on() {
-        // SAFETY: As above; the CPU is the function's second argument.
-        let cpu = unsafe { second_argument(fregs) };
-        return registry::resume_with(vcpu, now(), cpu as u32);
-    }
     registry::resume(vcpu, now());
 }
 
@@ -974,13 +980,10 @@ unsafe extern "C" fn on_put(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     let now = now();
-    if details_are_on() {
-        return leave_with(vcpu, now);
-    }
     if vcpu.is_scheduled_out() {
         return leave_scheduled_out(vcpu, now);
     }
-    registry::leave(vcpu, now, Phase::User);
+    registry::leave_to_user(vcpu, now);
 }
 
 /// Take the way off its CPU of a vCPU that the scheduler takes off it. Apart, so that the way to
@@ -988,21 +991,6 @@ unsafe extern "C" fn on_put(
 #[inline(never)]
 fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
     registry::leave(vcpu, now, vcpu.phase_scheduled_out());
-}
-
-/// Take a vCPU's way off its CPU, with why it goes to user space.
-#[inline(never)]
-fn leave_with(vcpu: Vcpu<'_>, now: u64) {
-    let (phase, to_user) = match vcpu.is_scheduled_out() {
-        true => (vcpu.phase_scheduled_out(), None),
-        false => (Phase::User, vcpu.user_exit()),
-    };
-    let leaving = Leaving {
-        phase,
-        to_user,
-        cpu: vcpu.cpu().unwrap_or(u32::MAX),
-    };
-    registry::leave_with(vcpu, now, &leaving);
 }
 
 /// # Safety
@@ -1313,7 +1301,7 @@ impl Drop for ExitReader {
 /// The vendor's half of KVM, checked when the meter is loaded.
 pub(crate) struct Vendor {
     isa: Isa,
-    exit_probe: ExitProbe,
+    exit_probes: [ExitProbe; 2],
     _reader: Option<ExitReader>,
 }
 
@@ -1342,15 +1330,18 @@ impl Vendor {
         if enlightened {
             pr_info!("this host runs under Hyper-V with an enlightened VMCS: exit reasons come from kvm_intel's own reader\n");
         }
-        let exit_probe: bindings::exitmeter_exit_probe = match isa {
-            Isa::Svm => Some(on_exit_svm),
-            Isa::Vmx if enlightened => Some(on_exit_vmx_by_kvm),
-            Isa::Vmx => Some(on_exit_vmx),
+        let exit_probes: [bindings::exitmeter_exit_probe; 2] = match isa {
+            Isa::Svm => [Some(on_exit_svm::<false>), Some(on_exit_svm::<true>)],
+            Isa::Vmx if enlightened => [
+                Some(on_exit_vmx_by_kvm::<false>),
+                Some(on_exit_vmx_by_kvm::<true>),
+            ],
+            Isa::Vmx => [Some(on_exit_vmx::<false>), Some(on_exit_vmx::<true>)],
         };
         let by_kvm = isa == Isa::Svm || enlightened;
         Ok(Self {
             isa,
-            exit_probe: ExitProbe(exit_probe),
+            exit_probes: exit_probes.map(ExitProbe),
             _reader: by_kvm
                 .then(|| ExitReader::attach(vendor, module))
                 .transpose()?,
@@ -1362,9 +1353,14 @@ impl Vendor {
         self.isa
     }
 
-    /// Return the probe for this host's exits, to attach for as long as this lives.
-    pub(crate) fn exit_probe(&self) -> ExitProbe {
-        self.exit_probe
+    /// Return the probe for this host's exits, to attach for as long as this lives. `ring` tells
+    /// whether vCPUs with details have rings of their last exits.
+    pub(crate) fn exit_probe(&self, ring: bool) -> ExitProbe {
+        let [without, with] = self.exit_probes;
+        match ring {
+            true => with,
+            false => without,
+        }
     }
 }
 

@@ -387,14 +387,41 @@ fn looked_up_unless_of_trust_domain<'a>(
     looked_up(vcpu, now, phase)
 }
 
-/// Take a VM exit at TSC `now`. `code` reads its exit code, once the vCPU is known to be metered.
+/// Return the tables of a vCPU that the caller holds, in a callback.
 #[inline(always)]
-pub(crate) fn exit(vcpu: Vcpu<'_>, now: u64, isa: Isa, code: impl FnOnce() -> u32) {
-    let slot = move || reasons::slot(isa, code());
-    match cached(vcpu) {
-        Some(ledger) => exit_of(vcpu, ledger, now, slot()),
-        None => exit_slow(vcpu, now, slot),
+fn tables(ledger: &Ledger) -> Option<&Tables> {
+    // SAFETY: All callbacks of transitions run with preemption off, so what they find is freed after
+    // them.
+    unsafe { ledger.tables() }
+}
+
+/// An exit as a callback has it, to be read where it has to be: by its code, by what it was about, and
+/// by where the guest was.
+pub(crate) trait Event: detail::Exit + Copy {
+    /// Whether where the guest was may be unknown.
+    const HIDES_RIP: bool;
+    /// Return its code.
+    fn code(&self) -> u32;
+    /// Return where the guest was; `None` when its registers are encrypted, or it cannot be known.
+    fn rip(&self) -> Option<u64>;
+    /// Return the same, or where there is none any number: no exit has been there then.
+    fn likely_rip(&self) -> u64;
+}
+
+/// Take a VM exit at TSC `now`, which is read once the vCPU is known to be metered.
+///
+/// Each callback has one branch for details, behind what both ways need. `RING` tells whether vCPUs
+/// have rings of their last exits then.
+#[inline(always)]
+pub(crate) fn exit<const RING: bool>(vcpu: Vcpu<'_>, now: u64, isa: Isa, event: impl Event) {
+    let Some(ledger) = cached(vcpu) else {
+        return exit_slow(vcpu, now, isa, event);
+    };
+    let slot = reasons::slot(isa, event.code());
+    if hooks::details_are_on() {
+        return exit_with::<RING, _>((ledger, vcpu), now, isa, slot, event);
     }
+    exit_of(vcpu, ledger, now, slot);
 }
 
 #[inline(always)]
@@ -409,19 +436,125 @@ fn exit_of(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
 /// Slow path of [`exit`]: the vCPU is not in this CPU's cache.
 #[cold]
 #[inline(never)]
-fn exit_slow(vcpu: Vcpu<'_>, now: u64, slot: impl FnOnce() -> Slot) {
+fn exit_slow(vcpu: Vcpu<'_>, now: u64, isa: Isa, event: impl Event) {
     if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Guest) {
-        exit_of(vcpu, ledger, now, slot());
+        let slot = reasons::slot(isa, event.code());
+        exit_apart((ledger, vcpu), now, isa, slot, event);
     }
+}
+
+/// Take a VM exit with details.
+#[inline(always)]
+fn exit_with<const RING: bool, E: Event>(
+    (ledger, vcpu): (&Ledger, Vcpu<'_>),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    event: E,
+) {
+    let Some(tables) = tables(ledger) else {
+        return exit_without(ledger, vcpu, now, slot);
+    };
+    // So that nothing rare is on the way of all others.
+    if vcpu.runs_nested() {
+        return exit_apart((ledger, vcpu), now, isa, slot, event);
+    }
+    let Ok(key) = detail::plain(isa, slot, &event) else {
+        return exit_composed((ledger, vcpu), now, isa, slot, event);
+    };
+    let rip = event.likely_rip();
+    let about = About {
+        slot,
+        nested: false,
+        key,
+        rip: Some(rip),
+    };
+    let Err(key) = ledger.exit_like_before::<RING>(tables, now, &about) else {
+        return;
+    };
+    match E::HIDES_RIP {
+        // It is found out there whether there is one.
+        true => exit_apart((ledger, vcpu), now, isa, slot, event),
+        false => ledger.exit_otherwise(tables, now, &about, key),
+    }
+}
+
+/// Take an exit of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn exit_without(ledger: &Ledger, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
+    exit_of(vcpu, ledger, now, slot);
+}
+
+/// Take an exit by a hypercall, or by CPUID of a leaf that may have subleaves.
+#[inline(never)]
+fn exit_composed(
+    (ledger, vcpu): (&Ledger, Vcpu<'_>),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    event: impl Event,
+) {
+    if detail::source_of_slot(isa, slot) != detail::source::LEAF {
+        return exit_apart((ledger, vcpu), now, isa, slot, event);
+    }
+    let Some(tables) = tables(ledger) else {
+        return exit_without(ledger, vcpu, now, slot);
+    };
+    let about = About {
+        slot,
+        nested: false,
+        key: Some(detail::leaf(slot, &event)),
+        rip: event.rip(),
+    };
+    match tables.has_ring() {
+        true => ledger.exit_with::<true>(tables, now, &about),
+        false => ledger.exit_with::<false>(tables, now, &about),
+    }
+}
+
+/// Take an exit of a nested guest, one by a hypercall, one whose RIP cannot be read, one that is not
+/// like the latest ones, or one of a vCPU that is not in this CPU's cache.
+#[inline(never)]
+fn exit_apart(
+    (ledger, vcpu): (&Ledger, Vcpu<'_>),
+    now: u64,
+    isa: Isa,
+    slot: Slot,
+    event: impl Event,
+) {
+    let Some(tables) = tables(ledger) else {
+        return exit_without(ledger, vcpu, now, slot);
+    };
+    let about = About {
+        slot,
+        nested: vcpu.runs_nested(),
+        key: detail::key(isa, slot, &event),
+        rip: event.rip(),
+    };
+    ledger.exit_otherwise(tables, now, &about, about.whole_key());
 }
 
 /// Take a VM entry.
 #[inline(always)]
 pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
-    match cached(vcpu) {
-        Some(ledger) => ledger.entry(now),
-        None => entry_slow(vcpu, now),
+    let Some(ledger) = cached(vcpu) else {
+        return entry_slow(vcpu, now);
+    };
+    if hooks::details_are_on() {
+        return match tables(ledger) {
+            Some(tables) => ledger.entry_with(tables, now, || vcpu.cpu_loaded()),
+            None => entry_without(ledger, now),
+        };
     }
+    ledger.entry(now);
+}
+
+/// Take an entry of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn entry_without(ledger: &Ledger, now: u64) {
+    ledger.entry(now);
 }
 
 /// Slow path of [`entry`]: the vCPU is not in this CPU's cache.
@@ -429,17 +562,33 @@ pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
 #[inline(never)]
 fn entry_slow(vcpu: Vcpu<'_>, now: u64) {
     if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Kernel) {
-        ledger.entry(now);
+        match tables(ledger) {
+            Some(tables) => ledger.entry_with(tables, now, || vcpu.cpu_loaded()),
+            None => ledger.entry(now),
+        }
     }
 }
 
 /// Take the vCPU's way onto a CPU.
 #[inline(always)]
 pub(crate) fn resume(vcpu: Vcpu<'_>, now: u64) {
-    match cached(vcpu) {
-        Some(ledger) => ledger.resume(now),
-        None => resume_slow(vcpu, now),
+    let Some(ledger) = cached(vcpu) else {
+        return resume_slow(vcpu, now);
+    };
+    if hooks::details_are_on() {
+        return match tables(ledger) {
+            Some(tables) => ledger.resume_with(tables, now),
+            None => resume_without(ledger, now),
+        };
     }
+    ledger.resume(now);
+}
+
+/// Take the way onto a CPU of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn resume_without(ledger: &Ledger, now: u64) {
+    ledger.resume(now);
 }
 
 /// Slow path of [`resume`]: the vCPU is not in this CPU's cache.
@@ -447,18 +596,68 @@ pub(crate) fn resume(vcpu: Vcpu<'_>, now: u64) {
 #[inline(never)]
 fn resume_slow(vcpu: Vcpu<'_>, now: u64) {
     if let Some(ledger) = looked_up(vcpu, now, Phase::Kernel) {
-        ledger.resume(now);
+        match tables(ledger) {
+            Some(tables) => ledger.resume_with(tables, now),
+            None => ledger.resume(now),
+        }
     }
 }
 
-/// Take the vCPU's way off its CPU. The scheduler's lock may be held, so a vCPU that is not known
-/// yet is left for its next event: nothing may be allocated here.
+/// Take the vCPU's way off its CPU, to user space. The scheduler's lock may be held, so a vCPU that is
+/// not known yet is left for its next event: nothing may be allocated here.
+#[inline(always)]
+pub(crate) fn leave_to_user(vcpu: Vcpu<'_>, now: u64) {
+    let Some(ledger) = cached(vcpu) else {
+        return leave_slow(vcpu, now, Phase::User);
+    };
+    if hooks::details_are_on() {
+        return match tables(ledger) {
+            Some(tables) => {
+                ledger.leave_to_user_with(tables, now, || vcpu.user_exit(), || vcpu.cpu_loaded())
+            }
+            None => leave_without(ledger, now, Phase::User),
+        };
+    }
+    ledger.leave(now, Phase::User);
+}
+
+/// As [`leave_to_user`], where the scheduler takes the vCPU off its CPU.
 #[inline(always)]
 pub(crate) fn leave(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
     match cached(vcpu) {
-        Some(ledger) => ledger.leave(now, phase),
+        Some(ledger) => leave_from(vcpu, ledger, now, phase),
         None => leave_slow(vcpu, now, phase),
     }
+}
+
+/// Return how a vCPU leaves its CPU for a phase.
+#[inline(always)]
+fn leaving(vcpu: Vcpu<'_>, phase: Phase) -> Leaving {
+    Leaving {
+        phase,
+        to_user: match phase {
+            Phase::User => vcpu.user_exit(),
+            _ => None,
+        },
+    }
+}
+
+#[inline(always)]
+fn leave_from(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, phase: Phase) {
+    match tables(ledger) {
+        Some(tables) => {
+            let leaving = leaving(vcpu, phase);
+            ledger.leave_with(tables, now, leaving, || vcpu.cpu_loaded());
+        }
+        None => ledger.leave(now, phase),
+    }
+}
+
+/// Take the way off its CPU of a vCPU that has no tables.
+#[cold]
+#[inline(never)]
+fn leave_without(ledger: &Ledger, now: u64, phase: Phase) {
+    ledger.leave(now, phase);
 }
 
 /// Slow path of [`leave`]: the vCPU is not in this CPU's cache.
@@ -469,202 +668,6 @@ fn leave_slow(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
         return;
     };
     if let Some(member) = registry.vcpus.known(vcpu.key()) {
-        member.ledger().leave(now, phase);
-    }
-}
-
-// The same with details, for vCPUs that have tables.
-
-/// Return the tables of a vCPU that the caller holds, in a callback.
-#[inline(always)]
-fn tables(ledger: &Ledger) -> Option<&Tables> {
-    // SAFETY: All callbacks of transitions run with preemption off, so what they find is freed after
-    // them.
-    unsafe { ledger.tables() }
-}
-
-/// Take a VM exit at TSC `now`, with what it was about and where the guest was. `code`, `exit` and
-/// `rip` are read once the vCPU is known to be metered.
-#[inline(always)]
-pub(crate) fn exit_with(
-    vcpu: Vcpu<'_>,
-    now: u64,
-    isa: Isa,
-    code: impl FnOnce() -> u32,
-    exit: impl detail::Exit,
-    rip: impl FnOnce() -> Option<u64>,
-) {
-    let Some(ledger) = cached(vcpu) else {
-        return exit_with_slow(vcpu, now, isa, code, exit, rip);
-    };
-    let slot = reasons::slot(isa, code());
-    let Some(tables) = tables(ledger) else {
-        return exit_without(vcpu, ledger, now, slot);
-    };
-    // So that nothing rare is on the way of all others.
-    if vcpu.runs_nested() {
-        return exit_nested((vcpu, ledger), now, isa, slot, exit, rip);
-    }
-    let Some(rip) = rip() else {
-        return exit_apart((vcpu, ledger), now, isa, slot, exit, None);
-    };
-    let Ok(key) = detail::plain(detail::rule(isa, slot), &exit) else {
-        return exit_composed((vcpu, ledger), now, isa, slot, exit, rip);
-    };
-    let about = About {
-        slot,
-        nested: false,
-        key,
-        rip: Some(rip),
-    };
-    ledger.exit_with(tables, now, &about);
-}
-
-/// Take an exit of a vCPU that has no tables.
-#[cold]
-#[inline(never)]
-fn exit_without(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
-    exit_of(vcpu, ledger, now, slot);
-}
-
-/// Take an exit of a nested guest. It is here that its RIP is read, so that the check for it stays
-/// one instruction.
-#[inline(never)]
-fn exit_nested(
-    held: (Vcpu<'_>, &Ledger),
-    now: u64,
-    isa: Isa,
-    slot: Slot,
-    exit: impl detail::Exit,
-    rip: impl FnOnce() -> Option<u64>,
-) {
-    exit_apart(held, now, isa, slot, exit, rip());
-}
-
-/// Take an exit whose detail is composed.
-#[inline(never)]
-fn exit_composed(
-    (vcpu, ledger): (Vcpu<'_>, &Ledger),
-    now: u64,
-    isa: Isa,
-    slot: Slot,
-    exit: impl detail::Exit,
-    rip: u64,
-) {
-    if detail::rule(isa, slot).source() == detail::source::HYPERCALL {
-        return exit_apart((vcpu, ledger), now, isa, slot, exit, Some(rip));
-    }
-    let Some(tables) = tables(ledger) else {
-        return exit_without(vcpu, ledger, now, slot);
-    };
-    let about = About {
-        slot,
-        nested: false,
-        key: detail::composed(isa, slot, &exit),
-        rip: Some(rip),
-    };
-    ledger.exit_with(tables, now, &about);
-}
-
-/// Take an exit of a nested guest, one by a hypercall, or one whose RIP cannot be read.
-#[inline(never)]
-fn exit_apart(
-    (vcpu, ledger): (Vcpu<'_>, &Ledger),
-    now: u64,
-    isa: Isa,
-    slot: Slot,
-    exit: impl detail::Exit,
-    rip: Option<u64>,
-) {
-    let Some(tables) = tables(ledger) else {
-        return exit_without(vcpu, ledger, now, slot);
-    };
-    let about = About {
-        slot,
-        nested: vcpu.runs_nested(),
-        key: detail::key(isa, slot, &exit),
-        rip,
-    };
-    ledger.exit_with(tables, now, &about);
-}
-
-/// Slow path of [`exit_with`]: the vCPU is not in this CPU's cache.
-#[cold]
-#[inline(never)]
-fn exit_with_slow(
-    vcpu: Vcpu<'_>,
-    now: u64,
-    isa: Isa,
-    code: impl FnOnce() -> u32,
-    exit: impl detail::Exit,
-    rip: impl FnOnce() -> Option<u64>,
-) {
-    if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Guest) {
-        exit_apart(
-            (vcpu, ledger),
-            now,
-            isa,
-            reasons::slot(isa, code()),
-            exit,
-            rip(),
-        );
-    }
-}
-
-/// Take a VM entry.
-#[inline(always)]
-pub(crate) fn entry_with(vcpu: Vcpu<'_>, now: u64) {
-    let Some(ledger) = cached(vcpu) else {
-        return entry_with_slow(vcpu, now);
-    };
-    match tables(ledger) {
-        Some(tables) => ledger.entry_with(tables, now),
-        None => entry_without(ledger, now),
-    }
-}
-
-/// Take an entry of a vCPU that has no tables.
-#[cold]
-#[inline(never)]
-fn entry_without(ledger: &Ledger, now: u64) {
-    ledger.entry(now);
-}
-
-/// Slow path of [`entry_with`]: the vCPU is not in this CPU's cache.
-#[cold]
-#[inline(never)]
-fn entry_with_slow(vcpu: Vcpu<'_>, now: u64) {
-    if let Some(ledger) = looked_up_unless_of_trust_domain(vcpu, now, Phase::Kernel) {
-        match tables(ledger) {
-            Some(tables) => ledger.entry_with(tables, now),
-            None => ledger.entry(now),
-        }
-    }
-}
-
-/// Take the vCPU's way onto CPU `cpu`.
-#[inline(never)]
-pub(crate) fn resume_with(vcpu: Vcpu<'_>, now: u64, cpu: u32) {
-    let found = cached(vcpu).or_else(|| looked_up(vcpu, now, Phase::Kernel));
-    let Some(ledger) = found else {
-        return;
-    };
-    match tables(ledger) {
-        Some(tables) => ledger.resume_with(tables, now, cpu),
-        None => ledger.resume(now),
-    }
-}
-
-/// Take the vCPU's way off its CPU. As for [`leave`], nothing is allocated.
-#[inline(always)]
-pub(crate) fn leave_with(vcpu: Vcpu<'_>, now: u64, leaving: &Leaving) {
-    let known = || hooks::registry()?.vcpus.known(vcpu.key());
-    let found = cached(vcpu).or_else(|| known().map(|member| member.ledger()));
-    let Some(ledger) = found else {
-        return;
-    };
-    match tables(ledger) {
-        Some(tables) => ledger.leave_with(tables, now, leaving),
-        None => ledger.leave(now, leaving.phase),
+        leave_from(vcpu, member.ledger(), now, phase);
     }
 }

@@ -541,42 +541,23 @@ void exitmeter_detach_reader(void)
 }
 
 /*
- * Return the exit code of the exit that @vcpu has just taken, on its CPU.
+ * Read the exit that @vcpu has just taken, on its CPU.
  *
- * Called at every exit.  What KVM writes through the pointers is neither kept
- * nor needed before, and all of it are scalars: zeroes first and a canary
- * after would cost more than the call.
+ * Called at every exit.  vmx_get_exit_info() and svm_get_exit_info() write all
+ * that they are given room for.
  */
-__no_stack_protector
-u32 exitmeter_exit_code(struct kvm_vcpu *vcpu)
+void exitmeter_read_exit(struct kvm_vcpu *vcpu,
+			 struct exitmeter_exit_info *info)
 {
-	u32 __uninitialized intr_info, error_code;
-	u64 __uninitialized info1, info2;
-	u32 reason = U32_MAX - 15;	/* no code: counted among "other" */
 	exit_reader reader = READ_ONCE(read_exit);
 
-	if (likely(reader))
-		reader(vcpu, &reason, &info1, &info2, &intr_info, &error_code);
-	return reason;
-}
-
-/*
- * As exitmeter_exit_code(), with what else the exit tells in @info, all of
- * which vmx_get_exit_info() and svm_get_exit_info() write.
- */
-__no_stack_protector
-u32 exitmeter_exit_info(struct kvm_vcpu *vcpu, struct exitmeter_exit_info *info)
-{
-	u32 reason = U32_MAX - 15;	/* as above */
-	exit_reader reader = READ_ONCE(read_exit);
-	u32 __uninitialized error_code;
-
-	if (likely(reader))
-		reader(vcpu, &reason, &info->info1, &info->info2,
-		       &info->intr_info, &error_code);
-	else
-		*info = (struct exitmeter_exit_info){};
-	return reason;
+	if (unlikely(!reader)) {
+		/* No code: counted among "other". */
+		*info = (struct exitmeter_exit_info){ .code = U32_MAX - 15 };
+		return;
+	}
+	reader(vcpu, &info->code, &info->info1, &info->info2, &info->intr_info,
+	       &info->error_code);
 }
 
 /*

@@ -103,17 +103,18 @@ bool exitmeter_has_enlightened_vmcs(void);
 /* KVM's own reader of the exit code. */
 int exitmeter_attach_reader(enum exitmeter_vendor vendor);
 void exitmeter_detach_reader(void);
-u32 exitmeter_exit_code(struct kvm_vcpu *vcpu);
 
-/* What an exit tells beside its code. */
+/* What an exit tells. */
 struct exitmeter_exit_info {
 	u64 info1;
 	u64 info2;
+	u32 code;
 	u32 intr_info;
+	u32 error_code;
 };
 
-u32 exitmeter_exit_info(struct kvm_vcpu *vcpu,
-			struct exitmeter_exit_info *info);
+void exitmeter_read_exit(struct kvm_vcpu *vcpu,
+			 struct exitmeter_exit_info *info);
 int exitmeter_hyperv_call(struct kvm_vcpu *vcpu);
 
 /* Whether exits are told with details: see exitmeter_details in shim.c. */

@@ -35,8 +35,8 @@ mod text;
 /// On the host: the slowest exits, and the last ones before one that was too slow.
 ///
 /// The module keeps the 16 slowest exits of each vCPU, of a window of some 10 s and of the one before,
-/// and a ring of its last 64 exits, while details are on. The ring freezes when an exit takes longer
-/// than the module's parameter slow_us. An exit is as long as it was in the kernel, in user space,
+/// while details are on. With its parameter slow_us it keeps a ring of each vCPU's last 64 exits as
+/// well, which freezes when an exit takes longer than that. An exit is as long as it was in the kernel, in user space,
 /// waiting and preempted: that the guest slept by its own wish (halted) makes it no slower.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\

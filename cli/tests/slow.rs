@@ -114,9 +114,13 @@ fn the_slowest_exits_with_their_phases() {
         assert_eq!(row[1], "0");
         assert!(row[2].starts_with("EPT_VIOLATION "), "{row:?}");
         assert!(row[3].ends_with("(kernel)"), "{row:?}");
-        let numbers = ["3->5", "837.4", "4.1", "0", "833.3", "0", "0", "1"];
-        assert_eq!(row[4..], numbers);
+        let numbers = ["837.4", "4.1", "0", "833.3", "0", "0", "1"];
+        assert_eq!(row[5..], numbers);
     }
+    // The first one of them came to another CPU, and the others stayed there.
+    let cpus: Vec<_> = rows[1..10].iter().map(|row| row[4].as_str()).collect();
+    assert_eq!(cpus.iter().filter(|cpu| **cpu == "3->5").count(), 1);
+    assert_eq!(cpus.iter().filter(|cpu| **cpu == "5").count(), 8);
     assert_eq!(
         rows[10][2],
         "EXTERNAL_INTERRUPT".replace("EXTERNAL_INTERRUPT", rows[10][2])

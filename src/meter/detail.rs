@@ -72,32 +72,14 @@ pub mod source {
     pub const ADDRESS: i32 = 0x2400;
     /// The interruption information.
     pub const INTERRUPTION: i32 = 0x4404;
+    /// EAX, which names a CPUID leaf; for a leaf that may have subleaves more, as composed.
+    pub const LEAF: i32 = -4;
     /// RCX, which names an MSR.
-    pub const MSR: i32 = -1;
-    /// More than one number: see [`super::composed`].
-    pub const COMPOSED: i32 = -2;
+    pub const MSR: i32 = -3;
+    /// The qualification and the address of a page fault.
+    pub const FAULT: i32 = -2;
     /// What [`super::hypercall`] takes.
-    pub const HYPERCALL: i32 = -3;
-}
-
-/// How an exit's key is had, by its reason.
-#[repr(C, align(32))]
-#[derive(Clone, Copy, Debug)]
-pub struct Rule {
-    /// What the reason adds to the detail, bit by bit.
-    tag: u64,
-    /// The bits of what is read that are the detail.
-    mask: u64,
-    /// One of [`source`].
-    source: i32,
-}
-
-impl Rule {
-    /// What is read: one of [`source`].
-    #[inline(always)]
-    pub const fn source(&self) -> i32 {
-        self.source
-    }
+    pub const HYPERCALL: i32 = -1;
 }
 
 /// Return what a reason adds to its details, bit by bit: in the bits above them the reason, which is
@@ -127,37 +109,70 @@ pub fn slot_of(key: u64) -> Option<Slot> {
     Slot::from_index((reason as usize).wrapping_sub(1))
 }
 
-static VMX: [Rule; SLOTS] = rules(Isa::Vmx);
-static SVM: [Rule; SLOTS] = rules(Isa::Svm);
+/// How exits' keys are had, by reason. Each is an array of its own, as that takes the fewest
+/// instructions to find.
+#[derive(Debug)]
+pub struct Rules {
+    /// One of [`source`], of what is read.
+    sources: [i32; SLOTS],
+    /// The bits of what is read that are the detail.
+    masks: [u64; SLOTS],
+    /// See [`tag`].
+    tags: [u64; SLOTS],
+}
 
-#[allow(clippy::indexing_slicing, reason = "while this is compiled")]
-const fn rules(isa: Isa) -> [Rule; SLOTS] {
-    let mut rules = [Rule {
-        tag: 0,
-        mask: 0,
-        source: source::NONE,
-    }; SLOTS];
-    let mut place = 0;
-    while place < SLOTS {
-        if let Some(slot) = Slot::from_index(place) {
-            let (source, mask) = match reasons::code(isa, slot) {
-                Some(code) => source_of(isa, code),
-                None => (source::NONE, 0),
-            };
-            rules[place] = Rule {
-                tag: tag(slot),
-                mask,
-                source,
-            };
+static VMX: Rules = Rules::new(Isa::Vmx);
+static SVM: Rules = Rules::new(Isa::Svm);
+
+impl Rules {
+    #[allow(clippy::indexing_slicing, reason = "while this is compiled")]
+    const fn new(isa: Isa) -> Self {
+        let mut rules = Self {
+            sources: [source::NONE; SLOTS],
+            masks: [0; SLOTS],
+            tags: [0; SLOTS],
+        };
+        let mut place = 0;
+        while place < SLOTS {
+            if let Some(slot) = Slot::from_index(place) {
+                if let Some(code) = reasons::code(isa, slot) {
+                    (rules.sources[place], rules.masks[place]) = source_of(isa, code);
+                }
+                rules.tags[place] = tag(slot);
+            }
+            place += 1;
         }
-        place += 1;
+        rules
     }
-    rules
+
+    #[inline(always)]
+    const fn of(isa: Isa) -> &'static Self {
+        match isa {
+            Isa::Vmx => &VMX,
+            Isa::Svm => &SVM,
+        }
+    }
+
+    /// Return the key of an exit for which this was read, as far as the detail is in it.
+    #[inline(always)]
+    fn key(&self, slot: Slot, told: u64) -> u64 {
+        // SAFETY: By the invariant of `Slot` its index is below SLOTS.
+        unsafe {
+            told & self.masks.get_unchecked(slot.index()) ^ self.tags.get_unchecked(slot.index())
+        }
+    }
+}
+
+/// Return what is read of the exits of a reason: one of [`source`].
+#[inline(always)]
+pub fn source_of_slot(isa: Isa, slot: Slot) -> i32 {
+    // SAFETY: By the invariant of `Slot` its index is below SLOTS.
+    unsafe { *Rules::of(isa).sources.get_unchecked(slot.index()) }
 }
 
 /// Return what is read of the exits with a code, and the bits of it that are the detail.
 const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
-    use source::{ADDRESS as AT, COMPOSED, HYPERCALL, INTERRUPTION, MSR, NONE, QUALIFICATION};
+    use source::{ADDRESS as AT, FAULT, HYPERCALL, INTERRUPTION, LEAF, MSR, NONE, QUALIFICATION};
     match (isa, code) {
         (Isa::Vmx, 31 | 32) => (MSR, MSR_NUMBER),
         (Isa::Svm, 0x7c) => (MSR, 1 << 32 | MSR_NUMBER),
@@ -178,7 +193,8 @@ const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
         (Isa::Vmx, 56) => (QUALIFICATION, 0xfff),
         // `avic_unaccelerated_access_interception()`: bits 4 to 11 the offset, bit 32 write.
         (Isa::Svm, 0x402) => (QUALIFICATION, 1 << 32 | 0xff0),
-        (Isa::Vmx, 10 | 48) | (Isa::Svm, 0x72 | 0x400) => (COMPOSED, 0),
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (LEAF, 0xffff_ffff),
+        (Isa::Vmx, 48) | (Isa::Svm, 0x400) => (FAULT, u64::MAX),
         (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (HYPERCALL, 0),
         _ => (NONE, 0),
     }
@@ -204,68 +220,67 @@ pub trait Exit {
     fn hyperv_call(&self) -> Option<u16>;
 }
 
-/// Return how the keys of a reason are had.
-#[inline(always)]
-pub fn rule(isa: Isa, slot: Slot) -> &'static Rule {
-    let rules = match isa {
-        Isa::Vmx => &VMX,
-        Isa::Svm => &SVM,
-    };
-    // SAFETY: By the invariant of `Slot` its index is below SLOTS.
-    unsafe { rules.get_unchecked(slot.index()) }
-}
-
 /// Return the key of an exit whose detail is one number, or that has none: `None` for that. `Err`
 /// for any other.
 #[inline(always)]
-pub fn plain(rule: &Rule, exit: &impl Exit) -> Result<Option<u64>, Composed> {
-    let told = if rule.source > 0 {
-        exit.read_plain(rule.source)
-    } else if rule.source == source::MSR {
-        Some(exit.msr())
-    } else if rule.source == source::NONE {
-        None
+pub fn plain(isa: Isa, slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
+    let source = source_of_slot(isa, slot);
+    // As wide as a field's number is for VMREAD, so that all three ways take one comparison.
+    let wide = i64::from(source);
+    let told = if wide > 0 {
+        exit.read_plain(source)
+    } else if wide < 0 {
+        if source == source::LEAF {
+            let leaf = exit.rax() as u32;
+            match BASIC_LEAVES.get(leaf as usize) {
+                Some(Subleaves::None) => Some(leaf.into()),
+                _ => return Err(Composed),
+            }
+        } else if source == source::MSR {
+            Some(exit.msr())
+        } else if source == source::FAULT {
+            fault(isa, exit)
+        } else {
+            return Err(Composed);
+        }
     } else {
-        return Err(Composed);
+        None
     };
-    Ok(told.map(|told| told & rule.mask ^ rule.tag))
+    Ok(told.map(|told| Rules::of(isa).key(slot, told)))
 }
 
-/// An exit's detail is composed of more than one number.
+/// An exit's detail is not had by [`plain`].
 #[derive(Clone, Copy, Debug)]
 pub struct Composed;
 
-/// Return the key of an exit whose detail is composed; `None` where the CPU does not tell.
+/// Return the detail of a page fault; `None` where the CPU does not tell.
 #[inline(always)]
-pub fn composed(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
+fn fault(isa: Isa, exit: &impl Exit) -> Option<u64> {
     /// Page fault error codes (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
     const WRITE: u64 = 1 << 1;
     const RESERVED: u64 = 1 << 3;
     const FETCH: u64 = 1 << 4;
 
-    let code = reasons::code(isa, slot).unwrap_or(u32::MAX);
-    let fault = || {
-        let told = exit.read(source::QUALIFICATION)?;
-        let address = exit.read(source::ADDRESS)? & ADDRESS;
-        Some((told, address))
-    };
-    let detail = match (isa, code) {
-        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => Some(cpuid(exit.rax() as u32, exit.rcx() as u32)),
-        (Isa::Vmx, 48) => fault().map(|(told, address)| memory(address, told & 7)),
-        (Isa::Svm, 0x400) => fault().map(|(error, address)| match error & RESERVED {
-            0 => {
-                let (write, fetch) = (error & WRITE != 0, error & FETCH != 0);
-                let read = u64::from(!write && !fetch);
-                memory(
-                    address,
-                    read | u64::from(write) << 1 | u64::from(fetch) << 2,
-                )
-            }
-            _ => address | IS_ADDRESS,
-        }),
-        _ => None,
-    };
-    detail.map(|detail| key_of(slot, detail))
+    let told = exit.read(source::QUALIFICATION)?;
+    let address = exit.read(source::ADDRESS)? & ADDRESS;
+    Some(match isa {
+        Isa::Vmx => memory(address, told & 7),
+        Isa::Svm if told & RESERVED != 0 => address | IS_ADDRESS,
+        Isa::Svm => {
+            let (write, fetch) = (told & WRITE != 0, told & FETCH != 0);
+            let read = u64::from(!write && !fetch);
+            memory(
+                address,
+                read | u64::from(write) << 1 | u64::from(fetch) << 2,
+            )
+        }
+    })
+}
+
+/// Return the key of an exit by CPUID, of a leaf that may have subleaves.
+#[inline(always)]
+pub fn leaf(slot: Slot, exit: &impl Exit) -> u64 {
+    key_of(slot, cpuid(exit.rax() as u32, exit.rcx() as u32))
 }
 
 /// Return the key of a hypercall.
@@ -281,11 +296,12 @@ pub fn hypercall(slot: Slot, exit: &impl Exit) -> u64 {
 /// Return the key of an exit: its reason and its detail; `None` where it has none.
 #[inline(always)]
 pub fn key(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
-    let rule = rule(isa, slot);
-    match plain(rule, exit) {
+    match plain(isa, slot, exit) {
         Ok(key) => key,
-        Err(Composed) if rule.source == source::HYPERCALL => Some(hypercall(slot, exit)),
-        Err(Composed) => composed(isa, slot, exit),
+        Err(Composed) => Some(match source_of_slot(isa, slot) {
+            source::LEAF => leaf(slot, exit),
+            _ => hypercall(slot, exit),
+        }),
     }
 }
 
@@ -304,33 +320,58 @@ fn cpuid(leaf: u32, subleaf: u32) -> u64 {
     u64::from(leaf ^ subleaf) | u64::from(subleaf) << 32
 }
 
+/// The leaves below 64 that have subleaves, by bit.
+const BASIC_WITH_SUBLEAVES: u64 = 1 << 0x04
+    | 1 << 0x07
+    | 1 << 0x0b
+    | 1 << 0x0d
+    | 1 << 0x0f
+    | 1 << 0x10
+    | 1 << 0x12
+    | 1 << 0x14
+    | 1 << 0x17
+    | 1 << 0x18
+    | 1 << 0x1a
+    | 1 << 0x1b
+    | 1 << 0x1d
+    | 1 << 0x1e
+    | 1 << 0x1f
+    | 1 << 0x20
+    | 1 << 0x23
+    | 1 << 0x24;
+
+/// Whether a CPUID leaf has subleaves.
+#[repr(u8)]
+#[derive(Clone, Copy)]
+enum Subleaves {
+    None = 0,
+    Some = 1,
+}
+
+/// The leaves below 64.
+static BASIC_LEAVES: [Subleaves; 64] = basic_leaves();
+
+#[allow(clippy::indexing_slicing, reason = "while this is compiled")]
+const fn basic_leaves() -> [Subleaves; 64] {
+    let mut leaves = [Subleaves::None; 64];
+    let mut leaf = 0;
+    while leaf < leaves.len() {
+        if has_subleaves(leaf as u32) {
+            leaves[leaf] = Subleaves::Some;
+        }
+        leaf += 1;
+    }
+    leaves
+}
+
 /// Return true if a CPUID leaf tells different things by ECX.
 ///
 /// Those of which the SDM ("CPUID - CPU Identification") and the APM (volume 3, appendix E) say so,
 /// and exitmeter's own.
 #[inline(always)]
 pub const fn has_subleaves(leaf: u32) -> bool {
-    /// Of the leaves below 64, by bit.
-    const BASIC: u64 = 1 << 0x04
-        | 1 << 0x07
-        | 1 << 0x0b
-        | 1 << 0x0d
-        | 1 << 0x0f
-        | 1 << 0x10
-        | 1 << 0x12
-        | 1 << 0x14
-        | 1 << 0x17
-        | 1 << 0x18
-        | 1 << 0x1a
-        | 1 << 0x1b
-        | 1 << 0x1d
-        | 1 << 0x1e
-        | 1 << 0x1f
-        | 1 << 0x20
-        | 1 << 0x23
-        | 1 << 0x24;
     if leaf < 64 {
-        return BASIC >> leaf & 1 != 0;
+        return BASIC_WITH_SUBLEAVES >> leaf & 1 != 0;
     }
     matches!(
         leaf,

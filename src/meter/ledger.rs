@@ -13,8 +13,8 @@ use super::{
     parts,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    slow::{Leaving, Told},
-    tables::{About, Keys, Tables, TablesCopy, Which},
+    slow::{Leaving, Taken},
+    tables::{self, About, Keys, Tables, TablesCopy, Which},
 };
 
 use Ordering::Relaxed;
@@ -263,7 +263,7 @@ impl Ledger {
         }
         // SAFETY: This is a transition, or no other CPU runs.
         if let Some(tables) = unsafe { self.tables() } {
-            tables.book(self.slot(), phase, ticks);
+            tables.book(phase, ticks);
             tables.rebase(then, now);
             let last = self.last.load(Relaxed);
             tables.slow().rebase(last, then, now, phase);
@@ -296,8 +296,8 @@ impl Ledger {
     }
 
     /// The row of the latest exit.
-    #[inline]
-    fn slot(&self) -> Option<Slot> {
+    #[inline(always)]
+    pub(super) fn slot(&self) -> Option<Slot> {
         Slot::from_index(self.row.load(Relaxed) as usize / ROW_BYTES)
     }
 
@@ -371,37 +371,64 @@ impl Ledger {
         self.exit_from::<false>(now, slot);
     }
 
-    /// A VM exit of a vCPU that has tables.
+    /// A VM exit of a vCPU that has tables. `RING` tells whether it has a ring of its last exits.
     #[inline(always)]
-    pub fn exit_with(&self, tables: &Tables, now: u64, about: &About) {
+    pub fn exit_with<const RING: bool>(&self, tables: &Tables, now: u64, about: &About) {
+        if let Err(key) = self.exit_like_before::<RING>(tables, now, about) {
+            self.exit_otherwise(tables, now, about, key);
+        }
+    }
+
+    /// A VM exit of a vCPU that has tables, if that has the latest rows and the clock goes on; else
+    /// nothing has happened, and the exit's key is returned (see [`super::slow::key`]).
+    ///
+    /// # Errors
+    ///
+    /// The key: the exit is one for [`Self::exit_otherwise`].
+    #[inline(always)]
+    pub fn exit_like_before<const RING: bool>(
+        &self,
+        tables: &Tables,
+        now: u64,
+        about: &About,
+    ) -> Result<(), u64> {
         let (key, rows) = match (about.nested, about.rip) {
             (false, Some(rip)) => tables.latest_rows(about.slot, about.key, rip),
             _ => (about.whole_key(), None),
         };
-        if let Some(rows) = rows.filter(|_| tables.slow().has_room()) {
+        if let Some(rows) = rows.filter(|_| !RING || tables.slow().has_room()) {
             if let Some(ticks) = self.begin_transition(now) {
                 tables.take_exit(rows);
-                tables.slow().take_exit(&Told {
-                    now,
-                    guest: ticks,
-                    key,
-                    rip: about.rip.unwrap_or(0),
-                });
+                if RING {
+                    tables.slow().take_exit(&Taken {
+                        now,
+                        guest: ticks,
+                        key,
+                        rip: about.rip.unwrap_or(0),
+                    });
+                }
                 let row = self.change_to_kernel(about.slot, ticks);
                 if parts::COUNTS {
                     add(self.cell(row, Column::Exits), 1);
                 }
-                return self.end_transition(now);
+                self.end_transition(now);
+                return Ok(());
             }
         }
-        // So that all goes in registers.
+        Err(key)
+    }
+
+    /// Any other VM exit of a vCPU that has tables.
+    #[inline(always)]
+    pub fn exit_otherwise(&self, tables: &Tables, now: u64, about: &About, key: u64) {
         let Keys { which, rip, .. } = about.keys();
-        self.exit_anew(tables, now, which, key, rip);
+        self.exit_anew(rip, now, which, key, tables);
     }
 
     /// A VM exit of a vCPU that has tables, but may have no row for it; or the clock stands still.
+    /// All goes in registers, and in those that it is in before.
     #[inline(never)]
-    fn exit_anew(&self, tables: &Tables, now: u64, which: Which, key: u64, rip: u64) {
+    fn exit_anew(&self, rip: u64, now: u64, which: Which, key: u64, tables: &Tables) {
         let mut now = now;
         let ticks = match self.begin_transition(now) {
             Some(ticks) => ticks,
@@ -412,13 +439,17 @@ impl Ledger {
         };
         let rows = tables.rows_for(self, now, &Keys { which, key, rip });
         tables.take_exit(rows);
-        tables.slow().make_room(now);
-        tables.slow().take_exit(&Told {
-            now,
-            guest: ticks,
-            key,
-            rip,
-        });
+        let slow = tables.slow();
+        slow.see_to_window(now);
+        if slow.has_ring() {
+            slow.make_room();
+            slow.take_exit(&Taken {
+                now,
+                guest: ticks,
+                key,
+                rip,
+            });
+        }
         self.count_exit(now, which.slot(), ticks, which.is_nested());
     }
 
@@ -518,17 +549,17 @@ impl Ledger {
         self.end_transition(now);
     }
 
-    /// A VM entry of a vCPU that has tables.
+    /// A VM entry of a vCPU that has tables. `cpu` tells the CPU.
     #[inline(always)]
-    pub fn entry_with(&self, tables: &Tables, now: u64) {
+    pub fn entry_with(&self, tables: &Tables, now: u64, cpu: impl FnOnce() -> u32) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_entry_with(tables, now);
+            return self.late_entry_with(tables, now, cpu());
         };
         tables.book_kernel(ticks);
         let row = self.enter_after(ticks);
         // Where the kernel's ticks are carried over, that is 0.
         if ticks > tables.slow().floor() {
-            return self.end_slow_exit(tables, now, row, ticks);
+            return self.end_exit_with(tables, now, row, ticks, cpu());
         }
         if parts::HISTOGRAMS {
             let Some(bucket) = usual_bucket(ticks) else {
@@ -558,17 +589,42 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_entry_with(&self, tables: &Tables, now: u64) {
-        self.entry_with(tables, self.one_tick_on(now));
+    fn late_entry_with(&self, tables: &Tables, now: u64, cpu: u32) {
+        self.entry_with(tables, self.one_tick_on(now), || cpu);
     }
 
-    /// Ends the transition of an entry after an exit that may be one of the slowest.
+    /// Ends the transition of an entry by a CPU, after an exit in the course of which the vCPU left
+    /// its CPU, or that may be one of the slowest.
     #[inline(never)]
-    fn end_slow_exit(&self, tables: &Tables, now: u64, row: Row, ticks: u64) {
+    fn end_exit_with(&self, tables: &Tables, now: u64, row: Row, ticks: u64, cpu: u32) {
         let carried = self.carried.load(Relaxed);
-        let kernel = (carried != CLOSED).then(|| ticks.wrapping_add(carried));
-        tables.slow().end(self.last.load(Relaxed), now, kernel);
-        self.end_unusual_exit(now, row, ticks);
+        self.carried.store(0, Relaxed);
+        let slow = tables.slow();
+        if carried == CLOSED {
+            slow.end_none(now, cpu);
+            return self.end_transition(now);
+        }
+        let kernel = ticks.wrapping_add(carried);
+        if parts::HISTOGRAMS {
+            self.sample(row, kernel, bucket(kernel));
+        }
+        if slow.is_to_be_told(now, kernel) {
+            return self.end_slow_exit(tables, now, kernel, carried != 0, cpu);
+        }
+        slow.end(cpu);
+        self.end_transition(now);
+    }
+
+    /// Ends the transition of an entry by a CPU, after an exit of so many kernel ticks that may be
+    /// one of the slowest. `left` tells whether the vCPU has left its CPU meanwhile.
+    #[inline(never)]
+    fn end_slow_exit(&self, tables: &Tables, now: u64, kernel: u64, left: bool, cpu: u32) {
+        let slow = tables.slow();
+        if let Some(exited) = tables.latest_exit(self) {
+            slow.tell(&exited, now, kernel, left, cpu);
+        }
+        slow.end(cpu);
+        self.end_transition(now);
     }
 
     /// Ends the transition of an entry after an exit in the course of which the vCPU left its
@@ -605,19 +661,82 @@ impl Ledger {
         self.leave_after(now, phase, ticks);
     }
 
-    /// A vCPU that has tables leaves its CPU.
+    /// A vCPU that has tables leaves its CPU, which `cpu` tells.
     #[inline(always)]
-    pub fn leave_with(&self, tables: &Tables, now: u64, leaving: &Leaving) {
+    pub fn leave_with(
+        &self,
+        tables: &Tables,
+        now: u64,
+        leaving: Leaving,
+        cpu: impl FnOnce() -> u32,
+    ) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_leave_with(tables, now, leaving);
+            return self.late_leave_with(tables, now, leaving, cpu());
         };
-        let slot = self.slot();
-        tables.book(slot, self.phase.load(Relaxed), ticks);
-        if let Some(why) = leaving.to_user {
-            tables.leave_to_user(slot, why);
+        self.leave_otherwise_with(tables, now, ticks, leaving, cpu());
+    }
+
+    /// A vCPU that has tables leaves its CPU, which `cpu` tells, for user space; why is told as in
+    /// [`Leaving`].
+    #[inline(always)]
+    pub fn leave_to_user_with(
+        &self,
+        tables: &Tables,
+        now: u64,
+        why: impl FnOnce() -> Option<u16>,
+        cpu: impl FnOnce() -> u32,
+    ) {
+        const { assert!(ROW_BYTES << 10 == 1 << tables::REASON_SHIFT) };
+        let leaving = |to_user| Leaving {
+            phase: Phase::User,
+            to_user,
+        };
+        let Some(ticks) = self.begin_transition(now) else {
+            return self.late_leave_with(tables, now, leaving(why()), cpu());
+        };
+        // Apart, so that the usual way has nothing to do for the others.
+        if self.phase.load(Relaxed) != Phase::Kernel as u32 {
+            return self.leave_otherwise_with(tables, now, ticks, leaving(why()), cpu());
         }
-        let (last, left) = (self.last.load(Relaxed), self.phase.load(Relaxed));
-        tables.slow().leave(last, now, left, leaving);
+        let Some(why) = why() else {
+            return self.leave_otherwise_with(tables, now, ticks, leaving(None), cpu());
+        };
+        // As `tables::user_tag`, without a look at which reason it is.
+        let row = self.row.load(Relaxed).wrapping_add(ROW_BYTES as u32);
+        let tag = u64::from(row << 10 | u32::from(why));
+        let Some(row) = tables.latest_user(tag) else {
+            return self.leave_otherwise_with(tables, now, ticks, leaving(Some(why)), cpu());
+        };
+        tables.book_kernel(ticks);
+        tables.count_user(row);
+        tables.slow().leave_to_user(why);
+        self.leave_kernel(now, Phase::User, ticks);
+    }
+
+    /// As above, to elsewhere than to user space for what it was there for last, or from elsewhere
+    /// than from KVM.
+    #[inline(never)]
+    fn leave_otherwise_with(
+        &self,
+        tables: &Tables,
+        now: u64,
+        ticks: u64,
+        leaving: Leaving,
+        cpu: u32,
+    ) {
+        let left = self.phase.load(Relaxed);
+        let slow = tables.slow();
+        tables.book(left, ticks);
+        if left == Phase::Kernel as u32 {
+            slow.leave(leaving, cpu);
+        } else if left == Phase::Guest as u32 {
+            slow.leave_guest(self.last.load(Relaxed));
+        } else {
+            slow.pass(left, ticks);
+        }
+        if leaving.phase == Phase::User {
+            tables.leave_to_user(self.slot(), leaving.to_user);
+        }
         self.leave_after(now, leaving.phase, ticks);
     }
 
@@ -627,6 +746,12 @@ impl Ledger {
         if self.phase.load(Relaxed) != Phase::Kernel as u32 {
             return self.leave_outside(now, phase, ticks);
         }
+        self.leave_kernel(now, phase, ticks);
+    }
+
+    /// Have the vCPU off its CPU after `ticks` in KVM, and end the transition.
+    #[inline(always)]
+    fn leave_kernel(&self, now: u64, phase: Phase, ticks: u64) {
         if parts::PHASES {
             add(self.phase_cell(self.row(), Phase::Kernel), ticks);
         }
@@ -660,8 +785,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_leave_with(&self, tables: &Tables, now: u64, leaving: &Leaving) {
-        self.leave_with(tables, self.one_tick_on(now), leaving);
+    fn late_leave_with(&self, tables: &Tables, now: u64, leaving: Leaving, cpu: u32) {
+        self.leave_with(tables, self.one_tick_on(now), leaving, || cpu);
     }
 
     /// The vCPU is back on a CPU, in KVM.
@@ -673,15 +798,33 @@ impl Ledger {
         self.resume_after(now, ticks);
     }
 
-    /// A vCPU that has tables is back on CPU `cpu`, in KVM.
+    /// A vCPU that has tables is back on a CPU, in KVM.
     #[inline(always)]
-    pub fn resume_with(&self, tables: &Tables, now: u64, cpu: u32) {
+    pub fn resume_with(&self, tables: &Tables, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_resume_with(tables, now, cpu);
+            return self.late_resume_with(tables, now);
         };
-        let (last, left) = (self.last.load(Relaxed), self.phase.load(Relaxed));
-        tables.book(self.slot(), left, ticks);
-        tables.slow().resume(last, now, left, cpu);
+        if self.phase.load(Relaxed) != Phase::User as u32 {
+            return self.resume_otherwise_with(tables, now, ticks);
+        }
+        tables.book_user(ticks);
+        tables.slow().pass_user(ticks);
+        if parts::PHASES {
+            add(self.phase_cell(self.row(), Phase::User), ticks);
+        }
+        self.phase.store(Phase::Kernel as u32, Relaxed);
+        self.end_transition(now);
+    }
+
+    /// As above, from elsewhere than user space.
+    #[inline(never)]
+    fn resume_otherwise_with(&self, tables: &Tables, now: u64, ticks: u64) {
+        let left = self.phase.load(Relaxed);
+        tables.book(left, ticks);
+        match left == Phase::Guest as u32 {
+            true => tables.slow().leave_guest(self.last.load(Relaxed)),
+            false => tables.slow().pass(left, ticks),
+        }
         self.resume_after(now, ticks);
     }
 
@@ -717,8 +860,8 @@ impl Ledger {
 
     #[cold]
     #[inline(never)]
-    fn late_resume_with(&self, tables: &Tables, now: u64, cpu: u32) {
-        self.resume_with(tables, self.one_tick_on(now), cpu);
+    fn late_resume_with(&self, tables: &Tables, now: u64) {
+        self.resume_with(tables, self.one_tick_on(now));
     }
 
     /// Book ticks on the latest reason and the phase of a number.

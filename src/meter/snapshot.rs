@@ -172,7 +172,8 @@
 //! So do the user ticks in one of exits to user space. An entry whose `_missed` are 0 is exact.
 //!
 //! An exit is slow by its ticks in all phases but `halted`. Of each window there are the 16 slowest
-//! whose entry is in it. A window takes 2^35 ticks, or a little longer. A ring that is not frozen
+//! whose entry is in it. A window takes 2^35 ticks, and ends at the first occasion after that: see
+//! docs/slow.md. Without the parameter `slow_us` rings are empty. A ring that is not frozen
 //! ends with the latest exit that was followed by an entry, a frozen one with the exit that froze it.
 //!
 //! # Key of a detail

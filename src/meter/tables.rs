@@ -19,8 +19,9 @@
 //! row may have missed at most all that was lost in its set before it came. A row of a set in which
 //! nothing was lost is exact.
 //!
-//! A guest mostly repeats itself. So each set knows its latest row, and an exit is compared with
-//! that alone before its set is searched, out of line.
+//! A guest mostly repeats itself. So each set of details knows its latest row, and so does each
+//! reason for some of its code. An exit is compared with these alone before its sets are searched,
+//! out of line.
 //!
 //! A guest chooses keys, and can fill its own table with rubbish. It takes no longer for that, and
 //! the sums stay exact.
@@ -41,7 +42,7 @@ use super::{
     ledger::Ledger,
     phase::Phase,
     reasons::{Slot, SLOTS},
-    slow::{self, Slow},
+    slow::{self, Exited, Slow},
 };
 
 mod copy;
@@ -53,6 +54,8 @@ pub const WAYS: usize = 4;
 const DETAIL_POWER: u32 = 6;
 /// Sets of code, as a power of two.
 const CODE_POWER: u32 = 6;
+/// How many latest rows of code each reason knows, as a power of two.
+const LATEST_POWER: u32 = 2;
 /// Rows of details.
 pub const DETAILS: usize = WAYS << DETAIL_POWER;
 /// Rows of code.
@@ -102,7 +105,7 @@ struct Code {
 #[repr(C)]
 #[derive(Debug)]
 struct User {
-    /// Reason, and why; 0 for a row that is free.
+    /// See [`user_tag`]; 0 for a row that is free.
     tag: AtomicU64,
     exits: AtomicU64,
     ticks: AtomicU64,
@@ -144,7 +147,7 @@ pub(super) struct Keys {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Which(u32);
 
-/// Where that holds that the exit came from a nested guest.
+/// Where that holds that the exit came from a nested guest. So does [`Tables::lacks_rip`].
 const IS_NESTED: u32 = 1 << 8;
 /// Where that holds that the RIP cannot be read.
 const NO_RIP: u32 = 1 << 9;
@@ -154,7 +157,7 @@ const SLOT: u32 = IS_NESTED - 1;
 impl About {
     /// Return the exit's key, also where it has no detail: see [`slow::key`].
     #[inline(always)]
-    pub(super) fn whole_key(&self) -> u64 {
+    pub fn whole_key(&self) -> u64 {
         match (self.key, self.nested) {
             (Some(key), false) => key,
             (Some(key), true) => key | detail::NESTED,
@@ -218,13 +221,17 @@ pub(super) struct Rows {
 
 /// The tables of one vCPU. All-zero bytes are some that have not begun, once they are prepared.
 ///
-/// The first row of each table is nobody's: what has no row is booked there, and never read.
+/// The first row of each table is nobody's: what has no row is booked there, and never read. So is
+/// the last row of code.
 ///
 /// # Invariants
 ///
 /// - `detail`, `code` and `user` are how many bytes from the first row of its table a row begins.
-/// - They are in no row, or in one of the ledger's latest reason; `user` alone may lag behind.
-/// - So are `latest_details` and `latest_codes`, each in a row that is in use, or the first one.
+/// - They are in no row, or in one of the ledger's latest reason; `user` alone may lag behind, but
+///   not in user space.
+/// - So are `latest_details` and `latest_codes`, each in a row that is in use, or in nobody's.
+/// - A row that `latest_codes` has for a reason is one of exits for that, and of no nested guest's;
+///   nobody's row that it has there holds a RIP which belongs elsewhere in it.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Tables {
@@ -236,11 +243,12 @@ pub struct Tables {
     detail: AtomicU32,
     code: AtomicU32,
     user: AtomicU32,
-    /// An exit came without RIP.
+    /// Other than 0 if an exit came without RIP; [`IS_NESTED`] tells of the latest of these.
     lacks_rip: AtomicU32,
     /// By set: where its latest row begins.
     latest_details: [AtomicU16; 1 << DETAIL_POWER],
-    latest_codes: [AtomicU16; 1 << CODE_POWER],
+    /// See [`latest_code`].
+    latest_codes: [AtomicU16; SLOTS << LATEST_POWER],
     codes_in_use: [AtomicU64; CODES / 64],
     /// By set: kernel ticks that were lost.
     code_lost: [AtomicU64; 1 << CODE_POWER],
@@ -248,7 +256,7 @@ pub struct Tables {
     other_users: [AtomicU64; SLOTS],
     /// Their rows begin a cache line each, so they stand where no room is lost by that.
     details: [Detail; 1 + DETAILS],
-    codes: [Code; 1 + CODES],
+    codes: [Code; 2 + CODES],
     users: [User; 1 + USERS],
     baseline: [Baseline; SLOTS],
     slow: Slow,
@@ -262,7 +270,7 @@ const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<[Detail; 1 + DETAILS]>() <= 1 << 16);
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<[Code; 1 + CODES]>() <= 1 << 16);
+const _: () = assert!(size_of::<[Code; 2 + CODES]>() <= 1 << 16);
 
 /// Reads a cell of a vCPU's tables, in a transition of that vCPU.
 #[inline(always)]
@@ -281,6 +289,29 @@ const fn set_of(key: u32, power: u32) -> usize {
 #[inline(always)]
 const fn code_set(rip: u64, slot: u32) -> usize {
     set_of((rip as u32).wrapping_add(slot << 3), CODE_POWER)
+}
+
+/// Return where the latest row of code is noted for exits of a reason at a place.
+#[inline(always)]
+const fn latest_code(rip: u64, slot: Slot) -> usize {
+    let place = set_of(rip as u32, LATEST_POWER);
+    (slot.index() << LATEST_POWER).wrapping_add(place)
+}
+
+/// Where nobody's last row of code begins. The RIP in it belongs to other places of `latest_codes`
+/// than that of the first one, which is 0.
+const LAST_CODE: usize = (1 + CODES) * size_of::<Code>();
+/// The RIP in that row.
+const LAST_RIP: u64 = 1;
+const _: () = assert!(set_of(0, LATEST_POWER) != set_of(LAST_RIP as u32, LATEST_POWER));
+
+/// Return which of nobody's rows of code is for a place of `latest_codes`: one with a RIP that
+/// belongs elsewhere.
+const fn no_code(place: usize) -> usize {
+    match place & ((1 << LATEST_POWER) - 1) == set_of(0, LATEST_POWER) {
+        true => LAST_CODE,
+        false => 0,
+    }
 }
 
 /// Return where a set begins, whose rows take `row` bytes: behind the first row of the table.
@@ -314,9 +345,12 @@ fn all_exits(exits: &AtomicU64, missed: &AtomicU64) -> u64 {
     own(exits).saturating_add(own(missed))
 }
 
-/// Return the reason as rows of exits to user space hold it: never 0, so that no tag is.
-const fn user_reason(slot: Slot) -> u64 {
-    (slot.index() as u64).wrapping_add(1)
+/// Where a tag of exits to user space has the reason.
+pub(super) const REASON_SHIFT: u32 = 16;
+
+/// Return the tag of exits to user space: the reason, from 1 as no tag is 0, and why.
+const fn user_tag(slot: Slot, why: u16) -> u64 {
+    (slot.index() as u64).wrapping_add(1) << REASON_SHIFT | why as u64
 }
 
 impl Tables {
@@ -329,6 +363,12 @@ impl Tables {
     #[inline(always)]
     pub fn slow(&self) -> &Slow {
         &self.slow
+    }
+
+    /// Return true if the vCPU has a ring of its last exits.
+    #[inline(always)]
+    pub fn has_ring(&self) -> bool {
+        self.slow.has_ring()
     }
 
     #[inline(always)]
@@ -351,13 +391,16 @@ impl Tables {
 
     /// Make all-zero bytes tables that have not begun.
     pub fn prepare(&self) {
-        // No exit is one of the first row, that all latest rows are at first.
-        self.code_at(0).which.store(u32::MAX, Relaxed);
+        self.code_at(LAST_CODE).rip.store(LAST_RIP, Relaxed);
+        for (place, latest) in self.latest_codes.iter().enumerate() {
+            // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
+            latest.store(no_code(place) as u16, Relaxed);
+        }
     }
 
-    /// Return the rows of an exit that is none of a nested guest, if each is the latest one of its
-    /// set; `None` where they are to be looked for. If there are some, the reason has had an exit.
-    /// With them the exit's key, also where it has no detail: see [`slow::key`].
+    /// Return the rows of an exit that is none of a nested guest, if each is a latest one; `None`
+    /// where they are to be looked for. If there are some, the reason has had an exit. With them
+    /// the exit's key, also where it has no detail: see [`slow::key`].
     #[inline(always)]
     pub(super) fn latest_rows(
         &self,
@@ -377,11 +420,11 @@ impl Tables {
                 (key, latest)
             }
         };
-        let set = code_set(rip, slot.index() as u32);
-        // SAFETY: As above.
-        let code = own(unsafe { self.latest_codes.get_unchecked(set) }).into();
-        let row = self.code_at(code);
-        if own(&row.rip) != rip || own(&row.which) != slot.index() as u32 {
+        // SAFETY: By the invariant of `Slot` its index is below SLOTS, and what is added to it is
+        // below the power of 2.
+        let code = own(unsafe { self.latest_codes.get_unchecked(latest_code(rip, slot)) }).into();
+        // By the invariant of `Tables` the row is of that reason, or not at that place.
+        if own(&self.code_at(code).rip) != rip {
             return (key, None);
         }
         (key, Some(Rows { detail, code }))
@@ -390,13 +433,14 @@ impl Tables {
     /// Return the rows of an exit at TSC `now`, which gets those that it has not. In the ledger's
     /// transition, before the ledger counts the exit.
     pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
+        self.begin(ledger, now);
         let detail = match slow::has_detail(keys.key) {
             false => 0,
             true => {
                 let (key, set) = (keys.key, set_of(keys.key as u32, DETAIL_POWER));
                 let row = self
                     .find_detail(set, key)
-                    .unwrap_or_else(|| self.new_detail(ledger, now, set, key));
+                    .unwrap_or_else(|| self.new_detail(set, key));
                 if let Some(latest) = self.latest_details.get(set) {
                     // INVARIANT: The row is there, and in use.
                     latest.store(row as u16, Relaxed);
@@ -410,15 +454,18 @@ impl Tables {
                 let set = code_set(rip, which.place());
                 let row = self
                     .find_code(set, rip, which)
-                    .unwrap_or_else(|| self.new_code(ledger, now, set, rip, which));
-                if let Some(latest) = self.latest_codes.get(set) {
-                    // INVARIANT: As above.
-                    latest.store(row as u16, Relaxed);
+                    .unwrap_or_else(|| self.new_code(set, rip, which));
+                if !which.is_nested() {
+                    let place = latest_code(rip, which.slot());
+                    if let Some(latest) = self.latest_codes.get(place) {
+                        // INVARIANT: As above; and it is of that reason.
+                        latest.store(row as u16, Relaxed);
+                    }
                 }
                 row
             }
             false => {
-                self.lacks_rip.store(1, Relaxed);
+                self.lacks_rip.store(keys.which.0, Relaxed);
                 0
             }
         };
@@ -443,9 +490,8 @@ impl Tables {
     /// Give a key a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_detail(&self, ledger: &Ledger, now: u64, set: usize, key: u64) -> usize {
+    fn new_detail(&self, set: usize, key: u64) -> usize {
         const ROW: usize = size_of::<Detail>();
-        self.begin(ledger, now);
         let (offset, missed) = choose(set, ROW, |offset| {
             let row = self.detail_at(offset);
             (own(&row.key) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
@@ -484,9 +530,8 @@ impl Tables {
     /// Give a place in the guest's code a row of its set; return where it is.
     #[cold]
     #[inline(never)]
-    fn new_code(&self, ledger: &Ledger, now: u64, set: usize, rip: u64, which: Which) -> usize {
+    fn new_code(&self, set: usize, rip: u64, which: Which) -> usize {
         const ROW: usize = size_of::<Code>();
-        self.begin(ledger, now);
         let (offset, missed) = choose(set, ROW, |offset| {
             let row = self.code_at(offset);
             (own(&row.exits) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
@@ -495,6 +540,7 @@ impl Tables {
         match missed {
             None => mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1)),
             Some(missed) => {
+                self.forget_code(offset, Which(own(&row.which)), own(&row.rip));
                 let mut lost = 0;
                 if let Some(cell) = self.code_lost.get(set) {
                     add(cell, own(&row.kernel));
@@ -512,8 +558,19 @@ impl Tables {
         offset
     }
 
-    /// Take down what the ledger has so far, unless that was done. Each table is empty at first, so
-    /// the first exit that needs a row comes here.
+    /// Take a row of code that another place gets out of the latest ones.
+    fn forget_code(&self, offset: usize, which: Which, rip: u64) {
+        let place = latest_code(rip, which.slot());
+        if let Some(latest) = self.latest_codes.get(place) {
+            if usize::from(own(latest)) == offset {
+                // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
+                latest.store(no_code(place) as u16, Relaxed);
+            }
+        }
+    }
+
+    /// Take down what the ledger has so far, unless that was done. No row is a latest one at first,
+    /// so the first exit comes here.
     fn begin(&self, ledger: &Ledger, now: u64) {
         if self.has_begun.load(Relaxed) != 0 {
             return;
@@ -528,6 +585,39 @@ impl Tables {
         }
         self.since.store(now, Relaxed);
         self.has_begun.store(1, Relaxed);
+        self.slow.begin(now);
+    }
+
+    /// Return what the latest exit was; `None` if it came before the tables began.
+    pub(super) fn latest_exit(&self, ledger: &Ledger) -> Option<Exited> {
+        if self.has_begun.load(Relaxed) == 0 {
+            return None;
+        }
+        let slot = ledger.slot().unwrap_or(Slot::OTHER);
+        let (which, rip) = match own(&self.code) {
+            0 => (self.lacks_rip.load(Relaxed), 0),
+            code => {
+                let row = self.code_at(code as usize);
+                (own(&row.which), own(&row.rip))
+            }
+        };
+        let key = match own(&self.detail) {
+            0 => slow::key(slot, Which(which).is_nested()),
+            detail => own(&self.detail_at(detail as usize).key),
+        };
+        let before = |slot: Slot| match self.baseline.get(slot.index()) {
+            Some(baseline) => baseline.exits.load(Relaxed),
+            None => 0,
+        };
+        let exits = ledger.slots().fold(0_u64, |sum, slot| {
+            let since = ledger.exits(slot).wrapping_sub(before(slot));
+            sum.wrapping_add(since)
+        });
+        Some(Exited {
+            sequence: exits.wrapping_sub(1),
+            key,
+            rip,
+        })
     }
 
     /// Book kernel ticks on the rows of the latest exit.
@@ -537,35 +627,74 @@ impl Tables {
         add(&self.code_at(own(&self.code) as usize).kernel, ticks);
     }
 
-    /// Book ticks of a phase, by its number, on the rows of the latest exit, which was of a reason.
+    /// Book ticks in user space on the rows of the latest exit.
     #[inline(always)]
-    pub(super) fn book(&self, slot: Option<Slot>, phase: u32, ticks: u64) {
+    pub(super) fn book_user(&self, ticks: u64) {
+        add(&self.detail_at(own(&self.detail) as usize).user, ticks);
+        add(&self.user_at(own(&self.user) as usize).ticks, ticks);
+    }
+
+    /// Book ticks of a phase, by its number, on the rows of the latest exit.
+    pub(super) fn book(&self, phase: u32, ticks: u64) {
         if phase == Phase::Kernel as u32 {
             self.book_kernel(ticks);
         } else if phase == Phase::User as u32 {
-            add(&self.detail_at(own(&self.detail) as usize).user, ticks);
-            let row = self.user_at(own(&self.user) as usize);
-            // The latest exit to user space may be of another reason than the latest exit.
-            if slot.map(user_reason) == Some(row.tag.load(Relaxed) >> 16) {
-                add(&row.ticks, ticks);
-            }
+            self.book_user(ticks);
         }
     }
 
-    /// Take an exit to user space, for `why`: KVM_EXIT_* (linux/kvm.h), in 16 bits.
-    pub(super) fn leave_to_user(&self, slot: Option<Slot>, why: u16) {
-        const ROW: usize = size_of::<User>();
-        let Some(slot) = slot else {
-            return;
-        };
-        if self.has_begun.load(Relaxed) == 0 {
-            return;
+    /// Return where the row of exits to user space with a tag is, if it is that of the latest one.
+    #[inline(always)]
+    pub(super) fn latest_user(&self, tag: u64) -> Option<usize> {
+        let row = own(&self.user) as usize;
+        (own(&self.user_at(row).tag) == tag).then_some(row)
+    }
+
+    /// Count an exit to user space in its row, which is that of the latest one.
+    #[inline(always)]
+    pub(super) fn count_user(&self, row: usize) {
+        add(&self.user_at(row).exits, 1);
+    }
+
+    /// Take an exit to user space, by a reason, for `why`: KVM_EXIT_* (linux/kvm.h), in 16 bits;
+    /// `None` for one that is not KVM_RUN's.
+    pub(super) fn leave_to_user(&self, slot: Option<Slot>, why: Option<u16>) {
+        let row = self.user_row(slot, why);
+        if let (0, Some(slot), Some(_)) = (row, slot, why) {
+            if self.has_begun.load(Relaxed) != 0 {
+                if let Some(cell) = self.other_users.get(slot.index()) {
+                    add(cell, 1);
+                }
+            }
         }
-        let tag = user_reason(slot) << 16 | u64::from(why);
+        if why.is_some() {
+            add(&self.user_at(row).exits, 1);
+        }
+        // INVARIANT: By what was returned.
+        self.user.store(row as u32, Relaxed);
+    }
+
+    /// Return where the row of exits to user space is that the time there belongs to, which is one
+    /// of the latest reason; the first row's place if there is none.
+    fn user_row(&self, slot: Option<Slot>, why: Option<u16>) -> usize {
+        const ROW: usize = size_of::<User>();
+        let Some(slot) = slot.filter(|_| self.has_begun.load(Relaxed) != 0) else {
+            return 0;
+        };
+        let Some(why) = why else {
+            // It was there before, for that reason, or for another one.
+            let row = own(&self.user) as usize;
+            let tag = own(&self.user_at(row).tag);
+            return match tag >> REASON_SHIFT == user_tag(slot, 0) >> REASON_SHIFT {
+                true => row,
+                false => 0,
+            };
+        };
+        let tag = user_tag(slot, why);
         let mut offset = ROW;
         for _ in 0..USERS {
             let row = self.user_at(offset);
-            match row.tag.load(Relaxed) {
+            match own(&row.tag) {
                 0 => row.tag.store(tag, Relaxed),
                 other if other != tag => {
                     offset = offset.wrapping_add(ROW);
@@ -573,16 +702,9 @@ impl Tables {
                 }
                 _ => {}
             }
-            add(&row.exits, 1);
-            // INVARIANT: That row is there.
-            self.user.store(offset as u32, Relaxed);
-            return;
+            return offset;
         }
-        // INVARIANT: The first row.
-        self.user.store(0, Relaxed);
-        if let Some(cell) = self.other_users.get(slot.index()) {
-            add(cell, 1);
-        }
+        0
     }
 
     /// Go on at `now` by a clock that has begun anew; it was `then` by the one before.

@@ -39,6 +39,9 @@ const TO_USER: &str = "to user space";
 const VCPU: &str = "vCPU";
 const CPU: &str = "CPU";
 
+/// What is said of a ring without exits.
+const NO_RING: &str = "No exit. Rings are kept with the module's parameter slow_us alone.\n";
+
 /// Write all of it.
 pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
     let khz = slow.host.tsc_khz;
@@ -72,7 +75,10 @@ fn of_vm(
             text += &title(&format!("{whose}, vCPU {}: ring, {state}", ring.vcpu));
             let first = ring.exits.len().saturating_sub(shown.limit);
             let exits: Vec<_> = ring.exits.iter().skip(first).collect();
-            text += &table(&exits, true, khz, look, spared);
+            text += &match exits.is_empty() {
+                true => NO_RING.to_owned(),
+                false => table(&exits, true, khz, look, spared),
+            };
         }
         if vm.rings.is_empty() {
             text += &(title(&whose) + "No exit since details are on.\n");

@@ -333,7 +333,6 @@ impl<P: Platform> Registry<P> {
                 // which is a walk of the same kind.
                 let its_tables = unsafe { member.ledger.tables() };
                 tables.clear();
-                let cpu = its_tables.and_then(|_| self.cpu_of(member));
                 let copying = Copying {
                     ledger: &member.ledger,
                     out: copy,
@@ -343,10 +342,8 @@ impl<P: Platform> Registry<P> {
                     busy = true;
                 } else if !copy.is_empty() {
                     copy.polled = polled;
-                    // It was there before the copy was made, and cannot have left it if the copy
-                    // knows none.
-                    if let Some(cpu) = cpu {
-                        tables.slow_mut().set_cpu(cpu);
+                    if let Some(its_tables) = its_tables {
+                        its_tables.slow().end_window_after(copy.last);
                     }
                     encoder.vcpu(&member.identity, copy);
                     encoder.tables(copy, tables, show.code);

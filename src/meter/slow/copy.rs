@@ -131,7 +131,6 @@ pub struct SlowCopy {
     culprit: u64,
     base: u64,
     cpu: u16,
-    first_cpu: u16,
     current: usize,
     steps: [StepCopy; RING],
     courses: [CourseCopy; RING],
@@ -182,19 +181,10 @@ impl SlowCopy {
             culprit: 0,
             base: 0,
             cpu: 0,
-            first_cpu: 0,
             current: 0,
             steps: [STEP; RING],
             courses: [COURSE; RING],
             windows: [WINDOW; 2],
-        }
-    }
-
-    /// Take the CPU that the vCPU is on for that of all exits, if it has not left its CPU since the
-    /// recorder began.
-    pub fn set_cpu(&mut self, cpu: u32) {
-        if self.first_cpu == 0 {
-            self.first_cpu = cpu.saturating_add(1).min(0xffff) as u16;
         }
     }
 
@@ -229,15 +219,7 @@ impl SlowCopy {
             .filter(|_| self.has_begun != 0)
             .and_then(|window| window.kept.get(..window.count))
             .unwrap_or_default();
-        kept.iter().map(|kept| self.with_cpus(*kept))
-    }
-
-    /// Fill in CPUs that were not noted.
-    fn with_cpus(&self, exit: SlowExit) -> SlowExit {
-        let cpus = exit
-            .cpus
-            .map(|cpu| if cpu == 0 { self.first_cpu } else { cpu });
-        SlowExit { cpus, ..exit }
+        kept.iter().copied()
     }
 
     /// The exits of the ring, from the oldest to the latest that has ended. `last` is the TSC of
@@ -296,7 +278,7 @@ impl SlowCopy {
             }
             // The latest one may be under way still.
             let has_ended = age != 0 || in_guest || self.is_frozen();
-            has_ended.then(|| self.with_cpus(exit))
+            has_ended.then_some(exit)
         })
     }
 
@@ -346,8 +328,11 @@ impl Slow {
         out.culprit = self.culprit.load(Relaxed);
         out.base = self.base.load(Relaxed);
         out.cpu = self.cpu.load(Relaxed) as u16;
-        out.first_cpu = self.first_cpu.load(Relaxed) as u16;
         out.current = self.current.load(Relaxed) as usize;
+        self.copy_windows(out);
+        if !undisturbed() || !self.has_ring() {
+            return;
+        }
         let steps = self.steps.iter().skip(SCRATCH);
         for (from, to) in steps.zip(&mut out.steps) {
             *to = StepCopy {
@@ -370,23 +355,25 @@ impl Slow {
                 after: from.after.load(Relaxed) as u16,
             };
         }
-        if !undisturbed() {
-            return;
-        }
+    }
+
+    /// Copy the slowest exits.
+    fn copy_windows(&self, out: &mut SlowCopy) {
         for (from, to) in self.windows.iter().zip(&mut out.windows) {
             to.begun = from.begun.load(Relaxed);
             to.count = (from.count.load(Relaxed) as usize).min(KEPT);
             let kept = from.kept.iter().take(to.count);
             for (from, to) in kept.zip(&mut to.kept) {
+                let told = &from.told;
                 *to = SlowExit {
                     sequence: from.sequence.load(Relaxed),
-                    exited: from.exited.load(Relaxed),
+                    exited: told.exited.load(Relaxed),
                     key: from.key.load(Relaxed),
                     rip: from.rip.load(Relaxed),
-                    ticks: copied(&from.ticks),
-                    outs: from.outs.load(Relaxed),
-                    why: from.why.load(Relaxed),
-                    cpus: unpair(from.cpus.load(Relaxed)),
+                    ticks: copied(&told.ticks),
+                    outs: told.outs.load(Relaxed),
+                    why: told.why.load(Relaxed),
+                    cpus: unpair(told.cpus.load(Relaxed)),
                 };
             }
         }

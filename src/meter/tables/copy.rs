@@ -197,11 +197,6 @@ impl TablesCopy {
         &self.slow
     }
 
-    /// As [`Self::slow`].
-    pub fn slow_mut(&mut self) -> &mut SlowCopy {
-        &mut self.slow
-    }
-
     /// Make this one of tables that have not begun.
     pub fn clear(&mut self) {
         self.has_begun = 0;

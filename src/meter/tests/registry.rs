@@ -1040,8 +1040,8 @@ fn tables_come_and_go_with_their_vcpus() {
     bench.end();
 }
 
-/// Exits of a vCPU that has not left its CPU are told with the one that KVM knows, and a ring freezes
-/// at the limit that the registry was given, until another one is asked for.
+/// Exits of a vCPU that has not left its CPU are told with the one that it is entered on, and a ring
+/// freezes at the limit that the registry was given, until another one is asked for.
 #[test]
 fn slow_exits_are_told_with_their_cpu() {
     let shared = Rc::new(Shared::default());
@@ -1057,8 +1057,6 @@ fn slow_exits_are_told_with_their_cpu() {
     // One that gets its tables as it comes.
     announce(&registry, &shared, key(2), 0, 2).expect("room");
     assert!(exits(&registry, &shared, key(2), 3));
-    shared.cpus.borrow_mut().insert(key(1), 7);
-    shared.cpus.borrow_mut().insert(key(2), 9);
     let mut now = shared.now.get() + 1000;
     let mut exit = |place: usize, ticks: u64| {
         let ledger = registry.known(key(place)).expect("it is known").ledger();
@@ -1070,9 +1068,9 @@ fn slow_exits_are_told_with_their_cpu() {
             key: None,
             rip: Some(0x1000),
         };
-        ledger.exit_with(tables, now + 100, &about);
+        ledger.exit_with::<true>(tables, now + 100, &about);
         now += 100 + ticks;
-        ledger.entry_with(tables, now);
+        ledger.entry_with(tables, now, || if place == 1 { 7 } else { 9 });
     };
     let told = || {
         let mut buffer = vec![0; 1 << 20];

@@ -91,7 +91,6 @@ struct Metered {
     now: u64,
     phase: Phase,
     cpu: u16,
-    has_left: bool,
     limit: u64,
     exits: Vec<Plain>,
     /// When each exit ended; `None` for one that has not.
@@ -103,10 +102,10 @@ struct Metered {
     /// The exit that the ring is frozen at.
     frozen: Option<usize>,
     asked: bool,
-    /// When the current window began and the one before, and how many exits came since it should
-    /// have ended.
+    /// When the current window began and the one before.
     windows: [u64; 2],
-    overdue: usize,
+    /// It has been read after its time, so it ends at the next entry at the latest.
+    is_over: bool,
     asked_for: usize,
 }
 
@@ -139,7 +138,6 @@ impl Metered {
             now: 1000,
             phase: Phase::Kernel,
             cpu: 3,
-            has_left: false,
             limit,
             exits: Vec::new(),
             ended: Vec::new(),
@@ -148,7 +146,7 @@ impl Metered {
             frozen: None,
             asked: false,
             windows: [0; 2],
-            overdue: 0,
+            is_over: false,
             asked_for: 0,
         }
     }
@@ -160,9 +158,6 @@ impl Metered {
             .ledger
             .try_copy_with(ledger, &mut Some((&self.tables, &mut *tables)));
         assert!(copied && ledger.balances());
-        if !self.has_left {
-            tables.slow_mut().set_cpu(self.cpu.into());
-        }
         self.copies.1.slow()
     }
 
@@ -176,7 +171,14 @@ impl Metered {
 
     fn exit(&mut self, key: u8, nested: bool) {
         let about = about(key, nested);
-        self.ledger.exit_with(&self.tables, self.now, &about);
+        match self.limit {
+            0 => self
+                .ledger
+                .exit_with::<false>(&self.tables, self.now, &about),
+            _ => self
+                .ledger
+                .exit_with::<true>(&self.tables, self.now, &about),
+        }
         if self.exits.is_empty() {
             self.windows = [self.now; 2];
         }
@@ -195,12 +197,12 @@ impl Metered {
         self.ended.push(None);
         self.is_open = true;
         self.phase = Phase::Kernel;
-        self.overdue += usize::from(self.now.wrapping_sub(self.windows[0]) >= WINDOW);
         self.asked_for += 1;
     }
 
     fn enter(&mut self) {
-        self.ledger.entry_with(&self.tables, self.now);
+        let cpu = self.cpu.into();
+        self.ledger.entry_with(&self.tables, self.now, || cpu);
         self.phase = Phase::Guest;
         if !core::mem::replace(&mut self.is_open, false) {
             return;
@@ -217,13 +219,19 @@ impl Metered {
 
     fn leave(&mut self, phase: Phase, why: u16) {
         let to_user = (phase == Phase::User).then_some(why);
-        let leaving = Leaving {
-            phase,
-            to_user,
-            cpu: self.cpu.into(),
-        };
-        self.ledger.leave_with(&self.tables, self.now, &leaving);
-        self.has_left = true;
+        let leaving = Leaving { phase, to_user };
+        let cpu = self.cpu.into();
+        // As the module does.
+        match phase {
+            Phase::User => {
+                let why = || leaving.to_user;
+                self.ledger
+                    .leave_to_user_with(&self.tables, self.now, why, || cpu);
+            }
+            _ => self
+                .ledger
+                .leave_with(&self.tables, self.now, leaving, || cpu),
+        }
         if let (true, Some(exit)) = (self.is_open, self.exits.last_mut()) {
             exit.outs += u32::from(phase != Phase::User);
             exit.why = to_user.or(exit.why);
@@ -232,7 +240,7 @@ impl Metered {
     }
 
     fn resume(&mut self, cpu: u16) {
-        self.ledger.resume_with(&self.tables, self.now, cpu.into());
+        self.ledger.resume_with(&self.tables, self.now);
         self.cpu = cpu;
         self.phase = Phase::Kernel;
     }
@@ -294,11 +302,11 @@ impl Metered {
             }
             _ => return,
         }
-        self.follow();
+        self.follow(matches!(step, Step::Enter));
     }
 
     /// See whether a window has begun, and whether the ring has thawed.
-    fn follow(&mut self) {
+    fn follow(&mut self, entered: bool) {
         if self.exits.is_empty() {
             return;
         }
@@ -322,9 +330,17 @@ impl Metered {
             assert!(age >= WINDOW, "a window ended after {age} ticks");
             assert_eq!(begun, self.now);
             self.windows = [begun, self.windows[0]];
-            self.overdue = 0;
+            self.is_over = false;
         }
-        assert!(self.overdue <= RING, "a window does not end");
+        assert!(!entered || !self.is_over, "a window does not end");
+    }
+
+    /// Read the recorder, as a snapshot does.
+    fn read(&mut self) {
+        self.copy();
+        let last = self.copies.0.last;
+        self.tables.slow().end_window_after(last);
+        self.is_over |= last.wrapping_sub(self.windows[0]) >= WINDOW;
     }
 
     /// Compare all that is recorded with the list.
@@ -333,6 +349,7 @@ impl Metered {
             return;
         }
         let (now, last, in_guest) = (self.now, self.now, self.phase == Phase::Guest);
+        self.read();
         let slow = self.copy().clone();
         let age = |time: u64| now.wrapping_sub(time);
         for is_current in [true, false] {
@@ -359,6 +376,11 @@ impl Metered {
                 .collect();
             kept.sort_unstable_by(|one, other| other.cmp(one));
             assert_eq!(kept, lengths, "current: {is_current}");
+        }
+        if self.limit == 0 {
+            assert_eq!(slow.ring(last, in_guest).count(), 0);
+            assert_eq!(slow.culprit(), None);
+            return;
         }
         // The latest exit takes a place of the ring before it has ended.
         let until = self.frozen.map_or(self.exits.len(), |culprit| culprit + 1);
@@ -486,13 +508,15 @@ fn the_guests_own_sleep_is_not_slow() {
 }
 
 #[test]
-fn a_window_ends_with_the_64th_exit_after_its_time() {
+fn a_window_ends_after_its_time_with_the_entry_after_it_was_read() {
     let mut metered = Metered::new(0);
     metered.take(Step::Enter, 5);
     for _ in 0..KEPT {
         usual(&mut metered, 100_000);
     }
-    // None of these is slow enough to be looked at.
+    metered.read();
+    // None of these is slow enough to be looked at, nor from anywhere else.
+    let begun = metered.windows[0];
     metered.take(
         Step::Exit {
             key: 1,
@@ -501,15 +525,66 @@ fn a_window_ends_with_the_64th_exit_after_its_time() {
         WINDOW,
     );
     metered.take(Step::Enter, 1000);
-    for _ in 0..RING {
+    usual(&mut metered, 1000);
+    metered.check();
+    assert_eq!(metered.windows[0], begun);
+    assert!(metered
+        .copy()
+        .slowest(true)
+        .all(|exit| exit.length() == 100_000));
+    for _ in 0..3 {
         usual(&mut metered, 1000);
     }
     metered.check();
     let slow = metered.copy();
     assert_eq!(slow.slowest(false).count(), KEPT);
     assert!(slow.slowest(false).all(|exit| exit.length() == 100_000));
-    assert!(slow.slowest(true).count() > 0);
+    assert_eq!(slow.slowest(true).count(), 3);
     assert!(slow.slowest(true).all(|exit| exit.length() == 1000));
+}
+
+#[test]
+fn a_window_ends_after_its_time_with_an_exit_from_elsewhere() {
+    let mut metered = Metered::new(0);
+    metered.take(Step::Enter, 5);
+    for _ in 0..KEPT {
+        usual(&mut metered, 100_000);
+    }
+    metered.take(
+        Step::Exit {
+            key: 5,
+            nested: false,
+        },
+        WINDOW,
+    );
+    assert_eq!(metered.windows[0], metered.now);
+    metered.take(Step::Enter, 1000);
+    metered.check();
+    assert_eq!(metered.copy().slowest(true).count(), 1);
+}
+
+#[test]
+fn without_a_limit_there_is_no_ring() {
+    let mut metered = Metered::new(0);
+    metered.take(Step::Enter, 5);
+    for ticks in [1000, 50_000_000_000] {
+        usual(&mut metered, ticks);
+        metered.take(
+            Step::Exit {
+                key: 2,
+                nested: true,
+            },
+            100,
+        );
+        metered.take(Step::Leave { phase: 0, why: 2 }, 300);
+        metered.take(Step::Resume { cpu: 1 }, 5_000_000);
+        metered.take(Step::Enter, 300);
+    }
+    metered.check();
+    let now = metered.now;
+    let slow = metered.copy();
+    assert!(!slow.is_frozen());
+    assert_eq!(slow.ring(now, true).count(), 0);
 }
 
 #[test]

@@ -78,7 +78,6 @@ fn leaving(phase: Phase, why: u16) -> Leaving {
     Leaving {
         phase,
         to_user: Some(why),
-        cpu: 0,
     }
 }
 
@@ -142,16 +141,16 @@ impl Metered {
         };
         self.begun |= detail || rip != 0;
         let now = self.at(50);
-        self.ledger.exit_with(&self.tables, now, &about);
+        self.ledger.exit_with::<false>(&self.tables, now, &about);
         if user != 0 {
             let now = self.at(kernel);
             self.ledger
-                .leave_with(&self.tables, now, &leaving(Phase::User, why));
+                .leave_to_user_with(&self.tables, now, || Some(why), || 0);
             let now = self.at(user);
-            self.ledger.resume_with(&self.tables, now, 0);
+            self.ledger.resume_with(&self.tables, now);
         }
         let now = self.at(kernel);
-        self.ledger.entry_with(&self.tables, now);
+        self.ledger.entry_with(&self.tables, now, || 0);
         if !self.begun {
             return;
         }
@@ -360,18 +359,20 @@ fn tables_go_on_when_the_clock_begins_anew() {
             rip: Some(9),
         };
         let begun = metered.at(100);
-        metered.ledger.exit_with(&metered.tables, begun, &about);
+        metered
+            .ledger
+            .exit_with::<false>(&metered.tables, begun, &about);
         let now = metered.at(10);
         if phase == Phase::User {
             metered
                 .ledger
-                .leave_with(&metered.tables, now, &leaving(phase, 2));
+                .leave_with(&metered.tables, now, leaving(phase, 2), || 0);
         }
         metered.ledger.rebase(now + 1000, 7);
         if phase == Phase::User {
-            metered.ledger.resume_with(&metered.tables, 27, 0);
+            metered.ledger.resume_with(&metered.tables, 27);
         }
-        metered.ledger.entry_with(&metered.tables, 30);
+        metered.ledger.entry_with(&metered.tables, 30, || 0);
         let (ledger, tables) = metered.copy();
         let row = tables.details()[0];
         let (kernel, user) = match phase {
@@ -402,9 +403,11 @@ fn an_exit_whose_numbers_are_0_has_a_row() {
     };
     for _ in 0..3 {
         let now = metered.at(50);
-        metered.ledger.exit_with(&metered.tables, now, &about);
+        metered
+            .ledger
+            .exit_with::<false>(&metered.tables, now, &about);
         let now = metered.at(20);
-        metered.ledger.entry_with(&metered.tables, now);
+        metered.ledger.entry_with(&metered.tables, now, || 0);
     }
     let (ledger, tables) = metered.copy();
     assert_eq!(ledger.row(slot).exits, 3);

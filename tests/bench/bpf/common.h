@@ -23,6 +23,7 @@ static long (*const bpf_probe_read_kernel)(void *to, __u32 size, const void *fro
 struct kvm_exit_event {
 	__u64 common;
 	__u32 exit_reason;
+	__u64 guest_rip;
 };
 
 /*

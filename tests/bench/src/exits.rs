@@ -20,6 +20,10 @@ pub enum Exit {
     Wbinvd,
     /// INVD: in KVM's fastpath, which goes back into the guest before the dispatch.
     Invd,
+    /// WRMSR: in KVM, and an event of its own for who traces MSRs.
+    Wrmsr,
+    /// IN from the speaker's port: in KVM, and an event of its own for who traces ports.
+    InKernel,
     /// OUT: out to user space and back.
     OutUser,
     /// A page that was never touched: an EPT violation, or a nested page fault.
@@ -33,6 +37,8 @@ impl Exit {
             Exit::Cpuid => "CPUID",
             Exit::Wbinvd => "WBINVD",
             Exit::Invd => "INVD (fastpath)",
+            Exit::Wrmsr => "WRMSR",
+            Exit::InKernel => "IN in KVM",
             Exit::OutUser => "OUT to user",
             Exit::Touch => "EPT/NPT fault",
         }
@@ -43,6 +49,8 @@ impl Exit {
             Exit::Cpuid => Program::Cpuid,
             Exit::Wbinvd => Program::Wbinvd,
             Exit::Invd => Program::Invd,
+            Exit::Wrmsr => Program::Wrmsr,
+            Exit::InKernel => Program::InKernel,
             Exit::OutUser => Program::OutUser,
             Exit::Touch => Program::Touch,
         }

@@ -21,6 +21,8 @@ pub enum Meter {
     Exitmeter,
     /// exitmeter with details=1: each exit is told with what it was about.
     ExitmeterDetails,
+    /// exitmeter with details=1 and slow_us: a ring of the last exits as well.
+    ExitmeterRing,
     /// exitmeter with leaf_map=0: nothing redirects KVM's CPUID.
     ExitmeterNoLeaves,
     /// exitmeter's callbacks alone, which return at once.
@@ -41,6 +43,10 @@ pub enum Meter {
     BpfLatencyRaw,
     /// BPF from exit to entry, a histogram by reason, on the tracepoints.
     BpfLatency,
+    /// BPF that counts by reason and guest RIP, on the tracepoint.
+    BpfCode,
+    /// BPF that counts by reason and guest RIP, with the time to the entry, on the tracepoints.
+    BpfCodeTime,
     /// A hist trigger of ftrace on kvm_exit, keyed by reason.
     FtraceHist,
     /// kvm_exit and kvm_entry in ftrace's ring buffer.
@@ -58,6 +64,7 @@ impl Meter {
             Meter::None => "no meter",
             Meter::Exitmeter => "exitmeter",
             Meter::ExitmeterDetails => "exitmeter, details=1",
+            Meter::ExitmeterRing => "exitmeter, details=1 slow_us",
             Meter::ExitmeterNoLeaves => "exitmeter, leaf_map=0",
             Meter::OnlyHooks => "its hooks alone",
             Meter::OnlyTransitions => "hooks, clock, ledger's head",
@@ -68,6 +75,8 @@ impl Meter {
             Meter::BpfCount => "BPF count, tracepoint (kvmexit)",
             Meter::BpfLatencyRaw => "BPF latency, raw tracepoints",
             Meter::BpfLatency => "BPF latency, tracepoints",
+            Meter::BpfCode => "BPF count by reason and RIP",
+            Meter::BpfCodeTime => "BPF count and time by these",
             Meter::FtraceHist => "ftrace hist trigger",
             Meter::FtraceRing => "ftrace ring buffer, exit + entry",
             Meter::PerfStat => "perf stat -e kvm:kvm_exit",
@@ -117,6 +126,12 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
             "log_queries=0",
             "details=1",
         ])?)),
+        // No exit takes as long, so that the ring does not freeze.
+        Meter::ExitmeterRing => Some(Box::new(exitmeter::Loaded::new(&[
+            "log_queries=0",
+            "details=1",
+            "slow_us=1000000000",
+        ])?)),
         Meter::ExitmeterNoLeaves => Some(Box::new(exitmeter::Loaded::new(&["leaf_map=0"])?)),
         Meter::OnlyHooks
         | Meter::OnlyTransitions
@@ -127,6 +142,8 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
         Meter::BpfCount => Some(Box::new(bpf::Program::count(bpf::Hook::Event)?)),
         Meter::BpfLatencyRaw => Some(Box::new(bpf::Program::latency(bpf::Hook::Raw)?)),
         Meter::BpfLatency => Some(Box::new(bpf::Program::latency(bpf::Hook::Event)?)),
+        Meter::BpfCode => Some(Box::new(bpf::Program::code(false)?)),
+        Meter::BpfCodeTime => Some(Box::new(bpf::Program::code(true)?)),
         Meter::FtraceHist => Some(Box::new(ftrace::Hist::new()?)),
         Meter::FtraceRing => Some(Box::new(ftrace::Ring::new()?)),
         Meter::PerfStat => Some(Box::new(perf::Perf::stat()?)),

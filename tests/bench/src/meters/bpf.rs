@@ -10,7 +10,7 @@ use aya::{
 };
 
 use super::{ftrace, Seen, Watch};
-use crate::outside::{reason::Place, BPF_FOLDER, REASON_FILE};
+use crate::outside::{reason, BPF_FOLDER, REASON_FILE};
 
 /// Where a program is attached.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,26 @@ struct Counts {
 }
 // SAFETY: Any bytes are valid numbers, and there is no padding.
 unsafe impl Pod for Counts {}
+
+/// As in code.bpf.c.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Place {
+    rip: u64,
+    reason: u64,
+}
+// SAFETY: Any bytes are valid numbers, and there is no padding.
+unsafe impl Pod for Place {}
+
+/// As in code.bpf.c.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Row {
+    exits: u64,
+    time: u64,
+}
+// SAFETY: Any bytes are valid numbers, and there is no padding.
+unsafe impl Pod for Row {}
 
 /// As in latency.bpf.c.
 #[repr(C)]
@@ -72,6 +92,29 @@ impl Program {
         })
     }
 
+    /// Counts exits by reason and guest RIP, with their time if that is wanted.
+    pub fn code(with_time: bool) -> Result<Self> {
+        let mut ebpf = load("code.bpf.o")?;
+        if with_time {
+            attach_event(&mut ebpf, "kvm_exit_timed", "kvm_exit")?;
+            attach_event(&mut ebpf, "kvm_entry", "kvm_entry")?;
+        } else {
+            attach_event(&mut ebpf, "kvm_exit", "kvm_exit")?;
+        }
+        Ok(Self {
+            ebpf,
+            seen: |ebpf| {
+                let map = ebpf.map("rows").context("there is no map")?;
+                let map = HashMap::<_, Place, Row>::try_from(map)?;
+                let mut sum = 0;
+                for row in map.iter() {
+                    sum += row?.1.exits;
+                }
+                Ok(sum)
+            },
+        })
+    }
+
     /// Takes the time from exit to entry, by reason.
     pub fn latency(hook: Hook) -> Result<Self> {
         let mut ebpf = load("latency.bpf.o")?;
@@ -97,7 +140,7 @@ fn load(name: &str) -> Result<Ebpf> {
     ftrace::mount()?;
     check_event()?;
     let text = fs::read_to_string(REASON_FILE)?;
-    let place: Place = serde_json::from_str(&text)?;
+    let place: reason::Place = serde_json::from_str(&text)?;
     let path = format!("{BPF_FOLDER}/{name}");
     EbpfLoader::new()
         .set_global("pointer_offset", &place.pointer.unwrap_or(u32::MAX), true)
@@ -109,35 +152,42 @@ fn load(name: &str) -> Result<Ebpf> {
 /// The programs on events read the reason from where it is in all kernels so far.
 fn check_event() -> Result<()> {
     let format = fs::read_to_string("/sys/kernel/tracing/events/kvm/kvm_exit/format")?;
-    let field = format.lines().find(|line| line.contains("exit_reason;"));
-    ensure!(
-        field.is_some_and(|field| field.contains("offset:8;\tsize:4;")),
-        "the event kvm_exit has another layout than tests/bench/bpf says"
-    );
+    for (name, place) in [
+        ("exit_reason;", "offset:8;\tsize:4;"),
+        ("guest_rip;", "offset:16;\tsize:8;"),
+    ] {
+        let field = format.lines().find(|line| line.contains(name));
+        ensure!(
+            field.is_some_and(|field| field.contains(place)),
+            "the event kvm_exit has another layout than tests/bench/bpf says"
+        );
+    }
     Ok(())
 }
 
 fn attach(ebpf: &mut Ebpf, hook: Hook, event: &str) -> Result<()> {
-    let name = match hook {
-        Hook::Raw => format!("{event}_raw"),
-        Hook::Event => event.to_owned(),
-    };
-    let program = ebpf
-        .program_mut(&name)
-        .with_context(|| format!("there is no program {name}"))?;
     match hook {
         Hook::Raw => {
+            let program = program(ebpf, &format!("{event}_raw"))?;
             let program: &mut RawTracePoint = program.try_into()?;
             program.load()?;
             program.attach(event)?;
+            Ok(())
         }
-        Hook::Event => {
-            let program: &mut TracePoint = program.try_into()?;
-            program.load()?;
-            program.attach("kvm", event)?;
-        }
+        Hook::Event => attach_event(ebpf, event, event),
     }
+}
+
+fn attach_event(ebpf: &mut Ebpf, name: &str, event: &str) -> Result<()> {
+    let program: &mut TracePoint = program(ebpf, name)?.try_into()?;
+    program.load()?;
+    program.attach("kvm", event)?;
     Ok(())
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program> {
+    ebpf.program_mut(name)
+        .with_context(|| format!("there is no program {name}"))
 }
 
 impl Watch for Program {

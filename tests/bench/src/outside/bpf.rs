@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{ensure, Context as _, Result};
 use lab::setup::{self, in_root, Prepared};
 
-const PROGRAMS: [&str; 2] = ["count", "latency"];
+const PROGRAMS: [&str; 3] = ["count", "latency", "code"];
 
 /// Compiles every program into `folder`.
 pub fn compile(prepared: &Prepared, folder: &Path) -> Result<()> {

@@ -28,16 +28,37 @@ type Function = BTreeMap<u64, Next>;
 #[derive(Debug, Default)]
 pub struct Code {
     functions: HashMap<String, Function>,
+    /// By the address of a NOP: where the jump goes that takes its place while the key is on.
+    branches: HashMap<u64, u64>,
 }
 
 /// Functions that a call goes to and comes back from at once: the kernel turns the first
 /// into a NOP, the others into the call itself.
-const TRANSPARENT: [&str; 2] = ["__fentry__", "__x86_indirect_thunk_"];
+const TRANSPARENT: [&str; 2] = ["__fentry__", THUNK];
+const THUNK: &str = "__x86_indirect_thunk_";
 
 /// Functions of the module that are part of the path: the readers of the shim.
 const OURS: &str = "exitmeter_";
 
 impl Code {
+    /// Reads what `objdump -r -j __jump_table` prints: three relocations for each branch, of the NOP,
+    /// of where the jump goes, and of the key (struct jump_entry in linux/jump_label.h).
+    pub fn add_branches(&mut self, text: &str) {
+        let places: Vec<Option<u64>> = text
+            .lines()
+            .filter_map(|line| line.split_once(" R_X86_64_"))
+            .map(|(_, relocation)| {
+                let at = relocation.split_once(".text+0x")?.1.trim();
+                u64::from_str_radix(at, 16).ok()
+            })
+            .collect();
+        for entry in places.chunks(3) {
+            if let [Some(nop), Some(target), None] = entry {
+                self.branches.insert(*nop, *target);
+            }
+        }
+    }
+
     /// Reads what `objdump -dr --no-show-raw-insn` prints.
     pub fn parse(text: &str) -> Self {
         let mut code = Self::default();
@@ -69,15 +90,26 @@ impl Code {
     }
 
     /// The instructions of the longest way through a function: one of C's of that name, or one of
-    /// Rust's, whose mangled name ends in the length of its own and that (RFC 2603).
+    /// Rust's, whose mangled name ends in the length of its own and that (RFC 2603). One that takes
+    /// a constant is named with it, as `name::<true>`. `with_branches` tells whether the keys of all
+    /// branches are on.
     ///
     /// # Errors
     ///
     /// When there is no such function, or no way through it that stays in line.
-    pub fn longest(&self, name: &str) -> Result<usize> {
-        let mangled = format!("{}{name}", name.len());
+    pub fn longest(&self, name: &str, with_branches: bool) -> Result<usize> {
+        let (plain, constant) = match name.split_once("::<") {
+            Some((plain, "false>")) => (plain, "Kb0_E"),
+            Some((plain, "true>")) => (plain, "Kb1_E"),
+            _ => (name, ""),
+        };
+        let mangled = format!("{}{plain}{constant}", plain.len());
         let is_it = |full: &&String| {
-            *full == name || full.ends_with(&mangled) && !full.starts_with("__pfx_")
+            let is_mangled = match constant {
+                "" => full.ends_with(&mangled),
+                _ => full.contains(&mangled),
+            };
+            *full == name || is_mangled && !full.starts_with("__pfx_")
         };
         let full = self.functions.keys().find(is_it);
         let full = full.with_context(|| format!("the module has no function {name}"))?;
@@ -87,6 +119,7 @@ impl Code {
         };
         let mut ways = Ways {
             code: self,
+            with_branches,
             function,
             known: HashMap::new(),
         };
@@ -118,6 +151,8 @@ fn relocate(next: &mut Next, relocation: &str) {
     let symbol = symbol.split(['-', '+']).next().unwrap_or_default();
     *next = match next {
         Next::Jump(_) if symbol == "__x86_return_thunk" => Next::Return,
+        // What is called returns in place of this function.
+        Next::Jump(_) if symbol.starts_with(THUNK) => Next::Return,
         Next::Jump(_) => Next::Away,
         Next::Away if TRANSPARENT.iter().any(|name| symbol.starts_with(name)) => Next::Behind,
         Next::Away if symbol.starts_with(OURS) => Next::Call(symbol.to_owned()),
@@ -128,6 +163,7 @@ fn relocate(next: &mut Next, relocation: &str) {
 /// The ways through one function.
 struct Ways<'a> {
     code: &'a Code,
+    with_branches: bool,
     function: &'a Function,
     /// The longest from an address; none yet where a way is just being followed.
     known: HashMap<u64, Option<usize>>,
@@ -144,6 +180,8 @@ impl Ways<'_> {
             // Into another function.
             return Ok(None);
         };
+        let branch = self.code.branches.get(&at).filter(|_| self.with_branches);
+        let next = &branch.map_or_else(|| next.clone(), |target| Next::Jump(*target));
         let behind = self.function.range(at + 1..).next().map(|(&at, _)| at);
         let follow = |this: &mut Self, at: Option<u64>| match at {
             Some(at) => this.longest_from(at),
@@ -156,7 +194,7 @@ impl Ways<'_> {
             Next::Jump(target) => follow(self, Some(*target))?,
             Next::Either(target) => follow(self, behind)?.max(follow(self, Some(*target))?),
             Next::Call(name) => {
-                let called = self.code.longest(name)?;
+                let called = self.code.longest(name, self.with_branches)?;
                 follow(self, behind)?.map(|rest| rest + called)
             }
         };
@@ -204,22 +242,56 @@ Disassembly of section .text:
       60:\tcall   65 <_RNv9exitmeter8on_other+0x5>
 \t\t\t61: R_X86_64_PLT32\texitmeter_code-0x4
       65:\tret
+
+0000000000000070 <exitmeter_tail>:
+      70:\tcall   75 <exitmeter_tail+0x5>
+\t\t\t71: R_X86_64_PLT32\t__fentry__-0x4
+      75:\txor    %eax,%eax
+      77:\tjmp    7c <exitmeter_tail+0xc>
+\t\t\t78: R_X86_64_PLT32\t__x86_indirect_thunk_rax-0x4
+
+0000000000000080 <_RINv9exitmeter6on_keyKb1_EB4_>:
+      80:\tnopl   0x0(%rax,%rax,1)
+      85:\txor    %eax,%eax
+      87:\txor    %eax,%eax
+      89:\txor    %eax,%eax
+      8b:\tret
+";
+
+    const TABLE: &str = "
+RELOCATION RECORDS FOR [__jump_table]:
+OFFSET           TYPE              VALUE
+0000000000000000 R_X86_64_PC32     .text+0x0000000000000080
+0000000000000004 R_X86_64_PC32     .text+0x000000000000008b
+0000000000000008 R_X86_64_PC64     exitmeter_details+0x0000000000000002
 ";
 
     #[test]
     fn counts_the_longest_way_in_line() -> Result<()> {
         let code = Code::parse(SAVED);
         // Loops once, and not by the call.
-        assert_eq!(code.longest("on_exit")?, 7);
-        assert_eq!(code.longest("exitmeter_code")?, 3);
-        assert_eq!(code.longest("on_other")?, 5);
+        assert_eq!(code.longest("on_exit", false)?, 7);
+        assert_eq!(code.longest("exitmeter_code", false)?, 3);
+        assert_eq!(code.longest("on_other", false)?, 5);
+        assert_eq!(code.longest("exitmeter_tail", false)?, 3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_branch_goes_where_its_entry_says() -> Result<()> {
+        let mut code = Code::parse(SAVED);
+        code.add_branches(TABLE);
+        assert_eq!(code.longest("on_key::<true>", false)?, 5);
+        assert_eq!(code.longest("on_key::<true>", true)?, 2);
+        assert_eq!(code.longest("on_exit", true)?, 7);
+        assert!(code.longest("on_key::<false>", false).is_err());
         Ok(())
     }
 
     #[test]
     fn a_path_that_always_leaves_is_none() {
         let code = Code::parse(SAVED);
-        assert!(code.longest("on_svm").is_err());
-        assert!(code.longest("on_entry").is_err());
+        assert!(code.longest("on_svm", false).is_err());
+        assert!(code.longest("on_entry", false).is_err());
     }
 }

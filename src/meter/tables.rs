@@ -45,6 +45,7 @@ use super::{
 };
 
 mod copy;
+mod own;
 pub use copy::{CodeCopy, DetailCopy, Others, TablesCopy, UserCopy};
 
 /// Rows of a set.

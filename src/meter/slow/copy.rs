@@ -9,7 +9,7 @@ use crate::meter::{
     reasons::Slot,
 };
 
-use super::{Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
+use super::{Course, Kept, Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
 
 /// An exit, told in full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub struct SlowExit {
 }
 
 impl SlowExit {
-    const EMPTY: Self = Self {
+    pub(super) const EMPTY: Self = Self {
         sequence: 0,
         exited: 0,
         key: 0,
@@ -85,10 +85,17 @@ impl SlowExit {
         self.cpus.map(|cpu| cpu.checked_sub(1))
     }
 
-    fn set_kernel(&mut self, kernel: u64) {
+    pub(super) fn set_kernel(&mut self, kernel: u64) {
         if let Some(cell) = self.ticks.first_mut() {
             *cell = kernel;
         }
+    }
+
+    /// Take the exit's course, but for its CPUs.
+    pub(super) fn set_course(&mut self, course: &Course) {
+        self.ticks = copied(&course.ticks);
+        self.outs = course.outs.load(Relaxed);
+        self.why = course.why.load(Relaxed);
     }
 }
 
@@ -150,6 +157,23 @@ fn copied(ticks: &[AtomicU64; PHASES]) -> [u64; PHASES] {
         *to = from.load(Relaxed);
     }
     copy
+}
+
+impl Kept {
+    /// Return it as it is now.
+    #[inline]
+    pub(super) fn copied(&self) -> SlowExit {
+        SlowExit {
+            sequence: self.sequence.load(Relaxed),
+            exited: self.exited.load(Relaxed),
+            key: self.key.load(Relaxed),
+            rip: self.rip.load(Relaxed),
+            ticks: copied(&self.ticks),
+            outs: self.outs.load(Relaxed),
+            why: self.why.load(Relaxed),
+            cpus: unpair(self.cpus.load(Relaxed)),
+        }
+    }
 }
 
 impl SlowCopy {
@@ -378,16 +402,7 @@ impl Slow {
             to.count = (from.count.load(Relaxed) as usize).min(KEPT);
             let kept = from.kept.iter().take(to.count);
             for (from, to) in kept.zip(&mut to.kept) {
-                *to = SlowExit {
-                    sequence: from.sequence.load(Relaxed),
-                    exited: from.exited.load(Relaxed),
-                    key: from.key.load(Relaxed),
-                    rip: from.rip.load(Relaxed),
-                    ticks: copied(&from.ticks),
-                    outs: from.outs.load(Relaxed),
-                    why: from.why.load(Relaxed),
-                    cpus: unpair(from.cpus.load(Relaxed)),
-                };
+                *to = from.copied();
             }
         }
     }

@@ -35,12 +35,12 @@ use crate::{
 mod csv;
 pub(crate) mod detail;
 pub(crate) mod device;
-mod export;
-mod model;
+pub(crate) mod export;
+pub(crate) mod model;
 mod names;
 pub(crate) mod select;
 pub(crate) mod symbols;
-mod tables;
+pub(crate) mod tables;
 pub(crate) mod text;
 
 /// On the host: what exits were about, and which code of the guest caused them.

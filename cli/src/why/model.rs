@@ -285,7 +285,7 @@ impl Why {
 }
 
 /// Make the groups of a table, the one that leads first.
-fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
+pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
     let mut by_reason: BTreeMap<_, Vec<Row>> = BTreeMap::new();
     for (key, row) in rows.rows.iter().filter(|(key, _)| key.table == table) {
         let what = What::new(key, symbols);

@@ -134,10 +134,11 @@ impl Args {
             let (reading, slow) = tables::slow(&mut cpus, found.isa)?;
             reading.check()?;
             let slow = Slow::new(&reading, slow, found.isa, &self.symbols()?);
-            return Ok(match self.json {
+            match self.json {
                 true => out.json(&slow)?,
                 false => out.print(&slow.text(self.limit, out.look()))?,
-            });
+            }
+            return Ok(());
         }
         let wanted: &[u32] = match self.code {
             true => &[TABLE_CODE],
@@ -167,10 +168,11 @@ impl Args {
             queries: reading.queries(),
             told,
         };
-        Ok(match self.json {
+        match self.json {
             true => out.json(&about)?,
             false => out.print(&about.text(self.code, self.limit, out.look()))?,
-        })
+        }
+        Ok(())
     }
 
     /// Read the symbols that code is named by: of the guest itself, where it has some.

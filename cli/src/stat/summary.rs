@@ -290,11 +290,17 @@ impl Summary {
 
 /// Sum up what the exits of all runs were about.
 fn why(isa: Isa, runs: &[(&Run, &Vec<Row>)]) -> Option<Told> {
-    let readings = runs.iter().filter_map(|(run, _)| run.why.as_ref());
+    let mut readings = runs.iter().filter_map(|(run, _)| run.why.as_ref());
     let rows: Vec<Rows> = readings.clone().map(Reading::rows).collect();
     let sum = Rows::sum(rows.iter());
     let (symbols, weight) = (Symbols::default(), Weight::Ticks);
-    Some(Told::new(readings.last()?, &sum, isa, &symbols, weight))
+    Some(Told::new(
+        readings.next_back()?,
+        &sum,
+        isa,
+        &symbols,
+        weight,
+    ))
 }
 
 fn is_zero(number: &usize) -> bool {

@@ -342,7 +342,7 @@ fn one_line() -> Result<()> {
 }
 
 /// The one row for which `is` holds, of a group of rows by reason.
-fn find<'a>(groups: &'a Value, is: impl Fn(&Value) -> bool) -> Result<&'a Value> {
+fn find(groups: &Value, is: impl Fn(&Value) -> bool) -> Result<&Value> {
     let groups = groups.as_array().context("groups")?.iter();
     let rows = groups
         .filter_map(|group| group["rows"].as_array())

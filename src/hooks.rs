@@ -1258,6 +1258,8 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
         )
     };
     let (leaf, subleaf) = (guest.register(RAX), guest.register(RCX));
+    // Before KVM handles the exit, as in `redirect_query`.
+    let at_cpl_0 = guest.is_at_cpl_0();
     // SAFETY: KVM's own function with KVM's own argument, in KVM's own context.
     let ret = unsafe { original(vcpu) };
     // CPUID faulting: KVM has queued a fault instead of emulating. No fault can have
@@ -1265,7 +1267,9 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     if guest.fault_is_pending() {
         return ret;
     }
-    if let Some(answer) = registry().and_then(|it| cpuid::answer(it, guest, leaf, subleaf)) {
+    if let Some(answer) =
+        registry().and_then(|it| cpuid::answer(it, guest, leaf, subleaf, at_cpl_0))
+    {
         guest.write_answer(answer);
     }
     ret

@@ -264,14 +264,19 @@ impl Registry {
         }
     }
 
-    /// Answer a query of a guest; return who asked as well. `None` for an unmetered vCPU.
+    /// Answer a query of a guest, whose kernel asks if `at_cpl_0`; return who asked as well. `None`
+    /// for an unmetered vCPU.
     pub(crate) fn answer(
         &self,
         vcpu: Vcpu<'_>,
         query: Query,
         subleaf: u32,
+        at_cpl_0: bool,
     ) -> Option<(&Identity, Registers)> {
-        self.vcpus.answer(vcpu.key(), query, subleaf)
+        match query {
+            Query::Tables => self.vcpus.answer_by_tables(vcpu.key(), subleaf, at_cpl_0),
+            _ => self.vcpus.answer(vcpu.key(), query, subleaf),
+        }
     }
 
     /// Write a snapshot into `buffer`; return its size in bytes. `gone` is room for the totals,

@@ -23,7 +23,7 @@ mod run;
 mod summary;
 
 pub use moment::{Clock, Moment};
-pub use run::Run;
+pub use run::{Host, Run};
 pub use summary::{Mean, Reason, Summary};
 
 /// In a guest: which exits a command causes, and what they cost.
@@ -37,6 +37,11 @@ kernel is what the host's kernel spent on the exits, and mean that of one. 'of t
 the time that CMD took, 'in VMM' that of the VMM; with several vCPUs either may exceed 100%.
 Interrupts that come while the numbers are read, before and after CMD, are CMD's.
 
+--why has each vCPU tell for itself: this command runs on each CPU in turn, before and after CMD,
+and says on how many it may not. What a vCPU did after it was asked and before CMD ran is CMD's. Rows
+have a bound beside them as those of 'exitmeter why' on the host. The host's own vectors are not told,
+and their exits are in no row. With -r the numbers are those of all runs together.
+
 When the meter begins anew while CMD runs, as when the module is loaded again on the host or the VM
 is moved to another one, what that run caused is not known. It is left out, and that is told.
 
@@ -48,11 +53,19 @@ Exit status:
 Examples:
   exitmeter stat -- dd if=/dev/vda of=/dev/null bs=1M count=100
   exitmeter stat -r 5 -- sleep 1
+  exitmeter stat --why -- modprobe virtio_net
   exitmeter stat --json -o exits.json -- make")]
 pub struct Args {
     /// Runs CMD N times, and tells the mean and the standard deviation.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     repeat: u32,
+    /// Tells as well what the exits were about: which MSRs, ports, CPUID leaves and so on. It takes a
+    /// host whose details are on, as by the module's parameter details=1.
+    #[arg(long)]
+    why: bool,
+    /// Shows up to N rows of each reason.
+    #[arg(long, value_name = "N", default_value_t = 10, requires = "why")]
+    limit: usize,
     /// Prints JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -85,7 +98,11 @@ impl Args {
     fn stat(&self, look: Look) -> anyhow::Result<u8> {
         let (program, arguments) = self.command.split_first().context("there is no command")?;
         // Before anything is written or run: is there a meter?
-        let (way, isa) = find(likely_isa(), |meter| meter.isa())?;
+        let (way, (isa, version)) = find(likely_isa(), |meter| (meter.isa(), meter.interface()))?;
+        let host = Host { isa, way };
+        if self.why {
+            host.check_details(version)?;
+        }
         let mut file = match &self.output {
             Some(path) => {
                 let file = File::create(path);
@@ -98,7 +115,7 @@ impl Args {
         let mut status = 0;
         let mut failure = None;
         for _ in 0..self.repeat {
-            match run::once(program, arguments, isa, way) {
+            match run::once(program, arguments, host, self.why) {
                 Ok(run) => {
                     status = command::status(run.ended);
                     runs.push(run);
@@ -121,8 +138,8 @@ impl Args {
         }
         let text = match self.json {
             true => serde_json::to_string_pretty(&summary)? + "\n",
-            false if file.is_some() => summary.text(Look::default()),
-            false => summary.text(look),
+            false if file.is_some() => summary.text(self.limit, Look::default()),
+            false => summary.text(self.limit, look),
         };
         match &mut file {
             Some(file) => file

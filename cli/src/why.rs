@@ -35,7 +35,7 @@ use crate::{
 mod csv;
 pub(crate) mod detail;
 pub(crate) mod device;
-mod export;
+pub(crate) mod export;
 pub(crate) mod model;
 mod names;
 pub(crate) mod select;

@@ -256,8 +256,8 @@ fn without_a_meter_there_is_an_error() {
         Error::NoVm
     ));
     assert_eq!(
-        read(0x4fff_fff1, |answer| answer.eax = 3).to_string(),
-        "the host's meter has version 3 of its CPUID leaves, this tool reads versions 1 and 2: \
+        read(0x4fff_fff1, |answer| answer.eax = 4).to_string(),
+        "the host's meter has version 4 of its CPUID leaves, this tool reads versions 1 to 3: \
          use the tool that came with the module"
     );
     assert_eq!(

@@ -367,7 +367,8 @@ const fn basic_leaves() -> [Subleaves; 64] {
 /// Return true if a CPUID leaf tells different things by ECX.
 ///
 /// Those of which the SDM ("CPUID - CPU Identification") and the APM (volume 3, appendix E) say so,
-/// and exitmeter's own.
+/// and exitmeter's upper four. Of its others a reader asks for hundreds of subleaves, which would
+/// take the rows of all else.
 #[inline(always)]
 pub const fn has_subleaves(leaf: u32) -> bool {
     if leaf < 64 {
@@ -375,7 +376,7 @@ pub const fn has_subleaves(leaf: u32) -> bool {
     }
     matches!(
         leaf,
-        0x4fff_ff00..=0x4fff_ffff | 0x8000_001d | 0x8000_0020 | 0x8000_0026
+        0x4fff_fffc..=0x4fff_ffff | 0x8000_001d | 0x8000_0020 | 0x8000_0026
     )
 }
 
@@ -564,6 +565,8 @@ mod tests {
             (0xd, 9, 0xd | 9 << 32),
             (0xffff_ffff_0000_000d, 0xffff_ffff, 0xd | 0x7f_ffff << 32),
             (0x4fff_fffc, 48, 0x4fff_fffc | 48 << 32),
+            (0x4fff_fff2, 48, 0x4fff_fff2),
+            (0x4fff_fff5, 0x0103_0007, 0x4fff_fff5),
             (0x4000_0000, 48, 0x4000_0000),
         ] {
             for (isa, code) in [(Isa::Vmx, 10), (Isa::Svm, 0x72)] {

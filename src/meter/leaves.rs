@@ -3,7 +3,7 @@
 //! The CPUID leaves by which a guest reads its own exits.
 //!
 //! The four upper leaves, 0x4FFFFFFC to 0x4FFFFFFF, are those of the course CMPE 283, in
-//! one of the two orders it used; 0x4FFFFFF0 to 0x4FFFFFF4 let a guest's tool read
+//! one of the two orders it used; 0x4FFFFFF0 to 0x4FFFFFF5 let a guest's tool read
 //! everything without guessing.
 
 use core::fmt;
@@ -13,8 +13,11 @@ use super::{
     reasons::{self, Isa, Slot},
 };
 
+pub mod tables;
+use tables::{Description, Place, DESCRIPTION};
+
 /// The version of what the identity leaves say.
-pub const INTERFACE_VERSION: u32 = 2;
+pub const INTERFACE_VERSION: u32 = 3;
 
 /// Set in ecx of leaf 0x4FFFFFF3: of the exits, those from a nested guest.
 pub const NESTED: u32 = 1 << 16;
@@ -82,6 +85,8 @@ pub enum Query {
     Exits64,
     /// edx:eax = the number of the meter's life.
     Life,
+    /// ecx = table << 24 | word << 16 | entry: see [`tables`].
+    Tables,
     /// eax = total exits, low half; ebx = high half.
     TotalExits,
     /// ebx = high, ecx = low half of the cycles spent processing all exits.
@@ -90,6 +95,17 @@ pub enum Query {
     ReasonExits,
     /// ecx = reason: ebx = high, ecx = low half of the cycles spent processing them.
     ReasonCycles,
+}
+
+impl Query {
+    /// Return true if the kernel log has a line for it. Of tables that is the question for what there
+    /// is, once in each reading: the entries take hundreds more.
+    pub const fn is_spoken(self, subleaf: u32) -> bool {
+        match self {
+            Query::Tables => Place::from_subleaf(subleaf).table == DESCRIPTION,
+            _ => true,
+        }
+    }
 }
 
 /// The four registers that CPUID writes.
@@ -194,6 +210,7 @@ impl Leaves {
             (0x4fff_fff2, _) => Query::PhaseCycles,
             (0x4fff_fff3, _) => Query::Exits64,
             (0x4fff_fff4, _) => Query::Life,
+            (0x4fff_fff5, _) => Query::Tables,
             (0x4fff_ffff, false) | (0x4fff_fffc, true) => Query::TotalExits,
             (0x4fff_fffe, false) | (0x4fff_fffd, true) => Query::TotalCycles,
             (0x4fff_fffd, false) | (0x4fff_fffe, true) => Query::ReasonExits,
@@ -213,7 +230,8 @@ impl Leaves {
         ))
     }
 
-    /// The answer to a query, with `subleaf` from ecx.
+    /// The answer to a query, with `subleaf` from ecx. That to [`Query::Tables`] takes more than
+    /// numbers: see [`tables::Asker`].
     pub fn answer(&self, query: Query, subleaf: u32, numbers: &impl Numbers) -> Registers {
         let none = Registers::default();
         match query {
@@ -287,6 +305,7 @@ impl Leaves {
                 edx: high(self.life),
                 ..none
             },
+            Query::Tables => Registers::UNDEFINED,
             Query::PhaseCycles => {
                 let number = (subleaf >> 16) as usize;
                 let phases = asked_phases(clamp(number, ASKED_PHASES) as u32);
@@ -349,6 +368,14 @@ impl fmt::Display for Spoken {
             Query::Identify => write!(f, ", identity"),
             Query::Interface => write!(f, ", interface version {eax}"),
             Query::Life => write!(f, ", life {}", join(edx, eax)),
+            Query::Tables => {
+                let described = Description::from_registers(self.answer);
+                write!(
+                    f,
+                    ", details {}",
+                    if described.is_on { "on" } else { "off" }
+                )
+            }
             Query::TotalExits => write!(f, ", exits={}", join(ebx, eax)),
             Query::TotalCycles => write!(f, ", total time in vmm: {} cycles", join(ebx, ecx)),
             Query::ReasonExits => write!(f, " exits={}", join(ebx, eax)),
@@ -430,7 +457,7 @@ mod tests {
                 }
             }
             for low in 0..16 {
-                let ours = map != LeafMap::Off && (!(5..=11).contains(&low));
+                let ours = map != LeafMap::Off && (!(6..=11).contains(&low));
                 assert_eq!(is_ours(0x4fff_fff0 | low), ours);
             }
         }
@@ -522,7 +549,7 @@ mod tests {
         assert_eq!(
             ask(0x4fff_fff1, 0),
             Registers {
-                eax: 2,
+                eax: 3,
                 ebx: 1,
                 ecx: 78,
                 edx: 2021

@@ -36,7 +36,7 @@ use core::{
     ops::{Deref, DerefMut},
     ptr::{null_mut, NonNull},
     sync::atomic::{
-        fence, AtomicBool, AtomicPtr, AtomicUsize,
+        fence, AtomicBool, AtomicPtr, AtomicU32, AtomicUsize,
         Ordering::{Acquire, Relaxed, Release},
     },
 };
@@ -166,6 +166,8 @@ pub struct Registry<P: Platform> {
     unmarked: AtomicBool,
     /// The size of the latest snapshot, in bytes.
     latest_size: AtomicUsize,
+    /// How often details were turned on and off, for guests: they are on when it is odd.
+    switches: AtomicU32,
     /// Under the lock.
     state: NonNull<UnsafeCell<State>>,
     /// The sums of the host, for its guests; null unless these read them.
@@ -339,6 +341,7 @@ impl<P: Platform> Registry<P> {
             max_marks,
             unmarked: AtomicBool::new(false),
             latest_size: AtomicUsize::new(snapshot::size_for(8, 256)),
+            switches: AtomicU32::new(0),
             state,
             host: AtomicPtr::new(match settings.host_scope {
                 true => host.as_ptr(),

@@ -39,6 +39,7 @@ use super::{
 };
 
 mod copy;
+mod own;
 pub use copy::{SlowCopy, SlowExit};
 
 /// Exits that are kept of a window.

@@ -46,6 +46,7 @@ use super::{
 };
 
 mod copy;
+mod own;
 pub use copy::{CodeCopy, DetailCopy, Others, TablesCopy, UserCopy};
 
 /// Rows of a set.

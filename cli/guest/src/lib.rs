@@ -29,16 +29,23 @@
 //! A host whose module has `leaf_cpl=0` answers only at CPL 0. There a program in user space finds
 //! no meter by [`Instruction`]; a [`Cpuid`] of its own may have its kernel execute CPUID.
 //!
-//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF4, which
+//! [`TableReader`] reads what the exits of one vCPU were about, while the host keeps details.
+//!
+//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF5, which
 //! are the same whatever `leaf_map` the host has.
 
 #![no_std]
 
 use core::fmt;
 
+mod tables;
+
+pub use tables::{leaf_of, Asked, SlowExit, TableReader};
+
 pub use exitmeter_meter::{
-    leaves::Registers,
+    leaves::{tables::Description, Registers},
     phase::Phase,
+    reader::Entry,
     reasons::{name, Isa},
 };
 use exitmeter_meter::{
@@ -56,6 +63,8 @@ const PHASE_CYCLES: u32 = 0x4fff_fff2;
 const EXITS: u32 = 0x4fff_fff3;
 /// The number of the meter's life, since version 2.
 const LIFE: u32 = 0x4fff_fff4;
+/// What the exits of the vCPU that asks were about, since version 3.
+const TABLES: u32 = 0x4fff_fff5;
 /// The first version of the leaves. It has one phase for both sleeps, and no life.
 const VERSION_1: u32 = 1;
 /// The phase of [`VERSION_1`] for both sleeps.
@@ -94,7 +103,7 @@ impl fmt::Display for Error {
             Error::Version(version) => write!(
                 f,
                 "the host's meter has version {version} of its CPUID leaves, this tool reads \
-                 versions {VERSION_1} and {INTERFACE_VERSION}: use the tool that came with the module"
+                 versions {VERSION_1} to {INTERFACE_VERSION}: use the tool that came with the module"
             ),
             Error::Isa(number) => write!(
                 f,
@@ -195,6 +204,12 @@ const fn phase_number(phase: Phase, version: u32) -> Option<u32> {
     })
 }
 
+/// Return true for a meter's answer to who it is.
+fn is_meter(identity: Registers) -> bool {
+    let name = [identity.ebx, identity.ecx, identity.edx].map(u32::to_le_bytes);
+    name == [*b"Exit", *b"Mete", *b"r\0\0\0"]
+}
+
 /// A 64-bit answer.
 fn wide(answer: Registers) -> u64 {
     u64::from(answer.edx) << 32 | u64::from(answer.eax)
@@ -233,9 +248,7 @@ impl<C: Cpuid> Meter<C> {
         // In each version kernel is 1.
         let cost = |isa| 1 << 16 | cpuid_reason(isa);
         let mut kernel_before = wide(ask(PHASE_CYCLES, cost(likely)));
-        let identity = ask(IDENTIFY, 0);
-        let name = [identity.ebx, identity.ecx, identity.edx].map(u32::to_le_bytes);
-        if name != [*b"Exit", *b"Mete", *b"r\0\0\0"] {
+        if !is_meter(ask(IDENTIFY, 0)) {
             return Err(match ask(FEATURES, 0).ecx & HYPERVISOR {
                 0 => Error::NoVm,
                 _ => Error::NoMeter,

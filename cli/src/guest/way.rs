@@ -25,13 +25,18 @@ pub enum Silence {
     #[error(
         "{}; or, if it answers only this guest's kernel (leaf_cpl=0): {} ({error})",
         Error::NoMeter,
-        match error.kind() {
-            ErrorKind::NotFound => "run 'modprobe cpuid' as root here, and this command as root",
-            ErrorKind::PermissionDenied => "run this command as root",
-            _ => "make /dev/cpu/*/cpuid readable",
-        }
+        remedy(error)
     )]
     NoDevice {
+        /// What the system says of the device.
+        error: io::Error,
+    },
+    /// This guest's kernel is to be asked, and cannot be.
+    #[error(
+        "code is told to this guest's kernel alone: {} ({error})",
+        remedy(error)
+    )]
+    NoKernel {
         /// What the system says of the device.
         error: io::Error,
     },
@@ -41,6 +46,15 @@ pub enum Silence {
         /// What the system says.
         error: io::Error,
     },
+}
+
+/// Return what makes this guest's kernel answer, by what the system says of its device.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "run 'modprobe cpuid' as root here, and this command as root",
+        ErrorKind::PermissionDenied => "run this command as root",
+        _ => "make /dev/cpu/*/cpuid readable",
+    }
 }
 
 /// The way by which a meter answers.
@@ -59,10 +73,19 @@ impl Way {
     ///
     /// When this guest has no device of this CPU, or one that may not be opened.
     pub fn open(self) -> Result<Asker, Silence> {
+        // Of the CPU that this runs on: its kernel asks there without an interrupt.
+        self.open_on(sched_getcpu() as u32)
+    }
+
+    /// Open it, for questions on one CPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_on(self, cpu: u32) -> Result<Asker, Silence> {
         Ok(match self {
             Way::Instruction => Asker::Instruction,
-            // Of the CPU that this runs on: its kernel asks there without an interrupt.
-            Way::Device => File::open(format!("/dev/cpu/{}/cpuid", sched_getcpu()))
+            Way::Device => File::open(format!("/dev/cpu/{cpu}/cpuid"))
                 .map(|file| Asker::Device { file, error: None })
                 .map_err(|error| Silence::NoDevice { error })?,
         })
@@ -211,6 +234,8 @@ mod tests {
                 "{text}"
             );
             assert!(text.contains("a leaf_map other than 0; or,"), "{text}");
+            let text = Silence::NoKernel { error: kind.into() }.to_string();
+            assert!(!text.contains("leaf_cpl") && text.contains(words), "{text}");
         }
     }
 }

@@ -7,8 +7,9 @@
 
 use std::{
     ffi::OsString,
-    io::{self, Write as _},
-    os::unix::{net::UnixStream, process::CommandExt as _},
+    fs::File,
+    io::{self, BufReader, Seek as _},
+    os::unix::process::CommandExt as _,
     process::{Child, Command, ExitStatus},
     sync::atomic::{AtomicI32, Ordering::SeqCst},
     time::Duration,
@@ -16,14 +17,52 @@ use std::{
 
 use anyhow::Context as _;
 use exitmeter_guest::{Isa, Row};
-use rustix::process::{kill_process, waitid, Pid, Signal, WaitId, WaitIdOptions};
+use exitmeter_meter::snapshot::{TABLE_DETAILS, TABLE_USER};
+use rustix::{
+    fs::{memfd_create, MemfdFlags},
+    process::{kill_process, waitid, Pid, Signal, WaitId, WaitIdOptions},
+};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2},
     low_level,
 };
 
 use super::moment::Moment;
-use crate::{command::Unrunnable, guest::Way, signals::is_ignored};
+use crate::{
+    command::Unrunnable,
+    guest::{
+        tables::{self, Cpus, Left, Reading, Tally},
+        Way, TABLES_SINCE,
+    },
+    signals::is_ignored,
+};
+
+/// The tables that tell what exits were about.
+const TABLES: [u32; 2] = [TABLE_DETAILS, TABLE_USER];
+
+/// The meter of the host, as it was found.
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    /// Whose CPU this is.
+    pub isa: Isa,
+    /// How the meter is asked.
+    pub way: Way,
+}
+
+impl Host {
+    /// Demand that the host keeps details, by the version of its leaves and by what it tells of them.
+    ///
+    /// # Errors
+    ///
+    /// When it does not, or cannot be asked.
+    pub fn check_details(self, version: u32) -> anyhow::Result<()> {
+        if version < TABLES_SINCE {
+            return Err(tables::Error::Version(version).into());
+        }
+        let mut cpus = Cpus::open(self.way)?;
+        Ok(Reading::now(&mut cpus, self.isa, &[])?.check()?)
+    }
+}
 
 /// What one run of the command caused.
 #[derive(Clone, Debug)]
@@ -33,6 +72,8 @@ pub struct Run {
     /// Exits and ticks by reason, with nothing of the tool's own; `None` when the meter began anew
     /// meanwhile, so that nobody knows.
     pub rows: Option<Vec<Row>>,
+    /// What the exits were about, where that was asked for and is known.
+    pub why: Option<Reading>,
     /// How many CPUID exits of its own were taken out.
     pub queries: u64,
     /// How long it ran, in ticks of this guest's TSC.
@@ -83,42 +124,84 @@ pub fn is_to_end() -> bool {
     [SIGHUP, SIGINT, SIGQUIT, SIGTERM].contains(&CAME.load(SeqCst))
 }
 
-/// Runs the command once. `isa` says whose CPU this is, `way` how its meter is asked.
+/// Runs the command once; `why` says whether to read what its exits were about.
 ///
 /// # Errors
 ///
 /// When it cannot be run ([`Unrunnable`]), or what it caused cannot be read.
-pub fn once(program: &OsString, arguments: &[OsString], isa: Isa, way: Way) -> anyhow::Result<Run> {
-    let (mut ours, theirs) = UnixStream::pair().context("no memory for a socket")?;
+pub fn once(
+    program: &OsString,
+    arguments: &[OsString],
+    host: Host,
+    why: bool,
+) -> anyhow::Result<Run> {
+    let Host { isa, way } = host;
+    // Files take all that is written at once, as a socket does not.
+    let mut ours = File::from(memfd_create(c"exitmeter", MemfdFlags::CLOEXEC)?);
+    let theirs = ours.try_clone()?;
     let mut before = Moment::new(isa);
     let mut asker = way.open()?;
+    let mut details = match why {
+        true => Some((Cpus::open(way)?, Left::new()?)),
+        false => None,
+    };
+    let mut reader = match &details {
+        Some((_, left)) => Some((Cpus::open(way)?, left.share()?)),
+        None => None,
+    };
     let mut command = Command::new(program);
     command.args(arguments);
     let begin = move || {
-        let read = before.read(&mut asker);
+        if let Some((cpus, left)) = &mut reader {
+            left.read(cpus, isa, &TABLES)?;
+        }
+        let mut tally = Tally::new(&mut asker);
+        let read = before.read(&mut tally);
+        let asked = tally.asked();
         asker.check().map_err(io::Error::other)?;
         read.map_err(io::Error::other)?;
         before.write(&mut &theirs)?;
-        (&theirs).flush()
+        match &mut reader {
+            Some((_, left)) => left.asked(asked),
+            None => Ok(()),
+        }
     };
-    // SAFETY: After fork it executes CPUID or reads a device, writes to a socket, and takes no memory:
-    // `before` has room for all rows. Its one failure that would is no success either.
+    // SAFETY: After fork it executes CPUID or reads a device, moves from CPU to CPU, writes to files,
+    // and takes no memory: `before` has room for all rows. Its one failure that would is no success
+    // either.
     unsafe { command.pre_exec(begin) };
     let mut child = command
         .spawn()
         .map_err(|error| Unrunnable::new(program, error))?;
-    // With it goes our copy of the other end, so that the moment has an end.
-    drop(command);
     let ended = wait(&mut child).context("cannot wait for the command")?;
     let mut after = Moment::new(isa);
     let mut asker = way.open()?;
-    let read = after.read(&mut asker);
+    let mut tally = Tally::new(&mut asker);
+    let read = after.read(&mut tally);
+    let asked = tally.asked();
     asker.check()?;
     read?;
-    let before = Moment::receive(&mut ours).context("the command began without a reading")?;
+    let later = match &mut details {
+        Some((cpus, _)) => Some(Reading::now(cpus, isa, &TABLES)?),
+        None => None,
+    };
+    ours.rewind()?;
+    let before = Moment::receive(&mut BufReader::new(ours))
+        .context("the command began without a reading")?;
+    let rows = after.since(&before);
+    let why = match (details, later) {
+        // What the meter forgot nobody knows, here neither.
+        (Some((cpus, left)), Some(later)) if rows.is_some() => {
+            let mut earlier = left.take(&cpus)?;
+            earlier.add_asked(asked);
+            Some(later.since(&earlier, isa)?)
+        }
+        _ => None,
+    };
     Ok(Run {
         isa: after.isa,
-        rows: after.since(&before),
+        rows,
+        why,
         queries: before.queries,
         ticks: after.begun.tsc.saturating_sub(before.ended.tsc),
         time: Duration::from_nanos(after.begun.nanos.saturating_sub(before.ended.nanos)),

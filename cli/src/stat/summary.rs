@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::Run;
 use crate::{
+    guest::{tables::Reading, Told},
     model::{isa_name, Label, FORMAT},
     output::Look,
     paint::{paint, Style},
@@ -18,6 +19,7 @@ use crate::{
         Side::{Left, Right},
         Table,
     },
+    why::{model::Weight, symbols::Symbols, tables::Rows},
 };
 
 /// A number of each run.
@@ -85,6 +87,9 @@ pub struct Summary {
     pub kernel: Mean,
     /// By reason, the one with the most kernel ticks first.
     pub reasons: Vec<Reason>,
+    /// What the exits of all runs together were about, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<Told>,
 }
 
 /// What exits of a reason were caused.
@@ -184,6 +189,7 @@ impl Summary {
             exits: sum(|row| row.exits),
             kernel: sum(|row| row.cycles(Phase::Kernel)),
             reasons,
+            why: why(isa, &runs),
         })
     }
 
@@ -201,8 +207,8 @@ impl Summary {
         }
     }
 
-    /// The summary as text.
-    pub fn text(&self, look: Look) -> String {
+    /// The summary as text, with up to so many rows of what the exits of a reason were about.
+    pub fn text(&self, limit: usize, look: Look) -> String {
         let times = match self.runs {
             1 => String::new(),
             runs => format!(" ({runs} runs)"),
@@ -217,9 +223,11 @@ impl Summary {
             Some(words) => paint(&words, Style::Warning, look.color) + "\n",
             None => String::new(),
         };
+        let why = self.why.as_ref();
+        let why = why.map_or_else(String::new, |told| told.text(false, limit, look));
         format!(
             "\n{}\n\n{}\n{}{}, kernel {} of the time, in {:.3} s{}\n\
-             {} of this tool's own {} not among them\n{left_out}",
+             {} of this tool's own {} not among them\n{left_out}{why}",
             paint(&title, Style::Strong, look.color),
             table.text(look.color),
             count(self.exits.number(), "exit"),
@@ -278,6 +286,21 @@ impl Summary {
             table
         })
     }
+}
+
+/// Sum up what the exits of all runs were about.
+fn why(isa: Isa, runs: &[(&Run, &Vec<Row>)]) -> Option<Told> {
+    let mut readings = runs.iter().filter_map(|(run, _)| run.why.as_ref());
+    let rows: Vec<Rows> = readings.clone().map(Reading::rows).collect();
+    let sum = Rows::sum(rows.iter());
+    let (symbols, weight) = (Symbols::default(), Weight::Ticks);
+    Some(Told::new(
+        readings.next_back()?,
+        &sum,
+        isa,
+        &symbols,
+        weight,
+    ))
 }
 
 fn is_zero(number: &usize) -> bool {
@@ -340,6 +363,7 @@ mod tests {
         Run {
             isa: Isa::Svm,
             rows: exits.map(|exits| vec![row(exits)]),
+            why: None,
             queries: 5,
             ticks: 1_000_000,
             time: Duration::from_secs(1),
@@ -353,14 +377,14 @@ mod tests {
         let of = |runs: &[Run]| Summary::new(&command, Isa::Svm, 0, runs);
         assert!(of(&[run(None), run(None)]).is_none());
         let all = of(&[run(Some(10)), run(Some(30))]).expect("measured");
-        assert!(!all.text(Look::default()).contains("left out"));
+        assert!(!all.text(10, Look::default()).contains("left out"));
         let json = serde_json::to_value(&all).expect("JSON");
         assert_eq!(json.get("left_out"), None);
 
         let some = of(&[run(Some(10)), run(None), run(Some(30))]).expect("measured");
         assert_eq!((some.runs, some.left_out), (2, 1));
         assert_eq!(some.exits.mean, 20.0);
-        let text = some.text(Look::default());
+        let text = some.text(10, Look::default());
         let words = "\n1 of 3 runs is left out: the meter began anew while it ran\n";
         assert!(text.ends_with(words), "{text}");
         let reason = &some.reasons[0];

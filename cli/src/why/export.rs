@@ -9,15 +9,15 @@ use std::collections::BTreeMap;
 
 use serde_json::{json, Value};
 
-use super::model::{Vm, Weight, Why};
+use super::model::{Group, Weight, Why};
 
 /// The format that speedscope's files name (npm's package speedscope, file-format-schema.json).
 const SCHEMA: &str = "https://www.speedscope.app/file-format-schema.json";
 
 /// Sum up a VM's code by reason and frame. In order, so that the same numbers give the same file.
-fn stacks(vm: &Vm, weight: Weight) -> BTreeMap<(String, String), u128> {
+fn stacks(code: &[Group], weight: Weight) -> BTreeMap<(String, String), u128> {
     let mut stacks: BTreeMap<_, u128> = BTreeMap::new();
-    for group in &vm.code {
+    for group in code {
         let rows = group.rows.iter().map(|row| {
             let nested = if row.nested { " (nested)" } else { "" };
             (row.what.frame() + nested, row.counts)
@@ -36,12 +36,17 @@ fn stacks(vm: &Vm, weight: Weight) -> BTreeMap<(String, String), u128> {
 
 /// Write collapsed stacks, as flamegraph.pl and inferno-flamegraph read them.
 pub fn collapsed(why: &Why, weight: Weight) -> String {
+    let vms = why.vms.iter();
+    vms.map(|vm| collapsed_of(&vm.name, &vm.code, weight))
+        .collect()
+}
+
+/// Write the collapsed stacks of one VM.
+pub fn collapsed_of(name: &str, code: &[Group], weight: Weight) -> String {
     let mut text = String::new();
-    for vm in &why.vms {
-        for ((reason, frame), weight) in stacks(vm, weight) {
-            let frames = [&vm.name, &reason, &frame].map(|frame| one_frame(frame));
-            text += &format!("{} {weight}\n", frames.join(";"));
-        }
+    for ((reason, frame), weight) in stacks(code, weight) {
+        let frames = [name, &reason, &frame].map(one_frame);
+        text += &format!("{} {weight}\n", frames.join(";"));
     }
     text
 }
@@ -68,7 +73,7 @@ pub fn speedscope(why: &Why, weight: Weight) -> Value {
     let mut profiles = Vec::new();
     for vm in &why.vms {
         let (mut samples, mut weights, mut end) = (Vec::new(), Vec::new(), 0_u128);
-        for ((reason, code), weight) in stacks(vm, weight) {
+        for ((reason, code), weight) in stacks(&vm.code, weight) {
             samples.push([frame(vm.name.clone()), frame(reason), frame(code)]);
             weights.push(weight);
             end = end.saturating_add(weight);

@@ -212,7 +212,7 @@ impl Rows {
     }
 
     /// Return what came after an earlier moment of the same tables.
-    fn since(&self, earlier: &Self) -> Self {
+    pub fn since(&self, earlier: &Self) -> Self {
         let mut new = Self::default();
         let mut left: BTreeMap<_, _> = self.totals();
         for (place, total) in earlier.totals() {

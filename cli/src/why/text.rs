@@ -129,7 +129,7 @@ fn spent(span: Span, khz: Option<u32>) -> String {
 }
 
 /// Write the groups of a table: reasons, with their rows below them.
-fn table(
+pub(crate) fn table(
     title: &str,
     groups: &[Group],
     all: Counts,

@@ -32,8 +32,9 @@ const GUEST_MODULES: &str = "lab/guest/modules";
 
 const GUEST_PROGRAMS: &[&str] = &["usr/bin/cpuid"];
 
-/// Modules that a guest has at hand: the driver of /dev/cpu/*/cpuid, by which its kernel executes CPUID.
-const OWN_MODULES: &[&str] = &["cpuid"];
+/// Modules that a guest has at hand: the drivers of /dev/cpu/*/cpuid and /dev/cpu/*/msr, by which its kernel executes
+/// CPUID and RDMSR.
+const OWN_MODULES: &[&str] = &["cpuid", "msr"];
 
 /// The root's folder of libraries.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";

@@ -15,7 +15,10 @@ use core::sync::atomic::{
 };
 
 use crate::meter::{
-    leaves::{Numbers, Query, Registers},
+    leaves::{
+        tables::{Asker, Place},
+        Numbers, Query, Registers,
+    },
     phase::Phase,
     reasons::Slot,
     snapshot::Identity,
@@ -82,6 +85,34 @@ impl<P: Platform> Registry<P> {
         } else {
             self.answer_for_vm(member, query, subleaf)?
         };
+        Some((&member.identity, answer))
+    }
+
+    /// Answer a guest by the tables of the vCPU that asks; return who asked as well. `at_cpl_0` says
+    /// whether it is the guest's kernel. `None` for an unmetered vCPU. The caller holds the vCPU,
+    /// between two of its transitions.
+    ///
+    /// Constant time, whatever is asked for: a look at each row of a table at most.
+    pub fn answer_by_tables(
+        &self,
+        key: usize,
+        subleaf: u32,
+        at_cpl_0: bool,
+    ) -> Option<(&Identity, Registers)> {
+        let member = self.known(key)?;
+        let reading = self.platform.read();
+        let asker = Asker {
+            isa: self.settings.leaves.isa,
+            ledger: &member.ledger,
+            // SAFETY: What is found is kept by `reading`.
+            tables: unsafe { member.ledger.tables() },
+            switches: self.switches.load(Relaxed),
+            now: self.platform.now(),
+            at_cpl_0,
+            host_scope: self.settings.host_scope,
+        };
+        let answer = asker.answer(Place::from_subleaf(subleaf));
+        drop(reading);
         Some((&member.identity, answer))
     }
 

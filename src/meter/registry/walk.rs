@@ -368,7 +368,7 @@ impl<P: Platform> Registry<P> {
     ///
     /// From now on each transition of a vCPU that has tables must be told with them.
     pub fn give_tables(&self, _walker: &mut Walker) {
-        self.lock().wants_tables = true;
+        self.want_tables(true);
         self.walk(SNAPSHOT, |seen| {
             let Seen::Vcpu(member, _) = seen else {
                 return;
@@ -382,6 +382,16 @@ impl<P: Platform> Registry<P> {
                 unsafe { member.ledger.set_tables(tables.as_ptr()) };
             }
         });
+    }
+
+    /// Note whether vCPUs that come get tables, and for guests how often that has changed.
+    fn want_tables(&self, wants: bool) {
+        let mut state = self.lock();
+        if state.wants_tables != wants {
+            state.wants_tables = wants;
+            let switches = self.switches.load(Relaxed);
+            self.switches.store(switches.wrapping_add(1), Relaxed);
+        }
     }
 
     /// Ask all vCPUs for rings of their last exits that are not frozen.
@@ -399,7 +409,7 @@ impl<P: Platform> Registry<P> {
     /// Take the tables from all vCPUs. No transition may begin to be told with them any more; those
     /// that are under way are waited for, before memory is freed.
     pub fn take_tables(&self, _walker: &mut Walker) {
-        self.lock().wants_tables = false;
+        self.want_tables(false);
         self.walk(SNAPSHOT, |seen| {
             if let Seen::Vcpu(member, _) = seen {
                 self.retire_tables(member);

@@ -9,7 +9,7 @@ use crate::meter::{
     reasons::Slot,
 };
 
-use super::{Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
+use super::{Kept, Slow, Told, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
 
 /// An exit, told in full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub struct SlowExit {
 }
 
 impl SlowExit {
-    const EMPTY: Self = Self {
+    pub(super) const EMPTY: Self = Self {
         sequence: 0,
         exited: 0,
         key: 0,
@@ -85,10 +85,17 @@ impl SlowExit {
         self.cpus.map(|cpu| cpu.checked_sub(1))
     }
 
-    fn set_kernel(&mut self, kernel: u64) {
+    pub(super) fn set_kernel(&mut self, kernel: u64) {
         if let Some(cell) = self.ticks.first_mut() {
             *cell = kernel;
         }
+    }
+
+    /// Take the exit's course, but for its CPUs.
+    pub(super) fn set_course(&mut self, course: &Told) {
+        self.ticks = copied(&course.ticks);
+        self.outs = course.outs.load(Relaxed);
+        self.why = course.why.load(Relaxed);
     }
 }
 
@@ -149,6 +156,23 @@ fn copied(ticks: &[AtomicU64; PHASES]) -> [u64; PHASES] {
         *to = from.load(Relaxed);
     }
     copy
+}
+
+impl Kept {
+    /// Return it as it is now.
+    #[inline]
+    pub(super) fn copied(&self) -> SlowExit {
+        SlowExit {
+            sequence: self.sequence.load(Relaxed),
+            exited: self.told.exited.load(Relaxed),
+            key: self.key.load(Relaxed),
+            rip: self.rip.load(Relaxed),
+            ticks: copied(&self.told.ticks),
+            outs: self.told.outs.load(Relaxed),
+            why: self.told.why.load(Relaxed),
+            cpus: unpair(self.told.cpus.load(Relaxed)),
+        }
+    }
 }
 
 impl SlowCopy {
@@ -364,17 +388,7 @@ impl Slow {
             to.count = (from.count.load(Relaxed) as usize).min(KEPT);
             let kept = from.kept.iter().take(to.count);
             for (from, to) in kept.zip(&mut to.kept) {
-                let told = &from.told;
-                *to = SlowExit {
-                    sequence: from.sequence.load(Relaxed),
-                    exited: told.exited.load(Relaxed),
-                    key: from.key.load(Relaxed),
-                    rip: from.rip.load(Relaxed),
-                    ticks: copied(&told.ticks),
-                    outs: told.outs.load(Relaxed),
-                    why: told.why.load(Relaxed),
-                    cpus: unpair(told.cpus.load(Relaxed)),
-                };
+                *to = from.copied();
             }
         }
     }

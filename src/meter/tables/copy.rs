@@ -11,7 +11,7 @@ use crate::meter::{
     slow::SlowCopy,
 };
 
-use super::{Tables, Which, CODES, DETAILS, USERS};
+use super::{Code, Detail, Tables, User, Which, CODES, DETAILS, USERS};
 
 /// A row of details, at rest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,7 +140,7 @@ impl Others {
         *self == Self::default()
     }
 
-    const fn less(self, exits: u64, kernel: u64, user: u64) -> Self {
+    pub(super) const fn less(self, exits: u64, kernel: u64, user: u64) -> Self {
         Self {
             exits: self.exits.wrapping_sub(exits),
             kernel: self.kernel.wrapping_sub(kernel),
@@ -276,6 +276,49 @@ impl Default for TablesCopy {
     }
 }
 
+impl Detail {
+    /// Return it as it is now.
+    #[inline]
+    pub(super) fn copied(&self) -> DetailCopy {
+        DetailCopy {
+            key: self.key.load(Relaxed),
+            exits: self.exits.load(Relaxed),
+            kernel: self.kernel.load(Relaxed),
+            user: self.user.load(Relaxed),
+            missed_exits: self.missed_exits.load(Relaxed),
+            missed_kernel: self.missed_kernel.load(Relaxed),
+            missed_user: self.missed_user.load(Relaxed),
+        }
+    }
+}
+
+impl Code {
+    /// As [`Detail::copied`].
+    #[inline]
+    pub(super) fn copied(&self) -> CodeCopy {
+        CodeCopy {
+            rip: self.rip.load(Relaxed),
+            which: self.which.load(Relaxed),
+            exits: self.exits.load(Relaxed),
+            kernel: self.kernel.load(Relaxed),
+            missed_exits: self.missed_exits.load(Relaxed),
+            missed_kernel: self.missed_kernel.load(Relaxed),
+        }
+    }
+}
+
+impl User {
+    /// As [`Detail::copied`].
+    #[inline]
+    pub(super) fn copied(&self) -> UserCopy {
+        UserCopy {
+            tag: self.tag.load(Relaxed),
+            exits: self.exits.load(Relaxed),
+            ticks: self.ticks.load(Relaxed),
+        }
+    }
+}
+
 /// Have `copy` copy each row in use, until it says that it is in vain; return how many rows it took.
 fn each_in_use(bits: &[AtomicU64], mut copy: impl FnMut(usize, usize) -> bool) -> usize {
     let mut count = 0_usize;
@@ -309,39 +352,20 @@ impl Tables {
             // Behind the row that is nobody's.
             let from = self.details.get(row.wrapping_add(1));
             if let (Some(from), Some(to)) = (from, out.details.get_mut(count)) {
-                *to = DetailCopy {
-                    key: from.key.load(Relaxed),
-                    exits: from.exits.load(Relaxed),
-                    kernel: from.kernel.load(Relaxed),
-                    user: from.user.load(Relaxed),
-                    missed_exits: from.missed_exits.load(Relaxed),
-                    missed_kernel: from.missed_kernel.load(Relaxed),
-                    missed_user: from.missed_user.load(Relaxed),
-                };
+                *to = from.copied();
             }
             undisturbed()
         });
         out.code_count = each_in_use(&self.codes_in_use, |count, row| {
             let from = self.codes.get(row.wrapping_add(1));
             if let (Some(from), Some(to)) = (from, out.codes.get_mut(count)) {
-                *to = CodeCopy {
-                    rip: from.rip.load(Relaxed),
-                    which: from.which.load(Relaxed),
-                    exits: from.exits.load(Relaxed),
-                    kernel: from.kernel.load(Relaxed),
-                    missed_exits: from.missed_exits.load(Relaxed),
-                    missed_kernel: from.missed_kernel.load(Relaxed),
-                };
+                *to = from.copied();
             }
             undisturbed()
         });
         out.user_count = 0;
         for (from, to) in self.users.iter().skip(1).zip(&mut out.users) {
-            *to = UserCopy {
-                tag: from.tag.load(Relaxed),
-                exits: from.exits.load(Relaxed),
-                ticks: from.ticks.load(Relaxed),
-            };
+            *to = from.copied();
             if to.tag == 0 {
                 break;
             }

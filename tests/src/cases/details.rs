@@ -24,7 +24,7 @@ use crate::host::{
     keyed::{Counts, Keyed},
 };
 
-const DEVICE: &str = "/dev/exitmeter";
+pub(super) const DEVICE: &str = "/dev/exitmeter";
 
 /// `_IO(0xE7, 1)`: turn details on while the file is open.
 const TURN_ON_DETAILS: libc::Ioctl = 0xe701;
@@ -89,7 +89,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Return a snapshot's bytes.
-fn read() -> Result<Vec<u8>> {
+pub(super) fn read() -> Result<Vec<u8>> {
     fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))
 }
 
@@ -295,7 +295,8 @@ fn many_leaves() -> Vec<Quad> {
         .collect()
 }
 
-fn turn_on(file: &File) -> io::Result<()> {
+/// Turn details on while a file is open.
+pub(super) fn turn_on(file: &File) -> io::Result<()> {
     // SAFETY: The ioctl takes no argument.
     match unsafe { libc::ioctl(file.as_raw_fd(), TURN_ON_DETAILS) } {
         0 => Ok(()),

@@ -140,6 +140,7 @@ fn queries() -> Result<(Vec<String>, Vec<String>)> {
         (0x4fff_fff1, 0),
         (0x4fff_fff2, cpuid | 1 << 16),
         (0x4fff_fff3, cpuid),
+        (0x4fff_fff5, 0),
         (0x4fff_fffc, cpuid),
         (0x4fff_fffd, cpuid),
         (0x4fff_fffd, 35 + host::pick(0, 0x8000)?),

@@ -12,6 +12,7 @@ mod linux;
 mod loading;
 mod log;
 mod nested;
+mod own;
 mod phases;
 mod scope;
 mod slow;
@@ -121,6 +122,7 @@ pub fn all() -> Vec<Case> {
         phases::cases(),
         details::cases(),
         slow::cases(),
+        own::cases(),
         tool::cases(),
         scope::cases(),
         linux::cases(),

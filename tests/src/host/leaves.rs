@@ -39,3 +39,5 @@ pub const PHASE_CYCLES: u32 = 0x4fff_fff2;
 pub const EXITS_64: u32 = 0x4fff_fff3;
 /// The number of the life of the meter.
 pub const LIFE: u32 = 0x4fff_fff4;
+/// What the exits of the vCPU that asks were about.
+pub const TABLES: u32 = 0x4fff_fff5;

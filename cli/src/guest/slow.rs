@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The slow exits of this VM, from this side: the host's CPUs and its time are not told.
+
+use std::cmp::Reverse;
+
+use exitmeter_guest::{Isa, Phase, SlowExit};
+use serde::{Serialize, Serializer};
+
+use super::tables::{Reading, SlowCpu};
+use crate::{
+    model::Label,
+    output::Look,
+    paint::{paint, Style},
+    table::{
+        Side::{Left, Right},
+        Table,
+    },
+    why::{
+        detail::{user_exit, Detail},
+        symbols::{self, Symbols},
+    },
+};
+
+/// Slow exits. Field names are those of `--json`, and stay.
+#[derive(Clone, Debug, Serialize)]
+pub struct Slow {
+    /// vCPUs whose exits were read.
+    pub vcpus: usize,
+    /// vCPUs that were not read, as this may not run on their CPUs.
+    pub vcpus_unread: usize,
+    /// The slowest exits, the longest first.
+    pub slowest: Vec<Exit>,
+    /// The frozen rings: what came before an exit that was too slow.
+    pub rings: Vec<Ring>,
+}
+
+/// The last exits of a vCPU before one that was too slow, which is the last of them.
+#[derive(Clone, Debug, Serialize)]
+pub struct Ring {
+    /// This guest's CPU.
+    pub cpu: u32,
+    /// The exits, the oldest first.
+    pub exits: Vec<Exit>,
+}
+
+/// One exit.
+#[derive(Clone, Debug, Serialize)]
+pub struct Exit {
+    /// This guest's CPU.
+    pub cpu: u32,
+    /// TSC ticks of the host since then.
+    pub ago: u64,
+    /// Which exit of the vCPU's it was since details were turned on.
+    pub sequence: u64,
+    /// The reason.
+    #[serde(flatten)]
+    pub label: Label,
+    /// What it was about.
+    pub detail: Option<Detail>,
+    /// The same in words.
+    pub words: Option<String>,
+    /// It came from a nested guest.
+    pub nested: bool,
+    /// Where the guest was, when its kernel asks.
+    #[serde(serialize_with = "hexadecimal")]
+    pub rip: Option<u64>,
+    /// The same in words.
+    pub code: Option<String>,
+    /// TSC ticks that make it slow: all below but `halted`.
+    pub took: u64,
+    /// TSC ticks in the host's kernel.
+    pub kernel: u64,
+    /// TSC ticks in the VMM.
+    pub user: u64,
+    /// TSC ticks asleep for the host.
+    pub waiting: u64,
+    /// TSC ticks preempted.
+    pub preempted: u64,
+    /// TSC ticks asleep by the guest's own wish.
+    pub halted: u64,
+    /// How often the host's scheduler took the vCPU off its CPU.
+    pub scheduled_out: u32,
+    /// KVM_EXIT_* of `struct kvm_run`, when it went to user space.
+    pub exit_reason: Option<u32>,
+}
+
+fn hexadecimal<S: Serializer>(rip: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
+    match rip {
+        Some(rip) => to.serialize_str(&format!("{rip:#x}")),
+        None => to.serialize_none(),
+    }
+}
+
+impl Exit {
+    fn new(cpu: u32, exit: &SlowExit, isa: Isa, symbols: &Symbols) -> Self {
+        let ticks = |phase| exit.ticks.get(phase as usize).copied().unwrap_or(0);
+        let head = &exit.head;
+        let detail = (head.detail_kind != 0).then(|| Detail::new(head.detail_kind, head.key));
+        let [kernel, user, waiting, preempted] =
+            [Phase::Kernel, Phase::User, Phase::Waiting, Phase::Preempted].map(ticks);
+        let took = [kernel, user, waiting, preempted];
+        Self {
+            cpu,
+            ago: exit.ago,
+            sequence: exit.sequence,
+            label: Label::new(isa, head.reason),
+            words: detail.map(|detail| detail.words()),
+            detail,
+            nested: head.nested,
+            rip: exit.rip,
+            code: exit.rip.map(|rip| {
+                let place = symbols.find(rip);
+                symbols::words(rip, place.map(|place| (place.symbol, place.offset)))
+            }),
+            took: took.into_iter().fold(0, u64::saturating_add),
+            kernel,
+            user,
+            waiting,
+            preempted,
+            halted: ticks(Phase::Halted),
+            scheduled_out: exit.scheduled_out,
+            exit_reason: exit.user_exit,
+        }
+    }
+}
+
+impl Slow {
+    /// Tell what was read of each CPU.
+    pub fn new(
+        reading: &Reading,
+        cpus: impl IntoIterator<Item = (u32, SlowCpu)>,
+        isa: Isa,
+        symbols: &Symbols,
+    ) -> Self {
+        let (mut slowest, mut rings) = (Vec::new(), Vec::new());
+        for (cpu, told) in cpus {
+            let exit = |exit: &SlowExit| Exit::new(cpu, exit, isa, symbols);
+            slowest.extend(told.slowest.iter().map(exit));
+            if !told.ring.is_empty() {
+                let exits = told.ring.iter().map(exit).collect();
+                rings.push(Ring { cpu, exits });
+            }
+        }
+        slowest.sort_by_key(|exit| Reverse(exit.took));
+        Self {
+            vcpus: reading.vcpus(),
+            vcpus_unread: reading.unread(),
+            slowest,
+            rings,
+        }
+    }
+
+    /// Write them as tables, with up to so many of the slowest.
+    pub fn text(&self, limit: usize, look: Look) -> String {
+        let slowest: Vec<_> = self.slowest.iter().take(limit).collect();
+        let mut text = format!(
+            "\n{}\n\n{}",
+            paint("the slowest exits", Style::Strong, look.color),
+            table(&slowest, look)
+        );
+        for ring in &self.rings {
+            let title = format!(
+                "CPU {}: the last exits up to one that was too slow",
+                ring.cpu
+            );
+            let exits: Vec<_> = ring.exits.iter().collect();
+            text += &format!(
+                "\n{}\n\n{}",
+                paint(&title, Style::Strong, look.color),
+                table(&exits, look)
+            );
+        }
+        if self.vcpus_unread != 0 {
+            let all = self.vcpus + self.vcpus_unread;
+            text += &format!(
+                "read on {} of {all} CPUs: this command may not run on the others\n",
+                self.vcpus
+            );
+        }
+        text + "\nall times are TSC ticks of the host\n"
+    }
+}
+
+fn table(exits: &[&Exit], look: Look) -> String {
+    let spare = ["CPU", "outs", "code", "to user space", "halted"];
+    let table = Table::fitted(look, &spare, |number| {
+        let mut table = Table::new([
+            ("CPU", Right),
+            ("ago", Right),
+            ("exit", Left),
+            ("code", Left),
+            ("took", Right),
+            ("kernel", Right),
+            ("user", Right),
+            ("waiting", Right),
+            ("preempted", Right),
+            ("halted", Right),
+            ("outs", Right),
+            ("to user space", Left),
+        ]);
+        for exit in exits {
+            let about = exit.words.as_ref().map(|words| format!(" {words}"));
+            let nested = if exit.nested { ", nested" } else { "" };
+            let ticks = |ticks: u64| number(ticks.into());
+            table.row([
+                exit.cpu.to_string(),
+                ticks(exit.ago),
+                format!("{}{}{nested}", exit.label, about.unwrap_or_default()),
+                exit.code.clone().unwrap_or_default(),
+                ticks(exit.took),
+                ticks(exit.kernel),
+                ticks(exit.user),
+                ticks(exit.waiting),
+                ticks(exit.preempted),
+                ticks(exit.halted),
+                exit.scheduled_out.to_string(),
+                exit.exit_reason
+                    .map_or_else(String::new, |why| user_exit(why.into())),
+            ]);
+        }
+        if exits.iter().all(|exit| exit.code.is_none()) {
+            table.leave_out(&["code"]);
+        }
+        table
+    });
+    table.text(look.color)
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the exits of this VM were about: the host's own account of it, from this side. Field names
+//! are those of `--json`, and stay.
+
+use std::collections::BTreeSet;
+
+use exitmeter_guest::Isa;
+use exitmeter_meter::snapshot::{TABLE_CODE, TABLE_DETAILS, TABLE_USER};
+use serde::Serialize;
+
+use super::tables::Reading;
+use crate::{
+    output::Look,
+    paint::{paint, Style},
+    report::count,
+    why::{
+        model::{groups, Counts, Group, Weight},
+        symbols::Symbols,
+        tables::Rows,
+        text::{no_room, table},
+    },
+};
+
+/// The tables of the vCPUs that were read, as sums.
+#[derive(Clone, Debug, Serialize)]
+pub struct Told {
+    /// vCPUs whose tables were read.
+    pub vcpus: usize,
+    /// vCPUs that were not read, as this may not run on their CPUs.
+    pub vcpus_unread: usize,
+    /// vCPUs that have no tables, for want of memory on the host.
+    pub vcpus_without_tables: usize,
+    /// By reason, what its exits were about.
+    pub details: Vec<Group>,
+    /// By reason, why its exits went to user space.
+    pub user_exits: Vec<Group>,
+    /// By reason, where in the guest's code its exits were, when that was read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub code: Vec<Group>,
+}
+
+impl Told {
+    /// Tell rows of a reading: all of them, or a part.
+    pub fn new(
+        reading: &Reading,
+        rows: &Rows,
+        isa: Isa,
+        symbols: &Symbols,
+        weight: Weight,
+    ) -> Self {
+        let of = |table| groups(rows, table, isa, symbols, weight);
+        Self {
+            vcpus: reading.vcpus(),
+            vcpus_unread: reading.unread(),
+            vcpus_without_tables: reading.without(),
+            details: of(TABLE_DETAILS),
+            user_exits: of(TABLE_USER),
+            code: of(TABLE_CODE),
+        }
+    }
+
+    /// Write the tables, with up to so many rows of each reason: the code, or all else.
+    pub fn text(&self, code: bool, limit: usize, look: Look) -> String {
+        let shown: &[(&str, &[Group])] = match code {
+            true => &[("about", &self.code)],
+            false => &[
+                ("about", &self.details),
+                ("to user space", &self.user_exits),
+            ],
+        };
+        let mut text = String::new();
+        let mut spared = BTreeSet::new();
+        for (title, groups) in shown {
+            let all = groups
+                .iter()
+                .fold(Counts::default(), |sum, group| sum.plus(group.total));
+            text += &table(title, groups, all, limit, look, &mut spared);
+        }
+        text + &no_room(spared) + &self.lacking(look)
+    }
+
+    /// Say which vCPUs are not in it.
+    fn lacking(&self, look: Look) -> String {
+        let mut lines = Vec::new();
+        let all = self.vcpus + self.vcpus_unread + self.vcpus_without_tables;
+        if self.vcpus_unread != 0 {
+            lines.push(format!(
+                "read on {} of {}: this command may not run on the others, whose exits are not above",
+                all - self.vcpus_unread,
+                count(all as u64, "CPU")
+            ));
+        }
+        if self.vcpus_without_tables != 0 {
+            lines.push(format!(
+                "the host has no memory for the tables of {}: their exits are not above",
+                count(self.vcpus_without_tables as u64, "vCPU")
+            ));
+        }
+        let lines = lines
+            .iter()
+            .map(|line| paint(line, Style::Warning, look.color) + "\n");
+        lines.collect()
+    }
+}

@@ -1,0 +1,498 @@
+//! What a guest reads of its own details: row for row what the host's snapshot tells, of a vCPU that
+//! asks by CPUID, and of a command in a Linux guest.
+
+use std::{collections::BTreeMap, fs::File, thread, time::Duration};
+
+use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::{
+    detail::Kind,
+    leaves::{
+        tables::{pair, word, Description, Head, Place, DESCRIPTION},
+        Registers,
+    },
+    reader::Snapshot,
+    snapshot::{Reason, TABLE_CODE, TABLE_DETAILS},
+    tables::{CODES, DETAILS},
+};
+use serde_json::Value;
+use tiny_guests::{Config, Machine, Mode, Quad};
+
+use super::{
+    answers::ask,
+    details::{read, turn_on, DEVICE},
+    tool, Case,
+};
+use crate::host::{self, leaves::TABLES, linux::Linux, log::Log};
+
+/// What a guest asks for before it asks for its rows: leaf, subleaf, and how often.
+const ASKED: [(u32, u32, usize); 3] = [(0, 0, 30), (0xd, 1, 20), (7, 0, 10)];
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for mode in [Mode::Real, Mode::Long, Mode::User] {
+        cases.push(Case::with(
+            "details=1 log_queries=0",
+            format!("own: in {mode:?} mode a guest reads its own details"),
+            move || details(mode),
+        ));
+    }
+    for mode in [Mode::Long, Mode::User] {
+        cases.push(Case::with(
+            "details=1 log_queries=0",
+            format!("own: in {mode:?} mode a guest reads its code at CPL 0 alone"),
+            move || code(mode),
+        ));
+    }
+    cases.push(Case::with(
+        "",
+        "own: without details a guest is told that there are none",
+        off,
+    ));
+    cases.push(Case::with(
+        "log_queries=0",
+        "own: a guest reads its rows while details go on and off",
+        switched,
+    ));
+    cases.push(Case::with(
+        "details=1",
+        "own: a guest that reads its rows has one line in the log",
+        one_line,
+    ));
+    cases.push(
+        Case::with(
+            "log_queries=0",
+            "own: a Linux guest reads what a command's exits were about, and its kernel's code",
+            in_linux,
+        )
+        .with_linux()
+        .within(600),
+    );
+    cases
+}
+
+fn question(table: u32, word: u32, index: u32) -> Quad {
+    Quad::cpuid(TABLES, Place { table, word, index }.subleaf())
+}
+
+fn registers(answer: &Quad) -> Registers {
+    // CPUID clears the upper halves.
+    Registers {
+        eax: answer.rax as u32,
+        ebx: answer.rbx as u32,
+        ecx: answer.rcx as u32,
+        edx: answer.rdx as u32,
+    }
+}
+
+/// A row that a guest read, and how many questions for rows it had asked when it read its exits.
+struct Row {
+    head: Head,
+    exits: u64,
+    asked: u64,
+}
+
+/// Have a guest ask for some leaves, then for the heads of a table from each of `places` on; and when
+/// it has them, for the exits of each row.
+fn rows(mode: Mode, table: u32, places: usize) -> Result<(Machine, Description, Vec<Row>)> {
+    let mut queries: Vec<Quad> = ASKED
+        .iter()
+        .flat_map(|(leaf, subleaf, times)| vec![Quad::cpuid(*leaf, *subleaf); *times])
+        .collect();
+    let before = queries.len();
+    queries.push(question(DESCRIPTION, 0, 0));
+    queries.extend((0..places as u32).map(|index| question(table, word::HEAD, index)));
+    let (mut machine, answers) = ask(mode, &queries)?;
+    let answers: Vec<_> = answers.iter().skip(before).map(registers).collect();
+    let (described, heads) = answers.split_first().context("answers")?;
+    let heads: Vec<_> = heads
+        .iter()
+        .enumerate()
+        // The first row from there on.
+        .filter_map(|(at, answer)| {
+            Head::from_registers(*answer).filter(|head| head.index as usize == at)
+        })
+        .collect();
+    let asked = 1 + places;
+    let count = queries.len();
+    queries.clear();
+    queries.extend(
+        heads
+            .iter()
+            .map(|head| question(table, word::COUNTS, head.index)),
+    );
+    queries.resize(count, question(table, word::COUNTS, 0));
+    machine.ask(&queries)?;
+    machine.run()?;
+    let counts = machine.answers(0);
+    let rows = heads.iter().zip(counts).enumerate();
+    let rows = rows.map(|(at, (head, counts))| Row {
+        head: *head,
+        exits: pair(registers(&counts)).0,
+        asked: (asked + at + 1) as u64,
+    });
+    let rows = rows.collect();
+    Ok((machine, Description::from_registers(*described), rows))
+}
+
+fn details(mode: Mode) -> Result<()> {
+    let (machine, described, rows) = rows(mode, TABLE_DETAILS, DETAILS)?;
+    let bytes = read()?;
+    drop(machine);
+    ensure!(
+        described.is_on && described.has_tables && !described.is_frozen && !described.tells_host,
+        "{described:?}"
+    );
+    ensure!(
+        described.tells_code == (mode != Mode::User),
+        "{described:?}"
+    );
+    let snapshot = Snapshot::parse(&bytes)?;
+    let held: BTreeMap<_, _> = snapshot
+        .tables()
+        .flat_map(|tables| tables.entries())
+        .filter(|entry| entry.table == TABLE_DETAILS && !entry.others)
+        .map(|entry| ((entry.detail_kind, entry.key), entry.exits))
+        .collect();
+    let cpuid = Reason::Code(host::pick(10, 0x72)?);
+    let mut leaves = BTreeMap::new();
+    for row in &rows {
+        let Head {
+            reason,
+            detail_kind,
+            key,
+            ..
+        } = row.head;
+        let at_end = held.get(&(detail_kind, key)).copied();
+        ensure!(
+            at_end.is_some_and(|at_end| row.exits <= at_end) && row.head.exact,
+            "the guest read {} exits of kind {detail_kind}, key {key:#x}, the host has {at_end:?}",
+            row.exits
+        );
+        ensure!(
+            detail_kind != Kind::Vector as u8 || key >> 8 & 7 == 3,
+            "the guest was told the host's vector {key:#x}"
+        );
+        if reason == cpuid {
+            leaves.insert(key, row);
+        }
+    }
+    for (leaf, subleaf, times) in ASKED {
+        let key = u64::from(leaf) | u64::from(subleaf) << 32;
+        let row = leaves.remove(&key).context("a leaf has no row")?;
+        ensure!(
+            row.exits == times as u64,
+            "leaf {leaf:#x}: {} exits of {times}",
+            row.exits
+        );
+        ensure!(held.get(&(Kind::Cpuid as u8, key)) == Some(&row.exits));
+    }
+    // All questions for rows are one row, up to the one that it was read by.
+    let own = leaves.remove(&TABLES.into()).context("no row of its own")?;
+    ensure!(
+        own.exits == own.asked && leaves.is_empty(),
+        "of {} questions {} are in the row; other leaves: {:x?}",
+        own.asked,
+        own.exits,
+        leaves.keys()
+    );
+    Ok(())
+}
+
+/// Exits by reason and RIP, of all vCPUs, as a snapshot has them.
+fn code_held(bytes: &[u8]) -> Result<BTreeMap<(u32, u64), u64>> {
+    let snapshot = Snapshot::parse(bytes)?;
+    let mut held = BTreeMap::new();
+    for entry in snapshot.tables().flat_map(|tables| tables.entries()) {
+        if let (TABLE_CODE, false, Reason::Code(code)) = (entry.table, entry.others, entry.reason) {
+            *held.entry((code, entry.key)).or_default() += entry.exits;
+        }
+    }
+    Ok(held)
+}
+
+fn code(mode: Mode) -> Result<()> {
+    let (machine, described, rows) = rows(mode, TABLE_CODE, CODES)?;
+    let bytes = read()?;
+    drop(machine);
+    if mode == Mode::User {
+        ensure!(
+            rows.is_empty() && !described.tells_code,
+            "CPL 3 is told {} places of code",
+            rows.len()
+        );
+        return Ok(());
+    }
+    let held = code_held(&bytes)?;
+    let cpuid = host::pick(10, 0x72)?;
+    let before: usize = ASKED.iter().map(|(_, _, times)| times).sum();
+    let mut of_cpuid = 0;
+    for row in &rows {
+        let Reason::Code(code) = row.head.reason else {
+            continue;
+        };
+        let at_end = held.get(&(code, row.head.key));
+        ensure!(
+            at_end.is_some_and(|at_end| row.exits <= *at_end),
+            "the guest read {} exits at {:#x}, the host has {at_end:?}",
+            row.exits,
+            row.head.key
+        );
+        if code == cpuid {
+            of_cpuid += 1;
+            // It has one CPUID instruction.
+            ensure!(
+                row.exits == before as u64 + row.asked,
+                "{} exits at {:#x}, not {before} and {}",
+                row.exits,
+                row.head.key,
+                row.asked
+            );
+        }
+    }
+    ensure!(of_cpuid == 1, "{of_cpuid} places of CPUID");
+    Ok(())
+}
+
+fn off() -> Result<()> {
+    for mode in [Mode::Long, Mode::User] {
+        let mut queries = vec![question(DESCRIPTION, 0, 0)];
+        for table in 1..8 {
+            queries.extend([0, 1, 5, 0xff].map(|word| question(table, word, 0)));
+        }
+        let answers = ask(mode, &queries)?.1;
+        let (described, rows) = answers.split_first().context("answers")?;
+        let described = Description::from_registers(registers(described));
+        ensure!(
+            described
+                == Description {
+                    tells_code: mode == Mode::Long,
+                    ..Description::default()
+                },
+            "{described:?}"
+        );
+        ensure!(
+            rows.iter()
+                .all(|row| registers(row) == Registers::UNDEFINED),
+            "without details there are rows: {rows:x?}"
+        );
+    }
+    Ok(())
+}
+
+/// Tables come and go between any two questions, and while one is answered.
+fn switched() -> Result<()> {
+    let tables = [1, 2, 3, 4, 5];
+    let queries: Vec<Quad> = (0..100)
+        .flat_map(|index| tables.map(|table| question(table, index % 3, index / 3)))
+        .collect();
+    let mut machine = Machine::new(Config::query(Mode::Long, queries.clone()))?;
+    let (switched, told) = thread::scope(|scope| {
+        let guest = scope.spawn(|| -> Result<[usize; 2]> {
+            let mut told = [0; 2];
+            for _ in 0..40 {
+                machine.ask(&queries)?;
+                machine.run()?;
+                for (query, answer) in queries.iter().zip(machine.answers(0)) {
+                    let place = Place::from_subleaf(query.rcx as u32);
+                    let answer = registers(&answer);
+                    let none = answer == Registers::UNDEFINED;
+                    if place.word == word::HEAD {
+                        told[usize::from(none)] += 1;
+                        ensure!(
+                            none || Head::from_registers(answer).is_some(),
+                            "{place:x?} is answered by {answer:x?}"
+                        );
+                    }
+                }
+            }
+            Ok(told)
+        });
+        let mut switched = 0;
+        while !guest.is_finished() {
+            let device = File::open(DEVICE)?;
+            turn_on(&device)?;
+            // As long on as off.
+            thread::sleep(Duration::from_millis(2));
+            drop(device);
+            thread::sleep(Duration::from_millis(2));
+            switched += 1;
+        }
+        let told = guest
+            .join()
+            .map_err(|_| anyhow::anyhow!("the guest's thread"))??;
+        anyhow::Ok((switched, told))
+    })?;
+    println!("details went on and off {switched} times; heads told, and not: {told:?}");
+    ensure!(
+        switched > 3 && told.iter().all(|heads| *heads > 100),
+        "on and off {switched} times, heads told, and not: {told:?}"
+    );
+    Ok(())
+}
+
+fn one_line() -> Result<()> {
+    let mut log = Log::from_now()?;
+    rows(Mode::Long, TABLE_DETAILS, 50)?;
+    let lines = log.own_lines()?;
+    ensure!(
+        lines.len() == 1 && lines[0].ends_with(": CPUID(0x4FFFFFF5), details on"),
+        "one reading has the lines {lines:?}"
+    );
+    Ok(())
+}
+
+/// The one row for which `is` holds, of a group of rows by reason.
+fn find(groups: &Value, is: impl Fn(&Value) -> bool) -> Result<&Value> {
+    let groups = groups.as_array().context("groups")?.iter();
+    let rows = groups
+        .filter_map(|group| group["rows"].as_array())
+        .flatten();
+    let mut rows = rows.filter(|row| is(row));
+    let row = rows.next().context("no such row")?;
+    ensure!(rows.next().is_none(), "more rows than {row}");
+    Ok(row)
+}
+
+fn in_linux() -> Result<()> {
+    const SENTENCE: &str = "details are off on the host, and no guest turns them on: it takes the \
+         module's parameter details=1 there";
+    let file = tool::file()?;
+    let linux = Linux::boot(&["--vcpus", "2", "--file", &file])?;
+    let text = linux.run(
+        "exitmeter stat --why -- true 2>&1; echo status $?; exitmeter guest --why 2>&1; echo status $?",
+    )?;
+    ensure!(
+        text.matches(SENTENCE).count() == 2
+            && text.contains("status 125\n")
+            && text.ends_with("status 1\n"),
+        "without details the tool says: {text}"
+    );
+
+    let device = File::open(DEVICE)?;
+    turn_on(&device)?;
+    // 5 bytes from a port that nothing is at, 4 times a leaf that nobody knows, 3 reads of an MSR.
+    let command = "for i in 1 2 3 4 5; do \
+         dd if=/dev/port of=/dev/null bs=1 count=1 skip=888 2>/dev/null; done; \
+         for i in 1 2 3 4; do cpuid -1 -r -l 0x12345678 -s 0 >/dev/null; done; \
+         for i in 1 2 3; do dd if=/dev/cpu/1/msr of=/dev/null bs=8 count=1 skip=52 2>/dev/null; done";
+    linux.run("modprobe msr")?;
+    let line = format!(
+        "exitmeter stat --why --json -o /tmp/stat -- sh -c '{command}'; echo $? >&2; cat /tmp/stat"
+    );
+    let stat = tool::json(&linux.run(&line)?)?;
+    let why = &stat["why"];
+    ensure!(
+        why["vcpus"] == 2 && why["vcpus_unread"] == 0 && why["vcpus_without_tables"] == 0,
+        "{why}"
+    );
+    let details = &why["details"];
+    for (what, expected) in [
+        (("port", "port", 0x378), 5),
+        (("cpuid", "leaf", 0x1234_5678), 4),
+        (("msr", "msr", 0x1a0), 3),
+    ] {
+        let (kind, field, number) = what;
+        let row = find(details, |row| {
+            row["detail"]["kind"] == kind && row["detail"][field] == number
+        })
+        .with_context(|| format!("{what:x?} in {details}"))?;
+        ensure!(
+            row["exits"] == expected && row["exact"] == true && row["nested"] == false,
+            "{what:x?}: {row}"
+        );
+    }
+    // The tool's own questions are in neither.
+    let cpuid = host::pick(10, 0x72)?;
+    let groups = details.as_array().context("groups")?;
+    let group = groups.iter().find(|group| group["code"] == cpuid);
+    let told = group.and_then(|group| group["exits"].as_u64());
+    ensure!(
+        told.is_some() && told == tool::mean(&stat, cpuid),
+        "details have {told:?} CPUID exits, the command {:?}",
+        tool::mean(&stat, cpuid)
+    );
+    let own = find(details, |row| {
+        row["detail"]["leaf"]
+            .as_u64()
+            .is_some_and(|leaf| leaf >> 4 == 0x4ff_ffff)
+    });
+    ensure!(own.is_err(), "the tool's own questions are told: {own:?}");
+    // It asks KVM_EXIT_IO of the VMM.
+    let io = find(&why["user_exits"], |row| row["exit_reason"] == 2)?;
+    ensure!(io["exits"].as_u64() >= Some(5), "{io}");
+
+    let text = linux.run("taskset 1 exitmeter stat --why -o /tmp/stat -- true; cat /tmp/stat")?;
+    ensure!(text.contains("read on 1 of 2 CPUs"), "on one CPU: {text}");
+
+    code_in_linux(&linux)?;
+    let text = linux.run("exitmeter guest --slow --json")?;
+    let slow = tool::json(&text)?;
+    let slowest = slow["slowest"].as_array().context("slow exits")?;
+    ensure!(
+        slowest.len() >= 32 && slowest.iter().all(|exit| exit["rip"].is_null()),
+        "{text}"
+    );
+    drop(device);
+    linux.stop()
+}
+
+/// Who asks for code, and what of it is told.
+fn code_in_linux(linux: &Linux) -> Result<()> {
+    let refused = |command: &str| linux.run(&format!("{command} 2>&1; echo status $?"));
+    let text = refused("exitmeter guest --code")?;
+    ensure!(
+        text.contains("run 'modprobe cpuid' as root here") && text.ends_with("status 1\n"),
+        "without the driver: {text}"
+    );
+    linux.run("modprobe cpuid; echo 'nobody:x:65534:65534::/:/bin/sh' >>/etc/passwd")?;
+    let text = refused("su nobody -s /bin/sh -c 'exitmeter guest --code'")?;
+    ensure!(
+        text.contains("run this command as root") && text.ends_with("status 1\n"),
+        "as nobody: {text}"
+    );
+    let text = linux.run("su nobody -s /bin/sh -c 'exitmeter guest --why --json'")?;
+    let told = tool::json(&text)?;
+    ensure!(
+        told["vcpus"] == 2 && told.get("code").is_none(),
+        "as nobody: {text}"
+    );
+
+    // Printing it makes more exits than there are rows, so the host is read before that.
+    linux.run("exitmeter guest --code --json >/tmp/code")?;
+    let bytes = read()?;
+    let text = linux.run("cat /tmp/code")?;
+    let told = tool::json(&text)?;
+    let held = code_held(&bytes)?;
+    let groups = told["code"].as_array().context("code")?;
+    let (mut rows, mut as_held, mut named) = (0, 0, 0);
+    for group in groups {
+        let code = group["code"].as_u64().context("a reason")?;
+        for row in group["rows"].as_array().context("rows")? {
+            let rip = row["rip"].as_str().and_then(|rip| rip.strip_prefix("0x"));
+            let rip = u64::from_str_radix(rip.context("a RIP")?, 16)?;
+            let exits = row["exits"].as_u64().context("exits")?;
+            // It may have given way since, and come back.
+            let at_end = held.get(&(code as u32, rip)).copied();
+            rows += 1;
+            as_held += usize::from(at_end.is_some_and(|at_end| exits <= at_end));
+            let in_kernel = row["half"] == "kernel";
+            ensure!(
+                !in_kernel || row["symbol"].is_string(),
+                "code of the kernel has no name: {row}"
+            );
+            named += usize::from(in_kernel);
+        }
+    }
+    ensure!(
+        as_held > 20 && as_held * 2 > rows && named > 20,
+        "{rows} places, {as_held} of them as the host has them, {named} of the kernel"
+    );
+    // Reading is among it, by the driver's own CPUID.
+    let text = linux.run("exitmeter guest --code --collapsed --weight exits")?;
+    ensure!(
+        text.lines()
+            .any(|line| line.contains(";CPUID;") && line.contains("cpuid")),
+        "{text}"
+    );
+    Ok(())
+}

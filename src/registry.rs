@@ -332,10 +332,11 @@ impl Registry {
     pub(crate) fn release_details(&self) {
         let mut walks = self.walker.lock();
         walks.want_details = walks.want_details.saturating_sub(1);
-        // First the branch: the tables are seen by nobody meanwhile, as no snapshot can be taken.
+        // First the tables: a vCPU whose tables are gone is told without, in whatever order the
+        // kernel patches the callbacks.
         if walks.want_details == 0 {
-            hooks::switch_details(false);
             self.vcpus.take_tables(&mut walks.walker);
+            hooks::switch_details(false);
         }
     }
 

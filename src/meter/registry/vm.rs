@@ -21,7 +21,7 @@ use crate::meter::{
 use super::platform::Retired;
 
 /// The most vCPUs that a query reads one by one. Miri takes a thousand times as long for each.
-pub const GROUP: usize = if cfg!(miri) { 4 } else { 32 };
+pub const GROUP: usize = if cfg!(miri) { 2 } else { 32 };
 
 /// The ways in which the registry walks over all vCPUs, each by a cursor of its own: snapshots, and
 /// the sums of the host.

@@ -406,8 +406,8 @@ impl<P: Platform> Registry<P> {
         });
     }
 
-    /// Take the tables from all vCPUs. No transition may begin to be told with them any more; those
-    /// that are under way are waited for, before memory is freed.
+    /// Take the tables from all vCPUs, while their transitions are still told with them where they
+    /// have some. Those that are under way are waited for before memory is freed.
     pub fn take_tables(&self, _walker: &mut Walker) {
         self.want_tables(false);
         self.walk(SNAPSHOT, |seen| {

@@ -556,7 +556,8 @@ fn a_vm_grows_and_shrinks_by_groups() {
     let bench = Bench::new(1000, false);
     let count = 3 * GROUP + 1;
     let mut sum = 0;
-    for round in 0..3 {
+    // In Miri no place is taken anew for a third time.
+    for round in 0..if cfg!(miri) { 2 } else { 3 } {
         for place in 0..count {
             if round == 0 || place % 2 == 1 {
                 bench

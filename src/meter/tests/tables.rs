@@ -139,7 +139,7 @@ impl Metered {
             key: detail.then_some(detail::key_of(slot, key)),
             rip: (rip != 0).then_some(rip),
         };
-        self.begun |= detail || rip != 0;
+        self.begun = true;
         let now = self.at(50);
         self.ledger.exit_with::<false>(&self.tables, now, &about);
         if user != 0 {
@@ -151,9 +151,6 @@ impl Metered {
         }
         let now = self.at(kernel);
         self.ledger.entry_with(&self.tables, now, || 0);
-        if !self.begun {
-            return;
-        }
         let sums = Sums {
             exits: 1,
             kernel: if user == 0 { kernel } else { 2 * kernel },
@@ -339,8 +336,10 @@ fn what_was_before_the_tables_is_not_theirs() {
     let (ledger, tables) = metered.copy();
     assert_eq!(ledger.row(slot).exits, 3);
     assert_eq!(tables.details().len(), 1);
-    assert!(tables.other_details(&ledger, slot).is_empty());
-    assert_eq!(tables.since, now + 50 + 70 + 9 + 70 + 50);
+    // The first exit with tables has no detail, and is theirs.
+    let others = tables.other_details(&ledger, slot);
+    assert_eq!((others.exits, others.kernel, others.user), (1, 140, 9));
+    assert_eq!(tables.since, now + 50);
     assert!(tables.lacks_rip());
 }
 
@@ -387,6 +386,43 @@ fn tables_go_on_when_the_clock_begins_anew() {
         assert!(tables.other_details(&ledger, slot).is_empty());
         assert!(tables.other_users(&ledger, slot).is_empty());
         assert_eq!(ledger.last.wrapping_sub(tables.since), 10 + 1000 + 23);
+    }
+}
+
+/// Tables that come or go in the course of an exit leave its sample whole: all of its kernel ticks.
+#[test]
+fn a_sample_is_whole_when_tables_come_or_go() {
+    for comes in [false, true] {
+        let mut metered = Metered::new();
+        let slot = slots()[0];
+        // So that those that go let short exits pass.
+        for _ in 0..if comes { 0 } else { 40 } {
+            metered.exit((slot, false, 1), true, 7, 5_000, 0, 0);
+        }
+        let about = About {
+            slot,
+            nested: false,
+            key: Some(detail::key_of(slot, 1)),
+            rip: Some(7),
+        };
+        let (ledger, tables) = (&metered.ledger, &metered.tables);
+        let now = metered.now;
+        match comes {
+            true => {
+                ledger.exit(now + 10, slot);
+                ledger.leave(now + 4_010, Phase::Halted);
+                ledger.resume_with(tables, now + 5_010);
+                ledger.entry_with(tables, now + 9_010, || 0);
+            }
+            false => {
+                ledger.exit_with::<false>(tables, now + 10, &about);
+                ledger.leave_with(tables, now + 4_010, leaving(Phase::Halted, 0), || 0);
+                ledger.resume(now + 5_010);
+                ledger.entry(now + 9_010);
+            }
+        }
+        let (ledger, _) = metered.copy();
+        assert_eq!(ledger.row(slot).max, 8_000, "comes: {comes}");
     }
 }
 

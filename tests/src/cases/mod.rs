@@ -16,6 +16,7 @@ mod phases;
 mod scope;
 mod slow;
 mod tool;
+mod verify;
 
 pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
@@ -122,6 +123,7 @@ pub fn all() -> Vec<Case> {
         details::cases(),
         slow::cases(),
         tool::cases(),
+        verify::cases(),
         scope::cases(),
         linux::cases(),
         nested::cases(),

@@ -7,7 +7,7 @@
 //! also without the module. [`host`] is what all of it runs on, [`stop`] the user's wish to end it.
 
 use std::{
-    fs::File,
+    fs::{self, File, OpenOptions},
     io::{self, BufRead as _, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -144,7 +144,7 @@ impl Args {
         }
         host.stop.begin().context("cannot wait for signals")?;
         // So that a file that cannot be written is known now.
-        let report = self.report.as_deref().map(create).transpose()?;
+        let report = self.report.as_deref().map(Draft::open).transpose()?;
         let environment = Environment::new(&host);
         let look = out.look();
         if !self.json {
@@ -182,9 +182,8 @@ impl Args {
             cost,
             environment,
         };
-        if let Some((path, mut file)) = report {
-            file.write_all(text::report(&found).as_bytes())
-                .with_context(|| format!("cannot write {}", path.display()))?;
+        if let Some(report) = report {
+            report.finish(&text::report(&found))?;
         }
         if self.json {
             out.json(&found)?;
@@ -237,11 +236,41 @@ impl Args {
     }
 }
 
-/// Create the file of a report, empty for now.
-fn create(path: &Path) -> anyhow::Result<(&Path, File)> {
-    let file = File::create(path);
-    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-    Ok((path, file))
+/// The file of a report that is yet to be written. Until then an older one stays as it is, and where
+/// there was none, none is left.
+struct Draft<'a> {
+    path: &'a Path,
+    file: File,
+    is_new: bool,
+}
+
+impl<'a> Draft<'a> {
+    fn open(path: &'a Path) -> anyhow::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.write(true);
+        let created = options.clone().create_new(true).open(path);
+        let is_new = created.is_ok();
+        let file = created.or_else(|_| options.open(path));
+        let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path, file, is_new })
+    }
+
+    fn finish(mut self, text: &str) -> anyhow::Result<()> {
+        self.is_new = false;
+        // What is no plain file, as a pipe, has no length.
+        let _ = self.file.set_len(0);
+        let written = self.file.write_all(text.as_bytes());
+        written.with_context(|| format!("cannot write {}", self.path.display()))
+    }
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        if self.is_new {
+            // Nobody misses an empty file.
+            let _ = fs::remove_file(self.path);
+        }
+    }
 }
 
 /// The check that the module is loaded as it was.
@@ -260,5 +289,25 @@ fn as_it_was(reload: &Reload) -> Check {
             Check::new(name, Verdict::Failed, text)
         }
         Err(error) => Check::new(name, Verdict::Failed, error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_that_is_not_written_leaves_nothing() -> anyhow::Result<()> {
+        let folder = tempfile::TempDir::new()?;
+        let path = folder.path().join("report");
+        drop(Draft::open(&path)?);
+        assert!(!path.exists());
+        Draft::open(&path)?.finish("a longer report")?;
+        drop(Draft::open(&path)?);
+        assert_eq!(fs::read_to_string(&path)?, "a longer report");
+        Draft::open(&path)?.finish("a report")?;
+        assert_eq!(fs::read_to_string(&path)?, "a report");
+        assert!(Draft::open(&folder.path().join("none/report")).is_err());
+        Ok(())
     }
 }

@@ -246,7 +246,7 @@ fn compare(
                     ));
                 }
             }
-            format!("{total} exits, by the kernel's histogram and the guest's program alike")
+            format!("{total} exits, as the kernel's histogram and the guest have them")
         }
         None => {
             for (code, count) in &own.exits {
@@ -258,7 +258,7 @@ fn compare(
                     ));
                 }
             }
-            format!("{total} exits, by the guest's program alike")
+            format!("{total} exits, as the guest has them")
         }
     };
     match wrong.is_empty() {
@@ -510,10 +510,10 @@ fn touched_alike(host: &Host, device: &device::Device, touched: &Touched) -> Out
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::verify::{host, stop::Stop};
+    use crate::verify::stop::Stop;
 
-    fn host() -> host::Host {
-        host::Host {
+    fn host() -> Host {
+        Host {
             isa: Isa::Vmx,
             nested_paging: true,
             real_mode: true,

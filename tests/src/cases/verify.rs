@@ -132,7 +132,7 @@ fn passes() -> Result<()> {
     let of = |name: &str| passed.iter().filter(|check| check.contains(name)).count();
     let counts = passed
         .iter()
-        .filter(|check| check.contains("by the kernel's histogram"));
+        .filter(|check| check.contains("as the kernel's histogram"));
     ensure!(
         (
             counts.count(),

@@ -2,9 +2,9 @@
 
 //! `exitmeter verify`: whether the module is right on this host, and what it costs here.
 //!
-//! [`checks`] runs guests of known exits (the crate tiny-guests) and holds what the meter tells of them
-//! ([`own`]) against the kernel's own histogram ([`hist`]); [`cost`] measures exits, with [`reload`]
-//! also without the module. [`host`] is what all of it runs on, [`stop`] the user's wish to end it.
+//! `checks` runs guests of known exits (the crate tiny-guests) and holds what the meter tells of them
+//! (`own`) against the kernel's own histogram (`hist`); `cost` measures exits, with `reload`
+//! also without the module. `host` is what all of it runs on, `stop` the user's wish to end it.
 
 use std::{
     fs::{self, File, OpenOptions},

@@ -3,21 +3,21 @@
 //! Answers a guest that asks for its own exits by CPUID.
 
 use crate::{
-    given,
-    hooks::Vcpu,
+    hooks::{
+        self,
+        Vcpu, //
+    },
     log,
     meter::leaves::{
         Registers,
         Spoken, //
     },
-    module_parameters,
     registry::Registry, //
 };
 
 /// Return true if only the guest's kernel is answered, by the parameter `leaf_cpl`.
 pub(crate) fn for_cpl_0_alone() -> bool {
-    let highest: i64 = given(module_parameters::leaf_cpl.value());
-    highest == 0
+    hooks::given().leaf_cpl == 0
 }
 
 /// The answer to CPUID with `leaf` in eax and `subleaf` in ecx, and its line in the log.

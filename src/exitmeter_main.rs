@@ -24,9 +24,8 @@ mod log;
 mod meter;
 mod registry;
 
-use core::borrow::Borrow;
-
 use kernel::{
+    ffi::c_long,
     prelude::*,
     sync::Arc, //
 };
@@ -67,43 +66,6 @@ module! {
     authors: ["The exitmeter authors"],
     description: "Meters every VM exit and tells the guest through CPUID",
     license: "GPL v2",
-    // All of a type that holds more than they may be: a value out of its range comes to `Parameters`,
-    // which gives the range, where the kernel would say no more than that it is invalid.
-    params: {
-        leaf_map: i64 {
-            default: 2021,
-            description: "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none",
-        },
-        leaf_cpl: i64 {
-            default: 3,
-            description: "Who may ask in a guest: 3 everyone, or 0 its kernel alone, the others get what KVM answers",
-        },
-        // 0 or 1, as Linux 7.2 knows no parameters that are bool.
-        host_scope: i64 {
-            default: 0,
-            description: "1: guests read the sums of the whole host instead of their own VM's",
-        },
-        log_queries: i64 {
-            default: 1,
-            description: "1: one line in the kernel log for each query of a guest, rate limited",
-        },
-        max_vcpus: i64 {
-            default: 4096,
-            description: "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each",
-        },
-        details: i64 {
-            default: 0,
-            description: "1: exits are told with what they were about and which guest code caused them, always; 48 KiB more for each vCPU",
-        },
-        slow_us: i64 {
-            default: 0,
-            description: "With details: each vCPU has a ring of its last 64 exits, which an exit of more microseconds freezes; 0: there are none",
-        },
-        copy_tries: i64 {
-            default: 24,
-            description: "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24",
-        },
-    },
 }
 
 /// The module's state. Dropping it undoes the fields in this order: first what lets others in,
@@ -182,57 +144,31 @@ struct Parameters {
 impl Parameters {
     /// What the module was given, if all of it is in its range.
     fn checked() -> Result<Self> {
+        let given = hooks::given();
         let leaf_map = in_range(
             "leaf_map",
-            given(module_parameters::leaf_map.value()),
+            given.leaf_map,
             "2021, 2022, or 0",
             LeafMap::from_number,
         )?;
         // Looked up at each query (`cpuid::for_cpl_0_alone`).
-        let _: bool = in_range(
-            "leaf_cpl",
-            given(module_parameters::leaf_cpl.value()),
-            "3 or 0",
-            |number| matches!(number, 0 | 3).then_some(number == 0),
-        )?;
-        let max_vcpus = in_range(
-            "max_vcpus",
-            given(module_parameters::max_vcpus.value()),
-            "1 to 65536",
-            |number| (1..=65536).contains(&number).then_some(number),
-        )?;
+        let _: bool = in_range("leaf_cpl", given.leaf_cpl, "3 or 0", |number| {
+            matches!(number, 0 | 3).then_some(number == 0)
+        })?;
+        let max_vcpus = in_range("max_vcpus", given.max_vcpus, "1 to 65536", |number| {
+            (1..=65536).contains(&number).then_some(number)
+        })?;
         let flag = |number| (number <= 1).then_some(number == 1);
-        let host_scope = in_range(
-            "host_scope",
-            given(module_parameters::host_scope.value()),
-            "0 or 1",
-            flag,
-        )?;
-        let details = in_range(
-            "details",
-            given(module_parameters::details.value()),
-            "0 or 1",
-            flag,
-        )?;
-        let slow_us = in_range(
-            "slow_us",
-            given(module_parameters::slow_us.value()),
-            "0 to 1000000000",
-            |number| (number <= 1_000_000_000).then_some(number),
-        )?;
+        let host_scope = in_range("host_scope", given.host_scope, "0 or 1", flag)?;
+        let details = in_range("details", given.details, "0 or 1", flag)?;
+        let slow_us = in_range("slow_us", given.slow_us, "0 to 1000000000", |number| {
+            (number <= 1_000_000_000).then_some(number)
+        })?;
         // The log looks it up itself, at each query.
-        let _: bool = in_range(
-            "log_queries",
-            given(module_parameters::log_queries.value()),
-            "0 or 1",
-            flag,
-        )?;
-        let copy_tries = in_range(
-            "copy_tries",
-            given(module_parameters::copy_tries.value()),
-            "0 to 24",
-            |number| (number <= TRIES).then_some(number),
-        )?;
+        let _: bool = in_range("log_queries", given.log_queries, "0 or 1", flag)?;
+        let copy_tries = in_range("copy_tries", given.copy_tries, "0 to 24", |number| {
+            (number <= TRIES).then_some(number)
+        })?;
         Ok(Self {
             leaf_map,
             host_scope,
@@ -256,7 +192,7 @@ impl Parameters {
 /// What `meaning` makes of the value of a parameter; refused with the range where that is nothing.
 fn in_range<T>(
     name: &str,
-    value: i64,
+    value: c_long,
     range: &str,
     meaning: impl FnOnce(u32) -> Option<T>,
 ) -> Result<T> {
@@ -265,11 +201,6 @@ fn in_range<T>(
         pr_err!("{name}={value} is refused: it is {range}\n");
         EINVAL
     })
-}
-
-/// The value of a parameter: Linux 7.2 gives a reference to it, 7.3 the value itself.
-pub(crate) fn given<T: Copy>(value: impl Borrow<T>) -> T {
-    *value.borrow()
 }
 
 /// Says that the module is there, and when it goes what it metered.

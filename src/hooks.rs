@@ -170,6 +170,14 @@ pub(crate) fn pause() {
     unsafe { bindings::exitmeter_pause() };
 }
 
+/// Return the module's parameters, as they were given.
+pub(crate) fn given() -> &'static bindings::exitmeter_parameters {
+    let given = &raw const bindings::exitmeter_given;
+    // SAFETY: The kernel writes to them before any of the module's code runs, and nobody does
+    // later: their files in sysfs can only be read.
+    unsafe { &*given }
+}
+
 /// Return a number that no other life of the module has: a random one, and never 0.
 pub(crate) fn random_life() -> u64 {
     // SAFETY: No requirements.

@@ -15,7 +15,7 @@ use kernel::{
 };
 
 use crate::{
-    cpuid, given, hooks,
+    cpuid, hooks,
     meter::{
         bucket::Bucket,
         leaves::{
@@ -34,7 +34,6 @@ use crate::{
             Reason, //
         },
     },
-    module_parameters,
 };
 
 // The kernel formats through a trait of its own.
@@ -84,8 +83,7 @@ pub(crate) fn loaded(leaves: &Leaves, host_scope: bool) {
 
 /// One line for each query of a guest, rate limited.
 pub(crate) fn query(who: &Identity, spoken: &Spoken) {
-    let wanted: i64 = given(module_parameters::log_queries.value());
-    if wanted != 1 {
+    if hooks::given().log_queries != 1 {
         return;
     }
     let now = hooks::coarse_ns();

@@ -34,6 +34,45 @@
 
 #include "shim.h"
 
+/*
+ * The module's parameters.  Those of the kernel's crate are not shown in sysfs
+ * (rust/macros/module.rs), and who loads the module again, as exitmeter verify
+ * does, has to give it the same.  All are of a type that holds more than they
+ * may be: a value out of its range comes to Rust, which names the range, where
+ * the kernel would say no more than that it is invalid.
+ */
+struct exitmeter_parameters exitmeter_given = {
+	.leaf_map = 2021,
+	.leaf_cpl = 3,
+	.log_queries = 1,
+	.max_vcpus = 4096,
+	.copy_tries = 24,
+};
+
+module_param_named(leaf_map, exitmeter_given.leaf_map, long, 0444);
+MODULE_PARM_DESC(leaf_map, "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none");
+
+module_param_named(leaf_cpl, exitmeter_given.leaf_cpl, long, 0444);
+MODULE_PARM_DESC(leaf_cpl, "Who may ask in a guest: 3 everyone, or 0 its kernel alone, the others get what KVM answers");
+
+module_param_named(host_scope, exitmeter_given.host_scope, long, 0444);
+MODULE_PARM_DESC(host_scope, "1: guests read the sums of the whole host instead of their own VM's");
+
+module_param_named(log_queries, exitmeter_given.log_queries, long, 0444);
+MODULE_PARM_DESC(log_queries, "1: one line in the kernel log for each query of a guest, rate limited");
+
+module_param_named(max_vcpus, exitmeter_given.max_vcpus, long, 0444);
+MODULE_PARM_DESC(max_vcpus, "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each");
+
+module_param_named(details, exitmeter_given.details, long, 0444);
+MODULE_PARM_DESC(details, "1: exits are told with what they were about and which guest code caused them, always; 48 KiB more for each vCPU");
+
+module_param_named(slow_us, exitmeter_given.slow_us, long, 0444);
+MODULE_PARM_DESC(slow_us, "With details: each vCPU has a ring of its last 64 exits, which an exit of more microseconds freezes; 0: there are none");
+
+module_param_named(copy_tries, exitmeter_given.copy_tries, long, 0444);
+MODULE_PARM_DESC(copy_tries, "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24");
+
 /* Exported by kvm.ko; their declaration is in a header private to KVM. */
 DECLARE_TRACEPOINT(kvm_exit);
 DECLARE_TRACEPOINT(kvm_entry);

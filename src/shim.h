@@ -14,6 +14,20 @@
 struct ftrace_ops;
 struct kvm_vcpu;
 
+/* The module's parameters, as they were given: see shim.c. */
+struct exitmeter_parameters {
+	long leaf_map;
+	long leaf_cpl;
+	long host_scope;
+	long log_queries;
+	long max_vcpus;
+	long details;
+	long slow_us;
+	long copy_tries;
+};
+
+extern struct exitmeter_parameters exitmeter_given;
+
 /* The tracepoints kvm:kvm_exit and kvm:kvm_entry. */
 typedef void (*exitmeter_exit_probe)(void *data, struct kvm_vcpu *vcpu,
 				     u32 isa);

@@ -10,7 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::{
     completions, guest, man,
     output::{Output, When},
-    plot, reasons, record, report, slow, stat, top, why,
+    plot, reasons, record, report, slow, stat, top, verify, why,
 };
 
 const STATUSES: &str = "\
@@ -49,6 +49,7 @@ enum Command {
     Top(top::Args),
     Why(why::Args),
     Slow(slow::Args),
+    Verify(verify::Args),
     Reasons(reasons::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -76,6 +77,7 @@ impl Args {
             Command::Top(args) => return args.run(out),
             Command::Why(args) => return args.run(out),
             Command::Slow(args) => return args.run(out),
+            Command::Verify(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,
             Command::Completions(args) => args.run(out)?,
             Command::Man(args) => args.run()?,

@@ -5,7 +5,7 @@
 //! The rooms: [`source`] gets the bytes of a snapshot, and [`model`] makes plain data of them
 //! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
 //! with what it takes on the command line and what it does: [`report`], [`why`], [`slow`],
-//! [`record`] and [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
+//! [`record`], [`verify`] and [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run,
 //! and [`signals`] of what would end them.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
@@ -34,4 +34,5 @@ pub mod spread;
 pub mod stat;
 pub mod table;
 pub mod top;
+pub mod verify;
 pub mod why;

@@ -251,6 +251,7 @@ fn every_command_has_examples() {
         "report",
         "why",
         "slow",
+        "verify",
         "guest",
         "stat",
         "reasons",
@@ -272,7 +273,9 @@ fn each_command_has_a_page() {
     assert_eq!(printed(&["man", path.to_str().unwrap()]), "");
     let page = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
     let whole = page("exitmeter.1");
-    for name in ["report", "why", "slow", "guest", "stat", "reasons"] {
+    for name in [
+        "report", "why", "slow", "verify", "guest", "stat", "reasons",
+    ] {
         assert!(whole.contains(&format!("exitmeter\\-{name}(1)")));
         let page = page(&format!("exitmeter-{name}.1"));
         assert!(page.contains(".SH \"EXAMPLES\"\n.nf\nexitmeter "), "{page}");

@@ -31,5 +31,9 @@ echo
 exitmeter report
 guest stop
 echo
-echo "The guest is gone. The meter goes too, and leaves a table of all it metered in the host's log."
+echo "The guest is gone. Is all of that right? exitmeter verify runs guests of known exits, and asks the kernel as well:"
+echo
+exitmeter verify --runs 3 --exits 300
+echo
+echo "The meter goes, and leaves a table of all it metered in the host's log."
 rmmod exitmeter

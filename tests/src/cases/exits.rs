@@ -93,6 +93,7 @@ fn describe(program: Program) -> &'static str {
         Program::HltUser => "HLT that goes to the VMM",
         Program::Rdmsr => "RDMSR",
         Program::Wrmsr => "WRMSR",
+        Program::WrmsrFast => "WRMSR in KVM's fastpath",
         Program::CrWrite => "MOV to CR0",
         Program::Hypercall => "VMCALL or VMMCALL",
         Program::Invd => "INVD",

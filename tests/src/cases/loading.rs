@@ -80,13 +80,13 @@ pub(super) fn cases() -> Vec<Case> {
                 refused(parameters, libc::EINVAL, words)?;
             }
             // No numbers of 64 bits: these the kernel refuses by itself, before the module runs.
-            for parameters in [
-                "leaf_map=x",
-                "leaf_map=99999999999999999999",
-                "host_scope=maybe",
-                "leaf_cpl=kernel",
+            for (parameters, error) in [
+                ("leaf_map=x", libc::EINVAL),
+                ("leaf_map=99999999999999999999", libc::ERANGE),
+                ("host_scope=maybe", libc::EINVAL),
+                ("leaf_cpl=kernel", libc::EINVAL),
             ] {
-                refused(parameters, libc::EINVAL, "")?;
+                refused(parameters, error, "")?;
             }
             ensure!(
                 fs::metadata("/dev/exitmeter").is_err(),

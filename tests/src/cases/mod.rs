@@ -17,6 +17,7 @@ mod phases;
 mod scope;
 mod slow;
 mod tool;
+mod verify;
 
 pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
@@ -124,6 +125,7 @@ pub fn all() -> Vec<Case> {
         slow::cases(),
         own::cases(),
         tool::cases(),
+        verify::cases(),
         scope::cases(),
         linux::cases(),
         nested::cases(),

@@ -28,6 +28,8 @@ pub enum Program {
     Rdmsr,
     /// WRMSR of the microcode's update level.
     Wrmsr,
+    /// WRMSR of 0 to the TSC deadline, which KVM does in its fastpath; nothing is armed.
+    WrmsrFast,
     /// MOV to CR0 that flips AM.
     CrWrite,
     /// VMCALL on VMX, VMMCALL on SVM.
@@ -100,7 +102,7 @@ impl Expected {
             OutUser | InUser | InKernel | OutEventfd => Some(io),
             HltKernel | HltUser => Some([12, 0x78]),
             Rdmsr => Some([31, 0x7c]),
-            Wrmsr => Some([32, 0x7c]),
+            Wrmsr | WrmsrFast => Some([32, 0x7c]),
             CrWrite => Some([28, 0x65]),
             Hypercall => Some([18, 0x81]),
             Invd => Some([13, 0x76]),

@@ -43,6 +43,7 @@ labels! {
     (Program::HltUser, _) => tiny_hlt_user_16 tiny_hlt_user_64,
     (Program::Rdmsr, _) => tiny_rdmsr_16 tiny_rdmsr_64,
     (Program::Wrmsr, _) => tiny_wrmsr_16 tiny_wrmsr_64,
+    (Program::WrmsrFast, _) => tiny_wrmsr_fast_16 tiny_wrmsr_fast_64,
     (Program::CrWrite, _) => tiny_cr_write_16 tiny_cr_write_64,
     (Program::Hypercall, Isa::Vmx) => tiny_vmcall_16 tiny_vmcall_64,
     (Program::Hypercall, Isa::Svm) => tiny_vmmcall_16 tiny_vmmcall_64,

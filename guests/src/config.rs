@@ -31,6 +31,9 @@ pub enum Error {
     /// The settings do not go together.
     #[error("{0}")]
     Settings(String),
+    /// The caller wanted no more of it.
+    #[error("the guest was stopped")]
+    Stopped,
     /// The guest did what no guest here does.
     #[error("vCPU {vcpu} ended with {what}")]
     Guest {

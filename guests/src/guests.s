@@ -78,6 +78,14 @@ guest wrmsr \mode
 1:      wrmsr
         again
 
+# The deadline of a timer that is not in the mode for one.
+guest wrmsr_fast \mode
+        mov     ecx, 0x6e0
+        xor     eax, eax
+        xor     edx, edx
+1:      wrmsr
+        again
+
 # CR0.AM belongs to the host, and means nothing at CPL 0.
 guest cr_write \mode
         mov     \a, cr0

@@ -211,7 +211,7 @@ impl Machine {
                 .map(|(number, vcpu)| {
                     scope.spawn(move || {
                         begin(number).map_err(|error| Error::Kernel("begin a vCPU", error))?;
-                        run_vcpu(number, vcpu, config)
+                        run_vcpu(number, vcpu, config, &|| false)
                     })
                 })
                 .collect();
@@ -233,11 +233,20 @@ impl Machine {
     ///
     /// As [`Machine::run`].
     pub fn run_one(&mut self, number: u8) -> Result<Seen> {
+        self.run_one_until(number, &|| false)
+    }
+
+    /// Run one vCPU to its end, in this thread, or until a signal finds `stop` true.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`], and those of [`Machine::run`].
+    pub fn run_one_until(&mut self, number: u8, stop: &dyn Fn() -> bool) -> Result<Seen> {
         let vcpu = self
             .vcpus
             .get_mut(usize::from(number))
             .ok_or_else(|| Error::Settings(format!("there is no vCPU {number}")))?;
-        run_vcpu(number, vcpu, &self.config)
+        run_vcpu(number, vcpu, &self.config, stop)
     }
 
     /// Has every vCPU ask anew, as many queries as before.
@@ -390,7 +399,12 @@ fn wake(vm: &VmFd, every: Duration, done: &AtomicBool) {
     }
 }
 
-fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
+fn run_vcpu(
+    number: u8,
+    vcpu: &mut VcpuFd,
+    config: &Config,
+    stop: &dyn Fn() -> bool,
+) -> Result<Seen> {
     let mut seen = Seen::default();
     let mut cpus = host_cpus().cycle().skip(number.into());
     loop {
@@ -437,6 +451,7 @@ fn run_vcpu(number: u8, vcpu: &mut VcpuFd, config: &Config) -> Result<Seen> {
                 continue;
             }
             Ok(exit) => format!("{exit:?}"),
+            Err(error) if error.errno() == libc::EINTR && stop() => return Err(Error::Stopped),
             Err(error) if error.errno() == libc::EINTR => continue,
             Err(error) => error.to_string(),
         };

@@ -1,0 +1,572 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The checks: guests of known exits, held against what the meter, the kernel and the guests
+//! themselves tell.
+
+use std::collections::BTreeMap;
+
+use exitmeter_meter::{
+    detail::Kind,
+    leaves::{asked_phases, LeafMap},
+    phase::Phase,
+    reasons::Isa,
+    snapshot::{Reason, TABLE_DETAILS},
+};
+use tiny_guests::{Config, Expected, Mode, Program, Quad};
+
+use super::{
+    hist::Hist,
+    host::{thread, Host},
+    model::{Check, Verdict},
+    own::{Exits, Own},
+    stop::Stopped,
+};
+use crate::{numbers::exact, source, why::device};
+
+/// How often a guest loops.
+const LOOPS: u32 = 500;
+/// How often the guest loops that only computes.
+const SPINS: u32 = 1_000_000;
+
+/// The guests whose exits are counted.
+const GUESTS: [(Program, Mode); 21] = [
+    (Program::Cpuid, Mode::Long),
+    (Program::OutUser, Mode::Long),
+    (Program::InUser, Mode::Long),
+    (Program::OutEventfd, Mode::Long),
+    (Program::HltUser, Mode::Long),
+    (Program::Rdmsr, Mode::Long),
+    (Program::Wrmsr, Mode::Long),
+    (Program::WrmsrFast, Mode::Long),
+    (Program::CrWrite, Mode::Long),
+    (Program::Hypercall, Mode::Long),
+    (Program::Invd, Mode::Long),
+    (Program::Wbinvd, Mode::Long),
+    (Program::Touch, Mode::Long),
+    (Program::Spin, Mode::Long),
+    (Program::Cpuid, Mode::User),
+    (Program::OutUser, Mode::User),
+    (Program::Touch, Mode::User),
+    (Program::Cpuid, Mode::Real),
+    (Program::OutUser, Mode::Real),
+    (Program::Wrmsr, Mode::Real),
+    (Program::Touch, Mode::Real),
+];
+
+/// What a guest does, in words.
+fn describe(program: Program) -> &'static str {
+    match program {
+        Program::Cpuid | Program::Query => "CPUID",
+        Program::OutUser => "OUT to the VMM",
+        Program::InUser => "IN from the VMM",
+        Program::InKernel => "IN from KVM's speaker",
+        Program::OutEventfd => "OUT to an ioeventfd",
+        Program::HltKernel => "HLT that sleeps in KVM",
+        Program::HltUser => "HLT that goes to the VMM",
+        Program::Rdmsr => "RDMSR",
+        Program::Wrmsr => "WRMSR",
+        Program::WrmsrFast => "WRMSR in the fastpath",
+        Program::CrWrite => "MOV to CR0",
+        Program::Hypercall => "hypercall",
+        Program::Invd => "INVD",
+        Program::Wbinvd => "WBINVD",
+        Program::Spin => "computation",
+        Program::Touch => "touched pages",
+    }
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Real => "real mode",
+        Mode::Long => "64-bit mode",
+        Mode::User => "CPL 3",
+    }
+}
+
+/// What a check came to.
+type Outcome = anyhow::Result<(Verdict, String)>;
+
+/// Make all checks, and hand over each as it ends.
+///
+/// # Errors
+///
+/// [`Stopped`], and those of `tell`.
+pub fn make(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let hist = Hist::begin(thread(), host.isa);
+    let mut ledgers = Ledgers::default();
+    for (program, in_mode) in GUESTS {
+        let name = format!("counts: {}, {}", describe(program), mode(in_mode));
+        let count = match program {
+            Program::Spin => SPINS,
+            _ => LOOPS,
+        };
+        let config = Config::new(program, in_mode, count);
+        let hist = hist.as_ref().ok();
+        tell(check(name, counts(host, config, hist, &mut ledgers))?)?;
+    }
+    if let Err(error) = &hist {
+        let text = format!("{error}: the counts were held against what the guests did alone");
+        tell(Check::new("the kernel's histogram", Verdict::NotMade, text))?;
+    }
+    // From here on the kernel counts no more.
+    drop(hist);
+    tell(ledgers.check())?;
+    for in_mode in [Mode::Long, Mode::Real] {
+        let name = format!("answers: CPUID in {}", mode(in_mode));
+        tell(check(name, answers(host, in_mode))?)?;
+    }
+    details(host, tell)
+}
+
+/// The check of an outcome: whatever went wrong has failed it, but for the user's wish to end.
+fn check(name: String, outcome: Outcome) -> Result<Check, Stopped> {
+    match outcome {
+        Ok((verdict, text)) => Ok(Check::new(name, verdict, text)),
+        Err(error) => match error.downcast_ref::<Stopped>() {
+            Some(stopped) => Err(*stopped),
+            None => Ok(Check::new(name, Verdict::Failed, format!("{error:#}"))),
+        },
+    }
+}
+
+/// What the guests' ledgers came to.
+#[derive(Debug, Default)]
+struct Ledgers {
+    vcpus: u32,
+    ticks: u64,
+    wrong: Option<String>,
+}
+
+impl Ledgers {
+    fn add(&mut self, name: &str, own: &Own) {
+        self.vcpus += 1;
+        self.ticks = self.ticks.wrapping_add(own.life);
+        if let Some(wrong) = own.imbalance() {
+            self.wrong.get_or_insert(format!("{name}: {wrong}"));
+        }
+    }
+
+    fn check(self) -> Check {
+        let (verdict, text) = match (self.wrong, self.vcpus) {
+            (Some(wrong), _) => (Verdict::Failed, wrong),
+            (None, 0) => (Verdict::Failed, "no guest was metered".to_owned()),
+            (None, vcpus) => {
+                let ticks = exact(self.ticks);
+                let text = format!("the cells of {vcpus} vCPUs sum to their lives, {ticks} ticks");
+                (Verdict::Passed, text)
+            }
+        };
+        Check::new("ledger: to the tick", verdict, text)
+    }
+}
+
+/// What a guest is known to cause.
+fn known(host: &Host, config: &Config) -> Expected {
+    let expected = Expected::of(host.isa, config.program, config.mode, config.loops(), 1);
+    match host.nested_paging {
+        true => expected,
+        false => expected.without_nested_paging(),
+    }
+}
+
+/// Hold a guest's exits against the kernel's histogram, and against what it does.
+fn counts(host: &Host, config: Config, hist: Option<&Hist>, ledgers: &mut Ledgers) -> Outcome {
+    if config.mode == Mode::Real && !host.real_mode {
+        let text = "KVM emulates real mode with unrestricted_guest=0";
+        return Ok((Verdict::NotMade, text.to_owned()));
+    }
+    let expected = known(host, &config);
+    let name = format!("{}, {}", describe(config.program), mode(config.mode));
+    let before = hist.map(Hist::read).transpose()?;
+    let (_machine, own) = host.run_metered(config, None)?;
+    ledgers.add(&name, &own);
+    let counted = match hist.zip(before) {
+        Some((hist, before)) => Some(since(&hist.read()?, &before)),
+        None => None,
+    };
+    Ok(compare(host, &own, expected.exact(), counted.as_ref()))
+}
+
+/// The exits since an earlier moment.
+fn since(now: &Exits, before: &Exits) -> Exits {
+    let mut exits = Exits::new();
+    for (code, count) in now {
+        let more = count.saturating_sub(before.get(code).copied().unwrap_or(0));
+        if more != 0 {
+            exits.insert(*code, more);
+        }
+    }
+    exits
+}
+
+/// Hold what was metered against what is known to have been caused, and against what the kernel has
+/// counted, if it has.
+fn compare(
+    host: &Host,
+    own: &Own,
+    known: &BTreeMap<u32, u64>,
+    counted: Option<&Exits>,
+) -> (Verdict, String) {
+    let mut wrong = Vec::new();
+    let count = |exits: &BTreeMap<u32, u64>, code| exits.get(&code).copied().unwrap_or(0);
+    if own.others != 0 {
+        wrong.push(format!("{} exits have no row", own.others));
+    }
+    // A page that the host takes back, as when it balances its memory, faults once more.
+    let fault = host.pick(48, 0x400);
+    for (code, due) in known {
+        let metered = own.exits_of(*code);
+        let right = match *code == fault {
+            true => metered >= *due,
+            false => metered == *due,
+        };
+        if !right {
+            let name = host.name(*code);
+            wrong.push(format!(
+                "{name} metered {} times, and the guest caused {}",
+                exact(metered),
+                exact(*due)
+            ));
+        }
+    }
+    let total = exact(own.total());
+    let text = match counted {
+        Some(counted) => {
+            let mut codes: Vec<u32> = own.exits.keys().chain(counted.keys()).copied().collect();
+            codes.sort_unstable();
+            codes.dedup();
+            for code in codes {
+                let (metered, due) = (own.exits_of(code), count(counted, code));
+                if metered != due {
+                    wrong.push(format!(
+                        "{} metered {} times, by the kernel's histogram {}",
+                        host.name(code),
+                        exact(metered),
+                        exact(due)
+                    ));
+                }
+            }
+            format!("{total} exits, as the kernel's histogram and the guest have them")
+        }
+        None => {
+            for (code, count) in &own.exits {
+                if !known.contains_key(code) && host.nested_paging && !comes_by_chance(host, *code)
+                {
+                    let name = host.name(*code);
+                    wrong.push(format!(
+                        "{name} metered {count} times, and the guest caused none"
+                    ));
+                }
+            }
+            format!("{total} exits, as the guest has them")
+        }
+    };
+    match wrong.is_empty() {
+        true => (Verdict::Passed, text),
+        false => (Verdict::Failed, wrong.join("; ")),
+    }
+}
+
+/// Return true for exits that the host causes and not the guest: interrupts, NMIs, SMIs, the end of a
+/// time slice.
+fn comes_by_chance(host: &Host, code: u32) -> bool {
+    match host.isa {
+        Isa::Vmx => matches!(code, 0 | 1 | 5 | 6 | 7 | 8 | 52 | 75),
+        Isa::Svm => matches!(code, 0x60..=0x64),
+    }
+}
+
+/// The leaves that the guest asks for; docs/interface.md.
+const IDENTITY: u32 = 0x4fff_fff0;
+const INTERFACE: u32 = 0x4fff_fff1;
+const PHASE_CYCLES: u32 = 0x4fff_fff2;
+const EXITS: u32 = 0x4fff_fff3;
+const LIFE: u32 = 0x4fff_fff4;
+
+/// Those of a map: exits in all, exits of a reason, cycles of a reason.
+fn leaves(map: LeafMap) -> Option<[u32; 3]> {
+    match map {
+        LeafMap::Off => None,
+        LeafMap::Map2021 => Some([0x4fff_ffff, 0x4fff_fffd, 0x4fff_fffc]),
+        LeafMap::Map2022 => Some([0x4fff_fffc, 0x4fff_fffe, 0x4fff_ffff]),
+    }
+}
+
+fn join(high: u64, low: u64) -> u64 {
+    high << 32 | low
+}
+
+/// Have a guest ask for its own numbers, and hold the answers against the snapshot.
+fn answers(host: &Host, in_mode: Mode) -> Outcome {
+    let not_made = |text: &str| Ok((Verdict::NotMade, text.to_owned()));
+    let Some([total, of_reason, cycles]) = host.leaf_map.and_then(leaves) else {
+        return not_made("the module answers no guest (leaf_map=0)");
+    };
+    if host.host_scope {
+        return not_made("guests read the sums of the host (host_scope=1)");
+    }
+    if in_mode == Mode::Real && !(host.real_mode && host.nested_paging) {
+        return not_made("KVM emulates real mode here");
+    }
+    let (cpuid, io, msr, hlt, fault) = (
+        host.pick(10, 0x72),
+        host.pick(30, 0x7b),
+        host.pick(32, 0x7c),
+        host.pick(12, 0x78),
+        host.pick(48, 0x400),
+    );
+    let mut asked = vec![(IDENTITY, 0), (INTERFACE, 0), (LIFE, 0), (total, 0)];
+    for code in [cpuid, io, msr, hlt, fault] {
+        asked.extend([(of_reason, code), (EXITS, code)]);
+    }
+    asked.push((cycles, fault));
+    let phases: Vec<_> = (0..).map_while(asked_phases).zip(0_u32..).collect();
+    asked.extend(
+        phases
+            .iter()
+            .map(|(_, number)| (PHASE_CYCLES, fault | number << 16)),
+    );
+    let queries = asked.iter().map(|(leaf, sub)| Quad::cpuid(*leaf, *sub));
+    let (machine, own) = host.run_metered(Config::query(in_mode, queries.collect()), None)?;
+
+    let mut wrong = Vec::new();
+    let by_chance: u64 = own
+        .exits
+        .iter()
+        .filter(|(code, _)| comes_by_chance(host, **code))
+        .map(|(_, exits)| exits)
+        .sum();
+    let word = |text: &[u8; 4]| u64::from(u32::from_le_bytes(*text));
+    let all = asked.len() as u64;
+    // With a page that faults once more after all are there, its numbers are others at the end.
+    let place = asked.iter().position(|query| *query == (EXITS, fault));
+    let answer = place.and_then(|place| machine.answers(0).get(place).copied());
+    let faults_then = answer.map(|answer| join(answer.rdx, answer.rax));
+    let no_fault_since = faults_then == Some(own.exits_of(fault));
+    for (number, ((leaf, sub), answer)) in (0_u64..).zip(asked.iter().zip(machine.answers(0))) {
+        let (exits, ticks) = (join(answer.rbx, answer.rax), join(answer.rdx, answer.rax));
+        let right = match *leaf {
+            IDENTITY => {
+                let name = [word(b"Exit"), word(b"Mete"), word(b"r\0\0\0")];
+                [answer.rbx, answer.rcx, answer.rdx] == name
+            }
+            INTERFACE => {
+                let isa = match host.isa {
+                    Isa::Vmx => 1,
+                    Isa::Svm => 2,
+                };
+                answer.rax >= 1
+                    && answer.rbx == isa
+                    && Some(answer.rdx) == host.leaf_map.map(|map| map as u64)
+            }
+            LIFE => ticks == host.life,
+            leaf if leaf == total => {
+                // Left of the guest's life: the later queries, and the OUT at its end.
+                let left = all - number;
+                let most = own.total().saturating_sub(left);
+                (most.saturating_sub(by_chance)..=most).contains(&exits)
+            }
+            leaf if leaf == of_reason || leaf == EXITS => {
+                let told = if leaf == EXITS { ticks } else { exits };
+                match *sub {
+                    // The query itself is counted, those after it are not yet.
+                    code if code == cpuid => told == number + 1,
+                    // Nor is the OUT at the end.
+                    code if code == io => told + 1 == own.exits_of(io),
+                    // A page may fault once more after that.
+                    code if code == fault => {
+                        told != 0 && told <= own.exits_of(fault) || !host.nested_paging
+                    }
+                    code => told == own.exits_of(code),
+                }
+            }
+            leaf if leaf == cycles => {
+                let told = join(answer.rbx, answer.rcx);
+                told == own.ticks_of(fault, Phase::Kernel) || !no_fault_since
+            }
+            _ => {
+                let phase = usize::try_from(*sub >> 16)
+                    .ok()
+                    .and_then(|at| phases.get(at));
+                let held = phase.map(|((_, summed), _)| {
+                    let ticks = summed.iter().map(|phase| own.ticks_of(fault, *phase));
+                    ticks.sum::<u64>()
+                });
+                held == Some(ticks) || !no_fault_since
+            }
+        };
+        if !right {
+            wrong.push(format!(
+                "CPUID({leaf:#x}, {sub:#x}) gave {:#x} {:#x} {:#x} {:#x}, and the snapshot has other numbers",
+                answer.rax, answer.rbx, answer.rcx, answer.rdx
+            ));
+        }
+    }
+    Ok(match wrong.is_empty() {
+        true => {
+            let text = format!("{all} answers, and the snapshot has the same numbers");
+            (Verdict::Passed, text)
+        }
+        false => (Verdict::Failed, wrong.join("; ")),
+    })
+}
+
+/// A guest whose details are known: what it touches, as a kind and some bits of the key.
+struct Touched {
+    name: &'static str,
+    program: Program,
+    kind: Kind,
+    mask: u64,
+    key: u64,
+}
+
+const TOUCHED: [Touched; 5] = [
+    Touched {
+        name: "details: port of OUT",
+        program: Program::OutUser,
+        kind: Kind::Port,
+        mask: 0x1_0000_ffff,
+        key: 0x3f0,
+    },
+    Touched {
+        name: "details: port of IN",
+        program: Program::InUser,
+        kind: Kind::Port,
+        mask: 0x1_0000_ffff,
+        key: 0x1_0000_03f0,
+    },
+    Touched {
+        name: "details: MSR of RDMSR",
+        program: Program::Rdmsr,
+        kind: Kind::Msr,
+        mask: 0x1_ffff_ffff,
+        key: 0x8b,
+    },
+    Touched {
+        name: "details: MSR of WRMSR",
+        program: Program::Wrmsr,
+        kind: Kind::Msr,
+        mask: 0x1_ffff_ffff,
+        key: 0x1_0000_008b,
+    },
+    Touched {
+        name: "details: leaf of CPUID",
+        program: Program::Cpuid,
+        kind: Kind::Cpuid,
+        mask: 0xffff_ffff,
+        key: 0,
+    },
+];
+
+/// Hold what the module tells of exits against what the guests touched, if it may tell.
+fn details(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let device = match device::Device::open(source::DEVICE.as_ref()) {
+        Ok(device) => device,
+        Err(error) => {
+            return tell(Check::new("details", Verdict::NotMade, error.to_string()));
+        }
+    };
+    for touched in &TOUCHED {
+        let outcome = touched_alike(host, &device, touched);
+        tell(check(touched.name.to_owned(), outcome)?)?;
+    }
+    Ok(())
+}
+
+fn touched_alike(host: &Host, device: &device::Device, touched: &Touched) -> Outcome {
+    let config = Config::new(touched.program, Mode::Long, LOOPS);
+    let (_machine, own) = host.run_metered(config, Some(device))?;
+    if !own.has_tables {
+        let text = "the guest's vCPU has no tables: there is no memory for them";
+        return Ok((Verdict::NotMade, text.to_owned()));
+    }
+    let entries = || {
+        own.entries
+            .iter()
+            .filter(|entry| entry.table == TABLE_DETAILS)
+    };
+    let alike = entries().filter(|entry| {
+        let is_kind = entry.detail_kind == touched.kind as u8;
+        is_kind && !entry.others && entry.key & touched.mask == touched.key
+    });
+    let told: u64 = alike.map(|entry| entry.exits).sum();
+    let sum: u64 = entries().map(|entry| entry.exits).sum();
+    let metered: u64 = own.total();
+    let reasons = entries()
+        .filter(|entry| matches!(entry.reason, Reason::Code(_)))
+        .count();
+    Ok(if told != u64::from(LOOPS) {
+        let text = format!("{told} exits are told to be about it, and the guest caused {LOOPS}");
+        (Verdict::Failed, text)
+    } else if sum != metered {
+        let text = format!("the rows hold {sum} exits of {metered}");
+        (Verdict::Failed, text)
+    } else {
+        let text = format!("{told} exits, as the guest did; {reasons} rows hold all {metered}");
+        (Verdict::Passed, text)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::stop::Stop;
+
+    fn host() -> Host {
+        Host {
+            isa: Isa::Vmx,
+            nested_paging: true,
+            real_mode: true,
+            tsc_khz: None,
+            tsc_stable: true,
+            leaf_map: None,
+            host_scope: false,
+            life: 1,
+            has_details: false,
+            cpu: 0,
+            pid: None,
+            stop: Stop::default(),
+        }
+    }
+
+    fn own(exits: &[(u32, u64)]) -> Own {
+        Own {
+            exits: exits.iter().copied().collect(),
+            ..Own::default()
+        }
+    }
+
+    #[test]
+    fn one_exit_too_few_fails() {
+        let (host, known) = (host(), Exits::from([(10, 500), (30, 1), (48, 4)]));
+        let verdict = |own: &Own, counted: Option<&Exits>| compare(&host, own, &known, counted).0;
+        let right = own(&[(1, 3), (10, 500), (30, 1), (48, 4)]);
+        assert_eq!(verdict(&right, None), Verdict::Passed);
+        assert_eq!(verdict(&right, Some(&right.exits.clone())), Verdict::Passed);
+        let missed = own(&[(1, 3), (10, 499), (30, 1), (48, 4)]);
+        assert_eq!(verdict(&missed, None), Verdict::Failed);
+        // The kernel has seen an interrupt that the meter has not.
+        let more = Exits::from([(1, 4), (10, 500), (30, 1), (48, 4)]);
+        let (told, text) = compare(&host, &right, &known, Some(&more));
+        assert_eq!(told, Verdict::Failed);
+        assert_eq!(
+            text,
+            "EXTERNAL_INTERRUPT metered 3 times, by the kernel's histogram 4"
+        );
+        // What a guest does not do.
+        let other = own(&[(10, 500), (18, 1), (30, 1), (48, 4)]);
+        assert_eq!(verdict(&other, None), Verdict::Failed);
+        // A page that faults twice is the host's doing; one that does not fault at all is wrong.
+        let twice = own(&[(10, 500), (30, 1), (48, 5)]);
+        assert_eq!(verdict(&twice, None), Verdict::Passed);
+        let none = own(&[(10, 500), (30, 1)]);
+        assert_eq!(verdict(&none, None), Verdict::Failed);
+    }
+
+    #[test]
+    fn a_histogram_counts_from_when_it_was_read() {
+        let before = Exits::from([(1, 3), (10, 7)]);
+        let now = Exits::from([(1, 3), (10, 9), (30, 1)]);
+        assert_eq!(since(&now, &before), Exits::from([(10, 2), (30, 1)]));
+    }
+}

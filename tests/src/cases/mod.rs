@@ -16,6 +16,7 @@ mod phases;
 mod scope;
 mod slow;
 mod tool;
+mod why;
 
 pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
@@ -121,6 +122,7 @@ pub fn all() -> Vec<Case> {
         phases::cases(),
         details::cases(),
         slow::cases(),
+        why::cases(),
         tool::cases(),
         scope::cases(),
         linux::cases(),

@@ -72,6 +72,11 @@ fn describe(program: Program) -> &'static str {
         Program::Wbinvd => "WBINVD",
         Program::Spin => "computation",
         Program::Touch => "touched pages",
+        Program::Look => "read pages",
+        Program::Call => "called pages",
+        Program::Device => "registers of a device",
+        Program::Undefined => "UD2",
+        Program::Debug => "debug registers",
     }
 }
 

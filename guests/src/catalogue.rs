@@ -42,6 +42,16 @@ pub enum Program {
     Spin,
     /// A byte written to a page that was never touched.
     Touch,
+    /// A byte read from a page that was never touched.
+    Look,
+    /// A call into a page that was never touched.
+    Call,
+    /// Three accesses to registers of a device that the VMM answers for: one written, two read.
+    Device,
+    /// UD2.
+    Undefined,
+    /// DR7 written and DR6 read, with CPUID of leaf 0 after each.
+    Debug,
     /// CPUID of a leaf and subleaf that the VMM chose, the answer handed back.
     Query,
 }
@@ -58,15 +68,29 @@ pub enum Mode {
 }
 
 impl Program {
-    /// Whether the guest can run in a mode: at CPL 3 most of what exits would fault
-    /// instead.
+    /// Return true if the guest can run in a mode: at CPL 3 most of what exits would fault
+    /// instead. In real mode calls do not reach the pages to touch, and there is no handler of
+    /// exceptions.
     pub fn runs_in(self, mode: Mode) -> bool {
         use Program::*;
-        mode != Mode::User
-            || matches!(
+        match mode {
+            Mode::Real => !matches!(self, Call | Undefined),
+            Mode::Long => true,
+            Mode::User => matches!(
                 self,
-                Cpuid | OutUser | InUser | InKernel | OutEventfd | Spin | Touch | Query
-            )
+                Cpuid
+                    | OutUser
+                    | InUser
+                    | InKernel
+                    | OutEventfd
+                    | Spin
+                    | Touch
+                    | Look
+                    | Call
+                    | Device
+                    | Query
+            ),
+        }
     }
 }
 
@@ -96,23 +120,30 @@ impl Expected {
 
         let (count, vcpus) = (u64::from(count), u64::from(vcpus));
         let io = [30, 0x7b];
-        // The reason of the instruction in the loop: on VMX, on SVM.
-        let looped = match program {
-            Cpuid | Query => Some([10, 0x72]),
-            OutUser | InUser | InKernel | OutEventfd => Some(io),
-            HltKernel | HltUser => Some([12, 0x78]),
-            Rdmsr => Some([31, 0x7c]),
-            Wrmsr | WrmsrFast => Some([32, 0x7c]),
-            CrWrite => Some([28, 0x65]),
-            Hypercall => Some([18, 0x81]),
-            Invd => Some([13, 0x76]),
-            Wbinvd => Some([54, 0x89]),
-            Spin | Touch => None,
+        // The reasons of the instructions in the loop: on VMX, on SVM.
+        let looped: &[[u32; 2]] = match program {
+            Cpuid | Query => &[[10, 0x72]],
+            OutUser | InUser | InKernel | OutEventfd => &[io],
+            HltKernel | HltUser => &[[12, 0x78]],
+            Rdmsr => &[[31, 0x7c]],
+            Wrmsr | WrmsrFast => &[[32, 0x7c]],
+            CrWrite => &[[28, 0x65]],
+            Hypercall => &[[18, 0x81]],
+            Invd => &[[13, 0x76]],
+            Wbinvd => &[[54, 0x89]],
+            Device => &[[49, 0x400]; 3],
+            Undefined => &[[0, 0x46]],
+            Debug => &[[10, 0x72]; 2],
+            Spin | Touch | Look | Call => &[],
         };
         // Each page of guest memory faults once, when it is first touched.
         let pages = own_pages(mode)
             + match program {
-                Touch => count,
+                Touch | Look => count,
+                // And the stack.
+                Call => count + 1,
+                // One more table.
+                Device if mode != Mode::Real => 1,
                 Query => (count * 64).div_ceil(PAGE),
                 _ => 0,
             };
@@ -125,8 +156,8 @@ impl Expected {
         let mut add = |reasons, count: u64| {
             *exact.entry(pick(reasons)).or_insert(0) += count * vcpus;
         };
-        if let Some(reasons) = looped {
-            add(reasons, count);
+        for reasons in looped {
+            add(*reasons, count);
         }
         // The OUT that ends the guest.
         add(io, 1);
@@ -136,12 +167,31 @@ impl Expected {
             Isa::Vmx => vec![1, 52],
             Isa::Svm => vec![0x60],
         };
-        if vcpus == 1 && program != HltKernel {
+        if vcpus == 1 && !matches!(program, HltKernel | Undefined) {
             add([48, 0x400], pages);
+            if program == Device && isa == Isa::Vmx {
+                // KVM does not know yet that a page is none of memory's when it is touched first.
+                for (reason, change) in [(48, 2), (49, -2)] {
+                    let exits = exact.entry(reason).or_insert(0);
+                    *exits = exits.saturating_add_signed(change);
+                }
+            }
         } else {
             // Two vCPUs that fault at once race for KVM's tables; who loses faults again. And
             // an interrupt comes when it likes: its delivery was seen to fault once more.
             noise.push(pick([48, 0x400]));
+            if program == Device {
+                noise.push(pick([49, 0x400]));
+            }
+        }
+        if program == Debug {
+            // KVM stops intercepting, and has the instruction begin again. An interrupt in between has
+            // it exit once more.
+            let registers: &[u32] = match isa {
+                Isa::Vmx => &[29],
+                Isa::Svm => &[0x26, 0x37],
+            };
+            noise.extend(registers);
         }
         if program == HltKernel {
             // The interrupt that ends the HLT may come before it, and wait.
@@ -166,7 +216,7 @@ impl Expected {
     pub fn without_nested_paging(mut self) -> Self {
         let (fault, paging): (u32, &[u32]) = match self.isa {
             // Exceptions, INVLPG.
-            Isa::Vmx => (48, &[0, 14]),
+            Isa::Vmx => (48, &[0, 14, 49]),
             // Accesses to CR0 and CR3, page faults, INVLPG.
             Isa::Svm => (0x400, &[0x00, 0x03, 0x10, 0x13, 0x4e, 0x65, 0x79]),
         };

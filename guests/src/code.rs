@@ -16,6 +16,7 @@ macro_rules! labels {
             static tiny_code_end: u8;
             static tiny_interrupt_16: u8;
             static tiny_interrupt_64: u8;
+            static tiny_step_over_64: u8;
             static tiny_moved_64: u8;
             static tiny_vmrun_64: u8;
             static tiny_inner_64: u8;
@@ -51,6 +52,11 @@ labels! {
     (Program::Wbinvd, _) => tiny_wbinvd_16 tiny_wbinvd_64,
     (Program::Spin, _) => tiny_spin_16 tiny_spin_64,
     (Program::Touch, _) => tiny_touch_16 tiny_touch_64,
+    (Program::Look, _) => tiny_look_16 tiny_look_64,
+    (Program::Call, _) => tiny_call_16 tiny_call_64,
+    (Program::Device, _) => tiny_device_16 tiny_device_64,
+    (Program::Undefined, _) => tiny_undefined_16 tiny_undefined_64,
+    (Program::Debug, _) => tiny_debug_16 tiny_debug_64,
     (Program::Query, _) => tiny_query_16 tiny_query_64,
 }
 
@@ -72,6 +78,11 @@ pub(crate) fn interrupt_handler(mode: Mode) -> u64 {
         Mode::Real => &raw const tiny_interrupt_16,
         Mode::Long | Mode::User => &raw const tiny_interrupt_64,
     })
+}
+
+/// Return where the handler of the exception that [`Program::Undefined`] causes begins in [`bytes`].
+pub(crate) fn exception_handler() -> u64 {
+    offset(&raw const tiny_step_over_64)
 }
 
 /// Where the guest that moves its own code begins in [`bytes`].

@@ -110,7 +110,7 @@ impl Config {
         let fail = |text: String| Err(Error::Settings(text));
         if !self.program.runs_in(self.mode) {
             return fail(format!(
-                "{:?} would fault at CPL 3; choose mode real or long",
+                "{:?} does not run in this mode; choose mode long",
                 self.program
             ));
         }
@@ -138,7 +138,9 @@ impl Config {
 
     pub(crate) fn fresh_pages(&self) -> u64 {
         match self.program {
-            Program::Touch => u64::from(self.count) * u64::from(self.vcpus),
+            Program::Touch | Program::Look | Program::Call => {
+                u64::from(self.count) * u64::from(self.vcpus)
+            }
             _ => 0,
         }
     }

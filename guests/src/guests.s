@@ -120,6 +120,30 @@ guest touch \mode
 1:      mov     byte ptr [\s], 1
         add     esi, 0x1000
         again
+
+# One byte read from each of edi pages.
+guest look \mode
+1:      mov     al, byte ptr [\s]
+        add     esi, 0x1000
+        again
+
+# Registers of a device, in two pages: one is written, two are read.
+guest device \mode
+1:      mov     byte ptr [\s], al
+        mov     al, byte ptr [\s + 0x10]
+        mov     al, byte ptr [\s + 0x1010]
+        again
+
+# KVM lets a debug register be accessed without an exit, up to the next exit: CPUID's.
+guest debug \mode
+1:      mov     eax, 0x400
+        mov     dr7, \a
+        xor     eax, eax
+        cpuid
+        mov     \a, dr6
+        xor     eax, eax
+        cpuid
+        again
 .endm
 
 .section .rodata.tiny_guests, "a"
@@ -145,6 +169,20 @@ guest query 64
         add     rsi, 64
         again
 
+# Calls each of edi pages, which begin with RET.
+guest call 64
+1:      call    rsi
+        add     esi, 0x1000
+        again
+
+# An instruction that is none. The handler goes on behind it.
+guest undefined 64
+1:      ud2
+        again
+guest step_over 64
+        add     qword ptr [rsp], 2
+        iretq
+
 # Moves its own code: rbx becomes the entry of the page directory at rsi, which maps it. The CPU
 # goes on by the translation that it holds, up to the exit of CPUID.
 guest moved 64
@@ -167,6 +205,11 @@ guest inner 64
 
 .code16
 guests 16, eax, esi, iret
+
+# In 64-bit mode alone: see runs_in().
+guest call 16
+guest undefined 16
+        ud2
 
 guest query 16
 1:      mov     eax, [esi]

@@ -39,6 +39,8 @@ pub struct Seen {
     pub ports: u64,
     /// HLTs.
     pub hlts: u64,
+    /// Accesses to registers of devices in memory.
+    pub registers: u64,
 }
 
 /// A VM. It lives, and KVM keeps its vCPUs, until this is dropped.
@@ -122,8 +124,14 @@ impl Machine {
             _ => None,
         };
 
-        let memory = Memory::new((FRESH + config.fresh_pages() * PAGE) as usize)
+        let mut memory = Memory::new((FRESH + config.fresh_pages() * PAGE) as usize)
             .map_err(|error| Error::Kernel("give memory for the guest", error))?;
+        if config.program == Program::Call {
+            const RET: u8 = 0xc3;
+            for page in 0..config.fresh_pages() {
+                memory.write(FRESH + page * PAGE, &[RET]);
+            }
+        }
         let region = kvm_userspace_memory_region {
             memory_size: memory.len() as u64,
             userspace_addr: memory.address(),
@@ -443,6 +451,15 @@ fn run_vcpu(
             }
             Ok(VcpuExit::IoIn(USER_PORT, data)) => {
                 seen.ports += 1;
+                data.fill(0);
+                continue;
+            }
+            Ok(VcpuExit::MmioWrite(..)) => {
+                seen.registers += 1;
+                continue;
+            }
+            Ok(VcpuExit::MmioRead(_, data)) => {
+                seen.registers += 1;
                 data.fill(0);
                 continue;
             }

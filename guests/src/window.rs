@@ -28,6 +28,9 @@ pub(crate) const QUERIES: u64 = 0x8000;
 /// Where the pages to touch begin: behind the windows.
 pub(crate) const FRESH: u64 = 0x40_0000;
 
+/// Where the registers of a device are: in the fourth GiB, where no guest has memory.
+pub const REGISTERS: u64 = 0xd000_0000;
+
 /// The size of a query in guest memory: four numbers in, four out.
 pub(crate) const QUERY: u64 = 64;
 
@@ -38,6 +41,9 @@ pub const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 pub(crate) const IRQ: u32 = 5;
 pub(crate) const VECTOR_BASE: u8 = 0x20;
 const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
+
+/// The vector of the exception of an instruction that is none.
+const INVALID_OPCODE: u64 = 6;
 
 /// An entry of a page directory but for its address: present, writable, for CPL 3 too, of 2 MiB.
 const LARGE_PAGE: u64 = 0x87;
@@ -81,13 +87,18 @@ impl Window {
                 );
             }
             Mode::Long | Mode::User => {
-                let handler = window + handler;
-                // An interrupt gate: present, offset in three parts, selector.
-                let gate = handler & 0xffff
-                    | u64::from(CODE_SELECTOR) << 16
-                    | 0x8e00 << 32
-                    | (handler >> 16 & 0xffff) << 48;
-                memory.write_u64(window + IDT + VECTOR * 16, gate);
+                for (vector, handler) in [
+                    (VECTOR, handler),
+                    (INVALID_OPCODE, CODE + code::exception_handler()),
+                ] {
+                    let handler = window + handler;
+                    // An interrupt gate: present, offset in three parts, selector.
+                    let gate = handler & 0xffff
+                        | u64::from(CODE_SELECTOR) << 16
+                        | 0x8e00 << 32
+                        | (handler >> 16 & 0xffff) << 48;
+                    memory.write_u64(window + IDT + vector * 16, gate);
+                }
                 memory.write_u64(window + GDT + 8, 0x00af_9b00_0000_ffff);
                 memory.write_u64(window + GDT + 16, 0x00cf_9300_0000_ffff);
                 // Present, writable, for CPL 3 too; the last level in pages of 2 MiB.
@@ -95,6 +106,15 @@ impl Window {
                 memory.write_u64(window + PDPT, (window + PD) | 7);
                 for entry in 0..512 {
                     memory.write_u64(window + PD + entry * 8, entry << 21 | LARGE_PAGE);
+                }
+                if config.program == Program::Device {
+                    // It asks nothing, so its queries' page is the directory of the device's GiB.
+                    let (directory, gib) = (window + QUERIES, REGISTERS >> 30);
+                    memory.write_u64(window + PDPT + gib * 8, directory | 7);
+                    for entry in 0..512 {
+                        let page = gib << 30 | entry << 21;
+                        memory.write_u64(directory + entry * 8, page | LARGE_PAGE);
+                    }
                 }
             }
         }
@@ -128,7 +148,8 @@ impl Window {
             Mode::Long | Mode::User => 0,
         };
         let operand = match config.program {
-            Program::Touch => fresh,
+            Program::Touch | Program::Look | Program::Call => fresh,
+            Program::Device => REGISTERS,
             _ => window + QUERIES,
         };
         kvm_regs {
@@ -232,7 +253,7 @@ fn set_real_mode(sregs: &mut kvm_sregs, window: u64, program: Program) {
     sregs.cs = segment(0xb);
     let mut data = segment(0x3);
     sregs.ss = data;
-    if program == Program::Touch {
+    if matches!(program, Program::Touch | Program::Look | Program::Device) {
         // Segments of 4 GiB, to reach beyond the first MiB.
         data.limit = 0xffff_ffff;
         data.g = 1;

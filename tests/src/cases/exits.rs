@@ -100,6 +100,11 @@ fn describe(program: Program) -> &'static str {
         Program::Wbinvd => "WBINVD",
         Program::Spin => "a computation",
         Program::Touch => "touched pages",
+        Program::Look => "pages that are read",
+        Program::Call => "pages that are called",
+        Program::Device => "registers of a device in memory",
+        Program::Undefined => "UD2",
+        Program::Debug => "debug registers and CPUID",
     }
 }
 
@@ -132,6 +137,7 @@ fn count(config: Config) -> Result<Exits> {
     let (loops, vcpus) = (u64::from(count), u64::from(vcpus));
     let ports: u64 = seen.iter().map(|seen| seen.ports).sum();
     let hlts: u64 = seen.iter().map(|seen| seen.hlts).sum();
+    let registers: u64 = seen.iter().map(|seen| seen.registers).sum();
     let due = |these: &[Program]| match these.contains(&program) {
         true => loops * vcpus,
         false => 0,
@@ -139,8 +145,10 @@ fn count(config: Config) -> Result<Exits> {
     ensure!(
         ports == due(&[Program::OutUser, Program::InUser])
             && hlts == due(&[Program::HltUser])
-            && writes == due(&[Program::OutEventfd]),
-        "{ports} port accesses and {hlts} HLTs came to the VMM, {writes} writes to the eventfd"
+            && writes == due(&[Program::OutEventfd])
+            && registers == 3 * due(&[Program::Device]),
+        "{ports} port accesses, {hlts} HLTs and {registers} accesses to registers came to the VMM, \
+         {writes} writes to the eventfd"
     );
     Ok(exits)
 }

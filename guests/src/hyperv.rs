@@ -1,0 +1,64 @@
+//! A guest that speaks Hyper-V's language: its hypercalls are by Hyper-V's convention (TLFS,
+//! "Hypercall Interface").
+
+use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Kvm;
+
+use crate::{
+    catalogue::Program,
+    config::{Config, Error, Result},
+    machine::{with_apic_id, Machine},
+    meddle::set_msrs,
+};
+
+/// The first leaves of a hypervisor: its name, and the interface that it has.
+const VENDOR_LEAF: u32 = 0x4000_0000;
+const INTERFACE_LEAF: u32 = 0x4000_0001;
+/// `Hv#1`.
+const INTERFACE: u32 = 0x3123_7648;
+/// HV_X64_MSR_GUEST_OS_ID, without which there are no hypercalls; any number but 0 will do.
+const GUEST_OS_ID: (u32, u64) = (0x4000_0000, 1);
+
+/// HvCallNotifyLongSpinWait, which only yields the CPU.
+pub const NOTIFY_LONG_SPIN_WAIT: u16 = 8;
+
+impl Machine {
+    /// Make a VM of one vCPU that runs [`Program::Hypercall`], each of which is Hyper-V's
+    /// [`NOTIFY_LONG_SPIN_WAIT`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Machine::new`], and [`Error::Kvm`] when KVM was built without Hyper-V's interface.
+    pub fn with_hyperv(config: Config) -> Result<Self> {
+        if config.program != Program::Hypercall {
+            return Err(Error::Settings(
+                "a guest that speaks Hyper-V's language makes hypercalls".to_owned(),
+            ));
+        }
+        let mut machine = Self::new(config)?;
+        let cpuid = Kvm::new()
+            .and_then(|kvm| kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
+            .map_err(|error| Error::Kvm("tell the CPUID leaves it supports", error))?;
+        let others = cpuid.as_slice().iter();
+        let others = others.filter(|leaf| leaf.function >> 16 != VENDOR_LEAF >> 16);
+        let mut leaves: Vec<_> = others.copied().collect();
+        for (function, eax) in [(VENDOR_LEAF, INTERFACE_LEAF), (INTERFACE_LEAF, INTERFACE)] {
+            leaves.push(kvm_cpuid_entry2 {
+                function,
+                eax,
+                ..Default::default()
+            });
+        }
+        let vcpu = machine.first_vcpu();
+        let refused = |error| Error::Kvm("let a vCPU have Hyper-V's interface", error);
+        let leaves = CpuId::from_entries(&leaves)
+            .map_err(|_| refused(kvm_ioctls::Error::new(libc::EINVAL)))?;
+        vcpu.set_cpuid2(&with_apic_id(&leaves, 0))
+            .map_err(refused)?;
+        set_msrs(vcpu, &[GUEST_OS_ID], "let a vCPU have Hyper-V's interface")?;
+        let mut registers = vcpu.get_regs().map_err(refused)?;
+        registers.rcx = NOTIFY_LONG_SPIN_WAIT.into();
+        vcpu.set_regs(&registers).map_err(refused)?;
+        Ok(machine)
+    }
+}

@@ -16,7 +16,7 @@ use anyhow::{bail, ensure, Context as _, Result};
 
 use crate::{
     cases::{self, Case},
-    host::{self, hist, linux, module},
+    host::{self, keyed, linux, module},
     outside::expected,
     report::Line,
     soak,
@@ -155,5 +155,5 @@ fn tidy() -> Result<()> {
     if linux::is_running() {
         linux::stop()?;
     }
-    hist::stop()
+    keyed::clear()
 }

@@ -10,18 +10,24 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{
-    detail::{self, Kind},
+    detail::Kind,
     phase::Phase,
     reader::{Entry, Missed, Snapshot},
     reasons::Isa,
     snapshot::{Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER},
+    tables::CODES,
 };
-use tiny_guests::{Config, Machine, Mode, Program, Quad};
+use tiny_guests::{
+    Config, Machine, Mode, Program, Quad, Stepped, NOTIFY_LONG_SPIN_WAIT, REGISTERS,
+};
 
 use super::Case;
 use crate::host::{
     self,
-    keyed::{Counts, Keyed},
+    keyed::Keyed,
+    linux::Linux,
+    oracle::{Agreed, Oracle},
+    task,
 };
 
 pub(super) const DEVICE: &str = "/dev/exitmeter";
@@ -31,6 +37,15 @@ const TURN_ON_DETAILS: libc::Ioctl = 0xe701;
 
 /// The port that ends a tiny guest, and the one that its VMM answers.
 const PORTS: [u64; 2] = [0xf4, 0x3f0];
+
+/// The port of KVM's own speaker.
+const SPEAKER: u64 = 0x61;
+
+/// Bits of a port's key, and of memory's.
+const INPUT: u64 = 1 << 32;
+const MEMORY_READ: u64 = 1 << 32;
+const MEMORY_WRITE: u64 = 1 << 33;
+const MEMORY_FETCH: u64 = 1 << 34;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -46,6 +61,12 @@ pub(super) fn cases() -> Vec<Case> {
         (Program::Hypercall, Mode::Long),
         (Program::HltUser, Mode::Long),
         (Program::Touch, Mode::Long),
+        (Program::Look, Mode::Long),
+        (Program::Call, Mode::Long),
+        (Program::Device, Mode::Real),
+        (Program::Device, Mode::Long),
+        (Program::Undefined, Mode::Long),
+        (Program::Debug, Mode::Long),
     ] {
         let config = Config::new(program, mode, 200);
         cases.push(Case::with(
@@ -73,8 +94,47 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(Case::with(
         "details=1",
         "details: more leaves of CPUID than there are rows sum to the exits",
-        || compare(Config::query(Mode::Long, many_leaves())).map(|_| ()),
+        || {
+            let entries = compare(Config::query(Mode::Long, many_leaves()))?;
+            let rows = entries.iter().filter(|entry| !entry.others);
+            let bounded = rows
+                .filter(|entry| entry.missed != Missed::default())
+                .count();
+            ensure!(bounded > 0, "no row had to give way");
+            Ok(())
+        },
     ));
+    cases.push(Case::with(
+        "details=1",
+        "details: the host's interrupts have their vectors on VMX, and no row on SVM",
+        interrupts,
+    ));
+    cases.push(Case::with(
+        "details=1",
+        "details: single steps are exceptions of their vector on VMX, and no row on SVM",
+        steps,
+    ));
+    cases.push(Case::with(
+        "details=1",
+        "details: hypercalls by KVM's convention and by Hyper-V's",
+        hypercalls,
+    ));
+    for (name, options) in [
+        (
+            "details: the boot of a Linux guest, each row within its bound",
+            &[][..],
+        ),
+        (
+            "details: the boot of a Linux guest whose APIC is memory, each row within its bound",
+            &["--", "-cpu", "host,-x2apic"],
+        ),
+    ] {
+        cases.push(
+            Case::with("details=1", name, || linux(options))
+                .with_linux()
+                .within(600),
+        );
+    }
     cases.push(Case::with(
         "",
         "details: on by an ioctl while the file is open, then off",
@@ -134,130 +194,125 @@ fn sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
     Ok(())
 }
 
-/// Run a guest to its end; return its snapshot, which agrees row for row with the kernel's
-/// histograms.
-fn compare(config: Config) -> Result<Vec<u8>> {
+/// Run a guest to its end; return its entries, which agree row for row with the kernel's histograms.
+fn compare(config: Config) -> Result<Vec<Entry>> {
+    compare_with(config, Machine::new, |machine| machine.run().map(drop))
+}
+
+/// As [`compare`], of a machine that `make` makes and `run` runs to its end.
+fn compare_with(
+    config: Config,
+    make: impl FnOnce(Config) -> Result<Machine, tiny_guests::Error>,
+    run: impl FnOnce(&mut Machine) -> Result<(), tiny_guests::Error>,
+) -> Result<Vec<Entry>> {
     let isa = host::isa()?;
-    let pio = Keyed::begin("kvm_pio", &["port", "rw"])?;
-    let cpuid = Keyed::begin("kvm_cpuid", &["function", "index"])?;
-    let msr = Keyed::begin("kvm_msr", &["ecx", "write"])?;
-    let code = Keyed::begin("kvm_exit", &["exit_reason", "guest_rip"])?;
+    let oracle = Oracle::begin()?;
     let user = Keyed::begin("kvm_userspace_exit", &["reason"])?;
-    let mut machine = Machine::new(config.clone())?;
-    machine.run()?;
+    let mut machine = make(config.clone())?;
+    run(&mut machine)?;
     let bytes = read()?;
-    let hists = [
-        pio.read()?,
-        cpuid.read()?,
-        msr.read()?,
-        code.read()?,
-        user.read()?,
-    ];
+    let (told, user) = (oracle.read()?, user.read()?);
     drop(machine);
-    let [pio, cpuid, msr, code, user] = hists;
 
     let snapshot = Snapshot::parse(&bytes)?;
     ensure!(snapshot.has_tables() && snapshot.without_tables() == 0);
     ensure!(snapshot.tables().count() == usize::from(config.vcpus));
     sums(&snapshot, 0)?;
     let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
-    let evicted = entries
-        .iter()
-        .any(|entry| entry.missed != Missed::default());
-
-    let of = |table: u32, kind: Kind| {
-        entries.iter().filter(move |entry| {
-            entry.table == table && !entry.others && entry.detail_kind == kind as u8
-        })
-    };
-    let counted = |rows: &mut dyn Iterator<Item = (Vec<u64>, u64)>| {
-        let mut counts = Counts::new();
-        for (key, exits) in rows {
-            *counts.entry(key).or_insert(0) += exits;
-        }
-        counts
-    };
-    let ports = counted(&mut of(TABLE_DETAILS, Kind::Port).map(|entry| {
-        let out = u64::from(entry.key >> 32 & 1 == 0);
-        (vec![entry.key & 0xffff, out], entry.exits)
-    }));
-    same("ports", &ports, &pio)?;
-    let leaves = counted(
-        &mut of(TABLE_DETAILS, Kind::Cpuid)
-            .map(|entry| (vec![entry.key & 0xffff_ffff, entry.key >> 32], entry.exits)),
-    );
-    let asked = counted(&mut cpuid.into_iter().map(|(key, hits)| {
-        let subleaf = match detail::has_subleaves(key[0] as u32) {
-            true => key[1].min(detail::LAST_SUBLEAF.into()),
-            false => 0,
-        };
-        (vec![key[0], subleaf], hits)
-    }));
-    let msrs = counted(&mut of(TABLE_DETAILS, Kind::Msr).map(|entry| {
-        (
-            vec![entry.key & 0xffff_ffff, entry.key >> 32 & 1],
-            entry.exits,
-        )
-    }));
-    same("MSRs", &msrs, &msr)?;
-    let rips = counted(&mut of(TABLE_CODE, Kind::None).map(|entry| {
-        let Reason::Code(code) = entry.reason else {
-            return (vec![u64::MAX], entry.exits);
-        };
-        (vec![code.into(), entry.key], entry.exits)
-    }));
-    let exits = counted(&mut code.into_iter().map(|(key, hits)| {
-        // A failed entry has bit 31 set.
-        let mask = if isa == Isa::Vmx { 0xffff } else { u64::MAX };
-        (vec![key[0] & mask, key[1]], hits)
-    }));
-    if evicted {
-        ensure!(leaves.values().sum::<u64>() < asked.values().sum::<u64>());
-    } else {
-        same("leaves", &leaves, &asked)?;
-        same("code", &rips, &exits)?;
+    for agreed in told.demand(&entries)? {
+        println!("{agreed}");
     }
-    let why = counted(&mut of(TABLE_USER, Kind::None).map(|entry| (vec![entry.key], entry.exits)));
+    let why = rows(&entries, TABLE_USER, Kind::None);
+    let user = user.into_iter().map(|(key, hits)| (key[0], hits)).collect();
     same("exits to user space", &why, &user)?;
 
     // What the guest is known to do.
+    let rows = |kind| rows(&entries, TABLE_DETAILS, kind);
     let loops = u64::from(config.loops()) * u64::from(config.vcpus);
-    let known = |counts: &Counts, key: &[u64]| counts.get(key).copied().unwrap_or(0);
-    ensure!(
-        known(&ports, &[PORTS[0], 1]) == u64::from(config.vcpus),
-        "{ports:?}"
-    );
-    match config.program {
-        Program::OutUser => ensure!(known(&ports, &[PORTS[1], 1]) == loops, "{ports:?}"),
-        Program::InUser => ensure!(known(&ports, &[PORTS[1], 0]) == loops, "{ports:?}"),
-        Program::Rdmsr => ensure!(known(&msrs, &[0x8b, 0]) == loops, "{msrs:?}"),
-        Program::Wrmsr => ensure!(known(&msrs, &[0x8b, 1]) == loops, "{msrs:?}"),
-        Program::Cpuid => ensure!(known(&leaves, &[0, 0]) == loops, "{leaves:?}"),
-        Program::Hypercall => {
-            let calls: u64 = of(TABLE_DETAILS, Kind::Hypercall)
-                .map(|entry| entry.exits)
-                .sum();
-            ensure!(calls == loops, "{calls} hypercalls");
-        }
-        Program::CrWrite if isa == Isa::Vmx => {
-            let writes = of(TABLE_DETAILS, Kind::Control).filter(|entry| entry.key == 0);
-            let writes: u64 = writes.map(|entry| entry.exits).sum();
-            ensure!(writes == loops, "{writes} writes of CR0");
-        }
-        Program::Touch if host::nested_paging()? => {
-            let memory = of(TABLE_DETAILS, Kind::Memory);
-            let writes =
-                memory.filter(|entry| entry.key >> 33 & 1 != 0 && entry.key & 0x3f_ffff == 0);
-            let writes: u64 = writes.map(|entry| entry.exits).sum();
-            ensure!(writes >= loops, "{writes} writes to memory of {loops}");
-        }
-        _ => {}
+    let nested_paging = host::nested_paging()?;
+    let byte = 1 << 36;
+    let known: &[(Kind, u64, u64)] = match config.program {
+        Program::OutUser => &[(Kind::Port, PORTS[1] | byte, loops)],
+        Program::InUser => &[(Kind::Port, PORTS[1] | INPUT | byte, loops)],
+        Program::InKernel => &[(Kind::Port, SPEAKER | INPUT | byte, loops)],
+        Program::Rdmsr => &[(Kind::Msr, 0x8b, loops)],
+        Program::Wrmsr => &[(Kind::Msr, 0x8b | 1 << 32, loops)],
+        Program::Cpuid => &[(Kind::Cpuid, 0, loops)],
+        Program::CrWrite if isa == Isa::Vmx => &[(Kind::Control, 0, loops)],
+        Program::Debug => &[(Kind::Cpuid, 0, 2 * loops)],
+        // A hardware exception (SDM, "Format of the VM-Exit Interruption-Information Field").
+        Program::Undefined if isa == Isa::Vmx => &[(Kind::Vector, 6 | 3 << 8, loops)],
+        // The first access to each page is one to memory that is not there.
+        Program::Device if nested_paging => &[
+            (Kind::Address, REGISTERS, loops - 1),
+            (Kind::Address, REGISTERS + 0x10, loops),
+            (Kind::Address, REGISTERS + 0x1010, loops - 1),
+            (Kind::Memory, REGISTERS >> 30 | MEMORY_WRITE, 1),
+            (Kind::Memory, REGISTERS >> 30 | MEMORY_READ, 1),
+        ],
+        _ => &[],
+    };
+    for (kind, key, due) in known {
+        let counted = rows(*kind).get(key).copied().unwrap_or(0);
+        ensure!(
+            counted == *due,
+            "{kind:?} {key:#x} has {counted} exits of {due}: {:x?}",
+            rows(*kind)
+        );
     }
-    Ok(bytes)
+    if config.program == Program::Debug && isa == Isa::Vmx {
+        // An interrupt has it exit once more. On SVM each register has a code of its own.
+        let registers = rows(Kind::Debug);
+        ensure!(
+            registers.keys().eq(&[7, 6 | 1 << 4])
+                && registers.values().all(|exits| *exits >= loops),
+            "{registers:x?}"
+        );
+    }
+    let ends = rows(Kind::Port).get(&(PORTS[0] | byte)).copied();
+    ensure!(ends == Some(config.vcpus.into()), "{:x?}", rows(Kind::Port));
+    let access = match config.program {
+        Program::Touch => MEMORY_WRITE,
+        Program::Look => MEMORY_READ,
+        Program::Call => MEMORY_FETCH,
+        _ => 0,
+    };
+    if access != 0 && nested_paging {
+        let pages: u64 = rows(Kind::Memory)
+            .into_iter()
+            .filter(|(key, _)| key & access != 0 && key & 0x3f_ffff == 0)
+            .map(|(_, exits)| exits)
+            .sum();
+        ensure!(
+            pages >= loops,
+            "{pages} accesses to {loops} pages: {:x?}",
+            rows(Kind::Memory)
+        );
+    }
+    Ok(entries)
+}
+
+/// Return the exits of the rows of a table whose keys are of a kind, by key.
+fn rows(entries: &[Entry], table: u32, kind: Kind) -> BTreeMap<u64, u64> {
+    let mut rows = BTreeMap::new();
+    for entry in entries {
+        if (entry.table, entry.others, entry.detail_kind) == (table, false, kind as u8) {
+            *rows.entry(entry.key).or_insert(0) += entry.exits;
+        }
+    }
+    rows
+}
+
+/// Return what is in no row of a reason's details.
+fn others(entries: &[Entry], code: u32) -> u64 {
+    let others = entries.iter().filter(|entry| {
+        (entry.table, entry.others, entry.reason) == (TABLE_DETAILS, true, Reason::Code(code))
+    });
+    others.map(|entry| entry.exits).sum()
 }
 
 /// Demand that rows and histogram are the same, and name what is not.
-fn same(what: &str, rows: &Counts, hist: &Counts) -> Result<()> {
+fn same(what: &str, rows: &BTreeMap<u64, u64>, hist: &BTreeMap<u64, u64>) -> Result<()> {
     let keys = rows.keys().chain(hist.keys());
     let differences: BTreeMap<_, _> = keys
         .filter(|key| rows.get(*key) != hist.get(*key))
@@ -268,6 +323,154 @@ fn same(what: &str, rows: &Counts, hist: &Counts) -> Result<()> {
         "{what}: rows and the kernel's histogram differ: {differences:x?}"
     );
     Ok(())
+}
+
+/// SVM's INTR, of which the CPU tells no vector, and its exception of vector 0.
+const SVM_INTR: u32 = 0x60;
+const SVM_EXCEPTION: u32 = 0x40;
+
+fn interrupts() -> Result<()> {
+    let entries = compare(Config::new(
+        Program::Spin,
+        Mode::Long,
+        5_000_000 * host::slow(),
+    ))?;
+    let vectors = rows(&entries, TABLE_DETAILS, Kind::Vector);
+    match host::isa()? {
+        Isa::Vmx => {
+            // Of type 0, an external interrupt, and none of the exceptions.
+            ensure!(!vectors.is_empty(), "no interrupt came");
+            ensure!(
+                vectors.keys().all(|key| (32..256).contains(key)),
+                "{vectors:x?}"
+            );
+            ensure!(
+                others(&entries, 1) == 0,
+                "vectors of interrupts are not told"
+            );
+        }
+        Isa::Svm => {
+            ensure!(vectors.is_empty(), "{vectors:x?}");
+            ensure!(others(&entries, SVM_INTR) > 0, "no interrupt came");
+        }
+    }
+    Ok(())
+}
+
+fn steps() -> Result<()> {
+    const DEBUG: u32 = 1;
+    let mut stepped = 0;
+    let config = Config::new(Program::Cpuid, Mode::Long, 100);
+    let entries = compare_with(config, Machine::new, |machine| {
+        if let Stepped::ToTheEnd(steps) = machine.step(10_000)? {
+            stepped = u64::from(steps);
+        }
+        Ok(())
+    })?;
+    ensure!(stepped > 300, "{stepped} steps to the end");
+    let vectors = rows(&entries, TABLE_DETAILS, Kind::Vector);
+    let key = u64::from(DEBUG) | 3 << 8;
+    match host::isa()? {
+        Isa::Vmx => {
+            // KVM makes the step behind an instruction that it emulates, CPUID here, itself
+            // (kvm_skip_emulated_instruction()).
+            let due = stepped - 100;
+            let counted = vectors.get(&key).copied();
+            ensure!(counted == Some(due), "{vectors:x?} of {stepped} steps");
+        }
+        Isa::Svm => {
+            ensure!(vectors.is_empty(), "{vectors:x?}");
+            let debug = others(&entries, SVM_EXCEPTION + DEBUG);
+            ensure!(
+                debug == stepped - 100,
+                "{debug} exceptions of {stepped} steps"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn hypercalls() -> Result<()> {
+    let config = || Config::new(Program::Hypercall, Mode::Long, 300);
+    let run = |machine: &mut Machine| machine.run().map(drop);
+    // KVM_HC_VAPIC_POLL_IRQ.
+    let kvm = compare_with(config(), Machine::new, run)?;
+    let hyperv = compare_with(config(), Machine::with_hyperv, run)?;
+    let call = u64::from(NOTIFY_LONG_SPIN_WAIT) | 1 << 32;
+    for (entries, call) in [(kvm, 1), (hyperv, call)] {
+        let calls = rows(&entries, TABLE_DETAILS, Kind::Hypercall);
+        ensure!(calls == BTreeMap::from([(call, 300)]), "{calls:x?}");
+    }
+    Ok(())
+}
+
+/// The rows of a guest that boots Linux and stands still then, beside all that the kernel counted.
+fn linux(options: &[&str]) -> Result<()> {
+    let oracle = Oracle::begin()?;
+    let user = Keyed::begin("kvm_userspace_exit", &["reason"])?;
+    let linux = Linux::boot(options)?;
+    let stopped = task::Stopped::all_of(linux.pid()?)?;
+    let bytes = read()?;
+    let (told, user) = (oracle.read()?, user.read()?);
+    drop(stopped);
+    linux.stop()?;
+
+    let snapshot = Snapshot::parse(&bytes)?;
+    ensure!(snapshot.has_tables() && snapshot.without_tables() == 0);
+    ensure!(snapshot.tables().count() == 1);
+    sums(&snapshot, 0)?;
+    let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
+    let [details, code] = told.demand(&entries)?;
+    println!("details: {details}");
+    println!("code: {code}");
+    let has_rows = |agreed: Agreed| agreed.rows > 0 && agreed.exact > 0;
+    ensure!(has_rows(details) && has_rows(code));
+    // There is more code than there are rows, so that rows have to give way.
+    ensure!(
+        code.keys > CODES && code.exact < code.rows && code.others > 0,
+        "a boot of too little code: {code}"
+    );
+    // Each reason with details has some that are told, and is told whole while there is room.
+    for (code, kind) in host::pick(
+        &[
+            (30, Kind::Port),
+            (32, Kind::Msr),
+            (10, Kind::Cpuid),
+            (1, Kind::Vector),
+            (28, Kind::Control),
+            (29, Kind::Debug),
+            (48, Kind::Memory),
+            (49, Kind::Address),
+        ][..],
+        &[
+            (0x7b, Kind::Port),
+            (0x7c, Kind::Msr),
+            (0x72, Kind::Cpuid),
+            (0x400, Kind::Memory),
+            (0x400, Kind::Address),
+        ],
+    )? {
+        let nested_paging = host::nested_paging()?;
+        let is_paging = matches!(kind, Kind::Memory | Kind::Address);
+        let counted = told.of(*code, *kind);
+        ensure!(
+            counted.is_empty() == (is_paging && !nested_paging),
+            "of reason {code} {kind:?} is told as {counted:x?}"
+        );
+        println!("{kind:?} of reason {code:#x}: {} keys", counted.len());
+    }
+    if !options.is_empty() && host::nested_paging()? {
+        // The APIC's registers: a page of its own on VMX, a device among others on SVM as emulated.
+        let (code, kind) = host::pick((44, Kind::ApicAccess), (0x400, Kind::Address))?;
+        let apic = told.of(code, kind).into_iter();
+        let apic = apic.filter(|(key, _)| kind == Kind::ApicAccess || key >> 12 == 0xfee00);
+        let accesses: u64 = apic.map(|(_, hits)| hits).sum();
+        ensure!(accesses > 100, "{accesses} accesses to the APIC");
+        println!("{accesses} accesses to the APIC");
+    }
+    let why = rows(&entries, TABLE_USER, Kind::None);
+    let user = user.into_iter().map(|(key, hits)| (key[0], hits)).collect();
+    same("exits to user space", &why, &user)
 }
 
 fn leaves() -> Result<()> {
@@ -304,8 +507,8 @@ pub(super) fn turn_on(file: &File) -> io::Result<()> {
     }
 }
 
-/// How many vCPUs have tables, and whether details are on.
-fn tables() -> Result<(usize, bool)> {
+/// Return how many vCPUs have tables, and whether details are on.
+pub(super) fn tables() -> Result<(usize, bool)> {
     let bytes = read()?;
     let snapshot = Snapshot::parse(&bytes)?;
     Ok((snapshot.tables().count(), snapshot.has_tables()))

@@ -18,6 +18,7 @@ mod scope;
 mod slow;
 mod tool;
 mod verify;
+mod why;
 
 pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
@@ -124,6 +125,7 @@ pub fn all() -> Vec<Case> {
         details::cases(),
         slow::cases(),
         own::cases(),
+        why::cases(),
         tool::cases(),
         verify::cases(),
         scope::cases(),

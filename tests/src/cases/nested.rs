@@ -1,13 +1,22 @@
 //! A guest in the guest: the host counts its exits and tells them apart, and it reads what
 //! its own hypervisor answers.
 
-use std::{env, io};
+use std::{env, fs::File, io};
 
 use anyhow::{bail, ensure, Context as _, Result};
-use exitmeter_meter::reasons::Isa;
+use exitmeter_meter::{
+    detail::Kind,
+    reader::{Entry, Snapshot},
+    reasons::Isa,
+    snapshot::{Reason, TABLE_CODE, TABLE_DETAILS},
+};
 use tiny_guests::{Config, Inner, Machine, Mode, Program, Quad};
 
-use super::{answers::ask, Case};
+use super::{
+    answers::ask,
+    details::{read, turn_on},
+    Case,
+};
 use crate::host::{
     self,
     leaves::{EXITS_64, MAP_2021},
@@ -26,6 +35,10 @@ const COUNT: u32 = 300;
 /// What the inner guest asks at last: one of our leaves, and one beside them. Both are out
 /// of range for KVM, which answers all such leaves alike.
 const ASKED: [u32; 2] = [MAP_2021.reason_exits, 0x4fff_fffb];
+
+/// How often a second inner guest OUTs to its VMM, by which port.
+const OUTS: u32 = 100;
+const OUT_PORT: u64 = 0x3f0;
 
 /// What asks for those from nested guests alone.
 const NESTED: u32 = 1 << 16;
@@ -276,14 +289,86 @@ fn nested() -> Result<()> {
         u64::from(printed.registers.eax) == expected && printed.registers.edx == 0,
         "the outer guest reads {printed:x?} instead of {expected}"
     );
+    details(&linux)?;
     linux.stop()?;
     span.end()?;
+    Ok(())
+}
+
+/// What the exits of the guest in the guest were about stands in rows of its own, and what those of
+/// the Linux guest were about in others.
+fn details(linux: &Linux) -> Result<()> {
+    /// A leaf that no program asks for by itself.
+    const OUTER: u32 = 0x10ab_cdef;
+    const TIMES: u32 = 20;
+    let file = File::open(super::details::DEVICE)?;
+    turn_on(&file)?;
+    linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
+    linux.run(&format!(
+        "for i in $(seq {TIMES}); do cpuid -1 -l {OUTER:#x} -s 0 >/dev/null || exit; done"
+    ))?;
+    let bytes = read()?;
+    drop(file);
+    let snapshot = Snapshot::parse(&bytes)?;
+    let pid = linux.pid()?;
+    let entries = snapshot.tables().filter(|tables| {
+        let vcpu = snapshot.vcpus().nth(tables.vcpu);
+        vcpu.is_some_and(|vcpu| vcpu.pid() == pid)
+    });
+    let entries: Vec<Entry> = entries.flat_map(|tables| tables.entries()).collect();
+
+    let [ours, beside] = ASKED.map(|leaf| u64::from(leaf) | 10 << 32);
+    let out = OUT_PORT | 1 << 36;
+    for (nested, kind, key, due) in [
+        (true, Kind::Cpuid, 0, COUNT),
+        (true, Kind::Cpuid, ours, 1),
+        (true, Kind::Cpuid, beside, 1),
+        (true, Kind::Cpuid, OUTER.into(), 0),
+        (true, Kind::Port, out, OUTS),
+        (false, Kind::Cpuid, ours, 0),
+        (false, Kind::Cpuid, beside, 0),
+        (false, Kind::Cpuid, OUTER.into(), TIMES),
+        (false, Kind::Port, out, 0),
+    ] {
+        let due = u64::from(due);
+        let mut rows = entries.iter().filter(|entry| {
+            entry.table == TABLE_DETAILS
+                && !entry.others
+                && (entry.nested, entry.detail_kind, entry.key) == (nested, kind as u8, key)
+        });
+        let row = rows.next();
+        let (exits, missed) = row.map_or((0, 0), |row| (row.exits, row.missed.exits));
+        println!("{kind:?} {key:#x}, nested {nested}: {exits}, bound {missed}");
+        // What is rare may have given way: the Linux guest asks for all leaves that there are.
+        let is_whole = exits <= due && due <= exits + missed || due <= 1 && row.is_none();
+        ensure!(
+            is_whole && rows.next().is_none(),
+            "{kind:?} {key:#x} (nested: {nested}) has {exits} exits and {missed} more of {due}"
+        );
+    }
+    // The inner guest's code is in its first 64 KiB, where Linux has none.
+    let cpuid = Reason::Code(host::pick(10, 0x72)?);
+    let code = entries
+        .iter()
+        .filter(|entry| (entry.table, entry.others, entry.reason) == (TABLE_CODE, false, cpuid));
+    let (inner, outer): (Vec<&Entry>, Vec<&Entry>) = code.partition(|entry| entry.key < 1 << 16);
+    let exits: u64 = inner.iter().map(|entry| entry.exits).sum();
+    let due = u64::from(COUNT)..=u64::from(COUNT) + ASKED.len() as u64;
+    ensure!(
+        inner.iter().all(|entry| entry.nested) && due.contains(&exits),
+        "the inner guest's code is told as {inner:x?}"
+    );
+    ensure!(
+        !outer.is_empty() && outer.iter().all(|entry| !entry.nested),
+        "the outer guest's code is told as {outer:x?}"
+    );
     Ok(())
 }
 
 /// What runs in the guest: a guest of its own. Prints what it reads of [`ASKED`].
 pub fn run_in_guest(count: u32) -> Result<()> {
     Machine::new(Config::new(Program::Cpuid, Mode::Long, count))?.run()?;
+    Machine::new(Config::new(Program::OutUser, Mode::Long, OUTS))?.run()?;
     let queries = ASKED.map(|leaf| Quad::cpuid(leaf, 10));
     for answer in ask(Mode::Long, &queries)?.1 {
         println!("{answer:x?}");

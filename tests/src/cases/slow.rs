@@ -64,7 +64,7 @@ fn number(value: &Value, name: &str) -> Result<u64> {
 }
 
 /// Demand that an exit is the OUT of all OUTs, on which the VMM slept.
-fn is_the_slow_one(exit: &Value, khz: u64) -> Result<()> {
+pub(super) fn is_the_slow_one(exit: &Value, khz: u64) -> Result<()> {
     ensure!(
         exit["detail"]["kind"] == "port" && exit["detail"]["port"] == 0x3f0,
         "{exit}"
@@ -81,12 +81,17 @@ fn is_the_slow_one(exit: &Value, khz: u64) -> Result<()> {
     Ok(())
 }
 
-fn the_vmm_sleeps() -> Result<()> {
-    let mut machine = Machine::new(Config {
+/// Return the guest on one of whose OUTs its VMM sleeps.
+pub(super) fn sleeper() -> Config {
+    Config {
         pause: PAUSE,
         pause_on: Some(SLOW),
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
-    })?;
+    }
+}
+
+fn the_vmm_sleeps() -> Result<()> {
+    let mut machine = Machine::new(sleeper())?;
     machine.run_with(|_| pin(0))?;
     let (vm, khz) = slow()?;
     drop(machine);

@@ -1,7 +1,12 @@
 //! The kernel's own counts of KVM's events by any of their fields: histograms on tracepoints, the
 //! oracle that the tables of details are held against.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeMap,
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
+    path::Path,
+};
 
 use anyhow::{bail, ensure, Context as _, Result};
 
@@ -18,13 +23,14 @@ pub struct Keyed {
 }
 
 impl Keyed {
-    /// Begin to count an event of KVM's by some of its fields, from 0. No guest runs.
+    /// Begin to count an event of KVM's by some of its fields, from 0. No guest runs. There may be
+    /// several of one event, by different fields.
     pub fn begin(event: &'static str, keys: &'static [&'static str]) -> Result<Self> {
         super::hist::mount()?;
         let hist = Self { event, keys };
         let trigger = hist.file("trigger");
         // By CPU as well, as in `hist`.
-        fs::write(&trigger, hist.words())
+        add(&trigger, &hist.words())
             .with_context(|| format!("{trigger} does not take a histogram"))?;
         ensure!(
             hist.read()?.is_empty(),
@@ -45,19 +51,53 @@ impl Keyed {
     pub fn read(&self) -> Result<Counts> {
         let file = self.file("hist");
         let text = fs::read_to_string(&file).with_context(|| format!("{file} cannot be read"))?;
-        parse(&text, self.keys)
+        let own = section(&text, self.keys);
+        parse(
+            own.with_context(|| format!("{file} has no histogram by {:?}", self.keys))?,
+            self.keys,
+        )
     }
 }
 
 impl Drop for Keyed {
     fn drop(&mut self) {
-        if let Err(error) = fs::write(self.file("trigger"), format!("!{}", self.words())) {
+        if let Err(error) = add(&self.file("trigger"), &format!("!{}", self.words())) {
             eprintln!(
                 "The histogram of {} cannot be taken away: {error}",
                 self.event
             );
         }
     }
+}
+
+/// Write to a file of triggers, which keeps those that it has: to open it with O_TRUNC, as
+/// [`fs::write`] does, takes them away (`event_trigger_regex_open()`).
+fn add(path: &str, words: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().append(true).open(path)?;
+    file.write_all(words.as_bytes())
+}
+
+/// Take away all histograms of KVM's events, as of a case that was killed.
+pub fn clear() -> Result<()> {
+    if !Path::new(EVENTS).is_dir() {
+        return Ok(());
+    }
+    for event in fs::read_dir(EVENTS)? {
+        let trigger = event?.path().join("trigger");
+        let armed = fs::read_to_string(&trigger).unwrap_or_default();
+        if armed.contains("hist:") {
+            fs::write(&trigger, "").with_context(|| format!("{trigger:?} keeps its histogram"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Return the text of the histogram by CPU and keys, of all those of an event.
+fn section<'a>(text: &'a str, keys: &[&str]) -> Option<&'a str> {
+    // Linux 7.3 writes the name of that field twice (print_hist_trigger()).
+    let own = format!("common_cpu,{}:", keys.join(","));
+    let mut sections = text.split("# event histogram\n");
+    sections.find(|section| section.contains(&own))
 }
 
 /// Reads the text of a histogram by CPU and keys; the sums over all CPUs.
@@ -133,6 +173,15 @@ Totals:
     fn reads_what_the_kernel_says() -> Result<()> {
         let expected = Counts::from([(vec![244, 1], 1), (vec![1008, 1], 200)]);
         assert_eq!(parse(SAVED, &["port", "rw"])?, expected);
+        let both = SAVED
+            .replace("port,rw", "port")
+            .replace(", rw:          1", "")
+            + "\n\n"
+            + SAVED;
+        let own = |keys| parse(section(&both, keys).context("its section")?, keys);
+        assert_eq!(own(&["port", "rw"])?, expected);
+        assert_eq!(own(&["port"])?.get(&vec![1008]), Some(&200));
+        assert!(own(&["rw"]).is_err());
         assert!(parse(SAVED, &["port"]).is_err());
         assert!(parse(&SAVED.replace("Hits: 201", "Hits: 202"), &["port", "rw"]).is_err());
         assert!(parse(&SAVED.replace("Dropped: 0", "Dropped: 1"), &["port", "rw"]).is_err());

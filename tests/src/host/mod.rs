@@ -11,8 +11,10 @@ pub mod linux;
 pub mod log;
 pub mod meter;
 pub mod module;
+pub mod oracle;
 pub mod span;
 pub mod task;
+pub mod text;
 
 use std::fs;
 

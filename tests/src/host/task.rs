@@ -1,14 +1,16 @@
-//! A busy task of the host.
+//! Tasks of the host: a busy one, and one that stands still.
 
 use std::{
-    io,
+    fs, io,
     sync::{
         atomic::{AtomicBool, Ordering},
         Arc,
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
+use anyhow::{ensure, Context as _, Result};
 use tiny_guests::pin;
 
 /// A thread that does nothing but compute, on one CPU, until it is dropped.
@@ -49,5 +51,52 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A process all of whose threads are stopped, until this is dropped.
+#[derive(Debug)]
+pub struct Stopped(libc::pid_t);
+
+impl Stopped {
+    /// Stop a process, and wait until each of its threads has stopped: a vCPU's has left KVM then.
+    pub fn all_of(pid: u32) -> Result<Self> {
+        let stopped = Self(libc::pid_t::try_from(pid).context("a process's number")?);
+        stopped.send(libc::SIGSTOP)?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !Self::is_whole(pid)? {
+            ensure!(Instant::now() < deadline, "process {pid} does not stop");
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(stopped)
+    }
+
+    /// Return true if all threads of a process are stopped.
+    fn is_whole(pid: u32) -> Result<bool> {
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+            // `PID (NAME) STATE ...`.
+            let stat = fs::read_to_string(thread?.path().join("stat"))?;
+            let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+            if !state.is_some_and(|state| state.starts_with('T')) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn send(&self, signal: libc::c_int) -> io::Result<()> {
+        // SAFETY: No addresses.
+        match unsafe { libc::kill(self.0, signal) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if let Err(error) = self.send(libc::SIGCONT) {
+            eprintln!("Process {} stays stopped: {error}", self.0);
+        }
     }
 }

@@ -1,0 +1,338 @@
+//! The tool's `why` and `slow`, live beside guests: what they tell, and that details are off again
+//! when they have ended, however that was.
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{ensure, Context as _, Result};
+use serde_json::Value;
+use tiny_guests::{Config, Machine, Mode, Program};
+
+use super::{
+    details::{tables, DEVICE},
+    slow,
+    tool::json,
+    Case,
+};
+use crate::host::{self, module, text};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::with(
+            "",
+            "why: two at once tell the same of a guest, and the last one turns details off",
+            two_at_once,
+        ),
+        Case::with(
+            "",
+            "why: its intervals sum to what the guest did, up to Ctrl-C",
+            interrupted,
+        ),
+        Case::with(
+            "",
+            "why: without CAP_PERFMON it says so in one sentence",
+            without_the_right,
+        ),
+        Case::with(
+            "",
+            "slow: while a command runs it names the OUT on which the VMM sleeps",
+            slow_beside_a_command,
+        ),
+        Case::without(
+            "why: while it runs the module does not unload, and when it is killed it does",
+            killed,
+        ),
+        Case::without(
+            "why: with details=1 the module unloads under a guest that runs",
+            unloaded_under_a_guest,
+        ),
+    ]
+}
+
+/// The tool, while it runs; it is killed when this is dropped.
+struct Tool(Child);
+
+impl Tool {
+    /// Start it, and wait until details are on.
+    fn start(arguments: &[&str]) -> Result<Self> {
+        let child = Command::new("exitmeter")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("the tool exitmeter cannot be run")?;
+        let tool = Self(child);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !tables()?.1 {
+            ensure!(Instant::now() < deadline, "the tool turns no details on");
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(tool)
+    }
+
+    /// Send it a signal.
+    fn send(&self, signal: libc::c_int) -> io::Result<()> {
+        let pid = libc::pid_t::try_from(self.0.id()).map_err(io::Error::other)?;
+        // SAFETY: No addresses.
+        match unsafe { libc::kill(pid, signal) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Wait for its end; return how it ended and what it printed.
+    fn end(mut self) -> Result<(ExitStatus, String)> {
+        let mut printed = String::new();
+        let mut stdout = self.0.stdout.take().context("its output was asked for")?;
+        stdout.read_to_string(&mut printed)?;
+        Ok((self.0.wait()?, printed))
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Return a command that waits for a file, which is not there yet, and ends with 7.
+fn wait_for(file: &str) -> Result<String> {
+    if let Err(error) = fs::remove_file(file) {
+        ensure!(error.kind() == io::ErrorKind::NotFound, "{file}: {error}");
+    }
+    Ok(format!("until [ -e {file} ]; do sleep 0.05; done; exit 7"))
+}
+
+/// Demand that details are off: no vCPU has tables, and the module's code is what it was.
+fn is_off(code: &[u8]) -> Result<()> {
+    ensure!(tables()? == (0, false), "details are on");
+    ensure!(
+        text::read()? == code,
+        "the module's code is not what it was before details were on"
+    );
+    Ok(())
+}
+
+/// Return the rows of a reason in what `why --json` tells of the one VM.
+fn rows<'a>(told: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
+    let vms = told["vms"].as_array().context("VMs")?;
+    ensure!(vms.len() == 1, "{} VMs", vms.len());
+    let name = format!("kvm-{}", std::process::id());
+    ensure!(vms[0]["name"] == *name, "the VM is {}", vms[0]["name"]);
+    let mut groups = vms[0][table].as_array().context("groups")?.iter();
+    let group = groups.find(|group| group["code"] == code);
+    let group = group.with_context(|| format!("nothing of reason {code} in {told}"))?;
+    group["rows"].as_array().context("rows")
+}
+
+fn two_at_once() -> Result<()> {
+    const STOPS: [&str; 2] = ["/tmp/why.1", "/tmp/why.2"];
+    const KVM_EXIT_IO: u32 = 2;
+    let code = text::read()?;
+    is_off(&code)?;
+    let [one, other] = [wait_for(STOPS[0])?, wait_for(STOPS[1])?];
+    let data = Tool::start(&["why", "--json", "--", "sh", "-c", &one])?;
+    let tables_for_people = Tool::start(&["why", "--", "sh", "-c", &other])?;
+    // The second one turns them on as well, which nothing tells.
+    thread::sleep(Duration::from_secs(2));
+    ensure!(
+        text::read()? != code,
+        "with details on the module's code is the same: no branch is static"
+    );
+    let mut machine = Machine::new(Config {
+        vcpus: 2,
+        ..Config::new(Program::OutUser, Mode::Long, 2500)
+    })?;
+    machine.run()?;
+    fs::write(STOPS[0], "")?;
+    let (status, told) = data.end()?;
+    ensure!(status.code() == Some(7), "the first ends with {status}");
+    ensure!(tables()?.1, "the first that ends turns details off");
+    fs::write(STOPS[1], "")?;
+    let (status, text) = tables_for_people.end()?;
+    ensure!(status.code() == Some(7), "the second ends with {status}");
+    is_off(&code)?;
+    drop(machine);
+
+    let told = json(&told)?;
+    let reason = host::pick(30, 0x7b)?;
+    let outs = rows(&told, "details", reason)?.iter();
+    let mut outs = outs.filter(|row| row["detail"]["port"] == 0x3f0);
+    let row = outs.next().context("a row of the port")?;
+    ensure!(
+        row["exits"] == 5000
+            && row["exact"] == true
+            && row["nested"] == false
+            && row["detail"]["input"] == false
+            && row["detail"]["size"] == 1,
+        "{row}"
+    );
+    ensure!(outs.next().is_none(), "two rows of one port");
+    let words = row["words"].as_str().context("words")?;
+    let user = rows(&told, "user_exits", reason)?;
+    // With those that end the guest.
+    ensure!(
+        user.len() == 1 && user[0]["exit_reason"] == KVM_EXIT_IO && user[0]["exits"] == 5002,
+        "{user:?}"
+    );
+    ensure!(
+        words.starts_with("OUT 0x3f0"),
+        "the row is called '{words}'"
+    );
+    let line = text.lines().find(|line| line.contains(words));
+    let line = line.with_context(|| format!("no line of '{words}' in {text}"))?;
+    ensure!(line.contains("5,000") && line.contains("exact"), "{line}");
+    ensure!(text.contains("KVM_EXIT_IO"), "{text}");
+    Ok(())
+}
+
+fn interrupted() -> Result<()> {
+    let code = text::read()?;
+    let tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
+    let mut machine = Machine::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
+    machine.run()?;
+    thread::sleep(Duration::from_secs(1));
+    tool.send(libc::SIGINT)?;
+    let (status, text) = tool.end()?;
+    drop(machine);
+    ensure!(status.success(), "after Ctrl-C it ends with {status}");
+    is_off(&code)?;
+    let reason = host::pick(32, 0x7c)?;
+    let (mut intervals, mut exits) = (0, 0);
+    for line in text.lines() {
+        let told = json(line)?;
+        intervals += 1;
+        let is_empty = told["vms"].as_array().is_none_or(|vms| {
+            vms.iter()
+                .all(|vm| vm["details"].as_array().is_none_or(Vec::is_empty))
+        });
+        if is_empty {
+            continue;
+        }
+        for row in rows(&told, "details", reason)? {
+            ensure!(
+                row["detail"]["msr"] == 0x8b && row["detail"]["write"] == true,
+                "{row}"
+            );
+            ensure!(row["name"] == "IA32_UCODE_REV", "{row}");
+            exits += row["exits"].as_u64().context("exits")?;
+        }
+    }
+    ensure!(intervals > 1, "{intervals} intervals");
+    ensure!(exits == 3000, "{exits} of 3000 writes");
+    Ok(())
+}
+
+fn without_the_right() -> Result<()> {
+    const NOBODY: u32 = 65534;
+    const SENTENCE: &str = "exitmeter: no right to turn details on: run this as root, or with \
+                            CAP_PERFMON; with the module's parameter details=1 they are always on\n";
+    let code = text::read()?;
+    // The right to read the device alone.
+    fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
+    let run = |arguments: &[&str]| {
+        Command::new("exitmeter")
+            .args(arguments)
+            .uid(NOBODY)
+            .gid(NOBODY)
+            .output()
+            .context("the tool exitmeter cannot be run")
+    };
+    let ended = [
+        (run(&["why", "--interval", "1"]), 1),
+        (run(&["why", "--", "touch", "/tmp/ran"]), 125),
+        (run(&["slow", "--", "touch", "/tmp/ran"]), 125),
+    ];
+    let report = run(&["report"]);
+    fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o440))?;
+    ensure!(report?.status.success(), "nobody can read the device");
+    for (output, status) in ended {
+        let output = output?;
+        ensure!(
+            output.status.code() == Some(status) && output.stdout.is_empty(),
+            "it ends with {} and prints {}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout)
+        );
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(said == SENTENCE, "it says {said}");
+    }
+    ensure!(fs::metadata("/tmp/ran").is_err(), "the command was run");
+    is_off(&code)
+}
+
+fn slow_beside_a_command() -> Result<()> {
+    const STOP: &str = "/tmp/slow.stop";
+    let code = text::read()?;
+    let wait = wait_for(STOP)?;
+    let tool = Tool::start(&["slow", "--json", "--", "sh", "-c", &wait])?;
+    let mut machine = Machine::new(slow::sleeper())?;
+    machine.run()?;
+    fs::write(STOP, "")?;
+    let (status, told) = tool.end()?;
+    drop(machine);
+    ensure!(status.code() == Some(7), "it ends with {status}");
+    is_off(&code)?;
+    let told = json(&told)?;
+    let khz = told["host"]["tsc_khz"].as_u64().context("a frequency")?;
+    let slowest = told["vms"][0]["slowest"].as_array().context("exits")?;
+    let pauses = slowest
+        .iter()
+        .filter(|exit| slow::is_the_slow_one(exit, khz).is_ok());
+    ensure!(pauses.count() > 0, "the slow OUT is not among {slowest:?}");
+    Ok(())
+}
+
+fn killed() -> Result<()> {
+    let loaded = module::Loaded::with("")?;
+    let code = text::read()?;
+    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    machine.run()?;
+    let tool = Tool::start(&["why", "--interval", "1"])?;
+    let refused = module::unload().err().context("it unloads meanwhile")?;
+    let error = refused.downcast_ref::<io::Error>();
+    let error = error.and_then(io::Error::raw_os_error);
+    ensure!(
+        error == Some(libc::EWOULDBLOCK),
+        "it unloads with {error:?}"
+    );
+    tool.send(libc::SIGKILL)?;
+    let (status, _) = tool.end()?;
+    ensure!(!status.success(), "killed, it ends with {status}");
+    is_off(&code)?;
+    loaded.unload()
+}
+
+fn unloaded_under_a_guest() -> Result<()> {
+    let mut machine = Machine::new(Config::new(
+        Program::Cpuid,
+        Mode::Long,
+        200_000 / host::slow(),
+    ))?;
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| machine.run().map(drop));
+        let mut unloads = 0;
+        while !guest.is_finished() && unloads < 3 {
+            let loaded = module::Loaded::with("details=1")?;
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while tables()? != (1, true) && !guest.is_finished() {
+                ensure!(Instant::now() < deadline, "the guest gets no tables");
+            }
+            let ran = !guest.is_finished();
+            loaded.unload()?;
+            unloads += u32::from(ran);
+        }
+        let ended = guest.join();
+        ended.map_err(|_| anyhow::anyhow!("the guest's thread"))??;
+        ensure!(unloads > 0, "the guest ended before the module unloaded");
+        Ok(())
+    })
+}

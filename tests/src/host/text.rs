@@ -1,0 +1,63 @@
+//! The machine code of the module as it stands in the kernel, where static branches are code that
+//! changes.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt as _,
+};
+
+use anyhow::{Context as _, Result};
+
+/// The kernel's memory as an ELF file (proc_kcore(5)).
+const KCORE: &str = "/proc/kcore";
+
+/// Bytes of ELF's header and of a program header, for 64 bits, and the type of one that is loaded
+/// (elf(5)).
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+const PT_LOAD: u32 = 1;
+
+/// Return the module's code: from its first function to its last.
+pub fn read() -> Result<Vec<u8>> {
+    let symbols = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms cannot be read")?;
+    let addresses = symbols.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (address, kind) = (words.next()?, words.next()?);
+        let is_code = matches!(kind, "t" | "T") && words.nth(1) == Some("[exitmeter]");
+        u64::from_str_radix(address, 16).ok().filter(|_| is_code)
+    });
+    let (first, last) = addresses.fold((u64::MAX, 0), |(first, last), address| {
+        (first.min(address), last.max(address))
+    });
+    let length = last.checked_sub(first).context("the module has no code")?;
+
+    let file = File::open(KCORE).with_context(|| format!("{KCORE} cannot be read"))?;
+    let mut header = [0; HEADER];
+    file.read_exact_at(&mut header, 0)?;
+    let table = number(&header, 32, 8).context("a header")?;
+    let count = number(&header, 56, 2).context("a header")?;
+    for place in 0..count {
+        let mut header = [0; PROGRAM_HEADER];
+        file.read_exact_at(&mut header, table + place * PROGRAM_HEADER as u64)?;
+        let field = |at| number(&header, at, 8).unwrap_or(0);
+        let (offset, address, size) = (field(8), field(16), field(32));
+        let inside = first.checked_sub(address).filter(|inside| *inside < size);
+        if let (Some(PT_LOAD), Some(inside)) = (number(&header, 0, 4).map(|it| it as u32), inside) {
+            let mut code = vec![0; usize::try_from(length)?];
+            file.read_exact_at(&mut code, offset + inside)?;
+            return Ok(code);
+        }
+    }
+    anyhow::bail!("{KCORE} does not have the module")
+}
+
+/// Return a little endian number of `size` bytes.
+fn number(bytes: &[u8], at: usize, size: usize) -> Option<u64> {
+    let bytes = bytes.get(at..at + size)?;
+    Some(
+        bytes
+            .iter()
+            .rev()
+            .fold(0, |number, byte| number << 8 | u64::from(*byte)),
+    )
+}

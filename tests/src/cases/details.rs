@@ -460,19 +460,27 @@ fn linux(options: &[&str]) -> Result<()> {
         println!("{kind:?} of reason {code:#x}: {} keys", counted.len());
     }
     if !options.is_empty() && host::nested_paging()? {
-        // The APIC's registers: a page of its own on VMX, a device among others on SVM as emulated.
-        let (code, kind) = host::pick((44, Kind::ApicAccess), (0x400, Kind::Address))?;
-        let apic = told.of(code, kind).into_iter();
-        let apic = apic.filter(|(key, _)| kind == Kind::ApicAccess || key >> 12 == 0xfee00);
-        let accesses: u64 = apic.map(|(_, hits)| hits).sum();
+        // The APIC's registers: by exits of their own on VMX, and on SVM as emulated a device's.
+        let apic = host::pick(
+            &[
+                (44, Kind::ApicAccess),
+                (45, Kind::Eoi),
+                (56, Kind::ApicWrite),
+            ][..],
+            &[(0x400, Kind::Address)],
+        )?;
+        let mut accesses = 0;
+        for (code, kind) in apic {
+            let mut counted = told.of(*code, *kind);
+            counted.retain(|key, _| *kind != Kind::Address || key >> 12 == 0xfee00);
+            println!("{kind:?} of the APIC: {counted:x?}");
+            accesses += counted.values().sum::<u64>();
+        }
         ensure!(accesses > 100, "{accesses} accesses to the APIC");
         println!("{accesses} accesses to the APIC");
     }
     let why = rows(&entries, TABLE_USER, Kind::None);
-    let mut user: BTreeMap<_, _> = user
-        .into_iter()
-        .map(|(key, hits)| (key[0], hits))
-        .collect();
+    let mut user: BTreeMap<_, _> = user.into_iter().map(|(key, hits)| (key[0], hits)).collect();
     // QEMU's first KVM_RUN may come back at once, for a signal: the vCPU has not exited yet, so there
     // is no reason to book that on. KVM tells it as KVM_EXIT_UNKNOWN.
     ensure!(user.remove(&0).is_none_or(|hits| hits == 1), "{user:?}");

@@ -8,6 +8,7 @@
 //! [`record`], [`verify`] and [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
 //! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run,
 //! and [`signals`] of what would end them.
+//! [`names`] tells VMs by the names that people gave them.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
 //!
 //! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
@@ -19,6 +20,7 @@ pub mod completions;
 pub mod guest;
 pub mod man;
 pub mod model;
+pub mod names;
 pub mod numbers;
 pub mod output;
 pub mod paint;

@@ -11,6 +11,8 @@ use exitmeter_meter::{
 };
 use serde::Serialize;
 
+use crate::names::{Given, Known};
+
 pub mod delta;
 mod ledger;
 
@@ -77,6 +79,9 @@ pub struct Vm {
     pub name: String,
     /// The thread that made it (`kvm->userspace_pid`): for most VMMs their process.
     pub pid: u32,
+    /// What its VMM was told about it, when that is known: it is of VMs that run on this host, and
+    /// of recordings.
+    pub vmm: Given,
     /// The time that its numbers are of: since the first event of its oldest vCPU, or since
     /// the earlier snapshot.
     pub span: Span,
@@ -144,6 +149,7 @@ impl Report {
                     vm: record.vm(),
                     name: record.name().to_owned(),
                     pid: record.pid(),
+                    vmm: Given::default(),
                     span: Span::of(0, None),
                     polled_ns: None,
                     ledger: Ledger::default(),
@@ -197,6 +203,26 @@ impl Span {
 }
 
 impl Vm {
+    /// Return its name for people, with KVM's.
+    pub fn label(&self) -> String {
+        self.vmm.label(&self.name)
+    }
+
+    /// Return its name for people where there is little room.
+    pub fn short(&self) -> String {
+        self.vmm.short(&self.name)
+    }
+
+    /// Return all that it may be called.
+    pub fn known(&self) -> Known<'_> {
+        Known {
+            vm: self.vm,
+            kvm: &self.name,
+            pid: self.pid,
+            given: &self.vmm,
+        }
+    }
+
     /// Makes its numbers the sums of its vCPUs.
     pub fn sum_up(&mut self) {
         let mut polled = self.vcpus.iter().map(|vcpu| vcpu.polled_ns);

@@ -105,6 +105,19 @@ pub fn bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> Strin
     "█".repeat(full) + EIGHTHS.get(rest).unwrap_or(&"")
 }
 
+/// The same in ASCII, where what is less than half a character is a dot.
+pub fn ascii_bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> String {
+    let (part, whole) = (part.into(), whole.into());
+    if part == 0 || whole == 0 {
+        return String::new();
+    }
+    let share = (part as f64 / whole as f64).min(1.0);
+    match (share * f64::from(width)).round() as usize {
+        0 => ".".to_owned(),
+        full => "#".repeat(full),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,5 +189,9 @@ mod tests {
         assert_eq!(bar(9_u64, 16_u64, 2), "█▏");
         assert_eq!([bar(0_u64, 7_u64, 4), bar(3_u64, 0_u64, 4)], ["", ""]);
         assert_eq!(bar(9_u64, 3_u64, 2), "██");
+        assert_eq!(ascii_bar(1_u64, 2_u64, 4), "##");
+        assert_eq!(ascii_bar(1_u64, 1_000_000_u64, 4), ".");
+        assert_eq!(ascii_bar(9_u64, 3_u64, 2), "##");
+        assert_eq!(ascii_bar(0_u64, 7_u64, 4), "");
     }
 }

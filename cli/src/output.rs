@@ -11,6 +11,8 @@ use std::{
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::{names::words, numbers};
+
 /// When to print in colours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum When {
@@ -41,6 +43,26 @@ pub struct Look {
     pub width: Option<usize>,
     /// Whether to use colours.
     pub color: bool,
+    /// Whether to use ASCII alone.
+    pub ascii: bool,
+}
+
+impl Look {
+    /// Return a bar for a part of a whole that would fill so many characters.
+    pub fn bar(&self, part: u128, whole: u128, width: u32) -> String {
+        match self.ascii {
+            true => numbers::ascii_bar(part, whole, width),
+            false => numbers::bar(part, whole, width),
+        }
+    }
+
+    /// Return a text that others wrote as it is to be shown.
+    pub fn plain(&self, text: &str) -> String {
+        match self.ascii {
+            true => words::ascii(text),
+            false => text.to_owned(),
+        }
+    }
 }
 
 /// Why nothing more can be printed.
@@ -79,6 +101,7 @@ impl Output {
             look: Look {
                 width: width(&stdout),
                 color: color.on(&stdout),
+                ascii: !is_utf8(),
             },
             to: Box::new(stdout),
             color,
@@ -90,6 +113,7 @@ impl Output {
         Look {
             width: width(other),
             color: self.color.on(other),
+            ascii: self.look.ascii,
         }
     }
 
@@ -148,6 +172,21 @@ fn colors_are_welcome(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> 
     !unwanted && variable("TERM").is_some_and(|value| value != "dumb")
 }
 
+/// Whether what reads the output knows UTF-8: by the locale, as setlocale(3) finds it, and unless TERM
+/// says that it is dumb.
+pub fn is_utf8() -> bool {
+    utf8_is_known(|name| std::env::var_os(name))
+}
+
+fn utf8_is_known(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+    let names = ["LC_ALL", "LC_CTYPE", "LANG"];
+    let mut set = names.into_iter().filter_map(&variable);
+    let locale = set.find(|value| !value.is_empty()).unwrap_or_default();
+    let locale = locale.to_string_lossy().to_ascii_lowercase();
+    let is_utf8 = locale.contains("utf-8") || locale.contains("utf8");
+    is_utf8 && variable("TERM").is_none_or(|value| value != "dumb")
+}
+
 /// How wide lines may be: COLUMNS if it is set, else the terminal's width if there is one.
 fn width(to: &impl AsFd) -> Option<usize> {
     let columns = std::env::var("COLUMNS").ok();
@@ -175,5 +214,26 @@ mod tests {
         assert!(!welcome(&[("TERM", "xterm"), ("NO_COLOR", "1")]));
         assert!(!welcome(&[("TERM", "dumb")]));
         assert!(!welcome(&[]));
+    }
+
+    #[test]
+    fn utf8_needs_a_locale_that_has_it_and_a_terminal_that_is_not_dumb() {
+        let known = |set: &[(&str, &str)]| {
+            utf8_is_known(|name| {
+                let found = set.iter().find(|(variable, _)| *variable == name);
+                found.map(|(_, value)| value.into())
+            })
+        };
+        assert!(known(&[("LANG", "C.UTF-8")]));
+        assert!(known(&[("LANG", "C"), ("LC_CTYPE", "de_DE.utf8")]));
+        assert!(known(&[
+            ("LC_ALL", ""),
+            ("LANG", "en_US.UTF-8"),
+            ("TERM", "xterm")
+        ]));
+        assert!(!known(&[("LC_ALL", "C"), ("LANG", "en_US.UTF-8")]));
+        assert!(!known(&[("LC_ALL", "de_DE.ISO-8859-1")]));
+        assert!(!known(&[("LANG", "en_US.UTF-8"), ("TERM", "dumb")]));
+        assert!(!known(&[]));
     }
 }

@@ -74,8 +74,8 @@ pub struct Args {
     /// What to draw.
     #[arg(short, long, value_enum, default_value_t = Kind::All)]
     kind: Kind,
-    /// Only the VM of this name, or of this process.
-    #[arg(long, value_name = "PID|NAME")]
+    /// Only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
     /// Of what exits were about and the slowest, only those of this reason: its name, or its number.
     #[arg(long, value_name = "REASON")]

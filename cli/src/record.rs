@@ -21,6 +21,7 @@ use self::{
 use crate::{
     command,
     model::delta::ANEW,
+    names::Book,
     numbers,
     recording::{write::Writer, Header},
     source,
@@ -99,9 +100,11 @@ impl Args {
             begun,
             latest: (snapshot.life(), snapshot.now()),
             breaks: 0,
+            names: Book::of(&self.input),
             writer: self.begin().with_context(|| self.unwritable())?,
         };
-        tape.write(|writer| writer.snapshot(Duration::ZERO, first))?;
+        tape.name(Duration::ZERO, &snapshot)?;
+        tape.write(|writer| writer.snapshot(Duration::ZERO, first.clone()))?;
 
         // From here on no signal ends this process.
         let (events, sender) = Events::new().context("cannot wait for signals")?;
@@ -175,6 +178,8 @@ struct Tape<'a> {
     latest: (u64, u64),
     /// How often the meter began anew.
     breaks: u64,
+    /// The names of the VMs that run.
+    names: Book,
     writer: Writer<File>,
 }
 
@@ -221,6 +226,7 @@ impl Tape<'_> {
         let snapshot = self.from.read()?;
         // What cannot be read now may be read by a later tool: it is kept as it is.
         if let Ok(snapshot) = Snapshot::parse(&snapshot) {
+            self.name(at, &snapshot)?;
             let now = (snapshot.life(), snapshot.now());
             if now.0 != self.latest.0 || now.1 < self.latest.1 {
                 self.breaks += 1;
@@ -228,6 +234,16 @@ impl Tape<'_> {
             self.latest = now;
         }
         self.write(|writer| writer.snapshot(at, snapshot))
+    }
+
+    /// Writes the names of the VMs that have come. Those of VMs that go could not be told later.
+    fn name(&mut self, at: Duration, snapshot: &Snapshot<'_>) -> anyhow::Result<()> {
+        let new = self.names.read(snapshot);
+        self.names.forget(snapshot);
+        match new.is_empty() {
+            true => Ok(()),
+            false => self.write(|writer| writer.names(at, &new)),
+        }
     }
 
     fn write(

@@ -24,7 +24,7 @@ pub const MAGIC: [u8; 8] = *b"ExitMRec";
 /// Another one is another layout.
 pub const MAJOR: u16 = 1;
 /// Grows as kinds of frames and fields of the header are added.
-pub const MINOR: u16 = 0;
+pub const MINOR: u16 = 1;
 /// What a recording says about its next snapshot: that it is of a moment with a name.
 pub const MARK: &str = "mark";
 /// Bytes of the header.

@@ -23,10 +23,10 @@ mod text;
 
 pub use self::{
     csv::{csv, HEADER as CSV_HEADER},
-    select::{is_called, Error as SelectError, NoVm, Selection},
+    select::{Error as SelectError, Selection},
     text::text,
 };
-pub(crate) use csv::quoted;
+pub(crate) use csv::{given, quoted};
 pub(crate) use text::{code, count, Writer};
 
 /// On the host: where each VM's time went, and the table of its exits.
@@ -49,19 +49,23 @@ own count by another clock, with the time for which the host took the CPU away m
 exceeds the kernel cycles of HLT nothing is shown. --json has all of it, in nanoseconds. A module
 older than version 1.2 of its snapshots does not tell it, and shows both sleeps as blocked.
 
+A VM is called by the name that its VMM was given, with KVM's name behind it: web (kvm-1234). It
+is read from the command line of the VMM, and is what the VMM's owner says. Saved snapshots do not
+have it. In JSON it is vmm.name, and name is KVM's.
+
 Where lines are too long for the terminal, numbers are rounded, and columns left out. COLUMNS sets
 how long they may be.
 
 Examples:
   exitmeter report
-  exitmeter report --vm 1234 --vcpu 0 --sort p99
+  exitmeter report --vm web --vcpu 0 --sort p99
   exitmeter report --interval 1 --count 10
-  exitmeter report --json | jq '.vms[] | {name, exits}'
+  exitmeter report --json | jq '.vms[] | {name: .vmm.name, kvm: .name, exits}'
   cat /dev/exitmeter > before; sleep 10; cat /dev/exitmeter > after
   exitmeter report --diff before after")]
 pub struct Args {
-    /// Shows only the VM of this name, or of this process.
-    #[arg(long, value_name = "PID|NAME")]
+    /// Shows only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
     /// Shows only the vCPU of this id, of each VM.
     #[arg(long, value_name = "N")]
@@ -138,14 +142,15 @@ impl Args {
     /// Prints what happens, again and again.
     fn repeat(&self, out: &mut Output, input: &Path, interval: Duration) -> anyhow::Result<()> {
         let mut due = Instant::now();
-        let mut before = source::report(input)?;
+        let mut source = source::Source::new(input);
+        let mut before = source.report()?;
         // So that a VM that is not there is told now.
         self.selection().apply(before.clone())?;
         let mut left = self.count;
         while left != Some(0) {
             due += interval;
             thread::sleep(due.saturating_duration_since(Instant::now()));
-            let now = source::report(input)?;
+            let now = source.report()?;
             match now.since(&before) {
                 Ok(delta) => self.print(out, delta)?,
                 Err(error) if error.is_break() => {

@@ -18,6 +18,7 @@ use self::{
 };
 use crate::{
     command,
+    names::Book,
     output::Output,
     record::{
         child::Child,
@@ -64,8 +65,8 @@ Examples:
   exitmeter slow --ring --vm 1234
   exitmeter slow --reason EXTERNAL_INTERRUPT --limit 5 saved.snapshot")]
 pub struct Args {
-    /// Shows only the VM of this name, or of this process.
-    #[arg(long, value_name = "PID|NAME")]
+    /// Shows only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
     /// Shows only this exit reason: its name, or its number. Not with --ring, which shows what came
     /// one after the other.
@@ -123,19 +124,20 @@ impl Args {
         };
         if let Some(path) = &self.input {
             let seen = saved(path)?;
-            self.print(&seen, &symbols, out)?;
+            self.print(&seen, &Book::default(), &symbols, out)?;
             return Ok(0);
         }
+        let mut names = Book::of(&self.device);
         if let Some((program, arguments)) = self.command.split_first() {
             let device = Device::open(&self.device)?;
-            let mut seen = read(&device)?;
+            let mut seen = read(&device, &mut names)?;
             seen.begin();
             // From here on no signal ends this process.
             let (events, sender) = Events::new().context("cannot wait for signals")?;
             let child = Child::start(program, arguments, sender)?;
-            return match self.watch(&device, &mut seen, &events, &child) {
+            return match self.watch(&device, &mut seen, &mut names, &events, &child) {
                 Ok(status) => {
-                    self.print(&seen, &symbols, out)?;
+                    self.print(&seen, &names, &symbols, out)?;
                     Ok(status)
                 }
                 Err(error) => Ok(events.outlast(&child, &error)),
@@ -149,8 +151,8 @@ impl Args {
              while CMD runs; with the module's parameter details=1 they are always on"
         );
         let device = Device::open(&self.device)?;
-        let seen = read(&device)?;
-        self.print(&seen, &symbols, out)?;
+        let seen = read(&device, &mut names)?;
+        self.print(&seen, &names, &symbols, out)?;
         if self.thaw {
             device.thaw()?;
         }
@@ -162,6 +164,7 @@ impl Args {
         &self,
         device: &Device,
         seen: &mut Seen,
+        names: &mut Book,
         events: &Events,
         child: &Child,
     ) -> anyhow::Result<u8> {
@@ -169,17 +172,24 @@ impl Args {
             match events.until(Instant::now() + READING) {
                 Some(Event::Signal(signal)) => child.pass_on(signal),
                 Some(Event::Ended(status)) => {
-                    seen.add(read(device)?)?;
+                    seen.add(read(device, names)?)?;
                     return Ok(command::status(status));
                 }
-                None => seen.add(read(device)?)?,
+                None => seen.add(read(device, names)?)?,
             }
         }
     }
 
-    fn print(&self, seen: &Seen, symbols: &Symbols, out: &mut Output) -> anyhow::Result<()> {
+    fn print(
+        &self,
+        seen: &Seen,
+        names: &Book,
+        symbols: &Symbols,
+        out: &mut Output,
+    ) -> anyhow::Result<()> {
         let selection = Selection {
             vm: self.vm.as_deref(),
+            names: Some(names),
             code: match &self.reason {
                 Some(reason) => Some(select::code(seen.host.isa, reason)?),
                 None => None,
@@ -224,8 +234,9 @@ fn saved(path: &Path) -> anyhow::Result<Seen> {
     Ok(Seen::new(&snapshot, written.ok()))
 }
 
-fn read(device: &Device) -> anyhow::Result<Seen> {
+fn read(device: &Device, names: &mut Book) -> anyhow::Result<Seen> {
     let bytes = device.read()?;
     let snapshot = source::parse(device.path(), &bytes)?;
+    names.read(&snapshot);
     Ok(Seen::new(&snapshot, Some(SystemTime::now())))
 }

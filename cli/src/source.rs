@@ -9,7 +9,7 @@ use std::{
 
 use exitmeter_meter::reader::{self, Snapshot};
 
-use crate::model::Report;
+use crate::{model::Report, names::Book};
 
 /// The device that gives snapshots.
 pub const DEVICE: &str = "/dev/exitmeter";
@@ -76,12 +76,43 @@ pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
 
 /// The data of a snapshot: of a fresh one from the device, or of a saved one.
 ///
-/// Each call opens the device anew. So between two the module can be unloaded, and loaded.
-///
 /// # Errors
 ///
 /// As [`read`] and [`parse`].
 pub fn report(path: &Path) -> Result<Report, Error> {
-    let bytes = read(path)?;
-    Ok(Report::new(&parse(path, &bytes)?))
+    Source::new(path).report()
+}
+
+/// Where one snapshot after the other comes from, with the names of the VMs.
+#[derive(Clone, Debug)]
+pub struct Source {
+    path: PathBuf,
+    names: Book,
+}
+
+impl Source {
+    /// Make one of the device, or of a file.
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            names: Book::of(path),
+        }
+    }
+
+    /// The data of the snapshot that is there now.
+    ///
+    /// Each call opens the device anew. So between two the module can be unloaded, and loaded.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`] and [`parse`].
+    pub fn report(&mut self) -> Result<Report, Error> {
+        let bytes = read(&self.path)?;
+        let snapshot = parse(&self.path, &bytes)?;
+        self.names.read(&snapshot);
+        self.names.forget(&snapshot);
+        let mut report = Report::new(&snapshot);
+        self.names.name(&mut report);
+        Ok(report)
+    }
 }

@@ -254,6 +254,7 @@ IO_INSTRUCTION  1,234,567     0
             let look = Look {
                 width,
                 color: false,
+                ascii: false,
             };
             let table = Table::fitted(look, &[], |number| {
                 let mut table = Table::new([("exits", Side::Right)]);

@@ -16,9 +16,14 @@ use self::{
     screen::Screen,
     theme::Theme,
 };
-use crate::{output::Output, source, why::symbols::Symbols};
+use crate::{
+    output::{Look, Output},
+    source,
+    why::symbols::Symbols,
+};
 
 mod app;
+mod ascii;
 mod columns;
 mod data;
 mod details;
@@ -44,6 +49,7 @@ the others.
 Exit status:
   0  it was left with q or Ctrl-C; when a signal ends it, it ends by that signal
   1  there is nothing to show: no module, no right to open, or no terminal
+     but a dumb one
   2  the command line was wrong
 
 Examples:
@@ -56,8 +62,8 @@ pub struct Args {
     #[arg(short, long, value_name = "MS", default_value_t = 1000,
           value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
     interval: u64,
-    /// Opens with the VM of this name, or of this process.
-    #[arg(long, value_name = "PID|NAME")]
+    /// Opens with the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
     /// Names code of that VM by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
     #[arg(long, value_name = "FILE", requires = "vm")]
@@ -89,10 +95,22 @@ impl Args {
                  log, or `exitmeter record` for a file"
             );
         }
+        if std::env::var_os("TERM").is_some_and(|term| term == "dumb") {
+            anyhow::bail!(
+                "a dumb terminal cannot show it (TERM): use `exitmeter report --interval`"
+            );
+        }
         let theme = Theme::new(out.look().color);
         let mut screen = Screen::enter()?;
         let events = Events::new()?;
-        let ended = show(&mut app, &mut feed, &events, &mut screen, &theme);
+        let ended = show(
+            &mut app,
+            &mut feed,
+            &events,
+            &mut screen,
+            &theme,
+            out.look(),
+        );
         // Before anything is printed.
         drop(screen);
         if let Some(signal) = ended? {
@@ -113,12 +131,18 @@ fn show(
     events: &Events,
     screen: &mut Screen,
     theme: &Theme,
+    look: Look,
 ) -> anyhow::Result<Option<i32>> {
     let mut next = Instant::now() + app.interval;
     let mut changed = true;
     loop {
         if changed {
-            screen.draw(|frame| view::draw(frame, app, theme))?;
+            screen.draw(|frame| {
+                view::draw(frame, app, theme);
+                if look.ascii {
+                    ascii::replace(frame.buffer_mut());
+                }
+            })?;
         }
         changed = true;
         match events.until(next) {

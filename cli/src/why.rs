@@ -23,6 +23,7 @@ use self::{
 use crate::{
     command,
     model::delta::ANEW,
+    names::Book,
     output::{Look, Output},
     record::{
         child::Child,
@@ -82,8 +83,8 @@ Examples:
   exitmeter why --speedscope -o exits.json -- sleep 10
   exitmeter why saved.snapshot")]
 pub struct Args {
-    /// Shows only the VM of this name, or of this process.
-    #[arg(long, value_name = "PID|NAME")]
+    /// Shows only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
     /// Shows only this exit reason: its name, or its number.
     #[arg(long, value_name = "REASON")]
@@ -169,12 +170,12 @@ impl Args {
         match (&self.input, self.diff.as_deref()) {
             (Some(path), _) => {
                 to.begin()?;
-                to.print(saved(path)?)?;
+                to.print(saved(path)?, &Book::default())?;
                 Ok(0)
             }
             (None, Some([before, after])) => {
                 to.begin()?;
-                to.print(difference(before, after)?)?;
+                to.print(difference(before, after)?, &Book::default())?;
                 Ok(0)
             }
             _ => self.watch(&mut to),
@@ -184,15 +185,17 @@ impl Args {
     /// Turns details on, and tells what they are until the command, or a signal without one, ends it.
     fn watch(&self, to: &mut Printer<'_>) -> anyhow::Result<u8> {
         let device = Device::open(&self.device)?;
+        let mut names = Book::of(&self.device);
         let mut watch = Watch {
-            before: live(&device)?,
+            before: live(&device, &mut names)?,
             latest: None,
             device,
+            names,
         };
         // So that a VM or a reason that is not there is told now.
         if self.command.is_empty() {
             if let Some(vm) = &self.vm {
-                select::vm(&mut watch.before.clone(), vm)?;
+                select::vm(&mut watch.before.clone(), vm, &watch.names)?;
             }
         }
         if let Some(reason) = &self.reason {
@@ -286,14 +289,18 @@ fn difference(before: &Path, after: &Path) -> anyhow::Result<Moment> {
     })
 }
 
-fn live(device: &Device) -> anyhow::Result<Moment> {
+fn live(device: &Device, names: &mut Book) -> anyhow::Result<Moment> {
     let bytes = device.read()?;
-    Ok(Moment::new(&source::parse(device.path(), &bytes)?))
+    let snapshot = source::parse(device.path(), &bytes)?;
+    names.read(&snapshot);
+    Ok(Moment::new(&snapshot))
 }
 
 /// What is watched.
 struct Watch {
     device: Device,
+    /// The VMs' names, also of those that have gone.
+    names: Book,
     /// The moment from which on is told next.
     before: Moment,
     /// The latest one since then.
@@ -303,7 +310,7 @@ struct Watch {
 impl Watch {
     /// Read once more, and keep what has gone since.
     fn read(&mut self) -> anyhow::Result<()> {
-        let mut now = live(&self.device)?;
+        let mut now = live(&self.device, &mut self.names)?;
         let before = self.latest.take();
         if let Some(before) = before.filter(|before| before.host.life == now.host.life) {
             now.keep(before);
@@ -319,7 +326,7 @@ impl Watch {
             return Ok(());
         };
         match now.since(&self.before) {
-            Ok(delta) => to.print(delta)?,
+            Ok(delta) => to.print(delta, &self.names)?,
             Err(error) if error.is_break() => {
                 eprintln!("exitmeter: {ANEW}; what it told before is lost");
             }
@@ -348,15 +355,16 @@ impl Printer<'_> {
     }
 
     /// Print what happened.
-    fn print(&mut self, mut moment: Moment) -> anyhow::Result<()> {
+    fn print(&mut self, mut moment: Moment, names: &Book) -> anyhow::Result<()> {
         let args = self.args;
         if let Some(vm) = &args.vm {
-            select::vm(&mut moment, vm)?;
+            select::vm(&mut moment, vm, names)?;
         }
         if args.symbols.is_some() && moment.vms.len() > 1 {
             return Err(select::Error::Symbols(moment.vms.len()).into());
         }
         let mut why = Why::new(&moment, &self.symbols, args.weight);
+        why.name(names);
         if let Some(reason) = &args.reason {
             select::reason(&mut why, reason)?;
         }
@@ -382,7 +390,10 @@ impl Printer<'_> {
                 limit: args.limit,
             };
             let look = match self.file {
-                Some(_) => Look::default(),
+                Some(_) => Look {
+                    ascii: self.out.look().ascii,
+                    ..Look::default()
+                },
                 None => self.out.look(),
             };
             let end = if args.interval.is_some() { "\n" } else { "" };

@@ -353,3 +353,28 @@ fn colors_are_for_terminals() {
     assert_ne!(forced, include_str!("report.txt"));
     assert_eq!(without_colors(&forced), include_str!("report.txt"));
 }
+
+#[test]
+fn bars_are_ascii_where_utf8_is_not_known() {
+    let folder = TempDir::new().unwrap();
+    let [before, _] = two(&folder);
+    let set = [
+        ("LC_ALL", "C"),
+        ("LC_ALL", "de_DE.ISO-8859-1"),
+        ("TERM", "dumb"),
+    ];
+    for (variable, value) in set {
+        let mut command = report(&["--input", text(&before)]);
+        let plain = succeeded(command.env(variable, value).output().unwrap());
+        assert!(plain.is_ascii(), "{variable}={value}: {plain}");
+        let whole = include_str!("report.txt");
+        assert_eq!(plain.lines().count(), whole.lines().count());
+        let longest = |text: &str, bar| text.lines().map(|line| line.matches(bar).count()).max();
+        let [plain_bar, whole_bar] =
+            [longest(&plain, '#'), longest(whole, '█')].map(Option::unwrap);
+        assert!(
+            plain_bar > 3 && plain_bar.abs_diff(whole_bar) <= 1,
+            "{plain}"
+        );
+    }
+}

@@ -210,7 +210,10 @@ fn values_are_a_line_for_each_exit() {
     assert_eq!(stayed.count(), 8);
     let ring = lines(&["--csv", "--ring", "--vm", "1234", saved.path()]);
     assert_eq!(ring.len(), 1 + 64 + 64);
-    assert_eq!(ring.iter().filter(|line| line.ends_with(",1")).count(), 1);
+    assert_eq!(
+        ring.iter().filter(|line| line.ends_with(",1,,,,,")).count(),
+        1
+    );
 }
 
 #[test]

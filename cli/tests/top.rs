@@ -171,6 +171,7 @@ fn top() -> Command {
     command
         .arg("top")
         .env("TERM", "xterm-256color")
+        .env("LC_ALL", "C.UTF-8")
         .env_remove("NO_COLOR");
     command
 }
@@ -501,13 +502,40 @@ fn control_z_stops_it_and_it_goes_on() {
 }
 
 #[test]
+fn a_dumb_terminal_is_refused() {
+    let device = Device::new();
+    let mut command = device.top();
+    command.env("TERM", "dumb");
+    let mut terminal = Terminal::new(80, 24, command);
+    assert_eq!(terminal.end().code(), Some(1));
+    assert!(!terminal.was_on_other_screen());
+    let said = "a dumb terminal cannot show it";
+    terminal.assert_restored(said);
+    assert!(terminal.text().contains("exitmeter report"));
+}
+
+#[test]
+fn a_terminal_without_utf8_gets_ascii() {
+    let mut device = Device::new();
+    let mut command = device.top();
+    command.env("LC_ALL", "C");
+    let mut terminal = Terminal::new(160, 50, command);
+    terminal.wait_for("since the module was loaded");
+    device.second();
+    terminal.wait_for("1.50k exits/s");
+    terminal.settle();
+    let text = terminal.text();
+    assert!(text.is_ascii(), "{text}");
+    assert!(text.contains("####"), "{text}");
+    terminal.keys("?");
+    terminal.wait_for("any key goes back");
+    assert!(terminal.text().is_ascii());
+}
+
+#[test]
 fn colours_only_where_they_are_welcome() {
     let mut device = Device::new();
-    for (name, value, colours) in [
-        ("NO_COLOR", "", true),
-        ("NO_COLOR", "1", false),
-        ("TERM", "dumb", false),
-    ] {
+    for (name, value, colours) in [("NO_COLOR", "", true), ("NO_COLOR", "1", false)] {
         let mut command = device.top();
         command.env(name, value);
         let mut terminal = Terminal::new(80, 24, command);

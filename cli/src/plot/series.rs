@@ -19,8 +19,9 @@ use exitmeter_meter::{
 use crate::{
     model::{
         delta::{self, ANEW},
-        Cycles, Label, Ledger, Report,
+        Cycles, Label, Ledger, Report, Vm,
     },
+    names::{self, words::ascii, Book, NoVm},
     recording::read::{self, Ending, Reader},
     slow::model::{Exit, Seen, Selection, Slow},
     why::{
@@ -36,7 +37,7 @@ pub type Key = (&'static str, Option<u32>);
 /// Which part of a recording.
 #[derive(Clone, Debug, Default)]
 pub struct Part {
-    /// Only the VM of this name, or of this process.
+    /// Only the VM that is called so, or of this process.
     pub vm: Option<String>,
     /// Only from so many seconds after its beginning on.
     pub from: Option<f64>,
@@ -167,6 +168,14 @@ pub enum Error {
         /// What there is.
         those: String,
     },
+    /// Several VMs are called so at once.
+    #[error("{}: {error}", path.display())]
+    Several {
+        /// The file.
+        path: PathBuf,
+        /// Which they are.
+        error: NoVm,
+    },
 }
 
 impl Series {
@@ -216,7 +225,7 @@ impl Series {
                 continue;
             }
             if torn {
-                series.end_of_life(&mut slow, part)?;
+                series.end_of_life(&mut slow, part, taken.names)?;
             }
             if earlier.is_some() {
                 series.breaks.push(time);
@@ -225,15 +234,21 @@ impl Series {
             }
             let mark = taken.mark.map(|name| (time, name.to_owned()));
             series.marks.extend(mark);
-            let report = Report::new(&snapshot);
+            let mut report = Report::new(&snapshot);
+            taken.names.name(&mut report);
+            let meant = part.meant(&report).map_err(|error| Error::Several {
+                path: file(),
+                error,
+            })?;
             series.snapshots += 1;
             let tables = snapshot.has_tables().then(|| Moment::new(&snapshot));
             slow.add(&snapshot, time);
+            slow.meant.extend(&meant);
             (series.tsc_khz, series.isa) = (report.host.tsc_khz, report.host.isa);
             for vm in &report.vms {
-                let here = part.has(&vm.name, vm.pid);
+                let here = meant.contains(&vm.vm);
                 found += usize::from(here);
-                if here { &mut series.vms } else { &mut others }.insert(vm.name.clone());
+                if here { &mut series.vms } else { &mut others }.insert(vm.label());
             }
             if let Some((from, before, tables_before)) = &before {
                 let delta = report.since(before).map_err(|error| Error::NoInterval {
@@ -246,7 +261,7 @@ impl Series {
                     _ => None,
                 };
                 let details = match between {
-                    Some(between) => Some(part.details(&between)?),
+                    Some(between) => Some(part.details(&between, &meant)?),
                     None => None,
                 };
                 let step = Step {
@@ -256,15 +271,15 @@ impl Series {
                     details,
                     ..Step::default()
                 };
-                series.add(step, delta, part);
+                series.add(step, delta, (part, &meant));
             }
             before = Some((time, report, tables));
         }
-        series.end_of_life(&mut slow, part)?;
+        series.end_of_life(&mut slow, part, reader.names())?;
         if let (Some(vm), 0) = (&part.vm, found) {
             let those = match others.into_iter().collect::<Vec<_>>() {
                 none if none.is_empty() => "there is none in that part of it".to_owned(),
-                names => format!("those in it are {}", names.join(", ")),
+                names => format!("those in it are {}", ascii(&names.join(", "))),
             };
             let (path, vm) = (file(), vm.clone());
             return Err(Error::NoVm { path, vm, those });
@@ -299,11 +314,9 @@ impl Series {
         Ok(series)
     }
 
-    fn add(&mut self, mut step: Step, delta: Report, part: &Part) {
+    fn add(&mut self, mut step: Step, delta: Report, (part, meant): Meant<'_>) {
         let vms = delta.vms.into_iter();
-        let vms = vms
-            .filter(|vm| part.has(&vm.name, vm.pid))
-            .map(|vm| vm.ledger);
+        let vms = vms.filter(|vm| meant.contains(&vm.vm)).map(|vm| vm.ledger);
         // What those that are gone still did belongs to no VM any more.
         let gone = part.vm.is_none().then_some(delta.departed.ledger);
         for ledger in vms.chain(gone) {
@@ -319,20 +332,29 @@ impl Series {
     }
 
     /// Take the slow exits of a life of the meter that ends here.
-    fn end_of_life(&mut self, slow: &mut SlowExits, part: &Part) -> Result<(), Error> {
-        let SlowExits { seen, times } = std::mem::take(slow);
+    fn end_of_life(
+        &mut self,
+        slow: &mut SlowExits,
+        part: &Part,
+        names: &Book,
+    ) -> Result<(), Error> {
+        let SlowExits { seen, times, meant } = std::mem::take(slow);
         let Some(seen) = seen else { return Ok(()) };
         let code = part.code(seen.host.isa)?;
-        let selection = Selection { vm: None, code };
+        let selection = Selection {
+            vm: None,
+            names: Some(names),
+            code,
+        };
         // There is no VM that could be missing.
         let Ok(slow) = Slow::new(&seen, &part.symbols, selection) else {
             return Ok(());
         };
         let vms = slow.vms.into_iter();
-        for vm in vms.filter(|vm| part.has(&vm.name, vm.pid)) {
+        for vm in vms.filter(|vm| meant.contains(&vm.vm)) {
             let exits = vm.slowest.into_iter().filter_map(|exit| {
                 let at = moment(&times, exit.tsc)?;
-                let vm = vm.name.clone();
+                let vm = vm.vmm.label(&vm.name);
                 Some(SlowExit { at, vm, exit })
             });
             self.slow.extend(exits);
@@ -382,10 +404,21 @@ impl Series {
     }
 }
 
+/// A part, and its VMs.
+type Meant<'a> = (&'a Part, &'a BTreeSet<u64>);
+
 impl Part {
-    fn has(&self, name: &str, pid: u32) -> bool {
-        let vm = self.vm.as_deref();
-        vm.is_none_or(|vm| vm == name || vm == pid.to_string())
+    /// Return the numbers of its VMs in a snapshot.
+    fn meant(&self, report: &Report) -> Result<BTreeSet<u64>, NoVm> {
+        let known = report.vms.iter().map(Vm::known);
+        let Some(vm) = &self.vm else {
+            return Ok(known.map(|vm| vm.vm).collect());
+        };
+        match names::find(vm, known) {
+            // It may come later.
+            Err(NoVm::None { .. }) => Ok(BTreeSet::new()),
+            found => found,
+        }
     }
 
     /// The code of the reason that was asked for.
@@ -395,13 +428,11 @@ impl Part {
     }
 
     /// What the exits were about between two snapshots.
-    fn details(&self, between: &Moment) -> Result<Rows, select::Error> {
+    fn details(&self, between: &Moment, meant: &BTreeSet<u64>) -> Result<Rows, select::Error> {
         let code = self.code(between.host.isa)?;
         let of = code.map(|code| Of::new(Reason::Code(code)));
-        let vcpus = between.vcpus.iter().filter(|((vm, _), _)| {
-            let vm = between.vms.get(vm);
-            vm.is_some_and(|(name, pid)| self.has(name, *pid))
-        });
+        let vcpus = between.vcpus.iter();
+        let vcpus = vcpus.filter(|((vm, _), _)| meant.contains(vm));
         let parts: Vec<_> = vcpus
             .map(|(_, vcpu)| vcpu.rows.part(TABLE_DETAILS, of))
             .collect();
@@ -439,6 +470,8 @@ struct SlowExits {
     seen: Option<Seen>,
     /// TSC and time of each snapshot.
     times: Vec<(u64, f64)>,
+    /// The VMs that are meant.
+    meant: BTreeSet<u64>,
 }
 
 impl SlowExits {

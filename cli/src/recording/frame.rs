@@ -23,6 +23,8 @@ pub enum Kind {
     About,
     /// The last frame: one line of text on how it ended.
     End,
+    /// Lines about VMs: their names.
+    Names,
     /// One of a later version.
     Unknown(u32),
 }
@@ -34,6 +36,7 @@ impl Kind {
             Kind::Difference => 2,
             Kind::About => 3,
             Kind::End => 4,
+            Kind::Names => 5,
             Kind::Unknown(number) => number,
         }
     }
@@ -44,6 +47,7 @@ impl Kind {
             2 => Kind::Difference,
             3 => Kind::About,
             4 => Kind::End,
+            5 => Kind::Names,
             other => Kind::Unknown(other),
         }
     }

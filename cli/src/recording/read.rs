@@ -9,6 +9,7 @@ use super::{
     frame::{self, Frame, Kind},
     Header, HEADER_SIZE, MAGIC, MAJOR, MARK,
 };
+use crate::names::Book;
 
 /// Why bytes are not a recording that this reader understands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +51,8 @@ pub struct Taken<'a> {
     pub at: Duration,
     /// What this moment is called, if it has a name.
     pub mark: Option<&'a str>,
+    /// What the VMs are called that were in the snapshots up to it.
+    pub names: &'a Book,
     /// Its bytes.
     pub snapshot: &'a [u8],
 }
@@ -63,6 +66,7 @@ pub struct Reader<'a> {
     about: Vec<(String, String)>,
     snapshot: Option<Vec<u8>>,
     mark: Option<String>,
+    names: Book,
     ending: Option<Ending>,
 }
 
@@ -122,6 +126,7 @@ impl<'a> Reader<'a> {
             about: Vec::new(),
             snapshot: None,
             mark: None,
+            names: Book::default(),
             ending: None,
         };
         // What is said about it stands before the first snapshot.
@@ -156,7 +161,7 @@ impl<'a> Reader<'a> {
                 Kind::Difference => {
                     before.and_then(|before| difference::apply(&before, &frame.body))
                 }
-                Kind::About | Kind::End | Kind::Unknown(_) => {
+                Kind::About | Kind::End | Kind::Names | Kind::Unknown(_) => {
                     self.snapshot = before;
                     self.other(&frame);
                     continue;
@@ -169,7 +174,18 @@ impl<'a> Reader<'a> {
         };
         let snapshot = self.snapshot.as_deref()?;
         let mark = self.mark.as_deref();
-        Some(Taken { at, mark, snapshot })
+        let names = &self.names;
+        Some(Taken {
+            at,
+            mark,
+            names,
+            snapshot,
+        })
+    }
+
+    /// What the VMs are called that were in the snapshots up to here.
+    pub fn names(&self) -> &Book {
+        &self.names
     }
 
     /// How it ended, once [`Self::next_snapshot`] has given the last.
@@ -197,11 +213,20 @@ impl<'a> Reader<'a> {
     fn other(&mut self, frame: &Frame) {
         match frame.kind {
             Kind::About => self.note(&frame.body),
+            Kind::Names => self.called(&frame.body),
             Kind::End => {
                 let how = String::from_utf8_lossy(&frame.body).into_owned();
                 self.stop(Ending::Told(how));
             }
             _ => {}
+        }
+    }
+
+    /// Takes in what VMs are called. A line of a later version that cannot be read is none.
+    fn called(&mut self, text: &[u8]) {
+        let lines = text.split(|byte| *byte == b'\n');
+        for line in lines.filter_map(|line| serde_json::from_slice(line).ok()) {
+            self.names.note(line);
         }
     }
 

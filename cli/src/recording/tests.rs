@@ -91,7 +91,8 @@ fn what_is_no_recording_is_refused() {
     }
     let mut later = file.clone();
     later[8] = 2;
-    assert_eq!(refusal(&later), Error::Version { major: 2, minor: 0 });
+    let (major, minor) = (2, MINOR);
+    assert_eq!(refusal(&later), Error::Version { major, minor });
     let mut small = file;
     small[12] = 39;
     assert_eq!(refusal(&small), Error::Header);

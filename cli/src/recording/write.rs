@@ -12,6 +12,7 @@ use super::{
     frame::{Frame, Kind},
     nanoseconds, Header, HEADER_SIZE, MAGIC, MAJOR, MARK, MINOR,
 };
+use crate::names::Line;
 
 /// A recording that is being written. Each frame is out when its call returns.
 #[derive(Debug)]
@@ -77,6 +78,16 @@ impl<W: Write> Writer<W> {
     pub fn mark(&mut self, at: Duration, name: &str) -> io::Result<()> {
         let name = name.split('\n').collect::<Vec<_>>().join(" ");
         self.frame(Kind::About, at, format!("{MARK}: {name}\n").into_bytes())
+    }
+
+    /// Says what VMs are called that are in the snapshot that comes next.
+    pub fn names(&mut self, at: Duration, names: &[Line]) -> io::Result<()> {
+        let mut text = Vec::new();
+        for line in names {
+            serde_json::to_writer(&mut text, line)?;
+            text.push(b'\n');
+        }
+        self.frame(Kind::Names, at, text)
     }
 
     /// Ends it, and says how.

@@ -3,16 +3,34 @@
 //! The report as comma separated values, as RFC 4180 has them.
 
 use super::Selection;
-use crate::model::{ReasonRow, Report, Span};
+use crate::{
+    model::{ReasonRow, Report, Span},
+    names::Given,
+};
 
 /// The line of titles. `time_s` is the moment of the snapshot, in seconds since the module was
 /// loaded, and `span_s` the time that the numbers are of. A number that is not known is left
 /// empty, as are `vm`, `pid` and `span_s` of the sums of those that are gone. `kernel`, `share` and
 /// `mean` are with the time that KVM polled, `polled` is that part of `kernel`; `blocked` is the sum
-/// of `halted` and `waiting`.
+/// of `halted` and `waiting`. `name` is KVM's name, and `vmm_name` that which the VMM was given.
 pub const HEADER: &str = "time_s,span_s,vm,name,pid,vcpu,kind,code,reason,exits,nested_exits,\
 per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_exact,halted,waiting,\
-polled\n";
+polled,vmm_name,vmm_uuid,vmm_manager,vmm_id,vmm_unit\n";
+
+/// What a VM's VMM was told about it, as the last columns of a line.
+pub(crate) fn given(given: &Given) -> String {
+    let Given {
+        name,
+        uuid,
+        manager,
+        id,
+        unit,
+        ..
+    } = given;
+    let texts = [name, uuid, manager, id, unit];
+    let texts = texts.map(|text| text.as_deref().map_or_else(String::new, quoted));
+    texts.join(",")
+}
 
 /// A line for each reason of each VM, and of those that are gone when all is shown. The column
 /// `vcpu` has a number when only the vCPUs of that id are shown.
@@ -31,21 +49,23 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
             number(selection.vcpu),
         ]
         .join(",");
+        let names = given(&vm.vmm);
         for row in &vm.ledger.reasons {
-            text += &line(&whose, row, vm.ledger.cycles.kernel, Some(vm.span));
+            text += &line(&whose, &names, row, vm.ledger.cycles.kernel, Some(vm.span));
         }
     }
     if !selection.is_part() {
         let whose = format!("{time},,,departed,,");
         let ledger = &report.departed.ledger;
+        let names = given(&Given::default());
         for row in &ledger.reasons {
-            text += &line(&whose, row, ledger.cycles.kernel, report.interval);
+            text += &line(&whose, &names, row, ledger.cycles.kernel, report.interval);
         }
     }
     text
 }
 
-fn line(whose: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> String {
+fn line(whose: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> String {
     let rate = span.and_then(|span| span.per_second(row.exits));
     let part = |whole: u128| (whole != 0).then(|| row.cycles.kernel as f64 / whole as f64);
     let spread = row.spread.as_ref();
@@ -76,6 +96,7 @@ fn line(whose: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> Strin
     let sleeps = [cycles.halted, cycles.waiting];
     fields.extend(sleeps.map(|ticks| number(cycles.has_waits.then_some(ticks))));
     fields.push(number(row.polled));
+    fields.push(names.to_owned());
     fields.join(",") + "\n"
 }
 

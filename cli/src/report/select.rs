@@ -2,47 +2,20 @@
 
 //! What of a snapshot is shown, and in which order.
 
-use crate::model::{Report, Sort};
+use crate::{
+    model::{Report, Sort, Vm},
+    names::{self, NoVm},
+};
 
 /// What is to be shown.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Selection<'a> {
-    /// Of the VMs, only those with this name, or of this process.
+    /// Of the VMs, only the one that is called so, or of this process.
     pub vm: Option<&'a str>,
     /// Of each VM, only the vCPU of this id.
     pub vcpu: Option<u32>,
     /// The order of the reasons.
     pub sort: Sort,
-}
-
-/// Return true if a VM is meant by what a user calls it: its name, or its process.
-pub fn is_called(name: &str, pid: u32, vm: &str) -> bool {
-    name == vm || pid.to_string() == vm
-}
-
-/// There is no such VM.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
-pub struct NoVm {
-    vm: String,
-    those: String,
-}
-
-impl NoVm {
-    /// Tell that there is no such VM, but those of these names.
-    pub fn new<'a>(vm: &str, names: impl Iterator<Item = &'a str>) -> Self {
-        const SOME: usize = 5;
-        let names: Vec<_> = names.collect();
-        let those = match names.get(..SOME.min(names.len())) {
-            None | Some([]) => "none runs at all".to_owned(),
-            Some(some) => {
-                let more = if names.len() > SOME { ", ..." } else { "" };
-                format!("those that run are {}{more}", some.join(", "))
-            }
-        };
-        let vm = vm.to_owned();
-        Self { vm, those }
-    }
 }
 
 /// What is to be shown is not there.
@@ -69,11 +42,8 @@ impl Selection<'_> {
     /// When there is no such part.
     pub fn apply(&self, mut report: Report) -> Result<Report, Error> {
         if let Some(vm) = self.vm {
-            let none = NoVm::new(vm, report.vms.iter().map(|vm| vm.name.as_str()));
-            report.vms.retain(|one| is_called(&one.name, one.pid, vm));
-            if report.vms.is_empty() {
-                return Err(none.into());
-            }
+            let meant = names::find(vm, report.vms.iter().map(Vm::known))?;
+            report.vms.retain(|vm| meant.contains(&vm.vm));
         }
         if let Some(id) = self.vcpu {
             for vm in &mut report.vms {

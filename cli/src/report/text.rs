@@ -8,8 +8,9 @@ use exitmeter_meter::phase::Phase;
 
 use super::Selection;
 use crate::{
-    model::{Cycles, Host, Ledger, ReasonRow, Report, Span, Vcpu, Vm},
-    numbers::{at_least, bar, exact, rate, rough, rounded, share, time},
+    model::{Cycles, Host, Ledger, ReasonRow, Report, Span, Vcpu},
+    names::Given,
+    numbers::{at_least, exact, rate, rough, rounded, share, time},
     output::Look,
     paint::{paint, Style},
     spread::Spread,
@@ -35,10 +36,11 @@ pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
         writer.text += "\nNo VM runs.\n";
     }
     for vm in &report.vms {
-        let Vm { name, pid, .. } = vm;
+        let (name, pid) = (look.plain(&vm.label()), vm.pid);
         let vcpus = count(vm.vcpus.len() as u64, "vCPU");
         let exits = exits(&vm.ledger, Some(vm.span));
         writer.title(&format!("{name}, process {pid}: {exits}, {vcpus}"));
+        writer.names(&vm.vmm);
         writer.phases(&vm.ledger);
         writer.vcpus(&report.host, &vm.vcpus);
         writer.reasons(&vm.ledger, Some(vm.span));
@@ -142,6 +144,34 @@ impl Writer {
         self.text += &format!("\n{title}\n\n");
     }
 
+    /// What a VM is called besides, as many in a line as there is room for. What has none alone is left
+    /// out.
+    fn names(&mut self, given: &Given) {
+        let mut lines: Vec<String> = Vec::new();
+        let fits = |text: &str| {
+            let width = self.look.width;
+            width.is_none_or(|width| text.chars().count() <= width)
+        };
+        for words in given.others() {
+            let words = self.look.plain(&words);
+            let joined = lines.last().map(|line| format!("{line}, {words}"));
+            match joined.filter(|line| fits(line)) {
+                Some(joined) => {
+                    lines.pop();
+                    lines.push(joined);
+                }
+                None if fits(&words) => lines.push(words),
+                None => {
+                    let what = words.split(' ').next().unwrap_or_default();
+                    self.spared.insert(what.to_owned());
+                }
+            }
+        }
+        if !lines.is_empty() {
+            self.text += &(lines.join("\n") + "\n\n");
+        }
+    }
+
     pub(crate) fn table<const COLUMNS: usize>(&mut self, table: &Table<COLUMNS>) {
         self.text += &table.text(self.look.color);
         self.spared.extend(table.spared().iter().cloned());
@@ -185,7 +215,7 @@ impl Writer {
                 Cell::new(name, style),
                 text.into(),
                 share(part, whole).into(),
-                Cell::new(bar(part, whole, room.min(BAR) as u32), style),
+                Cell::new(self.look.bar(part, whole, room.min(BAR) as u32), style),
             ]);
         }
         self.table(&table);

@@ -3,31 +3,33 @@
 //! Slow exits as comma separated values, as RFC 4180 has them.
 
 use super::model::{Exit, Slow};
-use crate::report::quoted;
+use crate::report::{given, quoted};
 
 /// The line of titles. Times are TSC ticks; what is not known, or was not, is left empty.
 const HEADER: &str = "when,tsc,vm,name,pid,vcpu,sequence,kind,code,reason,about,nested,rip,symbol,\
-cpu_exit,cpu_entry,took,kernel,user,waiting,preempted,halted,scheduled_out,exit_reason,culprit\n";
+cpu_exit,cpu_entry,took,kernel,user,waiting,preempted,halted,scheduled_out,exit_reason,culprit,\
+vmm_name,vmm_uuid,vmm_manager,vmm_id,vmm_unit\n";
 
 /// Write a line for each of the slowest exits, or for each exit of the rings.
 pub fn csv(slow: &Slow, ring: bool) -> String {
     let mut text = HEADER.to_owned();
     for vm in &slow.vms {
         let whose = format!("{},{},{}", vm.vm, quoted(&vm.name), vm.pid);
+        let names = given(&vm.vmm);
         if ring {
             for exit in vm.rings.iter().flat_map(|ring| &ring.exits) {
-                text += &line(&whose, exit);
+                text += &line(&whose, &names, exit);
             }
         } else {
             for exit in &vm.slowest {
-                text += &line(&whose, exit);
+                text += &line(&whose, &names, exit);
             }
         }
     }
     text
 }
 
-fn line(whose: &str, exit: &Exit) -> String {
+fn line(whose: &str, names: &str, exit: &Exit) -> String {
     let fields = [
         shown(exit.when),
         exit.tsc.to_string(),
@@ -56,6 +58,7 @@ fn line(whose: &str, exit: &Exit) -> String {
         exit.scheduled_out.to_string(),
         exit.to_user().map_or_else(String::new, |why| quoted(&why)),
         u8::from(exit.culprit).to_string(),
+        names.to_owned(),
     ];
     fields.join(",") + "\n"
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::moment::Moment;
 use crate::{
     model::{Host, Label, Report},
-    report::{is_called, NoVm},
+    names::{self, Book, Given, Known, NoVm},
     why::{
         detail::{user_exit, Detail},
         symbols::{self, Symbols},
@@ -148,8 +148,10 @@ impl Seen {
 /// Of which VM and reason exits are shown.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Selection<'a> {
-    /// Name or process of the VM.
+    /// What the VM is called, or its process.
     pub vm: Option<&'a str>,
+    /// The VMs' names.
+    pub names: Option<&'a Book>,
     /// Code of the reason.
     pub code: Option<u32>,
 }
@@ -176,6 +178,8 @@ pub struct Vm {
     pub name: String,
     /// The process that made it.
     pub pid: u32,
+    /// What its VMM was told about it, when that is known.
+    pub vmm: Given,
     /// The slowest exits of its vCPUs, the longest first.
     pub slowest: Vec<Exit>,
     /// The last exits of each vCPU.
@@ -320,17 +324,30 @@ impl Slow {
     ///
     /// # Errors
     ///
-    /// When there is no such VM.
+    /// When there is no such VM, or several are called so.
     pub fn new(seen: &Seen, symbols: &Symbols, selection: Selection<'_>) -> Result<Self, NoVm> {
+        let none = Book::default();
+        let names = selection.names.unwrap_or(&none);
+        let known = seen.vms.iter().map(|(&vm, (name, pid))| Known {
+            vm,
+            kvm: name,
+            pid: *pid,
+            given: names.vm_of(seen.host.life, vm),
+        });
+        let meant = match selection.vm {
+            Some(vm) => Some(names::find(vm, known)?),
+            None => None,
+        };
         let mut vms = Vec::new();
         for (number, (name, pid)) in &seen.vms {
-            if !selection.vm.is_none_or(|vm| is_called(name, *pid, vm)) {
+            if meant.as_ref().is_some_and(|meant| !meant.contains(number)) {
                 continue;
             }
             let mut vm = Vm {
                 vm: *number,
                 name: name.clone(),
                 pid: *pid,
+                vmm: names.vm_of(seen.host.life, *number).clone(),
                 slowest: Vec::new(),
                 rings: Vec::new(),
             };
@@ -349,10 +366,6 @@ impl Slow {
             vm.slowest
                 .sort_by_key(|exit| (std::cmp::Reverse(exit.took), exit.tsc));
             vms.push(vm);
-        }
-        if let (Some(vm), true) = (selection.vm, vms.is_empty()) {
-            let names = seen.vms.values().map(|(name, _)| name.as_str());
-            return Err(NoVm::new(vm, names));
         }
         Ok(Self {
             format: FORMAT,

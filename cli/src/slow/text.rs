@@ -66,7 +66,11 @@ fn of_vm(
     look: Look,
     spared: &mut BTreeSet<String>,
 ) -> String {
-    let whose = format!("{}, process {}", vm.name, vm.pid);
+    let whose = format!(
+        "{}, process {}",
+        look.plain(&vm.vmm.label(&vm.name)),
+        vm.pid
+    );
     let title = |text: &str| format!("\n{}\n", paint(text, Style::Strong, look.color));
     if shown.ring {
         let mut text = String::new();

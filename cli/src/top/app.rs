@@ -15,8 +15,8 @@ use super::{
     history::History,
 };
 use crate::{
-    model::{delta::ANEW, Label, Report},
-    report::is_called,
+    model::{delta::ANEW, Label, Report, Vm},
+    names::{self, NoVm},
     why::{symbols::Symbols, tables::Moment},
 };
 
@@ -48,11 +48,6 @@ pub enum Action {
     /// To leave.
     Quit,
 }
-
-/// There is no such VM.
-#[derive(Debug, thiserror::Error)]
-#[error("no VM runs that is called '{0}' or belongs to process '{0}': see `exitmeter report`")]
-pub struct NoVm(String);
 
 /// The state of the screen.
 #[derive(Debug)]
@@ -127,16 +122,17 @@ impl App {
         }
     }
 
-    /// Goes to a VM by its name or process.
+    /// Goes to a VM by what it is called, or its process.
     ///
     /// # Errors
     ///
-    /// When there is none.
+    /// When there is none, or several are called so.
     pub fn open(&mut self, vm: &str) -> Result<(), NoVm> {
-        let mut vms = self.now.vms.iter();
-        let found = vms.find(|one| is_called(&one.name, one.pid, vm));
-        let number = found.ok_or_else(|| NoVm(vm.to_owned()))?.vm;
-        self.go(Scope::Vm(number));
+        let meant = names::find(vm, self.now.vms.iter().map(Vm::known))?;
+        // Of several VMs of one process, the first.
+        if let Some(number) = meant.first() {
+            self.go(Scope::Vm(*number));
+        }
         Ok(())
     }
 

@@ -148,7 +148,7 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
     match order {
         0 => vms.sort_by_key(|vm| Reverse(vm.ledger.exits)),
         1 => vms.sort_by_key(|vm| Reverse(vm.ledger.cost())),
-        _ => vms.sort_by(|one, other| one.name.cmp(&other.name)),
+        _ => vms.sort_by_cached_key(|vm| (vm.short(), vm.pid)),
     }
     let mut columns = vec![
         left("VM", 16),
@@ -160,13 +160,13 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
     columns.push(bars("trend"));
     let lines = vms.into_iter().map(|vm| {
         let mut cells = vec![
-            vm.name.clone(),
+            vm.short(),
             vm.pid.to_string(),
             vm.vcpus.len().to_string(),
             rate(vm.span, vm.ledger.exits),
         ];
         cells.extend(phases(&vm.ledger));
-        line(Scope::Vm(vm.vm), vm.name.clone(), cells)
+        line(Scope::Vm(vm.vm), vm.label(), cells)
     });
     Sheet {
         counted: ["VM", "VMs"],

@@ -65,7 +65,7 @@ impl Scope {
     /// What it is called.
     pub fn title(&self, report: &Report) -> String {
         let vm = match self.vm(report) {
-            Some(Vm { name, pid, .. }) => format!("{name}, process {pid}"),
+            Some(vm) => format!("{}, process {}", vm.label(), vm.pid),
             None => "a VM that is gone".to_owned(),
         };
         match self {

@@ -14,6 +14,7 @@ use exitmeter_meter::reader::Snapshot;
 
 use crate::{
     model::Report,
+    names::Book,
     recording::read::{self, Reader},
     source,
     why::{
@@ -26,6 +27,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Feed {
     path: PathBuf,
+    /// The names of the VMs that run.
+    names: Book,
     recording: Option<Recording>,
     /// The device with its details on.
     device: Option<Device>,
@@ -85,6 +88,7 @@ struct Recording {
     place: usize,
     /// How much of it has been.
     clock: Duration,
+    names: Book,
 }
 
 impl Feed {
@@ -108,6 +112,7 @@ impl Feed {
         };
         Ok(Self {
             path: path.to_owned(),
+            names: Book::of(path),
             recording,
             device: None,
         })
@@ -148,7 +153,7 @@ impl Feed {
     /// # Errors
     ///
     /// When there is none.
-    pub fn first(&self) -> Result<Reading, Error> {
+    pub fn first(&mut self) -> Result<Reading, Error> {
         Ok(match &self.recording {
             None => self.read()?,
             Some(recording) => recording.reading(&self.path)?,
@@ -156,12 +161,17 @@ impl Feed {
     }
 
     /// Take a snapshot of the device, or of the file that stands for it.
-    fn read(&self) -> Result<Reading, source::Error> {
+    fn read(&mut self) -> Result<Reading, source::Error> {
         let bytes = match &self.device {
             Some(device) => device.read()?,
             None => source::read(&self.path)?,
         };
-        Ok(Reading::new(&source::parse(&self.path, &bytes)?))
+        let snapshot = source::parse(&self.path, &bytes)?;
+        self.names.read(&snapshot);
+        self.names.forget(&snapshot);
+        let mut reading = Reading::new(&snapshot);
+        self.names.name(&mut reading.report);
+        Ok(reading)
     }
 
     /// The reading after so much time.
@@ -194,6 +204,7 @@ impl Recording {
             snapshots,
             place: 0,
             clock,
+            names: reader.names().clone(),
         })
     }
 
@@ -214,6 +225,8 @@ impl Recording {
     fn reading(&self, path: &Path) -> Result<Reading, source::Error> {
         let bytes = self.snapshots.get(self.place);
         let bytes = bytes.map_or(&[][..], |(_, bytes)| bytes);
-        Ok(Reading::new(&source::parse(path, bytes)?))
+        let mut reading = Reading::new(&source::parse(path, bytes)?);
+        self.names.name(&mut reading.report);
+        Ok(reading)
     }
 }

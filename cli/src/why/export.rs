@@ -37,7 +37,7 @@ fn stacks(code: &[Group], weight: Weight) -> BTreeMap<(String, String), u128> {
 /// Write collapsed stacks, as flamegraph.pl and inferno-flamegraph read them.
 pub fn collapsed(why: &Why, weight: Weight) -> String {
     let vms = why.vms.iter();
-    vms.map(|vm| collapsed_of(&vm.name, &vm.code, weight))
+    vms.map(|vm| collapsed_of(&vm.label(), &vm.code, weight))
         .collect()
 }
 
@@ -74,7 +74,7 @@ pub fn speedscope(why: &Why, weight: Weight) -> Value {
     for vm in &why.vms {
         let (mut samples, mut weights, mut end) = (Vec::new(), Vec::new(), 0_u128);
         for ((reason, code), weight) in stacks(&vm.code, weight) {
-            samples.push([frame(vm.name.clone()), frame(reason), frame(code)]);
+            samples.push([frame(vm.label()), frame(reason), frame(code)]);
             weights.push(weight);
             end = end.saturating_add(weight);
         }
@@ -83,7 +83,7 @@ pub fn speedscope(why: &Why, weight: Weight) -> Value {
         }
         profiles.push(json!({
             "type": "sampled",
-            "name": format!("{}: {unit}", vm.name),
+            "name": format!("{}: {unit}", vm.label()),
             "unit": "none",
             "startValue": 0,
             "endValue": end,

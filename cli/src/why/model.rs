@@ -15,7 +15,10 @@ use super::{
     symbols::{self, half, Symbols},
     tables::{self, Key, Moment, Numbers, Rows},
 };
-use crate::model::{Host, Label, Span};
+use crate::{
+    model::{Host, Label, Span},
+    names::{Book, Given},
+};
 
 /// The version of the data's shape: grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;
@@ -57,6 +60,8 @@ pub struct Vm {
     pub name: String,
     /// The process that made it.
     pub pid: u32,
+    /// What its VMM was told about it, when that is known.
+    pub vmm: Given,
     /// It has gone since its numbers were read.
     pub gone: bool,
     /// vCPUs that have tables.
@@ -273,6 +278,7 @@ impl Why {
                 vm: number,
                 name: name.clone(),
                 pid: *pid,
+                vmm: Given::default(),
                 gone: !moment.runs(number),
                 vcpus: vcpus.len(),
                 vcpus_without_rip: vcpus.iter().filter(|(_, vcpu)| vcpu.no_rip).count(),
@@ -290,6 +296,20 @@ impl Why {
             has_code: moment.has_code,
             vms: vms.collect(),
         }
+    }
+
+    /// Write the names of the VMs into it.
+    pub fn name(&mut self, names: &Book) {
+        for vm in &mut self.vms {
+            vm.vmm = names.vm_of(self.host.life, vm.vm).clone();
+        }
+    }
+}
+
+impl Vm {
+    /// Return its name for people, with KVM's.
+    pub fn label(&self) -> String {
+        self.vmm.label(&self.name)
     }
 }
 

@@ -6,7 +6,7 @@ use exitmeter_guest::defined;
 use exitmeter_meter::reasons::{self, Isa};
 
 use super::{model::Why, tables::Moment};
-use crate::report::{is_called, NoVm};
+use crate::names::{self, Book, Known, NoVm};
 
 /// Why there is nothing to show.
 #[derive(Debug, thiserror::Error)]
@@ -30,20 +30,22 @@ pub enum Error {
     Symbols(usize),
 }
 
-/// Keep the VMs of a name, or of a process.
+/// Keep the VM that is called so, by what a book says, or the VMs of a process.
 ///
 /// # Errors
 ///
-/// When there is none.
-pub fn vm(moment: &mut Moment, vm: &str) -> Result<(), NoVm> {
-    let none = NoVm::new(vm, moment.vms.values().map(|(name, _)| name.as_str()));
-    moment
-        .vms
-        .retain(|_, (name, pid)| is_called(name, *pid, vm));
-    match moment.vms.is_empty() {
-        false => Ok(()),
-        true => Err(none),
-    }
+/// When there is none, or several are called so.
+pub fn vm(moment: &mut Moment, vm: &str, names: &Book) -> Result<(), NoVm> {
+    let life = moment.host.life;
+    let known = moment.vms.iter().map(|(&number, (name, pid))| Known {
+        vm: number,
+        kvm: name,
+        pid: *pid,
+        given: names.vm_of(life, number),
+    });
+    let meant = names::find(vm, known)?;
+    moment.vms.retain(|number, _| meant.contains(number));
+    Ok(())
 }
 
 /// Keep the rows of one reason, which is told by its name or its number.

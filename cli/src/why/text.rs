@@ -94,7 +94,7 @@ fn of_vm(
     let gone = if vm.gone { ", gone" } else { "" };
     let title = format!(
         "{}, process {}{gone}: {} in {}, {}",
-        vm.name,
+        look.plain(&vm.label()),
         vm.pid,
         count(all.exits, "exit"),
         spent(vm.span, khz),

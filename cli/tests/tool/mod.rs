@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tool, run as a user does, whatever the environment of the tests says of colours and width.
+//! The tool, run as a user does, whatever the environment of the tests says of colours, width and
+//! letters.
 
 use std::process::{Command, Output};
 
@@ -9,6 +10,7 @@ pub fn exitmeter(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
     command.args(arguments);
     command.env_remove("NO_COLOR").env_remove("COLUMNS");
+    command.env("LC_ALL", "C.UTF-8").env("TERM", "xterm");
     command
 }
 

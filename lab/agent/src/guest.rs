@@ -41,10 +41,12 @@ enum Verb {
     /// Starts a guest, and waits until it takes commands.
     Boot(Boot),
     /// Runs a command in a guest; its output and status become those of this command (125: it could not be run).
+    ///
+    /// One word is a line for the guest's shell. Several are a command and its arguments, which come there as they are.
     Run {
         #[command(flatten)]
         which: Which,
-        /// The command; several words are put together with blanks, for the guest's shell.
+        /// A line for the guest's shell, or a command and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
@@ -109,7 +111,7 @@ fn name(text: &str) -> Result<String, String> {
 pub fn command() -> ExitCode {
     let done = match Guest::parse().verb {
         Verb::Boot(options) => boot(&options),
-        Verb::Run { which, command } => run(&which, &command.join(" ")),
+        Verb::Run { which, command } => run(&which, &line(&command)),
         Verb::Reboot(which) => restart(&which),
         Verb::Stop(which) => stop(&which),
         Verb::Pid(which) => Files::of(&which).pid().map(|pid| {
@@ -124,6 +126,21 @@ pub fn command() -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// Make a line for a shell: what is one word already, or a command that the shell leaves as it is.
+fn line(words: &[String]) -> String {
+    if let [line] = words {
+        return line.clone();
+    }
+    let quoted = words.iter().map(|word| {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "%+,-./:=@_".contains(c);
+        match !word.is_empty() && word.chars().all(is_plain) {
+            true => word.clone(),
+            false => format!("'{}'", word.replace('\'', r"'\''")),
+        }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
 }
 
 /// Where a guest's things are.
@@ -460,5 +477,36 @@ impl Line {
     fn wait_for(&mut self, message: &Message, files: &Files) -> Result<()> {
         while !matches!(self.next(files)?, Item::Message(got) if got == *message) {}
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a shell makes of a line: each word of a command, with a NUL behind it.
+    fn words(line: &str) -> Vec<u8> {
+        let output = Command::new("sh").args(["-c", line]).output();
+        output.expect("there is a shell").stdout
+    }
+
+    #[test]
+    fn several_words_come_as_they_are() {
+        let hostile = [
+            "printf", r"%s\0", "a b", "", "it's", "$HOME", "\"`id`\"", "*", "x\ny", "-n", "a=b",
+        ];
+        let line = line(&hostile.map(str::to_owned));
+        let expected: String = hostile
+            .iter()
+            .skip(2)
+            .map(|word| format!("{word}\0"))
+            .collect();
+        assert_eq!(words(&line), expected.as_bytes());
+    }
+
+    #[test]
+    fn one_word_is_a_line_for_the_shell() {
+        let one = line(&["printf %s $((1 + 1)) | cat".to_owned()]);
+        assert_eq!(words(&one), b"2");
     }
 }

@@ -4,18 +4,24 @@
 //! reading of the meter; the cases here say for whom.
 
 use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::net::UnixStream,
+    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use exitmeter_meter::phase::Phase;
+use serde_json::Value;
 use tiny_guests::{pin, Config, Machine, Mode, Program};
 
 use super::{no_userfaultfd, Case};
 use crate::host::{
     self,
+    cgroup::Frozen,
+    linux::Linux,
     meter::{Meter, Vcpu},
     task::Busy,
 };
@@ -63,6 +69,13 @@ pub(super) fn cases() -> Vec<Case> {
             );
             Ok(())
         }),
+        Case::with(
+            "",
+            "phases: a VM that is stopped, frozen or suspended is in user space",
+            held,
+        )
+        .with_linux()
+        .within(240),
         Case::with(
             "",
             "phases: a guest beside a busy task is preempted",
@@ -152,6 +165,82 @@ pub(super) fn cases() -> Vec<Case> {
             },
         ),
     ]
+}
+
+/// An idle Linux guest is held in each way. Its vCPU sleeps in KVM then, and has to leave it.
+fn held() -> Result<()> {
+    const QMP: &str = "/tmp/qmp";
+    let qmp = format!("unix:{QMP},server=on,wait=off");
+    let linux = Linux::boot(&["--", "-qmp", &qmp])?;
+    let pid = linux.pid()?;
+    let user = |how: &str| -> Result<()> {
+        // The way out of KVM is over.
+        thread::sleep(Duration::from_millis(200));
+        let pid = pid.to_string();
+        let report = Command::new("exitmeter")
+            .args([
+                "report",
+                "--json",
+                "--vm",
+                &pid,
+                "--interval",
+                "0.5",
+                "--count",
+                "1",
+            ])
+            .output()?;
+        let report: Value = serde_json::from_slice(&report.stdout)
+            .with_context(|| format!("no JSON of a VM that is {how}"))?;
+        let cycles = &report["vms"][0]["cycles"];
+        ensure!(
+            cycles["user"].as_u64() > Some(0) && cycles["user"] == report["interval"]["ticks"],
+            "a VM that is {how} has {cycles}"
+        );
+        Ok(())
+    };
+    let idle = || -> Result<()> {
+        // It runs on.
+        let text = linux.run("sleep 0.5; echo here")?;
+        ensure!(text == "here\n", "the guest says {text:?}");
+        Ok(())
+    };
+    idle()?;
+    let signal = |signal| {
+        // SAFETY: A system call without memory.
+        let ret = unsafe { libc::kill(pid as i32, signal) };
+        ensure!(ret == 0, "the VMM takes no signal");
+        Ok(())
+    };
+    signal(libc::SIGSTOP)?;
+    user("stopped")?;
+    signal(libc::SIGCONT)?;
+    idle()?;
+
+    let cgroup = Frozen::new(pid)?;
+    user("frozen")?;
+    drop(cgroup);
+    idle()?;
+
+    let mut line = UnixStream::connect(QMP).context("the VMM has no QMP")?;
+    line.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut answers = BufReader::new(line.try_clone()?).lines();
+    let mut ask = |command: &str| -> Result<()> {
+        writeln!(line, "{{\"execute\": \"{command}\"}}")?;
+        for answer in answers.by_ref() {
+            let answer: Value = serde_json::from_str(&answer?)?;
+            if answer.get("return").is_some() {
+                return Ok(());
+            }
+            ensure!(answer.get("error").is_none(), "{command}: {answer}");
+        }
+        bail!("QMP has ended")
+    };
+    ask("qmp_capabilities")?;
+    ask("stop")?;
+    user("suspended")?;
+    ask("cont")?;
+    idle()?;
+    linux.stop()
 }
 
 /// KVM sleeps in a page fault, as for memory that is swapped out or still on another host.

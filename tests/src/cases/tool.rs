@@ -38,6 +38,13 @@ pub(super) fn cases() -> Vec<Case> {
             details,
         ),
         Case::with(
+            "",
+            "tool: a VM is found by the name that its VMM was given",
+            by_name,
+        )
+        .with_linux()
+        .within(240),
+        Case::with(
             "log_queries=0",
             "tool: a Linux guest reads its exits, and those of a command, without the tool's own",
             in_guest,
@@ -153,6 +160,77 @@ fn difference() -> Result<()> {
         refused.status
     );
     drop(new);
+    Ok(())
+}
+
+/// A Linux guest whose VMM has a name and a UUID for it, beside a VM that has none.
+fn by_name() -> Result<()> {
+    const UUID: &str = "8d3a9a2c-7b0e-4e62-9c1f-0f9c5a7b1e11";
+    const RECORDING: &str = "name.rec";
+    let options = [
+        "--",
+        "-name",
+        "guest=web,,1,debug-threads=on",
+        "-uuid",
+        UUID,
+    ];
+    let linux = Linux::boot(&options)?;
+    let pid = linux.pid()?;
+    let mut other = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
+    other.run()?;
+    let label = format!("web,1 (kvm-{pid})");
+
+    for called in ["web,1", UUID, &pid.to_string(), &format!("kvm-{pid}")] {
+        let report = json(&tool(&["report", "--json", "--vm", called])?)?;
+        let vms = report["vms"].as_array().context("there are VMs")?;
+        ensure!(
+            vms.len() == 1 && vms[0]["pid"] == pid && vms[0]["name"] == format!("kvm-{pid}"),
+            "of {called} there is {vms:?}"
+        );
+        let told = &vms[0]["vmm"];
+        ensure!(
+            told["name"] == "web,1" && told["uuid"] == UUID && told["manager"] == "qemu",
+            "the VMM was told {told}"
+        );
+    }
+    let text = tool(&["report"])?;
+    let own = format!("\nkvm-{}, process", std::process::id());
+    ensure!(
+        text.contains(&format!("\n{label}, process {pid}: ")) && text.contains(&own),
+        "the report has no VM {label}, or none without a name:\n{text}"
+    );
+    for command in ["why", "slow"] {
+        let told = tool(&[command, "--vm", "web,1", "--", "sleep", "0.3"])?;
+        ensure!(told.contains(&label), "exitmeter {command} says\n{told}");
+    }
+
+    // The recording has the name when its process is gone.
+    let record = [
+        "record",
+        "--output",
+        RECORDING,
+        "--interval",
+        "20",
+        "--",
+        "sleep",
+        "0.3",
+    ];
+    tool(&record)?;
+    linux.stop()?;
+    drop(other);
+    let plot = [
+        "plot", RECORDING, "--output", "-", "--format", "html", "--vm", "web,1",
+    ];
+    let page = tool(&plot)?;
+    ensure!(page.contains(&label), "the recording has no VM {label}");
+    let refused = Command::new("exitmeter")
+        .args(["report", "--vm", "web,1"])
+        .output()?;
+    ensure!(
+        refused.status.code() == Some(1),
+        "a VM that is gone is found: {}",
+        refused.status
+    );
     Ok(())
 }
 

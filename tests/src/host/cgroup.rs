@@ -1,10 +1,66 @@
-//! A memory cgroup of this process's own.
+//! cgroups: one of this process's own for its memory, and the freezer.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{ensure, Context as _, Result};
 
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// Mount the hierarchy of version 2, unless it is there.
+fn mount() -> Result<()> {
+    if fs::metadata(format!("{ROOT}/cgroup.controllers")).is_err() {
+        fs::create_dir_all(ROOT)?;
+        let mounted = Command::new("mount")
+            .args(["-t", "cgroup2", "cgroup2", ROOT])
+            .status()?;
+        ensure!(mounted.success(), "cgroup2 cannot be mounted at {ROOT}");
+    }
+    Ok(())
+}
+
+/// A process that is frozen until this is dropped.
+#[derive(Debug)]
+pub struct Frozen {
+    path: PathBuf,
+    pid: u32,
+}
+
+impl Frozen {
+    /// Freeze a process.
+    ///
+    /// # Errors
+    ///
+    /// Those of the kernel.
+    pub fn new(pid: u32) -> Result<Self> {
+        mount()?;
+        let path = PathBuf::from(format!("{ROOT}/frozen-{pid}"));
+        fs::create_dir(&path)?;
+        let frozen = Self { path, pid };
+        fs::write(frozen.path.join("cgroup.procs"), pid.to_string())?;
+        fs::write(frozen.path.join("cgroup.freeze"), "1")?;
+        let end = Instant::now() + Duration::from_secs(10);
+        while !fs::read_to_string(frozen.path.join("cgroup.events"))?.contains("frozen 1") {
+            ensure!(Instant::now() < end, "process {pid} does not freeze");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(frozen)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // What fails here is seen by whoever waits for the process.
+        let _ = fs::write(self.path.join("cgroup.freeze"), "0");
+        let _ = fs::write(format!("{ROOT}/cgroup.procs"), self.pid.to_string());
+        let _ = fs::remove_dir(&self.path);
+    }
+}
 
 /// A cgroup. It stays when this goes, as its process is in it.
 #[derive(Debug)]
@@ -19,14 +75,7 @@ impl Cgroup {
     ///
     /// Those of the kernel, as when it has no memory controller.
     pub fn of_this_process() -> Result<Self> {
-        let controllers = format!("{ROOT}/cgroup.controllers");
-        if fs::metadata(&controllers).is_err() {
-            fs::create_dir_all(ROOT)?;
-            let mounted = Command::new("mount")
-                .args(["-t", "cgroup2", "cgroup2", ROOT])
-                .status()?;
-            ensure!(mounted.success(), "cgroup2 cannot be mounted at {ROOT}");
-        }
+        mount()?;
         fs::write(format!("{ROOT}/cgroup.subtree_control"), "+memory")
             .context("this kernel has no memory controller")?;
         let pid = std::process::id();

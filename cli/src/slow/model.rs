@@ -253,7 +253,8 @@ fn text<S: serde::Serializer>(moment: &Option<Moment>, to: S) -> Result<S::Ok, S
     moment.map(|moment| moment.to_string()).serialize(to)
 }
 
-fn hexadecimal<S: serde::Serializer>(number: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
+/// Write a number as text, since JSON's readers have 53 bits.
+pub fn hexadecimal<S: serde::Serializer>(number: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
     number.map(|number| format!("{number:#x}")).serialize(to)
 }
 

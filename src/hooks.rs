@@ -48,7 +48,8 @@ use crate::{
         },
         detail::{
             source,
-            Exit, //
+            Exit,
+            Register, //
         },
         leaves::{
             Leaves,
@@ -393,9 +394,9 @@ impl Vcpu<'_> {
 
     /// Return a register of the guest.
     #[inline(always)]
-    fn wide_register(&self, register: usize) -> u64 {
-        // SAFETY: As in `register`.
-        unsafe { (*self.0.get()).arch.regs[register & 7] as u64 }
+    fn wide_register(&self, register: Register) -> u64 {
+        // SAFETY: As in `register`. Both numbers are below that of the registers.
+        unsafe { (*self.0.get()).arch.regs[register as usize] as u64 }
     }
 
     /// Return KVM_EXIT_* of a vCPU that leaves its CPU, for user space: why, where KVM_RUN ends;
@@ -626,18 +627,8 @@ impl Exit for VmxExit<'_> {
     }
 
     #[inline(always)]
-    fn msr(&self) -> u64 {
-        self.rcx()
-    }
-
-    #[inline(always)]
-    fn rax(&self) -> u64 {
-        self.0.wide_register(RAX)
-    }
-
-    #[inline(always)]
-    fn rcx(&self) -> u64 {
-        self.0.wide_register(RCX)
+    fn register(&self, register: Register) -> u64 {
+        self.0.wide_register(register)
     }
 
     #[inline(always)]
@@ -739,19 +730,8 @@ impl<const SVM: bool> Exit for ExitByKvm<'_, SVM> {
     }
 
     #[inline(always)]
-    fn msr(&self) -> u64 {
-        let write = SVM && self.info().info1 != 0;
-        self.rcx() & u64::from(u32::MAX) | u64::from(write) << 32
-    }
-
-    #[inline(always)]
-    fn rax(&self) -> u64 {
-        self.vcpu.wide_register(RAX)
-    }
-
-    #[inline(always)]
-    fn rcx(&self) -> u64 {
-        self.vcpu.wide_register(RCX)
+    fn register(&self, register: Register) -> u64 {
+        self.vcpu.wide_register(register)
     }
 
     #[inline(always)]

@@ -479,6 +479,9 @@ fn exit_with<const RING: bool, E: Event>(
         return;
     };
     match E::HIDES_RIP {
+        true if detail::is_leaf(isa, slot) => {
+            exit_composed((ledger, vcpu), now, isa, slot, event);
+        }
         // It is found out there whether there is one.
         true => exit_apart((ledger, vcpu), now, isa, slot, event),
         false => ledger.exit_otherwise(tables, now, &about, key),
@@ -492,7 +495,8 @@ fn exit_without(ledger: &Ledger, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
     exit_of(vcpu, ledger, now, slot);
 }
 
-/// Take an exit by a hypercall, or by CPUID of a leaf that may have subleaves.
+/// Take an exit by a hypercall, or one by CPUID that is not like the latest ones, as any of a leaf
+/// that has subleaves.
 #[inline(never)]
 fn exit_composed(
     (ledger, vcpu): (&Ledger, Vcpu<'_>),
@@ -501,7 +505,7 @@ fn exit_composed(
     slot: Slot,
     event: impl Event,
 ) {
-    if detail::source_of_slot(isa, slot) != detail::source::LEAF {
+    if !detail::is_leaf(isa, slot) {
         return exit_apart((ledger, vcpu), now, isa, slot, event);
     }
     let Some(tables) = tables(ledger) else {
@@ -510,7 +514,7 @@ fn exit_composed(
     let about = About {
         slot,
         nested: false,
-        key: Some(detail::leaf(slot, &event)),
+        key: Some(detail::leaf(isa, slot, &event)),
         rip: event.rip(),
     };
     match tables.has_ring() {

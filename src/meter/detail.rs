@@ -16,7 +16,7 @@ use super::reasons::{self, Isa, Slot, SLOTS};
 pub const BITS: u32 = 55;
 
 /// The highest number that a CPUID subleaf is told by: that one or a higher one.
-pub const LAST_SUBLEAF: u32 = (1 << 23) - 1;
+pub const LAST_SUBLEAF: u32 = (1 << 22) - 2;
 
 /// Of a nested page fault: the detail is an address, and not an access.
 const IS_ADDRESS: u64 = 1 << (BITS - 1);
@@ -40,7 +40,7 @@ pub enum Kind {
     /// A vector: bits 0 to 7; bits 8 to 10 its type (SDM, "Information for VM Exits Due to
     /// Vectored Events").
     Vector = 5,
-    /// A CPUID leaf: bits 0 to 31; bits 32 to 54 its subleaf, where the leaf has some.
+    /// A CPUID leaf: bits 0 to 31; bits 32 to 53 its subleaf, where the leaf has some.
     Cpuid = 6,
     /// A hypercall: bits 0 to 31; bit 32 one of Hyper-V's.
     Hypercall = 7,
@@ -72,14 +72,16 @@ pub mod source {
     pub const ADDRESS: i32 = 0x2400;
     /// The interruption information.
     pub const INTERRUPTION: i32 = 0x4404;
-    /// EAX, which names a CPUID leaf; for a leaf that may have subleaves more, as composed.
-    pub const LEAF: i32 = -4;
-    /// RCX, which names an MSR.
-    pub const MSR: i32 = -3;
-    /// The qualification and the address of a page fault.
-    pub const FAULT: i32 = -2;
     /// What [`super::hypercall`] takes.
     pub const HYPERCALL: i32 = -1;
+    /// The qualification and the address of a page fault.
+    pub const FAULT: i32 = -2;
+    /// RCX, which names an MSR. On SVM also EXITINFO1, which tells a write.
+    pub const MSR: i32 = -3;
+    /// EAX, which names a CPUID leaf. A leaf that has subleaves takes more: see [`super::leaf`].
+    pub const LEAF: i32 = -4;
+    /// EXITINFO1 alone.
+    pub const INFO: i32 = -5;
 }
 
 /// Return what a reason adds to its details, bit by bit: in the bits above them the reason, which is
@@ -117,6 +119,10 @@ pub struct Rules {
     sources: [i32; SLOTS],
     /// The bits of what is read that are the detail.
     masks: [u64; SLOTS],
+    /// On SVM: the register that is part of the detail.
+    registers: [Register; SLOTS],
+    /// The bits of that register which are.
+    register_masks: [u32; SLOTS],
     /// See [`tag`].
     tags: [u64; SLOTS],
 }
@@ -130,6 +136,8 @@ impl Rules {
         let mut rules = Self {
             sources: [source::NONE; SLOTS],
             masks: [0; SLOTS],
+            registers: [Register::Rax; SLOTS],
+            register_masks: [0; SLOTS],
             tags: [0; SLOTS],
         };
         let mut place = 0;
@@ -137,6 +145,14 @@ impl Rules {
             if let Some(slot) = Slot::from_index(place) {
                 if let Some(code) = reasons::code(isa, slot) {
                     (rules.sources[place], rules.masks[place]) = source_of(isa, code);
+                    match rules.sources[place] {
+                        source::LEAF => rules.register_masks[place] = u32::MAX,
+                        source::MSR => {
+                            rules.registers[place] = Register::Rcx;
+                            rules.register_masks[place] = u32::MAX;
+                        }
+                        _ => {}
+                    }
                 }
                 rules.tags[place] = tag(slot);
             }
@@ -157,9 +173,34 @@ impl Rules {
     #[inline(always)]
     fn key(&self, slot: Slot, told: u64) -> u64 {
         // SAFETY: By the invariant of `Slot` its index is below SLOTS.
-        unsafe {
-            told & self.masks.get_unchecked(slot.index()) ^ self.tags.get_unchecked(slot.index())
-        }
+        let mask = unsafe { self.masks.get_unchecked(slot.index()) };
+        self.key_of_all(slot, told & mask)
+    }
+
+    /// Return the key of an exit, all of what was read for it being its detail.
+    #[inline(always)]
+    fn key_of_all(&self, slot: Slot, detail: u64) -> u64 {
+        // SAFETY: As above.
+        detail ^ unsafe { self.tags.get_unchecked(slot.index()) }
+    }
+
+    /// Return the key of an exit of SVM whose detail is in EXITINFO1 and a register. Both are read,
+    /// whatever the reason, so that there is no branch: their masks tell what counts.
+    #[inline(always)]
+    fn key_of_info(&self, slot: Slot, exit: &impl Exit) -> u64 {
+        // SAFETY: As above.
+        let (mask, register, register_mask) = unsafe {
+            (
+                self.masks.get_unchecked(slot.index()),
+                *self.registers.get_unchecked(slot.index()),
+                self.register_masks.get_unchecked(slot.index()),
+            )
+        };
+        let info = exit.read_plain(source::INFO).unwrap_or(0) & mask;
+        let register = exit.register(register) as u32 & register_mask;
+        // The register is above bit 0, where an MSR's access has its write.
+        let detail = info.wrapping_add(u64::from(register) << SVM_REGISTER);
+        self.key_of_all(slot, detail)
     }
 }
 
@@ -172,10 +213,13 @@ pub fn source_of_slot(isa: Isa, slot: Slot) -> i32 {
 
 /// Return what is read of the exits with a code, and the bits of it that are the detail.
 const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
-    use source::{ADDRESS as AT, FAULT, HYPERCALL, INTERRUPTION, LEAF, MSR, NONE, QUALIFICATION};
+    use source::{
+        ADDRESS as AT, FAULT, HYPERCALL, INFO, INTERRUPTION, LEAF, MSR, NONE, QUALIFICATION,
+    };
     match (isa, code) {
-        (Isa::Vmx, 31 | 32) => (MSR, MSR_NUMBER),
-        (Isa::Svm, 0x7c) => (MSR, 1 << 32 | MSR_NUMBER),
+        (Isa::Vmx, 31 | 32) => (MSR, 0),
+        // Bit 0 write, all others 0 (APM, "MSR Intercepts").
+        (Isa::Svm, 0x7c) => (MSR, 1),
         // The immediate forms: the MSR is in the qualification (vmx_get_msr_imm_reg() and its
         // callers in vmx.c).
         (Isa::Vmx, 84 | 85) => (QUALIFICATION, MSR_NUMBER),
@@ -183,7 +227,7 @@ const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
         // for I/O Instructions").
         (Isa::Vmx, 30) => (QUALIFICATION, 0xffff_003f),
         // `SVM_IOIO_*` in svm.h: bit 0 in, 2 string, 3 REP, 4 to 6 size, 16 to 31 port.
-        (Isa::Svm, 0x7b) => (QUALIFICATION, 0xffff_007d),
+        (Isa::Svm, 0x7b) => (INFO, 0xffff_007d),
         (Isa::Vmx, 49) => (AT, ADDRESS),
         (Isa::Vmx, 0 | 1) => (INTERRUPTION, 0x7ff),
         (Isa::Vmx, 28) => (QUALIFICATION, 0x3f),
@@ -192,9 +236,10 @@ const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
         (Isa::Vmx, 45) => (QUALIFICATION, 0xff),
         (Isa::Vmx, 56) => (QUALIFICATION, 0xfff),
         // `avic_unaccelerated_access_interception()`: bits 4 to 11 the offset, bit 32 write.
-        (Isa::Svm, 0x402) => (QUALIFICATION, 1 << 32 | 0xff0),
-        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (LEAF, 0xffff_ffff),
-        (Isa::Vmx, 48) | (Isa::Svm, 0x400) => (FAULT, u64::MAX),
+        (Isa::Svm, 0x402) => (INFO, 1 << 32 | 0xff0),
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (LEAF, 0),
+        (Isa::Vmx, 48) => (FAULT, 7 << FAULT_ACCESS | GIB),
+        (Isa::Svm, 0x400) => (FAULT, (PFERR_WRITE | PFERR_FETCH) << FAULT_ACCESS | GIB),
         (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (HYPERCALL, 0),
         _ => (NONE, 0),
     }
@@ -203,18 +248,43 @@ const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
 /// The bits of an MSR's number.
 const MSR_NUMBER: u64 = 0xffff_ffff;
 
+/// Where a detail of SVM has a register.
+const SVM_REGISTER: u32 = 1;
+
+/// Where the detail of a page fault has the access: on VMX the exit qualification, on SVM the error
+/// code. From there on, both take one instruction to put together: see [`memory`].
+const FAULT_ACCESS: u32 = 64 - GIB_SHIFT;
+/// The bits of an address's GiB.
+const GIB: u64 = ADDRESS >> GIB_SHIFT;
+const GIB_SHIFT: u32 = 30;
+
+/// Page fault error codes, which EXITINFO1 has (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
+const PFERR_WRITE: u64 = 1 << 1;
+const PFERR_RESERVED: u64 = 1 << 3;
+const PFERR_FETCH: u64 = 1 << 4;
+
+/// Where the detail of a CPUID has the subleaf, from 1: 0 for a leaf without.
+const SUBLEAF: u32 = 33;
+
+/// A register of the guest that names what an exit is about, by its number (SDM, volume 2, table
+/// "Register Codes").
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    /// RAX.
+    Rax = 0,
+    /// RCX.
+    Rcx = 1,
+}
+
 /// What an exit can be asked for, each only where it is wanted.
 pub trait Exit {
     /// Return what one of [`source`] that is a field's number names; `None` where it cannot be read.
     fn read(&self, source: i32) -> Option<u64>;
     /// Return the same for an exit whose detail is that number alone.
     fn read_plain(&self, source: i32) -> Option<u64>;
-    /// Return the number of the MSR in RCX; on SVM with bit 32 if it is written, as EXITINFO1 tells.
-    fn msr(&self) -> u64;
-    /// Return the guest's RAX.
-    fn rax(&self) -> u64;
-    /// Return the guest's RCX.
-    fn rcx(&self) -> u64;
+    /// Return a register of the guest.
+    fn register(&self, register: Register) -> u64;
     /// Return the code of the Hyper-V hypercall that this exit is; `None` where the guest's
     /// hypercalls are not Hyper-V's.
     fn hyperv_call(&self) -> Option<u16>;
@@ -222,69 +292,100 @@ pub trait Exit {
 
 /// Return the key of an exit whose detail is one number, or that has none: `None` for that. `Err`
 /// for any other.
+///
+/// A CPUID of a leaf that has subleaves gets a key that no such exit is booked by, so it has no row:
+/// who finds none asks [`leaf`].
 #[inline(always)]
-#[allow(
-    clippy::comparison_chain,
-    reason = "its instructions are counted: see tests/bench/hot-path.json"
-)]
 pub fn plain(isa: Isa, slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
-    let source = source_of_slot(isa, slot);
-    // As wide as a field's number is for VMREAD, so that all three ways take one comparison.
-    let wide = i64::from(source);
-    let told = if wide > 0 {
-        exit.read_plain(source)
-    } else if wide < 0 {
-        if source == source::LEAF {
-            let leaf = exit.rax() as u32;
-            match BASIC_LEAVES.get(leaf as usize) {
-                Some(Subleaves::None) => Some(leaf.into()),
-                _ => return Err(Composed),
-            }
-        } else if source == source::MSR {
-            Some(exit.msr())
-        } else if source == source::FAULT {
-            fault(isa, exit)
-        } else {
-            return Err(Composed);
+    match isa {
+        Isa::Vmx => plain_vmx(slot, exit),
+        Isa::Svm => plain_svm(slot, exit),
+    }
+}
+
+#[inline(always)]
+fn plain_vmx(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
+    let source = source_of_slot(Isa::Vmx, slot);
+    // As wide as a field's number is for VMREAD, so that no instruction widens it.
+    if i64::from(source) > 0 {
+        let told = exit.read_plain(source);
+        Ok(told.map(|told| VMX.key(slot, told)))
+    } else if source == source::FAULT {
+        Ok(fault_vmx(exit).map(|told| VMX.key(slot, told)))
+    } else if source <= source::MSR {
+        // With an order in place of equality the compiler keeps that of these branches.
+        if source == source::MSR {
+            let msr = exit.register(Register::Rcx) as u32;
+            return Ok(Some(VMX.key_of_all(slot, msr.into())));
         }
+        let leaf = exit.register(Register::Rax) as u32;
+        match BASIC_LEAVES.get(leaf as usize) {
+            Some(Subleaves::None) => Ok(Some(VMX.key_of_all(slot, leaf.into()))),
+            _ => Err(Composed),
+        }
+    } else if source == source::NONE {
+        Ok(None)
     } else {
-        None
-    };
-    Ok(told.map(|told| Rules::of(isa).key(slot, told)))
+        Err(Composed)
+    }
+}
+
+#[inline(always)]
+fn plain_svm(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
+    let source = source_of_slot(Isa::Svm, slot);
+    if source == source::FAULT {
+        Ok(fault_svm(slot, exit))
+    } else if source <= source::MSR {
+        Ok(Some(SVM.key_of_info(slot, exit)))
+    } else if source == source::NONE {
+        Ok(None)
+    } else {
+        Err(Composed)
+    }
 }
 
 /// An exit's detail is not had by [`plain`].
 #[derive(Clone, Copy, Debug)]
 pub struct Composed;
 
-/// Return the detail of a page fault; `None` where the CPU does not tell.
+/// Return what is read of a page fault; `None` where the CPU does not tell.
 #[inline(always)]
-fn fault(isa: Isa, exit: &impl Exit) -> Option<u64> {
-    /// Page fault error codes (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
-    const WRITE: u64 = 1 << 1;
-    const RESERVED: u64 = 1 << 3;
-    const FETCH: u64 = 1 << 4;
-
-    let told = exit.read(source::QUALIFICATION)?;
-    let address = exit.read(source::ADDRESS)? & ADDRESS;
-    Some(match isa {
-        Isa::Vmx => memory(address, told & 7),
-        Isa::Svm if told & RESERVED != 0 => address | IS_ADDRESS,
-        Isa::Svm => {
-            let (write, fetch) = (told & WRITE != 0, told & FETCH != 0);
-            let read = u64::from(!write && !fetch);
-            memory(
-                address,
-                read | u64::from(write) << 1 | u64::from(fetch) << 2,
-            )
-        }
-    })
+fn fault_vmx(exit: &impl Exit) -> Option<u64> {
+    let access = exit.read(source::QUALIFICATION)?;
+    let address = exit.read(source::ADDRESS)?;
+    Some(memory(address, access))
 }
 
-/// Return the key of an exit by CPUID, of a leaf that may have subleaves.
+/// Return the key of a page fault.
 #[inline(always)]
-pub fn leaf(slot: Slot, exit: &impl Exit) -> u64 {
-    key_of(slot, cpuid(exit.rax() as u32, exit.rcx() as u32))
+fn fault_svm(slot: Slot, exit: &impl Exit) -> Option<u64> {
+    let error = exit.read(source::QUALIFICATION)?;
+    let address = exit.read(source::ADDRESS)?;
+    if error & PFERR_RESERVED != 0 {
+        return Some(device_svm(slot, address));
+    }
+    Some(SVM.key(slot, memory(address, error)))
+}
+
+/// Return the key of an access to a device's register. KVM emulates the instruction then, so a jump
+/// more counts for less here than on the other ways.
+#[cold]
+#[inline(always)]
+fn device_svm(slot: Slot, address: u64) -> u64 {
+    SVM.key_of_all(slot, address & ADDRESS | IS_ADDRESS)
+}
+
+/// Return true if a reason is CPUID.
+#[inline(always)]
+pub fn is_leaf(isa: Isa, slot: Slot) -> bool {
+    source_of_slot(isa, slot) == source::LEAF
+}
+
+/// Return the key of an exit by CPUID.
+#[inline(always)]
+pub fn leaf(isa: Isa, slot: Slot, exit: &impl Exit) -> u64 {
+    let leaf = exit.register(Register::Rax) as u32;
+    key_of(slot, cpuid(isa, leaf, exit.register(Register::Rcx) as u32))
 }
 
 /// Return the key of a hypercall.
@@ -292,7 +393,7 @@ pub fn leaf(slot: Slot, exit: &impl Exit) -> u64 {
 pub fn hypercall(slot: Slot, exit: &impl Exit) -> u64 {
     let detail = match exit.hyperv_call() {
         Some(code) => u64::from(code) | 1 << 32,
-        None => exit.rax() & 0xffff_ffff,
+        None => exit.register(Register::Rax) & 0xffff_ffff,
     };
     key_of(slot, detail)
 }
@@ -300,28 +401,34 @@ pub fn hypercall(slot: Slot, exit: &impl Exit) -> u64 {
 /// Return the key of an exit: its reason and its detail; `None` where it has none.
 #[inline(always)]
 pub fn key(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
+    if is_leaf(isa, slot) {
+        return Some(leaf(isa, slot, exit));
+    }
     match plain(isa, slot, exit) {
         Ok(key) => key,
-        Err(Composed) => Some(match source_of_slot(isa, slot) {
-            source::LEAF => leaf(slot, exit),
-            _ => hypercall(slot, exit),
-        }),
+        Err(Composed) => Some(hypercall(slot, exit)),
     }
 }
 
+/// Return where a page fault was, and by what access: SHLD.
 #[inline(always)]
 fn memory(address: u64, access: u64) -> u64 {
-    address >> 30 | access << 32
+    address >> GIB_SHIFT | access << FAULT_ACCESS
 }
 
 /// The low bits tell subleaves apart as well: tables spread keys by these.
 #[inline(always)]
-fn cpuid(leaf: u32, subleaf: u32) -> u64 {
+fn cpuid(isa: Isa, leaf: u32, subleaf: u32) -> u64 {
     let subleaf = match has_subleaves(leaf) {
-        true => subleaf.min(LAST_SUBLEAF),
+        true => subleaf.min(LAST_SUBLEAF).wrapping_add(1),
         false => 0,
     };
-    u64::from(leaf ^ subleaf) | u64::from(subleaf) << 32
+    let low = u64::from(leaf ^ subleaf);
+    let low = match isa {
+        Isa::Vmx => low,
+        Isa::Svm => low << SVM_REGISTER,
+    };
+    low | u64::from(subleaf) << SUBLEAF
 }
 
 /// The leaves below 64 that have subleaves, by bit.
@@ -387,6 +494,10 @@ pub const fn has_subleaves(leaf: u32) -> bool {
 /// Return what a detail is, and the number that it is told by.
 pub fn to_wire(isa: Isa, code: u32, detail: u64) -> (Kind, u64) {
     let bit = |from: u32, to: u32| (detail >> from & 1) << to;
+    let number = match isa {
+        Isa::Vmx => detail & 0xffff_ffff,
+        Isa::Svm => detail >> SVM_REGISTER & 0xffff_ffff,
+    };
     match (isa, code) {
         (Isa::Vmx, 30) => {
             let port = detail >> 16 & 0xffff;
@@ -401,12 +512,25 @@ pub fn to_wire(isa: Isa, code: u32, detail: u64) -> (Kind, u64) {
             (Kind::Port, port | how | size << 36)
         }
         (Isa::Vmx, 32 | 85) => (Kind::Msr, detail | 1 << 32),
-        (Isa::Vmx, 31 | 84) | (Isa::Svm, 0x7c) => (Kind::Msr, detail),
+        (Isa::Vmx, 31 | 84) => (Kind::Msr, detail),
+        (Isa::Svm, 0x7c) => (Kind::Msr, number | bit(0, 32)),
         (Isa::Vmx, 49) => (Kind::Address, detail),
         (Isa::Svm, 0x400) if detail & IS_ADDRESS != 0 => (Kind::Address, detail & ADDRESS),
-        (Isa::Vmx, 48) | (Isa::Svm, 0x400) => (Kind::Memory, detail),
+        (Isa::Vmx, 48) => (Kind::Memory, detail & GIB | (detail >> FAULT_ACCESS) << 32),
+        (Isa::Svm, 0x400) => {
+            let error = detail >> FAULT_ACCESS;
+            let access = match (error & PFERR_WRITE != 0, error & PFERR_FETCH != 0) {
+                (false, false) => 1,
+                (write, fetch) => u64::from(write) << 1 | u64::from(fetch) << 2,
+            };
+            (Kind::Memory, detail & GIB | access << 32)
+        }
         (Isa::Vmx, 0 | 1) => (Kind::Vector, detail),
-        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (Kind::Cpuid, detail ^ detail >> 32),
+        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => {
+            let subleaf = detail >> SUBLEAF;
+            let leaf = number ^ subleaf;
+            (Kind::Cpuid, leaf | subleaf.saturating_sub(1) << 32)
+        }
         (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (Kind::Hypercall, detail),
         (Isa::Vmx, 28) => (Kind::Control, detail),
         (Isa::Vmx, 29) => (Kind::Debug, detail),
@@ -431,13 +555,12 @@ mod tests {
         rax: u64,
         rcx: u64,
         hyperv: Option<u16>,
-        is_svm: bool,
     }
 
     impl Exit for Told {
         fn read(&self, source: i32) -> Option<u64> {
             Some(match source {
-                source::QUALIFICATION => self.qualification,
+                source::QUALIFICATION | source::INFO => self.qualification,
                 source::ADDRESS => self.address,
                 source::INTERRUPTION => self.interruption.into(),
                 _ => panic!("no field of that number is known"),
@@ -446,15 +569,11 @@ mod tests {
         fn read_plain(&self, source: i32) -> Option<u64> {
             self.read(source)
         }
-        fn msr(&self) -> u64 {
-            let write = self.is_svm && self.qualification != 0;
-            self.rcx & MSR_NUMBER | u64::from(write) << 32
-        }
-        fn rax(&self) -> u64 {
-            self.rax
-        }
-        fn rcx(&self) -> u64 {
-            self.rcx
+        fn register(&self, register: Register) -> u64 {
+            match register {
+                Register::Rax => self.rax,
+                Register::Rcx => self.rcx,
+            }
         }
         fn hyperv_call(&self) -> Option<u16> {
             self.hyperv
@@ -463,10 +582,6 @@ mod tests {
 
     fn wire(isa: Isa, code: u32, told: Told) -> (Kind, u64) {
         let slot = reasons::slot(isa, code);
-        let told = Told {
-            is_svm: isa == Isa::Svm,
-            ..told
-        };
         let key = key(isa, slot, &told).expect("a detail");
         assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}");
         to_wire(isa, code, detail_of(key))
@@ -567,7 +682,11 @@ mod tests {
         for (leaf, subleaf, key) in [
             (1, 9, 1),
             (0xd, 9, 0xd | 9 << 32),
-            (0xffff_ffff_0000_000d, 0xffff_ffff, 0xd | 0x7f_ffff << 32),
+            (
+                0xffff_ffff_0000_000d,
+                0xffff_ffff,
+                0xd | u64::from(LAST_SUBLEAF) << 32,
+            ),
             (0x4fff_fffc, 48, 0x4fff_fffc | 48 << 32),
             (0x4fff_fff2, 48, 0x4fff_fff2),
             (0x4fff_fff5, 0x0103_0007, 0x4fff_fff5),
@@ -603,7 +722,6 @@ mod tests {
             rax: u64::MAX,
             rcx: u64::MAX,
             hyperv: None,
-            is_svm: false,
         };
         let mut with_detail = 0;
         for (isa, code) in [Isa::Vmx, Isa::Svm]

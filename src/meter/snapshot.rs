@@ -186,7 +186,7 @@
 //! | 3 | guest-physical address of a device | 0 to 51 | |
 //! | 4 | memory | 0 to 21 which GiB | 32 read, 33 write, 34 fetch |
 //! | 5 | vector | 0 to 7 | 8 to 10 type, as in VMX's interruption information |
-//! | 6 | CPUID leaf | 0 to 31 | 32 to 54 subleaf where the leaf has some; all ones: that or a higher one. Of exitmeter's own leaves only the upper four have some here |
+//! | 6 | CPUID leaf | 0 to 31 | 32 to 53 subleaf where the leaf has some; 4194302: that or a higher one. Of exitmeter's own leaves only the upper four have some here |
 //! | 7 | hypercall | 0 to 31 | 32 one of Hyper-V's |
 //! | 8 | control register | 0 to 3 | 4 to 5 type of access, as in VMX's exit qualification |
 //! | 9 | debug register | 0 to 2 | 4 read |

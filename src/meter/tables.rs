@@ -248,8 +248,8 @@ pub struct Tables {
     lacks_rip: AtomicU32,
     /// By set: where its latest row begins.
     latest_details: [AtomicU16; 1 << DETAIL_POWER],
-    /// See [`latest_code`].
-    latest_codes: [AtomicU16; SLOTS << LATEST_POWER],
+    /// By reason and place: where the latest row of code for it begins.
+    latest_codes: [[AtomicU16; 1 << LATEST_POWER]; SLOTS],
     codes_in_use: [AtomicU64; CODES / 64],
     /// By set: kernel ticks that were lost.
     code_lost: [AtomicU64; 1 << CODE_POWER],
@@ -292,11 +292,10 @@ const fn code_set(rip: u64, slot: u32) -> usize {
     set_of((rip as u32).wrapping_add(slot << 3), CODE_POWER)
 }
 
-/// Return where the latest row of code is noted for exits of a reason at a place.
+/// Return which of the latest rows of code of a reason is for a place in the guest's code.
 #[inline(always)]
-const fn latest_code(rip: u64, slot: Slot) -> usize {
-    let place = set_of(rip as u32, LATEST_POWER);
-    (slot.index() << LATEST_POWER).wrapping_add(place)
+const fn latest_code(rip: u64) -> usize {
+    set_of(rip as u32, LATEST_POWER)
 }
 
 /// Where nobody's last row of code begins. The RIP in it belongs to other places of `latest_codes`
@@ -304,12 +303,12 @@ const fn latest_code(rip: u64, slot: Slot) -> usize {
 const LAST_CODE: usize = (1 + CODES) * size_of::<Code>();
 /// The RIP in that row.
 const LAST_RIP: u64 = 1;
-const _: () = assert!(set_of(0, LATEST_POWER) != set_of(LAST_RIP as u32, LATEST_POWER));
+const _: () = assert!(latest_code(0) != latest_code(LAST_RIP));
 
 /// Return which of nobody's rows of code is for a place of `latest_codes`: one with a RIP that
 /// belongs elsewhere.
 const fn no_code(place: usize) -> usize {
-    match place & ((1 << LATEST_POWER) - 1) == set_of(0, LATEST_POWER) {
+    match place == latest_code(0) {
         true => LAST_CODE,
         false => 0,
     }
@@ -390,12 +389,26 @@ impl Tables {
         unsafe { &*self.users.as_ptr().byte_add(offset) }
     }
 
+    /// Return where the latest row of code is noted, for exits of a reason at a place.
+    #[inline(always)]
+    fn latest_code(&self, slot: Slot, rip: u64) -> &AtomicU16 {
+        // SAFETY: By the invariant of `Slot` its index is below SLOTS, and the place is below the
+        // power of 2.
+        unsafe {
+            self.latest_codes
+                .get_unchecked(slot.index())
+                .get_unchecked(latest_code(rip))
+        }
+    }
+
     /// Make all-zero bytes tables that have not begun.
     pub fn prepare(&self) {
         self.code_at(LAST_CODE).rip.store(LAST_RIP, Relaxed);
-        for (place, latest) in self.latest_codes.iter().enumerate() {
-            // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
-            latest.store(no_code(place) as u16, Relaxed);
+        for latest_codes in &self.latest_codes {
+            for (place, latest) in latest_codes.iter().enumerate() {
+                // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
+                latest.store(no_code(place) as u16, Relaxed);
+            }
         }
     }
 
@@ -421,9 +434,7 @@ impl Tables {
                 (key, latest)
             }
         };
-        // SAFETY: By the invariant of `Slot` its index is below SLOTS, and what is added to it is
-        // below the power of 2.
-        let code = own(unsafe { self.latest_codes.get_unchecked(latest_code(rip, slot)) }).into();
+        let code = own(self.latest_code(slot, rip)).into();
         // By the invariant of `Tables` the row is of that reason, or not at that place.
         if own(&self.code_at(code).rip) != rip {
             return (key, None);
@@ -457,11 +468,9 @@ impl Tables {
                     .find_code(set, rip, which)
                     .unwrap_or_else(|| self.new_code(set, rip, which));
                 if !which.is_nested() {
-                    let place = latest_code(rip, which.slot());
-                    if let Some(latest) = self.latest_codes.get(place) {
-                        // INVARIANT: As above; and it is of that reason.
-                        latest.store(row as u16, Relaxed);
-                    }
+                    // INVARIANT: As above; and it is of that reason.
+                    let latest = self.latest_code(which.slot(), rip);
+                    latest.store(row as u16, Relaxed);
                 }
                 row
             }
@@ -561,12 +570,10 @@ impl Tables {
 
     /// Take a row of code that another place gets out of the latest ones.
     fn forget_code(&self, offset: usize, which: Which, rip: u64) {
-        let place = latest_code(rip, which.slot());
-        if let Some(latest) = self.latest_codes.get(place) {
-            if usize::from(own(latest)) == offset {
-                // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
-                latest.store(no_code(place) as u16, Relaxed);
-            }
+        let latest = self.latest_code(which.slot(), rip);
+        if usize::from(own(latest)) == offset {
+            // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
+            latest.store(no_code(latest_code(rip)) as u16, Relaxed);
         }
     }
 

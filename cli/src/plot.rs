@@ -34,6 +34,7 @@ mod html;
 mod latency;
 mod palette;
 mod phases;
+#[cfg(feature = "png")]
 mod png;
 mod rate;
 mod series;
@@ -169,7 +170,12 @@ impl Args {
                 html::page(&title, &facts, &pictures, &series, self.weight).into_bytes()
             }
             Format::Svg => self.one(pictures).into_bytes(),
+            #[cfg(feature = "png")]
             Format::Png => png::render(&self.one(pictures))?,
+            #[cfg(not(feature = "png"))]
+            Format::Png => anyhow::bail!(
+                "this exitmeter was built without PNG (cargo build --features png has it); write .svg or .html"
+            ),
         };
         self.write(out, &file)
     }
@@ -347,5 +353,5 @@ fn name(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "png"))]
 mod tests;

@@ -7,7 +7,9 @@ mod running;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use lab_agent::settings::{Module, Settings, Task, HOME};
@@ -158,8 +160,14 @@ impl RunError {
 ///
 /// [`RunError`], when it comes to no run. A run that fails is an [`Outcome`].
 pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, RunError> {
-    let prepared = prepare(options)?;
-    let programs = programs::build()?;
+    // Side by side: much of the set-up waits for the network, or keeps one CPU busy.
+    let (prepared, programs) = thread::scope(|scope| {
+        let programs = scope.spawn(programs::build);
+        let prepared = prepare(options);
+        let programs = programs.join();
+        (prepared, programs.unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let (prepared, programs) = (prepared?, programs?);
     let (task, script) = task(&options.script);
     let mut files = files(options, &prepared, &programs)?;
     files.extend(script);

@@ -1,8 +1,9 @@
 //! The outside: boots a host with this program in it, and judges what comes back.
 
 use std::{
+    collections::VecDeque,
     env, fmt,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read},
     panic,
     process::{Command, ExitCode, Stdio},
     thread::{self, ScopedJoinHandle},
@@ -15,6 +16,9 @@ use crate::report::{Report, Verdict};
 
 /// Where this program stands in the host.
 const INSIDE: &str = "/usr/local/bin/system-tests";
+
+/// How many lines of what the lab's command said last are told at the end.
+const LAST_WORDS: usize = 100;
 
 /// An emulated host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -35,8 +39,8 @@ impl fmt::Display for Host {
 }
 
 impl Host {
-    /// How many CPUs it gets. QEMU emulates two by two threads, which is fast and does not last;
-    /// Bochs by one, which is slow and does: see docs/testing.md.
+    /// Return how many CPUs it gets. QEMU emulates two by two threads, which is fast and does not
+    /// last; Bochs by one, which is slow and does: see docs/testing.md.
     fn cpus(self, soak: bool) -> u32 {
         match (self, soak) {
             (Host::Intel, false) | (Host::Amd, true) => 1,
@@ -102,17 +106,17 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
             .iter()
             .map(|host| scope.spawn(|| run_on(*host, plan)))
             .collect();
-        let join = |thread: ScopedJoinHandle<'_, _>| match thread.join() {
-            Ok(verdict) => verdict,
-            Err(panic) => panic::resume_unwind(panic),
-        };
-        threads.into_iter().map(join).collect()
+        threads.into_iter().map(joined).collect()
     });
     let mut sum = Verdict::default();
     for verdict in verdicts {
         let verdict = verdict?;
         sum.passed += verdict.passed;
         sum.failures.extend(verdict.failures);
+        sum.last_words.extend(verdict.last_words);
+    }
+    for line in &sum.last_words {
+        println!("{line}");
     }
     for failure in &sum.failures {
         println!("failed: {failure}");
@@ -126,8 +130,55 @@ pub fn expected(words: &[String]) -> impl Iterator<Item = String> + '_ {
     words.iter().map(|words| format!("--expect={words}"))
 }
 
-/// Boots a host for the cases and ends it.
+/// Boot a host for the cases, and end it.
 fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
+    let mut lab = command(host, plan)?
+        .spawn()
+        .context("cargo lab cannot be run; start the tests by cargo run -p system-tests")?;
+    let stdout = lab.stdout.take().context("its output was asked for")?;
+    let stderr = lab.stderr.take().context("its output was asked for")?;
+    let mut report = Report::default();
+    let last_words = thread::scope(|scope| {
+        let last_words = scope.spawn(|| pass_on(stderr));
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = String::from_utf8_lossy(&line?).into_owned();
+            println!("{host:<5} {line}");
+            report.take(&line);
+        }
+        Ok::<_, anyhow::Error>(joined(last_words))
+    })?;
+    let status = lab.wait()?.code();
+    let mut verdict = report.end(&host.to_string(), status);
+    if !matches!(status, Some(0 | 1)) {
+        let told = |line| format!("{host:<5} {line}");
+        verdict.last_words = last_words.into_iter().map(told).collect();
+    }
+    Ok(verdict)
+}
+
+/// Return what a thread gives, or panic as it did.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| panic::resume_unwind(panic))
+}
+
+/// Pass on what a command says of itself, and return its last lines.
+fn pass_on(stderr: impl Read) -> Vec<String> {
+    let mut last = VecDeque::new();
+    for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        eprintln!("{line}");
+        if last.len() == LAST_WORDS {
+            last.pop_front();
+        }
+        last.push_back(line);
+    }
+    last.into()
+}
+
+/// Return the command that boots a host for the cases.
+fn command(host: Host, plan: &Plan) -> Result<Command> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let timeout = plan.timeout.to_string();
@@ -160,23 +211,13 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     if plan.soak {
         words.extend(["--soak".to_owned(), format!("--percent={}", plan.percent)]);
     }
-    let mut lab = lab
-        .arg("--")
+    lab.arg("--")
         .args(words)
         .args(["--slow", &plan.slow.to_string()])
         .args(expected(&plan.expect))
         .args(&plan.words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .spawn()
-        .context("cargo lab cannot be run; start the tests by cargo run -p system-tests")?;
-    let mut report = Report::default();
-    let stdout = lab.stdout.take().context("its output was asked for")?;
-    for line in BufReader::new(stdout).split(b'\n') {
-        let line = String::from_utf8_lossy(&line?).into_owned();
-        println!("{host:<5} {line}");
-        report.take(&line);
-    }
-    let status = lab.wait()?;
-    Ok(report.end(&host.to_string(), status.code()))
+        .stderr(Stdio::piped());
+    Ok(lab)
 }

@@ -145,6 +145,7 @@ impl Report {
         Verdict {
             passed: self.passed,
             failures: self.failed.iter().chain(&self.faults).map(on).collect(),
+            last_words: Vec::new(),
         }
     }
 }
@@ -156,6 +157,8 @@ pub struct Verdict {
     pub passed: usize,
     /// Cases that failed with what was said of them, and what else is not as it should be.
     pub failures: Vec<String>,
+    /// What the lab's command said last, of a host that did not end by itself.
+    pub last_words: Vec<String>,
 }
 
 #[cfg(test)]

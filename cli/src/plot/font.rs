@@ -3,6 +3,7 @@
 //! The font of the pictures: which it is, and how wide texts are in it.
 
 /// A part of Noto Sans, see font/LICENSE.
+#[cfg(feature = "png")]
 pub const FILE: &[u8] = include_bytes!("font/NotoSans.ttf");
 
 /// How wide the letters from blank to tilde are, in thousandths of the font's size.

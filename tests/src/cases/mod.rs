@@ -42,6 +42,8 @@ pub struct Case {
     pub limit: Duration,
     /// Why it cannot be on this host, when it cannot.
     pub impossible: Impossible,
+    /// A Linux guest boots in it.
+    pub has_linux: bool,
     /// What it does.
     pub run: Box<dyn Fn() -> Result<()>>,
 }
@@ -58,6 +60,7 @@ impl Case {
             module: Some(parameters),
             limit: Duration::from_secs(60),
             impossible: || Ok(None),
+            has_linux: false,
             run: Box::new(run),
         }
     }
@@ -72,7 +75,10 @@ impl Case {
 
     /// The case as one that boots a Linux guest.
     pub fn with_linux(self) -> Self {
-        self.unless(no_linux)
+        Self {
+            has_linux: true,
+            ..self.unless(no_linux)
+        }
     }
 
     /// The case as one that hosts do not have for which `impossible` gives a reason.

@@ -495,8 +495,8 @@ fn exit_without(ledger: &Ledger, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
     exit_of(vcpu, ledger, now, slot);
 }
 
-/// Take an exit by a hypercall, or one by CPUID that is not like the latest ones, as any of a leaf
-/// that has subleaves.
+/// Take an exit by a hypercall, or one by CPUID: on VMX of a leaf that may have subleaves, on SVM one
+/// that is not like the latest ones, as any of a leaf that has some.
 #[inline(never)]
 fn exit_composed(
     (ledger, vcpu): (&Ledger, Vcpu<'_>),

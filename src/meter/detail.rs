@@ -237,13 +237,19 @@ const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
         (Isa::Vmx, 56) => (QUALIFICATION, 0xfff),
         // `avic_unaccelerated_access_interception()`: bits 4 to 11 the offset, bit 32 write.
         (Isa::Svm, 0x402) => (INFO, 1 << 32 | 0xff0),
-        (Isa::Vmx, 10) | (Isa::Svm, 0x72) => (LEAF, 0),
+        (Isa::Vmx, VMX_CPUID) | (Isa::Svm, SVM_CPUID) => (LEAF, 0),
         (Isa::Vmx, 48) => (FAULT, 7 << FAULT_ACCESS | GIB),
         (Isa::Svm, 0x400) => (FAULT, (PFERR_WRITE | PFERR_FETCH) << FAULT_ACCESS | GIB),
-        (Isa::Vmx, 18) | (Isa::Svm, 0x81) => (HYPERCALL, 0),
+        (Isa::Vmx, 18) | (Isa::Svm, SVM_VMMCALL) => (HYPERCALL, 0),
         _ => (NONE, 0),
     }
 }
+
+/// Exit codes that are asked for by themselves (SDM, "VMX Basic Exit Reasons"; APM, "SVM Intercept
+/// Exit Codes").
+const VMX_CPUID: u32 = 10;
+const SVM_CPUID: u32 = 0x72;
+const SVM_VMMCALL: u32 = 0x81;
 
 /// The bits of an MSR's number.
 const MSR_NUMBER: u64 = 0xffff_ffff;
@@ -293,8 +299,8 @@ pub trait Exit {
 /// Return the key of an exit whose detail is one number, or that has none: `None` for that. `Err`
 /// for any other.
 ///
-/// A CPUID of a leaf that has subleaves gets a key that no such exit is booked by, so it has no row:
-/// who finds none asks [`leaf`].
+/// On SVM a CPUID of a leaf that has subleaves gets a key that no such exit is booked by, so it has no
+/// row: who finds none asks [`leaf`].
 #[inline(always)]
 pub fn plain(isa: Isa, slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
     match isa {
@@ -319,9 +325,9 @@ fn plain_vmx(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
             return Ok(Some(VMX.key_of_all(slot, msr.into())));
         }
         let leaf = exit.register(Register::Rax) as u32;
-        match BASIC_LEAVES.get(leaf as usize) {
-            Some(Subleaves::None) => Ok(Some(VMX.key_of_all(slot, leaf.into()))),
-            _ => Err(Composed),
+        match leaf < FIRST_WITH_SUBLEAVES {
+            true => Ok(Some(VMX.key_of_all(slot, leaf.into()))),
+            false => Err(Composed),
         }
     } else if source == source::NONE {
         Ok(None)
@@ -332,15 +338,17 @@ fn plain_vmx(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
 
 #[inline(always)]
 fn plain_svm(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
+    // One comparison with FAULT tells three ways apart, by order: compared with more numbers, the
+    // source would be loaded first.
     let source = source_of_slot(Isa::Svm, slot);
-    if source == source::FAULT {
-        Ok(fault_svm(slot, exit))
-    } else if source <= source::MSR {
+    if source < source::FAULT {
         Ok(Some(SVM.key_of_info(slot, exit)))
-    } else if source == source::NONE {
-        Ok(None)
-    } else {
+    } else if source == source::FAULT {
+        Ok(fault_svm(slot, exit))
+    } else if slot == slot_of_code(Isa::Svm, SVM_VMMCALL) {
         Err(Composed)
+    } else {
+        Ok(None)
     }
 }
 
@@ -356,7 +364,8 @@ fn fault_vmx(exit: &impl Exit) -> Option<u64> {
     Some(memory(address, access))
 }
 
-/// Return the key of a page fault.
+/// Return the key of a page fault. The branch to this is the one that jumps.
+#[cold]
 #[inline(always)]
 fn fault_svm(slot: Slot, exit: &impl Exit) -> Option<u64> {
     let error = exit.read(source::QUALIFICATION)?;
@@ -378,7 +387,17 @@ fn device_svm(slot: Slot, address: u64) -> u64 {
 /// Return true if a reason is CPUID.
 #[inline(always)]
 pub fn is_leaf(isa: Isa, slot: Slot) -> bool {
-    source_of_slot(isa, slot) == source::LEAF
+    let code = match isa {
+        Isa::Vmx => VMX_CPUID,
+        Isa::Svm => SVM_CPUID,
+    };
+    slot == slot_of_code(isa, code)
+}
+
+/// Return the row of exits with a code, as a constant.
+#[inline(always)]
+const fn slot_of_code(isa: Isa, code: u32) -> Slot {
+    reasons::slot(isa, code)
 }
 
 /// Return the key of an exit by CPUID.
@@ -451,29 +470,9 @@ const BASIC_WITH_SUBLEAVES: u64 = 1 << 0x04
     | 1 << 0x23
     | 1 << 0x24;
 
-/// Whether a CPUID leaf has subleaves.
-#[repr(u8)]
-#[derive(Clone, Copy)]
-enum Subleaves {
-    None = 0,
-    Some = 1,
-}
-
-/// The leaves below 64.
-static BASIC_LEAVES: [Subleaves; 64] = basic_leaves();
-
-#[allow(clippy::indexing_slicing, reason = "while this is compiled")]
-const fn basic_leaves() -> [Subleaves; 64] {
-    let mut leaves = [Subleaves::None; 64];
-    let mut leaf = 0;
-    while leaf < leaves.len() {
-        if has_subleaves(leaf as u32) {
-            leaves[leaf] = Subleaves::Some;
-        }
-        leaf += 1;
-    }
-    leaves
-}
+/// The first leaf that has subleaves. Guests that execute CPUID often do so to serialize, which takes
+/// any leaf, and most take 0 or 1.
+const FIRST_WITH_SUBLEAVES: u32 = BASIC_WITH_SUBLEAVES.trailing_zeros();
 
 /// Return true if a CPUID leaf tells different things by ECX.
 ///

@@ -73,6 +73,9 @@ MODULE_PARM_DESC(slow_us, "With details: each vCPU has a ring of its last 64 exi
 module_param_named(copy_tries, exitmeter_given.copy_tries, long, 0444);
 MODULE_PARM_DESC(copy_tries, "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24");
 
+/* The module macro of the kernel's crate has no field for it (rust/macros/module.rs). */
+MODULE_VERSION(EXITMETER_VERSION);
+
 /* Exported by kvm.ko; their declaration is in a header private to KVM. */
 DECLARE_TRACEPOINT(kvm_exit);
 DECLARE_TRACEPOINT(kvm_entry);

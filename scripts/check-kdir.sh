@@ -1,15 +1,22 @@
 #!/bin/bash
 # Tells whether the module can be built against a kernel's build folder, and if not, what is missing and what to do.
 #
-#   scripts/check-kdir.sh KDIR    (with RUSTC and BINDGEN from the environment, as kbuild takes them)
+#   scripts/check-kdir.sh KDIR             (with RUSTC and BINDGEN from the environment, as kbuild takes them)
+#   scripts/check-kdir.sh --kernel KDIR    the kernel and its compilers alone: the Rust metadata may be made yet (packaging/dkms)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 . "$here/common.sh"
 
-[ $# = 1 ] || die "usage: check-kdir.sh KDIR."
-kdir=$1
 without="or unset KDIR to build against a tree that this project prepares"
+metadata=needed
+if [ "${1:-}" = --kernel ]; then
+  metadata=later
+  without="or do without exitmeter on this kernel"
+  shift
+fi
+[ $# = 1 ] || die "usage: check-kdir.sh [--kernel] KDIR."
+kdir=$1
 
 [ -d "$kdir" ] ||
   die "KDIR=$kdir is no folder; install the headers of that kernel, $without."
@@ -49,16 +56,16 @@ needs_module KVM "and the module hooks kvm.ko"
   die "the kernel of $kdir is built without CONFIG_KVM_INTEL and CONFIG_KVM_AMD, one of which runs the guests; take one with either as a module, $without."
 [[ $(setting KVM_INTEL)$(setting KVM_AMD) = *m* ]] ||
   die "the kernel of $kdir has both CONFIG_KVM_INTEL and CONFIG_KVM_AMD built in or off, and the module looks for kvm_intel.ko or kvm_amd.ko; take one with either as a module, $without."
-needs KALLSYMS "by which the module finds KVM's functions"
+needs KALLSYMS "by which the module finds the functions of KVM"
 needs TRACEPOINTS "by which the module sees VM exits"
-needs KPROBES "by which the module finds what names AMD's exits"
+needs KPROBES "by which the module finds what names the exits of AMD"
 needs DYNAMIC_FTRACE_WITH_ARGS "by which the module sees vCPUs come and go and answers CPUID"
-refuses PREEMPT_RT "where the module's spinlocks, taken with interrupts off, would sleep"
-refuses LTO_CLANG "which may inline KVM's functions from file to file, so that the module's hooks miss calls"
+refuses PREEMPT_RT "where the spinlocks of the module, taken with interrupts off, would sleep"
+refuses LTO_CLANG "which may inline functions of KVM from file to file, so that hooks miss calls"
 
 rmeta=$kdir/rust/libkernel.rmeta
-[ -s "$rmeta" ] ||
-  die "$kdir has no Rust metadata ($rmeta): Debian's headers leave it out, Ubuntu has it in linux-lib-rust-*, Arch in linux-headers; install that, $without."
+[ "$metadata" = later ] || [ -s "$rmeta" ] ||
+  die "$kdir has no Rust metadata ($rmeta): headers of Debian leave it out, Ubuntu has it in linux-lib-rust-*, Arch in linux-headers; install that, $without."
 
 # The metadata can be read by the very compiler that wrote it, and by no other.
 rustc=${RUSTC:-rustc}

@@ -1,0 +1,27 @@
+#!/bin/bash
+# Builds the static tool with what belongs to it: manual pages, completions, and the licences of the crates in it.
+#
+#   packaging/tool.sh PREFIX    PREFIX/bin, PREFIX/share; crates come from CARGO_HOME, without the network
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+prefix=$1
+target=$(sed -n 's/^target = "\(.*\)"/\1/p' .cargo/config.toml)
+
+# Paths of this machine are in panics and debug info otherwise: another folder would give another program.
+export RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo --remap-path-prefix=$PWD=/exitmeter"
+export CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
+cargo build --locked --offline --release -p exitmeter
+install -D "${CARGO_TARGET_DIR:-target}/$target/release/exitmeter" "$prefix/bin/exitmeter"
+tool=$prefix/bin/exitmeter
+
+"$tool" man "$prefix/share/man/man1"
+install -d "$prefix"/share/{bash-completion/completions,zsh/vendor-completions,fish/vendor_completions.d,doc/exitmeter}
+"$tool" completions bash >"$prefix/share/bash-completion/completions/exitmeter"
+"$tool" completions zsh >"$prefix/share/zsh/vendor-completions/_exitmeter"
+"$tool" completions fish >"$prefix/share/fish/vendor_completions.d/exitmeter.fish"
+{
+  echo "The tool is linked statically with these crates, each under the licence named; sources: https://crates.io"
+  echo
+  cargo tree --locked --offline -p exitmeter --edges normal --target "$target" --prefix none --format '{p}  {l}' |
+    sed 's/ (\*)$//; s/ ([^)]*)  /  /; s/ (proc-macro)//' | LC_ALL=C sort -u
+} >"$prefix/share/doc/exitmeter/crates.txt"

@@ -32,7 +32,7 @@ run "$log" mmdebstrap --variant=apt --components=main --dpkgopt=force-unsafe-io 
   --customize-hook="echo 'deb $mirror trixie-backports main' >>\"\$1/etc/apt/sources.list\"" \
   --customize-hook='chroot "$1" apt-get update' \
   --customize-hook='chroot "$1" apt-get install --yes -t trixie-backports linux-image-amd64 linux-headers-amd64' \
-  --customize-hook='chroot "$1" useradd --create-home --groups kvm watcher; echo host >"$1/etc/hostname"' \
+  --customize-hook='echo host >"$1/etc/hostname"' \
   trixie "$folder.tar" "$mirror" ||
   die "the Debian host could not be made; check the network and the mirror (the log is $log)."
 as_root tar -x --numeric-owner --exclude='./dev/*' -C "$folder" -f "$folder.tar"

@@ -1,0 +1,74 @@
+#!/bin/bash
+# The part of packaging/test.sh that runs in the booted host: a systemd unit starts it, the kernel's command line says what
+# it looks at (check=MODE). Its lines go to the second serial port; the last one is "passed" or "failed: ...".
+set -uo pipefail
+exec 3>/dev/ttyS1
+mode=$(sed -n 's/.*\bcheck=\([a-z-]*\).*/\1/p' /proc/cmdline)
+
+tell() { printf '%s\n' "$*" >&3; }
+end() {
+  tell "$*"
+  systemctl --no-block poweroff
+  exit
+}
+# expect TEXT CMD...: CMD succeeds.
+expect() {
+  local text=$1 output
+  shift
+  if output=$("$@" 2>&1); then
+    tell "ok: $text"
+  else
+    tell "$output"
+    journalctl --no-pager -b -p warning >&3
+    end "failed: $text"
+  fi
+}
+loaded() { grep -q '^exitmeter ' /proc/modules; }
+not_loaded() { ! loaded; }
+# The unit that runs this is of the boot, which so is not over: "starting" with no failed unit is a whole system.
+nothing_failed() { [ -z "$(systemctl --failed --plain --no-legend | tee /dev/stderr)" ]; }
+# in_groups GROUPS CMD...: as a user who is in these groups and nobody else.
+in_groups() { setpriv --reuid=nobody --regid=nogroup --groups="$1" -- "${@:2}"; }
+not() { ! "$@"; }
+waits_for() { for _ in $(seq 60); do ! "$@" || return 0; sleep 1; done; return 1; }
+
+udevadm settle --timeout 120
+tell "the host is up: Linux $(uname -r), check $mode"
+expect "no unit has failed" nothing_failed
+case $mode in
+  metered)
+    expect "the module is loaded" waits_for loaded
+    expect "/dev/exitmeter is for the group kvm" test "$(stat -c '%U:%G %a' /dev/exitmeter)" = "root:kvm 440"
+    expect "tool and module have one version" test "$(exitmeter --version)" = "exitmeter $(cat /sys/module/exitmeter/version)"
+    expect "the options of /etc/modprobe.d hold" test "$(cat /sys/module/exitmeter/parameters/leaf_cpl)" = 0
+    expect "a member of the group kvm reads a report" in_groups kvm exitmeter report
+    expect "anybody else does not" not in_groups nogroup exitmeter report
+    expect "exitmeter verify finds it right" exitmeter verify
+    exitmeter verify --json >/tmp/verify.json 2>/dev/null
+    expect "KVM is loaded again" sh -c 'modprobe -r exitmeter kvm_amd && modprobe kvm_amd'
+    expect "and the module comes with it" waits_for loaded
+    expect "the packages go" dpkg --purge exitmeter-dkms exitmeter
+    expect "and the module with them" not_loaded
+    expect "and it is not found" sh -c '! modinfo exitmeter'
+    expect "nothing of that name is left" test -z "$(find / -xdev -iname '*exitmeter*' -not -path '/var/log/journal/*' | tee /dev/stderr)"
+    ;;
+  without)
+    expect "no module is loaded" not_loaded
+    expect "KVM is there" test -e /dev/kvm
+    expect "the tool says what is missing" sh -c 'exitmeter report 2>&1 | grep "there is no /dev/exitmeter"'
+    ;;
+  refused)
+    expect "KVM is there" test -e /dev/kvm
+    expect "no module is loaded" not_loaded
+    expect "modprobe says that the key is rejected" sh -c 'modprobe exitmeter 2>&1 | grep "Key was rejected by service"'
+    expect "the tool says so, too" sh -c 'exitmeter report 2>&1 | grep "Key was rejected by service"'
+    ;;
+  trusted)
+    expect "modules have to be signed" test "$(cat /sys/module/module/parameters/sig_enforce)" = Y
+    expect "the module is loaded" waits_for loaded
+    expect "it taints by nothing but being out of tree" test "$(cat /sys/module/exitmeter/taint)" = O
+    expect "a member of the group kvm reads a report" in_groups kvm exitmeter report
+    ;;
+  *) end "failed: there is no check $mode" ;;
+esac
+end passed

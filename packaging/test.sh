@@ -1,0 +1,137 @@
+#!/bin/bash
+# Shows that the packages of build/packages do what they are for, on a Debian 13 host with two kernels; what
+# `make packages-test` runs. About 15 minutes on two cores, 10 GB of disk, the network.
+#
+# It installs them without a network (no kernel gets the module, all is well), then upgrades the kernels' packages with one
+# (6.12 says why it goes without, the other gets it), boots the result on an emulated AMD host (check-host.sh), and
+# compares the list of files before the packages and after their purge.
+#
+#   packaging/test.sh [STEP]...    install, boot, secure-boot, purge; all of them if none is named
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/.."
+# shellcheck source=scripts/common.sh
+. scripts/common.sh
+
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+debs=$PWD/build/packages
+work=$PWD/build/packages-test
+base=${XDG_CACHE_HOME:-$HOME/.cache}/exitmeter/packages-host
+host=$work/host
+steps=${*:-install boot secure-boot purge}
+mkdir -p "$work"
+need_space "$work" 8000
+
+in_host() { scripts/in-root.sh "$host" --write --bind "$debs:/debs" --bind "$work:/work" -- "$@"; }
+
+# checks TEXT CMD...
+checks() {
+  local text=$1
+  shift
+  "$@" || die "$text: no."
+  say "ok: $text"
+}
+
+# What belongs to the system, without what any use of it writes.
+files() {
+  as_root find "$host" -xdev \( -path "$host/debs" -o -path "$host/work" -o -path "$host/tmp" -o -path "$host/var/cache" \
+    -o -path "$host/var/lib/apt" -o -path "$host/var/log/apt" \) -prune -o -printf '%P %y %m %U %G\n' | LC_ALL=C sort
+}
+
+install_packages() {
+  [ -e "$base/.made" ] || { say "making a Debian host in $base" && packaging/host-root.sh "$base"; }
+  say "a fresh host"
+  as_root rm -rf "$host"
+  as_root cp -a "$base" "$host"
+  # DKMS makes its signing key once, for all modules, and keeps it.
+  in_host sh -c 'apt-get update --quiet=2 && openssl req -new -x509 -nodes -days 36500 -subj "/CN=DKMS module signing key" \
+    -newkey rsa:2048 -keyout /var/lib/dkms/mok.key -addext extendedKeyUsage=codeSigning -outform DER -out /var/lib/dkms/mok.pub \
+    2>/dev/null'
+  files >"$work/before"
+  new=$(basename "$(dirname "$(as_root sh -c "echo $host/lib/modules/7.*/build")")")
+  old=$(basename "$(dirname "$(as_root sh -c "echo $host/lib/modules/6.*/build")")")
+
+  say "installing without a network"
+  in_host unshare --net dpkg -i "/debs/exitmeter_${version}_amd64.deb" "/debs/exitmeter-dkms_${version}_all.deb" >"$work/install.log" 2>&1 ||
+    die "the packages do not install without a network; see $work/install.log."
+  checks "$old goes without, since it has no Rust" grep -q "no module for $old: .* is built without CONFIG_RUST," "$work/install.log"
+  checks "$new goes without, since its source is not to be had" grep -q "no module for $new: .* could not be fetched" "$work/install.log"
+  checks "no package is left half-configured" test -z "$(in_host dpkg --audit)"
+  checks "why is in the log" as_root grep -q "^exitmeter: .*CONFIG_RUST" "$host/var/log/exitmeter-dkms/$old.log"
+
+  say "upgrading the packages of both kernels, with a network (some minutes)"
+  in_host env DEBIAN_FRONTEND=noninteractive apt-get install --yes --reinstall "linux-image-$old" "linux-headers-$old" "linux-headers-$new" \
+    >"$work/upgrade.log" 2>&1 || die "the kernels' packages cannot be upgraded beside exitmeter-dkms; see $work/upgrade.log."
+  checks "$old still goes without" grep -q "no module for $old: .* is built without CONFIG_RUST," "$work/upgrade.log"
+  checks "$new has the module" grep -q "the module for $new is installed" "$work/upgrade.log"
+  checks "no package is left half-configured" test -z "$(in_host dpkg --audit)"
+  checks "DKMS has it installed for $new alone" test "$(in_host dkms status)" = "exitmeter/$version, $new, x86_64: installed"
+  as_root rm -rf "$host/var/cache/apt/archives/"*.deb
+}
+
+# make_image: the host as a disk.
+make_image() {
+  say "the host as a disk"
+  as_root install -m 755 packaging/check-host.sh "$host/usr/local/sbin/check-host"
+  as_root sh -c 'cat >"$1/etc/systemd/system/check-host.service" <<UNIT && mkdir -p "$1/etc/systemd/system/multi-user.target.wants" &&
+[Unit]
+After=multi-user.target systemd-udev-settle.service
+[Service]
+ExecStart=/usr/local/sbin/check-host
+UNIT
+    ln -sf ../check-host.service "$1/etc/systemd/system/multi-user.target.wants/check-host.service"' sh "$host"
+  rm -f "$work/host.img"
+  scripts/in-root.sh "$(packaging/root.sh)" --bind "$host:/host" --bind "$work:/work" -- \
+    mke2fs -q -t ext4 -d /host /work/host.img 6G
+  for kernel in "$host"/boot/vmlinuz-* "$host"/boot/initrd.img-*; do
+    as_root install -m 644 "$kernel" "$work/$(basename "$kernel")"
+  done
+  as_root rm -rf "$host/usr/local/sbin/check-host" "$host"/etc/systemd/system/{check-host.service,multi-user.target.wants/check-host.service}
+}
+
+# boot MODE KERNEL [QEMU-ARGUMENT]...: boots a kernel of the host, which then checks itself.
+boot() {
+  local mode=$1 kernel=$2
+  shift 2
+  say "booting Linux $kernel: $mode"
+  rm -f "$work/$mode".{result,console}
+  # The lab's emulator. What the host writes is lost with it: the next one begins as this one did.
+  timeout --kill-after 10 1500 cargo lab root -- qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
+    -cpu EPYC,+svm,+npt,check=off -smp 2 -m 2048 -accel tcg,thread=multi \
+    -drive file=/src/build/packages-test/host.img,if=virtio,format=raw,snapshot=on \
+    -serial "file:/src/build/packages-test/$mode.console" -serial "file:/src/build/packages-test/$mode.result" "$@" ||
+    say "the emulator ended with $?"
+  sed 's/^/  /' "$work/$mode.result"
+  [ "$(tail -n 1 "$work/$mode.result" | tr -d '\r')" = passed ] || die "the check $mode failed; the console is $work/$mode.console."
+}
+
+# direct MODE KERNEL [WORD]...: as boot, by the emulator's own loader, with more for the kernel's command line.
+direct() {
+  local mode=$1 kernel=$2
+  shift 2
+  boot "$mode" "$kernel" -machine pc,hpet=off -kernel "/src/build/packages-test/vmlinuz-$kernel" \
+    -initrd "/src/build/packages-test/initrd.img-$kernel" \
+    -append "root=/dev/vda rw console=ttyS0 mitigations=off tsc=reliable no_timer_check systemd.show_status=0 check=$mode $*"
+}
+
+kernel_of() { (cd "$work" && printf '%s\n' vmlinuz-"$1".* | sed 's/^vmlinuz-//'); }
+
+for step in $steps; do
+  case $step in
+    install) install_packages ;;
+    boot)
+      make_image
+      direct metered "$(kernel_of 7)"
+      direct without "$(kernel_of 6)"
+      direct refused "$(kernel_of 7)" module.sig_enforce=1
+      ;;
+    secure-boot) say "not yet" ;;
+    purge)
+      in_host dpkg --purge exitmeter-dkms exitmeter >"$work/purge.log" 2>&1 || die "the packages do not go; see $work/purge.log."
+      files >"$work/after"
+      diff "$work/before" "$work/after" || die "the purge leaves something: see above."
+      say "ok: the purge leaves nothing"
+      ;;
+    *) die "there is no step $step." ;;
+  esac
+done

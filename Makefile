@@ -19,6 +19,10 @@
 #   make check          formats, lints and warnings
 #   make lab            sets up all that the emulated hosts need
 #   make install        module and tool for the running kernel, once they are built
+#   make deb            Debian packages of the tool, and of the module for DKMS, in build/packages
+#   make packages-test  installs these on a Debian host with two kernels, boots it, and purges them
+#   make dist           the static tool with manual pages and completions, as a tarball in build/packages
+#   make packaging-check lints the RPM spec and the PKGBUILD, and tries to publish the crates without doing so
 #   make clean          removes what was built; the set-up stays in its cache (cargo lab prepare --prune)
 #
 # Without KDIR the module is for the newest kernel of Debian's backports, and whatever that takes is set up first.
@@ -29,7 +33,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench study soak-selftests check lab install clean bootstrap bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-tool
 
 all: module tool
 
@@ -122,7 +126,7 @@ check: bootstrap
 	cargo lab build -- W=1 CLIPPY=1
 	cargo run --release --quiet -p bench --bin hot-path
 	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h bindings/layout.c
-	shellcheck --external-sources scripts/*.sh .ci/run
+	shellcheck --external-sources scripts/*.sh packaging/*.sh packaging/dkms/*.sh packaging/dkms/kernel*-hook .ci/run
 
 lab: bootstrap
 	cargo lab prepare --timings
@@ -138,6 +142,18 @@ install:
 	"$(DESTDIR)$(PREFIX)/bin/exitmeter" completions bash >"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/exitmeter"
 	"$(DESTDIR)$(PREFIX)/bin/exitmeter" completions zsh >"$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_exitmeter"
 	"$(DESTDIR)$(PREFIX)/bin/exitmeter" completions fish >"$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/exitmeter.fish"
+
+deb: bootstrap
+	packaging/deb.sh
+
+packages-test: deb
+	packaging/test.sh
+
+dist: bootstrap
+	packaging/dist.sh
+
+packaging-check: bootstrap
+	packaging/lint.sh
 
 clean:
 	rm -rf build

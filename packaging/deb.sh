@@ -3,31 +3,20 @@
 # them. What `make deb` runs.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cd "$here/.."
-# shellcheck source=scripts/common.sh
-. scripts/common.sh
+# shellcheck source=packaging/source.sh
+. "$here/source.sh"
 
-root=$(packaging/root.sh)
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
-out=$PWD/build/packages
-source=$out/exitmeter-$version
-
-say "copying the source"
-mkdir -p "$out"
-rm -rf "$source" "$out"/*.deb "$out"/*.changes "$out"/*.buildinfo
-mkdir "$source"
-git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference -t "$source"
+copy_source
 cp -r packaging/debian "$source/debian"
+rm -f "$out"/*.deb "$out"/*.changes "$out"/*.buildinfo
 
 say "building (the first time some minutes)"
-# The folder of crates is this machine's; in the root there is no network for cargo.
-run "$out/build.log" scripts/in-root.sh "$root" --bind "$out:/out" --bind "${CARGO_HOME:-$HOME/.cargo}:/cargo" \
-  --chdir "/out/exitmeter-$version" -- env CARGO_HOME=/cargo CARGO_TARGET_DIR=/out/target \
-  SOURCE_DATE_EPOCH="$(git log -1 --format=%ct)" nice dpkg-buildpackage --build=binary --no-sign ||
+rm -f "$out/build.log"
+run "$out/build.log" in_source dpkg-buildpackage --build=binary --no-sign ||
   die "the packages could not be built; the log is $out/build.log."
 
 say "lintian"
-scripts/in-root.sh "$root" --bind "$out:/out" --chdir /out -- \
-  lintian --allow-root --fail-on error --tag-display-limit 0 "exitmeter_${version}_amd64.changes"
+in_source lintian --allow-root --fail-on error,warning --tag-display-limit 0 "../exitmeter_${version}_amd64.changes" ||
+  die "lintian has something against the packages; it is above."
 rm -rf "$source"
 ls -l "$out"/*.deb

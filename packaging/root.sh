@@ -9,7 +9,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 . "$here/../scripts/common.sh"
 
-packages=build-essential,debhelper,dh-dkms,dkms,lintian,dpkg-dev,gcc,libc6-dev,make,cargo,rustc,rpm,rpmlint,e2fsprogs,xz-utils
+packages=build-essential,debhelper,dh-dkms,dkms,lintian,dpkg-dev,gcc,libc6-dev,make,cargo,rustc,rpm,rpmlint,e2fsprogs,xz-utils,ovmf,python3-virt-firmware,shim-signed,grub-efi-amd64-signed,mtools,openssl,sbsigntool
 # Another list is another root.
 root=${XDG_CACHE_HOME:-$HOME/.cache}/exitmeter/packages-$(sha256sum "${BASH_SOURCE[0]}" | cut -c 1-12)
 if [ ! -e "$root/.made" ]; then

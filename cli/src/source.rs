@@ -3,6 +3,7 @@
 //! Where a snapshot comes from.
 
 use std::{
+    fs,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
 };
@@ -20,6 +21,13 @@ pub enum Error {
     /// The device is not there.
     #[error("there is no {DEVICE}: load the module on the host first (insmod exitmeter.ko)")]
     NoDevice,
+    /// The device is not there, and the kernel loads signed modules alone.
+    #[error(
+        "there is no {DEVICE}, and this kernel loads no module without a key that it trusts: insmod and \
+         modprobe say 'Key was rejected by service', or 'Operation not permitted' under lockdown; sign \
+         exitmeter.ko, enroll the key (docs/install.md, Secure Boot), and load it (modprobe exitmeter)"
+    )]
+    NoKey,
     /// The device may not be opened.
     #[error("no right to open {DEVICE}: run this as root or as a member of the group kvm")]
     NoRight,
@@ -47,19 +55,38 @@ pub enum Error {
 ///
 /// When the file cannot be read.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    std::fs::read(path).map_err(|found| error(path, found))
+    fs::read(path).map_err(|found| error(path, found))
 }
 
 /// Return why a file cannot be opened or read.
 pub fn error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
-        ErrorKind::NotFound if path == Path::new(DEVICE) => Error::NoDevice,
+        ErrorKind::NotFound if path == Path::new(DEVICE) => {
+            if signed_alone(Path::new("/sys")) {
+                Error::NoKey
+            } else {
+                Error::NoDevice
+            }
+        }
         ErrorKind::PermissionDenied if path == Path::new(DEVICE) => Error::NoRight,
         _ => Error::Unreadable {
             path: path.to_owned(),
             error,
         },
     }
+}
+
+/// Return true if the kernel loads no module without a signature that it trusts. `sys` is /sys.
+///
+/// Either it was told so, or it is locked down, as by Secure Boot (`module_sig_check()`,
+/// kernel/module/signing.c). Both files are readable for everybody.
+fn signed_alone(sys: &Path) -> bool {
+    let read = |name| fs::read_to_string(sys.join(name)).unwrap_or_default();
+    let lockdown = read("kernel/security/lockdown");
+    read("module/module/parameters/sig_enforce").trim() == "Y"
+        || ["[integrity]", "[confidentiality]"]
+            .iter()
+            .any(|level| lockdown.contains(level))
 }
 
 /// The snapshot in the bytes of a file.
@@ -114,5 +141,35 @@ impl Source {
         let mut report = Report::new(&snapshot);
         self.names.name(&mut report);
         Ok(report)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_wants_keys_is_known_by_its_setting_or_its_lockdown() {
+        for (name, text, alone) in [
+            ("module/module/parameters/sig_enforce", "Y\n", true),
+            ("module/module/parameters/sig_enforce", "N\n", false),
+            (
+                "kernel/security/lockdown",
+                "none [integrity] confidentiality\n",
+                true,
+            ),
+            (
+                "kernel/security/lockdown",
+                "[none] integrity confidentiality\n",
+                false,
+            ),
+        ] {
+            let sys = tempfile::tempdir().expect("a folder");
+            let path = sys.path().join(name);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+            fs::write(&path, text).expect("a file");
+            assert_eq!(signed_alone(sys.path()), alone, "{name}: {text}");
+        }
+        assert!(!signed_alone(Path::new("/nowhere")));
     }
 }

@@ -176,10 +176,12 @@ fn each_error_is_one_sentence_with_its_remedy() {
     if !Path::new("/dev/exitmeter").exists() {
         let (status, text) = refused(&["report"]);
         assert_eq!(status, Some(1));
-        assert_eq!(
-            text,
-            "exitmeter: there is no /dev/exitmeter: load the module on the host first \
-             (insmod exitmeter.ko)\n"
+        // The rest is another one where the kernel wants signatures, as with Secure Boot.
+        assert!(
+            text.starts_with("exitmeter: there is no /dev/exitmeter")
+                && text.contains("load")
+                && text.lines().count() == 1,
+            "{text}"
         );
     }
     let (status, text) = refused(&["report", "--input", "/nowhere"]);

@@ -13,6 +13,7 @@ mod loading;
 mod log;
 mod nested;
 mod own;
+mod packaged;
 mod phases;
 mod scope;
 mod slow;
@@ -140,6 +141,8 @@ pub fn all() -> Vec<Case> {
         loading::cases(),
         hooks::cases(),
         log::cases(),
+        packaged::cases(),
+        packaged::last(),
         look_back(),
     ]
     .into_iter()

@@ -1,0 +1,95 @@
+//! What a package's user relies on: one version everywhere, and a refusal that the tool explains.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{ensure, Context as _, Result};
+
+use super::Case;
+use crate::host::{log::Log, module};
+
+/// Where the kernel says whether it loads signed modules alone. It can be turned on, and not off again
+/// (`module_sig_check()` and sig_enforce, kernel/module/signing.c).
+const SIGNED_ALONE: &str = "/sys/module/module/parameters/sig_enforce";
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![Case::without(
+        "packaged: the tool, the module's file and its line in the log have one version",
+        version,
+    )]
+}
+
+/// Return the case after which no module of ours can be loaded.
+pub(super) fn last() -> Vec<Case> {
+    vec![Case {
+        impossible: || {
+            Ok((!Path::new(SIGNED_ALONE).exists())
+                .then_some("the kernel was built without signatures of modules"))
+        },
+        ..Case::without(
+            "packaged: a kernel that wants signatures refuses the module, and the tool says why",
+            unsigned,
+        )
+    }]
+}
+
+/// Run the tool, and return its status, standard output and standard error.
+fn tool(arguments: &[&str]) -> Result<(Option<i32>, String, String)> {
+    let output = Command::new("exitmeter")
+        .args(arguments)
+        .output()
+        .context("exitmeter cannot be run")?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((
+        output.status.code(),
+        text(&output.stdout),
+        text(&output.stderr),
+    ))
+}
+
+fn version() -> Result<()> {
+    let (_, printed, _) = tool(&["--version"])?;
+    let version = printed
+        .strip_prefix("exitmeter ")
+        .context("the tool prints another name")?
+        .trim();
+    let mut log = Log::from_now()?;
+    let loaded = module::Loaded::with("")?;
+    let told = fs::read_to_string("/sys/module/exitmeter/version")?;
+    let lines = log.own_lines()?;
+    loaded.unload()?;
+    ensure!(
+        told.trim() == version,
+        "the tool is {version}, and the module {told}"
+    );
+    ensure!(
+        lines
+            .iter()
+            .any(|line| line.starts_with(&format!("version {version} "))),
+        "the tool is {version}, and the log says {lines:?}"
+    );
+    Ok(())
+}
+
+fn unsigned() -> Result<()> {
+    let (status, _, said) = tool(&["report"])?;
+    ensure!(
+        status == Some(1) && said.contains("load the module on the host first"),
+        "without a module the tool says {said}"
+    );
+    fs::write(SIGNED_ALONE, "Y")?;
+    let refused = module::try_load("")
+        .err()
+        .and_then(|error| error.raw_os_error());
+    ensure!(
+        refused == Some(libc::EKEYREJECTED),
+        "an unsigned module is refused with {refused:?}"
+    );
+    let (status, _, said) = tool(&["report"])?;
+    ensure!(
+        status == Some(1)
+            && said.contains("Key was rejected by service")
+            && said.contains("docs/install.md"),
+        "the tool says {said}"
+    );
+    Ok(())
+}

@@ -89,6 +89,9 @@ UNIT
   as_root rm -rf "$host/usr/local/sbin/check-host" "$host"/etc/systemd/system/{check-host.service,multi-user.target.wants/check-host.service}
 }
 
+# The kernels' command line.
+words="root=/dev/vda rw console=ttyS0 mitigations=off tsc=reliable no_timer_check systemd.show_status=0"
+
 # boot MODE KERNEL [QEMU-ARGUMENT]...: boots a kernel of the host, which then checks itself.
 boot() {
   local mode=$1 kernel=$2
@@ -101,7 +104,8 @@ boot() {
     -drive file=/src/build/packages-test/host.img,if=virtio,format=raw,snapshot=on \
     -serial "file:/src/build/packages-test/$mode.console" -serial "file:/src/build/packages-test/$mode.result" "$@" ||
     say "the emulator ended with $?"
-  sed 's/^/  /' "$work/$mode.result"
+  # UEFI writes to this port, too.
+  sed -n '/^the host is up/,$ s/^/  /p' "$work/$mode.result"
   [ "$(tail -n 1 "$work/$mode.result" | tr -d '\r')" = passed ] || die "the check $mode failed; the console is $work/$mode.console."
 }
 
@@ -111,7 +115,30 @@ direct() {
   shift 2
   boot "$mode" "$kernel" -machine pc,hpet=off -kernel "/src/build/packages-test/vmlinuz-$kernel" \
     -initrd "/src/build/packages-test/initrd.img-$kernel" \
-    -append "root=/dev/vda rw console=ttyS0 mitigations=off tsc=reliable no_timer_check systemd.show_status=0 check=$mode $*"
+    -append "$words check=$mode $*"
+}
+
+# make_firmware KERNEL: UEFI with the keys that machines are sold with, in whose list of machine owner's keys (MOK) is that of
+# DKMS, as mokutil and the next boot's console put it there; and a disk with Debian's signed shim, GRUB and KERNEL.
+make_firmware() {
+  as_root cp "$host/var/lib/dkms/mok.pub" "$work/mok.pub"
+  # The owner of the key in the list is shim's own number, SHIM_LOCK_GUID.
+  # shellcheck disable=SC2016
+  run "$work/firmware.log" scripts/in-root.sh "$(packaging/root.sh)" --bind "$work:/work" --chdir /work -- sh -euc '
+    openssl x509 -inform DER -in mok.pub -out mok.pem
+    cp /usr/share/OVMF/OVMF_CODE_4M.secboot.fd firmware
+    virt-fw-vars --input /usr/share/OVMF/OVMF_VARS_4M.ms.fd --output variables --add-mok 605dab50-e046-4300-abb6-3dd810dd8b23 mok.pem
+    rm -f esp.img
+    truncate --size 512M esp.img
+    mformat -i esp.img -F ::
+    mmd -i esp.img ::EFI ::EFI/BOOT ::EFI/debian
+    mcopy -i esp.img /usr/lib/shim/shimx64.efi.signed ::EFI/BOOT/BOOTX64.EFI
+    mcopy -i esp.img /usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed ::EFI/BOOT/grubx64.efi
+    printf "%s\n" "linux /vmlinuz $2" "initrd /initrd" boot >grub.cfg
+    mcopy -i esp.img grub.cfg ::EFI/debian/grub.cfg
+    mcopy -i esp.img "vmlinuz-$1" ::vmlinuz
+    mcopy -i esp.img "initrd.img-$1" ::initrd
+  ' sh "$1" "$words check=trusted" || die "the firmware and its disk could not be made; the log is $work/firmware.log."
 }
 
 kernel_of() { (cd "$work" && printf '%s\n' vmlinuz-"$1".* | sed 's/^vmlinuz-//'); }
@@ -125,7 +152,13 @@ for step in $steps; do
       direct without "$(kernel_of 6)"
       direct refused "$(kernel_of 7)" module.sig_enforce=1
       ;;
-    secure-boot) say "not yet" ;;
+    secure-boot)
+      make_firmware "$(kernel_of 7)"
+      boot trusted "$(kernel_of 7)" -machine q35,smm=on -global driver=cfi.pflash01,property=secure,value=on \
+        -drive if=pflash,unit=0,format=raw,readonly=on,file=/src/build/packages-test/firmware \
+        -drive if=pflash,unit=1,format=raw,file=/src/build/packages-test/variables \
+        -drive file=/src/build/packages-test/esp.img,if=virtio,format=raw,snapshot=on
+      ;;
     purge)
       in_host dpkg --purge exitmeter-dkms exitmeter >"$work/purge.log" 2>&1 || die "the packages do not go; see $work/purge.log."
       files >"$work/after"

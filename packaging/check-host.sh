@@ -1,6 +1,8 @@
 #!/bin/bash
 # The part of packaging/test.sh that runs in the booted host: a systemd unit starts it, the kernel's command line says what
 # it looks at (check=MODE). Its lines go to the second serial port; the last one is "passed" or "failed: ...".
+# What `expect` calls, shellcheck takes for unreachable.
+# shellcheck disable=SC2317
 set -uo pipefail
 exec 3>/dev/ttyS1
 mode=$(sed -n 's/.*\bcheck=\([a-z-]*\).*/\1/p' /proc/cmdline)

@@ -27,6 +27,7 @@ done <<<"$(apt_config)"
 depends=$(sed -n '/^Package: exitmeter-dkms/,/^Recommends:/p' "$here/debian/control" | sed -n '/^Depends:/,/^[A-Z][a-z]*:/p' |
   tr -d '\n' | sed 's/Depends://; s/Recommends:.*//; s/\${[^}]*}, *//g; s/exitmeter ([^)]*), *//; s/ //g')
 : >"$log"
+# shellcheck disable=SC2016
 run "$log" mmdebstrap --variant=apt --components=main --dpkgopt=force-unsafe-io --aptopt='APT::Install-Recommends "false"' "${options[@]}" \
   --include="systemd-sysv,udev,kmod,dbus,initramfs-tools,dkms,openssl,linux-image-amd64,linux-headers-amd64,$depends" \
   --customize-hook="echo 'deb $mirror trixie-backports main' >>\"\$1/etc/apt/sources.list\"" \

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What deb.sh and dist.sh share: a copy of the checkout's files, and commands in it in the root for packages. Sourced by
 # them, with `here` set.
-cd "$here/.."
+cd "${here:?}/.." || exit
 # shellcheck source=scripts/common.sh
 . scripts/common.sh
 

@@ -73,6 +73,7 @@ install_packages() {
 make_image() {
   say "the host as a disk"
   as_root install -m 755 packaging/check-host.sh "$host/usr/local/sbin/check-host"
+  # shellcheck disable=SC2016
   as_root sh -c 'cat >"$1/etc/systemd/system/check-host.service" <<UNIT && mkdir -p "$1/etc/systemd/system/multi-user.target.wants" &&
 [Unit]
 After=multi-user.target systemd-udev-settle.service

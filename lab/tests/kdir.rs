@@ -60,8 +60,14 @@ impl BuildFolder {
 
     /// What the script says against the folder; nothing when it is good.
     fn complaint(&self) -> Option<String> {
+        self.complaint_with(&[])
+    }
+
+    /// As [`BuildFolder::complaint`], with options for the script.
+    fn complaint_with(&self, options: &[&str]) -> Option<String> {
         let script = lab::setup::repository().join("scripts/check-kdir.sh");
         let output = Command::new(script)
+            .args(options)
             .arg(self.0.path())
             .env("RUSTC", self.path("rustc"))
             .env("BINDGEN", self.path("bindgen"))
@@ -154,6 +160,19 @@ fn headers_without_rust_metadata_are_refused() {
     assert_complains(&folder, "rust/libkernel.rmeta");
     fs::remove_dir_all(folder.path("rust")).unwrap();
     assert_complains(&folder, "rust/libkernel.rmeta");
+}
+
+/// DKMS makes the metadata where there is none, but not for a kernel without Rust.
+#[test]
+fn the_kernel_alone_may_lack_metadata() {
+    let folder = BuildFolder::with(&CONFIG.replace("CONFIG_RUST=y\n", ""));
+    fs::remove_dir_all(folder.path("rust")).unwrap();
+    let said = folder.complaint_with(&["--kernel"]).unwrap();
+    assert!(said.contains("without CONFIG_RUST,"), "{said}");
+    assert!(said.contains("or do without exitmeter"), "{said}");
+    let folder = BuildFolder::new();
+    fs::remove_dir_all(folder.path("rust")).unwrap();
+    assert_eq!(folder.complaint_with(&["--kernel"]), None);
 }
 
 #[test]

@@ -1,0 +1,113 @@
+//! The parts of packaging/ that need no package: one version, and why DKMS cannot build.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::fs;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+fn file(name: &str) -> String {
+    fs::read_to_string(lab::setup::repository().join(name)).unwrap()
+}
+
+/// The module's source as DKMS gets it.
+fn source() -> TempDir {
+    let folder = TempDir::new().unwrap();
+    let script = lab::setup::repository().join("packaging/module-source.sh");
+    let status = Command::new(script).arg(folder.path()).status().unwrap();
+    assert!(status.success());
+    folder
+}
+
+#[test]
+fn every_package_has_the_workspace_s_version() {
+    for (name, line) in [
+        ("CHANGELOG.md", format!("\n## [{VERSION}] - ")),
+        ("packaging/PKGBUILD", format!("\npkgver={VERSION}\n")),
+        (
+            "packaging/exitmeter.spec",
+            format!("\nVersion:        {VERSION}\n"),
+        ),
+    ] {
+        assert!(file(name).contains(&line), "{name} has no line {line:?}");
+    }
+    assert!(file("packaging/debian/changelog").starts_with(&format!("exitmeter ({VERSION}) ")));
+    let conf = fs::read_to_string(source().path().join("dkms.conf")).unwrap();
+    assert!(
+        conf.contains(&format!("\nPACKAGE_VERSION=\"{VERSION}\"\n")),
+        "{conf}"
+    );
+}
+
+/// DKMS itself would fail for such a kernel's package, and so for the kernel.
+#[test]
+fn dkms_does_not_install_the_module_by_itself() {
+    let conf = file("packaging/dkms/dkms.conf");
+    assert!(!conf.lines().any(|line| line.starts_with("AUTOINSTALL")));
+}
+
+/// What Kbuild compiles is there: each `mod` has its file.
+#[test]
+fn the_source_is_whole() {
+    let folder = source();
+    for name in ["Kbuild", "bindings/kvm.h", "src/shim.c", "src/hooks.rs"] {
+        assert!(folder.path().join(name).is_file(), "{name}");
+    }
+    let modules = file("src/meter/mod.rs");
+    let names: Vec<_> = modules
+        .lines()
+        .filter_map(|line| line.trim_start_matches("pub ").strip_prefix("mod "))
+        .filter_map(|rest| rest.strip_suffix(';'))
+        .collect();
+    assert!(names.len() > 5, "{names:?}");
+    for name in names {
+        let path = folder.path().join(format!("src/meter/{name}.rs"));
+        assert!(path.is_file(), "{}", path.display());
+    }
+}
+
+#[test]
+fn a_kernel_without_rust_gets_its_reason_in_one_sentence() {
+    let folder = source();
+    let kernel = TempDir::new().unwrap();
+    let config = kernel.path().join("include/config");
+    fs::create_dir_all(&config).unwrap();
+    fs::write(
+        config.join("auto.conf"),
+        "CONFIG_MODULES=y\nCONFIG_MODULE_UNLOAD=y\nCONFIG_KVM=m\n",
+    )
+    .unwrap();
+    fs::write(config.join("kernel.release"), "6.12.117+deb13-amd64\n").unwrap();
+    let output = Command::new(folder.path().join("dkms/build.sh"))
+        .arg("6.12.117+deb13-amd64")
+        .arg(kernel.path())
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    let reason = said.lines().last().unwrap();
+    assert!(
+        reason.starts_with("exitmeter: ") && reason.contains("without CONFIG_RUST,"),
+        "{said}"
+    );
+    assert!(!reason.contains('\''), "{reason}");
+}
+
+/// A reason that goes through a shell's quotes has none of its own (the kernel's Makefiles, dkms.conf).
+#[test]
+fn no_reason_has_an_apostrophe() {
+    for name in ["scripts/check-kdir.sh", "packaging/dkms/build.sh"] {
+        let text = file(name);
+        let reasons = text.lines().map(str::trim).filter(|line| {
+            ["die \"", "needs", "refuses"]
+                .iter()
+                .any(|start| line.starts_with(start) || line.contains("|| die \""))
+        });
+        for line in reasons {
+            assert!(!line.contains('\''), "{name}: {line}");
+        }
+    }
+}

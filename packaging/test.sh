@@ -6,7 +6,7 @@
 # (6.12 says why it goes without, the other gets it), boots the result on an emulated AMD host (check-host.sh), and
 # compares the list of files before the packages and after their purge.
 #
-#   packaging/test.sh [STEP]...    install, boot, secure-boot, purge; all of them if none is named
+#   packaging/test.sh [STEP]...    install, image, metered, without, refused, trusted, purge; all of them if none is named
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/.."
@@ -18,7 +18,7 @@ debs=$PWD/build/packages
 work=$PWD/build/packages-test
 base=${XDG_CACHE_HOME:-$HOME/.cache}/exitmeter/packages-host
 host=$work/host
-steps=${*:-install boot secure-boot purge}
+steps=${*:-install image metered without refused trusted purge}
 mkdir -p "$work"
 need_space "$work" 8000
 
@@ -35,7 +35,7 @@ checks() {
 # What belongs to the system, without what any use of it writes.
 files() {
   as_root find "$host" -xdev \( -path "$host/debs" -o -path "$host/work" -o -path "$host/tmp" -o -path "$host/var/cache" \
-    -o -path "$host/var/lib/apt" -o -path "$host/var/log/apt" \) -prune -o -printf '%P %y %m %U %G\n' | LC_ALL=C sort
+    -o -path "$host/run" -o -path "$host/var/lib/apt" -o -path "$host/var/log/apt" -o -path "$host/var/log/dpkg.log" \) -prune -o -printf '%P %y %m %U %G\n' | LC_ALL=C sort
 }
 
 install_packages() {
@@ -147,13 +147,11 @@ kernel_of() { (cd "$work" && printf '%s\n' vmlinuz-"$1".* | sed 's/^vmlinuz-//')
 for step in $steps; do
   case $step in
     install) install_packages ;;
-    boot)
-      make_image
-      direct metered "$(kernel_of 7)"
-      direct without "$(kernel_of 6)"
-      direct refused "$(kernel_of 7)" module.sig_enforce=1
-      ;;
-    secure-boot)
+    image) make_image ;;
+    metered) direct metered "$(kernel_of 7)" ;;
+    without) direct without "$(kernel_of 6)" ;;
+    refused) direct refused "$(kernel_of 7)" module.sig_enforce=1 ;;
+    trusted)
       make_firmware "$(kernel_of 7)"
       boot trusted "$(kernel_of 7)" -machine q35,smm=on -global driver=cfi.pflash01,property=secure,value=on \
         -drive if=pflash,unit=0,format=raw,readonly=on,file=/src/build/packages-test/firmware \

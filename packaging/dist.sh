@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes build/packages/exitmeter-VERSION-x86_64-linux.tar.xz: the static tool with its manual pages and completions, for
-# any Linux and for guests. What `make dist` runs. The same commit gives the same bytes: the compiler is that of the root,
+# any Linux and for guests. What `make dist` runs. It is made so that the same commit gives the same bytes: the compiler is that of the root,
 # and names are sorted, times those of the commit.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -49,7 +49,13 @@ struct Target {
 /// [`ProgramsError`].
 pub fn build() -> Result<Programs, ProgramsError> {
     // The tool without its pictures in pixels, which nobody looks at in a host.
-    let mut built = cargo_build(&["-p", "lab-agent", "-p", "exitmeter", "--no-default-features"])?;
+    let mut built = cargo_build(&[
+        "-p",
+        "lab-agent",
+        "-p",
+        "exitmeter",
+        "--no-default-features",
+    ])?;
     match (built.remove("lab-agent"), built.remove("exitmeter")) {
         (Some(agent), Some(tool)) => Ok(Programs { agent, tool }),
         _ => Err(ProgramsError::Failed),

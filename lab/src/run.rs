@@ -165,7 +165,10 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
         let programs = scope.spawn(programs::build);
         let prepared = prepare(options);
         let programs = programs.join();
-        (prepared, programs.unwrap_or_else(|panic| resume_unwind(panic)))
+        (
+            prepared,
+            programs.unwrap_or_else(|panic| resume_unwind(panic)),
+        )
     });
     let (prepared, programs) = (prepared?, programs?);
     let (task, script) = task(&options.script);

@@ -380,7 +380,7 @@ impl Ledger {
     }
 
     /// A VM exit of a vCPU that has tables, if that has the latest rows and the clock goes on; else
-    /// nothing has happened, and the exit's key is returned (see [`super::slow::key`]).
+    /// nothing has happened, and the exit's key is returned.
     ///
     /// # Errors
     ///

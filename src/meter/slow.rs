@@ -13,10 +13,10 @@
 //! with a floor, below which nothing is to be done: that is 0 while the window has room, and while the
 //! vCPU has been off its CPU since the exit; else the length of the shortest exit that is kept, or
 //! the limit. An exit above the floor is told out of line, by what the ledger and the tables know of
-//! the latest exit, and by what was noted when the vCPU left its CPU: see [`Away`].
+//! the latest exit, and by what was noted when the vCPU left its CPU.
 //!
 //! The ring takes four words at each exit, and more when the vCPU leaves its CPU. So there is one
-//! only with a limit, and the exits of vCPUs that have one are told by [`Slow::take_exit`].
+//! only with a limit, and the exits of vCPUs that have one are told as they come.
 //!
 //! # Windows
 //!

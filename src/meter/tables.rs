@@ -156,7 +156,7 @@ const NO_RIP: u32 = 1 << 9;
 const SLOT: u32 = IS_NESTED - 1;
 
 impl About {
-    /// Return the exit's key, also where it has no detail: see [`slow::key`].
+    /// Return the exit's key, also where it has no detail: a number that has bits for the reason alone.
     #[inline(always)]
     pub fn whole_key(&self) -> u64 {
         match (self.key, self.nested) {

@@ -51,7 +51,7 @@ struct Told {
 impl detail::Exit for Told {
     fn read(&self, source: i32) -> Option<u64> {
         Some(match source {
-            detail::source::QUALIFICATION => self.qualification,
+            detail::source::QUALIFICATION | detail::source::INFO => self.qualification,
             detail::source::INTERRUPTION => self.interruption,
             _ => self.address,
         })
@@ -59,14 +59,11 @@ impl detail::Exit for Told {
     fn read_plain(&self, source: i32) -> Option<u64> {
         self.read(source)
     }
-    fn msr(&self) -> u64 {
-        self.rcx & 0xffff_ffff
-    }
-    fn rax(&self) -> u64 {
-        self.rax
-    }
-    fn rcx(&self) -> u64 {
-        self.rcx
+    fn register(&self, register: detail::Register) -> u64 {
+        match register {
+            detail::Register::Rax => self.rax,
+            detail::Register::Rcx => self.rcx,
+        }
     }
     fn hyperv_call(&self) -> Option<u16> {
         None

@@ -13,7 +13,6 @@ use std::{
 };
 
 use anyhow::{bail, ensure, Context as _, Result};
-use exitmeter_meter::reasons::Isa;
 
 use crate::{
     cases::{self, Case},
@@ -48,8 +47,7 @@ pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> 
     for (number, case) in (1..).zip(&cases) {
         let started = Instant::now();
         let mut output = String::new();
-        let result = have_cpus(case)
-            .and_then(|()| have(&mut loaded, case.module))
+        let result = have(&mut loaded, case.module)
             .and_then(|()| run_apart(case, expect, slow, &mut output));
         let failure = result.and(tidy()).err();
         if failure.is_some() {
@@ -84,14 +82,6 @@ pub fn run_case(name: &str, expect: &[String]) -> Result<()> {
     let case = cases.find(|case| case.name == name);
     let case = case.with_context(|| format!("there is no case '{name}'"))?;
     (case.run)()
-}
-
-/// Have the CPUs online that a case wants.
-///
-/// With two CPUs that run, QEMU breaks the host of a Linux guest with two vCPUs now and then, whether
-/// metered or not (docs/testing.md).
-fn have_cpus(case: &Case) -> Result<()> {
-    host::use_all_cpus(!case.has_linux || host::isa()? != Isa::Svm)
 }
 
 /// Has the module loaded as a case wants it. To load and to unload takes the kernel seconds,

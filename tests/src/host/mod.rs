@@ -51,21 +51,6 @@ pub fn cpus() -> Result<usize> {
     Ok(std::thread::available_parallelism()?.get())
 }
 
-/// Take all CPUs of this host but the first offline, or bring them back.
-pub fn use_all_cpus(all: bool) -> Result<()> {
-    for cpu in 1.. {
-        let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
-        let Ok(online) = fs::read_to_string(&path) else {
-            break;
-        };
-        let wanted = if all { "1" } else { "0" };
-        if online.trim() != wanted {
-            fs::write(&path, wanted).with_context(|| format!("{path} does not take {wanted}"))?;
-        }
-    }
-    Ok(())
-}
-
 /// Function calls that other CPUs had a CPU make by an interrupt so far (CAL of /proc/interrupts).
 pub fn function_calls(cpu: usize) -> Result<u64> {
     let table =

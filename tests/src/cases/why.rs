@@ -20,7 +20,7 @@ use super::{
     tool::json,
     Case,
 };
-use crate::host::{self, module, text};
+use crate::host::{self, module, text::Code};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -112,10 +112,10 @@ fn wait_for(file: &str) -> Result<String> {
 }
 
 /// Demand that details are off: no vCPU has tables, and the module's code is what it was.
-fn is_off(code: &[u8]) -> Result<()> {
+fn is_off(code: &Code) -> Result<()> {
     ensure!(tables()? == (0, false), "details are on");
     ensure!(
-        text::read()? == code,
+        code.stays()?,
         "the module's code is not what it was before details were on"
     );
     Ok(())
@@ -136,7 +136,7 @@ fn rows<'a>(told: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
 fn two_at_once() -> Result<()> {
     const STOPS: [&str; 2] = ["/tmp/why.1", "/tmp/why.2"];
     const KVM_EXIT_IO: u32 = 2;
-    let code = text::read()?;
+    let code = Code::now()?;
     is_off(&code)?;
     let [one, other] = [wait_for(STOPS[0])?, wait_for(STOPS[1])?];
     let data = Tool::start(&["why", "--json", "--", "sh", "-c", &one])?;
@@ -144,7 +144,7 @@ fn two_at_once() -> Result<()> {
     // The second one turns them on as well, which nothing tells.
     thread::sleep(Duration::from_secs(2));
     ensure!(
-        text::read()? != code,
+        code.has_changed()?,
         "with details on the module's code is the same: no branch is static"
     );
     let mut machine = Machine::new(Config {
@@ -195,7 +195,7 @@ fn two_at_once() -> Result<()> {
 }
 
 fn interrupted() -> Result<()> {
-    let code = text::read()?;
+    let code = Code::now()?;
     let tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
     let mut machine = Machine::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
     machine.run()?;
@@ -235,7 +235,7 @@ fn without_the_right() -> Result<()> {
     const NOBODY: u32 = 65534;
     const SENTENCE: &str = "exitmeter: no right to turn details on: run this as root, or with \
                             CAP_PERFMON; with the module's parameter details=1 they are always on\n";
-    let code = text::read()?;
+    let code = Code::now()?;
     // The right to read the device alone.
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
     let run = |arguments: &[&str]| {
@@ -271,7 +271,7 @@ fn without_the_right() -> Result<()> {
 
 fn slow_beside_a_command() -> Result<()> {
     const STOP: &str = "/tmp/slow.stop";
-    let code = text::read()?;
+    let code = Code::now()?;
     let wait = wait_for(STOP)?;
     let tool = Tool::start(&["slow", "--json", "--", "sh", "-c", &wait])?;
     let mut machine = Machine::new(slow::sleeper())?;
@@ -293,7 +293,7 @@ fn slow_beside_a_command() -> Result<()> {
 
 fn killed() -> Result<()> {
     let loaded = module::Loaded::with("")?;
-    let code = text::read()?;
+    let code = Code::now()?;
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
     let tool = Tool::start(&["why", "--interval", "1"])?;

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     os::unix::fs::FileExt as _,
+    path::Path,
 };
 
 use anyhow::{Context as _, Result};
@@ -17,8 +18,41 @@ const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
 
+/// The module's code at a moment; `None` on a kernel without [`KCORE`], as those are that check
+/// themselves.
+#[derive(Debug)]
+pub struct Code(Option<Vec<u8>>);
+
+impl Code {
+    /// Read it as it stands now. Says so where it cannot be told.
+    pub fn now() -> Result<Self> {
+        if !Path::new(KCORE).exists() {
+            println!("this kernel has no {KCORE}, so code is not compared");
+            return Ok(Self(None));
+        }
+        read().map(Some).map(Self)
+    }
+
+    /// Return false if it is known to have changed.
+    pub fn stays(&self) -> Result<bool> {
+        self.compare(|before, now| before == now)
+    }
+
+    /// Return false if it is known to be the same.
+    pub fn has_changed(&self) -> Result<bool> {
+        self.compare(|before, now| before != now)
+    }
+
+    fn compare(&self, holds: impl Fn(&[u8], &[u8]) -> bool) -> Result<bool> {
+        Ok(match &self.0 {
+            Some(before) => holds(before, &read()?),
+            None => true,
+        })
+    }
+}
+
 /// Return the module's code: from its first function to its last.
-pub fn read() -> Result<Vec<u8>> {
+fn read() -> Result<Vec<u8>> {
     let symbols = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms cannot be read")?;
     let addresses = symbols.lines().filter_map(|line| {
         let mut words = line.split_whitespace();

@@ -344,8 +344,8 @@ mod tests {
             ),
             (
                 6,
-                0x4fff_fffd | ((1 << 23) - 1) << 32,
-                "0x4ffffffd subleaf 0x7fffff or more exitmeter",
+                0x4fff_fffd | u64::from(LAST_SUBLEAF) << 32,
+                "0x4ffffffd subleaf 0x3ffffe or more exitmeter",
             ),
             (7, 10, "10 KVM_HC_SEND_IPI (Xen: update_descriptor)"),
             (7, 29, "29 Xen's sched_op"),

@@ -87,7 +87,7 @@ soak-miri: bootstrap
 soak-fuzz: bootstrap
 	rustup toolchain install nightly --profile minimal --component rust-src
 	cargo install --quiet cargo-fuzz
-	cargo +nightly fuzz run --fuzz-dir src/meter/fuzz snapshot -- -max_total_time=300 -max_len=16384
+	cargo +nightly fuzz run --fuzz-dir src/meter/fuzz snapshot -- -max_total_time=300 -max_len=65536
 
 soak-ibt: bootstrap
 	cargo test --release -p lab --test ends -- --ignored past_an_endbr

@@ -3,7 +3,7 @@
 //! VMs by the names that people gave them.
 //!
 //! KVM knows a VM by the thread that made it, `kvm-PID`. What its VMM was told about it stands on
-//! the VMM's command line, which [`command`] reads, and in its cgroup ([`unit`]); [`process`] gets
+//! the VMM's command line, which [`command`] reads, and in its cgroup ([`mod@unit`]); [`process`] gets
 //! both from /proc. A [`Book`] keeps what was found, as the process may be gone later, and [`find`]
 //! says which VM somebody means.
 //!

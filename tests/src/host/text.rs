@@ -18,7 +18,7 @@ const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
 
-/// The module's code at a moment; `None` on a kernel without [`KCORE`], as those are that check
+/// The module's code at a moment; `None` on a kernel without /proc/kcore, as those are that check
 /// themselves.
 #[derive(Debug)]
 pub struct Code(Option<Vec<u8>>);

@@ -93,16 +93,16 @@ soak-ibt: bootstrap
 # The kernels are built by the first command that wants them.
 soak-debug: bootstrap
 	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_debug what_the_kernel_kcsan
-	cargo run --release --quiet -p system-tests -- --host amd --kernel debug --memory 2048 --slow 10 --timeout 7200 \
+	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel debug --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'KernelAddressSanitizer initialized' --expect 'Lock dependency validator' \
 		--expect 'Kernel memory leak detector initialized'
-	cargo run --release --quiet -p system-tests -- --host amd --kernel kcsan --memory 2048 --slow 10 --timeout 7200 \
+	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel kcsan --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'kcsan: enabled'
 
 # FineIBT takes a CPU with IBT; the emulated AMD CPU has none.
 soak-cfi: bootstrap
 	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_cfi
-	cargo run --release --quiet -p system-tests -- --host amd --kernel cfi --slow 5 --timeout 7200 \
+	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel cfi --slow 5 --timeout 7200 \
 		--expect 'CFI: Using rehashed retpoline kCFI'
 	cargo run --release --quiet -p system-tests -- --host intel --model tigerlake --kvm-args enable_apicv=0 \
 		--kernel cfi --append cfi=fineibt --slow 5 --timeout 14400 \

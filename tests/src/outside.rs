@@ -39,12 +39,12 @@ impl fmt::Display for Host {
 }
 
 impl Host {
-    /// Return how many CPUs it gets. QEMU emulates two by two threads, which is fast and does not
-    /// last; Bochs by one, which is slow and does: see docs/testing.md.
+    /// Return how many CPUs it gets. QEMU emulates two by two threads, which does not last; Bochs by
+    /// one, which does, and takes twice the time: see docs/testing.md.
     fn cpus(self, soak: bool) -> u32 {
         match (self, soak) {
-            (Host::Intel, false) | (Host::Amd, true) => 1,
-            (Host::Amd, false) | (Host::Intel, true) => 2,
+            (Host::Intel, true) => 2,
+            _ => 1,
         }
     }
 }
@@ -58,8 +58,7 @@ pub struct Plan {
     /// How many seconds of the wall clock one host may take.
     #[arg(long, default_value_t = 3600)]
     pub timeout: u64,
-    /// How many CPUs the hosts have; when not given 1 on Intel, 2 on AMD, and the other way round
-    /// for the long cases.
+    /// How many CPUs the hosts have; when not given 1, and 2 on Intel for the long cases.
     #[arg(long)]
     pub cpus: Option<u32>,
     /// Debian's kernel for the hosts, a version or release; the newest of backports when not

@@ -345,7 +345,7 @@ fn plain_svm(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
         Ok(Some(SVM.key_of_info(slot, exit)))
     } else if source == source::FAULT {
         Ok(fault_svm(slot, exit))
-    } else if slot == slot_of_code(Isa::Svm, SVM_VMMCALL) {
+    } else if slot == reasons::slot(Isa::Svm, SVM_VMMCALL) {
         Err(Composed)
     } else {
         Ok(None)
@@ -391,13 +391,7 @@ pub fn is_leaf(isa: Isa, slot: Slot) -> bool {
         Isa::Vmx => VMX_CPUID,
         Isa::Svm => SVM_CPUID,
     };
-    slot == slot_of_code(isa, code)
-}
-
-/// Return the row of exits with a code, as a constant.
-#[inline(always)]
-const fn slot_of_code(isa: Isa, code: u32) -> Slot {
-    reasons::slot(isa, code)
+    slot == reasons::slot(isa, code)
 }
 
 /// Return the key of an exit by CPUID.

@@ -15,8 +15,9 @@ packages=(
   rustc rust-src rust-clippy rustfmt bindgen clang-19
   # Bochs, with the tables its machine boots from.
   g++-14 pkg-config patch bochsbios vgabios
-  # The AMD host; QEMU's microvm is the guest's VMM on both.
-  qemu-system-x86 seabios
+  # The AMD host; QEMU's microvm is the guest's VMM on both. From backports, as Debian 13's own loses interrupts of a
+  # host with SVM (docs/testing.md, "Where the emulators are not sound").
+  {qemu-system-x86,qemu-system-common,qemu-system-data,seabios}/trixie-backports
   # What host and guest run.
   busybox-static cpuid
 )

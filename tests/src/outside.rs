@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
-use crate::report::{Report, Verdict};
+use crate::{
+    cases,
+    report::{Report, Verdict},
+};
 
 /// Where this program stands in the host.
 const INSIDE: &str = "/usr/local/bin/system-tests";
@@ -176,19 +179,31 @@ fn pass_on(stderr: impl Read) -> Vec<String> {
     last.into()
 }
 
+/// Return for how many seconds a host may say nothing. A case says nothing until it ends, and the
+/// inside ends one that takes too long; beyond that the host itself stands still. Twice the longest
+/// case, as an emulator's clock can be slower than the wall's.
+fn silence(plan: &Plan) -> u64 {
+    if plan.soak {
+        return plan.timeout;
+    }
+    let longest = cases::all().iter().map(|case| case.limit.as_secs()).max();
+    let silence = 2 * longest.unwrap_or_default() * u64::from(plan.slow);
+    silence.min(plan.timeout)
+}
+
 /// Return the command that boots a host for the cases.
 fn command(host: Host, plan: &Plan) -> Result<Command> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let timeout = plan.timeout.to_string();
+    let silence = silence(plan).to_string();
     let mut lab = Command::new(cargo);
     lab.args(["lab", "run", "--host", &host.to_string()])
         .args([
             "--cpus",
             &plan.cpus.unwrap_or(host.cpus(plan.soak)).to_string(),
         ])
-        // A case says nothing until it ends.
-        .args(["--timeout", &timeout, "--silence", &timeout])
+        .args(["--timeout", &timeout, "--silence", &silence])
         .arg("--file")
         .arg(format!("{}:{INSIDE}", this.display()));
     if let Some(kernel) = &plan.kernel {

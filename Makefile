@@ -87,7 +87,7 @@ soak-fuzz: bootstrap
 
 soak-ibt: bootstrap
 	cargo test --release -p lab --test ends -- --ignored past_an_endbr
-	cargo run --release --quiet -p system-tests -- --host intel --model tigerlake --kvm-args enable_apicv=0 \
+	cargo run --release --quiet -p system-tests -- --host intel --model arrow_lake --kvm-args enable_apicv=0 \
 		--timeout 7200 --expect 'Indirect Branch Tracking enabled'
 
 # The kernels are built by the first command that wants them.
@@ -104,7 +104,7 @@ soak-cfi: bootstrap
 	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_cfi
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel cfi --slow 5 --timeout 7200 \
 		--expect 'CFI: Using rehashed retpoline kCFI'
-	cargo run --release --quiet -p system-tests -- --host intel --model tigerlake --kvm-args enable_apicv=0 \
+	cargo run --release --quiet -p system-tests -- --host intel --model arrow_lake --kvm-args enable_apicv=0 \
 		--kernel cfi --append cfi=fineibt --slow 5 --timeout 14400 \
 		--expect 'Indirect Branch Tracking enabled' --expect 'Using FineIBT CFI'
 

@@ -200,7 +200,7 @@ fn a_call_past_an_endbr_is_102_on_a_cpu_that_tracks_branches() {
         let arguments = [&model[..], &script[..]].concat();
         lab_on("intel", &arguments).output().unwrap()
     };
-    let tracked = load("tigerlake");
+    let tracked = load("arrow_lake");
     assert_eq!(tracked.status.code(), Some(102), "{}", stderr(&tracked));
     let log = fs::read_to_string(folder(&tracked).join("kernel.log")).unwrap();
     assert!(log.contains("Missing ENDBR: fault_target"), "{log}");
@@ -257,7 +257,7 @@ fn what_the_kernel_kcsan_finds_ends_a_run() {
 #[ignore = "builds a kernel, and boots hosts with it"]
 fn what_the_kernel_cfi_finds_ends_a_run() {
     let fault = fault_for(Some("cfi"));
-    let tracked = ["--model", "tigerlake", "--kvm-args", "enable_apicv=0"];
+    let tracked = ["--model", "arrow_lake", "--kvm-args", "enable_apicv=0"];
     for (host, model, mode) in [
         ("amd", &[][..], "kcfi"),
         ("intel", &tracked, "kcfi"),

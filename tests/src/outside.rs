@@ -68,7 +68,7 @@ pub struct Plan {
     /// given.
     #[arg(long, value_name = "VERSION")]
     pub kernel: Option<String>,
-    /// The model of the hosts' CPU, in the words of their emulator, such as tigerlake.
+    /// The model of the hosts' CPU, in the words of their emulator, such as arrow_lake.
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
     /// How much memory the hosts have; as much as the lab gives when not given.

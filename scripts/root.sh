@@ -46,6 +46,11 @@ if [ ! -e "$OUT/.base" ]; then
     --dpkgopt='path-exclude=/usr/share/doc/*'
     --dpkgopt='path-include=/usr/share/doc/*/copyright'
     --dpkgopt='path-exclude=/usr/share/info/*'
+    # Nothing is linked with clang's libraries, and of Rust's source only the library is compiled: a third of all
+    # that is unpacked, and most files.
+    --dpkgopt='path-exclude=/usr/lib/llvm-*/lib/*.a'
+    --dpkgopt='path-exclude=/usr/src/rustc-*'
+    --dpkgopt='path-include=/usr/src/rustc-*/library/*'
     # The folder counts only when it is whole, so no package has to reach the disk before the next.
     --dpkgopt=force-unsafe-io
     --aptopt='APT::Install-Recommends "false"'

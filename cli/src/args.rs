@@ -7,10 +7,12 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+#[cfg(feature = "top")]
+use crate::top;
 use crate::{
     completions, guest, man,
     output::{Output, When},
-    plot, reasons, record, report, slow, stat, top, verify, why,
+    plot, reasons, record, report, slow, stat, verify, why,
 };
 
 const STATUSES: &str = "\
@@ -46,6 +48,7 @@ enum Command {
     Stat(stat::Args),
     Record(record::Args),
     Plot(plot::Args),
+    #[cfg(feature = "top")]
     Top(top::Args),
     Why(why::Args),
     Slow(slow::Args),
@@ -74,6 +77,7 @@ impl Args {
             Command::Stat(args) => return Ok(args.run(out)),
             Command::Record(args) => return args.run(),
             Command::Plot(args) => args.run(out)?,
+            #[cfg(feature = "top")]
             Command::Top(args) => return args.run(out),
             Command::Why(args) => return args.run(out),
             Command::Slow(args) => return args.run(out),

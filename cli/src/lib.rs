@@ -35,6 +35,7 @@ pub mod source;
 pub mod spread;
 pub mod stat;
 pub mod table;
+#[cfg(feature = "top")]
 pub mod top;
 pub mod verify;
 pub mod why;

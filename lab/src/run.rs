@@ -20,7 +20,7 @@ use crate::host::{Host, Machine};
 use crate::image::payload::{self, FileSpec};
 use crate::image::{ImageError, Images};
 use crate::module::{self, ModuleError};
-use crate::programs::{self, Programs, ProgramsError};
+use crate::programs::{self, Programs, ProgramsError, Tool};
 use crate::refused::Refused;
 use crate::saved;
 use crate::setup::{self, Prepared, SetupError, Wanted};
@@ -160,33 +160,32 @@ impl RunError {
 ///
 /// [`RunError`], when it comes to no run. A run that fails is an [`Outcome`].
 pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, RunError> {
+    let mut start = |prepared: &Prepared, programs: Programs| {
+        let folder = folder::make(options.machine.host)?;
+        let saved = options.machine.host == Host::Intel && !options.fresh;
+        let saved =
+            saved.then(|| saved::machine(options, prepared, &programs.agent, &folder, listener));
+        Ok((programs, folder, saved.transpose()?))
+    };
     // Side by side: much of the set-up waits for the network, or keeps one CPU busy.
-    let (prepared, programs) = thread::scope(|scope| {
-        let programs = scope.spawn(programs::build);
-        let prepared = prepare(options);
-        let programs = programs.join();
-        (
-            prepared,
-            programs.unwrap_or_else(|panic| resume_unwind(panic)),
-        )
+    let ready = thread::scope(|scope| {
+        let programs = scope.spawn(|| programs::build(Tool::ForScripts));
+        let programs = || programs.join().unwrap_or_else(|panic| resume_unwind(panic));
+        prepare(options, |prepared| start(prepared, programs()?))
     });
-    let (prepared, programs) = (prepared?, programs?);
+    let (prepared, module, (programs, folder, saved)) = match ready {
+        Err(RunError::Boot(outcome)) => return Ok(*outcome),
+        ready => ready?,
+    };
     let (task, script) = task(&options.script);
-    let mut files = files(options, &prepared, &programs)?;
+    let mut files = files(options, module, &programs);
     files.extend(script);
-    let folder = folder::make(options.machine.host)?;
     let payload = folder.join("payload");
-
-    let (mut agent, mut kvm, mut begin) = (Some(&*programs.agent), options.kvm(), Begin::Boot);
-    let saved;
-    if options.machine.host == Host::Intel && !options.fresh {
-        saved = match saved::machine(options, &prepared, &programs.agent, &folder, listener) {
-            Err(RunError::Boot(outcome)) => return Ok(*outcome),
-            other => other?,
-        };
+    let (agent, kvm, begin) = match &saved {
         // It has its agent, and KVM.
-        (agent, kvm, begin) = (None, None, Begin::Saved(&saved));
-    }
+        Some(saved) => (None, None, Begin::Saved(saved)),
+        None => (Some(&*programs.agent), options.kvm(), Begin::Boot),
+    };
     payload::write(&payload, agent, &files, &Settings { kvm, task })?;
     let boot = Boot {
         prepared: &prepared,
@@ -204,15 +203,13 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
 /// What a host gets, beside its script.
 pub(crate) fn files(
     options: &Options,
-    prepared: &Prepared,
+    module: Option<PathBuf>,
     programs: &Programs,
-) -> Result<Vec<FileSpec>, RunError> {
+) -> Vec<FileSpec> {
     let mut files = vec![FileSpec::at(&programs.tool, "/usr/local/bin/exitmeter")];
-    if options.module {
-        files.push(FileSpec::new(module::build(prepared)?));
-    }
+    files.extend(module.map(FileSpec::new));
     files.extend(options.files.iter().cloned());
-    Ok(files)
+    files
 }
 
 /// Removes what is large in a run's folder and made of what is kept elsewhere.
@@ -222,18 +219,27 @@ pub(crate) fn tidy(folder: &Path) {
     }
 }
 
-/// What the run needs, made as far as it is not there.
+/// Make what the run needs, as far as it is not there, and the module, if it wants one. Besides do `start` as soon as the
+/// host itself can be started.
 ///
 /// # Errors
 ///
-/// [`RunError::Setup`].
-pub fn prepare(options: &Options) -> Result<Prepared, RunError> {
-    Ok(setup::prepare(&Wanted {
+/// [`RunError::Setup`], [`RunError::Module`], and those of `start`.
+pub fn prepare<T>(
+    options: &Options,
+    start: impl FnOnce(&Prepared) -> Result<T, RunError>,
+) -> Result<(Prepared, Option<PathBuf>, T), RunError> {
+    let wanted = Wanted {
         kernel: options.kernel.clone(),
         tree: options.module,
         bochs: options.machine.host == Host::Intel,
         ..Wanted::default()
-    })?)
+    };
+    let module = |prepared: &Prepared| {
+        let module = options.module.then(|| module::build(prepared));
+        Ok(module.transpose()?)
+    };
+    setup::prepare_and(&wanted, module, start)
 }
 
 /// The name of the console's file in the run's folder.

@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
 
 use thiserror::Error;
@@ -170,10 +171,28 @@ pub fn cache() -> Result<PathBuf, SetupError> {
 ///
 /// See [`SetupError`]. What is done by then is kept, and the next call goes on from there.
 pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
+    prepare_and(wanted, |_| Ok(()), |_| Ok(())).map(|(prepared, (), ())| prepared)
+}
+
+/// As [`prepare`]. Besides do what can be done before all is there, so that no core is idle: `with_tree` as soon as all
+/// but Bochs and perf is there, and `with_bochs` as soon as all but the tree and the selftests is.
+///
+/// # Errors
+///
+/// Those of [`prepare`], and what the two fail with.
+pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
+    wanted: &Wanted,
+    with_tree: impl FnOnce(&Prepared) -> Result<T, E> + Send,
+    with_bochs: impl FnOnce(&Prepared) -> Result<B, E>,
+) -> Result<(Prepared, T, B), E> {
     with_engine(|engine| {
         let plan = Plan::new(engine, wanted)?;
-        plan.make(engine)?;
-        plan.prepared()
+        let (tree, bochs) = plan.make(
+            engine,
+            || with_tree(&plan.prepared()?),
+            || with_bochs(&plan.prepared()?),
+        )?;
+        Ok((plan.prepared()?, tree, bochs))
     })
 }
 
@@ -277,49 +296,63 @@ impl Plan {
             .collect()
     }
 
-    fn make(&self, engine: &Engine<'_>) -> Result<(), SetupError> {
+    /// Make what is missing. Do `with_tree` when all but Bochs and perf is there, and `with_bochs` when all but the tree
+    /// and the selftests is.
+    fn make<T: Send, B, E: From<SetupError> + Send>(
+        &self,
+        engine: &Engine<'_>,
+        with_tree: impl FnOnce() -> Result<T, E> + Send,
+        with_bochs: impl FnOnce() -> Result<B, E>,
+    ) -> Result<(T, B), E> {
         engine.check_space(&self.steps())?;
         engine.make(&self.root)?;
         let chain = |steps: &[Option<&Step>]| {
             let mut steps = steps.iter().copied().flatten();
             steps.try_for_each(|step| engine.make(step))
         };
+        let (made, kernels) = mpsc::channel();
         // Bochs and what leads to the tree keep two cores busy side by side.
         let (tree, bochs) = thread::scope(|scope| {
-            let bochs = scope.spawn(|| chain(&[self.bochs.as_ref(), self.perf.as_ref()]));
-            let tree = chain(&[
-                Some(&self.kernel),
-                self.checked.as_ref().or(self.tree.as_ref()),
-                self.selftests.as_ref(),
-            ]);
-            (
-                tree,
-                bochs.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            )
+            let tree = scope.spawn(move || {
+                let result = chain(&[Some(&self.kernel), self.checked.as_ref()]);
+                // Nobody waits any more if Bochs failed.
+                let _ = made.send(result.is_ok());
+                result?;
+                chain(&[self.tree.as_ref(), self.selftests.as_ref()])?;
+                Ok(with_tree())
+            });
+            let bochs = chain(&[self.bochs.as_ref(), self.perf.as_ref()]);
+            let bochs = bochs.and_then(|()| match kernels.recv() {
+                Ok(true) => Ok(with_bochs()),
+                // The tree's thread tells why.
+                _ => Err(SetupError::Interrupted),
+            });
+            let tree = tree.join();
+            (tree.unwrap_or_else(|panic| resume_unwind(panic)), bochs)
         });
         match (tree, bochs) {
             // One was stopped because the other failed.
-            (Err(SetupError::Interrupted), Err(error)) => Err(error),
-            (tree, bochs) => tree.and(bochs),
+            (Err(SetupError::Interrupted), Err(error)) => Err(error.into()),
+            (Err(error), _) | (_, Err(error)) => Err(error.into()),
+            (Ok(tree), Ok(bochs)) => Ok((tree?, bochs?)),
         }
     }
 
-    fn prepared(self) -> Result<Prepared, SetupError> {
-        let guest_kernel = self.kernel.out.join("vmlinux");
-        let guest_modules = modules(&self.kernel.out, &release(&self.kernel)?);
-        let checked_tree = self.checked.as_ref().map(|step| step.out.join("tree"));
-        let kernel = self.checked.unwrap_or(self.kernel);
+    fn prepared(&self) -> Result<Prepared, SetupError> {
+        let kernel = self.checked.as_ref().unwrap_or(&self.kernel);
+        let tree = self.checked.as_ref().or(self.tree.as_ref());
+        let within = |step: &Option<Step>, name| step.as_ref().map(|step| step.out.join(name));
         Ok(Prepared {
-            guest_kernel,
-            guest_modules,
-            release: release(&kernel)?,
-            root: self.root.out,
-            kernel: kernel.out,
-            kernel_key: kernel.key,
-            tree: self.tree.map(|step| step.out.join("tree")).or(checked_tree),
-            bochs: self.bochs.map(|step| step.out),
-            perf: self.perf.map(|step| step.out.join("perf")),
-            selftests: self.selftests.map(|step| step.out.join("kvm")),
+            guest_kernel: self.kernel.out.join("vmlinux"),
+            guest_modules: modules(&self.kernel.out, &release(&self.kernel)?),
+            release: release(kernel)?,
+            root: self.root.out.clone(),
+            kernel: kernel.out.clone(),
+            kernel_key: kernel.key.clone(),
+            tree: tree.map(|step| step.out.join("tree")),
+            bochs: self.bochs.as_ref().map(|step| step.out.clone()),
+            perf: within(&self.perf, "perf"),
+            selftests: within(&self.selftests, "kvm"),
         })
     }
 }

@@ -16,8 +16,9 @@ use crate::emulator::{Begin, Boot, Console, Emulator};
 use crate::image::payload;
 use crate::image::Images;
 use crate::interrupt;
-use crate::programs;
+use crate::programs::{self, Tool};
 use crate::run::{self, folder, Options, RunError};
+use crate::setup::Prepared;
 
 /// Ends the host from the keyboard: Ctrl-].
 const ESCAPE: u8 = 0x1d;
@@ -34,11 +35,11 @@ const LOOK: Timespec = Timespec {
 ///
 /// [`RunError`], when it comes to no host, or the host could not start its shell.
 pub fn shell(options: &Options) -> Result<(), RunError> {
-    let prepared = run::prepare(options)?;
-    let programs = programs::build()?;
+    let start = |_: &Prepared| Ok(programs::build(Tool::ForPeople)?);
+    let (prepared, module, programs) = run::prepare(options, start)?;
     let folder = folder::make(options.machine.host)?;
     let payload = folder.join("payload");
-    let files = run::files(options, &prepared, &programs)?;
+    let files = run::files(options, module, &programs);
     let settings = Settings {
         kvm: options.kvm(),
         task: Task::Shell,

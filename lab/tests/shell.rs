@@ -11,7 +11,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::programs;
+use lab::programs::{self, Tool};
 use lab::setup::{self, Wanted};
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use rustix::termios::{tcgetattr, LocalModes};
@@ -35,7 +35,7 @@ impl Session {
     fn start() -> Self {
         // What has to be made first takes its own time.
         setup::prepare(&Wanted::default()).unwrap();
-        programs::build().unwrap();
+        programs::build(Tool::ForPeople).unwrap();
         let keys = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&keys).unwrap();
         unlockpt(&keys).unwrap();

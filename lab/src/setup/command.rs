@@ -9,7 +9,7 @@ use anyhow::{ensure, Context, Result};
 use rustix::fs::{flock, FlockOperation};
 
 use super::engine::{size_of, Engine, Step};
-use super::{with_engine, Plan, Wanted};
+use super::{with_engine, Plan, SetupError, Wanted};
 
 /// What `cargo lab prepare` takes.
 #[derive(Debug, clap::Args)]
@@ -50,7 +50,7 @@ pub fn command(args: PrepareArgs) -> Result<()> {
     };
     with_engine(|engine| {
         let plan = Plan::new(engine, &wanted)?;
-        plan.make(engine)?;
+        plan.make(engine, || Ok::<_, SetupError>(()), || Ok(()))?;
         let steps = plan.steps();
         if args.prune {
             prune(engine, &steps)?;

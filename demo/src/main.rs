@@ -96,10 +96,6 @@ impl Show {
 
     fn event(&mut self, event: Event<'_>) {
         match event {
-            // Nothing else is to be seen of it for as long as a boot takes.
-            Event::Stage(run::SAVING) => {
-                println!("It boots once and is saved, so that later runs go on from there...");
-            }
             Event::Stage(_) => {}
             Event::Stderr(bytes) => {
                 let _ = io::stderr().write_all(bytes);

@@ -89,9 +89,6 @@ impl Options {
     }
 }
 
-/// The stage that takes longest, and comes once: a host boots and is saved.
-pub const SAVING: &str = "booting, for all runs of this kind to go on from there";
-
 /// What a run tells while it goes on.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
@@ -160,18 +157,18 @@ impl RunError {
 ///
 /// [`RunError`], when it comes to no run. A run that fails is an [`Outcome`].
 pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, RunError> {
-    let mut start = |prepared: &Prepared, programs: Programs| {
+    let start = |prepared: &Prepared, note: &dyn Fn(&str), programs: Programs| {
         let folder = folder::make(options.machine.host)?;
         let saved = options.machine.host == Host::Intel && !options.fresh;
         let saved =
-            saved.then(|| saved::machine(options, prepared, &programs.agent, &folder, listener));
+            saved.then(|| saved::machine(options, prepared, &programs.agent, &folder, note));
         Ok((programs, folder, saved.transpose()?))
     };
     // Side by side: much of the set-up waits for the network, or keeps one CPU busy.
     let ready = thread::scope(|scope| {
         let programs = scope.spawn(|| programs::build(Tool::ForScripts));
         let programs = || programs.join().unwrap_or_else(|panic| resume_unwind(panic));
-        prepare(options, |prepared| start(prepared, programs()?))
+        prepare(options, |prepared, note| start(prepared, note, programs()?))
     });
     let (prepared, module, (programs, folder, saved)) = match ready {
         Err(RunError::Boot(outcome)) => return Ok(*outcome),
@@ -227,7 +224,7 @@ pub(crate) fn tidy(folder: &Path) {
 /// [`RunError::Setup`], [`RunError::Module`], and those of `start`.
 pub fn prepare<T>(
     options: &Options,
-    start: impl FnOnce(&Prepared) -> Result<T, RunError>,
+    start: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<T, RunError>,
 ) -> Result<(Prepared, Option<PathBuf>, T), RunError> {
     let wanted = Wanted {
         kernel: options.kernel.clone(),

@@ -14,13 +14,13 @@ use lab_agent::settings::{Settings, Task};
 
 use crate::emulator::{bochs, Begin, Boot, Console};
 use crate::image::{cache, payload, Images};
-use crate::run::{self, Event, Options, RunError, Running};
+use crate::run::{self, Options, RunError, Running};
 use crate::setup::{need_space, Prepared, SetupError};
 
 /// The file of a saved machine that holds its memory.
 const MEMORY: &str = "memory.ram";
 
-/// Makes the saved machine for `options` if it is not there, and says where it is. The logs of its boot go to a folder
+/// Makes the saved machine for `options` if it is not there, which it says by `note`, and says where it is. The logs of its boot go to a folder
 /// in `logs`, and stay there when it fails.
 ///
 /// # Errors
@@ -31,7 +31,7 @@ pub fn machine(
     prepared: &Prepared,
     agent: &Path,
     logs: &Path,
-    listener: &mut dyn FnMut(Event<'_>),
+    note: &dyn Fn(&str),
 ) -> Result<PathBuf, RunError> {
     let images = Images::new(prepared, Path::new(""))?;
     let kernel = images.kernel(prepared)?;
@@ -52,7 +52,7 @@ pub fn machine(
     ];
     cache::get("machine", &parts, |target| {
         check_space(target, options.machine.memory)?;
-        listener(Event::Stage(run::SAVING));
+        note("The host boots once and is saved, so that later runs go on from there...");
         save(options, prepared, agent, &logs.join("boot"), target)
     })
 }

@@ -171,11 +171,12 @@ pub fn cache() -> Result<PathBuf, SetupError> {
 ///
 /// See [`SetupError`]. What is done by then is kept, and the next call goes on from there.
 pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
-    prepare_and(wanted, |_| Ok(()), |_| Ok(())).map(|(prepared, (), ())| prepared)
+    prepare_and(wanted, |_| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
 }
 
 /// As [`prepare`]. Besides do what can be done before all is there, so that no core is idle: `with_tree` as soon as all
-/// but Bochs and perf is there, and `with_bochs` as soon as all but the tree and the selftests is.
+/// but Bochs and perf is there, and `with_bochs` as soon as all but the tree and the selftests is. That one also gets a
+/// function that shows a line above those of the progress.
 ///
 /// # Errors
 ///
@@ -183,14 +184,14 @@ pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
 pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
     wanted: &Wanted,
     with_tree: impl FnOnce(&Prepared) -> Result<T, E> + Send,
-    with_bochs: impl FnOnce(&Prepared) -> Result<B, E>,
+    with_bochs: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<B, E>,
 ) -> Result<(Prepared, T, B), E> {
     with_engine(|engine| {
         let plan = Plan::new(engine, wanted)?;
         let (tree, bochs) = plan.make(
             engine,
             || with_tree(&plan.prepared()?),
-            || with_bochs(&plan.prepared()?),
+            || with_bochs(&plan.prepared()?, &|text| engine.note(text)),
         )?;
         Ok((plan.prepared()?, tree, bochs))
     })

@@ -35,7 +35,7 @@ const LOOK: Timespec = Timespec {
 ///
 /// [`RunError`], when it comes to no host, or the host could not start its shell.
 pub fn shell(options: &Options) -> Result<(), RunError> {
-    let start = |_: &Prepared| Ok(programs::build(Tool::ForPeople)?);
+    let start = |_: &Prepared, _: &dyn Fn(&str)| Ok(programs::build(Tool::ForPeople)?);
     let (prepared, module, programs) = run::prepare(options, start)?;
     let folder = folder::make(options.machine.host)?;
     let payload = folder.join("payload");

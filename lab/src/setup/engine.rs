@@ -168,6 +168,11 @@ impl<'a> Engine<'a> {
         Ok(found)
     }
 
+    /// Show a line that stays.
+    pub fn note(&self, text: &str) {
+        self.progress.note(text);
+    }
+
     /// Fails when the disk cannot hold what those of `steps` add to it that are not made yet.
     pub fn check_space(&self, steps: &[&Step]) -> Result<(), SetupError> {
         let needed = needed(steps);

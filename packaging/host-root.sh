@@ -18,7 +18,6 @@ as_root find "$folder" -mindepth 1 -delete
 # shellcheck disable=SC2016
 mirror=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
   sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1) || mirror=
-mirror=${mirror:-http://deb.debian.org/debian}
 options=()
 while IFS= read -r line; do
   [ -z "$line" ] || options+=(--aptopt="$line")
@@ -30,11 +29,11 @@ depends=$(sed -n '/^Package: exitmeter-dkms/,/^Recommends:/p' "$here/debian/cont
 # shellcheck disable=SC2016
 run "$log" mmdebstrap --variant=apt --components=main --dpkgopt=force-unsafe-io --aptopt='APT::Install-Recommends "false"' "${options[@]}" \
   --include="systemd-sysv,udev,kmod,dbus,initramfs-tools,dkms,openssl,linux-image-amd64,linux-headers-amd64,$depends" \
-  --customize-hook="echo 'deb $mirror trixie-backports main' >>\"\$1/etc/apt/sources.list\"" \
+  --customize-hook='sed -n "s/^\(deb .*\) trixie main$/\1 trixie-backports main/p" "$1/etc/apt/sources.list" >"$1/etc/apt/sources.list.d/backports.list"' \
   --customize-hook='chroot "$1" apt-get update' \
   --customize-hook='chroot "$1" apt-get install --yes -t trixie-backports linux-image-amd64 linux-headers-amd64' \
   --customize-hook='echo host >"$1/etc/hostname"' \
-  trixie "$folder.tar" "$mirror" ||
+  trixie "$folder.tar" ${mirror:+"$mirror"} ||
   die "the Debian host could not be made; check the network and the mirror (the log is $log)."
 as_root tar -x --numeric-owner --exclude='./dev/*' -C "$folder" -f "$folder.tar"
 rm -f "$folder.tar"

@@ -20,7 +20,7 @@ install -d "$prefix"/share/{bash-completion/completions,zsh/vendor-completions,f
 "$tool" completions zsh >"$prefix/share/zsh/vendor-completions/_exitmeter"
 "$tool" completions fish >"$prefix/share/fish/vendor_completions.d/exitmeter.fish"
 {
-  echo "The tool is linked statically with these crates, each under the licence named; sources: https://crates.io"
+  echo "The tool is linked statically with these crates, each under the licence named; their sources are in Rust's public registry."
   echo
   cargo tree --locked --offline -p exitmeter --edges normal --target "$target" --prefix none --format '{p}  {l}' |
     sed 's/ (\*)$//; s/ ([^)]*)  /  /; s/ (proc-macro)//' | LC_ALL=C sort -u

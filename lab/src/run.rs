@@ -157,18 +157,20 @@ impl RunError {
 ///
 /// [`RunError`], when it comes to no run. A run that fails is an [`Outcome`].
 pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, RunError> {
-    let start = |prepared: &Prepared, note: &dyn Fn(&str), programs: Programs| {
-        let folder = folder::make(options.machine.host)?;
-        let saved = options.machine.host == Host::Intel && !options.fresh;
-        let saved =
-            saved.then(|| saved::machine(options, prepared, &programs.agent, &folder, note));
-        Ok((programs, folder, saved.transpose()?))
-    };
     // Side by side: much of the set-up waits for the network, or keeps one CPU busy.
     let ready = thread::scope(|scope| {
         let programs = scope.spawn(|| programs::build(Tool::ForScripts));
-        let programs = || programs.join().unwrap_or_else(|panic| resume_unwind(panic));
-        prepare(options, |prepared, note| start(prepared, note, programs()?))
+        prepare(options, |prepared, note| {
+            let programs = programs.join();
+            let programs = programs.unwrap_or_else(|panic| resume_unwind(panic))?;
+            let folder = folder::make(options.machine.host)?;
+            let mut saved = None;
+            if options.machine.host == Host::Intel && !options.fresh {
+                let machine = saved::machine(options, prepared, &programs.agent, &folder, note)?;
+                saved = Some(machine);
+            }
+            Ok((programs, folder, saved))
+        })
     });
     let (prepared, module, (programs, folder, saved)) = match ready {
         Err(RunError::Boot(outcome)) => return Ok(*outcome),

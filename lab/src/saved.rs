@@ -20,8 +20,8 @@ use crate::setup::{need_space, Prepared, SetupError};
 /// The file of a saved machine that holds its memory.
 const MEMORY: &str = "memory.ram";
 
-/// Makes the saved machine for `options` if it is not there, which it says by `note`, and says where it is. The logs of its boot go to a folder
-/// in `logs`, and stay there when it fails.
+/// Make the saved machine for `options` if it is not there, which `note` is told of, and return its folder. The logs of
+/// its boot go to a folder in `logs`, and stay there when it fails.
 ///
 /// # Errors
 ///

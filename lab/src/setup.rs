@@ -188,12 +188,14 @@ pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
 ) -> Result<(Prepared, T, B), E> {
     with_engine(|engine| {
         let plan = Plan::new(engine, wanted)?;
-        let (tree, bochs) = plan.make(
-            engine,
-            || with_tree(&plan.prepared()?),
-            || with_bochs(&plan.prepared()?, &|text| engine.note(text)),
-        )?;
-        Ok((plan.prepared()?, tree, bochs))
+        let with_tree = || {
+            let prepared = plan.prepared()?;
+            let done = with_tree(&prepared)?;
+            Ok((prepared, done))
+        };
+        let with_bochs = || with_bochs(&plan.prepared()?, &|text| engine.note(text));
+        let ((prepared, tree), bochs) = plan.make(engine, with_tree, with_bochs)?;
+        Ok((prepared, tree, bochs))
     })
 }
 

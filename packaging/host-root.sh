@@ -15,9 +15,7 @@ need_command mmdebstrap mmdebstrap
 mkdir -p "$folder"
 need_space "$folder" 5000
 as_root find "$folder" -mindepth 1 -delete
-# shellcheck disable=SC2016
-mirror=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-  sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1) || mirror=
+mirror=$(debian_mirror)
 options=()
 while IFS= read -r line; do
   [ -z "$line" ] || options+=(--aptopt="$line")

@@ -72,9 +72,9 @@ if [ ! -e "$OUT/source/.configured" ]; then
     die "Bochs could not be configured; remove $OUT and try again (the log is $log)."
 fi
 
-say "compiling (2 to 3 minutes)"
+say "compiling (1 to 2 minutes)"
 # The tree beside it is made by a longer chain of compilers that wait for each other.
-run "$log" inside /out/source nice -n 4 make -j "$JOBS" bochs ||
+run "$log" inside /out/source nice -n 7 make -j "$JOBS" bochs ||
   die "Bochs could not be built; remove $OUT and try again (the log is $log)."
 
 # shellcheck disable=SC2016

@@ -70,6 +70,13 @@ apt_config() {
     grep -iE '^Acquire::(https?|ftp|Retries|Queue-Mode|ForceIPv)[^ ]* "[^"]+";$' || true
 }
 
+# debian_mirror: the machine's own mirror of Debian. Nothing when it has none, which leaves mmdebstrap its default.
+debian_mirror() {
+  # shellcheck disable=SC2016
+  apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
+    sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1 || true
+}
+
 # fetch URI FILE SUM: FILE in the current folder is what URI gives, with this SHA-256. Inside a root only, where apt's
 # settings hold. Several runs may want the same file at once: one fetches, the others wait and find it.
 fetch() (

@@ -34,9 +34,12 @@ say "which kernel"
 rm -f "$OUT/offline"
 # shellcheck disable=SC2016
 run "$log" inside bash -euc '
-  # The root may be older than the newest kernel. Without a network, what is fetched already may do, but that a kernel
-  # is not in the old lists means little. By itself apt counts old lists as a success.
-  apt-get -o APT::Update::Error-Mode=any update || touch offline
+  # The root may be older than the newest kernel; its lists are fetched anew after an hour. Without a network, what is
+  # fetched already may do, but that a kernel is not in the old lists means little. By itself apt counts old lists as a
+  # success.
+  if [ -z "$(find /var/lib/apt/lists/partial -newermt "-1 hour")" ]; then
+    apt-get -o APT::Update::Error-Mode=any update || touch offline
+  fi
   case $KERNEL in
     newest)
       image=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)

@@ -34,10 +34,7 @@ if [ ! -e "$OUT/.base" ]; then
   say "the base of Debian $suite"
   as_root find "$OUT" -mindepth 1 -delete
   : >"$log"
-  # The machine's own mirror, when it has one for Debian proper.
-  # shellcheck disable=SC2016
-  mirror=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-    sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1) || mirror=
+  mirror=$(debian_mirror)
   options=(
     --variant=apt --components=main --format=tar
     # No tables of contents for people: they are a third of the files.

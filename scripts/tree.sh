@@ -29,7 +29,7 @@ if [ ! -e "$OUT/.unpacked" ]; then
   # shellcheck disable=SC2016
   run "$log" inside sh -euc '
     find . -mindepth 1 -delete
-    # Not what no module takes: a quarter of the files is left, as of all folders Kconfig and Makefile are needed.
+    # Leave out what no module takes: 1.4 of 2.0 GB. Each folder keeps its Kconfig and Makefile, which are read.
     top=$(tar -tJf /kernel/source.tar.xz | head -n 1)
     top=${top%%/*}
     set --
@@ -39,6 +39,9 @@ if [ ! -e "$OUT/.unpacked" ]; then
       set -- "$@" --exclude="$top/$folder/*"
     done
     tar -xJf /kernel/source.tar.xz --strip-components=1 "$@"
+    # The libraries of the procedural macros run in the compiler alone. Optimized, they are a fifth of the chain of
+    # compilers that this step waits for (15 s).
+    sed -i "s/ --crate-type rlib -O / --crate-type rlib /" rust/Makefile
     touch /out/.unpacked
   ' || die "the source of $release could not be unpacked; remove $OUT and try again (the log is $log)."
 fi

@@ -87,7 +87,10 @@ pub fn program(package: &str, name: &str) -> Result<PathBuf, ProgramsError> {
 /// Builds what the arguments say, as it goes into a host; where each program is, by its name.
 fn cargo_build(what: &[&str]) -> Result<HashMap<String, PathBuf>, ProgramsError> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = Command::new(cargo)
+    // The Debian root is made beside it at first, and more waits for that.
+    let mut build = Command::new("nice")
+        .arg("--adjustment=5")
+        .arg(cargo)
         .current_dir(repository())
         .args([
             "build",

@@ -74,7 +74,7 @@ fi
 
 say "compiling (1 to 2 minutes)"
 # The tree beside it is made by a longer chain of compilers that wait for each other.
-run "$log" inside /out/source nice -n 7 make -j "$JOBS" bochs ||
+run "$log" inside /out/source nice -n 3 make -j "$JOBS" bochs ||
   die "Bochs could not be built; remove $OUT and try again (the log is $log)."
 
 # shellcheck disable=SC2016

@@ -67,7 +67,14 @@ if [ ! -e "$OUT/source/.configured" ]; then
     --disable-show-ips
   )
   # shellcheck disable=SC2016
-  run "$log" inside /out/source sh -euc './configure "$@" && touch .configured' sh \
+  # -O1 for what a kernel seldom runs: devices, AVX, the x87, the other CPUs' names. A host boots as fast as with -O3 all
+  # over (13.5 to 15.7 s in three runs of each), and compiling takes a seventh less.
+  run "$log" inside /out/source sh -euc '
+    ./configure "$@"
+    for folder in cpu/avx cpu/cpudb cpu/fpu cpu/softfloat3e gui iodev iodev/display iodev/hdimage; do
+      sed -i "s/-O3/-O1/g" "$folder/Makefile"
+    done
+    touch .configured' sh \
     CC=gcc-14 CXX=g++-14 CFLAGS='-O3 -pipe' CXXFLAGS='-O3 -pipe' "${options[@]}" ||
     die "Bochs could not be configured; remove $OUT and try again (the log is $log)."
 fi

@@ -334,6 +334,8 @@ pub fn holders() -> Vec<Holder> {
 
 #[cfg(test)]
 mod tests {
+    use std::env;
+
     use super::*;
 
     #[test]
@@ -349,5 +351,33 @@ mod tests {
             in_list("updates/not-exitmeter.ko:\nexitmeter.ko.old:\n"),
             None
         );
+    }
+
+    #[test]
+    fn a_packed_module_is_unpacked_by_the_program_that_packed_it() {
+        let module = b"\x7fELF, or what stands for it";
+        let folder = env::temp_dir().join(format!("exitmeter-packed-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let plain = folder.join("exitmeter.ko");
+        fs::write(&plain, module).unwrap();
+        assert_eq!(unpack(&plain, module).unwrap(), None);
+        for (program, suffix) in [("gzip", "gz"), ("xz", "xz"), ("zstd", "zst")] {
+            let packed = Command::new(program).args(["-c", "--"]).arg(&plain).output();
+            let Ok(packed) = packed else {
+                // Without the program nothing can be packed with it here.
+                assert_ne!(program, "gzip", "Debian's base has gzip");
+                continue;
+            };
+            let path = folder.join(format!("exitmeter.ko.{suffix}"));
+            fs::write(&path, &packed.stdout).unwrap();
+            let unpacked = unpack(&path, &packed.stdout).unwrap();
+            assert_eq!(unpacked.as_deref(), Some(&module[..]), "{program}");
+            // Cut off, it is an error that names the program.
+            let part = &packed.stdout[..packed.stdout.len() - 9];
+            fs::write(&path, part).unwrap();
+            let error = unpack(&path, part).unwrap_err().to_string();
+            assert_eq!(error, format!("{program} cannot unpack it"));
+        }
+        fs::remove_dir_all(folder).unwrap();
     }
 }

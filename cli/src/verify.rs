@@ -225,10 +225,11 @@ impl Args {
             return Err(Unwanted::Nobody.into());
         }
         let mut answer = String::new();
-        stdin
-            .lock()
-            .read_line(&mut answer)
-            .context("cannot read the answer")?;
+        let read = stdin.lock().read_line(&mut answer);
+        if read.context("cannot read the answer")? == 0 {
+            // Ctrl-D ends no line.
+            writeln!(stderr).context("cannot ask")?;
+        }
         match answer.trim() {
             "y" | "Y" | "yes" => Ok(()),
             _ => Err(Unwanted::No.into()),

@@ -300,6 +300,7 @@ impl Registry {
             isa: leaves.isa,
             leaf_map: leaves.map,
             host_scope: self.vcpus.host_scope(),
+            by_bpf: false,
             tsc_khz,
             tsc_stable,
             loaded: self.vcpus.loaded(),

@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+#[cfg(feature = "bpf")]
+use crate::bpf;
 #[cfg(feature = "top")]
 use crate::top;
 use crate::{
@@ -53,6 +55,8 @@ enum Command {
     Why(why::Args),
     Slow(slow::Args),
     Verify(verify::Args),
+    #[cfg(feature = "bpf")]
+    Bpf(bpf::Args),
     Reasons(reasons::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -82,6 +86,8 @@ impl Args {
             Command::Why(args) => return args.run(out),
             Command::Slow(args) => return args.run(out),
             Command::Verify(args) => return args.run(out),
+            #[cfg(feature = "bpf")]
+            Command::Bpf(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,
             Command::Completions(args) => args.run(out)?,
             Command::Man(args) => args.run()?,

@@ -11,10 +11,14 @@
 //! [`names`] tells VMs by the names that people gave them.
 //! [`args`] says which commands there are, from which come [`man`] and [`completions`].
 //!
+//! Without the module, BPF programs keep the same numbers (room `bpf`, where it is compiled in).
+//!
 //! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
 //! and [`plot`] draws it.
 
 pub mod args;
+#[cfg(feature = "bpf")]
+pub mod bpf;
 pub mod command;
 pub mod completions;
 pub mod guest;

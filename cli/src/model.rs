@@ -29,7 +29,7 @@ pub struct Report {
     /// The time between two snapshots, when the numbers are of that alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval: Option<Span>,
-    /// The host and its module.
+    /// The host and its meter.
     pub host: Host,
     /// vCPUs that run, or ran, without being metered.
     pub unmetered_vcpus: u64,
@@ -48,12 +48,24 @@ pub struct Span {
     pub seconds: Option<f64>,
 }
 
-/// The host and its module.
+/// The meter that kept the numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Meter {
+    /// The kernel module. A tick is one of the TSC.
+    Module,
+    /// The BPF program. A tick is a nanosecond of the kernel's monotonic clock.
+    Bpf,
+}
+
+/// The host and its meter.
 #[derive(Clone, Debug, Serialize)]
 pub struct Host {
     /// `vmx` or `svm`.
     #[serde(serialize_with = "isa_name")]
     pub isa: Isa,
+    /// `module` or `bpf`.
+    pub source: Meter,
     /// TSC frequency, when it is known.
     pub tsc_khz: Option<u32>,
     /// Whether the TSC runs at one rate, alike on all CPUs.
@@ -177,6 +189,10 @@ impl Report {
                 snapshot_tsc: snapshot.now(),
                 leaf_map: snapshot.leaf_map().map(|map| map as u32),
                 host_scope: snapshot.host_scope(),
+                source: match snapshot.by_bpf() {
+                    true => Meter::Bpf,
+                    false => Meter::Module,
+                },
             },
             unmetered_vcpus: snapshot.unmetered(),
             vms: vms.into_values().collect(),

@@ -11,7 +11,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::unix::fs::FileTypeExt as _,
     path::Path,
     time::Duration,
 };
@@ -20,7 +19,7 @@ use exitmeter_meter::reader::Snapshot;
 use serde::{Deserialize, Serialize};
 
 use self::process::Processes;
-use crate::model::Report;
+use crate::{model::Report, source};
 
 pub mod command;
 pub mod process;
@@ -168,10 +167,7 @@ impl Book {
     /// Make a book for the snapshots of a file. Names are looked up if it is a device. The
     /// processes of a saved snapshot are gone by now, or of another host.
     pub fn of(path: &Path) -> Self {
-        let is_device = path
-            .metadata()
-            .is_ok_and(|metadata| metadata.file_type().is_char_device());
-        match is_device {
+        match source::is_live(path) {
             true => Self::with(Processes::of_this_host()),
             false => Self::default(),
         }

@@ -60,6 +60,15 @@ pub struct Args {
     #[arg(short, long, value_name = "MS", default_value_t = 100,
           value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
     interval: u64,
+    /// The meter to ask: the module, or where it is not loaded BPF (auto), or one of these alone.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "METER",
+        default_value_t,
+        conflicts_with = "input"
+    )]
+    source: source::Choice,
     /// The device, or a file in which something keeps a fresh snapshot.
     #[arg(long, value_name = "DEVICE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -85,14 +94,18 @@ impl Args {
     }
 
     fn record(&self) -> anyhow::Result<u8> {
+        let input = match self.why {
+            true => self.input.clone(),
+            false => self.source.open(&self.input)?,
+        };
         let begun = Instant::now();
         // Before anything is written or run: is there something to record?
         let from = match self.why {
-            true => Origin::Device(Device::open(&self.input)?),
-            false => Origin::File(&self.input),
+            true => Origin::Device(Device::open(&input)?),
+            false => Origin::File(&input),
         };
         let first = from.read()?;
-        let snapshot = source::parse(&self.input, &first)?;
+        let snapshot = source::parse(&input, &first)?;
 
         let mut tape = Tape {
             args: self,
@@ -100,7 +113,7 @@ impl Args {
             begun,
             latest: (snapshot.life(), snapshot.now()),
             breaks: 0,
-            names: Book::of(&self.input),
+            names: Book::of(&input),
             writer: self.begin().with_context(|| self.unwritable())?,
         };
         tape.name(Duration::ZERO, &snapshot)?;

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where a snapshot comes from.
+//! Where a snapshot comes from: the module's device, the BPF programs, or a file.
 
 use std::{
     fs,
     io::{self, ErrorKind},
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
 };
 
 use exitmeter_meter::reader::{self, Snapshot};
 
+#[cfg(feature = "bpf")]
+use crate::bpf;
 use crate::{model::Report, names::Book};
 
 /// The device that gives snapshots.
@@ -31,6 +34,19 @@ pub enum Error {
     /// The device may not be opened.
     #[error("no right to open {DEVICE}: run this as root or as a member of the group kvm")]
     NoRight,
+    /// BPF was asked for, and does not meter.
+    #[cfg(feature = "bpf")]
+    #[error("{0}")]
+    Bpf(#[from] bpf::Error),
+    /// Neither the module nor BPF meters.
+    #[cfg(feature = "bpf")]
+    #[error("{module}; BPF does not meter in its place: {bpf}")]
+    Neither {
+        /// Why the module does not.
+        module: Box<Error>,
+        /// Why BPF does not.
+        bpf: bpf::Error,
+    },
     /// A file cannot be read.
     #[error("cannot read {}: {error}", path.display())]
     Unreadable {
@@ -49,12 +65,70 @@ pub enum Error {
     },
 }
 
-/// The bytes of a snapshot: a fresh one from the device, or a saved one.
+/// The meter that is asked for a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Choice {
+    /// The module; where it is not loaded, BPF.
+    #[default]
+    Auto,
+    /// The module alone.
+    Module,
+    /// BPF alone.
+    #[cfg(feature = "bpf")]
+    Bpf,
+}
+
+impl Choice {
+    /// Return where to read: a file that was named, or else the meter of this choice, which meters from now on.
+    ///
+    /// # Errors
+    ///
+    /// When BPF is to meter, and cannot.
+    pub fn open(self, input: &Path) -> Result<PathBuf, Error> {
+        #[cfg(feature = "bpf")]
+        if input == Path::new(DEVICE) {
+            let no_device = || matches!(fs::exists(DEVICE), Ok(false));
+            if self == Choice::Bpf || self == Choice::Auto && no_device() {
+                bpf::open().map_err(no_bpf)?;
+                return Ok(bpf::PINS.into());
+            }
+        }
+        Ok(input.to_owned())
+    }
+}
+
+/// Return true if a path gives a fresh snapshot of this host each time.
+pub fn is_live(path: &Path) -> bool {
+    #[cfg(feature = "bpf")]
+    if path == Path::new(bpf::PINS) {
+        return true;
+    }
+    path.metadata()
+        .is_ok_and(|metadata| metadata.file_type().is_char_device())
+}
+
+/// Return why BPF does not meter; where it was to stand in for the module, with why that does not.
+#[cfg(feature = "bpf")]
+fn no_bpf(bpf: bpf::Error) -> Error {
+    match fs::metadata(DEVICE) {
+        Ok(_) => Error::Bpf(bpf),
+        Err(found) => Error::Neither {
+            module: Box::new(error(Path::new(DEVICE), found)),
+            bpf,
+        },
+    }
+}
+
+/// The bytes of a snapshot: a fresh one from the device or of the BPF programs, or a saved one.
 ///
 /// # Errors
 ///
-/// When the file cannot be read.
+/// When the file cannot be read, or BPF does not meter.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    #[cfg(feature = "bpf")]
+    if path == Path::new(bpf::PINS) {
+        return bpf::read().map_err(no_bpf);
+    }
     fs::read(path).map_err(|found| error(path, found))
 }
 

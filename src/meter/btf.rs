@@ -249,6 +249,18 @@ impl<'a> Section<'a> {
         Some(section)
     }
 
+    /// Return the first type that is so.
+    fn find(&self, is_it: impl Fn(&Type<'a>) -> bool) -> Option<Type<'a>> {
+        let mut rest = self.types;
+        while let Some((this, after)) = take(rest) {
+            if is_it(&this) {
+                return Some(this);
+            }
+            rest = after;
+        }
+        None
+    }
+
     /// Return the type of an id.
     fn get(&self, id: u32) -> Option<Type<'a>> {
         let place = id.checked_sub(self.first_id)?;
@@ -310,6 +322,70 @@ impl<'a> Types<'a> {
         Ok(Verdict::Differs(place, found))
     }
 
+    /// Return where a struct has a member, in bytes from its begin; `None` where there is no such struct or member, or
+    /// it is a bit field. The member may be one of a member, as in "arch.vm_type". One of an anonymous struct or union is
+    /// named as in C.
+    pub fn offset_of(&self, structure: &str, member: &str) -> Option<u32> {
+        let mut of = self.structure(structure)?;
+        let mut bits = 0_u32;
+        let mut names = member.split('.').peekable();
+        while let Some(name) = names.next() {
+            let (at, id) = self.member(&of, name, MAX_DEPTH)?;
+            bits = bits.checked_add(at)?;
+            if names.peek().is_some() {
+                of = self.plain(id)?;
+            }
+        }
+        (bits % 8 == 0).then_some(bits / 8)
+    }
+
+    /// Return how many parameters come before the first that is a pointer to the struct of this name, in what a
+    /// tracepoint passes to a probe. Its own data, the first of all, does not count.
+    pub fn parameters_before(&self, tracepoint: &str, structure: &'static str) -> Option<usize> {
+        let prototype = self.prototype(self.typedef(tracepoint)?)?;
+        let mut parameters = prototype.parameters().skip(1);
+        parameters.position(|id| self.is(id, Parameter::PointerTo(structure)))
+    }
+
+    /// Return true if the module has a typedef of this name, as for each of its tracepoints (`btf_trace_NAME`).
+    pub fn has_typedef(&self, name: &str) -> bool {
+        self.typedef(name).is_some()
+    }
+
+    /// Return the struct of a name: the module's, or the kernel's.
+    fn structure(&self, name: &str) -> Option<Type<'a>> {
+        let is_it =
+            |it: &Type<'_>| it.kind == kind::STRUCT && self.name(it) == Some(name.as_bytes());
+        self.module.find(is_it).or_else(|| self.kernel.find(is_it))
+    }
+
+    /// Return where a struct or union has a member, in bits, and the member's type.
+    fn member(&self, of: &Type<'_>, name: &str, depth: usize) -> Option<(u32, u32)> {
+        if !matches!(of.kind, kind::STRUCT | kind::UNION) {
+            return None;
+        }
+        for member in of.tail.chunks_exact(12) {
+            let (called, id, at) = (word(member, 0)?, word(member, 4)?, word(member, 8)?);
+            // Where some members are bit fields, the top byte is how many bits one has (linux/btf.h).
+            let (at, field) = if of.flag {
+                (at & 0x00ff_ffff, at >> 24)
+            } else {
+                (at, 0)
+            };
+            if called == 0 {
+                let within = depth
+                    .checked_sub(1)
+                    .and_then(|depth| self.member(&self.plain(id)?, name, depth));
+                if let Some((inner, id)) = within {
+                    return Some((at.checked_add(inner)?, id));
+                }
+            } else if self.name_at(called) == Some(name.as_bytes()) {
+                return (field == 0).then_some((at, id));
+            }
+        }
+        None
+    }
+
     /// Return the type of an id.
     fn get(&self, id: u32) -> Option<Type<'a>> {
         if id == 0 {
@@ -320,7 +396,12 @@ impl<'a> Types<'a> {
 
     /// Return a type's name.
     fn name(&self, of: &Type<'_>) -> Option<&'a [u8]> {
-        let at = of.name as usize;
+        self.name_at(of.name)
+    }
+
+    /// Return the name at a place.
+    fn name_at(&self, at: u32) -> Option<&'a [u8]> {
+        let at = at as usize;
         let from = match at.checked_sub(self.kernel.names.len()) {
             None => self.kernel.names.get(at..)?,
             Some(at) => self.module.names.get(at..)?,
@@ -328,16 +409,11 @@ impl<'a> Types<'a> {
         from.split(|byte| *byte == 0).next()
     }
 
-    /// Return the module's typedef of a name.
+    /// Return the typedef of a name: the module's, or the kernel's.
     fn typedef(&self, name: &str) -> Option<Type<'a>> {
-        let mut rest = self.module.types;
-        while let Some((this, after)) = take(rest) {
-            if this.kind == kind::TYPEDEF && self.name(&this) == Some(name.as_bytes()) {
-                return Some(this);
-            }
-            rest = after;
-        }
-        None
+        let is_it =
+            |it: &Type<'_>| it.kind == kind::TYPEDEF && self.name(it) == Some(name.as_bytes());
+        self.module.find(is_it).or_else(|| self.kernel.find(is_it))
     }
 
     /// Return the function type behind a tracepoint's typedef, which is of a pointer to it.

@@ -7,6 +7,9 @@
 //! than the kernel's atomics because those are an out-of-line call per operation on
 //! kernels without inline helpers, measured at 95 ticks an exit.
 
+#[cfg(not(loom))]
+use core::mem::offset_of;
+
 use super::{
     atomic::{add, fence, mark, own, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     histogram::{bucket, usual_bucket, BUCKETS},
@@ -160,6 +163,17 @@ struct Cells([AtomicU64; CELLS]);
 
 /// The kernel ticks to come are not those of an exit: there was none since the latest entry.
 const CLOSED: u64 = u64::MAX;
+
+// cli/bpf/ledger.h has the same struct, with these numbers.
+#[cfg(not(loom))]
+const _: () = {
+    assert!(offset_of!(Ledger, first) == 32);
+    assert!(offset_of!(Ledger, used) == 48);
+    assert!(offset_of!(Ledger, cells) == 128);
+    assert!(offset_of!(Ledger, nested) == 28928);
+    assert!(offset_of!(Ledger, waiting) == 30352);
+    assert!(size_of::<Ledger>() == 31808);
+};
 
 impl Ledger {
     #[inline(always)]
@@ -1043,9 +1057,11 @@ impl Ledger {
             return false;
         }
         out.set_sampled(slot, sampled);
+        // Looked up with care, as a ledger may be memory that another program writes.
+        let first = number.wrapping_mul(BUCKETS).wrapping_add(ROWS);
+        let samples = self.cells.0.get(first..).unwrap_or_default();
         out.set_histogram(number, |bucket| {
-            // SAFETY: Below by the remainder.
-            unsafe { self.samples(row, bucket % BUCKETS) }.load(Relaxed)
+            samples.get(bucket).map_or(0, |cell| cell.load(Relaxed))
         });
         true
     }

@@ -20,7 +20,7 @@
 //! | 10 | 2 | minor version, 3: grows as parts, fields and counters are added |
 //! | 12 | 4 | size of the header, 160 |
 //! | 16 | 8 | size of the whole snapshot |
-//! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers |
+//! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers, bit 2 kept by BPF |
 //! | 28 | 4 | ISA: 1 VMX, 2 SVM |
 //! | 32 | 8 | TSC when the module was loaded |
 //! | 40 | 8 | TSC when the snapshot was begun |
@@ -44,6 +44,9 @@
 //! | 144 | 8 | offset of the records of tables |
 //! | 152 | 4 | number of records of tables |
 //! | 156 | 4 | size of such a record's head, 32 |
+//!
+//! With bit 2 a BPF program kept the numbers, not the module. Then all that is called TSC is the kernel's monotonic clock, in
+//! nanoseconds, and the frequency is that of nanoseconds.
 //!
 //! "TSC" is the host's, continued over sleeps of the host: where the hardware's begins anew,
 //! as after suspend to RAM, the snapshot's goes on.
@@ -240,6 +243,8 @@ const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (COUNTERS - 1 + BUCKETS);
 pub const FLAG_TSC_STABLE: u32 = 1 << 0;
 /// Flag: guests read the sums of the host.
 pub const FLAG_HOST_SCOPE: u32 = 1 << 1;
+/// Flag: a BPF program kept the numbers, in nanoseconds.
+pub const FLAG_BPF: u32 = 1 << 2;
 
 /// The counter of exits.
 pub const EXITS: &str = "exits";
@@ -401,6 +406,8 @@ pub struct Host {
     pub leaf_map: LeafMap,
     /// Whether guests read the sums of the host.
     pub host_scope: bool,
+    /// Whether a BPF program kept the numbers.
+    pub by_bpf: bool,
     /// TSC frequency in kHz, 0 when not known.
     pub tsc_khz: u32,
     /// Whether the TSC runs at one rate, alike on all CPUs.
@@ -773,7 +780,8 @@ impl<'a> Encoder<'a> {
         self.bytes(&MINOR.to_le_bytes());
         self.u32(HEADER_SIZE as u32);
         self.u64(size as u64);
-        self.u32(flag(FLAG_TSC_STABLE, host.tsc_stable) | flag(FLAG_HOST_SCOPE, host.host_scope));
+        let told = flag(FLAG_TSC_STABLE, host.tsc_stable) | flag(FLAG_HOST_SCOPE, host.host_scope);
+        self.u32(told | flag(FLAG_BPF, host.by_bpf));
         self.u32(host.isa as u32);
         self.u64(host.loaded);
         self.u64(host.now);

@@ -171,6 +171,7 @@ impl Vcpu {
             isa: Isa::Vmx,
             leaf_map: LeafMap::Map2021,
             host_scope: false,
+            by_bpf: false,
             tsc_khz: 0,
             tsc_stable: true,
             loaded: 0,

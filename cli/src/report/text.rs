@@ -8,7 +8,7 @@ use exitmeter_meter::phase::Phase;
 
 use super::Selection;
 use crate::{
-    model::{Cycles, Host, Ledger, ReasonRow, Report, Span, Vcpu},
+    model::{Cycles, Host, Ledger, Meter, ReasonRow, Report, Span, Vcpu},
     names::Given,
     numbers::{at_least, exact, rate, rough, rounded, share, time},
     output::Look,
@@ -69,6 +69,16 @@ fn opening(report: &Report) -> String {
         host.snapshot_tsc.saturating_sub(host.loaded_tsc),
         host.tsc_khz,
     );
+    if host.source == Meter::Bpf {
+        let passed = report
+            .interval
+            .map(|interval| time(interval.ticks, host.tsc_khz));
+        let since = match passed {
+            Some(passed) => format!("in {passed}, up to {age} after it was attached"),
+            None => format!("attached {age} ago"),
+        };
+        return format!("host: {isa}, source: bpf, cycles are nanoseconds, {since}\n");
+    }
     if let Some(interval) = report.interval {
         let passed = time(interval.ticks, host.tsc_khz);
         return format!(

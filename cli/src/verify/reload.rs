@@ -362,7 +362,10 @@ mod tests {
         fs::write(&plain, module).unwrap();
         assert_eq!(unpack(&plain, module).unwrap(), None);
         for (program, suffix) in [("gzip", "gz"), ("xz", "xz"), ("zstd", "zst")] {
-            let packed = Command::new(program).args(["-c", "--"]).arg(&plain).output();
+            let packed = Command::new(program)
+                .args(["-c", "--"])
+                .arg(&plain)
+                .output();
             let Ok(packed) = packed else {
                 // Without the program nothing can be packed with it here.
                 assert_ne!(program, "gzip", "Debian's base has gzip");

@@ -263,7 +263,8 @@ impl Totals {
         }
     }
 
-    fn add_row(&mut self, slot: Slot, row: &RowCopy, histogram: &Buckets) {
+    /// Add the numbers of one row.
+    pub fn add_row(&mut self, slot: Slot, row: &RowCopy, histogram: &Buckets) {
         if let Some(to) = self.rows.get_mut(slot.index()) {
             to.add(row);
         }

@@ -318,3 +318,89 @@ proptest! {
         survives(&kernel, &module);
     }
 }
+
+/// Kind of a union (linux/btf.h).
+const UNION: u32 = 5;
+/// Of a struct with bit fields: the top bit of what tells its kind.
+const WITH_FIELDS: u32 = 1 << 7;
+
+#[test]
+fn members_are_found_where_the_compiler_put_them() {
+    let (kernel, module) = files(20_000, |ids, module| {
+        // struct inner { u32 one; u64 two; }; the members of another one are anonymous.
+        let name = |module: &mut File, name: &str| {
+            let at = module.first_name + module.names.len() as u32;
+            module.names.extend(name.bytes().chain([0]));
+            at
+        };
+        let [one, two, three, inner, low, full, field, whole] = [
+            "one", "two", "three", "inner", "low", "full", "field", "whole",
+        ]
+        .map(|it| name(module, it));
+        let inner_type = module.add("inner", STRUCT, 2, 16, &[one, ids.u32, 0, two, ids.u64, 64]);
+        let renamed = module.add("inner_t", TYPEDEF, 0, inner_type, &[]);
+        let both = module.add("", UNION, 2, 8, &[low, ids.u32, 0, full, ids.u64, 0]);
+        let nameless = module.add("", STRUCT, 1, 8, &[three, ids.u64, 0]);
+        module.add(
+            "outer",
+            STRUCT,
+            4,
+            64,
+            &[
+                one, ids.u32, 0, inner, renamed, 64, 0, both, 192, 0, nameless, 256,
+            ],
+        );
+        // 4 bits at bit 36, then a whole number behind them.
+        module.add(
+            "fields",
+            STRUCT | WITH_FIELDS,
+            2,
+            16,
+            &[field, ids.u32, 4 << 24 | 36, whole, ids.u32, 64],
+        );
+        module.tracepoint("btf_trace_kvm_exit", 0, &[ids.pointer, ids.u32, ids.vcpu]);
+        module.tracepoint("btf_trace_other", 0, &[ids.pointer, ids.u64]);
+    });
+    let types = Types::read(&kernel, &module).expect("the files are whole");
+    for (structure, member, at) in [
+        ("outer", "one", Some(0)),
+        ("outer", "inner", Some(8)),
+        ("outer", "inner.two", Some(16)),
+        ("outer", "low", Some(24)),
+        ("outer", "full", Some(24)),
+        ("outer", "three", Some(32)),
+        ("outer", "two", None),
+        ("outer", "inner.three", None),
+        ("outer", "one.two", None),
+        ("outer", "", None),
+        ("inner", "two", Some(8)),
+        ("inner_t", "two", None),
+        ("fields", "field", None),
+        ("fields", "whole", Some(8)),
+        ("kvm_vcpu", "nothing", None),
+        ("nobody", "one", None),
+    ] {
+        assert_eq!(
+            types.offset_of(structure, member),
+            at,
+            "{structure}.{member}"
+        );
+    }
+    assert_eq!(
+        types.parameters_before("btf_trace_kvm_exit", "kvm_vcpu"),
+        Some(1)
+    );
+    assert_eq!(types.parameters_before("btf_trace_other", "kvm_vcpu"), None);
+    assert_eq!(types.parameters_before("btf_trace_none", "kvm_vcpu"), None);
+    assert!(types.has_typedef("btf_trace_other") && !types.has_typedef("btf_trace_none"));
+}
+
+#[test]
+fn a_struct_that_holds_itself_ends() {
+    let (kernel, module) = files(0, |ids, module| {
+        let own = module.next_id;
+        module.add("loop", UNION - 1, 2, 8, &[0, own, 0, 0, ids.u64, 0]);
+    });
+    let types = Types::read(&kernel, &module).expect("the files are whole");
+    assert_eq!(types.offset_of("loop", "nothing"), None);
+}

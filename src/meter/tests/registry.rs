@@ -35,6 +35,7 @@ const HOST: Host = Host {
     isa: Isa::Vmx,
     leaf_map: LeafMap::Map2021,
     host_scope: false,
+    by_bpf: false,
     tsc_khz: 0,
     tsc_stable: true,
     loaded: 0,

@@ -42,6 +42,7 @@ const HOST: Host = Host {
     isa: Isa::Vmx,
     leaf_map: LeafMap::Map2021,
     host_scope: false,
+    by_bpf: false,
     tsc_khz: 2_400_000,
     tsc_stable: true,
     loaded: 1_000_000,

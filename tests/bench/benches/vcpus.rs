@@ -100,6 +100,7 @@ fn snapshot(criterion: &mut Criterion) {
             isa: Isa::Vmx,
             leaf_map: LeafMap::Map2021,
             host_scope: false,
+            by_bpf: false,
             tsc_khz: 3_000_000,
             tsc_stable: true,
             loaded: 0,

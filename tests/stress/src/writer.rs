@@ -43,6 +43,7 @@ pub fn host(meter: &Meter) -> Host {
         isa: Isa::Vmx,
         leaf_map: LeafMap::Map2021,
         host_scope: false,
+        by_bpf: false,
         tsc_khz: 0,
         tsc_stable: true,
         loaded: meter.loaded(),

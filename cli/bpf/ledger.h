@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * A vCPU's ledger and what stands beside it, as the tool reads them.
+ *
+ * struct ledger is `Ledger` of src/meter/ledger.rs, to the byte: the tool maps it and copies it by the module's own code.
+ * Both files state these offsets, and neither compiles with others.
+ */
+#ifndef EXITMETER_BPF_LEDGER_H
+#define EXITMETER_BPF_LEDGER_H
+
+#include "kernel.h"
+
+/* Rows of a ledger; reasons.rs says which code has which. */
+#define SLOTS 178
+#define SLOT_OTHER 176
+#define SLOT_START 177
+/* Numbers of a row, and where they are. */
+#define ROW 8
+#define EXITS 0
+#define CYCLES 1
+#define MAX 6
+#define HISTOGRAM 7
+#define BUCKETS 64
+#define HISTOGRAMS 33
+#define WORDS 3
+#define ROWS (SLOTS * ROW)
+
+enum phase { GUEST, KERNEL, USER, HALTED, PREEMPTED, WAITING, PHASES };
+
+/* Of `carried`: the kernel's ticks to come are not those of an exit. */
+#define CLOSED (~0ULL)
+
+struct ledger {
+	u64 begun;
+	u64 last;
+	u64 carried;
+	/* Where the row of the latest exit begins, in bytes. */
+	u32 row;
+	u32 phase;
+	u64 first;
+	u32 taken;
+	u32 unused_;
+	u64 used[WORDS];
+	/* The module's. */
+	u64 tables;
+	u64 cells[ROWS + (1 + HISTOGRAMS) * BUCKETS] __attribute__((aligned(64)));
+	u64 nested[SLOTS];
+	u64 waiting[SLOTS];
+} __attribute__((aligned(64)));
+
+_Static_assert(offsetof(struct ledger, first) == 32, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, used) == 48, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, cells) == 128, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, nested) == 28928, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, waiting) == 30352, "as in ledger.rs");
+_Static_assert(sizeof(struct ledger) == 31808, "as in ledger.rs");
+
+/* Whose a ledger is. */
+struct owner {
+	/* Odd while a vCPU has it; grows when it gets one and when that goes. */
+	u64 generation;
+	u64 vcpu;
+	u64 kvm;
+	/* The VM's number. */
+	u64 vm;
+	u32 pid;
+	u32 id;
+	char name[48];
+	/* What KVM polled for the vCPU before it was taken in, and up to its latest way off a CPU, in ns. */
+	u64 polled_before;
+	u64 polled;
+	/* SVM: the vCPU's own VMCB. With another one it runs a nested guest. */
+	u64 vmcb;
+	/* VMX: it may run a nested guest. */
+	u64 nests;
+};
+
+_Static_assert(sizeof(struct owner) == 120, "as in maps.rs");
+
+/* The vCPUs that are gone. */
+struct totals {
+	/* Vcpus that began to be added, and those that were. */
+	u64 begun;
+	u64 done;
+	u64 polled;
+	u64 rows[SLOTS][2 + PHASES + 1];
+	u64 histograms[SLOTS][BUCKETS];
+};
+
+_Static_assert(sizeof(struct totals) == 24 + 178 * (9 + 64) * 8, "as in maps.rs");
+
+/* What is of the whole meter. The loader writes the first four. */
+struct meter {
+	/* Another number when a reader of today would misread what is here. */
+	u64 layout;
+	/* 1 VMX, 2 SVM. */
+	u64 isa;
+	/* When it was attached, by the programs' clock. */
+	u64 attached;
+	/* Another number each time. */
+	u64 life;
+	/* Numbers given to VMs. */
+	u64 vms;
+	/* vCPUs that run unmetered. */
+	u64 unmetered;
+	/* Their exits. */
+	u64 lost_exits;
+};
+
+_Static_assert(sizeof(struct meter) == 56, "as in maps.rs");
+
+#endif

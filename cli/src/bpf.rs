@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The meter for hosts that cannot load the module: BPF programs that keep the same ledgers.
+//!
+//! [`layout`] looks up where this kernel's KVM keeps what the programs read, [`attach`] loads and attaches them, [`pins`]
+//! keeps them beyond this process, and [`maps`] makes a snapshot of what they keep. The programs are in cli/bpf.
+
+use std::{
+    path::Path,
+    process::ExitCode,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use crate::output::Output;
+
+pub mod attach;
+pub mod layout;
+pub mod maps;
+pub mod pins;
+
+use self::{attach::Attached, maps::Maps};
+
+/// The folder of the pins, and the name of this source where a file is named.
+pub const PINS: &str = "/sys/fs/bpf/exitmeter";
+
+/// How long to count before the first snapshot of programs that were attached for it.
+const FIRST: Duration = Duration::from_secs(1);
+
+/// Why BPF does not meter here.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing to meter.
+    #[error("KVM is not loaded: load kvm_intel or kvm_amd first")]
+    NoKvm,
+    /// The kernel does not tell its types.
+    #[error("this kernel does not tell its types ({0}): BPF needs one with CONFIG_DEBUG_INFO_BTF and its modules' types")]
+    NoTypes(String),
+    /// KVM is not as the programs know it.
+    #[error("this kernel's KVM has no {0}: the BPF meter does not know this version")]
+    Unknown(String),
+    /// No right.
+    #[error("no right to load BPF programs: run this as root, or with CAP_BPF and CAP_PERFMON")]
+    NoRight,
+    /// The kernel is locked down.
+    #[error("this kernel is locked down to confidentiality, where no BPF program may read it: lockdown=integrity is enough")]
+    LockedDown,
+    /// The kernel does not take a program.
+    #[error("the kernel refuses the BPF program {program}: {error}")]
+    Refused {
+        /// The program, or map.
+        program: String,
+        /// What the kernel says.
+        error: String,
+    },
+    /// It is attached already.
+    #[error("BPF meters already: exitmeter bpf status, or exitmeter bpf stop")]
+    Started,
+    /// It is not attached.
+    #[error("no BPF meter is attached: exitmeter bpf start")]
+    NotStarted,
+    /// The file system of pins does not do.
+    #[error("{path}: {error}; the BPF file system has to be at /sys/fs/bpf (mount -t bpf bpf /sys/fs/bpf)")]
+    Pins {
+        /// The file or folder.
+        path: String,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// The pins are of another version.
+    #[error("{PINS} is of another version of exitmeter: exitmeter bpf stop, and start it again")]
+    OtherVersion,
+    /// A vCPU's numbers never hold still.
+    #[error("the numbers of a vCPU could not be copied, as it exits too fast: try again")]
+    Restless,
+}
+
+/// The programs that this process has attached for itself.
+static OWN: Mutex<Option<Attached>> = Mutex::new(None);
+
+/// Have BPF meter from now on: unless programs are pinned, attach some for as long as this process runs, and let them count
+/// for a second.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn open() -> Result<(), Error> {
+    let mut own = own();
+    if own.is_some() || pins::open(Path::new(PINS))?.is_some() {
+        return Ok(());
+    }
+    *own = Some(Attached::new(attach::VCPUS)?);
+    eprintln!(
+        "exitmeter: counting begins now, by BPF, and ends with this command; exitmeter bpf start keeps on counting"
+    );
+    thread::sleep(FIRST);
+    Ok(())
+}
+
+/// Return a snapshot: of the programs of this process, or of the pinned ones.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn read() -> Result<Vec<u8>, Error> {
+    if let Some(own) = &*own() {
+        return own.maps().snapshot();
+    }
+    let maps = pins::open(Path::new(PINS))?.ok_or(Error::NotStarted)?;
+    maps.snapshot()
+}
+
+fn own() -> MutexGuard<'static, Option<Attached>> {
+    OWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// On the host: meters without the module, by BPF programs.
+///
+/// They keep the same numbers, phases and histograms, in nanoseconds, on kernels that cannot load the module. They cost
+/// some three times as much, and guests cannot ask them. Without this command report, top and record attach them for as
+/// long as they run, where the module is not loaded.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  exitmeter bpf start
+  exitmeter report
+  exitmeter bpf status
+  exitmeter bpf stop")]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Attaches the programs, and keeps them by pins in /sys/fs/bpf/exitmeter.
+    Start {
+        /// How many vCPUs are metered at a time; 32 KiB each, taken at once.
+        #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=16384))]
+        max_vcpus: u32,
+    },
+    /// Takes the programs away with all that they counted.
+    Stop,
+    /// Tells whether the programs are attached, since when, and how much room is left.
+    Status,
+}
+
+impl Args {
+    /// Does it; the status to exit with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`], and where there is nowhere to print.
+    pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
+        let pins = Path::new(PINS);
+        match self.verb {
+            Verb::Start { max_vcpus } => {
+                if pins::open(pins)?.is_some() {
+                    return Err(Error::Started.into());
+                }
+                pins::keep(pins, Attached::new(max_vcpus)?)?;
+            }
+            Verb::Stop => pins::remove(pins)?,
+            Verb::Status => {
+                let maps = pins::open(pins)?.ok_or(Error::NotStarted)?;
+                out.print(&status(&maps))?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Return what is told of programs that are attached.
+fn status(maps: &Maps) -> String {
+    let since = maps.age();
+    let (used, room) = (maps.vcpus(), maps.room());
+    let (unmetered, lost) = maps.lost();
+    let mut text = format!(
+        "attached {} s ago; {used} vCPUs are metered, of {room} at most\n",
+        since.as_secs()
+    );
+    if unmetered != 0 {
+        text += &format!(
+            "{unmetered} vCPUs run or ran unmetered, with {lost} exits: give more room by --max-vcpus\n"
+        );
+    }
+    text
+}

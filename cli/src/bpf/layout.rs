@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Where this kernel's KVM keeps what the programs read, by the kernel's own types (BTF).
+//!
+//! KVM's structures are types of its modules, which no loader of BPF programs relocates by. So the offsets are looked up
+//! here, and given to the programs as constants.
+
+use std::{fs, path::Path};
+
+use exitmeter_meter::{btf::Types, reasons::Isa};
+
+use super::Error;
+
+/// The types of a kernel that adds none: KVM is built into it.
+const NOTHING: [u8; 24] = {
+    let mut header = [0; 24];
+    // Magic, version 1, size of the header.
+    [header[0], header[1], header[2], header[4]] = [0x9f, 0xeb, 1, 24];
+    header
+};
+
+/// In place of an offset: there is no such field.
+pub const ABSENT: u32 = u32::MAX;
+
+/// The constants of the programs, by their names in cli/bpf/ledger.bpf.c.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Whose exits.
+    pub isa: Isa,
+    /// Name and value.
+    pub constants: Vec<(&'static str, u32)>,
+    /// Whether kvm_sched_out() has to be hooked, as the vCPU does not tell that it runs.
+    pub hooks_sched_out: bool,
+    /// Whether there is a tracepoint before a nested guest runs.
+    pub tells_nested_entry: bool,
+}
+
+impl Layout {
+    /// Look all of it up in `/sys/kernel/btf`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoKvm`], [`Error::NoTypes`] and [`Error::Unknown`].
+    pub fn find() -> Result<Self, Error> {
+        let loaded = |name| Path::new("/sys/module").join(name).exists();
+        let (isa, vendor) = match (loaded("kvm_intel"), loaded("kvm_amd")) {
+            (true, _) => (Isa::Vmx, "kvm_intel"),
+            (_, true) => (Isa::Svm, "kvm_amd"),
+            _ => return Err(Error::NoKvm),
+        };
+        let types = Path::new("/sys/kernel/btf");
+        let read = |name: &str| {
+            let path = types.join(name);
+            fs::read(&path).map_err(|error| Error::NoTypes(format!("{}: {error}", path.display())))
+        };
+        let kernel = read("vmlinux")?;
+        // What is built in has its types in the kernel's.
+        let module = |name| match Path::new("/sys/module")
+            .join(name)
+            .join("initstate")
+            .exists()
+        {
+            true => read(name),
+            false => Ok(NOTHING.to_vec()),
+        };
+        Self::of(isa, &kernel, &module("kvm")?, &module(vendor)?)
+    }
+
+    /// Look all of it up in the types of the kernel, of kvm and of the vendor's module.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTypes`] and [`Error::Unknown`].
+    pub fn of(isa: Isa, kernel: &[u8], kvm: &[u8], vendor: &[u8]) -> Result<Self, Error> {
+        let types = |module| {
+            Types::read(kernel, module)
+                .map_err(|_| Error::NoTypes("they cannot be read".to_owned()))
+        };
+        let (kvm, vendor) = (types(kvm)?, types(vendor)?);
+        let optional = |structure, member| vendor.offset_of(structure, member).unwrap_or(ABSENT);
+        let offset = |structure: &str, member: &str| {
+            vendor
+                .offset_of(structure, member)
+                .ok_or_else(|| Error::Unknown(format!("{member} in struct {structure}")))
+        };
+        let before = |tracepoint: &str| {
+            kvm.parameters_before(tracepoint, "kvm_vcpu")
+                .ok_or_else(|| Error::Unknown(format!("vCPU in {tracepoint}")))
+        };
+
+        let exit_reason = || {
+            // In struct vcpu_vt since Linux 6.16, together with trust domains.
+            let (vt, inner) = (
+                vendor.offset_of("vcpu_vmx", "vt"),
+                vendor.offset_of("vcpu_vt", "exit_reason"),
+            );
+            match vt.zip(inner) {
+                Some((vt, inner)) => Ok(vt.wrapping_add(inner)),
+                None => offset("vcpu_vmx", "exit_reason"),
+            }
+        };
+        let scheduled_out = optional("kvm_vcpu", "scheduled_out");
+        let tells_nested_entry = isa == Isa::Vmx
+            && kvm
+                .parameters_before("btf_trace_kvm_nested_vmenter", "kvm_vcpu")
+                .is_none()
+            && kvm.has_typedef("btf_trace_kvm_nested_vmenter");
+        let mut constants = vec![
+            ("is_svm", u32::from(isa == Isa::Svm)),
+            (
+                "vcpu_is_second",
+                u32::from(before("btf_trace_kvm_exit")? == 1),
+            ),
+            ("nests_always", u32::from(!tells_nested_entry)),
+            ("vcpu_kvm", offset("kvm_vcpu", "kvm")?),
+            ("vcpu_id", offset("kvm_vcpu", "vcpu_id")?),
+            ("vcpu_preempted", offset("kvm_vcpu", "preempted")?),
+            ("vcpu_scheduled_out", scheduled_out),
+            ("vcpu_guest_mode", offset("kvm_vcpu", "stat.guest_mode")?),
+            (
+                "vcpu_blocking",
+                offset("kvm_vcpu", "stat.generic.blocking")?,
+            ),
+            (
+                "vcpu_poll_success",
+                offset("kvm_vcpu", "stat.generic.halt_poll_success_ns")?,
+            ),
+            (
+                "vcpu_poll_fail",
+                offset("kvm_vcpu", "stat.generic.halt_poll_fail_ns")?,
+            ),
+            ("kvm_userspace_pid", offset("kvm", "userspace_pid")?),
+            ("kvm_stats_id", offset("kvm", "stats_id")?),
+            ("kvm_vm_type", optional("kvm", "arch.vm_type")),
+        ];
+        if before("btf_trace_kvm_entry")? != 0 {
+            return Err(Error::Unknown("vCPU first in kvm_entry".to_owned()));
+        }
+        match isa {
+            Isa::Vmx => constants.push(("vmx_exit_reason", exit_reason()?)),
+            Isa::Svm => constants.extend([
+                ("svm_vmcb", offset("vcpu_svm", "vmcb")?),
+                ("svm_vmcb01", offset("vcpu_svm", "vmcb01.ptr")?),
+                // The control area is the first of a VMCB (AMD64 Architecture Programmer's Manual 2, appendix B).
+                ("vmcb_exit_code", offset("vmcb_control_area", "exit_code")?),
+            ]),
+        }
+        Ok(Self {
+            isa,
+            constants,
+            hooks_sched_out: scheduled_out == ABSENT,
+            tells_nested_entry,
+        })
+    }
+}

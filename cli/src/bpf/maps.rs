@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The maps that the programs keep, and the snapshot that is made of them.
+//!
+//! They are mapped into this process, so a snapshot takes no system call. A ledger is the module's own [`Ledger`], which
+//! is copied by the module's own code: without a lock, and without holding up the vCPU.
+
+use std::{
+    os::fd::AsFd as _,
+    ptr,
+    sync::atomic::{
+        fence, AtomicU64,
+        Ordering::{Acquire, Relaxed},
+    },
+    thread,
+    time::Duration,
+};
+
+use aya::{maps::MapData, Pod};
+use exitmeter_meter::{
+    histogram::BUCKETS,
+    leaves::LeafMap,
+    ledger::{Ledger, LedgerCopy, RowCopy, Totals},
+    phase::Phase,
+    reasons::{Isa, Slot, SLOTS},
+    snapshot::{size_for, Encoder, Host, Identity, NAME_SIZE},
+};
+use rustix::{
+    mm::{mmap, munmap, MapFlags, ProtFlags},
+    time::{clock_gettime, ClockId},
+};
+
+use super::{attach::Data, Error};
+
+/// The maps that a reader takes, by their names.
+pub const NAMES: [&str; 4] = ["ledgers", "owners", "gone", "meter"];
+
+/// Another number when a reader of before would misread the maps: `layout` of struct meter.
+const LAYOUT: u64 = 0x4558_4954_0001;
+
+/// How often a vCPU's ledger is tried to be copied. Each try is a microsecond, and the programs leave as much between two
+/// transitions.
+const TRIES: u32 = 100_000;
+
+/// How often the totals are, while other vCPUs go: one that goes takes some 50 µs.
+const TOTALS_TRIES: u32 = 10_000;
+
+/// struct meter of cli/bpf/ledger.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Meter {
+    layout: u64,
+    isa: u64,
+    attached: u64,
+    life: u64,
+    vms: u64,
+    unmetered: u64,
+    lost_exits: u64,
+}
+
+// SAFETY: Any bytes are valid numbers, and there is no padding.
+unsafe impl Pod for Meter {}
+
+impl Meter {
+    /// A meter that begins now; `since_1970` tells it from others.
+    pub fn new(isa: Isa, since_1970: Duration) -> Self {
+        Self {
+            layout: LAYOUT,
+            isa: isa as u64,
+            attached: now(),
+            life: u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX) | 1,
+            vms: 0,
+            unmetered: 0,
+            lost_exits: 0,
+        }
+    }
+}
+
+/// Words of struct owner of cli/bpf/ledger.h, and where its parts are.
+mod owner {
+    pub(super) const WORDS: usize = 15;
+    pub(super) const GENERATION: usize = 0;
+    pub(super) const VM: usize = 3;
+    /// The process in the low half, the vCPU's id in the high one.
+    pub(super) const PID_AND_ID: usize = 4;
+    pub(super) const NAME: usize = 5;
+    pub(super) const POLLED: usize = 12;
+}
+
+/// Words of struct totals of cli/bpf/ledger.h.
+mod totals {
+    use super::{BUCKETS, SLOTS};
+
+    pub(super) const BEGUN: usize = 0;
+    pub(super) const DONE: usize = 1;
+    pub(super) const POLLED: usize = 2;
+    pub(super) const ROWS: usize = 3;
+    /// Exits, nested ones, phases, maximum.
+    pub(super) const ROW: usize = 9;
+    pub(super) const HISTOGRAMS: usize = ROWS + SLOTS * ROW;
+    pub(super) const WORDS: usize = HISTOGRAMS + SLOTS * BUCKETS;
+}
+
+/// Words of struct meter.
+mod meter {
+    pub(super) const LAYOUT: usize = 0;
+    pub(super) const ISA: usize = 1;
+    pub(super) const ATTACHED: usize = 2;
+    pub(super) const LIFE: usize = 3;
+    pub(super) const UNMETERED: usize = 5;
+    pub(super) const LOST_EXITS: usize = 6;
+}
+
+/// Nanoseconds of the programs' clock.
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default()
+}
+
+/// An array of the kernel's, mapped to be read.
+#[derive(Debug)]
+struct Mapped {
+    data: MapData,
+    at: *const u64,
+    words: usize,
+}
+
+// SAFETY: The memory is the map's for as long as this lives, and is read by atomics alone.
+unsafe impl Send for Mapped {}
+
+impl Mapped {
+    /// Map an array whose values have so many words; how many it has.
+    fn new(data: Data, words: usize) -> Result<(Self, usize), Error> {
+        let info = data.info().map_err(|_| Error::OtherVersion)?;
+        if info.value_size() as usize != 8 * words {
+            return Err(Error::OtherVersion);
+        }
+        let entries = info.max_entries() as usize;
+        let words = words * entries;
+        // SAFETY: It is put where nothing is.
+        let at = unsafe {
+            mmap(
+                ptr::null_mut(),
+                8 * words,
+                ProtFlags::READ,
+                MapFlags::SHARED,
+                data.fd().as_fd(),
+                0,
+            )
+        };
+        let at = at.map_err(|error| Error::Refused {
+            program: "map".to_owned(),
+            error: error.to_string(),
+        })?;
+        let at = at.cast_const().cast();
+        Ok((Self { data, at, words }, entries))
+    }
+
+    /// Return a word; 0 behind the last one.
+    fn word(&self, place: usize) -> u64 {
+        self.words().get(place).map_or(0, |word| word.load(Relaxed))
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: So many words are mapped, and pages are aligned. Others write them, and an atomic may be written.
+        unsafe { std::slice::from_raw_parts(self.at.cast(), self.words) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: It was mapped with this size, and nobody has a reference any more.
+        let _ = unsafe { munmap(self.at.cast_mut().cast(), 8 * self.words) };
+    }
+}
+
+/// All maps that a snapshot is made of.
+#[derive(Debug)]
+pub struct Maps {
+    ledgers: Mapped,
+    owners: Mapped,
+    gone: Mapped,
+    meter: Mapped,
+    room: usize,
+}
+
+/// A vCPU that was copied.
+struct Copied {
+    index: usize,
+    generation: u64,
+    identity: Identity,
+    ledger: Box<LedgerCopy>,
+}
+
+impl Maps {
+    /// Map the arrays that `data` gives by their names.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherVersion`] when they are not as this program knows them, and those of `data`.
+    pub fn new(mut data: impl FnMut(&'static str) -> Result<Data, Error>) -> Result<Self, Error> {
+        let [ledgers, owners, gone, meter] = NAMES;
+        let (ledgers, room) = Mapped::new(data(ledgers)?, size_of::<Ledger>() / 8)?;
+        let (owners, others) = Mapped::new(data(owners)?, owner::WORDS)?;
+        let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
+        let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
+        if meter.word(meter::LAYOUT) != LAYOUT || others != room {
+            return Err(Error::OtherVersion);
+        }
+        Ok(Self {
+            ledgers,
+            owners,
+            gone,
+            meter,
+            room,
+        })
+    }
+
+    /// The maps by their names, to be pinned.
+    pub fn named(&self) -> [(&'static str, &MapData); 4] {
+        let maps = [&self.ledgers, &self.owners, &self.gone, &self.meter];
+        let mut maps = maps.into_iter();
+        NAMES.map(|name| (name, &maps.next().unwrap_or(&self.meter).data))
+    }
+
+    /// The time since the programs were attached.
+    pub fn age(&self) -> Duration {
+        Duration::from_nanos(now().saturating_sub(self.meter.word(meter::ATTACHED)))
+    }
+
+    /// How many vCPUs can be metered at a time.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
+    /// How many are.
+    pub fn vcpus(&self) -> usize {
+        let metered = |index: &usize| self.generation(*index) & 1 != 0;
+        (0..self.room).filter(metered).count()
+    }
+
+    /// vCPUs that run or ran unmetered, and their exits.
+    pub fn lost(&self) -> (u64, u64) {
+        let word = |place| self.meter.word(place);
+        (word(meter::UNMETERED), word(meter::LOST_EXITS))
+    }
+
+    fn generation(&self, index: usize) -> u64 {
+        self.owners.word(index * owner::WORDS + owner::GENERATION)
+    }
+
+    fn ledger(&self, index: usize) -> Option<&Ledger> {
+        let words = size_of::<Ledger>() / 8;
+        let first = self.ledgers.words().get(index * words..)?;
+        if first.len() < words {
+            return None;
+        }
+        // SAFETY: So many bytes are there, at a multiple of 64 as the map begins with a page. A ledger is made of
+        // atomics, for which any bytes will do; its pointer is not followed without the module's tables.
+        Some(unsafe { &*first.as_ptr().cast() })
+    }
+
+    fn identity(&self, index: usize) -> Identity {
+        let word = |place| self.owners.word(index * owner::WORDS + place);
+        let mut name = [0; NAME_SIZE];
+        for (place, bytes) in name.chunks_exact_mut(8).enumerate() {
+            bytes.copy_from_slice(&word(owner::NAME + place).to_le_bytes());
+        }
+        let both = word(owner::PID_AND_ID);
+        Identity {
+            vm: word(owner::VM),
+            name,
+            pid: both as u32,
+            vcpu: (both >> 32) as u32,
+        }
+    }
+
+    /// Copy the vCPU that has a ledger; `None` when none has it, or it has gone meanwhile.
+    fn copy(&self, index: usize) -> Result<Option<Copied>, Error> {
+        let generation = self.generation(index);
+        // ORDERING: What is read of the vCPU is read after this, and before the next look at the generation.
+        fence(Acquire);
+        let Some(ledger) = self.ledger(index).filter(|_| generation & 1 != 0) else {
+            return Ok(None);
+        };
+        let mut copied = Copied {
+            index,
+            generation,
+            identity: self.identity(index),
+            ledger: Box::default(),
+        };
+        let still_has_it = || {
+            fence(Acquire);
+            self.generation(index) == generation
+        };
+        let mut tries = 0;
+        while ledger.copy(64, &mut copied.ledger).is_none() {
+            if !still_has_it() {
+                return Ok(None);
+            }
+            tries += 64;
+            if tries > TRIES {
+                return Err(Error::Restless);
+            }
+            thread::yield_now();
+        }
+        copied.ledger.polled = self.owners.word(index * owner::WORDS + owner::POLLED);
+        Ok(still_has_it().then_some(copied))
+    }
+
+    /// Copy the totals, and keep of `vcpus` those that are not in them.
+    fn totals(&self, vcpus: &mut Vec<Copied>) -> Result<Box<Totals>, Error> {
+        for _ in 0..TOTALS_TRIES {
+            let done = self.gone.word(totals::DONE);
+            if self.gone.word(totals::BEGUN) != done {
+                thread::yield_now();
+                continue;
+            }
+            fence(Acquire);
+            let mut copy = Box::new(Totals::new());
+            copy.vcpus = done;
+            copy.polled = self.gone.word(totals::POLLED);
+            for slot in Slot::all() {
+                let row = |place| {
+                    self.gone
+                        .word(totals::ROWS + slot.index() * totals::ROW + place)
+                };
+                let numbers = RowCopy {
+                    exits: row(0),
+                    nested_exits: row(1),
+                    cycles: Phase::ALL.map(|phase| row(2 + phase as usize)),
+                    max: row(8),
+                };
+                if numbers != RowCopy::default() {
+                    let first = totals::HISTOGRAMS + slot.index() * BUCKETS;
+                    let mut histogram = [0; BUCKETS];
+                    for (bucket, samples) in histogram.iter_mut().enumerate() {
+                        *samples = self.gone.word(first + bucket);
+                    }
+                    copy.add_row(slot, &numbers, &histogram);
+                }
+            }
+            let gone = |it: &Copied| self.generation(it.index) != it.generation;
+            let went: Vec<bool> = vcpus.iter().map(gone).collect();
+            fence(Acquire);
+            if self.gone.word(totals::BEGUN) == done {
+                let mut went = went.into_iter();
+                vcpus.retain(|_| !went.next().unwrap_or(false));
+                return Ok(copy);
+            }
+        }
+        Err(Error::Restless)
+    }
+
+    /// Make a snapshot, as /dev/exitmeter gives one: see docs/interface.md.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Restless`], and [`Error::OtherVersion`] where no ISA is told.
+    pub fn snapshot(&self) -> Result<Vec<u8>, Error> {
+        let host = Host {
+            isa: match self.meter.word(meter::ISA) {
+                1 => Isa::Vmx,
+                2 => Isa::Svm,
+                _ => return Err(Error::OtherVersion),
+            },
+            leaf_map: LeafMap::Off,
+            host_scope: false,
+            by_bpf: true,
+            // A tick is a nanosecond.
+            tsc_khz: 1_000_000,
+            tsc_stable: true,
+            loaded: self.meter.word(meter::ATTACHED),
+            now: now(),
+            clock_offset: 0,
+            life: self.meter.word(meter::LIFE),
+        };
+        let mut vcpus = Vec::new();
+        for index in 0..self.room {
+            vcpus.extend(self.copy(index)?);
+        }
+        let gone = self.totals(&mut vcpus)?;
+        vcpus.sort_by_key(|it| (it.identity.vm, it.identity.vcpu));
+        let rows = |it: &Copied| it.ledger.rows().count();
+        let rows = vcpus.iter().map(rows).sum::<usize>() + gone.rows().count();
+        let mut buffer = vec![0; size_for(vcpus.len(), rows)];
+        let mut encoder = Encoder::new(&mut buffer, host);
+        for vcpu in &vcpus {
+            encoder.vcpu(&vcpu.identity, &vcpu.ledger);
+        }
+        let size = encoder.finish(&gone, self.meter.word(meter::UNMETERED));
+        buffer.truncate(size.unwrap_or_else(|full| full.needed));
+        Ok(buffer)
+    }
+}

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The pins that keep the programs beyond the process that attached them: a folder of the BPF file system.
+
+use std::{
+    fs,
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+};
+
+use aya::maps::MapData;
+
+use super::{attach::Attached, maps::Maps, Error};
+
+/// Return the error of a file or folder.
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |error| Error::Pins {
+        path: path.display().to_string(),
+        error,
+    }
+}
+
+/// Where pins are made, until all of them are there. That file system has no names with a dot.
+fn unfinished(pins: &Path) -> PathBuf {
+    let mut name = pins.as_os_str().to_owned();
+    name.push("-new");
+    name.into()
+}
+
+/// Open the maps that are pinned; `None` when none are.
+///
+/// # Errors
+///
+/// [`Error::NoRight`], [`Error::OtherVersion`] and [`Error::Pins`].
+pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
+    match fs::metadata(pins) {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::NoRight),
+        Err(error) => return Err(failed(pins)(error)),
+    }
+    let map = |name| MapData::from_pin(pins.join(name)).map_err(|_| Error::NoRight);
+    Maps::new(map).map(Some)
+}
+
+/// Pin all of it. When a step fails nothing stays.
+///
+/// # Errors
+///
+/// [`Error::Pins`] and [`Error::Refused`].
+pub fn keep(pins: &Path, attached: Attached) -> Result<(), Error> {
+    let folder = unfinished(pins);
+    // Of one that was killed.
+    remove_folder(&folder)?;
+    fs::create_dir(&folder).map_err(failed(&folder))?;
+    let done =
+        fill(&folder, attached).and_then(|()| fs::rename(&folder, pins).map_err(failed(pins)));
+    if done.is_err() {
+        // What failed is told; what was pinned goes.
+        let _ = remove_folder(&folder);
+    }
+    done
+}
+
+fn fill(folder: &Path, attached: Attached) -> Result<(), Error> {
+    let refused = |name: &str, error: String| Error::Refused {
+        program: name.to_owned(),
+        error,
+    };
+    let (maps, links) = attached.into_parts();
+    for (name, map) in maps.named() {
+        map.pin(folder.join(name))
+            .map_err(|error| refused(name, error.to_string()))?;
+    }
+    for (place, (name, link)) in links.into_iter().enumerate() {
+        // Their order, for `remove`.
+        link.pin(folder.join(format!("{place}_{name}")))
+            .map_err(|error| refused(name, error.to_string()))?;
+    }
+    Ok(())
+}
+
+/// Take the programs away, and all that they counted.
+///
+/// # Errors
+///
+/// [`Error::NotStarted`], [`Error::NoRight`] and [`Error::Pins`].
+pub fn remove(pins: &Path) -> Result<(), Error> {
+    let left = remove_folder(&unfinished(pins))?;
+    match remove_folder(pins)? || left {
+        true => Ok(()),
+        false => Err(Error::NotStarted),
+    }
+}
+
+/// Remove a folder of pins, the last program first; false when it is not there.
+fn remove_folder(folder: &Path) -> Result<bool, Error> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::NoRight),
+        Err(error) => return Err(failed(folder)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(failed(folder))?.file_name());
+    }
+    // Programs go before maps, and in the order opposite to that in which they came.
+    let place = |name: &std::ffi::OsString| {
+        let name = name.to_string_lossy().into_owned();
+        let place = name.split('_').next().and_then(|it| it.parse::<u32>().ok());
+        std::cmp::Reverse(place.map_or(0, |place| place + 1))
+    };
+    names.sort_by_key(place);
+    for name in names {
+        let path = folder.join(name);
+        fs::remove_file(&path).map_err(failed(&path))?;
+    }
+    fs::remove_dir(folder).map_err(failed(folder))?;
+    Ok(true)
+}

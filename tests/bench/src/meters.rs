@@ -25,6 +25,8 @@ pub enum Meter {
     ExitmeterRing,
     /// exitmeter with leaf_map=0: nothing redirects KVM's CPUID.
     ExitmeterNoLeaves,
+    /// exitmeter's BPF programs, in place of the module.
+    ExitmeterBpf,
     /// exitmeter's callbacks alone, which return at once.
     OnlyHooks,
     /// exitmeter's clock and ledger alone, in which nothing but the transitions is written.
@@ -66,6 +68,7 @@ impl Meter {
             Meter::ExitmeterDetails => "exitmeter, details=1",
             Meter::ExitmeterRing => "exitmeter, details=1 slow_us",
             Meter::ExitmeterNoLeaves => "exitmeter, leaf_map=0",
+            Meter::ExitmeterBpf => "exitmeter by BPF",
             Meter::OnlyHooks => "its hooks alone",
             Meter::OnlyTransitions => "hooks, clock, ledger's head",
             Meter::OnlyCounts => "these and counts",
@@ -133,6 +136,7 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
             "slow_us=1000000000",
         ])?)),
         Meter::ExitmeterNoLeaves => Some(Box::new(exitmeter::Loaded::new(&["leaf_map=0"])?)),
+        Meter::ExitmeterBpf => Some(Box::new(exitmeter::ByBpf::new()?)),
         Meter::OnlyHooks
         | Meter::OnlyTransitions
         | Meter::OnlyCounts

@@ -1,8 +1,9 @@
-//! exitmeter itself.
+//! exitmeter itself, and its BPF programs.
 
 use std::{fs, process::Command};
 
 use anyhow::{ensure, Context as _, Result};
+use exitmeter::bpf::attach::{Attached, VCPUS};
 use exitmeter_meter::reader::Snapshot;
 
 use super::{Meter, Seen, Watch, PARTS_FOLDER};
@@ -42,18 +43,41 @@ fn insmod(path: &str, parameters: &[&str]) -> Result<()> {
 impl Watch for Loaded {
     fn stop(self: Box<Self>) -> Result<Seen> {
         let bytes = fs::read("/dev/exitmeter").context("/dev/exitmeter cannot be read")?;
-        let snapshot = Snapshot::parse(&bytes)?;
-        // The guests are gone: theirs are in the totals.
-        let exits = snapshot.totals().map(|row| row.exits()).sum();
-        ensure!(
-            snapshot.unmetered() == 0,
-            "{} vCPUs ran unmetered",
-            snapshot.unmetered()
-        );
+        let exits = exits(&bytes)?;
         let rmmod = Command::new("rmmod").arg("exitmeter").status()?;
         ensure!(rmmod.success(), "exitmeter does not unload");
         Ok(Seen {
             exits: self.counts.then_some(exits),
+            remark: None,
+        })
+    }
+}
+
+/// Return how many exits a snapshot has of the vCPUs that are gone; all have to have been metered.
+fn exits(bytes: &[u8]) -> Result<u64> {
+    let snapshot = Snapshot::parse(bytes)?;
+    ensure!(
+        snapshot.unmetered() == 0,
+        "{} vCPUs ran unmetered",
+        snapshot.unmetered()
+    );
+    Ok(snapshot.totals().map(|row| row.exits()).sum())
+}
+
+/// The BPF programs, attached.
+pub struct ByBpf(Attached);
+
+impl ByBpf {
+    /// Attaches them.
+    pub fn new() -> Result<Self> {
+        Ok(Self(Attached::new(VCPUS)?))
+    }
+}
+
+impl Watch for ByBpf {
+    fn stop(self: Box<Self>) -> Result<Seen> {
+        Ok(Seen {
+            exits: Some(exits(&self.0.maps().snapshot()?)?),
             remark: None,
         })
     }

@@ -1,13 +1,16 @@
 #!/bin/bash
 # Set-up step "kernel": one packaged, unmodified Debian kernel in OUT, taken apart for the lab.
 #
-# Needs: OUT EXITMETER_CACHE ROOT, and KERNEL: "newest" (of backports), a version ("7.2.12") or a whole release
-# ("7.2.12+deb13-amd64"). Gives in OUT:
+# Needs: OUT EXITMETER_CACHE ROOT, and KERNEL: "newest" (of backports), a version ("7.2.12"), a series ("6.12", "6.1": the
+# newest of it) or a whole release ("7.2.12+deb13-amd64", "7.3.4+deb13-cloud-amd64"). What Debian 13 does not have is
+# looked for in Debian 12. Gives in OUT:
 #   release            the kernel's name for itself (uname -r)
 #   vmlinuz            as packaged; what the emulated hosts boot
 #   vmlinux            the same kernel unpacked, an ELF with a PVH entry; what the guests boot
 #   modules/           lib/modules/<release> with the modules that the lab can use, decompressed, and modules.dep
-#   config Module.symvers source.tar.xz    what tree.sh prepares the kernel tree from
+#   config             its configuration, which tells whether it is built with Rust
+#   Module.symvers     the symbols that it exports; with config and source.tar.xz, what tree.sh prepares the tree from
+#   source.tar.xz      only of a kernel with Rust: no module of ours loads into another
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
@@ -34,24 +37,50 @@ say "which kernel"
 rm -f "$OUT/offline"
 # shellcheck disable=SC2016
 run "$log" inside bash -euc '
+  update() { apt-get -o APT::Update::Error-Mode=any "$@" update || touch offline; }
   # The root may be older than the newest kernel; its lists are fetched anew after an hour. Without a network, what is
   # fetched already may do, but that a kernel is not in the old lists means little. By itself apt counts old lists as a
   # success.
-  if [ -z "$(find /var/lib/apt/lists/partial -newermt "-1 hour")" ]; then
-    apt-get -o APT::Update::Error-Mode=any update || touch offline
+  [ -n "$(find /var/lib/apt/lists/partial -newermt "-1 hour")" ] || update
+
+  # Lines of a version and a release, of the kernels whose release begins so. The version is that of the package, as
+  # Debian 12 has 6.1.176 as 6.1.0-50-amd64. Headers are asked for: backports lists images of kernels that it has no
+  # more.
+  kernels() {
+    apt-cache pkgnames "linux-headers-$1" |
+      sed -n "/^linux-headers-[0-9.]*\(+[a-z0-9]*\|-[0-9]*\)-amd64$/p" | xargs -r apt-cache show |
+      awk "/^Package: linux-headers-/ { release = substr(\$2, 15) }
+        /^Version: / { version = \$2; sub(/-.*/, \"\", version); print version, release }" | sort -uV
+  }
+  find_release() {
+    case $KERNEL in
+      newest)
+        image=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)
+        release=$(apt-cache show "linux-image-amd64=$image" | sed -n "s/^Depends:.*linux-image-\([^ ,]*\).*/\1/p")
+        ;;
+      *-amd64) release=$KERNEL ;;
+      *)
+        release=$(kernels "$(echo "$KERNEL" | cut -d. -f1,2)" |
+          awk -v wanted="$KERNEL" "\$1 == wanted || index(\$1, wanted \".\") == 1 { print \$2 }" | tail -n 1)
+        ;;
+    esac
+    [ -n "$release" ] || return
+    version=$(apt-cache show "linux-headers-$release" | sed -n "s/^Version: //p" | head -n 1)
+    [ -n "$version" ]
+  }
+  if ! find_release && [ "$KERNEL" != newest ]; then
+    # This line and what it brings are gone when this command ends.
+    older=/etc/apt/sources.list.d/older.list
+    grep -m 1 "^deb .* trixie main" /etc/apt/sources.list | sed "s/ trixie / bookworm /" >"$older"
+    update -o Dir::Etc::SourceList="$older" -o Dir::Etc::SourceParts=- -o APT::Get::List-Cleanup=false
+    find_release || true
   fi
-  case $KERNEL in
-    newest)
-      image=$(apt-cache madison linux-image-amd64 | cut -d"|" -f2 | tr -d " " | sort -V | tail -n 1)
-      release=$(apt-cache show "linux-image-amd64=$image" | sed -n "s/^Depends:.*linux-image-\([^ ,]*\).*/\1/p")
-      ;;
-    *-amd64) release=$KERNEL ;;
-    *)
-      release=$(apt-cache pkgnames "linux-image-$KERNEL+" |
-        sed -n "s/^linux-image-\([0-9.]*+[a-z0-9]*-amd64\)$/\1/p" | sort -V | tail -n 1)
-      ;;
-  esac
-  version=$(apt-cache show "linux-headers-$release" | sed -n "s/^Version: //p" | head -n 1)
+  kernels "" | cut -d" " -f1 | uniq | paste -sd " " >known
+  if [ -z "${version:-}" ]; then
+    echo "no kernel $KERNEL has its headers"
+    exit 1
+  fi
+
   names=(linux-headers-"$release" linux-source-"$(echo "$release" | cut -d. -f1,2)")
   for name in linux-binary-"$release" linux-modules-"$release"; do
     if apt-cache show "$name" >/dev/null 2>&1; then names+=("$name"); fi
@@ -59,8 +88,6 @@ run "$log" inside bash -euc '
   [ "${#names[@]}" -gt 2 ] || names+=(linux-image-"$release")
   echo "$release" >release.part
   : >packages
-  apt-cache pkgnames linux-source- | xargs apt-cache show | sed -n "s/^Version: \([0-9.]*\)-.*/\1/p" |
-    sort -uV | paste -sd " " >known
   for name in "${names[@]}"; do
     if ! apt-cache show "$name" | grep -Fqx "Version: $version"; then
       echo "$name is not there in version $version"
@@ -81,10 +108,20 @@ say "$release: fetching"
 run "$log" inside bash -euc '
   . /scripts/common.sh
   cd /downloads
+  : >/out/fetched
+  # The headers come first, and their configuration tells whether the source is of any use.
   while read -r uri file size sum; do
+    case $file in
+      linux-source-*) grep -q "^CONFIG_RUST=y" /out/config || continue ;;
+    esac
     fetch "$uri" "$file" "$sum"
+    echo "$file" >>/out/fetched
+    case $file in
+      linux-headers-*) dpkg-deb --fsys-tarfile "$file" | tar -xO "./usr/src/linux-headers-$1/.config" >/out/config ;;
+    esac
   done </out/packages
-' || die "the packages of the kernel $release could not be fetched; check the network and the mirror (the log is $log)."
+' bash "$release" ||
+  die "the packages of the kernel $release could not be fetched; check the network and the mirror (the log is $log)."
 
 say "$release: unpacking"
 # shellcheck disable=SC2016
@@ -92,7 +129,7 @@ run "$log" inside bash -euc '
   release=$1
   rm -rf /out/unpacked /out/modules
   mkdir -p /out/unpacked "/out/modules/lib/modules/$release"
-  while read -r uri file size sum; do
+  while read -r file; do
     case $file in
       linux-modules-*|linux-image-*)
         patterns=()
@@ -101,13 +138,11 @@ run "$log" inside bash -euc '
           "${patterns[@]}" "./*/modules/$release/modules.*" "./boot/*" 2>/dev/null || true ;;
       *) dpkg-deb --extract "/downloads/$file" /out/unpacked ;;
     esac
-  done <packages
+  done <fetched
   cd /out/unpacked
-  headers=usr/src/linux-headers-$release
   cp "$(find . -path "*/vmlinuz*" -type f | head -n 1)" /out/vmlinuz
-  cp "$headers/.config" /out/config
-  cp "$headers/Module.symvers" /out/
-  mv usr/src/linux-source-*.tar.xz /out/source.tar.xz
+  cp "usr/src/linux-headers-$release/Module.symvers" /out/
+  if grep -q "^CONFIG_RUST=y" /out/config; then mv usr/src/linux-source-*.tar.xz /out/source.tar.xz; fi
   modules=$(find . -type d -path "*/modules/$release" | head -n 1)
   cp -a "$modules/." "/out/modules/lib/modules/$release/"
   # busybox cannot load compressed modules, and they load sooner in an emulator when they are not.
@@ -133,11 +168,16 @@ END
     28b52ffd*) zstd -dcq payload >vmlinux ;;
     fd377a585a00) xz -dc --single-stream payload >vmlinux ;;
     1f8b*) gzip -dc payload >vmlinux ;;
+    02214c18*)
+      # The root has no lz4, and no kernel but that of Debian 12 for clouds takes it.
+      apt-get install --yes --no-install-recommends lz4
+      lz4 -dcq payload >vmlinux
+      ;;
     *) echo "unknown compression of vmlinuz"; exit 1 ;;
   esac
   head -c 4 vmlinux | grep -q ELF
   rm payload
 ' || die "the kernel in $OUT/vmlinuz could not be unpacked; its compression may be new (the log is $log)."
 
-as_root rm -rf "$OUT/unpacked" "$OUT/packages" "$OUT/known" "$OUT/offline"
+as_root rm -rf "$OUT/unpacked" "$OUT/packages" "$OUT/fetched" "$OUT/known" "$OUT/offline"
 mv "$OUT/release.part" "$OUT/release"

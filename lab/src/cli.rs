@@ -62,9 +62,10 @@ struct HostArgs {
     /// AMD only: let the TSC count instructions, so that the same work takes the same number of ticks
     #[arg(long)]
     icount: bool,
-    /// Debian's kernel, a version or release; the newest of backports if not given. Or `debug` (KASAN, lockdep, kmemleak
-    /// and more), `kcsan` or `cfi`, which are built here the first time; the first two want --memory 2048; `7.2.12-debug` is
-    /// from that version's source
+    /// Debian's kernel, a version (7.2.12), series (6.12, 6.1) or release (7.3.4+deb13-cloud-amd64); the newest of backports
+    /// if not given. One that is built without Rust, as those before 7.2 are, gets no exitmeter.ko. Or `debug` (KASAN,
+    /// lockdep, kmemleak and more), `kcsan` or `cfi`, which are built here the first time; the first two want --memory 2048;
+    /// `7.2.12-debug` is from that version's source
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
     /// More for the host kernel's command line

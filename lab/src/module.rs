@@ -14,12 +14,13 @@ use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
 use crate::refused::Refused;
-use crate::setup::{self, in_root, repository, InRoot, Prepared, Wanted};
+use crate::setup::{self, in_root, repository, InRoot, Prepared, Wanted, WITH_RUST};
 
 /// What `cargo lab build` takes.
 #[derive(Debug, clap::Args)]
 pub struct BuildArgs {
-    /// Build for this kernel of Debian's, a version or release; the newest of backports if not given
+    /// Build for this kernel of Debian's, a version or release, one that is built with Rust; the newest of backports if not
+    /// given
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 
@@ -35,7 +36,8 @@ pub struct BuildArgs {
 /// What `cargo lab root` takes.
 #[derive(Debug, clap::Args)]
 pub struct RootArgs {
-    /// The tree of this kernel of Debian's, a version or release; the newest of backports if not given
+    /// The tree of this kernel of Debian's, a version or release, one that is built with Rust; the newest of backports if
+    /// not given
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 
@@ -50,6 +52,12 @@ pub enum ModuleError {
     /// The set-up was made without the kernel's tree.
     #[error("the module needs the kernel's tree, and this set-up was made without it")]
     NoTree,
+    /// The kernel cannot carry it.
+    #[error("{release} is built without Rust, so it takes no exitmeter.ko and has no tree here; {WITH_RUST}")]
+    WithoutRust {
+        /// The kernel.
+        release: String,
+    },
     /// kbuild failed; the output has been shown.
     #[error("the module could not be built; the messages of the compiler are above")]
     Failed,
@@ -100,9 +108,20 @@ pub fn root_command(args: RootArgs) -> Result<ExitCode> {
         .into())
 }
 
+/// Return the kernel's tree, or the reason why there is none.
+fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
+    match &prepared.tree {
+        Some(tree) => Ok(tree),
+        None if prepared.rust => Err(ModuleError::NoTree),
+        None => Err(ModuleError::WithoutRust {
+            release: prepared.release.clone(),
+        }),
+    }
+}
+
 /// The root with the checkout and the tree in it.
 fn workshop(prepared: &Prepared) -> Result<InRoot, ModuleError> {
-    let tree = prepared.tree.as_deref().ok_or(ModuleError::NoTree)?;
+    let tree = tree(prepared)?;
     Ok(in_root(&prepared.root)
         .bind(repository(), "/src")
         .bind(tree, "/tree")
@@ -179,8 +198,7 @@ pub fn build_with(
 ///
 /// [`ModuleError`], when there is no tree that tells.
 pub fn compiler(prepared: &Prepared) -> Result<&'static str, ModuleError> {
-    let config = prepared.tree.as_deref().ok_or(ModuleError::NoTree)?;
-    let config = config.join(".config");
+    let config = tree(prepared)?.join(".config");
     let text = fs::read_to_string(&config).map_err(failed_to("read", &config))?;
     let clang = text.lines().any(|line| line == "CONFIG_CC_IS_CLANG=y");
     Ok(if clang { "clang-19" } else { "gcc-14" })

@@ -39,13 +39,13 @@ pub const LIMITS: Limits = Limits {
 pub struct Options {
     /// The host.
     pub machine: Machine,
-    /// Debian's kernel: a version or release; the newest when not given.
+    /// Debian's kernel: a version, series or release; the newest when not given.
     pub kernel: Option<String>,
     /// The parameters of kvm-intel or kvm-amd; when not given, neither is loaded.
     pub kvm: Option<String>,
     /// Boot, even where a saved machine could be gone on from.
     pub fresh: bool,
-    /// Whether exitmeter.ko is built and put into the host.
+    /// Whether exitmeter.ko is built and put into the host, if its kernel is built with Rust.
     pub module: bool,
     /// More files for the host.
     pub files: Vec<FileSpec>,
@@ -218,8 +218,8 @@ pub(crate) fn tidy(folder: &Path) {
     }
 }
 
-/// Make what the run needs, as far as it is not there, and the module, if it wants one. Besides do `start` as soon as the
-/// host itself can be started.
+/// Make what the run needs, as far as it is not there, and the module, if it wants one and the kernel is built with Rust.
+/// Besides do `start` as soon as the host itself can be started.
 ///
 /// # Errors
 ///
@@ -234,7 +234,14 @@ pub fn prepare<T>(
         bochs: options.machine.host == Host::Intel,
         ..Wanted::default()
     };
-    let module = |prepared: &Prepared| {
+    let module = |prepared: &Prepared, note: &dyn Fn(&str)| {
+        if options.module && !prepared.rust {
+            let release = &prepared.release;
+            note(&format!(
+                "The host has no exitmeter.ko, as its kernel {release} is built without Rust."
+            ));
+            return Ok(None);
+        }
         let module = options.module.then(|| module::build(prepared));
         Ok(module.transpose()?)
     };

@@ -34,6 +34,10 @@ use progress::Progress;
 /// The kernels that are built here, to check themselves while they run (scripts/debug-kernel.sh).
 const CHECKED: [&str; 3] = ["debug", "kcsan", "cfi"];
 
+/// The remedy where a kernel without Rust does not do.
+pub(crate) const WITH_RUST: &str =
+    "name one that is built with Rust, as Debian's are from 7.2 on, or do without --kernel";
+
 /// Which of the kernels that are built here is wanted, if one is, and from the source of which packaged one: "debug" is
 /// from the newest's, "7.2.12-debug" from that of 7.2.12.
 fn checked(kernel: &str) -> Option<(&'static str, &str)> {
@@ -49,10 +53,10 @@ fn checked(kernel: &str) -> Option<(&'static str, &str)> {
 /// What a run needs, besides the Debian root.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// The kernel: a version ("7.2.12") or release ("7.2.12+deb13-amd64"), or the newest there. Or one that is built here
-    /// from its source: "debug", "kcsan", "cfi", "7.2.12-debug" and so on.
+    /// The kernel: a version ("7.2.12"), a series ("6.12") or a release ("7.2.12+deb13-amd64"), or the newest there. Or one
+    /// that is built here from its source: "debug", "kcsan", "cfi", "7.2.12-debug" and so on.
     pub kernel: Option<String>,
-    /// The kernel's tree, to build modules.
+    /// The kernel's tree, to build modules. A kernel without Rust gets none.
     pub tree: bool,
     /// Bochs, for Intel hosts.
     pub bochs: bool,
@@ -77,7 +81,9 @@ pub struct Prepared {
     pub kernel_key: String,
     /// The kernel's name for itself (uname -r).
     pub release: String,
-    /// The kernel's prepared source, if it was wanted.
+    /// Whether the kernel is built with Rust, which exitmeter.ko takes.
+    pub rust: bool,
+    /// The kernel's prepared source, if it was wanted and the kernel is built with Rust.
     pub tree: Option<PathBuf>,
     /// The folder with `bochs`, `bios` and `vgabios`, if it was wanted.
     pub bochs: Option<PathBuf>,
@@ -116,6 +122,17 @@ pub enum SetupError {
     /// A signal came, or another step failed.
     #[error("the set-up was interrupted; the next run goes on where it stopped")]
     Interrupted,
+    /// What is built from a kernel's source is wanted, of a kernel without Rust.
+    #[error(
+        "{release} is built without Rust, and the set-up fetches the source of no such kernel to build {what} from; \
+         {WITH_RUST}"
+    )]
+    NoSource {
+        /// The kernel.
+        release: String,
+        /// What was to be built.
+        what: &'static str,
+    },
     /// A script failed.
     #[error("{reason} (step {step} of the set-up)")]
     Script {
@@ -171,11 +188,11 @@ pub fn cache() -> Result<PathBuf, SetupError> {
 ///
 /// See [`SetupError`]. What is done by then is kept, and the next call goes on from there.
 pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
-    prepare_and(wanted, |_| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
+    prepare_and(wanted, |_, _| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
 }
 
 /// As [`prepare`]. Besides do what can be done before all is there, so that no core is idle: `with_tree` as soon as all
-/// but Bochs and perf is there, and `with_bochs` as soon as all but the tree and the selftests is. That one also gets a
+/// but Bochs and perf is there, and `with_bochs` as soon as all but the tree and the selftests is. Both also get a
 /// function that shows a line above those of the progress.
 ///
 /// # Errors
@@ -183,17 +200,18 @@ pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
 /// Those of [`prepare`], and what the two fail with.
 pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
     wanted: &Wanted,
-    with_tree: impl FnOnce(&Prepared) -> Result<T, E> + Send,
+    with_tree: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<T, E> + Send,
     with_bochs: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<B, E>,
 ) -> Result<(Prepared, T, B), E> {
     with_engine(|engine| {
         let plan = Plan::new(engine, wanted)?;
+        let note = |text: &str| engine.note(text);
         let with_tree = || {
             let prepared = plan.prepared()?;
-            let done = with_tree(&prepared)?;
+            let done = with_tree(&prepared, &note)?;
             Ok((prepared, done))
         };
-        let with_bochs = || with_bochs(&plan.prepared()?, &|text| engine.note(text));
+        let with_bochs = || with_bochs(&plan.prepared()?, &note);
         let ((prepared, tree), bochs) = plan.make(engine, with_tree, with_bochs)?;
         Ok((prepared, tree, bochs))
     })
@@ -216,6 +234,7 @@ struct Plan {
     root: Step,
     kernel: Step,
     checked: Option<Step>,
+    /// The tree, if it is wanted; [`Plan::tree`] knows whether the kernel has one.
     tree: Option<Step>,
     bochs: Option<Step>,
     perf: Option<Step>,
@@ -291,12 +310,38 @@ impl Plan {
     }
 
     fn steps(&self) -> Vec<&Step> {
-        let optional = [&self.checked, &self.tree, &self.bochs, &self.perf];
+        let optional = [
+            self.checked.as_ref(),
+            self.tree(),
+            self.bochs.as_ref(),
+            self.perf.as_ref(),
+            self.selftests.as_ref(),
+        ];
         [&self.root, &self.kernel]
             .into_iter()
             .chain(optional.into_iter().flatten())
-            .chain(&self.selftests)
             .collect()
+    }
+
+    /// Return the tree, unless the kernel is known to be built without Rust. Before the kernel is there, that is not known.
+    fn tree(&self) -> Option<&Step> {
+        let without_rust =
+            self.kernel.is_complete() && has_rust(&self.kernel).is_ok_and(|has| !has);
+        self.tree.as_ref().filter(|_| !without_rust)
+    }
+
+    /// Fail if something is to be built from the source of a kernel that comes without one.
+    fn need_source(&self) -> Result<(), SetupError> {
+        let what = match (&self.checked, &self.selftests) {
+            (Some(_), _) => "a kernel that checks itself",
+            (None, Some(_)) => "KVM's selftests",
+            (None, None) => return Ok(()),
+        };
+        if has_rust(&self.kernel)? {
+            return Ok(());
+        }
+        let release = release(&self.kernel)?;
+        Err(SetupError::NoSource { release, what })
     }
 
     /// Make what is missing. Do `with_tree` when all but Bochs and perf is there, and `with_bochs` when all but the tree
@@ -317,11 +362,13 @@ impl Plan {
         // Bochs and what leads to the tree keep two cores busy side by side.
         let (tree, bochs) = thread::scope(|scope| {
             let tree = scope.spawn(move || {
-                let result = chain(&[Some(&self.kernel), self.checked.as_ref()]);
+                let result = chain(&[Some(&self.kernel)])
+                    .and_then(|()| self.need_source())
+                    .and_then(|()| chain(&[self.checked.as_ref()]));
                 // Nobody waits any more if Bochs failed.
                 let _ = made.send(result.is_ok());
                 result?;
-                chain(&[self.tree.as_ref(), self.selftests.as_ref()])?;
+                chain(&[self.tree(), self.selftests.as_ref()])?;
                 Ok(with_tree())
             });
             let bochs = chain(&[self.bochs.as_ref(), self.perf.as_ref()]);
@@ -343,12 +390,13 @@ impl Plan {
 
     fn prepared(&self) -> Result<Prepared, SetupError> {
         let kernel = self.checked.as_ref().unwrap_or(&self.kernel);
-        let tree = self.checked.as_ref().or(self.tree.as_ref());
+        let tree = self.checked.as_ref().or(self.tree());
         let within = |step: &Option<Step>, name| step.as_ref().map(|step| step.out.join(name));
         Ok(Prepared {
             guest_kernel: self.kernel.out.join("vmlinux"),
             guest_modules: modules(&self.kernel.out, &release(&self.kernel)?),
             release: release(kernel)?,
+            rust: has_rust(&self.kernel)?,
             root: self.root.out.clone(),
             kernel: kernel.out.clone(),
             kernel_key: kernel.key.clone(),
@@ -365,6 +413,13 @@ fn release(kernel: &Step) -> Result<String, SetupError> {
     let path = kernel.out.join("release");
     let text = fs::read_to_string(&path).map_err(SetupError::io("read", &path))?;
     Ok(text.trim().into())
+}
+
+/// Return true if the packaged kernel that a step gave is built with Rust. Those that are built here all are.
+fn has_rust(kernel: &Step) -> Result<bool, SetupError> {
+    let path = kernel.out.join("config");
+    let text = fs::read_to_string(&path).map_err(SetupError::io("read", &path))?;
+    Ok(text.lines().any(|line| line == "CONFIG_RUST=y"))
 }
 
 /// Where a step that gives a kernel keeps its modules.

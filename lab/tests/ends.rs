@@ -320,6 +320,40 @@ fn a_host_that_ends_without_a_verdict_is_108() {
     ends_with(&["--", "reboot -f; sleep 100"], 108);
 }
 
+#[test]
+#[ignore = "fetches two kernels, and boots hosts with them"]
+fn a_kernel_without_rust_boots_without_the_module_and_takes_none() {
+    let lab = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
+        command.args(arguments).output().unwrap()
+    };
+    let script = "uname -r; ls; ls /sys/kernel/btf/kvm /sys/kernel/tracing/events/kvm/kvm_exit/id";
+    for (kernel, release) in [("6.12", "6.12."), ("6.1", "6.1.0-")] {
+        let output = lab(&["run", "--host", "amd", "--kernel", kernel, "--", script]);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let (first, rest) = text.split_once('\n').unwrap();
+        assert!(first.starts_with(release), "{text}");
+        assert!(first.ends_with("-amd64"), "{text}");
+        let there = "/sys/kernel/btf/kvm\n/sys/kernel/tracing/events/kvm/kvm_exit/id\n";
+        assert_eq!(rest, there, "and no exitmeter.ko");
+        let line = format!("no exitmeter.ko, as its kernel {first} is built without Rust.\n");
+        assert!(said.contains(&line), "no {line:?} in {said}");
+
+        let output = lab(&["build", "--kernel", kernel]);
+        assert_eq!(output.status.code(), Some(100));
+        let sentence = format!("lab: {first} is built without Rust, so it takes no exitmeter.ko");
+        let said = stderr(&output);
+        assert!(said.starts_with(&sentence), "{said}");
+        assert!(
+            said.contains("from 7.2 on, or do without --kernel"),
+            "{said}"
+        );
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
 /// A run with a cache that has the set-up, and else no more than so many MiB of room.
 fn on_a_disk_of(mib: u32, host: &str) -> Output {
     LazyLock::force(&FAULT);

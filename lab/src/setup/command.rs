@@ -14,7 +14,7 @@ use super::{with_engine, Plan, SetupError, Wanted};
 /// What `cargo lab prepare` takes.
 #[derive(Debug, clap::Args)]
 pub struct PrepareArgs {
-    /// Debian's kernel: a version (7.2.12) or release (7.2.12+deb13-amd64); the newest of backports if not given
+    /// Debian's kernel: a version (7.2.12), series (6.12) or release (7.2.12+deb13-amd64); the newest of backports if not given
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 

@@ -360,3 +360,84 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
         keys(&plan(Some("7.2.12-kcsan")))
     );
 }
+
+/// A room whose packaged kernel has this line in its configuration, and whose tree, selftests and debug kernel leave word.
+fn room_of_kernel(config: &str) -> Room {
+    let room = Room::new();
+    fs::create_dir_all(room.scripts().join("configs")).unwrap();
+    for name in ["common", "debug"] {
+        room.write(&format!("configs/{name}.config"), "");
+    }
+    room.write("root.sh", "true");
+    let kernel = format!("echo '{config}' >$OUT/config; echo 6.12.1-amd64 >$OUT/release");
+    room.write("kernel.sh", &kernel);
+    for name in ["tree", "selftests", "debug-kernel"] {
+        let text = format!("echo {name} >>WORD; echo 6.12.1-debug >$OUT/release");
+        room.write(&format!("{name}.sh"), &text);
+    }
+    room
+}
+
+/// Makes all that is wanted, twice, as the second run knows the kernel from the start; what the first lane was given.
+fn prepared_in(room: &Room, wanted: &Wanted) -> Result<(Prepared, Vec<&'static str>), SetupError> {
+    room.with(|engine| {
+        let mut made = None;
+        for _ in 0..2 {
+            let plan = Plan::new(engine, wanted)?;
+            let (prepared, ()) = plan.make(engine, || plan.prepared(), || Ok(()))?;
+            let names = plan.steps().iter().map(|step| step.name).collect();
+            let again = (prepared, names);
+            if let Some((first, names)) = made.replace(again.clone()) {
+                assert_eq!((first.tree, names), (again.0.tree, again.1));
+            }
+        }
+        Ok(made.unwrap())
+    })
+}
+
+#[test]
+fn a_kernel_without_rust_gets_no_tree() {
+    let wanted = Wanted {
+        tree: true,
+        ..Wanted::default()
+    };
+    for (config, rust) in [
+        ("CONFIG_RUST=y", true),
+        ("# CONFIG_RUST is not set", false),
+        // Debian's 6.1 and 6.12 have this one alone: the kernel could be built with it.
+        ("CONFIG_HAVE_RUST=y", false),
+    ] {
+        let room = room_of_kernel(config);
+        let (prepared, steps) = prepared_in(&room, &wanted).unwrap();
+        assert_eq!(prepared.rust, rust, "{config}");
+        assert_eq!(prepared.tree.is_some(), rust, "{config}");
+        assert_eq!(room.said(), if rust { "tree\n" } else { "" }, "{config}");
+        assert_eq!(steps.contains(&"tree"), rust, "{config}");
+    }
+}
+
+#[test]
+fn what_takes_a_kernels_source_is_refused_where_none_is_fetched() {
+    let debug = Wanted {
+        kernel: Some(String::from("6.12-debug")),
+        ..Wanted::default()
+    };
+    let selftests = Wanted {
+        selftests: true,
+        ..Wanted::default()
+    };
+    for (wanted, step, what) in [
+        (&debug, "debug-kernel", "a kernel that checks itself"),
+        (&selftests, "selftests", "KVM's selftests"),
+    ] {
+        let room = room_of_kernel("# CONFIG_RUST is not set");
+        let error = prepared_in(&room, wanted).unwrap_err().to_string();
+        for words in ["6.12.1-amd64 is built without Rust", what, "from 7.2 on"] {
+            assert!(error.contains(words), "no {words:?} in {error}");
+        }
+        assert_eq!(room.said(), "");
+        let room = room_of_kernel("CONFIG_RUST=y");
+        prepared_in(&room, wanted).unwrap();
+        assert_eq!(room.said(), format!("{step}\n"));
+    }
+}

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The kernel as the programs see it: helpers, registers, and the one type of its own that they read by CO-RE.
+ * The kernel as the programs see it: helpers, and the registers at a kprobe.
  *
  * Nothing but headers of user space is needed to compile this, and none to run it.
  */
@@ -59,31 +59,5 @@ static __always_inline u64 first_argument(const struct pt_regs *registers)
 		bpf_probe_read_kernel(&number_, sizeof(number_), (const void *)(address));                             \
 		number_;                                                                                               \
 	})
-
-/* See bpf_core_read.h of libbpf: where this kernel has a field, and whether it has it. */
-#define field_offset(field) __builtin_preserve_field_info(field, 0)
-#define field_exists(field) __builtin_preserve_field_info(field, 2)
-
-struct sched_entity {
-	u8 sched_delayed;
-} __attribute__((preserve_access_index));
-
-struct task_struct {
-	int on_rq;
-	struct sched_entity se;
-} __attribute__((preserve_access_index));
-
-/* Return true if the current task could run: as task_is_runnable() and, before it, kvm_sched_out() ask. */
-static __always_inline int current_is_runnable(void)
-{
-	struct task_struct *task = (void *)0;
-	u64 current = bpf_get_current_task();
-
-	if (!read_kernel(int, current + field_offset(task->on_rq)))
-		return 0;
-	if (!field_exists(task->se.sched_delayed))
-		return 1;
-	return !read_kernel(u8, current + field_offset(task->se.sched_delayed));
-}
 
 #endif

@@ -19,6 +19,9 @@ volatile const u32 vcpu_is_second;
 /* Whether no tracepoint tells that a vCPU is about to run a nested guest. */
 volatile const u32 nests_always;
 
+/* In struct task_struct. */
+volatile const u32 task_on_rq;
+volatile const u32 task_sched_delayed = ABSENT;
 /* In struct kvm_vcpu. */
 volatile const u32 vcpu_kvm;
 volatile const u32 vcpu_id;
@@ -482,6 +485,17 @@ int on_load(struct pt_regs *registers)
 	ledger->phase = KERNEL;
 	end_transition(ledger, now);
 	return 0;
+}
+
+/* Return true if the current task could run: as task_is_runnable() asks, and before Linux 6.12 kvm_sched_out(). */
+static __always_inline int current_is_runnable(void)
+{
+	u64 task = bpf_get_current_task();
+
+	/* An int before Linux 7.3, of which the low byte tells as much. */
+	if (!read_kernel(u8, task + task_on_rq))
+		return 0;
+	return task_sched_delayed == ABSENT || !read_kernel(u8, task + task_sched_delayed);
 }
 
 /* The phase of a vCPU that the scheduler takes off its CPU: see phase_scheduled_out() in src/hooks.rs. */

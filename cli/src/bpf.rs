@@ -6,12 +6,15 @@
 //! keeps them beyond this process, and [`maps`] makes a snapshot of what they keep. The programs are in cli/bpf.
 
 use std::{
+    io::{self, Write as _},
     path::Path,
     process::ExitCode,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
+
+use anyhow::Context as _;
 
 use crate::output::Output;
 
@@ -66,7 +69,7 @@ pub enum Error {
         /// The file or folder.
         path: String,
         /// What the system says.
-        error: std::io::Error,
+        error: io::Error,
     },
     /// The pins are of another version.
     #[error("{PINS} is of another version of exitmeter: exitmeter bpf stop, and start it again")]
@@ -125,7 +128,8 @@ fn own() -> MutexGuard<'static, Option<Attached>> {
 Examples:
   exitmeter bpf start
   exitmeter report
-  exitmeter bpf status
+  exitmeter bpf snapshot > before; sleep 10; exitmeter bpf snapshot > after
+  exitmeter report --diff before after
   exitmeter bpf stop")]
 pub struct Args {
     #[command(subcommand)]
@@ -142,6 +146,8 @@ enum Verb {
     },
     /// Takes the programs away with all that they counted.
     Stop,
+    /// Prints a snapshot to be saved, as /dev/exitmeter gives one.
+    Snapshot,
     /// Tells whether the programs are attached, since when, and how much room is left.
     Status,
 }
@@ -162,6 +168,12 @@ impl Args {
                 pins::keep(pins, Attached::new(max_vcpus)?)?;
             }
             Verb::Stop => pins::remove(pins)?,
+            Verb::Snapshot => {
+                let maps = pins::open(pins)?.ok_or(Error::NotStarted)?;
+                io::stdout()
+                    .write_all(&maps.snapshot()?)
+                    .context("cannot write the snapshot")?;
+            }
             Verb::Status => {
                 let maps = pins::open(pins)?.ok_or(Error::NotStarted)?;
                 out.print(&status(&maps))?;

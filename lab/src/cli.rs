@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use lab::host::{Host, Machine};
 use lab::image::payload::FileSpec;
 use lab::module::{self, BuildArgs, RootArgs};
+use lab::programs::Tool;
 use lab::run::{self, Event, Options, LIMITS};
 use lab::setup::{self, PrepareArgs};
 use lab::shell;
@@ -93,6 +94,9 @@ struct HostArgs {
     /// Do not build exitmeter.ko
     #[arg(long)]
     no_module: bool,
+    /// Build the host's `exitmeter` with its BPF meter, by clang
+    #[arg(long)]
+    bpf: bool,
     /// A file or folder for the host, in /root or at DEST
     #[arg(long = "file", value_name = "SRC[:DEST]", value_parser = FileSpec::parse)]
     files: Vec<FileSpec>,
@@ -134,6 +138,10 @@ impl HostArgs {
             },
             kernel: self.kernel,
             kvm: (!self.no_kvm).then_some(self.kvm_args),
+            tool: match self.bpf {
+                true => Tool::WithBpf,
+                false => Tool::ForScripts,
+            },
             fresh: self.fresh,
             module: !self.no_module,
             files: self.files,

@@ -45,8 +45,10 @@ struct Target {
 /// How much of the tool goes into a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tool {
-    /// Without what is for people: pictures in pixels, and `exitmeter top`. It compiles in half the time.
+    /// Without pictures in pixels, `exitmeter top` and the BPF meter. It compiles in half the time.
     ForScripts,
+    /// The same, with the BPF meter, which clang compiles.
+    WithBpf,
     /// With `exitmeter top`.
     ForPeople,
 }
@@ -64,8 +66,10 @@ pub fn build(tool: Tool) -> Result<Programs, ProgramsError> {
         "exitmeter",
         "--no-default-features",
     ];
-    if tool == Tool::ForPeople {
-        what.extend(["--features", "exitmeter/top"]);
+    match tool {
+        Tool::ForScripts => {}
+        Tool::WithBpf => what.extend(["--features", "exitmeter/bpf"]),
+        Tool::ForPeople => what.extend(["--features", "exitmeter/top"]),
     }
     let mut built = cargo_build(&what)?;
     match (built.remove("lab-agent"), built.remove("exitmeter")) {

@@ -43,6 +43,8 @@ pub struct Options {
     pub kernel: Option<String>,
     /// The parameters of kvm-intel or kvm-amd; when not given, neither is loaded.
     pub kvm: Option<String>,
+    /// How much of the tool the host gets.
+    pub tool: Tool,
     /// Boot, even where a saved machine could be gone on from.
     pub fresh: bool,
     /// Whether exitmeter.ko is built and put into the host, if its kernel is built with Rust.
@@ -71,6 +73,7 @@ impl Options {
             },
             kernel: None,
             kvm: Some(String::new()),
+            tool: Tool::ForScripts,
             fresh: false,
             module: true,
             files: Vec::new(),
@@ -159,7 +162,7 @@ impl RunError {
 pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Outcome, RunError> {
     // Side by side: much of the set-up waits for the network, or keeps one CPU busy.
     let ready = thread::scope(|scope| {
-        let programs = scope.spawn(|| programs::build(Tool::ForScripts));
+        let programs = scope.spawn(|| programs::build(options.tool));
         prepare(options, |prepared, note| {
             let programs = programs.join();
             let programs = programs.unwrap_or_else(|panic| resume_unwind(panic))?;

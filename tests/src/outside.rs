@@ -198,7 +198,7 @@ fn command(host: Host, plan: &Plan) -> Result<Command> {
     let timeout = plan.timeout.to_string();
     let silence = silence(plan).to_string();
     let mut lab = Command::new(cargo);
-    lab.args(["lab", "run", "--host", &host.to_string()])
+    lab.args(["lab", "run", "--bpf", "--host", &host.to_string()])
         .args([
             "--cpus",
             &plan.cpus.unwrap_or(host.cpus(plan.soak)).to_string(),

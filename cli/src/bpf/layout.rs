@@ -112,6 +112,11 @@ impl Layout {
                 u32::from(before("btf_trace_kvm_exit")? == 1),
             ),
             ("nests_always", u32::from(!tells_nested_entry)),
+            ("task_on_rq", offset("task_struct", "on_rq")?),
+            (
+                "task_sched_delayed",
+                optional("task_struct", "se.sched_delayed"),
+            ),
             ("vcpu_kvm", offset("kvm_vcpu", "kvm")?),
             ("vcpu_id", offset("kvm_vcpu", "vcpu_id")?),
             ("vcpu_preempted", offset("kvm_vcpu", "preempted")?),

@@ -5,6 +5,7 @@
 
 mod access;
 mod answers;
+mod bpf;
 mod details;
 mod exits;
 mod hooks;
@@ -129,6 +130,7 @@ pub fn all() -> Vec<Case> {
         why::cases(),
         tool::cases(),
         verify::cases(),
+        bpf::cases(),
         scope::cases(),
         linux::cases(),
         nested::cases(),

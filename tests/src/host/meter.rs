@@ -158,7 +158,12 @@ impl Meter {
     /// its sample in the histogram.
     pub fn read() -> Result<Self> {
         let bytes = fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))?;
-        let snapshot = Snapshot::parse(&bytes)?;
+        Self::parse(&bytes)
+    }
+
+    /// Reads a snapshot, with the same checks.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let snapshot = Snapshot::parse(bytes)?;
         let histogram = &histogram(&snapshot)?;
         let vcpus = snapshot.vcpus().map(|vcpu| {
             let numbers = Numbers::read(vcpu.rows(), histogram)?;

@@ -1,0 +1,448 @@
+//! The BPF meter, for hosts that cannot load the module: exact, beside the module and without it, and gone when it is told to.
+
+use std::{
+    fs, io,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::phase::Phase;
+use serde_json::Value;
+use tiny_guests::{Config, Machine, Mode, Program};
+
+use super::Case;
+use crate::host::{
+    self,
+    hist::{Exits, Hist},
+    linux::Linux,
+    meter::Meter,
+    module,
+};
+
+const PINS: &str = "/sys/fs/bpf/exitmeter";
+/// Of the suite; the soak does more.
+const ATTACHES: u32 = 20;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::without(
+            "bpf: it counts what the kernel's histogram counts, in every mode and by every reason",
+            exact,
+        )
+        .within(180),
+        Case::with(
+            "",
+            "bpf: beside the module it counts the same, and its phases are within 2% of the time",
+            beside,
+        )
+        .within(120),
+        Case::without(
+            "bpf: a Linux guest's boot, as the kernel's histogram has it",
+            boot,
+        )
+        .with_linux()
+        .within(300),
+        Case::without("bpf: it takes in a vCPU that runs already", in_flight),
+        Case::without(
+            "bpf: report attaches it where nothing meters, and leaves nothing, also when killed",
+            by_itself,
+        ),
+        Case::without(
+            "bpf: start keeps it by pins, stop takes all away, and each refusal is one sentence",
+            lifetime,
+        ),
+        Case::without(
+            "bpf: without room a vCPU counts as not metered, with its exits",
+            no_room,
+        ),
+        Case::without(
+            "bpf: attached and detached under load, again and again",
+            again,
+        )
+        .within(120),
+    ]
+}
+
+fn tool(arguments: &[&str]) -> Result<Output> {
+    Command::new("exitmeter")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .context("the tool exitmeter cannot be run")
+}
+
+/// Run the tool, which has to succeed; what it printed.
+fn done(arguments: &[&str]) -> Result<Vec<u8>> {
+    let output = tool(arguments)?;
+    ensure!(
+        output.status.success(),
+        "exitmeter {} ended with {}: {}",
+        arguments.join(" "),
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(output.stdout)
+}
+
+/// Demand that the tool fails with one sentence that has these words.
+fn refused(output: &Output, words: &str) -> Result<()> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1)
+            && said.lines().count() == 1
+            && said.starts_with("exitmeter: ")
+            && said.contains(words),
+        "it ended with {}, and says {said}",
+        output.status
+    );
+    Ok(())
+}
+
+/// The programs, attached and pinned; taken away when this is dropped.
+struct Attached(());
+
+impl Attached {
+    fn with(arguments: &[&str]) -> Result<Self> {
+        mount()?;
+        done(&[&["bpf", "start"], arguments].concat())?;
+        Ok(Self(()))
+    }
+
+    fn read(&self) -> Result<Meter> {
+        Meter::parse(&done(&["bpf", "snapshot"])?)
+    }
+
+    fn stop(self) -> Result<()> {
+        std::mem::forget(self);
+        done(&["bpf", "stop"])?;
+        nothing_is_left()
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let _ = tool(&["bpf", "stop"]);
+    }
+}
+
+/// Mount the file system of pins, as systemd does on a host.
+fn mount() -> Result<()> {
+    if Path::new("/sys/fs/bpf").read_dir()?.next().is_some()
+        || fs::read_to_string("/proc/mounts")?.contains(" /sys/fs/bpf ")
+    {
+        return Ok(());
+    }
+    // SAFETY: All strings end with a NUL; this file system takes no data.
+    let mounted = unsafe {
+        libc::mount(
+            c"bpf".as_ptr(),
+            c"/sys/fs/bpf".as_ptr(),
+            c"bpf".as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    ensure!(
+        mounted == 0,
+        "/sys/fs/bpf cannot be mounted: {}",
+        io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+/// How many BPF programs and maps the kernel has: by the files of this process's own view of them.
+fn programs() -> Result<usize> {
+    // Each program that is attached by a kprobe has an event of its own, and a tracepoint its probe.
+    let enabled = fs::read_to_string("/sys/kernel/debug/kprobes/list")
+        .context("the kernel's list of kprobes cannot be read")?;
+    Ok(enabled.lines().filter(|line| line.contains("kvm_")).count())
+}
+
+/// Demand that no program is attached, and that no pin is left.
+fn nothing_is_left() -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // The kernel takes them away some time after the last one lets go.
+    while programs()? != 0 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let left = programs()?;
+    ensure!(left == 0, "{left} programs are attached to KVM's functions");
+    let pins = fs::read_dir("/sys/fs/bpf")?.count();
+    ensure!(pins == 0, "{pins} pins are left");
+    Ok(())
+}
+
+/// What was counted since another snapshot.
+fn since(now: &Exits, before: &Exits) -> Exits {
+    let mut exits = now.clone();
+    for (reason, count) in before {
+        *exits.entry(*reason).or_default() -= count;
+    }
+    exits.retain(|_, count| *count != 0);
+    exits
+}
+
+fn exact() -> Result<()> {
+    let attached = Attached::with(&[])?;
+    for mode in [Mode::Real, Mode::Long, Mode::User] {
+        for program in <Program as clap::ValueEnum>::value_variants() {
+            if matches!(program, Program::Query | Program::Spin) || !program.runs_in(mode) {
+                continue;
+            }
+            let config = Config::new(*program, mode, 100);
+            let expected = host::expected(&config)?;
+            let before = attached.read()?.exits();
+            let hist = Hist::begin()?;
+            let mut machine = Machine::new(config)?;
+            machine.run()?;
+            drop(machine);
+            let counted = since(&attached.read()?.exits(), &before);
+            let seen = hist.read()?;
+            ensure!(
+                counted == seen,
+                "{program:?} in {mode:?}: {counted:?}, and by the kernel {seen:?}"
+            );
+            expected.check(&counted)?;
+        }
+    }
+    let meter = attached.read()?;
+    ensure!(
+        meter.unmetered == 0 && meter.vcpus.is_empty() && meter.gone > 30,
+        "{} unmetered, {} vCPUs, {} gone",
+        meter.unmetered,
+        meter.vcpus.len(),
+        meter.gone
+    );
+    attached.stop()
+}
+
+fn beside() -> Result<()> {
+    let attached = Attached::with(&[])?;
+    let before = attached.read()?.totals;
+    let first = Meter::read()?.totals;
+    for program in [
+        Program::Cpuid,
+        Program::OutUser,
+        Program::Touch,
+        Program::HltKernel,
+    ] {
+        let mut machine = Machine::new(Config::new(program, Mode::Long, 2000))?;
+        machine.run()?;
+    }
+    let (bpf, module) = (attached.read()?, Meter::read()?);
+    ensure!(
+        bpf.gone == module.gone,
+        "{} vCPUs and {}",
+        bpf.gone,
+        module.gone
+    );
+    let (bpf, module) = (bpf.totals, module.totals);
+    ensure!(
+        since(&bpf.exits, &before.exits) == since(&module.exits, &first.exits),
+        "{:?}, and by the module {:?}",
+        bpf.exits,
+        module.exits
+    );
+    println!("bpf: {}; module: {}", bpf.shares(), module.shares());
+    for phase in Phase::ALL {
+        let apart = (bpf.share(phase) - module.share(phase)).abs();
+        ensure!(
+            apart < 0.02,
+            "{}: bpf {}; module {}",
+            phase.name(),
+            bpf.shares(),
+            module.shares()
+        );
+    }
+    attached.stop()
+}
+
+fn boot() -> Result<()> {
+    let attached = Attached::with(&[])?;
+    let hist = Hist::begin()?;
+    let linux = Linux::boot(&["--vcpus", "2"])?;
+    let report = done(&["report", "--source", "bpf", "--json"])?;
+    linux.stop()?;
+    let report: Value = serde_json::from_slice(&report)?;
+    ensure!(report["host"]["source"] == "bpf", "{}", report["host"]);
+    ensure!(
+        report["vms"][0]["vcpus"].as_array().map(Vec::len) == Some(2),
+        "{report}"
+    );
+    let (counted, seen) = (attached.read()?.exits(), hist.read()?);
+    ensure!(counted == seen, "{counted:?}, and by the kernel {seen:?}");
+    let total: u64 = counted.values().sum();
+    ensure!(total > 1000, "a boot of {total} exits is none");
+    attached.stop()
+}
+
+fn in_flight() -> Result<()> {
+    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 500))?;
+    let attached = Attached::with(&[])?;
+    let hist = Hist::begin()?;
+    machine.run()?;
+    let (meter, seen) = (attached.read()?, hist.read()?);
+    let vcpu = meter.only()?;
+    ensure!(
+        vcpu.numbers.exits == seen && vcpu.numbers.exits.values().sum::<u64>() > 500,
+        "{:?}, and by the kernel {seen:?}",
+        vcpu.numbers.exits
+    );
+    drop(machine);
+    let gone = attached.read()?;
+    ensure!(
+        gone.vcpus.is_empty() && gone.gone == 1 && gone.totals.exits == seen,
+        "{gone:?}"
+    );
+    attached.stop()
+}
+
+fn by_itself() -> Result<()> {
+    mount()?;
+    let output = tool(&["report", "--json"])?;
+    ensure!(
+        output.status.success()
+            && String::from_utf8_lossy(&output.stderr).contains("counting begins now"),
+        "it says {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(report["host"]["source"] == "bpf", "{}", report["host"]);
+    nothing_is_left()?;
+    // The module is preferred, and BPF can be asked for beside it.
+    let loaded = module::Loaded::with("")?;
+    for (source, due) in [("auto", "module"), ("module", "module"), ("bpf", "bpf")] {
+        let report = done(&["report", "--json", "--source", source])?;
+        let report: Value = serde_json::from_slice(&report)?;
+        ensure!(
+            report["host"]["source"] == due,
+            "{source}: {}",
+            report["host"]
+        );
+    }
+    loaded.unload()?;
+    nothing_is_left()?;
+    // One that is killed takes its programs along.
+    let mut child = Command::new("exitmeter")
+        .args(["report", "--interval", "0.2", "--json"])
+        .stdout(Stdio::null())
+        .spawn()?;
+    let attached = wait_for_programs(&mut child);
+    child.kill()?;
+    child.wait()?;
+    attached?;
+    nothing_is_left()
+}
+
+fn wait_for_programs(child: &mut Child) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while programs()? < 3 {
+        ensure!(Instant::now() < deadline, "it attaches nothing");
+        ensure!(child.try_wait()?.is_none(), "it has ended");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn lifetime() -> Result<()> {
+    mount()?;
+    refused(&tool(&["bpf", "status"])?, "exitmeter bpf start")?;
+    refused(&tool(&["bpf", "stop"])?, "no BPF meter is attached")?;
+    refused(&tool(&["bpf", "snapshot"])?, "no BPF meter is attached")?;
+    refused(
+        &tool(&["report", "--source", "module"])?,
+        "insmod exitmeter.ko",
+    )?;
+    let nobody = Command::new("exitmeter")
+        .args(["bpf", "start"])
+        .uid(65534)
+        .gid(65534)
+        .output()?;
+    refused(&nobody, "CAP_BPF and CAP_PERFMON")?;
+    nothing_is_left()?;
+
+    let attached = Attached::with(&["--max-vcpus", "8"])?;
+    refused(&tool(&["bpf", "start"])?, "meters already")?;
+    let nobody = Command::new("exitmeter")
+        .args(["report", "--source", "bpf"])
+        .uid(65534)
+        .gid(65534)
+        .output()?;
+    refused(&nobody, "no right")?;
+    let status = String::from_utf8(done(&["bpf", "status"])?)?;
+    ensure!(status.contains("0 vCPUs are metered, of 8"), "{status}");
+    // A command without the module reads the pins, and attaches nothing besides.
+    let before = programs()?;
+    let output = tool(&["report", "--json"])?;
+    ensure!(
+        output.status.success() && output.stderr.is_empty() && programs()? == before,
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    attached.stop()?;
+    // What one left behind that was killed as it pinned is no obstacle.
+    fs::create_dir("/sys/fs/bpf/exitmeter-new")?;
+    Attached::with(&[])?.stop()?;
+    ensure!(!Path::new(PINS).exists());
+    Ok(())
+}
+
+fn no_room() -> Result<()> {
+    let attached = Attached::with(&["--max-vcpus", "1"])?;
+    let mut first = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    first.run()?;
+    let mut second = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
+    second.run()?;
+    let meter = attached.read()?;
+    ensure!(
+        (meter.unmetered, meter.vcpus.len()) == (1, 1),
+        "{} unmetered, {} metered",
+        meter.unmetered,
+        meter.vcpus.len()
+    );
+    let status = String::from_utf8(done(&["bpf", "status"])?)?;
+    let exits = status
+        .split("with ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next())
+        .and_then(|number| number.parse::<u64>().ok());
+    ensure!(
+        exits.is_some_and(|exits| (300..1000).contains(&exits)),
+        "{status}"
+    );
+    // The room of one that goes is another's.
+    drop((first, second));
+    let mut third = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    third.run()?;
+    let meter = attached.read()?;
+    ensure!((meter.unmetered, meter.vcpus.len(), meter.gone) == (1, 1, 1));
+    drop(third);
+    attached.stop()
+}
+
+fn again() -> Result<()> {
+    mount()?;
+    let load = thread::spawn(|| -> Result<()> {
+        for _ in 0..10 {
+            let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 2000))?;
+            machine.run()?;
+        }
+        Ok(())
+    });
+    for _ in 0..ATTACHES {
+        let attached = Attached::with(&[])?;
+        // Each vCPU that lives balances, and has a sample for each exit: see `Meter`.
+        attached.read()?;
+        attached.stop()?;
+        if load.is_finished() {
+            break;
+        }
+    }
+    load.join()
+        .map_err(|_| anyhow::anyhow!("the load panicked"))??;
+    nothing_is_left()
+}

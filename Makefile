@@ -33,7 +33,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-tool
 
 all: module tool
 
@@ -48,7 +48,7 @@ else
 module: bootstrap
 	cargo lab build
 
-tool: bootstrap
+tool: bootstrap-clang
 endif
 
 tool:
@@ -58,15 +58,15 @@ tool:
 demo: bootstrap
 	cargo run --profile host --quiet -p demo
 
-test: bootstrap
+test: bootstrap-clang
 	cargo test --release --workspace
 	cargo test --release -p lab --test ends --test shell -- --ignored --test-threads 2 --skip what_the_kernel
 	cargo run --release --quiet -p system-tests -- $(with_kernel)
 
-test-amd: bootstrap
+test-amd: bootstrap-clang
 	cargo run --release --quiet -p system-tests -- --host amd $(with_kernel)
 
-soak: bootstrap
+soak: bootstrap-clang
 	cargo run --release --quiet -p system-tests -- --soak --memory 2048 --percent $(or $(PERCENT),100) --timeout 28800
 
 stress: bootstrap
@@ -85,13 +85,13 @@ soak-fuzz: bootstrap
 	cargo install --quiet cargo-fuzz
 	cargo +nightly fuzz run --fuzz-dir src/meter/fuzz snapshot -- -max_total_time=300 -max_len=65536
 
-soak-ibt: bootstrap
+soak-ibt: bootstrap-clang
 	cargo test --release -p lab --test ends -- --ignored past_an_endbr
 	cargo run --release --quiet -p system-tests -- --host intel --model arrow_lake --kvm-args enable_apicv=0 \
 		--timeout 7200 --expect 'Indirect Branch Tracking enabled'
 
 # The kernels are built by the first command that wants them.
-soak-debug: bootstrap
+soak-debug: bootstrap-clang
 	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_debug what_the_kernel_kcsan
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel debug --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'KernelAddressSanitizer initialized' --expect 'Lock dependency validator' \
@@ -100,7 +100,7 @@ soak-debug: bootstrap
 		--expect 'kcsan: enabled'
 
 # FineIBT takes a CPU with IBT; the emulated AMD CPU has none.
-soak-cfi: bootstrap
+soak-cfi: bootstrap-clang
 	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_cfi
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel cfi --slow 5 --timeout 7200 \
 		--expect 'CFI: Using rehashed retpoline kCFI'
@@ -108,7 +108,7 @@ soak-cfi: bootstrap
 		--kernel cfi --append cfi=fineibt --slow 5 --timeout 14400 \
 		--expect 'Indirect Branch Tracking enabled' --expect 'Using FineIBT CFI'
 
-bench: bootstrap
+bench: bootstrap-clang
 	cargo run --release --quiet -p bench
 
 # Built as what goes into a host, since it does.
@@ -118,7 +118,7 @@ study: bootstrap
 soak-selftests: bootstrap
 	cargo run --release --quiet -p selftests -- --table docs/selftests.md $(with_kernel)
 
-check: bootstrap
+check: bootstrap-clang
 	scripts/bootstrap.sh rustfmt cargo-clippy shellcheck
 	cargo fmt --check
 	rustfmt --check src/exitmeter_main.rs
@@ -163,5 +163,9 @@ clean:
 bootstrap:
 	@scripts/bootstrap.sh
 
+# For the tool with its BPF meter, which the first `make demo` does not wait for.
+bootstrap-clang:
+	@scripts/bootstrap.sh clang
+
 bootstrap-tool:
-	@scripts/bootstrap.sh --tool
+	@scripts/bootstrap.sh --tool clang

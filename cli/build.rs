@@ -21,6 +21,8 @@ fn main() {
             "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Werror",
         ])
         .arg("-I/usr/include/x86_64-linux-gnu")
+        // The folder of the checkout would be in the program otherwise.
+        .arg("-fdebug-compilation-dir=.")
         .args(["-c", "bpf/ledger.bpf.c", "-o"])
         .arg(folder.join("ledger.bpf.o"))
         .status();

@@ -9,7 +9,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 . "$here/../scripts/common.sh"
 
-packages=build-essential,debhelper,dh-dkms,dkms,lintian,dpkg-dev,gcc,libc6-dev,make,cargo,rustc,rpm,rpmlint,e2fsprogs,xz-utils,ovmf,python3-virt-firmware,shim-signed,grub-efi-amd64-signed,mtools,openssl,sbsigntool
+packages=build-essential,debhelper,dh-dkms,dkms,lintian,dpkg-dev,gcc,clang,libc6-dev,make,cargo,rustc,rpm,rpmlint,e2fsprogs,xz-utils,ovmf,python3-virt-firmware,shim-signed,grub-efi-amd64-signed,mtools,openssl,sbsigntool
 # Another list is another root.
 root=${XDG_CACHE_HOME:-$HOME/.cache}/exitmeter/packages-$(sha256sum "${BASH_SOURCE[0]}" | cut -c 1-12)
 if [ ! -e "$root/.made" ]; then
@@ -23,9 +23,7 @@ fi
 if [ ! -e "$root/.made" ]; then
   say "making the root for packages in $root" >&2
   as_root find "$root" -mindepth 1 -delete
-  # shellcheck disable=SC2016
-  mirror=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-    sed -n 's/^Debian|Debian|\(https\?:.*\)$/\1/p' | head -n 1) || mirror=
+  mirror=$(debian_mirror)
   options=()
   while IFS= read -r line; do
     [ -z "$line" ] || options+=(--aptopt="$line")

@@ -2,8 +2,8 @@
 # Sees to it that this machine has the few commands that all else starts from, and the crates; the rest comes into the
 # Debian root.
 #
-#   scripts/bootstrap.sh [COMMAND]...    (rustfmt, cargo-clippy, shellcheck: what `make check` wants besides)
-#   scripts/bootstrap.sh --tool          what the tool alone takes, on any distribution: `make KDIR=...`
+#   scripts/bootstrap.sh [COMMAND]...    (clang: for the tool's BPF meter; rustfmt, cargo-clippy, shellcheck: for `make check`)
+#   scripts/bootstrap.sh --tool [COMMAND]...          what the tool alone takes, on any distribution: `make KDIR=...`
 #
 # As root on Debian 12 or later it installs what is missing; elsewhere it says what that is. When nothing is, it
 # takes no time.

@@ -46,6 +46,12 @@ pub enum Error {
     /// No right.
     #[error("no right to load BPF programs: run this as root, or with CAP_BPF and CAP_PERFMON")]
     NoRight,
+    /// No right, by a setting that Debian's kernels have.
+    #[error(
+        "no right to hook KVM's functions: with kernel.perf_event_paranoid={0} that takes root or CAP_SYS_ADMIN; \
+         CAP_BPF and CAP_PERFMON are enough with less (sysctl kernel.perf_event_paranoid=2)"
+    )]
+    Paranoid(u32),
     /// The kernel is locked down.
     #[error("this kernel is locked down to confidentiality, where no BPF program may read it: lockdown=integrity is enough")]
     LockedDown,

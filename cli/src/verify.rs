@@ -23,7 +23,10 @@ use self::{
     reload::Reload,
     stop::{Stop, Stopped},
 };
-use crate::output::{self, Output};
+use crate::{
+    output::{self, Output},
+    source::Choice,
+};
 
 mod checks;
 mod cost;
@@ -82,8 +85,11 @@ pub struct Args {
     /// Also writes all that was found, and where, to FILE: a text to attach to an issue.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// The meter to verify: the module, or where it is not loaded BPF (auto), or one of these alone.
+    #[arg(long, value_enum, value_name = "METER", default_value_t)]
+    source: Choice,
     /// Also measures without the module: unloads it and loads it again in each run.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "source")]
     reload: bool,
     /// Does not ask before the module is unloaded.
     #[arg(long, requires = "reload")]
@@ -134,7 +140,7 @@ impl Args {
     }
 
     fn verify(&self, out: &mut Output) -> anyhow::Result<Found> {
-        let host = Host::find(self.cpu, Stop::default())?;
+        let host = Host::find(self.cpu, self.meter(), Stop::default())?;
         let mut reload = match self.reload {
             true => Some(Reload::prepare(self.module.as_deref())?),
             false => None,
@@ -192,6 +198,14 @@ impl Args {
             out.print(&text::summary(&found, look))?;
         }
         Ok(found)
+    }
+
+    /// The meter to verify; the module where it is to be loaded again.
+    fn meter(&self) -> Choice {
+        match self.reload {
+            true => Choice::Module,
+            false => self.source,
+        }
     }
 
     /// Ask before the module is unloaded.

@@ -183,9 +183,15 @@ fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E)
             }
             next = cause.source();
         }
+        let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid");
+        let paranoid = paranoid.ok().and_then(|text| text.trim().parse().ok());
+        let by_perf = causes.iter().any(|cause| cause.contains("perf_event_open"));
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
         match denied {
             true if lockdown.contains("[confidentiality]") => Error::LockedDown,
+            true if by_perf && paranoid > Some(2) && has_perfmon() => {
+                Error::Paranoid(paranoid.unwrap_or_default())
+            }
             // The verifier's own refusals of a program come as EACCES, with a log.
             true if !causes.iter().any(|cause| cause.contains("; ")) => Error::NoRight,
             _ => Error::Refused {
@@ -194,6 +200,14 @@ fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E)
             },
         }
     }
+}
+
+/// Return true if this process has CAP_PERFMON (include/uapi/linux/capability.h: 38).
+fn has_perfmon() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> 38 & 1 != 0)
 }
 
 /// The data of a map.

@@ -304,6 +304,9 @@ fn join(high: u64, low: u64) -> u64 {
 /// Have a guest ask for its own numbers, and hold the answers against the snapshot.
 fn answers(host: &Host, in_mode: Mode) -> Outcome {
     let not_made = |text: &str| Ok((Verdict::NotMade, text.to_owned()));
+    if host.by_bpf {
+        return not_made("BPF answers no guest");
+    }
     let Some([total, of_reason, cycles]) = host.leaf_map.and_then(leaves) else {
         return not_made("the module answers no guest (leaf_map=0)");
     };
@@ -465,6 +468,10 @@ const TOUCHED: [Touched; 5] = [
 
 /// Hold what the module tells of exits against what the guests touched, if it may tell.
 fn details(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    if host.by_bpf {
+        let text = "BPF keeps no details".to_owned();
+        return tell(Check::new("details", Verdict::NotMade, text));
+    }
     let device = match device::Device::open(source::DEVICE.as_ref()) {
         Ok(device) => device,
         Err(error) => {
@@ -528,6 +535,8 @@ mod tests {
             host_scope: false,
             life: 1,
             has_details: false,
+            by_bpf: false,
+            path: source::DEVICE.into(),
             cpu: 0,
             pid: None,
             stop: Stop::default(),

@@ -100,10 +100,13 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
         }
     } else {
         for _ in 0..plan.runs {
-            with.push(samples(host, plan, true)?);
+            with.push(samples(host, plan, !host.by_bpf)?);
         }
         // Without the right there is nothing to tell.
-        if let (false, Ok(_device)) = (host.has_details, Device::open(source::DEVICE.as_ref())) {
+        if let (false, Ok(_device)) = (
+            host.has_details || host.by_bpf,
+            Device::open(source::DEVICE.as_ref()),
+        ) {
             for _ in 0..plan.runs {
                 detailed.push(samples(host, plan, false)?);
             }
@@ -111,8 +114,10 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
     }
     let metered = with.iter().flatten().all(|sample| sample.phases.is_some());
     if !metered {
-        let text =
-            "the guests were not metered, so nothing is told of phases and of what metering adds";
+        let text = match host.by_bpf {
+            true => "BPF tells phases in nanoseconds, so none stand beside cycles; what its programs add is in these",
+            false => "the guests were not metered, so nothing is told of phases and of what metering adds",
+        };
         cost.remark = Some(text.to_owned());
         without.clear();
         detailed.clear();
@@ -172,8 +177,8 @@ fn measure_one(host: &Host, plan: Plan, kind: &Kind, metered: bool) -> anyhow::R
     let (short, _) = run(host, kind.program, few)?;
     let before = match metered {
         true => Some(Before::new(&source::parse(
-            source::DEVICE.as_ref(),
-            &source::read(source::DEVICE.as_ref())?,
+            &host.path,
+            &source::read(&host.path)?,
         )?)),
         false => None,
     };
@@ -208,9 +213,8 @@ fn phases(host: &Host, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f
 }
 
 fn find(host: &Host, before: &Before) -> anyhow::Result<Option<Own>> {
-    let path = source::DEVICE.as_ref();
-    let bytes = source::read(path)?;
-    match Own::find(&source::parse(path, &bytes)?, before, host.pid) {
+    let bytes = source::read(&host.path)?;
+    match Own::find(&source::parse(&host.path, &bytes)?, before, host.pid) {
         Ok(own) => Ok(Some(own)),
         Err(own::Error::Unmetered(_)) => Ok(None),
         Err(error) => Err(error.into()),

@@ -5,7 +5,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, ErrorKind},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use exitmeter_meter::{
@@ -21,7 +21,7 @@ use super::{
     stop::Stop,
 };
 use crate::{
-    source::{self, DEVICE},
+    source::{self, Choice, DEVICE},
     why::device::Device,
 };
 
@@ -80,23 +80,27 @@ pub struct Host {
     pub cpu: usize,
     /// The number by which KVM knows this thread, where that can be told.
     pub pid: Option<u32>,
+    /// Where snapshots are read.
+    pub path: PathBuf,
+    /// The meter is BPF's: it tells no guest its numbers, and no details.
+    pub by_bpf: bool,
     /// The user's wish to end.
     pub stop: Stop,
 }
 
 impl Host {
-    /// Find KVM and the module, and bind this thread to a CPU: to `cpu`, or the second of those that
+    /// Find KVM and the meter, and bind this thread to a CPU: to `cpu`, or the second of those that
     /// it may use, as the first has most of a host's interrupts.
     ///
     /// # Errors
     ///
-    /// [`Error`], and [`source::Error`] where the module is not there.
-    pub fn find(cpu: Option<usize>, stop: Stop) -> anyhow::Result<Self> {
+    /// [`Error`], and [`source::Error`] where the meter is not there.
+    pub fn find(cpu: Option<usize>, meter: Choice, stop: Stop) -> anyhow::Result<Self> {
         let isa = tiny_guests::host_isa().ok_or(Error::NoExtension)?;
         open_kvm()?;
-        let path = Path::new(DEVICE);
-        let bytes = source::read(path)?;
-        let snapshot = source::parse(path, &bytes)?;
+        let path = meter.open(Path::new(DEVICE))?;
+        let bytes = source::read(&path)?;
+        let snapshot = source::parse(&path, &bytes)?;
         if snapshot.isa() != isa {
             return Err(Error::OtherIsa(snapshot.isa().name()).into());
         }
@@ -114,7 +118,8 @@ impl Host {
             // On by default.
             nested_paging: nested_paging.unwrap_or(true),
             real_mode: real_mode.unwrap_or(true),
-            tsc_khz: snapshot.tsc_khz(),
+            // BPF's clock is another one.
+            tsc_khz: snapshot.tsc_khz().filter(|_| !snapshot.by_bpf()),
             tsc_stable: snapshot.tsc_is_stable(),
             leaf_map: snapshot.leaf_map(),
             host_scope: snapshot.host_scope(),
@@ -122,6 +127,8 @@ impl Host {
             has_details: snapshot.has_tables(),
             cpu,
             pid: hist::knows_its_numbers().then(thread),
+            by_bpf: snapshot.by_bpf(),
+            path,
             stop,
         })
     }
@@ -173,7 +180,7 @@ impl Host {
         config: Config,
         device: Option<&Device>,
     ) -> anyhow::Result<(Machine, Own)> {
-        let path = Path::new(DEVICE);
+        let path = &self.path;
         let read = || match device {
             Some(device) => device.read(),
             None => source::read(path),

@@ -22,6 +22,7 @@ mod tool;
 mod verify;
 mod why;
 
+pub use bpf::attach_again;
 pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
 
 use std::{io, path::Path, time::Duration};

@@ -14,7 +14,7 @@ use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 
 use super::{keep_on, part_of};
 use crate::{
-    cases::Case,
+    cases::{attach_again, Case},
     host::{self, hist, leaves::MAP_2021, linux::Linux, meter::Meter, module},
 };
 
@@ -59,6 +59,13 @@ pub(super) fn cases() -> Vec<Case> {
         "soak: stays while its device is open",
         held_open,
     ));
+    cases.push(
+        Case::without(
+            "soak: the BPF meter attached and detached under load",
+            || attach_again(part_of(CYCLES)),
+        )
+        .within(7200),
+    );
     cases
 }
 

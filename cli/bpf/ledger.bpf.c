@@ -55,7 +55,7 @@ struct here {
 	u64 vmcb;
 	u32 index;
 	u32 nests;
-	/* kvm_sched_out() runs: on kernels that do not tell it in the vCPU. */
+	/* kvm_sched_out() has begun, and the vCPU is not off the CPU yet: on kernels that do not tell it in the vCPU. */
 	u32 scheduled_out;
 } __attribute__((aligned(64)));
 
@@ -525,7 +525,12 @@ int on_put(struct pt_regs *registers)
 	ledger = ledger_of(here, vcpu, now, KERNEL);
 	if (!ledger)
 		return 0;
-	out = vcpu_scheduled_out == ABSENT ? here->scheduled_out : read_kernel(u8, vcpu + vcpu_scheduled_out);
+	if (vcpu_scheduled_out == ABSENT) {
+		out = here->scheduled_out;
+		here->scheduled_out = 0;
+	} else {
+		out = read_kernel(u8, vcpu + vcpu_scheduled_out);
+	}
 	phase = out ? phase_scheduled_out(vcpu) : USER;
 	now = begin_transition(ledger, now);
 	ticks = now - ledger->last;
@@ -547,7 +552,7 @@ int on_put(struct pt_regs *registers)
 	return 0;
 }
 
-/* kvm_sched_out() begins and ends, on kernels that do not tell it in the vCPU (Linux before 6.10). */
+/* kvm_sched_out() begins, on kernels that do not tell it in the vCPU (Linux before 6.10): kvm_arch_vcpu_put() comes next. */
 SEC("kprobe/kvm_sched_out")
 int on_sched_out(struct pt_regs *registers)
 {
@@ -555,16 +560,6 @@ int on_sched_out(struct pt_regs *registers)
 
 	if (here)
 		here->scheduled_out = 1;
-	return 0;
-}
-
-SEC("kretprobe/kvm_sched_out")
-int on_sched_out_done(struct pt_regs *registers)
-{
-	struct here *here = this_cpu();
-
-	if (here)
-		here->scheduled_out = 0;
 	return 0;
 }
 

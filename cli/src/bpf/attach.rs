@@ -60,7 +60,6 @@ impl Attached {
         // Who takes a vCPU in has to see it go. So that one is the first to come, and the last to leave.
         let mut links = vec![probe(&mut ebpf, "on_destroy", "kvm_mmu_destroy")?];
         if layout.hooks_sched_out {
-            links.push(probe(&mut ebpf, "on_sched_out_done", "kvm_sched_out")?);
             links.push(probe(&mut ebpf, "on_sched_out", "kvm_sched_out")?);
         }
         if layout.tells_nested_entry {
@@ -188,7 +187,8 @@ fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E)
         let by_perf = causes.iter().any(|cause| cause.contains("perf_event_open"));
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
         match denied {
-            true if lockdown.contains("[confidentiality]") => Error::LockedDown,
+            // Where the helper that reads the kernel is not even there.
+            _ if lockdown.contains("[confidentiality]") => Error::LockedDown,
             true if by_perf && paranoid > Some(2) && has_perfmon() => {
                 Error::Paranoid(paranoid.unwrap_or_default())
             }

@@ -48,6 +48,13 @@ pub(super) fn cases() -> Vec<Case> {
         )
         .with_linux()
         .within(300),
+        Case::without(
+            "bpf: a vCPU that sleeps after HLT is halted, and one whose VMM works is in user space",
+            phases,
+        ),
+        Case::without("bpf: exits of a guest in the guest are told apart", nested)
+            .with_linux()
+            .within(600),
         Case::without("bpf: it takes in a vCPU that runs already", in_flight),
         Case::without(
             "bpf: report attaches it where nothing meters, and leaves nothing, also when killed",
@@ -294,6 +301,71 @@ fn boot() -> Result<()> {
     ensure!(counted == seen, "{counted:?}, and by the kernel {seen:?}");
     let total: u64 = counted.values().sum();
     ensure!(total > 1000, "a boot of {total} exits is none");
+    attached.stop()
+}
+
+fn phases() -> Result<()> {
+    let attached = Attached::with(&[])?;
+    let mut machine = Machine::new(Config::new(Program::HltKernel, Mode::Long, 200))?;
+    machine.run()?;
+    let numbers = attached.read()?.only()?.numbers.clone();
+    println!("sleeps: {}", numbers.shares());
+    ensure!(
+        numbers.share(Phase::Halted) > 0.5 && numbers.share(Phase::Preempted) < 0.2,
+        "{}",
+        numbers.shares()
+    );
+    drop(machine);
+
+    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 2000))?;
+    let before = attached.read()?.only()?.numbers.phases[Phase::User as usize];
+    let begun = Instant::now();
+    machine.run()?;
+    // Longer than any pause that the kernel could take for another phase.
+    thread::sleep(Duration::from_millis(500));
+    // It runs to its end again, so that the time since then is booked.
+    machine.rewind()?;
+    machine.run()?;
+    let took = begun.elapsed();
+    let after = attached.read()?.only()?.numbers.clone();
+    let user = Duration::from_nanos(after.phases[Phase::User as usize] - before);
+    println!(
+        "works: {} ms of {} in user space",
+        user.as_millis(),
+        took.as_millis()
+    );
+    ensure!(
+        user > Duration::from_millis(500) && user <= took,
+        "{} ms of {} are in user space: {}",
+        user.as_millis(),
+        took.as_millis(),
+        after.shares()
+    );
+    attached.stop()
+}
+
+fn nested() -> Result<()> {
+    let attached = Attached::with(&[])?;
+    let hist = Hist::begin()?;
+    super::nested::with_inner(|linux, asked| {
+        let pid = linux.pid()?;
+        let meter = attached.read()?;
+        let vcpu = meter.vcpus.iter().find(|vcpu| vcpu.pid == pid);
+        let nested = &vcpu.context("the guest is metered")?.numbers.nested;
+        let cpuid = host::pick(10, 0x72)?;
+        ensure!(
+            nested.get(&cpuid) == Some(&asked),
+            "the inner guest asks for CPUID {asked} times, and nested are {nested:?}"
+        );
+        Ok(())
+    })?;
+    let (counted, seen) = (attached.read()?, hist.read()?);
+    ensure!(
+        counted.exits() == seen,
+        "{:?}, and by the kernel {seen:?}",
+        counted.exits()
+    );
+    ensure!(!counted.totals.nested.is_empty());
     attached.stop()
 }
 

@@ -168,12 +168,16 @@ impl Args {
         let pins = Path::new(PINS);
         match self.verb {
             Verb::Start { max_vcpus } => {
+                let _lock = pins::lock(pins)?;
                 if pins::open(pins)?.is_some() {
                     return Err(Error::Started.into());
                 }
                 pins::keep(pins, Attached::new(max_vcpus)?)?;
             }
-            Verb::Stop => pins::remove(pins)?,
+            Verb::Stop => {
+                let _lock = pins::lock(pins)?;
+                pins::remove(pins)?;
+            }
             Verb::Snapshot => {
                 let maps = pins::open(pins)?.ok_or(Error::NotStarted)?;
                 io::stdout()

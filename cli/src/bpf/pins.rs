@@ -3,14 +3,30 @@
 //! The pins that keep the programs beyond the process that attached them: a folder of the BPF file system.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{self, ErrorKind},
     path::{Path, PathBuf},
 };
 
 use aya::maps::MapData;
+use rustix::fs::{flock, FlockOperation};
 
 use super::{attach::Attached, maps::Maps, Error};
+
+/// Hold the folder of the pins' folder, so that of two that start or stop at once one waits.
+///
+/// # Errors
+///
+/// [`Error::Pins`].
+pub fn lock(pins: &Path) -> Result<File, Error> {
+    let folder = pins.parent().unwrap_or(pins);
+    let file = File::open(folder).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => Error::NoRight,
+        _ => failed(folder)(error),
+    })?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(folder)(error.into()))?;
+    Ok(file)
+}
 
 /// Return the error of a file or folder.
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {

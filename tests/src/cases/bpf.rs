@@ -480,6 +480,16 @@ fn lifetime() -> Result<()> {
         String::from_utf8_lossy(&output.stderr)
     );
     attached.stop()?;
+    // Of two that start at once one does.
+    let start = || Command::new("exitmeter").args(["bpf", "start"]).spawn();
+    let mut both = [start()?, start()?];
+    let mut started = 0;
+    for child in &mut both {
+        started += u32::from(child.wait()?.success());
+    }
+    let status = tool(&["bpf", "status"])?.status;
+    Attached(()).stop()?;
+    ensure!(started == 1 && status.success(), "{started} of two started");
     // What one left behind that was killed as it pinned is no obstacle.
     fs::create_dir("/sys/fs/bpf/exitmeter-new")?;
     Attached::with(&[])?.stop()?;

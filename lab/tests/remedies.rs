@@ -425,9 +425,14 @@ fn make_asks_for_the_labs_commands_only_where_it_needs_them() {
     let build = "cargo build --release -p exitmeter\n";
     assert_eq!(
         recipe(&["tool", "KDIR=/lib/modules/7.3.4/build"]),
-        format!("scripts/bootstrap.sh --tool\n{build}")
+        format!("scripts/bootstrap.sh --tool clang\n{build}")
     );
-    assert_eq!(recipe(&["tool"]), format!("scripts/bootstrap.sh\n{build}"));
+    assert_eq!(
+        recipe(&["tool"]),
+        format!("scripts/bootstrap.sh clang\n{build}")
+    );
+    // Whoever tries it first does not wait for clang.
+    assert!(recipe(&["demo"]).starts_with("scripts/bootstrap.sh\n"));
     assert!(recipe(&["all"]).starts_with("scripts/bootstrap.sh\ncargo lab build\n"));
 }
 

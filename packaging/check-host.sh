@@ -56,13 +56,13 @@ case $mode in
   without)
     expect "no module is loaded" not_loaded
     expect "KVM is there" test -e /dev/kvm
-    expect "the tool says what is missing" sh -c 'exitmeter report 2>&1 | grep "there is no /dev/exitmeter"'
+    expect "the tool says what is missing" sh -c 'exitmeter report --source module 2>&1 | grep "there is no /dev/exitmeter"'
     ;;
   refused)
     expect "KVM is there" test -e /dev/kvm
     expect "no module is loaded" not_loaded
     expect "modprobe says that the key is rejected" sh -c 'modprobe exitmeter 2>&1 | grep "Key was rejected by service"'
-    expect "the tool says so, too" sh -c 'exitmeter report 2>&1 | grep "Key was rejected by service"'
+    expect "the tool says so, too" sh -c 'exitmeter report --source module 2>&1 | grep "Key was rejected by service"'
     ;;
   trusted)
     expect "Secure Boot is on, and the kernel locked down" grep -q '\[integrity\]' /sys/kernel/security/lockdown

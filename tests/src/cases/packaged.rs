@@ -71,7 +71,7 @@ fn version() -> Result<()> {
 }
 
 fn unsigned() -> Result<()> {
-    let (status, _, said) = tool(&["report"])?;
+    let (status, _, said) = tool(&["report", "--source", "module"])?;
     ensure!(
         status == Some(1) && said.contains("load the module on the host first"),
         "without a module the tool says {said}"
@@ -84,7 +84,7 @@ fn unsigned() -> Result<()> {
         refused == Some(libc::EKEYREJECTED),
         "an unsigned module is refused with {refused:?}"
     );
-    let (status, _, said) = tool(&["report"])?;
+    let (status, _, said) = tool(&["report", "--source", "module"])?;
     ensure!(
         status == Some(1)
             && said.contains("Key was rejected by service")

@@ -47,8 +47,6 @@ volatile const u32 vmcb_exit_code;
 /* KVM_X86_TDX_VM (arch/x86/include/uapi/asm/kvm.h). */
 #define TRUST_DOMAIN 5
 
-#define BPF_F_MMAPABLE_ (1U << 10)
-
 /* The vCPU that this CPU held last: its ledger is found without a hash. */
 struct here {
 	u64 vcpu;
@@ -69,7 +67,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE_);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, u32);
 	__type(value, struct ledger);
 } ledgers SEC(".maps");
@@ -85,7 +83,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE_);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, u32);
 	__type(value, struct owner);
 } owners SEC(".maps");
@@ -93,7 +91,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE_);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, u32);
 	__type(value, struct totals);
 } gone SEC(".maps");
@@ -101,7 +99,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE_);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, u32);
 	__type(value, struct meter);
 } meter SEC(".maps");

@@ -60,15 +60,8 @@ pub struct Args {
     #[arg(short, long, value_name = "MS", default_value_t = 100,
           value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
     interval: u64,
-    /// The meter to ask: the module, or where it is not loaded BPF (auto), or one of these alone.
-    #[arg(
-        long,
-        value_enum,
-        value_name = "METER",
-        default_value_t,
-        conflicts_with = "input"
-    )]
-    source: source::Choice,
+    #[command(flatten)]
+    asked: source::Asked,
     /// The device, or a file in which something keeps a fresh snapshot.
     #[arg(long, value_name = "DEVICE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -96,7 +89,7 @@ impl Args {
     fn record(&self) -> anyhow::Result<u8> {
         let input = match self.why {
             true => self.input.clone(),
-            false => self.source.open(&self.input)?,
+            false => self.asked.source.open(&self.input)?,
         };
         let begun = Instant::now();
         // Before anything is written or run: is there something to record?

@@ -89,15 +89,8 @@ pub struct Args {
     /// Reports what happened between two saved snapshots.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["input", "interval"])]
     diff: Option<Vec<PathBuf>>,
-    /// The meter to ask: the module, or where it is not loaded BPF (auto), or one of these alone.
-    #[arg(
-        long,
-        value_enum,
-        value_name = "METER",
-        default_value_t,
-        conflicts_with = "input"
-    )]
-    source: source::Choice,
+    #[command(flatten)]
+    asked: source::Asked,
     /// Reads a saved snapshot instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -142,7 +135,7 @@ impl Args {
         if let Some([before, after]) = self.diff.as_deref() {
             return self.print(out, difference(before, after)?);
         }
-        let input = self.source.open(&self.input)?;
+        let input = self.asked.source.open(&self.input)?;
         match self.interval {
             None => self.print(out, source::report(&input)?),
             Some(interval) => self.repeat(out, &input, interval),

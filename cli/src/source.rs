@@ -97,6 +97,20 @@ impl Choice {
     }
 }
 
+/// The meter that a command reads, where no file is named.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Asked {
+    /// The meter to ask: the module, or where it is not loaded BPF (auto), or one of these alone.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "METER",
+        default_value_t,
+        conflicts_with = "input"
+    )]
+    pub source: Choice,
+}
+
 /// Return true if a path gives a fresh snapshot of this host each time.
 pub fn is_live(path: &Path) -> bool {
     #[cfg(feature = "bpf")]

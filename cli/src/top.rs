@@ -68,15 +68,8 @@ pub struct Args {
     /// Names code of that VM by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
     #[arg(long, value_name = "FILE", requires = "vm")]
     symbols: Option<PathBuf>,
-    /// The meter to ask: the module, or where it is not loaded BPF (auto), or one of these alone.
-    #[arg(
-        long,
-        value_enum,
-        value_name = "METER",
-        default_value_t,
-        conflicts_with = "input"
-    )]
-    source: source::Choice,
+    #[command(flatten)]
+    asked: source::Asked,
     /// Shows a recording as it was, or a saved snapshot, instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -89,7 +82,7 @@ impl Args {
     ///
     /// When there is nothing to show, or no terminal to show it on.
     pub fn run(self, out: &Output) -> anyhow::Result<ExitCode> {
-        let mut feed = Feed::open(&self.source.open(&self.input)?)?;
+        let mut feed = Feed::open(&self.asked.source.open(&self.input)?)?;
         let interval = Duration::from_millis(self.interval);
         let mut app = App::new(feed.first()?, interval);
         if let Some(vm) = &self.vm {

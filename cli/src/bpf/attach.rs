@@ -9,8 +9,8 @@ use std::{
 };
 
 use aya::{
-    maps::{Array, Map, MapData, Stack},
-    programs::{links::FdLink, KProbe, ProgramError, RawTracePoint},
+    maps::{Array, Map, Stack},
+    programs::{links::FdLink, KProbe, Program, ProgramError, RawTracePoint},
     Ebpf, EbpfLoader,
 };
 
@@ -33,7 +33,7 @@ const MARKS: u32 = 4096;
 #[derive(Debug)]
 pub struct Attached {
     maps: Maps,
-    /// By program. In the order in which they were attached; the last one is dropped first.
+    /// By program, in the order in which they were attached.
     links: Vec<(&'static str, FdLink)>,
 }
 
@@ -89,9 +89,8 @@ impl Attached {
     }
 
     /// The maps, and the links by their programs.
-    pub fn into_parts(mut self) -> (Maps, Vec<(&'static str, FdLink)>) {
-        let links = std::mem::take(&mut self.links);
-        (self.maps, links)
+    pub fn into_parts(self) -> (Maps, Vec<(&'static str, FdLink)>) {
+        (self.maps, self.links)
     }
 }
 
@@ -127,7 +126,16 @@ fn map<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Map, Error> {
         .ok_or_else(|| Error::Unknown(format!("map {name}")))
 }
 
-/// Attach a program to where a function of the kernel begins, or ends.
+/// The program of a name, which is of the kind that is asked for.
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
+where
+    &'a mut P: TryFrom<&'a mut Program>,
+{
+    let program = ebpf.program_mut(name).and_then(|it| it.try_into().ok());
+    program.ok_or_else(|| Error::Unknown(format!("program {name}")))
+}
+
+/// Attach a program to where a function of the kernel begins.
 fn probe(
     ebpf: &mut Ebpf,
     name: &'static str,
@@ -138,9 +146,7 @@ fn probe(
         let link = program.attach(function, 0)?;
         program.take_link(link)
     };
-    let program = ebpf.program_mut(name).and_then(|it| it.try_into().ok());
-    let program = program.ok_or_else(|| Error::Unknown(format!("program {name}")))?;
-    let link = attach(program).map_err(refused(name))?;
+    let link = attach(program(ebpf, name)?).map_err(refused(name))?;
     let link = FdLink::try_from(link).map_err(refused(name))?;
     Ok((name, link))
 }
@@ -156,9 +162,8 @@ fn tracepoint(
         let link = program.attach(tracepoint)?;
         program.take_link(link)
     };
-    let program = ebpf.program_mut(name).and_then(|it| it.try_into().ok());
-    let program = program.ok_or_else(|| Error::Unknown(format!("program {name}")))?;
-    Ok((name, attach(program).map_err(refused(name))?.into()))
+    let link = attach(program(ebpf, name)?).map_err(refused(name))?;
+    Ok((name, link.into()))
 }
 
 /// Return why the kernel does not take a program or a map, in our words where there are some.
@@ -209,6 +214,3 @@ fn has_perfmon() -> bool {
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .is_some_and(|mask| mask >> 38 & 1 != 0)
 }
-
-/// The data of a map.
-pub type Data = MapData;

@@ -100,11 +100,7 @@ impl Layout {
             }
         };
         let scheduled_out = optional("kvm_vcpu", "scheduled_out");
-        let tells_nested_entry = isa == Isa::Vmx
-            && kvm
-                .parameters_before("btf_trace_kvm_nested_vmenter", "kvm_vcpu")
-                .is_none()
-            && kvm.has_typedef("btf_trace_kvm_nested_vmenter");
+        let tells_nested_entry = isa == Isa::Vmx && kvm.has_typedef("btf_trace_kvm_nested_vmenter");
         let mut constants = vec![
             ("is_svm", u32::from(isa == Isa::Svm)),
             (

@@ -6,6 +6,7 @@
 //! is copied by the module's own code: without a lock, and without holding up the vCPU.
 
 use std::{
+    mem::offset_of,
     os::fd::AsFd as _,
     ptr,
     sync::atomic::{
@@ -30,7 +31,7 @@ use rustix::{
     time::{clock_gettime, ClockId},
 };
 
-use super::{attach::Data, Error};
+use super::Error;
 
 /// The maps that a reader takes, by their names.
 pub const NAMES: [&str; 4] = ["ledgers", "owners", "gone", "meter"];
@@ -101,16 +102,6 @@ mod totals {
     pub(super) const WORDS: usize = HISTOGRAMS + SLOTS * BUCKETS;
 }
 
-/// Words of struct meter.
-mod meter {
-    pub(super) const LAYOUT: usize = 0;
-    pub(super) const ISA: usize = 1;
-    pub(super) const ATTACHED: usize = 2;
-    pub(super) const LIFE: usize = 3;
-    pub(super) const UNMETERED: usize = 5;
-    pub(super) const LOST_EXITS: usize = 6;
-}
-
 /// Nanoseconds of the programs' clock.
 fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
@@ -131,7 +122,7 @@ unsafe impl Send for Mapped {}
 
 impl Mapped {
     /// Map an array whose values have so many words; how many it has.
-    fn new(data: Data, words: usize) -> Result<(Self, usize), Error> {
+    fn new(data: MapData, words: usize) -> Result<(Self, usize), Error> {
         let info = data.info().map_err(|_| Error::OtherVersion)?;
         if info.value_size() as usize != 8 * words {
             return Err(Error::OtherVersion);
@@ -199,13 +190,15 @@ impl Maps {
     /// # Errors
     ///
     /// [`Error::OtherVersion`] when they are not as this program knows them, and those of `data`.
-    pub fn new(mut data: impl FnMut(&'static str) -> Result<Data, Error>) -> Result<Self, Error> {
+    pub fn new(
+        mut data: impl FnMut(&'static str) -> Result<MapData, Error>,
+    ) -> Result<Self, Error> {
         let [ledgers, owners, gone, meter] = NAMES;
         let (ledgers, room) = Mapped::new(data(ledgers)?, size_of::<Ledger>() / 8)?;
         let (owners, others) = Mapped::new(data(owners)?, owner::WORDS)?;
         let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
         let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
-        if meter.word(meter::LAYOUT) != LAYOUT || others != room {
+        if meter.word(offset_of!(Meter, layout) / 8) != LAYOUT || others != room {
             return Err(Error::OtherVersion);
         }
         Ok(Self {
@@ -219,14 +212,18 @@ impl Maps {
 
     /// The maps by their names, to be pinned.
     pub fn named(&self) -> [(&'static str, &MapData); 4] {
-        let maps = [&self.ledgers, &self.owners, &self.gone, &self.meter];
-        let mut maps = maps.into_iter();
-        NAMES.map(|name| (name, &maps.next().unwrap_or(&self.meter).data))
+        let [ledgers, owners, gone, meter] = NAMES;
+        [
+            (ledgers, &self.ledgers.data),
+            (owners, &self.owners.data),
+            (gone, &self.gone.data),
+            (meter, &self.meter.data),
+        ]
     }
 
     /// The time since the programs were attached.
     pub fn age(&self) -> Duration {
-        Duration::from_nanos(now().saturating_sub(self.meter.word(meter::ATTACHED)))
+        Duration::from_nanos(now().saturating_sub(self.told(offset_of!(Meter, attached))))
     }
 
     /// How many vCPUs can be metered at a time.
@@ -242,8 +239,15 @@ impl Maps {
 
     /// vCPUs that run or ran unmetered, and their exits.
     pub fn lost(&self) -> (u64, u64) {
-        let word = |place| self.meter.word(place);
-        (word(meter::UNMETERED), word(meter::LOST_EXITS))
+        (
+            self.told(offset_of!(Meter, unmetered)),
+            self.told(offset_of!(Meter, lost_exits)),
+        )
+    }
+
+    /// Return a number of the whole meter, by its offset in [`Meter`].
+    fn told(&self, offset: usize) -> u64 {
+        self.meter.word(offset / 8)
     }
 
     fn generation(&self, index: usize) -> u64 {
@@ -360,7 +364,7 @@ impl Maps {
     /// [`Error::Restless`], and [`Error::OtherVersion`] where no ISA is told.
     pub fn snapshot(&self) -> Result<Vec<u8>, Error> {
         let host = Host {
-            isa: match self.meter.word(meter::ISA) {
+            isa: match self.told(offset_of!(Meter, isa)) {
                 1 => Isa::Vmx,
                 2 => Isa::Svm,
                 _ => return Err(Error::OtherVersion),
@@ -371,10 +375,10 @@ impl Maps {
             // A tick is a nanosecond.
             tsc_khz: 1_000_000,
             tsc_stable: true,
-            loaded: self.meter.word(meter::ATTACHED),
+            loaded: self.told(offset_of!(Meter, attached)),
             now: now(),
             clock_offset: 0,
-            life: self.meter.word(meter::LIFE),
+            life: self.told(offset_of!(Meter, life)),
         };
         let mut vcpus = Vec::new();
         for index in 0..self.room {
@@ -389,7 +393,7 @@ impl Maps {
         for vcpu in &vcpus {
             encoder.vcpu(&vcpu.identity, &vcpu.ledger);
         }
-        let size = encoder.finish(&gone, self.meter.word(meter::UNMETERED));
+        let size = encoder.finish(&gone, self.told(offset_of!(Meter, unmetered)));
         buffer.truncate(size.unwrap_or_else(|full| full.needed));
         Ok(buffer)
     }

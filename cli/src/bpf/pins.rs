@@ -20,10 +20,7 @@ use super::{attach::Attached, maps::Maps, Error};
 /// [`Error::Pins`].
 pub fn lock(pins: &Path) -> Result<File, Error> {
     let folder = pins.parent().unwrap_or(pins);
-    let file = File::open(folder).map_err(|error| match error.kind() {
-        ErrorKind::PermissionDenied => Error::NoRight,
-        _ => failed(folder)(error),
-    })?;
+    let file = File::open(folder).map_err(unreadable(folder))?;
     flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(folder)(error.into()))?;
     Ok(file)
 }
@@ -33,6 +30,14 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |error| Error::Pins {
         path: path.display().to_string(),
         error,
+    }
+}
+
+/// Return the error of a file or folder that could not be looked at.
+fn unreadable(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |error| match error.kind() {
+        ErrorKind::PermissionDenied => Error::NoRight,
+        _ => failed(path)(error),
     }
 }
 
@@ -52,8 +57,7 @@ pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
     match fs::metadata(pins) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::NoRight),
-        Err(error) => return Err(failed(pins)(error)),
+        Err(error) => return Err(unreadable(pins)(error)),
     }
     let map = |name| MapData::from_pin(pins.join(name)).map_err(|_| Error::NoRight);
     Maps::new(map).map(Some)
@@ -114,8 +118,7 @@ fn remove_folder(folder: &Path) -> Result<bool, Error> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::NoRight),
-        Err(error) => return Err(failed(folder)(error)),
+        Err(error) => return Err(unreadable(folder)(error)),
     };
     let mut names = Vec::new();
     for entry in entries {

@@ -13,6 +13,7 @@ use aya::{
     programs::{links::FdLink, KProbe, Program, ProgramError, RawTracePoint},
     Ebpf, EbpfLoader,
 };
+use rustix::thread::{capabilities, CapabilitySet};
 
 use super::{
     layout::Layout,
@@ -207,10 +208,7 @@ fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E)
     }
 }
 
-/// Return true if this process has CAP_PERFMON (include/uapi/linux/capability.h: 38).
+/// Return true if this process has CAP_PERFMON.
 fn has_perfmon() -> bool {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .is_some_and(|mask| mask >> 38 & 1 != 0)
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::PERFMON))
 }

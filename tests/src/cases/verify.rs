@@ -19,7 +19,13 @@ use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::Case;
-use crate::host::{self, hist::Hist, meter::Meter, module};
+use crate::host::{
+    self,
+    hist::Hist,
+    meter::Meter,
+    module,
+    span::{compare, since},
+};
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
 const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
@@ -102,7 +108,7 @@ fn found(output: &Output, status: i32) -> Result<Value> {
 }
 
 /// The names and texts of the checks that ended so.
-fn ended(found: &Value, verdict: &str) -> Vec<String> {
+pub(super) fn ended(found: &Value, verdict: &str) -> Vec<String> {
     let checks = found["checks"].as_array().into_iter().flatten();
     checks
         .filter(|check| check["verdict"] == verdict)
@@ -154,15 +160,7 @@ fn passes() -> Result<()> {
     nothing_is_left()?;
     ensure!(fs::read_to_string(TRIGGER)?.lines().next() == armed.lines().next());
     // All of its guests were seen by both.
-    let (seen, mut metered) = (hist.read()?, Meter::read()?.exits());
-    for (code, count) in before {
-        *metered.entry(code).or_default() -= count;
-    }
-    metered.retain(|_, count| *count != 0);
-    ensure!(
-        seen == metered,
-        "{seen:?} seen by the kernel, {metered:?} metered"
-    );
+    compare(&since(Meter::read()?.exits(), &before)?, &hist.read()?)?;
 
     let kinds = found["cost"]["kinds"]
         .as_array()

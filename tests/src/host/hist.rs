@@ -1,7 +1,7 @@
 //! The kernel's own count of VM exits: a histogram on the tracepoint kvm:kvm_exit, by
 //! reason. It is the oracle that the meter is held against.
 
-use std::{collections::BTreeMap, ffi::CStr, fs, io, path::Path};
+use std::{collections::BTreeMap, ffi::CStr, fs, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reasons::Isa;
@@ -67,20 +67,7 @@ pub(super) fn mount() -> Result<()> {
     if Path::new("/sys/kernel/tracing/events").is_dir() {
         return Ok(());
     }
-    // SAFETY: All strings end with a NUL; this file system takes no data.
-    let mounted = unsafe {
-        libc::mount(
-            c"tracefs".as_ptr(),
-            TRACING.as_ptr(),
-            c"tracefs".as_ptr(),
-            0,
-            std::ptr::null(),
-        )
-    };
-    if mounted != 0 {
-        return Err(io::Error::last_os_error()).context("tracefs cannot be mounted");
-    }
-    Ok(())
+    super::mount(c"tracefs", TRACING)
 }
 
 /// Reads the text of a histogram keyed by CPU and exit_reason; the sums over all CPUs. On VMX the

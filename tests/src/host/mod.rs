@@ -16,11 +16,30 @@ pub mod span;
 pub mod task;
 pub mod text;
 
-use std::fs;
+use std::{ffi::CStr, fs, io};
 
 use anyhow::{Context as _, Result};
 use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Expected};
+
+/// Mounts a file system that takes no data and no device.
+pub fn mount(kind: &CStr, target: &CStr) -> Result<()> {
+    // SAFETY: All strings end with a NUL; this file system takes no data.
+    let mounted = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    match mounted {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error())
+            .with_context(|| format!("{} cannot be mounted", kind.to_string_lossy())),
+    }
+}
 
 /// Which vendor's host this is.
 pub fn isa() -> Result<Isa> {

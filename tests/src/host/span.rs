@@ -35,23 +35,28 @@ impl Span {
             "{} vCPUs ran unmetered",
             meter.unmetered
         );
-        let mut metered = meter.exits();
-        for (reason, count) in &self.before {
-            let now = metered.entry(*reason).or_insert(0);
-            ensure!(
-                *now >= *count,
-                "exits of reason {reason} fell from {count} to {now}"
-            );
-            *now -= count;
-        }
-        metered.retain(|_, count| *count != 0);
+        let metered = since(meter.exits(), &self.before)?;
         compare(&metered, &hist)?;
         Ok(metered)
     }
 }
 
+/// The exits of which there are more than before; those that are as many are left out.
+pub fn since(mut now: Exits, before: &Exits) -> Result<Exits> {
+    for (reason, count) in before {
+        let now = now.entry(*reason).or_insert(0);
+        ensure!(
+            *now >= *count,
+            "exits of reason {reason} fell from {count} to {now}"
+        );
+        *now -= count;
+    }
+    now.retain(|_, count| *count != 0);
+    Ok(now)
+}
+
 /// Demands that the meter counted what the kernel's histogram did.
-fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
+pub fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
     let isa = isa()?;
     let count = |exits: &Exits, reason| exits.get(&reason).copied().unwrap_or(0);
     let mut reasons: Vec<u32> = metered.keys().chain(hist.keys()).copied().collect();

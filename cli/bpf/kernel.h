@@ -20,6 +20,7 @@ typedef __u64 u64;
 #undef __always_inline
 #define __always_inline inline __attribute__((always_inline))
 #define __noinline __attribute__((noinline))
+#define likely(condition) __builtin_expect(!!(condition), 1)
 #define unlikely(condition) __builtin_expect(!!(condition), 0)
 #define offsetof(type, member) __builtin_offsetof(type, member)
 
@@ -36,28 +37,90 @@ static long (*const bpf_map_push_elem)(void *map, const void *value, u64 flags) 
 static long (*const bpf_map_pop_elem)(void *map, void *value) = (void *)BPF_FUNC_map_pop_elem;
 static long (*const bpf_loop)(u32 times, void *body, void *context, u64 flags) = (void *)BPF_FUNC_loop;
 static u64 (*const bpf_ktime_get_ns)(void) = (void *)BPF_FUNC_ktime_get_ns;
-static u32 (*const bpf_get_smp_processor_id)(void) = (void *)BPF_FUNC_get_smp_processor_id;
+static u64 (*const bpf_get_smp_processor_id)(void) = (void *)BPF_FUNC_get_smp_processor_id;
 static u64 (*const bpf_get_current_task)(void) = (void *)BPF_FUNC_get_current_task;
 static long (*const bpf_probe_read_kernel)(void *to, u32 size, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 
-/* The registers at a kprobe of x86-64 (struct pt_regs, arch/x86/include/asm/ptrace.h): user space's header has them. */
+#define KNOWN_FIRST 0x45580000
+enum known {
+#define KNOWN(name) KNOWN_##name,
+#include "known.h"
+#undef KNOWN
+};
+
+/* What known.h names. The verifier takes away what is not so. */
+#define known(name)                                                                                                    \
+	({                                                                                                             \
+		u64 known_;                                                                                            \
+		asm volatile("%0 = %1" : "=r"(known_) : "i"(KNOWN_FIRST + KNOWN_##name));                                       \
+		known_;                                                                                                \
+	})
+/* A field that this kernel does not have. */
+#define ABSENT (~0ULL)
+
+/* Leave of a number the bits of a mask that known.h names. */
+#define mask_by(number, name) asm volatile("%0 &= %1" : "+r"(number) : "i"(KNOWN_FIRST + KNOWN_##name))
+
+/* Return where the value of an array of one entry is: the loader puts it in place of the array. */
+static __always_inline char *value_of(void *map)
+{
+	asm volatile("" : "+r"(map));
+	return map;
+}
+
+/* Return the first argument of a tracepoint, before anything else happens. */
+static __always_inline u64 first_of(const struct bpf_raw_tracepoint_args *args)
+{
+	u64 first = args->args[0];
+
+	asm volatile("" : "+r"(first));
+	return first;
+}
+
+/*
+ * The registers at a kprobe of x86-64 (struct pt_regs, arch/x86/include/asm/ptrace.h): user space's header has them.
+ */
 struct pt_regs {
 	unsigned long r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi;
 	unsigned long orig_rax, rip, cs, eflags, rsp, ss;
 };
 
-/* The first argument of the function that a kprobe is on. */
-static __always_inline u64 first_argument(const struct pt_regs *registers)
-{
-	return registers->rdi;
-}
+/*
+ * A program at the begin of a function of KVM's that takes a vCPU first. There are two of each, and the loader attaches
+ * one: fentry costs less, and takes more rights.
+ */
+#define AT_FUNCTION(function, name)                                                                                    \
+	static __always_inline int name(u64 vcpu);                                                                     \
+	SEC("fentry/" #function) int name##_by_fentry(u64 *arguments)                                                  \
+	{                                                                                                              \
+		return name(arguments[0]);                                                                             \
+	}                                                                                                              \
+	SEC("kprobe/" #function) int name##_by_kprobe(struct pt_regs *registers)                                       \
+	{                                                                                                              \
+		return name(registers->rdi);                                                                           \
+	}                                                                                                              \
+	static __always_inline int name(u64 vcpu)
 
-/* Read a number of the kernel's; 0 where it cannot be read. */
-#define read_kernel(type, address)                                                                                     \
+/* bpf_rdonly_cast(): the loader makes it a call of the kernel's function. */
+static void *(*const rdonly_cast)(u64 address, u64 type) = (void *)0x45590000;
+
+/*
+ * Read a number of the kernel's; 0 where it cannot be read.
+ *
+ * bpf_rdonly_cast() is a type for the verifier, and no instruction. A bad address gives 0 as well, by an exception.
+ */
+#define read_by(can_cast, type, address)                                                                               \
 	({                                                                                                             \
-		type number_ = 0;                                                                                      \
-		bpf_probe_read_kernel(&number_, sizeof(number_), (const void *)(address));                             \
+		type number_;                                                                                          \
+		if (can_cast) {                                                                                        \
+			number_ = *(volatile type *)rdonly_cast(address, known(number_type));                          \
+		} else {                                                                                               \
+			type read_ = 0;                                                                                \
+			bpf_probe_read_kernel(&read_, sizeof(read_), (const void *)(address));                         \
+			number_ = read_;                                                                               \
+		}                                                                                                      \
 		number_;                                                                                               \
 	})
+#define read_kernel(type, address) read_by(known(can_cast), type, address)
 
 #endif

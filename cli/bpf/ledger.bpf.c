@@ -8,40 +8,6 @@
  */
 #include "ledger.h"
 
-/* How KVM is laid out, and which half it is of: the loader sets these from the kernel's types (BTF). */
-#define ABSENT 0xffffffff
-
-volatile const u32 is_svm;
-/* How many CPUs there can be: entries of `heres`. */
-volatile const u32 cpus = 1;
-/* Whether kvm_exit passes the reason before the vCPU (Linux before 5.17). */
-volatile const u32 vcpu_is_second;
-/* Whether no tracepoint tells that a vCPU is about to run a nested guest. */
-volatile const u32 nests_always;
-
-/* In struct task_struct. */
-volatile const u32 task_on_rq;
-volatile const u32 task_sched_delayed = ABSENT;
-/* In struct kvm_vcpu. */
-volatile const u32 vcpu_kvm;
-volatile const u32 vcpu_id;
-volatile const u32 vcpu_preempted;
-volatile const u32 vcpu_scheduled_out = ABSENT;
-volatile const u32 vcpu_guest_mode;
-volatile const u32 vcpu_blocking;
-volatile const u32 vcpu_poll_success;
-volatile const u32 vcpu_poll_fail;
-/* In struct kvm. */
-volatile const u32 kvm_userspace_pid;
-volatile const u32 kvm_stats_id;
-volatile const u32 kvm_vm_type = ABSENT;
-/* VMX: in struct vcpu_vmx, from its vCPU on. */
-volatile const u32 vmx_exit_reason;
-/* SVM: in struct vcpu_svm, from its vCPU on, and in struct vmcb. */
-volatile const u32 svm_vmcb;
-volatile const u32 svm_vmcb01;
-volatile const u32 vmcb_exit_code;
-
 /* Of a vCPU that runs unmetered. */
 #define NONE 0xffffffff
 /* KVM_X86_TDX_VM (arch/x86/include/uapi/asm/kvm.h). */
@@ -49,14 +15,28 @@ volatile const u32 vmcb_exit_code;
 
 /* The vCPU that this CPU held last: its ledger is found without a hash. */
 struct here {
+	/* The vCPU's address, with flags in its low bits: so the usual case is a single comparison. */
 	u64 vcpu;
 	u64 vmcb;
+	/* Where its ledger begins, in bytes, and its number. */
+	u32 ledger;
 	u32 index;
-	u32 nests;
 	/* kvm_sched_out() has begun, and the vCPU is not off the CPU yet: on kernels that do not tell it in the vCPU. */
 	u32 scheduled_out;
 } __attribute__((aligned(64)));
 
+/* Flags beside the address. VMX: the vCPU may run a nested guest. */
+#define NESTS 1ULL
+/* The vCPU has no ledger. */
+#define UNMETERED 2ULL
+#define FLAGS (NESTS | UNMETERED)
+
+/*
+ * The hot arrays are one value each, and the loader says how large: the programs have its address as a constant, where a
+ * look-up of an entry would take some fifteen instructions.
+ */
+
+/* One for each CPU, by a power of two. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -64,6 +44,7 @@ struct {
 	__type(value, struct here);
 } heres SEC(".maps");
 
+/* One for each vCPU that can be metered. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -71,6 +52,14 @@ struct {
 	__type(key, u32);
 	__type(value, struct ledger);
 } ledgers SEC(".maps");
+
+/* bucket() of src/meter/histogram.rs: the loader fills it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u8[BUCKET_STEPS * BUCKET_STEP]);
+} buckets SEC(".maps");
 
 /* An empty ledger, to be copied. */
 struct {
@@ -140,27 +129,54 @@ static __always_inline struct meter *the_meter(void)
 	return bpf_map_lookup_elem(&meter, &zero);
 }
 
+static __always_inline struct here *here_of(u64 cpu)
+{
+	mask_by(cpu, cpu_mask);
+	return (struct here *)(value_of(&heres) + cpu * sizeof(struct here));
+}
+
 static __always_inline struct here *this_cpu(void)
 {
-	u32 cpu = bpf_get_smp_processor_id();
-
-	return bpf_map_lookup_elem(&heres, &cpu);
+	return here_of(bpf_get_smp_processor_id());
 }
 
-/* Return the cells of a row, or NULL if the number is none of a row. */
-static __always_inline u64 *row_of(struct ledger *ledger, u32 row)
+/*
+ * Return the ledger that begins at a byte. The mask takes nothing from one that does: it has the verifier see that
+ * whatever the number were, there would be room.
+ */
+static __always_inline struct ledger *ledger_at(u64 place)
 {
-	forget(row);
-	if (row > (SLOTS - 1) * ROW * sizeof(u64))
-		return 0;
-	return (u64 *)((char *)ledger->cells + row);
+	char *ledger;
+
+	mask_by(place, ledgers_mask);
+	ledger = value_of(&ledgers) + place;
+	/* Add now: so the place needs no register any more. */
+	asm volatile("" : "+r"(ledger));
+	return (struct ledger *)ledger;
 }
 
-/* Begin a transition at @now, or a tick after the one before it; return its time. */
-static __always_inline u64 begin_transition(struct ledger *ledger, u64 now)
-{
-	u64 last = ledger->last;
+/* A row of a ledger, from the ledger's begin on. */
+struct row {
+	char before[offsetof(struct ledger, cells)];
+	u64 cells[ROW];
+};
 
+/*
+ * Where a row begins in the ledger's cells is a multiple of 64 below SLOTS * 64. The mask takes nothing from it: it has
+ * the verifier see that whatever the number were, the row would be within the ledger.
+ */
+#define mask_of_rows(place) asm volatile("%0 &= 0x3fc0" : "+r"(place))
+
+/* Return a row, by where it begins in the ledger's cells. */
+static __always_inline struct row *row_at(struct ledger *ledger, u64 place)
+{
+	mask_of_rows(place);
+	return (struct row *)((char *)ledger + place);
+}
+
+/* Begin a transition at @now, or a tick after the @last one; return its time. */
+static __always_inline u64 begin_transition(struct ledger *ledger, u64 now, u64 last)
+{
 	if (unlikely(now <= last))
 		now = last + 1;
 	*(volatile u64 *)&ledger->begun = now;
@@ -177,8 +193,6 @@ static __always_inline void end_transition(struct ledger *ledger, u64 now)
 /* Book @ticks of a phase on the latest reason. */
 static __always_inline void book(struct ledger *ledger, u32 phase, u64 ticks)
 {
-	u64 *row;
-
 	if (phase == WAITING) {
 		u32 slot = ledger->row / (ROW * sizeof(u64));
 
@@ -187,10 +201,9 @@ static __always_inline void book(struct ledger *ledger, u32 phase, u64 ticks)
 			ledger->waiting[slot] += ticks;
 		return;
 	}
-	row = row_of(ledger, ledger->row);
 	forget(phase);
-	if (row && phase < WAITING)
-		row[CYCLES + phase] += ticks;
+	if (phase < WAITING)
+		row_at(ledger, ledger->row)->cells[CYCLES + phase] += ticks;
 }
 
 /* Return the number of the VM, which gets one vCPU more. */
@@ -216,20 +229,21 @@ static __always_inline u64 number_of_vm(u64 kvm)
 
 static __always_inline u64 polled_by(u64 vcpu)
 {
-	return read_kernel(u64, vcpu + vcpu_poll_success) + read_kernel(u64, vcpu + vcpu_poll_fail);
+	return read_kernel(u64, vcpu + known(vcpu_poll_success)) + read_kernel(u64, vcpu + known(vcpu_poll_fail));
 }
 
-/* Give a vCPU a ledger, in which it is in @phase from @now on. Return which, or NONE. */
-static __noinline u32 take_in(u64 vcpu, u64 now, u32 phase)
+/* Give a vCPU a ledger, in which it is in @phase from now on. Return which, or NONE. */
+static __noinline u32 take_in(u64 vcpu, u32 phase)
 {
-	u64 kvm = read_kernel(u64, vcpu + vcpu_kvm);
+	u64 now = bpf_ktime_get_ns();
+	u64 kvm = read_kernel(u64, vcpu + known(vcpu_kvm));
 	struct meter *meter = the_meter();
 	u32 index = NONE, none = NONE;
 	struct ledger *ledger;
 	struct owner *owner;
 	int refused;
 
-	refused = kvm_vm_type != ABSENT && read_kernel(u8, kvm + kvm_vm_type) == TRUST_DOMAIN;
+	refused = known(kvm_vm_type) != ABSENT && read_kernel(u8, kvm + known(kvm_vm_type)) == TRUST_DOMAIN;
 	if (!refused)
 		refused = bpf_map_pop_elem(&unused, &index) != 0;
 	if (refused) {
@@ -237,9 +251,9 @@ static __noinline u32 take_in(u64 vcpu, u64 now, u32 phase)
 			__sync_fetch_and_add(&meter->unmetered, 1);
 		return NONE;
 	}
-	ledger = bpf_map_lookup_elem(&ledgers, &index);
+	ledger = ledger_at((u64)index * sizeof(struct ledger));
 	owner = bpf_map_lookup_elem(&owners, &index);
-	if (!ledger || !owner)
+	if (!owner)
 		return NONE;
 	if (bpf_map_update_elem(&vcpus, &vcpu, &index, BPF_NOEXIST)) {
 		bpf_map_push_elem(&unused, &index, BPF_ANY);
@@ -249,13 +263,13 @@ static __noinline u32 take_in(u64 vcpu, u64 now, u32 phase)
 	owner->vcpu = vcpu;
 	owner->kvm = kvm;
 	owner->vm = number_of_vm(kvm);
-	owner->pid = read_kernel(u32, kvm + kvm_userspace_pid);
-	owner->id = read_kernel(u32, vcpu + vcpu_id);
-	bpf_probe_read_kernel(owner->name, sizeof(owner->name), (const void *)(kvm + kvm_stats_id));
+	owner->pid = read_kernel(u32, kvm + known(kvm_userspace_pid));
+	owner->id = read_kernel(u32, vcpu + known(vcpu_id));
+	bpf_probe_read_kernel(owner->name, sizeof(owner->name), (const void *)(kvm + known(kvm_stats_id)));
 	owner->polled_before = polled_by(vcpu);
 	owner->polled = 0;
-	owner->vmcb = is_svm ? read_kernel(u64, vcpu + svm_vmcb01) : 0;
-	owner->nests = nests_always || read_kernel(u64, vcpu + vcpu_guest_mode) != 0;
+	owner->vmcb = known(is_svm) ? read_kernel(u64, vcpu + known(svm_vmcb01)) : 0;
+	owner->nests = known(nests_always) || read_kernel(u64, vcpu + known(vcpu_guest_mode)) != 0;
 
 	ledger->first = now;
 	ledger->used[SLOT_START / 64] = 1ULL << (SLOT_START % 64);
@@ -270,65 +284,81 @@ static __noinline u32 take_in(u64 vcpu, u64 now, u32 phase)
 	return index;
 }
 
-/* Return the ledger of a vCPU that this CPU did not hold last, or NONE. */
-static __noinline u32 find(u64 vcpu, u64 now, u32 phase)
+/* Make a vCPU the one that this CPU held last. One that is new is in @phase from now on. */
+static __noinline int find(u64 vcpu, u32 phase)
 {
-	u32 *known = bpf_map_lookup_elem(&vcpus, &vcpu);
-	u32 index = known ? *known : take_in(vcpu, now, phase);
+	u32 *had = bpf_map_lookup_elem(&vcpus, &vcpu);
+	u32 index = had ? *had : take_in(vcpu, phase);
 	struct here *here = this_cpu();
 	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
 
-	if (!here || !owner)
-		return NONE;
 	here->index = index;
+	/* The address is a pointer to the verifier, to which only a sum may be. */
+	if (!owner) {
+		here->vcpu = vcpu + UNMETERED;
+		return 0;
+	}
+	here->ledger = index * sizeof(struct ledger);
 	here->vmcb = owner->vmcb;
-	here->nests = owner->nests;
-	here->vcpu = vcpu;
-	return index;
+	here->vcpu = owner->nests ? vcpu + NESTS : vcpu;
+	return 0;
 }
 
-/* Return the ledger of a vCPU that the caller holds, or NULL. One that is new is in @phase from @now on. */
-static __always_inline struct ledger *ledger_of(struct here *here, u64 vcpu, u64 now, u32 phase)
+/* Return what this CPU has of a vCPU that the caller holds. One that is new is in @phase from now on. */
+static __always_inline struct here *here_with(u64 vcpu, u32 phase)
 {
-	u32 index = here->index;
+	struct here *here = this_cpu();
 
-	if (unlikely(here->vcpu != vcpu))
-		index = find(vcpu, now, phase);
-	return bpf_map_lookup_elem(&ledgers, &index);
+	if (likely((here->vcpu & ~FLAGS) == vcpu))
+		return here;
+	find(vcpu, phase);
+	return this_cpu();
 }
 
-static __always_inline u32 slot_of(u32 code)
+static __always_inline u64 slot_of(u64 code, int is_svm)
 {
-	if (!is_svm)
-		code &= 0xffff;
-	if (code < 168)
+	if (likely(code < 168))
 		return code;
 	if (is_svm) {
 		if (code - 0x400 < 4)
 			return code - 0x400 + 168;
-		if (code + 4 < 4)
-			return code + 4 + 172;
+		if (code + 4 - (1ULL << 32) < 4)
+			return code + 4 - (1ULL << 32) + 172;
+		return SLOT_OTHER;
 	}
-	return SLOT_OTHER;
+	/* An entry that failed has a bit set above the reason. */
+	code &= 0xffff;
+	return code < 168 ? code : SLOT_OTHER;
 }
 
-/* A row's first exit: the row is in use, and has a histogram while there is one left. */
-static __noinline int begin_row(struct ledger *ledger, u32 slot)
+/* A row's first exit ends the transition: the row is in use, and has a histogram while there is one left. */
+static __noinline int begin_row(struct ledger *ledger, u64 place, u64 now)
 {
-	u32 taken, word;
+	struct row *row = row_at(ledger, place);
+	u64 slot = place / sizeof(row->cells);
+	u64 word = slot / 64;
+	u32 taken;
 
-	if (!ledger || slot >= SLOTS)
-		return 0;
-	word = slot / 64;
 	forget(word);
 	if (word < WORDS)
 		ledger->used[word] |= 1ULL << (slot % 64);
 	taken = ledger->taken;
 	if (taken < HISTOGRAMS) {
 		ledger->taken = taken + 1;
-		ledger->cells[slot * ROW + HISTOGRAM] = (u64)(taken + 1) * BUCKETS;
+		row->cells[HISTOGRAM] = (u64)(taken + 1) * BUCKETS;
 	}
+	row->cells[EXITS]++;
+	end_transition(ledger, now);
 	return 0;
+}
+
+static __always_inline void count_nested(struct ledger *ledger, u64 place)
+{
+	u64 slot = place / (ROW * sizeof(u64));
+
+	forget(slot);
+	if (slot < SLOTS)
+		ledger->nested[slot]++;
 }
 
 static __noinline int lose_exit(void)
@@ -340,146 +370,244 @@ static __noinline int lose_exit(void)
 	return 0;
 }
 
-SEC("raw_tracepoint/kvm_exit")
-int on_exit(struct bpf_raw_tracepoint_args *args)
+/* The guest's time ends at @now, and the kernel's begins, for the reason whose row is at @place. */
+static __always_inline int leave_guest(struct ledger *ledger, u64 place, u64 now, int nested)
 {
-	u64 vcpu = vcpu_is_second ? args->args[1] : args->args[0];
-	struct here *here = this_cpu();
-	u64 now = bpf_ktime_get_ns();
-	int nested = 0;
-	struct ledger *ledger;
-	u32 code, slot;
-	u64 *row;
+	u64 last = ledger->last;
+	struct row *row;
 
-	if (!here)
-		return 0;
-	ledger = ledger_of(here, vcpu, now, GUEST);
-	if (unlikely(!ledger))
-		return lose_exit();
-	if (is_svm) {
-		u64 vmcb = read_kernel(u64, vcpu + svm_vmcb);
-
-		code = read_kernel(u32, vmcb + vmcb_exit_code);
-		nested = vmcb != here->vmcb;
-	} else {
-		code = read_kernel(u32, vcpu + vmx_exit_reason);
-		if (unlikely(here->nests))
-			nested = read_kernel(u64, vcpu + vcpu_guest_mode) != 0;
-	}
-	slot = slot_of(code);
-
-	now = begin_transition(ledger, now);
-	row = row_of(ledger, ledger->row);
-	if (row)
-		row[CYCLES + GUEST] += now - ledger->last;
-	forget(slot);
-	if (slot >= SLOTS)
-		return 0;
-	ledger->row = slot * (ROW * sizeof(u64));
+	now = begin_transition(ledger, now, last);
+	row_at(ledger, ledger->row)->cells[CYCLES + GUEST] += now - last;
 	ledger->phase = KERNEL;
-	row = &ledger->cells[slot * ROW];
-	if (unlikely(nested))
-		ledger->nested[slot]++;
-	if (unlikely(!row[EXITS]++))
-		begin_row(ledger, slot);
+	ledger->row = place;
+	row = (struct row *)((char *)ledger + place);
+	if (nested)
+		count_nested(ledger, place);
+	if (unlikely(!row->cells[EXITS]))
+		return begin_row(ledger, place, now);
+	row->cells[EXITS]++;
 	end_transition(ledger, now);
 	return 0;
 }
 
-/* As bucket() of src/meter/histogram.rs: two for each power of two, from 64 on. */
-static __always_inline u32 bucket_of(u64 ticks)
+/* Return the exit reason that the hardware told, and on SVM from which VMCB. */
+static __always_inline u32 exit_code(u64 vcpu, int is_svm, int can_cast, u64 *vmcb)
 {
-	u64 rest = ticks;
-	u32 power = 0;
-
-	if (ticks < 96)
-		return 0;
-	if (unlikely(rest >> 32)) {
-		rest >>= 32;
-		power += 32;
-	}
-	if (unlikely(rest >> 16)) {
-		rest >>= 16;
-		power += 16;
-	}
-	if (rest >> 8) {
-		rest >>= 8;
-		power += 8;
-	}
-	if (rest >> 4) {
-		rest >>= 4;
-		power += 4;
-	}
-	if (rest >> 2) {
-		rest >>= 2;
-		power += 2;
-	}
-	if (rest >> 1)
-		power += 1;
-	/* The topmost bit and the one below it are 2 or 3. */
-	power = power * 2 + (u32)(ticks >> (power - 1)) - 14;
-	return power < BUCKETS ? power : BUCKETS - 1;
+	if (!is_svm)
+		return read_by(can_cast, u32, vcpu + known(vmx_exit_reason));
+	*vmcb = read_by(can_cast, u64, vcpu + known(svm_vmcb));
+	return read_by(can_cast, u32, *vmcb + known(vmcb_exit_code));
 }
 
-static __always_inline void sample(struct ledger *ledger, u64 *row, u64 ticks)
+/* Return where the row of an exit reason begins among the cells. */
+static __always_inline u64 place_of(u64 code, int is_svm)
+{
+	u64 place = slot_of(code, is_svm) * (ROW * sizeof(u64));
+
+	/* The verifier sees the bound of VMX's codes by itself. */
+	if (is_svm)
+		mask_of_rows(place);
+	return place;
+}
+
+/* An exit of a vCPU that this CPU did not hold last, or that runs nested guests. */
+static __always_inline int leave_slowly(u64 vcpu, u64 now, int is_svm)
+{
+	struct here *here = here_with(vcpu, GUEST);
+	struct ledger *ledger = ledger_at(here->ledger);
+	u64 vmcb = 0;
+	u32 code;
+	int nested;
+
+	if (here->vcpu & UNMETERED)
+		return lose_exit();
+	code = exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb);
+	if (is_svm)
+		nested = vmcb != here->vmcb;
+	else
+		nested = here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
+	return leave_guest(ledger, place_of(code, is_svm), now, nested);
+}
+
+static __noinline int leave_slowly_vmx(u64 vcpu, u64 now)
+{
+	return leave_slowly(vcpu, now, 0);
+}
+
+static __noinline int leave_slowly_svm(u64 vcpu, u64 now)
+{
+	return leave_slowly(vcpu, now, 1);
+}
+
+static __noinline int leave_nested(struct ledger *ledger, u64 place, u64 now)
+{
+	return leave_guest(ledger, place, now, 1);
+}
+
+/*
+ * An exit. What is seldom ends in functions that do not come back: so the rest saves few registers. There is a program for
+ * each way to read the reason, as even a condition that the verifier decides leaves an instruction.
+ */
+static __always_inline int leave_vmx(struct bpf_raw_tracepoint_args *args, int can_cast)
+{
+	u64 vcpu = first_of(args);
+	u64 now = bpf_ktime_get_ns();
+	struct here *here = this_cpu();
+	struct ledger *ledger;
+
+	if (unlikely(here->vcpu != vcpu))
+		return leave_slowly_vmx(vcpu, now);
+	ledger = ledger_at(here->ledger);
+	return leave_guest(ledger, place_of(exit_code(vcpu, 0, can_cast, 0), 0), now, 0);
+}
+
+static __always_inline int leave_svm(struct bpf_raw_tracepoint_args *args, int can_cast)
+{
+	u64 vcpu = first_of(args);
+	u64 now = bpf_ktime_get_ns();
+	struct here *here = this_cpu();
+	struct ledger *ledger;
+	u64 own, vmcb, place;
+
+	if (unlikely(here->vcpu != vcpu))
+		return leave_slowly_svm(vcpu, now);
+	own = here->vmcb;
+	ledger = ledger_at(here->ledger);
+	place = place_of(exit_code(vcpu, 1, can_cast, &vmcb), 1);
+	if (unlikely(vmcb != own))
+		return leave_nested(ledger, place, now);
+	return leave_guest(ledger, place, now, 0);
+}
+
+SEC("raw_tracepoint/kvm_exit")
+int on_vmx_exit(struct bpf_raw_tracepoint_args *args)
+{
+	return leave_vmx(args, 1);
+}
+
+SEC("raw_tracepoint/kvm_exit")
+int on_svm_exit(struct bpf_raw_tracepoint_args *args)
+{
+	return leave_svm(args, 1);
+}
+
+SEC("raw_tracepoint/kvm_exit")
+int on_vmx_exit_by_probe(struct bpf_raw_tracepoint_args *args)
+{
+	return leave_vmx(args, 0);
+}
+
+SEC("raw_tracepoint/kvm_exit")
+int on_svm_exit_by_probe(struct bpf_raw_tracepoint_args *args)
+{
+	return leave_svm(args, 0);
+}
+
+/* Return the entry of the table of buckets at a place. */
+static __always_inline u64 bucket_at(u64 place)
+{
+	return *(u8 *)(value_of(&buckets) + place);
+}
+
+/* Return the bucket of a time. The table has a step for each nine bits, and all buckets are multiples of 32 ticks. */
+static __noinline u64 bucket_of(u64 ticks)
 {
 	u64 place;
 
-	if (ticks > row[MAX])
-		row[MAX] = ticks;
-	place = row[HISTOGRAM] + bucket_of(ticks);
+	if (!(ticks >> 16))
+		place = ticks >> 5;
+	else if (!(ticks >> 25))
+		place = BUCKET_STEP + (ticks >> 14);
+	else if (!(ticks >> 34))
+		place = 2 * BUCKET_STEP + (ticks >> 23);
+	else if (!(ticks >> 43))
+		place = 3 * BUCKET_STEP + (ticks >> 32);
+	else
+		return BUCKETS - 1;
 	forget(place);
-	if (place < (1 + HISTOGRAMS) * BUCKETS)
-		ledger->cells[ROWS + place]++;
+	return place < BUCKET_STEPS * BUCKET_STEP ? bucket_at(place) : 0;
+}
+
+/* Add a sample to a row's histogram and maximum. */
+static __always_inline void sample(struct ledger *ledger, struct row *row, u64 ticks, u64 bucket)
+{
+	u64 place;
+
+	if (unlikely(ticks > row->cells[MAX]))
+		row->cells[MAX] = ticks;
+	place = row->cells[HISTOGRAM] + bucket;
+	/* It is below (1 + HISTOGRAMS) * BUCKETS; behind the last ledger is room for what the mask would leave. */
+	asm volatile("%0 &= 0xfff" : "+r"(place));
+	ledger->cells[ROWS + place]++;
+}
+
+/* The rest of an entry of which not all is as usual. */
+static __noinline int enter_unusually(struct ledger *ledger, struct row *row, u64 now, u64 ticks)
+{
+	u64 carried = ledger->carried;
+
+	ledger->phase = GUEST;
+	ledger->carried = 0;
+	if (carried != CLOSED)
+		sample(ledger, row, ticks + carried, bucket_of(ticks + carried));
+	end_transition(ledger, now);
+	return 0;
+}
+
+/* An entry: the kernel's time ends, and with it that of the latest exit is known. */
+static __always_inline int enter_guest(struct ledger *ledger)
+{
+	u64 ticks, carried, last, now;
+	struct row *row;
+
+	/* Late, so that what comes before is the kernel's time and not the guest's. */
+	now = bpf_ktime_get_ns();
+	last = ledger->last;
+	now = begin_transition(ledger, now, last);
+	ticks = now - last;
+	row = row_at(ledger, ledger->row);
+	row->cells[CYCLES + KERNEL] += ticks;
+	carried = ledger->carried;
+	if (unlikely(carried || ticks >> 16))
+		return enter_unusually(ledger, row, now, ticks);
+	/* That is GUEST, and in a register. */
+	ledger->phase = carried;
+	sample(ledger, row, ticks, bucket_at(ticks >> 5));
+	end_transition(ledger, now);
+	return 0;
+}
+
+static __noinline int enter_slowly(u64 vcpu)
+{
+	struct here *here = here_with(vcpu, KERNEL);
+
+	return here->vcpu & UNMETERED ? 0 : enter_guest(ledger_at(here->ledger));
 }
 
 SEC("raw_tracepoint/kvm_entry")
 int on_entry(struct bpf_raw_tracepoint_args *args)
 {
+	u64 vcpu = first_of(args);
 	struct here *here = this_cpu();
-	u64 now = bpf_ktime_get_ns();
-	struct ledger *ledger;
-	u64 ticks, carried;
-	u64 *row;
 
-	if (!here)
-		return 0;
-	ledger = ledger_of(here, args->args[0], now, KERNEL);
-	if (!ledger)
-		return 0;
-	now = begin_transition(ledger, now);
-	ticks = now - ledger->last;
-	row = row_of(ledger, ledger->row);
-	if (!row)
-		return 0;
-	row[CYCLES + KERNEL] += ticks;
-	ledger->phase = GUEST;
-	carried = ledger->carried;
-	if (unlikely(carried)) {
-		ledger->carried = 0;
-		ticks += carried;
-	}
-	if (carried != CLOSED)
-		sample(ledger, row, ticks);
-	end_transition(ledger, now);
-	return 0;
+	if (unlikely(here->vcpu != vcpu))
+		return enter_slowly(vcpu);
+	return enter_guest(ledger_at(here->ledger));
 }
 
 /* The vCPU is on a CPU, in KVM: kvm_arch_vcpu_load(). */
-SEC("kprobe/kvm_arch_vcpu_load")
-int on_load(struct pt_regs *registers)
+AT_FUNCTION(kvm_arch_vcpu_load, on_load)
 {
-	struct here *here = this_cpu();
 	u64 now = bpf_ktime_get_ns();
-	struct ledger *ledger;
+	struct here *here = here_with(vcpu, KERNEL);
+	struct ledger *ledger = ledger_at(here->ledger);
+	u64 last;
 
-	if (!here)
+	if (here->vcpu & UNMETERED)
 		return 0;
-	ledger = ledger_of(here, first_argument(registers), now, KERNEL);
-	if (!ledger)
-		return 0;
-	now = begin_transition(ledger, now);
-	book(ledger, ledger->phase, now - ledger->last);
+	last = ledger->last;
+	now = begin_transition(ledger, now, last);
+	book(ledger, ledger->phase, now - last);
 	ledger->phase = KERNEL;
 	end_transition(ledger, now);
 	return 0;
@@ -491,47 +619,43 @@ static __always_inline int current_is_runnable(void)
 	u64 task = bpf_get_current_task();
 
 	/* An int before Linux 7.3, of which the low byte tells as much. */
-	if (!read_kernel(u8, task + task_on_rq))
+	if (!read_kernel(u8, task + known(task_on_rq)))
 		return 0;
-	return task_sched_delayed == ABSENT || !read_kernel(u8, task + task_sched_delayed);
+	return known(task_sched_delayed) == ABSENT || !read_kernel(u8, task + known(task_sched_delayed));
 }
 
 /* The phase of a vCPU that the scheduler takes off its CPU: see phase_scheduled_out() in src/hooks.rs. */
 static __always_inline u32 phase_scheduled_out(u64 vcpu)
 {
-	if (read_kernel(u8, vcpu + vcpu_preempted) || current_is_runnable())
+	if (read_kernel(u8, vcpu + known(vcpu_preempted)) || current_is_runnable())
 		return PREEMPTED;
-	return read_kernel(u64, vcpu + vcpu_blocking) ? HALTED : WAITING;
+	return read_kernel(u64, vcpu + known(vcpu_blocking)) ? HALTED : WAITING;
 }
 
 /* The vCPU leaves its CPU: kvm_arch_vcpu_put(). */
-SEC("kprobe/kvm_arch_vcpu_put")
-int on_put(struct pt_regs *registers)
+AT_FUNCTION(kvm_arch_vcpu_put, on_put)
 {
-	u64 vcpu = first_argument(registers);
-	struct here *here = this_cpu();
 	u64 now = bpf_ktime_get_ns();
-	struct ledger *ledger;
+	struct here *here = here_with(vcpu, KERNEL);
+	struct ledger *ledger = ledger_at(here->ledger);
+	u64 ticks, carried, last;
 	struct owner *owner;
-	u64 ticks, carried;
 	u32 phase, left;
 	u32 index;
 	int out;
 
-	if (!here)
-		return 0;
-	ledger = ledger_of(here, vcpu, now, KERNEL);
-	if (!ledger)
-		return 0;
-	if (vcpu_scheduled_out == ABSENT) {
+	if (known(vcpu_scheduled_out) == ABSENT) {
 		out = here->scheduled_out;
 		here->scheduled_out = 0;
 	} else {
-		out = read_kernel(u8, vcpu + vcpu_scheduled_out);
+		out = read_kernel(u8, vcpu + known(vcpu_scheduled_out));
 	}
+	if (here->vcpu & UNMETERED)
+		return 0;
 	phase = out ? phase_scheduled_out(vcpu) : USER;
-	now = begin_transition(ledger, now);
-	ticks = now - ledger->last;
+	last = ledger->last;
+	now = begin_transition(ledger, now, last);
+	ticks = now - last;
 	left = ledger->phase;
 	book(ledger, left, ticks);
 	ledger->phase = phase;
@@ -551,13 +675,9 @@ int on_put(struct pt_regs *registers)
 }
 
 /* kvm_sched_out() begins, on kernels that do not tell it in the vCPU (Linux before 6.10): kvm_arch_vcpu_put() comes next. */
-SEC("kprobe/kvm_sched_out")
-int on_sched_out(struct pt_regs *registers)
+AT_FUNCTION(kvm_sched_out, on_sched_out)
 {
-	struct here *here = this_cpu();
-
-	if (here)
-		here->scheduled_out = 1;
+	this_cpu()->scheduled_out = 1;
 	return 0;
 }
 
@@ -569,9 +689,8 @@ int on_nested_entry(struct bpf_raw_tracepoint_args *args)
 	struct owner *owner;
 	u32 index;
 
-	if (!here)
-		return 0;
-	here->nests = 1;
+	if (here->vcpu)
+		here->vcpu |= NESTS;
 	index = here->index;
 	owner = bpf_map_lookup_elem(&owners, &index);
 	if (owner)
@@ -641,16 +760,24 @@ static long fold_row(u32 slot, struct folding *folding)
 	return 0;
 }
 
+/* Forget that a CPU held a vCPU last. */
+static long forget_vcpu(u32 cpu, u64 *vcpu)
+{
+	struct here *here = here_of(cpu);
+
+	if ((here->vcpu & ~FLAGS) == *vcpu)
+		here->vcpu = 0;
+	return 0;
+}
+
 /*
  * KVM destroys a vCPU, and will not load it again.
  *
  * Not at kvm_arch_vcpu_destroy(), which calls this last of all: in between VMX loads the vCPU (nested_vmx_free_vcpu()).
  */
-SEC("kprobe/kvm_mmu_destroy")
-int on_destroy(struct pt_regs *registers)
+AT_FUNCTION(kvm_mmu_destroy, on_destroy)
 {
-	u64 vcpu = first_argument(registers);
-	u32 *known = bpf_map_lookup_elem(&vcpus, &vcpu);
+	u32 *had = bpf_map_lookup_elem(&vcpus, &vcpu);
 	u32 zero = 0;
 	struct totals *totals = bpf_map_lookup_elem(&gone, &zero);
 	struct ledger *empty = bpf_map_lookup_elem(&nothing, &zero);
@@ -661,20 +788,14 @@ int on_destroy(struct pt_regs *registers)
 	u32 index;
 	u64 kvm;
 
-	if (!known || !totals || !empty)
+	if (!had || !totals || !empty)
 		return 0;
-	index = *known;
+	index = *had;
 	bpf_map_delete_elem(&vcpus, &vcpu);
-	for (u32 cpu = 0; cpu < cpus; cpu++) {
-		u32 key = cpu;
-		struct here *here = bpf_map_lookup_elem(&heres, &key);
-
-		if (here && here->vcpu == vcpu)
-			here->vcpu = 0;
-	}
-	ledger = bpf_map_lookup_elem(&ledgers, &index);
+	bpf_loop(known(cpu_mask) + 1, forget_vcpu, &vcpu, 0);
+	ledger = ledger_at((u64)index * sizeof(struct ledger));
 	owner = bpf_map_lookup_elem(&owners, &index);
-	if (!ledger || !owner)
+	if (!owner)
 		return 0;
 
 	/* A reader that finds another generation afterwards has found the vCPU in the totals as well. */

@@ -22,6 +22,9 @@
 #define HISTOGRAM 7
 #define BUCKETS 64
 #define HISTOGRAMS 33
+/* The table that has the bucket of a time. */
+#define BUCKET_STEPS 4
+#define BUCKET_STEP 2048
 #define WORDS 3
 #define ROWS (SLOTS * ROW)
 

@@ -2,8 +2,9 @@
 
 //! The meter for hosts that cannot load the module: BPF programs that keep the same ledgers.
 //!
-//! [`layout`] looks up where this kernel's KVM keeps what the programs read, [`attach`] loads and attaches them, [`pins`]
-//! keeps them beyond this process, and [`maps`] makes a snapshot of what they keep. The programs are in cli/bpf.
+//! [`layout`] looks up where this kernel's KVM keeps what the programs read, [`object`] tells the programs, [`attach`] loads and
+//! attaches them by [`sys`], [`pins`] keeps them beyond this process, and [`maps`] makes a snapshot of what they keep. The
+//! programs are in cli/bpf.
 
 use std::{
     io::{self, Write as _},
@@ -21,7 +22,9 @@ use crate::output::Output;
 pub mod attach;
 pub mod layout;
 pub mod maps;
+pub mod object;
 pub mod pins;
+pub mod sys;
 
 use self::{attach::Attached, maps::Maps};
 

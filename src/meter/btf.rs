@@ -261,6 +261,20 @@ impl<'a> Section<'a> {
         None
     }
 
+    /// Return the id of the first type that is so.
+    fn id(&self, is_it: impl Fn(&Type<'a>) -> bool) -> Option<u32> {
+        let mut rest = self.types;
+        let mut id = self.first_id;
+        while let Some((this, after)) = take(rest) {
+            if is_it(&this) {
+                return Some(id);
+            }
+            rest = after;
+            id = id.checked_add(1)?;
+        }
+        None
+    }
+
     /// Return the type of an id.
     fn get(&self, id: u32) -> Option<Type<'a>> {
         let place = id.checked_sub(self.first_id)?;
@@ -350,6 +364,26 @@ impl<'a> Types<'a> {
     /// Return true if the module has a typedef of this name, as for each of its tracepoints (`btf_trace_NAME`).
     pub fn has_typedef(&self, name: &str) -> bool {
         self.typedef(name).is_some()
+    }
+
+    /// Return the id of the kernel's struct of a name.
+    pub fn kernel_struct_id(&self, name: &str) -> Option<u32> {
+        self.id_in(&self.kernel, kind::STRUCT, name)
+    }
+
+    /// Return the id of the kernel's function of a name.
+    pub fn kernel_function_id(&self, name: &str) -> Option<u32> {
+        self.id_in(&self.kernel, kind::FUNC, name)
+    }
+
+    /// Return the id of the module's function of a name.
+    pub fn module_function_id(&self, name: &str) -> Option<u32> {
+        self.id_in(&self.module, kind::FUNC, name)
+    }
+
+    /// Return the id of a section's first type of a kind and name.
+    fn id_in(&self, section: &Section<'a>, kind: u32, name: &str) -> Option<u32> {
+        section.id(|it| it.kind == kind && self.name(it) == Some(name.as_bytes()))
     }
 
     /// Return the struct of a name: the module's, or the kernel's.

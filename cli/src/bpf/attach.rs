@@ -3,39 +3,64 @@
 //! Loads the programs and attaches them.
 
 use std::{
+    ffi::CString,
     fs,
     io::{self, ErrorKind},
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
     time::SystemTime,
 };
 
-use aya::{
-    maps::{Array, Map, Stack},
-    programs::{links::FdLink, KProbe, Program, ProgramError, RawTracePoint},
-    Ebpf, EbpfLoader,
-};
+use aya::maps::{Array, Stack};
+use exitmeter_meter::reasons::Isa;
 use rustix::thread::{capabilities, CapabilitySet};
 
 use super::{
     layout::Layout,
     maps::{self, Maps},
-    Error,
+    object::{Object, Sizes},
+    sys, Error,
 };
-
-/// The programs, compiled by cli/build.rs.
-static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ledger.bpf.o"));
 
 /// How many vCPUs are metered at a time, when nothing else is said: 16 MiB.
 pub const VCPUS: u32 = 512;
 
-/// The least room for vCPUs that are marked as not metered.
-const MARKS: u32 = 4096;
+/// Functions of KVM's that are hooked, each by a program at its begin. Not each kernel has to be hooked at all of them.
+pub const FUNCTIONS: [&str; 4] = [DESTROY, SCHED_OUT, PUT, LOAD];
+const DESTROY: &str = "kvm_mmu_destroy";
+const SCHED_OUT: &str = "kvm_sched_out";
+const PUT: &str = "kvm_arch_vcpu_put";
+const LOAD: &str = "kvm_arch_vcpu_load";
+
+/// A program that is attached.
+#[derive(Debug)]
+pub struct Link {
+    name: &'static str,
+    file: OwnedFd,
+}
+
+impl Link {
+    /// The program's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Keep it beyond this process.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn pin(&self, path: &Path) -> io::Result<()> {
+        sys::pin(self.file.as_fd(), path)
+    }
+}
 
 /// Programs that are attached, for as long as this lives or its parts are pinned.
 #[derive(Debug)]
 pub struct Attached {
     maps: Maps,
-    /// By program, in the order in which they were attached.
-    links: Vec<(&'static str, FdLink)>,
+    /// In the order in which they were attached.
+    links: Vec<Link>,
 }
 
 impl Attached {
@@ -45,41 +70,49 @@ impl Attached {
     ///
     /// [`Error`].
     pub fn new(vcpus: u32) -> Result<Self, Error> {
-        let layout = Layout::find()?;
-        let mut ebpf = load(&layout, vcpus)?;
-        let mut unused = Stack::try_from(map(&mut ebpf, "unused")?).map_err(refused("unused"))?;
+        let mut layout = Layout::find()?;
+        let sizes = Sizes::new(vcpus, cpus()?);
+        layout.known.extend([
+            ("cpu_mask", sizes.cpus - 1),
+            ("ledgers_mask", sizes.ledgers_mask()),
+        ]);
+        let mut object = Object::new(&layout, sizes)?;
+        let mut unused: Stack<_, u32> = object.map("unused")?;
         // The lowest are taken first.
-        for index in (0..vcpus).rev() {
+        for index in (0..sizes.vcpus).rev() {
             unused.push(index, 0).map_err(refused("unused"))?;
         }
-        let mut meter = Array::<_, maps::Meter>::try_from(map(&mut ebpf, "meter")?)
-            .map_err(refused("meter"))?;
+        let mut meter: Array<_, maps::Meter> = object.map("meter")?;
         let life = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let begun = maps::Meter::new(layout.isa, life.unwrap_or_default());
         meter.set(0, begun, 0).map_err(refused("meter"))?;
 
+        let hooks = Hooks::new(&object, &layout);
         // Who takes a vCPU in has to see it go. So that one is the first to come, and the last to leave.
-        let mut links = vec![probe(&mut ebpf, "on_destroy", "kvm_mmu_destroy")?];
+        let mut links =
+            vec![hooks.function(DESTROY, "on_destroy_by_fentry", "on_destroy_by_kprobe")?];
         if layout.hooks_sched_out {
-            links.push(probe(&mut ebpf, "on_sched_out", "kvm_sched_out")?);
-        }
-        if layout.tells_nested_entry {
-            links.push(tracepoint(
-                &mut ebpf,
-                "on_nested_entry",
-                "kvm_nested_vmenter",
+            links.push(hooks.function(
+                SCHED_OUT,
+                "on_sched_out_by_fentry",
+                "on_sched_out_by_kprobe",
             )?);
         }
-        links.push(probe(&mut ebpf, "on_put", "kvm_arch_vcpu_put")?);
-        links.push(probe(&mut ebpf, "on_load", "kvm_arch_vcpu_load")?);
-        links.push(tracepoint(&mut ebpf, "on_entry", "kvm_entry")?);
-        links.push(tracepoint(&mut ebpf, "on_exit", "kvm_exit")?);
-        let data = |name| match ebpf.take_map(name) {
-            Some(Map::Array(data)) => Ok(data),
-            _ => Err(Error::Unknown(format!("map {name}"))),
+        if layout.tells_nested_entry {
+            links.push(hooks.tracepoint("kvm_nested_vmenter", "on_nested_entry")?);
+        }
+        links.push(hooks.function(PUT, "on_put_by_fentry", "on_put_by_kprobe")?);
+        links.push(hooks.function(LOAD, "on_load_by_fentry", "on_load_by_kprobe")?);
+        links.push(hooks.tracepoint("kvm_entry", "on_entry")?);
+        let exit = match (layout.isa, layout.cast) {
+            (Isa::Vmx, 0) => "on_vmx_exit_by_probe",
+            (Isa::Vmx, _) => "on_vmx_exit",
+            (Isa::Svm, 0) => "on_svm_exit_by_probe",
+            (Isa::Svm, _) => "on_svm_exit",
         };
+        links.push(hooks.tracepoint("kvm_exit", exit)?);
         Ok(Self {
-            maps: Maps::new(data)?,
+            maps: Maps::new(|name| object.take(name))?,
             links,
         })
     }
@@ -89,86 +122,106 @@ impl Attached {
         &self.maps
     }
 
-    /// The maps, and the links by their programs.
-    pub fn into_parts(self) -> (Maps, Vec<(&'static str, FdLink)>) {
+    /// The maps, and the links.
+    pub fn into_parts(self) -> (Maps, Vec<Link>) {
         (self.maps, self.links)
     }
 }
 
-/// Load the programs, and make the maps.
-fn load(layout: &Layout, vcpus: u32) -> Result<Ebpf, Error> {
-    let cpus = aya::util::nr_cpus().map_err(|(what, error)| Error::Refused {
-        program: what.to_owned(),
-        error: error.to_string(),
-    })?;
-    let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
-    let mut loader = EbpfLoader::new();
-    for (name, value) in &layout.constants {
-        loader.set_global(name, value, true);
+/// Return the power of two that no CPU's number reaches.
+fn cpus() -> Result<u32, Error> {
+    const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
+    // As "0-3,8-11".
+    let text = fs::read_to_string(POSSIBLE).map_err(refused(POSSIBLE))?;
+    let last = text.trim().rsplit([',', '-']).next();
+    let last: Option<u32> = last.and_then(|number| number.parse().ok());
+    let cpus = last.and_then(|last| last.checked_add(1)?.checked_next_power_of_two());
+    cpus.ok_or_else(|| Error::Unknown(format!("last CPU in {POSSIBLE}")))
+}
+
+/// How programs get to where they are called.
+struct Hooks<'a> {
+    object: &'a Object,
+    layout: &'a Layout,
+    /// kvm's types; `None` where this process may not look for them, or they are the kernel's.
+    types: Option<OwnedFd>,
+}
+
+impl<'a> Hooks<'a> {
+    fn new(object: &'a Object, layout: &'a Layout) -> Self {
+        let types = match layout.kvm_is_module {
+            true => sys::types_of("kvm"),
+            false => None,
+        };
+        Self {
+            object,
+            layout,
+            types,
+        }
     }
-    loader.set_global("cpus", &cpus, true);
-    let known = vcpus.saturating_mul(2).max(MARKS);
-    for (name, entries) in [
-        ("heres", cpus),
-        ("ledgers", vcpus),
-        ("owners", vcpus),
-        ("unused", vcpus),
-        ("vcpus", known),
-        ("vms", vcpus),
-    ] {
-        loader.set_max_entries(name, entries);
+
+    /// Attach a program to a tracepoint of KVM's.
+    fn tracepoint(&self, tracepoint: &str, name: &'static str) -> Result<Link, Error> {
+        let program = self.object.load(name, None)?;
+        let tracepoint = CString::new(tracepoint).map_err(refused(name))?;
+        let file = sys::attach(Some(&tracepoint), program.as_fd()).map_err(refused(name))?;
+        Ok(Link { name, file })
     }
-    loader.load(PROGRAMS).map_err(refused("ledger.bpf.o"))
+
+    /// Attach a program to where a function of KVM's begins: by fentry if that is to be had, as it costs a third of a kprobe.
+    fn function(
+        &self,
+        function: &str,
+        by_fentry: &'static str,
+        by_kprobe: &'static str,
+    ) -> Result<Link, Error> {
+        if let Some(link) = self.fentry(function, by_fentry)? {
+            return Ok(link);
+        }
+        let program = self.object.load(by_kprobe, None)?;
+        let function = CString::new(function).map_err(refused(by_kprobe))?;
+        let kprobe = sys::kprobe(&function).map_err(refused_kprobe(by_kprobe))?;
+        let file = sys::link(kprobe.as_fd(), program.as_fd()).map_err(refused_kprobe(by_kprobe))?;
+        Ok(Link {
+            name: by_kprobe,
+            file,
+        })
+    }
+
+    /// Attach a program by fentry; `None` where this process or this function cannot have that.
+    fn fentry(&self, function: &str, name: &'static str) -> Result<Option<Link>, Error> {
+        let mut ids = self.layout.functions.iter();
+        let id = ids.find(|(name, _)| *name == function);
+        let Some((_, id)) = id.filter(|_| self.types.is_some() || !self.layout.kvm_is_module)
+        else {
+            return Ok(None);
+        };
+        let target = sys::Target {
+            types: self.types.as_ref().map(|types| types.as_fd()),
+            id: *id,
+        };
+        let program = self.object.load(name, Some(&target))?;
+        // Another user of the function may exclude it, as some live patches do.
+        let file = sys::attach(None, program.as_fd()).ok();
+        Ok(file.map(|file| Link { name, file }))
+    }
 }
 
-/// The map of a name.
-fn map<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Map, Error> {
-    ebpf.map_mut(name)
-        .ok_or_else(|| Error::Unknown(format!("map {name}")))
+/// Return why the kernel takes no kprobe.
+fn refused_kprobe(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |error| {
+        let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid");
+        let paranoid = paranoid.ok().and_then(|text| text.trim().parse().ok());
+        let denied = error.kind() == ErrorKind::PermissionDenied;
+        match paranoid {
+            Some(paranoid) if denied && paranoid > 2 && has_perfmon() => Error::Paranoid(paranoid),
+            _ => refused(what)(error),
+        }
+    }
 }
 
-/// The program of a name, which is of the kind that is asked for.
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
-where
-    &'a mut P: TryFrom<&'a mut Program>,
-{
-    let program = ebpf.program_mut(name).and_then(|it| it.try_into().ok());
-    program.ok_or_else(|| Error::Unknown(format!("program {name}")))
-}
-
-/// Attach a program to where a function of the kernel begins.
-fn probe(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    function: &str,
-) -> Result<(&'static str, FdLink), Error> {
-    let attach = |program: &mut KProbe| {
-        program.load()?;
-        let link = program.attach(function, 0)?;
-        program.take_link(link)
-    };
-    let link = attach(program(ebpf, name)?).map_err(refused(name))?;
-    let link = FdLink::try_from(link).map_err(refused(name))?;
-    Ok((name, link))
-}
-
-/// Attach a program to a tracepoint of KVM's.
-fn tracepoint(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    tracepoint: &str,
-) -> Result<(&'static str, FdLink), Error> {
-    let attach = |program: &mut RawTracePoint| {
-        program.load()?;
-        let link = program.attach(tracepoint)?;
-        program.take_link(link)
-    };
-    let link = attach(program(ebpf, name)?).map_err(refused(name))?;
-    Ok((name, link.into()))
-}
-
-/// Return why the kernel does not take a program or a map, in our words where there are some.
-fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E) -> Error {
+/// Return why the kernel does not take something, in our words where there are some.
+pub fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| {
         let mut causes = Vec::new();
         let mut denied = false;
@@ -177,30 +230,15 @@ fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E)
             if let Some(found) = cause.downcast_ref::<io::Error>() {
                 denied |= found.kind() == ErrorKind::PermissionDenied;
             }
-            if let Some(ProgramError::LoadError { verifier_log, .. }) = cause.downcast_ref() {
-                // The verifier's last lines say what it does not like.
-                let log = verifier_log.to_string();
-                let lines: Vec<&str> = log.lines().collect();
-                let from = lines.len().saturating_sub(12);
-                causes.push(lines[from..].join("; "));
-            } else {
-                causes.push(cause.to_string());
-            }
+            causes.push(cause.to_string());
             next = cause.source();
         }
-        let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid");
-        let paranoid = paranoid.ok().and_then(|text| text.trim().parse().ok());
-        let by_perf = causes.iter().any(|cause| cause.contains("perf_event_open"));
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
         match denied {
             // Where the helper that reads the kernel is not even there.
             _ if lockdown.contains("[confidentiality]") => Error::LockedDown,
-            true if by_perf && paranoid > Some(2) && has_perfmon() => {
-                Error::Paranoid(paranoid.unwrap_or_default())
-            }
-            // The verifier's own refusals of a program come as EACCES, with a log.
-            true if !causes.iter().any(|cause| cause.contains("; ")) => Error::NoRight,
-            _ => Error::Refused {
+            true => Error::NoRight,
+            false => Error::Refused {
                 program: what.to_owned(),
                 error: causes.join(": "),
             },

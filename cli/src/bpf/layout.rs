@@ -20,15 +20,24 @@ const NOTHING: [u8; 24] = {
 };
 
 /// In place of an offset: there is no such field.
-pub const ABSENT: u32 = u32::MAX;
+const ABSENT: u32 = u32::MAX;
 
-/// The constants of the programs, by their names in cli/bpf/ledger.bpf.c.
+/// A struct of the kernel's that begins with 64 bits of a number: as such a program reads any number.
+const NUMBER: &str = "timespec64";
+
+/// What the programs are told of this kernel, by the names of cli/bpf/known.h.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Whose exits.
     pub isa: Isa,
     /// Name and value.
-    pub constants: Vec<(&'static str, u32)>,
+    pub known: Vec<(&'static str, u32)>,
+    /// The id of bpf_rdonly_cast(); 0 before Linux 6.2.
+    pub cast: u32,
+    /// Functions at whose begin a program can be (fentry), by the ids that kvm's types have of them.
+    pub functions: Vec<(&'static str, u32)>,
+    /// Whether those are types of a module.
+    pub kvm_is_module: bool,
     /// Whether kvm_sched_out() has to be hooked, as the vCPU does not tell that it runs.
     pub hooks_sched_out: bool,
     /// Whether there is a tracepoint before a nested guest runs.
@@ -76,7 +85,7 @@ impl Layout {
             Types::read(kernel, module)
                 .map_err(|_| Error::NoTypes("they cannot be read".to_owned()))
         };
-        let (kvm, vendor) = (types(kvm)?, types(vendor)?);
+        let (kvm_bytes, kvm, vendor) = (kvm, types(kvm)?, types(vendor)?);
         let optional = |structure, member| vendor.offset_of(structure, member).unwrap_or(ABSENT);
         let offset = |structure: &str, member: &str| {
             vendor
@@ -101,12 +110,12 @@ impl Layout {
         };
         let scheduled_out = optional("kvm_vcpu", "scheduled_out");
         let tells_nested_entry = isa == Isa::Vmx && kvm.has_typedef("btf_trace_kvm_nested_vmenter");
-        let mut constants = vec![
+        let cast = kvm.kernel_function_id("bpf_rdonly_cast");
+        let (cast, number) = cast.zip(kvm.kernel_struct_id(NUMBER)).unwrap_or_default();
+        let mut known = vec![
             ("is_svm", u32::from(isa == Isa::Svm)),
-            (
-                "vcpu_is_second",
-                u32::from(before("btf_trace_kvm_exit")? == 1),
-            ),
+            ("can_cast", u32::from(cast != 0)),
+            ("number_type", number),
             ("nests_always", u32::from(!tells_nested_entry)),
             ("task_on_rq", offset("task_struct", "on_rq")?),
             (
@@ -134,21 +143,43 @@ impl Layout {
             ("kvm_stats_id", offset("kvm", "stats_id")?),
             ("kvm_vm_type", optional("kvm", "arch.vm_type")),
         ];
-        if before("btf_trace_kvm_entry")? != 0 {
-            return Err(Error::Unknown("vCPU first in kvm_entry".to_owned()));
+        for (tracepoint, name) in [
+            ("btf_trace_kvm_exit", "kvm_exit"),
+            ("btf_trace_kvm_entry", "kvm_entry"),
+        ] {
+            if before(tracepoint)? != 0 {
+                return Err(Error::Unknown(format!("vCPU first in {name}")));
+            }
         }
         match isa {
-            Isa::Vmx => constants.push(("vmx_exit_reason", exit_reason()?)),
-            Isa::Svm => constants.extend([
+            Isa::Vmx => known.extend([
+                ("vmx_exit_reason", exit_reason()?),
+                ("svm_vmcb", ABSENT),
+                ("svm_vmcb01", ABSENT),
+                ("vmcb_exit_code", ABSENT),
+            ]),
+            Isa::Svm => known.extend([
+                ("vmx_exit_reason", ABSENT),
                 ("svm_vmcb", offset("vcpu_svm", "vmcb")?),
                 ("svm_vmcb01", offset("vcpu_svm", "vmcb01.ptr")?),
                 // The control area is the first of a VMCB (AMD64 Architecture Programmer's Manual 2, appendix B).
                 ("vmcb_exit_code", offset("vmcb_control_area", "exit_code")?),
             ]),
         }
+        let kvm_is_module = kvm_bytes.len() > NOTHING.len();
+        let functions = super::attach::FUNCTIONS.iter().filter_map(|function| {
+            let id = match kvm_is_module {
+                true => kvm.module_function_id(function),
+                false => kvm.kernel_function_id(function),
+            };
+            Some((*function, id?))
+        });
         Ok(Self {
             isa,
-            constants,
+            cast,
+            functions: functions.collect(),
+            kvm_is_module,
+            known,
             hooks_sched_out: scheduled_out == ABSENT,
             tells_nested_entry,
         })

@@ -37,7 +37,7 @@ use super::Error;
 pub const NAMES: [&str; 4] = ["ledgers", "owners", "gone", "meter"];
 
 /// Another number when a reader of before would misread the maps: `layout` of struct meter.
-const LAYOUT: u64 = 0x4558_4954_0001;
+const LAYOUT: u64 = 0x4558_4954_0002;
 
 /// How often a vCPU's ledger is tried to be copied. Each try is a microsecond, and the programs leave as much between two
 /// transitions.
@@ -121,13 +121,14 @@ struct Mapped {
 unsafe impl Send for Mapped {}
 
 impl Mapped {
-    /// Map an array whose values have so many words; how many it has.
+    /// Map an array of which each so many words are one; how many of them it has. They are entries, or parts of the only one.
     fn new(data: MapData, words: usize) -> Result<(Self, usize), Error> {
         let info = data.info().map_err(|_| Error::OtherVersion)?;
-        if info.value_size() as usize != 8 * words {
+        let size = info.value_size() as usize * info.max_entries() as usize;
+        let entries = size / (8 * words);
+        if entries == 0 {
             return Err(Error::OtherVersion);
         }
-        let entries = info.max_entries() as usize;
         let words = words * entries;
         // SAFETY: It is put where nothing is.
         let at = unsafe {
@@ -198,7 +199,8 @@ impl Maps {
         let (owners, others) = Mapped::new(data(owners)?, owner::WORDS)?;
         let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
         let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
-        if meter.word(offset_of!(Meter, layout) / 8) != LAYOUT || others != room {
+        // Behind the last ledger is room that nobody uses.
+        if meter.word(offset_of!(Meter, layout) / 8) != LAYOUT || others > room {
             return Err(Error::OtherVersion);
         }
         Ok(Self {
@@ -206,7 +208,7 @@ impl Maps {
             owners,
             gone,
             meter,
-            room,
+            room: others,
         })
     }
 

@@ -92,10 +92,10 @@ fn fill(folder: &Path, attached: Attached) -> Result<(), Error> {
         map.pin(folder.join(name))
             .map_err(|error| refused(name, error.to_string()))?;
     }
-    for (place, (name, link)) in links.into_iter().enumerate() {
+    for (place, link) in links.iter().enumerate() {
         // Their order, for `remove`.
-        link.pin(folder.join(format!("{place}_{name}")))
-            .map_err(|error| refused(name, error.to_string()))?;
+        link.pin(&folder.join(format!("{place}_{}", link.name())))
+            .map_err(|error| refused(link.name(), error.to_string()))?;
     }
     Ok(())
 }

@@ -162,11 +162,19 @@ fn mount() -> Result<()> {
     host::mount(c"bpf", c"/sys/fs/bpf")
 }
 
-/// How many kprobes there are on KVM's functions: the BPF meter has some while it is attached, and nobody else here.
+/// How many programs are at the begin of KVM's functions, by kprobe or by fentry: the BPF meter has some while it is attached,
+/// and nobody else here.
 fn programs() -> Result<usize> {
-    let enabled = fs::read_to_string("/sys/kernel/debug/kprobes/list")
+    let kprobes = fs::read_to_string("/sys/kernel/debug/kprobes/list")
         .context("the kernel's list of kprobes cannot be read")?;
-    Ok(enabled.lines().filter(|line| line.contains("kvm_")).count())
+    let hooked = fs::read_to_string("/sys/kernel/debug/tracing/enabled_functions")
+        .context("the kernel's list of hooked functions cannot be read")?;
+    let by_kprobe = kprobes.lines().filter(|line| line.contains("kvm_"));
+    // D: a direct call, which only BPF's trampolines have.
+    let by_fentry = hooked
+        .lines()
+        .filter(|line| line.starts_with("kvm_") && line.split_whitespace().any(|flag| flag == "D"));
+    Ok(by_kprobe.count() + by_fentry.count())
 }
 
 /// Demand that no program is attached, and that no pin is left.

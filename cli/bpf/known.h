@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the programs know of this kernel once they are loaded.
+ *
+ * Each is a number in the instructions: the compiler writes KNOWN_FIRST and its place in this list, and the loader
+ * (cli/src/bpf/load.rs, which reads the list too) puts the value in its place.
+ */
+
+/* 1: SVM; 0: VMX. */
+KNOWN(is_svm)
+/* Entries of `heres`, less one. */
+KNOWN(cpu_mask)
+/* A power of two, less one, that no ledger's first byte exceeds. */
+KNOWN(ledgers_mask)
+/* Whether the kernel lets a program read by an address (bpf_rdonly_cast(), Linux 6.2), and as which type. */
+KNOWN(can_cast)
+KNOWN(number_type)
+/* Whether no tracepoint tells that a vCPU is about to run a nested guest. */
+KNOWN(nests_always)
+
+/* In struct task_struct. */
+KNOWN(task_on_rq)
+KNOWN(task_sched_delayed)
+/* In struct kvm_vcpu. */
+KNOWN(vcpu_kvm)
+KNOWN(vcpu_id)
+KNOWN(vcpu_preempted)
+KNOWN(vcpu_scheduled_out)
+KNOWN(vcpu_guest_mode)
+KNOWN(vcpu_blocking)
+KNOWN(vcpu_poll_success)
+KNOWN(vcpu_poll_fail)
+/* In struct kvm. */
+KNOWN(kvm_userspace_pid)
+KNOWN(kvm_stats_id)
+KNOWN(kvm_vm_type)
+/* VMX: in struct vcpu_vmx, from its vCPU on. */
+KNOWN(vmx_exit_reason)
+/* SVM: in struct vcpu_svm, from its vCPU on, and in struct vmcb. */
+KNOWN(svm_vmcb)
+KNOWN(svm_vmcb01)
+KNOWN(vmcb_exit_code)

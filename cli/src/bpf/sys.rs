@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The calls of bpf(2) for programs and their links.
+//!
+//! aya parses and links the object, and makes the maps. It cannot load these programs itself: it knows neither calls of kernel
+//! functions, nor the address of a map's value that a reader maps, nor fentry on the functions of a module.
+
+use std::{
+    ffi::{c_long, c_ulong, CStr, CString},
+    fs, io, mem,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+    ptr,
+};
+
+use aya_obj::{
+    generated::{
+        bpf_attach_type, bpf_attr, bpf_btf_info, bpf_cmd, bpf_prog_type, perf_event_attr,
+        PERF_FLAG_FD_CLOEXEC,
+    },
+    Function,
+};
+
+/// Room for what the verifier says of a program that it refuses.
+const LOG: usize = 1 << 20;
+
+/// Where the kernel names the kind of event that is a kprobe.
+const KPROBE: &str = "/sys/bus/event_source/devices/kprobe/type";
+
+/// Types that the kernel holds: where a function of a module is looked up.
+#[derive(Debug)]
+pub struct Target<'a> {
+    /// The module's types; `None` for those of the kernel's image.
+    pub types: Option<BorrowedFd<'a>>,
+    /// The function's id.
+    pub id: u32,
+}
+
+/// Why the kernel does not take a program.
+#[derive(Debug)]
+pub struct Refusal {
+    /// What the call returned.
+    pub error: io::Error,
+    /// What the verifier says.
+    pub log: String,
+}
+
+/// Call bpf(2).
+///
+/// # Safety
+///
+/// The attributes are those of the command, and each address in them is of memory that the command may read or write.
+unsafe fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<c_long> {
+    let size = size_of::<bpf_attr>();
+    // SAFETY: The attributes have this size, and the caller vouches for what they say.
+    match unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as c_long,
+            ptr::from_mut(attributes),
+            size,
+        )
+    } {
+        -1 => Err(io::Error::last_os_error()),
+        value => Ok(value),
+    }
+}
+
+/// Call bpf(2) with a command that makes a file.
+///
+/// # Safety
+///
+/// As for [`bpf`].
+unsafe fn make(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<OwnedFd> {
+    // SAFETY: The caller vouches for the attributes.
+    let file = unsafe { bpf(command, attributes) }?;
+    let file = i32::try_from(file).map_err(io::Error::other)?;
+    // SAFETY: The file is new, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(file) })
+}
+
+/// Return attributes that say nothing.
+fn attributes() -> bpf_attr {
+    // SAFETY: A union of numbers, for which zeros are valid.
+    unsafe { mem::zeroed() }
+}
+
+/// Return the number by which bpf(2) knows a file.
+fn number(file: impl AsFd) -> u32 {
+    file.as_fd().as_raw_fd().unsigned_abs()
+}
+
+/// Give the kernel the types of the object.
+///
+/// # Errors
+///
+/// Those of bpf(2).
+pub fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
+    let mut attributes = attributes();
+    // SAFETY: This command's part of the union.
+    let this = unsafe { &mut attributes.__bindgen_anon_7 };
+    this.btf = types.as_ptr() as u64;
+    this.btf_size = u32::try_from(types.len()).map_err(io::Error::other)?;
+    // SAFETY: The types are borrowed for as long as the call takes.
+    unsafe { make(bpf_cmd::BPF_BTF_LOAD, &mut attributes) }
+}
+
+/// Load a program; `types` are those of its object. One with a `target` is for the begin of that function (fentry).
+///
+/// # Errors
+///
+/// Why the kernel does not take it.
+pub fn load(
+    kind: bpf_prog_type,
+    function: &Function,
+    license: &CStr,
+    types: BorrowedFd<'_>,
+    target: Option<&Target<'_>>,
+) -> Result<OwnedFd, Refusal> {
+    let mut attributes = attributes();
+    let functions = function.func_info.func_info_bytes();
+    let lines = function.line_info.line_info_bytes();
+    // SAFETY: This command's part of the union.
+    let this = unsafe { &mut attributes.__bindgen_anon_3 };
+    this.prog_type = kind as u32;
+    // The kernel wants a zero behind it.
+    for (to, from) in this.prog_name[..15].iter_mut().zip(function.name.bytes()) {
+        *to = from as i8;
+    }
+    this.insns = function.instructions.as_ptr() as u64;
+    this.insn_cnt = function.instructions.len() as u32;
+    this.license = license.as_ptr() as u64;
+    this.prog_btf_fd = number(types);
+    this.func_info = functions.as_ptr() as u64;
+    this.func_info_cnt = function.func_info.len() as u32;
+    this.func_info_rec_size = function.func_info_rec_size as u32;
+    this.line_info = lines.as_ptr() as u64;
+    this.line_info_cnt = function.line_info.len() as u32;
+    this.line_info_rec_size = function.line_info_rec_size as u32;
+    if let Some(target) = target {
+        this.expected_attach_type = bpf_attach_type::BPF_TRACE_FENTRY as u32;
+        this.attach_btf_id = target.id;
+        this.__bindgen_anon_1.attach_btf_obj_fd = target.types.map_or(0, number);
+    }
+    // SAFETY: The instructions, the license and the records live until the call returns.
+    let error = match unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
+        Ok(program) => return Ok(program),
+        Err(error) => error,
+    };
+    // Once more, for the verifier to say why.
+    let mut log = vec![0_u8; LOG];
+    // SAFETY: This command's part of the union.
+    let this = unsafe { &mut attributes.__bindgen_anon_3 };
+    this.log_level = 1;
+    this.log_size = LOG as u32;
+    this.log_buf = log.as_mut_ptr() as u64;
+    // SAFETY: As before, and the log has the size that is said.
+    match unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
+        Ok(program) => Ok(program),
+        Err(_) => {
+            let end = log.iter().position(|byte| *byte == 0).unwrap_or(LOG);
+            let log = String::from_utf8_lossy(&log[..end]).into_owned();
+            Err(Refusal { error, log })
+        }
+    }
+}
+
+/// Attach a program to a tracepoint, or, without a name, to the function that it was loaded for.
+///
+/// # Errors
+///
+/// Those of bpf(2).
+pub fn attach(tracepoint: Option<&CStr>, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attributes = attributes();
+    attributes.raw_tracepoint.name = tracepoint.map_or(0, |name| name.as_ptr() as u64);
+    attributes.raw_tracepoint.prog_fd = number(program);
+    // SAFETY: The name lives until the call returns.
+    unsafe { make(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attributes) }
+}
+
+/// Make a kprobe at the begin of a function, which calls a program once one is attached to it.
+///
+/// # Errors
+///
+/// Those of perf_event_open(2).
+pub fn kprobe(function: &CStr) -> io::Result<OwnedFd> {
+    let kind = fs::read_to_string(KPROBE)?;
+    // SAFETY: A struct of numbers, for which zeros are valid.
+    let mut event: perf_event_attr = unsafe { mem::zeroed() };
+    event.size = size_of::<perf_event_attr>() as u32;
+    event.type_ = kind.trim().parse().map_err(io::Error::other)?;
+    event.__bindgen_anon_3.config1 = function.as_ptr() as u64;
+    let (every_task, first_cpu, no_group) = (-1, 0, -1);
+    // SAFETY: The event has the size that it says, and the name lives until the call returns.
+    let file = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            ptr::from_ref(&event),
+            every_task,
+            first_cpu,
+            no_group,
+            c_ulong::from(PERF_FLAG_FD_CLOEXEC),
+        )
+    };
+    match i32::try_from(file) {
+        // SAFETY: The file is new, and nobody else has it.
+        Ok(file) if file >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(file) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Have a kprobe call a program. The link keeps both.
+///
+/// # Errors
+///
+/// Those of bpf(2).
+pub fn link(kprobe: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attributes = attributes();
+    attributes.link_create.__bindgen_anon_1.prog_fd = number(program);
+    attributes.link_create.__bindgen_anon_2.target_fd = number(kprobe);
+    attributes.link_create.attach_type = bpf_attach_type::BPF_PERF_EVENT as u32;
+    // SAFETY: No addresses.
+    unsafe { make(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
+}
+
+/// Pin a link in the BPF file system.
+///
+/// # Errors
+///
+/// Those of bpf(2).
+pub fn pin(link: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
+    let mut attributes = attributes();
+    // SAFETY: This command's part of the union.
+    let this = unsafe { &mut attributes.__bindgen_anon_4 };
+    this.bpf_fd = number(link);
+    this.pathname = path.as_ptr() as u64;
+    // SAFETY: The path lives until the call returns.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attributes) }.map(drop)
+}
+
+/// Return the types of a module, as the kernel holds them; `None` where it has none, or this process may not look for them,
+/// which takes CAP_SYS_ADMIN.
+pub fn types_of(module: &str) -> Option<OwnedFd> {
+    let mut id = 0;
+    loop {
+        let mut next = attributes();
+        next.__bindgen_anon_6.__bindgen_anon_1.start_id = id;
+        // SAFETY: No addresses.
+        unsafe { bpf(bpf_cmd::BPF_BTF_GET_NEXT_ID, &mut next) }.ok()?;
+        // SAFETY: This command's part of the union, which it has filled.
+        id = unsafe { next.__bindgen_anon_6.next_id };
+
+        let mut open = attributes();
+        open.__bindgen_anon_6.__bindgen_anon_1.btf_id = id;
+        // SAFETY: No addresses.
+        let Ok(types) = (unsafe { make(bpf_cmd::BPF_BTF_GET_FD_BY_ID, &mut open) }) else {
+            continue;
+        };
+        let mut name = [0_u8; 64];
+        // SAFETY: A struct of numbers, for which zeros are valid.
+        let mut info: bpf_btf_info = unsafe { mem::zeroed() };
+        info.name = name.as_mut_ptr() as u64;
+        info.name_len = name.len() as u32;
+        let mut ask = attributes();
+        ask.info.bpf_fd = number(&types);
+        ask.info.info_len = size_of::<bpf_btf_info>() as u32;
+        ask.info.info = ptr::from_mut(&mut info) as u64;
+        // SAFETY: Both places are ours, and as large as is said.
+        unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut ask) }.ok()?;
+        if name.split(|byte| *byte == 0).next() == Some(module.as_bytes()) {
+            return Some(types);
+        }
+    }
+}

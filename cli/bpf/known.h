@@ -15,6 +15,8 @@ KNOWN(ledgers_mask)
 /* Whether the kernel lets a program read by an address (bpf_rdonly_cast(), Linux 6.2), and as which type. */
 KNOWN(can_cast)
 KNOWN(number_type)
+/* Whether tables tell what exits were about. */
+KNOWN(details)
 /* Whether no tracepoint tells that a vCPU is about to run a nested guest. */
 KNOWN(nests_always)
 
@@ -40,3 +42,18 @@ KNOWN(vmx_exit_reason)
 KNOWN(svm_vmcb)
 KNOWN(svm_vmcb01)
 KNOWN(vmcb_exit_code)
+/* For details. In struct kvm_vcpu: the guest's registers, which of them KVM has read, and kvm_run. */
+KNOWN(vcpu_registers)
+KNOWN(vcpu_available)
+KNOWN(vcpu_run)
+KNOWN(vcpu_wants_to_run)
+KNOWN(vcpu_protected)
+/* In struct kvm: whether the guest's hypercalls are Hyper-V's. */
+KNOWN(kvm_guest_os)
+/* VMX: in struct vcpu_vmx, and by which bits KVM notes that it has read them. */
+KNOWN(vmx_qualification)
+KNOWN(qualification_bit)
+KNOWN(vmx_interruption)
+KNOWN(interruption_bit)
+/* SVM: in struct vmcb; the second one follows. */
+KNOWN(vmcb_exit_info_1)

@@ -7,6 +7,7 @@
  * one writer at a time, the thread that holds the vCPU: nothing here is locked but what all vCPUs share, the totals.
  */
 #include "ledger.h"
+#include "tables.h"
 
 /* Of a vCPU that runs unmetered. */
 #define NONE 0xffffffff
@@ -404,9 +405,7 @@ static __always_inline u64 place_of(u64 code, int is_svm)
 {
 	u64 place = slot_of(code, is_svm) * (ROW * sizeof(u64));
 
-	/* The verifier sees the bound of VMX's codes by itself. */
-	if (is_svm)
-		mask_of_rows(place);
+	mask_of_rows(place);
 	return place;
 }
 
@@ -503,6 +502,63 @@ int on_svm_exit_by_probe(struct bpf_raw_tracepoint_args *args)
 	return leave_svm(args, 0);
 }
 
+static __always_inline struct tables *tables_of(u32 index)
+{
+	return bpf_map_lookup_elem(&tables, &index);
+}
+
+/* An exit of a vCPU that has tables: note what it is about, as far as that is to be known now. */
+static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, int is_svm)
+{
+	u64 vcpu = first_of(args);
+	u64 now = bpf_ktime_get_ns();
+	struct here *here = here_with(vcpu, GUEST);
+	struct ledger *ledger = ledger_at(here->ledger);
+	u32 index = here->index, which;
+	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
+	struct tables *tables = tables_of(index);
+	u64 vmcb = 0, slot, place;
+	int nested;
+
+	if (here->vcpu & UNMETERED || !owner || !tables)
+		return lose_exit();
+	slot = slot_of(exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb), is_svm);
+	place = slot * (ROW * sizeof(u64));
+	mask_of_rows(place);
+	if (is_svm)
+		nested = vmcb != here->vmcb;
+	else
+		nested = here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
+
+	which = slot | OWNER_PENDING | (nested ? WHICH_NESTED : 0);
+	owner->rip = 0;
+	if (is_svm && !(known(vcpu_protected) != ABSENT && read_kernel(u8, vcpu + known(vcpu_protected))))
+		owner->rip = read_register(vcpu, RIP);
+	else
+		which |= WHICH_NO_RIP;
+	owner->key = is_svm ? svm_key(vcpu, vmcb, slot) : vmx_key_of_registers(vcpu, slot);
+	owner->pending = which;
+
+	now = begin_transition(ledger, now, ledger->last);
+	/* What a reader copies is written within the transition. */
+	if (!tables->has_begun)
+		begin_tables(ledger, tables, now);
+	owner->exits++;
+	return leave_guest(ledger, place, now, nested);
+}
+
+SEC("raw_tracepoint/kvm_exit")
+int on_vmx_exit_detailed(struct bpf_raw_tracepoint_args *args)
+{
+	return leave_detailed(args, 0);
+}
+
+SEC("raw_tracepoint/kvm_exit")
+int on_svm_exit_detailed(struct bpf_raw_tracepoint_args *args)
+{
+	return leave_detailed(args, 1);
+}
+
 /* Return the entry of the table of buckets at a place. */
 static __always_inline u64 bucket_at(u64 place)
 {
@@ -595,6 +651,102 @@ int on_entry(struct bpf_raw_tracepoint_args *args)
 	return enter_guest(ledger_at(here->ledger));
 }
 
+/* An entry of a vCPU that has tables. */
+SEC("raw_tracepoint/kvm_entry")
+int on_entry_detailed(struct bpf_raw_tracepoint_args *args)
+{
+	u64 vcpu = first_of(args);
+	struct here *here = here_with(vcpu, KERNEL);
+	struct ledger *ledger = ledger_at(here->ledger);
+	u32 index = here->index;
+	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
+	struct tables *tables = tables_of(index);
+	u64 now, last, ticks, carried;
+	struct row *row;
+
+	if (here->vcpu & UNMETERED || !owner || !tables)
+		return 0;
+	now = bpf_ktime_get_ns();
+	last = ledger->last;
+	now = begin_transition(ledger, now, last);
+	ticks = now - last;
+	settle(tables, owner, vcpu);
+	book_kernel(tables, ticks);
+	row = row_at(ledger, ledger->row);
+	row->cells[CYCLES + KERNEL] += ticks;
+	ledger->phase = GUEST;
+	carried = ledger->carried;
+	ledger->carried = 0;
+	if (carried != CLOSED) {
+		carried += ticks;
+		sample(ledger, row, carried, bucket_of(carried));
+	}
+	tell(tables, owner, now, carried);
+	end_transition(ledger, now);
+	return 0;
+}
+
+/* The vCPU is back on a CPU, after @ticks of @left. */
+static __always_inline void resume_detailed(u32 index, u64 vcpu, u32 left, u64 ticks)
+{
+	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
+	struct tables *tables = tables_of(index);
+
+	if (!owner || !tables)
+		return;
+	if (left == KERNEL) {
+		settle(tables, owner, vcpu);
+		book_kernel(tables, ticks);
+	} else if (left != GUEST) {
+		if (left == USER)
+			book_user(tables, ticks);
+		pass(&tables->slow, left, ticks);
+	}
+}
+
+/* Why the vCPU leaves its CPU for user space: KVM_EXIT_* of KVM_RUN, or ABSENT. */
+static __always_inline u64 why_user(u64 vcpu)
+{
+	u64 run;
+
+	if (known(vcpu_wants_to_run) == ABSENT || !read_kernel(u8, vcpu + known(vcpu_wants_to_run)))
+		return ABSENT;
+	run = read_kernel(u64, vcpu + known(vcpu_run));
+	/* struct kvm_run, linux/kvm.h. All reasons are below 2^16. */
+	return read_kernel(u32, run + 8) & 0xffff;
+}
+
+/* The vCPU leaves its CPU for @phase, after @ticks of @left. */
+static __always_inline void leave_cpu_detailed(u32 index, u64 vcpu, u32 slot, u32 left, u32 phase, u64 ticks)
+{
+	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
+	struct tables *tables = tables_of(index);
+	u32 cpu = bpf_get_smp_processor_id() + 1;
+	struct slow *slow;
+	u64 why;
+
+	if (!owner || !tables)
+		return;
+	slow = &tables->slow;
+	why = phase == USER ? why_user(vcpu) : ABSENT;
+	if (left == KERNEL) {
+		settle(tables, owner, vcpu);
+		book_kernel(tables, ticks);
+		if (!slow->cpu)
+			slow->cpu = cpu > 0xffff ? 0xffff : cpu;
+		if (phase != USER)
+			slow->outs++;
+		if (why != ABSENT)
+			slow->why = 1 << 16 | (u32)why;
+	} else if (left != GUEST) {
+		if (left == USER)
+			book_user(tables, ticks);
+		pass(slow, left, ticks);
+	}
+	if (phase == USER)
+		count_user(tables, slot, why);
+}
+
 /* The vCPU is on a CPU, in KVM: kvm_arch_vcpu_load(). */
 AT_FUNCTION(kvm_arch_vcpu_load, on_load)
 {
@@ -607,6 +759,8 @@ AT_FUNCTION(kvm_arch_vcpu_load, on_load)
 		return 0;
 	last = ledger->last;
 	now = begin_transition(ledger, now, last);
+	if (known(details))
+		resume_detailed(here->index, vcpu, ledger->phase, now - last);
 	book(ledger, ledger->phase, now - last);
 	ledger->phase = KERNEL;
 	end_transition(ledger, now);
@@ -657,6 +811,8 @@ AT_FUNCTION(kvm_arch_vcpu_put, on_put)
 	now = begin_transition(ledger, now, last);
 	ticks = now - last;
 	left = ledger->phase;
+	if (known(details))
+		leave_cpu_detailed(here->index, vcpu, ledger->row / (ROW * sizeof(u64)), left, phase, ticks);
 	book(ledger, left, ticks);
 	ledger->phase = phase;
 	carried = ledger->carried;
@@ -760,6 +916,17 @@ static long fold_row(u32 slot, struct folding *folding)
 	return 0;
 }
 
+/* Make a vCPU's tables some that have not begun. */
+static __always_inline void forget_tables(u32 index)
+{
+	struct tables *of_vcpu = tables_of(index);
+	u32 zero = 0;
+	struct tables *empty = bpf_map_lookup_elem(&no_tables, &zero);
+
+	if (of_vcpu && empty)
+		bpf_probe_read_kernel(of_vcpu, sizeof(*of_vcpu), empty);
+}
+
 /* Forget that a CPU held a vCPU last. */
 static long forget_vcpu(u32 cpu, u64 *vcpu)
 {
@@ -811,6 +978,10 @@ AT_FUNCTION(kvm_mmu_destroy, on_destroy)
 	if (vm && __sync_fetch_and_add(&vm->metered, -1) == 1)
 		bpf_map_delete_elem(&vms, &kvm);
 	bpf_probe_read_kernel(ledger, sizeof(*ledger), empty);
+	if (known(details))
+		forget_tables(index);
+	owner->exits = 0;
+	owner->pending = 0;
 	bpf_map_push_elem(&unused, &index, BPF_ANY);
 	return 0;
 }

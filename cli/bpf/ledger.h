@@ -76,9 +76,17 @@ struct owner {
 	u64 vmcb;
 	/* VMX: it may run a nested guest. */
 	u64 nests;
+	/* With details: exits since the tables began, and of the latest one what it was about, as far as that is known. */
+	u64 exits;
+	u64 key;
+	u64 rip;
+	/* Its `which`, and OWNER_PENDING, until it has its rows. */
+	u32 pending;
+	u32 unused_;
 };
+#define OWNER_PENDING (1u << 31)
 
-_Static_assert(sizeof(struct owner) == 120, "as in maps.rs");
+_Static_assert(sizeof(struct owner) == 152, "as in maps.rs");
 
 /* The vCPUs that are gone. */
 struct totals {
@@ -92,7 +100,7 @@ struct totals {
 
 _Static_assert(sizeof(struct totals) == 24 + 178 * (9 + 64) * 8, "as in maps.rs");
 
-/* What is of the whole meter. The loader writes the first four. */
+/* What is of the whole meter. The loader writes all but the last three. */
 struct meter {
 	/* Another number when a reader of today would misread what is here. */
 	u64 layout;
@@ -102,6 +110,8 @@ struct meter {
 	u64 attached;
 	/* Another number each time. */
 	u64 life;
+	/* Whether vCPUs have tables. */
+	u64 details;
 	/* Numbers given to VMs. */
 	u64 vms;
 	/* vCPUs that run unmetered. */
@@ -110,6 +120,6 @@ struct meter {
 	u64 lost_exits;
 };
 
-_Static_assert(sizeof(struct meter) == 56, "as in maps.rs");
+_Static_assert(sizeof(struct meter) == 64, "as in maps.rs");
 
 #endif

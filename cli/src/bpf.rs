@@ -80,6 +80,9 @@ pub enum Error {
         /// What the system says.
         error: io::Error,
     },
+    /// It is attached without what is asked for.
+    #[error("BPF meters without details: exitmeter bpf stop, and exitmeter bpf start --details")]
+    WithoutDetails,
     /// The pins are of another version.
     #[error("{PINS} is of another version of exitmeter: exitmeter bpf stop, and start it again")]
     OtherVersion,
@@ -98,11 +101,30 @@ static OWN: Mutex<Option<Attached>> = Mutex::new(None);
 ///
 /// [`Error`].
 pub fn open() -> Result<(), Error> {
+    attach(false)
+}
+
+/// As [`open`], with what exits were about.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn open_with_details() -> Result<(), Error> {
+    attach(true)
+}
+
+fn attach(details: bool) -> Result<(), Error> {
     let mut own = own();
-    if own.is_some() || pins::open(Path::new(PINS))?.is_some() {
-        return Ok(());
+    let has_details = match &*own {
+        Some(own) => Some(own.maps().has_details()),
+        None => pins::open(Path::new(PINS))?.map(|maps| maps.has_details()),
+    };
+    match has_details {
+        Some(false) if details => return Err(Error::WithoutDetails),
+        Some(_) => return Ok(()),
+        None => {}
     }
-    *own = Some(Attached::new(attach::VCPUS)?);
+    *own = Some(Attached::new(attach::VCPUS, details)?);
     eprintln!(
         "exitmeter: counting begins now, by BPF, and ends with this command; exitmeter bpf start keeps on counting"
     );
@@ -152,6 +174,9 @@ enum Verb {
         /// How many vCPUs are metered at a time; 32 KiB each, taken at once.
         #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=16384))]
         max_vcpus: u32,
+        /// Keeps tables of what exits were about and of the slowest ones; 46 KiB more for each vCPU.
+        #[arg(long)]
+        details: bool,
     },
     /// Takes the programs away with all that they counted.
     Stop,
@@ -170,12 +195,12 @@ impl Args {
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         let pins = Path::new(PINS);
         match self.verb {
-            Verb::Start { max_vcpus } => {
+            Verb::Start { max_vcpus, details } => {
                 let _lock = pins::lock(pins)?;
                 if pins::open(pins)?.is_some() {
                     return Err(Error::Started.into());
                 }
-                pins::keep(pins, Attached::new(max_vcpus)?)?;
+                pins::keep(pins, Attached::new(max_vcpus, details)?)?;
             }
             Verb::Stop => {
                 let _lock = pins::lock(pins)?;

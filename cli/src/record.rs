@@ -94,7 +94,7 @@ impl Args {
         let begun = Instant::now();
         // Before anything is written or run: is there something to record?
         let from = match self.why {
-            true => Origin::Device(Device::open(&input)?),
+            true => Origin::Device(Device::open_by(self.asked.source, &input)?),
             false => Origin::File(&input),
         };
         let first = from.read()?;

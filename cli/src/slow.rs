@@ -127,9 +127,9 @@ impl Args {
             self.print(&seen, &Book::default(), &symbols, out)?;
             return Ok(0);
         }
-        let mut names = Book::of(&self.device);
         if let Some((program, arguments)) = self.command.split_first() {
             let device = Device::open(&self.device)?;
+            let mut names = Book::of(device.path());
             let mut seen = read(&device, &mut names)?;
             seen.begin();
             // From here on no signal ends this process.
@@ -144,13 +144,15 @@ impl Args {
             };
         }
         // Turning details on would have them begin.
-        let bytes = source::read(&self.device)?;
+        let meter = source::meter(&self.device);
+        let bytes = source::read(&meter)?;
         anyhow::ensure!(
-            source::parse(&self.device, &bytes)?.has_tables(),
+            source::parse(&meter, &bytes)?.has_tables(),
             "details are off, so no exit has been recorded: 'exitmeter slow -- CMD' turns them on \
              while CMD runs; with the module's parameter details=1 they are always on"
         );
         let device = Device::open(&self.device)?;
+        let mut names = Book::of(device.path());
         let seen = read(&device, &mut names)?;
         self.print(&seen, &names, &symbols, out)?;
         if self.thaw {

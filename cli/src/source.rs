@@ -95,6 +95,30 @@ impl Choice {
         }
         Ok(input.to_owned())
     }
+
+    /// Have BPF meter with details, where this choice and the file that was named ask for that; return where to read then.
+    ///
+    /// # Errors
+    ///
+    /// When BPF is to meter, and cannot.
+    pub fn with_details(self, input: &Path) -> Result<Option<PathBuf>, Error> {
+        #[cfg(feature = "bpf")]
+        {
+            let no_device = || matches!(fs::exists(DEVICE), Ok(false));
+            let by_bpf = match self {
+                _ if input == Path::new(bpf::PINS) => true,
+                Choice::Bpf => input == Path::new(DEVICE),
+                Choice::Auto => input == Path::new(DEVICE) && no_device(),
+                Choice::Module => false,
+            };
+            if by_bpf {
+                bpf::open_with_details().map_err(no_bpf)?;
+                return Ok(Some(bpf::PINS.into()));
+            }
+        }
+        let _ = input;
+        Ok(None)
+    }
 }
 
 /// The meter that a command reads, where no file is named.
@@ -109,6 +133,18 @@ pub struct Asked {
         conflicts_with = "input"
     )]
     pub source: Choice,
+}
+
+/// Return where the meter is read that is there already: the pins of BPF in place of a module that is not loaded.
+pub fn meter(path: &Path) -> PathBuf {
+    #[cfg(feature = "bpf")]
+    if path == Path::new(DEVICE) && matches!(fs::exists(DEVICE), Ok(false)) {
+        let pins = PathBuf::from(bpf::PINS);
+        if matches!(fs::exists(&pins), Ok(true)) {
+            return pins;
+        }
+    }
+    path.to_owned()
 }
 
 /// Return true if a path gives a fresh snapshot of this host each time.

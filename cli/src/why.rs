@@ -185,7 +185,7 @@ impl Args {
     /// Turns details on, and tells what they are until the command, or a signal without one, ends it.
     fn watch(&self, to: &mut Printer<'_>) -> anyhow::Result<u8> {
         let device = Device::open(&self.device)?;
-        let mut names = Book::of(&self.device);
+        let mut names = Book::of(device.path());
         let mut watch = Watch {
             before: live(&device, &mut names)?,
             latest: None,

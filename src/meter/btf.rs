@@ -381,6 +381,19 @@ impl<'a> Types<'a> {
         self.id_in(&self.module, kind::FUNC, name)
     }
 
+    /// Return the value of an enumerator of the module's, or of the kernel's.
+    pub fn enumerator(&self, name: &str) -> Option<u32> {
+        let value = |of: &Type<'_>| {
+            let mut all = of.tail.chunks_exact(8);
+            let is_it =
+                |one: &[u8]| word(one, 0).and_then(|at| self.name_at(at)) == Some(name.as_bytes());
+            all.find(|one| is_it(one)).and_then(|one| word(one, 4))
+        };
+        let has = |it: &Type<'_>| it.kind == kind::ENUM && value(it).is_some();
+        let found = self.module.find(has).or_else(|| self.kernel.find(has))?;
+        value(&found)
+    }
+
     /// Return the id of a section's first type of a kind and name.
     fn id_in(&self, section: &Section<'a>, kind: u32, name: &str) -> Option<u32> {
         section.id(|it| it.kind == kind && self.name(it) == Some(name.as_bytes()))

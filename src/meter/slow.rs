@@ -235,6 +235,9 @@ pub struct Slow {
 // Loom's atomics are larger.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Slow>() <= MOST_BYTES);
+// cli/bpf/tables.h says the same.
+#[cfg(not(loom))]
+const _: () = assert!(core::mem::offset_of!(Slow, windows) == 6848);
 
 /// Read a cell of a recorder, in a transition of its vCPU.
 #[inline(always)]

@@ -267,6 +267,15 @@ pub struct Tables {
 // Loom's atomics are larger.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
+// cli/bpf/tables.h says the same.
+#[cfg(not(loom))]
+const _: () = {
+    assert!(core::mem::offset_of!(Tables, codes_in_use) == 1600);
+    assert!(core::mem::offset_of!(Tables, details) == 3584);
+    assert!(core::mem::offset_of!(Tables, users) == 32416);
+    assert!(core::mem::offset_of!(Tables, slow) == 37480);
+    assert!(size_of::<Tables>() == 47232);
+};
 // Where a row begins has room in 16 bits.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<[Detail; 1 + DETAILS]>() <= 1 << 16);

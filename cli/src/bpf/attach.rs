@@ -64,17 +64,19 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Load the programs and attach them, for so many vCPUs at a time. Of a step that fails nothing stays.
+    /// Load the programs and attach them, for so many vCPUs at a time, with their tables where `details` says so. Of a step
+    /// that fails nothing stays.
     ///
     /// # Errors
     ///
     /// [`Error`].
-    pub fn new(vcpus: u32) -> Result<Self, Error> {
+    pub fn new(vcpus: u32, details: bool) -> Result<Self, Error> {
         let mut layout = Layout::find()?;
-        let sizes = Sizes::new(vcpus, cpus()?);
+        let sizes = Sizes::new(vcpus, cpus()?, details);
         layout.known.extend([
             ("cpu_mask", sizes.cpus - 1),
             ("ledgers_mask", sizes.ledgers_mask()),
+            ("details", details.into()),
         ]);
         let mut object = Object::new(&layout, sizes)?;
         let mut unused: Stack<_, u32> = object.map("unused")?;
@@ -84,7 +86,7 @@ impl Attached {
         }
         let mut meter: Array<_, maps::Meter> = object.map("meter")?;
         let life = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let begun = maps::Meter::new(layout.isa, life.unwrap_or_default());
+        let begun = maps::Meter::new(layout.isa, life.unwrap_or_default(), details);
         meter.set(0, begun, 0).map_err(refused("meter"))?;
 
         let hooks = Hooks::new(&object, &layout);
@@ -103,12 +105,18 @@ impl Attached {
         }
         links.push(hooks.function(PUT, "on_put_by_fentry", "on_put_by_kprobe")?);
         links.push(hooks.function(LOAD, "on_load_by_fentry", "on_load_by_kprobe")?);
-        links.push(hooks.tracepoint("kvm_entry", "on_entry")?);
-        let exit = match (layout.isa, layout.cast) {
-            (Isa::Vmx, 0) => "on_vmx_exit_by_probe",
-            (Isa::Vmx, _) => "on_vmx_exit",
-            (Isa::Svm, 0) => "on_svm_exit_by_probe",
-            (Isa::Svm, _) => "on_svm_exit",
+        let entry = match details {
+            true => "on_entry_detailed",
+            false => "on_entry",
+        };
+        links.push(hooks.tracepoint("kvm_entry", entry)?);
+        let exit = match (layout.isa, details, layout.cast) {
+            (Isa::Vmx, true, _) => "on_vmx_exit_detailed",
+            (Isa::Vmx, false, 0) => "on_vmx_exit_by_probe",
+            (Isa::Vmx, false, _) => "on_vmx_exit",
+            (Isa::Svm, true, _) => "on_svm_exit_detailed",
+            (Isa::Svm, false, 0) => "on_svm_exit_by_probe",
+            (Isa::Svm, false, _) => "on_svm_exit",
         };
         links.push(hooks.tracepoint("kvm_exit", exit)?);
         Ok(Self {

@@ -20,7 +20,7 @@ const NOTHING: [u8; 24] = {
 };
 
 /// In place of an offset: there is no such field.
-const ABSENT: u32 = u32::MAX;
+pub const ABSENT: u32 = u32::MAX;
 
 /// A struct of the kernel's that begins with 64 bits of a number: as such a program reads any number.
 const NUMBER: &str = "timespec64";
@@ -97,16 +97,20 @@ impl Layout {
                 .ok_or_else(|| Error::Unknown(format!("vCPU in {tracepoint}")))
         };
 
-        let exit_reason = || {
+        let of_vmx = |member: &str| {
             // In struct vcpu_vt since Linux 6.16, together with trust domains.
             let (vt, inner) = (
                 vendor.offset_of("vcpu_vmx", "vt"),
-                vendor.offset_of("vcpu_vt", "exit_reason"),
+                vendor.offset_of("vcpu_vt", member),
             );
             match vt.zip(inner) {
                 Some((vt, inner)) => Ok(vt.wrapping_add(inner)),
-                None => offset("vcpu_vmx", "exit_reason"),
+                None => offset("vcpu_vmx", member),
             }
+        };
+        let bit = |name: &str| {
+            let bit = vendor.enumerator(name);
+            bit.ok_or_else(|| Error::Unknown(format!("{name} in enum kvm_reg")))
         };
         let scheduled_out = optional("kvm_vcpu", "scheduled_out");
         let tells_nested_entry = isa == Isa::Vmx && kvm.has_typedef("btf_trace_kvm_nested_vmenter");
@@ -142,6 +146,17 @@ impl Layout {
             ("kvm_userspace_pid", offset("kvm", "userspace_pid")?),
             ("kvm_stats_id", offset("kvm", "stats_id")?),
             ("kvm_vm_type", optional("kvm", "arch.vm_type")),
+            ("vcpu_registers", offset("kvm_vcpu", "arch.regs")?),
+            ("vcpu_run", offset("kvm_vcpu", "run")?),
+            ("vcpu_wants_to_run", optional("kvm_vcpu", "wants_to_run")),
+            (
+                "vcpu_protected",
+                optional("kvm_vcpu", "arch.guest_state_protected"),
+            ),
+            (
+                "kvm_guest_os",
+                optional("kvm", "arch.hyperv.hv_guest_os_id"),
+            ),
         ];
         for (tracepoint, name) in [
             ("btf_trace_kvm_exit", "kvm_exit"),
@@ -153,17 +168,22 @@ impl Layout {
         }
         match isa {
             Isa::Vmx => known.extend([
-                ("vmx_exit_reason", exit_reason()?),
-                ("svm_vmcb", ABSENT),
-                ("svm_vmcb01", ABSENT),
-                ("vmcb_exit_code", ABSENT),
+                ("vmx_exit_reason", of_vmx("exit_reason")?),
+                ("vmx_qualification", of_vmx("exit_qualification")?),
+                ("qualification_bit", bit("VCPU_EXREG_EXIT_INFO_1")?),
+                ("vmx_interruption", of_vmx("exit_intr_info")?),
+                ("interruption_bit", bit("VCPU_EXREG_EXIT_INFO_2")?),
+                ("vcpu_available", offset("kvm_vcpu", "arch.regs_avail")?),
             ]),
             Isa::Svm => known.extend([
-                ("vmx_exit_reason", ABSENT),
                 ("svm_vmcb", offset("vcpu_svm", "vmcb")?),
                 ("svm_vmcb01", offset("vcpu_svm", "vmcb01.ptr")?),
                 // The control area is the first of a VMCB (AMD64 Architecture Programmer's Manual 2, appendix B).
                 ("vmcb_exit_code", offset("vmcb_control_area", "exit_code")?),
+                (
+                    "vmcb_exit_info_1",
+                    offset("vmcb_control_area", "exit_info_1")?,
+                ),
             ]),
         }
         let kvm_is_module = kvm_bytes.len() > NOTHING.len();

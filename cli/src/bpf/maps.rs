@@ -25,6 +25,7 @@ use exitmeter_meter::{
     phase::Phase,
     reasons::{Isa, Slot, SLOTS},
     snapshot::{size_for, Encoder, Host, Identity, NAME_SIZE},
+    tables::{Tables, TablesCopy},
 };
 use rustix::{
     mm::{mmap, munmap, MapFlags, ProtFlags},
@@ -34,10 +35,10 @@ use rustix::{
 use super::Error;
 
 /// The maps that a reader takes, by their names.
-pub const NAMES: [&str; 4] = ["ledgers", "owners", "gone", "meter"];
+pub const NAMES: [&str; 5] = ["ledgers", "owners", "gone", "meter", "tables"];
 
 /// Another number when a reader of before would misread the maps: `layout` of struct meter.
-const LAYOUT: u64 = 0x4558_4954_0002;
+const LAYOUT: u64 = 0x4558_4954_0003;
 
 /// How often a vCPU's ledger is tried to be copied. Each try is a microsecond, and the programs leave as much between two
 /// transitions.
@@ -54,6 +55,7 @@ pub struct Meter {
     isa: u64,
     attached: u64,
     life: u64,
+    details: u64,
     vms: u64,
     unmetered: u64,
     lost_exits: u64,
@@ -64,12 +66,13 @@ unsafe impl Pod for Meter {}
 
 impl Meter {
     /// A meter that begins now; `since_1970` tells it from others.
-    pub fn new(isa: Isa, since_1970: Duration) -> Self {
+    pub fn new(isa: Isa, since_1970: Duration, details: bool) -> Self {
         Self {
             layout: LAYOUT,
             isa: isa as u64,
             attached: now(),
             life: u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX) | 1,
+            details: details.into(),
             vms: 0,
             unmetered: 0,
             lost_exits: 0,
@@ -79,7 +82,7 @@ impl Meter {
 
 /// Words of struct owner of cli/bpf/ledger.h, and where its parts are.
 mod owner {
-    pub(super) const WORDS: usize = 15;
+    pub(super) const WORDS: usize = 19;
     pub(super) const GENERATION: usize = 0;
     pub(super) const VM: usize = 3;
     /// The process in the low half, the vCPU's id in the high one.
@@ -174,6 +177,8 @@ pub struct Maps {
     owners: Mapped,
     gone: Mapped,
     meter: Mapped,
+    /// With details one for each ledger.
+    tables: Mapped,
     room: usize,
 }
 
@@ -183,6 +188,7 @@ struct Copied {
     generation: u64,
     identity: Identity,
     ledger: Box<LedgerCopy>,
+    tables: Option<Box<TablesCopy>>,
 }
 
 impl Maps {
@@ -194,11 +200,12 @@ impl Maps {
     pub fn new(
         mut data: impl FnMut(&'static str) -> Result<MapData, Error>,
     ) -> Result<Self, Error> {
-        let [ledgers, owners, gone, meter] = NAMES;
+        let [ledgers, owners, gone, meter, tables] = NAMES;
         let (ledgers, room) = Mapped::new(data(ledgers)?, size_of::<Ledger>() / 8)?;
         let (owners, others) = Mapped::new(data(owners)?, owner::WORDS)?;
         let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
         let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
+        let (tables, _) = Mapped::new(data(tables)?, size_of::<Tables>() / 8)?;
         // Behind the last ledger is room that nobody uses.
         if meter.word(offset_of!(Meter, layout) / 8) != LAYOUT || others > room {
             return Err(Error::OtherVersion);
@@ -208,18 +215,20 @@ impl Maps {
             owners,
             gone,
             meter,
+            tables,
             room: others,
         })
     }
 
     /// The maps by their names, to be pinned.
-    pub fn named(&self) -> [(&'static str, &MapData); 4] {
-        let [ledgers, owners, gone, meter] = NAMES;
+    pub fn named(&self) -> [(&'static str, &MapData); 5] {
+        let [ledgers, owners, gone, meter, tables] = NAMES;
         [
             (ledgers, &self.ledgers.data),
             (owners, &self.owners.data),
             (gone, &self.gone.data),
             (meter, &self.meter.data),
+            (tables, &self.tables.data),
         ]
     }
 
@@ -247,6 +256,11 @@ impl Maps {
         )
     }
 
+    /// Return true if vCPUs have tables.
+    pub fn has_details(&self) -> bool {
+        self.told(offset_of!(Meter, details)) != 0
+    }
+
     /// Return a number of the whole meter, by its offset in [`Meter`].
     fn told(&self, offset: usize) -> u64 {
         self.meter.word(offset / 8)
@@ -264,6 +278,17 @@ impl Maps {
         }
         // SAFETY: So many bytes are there, at a multiple of 64 as the map begins with a page. A ledger is made of
         // atomics, for which any bytes will do; its pointer is not followed without the module's tables.
+        Some(unsafe { &*first.as_ptr().cast() })
+    }
+
+    fn tables(&self, index: usize) -> Option<&Tables> {
+        let words = size_of::<Tables>() / 8;
+        let first = self.tables.words().get(index * words..)?;
+        if first.len() < words || !self.has_details() {
+            return None;
+        }
+        // SAFETY: So many bytes are there, at a multiple of 64. Tables are made of atomics, for which any bytes will do;
+        // where a row begins is not followed by what copies them.
         Some(unsafe { &*first.as_ptr().cast() })
     }
 
@@ -295,13 +320,18 @@ impl Maps {
             generation,
             identity: self.identity(index),
             ledger: Box::default(),
+            tables: self.has_details().then(Box::default),
         };
+        let mut tables = self.tables(index).zip(copied.tables.as_deref_mut());
         let still_has_it = || {
             fence(Acquire);
             self.generation(index) == generation
         };
         let mut tries = 0;
-        while ledger.copy(64, &mut copied.ledger).is_none() {
+        while ledger
+            .copy_with(64, &mut copied.ledger, &mut tables)
+            .is_none()
+        {
             if !still_has_it() {
                 return Ok(None);
             }
@@ -391,12 +421,25 @@ impl Maps {
         let rows = |it: &Copied| it.ledger.rows().count();
         let rows = vcpus.iter().map(rows).sum::<usize>() + gone.rows().count();
         let mut buffer = vec![0; size_for(vcpus.len(), rows)];
-        let mut encoder = Encoder::new(&mut buffer, host);
-        for vcpu in &vcpus {
-            encoder.vcpu(&vcpu.identity, &vcpu.ledger);
+        loop {
+            let mut encoder = Encoder::new(&mut buffer, host);
+            for vcpu in &vcpus {
+                encoder.vcpu(&vcpu.identity, &vcpu.ledger);
+                if let Some(tables) = &vcpu.tables {
+                    encoder.tables(&vcpu.ledger, tables, true);
+                }
+            }
+            if self.has_details() {
+                encoder.told_tables(0);
+            }
+            match encoder.finish(&gone, self.told(offset_of!(Meter, unmetered))) {
+                Ok(size) => {
+                    buffer.truncate(size);
+                    return Ok(buffer);
+                }
+                // How large tables are is known once they are written.
+                Err(full) => buffer.resize(full.needed, 0),
+            }
         }
-        let size = encoder.finish(&gone, self.told(offset_of!(Meter, unmetered)));
-        buffer.truncate(size.unwrap_or_else(|full| full.needed));
-        Ok(buffer)
     }
 }

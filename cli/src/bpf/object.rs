@@ -19,7 +19,11 @@ use aya_obj::{
 };
 use exitmeter_meter::{histogram, ledger::Ledger};
 
-use super::{attach::refused, layout::Layout, sys, Error};
+use super::{
+    attach::refused,
+    layout::{Layout, ABSENT},
+    sys, Error,
+};
 
 /// The programs, compiled by cli/build.rs.
 static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ledger.bpf.o"));
@@ -73,17 +77,20 @@ pub struct Sizes {
     pub known: u32,
     /// CPUs that there can be: a power of two.
     pub cpus: u32,
+    /// Whether vCPUs have tables.
+    pub details: bool,
 }
 
 impl Sizes {
     /// Sizes for so many vCPUs, or some more: as many as fit the power of two that the ledgers' room is.
-    pub fn new(vcpus: u32, cpus: u32) -> Self {
+    pub fn new(vcpus: u32, cpus: u32, details: bool) -> Self {
         let room = (vcpus * LEDGER).next_power_of_two();
         let vcpus = room / LEDGER;
         Self {
             vcpus,
             known: vcpus.saturating_mul(2).max(MARKS),
             cpus,
+            details,
         }
     }
 
@@ -118,6 +125,7 @@ impl Object {
                 "ledgers" => map.set_value_size(sizes.ledgers_mask() + 1 + BEHIND),
                 "owners" | "unused" | "vms" => map.set_max_entries(sizes.vcpus),
                 "vcpus" => map.set_max_entries(sizes.known),
+                "tables" if sizes.details => map.set_max_entries(sizes.vcpus),
                 _ => {}
             }
             let kind = map.map_type();
@@ -144,7 +152,7 @@ impl Object {
             .iter()
             .filter(|(name, ..)| DIRECT.contains(&name.as_str()));
         let direct: Vec<i32> = direct.map(|(_, file, _)| *file).collect();
-        let known = values(layout)?;
+        let known = values(layout);
         for function in parsed.functions.values_mut() {
             tell(&mut function.instructions, &known, layout.cast, &direct)?;
         }
@@ -228,16 +236,13 @@ fn wrapped(map: MapData, kind: u32) -> Map {
     }
 }
 
-/// Return the values of known.h, in its order.
-fn values(layout: &Layout) -> Result<Vec<u32>, Error> {
-    names()
-        .map(|name| {
-            let found = layout.known.iter().find(|(known, _)| *known == name);
-            found
-                .map(|(_, value)| *value)
-                .ok_or_else(|| Error::Unknown(format!("value of {name}")))
-        })
-        .collect()
+/// Return the values of known.h, in its order. One that the other ISA has alone is absent.
+fn values(layout: &Layout) -> Vec<u32> {
+    let value = |name| {
+        let found = layout.known.iter().find(|(known, _)| *known == name);
+        found.map_or(ABSENT, |(_, value)| *value)
+    };
+    names().map(value).collect()
 }
 
 /// The names that known.h lists.

@@ -472,7 +472,7 @@ fn details(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> an
         let text = "BPF keeps no details".to_owned();
         return tell(Check::new("details", Verdict::NotMade, text));
     }
-    let device = match device::Device::open(source::DEVICE.as_ref()) {
+    let device = match device::Device::open_by(source::Choice::Module, source::DEVICE.as_ref()) {
         Ok(device) => device,
         Err(error) => {
             return tell(Check::new("details", Verdict::NotMade, error.to_string()));

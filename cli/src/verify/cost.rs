@@ -105,7 +105,7 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
         // Without the right there is nothing to tell.
         if let (false, Ok(_device)) = (
             host.has_details || host.by_bpf,
-            Device::open(source::DEVICE.as_ref()),
+            Device::open_by(source::Choice::Module, source::DEVICE.as_ref()),
         ) {
             for _ in 0..plan.runs {
                 detailed.push(samples(host, plan, false)?);

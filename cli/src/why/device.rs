@@ -44,25 +44,41 @@ pub enum Error {
          with the module's parameter details=1 they are always on"
     )]
     NoRight,
+    /// BPF has no rings.
+    #[error("BPF keeps no rings of the last exits: that takes the module")]
+    NoRing,
     /// The module says no.
     #[error("cannot turn details on: {0}")]
     Refused(Errno),
 }
 
-/// An open device, with details on for as long as it is open.
+/// A meter with details on for as long as this lives: the module by an open device, or where that is not loaded BPF.
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
-    file: File,
+    /// `None`: BPF.
+    file: Option<File>,
 }
 
 impl Device {
-    /// Open a device and turn its details on.
+    /// Open a device and turn its details on. In place of the module's, where there is none, have BPF meter.
     ///
     /// # Errors
     ///
     /// When there is no such device, or no right to it.
     pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::open_by(source::Choice::Auto, path)
+    }
+
+    /// As [`Device::open`], with the meter that was chosen.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Device::open`].
+    pub fn open_by(choice: source::Choice, path: &Path) -> Result<Self, Error> {
+        if let Some(path) = choice.with_details(path)? {
+            return Ok(Self { path, file: None });
+        }
         let file = File::open(path).map_err(|error| source::error(path, error))?;
         // SAFETY: The request has no argument. Nobody else has its type, 0xE7
         // (Documentation/userspace-api/ioctl/ioctl-number.rst): others give ENOTTY.
@@ -73,6 +89,7 @@ impl Device {
             other => Error::Refused(other),
         })?;
         let path = path.to_owned();
+        let file = Some(file);
         Ok(Self { path, file })
     }
 
@@ -82,22 +99,9 @@ impl Device {
     ///
     /// When it cannot be read.
     pub fn read(&self) -> Result<Vec<u8>, source::Error> {
-        self.take()
-            .map_err(|error| source::error(&self.path, error))
-    }
-
-    /// At offset 0 the device takes a fresh one, and at others it goes on in the same. It cannot seek.
-    fn take(&self) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        loop {
-            let end = bytes.len();
-            bytes.resize(end + CHUNK, 0);
-            let room = bytes.get_mut(end..).unwrap_or_default();
-            let read = self.file.read_at(room, end as u64)?;
-            bytes.truncate(end + read);
-            if read == 0 {
-                return Ok(bytes);
-            }
+        match &self.file {
+            Some(file) => take(file).map_err(|error| source::error(&self.path, error)),
+            None => source::read(&self.path),
         }
     }
 
@@ -107,8 +111,11 @@ impl Device {
     ///
     /// When the module does not do that.
     pub fn thaw(&self) -> Result<(), Error> {
+        let Some(file) = &self.file else {
+            return Err(Error::NoRing);
+        };
         // SAFETY: As for `DETAILS`.
-        let thawed = unsafe { ioctl(&self.file, NoArg::<THAW>::new()) };
+        let thawed = unsafe { ioctl(file, NoArg::<THAW>::new()) };
         thawed.map_err(|error| match error {
             Errno::NOTTY | Errno::INVAL => Error::Older(self.path.clone()),
             Errno::PERM => Error::NoRight,
@@ -119,5 +126,20 @@ impl Device {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// Take a snapshot. At offset 0 the device takes a fresh one, and at others it goes on in the same. It cannot seek.
+fn take(file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    loop {
+        let end = bytes.len();
+        bytes.resize(end + CHUNK, 0);
+        let room = bytes.get_mut(end..).unwrap_or_default();
+        let read = file.read_at(room, end as u64)?;
+        bytes.truncate(end + read);
+        if read == 0 {
+            return Ok(bytes);
+        }
     }
 }

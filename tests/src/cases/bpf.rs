@@ -1,6 +1,7 @@
 //! The BPF meter, for hosts that cannot load the module: exact, beside the module and without it, and gone when it is told to.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::unix::process::CommandExt as _,
     path::Path,
@@ -11,7 +12,13 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
-use exitmeter_meter::phase::Phase;
+use exitmeter_meter::{
+    detail::Kind,
+    phase::Phase,
+    reader::{Missed, Snapshot},
+    reasons::Isa,
+    snapshot::TABLE_CODE,
+};
 use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
@@ -42,6 +49,24 @@ pub(super) fn cases() -> Vec<Case> {
             beside,
         )
         .unless(no_module)
+        .within(120),
+        Case::with(
+            "details=1",
+            "bpf: beside the module its rows of details, code and exits to user space have the same exits",
+            same_rows,
+        )
+        .unless(no_module)
+        .within(300),
+        Case::without(
+            "bpf: of a boot with details the rows of a reason sum to it",
+            boot_with_details,
+        )
+        .with_linux()
+        .within(300),
+        Case::without(
+            "bpf: the slowest exit is the one in which the VMM slept, and why finds it without the module",
+            slowest,
+        )
         .within(120),
         Case::without(
             "bpf: a Linux guest's boot, as the kernel's histogram has it",
@@ -260,6 +285,117 @@ fn beside() -> Result<()> {
         );
     }
     attached.stop()
+}
+
+/// What tells a row from others: table, reason, kind of detail, nested, key.
+type Row = (u32, String, u8, bool, u64);
+
+/// The exits of each exact row of a snapshot's tables.
+fn rows_of(bytes: &[u8]) -> Result<BTreeMap<Row, u64>> {
+    let snapshot = Snapshot::parse(bytes)?;
+    ensure!(snapshot.has_tables());
+    super::details::sums(&snapshot, 0)?;
+    let entries = snapshot.tables().flat_map(|it| it.entries());
+    let entries = entries.filter(|it| !it.others && it.missed == Missed::default());
+    Ok(entries
+        .map(|it| {
+            let reason = format!("{:?}", it.reason);
+            let row = (it.table, reason, it.detail_kind, it.nested, it.key);
+            (row, it.exits)
+        })
+        .collect())
+}
+
+fn same_rows() -> Result<()> {
+    let is_svm = host::isa()? == Isa::Svm;
+    let attached = Attached::with(&["--details"])?;
+    for (program, mode) in [
+        (Program::Cpuid, Mode::Long),
+        (Program::OutUser, Mode::Long),
+        (Program::OutUser, Mode::Real),
+        (Program::InUser, Mode::Long),
+        (Program::InKernel, Mode::Long),
+        (Program::Rdmsr, Mode::Long),
+        (Program::Wrmsr, Mode::Long),
+        (Program::CrWrite, Mode::Long),
+        (Program::Hypercall, Mode::Long),
+        (Program::HltUser, Mode::Long),
+        (Program::Touch, Mode::Long),
+        (Program::Call, Mode::Long),
+        (Program::Device, Mode::Long),
+        (Program::Undefined, Mode::Long),
+        (Program::Debug, Mode::Long),
+    ] {
+        same_rows_of(Config::new(program, mode, 200), is_svm)
+            .with_context(|| format!("{program:?} in {mode:?}"))?;
+    }
+    // More leaves than there are rows: those that are exact are the same ones.
+    let leaves = super::details::many_leaves();
+    same_rows_of(Config::query(Mode::Long, leaves), is_svm).context("leaves")?;
+    attached.stop()
+}
+
+fn same_rows_of(config: Config, is_svm: bool) -> Result<()> {
+    let mut machine = Machine::new(config)?;
+    machine.run()?;
+    let by_bpf = rows_of(&done(&["bpf", "snapshot"])?)?;
+    let mut by_module = rows_of(&fs::read(super::details::DEVICE)?)?;
+    if !is_svm {
+        // What only the VMCS has, and KVM does not keep: where the guest was, and addresses.
+        let kinds = [Kind::Address as u8, Kind::Memory as u8];
+        by_module.retain(|(table, _, kind, ..), _| *table != TABLE_CODE && !kinds.contains(kind));
+    }
+    let apart: Vec<_> = by_module
+        .iter()
+        .filter(|(row, exits)| by_bpf.get(row) != Some(exits))
+        .collect();
+    ensure!(
+        apart.is_empty() && by_bpf.len() == by_module.len() && !by_bpf.is_empty(),
+        "the module alone has {apart:x?}; BPF has {by_bpf:x?}"
+    );
+    Ok(())
+}
+
+fn boot_with_details() -> Result<()> {
+    let attached = Attached::with(&["--details"])?;
+    let hist = Hist::begin()?;
+    let linux = Linux::boot(&[])?;
+    let bytes = done(&["bpf", "snapshot"])?;
+    linux.stop()?;
+    let rows = rows_of(&bytes)?;
+    ensure!(rows.len() > 20, "a boot has {rows:x?}");
+    compare(&attached.read()?.exits(), &hist.read()?)?;
+    attached.stop()
+}
+
+fn slowest() -> Result<()> {
+    const SLEPT: Duration = Duration::from_millis(300);
+
+    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 50))?;
+    let attached = Attached::with(&["--details"])?;
+    machine.run()?;
+    thread::sleep(SLEPT);
+    machine.rewind()?;
+    machine.run()?;
+    let bytes = done(&["bpf", "snapshot"])?;
+    let snapshot = Snapshot::parse(&bytes)?;
+    let exits = snapshot.tables().flat_map(|it| it.slow());
+    let slowest = exits.max_by_key(|exit| exit.length()).context("none")?;
+    println!("{slowest:?}");
+    let user = Duration::from_nanos(slowest.ticks(Phase::User));
+    // KVM_EXIT_IO of linux/kvm.h; kernels before 6.11 do not tell whether it was KVM_RUN.
+    ensure!(
+        user >= SLEPT && matches!(slowest.user_exit, Some(2) | None),
+        "{slowest:?}"
+    );
+    attached.stop()?;
+    let output = tool(&["why", "--json", "--", "sleep", "0.1"])?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    nothing_is_left()
 }
 
 fn boot() -> Result<()> {

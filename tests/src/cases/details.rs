@@ -155,7 +155,7 @@ pub(super) fn read() -> Result<Vec<u8>> {
 
 /// Demand that a vCPU's rows and others sum to what its reasons have; `before` is what these had
 /// before the tables, by code.
-fn sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
+pub(super) fn sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
     for tables in snapshot.tables() {
         let vcpu = snapshot.vcpus().nth(tables.vcpu).context("its vCPU")?;
         ensure!(tables.since >= vcpu.first() && tables.since <= vcpu.last());
@@ -502,7 +502,7 @@ fn leaves() -> Result<()> {
 }
 
 /// More leaves than some sets of rows have room for, each twice: so some come back that have given way.
-fn many_leaves() -> Vec<Quad> {
+pub(super) fn many_leaves() -> Vec<Quad> {
     const LEAVES: u32 = 255;
     (0..2 * LEAVES)
         .map(|number| Quad::cpuid(0x1000_0000 + number % LEAVES, 0))

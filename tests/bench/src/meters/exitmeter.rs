@@ -70,7 +70,7 @@ pub struct ByBpf(Attached);
 impl ByBpf {
     /// Attaches them.
     pub fn new() -> Result<Self> {
-        Ok(Self(Attached::new(VCPUS)?))
+        Ok(Self(Attached::new(VCPUS, false)?))
     }
 }
 

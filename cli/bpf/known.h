@@ -57,3 +57,4 @@ KNOWN(vmx_interruption)
 KNOWN(interruption_bit)
 /* SVM: in struct vmcb; the second one follows. */
 KNOWN(vmcb_exit_info_1)
+KNOWN(vmcb_rip)

@@ -533,7 +533,7 @@ static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, 
 	which = slot | OWNER_PENDING | (nested ? WHICH_NESTED : 0);
 	owner->rip = 0;
 	if (is_svm && !(known(vcpu_protected) != ABSENT && read_kernel(u8, vcpu + known(vcpu_protected))))
-		owner->rip = read_register(vcpu, RIP);
+		owner->rip = read_kernel(u64, vmcb + known(vmcb_rip));
 	else
 		which |= WHICH_NO_RIP;
 	owner->key = is_svm ? svm_key(vcpu, vmcb, slot) : vmx_key_of_registers(vcpu, slot);

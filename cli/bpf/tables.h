@@ -125,10 +125,9 @@ static __always_inline u64 read_register(u64 vcpu, u32 number)
 	return read_kernel(u64, vcpu + known(vcpu_registers) + number * sizeof(u64));
 }
 
-/* The numbers of registers (SDM, volume 2, table "Register Codes"), and behind them KVM's own. */
+/* The numbers of registers (SDM, volume 2, table "Register Codes"). */
 #define RAX 0
 #define RCX 1
-#define RIP 16
 
 /* Return the key of a reason and a detail: as key_of() of detail.rs. */
 static __always_inline u64 key_of(u32 slot, u64 detail)

@@ -108,9 +108,12 @@ impl Layout {
                 None => offset("vcpu_vmx", member),
             }
         };
+        // Renamed in Linux 7.3. Without it no detail is taken from what KVM has read.
         let bit = |name: &str| {
-            let bit = vendor.enumerator(name);
-            bit.ok_or_else(|| Error::Unknown(format!("{name} in enum kvm_reg")))
+            let named = |before| vendor.enumerator(&format!("{before}{name}"));
+            named("VCPU_REG_")
+                .or_else(|| named("VCPU_EXREG_"))
+                .unwrap_or(ABSENT)
         };
         let scheduled_out = optional("kvm_vcpu", "scheduled_out");
         let tells_nested_entry = isa == Isa::Vmx && kvm.has_typedef("btf_trace_kvm_nested_vmenter");
@@ -170,9 +173,9 @@ impl Layout {
             Isa::Vmx => known.extend([
                 ("vmx_exit_reason", of_vmx("exit_reason")?),
                 ("vmx_qualification", of_vmx("exit_qualification")?),
-                ("qualification_bit", bit("VCPU_EXREG_EXIT_INFO_1")?),
+                ("qualification_bit", bit("EXIT_INFO_1")),
                 ("vmx_interruption", of_vmx("exit_intr_info")?),
-                ("interruption_bit", bit("VCPU_EXREG_EXIT_INFO_2")?),
+                ("interruption_bit", bit("EXIT_INFO_2")),
                 ("vcpu_available", offset("kvm_vcpu", "arch.regs_avail")?),
             ]),
             Isa::Svm => known.extend([
@@ -184,6 +187,7 @@ impl Layout {
                     "vmcb_exit_info_1",
                     offset("vmcb_control_area", "exit_info_1")?,
                 ),
+                ("vmcb_rip", offset("vmcb", "save.rip")?),
             ]),
         }
         let kvm_is_module = kvm_bytes.len() > NOTHING.len();

@@ -329,13 +329,14 @@ fn same_rows() -> Result<()> {
         same_rows_of(Config::new(program, mode, 200), is_svm)
             .with_context(|| format!("{program:?} in {mode:?}"))?;
     }
-    // More leaves than there are rows: those that are exact are the same ones.
+    // More leaves than there are rows. On VMX BPF has more room for them, as addresses take none.
     let leaves = super::details::many_leaves();
     same_rows_of(Config::query(Mode::Long, leaves), is_svm).context("leaves")?;
     attached.stop()
 }
 
 fn same_rows_of(config: Config, is_svm: bool) -> Result<()> {
+    let has_more = !is_svm && config.program == Program::Query;
     let mut machine = Machine::new(config)?;
     machine.run()?;
     let by_bpf = rows_of(&done(&["bpf", "snapshot"])?)?;
@@ -350,7 +351,9 @@ fn same_rows_of(config: Config, is_svm: bool) -> Result<()> {
         .filter(|(row, exits)| by_bpf.get(row) != Some(exits))
         .collect();
     ensure!(
-        apart.is_empty() && by_bpf.len() == by_module.len() && !by_bpf.is_empty(),
+        apart.is_empty()
+            && !by_bpf.is_empty()
+            && (by_bpf.len() == by_module.len() || has_more && by_bpf.len() > by_module.len()),
         "the module alone has {apart:x?}; BPF has {by_bpf:x?}"
     );
     Ok(())

@@ -24,7 +24,7 @@ typedef __u64 u64;
 #define unlikely(condition) __builtin_expect(!!(condition), 0)
 #define offsetof(type, member) __builtin_offsetof(type, member)
 
-/* The compiler leaves reads and writes where they are; x86 and the JIT keep the order of writes, and that of reads. */
+/* The compiler does not move memory accesses across this. x86 and the JIT keep the order of writes and of reads. */
 #define barrier() asm volatile("" ::: "memory")
 /* The compiler forgets what it knows of a number, so that the verifier sees the comparison before its use. */
 #define forget(number) asm volatile("" : "+r"(number))
@@ -48,7 +48,7 @@ enum known {
 #undef KNOWN
 };
 
-/* What known.h names. The verifier takes away what is not so. */
+/* What known.h names. The verifier removes branches that are false on this kernel. */
 #define known(name)                                                                                                    \
 	({                                                                                                             \
 		u64 known_;                                                                                            \
@@ -86,7 +86,7 @@ struct pt_regs {
 };
 
 /*
- * A program at the begin of a function of KVM's that takes a vCPU first. There are two of each, and the loader attaches
+ * A program at the begin of a function of KVM's; @vcpu is the function's first argument. There are two of each, and the loader attaches
  * one: fentry costs less, and takes more rights.
  */
 #define AT_FUNCTION(function, name)                                                                                    \

@@ -3,7 +3,7 @@
  * What the programs know of this kernel once they are loaded.
  *
  * Each is a number in the instructions: the compiler writes KNOWN_FIRST and its place in this list, and the loader
- * (cli/src/bpf/load.rs, which reads the list too) puts the value in its place.
+ * (cli/src/bpf/object.rs, which reads the list too) puts the value in its place.
  */
 
 /* 1: SVM; 0: VMX. */
@@ -48,7 +48,9 @@ KNOWN(vcpu_available)
 KNOWN(vcpu_run)
 KNOWN(vcpu_wants_to_run)
 KNOWN(vcpu_protected)
-/* In struct kvm: whether the guest's hypercalls are Hyper-V's. */
+KNOWN(vcpu_hyperv)
+KNOWN(vcpu_efer)
+/* In struct kvm: other than 0 where the guest's hypercalls are Hyper-V's. */
 KNOWN(kvm_guest_os)
 /* VMX: in struct vcpu_vmx, and by which bits KVM notes that it has read them. */
 KNOWN(vmx_qualification)

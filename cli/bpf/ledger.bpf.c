@@ -142,8 +142,8 @@ static __always_inline struct here *this_cpu(void)
 }
 
 /*
- * Return the ledger that begins at a byte. The mask takes nothing from one that does: it has the verifier see that
- * whatever the number were, there would be room.
+ * Return the ledger that begins at a byte. The mask changes no valid number. It proves to the verifier that the access is in
+ * bounds.
  */
 static __always_inline struct ledger *ledger_at(u64 place)
 {
@@ -163,8 +163,8 @@ struct row {
 };
 
 /*
- * Where a row begins in the ledger's cells is a multiple of 64 below SLOTS * 64. The mask takes nothing from it: it has
- * the verifier see that whatever the number were, the row would be within the ledger.
+ * Where a row begins in the ledger's cells is a multiple of 64 below SLOTS * 64. The mask changes no such number. It proves to
+ * the verifier that the row is within the ledger.
  */
 #define mask_of_rows(place) asm volatile("%0 &= 0x3fc0" : "+r"(place))
 
@@ -391,6 +391,21 @@ static __always_inline int leave_guest(struct ledger *ledger, u64 place, u64 now
 	return 0;
 }
 
+/*
+ * SVM: the tracepoint came late. Up to at least Linux 6.1 KVM calls it when interrupts and preemption are on again, so the vCPU
+ * may have left its CPU and come back since the guest's time ended. That time is the kernel's, and the exit is one.
+ */
+static __noinline int leave_late(struct ledger *ledger, u64 place, u64 now, int nested)
+{
+	u64 last = ledger->last;
+
+	now = begin_transition(ledger, now, last);
+	row_at(ledger, ledger->row)->cells[CYCLES + KERNEL] += now - last;
+	ledger->carried = 0;
+	end_transition(ledger, now);
+	return leave_guest(ledger, place, now, nested);
+}
+
 /* Return the exit reason that the hardware told, and on SVM from which VMCB. */
 static __always_inline u32 exit_code(u64 vcpu, int is_svm, int can_cast, u64 *vmcb)
 {
@@ -425,6 +440,8 @@ static __always_inline int leave_slowly(u64 vcpu, u64 now, int is_svm)
 		nested = vmcb != here->vmcb;
 	else
 		nested = here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
+	if (is_svm && ledger->phase != GUEST)
+		return leave_late(ledger, place_of(code, is_svm), now, nested);
 	return leave_guest(ledger, place_of(code, is_svm), now, nested);
 }
 
@@ -443,9 +460,10 @@ static __noinline int leave_nested(struct ledger *ledger, u64 place, u64 now)
 	return leave_guest(ledger, place, now, 1);
 }
 
+
 /*
- * An exit. What is seldom ends in functions that do not come back: so the rest saves few registers. There is a program for
- * each way to read the reason, as even a condition that the verifier decides leaves an instruction.
+ * An exit. Rare cases end in tail functions, so the usual path saves few registers. There is a program for each way to read the
+ * reason, because even a condition that the verifier decides leaves an instruction.
  */
 static __always_inline int leave_vmx(struct bpf_raw_tracepoint_args *args, int can_cast)
 {
@@ -473,6 +491,8 @@ static __always_inline int leave_svm(struct bpf_raw_tracepoint_args *args, int c
 	own = here->vmcb;
 	ledger = ledger_at(here->ledger);
 	place = place_of(exit_code(vcpu, 1, can_cast, &vmcb), 1);
+	if (unlikely(ledger->phase != GUEST))
+		return leave_late(ledger, place, now, vmcb != own);
 	if (unlikely(vmcb != own))
 		return leave_nested(ledger, place, now);
 	return leave_guest(ledger, place, now, 0);
@@ -538,12 +558,15 @@ static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, 
 		which |= WHICH_NO_RIP;
 	owner->key = is_svm ? svm_key(vcpu, vmcb, slot) : vmx_key_of_registers(vcpu, slot);
 	owner->pending = which;
+	owner->kernel = 0;
 
 	now = begin_transition(ledger, now, ledger->last);
 	/* What a reader copies is written within the transition. */
 	if (!tables->has_begun)
 		begin_tables(ledger, tables, now);
 	owner->exits++;
+	if (is_svm && ledger->phase != GUEST)
+		return leave_late(ledger, place, now, nested);
 	return leave_guest(ledger, place, now, nested);
 }
 
@@ -671,7 +694,7 @@ int on_entry_detailed(struct bpf_raw_tracepoint_args *args)
 	now = begin_transition(ledger, now, last);
 	ticks = now - last;
 	settle(tables, owner, vcpu);
-	book_kernel(tables, ticks);
+	book_kernel(tables, owner, ticks);
 	row = row_at(ledger, ledger->row);
 	row->cells[CYCLES + KERNEL] += ticks;
 	ledger->phase = GUEST;
@@ -687,7 +710,7 @@ int on_entry_detailed(struct bpf_raw_tracepoint_args *args)
 }
 
 /* The vCPU is back on a CPU, after @ticks of @left. */
-static __always_inline void resume_detailed(u32 index, u64 vcpu, u32 left, u64 ticks)
+static __always_inline void resume_detailed(u32 index, u32 left, u64 ticks)
 {
 	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
 	struct tables *tables = tables_of(index);
@@ -695,8 +718,7 @@ static __always_inline void resume_detailed(u32 index, u64 vcpu, u32 left, u64 t
 	if (!owner || !tables)
 		return;
 	if (left == KERNEL) {
-		settle(tables, owner, vcpu);
-		book_kernel(tables, ticks);
+		book_kernel(tables, owner, ticks);
 	} else if (left != GUEST) {
 		if (left == USER)
 			book_user(tables, ticks);
@@ -730,8 +752,9 @@ static __always_inline void leave_cpu_detailed(u32 index, u64 vcpu, u32 slot, u3
 	slow = &tables->slow;
 	why = phase == USER ? why_user(vcpu) : ABSENT;
 	if (left == KERNEL) {
-		settle(tables, owner, vcpu);
-		book_kernel(tables, ticks);
+		if (phase == USER)
+			settle(tables, owner, vcpu);
+		book_kernel(tables, owner, ticks);
 		if (!slow->cpu)
 			slow->cpu = cpu > 0xffff ? 0xffff : cpu;
 		if (phase != USER)
@@ -755,12 +778,14 @@ AT_FUNCTION(kvm_arch_vcpu_load, on_load)
 	struct ledger *ledger = ledger_at(here->ledger);
 	u64 last;
 
+	if (known(vcpu_scheduled_out) == ABSENT)
+		here->scheduled_out = 0;
 	if (here->vcpu & UNMETERED)
 		return 0;
 	last = ledger->last;
 	now = begin_transition(ledger, now, last);
 	if (known(details))
-		resume_detailed(here->index, vcpu, ledger->phase, now - last);
+		resume_detailed(here->index, ledger->phase, now - last);
 	book(ledger, ledger->phase, now - last);
 	ledger->phase = KERNEL;
 	end_transition(ledger, now);
@@ -931,18 +956,16 @@ static __always_inline void forget_tables(u32 index)
 static long forget_vcpu(u32 cpu, u64 *vcpu)
 {
 	struct here *here = here_of(cpu);
+	u64 had = here->vcpu;
 
-	if ((here->vcpu & ~FLAGS) == *vcpu)
-		here->vcpu = 0;
+	/* That CPU may find another vCPU at this moment. */
+	if ((had & ~FLAGS) == *vcpu)
+		__sync_val_compare_and_swap(&here->vcpu, had, 0);
 	return 0;
 }
 
-/*
- * KVM destroys a vCPU, and will not load it again.
- *
- * Not at kvm_arch_vcpu_destroy(), which calls this last of all: in between VMX loads the vCPU (nested_vmx_free_vcpu()).
- */
-AT_FUNCTION(kvm_mmu_destroy, on_destroy)
+/* Add a vCPU that is gone to the totals; @is_new: another one has its address now. */
+static __always_inline int let_go(u64 vcpu, int is_new)
 {
 	u32 *had = bpf_map_lookup_elem(&vcpus, &vcpu);
 	u32 zero = 0;
@@ -970,7 +993,7 @@ AT_FUNCTION(kvm_mmu_destroy, on_destroy)
 	folding.totals = totals;
 	__sync_fetch_and_add(&totals->begun, 1);
 	bpf_loop(SLOTS, fold_row, &folding, 0);
-	__sync_fetch_and_add(&totals->polled, polled_by(vcpu) - owner->polled_before);
+	__sync_fetch_and_add(&totals->polled, is_new ? owner->polled : polled_by(vcpu) - owner->polled_before);
 	*(volatile u64 *)&owner->generation = owner->generation + 1;
 	__sync_fetch_and_add(&totals->done, 1);
 	kvm = owner->kvm;
@@ -984,6 +1007,25 @@ AT_FUNCTION(kvm_mmu_destroy, on_destroy)
 	owner->pending = 0;
 	bpf_map_push_elem(&unused, &index, BPF_ANY);
 	return 0;
+}
+
+/*
+ * KVM destroys a vCPU, and will not load it again.
+ *
+ * Not at kvm_arch_vcpu_destroy(), which calls this last of all: in between VMX loads the vCPU (nested_vmx_free_vcpu()).
+ */
+AT_FUNCTION(kvm_mmu_destroy, on_destroy)
+{
+	return let_go(vcpu, 0);
+}
+
+/*
+ * KVM makes a vCPU. If one had this address that is still metered, the kernel has skipped on_destroy(), as it does when the same
+ * program was preempted on this CPU.
+ */
+AT_FUNCTION(kvm_mmu_create, on_create)
+{
+	return let_go(vcpu, 1);
 }
 
 char gpl[] SEC("license") = "GPL";

@@ -80,13 +80,14 @@ struct owner {
 	u64 exits;
 	u64 key;
 	u64 rip;
-	/* Its `which`, and OWNER_PENDING, until it has its rows. */
+	/* Its `which`, and OWNER_PENDING, until it has its rows; and the kernel's ticks that these are to get. */
 	u32 pending;
 	u32 unused_;
+	u64 kernel;
 };
 #define OWNER_PENDING (1u << 31)
 
-_Static_assert(sizeof(struct owner) == 152, "as in maps.rs");
+_Static_assert(sizeof(struct owner) == 160, "as in maps.rs");
 
 /* The vCPUs that are gone. */
 struct totals {

@@ -163,14 +163,18 @@ static __always_inline u64 cpuid_detail(u64 vcpu)
 	return (known(is_svm) ? low << 1 : low) | (u64)subleaf << 33;
 }
 
+/* As exitmeter_hyperv_call() of shim.c, but for compatibility mode: whether the code segment is of 64 bits is not in memory. */
 static __always_inline u64 hypercall_detail(u64 vcpu)
 {
 	u64 kvm;
+	int is_64_bit;
 
-	if (known(kvm_guest_os) != ABSENT) {
+	if (known(kvm_guest_os) != ABSENT && known(vcpu_hyperv) != ABSENT && read_kernel(u8, vcpu + known(vcpu_hyperv))) {
 		kvm = read_kernel(u64, vcpu + known(vcpu_kvm));
+		/* EFER.LMA */
+		is_64_bit = read_kernel(u64, vcpu + known(vcpu_efer)) >> 10 & 1;
 		if (read_kernel(u64, kvm + known(kvm_guest_os)))
-			return (read_register(vcpu, RCX) & 0xffff) | 1ULL << 32;
+			return (read_register(vcpu, is_64_bit ? RCX : RAX) & 0xffff) | 1ULL << 32;
 	}
 	return read_register(vcpu, RAX) & 0xffffffff;
 }
@@ -218,8 +222,8 @@ static __always_inline u64 vmx_key_of_registers(u64 vcpu, u32 slot)
 }
 
 /*
- * Return the key of an exit of VMX whose detail is in the VMCS, or 0. A program cannot read that. But KVM has, if it wanted to
- * know, and notes so.
+ * Return the key of an exit of VMX whose detail is in the VMCS, or 0. A program cannot read the VMCS. If KVM read the field, it
+ * keeps the value and sets a bit.
  */
 static __always_inline u64 vmx_key_of_vmcs(u64 vcpu, u32 slot)
 {
@@ -257,7 +261,7 @@ static __always_inline u64 vmx_key_of_vmcs(u64 vcpu, u32 slot)
 	default:
 		return 0;
 	}
-	if (!(read_kernel(u64, vcpu + known(vcpu_available)) >> (bit & 63) & 1))
+	if (bit > 63 || !(read_kernel(u64, vcpu + known(vcpu_available)) >> (bit & 63) & 1))
 		return 0;
 	return key_of(slot, read_kernel(u64, vcpu + at) & mask);
 }
@@ -379,7 +383,10 @@ static __noinline u32 code_of(struct tables *tables, u64 rip, u32 which)
 	return chosen;
 }
 
-/* Give the latest exit its rows, unless it has them: now is known what it was about. */
+/*
+ * Give the latest exit its rows, unless it has them. It has ended, so KVM has read its detail by now. A vCPU that is preempted may
+ * not have come so far.
+ */
 static __always_inline void settle(struct tables *tables, struct owner *owner, u64 vcpu)
 {
 	u32 which = owner->pending, detail = 0, code = 0;
@@ -405,11 +412,18 @@ static __always_inline void settle(struct tables *tables, struct owner *owner, u
 	tables->code = code * sizeof(struct code_row);
 	detail_at(tables, detail)->exits++;
 	code_at(tables, code)->exits++;
+	detail_at(tables, detail)->kernel += owner->kernel;
+	code_at(tables, code)->kernel += owner->kernel;
 	owner->pending = 0;
 }
 
-static __always_inline void book_kernel(struct tables *tables, u64 ticks)
+/* Book the kernel's ticks on the rows of the latest exit, or keep them until it has some. */
+static __always_inline void book_kernel(struct tables *tables, struct owner *owner, u64 ticks)
 {
+	if (owner->pending) {
+		owner->kernel += ticks;
+		return;
+	}
 	detail_at(tables, tables->detail / sizeof(struct detail_row))->kernel += ticks;
 	code_at(tables, tables->code / sizeof(struct code_row))->kernel += ticks;
 }

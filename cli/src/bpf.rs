@@ -66,6 +66,9 @@ pub enum Error {
         /// What the kernel says.
         error: String,
     },
+    /// The kernel does not give a map its size.
+    #[error("this kernel gives BPF no array of that size: Linux 6.0 or later does; before that --max-vcpus 65 is the most")]
+    TooLarge,
     /// It is attached already.
     #[error("BPF meters already: exitmeter bpf status, or exitmeter bpf stop")]
     Started,
@@ -171,8 +174,8 @@ pub struct Args {
 enum Verb {
     /// Attaches the programs, and keeps them by pins in /sys/fs/bpf/exitmeter.
     Start {
-        /// How many vCPUs are metered at a time; 32 KiB each, taken at once.
-        #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=16384))]
+        /// How many vCPUs are metered at a time, at least: 32 KiB each, rounded up to a power of two of bytes, taken at once.
+        #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=8192))]
         max_vcpus: u32,
         /// Keeps tables of what exits were about and of the slowest ones; 46 KiB more for each vCPU.
         #[arg(long)]
@@ -232,7 +235,8 @@ fn status(maps: &Maps) -> String {
     );
     if unmetered != 0 {
         text += &format!(
-            "{unmetered} vCPUs run or ran unmetered, with {lost} exits: give more room by --max-vcpus\n"
+            "{unmetered} vCPUs run or ran unmetered, with {lost} exits: for want of room (--max-vcpus), or as those of \
+             a trust domain\n"
         );
     }
     text

@@ -88,7 +88,11 @@ impl Choice {
         #[cfg(feature = "bpf")]
         if input == Path::new(DEVICE) {
             let no_device = || matches!(fs::exists(DEVICE), Ok(false));
-            if self == Choice::Bpf || self == Choice::Auto && no_device() {
+            if self == Choice::Bpf {
+                bpf::open()?;
+                return Ok(bpf::PINS.into());
+            }
+            if self == Choice::Auto && no_device() {
                 bpf::open().map_err(no_bpf)?;
                 return Ok(bpf::PINS.into());
             }
@@ -112,7 +116,10 @@ impl Choice {
                 Choice::Module => false,
             };
             if by_bpf {
-                bpf::open_with_details().map_err(no_bpf)?;
+                bpf::open_with_details().map_err(|error| match self {
+                    Choice::Auto => no_bpf(error),
+                    _ => Error::Bpf(error),
+                })?;
                 return Ok(Some(bpf::PINS.into()));
             }
         }
@@ -140,7 +147,8 @@ pub fn meter(path: &Path) -> PathBuf {
     #[cfg(feature = "bpf")]
     if path == Path::new(DEVICE) && matches!(fs::exists(DEVICE), Ok(false)) {
         let pins = PathBuf::from(bpf::PINS);
-        if matches!(fs::exists(&pins), Ok(true)) {
+        // What may not be looked at is there.
+        if !matches!(fs::exists(&pins), Ok(false)) {
             return pins;
         }
     }
@@ -177,7 +185,7 @@ fn no_bpf(bpf: bpf::Error) -> Error {
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     #[cfg(feature = "bpf")]
     if path == Path::new(bpf::PINS) {
-        return bpf::read().map_err(no_bpf);
+        return Ok(bpf::read()?);
     }
     fs::read(path).map_err(|found| error(path, found))
 }

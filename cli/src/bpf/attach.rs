@@ -26,7 +26,8 @@ use super::{
 pub const VCPUS: u32 = 512;
 
 /// Functions of KVM's that are hooked, each by a program at its begin. Not each kernel has to be hooked at all of them.
-pub const FUNCTIONS: [&str; 4] = [DESTROY, SCHED_OUT, PUT, LOAD];
+pub const FUNCTIONS: [&str; 5] = [DESTROY, CREATE, SCHED_OUT, PUT, LOAD];
+const CREATE: &str = "kvm_mmu_create";
 const DESTROY: &str = "kvm_mmu_destroy";
 const SCHED_OUT: &str = "kvm_sched_out";
 const PUT: &str = "kvm_arch_vcpu_put";
@@ -90,26 +91,28 @@ impl Attached {
         meter.set(0, begun, 0).map_err(refused("meter"))?;
 
         let hooks = Hooks::new(&object, &layout);
-        // Who takes a vCPU in has to see it go. So that one is the first to come, and the last to leave.
-        let mut links =
-            vec![hooks.function(DESTROY, "on_destroy_by_fentry", "on_destroy_by_kprobe")?];
+        // Who takes a vCPU in has to see it go. So those come first, and leave last.
+        let mut programs = vec![
+            hooks.function(DESTROY, "on_destroy_by_fentry", "on_destroy_by_kprobe")?,
+            hooks.function(CREATE, "on_create_by_fentry", "on_create_by_kprobe")?,
+        ];
         if layout.hooks_sched_out {
-            links.push(hooks.function(
+            programs.push(hooks.function(
                 SCHED_OUT,
                 "on_sched_out_by_fentry",
                 "on_sched_out_by_kprobe",
             )?);
         }
         if layout.tells_nested_entry {
-            links.push(hooks.tracepoint("kvm_nested_vmenter", "on_nested_entry")?);
+            programs.push(hooks.tracepoint("kvm_nested_vmenter", "on_nested_entry")?);
         }
-        links.push(hooks.function(PUT, "on_put_by_fentry", "on_put_by_kprobe")?);
-        links.push(hooks.function(LOAD, "on_load_by_fentry", "on_load_by_kprobe")?);
+        programs.push(hooks.function(PUT, "on_put_by_fentry", "on_put_by_kprobe")?);
+        programs.push(hooks.function(LOAD, "on_load_by_fentry", "on_load_by_kprobe")?);
         let entry = match details {
             true => "on_entry_detailed",
             false => "on_entry",
         };
-        links.push(hooks.tracepoint("kvm_entry", entry)?);
+        programs.push(hooks.tracepoint("kvm_entry", entry)?);
         let exit = match (layout.isa, details, layout.cast) {
             (Isa::Vmx, true, _) => "on_vmx_exit_detailed",
             (Isa::Vmx, false, 0) => "on_vmx_exit_by_probe",
@@ -118,7 +121,10 @@ impl Attached {
             (Isa::Svm, false, 0) => "on_svm_exit_by_probe",
             (Isa::Svm, false, _) => "on_svm_exit",
         };
-        links.push(hooks.tracepoint("kvm_exit", exit)?);
+        programs.push(hooks.tracepoint("kvm_exit", exit)?);
+        // All are loaded, which takes long. Now one follows the other, so that no entry goes long without its exit.
+        let links = programs.into_iter().map(Ready::attach);
+        let links = links.collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             maps: Maps::new(|name| object.take(name))?,
             links,
@@ -168,50 +174,114 @@ impl<'a> Hooks<'a> {
         }
     }
 
-    /// Attach a program to a tracepoint of KVM's.
-    fn tracepoint(&self, tracepoint: &str, name: &'static str) -> Result<Link, Error> {
+    /// Load a program for a tracepoint of KVM's.
+    fn tracepoint(&self, tracepoint: &'static str, name: &'static str) -> Result<Ready<'a>, Error> {
         let program = self.object.load(name, None)?;
-        let tracepoint = CString::new(tracepoint).map_err(refused(name))?;
-        let file = sys::attach(Some(&tracepoint), program.as_fd()).map_err(refused(name))?;
-        Ok(Link { name, file })
-    }
-
-    /// Attach a program to where a function of KVM's begins: by fentry if that is to be had, as it costs a third of a kprobe.
-    fn function(
-        &self,
-        function: &str,
-        by_fentry: &'static str,
-        by_kprobe: &'static str,
-    ) -> Result<Link, Error> {
-        if let Some(link) = self.fentry(function, by_fentry)? {
-            return Ok(link);
-        }
-        let program = self.object.load(by_kprobe, None)?;
-        let function = CString::new(function).map_err(refused(by_kprobe))?;
-        let kprobe = sys::kprobe(&function).map_err(refused_kprobe(by_kprobe))?;
-        let file = sys::link(kprobe.as_fd(), program.as_fd()).map_err(refused_kprobe(by_kprobe))?;
-        Ok(Link {
-            name: by_kprobe,
-            file,
+        Ok(Ready {
+            name,
+            program,
+            at: At::Tracepoint(tracepoint),
         })
     }
 
-    /// Attach a program by fentry; `None` where this process or this function cannot have that.
-    fn fentry(&self, function: &str, name: &'static str) -> Result<Option<Link>, Error> {
+    /// Load a program for the begin of a function of KVM's: for fentry if that is to be had, as it costs a third of a kprobe.
+    fn function(
+        &self,
+        function: &'static str,
+        by_fentry: &'static str,
+        by_kprobe: &'static str,
+    ) -> Result<Ready<'a>, Error> {
+        if let Some(program) = self.fentry(function, by_fentry) {
+            let otherwise = Otherwise {
+                object: self.object,
+                name: by_kprobe,
+                function,
+            };
+            return Ok(Ready {
+                name: by_fentry,
+                program,
+                at: At::Fentry(otherwise),
+            });
+        }
+        kprobe(self.object, function, by_kprobe)
+    }
+
+    /// Load a program for fentry; `None` where this process or this function cannot have that.
+    fn fentry(&self, function: &str, name: &'static str) -> Option<OwnedFd> {
+        if self.layout.kvm_is_module && self.types.is_none() {
+            return None;
+        }
         let mut ids = self.layout.functions.iter();
-        let id = ids.find(|(name, _)| *name == function);
-        let Some((_, id)) = id.filter(|_| self.types.is_some() || !self.layout.kvm_is_module)
-        else {
-            return Ok(None);
-        };
+        let (_, id) = ids.find(|(name, _)| *name == function)?;
         let target = sys::Target {
             types: self.types.as_ref().map(|types| types.as_fd()),
             id: *id,
         };
-        let program = self.object.load(name, Some(&target))?;
-        // Another user of the function may exclude it, as some live patches do.
-        let file = sys::attach(None, program.as_fd()).ok();
-        Ok(file.map(|file| Link { name, file }))
+        self.object.load(name, Some(&target)).ok()
+    }
+}
+
+/// Load a program for a kprobe.
+fn kprobe<'a>(
+    object: &'a Object,
+    function: &'static str,
+    name: &'static str,
+) -> Result<Ready<'a>, Error> {
+    Ok(Ready {
+        name,
+        program: object.load(name, None)?,
+        at: At::Kprobe(function),
+    })
+}
+
+/// A program that is loaded.
+struct Ready<'a> {
+    name: &'static str,
+    program: OwnedFd,
+    at: At<'a>,
+}
+
+/// Where it is to be attached.
+enum At<'a> {
+    Tracepoint(&'static str),
+    Kprobe(&'static str),
+    Fentry(Otherwise<'a>),
+}
+
+/// The kprobe that stands in for fentry.
+struct Otherwise<'a> {
+    object: &'a Object,
+    name: &'static str,
+    function: &'static str,
+}
+
+impl Ready<'_> {
+    fn attach(self) -> Result<Link, Error> {
+        let Self { name, program, at } = self;
+        let file = match at {
+            At::Tracepoint(tracepoint) => {
+                let tracepoint = CString::new(tracepoint).map_err(refused(name))?;
+                sys::attach(Some(&tracepoint), program.as_fd()).map_err(refused(name))?
+            }
+            At::Kprobe(function) => {
+                let function = CString::new(function).map_err(refused(name))?;
+                let kprobe = sys::kprobe(&function).map_err(refused_kprobe(name))?;
+                sys::link(kprobe.as_fd(), program.as_fd()).map_err(refused_kprobe(name))?
+            }
+            At::Fentry(otherwise) => match sys::attach(None, program.as_fd()) {
+                Ok(file) => file,
+                // Another user of the function may exclude it, as some live patches do.
+                Err(_) => {
+                    let Otherwise {
+                        object,
+                        name,
+                        function,
+                    } = otherwise;
+                    return kprobe(object, function, name)?.attach();
+                }
+            },
+        };
+        Ok(Link { name, file })
     }
 }
 
@@ -232,19 +302,20 @@ fn refused_kprobe(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 pub fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| {
         let mut causes = Vec::new();
-        let mut denied = false;
+        let (mut denied, mut invalid) = (false, false);
         let mut next: Option<&dyn std::error::Error> = Some(&error);
         while let Some(cause) = next {
             if let Some(found) = cause.downcast_ref::<io::Error>() {
                 denied |= found.kind() == ErrorKind::PermissionDenied;
+                invalid |= found.kind() == ErrorKind::InvalidInput;
             }
             causes.push(cause.to_string());
             next = cause.source();
         }
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
         match denied {
-            // Where the helper that reads the kernel is not even there.
-            _ if lockdown.contains("[confidentiality]") => Error::LockedDown,
+            // Where the helper that reads the kernel is not even there, the call says EINVAL.
+            _ if lockdown.contains("[confidentiality]") && (denied || invalid) => Error::LockedDown,
             true => Error::NoRight,
             false => Error::Refused {
                 program: what.to_owned(),

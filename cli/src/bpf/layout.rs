@@ -20,7 +20,26 @@ const NOTHING: [u8; 24] = {
 };
 
 /// In place of an offset: there is no such field.
-pub const ABSENT: u32 = u32::MAX;
+const ABSENT: u32 = u32::MAX;
+
+/// What the programs are told of VMX alone.
+const OF_VMX: [&str; 6] = [
+    "vmx_exit_reason",
+    "vmx_qualification",
+    "qualification_bit",
+    "vmx_interruption",
+    "interruption_bit",
+    "vcpu_available",
+];
+
+/// What they are told of SVM alone.
+const OF_SVM: [&str; 5] = [
+    "svm_vmcb",
+    "svm_vmcb01",
+    "vmcb_exit_code",
+    "vmcb_exit_info_1",
+    "vmcb_rip",
+];
 
 /// A struct of the kernel's that begins with 64 bits of a number: as such a program reads any number.
 const NUMBER: &str = "timespec64";
@@ -150,6 +169,8 @@ impl Layout {
             ("kvm_stats_id", offset("kvm", "stats_id")?),
             ("kvm_vm_type", optional("kvm", "arch.vm_type")),
             ("vcpu_registers", offset("kvm_vcpu", "arch.regs")?),
+            ("vcpu_hyperv", optional("kvm_vcpu", "arch.hyperv_enabled")),
+            ("vcpu_efer", offset("kvm_vcpu", "arch.efer")?),
             ("vcpu_run", offset("kvm_vcpu", "run")?),
             ("vcpu_wants_to_run", optional("kvm_vcpu", "wants_to_run")),
             (
@@ -190,6 +211,11 @@ impl Layout {
                 ("vmcb_rip", offset("vmcb", "save.rip")?),
             ]),
         }
+        let others: &[&str] = match isa {
+            Isa::Vmx => &OF_SVM,
+            Isa::Svm => &OF_VMX,
+        };
+        known.extend(others.iter().map(|name| (*name, ABSENT)));
         let kvm_is_module = kvm_bytes.len() > NOTHING.len();
         let functions = super::attach::FUNCTIONS.iter().filter_map(|function| {
             let id = match kvm_is_module {

@@ -37,7 +37,7 @@ use super::Error;
 /// The maps that a reader takes, by their names.
 pub const NAMES: [&str; 5] = ["ledgers", "owners", "gone", "meter", "tables"];
 
-/// Another number when a reader of before would misread the maps: `layout` of struct meter.
+/// The version of the maps, `layout` of struct meter. It changes when older readers would misread them.
 const LAYOUT: u64 = 0x4558_4954_0003;
 
 /// How often a vCPU's ledger is tried to be copied. Each try is a microsecond, and the programs leave as much between two
@@ -82,7 +82,7 @@ impl Meter {
 
 /// Words of struct owner of cli/bpf/ledger.h, and where its parts are.
 mod owner {
-    pub(super) const WORDS: usize = 19;
+    pub(super) const WORDS: usize = 20;
     pub(super) const GENERATION: usize = 0;
     pub(super) const VM: usize = 3;
     /// The process in the low half, the vCPU's id in the high one.

@@ -4,10 +4,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io::ErrorKind,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
 };
 
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, Map, MapData, MapError};
 use aya_obj::{
     btf::BtfFeatures,
     generated::{
@@ -19,11 +20,7 @@ use aya_obj::{
 };
 use exitmeter_meter::{histogram, ledger::Ledger};
 
-use super::{
-    attach::refused,
-    layout::{Layout, ABSENT},
-    sys, Error,
-};
+use super::{attach::refused, layout::Layout, sys, Error};
 
 /// The programs, compiled by cli/build.rs.
 static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ledger.bpf.o"));
@@ -133,7 +130,7 @@ impl Object {
             if let aya_obj::Map::Btf(map) = &mut map {
                 (map.def.btf_key_type_id, map.def.btf_value_type_id) = (0, 0);
             }
-            let data = MapData::create(map.clone(), &name, None).map_err(refused("map"))?;
+            let data = MapData::create(map.clone(), &name, None).map_err(no_map)?;
             made.push((name.clone(), data.fd().as_fd().as_raw_fd(), map));
             maps.insert(name, wrapped(data, kind));
         }
@@ -152,7 +149,7 @@ impl Object {
             .iter()
             .filter(|(name, ..)| DIRECT.contains(&name.as_str()));
         let direct: Vec<i32> = direct.map(|(_, file, _)| *file).collect();
-        let known = values(layout);
+        let known = values(layout)?;
         for function in parsed.functions.values_mut() {
             tell(&mut function.instructions, &known, layout.cast, &direct)?;
         }
@@ -227,6 +224,19 @@ impl Object {
     }
 }
 
+/// Return why there is no map.
+fn no_map(error: MapError) -> Error {
+    match &error {
+        // Before Linux 6.0 no value was larger than what kmalloc() gives, which is 4 MiB.
+        MapError::CreateError { io_error, .. }
+            if io_error.kind() == ErrorKind::ArgumentListTooLong =>
+        {
+            Error::TooLarge
+        }
+        _ => refused("map")(error),
+    }
+}
+
 /// Return a map as one of its kind.
 fn wrapped(map: MapData, kind: u32) -> Map {
     match kind {
@@ -236,11 +246,13 @@ fn wrapped(map: MapData, kind: u32) -> Map {
     }
 }
 
-/// Return the values of known.h, in its order. One that the other ISA has alone is absent.
-fn values(layout: &Layout) -> Vec<u32> {
+/// Return the values of known.h, in its order.
+fn values(layout: &Layout) -> Result<Vec<u32>, Error> {
     let value = |name| {
         let found = layout.known.iter().find(|(known, _)| *known == name);
-        found.map_or(ABSENT, |(_, value)| *value)
+        found
+            .map(|(_, value)| *value)
+            .ok_or_else(|| Error::Unknown(format!("value of {name}")))
     };
     names().map(value).collect()
 }
@@ -269,9 +281,7 @@ fn tell(
             if is_map && direct.contains(&instruction.imm) {
                 instruction.set_src_reg(BPF_PSEUDO_MAP_VALUE as u8);
             }
-        } else if (instruction.imm - KNOWN_FIRST).unsigned_abs() < CAST.abs_diff(KNOWN_FIRST)
-            && instruction.imm >= KNOWN_FIRST
-        {
+        } else if (KNOWN_FIRST..CAST).contains(&instruction.imm) {
             let place = (instruction.imm - KNOWN_FIRST) as usize;
             let value = known
                 .get(place)
@@ -306,5 +316,54 @@ fn refused_program(name: &'static str) -> impl FnOnce(sys::Refusal) -> Error {
             },
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As bucket_of() of cli/bpf/ledger.bpf.c.
+    fn bucket(table: &[u8], ticks: u64) -> usize {
+        let steps = [(16, 5), (25, 14), (34, 23), (43, 32)];
+        let step = steps.iter().position(|(end, _)| ticks >> end == 0);
+        match step {
+            Some(step) => table[step * STEP + (ticks >> steps[step].1) as usize].into(),
+            None => histogram::BUCKETS - 1,
+        }
+    }
+
+    #[test]
+    fn the_table_has_the_bucket_of_each_time() {
+        let table = table();
+        for ticks in 0..1 << 17 {
+            assert_eq!(bucket(&table, ticks), histogram::bucket(ticks), "{ticks}");
+        }
+        for power in 16..64 {
+            for part in 4_u64..8 {
+                let begin = part << (power - 2);
+                for ticks in [begin - 1, begin, begin + 1] {
+                    assert_eq!(bucket(&table, ticks), histogram::bucket(ticks), "{ticks}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_object_has_instructions_for_each_known_value_and_no_other() {
+        let parsed = Parsed::parse(PROGRAMS).expect("an object");
+        let names: Vec<&str> = names().collect();
+        let mut used = HashSet::new();
+        for function in parsed.functions.values() {
+            for instruction in &function.instructions {
+                let is_known = instruction.code != LOAD_64 && instruction.imm >= KNOWN_FIRST;
+                if is_known && instruction.imm < CAST {
+                    used.insert((instruction.imm - KNOWN_FIRST) as usize);
+                }
+            }
+        }
+        let unused: Vec<_> = (0..names.len()).filter(|at| !used.contains(at)).collect();
+        assert!(unused.is_empty(), "{unused:?} of {names:?}");
+        assert!(used.iter().all(|at| *at < names.len()), "{used:?}");
     }
 }

@@ -59,7 +59,14 @@ pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(unreadable(pins)(error)),
     }
-    let map = |name| MapData::from_pin(pins.join(name)).map_err(|_| Error::NoRight);
+    let map = |name| {
+        let path = pins.join(name);
+        // Those of another version may lack one.
+        match fs::metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(Error::OtherVersion),
+            _ => MapData::from_pin(path).map_err(|_| Error::NoRight),
+        }
+    };
     Maps::new(map).map(Some)
 }
 

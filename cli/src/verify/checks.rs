@@ -469,7 +469,7 @@ const TOUCHED: [Touched; 5] = [
 /// Hold what the module tells of exits against what the guests touched, if it may tell.
 fn details(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> anyhow::Result<()> {
     if host.by_bpf {
-        let text = "BPF keeps no details".to_owned();
+        let text = "the details that BPF keeps are not compared here".to_owned();
         return tell(Check::new("details", Verdict::NotMade, text));
     }
     let device = match device::Device::open_by(source::Choice::Module, source::DEVICE.as_ref()) {

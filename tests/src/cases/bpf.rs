@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs, hint, io,
     os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, Command, Output, Stdio},
@@ -192,14 +192,19 @@ fn mount() -> Result<()> {
 fn programs() -> Result<usize> {
     let kprobes = fs::read_to_string("/sys/kernel/debug/kprobes/list")
         .context("the kernel's list of kprobes cannot be read")?;
+    let by_kprobe = kprobes.lines().filter(|line| line.contains("kvm_"));
+    Ok(by_kprobe.count() + by_fentry()?)
+}
+
+/// How many are by fentry.
+fn by_fentry() -> Result<usize> {
     let hooked = fs::read_to_string("/sys/kernel/debug/tracing/enabled_functions")
         .context("the kernel's list of hooked functions cannot be read")?;
-    let by_kprobe = kprobes.lines().filter(|line| line.contains("kvm_"));
     // D: a direct call, which only BPF's trampolines have.
-    let by_fentry = hooked
+    let functions = hooked
         .lines()
         .filter(|line| line.starts_with("kvm_") && line.split_whitespace().any(|flag| flag == "D"));
-    Ok(by_kprobe.count() + by_fentry.count())
+    Ok(functions.count())
 }
 
 /// Demand that no program is attached, and that no pin is left.
@@ -218,6 +223,11 @@ fn nothing_is_left() -> Result<()> {
 
 fn exact() -> Result<()> {
     let attached = Attached::with(&[])?;
+    let functions = by_fentry()?;
+    ensure!(
+        functions >= 4,
+        "root has {functions} functions by fentry, the others by kprobes"
+    );
     for mode in [Mode::Real, Mode::Long, Mode::User] {
         for program in <Program as clap::ValueEnum>::value_variants() {
             if matches!(program, Program::Query | Program::Spin) || !program.runs_in(mode) {
@@ -329,6 +339,18 @@ fn same_rows() -> Result<()> {
         same_rows_of(Config::new(program, mode, 200), is_svm)
             .with_context(|| format!("{program:?} in {mode:?}"))?;
     }
+    // A vCPU that is preempted before KVM has read what its exit was about.
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Relaxed) {
+                hint::spin_loop();
+            }
+        });
+        let same = same_rows_of(Config::new(Program::OutUser, Mode::Long, 5000), is_svm);
+        done.store(true, Relaxed);
+        same.context("preempted")
+    })?;
     // More leaves than there are rows. On VMX BPF has more room for them, as addresses take none.
     let leaves = super::details::many_leaves();
     same_rows_of(Config::query(Mode::Long, leaves), is_svm).context("leaves")?;
@@ -560,6 +582,8 @@ fn lifetime() -> Result<()> {
     mount()?;
     refused(&tool(&["bpf", "status"])?, "exitmeter bpf start")?;
     refused(&tool(&["bpf", "stop"])?, "no BPF meter is attached")?;
+    // The most that the verifier takes.
+    Attached::with(&["--max-vcpus", "8192"])?.stop()?;
     refused(&tool(&["bpf", "snapshot"])?, "no BPF meter is attached")?;
     refused(
         &tool(&["report", "--source", "module"])?,
@@ -660,8 +684,9 @@ pub fn attach_again(times: u64) -> Result<()> {
             }
             Ok(machines)
         });
-        let attaching = (0..times).try_for_each(|_| {
-            let attached = Attached::with(&[])?;
+        let attaching = (0..times).try_for_each(|time| {
+            let details = ["--details"];
+            let attached = Attached::with(if time % 2 == 0 { &[] } else { &details })?;
             // Each vCPU that lives balances, and has a sample for each exit: see `Meter`.
             attached.read()?;
             attached.stop()

@@ -3,7 +3,7 @@
 //! Loads the programs and attaches them.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     fs,
     io::{self, ErrorKind},
     os::fd::{AsFd as _, OwnedFd},
@@ -19,7 +19,8 @@ use super::{
     layout::Layout,
     maps::{self, Maps},
     object::{Object, Sizes},
-    sys, Error,
+    sys::{self, Purpose},
+    Error,
 };
 
 /// How many vCPUs are metered at a time, when nothing else is said: 16 MiB.
@@ -176,7 +177,7 @@ impl<'a> Hooks<'a> {
 
     /// Load a program for a tracepoint of KVM's.
     fn tracepoint(&self, tracepoint: &'static str, name: &'static str) -> Result<Ready<'a>, Error> {
-        let program = self.object.load(name, None)?;
+        let program = self.object.load(name, &Purpose::Plain)?;
         Ok(Ready {
             name,
             program,
@@ -217,7 +218,7 @@ impl<'a> Hooks<'a> {
             types: self.types.as_ref().map(|types| types.as_fd()),
             id: *id,
         };
-        self.object.load(name, Some(&target)).ok()
+        self.object.load(name, &Purpose::Fentry(&target)).ok()
     }
 }
 
@@ -229,9 +230,15 @@ fn kprobe<'a>(
 ) -> Result<Ready<'a>, Error> {
     Ok(Ready {
         name,
-        program: object.load(name, None)?,
-        at: At::Kprobe(function),
+        program: object.load(name, &Purpose::Plain)?,
+        at: At::Kprobe(object, function),
     })
+}
+
+/// Attach a program by a kprobe that is no event of perf's; `None` where that is not to be had.
+fn kprobe_multi(object: &Object, function: &CStr, name: &'static str) -> Option<OwnedFd> {
+    let program = object.load(name, &Purpose::KprobeMulti).ok()?;
+    sys::kprobe_multi(function, program.as_fd()).ok()
 }
 
 /// A program that is loaded.
@@ -244,7 +251,7 @@ struct Ready<'a> {
 /// Where it is to be attached.
 enum At<'a> {
     Tracepoint(&'static str),
-    Kprobe(&'static str),
+    Kprobe(&'a Object, &'static str),
     Fentry(Otherwise<'a>),
 }
 
@@ -263,10 +270,17 @@ impl Ready<'_> {
                 let tracepoint = CString::new(tracepoint).map_err(refused(name))?;
                 sys::attach(Some(&tracepoint), program.as_fd()).map_err(refused(name))?
             }
-            At::Kprobe(function) => {
+            At::Kprobe(object, function) => {
                 let function = CString::new(function).map_err(refused(name))?;
-                let kprobe = sys::kprobe(&function).map_err(refused_kprobe(name))?;
-                sys::link(kprobe.as_fd(), program.as_fd()).map_err(refused_kprobe(name))?
+                let linked = sys::kprobe(&function)
+                    .and_then(|kprobe| sys::link(kprobe.as_fd(), program.as_fd()));
+                match linked {
+                    Ok(file) => file,
+                    // What says no may be kernel.perf_event_paranoid, which this is not asked for.
+                    Err(error) => kprobe_multi(object, &function, name)
+                        .ok_or(error)
+                        .map_err(refused_kprobe(name))?,
+                }
             }
             At::Fentry(otherwise) => match sys::attach(None, program.as_fd()) {
                 Ok(file) => file,

@@ -197,11 +197,7 @@ impl Object {
     /// # Errors
     ///
     /// [`Error::Unknown`], and why the kernel does not take it.
-    pub fn load(
-        &self,
-        name: &'static str,
-        target: Option<&sys::Target<'_>>,
-    ) -> Result<OwnedFd, Error> {
+    pub fn load(&self, name: &'static str, purpose: &sys::Purpose<'_>) -> Result<OwnedFd, Error> {
         use aya_obj::generated::bpf_prog_type::{
             BPF_PROG_TYPE_KPROBE, BPF_PROG_TYPE_RAW_TRACEPOINT, BPF_PROG_TYPE_TRACING,
         };
@@ -220,7 +216,7 @@ impl Object {
             _ => return Err(missing()),
         };
         let types = self.types.as_fd();
-        sys::load(kind, function, &program.license, types, target).map_err(refused_program(name))
+        sys::load(kind, function, &program.license, types, purpose).map_err(refused_program(name))
     }
 }
 

@@ -108,7 +108,18 @@ pub fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
     unsafe { make(bpf_cmd::BPF_BTF_LOAD, &mut attributes) }
 }
 
-/// Load a program; `types` are those of its object. One with a `target` is for the begin of that function (fentry).
+/// What a program is for, beyond its kind.
+#[derive(Debug)]
+pub enum Purpose<'a> {
+    /// Its kind says all.
+    Plain,
+    /// The begin of a function: fentry.
+    Fentry(&'a Target<'a>),
+    /// Kprobes without an event of perf's.
+    KprobeMulti,
+}
+
+/// Load a program; `types` are those of its object.
 ///
 /// # Errors
 ///
@@ -118,7 +129,7 @@ pub fn load(
     function: &Function,
     license: &CStr,
     types: BorrowedFd<'_>,
-    target: Option<&Target<'_>>,
+    purpose: &Purpose<'_>,
 ) -> Result<OwnedFd, Refusal> {
     let mut attributes = attributes();
     let functions = function.func_info.func_info_bytes();
@@ -140,10 +151,16 @@ pub fn load(
     this.line_info = lines.as_ptr() as u64;
     this.line_info_cnt = function.line_info.len() as u32;
     this.line_info_rec_size = function.line_info_rec_size as u32;
-    if let Some(target) = target {
-        this.expected_attach_type = bpf_attach_type::BPF_TRACE_FENTRY as u32;
-        this.attach_btf_id = target.id;
-        this.__bindgen_anon_1.attach_btf_obj_fd = target.types.map_or(0, number);
+    match purpose {
+        Purpose::Plain => {}
+        Purpose::Fentry(target) => {
+            this.expected_attach_type = bpf_attach_type::BPF_TRACE_FENTRY as u32;
+            this.attach_btf_id = target.id;
+            this.__bindgen_anon_1.attach_btf_obj_fd = target.types.map_or(0, number);
+        }
+        Purpose::KprobeMulti => {
+            this.expected_attach_type = bpf_attach_type::BPF_TRACE_KPROBE_MULTI as u32;
+        }
     }
     // SAFETY: The instructions, the license and the records live until the call returns.
     let error = match unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
@@ -223,6 +240,25 @@ pub fn link(kprobe: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<Owned
     attributes.link_create.__bindgen_anon_2.target_fd = number(kprobe);
     attributes.link_create.attach_type = bpf_attach_type::BPF_PERF_EVENT as u32;
     // SAFETY: No addresses.
+    unsafe { make(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
+}
+
+/// Attach a program that was loaded for this to the begin of a function, without an event of perf's: Linux 5.18, and 6.2 for the
+/// functions of modules. It takes CAP_PERFMON whatever kernel.perf_event_paranoid says.
+///
+/// # Errors
+///
+/// Those of bpf(2).
+pub fn kprobe_multi(function: &CStr, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let names = [function.as_ptr() as u64];
+    let mut attributes = attributes();
+    attributes.link_create.__bindgen_anon_1.prog_fd = number(program);
+    attributes.link_create.attach_type = bpf_attach_type::BPF_TRACE_KPROBE_MULTI as u32;
+    // SAFETY: This command's part of the union, for links of that kind.
+    let this = unsafe { &mut attributes.link_create.__bindgen_anon_3.kprobe_multi };
+    this.cnt = 1;
+    this.syms = names.as_ptr() as u64;
+    // SAFETY: The name and the list of it live until the call returns.
     unsafe { make(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
 }
 

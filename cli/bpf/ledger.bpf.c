@@ -424,25 +424,29 @@ static __always_inline u64 place_of(u64 code, int is_svm)
 	return place;
 }
 
+/* Return true if the exit is one of a nested guest; @vmcb as exit_code() gave it. */
+static __always_inline int is_nested(const struct here *here, u64 vcpu, u64 vmcb, int is_svm)
+{
+	if (is_svm)
+		return vmcb != here->vmcb;
+	return here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
+}
+
 /* An exit of a vCPU that this CPU did not hold last, or that runs nested guests. */
 static __always_inline int leave_slowly(u64 vcpu, u64 now, int is_svm)
 {
 	struct here *here = here_with(vcpu, GUEST);
 	struct ledger *ledger = ledger_at(here->ledger);
-	u64 vmcb = 0;
-	u32 code;
+	u64 vmcb = 0, place;
 	int nested;
 
 	if (here->vcpu & UNMETERED)
 		return lose_exit();
-	code = exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb);
-	if (is_svm)
-		nested = vmcb != here->vmcb;
-	else
-		nested = here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
+	place = place_of(exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb), is_svm);
+	nested = is_nested(here, vcpu, vmcb, is_svm);
 	if (is_svm && ledger->phase != GUEST)
-		return leave_late(ledger, place_of(code, is_svm), now, nested);
-	return leave_guest(ledger, place_of(code, is_svm), now, nested);
+		return leave_late(ledger, place, now, nested);
+	return leave_guest(ledger, place, now, nested);
 }
 
 static __noinline int leave_slowly_vmx(u64 vcpu, u64 now)
@@ -459,7 +463,6 @@ static __noinline int leave_nested(struct ledger *ledger, u64 place, u64 now)
 {
 	return leave_guest(ledger, place, now, 1);
 }
-
 
 /*
  * An exit. Rare cases end in tail functions, so the usual path saves few registers. There is a program for each way to read the
@@ -545,10 +548,7 @@ static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, 
 	slot = slot_of(exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb), is_svm);
 	place = slot * (ROW * sizeof(u64));
 	mask_of_rows(place);
-	if (is_svm)
-		nested = vmcb != here->vmcb;
-	else
-		nested = here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
+	nested = is_nested(here, vcpu, vmcb, is_svm);
 
 	which = slot | OWNER_PENDING | (nested ? WHICH_NESTED : 0);
 	owner->rip = 0;

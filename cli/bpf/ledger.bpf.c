@@ -168,11 +168,19 @@ struct row {
  */
 #define mask_of_rows(place) asm volatile("%0 &= 0x3fc0" : "+r"(place))
 
+/* Return a row, by where it begins in the ledger's cells: a place that the verifier knows to be within. */
+static __always_inline struct row *row_from(struct ledger *ledger, u64 place)
+{
+	/* The sum takes the place's register. The compiler would copy the ledger's. */
+	asm volatile("%0 += %1" : "+r"(place) : "r"(ledger));
+	return (struct row *)place;
+}
+
 /* Return a row, by where it begins in the ledger's cells. */
 static __always_inline struct row *row_at(struct ledger *ledger, u64 place)
 {
 	mask_of_rows(place);
-	return (struct row *)((char *)ledger + place);
+	return row_from(ledger, place);
 }
 
 /* Begin a transition at @now, or a tick after the @last one; return its time. */
@@ -316,25 +324,30 @@ static __always_inline struct here *here_with(u64 vcpu, u32 phase)
 	return this_cpu();
 }
 
+/* Return the slot of an exit code: below 256 in any case, and the verifier sees it. */
 static __always_inline u64 slot_of(u64 code, int is_svm)
 {
+	u64 slot = SLOT_OTHER;
+
 	if (likely(code < 168))
 		return code;
 	if (is_svm) {
 		if (code - 0x400 < 4)
-			return code - 0x400 + 168;
-		if (code + 4 - (1ULL << 32) < 4)
-			return code + 4 - (1ULL << 32) + 172;
-		return SLOT_OTHER;
+			slot = code - 0x400 + 168;
+		else if (code + 4 - (1ULL << 32) < 4)
+			slot = code + 4 - (1ULL << 32) + 172;
+		asm volatile("%0 &= 0xff" : "+r"(slot));
+		return slot;
 	}
 	/* An entry that failed has a bit set above the reason. */
 	code &= 0xffff;
 	return code < 168 ? code : SLOT_OTHER;
 }
 
-/* A row's first exit ends the transition: the row is in use, and has a histogram while there is one left. */
-static __noinline int begin_row(struct ledger *ledger, u64 place, u64 now)
+/* End the transition of an exit that is its row's first: the row is in use, and has a histogram while there is one left. */
+static __noinline int begin_row(struct ledger *ledger, u64 now)
 {
+	u64 place = ledger->row;
 	struct row *row = row_at(ledger, place);
 	u64 slot = place / sizeof(row->cells);
 	u64 word = slot / 64;
@@ -381,11 +394,11 @@ static __always_inline int leave_guest(struct ledger *ledger, u64 place, u64 now
 	row_at(ledger, ledger->row)->cells[CYCLES + GUEST] += now - last;
 	ledger->phase = KERNEL;
 	ledger->row = place;
-	row = (struct row *)((char *)ledger + place);
+	row = row_from(ledger, place);
 	if (nested)
 		count_nested(ledger, place);
 	if (unlikely(!row->cells[EXITS]))
-		return begin_row(ledger, place, now);
+		return begin_row(ledger, now);
 	row->cells[EXITS]++;
 	end_transition(ledger, now);
 	return 0;
@@ -418,10 +431,10 @@ static __always_inline u32 exit_code(u64 vcpu, int is_svm, int can_cast, u64 *vm
 /* Return where the row of an exit reason begins among the cells. */
 static __always_inline u64 place_of(u64 code, int is_svm)
 {
-	u64 place = slot_of(code, is_svm) * (ROW * sizeof(u64));
+	u64 slot = slot_of(code, is_svm);
 
-	mask_of_rows(place);
-	return place;
+	forget(slot);
+	return slot * (ROW * sizeof(u64));
 }
 
 /* Return true if the exit is one of a nested guest; @vmcb as exit_code() gave it. */
@@ -474,11 +487,15 @@ static __always_inline int leave_vmx(struct bpf_raw_tracepoint_args *args, int c
 	u64 now = bpf_ktime_get_ns();
 	struct here *here = this_cpu();
 	struct ledger *ledger;
+	u64 reason;
 
 	if (unlikely(here->vcpu != vcpu))
 		return leave_slowly_vmx(vcpu, now);
+	/* First, so that the ledger takes the vCPU's register: each one in use is saved and restored. */
+	reason = vcpu + known(vmx_exit_reason);
+	forget(reason);
 	ledger = ledger_at(here->ledger);
-	return leave_guest(ledger, place_of(exit_code(vcpu, 0, can_cast, 0), 0), now, 0);
+	return leave_guest(ledger, place_of(read_by(can_cast, u32, reason), 0), now, 0);
 }
 
 static __always_inline int leave_svm(struct bpf_raw_tracepoint_args *args, int can_cast)

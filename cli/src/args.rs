@@ -9,6 +9,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 #[cfg(feature = "bpf")]
 use crate::bpf;
+#[cfg(feature = "export")]
+use crate::export;
 #[cfg(feature = "top")]
 use crate::top;
 use crate::{
@@ -55,6 +57,8 @@ enum Command {
     Why(why::Args),
     Slow(slow::Args),
     Verify(verify::Args),
+    #[cfg(feature = "export")]
+    Export(export::Args),
     #[cfg(feature = "bpf")]
     Bpf(bpf::Args),
     Reasons(reasons::Args),
@@ -86,6 +90,8 @@ impl Args {
             Command::Why(args) => return args.run(out),
             Command::Slow(args) => return args.run(out),
             Command::Verify(args) => return args.run(out),
+            #[cfg(feature = "export")]
+            Command::Export(args) => return args.run(),
             #[cfg(feature = "bpf")]
             Command::Bpf(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,

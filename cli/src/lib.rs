@@ -13,6 +13,8 @@
 //!
 //! Without the module, BPF programs keep the same numbers (room `bpf`, where it is compiled in).
 //!
+//! For Prometheus, the room `export` serves the numbers of a host, where it is compiled in.
+//!
 //! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
 //! and [`plot`] draws it.
 
@@ -21,6 +23,8 @@ pub mod args;
 pub mod bpf;
 pub mod command;
 pub mod completions;
+#[cfg(feature = "export")]
+pub mod export;
 pub mod guest;
 pub mod man;
 pub mod model;

@@ -152,6 +152,41 @@ mod hexadecimal {
     }
 }
 
+/// The VMs of a snapshot, as far as it takes to look up their names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Running {
+    /// The meter's life.
+    pub life: u64,
+    /// TSC when the snapshot was begun.
+    pub now: u64,
+    /// TSC frequency, when it is known.
+    pub tsc_khz: Option<u32>,
+    /// By the VM's number, its process, and TSC at its first event.
+    pub vms: BTreeMap<u64, (u32, u64)>,
+}
+
+impl Running {
+    /// Return the VMs of a snapshot.
+    pub fn new(snapshot: &Snapshot<'_>) -> Self {
+        let mut running = Self {
+            life: snapshot.life(),
+            now: snapshot.now(),
+            tsc_khz: snapshot.tsc_khz(),
+            vms: BTreeMap::new(),
+        };
+        for record in snapshot.vcpus() {
+            running.add(record.vm(), record.pid(), record.first());
+        }
+        running
+    }
+
+    /// Add a vCPU of a VM: the VM's process, and TSC at the vCPU's first event.
+    pub fn add(&mut self, vm: u64, pid: u32, first: u64) {
+        let (_, earliest) = self.vms.entry(vm).or_insert((pid, first));
+        *earliest = first.min(*earliest);
+    }
+}
+
 /// The names that were found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Book {
@@ -183,25 +218,23 @@ impl Book {
 
     /// Look up the VMs of a snapshot that are new; return these.
     pub fn read(&mut self, snapshot: &Snapshot<'_>) -> Vec<Line> {
-        let life = snapshot.life();
+        self.look_up(&Running::new(snapshot))
+    }
+
+    /// Look up the VMs that are new; return these.
+    pub fn look_up(&mut self, running: &Running) -> Vec<Line> {
+        let life = running.life;
         self.life = life;
         let Some(processes) = &self.processes else {
             return Vec::new();
         };
-        let mut vms: BTreeMap<u64, (u32, u64)> = BTreeMap::new();
-        for record in snapshot.vcpus() {
-            let (_, first) = vms
-                .entry(record.vm())
-                .or_insert((record.pid(), record.first()));
-            *first = record.first().min(*first);
-        }
         let mut lines = Vec::new();
-        for (vm, (pid, first)) in vms {
+        for (&vm, &(pid, first)) in &running.vms {
             if self.given.contains_key(&(life, vm)) {
                 continue;
             }
-            let ticks = snapshot.now().saturating_sub(first);
-            let age = snapshot.tsc_khz().filter(|khz| *khz != 0).map(|khz| {
+            let ticks = running.now.saturating_sub(first);
+            let age = running.tsc_khz.filter(|khz| *khz != 0).map(|khz| {
                 let micros = u128::from(ticks) * 1000 / u128::from(khz);
                 Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
             });
@@ -216,10 +249,13 @@ impl Book {
 
     /// Forget the VMs that are not in a snapshot any more.
     pub fn forget(&mut self, snapshot: &Snapshot<'_>) {
-        let vms: BTreeSet<_> = snapshot.vcpus().map(|record| record.vm()).collect();
-        let life = snapshot.life();
+        self.forget_others(&Running::new(snapshot));
+    }
+
+    /// Forget the VMs that do not run any more.
+    pub fn forget_others(&mut self, running: &Running) {
         self.given
-            .retain(|(of, vm), _| *of == life && vms.contains(vm));
+            .retain(|(life, vm), _| *life == running.life && running.vms.contains_key(vm));
     }
 
     /// Take in what a recording says.

@@ -12,10 +12,8 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use exitmeter_meter::reasons;
 
-use self::{
-    series::{Part, Series},
-    svg::Picture,
-};
+pub(crate) use self::series::Series;
+use self::{series::Part, svg::Picture};
 use crate::{
     model::delta::ANEW,
     numbers::exact,
@@ -30,16 +28,16 @@ mod chart;
 mod cumulative;
 mod details;
 mod font;
-mod html;
+pub(crate) mod html;
 mod latency;
 mod palette;
 mod phases;
 #[cfg(feature = "png")]
 mod png;
 mod rate;
-mod series;
+pub(crate) mod series;
 mod slow;
-mod svg;
+pub(crate) mod svg;
 
 /// Draws a recording: as SVG, PNG, or a page with all charts and their numbers.
 #[derive(Debug, clap::Args)]
@@ -295,6 +293,20 @@ impl Args {
         }
         Ok(out.write(bytes)?)
     }
+}
+
+/// Return the pictures of what happens now, each as SVG.
+#[cfg(feature = "export")]
+pub(crate) fn live(series: &Series) -> Vec<String> {
+    let layers = palette::layers(series);
+    let subtitle = "the latest at the right";
+    let mut pictures = vec![
+        phases::draw(series, subtitle).svg("phases over time"),
+        rate::draw(series, &layers, subtitle).svg("exits per second by reason"),
+    ];
+    let latency = latency::draw(series, &layers, subtitle);
+    pictures.extend(latency.map(|picture| picture.svg("cost of exits by reason")));
+    pictures
 }
 
 /// What is told of a recording on its page.

@@ -18,6 +18,9 @@ use crate::{model::Report, names::Book};
 /// The device that gives snapshots.
 pub const DEVICE: &str = "/dev/exitmeter";
 
+/// Bytes that are read of a device or file at a time.
+const PART: usize = 256 << 10;
+
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -188,6 +191,20 @@ pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
         return Ok(bpf::read()?);
     }
     fs::read(path).map_err(|found| error(path, found))
+}
+
+/// Open what [`read`] reads, to read it a part at a time.
+///
+/// # Errors
+///
+/// As [`read`].
+pub fn open(path: &Path) -> Result<Box<dyn io::Read>, Error> {
+    #[cfg(feature = "bpf")]
+    if path == Path::new(bpf::PINS) {
+        return Ok(Box::new(io::Cursor::new(bpf::read()?)));
+    }
+    let file = fs::File::open(path).map_err(|found| error(path, found))?;
+    Ok(Box::new(io::BufReader::with_capacity(PART, file)))
 }
 
 /// Return why a file cannot be opened or read.

@@ -57,6 +57,18 @@ impl Spread {
             .fold(0, |sum: u64, samples| sum.saturating_add(*samples))
     }
 
+    /// Return how many samples surely do not exceed each of these bounds. A bucket that a bound lies in counts for the next bound
+    /// only, so each number is that of a bound between two thirds of the one that is told and that one.
+    pub fn up_to<const N: usize>(&self, bounds: [u64; N]) -> [u64; N] {
+        bounds.map(|bound| {
+            let buckets = self.buckets.iter().enumerate();
+            let within = buckets.take_while(|(bucket, _)| {
+                *bucket + 1 < histogram::BUCKETS && histogram::low(bucket + 1) <= bound + 1
+            });
+            within.fold(0_u64, |sum, (_, samples)| sum.saturating_add(*samples))
+        })
+    }
+
     /// The ticks that `percent` of the samples do not exceed, within 20%; `None` without
     /// samples.
     pub fn quantile(&self, percent: u64) -> Option<u64> {

@@ -68,7 +68,7 @@ pub fn build(tool: Tool) -> Result<Programs, ProgramsError> {
     ];
     match tool {
         Tool::ForScripts => {}
-        Tool::WithBpf => what.extend(["--features", "exitmeter/bpf"]),
+        Tool::WithBpf => what.extend(["--features", "exitmeter/bpf,exitmeter/export"]),
         Tool::ForPeople => what.extend(["--features", "exitmeter/top"]),
     }
     let mut built = cargo_build(&what)?;

@@ -253,6 +253,151 @@ struct Shape {
     histogram: Option<usize>,
 }
 
+/// What a snapshot begins with, up to its descriptors: for those who read it a record at a time.
+///
+/// A host with 1000 VMs of 8 vCPUs has a snapshot of 100 MB. A program that sums it up need not hold it. The records of
+/// the vCPUs begin at [`Self::records`], one behind the other, and the totals at [`Self::totals`].
+#[derive(Clone, Copy, Debug)]
+pub struct Head {
+    /// Bytes of the whole snapshot.
+    pub size: u64,
+    /// The offset of the first record of a vCPU.
+    pub records: u64,
+    /// How many such records there are.
+    pub count: u32,
+    /// The offset of the record of the vCPUs that are gone.
+    pub totals: u64,
+    /// The ISA that the reasons are of.
+    pub isa: Isa,
+    /// As [`Snapshot::life`].
+    pub life: u64,
+    /// As [`Snapshot::loaded`].
+    pub loaded: u64,
+    /// As [`Snapshot::now`].
+    pub now: u64,
+    /// As [`Snapshot::tsc_khz`].
+    pub tsc_khz: Option<u32>,
+    /// As [`Snapshot::by_bpf`].
+    pub by_bpf: bool,
+    /// As [`Snapshot::unmetered`].
+    pub unmetered: u64,
+    /// As [`Snapshot::gone`].
+    pub gone: u64,
+    header_size: u32,
+    descriptors: u64,
+    descriptor_count: u32,
+    descriptor_size: u32,
+    shape: Shape,
+}
+
+impl Head {
+    /// The bytes that a record begins with, and that tell its size.
+    pub const RECORD_SIZE: usize = 4;
+
+    /// Read the head of the snapshot that `bytes` begin with.
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::parse`]. [`Error::Truncated`] tells how many bytes it takes to read the head, when these are fewer.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
+        let found = bytes.len() as u64;
+        let truncated = |needed| Error::Truncated { needed, found };
+        let short = truncated(HEADER_SIZE_1_0 as u64);
+
+        if !bytes.starts_with(&MAGIC) {
+            return Err(if MAGIC.starts_with(bytes) {
+                short
+            } else {
+                Error::Magic
+            });
+        }
+        let major = u16_at(bytes, 8).ok_or(short)?;
+        let minor = u16_at(bytes, 10).ok_or(short)?;
+        if major != MAJOR {
+            return Err(Error::Version { major, minor });
+        }
+        let header = bytes.get(..HEADER_SIZE_1_0).ok_or(short)?;
+        let field32 = |offset| u32_at(header, offset).ok_or(short);
+        let field64 = |offset| u64_at(header, offset).ok_or(short);
+        let header_size = field32(12)?;
+        if (header_size as usize) < HEADER_SIZE_1_0 {
+            return Err(Error::Damaged("its header is too small"));
+        }
+        let size = field64(16)?;
+        let isa = match field32(28)? {
+            1 => Isa::Vmx,
+            2 => Isa::Svm,
+            other => return Err(Error::Isa(other)),
+        };
+
+        let (descriptors, descriptor_count) = (field64(72)?, field32(80)?);
+        let descriptor_size = field32(84)?;
+        let end = u64::from(descriptor_count)
+            .checked_mul(descriptor_size.into())
+            .and_then(|len| len.checked_add(descriptors))
+            .filter(|end| *end <= size && descriptor_size as usize >= DESCRIPTOR_SIZE)
+            .ok_or(Error::Damaged("its descriptors lie outside of it"))?;
+        let known =
+            part(bytes, descriptors, descriptor_count, descriptor_size).ok_or(truncated(end))?;
+        let shape = Shape::read(
+            known.chunks_exact(descriptor_size as usize),
+            field32(100)?,
+            field32(112)?,
+        )?;
+        let loaded = field64(32)?;
+        Ok(Self {
+            size,
+            records: field64(88)?,
+            count: field32(96)?,
+            totals: field64(104)?,
+            isa,
+            life: match field64(120)? {
+                0 => loaded,
+                life => life,
+            },
+            loaded,
+            now: field64(40)?,
+            tsc_khz: Some(field32(48)?).filter(|khz| *khz != 0),
+            by_bpf: field32(24)? & FLAG_BPF != 0,
+            unmetered: field64(56)?,
+            gone: field64(64)?,
+            header_size,
+            descriptors,
+            descriptor_count,
+            descriptor_size,
+            shape,
+        })
+    }
+
+    /// As [`Snapshot::has_waits`].
+    pub fn has_waits(&self) -> bool {
+        self.shape.waiting().is_some()
+    }
+
+    /// Return the size of the record that begins with these bytes, with all of them.
+    pub fn record_size(bytes: [u8; Self::RECORD_SIZE]) -> u32 {
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Return the vCPU of a record that was read whole; `None` when the record's parts do not lie in it.
+    pub fn vcpu<'a>(&self, record: &'a [u8]) -> Option<Vcpu<'a>> {
+        let (record, _) = self.shape.record(record)?;
+        Some(Vcpu {
+            record,
+            shape: self.shape,
+        })
+    }
+
+    /// Return the rows of the record at [`Self::totals`], and what [`Snapshot::gone_polled`] tells.
+    pub fn departed<'a>(
+        &self,
+        record: &'a [u8],
+    ) -> Option<(impl Iterator<Item = Row<'a>>, Option<u64>)> {
+        let (record, _) = self.shape.record(record)?;
+        Some((self.shape.rows(record), self.shape.polled(record)))
+    }
+}
+
 /// A snapshot, all of whose parts have been found inside its bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Snapshot<'a> {
@@ -276,65 +421,46 @@ impl<'a> Snapshot<'a> {
     /// offsets and sizes do not fit together.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
         let found = bytes.len() as u64;
-        let truncated = |needed| Error::Truncated { needed, found };
-        let short = truncated(HEADER_SIZE_1_0 as u64);
-
-        if !bytes.starts_with(&MAGIC) {
-            return Err(if MAGIC.starts_with(bytes) {
-                short
-            } else {
-                Error::Magic
-            });
-        }
-        let major = u16_at(bytes, 8).ok_or(short)?;
-        let minor = u16_at(bytes, 10).ok_or(short)?;
-        if major != MAJOR {
-            return Err(Error::Version { major, minor });
-        }
-        let header = bytes.get(..HEADER_SIZE_1_0).ok_or(short)?;
-        let field32 = |offset| u32_at(header, offset).ok_or(short);
-        let field64 = |offset| u64_at(header, offset).ok_or(short);
-        let header_size = field32(12)? as usize;
-        if header_size < HEADER_SIZE_1_0 {
-            return Err(Error::Damaged("its header is too small"));
-        }
-        let size = field64(16)?;
-        let bytes = usize::try_from(size)
+        let head = Head::parse(bytes).map_err(|error| match (error, u64_at(bytes, 16)) {
+            // It lacks more than its head.
+            (Error::Truncated { .. }, Some(needed)) if found >= HEADER_SIZE_1_0 as u64 => {
+                Error::Truncated { needed, found }
+            }
+            (error, _) => error,
+        })?;
+        let bytes = usize::try_from(head.size)
             .ok()
             .and_then(|size| bytes.get(..size))
-            .ok_or(truncated(size))?;
-        let isa = match field32(28)? {
-            1 => Isa::Vmx,
-            2 => Isa::Svm,
-            other => return Err(Error::Isa(other)),
-        };
-
-        let descriptor_size = field32(84)? as usize;
-        let descriptors = part(bytes, field64(72)?, field32(80)?, field32(84)?)
-            .filter(|_| descriptor_size >= DESCRIPTOR_SIZE)
-            .ok_or(Error::Damaged("its descriptors lie outside of it"))?;
-        let shape = Shape::read(
-            descriptors.chunks_exact(descriptor_size),
-            field32(100)?,
-            field32(112)?,
-        )?;
+            .ok_or(Error::Truncated {
+                needed: head.size,
+                found,
+            })?;
+        let descriptors = part(
+            bytes,
+            head.descriptors,
+            head.descriptor_count,
+            head.descriptor_size,
+        )
+        .ok_or(Error::Damaged("its descriptors lie outside of it"))?;
+        let descriptor_size = head.descriptor_size as usize;
+        let shape = head.shape;
 
         let from = |offset| usize::try_from(offset).ok().and_then(|at| bytes.get(at..));
         let outside = Error::Damaged("a record lies outside of it");
-        let records = from(field64(88)?).ok_or(outside)?;
-        let count = field32(96)?;
+        let records = from(head.records).ok_or(outside)?;
+        let count = head.count;
         let mut rest = records;
         for _ in 0..count {
             rest = shape.record(rest).ok_or(outside)?.1;
         }
-        let totals = from(field64(104)?)
+        let totals = from(head.totals)
             .and_then(|bytes| shape.record(bytes))
             .ok_or(outside)?
             .0;
         // Before version 1.3 other bytes may stand where these fields are.
         let tables = bytes
             .get(..HEADER_SIZE)
-            .filter(|_| header_size >= HEADER_SIZE);
+            .filter(|_| head.header_size >= HEADER_SIZE as u32);
         let tables = match tables {
             Some(header) => TablesPart::read(bytes, header, descriptor_size, count)?,
             None => None,
@@ -347,7 +473,7 @@ impl<'a> Snapshot<'a> {
             count,
             totals,
             tables,
-            isa,
+            isa: head.isa,
             shape,
         })
     }

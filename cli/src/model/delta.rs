@@ -208,7 +208,8 @@ impl Ledger {
 }
 
 impl ReasonRow {
-    fn since(&self, earlier: &Self) -> Option<Self> {
+    /// Return what came after an earlier one of the same reason; `None` when this cannot be a later one.
+    pub fn since(&self, earlier: &Self) -> Option<Self> {
         let nested_exits = match (self.nested_exits, earlier.nested_exits) {
             (Some(new), Some(old)) => Some(new.checked_sub(old)?),
             _ => None,

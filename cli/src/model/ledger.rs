@@ -282,7 +282,32 @@ impl fmt::Display for Label {
     }
 }
 
+impl AddAssign for ReasonRow {
+    /// Add a row of the same reason.
+    fn add_assign(&mut self, row: Self) {
+        self.exits = self.exits.saturating_add(row.exits);
+        self.nested_exits = both(self.nested_exits, row.nested_exits);
+        self.cycles += row.cycles;
+        self.polled = either(self.polled, row.polled);
+        if let (Some(sum), Some(spread)) = (&mut self.spread, row.spread) {
+            *sum += spread;
+        }
+    }
+}
+
 impl ReasonRow {
+    /// Return a row of a snapshot that tells the two sleeps apart or does not.
+    pub fn new(isa: Isa, has_waits: bool, row: &Row<'_>) -> Self {
+        Self {
+            label: Label::new(isa, row.reason()),
+            exits: row.exits(),
+            nested_exits: row.nested_exits(),
+            cycles: Cycles::counted(has_waits, |phase| row.cycles(phase)),
+            polled: None,
+            spread: Spread::read(row),
+        }
+    }
+
     /// The kernel's ticks without polling: what the exits cost.
     pub fn cost(&self) -> u128 {
         self.cycles.kernel.saturating_sub(self.polled.unwrap_or(0))
@@ -292,14 +317,7 @@ impl ReasonRow {
 impl Ledger {
     /// The numbers of a record of a snapshot that tells the two sleeps apart or does not.
     pub(super) fn new<'a>(isa: Isa, has_waits: bool, rows: impl Iterator<Item = Row<'a>>) -> Self {
-        let mut ledger = Self::of(rows.map(|row| ReasonRow {
-            label: Label::new(isa, row.reason()),
-            exits: row.exits(),
-            nested_exits: row.nested_exits(),
-            cycles: Cycles::counted(has_waits, |phase| row.cycles(phase)),
-            polled: None,
-            spread: Spread::read(&row),
-        }));
+        let mut ledger = Self::of(rows.map(|row| ReasonRow::new(isa, has_waits, &row)));
         ledger.cycles.has_waits = has_waits;
         ledger
     }
@@ -350,15 +368,7 @@ impl Ledger {
             ledger.polled = either(ledger.polled, row.polled);
             reasons
                 .entry(row.label.key())
-                .and_modify(|sum: &mut ReasonRow| {
-                    sum.exits = sum.exits.saturating_add(row.exits);
-                    sum.nested_exits = both(sum.nested_exits, row.nested_exits);
-                    sum.cycles += row.cycles;
-                    sum.polled = either(sum.polled, row.polled);
-                    if let (Some(sum), Some(spread)) = (&mut sum.spread, row.spread) {
-                        *sum += spread;
-                    }
-                })
+                .and_modify(|sum: &mut ReasonRow| *sum += row)
                 .or_insert(row);
         }
         ledger.reasons = reasons.into_values().collect();

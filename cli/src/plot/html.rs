@@ -36,7 +36,6 @@ pub fn page(
     series: &Series,
     weight: Weight,
 ) -> String {
-    let title = escape(title);
     let facts: String = facts
         .iter()
         .map(|(name, text)| format!("<dt>{}</dt><dd>{}</dd>\n", escape(name), escape(text)))
@@ -47,12 +46,20 @@ pub fn page(
         .collect();
     let table = table(series);
     let more = about(series, weight) + &slowest(series);
+    let body = format!(
+        "<dl>\n{facts}</dl>\n\
+         {figures}<section>\n<h2>All reasons, the most kernel cycles first, without those for which KVM polled before it let a vCPU sleep</h2>\n{table}</section>\n{more}"
+    );
+    document(title, "", &body)
+}
+
+/// Return a whole page. `head` is what its head has besides a title and the style.
+pub fn document(title: &str, head: &str, body: &str) -> String {
+    let title = escape(title);
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n\
-         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n<dl>\n{facts}</dl>\n\
-         {figures}<section>\n<h2>All reasons, the most kernel cycles first, without those for which KVM polled before it let a vCPU sleep</h2>\n{table}</section>\n{more}\
-         </main>\n</body>\n</html>\n"
+         <meta name=\"viewport\" content=\"width=device-width\">\n{head}<title>{title}</title>\n\
+         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{body}</main>\n</body>\n</html>\n"
     )
 }
 
@@ -66,7 +73,7 @@ fn row(cells: &[String], tag: &str) -> String {
 }
 
 /// A part of the page with a table, the first `ROWS` of so many rows.
-fn section(title: &str, class: &str, titles: &[&str], rows: Vec<Vec<String>>) -> String {
+pub fn section(title: &str, class: &str, titles: &[&str], rows: Vec<Vec<String>>) -> String {
     if rows.is_empty() {
         return String::new();
     }

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The page for people: what the host does now.
+//!
+//! The page is read anew each [`RELOAD`] seconds, and each time reads one snapshot, so nothing is read while nobody looks. Its
+//! pictures are those of `exitmeter plot`.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
+
+use super::sums::{cycles, Key, Row, Rows, Sums};
+use crate::{
+    model::{Cycles, Ledger, ReasonRow},
+    names::Book,
+    numbers::{exact, rate, share},
+    plot::{self, html::section, series::Step, svg::escape, Series},
+    recording::read::Ending,
+};
+
+/// Seconds from one reading of the page to the next.
+const RELOAD: u64 = 5;
+
+/// A moment that is younger than this is shown again.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// For how long moments are kept.
+const KEPT: Duration = Duration::from_secs(600);
+
+/// VMs that are shown.
+const VMS: usize = 20;
+
+/// The moments at which the page was read.
+#[derive(Debug, Default)]
+pub struct History {
+    /// The host's numbers of each, the latest one last.
+    moments: VecDeque<Moment>,
+    /// The VMs of the latest, and of the one before.
+    vms: [BTreeMap<u64, Vm>; 2],
+    names: Book,
+}
+
+#[derive(Debug)]
+struct Moment {
+    at: Instant,
+    sums: Host,
+}
+
+/// What is kept of a host's snapshot.
+#[derive(Debug)]
+struct Host {
+    head: exitmeter_meter::reader::Head,
+    all: Rows,
+    vcpus: usize,
+    vms: usize,
+}
+
+/// What is kept of a VM.
+#[derive(Clone, Debug)]
+struct Vm {
+    name: String,
+    vcpus: usize,
+    rows: BTreeMap<Key, Row>,
+}
+
+impl Vm {
+    /// Return its rows as those of a report.
+    fn whole(&self) -> Rows {
+        let rows = self.rows.iter();
+        rows.map(|(key, row)| (*key, row.whole())).collect()
+    }
+}
+
+impl History {
+    /// Return true if the latest moment is of now.
+    pub fn is_fresh(&self) -> bool {
+        self.moments
+            .back()
+            .is_some_and(|moment| moment.at.elapsed() < FRESH)
+    }
+
+    /// Add a moment.
+    pub fn add(&mut self, sums: Sums, names: Book) {
+        let at = Instant::now();
+        let (vcpus, vms) = (sums.vcpus(), sums.vms.len());
+        let life = self.moments.back().map(|moment| moment.sums.head.life);
+        if life.is_some_and(|life| life != sums.head.life) {
+            *self = Self::default();
+        }
+        self.moments.push_back(Moment {
+            at,
+            sums: Host {
+                head: sums.head,
+                all: sums.all,
+                vcpus,
+                vms,
+            },
+        });
+        let is_old = |moment: &Moment| at.duration_since(moment.at) > KEPT;
+        while self.moments.front().is_some_and(is_old) {
+            self.moments.pop_front();
+        }
+        let of = sums.vms.into_iter().map(|(number, vm)| {
+            let (name, vcpus, rows) = (vm.name, vm.vcpus, vm.rows);
+            (number, Vm { name, vcpus, rows })
+        });
+        let [latest, before] = &mut self.vms;
+        *before = std::mem::replace(latest, of.collect());
+        self.names = names;
+    }
+
+    /// Return the page.
+    pub fn page(&self) -> String {
+        let Some(latest) = self.moments.back() else {
+            return error("no snapshot was read yet");
+        };
+        let series = self.series(latest);
+        let host = &latest.sums;
+        let (from, to) = series.range();
+        let span = format!("the last {:.0} s", (to - from).max(1.0));
+        let khz = host
+            .head
+            .tsc_khz
+            .map(|khz| format!("{:.3} MHz", f64::from(khz) / 1000.0));
+        let facts = [
+            ("VMs", exact(host.vms as u64)),
+            ("vCPUs", exact(host.vcpus as u64)),
+            ("not metered", exact(host.head.unmetered)),
+            ("gone", exact(host.head.gone)),
+            (
+                "kept by",
+                if host.head.by_bpf {
+                    "BPF programs"
+                } else {
+                    "the module"
+                }
+                .to_owned(),
+            ),
+            ("clock", khz.unwrap_or_else(|| "of unknown rate".to_owned())),
+            ("shown", span),
+        ];
+        let facts: String = facts
+            .iter()
+            .map(|(name, text)| format!("<dt>{name}</dt><dd>{}</dd>\n", escape(text)))
+            .collect();
+        let figures: String = plot::live(&series)
+            .into_iter()
+            .map(|svg| format!("<figure>\n{svg}</figure>\n"))
+            .collect();
+        let body = format!(
+            "<dl>\n{facts}</dl>\n{}{figures}{}<p><a href=\"metrics\">metrics</a> for Prometheus</p>\n",
+            self.vms(series.tsc_khz),
+            reasons(&series),
+        );
+        page("VM exits on this host", &body)
+    }
+
+    /// Return what happened between the moments, for the pictures. With one moment it is all since the meter began.
+    fn series(&self, latest: &Moment) -> Series {
+        let mut steps = Vec::new();
+        let mut sum = Ledger::of([]);
+        let khz = latest.sums.head.tsc_khz;
+        let seconds = |ticks: u64| match khz {
+            Some(khz) => ticks as f64 / (f64::from(khz) * 1000.0),
+            None => ticks as f64,
+        };
+        let last = latest.sums.head.now;
+        let before = |tsc: u64| -seconds(last.saturating_sub(tsc));
+        let none = Rows::new();
+        let mut add = |from: u64, to: u64, old: &Rows, new: &Rows| {
+            let rows = since(new, old);
+            let mut step = Step {
+                from: before(from),
+                to: before(to),
+                ..Step::default()
+            };
+            step.cycles = cycles(&rows);
+            step.exits = rows.iter().map(|(key, row)| (*key, row.exits)).collect();
+            steps.push(step);
+        };
+        let moments = self.moments.iter().zip(self.moments.iter().skip(1));
+        for (old, new) in moments {
+            let (old, new) = (&old.sums, &new.sums);
+            add(old.head.now, new.head.now, &old.all, &new.all);
+        }
+        let first = match self.moments.front() {
+            Some(first) if self.moments.len() > 1 => &first.sums.all,
+            _ => {
+                let host = &latest.sums;
+                add(host.head.loaded, host.head.now, &none, &host.all);
+                &none
+            }
+        };
+        let rows = since(&latest.sums.all, first);
+        sum.reasons.extend(rows.into_values());
+        Series {
+            steps,
+            sum: Ledger::of(sum.reasons),
+            isa: latest.sums.head.isa,
+            details: None,
+            slow: Vec::new(),
+            tsc_khz: khz,
+            about: BTreeMap::new(),
+            vms: BTreeSet::new(),
+            marks: Vec::new(),
+            breaks: Vec::new(),
+            snapshots: self.moments.len(),
+            ending: Ending::Told(String::new()),
+        }
+    }
+
+    /// Return the table of VMs: those first that took most of KVM's, the VMM's and the host's time.
+    fn vms(&self, khz: Option<u32>) -> String {
+        let [latest, before] = &self.vms;
+        let seconds = self.seconds(khz);
+        let mut vms: Vec<_> = latest
+            .iter()
+            .map(|(number, vm)| {
+                let rows = match before.get(number) {
+                    Some(before) => since(&vm.whole(), &before.whole()),
+                    None => vm.whole(),
+                };
+                (*number, vm, Ledger::of(rows.into_values()))
+            })
+            .collect();
+        vms.sort_by_key(|(.., ledger)| {
+            let of = &ledger.cycles;
+            Reverse(of.kernel + of.user + of.preempted)
+        });
+        let rows = vms.iter().take(VMS).map(|(number, vm, ledger)| {
+            let all = ledger.cycles.sum();
+            let given = self.names.vm(*number);
+            let mut cells = vec![
+                vm.vcpus.to_string(),
+                given.label(&vm.name),
+                rate(seconds.map(|seconds| ledger.exits as f64 / seconds)),
+            ];
+            cells.extend(of_phases(&ledger.cycles).map(|ticks| share(ticks, all)));
+            let leads = ledger.reasons.first();
+            cells.push(leads.map_or_else(String::new, |row| row.label.to_string()));
+            cells
+        });
+        let titles = [
+            "vCPUs",
+            "VM",
+            "exits/s",
+            "guest",
+            "kernel",
+            "user",
+            "halted",
+            "waiting",
+            "preempted",
+            "most kernel time",
+        ];
+        let title = match vms.len() {
+            0 => "No VM runs".to_owned(),
+            some if some > VMS => format!("VMs, {VMS} of {}", exact(some as u64)),
+            _ => "VMs".to_owned(),
+        };
+        section(&title, "vms", &titles, rows.collect())
+    }
+
+    /// Return the seconds between the two latest moments, or those since the meter began.
+    fn seconds(&self, khz: Option<u32>) -> Option<f64> {
+        let mut moments = self.moments.iter().rev();
+        let latest = &moments.next()?.sums.head;
+        let before = moments
+            .next()
+            .map_or(latest.loaded, |moment| moment.sums.head.now);
+        let ticks = latest.now.saturating_sub(before);
+        let seconds = ticks as f64 / (f64::from(khz?) * 1000.0);
+        Some(seconds).filter(|seconds| *seconds > 0.0)
+    }
+}
+
+/// Return the ticks of the phases in the order in which people read them.
+fn of_phases(cycles: &Cycles) -> [u128; 6] {
+    exitmeter_meter::phase::Phase::SHOWN.map(|phase| cycles.of(phase))
+}
+
+/// Return the table of reasons.
+fn reasons(series: &Series) -> String {
+    let seconds = series.range().1 - series.range().0;
+    let rows = series.sum.reasons.iter().map(|row| {
+        let quantile = |percent| {
+            let ticks = row.spread.and_then(|spread| spread.quantile(percent));
+            ticks.map_or_else(
+                || "-".to_owned(),
+                |ticks| crate::numbers::time(ticks, series.tsc_khz),
+            )
+        };
+        vec![
+            exact(row.exits),
+            row.label.to_string(),
+            rate((seconds > 0.0).then_some(row.exits as f64 / seconds)),
+            share(row.cycles.kernel, series.sum.cycles.kernel),
+            share(row.cycles.user, series.sum.cycles.user),
+            quantile(50),
+            quantile(99),
+        ]
+    });
+    let titles = [
+        "exits",
+        "reason",
+        "per second",
+        "of KVM's time",
+        "of the VMMs'",
+        "p50",
+        "p99",
+    ];
+    section("Reasons", "reasons", &titles, rows.collect())
+}
+
+/// Return what came after an earlier moment.
+fn since(new: &Rows, old: &Rows) -> Rows {
+    let rows = new.iter().filter_map(|(key, row)| {
+        let row = match old.get(key) {
+            // What cannot be is left out: one of the two moments is damaged.
+            Some(old) => row.since(old)?,
+            None => *row,
+        };
+        let moved = |row: &ReasonRow| row.exits != 0 || row.cycles.sum() != 0;
+        moved(&row).then_some((*key, row))
+    });
+    rows.collect()
+}
+
+/// Return the page that says why there is none.
+pub fn error(text: &str) -> String {
+    page(
+        "VM exits on this host",
+        &format!("<section>\n<h2>{}</h2>\n</section>\n", escape(text)),
+    )
+}
+
+fn page(title: &str, body: &str) -> String {
+    let head = format!("<meta http-equiv=\"refresh\" content=\"{RELOAD}\">\n");
+    plot::html::document(title, &head, body)
+}

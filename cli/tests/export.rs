@@ -1,0 +1,531 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `exitmeter export`: its numbers, its ways out, and clients that do not behave.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+#![cfg(feature = "export")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use exitmeter_meter::{
+    leaves::LeafMap,
+    ledger::{Ledger, LedgerCopy, Totals},
+    phase::Phase,
+    reasons::{self, Isa},
+    snapshot::{Encoder, Full, Host, Identity},
+};
+use serde_json::Value;
+
+use self::tool::{exitmeter, failed, succeeded};
+
+mod tool;
+
+/// Two VMs that run, and one that is gone: see src/meter/tests/snapshot.rs.
+const SAVED: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../src/meter/tests/snapshot-1.3.bin"
+);
+
+/// A server that ends with the test.
+struct Server {
+    process: Child,
+    address: String,
+}
+
+impl Server {
+    fn start(arguments: &[&str]) -> Self {
+        let given = ["export", "--listen", "127.0.0.1:0"];
+        let mut command = exitmeter(&[&given, arguments].concat());
+        Self::of(command.stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    fn of(mut process: Child) -> Self {
+        let mut said = String::new();
+        let stderr = process.stderr.take().unwrap();
+        BufReader::new(stderr).read_line(&mut said).unwrap();
+        let address = said
+            .split("http://")
+            .nth(1)
+            .and_then(|rest| rest.split('/').next());
+        let address = address.unwrap_or_else(|| panic!("{said}")).to_owned();
+        Self { process, address }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(&self.address).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        stream
+    }
+
+    /// Return the head and the body of an answer.
+    fn ask(&self, request: &str) -> (String, String) {
+        let mut stream = self.connect();
+        write!(stream, "{request} HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_owned(), body.to_owned())
+    }
+
+    fn metrics(&self) -> String {
+        let (head, body) = self.ask("GET /metrics");
+        assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
+        body
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Return the samples of a scrape.
+fn samples(text: &str) -> BTreeMap<String, f64> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let samples = lines.map(|line| {
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        (name.to_owned(), value.parse().unwrap())
+    });
+    samples.collect()
+}
+
+/// Return the sum of the samples of a name.
+fn sum(samples: &BTreeMap<String, f64>, name: &str, label: &str) -> f64 {
+    let of_name = samples
+        .iter()
+        .filter(|(sample, _)| sample.starts_with(&format!("{name}{{")) && sample.contains(label));
+    of_name.map(|(_, value)| value).sum()
+}
+
+fn file(folder: &Path, arguments: &[&str]) -> String {
+    let folder_name = folder.to_str().unwrap();
+    let given = ["export", "--textfile", folder_name, "--input"];
+    let said = exitmeter(&[&given, arguments].concat()).output().unwrap();
+    assert_eq!(succeeded(said), "");
+    fs::read_to_string(folder.join("exitmeter.prom")).unwrap()
+}
+
+#[test]
+fn the_numbers_are_those_of_the_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = samples(&file(folder.path(), &[SAVED]));
+    let report = exitmeter(&["report", "--json", "--input", SAVED])
+        .output()
+        .unwrap();
+    let report: Value = serde_json::from_str(&succeeded(report)).unwrap();
+    let khz = report["host"]["tsc_khz"].as_f64().unwrap();
+    let mut exits = report["departed"]["exits"].as_f64().unwrap();
+    for (vm, label) in report["vms"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(["kvm-1234", "kvm-1300"])
+    {
+        let vm_label = format!("vm=\"{label}\"");
+        exits += vm["exits"].as_f64().unwrap();
+        assert_eq!(
+            sum(&found, "exitmeter_exits_total", &vm_label),
+            vm["exits"].as_f64().unwrap()
+        );
+        for reason in vm["reasons"].as_array().unwrap() {
+            let name = reason["name"].as_str().or(reason["kind"].as_str()).unwrap();
+            let labels = format!("{{vm=\"{label}\",reason=\"{name}\"}}");
+            let exits = found[&format!("exitmeter_exits_total{labels}")];
+            assert_eq!(exits, reason["exits"].as_f64().unwrap(), "{labels}");
+        }
+        // The phases have all the time up to the snapshot: what runs, too.
+        let vcpus = vm["vcpus"].as_array().unwrap().iter();
+        let life = vcpus.map(|vcpu| {
+            let now = report["host"]["snapshot_tsc"].as_f64().unwrap();
+            now - vcpu["first_tsc"].as_f64().unwrap()
+        });
+        let life = life.sum::<f64>() / khz / 1000.0;
+        let phases = sum(&found, "exitmeter_phase_seconds_total", &vm_label);
+        assert!((phases - life).abs() < 1e-6, "{phases} {life}");
+    }
+    assert_eq!(sum(&found, "exitmeter_host_exits_total", ""), exits);
+    let of =
+        |phase: &str| found[&format!("exitmeter_host_phase_seconds_total{{phase=\"{phase}\"}}")];
+    let kernel = sum(&found, "exitmeter_host_kernel_seconds_total", "");
+    assert!((kernel - of("kernel")).abs() < 1e-9);
+    assert_eq!(found["exitmeter_unmetered_vcpus_total"], 1.0);
+    assert_eq!(found["exitmeter_vcpus"], 3.0);
+    assert_eq!(found["exitmeter_up"], 1.0);
+}
+
+#[test]
+fn a_bound_counts_only_what_surely_is_below_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = samples(&file(folder.path(), &[SAVED]));
+    let at = |reason: &str, bound: &str| {
+        let name = "exitmeter_host_exit_duration_seconds_bucket";
+        found[&format!("{name}{{reason=\"{reason}\",le=\"{bound}\"}}")]
+    };
+    // 5191 exits of 2100 ticks at 2.4 GHz: 0.875 us, in the bucket from 2048 to 3072 ticks, which is 1.28 us.
+    assert_eq!(at("EXTERNAL_INTERRUPT", "0.000001"), 0.0);
+    assert_eq!(at("EXTERNAL_INTERRUPT", "0.000002"), 5191.0);
+    // 10 of HLT's took 41000 ticks: 17.1 us, in the bucket from 32768 to 49152 ticks, which is 20.5 us.
+    assert_eq!(at("HLT", "0.000016"), 700.0);
+    assert_eq!(at("HLT", "0.000032"), 710.0);
+    assert_eq!(at("HLT", "+Inf"), 710.0);
+}
+
+#[test]
+fn labels_that_make_many_series_are_there_when_they_are_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let usual = file(folder.path(), &[SAVED]);
+    assert!(
+        !usual.contains("vcpu=") && !usual.contains("exitmeter_exit_duration"),
+        "{usual}"
+    );
+    // What a VM adds, by the formula of docs/fleet.md: 11, and for each reason 2, or 3 with time of the VMM.
+    let of_one = samples(&usual)
+        .into_keys()
+        .filter(|name| name.contains("vm=\"kvm-1234\""));
+    assert_eq!(of_one.count(), 11 + 2 * 9 + 2);
+    let all = samples(&file(folder.path(), &[SAVED, "--vcpus", "--histograms"]));
+    let exits = "exitmeter_vcpu_exits_total{vm=\"kvm-1234\",vcpu=\"1\"}";
+    assert_eq!(all[exits], 530.0);
+    let count = "exitmeter_exit_duration_seconds_count{vm=\"kvm-1234\",reason=\"HLT\"}";
+    assert_eq!(all[count], 710.0);
+}
+
+#[test]
+fn each_format_for_those_who_ask() {
+    let server = Server::start(&["--created", "--input", SAVED]);
+    let (head, text) = server.ask("GET /metrics");
+    assert!(
+        head.contains("content-type: text/plain; version=0.0.4"),
+        "{head}"
+    );
+    assert!(!text.contains("_created") && !text.contains("# EOF"));
+    let (head, open) = server.ask(
+        "GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: application/openmetrics-text;version=1.0.0\r\nX: ",
+    );
+    assert!(
+        head.contains("content-type: application/openmetrics-text; version=1.0.0"),
+        "{head}"
+    );
+    assert!(open.ends_with("# EOF\n"));
+    assert!(open.contains("\n# TYPE exitmeter_exits counter\n"));
+    assert!(open.contains("\nexitmeter_exits_created{vm=\"kvm-1234\",reason=\"CPUID\"} "));
+    // The same samples but for the time it took, and what the meter's begin is by the clock.
+    let same = |text: &str| {
+        let mut samples = samples(text);
+        samples.retain(|name, _| !name.contains("_created") && !name.contains("_time_seconds"));
+        samples.remove("exitmeter_read_duration_seconds");
+        samples
+    };
+    assert_eq!(same(&text), same(&open));
+}
+
+#[test]
+fn what_there_is_not_is_said() {
+    let server = Server::start(&["--input", SAVED]);
+    let (head, body) = server.ask("GET /nothing");
+    assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+    assert_eq!(body, "there is /metrics, and / for people\n");
+    let (head, _) = server.ask("POST /metrics");
+    assert!(
+        head.starts_with("HTTP/1.1 405") && head.contains("allow: GET, HEAD"),
+        "{head}"
+    );
+    let (head, body) = server.ask("HEAD /metrics");
+    assert!(
+        head.starts_with("HTTP/1.1 200") && body.is_empty(),
+        "{head}"
+    );
+    let taken = exitmeter(&["export", "--listen", &server.address])
+        .output()
+        .unwrap();
+    let (status, said) = failed(taken);
+    assert_eq!(status, Some(1));
+    assert!(
+        said.contains("cannot listen at") && said.contains("--listen"),
+        "{said}"
+    );
+}
+
+#[test]
+fn without_a_meter_there_is_up_alone() {
+    let server = Server::start(&["--input", "/nowhere"]);
+    let found = samples(&server.metrics());
+    assert_eq!(found["exitmeter_up"], 0.0);
+    assert_eq!(found.len(), 2, "{found:?}");
+    let (_, page) = server.ask("GET /");
+    assert!(page.contains("cannot read /nowhere"), "{page}");
+}
+
+#[test]
+fn a_damaged_snapshot_is_no_zero() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = fs::read(SAVED).unwrap();
+    let path = folder.path().join("cut");
+    for size in [0, 7, 100, 200, 1000, 3000] {
+        fs::write(&path, &bytes[..size]).unwrap();
+        let (path, folder) = (path.to_str().unwrap(), folder.path().to_str().unwrap());
+        let ended = exitmeter(&["export", "--textfile", folder, "--input", path]);
+        let (status, said) = failed({ ended }.output().unwrap());
+        assert_eq!(status, Some(1), "{size}");
+        assert!(
+            said.starts_with(&format!("exitmeter: {path}: ")),
+            "{size}: {said}"
+        );
+        let text = fs::read_to_string(format!("{folder}/exitmeter.prom")).unwrap();
+        assert!(
+            text.contains("\nexitmeter_up 0\n") && !text.contains("exits"),
+            "{size}: {text}"
+        );
+    }
+}
+
+#[test]
+fn the_page_shows_the_host_without_scripts() {
+    let server = Server::start(&["--input", SAVED]);
+    let (head, page) = server.ask("GET /");
+    assert!(
+        head.contains("content-security-policy: default-src 'none'"),
+        "{head}"
+    );
+    for text in [
+        "kvm-1234",
+        "<svg",
+        "EXTERNAL_INTERRUPT",
+        "http-equiv=\"refresh\"",
+        "</html>",
+    ] {
+        assert!(page.contains(text), "{text} is not in {page}");
+    }
+    assert!(!page.contains("<script"), "{page}");
+}
+
+#[test]
+fn clients_that_hang_read_slowly_or_send_much_hold_up_nobody() {
+    let server = Server::start(&["--input", SAVED]);
+    // More than there is room for.
+    let mut hanging: Vec<_> = (0..200).map(|_| server.connect()).collect();
+    for stream in &mut hanging[150..] {
+        // Some have asked, and do not read.
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            .unwrap();
+    }
+    let sender = thread::spawn({
+        let mut stream = server.connect();
+        move || {
+            let begun = Instant::now();
+            write!(
+                stream,
+                "GET /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 1073741824\r\n\r\n"
+            )
+            .unwrap();
+            let some = vec![b'x'; 1 << 20];
+            let sent = (0..1024).find_map(|_| stream.write_all(&some).err());
+            (sent.map(|error| error.kind()), begun.elapsed())
+        }
+    });
+    let mut head = server.connect();
+    let endless = thread::spawn(move || {
+        head.write_all(b"GET /metrics HTTP/1.1\r\nX: ").unwrap();
+        let some = vec![b'x'; 1 << 16];
+        (0..1 << 14)
+            .find_map(|_| head.write_all(&some).err())
+            .map(|error| error.kind())
+    });
+    for _ in 0..20 {
+        let begun = Instant::now();
+        assert_eq!(samples(&server.metrics())["exitmeter_up"], 1.0);
+        assert!(
+            begun.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            begun.elapsed()
+        );
+    }
+    let reset = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+    let (sent, took) = sender.join().unwrap();
+    assert!(
+        sent.is_some_and(|kind| reset.contains(&kind)),
+        "all of 1 GB was taken in {took:?}"
+    );
+    let sent = endless.join().unwrap();
+    assert!(sent.is_some_and(|kind| reset.contains(&kind)), "{sent:?}");
+}
+
+#[test]
+fn a_socket_of_systemd_is_used() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    // systemd's first socket is file 3, and the process that has it knows by its own number.
+    let script = format!(
+        "LISTEN_FDS=1 LISTEN_PID=$$ exec {} export --input {SAVED} 3<&{}",
+        env!("CARGO_BIN_EXE_exitmeter"),
+        listener.as_raw_fd()
+    );
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let shell = Command::new("sh")
+        .args(["-c", &script])
+        .stderr(Stdio::piped())
+        .spawn();
+    let server = Server::of(shell.unwrap());
+    assert_eq!(server.address, address);
+    assert_eq!(samples(&server.metrics())["exitmeter_up"], 1.0);
+}
+
+#[test]
+fn the_file_is_replaced_at_once_or_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = folder.path().to_str().unwrap();
+    let mut writer = exitmeter(&[
+        "export",
+        "--textfile",
+        name,
+        "--interval",
+        "0.01",
+        "--input",
+        SAVED,
+    ]);
+    let mut writer = writer.spawn().unwrap();
+    let path = folder.path().join("exitmeter.prom");
+    while !path.exists() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    for _ in 0..500 {
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.ends_with('\n') && text.contains("exitmeter_phase_seconds_total"));
+    }
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    let (status, said) = failed(
+        exitmeter(&["export", "--textfile", "/nowhere", "--input", SAVED])
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(status, Some(1));
+    assert!(
+        said.contains("/nowhere/exitmeter.prom") && said.contains("node_exporter"),
+        "{said}"
+    );
+}
+
+/// A ledger with 20 reasons, as one of a Linux guest.
+fn lived() -> LedgerCopy {
+    // SAFETY: All-zero bytes are a valid ledger.
+    let ledger: Box<Ledger> = Box::new(unsafe { core::mem::zeroed() });
+    let mut now = 2_000_000;
+    ledger.begin(now, Phase::User);
+    ledger.resume(now + 1000);
+    ledger.entry(now + 2000);
+    for round in 0..200_u64 {
+        for code in 0..20_u32 {
+            now += 40_000;
+            ledger.exit(now, reasons::slot(Isa::Vmx, code + 28));
+            let kernel = 900 + 700 * u64::from(code) + 13 * round;
+            if code == 2 {
+                ledger.leave(now + 100, Phase::User);
+                ledger.resume(now + 9000);
+                now += 9000;
+            }
+            now += kernel;
+            ledger.entry(now);
+        }
+    }
+    let mut copy = LedgerCopy::new();
+    assert!(ledger.try_copy(&mut copy));
+    copy
+}
+
+/// Write what a host with so many VMs of 8 vCPUs gives.
+fn large(folder: &Path, vms: u32) -> PathBuf {
+    let copy = lived();
+    let host = Host {
+        isa: Isa::Vmx,
+        leaf_map: LeafMap::Map2021,
+        host_scope: false,
+        by_bpf: false,
+        tsc_khz: 2_400_000,
+        tsc_stable: true,
+        loaded: 1_000_000,
+        now: 60_000_000_000,
+        clock_offset: 0,
+        life: 7,
+    };
+    let write = |buffer: &mut [u8]| {
+        let mut encoder = Encoder::new(buffer, host);
+        for vm in 0..vms {
+            for vcpu in 0..8 {
+                let mut name = [0; 48];
+                let text = format!("kvm-{}", 100_000 + vm);
+                name[..text.len()].copy_from_slice(text.as_bytes());
+                let (vm, pid) = (vm.into(), 100_000 + vm);
+                encoder.vcpu(
+                    &Identity {
+                        vm,
+                        name,
+                        pid,
+                        vcpu,
+                    },
+                    &copy,
+                );
+            }
+        }
+        encoder.finish(&Totals::new(), 0)
+    };
+    let Full { needed } = write(&mut []).unwrap_err();
+    let mut bytes = vec![0; needed];
+    write(&mut bytes).unwrap();
+    let path = folder.join("large");
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Return the most memory that a process has had, in KiB.
+fn memory(process: &Child) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap()
+}
+
+#[test]
+fn a_host_of_100_vms_has_less_than_10000_series() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = large(folder.path(), 100);
+    let text = file(folder.path(), &[path.to_str().unwrap()]);
+    let series = samples(&text).len();
+    assert!((5000..10_000).contains(&series), "{series}");
+}
+
+#[test]
+fn a_host_of_8000_vcpus_takes_50_mb() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = large(folder.path(), 1000);
+    let size = fs::metadata(&path).unwrap().len();
+    assert!(size > 90 << 20, "{size}");
+    let server = Server::start(&["--input", path.to_str().unwrap()]);
+    let mut least = Duration::MAX;
+    for _ in 0..10 {
+        let begun = Instant::now();
+        let text = server.metrics();
+        least = least.min(begun.elapsed());
+        assert!(text.contains("exitmeter_vcpus 8000\n"));
+    }
+    let kib = memory(&server.process);
+    println!("{size} bytes, {least:?} at least, {kib} KiB");
+    assert!(kib < 50_000, "{kib} KiB");
+}

@@ -30,6 +30,7 @@ use self::{
     exposition::{Exposition, Format},
     metrics::Scrape,
     page::History,
+    server::Site,
     sums::{Detail, Sums},
 };
 
@@ -208,6 +209,16 @@ impl Exporter {
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Site for Exporter {
+    fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)> {
+        match path {
+            "/metrics" => Some((format.content_type(), self.scrape(format).0)),
+            "/" => Some((page::CONTENT_TYPE, self.page())),
+            _ => None,
+        }
     }
 }
 

@@ -20,6 +20,9 @@ use crate::{
     recording::read::Ending,
 };
 
+/// The value of Content-Type.
+pub const CONTENT_TYPE: &str = "text/html; charset=utf-8";
+
 /// Seconds from one reading of the page to the next.
 const RELOAD: u64 = 5;
 

@@ -7,7 +7,11 @@
 //! snapshots at most are read at once, since each takes memory.
 
 use std::{
-    collections::VecDeque, convert::Infallible, net::SocketAddr, process::ExitCode, sync::Arc,
+    collections::VecDeque,
+    convert::Infallible,
+    net::{self, SocketAddr},
+    process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -29,7 +33,7 @@ use tokio::{
     time,
 };
 
-use super::{exposition::Format, say, Exporter};
+use super::{exposition::Format, say};
 
 /// How long a connection may take in all.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -52,45 +56,61 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The page has no scripts, and takes nothing from elsewhere.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
-/// Serve until the process ends.
+/// What is served.
+pub trait Site: Send + Sync + 'static {
+    /// Return the content at a path, with its type; `None` where there is nothing. `format` is that of metrics which the
+    /// client asks for. This may take long: it is called on a thread for that.
+    fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)>;
+}
+
+/// Serve until the process ends, at a socket from systemd or else at an address.
 ///
 /// # Errors
 ///
 /// When the address cannot be listened at.
-pub fn serve(exporter: Exporter, address: SocketAddr) -> anyhow::Result<ExitCode> {
+pub fn serve(site: impl Site, address: SocketAddr) -> anyhow::Result<ExitCode> {
+    let listener = listener(address)?;
+    let address = listener.local_addr().unwrap_or(address);
+    say(&format!("serves at http://{address}/metrics"));
+    serve_at(site, listener)
+}
+
+/// Serve until the process ends.
+///
+/// # Errors
+///
+/// When the system does not allow it.
+pub fn serve_at(site: impl Site, listener: net::TcpListener) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(SNAPSHOTS)
         .build()
         .context("cannot start the server")?;
     runtime.block_on(async {
-        let listener = listener(address)?;
-        let address = listener.local_addr().unwrap_or(address);
-        say(&format!("serves at http://{address}/metrics"));
-        accept(listener, Arc::new(exporter)).await
+        listener
+            .set_nonblocking(true)
+            .context("cannot start the server")?;
+        let listener = TcpListener::from_std(listener).context("cannot start the server")?;
+        accept(listener, Arc::new(site)).await
     })
 }
 
 /// Return the socket that systemd gave, or else a new one.
-fn listener(address: SocketAddr) -> anyhow::Result<TcpListener> {
+fn listener(address: SocketAddr) -> anyhow::Result<net::TcpListener> {
     let given = listenfd::ListenFd::from_env()
         .take_tcp_listener(0)
         .context(
             "the socket from systemd is none of TCP: let the unit have ListenStream=ADDRESS:PORT",
         )?;
-    let listener = match given {
-        Some(listener) => listener,
-        None => std::net::TcpListener::bind(address).with_context(|| {
+    match given {
+        Some(listener) => Ok(listener),
+        None => net::TcpListener::bind(address).with_context(|| {
             format!("cannot listen at {address}: name another address or port by --listen")
-        })?,
-    };
-    listener
-        .set_nonblocking(true)
-        .and_then(|()| TcpListener::from_std(listener))
-        .context("cannot listen")
+        }),
+    }
 }
 
-async fn accept(listener: TcpListener, exporter: Arc<Exporter>) -> anyhow::Result<ExitCode> {
+async fn accept(listener: TcpListener, site: Arc<impl Site>) -> anyhow::Result<ExitCode> {
     let snapshots = Arc::new(Semaphore::new(SNAPSHOTS));
     let mut connections: VecDeque<AbortHandle> = VecDeque::new();
     loop {
@@ -104,15 +124,15 @@ async fn accept(listener: TcpListener, exporter: Arc<Exporter>) -> anyhow::Resul
                 oldest.abort();
             }
         }
-        let connection = connection(stream, Arc::clone(&exporter), Arc::clone(&snapshots));
+        let connection = connection(stream, Arc::clone(&site), Arc::clone(&snapshots));
         let connection = task::spawn(time::timeout(WITHIN, connection));
         connections.push_back(connection.abort_handle());
     }
 }
 
 /// Serve one request.
-async fn connection(stream: TcpStream, exporter: Arc<Exporter>, snapshots: Arc<Semaphore>) {
-    let service = service_fn(|request| answer(request, &exporter, &snapshots));
+async fn connection(stream: TcpStream, site: Arc<impl Site>, snapshots: Arc<Semaphore>) {
+    let service = service_fn(|request| answer(request, &site, &snapshots));
     // Who went away early is no concern of ours.
     let _ = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -125,39 +145,32 @@ async fn connection(stream: TcpStream, exporter: Arc<Exporter>, snapshots: Arc<S
 
 async fn answer(
     request: Request<Incoming>,
-    exporter: &Arc<Exporter>,
+    site: &Arc<impl Site>,
     snapshots: &Semaphore,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
-    let reply = match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, path @ ("/metrics" | "/")) => {
+    let reply = match *request.method() {
+        Method::GET | Method::HEAD => {
             let accept = request.headers().get(ACCEPT);
             let accept = accept.and_then(|accept| accept.to_str().ok());
             let format = Format::accepted(accept.unwrap_or_default());
-            let is_page = path == "/";
-            let exporter = Arc::clone(exporter);
+            let (site, path) = (Arc::clone(site), request.uri().path().to_owned());
             // The semaphore is never closed, and a task that panics ends the process.
             let _permit = snapshots.acquire().await;
-            let made = task::spawn_blocking(move || match is_page {
-                true => reply(StatusCode::OK, "text/html; charset=utf-8", exporter.page()),
-                false => reply(
-                    StatusCode::OK,
-                    format.content_type(),
-                    exporter.scrape(format).0,
+            let content = task::spawn_blocking(move || site.content(&path, format)).await;
+            match content {
+                Ok(Some((kind, text))) => reply(StatusCode::OK, kind, text),
+                Ok(None) => reply(
+                    StatusCode::NOT_FOUND,
+                    TEXT,
+                    "there is /metrics, and / for people\n".to_owned(),
                 ),
-            });
-            made.await.unwrap_or_else(|_| {
-                reply(
+                Err(_) => reply(
                     StatusCode::INTERNAL_SERVER_ERROR,
                     TEXT,
                     "the snapshot could not be read\n".to_owned(),
-                )
-            })
+                ),
+            }
         }
-        (&Method::GET | &Method::HEAD, _) => reply(
-            StatusCode::NOT_FOUND,
-            TEXT,
-            "there is /metrics, and / for people\n".to_owned(),
-        ),
         _ => {
             let mut reply = reply(
                 StatusCode::METHOD_NOT_ALLOWED,

@@ -90,9 +90,9 @@ pub struct Detail {
 }
 
 /// A snapshot that is read a part at a time.
-struct Parts<'a> {
+struct Parts<'a, F> {
     path: &'a Path,
-    from: Box<dyn Read>,
+    from: F,
     at: u64,
     record: Vec<u8>,
 }
@@ -104,9 +104,18 @@ impl Sums {
     ///
     /// As [`source::read`] and [`source::parse`].
     pub fn read(path: &Path, detail: Detail) -> Result<Self, source::Error> {
+        Self::of(path, source::open(path)?, detail)
+    }
+
+    /// Read a snapshot from somewhere else; `path` is what an error names.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub fn of(path: &Path, from: impl Read, detail: Detail) -> Result<Self, source::Error> {
         let mut parts = Parts {
             path,
-            from: source::open(path)?,
+            from,
             at: 0,
             record: Vec::new(),
         };
@@ -273,7 +282,7 @@ fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
     Some(one?.saturating_add(other?))
 }
 
-impl Parts<'_> {
+impl<F: Read> Parts<'_, F> {
     /// Read the head.
     fn head(&mut self) -> Result<Head, source::Error> {
         let mut bytes = Vec::new();

@@ -1,0 +1,31 @@
+#!/bin/bash
+# Unpacks Debian's prometheus, promtool and victoria-metrics into FOLDER, without installing them: no service is started.
+#
+#   scripts/prometheus.sh FOLDER    FOLDER/usr/bin/prometheus, promtool, victoria-metrics
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ $# = 1 ] || die "$0 wants a folder."
+out=$1
+[ -e "$out/.done" ] && exit 0
+need_command apt-get apt
+need_command dpkg-deb dpkg
+mkdir -p "$out"
+need_space "$out" 400
+temporary=$(mktemp -d "$out/.new.XXXXXX")
+trap 'rm -rf "$temporary"' EXIT
+fetch() { (cd "$temporary" && apt-get -qq -o APT::Sandbox::User=root download "$1" >/dev/null 2>&1); }
+for package in prometheus victoria-metrics; do
+  say "fetching $package"
+  fetch "$package" ||
+    die "the package $package could not be fetched; this takes Debian 12 or later, and up-to-date lists (apt-get update)."
+done
+# Debian 12 has it in the package prometheus.
+fetch promtool || true
+for package in "$temporary"/*.deb; do
+  dpkg-deb --extract "$package" "$out"
+done
+for program in prometheus promtool victoria-metrics; do
+  [ -x "$out/usr/bin/$program" ] || die "Debian's packages have no $program; remove $out and try again."
+done
+touch "$out/.done"

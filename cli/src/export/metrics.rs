@@ -103,7 +103,7 @@ const HOST_PHASE: Family = Family {
     name: "exitmeter_host_phase_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time of all vCPUs by phase, those that are gone too.",
+    help: "Time of all vCPUs by phase, those that are gone too, without the phase that each is in.",
 };
 const HOST_POLLED: Family = Family {
     name: "exitmeter_host_polled_seconds",
@@ -163,7 +163,7 @@ const PHASE: Family = Family {
     name: "exitmeter_phase_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time of a VM's vCPUs by phase: their sum is the time for which they were there.",
+    help: "Time of a VM's vCPUs by phase, with the phase that each is in: their sum is the time for which they were there.",
 };
 const POLLED: Family = Family {
     name: "exitmeter_polled_seconds",
@@ -249,7 +249,8 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     let lines: usize = vms.map(|vm| 12 + 3 * vm.rows.len()).sum();
     to.reserve(lines * LINE);
     let rows = scrape.sums.all.iter();
-    let reasons = rows.map(|(key, row)| (*key, reason(&row.label))).collect();
+    let reasons = rows.map(|(key, row)| (*key, reason(&row.label)));
+    let reasons: BTreeMap<_, _> = reasons.collect();
     let begun = scrape.begun.as_secs_f64();
     let vms = scrape.labels.iter().filter_map(|(number, label)| {
         let vm = scrape.sums.vms.get(number)?;

@@ -96,7 +96,7 @@ impl History {
             at,
             sums: Host {
                 head: sums.head,
-                all: sums.all,
+                all: sums.up_to_now(),
                 vcpus,
                 vms,
             },

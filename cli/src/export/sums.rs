@@ -53,8 +53,11 @@ pub struct Row {
 pub struct Sums {
     /// What the snapshot begins with.
     pub head: Head,
-    /// All vCPUs, those that are gone too, with the spread of what exits cost.
+    /// All vCPUs, those that are gone too, with the spread of what exits cost. A phase that still runs is not in it: when its
+    /// vCPU goes it is booked nowhere, and the sum must not fall.
     pub all: Rows,
+    /// The phases that still run, of all vCPUs.
+    pub running: Rows,
     /// Nanoseconds that KVM polled for all of them, when it is known.
     pub polled_ns: Option<u64>,
     /// The VMs that run, by their numbers.
@@ -72,7 +75,7 @@ pub struct Vm {
     pub first: u64,
     /// How many of its vCPUs are metered.
     pub vcpus: usize,
-    /// Its numbers by reason.
+    /// Its numbers by reason, with the phases that still run.
     pub rows: BTreeMap<Key, Row>,
     /// Nanoseconds that KVM polled for it, when it is known.
     pub polled_ns: Option<u64>,
@@ -123,6 +126,7 @@ impl Sums {
         let mut sums = Self {
             head,
             all: Rows::new(),
+            running: Rows::new(),
             polled_ns: Some(0),
             vms: BTreeMap::new(),
         };
@@ -156,6 +160,15 @@ impl Sums {
         }
     }
 
+    /// Return all vCPUs, with the phases that still run.
+    pub fn up_to_now(&self) -> Rows {
+        let mut all = self.all.clone();
+        for row in self.running.values() {
+            add_row(&mut all, *row);
+        }
+        all
+    }
+
     /// Return the metered vCPUs that run.
     pub fn vcpus(&self) -> usize {
         self.vms.values().map(|vm| vm.vcpus).sum()
@@ -177,22 +190,22 @@ impl Sums {
         vm.polled_ns = both(vm.polled_ns, record.polled());
         self.polled_ns = both(self.polled_ns, record.polled());
         let mut own = (0_u64, Cycles::by_phase(has_waits, |_| 0));
-        let mut add = |row: ReasonRow| {
+        let mut add = |all: &mut Rows, row: ReasonRow| {
             own.0 = own.0.saturating_add(row.exits);
             own.1 += row.cycles;
-            add_row(&mut self.all, row);
+            add_row(all, row);
             vm.rows
                 .entry(row.label.key())
                 .or_insert_with(|| Row::new(&row, detail))
                 .add(&row);
         };
         for row in record.rows() {
-            add(ReasonRow::new(isa, has_waits, &row));
+            add(&mut self.all, ReasonRow::new(isa, has_waits, &row));
         }
-        // The phase that runs has no row yet. A vCPU that sleeps for a minute would have it all in one scrape.
+        // The phase that runs is booked when it ends. A vCPU that sleeps for a minute would have it all in one scrape.
         if let (Some(phase), Some(reason)) = (record.phase(), record.latest()) {
             let running = u128::from(self.head.now.saturating_sub(record.last()));
-            add(ReasonRow {
+            let row = ReasonRow {
                 label: Label::new(isa, reason),
                 exits: 0,
                 nested_exits: Some(0),
@@ -201,8 +214,9 @@ impl Sums {
                     false => 0,
                 }),
                 polled: None,
-                spread: Some(Spread::default()),
-            });
+                spread: None,
+            };
+            add(&mut self.running, row);
         }
         if detail.vcpus {
             vm.each.insert(record.id(), own);

@@ -153,20 +153,24 @@ fn refused(output: &Output, words: &str) -> Result<()> {
 }
 
 /// The programs, attached and pinned; taken away when this is dropped.
-struct Attached(());
+pub(super) struct Attached(());
 
 impl Attached {
-    fn with(arguments: &[&str]) -> Result<Self> {
+    pub(super) fn with(arguments: &[&str]) -> Result<Self> {
         mount()?;
         done(&[&["bpf", "start"], arguments].concat())?;
         Ok(Self(()))
     }
 
     fn read(&self) -> Result<Meter> {
-        Meter::parse(&done(&["bpf", "snapshot"])?)
+        Meter::parse(&self.snapshot()?)
     }
 
-    fn stop(self) -> Result<()> {
+    pub(super) fn snapshot(&self) -> Result<Vec<u8>> {
+        done(&["bpf", "snapshot"])
+    }
+
+    pub(super) fn stop(self) -> Result<()> {
         std::mem::forget(self);
         done(&["bpf", "stop"])?;
         nothing_is_left()

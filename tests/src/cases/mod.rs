@@ -8,6 +8,7 @@ mod answers;
 mod bpf;
 mod details;
 mod exits;
+mod export;
 mod hooks;
 mod linux;
 mod loading;
@@ -132,6 +133,7 @@ pub fn all() -> Vec<Case> {
         tool::cases(),
         verify::cases(),
         bpf::cases(),
+        export::cases(),
         scope::cases(),
         linux::cases(),
         nested::cases(),

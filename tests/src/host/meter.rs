@@ -11,7 +11,8 @@ use exitmeter_meter::{
 
 use super::hist::Exits;
 
-const DEVICE: &str = "/dev/exitmeter";
+/// The device that the module makes.
+pub const DEVICE: &str = "/dev/exitmeter";
 
 /// The numbers of one vCPU, or the sums of those that are gone.
 #[derive(Clone, Debug, Default)]

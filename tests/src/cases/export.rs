@@ -1,0 +1,294 @@
+//! `exitmeter export` gives Prometheus what the snapshot holds.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
+    os::unix::{fs::chown, process::CommandExt as _},
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{ensure, Context as _, Result};
+use exitmeter_meter::{
+    phase::Phase,
+    reader::Snapshot,
+    reasons::{self, Isa},
+    snapshot::Reason,
+};
+use tiny_guests::{Config, Machine, Mode, Program};
+
+use super::{bpf::Attached, Case};
+use crate::host::{self, meter::DEVICE, module};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::with(
+            "",
+            "export: a scrape has the numbers of the snapshot, for who is in the group alone",
+            of_the_module,
+        ),
+        Case::without("export: a scrape has the numbers of the BPF meter", of_bpf).within(120),
+        Case::with(
+            "",
+            "export: the host's counters never fall while VMs come and go",
+            never_fall,
+        )
+        .within(120),
+        Case::without(
+            "export: it goes on while the module is unloaded and loaded",
+            without_the_module,
+        ),
+    ]
+}
+
+/// A user and a group that nobody else has, as those of a unit with DynamicUser=.
+const USER: u32 = 64_999;
+
+/// `exitmeter export`, as long as it is to run.
+struct Exporter {
+    process: Child,
+    address: String,
+}
+
+impl Exporter {
+    /// Start it as a user that may read the device by its group, or as root.
+    fn start(arguments: &[&str], as_user: bool) -> Result<Self> {
+        let up = Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status()?;
+        ensure!(up.success(), "there is no loopback");
+        let mut command = Command::new("exitmeter");
+        command
+            .args(["export", "--listen", "127.0.0.1:0"])
+            .args(arguments);
+        if as_user {
+            command.uid(USER).gid(USER);
+        }
+        let mut process = command.stderr(Stdio::piped()).spawn()?;
+        let mut said = String::new();
+        let stderr = process.stderr.take().context("it has a standard error")?;
+        BufReader::new(stderr).read_line(&mut said)?;
+        let address = said
+            .split("http://")
+            .nth(1)
+            .and_then(|rest| rest.split('/').next());
+        let address = address
+            .with_context(|| format!("it says {said}"))?
+            .to_owned();
+        Ok(Self { process, address })
+    }
+
+    /// Return the samples of a scrape.
+    fn scrape(&self) -> Result<BTreeMap<String, f64>> {
+        let mut stream = TcpStream::connect(&self.address)?;
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("an answer")?;
+        ensure!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        let lines = body.lines().filter(|line| !line.starts_with('#'));
+        lines
+            .map(|line| {
+                let (name, value) = line.rsplit_once(' ').context("a sample")?;
+                Ok((name.to_owned(), value.parse()?))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Exporter {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn reason(isa: Isa, reason: Reason) -> String {
+    match reason {
+        Reason::Code(code) => match reasons::name(isa, code) {
+            Some(name) => name.to_owned(),
+            None => format!("{code:#x}"),
+        },
+        Reason::Start => "start".to_owned(),
+        Reason::Other => "other".to_owned(),
+    }
+}
+
+/// Demand that a scrape has what a snapshot of vCPUs that stand still has.
+fn equal(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
+    let snapshot = Snapshot::parse(bytes)?;
+    let isa = snapshot.isa();
+    let khz = f64::from(snapshot.tsc_khz().context("the clock has a rate")?);
+    let mut vms: BTreeMap<(String, String), (u64, u128)> = BTreeMap::new();
+    let mut host: BTreeMap<String, (u64, u128)> = BTreeMap::new();
+    let of_vcpus = snapshot.vcpus().flat_map(|vcpu| {
+        let name = vcpu.name().to_owned();
+        vcpu.rows()
+            .map(move |row| (Some(name.clone()), row))
+            .collect::<Vec<_>>()
+    });
+    for (vm, row) in of_vcpus.chain(snapshot.totals().map(|row| (None, row))) {
+        let reason = reason(isa, row.reason());
+        let kernel = u128::from(row.cycles(Phase::Kernel));
+        let of_vm = vm.map(|vm| vms.entry((vm, reason.clone())).or_default());
+        for sum in of_vm.into_iter().chain([host.entry(reason).or_default()]) {
+            sum.0 += row.exits();
+            sum.1 += kernel;
+        }
+    }
+    let demand = |name: String, value: f64| {
+        let found = scrape.get(&name).copied();
+        // A reason without time has no line.
+        ensure!(
+            found == Some(value) || (value == 0.0 && found.is_none()),
+            "{name}: {found:?}, and not {value}"
+        );
+        Ok(())
+    };
+    let seconds = |ticks: u128| ticks as f64 / (khz * 1000.0);
+    ensure!(!vms.is_empty(), "no VM runs");
+    for ((vm, reason), (exits, kernel)) in vms {
+        let labels = format!("{{vm=\"{vm}\",reason=\"{reason}\"}}");
+        demand(format!("exitmeter_exits_total{labels}"), exits as f64)?;
+        demand(
+            format!("exitmeter_kernel_seconds_total{labels}"),
+            seconds(kernel),
+        )?;
+    }
+    for (reason, (exits, kernel)) in host {
+        let labels = format!("{{reason=\"{reason}\"}}");
+        demand(format!("exitmeter_host_exits_total{labels}"), exits as f64)?;
+        demand(
+            format!("exitmeter_host_kernel_seconds_total{labels}"),
+            seconds(kernel),
+        )?;
+    }
+    demand(
+        "exitmeter_departed_vcpus_total".to_owned(),
+        snapshot.gone() as f64,
+    )?;
+    demand(
+        "exitmeter_vcpus".to_owned(),
+        snapshot.vcpus().count() as f64,
+    )
+}
+
+/// Let one VM come and go, and return one that has run and stands still.
+fn some_vms() -> Result<Machine> {
+    Machine::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
+    let mut machine = Machine::new(Config {
+        vcpus: 2,
+        ..Config::new(Program::OutUser, Mode::Long, 300)
+    })?;
+    machine.run()?;
+    Ok(machine)
+}
+
+fn of_the_module() -> Result<()> {
+    let machine = some_vms()?;
+    let exporter = Exporter::start(&[], true)?;
+    let refused = exporter.scrape()?;
+    ensure!(
+        refused.get("exitmeter_up") == Some(&0.0) && refused.len() == 2,
+        "without the right to read the device: {refused:?}"
+    );
+    // As the udev rule does for the group kvm.
+    chown(DEVICE, None, Some(USER))?;
+    let scrape = exporter.scrape()?;
+    equal(&scrape, &std::fs::read(DEVICE)?)?;
+    let name = format!("kvm-{}", std::process::id());
+    let info = scrape
+        .keys()
+        .find(|sample| sample.starts_with("exitmeter_vm_info"));
+    ensure!(info.is_some_and(|info| info.contains(&name)), "{info:?}");
+    // Once the VM is gone its numbers are the host's alone.
+    let exits = |scrape: &BTreeMap<String, f64>| -> f64 {
+        let of = scrape
+            .iter()
+            .filter(|(name, _)| name.starts_with("exitmeter_host_exits_total"));
+        of.map(|(_, value)| value).sum()
+    };
+    let before = exits(&scrape);
+    drop(machine);
+    let scrape = exporter.scrape()?;
+    ensure!(
+        !scrape.keys().any(|name| name.contains("vm=")),
+        "a VM that is gone is told"
+    );
+    let after = exits(&scrape);
+    ensure!(
+        after == before && before >= 640.0,
+        "{before} exits became {after}"
+    );
+    Ok(())
+}
+
+fn of_bpf() -> Result<()> {
+    let attached = Attached::with(&[])?;
+    let machine = some_vms()?;
+    let exporter = Exporter::start(&["--source", "bpf"], false)?;
+    let scrape = exporter.scrape()?;
+    equal(&scrape, &attached.snapshot()?)?;
+    let isa = host::isa()?.name();
+    let info = format!("exitmeter_meter_info{{source=\"bpf\",isa=\"{isa}\"}}");
+    ensure!(scrape.contains_key(&info), "there is no {info}");
+    drop(machine);
+    attached.stop()
+}
+
+fn never_fall() -> Result<()> {
+    let exporter = Exporter::start(&[], false)?;
+    let mut before: BTreeMap<String, f64> = BTreeMap::new();
+    let mut scrapes = 0;
+    thread::scope(|scope| {
+        let load = scope.spawn(|| -> Result<()> {
+            for _ in 0..30 {
+                let mut machine = Machine::new(Config {
+                    vcpus: 2,
+                    ..Config::new(Program::Cpuid, Mode::Long, 300)
+                })?;
+                machine.run()?;
+            }
+            Ok(())
+        });
+        while !load.is_finished() {
+            let scrape = exporter.scrape()?;
+            let counters = scrape.iter().filter(|(name, _)| {
+                name.starts_with("exitmeter_host_") || name.starts_with("exitmeter_departed")
+            });
+            for (name, value) in counters {
+                let last = before.insert(name.clone(), *value).unwrap_or(0.0);
+                ensure!(*value >= last, "{name} fell from {last} to {value}");
+            }
+            scrapes += 1;
+            thread::sleep(Duration::from_millis(20));
+        }
+        load.join()
+            .map_err(|_| anyhow::anyhow!("the load panicked"))?
+    })?;
+    ensure!(scrapes > 5, "there were {scrapes} scrapes alone");
+    let departed = exporter
+        .scrape()?
+        .get("exitmeter_departed_vcpus_total")
+        .copied();
+    ensure!(
+        departed == Some(60.0),
+        "{departed:?} vCPUs are gone, and not 60"
+    );
+    Ok(())
+}
+
+fn without_the_module() -> Result<()> {
+    let exporter = Exporter::start(&["--source", "module"], false)?;
+    let up = || -> Result<Option<f64>> { Ok(exporter.scrape()?.get("exitmeter_up").copied()) };
+    ensure!(up()? == Some(0.0), "there is no module");
+    module::load("")?;
+    ensure!(up()? == Some(1.0), "the module is there");
+    module::unload()?;
+    ensure!(up()? == Some(0.0), "the module is gone");
+    module::load("")?;
+    ensure!(up()? == Some(1.0), "the module is there again");
+    module::unload()
+}

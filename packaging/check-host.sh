@@ -32,6 +32,18 @@ nothing_failed() { [ -z "$(systemctl --failed --plain --no-legend | tee /dev/std
 # in_groups GROUPS CMD...: as a user who is in these groups and nobody else.
 in_groups() { setpriv --reuid=nobody --regid=nogroup --groups="$1" -- "${@:2}"; }
 not() { ! "$@"; }
+# scrape: what the exporter gives.
+scrape() { (exec 3<>/dev/tcp/127.0.0.1/10479 && printf 'GET /metrics HTTP/1.1\r\nHost: host\r\n\r\n' >&3 && cat <&3) 2>/dev/null; }
+# up NUMBER: whether it can read the meter.
+up() { scrape | grep -q "^exitmeter_up $1\$"; }
+# All VMs of `exitmeter verify` are gone, so nothing counts meanwhile.
+same_exits() {
+  local exported reported
+  exported=$(scrape | sed -n 's/^exitmeter_host_exits_total{[^}]*} //p' | awk '{ sum += $1 } END { print sum }')
+  reported=$(exitmeter report --csv | awk -F, '$4 == "departed" { sum += $10 } END { print sum }')
+  tell "exported $exported, reported $reported"
+  [ -n "$exported" ] && [ "$exported" = "$reported" ]
+}
 waits_for() { for _ in $(seq 60); do ! "$@" || return 0; sleep 1; done; return 1; }
 
 udevadm settle --timeout 120
@@ -46,8 +58,19 @@ case $mode in
     expect "a member of the group kvm reads a report" in_groups kvm exitmeter report
     expect "anybody else does not" not in_groups nogroup exitmeter report
     expect "exitmeter verify finds it right" exitmeter verify
+    expect "the exporter waits to be asked for" test "$(systemctl is-enabled exitmeter-export.service)" = disabled
+    expect "the exporter starts in its sandbox" systemctl start exitmeter-export.service
+    expect "and reads the meter as a user of its own" waits_for up 1
+    expect "its exits are those of the report" same_exits
+    # DynamicUser= takes these (systemd.exec(5)).
+    expect "whose number is one of systemd's" test "$(stat -c %u "/proc/$(systemctl show --value -p MainPID exitmeter-export.service)")" -ge 61184
     expect "KVM is loaded again" sh -c 'modprobe -r exitmeter kvm_amd && modprobe kvm_amd'
     expect "and the module comes with it" waits_for loaded
+    expect "and the exporter reads it, whatever number its device has now" waits_for up 1
+    expect "the exporter ends" systemctl stop exitmeter-export.service
+    expect "a socket of systemd brings it" sh -c 'systemctl start exitmeter-export.socket'
+    expect "at the first scrape" waits_for up 1
+    expect "and all of it ends" systemctl stop exitmeter-export.socket exitmeter-export.service
     expect "the packages go" dpkg --purge exitmeter-dkms exitmeter
     expect "and the module with them" not_loaded
     expect "and it is not found" sh -c '! modinfo exitmeter'

@@ -14,6 +14,7 @@
 #   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
 #   make soak-cfi       under a kernel where a call to a function of another type is a fault: kCFI, and FineIBT on Intel
 #   make bench          measures what metering costs, beside other meters
+#   make fleet          Prometheus with a fleet of hosts that recordings play: docs/fleet.md; make fleet-check checks it
 #   make study          records how guests exit on both emulated hosts: docs/study.md
 #   make soak-selftests KVM's own selftests on both emulated hosts, without the module and with it: docs/selftests.md
 #   make check          formats, lints and warnings
@@ -33,7 +34,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench fleet fleet-check study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-tool
 
 all: module tool
 
@@ -68,6 +69,12 @@ test-amd: bootstrap-clang
 
 soak: bootstrap-clang
 	cargo run --release --quiet -p system-tests -- --soak --memory 2048 --percent $(or $(PERCENT),100) --timeout 28800
+
+fleet: bootstrap-clang
+	cargo run --release --quiet -p fleet
+
+fleet-check: bootstrap-clang
+	cargo run --release --quiet -p fleet -- --check
 
 stress: bootstrap
 	cargo run --release --quiet -p stress

@@ -11,13 +11,18 @@ out=$1
 need_command apt-get apt
 need_command dpkg-deb dpkg
 mkdir -p "$out"
+# Tests that run side by side want it at once.
+exec 9>"$out/.lock"
+flock 9
+[ -e "$out/.done" ] && exit 0
 need_space "$out" 400
 temporary=$(mktemp -d "$out/.new.XXXXXX")
 trap 'rm -rf "$temporary"' EXIT
 fetch() { (cd "$temporary" && apt-get -qq -o APT::Sandbox::User=root download "$1" >/dev/null 2>&1); }
 for package in prometheus victoria-metrics; do
   say "fetching $package"
-  fetch "$package" ||
+  # A new machine may have no lists yet.
+  fetch "$package" || { [ "$(id -u)" = 0 ] && apt-get -qq update >/dev/null 2>&1 && fetch "$package"; } ||
     die "the package $package could not be fetched; this takes Debian 12 or later, and up-to-date lists (apt-get update)."
 done
 # Debian 12 has it in the package prometheus.

@@ -507,8 +507,21 @@ fn a_host_of_100_vms_has_less_than_10000_series() {
     let folder = tempfile::tempdir().unwrap();
     let path = large(folder.path(), 100);
     let text = file(folder.path(), &[path.to_str().unwrap()]);
-    let series = samples(&text).len();
-    assert!((5000..10_000).contains(&series), "{series}");
+    let found = samples(&text);
+    let of_name = |name: &str| {
+        found
+            .keys()
+            .filter(|sample| sample.starts_with(name))
+            .count()
+    };
+    // The formula of docs/fleet.md.
+    let reasons = of_name("exitmeter_host_exits_total{");
+    let with_user = of_name("exitmeter_host_user_seconds_total{");
+    let of_vm = 11 + 2 * reasons + with_user;
+    let of_host = 15 + 17 * reasons + with_user;
+    assert!(reasons >= 20 && with_user >= 1, "{reasons} {with_user}");
+    assert_eq!(found.len(), 100 * of_vm + of_host);
+    assert!(found.len() < 10_000, "{}", found.len());
 }
 
 #[test]

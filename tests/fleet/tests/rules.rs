@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The rules and metrics, by Debian's promtool, and what docs/fleet.md says of them.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    path::Path,
+    process::{Command, Output},
+};
+
+use exitmeter::export::exposition::Format;
+use fleet::{
+    hosts::{recordings, Hosts},
+    prometheus::{programs, RULES},
+    tape::Tape,
+};
+
+const DOCS: &str = include_str!("../../../docs/fleet.md");
+
+fn promtool(arguments: &[&str], input: Option<File>) -> Output {
+    let mut command = Command::new(programs().unwrap().join("promtool"));
+    if let Some(input) = input {
+        command.stdin(input);
+    }
+    let folder = Path::new(RULES).parent().unwrap();
+    command
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn passed(output: &Output) {
+    let said = [&output.stdout[..], &output.stderr[..]].concat();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&said)
+    );
+}
+
+/// Return what a host serves that has VMs by their names.
+fn metrics(format: Format) -> String {
+    use exitmeter::export::server::Site as _;
+
+    let path = recordings().next().unwrap();
+    let hosts = Hosts::new(vec![Tape::read(&path).unwrap()], 2, 3, 1.0);
+    hosts.content("/host/0/metrics", format).unwrap().1
+}
+
+#[test]
+fn promtool_passes_the_rules_and_their_tests() {
+    passed(&promtool(&["check", "rules", "exitmeter.rules.yml"], None));
+    passed(&promtool(
+        &["test", "rules", "exitmeter.rules.test.yml"],
+        None,
+    ));
+}
+
+#[test]
+fn promtool_has_nothing_to_say_about_the_metrics() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("metrics");
+    fs::write(&file, metrics(Format::Text)).unwrap();
+    let said = promtool(&["check", "metrics"], Some(File::open(&file).unwrap()));
+    passed(&said);
+    let said = [said.stdout, said.stderr].concat();
+    assert_eq!(String::from_utf8_lossy(&said), "");
+}
+
+#[test]
+fn the_page_of_docs_has_each_metric_rule_and_alert() {
+    let text = metrics(Format::Text);
+    let names: BTreeSet<_> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names {
+        assert!(
+            DOCS.contains(&format!("`{name}`")),
+            "{name} is not in docs/fleet.md"
+        );
+    }
+    let rules = fs::read_to_string(RULES).unwrap();
+    let of = |key: &str| {
+        let lines = rules.lines().map(str::trim);
+        lines
+            .filter_map(|line| {
+                line.strip_prefix("- ")?
+                    .strip_prefix(key)
+                    .map(str::to_owned)
+            })
+            .collect::<Vec<_>>()
+    };
+    for record in of("record: ") {
+        assert!(DOCS.contains(&format!("| `{record}` |")), "{record}");
+    }
+    let alerts = of("alert: ");
+    assert!(alerts.len() > 5);
+    for alert in alerts {
+        assert!(DOCS.contains(&alert), "{alert}");
+    }
+    // Each runbook is a section.
+    let sections = DOCS.lines().filter_map(|line| line.strip_prefix("### "));
+    let sections: Vec<_> = sections.map(str::to_lowercase).collect();
+    for line in rules.lines() {
+        if let Some(section) = line.trim().strip_prefix("runbook: docs/fleet.md#") {
+            assert!(sections.contains(&section.to_owned()), "{section}");
+        }
+    }
+}

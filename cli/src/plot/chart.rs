@@ -95,7 +95,11 @@ impl Chart {
         for tick in axis::ticks(range.0, range.1, 8) {
             self.tick_below(scale.place(tick), &axis::label(tick), GRID);
         }
-        self.name_below("seconds since the recording began");
+        // What happens now ends at 0.
+        self.name_below(match range.0 < 0.0 {
+            true => "seconds up to now",
+            false => "seconds since the recording began",
+        });
         scale
     }
 

@@ -15,6 +15,7 @@ use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use exitmeter::export::{exposition::Format, server, server::Site};
 use fleet::{
+    boards::BOARDS,
     hosts::{recordings, Hosts},
     prometheus::Prometheus,
     tape::Tape,
@@ -52,6 +53,9 @@ impl Site for Served {
 
 /// For how long the hosts play when it is a check.
 const CHECKED: Duration = Duration::from_secs(60);
+
+/// When the panels of the boards are looked at.
+const PLAYED: Duration = Duration::from_secs(40);
 
 /// How long Prometheus may take to have scraped and evaluated what there is then.
 const SETTLED: Duration = Duration::from_secs(10);
@@ -105,19 +109,46 @@ fn rounds(tape: &Tape) -> u64 {
 }
 
 fn check(hosts: &Hosts, prometheus: &Prometheus) -> Result<ExitCode> {
+    // While VMs come and go, and when the hosts have come to their end.
+    let played = PLAYED.saturating_sub(hosts.begun.elapsed());
+    let passed = eventually(played, || panels(prometheus))?;
     let left = CHECKED.saturating_sub(hosts.begun.elapsed());
-    thread::sleep(left);
-    let begun = Instant::now();
-    let result = loop {
-        let result = verdict(hosts, prometheus);
-        if result.is_ok() || begun.elapsed() > SETTLED {
-            break result;
-        }
-        thread::sleep(Duration::from_secs(1));
-    };
-    let passed = result?;
+    let passed = passed + eventually(left, || verdict(hosts, prometheus))?;
     println!("{passed} passed, 0 failed");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Try again for some seconds after a time, until it holds.
+fn eventually(after: Duration, holds: impl Fn() -> Result<u64>) -> Result<u64> {
+    thread::sleep(after);
+    let begun = Instant::now();
+    loop {
+        let result = holds();
+        if result.is_ok() || begun.elapsed() > SETTLED {
+            return result;
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Demand that each panel of the boards has data, for the host and the VM whose VMM works most.
+fn panels(prometheus: &Prometheus) -> Result<u64> {
+    let query = "topk(1, sum by (instance, vm) (rate(exitmeter_user_seconds_total[1m])) and on (instance, vm) exitmeter_vm_info)";
+    let busiest = prometheus.query(query)?;
+    let (labels, _) = busiest.first().context("a VM runs")?;
+    let text = |name: &str| labels[name].as_str().unwrap_or_default();
+    let (instance, vm) = (text("instance"), text("vm"));
+    let mut queries = 0;
+    for board in BOARDS {
+        for (title, query) in board.queries(instance, vm) {
+            let found = prometheus.query(&query)?;
+            let has_data = found.iter().any(|(_, value)| value.is_finite());
+            ensure!(has_data, "{}: no data for '{title}': {query}", board.name);
+            queries += 1;
+        }
+    }
+    println!("ok: each of the {queries} panels has data, for VM {vm} of {instance}");
+    Ok(1)
 }
 
 /// Return how many things hold: all of them.

@@ -12,6 +12,7 @@ use std::{
 
 use exitmeter::export::exposition::Format;
 use fleet::{
+    boards::{BOARDS, FOLDER},
     hosts::{recordings, Hosts},
     prometheus::{programs, RULES},
     tape::Tape,
@@ -110,5 +111,19 @@ fn the_page_of_docs_has_each_metric_rule_and_alert() {
         if let Some(section) = line.trim().strip_prefix("runbook: docs/fleet.md#") {
             assert!(sections.contains(&section.to_owned()), "{section}");
         }
+    }
+}
+
+#[test]
+fn the_boards_are_as_their_source_has_them() {
+    for board in BOARDS {
+        let file = Path::new(FOLDER).join(format!("{}.json", board.name));
+        let found = fs::read_to_string(&file).unwrap_or_default();
+        assert_eq!(
+            found,
+            board.text(),
+            "cargo run -p fleet --bin boards writes {}",
+            file.display()
+        );
     }
 }

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Grafana's boards: of the fleet, of a host, of a VM.
+//!
+//! This is their one source. `cargo run -p fleet --bin boards` writes packaging/prometheus/grafana/*.json, and a test compares them.
+//! `make fleet-check` runs each query on Prometheus: a panel without data fails it.
+
+use serde_json::{json, Value};
+
+/// A board.
+#[derive(Clone, Copy, Debug)]
+pub struct Board {
+    /// The file's name, and the board's `uid`.
+    pub name: &'static str,
+    title: &'static str,
+    /// Which of its variables it has.
+    variables: &'static [Variable],
+    panels: &'static [Panel],
+}
+
+/// A choice at a board's top.
+#[derive(Clone, Copy, Debug)]
+struct Variable {
+    name: &'static str,
+    query: &'static str,
+}
+
+/// A picture.
+#[derive(Clone, Copy, Debug)]
+struct Panel {
+    title: &'static str,
+    help: &'static str,
+    kind: Kind,
+    /// Grafana's name of the unit.
+    unit: &'static str,
+    /// Of 24.
+    width: u32,
+    query: &'static str,
+    legend: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Lines over time.
+    Lines,
+    /// Areas over time, one above the other.
+    Areas,
+    /// A number.
+    Number,
+    /// A table of the latest values.
+    Table,
+}
+
+const INSTANCE: Variable = Variable {
+    name: "instance",
+    query: "label_values(exitmeter_up, instance)",
+};
+
+const VM: Variable = Variable {
+    name: "vm",
+    query: "label_values(exitmeter_vm_info{instance=\"$instance\"}, vm)",
+};
+
+/// A panel's height, in Grafana's rows.
+const HEIGHT: u32 = 8;
+
+/// Where the files are.
+pub const FOLDER: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../../packaging/prometheus/grafana"
+);
+
+/// All of them.
+pub const BOARDS: [Board; 3] = [
+    Board {
+        name: "exitmeter-fleet",
+        title: "exitmeter: the fleet",
+        variables: &[],
+        panels: &[
+            Panel {
+                title: "Hosts with a meter",
+                help: "Hosts whose meter can be read.",
+                kind: Kind::Number,
+                unit: "short",
+                width: 6,
+                query: "sum(exitmeter_up)",
+                legend: "hosts",
+            },
+            Panel {
+                title: "Hosts without",
+                help: "Hosts whose exporter answers and whose meter cannot be read.",
+                kind: Kind::Number,
+                unit: "short",
+                width: 6,
+                query: "count(exitmeter_up) - sum(exitmeter_up)",
+                legend: "hosts",
+            },
+            Panel {
+                title: "vCPUs",
+                help: "Metered vCPUs that run.",
+                kind: Kind::Number,
+                unit: "short",
+                width: 6,
+                query: "sum(exitmeter_vcpus)",
+                legend: "vCPUs",
+            },
+            Panel {
+                title: "Exits",
+                help: "VM exits per second of all hosts.",
+                kind: Kind::Number,
+                unit: "ops",
+                width: 6,
+                query: "sum(instance_reason:exitmeter_host_exits:rate5m)",
+                legend: "exits",
+            },
+            Panel {
+                title: "Exits by reason",
+                help: "VM exits per second of all hosts.",
+                kind: Kind::Areas,
+                unit: "ops",
+                width: 12,
+                query: "topk(10, sum by (reason) (instance_reason:exitmeter_host_exits:rate5m))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "Exits by host",
+                help: "VM exits per second.",
+                kind: Kind::Lines,
+                unit: "ops",
+                width: 12,
+                query: "topk(10, sum by (instance) (instance_reason:exitmeter_host_exits:rate5m))",
+                legend: "{{instance}}",
+            },
+            Panel {
+                title: "VMs that lack a CPU",
+                help: "Steal: the share of the time in which a VM's vCPUs wanted a CPU that they had none.",
+                kind: Kind::Table,
+                unit: "percentunit",
+                width: 12,
+                query: "topk(20, vm:exitmeter_preempted:ratio_rate5m)",
+                legend: "",
+            },
+            Panel {
+                title: "VMs whose VMM is busy",
+                help: "The VMM's share of the time without sleep.",
+                kind: Kind::Table,
+                unit: "percentunit",
+                width: 12,
+                query: "topk(20, vm:exitmeter_user:ratio_rate5m)",
+                legend: "",
+            },
+        ],
+    },
+    Board {
+        name: "exitmeter-host",
+        title: "exitmeter: a host",
+        variables: &[INSTANCE],
+        panels: &[
+            Panel {
+                title: "Where the time of the vCPUs goes",
+                help: "vCPU seconds per second, by phase.",
+                kind: Kind::Areas,
+                unit: "short",
+                width: 12,
+                query: "sum by (phase) (vm_phase:exitmeter_phase_seconds:rate5m{instance=\"$instance\"})",
+                legend: "{{phase}}",
+            },
+            Panel {
+                title: "Exits by reason",
+                help: "VM exits per second.",
+                kind: Kind::Areas,
+                unit: "ops",
+                width: 12,
+                query: "topk(10, instance_reason:exitmeter_host_exits:rate5m{instance=\"$instance\"})",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "KVM's time by reason",
+                help: "Seconds per second that KVM spends on exits.",
+                kind: Kind::Areas,
+                unit: "s",
+                width: 12,
+                query: "topk(10, rate(exitmeter_host_kernel_seconds_total{instance=\"$instance\"}[$__rate_interval]))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "The VMMs' time by reason",
+                help: "Seconds per second that VMMs spend on exits.",
+                kind: Kind::Areas,
+                unit: "s",
+                width: 12,
+                query: "topk(10, rate(exitmeter_host_user_seconds_total{instance=\"$instance\"}[$__rate_interval]))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "p99 of single exits",
+                help: "What 99 of 100 exits of a reason do not exceed in the kernel; HLT with KVM's polling.",
+                kind: Kind::Lines,
+                unit: "s",
+                width: 12,
+                query: "histogram_quantile(0.99, sum by (reason, le) (rate(exitmeter_host_exit_duration_seconds_bucket{instance=\"$instance\"}[$__rate_interval])))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "Steal by VM",
+                help: "The share of the time in which a VM's vCPUs wanted a CPU that they had none.",
+                kind: Kind::Lines,
+                unit: "percentunit",
+                width: 12,
+                query: "topk(10, vm:exitmeter_preempted:ratio_rate5m{instance=\"$instance\"})",
+                legend: "{{vm}}",
+            },
+            Panel {
+                title: "VMs",
+                help: "What is known of each.",
+                kind: Kind::Table,
+                unit: "short",
+                width: 24,
+                query: "exitmeter_vm_info{instance=\"$instance\"}",
+                legend: "",
+            },
+        ],
+    },
+    Board {
+        name: "exitmeter-vm",
+        title: "exitmeter: a VM",
+        variables: &[INSTANCE, VM],
+        panels: &[
+            Panel {
+                title: "Where the time of its vCPUs goes",
+                help: "vCPU seconds per second, by phase.",
+                kind: Kind::Areas,
+                unit: "short",
+                width: 12,
+                query: "vm_phase:exitmeter_phase_seconds:rate5m{instance=\"$instance\", vm=\"$vm\"}",
+                legend: "{{phase}}",
+            },
+            Panel {
+                title: "Exits by reason",
+                help: "VM exits per second.",
+                kind: Kind::Areas,
+                unit: "ops",
+                width: 12,
+                query: "topk(10, rate(exitmeter_exits_total{instance=\"$instance\", vm=\"$vm\"}[$__rate_interval]))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "KVM's time by reason",
+                help: "Seconds per second that KVM spends on exits.",
+                kind: Kind::Areas,
+                unit: "s",
+                width: 12,
+                query: "topk(10, rate(exitmeter_kernel_seconds_total{instance=\"$instance\", vm=\"$vm\"}[$__rate_interval]))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "The VMM's time by reason",
+                help: "Seconds per second that the VMM spends on exits.",
+                kind: Kind::Areas,
+                unit: "s",
+                width: 12,
+                query: "topk(10, rate(exitmeter_user_seconds_total{instance=\"$instance\", vm=\"$vm\"}[$__rate_interval]))",
+                legend: "{{reason}}",
+            },
+            Panel {
+                title: "Steal",
+                help: "The share of the time in which its vCPUs wanted a CPU that they had none.",
+                kind: Kind::Lines,
+                unit: "percentunit",
+                width: 12,
+                query: "vm:exitmeter_preempted:ratio_rate5m{instance=\"$instance\", vm=\"$vm\"}",
+                legend: "steal",
+            },
+            Panel {
+                title: "Exits of a vCPU",
+                help: "VM exits per second and vCPU.",
+                kind: Kind::Lines,
+                unit: "ops",
+                width: 12,
+                query: "vm:exitmeter_exits_per_vcpu:rate5m{instance=\"$instance\", vm=\"$vm\"}",
+                legend: "exits",
+            },
+        ],
+    },
+];
+
+impl Board {
+    /// Return each query with a host and a VM in place of the choices, and its panel's title.
+    pub fn queries<'a>(
+        &'a self,
+        instance: &'a str,
+        vm: &'a str,
+    ) -> impl Iterator<Item = (&'static str, String)> + 'a {
+        self.panels.iter().map(move |panel| {
+            let query = panel.query.replace("$__rate_interval", "1m");
+            let query = query.replace("$instance", instance).replace("$vm", vm);
+            (panel.title, query)
+        })
+    }
+
+    /// Return the file's text.
+    pub fn text(&self) -> String {
+        format!("{:#}\n", self.json())
+    }
+
+    /// Return the board as Grafana imports it (schema version 39, Grafana 10.4 and later).
+    pub fn json(&self) -> Value {
+        let source = json!({"type": "prometheus", "uid": "${datasource}"});
+        let mut variables = vec![json!({
+            "name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus",
+        })];
+        variables.extend(self.variables.iter().map(|variable| {
+            json!({
+                "name": variable.name, "type": "query", "datasource": source,
+                "query": {"query": variable.query, "refId": variable.name}, "definition": variable.query,
+                "refresh": 2, "sort": 1,
+            })
+        }));
+        let (mut x, mut y) = (0, 0);
+        let panels = self.panels.iter().zip(1..).map(|(panel, id)| {
+            if x + panel.width > 24 {
+                (x, y) = (0, y + HEIGHT);
+            }
+            let place = json!({"x": x, "y": y, "w": panel.width, "h": HEIGHT});
+            x += panel.width;
+            panel.json(id, &place, &source)
+        });
+        let panels: Vec<_> = panels.collect();
+        json!({
+            "uid": self.name, "title": self.title, "tags": ["exitmeter", "kvm"], "schemaVersion": 39, "version": 1,
+            "editable": true, "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "timezone": "",
+            "templating": {"list": variables}, "annotations": {"list": []}, "panels": panels,
+            "links": [{
+                "type": "dashboards", "title": "exitmeter", "tags": ["exitmeter"], "asDropdown": true,
+                "includeVars": true, "keepTime": true,
+            }],
+        })
+    }
+}
+
+impl Panel {
+    fn json(&self, id: u32, place: &Value, source: &Value) -> Value {
+        let (kind, custom, options) = match self.kind {
+            Kind::Lines => (
+                "timeseries",
+                json!({"drawStyle": "line", "fillOpacity": 0}),
+                legend(),
+            ),
+            Kind::Areas => (
+                "timeseries",
+                json!({"drawStyle": "line", "fillOpacity": 60, "stacking": {"mode": "normal", "group": "A"}}),
+                legend(),
+            ),
+            Kind::Number => (
+                "stat",
+                json!({}),
+                json!({"colorMode": "value", "graphMode": "area", "reduceOptions": {"calcs": ["lastNotNull"], "values": false}}),
+            ),
+            Kind::Table => ("table", json!({}), json!({"showHeader": true})),
+        };
+        let is_table = matches!(self.kind, Kind::Table);
+        json!({
+            "id": id, "title": self.title, "description": self.help, "type": kind, "datasource": source,
+            "gridPos": place, "options": options,
+            "fieldConfig": {"defaults": {"unit": self.unit, "min": 0, "custom": custom}, "overrides": []},
+            "targets": [{
+                "refId": "A", "datasource": source, "expr": self.query, "legendFormat": self.legend,
+                "instant": is_table, "range": !is_table, "format": if is_table { "table" } else { "time_series" },
+            }],
+        })
+    }
+}
+
+fn legend() -> Value {
+    json!({
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": true},
+        "tooltip": {"mode": "multi", "sort": "desc"},
+    })
+}

@@ -148,7 +148,7 @@ impl Exporter {
                 let mut kept = self.kept();
                 let begun = kept.begun(&sums);
                 let mut labels = label::labels(&sums, &names);
-                labels.retain(|number, _| kept.is_whole(*number, &sums));
+                kept.take_out(&mut labels, &sums);
                 drop(kept);
                 let scrape = Scrape {
                     sums: &sums,
@@ -249,15 +249,18 @@ impl Kept {
         begun
     }
 
-    /// Return true if no vCPU of a VM has gone.
+    /// Take out the VMs of which a vCPU has gone.
     ///
     /// KVM lets all vCPUs of a VM go when the VM does (`kvm_destroy_vcpus()`, virt/kvm/kvm_main.c), and never one alone. A
     /// snapshot of that moment has some of them. Their sum is less than it was, and a counter must not fall.
-    fn is_whole(&mut self, number: u64, sums: &Sums) -> bool {
+    fn take_out(&mut self, labels: &mut BTreeMap<u64, String>, sums: &Sums) {
         self.most.retain(|number, _| sums.vms.contains_key(number));
-        let vcpus = sums.vms.get(&number).map_or(0, |vm| vm.vcpus);
-        let most = self.most.entry(number).or_insert(vcpus);
-        *most = vcpus.max(*most);
-        vcpus == *most
+        for (number, vm) in &sums.vms {
+            let most = self.most.entry(*number).or_insert(vm.vcpus);
+            *most = vm.vcpus.max(*most);
+            if vm.vcpus < *most {
+                labels.remove(number);
+            }
+        }
     }
 }

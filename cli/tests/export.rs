@@ -447,8 +447,8 @@ fn lived() -> LedgerCopy {
     copy
 }
 
-/// Write what a host with so many VMs of 8 vCPUs gives.
-fn large(folder: &Path, vms: u32) -> PathBuf {
+/// Write what a host with so many VMs of so many vCPUs gives.
+fn large(folder: &Path, vms: u32, vcpus: u32) -> PathBuf {
     let copy = lived();
     let host = Host {
         isa: Isa::Vmx,
@@ -465,7 +465,7 @@ fn large(folder: &Path, vms: u32) -> PathBuf {
     let write = |buffer: &mut [u8]| {
         let mut encoder = Encoder::new(buffer, host);
         for vm in 0..vms {
-            for vcpu in 0..8 {
+            for vcpu in 0..vcpus {
                 let mut name = [0; 48];
                 let text = format!("kvm-{}", 100_000 + vm);
                 name[..text.len()].copy_from_slice(text.as_bytes());
@@ -503,9 +503,30 @@ fn memory(process: &Child) -> u64 {
 }
 
 #[test]
+fn a_vm_that_kvm_destroys_is_left_out_before_its_counters_fall() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = large(folder.path(), 3, 8);
+    let server = Server::start(&["--input", path.to_str().unwrap()]);
+    let told = || {
+        let found = samples(&server.metrics());
+        let vcpus = found
+            .keys()
+            .filter(|name| name.starts_with("exitmeter_vm_vcpus"));
+        (vcpus.count(), found["exitmeter_vcpus"])
+    };
+    assert_eq!(told(), (3, 24.0));
+    // Some vCPUs of each are gone.
+    large(folder.path(), 3, 5);
+    assert_eq!(told(), (0, 15.0));
+    // Two VMs have vCPUs more than they ever had, and one is gone.
+    large(folder.path(), 2, 9);
+    assert_eq!(told(), (2, 18.0));
+}
+
+#[test]
 fn a_host_of_100_vms_has_less_than_10000_series() {
     let folder = tempfile::tempdir().unwrap();
-    let path = large(folder.path(), 100);
+    let path = large(folder.path(), 100, 8);
     let text = file(folder.path(), &[path.to_str().unwrap()]);
     let found = samples(&text);
     let of_name = |name: &str| {
@@ -527,7 +548,7 @@ fn a_host_of_100_vms_has_less_than_10000_series() {
 #[test]
 fn a_host_of_8000_vcpus_takes_50_mb() {
     let folder = tempfile::tempdir().unwrap();
-    let path = large(folder.path(), 1000);
+    let path = large(folder.path(), 1000, 8);
     let size = fs::metadata(&path).unwrap().len();
     assert!(size > 90 << 20, "{size}");
     let server = Server::start(&["--input", path.to_str().unwrap()]);

@@ -44,8 +44,8 @@ const HEAD_WITHIN: Duration = Duration::from_secs(5);
 /// Bytes of a request's head.
 const HEAD: usize = 16 << 10;
 
-/// Connections at a time.
-const CONNECTIONS: usize = 64;
+/// Connections at a time. Each may hold a whole answer, some 10 MB on a large host.
+const CONNECTIONS: usize = 32;
 
 /// Snapshots that are read at a time.
 const SNAPSHOTS: usize = 2;

@@ -17,7 +17,7 @@ use exitmeter::export::{exposition::Format, server, server::Site};
 use fleet::{
     boards::BOARDS,
     hosts::{recordings, Hosts},
-    prometheus::Prometheus,
+    prometheus::{Engine, How, Prometheus},
     tape::Tape,
 };
 use signal_hook::{
@@ -37,6 +37,15 @@ struct Args {
     /// How many times as fast as they were recorded the hosts play.
     #[arg(long, value_name = "TIMES", default_value_t = 4.0)]
     speed: f64,
+    /// Which program scrapes them.
+    #[arg(long, value_enum, default_value = "prometheus")]
+    engine: Engine,
+    /// Seconds from one scrape to the next.
+    #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
+    each: u64,
+    /// Tells after so many minutes what the program has taken for each of them, and ends.
+    #[arg(long, value_name = "MINUTES", conflicts_with = "check", value_parser = clap::value_parser!(u32).range(1..))]
+    measure: Option<u32>,
     /// Checks after a minute that the alerts fire that should, and that sums are those of the recordings; ends then.
     #[arg(long)]
     check: bool,
@@ -80,9 +89,18 @@ fn main() -> Result<ExitCode> {
     let site = Served(Arc::clone(&hosts));
     thread::spawn(move || server::serve_at(site, listener));
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    let prometheus = Prometheus::start(folder.path(), &hosts, served)?;
+    let how = How {
+        engine: args.engine,
+        each: args.each,
+        // Who looks on has no half hour.
+        waits: args.measure.is_some(),
+    };
+    let prometheus = Prometheus::start(folder.path(), &hosts, served, how)?;
     if args.check {
         return check(&hosts, &prometheus);
+    }
+    if let Some(minutes) = args.measure {
+        return measure(&prometheus, minutes);
     }
     let url = prometheus.url();
     println!(
@@ -98,6 +116,23 @@ fn main() -> Result<ExitCode> {
     signals.forever().next();
     drop(prometheus);
     println!("ended");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tell what each minute took.
+fn measure(prometheus: &Prometheus, minutes: u32) -> Result<ExitCode> {
+    let mut before = 0.0;
+    for minute in 1..=minutes {
+        thread::sleep(Duration::from_secs(60));
+        let cost = prometheus.cost()?;
+        println!(
+            "minute {minute}: {:.0} series, {:.0} MB, {:.1} s of a CPU",
+            cost.series,
+            cost.memory / 1e6,
+            cost.cpu - before
+        );
+        before = cost.cpu;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

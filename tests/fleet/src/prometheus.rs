@@ -24,9 +24,6 @@ pub const RULES: &str = concat!(
     "/../../packaging/prometheus/exitmeter.rules.yml"
 );
 
-/// Seconds from one scrape to the next, and from one evaluation of the rules to the next.
-const EACH: u32 = 2;
-
 /// How long it may take to begin.
 const READY: Duration = Duration::from_secs(30);
 
@@ -53,36 +50,68 @@ pub fn programs() -> Result<PathBuf> {
     Ok(folder.join("usr/bin"))
 }
 
+/// Which program scrapes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Engine {
+    /// Prometheus, with the rules.
+    Prometheus,
+    /// Prometheus without rules.
+    PrometheusWithoutRules,
+    /// VictoriaMetrics on one machine, which has no rules of its own.
+    VictoriaMetrics,
+}
+
+/// How it scrapes.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Which program.
+    pub engine: Engine,
+    /// Seconds from one scrape to the next, and from one evaluation of the rules to the next.
+    pub each: u64,
+    /// Whether alerts wait for as long as their rules say.
+    pub waits: bool,
+}
+
+/// What it took.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Series.
+    pub series: f64,
+    /// Bytes of memory.
+    pub memory: f64,
+    /// Seconds of a CPU since it began.
+    pub cpu: f64,
+}
+
 /// Prometheus, as long as it is to run.
 #[derive(Debug)]
 pub struct Prometheus {
+    engine: Engine,
     process: Child,
     address: SocketAddr,
 }
 
 impl Prometheus {
-    /// Start it in a folder, on hosts that are served at an address. Alerts do not wait: who looks on has no half hour.
+    /// Start it in a folder, on hosts that are served at an address.
     ///
     /// # Errors
     ///
     /// When it does not start.
-    pub fn start(folder: &Path, hosts: &Hosts, served: SocketAddr) -> Result<Self> {
-        let rules = fs::read_to_string(RULES)?;
-        let rules: String = rules.lines().fold(String::new(), |mut all, line| {
-            match line.trim_start().starts_with("for: ") {
-                true => all.push_str("        for: 0s\n"),
-                false => {
-                    all.push_str(line);
-                    all.push('\n');
-                }
-            }
-            all
-        });
-        fs::write(folder.join("rules.yml"), rules)?;
-        let mut config = format!(
-            "global: {{scrape_interval: {EACH}s, evaluation_interval: {EACH}s}}\n\
-             rule_files: [rules.yml]\nscrape_configs:\n- job_name: exitmeter\n  static_configs:\n"
-        );
+    pub fn start(folder: &Path, hosts: &Hosts, served: SocketAddr, how: How) -> Result<Self> {
+        let (engine, each) = (how.engine, how.each);
+        let mut config = format!("global: {{scrape_interval: {each}s}}\n");
+        if engine == Engine::Prometheus {
+            let rules = fs::read_to_string(RULES)?;
+            let rules = rules.lines().map(|line| match line.trim_start() {
+                line if line.starts_with("for: ") && !how.waits => "        for: 0s\n".to_owned(),
+                _ => format!("{line}\n"),
+            });
+            fs::write(folder.join("rules.yml"), rules.collect::<String>())?;
+            config = format!(
+                "global: {{scrape_interval: {each}s, evaluation_interval: {each}s}}\nrule_files: [rules.yml]\n"
+            );
+        }
+        config += "scrape_configs:\n- job_name: exitmeter\n  static_configs:\n";
         for host in 0..hosts.count {
             let instance = hosts.instance(host);
             writeln!(
@@ -90,27 +119,35 @@ impl Prometheus {
                 "  - targets: ['{served}']\n    labels: {{instance: {instance}, __metrics_path__: /host/{host}/metrics}}"
             )?;
         }
-        fs::write(folder.join("prometheus.yml"), config)?;
+        let file = folder.join("prometheus.yml");
+        fs::write(&file, config)?;
+        let (file, data) = (file.display(), folder.join("data"));
         // Nobody else takes it in this moment, or Prometheus says so.
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let log = File::create(folder.join("prometheus.log"))?;
-        let mut process = Command::new(programs()?.join("prometheus"))
-            .arg(format!(
-                "--config.file={}",
-                folder.join("prometheus.yml").display()
-            ))
-            .arg(format!(
-                "--storage.tsdb.path={}",
-                folder.join("data").display()
-            ))
-            .arg(format!("--web.listen-address={address}"))
+        let programs = programs()?;
+        let mut command;
+        if engine == Engine::VictoriaMetrics {
+            command = Command::new(programs.join("victoria-metrics"));
+            command
+                .arg(format!("-promscrape.config={file}"))
+                .arg(format!("-storageDataPath={}", data.display()))
+                .arg(format!("-httpListenAddr={address}"));
+        } else {
+            command = Command::new(programs.join("prometheus"));
+            command
+                .arg(format!("--config.file={file}"))
+                .arg(format!("--storage.tsdb.path={}", data.display()))
+                .arg(format!("--web.listen-address={address}"));
+        }
+        let mut process = command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
             .context("Prometheus cannot be run")?;
         let begun = Instant::now();
-        while get(address, "/-/ready").is_err() {
+        while get(address, "/-/healthy").is_err() {
             let ended = process.try_wait()?;
             if ended.is_some() || begun.elapsed() > READY {
                 let _ = process.kill();
@@ -119,12 +156,41 @@ impl Prometheus {
             }
             thread::sleep(Duration::from_millis(100));
         }
-        Ok(Self { process, address })
+        Ok(Self {
+            engine,
+            process,
+            address,
+        })
     }
 
     /// Return where it can be looked at.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Return what it has taken up to now, as it tells itself.
+    ///
+    /// # Errors
+    ///
+    /// When it does not.
+    pub fn cost(&self) -> Result<Cost> {
+        let text = get(self.address, "/metrics")?;
+        let value = |name: &str| -> Result<f64> {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            let value = line.with_context(|| format!("it does not tell {name}"))?;
+            Ok(value.parse()?)
+        };
+        let series = match self.engine {
+            Engine::VictoriaMetrics => "vm_cache_entries{type=\"storage/hour_metric_ids\"}",
+            _ => "prometheus_tsdb_head_series",
+        };
+        Ok(Cost {
+            series: value(series)?,
+            memory: value("process_resident_memory_bytes")?,
+            cpu: value("process_cpu_seconds_total")?,
+        })
     }
 
     /// Return the samples of a query: the labels, and the value.

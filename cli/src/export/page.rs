@@ -2,7 +2,7 @@
 
 //! The page for people: what the host does now.
 //!
-//! The page is read anew each [`RELOAD`] seconds, and each time reads one snapshot, so nothing is read while nobody looks. Its
+//! A browser reloads the page each few seconds. Each time reads one snapshot, so nothing is read while nobody looks. Its
 //! pictures are those of `exitmeter plot`.
 
 use std::{

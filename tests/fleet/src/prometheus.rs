@@ -128,13 +128,13 @@ impl Prometheus {
         let programs = programs()?;
         let mut command;
         if engine == Engine::VictoriaMetrics {
-            command = Command::new(programs.join("victoria-metrics"));
+            command = with_us(&programs.join("victoria-metrics"));
             command
                 .arg(format!("-promscrape.config={file}"))
                 .arg(format!("-storageDataPath={}", data.display()))
                 .arg(format!("-httpListenAddr={address}"));
         } else {
-            command = Command::new(programs.join("prometheus"));
+            command = with_us(&programs.join("prometheus"));
             command
                 .arg(format!("--config.file={file}"))
                 .arg(format!("--storage.tsdb.path={}", data.display()))
@@ -224,6 +224,13 @@ impl Drop for Prometheus {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Prepare to run a program that ends when this one does, however that ends.
+fn with_us(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
 }
 
 /// Return the body of an answer.

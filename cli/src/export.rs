@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use crate::{names::Book, report::seconds, source};
+use crate::{model::Span, names::Book, report::seconds, source};
 
 pub mod exposition;
 pub mod label;
@@ -240,9 +240,8 @@ impl Kept {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let ticks = head.now.saturating_sub(head.loaded);
-        let age = head
-            .tsc_khz
-            .map(|khz| Duration::from_secs_f64(ticks as f64 / (f64::from(khz) * 1000.0)));
+        let age = Span::of(ticks, head.tsc_khz).seconds;
+        let age = age.map(Duration::from_secs_f64);
         let begun = now.saturating_sub(age.unwrap_or_default());
         self.begun = Some((head.life, begun));
         self.most.clear();

@@ -16,6 +16,8 @@ use crate::names::{Given, Known};
 pub mod delta;
 mod ledger;
 
+#[cfg(feature = "export")]
+pub(crate) use ledger::both;
 pub use ledger::{Cycles, Label, Ledger, ReasonRow, Sort};
 
 /// The version of the data's shape: grows when a field goes or changes its meaning.

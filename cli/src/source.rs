@@ -13,7 +13,10 @@ use exitmeter_meter::reader::{self, Snapshot};
 
 #[cfg(feature = "bpf")]
 use crate::bpf;
-use crate::{model::Report, names::Book};
+use crate::{
+    model::Report,
+    names::{Book, Running},
+};
 
 /// The device that gives snapshots.
 pub const DEVICE: &str = "/dev/exitmeter";
@@ -285,8 +288,9 @@ impl Source {
     pub fn report(&mut self) -> Result<Report, Error> {
         let bytes = read(&self.path)?;
         let snapshot = parse(&self.path, &bytes)?;
-        self.names.read(&snapshot);
-        self.names.forget(&snapshot);
+        let running = Running::new(&snapshot);
+        self.names.look_up(&running);
+        self.names.forget_others(&running);
         let mut report = Report::new(&snapshot);
         self.names.name(&mut report);
         Ok(report)

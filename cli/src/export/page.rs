@@ -11,9 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::sums::{cycles, Key, Row, Rows, Sums};
+use super::sums::{cycles, Rows, Sums, Vm};
 use crate::{
-    model::{Cycles, Ledger, ReasonRow},
+    model::{Cycles, Ledger, ReasonRow, Span},
     names::Book,
     numbers::{exact, rate, share},
     plot::{self, html::section, series::Step, svg::escape, Series},
@@ -60,22 +60,6 @@ struct Host {
     vms: usize,
 }
 
-/// What is kept of a VM.
-#[derive(Clone, Debug)]
-struct Vm {
-    name: String,
-    vcpus: usize,
-    rows: BTreeMap<Key, Row>,
-}
-
-impl Vm {
-    /// Return its rows as those of a report.
-    fn whole(&self) -> Rows {
-        let rows = self.rows.iter();
-        rows.map(|(key, row)| (*key, row.whole())).collect()
-    }
-}
-
 impl History {
     /// Return true if the latest moment is of now.
     pub fn is_fresh(&self) -> bool {
@@ -105,12 +89,8 @@ impl History {
         while self.moments.front().is_some_and(is_old) {
             self.moments.pop_front();
         }
-        let of = sums.vms.into_iter().map(|(number, vm)| {
-            let (name, vcpus, rows) = (vm.name, vm.vcpus, vm.rows);
-            (number, Vm { name, vcpus, rows })
-        });
         let [latest, before] = &mut self.vms;
-        *before = std::mem::replace(latest, of.collect());
+        *before = std::mem::replace(latest, sums.vms);
         self.names = names;
     }
 
@@ -165,10 +145,7 @@ impl History {
         let mut steps = Vec::new();
         let mut sum = Ledger::of([]);
         let khz = latest.sums.head.tsc_khz;
-        let seconds = |ticks: u64| match khz {
-            Some(khz) => ticks as f64 / (f64::from(khz) * 1000.0),
-            None => ticks as f64,
-        };
+        let seconds = |ticks: u64| Span::of(ticks, khz).seconds.unwrap_or(ticks as f64);
         let last = latest.sums.head.now;
         let before = |tsc: u64| -seconds(last.saturating_sub(tsc));
         let none = Rows::new();
@@ -217,7 +194,7 @@ impl History {
     /// Return the table of VMs: those first that took most of KVM's, the VMM's and the host's time.
     fn vms(&self, khz: Option<u32>) -> String {
         let [latest, before] = &self.vms;
-        let seconds = self.seconds(khz);
+        let span = self.span(khz);
         let mut vms: Vec<_> = latest
             .iter()
             .map(|(number, vm)| {
@@ -238,7 +215,7 @@ impl History {
             let mut cells = vec![
                 vm.vcpus.to_string(),
                 given.label(&vm.name),
-                rate(seconds.map(|seconds| ledger.exits as f64 / seconds)),
+                rate(span.and_then(|span| span.per_second(ledger.exits))),
             ];
             cells.extend(of_phases(&ledger.cycles).map(|ticks| share(ticks, all)));
             let leads = ledger.reasons.first();
@@ -265,16 +242,15 @@ impl History {
         section(&title, "vms", &titles, rows.collect())
     }
 
-    /// Return the seconds between the two latest moments, or those since the meter began.
-    fn seconds(&self, khz: Option<u32>) -> Option<f64> {
+    /// Return the time between the two latest moments, or that since the meter began.
+    fn span(&self, khz: Option<u32>) -> Option<Span> {
         let mut moments = self.moments.iter().rev();
         let latest = &moments.next()?.sums.head;
         let before = moments
             .next()
             .map_or(latest.loaded, |moment| moment.sums.head.now);
         let ticks = latest.now.saturating_sub(before);
-        let seconds = ticks as f64 / (f64::from(khz?) * 1000.0);
-        Some(seconds).filter(|seconds| *seconds > 0.0)
+        Some(Span::of(ticks, khz))
     }
 }
 

@@ -63,6 +63,13 @@ pub trait Site: Send + Sync + 'static {
     fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)>;
 }
 
+/// What others look at as well can be served.
+impl<S: Site> Site for Arc<S> {
+    fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)> {
+        S::content(self, path, format)
+    }
+}
+
 /// Serve until the process ends, at a socket from systemd or else at an address.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ use exitmeter_meter::{
 };
 
 use crate::{
-    model::{Cycles, Label, ReasonRow},
+    model::{both, Cycles, Label, ReasonRow},
     names::Running,
     source,
     spread::Spread,
@@ -28,8 +28,7 @@ const LARGEST_HEAD: u64 = 64 << 10;
 /// The most bytes that a record may have: one of all reasons has 110 KiB.
 const LARGEST_RECORD: u32 = 1 << 20;
 
-/// What tells reasons apart.
-pub type Key = (&'static str, Option<u32>);
+pub use crate::plot::series::Key;
 
 /// Numbers by reason.
 pub type Rows = BTreeMap<Key, ReasonRow>;
@@ -225,13 +224,15 @@ impl Sums {
 }
 
 impl Vm {
+    /// Return its rows as those of a report.
+    pub fn whole(&self) -> Rows {
+        let rows = self.rows.iter();
+        rows.map(|(key, row)| (*key, row.whole())).collect()
+    }
+
     /// Return its ticks by phase.
     pub fn cycles(&self) -> Cycles {
-        let rows = self.rows.values();
-        rows.fold(Cycles::default(), |mut sum, row| {
-            sum += row.cycles;
-            sum
-        })
+        self.rows.values().map(|row| row.cycles).sum()
     }
 }
 
@@ -271,10 +272,7 @@ impl Row {
 
 /// Return the ticks of all reasons by phase.
 pub fn cycles(rows: &Rows) -> Cycles {
-    rows.values().fold(Cycles::default(), |mut sum, row| {
-        sum += row.cycles;
-        sum
-    })
+    rows.values().map(|row| row.cycles).sum()
 }
 
 /// Return the sum of numbers by phase.
@@ -289,11 +287,6 @@ fn add_row(rows: &mut Rows, row: ReasonRow) {
     rows.entry(row.label.key())
         .and_modify(|sum| *sum += row)
         .or_insert(row);
-}
-
-/// Add two numbers, if both are known.
-fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
-    Some(one?.saturating_add(other?))
 }
 
 impl<F: Read> Parts<'_, F> {

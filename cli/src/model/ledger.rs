@@ -2,7 +2,7 @@
 
 //! Exits and ticks by reason.
 
-use std::{cmp::Reverse, collections::BTreeMap, fmt, ops::AddAssign};
+use std::{cmp::Reverse, collections::BTreeMap, fmt, iter::Sum, ops::AddAssign};
 
 use exitmeter_meter::{
     phase::Phase,
@@ -229,6 +229,12 @@ impl AddAssign for Cycles {
     }
 }
 
+impl Sum for Cycles {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), Self::plus)
+    }
+}
+
 impl Serialize for Cycles {
     /// Each phase by its name, with `blocked` for both sleeps; `halted` and `waiting` when they are
     /// told apart; and in `at_least` the names of those that are more than there was room for.
@@ -397,7 +403,7 @@ impl Ledger {
 }
 
 /// A sum that is known when both its parts are.
-fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+pub(crate) fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
     Some(one?.saturating_add(other?))
 }
 

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
-use exitmeter::export::{exposition::Format, server, server::Site};
+use exitmeter::export::server;
 use fleet::{
     boards::BOARDS,
     hosts::{recordings, Hosts},
@@ -51,15 +51,6 @@ struct Args {
     check: bool,
 }
 
-/// Serves hosts that others look at as well.
-struct Served(Arc<Hosts>);
-
-impl Site for Served {
-    fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)> {
-        self.0.content(path, format)
-    }
-}
-
 /// For how long the hosts play when it is a check.
 const CHECKED: Duration = Duration::from_secs(60);
 
@@ -86,7 +77,7 @@ fn main() -> Result<ExitCode> {
     let folder = tempfile::tempdir()?;
     let listener = TcpListener::bind("127.0.0.1:0").context("no port is free")?;
     let served = listener.local_addr()?;
-    let site = Served(Arc::clone(&hosts));
+    let site = Arc::clone(&hosts);
     thread::spawn(move || server::serve_at(site, listener));
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let how = How {

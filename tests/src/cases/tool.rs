@@ -1,11 +1,6 @@
 //! The tool `exitmeter` tells what the snapshot holds.
 
-use std::{
-    fs,
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs, process::Command, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{reader::Snapshot, reasons};
@@ -13,7 +8,13 @@ use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::Case;
-use crate::host::{self, hist::Exits, linux::Linux, meter::Meter};
+use crate::host::{
+    self,
+    hist::Exits,
+    linux::Linux,
+    meanwhile::{self, Meanwhile},
+    meter::Meter,
+};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -326,24 +327,24 @@ pub(super) fn json(text: &str) -> Result<Value> {
 /// are what the device says at the end.
 fn record() -> Result<()> {
     const RECORDING: &str = "tool.rec";
-    const STOP: &str = "tool.stop";
-    let wait = format!("until [ -e {STOP} ]; do sleep 0.02; done; exit 7");
+    let meanwhile = Meanwhile::new("record")?;
     let mut recorder = Command::new("exitmeter")
-        .args(["record", "--output", RECORDING, "--interval", "5"])
-        .args(["--", "sh", "-c", &wait])
+        .args(["record", "--output", RECORDING, "--interval", "5", "--"])
+        .args(meanwhile.words())
         .spawn()
         .context("the tool exitmeter cannot be run")?;
+    meanwhile.wait()?;
     let mut machine = Machine::new(Config {
         vcpus: 2,
         ..Config::new(Program::Cpuid, Mode::Long, 5000)
     })?;
     machine.run()?;
     let meter = Meter::read()?;
-    fs::write(STOP, "")?;
+    meanwhile.end()?;
     let status = recorder.wait()?;
     drop(machine);
     ensure!(
-        status.code() == Some(7),
+        status.code() == Some(meanwhile::STATUS),
         "exitmeter record does not end as its command did: {status}"
     );
 
@@ -374,35 +375,28 @@ fn record() -> Result<()> {
 /// were about names the port with its count, and the slow exits have that one first.
 fn details() -> Result<()> {
     const RECORDING: &str = "why.rec";
-    const STOP: &str = "why.stop";
     const OUTS: u32 = 2000;
     const PAUSE: Duration = Duration::from_millis(400);
-    let wait = format!("until [ -e {STOP} ]; do sleep 0.02; done");
+    let meanwhile = Meanwhile::new("details")?;
     let mut recorder = Command::new("exitmeter")
-        .args(["record", "--why", "--output", RECORDING, "--interval", "20"])
-        .args(["--", "sh", "-c", &wait])
+        .args(["record", "--why", "--output", RECORDING])
+        .args(["--interval", "20", "--"])
+        .args(meanwhile.words())
         .spawn()
         .context("the tool exitmeter cannot be run")?;
-    // The guest begins once details are on, so that none of its exits is before its tables.
-    let begun = Instant::now();
-    while !has_tables()? {
-        ensure!(
-            begun.elapsed() < Duration::from_secs(60),
-            "exitmeter record --why turns no details on"
-        );
-        thread::sleep(Duration::from_millis(10));
-    }
+    meanwhile.wait()?;
+    ensure!(has_tables()?, "exitmeter record --why turns no details on");
     let mut machine = Machine::new(Config {
         pause: PAUSE,
         pause_on: Some(1000),
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
     })?;
     machine.run()?;
-    fs::write(STOP, "")?;
+    meanwhile.end()?;
     let status = recorder.wait()?;
     drop(machine);
     ensure!(
-        status.success(),
+        status.code() == Some(meanwhile::STATUS),
         "exitmeter record --why ends with {status}"
     );
     ensure!(!has_tables()?, "details are on after it has recorded");

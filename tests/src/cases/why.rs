@@ -20,7 +20,12 @@ use super::{
     tool::json,
     Case,
 };
-use crate::host::{self, module, text::Code};
+use crate::host::{
+    self,
+    meanwhile::{self, Meanwhile},
+    module,
+    text::Code,
+};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -61,19 +66,34 @@ struct Tool(Child);
 impl Tool {
     /// Start it, and wait until details are on.
     fn start(arguments: &[&str]) -> Result<Self> {
-        let child = Command::new("exitmeter")
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("the tool exitmeter cannot be run")?;
-        let tool = Self(child);
+        let tool = Self::spawn(arguments)?;
         let deadline = Instant::now() + Duration::from_secs(20);
         while !tables()?.1 {
             ensure!(Instant::now() < deadline, "the tool turns no details on");
             thread::sleep(Duration::from_millis(20));
         }
         Ok(tool)
+    }
+
+    /// Start it with a command to run, and wait until it runs it.
+    fn beside(arguments: &[&str], command: &Meanwhile) -> Result<Self> {
+        let words = command.words();
+        let mut all = arguments.to_vec();
+        all.push("--");
+        all.extend(words.iter().map(String::as_str));
+        let tool = Self::spawn(&all)?;
+        command.wait()?;
+        Ok(tool)
+    }
+
+    fn spawn(arguments: &[&str]) -> Result<Self> {
+        let child = Command::new("exitmeter")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("the tool exitmeter cannot be run")?;
+        Ok(Self(child))
     }
 
     /// Send it a signal.
@@ -84,6 +104,18 @@ impl Tool {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    /// Wait until it has printed a line, and pass over that line.
+    fn skip_line(&mut self) -> Result<()> {
+        let stdout = self.0.stdout.as_mut().context("its output was asked for")?;
+        let mut byte = [0];
+        while byte != *b"\n" {
+            stdout
+                .read_exact(&mut byte)
+                .context("the tool prints no line")?;
+        }
+        Ok(())
     }
 
     /// Wait for its end; return how it ended and what it printed.
@@ -101,14 +133,6 @@ impl Drop for Tool {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// Return a command that waits for a file, which is not there yet, and ends with 7.
-fn wait_for(file: &str) -> Result<String> {
-    if let Err(error) = fs::remove_file(file) {
-        ensure!(error.kind() == io::ErrorKind::NotFound, "{file}: {error}");
-    }
-    Ok(format!("until [ -e {file} ]; do sleep 0.05; done; exit 7"))
 }
 
 /// Demand that details are off: no vCPU has tables, and the module's code is what it was.
@@ -134,15 +158,12 @@ fn rows<'a>(told: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
 }
 
 fn two_at_once() -> Result<()> {
-    const STOPS: [&str; 2] = ["/tmp/why.1", "/tmp/why.2"];
     const KVM_EXIT_IO: u32 = 2;
     let code = Code::now()?;
     is_off(&code)?;
-    let [one, other] = [wait_for(STOPS[0])?, wait_for(STOPS[1])?];
-    let data = Tool::start(&["why", "--json", "--", "sh", "-c", &one])?;
-    let tables_for_people = Tool::start(&["why", "--", "sh", "-c", &other])?;
-    // The second one turns them on as well, which nothing tells.
-    thread::sleep(Duration::from_secs(2));
+    let [one, other] = [Meanwhile::new("why.1")?, Meanwhile::new("why.2")?];
+    let data = Tool::beside(&["why", "--json"], &one)?;
+    let tables_for_people = Tool::beside(&["why"], &other)?;
     ensure!(
         code.has_changed()?,
         "with details on the module's code is the same: no branch is static"
@@ -152,13 +173,14 @@ fn two_at_once() -> Result<()> {
         ..Config::new(Program::OutUser, Mode::Long, 2500)
     })?;
     machine.run()?;
-    fs::write(STOPS[0], "")?;
+    one.end()?;
     let (status, told) = data.end()?;
-    ensure!(status.code() == Some(7), "the first ends with {status}");
+    let due = Some(meanwhile::STATUS);
+    ensure!(status.code() == due, "the first ends with {status}");
     ensure!(tables()?.1, "the first that ends turns details off");
-    fs::write(STOPS[1], "")?;
+    other.end()?;
     let (status, text) = tables_for_people.end()?;
-    ensure!(status.code() == Some(7), "the second ends with {status}");
+    ensure!(status.code() == due, "the second ends with {status}");
     is_off(&code)?;
     drop(machine);
 
@@ -196,7 +218,9 @@ fn two_at_once() -> Result<()> {
 
 fn interrupted() -> Result<()> {
     let code = Code::now()?;
-    let tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
+    let mut tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
+    // Details are on before its first snapshot is taken. After its first interval it is.
+    tool.skip_line()?;
     let mut machine = Machine::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
     machine.run()?;
     thread::sleep(Duration::from_secs(1));
@@ -226,7 +250,7 @@ fn interrupted() -> Result<()> {
             exits += row["exits"].as_u64().context("exits")?;
         }
     }
-    ensure!(intervals > 1, "{intervals} intervals");
+    ensure!(intervals > 0, "it tells no interval after the first");
     ensure!(exits == 3000, "{exits} of 3000 writes");
     Ok(())
 }
@@ -270,16 +294,18 @@ fn without_the_right() -> Result<()> {
 }
 
 fn slow_beside_a_command() -> Result<()> {
-    const STOP: &str = "/tmp/slow.stop";
     let code = Code::now()?;
-    let wait = wait_for(STOP)?;
-    let tool = Tool::start(&["slow", "--json", "--", "sh", "-c", &wait])?;
+    let meanwhile = Meanwhile::new("slow")?;
+    let tool = Tool::beside(&["slow", "--json"], &meanwhile)?;
     let mut machine = Machine::new(slow::sleeper())?;
     machine.run()?;
-    fs::write(STOP, "")?;
+    meanwhile.end()?;
     let (status, told) = tool.end()?;
     drop(machine);
-    ensure!(status.code() == Some(7), "it ends with {status}");
+    ensure!(
+        status.code() == Some(meanwhile::STATUS),
+        "it ends with {status}"
+    );
     is_off(&code)?;
     let told = json(&told)?;
     let khz = told["host"]["tsc_khz"].as_u64().context("a frequency")?;

@@ -9,6 +9,7 @@ pub mod keyed;
 pub mod leaves;
 pub mod linux;
 pub mod log;
+pub mod meanwhile;
 pub mod meter;
 pub mod module;
 pub mod oracle;

@@ -18,6 +18,7 @@ use std::{
 
 use crate::{model::Span, names::Book, report::seconds, source};
 
+pub mod details;
 pub mod exposition;
 pub mod label;
 pub mod metrics;
@@ -27,6 +28,7 @@ pub mod sums;
 pub mod textfile;
 
 use self::{
+    details::Details,
     exposition::{Exposition, Format},
     metrics::Scrape,
     page::History,
@@ -71,6 +73,10 @@ pub struct Args {
     /// Adds what single exits cost for each VM: 15 series for each of its reasons.
     #[arg(long)]
     histograms: bool,
+    /// Adds what exits were about (MSRs, ports, vectors), while details are on: up to N labels for each VM.
+    /// Details are on with the module's parameter details=1, or while exitmeter why or record --why runs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    details: Option<u16>,
     /// Adds to OpenMetrics when each counter began: one more series for each. Prometheus takes them as what
     /// they are with the feature created-timestamp-zero-ingestion alone.
     #[arg(long)]
@@ -116,6 +122,8 @@ struct Kept {
     begun: Option<(u64, Duration)>,
     /// The most vCPUs that each VM has had.
     most: BTreeMap<u64, usize>,
+    /// What exits were about, when that was asked for.
+    details: Option<Details>,
     /// What the page has seen.
     history: History,
     /// The last error that was told.
@@ -130,9 +138,13 @@ impl Exporter {
             detail: Detail {
                 spreads: args.histograms,
                 vcpus: args.vcpus,
+                details: args.details.is_some(),
             },
             created: args.created,
-            kept: Mutex::default(),
+            kept: Mutex::new(Kept {
+                details: args.details.map(|limit| Details::new(limit.into())),
+                ..Kept::default()
+            }),
         }
     }
 
@@ -144,16 +156,21 @@ impl Exporter {
         let took = begin.elapsed();
         let is_up = read.is_ok();
         match read {
-            Ok((sums, names)) => {
+            Ok((mut sums, names)) => {
                 let mut kept = self.kept();
                 let begun = kept.begun(&sums);
                 let mut labels = label::labels(&sums, &names);
                 kept.take_out(&mut labels, &sums);
+                let details = kept.details.as_mut().map(|details| {
+                    details.add(&mut sums);
+                    details.vms().clone()
+                });
                 drop(kept);
                 let scrape = Scrape {
                     sums: &sums,
                     labels: &labels,
                     names: &names,
+                    details: details.as_ref(),
                     begun,
                     took,
                     created: self.created,

@@ -204,6 +204,62 @@ fn labels_that_make_many_series_are_there_when_they_are_asked_for() {
 }
 
 #[test]
+fn details_are_those_of_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = samples(&file(folder.path(), &[SAVED, "--details", "1000"]));
+    assert_eq!(found["exitmeter_detailed_vcpus"], 2.0);
+    let why = exitmeter(&["why", "--json", "--limit", "1000", SAVED])
+        .output()
+        .unwrap();
+    let why: Value = serde_json::from_str(&succeeded(why)).unwrap();
+    let khz = why["host"]["tsc_khz"].as_f64().unwrap();
+    let mut due = BTreeMap::new();
+    for vm in why["vms"].as_array().unwrap() {
+        for group in vm["details"].as_array().unwrap() {
+            let others = [(Value::from("others"), &group["others"])];
+            let rows = group["rows"].as_array().unwrap().iter().map(|row| {
+                let nested = if row["nested"] == true {
+                    ", nested"
+                } else {
+                    ""
+                };
+                let words = format!("{}{nested}", row["words"].as_str().unwrap());
+                (Value::from(words), row)
+            });
+            for (words, counts) in rows.chain(others) {
+                let (vm, words) = (vm["name"].as_str().unwrap(), words.as_str().unwrap());
+                let reason = match group["kind"].as_str().unwrap() {
+                    "code" => group["name"].as_str().unwrap(),
+                    kind => kind,
+                };
+                let labels = format!("{{vm=\"{vm}\",reason=\"{reason}\",detail=\"{words}\"}}");
+                let seconds = |of: &str| counts[of].as_f64().unwrap_or_default() / (khz * 1000.0);
+                let exits = counts["exits"].as_f64().unwrap();
+                due.insert(format!("exitmeter_detail_exits_total{labels}"), exits);
+                let kernel = format!("exitmeter_detail_kernel_seconds_total{labels}");
+                due.insert(kernel, seconds("kernel"));
+                let user = format!("exitmeter_detail_user_seconds_total{labels}");
+                due.insert(user, seconds("user"));
+            }
+        }
+    }
+    due.retain(|_, value| *value != 0.0);
+    let mut details = found.clone();
+    details.retain(|name, _| name.starts_with("exitmeter_detail_"));
+    assert!(due.len() > 30, "{due:?}");
+    assert_eq!(details, due);
+    // Not one of them unless it is asked for, nor more than are asked for.
+    let usual = samples(&file(folder.path(), &[SAVED]));
+    assert!(usual.keys().all(|name| !name.contains("detail")));
+    let few = samples(&file(folder.path(), &[SAVED, "--details", "3"]));
+    let few = few.keys().filter(|name| {
+        name.starts_with("exitmeter_detail_exits_total{vm=\"kvm-1234\"")
+            && !name.contains("detail=\"others\"")
+    });
+    assert_eq!(few.count(), 3);
+}
+
+#[test]
 fn each_format_for_those_who_ask() {
     let server = Server::start(&["--created", "--input", SAVED]);
     let (head, text) = server.ask("GET /metrics");
@@ -274,10 +330,13 @@ fn a_damaged_snapshot_is_no_zero() {
     let folder = tempfile::tempdir().unwrap();
     let bytes = fs::read(SAVED).unwrap();
     let path = folder.path().join("cut");
-    for size in [0, 7, 100, 200, 1000, 3000] {
+    // The last ones lack tables alone.
+    let all = bytes.len();
+    for size in [0, 7, 100, 200, 1000, 3000, all - 20_000, all - 1] {
         fs::write(&path, &bytes[..size]).unwrap();
         let (path, folder) = (path.to_str().unwrap(), folder.path().to_str().unwrap());
-        let ended = exitmeter(&["export", "--textfile", folder, "--input", path]);
+        let given = ["export", "--details", "9", "--textfile", folder];
+        let ended = exitmeter(&[&given[..], &["--input", path]].concat());
         let (status, said) = failed({ ended }.output().unwrap());
         assert_eq!(status, Some(1), "{size}");
         assert!(

@@ -283,7 +283,8 @@ pub struct Head {
     pub unmetered: u64,
     /// As [`Snapshot::gone`].
     pub gone: u64,
-    header_size: u32,
+    /// Where the tables are; `None` while details are off, and before version 1.3.
+    pub tables: Option<TablesHead>,
     descriptors: u64,
     descriptor_count: u32,
     descriptor_size: u32,
@@ -361,7 +362,16 @@ impl Head {
             by_bpf: field32(24)? & FLAG_BPF != 0,
             unmetered: field64(56)?,
             gone: field64(64)?,
-            header_size,
+            // Before version 1.3 other bytes may stand where these fields are.
+            tables: match header_size >= HEADER_SIZE as u32 {
+                true => TablesHead::read(
+                    bytes
+                        .get(..HEADER_SIZE)
+                        .ok_or(truncated(HEADER_SIZE as u64))?,
+                    descriptor_size,
+                ),
+                false => None,
+            },
             descriptors,
             descriptor_count,
             descriptor_size,
@@ -457,12 +467,8 @@ impl<'a> Snapshot<'a> {
             .and_then(|bytes| shape.record(bytes))
             .ok_or(outside)?
             .0;
-        // Before version 1.3 other bytes may stand where these fields are.
-        let tables = bytes
-            .get(..HEADER_SIZE)
-            .filter(|_| head.header_size >= HEADER_SIZE as u32);
-        let tables = match tables {
-            Some(header) => TablesPart::read(bytes, header, descriptor_size, count)?,
+        let tables = match head.tables {
+            Some(tables) => Some(TablesPart::read(bytes, tables, count)?),
             None => None,
         };
         Ok(Self {
@@ -592,26 +598,18 @@ impl<'a> Snapshot<'a> {
 
     /// How many vCPUs have no tables for want of memory; 0 while details are off.
     pub fn without_tables(&self) -> u32 {
-        self.tables.map_or(0, |tables| tables.without)
+        self.tables.map_or(0, |tables| tables.head.without)
     }
 
     /// The tables of those vCPUs that have some.
     pub fn tables(&self) -> impl Iterator<Item = Tables<'a>> {
         let part = self.tables;
         let mut rest = part.map_or(&[][..], |part| part.records);
-        (0..part.map_or(0, |part| part.count)).map_while(move |_| {
-            let part = part?;
-            let (record, behind) = part.record(rest)?;
+        (0..part.map_or(0, |part| part.head.count)).map_while(move |_| {
+            let shape = part?.shape;
+            let (record, behind) = shape.record(rest)?;
             rest = behind;
-            Some(Tables {
-                vcpu: u32_at(record, 4)? as usize,
-                since: u64_at(record, 8)?,
-                no_rip: u32_at(record, 20)? & FLAG_NO_RIP != 0,
-                is_frozen: u32_at(record, 20)? & FLAG_FROZEN != 0,
-                window_begun: u64_at(record, 24).filter(|begun| *begun != 0),
-                record,
-                part,
-            })
+            shape.read_record(record)
         })
     }
 
@@ -906,45 +904,65 @@ fn slow_table(table: u32) -> Option<usize> {
     }
 }
 
-/// The tables of a snapshot.
+/// Where a snapshot has its tables, for those who read it a record at a time.
+///
+/// The descriptors of their columns come first, then one record for each vCPU that has tables.
 #[derive(Clone, Copy, Debug)]
-struct TablesPart<'a> {
-    records: &'a [u8],
-    count: u32,
-    head: usize,
-    without: u32,
-    /// By kind of table, from 1.
-    columns: [Columns; TABLES],
-    /// Of the slowest exits, and of the ring.
-    slow: [SlowColumns; 2],
+pub struct TablesHead {
+    /// The offset of the descriptors.
+    pub descriptors: u64,
+    /// Bytes of all descriptors.
+    pub descriptors_size: u64,
+    /// The offset of the first record.
+    pub records: u64,
+    /// How many records there are.
+    pub count: u32,
+    /// How many vCPUs have no tables for want of memory.
+    pub without: u32,
+    descriptor_size: u32,
+    head_size: u32,
 }
 
-impl<'a> TablesPart<'a> {
-    fn read(
-        bytes: &'a [u8],
-        header: &[u8],
-        descriptor_size: usize,
-        vcpus: u32,
-    ) -> Result<Option<Self>, Error> {
-        let field32 = |offset| u32_at(header, offset).unwrap_or(0);
-        let field64 = |offset| u64_at(header, offset).unwrap_or(0);
-        if field64(128) == 0 {
-            return Ok(None);
+impl TablesHead {
+    /// Read it from the header of a snapshot; return `None` when there are no tables.
+    fn read(header: &[u8], descriptor_size: u32) -> Option<Self> {
+        let descriptors = u64_at(header, 128).filter(|offset| *offset != 0)?;
+        let count = u32_at(header, 136)?;
+        Some(Self {
+            descriptors,
+            // Two numbers of 32 bits each.
+            descriptors_size: u64::from(count).saturating_mul(descriptor_size.into()),
+            records: u64_at(header, 144)?,
+            count: u32_at(header, 152)?,
+            without: u32_at(header, 140)?,
+            descriptor_size,
+            head_size: u32_at(header, 156)?,
+        })
+    }
+
+    /// Read the descriptors of the columns.
+    ///
+    /// # Errors
+    ///
+    /// When the snapshot is damaged.
+    pub fn shape(&self, descriptors: &[u8]) -> Result<TablesShape, Error> {
+        let mut shape = TablesShape {
+            head_size: self.head_size as usize,
+            columns: [Columns::default(); TABLES],
+            slow: [SlowColumns::default(); 2],
+        };
+        if shape.head_size < TABLES_HEAD_SIZE {
+            return Err(OUTSIDE_TABLES);
         }
-        let descriptors = part(bytes, field64(128), field32(136), descriptor_size as u32).ok_or(
-            Error::Damaged("the descriptors of its tables lie outside of it"),
-        )?;
-        let mut columns = [Columns::default(); TABLES];
-        let mut slow = [SlowColumns::default(); 2];
-        for descriptor in descriptors.chunks_exact(descriptor_size) {
+        for descriptor in descriptors.chunks_exact(self.descriptor_size as usize) {
             let table = descriptor.get(7).map_or(0, |table| usize::from(*table));
             let Some(counter) = Counter::read(descriptor) else {
                 continue;
             };
-            if let Some(columns) = columns.get_mut(table.wrapping_sub(1)) {
+            if let Some(columns) = shape.columns.get_mut(table.wrapping_sub(1)) {
                 columns.take(&counter);
             }
-            let slow = slow_table(table as u32).and_then(|which| slow.get_mut(which));
+            let slow = slow_table(table as u32).and_then(|which| shape.slow.get_mut(which));
             for (to, column) in slow.into_iter().flatten().zip(SLOW_COLUMNS) {
                 let is_it = (counter.name, counter.unit) == column;
                 if is_it && counter.kind == Kind::One && counter.len == 1 {
@@ -952,49 +970,104 @@ impl<'a> TablesPart<'a> {
                 }
             }
         }
-        let outside = Error::Damaged("a record of tables lies outside of it");
-        let head = field32(156) as usize;
-        let records = usize::try_from(field64(144))
-            .ok()
-            .and_then(|at| bytes.get(at..));
-        let part = Self {
-            records: records
-                .filter(|_| head >= TABLES_HEAD_SIZE)
-                .ok_or(outside)?,
-            count: field32(152),
-            head,
-            without: field32(140),
-            columns,
-            slow,
-        };
-        let mut rest = part.records;
-        for _ in 0..part.count {
-            let (record, behind) = part.record(rest).ok_or(outside)?;
+        Ok(shape)
+    }
+}
+
+const OUTSIDE_TABLES: Error = Error::Damaged("a record of tables lies outside of it");
+
+/// Where the columns of tables stand in their entries.
+#[derive(Clone, Copy, Debug)]
+pub struct TablesShape {
+    head_size: usize,
+    /// By kind of table, from 1.
+    columns: [Columns; TABLES],
+    /// Of the slowest exits, and of the ring.
+    slow: [SlowColumns; 2],
+}
+
+/// The tables of a snapshot.
+#[derive(Clone, Copy, Debug)]
+struct TablesPart<'a> {
+    head: TablesHead,
+    records: &'a [u8],
+    shape: TablesShape,
+}
+
+impl<'a> TablesPart<'a> {
+    fn read(bytes: &'a [u8], head: TablesHead, vcpus: u32) -> Result<Self, Error> {
+        let from = |offset| usize::try_from(offset).ok().and_then(|at| bytes.get(at..));
+        let size = usize::try_from(head.descriptors_size).ok();
+        let descriptors = from(head.descriptors).and_then(|bytes| bytes.get(..size?));
+        let shape = head.shape(descriptors.ok_or(Error::Damaged(
+            "the descriptors of its tables lie outside of it",
+        ))?)?;
+        let records = from(head.records).ok_or(OUTSIDE_TABLES)?;
+        let mut rest = records;
+        for _ in 0..head.count {
+            let (record, behind) = shape.record(rest).ok_or(OUTSIDE_TABLES)?;
             rest = behind;
-            if u32_at(record, 4).is_none_or(|vcpu| vcpu >= vcpus) {
-                return Err(Error::Damaged(
-                    "its tables are of a vCPU that it does not have",
-                ));
-            }
-            let mut sections = record.get(head..).ok_or(outside)?;
-            for _ in 0..u32_at(record, 16).unwrap_or(0) {
-                sections = part.section(sections).ok_or(outside)?.1;
-            }
+            shape.check(record, vcpus)?;
         }
-        Ok(Some(part))
+        Ok(Self {
+            head,
+            records,
+            shape,
+        })
+    }
+}
+
+impl TablesShape {
+    /// Return the tables of a record that was read whole, in a snapshot of so many vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the record is damaged.
+    pub fn tables<'a>(&self, record: &'a [u8], vcpus: u32) -> Result<Tables<'a>, Error> {
+        let (record, _) = self.record(record).ok_or(OUTSIDE_TABLES)?;
+        self.check(record, vcpus)?;
+        self.read_record(record).ok_or(OUTSIDE_TABLES)
+    }
+
+    /// Check that all parts of a record lie in it, and that its vCPU is one of the snapshot's.
+    fn check(&self, record: &[u8], vcpus: u32) -> Result<(), Error> {
+        if u32_at(record, 4).is_none_or(|vcpu| vcpu >= vcpus) {
+            return Err(Error::Damaged(
+                "its tables are of a vCPU that it does not have",
+            ));
+        }
+        let mut sections = record.get(self.head_size..).ok_or(OUTSIDE_TABLES)?;
+        for _ in 0..u32_at(record, 16).unwrap_or(0) {
+            sections = self.section(sections).ok_or(OUTSIDE_TABLES)?.1;
+        }
+        Ok(())
+    }
+
+    /// Read what a record begins with.
+    fn read_record<'a>(self, record: &'a [u8]) -> Option<Tables<'a>> {
+        let flags = u32_at(record, 20)?;
+        Some(Tables {
+            vcpu: u32_at(record, 4)? as usize,
+            since: u64_at(record, 8)?,
+            no_rip: flags & FLAG_NO_RIP != 0,
+            is_frozen: flags & FLAG_FROZEN != 0,
+            window_begun: u64_at(record, 24).filter(|begun| *begun != 0),
+            record,
+            shape: self,
+        })
     }
 
     /// The record that bytes begin with, and what follows it.
-    fn record(&self, bytes: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
+    fn record<'a>(&self, bytes: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
         let size = u32_at(bytes, 0)? as usize;
-        if size < self.head {
+        if size < self.head_size {
             return None;
         }
         bytes.split_at_checked(size)
     }
 
     /// The section that bytes begin with, and what follows it.
-    fn section(&self, bytes: &'a [u8]) -> Option<(Section<'a>, &'a [u8])> {
+    fn section<'a>(&self, bytes: &'a [u8]) -> Option<(Section<'a>, &'a [u8])> {
         let (section, rest) = bytes.split_at_checked(u32_at(bytes, 4)? as usize)?;
         let size = u32_at(section, 8)?;
         if (size as usize) < ENTRY_HEAD_SIZE {
@@ -1091,7 +1164,7 @@ pub struct Tables<'a> {
     /// TSC when the current window of the slowest exits began, where there is one.
     pub window_begun: Option<u64>,
     record: &'a [u8],
-    part: TablesPart<'a>,
+    shape: TablesShape,
 }
 
 /// How much of a column stands among the others at most; 0 throughout for an exact entry.
@@ -1219,10 +1292,10 @@ impl<'a> Tables<'a> {
     }
 
     fn sections(&self) -> impl Iterator<Item = Section<'a>> {
-        let part = self.part;
-        let mut rest = self.record.get(part.head..).unwrap_or_default();
+        let shape = self.shape;
+        let mut rest = self.record.get(shape.head_size..).unwrap_or_default();
         (0..u32_at(self.record, 16).unwrap_or(0)).map_while(move |_| {
-            let (section, behind) = part.section(rest)?;
+            let (section, behind) = shape.section(rest)?;
             rest = behind;
             Some(section)
         })

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt::Display, time::Duration};
 use exitmeter_meter::phase::Phase;
 
 use super::{
+    details::Counters,
     exposition::{Exposition, Family, Kind, Labels},
     sums::{cycles, ticks, Key, Row, Sums, Vm},
 };
@@ -14,6 +15,7 @@ use crate::{
     model::{Cycles, Label},
     names::Book,
     spread::Spread,
+    why::tables::Numbers,
 };
 
 /// The bounds of what an exit costs, in seconds. They are the same on all hosts, so that histograms can be summed.
@@ -194,6 +196,30 @@ const VCPU_PHASE: Family = Family {
     unit: Some("seconds"),
     help: "Time of a vCPU by phase.",
 };
+const DETAILED: Family = Family {
+    name: "exitmeter_detailed_vcpus",
+    kind: Kind::Gauge,
+    unit: None,
+    help: "The metered vCPUs of which details are kept now.",
+};
+const DETAIL_EXITS: Family = Family {
+    name: "exitmeter_detail_exits",
+    kind: Kind::Counter,
+    unit: None,
+    help: "VM exits of a VM by what they were about, since this exporter saw its details.",
+};
+const DETAIL_KERNEL: Family = Family {
+    name: "exitmeter_detail_kernel_seconds",
+    kind: Kind::Counter,
+    unit: Some("seconds"),
+    help: "Time that KVM spent on a VM's exits by what they were about.",
+};
+const DETAIL_USER: Family = Family {
+    name: "exitmeter_detail_user_seconds",
+    kind: Kind::Counter,
+    unit: Some("seconds"),
+    help: "Time that the VMM spent on a VM's exits by what they were about.",
+};
 
 /// What a scrape has.
 #[derive(Debug)]
@@ -204,6 +230,8 @@ pub struct Scrape<'a> {
     pub labels: &'a BTreeMap<u64, String>,
     /// What is known of each VM.
     pub names: &'a Book,
+    /// What the exits of each VM were about, when that was asked for.
+    pub details: Option<&'a BTreeMap<u64, Counters>>,
     /// When the meter began, since 1970.
     pub begun: Duration,
     /// How long it took to read the meter.
@@ -220,7 +248,7 @@ struct Told<'a> {
     label: &'a str,
     number: u64,
     vm: &'a Vm,
-    /// When it began, since 1970.
+    /// When it began: seconds since 1970.
     began: f64,
 }
 
@@ -228,7 +256,7 @@ struct Told<'a> {
 struct Writer<'a> {
     to: &'a mut Exposition,
     scrape: &'a Scrape<'a>,
-    /// When the meter began, since 1970, to the second: the two clocks do not agree further.
+    /// When the meter began: seconds since 1970.
     begun: f64,
     reasons: &'a BTreeMap<Key, String>,
     vms: &'a [Told<'a>],
@@ -251,16 +279,13 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     let rows = scrape.sums.all.iter();
     let reasons = rows.map(|(key, row)| (*key, reason(&row.label)));
     let reasons: BTreeMap<_, _> = reasons.collect();
-    let begun = scrape.begun.as_secs_f64();
     let vms = scrape.labels.iter().filter_map(|(number, label)| {
         let vm = scrape.sums.vms.get(number)?;
-        let age = vm.first.saturating_sub(scrape.sums.head.loaded);
-        let age = scrape.seconds(age.into()).unwrap_or(0.0);
         Some(Told {
             label,
             number: *number,
             vm,
-            began: (begun + age).round(),
+            began: scrape.since_1970(vm.first),
         })
     });
     let vms: Vec<_> = vms.collect();
@@ -268,7 +293,7 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     let mut writer = Writer {
         to,
         scrape,
-        begun: begun.round(),
+        begun: scrape.since_1970(scrape.sums.head.loaded),
         reasons: &reasons,
         vms: &vms,
     };
@@ -276,6 +301,7 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     writer.host();
     writer.vms();
     writer.vcpus();
+    writer.details();
 }
 
 /// Return a reason as a label: its name, or its number.
@@ -288,6 +314,13 @@ fn reason(label: &Label) -> String {
 }
 
 impl Scrape<'_> {
+    /// Return a TSC as whole seconds since 1970: the two clocks do not agree further.
+    fn since_1970(&self, tsc: u64) -> f64 {
+        let age = tsc.saturating_sub(self.sums.head.loaded);
+        let age = self.seconds(age.into()).unwrap_or(0.0);
+        (self.begun.as_secs_f64() + age).round()
+    }
+
     /// Return ticks as seconds; `None` when the clock's rate is not known.
     fn seconds(&self, ticks: u128) -> Option<f64> {
         let khz = self.sums.head.tsc_khz?;
@@ -471,6 +504,38 @@ impl Writer<'_> {
                 for (phase, ticks) in ticks(cycles) {
                     let labels = [("vm", told.label), ("vcpu", &id), ("phase", phase)];
                     self.time(&VCPU_PHASE, &labels, ticks, told.began);
+                }
+            }
+        }
+    }
+
+    fn details(&mut self) {
+        let Some(details) = self.scrape.details else {
+            return;
+        };
+        self.one(&DETAILED, self.scrape.sums.detailed);
+        type Value = fn(&Writer<'_>, &Numbers) -> Option<f64>;
+        let families: [(&Family, Value); 3] = [
+            (&DETAIL_EXITS, |_, numbers| Some(numbers.exits as f64)),
+            (&DETAIL_KERNEL, |to, numbers| {
+                to.scrape.seconds(numbers.kernel)
+            }),
+            (&DETAIL_USER, |to, numbers| to.scrape.seconds(numbers.user)),
+        ];
+        for (family, value) in families {
+            self.to.family(family);
+            for told in self.vms {
+                let Some(counters) = details.get(&told.number) else {
+                    continue;
+                };
+                let began = self.scrape.since_1970(counters.since);
+                for ((key, words), numbers) in &counters.rows {
+                    // Time that there is not has no series, as that of reasons.
+                    let value = value(self, numbers).filter(|value| *value != 0.0);
+                    if let (Some(reason), Some(value)) = (self.reasons.get(key), value) {
+                        let labels = [("vm", told.label), ("reason", reason), ("detail", words)];
+                        self.number(family, &labels, value, began);
+                    }
                 }
             }
         }

@@ -12,7 +12,8 @@ use std::{
 
 use exitmeter_meter::{
     phase::Phase,
-    reader::{self, Head, Vcpu as Record},
+    reader::{self, Head, TablesHead, Vcpu as Record},
+    snapshot::TABLE_DETAILS,
 };
 
 use crate::{
@@ -20,6 +21,7 @@ use crate::{
     names::Running,
     source,
     spread::Spread,
+    why::tables,
 };
 
 /// The most bytes that a snapshot's head may have: today's has 1 KiB.
@@ -61,6 +63,10 @@ pub struct Sums {
     pub polled_ns: Option<u64>,
     /// The VMs that run, by their numbers.
     pub vms: BTreeMap<u64, Vm>,
+    /// What exits were about, by VM and id of the vCPU, when it was asked for and details are on.
+    pub tables: BTreeMap<(u64, u32), tables::Vcpu>,
+    /// vCPUs that have tables.
+    pub detailed: u32,
 }
 
 /// The sums of a VM.
@@ -89,6 +95,8 @@ pub struct Detail {
     pub spreads: bool,
     /// The numbers of each vCPU.
     pub vcpus: bool,
+    /// What exits were about.
+    pub details: bool,
 }
 
 /// A snapshot that is read a part at a time.
@@ -128,12 +136,19 @@ impl Sums {
             running: Rows::new(),
             polled_ns: Some(0),
             vms: BTreeMap::new(),
+            tables: BTreeMap::new(),
+            detailed: head.tables.map_or(0, |tables| tables.count),
         };
+        let mut vcpus = Vec::new();
         parts.skip_to(head.records)?;
         for _ in 0..head.count {
             parts.next_record()?;
             let record = head.vcpu(&parts.record);
-            sums.add(&record.ok_or_else(|| parts.outside())?, detail);
+            let record = record.ok_or_else(|| parts.outside())?;
+            sums.add(&record, detail);
+            if detail.details {
+                vcpus.push((record.vm(), record.id()));
+            }
         }
         parts.skip_to(head.totals)?;
         parts.next_record()?;
@@ -145,7 +160,40 @@ impl Sums {
             add_row(&mut sums.all, row);
         }
         sums.polled_ns = both(sums.polled_ns, polled);
+        if let Some(tables) = head.tables.filter(|_| detail.details) {
+            sums.read_tables(&mut parts, &tables, &vcpus)?;
+        }
         Ok(sums)
+    }
+
+    /// Read what exits were about. `vcpus` are those of the snapshot, in its order, by VM and id.
+    fn read_tables(
+        &mut self,
+        parts: &mut Parts<'_, impl Read>,
+        head: &TablesHead,
+        vcpus: &[(u64, u32)],
+    ) -> Result<(), source::Error> {
+        parts.skip_to(head.descriptors)?;
+        let shape = head.shape(parts.next_bytes(head.descriptors_size)?);
+        let shape = shape.map_err(|error| parts.wrong(error))?;
+        parts.skip_to(head.records)?;
+        for _ in 0..head.count {
+            parts.next_record()?;
+            let tables = shape.tables(&parts.record, self.head.count);
+            let tables = tables.map_err(|error| parts.wrong(error))?;
+            let entries = tables.entries();
+            let vcpu = tables::Vcpu {
+                since: tables.since,
+                at: self.head.now,
+                no_rip: tables.no_rip,
+                rows: tables::Rows::new(entries.filter(|entry| entry.table == TABLE_DETAILS)),
+            };
+            // The reader has checked that it is there.
+            if let Some(id) = vcpus.get(tables.vcpu) {
+                self.tables.insert(*id, vcpu);
+            }
+        }
+        Ok(())
     }
 
     /// Return the VMs, as far as it takes to look up their names.
@@ -355,6 +403,19 @@ impl<F: Read> Parts<'_, F> {
         read.map_err(|error| self.cut(error))?;
         self.at += u64::from(size);
         Ok(())
+    }
+
+    /// Read so many bytes.
+    fn next_bytes(&mut self, size: u64) -> Result<&[u8], source::Error> {
+        let size = u32::try_from(size).ok();
+        let size = size.filter(|size| *size <= LARGEST_RECORD);
+        let size = size.ok_or_else(|| self.outside())?;
+        self.record.clear();
+        self.record.resize(size as usize, 0);
+        let read = self.from.read_exact(&mut self.record);
+        read.map_err(|error| self.cut(error))?;
+        self.at += u64::from(size);
+        Ok(&self.record)
     }
 
     /// Return why a record could not be read.

@@ -409,7 +409,7 @@ impl Moment {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use exitmeter_meter::{
         reader::Missed,
@@ -437,7 +437,10 @@ pub(super) mod tests {
         }
     }
 
-    fn rows(entries: &[(Option<u64>, u64, u64)]) -> Rows {
+    /// Arguments of [`entry`].
+    pub type Entries<'a> = &'a [(Option<u64>, u64, u64)];
+
+    fn rows(entries: Entries<'_>) -> Rows {
         Rows::new(
             entries
                 .iter()

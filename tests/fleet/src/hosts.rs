@@ -130,6 +130,7 @@ impl Hosts {
             sums: &sums,
             labels: &labels,
             names: &names,
+            details: None,
             begun: self.since,
             took: Duration::ZERO,
             created: false,

@@ -36,6 +36,11 @@ pub(super) fn cases() -> Vec<Case> {
             never_fall,
         )
         .within(120),
+        Case::with(
+            "details=1",
+            "export: counters of details never fall, and sum to the exits of their reason",
+            details,
+        ),
         Case::without(
             "export: it goes on while the module is unloaded and loaded",
             without_the_module,
@@ -276,6 +281,69 @@ fn never_fall() -> Result<()> {
     ensure!(
         departed == Some(60.0),
         "{departed:?} vCPUs are gone, and not 60"
+    );
+    Ok(())
+}
+
+fn details() -> Result<()> {
+    const OUTS: u32 = 3000;
+    let exporter = Exporter::start(&["--details", "20"], false)?;
+    let mut machine = Machine::new(Config {
+        vcpus: 2,
+        ..Config::new(Program::OutUser, Mode::Long, OUTS)
+    })?;
+    let mut before: BTreeMap<String, f64> = BTreeMap::new();
+    let mut watch = || -> Result<BTreeMap<String, f64>> {
+        let scrape = exporter.scrape()?;
+        let details = scrape.iter();
+        let details = details.filter(|(name, _)| name.starts_with("exitmeter_detail_"));
+        for (name, value) in details {
+            let last = before.insert(name.clone(), *value).unwrap_or(0.0);
+            ensure!(*value >= last, "{name} fell from {last} to {value}");
+        }
+        Ok(scrape)
+    };
+    thread::scope(|scope| -> Result<()> {
+        let guest = scope.spawn(|| machine.run());
+        while !guest.is_finished() {
+            watch()?;
+            thread::sleep(Duration::from_millis(20));
+        }
+        let ended = guest.join();
+        ended.map_err(|_| anyhow::anyhow!("the guest's thread panicked"))??;
+        Ok(())
+    })?;
+    let scrape = watch()?;
+    ensure!(
+        scrape.get("exitmeter_detailed_vcpus") == Some(&2.0),
+        "not each vCPU has details: {scrape:?}"
+    );
+    let vm = format!("vm=\"kvm-{}\"", std::process::id());
+    let mut reasons = 0;
+    for (name, exits) in &scrape {
+        let Some(reason) = name.strip_prefix(&format!("exitmeter_exits_total{{{vm},")) else {
+            continue;
+        };
+        let of_reason = format!(
+            "exitmeter_detail_exits_total{{{vm},{}",
+            reason.replace('}', ",")
+        );
+        let details = scrape.iter();
+        let details = details.filter(|(name, _)| name.starts_with(&of_reason));
+        let sum: f64 = details.map(|(_, value)| value).sum();
+        ensure!(
+            sum == *exits,
+            "{name} is {exits}, and its details are {sum}"
+        );
+        reasons += 1;
+    }
+    ensure!(reasons > 1, "{reasons} reasons");
+    let out = scrape
+        .iter()
+        .find(|(name, _)| name.contains("detail=\"OUT 0x3f0"));
+    ensure!(
+        out.is_some_and(|(_, exits)| *exits == f64::from(2 * OUTS)),
+        "2 vCPUs of {OUTS} OUTs each have {out:?}"
     );
     Ok(())
 }

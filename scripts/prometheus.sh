@@ -1,7 +1,7 @@
 #!/bin/bash
-# Unpacks Debian's prometheus, promtool and victoria-metrics into FOLDER, without installing them: no service is started.
+# Unpacks Debian's prometheus, promtool, victoria-metrics and vmalert into FOLDER, without installing them: no service is started.
 #
-#   scripts/prometheus.sh FOLDER    FOLDER/usr/bin/prometheus, promtool, victoria-metrics
+#   scripts/prometheus.sh FOLDER    FOLDER/usr/bin/prometheus, promtool, victoria-metrics, vmalert
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -30,7 +30,7 @@ fetch promtool || true
 for package in "$temporary"/*.deb; do
   dpkg-deb --extract "$package" "$out"
 done
-for program in prometheus promtool victoria-metrics; do
+for program in prometheus promtool victoria-metrics vmalert; do
   [ -x "$out/usr/bin/$program" ] || die "Debian's packages have no $program; remove $out and try again."
 done
 touch "$out/.done"

@@ -75,6 +75,8 @@ fleet: bootstrap-clang
 
 fleet-check: bootstrap-clang
 	cargo run --release --quiet -p fleet -- --check
+	cargo run --release --quiet -p fleet -- --check --leaves 3
+	cargo run --release --quiet -p fleet -- --check --engine victoria-metrics
 
 stress: bootstrap
 	cargo run --release --quiet -p stress

@@ -3,23 +3,25 @@
 //! `make fleet`.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::TcpListener,
     process::ExitCode,
     sync::Arc,
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use exitmeter::export::server;
 use fleet::{
-    boards::BOARDS,
+    boards::{Board, BOARDS},
     hosts::{recordings, Hosts},
-    prometheus::{Engine, How, Prometheus},
+    prometheus::{Engine, Group, How, Labels, Prometheus, Rule},
     tape::Tape,
+    tiers::Tiers,
 };
+use serde_json::Value;
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
@@ -40,10 +42,13 @@ struct Args {
     /// Which program scrapes them.
     #[arg(long, value_enum, default_value = "prometheus")]
     engine: Engine,
+    /// Runs so many Prometheuses, which share the hosts, and one above them that takes the results of their rules.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100))]
+    leaves: Option<u64>,
     /// Seconds from one scrape to the next.
     #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     each: u64,
-    /// Tells after so many minutes what the program has taken for each of them, and ends.
+    /// Tells after each of so many minutes what the programs have taken for it, and ends.
     #[arg(long, value_name = "MINUTES", conflicts_with = "check", value_parser = clap::value_parser!(u32).range(1..))]
     measure: Option<u32>,
     /// Checks after a minute that the alerts fire that should, and that sums are those of the recordings; ends then.
@@ -79,50 +84,93 @@ fn main() -> Result<ExitCode> {
     let served = listener.local_addr()?;
     let site = Arc::clone(&hosts);
     thread::spawn(move || server::serve_at(site, listener));
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let how = How {
         engine: args.engine,
         each: args.each,
         // Who looks on has no half hour.
         waits: args.measure.is_some(),
     };
-    let prometheus = Prometheus::start(folder.path(), &hosts, served, how)?;
+    let leaves = args.leaves.map(|leaves| leaves as usize);
+    let tiers = Tiers::start(folder.path(), &hosts, served, how, leaves)?;
     if args.check {
-        return check(&hosts, &prometheus);
+        return check(&hosts, &tiers, how);
     }
     if let Some(minutes) = args.measure {
-        return measure(&prometheus, minutes);
+        return measure(&tiers, minutes);
     }
-    let url = prometheus.url();
+    // From here on: Ctrl-C ends a check or a measurement at once, and what it started ends with it.
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let url = tiers.all().url();
     println!(
         "{} hosts, {} times as fast as they were recorded",
         hosts.count, args.speed
     );
     println!("  metrics of a host   http://{served}/host/0/metrics");
-    println!("  alerts              {url}/alerts");
-    println!("  rules               {url}/rules");
+    if how.engine.has_rules() {
+        for leaf in &tiers.leaves {
+            let (name, url) = (leaf.name(), leaf.url_of_alerts());
+            println!("  alerts, rules       {url}/alerts  {url}/rules  ({name})");
+        }
+    }
     println!("  exits by reason     {url}/graph?g0.expr=sum%20by%20(reason)(instance_reason%3Aexitmeter_host_exits%3Arate5m)&g0.tab=0&g0.range_input=10m");
     println!("  steal by VM         {url}/graph?g0.expr=vm%3Aexitmeter_preempted%3Aratio_rate5m&g0.tab=0&g0.range_input=10m");
     println!("Ctrl-C ends it.");
     signals.forever().next();
-    drop(prometheus);
+    drop(tiers);
     println!("ended");
     Ok(ExitCode::SUCCESS)
 }
 
 /// Tell what each minute took.
-fn measure(prometheus: &Prometheus, minutes: u32) -> Result<ExitCode> {
-    let mut before = 0.0;
+fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
+    let mut before = BTreeMap::new();
     for minute in 1..=minutes {
         thread::sleep(Duration::from_secs(60));
-        let cost = prometheus.cost()?;
-        println!(
-            "minute {minute}: {:.0} series, {:.0} MB, {:.1} s of a CPU",
-            cost.series,
-            cost.memory / 1e6,
-            cost.cpu - before
-        );
-        before = cost.cpu;
+        for program in tiers.each() {
+            for cost in program.costs()? {
+                let series = cost.series.map(|series| format!("{series:.0} series, "));
+                let cpu = cost.cpu - before.get(&cost.name).unwrap_or(&0.0);
+                println!(
+                    "minute {minute}: {}: {}{:.0} MB, {cpu:.1} s of a CPU",
+                    cost.name,
+                    series.unwrap_or_default(),
+                    cost.memory / 1e6,
+                );
+                before.insert(cost.name, cost.cpu);
+            }
+        }
+    }
+    for program in &tiers.leaves {
+        // VictoriaMetrics without vmalert does not know what rules are.
+        for group in program.groups().unwrap_or_default() {
+            let Group {
+                name,
+                interval,
+                took,
+                missed,
+                ..
+            } = group;
+            println!(
+                "{}: the rules of {name}, each {interval} s, take {took:.2} s; {missed} evaluations are left out",
+                program.name(),
+            );
+        }
+    }
+    let query = "max by (job) (max_over_time(scrape_duration_seconds[2m]))";
+    for program in tiers.each() {
+        let name = program.name();
+        let failed = program.query("count(up == 0) or vector(0)");
+        let (Ok(found), Ok(failed)) = (program.query(query), failed) else {
+            println!("{name} is too busy to answer");
+            continue;
+        };
+        let failed = failed.first().map_or(0.0, |(_, value)| *value);
+        for (labels, took) in found {
+            println!(
+                "{name}: the longest scrape of {} takes {took:.2} s, and {failed} fail",
+                labels["job"]
+            );
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -134,14 +182,143 @@ fn rounds(tape: &Tape) -> u64 {
     (times as u64).max(1)
 }
 
-fn check(hosts: &Hosts, prometheus: &Prometheus) -> Result<ExitCode> {
+fn check(hosts: &Hosts, tiers: &Tiers, how: How) -> Result<ExitCode> {
     // While VMs come and go, and when the hosts have come to their end.
     let played = PLAYED.saturating_sub(hosts.begun.elapsed());
-    let passed = eventually(played, || panels(prometheus))?;
+    let mut passed = eventually(played, || panels(tiers))?;
+    for program in &tiers.leaves {
+        passed += eventually(Duration::ZERO, || recorded(program, how.each))?;
+    }
     let left = CHECKED.saturating_sub(hosts.begun.elapsed());
-    let passed = passed + eventually(left, || verdict(hosts, prometheus))?;
+    passed += eventually(left, || verdict(hosts, tiers))?;
+    if tiers.top.is_some() {
+        passed += eventually(Duration::ZERO, || federated(hosts, tiers, how.each))?;
+    }
     println!("{passed} passed, 0 failed");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Demand that each rule has written what its expression gives.
+fn recorded(program: &Prometheus, each: u64) -> Result<u64> {
+    let mut series = 0;
+    let groups = program.groups()?;
+    let records: Vec<_> = groups.iter().flat_map(|group| &group.records).collect();
+    ensure!(records.len() > 6, "{} has the rules", program.name());
+    for rule in records.iter().copied() {
+        let name = &rule.name;
+        let stored = program.stored(&format!("{name}[{}s]", 6 * each), now()?)?;
+        // VictoriaMetrics has no samples that are no number, and vmalert ends a series at a time of its own.
+        let stored: Vec<(String, f64, f64)> = stored
+            .iter()
+            .filter_map(|(labels, samples)| {
+                let mut samples = samples.iter().rev().filter_map(|sample| {
+                    let value: f64 = sample[1].as_str()?.parse().ok()?;
+                    Some((sample[0].as_f64()?, value))
+                });
+                let (at, value) = samples.find(|(_, value)| value.is_finite())?;
+                Some((without_name(labels), at, value))
+            })
+            .collect();
+        let last = stored.iter().map(|(_, at, _)| *at).fold(0.0, f64::max);
+        let written = stored.into_iter().filter(|(_, at, _)| *at == last);
+        let written: BTreeMap<_, _> = written.map(|(labels, _, value)| (labels, value)).collect();
+        ensure!(!written.is_empty(), "{name} has no series");
+        agrees(program, rule, last, each, &written)?;
+        series += written.len();
+    }
+    println!(
+        "ok: {}: the {} rules have written the {series} series that their expressions give",
+        program.name(),
+        records.len()
+    );
+    Ok(1)
+}
+
+/// Demand that a rule has written at a moment what its expression gives there, or gave a few scrapes before.
+///
+/// VictoriaMetrics shows a sample only a while after it has taken it, so vmalert did not see the last ones, and VMs come and go.
+/// So each series that there was all the while is written, none that there never was, and none has a value that is far from each
+/// that its expression gave.
+fn agrees(
+    program: &Prometheus,
+    rule: &Rule,
+    at: f64,
+    each: u64,
+    written: &BTreeMap<String, f64>,
+) -> Result<()> {
+    let name = &rule.name;
+    let mut given: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let before = [0, 1, 2, 3];
+    for scrapes in before {
+        let at = at - (scrapes * each) as f64;
+        for (labels, value) in program.query_at(&rule.query, Some(at))? {
+            if value.is_finite() {
+                given.entry(without_name(&labels)).or_default().push(value);
+            }
+        }
+    }
+    for (labels, written) in written {
+        let values = given.get(labels);
+        let values = values.with_context(|| format!("{name}{labels}: nothing gives it"))?;
+        ensure!(
+            values
+                .iter()
+                .any(|value| (written - value).abs() <= 0.1 * value.abs()),
+            "{name}{labels} is {written}, and its expression gives {values:?}"
+        );
+    }
+    let throughout = given
+        .iter()
+        .filter(|(_, values)| values.len() == before.len());
+    let mut count = 0;
+    for (labels, _) in throughout {
+        ensure!(
+            written.contains_key(labels),
+            "{name}{labels} is not written"
+        );
+        count += 1;
+    }
+    ensure!(count > 0, "{name}: its expression gives nothing for long");
+    Ok(())
+}
+
+fn without_name(labels: &Labels) -> String {
+    let mut labels = labels.clone();
+    if let Value::Object(labels) = &mut labels {
+        labels.remove("__name__");
+    }
+    labels.to_string()
+}
+
+/// Return the seconds since 1970.
+fn now() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
+}
+
+/// Demand that the top has all that it is to take, and no more.
+fn federated(hosts: &Hosts, tiers: &Tiers, each: u64) -> Result<u64> {
+    let series = tiers.compare(now()?, each)?;
+    println!("ok: the top has the {series} series that it takes from the leaves, each sample as they have it");
+    let top = tiers.all();
+    for rule in tiers.leaves[0]
+        .groups()?
+        .iter()
+        .flat_map(|group| &group.records)
+    {
+        let found = top.query(&format!(
+            "count(count by (instance) (last_over_time({}[2m])))",
+            rule.name
+        ))?;
+        let found = found.first().map_or(0.0, |(_, value)| *value);
+        let read = hosts.count - 1;
+        ensure!(
+            found == read as f64,
+            "{}: {found} hosts on the top, and not {read}",
+            rule.name
+        );
+    }
+    println!("ok: each rule has a result on the top for each host whose meter can be read");
+    Ok(2)
 }
 
 /// Try again for some seconds after a time, until it holds.
@@ -157,15 +334,28 @@ fn eventually(after: Duration, holds: impl Fn() -> Result<u64>) -> Result<u64> {
     }
 }
 
-/// Demand that each panel of the boards has data, for the host and the VM whose VMM works most.
-fn panels(prometheus: &Prometheus) -> Result<u64> {
-    let query = "topk(1, sum by (instance, vm) (rate(exitmeter_user_seconds_total[1m])) and on (instance, vm) exitmeter_vm_info)";
+/// Demand that each panel of the boards has data for the host and the VM whose VMM works most, and on a top each of the fleet's board.
+fn panels(tiers: &Tiers) -> Result<u64> {
+    let mut passed = 0;
+    let user = "topk(1, sum by (instance, vm) (rate(exitmeter_user_seconds_total[1m])) and on (instance, vm) exitmeter_vm_info)";
+    for program in &tiers.leaves {
+        passed += panels_of(program, &BOARDS, user)?;
+    }
+    if let Some(top) = &tiers.top {
+        // It has no VM by these, and the board of the fleet needs none.
+        passed += panels_of(top, &BOARDS[..1], "topk(1, vm:exitmeter_user:ratio_rate5m)")?;
+    }
+    Ok(passed)
+}
+
+/// Demand that each panel of boards has data, for the host and the VM that a query gives.
+fn panels_of(prometheus: &Prometheus, boards: &[Board], query: &str) -> Result<u64> {
     let busiest = prometheus.query(query)?;
     let (labels, _) = busiest.first().context("a VM runs")?;
     let text = |name: &str| labels[name].as_str().unwrap_or_default();
     let (instance, vm) = (text("instance"), text("vm"));
     let mut queries = 0;
-    for board in BOARDS {
+    for board in boards {
         for (title, query) in board.queries(instance, vm) {
             let found = prometheus.query(&query)?;
             let has_data = found.iter().any(|(_, value)| value.is_finite());
@@ -173,19 +363,20 @@ fn panels(prometheus: &Prometheus) -> Result<u64> {
             queries += 1;
         }
     }
-    println!("ok: each of the {queries} panels has data, for VM {vm} of {instance}");
+    let name = prometheus.name();
+    println!("ok: {name}: each of the {queries} panels has data, for VM {vm} of {instance}");
     Ok(1)
 }
 
 /// Return how many things hold: all of them.
-fn verdict(hosts: &Hosts, prometheus: &Prometheus) -> Result<u64> {
+fn verdict(hosts: &Hosts, tiers: &Tiers) -> Result<u64> {
     let mut passed = 0;
     // To the last exit: what the recordings have, as often as they were played.
     let mut all = 0;
     for host in 0..hosts.count {
         let instance = hosts.instance(host);
         let query = format!("sum(exitmeter_host_exits_total{{instance=\"{instance}\"}})");
-        let found = prometheus.query(&query)?;
+        let found = tiers.of_host(host).query(&query)?;
         if hosts.is_gone(host) {
             ensure!(found.is_empty(), "{query}: {found:?}");
             continue;
@@ -201,20 +392,19 @@ fn verdict(hosts: &Hosts, prometheus: &Prometheus) -> Result<u64> {
         );
         passed += 1;
     }
-    let found = prometheus.query("sum(exitmeter_host_exits_total)")?;
-    ensure!(
-        found.iter().map(|(_, value)| *value).eq([all as f64]),
-        "{found:?}, and not {all}"
-    );
+    let mut found = 0.0;
+    for leaf in &tiers.leaves {
+        let sum = leaf.query("sum(exitmeter_host_exits_total)")?;
+        found += sum.iter().map(|(_, value)| *value).sum::<f64>();
+    }
+    ensure!(found == all as f64, "{found}, and not {all}");
     println!(
         "ok: the sum over {} hosts is {all} exits, to the last one",
         hosts.count
     );
 
-    let firing = prometheus.query("ALERTS{alertstate=\"firing\"}")?;
-    let text = |labels: &serde_json::Value, name: &str| {
-        labels[name].as_str().unwrap_or_default().to_owned()
-    };
+    let firing = tiers.all().query("ALERTS{alertstate=\"firing\"}")?;
+    let text = |labels: &Labels, name: &str| labels[name].as_str().unwrap_or_default().to_owned();
     let firing: BTreeSet<_> = firing
         .iter()
         .map(|(labels, _)| (text(labels, "alertname"), text(labels, "instance")))

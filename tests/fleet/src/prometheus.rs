@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Debian's Prometheus on the hosts of this fleet.
+//! Debian's Prometheus, and what is used in its place.
 
 use std::{
     fmt::Write as _,
@@ -15,8 +15,6 @@ use std::{
 
 use anyhow::{bail, ensure, Context as _, Result};
 use serde_json::Value;
-
-use crate::hosts::Hosts;
 
 /// The rules that are delivered.
 pub const RULES: &str = concat!(
@@ -57,8 +55,33 @@ pub enum Engine {
     Prometheus,
     /// Prometheus without rules.
     PrometheusWithoutRules,
-    /// VictoriaMetrics on one machine, which has no rules of its own.
+    /// VictoriaMetrics on one machine, and vmalert, which evaluates the rules for it.
     VictoriaMetrics,
+    /// VictoriaMetrics on one machine alone.
+    VictoriaMetricsWithoutRules,
+}
+
+impl Engine {
+    /// Return the program's name.
+    pub fn name(self) -> &'static str {
+        if self.is_victoria() {
+            "VictoriaMetrics"
+        } else {
+            "Prometheus"
+        }
+    }
+
+    fn is_victoria(self) -> bool {
+        matches!(
+            self,
+            Self::VictoriaMetrics | Self::VictoriaMetricsWithoutRules
+        )
+    }
+
+    /// Return true if the rules are evaluated.
+    pub fn has_rules(self) -> bool {
+        matches!(self, Self::VictoriaMetrics | Self::Prometheus)
+    }
 }
 
 /// How it scrapes.
@@ -68,129 +91,242 @@ pub struct How {
     pub engine: Engine,
     /// Seconds from one scrape to the next, and from one evaluation of the rules to the next.
     pub each: u64,
-    /// Whether alerts wait for as long as their rules say.
+    /// Whether it goes as in a fleet: alerts wait for as long as their rules say, and groups of rules have their own intervals.
     pub waits: bool,
 }
 
-/// What it took.
-#[derive(Clone, Copy, Debug)]
+/// What a program took.
+#[derive(Clone, Debug)]
 pub struct Cost {
-    /// Series.
-    pub series: f64,
+    /// The program.
+    pub name: String,
+    /// Series, where it has some.
+    pub series: Option<f64>,
     /// Bytes of memory.
     pub memory: f64,
     /// Seconds of a CPU since it began.
     pub cpu: f64,
 }
 
-/// Prometheus, as long as it is to run.
+/// A rule that writes series.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// The name of the series.
+    pub name: String,
+    /// What it evaluates.
+    pub query: String,
+}
+
+/// A group of rules.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// Its name.
+    pub name: String,
+    /// Seconds from one evaluation to the next.
+    pub interval: f64,
+    /// Seconds that an evaluation of all its rules took by the clock: the last one, or of vmalert half of the last ones.
+    pub took: f64,
+    /// Evaluations that were left out because the one before took too long.
+    pub missed: f64,
+    /// Those of its rules that write series.
+    pub records: Vec<Rule>,
+}
+
+/// The labels of a series.
+pub type Labels = Value;
+
+/// Prometheus or VictoriaMetrics, as long as it is to run.
 #[derive(Debug)]
 pub struct Prometheus {
     engine: Engine,
-    process: Child,
-    address: SocketAddr,
+    scrapes: Program,
+    /// vmalert.
+    alerts: Option<Program>,
 }
 
 impl Prometheus {
-    /// Start it in a folder, on hosts that are served at an address.
+    /// Start it in a folder, with a part `scrape_configs` of its configuration.
     ///
     /// # Errors
     ///
     /// When it does not start.
-    pub fn start(folder: &Path, hosts: &Hosts, served: SocketAddr, how: How) -> Result<Self> {
-        let (engine, each) = (how.engine, how.each);
-        let mut config = format!("global: {{scrape_interval: {each}s}}\n");
-        if engine == Engine::Prometheus {
-            let rules = fs::read_to_string(RULES)?;
-            let rules = rules.lines().map(|line| match line.trim_start() {
-                line if line.starts_with("for: ") && !how.waits => "        for: 0s\n".to_owned(),
-                _ => format!("{line}\n"),
-            });
-            fs::write(folder.join("rules.yml"), rules.collect::<String>())?;
-            config = format!(
-                "global: {{scrape_interval: {each}s, evaluation_interval: {each}s}}\nrule_files: [rules.yml]\n"
-            );
+    pub fn start(folder: &Path, name: &str, how: How, scrapes: &str) -> Result<Self> {
+        let How { engine, each, .. } = how;
+        fs::create_dir_all(folder)?;
+        let rules = folder.join("rules.yml");
+        if engine.has_rules() {
+            fs::write(&rules, self::rules(how)?)?;
         }
-        config += "scrape_configs:\n- job_name: exitmeter\n  static_configs:\n";
-        for host in 0..hosts.count {
-            let instance = hosts.instance(host);
-            writeln!(
-                config,
-                "  - targets: ['{served}']\n    labels: {{instance: {instance}, __metrics_path__: /host/{host}/metrics}}"
-            )?;
+        let mut config =
+            format!("global: {{scrape_interval: {each}s, evaluation_interval: {each}s}}\n");
+        if engine == Engine::Prometheus {
+            config += "rule_files: [rules.yml]\n";
+        }
+        if engine.is_victoria() {
+            // It has no rules, and refuses to be told of them.
+            config = format!("global: {{scrape_interval: {each}s}}\n");
         }
         let file = folder.join("prometheus.yml");
-        fs::write(&file, config)?;
+        fs::write(&file, config + scrapes)?;
         let (file, data) = (file.display(), folder.join("data"));
-        // Nobody else takes it in this moment, or Prometheus says so.
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let log = File::create(folder.join("prometheus.log"))?;
-        let programs = programs()?;
-        let mut command;
-        if engine == Engine::VictoriaMetrics {
-            command = with_us(&programs.join("victoria-metrics"));
-            command
-                .arg(format!("-promscrape.config={file}"))
-                .arg(format!("-storageDataPath={}", data.display()))
-                .arg(format!("-httpListenAddr={address}"));
-        } else {
-            command = with_us(&programs.join("prometheus"));
-            command
-                .arg(format!("--config.file={file}"))
-                .arg(format!("--storage.tsdb.path={}", data.display()))
-                .arg(format!("--web.listen-address={address}"));
+        let data = data.display();
+        if !engine.is_victoria() {
+            let scrapes = Program::start(folder, name, "prometheus", |address| {
+                vec![
+                    format!("--config.file={file}"),
+                    format!("--storage.tsdb.path={data}"),
+                    format!("--web.listen-address={address}"),
+                ]
+            })?;
+            return Ok(Self {
+                engine,
+                scrapes,
+                alerts: None,
+            });
         }
-        let mut process = command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("Prometheus cannot be run")?;
-        let begun = Instant::now();
-        while get(address, "/-/healthy").is_err() {
-            let ended = process.try_wait()?;
-            if ended.is_some() || begun.elapsed() > READY {
-                let _ = process.kill();
-                let log = fs::read_to_string(folder.join("prometheus.log")).unwrap_or_default();
-                bail!("Prometheus does not start: {log}");
+        let scrapes = Program::start(folder, name, "victoria-metrics", |address| {
+            let mut arguments = vec![
+                format!("-promscrape.config={file}"),
+                format!("-storageDataPath={data}"),
+                format!("-httpListenAddr={address}"),
+            ];
+            if !how.waits {
+                // It tells of half a minute ago, else.
+                arguments.push("-search.latencyOffset=0s".to_owned());
             }
-            thread::sleep(Duration::from_millis(100));
+            arguments
+        })?;
+        let mut alerts = None;
+        if engine.has_rules() {
+            // It wants to be told whom it tells of alerts: nobody.
+            let notifier = folder.join("notifier.yml");
+            fs::write(&notifier, "static_configs: []\n")?;
+            let url = scrapes.url();
+            let vmalert = Program::start(folder, "vmalert", "vmalert", |address| {
+                vec![
+                    format!("-rule={}", rules.display()),
+                    format!("-datasource.url={url}"),
+                    format!("-remoteWrite.url={url}"),
+                    format!("-notifier.config={}", notifier.display()),
+                    format!("-evaluationInterval={each}s"),
+                    format!("-httpListenAddr={address}"),
+                ]
+            });
+            alerts = Some(vmalert?);
         }
         Ok(Self {
             engine,
-            process,
-            address,
+            scrapes,
+            alerts,
         })
     }
 
     /// Return where it can be looked at.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        self.scrapes.url()
     }
 
-    /// Return what it has taken up to now, as it tells itself.
+    /// Return where its alerts and rules can be looked at.
+    pub fn url_of_alerts(&self) -> String {
+        self.alerts.as_ref().unwrap_or(&self.scrapes).url()
+    }
+
+    /// Return its address.
+    pub fn address(&self) -> SocketAddr {
+        self.scrapes.address
+    }
+
+    /// Return its name.
+    pub fn name(&self) -> &str {
+        &self.scrapes.name
+    }
+
+    /// Return what each of its programs has taken up to now, as they tell themselves.
     ///
     /// # Errors
     ///
-    /// When it does not.
-    pub fn cost(&self) -> Result<Cost> {
-        let text = get(self.address, "/metrics")?;
-        let value = |name: &str| -> Result<f64> {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            let value = line.with_context(|| format!("it does not tell {name}"))?;
-            Ok(value.parse()?)
+    /// When one does not.
+    pub fn costs(&self) -> Result<Vec<Cost>> {
+        let series = if self.engine.is_victoria() {
+            "vm_cache_entries{type=\"storage/hour_metric_ids\"}"
+        } else {
+            "prometheus_tsdb_head_series"
         };
-        let series = match self.engine {
-            Engine::VictoriaMetrics => "vm_cache_entries{type=\"storage/hour_metric_ids\"}",
-            _ => "prometheus_tsdb_head_series",
-        };
-        Ok(Cost {
-            series: value(series)?,
-            memory: value("process_resident_memory_bytes")?,
-            cpu: value("process_cpu_seconds_total")?,
-        })
+        let mut costs = vec![self.scrapes.cost(Some(series))?];
+        if let Some(alerts) = &self.alerts {
+            costs.push(alerts.cost(None)?);
+        }
+        Ok(costs)
+    }
+
+    /// Return the groups of rules that are evaluated.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer.
+    pub fn groups(&self) -> Result<Vec<Group>> {
+        let program = self.alerts.as_ref().unwrap_or(&self.scrapes);
+        let answer: Value = serde_json::from_str(&get(program.address, "/api/v1/rules")?)?;
+        let groups = answer["data"]["groups"].as_array().context("no groups")?;
+        let metrics = get(program.address, "/metrics")?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        groups
+            .iter()
+            .map(|group| {
+                let rules = group["rules"].as_array().context("no rules")?;
+                let name = text(&group["name"]);
+                let (label, took, missed) = if self.alerts.is_some() {
+                    let label = format!("{{group=\"{name}\"");
+                    let took = ["vmalert_iteration_duration_seconds{", "quantile=\"0.5\""];
+                    (label, took, "vmalert_iteration_missed_total{")
+                } else {
+                    let label = format!(";{name}\"}}");
+                    let took = ["prometheus_rule_group_last_duration_seconds{", ""];
+                    let missed = "prometheus_rule_group_iterations_missed_total{";
+                    (label, took, missed)
+                };
+                let value = |parts: [&str; 2]| -> Result<f64> {
+                    let mut lines = metrics.lines();
+                    let line = lines.find(|line| {
+                        line.starts_with(parts[0])
+                            && line.contains(&label)
+                            && line.contains(parts[1])
+                    });
+                    // vmalert has no times before the first evaluation.
+                    let value = line.and_then(|line| line.rsplit(' ').next());
+                    Ok(value.map_or(Ok(0.0), str::parse)?)
+                };
+                let records = rules.iter().filter(|rule| rule["type"] == "recording");
+                let records = records.map(|rule| Rule {
+                    name: text(&rule["name"]),
+                    query: text(&rule["query"]),
+                });
+                Ok(Group {
+                    interval: group["interval"].as_f64().context("no interval")?,
+                    took: value(took)?,
+                    missed: value([missed, ""])?,
+                    name,
+                    records: records.collect(),
+                })
+            })
+            .collect()
+    }
+
+    /// Return the result of a query at a moment (seconds since 1970), or now.
+    fn result(&self, query: &str, at: Option<f64>) -> Result<Vec<Value>> {
+        // VictoriaMetrics takes new samples into account then.
+        let mut path = "/api/v1/query?nocache=1&query=".to_owned();
+        for byte in query.bytes() {
+            write!(path, "%{byte:02X}")?;
+        }
+        if let Some(at) = at {
+            write!(path, "&time={at:.3}")?;
+        }
+        let mut answer: Value = serde_json::from_str(&get(self.scrapes.address, &path)?)?;
+        match answer["data"]["result"].take() {
+            Value::Array(result) => Ok(result),
+            _ => bail!("{query}: {answer}"),
+        }
     }
 
     /// Return the samples of a query: the labels, and the value.
@@ -198,14 +334,17 @@ impl Prometheus {
     /// # Errors
     ///
     /// When Prometheus does not answer it.
-    pub fn query(&self, query: &str) -> Result<Vec<(Value, f64)>> {
-        let mut path = "/api/v1/query?query=".to_owned();
-        for byte in query.bytes() {
-            write!(path, "%{byte:02X}")?;
-        }
-        let answer: Value = serde_json::from_str(&get(self.address, &path)?)?;
-        let samples = answer["data"]["result"].as_array();
-        let samples = samples.with_context(|| format!("{query}: {answer}"))?;
+    pub fn query(&self, query: &str) -> Result<Vec<(Labels, f64)>> {
+        self.query_at(query, None)
+    }
+
+    /// Return the samples of a query at a moment (seconds since 1970), or now.
+    ///
+    /// # Errors
+    ///
+    /// When Prometheus does not answer it.
+    pub fn query_at(&self, query: &str, at: Option<f64>) -> Result<Vec<(Labels, f64)>> {
+        let samples = self.result(query, at)?;
         samples
             .iter()
             .map(|sample| {
@@ -217,9 +356,107 @@ impl Prometheus {
             })
             .collect()
     }
+
+    /// Return the samples as they are stored, for each series of a selector with a range: the time and the value, as text.
+    ///
+    /// # Errors
+    ///
+    /// When Prometheus does not answer it.
+    pub fn stored(&self, selector: &str, at: f64) -> Result<Vec<(Labels, Vec<Value>)>> {
+        let series = self.result(selector, Some(at))?;
+        series
+            .into_iter()
+            .map(|mut series| match series["values"].take() {
+                Value::Array(values) => Ok((series["metric"].take(), values)),
+                _ => bail!("{selector}: {series}"),
+            })
+            .collect()
+    }
 }
 
-impl Drop for Prometheus {
+/// Return the rules as they are to be evaluated.
+fn rules(how: How) -> Result<String> {
+    let rules = fs::read_to_string(RULES)?;
+    if how.waits {
+        return Ok(rules);
+    }
+    // Who looks on has no half hour.
+    let lines = rules.lines().map(|line| match line.trim_start() {
+        part if part.starts_with("for: ") => "        for: 0s\n".to_owned(),
+        part if part.starts_with("interval: ") => format!("    interval: {}s\n", how.each),
+        _ => format!("{line}\n"),
+    });
+    Ok(lines.collect())
+}
+
+/// A program that serves HTTP, as long as it is to run.
+#[derive(Debug)]
+struct Program {
+    name: String,
+    process: Child,
+    address: SocketAddr,
+}
+
+impl Program {
+    /// Start one of Debian's programs, with arguments for the address at which it is to serve, and wait until it does.
+    fn start(
+        folder: &Path,
+        name: &str,
+        program: &str,
+        arguments: impl FnOnce(SocketAddr) -> Vec<String>,
+    ) -> Result<Self> {
+        // Nobody else takes it in this moment, or the program says so.
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let path = folder.join(format!("{program}.log"));
+        let log = File::create(&path)?;
+        let process = with_us(&programs()?.join(program))
+            .args(arguments(address))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("{program} cannot be run"))?;
+        let mut started = Self {
+            name: name.to_owned(),
+            process,
+            address,
+        };
+        let begun = Instant::now();
+        while get(address, "/-/healthy").is_err() {
+            let ended = started.process.try_wait()?;
+            if ended.is_some() || begun.elapsed() > READY {
+                let log = fs::read_to_string(path).unwrap_or_default();
+                bail!("{program} does not start: {log}");
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(started)
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Return what it has taken, and how many series it has by a metric of its own.
+    fn cost(&self, series: Option<&str>) -> Result<Cost> {
+        let text = get(self.address, "/metrics")?;
+        let value = |name: &str| -> Result<f64> {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            let value = line.with_context(|| format!("{} does not tell {name}", self.name))?;
+            Ok(value.parse()?)
+        };
+        Ok(Cost {
+            name: self.name.clone(),
+            series: series.map(value).transpose()?,
+            memory: value("process_resident_memory_bytes")?,
+            cpu: value("process_cpu_seconds_total")?,
+        })
+    }
+}
+
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();

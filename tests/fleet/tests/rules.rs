@@ -16,6 +16,7 @@ use fleet::{
     hosts::{recordings, Hosts},
     prometheus::{programs, RULES},
     tape::Tape,
+    tiers::federation,
 };
 
 const DOCS: &str = include_str!("../../../docs/fleet.md");
@@ -58,6 +59,29 @@ fn promtool_passes_the_rules_and_their_tests() {
         &["test", "rules", "exitmeter.rules.test.yml"],
         None,
     ));
+}
+
+#[test]
+fn the_rule_that_reads_an_hour_of_buckets_is_evaluated_each_minute() {
+    let rules = fs::read_to_string(RULES).unwrap();
+    let groups = rules.split("  - name: ").skip(1);
+    let hour: Vec<_> = groups
+        .filter(|group| group.contains("_bucket[1h]"))
+        .collect();
+    let [hour] = hour[..] else {
+        panic!("{hour:?}");
+    };
+    assert!(hour.contains("\n    interval: 1m\n"), "{hour}");
+    // No other rule waits with it.
+    let rules = hour.matches("- record: ").count() + hour.matches("- alert: ").count();
+    assert_eq!(rules, 1, "{hour}");
+}
+
+#[test]
+fn the_page_of_docs_has_the_federation_that_is_measured() {
+    for line in federation().lines() {
+        assert!(DOCS.contains(&format!("\n    {line}\n")), "{line}");
+    }
 }
 
 #[test]

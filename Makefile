@@ -15,6 +15,7 @@
 #   make soak-cfi       under a kernel where a call to a function of another type is a fault: kCFI, and FineIBT on Intel
 #   make bench          measures what metering costs, beside other meters
 #   make fleet          Prometheus with a fleet of hosts that recordings play: docs/fleet.md; make fleet-check checks it
+#   make boards-check   holds Grafana's boards against Grafana's schema; takes Node.js
 #   make study          records how guests exit on both emulated hosts: docs/study.md
 #   make soak-selftests KVM's own selftests on both emulated hosts, without the module and with it: docs/selftests.md
 #   make check          formats, lints and warnings
@@ -34,7 +35,7 @@ RUNNING := $(shell uname -r)
 # Another kernel of Debian's for the tests, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench fleet fleet-check study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench fleet fleet-check boards-check study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-test bootstrap-tool
 
 all: module tool
 
@@ -59,7 +60,7 @@ tool:
 demo: bootstrap
 	cargo run --profile host --quiet -p demo
 
-test: bootstrap-clang
+test: bootstrap-test
 	cargo test --release --workspace
 	cargo test --release -p lab --test ends --test shell -- --ignored --test-threads 2 --skip what_the_kernel
 	cargo run --release --quiet -p system-tests -- $(with_kernel)
@@ -77,6 +78,10 @@ fleet-check: bootstrap-clang
 	cargo run --release --quiet -p fleet -- --check
 	cargo run --release --quiet -p fleet -- --check --leaves 3
 	cargo run --release --quiet -p fleet -- --check --engine victoria-metrics
+
+boards-check:
+	@scripts/bootstrap.sh node npm
+	scripts/boards-check.sh "$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/exitmeter/grafana"
 
 stress: bootstrap
 	cargo run --release --quiet -p stress
@@ -175,6 +180,10 @@ bootstrap:
 # For the tool with its BPF meter, which the first `make demo` does not wait for.
 bootstrap-clang:
 	@scripts/bootstrap.sh clang
+
+# For what `make test` takes besides: a browser that shows the exporter's page.
+bootstrap-test:
+	@scripts/bootstrap.sh clang browser
 
 bootstrap-tool:
 	@scripts/bootstrap.sh --tool clang

@@ -2,7 +2,8 @@
 # Sees to it that this machine has the few commands that all else starts from, and the crates; the rest comes into the
 # Debian root.
 #
-#   scripts/bootstrap.sh [COMMAND]...    (clang: for the tool's BPF meter; rustfmt, cargo-clippy, shellcheck: for `make check`)
+#   scripts/bootstrap.sh [COMMAND]...    (clang: for the tool's BPF meter; browser: for the tests of
+#                                       the page; rustfmt, cargo-clippy, shellcheck: for `make check`)
 #   scripts/bootstrap.sh --tool [COMMAND]...          what the tool alone takes, on any distribution: `make KDIR=...`
 #
 # As root on Debian 12 or later it installs what is missing; elsewhere it says what that is. When nothing is, it
@@ -31,6 +32,14 @@ has() {
     ca-certificates) [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -e /etc/ssl/cert.pem ] ;;
     keyring) [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] ;;
     newuidmap) [ "$(id -u)" = 0 ] || command -v newuidmap >/dev/null ;;
+    # What cli/tests/browser looks for.
+    browser)
+      local name
+      for name in chromium-headless-shell chromium chromium-browser google-chrome; do
+        ! command -v "$name" >/dev/null || return 0
+      done
+      return 1
+      ;;
     # cargo-clippy alone may be rustup's proxy of a toolchain without it.
     rustfmt | cargo-clippy) "$1" --version >/dev/null 2>&1 ;;
     *) command -v "$1" >/dev/null ;;
@@ -45,6 +54,9 @@ package() {
     cargo-clippy) printf 'rust%s-clippy' "$web" ;;
     cc) printf gcc ;;
     libc.a) printf libc6-dev ;;
+    # Chromium without windows; its libraries bring a font.
+    browser) printf chromium-headless-shell ;;
+    node) printf nodejs ;;
     keyring) printf debian-archive-keyring ;;
     newuidmap) printf uidmap ;;
     unshare) printf util-linux ;;

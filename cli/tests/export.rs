@@ -7,8 +7,8 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    io::{ErrorKind, Write as _},
+    net::TcpListener,
     os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -16,17 +16,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exitmeter_meter::{
-    leaves::LeafMap,
-    ledger::{Ledger, LedgerCopy, Totals},
-    phase::Phase,
-    reasons::{self, Isa},
-    snapshot::{Encoder, Full, Host, Identity},
-};
 use serde_json::Value;
 
-use self::tool::{exitmeter, failed, succeeded};
+use self::{
+    server::Server,
+    tool::{exitmeter, failed, succeeded},
+};
 
+mod host;
+mod server;
 mod tool;
 
 /// Two VMs that run, and one that is gone: see src/meter/tests/snapshot.rs.
@@ -35,61 +33,11 @@ const SAVED: &str = concat!(
     "/../src/meter/tests/snapshot-1.3.bin"
 );
 
-/// A server that ends with the test.
-struct Server {
-    process: Child,
-    address: String,
-}
-
-impl Server {
-    fn start(arguments: &[&str]) -> Self {
-        let given = ["export", "--listen", "127.0.0.1:0"];
-        let mut command = exitmeter(&[&given, arguments].concat());
-        Self::of(command.stderr(Stdio::piped()).spawn().unwrap())
-    }
-
-    fn of(mut process: Child) -> Self {
-        let mut said = String::new();
-        let stderr = process.stderr.take().unwrap();
-        BufReader::new(stderr).read_line(&mut said).unwrap();
-        let address = said
-            .split("http://")
-            .nth(1)
-            .and_then(|rest| rest.split('/').next());
-        let address = address.unwrap_or_else(|| panic!("{said}")).to_owned();
-        Self { process, address }
-    }
-
-    fn connect(&self) -> TcpStream {
-        let stream = TcpStream::connect(&self.address).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
-        stream
-    }
-
-    /// Return the head and the body of an answer.
-    fn ask(&self, request: &str) -> (String, String) {
-        let mut stream = self.connect();
-        write!(stream, "{request} HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head.to_owned(), body.to_owned())
-    }
-
-    fn metrics(&self) -> String {
-        let (head, body) = self.ask("GET /metrics");
-        assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
-        body
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+/// Return what a scrape has.
+fn metrics(server: &Server) -> String {
+    let (head, body) = server.ask("GET /metrics");
+    assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
+    body
 }
 
 /// Return the samples of a scrape.
@@ -318,7 +266,7 @@ fn what_there_is_not_is_said() {
 #[test]
 fn without_a_meter_there_is_up_alone() {
     let server = Server::start(&["--input", "/nowhere"]);
-    let found = samples(&server.metrics());
+    let found = samples(&metrics(&server));
     assert_eq!(found["exitmeter_up"], 0.0);
     assert_eq!(found.len(), 2, "{found:?}");
     let (_, page) = server.ask("GET /");
@@ -406,7 +354,7 @@ fn clients_that_hang_read_slowly_or_send_much_hold_up_nobody() {
     });
     for _ in 0..20 {
         let begun = Instant::now();
-        assert_eq!(samples(&server.metrics())["exitmeter_up"], 1.0);
+        assert_eq!(samples(&metrics(&server))["exitmeter_up"], 1.0);
         assert!(
             begun.elapsed() < Duration::from_secs(2),
             "{:?}",
@@ -440,7 +388,7 @@ fn a_socket_of_systemd_is_used() {
         .spawn();
     let server = Server::of(shell.unwrap());
     assert_eq!(server.address, address);
-    assert_eq!(samples(&server.metrics())["exitmeter_up"], 1.0);
+    assert_eq!(samples(&metrics(&server))["exitmeter_up"], 1.0);
 }
 
 #[test]
@@ -479,74 +427,18 @@ fn the_file_is_replaced_at_once_or_left_alone() {
     );
 }
 
-/// A ledger with 20 reasons, as one of a Linux guest.
-fn lived() -> LedgerCopy {
-    // SAFETY: All-zero bytes are a valid ledger.
-    let ledger: Box<Ledger> = Box::new(unsafe { core::mem::zeroed() });
-    let mut now = 2_000_000;
-    ledger.begin(now, Phase::User);
-    ledger.resume(now + 1000);
-    ledger.entry(now + 2000);
-    for round in 0..200_u64 {
-        for code in 0..20_u32 {
-            now += 40_000;
-            ledger.exit(now, reasons::slot(Isa::Vmx, code + 28));
-            let kernel = 900 + 700 * u64::from(code) + 13 * round;
-            if code == 2 {
-                ledger.leave(now + 100, Phase::User);
-                ledger.resume(now + 9000);
-                now += 9000;
-            }
-            now += kernel;
-            ledger.entry(now);
-        }
-    }
-    let mut copy = LedgerCopy::new();
-    assert!(ledger.try_copy(&mut copy));
-    copy
-}
-
 /// Write what a host with so many VMs of so many vCPUs gives.
 fn large(folder: &Path, vms: u32, vcpus: u32) -> PathBuf {
-    let copy = lived();
-    let host = Host {
-        isa: Isa::Vmx,
-        leaf_map: LeafMap::Map2021,
-        host_scope: false,
-        by_bpf: false,
-        tsc_khz: 2_400_000,
-        tsc_stable: true,
-        loaded: 1_000_000,
-        now: 60_000_000_000,
-        clock_offset: 0,
-        life: 7,
+    let lived = host::lived(200);
+    let vm = |number: u32| host::Vm {
+        number: number.into(),
+        name: format!("kvm-{}", 100_000 + number),
+        vcpus,
+        lived: &lived,
     };
-    let write = |buffer: &mut [u8]| {
-        let mut encoder = Encoder::new(buffer, host);
-        for vm in 0..vms {
-            for vcpu in 0..vcpus {
-                let mut name = [0; 48];
-                let text = format!("kvm-{}", 100_000 + vm);
-                name[..text.len()].copy_from_slice(text.as_bytes());
-                let (vm, pid) = (vm.into(), 100_000 + vm);
-                encoder.vcpu(
-                    &Identity {
-                        vm,
-                        name,
-                        pid,
-                        vcpu,
-                    },
-                    &copy,
-                );
-            }
-        }
-        encoder.finish(&Totals::new(), 0)
-    };
-    let Full { needed } = write(&mut []).unwrap_err();
-    let mut bytes = vec![0; needed];
-    write(&mut bytes).unwrap();
     let path = folder.join("large");
-    fs::write(&path, bytes).unwrap();
+    let vms: Vec<_> = (0..vms).map(vm).collect();
+    host::write(&path, 25 * host::SECOND, &vms);
     path
 }
 
@@ -567,7 +459,7 @@ fn a_vm_that_kvm_destroys_is_left_out_before_its_counters_fall() {
     let path = large(folder.path(), 3, 8);
     let server = Server::start(&["--input", path.to_str().unwrap()]);
     let told = || {
-        let found = samples(&server.metrics());
+        let found = samples(&metrics(&server));
         let vcpus = found
             .keys()
             .filter(|name| name.starts_with("exitmeter_vm_vcpus"));
@@ -614,7 +506,7 @@ fn a_host_of_8000_vcpus_takes_50_mb() {
     let mut least = Duration::MAX;
     for _ in 0..10 {
         let begun = Instant::now();
-        let text = server.metrics();
+        let text = metrics(&server);
         least = least.min(begun.elapsed());
         assert!(text.contains("exitmeter_vcpus 8000\n"));
     }

@@ -436,6 +436,30 @@ fn make_asks_for_the_labs_commands_only_where_it_needs_them() {
     assert!(recipe(&["all"]).starts_with("scripts/bootstrap.sh\ncargo lab build\n"));
 }
 
+/// A browser has several names, and any will do.
+#[test]
+fn a_browser_is_asked_for_where_there_is_none() {
+    assert!(recipe(&["test"]).starts_with("scripts/bootstrap.sh clang browser\n"));
+    let machine = Machine::whole();
+    machine.user();
+    machine.command("newuidmap", "exit 0");
+    machine.command("apt-get", "exit 1");
+    machine.command("apt-cache", "echo '  Candidate: 1.85.0+dfsg3-1'");
+    assert_says(
+        &machine.script("bootstrap.sh", &["browser"]),
+        &[
+            "this machine lacks browser",
+            "apt-get install chromium-headless-shell",
+        ],
+    );
+    for name in ["chromium-headless-shell", "google-chrome"] {
+        machine.command(name, "exit 0");
+        let output = machine.script("bootstrap.sh", &["browser"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        machine.remove(name);
+    }
+}
+
 #[test]
 fn crates_that_are_there_are_not_asked_for() {
     let machine = Machine::whole();

@@ -72,9 +72,16 @@ impl History {
     pub fn add(&mut self, sums: Sums, names: Book) {
         let at = Instant::now();
         let (vcpus, vms) = (sums.vcpus(), sums.vms.len());
-        let life = self.moments.back().map(|moment| moment.sums.head.life);
-        if life.is_some_and(|life| life != sums.head.life) {
-            *self = Self::default();
+        if let Some(last) = self.moments.back() {
+            let (last, head) = (&last.sums.head, &sums.head);
+            if last.life == head.life && last.now == head.now {
+                // A saved snapshot that was read again: no time has passed in it.
+                self.names = names;
+                return;
+            }
+            if last.life != head.life || last.now > head.now {
+                *self = Self::default();
+            }
         }
         self.moments.push_back(Moment {
             at,
@@ -128,7 +135,12 @@ impl History {
             .iter()
             .map(|(name, text)| format!("<dt>{name}</dt><dd>{}</dd>\n", escape(text)))
             .collect();
-        let figures: String = plot::live(&series)
+        // Where no VM ran there is nothing to draw.
+        let pictures = match series.sum.cycles.sum() {
+            0 => Vec::new(),
+            _ => plot::live(&series),
+        };
+        let figures: String = pictures
             .into_iter()
             .map(|svg| format!("<figure>\n{svg}</figure>\n"))
             .collect();
@@ -194,6 +206,9 @@ impl History {
     /// Return the table of VMs: those first that took most of KVM's, the VMM's and the host's time.
     fn vms(&self, khz: Option<u32>) -> String {
         let [latest, before] = &self.vms;
+        if latest.is_empty() {
+            return notice("No VM runs");
+        }
         let span = self.span(khz);
         let mut vms: Vec<_> = latest
             .iter()
@@ -235,7 +250,6 @@ impl History {
             "most kernel time",
         ];
         let title = match vms.len() {
-            0 => "No VM runs".to_owned(),
             some if some > VMS => format!("VMs, {VMS} of {}", exact(some as u64)),
             _ => "VMs".to_owned(),
         };
@@ -308,10 +322,12 @@ fn since(new: &Rows, old: &Rows) -> Rows {
 
 /// Return the page that says why there is none.
 pub fn error(text: &str) -> String {
-    page(
-        "VM exits on this host",
-        &format!("<section>\n<h2>{}</h2>\n</section>\n", escape(text)),
-    )
+    page("VM exits on this host", &notice(text))
+}
+
+/// Return a part of the page that says one thing.
+fn notice(text: &str) -> String {
+    format!("<section>\n<h2>{}</h2>\n</section>\n", escape(text))
 }
 
 fn page(title: &str, body: &str) -> String {

@@ -72,6 +72,14 @@ pub fn decades(from: f64, to: f64) -> Vec<f64> {
         .collect()
 }
 
+/// Which multiples of a power of ten have names on a logarithmic axis: where there are few powers, what lies between as well.
+pub fn named((from, to): (f64, f64)) -> &'static [u8] {
+    match to / from {
+        ratio if ratio < 30.0 => &[1, 2, 5],
+        _ => &[1],
+    }
+}
+
 /// A value as an axis names it: `0`, `250`, `1.5k`, `20M`.
 pub fn label(value: f64) -> String {
     let size = value.abs();

@@ -141,11 +141,6 @@ impl Chart {
         label: impl Fn(f64) -> String,
     ) -> Scale {
         let scale = Scale::logarithmic(range, (self.bottom, self.top));
-        // Where there are few powers of ten, what lies between has names as well.
-        let named: &[u8] = match range.1 / range.0 {
-            ratio if ratio < 30.0 => &[1, 2, 5],
-            _ => &[1],
-        };
         for decade in axis::decades(range.0, range.1) {
             for times in 1..10_u8 {
                 let value = decade * f64::from(times);
@@ -153,7 +148,7 @@ impl Chart {
                     continue;
                 }
                 let y = scale.place(value);
-                let is_named = named.contains(&times);
+                let is_named = axis::named(range).contains(&times);
                 let color = if is_named { "#cfcfcf" } else { "#f2f2f2" };
                 self.picture.line((LEFT, y), (RIGHT, y), color, 1.0);
                 if is_named {

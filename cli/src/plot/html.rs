@@ -21,11 +21,12 @@ body { font: 15px/1.5 'Noto Sans', 'DejaVu Sans', Verdana, Arial, sans-serif; co
 main { max-width: 1072px; margin: 0 auto; padding: 24px 16px }
 h1 { font-size: 22px; margin: 0 0 8px } h2 { font-size: 17px; font-weight: normal; margin: 8px 14px }
 figure, section { background: #fff; margin: 16px 0; padding: 8px; border: 1px solid #ddd; border-radius: 6px; overflow-x: auto }
-svg { display: block; max-width: 100%; height: auto }
+svg { display: block; max-width: 100%; min-width: 860px; height: auto }
 dl { display: grid; grid-template-columns: max-content auto; gap: 2px 16px; margin: 0 } dt { color: #666 } dd { margin: 0 }
 table { border-collapse: collapse; font-size: 13px; width: 100% }
 th { font-weight: normal; color: #666; text-align: right } td { text-align: right; font-variant-numeric: tabular-nums }
-th, td { padding: 3px 10px; border-bottom: 1px solid #eee } th:nth-child(2), td:nth-child(2), .code :nth-child(3) { text-align: left }
+th, td { padding: 3px 10px; border-bottom: 1px solid #eee; white-space: nowrap } th:nth-child(2), td:nth-child(2), .code :nth-child(3) { text-align: left }
+td:nth-child(2), .code td:nth-child(3) { white-space: normal; min-width: 10em }
 ";
 
 /// The page. `facts` are names and texts.

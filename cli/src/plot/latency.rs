@@ -67,7 +67,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Option<Picture
                 continue;
             }
             let x = scale.place(value);
-            if times == 1 {
+            if axis::named(range).contains(&times) {
                 chart.tick_below(x, &axis::label(value), "#cfcfcf");
             } else {
                 chart
@@ -118,15 +118,17 @@ fn times_above(chart: &mut Chart, series: &Series, range: (f64, f64), scale: Sca
     let Some(khz) = series.tsc_khz else { return };
     let per_second = f64::from(khz) * 1000.0;
     for power in -9..=3 {
-        let seconds = 10_f64.powi(power);
-        let cycles = seconds * per_second;
-        if (range.0..=range.1).contains(&cycles) {
-            let x = scale.place(cycles);
-            chart.picture.line((x, TOP - 5.0), (x, TOP), GREY, 1.0);
-            let at = (x, TOP - 9.0);
-            chart
-                .picture
-                .text(at, Anchor::Middle, SMALL, GREY, &axis::time(seconds));
+        for times in axis::named(range) {
+            let seconds = 10_f64.powi(power) * f64::from(*times);
+            let cycles = seconds * per_second;
+            if (range.0..=range.1).contains(&cycles) {
+                let x = scale.place(cycles);
+                chart.picture.line((x, TOP - 5.0), (x, TOP), GREY, 1.0);
+                let at = (x, TOP - 9.0);
+                chart
+                    .picture
+                    .text(at, Anchor::Middle, SMALL, GREY, &axis::time(seconds));
+            }
         }
     }
 }

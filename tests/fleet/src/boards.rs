@@ -3,7 +3,8 @@
 //! Grafana's boards: of the fleet, of a host, of a VM.
 //!
 //! This is their one source. `cargo run -p fleet --bin boards` writes packaging/prometheus/grafana/*.json, and a test compares them.
-//! `make fleet-check` runs each query on Prometheus: a panel without data fails it.
+//! `make fleet-check` runs each query on Prometheus: a panel without data fails it. `make boards-check` holds the files against
+//! Grafana's schema.
 
 use serde_json::{json, Value};
 
@@ -312,8 +313,7 @@ impl Board {
         variables.extend(self.variables.iter().map(|variable| {
             json!({
                 "name": variable.name, "type": "query", "datasource": source,
-                "query": {"query": variable.query, "refId": variable.name}, "definition": variable.query,
-                "refresh": 2, "sort": 1,
+                "query": {"query": variable.query, "refId": variable.name}, "refresh": 2, "sort": 1,
             })
         }));
         let (mut x, mut y) = (0, 0);
@@ -332,7 +332,7 @@ impl Board {
             "templating": {"list": variables}, "annotations": {"list": []}, "panels": panels,
             "links": [{
                 "type": "dashboards", "title": "exitmeter", "tags": ["exitmeter"], "asDropdown": true,
-                "includeVars": true, "keepTime": true,
+                "icon": "external link", "tooltip": "", "targetBlank": false, "includeVars": true, "keepTime": true,
             }],
         })
     }
@@ -373,7 +373,7 @@ impl Panel {
 
 fn legend() -> Value {
     json!({
-        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": true},
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": true, "calcs": []},
         "tooltip": {"mode": "multi", "sort": "desc"},
     })
 }

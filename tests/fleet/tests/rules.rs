@@ -18,6 +18,10 @@ use fleet::{
     tape::Tape,
     tiers::federation,
 };
+use promql_parser::{
+    parser::Expr,
+    util::{walk_expr, ExprVisitor},
+};
 
 const DOCS: &str = include_str!("../../../docs/fleet.md");
 
@@ -136,6 +140,47 @@ fn the_page_of_docs_has_each_metric_rule_and_alert() {
             assert!(sections.contains(&section.to_owned()), "{section}");
         }
     }
+}
+
+/// The names of metrics that a query asks for.
+#[derive(Default)]
+struct Asked(BTreeSet<String>);
+
+impl ExprVisitor for Asked {
+    type Error = ();
+
+    fn pre_visit(&mut self, part: &Expr) -> Result<bool, ()> {
+        let name = match part {
+            Expr::VectorSelector(asked) => &asked.name,
+            Expr::MatrixSelector(asked) => &asked.vs.name,
+            _ => &None,
+        };
+        self.0.extend(name.clone());
+        Ok(true)
+    }
+}
+
+/// Each panel's query, by a parser that is none of Prometheus's own. A recording has not each metric, docs/fleet.md has.
+#[test]
+fn panels_ask_in_promql_for_what_there_is() {
+    let mut queries = 0;
+    for board in BOARDS {
+        for (title, query) in board.queries("a:1", "b") {
+            assert!(!query.contains('$'), "{title}: {query} has a choice left");
+            let parsed = promql_parser::parser::parse(&query);
+            let parsed = parsed.unwrap_or_else(|error| panic!("{title}: {query}: {error}"));
+            let mut asked = Asked::default();
+            walk_expr(&mut asked, &parsed).unwrap();
+            assert!(!asked.0.is_empty(), "{title}: {query} asks for nothing");
+            for name in asked.0 {
+                let name = name.trim_end_matches("_bucket");
+                let is_told = DOCS.contains(&format!("`{name}`"));
+                assert!(is_told, "{title}: docs/fleet.md has no {name}");
+            }
+            queries += 1;
+        }
+    }
+    assert!(DOCS.contains(&format!("each of their {queries} panels")));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //!
 //! [`layout`] looks up where this kernel's KVM keeps what the programs read, [`object`] tells the programs, [`attach`] loads and
 //! attaches them by [`sys`], [`pins`] keeps them beyond this process, and [`maps`] makes a snapshot of what they keep. The
-//! programs are in cli/bpf.
+//! programs are in cli/bpf. [`socket`] asks systemd for a snapshot, where this process may not read the pins.
 
 use std::{
     io::{self, Write as _},
@@ -24,12 +24,16 @@ pub mod layout;
 pub mod maps;
 pub mod object;
 pub mod pins;
+pub mod socket;
 pub mod sys;
 
 use self::{attach::Attached, maps::Maps};
 
 /// The folder of the pins, and the name of this source where a file is named.
 pub const PINS: &str = "/sys/fs/bpf/exitmeter";
+
+/// Where exitmeter-bpf.socket gives snapshots to the group kvm.
+pub const SOCKET: &str = "/run/exitmeter.sock";
 
 /// How long to count before the first snapshot of programs that were attached for it.
 const FIRST: Duration = Duration::from_secs(1);
@@ -49,6 +53,14 @@ pub enum Error {
     /// No right.
     #[error("no right to load BPF programs: run this as root, or with CAP_BPF and CAP_PERFMON")]
     NoRight,
+    /// No right to read.
+    #[error(
+        "no right to read {PINS}: run this as root; the group kvm reads it through {SOCKET} (systemctl enable --now exitmeter-bpf)"
+    )]
+    Closed,
+    /// Who gives the numbers in place of the pins does not.
+    #[error("{SOCKET} gives no snapshot: {0}; journalctl -u 'exitmeter-bpf@*' tells more")]
+    NotGiven(String),
     /// No right, by a setting that Debian's kernels have.
     #[error(
         "no right to hook KVM's functions: with kernel.perf_event_paranoid={0} that takes root or CAP_SYS_ADMIN; \
@@ -120,7 +132,10 @@ fn attach(details: bool) -> Result<(), Error> {
     let mut own = own();
     let has_details = match &*own {
         Some(own) => Some(own.maps().has_details()),
-        None => pins::open(Path::new(PINS))?.map(|maps| maps.has_details()),
+        None => match pins::open(Path::new(PINS)) {
+            Err(Error::Closed) => Some(socket::has_details(details)?),
+            maps => maps?.map(|maps| maps.has_details()),
+        },
     };
     match has_details {
         Some(false) if details => return Err(Error::WithoutDetails),
@@ -135,17 +150,19 @@ fn attach(details: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Return a snapshot: of the programs of this process, or of the pinned ones.
+/// Return a snapshot: of the programs of this process, or of the pinned ones, which who may not read them gets by the socket.
 ///
 /// # Errors
 ///
 /// [`Error`].
 pub fn read() -> Result<Vec<u8>, Error> {
     if let Some(own) = &*own() {
-        return own.maps().snapshot();
+        return own.maps().snapshot(true);
     }
-    let maps = pins::open(Path::new(PINS))?.ok_or(Error::NotStarted)?;
-    maps.snapshot()
+    match pins::open(Path::new(PINS)) {
+        Err(Error::Closed) => socket::read(),
+        maps => maps?.ok_or(Error::NotStarted)?.snapshot(true),
+    }
 }
 
 fn own() -> MutexGuard<'static, Option<Attached>> {
@@ -184,7 +201,11 @@ enum Verb {
     /// Takes the programs away with all that they counted.
     Stop,
     /// Prints a snapshot to be saved, as /dev/exitmeter gives one.
-    Snapshot,
+    Snapshot {
+        /// Leaves out where guests' code was, as /dev/exitmeter does for who has no CAP_PERFMON.
+        #[arg(long)]
+        without_code: bool,
+    },
     /// Tells whether the programs are attached, since when, and how much room is left.
     Status,
 }
@@ -209,10 +230,11 @@ impl Args {
                 let _lock = pins::lock(pins)?;
                 pins::remove(pins)?;
             }
-            Verb::Snapshot => {
+            Verb::Snapshot { without_code } => {
+                // Not by the socket, which asks this command.
                 let maps = pins::open(pins)?.ok_or(Error::NotStarted)?;
                 io::stdout()
-                    .write_all(&maps.snapshot()?)
+                    .write_all(&maps.snapshot(!without_code)?)
                     .context("cannot write the snapshot")?;
             }
             Verb::Status => {

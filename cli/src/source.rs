@@ -42,7 +42,7 @@ pub enum Error {
     NoRight,
     /// BPF was asked for, and does not meter.
     #[cfg(feature = "bpf")]
-    #[error("{0}")]
+    #[error(transparent)]
     Bpf(#[from] bpf::Error),
     /// Neither the module nor BPF meters.
     #[cfg(feature = "bpf")]

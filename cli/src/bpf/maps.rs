@@ -389,12 +389,13 @@ impl Maps {
         Err(Error::Restless)
     }
 
-    /// Make a snapshot, as /dev/exitmeter gives one: see docs/interface.md.
+    /// Make a snapshot, as /dev/exitmeter gives one: see docs/interface.md. Without `show_code` it does not tell where guests'
+    /// code was.
     ///
     /// # Errors
     ///
     /// [`Error::Restless`], and [`Error::OtherVersion`] where no ISA is told.
-    pub fn snapshot(&self) -> Result<Vec<u8>, Error> {
+    pub fn snapshot(&self, show_code: bool) -> Result<Vec<u8>, Error> {
         let host = Host {
             isa: match self.told(offset_of!(Meter, isa)) {
                 1 => Isa::Vmx,
@@ -426,7 +427,7 @@ impl Maps {
             for vcpu in &vcpus {
                 encoder.vcpu(&vcpu.identity, &vcpu.ledger);
                 if let Some(tables) = &vcpu.tables {
-                    encoder.tables(&vcpu.ledger, tables, true);
+                    encoder.tables(&vcpu.ledger, tables, show_code);
                 }
             }
             if self.has_details() {

@@ -52,19 +52,21 @@ fn unfinished(pins: &Path) -> PathBuf {
 ///
 /// # Errors
 ///
-/// [`Error::NoRight`], [`Error::OtherVersion`] and [`Error::Pins`].
+/// [`Error::Closed`], [`Error::OtherVersion`] and [`Error::Pins`].
 pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
     match fs::metadata(pins) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(unreadable(pins)(error)),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::Closed),
+        Err(error) => return Err(failed(pins)(error)),
     }
+    // With the right to write: the kernel maps no array for a reader that has none (`bpf_map_mmap()`, kernel/bpf/syscall.c).
     let map = |name| {
         let path = pins.join(name);
         // Those of another version may lack one.
         match fs::metadata(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Err(Error::OtherVersion),
-            _ => MapData::from_pin(path).map_err(|_| Error::NoRight),
+            _ => MapData::from_pin(path).map_err(|_| Error::Closed),
         }
     };
     Maps::new(map).map(Some)

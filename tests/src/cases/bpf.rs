@@ -382,6 +382,14 @@ fn same_rows_of(config: Config, is_svm: bool) -> Result<()> {
             && (by_bpf.len() == by_module.len() || has_more && by_bpf.len() > by_module.len()),
         "the module alone has {apart:x?}; BPF has {by_bpf:x?}"
     );
+    // What the group kvm is given (packaging/exitmeter-bpf@.service).
+    let given = rows_of(&done(&["bpf", "snapshot", "--without-code"])?)?;
+    let mut without_code = by_bpf;
+    without_code.retain(|(table, ..), _| *table != TABLE_CODE);
+    ensure!(
+        given == without_code,
+        "without code BPF gives {given:x?} of {without_code:x?}"
+    );
     Ok(())
 }
 

@@ -36,13 +36,35 @@ not() { ! "$@"; }
 scrape() { (exec 3<>/dev/tcp/127.0.0.1/10479 && printf 'GET /metrics HTTP/1.1\r\nHost: host\r\n\r\n' >&3 && cat <&3) 2>/dev/null; }
 # up NUMBER: whether it can read the meter.
 up() { scrape | grep -q "^exitmeter_up $1\$"; }
-# All VMs of `exitmeter verify` are gone, so nothing counts meanwhile.
+# reads SOURCE: whether that is the meter it reads.
+reads() { scrape | grep -q "^exitmeter_meter_info{source=\"$1\","; }
+# same_exits SOURCE: all VMs of `exitmeter verify` are gone, so nothing counts meanwhile.
 same_exits() {
   local exported reported
   exported=$(scrape | sed -n 's/^exitmeter_host_exits_total{[^}]*} //p' | awk '{ sum += $1 } END { print sum }')
-  reported=$(exitmeter report --csv | awk -F, '$4 == "departed" { sum += $10 } END { print sum }')
+  reported=$(exitmeter report --source "$1" --csv | awk -F, '$4 == "departed" { sum += $10 } END { print sum }')
   tell "exported $exported, reported $reported"
-  [ -n "$exported" ] && [ "$exported" = "$reported" ]
+  [ -n "$exported" ] && [ "$exported" -gt 0 ] && [ "$exported" = "$reported" ]
+}
+# The main process of the exporter, and what it may do.
+exporter() { systemctl show --value -p MainPID exitmeter-export.service; }
+# DynamicUser= takes these numbers (systemd.exec(5)).
+is_nobody_else() { [ "$(stat -c %u "/proc/$(exporter)")" -ge 61184 ] && grep -q '^CapEff:[[:space:]]*0*$' "/proc/$(exporter)/status"; }
+# What BPF leaves when it goes.
+no_bpf() { [ -z "$(ls /sys/fs/bpf)" ] && [ ! -e /run/exitmeter.sock ] && systemctl show --value -p ActiveState exitmeter-bpf.socket | grep -qx inactive; }
+
+# With the units for BPF on, and the exporter: it reads what BPF counts, by no right but that of the group kvm.
+check_bpf() {
+  expect "the pins are root's alone" test "$(stat -c '%U:%G %a' /sys/fs/bpf/exitmeter)" = "root:root 700"
+  expect "the socket is for the group kvm" test "$(stat -c '%U:%G %a' /run/exitmeter.sock)" = "root:kvm 660"
+  expect "the exporter reads BPF" waits_for reads bpf
+  expect "as a user of its own without a capability" is_nobody_else
+  expect "a member of the group kvm reads a report of BPF" in_groups kvm exitmeter report --source bpf
+  expect "but not the pins" not in_groups kvm exitmeter bpf snapshot
+  expect "anybody else reads neither" not in_groups nogroup exitmeter report --source bpf
+  expect "VMs run, and exitmeter verify finds BPF right" exitmeter verify --source bpf --runs 1 --exits 100
+  expect "the exporter's exits are those of the report" same_exits bpf
+  expect "nothing of it has failed" nothing_failed
 }
 waits_for() { for _ in $(seq 60); do ! "$@" || return 0; sleep 1; done; return 1; }
 
@@ -61,18 +83,34 @@ case $mode in
     expect "the exporter waits to be asked for" test "$(systemctl is-enabled exitmeter-export.service)" = disabled
     expect "the exporter starts in its sandbox" systemctl start exitmeter-export.service
     expect "and reads the meter as a user of its own" waits_for up 1
-    expect "its exits are those of the report" same_exits
-    # DynamicUser= takes these (systemd.exec(5)).
-    expect "whose number is one of systemd's" test "$(stat -c %u "/proc/$(systemctl show --value -p MainPID exitmeter-export.service)")" -ge 61184
+    expect "it is the module that it reads" reads module
+    expect "its exits are those of the report" same_exits module
+    expect "its number is one of systemd's, and it has no capability" is_nobody_else
     expect "KVM is loaded again" sh -c 'modprobe -r exitmeter kvm_amd && modprobe kvm_amd'
     expect "and the module comes with it" waits_for loaded
     expect "and the exporter reads it, whatever number its device has now" waits_for up 1
+    expect "the module goes" modprobe -r exitmeter
+    expect "and the exporter says so" waits_for up 0
+    expect "BPF waits to be asked for" no_bpf
+    # Lifts the condition of packaging/test.sh.
+    expect "BPF starts in its sandbox" sh -c 'touch /run/bpf-too && systemctl start exitmeter-bpf.service && systemctl is-active exitmeter-bpf.service'
+    check_bpf
+    expect "BPF goes" systemctl stop exitmeter-bpf.service
+    expect "and leaves nothing" no_bpf
+    expect "and the exporter says so" waits_for up 0
+    expect "BPF comes back" systemctl start exitmeter-bpf.service
+    expect "and the exporter reads it, without a restart" waits_for reads bpf
+    expect "the module comes back" modprobe exitmeter
+    expect "and is what the exporter reads, beside BPF" waits_for reads module
     expect "the exporter ends" systemctl stop exitmeter-export.service
     expect "a socket of systemd brings it" sh -c 'systemctl start exitmeter-export.socket'
     expect "at the first scrape" waits_for up 1
     expect "and all of it ends" systemctl stop exitmeter-export.socket exitmeter-export.service
+    expect "BPF runs still" systemctl is-active exitmeter-bpf.service
+    rm -r /etc/systemd/system/exitmeter-bpf.service.d
     expect "the packages go" dpkg --purge exitmeter-dkms exitmeter
     expect "and the module with them" not_loaded
+    expect "and BPF" no_bpf
     expect "and it is not found" sh -c '! modinfo exitmeter'
     expect "nothing of that name is left" test -z "$(find / -xdev -iname '*exitmeter*' -not -path '/var/log/journal/*' | tee /dev/stderr)"
     ;;
@@ -80,6 +118,9 @@ case $mode in
     expect "no module is loaded" not_loaded
     expect "KVM is there" test -e /dev/kvm
     expect "the tool says what is missing" sh -c 'exitmeter report --source module 2>&1 | grep "there is no /dev/exitmeter"'
+    expect "BPF was started by the boot" waits_for systemctl is-active exitmeter-bpf.service
+    expect "the exporter starts" systemctl start exitmeter-export.service
+    check_bpf
     ;;
   refused)
     expect "KVM is there" test -e /dev/kvm

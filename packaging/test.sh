@@ -81,13 +81,22 @@ After=multi-user.target systemd-udev-settle.service
 ExecStart=/usr/local/sbin/check-host
 UNIT
     ln -sf ../check-host.service "$1/etc/systemd/system/multi-user.target.wants/check-host.service"' sh "$host"
+  # BPF is on where there is no module, and elsewhere once the check asks for it.
+  # shellcheck disable=SC2016
+  as_root sh -c 'mkdir -p "$1/etc/systemd/system/exitmeter-bpf.service.d" && cat >"$1/etc/systemd/system/exitmeter-bpf.service.d/check.conf" <<UNIT
+[Unit]
+ConditionKernelCommandLine=|check=without
+ConditionPathExists=|/run/bpf-too
+UNIT' sh "$host"
+  in_host systemctl --quiet enable exitmeter-bpf.service
   rm -f "$work/host.img"
   scripts/in-root.sh "$(packaging/root.sh)" --bind "$host:/host" --bind "$work:/work" -- \
     mke2fs -q -t ext4 -d /host /work/host.img 6G
   for kernel in "$host"/boot/vmlinuz-* "$host"/boot/initrd.img-*; do
     as_root install -m 644 "$kernel" "$work/$(basename "$kernel")"
   done
-  as_root rm -rf "$host/usr/local/sbin/check-host" "$host"/etc/systemd/system/{check-host.service,multi-user.target.wants/check-host.service}
+  in_host systemctl --quiet disable exitmeter-bpf.service
+  as_root rm -rf "$host/usr/local/sbin/check-host" "$host"/etc/systemd/system/{check-host.service,multi-user.target.wants/check-host.service,exitmeter-bpf.service.d}
 }
 
 # The kernels' command line.

@@ -56,8 +56,8 @@ no_bpf() { [ -z "$(ls /sys/fs/bpf)" ] && [ ! -e /run/exitmeter.sock ] && systemc
 # With the units for BPF on, and the exporter: it reads what BPF counts, by no right but that of the group kvm.
 check_bpf() {
   expect "the pins are root's alone" test "$(stat -c '%U:%G %a' /sys/fs/bpf/exitmeter)" = "root:root 700"
-  expect "the socket is for the group kvm" test "$(stat -c '%U:%G %a' /run/exitmeter.sock)" = "root:kvm 660"
   expect "the exporter reads BPF" waits_for reads bpf
+  expect "by a socket that is for the group kvm" test "$(stat -c '%U:%G %a' /run/exitmeter.sock)" = "root:kvm 660"
   expect "as a user of its own without a capability" is_nobody_else
   expect "a member of the group kvm reads a report of BPF" in_groups kvm exitmeter report --source bpf
   expect "but not the pins" not in_groups kvm exitmeter bpf snapshot

@@ -77,7 +77,7 @@ impl ByBpf {
 impl Watch for ByBpf {
     fn stop(self: Box<Self>) -> Result<Seen> {
         Ok(Seen {
-            exits: Some(exits(&self.0.maps().snapshot()?)?),
+            exits: Some(exits(&self.0.maps().snapshot(true)?)?),
             remark: None,
         })
     }

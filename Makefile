@@ -140,7 +140,7 @@ check: bootstrap-clang
 	RUSTDOCFLAGS=--deny=warnings cargo doc --quiet --release --no-deps --workspace
 	cargo lab build -- W=1 CLIPPY=1
 	cargo run --release --quiet -p bench --bin hot-path
-	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h bindings/layout.c
+	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h src/trampolines.S bindings/layout.c
 	shellcheck --external-sources scripts/*.sh packaging/*.sh packaging/dkms/*.sh packaging/dkms/kernel*-hook .ci/run
 
 lab: bootstrap

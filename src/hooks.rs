@@ -61,7 +61,11 @@ use crate::{
         },
         parts,
         phase::Phase,
-        reasons::Isa,
+        reasons::{
+            self,
+            Isa,
+            Slot, //
+        },
         registry::{
             platform::Retired,
             Newcomer,
@@ -96,23 +100,38 @@ const GP_VECTOR: u8 = 13;
 
 /// Return what this CPU's cache holds of a vCPU, if it is the one in there. Preemption is off.
 ///
-/// The kernel crate has no per-CPU variables; this is what C's this_cpu_read() compiles to.
+/// The kernel crate has no per-CPU variables; this is what C's this_cpu_read() compiles to, with the
+/// compare in the same instruction.
 #[inline(always)]
 fn cached(vcpu: usize) -> Option<usize> {
-    let (key, value): (usize, usize);
-    // SAFETY: The shim's variable is one of each CPU, at this offset of GS; these
-    // instructions read its two words and touch nothing else.
-    unsafe {
-        asm!(
-            "mov {key}, gs:[rip + {note}]",
-            "mov {value}, gs:[rip + {note} + 8]",
-            key = out(reg) key,
-            value = out(reg) value,
-            note = sym bindings::exitmeter_cache,
-            options(nostack, readonly, preserves_flags),
-        )
-    };
-    (key == vcpu).then_some(value)
+    'miss: {
+        let value: usize;
+        // SAFETY: The shim's variable is one of each CPU, at this offset of GS; this reads its first
+        // word and touches nothing else.
+        unsafe {
+            asm!(
+                "cmp gs:[rip + {note}], {key}",
+                "jne {miss}",
+                key = in(reg) vcpu,
+                note = sym bindings::exitmeter_cache,
+                miss = label { break 'miss },
+                options(nostack, readonly),
+            )
+        };
+        // SAFETY: As above, its second word.
+        unsafe {
+            asm!(
+                "mov {value}, gs:[rip + {note} + 8]",
+                value = out(reg) value,
+                note = sym bindings::exitmeter_cache,
+                options(nostack, readonly, preserves_flags),
+            )
+        };
+        // SAFETY: `cache` puts a ledger there before the vCPU's key.
+        unsafe { core::hint::assert_unchecked(value != 0) };
+        return Some(value);
+    }
+    None
 }
 
 /// Put a vCPU's ledger into this CPU's cache. Preemption is off.
@@ -257,6 +276,24 @@ impl Vcpu<'_> {
     #[inline(always)]
     pub(crate) fn cached(&self) -> Option<*const Ledger> {
         Some(cached(self.key())? as *const Ledger)
+    }
+
+    /// Return the same vCPU, read from this CPU's cache, which has it. A way that few take does not hold a
+    /// register for it so on the way that most take.
+    #[inline(always)]
+    pub(crate) fn read_anew(self) -> Self {
+        let key: usize;
+        // SAFETY: As in `cached`.
+        unsafe {
+            asm!(
+                "mov {key}, gs:[rip + {note}]",
+                key = out(reg) key,
+                note = sym bindings::exitmeter_cache,
+                options(nostack, readonly, preserves_flags),
+            )
+        };
+        // SAFETY: By the contract of this function it is the vCPU's own key.
+        unsafe { Self::from_key(key) }
     }
 
     /// Return the CPU that it was loaded on last; `None` for a vCPU that has never been on one. A
@@ -510,15 +547,7 @@ unsafe extern "C" fn on_exit_vmx<const RING: bool>(
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit::<RING>(vcpu, now(), Isa::Vmx, VmxExit(vcpu));
-}
-
-/// Read the exit reason from the VMCS that this CPU has loaded.
-#[inline(always)]
-fn vmcs_exit_reason() -> u32 {
-    // No basic exit reason is as large as the field's number, so with that the exit is counted among
-    // "other".
-    vmread(VMCS_EXIT_REASON) as u32
+    registry::exit::<RING, _>(vcpu, now(), Isa::Vmx, VmxExit);
 }
 
 /// Read a field from the VMCS that this CPU has loaded. The field's number stays where VMREAD fails,
@@ -642,8 +671,14 @@ impl Event for VmxExit<'_> {
 
     #[inline(always)]
     fn code(&self) -> u32 {
-        // The basic exit reason is the low half; the rest tells of failed entries and SMM.
-        vmcs_exit_reason() & 0xffff
+        // The basic exit reason is the low half; the rest tells of failed entries and SMM. No basic exit
+        // reason is as large as the field's number, so with that the exit is counted among "other".
+        vmread(VMCS_EXIT_REASON) as u32 & 0xffff
+    }
+
+    #[inline(always)]
+    fn usual_slot(&self) -> Option<Slot> {
+        reasons::usual_vmx_slot(vmread(VMCS_EXIT_REASON))
     }
 
     #[inline(always)]
@@ -692,6 +727,12 @@ impl<const SVM: bool> Event for ExitByKvm<'_, SVM> {
             // As of any VMCS.
             false => self.info.code & 0xffff,
         }
+    }
+
+    #[inline(always)]
+    fn usual_slot(&self) -> Option<Slot> {
+        let isa = if SVM { Isa::Svm } else { Isa::Vmx };
+        Some(reasons::slot(isa, self.code()))
     }
 
     #[inline(always)]
@@ -763,7 +804,7 @@ unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     let mut room = MaybeUninit::uninit();
     let exit = ExitByKvm::<false>::read(vcpu, &mut room);
-    registry::exit::<RING>(vcpu, now, Isa::Vmx, exit);
+    registry::exit::<RING, _>(vcpu, now, Isa::Vmx, |_| exit);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -784,7 +825,7 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     let mut room = MaybeUninit::uninit();
     let exit = ExitByKvm::<true>::read(vcpu, &mut room);
-    registry::exit::<RING>(vcpu, now, Isa::Svm, exit);
+    registry::exit::<RING, _>(vcpu, now, Isa::Svm, |_| exit);
 }
 
 /// Probe of kvm:kvm_entry. Runs with interrupts off, on the vCPU's CPU.
@@ -861,12 +902,22 @@ unsafe impl Sync for Function {}
 impl Function {
     /// Hooks `kvm_arch_vcpu_load()`: a vCPU thread takes a CPU.
     pub(crate) fn vcpu_load() -> impl PinInit<Self, Error> {
-        Self::attach(c"kvm:kvm_arch_vcpu_load", on_load, false)
+        Self::attach(
+            c"kvm:kvm_arch_vcpu_load",
+            on_load,
+            bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_LOAD,
+            false,
+        )
     }
 
     /// Hooks `kvm_arch_vcpu_put()`: a vCPU thread leaves its CPU.
     pub(crate) fn vcpu_put() -> impl PinInit<Self, Error> {
-        Self::attach(c"kvm:kvm_arch_vcpu_put", on_put, false)
+        Self::attach(
+            c"kvm:kvm_arch_vcpu_put",
+            on_put,
+            bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_PUT,
+            false,
+        )
     }
 
     /// Hooks `kvm_mmu_destroy()`: a vCPU ends.
@@ -875,12 +926,18 @@ impl Function {
     /// and puts the vCPU once more, to free what it keeps for nested guests. A vCPU let go
     /// before that would be taken in again, and its ledger would outlive it.
     pub(crate) fn vcpu_destroy() -> impl PinInit<Self, Error> {
-        Self::attach(c"kvm:kvm_mmu_destroy", on_destroy, false)
+        Self::attach(
+            c"kvm:kvm_mmu_destroy",
+            on_destroy,
+            bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_NONE,
+            false,
+        )
     }
 
     fn attach(
         name: &'static CStr,
         callback: Callback,
+        trampoline: bindings::exitmeter_trampoline,
         redirect: bool,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
@@ -893,7 +950,12 @@ impl Function {
                 // SAFETY: The slot stays in place and is detached before it goes; the name
                 // ends with a NUL.
                 let ret = unsafe {
-                    bindings::exitmeter_attach_function(slot, name.as_char_ptr(), redirect)
+                    bindings::exitmeter_attach_function(
+                        slot,
+                        name.as_char_ptr(),
+                        trampoline,
+                        redirect,
+                    )
                 };
                 to_result(ret).inspect_err(|error| {
                     let why = if *error == EBUSY {
@@ -945,12 +1007,25 @@ unsafe extern "C" fn on_load(
     _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
-    if !parts::CALLBACKS {
-        return;
-    }
     // SAFETY: By the contract of this function.
-    let vcpu = unsafe { hooked(fregs) };
-    registry::resume(vcpu, now());
+    load(unsafe { hooked(fregs) });
+}
+
+/// # Safety
+///
+/// For the trampoline of `kvm_arch_vcpu_load()` alone (src/trampolines.S).
+#[no_mangle]
+unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    load(unsafe { Vcpu::from_raw(vcpu) });
+}
+
+/// Take a vCPU that its thread loads on a CPU.
+#[inline(always)]
+fn load(vcpu: Vcpu<'_>) {
+    if parts::CALLBACKS {
+        registry::resume(vcpu, now());
+    }
 }
 
 /// # Safety
@@ -962,11 +1037,25 @@ unsafe extern "C" fn on_put(
     _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
+    // SAFETY: By the contract of this function.
+    put(unsafe { hooked(fregs) });
+}
+
+/// # Safety
+///
+/// For the trampoline of `kvm_arch_vcpu_put()` alone (src/trampolines.S).
+#[no_mangle]
+unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    put(unsafe { Vcpu::from_raw(vcpu) });
+}
+
+/// Take a vCPU whose thread leaves its CPU.
+#[inline(always)]
+fn put(vcpu: Vcpu<'_>) {
     if !parts::CALLBACKS {
         return;
     }
-    // SAFETY: By the contract of this function.
-    let vcpu = unsafe { hooked(fregs) };
     let now = now();
     if vcpu.is_scheduled_out() {
         return leave_scheduled_out(vcpu, now);
@@ -1028,7 +1117,7 @@ unsafe extern "C" fn on_destroy(
 /// hook goes, takes a sleeping task for one that has left.
 pub(crate) struct Inside(bindings::exitmeter_place);
 
-/// KVM's own `kvm_emulate_cpuid()`, called by [`emulate_cpuid`]. KVM sleeps there where it fetches
+/// KVM's own `kvm_emulate_cpuid()`, called by [`exitmeter_emulate_cpuid`]. KVM sleeps there where it fetches
 /// the instruction from a guest's memory that is swapped out or userfaultfd's: on SVM without
 /// NRIPS (`svm_skip_emulated_instruction()`).
 const IN_CPUID: bindings::exitmeter_place = bindings::exitmeter_place_EXITMETER_PLACE_CPUID;
@@ -1133,7 +1222,9 @@ impl CreationHook {
     /// Linux 7.3). The registry has to be published for as long as this lives.
     pub(crate) fn attach() -> Result<Self> {
         let name = c"kvm:kvm_create_lapic";
-        let function = KBox::try_pin_init(Function::attach(name, on_create, false), GFP_KERNEL)?;
+        let none = bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_NONE;
+        let function = Function::attach(name, on_create, none, false);
+        let function = KBox::try_pin_init(function, GFP_KERNEL)?;
         close(IN_CREATION, false);
         Ok(Self {
             _gate: CreationGate,
@@ -1151,7 +1242,7 @@ pub(crate) struct CpuidRedirect {
     _asleep: AsleepInCpuid,
 }
 
-/// The tasks that the redirect sent to [`emulate_cpuid`]. Dropping this waits for all of them; the
+/// The tasks that the redirect sent to [`exitmeter_emulate_cpuid`]. Dropping this waits for all of them; the
 /// redirect has to be gone.
 struct AsleepInCpuid;
 
@@ -1167,14 +1258,16 @@ pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
     let name = c"kvm:kvm_emulate_cpuid";
     // SAFETY: The name ends with a NUL.
     let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
-    let like = emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
-    // SAFETY: Any address may be asked for; ours is of the type that `emulate_cpuid` calls it as.
+    let like = exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
+    // SAFETY: Any address may be asked for; ours is of the type that `exitmeter_emulate_cpuid` calls it as.
     if function == 0 || !unsafe { bindings::exitmeter_may_call(function, like) } {
         pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
         return Err(ENOENT);
     }
     EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
-    let function = KBox::try_pin_init(Function::attach(name, on_cpuid, true), GFP_KERNEL)?;
+    let trampoline = bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_CPUID;
+    let function = Function::attach(name, on_cpuid, trampoline, true);
+    let function = KBox::try_pin_init(function, GFP_KERNEL)?;
     Ok(CpuidRedirect {
         _function: function,
         _asleep: AsleepInCpuid,
@@ -1192,37 +1285,41 @@ unsafe extern "C" fn on_cpuid(
 ) {
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    if Leaves::are_near(vcpu.register(RAX)) {
-        // SAFETY: By the contract of this function.
-        unsafe { redirect_query(vcpu, parent, fregs) };
+    if Leaves::are_near(vcpu.register(RAX)) && is_query(vcpu, parent) {
+        // SAFETY: ftrace lets a redirect write the address to go on at.
+        unsafe {
+            (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =
+                exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
+        }
     }
 }
 
-/// Redirect the call if the guest asks for one of our leaves, and may.
+/// Return true to go on in [`exitmeter_emulate_cpuid`].
 ///
 /// # Safety
 ///
-/// For [`on_cpuid`] alone, with its own arguments.
+/// For the trampoline of `kvm_emulate_cpuid()` alone (src/trampolines.S), for a leaf that is near.
+#[no_mangle]
+unsafe extern "C" fn exitmeter_is_query(vcpu: *mut bindings::kvm_vcpu, parent: c_ulong) -> bool {
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    is_query(unsafe { Vcpu::from_raw(vcpu) }, parent)
+}
+
+/// Return true if the guest asks for one of our leaves, and may. `parent` is where
+/// `kvm_emulate_cpuid()` returns to.
 #[inline(never)]
-unsafe fn redirect_query(vcpu: Vcpu<'_>, parent: c_ulong, fregs: *mut bindings::ftrace_regs) {
+fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
     let leaf = vcpu.register(RAX);
     if registry().is_none_or(|registry| registry.leaves().classify(leaf).is_none()) {
-        return;
+        return false;
     }
+    // The replacement calls the original: let it through.
     // SAFETY: Any address may be asked for.
     if unsafe { bindings::exitmeter_is_own_text(parent) } {
-        // The replacement calls the original: let it through.
-        return;
+        return false;
     }
     // Before KVM's own function has done anything: who may not ask gets just that.
-    if cpuid::for_cpl_0_alone() && !vcpu.is_at_cpl_0() {
-        return;
-    }
-    // SAFETY: ftrace lets a redirect write the address to go on at.
-    unsafe {
-        (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =
-            emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
-    }
+    !cpuid::for_cpl_0_alone() || vcpu.is_at_cpl_0()
 }
 
 /// Stands in for `kvm_emulate_cpuid()` when the guest asks for one of our leaves: lets
@@ -1230,8 +1327,9 @@ unsafe fn redirect_query(vcpu: Vcpu<'_>, parent: c_ulong, fregs: *mut bindings::
 ///
 /// # Safety
 ///
-/// For `on_cpuid` alone, in place of the call that KVM made.
-unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
+/// For [`on_cpuid`] and the trampoline (src/trampolines.S), in place of the call that KVM made.
+#[no_mangle]
+unsafe extern "C" fn exitmeter_emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
     // From here on `CpuidRedirect` waits for this task as it goes. Before, this task does not
@@ -1246,7 +1344,7 @@ unsafe extern "C" fn emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
         )
     };
     let (leaf, subleaf) = (guest.register(RAX), guest.register(RCX));
-    // Before KVM handles the exit, as in `redirect_query`.
+    // Before KVM handles the exit, as in `is_query`.
     let at_cpl_0 = guest.is_at_cpl_0();
     // SAFETY: KVM's own function with KVM's own argument, in KVM's own context.
     let ret = unsafe { original(vcpu) };

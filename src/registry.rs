@@ -409,6 +409,8 @@ pub(crate) trait Event: detail::Exit + Copy {
     const HIDES_RIP: bool;
     /// Return its code.
     fn code(&self) -> u32;
+    /// Return the slot of its code, if that takes few instructions.
+    fn usual_slot(&self) -> Option<Slot>;
     /// Return where the guest was; `None` when its registers are encrypted, or it cannot be known.
     fn rip(&self) -> Option<u64>;
     /// Return the same, or where there is none any number: no exit has been there then.
@@ -418,15 +420,24 @@ pub(crate) trait Event: detail::Exit + Copy {
 /// Take a VM exit at TSC `now`, which is read once the vCPU is known to be metered.
 ///
 /// Each callback has one branch for details, behind what both ways need. `RING` tells whether vCPUs
-/// have rings of their last exits then.
+/// have rings of their last exits then; `event` makes the vCPU's exit.
 #[inline(always)]
-pub(crate) fn exit<const RING: bool>(vcpu: Vcpu<'_>, now: u64, isa: Isa, event: impl Event) {
+pub(crate) fn exit<'a, const RING: bool, E: Event>(
+    vcpu: Vcpu<'a>,
+    now: u64,
+    isa: Isa,
+    event: impl Fn(Vcpu<'a>) -> E,
+) {
     let Some(ledger) = cached(vcpu) else {
-        return exit_slow(vcpu, now, isa, event);
+        return exit_slow(vcpu, now, isa, event(vcpu));
     };
-    let slot = reasons::slot(isa, event.code());
+    let Some(slot) = event(vcpu).usual_slot() else {
+        let vcpu = vcpu.read_anew();
+        return exit_unusual(vcpu, ledger, now, isa, event(vcpu));
+    };
     if hooks::details_are_on() {
-        return exit_with::<RING, _>((ledger, vcpu), now, isa, slot, event);
+        let vcpu = vcpu.read_anew();
+        return exit_with::<RING, _>((ledger, vcpu), now, isa, slot, event(vcpu));
     }
     exit_of(vcpu, ledger, now, slot);
 }
@@ -438,6 +449,14 @@ fn exit_of(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
     } else {
         ledger.exit(now, slot);
     }
+}
+
+/// Take an exit whose code has more to it.
+#[cold]
+#[inline(never)]
+fn exit_unusual(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, isa: Isa, event: impl Event) {
+    let slot = reasons::slot(isa, event.code());
+    exit_apart((ledger, vcpu), now, isa, slot, event);
 }
 
 /// Slow path of [`exit`]: the vCPU is not in this CPU's cache.

@@ -391,8 +391,27 @@ void exitmeter_free_types(void *types)
 }
 
 /*
+ * The arguments that the trampolines save.  kvm_emulate_cpuid() is declared in
+ * a header private to KVM; what takes its place has one argument anyway.
+ */
+static_assert(__same_type(kvm_arch_vcpu_load,
+			  void(struct kvm_vcpu *vcpu, int cpu)));
+static_assert(__same_type(kvm_arch_vcpu_put, void(struct kvm_vcpu *vcpu)));
+
+static void (*const trampolines[])(void) = {
+	[EXITMETER_TRAMPOLINE_LOAD] = exitmeter_trampoline_load,
+	[EXITMETER_TRAMPOLINE_PUT] = exitmeter_trampoline_put,
+	[EXITMETER_TRAMPOLINE_CPUID] = exitmeter_trampoline_cpuid,
+};
+
+/*
  * Call @ops->func at each entry of the function @name, "module:name", from now
- * on.
+ * on, or @trampoline, if there is one, while @ops alone is at that function.
+ *
+ * x86 lets a user of ftrace bring a trampoline of its own, and leaves that as it
+ * is (arch_ftrace_update_trampoline()).  Unlike a direct call, of which a
+ * function has one, it is in nobody's way: with a second user ftrace goes over
+ * to @ops->func by itself.
  *
  * The address is found first, as to match a name ftrace looks up the names of
  * all functions there are.
@@ -402,6 +421,7 @@ void exitmeter_free_types(void *types)
  * refuses that anyway; kernels before it need the flag.
  */
 int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
+			      enum exitmeter_trampoline trampoline,
 			      bool redirect)
 {
 	unsigned long function = exitmeter_find_function(name);
@@ -413,6 +433,7 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 	ops->flags = FTRACE_OPS_FL_PERMANENT;
 	if (redirect)
 		ops->flags |= FTRACE_OPS_FL_IPMODIFY;
+	ops->trampoline = (unsigned long)trampolines[trampoline];
 #ifndef CONFIG_HAVE_DYNAMIC_FTRACE_WITH_ARGS
 #error "exitmeter needs DYNAMIC_FTRACE_WITH_ARGS"
 #endif

@@ -39,8 +39,22 @@ void exitmeter_detach_exit(exitmeter_exit_probe probe, void *data);
 int exitmeter_attach_entry(exitmeter_entry_probe probe, void *data);
 void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data);
 
+/* Functions of KVM that have a trampoline of ours: see trampolines.S. */
+enum exitmeter_trampoline {
+	EXITMETER_TRAMPOLINE_NONE,
+	EXITMETER_TRAMPOLINE_LOAD,
+	EXITMETER_TRAMPOLINE_PUT,
+	EXITMETER_TRAMPOLINE_CPUID,
+};
+
+/* In trampolines.S: for ftrace alone. */
+void exitmeter_trampoline_load(void);
+void exitmeter_trampoline_put(void);
+void exitmeter_trampoline_cpuid(void);
+
 /* Functions of KVM, by name, through ftrace. */
 int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
+			      enum exitmeter_trampoline trampoline,
 			      bool redirect);
 void exitmeter_detach_function(struct ftrace_ops *ops);
 bool exitmeter_is_own_text(unsigned long ip);

@@ -48,12 +48,22 @@ fn dkms_does_not_install_the_module_by_itself() {
     assert!(!conf.lines().any(|line| line.starts_with("AUTOINSTALL")));
 }
 
-/// What Kbuild compiles is there: each `mod` has its file.
+/// What Kbuild compiles is there: each object has its source, and each `mod` its file.
 #[test]
 fn the_source_is_whole() {
     let folder = source();
-    for name in ["Kbuild", "bindings/kvm.h", "src/shim.c", "src/hooks.rs"] {
+    for name in ["Kbuild", "bindings/kvm.h", "src/hooks.rs"] {
         assert!(folder.path().join(name).is_file(), "{name}");
+    }
+    let kbuild = file("Kbuild");
+    let objects = kbuild
+        .lines()
+        .find_map(|line| line.strip_prefix("exitmeter-y := "))
+        .unwrap();
+    for object in objects.split(' ') {
+        let stem = object.strip_suffix(".o").unwrap();
+        let has = |ending| folder.path().join(format!("{stem}.{ending}")).is_file();
+        assert!(["c", "rs", "S"].into_iter().any(has), "{object}");
     }
     let modules = file("src/meter/mod.rs");
     let names: Vec<_> = modules

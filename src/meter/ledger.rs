@@ -101,15 +101,21 @@ enum Column {
 ///
 /// # Invariants
 ///
-/// The number is that of a slot times [`ROW_BYTES`].
+/// The number is that of a slot times [`ROW_BYTES`]; it fits into 32 bits.
 #[derive(Clone, Copy)]
-struct Row(u32);
+struct Row(usize);
 
 impl Row {
     #[inline(always)]
     const fn of(slot: Slot) -> Self {
-        // INVARIANT: By what is computed; it fits as SLOTS is below 256.
-        Self((slot.index() * ROW_BYTES) as u32)
+        // INVARIANT: By what is computed.
+        Self(slot.index() * ROW_BYTES)
+    }
+
+    /// Return its slot: there is always one.
+    #[inline(always)]
+    const fn slot(self) -> Option<Slot> {
+        Slot::from_index(self.0 / ROW_BYTES)
     }
 }
 
@@ -181,7 +187,7 @@ impl Ledger {
         let first = self.cells.0.as_ptr();
         let column = column as usize & (ROW - 1);
         // SAFETY: By the invariant of `Row` that row is there, and the column is one of it.
-        unsafe { &*first.byte_add(row.0 as usize).add(column) }
+        unsafe { &*first.byte_add(row.0).add(column) }
     }
 
     #[inline(always)]
@@ -204,7 +210,7 @@ impl Ledger {
     #[inline(always)]
     fn row(&self) -> Row {
         // INVARIANT: By that of `Ledger`.
-        Row(self.row.load(Relaxed))
+        Row(self.row.load(Relaxed) as usize)
     }
 
     /// A cell of the histogram of a row.
@@ -312,7 +318,7 @@ impl Ledger {
     /// The row of the latest exit.
     #[inline(always)]
     pub(super) fn slot(&self) -> Option<Slot> {
-        Slot::from_index(self.row.load(Relaxed) as usize / ROW_BYTES)
+        self.row().slot()
     }
 
     #[inline(always)]
@@ -371,7 +377,7 @@ impl Ledger {
         self.first.store(now, Relaxed);
         // The one row that gets cycles without an exit.
         self.use_row(Slot::START);
-        self.row.store(Row::of(Slot::START).0, Relaxed);
+        self.row.store(Row::of(Slot::START).0 as u32, Relaxed);
         self.phase.store(phase as u32, Relaxed);
         if phase != Phase::Guest {
             self.carried.store(CLOSED, Relaxed);
@@ -476,7 +482,7 @@ impl Ledger {
     #[inline(always)]
     fn exit_from<const NESTED: bool>(&self, now: u64, slot: Slot) {
         let Some(ticks) = self.begin_transition(now) else {
-            return self.late_exit::<NESTED>(now, slot);
+            return self.late_exit::<NESTED>(now, Row::of(slot));
         };
         self.count_exit(now, slot, ticks, NESTED);
     }
@@ -492,7 +498,7 @@ impl Ledger {
             let exits = self.cell(row, Column::Exits);
             // SAFETY: As in `begin_transition`.
             if unsafe { own(exits) } == 0 {
-                return self.end_first_exit(now, slot);
+                return self.end_first_exit(now);
             }
             add(exits, 1);
         }
@@ -507,7 +513,7 @@ impl Ledger {
             add(self.phase_cell(self.row(), Phase::Guest), ticks);
         }
         let row = Row::of(slot);
-        self.row.store(row.0, Relaxed);
+        self.row.store(row.0 as u32, Relaxed);
         self.phase.store(Phase::Kernel as u32, Relaxed);
         row
     }
@@ -518,26 +524,31 @@ impl Ledger {
         unsafe { self.nested.get_unchecked(slot.index()) }
     }
 
+    /// The row of an exit comes here, and not its slot, so that the usual way needs no copy of the slot.
     #[cold]
     #[inline(never)]
-    fn late_exit<const NESTED: bool>(&self, now: u64, slot: Slot) {
-        self.exit_from::<NESTED>(self.one_tick_on(now), slot);
+    fn late_exit<const NESTED: bool>(&self, now: u64, row: Row) {
+        if let Some(slot) = row.slot() {
+            self.exit_from::<NESTED>(self.one_tick_on(now), slot);
+        }
     }
 
-    /// Ends the transition of an exit whose reason has not occurred before.
+    /// Ends the transition of the latest exit, whose reason has not occurred before.
     #[cold]
     #[inline(never)]
-    fn end_first_exit(&self, now: u64, slot: Slot) {
-        self.use_row(slot);
-        add(self.cell(Row::of(slot), Column::Exits), 1);
+    fn end_first_exit(&self, now: u64) {
+        let row = self.row();
+        if let Some(slot) = row.slot() {
+            self.use_row(slot);
+        }
+        add(self.cell(row, Column::Exits), 1);
         let taken = self.taken.load(Relaxed);
         if (taken as usize) < HISTOGRAMS {
             let taken = taken.wrapping_add(1);
             self.taken.store(taken, Relaxed);
             // INVARIANT: At most HISTOGRAMS times BUCKETS.
             let place = u64::from(taken).wrapping_mul(BUCKETS as u64);
-            self.cell(Row::of(slot), Column::Histogram)
-                .store(place, Relaxed);
+            self.cell(row, Column::Histogram).store(place, Relaxed);
         }
         self.end_transition(now);
     }
@@ -885,7 +896,7 @@ impl Ledger {
         }
         let row = self.row();
         if phase == Phase::Waiting as u32 {
-            if let Some(cell) = self.waiting.get(row.0 as usize / ROW_BYTES) {
+            if let Some(cell) = self.waiting.get(row.0 / ROW_BYTES) {
                 add(cell, ticks);
             }
             return;

@@ -36,7 +36,7 @@ pub const SLOTS: usize = 178;
 ///
 /// The number is below [`SLOTS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot(u32);
+pub struct Slot(usize);
 
 /// Codes below this one have the row of their own number.
 const DIRECT: u32 = 168;
@@ -57,7 +57,7 @@ impl Slot {
     /// The row's place, below [`SLOTS`].
     #[inline(always)]
     pub const fn index(self) -> usize {
-        self.0 as usize
+        self.0
     }
 
     /// The row at a place; `None` from [`SLOTS`] on.
@@ -65,7 +65,7 @@ impl Slot {
     pub const fn from_index(index: usize) -> Option<Slot> {
         if index < SLOTS {
             // INVARIANT: Just checked.
-            Some(Slot(index as u32))
+            Some(Slot(index))
         } else {
             None
         }
@@ -82,11 +82,23 @@ impl Slot {
 pub const fn slot(isa: Isa, code: u32) -> Slot {
     if code < DIRECT {
         // INVARIANT: DIRECT is below SLOTS.
-        return Slot(code);
+        return Slot(code as usize);
     }
     match isa {
         Isa::Vmx => Slot::OTHER,
         Isa::Svm => svm_high_slot(code),
+    }
+}
+
+/// The same for what VMREAD tells as VMX's exit reason, with all bits; `None` when it takes more than one
+/// compare: for a reason that no manual has yet, or with a bit set beside the basic reason, as of a
+/// failed entry, a bus lock or an enclave (SDM, "Format of Exit Reason").
+#[inline(always)]
+pub const fn usual_vmx_slot(exit_reason: u64) -> Option<Slot> {
+    match exit_reason < DIRECT as u64 {
+        // INVARIANT: DIRECT is below SLOTS.
+        true => Some(Slot(exit_reason as usize)),
+        false => None,
     }
 }
 
@@ -96,10 +108,10 @@ const fn svm_high_slot(code: u32) -> Slot {
     let failed = code.wrapping_sub(SVM_FAILED.0);
     if high < SVM_RANGE {
         // INVARIANT: At most 171.
-        Slot(high.wrapping_add(SVM_HIGH.1))
+        Slot(high.wrapping_add(SVM_HIGH.1) as usize)
     } else if failed < SVM_RANGE {
         // INVARIANT: At most 175.
-        Slot(failed.wrapping_add(SVM_FAILED.1))
+        Slot(failed.wrapping_add(SVM_FAILED.1) as usize)
     } else {
         Slot::OTHER
     }
@@ -108,7 +120,7 @@ const fn svm_high_slot(code: u32) -> Slot {
 /// The code that a row counts; `None` for [`Slot::START`] and [`Slot::OTHER`], and for
 /// rows that the ISA does not use.
 pub const fn code(isa: Isa, slot: Slot) -> Option<u32> {
-    let row = slot.0;
+    let row = slot.0 as u32;
     match (isa, row) {
         (_, 0..DIRECT) => Some(row),
         (Isa::Svm, 168..=171) => Some(row.wrapping_sub(SVM_HIGH.1).wrapping_add(SVM_HIGH.0)),
@@ -183,6 +195,19 @@ mod tests {
                 let row = slot(isa, number);
                 assert!(row.index() < SLOTS && row != Slot::START);
                 assert!(code(isa, row).is_none_or(|code| code == number));
+            }
+        }
+    }
+
+    #[test]
+    fn one_compare_finds_the_row_of_all_that_has_no_other_bits() {
+        for number in 0..0x200_u32 {
+            let usual = usual_vmx_slot(number.into());
+            let row = slot(Isa::Vmx, number);
+            assert_eq!(usual, (row != Slot::OTHER).then_some(row));
+            // As of a bus lock, an enclave and a failed entry (SDM, "Format of Exit Reason").
+            for bit in [26, 27, 31, 63] {
+                assert_eq!(usual_vmx_slot(u64::from(number) | 1 << bit), None);
             }
         }
     }

@@ -186,6 +186,20 @@ fn meters() -> Result<()> {
     Ok(())
 }
 
+/// Demand that so many functions have the module's own trampoline: those that it is alone at.
+fn has_trampolines(count: usize) -> Result<()> {
+    let functions = read("enabled_functions")?;
+    let own = functions
+        .lines()
+        .filter(|line| line.contains("tramp: exitmeter_trampoline_"));
+    let own: Vec<_> = own.collect();
+    ensure!(
+        own.len() == count,
+        "not {count} functions have the module's trampoline, but {own:#?}"
+    );
+    Ok(())
+}
+
 fn beside<T: Other>() -> Result<()> {
     let hit = |other: &T, words: &str, before: u64| {
         let hits = other.hits()?;
@@ -194,9 +208,11 @@ fn beside<T: Other>() -> Result<()> {
     };
     // The meter first.
     let loaded = module::Loaded::with("log_queries=0")?;
+    has_trampolines(3)?;
     let other = T::set()?;
     // Whatever comes, nothing is left for the next case.
     let both = (|| {
+        has_trampolines(0)?;
         meters()?;
         let hits = hit(&other, "beside the meter", 0)?;
         loaded.unload()?;
@@ -208,6 +224,7 @@ fn beside<T: Other>() -> Result<()> {
     })();
     other.clear()?;
     let loaded = both?;
+    has_trampolines(3)?;
     meters()?;
     // And the meter goes first.
     let other = T::set()?;

@@ -63,7 +63,7 @@ impl Code {
     pub fn parse(text: &str) -> Self {
         let mut code = Self::default();
         let mut name = String::new();
-        let mut last = None;
+        let (mut last, mut was_nop) = (None, false);
         for line in text.lines() {
             if let Some((_, rest)) = line.split_once(" <").filter(|_| line.ends_with(">:")) {
                 name = rest.trim_end_matches(">:").to_owned();
@@ -82,8 +82,13 @@ impl Code {
                 let Ok(at) = u64::from_str_radix(at.trim(), 16) else {
                     continue;
                 };
-                function.insert(at, next(instruction));
-                last = Some(at);
+                // The kernel makes one NOP of several as it loads the module (optimize_nops()).
+                let is_nop = instruction.trim() == "nop";
+                if !(is_nop && was_nop) {
+                    function.insert(at, next(instruction));
+                    last = Some(at);
+                }
+                was_nop = is_nop;
             }
         }
         code
@@ -98,6 +103,12 @@ impl Code {
     ///
     /// When there is no such function, or no way through it that stays in line.
     pub fn longest(&self, name: &str, with_branches: bool) -> Result<usize> {
+        self.longest_in_line(name, with_branches)?
+            .with_context(|| format!("every way through {name} leads to code out of line"))
+    }
+
+    /// Return the same; `None` when no way through it stays in line.
+    fn longest_in_line(&self, name: &str, with_branches: bool) -> Result<Option<usize>> {
         let (plain, constant) = match name.split_once("::<") {
             Some((plain, "false>")) => (plain, "Kb0_E"),
             Some((plain, "true>")) => (plain, "Kb1_E"),
@@ -123,8 +134,7 @@ impl Code {
             function,
             known: HashMap::new(),
         };
-        ways.longest_from(start)?
-            .with_context(|| format!("every way through {name} leads to code out of line"))
+        ways.longest_from(start)
     }
 }
 
@@ -194,8 +204,10 @@ impl Ways<'_> {
             Next::Jump(target) => follow(self, Some(*target))?,
             Next::Either(target) => follow(self, behind)?.max(follow(self, Some(*target))?),
             Next::Call(name) => {
-                let called = self.code.longest(name, self.with_branches)?;
-                follow(self, behind)?.map(|rest| rest + called)
+                let called = self.code.longest_in_line(name, self.with_branches)?;
+                follow(self, behind)?
+                    .zip(called)
+                    .map(|(rest, called)| rest + called)
             }
         };
         let longest = rest.map(|rest| rest + 1);

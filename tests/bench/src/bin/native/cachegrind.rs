@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Counts what one exit and entry takes by valgrind's cachegrind: instructions, memory accesses, cache
+//! misses and branches, with a cache of its own.
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    process::{Command, Stdio},
+};
+
+use anyhow::{ensure, Context as _, Result};
+
+/// How many exits the two runs have whose difference is counted.
+const EXITS: [u32; 2] = [10_000, 110_000];
+
+/// Cachegrind's events, in words.
+const EVENTS: [(&str, &str); 9] = [
+    ("Ir", "instructions"),
+    ("Dr", "reads"),
+    ("Dw", "writes"),
+    ("D1mr", "reads that miss the first cache"),
+    ("D1mw", "writes that miss the first cache"),
+    ("I1mr", "instructions that miss the first cache"),
+    ("Bc", "conditional branches"),
+    ("Bcm", "of these, mispredicted"),
+    ("Bim", "indirect branches mispredicted"),
+];
+
+/// Print the events of one exit and entry.
+pub fn count() -> Result<()> {
+    let [few, many] = EXITS.map(events);
+    let (few, many) = (few?, many?);
+    println!("One exit and entry, the ledger alone, by cachegrind:");
+    for (name, words) in EVENTS {
+        let [few, many] = [&few, &many].map(|events| events.get(name).copied());
+        let (few, many) = few.zip(many).with_context(|| format!("no event {name}"))?;
+        let one = many.saturating_sub(few) as f64 / f64::from(EXITS[1] - EXITS[0]);
+        println!("{words:40} {one:8.3}");
+    }
+    Ok(())
+}
+
+/// Return the events of a run of so many exits.
+fn events(exits: u32) -> Result<BTreeMap<String, u64>> {
+    let folder = env::temp_dir().join(format!("exitmeter-native-{}", std::process::id()));
+    fs::create_dir_all(&folder)?;
+    let file = folder.join("cachegrind");
+    let status = Command::new("valgrind")
+        .args(["--tool=cachegrind", "--cache-sim=yes", "--branch-sim=yes"])
+        .arg(format!("--cachegrind-out-file={}", file.display()))
+        .arg(env::current_exe()?)
+        .args(["--exits", &exits.to_string()])
+        .stderr(Stdio::null())
+        .status()
+        .context("valgrind cannot be run: install Debian's package valgrind")?;
+    ensure!(status.success(), "valgrind ended with {status}");
+    let text = fs::read_to_string(&file)?;
+    fs::remove_dir_all(&folder)?;
+    let line = |key| text.lines().find_map(|line: &str| line.strip_prefix(key));
+    let names = line("events: ").context("cachegrind names no events")?;
+    let sums = line("summary: ").context("cachegrind gives no sums")?;
+    names
+        .split_whitespace()
+        .zip(sums.split_whitespace())
+        .map(|(name, sum)| Ok((name.to_owned(), sum.parse()?)))
+        .collect()
+}

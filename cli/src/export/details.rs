@@ -4,7 +4,7 @@
 //!
 //! A table of a vCPU is bounded: a row gives way to another one, and all rows go when details are turned off. So the sum of
 //! the rows of a snapshot falls at times, which a counter must not. Here each scrape adds what came since the one before
-//! ([`Rows::since`]), and what came in no row counts for the reason's others.
+//! (`Rows::since`), and what came in no row counts for the reason's others.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 

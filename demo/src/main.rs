@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Shows exitmeter at work: an emulated host, the module beside its KVM, and a Linux guest that
 //! reads its own exits with the stock `cpuid` tool.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A sweep over the exit reasons, as `cpuid -r` prints it, and its table.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A guest whose CPUID KVM has to fetch from memory that is not there yet, so that KVM sleeps
 //! while it emulates the instruction: as it does for memory that is swapped out, or that still is
 //! to come from another host.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The guests there are, and how many exits each is known to cause.
 
 use std::{collections::BTreeMap, fmt};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The guests' machine code, and where each guest begins in it.
 
 use std::arch::global_asm;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The settings of a VM, and what can be wrong with them.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A guest that speaks Hyper-V's language: its hypercalls are by Hyper-V's convention (TLFS,
 //! "Hypercall Interface").
 

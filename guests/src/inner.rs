@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A guest in the guest, on SVM: the outer one is a hypervisor of a few bytes, which runs an inner
 //! one at CPL 3. The inner one asks once. The VMM writes its VMCB.
 //!

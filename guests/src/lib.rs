@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Tiny KVM guests, each a loop around one instruction that exits, and the VMM that runs
 //! them.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A VMM of a few hundred lines: one VM, its memory, its vCPUs, each a thread.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Runs one tiny guest and says what came to its VMM.
 
 use std::time::Duration;

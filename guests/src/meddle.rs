@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What a VMM may do to a vCPU in the middle of its work: step it, stop it anywhere and go on in
 //! another VM, have CPUID fault.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The memory of a VM.
 
 use std::{io, ptr::NonNull, slice};

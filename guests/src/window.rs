@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A vCPU's window: its 64 KiB of guest memory, and the registers that point into it.
 
 use exitmeter_meter::reasons::Isa;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Days by their dates.
 
 /// Year, month and day of a day in UTC, counted from 1 January 1970.

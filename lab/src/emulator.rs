@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The emulators, as processes.
 
 pub mod bochs;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The emulated hosts that there are.
 
 use std::fmt;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What a host boots: its kernel, and an initramfs in two parts.
 //!
 //! The first part is the same for all runs with one kernel and root: programs, KVM's modules, the guest's kernel. It

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Ctrl-C and its like, noted instead of obeyed, where something has to be ended in order first.
 
 use std::sync::atomic::{AtomicBool, Ordering};

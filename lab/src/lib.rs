@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Emulated hosts: what sets them up, boots them and reads what they say.
 
 pub mod calendar;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `cargo lab`: emulated hosts.
 
 mod cli;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `cargo lab build`: the kernel module, built in the Debian root against the tree of a packaged kernel; and
 //! `cargo lab root`, for whatever else wants the tools of that root.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The programs of this workspace that go into a host.
 
 use std::collections::HashMap;

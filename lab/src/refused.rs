@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the system refused: the part that the errors of this crate have in common.
 
 use std::error::Error;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! One run of one host: from the images to the verdict.
 
 pub(crate) mod folder;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Saved machines: hosts that have booted and loaded KVM, to start runs from.
 //!
 //! Bochs writes down all of a machine when the agent asks for it, and each run goes on from there: it takes a second

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What has to be there before a host can boot: the Debian root, the packaged kernel, its tree, Bochs.
 //!
 //! Each is the result of one script of the folder scripts/, kept in `$XDG_CACHE_HOME/exitmeter` (or

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `cargo lab shell`: a host's console on this terminal.
 
 use std::fs::{self, File};

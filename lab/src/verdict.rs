@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! How a run ended: judged from the host's console, its kernel log, its messages, and its silence.
 //!
 //! Pure: bytes, messages and times go in, an [`End`] comes out.

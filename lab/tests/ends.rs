@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Every way a run can end, on a real emulated host: `cargo test -p lab --test ends -- --ignored --test-threads 2`. Add
 //! `--skip what_the_kernel` to do without the kernels that have to be built first.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! scripts/check-kdir.sh on build folders of every kind.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 

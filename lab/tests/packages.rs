@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The parts of packaging/ that need no package: one version, and why DKMS cannot build.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the scripts and the lab say on a machine that lacks something: one sentence that names it and the remedy.
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `cargo lab shell` on a terminal, with a real emulated host: `cargo test -p lab --test shell -- --ignored`.
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]

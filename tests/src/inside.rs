@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The inside: runs the cases in the emulated host, each in a process of its own.
 //!
 //! So a case that panics, crashes or hangs fails alone. What it leaves behind, a guest, a

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! System tests of exitmeter: what must be shown on real input, on emulated hosts.
 //!
 //! One program with two sides. Outside, it boots a host by `cargo lab run`, with itself in

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The outside: boots a host with this program in it, and judges what comes back.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! How the inside tells the outside: lines as KTAP has them, the plan first.
 //!
 //! ```text

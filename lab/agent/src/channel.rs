@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Messages in checked frames, for lines that may carry other bytes too.
 //!
 //! | bytes | what |

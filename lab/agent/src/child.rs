@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Running a command, and passing on what it says while it says it.
 
 use std::fs::File;

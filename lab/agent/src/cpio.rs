@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Archives for the kernel's initramfs, in the format "newc".
 //!
 //! Everything in them belongs to root and has no date, so that the same content gives the same bytes.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The command `guest` of the host: a real Linux guest under KVM, and commands run in it.
 
 use std::collections::VecDeque;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The first process: of the host, and of the guest in it.
 
 use std::fs::{self, File};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The initramfs of a guest.
 
 use std::fs::File;

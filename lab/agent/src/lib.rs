@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the lab and its agent have in common.
 //!
 //! The agent is the first process of an emulated host and of the Linux guest inside it; the lab is what started

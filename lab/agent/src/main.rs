@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The first process of an emulated host, the first process of the Linux guest in it, and the command `guest`
 //! that starts such guests: one static program that goes by the name it is called by.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Loading kernel modules, with those that they need.
 
 use std::ffi::CString;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The ports between a host and the lab.
 
 use std::arch::asm;

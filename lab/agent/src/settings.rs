@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the lab tells the agent, by a file of the initramfs.
 
 use serde::{Deserialize, Serialize};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The Intel host: Bochs, which emulates VMX with EPT.
 //!
 //! Kernel and initramfs are put into memory before the machine starts, see [`pvh`]; or the machine goes on from where

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The AMD host: QEMU's TCG, which emulates SVM with nested paging.
 
 use std::process::Command;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The part of the initramfs that is the same for all runs with one kernel and root.
 
 use std::collections::{BTreeMap, BTreeSet};

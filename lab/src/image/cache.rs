@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What is made once for all runs.
 
 use std::fs::{self, File};

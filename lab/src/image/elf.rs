@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the images want to know of ELF files.
 
 use std::path::Path;

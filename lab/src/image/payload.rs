@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The part of the initramfs that belongs to one run.
 
 use std::collections::BTreeSet;

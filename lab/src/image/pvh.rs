@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Booting a kernel that lies in memory already, by its entry for PVH.
 //!
 //! Bochs loads files into memory before the machine starts, so that nothing has to be read by a boot loader that is

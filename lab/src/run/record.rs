@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What a run leaves behind: the files of its folder.
 
 use std::fmt::Write as _;

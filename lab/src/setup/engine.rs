@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Runs the steps of the set-up. A step is a script that fills one folder of the cache.
 //!
 //! The folder's name holds a hash of all that the result depends on, so nothing is ever out of date, and a change of

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Commands inside the Debian root.
 
 use std::ffi::{OsStr, OsString};

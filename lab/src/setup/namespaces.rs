@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Whether this process may run commands in a Debian root.
 
 use std::path::Path;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the set-up shows while it works: for each running step its stage, the size of its result, and the time.
 //!
 //! On a terminal the lines are renewed in place. Elsewhere a line is written when a stage begins, and one every half

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Whether the disk can hold what is about to be made.
 
 use std::fs;

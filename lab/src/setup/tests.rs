@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The engine with small scripts of its own, and the plan with the real ones.
 
 use std::os::unix::process::ExitStatusExt;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The verdict on saved consoles (see lab/tests/fault), whole and damaged.
 
 use super::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The prototypes of tracepoints, by types that are made here by hand, laid out as the kernel's.
 
 use exitmeter_meter::btf::{Parameter, Place, Probe, Types, Unknown, Verdict};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Whether the cost grows with the number of vCPUs: from 1 to 4096 of them, an exit with its
 //! entry, the look-up of a vCPU that its CPU has not metered last, and a snapshot.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The inside: measures in the emulated host, and prints a line of JSON for each number.
 
 use std::process::ExitCode;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `make bench`: what metering costs per VM exit, exitmeter beside its peers.
 //!
 //! One program with two sides. Outside, it boots one emulated host with itself in it and

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What watches exits while they are measured: exitmeter, and what there is besides.
 
 mod bpf;

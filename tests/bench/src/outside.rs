@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The outside: compiles the BPF programs, boots a host with this program in it, and tells
 //! what comes back.
 

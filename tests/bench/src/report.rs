@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What was measured: from lines of the inside to the table and the JSON.
 
 use std::fmt::Write as _;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What each test gets: its time, and arguments where its defaults ask more than an emulated host gives.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The table of docs/selftests.md.
 
 use std::collections::{BTreeMap, BTreeSet};

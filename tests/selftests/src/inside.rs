@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The inside: runs the tests in the emulated host, and tells of each in a line of JSON.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `make soak-selftests`: KVM's own selftests on emulated hosts, without exitmeter and with it.
 //!
 //! One program with two sides. Outside, it boots hosts with itself and the tests in them, compares what came of each

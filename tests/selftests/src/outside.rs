@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The outside: boots hosts with this program and the tests in them, and compares what came of each test.
 
 mod hosts;

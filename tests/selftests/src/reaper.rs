@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A process of its own for each test, and the end of whatever it leaves running.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What tests expect of a machine, and the bare host does not have.
 
 use std::{ffi::CStr, fs, io, path::Path};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What came of a test, and the lines in which the inside tells of it.
 
 use std::fmt;

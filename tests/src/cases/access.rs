@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Who may ask: with `leaf_cpl=0` a guest's kernel reads the numbers, and everybody else in the
 //! guest what KVM answers.
 

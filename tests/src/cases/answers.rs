@@ -1,4 +1,6 @@
-//! Point 2: what the guest reads by CPUID is what the host holds, in every mode of the CPU,
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the guest reads by CPUID is what the host holds, in every mode of the CPU,
 //! for every reason; and what is not the meter's is left as KVM answers it.
 
 use std::{thread, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The BPF meter, for hosts that cannot load the module: exact, beside the module and without it, and gone when it is told to.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What exits were about, and which code of the guest's caused them: row for row what the kernel's
 //! own histograms count, while nothing has to give way.
 

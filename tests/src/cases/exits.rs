@@ -1,4 +1,6 @@
-//! Point 1: for every reason, and in all, the meter counts what the kernel's own histogram
+// SPDX-License-Identifier: GPL-2.0
+
+//! For every reason, and in all, the meter counts what the kernel's own histogram
 //! counts, and what the guest is known to cause.
 
 use anyhow::{ensure, Result};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `exitmeter export` gives Prometheus what the snapshot holds.
 
 use std::{

@@ -1,4 +1,6 @@
-//! Point 6: others who hook the same functions of KVM. Whoever comes first, both work, or the one
+// SPDX-License-Identifier: GPL-2.0
+
+//! Others who hook the same functions of KVM. Whoever comes first, both work, or the one
 //! who comes second is refused and told why.
 
 use std::{fs, path::Path};

@@ -1,4 +1,6 @@
-//! Point 5: a real Linux guest reads its own exits with the stock tool `cpuid`.
+// SPDX-License-Identifier: GPL-2.0
+
+//! A real Linux guest reads its own exits with the stock tool `cpuid`.
 
 use std::collections::BTreeMap;
 

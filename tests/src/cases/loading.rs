@@ -1,4 +1,6 @@
-//! Point 6: the module is refused cleanly, comes and goes, also under running guests, and
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module is refused cleanly, comes and goes, also under running guests, and
 //! goes on metering when KVM's own module is exchanged.
 
 use std::{

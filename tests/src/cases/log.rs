@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the host's kernel log holds: a line for each query while the cases run, and nothing
 //! that should not be there at their end.
 

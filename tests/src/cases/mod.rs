@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The cases, in the order in which they run in the host.
 //!
 //! A case runs in a process of its own, with the module loaded as the case wants it, and no

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A guest in the guest: the host counts its exits and tells them apart, and it reads what
 //! its own hypervisor answers.
 

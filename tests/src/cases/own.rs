@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What a guest reads of its own details: row for row what the host's snapshot tells, of a vCPU that
 //! asks by CPUID, and of a command in a Linux guest.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What a package's user relies on: one version everywhere, and a refusal that the tool explains.
 
 use std::{fs, path::Path, process::Command};

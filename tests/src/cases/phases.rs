@@ -1,4 +1,6 @@
-//! Point 3: the ledger balances to the tick, and shows the phase in which the time went.
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ledger balances to the tick, and shows the phase in which the time went.
 //!
 //! That it balances, and that each exit has its sample in the histogram, is checked by every
 //! reading of the meter; the cases here say for whom.

@@ -1,4 +1,6 @@
-//! Point 4: two VMs at once, each of which reads its own numbers, or the sum.
+// SPDX-License-Identifier: GPL-2.0
+
+//! Two VMs at once, each of which reads its own numbers, or the sum.
 
 use std::thread;
 

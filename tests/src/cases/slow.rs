@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The slowest exits, and the ring that freezes when one takes too long.
 
 use std::{process::Command, time::Duration};

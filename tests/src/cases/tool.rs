@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The tool `exitmeter` tells what the snapshot holds.
 
 use std::{fs, process::Command, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `exitmeter verify`: right where all is right, and wrong where something is; what it leaves behind.
 
 use std::{

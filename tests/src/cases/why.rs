@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The tool's `why` and `slow`, live beside guests: what they tell, and that details are off again
 //! when they have ended, however that was.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A BPF program at the entry of a kernel function (fentry), which counts its runs.
 //!
 //! By bpf(2) itself: the libraries in Rust know the functions of the kernel's own image alone, not

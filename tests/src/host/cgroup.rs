@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! cgroups: one of this process's own for its memory, and the freezer.
 
 use std::{

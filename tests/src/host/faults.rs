@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Allocations that fail by order, on a kernel that can have them fail (CONFIG_FAILSLAB,
 //! CONFIG_FAIL_PAGE_ALLOC; the kernel's fault-injection.rst).
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The kernel's own count of VM exits: a histogram on the tracepoint kvm:kvm_exit, by
 //! reason. It is the oracle that the meter is held against.
 

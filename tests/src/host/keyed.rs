@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The kernel's own counts of KVM's events by any of their fields: histograms on tracepoints, the
 //! oracle that the tables of details are held against.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The meter's CPUID leaves, as a guest asks for them (docs/interface.md).
 
 /// The leaves of one of the course's maps.

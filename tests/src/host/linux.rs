@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A real Linux guest under KVM, by the host's command `guest`.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The host's kernel log, read line by line from a moment on.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the host reads of the meter: the snapshot of /dev/exitmeter.
 
 use std::{collections::BTreeMap, fs};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the cases find in the emulated host: the module, KVM, the kernel's own counters,
 //! its log, and a Linux guest.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The module under test, and KVM's modules under it.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What exits were about by the kernel's own histograms, each count under the key that
 //! docs/interface.md gives it. The tables of the meter are held against it.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A span of time over which the kernel's histogram and the meter count the same exits.
 
 use anyhow::{ensure, Result};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Tasks of the host: a busy one, and one that stands still.
 
 use std::{

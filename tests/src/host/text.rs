@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The machine code of the module as it stands in the kernel, where static branches are code that
 //! changes.
 

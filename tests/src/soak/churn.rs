@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! VMs come and go by the thousand, in every way a VM can fail to come or be made to go; nothing
 //! is left of them but their numbers in the totals, and these are the kernel's own.
 

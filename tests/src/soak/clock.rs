@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! CPUs that go and come back under load, and what is said of the clock.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Guests that mean harm, and VMMs that do odd things to them: nothing but a VM's own numbers can
 //! be read, and nobody else pays.
 

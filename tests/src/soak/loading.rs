@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The module comes and goes a thousand times while guests work, and while they do what is
 //! worst for it.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What takes too long for every day: the module under load, under faults, under attack.
 //!
 //! Cases as the others are, run by `system-tests --soak`. Each prints its figures.

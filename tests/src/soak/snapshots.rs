@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Snapshots as fast as they can be taken, while vCPUs run.
 
 use std::{

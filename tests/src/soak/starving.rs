@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! No memory: each allocation of the module fails in its turn, and nothing else does.
 //!
 //! For kernels that can have allocations fail, such as the lab's `debug`; elsewhere the cases are

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The CPUs and vCPUs of the stress: threads, and what runs on them.
 
 use std::{

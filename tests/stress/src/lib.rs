@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The module's own code at native speed: ledger, table and registry in user space, with real
 //! threads in place of CPUs. `make stress` runs all of it, `cargo test -p stress` a short form.
 //!

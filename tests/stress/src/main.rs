@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `make stress`: see the library.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! How long each kind of caller waits, how long the lock is held, and by how many steps.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the kernel gives the registry, in user space.
 
 use std::{

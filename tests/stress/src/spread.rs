@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! How a wait is spread: its mean, its quantiles and its worst.
 
 /// Buckets for each power of two.

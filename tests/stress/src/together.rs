@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! All kinds of callers at once, and each number held against what the writers did.
 //!
 //! Every vCPU has a `Life`: the marks of a common clock around its birth and its death, and its

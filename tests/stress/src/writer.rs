@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What the module's hooks do on a CPU, without a guest: load a vCPU, let it exit and enter, put it.
 
 use exitmeter_meter::{

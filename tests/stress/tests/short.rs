@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The short form of `make stress`: small sizes, the same demands.
 
 use std::time::Duration;

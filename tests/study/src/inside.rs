@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The inside: in the emulated host, a guest from its boot to its end, recorded.
 
 mod guest;

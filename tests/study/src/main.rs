@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! `make study`: how guests exit, measured on emulated hosts, for docs/study.md.
 //!
 //! One program with two sides. Outside, it boots a host for each run of the plan, keeps what was recorded there in

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The outside: a host for each run, what it recorded, and what is made of that.
 
 mod document;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Which guest runs on which host, and how its memory is mapped.
 
 use std::{fmt, str::FromStr};

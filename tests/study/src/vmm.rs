@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The smallest VMM that a packaged Linux boots in: one vCPU, memory, KVM's own interrupt controllers and timer, and two
 //! serial ports. No firmware, no ACPI, no PCI, no disk. What a triple fault ends begins anew.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! BPF programs that do what bcc's and bpftrace's do; their source is in ../../bpf.
 
 use std::fs;

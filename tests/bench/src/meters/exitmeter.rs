@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! exitmeter itself, and its BPF programs.
 
 use std::{fs, process::Command};

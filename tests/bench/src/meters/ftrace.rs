@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The kernel's own tracing.
 
 use std::{fs, io, path::Path};

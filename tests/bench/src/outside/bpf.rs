@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The BPF programs, compiled in the Debian root.
 
 use std::path::Path;

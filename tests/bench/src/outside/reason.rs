@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Where KVM keeps the exit reason: no tracepoint passes it, and the layouts are private,
 //! so a BPF program on the raw tracepoint has to be told.
 

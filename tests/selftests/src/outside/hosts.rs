@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Hosts in which tests run: one after the other, as a test may take its host along.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What a guest does for the study: each word on the command line is a piece of work of a fixed amount.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A Linux guest of one of the VMMs, and its line for commands: the same agent is the first process of all.
 
 use std::{

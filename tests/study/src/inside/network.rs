@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The host's side of the guest's network: a tap, an echo, and a sink.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A recording that goes on while the guest works, with a mark where something begins.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The tables of docs/study.md: each stands between two comments there, and all else is people's.
 
 mod boots;

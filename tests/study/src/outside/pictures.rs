@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! The pictures, by `exitmeter plot`.
 
 use std::{path::Path, process::Command};

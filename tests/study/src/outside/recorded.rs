@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A recording, read: what happened between its marks.
 
 use std::{

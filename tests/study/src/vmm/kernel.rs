@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A kernel in memory, by its entry for PVH (Xen's "x86/HVM direct boot ABI").
 
 use std::{fs, path::Path};

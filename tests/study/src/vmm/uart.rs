@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! A serial port as Linux's driver takes it for a 16550A.
 
 use std::{

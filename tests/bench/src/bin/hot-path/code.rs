@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Disassembled functions, and the longest way through one.
 
 use std::collections::{BTreeMap, HashMap};

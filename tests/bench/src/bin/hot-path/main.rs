@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Counts the instructions of the callbacks that run at every VM exit and entry, and
 //! compares them with the bounds in tests/bench/hot-path.json.
 //!

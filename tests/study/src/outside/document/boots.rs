@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Boots and reboots: how many exits they take, how the number grows, and of which reasons.
 
 use std::{cmp::Reverse, collections::BTreeMap};

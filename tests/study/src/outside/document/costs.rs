@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! What exits cost, and what it changes when KVM has to shadow the guest's page tables.
 
 use std::{cmp::Reverse, collections::BTreeMap};

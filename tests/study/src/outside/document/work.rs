@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: GPL-2.0
+
 //! Which exits work causes.
 
 use exitmeter::numbers::exact;

@@ -142,6 +142,7 @@ pub(crate) fn cache(vcpu: Vcpu<'_>, ledger: &Ledger) {
     unsafe {
         asm!(
             "mov gs:[rip + {note} + 8], {value}",
+            "mov gs:[rip + {note} + 16], {key}",
             "mov gs:[rip + {note}], {key}",
             key = in(reg) vcpu.key(),
             value = in(reg) ledger,
@@ -278,21 +279,25 @@ impl Vcpu<'_> {
         Some(cached(self.key())? as *const Ledger)
     }
 
-    /// Return the same vCPU, read from this CPU's cache, which has it. A way that few take does not hold a
-    /// register for it so on the way that most take.
+    /// Return the same vCPU, read from this CPU's cache, in which it was just found. A way that few take does
+    /// not hold a register for it so on the way that most take.
+    ///
+    /// It is read from where no other CPU writes: [`forget`] may clear the word in which it was found at any
+    /// moment, also on behalf of a vCPU that was here before.
     #[inline(always)]
     pub(crate) fn read_anew(self) -> Self {
         let key: usize;
-        // SAFETY: As in `cached`.
+        // SAFETY: As in `cached`, its third word.
         unsafe {
             asm!(
-                "mov {key}, gs:[rip + {note}]",
+                "mov {key}, gs:[rip + {note} + 16]",
                 key = out(reg) key,
                 note = sym bindings::exitmeter_cache,
                 options(nostack, readonly, preserves_flags),
             )
         };
-        // SAFETY: By the contract of this function it is the vCPU's own key.
+        // SAFETY: This CPU has put the vCPU's key there with the word in which it was found (`cache`), and
+        // nothing else since, as preemption is off.
         unsafe { Self::from_key(key) }
     }
 

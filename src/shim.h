@@ -76,11 +76,14 @@ void exitmeter_doze(unsigned int ms);
 
 /*
  * The vCPU that a CPU metered last, and its ledger.  Read and written by the
- * CPU itself, with preemption off; others only forget.
+ * CPU itself, with preemption off; others only forget, that is, they may write
+ * 0 to vcpu at any moment.  What has found its vCPU there reads it again from
+ * kept, which nobody else writes.
  */
 struct exitmeter_cache {
 	unsigned long vcpu;
 	unsigned long ledger;
+	unsigned long kept;
 };
 
 DECLARE_PER_CPU(struct exitmeter_cache, exitmeter_cache);

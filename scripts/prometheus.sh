@@ -1,5 +1,6 @@
 #!/bin/bash
 # Unpacks Debian's prometheus, promtool, victoria-metrics and vmalert into FOLDER, without installing them: no service is started.
+# scripts/prometheus-run.sh runs Prometheus from there, with its pages.
 #
 #   scripts/prometheus.sh FOLDER    FOLDER/usr/bin/prometheus, promtool, victoria-metrics, vmalert
 set -euo pipefail
@@ -7,19 +8,25 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# = 1 ] || die "$0 wants a folder."
 out=$1
-[ -e "$out/.done" ] && exit 0
+# Folders of before have .done, and lack what the pages take.
+marker=$out/.done-with-pages
+[ -e "$marker" ] && exit 0
 need_command apt-get apt
 need_command dpkg-deb dpkg
 mkdir -p "$out"
 # Tests that run side by side want it at once.
 exec 9>"$out/.lock"
 flock 9
-[ -e "$out/.done" ] && exit 0
+[ -e "$marker" ] && exit 0
 need_space "$out" 400
 temporary=$(mktemp -d "$out/.new.XXXXXX")
 trap 'rm -rf "$temporary"' EXIT
 fetch() { (cd "$temporary" && apt-get -qq -o APT::Sandbox::User=root download "$1" >/dev/null 2>&1); }
-for package in prometheus victoria-metrics; do
+# These are what prometheus depends on for its pages and consoles.
+packages=(libjs-{bootstrap4,d3,eonasdan-bootstrap-datetimepicker,jquery,jquery-hotkeys,moment,moment-timezone,mustache,popper.js,rickshaw}
+  fonts-glyphicons-halflings)
+[ -e "$out/.done" ] || packages+=(prometheus victoria-metrics)
+for package in "${packages[@]}"; do
   say "fetching $package"
   # A new machine may have no lists yet.
   fetch "$package" || { [ "$(id -u)" = 0 ] && apt-get -qq update >/dev/null 2>&1 && fetch "$package"; } ||
@@ -33,4 +40,4 @@ done
 for program in prometheus promtool victoria-metrics vmalert; do
   [ -x "$out/usr/bin/$program" ] || die "Debian's packages have no $program; remove $out and try again."
 done
-touch "$out/.done"
+touch "$out/.done" "$marker"

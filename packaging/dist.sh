@@ -13,7 +13,7 @@ say "building (the first time some minutes)"
 rm -f "$out/dist.log"
 run "$out/dist.log" in_source packaging/tool.sh "../dist/$name" || die "the tool could not be built; the log is $out/dist.log."
 cp LICENSE CHANGELOG.md docs/install.md scripts/60-exitmeter.rules scripts/exitmeter-modprobe.conf packaging/61-exitmeter-load.rules \
-  packaging/62-exitmeter-bpf.rules packaging/exitmeter-*.service packaging/exitmeter-*.socket packaging/prometheus/exitmeter.rules.yml docs/fleet.md \
+  packaging/62-exitmeter-bpf.rules packaging/exitmeter-*.service packaging/exitmeter-*.socket packaging/prometheus/exitmeter.rules.yml packaging/prometheus/consoles/exitmeter.html docs/fleet.md \
   "$out/dist/$name/share/doc/exitmeter/"
 # Permissions are those that any umask gives.
 chmod -R u=rwX,go=rX "$out/dist/$name"

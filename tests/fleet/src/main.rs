@@ -17,7 +17,7 @@ use exitmeter::export::server;
 use fleet::{
     boards::{Board, BOARDS},
     hosts::{recordings, Hosts},
-    prometheus::{Engine, Group, How, Labels, Prometheus, Rule},
+    prometheus::{Engine, Group, How, Labels, Prometheus, Rule, CONSOLE},
     tape::Tape,
     tiers::Tiers,
 };
@@ -112,6 +112,12 @@ fn main() -> Result<ExitCode> {
             println!("  alerts, rules       {url}/alerts  {url}/rules  ({name})");
         }
     }
+    if how.engine.name() == "Prometheus" {
+        // The last ten minutes, up to now.
+        println!(
+            "  the fleet           {url}{CONSOLE}#pctc%7B%22duration%22:600,%22endTime%22:0%7D"
+        );
+    }
     println!("  exits by reason     {url}/graph?g0.expr=sum%20by%20(reason)(instance_reason%3Aexitmeter_host_exits%3Arate5m)&g0.tab=0&g0.range_input=10m");
     println!("  steal by VM         {url}/graph?g0.expr=vm%3Aexitmeter_preempted%3Aratio_rate5m&g0.tab=0&g0.range_input=10m");
     println!("Ctrl-C ends it.");
@@ -186,6 +192,9 @@ fn check(hosts: &Hosts, tiers: &Tiers, how: How) -> Result<ExitCode> {
     // While VMs come and go, and when the hosts have come to their end.
     let played = PLAYED.saturating_sub(hosts.begun.elapsed());
     let mut passed = eventually(played, || panels(tiers))?;
+    for program in tiers.each() {
+        passed += eventually(Duration::ZERO, || console(hosts, program))?;
+    }
     for program in &tiers.leaves {
         passed += eventually(Duration::ZERO, || recorded(program, how.each))?;
     }
@@ -196,6 +205,90 @@ fn check(hosts: &Hosts, tiers: &Tiers, how: How) -> Result<ExitCode> {
     }
     println!("{passed} passed, 0 failed");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Demand that Prometheus's own page shows its hosts, the VM that lacks a CPU most, and what graphs are drawn from.
+fn console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
+    let Some(page) = program.console()? else {
+        return Ok(0);
+    };
+    let name = program.name();
+    // Where a template fails, the page ends, or has these words in place of a value.
+    for wrong in ["error executing template", "no value", "%!"] {
+        ensure!(!page.contains(wrong), "{name}: {wrong}: {page}");
+    }
+    ensure!(page.ends_with("</html>\n"), "{name}: the page ends early");
+    let rows = |table: &str| -> Result<Vec<&str>> {
+        let (_, rest) = page
+            .split_once(&format!("id=\"{table}\""))
+            .context("no such table")?;
+        let (table, _) = rest.split_once("</table>").context("a table ends")?;
+        Ok(table.lines().filter(|l| l.starts_with("<tr><td")).collect())
+    };
+    let shown = rows("table-of-hosts")?;
+    let known = program.query("exitmeter_up")?;
+    ensure!(
+        shown.len() == known.len() && !known.is_empty(),
+        "{name}: {} hosts, and {} on the page",
+        known.len(),
+        shown.len()
+    );
+    let gone = hosts.instance(hosts.count - 1);
+    for (labels, _) in &known {
+        let instance = labels["instance"].as_str().unwrap_or_default();
+        let row = shown
+            .iter()
+            .find(|row| row.starts_with(&format!("<tr><td>{instance}</td>")));
+        let row = row.with_context(|| format!("{name}: {instance} is not on the page"))?;
+        // VMs, vCPUs, exits and steal.
+        let numbers = row.matches("</a>").count();
+        let expected = if instance == gone { 0 } else { 4 };
+        ensure!(numbers == expected, "{name}: {instance} has {row}");
+    }
+    for (table, rule) in [
+        ("table-of-steal", "vm:exitmeter_preempted:ratio_rate5m"),
+        ("table-of-vmms", "vm:exitmeter_user:ratio_rate5m"),
+        ("table-of-exits", "vm:exitmeter_exits_per_vcpu:rate5m"),
+    ] {
+        let most = program.query(&format!("topk(1, {rule} >= 0)"))?;
+        let (labels, _) = most.first().context("a VM runs")?;
+        let text = |label: &str| labels[label].as_str().unwrap_or_default();
+        let (instance, vm) = (text("instance"), text("vm"));
+        let first = format!("<tr><td>{instance}</td>");
+        let has = |row: &&str| row.starts_with(&first) && row.contains(vm);
+        ensure!(
+            rows(table)?.iter().any(has),
+            "{name}: {table} lacks VM {vm} of {instance}"
+        );
+    }
+    let graphs: Vec<_> = page
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("expr: \"")?.strip_suffix("\","))
+        .collect();
+    ensure!(!graphs.is_empty(), "{name}: no graphs");
+    for graph in &graphs {
+        let found = program.query(graph)?;
+        ensure!(
+            found.iter().any(|(_, value)| value.is_finite()),
+            "{name}: no data for {graph}"
+        );
+    }
+    let files = page.split('"').filter(|part| part.contains("/static/"));
+    // Debian's prom.lib names two more, which Debian does not have: graphs are drawn without them.
+    let files =
+        files.filter(|file| !file.ends_with("d3.layout.min.js") && !file.ends_with("popper.js"));
+    let mut served = 0;
+    for file in files {
+        program.serves(file)?;
+        served += 1;
+    }
+    ensure!(served > 4, "{name}: {served} files");
+    println!(
+        "ok: {name}: {CONSOLE} has its {} hosts, the VMs with most steal, exits and time of the VMM, {} graphs with data, and their {served} files",
+        known.len(),
+        graphs.len()
+    );
+    Ok(1)
 }
 
 /// Demand that each rule has written what its expression gives.

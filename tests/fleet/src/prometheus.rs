@@ -22,6 +22,15 @@ pub const RULES: &str = concat!(
     "/../../packaging/prometheus/exitmeter.rules.yml"
 );
 
+/// The folder of the console that is delivered.
+const CONSOLES: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../../packaging/prometheus/consoles"
+);
+
+/// The path of the console on a Prometheus.
+pub const CONSOLE: &str = "/consoles/exitmeter.html";
+
 /// How long it may take to begin.
 const READY: Duration = Duration::from_secs(30);
 
@@ -31,6 +40,11 @@ const READY: Duration = Duration::from_secs(30);
 ///
 /// When they cannot be fetched.
 pub fn programs() -> Result<PathBuf> {
+    Ok(unpacked()?.join("usr/bin"))
+}
+
+/// Return the folder into which Debian's packages are unpacked, and do that at first.
+fn unpacked() -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(home?.join(".cache")));
@@ -45,7 +59,7 @@ pub fn programs() -> Result<PathBuf> {
             .success(),
         "Debian's Prometheus could not be fetched"
     );
-    Ok(folder.join("usr/bin"))
+    Ok(folder)
 }
 
 /// Which program scrapes.
@@ -176,6 +190,10 @@ impl Prometheus {
                     format!("--config.file={file}"),
                     format!("--storage.tsdb.path={data}"),
                     format!("--web.listen-address={address}"),
+                    format!("--web.console.templates={CONSOLES}"),
+                    // Where Debian has them, in the package's documentation.
+                    "--web.console.libraries=/usr/share/doc/prometheus/examples/console_libraries"
+                        .to_owned(),
                 ]
             })?;
             return Ok(Self {
@@ -228,7 +246,35 @@ impl Prometheus {
 
     /// Return where its alerts and rules can be looked at.
     pub fn url_of_alerts(&self) -> String {
-        self.alerts.as_ref().unwrap_or(&self.scrapes).url()
+        let program = self.alerts.as_ref().unwrap_or(&self.scrapes);
+        // Debian's Prometheus has the pages of before React alone.
+        let is_classic = get(program.address, "/classic/alerts").is_ok();
+        program.url() + if is_classic { "/classic" } else { "" }
+    }
+
+    /// Return the console's text. VictoriaMetrics has none.
+    ///
+    /// # Errors
+    ///
+    /// When Prometheus does not answer with it.
+    pub fn console(&self) -> Result<Option<String>> {
+        if self.engine.is_victoria() {
+            return Ok(None);
+        }
+        get(self.scrapes.address, CONSOLE).map(Some)
+    }
+
+    /// Demand that it serves a file of its pages.
+    ///
+    /// # Errors
+    ///
+    /// When it does not.
+    pub fn serves(&self, path: &str) -> Result<()> {
+        ensure!(
+            !get(self.scrapes.address, path)?.is_empty(),
+            "{path} is empty"
+        );
+        Ok(())
     }
 
     /// Return its address.
@@ -409,7 +455,13 @@ impl Program {
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let path = folder.join(format!("{program}.log"));
         let log = File::create(&path)?;
-        let process = with_us(&programs()?.join(program))
+        let run = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../scripts/prometheus-run.sh"
+        );
+        let process = with_us(Path::new(run))
+            .arg(unpacked()?)
+            .arg(program)
             .args(arguments(address))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

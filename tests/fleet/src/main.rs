@@ -240,9 +240,9 @@ fn console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
             .iter()
             .find(|row| row.starts_with(&format!("<tr><td>{instance}</td>")));
         let row = row.with_context(|| format!("{name}: {instance} is not on the page"))?;
-        // VMs, vCPUs, exits and steal.
+        // vCPUs, exits and steal.
         let numbers = row.matches("</a>").count();
-        let expected = if instance == gone { 0 } else { 4 };
+        let expected = if instance == gone { 0 } else { 3 };
         ensure!(numbers == expected, "{name}: {instance} has {row}");
     }
     for (table, rule) in [

@@ -2,14 +2,25 @@
 # Unpacks Debian's prometheus, promtool, victoria-metrics and vmalert into FOLDER, without installing them: no service is started.
 # scripts/prometheus-run.sh runs Prometheus from there, with its pages.
 #
-#   scripts/prometheus.sh FOLDER    FOLDER/usr/bin/prometheus, promtool, victoria-metrics, vmalert
+#   scripts/prometheus.sh FOLDER            FOLDER/usr/bin/prometheus, promtool, victoria-metrics, vmalert
+#   scripts/prometheus.sh --pages FOLDER    FOLDER/usr/share, what Prometheus's pages and consoles take
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+packages=(prometheus victoria-metrics)
+programs=(prometheus promtool victoria-metrics vmalert)
+marker=.done
+# The tests of rules, which all run, do without.
+if [ "${1-}" = --pages ]; then
+  packages=(libjs-{bootstrap4,d3,eonasdan-bootstrap-datetimepicker,jquery,jquery-hotkeys,moment,moment-timezone,mustache,popper.js,rickshaw}
+    fonts-glyphicons-halflings)
+  programs=()
+  marker=.done-pages
+  shift
+fi
 [ $# = 1 ] || die "$0 wants a folder."
 out=$1
-# Folders of before have .done, and lack what the pages take.
-marker=$out/.done-with-pages
+marker=$out/$marker
 [ -e "$marker" ] && exit 0
 need_command apt-get apt
 need_command dpkg-deb dpkg
@@ -22,10 +33,6 @@ need_space "$out" 400
 temporary=$(mktemp -d "$out/.new.XXXXXX")
 trap 'rm -rf "$temporary"' EXIT
 fetch() { (cd "$temporary" && apt-get -qq -o APT::Sandbox::User=root download "$1" >/dev/null 2>&1); }
-# These are what prometheus depends on for its pages and consoles.
-packages=(libjs-{bootstrap4,d3,eonasdan-bootstrap-datetimepicker,jquery,jquery-hotkeys,moment,moment-timezone,mustache,popper.js,rickshaw}
-  fonts-glyphicons-halflings)
-[ -e "$out/.done" ] || packages+=(prometheus victoria-metrics)
 for package in "${packages[@]}"; do
   say "fetching $package"
   # A new machine may have no lists yet.
@@ -33,11 +40,11 @@ for package in "${packages[@]}"; do
     die "the package $package could not be fetched; this takes Debian 12 or later, and up-to-date lists (apt-get update)."
 done
 # Debian 12 has it in the package prometheus.
-fetch promtool || true
+[ "${#programs[@]}" = 0 ] || fetch promtool || true
 for package in "$temporary"/*.deb; do
   dpkg-deb --extract "$package" "$out"
 done
-for program in prometheus promtool victoria-metrics vmalert; do
+for program in "${programs[@]}"; do
   [ -x "$out/usr/bin/$program" ] || die "Debian's packages have no $program; remove $out and try again."
 done
-touch "$out/.done" "$marker"
+touch "$marker"

@@ -193,7 +193,8 @@ fn check(hosts: &Hosts, tiers: &Tiers, how: How) -> Result<ExitCode> {
     let played = PLAYED.saturating_sub(hosts.begun.elapsed());
     let mut passed = eventually(played, || panels(tiers))?;
     for program in tiers.each() {
-        passed += eventually(Duration::ZERO, || console(hosts, program))?;
+        let played = PLAYED.saturating_sub(hosts.begun.elapsed());
+        passed += eventually(played, || console(hosts, program))?;
     }
     for program in &tiers.leaves {
         passed += eventually(Duration::ZERO, || recorded(program, how.each))?;

@@ -40,11 +40,11 @@ const READY: Duration = Duration::from_secs(30);
 ///
 /// When they cannot be fetched.
 pub fn programs() -> Result<PathBuf> {
-    Ok(unpacked()?.join("usr/bin"))
+    Ok(unpacked(&[])?.join("usr/bin"))
 }
 
-/// Return the folder into which Debian's packages are unpacked, and do that at first.
-fn unpacked() -> Result<PathBuf> {
+/// Return the folder into which Debian's packages are unpacked, and do that at first, with options of scripts/prometheus.sh.
+fn unpacked(options: &[&str]) -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(home?.join(".cache")));
@@ -52,7 +52,7 @@ fn unpacked() -> Result<PathBuf> {
         .context("HOME is not set")?
         .join("exitmeter/prometheus");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/prometheus.sh");
-    let status = Command::new(script).arg(&folder).status();
+    let status = Command::new(script).args(options).arg(&folder).status();
     ensure!(
         status
             .with_context(|| format!("{script} cannot be run"))?
@@ -459,8 +459,10 @@ impl Program {
             env!("CARGO_MANIFEST_DIR"),
             "/../../scripts/prometheus-run.sh"
         );
+        let folder_of_programs = unpacked(&[])?;
+        unpacked(&["--pages"])?;
         let process = with_us(Path::new(run))
-            .arg(unpacked()?)
+            .arg(&folder_of_programs)
             .arg(program)
             .args(arguments(address))
             .stdin(Stdio::null())

@@ -682,7 +682,7 @@ impl Event for VmxExit<'_> {
     }
 
     #[inline(always)]
-    fn usual_slot(&self) -> Option<Slot> {
+    fn usual_slot(&self, _isa: Isa) -> Option<Slot> {
         reasons::usual_vmx_slot(vmread(VMCS_EXIT_REASON))
     }
 
@@ -732,12 +732,6 @@ impl<const SVM: bool> Event for ExitByKvm<'_, SVM> {
             // As of any VMCS.
             false => self.info.code & 0xffff,
         }
-    }
-
-    #[inline(always)]
-    fn usual_slot(&self) -> Option<Slot> {
-        let isa = if SVM { Isa::Svm } else { Isa::Vmx };
-        Some(reasons::slot(isa, self.code()))
     }
 
     #[inline(always)]
@@ -1013,24 +1007,22 @@ unsafe extern "C" fn on_load(
     fregs: *mut bindings::ftrace_regs,
 ) {
     // SAFETY: By the contract of this function.
-    load(unsafe { hooked(fregs) });
-}
-
-/// # Safety
-///
-/// For the trampoline of `kvm_arch_vcpu_load()` alone (src/trampolines.S).
-#[no_mangle]
-unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
-    // SAFETY: By the contract of this function; KVM holds the vCPU.
-    load(unsafe { Vcpu::from_raw(vcpu) });
+    unsafe { exitmeter_load(hooked(fregs).0.get()) };
 }
 
 /// Take a vCPU that its thread loads on a CPU.
-#[inline(always)]
-fn load(vcpu: Vcpu<'_>) {
-    if parts::CALLBACKS {
-        registry::resume(vcpu, now());
+///
+/// # Safety
+///
+/// For [`on_load`] and the trampoline of `kvm_arch_vcpu_load()` alone (src/trampolines.S).
+#[no_mangle]
+unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
+    if !parts::CALLBACKS {
+        return;
     }
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    registry::resume(vcpu, now());
 }
 
 /// # Safety
@@ -1043,24 +1035,21 @@ unsafe extern "C" fn on_put(
     fregs: *mut bindings::ftrace_regs,
 ) {
     // SAFETY: By the contract of this function.
-    put(unsafe { hooked(fregs) });
-}
-
-/// # Safety
-///
-/// For the trampoline of `kvm_arch_vcpu_put()` alone (src/trampolines.S).
-#[no_mangle]
-unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
-    // SAFETY: By the contract of this function; KVM holds the vCPU.
-    put(unsafe { Vcpu::from_raw(vcpu) });
+    unsafe { exitmeter_put(hooked(fregs).0.get()) };
 }
 
 /// Take a vCPU whose thread leaves its CPU.
-#[inline(always)]
-fn put(vcpu: Vcpu<'_>) {
+///
+/// # Safety
+///
+/// For [`on_put`] and the trampoline of `kvm_arch_vcpu_put()` alone (src/trampolines.S).
+#[no_mangle]
+unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
     if !parts::CALLBACKS {
         return;
     }
+    // SAFETY: By the contract of this function; KVM holds the vCPU.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     let now = now();
     if vcpu.is_scheduled_out() {
         return leave_scheduled_out(vcpu, now);

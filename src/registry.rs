@@ -410,7 +410,10 @@ pub(crate) trait Event: detail::Exit + Copy {
     /// Return its code.
     fn code(&self) -> u32;
     /// Return the slot of its code, if that takes few instructions.
-    fn usual_slot(&self) -> Option<Slot>;
+    #[inline(always)]
+    fn usual_slot(&self, isa: Isa) -> Option<Slot> {
+        Some(reasons::slot(isa, self.code()))
+    }
     /// Return where the guest was; `None` when its registers are encrypted, or it cannot be known.
     fn rip(&self) -> Option<u64>;
     /// Return the same, or where there is none any number: no exit has been there then.
@@ -431,7 +434,7 @@ pub(crate) fn exit<'a, const RING: bool, E: Event>(
     let Some(ledger) = cached(vcpu) else {
         return exit_slow(vcpu, now, isa, event(vcpu));
     };
-    let Some(slot) = event(vcpu).usual_slot() else {
+    let Some(slot) = event(vcpu).usual_slot(isa) else {
         let vcpu = vcpu.read_anew();
         return exit_unusual(vcpu, ledger, now, isa, event(vcpu));
     };

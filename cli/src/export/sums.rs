@@ -181,13 +181,7 @@ impl Sums {
             parts.next_record()?;
             let tables = shape.tables(&parts.record, self.head.count);
             let tables = tables.map_err(|error| parts.wrong(error))?;
-            let entries = tables.entries();
-            let vcpu = tables::Vcpu {
-                since: tables.since,
-                at: self.head.now,
-                no_rip: tables.no_rip,
-                rows: tables::Rows::new(entries.filter(|entry| entry.table == TABLE_DETAILS)),
-            };
+            let vcpu = tables::Vcpu::new(&tables, self.head.now, |table| table == TABLE_DETAILS);
             // The reader has checked that it is there.
             if let Some(id) = vcpus.get(tables.vcpu) {
                 self.tables.insert(*id, vcpu);

@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use exitmeter_meter::{
-    reader::{Entry, Snapshot},
+    reader::{Entry, Snapshot, Tables},
     snapshot::{Reason, TABLE_CODE},
 };
 
@@ -292,6 +292,18 @@ pub struct Vcpu {
     pub rows: Rows,
 }
 
+impl Vcpu {
+    /// Take the tables of a vCPU from a snapshot of a moment: those of the kinds that `wanted` tells.
+    pub fn new(tables: &Tables<'_>, at: u64, wanted: impl Fn(u32) -> bool) -> Self {
+        Self {
+            since: tables.since,
+            at,
+            no_rip: tables.no_rip,
+            rows: Rows::new(tables.entries().filter(|entry| wanted(entry.table))),
+        }
+    }
+}
+
 /// Return the ticks that the numbers of vCPUs are of: those since the oldest tables began, or since the
 /// earlier snapshot.
 pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> u64 {
@@ -331,12 +343,7 @@ impl Moment {
             has_code |= tables.has(TABLE_CODE);
             // The reader has checked that it is there.
             if let Some(record) = records.get(tables.vcpu) {
-                let vcpu = Vcpu {
-                    since: tables.since,
-                    at: snapshot.now(),
-                    no_rip: tables.no_rip,
-                    rows: Rows::new(tables.entries()),
-                };
+                let vcpu = Vcpu::new(&tables, snapshot.now(), |_| true);
                 vcpus.insert((record.vm(), record.id()), vcpu);
             }
         }

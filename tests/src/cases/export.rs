@@ -245,6 +245,20 @@ fn of_bpf() -> Result<()> {
     attached.stop()
 }
 
+/// Demand that no counter whose name begins so is less than it was in the scrapes before.
+fn none_fell(
+    before: &mut BTreeMap<String, f64>,
+    scrape: &BTreeMap<String, f64>,
+    names: &[&str],
+) -> Result<()> {
+    let is_one = |name: &str| names.iter().any(|begin| name.starts_with(begin));
+    for (name, value) in scrape.iter().filter(|(name, _)| is_one(name)) {
+        let last = before.insert(name.clone(), *value).unwrap_or(0.0);
+        ensure!(*value >= last, "{name} fell from {last} to {value}");
+    }
+    Ok(())
+}
+
 fn never_fall() -> Result<()> {
     let exporter = Exporter::start(&[], false)?;
     let mut before: BTreeMap<String, f64> = BTreeMap::new();
@@ -262,13 +276,8 @@ fn never_fall() -> Result<()> {
         });
         while !load.is_finished() {
             let scrape = exporter.scrape()?;
-            let counters = scrape.iter().filter(|(name, _)| {
-                name.starts_with("exitmeter_host_") || name.starts_with("exitmeter_departed")
-            });
-            for (name, value) in counters {
-                let last = before.insert(name.clone(), *value).unwrap_or(0.0);
-                ensure!(*value >= last, "{name} fell from {last} to {value}");
-            }
+            let counters = ["exitmeter_host_", "exitmeter_departed"];
+            none_fell(&mut before, &scrape, &counters)?;
             scrapes += 1;
             thread::sleep(Duration::from_millis(20));
         }
@@ -297,12 +306,7 @@ fn details() -> Result<()> {
     let mut before: BTreeMap<String, f64> = BTreeMap::new();
     let mut watch = || -> Result<BTreeMap<String, f64>> {
         let scrape = exporter.scrape()?;
-        let details = scrape.iter();
-        let details = details.filter(|(name, _)| name.starts_with("exitmeter_detail_"));
-        for (name, value) in details {
-            let last = before.insert(name.clone(), *value).unwrap_or(0.0);
-            ensure!(*value >= last, "{name} fell from {last} to {value}");
-        }
+        none_fell(&mut before, &scrape, &["exitmeter_detail_"])?;
         Ok(scrape)
     };
     thread::scope(|scope| -> Result<()> {

@@ -47,6 +47,8 @@ use crate::{
         ledger::{
             Copying,
             Ledger,
+            MoreHistograms,
+            Supply,
             Totals, //
         },
         phase::Phase,
@@ -163,6 +165,17 @@ unsafe impl Platform for Kernel {
 
     fn pause(&self) {
         hooks::pause();
+    }
+}
+
+/// The kernel's allocator, for vCPUs that exit for more reasons than their ledgers have histograms.
+struct Allocator;
+
+// SAFETY: The memory is zeroed and nobody else's. The registry frees it with the vCPU.
+unsafe impl Supply for Allocator {
+    fn more(&self) -> Option<NonNull<MoreHistograms>> {
+        let layout = Layout::new::<MoreHistograms>();
+        Some(hooks::allocate(layout.size(), false)?.cast())
     }
 }
 
@@ -448,10 +461,16 @@ pub(crate) fn exit<'a, const RING: bool, E: Event>(
 #[inline(always)]
 fn exit_of(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, slot: Slot) {
     if vcpu.runs_nested() {
-        ledger.exit_from_nested(now, slot);
+        exit_from_nested(ledger, now, slot);
     } else {
-        ledger.exit(now, slot);
+        ledger.exit_of::<false>(now, slot, Allocator);
     }
+}
+
+/// Take an exit of a nested guest.
+#[inline(never)]
+fn exit_from_nested(ledger: &Ledger, now: u64, slot: Slot) {
+    ledger.exit_of::<true>(now, slot, Allocator);
 }
 
 /// Take an exit whose code has more to it.
@@ -507,7 +526,7 @@ fn exit_with<const RING: bool, E: Event>(
         }
         // It is found out there whether there is one.
         true => exit_apart((ledger, vcpu), now, isa, slot, event),
-        false => ledger.exit_otherwise(tables, now, &about, key),
+        false => ledger.exit_otherwise(tables, now, &about, key, Allocator),
     }
 }
 
@@ -541,8 +560,8 @@ fn exit_composed(
         rip: event.rip(),
     };
     match tables.has_ring() {
-        true => ledger.exit_with::<true>(tables, now, &about),
-        false => ledger.exit_with::<false>(tables, now, &about),
+        true => ledger.exit_with::<true>(tables, now, &about, Allocator),
+        false => ledger.exit_with::<false>(tables, now, &about, Allocator),
     }
 }
 
@@ -565,7 +584,7 @@ fn exit_apart(
         key: detail::key(isa, slot, &event),
         rip: event.rip(),
     };
-    ledger.exit_otherwise(tables, now, &about, about.whole_key());
+    ledger.exit_otherwise(tables, now, &about, about.whole_key(), Allocator);
 }
 
 /// Take a VM entry.

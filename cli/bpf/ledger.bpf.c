@@ -158,29 +158,30 @@ static __always_inline struct ledger *ledger_at(u64 place)
 
 /* A row of a ledger, from the ledger's begin on. */
 struct row {
-	char before[offsetof(struct ledger, cells)];
+	char before[offsetof(struct ledger, rows)];
 	u64 cells[ROW];
 };
 
 /*
- * Where a row begins in the ledger's cells is a multiple of 64 below SLOTS * 64. The mask changes no such number. It proves to
- * the verifier that the row is within the ledger.
+ * The place of a row is a multiple of 64 below ROWS * 64. The mask changes no such number. It proves to the verifier that the
+ * row is within the ledger.
  */
-#define mask_of_rows(place) asm volatile("%0 &= 0x3fc0" : "+r"(place))
+#define mask_of_rows(place) asm volatile("%0 &= 0xfc0" : "+r"(place))
 
-/* Return a row, by where it begins in the ledger's cells: a place that the verifier knows to be within. */
-static __always_inline struct row *row_from(struct ledger *ledger, u64 place)
+/* Return the row at a place. */
+static __always_inline struct row *row_at(struct ledger *ledger, u64 place)
 {
+	mask_of_rows(place);
 	/* The sum takes the place's register. The compiler would copy the ledger's. */
 	asm volatile("%0 += %1" : "+r"(place) : "r"(ledger));
 	return (struct row *)place;
 }
 
-/* Return a row, by where it begins in the ledger's cells. */
-static __always_inline struct row *row_at(struct ledger *ledger, u64 place)
+/* Return the number of the row at a place: below ROWS, and the verifier sees that it is below 64. */
+static __always_inline u64 row_number(u64 place)
 {
 	mask_of_rows(place);
-	return row_from(ledger, place);
+	return place / (ROW * sizeof(u64));
 }
 
 /* Begin a transition at @now, or a tick after the @last one; return its time. */
@@ -203,16 +204,64 @@ static __always_inline void end_transition(struct ledger *ledger, u64 now)
 static __always_inline void book(struct ledger *ledger, u32 phase, u64 ticks)
 {
 	if (phase == WAITING) {
-		u32 slot = ledger->row / (ROW * sizeof(u64));
+		u64 number = row_number(ledger->row);
 
-		forget(slot);
-		if (slot < SLOTS)
-			ledger->waiting[slot] += ticks;
+		forget(number);
+		if (number < ROWS)
+			ledger->waiting[number] += ticks;
 		return;
 	}
 	forget(phase);
 	if (phase < WAITING)
 		row_at(ledger, ledger->row)->cells[CYCLES + phase] += ticks;
+}
+
+/* Give a slot the row with a number, which is the next one; return its place. */
+static __always_inline u64 add_row(struct ledger *ledger, u64 number, u64 slot)
+{
+	u64 place = number * (ROW * sizeof(u64));
+
+	/* Row 0 is that of SLOT_START, for which nothing exits. The samples of the last ones are nobody's. */
+	row_at(ledger, place)->cells[HISTOGRAM] = number <= HISTOGRAMS ? number * BUCKETS : 0;
+	forget(number);
+	forget(slot);
+	if (number < ROWS)
+		ledger->slots[number] = slot;
+	if (slot < SLOTS)
+		ledger->places[slot] = place;
+	barrier();
+	*(volatile u32 *)&ledger->taken = number + 1;
+	return place;
+}
+
+/*
+ * Return the place of the row in which the first exit of a slot is counted: a new one of its own, or that of SLOT_OTHER when
+ * there is none left.
+ */
+static __always_inline u64 take_row(struct ledger *ledger, u64 slot)
+{
+	u64 other = ledger->places[SLOT_OTHER];
+	u64 taken = ledger->taken;
+
+	/* The last row is kept for SLOT_OTHER. */
+	if (taken + (!other && slot != SLOT_OTHER) < ROWS)
+		return add_row(ledger, taken, slot);
+	if (!other)
+		other = add_row(ledger, taken, SLOT_OTHER);
+	forget(slot);
+	if (slot < SLOTS)
+		ledger->places[slot] = other;
+	return other;
+}
+
+/* Return the slot in whose row an exit of a slot is counted: see take_row(). */
+static __always_inline u64 counted_as(struct ledger *ledger, u64 slot)
+{
+	u64 place = ledger->places[slot];
+
+	if (place)
+		return ledger->slots[row_number(place)];
+	return ledger->taken + !ledger->places[SLOT_OTHER] < ROWS ? slot : SLOT_OTHER;
 }
 
 /* Return the number of the VM, which gets one vCPU more. */
@@ -281,8 +330,7 @@ static __noinline u32 take_in(u64 vcpu, u32 phase)
 	owner->nests = known(nests_always) || read_kernel(u64, vcpu + known(vcpu_guest_mode)) != 0;
 
 	ledger->first = now;
-	ledger->used[SLOT_START / 64] = 1ULL << (SLOT_START % 64);
-	ledger->row = SLOT_START * ROW * sizeof(u64);
+	ledger->row = add_row(ledger, 0, SLOT_START);
 	ledger->phase = phase;
 	ledger->carried = phase == GUEST ? 0 : CLOSED;
 	*(volatile u64 *)&ledger->begun = now;
@@ -344,35 +392,13 @@ static __always_inline u64 slot_of(u64 code, int is_svm)
 	return code < 168 ? code : SLOT_OTHER;
 }
 
-/* End the transition of an exit that is its row's first: the row is in use, and has a histogram while there is one left. */
-static __noinline int begin_row(struct ledger *ledger, u64 now)
-{
-	u64 place = ledger->row;
-	struct row *row = row_at(ledger, place);
-	u64 slot = place / sizeof(row->cells);
-	u64 word = slot / 64;
-	u32 taken;
-
-	forget(word);
-	if (word < WORDS)
-		ledger->used[word] |= 1ULL << (slot % 64);
-	taken = ledger->taken;
-	if (taken < HISTOGRAMS) {
-		ledger->taken = taken + 1;
-		row->cells[HISTOGRAM] = (u64)(taken + 1) * BUCKETS;
-	}
-	row->cells[EXITS]++;
-	end_transition(ledger, now);
-	return 0;
-}
-
 static __always_inline void count_nested(struct ledger *ledger, u64 place)
 {
-	u64 slot = place / (ROW * sizeof(u64));
+	u64 number = row_number(place);
 
-	forget(slot);
-	if (slot < SLOTS)
-		ledger->nested[slot]++;
+	forget(number);
+	if (number < ROWS)
+		ledger->nested[number]++;
 }
 
 static __noinline int lose_exit(void)
@@ -385,30 +411,46 @@ static __noinline int lose_exit(void)
 }
 
 /* The guest's time ends at @now, and the kernel's begins, for the reason whose row is at @place. */
-static __always_inline int leave_guest(struct ledger *ledger, u64 place, u64 now, int nested)
+static __always_inline int leave_guest_at(struct ledger *ledger, u64 place, u64 now, int nested)
 {
 	u64 last = ledger->last;
-	struct row *row;
 
 	now = begin_transition(ledger, now, last);
 	row_at(ledger, ledger->row)->cells[CYCLES + GUEST] += now - last;
 	ledger->phase = KERNEL;
 	ledger->row = place;
-	row = row_from(ledger, place);
 	if (nested)
 		count_nested(ledger, place);
-	if (unlikely(!row->cells[EXITS]))
-		return begin_row(ledger, now);
-	row->cells[EXITS]++;
+	row_at(ledger, place)->cells[EXITS]++;
 	end_transition(ledger, now);
 	return 0;
+}
+
+/* The same for the first exit of a slot. */
+static __noinline int leave_guest_first(struct ledger *ledger, u64 slot, u64 now, int nested)
+{
+	u64 last = ledger->last;
+
+	/* What a reader copies is written within the transition. */
+	now = begin_transition(ledger, now, last);
+	return leave_guest_at(ledger, take_row(ledger, slot), now, nested);
+}
+
+/* The same for any exit of a slot. */
+static __always_inline int leave_guest(struct ledger *ledger, u64 slot, u64 now, int nested)
+{
+	u64 place = ledger->places[slot];
+
+	if (unlikely(!place))
+		return leave_guest_first(ledger, slot, now, nested);
+	return leave_guest_at(ledger, place, now, nested);
 }
 
 /*
  * SVM: the tracepoint came late. Up to at least Linux 6.1 KVM calls it when interrupts and preemption are on again, so the vCPU
  * may have left its CPU and come back since the guest's time ended. That time is the kernel's, and the exit is one.
  */
-static __noinline int leave_late(struct ledger *ledger, u64 place, u64 now, int nested)
+static __noinline int leave_late(struct ledger *ledger, u64 slot, u64 now, int nested)
 {
 	u64 last = ledger->last;
 
@@ -416,7 +458,7 @@ static __noinline int leave_late(struct ledger *ledger, u64 place, u64 now, int 
 	row_at(ledger, ledger->row)->cells[CYCLES + KERNEL] += now - last;
 	ledger->carried = 0;
 	end_transition(ledger, now);
-	return leave_guest(ledger, place, now, nested);
+	return leave_guest(ledger, slot, now, nested);
 }
 
 /* Return the exit reason that the hardware told, and on SVM from which VMCB. */
@@ -426,15 +468,6 @@ static __always_inline u32 exit_code(u64 vcpu, int is_svm, int can_cast, u64 *vm
 		return read_by(can_cast, u32, vcpu + known(vmx_exit_reason));
 	*vmcb = read_by(can_cast, u64, vcpu + known(svm_vmcb));
 	return read_by(can_cast, u32, *vmcb + known(vmcb_exit_code));
-}
-
-/* Return where the row of an exit reason begins among the cells. */
-static __always_inline u64 place_of(u64 code, int is_svm)
-{
-	u64 slot = slot_of(code, is_svm);
-
-	forget(slot);
-	return slot * (ROW * sizeof(u64));
 }
 
 /* Return true if the exit is one of a nested guest; @vmcb as exit_code() gave it. */
@@ -450,16 +483,16 @@ static __always_inline int leave_slowly(u64 vcpu, u64 now, int is_svm)
 {
 	struct here *here = here_with(vcpu, GUEST);
 	struct ledger *ledger = ledger_at(here->ledger);
-	u64 vmcb = 0, place;
+	u64 vmcb = 0, slot;
 	int nested;
 
 	if (here->vcpu & UNMETERED)
 		return lose_exit();
-	place = place_of(exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb), is_svm);
+	slot = slot_of(exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb), is_svm);
 	nested = is_nested(here, vcpu, vmcb, is_svm);
 	if (is_svm && ledger->phase != GUEST)
-		return leave_late(ledger, place, now, nested);
-	return leave_guest(ledger, place, now, nested);
+		return leave_late(ledger, slot, now, nested);
+	return leave_guest(ledger, slot, now, nested);
 }
 
 static __noinline int leave_slowly_vmx(u64 vcpu, u64 now)
@@ -472,9 +505,9 @@ static __noinline int leave_slowly_svm(u64 vcpu, u64 now)
 	return leave_slowly(vcpu, now, 1);
 }
 
-static __noinline int leave_nested(struct ledger *ledger, u64 place, u64 now)
+static __noinline int leave_nested(struct ledger *ledger, u64 slot, u64 now)
 {
-	return leave_guest(ledger, place, now, 1);
+	return leave_guest(ledger, slot, now, 1);
 }
 
 /*
@@ -495,7 +528,7 @@ static __always_inline int leave_vmx(struct bpf_raw_tracepoint_args *args, int c
 	reason = vcpu + known(vmx_exit_reason);
 	forget(reason);
 	ledger = ledger_at(here->ledger);
-	return leave_guest(ledger, place_of(read_by(can_cast, u32, reason), 0), now, 0);
+	return leave_guest(ledger, slot_of(read_by(can_cast, u32, reason), 0), now, 0);
 }
 
 static __always_inline int leave_svm(struct bpf_raw_tracepoint_args *args, int can_cast)
@@ -504,18 +537,18 @@ static __always_inline int leave_svm(struct bpf_raw_tracepoint_args *args, int c
 	u64 now = bpf_ktime_get_ns();
 	struct here *here = this_cpu();
 	struct ledger *ledger;
-	u64 own, vmcb, place;
+	u64 own, vmcb, slot;
 
 	if (unlikely(here->vcpu != vcpu))
 		return leave_slowly_svm(vcpu, now);
 	own = here->vmcb;
 	ledger = ledger_at(here->ledger);
-	place = place_of(exit_code(vcpu, 1, can_cast, &vmcb), 1);
+	slot = slot_of(exit_code(vcpu, 1, can_cast, &vmcb), 1);
 	if (unlikely(ledger->phase != GUEST))
-		return leave_late(ledger, place, now, vmcb != own);
+		return leave_late(ledger, slot, now, vmcb != own);
 	if (unlikely(vmcb != own))
-		return leave_nested(ledger, place, now);
-	return leave_guest(ledger, place, now, 0);
+		return leave_nested(ledger, slot, now);
+	return leave_guest(ledger, slot, now, 0);
 }
 
 SEC("raw_tracepoint/kvm_exit")
@@ -557,14 +590,13 @@ static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, 
 	u32 index = here->index, which;
 	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
 	struct tables *tables = tables_of(index);
-	u64 vmcb = 0, slot, place;
+	u64 vmcb = 0, slot;
 	int nested;
 
 	if (here->vcpu & UNMETERED || !owner || !tables)
 		return lose_exit();
 	slot = slot_of(exit_code(vcpu, is_svm, known(can_cast) != 0, &vmcb), is_svm);
-	place = slot * (ROW * sizeof(u64));
-	mask_of_rows(place);
+	slot = counted_as(ledger, slot);
 	nested = is_nested(here, vcpu, vmcb, is_svm);
 
 	which = slot | OWNER_PENDING | (nested ? WHICH_NESTED : 0);
@@ -583,8 +615,8 @@ static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, 
 		begin_tables(ledger, tables, now);
 	owner->exits++;
 	if (is_svm && ledger->phase != GUEST)
-		return leave_late(ledger, place, now, nested);
-	return leave_guest(ledger, place, now, nested);
+		return leave_late(ledger, slot, now, nested);
+	return leave_guest(ledger, slot, now, nested);
 }
 
 SEC("raw_tracepoint/kvm_exit")
@@ -634,7 +666,7 @@ static __always_inline void sample(struct ledger *ledger, struct row *row, u64 t
 	place = row->cells[HISTOGRAM] + bucket;
 	/* It is below (1 + HISTOGRAMS) * BUCKETS; behind the last ledger is room for what the mask would leave. */
 	asm volatile("%0 &= 0xfff" : "+r"(place));
-	ledger->cells[ROWS + place]++;
+	ledger->histograms[0][place]++;
 }
 
 /* The rest of an entry of which not all is as usual. */
@@ -854,7 +886,7 @@ AT_FUNCTION(kvm_arch_vcpu_put, on_put)
 	ticks = now - last;
 	left = ledger->phase;
 	if (known(details))
-		leave_cpu_detailed(here->index, vcpu, ledger->row / (ROW * sizeof(u64)), left, phase, ticks);
+		leave_cpu_detailed(here->index, vcpu, ledger->slots[row_number(ledger->row)], left, phase, ticks);
 	book(ledger, left, ticks);
 	ledger->phase = phase;
 	carried = ledger->carried;
@@ -925,31 +957,34 @@ static long fold_bucket(u32 bucket, struct folding *folding)
 	forget(slot);
 	if (bucket >= BUCKETS || slot >= SLOTS || place >= (1 + HISTOGRAMS) * BUCKETS)
 		return 1;
-	samples = folding->ledger->cells[ROWS + place];
+	samples = folding->ledger->histograms[0][place];
 	if (samples)
 		__sync_fetch_and_add(&folding->totals->histograms[slot][bucket], samples);
 	return 0;
 }
 
 /* Add one row to the totals. */
-static long fold_row(u32 slot, struct folding *folding)
+static long fold_row(u32 number, struct folding *folding)
 {
 	struct ledger *ledger = folding->ledger;
 	u64 *from, *to;
+	u32 slot;
 
+	forget(number);
+	if (number >= ROWS || number >= ledger->taken)
+		return 1;
+	slot = ledger->slots[number];
 	forget(slot);
 	if (slot >= SLOTS)
 		return 1;
-	if (!(ledger->used[slot / 64] >> (slot % 64) & 1))
-		return 0;
-	from = &ledger->cells[slot * ROW];
+	from = ledger->rows[number];
 	to = folding->totals->rows[slot];
 	__sync_fetch_and_add(&to[0], from[EXITS]);
-	__sync_fetch_and_add(&to[1], ledger->nested[slot]);
+	__sync_fetch_and_add(&to[1], ledger->nested[number]);
 #pragma unroll
 	for (u32 phase = 0; phase < WAITING; phase++)
 		__sync_fetch_and_add(&to[2 + phase], from[CYCLES + phase]);
-	__sync_fetch_and_add(&to[2 + WAITING], ledger->waiting[slot]);
+	__sync_fetch_and_add(&to[2 + WAITING], ledger->waiting[number]);
 	raise(&to[2 + PHASES], from[MAX]);
 	folding->slot = slot;
 	folding->place = from[HISTOGRAM];
@@ -1009,7 +1044,7 @@ static __always_inline int let_go(u64 vcpu, int is_new)
 	folding.ledger = ledger;
 	folding.totals = totals;
 	__sync_fetch_and_add(&totals->begun, 1);
-	bpf_loop(SLOTS, fold_row, &folding, 0);
+	bpf_loop(ROWS, fold_row, &folding, 0);
 	__sync_fetch_and_add(&totals->polled, is_new ? owner->polled : polled_by(vcpu) - owner->polled_before);
 	*(volatile u64 *)&owner->generation = owner->generation + 1;
 	__sync_fetch_and_add(&totals->done, 1);

@@ -3,17 +3,20 @@
  * A vCPU's ledger and what stands beside it, as the tool reads them.
  *
  * struct ledger is `Ledger` of src/meter/ledger.rs, to the byte: the tool maps it and copies it by the module's own code.
- * Both files state these offsets, and neither compiles with others.
+ * Behind it are the histograms that the module allocates when a vCPU needs them (`MoreHistograms`). Both files state these
+ * offsets, and neither compiles with others.
  */
 #ifndef EXITMETER_BPF_LEDGER_H
 #define EXITMETER_BPF_LEDGER_H
 
 #include "kernel.h"
 
-/* Rows of a ledger; reasons.rs says which code has which. */
+/* Exit reasons; reasons.rs says which code has which slot. */
 #define SLOTS 178
 #define SLOT_OTHER 176
 #define SLOT_START 177
+/* Rows of a ledger: a reason takes one when it first occurs. */
+#define ROWS 60
 /* Numbers of a row, and where they are. */
 #define ROW 8
 #define EXITS 0
@@ -21,12 +24,12 @@
 #define MAX 6
 #define HISTOGRAM 7
 #define BUCKETS 64
-#define HISTOGRAMS 33
+/* Rows that have a histogram, from row 1 on, and those of them whose histograms are the ledger's own. */
+#define HISTOGRAMS 36
+#define OWN_HISTOGRAMS 20
 /* The table that has the bucket of a time. */
 #define BUCKET_STEPS 4
 #define BUCKET_STEP 2048
-#define WORDS 3
-#define ROWS (SLOTS * ROW)
 
 enum phase { GUEST, KERNEL, USER, HALTED, PREEMPTED, WAITING, PHASES };
 
@@ -37,26 +40,37 @@ struct ledger {
 	u64 begun;
 	u64 last;
 	u64 carried;
-	/* Where the row of the latest exit begins, in bytes. */
+	/* The place of the latest exit's row: where it begins among the rows, in bytes. */
 	u32 row;
 	u32 phase;
 	u64 first;
+	/* Rows in use. */
 	u32 taken;
 	u32 unused_;
-	u64 used[WORDS];
 	/* The module's. */
 	u64 tables;
-	u64 cells[ROWS + (1 + HISTOGRAMS) * BUCKETS] __attribute__((aligned(64)));
-	u64 nested[SLOTS];
-	u64 waiting[SLOTS];
+	u64 more;
+	/* By slot: the place of its row; 0 while it has none. */
+	__u16 places[SLOTS];
+	/* By row: the slot that has it. */
+	u8 slots[ROWS];
+	u64 rows[ROWS][ROW] __attribute__((aligned(64)));
+	u64 nested[ROWS];
+	u64 waiting[ROWS];
+	u64 histograms[1 + OWN_HISTOGRAMS][BUCKETS];
+	u64 more_histograms[HISTOGRAMS - OWN_HISTOGRAMS][BUCKETS];
 } __attribute__((aligned(64)));
 
 _Static_assert(offsetof(struct ledger, first) == 32, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, used) == 48, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, cells) == 128, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, nested) == 28928, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, waiting) == 30352, "as in ledger.rs");
-_Static_assert(sizeof(struct ledger) == 31808, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, tables) == 48, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, places) == 64, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, slots) == 420, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, rows) == 512, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, nested) == 4352, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, waiting) == 4832, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, histograms) == 5312, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, more_histograms) == 16064, "as in ledger.rs");
+_Static_assert(sizeof(struct ledger) == 16064 + 8192, "as in ledger.rs");
 
 /* Whose a ledger is. */
 struct owner {

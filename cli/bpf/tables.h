@@ -439,16 +439,22 @@ struct beginning {
 	struct tables *tables;
 };
 
-/* Take down what the ledger has of a reason: a body of bpf_loop(). */
-static long take_down(u32 slot, struct beginning *beginning)
+/* Take down what a row of the ledger has: a body of bpf_loop(). The reasons without a row have none. */
+static long take_down(u32 number, struct beginning *beginning)
 {
+	struct ledger *ledger = beginning->ledger;
 	struct baseline *baseline;
 	u64 *cells;
+	u32 slot;
 
+	forget(number);
+	if (number >= ROWS || number >= ledger->taken)
+		return 1;
+	slot = ledger->slots[number];
 	forget(slot);
 	if (slot >= SLOTS)
 		return 1;
-	cells = &beginning->ledger->cells[slot * ROW];
+	cells = ledger->rows[number];
 	baseline = &beginning->tables->baseline[slot];
 	baseline->exits = cells[EXITS];
 	baseline->kernel = cells[CYCLES + KERNEL];
@@ -461,7 +467,7 @@ static __noinline int begin_tables(struct ledger *ledger, struct tables *tables,
 {
 	struct beginning beginning = { .ledger = ledger, .tables = tables };
 
-	bpf_loop(SLOTS, take_down, &beginning, 0);
+	bpf_loop(ROWS, take_down, &beginning, 0);
 	tables->since = now;
 	tables->slow.has_begun = 1;
 	tables->slow.windows[0].begun = now;

@@ -5,11 +5,11 @@
 
 #[cfg(not(loom))]
 pub(crate) use core::sync::atomic::{
-    fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, AtomicUsize, Ordering,
 };
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{
-    fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, AtomicUsize, Ordering,
 };
 
 /// A cell of which [`own`] reads.
@@ -42,6 +42,19 @@ macro_rules! cells {
 }
 
 cells!(AtomicU16: u16, AtomicU32: u32, AtomicU64: u64);
+
+impl<T> Cell for AtomicPtr<T> {
+    type Value = *mut T;
+    #[cfg(not(loom))]
+    #[inline(always)]
+    fn at(&self) -> *const *mut T {
+        self.as_ptr()
+    }
+    #[cfg(loom)]
+    fn value(&self) -> *mut T {
+        self.load(Ordering::Relaxed)
+    }
+}
 
 /// Read a cell that only this thread writes. Unlike the load of an atomic this one can be part of
 /// another instruction.

@@ -238,6 +238,20 @@ unsafe fn free<T>(platform: &impl Platform, value: *mut T) {
     }
 }
 
+/// Free the histograms for which a vCPU's ledger had no room.
+///
+/// # Safety
+///
+/// Nobody may write or copy the ledger any more, and the [`ledger::Supply`] that gave them must take
+/// memory from the same platform.
+unsafe fn free_more(platform: &impl Platform, member: &Member) {
+    // SAFETY: By the contract of this function.
+    if let Some(more) = unsafe { member.ledger.take_more() } {
+        // SAFETY: As above.
+        unsafe { free(platform, more.as_ptr()) };
+    }
+}
+
 /// The state, while the lock is held.
 struct Locked<'a, P: Platform> {
     registry: &'a Registry<P>,
@@ -583,6 +597,9 @@ impl<P: Platform> Registry<P> {
         }
         fence(Acquire);
         self.retire_tables(member);
+        // SAFETY: KVM has destroyed the vCPU, and nobody holds it who could copy it. Queries do not
+        // look at histograms.
+        unsafe { free_more(&self.platform, member) };
         let room = NonNull::from(&member.retired).cast();
         let memory = member.address().cast();
         // SAFETY: It is in no list any more, and nobody holds it; queries that still read it are
@@ -650,6 +667,7 @@ impl<P: Platform> Drop for Registry<P> {
                         let member = member.load(Relaxed);
                         if let Some(it) = member.as_ref() {
                             free(&self.platform, it.ledger.set_tables(null_mut()));
+                            free_more(&self.platform, it);
                         }
                         free(&self.platform, member);
                     }

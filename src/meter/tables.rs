@@ -191,6 +191,16 @@ impl Which {
         self.0 & IS_NESTED != 0
     }
 
+    /// Return the same and the key of an exit that the ledger counts in the row of
+    /// [`Slot::OTHER`]. Its detail, if it has one, would be another reason's.
+    pub(super) fn as_other(self, key: u64) -> (Self, u64) {
+        if self.slot() == Slot::OTHER {
+            return (self, key);
+        }
+        let which = self.0 & !SLOT | Slot::OTHER.index() as u32;
+        (Self(which), slow::key(Slot::OTHER, self.is_nested()))
+    }
+
     /// Return the place of the row of the ledger.
     #[inline(always)]
     const fn place(self) -> u32 {
@@ -355,11 +365,14 @@ fn all_exits(exits: &AtomicU64, missed: &AtomicU64) -> u64 {
 }
 
 /// Where a tag of exits to user space has the reason.
-pub(super) const REASON_SHIFT: u32 = 16;
+const REASON_SHIFT: u32 = 16;
 
-/// Return the tag of exits to user space: the reason, from 1 as no tag is 0, and why.
-const fn user_tag(slot: Slot, why: u16) -> u64 {
-    (slot.index() as u64).wrapping_add(1) << REASON_SHIFT | why as u64
+/// Return the tag of exits to user space: the index of the reason's slot, from 1 as no tag is 0,
+/// and why.
+#[inline(always)]
+pub(super) const fn user_tag(slot: u8, why: u16) -> u64 {
+    let reason = (slot as u32).wrapping_add(1);
+    (reason << REASON_SHIFT | why as u32) as u64
 }
 
 impl Tables {
@@ -702,12 +715,12 @@ impl Tables {
             // It was there before, for that reason, or for another one.
             let row = own(&self.user) as usize;
             let tag = own(&self.user_at(row).tag);
-            return match tag >> REASON_SHIFT == user_tag(slot, 0) >> REASON_SHIFT {
+            return match tag >> REASON_SHIFT == user_tag(slot.index() as u8, 0) >> REASON_SHIFT {
                 true => row,
                 false => 0,
             };
         };
-        let tag = user_tag(slot, why);
+        let tag = user_tag(slot.index() as u8, why);
         let mut offset = ROW;
         for _ in 0..USERS {
             let row = self.user_at(offset);

@@ -13,7 +13,7 @@ use exitmeter_meter::{
         tables::{Asker, Place},
         LeafMap, Leaves, Query, Registers,
     },
-    ledger::{Ledger, LedgerCopy, Totals},
+    ledger::{Ledger, LedgerCopy, NoSupply, Totals},
     phase::Phase,
     reader::{self, Snapshot},
     reasons::{self, Isa},
@@ -114,7 +114,8 @@ impl Vcpu {
             rip: Some(rip),
         };
         let now = self.at(40);
-        self.ledger.exit_with::<true>(&self.tables, now, &about);
+        self.ledger
+            .exit_with::<true>(&self.tables, now, &about, NoSupply);
     }
 
     fn end(&mut self, ticks: u64) {

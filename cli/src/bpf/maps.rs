@@ -21,7 +21,7 @@ use aya::{maps::MapData, Pod};
 use exitmeter_meter::{
     histogram::BUCKETS,
     leaves::LeafMap,
-    ledger::{Ledger, LedgerCopy, RowCopy, Totals},
+    ledger::{Copying, Histogram, Ledger, LedgerCopy, More, MoreHistograms, RowCopy, Totals},
     phase::Phase,
     reasons::{Isa, Slot, SLOTS},
     snapshot::{size_for, Encoder, Host, Identity, NAME_SIZE},
@@ -34,11 +34,14 @@ use rustix::{
 
 use super::Error;
 
+/// Words of a ledger, with the histograms behind it.
+const LEDGER: usize = (size_of::<Ledger>() + size_of::<MoreHistograms>()) / 8;
+
 /// The maps that a reader takes, by their names.
 pub const NAMES: [&str; 5] = ["ledgers", "owners", "gone", "meter", "tables"];
 
 /// The version of the maps, `layout` of struct meter. It changes when older readers would misread them.
-const LAYOUT: u64 = 0x4558_4954_0003;
+const LAYOUT: u64 = 0x4558_4954_0004;
 
 /// How often a vCPU's ledger is tried to be copied. Each try is a microsecond, and the programs leave as much between two
 /// transitions.
@@ -201,7 +204,7 @@ impl Maps {
         mut data: impl FnMut(&'static str) -> Result<MapData, Error>,
     ) -> Result<Self, Error> {
         let [ledgers, owners, gone, meter, tables] = NAMES;
-        let (ledgers, room) = Mapped::new(data(ledgers)?, size_of::<Ledger>() / 8)?;
+        let (ledgers, room) = Mapped::new(data(ledgers)?, LEDGER)?;
         let (owners, others) = Mapped::new(data(owners)?, owner::WORDS)?;
         let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
         let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
@@ -270,15 +273,20 @@ impl Maps {
         self.owners.word(index * owner::WORDS + owner::GENERATION)
     }
 
-    fn ledger(&self, index: usize) -> Option<&Ledger> {
-        let words = size_of::<Ledger>() / 8;
-        let first = self.ledgers.words().get(index * words..)?;
-        if first.len() < words {
-            return None;
+    /// Return a ledger, and the histograms behind it.
+    fn ledger(&self, index: usize) -> Option<(&Ledger, &[Histogram])> {
+        let words = self.ledgers.words().get(index * LEDGER..)?;
+        let (ledger, more) = words.get(..LEDGER)?.split_at(size_of::<Ledger>() / 8);
+        // SAFETY: So many bytes are there, at a multiple of 64 as the map begins with a page. A ledger and histograms are
+        // made of atomics, for which any bytes will do. A ledger's pointers are not followed by what copies it without the
+        // module's tables, and with histograms that are behind it.
+        unsafe {
+            let count = size_of_val(more) / size_of::<Histogram>();
+            Some((
+                &*ledger.as_ptr().cast(),
+                std::slice::from_raw_parts(more.as_ptr().cast(), count),
+            ))
         }
-        // SAFETY: So many bytes are there, at a multiple of 64 as the map begins with a page. A ledger is made of
-        // atomics, for which any bytes will do; its pointer is not followed without the module's tables.
-        Some(unsafe { &*first.as_ptr().cast() })
     }
 
     fn tables(&self, index: usize) -> Option<&Tables> {
@@ -312,7 +320,7 @@ impl Maps {
         let generation = self.generation(index);
         // ORDERING: What is read of the vCPU is read after this, and before the next look at the generation.
         fence(Acquire);
-        let Some(ledger) = self.ledger(index).filter(|_| generation & 1 != 0) else {
+        let Some((ledger, more)) = self.ledger(index).filter(|_| generation & 1 != 0) else {
             return Ok(None);
         };
         let mut copied = Copied {
@@ -322,16 +330,18 @@ impl Maps {
             ledger: Box::default(),
             tables: self.has_details().then(Box::default),
         };
-        let mut tables = self.tables(index).zip(copied.tables.as_deref_mut());
         let still_has_it = || {
             fence(Acquire);
             self.generation(index) == generation
         };
+        let mut copying = Copying {
+            ledger,
+            more: More::behind(more),
+            out: &mut copied.ledger,
+            tables: self.tables(index).zip(copied.tables.as_deref_mut()),
+        };
         let mut tries = 0;
-        while ledger
-            .copy_with(64, &mut copied.ledger, &mut tables)
-            .is_none()
-        {
+        while copying.copy(64).is_none() {
             if !still_has_it() {
                 return Ok(None);
             }

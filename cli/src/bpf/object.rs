@@ -18,7 +18,10 @@ use aya_obj::{
     },
     Object as Parsed, ProgramSection,
 };
-use exitmeter_meter::{histogram, ledger::Ledger};
+use exitmeter_meter::{
+    histogram,
+    ledger::{Ledger, MoreHistograms},
+};
 
 use super::{attach::refused, layout::Layout, sys, Error};
 
@@ -47,8 +50,8 @@ const STEPS: usize = 4;
 /// See [`STEPS`].
 const STEP: usize = 2048;
 
-/// Bytes of a ledger.
-const LEDGER: u32 = size_of::<Ledger>() as u32;
+/// Bytes of a ledger, with the histograms behind it.
+const LEDGER: u32 = (size_of::<Ledger>() + size_of::<MoreHistograms>()) as u32;
 
 /// Room behind the ledgers that only the verifier wants: a ledger at any byte of theirs, and see sample() of
 /// cli/bpf/ledger.bpf.c.

@@ -9,7 +9,10 @@ use crate::meter::{
     reasons::{Slot, SLOTS},
 };
 
-use super::{HISTOGRAMS, WORDS};
+use super::HISTOGRAMS;
+
+/// Words of the bitmap of rows in use.
+pub(super) const WORDS: usize = SLOTS.div_ceil(64);
 
 /// The histogram of a row that has none.
 static NONE: Buckets = EMPTY;
@@ -40,7 +43,7 @@ impl Iterator for Slots {
 
 /// Return the rows whose bits are set.
 #[inline]
-pub(super) fn slots_in(rows: [u64; WORDS]) -> Slots {
+fn slots_in(rows: [u64; WORDS]) -> Slots {
     Slots { rows, word: 0 }
 }
 
@@ -105,7 +108,7 @@ pub struct LedgerCopy {
     /// For each row the number of its histogram, counted from 1; 0 for none.
     numbers: [u8; SLOTS],
     /// For each row the kernel ticks at which its histogram was copied, and 1; 0 while it was not.
-    pub(super) sampled: [u64; SLOTS],
+    sampled: [u64; SLOTS],
     histograms: [Buckets; HISTOGRAMS],
 }
 
@@ -145,6 +148,18 @@ impl LedgerCopy {
     #[inline]
     pub(super) fn sampled(&self, slot: Slot) -> u64 {
         self.sampled.get(slot.index()).copied().unwrap_or(0)
+    }
+
+    /// Have the next copy take each histogram anew.
+    pub(super) fn forget_histograms(&mut self) {
+        self.sampled = [0; SLOTS];
+    }
+
+    /// Have the next copy take the histograms of rows anew whose bits are set.
+    pub(super) fn forget_histograms_of(&mut self, rows: [u64; WORDS]) {
+        for slot in slots_in(rows) {
+            self.set_sampled(slot, 0);
+        }
     }
 
     #[inline]

@@ -12,7 +12,7 @@ use core::{
 };
 
 use crate::meter::{
-    ledger::Ledger,
+    ledger::{Ledger, More},
     phase::Phase,
     reasons::{Slot, SLOTS},
     snapshot::Identity,
@@ -230,6 +230,12 @@ impl Member {
     pub(super) fn address(&self) -> NonNull<Self> {
         let address = core::ptr::from_ref(self) as usize as *mut Self;
         NonNull::new(address).unwrap_or(NonNull::from(self))
+    }
+
+    /// Return where a copy finds the histograms for which the ledger has no room.
+    pub(super) fn more_histograms(&self) -> More<'_> {
+        // SAFETY: They are freed with the member.
+        unsafe { More::pointed() }
     }
 
     /// The vCPU and its VM, as people know them.

@@ -264,6 +264,7 @@ impl<P: Platform> Registry<P> {
             member,
             Copying {
                 ledger: &member.ledger,
+                more: member.more_histograms(),
                 out,
                 tables: None,
             },
@@ -335,6 +336,7 @@ impl<P: Platform> Registry<P> {
                 tables.clear();
                 let copying = Copying {
                     ledger: &member.ledger,
+                    more: member.more_histograms(),
                     out: copy,
                     tables: its_tables.map(|it| (it, &mut *tables)),
                 };

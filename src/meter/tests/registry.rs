@@ -16,7 +16,7 @@ use std::{
 
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Query},
-    ledger::{Copying, LedgerCopy, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, NoSupply, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     reasons::{slot, Isa},
@@ -1070,7 +1070,7 @@ fn slow_exits_are_told_with_their_cpu() {
             key: None,
             rip: Some(0x1000),
         };
-        ledger.exit_with::<true>(tables, now + 100, &about);
+        ledger.exit_with::<true>(tables, now + 100, &about, NoSupply);
         now += 100 + ticks;
         ledger.entry_with(tables, now, || if place == 1 { 7 } else { 9 });
     };

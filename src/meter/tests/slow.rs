@@ -5,7 +5,7 @@
 
 use exitmeter_meter::{
     detail,
-    ledger::{Ledger, LedgerCopy},
+    ledger::{Ledger, LedgerCopy, NoSupply},
     phase::Phase,
     reasons::{self, Isa, Slot},
     slow::{Leaving, Slow, SlowCopy, SlowExit, KEPT, MOST_BYTES, RING, WINDOW},
@@ -174,10 +174,10 @@ impl Metered {
         match self.limit {
             0 => self
                 .ledger
-                .exit_with::<false>(&self.tables, self.now, &about),
+                .exit_with::<false>(&self.tables, self.now, &about, NoSupply),
             _ => self
                 .ledger
-                .exit_with::<true>(&self.tables, self.now, &about),
+                .exit_with::<true>(&self.tables, self.now, &about, NoSupply),
         }
         if self.exits.is_empty() {
             self.windows = [self.now; 2];

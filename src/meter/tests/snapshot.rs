@@ -7,7 +7,7 @@ use exitmeter_meter::{
     detail,
     histogram::{bucket, quantile, Buckets, EMPTY},
     leaves::LeafMap,
-    ledger::{Ledger, LedgerCopy, Totals},
+    ledger::{Ledger, LedgerCopy, NoSupply, Totals},
     phase::Phase,
     reader::{Counter, Entry, Error, Kind, Missed, Snapshot, Unit},
     reasons::{self, Isa, Slot},
@@ -110,7 +110,7 @@ fn lived(
                     .then_some(detail::key_of(slot, (u64::from(code) << 8) + number % 3)),
                 rip: (!no_rip).then_some(0xffff_ffff_8100_0000 + number % 2),
             };
-            ledger.exit_with::<true>(&tables, now, &about);
+            ledger.exit_with::<true>(&tables, now, &about, NoSupply);
             // One of the kernel's ticks comes after what else there is.
             now += kernel - 1;
             if phase != Phase::Kernel {
@@ -1120,7 +1120,7 @@ proptest! {
     #[test]
     fn any_ledgers_read_back(
         lives in proptest::collection::vec(
-            proptest::collection::vec((0..reasons::SLOTS, 0_u64..1 << 50, 0_u32..6), 0..EXITS),
+            proptest::collection::vec((0..Slot::START.index(), 0_u64..1 << 50, 0_u32..6), 0..EXITS),
             0..VCPUS,
         ),
         isa in prop_oneof![Just(Isa::Vmx), Just(Isa::Svm)],

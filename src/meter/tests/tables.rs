@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use exitmeter_meter::{
     detail,
-    ledger::{Ledger, LedgerCopy},
+    ledger::{Ledger, LedgerCopy, NoSupply},
     phase::Phase,
     reasons::{self, Isa, Slot},
     slow::Leaving,
@@ -141,7 +141,8 @@ impl Metered {
         };
         self.begun = true;
         let now = self.at(50);
-        self.ledger.exit_with::<false>(&self.tables, now, &about);
+        self.ledger
+            .exit_with::<false>(&self.tables, now, &about, NoSupply);
         if user != 0 {
             let now = self.at(kernel);
             self.ledger
@@ -360,7 +361,7 @@ fn tables_go_on_when_the_clock_begins_anew() {
         let begun = metered.at(100);
         metered
             .ledger
-            .exit_with::<false>(&metered.tables, begun, &about);
+            .exit_with::<false>(&metered.tables, begun, &about, NoSupply);
         let now = metered.at(10);
         if phase == Phase::User {
             metered
@@ -415,7 +416,7 @@ fn a_sample_is_whole_when_tables_come_or_go() {
                 ledger.entry_with(tables, now + 9_010, || 0);
             }
             false => {
-                ledger.exit_with::<false>(tables, now + 10, &about);
+                ledger.exit_with::<false>(tables, now + 10, &about, NoSupply);
                 ledger.leave_with(tables, now + 4_010, leaving(Phase::Halted, 0), || 0);
                 ledger.resume(now + 5_010);
                 ledger.entry(now + 9_010);
@@ -441,7 +442,7 @@ fn an_exit_whose_numbers_are_0_has_a_row() {
         let now = metered.at(50);
         metered
             .ledger
-            .exit_with::<false>(&metered.tables, now, &about);
+            .exit_with::<false>(&metered.tables, now, &about, NoSupply);
         let now = metered.at(20);
         metered.ledger.entry_with(&metered.tables, now, || 0);
     }

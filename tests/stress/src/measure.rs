@@ -12,7 +12,7 @@ use std::{
 
 use exitmeter_meter::{
     leaves::Query,
-    ledger::{Copying, LedgerCopy, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, More, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     registry::{
@@ -268,6 +268,8 @@ impl Guests {
                 WRITER as u32,
                 &mut Copying {
                     ledger: member.ledger(),
+                    // SAFETY: They are freed with the vCPU, which lives.
+                    more: unsafe { More::pointed() },
                     out: &mut copy,
                     tables: None,
                 },

@@ -18,7 +18,7 @@ use std::{
 
 use crossbeam_epoch::{pin, Guard};
 use exitmeter_meter::{
-    ledger::Copying,
+    ledger::{Copying, MoreHistograms, Supply},
     registry::{platform::Retired, Platform},
 };
 
@@ -182,6 +182,16 @@ unsafe fn vcpu_at<'a>(key: usize) -> &'a Vcpu {
     let vcpu = unsafe { &*(key as *const Vcpu) };
     assert!(vcpu.lives.load(Acquire), "a vCPU is read after it is gone");
     vcpu
+}
+
+// SAFETY: As for `Platform`, whose memory it is.
+unsafe impl Supply for &Native {
+    fn more(&self) -> Option<NonNull<MoreHistograms>> {
+        Some(
+            self.allocate(Layout::new::<MoreHistograms>(), false)?
+                .cast(),
+        )
+    }
 }
 
 // SAFETY:

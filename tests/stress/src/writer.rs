@@ -119,9 +119,10 @@ pub fn entry(meter: &Meter, cpu: &Cpu, key: usize) {
 pub fn exit(meter: &Meter, cpu: &Cpu, key: usize, code: u32, nested: bool) {
     if let Some(member) = running(meter, cpu, key) {
         let at = slot(Isa::Vmx, code);
+        let (ledger, memory) = (member.ledger(), meter.platform());
         match nested {
-            false => member.ledger().exit(ticks(), at),
-            true => member.ledger().exit_from_nested(ticks(), at),
+            false => ledger.exit_of::<false>(ticks(), at, memory),
+            true => ledger.exit_of::<true>(ticks(), at, memory),
         }
     }
 }

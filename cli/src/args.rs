@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The command line: which commands there are. What each takes, and what it does, is in its
-//! own room.
+//! The command line. Each command has its own module, with its options and what it does.
 
 use std::process::ExitCode;
 
@@ -26,12 +25,12 @@ Exit status:
      guest, or a damaged snapshot; one sentence on the standard error says which
   2  the command line was wrong";
 
-/// Shows where the time of virtual machines goes: every VM exit by its reason, with what
-/// it cost, as the kernel module exitmeter metered it.
+/// Show where the time of virtual machines goes: every VM exit by reason, with its cost, as metered
+/// by the kernel module exitmeter.
 #[derive(Debug, Parser)]
 #[command(version, after_help = STATUSES)]
 pub struct Args {
-    /// When to print in colours: auto is on a terminal, unless NO_COLOR is set.
+    /// When to use colours: auto (on a terminal, unless NO_COLOR is set), always or never.
     #[arg(
         long,
         global = true,
@@ -66,17 +65,12 @@ enum Command {
     Man(man::Args),
 }
 
-/// All of the command line, for those who describe it.
-pub fn command() -> clap::Command {
-    <Args as CommandFactory>::command()
-}
-
 impl Args {
-    /// Does what was asked for; the status to exit with.
+    /// Run the command and return the exit status.
     ///
     /// # Errors
     ///
-    /// One sentence that names what is missing and the remedy.
+    /// Returns one sentence that names what is missing and the remedy.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let out = &mut Output::stdout(self.color);
         match self.command {
@@ -95,8 +89,8 @@ impl Args {
             #[cfg(feature = "bpf")]
             Command::Bpf(args) => return args.run(out),
             Command::Reasons(args) => args.run(out)?,
-            Command::Completions(args) => args.run(out)?,
-            Command::Man(args) => args.run()?,
+            Command::Completions(args) => args.run(Args::command(), out)?,
+            Command::Man(args) => args.run(Args::command())?,
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -107,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
-        command().debug_assert();
+    fn clap_accepts_the_definitions() {
+        Args::command().debug_assert();
     }
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Commands that are run, and the exit statuses for how they end: those of env(1), nice(1) and
-//! timeout(1).
+//! Child commands, and exit statuses for how they end: those of env(1), nice(1) and timeout(1).
 
 use std::{
     ffi::{OsStr, OsString},
@@ -10,10 +9,10 @@ use std::{
     process::{ExitCode, ExitStatus},
 };
 
-/// Exit status when the tool itself failed, though a command was to be run.
+/// Exit status if the tool itself fails, though it was told to run a command.
 pub const FAILED: u8 = 125;
 
-/// Why a command does not run.
+/// A program that cannot be run.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot run {}: {error}", program.to_string_lossy())]
 pub struct Unrunnable {
@@ -22,13 +21,13 @@ pub struct Unrunnable {
 }
 
 impl Unrunnable {
-    /// Why this program does not.
+    /// Create the error for `program`.
     pub fn new(program: &OsStr, error: io::Error) -> Self {
         let program = program.to_owned();
         Self { program, error }
     }
 
-    /// The exit status for it: 127 when there is no such program, else 126.
+    /// Return the exit status: 127 if there is no such program, else 126.
     pub fn status(&self) -> u8 {
         match self.error.kind() {
             ErrorKind::NotFound => 127,
@@ -37,12 +36,13 @@ impl Unrunnable {
     }
 }
 
-/// Return the status to exit with when a command was to be run, or none (`command` is empty). With
-/// one, a failure is told here, and has a status that is not taken for the command's own.
+/// Return the tool's exit status. `command` is the child command that the tool was told to run, or
+/// empty. With a command, a failure is printed here and gets a status that is not taken for the
+/// command's own.
 ///
 /// # Errors
 ///
-/// The failure, without a command.
+/// Returns the failure if `command` is empty.
 pub fn exit_code(done: anyhow::Result<u8>, command: &[OsString]) -> anyhow::Result<ExitCode> {
     match done {
         Err(error) if !command.is_empty() => {
@@ -54,7 +54,7 @@ pub fn exit_code(done: anyhow::Result<u8>, command: &[OsString]) -> anyhow::Resu
     }
 }
 
-/// The exit status that tells how a command ended: its own, or 128 + N after signal N.
+/// Return the exit status for a command that ended: its own, or 128 + N after signal N.
 pub fn status(ended: ExitStatus) -> u8 {
     let signal = || ended.signal().map(|signal| signal | 128);
     let status = ended.code().or_else(signal);

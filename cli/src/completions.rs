@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter completions`: what a shell needs to complete commands and options.
+//! `exitmeter completions`: completion scripts for shells.
 
 use clap_complete::Shell;
 
-use crate::{args, output::Output};
+use crate::output::Output;
 
-/// Prints a script by which a shell completes commands and options.
+/// Print a script that completes commands and options in a shell.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-make install puts those of bash, zsh and fish where they are looked for.
+make install installs the scripts of bash, zsh and fish.
 
 Examples:
   source <(exitmeter completions bash)
   exitmeter completions fish > ~/.config/fish/completions/exitmeter.fish")]
 pub struct Args {
-    /// The shell.
+    /// Shell to print the script for.
     #[arg(value_enum)]
     shell: Shell,
 }
 
 impl Args {
-    /// Prints the script.
+    /// Print the completion script of `command`.
     ///
     /// # Errors
     ///
-    /// When there is nowhere to print.
-    pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
+    /// Returns an error if the output cannot be written.
+    pub fn run(self, mut command: clap::Command, out: &mut Output) -> anyhow::Result<()> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut args::command(), "exitmeter", &mut script);
+        clap_complete::generate(self.shell, &mut command, "exitmeter", &mut script);
         out.print(&String::from_utf8(script)?)?;
         Ok(())
     }

@@ -1,22 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Shows where the time of virtual machines goes, as the kernel module exitmeter metered it.
+//! Shows where the time of virtual machines goes, as metered by the kernel module exitmeter.
 //!
-//! The rooms: [`source`] gets the bytes of a snapshot, and [`model`] makes plain data of them
-//! (which is also what `--json` prints; [`spread`] is of single exits). Each command has a room
-//! with what it takes on the command line and what it does: [`report`], [`why`], [`slow`],
-//! [`record`], [`verify`] and [`reasons`] on the host, [`guest`] and [`stat`] in a guest. They print to [`output`], with
-//! [`table`], [`numbers`] and [`paint`] for the looks; [`command`] is of commands that they run,
-//! and [`signals`] of what would end them.
-//! [`names`] tells VMs by the names that people gave them.
-//! [`args`] says which commands there are, from which come [`man`] and [`completions`].
-//!
-//! Without the module, BPF programs keep the same numbers (room `bpf`, where it is compiled in).
-//!
-//! For Prometheus, the room `export` serves the numbers of a host, where it is compiled in.
-//!
-//! Over time: [`top`] shows snapshots as they come, [`record`] keeps them in a [`recording`],
-//! and [`plot`] draws it.
+//! - Data: [`source`] reads snapshots. [`model`] turns them into plain data, which is also what
+//!   `--json` prints; [`spread`] adds the distribution of single exits. [`names`] finds the names
+//!   that people gave their VMs.
+//! - Commands, each with its options: [`report`], [`why`], [`slow`], [`record`], [`verify`] and
+//!   [`reasons`] on the host, [`guest`] and [`stat`] in a guest. [`args`] lists them, and [`man`]
+//!   and [`completions`] describe them.
+//! - Over time: [`top`] shows snapshots live, [`record`] stores them in a [`recording`], and
+//!   [`plot`] draws a recording.
+//! - Output: [`output`] prints, with [`table`], [`numbers`] and [`paint`] for the layout.
+//! - Processes: [`command`] runs child commands, and [`signals`] catches what would end the tool.
+//! - Optional: `bpf` keeps the same numbers without the module, and `export` serves the numbers of
+//!   a host to Prometheus.
 
 pub mod args;
 #[cfg(feature = "bpf")]

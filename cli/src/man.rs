@@ -11,30 +11,28 @@ use std::{
 use anyhow::Context as _;
 use clap_mangen::Man;
 
-use crate::args;
-
-/// Writes the manual pages, one for each command.
+/// Write the manual pages, one for each command.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-make install puts them where man(1) looks for them.
+make install installs them where man(1) looks.
 
 Examples:
   exitmeter man /tmp && man /tmp/exitmeter-report.1")]
 pub struct Args {
-    /// The folder to write to; it is made when it is not there.
+    /// Folder to write to. It is created if it does not exist.
     #[arg(value_name = "DIR")]
     folder: PathBuf,
 }
 
 impl Args {
-    /// Writes the pages.
+    /// Write the manual pages of `command` and its subcommands.
     ///
     /// # Errors
     ///
-    /// When the folder cannot be written to.
-    pub fn run(self) -> anyhow::Result<()> {
-        let mut command = args::command().disable_help_subcommand(true);
-        // So that each command knows its full name.
+    /// Returns an error if the folder cannot be written to.
+    pub fn run(self, command: clap::Command) -> anyhow::Result<()> {
+        let mut command = command.disable_help_subcommand(true);
+        // Give each subcommand its full name.
         command.build();
         fs::create_dir_all(&self.folder)
             .and_then(|()| pages(&command, &self.folder))
@@ -42,7 +40,7 @@ impl Args {
     }
 }
 
-/// Writes the pages of a command and of those below it.
+/// Write the pages of a command and of its subcommands.
 fn pages(command: &clap::Command, folder: &Path) -> io::Result<()> {
     for below in command.get_subcommands() {
         pages(below, folder)?;
@@ -65,8 +63,8 @@ fn pages(command: &clap::Command, folder: &Path) -> io::Result<()> {
     fs::write(folder.join(man.get_filename()), page)
 }
 
-/// Writes what stands at the end of a command's help: its parts have a blank line between them,
-/// and some a title.
+/// Write the end of a command's help as sections of the page. A blank line separates the parts of
+/// the help, and some parts begin with a title.
 fn sections(help: &str, page: &mut impl Write) -> io::Result<()> {
     let mut notes = false;
     for part in help.split("\n\n").filter(|part| !part.is_empty()) {
@@ -74,12 +72,12 @@ fn sections(help: &str, page: &mut impl Write) -> io::Result<()> {
             .into_iter()
             .find_map(|title| Some((title, part.strip_prefix(title)?)));
         match titled {
-            // As it is, line by line.
+            // Examples and exit statuses are copied line by line.
             Some((title, lines)) => {
                 let title = title.trim_end_matches(":\n").to_uppercase();
                 write!(page, ".SH \"{title}\"\n.nf\n")?;
                 for line in lines.lines() {
-                    writeln!(page, "{}", escaped(line.strip_prefix("  ").unwrap_or(line)))?;
+                    writeln!(page, "{}", escape(line.strip_prefix("  ").unwrap_or(line)))?;
                 }
                 writeln!(page, ".fi")?;
             }
@@ -87,7 +85,7 @@ fn sections(help: &str, page: &mut impl Write) -> io::Result<()> {
                 writeln!(page, "{}", if notes { ".PP" } else { ".SH NOTES" })?;
                 notes = true;
                 for line in part.lines() {
-                    writeln!(page, "{}", escaped(line))?;
+                    writeln!(page, "{}", escape(line))?;
                 }
             }
         }
@@ -95,8 +93,8 @@ fn sections(help: &str, page: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// A line as roff prints it.
-fn escaped(line: &str) -> String {
+/// Return a line escape for roff.
+fn escape(line: &str) -> String {
     let line = line.replace('\\', "\\e").replace('-', "\\-");
     match line.starts_with(['.', '\'']) {
         true => format!("\\&{line}"),
@@ -109,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_of_the_help_becomes_sections() {
+    fn help_parts_become_sections() {
         let mut page = Vec::new();
         let help =
             "A note.\n\n.Another-one\n\nExit status:\n  0  fine\n     so\n\nExamples:\n  a \\ b";

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Numbers as people read them.
+//! Numbers formatted for people.
 
-/// A number with a comma at every third digit.
+/// Format a number in full, with a comma at every third digit.
 pub fn exact<N: Into<u128>>(number: N) -> String {
     let digits = number.into().to_string();
     let mut text = String::new();
@@ -15,7 +15,7 @@ pub fn exact<N: Into<u128>>(number: N) -> String {
     text
 }
 
-/// A number in about three digits: `907`, `12.3k`, `4.02G`.
+/// Format a number with about three digits: `907`, `12.3k`, `4.02G`.
 pub fn rough<N: Into<u128>>(number: N) -> String {
     let number = number.into();
     if number < 1000 {
@@ -36,12 +36,13 @@ pub fn rough<N: Into<u128>>(number: N) -> String {
     format!("{value:.0}Y")
 }
 
-/// A number that had no room where it was counted, and is at least what is told: `18.4E+`.
+/// Append a `+` if `at_least` is set: the counter was full, and the number is a lower bound
+/// (`18.4E+`).
 pub fn at_least(text: String, at_least: bool) -> String {
     text + if at_least { "+" } else { "" }
 }
 
-/// A part of a whole in percent, never above 100; a dash when there is no whole.
+/// Format `part` of `whole` in percent, at most 100; a dash if `whole` is 0.
 pub fn share<P: Into<u128>, W: Into<u128>>(part: P, whole: W) -> String {
     let (part, whole) = (part.into(), whole.into());
     if whole == 0 {
@@ -50,31 +51,30 @@ pub fn share<P: Into<u128>, W: Into<u128>>(part: P, whole: W) -> String {
     format!("{:.1}%", (part as f64 * 100.0 / whole as f64).min(100.0))
 }
 
-/// How often something happened each second, in about three digits; a dash when that is not
-/// known.
+/// Format a rate per second with about three digits; a dash if it is unknown.
 pub fn rate(per_second: Option<f64>) -> String {
     match per_second {
         None => "-".to_owned(),
         Some(rate) if rate > 0.0 && rate < 0.005 => "<.01".to_owned(),
         Some(rate) if rate > 0.0 && rate < 9.995 => format!("{rate:.2}"),
         Some(rate) if rate < 99.95 && rate > 0.0 => format!("{rate:.1}"),
-        // A rate of exits fits by far.
+        // The cast saturates far above any rate of exits.
         Some(rate) => rough(rate.round() as u128),
     }
 }
 
-/// A sum by the number of its parts, rounded; a dash when there are none.
+/// Format the mean of `count` parts that add up to `sum`; a dash if there are none.
 pub fn mean(sum: u128, count: u64) -> String {
     rounded(sum, count).map_or_else(|| "-".to_owned(), exact)
 }
 
-/// A sum by the number of its parts, rounded; `None` when there are none.
+/// Return the mean, rounded, or `None` if `count` is 0.
 pub fn rounded(sum: u128, count: u64) -> Option<u128> {
     sum.saturating_add(u128::from(count / 2))
         .checked_div(count.into())
 }
 
-/// Ticks as time when the frequency is known, else as ticks.
+/// Format ticks as time if the frequency is known, else as ticks.
 pub fn time<N: Into<u128>>(ticks: N, khz: Option<u32>) -> String {
     let ticks = ticks.into();
     let Some(khz) = khz else {
@@ -91,7 +91,7 @@ pub fn time<N: Into<u128>>(ticks: N, khz: Option<u32>) -> String {
     }
 }
 
-/// A bar for a part of a whole that would fill `width` characters.
+/// Format a bar for `part` of `whole`. A full bar has `width` characters.
 pub fn bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> String {
     let (part, whole) = (part.into(), whole.into());
     const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
@@ -99,13 +99,13 @@ pub fn bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> Strin
         return String::new();
     }
     let share = (part as f64 / whole as f64).min(1.0);
-    // Something that is there can be seen.
+    // Any part above 0 is visible.
     let eighths = ((share * f64::from(width) * 8.0).round() as usize).max(1);
     let (full, rest) = (eighths / 8, eighths % 8);
     "█".repeat(full) + EIGHTHS.get(rest).unwrap_or(&"")
 }
 
-/// The same in ASCII, where what is less than half a character is a dot.
+/// The same bar in ASCII. A part below half a character is a dot.
 pub fn ascii_bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> String {
     let (part, whole) = (part.into(), whole.into());
     if part == 0 || whole == 0 {
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_read_well() {
+    fn numbers_are_short_and_exact() {
         let exactly = [0, 999, 1000, 1_234_567, u64::MAX].map(exact::<u64>);
         assert_eq!(
             exactly,
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn ticks_become_time() {
+    fn ticks_are_shown_as_time() {
         let time = |ticks: u64| time(ticks, Some(1_000_000));
         let times = [
             7,
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn bars_have_their_length() {
+    fn bars_are_as_long_as_their_share() {
         assert_eq!(bar(1_u64, 2_u64, 4), "██");
         assert_eq!(bar(1_u64, 1_000_000_u64, 4), "▏");
         assert_eq!(bar(9_u64, 16_u64, 2), "█▏");

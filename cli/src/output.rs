@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The standard output, as every command prints to it: piece by piece, with colours where they
-//! can be seen, as wide as the terminal is, and quiet when nobody reads on.
+//! Printing to the standard output for every command: flushed after each piece, coloured and fitted
+//! to the terminal, and silent once the reader is gone.
 
 use std::{
     io::{self, ErrorKind, IsTerminal, Write},
@@ -13,42 +13,42 @@ use serde::Serialize;
 
 use crate::{names::words, numbers};
 
-/// When to print in colours.
+/// Choice of `--color`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum When {
     /// On a terminal, unless NO_COLOR is set or TERM is dumb.
     #[default]
     Auto,
-    /// In any case.
+    /// Always.
     Always,
-    /// In no case.
+    /// Never.
     Never,
 }
 
 impl When {
-    /// Whether it is now, where text goes to.
+    /// Return true if text that goes to `to` gets colours.
     fn on(self, to: &impl IsTerminal) -> bool {
         match self {
             When::Always => true,
             When::Never => false,
-            When::Auto => to.is_terminal() && colors_are_welcome(|name| std::env::var_os(name)),
+            When::Auto => to.is_terminal() && colors_allowed(|name| std::env::var_os(name)),
         }
     }
 }
 
-/// How text is to look.
+/// Properties of the place that text is printed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Look {
-    /// How many characters a line may have; `None` when that does not matter.
+    /// Characters per line; `None` for no limit.
     pub width: Option<usize>,
-    /// Whether to use colours.
+    /// Use colours.
     pub color: bool,
-    /// Whether to use ASCII alone.
+    /// Use ASCII only.
     pub ascii: bool,
 }
 
 impl Look {
-    /// Return a bar for a part of a whole that would fill so many characters.
+    /// Return a bar for `part` of `whole`. A full bar has `width` characters.
     pub fn bar(&self, part: u128, whole: u128, width: u32) -> String {
         match self.ascii {
             true => numbers::ascii_bar(part, whole, width),
@@ -56,7 +56,7 @@ impl Look {
         }
     }
 
-    /// Return a text that others wrote as it is to be shown.
+    /// Return a text from outside the tool in a form that can be printed here.
     pub fn plain(&self, text: &str) -> String {
         match self.ascii {
             true => words::ascii(text),
@@ -65,28 +65,28 @@ impl Look {
     }
 }
 
-/// Why nothing more can be printed.
+/// Error of printing.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The reader has gone. Not a failure: whoever reads has read enough.
+    /// The reader closed the pipe. This is not a failure: the reader has read enough.
     #[error("nobody reads the standard output any more")]
     Closed,
-    /// It cannot be written.
+    /// The write failed.
     #[error("cannot write to the standard output: {0}")]
     Unwritable(io::Error),
-    /// Data has no form as JSON.
+    /// The data cannot be written as JSON.
     #[error("cannot print JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
 
 impl Error {
-    /// Whether a command failed with nothing but that its reader has gone.
+    /// Return true if a command failed only because its reader closed the pipe.
     pub fn is_closed(error: &anyhow::Error) -> bool {
         matches!(error.downcast_ref(), Some(Error::Closed))
     }
 }
 
-/// Where a command prints to.
+/// Standard output of a command.
 pub struct Output {
     to: Box<dyn Write>,
     look: Look,
@@ -94,7 +94,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// The standard output.
+    /// Open the standard output.
     pub fn stdout(color: When) -> Self {
         let stdout = io::stdout();
         Self {
@@ -108,7 +108,7 @@ impl Output {
         }
     }
 
-    /// How text is to look on another one than the standard output.
+    /// Return the look of text on another stream than the standard output.
     pub fn look_of(&self, other: &(impl IsTerminal + AsFd)) -> Look {
         Look {
             width: width(other),
@@ -117,25 +117,25 @@ impl Output {
         }
     }
 
-    /// How text is to look there.
+    /// Return the look of text on this output.
     pub fn look(&self) -> Look {
         self.look
     }
 
-    /// Prints text, which is seen at once.
+    /// Print text and flush it.
     ///
     /// # Errors
     ///
-    /// When it cannot be written, or nobody reads it.
+    /// Returns an error if the write fails or the reader is gone.
     pub fn print(&mut self, text: &str) -> Result<(), Error> {
         self.write(text.as_bytes())
     }
 
-    /// Writes what is not text.
+    /// Write bytes that are not text and flush them.
     ///
     /// # Errors
     ///
-    /// As [`Self::print`].
+    /// See [`Self::print`].
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let written = self.to.write_all(bytes);
         written.and_then(|()| self.to.flush()).map_err(|error| {
@@ -147,38 +147,38 @@ impl Output {
         })
     }
 
-    /// Prints data as JSON for people and programs, over many lines.
+    /// Print data as indented JSON.
     ///
     /// # Errors
     ///
-    /// As [`Self::print`].
+    /// See [`Self::print`].
     pub fn json(&mut self, data: &impl Serialize) -> Result<(), Error> {
         self.print(&(serde_json::to_string_pretty(data)? + "\n"))
     }
 
-    /// Prints data as JSON on one line, as one of many.
+    /// Print data as one line of JSON, for streams of many records.
     ///
     /// # Errors
     ///
-    /// As [`Self::print`].
+    /// See [`Self::print`].
     pub fn json_line(&mut self, data: &impl Serialize) -> Result<(), Error> {
         self.print(&(serde_json::to_string(data)? + "\n"))
     }
 }
 
-/// Whether the environment has nothing against colours (see https://no-color.org).
-fn colors_are_welcome(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+/// Return true unless the environment turns colours off (see https://no-color.org).
+fn colors_allowed(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
     let unwanted = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
     !unwanted && variable("TERM").is_some_and(|value| value != "dumb")
 }
 
-/// Whether what reads the output knows UTF-8: by the locale, as setlocale(3) finds it, and unless TERM
-/// says that it is dumb.
+/// Return true if the output can show UTF-8: the locale, found as by setlocale(3), has it, and TERM
+/// is not dumb.
 pub fn is_utf8() -> bool {
-    utf8_is_known(|name| std::env::var_os(name))
+    utf8_supported(|name| std::env::var_os(name))
 }
 
-fn utf8_is_known(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
+fn utf8_supported(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
     let names = ["LC_ALL", "LC_CTYPE", "LANG"];
     let mut set = names.into_iter().filter_map(&variable);
     let locale = set.find(|value| !value.is_empty()).unwrap_or_default();
@@ -187,7 +187,7 @@ fn utf8_is_known(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool 
     is_utf8 && variable("TERM").is_none_or(|value| value != "dumb")
 }
 
-/// How wide lines may be: COLUMNS if it is set, else the terminal's width if there is one.
+/// Return the width of a line: COLUMNS if it is set, else the terminal's width if there is one.
 fn width(to: &impl AsFd) -> Option<usize> {
     let columns = std::env::var("COLUMNS").ok();
     let columns = columns.and_then(|text| text.parse().ok());
@@ -202,9 +202,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn colors_need_a_terminal_that_has_them_and_a_user_who_wants_them() {
+    fn colors_follow_term_and_no_color() {
         let welcome = |set: &[(&str, &str)]| {
-            colors_are_welcome(|name| {
+            colors_allowed(|name| {
                 let found = set.iter().find(|(variable, _)| *variable == name);
                 found.map(|(_, value)| value.into())
             })
@@ -217,9 +217,9 @@ mod tests {
     }
 
     #[test]
-    fn utf8_needs_a_locale_that_has_it_and_a_terminal_that_is_not_dumb() {
+    fn utf8_follows_locale_and_term() {
         let known = |set: &[(&str, &str)]| {
-            utf8_is_known(|name| {
+            utf8_supported(|name| {
                 let found = set.iter().find(|(variable, _)| *variable == name);
                 found.map(|(_, value)| value.into())
             })

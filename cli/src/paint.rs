@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Colours: few, and from the sixteen that every terminal has in shades its user can read.
+//! Terminal colours. Only the sixteen base colours are used: every terminal lets its user choose
+//! readable shades for them.
 
 use exitmeter_meter::phase::Phase;
 
-/// How a text looks in colours.
+/// Style of a text when colours are on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// As all other text.
+    /// Body text.
     Plain,
-    /// What names a part.
+    /// The name of a section.
     Strong,
-    /// The title of a column.
+    /// A column title.
     Title,
-    /// What belongs to a phase.
+    /// A number or word that belongs to this phase.
     Of(Phase),
-    /// What should not be.
+    /// A problem that the user should notice.
     Warning,
 }
 
 impl Style {
-    /// The parameters of the terminal's SGR sequence; none for plain text.
+    /// Return the parameters of the terminal's SGR sequence, or `None` for plain text.
     const fn parameters(self) -> Option<&'static str> {
         Some(match self {
             Style::Plain => return None,
             Style::Strong => "1",
             Style::Title => "4",
-            // Blue and yellow, the two that everybody can tell apart, are those seen most.
+            // The most frequent phases get blue and yellow, which everybody can tell apart.
             Style::Of(Phase::Guest) => "34",
             Style::Of(Phase::Kernel) => "33",
             Style::Of(Phase::User) => "35",
@@ -37,7 +38,7 @@ impl Style {
     }
 }
 
-/// A text in its style, if colours are wanted.
+/// Return `text` in its style if `color` is set, else as it is.
 pub fn paint(text: &str, style: Style, color: bool) -> String {
     match style.parameters().filter(|_| color && !text.is_empty()) {
         Some(parameters) => format!("\x1b[{parameters}m{text}\x1b[0m"),

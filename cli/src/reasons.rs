@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The exit reasons that there are.
+//! `exitmeter reasons`: the list of exit reasons.
 
 use clap::ValueEnum;
 use exitmeter_guest::defined;
@@ -20,21 +20,21 @@ use crate::{
     },
 };
 
-/// The exit reasons that there are, with numbers and names.
+/// List the exit reasons of both vendors, with codes and names.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   exitmeter reasons --isa vmx")]
 pub struct Args {
-    /// Only those of one vendor.
+    /// List only this vendor's reasons.
     #[arg(long, value_enum)]
     isa: Option<Vendor>,
-    /// Prints JSON instead of tables.
+    /// Print JSON instead of tables.
     #[arg(long)]
     json: bool,
 }
 
-/// Whose exit reasons.
+/// Choice of `--isa`.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Vendor {
     /// Intel VT-x.
@@ -53,11 +53,11 @@ impl Vendor {
 }
 
 impl Args {
-    /// Prints the reasons.
+    /// Print the reasons.
     ///
     /// # Errors
     ///
-    /// When there is nowhere to print.
+    /// Returns an error if the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
         let isas = self
             .isa
@@ -72,28 +72,28 @@ impl Args {
     }
 }
 
-/// The reasons of one ISA.
+/// Exit reasons of one ISA.
 #[derive(Clone, Debug, Serialize)]
 pub struct List {
     /// `vmx` or `svm`.
     #[serde(serialize_with = "isa_name")]
     pub isa: Isa,
-    /// The reasons, by their codes.
+    /// Reasons, sorted by code.
     pub reasons: Vec<Entry>,
 }
 
-/// A reason.
+/// One exit reason.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Entry {
-    /// VMX's basic exit reason or SVM's exit code.
+    /// VMX basic exit reason or SVM exit code.
     pub code: u32,
-    /// Its name.
+    /// Name in the vendor's manual.
     pub name: &'static str,
-    /// Whether KVM of Linux 7.3 handles such exits; of others there are none.
+    /// True if KVM of Linux 7.3 handles this exit. Other exits never happen.
     pub handled: bool,
 }
 
-/// The reasons of some ISAs.
+/// Return the exit reasons of `isas`, one list for each.
 pub fn list(isas: &[Isa]) -> Vec<List> {
     isas.iter()
         .map(|&isa| {
@@ -112,7 +112,7 @@ pub fn list(isas: &[Isa]) -> Vec<List> {
         .collect()
 }
 
-/// The reasons as tables.
+/// Format the reasons as one table for each ISA.
 pub fn text(lists: &[List]) -> String {
     let tables = lists.iter().map(|List { isa, reasons }| {
         let title = match isa {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Signals that would end the tool, taken as events.
+//! Signals that would end the tool, delivered as events.
 
 use std::{io, sync::mpsc::Sender, thread};
 
 use signal_hook::iterator::Signals;
 
-/// Whether a signal is ignored, as after nohup(1), or of a shell's background job. Who handles it all
-/// the same hands it to commands as one that ends them.
+/// Return true if `signal` is ignored, as after nohup(1) or in a shell's background job. A tool
+/// that installs a handler all the same passes the signal to its child commands with the default
+/// action, which ends them.
 pub fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -18,12 +19,12 @@ pub fn is_ignored(signal: i32) -> bool {
     mask.zip(bit).is_some_and(|(mask, bit)| mask & bit != 0)
 }
 
-/// Sends each of these signals that comes from now on as an event, but for those that are ignored:
-/// they stay so.
+/// Send an event to `to` for each of `signals` that arrives from now on. Signals that are ignored
+/// stay ignored.
 ///
 /// # Errors
 ///
-/// When the system does not allow it.
+/// Returns an error if no handler can be installed.
 pub fn send<E: Send + 'static>(
     signals: &[i32],
     to: Sender<E>,
@@ -32,7 +33,7 @@ pub fn send<E: Send + 'static>(
     let signals = signals.iter().filter(|signal| !is_ignored(**signal));
     let mut signals = Signals::new(signals)?;
     thread::spawn(move || {
-        // Sending fails once nobody waits any more.
+        // Sending fails once the receiver is gone.
         signals
             .forever()
             .try_for_each(|signal| to.send(event(signal)))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tables for a terminal: columns as wide as what stands in them, two blanks apart.
+//! Tables for a terminal: columns as wide as their widest cell, two blanks apart.
 
 use std::fmt;
 
@@ -10,33 +10,33 @@ use crate::{
     paint::{paint, Style},
 };
 
-/// On which side of its column a text stands.
+/// Alignment of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// As words do.
+    /// For words.
     Left,
-    /// As numbers do.
+    /// For numbers.
     Right,
 }
 
-/// What stands in a column of a line.
+/// One cell of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cell {
-    /// Text of characters that each take one column.
+    /// Text in which each character is one terminal column wide.
     pub text: String,
-    /// How it looks in colours.
+    /// Style when colours are on.
     pub style: Style,
 }
 
 impl Cell {
-    /// A text in a style.
+    /// Create a cell.
     pub fn new(text: impl Into<String>, style: Style) -> Self {
         let text = text.into();
         Self { text, style }
     }
 
-    /// Whether it says that there is nothing.
-    fn is_nothing(&self) -> bool {
+    /// Return true if the cell is empty, zero or a dash.
+    fn is_blank(&self) -> bool {
         matches!(self.text.as_str(), "" | "0" | "-" | "0.0%")
     }
 }
@@ -59,7 +59,7 @@ pub struct Table<const COLUMNS: usize> {
 }
 
 impl<const COLUMNS: usize> Table<COLUMNS> {
-    /// A table with these columns and no line yet.
+    /// Create a table with these columns and no rows.
     pub fn new(columns: [(&str, Side); COLUMNS]) -> Self {
         Self {
             sides: columns.map(|(_, side)| side),
@@ -71,9 +71,10 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         }
     }
 
-    /// The table that `build` makes with numbers in full; with rounded ones, and without what
-    /// can be spared, when it would be wider than is allowed. `spare` names columns by their
-    /// titles, the first to go first; those that say nothing go before all others.
+    /// Return the table that `build` makes, with numbers in full if it fits the look's width. Else
+    /// round the numbers, and drop columns until it fits. `spare` names the columns that may go, by
+    /// title, the first to go first. Columns that hold nothing but zeros and dashes go before all
+    /// others.
     pub fn fitted(look: Look, spare: &[&str], build: impl Fn(fn(u128) -> String) -> Self) -> Self {
         let table = build(exact);
         match look.width {
@@ -86,37 +87,38 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         }
     }
 
-    /// Adds a line.
+    /// Add a row.
     pub fn row(&mut self, cells: [impl Into<Cell>; COLUMNS]) {
         self.rows.push(cells.map(Into::into));
     }
 
-    /// Does not show the columns of these titles.
+    /// Hide the columns with these titles.
     pub fn leave_out(&mut self, titles: &[&str]) {
         for (shown, title) in self.shown.iter_mut().zip(&self.titles) {
             *shown &= !titles.contains(&title.text.as_str());
         }
     }
 
-    /// The titles of columns that say something and were left out for want of room.
+    /// Return the titles of columns that hold numbers but were dropped for lack of width.
     pub fn spared(&self) -> &[String] {
         &self.spared
     }
 
-    /// Makes it as narrow as is allowed, if it can.
+    /// Drop columns and narrow the gaps until the table is at most `allowed` wide, or nothing is
+    /// left to drop.
     fn fit(&mut self, allowed: usize, spare: &[&str]) {
         if self.width() <= allowed {
             return;
         }
         self.gap = 1;
-        let says_nothing = |title: &&&str| {
+        let is_blank = |title: &&&str| {
             let column = self.titles.iter().position(|cell| cell.text == **title);
             column.is_some_and(|column| {
                 let cells = self.rows.iter().filter_map(|row| row.get(column));
-                cells.clone().count() > 0 && cells.clone().all(Cell::is_nothing)
+                cells.clone().count() > 0 && cells.clone().all(Cell::is_blank)
             })
         };
-        let first: Vec<&str> = spare.iter().filter(says_nothing).copied().collect();
+        let first: Vec<&str> = spare.iter().filter(is_blank).copied().collect();
         for title in first.iter().chain(spare) {
             if self.width() <= allowed {
                 break;
@@ -132,7 +134,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         }
     }
 
-    /// How wide the columns are.
+    /// Return the width of each column.
     fn widths(&self) -> [usize; COLUMNS] {
         let mut widths = [0; COLUMNS];
         for row in self.lines() {
@@ -143,7 +145,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         widths
     }
 
-    /// How wide it is.
+    /// Return the width of the table.
     fn width(&self) -> usize {
         let columns = self.widths().into_iter().zip(self.shown);
         let shown = columns.filter(|(_, shown)| *shown);
@@ -153,18 +155,18 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
             .saturating_sub(self.gap)
     }
 
-    /// Titles and rows.
+    /// Return the line of titles, then the rows.
     fn lines(&self) -> impl Iterator<Item = &[Cell; COLUMNS]> {
         std::iter::once(&self.titles).chain(&self.rows)
     }
 
-    /// The table as text, with colours or without.
+    /// Format the table, with colours or without.
     pub fn text(&self, color: bool) -> String {
         let mut text = String::new();
         let widths = self.widths();
         for row in self.lines() {
             let columns = row.iter().zip(&self.sides).zip(widths).zip(self.shown);
-            // Blanks that are yet to come, if anything comes after them.
+            // Blanks that are printed only if a text follows.
             let mut ahead = 0;
             for (((cell, side), widest), _) in columns.filter(|(_, shown)| *shown) {
                 let pad = widest.saturating_sub(width(&cell.text));
@@ -185,12 +187,12 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     }
 }
 
-/// How wide a text is: of the characters in use here each takes one column.
+/// Return the width of a text. Each character in use here is one terminal column wide.
 fn width(text: &str) -> usize {
     text.chars().count()
 }
 
-/// The table without colours.
+/// Formats the table without colours.
 impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text(false))
@@ -230,7 +232,7 @@ IO_INSTRUCTION  1,234,567     0
     }
 
     #[test]
-    fn what_says_nothing_goes_first() {
+    fn empty_columns_are_dropped_first() {
         let fit = |width| {
             let mut table = table();
             table.fit(width, &["exits", "user"]);
@@ -249,7 +251,7 @@ IO_INSTRUCTION  1,234,567     0
     }
 
     #[test]
-    fn a_narrow_table_has_rounded_numbers() {
+    fn narrow_tables_round_numbers() {
         let titles = |width| {
             let look = Look {
                 width,
@@ -269,7 +271,7 @@ IO_INSTRUCTION  1,234,567     0
     }
 
     #[test]
-    fn colors_change_nothing_but_the_colors() {
+    fn colors_do_not_change_the_text() {
         let mut plain = String::new();
         let mut escape = false;
         for character in table().text(true).chars() {

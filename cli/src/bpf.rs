@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The meter for hosts that cannot load the module: BPF programs that keep the same ledgers.
+//! Metering on hosts that cannot load the module. BPF programs keep the same ledgers.
 //!
-//! [`layout`] looks up where this kernel's KVM keeps what the programs read, [`object`] tells the programs, [`attach`] loads and
-//! attaches them by [`sys`], [`pins`] keeps them beyond this process, and [`maps`] makes a snapshot of what they keep. The
-//! programs are in cli/bpf. [`socket`] asks systemd for a snapshot, where this process may not read the pins.
+//! [`layout`] looks up the offsets of this kernel's KVM, and [`object`] patches them into the
+//! programs. [`attach`] loads and attaches the programs through [`sys`], [`pins`] keeps them after
+//! this process ends, and [`maps`] makes a snapshot of their maps. The programs are in cli/bpf.
+//! [`socket`] gets a snapshot from systemd if this process may not read the pins.
 
 use std::{
     io::{self, Write as _},
@@ -29,39 +30,39 @@ pub mod sys;
 
 use self::{attach::Attached, maps::Maps};
 
-/// The folder of the pins, and the name of this source where a file is named.
+/// Folder of the pins. It also names this source in messages.
 pub const PINS: &str = "/sys/fs/bpf/exitmeter";
 
-/// Where exitmeter-bpf.socket gives snapshots to the group kvm.
+/// Socket of exitmeter-bpf.socket, which gives snapshots to the group kvm.
 pub const SOCKET: &str = "/run/exitmeter.sock";
 
-/// How long to count before the first snapshot of programs that were attached for it.
+/// Counting time before the first snapshot of programs that a command attached for itself.
 const FIRST: Duration = Duration::from_secs(1);
 
-/// Why BPF does not meter here.
+/// A reason why BPF cannot meter here.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nothing to meter.
+    /// KVM is not loaded, so there is nothing to meter.
     #[error("KVM is not loaded: load kvm_intel or kvm_amd first")]
     NoKvm,
-    /// The kernel does not tell its types.
+    /// The kernel does not provide its types.
     #[error("this kernel does not tell its types ({0}): BPF needs one with CONFIG_DEBUG_INFO_BTF and its modules' types")]
     NoTypes(String),
-    /// KVM is not as the programs know it.
+    /// KVM lacks a field or tracepoint that the programs need.
     #[error("this kernel's KVM has no {0}: the BPF meter does not know this version")]
     Unknown(String),
-    /// No right.
+    /// This process may not load BPF programs.
     #[error("no right to load BPF programs: run this as root, or with CAP_BPF and CAP_PERFMON")]
     NoRight,
-    /// No right to read.
+    /// This process may not read the pins.
     #[error(
         "no right to read {PINS}: run this as root; the group kvm reads it through {SOCKET} (systemctl enable --now exitmeter-bpf)"
     )]
     Closed,
-    /// Who gives the numbers in place of the pins does not.
+    /// The socket gives no snapshot.
     #[error("{SOCKET} gives no snapshot: {0}; journalctl -u 'exitmeter-bpf@*' tells more")]
     NotGiven(String),
-    /// No right, by a setting that Debian's kernels have.
+    /// kernel.perf_event_paranoid forbids kprobes, as set on Debian's kernels.
     #[error(
         "no right to hook KVM's functions: with kernel.perf_event_paranoid={0} that takes root or CAP_SYS_ADMIN; \
          CAP_BPF and CAP_PERFMON are enough with less (sysctl kernel.perf_event_paranoid=2)"
@@ -70,60 +71,60 @@ pub enum Error {
     /// The kernel is locked down.
     #[error("this kernel is locked down to confidentiality, where no BPF program may read it: lockdown=integrity is enough")]
     LockedDown,
-    /// The kernel does not take a program.
+    /// The kernel refuses a program.
     #[error("the kernel refuses the BPF program {program}: {error}")]
     Refused {
-        /// The program, or map.
+        /// Name of the program or map.
         program: String,
-        /// What the kernel says.
+        /// Message of the kernel.
         error: String,
     },
-    /// The kernel does not give a map its size.
+    /// The kernel refuses an array of this size.
     #[error("this kernel gives BPF no array of that size: Linux 6.0 or later does; before that --max-vcpus 65 is the most")]
     TooLarge,
-    /// It is attached already.
+    /// The programs are attached already.
     #[error("BPF meters already: exitmeter bpf status, or exitmeter bpf stop")]
     Started,
-    /// It is not attached.
+    /// The programs are not attached.
     #[error("no BPF meter is attached: exitmeter bpf start")]
     NotStarted,
-    /// The file system of pins does not do.
+    /// The BPF file system cannot be used.
     #[error("{path}: {error}; the BPF file system has to be at /sys/fs/bpf (mount -t bpf bpf /sys/fs/bpf)")]
     Pins {
-        /// The file or folder.
+        /// File or folder.
         path: String,
-        /// What the system says.
+        /// Error of the system.
         error: io::Error,
     },
-    /// It is attached without what is asked for.
+    /// The programs are attached without details, which the command needs.
     #[error("BPF meters without details: exitmeter bpf stop, and exitmeter bpf start --details")]
     WithoutDetails,
-    /// The pins are of another version.
+    /// The pins belong to another version.
     #[error("{PINS} is of another version of exitmeter: exitmeter bpf stop, and start it again")]
     OtherVersion,
-    /// A vCPU's numbers never hold still.
+    /// A vCPU's numbers changed during each attempt to copy them.
     #[error("the numbers of a vCPU could not be copied, as it exits too fast: try again")]
     Restless,
 }
 
-/// The programs that this process has attached for itself.
+/// Programs that this process attached for itself.
 static OWN: Mutex<Option<Attached>> = Mutex::new(None);
 
-/// Have BPF meter from now on: unless programs are pinned, attach some for as long as this process runs, and let them count
-/// for a second.
+/// Start metering by BPF. If no programs are pinned, attach some for the life of this process and
+/// let them count for a second.
 ///
 /// # Errors
 ///
-/// [`Error`].
+/// See [`Error`].
 pub fn open() -> Result<(), Error> {
     attach(false)
 }
 
-/// As [`open`], with what exits were about.
+/// Start metering by BPF as [`open`] does, with details.
 ///
 /// # Errors
 ///
-/// [`Error`].
+/// See [`Error`].
 pub fn open_with_details() -> Result<(), Error> {
     attach(true)
 }
@@ -150,11 +151,12 @@ fn attach(details: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Return a snapshot: of the programs of this process, or of the pinned ones, which who may not read them gets by the socket.
+/// Return a snapshot of this process's programs, or else of the pinned ones. If this process may
+/// not read the pins, the snapshot comes from the socket.
 ///
 /// # Errors
 ///
-/// [`Error`].
+/// See [`Error`].
 pub fn read() -> Result<Vec<u8>, Error> {
     if let Some(own) = &*own() {
         return own.maps().snapshot(true);
@@ -169,11 +171,12 @@ fn own() -> MutexGuard<'static, Option<Attached>> {
     OWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// On the host: meters without the module, by BPF programs.
+/// On the host: meter without the module, by BPF programs.
 ///
-/// They keep the same numbers, phases and histograms, in nanoseconds, on kernels that cannot load the module. They cost
-/// some three times as much, and guests cannot ask them. Without this command report, top and record attach them for as
-/// long as they run, where the module is not loaded.
+/// They keep the same counts, phases and histograms, in nanoseconds, on kernels that cannot load
+/// the module. They cost about three times as much, and guests cannot query them. If neither the
+/// module nor these programs are loaded, report, top and record attach the programs for as long as
+/// they run.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -189,33 +192,36 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
-    /// Attaches the programs, and keeps them by pins in /sys/fs/bpf/exitmeter.
+    /// Attach the programs and pin them in /sys/fs/bpf/exitmeter.
     Start {
-        /// How many vCPUs are metered at a time, at least: 32 KiB each, rounded up to a power of two of bytes, taken at once.
+        /// Metered vCPUs at a time, at least. Each takes 32 KiB; the sum is rounded up to a power
+        /// of two of bytes and allocated at once.
         #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=8192))]
         max_vcpus: u32,
-        /// Keeps tables of what exits were about and of the slowest ones; 46 KiB more for each vCPU.
+        /// Keep tables of what exits were about and of the slowest exits. Takes 46 KiB more for
+        /// each vCPU.
         #[arg(long)]
         details: bool,
     },
-    /// Takes the programs away with all that they counted.
+    /// Detach the programs and discard all that they counted.
     Stop,
-    /// Prints a snapshot to be saved, as /dev/exitmeter gives one.
+    /// Print a snapshot in the format of /dev/exitmeter, to be saved.
     Snapshot {
-        /// Leaves out where guests' code was, as /dev/exitmeter does for who has no CAP_PERFMON.
+        /// Leave out the addresses of guest code, as /dev/exitmeter does for a reader without
+        /// CAP_PERFMON.
         #[arg(long)]
         without_code: bool,
     },
-    /// Tells whether the programs are attached, since when, and how much room is left.
+    /// Show whether the programs are attached, since when, and how much room is left.
     Status,
 }
 
 impl Args {
-    /// Does it; the status to exit with.
+    /// Run the command and return the exit status.
     ///
     /// # Errors
     ///
-    /// [`Error`], and where there is nowhere to print.
+    /// Returns an [`Error`], or an error if the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         let pins = Path::new(PINS);
         match self.verb {
@@ -231,7 +237,7 @@ impl Args {
                 pins::remove(pins)?;
             }
             Verb::Snapshot { without_code } => {
-                // Not by the socket, which asks this command.
+                // Do not use the socket: its server runs this command.
                 let maps = pins::open(pins)?.ok_or(Error::NotStarted)?;
                 io::stdout()
                     .write_all(&maps.snapshot(!without_code)?)
@@ -246,7 +252,7 @@ impl Args {
     }
 }
 
-/// Return what is told of programs that are attached.
+/// Format the state of attached programs.
 fn status(maps: &Maps) -> String {
     let since = maps.age();
     let (used, room) = (maps.vcpus(), maps.room());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Loads the programs and attaches them.
+//! Loading and attaching of the programs.
 
 use std::{
     ffi::{CStr, CString},
@@ -23,10 +23,10 @@ use super::{
     Error,
 };
 
-/// How many vCPUs are metered at a time, when nothing else is said: 16 MiB.
+/// Default number of vCPUs metered at a time. Their ledgers take 16 MiB.
 pub const VCPUS: u32 = 512;
 
-/// Functions of KVM's that are hooked, each by a program at its begin. Not each kernel has to be hooked at all of them.
+/// Functions of KVM that the programs hook at their entry. Not every kernel needs all of them.
 pub const FUNCTIONS: [&str; 5] = [DESTROY, CREATE, SCHED_OUT, PUT, LOAD];
 const CREATE: &str = "kvm_mmu_create";
 const DESTROY: &str = "kvm_mmu_destroy";
@@ -34,7 +34,7 @@ const SCHED_OUT: &str = "kvm_sched_out";
 const PUT: &str = "kvm_arch_vcpu_put";
 const LOAD: &str = "kvm_arch_vcpu_load";
 
-/// A program that is attached.
+/// An attached program.
 #[derive(Debug)]
 pub struct Link {
     name: &'static str,
@@ -42,36 +42,36 @@ pub struct Link {
 }
 
 impl Link {
-    /// The program's name.
+    /// Return the program's name.
     pub fn name(&self) -> &'static str {
         self.name
     }
 
-    /// Keep it beyond this process.
+    /// Pin the link, which keeps the program attached after this process ends.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the error of bpf(2).
     pub fn pin(&self, path: &Path) -> io::Result<()> {
         sys::pin(self.file.as_fd(), path)
     }
 }
 
-/// Programs that are attached, for as long as this lives or its parts are pinned.
+/// Attached programs. They stay attached while this value lives or its parts are pinned.
 #[derive(Debug)]
 pub struct Attached {
     maps: Maps,
-    /// In the order in which they were attached.
+    /// Links, in the order of attaching.
     links: Vec<Link>,
 }
 
 impl Attached {
-    /// Load the programs and attach them, for so many vCPUs at a time, with their tables where `details` says so. Of a step
-    /// that fails nothing stays.
+    /// Load the programs and attach them. `vcpus` is the number of vCPUs metered at a time, and
+    /// `details` gives each of them tables. If a step fails, nothing stays attached.
     ///
     /// # Errors
     ///
-    /// [`Error`].
+    /// See [`Error`].
     pub fn new(vcpus: u32, details: bool) -> Result<Self, Error> {
         let mut layout = Layout::find()?;
         let sizes = Sizes::new(vcpus, cpus()?, details);
@@ -82,7 +82,7 @@ impl Attached {
         ]);
         let mut object = Object::new(&layout, sizes)?;
         let mut unused: Stack<_, u32> = object.map("unused")?;
-        // The lowest are taken first.
+        // Push in reverse, so that the lowest index is taken first.
         for index in (0..sizes.vcpus).rev() {
             unused.push(index, 0).map_err(refused("unused"))?;
         }
@@ -92,7 +92,8 @@ impl Attached {
         meter.set(0, begun, 0).map_err(refused("meter"))?;
 
         let hooks = Hooks::new(&object, &layout);
-        // Who takes a vCPU in has to see it go. So those come first, and leave last.
+        // A program that takes in a vCPU relies on the one that sees it go. So these are attached
+        // first and detached last.
         let mut programs = vec![
             hooks.function(DESTROY, "on_destroy_by_fentry", "on_destroy_by_kprobe")?,
             hooks.function(CREATE, "on_create_by_fentry", "on_create_by_kprobe")?,
@@ -123,7 +124,8 @@ impl Attached {
             (Isa::Svm, false, _) => "on_svm_exit",
         };
         programs.push(hooks.tracepoint("kvm_exit", exit)?);
-        // All are loaded, which takes long. Now one follows the other, so that no entry goes long without its exit.
+        // Loading takes long and is done by now. Attach in quick succession, so that no entry stays
+        // long without its exit.
         let links = programs.into_iter().map(Ready::attach);
         let links = links.collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
@@ -132,21 +134,21 @@ impl Attached {
         })
     }
 
-    /// The maps that they keep.
+    /// Return the maps of the programs.
     pub fn maps(&self) -> &Maps {
         &self.maps
     }
 
-    /// The maps, and the links.
+    /// Return the maps and the links.
     pub fn into_parts(self) -> (Maps, Vec<Link>) {
         (self.maps, self.links)
     }
 }
 
-/// Return the power of two that no CPU's number reaches.
+/// Return the number of possible CPUs, rounded up to a power of two.
 fn cpus() -> Result<u32, Error> {
     const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
-    // As "0-3,8-11".
+    // The format is "0-3,8-11".
     let text = fs::read_to_string(POSSIBLE).map_err(refused(POSSIBLE))?;
     let last = text.trim().rsplit([',', '-']).next();
     let last: Option<u32> = last.and_then(|number| number.parse().ok());
@@ -154,11 +156,12 @@ fn cpus() -> Result<u32, Error> {
     cpus.ok_or_else(|| Error::Unknown(format!("last CPU in {POSSIBLE}")))
 }
 
-/// How programs get to where they are called.
+/// Loader of programs for their hooks.
 struct Hooks<'a> {
     object: &'a Object,
     layout: &'a Layout,
-    /// kvm's types; `None` where this process may not look for them, or they are the kernel's.
+    /// Types of kvm.ko; `None` if this process may not look them up, or KVM is built into the
+    /// kernel.
     types: Option<OwnedFd>,
 }
 
@@ -175,7 +178,7 @@ impl<'a> Hooks<'a> {
         }
     }
 
-    /// Load a program for a tracepoint of KVM's.
+    /// Load a program for a tracepoint of KVM.
     fn tracepoint(&self, tracepoint: &'static str, name: &'static str) -> Result<Ready<'a>, Error> {
         let program = self.object.load(name, &Purpose::Plain)?;
         Ok(Ready {
@@ -185,7 +188,8 @@ impl<'a> Hooks<'a> {
         })
     }
 
-    /// Load a program for the begin of a function of KVM's: for fentry if that is to be had, as it costs a third of a kprobe.
+    /// Load a program for the entry of a function of KVM. Prefer fentry, which costs a third of a
+    /// kprobe.
     fn function(
         &self,
         function: &'static str,
@@ -193,7 +197,7 @@ impl<'a> Hooks<'a> {
         by_kprobe: &'static str,
     ) -> Result<Ready<'a>, Error> {
         if let Some(program) = self.fentry(function, by_fentry) {
-            let otherwise = Otherwise {
+            let fallback = Fallback {
                 object: self.object,
                 name: by_kprobe,
                 function,
@@ -201,13 +205,13 @@ impl<'a> Hooks<'a> {
             return Ok(Ready {
                 name: by_fentry,
                 program,
-                at: At::Fentry(otherwise),
+                at: At::Fentry(fallback),
             });
         }
         kprobe(self.object, function, by_kprobe)
     }
 
-    /// Load a program for fentry; `None` where this process or this function cannot have that.
+    /// Load a program for fentry; `None` if this process or this function cannot use it.
     fn fentry(&self, function: &str, name: &'static str) -> Option<OwnedFd> {
         if self.layout.kvm_is_module && self.types.is_none() {
             return None;
@@ -235,28 +239,29 @@ fn kprobe<'a>(
     })
 }
 
-/// Attach a program by a kprobe that is no event of perf's; `None` where that is not to be had.
+/// Attach a program through BPF_TRACE_KPROBE_MULTI, which needs no perf event; `None` if that
+/// fails.
 fn kprobe_multi(object: &Object, function: &CStr, name: &'static str) -> Option<OwnedFd> {
     let program = object.load(name, &Purpose::KprobeMulti).ok()?;
     sys::kprobe_multi(function, program.as_fd()).ok()
 }
 
-/// A program that is loaded.
+/// A loaded program that is not attached yet.
 struct Ready<'a> {
     name: &'static str,
     program: OwnedFd,
     at: At<'a>,
 }
 
-/// Where it is to be attached.
+/// Hook that a program is to be attached to.
 enum At<'a> {
     Tracepoint(&'static str),
     Kprobe(&'a Object, &'static str),
-    Fentry(Otherwise<'a>),
+    Fentry(Fallback<'a>),
 }
 
-/// The kprobe that stands in for fentry.
-struct Otherwise<'a> {
+/// Kprobe to use if fentry fails.
+struct Fallback<'a> {
     object: &'a Object,
     name: &'static str,
     function: &'static str,
@@ -276,21 +281,22 @@ impl Ready<'_> {
                     .and_then(|kprobe| sys::link(kprobe.as_fd(), program.as_fd()));
                 match linked {
                     Ok(file) => file,
-                    // What says no may be kernel.perf_event_paranoid, which this is not asked for.
+                    // kernel.perf_event_paranoid may forbid the kprobe. It does not apply to
+                    // kprobe_multi.
                     Err(error) => kprobe_multi(object, &function, name)
                         .ok_or(error)
                         .map_err(refused_kprobe(name))?,
                 }
             }
-            At::Fentry(otherwise) => match sys::attach(None, program.as_fd()) {
+            At::Fentry(fallback) => match sys::attach(None, program.as_fd()) {
                 Ok(file) => file,
-                // Another user of the function may exclude it, as some live patches do.
+                // Another user of the function may exclude fentry, as some live patches do.
                 Err(_) => {
-                    let Otherwise {
+                    let Fallback {
                         object,
                         name,
                         function,
-                    } = otherwise;
+                    } = fallback;
                     return kprobe(object, function, name)?.attach();
                 }
             },
@@ -299,7 +305,7 @@ impl Ready<'_> {
     }
 }
 
-/// Return why the kernel takes no kprobe.
+/// Return the error for a kprobe that the kernel refuses.
 fn refused_kprobe(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |error| {
         let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid");
@@ -312,7 +318,8 @@ fn refused_kprobe(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
-/// Return why the kernel does not take something, in our words where there are some.
+/// Return the error for a program, map or file that the kernel refuses. Known causes have errors of
+/// their own.
 pub fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| {
         let mut causes = Vec::new();
@@ -328,7 +335,8 @@ pub fn refused<E: std::error::Error + 'static>(what: &'static str) -> impl FnOnc
         }
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
         match denied {
-            // Where the helper that reads the kernel is not even there, the call says EINVAL.
+            // If the helper that reads the kernel is missing altogether, the call fails with
+            // EINVAL.
             _ if lockdown.contains("[confidentiality]") && (denied || invalid) => Error::LockedDown,
             true => Error::NoRight,
             false => Error::Refused {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where this kernel's KVM keeps what the programs read, by the kernel's own types (BTF).
+//! Offsets in this kernel's KVM, from the kernel's own types (BTF).
 //!
-//! KVM's structures are types of its modules, which no loader of BPF programs relocates by. So the offsets are looked up
-//! here, and given to the programs as constants.
+//! KVM's structures are types of its modules, and no loader of BPF programs relocates against
+//! those. So the tool looks up the offsets and patches them into the programs as constants.
 
 use std::{fs, path::Path};
 
@@ -11,19 +11,19 @@ use exitmeter_meter::{btf::Types, reasons::Isa};
 
 use super::Error;
 
-/// The types of a kernel that adds none: KVM is built into it.
-const NOTHING: [u8; 24] = {
+/// BTF without types, for a KVM module that is built into the kernel.
+const NO_TYPES: [u8; 24] = {
     let mut header = [0; 24];
     // Magic, version 1, size of the header.
     [header[0], header[1], header[2], header[4]] = [0x9f, 0xeb, 1, 24];
     header
 };
 
-/// In place of an offset: there is no such field.
+/// Value in place of an offset for a field that does not exist.
 const ABSENT: u32 = u32::MAX;
 
-/// What the programs are told of VMX alone.
-const OF_VMX: [&str; 6] = [
+/// Values used only on VMX.
+const VMX_ONLY: [&str; 6] = [
     "vmx_exit_reason",
     "vmx_qualification",
     "qualification_bit",
@@ -32,8 +32,8 @@ const OF_VMX: [&str; 6] = [
     "vcpu_available",
 ];
 
-/// What they are told of SVM alone.
-const OF_SVM: [&str; 5] = [
+/// Values used only on SVM.
+const SVM_ONLY: [&str; 5] = [
     "svm_vmcb",
     "svm_vmcb01",
     "vmcb_exit_code",
@@ -41,34 +41,36 @@ const OF_SVM: [&str; 5] = [
     "vmcb_rip",
 ];
 
-/// A struct of the kernel's that begins with 64 bits of a number: as such a program reads any number.
+/// A struct of the kernel that begins with a 64-bit number. The programs read any number as such a
+/// struct.
 const NUMBER: &str = "timespec64";
 
-/// What the programs are told of this kernel, by the names of cli/bpf/known.h.
+/// Properties of this kernel that are patched into the programs, named as in cli/bpf/known.h.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Whose exits.
+    /// Vendor whose exits are metered.
     pub isa: Isa,
-    /// Name and value.
+    /// Names and values.
     pub known: Vec<(&'static str, u32)>,
-    /// The id of bpf_rdonly_cast(); 0 before Linux 6.2.
+    /// Id of bpf_rdonly_cast(); 0 before Linux 6.2.
     pub cast: u32,
-    /// Functions at whose begin a program can be (fentry), by the ids that kvm's types have of them.
+    /// Functions that fentry can hook, with their ids in kvm's types.
     pub functions: Vec<(&'static str, u32)>,
-    /// Whether those are types of a module.
+    /// True if kvm is a module, so that the ids are those of its own types.
     pub kvm_is_module: bool,
-    /// Whether kvm_sched_out() has to be hooked, as the vCPU does not tell that it runs.
+    /// True if kvm_sched_out() must be hooked: the vCPU has no flag that tells it is being
+    /// scheduled out.
     pub hooks_sched_out: bool,
-    /// Whether there is a tracepoint before a nested guest runs.
+    /// True if a tracepoint fires before a nested guest runs.
     pub tells_nested_entry: bool,
 }
 
 impl Layout {
-    /// Look all of it up in `/sys/kernel/btf`.
+    /// Look up the layout of the running kernel in `/sys/kernel/btf`.
     ///
     /// # Errors
     ///
-    /// [`Error::NoKvm`], [`Error::NoTypes`] and [`Error::Unknown`].
+    /// Returns [`Error::NoKvm`], [`Error::NoTypes`] or [`Error::Unknown`].
     pub fn find() -> Result<Self, Error> {
         let loaded = |name| Path::new("/sys/module").join(name).exists();
         let (isa, vendor) = match (loaded("kvm_intel"), loaded("kvm_amd")) {
@@ -82,23 +84,23 @@ impl Layout {
             fs::read(&path).map_err(|error| Error::NoTypes(format!("{}: {error}", path.display())))
         };
         let kernel = read("vmlinux")?;
-        // What is built in has its types in the kernel's.
+        // A built-in module has its types in those of the kernel.
         let module = |name| match Path::new("/sys/module")
             .join(name)
             .join("initstate")
             .exists()
         {
             true => read(name),
-            false => Ok(NOTHING.to_vec()),
+            false => Ok(NO_TYPES.to_vec()),
         };
         Self::of(isa, &kernel, &module("kvm")?, &module(vendor)?)
     }
 
-    /// Look all of it up in the types of the kernel, of kvm and of the vendor's module.
+    /// Look up the layout in the types of the kernel, of kvm and of the vendor's module.
     ///
     /// # Errors
     ///
-    /// [`Error::NoTypes`] and [`Error::Unknown`].
+    /// Returns [`Error::NoTypes`] or [`Error::Unknown`].
     pub fn of(isa: Isa, kernel: &[u8], kvm: &[u8], vendor: &[u8]) -> Result<Self, Error> {
         let types = |module| {
             Types::read(kernel, module)
@@ -116,8 +118,8 @@ impl Layout {
                 .ok_or_else(|| Error::Unknown(format!("vCPU in {tracepoint}")))
         };
 
-        let of_vmx = |member: &str| {
-            // In struct vcpu_vt since Linux 6.16, together with trust domains.
+        let vmx_offset = |member: &str| {
+            // These are in struct vcpu_vt since Linux 6.16, shared with trust domains.
             let (vt, inner) = (
                 vendor.offset_of("vcpu_vmx", "vt"),
                 vendor.offset_of("vcpu_vt", member),
@@ -127,7 +129,8 @@ impl Layout {
                 None => offset("vcpu_vmx", member),
             }
         };
-        // Renamed in Linux 7.3. Without it no detail is taken from what KVM has read.
+        // The bits were renamed in Linux 7.3. Without them, the programs take no detail from the
+        // VMCS fields that KVM has read.
         let bit = |name: &str| {
             let named = |before| vendor.enumerator(&format!("{before}{name}"));
             named("VCPU_REG_")
@@ -192,10 +195,10 @@ impl Layout {
         }
         match isa {
             Isa::Vmx => known.extend([
-                ("vmx_exit_reason", of_vmx("exit_reason")?),
-                ("vmx_qualification", of_vmx("exit_qualification")?),
+                ("vmx_exit_reason", vmx_offset("exit_reason")?),
+                ("vmx_qualification", vmx_offset("exit_qualification")?),
                 ("qualification_bit", bit("EXIT_INFO_1")),
-                ("vmx_interruption", of_vmx("exit_intr_info")?),
+                ("vmx_interruption", vmx_offset("exit_intr_info")?),
                 ("interruption_bit", bit("EXIT_INFO_2")),
                 ("vcpu_available", offset("kvm_vcpu", "arch.regs_avail")?),
             ]),
@@ -212,11 +215,11 @@ impl Layout {
             ]),
         }
         let others: &[&str] = match isa {
-            Isa::Vmx => &OF_SVM,
-            Isa::Svm => &OF_VMX,
+            Isa::Vmx => &SVM_ONLY,
+            Isa::Svm => &VMX_ONLY,
         };
         known.extend(others.iter().map(|name| (*name, ABSENT)));
-        let kvm_is_module = kvm_bytes.len() > NOTHING.len();
+        let kvm_is_module = kvm_bytes.len() > NO_TYPES.len();
         let functions = super::attach::FUNCTIONS.iter().filter_map(|function| {
             let id = match kvm_is_module {
                 true => kvm.module_function_id(function),

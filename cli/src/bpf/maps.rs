@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The maps that the programs keep, and the snapshot that is made of them.
+//! Maps of the programs, and the snapshot made of them.
 //!
-//! They are mapped into this process, so a snapshot takes no system call. A ledger is the module's own [`Ledger`], which
-//! is copied by the module's own code: without a lock, and without holding up the vCPU.
+//! The maps are mapped into this process, so a snapshot takes no system call. A ledger is the
+//! module's own [`Ledger`], and the module's own code copies it: without a lock, and without
+//! holding up the vCPU.
 
 use std::{
     mem::offset_of,
@@ -34,23 +35,24 @@ use rustix::{
 
 use super::Error;
 
-/// Words of a ledger, with the histograms behind it.
+/// Words of a ledger and the histograms behind it.
 const LEDGER: usize = (size_of::<Ledger>() + size_of::<MoreHistograms>()) / 8;
 
-/// The maps that a reader takes, by their names.
+/// Names of the maps that a reader needs.
 pub const NAMES: [&str; 5] = ["ledgers", "owners", "gone", "meter", "tables"];
 
-/// The version of the maps, `layout` of struct meter. It changes when older readers would misread them.
+/// Version of the maps, `layout` of struct meter. It changes when older readers would misread the
+/// maps.
 const LAYOUT: u64 = 0x4558_4954_0004;
 
-/// How often a vCPU's ledger is tried to be copied. Each try is a microsecond, and the programs leave as much between two
-/// transitions.
+/// Attempts to copy a vCPU's ledger. An attempt takes a microsecond, and the programs leave that
+/// much time between two transitions.
 const TRIES: u32 = 100_000;
 
-/// How often the totals are, while other vCPUs go: one that goes takes some 50 µs.
+/// Attempts to copy the totals while vCPUs go. Adding one vCPU to the totals takes about 50 µs.
 const TOTALS_TRIES: u32 = 10_000;
 
-/// struct meter of cli/bpf/ledger.h.
+/// `struct meter` of cli/bpf/ledger.h.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Meter {
@@ -68,7 +70,8 @@ pub struct Meter {
 unsafe impl Pod for Meter {}
 
 impl Meter {
-    /// A meter that begins now; `since_1970` tells it from others.
+    /// Create the state of a meter that starts now. `since_1970` becomes its life number, which
+    /// tells it from other meters.
     pub fn new(isa: Isa, since_1970: Duration, details: bool) -> Self {
         Self {
             layout: LAYOUT,
@@ -83,18 +86,18 @@ impl Meter {
     }
 }
 
-/// Words of struct owner of cli/bpf/ledger.h, and where its parts are.
+/// `struct owner` of cli/bpf/ledger.h: its size and the places of its parts, in words.
 mod owner {
     pub(super) const WORDS: usize = 20;
     pub(super) const GENERATION: usize = 0;
     pub(super) const VM: usize = 3;
-    /// The process in the low half, the vCPU's id in the high one.
+    /// Process in the low half, vCPU id in the high half.
     pub(super) const PID_AND_ID: usize = 4;
     pub(super) const NAME: usize = 5;
     pub(super) const POLLED: usize = 12;
 }
 
-/// Words of struct totals of cli/bpf/ledger.h.
+/// `struct totals` of cli/bpf/ledger.h: its size and the places of its parts, in words.
 mod totals {
     use super::{BUCKETS, SLOTS};
 
@@ -102,20 +105,20 @@ mod totals {
     pub(super) const DONE: usize = 1;
     pub(super) const POLLED: usize = 2;
     pub(super) const ROWS: usize = 3;
-    /// Exits, nested ones, phases, maximum.
+    /// Words of a row: exits, nested exits, phases, maximum.
     pub(super) const ROW: usize = 9;
     pub(super) const HISTOGRAMS: usize = ROWS + SLOTS * ROW;
     pub(super) const WORDS: usize = HISTOGRAMS + SLOTS * BUCKETS;
 }
 
-/// Nanoseconds of the programs' clock.
+/// Return the programs' clock, in nanoseconds.
 fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default()
 }
 
-/// An array of the kernel's, mapped to be read.
+/// A kernel array, mapped for reading.
 #[derive(Debug)]
 struct Mapped {
     data: MapData,
@@ -123,11 +126,12 @@ struct Mapped {
     words: usize,
 }
 
-// SAFETY: The memory is the map's for as long as this lives, and is read by atomics alone.
+// SAFETY: The mapping lives as long as this value, and all reads are atomic.
 unsafe impl Send for Mapped {}
 
 impl Mapped {
-    /// Map an array of which each so many words are one; how many of them it has. They are entries, or parts of the only one.
+    /// Map an array, and return it with the number of its records. A record has `words` words.
+    /// Records are the map's entries, or parts of its only entry.
     fn new(data: MapData, words: usize) -> Result<(Self, usize), Error> {
         let info = data.info().map_err(|_| Error::OtherVersion)?;
         let size = info.value_size() as usize * info.max_entries() as usize;
@@ -136,7 +140,7 @@ impl Mapped {
             return Err(Error::OtherVersion);
         }
         let words = words * entries;
-        // SAFETY: It is put where nothing is.
+        // SAFETY: The kernel chooses an unused address.
         let at = unsafe {
             mmap(
                 ptr::null_mut(),
@@ -155,37 +159,38 @@ impl Mapped {
         Ok((Self { data, at, words }, entries))
     }
 
-    /// Return a word; 0 behind the last one.
+    /// Return a word; 0 past the end.
     fn word(&self, place: usize) -> u64 {
         self.words().get(place).map_or(0, |word| word.load(Relaxed))
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: So many words are mapped, and pages are aligned. Others write them, and an atomic may be written.
+        // SAFETY: This many words are mapped, and pages are aligned. Others write them, which is
+        // allowed for atomics.
         unsafe { std::slice::from_raw_parts(self.at.cast(), self.words) }
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: It was mapped with this size, and nobody has a reference any more.
+        // SAFETY: It was mapped with this size, and no reference to it is left.
         let _ = unsafe { munmap(self.at.cast_mut().cast(), 8 * self.words) };
     }
 }
 
-/// All maps that a snapshot is made of.
+/// Maps that a snapshot is made from.
 #[derive(Debug)]
 pub struct Maps {
     ledgers: Mapped,
     owners: Mapped,
     gone: Mapped,
     meter: Mapped,
-    /// With details one for each ledger.
+    /// Tables, one for each ledger if details are on.
     tables: Mapped,
     room: usize,
 }
 
-/// A vCPU that was copied.
+/// Copy of a vCPU's numbers.
 struct Copied {
     index: usize,
     generation: u64,
@@ -195,22 +200,22 @@ struct Copied {
 }
 
 impl Maps {
-    /// Map the arrays that `data` gives by their names.
+    /// Map the arrays that `data` returns by name.
     ///
     /// # Errors
     ///
-    /// [`Error::OtherVersion`] when they are not as this program knows them, and those of `data`.
+    /// Returns [`Error::OtherVersion`] if the maps have another layout, or an error of `data`.
     pub fn new(
         mut data: impl FnMut(&'static str) -> Result<MapData, Error>,
     ) -> Result<Self, Error> {
         let [ledgers, owners, gone, meter, tables] = NAMES;
         let (ledgers, room) = Mapped::new(data(ledgers)?, LEDGER)?;
-        let (owners, others) = Mapped::new(data(owners)?, owner::WORDS)?;
+        let (owners, vcpus) = Mapped::new(data(owners)?, owner::WORDS)?;
         let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
         let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
         let (tables, _) = Mapped::new(data(tables)?, size_of::<Tables>() / 8)?;
-        // Behind the last ledger is room that nobody uses.
-        if meter.word(offset_of!(Meter, layout) / 8) != LAYOUT || others > room {
+        // The room behind the last ledger is unused.
+        if meter.word(offset_of!(Meter, layout) / 8) != LAYOUT || vcpus > room {
             return Err(Error::OtherVersion);
         }
         Ok(Self {
@@ -219,11 +224,11 @@ impl Maps {
             gone,
             meter,
             tables,
-            room: others,
+            room: vcpus,
         })
     }
 
-    /// The maps by their names, to be pinned.
+    /// Return the maps with their names, for pinning.
     pub fn named(&self) -> [(&'static str, &MapData); 5] {
         let [ledgers, owners, gone, meter, tables] = NAMES;
         [
@@ -235,37 +240,37 @@ impl Maps {
         ]
     }
 
-    /// The time since the programs were attached.
+    /// Return the time since the programs were attached.
     pub fn age(&self) -> Duration {
-        Duration::from_nanos(now().saturating_sub(self.told(offset_of!(Meter, attached))))
+        Duration::from_nanos(now().saturating_sub(self.meter_word(offset_of!(Meter, attached))))
     }
 
-    /// How many vCPUs can be metered at a time.
+    /// Return the number of vCPUs that can be metered at a time.
     pub fn room(&self) -> usize {
         self.room
     }
 
-    /// How many are.
+    /// Return the number of vCPUs metered now.
     pub fn vcpus(&self) -> usize {
         let metered = |index: &usize| self.generation(*index) & 1 != 0;
         (0..self.room).filter(metered).count()
     }
 
-    /// vCPUs that run or ran unmetered, and their exits.
+    /// Return the number of vCPUs that run or ran unmetered, and the number of their exits.
     pub fn lost(&self) -> (u64, u64) {
         (
-            self.told(offset_of!(Meter, unmetered)),
-            self.told(offset_of!(Meter, lost_exits)),
+            self.meter_word(offset_of!(Meter, unmetered)),
+            self.meter_word(offset_of!(Meter, lost_exits)),
         )
     }
 
-    /// Return true if vCPUs have tables.
+    /// Return true if the vCPUs have tables.
     pub fn has_details(&self) -> bool {
-        self.told(offset_of!(Meter, details)) != 0
+        self.meter_word(offset_of!(Meter, details)) != 0
     }
 
-    /// Return a number of the whole meter, by its offset in [`Meter`].
-    fn told(&self, offset: usize) -> u64 {
+    /// Return a number of struct [`Meter`] by its offset, in bytes.
+    fn meter_word(&self, offset: usize) -> u64 {
         self.meter.word(offset / 8)
     }
 
@@ -277,9 +282,9 @@ impl Maps {
     fn ledger(&self, index: usize) -> Option<(&Ledger, &[Histogram])> {
         let words = self.ledgers.words().get(index * LEDGER..)?;
         let (ledger, more) = words.get(..LEDGER)?.split_at(size_of::<Ledger>() / 8);
-        // SAFETY: So many bytes are there, at a multiple of 64 as the map begins with a page. A ledger and histograms are
-        // made of atomics, for which any bytes will do. A ledger's pointers are not followed by what copies it without the
-        // module's tables, and with histograms that are behind it.
+        // SAFETY: The slices have this many bytes, at multiples of 64 because the map begins with a page. A ledger and
+        // histograms consist of atomics, for which any bytes are valid. A copy follows no pointer of the ledger without
+        // the module's tables, and with histograms that are behind the ledger.
         unsafe {
             let count = size_of_val(more) / size_of::<Histogram>();
             Some((
@@ -295,8 +300,8 @@ impl Maps {
         if first.len() < words || !self.has_details() {
             return None;
         }
-        // SAFETY: So many bytes are there, at a multiple of 64. Tables are made of atomics, for which any bytes will do;
-        // where a row begins is not followed by what copies them.
+        // SAFETY: The slice has this many bytes, at a multiple of 64. Tables consist of atomics,
+        // for which any bytes are valid; the copy does not follow the places where rows begin.
         Some(unsafe { &*first.as_ptr().cast() })
     }
 
@@ -315,10 +320,12 @@ impl Maps {
         }
     }
 
-    /// Copy the vCPU that has a ledger; `None` when none has it, or it has gone meanwhile.
+    /// Copy the vCPU that owns ledger `index`. Returns `None` if no vCPU owns it, or if the owner
+    /// goes meanwhile.
     fn copy(&self, index: usize) -> Result<Option<Copied>, Error> {
         let generation = self.generation(index);
-        // ORDERING: What is read of the vCPU is read after this, and before the next look at the generation.
+        // ORDERING: The vCPU's numbers are read after this fence, and before the next look at the
+        // generation.
         fence(Acquire);
         let Some((ledger, more)) = self.ledger(index).filter(|_| generation & 1 != 0) else {
             return Ok(None);
@@ -330,7 +337,7 @@ impl Maps {
             ledger: Box::default(),
             tables: self.has_details().then(Box::default),
         };
-        let still_has_it = || {
+        let unchanged = || {
             fence(Acquire);
             self.generation(index) == generation
         };
@@ -342,7 +349,7 @@ impl Maps {
         };
         let mut tries = 0;
         while copying.copy(64).is_none() {
-            if !still_has_it() {
+            if !unchanged() {
                 return Ok(None);
             }
             tries += 64;
@@ -352,10 +359,10 @@ impl Maps {
             thread::yield_now();
         }
         copied.ledger.polled = self.owners.word(index * owner::WORDS + owner::POLLED);
-        Ok(still_has_it().then_some(copied))
+        Ok(unchanged().then_some(copied))
     }
 
-    /// Copy the totals, and keep of `vcpus` those that are not in them.
+    /// Copy the totals, and remove from `vcpus` those that have gone: the totals include them.
     fn totals(&self, vcpus: &mut Vec<Copied>) -> Result<Box<Totals>, Error> {
         for _ in 0..TOTALS_TRIES {
             let done = self.gone.word(totals::DONE);
@@ -388,26 +395,26 @@ impl Maps {
                 }
             }
             let gone = |it: &Copied| self.generation(it.index) != it.generation;
-            let went: Vec<bool> = vcpus.iter().map(gone).collect();
+            let is_gone: Vec<bool> = vcpus.iter().map(gone).collect();
             fence(Acquire);
             if self.gone.word(totals::BEGUN) == done {
-                let mut went = went.into_iter();
-                vcpus.retain(|_| !went.next().unwrap_or(false));
+                let mut is_gone = is_gone.into_iter();
+                vcpus.retain(|_| !is_gone.next().unwrap_or(false));
                 return Ok(copy);
             }
         }
         Err(Error::Restless)
     }
 
-    /// Make a snapshot, as /dev/exitmeter gives one: see docs/interface.md. Without `show_code` it does not tell where guests'
-    /// code was.
+    /// Make a snapshot in the format of /dev/exitmeter (see docs/interface.md). Without
+    /// `show_code`, it leaves out the addresses of guest code.
     ///
     /// # Errors
     ///
-    /// [`Error::Restless`], and [`Error::OtherVersion`] where no ISA is told.
+    /// Returns [`Error::Restless`], or [`Error::OtherVersion`] if the maps name no ISA.
     pub fn snapshot(&self, show_code: bool) -> Result<Vec<u8>, Error> {
         let host = Host {
-            isa: match self.told(offset_of!(Meter, isa)) {
+            isa: match self.meter_word(offset_of!(Meter, isa)) {
                 1 => Isa::Vmx,
                 2 => Isa::Svm,
                 _ => return Err(Error::OtherVersion),
@@ -418,10 +425,10 @@ impl Maps {
             // A tick is a nanosecond.
             tsc_khz: 1_000_000,
             tsc_stable: true,
-            loaded: self.told(offset_of!(Meter, attached)),
+            loaded: self.meter_word(offset_of!(Meter, attached)),
             now: now(),
             clock_offset: 0,
-            life: self.told(offset_of!(Meter, life)),
+            life: self.meter_word(offset_of!(Meter, life)),
         };
         let mut vcpus = Vec::new();
         for index in 0..self.room {
@@ -443,12 +450,12 @@ impl Maps {
             if self.has_details() {
                 encoder.told_tables(0);
             }
-            match encoder.finish(&gone, self.told(offset_of!(Meter, unmetered))) {
+            match encoder.finish(&gone, self.meter_word(offset_of!(Meter, unmetered))) {
                 Ok(size) => {
                     buffer.truncate(size);
                     return Ok(buffer);
                 }
-                // How large tables are is known once they are written.
+                // The size of tables is known only after they are written.
                 Err(full) => buffer.resize(full.needed, 0),
             }
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The compiled programs: makes their maps, and puts into their instructions what is known of this kernel.
+//! The compiled programs. Creates their maps, and patches this kernel's offsets into their
+//! instructions.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -25,24 +26,25 @@ use exitmeter_meter::{
 
 use super::{attach::refused, layout::Layout, sys, Error};
 
-/// The programs, compiled by cli/build.rs.
+/// Programs, compiled by cli/build.rs.
 static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ledger.bpf.o"));
 
-/// What the programs are to be told of this kernel.
+/// List of the values that are patched into the programs.
 static KNOWN: &str = include_str!("../../bpf/known.h");
 
-/// KNOWN_FIRST of cli/bpf/kernel.h: in an instruction it stands for the first of [`KNOWN`].
+/// KNOWN_FIRST of cli/bpf/kernel.h: an immediate operand that stands for the first value of
+/// [`KNOWN`].
 const KNOWN_FIRST: i32 = 0x4558_0000;
 
-/// `rdonly_cast` of cli/bpf/kernel.h: an instruction that calls this calls bpf_rdonly_cast().
+/// `rdonly_cast` of cli/bpf/kernel.h: a call of this number is a call of bpf_rdonly_cast().
 const CAST: i32 = 0x4559_0000;
 
-/// The instruction that calls a function (Documentation/bpf/standardization/instruction-set.rst).
+/// Opcode of a call (Documentation/bpf/standardization/instruction-set.rst).
 const CALL: u8 = 0x85;
-/// That which loads 64 bits.
+/// Opcode of a 64-bit load.
 const LOAD_64: u8 = 0x18;
 
-/// Maps of one entry whose address the programs have.
+/// Maps of one entry whose address is patched into the programs.
 const DIRECT: [&str; 3] = ["heres", "ledgers", "buckets"];
 
 /// BUCKET_STEPS and BUCKET_STEP of cli/bpf/ledger.h.
@@ -50,17 +52,17 @@ const STEPS: usize = 4;
 /// See [`STEPS`].
 const STEP: usize = 2048;
 
-/// Bytes of a ledger, with the histograms behind it.
+/// Bytes of a ledger and the histograms behind it.
 const LEDGER: u32 = (size_of::<Ledger>() + size_of::<MoreHistograms>()) as u32;
 
-/// Room behind the ledgers that only the verifier wants: a ledger at any byte of theirs, and see sample() of
-/// cli/bpf/ledger.bpf.c.
+/// Bytes behind the ledgers that only the verifier needs: it allows a ledger to begin at any byte
+/// of them. See also sample() of cli/bpf/ledger.bpf.c.
 const BEHIND: u32 = LEDGER + (16 << 10);
 
-/// The least room for vCPUs that are marked as not metered.
+/// Minimum number of vCPUs that can be marked as unmetered.
 const MARKS: u32 = 4096;
 
-/// The programs and their maps, none of them loaded yet.
+/// Programs that are not loaded yet, with their maps.
 #[derive(Debug)]
 pub struct Object {
     parsed: Parsed,
@@ -68,21 +70,22 @@ pub struct Object {
     types: OwnedFd,
 }
 
-/// What sizes the maps.
+/// Sizes of the maps.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// vCPUs that are metered at a time.
+    /// vCPUs metered at a time.
     pub vcpus: u32,
-    /// vCPUs that are known, with those that are not metered.
+    /// vCPUs known at a time, metered or not.
     pub known: u32,
-    /// CPUs that there can be: a power of two.
+    /// Possible CPUs, a power of two.
     pub cpus: u32,
-    /// Whether vCPUs have tables.
+    /// True if vCPUs have tables.
     pub details: bool,
 }
 
 impl Sizes {
-    /// Sizes for so many vCPUs, or some more: as many as fit the power of two that the ledgers' room is.
+    /// Return the sizes for at least `vcpus` vCPUs: as many ledgers as fit the next power of two of
+    /// bytes.
     pub fn new(vcpus: u32, cpus: u32, details: bool) -> Self {
         let room = (vcpus * LEDGER).next_power_of_two();
         let vcpus = room / LEDGER;
@@ -94,21 +97,21 @@ impl Sizes {
         }
     }
 
-    /// A power of two, less one, that no ledger's first byte exceeds.
+    /// Return the mask for the offset of a ledger: a power of two minus one.
     pub fn ledgers_mask(&self) -> u32 {
         (self.vcpus * LEDGER).next_power_of_two() - 1
     }
 }
 
 impl Object {
-    /// Make the maps, and tell the programs what the layout says.
+    /// Create the maps, and patch the layout into the programs.
     ///
     /// # Errors
     ///
-    /// [`Error`].
+    /// See [`Error`].
     pub fn new(layout: &Layout, sizes: Sizes) -> Result<Self, Error> {
         let mut parsed = Parsed::parse(PROGRAMS).map_err(refused("ledger.bpf.o"))?;
-        // What the kernels have that have bpf_loop(), and clang uses.
+        // Features of the kernels that have bpf_loop(), as far as clang uses them.
         let features = BtfFeatures::new(true, true, true, true, true, true, false);
         let types = parsed
             .fixup_and_sanitize_btf(&features)
@@ -129,13 +132,13 @@ impl Object {
                 _ => {}
             }
             let kind = map.map_type();
-            // The types are of one entry, and some values are larger.
+            // The type ids describe one entry, and some values are larger.
             if let aya_obj::Map::Btf(map) = &mut map {
                 (map.def.btf_key_type_id, map.def.btf_value_type_id) = (0, 0);
             }
             let data = MapData::create(map.clone(), &name, None).map_err(no_map)?;
             made.push((name.clone(), data.fd().as_fd().as_raw_fd(), map));
-            maps.insert(name, wrapped(data, kind));
+            maps.insert(name, wrap(data, kind));
         }
         let text: HashSet<usize> = parsed
             .functions
@@ -154,7 +157,7 @@ impl Object {
         let direct: Vec<i32> = direct.map(|(_, file, _)| *file).collect();
         let known = values(layout)?;
         for function in parsed.functions.values_mut() {
-            tell(&mut function.instructions, &known, layout.cast, &direct)?;
+            patch(&mut function.instructions, &known, layout.cast, &direct)?;
         }
         parsed
             .relocate_calls(&text)
@@ -166,15 +169,17 @@ impl Object {
             types,
         };
         let mut buckets: Array<_, [u8; STEPS * STEP]> = object.map("buckets")?;
-        buckets.set(0, table(), 0).map_err(refused("buckets"))?;
+        buckets
+            .set(0, bucket_table(), 0)
+            .map_err(refused("buckets"))?;
         Ok(object)
     }
 
-    /// Return a map, to be filled.
+    /// Return a map, for filling.
     ///
     /// # Errors
     ///
-    /// [`Error::Unknown`].
+    /// Returns [`Error::Unknown`] if there is no such map.
     pub fn map<'a, T>(&'a mut self, name: &str) -> Result<T, Error>
     where
         T: TryFrom<&'a mut Map>,
@@ -183,11 +188,11 @@ impl Object {
         map.ok_or_else(|| Error::Unknown(format!("map {name}")))
     }
 
-    /// Return an array, to be kept. The programs that use it have to be loaded before.
+    /// Remove an array from the object and return it. Programs that use it must be loaded before.
     ///
     /// # Errors
     ///
-    /// [`Error::Unknown`].
+    /// Returns [`Error::Unknown`] if there is no such array.
     pub fn take(&mut self, name: &str) -> Result<MapData, Error> {
         match self.maps.remove(name) {
             Some(Map::Array(map)) => Ok(map),
@@ -195,11 +200,11 @@ impl Object {
         }
     }
 
-    /// Load a program of this name.
+    /// Load the program `name`.
     ///
     /// # Errors
     ///
-    /// [`Error::Unknown`], and why the kernel does not take it.
+    /// Returns [`Error::Unknown`] if there is no such program, or the kernel's refusal.
     pub fn load(&self, name: &'static str, purpose: &sys::Purpose<'_>) -> Result<OwnedFd, Error> {
         use aya_obj::generated::bpf_prog_type::{
             BPF_PROG_TYPE_KPROBE, BPF_PROG_TYPE_RAW_TRACEPOINT, BPF_PROG_TYPE_TRACING,
@@ -223,10 +228,10 @@ impl Object {
     }
 }
 
-/// Return why there is no map.
+/// Return the error for a map that cannot be created.
 fn no_map(error: MapError) -> Error {
     match &error {
-        // Before Linux 6.0 no value was larger than what kmalloc() gives, which is 4 MiB.
+        // Before Linux 6.0, kmalloc() limits a map's value to 4 MiB.
         MapError::CreateError { io_error, .. }
             if io_error.kind() == ErrorKind::ArgumentListTooLong =>
         {
@@ -236,8 +241,8 @@ fn no_map(error: MapError) -> Error {
     }
 }
 
-/// Return a map as one of its kind.
-fn wrapped(map: MapData, kind: u32) -> Map {
+/// Wrap a map in the variant of its kind.
+fn wrap(map: MapData, kind: u32) -> Map {
     match kind {
         kind if kind == BPF_MAP_TYPE_HASH as u32 => Map::HashMap(map),
         kind if kind == BPF_MAP_TYPE_STACK as u32 => Map::Stack(map),
@@ -245,7 +250,7 @@ fn wrapped(map: MapData, kind: u32) -> Map {
     }
 }
 
-/// Return the values of known.h, in its order.
+/// Return the values for the names of known.h, in its order.
 fn values(layout: &Layout) -> Result<Vec<u32>, Error> {
     let value = |name| {
         let found = layout.known.iter().find(|(known, _)| *known == name);
@@ -256,15 +261,15 @@ fn values(layout: &Layout) -> Result<Vec<u32>, Error> {
     names().map(value).collect()
 }
 
-/// The names that known.h lists.
+/// Return the names that known.h lists.
 fn names() -> impl Iterator<Item = &'static str> {
     KNOWN
         .lines()
         .filter_map(|line| line.strip_prefix("KNOWN(")?.strip_suffix(')'))
 }
 
-/// Put into the instructions of a function what is known.
-fn tell(
+/// Patch the known values into the instructions of a function.
+fn patch(
     instructions: &mut [bpf_insn],
     known: &[u32],
     cast: u32,
@@ -272,7 +277,8 @@ fn tell(
 ) -> Result<(), Error> {
     for instruction in instructions {
         if instruction.code == CALL && instruction.imm == CAST {
-            // A function of no id is none, and the verifier wants to see that it is never called.
+            // With id 0 the call is invalid, and the verifier wants to see that it is never
+            // reached.
             instruction.set_src_reg(BPF_PSEUDO_KFUNC_CALL as u8);
             instruction.imm = cast as i32;
         } else if instruction.code == LOAD_64 {
@@ -291,8 +297,8 @@ fn tell(
     Ok(())
 }
 
-/// Return the table from which the programs take the bucket of a time, as bucket_of() of cli/bpf/ledger.bpf.c has it.
-fn table() -> [u8; STEPS * STEP] {
+/// Return the table by which bucket_of() of cli/bpf/ledger.bpf.c finds the bucket of a time.
+fn bucket_table() -> [u8; STEPS * STEP] {
     let mut table = [0; STEPS * STEP];
     for (place, bucket) in table.iter_mut().enumerate() {
         let ticks = ((place % STEP) as u64) << (5 + 9 * (place / STEP));
@@ -301,14 +307,14 @@ fn table() -> [u8; STEPS * STEP] {
     table
 }
 
-/// Return why the kernel does not take a program.
+/// Return the error for a program that the kernel refuses.
 fn refused_program(name: &'static str) -> impl FnOnce(sys::Refusal) -> Error {
     move |refusal| {
-        // The verifier's last lines say what it does not like.
+        // The last lines of the verifier's log give the reason.
         let lines: Vec<&str> = refusal.log.lines().collect();
         let from = lines.len().saturating_sub(12);
         match refused(name)(refusal.error) {
-            // The verifier's own refusals of a program come as EACCES, with a log.
+            // The verifier refuses a program with EACCES and a log.
             Error::NoRight | Error::Refused { .. } if !lines.is_empty() => Error::Refused {
                 program: name.to_owned(),
                 error: lines[from..].join("; "),
@@ -322,7 +328,7 @@ fn refused_program(name: &'static str) -> impl FnOnce(sys::Refusal) -> Error {
 mod tests {
     use super::*;
 
-    /// As bucket_of() of cli/bpf/ledger.bpf.c.
+    /// Return the bucket of `ticks` as bucket_of() of cli/bpf/ledger.bpf.c does.
     fn bucket(table: &[u8], ticks: u64) -> usize {
         let steps = [(16, 5), (25, 14), (34, 23), (43, 32)];
         let step = steps.iter().position(|(end, _)| ticks >> end == 0);
@@ -333,8 +339,8 @@ mod tests {
     }
 
     #[test]
-    fn the_table_has_the_bucket_of_each_time() {
-        let table = table();
+    fn bucket_table_matches_the_meter() {
+        let table = bucket_table();
         for ticks in 0..1 << 17 {
             assert_eq!(bucket(&table, ticks), histogram::bucket(ticks), "{ticks}");
         }
@@ -349,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn the_object_has_instructions_for_each_known_value_and_no_other() {
+    fn object_uses_exactly_the_known_values() {
         let parsed = Parsed::parse(PROGRAMS).expect("an object");
         let names: Vec<&str> = names().collect();
         let mut used = HashSet::new();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pins that keep the programs beyond the process that attached them: a folder of the BPF file system.
+//! Pins of the programs: a folder of the BPF file system that keeps them after the process that
+//! attached them ends.
 
 use std::{
     fs::{self, File},
@@ -13,11 +14,11 @@ use rustix::fs::{flock, FlockOperation};
 
 use super::{attach::Attached, maps::Maps, Error};
 
-/// Hold the folder of the pins' folder, so that of two that start or stop at once one waits.
+/// Lock the parent folder of the pins, so that two starts or stops wait for each other.
 ///
 /// # Errors
 ///
-/// [`Error::Pins`].
+/// Returns [`Error::Pins`] or [`Error::NoRight`].
 pub fn lock(pins: &Path) -> Result<File, Error> {
     let folder = pins.parent().unwrap_or(pins);
     let file = File::open(folder).map_err(unreadable(folder))?;
@@ -25,7 +26,7 @@ pub fn lock(pins: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
-/// Return the error of a file or folder.
+/// Return the error for a file or folder that could not be used.
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |error| Error::Pins {
         path: path.display().to_string(),
@@ -33,7 +34,7 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     }
 }
 
-/// Return the error of a file or folder that could not be looked at.
+/// Return the error for a file or folder that could not be opened.
 fn unreadable(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     move |error| match error.kind() {
         ErrorKind::PermissionDenied => Error::NoRight,
@@ -41,18 +42,19 @@ fn unreadable(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     }
 }
 
-/// Where pins are made, until all of them are there. That file system has no names with a dot.
+/// Return the folder that holds the pins until all of them are made. Names on that file system
+/// cannot contain a dot.
 fn unfinished(pins: &Path) -> PathBuf {
     let mut name = pins.as_os_str().to_owned();
     name.push("-new");
     name.into()
 }
 
-/// Open the maps that are pinned; `None` when none are.
+/// Open the pinned maps; `None` if nothing is pinned.
 ///
 /// # Errors
 ///
-/// [`Error::Closed`], [`Error::OtherVersion`] and [`Error::Pins`].
+/// Returns [`Error::Closed`], [`Error::OtherVersion`] or [`Error::Pins`].
 pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
     match fs::metadata(pins) {
         Ok(_) => {}
@@ -60,10 +62,11 @@ pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::Closed),
         Err(error) => return Err(failed(pins)(error)),
     }
-    // With the right to write: the kernel maps no array for a reader that has none (`bpf_map_mmap()`, kernel/bpf/syscall.c).
+    // Open for writing: the kernel maps no array that was opened read-only (`bpf_map_mmap()`,
+    // kernel/bpf/syscall.c).
     let map = |name| {
         let path = pins.join(name);
-        // Those of another version may lack one.
+        // Another version may lack a map.
         match fs::metadata(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Err(Error::OtherVersion),
             _ => MapData::from_pin(path).map_err(|_| Error::Closed),
@@ -72,20 +75,20 @@ pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
     Maps::new(map).map(Some)
 }
 
-/// Pin all of it. When a step fails nothing stays.
+/// Pin the programs and their maps. If a step fails, nothing stays pinned.
 ///
 /// # Errors
 ///
-/// [`Error::Pins`] and [`Error::Refused`].
+/// Returns [`Error::Pins`] or [`Error::Refused`].
 pub fn keep(pins: &Path, attached: Attached) -> Result<(), Error> {
     let folder = unfinished(pins);
-    // Of one that was killed.
+    // Remove the leftovers of a start that was killed.
     remove_folder(&folder)?;
     fs::create_dir(&folder).map_err(failed(&folder))?;
     let done =
         fill(&folder, attached).and_then(|()| fs::rename(&folder, pins).map_err(failed(pins)));
     if done.is_err() {
-        // What failed is told; what was pinned goes.
+        // The first failure is reported; removing the rest is best effort.
         let _ = remove_folder(&folder);
     }
     done
@@ -102,18 +105,18 @@ fn fill(folder: &Path, attached: Attached) -> Result<(), Error> {
             .map_err(|error| refused(name, error.to_string()))?;
     }
     for (place, link) in links.iter().enumerate() {
-        // Their order, for `remove`.
+        // The number keeps the order for `remove`.
         link.pin(&folder.join(format!("{place}_{}", link.name())))
             .map_err(|error| refused(link.name(), error.to_string()))?;
     }
     Ok(())
 }
 
-/// Take the programs away, and all that they counted.
+/// Unpin the programs, which detaches them, and their maps.
 ///
 /// # Errors
 ///
-/// [`Error::NotStarted`], [`Error::NoRight`] and [`Error::Pins`].
+/// Returns [`Error::NotStarted`], [`Error::NoRight`] or [`Error::Pins`].
 pub fn remove(pins: &Path) -> Result<(), Error> {
     let left = remove_folder(&unfinished(pins))?;
     match remove_folder(pins)? || left {
@@ -122,7 +125,7 @@ pub fn remove(pins: &Path) -> Result<(), Error> {
     }
 }
 
-/// Remove a folder of pins, the last program first; false when it is not there.
+/// Remove a folder of pins, the last program first. Returns false if the folder does not exist.
 fn remove_folder(folder: &Path) -> Result<bool, Error> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -133,7 +136,7 @@ fn remove_folder(folder: &Path) -> Result<bool, Error> {
     for entry in entries {
         names.push(entry.map_err(failed(folder))?.file_name());
     }
-    // Programs go before maps, and in the order opposite to that in which they came.
+    // Remove programs before maps, in the reverse order of attaching.
     let place = |name: &std::ffi::OsString| {
         let name = name.to_string_lossy().into_owned();
         let place = name.split('_').next().and_then(|it| it.parse::<u32>().ok());

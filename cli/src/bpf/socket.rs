@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The numbers for who may not read the pins: packaging/exitmeter-bpf.socket.
+//! Snapshots for readers that may not open the pins, from packaging/exitmeter-bpf.socket.
 //!
-//! systemd listens, and for each connection runs `exitmeter bpf snapshot --without-code` as root, which writes to it. So a reader
-//! opens no map. It would have to open it to write, and who writes the programs' maps has them read any address of the kernel.
+//! systemd listens, and for each connection runs `exitmeter bpf snapshot --without-code` as root,
+//! which writes to it. So a reader opens no map. It would have to open it for writing, and a
+//! process that writes these maps can make the programs read any kernel address.
 
 use std::{
     io::{self, ErrorKind, Read as _},
@@ -16,14 +17,14 @@ use exitmeter_meter::reader::Snapshot;
 
 use super::{Error, SOCKET};
 
-/// How long the other side may say nothing.
-const WITHIN: Duration = Duration::from_secs(20);
+/// Time limit for the other side's next bytes.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Return a snapshot.
+/// Read a snapshot from the socket.
 ///
 /// # Errors
 ///
-/// [`Error::Closed`] where nobody gives any to this process, and [`Error::NotGiven`].
+/// Returns [`Error::Closed`] if this process cannot use the socket, or [`Error::NotGiven`].
 pub fn read() -> Result<Vec<u8>, Error> {
     read_from(Path::new(SOCKET))
 }
@@ -31,7 +32,7 @@ pub fn read() -> Result<Vec<u8>, Error> {
 fn read_from(path: &Path) -> Result<Vec<u8>, Error> {
     let bytes = receive(path).map_err(|error| match error.kind() {
         ErrorKind::NotFound | ErrorKind::PermissionDenied => Error::Closed,
-        ErrorKind::WouldBlock => Error::NotGiven(format!("nothing for {} s", WITHIN.as_secs())),
+        ErrorKind::WouldBlock => Error::NotGiven(format!("nothing for {} s", TIMEOUT.as_secs())),
         _ => Error::NotGiven(error.to_string()),
     })?;
     match bytes.is_empty() {
@@ -42,17 +43,18 @@ fn read_from(path: &Path) -> Result<Vec<u8>, Error> {
 
 fn receive(path: &Path) -> io::Result<Vec<u8>> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(WITHIN))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// Return true if the programs keep details. Unless these are asked for, a look at the socket is enough.
+/// Return true if the programs keep details. Unless details are `asked` for, check only that the
+/// socket exists.
 ///
 /// # Errors
 ///
-/// As [`read`].
+/// See [`read`].
 pub fn has_details(asked: bool) -> Result<bool, Error> {
     if !asked {
         return match Path::new(SOCKET).exists() {
@@ -72,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_snapshot_is_read_to_its_end_and_an_empty_one_is_an_error() {
+    fn snapshots_are_read_in_full_and_empty_ones_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("socket");
         assert!(matches!(read_from(&path), Err(Error::Closed)));
@@ -90,7 +92,7 @@ mod tests {
         let error = read_from(&path).expect_err("nothing").to_string();
         assert!(error.contains("closes the connection"), "{error}");
         other.join().expect("no panic");
-        // Its file is there, and nobody listens.
+        // The socket's file is there, but nobody listens.
         let error = read_from(&path).expect_err("nothing").to_string();
         assert!(error.contains("refused"), "{error}");
         fs::remove_file(&path).expect("the file");

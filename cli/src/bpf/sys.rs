@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The calls of bpf(2) for programs and their links.
+//! Calls of bpf(2) for programs and their links.
 //!
-//! aya parses and links the object, and makes the maps. It cannot load these programs itself: it knows neither calls of kernel
-//! functions, nor the address of a map's value that a reader maps, nor fentry on the functions of a module.
+//! aya parses and links the object, and makes the maps. It cannot load these programs itself: it
+//! does not know calls of kernel functions, the address of a map's value that a reader maps, or
+//! fentry on functions of a module.
 
 use std::{
     ffi::{c_long, c_ulong, CStr, CString},
@@ -24,27 +25,27 @@ use aya_obj::{
     Function,
 };
 
-/// Room for what the verifier says of a program that it refuses.
+/// Size of the verifier's log for a refused program, in bytes.
 const LOG: usize = 1 << 20;
 
-/// Where the kernel names the kind of event that is a kprobe.
+/// File that holds the event type of kprobes.
 const KPROBE: &str = "/sys/bus/event_source/devices/kprobe/type";
 
-/// Types that the kernel holds: where a function of a module is looked up.
+/// Function of the kernel or of a module, as fentry names it.
 #[derive(Debug)]
 pub struct Target<'a> {
-    /// The module's types; `None` for those of the kernel's image.
+    /// Types of the module; `None` for the kernel image.
     pub types: Option<BorrowedFd<'a>>,
-    /// The function's id.
+    /// Id of the function in these types.
     pub id: u32,
 }
 
-/// Why the kernel does not take a program.
+/// Error of a program that the kernel refuses.
 #[derive(Debug)]
 pub struct Refusal {
-    /// What the call returned.
+    /// Error of the call.
     pub error: io::Error,
-    /// What the verifier says.
+    /// Log of the verifier.
     pub log: String,
 }
 
@@ -52,10 +53,11 @@ pub struct Refusal {
 ///
 /// # Safety
 ///
-/// The attributes are those of the command, and each address in them is of memory that the command may read or write.
+/// The attributes are those of the command, and each address in them refers to memory that the
+/// command may read or write.
 unsafe fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<c_long> {
     let size = size_of::<bpf_attr>();
-    // SAFETY: The attributes have this size, and the caller vouches for what they say.
+    // SAFETY: The attributes have this size, and the caller vouches for their content.
     match unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -69,61 +71,61 @@ unsafe fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<c_long>
     }
 }
 
-/// Call bpf(2) with a command that makes a file.
+/// Call bpf(2) with a command that creates a file.
 ///
 /// # Safety
 ///
-/// As for [`bpf`].
-unsafe fn make(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<OwnedFd> {
+/// See [`bpf`].
+unsafe fn create(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<OwnedFd> {
     // SAFETY: The caller vouches for the attributes.
     let file = unsafe { bpf(command, attributes) }?;
     let file = i32::try_from(file).map_err(io::Error::other)?;
-    // SAFETY: The file is new, and nobody else has it.
+    // SAFETY: The file descriptor is new, and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(file) })
 }
 
-/// Return attributes that say nothing.
+/// Return zeroed attributes.
 fn attributes() -> bpf_attr {
     // SAFETY: A union of numbers, for which zeros are valid.
     unsafe { mem::zeroed() }
 }
 
-/// Return the number by which bpf(2) knows a file.
-fn number(file: impl AsFd) -> u32 {
+/// Return the file descriptor of `file` as bpf(2) takes it.
+fn raw_fd(file: impl AsFd) -> u32 {
     file.as_fd().as_raw_fd().unsigned_abs()
 }
 
-/// Give the kernel the types of the object.
+/// Load the types of the object into the kernel.
 ///
 /// # Errors
 ///
-/// Those of bpf(2).
+/// Returns the error of bpf(2).
 pub fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
     let mut attributes = attributes();
-    // SAFETY: This command's part of the union.
+    // SAFETY: This is the command's part of the union.
     let this = unsafe { &mut attributes.__bindgen_anon_7 };
     this.btf = types.as_ptr() as u64;
     this.btf_size = u32::try_from(types.len()).map_err(io::Error::other)?;
     // SAFETY: The types are borrowed for as long as the call takes.
-    unsafe { make(bpf_cmd::BPF_BTF_LOAD, &mut attributes) }
+    unsafe { create(bpf_cmd::BPF_BTF_LOAD, &mut attributes) }
 }
 
-/// What a program is for, beyond its kind.
+/// Type of attachment that a program is loaded for.
 #[derive(Debug)]
 pub enum Purpose<'a> {
-    /// Its kind says all.
+    /// The program type says all.
     Plain,
-    /// The begin of a function: fentry.
+    /// Entry of a function, by fentry.
     Fentry(&'a Target<'a>),
-    /// Kprobes without an event of perf's.
+    /// Kprobe without a perf event.
     KprobeMulti,
 }
 
-/// Load a program; `types` are those of its object.
+/// Load a program. `types` are the types of its object.
 ///
 /// # Errors
 ///
-/// Why the kernel does not take it.
+/// Returns the kernel's error and the verifier's log.
 pub fn load(
     kind: bpf_prog_type,
     function: &Function,
@@ -134,17 +136,17 @@ pub fn load(
     let mut attributes = attributes();
     let functions = function.func_info.func_info_bytes();
     let lines = function.line_info.line_info_bytes();
-    // SAFETY: This command's part of the union.
+    // SAFETY: This is the command's part of the union.
     let this = unsafe { &mut attributes.__bindgen_anon_3 };
     this.prog_type = kind as u32;
-    // The kernel wants a zero behind it.
+    // The kernel requires a zero at the end.
     for (to, from) in this.prog_name[..15].iter_mut().zip(function.name.bytes()) {
         *to = from as i8;
     }
     this.insns = function.instructions.as_ptr() as u64;
     this.insn_cnt = function.instructions.len() as u32;
     this.license = license.as_ptr() as u64;
-    this.prog_btf_fd = number(types);
+    this.prog_btf_fd = raw_fd(types);
     this.func_info = functions.as_ptr() as u64;
     this.func_info_cnt = function.func_info.len() as u32;
     this.func_info_rec_size = function.func_info_rec_size as u32;
@@ -156,26 +158,26 @@ pub fn load(
         Purpose::Fentry(target) => {
             this.expected_attach_type = bpf_attach_type::BPF_TRACE_FENTRY as u32;
             this.attach_btf_id = target.id;
-            this.__bindgen_anon_1.attach_btf_obj_fd = target.types.map_or(0, number);
+            this.__bindgen_anon_1.attach_btf_obj_fd = target.types.map_or(0, raw_fd);
         }
         Purpose::KprobeMulti => {
             this.expected_attach_type = bpf_attach_type::BPF_TRACE_KPROBE_MULTI as u32;
         }
     }
     // SAFETY: The instructions, the license and the records live until the call returns.
-    let error = match unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
+    let error = match unsafe { create(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
         Ok(program) => return Ok(program),
         Err(error) => error,
     };
-    // Once more, for the verifier to say why.
+    // Load again with a log, to get the verifier's reason.
     let mut log = vec![0_u8; LOG];
-    // SAFETY: This command's part of the union.
+    // SAFETY: This is the command's part of the union.
     let this = unsafe { &mut attributes.__bindgen_anon_3 };
     this.log_level = 1;
     this.log_size = LOG as u32;
     this.log_buf = log.as_mut_ptr() as u64;
-    // SAFETY: As before, and the log has the size that is said.
-    match unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
+    // SAFETY: As before, and the log has the stated size.
+    match unsafe { create(bpf_cmd::BPF_PROG_LOAD, &mut attributes) } {
         Ok(program) => Ok(program),
         Err(_) => {
             let end = log.iter().position(|byte| *byte == 0).unwrap_or(LOG);
@@ -189,20 +191,20 @@ pub fn load(
 ///
 /// # Errors
 ///
-/// Those of bpf(2).
+/// Returns the error of bpf(2).
 pub fn attach(tracepoint: Option<&CStr>, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut attributes = attributes();
     attributes.raw_tracepoint.name = tracepoint.map_or(0, |name| name.as_ptr() as u64);
-    attributes.raw_tracepoint.prog_fd = number(program);
+    attributes.raw_tracepoint.prog_fd = raw_fd(program);
     // SAFETY: The name lives until the call returns.
-    unsafe { make(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attributes) }
+    unsafe { create(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attributes) }
 }
 
-/// Make a kprobe at the begin of a function, which calls a program once one is attached to it.
+/// Create a kprobe at the entry of a function. It calls nothing until a program is linked to it.
 ///
 /// # Errors
 ///
-/// Those of perf_event_open(2).
+/// Returns the error of perf_event_open(2).
 pub fn kprobe(function: &CStr) -> io::Result<OwnedFd> {
     let kind = fs::read_to_string(KPROBE)?;
     // SAFETY: A struct of numbers, for which zeros are valid.
@@ -211,7 +213,7 @@ pub fn kprobe(function: &CStr) -> io::Result<OwnedFd> {
     event.type_ = kind.trim().parse().map_err(io::Error::other)?;
     event.__bindgen_anon_3.config1 = function.as_ptr() as u64;
     let (every_task, first_cpu, no_group) = (-1, 0, -1);
-    // SAFETY: The event has the size that it says, and the name lives until the call returns.
+    // SAFETY: The event has the size that it states, and the name lives until the call returns.
     let file = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
@@ -223,63 +225,64 @@ pub fn kprobe(function: &CStr) -> io::Result<OwnedFd> {
         )
     };
     match i32::try_from(file) {
-        // SAFETY: The file is new, and nobody else has it.
+        // SAFETY: The file descriptor is new, and nobody else owns it.
         Ok(file) if file >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(file) }),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Have a kprobe call a program. The link keeps both.
+/// Link a program to a kprobe, which then calls it. The link keeps both.
 ///
 /// # Errors
 ///
-/// Those of bpf(2).
+/// Returns the error of bpf(2).
 pub fn link(kprobe: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut attributes = attributes();
-    attributes.link_create.__bindgen_anon_1.prog_fd = number(program);
-    attributes.link_create.__bindgen_anon_2.target_fd = number(kprobe);
+    attributes.link_create.__bindgen_anon_1.prog_fd = raw_fd(program);
+    attributes.link_create.__bindgen_anon_2.target_fd = raw_fd(kprobe);
     attributes.link_create.attach_type = bpf_attach_type::BPF_PERF_EVENT as u32;
     // SAFETY: No addresses.
-    unsafe { make(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
+    unsafe { create(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
 }
 
-/// Attach a program that was loaded for this to the begin of a function, without an event of perf's: Linux 5.18, and 6.2 for the
-/// functions of modules. It takes CAP_PERFMON whatever kernel.perf_event_paranoid says.
+/// Attach a program, loaded for [`Purpose::KprobeMulti`], to the entry of a function without a perf
+/// event. Needs Linux 5.18, and 6.2 for functions of modules; CAP_PERFMON is enough, whatever
+/// kernel.perf_event_paranoid is.
 ///
 /// # Errors
 ///
-/// Those of bpf(2).
+/// Returns the error of bpf(2).
 pub fn kprobe_multi(function: &CStr, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let names = [function.as_ptr() as u64];
     let mut attributes = attributes();
-    attributes.link_create.__bindgen_anon_1.prog_fd = number(program);
+    attributes.link_create.__bindgen_anon_1.prog_fd = raw_fd(program);
     attributes.link_create.attach_type = bpf_attach_type::BPF_TRACE_KPROBE_MULTI as u32;
-    // SAFETY: This command's part of the union, for links of that kind.
+    // SAFETY: This is the command's part of the union, for links of this kind.
     let this = unsafe { &mut attributes.link_create.__bindgen_anon_3.kprobe_multi };
     this.cnt = 1;
     this.syms = names.as_ptr() as u64;
-    // SAFETY: The name and the list of it live until the call returns.
-    unsafe { make(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
+    // SAFETY: The name and the list that holds it live until the call returns.
+    unsafe { create(bpf_cmd::BPF_LINK_CREATE, &mut attributes) }
 }
 
 /// Pin a link in the BPF file system.
 ///
 /// # Errors
 ///
-/// Those of bpf(2).
+/// Returns the error of bpf(2).
 pub fn pin(link: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
     let mut attributes = attributes();
-    // SAFETY: This command's part of the union.
+    // SAFETY: This is the command's part of the union.
     let this = unsafe { &mut attributes.__bindgen_anon_4 };
-    this.bpf_fd = number(link);
+    this.bpf_fd = raw_fd(link);
     this.pathname = path.as_ptr() as u64;
     // SAFETY: The path lives until the call returns.
     unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attributes) }.map(drop)
 }
 
-/// Return the types of a module, as the kernel holds them; `None` where it has none, or this process may not look for them,
-/// which takes CAP_SYS_ADMIN.
+/// Return the types of a module as the kernel holds them. Returns `None` if it has none, or if this
+/// process lacks CAP_SYS_ADMIN, which the search needs.
 pub fn types_of(module: &str) -> Option<OwnedFd> {
     let mut id = 0;
     loop {
@@ -287,13 +290,13 @@ pub fn types_of(module: &str) -> Option<OwnedFd> {
         next.__bindgen_anon_6.__bindgen_anon_1.start_id = id;
         // SAFETY: No addresses.
         unsafe { bpf(bpf_cmd::BPF_BTF_GET_NEXT_ID, &mut next) }.ok()?;
-        // SAFETY: This command's part of the union, which it has filled.
+        // SAFETY: This is the command's part of the union, and the command has filled it.
         id = unsafe { next.__bindgen_anon_6.next_id };
 
         let mut open = attributes();
         open.__bindgen_anon_6.__bindgen_anon_1.btf_id = id;
         // SAFETY: No addresses.
-        let Ok(types) = (unsafe { make(bpf_cmd::BPF_BTF_GET_FD_BY_ID, &mut open) }) else {
+        let Ok(types) = (unsafe { create(bpf_cmd::BPF_BTF_GET_FD_BY_ID, &mut open) }) else {
             continue;
         };
         let mut name = [0_u8; 64];
@@ -302,10 +305,10 @@ pub fn types_of(module: &str) -> Option<OwnedFd> {
         info.name = name.as_mut_ptr() as u64;
         info.name_len = name.len() as u32;
         let mut ask = attributes();
-        ask.info.bpf_fd = number(&types);
+        ask.info.bpf_fd = raw_fd(&types);
         ask.info.info_len = size_of::<bpf_btf_info>() as u32;
         ask.info.info = ptr::from_mut(&mut info) as u64;
-        // SAFETY: Both places are ours, and as large as is said.
+        // SAFETY: Both buffers are ours and have the stated sizes.
         unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut ask) }.ok()?;
         if name.split(|byte| *byte == 0).next() == Some(module.as_bytes()) {
             return Some(types);

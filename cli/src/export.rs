@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter export`: the numbers of a host for Prometheus.
+//! `exitmeter export`: metrics of a host for Prometheus.
 //!
-//! A scrape reads one snapshot ([`sums`]), gives each VM a label that stays ([`label`]), and writes the metrics ([`metrics`]) in
-//! the format that was asked for ([`exposition`]). [`Exporter`] keeps what a scrape has to know of those before. Its ways
-//! out are HTTP ([`server`]), with a page for people ([`page`]), and a file ([`textfile`]).
+//! A scrape reads one snapshot ([`sums`]), gives each VM a stable label ([`label`]), and writes the
+//! metrics ([`metrics`]) in the requested format ([`exposition`]). [`Exporter`] keeps the state
+//! between scrapes. It serves metrics by HTTP ([`server`]), with a page for people ([`page`]), or
+//! writes a file ([`textfile`]).
 
 use std::{
     collections::BTreeMap,
@@ -36,21 +37,22 @@ use self::{
     sums::{Detail, Sums},
 };
 
-/// The port of `--listen`. Prometheus's list of default ports, 9100 to 9999, has no free one any more.
+/// Default port of `--listen`. Prometheus's list of default ports, 9100 to 9999, is full.
 pub const PORT: u16 = 10479;
 
-/// On the host: serves exits, phases and what they cost to Prometheus.
+/// On the host: serve exits, phases and their cost to Prometheus.
 ///
-/// /metrics has the metrics of one fresh snapshot, in Prometheus's text format, or OpenMetrics where that is asked for. / is a
-/// page for people. While the meter cannot be read there is the metric exitmeter_up alone, which is 0 then.
+/// /metrics has the metrics of one fresh snapshot, in Prometheus's text format, or in OpenMetrics
+/// if the client asks for it. / is a page for people. While the meter cannot be read, /metrics has
+/// only exitmeter_up, which is then 0.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Metrics of a VM have the label vm: its UUID, else its name, else KVM's name for it. exitmeter_vm_info
-has all that is known of it: join by vm. By default a VM with 20 reasons has 52 series, and a host some 350 more.
-docs/fleet.md lists all metrics, and says how many series there are.
+Metrics of a VM have the label vm: its UUID, else its name, else KVM's name for it. Join with
+exitmeter_vm_info by vm for the rest. By default a VM with 20 reasons has 52 series, and a host some
+350 more. docs/fleet.md lists all metrics and the number of their series.
 
-TLS and passwords are left to a proxy in front, hence the address 127.0.0.1. With a socket from
-systemd (LISTEN_FDS) --listen is not used.
+For TLS and passwords, put a proxy in front; the default address is therefore 127.0.0.1. If systemd
+passes a socket (LISTEN_FDS), --listen is ignored.
 
 Examples:
   exitmeter export
@@ -58,32 +60,33 @@ Examples:
   exitmeter export --textfile /var/lib/prometheus/node-exporter
   curl -s http://127.0.0.1:10479/metrics")]
 pub struct Args {
-    /// The address and port to serve at.
+    /// Address and port to listen at.
     #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from(([127, 0, 0, 1], PORT)))]
     listen: SocketAddr,
-    /// Writes DIR/exitmeter.prom for node_exporter's textfile collector instead, once.
+    /// Instead write DIR/exitmeter.prom once, for node_exporter's textfile collector.
     #[arg(long, value_name = "DIR", conflicts_with = "listen")]
     textfile: Option<PathBuf>,
-    /// Writes the file again each S seconds, until it is interrupted.
+    /// Write the file again every S seconds, until interrupted.
     #[arg(long, value_name = "S", requires = "textfile", value_parser = seconds)]
     interval: Option<Duration>,
-    /// Adds exits and phases of each vCPU: 7 series for one.
+    /// Add exits and phases of each vCPU: 7 series per vCPU.
     #[arg(long)]
     vcpus: bool,
-    /// Adds what single exits cost for each VM: 15 series for each of its reasons.
+    /// Add histograms of the cost of single exits of each VM: 15 series per reason.
     #[arg(long)]
     histograms: bool,
-    /// Adds what exits were about (MSRs, ports, vectors), while details are on: up to N labels for each VM.
-    /// Details are on with the module's parameter details=1, or while exitmeter why or record --why runs.
+    /// Add what exits were about (MSRs, ports, vectors), while details are on: up to N labels per
+    /// VM. Details are on with the module's parameter details=1, or while exitmeter why or record
+    /// --why runs.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     details: Option<u16>,
-    /// Adds to OpenMetrics when each counter began: one more series for each. Prometheus takes them as what
-    /// they are with the feature created-timestamp-zero-ingestion alone.
+    /// Add to OpenMetrics the start time of each counter: one more series for each. Prometheus uses
+    /// it only with the feature created-timestamp-zero-ingestion.
     #[arg(long)]
     created: bool,
     #[command(flatten)]
     asked: source::Asked,
-    /// Reads a saved snapshot instead of the device.
+    /// Read a saved snapshot instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
 }
@@ -93,7 +96,7 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// When the address cannot be listened at, or the file cannot be written.
+    /// Returns an error if the address cannot be used, or the file cannot be written.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let exporter = Exporter::new(&self);
         match self.textfile {
@@ -103,7 +106,7 @@ impl Args {
     }
 }
 
-/// Makes scrapes of one meter.
+/// Source of scrapes of one meter.
 #[derive(Debug)]
 pub struct Exporter {
     choice: source::Choice,
@@ -113,21 +116,21 @@ pub struct Exporter {
     kept: Mutex<Kept>,
 }
 
-/// What is kept from one scrape to the next.
+/// State kept from one scrape to the next.
 #[derive(Debug, Default)]
 struct Kept {
-    /// The names of VMs.
+    /// Names of the VMs.
     names: Book,
-    /// The meter's life, and when it began since 1970.
+    /// The meter's life number, and the time of its start since 1970.
     begun: Option<(u64, Duration)>,
-    /// The most vCPUs that each VM has had.
+    /// Highest number of vCPUs seen for each VM.
     most: BTreeMap<u64, usize>,
-    /// What exits were about, when that was asked for.
+    /// Counters of details, if requested.
     details: Option<Details>,
-    /// What the page has seen.
+    /// Moments that the page has read.
     history: History,
-    /// The last error that was told.
-    told: Option<String>,
+    /// Last error written to the log.
+    logged: Option<String>,
 }
 
 impl Exporter {
@@ -148,7 +151,7 @@ impl Exporter {
         }
     }
 
-    /// Make a scrape, and tell whether the meter could be read.
+    /// Make a scrape. Also returns true if the meter could be read.
     pub fn scrape(&self, format: Format) -> (String, bool) {
         let mut to = Exposition::new(format);
         let begin = Instant::now();
@@ -160,7 +163,7 @@ impl Exporter {
                 let mut kept = self.kept();
                 let begun = kept.begun(&sums);
                 let mut labels = label::labels(&sums, &names);
-                kept.take_out(&mut labels, &sums);
+                kept.remove_dying(&mut labels, &sums);
                 let details = kept.details.as_mut().map(|details| {
                     details.add(&mut sums);
                     details.vms().clone()
@@ -178,7 +181,7 @@ impl Exporter {
                 metrics::write(&mut to, &scrape);
             }
             Err(error) => {
-                self.tell(&error.to_string());
+                self.log_once(&error.to_string());
                 metrics::write_up(&mut to, false);
             }
         }
@@ -187,7 +190,7 @@ impl Exporter {
 
     /// Make the page for people.
     pub fn page(&self) -> String {
-        // Who reloads at once sees the same.
+        // A reload within a second shows the same moment.
         if !self.kept().history.is_fresh() {
             match self.read(Detail::default()) {
                 Ok((sums, names)) => self.kept().history.add(sums, names),
@@ -206,21 +209,21 @@ impl Exporter {
             empty if empty == Book::default() => Book::of(&path),
             names => names,
         };
-        // Not under the lock: a process that hangs can take long to tell its command line.
+        // Do not hold the lock here: a process that hangs can take long to return its command line.
         names.look_up(&running);
         names.forget_others(&running);
         let mut kept = self.kept();
         kept.names = names.clone();
-        kept.told = None;
+        kept.logged = None;
         Ok((sums, names))
     }
 
-    /// Tell an error once, and again when another one came between.
-    fn tell(&self, error: &str) {
+    /// Log an error, unless it is the same as the last one.
+    fn log_once(&self, error: &str) {
         let mut kept = self.kept();
-        if kept.told.as_deref() != Some(error) {
-            say(error);
-            kept.told = Some(error.to_owned());
+        if kept.logged.as_deref() != Some(error) {
+            log(error);
+            kept.logged = Some(error.to_owned());
         }
     }
 
@@ -239,13 +242,13 @@ impl Site for Exporter {
     }
 }
 
-/// Tell the journal. A server goes on where nobody takes what it says.
-fn say(text: &str) {
+/// Write a line to the log. Ignore errors: the server runs on if nobody reads its log.
+fn log(text: &str) {
     let _ = writeln!(io::stderr(), "exitmeter: {text}");
 }
 
 impl Kept {
-    /// Return when the meter began, since 1970: the same for all its life.
+    /// Return the start time of the meter since 1970. It is constant for the meter's life.
     fn begun(&mut self, sums: &Sums) -> Duration {
         let head = &sums.head;
         if let Some((life, begun)) = self.begun {
@@ -265,11 +268,12 @@ impl Kept {
         begun
     }
 
-    /// Take out the VMs of which a vCPU has gone.
+    /// Remove the labels of VMs that have lost a vCPU.
     ///
-    /// KVM lets all vCPUs of a VM go when the VM does (`kvm_destroy_vcpus()`, virt/kvm/kvm_main.c), and never one alone. A
-    /// snapshot of that moment has some of them. Their sum is less than it was, and a counter must not fall.
-    fn take_out(&mut self, labels: &mut BTreeMap<u64, String>, sums: &Sums) {
+    /// KVM destroys all vCPUs of a VM together with the VM (`kvm_destroy_vcpus()`,
+    /// virt/kvm/kvm_main.c), never a single one. A snapshot of that moment has only some of them.
+    /// Their sum is less than before, and a counter must not fall.
+    fn remove_dying(&mut self, labels: &mut BTreeMap<u64, String>, sums: &Sums) {
         self.most.retain(|number, _| sums.vms.contains_key(number));
         for (number, vm) in &sums.vms {
             let most = self.most.entry(*number).or_insert(vm.vcpus);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counters of what exits were about, by VM, kept from one scrape to the next.
+//! Counters of details by VM, kept from one scrape to the next.
 //!
-//! A table of a vCPU is bounded: a row gives way to another one, and all rows go when details are turned off. So the sum of
-//! the rows of a snapshot falls at times, which a counter must not. Here each scrape adds what came since the one before
-//! (`Rows::since`), and what came in no row counts for the reason's others.
+//! The tables of a vCPU are bounded: a new row may replace an old one, and turning details off
+//! discards all rows. So the sum over the rows of a snapshot can fall, which a counter must not.
+//! Each scrape therefore adds the increase since the previous one (`Rows::since`). Exits that got
+//! no row count for the others of their reason.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
@@ -19,18 +20,19 @@ use crate::{
     },
 };
 
-/// The label of what has no label of its own.
+/// Label of exits without a label of their own.
 const OTHERS: &str = "others";
 
-/// Numbers by reason, and by what the exits were about, in words.
+/// Numbers by reason and detail, the latter in words.
 pub type Counts = BTreeMap<(Key, String), Numbers>;
 
-/// Counters by VM, and what the latest scrape has read.
+/// Counters by VM, and the tables of the latest scrape.
 #[derive(Debug)]
 pub struct Details {
-    /// The most labels of a VM. A guest chooses what its exits are about, and must not fill the memory of a Prometheus.
+    /// Maximum number of labels per VM. A guest chooses what its exits are about, and must not fill
+    /// Prometheus's memory.
     limit: usize,
-    /// The meter's life.
+    /// The meter's life number.
     life: u64,
     /// TSC of the latest snapshot.
     at: u64,
@@ -38,18 +40,18 @@ pub struct Details {
     vms: BTreeMap<u64, Counters>,
 }
 
-/// The counters of a VM.
+/// Counters of a VM.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    /// TSC of the snapshot that they begin with.
+    /// TSC of the snapshot in which they begin.
     pub since: u64,
-    /// Their values.
+    /// Values of the counters.
     pub rows: Counts,
     labels: usize,
 }
 
 impl Details {
-    /// Begin counters with at most so many labels for each VM.
+    /// Create empty counters with at most `limit` labels per VM.
     pub fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -60,7 +62,8 @@ impl Details {
         }
     }
 
-    /// Add what came since the snapshot before. An older snapshot, of a scrape that took longer, adds nothing.
+    /// Add the increase since the previous snapshot. Ignore an older snapshot, which comes from a
+    /// scrape that took longer.
     pub fn add(&mut self, sums: &mut Sums) {
         let head = &sums.head;
         if self.life != head.life {
@@ -72,25 +75,25 @@ impl Details {
         }
         self.at = head.now;
         let new = std::mem::take(&mut sums.tables);
-        let mut came: BTreeMap<u64, Counts> = BTreeMap::new();
+        let mut added: BTreeMap<u64, Counts> = BTreeMap::new();
         for (id @ (vm, _), vcpu) in &new {
             let old = self.tables.get(id);
-            // Where details were off meanwhile, the tables are others.
+            // The tables are new if details were off meanwhile.
             let old = old.filter(|old| old.since == vcpu.since);
             let since = old.map(|old| vcpu.rows.since(&old.rows));
             count(
-                came.entry(*vm).or_default(),
+                added.entry(*vm).or_default(),
                 since.as_ref().unwrap_or(&vcpu.rows),
                 head.isa,
             );
         }
-        for (vm, came) in came {
+        for (vm, added) in added {
             let counters = self.vms.entry(vm).or_insert_with(|| Counters {
                 since: head.now,
                 rows: Counts::new(),
                 labels: 0,
             });
-            counters.add(came, self.limit);
+            counters.add(added, self.limit);
         }
         self.tables = new;
         self.vms.retain(|vm, _| sums.vms.contains_key(vm));
@@ -103,12 +106,12 @@ impl Details {
 }
 
 impl Counters {
-    /// Add what came to the tables of all vCPUs.
-    fn add(&mut self, came: Counts, limit: usize) {
-        let mut came: Vec<_> = came.into_iter().collect();
-        // When there is not room for all, the leading ones get a label.
-        came.sort_by_key(|(_, numbers)| Reverse(numbers.exits));
-        for (mut place, numbers) in came {
+    /// Add the increase of all vCPUs' tables.
+    fn add(&mut self, added: Counts, limit: usize) {
+        let mut added: Vec<_> = added.into_iter().collect();
+        // If there are too many labels, the details with the most exits get one.
+        added.sort_by_key(|(_, numbers)| Reverse(numbers.exits));
+        for (mut place, numbers) in added {
             if place.1 != OTHERS && !self.rows.contains_key(&place) {
                 match self.labels < limit {
                     true => self.labels += 1,
@@ -120,17 +123,17 @@ impl Counters {
     }
 }
 
-/// Add what came to the tables of a vCPU.
-fn count(to: &mut Counts, came: &Rows, isa: Isa) {
+/// Add the increase of a vCPU's tables.
+fn count(to: &mut Counts, added: &Rows, isa: Isa) {
     let reason = |of: Of| Label::new(isa, of.reason()).key();
-    for (key, row) in &came.rows {
+    for (key, row) in &added.rows {
         let mut words = Detail::new(key.detail_kind, key.key).words();
         if key.nested {
             words.push_str(", nested");
         }
         add_to(to, (reason(key.of), words), row.numbers);
     }
-    for ((_, of), others) in &came.others {
+    for ((_, of), others) in &added.others {
         add_to(to, (reason(*of), OTHERS.to_owned()), *others);
     }
 }
@@ -150,7 +153,7 @@ mod tests {
         why::tables::tests::{entry, Entries},
     };
 
-    /// Take a snapshot of one VM, at a moment, whose vCPU 0 has tables with these rows.
+    /// Return a snapshot taken at `now` with one VM, whose vCPU 0 has tables with these rows.
     fn snapshot(now: u64, since: u64, entries: Entries<'_>) -> Sums {
         let saved = concat!(
             env!("CARGO_MANIFEST_DIR"),
@@ -169,7 +172,7 @@ mod tests {
         sums
     }
 
-    /// Return the exits of VM 1 by what they were about.
+    /// Return the exits of VM 1 by detail.
     fn exits(details: &Details) -> Vec<(&str, u64)> {
         let rows = details.vms().get(&1).map(|counters| &counters.rows);
         let rows = rows.into_iter().flatten();
@@ -178,11 +181,11 @@ mod tests {
     }
 
     #[test]
-    fn no_counter_falls_and_no_exit_is_lost_when_a_row_gives_way() {
+    fn counters_survive_replaced_rows() {
         let mut details = Details::new(8);
         details.add(&mut snapshot(10, 1, &[(Some(1), 5, 0), (Some(2), 7, 0)]));
         assert_eq!(exits(&details), [("write 0x1", 5), ("write 0x2", 7)]);
-        // MSR 2 had two exits more, and gave way to MSR 3.
+        // MSR 2 had two more exits before MSR 3 replaced it.
         let now = [(Some(1), 6, 0), (Some(3), 4, 9), (None, 9, 0)];
         details.add(&mut snapshot(20, 1, &now));
         let due = [
@@ -192,10 +195,10 @@ mod tests {
             ("write 0x3", 4),
         ];
         assert_eq!(exits(&details), due);
-        // A snapshot that was taken before, and comes after.
+        // A snapshot that is older but arrives later.
         details.add(&mut snapshot(15, 1, &[(Some(1), 5, 0)]));
         assert_eq!(exits(&details), due);
-        // Details are off, and on again.
+        // Details are turned off and on again.
         let mut off = snapshot(30, 1, &[]);
         off.tables.clear();
         details.add(&mut off);
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_gets_no_more_labels_than_there_may_be() {
+    fn labels_of_a_guest_are_limited() {
         let mut details = Details::new(2);
         let many = [
             (Some(1), 5, 0),
@@ -221,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn another_life_of_the_meter_begins_anew() {
+    fn counters_restart_with_the_meter() {
         let mut details = Details::new(2);
         details.add(&mut snapshot(10, 1, &[(Some(1), 5, 0)]));
         let mut other = snapshot(5, 1, &[(Some(1), 2, 0)]);

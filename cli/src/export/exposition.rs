@@ -2,15 +2,15 @@
 
 //! The two text formats that Prometheus reads: its own, version 0.0.4, and OpenMetrics 1.0.
 //!
-//! The crate prometheus-client writes OpenMetrics alone, and node_exporter's textfile collector and promtool read the
-//! other one.
+//! The crate prometheus-client writes only OpenMetrics, but node_exporter's textfile collector and
+//! promtool read the other format.
 
 use std::fmt::{self, Write as _};
 
-/// Which of the formats.
+/// Format of a scrape.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
-    /// Prometheus's own (prometheus.io/docs/instrumenting/exposition_formats).
+    /// Prometheus's own format (prometheus.io/docs/instrumenting/exposition_formats).
     #[default]
     Text,
     /// OpenMetrics 1.0 (prometheus.io/docs/specs/om/open_metrics_spec).
@@ -18,7 +18,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// Return the format for a request's Accept header: OpenMetrics where it is named.
+    /// Return the format for a request's Accept header: OpenMetrics if the header names it.
     pub fn accepted(accept: &str) -> Self {
         match accept.contains("application/openmetrics-text") {
             true => Self::OpenMetrics,
@@ -35,21 +35,21 @@ impl Format {
     }
 }
 
-/// What a metric is.
+/// Type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A number that only grows.
     Counter,
     /// A number.
     Gauge,
-    /// The number 1, with what is to be told as labels.
+    /// The constant 1, with information in its labels.
     Info,
-    /// How many samples there were up to each bound.
+    /// Numbers of samples up to each bound.
     Histogram,
 }
 
 impl Kind {
-    /// Return what is added to a family's name for the samples of a family that has one sample for a set of labels.
+    /// Return the suffix of a sample's name, for families with one sample per set of labels.
     const fn suffix(self) -> &'static str {
         match self {
             Self::Counter => "_total",
@@ -68,31 +68,31 @@ impl Kind {
     }
 }
 
-/// The metrics of a scrape, as they are written.
+/// Text of a scrape, while it is written.
 #[derive(Clone, Debug)]
 pub struct Exposition {
     text: String,
     format: Format,
 }
 
-/// A family of metrics: what follows is of it.
+/// A family of metrics.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// Its name, without the ending that its kind has.
+    /// Name, without the suffix of its kind.
     pub name: &'static str,
-    /// What it is.
+    /// Type.
     pub kind: Kind,
-    /// The unit that its name ends in.
+    /// Unit that the name ends in.
     pub unit: Option<&'static str>,
-    /// One sentence.
+    /// Description, one sentence.
     pub help: &'static str,
 }
 
-/// Names and values.
+/// Names and values of labels.
 pub type Labels<'a> = &'a [(&'a str, &'a str)];
 
 impl Exposition {
-    /// Begin one.
+    /// Create an empty scrape.
     pub fn new(format: Format) -> Self {
         Self {
             text: String::new(),
@@ -100,12 +100,12 @@ impl Exposition {
         }
     }
 
-    /// Make room for so many bytes.
+    /// Reserve memory for `bytes` more bytes.
     pub fn reserve(&mut self, bytes: usize) {
         self.text.reserve(bytes);
     }
 
-    /// Begin a family. All its samples have to follow.
+    /// Begin a family. All its samples must follow.
     pub fn family(&mut self, family: &Family) {
         let Family {
             name,
@@ -113,7 +113,7 @@ impl Exposition {
             unit,
             help,
         } = *family;
-        // In OpenMetrics a family has its name without the ending.
+        // In OpenMetrics, the family's name has no suffix.
         let suffix = match self.format {
             Format::Text => kind.suffix(),
             Format::OpenMetrics => "",
@@ -126,12 +126,13 @@ impl Exposition {
         }
     }
 
-    /// Add a sample of a family that has one for a set of labels.
+    /// Add a sample, for families with one sample per set of labels.
     pub fn sample(&mut self, family: &Family, labels: Labels<'_>, value: impl fmt::Display) {
         self.line(family.name, family.kind.suffix(), labels, None, value);
     }
 
-    /// Add when the counters of these labels began, in seconds since 1970. Only OpenMetrics has that.
+    /// Add the start time of the counters with these labels, in seconds since 1970. Only
+    /// OpenMetrics has it.
     pub fn created(&mut self, family: &Family, labels: Labels<'_>, seconds: f64) {
         if self.format == Format::OpenMetrics {
             self.line(family.name, "_created", labels, None, seconds);
@@ -156,7 +157,7 @@ impl Exposition {
         self.line(family.name, "_count", labels, None, count);
     }
 
-    /// End it.
+    /// Finish the scrape and return its text.
     pub fn done(mut self) -> String {
         if self.format == Format::OpenMetrics {
             self.text.push_str("# EOF\n");
@@ -191,12 +192,11 @@ impl Exposition {
     }
 
     fn add(&mut self, text: fmt::Arguments<'_>) {
-        // Writing to a string cannot fail.
         let _ = self.text.write_fmt(text);
     }
 }
 
-/// Add the value of a label.
+/// Append the value of a label, escaped.
 fn escape(text: &mut String, value: &str) {
     for letter in value.chars() {
         match letter {
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_format_as_its_page_has_it() {
+    fn text_format_matches_its_specification() {
         assert_eq!(
             written(Format::Text),
             "# HELP exits_total Exits.\n# TYPE exits_total counter\n\
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn openmetrics_as_its_specification_has_it() {
+    fn openmetrics_matches_its_specification() {
         assert_eq!(
             written(Format::OpenMetrics),
             "# HELP exits Exits.\n# TYPE exits counter\n\
@@ -270,8 +270,8 @@ mod tests {
     }
 
     #[test]
-    fn openmetrics_is_written_for_those_who_ask() {
-        // What Prometheus 2.53 sends.
+    fn openmetrics_is_chosen_by_the_accept_header() {
+        // The header of Prometheus 2.53.
         let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
         assert_eq!(Format::accepted(prometheus), Format::OpenMetrics);
         assert_eq!(Format::accepted("*/*"), Format::Text);

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a VM is called in metrics: the label `vm`.
+//! The label `vm` of metrics.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::sums::Sums;
 use crate::names::Book;
 
-/// The label of each VM, by its number. No two are the same.
+/// Return a unique label for each VM, by VM number.
 ///
-/// It is the VM's UUID, else its name, else KVM's name for it, so a VM that is started again goes on in the same series. All
-/// but KVM's name is what the VM's owner says. Where two VMs say the same, the older one has it, and the other one gets
-/// KVM's name and its number behind it.
+/// The label is the VM's UUID, else its name, else KVM's name for it, so a restarted VM continues
+/// its series. All but KVM's name is chosen by the VM's owner. If two VMs claim the same label, the
+/// older one gets it, and the other one's label gets KVM's name and its number appended.
 pub fn labels(sums: &Sums, names: &Book) -> BTreeMap<u64, String> {
     let mut taken = BTreeSet::new();
     let mut labels = BTreeMap::new();
-    // Numbers are given in the order in which VMs come.
+    // Numbers grow in the order in which VMs start.
     for (number, vm) in &sums.vms {
         let given = names.vm(*number);
         let said = given.uuid.as_deref().or(given.name.as_deref());
@@ -23,7 +23,7 @@ pub fn labels(sums: &Sums, names: &Book) -> BTreeMap<u64, String> {
         if taken.contains(&label) {
             label = format!("{label}/{}/{number}", vm.name);
         }
-        // Another VM may be called as that one is now.
+        // Another VM may already have this label, too.
         while !taken.insert(label.clone()) {
             label.push('/');
         }
@@ -42,7 +42,7 @@ mod tests {
         names::{Given, Line},
     };
 
-    /// Return the labels of two VMs, numbers 1 and 2, whose VMMs were told this.
+    /// Return the labels of two VMs, numbers 1 and 2, with these names.
     fn of(first: Given, second: Given) -> [String; 2] {
         let saved = concat!(
             env!("CARGO_MANIFEST_DIR"),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_is_called_by_what_stays() {
+    fn labels_prefer_uuid_then_name_then_kvm_name() {
         let all = given(Some("web"), Some("8f"));
         assert_eq!(of(all, given(Some("db"), None)), ["8f", "db"]);
         assert_eq!(
@@ -78,10 +78,10 @@ mod tests {
     }
 
     #[test]
-    fn no_vm_takes_the_series_of_an_older_one() {
+    fn older_vm_keeps_a_contested_label() {
         let same = || given(Some("web"), None);
         assert_eq!(of(same(), same()), ["web", "web/kvm-1300/2"]);
-        // Nor by the name that it would get.
+        // A VM cannot claim the fallback name of another one either.
         let trick = given(Some("kvm-1300"), None);
         assert_eq!(
             of(trick, Given::default()),

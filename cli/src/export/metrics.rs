@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The metrics of a host: which families there are, with which labels. docs/fleet.md lists them.
+//! Metrics of a host: the families and their labels. docs/fleet.md lists them.
 
 use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
@@ -18,7 +18,8 @@ use crate::{
     why::tables::Numbers,
 };
 
-/// The bounds of what an exit costs, in seconds. They are the same on all hosts, so that histograms can be summed.
+/// Bounds of the histograms of exit cost, in seconds. They are the same on all hosts, so that
+/// histograms can be added.
 pub const BOUNDS: [f64; 12] = [
     0.000_000_5,
     0.000_001,
@@ -38,104 +39,104 @@ const UP: Family = Family {
     name: "exitmeter_up",
     kind: Kind::Gauge,
     unit: None,
-    help: "Whether the meter could be read: 1, or 0.",
+    help: "1 if the meter could be read, else 0.",
 };
 const BUILD: Family = Family {
     name: "exitmeter_build",
     kind: Kind::Info,
     unit: None,
-    help: "The version of this exporter.",
+    help: "Version of this exporter.",
 };
 const METER: Family = Family {
     name: "exitmeter_meter",
     kind: Kind::Info,
     unit: None,
     help:
-        "What keeps the numbers (module or bpf), and whose exit reasons they are by (vmx or svm).",
+        "Source of the numbers (module or bpf), and instruction set of the exit reasons (vmx or svm).",
 };
 const METER_START: Family = Family {
     name: "exitmeter_meter_start_time_seconds",
     kind: Kind::Gauge,
     unit: Some("seconds"),
-    help: "When the meter began, since 1970: its counters begin anew there.",
+    help: "Start time of the meter since 1970. Its counters begin there.",
 };
 const READ: Family = Family {
     name: "exitmeter_read_duration_seconds",
     kind: Kind::Gauge,
     unit: Some("seconds"),
-    help: "How long it took to read the meter for this scrape.",
+    help: "Time that it took to read the meter for this scrape.",
 };
 const VCPUS: Family = Family {
     name: "exitmeter_vcpus",
     kind: Kind::Gauge,
     unit: None,
-    help: "The vCPUs that run metered.",
+    help: "vCPUs that are metered now.",
 };
 const UNMETERED: Family = Family {
     name: "exitmeter_unmetered_vcpus",
     kind: Kind::Counter,
     unit: None,
-    help: "The vCPUs that run, or ran, without being metered.",
+    help: "vCPUs that run or ran unmetered.",
 };
 const DEPARTED: Family = Family {
     name: "exitmeter_departed_vcpus",
     kind: Kind::Counter,
     unit: None,
-    help: "The vCPUs that were metered and are gone.",
+    help: "Metered vCPUs that are gone.",
 };
 const HOST_EXITS: Family = Family {
     name: "exitmeter_host_exits",
     kind: Kind::Counter,
     unit: None,
-    help: "VM exits of all VMs, those that are gone too.",
+    help: "VM exits of all VMs, including those that are gone.",
 };
 const HOST_KERNEL: Family = Family {
     name: "exitmeter_host_kernel_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time that KVM spent on exits, of all VMs, those that are gone too.",
+    help: "Time that KVM spent on exits of all VMs, including those that are gone.",
 };
 const HOST_USER: Family = Family {
     name: "exitmeter_host_user_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time that the VMMs spent on exits, of all VMs, those that are gone too.",
+    help: "Time that the VMMs spent on exits of all VMs, including those that are gone.",
 };
 const HOST_PHASE: Family = Family {
     name: "exitmeter_host_phase_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time of all vCPUs by phase, those that are gone too, without the phase that each is in.",
+    help: "Time of all vCPUs by phase, including those that are gone, without the phase that each is in.",
 };
 const HOST_POLLED: Family = Family {
     name: "exitmeter_host_polled_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Of the kernel's time that for which KVM polled before it let vCPUs sleep, by KVM's own count.",
+    help: "Part of the kernel's time in which KVM polled before it let vCPUs sleep, by KVM's own count.",
 };
 const HOST_DURATION: Family = Family {
     name: "exitmeter_host_exit_duration_seconds",
     kind: Kind::Histogram,
     unit: Some("seconds"),
-    help: "What single exits cost in the kernel, without sleep, preemption and user space.",
+    help: "Cost of single exits in the kernel, without sleep, preemption and user space.",
 };
 const VM_INFO: Family = Family {
     name: "exitmeter_vm",
     kind: Kind::Info,
     unit: None,
-    help: "What is known of a VM: KVM's name, its process, and what its VMM was told.",
+    help: "Identity of a VM: KVM's name for it, its process, and the names that its VMM was given.",
 };
 const VM_START: Family = Family {
     name: "exitmeter_vm_start_time_seconds",
     kind: Kind::Gauge,
     unit: Some("seconds"),
-    help: "When the meter first saw the VM, since 1970: its counters begin there.",
+    help: "Time since 1970 at which the meter first saw the VM. Its counters begin there.",
 };
 const VM_VCPUS: Family = Family {
     name: "exitmeter_vm_vcpus",
     kind: Kind::Gauge,
     unit: None,
-    help: "The metered vCPUs of a VM.",
+    help: "Metered vCPUs of a VM.",
 };
 const EXITS: Family = Family {
     name: "exitmeter_exits",
@@ -147,7 +148,7 @@ const NESTED: Family = Family {
     name: "exitmeter_nested_exits",
     kind: Kind::Counter,
     unit: None,
-    help: "Of the exits of a VM those from a guest of its own.",
+    help: "Exits of a VM that came from its nested guests.",
 };
 const KERNEL: Family = Family {
     name: "exitmeter_kernel_seconds",
@@ -165,21 +166,21 @@ const PHASE: Family = Family {
     name: "exitmeter_phase_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time of a VM's vCPUs by phase, with the phase that each is in: their sum is the time for which they were there.",
+    help: "Time of a VM's vCPUs by phase, with the phase that each is in. The phases add up to the vCPUs' lives.",
 };
 const POLLED: Family = Family {
     name: "exitmeter_polled_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Of the kernel's time that for which KVM polled before it let a VM's vCPUs sleep, by KVM's own count.",
+    help: "Part of the kernel's time in which KVM polled before it let a VM's vCPUs sleep, by KVM's own count.",
 };
 const DURATION: Family = Family {
     name: "exitmeter_exit_duration_seconds",
     kind: Kind::Histogram,
     unit: Some("seconds"),
-    help: "What single exits of a VM cost in the kernel, without sleep, preemption and user space.",
+    help: "Cost of single exits of a VM in the kernel, without sleep, preemption and user space.",
 };
-/// Which times of a reason are told: the families of VMs and of the host, and the ticks.
+/// Times written by reason: the family of VMs, the family of the host, and the phase.
 const BY_REASON: [(&Family, &Family, Phase); 2] = [
     (&KERNEL, &HOST_KERNEL, Phase::Kernel),
     (&USER, &HOST_USER, Phase::User),
@@ -200,69 +201,69 @@ const DETAILED: Family = Family {
     name: "exitmeter_detailed_vcpus",
     kind: Kind::Gauge,
     unit: None,
-    help: "The metered vCPUs of which details are kept now.",
+    help: "Metered vCPUs with details now.",
 };
 const DETAIL_EXITS: Family = Family {
     name: "exitmeter_detail_exits",
     kind: Kind::Counter,
     unit: None,
-    help: "VM exits of a VM by what they were about, since this exporter saw its details.",
+    help: "VM exits of a VM by detail, since this exporter first saw its details.",
 };
 const DETAIL_KERNEL: Family = Family {
     name: "exitmeter_detail_kernel_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time that KVM spent on a VM's exits by what they were about.",
+    help: "Time that KVM spent on a VM's exits by detail.",
 };
 const DETAIL_USER: Family = Family {
     name: "exitmeter_detail_user_seconds",
     kind: Kind::Counter,
     unit: Some("seconds"),
-    help: "Time that the VMM spent on a VM's exits by what they were about.",
+    help: "Time that the VMM spent on a VM's exits by detail.",
 };
 
-/// What a scrape has.
+/// Data of a scrape.
 #[derive(Debug)]
 pub struct Scrape<'a> {
-    /// The numbers.
+    /// Numbers of the snapshot.
     pub sums: &'a Sums,
-    /// The label of each VM that is told, by its number.
+    /// Label of each VM to be written, by VM number.
     pub labels: &'a BTreeMap<u64, String>,
-    /// What is known of each VM.
+    /// Names of the VMs.
     pub names: &'a Book,
-    /// What the exits of each VM were about, when that was asked for.
+    /// Counters of details by VM, if requested.
     pub details: Option<&'a BTreeMap<u64, Counters>>,
-    /// When the meter began, since 1970.
+    /// Start time of the meter since 1970.
     pub begun: Duration,
-    /// How long it took to read the meter.
+    /// Time that it took to read the meter.
     pub took: Duration,
-    /// Whether counters have the moment of their beginning, where the format has that.
+    /// Write the start time of each counter, if the format has it.
     pub created: bool,
 }
 
-/// Bytes of a line, on the average.
+/// Average length of a line, in bytes.
 const LINE: usize = 90;
 
-/// A VM that is told.
-struct Told<'a> {
+/// A VM to be written.
+struct ShownVm<'a> {
     label: &'a str,
     number: u64,
     vm: &'a Vm,
-    /// When it began: seconds since 1970.
+    /// Start of its counters, in seconds since 1970.
     began: f64,
 }
 
-/// A scrape as it is written.
+/// State of writing a scrape.
 struct Writer<'a> {
     to: &'a mut Exposition,
     scrape: &'a Scrape<'a>,
-    /// When the meter began: seconds since 1970.
+    /// Start of the meter, in seconds since 1970.
     begun: f64,
     reasons: &'a BTreeMap<Key, String>,
-    vms: &'a [Told<'a>],
+    vms: &'a [ShownVm<'a>],
 }
 
-/// Write whether the meter could be read: all that there is when it could not.
+/// Write whether the meter could be read. If it could not, the scrape has nothing else.
 pub fn write_up(to: &mut Exposition, is_up: bool) {
     to.family(&UP);
     to.sample(&UP, &[], u8::from(is_up));
@@ -272,7 +273,7 @@ pub fn write_up(to: &mut Exposition, is_up: bool) {
 
 /// Write all metrics of a host.
 pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
-    // A text that grows is copied, and there twice meanwhile.
+    // Reserve memory: a text that grows is copied, and takes twice its memory meanwhile.
     let vms = scrape.sums.vms.values();
     let lines: usize = vms.map(|vm| 12 + 3 * vm.rows.len()).sum();
     to.reserve(lines * LINE);
@@ -281,7 +282,7 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     let reasons: BTreeMap<_, _> = reasons.collect();
     let vms = scrape.labels.iter().filter_map(|(number, label)| {
         let vm = scrape.sums.vms.get(number)?;
-        Some(Told {
+        Some(ShownVm {
             label,
             number: *number,
             vm,
@@ -304,7 +305,7 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     writer.details();
 }
 
-/// Return a reason as a label: its name, or its number.
+/// Return the label of a reason: its name, or its number.
 fn reason(label: &Label) -> String {
     match (label.name, label.code) {
         (Some(name), _) => name.to_owned(),
@@ -314,50 +315,50 @@ fn reason(label: &Label) -> String {
 }
 
 impl Scrape<'_> {
-    /// Return a TSC as whole seconds since 1970: the two clocks do not agree further.
+    /// Convert a TSC to whole seconds since 1970. The two clocks do not agree more closely.
     fn since_1970(&self, tsc: u64) -> f64 {
         let age = tsc.saturating_sub(self.sums.head.loaded);
         let age = self.seconds(age.into()).unwrap_or(0.0);
         (self.begun.as_secs_f64() + age).round()
     }
 
-    /// Return ticks as seconds; `None` when the clock's rate is not known.
+    /// Convert ticks to seconds; `None` if the frequency is unknown.
     fn seconds(&self, ticks: u128) -> Option<f64> {
         let khz = self.sums.head.tsc_khz?;
         Some(ticks as f64 / (f64::from(khz) * 1000.0))
     }
 
-    /// Return seconds as ticks.
+    /// Convert seconds to ticks.
     fn ticks(&self, seconds: f64) -> u64 {
         let khz = self.sums.head.tsc_khz.unwrap_or(0);
-        // A bound is some hundredths of a second, so it fits.
+        // A bound is some hundredths of a second, so the ticks fit.
         (seconds * f64::from(khz) * 1000.0) as u64
     }
 }
 
 impl Writer<'_> {
-    /// Write a number, and for a counter when it began.
-    fn number(&mut self, family: &Family, labels: Labels<'_>, value: impl Display, began: f64) {
+    /// Write a sample, and for a counter its start time.
+    fn sample(&mut self, family: &Family, labels: Labels<'_>, value: impl Display, began: f64) {
         self.to.sample(family, labels, value);
         if self.scrape.created && family.kind == Kind::Counter {
             self.to.created(family, labels, began);
         }
     }
 
-    /// Write a time, if the clock's rate is known.
+    /// Write a time, if the frequency is known.
     fn time(&mut self, family: &Family, labels: Labels<'_>, ticks: u128, began: f64) {
         if let Some(seconds) = self.scrape.seconds(ticks) {
-            self.number(family, labels, seconds, began);
+            self.sample(family, labels, seconds, began);
         }
     }
 
-    /// Write a family of the host that has one number.
-    fn one(&mut self, family: &Family, value: impl Display) {
+    /// Write a family of the host that has one sample.
+    fn host_sample(&mut self, family: &Family, value: impl Display) {
         self.to.family(family);
-        self.number(family, &[], value, self.begun);
+        self.sample(family, &[], value, self.begun);
     }
 
-    /// Write what single exits of a reason cost.
+    /// Write the histogram of the cost of a reason's exits.
     fn spread(
         &mut self,
         family: &Family,
@@ -383,20 +384,20 @@ impl Writer<'_> {
         let labels = [("source", source), ("isa", sums.head.isa.name())];
         self.to.family(&METER);
         self.to.sample(&METER, &labels, 1);
-        self.one(&METER_START, self.begun);
-        self.one(&READ, self.scrape.took.as_secs_f64());
-        self.one(&VCPUS, sums.vcpus());
-        self.one(&UNMETERED, sums.head.unmetered);
-        self.one(&DEPARTED, sums.head.gone);
+        self.host_sample(&METER_START, self.begun);
+        self.host_sample(&READ, self.scrape.took.as_secs_f64());
+        self.host_sample(&VCPUS, sums.vcpus());
+        self.host_sample(&UNMETERED, sums.head.unmetered);
+        self.host_sample(&DEPARTED, sums.head.gone);
     }
 
     fn host(&mut self) {
         let (sums, reasons, began) = (self.scrape.sums, self.reasons, self.begun);
-        // All of these have the same keys, in the same order.
+        // Rows and reasons have the same keys, in the same order.
         let rows = || sums.all.values().zip(reasons.values());
         self.to.family(&HOST_EXITS);
         for (row, reason) in rows() {
-            self.number(&HOST_EXITS, &[("reason", reason)], row.exits, began);
+            self.sample(&HOST_EXITS, &[("reason", reason)], row.exits, began);
         }
         for (_, family, phase) in BY_REASON {
             self.to.family(family);
@@ -412,7 +413,7 @@ impl Writer<'_> {
             self.time(&HOST_PHASE, &[("phase", phase)], ticks, began);
         }
         if let Some(polled) = sums.polled_ns {
-            self.one(&HOST_POLLED, polled as f64 / 1e9);
+            self.host_sample(&HOST_POLLED, polled as f64 / 1e9);
         }
         self.to.family(&HOST_DURATION);
         for (row, reason) in rows() {
@@ -423,12 +424,12 @@ impl Writer<'_> {
 
     fn vms(&mut self) {
         self.to.family(&VM_INFO);
-        for told in self.vms {
-            let given = self.scrape.names.vm(told.number);
-            let pid = told.vm.pid.to_string();
+        for shown in self.vms {
+            let given = self.scrape.names.vm(shown.number);
+            let pid = shown.vm.pid.to_string();
             let labels = [
-                ("vm", told.label),
-                ("kvm", &told.vm.name),
+                ("vm", shown.label),
+                ("kvm", &shown.vm.name),
                 ("pid", &pid),
                 ("name", given.name.as_deref().unwrap_or_default()),
                 ("uuid", given.uuid.as_deref().unwrap_or_default()),
@@ -438,72 +439,72 @@ impl Writer<'_> {
             ];
             self.to.sample(&VM_INFO, &labels, 1);
         }
-        self.each_vm(&VM_START, |told| Some(told.began));
-        self.each_vm(&VM_VCPUS, |told| Some(told.vm.vcpus as f64));
+        self.each_vm(&VM_START, |shown| Some(shown.began));
+        self.each_vm(&VM_VCPUS, |shown| Some(shown.vm.vcpus as f64));
         self.to.family(&EXITS);
-        for told in self.vms {
-            for (reason, row) in self.rows(told.vm) {
-                let labels = [("vm", told.label), ("reason", reason)];
-                self.number(&EXITS, &labels, row.exits, told.began);
+        for shown in self.vms {
+            for (reason, row) in self.rows(shown.vm) {
+                let labels = [("vm", shown.label), ("reason", reason)];
+                self.sample(&EXITS, &labels, row.exits, shown.began);
             }
         }
-        self.each_vm(&NESTED, |told| {
-            let rows = told.vm.rows.values();
+        self.each_vm(&NESTED, |shown| {
+            let rows = shown.vm.rows.values();
             let nested = rows.map(|row| row.nested_exits);
             let nested: Option<u64> = nested.sum();
             nested.map(|nested| nested as f64)
         });
         for (family, _, phase) in BY_REASON {
             self.to.family(family);
-            for told in self.vms {
-                for (reason, row) in self.rows(told.vm) {
+            for shown in self.vms {
+                for (reason, row) in self.rows(shown.vm) {
                     let ticks = row.cycles.of(phase);
                     if ticks != 0 {
-                        let labels = [("vm", told.label), ("reason", reason)];
-                        self.time(family, &labels, ticks, told.began);
+                        let labels = [("vm", shown.label), ("reason", reason)];
+                        self.time(family, &labels, ticks, shown.began);
                     }
                 }
             }
         }
         self.to.family(&PHASE);
-        for told in self.vms {
-            for (phase, ticks) in ticks(&told.vm.cycles()) {
-                let labels = [("vm", told.label), ("phase", phase)];
-                self.time(&PHASE, &labels, ticks, told.began);
+        for shown in self.vms {
+            for (phase, ticks) in ticks(&shown.vm.cycles()) {
+                let labels = [("vm", shown.label), ("phase", phase)];
+                self.time(&PHASE, &labels, ticks, shown.began);
             }
         }
-        self.each_vm(&POLLED, |told| Some(told.vm.polled_ns? as f64 / 1e9));
-        let spreads = |told: &Told<'_>| told.vm.rows.values().any(|row| row.spread.is_some());
+        self.each_vm(&POLLED, |shown| Some(shown.vm.polled_ns? as f64 / 1e9));
+        let spreads = |shown: &ShownVm<'_>| shown.vm.rows.values().any(|row| row.spread.is_some());
         if self.vms.iter().any(spreads) {
             self.to.family(&DURATION);
         }
-        for told in self.vms.iter().filter(|told| spreads(told)) {
-            for (reason, row) in self.rows(told.vm) {
-                let labels = [("vm", told.label), ("reason", reason)];
+        for shown in self.vms.iter().filter(|shown| spreads(shown)) {
+            for (reason, row) in self.rows(shown.vm) {
+                let labels = [("vm", shown.label), ("reason", reason)];
                 let spread = (row.spread.as_deref(), &row.cycles);
-                self.spread(&DURATION, &labels, spread, told.began);
+                self.spread(&DURATION, &labels, spread, shown.began);
             }
         }
     }
 
     fn vcpus(&mut self) {
-        if self.vms.iter().all(|told| told.vm.each.is_empty()) {
+        if self.vms.iter().all(|shown| shown.vm.each.is_empty()) {
             return;
         }
         self.to.family(&VCPU_EXITS);
-        for told in self.vms {
-            for (id, (exits, _)) in &told.vm.each {
-                let labels = [("vm", told.label), ("vcpu", &*id.to_string())];
-                self.number(&VCPU_EXITS, &labels, exits, told.began);
+        for shown in self.vms {
+            for (id, (exits, _)) in &shown.vm.each {
+                let labels = [("vm", shown.label), ("vcpu", &*id.to_string())];
+                self.sample(&VCPU_EXITS, &labels, exits, shown.began);
             }
         }
         self.to.family(&VCPU_PHASE);
-        for told in self.vms {
-            for (id, (_, cycles)) in &told.vm.each {
+        for shown in self.vms {
+            for (id, (_, cycles)) in &shown.vm.each {
                 let id = id.to_string();
                 for (phase, ticks) in ticks(cycles) {
-                    let labels = [("vm", told.label), ("vcpu", &id), ("phase", phase)];
-                    self.time(&VCPU_PHASE, &labels, ticks, told.began);
+                    let labels = [("vm", shown.label), ("vcpu", &id), ("phase", phase)];
+                    self.time(&VCPU_PHASE, &labels, ticks, shown.began);
                 }
             }
         }
@@ -513,7 +514,7 @@ impl Writer<'_> {
         let Some(details) = self.scrape.details else {
             return;
         };
-        self.one(&DETAILED, self.scrape.sums.detailed);
+        self.host_sample(&DETAILED, self.scrape.sums.detailed);
         type Value = fn(&Writer<'_>, &Numbers) -> Option<f64>;
         let families: [(&Family, Value); 3] = [
             (&DETAIL_EXITS, |_, numbers| Some(numbers.exits as f64)),
@@ -524,29 +525,29 @@ impl Writer<'_> {
         ];
         for (family, value) in families {
             self.to.family(family);
-            for told in self.vms {
-                let Some(counters) = details.get(&told.number) else {
+            for shown in self.vms {
+                let Some(counters) = details.get(&shown.number) else {
                     continue;
                 };
                 let began = self.scrape.since_1970(counters.since);
                 for ((key, words), numbers) in &counters.rows {
-                    // Time that there is not has no series, as that of reasons.
+                    // Times of 0 get no series, as in the metrics by reason.
                     let value = value(self, numbers).filter(|value| *value != 0.0);
                     if let (Some(reason), Some(value)) = (self.reasons.get(key), value) {
-                        let labels = [("vm", told.label), ("reason", reason), ("detail", words)];
-                        self.number(family, &labels, value, began);
+                        let labels = [("vm", shown.label), ("reason", reason), ("detail", words)];
+                        self.sample(family, &labels, value, began);
                     }
                 }
             }
         }
     }
 
-    /// Write a family that has a number for each VM.
-    fn each_vm(&mut self, family: &Family, of: impl Fn(&Told<'_>) -> Option<f64>) {
+    /// Write a family with one sample per VM.
+    fn each_vm(&mut self, family: &Family, of: impl Fn(&ShownVm<'_>) -> Option<f64>) {
         self.to.family(family);
-        for told in self.vms {
-            if let Some(value) = of(told) {
-                self.number(family, &[("vm", told.label)], value, told.began);
+        for shown in self.vms {
+            if let Some(value) = of(shown) {
+                self.sample(family, &[("vm", shown.label)], value, shown.began);
             }
         }
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The page for people: what the host does now.
+//! Page for people: the host's activity now.
 //!
-//! A browser reloads the page each few seconds. Each time reads one snapshot, so nothing is read while nobody looks. Its
-//! pictures are those of `exitmeter plot`.
+//! The browser reloads the page every few seconds, and each reload reads one snapshot. So nothing
+//! is read while nobody looks. The pictures are those of `exitmeter plot`.
 
 use std::{
     cmp::Reverse,
@@ -20,27 +20,27 @@ use crate::{
     recording::read::Ending,
 };
 
-/// The value of Content-Type.
+/// Value of Content-Type.
 pub const CONTENT_TYPE: &str = "text/html; charset=utf-8";
 
-/// Seconds from one reading of the page to the next.
+/// Seconds between two reloads of the page.
 const RELOAD: u64 = 5;
 
-/// A moment that is younger than this is shown again.
+/// A moment younger than this is shown again.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// For how long moments are kept.
+/// Time for which moments are kept.
 const KEPT: Duration = Duration::from_secs(600);
 
-/// VMs that are shown.
+/// Maximum number of VMs shown.
 const VMS: usize = 20;
 
-/// The moments at which the page was read.
+/// Moments at which the page was read.
 #[derive(Debug, Default)]
 pub struct History {
-    /// The host's numbers of each, the latest one last.
+    /// Numbers of the host at each moment, the latest one last.
     moments: VecDeque<Moment>,
-    /// The VMs of the latest, and of the one before.
+    /// VMs of the latest moment and of the one before.
     vms: [BTreeMap<u64, Vm>; 2],
     names: Book,
 }
@@ -51,7 +51,7 @@ struct Moment {
     sums: Host,
 }
 
-/// What is kept of a host's snapshot.
+/// Part of a host's snapshot that is kept.
 #[derive(Debug)]
 struct Host {
     head: exitmeter_meter::reader::Head,
@@ -61,7 +61,7 @@ struct Host {
 }
 
 impl History {
-    /// Return true if the latest moment is of now.
+    /// Return true if the latest moment is still fresh.
     pub fn is_fresh(&self) -> bool {
         self.moments
             .back()
@@ -75,7 +75,7 @@ impl History {
         if let Some(last) = self.moments.back() {
             let (last, head) = (&last.sums.head, &sums.head);
             if last.life == head.life && last.now == head.now {
-                // A saved snapshot that was read again: no time has passed in it.
+                // A saved snapshot was read again: no time has passed in it.
                 self.names = names;
                 return;
             }
@@ -135,7 +135,7 @@ impl History {
             .iter()
             .map(|(name, text)| format!("<dt>{name}</dt><dd>{}</dd>\n", escape(text)))
             .collect();
-        // Where no VM ran there is nothing to draw.
+        // Without any vCPU there is nothing to draw.
         let pictures = match series.sum.cycles.sum() {
             0 => Vec::new(),
             _ => plot::live(&series),
@@ -152,7 +152,8 @@ impl History {
         page("VM exits on this host", &body)
     }
 
-    /// Return what happened between the moments, for the pictures. With one moment it is all since the meter began.
+    /// Return the activity between the moments, for the pictures. With only one moment, return all
+    /// since the meter began.
     fn series(&self, latest: &Moment) -> Series {
         let mut steps = Vec::new();
         let mut sum = Ledger::of([]);
@@ -203,7 +204,7 @@ impl History {
         }
     }
 
-    /// Return the table of VMs: those first that took most of KVM's, the VMM's and the host's time.
+    /// Return the table of VMs, sorted by time that KVM, the VMM and the host took from the guest.
     fn vms(&self, khz: Option<u32>) -> String {
         let [latest, before] = &self.vms;
         if latest.is_empty() {
@@ -256,7 +257,7 @@ impl History {
         section(&title, "vms", &titles, rows.collect())
     }
 
-    /// Return the time between the two latest moments, or that since the meter began.
+    /// Return the time between the two latest moments, or since the meter began.
     fn span(&self, khz: Option<u32>) -> Option<Span> {
         let mut moments = self.moments.iter().rev();
         let latest = &moments.next()?.sums.head;
@@ -268,7 +269,7 @@ impl History {
     }
 }
 
-/// Return the ticks of the phases in the order in which people read them.
+/// Return the ticks of the phases, in display order.
 fn of_phases(cycles: &Cycles) -> [u128; 6] {
     exitmeter_meter::phase::Phase::SHOWN.map(|phase| cycles.of(phase))
 }
@@ -306,11 +307,11 @@ fn reasons(series: &Series) -> String {
     section("Reasons", "reasons", &titles, rows.collect())
 }
 
-/// Return what came after an earlier moment.
+/// Return the rows added since an earlier moment.
 fn since(new: &Rows, old: &Rows) -> Rows {
     let rows = new.iter().filter_map(|(key, row)| {
         let row = match old.get(key) {
-            // What cannot be is left out: one of the two moments is damaged.
+            // Drop a row that has fallen: one of the two moments is damaged.
             Some(old) => row.since(old)?,
             None => *row,
         };
@@ -320,12 +321,12 @@ fn since(new: &Rows, old: &Rows) -> Rows {
     rows.collect()
 }
 
-/// Return the page that says why there is none.
+/// Return a page with only an error message.
 pub fn error(text: &str) -> String {
     page("VM exits on this host", &notice(text))
 }
 
-/// Return a part of the page that says one thing.
+/// Return a section with only a heading.
 fn notice(text: &str) -> String {
     format!("<section>\n<h2>{}</h2>\n</section>\n", escape(text))
 }

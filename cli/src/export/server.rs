@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The HTTP server. hyper speaks the protocol; here is what nobody may hold up.
+//! HTTP server. hyper speaks the protocol; this module bounds what a client can use.
 //!
-//! A connection serves one request, and has a time in which that has to be done. There are so many connections at most; one more
-//! ends the oldest. So who hangs, reads slowly or sends without an end takes one place for that time. Two
-//! snapshots at most are read at once, since each takes memory.
+//! A connection serves one request and must end within a time limit. The number of connections is
+//! limited; a new one beyond that closes the oldest. So a client that hangs, reads slowly or sends
+//! without an end occupies one place for that time. At most two snapshots are read at once, as each
+//! takes memory.
 
 use std::{
     collections::VecDeque,
@@ -33,60 +34,61 @@ use tokio::{
     time,
 };
 
-use super::{exposition::Format, say};
+use super::{exposition::Format, log};
 
-/// How long a connection may take in all.
-const WITHIN: Duration = Duration::from_secs(30);
+/// Time limit for a connection in all.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a request's head may take.
-const HEAD_WITHIN: Duration = Duration::from_secs(5);
+/// Time limit for the head of a request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes of a request's head.
+/// Maximum size of a request's head, in bytes.
 const HEAD: usize = 16 << 10;
 
-/// Connections at a time. Each may hold a whole answer, some 10 MB on a large host.
+/// Maximum number of connections. Each may hold a whole answer, some 10 MB on a large host.
 const CONNECTIONS: usize = 32;
 
-/// Snapshots that are read at a time.
+/// Maximum number of snapshots read at a time.
 const SNAPSHOTS: usize = 2;
 
-/// After an error of accept(2), such as no more file descriptors.
+/// Pause after an error of accept(2), such as no more file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The page has no scripts, and takes nothing from elsewhere.
+/// Content security policy. The page has no scripts, and loads nothing from elsewhere.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
-/// What is served.
+/// Content to serve.
 pub trait Site: Send + Sync + 'static {
-    /// Return the content at a path, with its type; `None` where there is nothing. `format` is that of metrics which the
-    /// client asks for. This may take long: it is called on a thread for that.
+    /// Return the content at `path` with its type, or `None` if there is nothing. `format` is the
+    /// format of metrics that the client asks for. May take long: the server calls it on a thread
+    /// for blocking work.
     fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)>;
 }
 
-/// What others look at as well can be served.
+/// Serves a site that others hold as well.
 impl<S: Site> Site for Arc<S> {
     fn content(&self, path: &str, format: Format) -> Option<(&'static str, String)> {
         S::content(self, path, format)
     }
 }
 
-/// Serve until the process ends, at a socket from systemd or else at an address.
+/// Serve until the process ends, on a socket from systemd or else at `address`.
 ///
 /// # Errors
 ///
-/// When the address cannot be listened at.
+/// Returns an error if the address cannot be used.
 pub fn serve(site: impl Site, address: SocketAddr) -> anyhow::Result<ExitCode> {
     let listener = listener(address)?;
     let address = listener.local_addr().unwrap_or(address);
-    say(&format!("serves at http://{address}/metrics"));
+    log(&format!("serves at http://{address}/metrics"));
     serve_at(site, listener)
 }
 
-/// Serve until the process ends.
+/// Serve on `listener` until the process ends.
 ///
 /// # Errors
 ///
-/// When the system does not allow it.
+/// Returns an error if the server cannot start.
 pub fn serve_at(site: impl Site, listener: net::TcpListener) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
@@ -102,7 +104,7 @@ pub fn serve_at(site: impl Site, listener: net::TcpListener) -> anyhow::Result<E
     })
 }
 
-/// Return the socket that systemd gave, or else a new one.
+/// Return the socket that systemd passed, or else a new one.
 fn listener(address: SocketAddr) -> anyhow::Result<net::TcpListener> {
     let given = listenfd::ListenFd::from_env()
         .take_tcp_listener(0)
@@ -132,7 +134,7 @@ async fn accept(listener: TcpListener, site: Arc<impl Site>) -> anyhow::Result<E
             }
         }
         let connection = connection(stream, Arc::clone(&site), Arc::clone(&snapshots));
-        let connection = task::spawn(time::timeout(WITHIN, connection));
+        let connection = task::spawn(time::timeout(TIMEOUT, connection));
         connections.push_back(connection.abort_handle());
     }
 }
@@ -140,10 +142,10 @@ async fn accept(listener: TcpListener, site: Arc<impl Site>) -> anyhow::Result<E
 /// Serve one request.
 async fn connection(stream: TcpStream, site: Arc<impl Site>, snapshots: Arc<Semaphore>) {
     let service = service_fn(|request| answer(request, &site, &snapshots));
-    // Who went away early is no concern of ours.
+    // An error here means that the client went away early, which needs no action.
     let _ = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The sums of one snapshot, by VM and reason.
+//! Sums over one snapshot, by VM and reason.
 //!
-//! A snapshot of 8000 vCPUs has 100 MB. It is read a record at a time, so only the sums stay in memory.
+//! A snapshot of 8000 vCPUs has 100 MB. It is read one record at a time, so only the sums stay in
+//! memory.
 
 use std::{
     collections::BTreeMap,
@@ -24,10 +25,10 @@ use crate::{
     why::tables,
 };
 
-/// The most bytes that a snapshot's head may have: today's has 1 KiB.
+/// Maximum size of a snapshot's head, in bytes. Today's has 1 KiB.
 const LARGEST_HEAD: u64 = 64 << 10;
 
-/// The most bytes that a record may have: one of all reasons has 110 KiB.
+/// Maximum size of a record, in bytes. A record with all reasons has 110 KiB.
 const LARGEST_RECORD: u32 = 1 << 20;
 
 pub use crate::plot::series::Key;
@@ -35,71 +36,72 @@ pub use crate::plot::series::Key;
 /// Numbers by reason.
 pub type Rows = BTreeMap<Key, ReasonRow>;
 
-/// The numbers of a VM's reason: a [`ReasonRow`] that is small, as a host may have some 20,000 of them.
+/// Numbers of one reason of a VM: a compact [`ReasonRow`], as a host may have some 20,000 of them.
 #[derive(Clone, Debug)]
 pub struct Row {
     label: Label,
     /// VM exits.
     pub exits: u64,
-    /// Of these, those from nested guests, when they are known.
+    /// Exits from nested guests, if known.
     pub nested_exits: Option<u64>,
     /// TSC ticks by phase.
     pub cycles: Cycles,
-    /// What single exits cost, when it was asked for.
+    /// Distribution of the cost of single exits, if requested.
     pub spread: Option<Box<Spread>>,
 }
 
-/// The sums of a snapshot.
+/// Sums over a snapshot.
 #[derive(Clone, Debug)]
 pub struct Sums {
-    /// What the snapshot begins with.
+    /// Head of the snapshot.
     pub head: Head,
-    /// All vCPUs, those that are gone too, with the spread of what exits cost. A phase that still runs is not in it: when its
-    /// vCPU goes it is booked nowhere, and the sum must not fall.
+    /// Sums over all vCPUs, including those that are gone, with the distribution of exit costs.
+    /// They exclude phases that still run: when the vCPU goes, such a phase is booked nowhere, and
+    /// the sums must not fall.
     pub all: Rows,
-    /// The phases that still run, of all vCPUs.
+    /// Time of the phases that still run, summed over all vCPUs.
     pub running: Rows,
-    /// Nanoseconds that KVM polled for all of them, when it is known.
+    /// Nanoseconds that KVM polled for all vCPUs, if known.
     pub polled_ns: Option<u64>,
-    /// The VMs that run, by their numbers.
+    /// Running VMs, by VM number.
     pub vms: BTreeMap<u64, Vm>,
-    /// What exits were about, by VM and id of the vCPU, when it was asked for and details are on.
+    /// Details by VM number and vCPU id, if requested and on.
     pub tables: BTreeMap<(u64, u32), tables::Vcpu>,
-    /// vCPUs that have tables.
+    /// Number of vCPUs that have tables.
     pub detailed: u32,
 }
 
-/// The sums of a VM.
+/// Sums of one VM.
 #[derive(Clone, Debug)]
 pub struct Vm {
-    /// KVM's name for it.
+    /// KVM's name for the VM.
     pub name: String,
-    /// Its process.
+    /// Process id of the VMM.
     pub pid: u32,
     /// TSC at the first event of its oldest vCPU.
     pub first: u64,
-    /// How many of its vCPUs are metered.
+    /// Number of metered vCPUs.
     pub vcpus: usize,
-    /// Its numbers by reason, with the phases that still run.
+    /// Numbers by reason, including phases that still run.
     pub rows: BTreeMap<Key, Row>,
-    /// Nanoseconds that KVM polled for it, when it is known.
+    /// Nanoseconds that KVM polled for the VM, if known.
     pub polled_ns: Option<u64>,
-    /// The numbers of each vCPU by its id, when they were asked for.
+    /// Exits and ticks of each vCPU by its id, if requested.
     pub each: BTreeMap<u32, (u64, Cycles)>,
 }
 
-/// What of a VM is kept beyond its sums.
+/// Choice of data to keep beyond the sums.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Detail {
-    /// The spread of what exits cost, by VM and reason.
+    /// Distribution of exit costs, by VM and reason.
     pub spreads: bool,
-    /// The numbers of each vCPU.
+    /// Numbers of each vCPU.
     pub vcpus: bool,
-    /// What exits were about.
+    /// Details of exits.
     pub details: bool,
 }
 
-/// A snapshot that is read a part at a time.
+/// A snapshot that is read one part at a time.
 struct Parts<'a, F> {
     path: &'a Path,
     from: F,
@@ -108,20 +110,20 @@ struct Parts<'a, F> {
 }
 
 impl Sums {
-    /// Read a snapshot.
+    /// Read a snapshot and sum it up.
     ///
     /// # Errors
     ///
-    /// As [`source::read`] and [`source::parse`].
+    /// See [`source::read`] and [`source::parse`].
     pub fn read(path: &Path, detail: Detail) -> Result<Self, source::Error> {
         Self::of(path, source::open(path)?, detail)
     }
 
-    /// Read a snapshot from somewhere else; `path` is what an error names.
+    /// Read a snapshot from `from`. Errors name `path`.
     ///
     /// # Errors
     ///
-    /// As [`Self::read`].
+    /// See [`Self::read`].
     pub fn of(path: &Path, from: impl Read, detail: Detail) -> Result<Self, source::Error> {
         let mut parts = Parts {
             path,
@@ -166,7 +168,7 @@ impl Sums {
         Ok(sums)
     }
 
-    /// Read what exits were about. `vcpus` are those of the snapshot, in its order, by VM and id.
+    /// Read the details. `vcpus` lists the snapshot's vCPUs in its order, by VM and id.
     fn read_tables(
         &mut self,
         parts: &mut Parts<'_, impl Read>,
@@ -182,7 +184,7 @@ impl Sums {
             let tables = shape.tables(&parts.record, self.head.count);
             let tables = tables.map_err(|error| parts.wrong(error))?;
             let vcpu = tables::Vcpu::new(&tables, self.head.now, |table| table == TABLE_DETAILS);
-            // The reader has checked that it is there.
+            // The reader has checked that the vCPU exists.
             if let Some(id) = vcpus.get(tables.vcpu) {
                 self.tables.insert(*id, vcpu);
             }
@@ -190,7 +192,7 @@ impl Sums {
         Ok(())
     }
 
-    /// Return the VMs, as far as it takes to look up their names.
+    /// Return the running VMs, with what the search for their names needs.
     pub fn running(&self) -> Running {
         let vms = self.vms.iter();
         Running {
@@ -201,7 +203,7 @@ impl Sums {
         }
     }
 
-    /// Return all vCPUs, with the phases that still run.
+    /// Return the sums over all vCPUs, including phases that still run.
     pub fn up_to_now(&self) -> Rows {
         let mut all = self.all.clone();
         for row in self.running.values() {
@@ -210,7 +212,7 @@ impl Sums {
         all
     }
 
-    /// Return the metered vCPUs that run.
+    /// Return the number of metered vCPUs.
     pub fn vcpus(&self) -> usize {
         self.vms.values().map(|vm| vm.vcpus).sum()
     }
@@ -243,7 +245,8 @@ impl Sums {
         for row in record.rows() {
             add(&mut self.all, ReasonRow::new(isa, has_waits, &row));
         }
-        // The phase that runs is booked when it ends. A vCPU that sleeps for a minute would have it all in one scrape.
+        // A phase is booked when it ends. Without this part, a vCPU that sleeps for a minute would
+        // add the whole minute to one scrape.
         if let (Some(phase), Some(reason)) = (record.phase(), record.latest()) {
             let running = u128::from(self.head.now.saturating_sub(record.last()));
             let row = ReasonRow {
@@ -266,20 +269,20 @@ impl Sums {
 }
 
 impl Vm {
-    /// Return its rows as those of a report.
+    /// Return the rows in the form of a report.
     pub fn whole(&self) -> Rows {
         let rows = self.rows.iter();
         rows.map(|(key, row)| (*key, row.whole())).collect()
     }
 
-    /// Return its ticks by phase.
+    /// Return the ticks by phase.
     pub fn cycles(&self) -> Cycles {
         self.rows.values().map(|row| row.cycles).sum()
     }
 }
 
 impl Row {
-    /// Make one without numbers.
+    /// Create a row without numbers.
     fn new(row: &ReasonRow, detail: Detail) -> Self {
         Self {
             label: row.label,
@@ -299,7 +302,7 @@ impl Row {
         }
     }
 
-    /// Return the same as a row of a report.
+    /// Return the row in the form of a report.
     pub fn whole(&self) -> ReasonRow {
         ReasonRow {
             label: self.label,
@@ -312,12 +315,12 @@ impl Row {
     }
 }
 
-/// Return the ticks of all reasons by phase.
+/// Return the sum over all reasons, by phase.
 pub fn cycles(rows: &Rows) -> Cycles {
     rows.values().map(|row| row.cycles).sum()
 }
 
-/// Return the sum of numbers by phase.
+/// Return the names of the phases and their ticks.
 pub fn ticks(cycles: &Cycles) -> impl Iterator<Item = (&'static str, u128)> + '_ {
     let name = |phase: Phase| cycles.name(phase);
     cycles
@@ -365,7 +368,7 @@ impl<F: Read> Parts<'_, F> {
         }
     }
 
-    /// Go on at an offset.
+    /// Skip to an offset.
     fn skip_to(&mut self, offset: u64) -> Result<(), source::Error> {
         let skip = offset.checked_sub(self.at).ok_or_else(|| self.outside())?;
         let mut skipped = self.from.by_ref().take(skip);
@@ -380,7 +383,7 @@ impl<F: Read> Parts<'_, F> {
         }
     }
 
-    /// Read the record that comes next.
+    /// Read the next record.
     fn next_record(&mut self) -> Result<(), source::Error> {
         let mut begin = [0; Head::RECORD_SIZE];
         let read = self.from.read_exact(&mut begin);
@@ -399,7 +402,7 @@ impl<F: Read> Parts<'_, F> {
         Ok(())
     }
 
-    /// Read so many bytes.
+    /// Read the next `size` bytes.
     fn next_bytes(&mut self, size: u64) -> Result<&[u8], source::Error> {
         let size = u32::try_from(size).ok();
         let size = size.filter(|size| *size <= LARGEST_RECORD);
@@ -412,7 +415,7 @@ impl<F: Read> Parts<'_, F> {
         Ok(&self.record)
     }
 
-    /// Return why a record could not be read.
+    /// Return the error for a record that could not be read.
     fn cut(&self, error: io::Error) -> source::Error {
         match error.kind() {
             ErrorKind::UnexpectedEof => self.outside(),

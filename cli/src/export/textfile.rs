@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes the metrics to a file, for node_exporter's textfile collector.
+//! Metrics file for node_exporter's textfile collector.
 
 use std::{
     fs,
@@ -15,17 +15,17 @@ use anyhow::Context as _;
 
 use super::{exposition::Format, Exporter};
 
-/// The file's name. The collector reads all that end so.
+/// Name of the file. The collector reads all files with this suffix.
 const NAME: &str = "exitmeter.prom";
 
-/// The file that is written first. The collector does not read it.
+/// Name of the temporary file, which the collector does not read.
 const NEW: &str = "exitmeter.prom.new";
 
-/// Write the file once, or again and again.
+/// Write the file once, or repeatedly if there is an `interval`.
 ///
 /// # Errors
 ///
-/// When it cannot be written.
+/// Returns an error if the file cannot be written.
 pub fn write(
     exporter: &Exporter,
     folder: &Path,
@@ -36,7 +36,7 @@ pub fn write(
         let (text, is_up) = exporter.scrape(Format::Text);
         replace(folder, &text)?;
         let Some(interval) = interval else {
-            // The file says so as well. A timer's unit that fails is seen.
+            // The file has the failure, too. The status lets a timer's unit fail visibly.
             return Ok(if is_up {
                 ExitCode::SUCCESS
             } else {
@@ -48,13 +48,13 @@ pub fn write(
     }
 }
 
-/// Put the file in the place of the one before, at once: a reader finds one of the two, whole.
+/// Replace the file atomically: a reader sees either the old or the new one, whole.
 fn replace(folder: &Path, text: &str) -> anyhow::Result<()> {
     let (file, new) = (folder.join(NAME), folder.join(NEW));
     let written = || -> std::io::Result<()> {
         let mut to = fs::File::create(&new)?;
         to.write_all(text.as_bytes())?;
-        // Else a file without its bytes may be there after a loss of power.
+        // Without this, the file may be empty after a loss of power.
         to.sync_all()?;
         fs::rename(&new, &file)
     };

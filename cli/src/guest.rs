@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter guest`: the guest's own exits, read by CPUID inside the guest.
+//! `exitmeter guest`: the guest's own_exits exits, read by CPUID inside the guest.
 
 use std::path::{Path, PathBuf};
 
@@ -29,27 +29,26 @@ mod way;
 pub use told::Told;
 pub use way::{find, Asker, Silence, Way};
 
-/// In a guest: the exits that this VM caused, read by CPUID.
+/// In a guest: show the exits that this VM caused, read by CPUID.
 ///
-/// It needs of the host only that it has the module loaded, and no privilege, unless the module
-/// answers only the guest's kernel (leaf_cpl=0). Then it reads /dev/cpu/*/cpuid, which takes root and
-/// 'modprobe cpuid'. If it is moved to another CPU meanwhile, the kernel interrupts the one that it came
-/// from, and these exits are among the numbers. What it reads are
-/// sums over the vCPUs of this VM. Reading is done by CPUID, which is an exit, too: those of this
-/// command's own are counted, and taken out of what it tells.
+/// The host must have the module loaded. No privilege is needed, unless the module answers only the
+/// guest's kernel (leaf_cpl=0). Then the command reads /dev/cpu/*/cpuid, which takes root and
+/// 'modprobe cpuid'. If it is moved to another CPU meanwhile, the kernel interrupts the previous
+/// CPU, and these exits are among the numbers. The numbers are sums over the vCPUs of this VM. Each
+/// CPUID that the command executes is an exit, too; these exits are subtracted from the numbers.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
---why, --code and --slow tell what the host keeps while its details are on, as by the module's
-parameter details=1; a guest cannot turn them on. Each vCPU answers for itself, so this command runs
-on each CPU in turn, and says so where it may not. Whose exits they are since when is told by the
-host's TSC ticks. Vectors of the host's interrupts are not told: their exits are in no row.
+--why, --code and --slow show what the host keeps while its details are on, as with the module's
+parameter details=1; a guest cannot turn them on. Each vCPU answers only for itself, so this command
+runs on each CPU in turn, and reports CPUs that it may not use. The age of the numbers is given in
+TSC ticks of the host. Vectors of the host's interrupts are not shown: their exits are in no row.
 
---code tells where in this guest's code its exits were, to root alone: the module answers that
-to a guest's kernel, which is asked through /dev/cpu/*/cpuid ('modprobe cpuid'). It is named by
-/proc/kallsyms. Reading is among it.
+--code shows which code of this guest caused its exits. It takes root: the module tells it only to a
+guest's kernel, which is asked through /dev/cpu/*/cpuid ('modprobe cpuid'). Names come from
+/proc/kallsyms. The exits of the reading itself are included.
 
-The cycles are TSC ticks of the host. The kernel's of HLT hold the time for which KVM polled before
-it let the vCPU sleep; `exitmeter report` on the host tells them apart.
+Cycles are TSC ticks of the host. The kernel cycles of HLT include the time that KVM polled before it
+let the vCPU sleep; `exitmeter report` on the host shows it separately.
 
 Examples:
   exitmeter guest
@@ -57,44 +56,44 @@ Examples:
   exitmeter guest --why
   exitmeter guest --code --collapsed | flamegraph.pl > exits.svg")]
 pub struct Args {
-    /// What comes first in the table of reasons.
+    /// Sort order of the table of reasons.
     #[arg(long, value_enum, default_value_t)]
     sort: Sort,
-    /// Tells what the exits were about, since the host keeps details.
+    /// Show what the exits were about, since the host keeps details.
     #[arg(long, group = "what")]
     why: bool,
-    /// Tells where in this guest's code they were. Only root is told.
+    /// Show which code of this guest caused the exits. Takes root.
     #[arg(long, group = "what")]
     code: bool,
-    /// Tells the slowest ones, and what came before one that was too slow.
+    /// Show the slowest exits, and the exits before one that was too slow.
     #[arg(long, group = "what")]
     slow: bool,
-    /// Names code by the symbols in FILE, and not by /proc/kallsyms.
+    /// Name code by the symbols in FILE instead of /proc/kallsyms.
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// What leads in details and code, and what a profile weighs: exits, or the ticks that they took.
+    /// Sort order of details and code, and weight of a profile: exits, or the ticks that they took.
     #[arg(long, value_enum, default_value_t, requires = "what")]
     weight: Weight,
-    /// Shows up to N rows of each reason, or N of the slowest exits.
+    /// Show up to N rows of each reason, or N of the slowest exits.
     #[arg(long, value_name = "N", default_value_t = 10, requires = "what")]
     limit: usize,
-    /// Prints code as collapsed stacks, as flamegraph.pl and inferno read them.
+    /// Print code as collapsed stacks, for flamegraph.pl and inferno.
     #[arg(long, requires = "code", conflicts_with = "json")]
     collapsed: bool,
-    /// Prints JSON instead of a table.
+    /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// Where a guest's kernel tells its symbols.
+/// Symbols of the guest's kernel.
 const KALLSYMS: &str = "/proc/kallsyms";
 
 impl Args {
-    /// Prints the guest's exits.
+    /// Print the guest's exits.
     ///
     /// # Errors
     ///
-    /// When no meter answers, or there is nowhere to print.
+    /// Returns an error if no meter answers, or the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
         if self.why || self.code || self.slow {
             return self.tables(out);
@@ -112,7 +111,7 @@ impl Args {
 }
 
 impl Args {
-    /// Prints what the tables of this VM's vCPUs hold.
+    /// Print the tables of this VM's vCPUs.
     fn tables(&self, out: &mut Output) -> anyhow::Result<()> {
         let found = |meter: Meter<&mut dyn Cpuid>| Found {
             isa: meter.isa(),
@@ -175,12 +174,12 @@ impl Args {
         Ok(())
     }
 
-    /// Read the symbols that code is named by: of the guest itself, where it has some.
+    /// Read the symbols that name code. The default is the guest's own_exits kernel, if it has some.
     fn symbols(&self) -> Result<Symbols, symbols::Error> {
         match &self.symbols {
             Some(path) => Symbols::read(path),
             None if self.code => Symbols::read(Path::new(KALLSYMS)).or_else(|error| match error {
-                // A kernel may have none.
+                // A kernel may lack the file.
                 symbols::Error::Unreadable { .. } => Ok(Symbols::default()),
                 error => Err(error),
             }),
@@ -189,14 +188,14 @@ impl Args {
     }
 }
 
-/// A meter that was found.
+/// Properties of a meter that answers.
 struct Found {
     isa: Isa,
     version: u32,
     life: Option<u64>,
 }
 
-/// The first version of the leaves that has tables.
+/// First version of the leaves that has tables.
 pub(crate) const TABLES_SINCE: u32 = 3;
 
 impl Found {
@@ -208,7 +207,7 @@ impl Found {
     }
 }
 
-/// What the exits of this VM were about since the host keeps details.
+/// Details of this VM's exits since the host keeps them, as `--json` prints them.
 #[derive(Clone, Debug, Serialize)]
 struct About {
     /// [`FORMAT`].
@@ -216,14 +215,15 @@ struct About {
     /// `vmx` or `svm`.
     #[serde(serialize_with = "isa_name")]
     isa: Isa,
-    /// The version of the leaves.
+    /// Version of the leaves.
     interface: u32,
-    /// The number of the meter's life.
+    /// The meter's life number.
     #[serde(skip_serializing_if = "Option::is_none")]
     life: Option<u64>,
     /// TSC ticks of the host since the oldest tables began.
     ticks: u64,
-    /// How many CPUID instructions reading took. The details do not hold them, the code does.
+    /// Number of CPUID instructions that the reading took. Details exclude them, code includes
+    /// them.
     queries: u64,
     #[serde(flatten)]
     told: Told,
@@ -231,10 +231,10 @@ struct About {
 
 impl About {
     fn text(&self, code: bool, limit: usize, look: Look) -> String {
-        let own = count(self.queries, "CPUID exit");
+        let own_exits = count(self.queries, "CPUID exit");
         let among = if code { "among them" } else { "not among them" };
         format!(
-            "exits of {} in {} cycles\n{}{own} of this tool's own {among}\n",
+            "exits of {} in {} cycles\n{}{own_exits} of this tool's own {among}\n",
             count(self.told.vcpus as u64, "vCPU"),
             rough(self.ticks),
             self.told.text(code, limit, look),
@@ -242,7 +242,7 @@ impl About {
     }
 }
 
-/// Whose CPU this is, told by Linux and not by CPUID, which would be an exit.
+/// Return the vendor of this CPU. Asks Linux, because CPUID would be an exit.
 pub(crate) fn likely_isa() -> Isa {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let vendor = text.lines().find(|line| line.starts_with("vendor_id"));
@@ -252,7 +252,7 @@ pub(crate) fn likely_isa() -> Isa {
     }
 }
 
-/// All that a guest can read of its own exits, but for those that reading caused.
+/// All that a guest can read of its own_exits exits, without the exits of the reading.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sweep {
     /// [`FORMAT`].
@@ -260,36 +260,36 @@ pub struct Sweep {
     /// `vmx` or `svm`.
     #[serde(serialize_with = "isa_name")]
     pub isa: Isa,
-    /// The version of the leaves.
+    /// Version of the leaves.
     pub interface: u32,
-    /// Their order: 2021 or 2022.
+    /// Order of the leaves: 2021 or 2022.
     pub leaf_map: u32,
-    /// The number of the meter's life, another one when its numbers have begun anew; when the
-    /// host tells it.
+    /// The meter's life number, if the host tells it. A new one means that the numbers began anew.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub life: Option<u64>,
-    /// How many CPUID instructions reading took: exits that are not in the numbers.
+    /// Number of CPUID instructions that the reading took. Their exits are not in the numbers.
     pub queries: u64,
-    /// Exits by reason. The numbers are of the moments at which each was read.
+    /// Exits by reason. Each number was read at a moment of its own_exits.
     #[serde(flatten)]
     pub ledger: Ledger,
 }
 
 impl Sweep {
-    /// Reads all there is. `likely` says whose CPU this seems to be (see [`Meter::find`]).
+    /// Find the meter and read all numbers. `likely` is the probable vendor (see [`Meter::find`]).
     ///
     /// # Errors
     ///
-    /// When there is no meter, or one of another version, or it began anew meanwhile.
+    /// Returns an error if there is no meter, if its version is unknown, or if it began anew
+    /// meanwhile.
     pub fn read(mut cpuid: impl Cpuid, likely: Isa) -> Result<Self, Error> {
         Self::of(Meter::find(&mut cpuid as &mut dyn Cpuid, likely)?)
     }
 
-    /// Reads all there is from a meter that was found.
+    /// Read all numbers of a meter.
     ///
     /// # Errors
     ///
-    /// When the meter began anew meanwhile.
+    /// Returns an error if the meter began anew meanwhile.
     pub fn of(mut meter: Meter<&mut dyn Cpuid>) -> Result<Self, Error> {
         let isa = meter.isa();
         let mut rows = Vec::new();
@@ -308,20 +308,20 @@ impl Sweep {
         })
     }
 
-    /// The sweep as text: the host's report, from this side.
+    /// Format the sweep like the host's report.
     pub fn text(&self, look: Look) -> String {
         let mut writer = Writer::new(String::new(), look);
         writer.phases(&self.ledger);
         writer.reasons(&self.ledger, None);
-        let own = count(self.queries, "CPUID exit");
+        let own_exits = count(self.queries, "CPUID exit");
         writer.end(&format!(
-            "{}; reading them took {own} more",
+            "{}; reading them took {own_exits} more",
             count(self.ledger.exits, "exit"),
         ))
     }
 }
 
-/// A row as the host's report has it.
+/// Convert a row to the form of the host's report.
 fn reason_row(isa: Isa, row: &Row) -> ReasonRow {
     ReasonRow {
         label: Label::new(isa, Reason::Code(row.code)),
@@ -329,7 +329,7 @@ fn reason_row(isa: Isa, row: &Row) -> ReasonRow {
         nested_exits: row.nested_exits,
         cycles: Cycles::counted(row.has_waits, |phase| row.cycles(phase)),
         polled: None,
-        // No leaf tells it.
+        // No leaf provides the distribution.
         spread: None,
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The slow exits of this VM, from this side: the host's CPUs and its time are not told.
+//! Slow exits of this VM, read inside the guest. The host's CPUs and its time stay unknown.
 
 use std::cmp::Reverse;
 
@@ -23,25 +23,25 @@ use crate::{
     },
 };
 
-/// Slow exits. Field names are those of `--json`, and stay.
+/// Slow exits. The field names are those of `--json` and stay.
 #[derive(Clone, Debug, Serialize)]
 pub struct Slow {
     /// vCPUs whose exits were read.
     pub vcpus: usize,
-    /// vCPUs that were not read, as this may not run on their CPUs.
+    /// vCPUs that were not read, because this process may not run on their CPUs.
     pub vcpus_unread: usize,
-    /// The slowest exits, the longest first.
+    /// Slowest exits, the longest first.
     pub slowest: Vec<Exit>,
-    /// The frozen rings: what came before an exit that was too slow.
+    /// Frozen rings: the exits up to one that was too slow.
     pub rings: Vec<Ring>,
 }
 
-/// The last exits of a vCPU before one that was too slow, which is the last of them.
+/// Last exits of a vCPU before its ring froze. The last one was too slow.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ring {
     /// This guest's CPU.
     pub cpu: u32,
-    /// The exits, the oldest first.
+    /// Exits, the oldest first.
     pub exits: Vec<Exit>,
 }
 
@@ -50,25 +50,25 @@ pub struct Ring {
 pub struct Exit {
     /// This guest's CPU.
     pub cpu: u32,
-    /// TSC ticks of the host since then.
+    /// TSC ticks of the host since the exit.
     pub ago: u64,
-    /// Which exit of the vCPU's it was since details were turned on.
+    /// Number of the exit among the vCPU's exits since details were turned on.
     pub sequence: u64,
-    /// The reason.
+    /// Exit reason.
     #[serde(flatten)]
     pub label: Label,
-    /// What it was about.
+    /// Detail of the exit.
     pub detail: Option<Detail>,
-    /// The same in words.
+    /// The detail, in words.
     pub words: Option<String>,
-    /// It came from a nested guest.
+    /// True for an exit from a nested guest.
     pub nested: bool,
-    /// Where the guest was, when its kernel asks.
+    /// Guest RIP, if the guest's kernel asks.
     #[serde(serialize_with = "hexadecimal")]
     pub rip: Option<u64>,
-    /// The same in words.
+    /// The guest RIP, in words.
     pub code: Option<String>,
-    /// TSC ticks that make it slow: all below but `halted`.
+    /// TSC ticks that count as slow: the sum of the phases below without `halted`.
     pub took: u64,
     /// TSC ticks in the host's kernel.
     pub kernel: u64,
@@ -78,11 +78,11 @@ pub struct Exit {
     pub waiting: u64,
     /// TSC ticks preempted.
     pub preempted: u64,
-    /// TSC ticks asleep by the guest's own wish.
+    /// TSC ticks asleep in HLT, by the guest's own wish.
     pub halted: u64,
-    /// How often the host's scheduler took the vCPU off its CPU.
+    /// Number of times that the host's scheduler took the vCPU off its CPU.
     pub scheduled_out: u32,
-    /// KVM_EXIT_* of `struct kvm_run`, when it went to user space.
+    /// KVM_EXIT_* of `struct kvm_run`, if the exit went to user space.
     pub exit_reason: Option<u32>,
 }
 
@@ -120,7 +120,7 @@ impl Exit {
 }
 
 impl Slow {
-    /// Tell what was read of each CPU.
+    /// Collect the slow exits of each CPU.
     pub fn new(
         reading: &Reading,
         cpus: impl IntoIterator<Item = (u32, SlowCpu)>,
@@ -128,11 +128,11 @@ impl Slow {
         symbols: &Symbols,
     ) -> Self {
         let (mut slowest, mut rings) = (Vec::new(), Vec::new());
-        for (cpu, told) in cpus {
+        for (cpu, slow) in cpus {
             let exit = |exit: &SlowExit| Exit::new(cpu, exit, isa, symbols);
-            slowest.extend(told.slowest.iter().map(exit));
-            if !told.ring.is_empty() {
-                let exits = told.ring.iter().map(exit).collect();
+            slowest.extend(slow.slowest.iter().map(exit));
+            if !slow.ring.is_empty() {
+                let exits = slow.ring.iter().map(exit).collect();
                 rings.push(Ring { cpu, exits });
             }
         }
@@ -145,7 +145,7 @@ impl Slow {
         }
     }
 
-    /// Write them as tables, with up to so many of the slowest.
+    /// Format the exits as tables, with up to `limit` of the slowest.
     pub fn text(&self, limit: usize, look: Look) -> String {
         let slowest: Vec<_> = self.slowest.iter().take(limit).collect();
         let mut text = format!(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tables of the vCPUs of this VM, read on each of its CPUs in turn: a vCPU answers by its own
-//! tables alone.
+//! Tables of this VM's vCPUs. A vCPU answers only for its own tables, so they are read on each CPU
+//! in turn.
 
 use std::{
     collections::BTreeMap,
@@ -24,19 +24,19 @@ use rustix::{
 use super::way::{Asker, Silence, Way};
 use crate::why::tables::Rows;
 
-/// Where Linux says which CPUs are online.
+/// List of the online CPUs.
 const ONLINE: &str = "/sys/devices/system/cpu/online";
 
-/// Why nothing is told of tables.
+/// A reason why no tables can be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The meter has none.
+    /// The meter is too old to have tables.
     #[error(
         "the host's meter has version {0} of its CPUID leaves, which has no details: it takes a \
          newer module there"
     )]
     Version(u32),
-    /// The host does not keep any.
+    /// The host keeps no details.
     #[error(
         "details are off on the host, and no guest turns them on: it takes the module's parameter \
          details=1 there, or 'exitmeter why' that runs there meanwhile"
@@ -45,39 +45,39 @@ pub enum Error {
     /// No vCPU has tables.
     #[error("details are on, but the host has no memory for those of this VM's vCPUs")]
     NoTables,
-    /// The guest's kernel is not the one who asks.
+    /// Code is told only to the guest's kernel.
     #[error("code is told to this guest's kernel alone, which was not asked")]
     NoCode,
-    /// The guest's RIP cannot be read.
+    /// The host cannot read the guest's RIP.
     #[error("the host cannot read this guest's RIP, as its registers are encrypted")]
     NoRip,
-    /// They are others than before.
+    /// The tables are not those of the earlier reading.
     #[error(
         "the host turned details off or on while the command ran: what its exits were about is not \
          known"
     )]
     Switched,
-    /// It may not be asked where this is allowed to run, or to which CPUs.
+    /// The CPUs that this process may run on are unknown.
     #[error("cannot tell on which CPUs this may run: {0}")]
     Cpus(io::Error),
-    /// What a command's process has read is not here.
+    /// The command's process left no reading.
     #[error("the command began without a reading of its details")]
     Lost,
 }
 
-/// What is read, in the order in which it is.
+/// Part of a reading, in the order of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Record {
-    /// What there is on a CPU. What follows is of that one.
+    /// State of a CPU. The records that follow belong to it.
     Cpu(u32, Description),
-    /// A CPU without a meter.
+    /// CPU without a meter.
     Unmetered(u32),
     Entry(Entry),
-    /// Questions that were asked, by leaf.
+    /// Queries that were asked, by leaf.
     Asked(Asked),
 }
 
-/// Numbers of a record that is passed on.
+/// Numbers in a record, when it is passed between processes.
 const NUMBERS: usize = 12;
 
 impl Record {
@@ -133,7 +133,7 @@ impl Record {
 
     fn from_numbers(numbers: [u64; NUMBERS]) -> Option<Self> {
         let [tag, a, b, c, d, e, f, g, h, i, j, _] = numbers;
-        // Each was made of one of 32 bits.
+        // Each was made from a 32-bit number.
         let short = |number: u64| number as u32;
         Some(match tag {
             1 => Record::Unmetered(short(a)),
@@ -175,14 +175,14 @@ impl Record {
     }
 }
 
-/// Counts the questions that are asked of a meter, by leaf.
+/// A [`Cpuid`] that counts the queries to a meter, by leaf.
 pub struct Tally<'a> {
     cpuid: &'a mut dyn Cpuid,
     asked: Asked,
 }
 
 impl<'a> Tally<'a> {
-    /// Make one.
+    /// Wrap `cpuid`.
     pub fn new(cpuid: &'a mut dyn Cpuid) -> Self {
         Self {
             cpuid,
@@ -190,7 +190,7 @@ impl<'a> Tally<'a> {
         }
     }
 
-    /// Return how many were asked.
+    /// Return the number of queries, by leaf.
     pub fn asked(&self) -> Asked {
         self.asked
     }
@@ -206,7 +206,7 @@ impl Cpuid for Tally<'_> {
     }
 }
 
-/// The CPUs that this may run on, each with an open way to ask.
+/// CPUs that this process may run on, each with an open way to query its meter.
 #[derive(Debug)]
 pub struct Cpus {
     askers: Vec<(u32, Asker)>,
@@ -215,11 +215,11 @@ pub struct Cpus {
 }
 
 impl Cpus {
-    /// Open the way on each CPU that this may run on.
+    /// Open `way` on each CPU that this process may run on.
     ///
     /// # Errors
     ///
-    /// When this guest has no device of a CPU, or one that may not be opened.
+    /// Returns an error if this guest has no device for a CPU, or it may not be opened.
     pub fn open(way: Way) -> anyhow::Result<Self> {
         let allowed = sched_getaffinity(None).map_err(|error| Error::Cpus(error.into()))?;
         let numbers = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu));
@@ -229,7 +229,7 @@ impl Cpus {
             askers.push((cpu, way.open_on(cpu)?));
         }
         let online = fs::read_to_string(ONLINE).ok();
-        let online = online.and_then(|text| count_in(&text));
+        let online = online.and_then(|text| count_cpus(&text));
         Ok(Self {
             online: online.unwrap_or(0).max(askers.len()),
             askers,
@@ -237,13 +237,13 @@ impl Cpus {
         })
     }
 
-    /// How many CPUs are online, whether this may run there or not.
+    /// Return the number of online CPUs, allowed or not.
     pub fn online(&self) -> usize {
         self.online
     }
 
-    /// Run on each of the CPUs in turn, and have `read` ask there; then again where this may run. Takes
-    /// no memory. A CPU on which this cannot run any more is left out.
+    /// Run `read` on each CPU in turn, then restore the allowed CPUs. Does not allocate. Skips a
+    /// CPU on which this process may not run any more.
     fn each(
         &mut self,
         mut read: impl FnMut(u32, &mut Asker) -> io::Result<()>,
@@ -267,7 +267,7 @@ impl Cpus {
         done.and(back.map_err(|error| EachError::Io(error.into())))
     }
 
-    /// Read tables on each CPU, and give each record to `take`.
+    /// Read tables on each CPU, and pass each record to `take`.
     fn read(
         &mut self,
         isa: Isa,
@@ -297,7 +297,7 @@ impl Cpus {
     }
 }
 
-/// Why CPUs could not be read. It takes no memory.
+/// Error of a reading. Does not allocate.
 #[derive(Debug)]
 enum EachError {
     Io(io::Error),
@@ -313,8 +313,8 @@ impl From<EachError> for anyhow::Error {
     }
 }
 
-/// Return how many CPUs are in a list such as `0-3,5`.
-fn count_in(list: &str) -> Option<usize> {
+/// Return the number of CPUs in a list such as `0-3,5`.
+fn count_cpus(list: &str) -> Option<usize> {
     let mut count = 0_usize;
     for part in list.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -324,29 +324,29 @@ fn count_in(list: &str) -> Option<usize> {
     Some(count)
 }
 
-/// The tables of one vCPU.
+/// Tables of one vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Cpu {
     description: Description,
     rows: Rows,
 }
 
-/// The tables of the vCPUs that were read.
+/// Tables of the vCPUs that were read.
 #[derive(Clone, Debug, Default)]
 pub struct Reading {
     cpus: BTreeMap<u32, Cpu>,
     unmetered: usize,
-    /// Questions that the reader asked, by leaf.
+    /// Queries that the reader asked, by leaf.
     asked: Asked,
     online: usize,
 }
 
 impl Reading {
-    /// Read them now.
+    /// Read the tables.
     ///
     /// # Errors
     ///
-    /// When they cannot be asked for.
+    /// Returns an error if they cannot be queried.
     pub fn now(cpus: &mut Cpus, isa: Isa, tables: &[u32]) -> anyhow::Result<Self> {
         let mut records = Vec::new();
         cpus.read(isa, tables, |record| {
@@ -387,7 +387,7 @@ impl Reading {
         new
     }
 
-    /// Count questions that were asked besides: they are in the rows of a later reading.
+    /// Add queries that were asked besides. They are in the rows of a later reading.
     pub fn add_asked(&mut self, asked: Asked) {
         for (sum, asked) in self.asked.iter_mut().zip(asked) {
             *sum = sum.saturating_add(asked);
@@ -398,11 +398,11 @@ impl Reading {
         self.cpus.values().map(|cpu| &cpu.description)
     }
 
-    /// Demand that something can be told.
+    /// Check that there are tables.
     ///
     /// # Errors
     ///
-    /// When details are off, or there is no memory for them.
+    /// Returns an error if details are off, or the host has no memory for them.
     pub fn check(&self) -> Result<(), Error> {
         if !self.described().any(|description| description.is_on) {
             return Err(Error::Off);
@@ -413,11 +413,11 @@ impl Reading {
         }
     }
 
-    /// Demand that code is told.
+    /// Check that code can be shown.
     ///
     /// # Errors
     ///
-    /// When it is not.
+    /// Returns an error if the meter does not tell it.
     pub fn check_code(&self) -> Result<(), Error> {
         if !self.described().any(|description| description.tells_code) {
             return Err(Error::NoCode);
@@ -428,7 +428,7 @@ impl Reading {
         }
     }
 
-    /// How many vCPUs have told tables.
+    /// Return the number of vCPUs whose tables were read.
     pub fn vcpus(&self) -> usize {
         let told = self
             .described()
@@ -436,18 +436,18 @@ impl Reading {
         told.count()
     }
 
-    /// How many vCPUs were not read, as this may not run on them.
+    /// Return the number of vCPUs that were not read, because this process may not run on them.
     pub fn unread(&self) -> usize {
         let read = self.cpus.len() + self.unmetered;
         self.online.saturating_sub(read)
     }
 
-    /// How many vCPUs that were read have no tables.
+    /// Return the number of vCPUs that were read but have no tables.
     pub fn without(&self) -> usize {
         (self.cpus.len() + self.unmetered).saturating_sub(self.vcpus())
     }
 
-    /// Ticks since the oldest tables began.
+    /// Return the age of the oldest tables, in ticks.
     pub fn age(&self) -> u64 {
         self.described()
             .map(|description| description.age)
@@ -455,7 +455,7 @@ impl Reading {
             .unwrap_or(0)
     }
 
-    /// How many questions were asked.
+    /// Return the number of queries.
     pub fn queries(&self) -> u64 {
         self.asked.iter().sum()
     }
@@ -465,17 +465,17 @@ impl Reading {
         Rows::sum(self.cpus.values().map(|cpu| &cpu.rows))
     }
 
-    /// Return what came after an earlier reading, but for the questions that the reader asked then.
-    /// Those of this reading are in no row.
+    /// Return the increase since an earlier reading, without the queries of that reading. The
+    /// queries of this reading are in no row yet.
     ///
     /// # Errors
     ///
-    /// When the tables are not those of the earlier reading.
+    /// Returns an error if the tables are not those of the earlier reading.
     pub fn since(&self, earlier: &Self, isa: Isa) -> Result<Self, Error> {
         let mut new = self.clone();
         new.cpus.clear();
         for (number, cpu) in &self.cpus {
-            // A CPU that came online meanwhile is not known whole.
+            // The start of a CPU that came online meanwhile is unknown.
             let Some(old) = earlier.cpus.get(number) else {
                 continue;
             };
@@ -489,17 +489,18 @@ impl Reading {
             let description = cpu.description;
             new.cpus.insert(*number, Cpu { description, rows });
         }
-        // On which vCPU each was asked does not matter to the sums.
+        // For the sums it does not matter which vCPU asked.
         let mut own = earlier.asked;
         for cpu in new.cpus.values_mut() {
-            take_own(&mut cpu.rows, isa, &mut own);
+            subtract_own(&mut cpu.rows, isa, &mut own);
         }
         Ok(new)
     }
 }
 
-/// Take questions of the tool's own out of rows, as far as they are in them; leave the rest in `own`.
-fn take_own(rows: &mut Rows, isa: Isa, own: &mut Asked) {
+/// Subtract the tool's own queries from the rows, as far as the rows have them. The rest stays in
+/// `own`.
+fn subtract_own(rows: &mut Rows, isa: Isa, own: &mut Asked) {
     rows.rows.retain(|key, row| {
         let leaf = leaf_of(isa, key.of.reason(), key.detail_kind, key.key);
         let Some(own) = leaf.and_then(|leaf| own.get_mut(leaf)) else {
@@ -515,58 +516,59 @@ fn take_own(rows: &mut Rows, isa: Isa, own: &mut Asked) {
     });
 }
 
-/// Where a process that becomes a command leaves what it reads. It takes no memory.
+/// File in memory to which a process writes its reading before it becomes a command. Writing does
+/// not allocate.
 #[derive(Debug)]
 pub struct Left(File);
 
 impl Left {
-    /// Make one.
+    /// Create the file.
     ///
     /// # Errors
     ///
-    /// When there is no memory.
+    /// Returns an error if there is no memory.
     pub fn new() -> io::Result<Self> {
         let file = memfd_create(c"exitmeter", MemfdFlags::CLOEXEC)?;
         Ok(Self(file.into()))
     }
 
-    /// Share it with another process.
+    /// Duplicate the handle, for another process.
     ///
     /// # Errors
     ///
-    /// When there is no room for a file.
+    /// Returns an error if no file descriptor is left.
     pub fn share(&self) -> io::Result<Self> {
         Ok(Self(self.0.try_clone()?))
     }
 
-    /// Read tables, and leave them.
+    /// Read tables and write them to the file.
     ///
     /// # Errors
     ///
-    /// When they cannot be read, or there is no memory.
+    /// Returns an error if the tables cannot be read, or there is no memory.
     pub fn read(&mut self, cpus: &mut Cpus, isa: Isa, tables: &[u32]) -> io::Result<()> {
         let mut file = &self.0;
-        let read = cpus.read(isa, tables, |record| put(&mut file, record));
+        let read = cpus.read(isa, tables, |record| write(&mut file, record));
         read.map_err(|error| match error {
             EachError::Io(error) => error,
             EachError::Silence(silence) => io::Error::other(silence),
         })
     }
 
-    /// Leave how many questions were asked besides.
+    /// Write the number of queries that were asked besides, by leaf.
     ///
     /// # Errors
     ///
-    /// When there is no memory.
+    /// Returns an error if there is no memory.
     pub fn asked(&mut self, asked: Asked) -> io::Result<()> {
-        put(&mut &self.0, &Record::Asked(asked))
+        write(&mut &self.0, &Record::Asked(asked))
     }
 
-    /// Take what was left.
+    /// Return the reading in the file.
     ///
     /// # Errors
     ///
-    /// When it cannot be read.
+    /// Returns an error if the file cannot be read.
     pub fn take(mut self, cpus: &Cpus) -> anyhow::Result<Reading> {
         let mut bytes = Vec::new();
         self.0.rewind()?;
@@ -588,7 +590,7 @@ impl Left {
     }
 }
 
-fn put(to: &mut &File, record: &Record) -> io::Result<()> {
+fn write(to: &mut &File, record: &Record) -> io::Result<()> {
     let mut bytes = [0; 8 * NUMBERS];
     for (place, number) in bytes.chunks_exact_mut(8).zip(record.numbers()) {
         place.copy_from_slice(&number.to_ne_bytes());
@@ -596,11 +598,11 @@ fn put(to: &mut &File, record: &Record) -> io::Result<()> {
     to.write_all(&bytes)
 }
 
-/// Read the slow exits of each vCPU: the slowest, and the frozen ring.
+/// Read the slow exits of each vCPU: the slowest ones, and the frozen ring.
 ///
 /// # Errors
 ///
-/// When they cannot be asked for.
+/// Returns an error if they cannot be queried.
 pub fn slow(cpus: &mut Cpus, isa: Isa) -> anyhow::Result<(Reading, BTreeMap<u32, SlowCpu>)> {
     let mut records = Vec::new();
     let mut slow = BTreeMap::new();
@@ -624,9 +626,9 @@ pub fn slow(cpus: &mut Cpus, isa: Isa) -> anyhow::Result<(Reading, BTreeMap<u32,
 /// Slow exits of one vCPU.
 #[derive(Clone, Debug, Default)]
 pub struct SlowCpu {
-    /// The slowest, of the current window and of the one before.
+    /// Slowest exits of the current window and of the one before.
     pub slowest: Vec<SlowExit>,
-    /// The ring, if it is frozen.
+    /// Exits of the ring, if it is frozen.
     pub ring: Vec<SlowExit>,
 }
 
@@ -665,7 +667,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_taken() {
+    fn records_survive_the_round_trip() {
         let other = Entry {
             table: TABLE_USER,
             reason: Reason::Other,
@@ -700,8 +702,8 @@ mod tests {
     }
 
     #[test]
-    fn the_tools_own_questions_are_no_difference() {
-        // It asked leaf 0x4FFFFFF5 30 times after its row was read, and 0x4FFFFFF2 8 times.
+    fn own_queries_are_subtracted() {
+        // The tool asked leaf 0x4FFFFFF5 30 times after its row was read, and 0x4FFFFFF2 8 times.
         let before = reading(1, &[cpuid(0, 7)], [0, 0, 8, 0, 0, 30]);
         let after = reading(
             1,
@@ -730,7 +732,7 @@ mod tests {
     }
 
     #[test]
-    fn other_tables_have_no_difference() {
+    fn switched_tables_are_refused() {
         let one = reading(1, &[], [0; 6]);
         let other = reading(3, &[], [0; 6]);
         assert!(matches!(other.since(&one, Isa::Svm), Err(Error::Switched)));
@@ -738,10 +740,10 @@ mod tests {
     }
 
     #[test]
-    fn cpus_are_counted() {
-        assert_eq!(count_in("0-3,5\n"), Some(5));
-        assert_eq!(count_in("0"), Some(1));
-        assert_eq!(count_in(""), None);
-        assert_eq!(count_in("3-1"), None);
+    fn cpu_lists_are_counted() {
+        assert_eq!(count_cpus("0-3,5\n"), Some(5));
+        assert_eq!(count_cpus("0"), Some(1));
+        assert_eq!(count_cpus(""), None);
+        assert_eq!(count_cpus("3-1"), None);
     }
 }

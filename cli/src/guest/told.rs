@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the exits of this VM were about: the host's own account of it, from this side. Field names
-//! are those of `--json`, and stay.
+//! Details of this VM's exits, read inside the guest from the host's tables. The field names are
+//! those of `--json` and stay.
 
 use std::collections::BTreeSet;
 
@@ -22,26 +22,26 @@ use crate::{
     },
 };
 
-/// The tables of the vCPUs that were read, as sums.
+/// Sums over the tables of the vCPUs that were read.
 #[derive(Clone, Debug, Serialize)]
 pub struct Told {
     /// vCPUs whose tables were read.
     pub vcpus: usize,
-    /// vCPUs that were not read, as this may not run on their CPUs.
+    /// vCPUs that were not read, because this process may not run on their CPUs.
     pub vcpus_unread: usize,
-    /// vCPUs that have no tables, for want of memory on the host.
+    /// vCPUs without tables, for lack of memory on the host.
     pub vcpus_without_tables: usize,
-    /// By reason, what its exits were about.
+    /// Details of the exits, by reason.
     pub details: Vec<Group>,
-    /// By reason, why its exits went to user space.
+    /// Reasons why exits went to user space, by exit reason.
     pub user_exits: Vec<Group>,
-    /// By reason, where in the guest's code its exits were, when that was read.
+    /// Guest code that caused the exits, by reason, if it was read.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub code: Vec<Group>,
 }
 
 impl Told {
-    /// Tell rows of a reading: all of them, or a part.
+    /// Group the rows of a reading, or a part of them.
     pub fn new(
         reading: &Reading,
         rows: &Rows,
@@ -60,7 +60,7 @@ impl Told {
         }
     }
 
-    /// Write the tables, with up to so many rows of each reason: the code, or all else.
+    /// Format the tables with up to `limit` rows of each reason: either the code, or all else.
     pub fn text(&self, code: bool, limit: usize, look: Look) -> String {
         let shown: &[(&str, &[Group])] = match code {
             true => &[("about", &self.code)],
@@ -77,11 +77,11 @@ impl Told {
                 .fold(Counts::default(), |sum, group| sum.plus(group.total));
             text += &table(title, groups, all, limit, look, &mut spared);
         }
-        text + &no_room(spared) + &self.lacking(look)
+        text + &no_room(spared) + &self.missing_vcpus(look)
     }
 
-    /// Say which vCPUs are not in it.
-    fn lacking(&self, look: Look) -> String {
+    /// Name the vCPUs that are missing from the tables.
+    fn missing_vcpus(&self, look: Look) -> String {
         let mut lines = Vec::new();
         let all = self.vcpus + self.vcpus_unread + self.vcpus_without_tables;
         if self.vcpus_unread != 0 {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The ways to ask the host's meter: the CPUID instruction, or this guest's kernel to execute it.
+//! Ways to query the host's meter: execute CPUID in this process, or let the guest's kernel execute
+//! it.
 //!
-//! A host that has the module loaded with `leaf_cpl=0` answers a guest's kernel alone. Linux
-//! executes CPUID for who may read /dev/cpu/N/cpuid, which its driver `cpuid` makes: a read of
-//! 16 bytes is one instruction (`cpuid_read_f` in arch/x86/kernel/cpuid.c).
+//! A module loaded with `leaf_cpl=0` answers only a guest's kernel. Linux executes CPUID for a
+//! process that may read /dev/cpu/N/cpuid, a device of its driver `cpuid`. A read of 16 bytes is
+//! one instruction (`cpuid_read_f` in arch/x86/kernel/cpuid.c).
 
 use std::{
     fs::File,
@@ -15,40 +16,40 @@ use std::{
 use exitmeter_guest::{Cpuid, Error, Instruction, Isa, Meter, Registers};
 use rustix::thread::sched_getcpu;
 
-/// Why no meter answers by any way.
+/// A reason why no meter answers.
 #[derive(Debug, thiserror::Error)]
 pub enum Silence {
-    /// There is none, or one that this tool does not know.
+    /// There is no meter, or its version is unknown.
     #[error(transparent)]
     Meter(#[from] Error),
-    /// None answers the instruction, and this guest's kernel cannot be asked to execute it.
+    /// No meter answers the instruction, and the guest's kernel cannot be asked to execute it.
     #[error(
         "{}; or, if it answers only this guest's kernel (leaf_cpl=0): {} ({error})",
         Error::NoMeter,
         remedy(error)
     )]
     NoDevice {
-        /// What the system says of the device.
+        /// Error of the device.
         error: io::Error,
     },
-    /// This guest's kernel is to be asked, and cannot be.
+    /// The guest's kernel must be asked, and cannot be.
     #[error(
         "code is told to this guest's kernel alone: {} ({error})",
         remedy(error)
     )]
     NoKernel {
-        /// What the system says of the device.
+        /// Error of the device.
         error: io::Error,
     },
-    /// This guest's kernel stopped to execute it, as when the CPU went offline.
+    /// The guest's kernel stopped executing CPUID, as when the CPU goes offline.
     #[error("/dev/cpu/*/cpuid cannot be read: {error}")]
     Unreadable {
-        /// What the system says.
+        /// Error of the device.
         error: io::Error,
     },
 }
 
-/// Return what makes this guest's kernel answer, by what the system says of its device.
+/// Return the remedy for an error of the device.
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         ErrorKind::NotFound => "run 'modprobe cpuid' as root here, and this command as root",
@@ -57,31 +58,31 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// The way by which a meter answers.
+/// Way to query a meter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// The instruction, executed by this process.
+    /// CPUID, executed by this process.
     Instruction,
     /// The driver of /dev/cpu/N/cpuid.
     Device,
 }
 
 impl Way {
-    /// Open it, for questions from now on.
+    /// Open the way for queries.
     ///
     /// # Errors
     ///
-    /// When this guest has no device of this CPU, or one that may not be opened.
+    /// Returns an error if this guest has no device for this CPU, or it may not be opened.
     pub fn open(self) -> Result<Asker, Silence> {
-        // Of the CPU that this runs on: its kernel asks there without an interrupt.
+        // Choose the CPU that this runs on: its kernel needs no interrupt there.
         self.open_on(sched_getcpu() as u32)
     }
 
-    /// Open it, for questions on one CPU.
+    /// Open the way for queries on one CPU.
     ///
     /// # Errors
     ///
-    /// As [`Self::open`].
+    /// See [`Self::open`].
     pub fn open_on(self, cpu: u32) -> Result<Asker, Silence> {
         Ok(match self {
             Way::Instruction => Asker::Instruction,
@@ -92,26 +93,26 @@ impl Way {
     }
 }
 
-/// An open way to ask.
+/// An open way to query the meter.
 #[derive(Debug)]
 pub enum Asker {
     /// See [`Way::Instruction`].
     Instruction,
     /// See [`Way::Device`].
     Device {
-        /// The device of one CPU.
+        /// Device of one CPU.
         file: File,
-        /// Why a question was not answered, if one was not.
+        /// First error of a query, if any.
         error: Option<io::Error>,
     },
 }
 
 impl Asker {
-    /// Demand that all questions so far were answered. Takes no memory.
+    /// Check that all queries so far were answered. Does not allocate.
     ///
     /// # Errors
     ///
-    /// When one was not: what was read since then is worth nothing.
+    /// Returns the error of the first query that failed. The answers since then are worthless.
     pub fn check(&mut self) -> Result<(), Silence> {
         match self {
             Asker::Device { error, .. } => match error.take() {
@@ -142,7 +143,7 @@ impl Cpuid for Asker {
     }
 }
 
-/// The registers in the 16 bytes that the device gives: eax, ebx, ecx, edx.
+/// Return the registers from the 16 bytes of the device: eax, ebx, ecx, edx.
 fn registers(bytes: &[u8; 16]) -> Registers {
     let mut words = bytes.chunks_exact(4).map(|bytes| {
         let mut word = [0; 4];
@@ -158,7 +159,7 @@ fn registers(bytes: &[u8; 16]) -> Registers {
     }
 }
 
-/// Counts the questions of a search that may fail.
+/// A [`Cpuid`] that counts its queries, for a search that may fail.
 struct Counted<'a>(&'a mut Asker, u64);
 
 impl Cpuid for Counted<'_> {
@@ -168,14 +169,14 @@ impl Cpuid for Counted<'_> {
     }
 }
 
-/// Find the meter by the first way on which one answers, have `read` use it, and return the way and
-/// what `read` returned. `likely` says whose CPU this seems to be (see [`Meter::find`]).
+/// Find the meter by the first way on which one answers. Returns the way, and what `read` returns
+/// for the meter. `likely` is the probable vendor (see [`Meter::find`]).
 ///
-/// Questions that were asked in vain on the first way are among those of the meter.
+/// The meter's count of queries includes those that failed on the first way.
 ///
 /// # Errors
 ///
-/// When no way has a meter, or one of another version.
+/// Returns an error if no way has a meter, or its version is unknown.
 pub fn find<T>(
     likely: Isa,
     read: impl FnOnce(Meter<&mut dyn Cpuid>) -> T,
@@ -187,10 +188,10 @@ pub fn find<T>(
         Err(Error::NoMeter) => {}
         Err(error) => return Err(error.into()),
     }
-    let in_vain = counted.1;
+    let failed_queries = counted.1;
     let mut asker = Way::Device.open()?;
     let told = Meter::find(&mut asker as &mut dyn Cpuid, likely)
-        .map(|meter| read(meter.with_earlier(in_vain)));
+        .map(|meter| read(meter.with_earlier(failed_queries)));
     asker.check()?;
     Ok((Way::Device, told?))
 }
@@ -200,9 +201,9 @@ mod tests {
     use super::*;
     use std::io::Write as _;
 
-    /// A file stands in for the device: the same bytes at the same places.
+    /// A file stands in for the device, with the same bytes at the same places.
     #[test]
-    fn a_question_is_a_place_in_the_device_and_16_bytes_its_answer() {
+    fn device_queries_use_the_leaf_as_offset() {
         let mut file = tempfile::NamedTempFile::new().expect("a file");
         let bytes: Vec<u8> = (0..=255).collect();
         file.write_all(&bytes).expect("room");
@@ -216,14 +217,14 @@ mod tests {
         };
         assert_eq!(asker.ask(4, 0), answer);
         asker.check().expect("an answer");
-        // The subleaf is the upper half, which is behind this file's end.
+        // The subleaf is the upper half of the offset, which is past the end of this file.
         assert_eq!(asker.ask(4, 1), Registers::default());
         assert_eq!(asker.ask(4, 0), answer);
         assert!(matches!(asker.check(), Err(Silence::Unreadable { .. })));
     }
 
     #[test]
-    fn the_remedy_fits_what_is_missing() {
+    fn remedy_depends_on_the_error() {
         for (kind, words) in [
             (ErrorKind::NotFound, "run 'modprobe cpuid' as root here"),
             (ErrorKind::PermissionDenied, "run this command as root"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A snapshot as plain data. Its field names are those of `--json`, and stay.
+//! A snapshot as plain data. The field names are those of `--json` and stay.
 
 use std::collections::BTreeMap;
 
@@ -20,43 +20,43 @@ mod ledger;
 pub(crate) use ledger::both;
 pub use ledger::{Cycles, Label, Ledger, ReasonRow, Sort};
 
-/// The version of the data's shape: grows when a field goes or changes its meaning.
+/// Version of the data format. It grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;
 
-/// All that a snapshot says, or what happened between two.
+/// All data of a snapshot, or the difference of two snapshots.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// [`FORMAT`].
     pub format: u32,
-    /// The time between two snapshots, when the numbers are of that alone.
+    /// Time between the two snapshots, for a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval: Option<Span>,
     /// The host and its meter.
     pub host: Host,
-    /// vCPUs that run, or ran, without being metered.
+    /// vCPUs that run or ran unmetered.
     pub unmetered_vcpus: u64,
-    /// The VMs that run, by their numbers.
+    /// Running VMs, by VM number.
     pub vms: Vec<Vm>,
-    /// The sums of the vCPUs that are gone.
+    /// Sums over the vCPUs that are gone.
     pub departed: Departed,
 }
 
-/// A time.
+/// A time span.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Span {
-    /// In TSC ticks.
+    /// Length, in TSC ticks.
     pub ticks: u64,
-    /// In seconds, when the TSC's frequency is known.
+    /// Length, in seconds, if the TSC's frequency is known.
     pub seconds: Option<f64>,
 }
 
-/// The meter that kept the numbers.
+/// Source of the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Meter {
-    /// The kernel module. A tick is one of the TSC.
+    /// The kernel module. A tick is a tick of the TSC.
     Module,
-    /// The BPF program. A tick is a nanosecond of the kernel's monotonic clock.
+    /// The BPF programs. A tick is a nanosecond of the kernel's monotonic clock.
     Bpf,
 }
 
@@ -68,73 +68,70 @@ pub struct Host {
     pub isa: Isa,
     /// `module` or `bpf`.
     pub source: Meter,
-    /// TSC frequency, when it is known.
+    /// TSC frequency, in kHz, if known.
     pub tsc_khz: Option<u32>,
-    /// Whether the TSC runs at one rate, alike on all CPUs.
+    /// True if the TSC runs at one constant rate on all CPUs.
     pub tsc_stable: bool,
-    /// The number of the meter's life: another one when its numbers have begun anew.
+    /// The meter's life number. A new one means that the numbers began anew.
     pub life: u64,
-    /// TSC when the module was loaded.
+    /// TSC at which the module was loaded.
     pub loaded_tsc: u64,
-    /// TSC when the snapshot was begun.
+    /// TSC at which the snapshot began.
     pub snapshot_tsc: u64,
-    /// The leaf map that guests see: 0, 2021 or 2022.
+    /// Leaf map that guests see: 0, 2021 or 2022.
     pub leaf_map: Option<u32>,
-    /// Whether guests read the sums of the host.
+    /// True if guests read the sums of the whole host.
     pub host_scope: bool,
 }
 
-/// A VM that runs.
+/// A running VM.
 #[derive(Clone, Debug, Serialize)]
 pub struct Vm {
-    /// Its number: unique while the module is loaded.
+    /// VM number, unique while the module is loaded.
     pub vm: u64,
-    /// KVM's name for it.
+    /// KVM's name for the VM.
     pub name: String,
-    /// The thread that made it (`kvm->userspace_pid`): for most VMMs their process.
+    /// Thread that created the VM (`kvm->userspace_pid`). For most VMMs this is their process.
     pub pid: u32,
-    /// What its VMM was told about it, when that is known: it is of VMs that run on this host, and
-    /// of recordings.
+    /// Names that the VMM was given, if known. They are known for VMs of this host and in
+    /// recordings.
     pub vmm: Given,
-    /// The time that its numbers are of: since the first event of its oldest vCPU, or since
-    /// the earlier snapshot.
+    /// Time that the numbers cover: since the first event of the oldest vCPU, or since the earlier
+    /// snapshot.
     pub span: Span,
-    /// Nanoseconds that KVM polled before it let its vCPUs sleep, by KVM's own count, when it is
-    /// known.
+    /// Nanoseconds that KVM polled before it let the vCPUs sleep, by KVM's own count, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled_ns: Option<u64>,
-    /// The sums of its vCPUs.
+    /// Sums over the vCPUs.
     #[serde(flatten)]
     pub ledger: Ledger,
-    /// Its vCPUs.
+    /// vCPUs of the VM.
     pub vcpus: Vec<Vcpu>,
 }
 
 /// A vCPU.
 #[derive(Clone, Debug, Serialize)]
 pub struct Vcpu {
-    /// Its id in its VM.
+    /// vCPU id in its VM.
     pub vcpu: u32,
-    /// TSC at its first event; of an interval, at its beginning.
+    /// TSC at the first event; for a difference, at its beginning.
     pub first_tsc: u64,
-    /// TSC at its latest transition; of an interval, at its end.
+    /// TSC at the latest transition; for a difference, at its end.
     pub last_tsc: u64,
-    /// The phase it has been in since then, `blocked` when the two sleeps are not told apart.
+    /// Name of the current phase; `blocked` if the source does not distinguish the two sleeps.
     #[serde(rename = "phase")]
     pub phase_name: Option<&'static str>,
-    /// The same as a phase.
+    /// Current phase.
     #[serde(skip)]
     pub phase: Option<Phase>,
-    /// Ticks from then to the snapshot: not yet booked on any row, but for the rows of an
-    /// interval.
+    /// Ticks since the latest transition. They are not booked on a row yet, except in a difference.
     pub phase_ticks: u64,
-    /// What that phase will be booked on.
+    /// Row that the current phase will be booked on.
     pub latest: Option<Label>,
-    /// Nanoseconds that KVM polled before it let the vCPU sleep, by KVM's own count, when it is
-    /// known.
+    /// Nanoseconds that KVM polled before it let the vCPU sleep, by KVM's own count, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled_ns: Option<u64>,
-    /// Its numbers.
+    /// Numbers of the vCPU.
     #[serde(flatten)]
     pub ledger: Ledger,
 }
@@ -142,18 +139,18 @@ pub struct Vcpu {
 /// The vCPUs that are gone.
 #[derive(Clone, Debug, Serialize)]
 pub struct Departed {
-    /// How many there were.
+    /// Number of vCPUs.
     pub vcpus_gone: u64,
-    /// Nanoseconds that KVM polled before it let them sleep, by KVM's own count, when it is known.
+    /// Nanoseconds that KVM polled before it let them sleep, by KVM's own count, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled_ns: Option<u64>,
-    /// Their sums.
+    /// Sums over the vCPUs.
     #[serde(flatten)]
     pub ledger: Ledger,
 }
 
 impl Report {
-    /// The data of a snapshot.
+    /// Convert a snapshot.
     pub fn new(snapshot: &Snapshot<'_>) -> Self {
         let isa = snapshot.isa();
         let mut vms: BTreeMap<u64, Vm> = BTreeMap::new();
@@ -204,7 +201,7 @@ impl Report {
 }
 
 impl Span {
-    /// So many ticks of a TSC.
+    /// Create a span of `ticks` TSC ticks.
     pub fn of(ticks: u64, khz: Option<u32>) -> Self {
         Self {
             ticks,
@@ -212,8 +209,7 @@ impl Span {
         }
     }
 
-    /// How often something happened each second; `None` when the time is not known, or none
-    /// passed.
+    /// Return the rate per second of `count` events; `None` if the span in seconds is unknown or 0.
     pub fn per_second(&self, count: u64) -> Option<f64> {
         let seconds = self.seconds.filter(|seconds| *seconds > 0.0)?;
         Some(count as f64 / seconds)
@@ -221,17 +217,17 @@ impl Span {
 }
 
 impl Vm {
-    /// Return its name for people, with KVM's.
+    /// Return the VM's name for people, followed by KVM's name.
     pub fn label(&self) -> String {
         self.vmm.label(&self.name)
     }
 
-    /// Return its name for people where there is little room.
+    /// Return the VM's name for people in a short form.
     pub fn short(&self) -> String {
         self.vmm.short(&self.name)
     }
 
-    /// Return all that it may be called.
+    /// Return all names of the VM, for a search.
     pub fn known(&self) -> Known<'_> {
         Known {
             vm: self.vm,
@@ -241,7 +237,7 @@ impl Vm {
         }
     }
 
-    /// Makes its numbers the sums of its vCPUs.
+    /// Set the VM's numbers to the sums over its vCPUs.
     pub fn sum_up(&mut self) {
         let mut polled = self.vcpus.iter().map(|vcpu| vcpu.polled_ns);
         self.polled_ns = polled.try_fold(0_u64, |sum, polled| Some(sum.saturating_add(polled?)));
@@ -274,7 +270,7 @@ impl Vcpu {
             last_tsc: record.last(),
             phase_name: record.phase().map(|phase| ledger.cycles.name(phase)),
             phase: record.phase(),
-            // The snapshot's time is that of its beginning: this vCPU may be a bit later.
+            // The snapshot's time is its beginning, and this record may be a bit later.
             phase_ticks: snapshot.now().saturating_sub(record.last()),
             latest: record.latest().map(|reason| Label::new(isa, reason)),
             polled_ns: record.polled(),
@@ -283,7 +279,7 @@ impl Vcpu {
     }
 }
 
-/// Writes an ISA by its name.
+/// Serialize an ISA by its name.
 pub(crate) fn isa_name<S: serde::Serializer>(isa: &Isa, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(isa.name())
 }

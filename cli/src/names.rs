@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! VMs by the names that people gave them.
+//! Names of VMs, as people gave them.
 //!
-//! KVM knows a VM by the thread that made it, `kvm-PID`. What its VMM was told about it stands on
-//! the VMM's command line, which [`command`] reads, and in its cgroup ([`mod@unit`]); [`process`] gets
-//! both from /proc. A [`Book`] keeps what was found, as the process may be gone later, and [`find`]
-//! says which VM somebody means.
+//! KVM names a VM after the thread that created it, `kvm-PID`. Other names are in the VMM's command
+//! line, which [`command`] reads, and in its cgroup ([`mod@unit`]); [`process`] gets both from
+//! /proc. A [`Book`] keeps the names, as the process may be gone later, and [`find`] returns the VM
+//! that a user means.
 //!
-//! All of this is text that others wrote. It passes [`words::clean`] before anybody sees it.
+//! All of this is text from outside the tool. It passes [`words::clean`] before it is shown.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,27 +26,27 @@ pub mod process;
 pub mod unit;
 pub mod words;
 
-/// What a VM's VMM was told about it, as far as that can be seen.
+/// Names of a VM that its VMM was given, as far as they are visible.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Given {
-    /// Its name.
+    /// Name.
     pub name: Option<String>,
-    /// Its UUID, in small letters.
+    /// UUID, in lower case.
     pub uuid: Option<String>,
-    /// What manages it: `libvirt`, `openstack`, `proxmox`, `kubevirt`, `kata`, `incus`, `lxd`; or
+    /// Manager of the VM: `libvirt`, `openstack`, `proxmox`, `kubevirt`, `kata`, `incus`, `lxd`;
     /// else its VMM: `qemu`, `firecracker`, `cloud-hypervisor`.
     pub manager: Option<String>,
-    /// Its id in that, or the path of its API socket.
+    /// Id in the manager, or path of the API socket.
     pub id: Option<String>,
-    /// The systemd unit that it runs in, or the cgroup.
+    /// Systemd unit that the VMM runs in, or else its cgroup.
     pub unit: Option<String>,
-    /// Its process in the PID namespaces below that of /proc.
+    /// Process ids in the PID namespaces below the one of /proc.
     #[serde(skip)]
     pub inner_pids: Vec<u32>,
 }
 
-/// Nothing is known.
+/// Names of a VM that nothing is known of.
 static UNKNOWN: Given = Given {
     name: None,
     uuid: None,
@@ -57,7 +57,7 @@ static UNKNOWN: Given = Given {
 };
 
 impl Given {
-    /// Return the VM's name for people, with KVM's behind it: `web (kvm-1234)`.
+    /// Return the VM's name for people, with KVM's name behind it: `web (kvm-1234)`.
     pub fn label(&self, kvm: &str) -> String {
         let kvm = words::clean(kvm.as_bytes());
         match self.shown() {
@@ -66,7 +66,7 @@ impl Given {
         }
     }
 
-    /// Return the VM's name for people where there is little room: KVM's if it has no other.
+    /// Return the VM's name for people in a short form: KVM's name only if there is no other.
     pub fn short(&self, kvm: &str) -> String {
         match self.shown() {
             Some(name) => name.to_owned(),
@@ -74,10 +74,10 @@ impl Given {
         }
     }
 
-    /// Return what else is known, in words.
+    /// Return the other names, in words.
     pub fn others(&self) -> Vec<String> {
         let manager = self.manager.clone();
-        // Often the id is what it is called.
+        // Often the id is also the name.
         let id = self.id.as_ref().filter(|id| self.shown() != Some(*id));
         let words = [
             ("id", id),
@@ -95,8 +95,8 @@ impl Given {
         self.name.as_deref().or(self.id.as_deref())
     }
 
-    /// Return true if a user may call the VM so.
-    fn is_called(&self, wanted: &str) -> bool {
+    /// Return true if `wanted` is one of the VM's names.
+    fn has_name(&self, wanted: &str) -> bool {
         let is = |text: &Option<String>| text.as_deref() == Some(wanted);
         let uuid = self.uuid.as_deref();
         let unit = self.unit.as_deref();
@@ -110,7 +110,7 @@ impl Given {
                 .is_ok_and(|pid| self.inner_pids.contains(&pid))
     }
 
-    /// Make what comes from a file harmless.
+    /// Clean all names. They may come from a file.
     fn cleaned(mut self) -> Self {
         for text in [
             &mut self.name,
@@ -125,15 +125,16 @@ impl Given {
     }
 }
 
-/// The names of one VM, as a line of a recording has them.
+/// Names of one VM, as a line of a recording.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
-    /// The meter's life that the VM's number is of. As text, since JSON's readers have 53 bits.
+    /// Life number of the meter that the VM number belongs to. Written as text, because JSON
+    /// readers keep only 53 bits.
     #[serde(with = "hexadecimal")]
     pub life: u64,
-    /// The VM's number.
+    /// VM number.
     pub vm: u64,
-    /// Its names.
+    /// Names of the VM.
     #[serde(flatten)]
     pub given: Given,
 }
@@ -152,16 +153,16 @@ mod hexadecimal {
     }
 }
 
-/// The VMs of a snapshot, as far as it takes to look up their names.
+/// VMs of a snapshot, with what the search for their names needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Running {
-    /// The meter's life.
+    /// The meter's life number.
     pub life: u64,
-    /// TSC when the snapshot was begun.
+    /// TSC at which the snapshot began.
     pub now: u64,
-    /// TSC frequency, when it is known.
+    /// TSC frequency, in kHz, if known.
     pub tsc_khz: Option<u32>,
-    /// By the VM's number, its process, and TSC at its first event.
+    /// Process id and TSC of the first event, by VM number.
     pub vms: BTreeMap<u64, (u32, u64)>,
 }
 
@@ -180,27 +181,27 @@ impl Running {
         running
     }
 
-    /// Add a vCPU of a VM: the VM's process, and TSC at the vCPU's first event.
+    /// Add a vCPU: its VM, the VM's process, and the TSC of the vCPU's first event.
     pub fn add(&mut self, vm: u64, pid: u32, first: u64) {
         let (_, earliest) = self.vms.entry(vm).or_insert((pid, first));
         *earliest = first.min(*earliest);
     }
 }
 
-/// The names that were found.
+/// Names found so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Book {
-    /// Where processes are looked up; `None` if those of the snapshots are not of this host.
+    /// Processes to look up; `None` if the snapshots are not of this host.
     processes: Option<Processes>,
-    /// The meter's life of the latest snapshot.
+    /// Life number of the latest snapshot.
     life: u64,
-    /// By the meter's life and the VM's number.
+    /// Names by life number and VM number.
     given: BTreeMap<(u64, u64), Given>,
 }
 
 impl Book {
-    /// Make a book for the snapshots of a file. Names are looked up if it is a device. The
-    /// processes of a saved snapshot are gone by now, or of another host.
+    /// Create a book for the snapshots of `path`. It looks up names only if `path` is a device: the
+    /// processes of a saved snapshot are gone by now, or belong to another host.
     pub fn of(path: &Path) -> Self {
         match source::is_live(path) {
             true => Self::with(Processes::of_this_host()),
@@ -208,7 +209,7 @@ impl Book {
         }
     }
 
-    /// Make a book with what there is in a folder such as /proc.
+    /// Create a book that looks up names in `processes`.
     pub fn with(processes: Option<Processes>) -> Self {
         Self {
             processes,
@@ -216,12 +217,12 @@ impl Book {
         }
     }
 
-    /// Look up the VMs of a snapshot that are new; return these.
+    /// Look up the new VMs of a snapshot, and return their names.
     pub fn read(&mut self, snapshot: &Snapshot<'_>) -> Vec<Line> {
         self.look_up(&Running::new(snapshot))
     }
 
-    /// Look up the VMs that are new; return these.
+    /// Look up the new VMs, and return their names.
     pub fn look_up(&mut self, running: &Running) -> Vec<Line> {
         let life = running.life;
         self.life = life;
@@ -238,7 +239,7 @@ impl Book {
                 let micros = u128::from(ticks) * 1000 / u128::from(khz);
                 Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
             });
-            // A process that is not there now may be a thread that has ended: it is asked for again.
+            // A missing process may be a thread that has ended, so look it up again next time.
             if let Some(given) = processes.given(pid, age) {
                 self.given.insert((life, vm), given.clone());
                 lines.push(Line { life, vm, given });
@@ -247,29 +248,29 @@ impl Book {
         lines
     }
 
-    /// Forget the VMs that are not in a snapshot any more.
+    /// Forget the VMs that are not in a snapshot.
     pub fn forget(&mut self, snapshot: &Snapshot<'_>) {
         self.forget_others(&Running::new(snapshot));
     }
 
-    /// Forget the VMs that do not run any more.
+    /// Forget the VMs that no longer run.
     pub fn forget_others(&mut self, running: &Running) {
         self.given
             .retain(|(life, vm), _| *life == running.life && running.vms.contains_key(vm));
     }
 
-    /// Take in what a recording says.
+    /// Add the names from a line of a recording.
     pub fn note(&mut self, line: Line) {
         self.given
             .insert((line.life, line.vm), line.given.cleaned());
     }
 
-    /// Return what is known of a VM of the latest snapshot.
+    /// Return the names of a VM of the latest snapshot.
     pub fn vm(&self, vm: u64) -> &Given {
         self.vm_of(self.life, vm)
     }
 
-    /// Return what is known of a VM of a life of the meter.
+    /// Return the names of a VM of life `life`.
     pub fn vm_of(&self, life: u64, vm: u64) -> &Given {
         self.given.get(&(life, vm)).unwrap_or(&UNKNOWN)
     }
@@ -283,48 +284,48 @@ impl Book {
     }
 }
 
-/// A VM that may be meant.
+/// A VM that a user may mean.
 #[derive(Clone, Copy, Debug)]
 pub struct Known<'a> {
-    /// Its number.
+    /// VM number.
     pub vm: u64,
-    /// KVM's name for it.
+    /// KVM's name for the VM.
     pub kvm: &'a str,
-    /// Its process.
+    /// Process id of the VMM.
     pub pid: u32,
-    /// Its names.
+    /// Names of the VM.
     pub given: &'a Given,
 }
 
-/// There is not the one VM that was meant.
+/// A search that did not find exactly one VM.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoVm {
-    /// There is none.
+    /// No VM has the name.
     #[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
     None {
-        /// What was asked for.
+        /// Name that was searched for.
         vm: String,
-        /// What there is, in words.
+        /// Running VMs, in words.
         those: String,
     },
-    /// There are several.
+    /// Several VMs have the name.
     #[error("several VMs are called '{vm}': {those}; say which by its kvm-PID")]
     Several {
-        /// What was asked for.
+        /// Name that was searched for.
         vm: String,
-        /// Which.
+        /// The VMs, in words.
         those: String,
     },
 }
 
-/// Find the VMs that a user means: by KVM's name, process, name, UUID, id or unit. All VMs of one
-/// process are one.
+/// Find the VM that a user means by KVM's name, process id, name, UUID, id or unit. All VMs of one
+/// process count as one.
 ///
-/// KVM's name goes before all others: nobody can give it to his own VM.
+/// KVM's name takes precedence: no user can give it to another VM.
 ///
 /// # Errors
 ///
-/// When there is none, or those of several processes are called so.
+/// Returns an error if no VM has the name, or VMs of several processes have it.
 pub fn find<'a>(
     wanted: &str,
     vms: impl IntoIterator<Item = Known<'a>>,
@@ -332,7 +333,7 @@ pub fn find<'a>(
     let vms: Vec<_> = vms.into_iter().collect();
     let mut found: Vec<_> = vms.iter().filter(|vm| vm.kvm == wanted).collect();
     if found.is_empty() {
-        let called = |vm: &&Known<'_>| vm.pid.to_string() == wanted || vm.given.is_called(wanted);
+        let called = |vm: &&Known<'_>| vm.pid.to_string() == wanted || vm.given.has_name(wanted);
         found = vms.iter().filter(called).collect();
     }
     let pids: BTreeSet<_> = found.iter().map(|vm| vm.pid).collect();
@@ -353,12 +354,12 @@ pub fn find<'a>(
     }
 }
 
-/// Name some VMs, and say whether there are more.
+/// List some VMs, with dots if there are more.
 fn some<'a>(vms: impl Iterator<Item = &'a Known<'a>>) -> String {
     const SOME: usize = 5;
     let mut names: Vec<String> = Vec::new();
     for vm in vms {
-        // VMs of one process are called the same.
+        // VMs of one process have the same name.
         let label = words::ascii(&vm.given.label(vm.kvm));
         if !names.contains(&label) {
             names.push(label);

@@ -1,52 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What happened between two snapshots.
+//! Difference of two snapshots.
 //!
-//! vCPUs are told by the number of their VM and their id in it. One that came since the earlier
-//! snapshot counts from its first event on. What those that are gone still did stands in the
-//! totals, without what they had done before.
+//! A vCPU is identified by its VM's number and its id. A vCPU that started after the earlier
+//! snapshot counts from its first event. The totals of vCPUs that are gone count only what these
+//! did after the earlier snapshot.
 //!
-//! A phase that runs while a snapshot is taken is not booked yet, however long it has run. Here
-//! it is settled at both ends: its ticks up to the later snapshot are added, and those up to the
-//! earlier one taken out. So the cycles of a vCPU sum to the interval, exactly.
+//! A snapshot does not book the phase that is running, however long it has run. The difference
+//! settles it at both ends: it adds the ticks up to the later snapshot, and subtracts those up to
+//! the earlier one. So the cycles of a vCPU add up to the interval exactly.
 
 use std::collections::BTreeMap;
 
 use super::{Cycles, Departed, Ledger, ReasonRow, Report, Span, Vcpu};
 use crate::spread::Spread;
 
-/// Why there is nothing between two snapshots.
+/// A reason why two snapshots have no difference.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// They are of two lives of the meter, or of two hosts.
+    /// They belong to different lives of the meter, or to different hosts.
     #[error("the meter began anew")]
     Anew,
-    /// The second one was taken before the first one, though both are of one life. Of snapshots
-    /// that were taken one after the other it says that the clock began anew, and the meter with
-    /// it.
+    /// The second one is older than the first one, in the same life. If the snapshots were taken
+    /// one after the other, the clock began anew, and the meter with it.
     #[error("the second snapshot is older than the first one")]
     Order,
-    /// A number that can only grow is smaller in the later one.
+    /// A number that can only grow has fallen.
     #[error("the exits of {0} are fewer in the later snapshot: one of the two is damaged")]
     Backwards(String),
 }
 
 impl Error {
-    /// Whether the meter began anew between two snapshots that were taken one after the other.
+    /// Return true if the meter began anew between two consecutive snapshots.
     pub fn is_break(&self) -> bool {
         matches!(self, Error::Anew | Error::Order)
     }
 }
 
-/// What is said when the meter began anew between two readings.
+/// Message for a meter that began anew between two readings.
 pub const ANEW: &str = "the meter began anew";
 
 impl Report {
-    /// What happened since an earlier snapshot of the same host.
+    /// Return the difference from an earlier snapshot of the same host.
     ///
     /// # Errors
     ///
-    /// When the two snapshots are not of one life of the meter, or not in this order.
+    /// Returns an error if the snapshots belong to different lives of the meter, or are in the
+    /// wrong order.
     pub fn since(&self, earlier: &Self) -> Result<Self, Error> {
         let (now, before) = (self.host.snapshot_tsc, earlier.host.snapshot_tsc);
         if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
@@ -105,12 +105,12 @@ impl Report {
 }
 
 impl Vcpu {
-    /// The moment that its record is of, in a snapshot begun at `now`.
+    /// Return the time of this record, in a snapshot that began at `now`.
     fn moment(&self, now: u64) -> u64 {
         now.max(self.last_tsc)
     }
 
-    /// Its numbers with the phase that runs at the snapshot.
+    /// Return the ledger including the phase that runs at the snapshot.
     fn settled(&self, now: u64) -> Ledger {
         let mut rows = self.ledger.reasons.clone();
         if let (Some(phase), Some(label)) = (self.phase, self.latest) {
@@ -136,7 +136,7 @@ impl Vcpu {
         Ledger::of(rows)
     }
 
-    /// What it did since an earlier snapshot, if it was there.
+    /// Return the difference from an earlier snapshot, if the vCPU was in it.
     fn since(&self, now: u64, old: Option<&Self>, before: u64) -> Option<Self> {
         let settled = self.settled(now);
         Some(Self {
@@ -156,7 +156,8 @@ impl Vcpu {
 }
 
 impl Departed {
-    /// What those that are gone did, of which some were there before and had their numbers.
+    /// Return the difference of the totals. `were_there` lists the vCPUs that were running in the
+    /// earlier snapshot; their numbers from then are subtracted.
     fn since(&self, earlier: &Self, were_there: &[&Vcpu], before: u64) -> Option<Self> {
         let rows = were_there
             .iter()
@@ -176,17 +177,18 @@ impl Departed {
     }
 }
 
-/// By how much a number has grown, when it is known. KVM's count of the polling is no clock, and
-/// not of the same moment as the numbers beside it.
+/// Return the growth of a number, if known. KVM's polling count is no clock and not read at the
+/// same moment as the other numbers, so it may seem to fall.
 fn grown(new: Option<u64>, old: Option<u64>) -> Option<u64> {
     Some(new?.saturating_sub(old?))
 }
 
 impl Ledger {
-    /// What came after an earlier one; `None` when this cannot be a later one.
+    /// Return the difference from an earlier ledger, or `None` if `earlier` is not an older state
+    /// of this one.
     pub fn since(&self, earlier: &Self) -> Option<Self> {
         let known = earlier.reasons.iter().all(|row| {
-            // A phase that ran may have gone without a trace.
+            // A row with only a running phase may have vanished.
             row.exits == 0 || self.row(&row.label).is_some()
         });
         let rows = self
@@ -208,7 +210,8 @@ impl Ledger {
 }
 
 impl ReasonRow {
-    /// Return what came after an earlier one of the same reason; `None` when this cannot be a later one.
+    /// Return the difference from an earlier row of the same reason, or `None` if `earlier` is not
+    /// an older state of this one.
     pub fn since(&self, earlier: &Self) -> Option<Self> {
         let nested_exits = match (self.nested_exits, earlier.nested_exits) {
             (Some(new), Some(old)) => Some(new.checked_sub(old)?),
@@ -223,7 +226,7 @@ impl ReasonRow {
             exits: self.exits.checked_sub(earlier.exits)?,
             nested_exits,
             cycles: self.cycles.since(&earlier.cycles),
-            // As much as the ledger's, which is told apart afterwards.
+            // The caller separates polling again for the whole ledger.
             polled: None,
             spread,
         })

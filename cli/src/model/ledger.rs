@@ -14,101 +14,100 @@ use serde::{ser::SerializeMap as _, Serialize, Serializer};
 
 use crate::spread::Spread;
 
-/// The numbers of a vCPU, or sums of several.
+/// Numbers of a vCPU, or sums over several vCPUs.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Ledger {
     /// VM exits.
     pub exits: u64,
-    /// Of these, those from nested guests, when they are known.
+    /// Exits from nested guests, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nested_exits: Option<u64>,
     /// TSC ticks by phase.
     pub cycles: Cycles,
-    /// Of the kernel's ticks those for which KVM polled before it let the vCPU sleep, when they
-    /// are known (see `take_polling_apart`).
+    /// Kernel ticks in which KVM polled before it let the vCPU sleep, if known (see
+    /// `take_polling_apart`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled: Option<u128>,
-    /// The same by reason, the one with the most kernel cycles first, without polling.
+    /// Numbers by reason, sorted by kernel cycles without polling, the most first.
     pub reasons: Vec<ReasonRow>,
 }
 
-/// What the reasons are ordered by, the most first.
+/// Sort order of the reasons, the most first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sort {
-    /// By kernel cycles.
+    /// Kernel cycles.
     #[default]
     Cycles,
-    /// By how many exits there were.
+    /// Number of exits.
     Exits,
-    /// By the kernel cycles that 99 of 100 exits did not exceed.
+    /// Kernel cycles that 99 of 100 exits did not exceed.
     P99,
 }
 
-/// The numbers of a reason.
+/// Numbers of one reason.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct ReasonRow {
-    /// What they are booked on.
+    /// Reason that the numbers are booked on.
     #[serde(flatten)]
     pub label: Label,
     /// VM exits.
     pub exits: u64,
-    /// Of these, those from nested guests, when they are known.
+    /// Exits from nested guests, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nested_exits: Option<u64>,
     /// TSC ticks by phase.
     pub cycles: Cycles,
-    /// Of the kernel's ticks those for which KVM polled before it let the vCPU sleep: those of
-    /// HLT, when they are known.
+    /// Kernel ticks of HLT in which KVM polled before it let the vCPU sleep, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled: Option<u128>,
-    /// Kernel ticks of single exits, when they are known: `p50`, `p90` and `p99` within 20%,
-    /// `max` (exactly, if `max_exact`), and `histogram`, a list of the least ticks and the number of exits of a bucket.
+    /// Distribution of the kernel ticks of single exits, if known: `p50`, `p90` and `p99` within
+    /// 20%, `max` (exact if `max_exact`), and `histogram`, a list of buckets, each with its lower
+    /// bound in ticks and its number of exits.
     #[serde(flatten)]
     pub spread: Option<Spread>,
 }
 
-/// A reason, as it is shown.
+/// An exit reason in displayable form.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Label {
     /// `code`, `start` (before the first exit) or `other` (codes without a row).
     pub kind: &'static str,
-    /// VMX's basic exit reason or SVM's exit code.
+    /// VMX basic exit reason or SVM exit code.
     pub code: Option<u32>,
-    /// The code's name, when it is defined.
+    /// Name of the code, if it is defined.
     pub name: Option<&'static str>,
 }
 
-/// TSC ticks by phase. Sums of the ledgers of a large host do not fit into 64 bits.
+/// TSC ticks by phase. Sums over a large host do not fit into 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cycles {
     /// The guest ran.
     pub guest: u128,
-    /// KVM worked for it.
+    /// KVM ran.
     pub kernel: u128,
     /// The VMM ran in user space.
     pub user: u128,
-    /// The vCPU slept by its own wish; for whatever cause while `has_waits` is false.
+    /// The vCPU slept by its own wish, or for any cause if `has_waits` is false.
     pub halted: u128,
     /// KVM slept for the host.
     pub waiting: u128,
     /// The host took the CPU away.
     pub preempted: u128,
-    /// Whether the two sleeps are told apart.
+    /// True if the two sleeps are counted separately.
     pub has_waits: bool,
-    /// By phase, one bit each: the number had no room where it was counted, and is at least what
-    /// is told.
+    /// Phases whose counter saturated, one bit each. Their number is a lower bound.
     full: u8,
 }
 
 impl Default for Cycles {
-    /// None. What is added says whether the sleeps are told apart.
+    /// Return zero ticks. The first addition decides if the sleeps are separate.
     fn default() -> Self {
         Self::by_phase(true, |_| 0)
     }
 }
 
 impl Cycles {
-    /// The ticks of each phase.
+    /// Create cycles from the ticks of each phase.
     pub fn by_phase(has_waits: bool, of: impl Fn(Phase) -> u128) -> Self {
         Self {
             guest: of(Phase::Guest),
@@ -122,7 +121,7 @@ impl Cycles {
         }
     }
 
-    /// The ticks of each phase as the module counted them.
+    /// Create cycles from the module's counters, which saturate.
     pub fn counted(has_waits: bool, of: impl Fn(Phase) -> u64) -> Self {
         let full = |phase: Phase| u8::from(of(phase) == u64::MAX) << phase as u32;
         Self {
@@ -134,7 +133,7 @@ impl Cycles {
         }
     }
 
-    /// The ticks of a phase.
+    /// Return the ticks of a phase.
     pub fn of(&self, phase: Phase) -> u128 {
         match phase {
             Phase::Guest => self.guest,
@@ -146,22 +145,22 @@ impl Cycles {
         }
     }
 
-    /// The ticks of both sleeps.
+    /// Return the ticks of both sleeps.
     pub fn blocked(&self) -> u128 {
         self.halted + self.waiting
     }
 
-    /// The ticks of all phases.
+    /// Return the ticks of all phases.
     pub fn sum(&self) -> u128 {
         Phase::ALL.into_iter().map(|phase| self.of(phase)).sum()
     }
 
-    /// Whether the ticks of a phase are more than there was room for.
+    /// Return true if the counter of a phase saturated.
     pub fn is_full(&self, phase: Phase) -> bool {
         self.full & 1 << phase as u32 != 0
     }
 
-    /// The phases that are told, in the order in which people read them.
+    /// Return the phases to show, in display order.
     pub fn phases(&self) -> impl Iterator<Item = Phase> + use<> {
         let has_waits = self.has_waits;
         Phase::SHOWN
@@ -169,7 +168,7 @@ impl Cycles {
             .filter(move |phase| has_waits || *phase != Phase::Waiting)
     }
 
-    /// What a phase is called.
+    /// Return the name of a phase.
     pub fn name(&self, phase: Phase) -> &'static str {
         match phase {
             Phase::Halted if !self.has_waits => BLOCKED,
@@ -177,10 +176,10 @@ impl Cycles {
         }
     }
 
-    /// The ticks since an earlier moment. Clocks that part may set an end of a phase before its
-    /// beginning: then there are none.
+    /// Return the difference from an earlier moment. With clocks that disagree, a phase can end
+    /// before it begins; it then counts 0.
     pub fn since(&self, earlier: &Self) -> Self {
-        let (new, old) = alike(*self, *earlier);
+        let (new, old) = merge_waits_alike(*self, *earlier);
         let ticks = |phase| new.of(phase).saturating_sub(old.of(phase));
         Self {
             full: new.full,
@@ -188,21 +187,21 @@ impl Cycles {
         }
     }
 
-    /// The same with both sleeps as one where others have them so.
+    /// Return these cycles with the two sleeps merged if `others` has them merged.
     pub fn as_told_by(self, others: &Self) -> Self {
-        alike(self, *others).0
+        merge_waits_alike(self, *others).0
     }
 
-    /// The sums of both.
+    /// Return the sum of both.
     fn plus(self, other: Self) -> Self {
-        let (one, other) = alike(self, other);
+        let (one, other) = merge_waits_alike(self, other);
         Self {
             full: one.full | other.full,
             ..Self::by_phase(one.has_waits, |phase| one.of(phase) + other.of(phase))
         }
     }
 
-    /// The same with both sleeps as one.
+    /// Return these cycles with the two sleeps merged.
     fn without_waits(self) -> Self {
         let waiting = self.full >> Phase::Waiting as u32 & 1;
         Self {
@@ -215,8 +214,8 @@ impl Cycles {
     }
 }
 
-/// Two that tell the same sleeps apart.
-fn alike(one: Cycles, other: Cycles) -> (Cycles, Cycles) {
+/// Merge the two sleeps in both, unless both count them separately.
+fn merge_waits_alike(one: Cycles, other: Cycles) -> (Cycles, Cycles) {
     match one.has_waits && other.has_waits {
         true => (one, other),
         false => (one.without_waits(), other.without_waits()),
@@ -236,8 +235,9 @@ impl Sum for Cycles {
 }
 
 impl Serialize for Cycles {
-    /// Each phase by its name, with `blocked` for both sleeps; `halted` and `waiting` when they are
-    /// told apart; and in `at_least` the names of those that are more than there was room for.
+    /// Serialize each phase by its name, with `blocked` for both sleeps. Adds `halted` and
+    /// `waiting` if they are counted separately, and `at_least` with the names of the phases whose
+    /// counter saturated.
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let mut to = to.serialize_map(None)?;
         for phase in [Phase::Guest, Phase::Kernel, Phase::User] {
@@ -259,7 +259,7 @@ impl Serialize for Cycles {
 }
 
 impl Label {
-    /// What an ISA calls a reason.
+    /// Create the label of a reason.
     pub fn new(isa: Isa, reason: Reason) -> Self {
         let (kind, code) = match reason {
             Reason::Code(code) => ("code", Some(code)),
@@ -270,13 +270,13 @@ impl Label {
         Self { kind, code, name }
     }
 
-    /// What tells reasons apart.
+    /// Return the key that identifies the reason.
     pub fn key(&self) -> (&'static str, Option<u32>) {
         (self.kind, self.code)
     }
 }
 
-/// Its name, or what stands for one.
+/// Formats the name, or a text in its place.
 impl fmt::Display for Label {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match (self.kind, self.name) {
@@ -302,7 +302,8 @@ impl AddAssign for ReasonRow {
 }
 
 impl ReasonRow {
-    /// Return a row of a snapshot that tells the two sleeps apart or does not.
+    /// Convert a row of a snapshot. `has_waits` is true if the snapshot counts the two sleeps
+    /// separately.
     pub fn new(isa: Isa, has_waits: bool, row: &Row<'_>) -> Self {
         Self {
             label: Label::new(isa, row.reason()),
@@ -314,30 +315,31 @@ impl ReasonRow {
         }
     }
 
-    /// The kernel's ticks without polling: what the exits cost.
+    /// Return the kernel ticks without polling: the cost of the exits.
     pub fn cost(&self) -> u128 {
         self.cycles.kernel.saturating_sub(self.polled.unwrap_or(0))
     }
 }
 
 impl Ledger {
-    /// The numbers of a record of a snapshot that tells the two sleeps apart or does not.
+    /// Convert the rows of a record. `has_waits` is true if the snapshot counts the two sleeps
+    /// separately.
     pub(super) fn new<'a>(isa: Isa, has_waits: bool, rows: impl Iterator<Item = Row<'a>>) -> Self {
         let mut ledger = Self::of(rows.map(|row| ReasonRow::new(isa, has_waits, &row)));
         ledger.cycles.has_waits = has_waits;
         ledger
     }
 
-    /// The kernel's ticks without polling: what the exits cost.
+    /// Return the kernel ticks without polling: the cost of the exits.
     pub fn cost(&self) -> u128 {
         self.cycles.kernel.saturating_sub(self.polled.unwrap_or(0))
     }
 
-    /// Tells of HLT's kernel ticks those for which KVM polled before it let the vCPU sleep.
+    /// Separate the polling from HLT's kernel ticks: the time that KVM polled before it let the
+    /// vCPU sleep.
     ///
-    /// How long that was is KVM's own count, by another clock than the TSC, and with the time for
-    /// which the host took the CPU away meanwhile. So it may be more than the kernel's ticks of
-    /// HLT. What is more than these is told of no reason.
+    /// KVM counts this time itself, by another clock than the TSC, and includes time for which the
+    /// host took the CPU away. So it can exceed the kernel ticks of HLT. The excess is dropped.
     pub(super) fn take_polling_apart(
         &mut self,
         isa: Isa,
@@ -360,7 +362,7 @@ impl Ledger {
         self.sort(Sort::Cycles);
     }
 
-    /// The sums of rows, of which several may have the same reason.
+    /// Sum up rows, several of which may have the same reason.
     pub fn of(rows: impl IntoIterator<Item = ReasonRow>) -> Self {
         let mut ledger = Self {
             nested_exits: Some(0),
@@ -382,7 +384,7 @@ impl Ledger {
         ledger
     }
 
-    /// Orders the reasons. What is the same stays in the order it had.
+    /// Sort the reasons. Equal reasons keep their order.
     pub fn sort(&mut self, by: Sort) {
         self.reasons.sort_by_key(|row| {
             let p99 = row.spread.and_then(|spread| spread.quantile(99));
@@ -394,7 +396,7 @@ impl Ledger {
         });
     }
 
-    /// The row of a reason.
+    /// Return the row of a reason.
     pub fn row(&self, label: &Label) -> Option<&ReasonRow> {
         self.reasons
             .iter()
@@ -402,12 +404,12 @@ impl Ledger {
     }
 }
 
-/// A sum that is known when both its parts are.
+/// Return the sum if both parts are known.
 pub(crate) fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
     Some(one?.saturating_add(other?))
 }
 
-/// A sum of those parts that are known.
+/// Return the sum of the known parts.
 fn either(one: Option<u128>, other: Option<u128>) -> Option<u128> {
     match (one, other) {
         (Some(one), Some(other)) => Some(one + other),
@@ -415,7 +417,7 @@ fn either(one: Option<u128>, other: Option<u128>) -> Option<u128> {
     }
 }
 
-/// The exit reason of a HLT instruction.
+/// Return the exit reason of a HLT instruction.
 const fn hlt_reason(isa: Isa) -> u32 {
     match isa {
         Isa::Vmx => 12,

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the command line of a VMM says about its VM.
+//! Names of a VM in the command line of its VMM.
 //!
-//! The forms are those of QEMU's manual (`-name`, `-uuid`, `-smbios`), libvirt
+//! Sources of the formats: QEMU's manual (`-name`, `-uuid`, `-smbios`), libvirt
 //! (src/qemu/qemu_command.c), Proxmox (qemu-server's PVE/QemuServer.pm: `-id`), Firecracker
 //! (docs/api_requests and the jailer's docs: `--id`, `--api-sock`) and Cloud Hypervisor
 //! (docs/api.md: `--api-socket`, docs of `--platform uuid=`).
 
 use super::{words::clean, Given};
 
-/// A VMM that is known.
+/// A known VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Program {
     Qemu,
@@ -17,8 +17,8 @@ enum Program {
     CloudHypervisor,
 }
 
-/// QEMU's options that have no argument (qemu-options.hx), those of old versions too. All others
-/// take the next word, whatever it looks like.
+/// QEMU options without an argument (qemu-options.hx), including those of old versions. All other
+/// options take the next word, whatever it looks like.
 const FLAGS: [&str; 46] = [
     "S",
     "alt-grab",
@@ -68,7 +68,7 @@ const FLAGS: [&str; 46] = [
     "nouserconfig",
 ];
 
-/// Read a command line: its words, the program first.
+/// Read a command line. `words` begins with the program.
 pub fn read(words: &[&[u8]]) -> Given {
     let Some((program, arguments)) = words.split_first() else {
         return Given::default();
@@ -81,10 +81,10 @@ pub fn read(words: &[&[u8]]) -> Given {
     }
 }
 
-/// Return which VMM a program is, by its file's name.
+/// Return the VMM of a program, by its file name.
 fn of(program: &[u8]) -> Option<Program> {
     let name = program.rsplit(|byte| *byte == b'/').next()?;
-    // NixOS hides what it wraps: .qemu-system-x86_64-wrapped.
+    // NixOS renames programs that it wraps: .qemu-system-x86_64-wrapped.
     let name = name.strip_prefix(b".").unwrap_or(name);
     if name == b"kvm" || name.starts_with(b"qemu") {
         Some(Program::Qemu)
@@ -112,11 +112,11 @@ fn qemu(arguments: &[&[u8]]) -> Given {
         let Some(value) = words.next() else {
             break;
         };
-        // Of options that are given twice the last is heard.
+        // If an option is given twice, the last one counts.
         match option {
             b"name" => name = find(&parameters(value, b"guest"), b"guest").or(name),
             b"uuid" => uuid = uuid_of(value).or(uuid),
-            // Proxmox alone has it.
+            // Only Proxmox's QEMU has this option.
             b"id" => id = some(value),
             b"smbios" => {
                 let fields = parameters(value, b"type");
@@ -161,16 +161,15 @@ fn qemu(arguments: &[&[u8]]) -> Given {
     }
 }
 
-/// Return true if Nova may have given a domain this name, which it does by its setting
-/// `instance_name_template`.
+/// Return true if the name matches the default of Nova's setting `instance_name_template`.
 fn is_instance(name: &[u8]) -> bool {
     name.strip_prefix(b"instance-")
         .is_some_and(|number| number.len() == 8 && number.iter().all(u8::is_ascii_hexdigit))
 }
 
 fn firecracker(arguments: &[&[u8]]) -> Given {
-    let id = long(arguments, b"id");
-    let socket = long(arguments, b"api-sock");
+    let id = long_option(arguments, b"id");
+    let socket = long_option(arguments, b"api-sock");
     let called = id.or_else(|| socket.and_then(stem));
     Given {
         name: called.and_then(some),
@@ -181,13 +180,13 @@ fn firecracker(arguments: &[&[u8]]) -> Given {
 }
 
 fn cloud_hypervisor(arguments: &[&[u8]]) -> Given {
-    let socket = long(arguments, b"api-socket");
-    // `path=PATH`, or `fd=FD`; PATH alone in old versions.
+    let socket = long_option(arguments, b"api-socket");
+    // The value is `path=PATH` or `fd=FD`, in old versions only PATH.
     let socket = socket.and_then(|value| match value.strip_prefix(b"path=") {
         Some(path) => path.split(|byte| *byte == b',').next(),
         None => Some(value).filter(|value| !value.starts_with(b"fd=")),
     });
-    let platform = long(arguments, b"platform").unwrap_or_default();
+    let platform = long_option(arguments, b"platform").unwrap_or_default();
     let platform = parameters(platform, b"");
     let kata =
         socket.is_some_and(|socket| contains(socket, b"/run/vc/") || contains(socket, b"/kata/"));
@@ -201,7 +200,7 @@ fn cloud_hypervisor(arguments: &[&[u8]]) -> Given {
 }
 
 /// Return the value of an option `--NAME VALUE` or `--NAME=VALUE`.
-fn long<'a>(arguments: &[&'a [u8]], name: &[u8]) -> Option<&'a [u8]> {
+fn long_option<'a>(arguments: &[&'a [u8]], name: &[u8]) -> Option<&'a [u8]> {
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         let Some(option) = word.strip_prefix(b"--") else {
@@ -216,10 +215,10 @@ fn long<'a>(arguments: &[&'a [u8]], name: &[u8]) -> Option<&'a [u8]> {
     None
 }
 
-/// Return what a socket tells of a VM: its file's name without the ending, or its folder's if all
-/// VMs' files are called the same.
+/// Return a VM's name from the path of its socket: the file name without its extension, or the
+/// folder's name if the file name is the same for all VMs.
 fn stem(path: &[u8]) -> Option<&[u8]> {
-    const ALL: [&[u8]; 9] = [
+    const GENERIC: [&[u8]; 9] = [
         b"api",
         b"ch",
         b"ch-api",
@@ -236,11 +235,11 @@ fn stem(path: &[u8]) -> Option<&[u8]> {
             Some(at @ 1..) => part.get(..at).unwrap_or(part),
             _ => part,
         })
-        .find(|part| !part.is_empty() && !ALL.contains(part))
+        .find(|part| !part.is_empty() && !GENERIC.contains(part))
 }
 
-/// Split QEMU's `key=value,key=value`. A comma in a value is doubled; a first value without a key has the
-/// implied one (`opts_do_parse()` in QEMU's util/qemu-option.c).
+/// Split QEMU's `key=value,key=value`. A comma in a value is doubled, and a first value without a
+/// key gets the implied one (`opts_do_parse()` in QEMU's util/qemu-option.c).
 fn parameters(text: &[u8], implied: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut found = Vec::new();
     let mut rest = text;
@@ -249,7 +248,7 @@ fn parameters(text: &[u8], implied: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
         let (key, value) = match stop.and_then(|at| rest.split_at_checked(at)) {
             Some((key, [b'=', value @ ..])) => (key, value),
             _ if found.is_empty() => (implied, rest),
-            // A switch, which is on.
+            // A switch that is on.
             Some((key, after)) => (key, after),
             None => (rest, &b""[..]),
         };
@@ -260,7 +259,7 @@ fn parameters(text: &[u8], implied: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
     found
 }
 
-/// Return what comes before a comma that is not doubled, and what comes behind it.
+/// Split at the first comma that is not doubled.
 fn value_of(text: &[u8]) -> (Vec<u8>, &[u8]) {
     let mut value = Vec::new();
     let mut rest = text;
@@ -287,7 +286,7 @@ fn find(fields: &[(Vec<u8>, Vec<u8>)], key: &[u8]) -> Option<Vec<u8>> {
     Some(value.clone())
 }
 
-/// Return a UUID in small letters, if it is one.
+/// Return a UUID in lower case, or `None` if `text` is not a UUID.
 fn uuid_of(text: &[u8]) -> Option<String> {
     let is_uuid = text.len() == 36
         && text.iter().enumerate().all(|(at, byte)| match at {
@@ -297,7 +296,7 @@ fn uuid_of(text: &[u8]) -> Option<String> {
     is_uuid.then(|| clean(text).to_ascii_lowercase())
 }
 
-/// Return a text, unless there is none in it.
+/// Return a text, or `None` if it is empty.
 fn some(text: &[u8]) -> Option<String> {
     (!text.is_empty()).then(|| clean(text))
 }

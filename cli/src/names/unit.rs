@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The systemd unit, or the cgroup, of a process.
+//! Names of a VM from the systemd unit, or cgroup, of its process.
 
 use super::{words::clean, Given};
 
-/// Add what /proc/PID/cgroup says (cgroups(7)).
+/// Add the names in the content of /proc/PID/cgroup (cgroups(7)).
 pub fn add(given: &mut Given, cgroup: &[u8]) {
     let Some(path) = path(cgroup) else {
         return;
@@ -22,11 +22,11 @@ pub fn add(given: &mut Given, cgroup: &[u8]) {
     let machine = machine
         .as_deref()
         .and_then(|name| name.strip_prefix(b"qemu-"));
-    // Of KubeVirt's domains each is the first of its own libvirt.
+    // KubeVirt runs each domain in a libvirt of its own, where its id is always 1.
     if let Some(machine) = machine.filter(|_| given.manager.as_deref() != Some("kubevirt")) {
-        of_libvirt(given, machine);
+        add_libvirt(given, machine);
     }
-    // Proxmox's are called by their ids.
+    // Proxmox names the scope after the VM's id.
     if given.id.is_none() && given.manager.as_deref() == Some("proxmox") {
         let id = unit.and_then(|unit| unit.strip_suffix(b".scope"));
         let id = id.filter(|id| !id.is_empty() && id.iter().all(u8::is_ascii_digit));
@@ -34,10 +34,10 @@ pub fn add(given: &mut Given, cgroup: &[u8]) {
     }
 }
 
-/// Take over what libvirt called the machine: `ID-NAME`, or `NAME` before version 1.3. The name has
-/// lost all but letters, digits, dots and dashes there
-/// (libvirt's `virDomainDriverGenerateMachineName()`).
-fn of_libvirt(given: &mut Given, machine: &[u8]) {
+/// Add the names in libvirt's machine name: `ID-NAME`, or `NAME` before version 1.3. libvirt
+/// removes all but letters, digits, dots and dashes from the name
+/// (`virDomainDriverGenerateMachineName()`).
+fn add_libvirt(given: &mut Given, machine: &[u8]) {
     let dash = machine.iter().position(|byte| *byte == b'-');
     let (id, name) = match dash.and_then(|at| machine.split_at_checked(at)) {
         Some((id, [_, name @ ..])) if !id.is_empty() && id.iter().all(u8::is_ascii_digit) => {
@@ -56,7 +56,8 @@ fn of_libvirt(given: &mut Given, machine: &[u8]) {
     }
 }
 
-/// Return the cgroup: that of version 2, or of systemd's own hierarchy in version 1, or any.
+/// Return the path of the cgroup: of version 2, else of systemd's own hierarchy in version 1, else
+/// of any.
 fn path(cgroup: &[u8]) -> Option<&[u8]> {
     let lines = cgroup.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.splitn(3, |byte| *byte == b':');
@@ -72,8 +73,8 @@ fn path(cgroup: &[u8]) -> Option<&[u8]> {
     Some(path)
 }
 
-/// Return a name of systemd's without its escapes: `\x2d` is a dash (systemd.unit(5), "String Escaping for
-/// Inclusion in Unit Names").
+/// Return a systemd name without its escapes: `\x2d` is a dash (systemd.unit(5), "String Escaping
+/// for Inclusion in Unit Names").
 pub fn unescape(name: &[u8]) -> Vec<u8> {
     let digit = |byte: u8| char::from(byte).to_digit(16);
     let mut plain = Vec::with_capacity(name.len());

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Text that others wrote, made harmless for terminals, files and people.
+//! Text from outside the tool, made harmless for terminals, files and people.
 
-/// Characters of the longest text that is kept: libvirt and QEMU know no longer name of a VM.
+/// Maximum length of a text, in characters. libvirt and QEMU allow no longer name of a VM.
 pub const LONGEST: usize = 255;
 
-/// Make text of bytes. What a terminal might obey, what cannot be seen or turns the direction of
-/// writing, and what is not UTF-8 is told by its number: `\x1b`, `\u{202e}`. Text that is too long ends
-/// in dots.
+/// Convert bytes to text. Control characters, invisible characters, characters that change the
+/// direction of writing, and bytes that are not UTF-8 are shown by their number: `\x1b`,
+/// `\u{202e}`. A text that is too long ends in dots.
 pub fn clean(bytes: &[u8]) -> String {
     let mut text = String::new();
     let mut count = 0_usize;
@@ -39,8 +39,8 @@ pub fn clean(bytes: &[u8]) -> String {
     text
 }
 
-/// Tell what is not ASCII by its number, for terminals that do not know UTF-8: to one of 8 bits a
-/// byte of a letter may be a command.
+/// Replace characters outside ASCII by their number, for terminals without UTF-8. An 8-bit terminal
+/// may take a byte of such a character for a command.
 pub fn ascii(text: &str) -> String {
     let letters = text.chars().map(|letter| match letter.is_ascii() {
         true => letter.to_string(),
@@ -56,10 +56,11 @@ fn escape(letter: char) -> String {
     }
 }
 
-/// Return true if a letter is seen, and does nothing.
+/// Return true if a character is visible and controls nothing.
 fn is_harmless(letter: char) -> bool {
-    // General categories Cc, and of Cf, Zl and Zp what is of no use in a name (Unicode Character
-    // Database, UnicodeData.txt): invisible, or turns the direction of what follows.
+    // Excludes the general category Cc, and those of Cf, Zl and Zp that have no use in a name
+    // (Unicode Character Database, UnicodeData.txt): they are invisible, or change the direction of
+    // what follows.
     !letter.is_control()
         && !matches!(
             letter,

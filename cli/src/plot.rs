@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter plot`: draws a recording.
+//! `exitmeter plot`: pictures of a recording.
 
 use std::{
     ffi::OsStr,
@@ -39,19 +39,19 @@ pub(crate) mod series;
 mod slow;
 pub(crate) mod svg;
 
-/// Draws a recording: as SVG, PNG, or a page with all charts and their numbers.
+/// Draw a recording as SVG, as PNG, or as a page with all charts and their numbers.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Where the meter began anew, as when the module was loaded again, there is a gap with a mark.
+If the meter began anew, as when the module was loaded again, the charts have a gap with a mark.
 
-What exits were about, and the slowest ones, are drawn of recordings with details: those made by
-`exitmeter record --why`, or while details were on. The details that lead are those with the most
-exits, or with --weight ticks with the most kernel cycles; an exit and its cycles stand where it
-ended. A slow exit is a mark where it began, as high as it took long: of each vCPU there are the
-16 slowest of each window of some 10 s.
+The charts of details and of slow exits need a recording with details: made by
+`exitmeter record --why`, or while details were on. The leading details are those with the most
+exits, or with --weight ticks those with the most kernel cycles; an exit and its cycles count at the
+exit's end. A slow exit is a mark at its beginning, at the height of its duration. Each vCPU has the
+16 slowest exits of each window of about 10 s.
 
-Colours can be told apart by those who confuse some. A page is one file, without scripts
-and without anything from elsewhere; point at an area for its name.
+The colours suit readers with colour blindness. A page is one file, without scripts and without
+content from elsewhere; point at an area for its name.
 
 Examples:
   exitmeter plot boot.rec -o boot.html
@@ -60,79 +60,79 @@ Examples:
   exitmeter plot why.rec -o ports.svg --kind details --reason IO_INSTRUCTION
   exitmeter plot why.rec -o slow.svg --kind slow --symbols guest.kallsyms")]
 pub struct Args {
-    /// The recording, made by `exitmeter record`.
+    /// Recording, made by `exitmeter record`.
     #[arg(value_name = "FILE")]
     recording: PathBuf,
-    /// The file to draw to; its name ends in .svg, .png or .html. A dash for the standard
-    /// output.
+    /// File to draw to; its name ends in .svg, .png or .html. A dash for the standard output.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// What to write, when the file's name does not tell.
+    /// Format to write, if the file's name does not tell.
     #[arg(long, value_enum)]
     format: Option<Format>,
-    /// What to draw.
+    /// Chart to draw.
     #[arg(short, long, value_enum, default_value_t = Kind::All)]
     kind: Kind,
-    /// Only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    /// Draw only this VM: a process id, kvm-PID, name, UUID, id or systemd unit.
     #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
-    /// Of what exits were about and the slowest, only those of this reason: its name, or its number.
+    /// In the charts of details and slow exits, draw only this reason: its name or its number.
     #[arg(long, value_name = "REASON")]
     reason: Option<String>,
-    /// Which details lead, and what is drawn of them: exits, or kernel cycles (ticks).
+    /// Weight that sorts the details and that their chart shows: exits, or kernel cycles (ticks).
     #[arg(long, value_enum, default_value_t = Weight::Exits)]
     weight: Weight,
-    /// Names the code of slow exits by the symbols in FILE: the guest's /proc/kallsyms, or its
+    /// Name the code of slow exits by the symbols in FILE: the guest's /proc/kallsyms, or its
     /// System.map.
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// Only from so many seconds after the recording's beginning on.
+    /// Start this many seconds after the recording's beginning.
     #[arg(long, value_name = "SECONDS")]
     from: Option<f64>,
-    /// Only up to so many seconds after the recording's beginning.
+    /// Stop this many seconds after the recording's beginning.
     #[arg(long, value_name = "SECONDS")]
     to: Option<f64>,
-    /// What stands below each title, instead of what was recorded.
+    /// Text below each title, instead of a summary of the recording.
     #[arg(long, value_name = "TEXT")]
     title: Option<String>,
 }
 
-/// What to write.
+/// Format of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// Lines and letters, for any size.
+    /// Vector graphics, for any size.
     Svg,
     /// Pixels.
     Png,
-    /// A page for a browser.
+    /// Page for a browser.
     Html,
 }
 
-/// What to draw.
+/// Chart to draw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     /// Exits per second by reason, over time.
     Rate,
-    /// Where the time of the vCPUs went, over time.
+    /// Share of the vCPUs' time by phase, over time.
     Phases,
-    /// How the number of exits grows.
+    /// Number of exits since the beginning, over time.
     Cumulative,
-    /// What single exits cost, by reason.
+    /// Cost of single exits, by reason.
     Latency,
-    /// What exits were about, over time: the details that lead.
+    /// Leading details of exits, over time.
     Details,
-    /// The slowest exits.
+    /// Slowest exits.
     Slow,
-    /// One below the other.
+    /// All charts, one below the other.
     All,
 }
 
 impl Args {
-    /// Draws.
+    /// Draw the charts.
     ///
     /// # Errors
     ///
-    /// When the recording cannot be read, has no such part, or the picture cannot be written.
+    /// Returns an error if the recording cannot be read, lacks such a part, or the picture cannot
+    /// be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
         let format = self.format()?;
         let bytes = source::read(&self.recording)?;
@@ -191,7 +191,7 @@ impl Args {
         eprintln!("exitmeter: {} {text}", self.recording.display());
     }
 
-    /// The pictures that were asked for, with their titles.
+    /// Draw the requested pictures, and return them with their titles.
     fn pictures(&self, series: &Series, part: &Part) -> anyhow::Result<Vec<(String, Picture)>> {
         let layers = palette::layers(series);
         let subtitle = self.title.clone().unwrap_or_else(|| self.subtitle(series));
@@ -243,8 +243,8 @@ impl Args {
             )
         };
         if wanted(Kind::Details) && tables {
-            let untold = details::untold(series, code);
-            match details::draw(series, self.weight, reason, untold, &subtitle) {
+            let exits_in_no_table = details::exits_in_no_table(series, code);
+            match details::draw(series, self.weight, reason, exits_in_no_table, &subtitle) {
                 Some(picture) => add("what exits were about", picture),
                 None if self.kind == Kind::All => {}
                 None => return Err(nothing("exit")),
@@ -260,7 +260,7 @@ impl Args {
         Ok(pictures)
     }
 
-    /// What was recorded, in a line.
+    /// Return a summary of the recording in one line.
     fn subtitle(&self, series: &Series) -> String {
         let mut parts = vec![name(&self.recording)];
         parts.push(match series.vms.len() {
@@ -280,7 +280,7 @@ impl Args {
         parts.join(" \u{2013} ")
     }
 
-    /// All pictures in one.
+    /// Return all pictures in one SVG.
     fn one(&self, pictures: Vec<(String, Picture)>) -> String {
         let (names, pictures): (Vec<_>, Vec<_>) = pictures.into_iter().unzip();
         Picture::stacked(&pictures).svg(&names.join(", "))
@@ -295,7 +295,7 @@ impl Args {
     }
 }
 
-/// Return the pictures of what happens now, each as SVG.
+/// Draw the current activity, each picture as SVG.
 #[cfg(feature = "export")]
 pub(crate) fn live(series: &Series) -> Vec<String> {
     let layers = palette::layers(series);
@@ -309,7 +309,7 @@ pub(crate) fn live(series: &Series) -> Vec<String> {
     pictures
 }
 
-/// What is told of a recording on its page.
+/// Return the facts about a recording for its page.
 fn facts(series: &Series) -> Vec<(String, String)> {
     let (from, to) = series.range();
     let mut facts = vec![
@@ -359,7 +359,7 @@ fn facts(series: &Series) -> Vec<(String, String)> {
     facts
 }
 
-/// A file's name without its folder.
+/// Return the name of a file without its folder.
 fn name(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str());
     name.to_string_lossy().into_owned()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Axes: where a value stands, and which values are named.
+//! Axes: the scale of a chart, and the labels of its ticks.
 
-/// Maps values to places.
+/// Scale that maps values to pixels.
 #[derive(Clone, Copy, Debug)]
 pub struct Scale {
     from: f64,
@@ -13,11 +13,11 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// The values `from` to `to` on the pixels `start` to `end`.
+    /// Map the values `from` to `to` to the pixels `start` to `end`.
     pub fn linear((from, to): (f64, f64), (start, end): (f64, f64)) -> Self {
         Self {
             from,
-            // A range without extent would have no place for its one value.
+            // A range needs an extent to map its only value.
             to: if to > from { to } else { from + 1.0 },
             start,
             end,
@@ -25,7 +25,7 @@ impl Scale {
         }
     }
 
-    /// The same with equal steps for equal ratios. Both values are above 0.
+    /// Map values so that equal ratios have equal distances. Both values are above 0.
     pub fn logarithmic((from, to): (f64, f64), pixels: (f64, f64)) -> Self {
         let logarithms = (from.max(1.0).log10(), to.max(1.0).log10());
         Self {
@@ -34,7 +34,7 @@ impl Scale {
         }
     }
 
-    /// Where a value stands.
+    /// Return the pixel of a value.
     pub fn place(&self, value: f64) -> f64 {
         let value = if self.logarithmic {
             value.max(1.0).log10()
@@ -46,8 +46,8 @@ impl Scale {
     }
 }
 
-/// Round values from 0 or `from` up to `to`, about `count` of them, at steps of 1, 2 or 5 times
-/// a power of ten.
+/// Return round values from `from` to `to`, about `count` of them, in steps of 1, 2 or 5 times a
+/// power of ten.
 pub fn ticks(from: f64, to: f64, count: u32) -> Vec<f64> {
     let rough = ((to - from) / f64::from(count.max(1))).max(f64::MIN_POSITIVE);
     let power = 10_f64.powf(rough.log10().floor());
@@ -57,14 +57,14 @@ pub fn ticks(from: f64, to: f64, count: u32) -> Vec<f64> {
         .find(|step| *step >= rough * 0.999)
         .unwrap_or(power);
     let first = (from / step - 1e-9).ceil();
-    // Rounded to the step, so that no 0.30000000000000004 comes of it.
+    // Multiples of the step, so that no rounding error such as 0.30000000000000004 adds up.
     (0..1000)
         .map(|place| (first + f64::from(place)) * step)
         .take_while(|tick| *tick <= to + step * 1e-6)
         .collect()
 }
 
-/// The powers of ten from `from` to `to`.
+/// Return the powers of ten from `from` to `to`.
 pub fn decades(from: f64, to: f64) -> Vec<f64> {
     let (first, last) = (from.max(1.0).log10().floor(), to.max(1.0).log10().ceil());
     (first as i32..=last as i32)
@@ -72,15 +72,16 @@ pub fn decades(from: f64, to: f64) -> Vec<f64> {
         .collect()
 }
 
-/// Which multiples of a power of ten have names on a logarithmic axis: where there are few powers, what lies between as well.
-pub fn named((from, to): (f64, f64)) -> &'static [u8] {
+/// Return the multiples of a power of ten that get labels on a logarithmic axis. A short axis has
+/// few powers, so it labels values between them, too.
+pub fn labelled_multiples((from, to): (f64, f64)) -> &'static [u8] {
     match to / from {
         ratio if ratio < 30.0 => &[1, 2, 5],
         _ => &[1],
     }
 }
 
-/// A value as an axis names it: `0`, `250`, `1.5k`, `20M`.
+/// Format a value for an axis: `0`, `250`, `1.5k`, `20M`.
 pub fn label(value: f64) -> String {
     let size = value.abs();
     let (divisor, suffix) = match size {
@@ -95,7 +96,7 @@ pub fn label(value: f64) -> String {
     format!("{text}{suffix}")
 }
 
-/// A number to three digits.
+/// Round a number to three digits.
 pub fn round(value: f64) -> f64 {
     if value <= 0.0 {
         return 0.0;
@@ -104,7 +105,7 @@ pub fn round(value: f64) -> f64 {
     (value * power).round() / power
 }
 
-/// A time as an axis names it: `500 ns`, `2 µs`, `10 ms`, `1 s`.
+/// Format a time for an axis: `500 ns`, `2 µs`, `10 ms`, `1 s`.
 pub fn time(seconds: f64) -> String {
     let (times, unit) = match seconds {
         s if s < 0.9995e-6 => (1e9, "ns"),
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn values_have_their_places() {
+    fn scales_map_values_to_pixels() {
         let scale = Scale::linear((0.0, 10.0), (100.0, 200.0));
         assert_eq!(
             [0.0, 2.5, 10.0, 11.0].map(|value| scale.place(value)),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What all charts have: title, axes, and at the right a table that is the legend as well.
+//! Frame of a chart: the title, the axes, and a table at the right that is also the legend.
 
 use super::{
     axis::{self, Scale},
@@ -8,32 +8,32 @@ use super::{
     svg::{Anchor, Paint, Picture, GREY, GRID, INK},
 };
 
-/// Pixels of a chart in all.
+/// Width of a chart, in pixels.
 const WIDTH: f64 = 1040.0;
-/// Where the data begin and end.
+/// Edges of the data, in pixels.
 pub const LEFT: f64 = 66.0;
 /// See [`LEFT`].
 pub const RIGHT: f64 = 670.0;
 /// See [`LEFT`].
 pub const TOP: f64 = 84.0;
-/// Where the legend begins.
+/// Left edge of the legend.
 const LEGEND: f64 = 694.0;
-/// Where its columns of numbers end.
+/// Right edges of the legend's columns of numbers.
 const COLUMNS: [f64; 2] = [966.0, 1024.0];
-/// From one line of the legend to the next.
+/// Height of a line of the legend.
 pub const LINE: f64 = 20.0;
-/// From the first to the second line of a pair, and from one pair to the next.
+/// Distance from the first to the second line of a pair, and height of a pair.
 const BETWEEN: f64 = 16.0;
 /// See [`BETWEEN`].
 pub const PAIR: f64 = 38.0;
-/// Sizes of texts.
+/// Font sizes.
 const LARGE: f64 = 17.0;
 /// See [`LARGE`].
 pub const SMALL: f64 = 12.0;
-/// Below the data: names of ticks, and of the axis.
+/// Height below the data, for the labels of the ticks and of the axis.
 const BELOW: f64 = 52.0;
 
-/// Room for the name of a moment, and for what leads from it to its line.
+/// Maximum width of a mark's name, and height of the line that leads to it.
 const LONGEST: f64 = 110.0;
 /// See [`LONGEST`].
 const LEADER: f64 = 12.0;
@@ -41,33 +41,33 @@ const LEADER: f64 = 12.0;
 /// A line of the legend.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// How that looks in the chart.
+    /// Colour in the chart.
     pub paint: Paint,
-    /// Of a line: its dashes.
+    /// Dashes, for a line.
     pub dashes: Option<&'static str>,
-    /// What it is.
+    /// Name.
     pub name: String,
-    /// Two numbers of it.
+    /// Two numbers.
     pub numbers: [String; 2],
 }
 
-/// A chart with its data still to be drawn.
+/// A chart without its data.
 #[derive(Clone, Debug)]
 pub struct Chart {
-    /// Where to draw them.
+    /// Picture to draw the data on.
     pub picture: Picture,
-    /// Where the upright axis ends: above it are the names of moments.
+    /// Upper end of the vertical axis. The names of marks are above it.
     top: f64,
     bottom: f64,
 }
 
 impl Chart {
-    /// A chart whose data have so many pixels from top to bottom.
+    /// Create a chart whose data are `height` pixels high.
     pub fn new(title: &str, subtitle: &str, height: f64) -> Self {
         Self::with_marks(title, subtitle, height, &[])
     }
 
-    /// The same with room for the names of moments above the data.
+    /// Create a chart with room above the data for the names of marks.
     pub fn with_marks(title: &str, subtitle: &str, height: f64, marks: &[(f64, String)]) -> Self {
         let longest = marks.iter().map(|(_, name)| font::width(name, SMALL));
         let room = longest.fold(0.0, f64::max).min(LONGEST);
@@ -89,13 +89,13 @@ impl Chart {
         }
     }
 
-    /// The axis of time, with lines behind the data.
+    /// Draw the time axis, with lines behind the data.
     pub fn time_axis(&mut self, range: (f64, f64)) -> Scale {
         let scale = Scale::linear(range, (LEFT, RIGHT));
         for tick in axis::ticks(range.0, range.1, 8) {
             self.tick_below(scale.place(tick), &axis::label(tick), GRID);
         }
-        // What happens now ends at 0.
+        // A chart of current activity ends at 0.
         self.name_below(match range.0 < 0.0 {
             true => "seconds up to now",
             false => "seconds since the recording began",
@@ -103,7 +103,8 @@ impl Chart {
         scale
     }
 
-    /// Moments that have names: a line for each, and its name above the data. Comes behind these.
+    /// Draw marks: a line at each moment, and its name above the data. Call this after the data are
+    /// drawn.
     pub fn marks(&mut self, marks: &[(f64, String)], scale: Scale) {
         let lines: Vec<_> = marks.iter().map(|(time, _)| scale.place(*time)).collect();
         let (paint, feet) = (Paint::Plain(GREY), self.top - LEADER);
@@ -118,8 +119,8 @@ impl Chart {
         }
     }
 
-    /// The upright axis, from 0 to a value or a bit more.
-    pub fn upright_axis(&mut self, name: &str, to: f64, label: impl Fn(f64) -> String) -> Scale {
+    /// Draw the vertical axis, from 0 to at least `to`.
+    pub fn vertical_axis(&mut self, name: &str, to: f64, label: impl Fn(f64) -> String) -> Scale {
         let scale = Scale::linear((0.0, to), (self.bottom, self.top));
         for tick in axis::ticks(0.0, to, 6) {
             let y = scale.place(tick);
@@ -133,8 +134,8 @@ impl Chart {
         scale
     }
 
-    /// The upright axis with equal steps for equal ratios. Both values are at least 1.
-    pub fn upright_logarithmic_axis(
+    /// Draw the vertical axis on a logarithmic scale. Both values are at least 1.
+    pub fn vertical_logarithmic_axis(
         &mut self,
         name: &str,
         range: (f64, f64),
@@ -148,10 +149,10 @@ impl Chart {
                     continue;
                 }
                 let y = scale.place(value);
-                let is_named = axis::named(range).contains(&times);
-                let color = if is_named { "#cfcfcf" } else { "#f2f2f2" };
+                let has_label = axis::labelled_multiples(range).contains(&times);
+                let color = if has_label { "#cfcfcf" } else { "#f2f2f2" };
                 self.picture.line((LEFT, y), (RIGHT, y), color, 1.0);
-                if is_named {
+                if has_label {
                     let at = (LEFT - 8.0, y + SMALL / 3.0);
                     self.picture
                         .text(at, Anchor::End, SMALL, INK, &label(value));
@@ -165,20 +166,20 @@ impl Chart {
         scale
     }
 
-    /// A line from top to bottom, named below.
+    /// Draw a vertical line with a label below.
     pub fn tick_below(&mut self, x: f64, name: &str, color: &str) {
         self.picture.line((x, TOP), (x, self.bottom), color, 1.0);
         let at = (x, self.bottom + 18.0);
         self.picture.text(at, Anchor::Middle, SMALL, INK, name);
     }
 
-    /// What the axis below is of.
+    /// Write the name of the horizontal axis.
     pub fn name_below(&mut self, name: &str) {
         let middle = ((LEFT + RIGHT) / 2.0, self.bottom + 38.0);
         self.picture.text(middle, Anchor::Middle, SMALL, GREY, name);
     }
 
-    /// The table at the right.
+    /// Draw the legend.
     pub fn legend(&mut self, titles: [&str; 3], entries: &[Entry]) {
         self.titles(titles);
         let mut y = TOP + 4.0;
@@ -204,7 +205,7 @@ impl Chart {
         }
     }
 
-    /// The titles of the table at the right.
+    /// Write the titles of the legend.
     fn titles(&mut self, titles: [&str; 3]) {
         let [name, numbers @ ..] = titles;
         self.picture
@@ -215,8 +216,8 @@ impl Chart {
         }
     }
 
-    /// The table at the right with names that are longer than its column: the numbers stand below
-    /// them, beside what they belong to.
+    /// Draw the legend with two lines for each entry, for names that are longer than their column.
+    /// The numbers are in the second line, beside a text. Returns the lower end.
     pub fn legend_of_pairs(&mut self, titles: [&str; 3], entries: &[(Entry, String)]) -> f64 {
         self.titles(titles);
         let mut y = TOP + 4.0;
@@ -233,7 +234,7 @@ impl Chart {
         y
     }
 
-    /// A name beside the data, and what is said of it below that.
+    /// Write a name beside the data, and a text below it.
     fn pair(&mut self, y: f64, name: &str, below: &str) {
         let left = LEGEND + 20.0;
         let name = font::fit(name, SMALL, COLUMNS[1] - left);
@@ -244,7 +245,8 @@ impl Chart {
         self.picture.text(at, Anchor::Start, SMALL, GREY, &below);
     }
 
-    /// Numbered names beside the data, from a height on, and what is said of each below it.
+    /// Write a numbered list beside the data, from height `y` on. Each entry has a name and a text
+    /// below it.
     pub fn list(&mut self, mut y: f64, title: &str, entries: &[(String, String)]) {
         self.picture
             .text((LEGEND, y + 10.0), Anchor::Start, SMALL, GREY, title);
@@ -263,20 +265,20 @@ impl Chart {
         }
     }
 
-    /// A remark beside the data, at a height.
+    /// Write a remark beside the data, at height `y`.
     pub fn remark(&mut self, y: f64, text: &str) {
         let text = font::fit(text, SMALL, COLUMNS[1] - LEGEND);
         self.picture
             .text((LEGEND, y + 10.0), Anchor::Start, SMALL, GREY, &text);
     }
 
-    /// A ready picture.
+    /// Return the finished picture.
     pub fn done(self) -> Picture {
         self.picture
     }
 }
 
-/// Places for names of moments, near to their lines and none over another.
+/// Return places for the names of marks: near their lines, and not over each other.
 fn apart(lines: &[f64]) -> Vec<f64> {
     let step = SMALL + 1.0;
     let mut places: Vec<f64> = Vec::new();
@@ -297,7 +299,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_moments_do_not_lie_over_each_other() {
+    fn names_of_marks_do_not_overlap() {
         assert_eq!(apart(&[100.0, 300.0]), [100.0, 300.0]);
         assert_eq!(apart(&[100.0, 100.0, 101.0]), [100.0, 113.0, 126.0]);
         let places = apart(&[RIGHT - 2.0, RIGHT - 1.0, RIGHT]);

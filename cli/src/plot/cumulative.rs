@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How the number of exits grows, in all and by reason.
+//! Chart of the number of exits over time, in all and by reason.
 
 use super::{
     axis,
@@ -12,10 +12,10 @@ use super::{
 };
 use crate::numbers::exact;
 
-/// More points than there are pixels for could not be seen.
+/// Maximum number of points of a curve. More would be closer than a pixel.
 const POINTS: u32 = 600;
 
-/// The chart.
+/// Draw the chart.
 pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let bins = series.bins(POINTS);
     let mut chart = Chart::with_marks(
@@ -24,17 +24,17 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
         300.0,
         &series.marks,
     );
-    let upright = chart.upright_axis("exits", series.sum.exits as f64 * 1.04, axis::label);
+    let vertical = chart.vertical_axis("exits", series.sum.exits as f64 * 1.04, axis::label);
     let time = chart.time_axis(series.range());
     let mut curve = |exits: &dyn Fn(&Step) -> u64, paint, width, dashes, hint: &str| {
         let mut sum = 0_u64;
-        // What happened where the meter began anew nobody knows: there the curve is broken.
+        // The exits at a new beginning of the meter are unknown, so the curve has a gap there.
         for run in runs(&bins) {
             let from = run.first().map_or(0.0, |bin| bin.from);
-            let start = (time.place(from), upright.place(sum as f64));
+            let start = (time.place(from), vertical.place(sum as f64));
             let points = run.iter().map(|bin| {
                 sum = sum.saturating_add(exits(bin));
-                (time.place(bin.to), upright.place(sum as f64))
+                (time.place(bin.to), vertical.place(sum as f64))
             });
             let points: Vec<_> = std::iter::once(start).chain(points).collect();
             chart.picture.curve(points, paint, width, dashes, hint);
@@ -57,7 +57,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
         name: "all exits".to_owned(),
         numbers: [exact(series.sum.exits), String::new()],
     }];
-    // In the order in which the lines end.
+    // In the order of the lines' ends.
     let mut others = rate::entries(series, layers, true);
     others.reverse();
     entries.extend(others);

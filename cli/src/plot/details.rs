@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What exits were about over time: the details that lead, one above the other.
+//! Chart of the leading details over time, stacked.
 
 use exitmeter_meter::snapshot::TABLE_DETAILS;
 
@@ -21,32 +21,32 @@ use crate::{
     },
 };
 
-/// More steps than there are pixels for could not be seen.
+/// Maximum number of time steps. More would be closer than a pixel.
 const BINS: u32 = 200;
 
-/// What a layer is of.
+/// Content of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Which {
-    /// A row.
+enum Content {
+    /// A row of the tables.
     Row(Key),
-    /// What is in no row of a reason, as all of one whose exits have no details.
+    /// Exits of a reason without a row. For a reason without details these are all its exits.
     Others(Of),
-    /// All that has no layer of its own.
+    /// All exits without a layer of their own.
     Rest,
 }
 
-/// A detail with a colour of its own, or all the rest.
+/// A detail with a colour of its own, or the sum of all others.
 #[derive(Clone, Debug)]
 struct Layer {
-    which: Which,
+    content: Content,
     name: String,
-    /// What it belongs to.
+    /// Reason of the detail.
     below: String,
     paint: Paint,
     numbers: Numbers,
 }
 
-/// What the exits of a recording were about, by reason.
+/// Return the details of a recording, by reason.
 pub fn by_reason(series: &Series, weight: Weight) -> Vec<Group> {
     let none = Rows::default();
     let rows = series.details.as_ref().unwrap_or(&none);
@@ -54,18 +54,18 @@ pub fn by_reason(series: &Series, weight: Weight) -> Vec<Group> {
     groups(rows, TABLE_DETAILS, series.isa, &symbols, weight)
 }
 
-/// Exits of steps with details that are in no table: those before a vCPU's tables began, and after the
-/// last snapshot of one that went.
-pub fn untold(series: &Series, code: Option<u32>) -> u64 {
+/// Return the number of exits that are in no table, in steps with details: exits before a vCPU's
+/// tables began, and after the last snapshot of a vCPU that went.
+pub fn exits_in_no_table(series: &Series, code: Option<u32>) -> u64 {
     let steps = series.steps.iter().filter(|step| step.details.is_some());
     let exits = steps.flat_map(|step| &step.exits);
     let exits = exits.filter(|((_, of), _)| code.is_none() || *of == code);
-    let happened: u64 = exits.map(|(_, exits)| exits).sum();
+    let all_exits: u64 = exits.map(|(_, exits)| exits).sum();
     let told = series.details.as_ref().map(total).unwrap_or_default();
-    happened.saturating_sub(told.exits)
+    all_exits.saturating_sub(told.exits)
 }
 
-/// All of a table.
+/// Return the sum over a table.
 fn total(rows: &Rows) -> Numbers {
     let own = rows.rows.values().map(|row| row.numbers);
     own.chain(rows.others.values().copied())
@@ -79,7 +79,7 @@ fn weigh(numbers: Numbers, weight: Weight) -> u128 {
     }
 }
 
-/// The layers, the one that leads first.
+/// Return the layers, the leading one first.
 fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
     let groups = by_reason(series, weight);
     let numbers = |counts: Counts| Numbers {
@@ -95,22 +95,22 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
                 0 => label.to_string(),
                 more => format!("{label}, up to {} more", rough(more)),
             };
-            all.push((Which::Row(row.key), row.about(), below, row.counts));
+            all.push((Content::Row(row.key), row.about(), below, row.counts));
         }
         if group.others.is_zero() {
             continue;
         }
         let (name, below) = match group.rows.is_empty() {
-            true => (named(&label), "has no details"),
-            false => (format!("others of {}", named(&label)), "in no row"),
+            true => (name_or_number(&label), "has no details"),
+            false => (format!("others of {}", name_or_number(&label)), "in no row"),
         };
-        let which = Which::Others(Of::labelled(&label));
-        all.push((which, name, below.to_owned(), group.others));
+        let content = Content::Others(Of::labelled(&label));
+        all.push((content, name, below.to_owned(), group.others));
     }
     all.sort_by_key(|(.., counts)| std::cmp::Reverse(weigh(numbers(*counts), weight)));
     let whole = all.iter().map(|(.., counts)| numbers(*counts));
     let whole = whole.fold(Numbers::default(), Numbers::plus);
-    // What would be thinner than a pixel is not worth a colour.
+    // A layer thinner than a pixel gets no colour.
     let worth = |counts| weigh(numbers(counts), weight) * 500 >= weigh(whole, weight).max(1);
     let own = all.iter().zip(palette::colors());
     let own = own.take_while(|((.., counts), _)| worth(*counts)).count();
@@ -118,8 +118,8 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
     let mut layers: Vec<_> = all
         .into_iter()
         .zip(palette::colors())
-        .map(|((which, name, below, counts), paint)| Layer {
-            which,
+        .map(|((content, name, below, counts), paint)| Layer {
+            content,
             name,
             below,
             paint,
@@ -129,7 +129,7 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
     if !rest.is_empty() {
         let sum = rest.iter().map(|(.., counts)| numbers(*counts));
         layers.push(Layer {
-            which: Which::Rest,
+            content: Content::Rest,
             name: match rest.len() {
                 1 => "1 more".to_owned(),
                 more => format!("{} more", exact(more as u64)),
@@ -142,15 +142,16 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
     layers
 }
 
-/// A reason's name, or its number.
-fn named(label: &Label) -> String {
+/// Return the name of a reason, or its number.
+fn name_or_number(label: &Label) -> String {
     match (label.name, label.code) {
         (None, Some(code)) => format!("{code:#x}"),
         _ => label.to_string(),
     }
 }
 
-/// Where each layer of a step begins, and at last where the topmost ends: by so much each second.
+/// Return the lower edge of each layer of a step, per second, and at last the upper edge of the
+/// topmost one.
 fn heights(step: &Step, layers: &[Layer], weight: Weight) -> Vec<f64> {
     let none = Rows::default();
     let rows = step.details.as_ref().unwrap_or(&none);
@@ -158,25 +159,25 @@ fn heights(step: &Step, layers: &[Layer], weight: Weight) -> Vec<f64> {
     let mut heights = vec![0.0];
     let mut sum = 0;
     for layer in layers {
-        sum += match layer.which {
-            Which::Row(key) => {
+        sum += match layer.content {
+            Content::Row(key) => {
                 let row = rows.rows.get(&key).map(|row| row.numbers);
                 weigh(row.unwrap_or_default(), weight)
             }
-            Which::Others(of) => weigh(rows.others(TABLE_DETAILS, of), weight),
-            Which::Rest => weigh(total(rows), weight).saturating_sub(sum),
+            Content::Others(of) => weigh(rows.others(TABLE_DETAILS, of), weight),
+            Content::Rest => weigh(total(rows), weight).saturating_sub(sum),
         };
         heights.push(per_second(sum));
     }
     heights
 }
 
-/// The chart; `None` when details were off all the time, or there was no such exit.
+/// Draw the chart. Returns `None` if details were off all the time, or there was no such exit.
 pub fn draw(
     series: &Series,
     weight: Weight,
     reason: Option<&str>,
-    untold: u64,
+    exits_in_no_table: u64,
     subtitle: &str,
 ) -> Option<Picture> {
     let layers = layers(series, weight);
@@ -196,7 +197,7 @@ pub fn draw(
     let mut chart = Chart::with_marks(&title, subtitle, height, &series.marks);
     let mean = series.range().1 - series.range().0;
     let mean = axis::time((mean / bins.len().max(1) as f64 * 1e4).round() / 1e4);
-    // Kernel cycles each second are a share of a CPU's.
+    // Kernel cycles per second are a share of one CPU.
     let hertz = series.tsc_khz.map(|khz| f64::from(khz) * 1000.0);
     let (what, unit) = match (weight, hertz) {
         (Weight::Exits, _) => ("exits per second", 1.0),
@@ -204,15 +205,15 @@ pub fn draw(
         (Weight::Ticks, Some(hertz)) => ("time in the kernel, in % of one CPU", hertz / 100.0),
     };
     let name = format!("{what}, means of {mean}");
-    let upright = chart.upright_axis(&name, highest / unit * 1.04, axis::label);
+    let vertical = chart.vertical_axis(&name, highest / unit * 1.04, axis::label);
     let time = chart.time_axis(series.range());
     for (place, layer) in layers.iter().enumerate() {
-        // Where the meter began anew, or details were off, the area ends.
+        // The area has a gap where the meter began anew, or details were off.
         let runs = runs(&bins).flat_map(|run| run.split(|bin| bin.details.is_none()));
         for run in runs.filter(|run| !run.is_empty()) {
             let corners = |bin: &Step, edge: usize| {
                 let heights = heights(bin, &layers, weight);
-                let y = upright.place(heights.get(edge).copied().unwrap_or(0.0) / unit);
+                let y = vertical.place(heights.get(edge).copied().unwrap_or(0.0) / unit);
                 [(time.place(bin.from), y), (time.place(bin.to), y)]
             };
             let top = run.iter().flat_map(|bin| corners(bin, place + 1));
@@ -220,8 +221,8 @@ pub fn draw(
                 let [left, right] = corners(bin, place);
                 [right, left]
             });
-            let hint = match layer.which {
-                Which::Row(_) => format!("{}: {}", layer.below, layer.name),
+            let hint = match layer.content {
+                Content::Row(_) => format!("{}: {}", layer.below, layer.name),
                 _ => layer.name.clone(),
             };
             chart.picture.area(top.chain(bottom), layer.paint, &hint);
@@ -252,12 +253,12 @@ pub fn draw(
         Weight::Ticks => "kernel cycles",
     };
     let y = chart.legend_of_pairs(["detail", sum, "share"], &entries.collect::<Vec<_>>());
-    if untold != 0 {
-        let all = untold.saturating_add(whole.exits);
+    if exits_in_no_table != 0 {
+        let all = exits_in_no_table.saturating_add(whole.exits);
         let text = format!(
             "{} exits more, {}, are in no table",
-            exact(untold),
-            share(untold, all)
+            exact(exits_in_no_table),
+            share(exits_in_no_table, all)
         );
         chart.remark(y, &text);
     }

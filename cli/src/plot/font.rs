@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The font of the pictures: which it is, and how wide texts are in it.
+//! Font of the pictures, and the width of texts in it.
 
 /// A part of Noto Sans, see font/LICENSE.
 #[cfg(feature = "png")]
 pub const FILE: &[u8] = include_bytes!("font/NotoSans.ttf");
 
-/// How wide the letters from blank to tilde are, in thousandths of the font's size.
+/// Widths of the characters from blank to tilde, in thousandths of the font size.
 const WIDTHS: [u16; 95] = [
     260, 269, 408, 646, 572, 831, 732, 225, 300, 300, 551, 572, 268, 322, 268, 372, 572, 572, 572,
     572, 572, 572, 572, 572, 572, 572, 268, 268, 572, 572, 572, 434, 899, 639, 650, 632, 730, 556,
@@ -15,7 +15,7 @@ const WIDTHS: [u16; 95] = [
     258, 935, 618, 605, 615, 615, 413, 479, 361, 618, 508, 786, 529, 510, 470, 380, 551, 380, 572,
 ];
 
-/// How wide a text is at a size, in pixels. Of letters that are not of ASCII it is a guess.
+/// Return the width of a text, in pixels. For characters outside ASCII it is an estimate.
 pub fn width(text: &str, size: f64) -> f64 {
     let letter = |letter: char| {
         let place = (letter as usize).checked_sub(' ' as usize);
@@ -24,7 +24,7 @@ pub fn width(text: &str, size: f64) -> f64 {
     text.chars().map(letter).sum::<f64>() / 1000.0 * size
 }
 
-/// A text that is no wider than there is room for: cut, with an ellipsis, if need be.
+/// Return a text that fits into `room` pixels, cut with an ellipsis if necessary.
 pub fn fit(text: &str, size: f64, room: f64) -> String {
     if width(text, size) <= room {
         return text.to_owned();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A page with all charts and their numbers, in one file.
+//! Page with all charts and their numbers, in one file.
 
 use super::{
     details,
@@ -13,7 +13,7 @@ use crate::{
     why::model::Weight,
 };
 
-/// More rows than this are too many to look at.
+/// Maximum number of rows of a table.
 const ROWS: usize = 100;
 
 const STYLE: &str = "\
@@ -29,7 +29,7 @@ th, td { padding: 3px 10px; border-bottom: 1px solid #eee; white-space: nowrap }
 td:nth-child(2), .code td:nth-child(3) { white-space: normal; min-width: 10em }
 ";
 
-/// The page. `facts` are names and texts.
+/// Return the page of a recording. `facts` are pairs of a name and a text.
 pub fn page(
     title: &str,
     facts: &[(String, String)],
@@ -46,7 +46,7 @@ pub fn page(
         .map(|(name, picture)| format!("<figure>\n{}</figure>\n", picture.svg(name)))
         .collect();
     let table = table(series);
-    let more = about(series, weight) + &slowest(series);
+    let more = details_section(series, weight) + &slow_section(series);
     let body = format!(
         "<dl>\n{facts}</dl>\n\
          {figures}<section>\n<h2>All reasons, the most kernel cycles first, without those for which KVM polled before it let a vCPU sleep</h2>\n{table}</section>\n{more}"
@@ -54,7 +54,7 @@ pub fn page(
     document(title, "", &body)
 }
 
-/// Return a whole page. `head` is what its head has besides a title and the style.
+/// Return a whole page. `head` is added to its head, after the title and the style.
 pub fn document(title: &str, head: &str, body: &str) -> String {
     let title = escape(title);
     format!(
@@ -64,7 +64,7 @@ pub fn document(title: &str, head: &str, body: &str) -> String {
     )
 }
 
-/// A line of a table.
+/// Return a line of a table.
 fn row(cells: &[String], tag: &str) -> String {
     let cells: String = cells
         .iter()
@@ -73,7 +73,7 @@ fn row(cells: &[String], tag: &str) -> String {
     format!("<tr>{cells}</tr>\n")
 }
 
-/// A part of the page with a table, the first `ROWS` of so many rows.
+/// Return a section with a table of at most `ROWS` rows.
 pub fn section(title: &str, class: &str, titles: &[&str], rows: Vec<Vec<String>>) -> String {
     if rows.is_empty() {
         return String::new();
@@ -94,8 +94,8 @@ pub fn section(title: &str, class: &str, titles: &[&str], rows: Vec<Vec<String>>
     )
 }
 
-/// What the exits were about.
-fn about(series: &Series, weight: Weight) -> String {
+/// Return the section of details.
+fn details_section(series: &Series, weight: Weight) -> String {
     let mut rows = Vec::new();
     for group in details::by_reason(series, weight) {
         for row in &group.rows {
@@ -147,8 +147,8 @@ fn about(series: &Series, weight: Weight) -> String {
     )
 }
 
-/// The slowest exits.
-fn slowest(series: &Series) -> String {
+/// Return the section of slow exits.
+fn slow_section(series: &Series) -> String {
     let unit = slow::Unit::new(series);
     let rows = series.slow.iter().map(|slow| {
         let exit = &slow.exit;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What single exits cost, by reason: how they are spread, and where their quantiles lie.
+//! Chart of the cost of single exits, by reason: distributions and quantiles.
 
 use super::{
     axis::{self, Scale},
@@ -16,17 +16,17 @@ use crate::{
     spread::Spread,
 };
 
-/// More reasons than this are too many to look at.
+/// Maximum number of reasons.
 const ROWS: usize = 14;
-/// Pixels of a row.
+/// Height of a row, in pixels.
 const ROW: f64 = 40.0;
-/// Of these, what the spread may take.
+/// Height of the distribution in a row.
 const HILL: f64 = 20.0;
-/// Where the data begin and end.
+/// Edges of the data, in pixels.
 const LEFT: f64 = 220.0;
 /// See [`LEFT`].
 const RIGHT: f64 = 790.0;
-/// Where the columns of numbers end.
+/// Titles and right edges of the columns of numbers.
 const COLUMNS: [(&str, f64); 4] = [
     ("exits", 866.0),
     ("median", 918.0),
@@ -34,7 +34,7 @@ const COLUMNS: [(&str, f64); 4] = [
     ("max", 1024.0),
 ];
 
-/// The chart; `None` when the recording does not tell what single exits cost.
+/// Draw the chart. Returns `None` if the recording has no cost of single exits.
 pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Option<Picture> {
     let mut rows: Vec<_> = series
         .sum
@@ -57,7 +57,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Option<Picture
 
     let height = rows.len() as f64 * ROW + 8.0;
     let mut chart = Chart::new("What single exits cost, by reason", subtitle, height);
-    // A bit of room on either side.
+    // Leave some room on either side.
     let range = (least / 1.2, most * 1.3);
     let scale = Scale::logarithmic(range, (LEFT, RIGHT));
     for decade in axis::decades(range.0, range.1) {
@@ -67,7 +67,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Option<Picture
                 continue;
             }
             let x = scale.place(value);
-            if axis::named(range).contains(&times) {
+            if axis::labelled_multiples(range).contains(&times) {
                 chart.tick_below(x, &axis::label(value), "#cfcfcf");
             } else {
                 chart
@@ -113,12 +113,12 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Option<Picture
     Some(picture)
 }
 
-/// The same axis in time, when the TSC's frequency is known.
+/// Draw the axis in units of time, if the TSC's frequency is known.
 fn times_above(chart: &mut Chart, series: &Series, range: (f64, f64), scale: Scale) {
     let Some(khz) = series.tsc_khz else { return };
     let per_second = f64::from(khz) * 1000.0;
     for power in -9..=3 {
-        for times in axis::named(range) {
+        for times in axis::labelled_multiples(range) {
             let seconds = 10_f64.powi(power) * f64::from(*times);
             let cycles = seconds * per_second;
             if (range.0..=range.1).contains(&cycles) {
@@ -133,7 +133,7 @@ fn times_above(chart: &mut Chart, series: &Series, range: (f64, f64), scale: Sca
     }
 }
 
-/// One row.
+/// Draw the row of a reason.
 fn reason(
     chart: &mut Chart,
     row: &ReasonRow,
@@ -179,7 +179,7 @@ fn reason(
         };
         let low = (*low).max(64);
         let (from, to) = (scale.place(low as f64), scale.place(high.max(96) as f64));
-        // What is there can be seen.
+        // Any count above 0 is visible.
         let height = (*count as f64 / highest * HILL).max(1.0);
         picture.rectangle((from, floor - height), (to - from, height), paint, &hint);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Colours that people who confuse some can tell apart, after Okabe and Ito.
+//! Colours for readers with colour blindness, after Okabe and Ito.
 
 use exitmeter_meter::phase::Phase;
 
@@ -9,15 +9,15 @@ use super::{
     svg::Paint,
 };
 
-/// Of reasons, the most frequent first. Neighbours differ in lightness, too.
+/// Colours of reasons, the most frequent first. Neighbours also differ in lightness.
 const REASONS: [&str; 7] = [
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442",
 ];
 
-/// Dashes of lines in the same order, so that colours are not all that tells them apart.
+/// Dashes of lines, in the same order, so that lines differ in more than their colour.
 const DASHES: [&str; 7] = ["", "8 3", "2 3", "8 3 2 3", "14 4", "5 2", "10 2"];
 
-/// The colour of a phase.
+/// Return the colour of a phase.
 pub fn phase(phase: Phase) -> Paint {
     Paint::Plain(match phase {
         Phase::Guest => "#009e73",
@@ -29,26 +29,26 @@ pub fn phase(phase: Phase) -> Paint {
     })
 }
 
-/// What has a colour of its own: a reason, or all the rest.
+/// A reason with a colour of its own, or all others.
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// What it is called.
+    /// Name.
     pub name: String,
-    /// How it looks.
+    /// Colour.
     pub paint: Paint,
-    /// How a line of it is dashed.
+    /// Dashes, for a line.
     pub dashes: &'static str,
-    /// Its reasons.
+    /// Keys of its reasons.
     pub keys: Vec<Key>,
-    /// All exits of them.
+    /// Number of exits.
     pub exits: u64,
 }
 
-/// The layers of a series, the most frequent first. Whatever else is drawn of the series, a
-/// reason has the colour that it has here.
+/// Return the layers of a series, the most frequent first. A reason has the same colour in all
+/// charts of the series.
 pub fn layers(series: &Series) -> Vec<Layer> {
     let frequent = series.frequent();
-    // What would be thinner than a pixel is not worth a colour.
+    // A layer thinner than a pixel gets no colour.
     let worth = |exits: u64| u128::from(exits) * 500 >= series.sum.exits.into();
     let own = frequent.iter().take(REASONS.len());
     let own = own.take_while(|(_, exits)| worth(*exits)).count();
@@ -79,18 +79,18 @@ pub fn layers(series: &Series) -> Vec<Layer> {
     layers
 }
 
-/// The colours of what leads, whatever it is, the first one first.
+/// Return the colours for any sorted list, the first one first.
 pub fn colors() -> impl Iterator<Item = Paint> {
     REASONS.into_iter().map(Paint::Plain)
 }
 
-/// The colour of one reason.
+/// Return the colour of a reason.
 pub fn reason(layers: &[Layer], key: Key) -> Paint {
     let layer = layers.iter().find(|layer| layer.keys.contains(&key));
     layer.map_or(Paint::Hatch, |layer| layer.paint)
 }
 
-/// What texts are written in.
+/// Text colour.
 pub const INK: Paint = Paint::Plain(super::svg::INK);
-/// What lies behind all.
+/// Background colour.
 pub const PAPER: Paint = Paint::Plain("#ffffff");

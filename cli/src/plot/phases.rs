@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the time of the vCPUs goes, over time.
+//! Chart of the vCPUs' time by phase, over time.
 
 use exitmeter_meter::phase::Phase;
 
@@ -16,10 +16,10 @@ use crate::{
     numbers::{rough, share},
 };
 
-/// More steps than there are pixels for could not be seen.
+/// Maximum number of time steps. More would be closer than a pixel.
 const BINS: u32 = 200;
 
-/// The chart.
+/// Draw the chart.
 pub fn draw(series: &Series, subtitle: &str) -> Picture {
     let bins = series.bins(BINS);
     let mut chart = Chart::with_marks(
@@ -29,18 +29,18 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
         &series.marks,
     );
     let percent = |share: f64| format!("{:.0}%", share * 100.0);
-    let upright = chart.upright_axis("share of the time of all vCPUs", 1.0, percent);
+    let vertical = chart.vertical_axis("share of the time of all vCPUs", 1.0, percent);
     let time = chart.time_axis(series.range());
     let all = &series.sum.cycles;
     for (place, phase) in all.phases().enumerate() {
-        // Where there is no vCPU there is no share, and the area ends.
+        // The area has a gap while there is no vCPU.
         let runs = runs(&bins).flat_map(|run| run.split(|bin| bin.cycles.sum() == 0));
         for run in runs {
             let edge = |bin: &Step, phases: usize| {
                 let below = all.phases().take(phases);
                 let cycles = bin.cycles.as_told_by(all);
                 let below: u128 = below.map(|phase| cycles.of(phase)).sum();
-                let y = upright.place(below as f64 / bin.cycles.sum() as f64);
+                let y = vertical.place(below as f64 / bin.cycles.sum() as f64);
                 [(time.place(bin.from), y), (time.place(bin.to), y)]
             };
             let top = run.iter().flat_map(|bin| edge(bin, place + 1));
@@ -69,7 +69,7 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
         Entry {
             paint: palette::phase(phase),
             dashes: None,
-            name: meaning(phase, all).to_owned(),
+            name: legend_text(phase, all).to_owned(),
             numbers: [spent, share(cycles, whole)],
         }
     });
@@ -82,8 +82,8 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
     chart.done()
 }
 
-/// A phase in words.
-fn meaning(phase: Phase, all: &Cycles) -> &'static str {
+/// Return the text for a phase in the legend.
+fn legend_text(phase: Phase, all: &Cycles) -> &'static str {
     match phase {
         Phase::Guest => "guest: it runs",
         Phase::Kernel => "kernel: KVM",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A picture in pixels.
+//! Rendering of a picture as PNG.
 
 use std::sync::Arc;
 
@@ -11,19 +11,19 @@ use resvg::{
 
 use super::font;
 
-/// Pixels for one of the SVG's: sharp on fine screens and in print.
+/// Pixels for a pixel of the SVG. Sharp on fine screens and in print.
 const SCALE: f32 = 2.0;
 
-/// Why there is no picture.
+/// Error of rendering.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot make pixels of the picture: {0}")]
 pub struct Error(String);
 
-/// The bytes of a PNG of an SVG.
+/// Render an SVG as PNG.
 ///
 /// # Errors
 ///
-/// When the SVG cannot be drawn.
+/// Returns an error if the SVG cannot be drawn.
 pub fn render(svg: &str) -> Result<Vec<u8>, Error> {
     let tree = tree(svg)?;
     let size = tree.size().to_int_size().scale_by(SCALE);
@@ -40,13 +40,13 @@ pub fn render(svg: &str) -> Result<Vec<u8>, Error> {
         .map_err(|error| Error(error.to_string()))
 }
 
-/// The SVG, laid out.
+/// Return the layout of an SVG.
 pub fn tree(svg: &str) -> Result<Tree, Error> {
     let mut options = Options {
         font_family: "Noto Sans".to_owned(),
         ..Options::default()
     };
-    // No font of the machine's, so that a picture is the same everywhere.
+    // Use only the built-in font, so that a picture is the same on every machine.
     Arc::make_mut(&mut options.fontdb).load_font_data(font::FILE.to_vec());
     Tree::from_str(svg, &options).map_err(|error| Error(error.to_string()))
 }

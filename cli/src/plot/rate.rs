@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Exits per second over time, by reason, one above the other.
+//! Chart of exits per second over time, stacked by reason.
 
 use super::{
     axis,
@@ -11,10 +11,10 @@ use super::{
 };
 use crate::numbers::{exact, share};
 
-/// More steps than there are pixels for could not be seen.
+/// Maximum number of time steps. More would be closer than a pixel.
 const BINS: u32 = 200;
 
-/// The chart.
+/// Draw the chart.
 pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let bins = series.bins(BINS);
     let highest = bins
@@ -31,15 +31,15 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     let mean = series.range().1 - series.range().0;
     let mean = axis::time((mean / bins.len().max(1) as f64 * 1e4).round() / 1e4);
     let name = format!("exits per second, means of {mean}");
-    let upright = chart.upright_axis(&name, highest * 1.04, axis::label);
+    let vertical = chart.vertical_axis(&name, highest * 1.04, axis::label);
     let time = chart.time_axis(series.range());
     for (place, layer) in layers.iter().enumerate() {
-        // Where the meter began anew the area ends.
+        // The area has a gap where the meter began anew.
         for run in runs(&bins) {
-            // Each step is level; along the top from left to right, and back along the bottom.
+            // Each step is flat: go along the top from left to right, and back along the bottom.
             let corners = |bin: &Step, edge: usize| {
                 let heights = heights(bin, layers);
-                let y = upright.place(heights.get(edge).copied().unwrap_or(0.0));
+                let y = vertical.place(heights.get(edge).copied().unwrap_or(0.0));
                 [(time.place(bin.from), y), (time.place(bin.to), y)]
             };
             let top = run.iter().flat_map(|bin| corners(bin, place + 1));
@@ -60,7 +60,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     chart.done()
 }
 
-/// Where each layer of a step begins, and at last where the topmost ends.
+/// Return the lower edge of each layer of a step, and at last the upper edge of the topmost one.
 fn heights(step: &Step, layers: &[Layer]) -> Vec<f64> {
     let mut heights = vec![0.0];
     let mut sum = 0;
@@ -72,7 +72,7 @@ fn heights(step: &Step, layers: &[Layer]) -> Vec<f64> {
     heights
 }
 
-/// The legend, in the order in which the layers lie.
+/// Return the legend, in the order of the layers from top to bottom.
 pub fn entries(series: &Series, layers: &[Layer], lines: bool) -> Vec<Entry> {
     let entries = layers.iter().rev().map(|layer| Entry {
         paint: layer.paint,

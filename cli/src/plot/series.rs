@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a recording tells over time: for each interval, the exits by reason and the ticks by
-//! phase.
+//! Time series of a recording: for each interval, the exits by reason and the ticks by phase.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,159 +30,159 @@ use crate::{
     },
 };
 
-/// What tells reasons apart.
+/// Key of a reason.
 pub type Key = (&'static str, Option<u32>);
 
-/// Which part of a recording.
+/// Selection of a part of a recording.
 #[derive(Clone, Debug, Default)]
 pub struct Part {
-    /// Only the VM that is called so, or of this process.
+    /// Only the VM with this name or process id.
     pub vm: Option<String>,
-    /// Only from so many seconds after its beginning on.
+    /// Start, in seconds after the beginning of the recording.
     pub from: Option<f64>,
-    /// Only up to so many seconds after its beginning.
+    /// End, in seconds after the beginning of the recording.
     pub to: Option<f64>,
-    /// Of details and slow exits, only those of this reason.
+    /// Only details and slow exits of this reason.
     pub reason: Option<String>,
     /// Symbols of the guest, for slow exits.
     pub symbols: Symbols,
 }
 
-/// What happened from one snapshot to the next.
+/// Activity from one snapshot to the next.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Step {
-    /// Its beginning, in seconds since that of the recording.
+    /// Beginning, in seconds since the recording began.
     pub from: f64,
-    /// Its end.
+    /// End, in seconds since the recording began.
     pub to: f64,
-    /// Whether the meter began anew between the step before it and this one: what happened up to
-    /// here is not known.
+    /// True if the meter began anew between the previous step and this one. The activity in between
+    /// is unknown.
     pub begins_anew: bool,
     /// Exits by reason.
     pub exits: BTreeMap<Key, u64>,
     /// Ticks by phase.
     pub cycles: Cycles,
-    /// What the exits were about; `None` while details were off.
+    /// Details of the exits; `None` while details were off.
     pub details: Option<Rows>,
 }
 
-/// An exit that was among the slowest of its vCPU.
+/// One of the slowest exits of its vCPU.
 #[derive(Clone, Debug)]
 pub struct SlowExit {
-    /// When it was, in seconds since the recording began.
+    /// Time of the exit, in seconds since the recording began.
     pub at: f64,
-    /// Its VM's name.
+    /// Name of the VM.
     pub vm: String,
     /// The exit.
     pub exit: Exit,
 }
 
-/// A recording, read.
+/// Time series of a recording.
 #[derive(Clone, Debug)]
 pub struct Series {
-    /// One after the other, without gaps but where the meter began anew.
+    /// Steps in order. Gaps are only where the meter began anew.
     pub steps: Vec<Step>,
-    /// The sums of all.
+    /// Sums over all steps.
     pub sum: Ledger,
     /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// What the exits were about, in all; `None` when details were off all the time.
+    /// Sums of the details; `None` if details were off all the time.
     pub details: Option<Rows>,
-    /// The slowest exits, the longest first.
+    /// Slowest exits, the longest first.
     pub slow: Vec<SlowExit>,
-    /// TSC frequency, when it is known.
+    /// TSC frequency, in kHz, if known.
     pub tsc_khz: Option<u32>,
-    /// What the recording says about itself.
+    /// Facts that the recording states about itself.
     pub about: BTreeMap<String, String>,
-    /// The VMs in it: their names.
+    /// Names of the VMs.
     pub vms: BTreeSet<String>,
-    /// Moments that have names, in seconds since the recording began, in their order.
+    /// Names of moments, in order, with their time in seconds since the recording began.
     pub marks: Vec<(f64, String)>,
-    /// Where the meter began anew, in seconds since the recording began.
+    /// Times at which the meter began anew, in seconds since the recording began.
     pub breaks: Vec<f64>,
-    /// How many snapshots it is of.
+    /// Number of snapshots.
     pub snapshots: usize,
-    /// How the recording ended.
+    /// End of the recording.
     pub ending: Ending,
 }
 
-/// Why nothing can be drawn.
+/// A reason why nothing can be drawn.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file is no recording.
+    /// The file is not a recording.
     #[error("{}: {error}", path.display())]
     NoRecording {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Cause.
         error: read::Error,
     },
-    /// One of its snapshots cannot be read.
+    /// A snapshot cannot be read.
     #[error("{}, snapshot {number}: {error}", path.display())]
     NoSnapshot {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// Which one, from 1.
+        /// Number of the snapshot, from 1.
         number: usize,
-        /// What is wrong with it.
+        /// Cause.
         error: reader::Error,
     },
-    /// Two of its snapshots do not follow each other.
+    /// Two snapshots do not follow each other.
     #[error("{}, snapshot {number}: {error}", path.display())]
     NoInterval {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// The later one, from 1.
+        /// Number of the later snapshot, from 1.
         number: usize,
-        /// What is wrong.
+        /// Cause.
         error: delta::Error,
     },
-    /// There are not two snapshots.
+    /// There are fewer than two snapshots.
     #[error(
         "{} has {found} of the two snapshots that an interval takes: record longer, or draw more \
          of it (--from, --to)", path.display()
     )]
     TooShort {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// How many there are.
+        /// Number of snapshots.
         found: usize,
     },
-    /// The meter began anew from each snapshot to the next.
+    /// The meter began anew between all snapshots.
     #[error(
         "the meter began anew between all snapshots of {}, so that there is nothing to draw: \
          record longer, or draw more of it (--from, --to)", .0.display()
     )]
     Torn(PathBuf),
-    /// There is no such reason.
+    /// The reason is unknown.
     #[error(transparent)]
     Selection(#[from] select::Error),
     /// The VM does not occur.
     #[error("{} has no VM that is called '{vm}' or belongs to process '{vm}'; {those}", path.display())]
     NoVm {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// What was asked for.
+        /// Name that was searched for.
         vm: String,
-        /// What there is.
+        /// VMs of the recording, in words.
         those: String,
     },
-    /// Several VMs are called so at once.
+    /// Several VMs have the name at the same time.
     #[error("{}: {error}", path.display())]
     Several {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// Which they are.
+        /// Cause.
         error: NoVm,
     },
 }
 
 impl Series {
-    /// Reads a part of a recording.
+    /// Read a part of a recording.
     ///
     /// # Errors
     ///
-    /// When it is no recording, or has no such part.
+    /// Returns an error if the file is not a recording, or has no such part.
     pub fn read(path: &Path, bytes: &[u8], part: &Part) -> Result<Self, Error> {
         let file = || path.to_owned();
         let mut reader = Reader::new(bytes).map_err(|error| Error::NoRecording {
@@ -219,12 +218,12 @@ impl Series {
                 error,
             })?;
             let clock = clock.get_or_insert_with(|| Clock::new(&snapshot, taken.at));
-            let (time, torn) = clock.advance(&snapshot, taken.at);
-            let earlier = before.take_if(|_| torn);
+            let (time, began_anew) = clock.advance(&snapshot, taken.at);
+            let earlier = before.take_if(|_| began_anew);
             if part.from.is_some_and(|from| time < from) || part.to.is_some_and(|to| time > to) {
                 continue;
             }
-            if torn {
+            if began_anew {
                 series.end_of_life(&mut slow, part, taken.names)?;
             }
             if earlier.is_some() {
@@ -236,17 +235,17 @@ impl Series {
             series.marks.extend(mark);
             let mut report = Report::new(&snapshot);
             taken.names.name(&mut report);
-            let meant = part.meant(&report).map_err(|error| Error::Several {
+            let selected = part.selected(&report).map_err(|error| Error::Several {
                 path: file(),
                 error,
             })?;
             series.snapshots += 1;
             let tables = snapshot.has_tables().then(|| Moment::new(&snapshot));
             slow.add(&snapshot, time);
-            slow.meant.extend(&meant);
+            slow.selected.extend(&selected);
             (series.tsc_khz, series.isa) = (report.host.tsc_khz, report.host.isa);
             for vm in &report.vms {
-                let here = meant.contains(&vm.vm);
+                let here = selected.contains(&vm.vm);
                 found += usize::from(here);
                 if here { &mut series.vms } else { &mut others }.insert(vm.label());
             }
@@ -261,7 +260,7 @@ impl Series {
                     _ => None,
                 };
                 let details = match between {
-                    Some(between) => Some(part.details(&between, &meant)?),
+                    Some(between) => Some(part.details(&between, &selected)?),
                     None => None,
                 };
                 let step = Step {
@@ -271,7 +270,7 @@ impl Series {
                     details,
                     ..Step::default()
                 };
-                series.add(step, delta, (part, &meant));
+                series.add(step, delta, (part, &selected));
             }
             before = Some((time, report, tables));
         }
@@ -314,10 +313,12 @@ impl Series {
         Ok(series)
     }
 
-    fn add(&mut self, mut step: Step, delta: Report, (part, meant): Meant<'_>) {
+    fn add(&mut self, mut step: Step, delta: Report, (part, selected): PartOfVms<'_>) {
         let vms = delta.vms.into_iter();
-        let vms = vms.filter(|vm| meant.contains(&vm.vm)).map(|vm| vm.ledger);
-        // What those that are gone still did belongs to no VM any more.
+        let vms = vms
+            .filter(|vm| selected.contains(&vm.vm))
+            .map(|vm| vm.ledger);
+        // Activity of vCPUs that are gone belongs to no VM any more.
         let gone = part.vm.is_none().then_some(delta.departed.ledger);
         for ledger in vms.chain(gone) {
             step.cycles += ledger.cycles;
@@ -331,14 +332,18 @@ impl Series {
         self.steps.push(step);
     }
 
-    /// Take the slow exits of a life of the meter that ends here.
+    /// Add the slow exits of a life of the meter that ends here.
     fn end_of_life(
         &mut self,
         slow: &mut SlowExits,
         part: &Part,
         names: &Book,
     ) -> Result<(), Error> {
-        let SlowExits { seen, times, meant } = std::mem::take(slow);
+        let SlowExits {
+            seen,
+            times,
+            selected,
+        } = std::mem::take(slow);
         let Some(seen) = seen else { return Ok(()) };
         let code = part.code(seen.host.isa)?;
         let selection = Selection {
@@ -346,12 +351,12 @@ impl Series {
             names: Some(names),
             code,
         };
-        // There is no VM that could be missing.
+        // The selection names no VM, so none can be missing.
         let Ok(slow) = Slow::new(&seen, &part.symbols, selection) else {
             return Ok(());
         };
         let vms = slow.vms.into_iter();
-        for vm in vms.filter(|vm| meant.contains(&vm.vm)) {
+        for vm in vms.filter(|vm| selected.contains(&vm.vm)) {
             let exits = vm.slowest.into_iter().filter_map(|exit| {
                 let at = moment(&times, exit.tsc)?;
                 let vm = vm.vmm.label(&vm.name);
@@ -362,7 +367,7 @@ impl Series {
         Ok(())
     }
 
-    /// Its beginning and its end, in seconds since that of the recording.
+    /// Return the beginning and the end, in seconds since the recording began.
     pub fn range(&self) -> (f64, f64) {
         let ends = (self.steps.first(), self.steps.last());
         (
@@ -371,7 +376,7 @@ impl Series {
         )
     }
 
-    /// The steps, taken together so that there are no more than so many.
+    /// Return the steps, merged so that there are about `most`.
     pub fn bins(&self, most: u32) -> Vec<Step> {
         let (from, to) = self.range();
         let width = (to - from) / f64::from(most.max(1));
@@ -395,7 +400,7 @@ impl Series {
         bins
     }
 
-    /// The reasons that occurred, the most frequent first.
+    /// Return the reasons that occurred, the most frequent first.
     pub fn frequent(&self) -> Vec<(Label, u64)> {
         let rows = self.sum.reasons.iter().filter(|row| row.exits != 0);
         let mut reasons: Vec<_> = rows.map(|row| (row.label, row.exits)).collect();
@@ -404,35 +409,35 @@ impl Series {
     }
 }
 
-/// A part, and its VMs.
-type Meant<'a> = (&'a Part, &'a BTreeSet<u64>);
+/// A part, and the numbers of its VMs.
+type PartOfVms<'a> = (&'a Part, &'a BTreeSet<u64>);
 
 impl Part {
-    /// Return the numbers of its VMs in a snapshot.
-    fn meant(&self, report: &Report) -> Result<BTreeSet<u64>, NoVm> {
+    /// Return the numbers of the part's VMs in a snapshot.
+    fn selected(&self, report: &Report) -> Result<BTreeSet<u64>, NoVm> {
         let known = report.vms.iter().map(Vm::known);
         let Some(vm) = &self.vm else {
             return Ok(known.map(|vm| vm.vm).collect());
         };
         match names::find(vm, known) {
-            // It may come later.
+            // The VM may appear later.
             Err(NoVm::None { .. }) => Ok(BTreeSet::new()),
             found => found,
         }
     }
 
-    /// The code of the reason that was asked for.
+    /// Return the code of the part's reason.
     pub fn code(&self, isa: Isa) -> Result<Option<u32>, select::Error> {
         let reason = self.reason.as_deref();
         reason.map(|reason| select::code(isa, reason)).transpose()
     }
 
-    /// What the exits were about between two snapshots.
-    fn details(&self, between: &Moment, meant: &BTreeSet<u64>) -> Result<Rows, select::Error> {
+    /// Return the details between two snapshots.
+    fn details(&self, between: &Moment, selected: &BTreeSet<u64>) -> Result<Rows, select::Error> {
         let code = self.code(between.host.isa)?;
         let of = code.map(|code| Of::new(Reason::Code(code)));
         let vcpus = between.vcpus.iter();
-        let vcpus = vcpus.filter(|((vm, _), _)| meant.contains(vm));
+        let vcpus = vcpus.filter(|((vm, _), _)| selected.contains(vm));
         let parts: Vec<_> = vcpus
             .map(|(_, vcpu)| vcpu.rows.part(TABLE_DETAILS, of))
             .collect();
@@ -453,29 +458,29 @@ impl Step {
         }
     }
 
-    /// How long it is, in seconds.
+    /// Return the length, in seconds.
     pub fn seconds(&self) -> f64 {
         self.to - self.from
     }
 }
 
-/// The parts of steps between which the meter began anew.
+/// Split steps where the meter began anew.
 pub fn runs(steps: &[Step]) -> impl Iterator<Item = &[Step]> {
     steps.chunk_by(|_, next| !next.begins_anew)
 }
 
-/// The slow exits of one life of the meter, each of which several snapshots may tell.
+/// Slow exits of one life of the meter. Several snapshots may contain the same exit.
 #[derive(Debug, Default)]
 struct SlowExits {
     seen: Option<Seen>,
     /// TSC and time of each snapshot.
     times: Vec<(u64, f64)>,
-    /// The VMs that are meant.
-    meant: BTreeSet<u64>,
+    /// Numbers of the selected VMs.
+    selected: BTreeSet<u64>,
 }
 
 impl SlowExits {
-    /// Take what a snapshot tells.
+    /// Add the slow exits of a snapshot.
     fn add(&mut self, snapshot: &Snapshot<'_>, time: f64) {
         self.times.push((snapshot.now(), time));
         if !snapshot.has_tables() {
@@ -489,27 +494,29 @@ impl SlowExits {
     }
 }
 
-/// Return the time at a TSC between those of two snapshots; `None` when it is before all of them.
+/// Return the time of a TSC value, by interpolation between two snapshots. Returns `None` if it is
+/// before all of them.
 pub fn moment(times: &[(u64, f64)], tsc: u64) -> Option<f64> {
     let behind = times.partition_point(|(at, _)| *at <= tsc);
     let (before, from) = *times.get(behind.checked_sub(1)?)?;
     let Some((after, to)) = times.get(behind) else {
-        // While the last one was taken.
+        // The exit happened while the last snapshot was taken.
         return Some(from);
     };
     let share = (tsc - before) as f64 / (after - before).max(1) as f64;
     Some(from + share * (to - from))
 }
 
-/// The time of snapshots, in seconds since that of the first one.
+/// Clock that gives snapshots their time, in seconds since the first one.
 ///
-/// It is that of their TSC, the moment that the numbers are of. Where the meter began anew it is
-/// the recording's, as the TSC may be another one from there on.
+/// The time follows the TSC, as the numbers are read at a moment of it. Where the meter began anew,
+/// it follows the recording's own clock, as the TSC may have begun anew as well.
 #[derive(Clone, Copy, Debug)]
 struct Clock {
-    /// The first snapshot's time in the recording.
+    /// Time of the first snapshot in the recording.
     begun: Duration,
-    /// Of the latest snapshot: the meter's life, TSC, time in the recording, and in seconds.
+    /// Properties of the latest snapshot: the meter's life number, the TSC, the time in the
+    /// recording, and the time in seconds.
     life: u64,
     tsc: u64,
     at: Duration,
@@ -527,11 +534,11 @@ impl Clock {
         }
     }
 
-    /// Takes the next snapshot; its time, and whether the meter began anew before it.
+    /// Take the next snapshot. Returns its time, and true if the meter began anew before it.
     fn advance(&mut self, snapshot: &Snapshot<'_>, at: Duration) -> (f64, bool) {
-        let torn = snapshot.life() != self.life || snapshot.now() < self.tsc;
+        let began_anew = snapshot.life() != self.life || snapshot.now() < self.tsc;
         let passed = match snapshot.tsc_khz() {
-            Some(khz) if !torn => {
+            Some(khz) if !began_anew => {
                 snapshot.now().saturating_sub(self.tsc) as f64 / (f64::from(khz) * 1000.0)
             }
             Some(_) => at.saturating_sub(self.begun).as_secs_f64() - self.time,
@@ -544,6 +551,6 @@ impl Clock {
             at,
             time: self.time + passed.max(0.0),
         };
-        (self.time, torn)
+        (self.time, began_anew)
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The slowest exits, each a mark where it was and as high as it took long.
+//! Chart of the slowest exits: a mark at the time of each, at the height of its duration.
 
 use super::{
     axis,
@@ -12,12 +12,12 @@ use super::{
 };
 use crate::numbers::{exact, rough};
 
-/// Of so many it is said what they were.
+/// Number of exits that the chart describes in words.
 const NAMED: usize = 5;
-/// Pixels of a mark.
+/// Radius of a mark, in pixels.
 const RADIUS: f64 = 3.0;
 
-/// The chart; `None` when there is no slow exit to show.
+/// Draw the chart. Returns `None` if there is no slow exit.
 pub fn draw(
     series: &Series,
     layers: &[Layer],
@@ -44,7 +44,7 @@ pub fn draw(
         })
         .collect();
     let named = series.slow.iter().take(NAMED);
-    let named: Vec<_> = named.map(|slow| told(slow, &unit)).collect();
+    let named: Vec<_> = named.map(|slow| describe(slow, &unit)).collect();
 
     let title = match reason {
         Some(reason) => format!("The slowest exits by {reason}"),
@@ -54,15 +54,15 @@ pub fn draw(
     let height = list - TOP + LINE + 4.0 + named.len() as f64 * PAIR;
     let height = height.max(300.0);
     let mut chart = Chart::with_marks(&title, subtitle, height, &series.marks);
-    let upright = chart.upright_logarithmic_axis(
+    let vertical = chart.vertical_logarithmic_axis(
         unit.name(),
-        // Room for the numbers beside the marks.
+        // Leave room for the numbers beside the marks.
         ((least / 1.5).max(1.0), most * 1.8),
         |value| unit.label(value),
     );
     let time = chart.time_axis(series.range());
-    let place = |slow: &SlowExit| (time.place(slow.at), upright.place(unit.of(slow.exit.took)));
-    // The longest come last, above the others.
+    let place = |slow: &SlowExit| (time.place(slow.at), vertical.place(unit.of(slow.exit.took)));
+    // The longest are drawn last, above the others.
     for slow in series.slow.iter().rev() {
         let paint = palette::reason(layers, slow.exit.label.key());
         let hint = hint(slow, &unit);
@@ -84,7 +84,7 @@ pub fn draw(
     Some(chart.done())
 }
 
-/// A place for a number beside a mark that lies on no other number.
+/// Return a place beside a mark for its number, where it covers no other number.
 fn beside((x, y): (f64, f64), taken: &[(f64, f64)]) -> Option<(f64, f64)> {
     let (wide, high) = (font::width("0", SMALL) + 3.0, SMALL + 2.0);
     let middle = SMALL / 3.0;
@@ -108,8 +108,8 @@ fn beside((x, y): (f64, f64), taken: &[(f64, f64)]) -> Option<(f64, f64)> {
     })
 }
 
-/// What a slow exit was, and how long it took and where it came from.
-fn told(slow: &SlowExit, unit: &Unit) -> (String, String) {
+/// Return the description of a slow exit, and its duration and origin.
+fn describe(slow: &SlowExit, unit: &Unit) -> (String, String) {
     let exit = &slow.exit;
     let mut below = format!("{} at {:.3} s", unit.time(exit.took), slow.at);
     if let Some(place) = exit.place() {
@@ -118,7 +118,7 @@ fn told(slow: &SlowExit, unit: &Unit) -> (String, String) {
     (exit.about(), below)
 }
 
-/// All of a slow exit in a line.
+/// Return all facts of a slow exit, in one line.
 fn hint(slow: &SlowExit, unit: &Unit) -> String {
     let exit = &slow.exit;
     let split = [
@@ -156,20 +156,20 @@ fn hint(slow: &SlowExit, unit: &Unit) -> String {
     hint
 }
 
-/// What the axis counts: nanoseconds, or ticks where the TSC's frequency is not known.
+/// Unit of the vertical axis: nanoseconds, or ticks if the TSC's frequency is unknown.
 #[derive(Clone, Copy, Debug)]
 pub struct Unit {
     khz: Option<u32>,
 }
 
 impl Unit {
-    /// That of a recording.
+    /// Return the unit for a recording.
     pub fn new(series: &Series) -> Self {
         let khz = series.tsc_khz;
         Self { khz }
     }
 
-    /// Ticks in this unit.
+    /// Convert ticks to this unit.
     fn of(self, ticks: u64) -> f64 {
         let ticks = ticks as f64;
         self.khz
@@ -184,7 +184,7 @@ impl Unit {
         }
     }
 
-    /// A value of the axis as it is named.
+    /// Format a value for the axis.
     fn label(self, value: f64) -> String {
         match self.khz {
             Some(_) => axis::time(value / 1e9),
@@ -192,7 +192,7 @@ impl Unit {
         }
     }
 
-    /// Ticks as text.
+    /// Format ticks.
     pub fn time(self, ticks: u64) -> String {
         match self.khz {
             Some(_) => axis::time(axis::round(self.of(ticks) / 1e9)),

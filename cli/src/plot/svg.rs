@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A picture, as the text of an SVG.
+//! A picture that is written as SVG.
 
 use std::fmt::{Display, Write as _};
 
-/// What texts are set in. Where a viewer does not have the first, the next will do.
+/// Fonts of texts, in order of preference.
 pub const FONTS: &str = "'Noto Sans', 'DejaVu Sans', Verdana, Arial, sans-serif";
 
-/// The colour of texts.
+/// Colour of texts.
 pub const INK: &str = "#222222";
-/// The colour of what is said beside.
+/// Colour of secondary texts.
 pub const GREY: &str = "#666666";
-/// The colour of the lines behind the data.
+/// Colour of the lines behind the data.
 pub const GRID: &str = "#e3e3e3";
-/// The id of the pattern that stands for "all the rest".
+/// Id of the pattern for "all others".
 const HATCH: &str = "hatch";
 
-/// What a text is lined up by.
+/// Part of a text that is placed at its coordinates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Anchor {
-    /// Its first letter.
+    /// The first letter.
     Start,
-    /// Its middle.
+    /// The middle.
     Middle,
-    /// Its last letter.
+    /// The last letter.
     End,
 }
 
-/// How an area or a line looks.
+/// Colour of an area or a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Paint {
     /// A colour.
@@ -37,7 +37,7 @@ pub enum Paint {
 }
 
 impl Paint {
-    /// For an area.
+    /// Return the fill of an area.
     pub fn fill(self) -> String {
         match self {
             Paint::Plain(color) => color.to_owned(),
@@ -45,7 +45,7 @@ impl Paint {
         }
     }
 
-    /// For a line, which has no room for stripes.
+    /// Return the stroke of a line, which is too thin for stripes.
     pub fn stroke(self) -> &'static str {
         match self {
             Paint::Plain(color) => color,
@@ -54,7 +54,7 @@ impl Paint {
     }
 }
 
-/// A picture that is being drawn, in pixels from its upper left corner.
+/// A picture that is being drawn. Coordinates are pixels from the upper left corner.
 #[derive(Clone, Debug)]
 pub struct Picture {
     width: f64,
@@ -63,7 +63,7 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// An empty one.
+    /// Create an empty picture.
     pub fn new(width: f64, height: f64) -> Self {
         Self {
             width,
@@ -72,7 +72,7 @@ impl Picture {
         }
     }
 
-    /// Writes a text, its baseline at `y`.
+    /// Write a text with its baseline at `y`.
     pub fn text(&mut self, (x, y): (f64, f64), anchor: Anchor, size: f64, color: &str, text: &str) {
         let anchor = match anchor {
             Anchor::Start => "",
@@ -85,7 +85,7 @@ impl Picture {
         ));
     }
 
-    /// Writes a text upwards from a place.
+    /// Write a text upwards from a place.
     pub fn upwards(&mut self, (x, y): (f64, f64), size: f64, color: &str, text: &str) {
         let (x, y, text) = (place(x), place(y), escape(text));
         self.add(format_args!(
@@ -93,7 +93,7 @@ impl Picture {
         ));
     }
 
-    /// Draws a straight line.
+    /// Draw a straight line.
     pub fn line(&mut self, from: (f64, f64), to: (f64, f64), color: &str, width: f64) {
         let [x1, y1, x2, y2] = [from.0, from.1, to.0, to.1].map(place);
         self.add(format_args!(
@@ -101,7 +101,7 @@ impl Picture {
         ));
     }
 
-    /// Fills a rectangle; a viewer that is pointed at it shows the hint.
+    /// Fill a rectangle. A viewer shows the hint while it is pointed at.
     pub fn rectangle(
         &mut self,
         (x, y): (f64, f64),
@@ -116,7 +116,7 @@ impl Picture {
         ));
     }
 
-    /// Fills what lies inside of a line.
+    /// Fill the inside of a path.
     pub fn area(&mut self, points: impl IntoIterator<Item = (f64, f64)>, paint: Paint, hint: &str) {
         let (path, fill, hint) = (path(points), paint.fill(), title(hint));
         self.add(format_args!(
@@ -124,7 +124,8 @@ impl Picture {
         ));
     }
 
-    /// Draws a line through points, with dashes and gaps of these lengths (none: unbroken).
+    /// Draw a line through points, with dashes and gaps of these lengths. An empty `dashes` draws a
+    /// solid line.
     pub fn curve(
         &mut self,
         points: impl IntoIterator<Item = (f64, f64)>,
@@ -143,7 +144,7 @@ impl Picture {
         ));
     }
 
-    /// Draws a disc.
+    /// Draw a disc.
     pub fn disc(&mut self, (x, y): (f64, f64), radius: f64, color: &str, hint: &str) {
         let (x, y, hint) = (place(x), place(y), title(hint));
         self.add(format_args!(
@@ -155,7 +156,7 @@ impl Picture {
         let _ = writeln!(self.body, "{element}");
     }
 
-    /// Several pictures, one below the other.
+    /// Return several pictures, one below the other.
     pub fn stacked(pictures: &[Self]) -> Self {
         let width = pictures
             .iter()
@@ -169,7 +170,7 @@ impl Picture {
         all
     }
 
-    /// The whole SVG. Its words for those who cannot see it are the title.
+    /// Return the whole SVG. The title is also its text for screen readers.
     pub fn svg(&self, title: &str) -> String {
         let [width, height] = [self.width, self.height].map(place);
         let (title, body) = (escape(title), &self.body);
@@ -185,7 +186,7 @@ impl Picture {
     }
 }
 
-/// A hint as an element.
+/// Return a hint as an element.
 fn title(hint: &str) -> String {
     match hint {
         "" => String::new(),
@@ -193,7 +194,7 @@ fn title(hint: &str) -> String {
     }
 }
 
-/// A path through points.
+/// Return a path through points.
 fn path(points: impl IntoIterator<Item = (f64, f64)>) -> String {
     let mut path = String::new();
     for (x, y) in points {
@@ -203,7 +204,7 @@ fn path(points: impl IntoIterator<Item = (f64, f64)>) -> String {
     path
 }
 
-/// A place to a tenth of a pixel, as short as it can be written.
+/// Format a coordinate with at most one decimal.
 fn place(at: f64) -> String {
     let text = format!("{at:.1}");
     match text.strip_suffix(".0") {
@@ -213,7 +214,7 @@ fn place(at: f64) -> String {
     }
 }
 
-/// A text as it may stand in XML.
+/// Escape a text for XML.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -222,7 +223,7 @@ pub fn escape(text: &str) -> String {
             '<' => escaped += "&lt;",
             '>' => escaped += "&gt;",
             '"' => escaped += "&quot;",
-            // XML has no place for others.
+            // XML 1.0 forbids most control characters.
             letter if letter.is_control() => escaped.push(' '),
             letter => escaped.push(letter),
         }

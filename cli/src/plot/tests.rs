@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of the pictures, on recordings of guests that booted on emulated hosts: that they
-//! tell what was recorded, and that each text can be read.
+//! Tests of the pictures on recordings of guests that booted on emulated hosts. They check that the
+//! pictures show what was recorded, and that each text is readable.
 
 use resvg::usvg::{Group, Node};
 
@@ -10,18 +10,18 @@ use crate::recording::{write::Writer, Header};
 
 const INTEL: &[u8] = include_bytes!("../../tests/recordings/intel-boot.rec");
 const AMD: &[u8] = include_bytes!("../../tests/recordings/amd-work.rec");
-/// With details: one snapshot each second.
+/// A recording with details, one snapshot each second.
 const WHY: &[u8] = include_bytes!("../../tests/recordings/amd-why.rec");
-/// With tables. TSC of 2.4 GHz.
+/// A snapshot with tables. Its TSC has 2.4 GHz.
 const TABLES: &[u8] = include_bytes!("../../../src/meter/tests/snapshot-1.3.bin");
-/// One VM runs in it, one is gone.
+/// A snapshot in which one VM runs and one is gone.
 const SNAPSHOT: &[u8] = include_bytes!("../../../src/meter/tests/snapshot-1.2.bin");
 
 fn series(bytes: &[u8]) -> Series {
     Series::read(Path::new("x.rec"), bytes, &Part::default()).expect("a recording")
 }
 
-/// All pictures of a recording.
+/// Return all pictures of a recording.
 fn pictures(series: &Series, subtitle: &str) -> Vec<(&'static str, Picture)> {
     let layers = palette::layers(series);
     let mut pictures = vec![
@@ -44,7 +44,7 @@ fn pictures(series: &Series, subtitle: &str) -> Vec<(&'static str, Picture)> {
     pictures
 }
 
-/// A recording of snapshots, one each second.
+/// Return a recording of snapshots, one each second.
 fn recording(snapshots: &[Vec<u8>]) -> Vec<u8> {
     let mut file = Vec::new();
     let second = std::time::Duration::from_secs(1);
@@ -59,7 +59,7 @@ fn recording(snapshots: &[Vec<u8>]) -> Vec<u8> {
     file
 }
 
-/// The snapshot as it would be after so many seconds without an exit. Its TSC has 3 GHz.
+/// Return the snapshot as it would be `seconds` later without an exit. Its TSC has 3 GHz.
 fn later(seconds: u64) -> Vec<u8> {
     let mut snapshot = SNAPSHOT.to_vec();
     let khz = u32::from_le_bytes(snapshot[48..52].try_into().expect("4 bytes"));
@@ -70,8 +70,8 @@ fn later(seconds: u64) -> Vec<u8> {
 }
 
 #[test]
-fn a_recording_is_read_exit_by_exit() {
-    // What the last snapshot of each holds, as `exitmeter report` told it on that host.
+fn recordings_keep_every_exit() {
+    // Numbers of the last snapshot, as `exitmeter report` printed them on that host.
     for (bytes, exits, seconds, name) in [
         (INTEL, 13_063, 4.45, "kvm-99"),
         (AMD, 11_852, 14.5, "kvm-97"),
@@ -89,7 +89,7 @@ fn a_recording_is_read_exit_by_exit() {
         let (from, to) = series.range();
         assert!(from == 0.0 && (to - seconds).abs() < 0.1, "{to}");
         assert!(series.steps.windows(2).all(|two| two[0].to == two[1].from));
-        // The one vCPU is in some phase at any time: no step has more time than there is.
+        // The only vCPU is always in one phase, so no step has more time than its length.
         let khz = f64::from(series.tsc_khz.expect("a frequency"));
         let full = series.steps.iter().filter(|step| {
             let share = step.cycles.sum() as f64 / (khz * 1000.0) / step.seconds();
@@ -101,7 +101,7 @@ fn a_recording_is_read_exit_by_exit() {
 }
 
 #[test]
-fn taking_steps_together_loses_nothing() {
+fn merged_steps_keep_every_exit() {
     let series = series(AMD);
     for most in [1, 7, 100, 10_000] {
         let bins = series.bins(most);
@@ -115,7 +115,7 @@ fn taking_steps_together_loses_nothing() {
 }
 
 #[test]
-fn a_part_of_a_recording() {
+fn parts_select_time_and_vm() {
     let read = |part: &Part| Series::read(Path::new("x.rec"), INTEL, part);
     let (from, to) = (Some(1.0), Some(2.0));
     let middle = read(&Part {
@@ -159,7 +159,7 @@ fn a_part_of_a_recording() {
 }
 
 #[test]
-fn what_does_not_fit_together_is_refused() {
+fn mismatched_snapshots_are_refused() {
     let refusal = |snapshots: &[Vec<u8>]| {
         let series = Series::read(Path::new("x.rec"), &recording(snapshots), &Part::default());
         series.expect_err("no series").to_string()
@@ -183,16 +183,16 @@ fn what_does_not_fit_together_is_refused() {
     );
 }
 
-/// A snapshot of another life of the meter.
+/// Return a snapshot of another life of the meter.
 fn anew(mut snapshot: Vec<u8>, life: u8) -> Vec<u8> {
     snapshot[120] = life;
     snapshot
 }
 
-/// A recording in which the meter begins anew: with another life, with a TSC that begins anew as
-/// well, and with one that does so without a life, as before version 1.2.
+/// The meter begins anew in three ways: with another life, with another life and TSC, and with
+/// another TSC but no life number, as before version 1.2.
 #[test]
-fn what_lies_on_both_sides_of_a_new_beginning_is_drawn() {
+fn both_sides_of_a_new_beginning_are_drawn() {
     let far = anew(later(9_000), 1);
     let mut old = later(0);
     old[120..128].fill(0);
@@ -229,7 +229,7 @@ fn what_lies_on_both_sides_of_a_new_beginning_is_drawn() {
         assert_eq!(series.breaks, [3.0]);
         assert_eq!(series.marks, [(3.0, "the meter began anew".to_owned())]);
         assert_eq!(series.snapshots, 5);
-        // Taken together, too, the two sides stay apart.
+        // Merging keeps the two sides apart.
         assert_eq!(series.bins(1).len(), 2);
         let cycles: u128 = series.bins(1).iter().map(|bin| bin.cycles.sum()).sum();
         assert_eq!(cycles, series.sum.cycles.sum());
@@ -254,7 +254,7 @@ fn what_lies_on_both_sides_of_a_new_beginning_is_drawn() {
     let torn = Series::read(Path::new("x.rec"), &recording(&lives[3]), &Part::default());
     let torn = torn.expect("the steps before the first one");
     assert_eq!((torn.breaks.len(), torn.steps.len()), (2, 2));
-    // Of one side alone.
+    // Select one side only.
     let part = Part {
         to: Some(2.5),
         ..Part::default()
@@ -264,7 +264,7 @@ fn what_lies_on_both_sides_of_a_new_beginning_is_drawn() {
     assert_eq!((part.breaks.len(), part.steps.len()), (0, 2));
 }
 
-/// The texts of a picture with the boxes that they take when they are drawn.
+/// Return the texts of a picture and their bounding boxes.
 fn texts(svg: &str) -> Vec<(String, [f32; 4])> {
     fn walk(group: &Group, texts: &mut Vec<(String, [f32; 4])>) {
         for node in group.children() {
@@ -288,7 +288,7 @@ fn texts(svg: &str) -> Vec<(String, [f32; 4])> {
 }
 
 #[test]
-fn each_text_lies_inside_and_on_no_other() {
+fn texts_are_inside_and_do_not_overlap() {
     let long = "a very long word on what was recorded ".repeat(20);
     for (bytes, subtitle) in [
         (INTEL, "boot"),
@@ -320,7 +320,7 @@ fn each_text_lies_inside_and_on_no_other() {
 }
 
 #[test]
-fn texts_are_as_wide_as_is_reckoned_with() {
+fn text_widths_match_the_font() {
     for text in [
         "EXTERNAL_INTERRUPT",
         "seconds since the recording began",
@@ -348,7 +348,7 @@ fn texts_are_as_wide_as_is_reckoned_with() {
 }
 
 #[test]
-fn the_legend_names_what_is_frequent_and_sums_up_the_rest() {
+fn legend_names_frequent_reasons_and_sums_the_rest() {
     let series = series(AMD);
     let layers = palette::layers(&series);
     let names: Vec<_> = layers.iter().map(|layer| layer.name.as_str()).collect();
@@ -369,15 +369,15 @@ fn the_legend_names_what_is_frequent_and_sums_up_the_rest() {
         layers.iter().map(|layer| layer.exits).sum::<u64>(),
         series.sum.exits
     );
-    // No two look alike.
+    // No two layers look the same.
     let paints: std::collections::BTreeSet<_> =
         layers.iter().map(|layer| layer.paint.fill()).collect();
     assert_eq!(paints.len(), layers.len());
 }
 
 #[test]
-fn areas_are_as_large_as_what_they_stand_for() {
-    // In pixels: of the rate's picture, how many are of a reason, and of the phases' of a phase.
+fn areas_are_proportional_to_the_numbers() {
+    // Count the pixels of two reasons in one chart, and of two phases in the other.
     let series = series(INTEL);
     let pixels = |picture: &Picture| {
         let png = png::render(&picture.svg("x")).expect("pixels");
@@ -415,7 +415,7 @@ fn areas_are_as_large_as_what_they_stand_for() {
 }
 
 #[test]
-fn nothing_that_happens_is_drawn_too() {
+fn recordings_without_exits_are_drawn() {
     let series = series(&recording(&[later(0), later(1), later(2)]));
     assert_eq!(series.sum.exits, 0);
     let layers = palette::layers(&series);
@@ -433,7 +433,7 @@ fn nothing_that_happens_is_drawn_too() {
 }
 
 #[test]
-fn names_of_vms_cannot_break_a_picture() {
+fn vm_names_are_escaped() {
     let hostile = "<b>&\"'\u{1}</title>";
     let escaped = svg::escape(hostile);
     assert_eq!(escaped, "&lt;b&gt;&amp;&quot;' &lt;/title&gt;");
@@ -445,7 +445,7 @@ fn names_of_vms_cannot_break_a_picture() {
 }
 
 #[test]
-fn moments_that_have_names_are_drawn_where_they_are() {
+fn marks_are_drawn_at_their_time() {
     let mut file = Vec::new();
     let second = std::time::Duration::from_secs(1);
     let (begun, interval) = (second, second);
@@ -483,15 +483,15 @@ fn moments_that_have_names_are_drawn_where_they_are() {
         ..Part::default()
     };
     let part = Series::read(Path::new("x.rec"), &file, &part);
-    // One snapshot is no interval.
+    // One snapshot makes no interval.
     assert!(matches!(
         part,
         Err(series::Error::TooShort { found: 1, .. })
     ));
 }
 
-/// The snapshot with tables as it would be after so many seconds, each of them with 1000 exits of one
-/// detail of its MSR_WRITEs more.
+/// Return the snapshot with tables as it would be `seconds` later, with 1000 more exits per second
+/// of one detail of its MSR_WRITE exits.
 fn busier(seconds: u64) -> Vec<u8> {
     let mut bytes = TABLES.to_vec();
     let number = |bytes: &[u8], at: usize| {
@@ -507,7 +507,7 @@ fn busier(seconds: u64) -> Vec<u8> {
     while !is_write(&bytes, entry) {
         entry += number(&bytes, section + 8) & 0xffff_ffff;
     }
-    // The MSR of that entry becomes one that has a name.
+    // Replace the MSR of that entry with one that has a name.
     bytes[entry + 16..entry + 24].copy_from_slice(&(0x6e0_u64 | 1 << 32).to_le_bytes());
     let exits = 1000 * seconds;
     for (at, more) in [
@@ -524,7 +524,7 @@ fn busier(seconds: u64) -> Vec<u8> {
 }
 
 #[test]
-fn details_are_told_step_by_step_with_their_names() {
+fn details_are_shown_by_step_and_name() {
     let snapshots: Vec<_> = (0..4).map(busier).collect();
     let all = series(&recording(&snapshots));
     let exits = |step: &series::Step| {
@@ -555,8 +555,8 @@ fn details_are_told_step_by_step_with_their_names() {
         let svg = picture.svg("");
         assert!(svg.contains("<title>MSR_WRITE: write 0x6e0 IA32_TSC_DEADLINE</title>"));
     }
-    assert_eq!(details::untold(&all, None), 0);
-    // As the steps have them, the sum has them, with what it can lack: nothing.
+    assert_eq!(details::exits_in_no_table(&all, None), 0);
+    // The sum equals the steps, and lacks nothing.
     let groups = details::by_reason(&all, Weight::Exits);
     assert_eq!((groups.len(), groups[0].rows.len()), (1, 1));
     let row = &groups[0].rows[0];
@@ -586,7 +586,7 @@ fn details_are_told_step_by_step_with_their_names() {
 }
 
 #[test]
-fn where_details_were_off_there_is_a_gap() {
+fn details_that_are_off_leave_a_gap() {
     let mut without = busier(2);
     without[128..160].fill(0);
     let snapshots = [busier(0), busier(1), without, busier(3), busier(4)];
@@ -597,14 +597,14 @@ fn where_details_were_off_there_is_a_gap() {
         .map(|step| step.details.is_some())
         .collect();
     assert_eq!(told, [true, false, false, true]);
-    // Taken together they stay apart.
+    // Merging keeps them apart.
     assert_eq!(series.bins(1).len(), 3);
     let picture = details::draw(&series, Weight::Exits, None, 0, "").expect("details");
     let svg = picture.svg("");
     assert_eq!(svg.matches("<title>MSR_WRITE: write").count(), 2);
     assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-    // Exits while they were off are not counted as missing.
-    assert_eq!(details::untold(&series, None), 0);
+    // Exits while details were off do not count as missing.
+    assert_eq!(details::exits_in_no_table(&series, None), 0);
     assert!(facts(&series).iter().all(|(name, _)| name != "details"));
     let old = facts(&self::series(AMD));
     assert!(old
@@ -613,8 +613,8 @@ fn where_details_were_off_there_is_a_gap() {
 }
 
 #[test]
-fn exits_before_the_tables_are_said_to_be_in_none() {
-    // The row of the reason has exits that no table has.
+fn exits_before_the_tables_are_reported() {
+    // The row of the reason has exits that are in no table.
     let mut after = busier(1);
     let row = {
         let old = busier(0);
@@ -626,9 +626,9 @@ fn exits_before_the_tables_are_said_to_be_in_none() {
     let exits = u64::from_le_bytes(after[row..row + 8].try_into().expect("8 bytes")) + 500;
     after[row..row + 8].copy_from_slice(&exits.to_le_bytes());
     let series = series(&recording(&[busier(0), after]));
-    assert_eq!(details::untold(&series, None), 500);
-    assert_eq!(details::untold(&series, Some(32)), 500);
-    assert_eq!(details::untold(&series, Some(10)), 0);
+    assert_eq!(details::exits_in_no_table(&series, None), 500);
+    assert_eq!(details::exits_in_no_table(&series, Some(32)), 500);
+    assert_eq!(details::exits_in_no_table(&series, Some(10)), 0);
     let picture = details::draw(&series, Weight::Exits, None, 500, "").expect("details");
     assert!(picture
         .svg("")
@@ -636,7 +636,7 @@ fn exits_before_the_tables_are_said_to_be_in_none() {
 }
 
 #[test]
-fn each_slow_exit_is_one_mark_where_it_was() {
+fn each_slow_exit_is_one_mark_at_its_time() {
     let series = series(WHY);
     let (from, to) = series.range();
     let mut last = u64::MAX;
@@ -649,7 +649,7 @@ fn each_slow_exit_is_one_mark_where_it_was() {
         assert!((from..=to).contains(&slow.at) && slow.exit.took <= last);
         last = slow.exit.took;
     }
-    // One vCPU, and a window of 2^35 ticks, of which there are some.
+    // One vCPU, and several windows of 2^35 ticks.
     let khz = f64::from(series.tsc_khz.expect("a frequency"));
     let windows = ((to - from) * khz * 1000.0 / 2_f64.powi(35)).ceil() + 1.0;
     let most = (windows * 16.0) as usize;
@@ -662,7 +662,7 @@ fn each_slow_exit_is_one_mark_where_it_was() {
     let picture = slow::draw(&series, &layers, None, "").expect("slow exits");
     let svg = picture.svg("");
     assert_eq!(svg.matches("<circle ").count(), times.len());
-    // The longest has its number, and all about it where it is pointed at.
+    // The longest exit has a number, and a hint with all its facts.
     let longest = &series.slow[0].exit;
     for word in [
         ">1</text>".to_owned(),
@@ -684,7 +684,7 @@ fn each_slow_exit_is_one_mark_where_it_was() {
 }
 
 #[test]
-fn a_tsc_lies_between_its_snapshots() {
+fn tsc_is_interpolated_between_snapshots() {
     let times = [(100, 0.0), (200, 1.0), (400, 2.0)];
     let at = |tsc| series::moment(&times, tsc);
     assert_eq!([at(99), at(100), at(150)], [None, Some(0.0), Some(0.5)]);

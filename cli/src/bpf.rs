@@ -104,7 +104,7 @@ pub enum Error {
     OtherVersion,
     /// A vCPU's numbers changed during each attempt to copy them.
     #[error("the numbers of a vCPU could not be copied, as it exits too fast: try again")]
-    Restless,
+    NeverStable,
 }
 
 /// Programs that this process attached for itself.

@@ -113,18 +113,18 @@ pub struct Exporter {
     input: PathBuf,
     detail: Detail,
     created: bool,
-    kept: Mutex<Kept>,
+    state: Mutex<State>,
 }
 
 /// State kept from one scrape to the next.
 #[derive(Debug, Default)]
-struct Kept {
+struct State {
     /// Names of the VMs.
     names: Book,
     /// The meter's life number, and the time of its start since 1970.
-    begun: Option<(u64, Duration)>,
+    meter_start: Option<(u64, Duration)>,
     /// Highest number of vCPUs seen for each VM.
-    most: BTreeMap<u64, usize>,
+    most_vcpus: BTreeMap<u64, usize>,
     /// Counters of details, if requested.
     details: Option<Details>,
     /// Moments that the page has read.
@@ -144,9 +144,9 @@ impl Exporter {
                 details: args.details.is_some(),
             },
             created: args.created,
-            kept: Mutex::new(Kept {
+            state: Mutex::new(State {
                 details: args.details.map(|limit| Details::new(limit.into())),
-                ..Kept::default()
+                ..State::default()
             }),
         }
     }
@@ -156,26 +156,26 @@ impl Exporter {
         let mut to = Exposition::new(format);
         let begin = Instant::now();
         let read = self.read(self.detail);
-        let took = begin.elapsed();
+        let read_time = begin.elapsed();
         let is_up = read.is_ok();
         match read {
             Ok((mut sums, names)) => {
-                let mut kept = self.kept();
-                let begun = kept.begun(&sums);
+                let mut state = self.state();
+                let meter_start = state.meter_start(&sums);
                 let mut labels = label::labels(&sums, &names);
-                kept.remove_dying(&mut labels, &sums);
-                let details = kept.details.as_mut().map(|details| {
+                state.remove_dying(&mut labels, &sums);
+                let details = state.details.as_mut().map(|details| {
                     details.add(&mut sums);
                     details.vms().clone()
                 });
-                drop(kept);
+                drop(state);
                 let scrape = Scrape {
                     sums: &sums,
                     labels: &labels,
                     names: &names,
                     details: details.as_ref(),
-                    begun,
-                    took,
+                    meter_start,
+                    read_time,
                     created: self.created,
                 };
                 metrics::write(&mut to, &scrape);
@@ -191,13 +191,13 @@ impl Exporter {
     /// Make the page for people.
     pub fn page(&self) -> String {
         // A reload within a second shows the same moment.
-        if !self.kept().history.is_fresh() {
+        if !self.state().history.is_fresh() {
             match self.read(Detail::default()) {
-                Ok((sums, names)) => self.kept().history.add(sums, names),
+                Ok((sums, names)) => self.state().history.add(sums, names),
                 Err(error) => return page::error(&error.to_string()),
             }
         }
-        self.kept().history.page()
+        self.state().history.page()
     }
 
     /// Read the meter, and look up the names of its VMs.
@@ -205,30 +205,30 @@ impl Exporter {
         let path = self.choice.open(&self.input)?;
         let sums = Sums::read(&path, detail)?;
         let running = sums.running();
-        let mut names = match self.kept().names.clone() {
+        let mut names = match self.state().names.clone() {
             empty if empty == Book::default() => Book::of(&path),
             names => names,
         };
         // Do not hold the lock here: a process that hangs can take long to return its command line.
         names.look_up(&running);
         names.forget_others(&running);
-        let mut kept = self.kept();
-        kept.names = names.clone();
-        kept.logged = None;
+        let mut state = self.state();
+        state.names = names.clone();
+        state.logged = None;
         Ok((sums, names))
     }
 
     /// Log an error, unless it is the same as the last one.
     fn log_once(&self, error: &str) {
-        let mut kept = self.kept();
-        if kept.logged.as_deref() != Some(error) {
+        let mut state = self.state();
+        if state.logged.as_deref() != Some(error) {
             log(error);
-            kept.logged = Some(error.to_owned());
+            state.logged = Some(error.to_owned());
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -247,13 +247,13 @@ fn log(text: &str) {
     let _ = writeln!(io::stderr(), "exitmeter: {text}");
 }
 
-impl Kept {
+impl State {
     /// Return the start time of the meter since 1970. It is constant for the meter's life.
-    fn begun(&mut self, sums: &Sums) -> Duration {
+    fn meter_start(&mut self, sums: &Sums) -> Duration {
         let head = &sums.head;
-        if let Some((life, begun)) = self.begun {
+        if let Some((life, meter_start)) = self.meter_start {
             if life == head.life {
-                return begun;
+                return meter_start;
             }
         }
         let now = SystemTime::now()
@@ -262,10 +262,10 @@ impl Kept {
         let ticks = head.now.saturating_sub(head.loaded);
         let age = Span::of(ticks, head.tsc_khz).seconds;
         let age = age.map(Duration::from_secs_f64);
-        let begun = now.saturating_sub(age.unwrap_or_default());
-        self.begun = Some((head.life, begun));
-        self.most.clear();
-        begun
+        let meter_start = now.saturating_sub(age.unwrap_or_default());
+        self.meter_start = Some((head.life, meter_start));
+        self.most_vcpus.clear();
+        meter_start
     }
 
     /// Remove the labels of VMs that have lost a vCPU.
@@ -274,11 +274,12 @@ impl Kept {
     /// virt/kvm/kvm_main.c), never a single one. A snapshot of that moment has only some of them.
     /// Their sum is less than before, and a counter must not fall.
     fn remove_dying(&mut self, labels: &mut BTreeMap<u64, String>, sums: &Sums) {
-        self.most.retain(|number, _| sums.vms.contains_key(number));
+        self.most_vcpus
+            .retain(|number, _| sums.vms.contains_key(number));
         for (number, vm) in &sums.vms {
-            let most = self.most.entry(*number).or_insert(vm.vcpus);
-            *most = vm.vcpus.max(*most);
-            if vm.vcpus < *most {
+            let most_vcpus = self.most_vcpus.entry(*number).or_insert(vm.vcpus);
+            *most_vcpus = vm.vcpus.max(*most_vcpus);
+            if vm.vcpus < *most_vcpus {
                 labels.remove(number);
             }
         }

@@ -354,7 +354,7 @@ impl Maps {
             }
             tries += 64;
             if tries > TRIES {
-                return Err(Error::Restless);
+                return Err(Error::NeverStable);
             }
             thread::yield_now();
         }
@@ -403,7 +403,7 @@ impl Maps {
                 return Ok(copy);
             }
         }
-        Err(Error::Restless)
+        Err(Error::NeverStable)
     }
 
     /// Make a snapshot in the format of /dev/exitmeter (see docs/interface.md). Without
@@ -411,7 +411,7 @@ impl Maps {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Restless`], or [`Error::OtherVersion`] if the maps name no ISA.
+    /// Returns [`Error::NeverStable`], or [`Error::OtherVersion`] if the maps name no ISA.
     pub fn snapshot(&self, show_code: bool) -> Result<Vec<u8>, Error> {
         let host = Host {
             isa: match self.meter_word(offset_of!(Meter, isa)) {

@@ -234,9 +234,9 @@ pub struct Scrape<'a> {
     /// Counters of details by VM, if requested.
     pub details: Option<&'a BTreeMap<u64, Counters>>,
     /// Start time of the meter since 1970.
-    pub begun: Duration,
+    pub meter_start: Duration,
     /// Time that it took to read the meter.
-    pub took: Duration,
+    pub read_time: Duration,
     /// Write the start time of each counter, if the format has it.
     pub created: bool,
 }
@@ -250,7 +250,7 @@ struct ShownVm<'a> {
     number: u64,
     vm: &'a Vm,
     /// Start of its counters, in seconds since 1970.
-    began: f64,
+    start: f64,
 }
 
 /// State of writing a scrape.
@@ -258,7 +258,7 @@ struct Writer<'a> {
     to: &'a mut Exposition,
     scrape: &'a Scrape<'a>,
     /// Start of the meter, in seconds since 1970.
-    begun: f64,
+    meter_start: f64,
     reasons: &'a BTreeMap<Key, String>,
     vms: &'a [ShownVm<'a>],
 }
@@ -286,7 +286,7 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
             label,
             number: *number,
             vm,
-            began: scrape.since_1970(vm.first),
+            start: scrape.since_1970(vm.first),
         })
     });
     let vms: Vec<_> = vms.collect();
@@ -294,7 +294,7 @@ pub fn write(to: &mut Exposition, scrape: &Scrape<'_>) {
     let mut writer = Writer {
         to,
         scrape,
-        begun: scrape.since_1970(scrape.sums.head.loaded),
+        meter_start: scrape.since_1970(scrape.sums.head.loaded),
         reasons: &reasons,
         vms: &vms,
     };
@@ -319,7 +319,7 @@ impl Scrape<'_> {
     fn since_1970(&self, tsc: u64) -> f64 {
         let age = tsc.saturating_sub(self.sums.head.loaded);
         let age = self.seconds(age.into()).unwrap_or(0.0);
-        (self.begun.as_secs_f64() + age).round()
+        (self.meter_start.as_secs_f64() + age).round()
     }
 
     /// Convert ticks to seconds; `None` if the frequency is unknown.
@@ -338,24 +338,24 @@ impl Scrape<'_> {
 
 impl Writer<'_> {
     /// Write a sample, and for a counter its start time.
-    fn sample(&mut self, family: &Family, labels: Labels<'_>, value: impl Display, began: f64) {
+    fn sample(&mut self, family: &Family, labels: Labels<'_>, value: impl Display, start: f64) {
         self.to.sample(family, labels, value);
         if self.scrape.created && family.kind == Kind::Counter {
-            self.to.created(family, labels, began);
+            self.to.created(family, labels, start);
         }
     }
 
     /// Write a time, if the frequency is known.
-    fn time(&mut self, family: &Family, labels: Labels<'_>, ticks: u128, began: f64) {
+    fn time(&mut self, family: &Family, labels: Labels<'_>, ticks: u128, start: f64) {
         if let Some(seconds) = self.scrape.seconds(ticks) {
-            self.sample(family, labels, seconds, began);
+            self.sample(family, labels, seconds, start);
         }
     }
 
     /// Write a family of the host that has one sample.
     fn host_sample(&mut self, family: &Family, value: impl Display) {
         self.to.family(family);
-        self.sample(family, &[], value, self.begun);
+        self.sample(family, &[], value, self.meter_start);
     }
 
     /// Write the histogram of the cost of a reason's exits.
@@ -364,7 +364,7 @@ impl Writer<'_> {
         family: &Family,
         labels: Labels<'_>,
         (spread, cycles): (Option<&Spread>, &Cycles),
-        began: f64,
+        start: f64,
     ) {
         let (Some(spread), Some(sum)) = (spread, self.scrape.seconds(cycles.kernel)) else {
             return;
@@ -374,7 +374,7 @@ impl Writer<'_> {
         self.to
             .histogram(family, labels, &counts, spread.count(), sum);
         if self.scrape.created {
-            self.to.created(family, labels, began);
+            self.to.created(family, labels, start);
         }
     }
 
@@ -384,33 +384,33 @@ impl Writer<'_> {
         let labels = [("source", source), ("isa", sums.head.isa.name())];
         self.to.family(&METER);
         self.to.sample(&METER, &labels, 1);
-        self.host_sample(&METER_START, self.begun);
-        self.host_sample(&READ, self.scrape.took.as_secs_f64());
+        self.host_sample(&METER_START, self.meter_start);
+        self.host_sample(&READ, self.scrape.read_time.as_secs_f64());
         self.host_sample(&VCPUS, sums.vcpus());
         self.host_sample(&UNMETERED, sums.head.unmetered);
         self.host_sample(&DEPARTED, sums.head.gone);
     }
 
     fn host(&mut self) {
-        let (sums, reasons, began) = (self.scrape.sums, self.reasons, self.begun);
+        let (sums, reasons, start) = (self.scrape.sums, self.reasons, self.meter_start);
         // Rows and reasons have the same keys, in the same order.
         let rows = || sums.all.values().zip(reasons.values());
         self.to.family(&HOST_EXITS);
         for (row, reason) in rows() {
-            self.sample(&HOST_EXITS, &[("reason", reason)], row.exits, began);
+            self.sample(&HOST_EXITS, &[("reason", reason)], row.exits, start);
         }
         for (_, family, phase) in BY_REASON {
             self.to.family(family);
             for (row, reason) in rows() {
                 let ticks = row.cycles.of(phase);
                 if ticks != 0 {
-                    self.time(family, &[("reason", reason)], ticks, began);
+                    self.time(family, &[("reason", reason)], ticks, start);
                 }
             }
         }
         self.to.family(&HOST_PHASE);
         for (phase, ticks) in ticks(&cycles(&sums.all)) {
-            self.time(&HOST_PHASE, &[("phase", phase)], ticks, began);
+            self.time(&HOST_PHASE, &[("phase", phase)], ticks, start);
         }
         if let Some(polled) = sums.polled_ns {
             self.host_sample(&HOST_POLLED, polled as f64 / 1e9);
@@ -418,7 +418,7 @@ impl Writer<'_> {
         self.to.family(&HOST_DURATION);
         for (row, reason) in rows() {
             let spread = (row.spread.as_ref(), &row.cycles);
-            self.spread(&HOST_DURATION, &[("reason", reason)], spread, began);
+            self.spread(&HOST_DURATION, &[("reason", reason)], spread, start);
         }
     }
 
@@ -439,13 +439,13 @@ impl Writer<'_> {
             ];
             self.to.sample(&VM_INFO, &labels, 1);
         }
-        self.each_vm(&VM_START, |shown| Some(shown.began));
+        self.each_vm(&VM_START, |shown| Some(shown.start));
         self.each_vm(&VM_VCPUS, |shown| Some(shown.vm.vcpus as f64));
         self.to.family(&EXITS);
         for shown in self.vms {
             for (reason, row) in self.rows(shown.vm) {
                 let labels = [("vm", shown.label), ("reason", reason)];
-                self.sample(&EXITS, &labels, row.exits, shown.began);
+                self.sample(&EXITS, &labels, row.exits, shown.start);
             }
         }
         self.each_vm(&NESTED, |shown| {
@@ -461,7 +461,7 @@ impl Writer<'_> {
                     let ticks = row.cycles.of(phase);
                     if ticks != 0 {
                         let labels = [("vm", shown.label), ("reason", reason)];
-                        self.time(family, &labels, ticks, shown.began);
+                        self.time(family, &labels, ticks, shown.start);
                     }
                 }
             }
@@ -470,7 +470,7 @@ impl Writer<'_> {
         for shown in self.vms {
             for (phase, ticks) in ticks(&shown.vm.cycles()) {
                 let labels = [("vm", shown.label), ("phase", phase)];
-                self.time(&PHASE, &labels, ticks, shown.began);
+                self.time(&PHASE, &labels, ticks, shown.start);
             }
         }
         self.each_vm(&POLLED, |shown| Some(shown.vm.polled_ns? as f64 / 1e9));
@@ -482,7 +482,7 @@ impl Writer<'_> {
             for (reason, row) in self.rows(shown.vm) {
                 let labels = [("vm", shown.label), ("reason", reason)];
                 let spread = (row.spread.as_deref(), &row.cycles);
-                self.spread(&DURATION, &labels, spread, shown.began);
+                self.spread(&DURATION, &labels, spread, shown.start);
             }
         }
     }
@@ -495,7 +495,7 @@ impl Writer<'_> {
         for shown in self.vms {
             for (id, (exits, _)) in &shown.vm.each {
                 let labels = [("vm", shown.label), ("vcpu", &*id.to_string())];
-                self.sample(&VCPU_EXITS, &labels, exits, shown.began);
+                self.sample(&VCPU_EXITS, &labels, exits, shown.start);
             }
         }
         self.to.family(&VCPU_PHASE);
@@ -504,7 +504,7 @@ impl Writer<'_> {
                 let id = id.to_string();
                 for (phase, ticks) in ticks(cycles) {
                     let labels = [("vm", shown.label), ("vcpu", &id), ("phase", phase)];
-                    self.time(&VCPU_PHASE, &labels, ticks, shown.began);
+                    self.time(&VCPU_PHASE, &labels, ticks, shown.start);
                 }
             }
         }
@@ -529,13 +529,13 @@ impl Writer<'_> {
                 let Some(counters) = details.get(&shown.number) else {
                     continue;
                 };
-                let began = self.scrape.since_1970(counters.since);
+                let start = self.scrape.since_1970(counters.since);
                 for ((key, words), numbers) in &counters.rows {
                     // Times of 0 get no series, as in the metrics by reason.
                     let value = value(self, numbers).filter(|value| *value != 0.0);
                     if let (Some(reason), Some(value)) = (self.reasons.get(key), value) {
                         let labels = [("vm", shown.label), ("reason", reason), ("detail", words)];
-                        self.sample(family, &labels, value, began);
+                        self.sample(family, &labels, value, start);
                     }
                 }
             }
@@ -547,7 +547,7 @@ impl Writer<'_> {
         self.to.family(family);
         for shown in self.vms {
             if let Some(value) = of(shown) {
-                self.sample(family, &[("vm", shown.label)], value, shown.began);
+                self.sample(family, &[("vm", shown.label)], value, shown.start);
             }
         }
     }

@@ -30,7 +30,7 @@ const RELOAD: u64 = 5;
 const FRESH: Duration = Duration::from_secs(1);
 
 /// Time for which moments are kept.
-const KEPT: Duration = Duration::from_secs(600);
+const HISTORY_LENGTH: Duration = Duration::from_secs(600);
 
 /// Maximum number of VMs shown.
 const VMS: usize = 20;
@@ -92,7 +92,7 @@ impl History {
                 vms,
             },
         });
-        let is_old = |moment: &Moment| at.duration_since(moment.at) > KEPT;
+        let is_old = |moment: &Moment| at.duration_since(moment.at) > HISTORY_LENGTH;
         while self.moments.front().is_some_and(is_old) {
             self.moments.pop_front();
         }
@@ -215,8 +215,8 @@ impl History {
             .iter()
             .map(|(number, vm)| {
                 let rows = match before.get(number) {
-                    Some(before) => since(&vm.whole(), &before.whole()),
-                    None => vm.whole(),
+                    Some(before) => since(&vm.report_rows(), &before.report_rows()),
+                    None => vm.report_rows(),
                 };
                 (*number, vm, Ledger::of(rows.into_values()))
             })

@@ -270,9 +270,9 @@ impl Sums {
 
 impl Vm {
     /// Return the rows in the form of a report.
-    pub fn whole(&self) -> Rows {
+    pub fn report_rows(&self) -> Rows {
         let rows = self.rows.iter();
-        rows.map(|(key, row)| (*key, row.whole())).collect()
+        rows.map(|(key, row)| (*key, row.report_row())).collect()
     }
 
     /// Return the ticks by phase.
@@ -303,7 +303,7 @@ impl Row {
     }
 
     /// Return the row in the form of a report.
-    pub fn whole(&self) -> ReasonRow {
+    pub fn report_row(&self) -> ReasonRow {
         ReasonRow {
             label: self.label,
             exits: self.exits,

@@ -376,7 +376,8 @@ impl Series {
         )
     }
 
-    /// Return the steps, merged so that there are about `most`.
+    /// Merge the steps into at most `most` bins, plus one for each place where the meter began anew
+    /// or details were turned on or off.
     pub fn bins(&self, most: u32) -> Vec<Step> {
         let (from, to) = self.range();
         let width = (to - from) / f64::from(most.max(1));

@@ -3,7 +3,7 @@
 //! Metering on hosts that cannot load the module. BPF programs keep the same ledgers.
 //!
 //! [`layout`] looks up the offsets of this kernel's KVM, and [`object`] patches them into the
-//! programs. [`attach`] loads and attaches the programs through [`sys`], [`pins`] keeps them after
+//! programs. [`mod@attach`] loads and attaches the programs through [`sys`], [`pins`] keeps them after
 //! this process ends, and [`maps`] makes a snapshot of their maps. The programs are in cli/bpf.
 //! [`socket`] gets a snapshot from systemd if this process may not read the pins.
 

@@ -47,8 +47,8 @@ TSC ticks of the host. Vectors of the host's interrupts are not shown: their exi
 guest's kernel, which is asked through /dev/cpu/*/cpuid ('modprobe cpuid'). Names come from
 /proc/kallsyms. The exits of the reading itself are included.
 
-Cycles are TSC ticks of the host. The kernel cycles of HLT include the time that KVM polled before it
-let the vCPU sleep; `exitmeter report` on the host shows it separately.
+Cycles are TSC ticks of the host. The kernel cycles of HLT include the time that KVM polled before
+it let the vCPU sleep; `exitmeter report` on the host shows it separately.
 
 Examples:
   exitmeter guest
@@ -174,7 +174,7 @@ impl Args {
         Ok(())
     }
 
-    /// Read the symbols that name code. The default is the guest's own_exits kernel, if it has some.
+    /// Read the symbols that name code. The default is the guest's own kernel, if it has some.
     fn symbols(&self) -> Result<Symbols, symbols::Error> {
         match &self.symbols {
             Some(path) => Symbols::read(path),

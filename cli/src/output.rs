@@ -166,7 +166,7 @@ impl Output {
     }
 }
 
-/// Return true unless the environment turns colours off (see https://no-color.org).
+/// Return true unless the environment turns colours off (see <https://no-color.org>).
 fn colors_allowed(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> bool {
     let unwanted = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
     !unwanted && variable("TERM").is_some_and(|value| value != "dumb")

@@ -78,7 +78,7 @@ pub struct Args {
     /// In the charts of details and slow exits, draw only this reason: its name or its number.
     #[arg(long, value_name = "REASON")]
     reason: Option<String>,
-    /// Weight that sorts the details and that their chart shows: exits, or kernel cycles (ticks).
+    /// Sort key of the details, and quantity in their chart: exits, or kernel cycles (ticks).
     #[arg(long, value_enum, default_value_t = Weight::Exits)]
     weight: Weight,
     /// Name the code of slow exits by the symbols in FILE: the guest's /proc/kallsyms, or its

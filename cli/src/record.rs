@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter record`: keeps snapshots over some time in a file.
+//! `exitmeter record`: keep snapshots over time in a file.
 
 use std::{
     ffi::OsString,
@@ -31,21 +31,21 @@ use crate::{
 pub(crate) mod child;
 pub(crate) mod events;
 
-/// On the host: records the exits over time, while a command runs or up to Ctrl-C.
+/// On the host: record VM exits over time, while a command runs or until Ctrl-C.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The recording can be read up to its last snapshot at any time, also when it was cut off.
-What takes and stores a snapshot is a task of its own; the vCPUs are not held up.
+The recording is readable up to its last snapshot at any time, even after it was cut off.
+A task of its own takes and stores the snapshots; vCPUs are not held up.
 
---why keeps details on for as long as it records, so that the recording tells what exits were
-about and which were slow. That takes CAP_PERFMON, which root has, some 100 instructions more of
-each exit, and some 4 kB of the file for each snapshot of a vCPU instead of 0.2. The module cannot
-be unloaded meanwhile. Without --why a recording has details only while they are on for someone
-else, or always with the module's parameter details=1.
+--why keeps details on while it records, so that the recording shows what exits were about and
+which were slow. It needs CAP_PERFMON, which root has. It costs some 100 instructions for each
+exit, and some 4 kB in the file for each snapshot of a vCPU instead of 0.2. The module cannot be
+unloaded meanwhile. Without --why, a recording has details only while another process keeps them
+on, or always with the module's parameter details=1.
 
 Exit status:
-  that of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
-  could not be run; 125 when the recording failed. Without CMD: 0, or 1 when it failed
+  the status of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when
+  it could not be run; 125 when the recording failed. Without CMD: 0, or 1 when it failed
 
 Examples:
   exitmeter record -o boot.rec -- qemu-system-x86_64 -enable-kvm disk.img
@@ -53,7 +53,7 @@ Examples:
   exitmeter record -o why.rec --why -- sleep 20
   exitmeter plot boot.rec -o boot.html")]
 pub struct Args {
-    /// The file to write; what it held is lost.
+    /// File to write. Existing contents are lost.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// Milliseconds from one snapshot to the next.
@@ -62,26 +62,27 @@ pub struct Args {
     interval: u64,
     #[command(flatten)]
     asked: source::Asked,
-    /// The device, or a file in which something keeps a fresh snapshot.
+    /// Device to read, or a file that is rewritten with fresh snapshots.
     #[arg(long, value_name = "DEVICE", default_value = source::DEVICE)]
     input: PathBuf,
-    /// Turns details on while it records: what exits were about, and which were slow.
+    /// Keep details on while recording: what exits were about, and which were slow.
     #[arg(long)]
     why: bool,
-    /// Does not tell at the end how much was recorded.
+    /// Do not print a summary at the end.
     #[arg(short, long)]
     quiet: bool,
-    /// The command to run meanwhile, with its arguments.
+    /// Command to run while recording, with its arguments.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
 impl Args {
-    /// Records; the status to exit with.
+    /// Record, and return the exit status.
     ///
     /// # Errors
     ///
-    /// When there is nothing to record or it cannot be written, and no command was to be run.
+    /// Fails when there is nothing to record or the file cannot be written, and no command was
+    /// given.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         command::exit_code(self.record(), &self.command)
     }
@@ -92,7 +93,7 @@ impl Args {
             false => self.asked.source.open(&self.input)?,
         };
         let begun = Instant::now();
-        // Before anything is written or run: is there something to record?
+        // Fail before anything is written or run if there is nothing to record.
         let from = match self.why {
             true => Origin::Device(Device::open_by(self.asked.source, &input)?),
             false => Origin::File(&input),
@@ -100,7 +101,7 @@ impl Args {
         let first = from.read()?;
         let snapshot = source::parse(&input, &first)?;
 
-        let mut tape = Tape {
+        let mut recorder = Recorder {
             args: self,
             from,
             begun,
@@ -109,26 +110,26 @@ impl Args {
             names: Book::of(&input),
             writer: self.begin().with_context(|| self.unwritable())?,
         };
-        tape.name(Duration::ZERO, &snapshot)?;
-        tape.write(|writer| writer.snapshot(Duration::ZERO, first.clone()))?;
+        recorder.write_names(Duration::ZERO, &snapshot)?;
+        recorder.write(|writer| writer.snapshot(Duration::ZERO, first.clone()))?;
 
-        // From here on no signal ends this process.
+        // From here on, the signals are events and do not end this process.
         let (events, sender) = Events::new().context("cannot wait for signals")?;
         let child = match self.command.split_first() {
             Some((program, arguments)) => Some(Child::start(program, arguments, sender)?),
             None => None,
         };
-        let recorded = tape.run(&events, child.as_ref());
+        let recorded = recorder.run(&events, child.as_ref());
         let Some(child) = child else {
             return recorded.map(|_| 0);
         };
         match recorded {
             Ok(ended) => Ok(ended.map_or(0, command::status)),
-            Err(error) => Ok(events.outlast(&child, &error)),
+            Err(error) => Ok(child.outlast(&events, &error)),
         }
     }
 
-    /// Begins the file.
+    /// Create the file, and write its header and its lines about the host and the command.
     fn begin(&self) -> io::Result<Writer<File>> {
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let mut writer = Writer::new(
@@ -157,11 +158,11 @@ impl Args {
     }
 }
 
-/// Where snapshots are read.
+/// Source of the snapshots.
 enum Origin<'a> {
-    /// A file that is opened each time.
+    /// File, opened for each snapshot.
     File(&'a Path),
-    /// The device, with details on.
+    /// Device, with details on.
     Device(Device),
 }
 
@@ -175,23 +176,23 @@ impl Origin<'_> {
     }
 }
 
-/// A recording that is going on.
-struct Tape<'a> {
+/// A recording in progress.
+struct Recorder<'a> {
     args: &'a Args,
     from: Origin<'a>,
     begun: Instant,
-    /// The latest snapshot's life of the meter, and TSC.
+    /// Life of the meter and TSC of the latest snapshot.
     latest: (u64, u64),
-    /// How often the meter began anew.
+    /// Number of times that the meter began anew.
     breaks: u64,
-    /// The names of the VMs that run.
+    /// Names of the VMs that run.
     names: Book,
     writer: Writer<File>,
 }
 
-impl Tape<'_> {
-    /// Takes a snapshot at each interval until the command, or a signal without one, ends it;
-    /// how the command ended.
+impl Recorder<'_> {
+    /// Take a snapshot at each interval until the command ends. Without a command, a signal ends
+    /// the recording. Return the exit status of the command.
     fn run(
         &mut self,
         events: &Events,
@@ -203,7 +204,7 @@ impl Tape<'_> {
             let (ended, how) = match events.until(next) {
                 None => {
                     self.take()?;
-                    // Of snapshots that were missed, since one took long, none is made up.
+                    // Skip the snapshots that are overdue because one took long.
                     let now = Instant::now();
                     while next <= now {
                         next += interval;
@@ -217,12 +218,12 @@ impl Tape<'_> {
                     }
                     (None, format!("stopped by signal {signal}"))
                 }
-                Some(Event::Ended(status)) => (Some(status), child::words(status)),
+                Some(Event::Ended(status)) => (Some(status), child::describe(status)),
             };
             self.take()?;
             let at = self.begun.elapsed();
             self.write(|writer| writer.end(at, &how))?;
-            self.tell(at);
+            self.print_summary(at);
             return Ok(ended);
         }
     }
@@ -230,9 +231,9 @@ impl Tape<'_> {
     fn take(&mut self) -> anyhow::Result<()> {
         let at = self.begun.elapsed();
         let snapshot = self.from.read()?;
-        // What cannot be read now may be read by a later tool: it is kept as it is.
+        // A later tool may be able to read a snapshot that this one cannot, so keep it.
         if let Ok(snapshot) = Snapshot::parse(&snapshot) {
-            self.name(at, &snapshot)?;
+            self.write_names(at, &snapshot)?;
             let now = (snapshot.life(), snapshot.now());
             if now.0 != self.latest.0 || now.1 < self.latest.1 {
                 self.breaks += 1;
@@ -242,8 +243,8 @@ impl Tape<'_> {
         self.write(|writer| writer.snapshot(at, snapshot))
     }
 
-    /// Writes the names of the VMs that have come. Those of VMs that go could not be told later.
-    fn name(&mut self, at: Duration, snapshot: &Snapshot<'_>) -> anyhow::Result<()> {
+    /// Write the names of new VMs. The name of a VM cannot be found out any more once it is gone.
+    fn write_names(&mut self, at: Duration, snapshot: &Snapshot<'_>) -> anyhow::Result<()> {
         let new = self.names.read(snapshot);
         self.names.forget(snapshot);
         match new.is_empty() {
@@ -259,7 +260,7 @@ impl Tape<'_> {
         write(&mut self.writer).with_context(|| self.args.unwritable())
     }
 
-    fn tell(&self, time: Duration) {
+    fn print_summary(&self, time: Duration) {
         if !self.args.quiet {
             let breaks = match self.breaks {
                 0 => String::new(),
@@ -270,30 +271,30 @@ impl Tape<'_> {
                 "exitmeter: {} snapshots in {:.1} s, {} in {}{breaks}",
                 numbers::exact(self.writer.snapshots()),
                 time.as_secs_f64(),
-                size(self.writer.bytes()),
+                format_size(self.writer.bytes()),
                 self.args.output.display()
             );
         }
     }
 }
 
-/// What a recording says about the host that it is made on.
+/// Return the lines about this host for the head of a recording.
 pub fn about_host() -> Vec<(&'static str, String)> {
     let system = rustix::system::uname();
     let mut about = vec![("kernel", system.release().to_string_lossy().into_owned())];
-    about.extend(cpu().map(|name| ("cpu", name)));
+    about.extend(cpu_model().map(|name| ("cpu", name)));
     about
 }
 
-/// What the host's CPU calls itself.
-fn cpu() -> Option<String> {
+/// Return the model name of the host's CPU.
+fn cpu_model() -> Option<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(": ")?.1.trim().to_owned())
 }
 
-/// A number of bytes, as people read it.
-fn size(bytes: u64) -> String {
+/// Format a number of bytes for people.
+fn format_size(bytes: u64) -> String {
     let text = numbers::rough(bytes);
     let number = text.trim_end_matches(char::is_alphabetic);
     let unit = text.trim_start_matches(number);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter slow`: the slowest exits, and what came before one that was too slow.
+//! `exitmeter slow`: the slowest exits, and the exits that led to one that was too slow.
 
 use std::{
     ffi::OsString,
@@ -30,33 +30,33 @@ use crate::{
 
 mod csv;
 pub(crate) mod model;
-mod moment;
 mod text;
+mod utc;
 
-/// On the host: the slowest exits, and the last ones before one that was too slow.
+/// On the host: show the slowest exits, and the exits that led to one that was too slow.
 ///
-/// The module keeps the 16 slowest exits of each vCPU, of a window of some 10 s and of the one before,
-/// while details are on. With its parameter slow_us it keeps a ring of each vCPU's last 64 exits as
-/// well, which freezes when an exit takes longer than that. An exit is as long as it was in the kernel, in user space,
-/// waiting and preempted: that the guest slept by its own wish (halted) makes it no slower.
+/// While details are on, the module keeps the 16 slowest exits of each vCPU, of a window of some 10
+/// s and of the window before. With its parameter slow_us it also keeps a ring of each vCPU's last
+/// 64 exits, which freezes when an exit takes longer than that. The length of an exit is its time
+/// in the kernel, in user space, waiting and preempted. Sleep in HLT (halted) makes it no slower.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Details are on while CMD runs, or always with the module's parameter details=1. Without CMD the
-device is read once, and tells of the time before only if they were on. To read it takes
-CAP_PERFMON, which root has. With CMD the slowest exits are those while it ran.
+device is read once, and has exits only if details were on before. To read it takes CAP_PERFMON,
+which root has. With CMD the slowest exits are those while it ran.
 
-when is the time of the exit, in UTC. It is reckoned from the TSC and the time at which the
-snapshot was read; of a saved one, at which its file was written. It is as exact as that time.
+when is the time of the exit, in UTC. It is computed from the TSC and the time at which the
+snapshot was read, or at which the file of a saved one was written. It is as exact as that time.
 CPU is the host's CPU at the exit, and at the entry after it if that is another one. took is the
-sum of kernel, user, waiting and preempted. All are microseconds, or TSC ticks where the TSC's
-frequency is not known. outs is how often the scheduler took the vCPU off its CPU.
+sum of kernel, user, waiting and preempted. All are in microseconds, or in TSC ticks where the
+TSC's frequency is not known. outs is how often the scheduler took the vCPU off its CPU.
 
---ring shows each vCPU's ring, the oldest exit first. Of a frozen one the exit that it froze for
-is marked by '>'. A frozen ring stays until details are turned off, or until --thaw asks for
-others: it does not give way to a later exit that was too slow.
+--ring shows each vCPU's ring, the oldest exit first. In a frozen ring, '>' marks the exit that
+froze it. A frozen ring stays until details are turned off or --thaw unfreezes it; a later exit
+that is too slow does not replace it.
 
 Exit status:
-  that of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
+  the status of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
   could not be run; 125 when the tool failed. Without CMD: 0, or 1 when it failed
 
 Examples:
@@ -65,59 +65,59 @@ Examples:
   exitmeter slow --ring --vm 1234
   exitmeter slow --reason EXTERNAL_INTERRUPT --limit 5 saved.snapshot")]
 pub struct Args {
-    /// Shows only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    /// Show only the VM of this process or kvm-PID, or with this name, UUID, id or systemd unit.
     #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
-    /// Shows only this exit reason: its name, or its number. Not with --ring, which shows what came
-    /// one after the other.
+    /// Show only this exit reason: its name or its number. Not with --ring, which shows successive
+    /// exits.
     #[arg(long, value_name = "REASON", conflicts_with = "ring")]
     reason: Option<String>,
-    /// Shows the rings of the last exits.
+    /// Show the rings of the last exits.
     #[arg(long)]
     ring: bool,
-    /// Names code by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
+    /// Name code by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// Shows up to N exits: the slowest, or with --ring the last of each ring.
+    /// Show up to N exits: the slowest, or with --ring the last of each ring.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Prints JSON instead of tables: both the slowest exits and the rings.
+    /// Print JSON instead of tables: both the slowest exits and the rings.
     #[arg(long, group = "form")]
     json: bool,
-    /// Prints comma separated values: one line for each exit.
+    /// Print comma-separated values: one line for each exit.
     #[arg(long, group = "form")]
     csv: bool,
-    /// Then asks for rings that are not frozen.
+    /// Unfreeze the rings after they are shown.
     #[arg(long, conflicts_with_all = ["input", "command"])]
     thaw: bool,
-    /// The device whose details are turned on.
+    /// Device whose details are turned on.
     #[arg(long, value_name = "DEVICE", default_value = source::DEVICE, hide = true)]
     device: PathBuf,
-    /// Reads a saved snapshot, of a time when details were on.
+    /// Saved snapshot to read, taken while details were on.
     #[arg(value_name = "FILE")]
     input: Option<PathBuf>,
-    /// The command to run meanwhile, with its arguments.
+    /// Command to run meanwhile, with its arguments.
     #[arg(last = true, value_name = "CMD", conflicts_with = "input")]
     command: Vec<OsString>,
 }
 
-/// How many of the slowest exits are shown unless that is told.
-const SLOWEST: usize = 20;
-/// From one reading to the next: less than a window, so that no slow exit is missed, and so that little
-/// is lost of a VM that goes.
-const READING: Duration = Duration::from_millis(500);
+/// Number of slowest exits that are shown by default.
+const DEFAULT_LIMIT: usize = 20;
+/// Time from one reading to the next. It is less than a window, so that no slow exit is missed,
+/// and so short that little is lost of a VM that goes.
+const READ_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Args {
-    /// Tells which exits were slow; the status to exit with.
+    /// Show the slow exits, and return the exit status.
     ///
     /// # Errors
     ///
-    /// When there is nothing to tell, or nowhere to tell it.
+    /// Fails when there is nothing to show, or the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
-        command::exit_code(self.tell(out), &self.command)
+        command::exit_code(self.show(out), &self.command)
     }
 
-    fn tell(&self, out: &mut Output) -> anyhow::Result<u8> {
+    fn show(&self, out: &mut Output) -> anyhow::Result<u8> {
         let symbols = match &self.symbols {
             Some(path) => Symbols::read(path)?,
             None => Symbols::default(),
@@ -132,7 +132,7 @@ impl Args {
             let mut names = Book::of(device.path());
             let mut seen = read(&device, &mut names)?;
             seen.begin();
-            // From here on no signal ends this process.
+            // From here on, the signals are events and do not end this process.
             let (events, sender) = Events::new().context("cannot wait for signals")?;
             let child = Child::start(program, arguments, sender)?;
             return match self.watch(&device, &mut seen, &mut names, &events, &child) {
@@ -140,10 +140,10 @@ impl Args {
                     self.print(&seen, &names, &symbols, out)?;
                     Ok(status)
                 }
-                Err(error) => Ok(events.outlast(&child, &error)),
+                Err(error) => Ok(child.outlast(&events, &error)),
             };
         }
-        // Turning details on would have them begin.
+        // Look before the device is opened: that would turn details on, with nothing recorded yet.
         let meter = source::meter(&self.device);
         let bytes = source::read(&meter)?;
         anyhow::ensure!(
@@ -161,7 +161,7 @@ impl Args {
         Ok(0)
     }
 
-    /// Read until the command ends; return its status.
+    /// Read until the command ends, and return its status.
     fn watch(
         &self,
         device: &Device,
@@ -171,7 +171,7 @@ impl Args {
         child: &Child,
     ) -> anyhow::Result<u8> {
         loop {
-            match events.until(Instant::now() + READING) {
+            match events.until(Instant::now() + READ_INTERVAL) {
                 Some(Event::Signal(signal)) => child.pass_on(signal),
                 Some(Event::Ended(status)) => {
                     seen.add(read(device, names)?)?;
@@ -211,7 +211,7 @@ impl Args {
             ring: self.ring,
             limit: self
                 .limit
-                .unwrap_or(if self.ring { usize::MAX } else { SLOWEST }),
+                .unwrap_or(if self.ring { usize::MAX } else { DEFAULT_LIMIT }),
         };
         Ok(out.print(&text::text(&slow, shown, out.look()))?)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where a snapshot comes from: the module's device, the BPF programs, or a file.
+//! Sources of snapshots: the module's device, the BPF programs, or a file.
 
 use std::{
     fs,
@@ -18,26 +18,26 @@ use crate::{
     names::{Book, Running},
 };
 
-/// The device that gives snapshots.
+/// Device that gives snapshots.
 pub const DEVICE: &str = "/dev/exitmeter";
 
-/// Bytes that are read of a device or file at a time.
-const PART: usize = 256 << 10;
+/// Size of one read of a device or file, in bytes.
+const READ_SIZE: usize = 256 << 10;
 
-/// Why there is no snapshot.
+/// Reason why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The device is not there.
+    /// The device does not exist.
     #[error("there is no {DEVICE}: load the module on the host first (insmod exitmeter.ko)")]
     NoDevice,
-    /// The device is not there, and the kernel loads signed modules alone.
+    /// The device does not exist, and the kernel loads only signed modules.
     #[error(
         "there is no {DEVICE}, and this kernel loads no module without a key that it trusts: insmod and \
          modprobe say 'Key was rejected by service', or 'Operation not permitted' under lockdown; sign \
          exitmeter.ko, enroll the key (docs/install.md, Secure Boot), and load it (modprobe exitmeter)"
     )]
     NoKey,
-    /// The device may not be opened.
+    /// The user may not open the device.
     #[error("no right to open {DEVICE}: run this as root or as a member of the group kvm")]
     NoRight,
     /// BPF was asked for, and does not meter.
@@ -48,48 +48,49 @@ pub enum Error {
     #[cfg(feature = "bpf")]
     #[error("{module}; BPF does not meter in its place: {bpf}")]
     Neither {
-        /// Why the module does not.
+        /// Reason why the module does not.
         module: Box<Error>,
-        /// Why BPF does not.
+        /// Reason why BPF does not.
         bpf: bpf::Error,
     },
     /// A file cannot be read.
     #[error("cannot read {}: {error}", path.display())]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system.
         error: io::Error,
     },
-    /// What was read is no snapshot for this tool.
+    /// The file or device holds no snapshot that this tool can read.
     #[error("{}: {error}", path.display())]
     NoSnapshot {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the reader.
         error: reader::Error,
     },
 }
 
-/// The meter that is asked for a snapshot.
+/// Meter that is asked for a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Choice {
-    /// The module; where it is not loaded, BPF.
+    /// The module, or BPF where the module is not loaded.
     #[default]
     Auto,
-    /// The module alone.
+    /// The module only.
     Module,
-    /// BPF alone.
+    /// BPF only.
     #[cfg(feature = "bpf")]
     Bpf,
 }
 
 impl Choice {
-    /// Return where to read: a file that was named, or else the meter of this choice, which meters from now on.
+    /// Return the path to read: `input` if it names a file, or else the source of the chosen meter.
+    /// Start BPF if it is to meter.
     ///
     /// # Errors
     ///
-    /// When BPF is to meter, and cannot.
+    /// Fails when BPF is to meter and cannot.
     pub fn open(self, input: &Path) -> Result<PathBuf, Error> {
         #[cfg(feature = "bpf")]
         if input == Path::new(DEVICE) {
@@ -99,18 +100,19 @@ impl Choice {
                 return Ok(bpf::PINS.into());
             }
             if self == Choice::Auto && no_device() {
-                bpf::open().map_err(no_bpf)?;
+                bpf::open().map_err(bpf_error)?;
                 return Ok(bpf::PINS.into());
             }
         }
         Ok(input.to_owned())
     }
 
-    /// Have BPF meter with details, where this choice and the file that was named ask for that; return where to read then.
+    /// Start BPF with details if this choice and `input` ask for BPF, and return the path to read
+    /// then.
     ///
     /// # Errors
     ///
-    /// When BPF is to meter, and cannot.
+    /// Fails when BPF is to meter and cannot.
     pub fn with_details(self, input: &Path) -> Result<Option<PathBuf>, Error> {
         #[cfg(feature = "bpf")]
         {
@@ -123,7 +125,7 @@ impl Choice {
             };
             if by_bpf {
                 bpf::open_with_details().map_err(|error| match self {
-                    Choice::Auto => no_bpf(error),
+                    Choice::Auto => bpf_error(error),
                     _ => Error::Bpf(error),
                 })?;
                 return Ok(Some(bpf::PINS.into()));
@@ -134,10 +136,11 @@ impl Choice {
     }
 }
 
-/// The meter that a command reads, where no file is named.
+/// Meter that a command reads where no file is named.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Asked {
-    /// The meter to ask: the module, or where it is not loaded BPF (auto), or one of these alone.
+    /// Meter to read: the module, or BPF where the module is not loaded (auto), or only one of
+    /// these.
     #[arg(
         long,
         value_enum,
@@ -148,12 +151,13 @@ pub struct Asked {
     pub source: Choice,
 }
 
-/// Return where the meter is read that is there already: the pins of BPF in place of a module that is not loaded.
+/// Return the path of the meter that is running: the pins of BPF if the module is not loaded, else
+/// `path`.
 pub fn meter(path: &Path) -> PathBuf {
     #[cfg(feature = "bpf")]
     if path == Path::new(DEVICE) && matches!(fs::exists(DEVICE), Ok(false)) {
         let pins = PathBuf::from(bpf::PINS);
-        // What may not be looked at is there.
+        // Pins that cannot be looked at exist.
         if !matches!(fs::exists(&pins), Ok(false)) {
             return pins;
         }
@@ -171,9 +175,10 @@ pub fn is_live(path: &Path) -> bool {
         .is_ok_and(|metadata| metadata.file_type().is_char_device())
 }
 
-/// Return why BPF does not meter; where it was to stand in for the module, with why that does not.
+/// Return the error for BPF that does not meter. If BPF was to stand in for the module, add why
+/// the module does not meter.
 #[cfg(feature = "bpf")]
-fn no_bpf(bpf: bpf::Error) -> Error {
+fn bpf_error(bpf: bpf::Error) -> Error {
     match fs::metadata(DEVICE) {
         Ok(_) => Error::Bpf(bpf),
         Err(found) => Error::Neither {
@@ -183,11 +188,11 @@ fn no_bpf(bpf: bpf::Error) -> Error {
     }
 }
 
-/// The bytes of a snapshot: a fresh one from the device or of the BPF programs, or a saved one.
+/// Return the bytes of a snapshot: a fresh one from the device or the BPF programs, or a saved one.
 ///
 /// # Errors
 ///
-/// When the file cannot be read, or BPF does not meter.
+/// Fails when the file cannot be read, or BPF does not meter.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     #[cfg(feature = "bpf")]
     if path == Path::new(bpf::PINS) {
@@ -196,25 +201,25 @@ pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     fs::read(path).map_err(|found| error(path, found))
 }
 
-/// Open what [`read`] reads, to read it a part at a time.
+/// Open what [`read`] reads, to read it in parts.
 ///
 /// # Errors
 ///
-/// As [`read`].
+/// Fails as [`read`] does.
 pub fn open(path: &Path) -> Result<Box<dyn io::Read>, Error> {
     #[cfg(feature = "bpf")]
     if path == Path::new(bpf::PINS) {
         return Ok(Box::new(io::Cursor::new(bpf::read()?)));
     }
     let file = fs::File::open(path).map_err(|found| error(path, found))?;
-    Ok(Box::new(io::BufReader::with_capacity(PART, file)))
+    Ok(Box::new(io::BufReader::with_capacity(READ_SIZE, file)))
 }
 
-/// Return why a file cannot be opened or read.
+/// Return the error for a file that cannot be opened or read.
 pub fn error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         ErrorKind::NotFound if path == Path::new(DEVICE) => {
-            if signed_alone(Path::new("/sys")) {
+            if requires_signature(Path::new("/sys")) {
                 Error::NoKey
             } else {
                 Error::NoDevice
@@ -228,11 +233,11 @@ pub fn error(path: &Path, error: io::Error) -> Error {
     }
 }
 
-/// Return true if the kernel loads no module without a signature that it trusts. `sys` is /sys.
+/// Return true if the kernel loads only modules with a signature that it trusts. `sys` is /sys.
 ///
-/// Either it was told so, or it is locked down, as by Secure Boot (`module_sig_check()`,
-/// kernel/module/signing.c). Both files are readable for everybody.
-fn signed_alone(sys: &Path) -> bool {
+/// Either the setting says so, or the kernel is locked down, as by Secure Boot
+/// (`module_sig_check()`, kernel/module/signing.c). Everybody can read both files.
+fn requires_signature(sys: &Path) -> bool {
     let read = |name| fs::read_to_string(sys.join(name)).unwrap_or_default();
     let lockdown = read("kernel/security/lockdown");
     read("module/module/parameters/sig_enforce").trim() == "Y"
@@ -241,11 +246,11 @@ fn signed_alone(sys: &Path) -> bool {
             .any(|level| lockdown.contains(level))
 }
 
-/// The snapshot in the bytes of a file.
+/// Parse the snapshot in the bytes of a file.
 ///
 /// # Errors
 ///
-/// When they hold none, or one of another version.
+/// Fails when the bytes are no snapshot, or one of another version.
 pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
     Snapshot::parse(bytes).map_err(|error| Error::NoSnapshot {
         path: path.to_owned(),
@@ -253,16 +258,16 @@ pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
     })
 }
 
-/// The data of a snapshot: of a fresh one from the device, or of a saved one.
+/// Return the report of a snapshot: a fresh one from the device, or a saved one.
 ///
 /// # Errors
 ///
-/// As [`read`] and [`parse`].
+/// Fails as [`read`] and [`parse`] do.
 pub fn report(path: &Path) -> Result<Report, Error> {
     Source::new(path).report()
 }
 
-/// Where one snapshot after the other comes from, with the names of the VMs.
+/// Source of successive snapshots, with the names of the VMs.
 #[derive(Clone, Debug)]
 pub struct Source {
     path: PathBuf,
@@ -270,7 +275,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Make one of the device, or of a file.
+    /// Create a source from the device or a file.
     pub fn new(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
@@ -278,13 +283,13 @@ impl Source {
         }
     }
 
-    /// The data of the snapshot that is there now.
+    /// Return the report of the current snapshot.
     ///
-    /// Each call opens the device anew. So between two the module can be unloaded, and loaded.
+    /// Each call opens the device anew, so the module can be unloaded and loaded between two calls.
     ///
     /// # Errors
     ///
-    /// As [`read`] and [`parse`].
+    /// Fails as [`read`] and [`parse`] do.
     pub fn report(&mut self) -> Result<Report, Error> {
         let bytes = read(&self.path)?;
         let snapshot = parse(&self.path, &bytes)?;
@@ -302,7 +307,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_that_wants_keys_is_known_by_its_setting_or_its_lockdown() {
+    fn signature_requirement_is_read_from_setting_and_lockdown() {
         for (name, text, alone) in [
             ("module/module/parameters/sig_enforce", "Y\n", true),
             ("module/module/parameters/sig_enforce", "N\n", false),
@@ -321,8 +326,8 @@ mod tests {
             let path = sys.path().join(name);
             fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
             fs::write(&path, text).expect("a file");
-            assert_eq!(signed_alone(sys.path()), alone, "{name}: {text}");
+            assert_eq!(requires_signature(sys.path()), alone, "{name}: {text}");
         }
-        assert!(!signed_alone(Path::new("/nowhere")));
+        assert!(!requires_signature(Path::new("/nowhere")));
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How the kernel ticks of single exits are spread.
+//! Distribution of the kernel ticks of single exits.
 
 use std::ops::AddAssign;
 
@@ -10,19 +10,20 @@ use exitmeter_meter::{
 };
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
-/// The kernel ticks of each exit that was followed by an entry.
+/// Distribution of the kernel ticks of exits that were followed by an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spread {
-    /// The most; 0 without samples.
+    /// Maximum, in ticks; 0 without samples.
     pub max: u64,
-    /// Whether `max` is exact. Of the exits between two snapshots it is when it grew; else it
-    /// is read from a bucket, and within 20%.
+    /// True if `max` is exact. Between two snapshots it is exact if the maximum grew. Otherwise it
+    /// is taken from a bucket, and within 20%.
     pub max_exact: bool,
     buckets: Buckets,
 }
 
 impl Spread {
-    /// What a row says; `None` when its snapshot has no histograms that can be read.
+    /// Read the distribution of a row. Return `None` if its snapshot has no histograms that can be
+    /// read.
     pub fn read(row: &Row<'_>) -> Option<Self> {
         Some(Self {
             max: row.max()?,
@@ -31,7 +32,8 @@ impl Spread {
         })
     }
 
-    /// What came after an earlier one of the same row; `None` when this cannot be a later one.
+    /// Return the samples added since `earlier`, or `None` if `earlier` is not an older state of
+    /// the same row.
     pub fn since(&self, earlier: &Self) -> Option<Self> {
         let mut buckets = self.buckets;
         for (to, before) in buckets.iter_mut().zip(earlier.buckets) {
@@ -50,15 +52,16 @@ impl Spread {
         })
     }
 
-    /// How many samples there are.
+    /// Return the number of samples.
     pub fn count(&self) -> u64 {
         self.buckets
             .iter()
             .fold(0, |sum: u64, samples| sum.saturating_add(*samples))
     }
 
-    /// Return how many samples surely do not exceed each of these bounds. A bucket that a bound lies in counts for the next bound
-    /// only, so each number is that of a bound between two thirds of the one that is told and that one.
+    /// Return for each bound the number of samples that surely do not exceed it. A bucket that a
+    /// bound lies in counts for the next bound only, so each number is exact for some bound between
+    /// two thirds of the given one and the given one.
     pub fn up_to<const N: usize>(&self, bounds: [u64; N]) -> [u64; N] {
         bounds.map(|bound| {
             let buckets = self.buckets.iter().enumerate();
@@ -69,13 +72,13 @@ impl Spread {
         })
     }
 
-    /// The ticks that `percent` of the samples do not exceed, within 20%; `None` without
-    /// samples.
+    /// Return the ticks that `percent` of the samples do not exceed, within 20%. Return `None`
+    /// without samples.
     pub fn quantile(&self, percent: u64) -> Option<u64> {
         histogram::quantile(&self.buckets, self.max, percent)
     }
 
-    /// The least value and the number of samples of each bucket that has some.
+    /// Return the least value and the number of samples of each bucket that is not empty.
     pub fn samples(&self) -> Vec<(u64, u64)> {
         let buckets = self.buckets.iter().enumerate();
         buckets
@@ -86,7 +89,7 @@ impl Spread {
 }
 
 impl Default for Spread {
-    /// One without samples.
+    /// Return a distribution without samples.
     fn default() -> Self {
         Self {
             max: 0,

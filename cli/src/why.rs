@@ -44,35 +44,34 @@ pub(crate) mod symbols;
 pub(crate) mod tables;
 pub(crate) mod text;
 
-/// On the host: what exits were about, and which code of the guest caused them.
+/// On the host: show what exits were about, and which code of the guest caused them.
 ///
-/// By reason, the ports, MSRs, addresses, vectors, CPUID leaves, hypercalls and registers that lead,
-/// with their names, and why the VMM was asked. The module tells these only while someone wants them:
-/// this command turns them on for as long as it runs, which is until CMD has ended, or up to Ctrl-C.
-/// That needs CAP_PERFMON, which root has.
+/// For each reason, it lists the most frequent or most costly ports, MSRs, addresses, vectors,
+/// CPUID leaves, hypercalls and registers with their names, and the reasons to go to the VMM. The
+/// module records these only on request: this command turns them on until CMD has ended, or until
+/// Ctrl-C. That needs CAP_PERFMON, which root has.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A row is exact, or has its bound beside it: '+12' says that up to 12 exits more of it may stand
-among the others of its reason. That comes when a vCPU has more different details than its table
-has rows, or when a row gave way to another and came back. Rows and others always sum to the
-exits and cycles of the reason. Reasons that have no details, such as HLT, have no rows.
+A row is exact, or has its bound beside it: '+12' says that up to 12 more of its exits may stand
+among the others of its reason. That happens when a vCPU has more different details than its table
+has rows, or when a row was replaced and came back. Rows and others always sum to the exits and
+cycles of the reason. Reasons without details, such as HLT, have no rows.
 
-share is the part of the reason's exits; of a reason, that of all exits. kernel and user are TSC
-cycles, and mean those of one exit: kernel cycles, or of exits to user space user cycles.
+share is a row's part of the reason's exits, or a reason's part of all exits. kernel and user are
+TSC cycles. mean is the cycles of one exit: kernel cycles, or user cycles of exits to user space.
 
---code tells by guest address, and by symbol with the guest's own list of symbols. Its
-/proc/kallsyms must be read by root there, at the same boot, as addresses change with each. A
-System.map tells the same of a guest without KASLR. No address is told of guests whose registers
-are encrypted.
+--code lists guest addresses, or symbols if it has the guest's own list of symbols. Read the guest's
+/proc/kallsyms as root, during the same boot, because addresses change with each boot. For a guest
+without KASLR, a System.map does as well. Guests with encrypted registers have no addresses.
 
 --collapsed and --speedscope write the guest's code as a profile, with the frames VM, reason and
-symbol. What a vCPU did that went while CMD ran is told up to half a second before it went.
+symbol. For a vCPU that goes while CMD runs, up to the last half second is missing.
 
-A vector of the host is named when it is one of its own, as in /proc/interrupts; those of devices
-change from CPU to CPU. On AMD an interrupt tells no vector.
+The host's own vectors have the names of /proc/interrupts. Those of devices have none, because they
+change from CPU to CPU. On AMD, an interrupt has no vector.
 
 Exit status:
-  that of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
+  the status of CMD; 128 + N when signal N ended it; 127 when it was not found and 126 when it
   could not be run; 125 when the tool failed. Without CMD: 0, or 1 when it failed
 
 Examples:
@@ -83,74 +82,74 @@ Examples:
   exitmeter why --speedscope -o exits.json -- sleep 10
   exitmeter why saved.snapshot")]
 pub struct Args {
-    /// Shows only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    /// Show only the VM of this process or kvm-PID, or with this name, UUID, id or systemd unit.
     #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
-    /// Shows only this exit reason: its name, or its number.
+    /// Show only this exit reason: its name or its number.
     #[arg(long, value_name = "REASON")]
     reason: Option<String>,
-    /// Shows where in the guest's code the exits were.
+    /// Show the guest's code that caused the exits.
     #[arg(long)]
     code: bool,
-    /// Names code by the symbols in FILE: the guest's /proc/kallsyms, or its System.map. Implies
+    /// Name code by the symbols in FILE: the guest's /proc/kallsyms, or its System.map. Implies
     /// --code.
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// What leads, and what a profile weighs: exits, or the ticks that they took.
+    /// Sort rows and weigh profiles by exits, or by the ticks that they took.
     #[arg(long, value_enum, default_value_t)]
     weight: Weight,
-    /// Shows up to N rows of each reason.
+    /// Show up to N rows of each reason.
     #[arg(long, value_name = "N", default_value_t = 10)]
     limit: usize,
-    /// Prints JSON instead of tables; with --interval, one line each time.
+    /// Print JSON instead of tables; with --interval, one line each time.
     #[arg(long, group = "form")]
     json: bool,
-    /// Prints comma separated values: one line for each row.
+    /// Print comma-separated values: one line for each row.
     #[arg(long, group = "form")]
     csv: bool,
-    /// Prints the guest's code as collapsed stacks, as flamegraph.pl and inferno read them.
+    /// Print the guest's code as collapsed stacks, for flamegraph.pl and inferno.
     #[arg(long, group = "form")]
     collapsed: bool,
-    /// Prints the guest's code as JSON for speedscope.
+    /// Print the guest's code as JSON for speedscope.
     #[arg(long, group = "form")]
     speedscope: bool,
-    /// Writes to FILE, and not to the standard output.
+    /// Write to FILE instead of the standard output.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Tells what happened in each S seconds.
+    /// Report what happened in each S seconds.
     #[arg(long, value_name = "S", value_parser = seconds, conflicts_with_all = ["collapsed", "speedscope", "input", "diff"])]
     interval: Option<Duration>,
-    /// Ends after N intervals.
+    /// End after N intervals.
     #[arg(long, value_name = "N", requires = "interval", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
-    /// Tells what happened between two saved snapshots.
+    /// Report what happened between two saved snapshots.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "input")]
     diff: Option<Vec<PathBuf>>,
-    /// The device whose details are turned on.
+    /// Device whose details are turned on.
     #[arg(long, value_name = "DEVICE", default_value = source::DEVICE, hide = true)]
     device: PathBuf,
-    /// Reads a saved snapshot, of a time when details were on.
+    /// Saved snapshot to read, taken while details were on.
     #[arg(value_name = "FILE")]
     input: Option<PathBuf>,
-    /// The command to run meanwhile, with its arguments.
+    /// Command to run meanwhile, with its arguments.
     #[arg(last = true, value_name = "CMD", conflicts_with_all = ["input", "diff"])]
     command: Vec<OsString>,
 }
 
-/// From one reading to the next, so that little is lost of a VM that goes.
-const READING: Duration = Duration::from_millis(500);
+/// Time from one reading to the next. It is short, so that little is lost of a VM that goes.
+const READ_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Args {
-    /// Tells why; the status to exit with.
+    /// Report the details, and return the exit status.
     ///
     /// # Errors
     ///
-    /// When there is nothing to tell, or nowhere to tell it.
+    /// Fails when there is nothing to report, or the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
-        command::exit_code(self.tell(out), &self.command)
+        command::exit_code(self.report(out), &self.command)
     }
 
-    fn tell(&self, out: &mut Output) -> anyhow::Result<u8> {
+    fn report(&self, out: &mut Output) -> anyhow::Result<u8> {
         let symbols = match &self.symbols {
             Some(path) => Symbols::read(path)?,
             None => Symbols::default(),
@@ -182,7 +181,8 @@ impl Args {
         }
     }
 
-    /// Turns details on, and tells what they are until the command, or a signal without one, ends it.
+    /// Turn details on, and report them until the command ends. Without a command, a signal ends
+    /// it.
     fn watch(&self, to: &mut Printer<'_>) -> anyhow::Result<u8> {
         let device = Device::open(&self.device)?;
         let mut names = Book::of(device.path());
@@ -192,7 +192,7 @@ impl Args {
             device,
             names,
         };
-        // So that a VM or a reason that is not there is told now.
+        // Fail now if the selected VM or reason does not exist.
         if self.command.is_empty() {
             if let Some(vm) = &self.vm {
                 select::vm(&mut watch.before.clone(), vm, &watch.names)?;
@@ -202,17 +202,17 @@ impl Args {
             select::code(watch.before.host.isa, reason)?;
         }
         to.begin()?;
-        // From here on no signal ends this process.
+        // From here on, the signals are events and do not end this process.
         let (events, sender) = Events::new().context("cannot wait for signals")?;
         let child = match self.command.split_first() {
             Some((program, arguments)) => Some(Child::start(program, arguments, sender.clone())?),
             None => None,
         };
-        let told = self.watch_on(&mut watch, to, &events, child.as_ref());
+        let ended = self.watch_on(&mut watch, to, &events, child.as_ref());
         drop(sender);
-        match (told, &child) {
+        match (ended, &child) {
             (Ok(ended), _) => Ok(ended.map_or(0, command::status)),
-            (Err(error), Some(child)) => Ok(events.outlast(child, &error)),
+            (Err(error), Some(child)) => Ok(child.outlast(&events, &error)),
             (Err(error), None) => Err(error),
         }
     }
@@ -226,7 +226,7 @@ impl Args {
     ) -> anyhow::Result<Option<ExitStatus>> {
         let mut left = self.count;
         let mut due = self.interval.map(|interval| Instant::now() + interval);
-        let mut reading = Instant::now() + READING;
+        let mut reading = Instant::now() + READ_INTERVAL;
         loop {
             let next = due.map_or(reading, |due| due.min(reading));
             let ended = match events.until(next) {
@@ -242,11 +242,11 @@ impl Args {
                     let now = Instant::now();
                     if reading <= now {
                         watch.read()?;
-                        reading = now + READING;
+                        reading = now + READ_INTERVAL;
                     }
                     if let (Some(end), Some(interval)) = (due, self.interval) {
                         if end <= now {
-                            watch.tell(to)?;
+                            watch.report(to)?;
                             due = Some(end.max(now - interval) + interval);
                             left = left.map(|left| left - 1);
                             if left == Some(0) && child.is_none() {
@@ -258,7 +258,7 @@ impl Args {
                 }
             };
             if left != Some(0) {
-                watch.tell(to)?;
+                watch.report(to)?;
             }
             return Ok(ended);
         }
@@ -278,7 +278,7 @@ fn saved(path: &Path) -> anyhow::Result<Moment> {
     Ok(moment)
 }
 
-/// Tell what happened between two saved snapshots.
+/// Return what happened between two saved snapshots.
 fn difference(before: &Path, after: &Path) -> anyhow::Result<Moment> {
     use crate::model::delta::Error;
     let (older, newer) = (saved(before)?, saved(after)?);
@@ -296,19 +296,19 @@ fn live(device: &Device, names: &mut Book) -> anyhow::Result<Moment> {
     Ok(Moment::new(&snapshot))
 }
 
-/// What is watched.
+/// Device that is read again and again.
 struct Watch {
     device: Device,
-    /// The VMs' names, also of those that have gone.
+    /// Names of the VMs, including those that have gone.
     names: Book,
-    /// The moment from which on is told next.
+    /// Start of the next report.
     before: Moment,
-    /// The latest one since then.
+    /// Latest reading since then.
     latest: Option<Moment>,
 }
 
 impl Watch {
-    /// Read once more, and keep what has gone since.
+    /// Read once more, and keep the tables of vCPUs that have gone since.
     fn read(&mut self) -> anyhow::Result<()> {
         let mut now = live(&self.device, &mut self.names)?;
         let before = self.latest.take();
@@ -319,8 +319,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Tell what came since that was told last.
-    fn tell(&mut self, to: &mut Printer<'_>) -> anyhow::Result<()> {
+    /// Print what happened since the last report.
+    fn report(&mut self, to: &mut Printer<'_>) -> anyhow::Result<()> {
         self.read()?;
         let Some(now) = self.latest.take() else {
             return Ok(());
@@ -337,7 +337,7 @@ impl Watch {
     }
 }
 
-/// Prints in the form that was asked for.
+/// Printer for the chosen form of output.
 struct Printer<'a> {
     args: &'a Args,
     symbols: Symbols,
@@ -346,7 +346,7 @@ struct Printer<'a> {
 }
 
 impl Printer<'_> {
-    /// Print what comes before all else.
+    /// Print the line of titles, if the form has one.
     fn begin(&mut self) -> anyhow::Result<()> {
         match self.args.csv {
             true => self.write(csv::HEADER),
@@ -378,7 +378,7 @@ impl Printer<'_> {
         } else if args.collapsed || args.speedscope {
             anyhow::ensure!(
                 why.has_code || why.vms.is_empty(),
-                "no code is told: the snapshot was read without the right to it, or no vCPU ran"
+                "no code: the snapshot was read without the right to it, or no vCPU ran"
             );
             match args.collapsed {
                 true => export::collapsed(&why, args.weight),

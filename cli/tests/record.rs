@@ -166,8 +166,8 @@ fn details_are_turned_on_for_as_long_as_it_records() {
         ),
         (
             25,
-            "exitmeter: device cannot tell details: the module that is loaded is older than this tool, \
-             or this is no device of its\n",
+            "exitmeter: device has no details: the module that is loaded is older than this tool, \
+             or this is not its device\n",
         ),
     ] {
         let mut command = record(&folder, &["--why", "--", "touch", "run"]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The command that runs while it is recorded.
+//! Command that runs while the tool measures.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -12,17 +12,17 @@ use std::{
 
 use rustix::process::{kill_process, Pid, Signal};
 
-use super::events::Event;
-use crate::command::Unrunnable;
+use super::events::{Event, Events};
+use crate::command::{Unrunnable, FAILED};
 
-/// A command that runs.
+/// A running command.
 #[derive(Debug)]
 pub struct Child {
     pid: Option<Pid>,
 }
 
 impl Child {
-    /// Starts one; its end will be an event.
+    /// Start a command. Its end will be an event.
     pub fn start(
         program: &OsStr,
         arguments: &[OsString],
@@ -32,26 +32,36 @@ impl Child {
         let mut child = child.map_err(|error| Unrunnable::new(program, error))?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         thread::spawn(move || {
-            // A child of our own can be waited for.
+            // Waiting fails only for a process that is not our child.
             let status = child.wait().unwrap_or_default();
             events.send(Event::Ended(status))
         });
         Ok(Self { pid })
     }
 
-    /// Passes a signal on. Not Ctrl-C: the terminal sends that to both, and a command may take
-    /// a second one as the wish to drop everything.
+    /// Pass a signal on to the command, except Ctrl-C: the terminal sends that to both, and a
+    /// command may take a second one as the wish to drop everything.
     pub fn pass_on(&self, signal: i32) {
         let signal = Signal::from_named_raw(signal).filter(|signal| *signal != Signal::INT);
         if let (Some(pid), Some(signal)) = (self.pid, signal) {
-            // It may have ended this moment.
+            // The command may have just ended.
             let _ = kill_process(pid, signal);
         }
     }
+
+    /// Print why the measurement failed, wait until the command has ended, and return the exit
+    /// status. The command is worth more than its measurement, so it runs on.
+    pub fn outlast(&self, events: &Events, error: &anyhow::Error) -> u8 {
+        eprintln!("exitmeter: {error:#}");
+        while let Some(Event::Signal(signal)) = events.wait() {
+            self.pass_on(signal);
+        }
+        FAILED
+    }
 }
 
-/// How a command ended, in words.
-pub fn words(ended: ExitStatus) -> String {
+/// Describe how a command ended.
+pub fn describe(ended: ExitStatus) -> String {
     match (ended.code(), ended.signal()) {
         (Some(code), _) => format!("the command ended with status {code}"),
         (_, Some(signal)) => format!("the command was ended by signal {signal}"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a recording waits for.
+//! Events that a measuring command waits for.
 
 use std::{
     io,
@@ -11,10 +11,9 @@ use std::{
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::child::Child;
-use crate::{command::FAILED, signals};
+use crate::signals;
 
-/// Something has happened.
+/// Something that has happened.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     /// A signal has come.
@@ -23,34 +22,29 @@ pub enum Event {
     Ended(ExitStatus),
 }
 
-/// Gives events as they come.
+/// Receiver of events.
 #[derive(Debug)]
 pub struct Events {
     events: Receiver<Event>,
 }
 
 impl Events {
-    /// Takes the signals that would end this process (after nohup(1), SIGHUP would not), and
-    /// whatever else is sent.
+    /// Turn the signals that would end this process into events (but not a SIGHUP that nohup(1) has
+    /// set to ignored). The sender adds further events.
     pub fn new() -> io::Result<(Self, Sender<Event>)> {
         let (sender, events) = channel();
         signals::send(&[SIGHUP, SIGINT, SIGTERM], sender.clone(), Event::Signal)?;
         Ok((Self { events }, sender))
     }
 
-    /// The next event; `None` when there is none up to a moment.
+    /// Return the next event, or `None` if none comes before `moment`.
     pub fn until(&self, moment: Instant) -> Option<Event> {
         let left = moment.saturating_duration_since(Instant::now());
         self.events.recv_timeout(left).ok()
     }
 
-    /// Tells of a failure of what runs beside a command, waits until the command has ended, and
-    /// returns the status to exit with. What a command does is more than its watching: it runs on.
-    pub fn outlast(&self, child: &Child, error: &anyhow::Error) -> u8 {
-        eprintln!("exitmeter: {error:#}");
-        while let Ok(Event::Signal(signal)) = self.events.recv() {
-            child.pass_on(signal);
-        }
-        FAILED
+    /// Wait for the next event.
+    pub fn wait(&self) -> Option<Event> {
+        self.events.recv().ok()
     }
 }

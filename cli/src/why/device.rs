@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device with its details on.
+//! The device, with its details turned on.
 
 use std::{
     fs::File,
@@ -16,29 +16,29 @@ use rustix::{
 
 use crate::source;
 
-/// Turns details on while the file is open: docs/interface.md.
+/// Request that turns details on while the file is open: docs/interface.md.
 const DETAILS: Opcode = opcode::none(0xe7, 1);
 
-/// Asks for rings of the last exits that are not frozen.
+/// Request that unfreezes the rings of the last exits.
 const THAW: Opcode = opcode::none(0xe7, 2);
 
-/// Bytes that are read at once.
-const CHUNK: usize = 1 << 18;
+/// Size of one read, in bytes.
+const READ_SIZE: usize = 1 << 18;
 
-/// Why there are no details.
+/// Reason why there are no details.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no device, or no right to it.
+    /// The device does not exist, or the user may not open it.
     #[error(transparent)]
     Source(#[from] source::Error),
-    /// It is no device of the meter, or of an older module.
+    /// The file is not a device of the meter, or one of an older module.
     #[error(
-        "{} cannot tell details: the module that is loaded is older than this tool, \
-         or this is no device of its",
+        "{} has no details: the module that is loaded is older than this tool, \
+         or this is not its device",
         .0.display()
     )]
     Older(PathBuf),
-    /// There is no right to it.
+    /// The user may not turn details on.
     #[error(
         "no right to turn details on: run this as root, or with CAP_PERFMON; \
          with the module's parameter details=1 they are always on"
@@ -47,41 +47,42 @@ pub enum Error {
     /// BPF has no rings.
     #[error("BPF keeps no rings of the last exits: that takes the module")]
     NoRing,
-    /// The module says no.
+    /// The module refuses the request.
     #[error("cannot turn details on: {0}")]
     Refused(Errno),
 }
 
-/// A meter with details on for as long as this lives: the module by an open device, or where that is not loaded BPF.
+/// A meter with details on while this value lives: the module, by an open device, or BPF if the
+/// module is not loaded.
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
-    /// `None`: BPF.
+    /// Open device, or `None` for BPF.
     file: Option<File>,
 }
 
 impl Device {
-    /// Open a device and turn its details on. In place of the module's, where there is none, have BPF meter.
+    /// Open a device and turn its details on. If the module is not loaded, start BPF with details.
     ///
     /// # Errors
     ///
-    /// When there is no such device, or no right to it.
+    /// Fails when there is no such device, or the user has no right to it.
     pub fn open(path: &Path) -> Result<Self, Error> {
         Self::open_by(source::Choice::Auto, path)
     }
 
-    /// As [`Device::open`], with the meter that was chosen.
+    /// Open the chosen meter like [`Device::open`].
     ///
     /// # Errors
     ///
-    /// As for [`Device::open`].
+    /// Fails as [`Device::open`] does.
     pub fn open_by(choice: source::Choice, path: &Path) -> Result<Self, Error> {
         if let Some(path) = choice.with_details(path)? {
             return Ok(Self { path, file: None });
         }
         let file = File::open(path).map_err(|error| source::error(path, error))?;
-        // SAFETY: The request has no argument. Nobody else has its type, 0xE7
-        // (Documentation/userspace-api/ioctl/ioctl-number.rst): others give ENOTTY.
+        // SAFETY: The request has no argument. Its type, 0xE7, has no other user
+        // (Documentation/userspace-api/ioctl/ioctl-number.rst): other devices return ENOTTY.
         let turned_on = unsafe { ioctl(&file, NoArg::<DETAILS>::new()) };
         turned_on.map_err(|error| match error {
             Errno::NOTTY | Errno::INVAL => Error::Older(path.to_owned()),
@@ -97,7 +98,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// When it cannot be read.
+    /// Fails when it cannot be read.
     pub fn read(&self) -> Result<Vec<u8>, source::Error> {
         match &self.file {
             Some(file) => take(file).map_err(|error| source::error(&self.path, error)),
@@ -105,11 +106,11 @@ impl Device {
         }
     }
 
-    /// Ask for rings of the last exits that are not frozen.
+    /// Unfreeze the rings of the last exits.
     ///
     /// # Errors
     ///
-    /// When the module does not do that.
+    /// Fails when the module does not support that.
     pub fn thaw(&self) -> Result<(), Error> {
         let Some(file) = &self.file else {
             return Err(Error::NoRing);
@@ -123,18 +124,19 @@ impl Device {
         })
     }
 
-    /// Where it is.
+    /// Return the path to read snapshots from.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// Take a snapshot. At offset 0 the device takes a fresh one, and at others it goes on in the same. It cannot seek.
+/// Take a snapshot. At offset 0 the device takes a fresh one; at other offsets it continues with
+/// the same one. The device cannot seek.
 fn take(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     loop {
         let end = bytes.len();
-        bytes.resize(end + CHUNK, 0);
+        bytes.resize(end + READ_SIZE, 0);
         let room = bytes.get_mut(end..).unwrap_or_default();
         let read = file.read_at(room, end as u64)?;
         bytes.truncate(end + read);

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A recording: the snapshots of `/dev/exitmeter` over some time, in one file.
+//! A recording: snapshots of `/dev/exitmeter` over time, in one file.
 //!
-//! `docs/interface.md` fixes the file byte by byte. It is a header and then frames, each with
-//! its length and a checksum, written as they come. So a file that was cut off, since the disk
-//! or the machine went, reads up to the last frame that is whole. [`write`](mod@write) writes
-//! it, [`read`] reads it; neither looks into the snapshots, so a recording keeps what a later
-//! version of them holds.
+//! `docs/interface.md` defines the file byte by byte. It is a header and then frames, each with
+//! its length and a checksum, written as they come. So a file that was cut off, because the disk
+//! or the machine failed, is readable up to its last whole frame. [`write`](mod@write) writes a
+//! recording and [`read`] reads it. Neither looks into the snapshots, so a recording keeps what a
+//! later version of them holds.
 //!
-//! A snapshot is mostly what the one before was. It is stored as what its numbers have grown
-//! by (`difference`), deflated: a Linux guest that boots takes some 400 bytes a snapshot
-//! instead of 15 000.
+//! A snapshot is mostly equal to the one before. It is stored as the growth of its numbers
+//! (`difference`), deflated: a Linux guest that boots takes some 400 bytes per snapshot instead
+//! of 15 000.
 
 use std::time::Duration;
 
@@ -19,27 +19,27 @@ mod frame;
 pub mod read;
 pub mod write;
 
-/// What each recording begins with.
+/// First bytes of each recording.
 pub const MAGIC: [u8; 8] = *b"ExitMRec";
-/// Another one is another layout.
+/// Major version: another number is another layout.
 pub const MAJOR: u16 = 1;
-/// Grows as kinds of frames and fields of the header are added.
+/// Minor version: grows as kinds of frames and fields of the header are added.
 pub const MINOR: u16 = 1;
-/// What a recording says about its next snapshot: that it is of a moment with a name.
+/// Key of the line that names the moment of the next snapshot.
 pub const MARK: &str = "mark";
-/// Bytes of the header.
+/// Size of the header, in bytes.
 pub const HEADER_SIZE: usize = 40;
 
-/// What the header says.
+/// Header of a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// When it was begun, since 1970, to the nanosecond.
+    /// Start of the recording, in nanoseconds since 1970.
     pub begun: Duration,
-    /// The time that was asked for from one snapshot to the next.
+    /// Interval that was asked for, from one snapshot to the next.
     pub interval: Duration,
 }
 
-/// Nanoseconds, or as many as there is room for.
+/// Return the time in nanoseconds, limited to [`u64::MAX`].
 fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

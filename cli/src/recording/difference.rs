@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A snapshot as its difference from another of the same size.
+//! Encoding of a snapshot as its difference from another of the same size.
 //!
-//! Both are rows of numbers of 8 bytes, little endian. What each has grown by, modulo 2^64, is
-//! written in as few bytes as it takes, 7 bits in each, the lowest first, and the top bit set
-//! in all but the last (LEB128). Bytes behind the last whole number stand as they are.
+//! Both are rows of 8-byte numbers, little endian. The growth of each number, modulo 2^64, is
+//! written in LEB128: as few bytes as it takes, 7 bits in each, the lowest first, and the top bit
+//! set in all but the last. Bytes behind the last whole number are copied.
 
-/// Bytes of a number.
+/// Size of a number, in bytes.
 const WORD: usize = 8;
 
-/// What makes `now` of `before`; `None` when they are not of one size.
+/// Return the difference from `before` to `now`, or `None` if their sizes differ.
 pub fn encode(before: &[u8], now: &[u8]) -> Option<Vec<u8>> {
     if before.len() != now.len() {
         return None;
@@ -29,8 +29,8 @@ pub fn encode(before: &[u8], now: &[u8]) -> Option<Vec<u8>> {
     Some(difference)
 }
 
-/// Makes of a snapshot the next one; `None` when this is not the difference between two of
-/// this size.
+/// Apply a difference to a snapshot, and return the next one. Return `None` if this is not the
+/// difference between two snapshots of this size.
 pub fn apply(before: &[u8], difference: &[u8]) -> Option<Vec<u8>> {
     let mut now = Vec::with_capacity(before.len());
     let mut rest = difference.iter();
@@ -41,7 +41,7 @@ pub fn apply(before: &[u8], difference: &[u8]) -> Option<Vec<u8>> {
         for shift in (0..u64::BITS).step_by(7) {
             let byte = *rest.next()?;
             let bits = u64::from(byte & 0x7f);
-            // Of the tenth byte only one bit has room.
+            // The tenth byte has room for one bit only.
             if bits << shift >> shift != bits {
                 return None;
             }
@@ -60,7 +60,7 @@ pub fn apply(before: &[u8], difference: &[u8]) -> Option<Vec<u8>> {
     (rest.len() == tail).then_some(now)
 }
 
-/// The number in 8 bytes.
+/// Return the number in 8 bytes.
 fn word(bytes: &[u8]) -> u64 {
     bytes
         .first_chunk()

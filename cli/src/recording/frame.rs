@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A frame of a recording: a head, and a deflated body.
+//! A frame of a recording: a head and a deflated body.
 
 use std::io::{Read as _, Write as _};
 
 use flate2::{read::DeflateDecoder, write::DeflateEncoder, Compression, Crc};
 
-/// Bytes of a head.
+/// Size of a head, in bytes.
 pub const HEAD_SIZE: usize = 24;
 
-/// No body is larger: a snapshot of 65536 vCPUs with all rows takes 2 GB.
-const LARGEST: u32 = i32::MAX as u32;
+/// Largest body, in bytes. A snapshot of 65536 vCPUs with all rows takes 2 GB.
+const MAX_BODY_SIZE: u32 = i32::MAX as u32;
 
-/// What a frame holds.
+/// Contents of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A snapshot, whole.
+    /// Whole snapshot.
     Whole,
-    /// A snapshot, as its difference from the one before.
+    /// Snapshot, as its difference from the one before.
     Difference,
     /// Lines of text about the recording.
     About,
-    /// The last frame: one line of text on how it ended.
+    /// Last frame: one line of text on how the recording ended.
     End,
-    /// Lines about VMs: their names.
+    /// Lines with the names of VMs.
     Names,
-    /// One of a later version.
+    /// Kind of a later version.
     Unknown(u32),
 }
 
@@ -53,28 +53,28 @@ impl Kind {
     }
 }
 
-/// A frame, its body inflated.
+/// A frame with its body inflated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// What it holds.
+    /// Contents of the body.
     pub kind: Kind,
-    /// When it was written, in nanoseconds since the recording was begun.
+    /// Time of writing, in nanoseconds since the recording began.
     pub at: u64,
-    /// The body.
+    /// Body, inflated.
     pub body: Vec<u8>,
 }
 
-/// Why no frame can be read.
+/// Reason why a frame cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// It ends before it should.
+    /// The file ends within the frame.
     Cut,
-    /// Its checksum is wrong, or what it holds is not what it should be.
+    /// The checksum is wrong, or the body does not have the size that the head says.
     Damaged,
 }
 
 impl Frame {
-    /// The bytes of a frame; `None` for a body that is too large for one.
+    /// Encode the frame. Return `None` if its body is too large.
     pub fn bytes(&self) -> Option<Vec<u8>> {
         let size = u32::try_from(self.body.len()).ok()?;
         let mut deflated = DeflateEncoder::new(Vec::new(), Compression::default());
@@ -91,10 +91,11 @@ impl Frame {
         bytes.extend_from_slice(&deflated);
         let checksum = checksum(&bytes);
         bytes[CHECKSUM..CHECKSUM + 4].copy_from_slice(&checksum.to_le_bytes());
-        (size <= LARGEST).then_some(bytes)
+        (size <= MAX_BODY_SIZE).then_some(bytes)
     }
 
-    /// The frame that bytes begin with, and what follows it; `None` at their end.
+    /// Split the first frame off, and return it with the bytes behind it. Return `None` if there
+    /// are no bytes.
     pub fn read(bytes: &[u8]) -> Option<Result<(Self, &[u8]), Error>> {
         (!bytes.is_empty()).then(|| Self::split(bytes))
     }
@@ -111,10 +112,10 @@ impl Frame {
         let (kind, length, size, sum, at) = head().ok_or(Error::Cut)?;
         let end = HEAD_SIZE.saturating_add(length as usize);
         let (frame, rest) = bytes.split_at_checked(end).ok_or(Error::Cut)?;
-        if checksum(frame) != sum || size > LARGEST {
+        if checksum(frame) != sum || size > MAX_BODY_SIZE {
             return Err(Error::Damaged);
         }
-        // One byte more than it should have would be seen.
+        // Inflate up to one byte more than announced, so that a longer body is noticed.
         let deflated = frame.get(HEAD_SIZE..).unwrap_or_default();
         let mut inflated = DeflateDecoder::new(deflated).take(u64::from(size) + 1);
         let mut body = Vec::new();
@@ -128,10 +129,10 @@ impl Frame {
     }
 }
 
-/// Where the checksum stands in a head.
+/// Offset of the checksum in a head.
 const CHECKSUM: usize = 12;
 
-/// CRC-32 of a frame without the checksum itself.
+/// Return the CRC-32 of a frame without the checksum itself.
 fn checksum(frame: &[u8]) -> u32 {
     let mut crc = Crc::new();
     crc.update(frame.get(..CHECKSUM).unwrap_or_default());

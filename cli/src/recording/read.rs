@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads a recording.
+//! Reader of recordings.
 
 use std::time::Duration;
 
@@ -11,56 +11,56 @@ use super::{
 };
 use crate::names::Book;
 
-/// Why bytes are not a recording that this reader understands.
+/// Reason why this reader does not understand a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// It does not begin as a recording does.
+    /// The file does not begin as a recording does.
     #[error("this is not a recording of exitmeter: make one with `exitmeter record`")]
     Magic,
-    /// Its layout is another one.
+    /// The file has another layout.
     #[error(
         "the recording has version {major}.{minor}, this tool reads version {MAJOR}: \
          use the tool that recorded it"
     )]
     Version {
-        /// Its major version.
+        /// Major version of the file.
         major: u16,
-        /// Its minor version.
+        /// Minor version of the file.
         minor: u16,
     },
-    /// Its header is not whole.
+    /// The header is cut off.
     #[error("the recording is cut off in its header: record again")]
     Header,
 }
 
-/// How a recording ended.
+/// End of a recording.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// As it should, with a word on why.
+    /// The recording ended properly. The text says why.
     Told(String),
-    /// It was cut off.
+    /// The recording was cut off.
     Cut,
-    /// What follows cannot be read.
+    /// The rest of the file is damaged.
     Damaged,
 }
 
 /// A snapshot of a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken<'a> {
-    /// How long after the beginning.
+    /// Time since the recording began.
     pub at: Duration,
-    /// What this moment is called, if it has a name.
+    /// Name of this moment, if it has one.
     pub mark: Option<&'a str>,
-    /// What the VMs are called that were in the snapshots up to it.
+    /// Names of the VMs in this snapshot and those before.
     pub names: &'a Book,
-    /// Its bytes.
+    /// Bytes of the snapshot.
     pub snapshot: &'a [u8],
 }
 
-/// A recording, read from its beginning to its end.
+/// Reader of a recording, from beginning to end.
 #[derive(Clone, Debug)]
 pub struct Reader<'a> {
-    /// What its header says.
+    /// Header of the recording.
     pub header: Header,
     rest: &'a [u8],
     about: Vec<(String, String)>,
@@ -70,17 +70,17 @@ pub struct Reader<'a> {
     ending: Option<Ending>,
 }
 
-/// Whether a file is a recording, from what it begins with.
+/// Return true if a file begins like a recording.
 pub fn is_recording(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC)
 }
 
 impl<'a> Reader<'a> {
-    /// Begins to read one.
+    /// Begin to read a recording.
     ///
     /// # Errors
     ///
-    /// Says what is wrong with bytes that are no recording of this major version.
+    /// Fails for bytes that are no recording of this major version, and says what is wrong.
     pub fn new(bytes: &'a [u8]) -> Result<Self, Error> {
         if !is_recording(bytes) {
             return Err(Error::Magic);
@@ -129,27 +129,28 @@ impl<'a> Reader<'a> {
             names: Book::default(),
             ending: None,
         };
-        // What is said about it stands before the first snapshot.
+        // The lines about the recording stand before the first snapshot.
         while let Some(Ok((frame, rest))) = Frame::read(reader.rest) {
             if frame.kind != Kind::About {
                 break;
             }
             reader.rest = rest;
-            reader.note(&frame.body);
+            reader.read_about(&frame.body);
         }
         Ok(reader)
     }
 
-    /// What the recording says about itself: names and texts.
+    /// Return the lines about the recording, as names and values.
     pub fn about(&self) -> impl Iterator<Item = (&str, &str)> {
         self.about
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// The next snapshot; `None` behind the last that can be read.
+    /// Return the next snapshot, or `None` behind the last one that can be read.
     pub fn next_snapshot(&mut self) -> Option<Taken<'_>> {
-        // The one of the last snapshot has been told; those that stand before the first are known.
+        // Drop the mark of the snapshot that was returned last. A mark before the first snapshot
+        // stays.
         if self.snapshot.is_some() {
             self.mark = None;
         }
@@ -163,7 +164,7 @@ impl<'a> Reader<'a> {
                 }
                 Kind::About | Kind::End | Kind::Names | Kind::Unknown(_) => {
                     self.snapshot = before;
-                    self.other(&frame);
+                    self.read_metadata(&frame);
                     continue;
                 }
             };
@@ -183,12 +184,12 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// What the VMs are called that were in the snapshots up to here.
+    /// Return the names of the VMs in the snapshots so far.
     pub fn names(&self) -> &Book {
         &self.names
     }
 
-    /// How it ended, once [`Self::next_snapshot`] has given the last.
+    /// Return how the recording ended, once [`Self::next_snapshot`] has returned the last snapshot.
     pub fn ending(&self) -> Option<&Ending> {
         self.ending.as_ref()
     }
@@ -202,7 +203,7 @@ impl<'a> Reader<'a> {
                 self.rest = rest;
                 return Some(frame);
             }
-            // It lacks the frame that tells its end.
+            // The frame that marks the end is missing.
             None | Some(Err(frame::Error::Cut)) => Ending::Cut,
             Some(Err(frame::Error::Damaged)) => Ending::Damaged,
         };
@@ -210,10 +211,10 @@ impl<'a> Reader<'a> {
         None
     }
 
-    fn other(&mut self, frame: &Frame) {
+    fn read_metadata(&mut self, frame: &Frame) {
         match frame.kind {
-            Kind::About => self.note(&frame.body),
-            Kind::Names => self.called(&frame.body),
+            Kind::About => self.read_about(&frame.body),
+            Kind::Names => self.read_names(&frame.body),
             Kind::End => {
                 let how = String::from_utf8_lossy(&frame.body).into_owned();
                 self.stop(Ending::Told(how));
@@ -222,8 +223,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Takes in what VMs are called. A line of a later version that cannot be read is none.
-    fn called(&mut self, text: &[u8]) {
+    /// Read the names of VMs. Skip lines of a later version that cannot be read.
+    fn read_names(&mut self, text: &[u8]) {
         let lines = text.split(|byte| *byte == b'\n');
         for line in lines.filter_map(|line| serde_json::from_slice(line).ok()) {
             self.names.note(line);
@@ -234,7 +235,7 @@ impl<'a> Reader<'a> {
         self.ending.get_or_insert(ending);
     }
 
-    fn note(&mut self, text: &[u8]) {
+    fn read_about(&mut self, text: &[u8]) {
         let text = String::from_utf8_lossy(text);
         for (name, value) in text.lines().filter_map(|line| line.split_once(": ")) {
             match name {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of the file of a recording: what is written is read, whatever is cut off or damaged.
+//! Tests of the recording file: what is written is read back, even from a damaged file.
 
 use proptest::prelude::*;
 
@@ -16,7 +16,7 @@ const HEADER: Header = Header {
     interval: Duration::from_millis(20),
 };
 
-/// A recording of snapshots, one each 20 ms.
+/// Write a recording of snapshots, one each 20 ms.
 fn written(snapshots: &[Vec<u8>]) -> Vec<u8> {
     let mut file = Vec::new();
     let mut writer = Writer::new(&mut file, &HEADER).unwrap();
@@ -36,7 +36,7 @@ fn written(snapshots: &[Vec<u8>]) -> Vec<u8> {
     file
 }
 
-/// All snapshots that can be read, and how it ended.
+/// Read all snapshots that can be read, and the ending.
 fn read(file: &[u8]) -> (Vec<Vec<u8>>, Ending) {
     let mut reader = Reader::new(file).unwrap();
     let mut snapshots = Vec::new();
@@ -47,7 +47,7 @@ fn read(file: &[u8]) -> (Vec<Vec<u8>>, Ending) {
     (snapshots, reader.ending().unwrap().clone())
 }
 
-/// Snapshots of a few sizes, with some numbers that grow and some that do not.
+/// Generate snapshots of a few sizes, with some numbers that grow and some that do not.
 fn snapshots() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let snapshot = (0_usize..3, prop::collection::vec(any::<u64>(), 12));
     prop::collection::vec(snapshot, 0..8).prop_map(|all| {
@@ -62,12 +62,12 @@ fn snapshots() -> impl Strategy<Value = Vec<Vec<u8>>> {
     })
 }
 
-fn told() -> Ending {
+fn ended_properly() -> Ending {
     Ending::Told("the command ended with status 3".to_owned())
 }
 
 #[test]
-fn the_header_and_the_words_about_it() {
+fn header_and_about_lines_are_read_back() {
     let file = written(&[]);
     assert_eq!(&file[..8], b"ExitMRec");
     let reader = Reader::new(&file).unwrap();
@@ -77,11 +77,11 @@ fn the_header_and_the_words_about_it() {
         about,
         [("tool", "0.1.0"), ("command", "sh -c 'echo hello'")]
     );
-    assert_eq!(read(&file), (vec![], told()));
+    assert_eq!(read(&file), (vec![], ended_properly()));
 }
 
 #[test]
-fn what_is_no_recording_is_refused() {
+fn other_files_are_refused() {
     let refusal = |bytes: &[u8]| Reader::new(bytes).map(|_| ()).unwrap_err();
     let file = written(&[]);
     assert_eq!(refusal(b""), Error::Magic);
@@ -99,7 +99,7 @@ fn what_is_no_recording_is_refused() {
 }
 
 #[test]
-fn what_a_later_minor_version_adds_is_stepped_over() {
+fn additions_of_a_later_minor_version_are_skipped() {
     let snapshots = [vec![1; 64], vec![2; 64]];
     let mut file = written(&snapshots);
     let frame = frame::Frame {
@@ -107,7 +107,7 @@ fn what_a_later_minor_version_adds_is_stepped_over() {
         at: 5,
         body: b"unheard of".to_vec(),
     };
-    // Between the words about it and the first snapshot, and behind that, too.
+    // Insert it between the lines about the recording and the first snapshot, and behind that.
     for count in [1, 3] {
         let mut at = HEADER_SIZE;
         for _ in 0..count {
@@ -116,12 +116,12 @@ fn what_a_later_minor_version_adds_is_stepped_over() {
         }
         file.splice(at..at, frame.bytes().unwrap());
     }
-    assert_eq!(read(&file), (snapshots.to_vec(), told()));
-    // A larger header.
+    assert_eq!(read(&file), (snapshots.to_vec(), ended_properly()));
+    // Enlarge the header.
     file[10] = 1;
     file[12] = HEADER_SIZE as u8 + 8;
     file.splice(HEADER_SIZE..HEADER_SIZE, [0xee; 8]);
-    assert_eq!(read(&file), (snapshots.to_vec(), told()));
+    assert_eq!(read(&file), (snapshots.to_vec(), ended_properly()));
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn a_difference_without_a_snapshot_before_it_is_damage() {
     };
     file.extend(frame(frame::Kind::Difference, &[0; 8]));
     assert_eq!(read(&file), (vec![], Ending::Damaged));
-    // A difference that is one number short, or too long, or has a number over 64 bits.
+    // Try a difference that is one number short, one that is too long, and a number over 64 bits.
     for difference in [
         &[0; 7][..],
         &[0; 9],
@@ -149,8 +149,8 @@ fn a_difference_without_a_snapshot_before_it_is_damage() {
 }
 
 #[test]
-fn numbers_that_grow_take_little_room() {
-    // 1000 rows of which each snapshot changes ten.
+fn growing_numbers_take_little_space() {
+    // Use 1000 rows; each snapshot changes ten.
     let mut words = vec![0_u64; 8000];
     let mut all = Vec::new();
     for step in 0..100 {
@@ -160,17 +160,17 @@ fn numbers_that_grow_take_little_room() {
         all.push(words.iter().copied().flat_map(u64::to_le_bytes).collect());
     }
     let file = written(&all);
-    assert_eq!(read(&file), (all, told()));
+    assert_eq!(read(&file), (all, ended_properly()));
     assert!(file.len() < 100 * 150, "{}", file.len());
 }
 
 proptest! {
     #[test]
-    fn what_is_written_is_read(snapshots in snapshots()) {
-        prop_assert_eq!(read(&written(&snapshots)), (snapshots, told()));
+    fn written_snapshots_are_read_back(snapshots in snapshots()) {
+        prop_assert_eq!(read(&written(&snapshots)), (snapshots, ended_properly()));
     }
 
-    /// Wherever it is cut off, all frames before that are there.
+    /// All frames before the cut are read.
     #[test]
     fn a_recording_that_is_cut_off_reads_up_to_the_cut(snapshots in snapshots(), cut in any::<prop::sample::Index>()) {
         let file = written(&snapshots);
@@ -187,21 +187,21 @@ proptest! {
         prop_assert_eq!(read.len(), whole);
     }
 
-    /// Whatever bit is wrong, what is read before it is right, and no more is read than was
+    /// For any wrong bit, the snapshots before it are right, and no more are read than were
     /// written.
     #[test]
-    fn damage_is_seen(snapshots in snapshots(), place in any::<prop::sample::Index>(), bit in 0..8_u32) {
+    fn damage_is_noticed(snapshots in snapshots(), place in any::<prop::sample::Index>(), bit in 0..8_u32) {
         let mut file = written(&snapshots);
         let place = HEADER_SIZE + place.index(file.len() - HEADER_SIZE);
         file[place] ^= 1_u8 << bit;
         let (read, ending) = read(&file);
-        prop_assert_ne!(ending, told());
+        prop_assert_ne!(ending, ended_properly());
         prop_assert_eq!(&snapshots[..read.len()], &read[..]);
     }
 
     /// No bytes make the reader panic.
     #[test]
-    fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn reader_survives_any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let mut file = written(&[]);
         file.truncate(HEADER_SIZE);
         file.extend(bytes);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes a recording.
+//! Writer of recordings.
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::names::Line;
 
-/// A recording that is being written. Each frame is out when its call returns.
+/// Writer of a recording. Each call returns once its frame is written.
 #[derive(Debug)]
 pub struct Writer<W> {
     to: W,
@@ -24,11 +24,11 @@ pub struct Writer<W> {
 }
 
 impl<W: Write> Writer<W> {
-    /// Begins one.
+    /// Write the header of a recording.
     ///
     /// # Errors
     ///
-    /// When it cannot be written, here and below.
+    /// This and all methods below fail when the file cannot be written.
     pub fn new(mut to: W, header: &Header) -> io::Result<Self> {
         let mut bytes = Vec::with_capacity(HEADER_SIZE);
         bytes.extend_from_slice(&MAGIC);
@@ -47,8 +47,8 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Adds what there is to say about the recording: names without a colon, and texts
-    /// without a line break.
+    /// Add lines about the recording: names without a colon, and values. Line breaks in a value
+    /// become spaces.
     pub fn about<'a>(
         &mut self,
         lines: impl IntoIterator<Item = (&'a str, String)>,
@@ -62,7 +62,7 @@ impl<W: Write> Writer<W> {
         self.frame(Kind::About, Duration::ZERO, text.into_bytes())
     }
 
-    /// Adds a snapshot that was taken so long after the beginning.
+    /// Add a snapshot that was taken at `at`, counted from the beginning.
     pub fn snapshot(&mut self, at: Duration, snapshot: Vec<u8>) -> io::Result<()> {
         let difference = self.before.as_deref();
         match difference.and_then(|before| difference::encode(before, &snapshot)) {
@@ -74,13 +74,13 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Names the moment of the snapshot that comes next, in one line.
+    /// Name the moment of the next snapshot, in one line.
     pub fn mark(&mut self, at: Duration, name: &str) -> io::Result<()> {
         let name = name.split('\n').collect::<Vec<_>>().join(" ");
         self.frame(Kind::About, at, format!("{MARK}: {name}\n").into_bytes())
     }
 
-    /// Says what VMs are called that are in the snapshot that comes next.
+    /// Add the names of VMs that are in the next snapshot.
     pub fn names(&mut self, at: Duration, names: &[Line]) -> io::Result<()> {
         let mut text = Vec::new();
         for line in names {
@@ -90,17 +90,17 @@ impl<W: Write> Writer<W> {
         self.frame(Kind::Names, at, text)
     }
 
-    /// Ends it, and says how.
+    /// Write the last frame, with the reason for the end.
     pub fn end(&mut self, at: Duration, how: &str) -> io::Result<()> {
         self.frame(Kind::End, at, how.as_bytes().to_vec())
     }
 
-    /// How many snapshots were written.
+    /// Return the number of snapshots written.
     pub fn snapshots(&self) -> u64 {
         self.snapshots
     }
 
-    /// How many bytes were written.
+    /// Return the number of bytes written.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -29,32 +29,33 @@ pub use self::{
 pub(crate) use csv::{given, quoted};
 pub(crate) use text::{code, count, Writer};
 
-/// On the host: where each VM's time went, and the table of its exits.
+/// On the host: show where each VM's time went, with a table of its exits.
 ///
-/// First the six phases of its vCPUs: the guest ran, KVM worked in the kernel, the VMM worked in
-/// user space, the vCPU slept by its own wish (halted), KVM slept for the host (waiting), or the host
-/// took its CPU away (preempted). Then what each exit reason cost. A phase is booked on the reason of
-/// the exit before it. What those vCPUs did that are gone stands at the end, as sums.
+/// First come the six phases of its vCPUs: the guest ran, KVM worked in the kernel, the VMM worked
+/// in user space, the vCPU slept in HLT (halted), KVM slept for the host (waiting), or the host
+/// took the CPU away (preempted). Then comes the cost of each exit reason. The time of a phase
+/// counts for the reason of the latest exit before it. The sums of vCPUs that are gone stand at the
+/// end.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 share is the part of all kernel cycles. mean, p50, p99 and max are the kernel cycles of single
-exits, from an exit to the next entry without sleep, preemption and user space. Quantiles are
-within 20%. max is exact, but for one with a '~' before it, which is read as a quantile is: that
-of an interval in which no new maximum was reached. A number with a '+' after it had no room where
-it was counted, and is at least that.
+exits, from an exit to the next entry, without sleep, preemption and user space. Quantiles are
+within 20%. max is exact, except with a '~' before it: no new maximum was reached in the interval,
+and the number is within 20% like a quantile. A '+' after a number means that its counter was
+full: the true number is at least that.
 
-polled is for how long KVM polled before it let vCPUs sleep. It is in the kernel's share of the
-phases, and in p50, p99 and max of HLT; kernel, share and mean of HLT are without it. It is KVM's
-own count by another clock, with the time for which the host took the CPU away meanwhile: of what
-exceeds the kernel cycles of HLT nothing is shown. --json has all of it, in nanoseconds. A module
-older than version 1.2 of its snapshots does not tell it, and shows both sleeps as blocked.
+polled is how long KVM polled before it let vCPUs sleep. It is part of the kernel's share of the
+phases, and of p50, p99 and max of HLT; kernel, share and mean of HLT are without it. KVM counts
+it by another clock, and includes the time for which the host took the CPU away meanwhile. So it
+can exceed the kernel cycles of HLT; the excess is not shown. --json has all of it, in nanoseconds.
+A module with snapshots older than version 1.2 does not report it, and shows both sleeps as blocked.
 
-A VM is called by the name that its VMM was given, with KVM's name behind it: web (kvm-1234). It
-is read from the command line of the VMM, and is what the VMM's owner says. Saved snapshots do not
+A VM is shown by the name that its VMM was given, with KVM's name behind it: web (kvm-1234). The
+name is read from the command line of the VMM, so the VMM's owner chose it. Saved snapshots do not
 have it. In JSON it is vmm.name, and name is KVM's.
 
-Where lines are too long for the terminal, numbers are rounded, and columns left out. COLUMNS sets
-how long they may be.
+Where lines are too long for the terminal, numbers are rounded and columns left out. COLUMNS sets
+the width.
 
 Examples:
   exitmeter report
@@ -64,39 +65,39 @@ Examples:
   cat /dev/exitmeter > before; sleep 10; cat /dev/exitmeter > after
   exitmeter report --diff before after")]
 pub struct Args {
-    /// Shows only the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    /// Show only the VM of this process or kvm-PID, or with this name, UUID, id or systemd unit.
     #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
-    /// Shows only the vCPU of this id, of each VM.
+    /// Show only the vCPU with this id, of each VM.
     #[arg(long, value_name = "N")]
     vcpu: Option<u32>,
-    /// What comes first in the table of reasons.
+    /// Order of the table of reasons.
     #[arg(long, value_enum, default_value_t)]
     sort: Sort,
-    /// Prints JSON instead of tables; with --interval, one line each time.
+    /// Print JSON instead of tables; with --interval, one line each time.
     #[arg(long)]
     json: bool,
-    /// Prints comma separated values: one line for each reason of each VM.
+    /// Print comma-separated values: one line for each reason of each VM.
     #[arg(long, conflicts_with = "json")]
     csv: bool,
-    /// Reports what happened in each S seconds, until it is interrupted. When the meter begins anew
-    /// that is told on the standard error, and the next interval counts from there.
+    /// Report what happened in each S seconds, until interrupted. When the meter begins anew,
+    /// a line on the standard error says so, and the next interval counts from there.
     #[arg(long, value_name = "S", value_parser = seconds)]
     interval: Option<Duration>,
-    /// Ends after N intervals.
+    /// End after N intervals.
     #[arg(long, value_name = "N", requires = "interval", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
-    /// Reports what happened between two saved snapshots.
+    /// Report what happened between two saved snapshots.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["input", "interval"])]
     diff: Option<Vec<PathBuf>>,
     #[command(flatten)]
     asked: source::Asked,
-    /// Reads a saved snapshot instead of the device.
+    /// Read a saved snapshot instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
 }
 
-/// A time in seconds, from the command line.
+/// Parse a time in seconds from the command line.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()
@@ -105,7 +106,7 @@ pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "it must be a number of seconds, 0.01 or more".to_owned())
 }
 
-/// What happened between two saved snapshots.
+/// Return what happened between two saved snapshots.
 fn difference(before: &Path, after: &Path) -> anyhow::Result<Report> {
     let (older, newer) = (source::report(before)?, source::report(after)?);
     let (before, after) = (before.display(), after.display());
@@ -122,12 +123,12 @@ fn difference(before: &Path, after: &Path) -> anyhow::Result<Report> {
 }
 
 impl Args {
-    /// Prints the report, or one after the other.
+    /// Print the report, or one report for each interval.
     ///
     /// # Errors
     ///
-    /// When there is no snapshot to read, it has not what was asked for, or there is nowhere to
-    /// print.
+    /// Fails when there is no snapshot to read, when it does not have the selected VM or vCPU, or
+    /// when the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
         if self.csv {
             out.print(CSV_HEADER)?;
@@ -142,12 +143,12 @@ impl Args {
         }
     }
 
-    /// Prints what happens, again and again.
+    /// Print a report for each interval.
     fn repeat(&self, out: &mut Output, input: &Path, interval: Duration) -> anyhow::Result<()> {
         let mut due = Instant::now();
         let mut source = source::Source::new(input);
         let mut before = source.report()?;
-        // So that a VM that is not there is told now.
+        // Fail now if the selected VM is not there.
         self.selection().apply(before.clone())?;
         let mut left = self.count;
         while left != Some(0) {
@@ -175,7 +176,7 @@ impl Args {
         }
     }
 
-    /// Prints one report in the form that was asked for.
+    /// Print one report in the chosen form.
     fn print(&self, out: &mut Output, report: Report) -> anyhow::Result<()> {
         let selection = self.selection();
         let report = selection.apply(report)?;

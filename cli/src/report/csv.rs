@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The report as comma separated values, as RFC 4180 has them.
+//! The report as comma-separated values (RFC 4180).
 
 use super::Selection;
 use crate::{
@@ -8,16 +8,16 @@ use crate::{
     names::Given,
 };
 
-/// The line of titles. `time_s` is the moment of the snapshot, in seconds since the module was
-/// loaded, and `span_s` the time that the numbers are of. A number that is not known is left
-/// empty, as are `vm`, `pid` and `span_s` of the sums of those that are gone. `kernel`, `share` and
-/// `mean` are with the time that KVM polled, `polled` is that part of `kernel`; `blocked` is the sum
-/// of `halted` and `waiting`. `name` is KVM's name, and `vmm_name` that which the VMM was given.
+/// Line of titles. `time_s` is the moment of the snapshot, in seconds since the module was loaded.
+/// `span_s` is the time that the numbers cover. An unknown number is empty, as are `vm`, `pid` and
+/// `span_s` of the sums of vCPUs that are gone. `kernel`, `share` and `mean` include the time that
+/// KVM polled; `polled` is that part of `kernel`. `blocked` is the sum of `halted` and `waiting`.
+/// `name` is KVM's name, and `vmm_name` the name that the VMM was given.
 pub const HEADER: &str = "time_s,span_s,vm,name,pid,vcpu,kind,code,reason,exits,nested_exits,\
 per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_exact,halted,waiting,\
 polled,vmm_name,vmm_uuid,vmm_manager,vmm_id,vmm_unit\n";
 
-/// What a VM's VMM was told about it, as the last columns of a line.
+/// Format the names that the VMM was given, as the last columns of a line.
 pub(crate) fn given(given: &Given) -> String {
     let Given {
         name,
@@ -32,15 +32,15 @@ pub(crate) fn given(given: &Given) -> String {
     texts.join(",")
 }
 
-/// A line for each reason of each VM, and of those that are gone when all is shown. The column
-/// `vcpu` has a number when only the vCPUs of that id are shown.
+/// Format a line for each reason of each VM. With no selection, add the vCPUs that are gone. The
+/// column `vcpu` has a number when only the vCPUs of that id are selected.
 pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
     let host = &report.host;
     let age = host.snapshot_tsc.saturating_sub(host.loaded_tsc);
     let time = seconds(&Span::of(age, host.tsc_khz));
     let mut text = String::new();
     for vm in &report.vms {
-        let whose = [
+        let owner = [
             time.clone(),
             seconds(&vm.span),
             vm.vm.to_string(),
@@ -51,27 +51,27 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
         .join(",");
         let names = given(&vm.vmm);
         for row in &vm.ledger.reasons {
-            text += &line(&whose, &names, row, vm.ledger.cycles.kernel, Some(vm.span));
+            text += &line(&owner, &names, row, vm.ledger.cycles.kernel, Some(vm.span));
         }
     }
     if !selection.is_part() {
-        let whose = format!("{time},,,departed,,");
+        let owner = format!("{time},,,departed,,");
         let ledger = &report.departed.ledger;
         let names = given(&Given::default());
         for row in &ledger.reasons {
-            text += &line(&whose, &names, row, ledger.cycles.kernel, report.interval);
+            text += &line(&owner, &names, row, ledger.cycles.kernel, report.interval);
         }
     }
     text
 }
 
-fn line(whose: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> String {
+fn line(owner: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> String {
     let rate = span.and_then(|span| span.per_second(row.exits));
     let part = |whole: u128| (whole != 0).then(|| row.cycles.kernel as f64 / whole as f64);
     let spread = row.spread.as_ref();
     let quantile = |percent| number(spread.and_then(|spread| spread.quantile(percent)));
     let mut fields = vec![
-        whose.to_owned(),
+        owner.to_owned(),
         row.label.kind.to_owned(),
         number(row.label.code),
         row.label.name.map_or_else(String::new, quoted),
@@ -112,7 +112,7 @@ fn seconds(span: &Span) -> String {
     decimal(span.seconds, 6)
 }
 
-/// A text, in quotes when it needs them.
+/// Return a text, in quotes if it needs them.
 pub(crate) fn quoted(text: &str) -> String {
     if text.contains(['"', ',', '\n', '\r']) {
         format!("\"{}\"", text.replace('"', "\"\""))
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_would_be_torn_apart_is_quoted() {
+    fn only_special_characters_are_quoted() {
         assert_eq!(quoted("kvm-1"), "kvm-1");
         assert_eq!(quoted("a,b"), "\"a,b\"");
         assert_eq!(quoted("a\"b"), "\"a\"\"b\"");

@@ -1,45 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What of a snapshot is shown, and in which order.
+//! Selection of the VMs, vCPUs and order that a report shows.
 
 use crate::{
     model::{Report, Sort, Vm},
     names::{self, NoVm},
 };
 
-/// What is to be shown.
+/// Selection of a part of a report.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Selection<'a> {
-    /// Of the VMs, only the one that is called so, or of this process.
+    /// Name or process of the only VM to show.
     pub vm: Option<&'a str>,
-    /// Of each VM, only the vCPU of this id.
+    /// Id of the only vCPU to show, of each VM.
     pub vcpu: Option<u32>,
-    /// The order of the reasons.
+    /// Order of the reasons.
     pub sort: Sort,
 }
 
-/// What is to be shown is not there.
+/// Error for a selection that matches nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// There is no such VM.
+    /// No VM matches.
     #[error(transparent)]
     NoVm(#[from] NoVm),
-    /// There is no such vCPU.
+    /// No vCPU matches.
     #[error("no vCPU with the id {0} runs: vCPUs are counted from 0")]
     NoVcpu(u32),
 }
 
 impl Selection<'_> {
-    /// Whether it leaves something out.
+    /// Return true if the selection leaves something out.
     pub fn is_part(&self) -> bool {
         self.vm.is_some() || self.vcpu.is_some()
     }
 
-    /// The part of a report that is to be shown. What is of no VM that runs stays as it is.
+    /// Return the selected part of a report. The sums of vCPUs that are gone stay as they are.
     ///
     /// # Errors
     ///
-    /// When there is no such part.
+    /// Fails when nothing matches.
     pub fn apply(&self, mut report: Report) -> Result<Report, Error> {
         if let Some(vm) = self.vm {
             let meant = names::find(vm, report.vms.iter().map(Vm::known))?;

@@ -21,10 +21,10 @@ use crate::{
     },
 };
 
-/// Characters of a bar for the whole.
+/// Width of a full bar, in characters.
 const BAR: usize = 40;
 
-/// The whole report, or the part of it that was selected.
+/// Format the report.
 pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
     let mut writer = Writer::new(opening(report), look);
     if report.unmetered_vcpus != 0 {
@@ -56,7 +56,7 @@ pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
     writer.finish()
 }
 
-/// The lines about the host and the time.
+/// Format the lines about the host and the time.
 fn opening(report: &Report) -> String {
     let host = &report.host;
     let isa = host.isa.name().to_uppercase();
@@ -100,7 +100,7 @@ fn opening(report: &Report) -> String {
     format!("host: {isa}, TSC {clock}{unstable}, loaded {age} ago\n{guests}\n")
 }
 
-/// How many exits, and how often.
+/// Format the number of exits, and their rate.
 fn exits(ledger: &Ledger, span: Option<Span>) -> String {
     let exits = count(ledger.exits, "exit");
     match span.and_then(|span| span.per_second(ledger.exits)) {
@@ -109,16 +109,16 @@ fn exits(ledger: &Ledger, span: Option<Span>) -> String {
     }
 }
 
-/// A report that is being written.
+/// Builder of a report's text.
 pub(crate) struct Writer {
     text: String,
-    /// Columns that found no room.
+    /// Titles of columns that did not fit.
     spared: BTreeSet<String>,
     look: Look,
 }
 
 impl Writer {
-    /// One that begins with a text.
+    /// Create a builder with the opening lines.
     pub(crate) fn new(text: String, look: Look) -> Self {
         Self {
             text,
@@ -127,7 +127,7 @@ impl Writer {
         }
     }
 
-    /// The report, with a word on what had no room.
+    /// Return the text, with a line about the columns that did not fit.
     fn finish(mut self) -> String {
         if !self.spared.is_empty() {
             let columns: Vec<_> = self.spared.into_iter().collect();
@@ -143,7 +143,7 @@ impl Writer {
         self.text
     }
 
-    /// The report, with a last line.
+    /// Return the text with a last line.
     pub(crate) fn end(mut self, line: &str) -> String {
         self.text += &format!("\n{line}\n");
         self.finish()
@@ -154,8 +154,8 @@ impl Writer {
         self.text += &format!("\n{title}\n\n");
     }
 
-    /// What a VM is called besides, as many in a line as there is room for. What has none alone is left
-    /// out.
+    /// Write the VM's further names, as many in a line as fit. Leave out a name that does not
+    /// fit alone.
     fn names(&mut self, given: &Given) {
         let mut lines: Vec<String> = Vec::new();
         let fits = |text: &str| {
@@ -187,11 +187,11 @@ impl Writer {
         self.spared.extend(table.spared().iter().cloned());
     }
 
-    /// Where the time went.
+    /// Write the table of phases.
     pub(crate) fn phases(&mut self, ledger: &Ledger) {
         let all = &ledger.cycles;
         let whole = all.sum();
-        // Phases, and behind the kernel's what of it was polling.
+        // List the phases, and behind the kernel phase the polling that is part of it.
         let mut lines: Vec<_> = all
             .phases()
             .map(|phase| {
@@ -208,7 +208,7 @@ impl Writer {
         let widest = |lengths: Vec<usize>| lengths.into_iter().max().unwrap_or(0);
         let names = widest(lines.iter().map(|line| line.0.len()).collect());
         let cycles = widest(lines.iter().map(|line| line.2.len()).collect()).max("cycles".len());
-        // What stands before the bar: a phase, the cycles, a share, and the gaps.
+        // Width before the bar: phase, cycles, share and the gaps.
         let before = names + cycles + "100.0%".len() + 3 * 2;
         let room = self
             .look
@@ -232,7 +232,7 @@ impl Writer {
         self.text.push('\n');
     }
 
-    /// The same of each vCPU, and what it does now.
+    /// Write the table of vCPUs: phases, and the present phase.
     fn vcpus(&mut self, host: &Host, vcpus: &[Vcpu]) {
         let none_nested = none_nested(vcpus.iter().map(|vcpu| vcpu.ledger.nested_exits));
         let (halted, none_waits) = sleeps(vcpus.iter().map(|vcpu| &vcpu.ledger.cycles));
@@ -290,9 +290,10 @@ impl Writer {
         self.text.push('\n');
     }
 
-    /// What each reason cost: "kernel" and what is made of it is without polling, "share" is its
-    /// part of all kernel cycles; the phases behind it are the time that vCPUs spent there with this
-    /// as their latest exit. Without the columns that the snapshot knows nothing for.
+    /// Write the table of reasons. "kernel" and the columns computed from it are without polling;
+    /// "share" is the part of all kernel cycles. The columns of phases are the time that vCPUs
+    /// spent there with this as their latest exit. Columns that the snapshot has no data for are
+    /// left out.
     pub(crate) fn reasons(&mut self, ledger: &Ledger, span: Option<Span>) {
         if ledger.reasons.is_empty() {
             self.text += "no exit, and no time passed\n";
@@ -358,7 +359,7 @@ impl Writer {
     }
 }
 
-/// What the table of reasons says of one.
+/// Format the cells of one reason.
 fn cells(
     row: &ReasonRow,
     ledger: &Ledger,
@@ -397,46 +398,48 @@ fn cells(
     ]
 }
 
-/// The title of the column of KVM's polling, shown when there was some.
+/// Title of the column of KVM's polling, shown when there was some.
 const POLLED: &str = "polled";
-/// The same as a part of the kernel phase.
+/// Title of the line of polling, as a part of the kernel phase.
 const POLLED_OF_IT: &str = "- polled";
 
-/// Whether that column would say nothing.
+/// Return true if the column of polling would be empty.
 fn none_polled(polled: impl IntoIterator<Item = Option<u128>>) -> bool {
     let mut polled = polled.into_iter();
     polled.all(|polled| matches!(polled, None | Some(0)))
 }
 
-/// What the column of [`Phase::Halted`] is called, and whether that of [`Phase::Waiting`] is left
-/// out, as the two sleeps are not told apart.
+/// Return the title of the column of [`Phase::Halted`], and true if the snapshot does not
+/// tell the two sleeps apart. Then [`Phase::Waiting`] has no column.
 fn sleeps<'a>(cycles: impl IntoIterator<Item = &'a Cycles>) -> (&'static str, bool) {
     let both = cycles.into_iter().find(|cycles| !cycles.has_waits);
     let named = both.copied().unwrap_or_default();
     (named.name(Phase::Halted), both.is_some())
 }
 
-/// The title of the column of exits from nested guests, shown when there are some.
+/// Title of the column of exits of L2 guests, shown when there are some.
 const NESTED: &str = "nested";
 
-/// What that column says.
+/// Format the nested column: the exits of L2 guests, or a dash where the module does not count
+/// them.
 fn nested(exits: Option<u64>, number: fn(u128) -> String) -> String {
     exits.map_or_else(|| "-".to_owned(), |exits| number(exits.into()))
 }
 
-/// Whether that column would say nothing.
+/// Return true if the nested column would be empty.
 fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
     exits
         .into_iter()
         .all(|exits| matches!(exits, None | Some(0)))
 }
 
-/// A code as guests ask for it and the kernel log has it; nothing for rows without one.
+/// Format a code in decimal, as in leaves and the kernel log. Rows without a code get an empty
+/// text.
 pub(crate) fn code(code: Option<u32>) -> String {
     code.map_or_else(String::new, |code| code.to_string())
 }
 
-/// So many of a thing.
+/// Format a number with its noun, in the plural unless it is 1.
 pub(crate) fn count(number: u64, thing: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{} {thing}{plural}", exact(number))

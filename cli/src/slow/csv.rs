@@ -1,43 +1,43 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Slow exits as comma separated values, as RFC 4180 has them.
+//! Slow exits as comma-separated values (RFC 4180).
 
 use super::model::{Exit, Slow};
 use crate::report::{given, quoted};
 
-/// The line of titles. Times are TSC ticks; what is not known, or was not, is left empty.
+/// Line of titles. Times are TSC ticks. Unknown and absent values are empty.
 const HEADER: &str = "when,tsc,vm,name,pid,vcpu,sequence,kind,code,reason,about,nested,rip,symbol,\
 cpu_exit,cpu_entry,took,kernel,user,waiting,preempted,halted,scheduled_out,exit_reason,culprit,\
 vmm_name,vmm_uuid,vmm_manager,vmm_id,vmm_unit\n";
 
-/// Write a line for each of the slowest exits, or for each exit of the rings.
+/// Format a line for each of the slowest exits, or for each exit of the rings.
 pub fn csv(slow: &Slow, ring: bool) -> String {
     let mut text = HEADER.to_owned();
     for vm in &slow.vms {
-        let whose = format!("{},{},{}", vm.vm, quoted(&vm.name), vm.pid);
+        let vm_columns = format!("{},{},{}", vm.vm, quoted(&vm.name), vm.pid);
         let names = given(&vm.vmm);
         if ring {
             for exit in vm.rings.iter().flat_map(|ring| &ring.exits) {
-                text += &line(&whose, &names, exit);
+                text += &line(&vm_columns, &names, exit);
             }
         } else {
             for exit in &vm.slowest {
-                text += &line(&whose, &names, exit);
+                text += &line(&vm_columns, &names, exit);
             }
         }
     }
     text
 }
 
-fn line(whose: &str, names: &str, exit: &Exit) -> String {
+fn line(vm_columns: &str, names: &str, exit: &Exit) -> String {
     let fields = [
-        shown(exit.when),
+        format_optional(exit.when),
         exit.tsc.to_string(),
-        whose.to_owned(),
+        vm_columns.to_owned(),
         exit.vcpu.to_string(),
         exit.sequence.to_string(),
         exit.label.kind.to_owned(),
-        shown(exit.label.code),
+        format_optional(exit.label.code),
         exit.label.name.map_or_else(String::new, quoted),
         exit.words.as_deref().map_or_else(String::new, quoted),
         u8::from(exit.nested).to_string(),
@@ -47,8 +47,8 @@ fn line(whose: &str, names: &str, exit: &Exit) -> String {
             .then(|| exit.place())
             .flatten()
             .map_or_else(String::new, |place| quoted(&place)),
-        shown(exit.cpu_exit),
-        shown(exit.cpu_entry),
+        format_optional(exit.cpu_exit),
+        format_optional(exit.cpu_entry),
         exit.took.to_string(),
         exit.kernel.to_string(),
         exit.user.to_string(),
@@ -63,6 +63,6 @@ fn line(whose: &str, names: &str, exit: &Exit) -> String {
     fields.join(",") + "\n"
 }
 
-fn shown(value: Option<impl ToString>) -> String {
+fn format_optional(value: Option<impl ToString>) -> String {
     value.map_or_else(String::new, |value| value.to_string())
 }

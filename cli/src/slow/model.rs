@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Slow exits as plain data: what snapshots told, and what of it is shown.
+//! Slow exits as plain data: collected from snapshots, and selected for output.
 
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -12,7 +12,7 @@ use exitmeter_meter::{
 };
 use serde::Serialize;
 
-use super::moment::Moment;
+use super::utc::Utc;
 use crate::{
     model::{Host, Label, Report},
     names::{self, Book, Given, Known, NoVm},
@@ -22,43 +22,43 @@ use crate::{
     },
 };
 
-/// The version of the data. It grows when a field goes or changes its meaning.
+/// Version of the data. It grows when a field goes or changes its meaning.
 const FORMAT: u32 = 1;
 
-/// What was seen of one vCPU.
+/// Slow exits collected from one vCPU.
 #[derive(Clone, Debug, Default)]
 struct Vcpu {
-    /// By the TSC at the exit.
+    /// Slowest exits, by the TSC at the exit.
     slowest: BTreeMap<u64, SlowExit>,
     ring: Vec<SlowExit>,
     is_frozen: bool,
-    /// TSC when the current window began.
+    /// TSC at the start of the current window.
     window: Option<u64>,
 }
 
-/// What one snapshot told, or several one after the other.
+/// Slow exits collected from one snapshot, or from several successive ones.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    /// The host, and the latest moment.
+    /// The host, and the moment of the latest snapshot.
     pub host: Host,
-    /// The time at that moment.
-    time: Option<Moment>,
+    /// UTC at that moment.
+    time: Option<Utc>,
     without: u32,
-    /// By number: name and process.
+    /// Name and process of each VM, by its number.
     vms: BTreeMap<u64, (String, u32)>,
-    /// By VM and id.
+    /// Slow exits, by VM and vCPU id.
     vcpus: BTreeMap<(u64, u32), Vcpu>,
     /// TSC from which on exits are wanted.
     from: Option<u64>,
 }
 
 impl Seen {
-    /// Take what a snapshot tells that was read at a time.
+    /// Collect the slow exits of a snapshot that was read at the time `read`.
     pub fn new(snapshot: &Snapshot<'_>, read: Option<SystemTime>) -> Self {
         let records: Vec<_> = snapshot.vcpus().collect();
         let mut vcpus: BTreeMap<_, Vcpu> = BTreeMap::new();
         for tables in snapshot.tables() {
-            // The reader has checked that it is there.
+            // The reader has checked that the record exists.
             let Some(record) = records.get(tables.vcpu) else {
                 continue;
             };
@@ -77,7 +77,7 @@ impl Seen {
         let vms = records.iter();
         Self {
             host: Report::new(snapshot).host,
-            time: read.and_then(Moment::new),
+            time: read.and_then(Utc::new),
             without: snapshot.without_tables(),
             vms: vms
                 .map(|record| (record.vm(), (record.name().to_owned(), record.pid())))
@@ -87,18 +87,18 @@ impl Seen {
         }
     }
 
-    /// Want only what comes from now on.
+    /// Discard what there is, and collect only later exits.
     pub fn begin(&mut self) {
         self.from = Some(self.host.snapshot_tsc);
         self.vms.clear();
         self.vcpus.clear();
     }
 
-    /// Add what a later snapshot tells. What has gone since is kept.
+    /// Add a later snapshot. VMs that have gone since are kept.
     ///
     /// # Errors
     ///
-    /// When the numbers have begun anew.
+    /// Fails when the numbers have begun anew.
     pub fn add(&mut self, later: Self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.host.life == later.host.life,
@@ -106,13 +106,13 @@ impl Seen {
             crate::model::delta::ANEW
         );
         let from = self.from.unwrap_or(0);
-        for (whose, mut vcpu) in later.vcpus {
+        for (key, mut vcpu) in later.vcpus {
             vcpu.slowest.retain(|_, exit| exit.time >= from);
-            let before = self.vcpus.remove(&whose).unwrap_or_default();
+            let before = self.vcpus.remove(&key).unwrap_or_default();
             for (time, exit) in before.slowest {
                 vcpu.slowest.entry(time).or_insert(exit);
             }
-            self.vcpus.insert(whose, vcpu);
+            self.vcpus.insert(key, vcpu);
         }
         self.vms.extend(later.vms);
         (self.host, self.time, self.without) = (later.host, later.time, later.without);
@@ -121,115 +121,115 @@ impl Seen {
 }
 
 impl Seen {
-    /// Add what a later snapshot of the same life tells, and keep of each window no more than its slowest
-    /// exits: what was among them in an earlier snapshot gives way to what is in a later one.
+    /// Add a later snapshot of the same life, and keep for each window only its slowest exits:
+    /// those of an earlier snapshot give way to those of a later one.
     pub fn follow(&mut self, later: Self) {
-        for (whose, mut vcpu) in later.vcpus {
-            let before = self.vcpus.remove(&whose).unwrap_or_default();
-            // Of the window that was the current one the later snapshot has what it came to, unless another
-            // one has passed since.
-            let is_told = vcpu.window == before.window || {
+        for (key, mut vcpu) in later.vcpus {
+            let before = self.vcpus.remove(&key).unwrap_or_default();
+            // The later snapshot has the final exits of the window that was current, unless yet
+            // another window has passed since.
+            let is_complete = vcpu.window == before.window || {
                 let mut current = before.slowest.values().filter(|exit| !exit.is_previous);
                 current.any(|exit| vcpu.slowest.contains_key(&exit.time))
             };
             for (time, mut exit) in before.slowest {
-                if exit.is_previous || !is_told {
+                if exit.is_previous || !is_complete {
                     exit.is_previous = true;
                     vcpu.slowest.entry(time).or_insert(exit);
                 }
             }
-            self.vcpus.insert(whose, vcpu);
+            self.vcpus.insert(key, vcpu);
         }
         self.vms.extend(later.vms);
         (self.host, self.time, self.without) = (later.host, later.time, later.without);
     }
 }
 
-/// Of which VM and reason exits are shown.
+/// Selection of a VM and a reason.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Selection<'a> {
-    /// What the VM is called, or its process.
+    /// Name or process of the VM.
     pub vm: Option<&'a str>,
-    /// The VMs' names.
+    /// Names of the VMs.
     pub names: Option<&'a Book>,
     /// Code of the reason.
     pub code: Option<u32>,
 }
 
-/// Slow exits.
+/// Slow exits, as shown.
 #[derive(Clone, Debug, Serialize)]
 pub struct Slow {
     /// Version of the data.
     pub format: u32,
     /// The host, and the moment of the latest snapshot.
     pub host: Host,
-    /// vCPUs of which nothing is recorded for want of memory.
+    /// vCPUs without a record, for want of memory.
     pub vcpus_without_tables: u32,
-    /// The VMs.
+    /// VMs.
     pub vms: Vec<Vm>,
 }
 
-/// A VM.
+/// Slow exits of a VM.
 #[derive(Clone, Debug, Serialize)]
 pub struct Vm {
-    /// Its number.
+    /// Number of the VM.
     pub vm: u64,
-    /// KVM's name for it.
+    /// KVM's name for the VM.
     pub name: String,
-    /// The process that made it.
+    /// Process that created the VM.
     pub pid: u32,
-    /// What its VMM was told about it, when that is known.
+    /// Names that the VMM was given, if known.
     pub vmm: Given,
-    /// The slowest exits of its vCPUs, the longest first.
+    /// Slowest exits of its vCPUs, the longest first.
     pub slowest: Vec<Exit>,
-    /// The last exits of each vCPU.
+    /// Last exits of each vCPU.
     pub rings: Vec<Ring>,
 }
 
-/// The last exits of a vCPU.
+/// Last exits of a vCPU.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ring {
     /// Id of the vCPU.
     pub vcpu: u32,
-    /// The last of them was too slow.
+    /// True if the ring froze, because its last exit was too slow.
     pub frozen: bool,
-    /// The exits, the oldest first.
+    /// Exits, the oldest first.
     pub exits: Vec<Exit>,
 }
 
 /// One exit.
 #[derive(Clone, Debug, Serialize)]
 pub struct Exit {
-    /// When it was, in UTC, if that can be told.
+    /// UTC of the exit, if known.
     #[serde(serialize_with = "text")]
-    pub when: Option<Moment>,
+    pub when: Option<Utc>,
     /// TSC at the exit.
     pub tsc: u64,
     /// Id of the vCPU.
     pub vcpu: u32,
-    /// Which exit of the vCPU's it was since details were turned on.
+    /// Number of the exit among the vCPU's, since details were turned on.
     pub sequence: u64,
-    /// The reason.
+    /// Exit reason.
     #[serde(flatten)]
     pub label: Label,
-    /// What it was about.
+    /// Detail of the exit: port, MSR, address and so on.
     pub detail: Option<Detail>,
-    /// The same in words.
+    /// Detail in words.
     pub words: Option<String>,
-    /// It came from a nested guest, an L2.
+    /// True if the exit came from an L2 guest.
     pub nested: bool,
-    /// Where the guest was.
+    /// RIP of the guest.
     #[serde(serialize_with = "hexadecimal")]
     pub rip: Option<u64>,
-    /// The symbol that it belongs to.
+    /// Symbol that the RIP belongs to.
     pub symbol: Option<String>,
-    /// Bytes from the symbol's beginning.
+    /// Bytes from the start of the symbol.
     pub offset: Option<u64>,
-    /// The host's CPU at the exit.
+    /// Host's CPU at the exit.
     pub cpu_exit: Option<u64>,
-    /// The host's CPU at the entry after it.
+    /// Host's CPU at the entry after it.
     pub cpu_entry: Option<u64>,
-    /// TSC ticks that make it slow: all below but `halted`.
+    /// Length of the exit in TSC ticks: the sum of the phases below without `halted`.
     pub took: u64,
     /// TSC ticks in the kernel.
     pub kernel: u64,
@@ -239,21 +239,21 @@ pub struct Exit {
     pub waiting: u64,
     /// TSC ticks preempted.
     pub preempted: u64,
-    /// TSC ticks asleep by the guest's own wish.
+    /// TSC ticks asleep in HLT.
     pub halted: u64,
-    /// How often the scheduler took the vCPU off its CPU.
+    /// Number of times that the scheduler took the vCPU off its CPU.
     pub scheduled_out: u64,
-    /// KVM_EXIT_* of `struct kvm_run`, when it went to user space.
+    /// KVM_EXIT_* of `struct kvm_run`, if the exit went to user space.
     pub exit_reason: Option<u64>,
-    /// The ring froze for it.
+    /// True if the ring froze for this exit.
     pub culprit: bool,
 }
 
-fn text<S: serde::Serializer>(moment: &Option<Moment>, to: S) -> Result<S::Ok, S::Error> {
+fn text<S: serde::Serializer>(moment: &Option<Utc>, to: S) -> Result<S::Ok, S::Error> {
     moment.map(|moment| moment.to_string()).serialize(to)
 }
 
-/// Write a number as text, since JSON's readers have 53 bits.
+/// Serialize a number as text, because JSON's readers have 53 bits.
 pub fn hexadecimal<S: serde::Serializer>(number: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
     number.map(|number| format!("{number:#x}")).serialize(to)
 }
@@ -265,7 +265,7 @@ impl Exit {
         let detail = (exit.detail_kind != Kind::None as u8)
             .then(|| Detail::new(exit.detail_kind, exit.detail));
         let age = i128::from(host.snapshot_tsc) - i128::from(exit.time);
-        let when = |time: Moment| time.before(age, host.tsc_khz?);
+        let when = |time: Utc| time.before(age, host.tsc_khz?);
         let [cpu_exit, cpu_entry] = exit.cpus;
         Self {
             when: seen.time.and_then(when),
@@ -293,7 +293,7 @@ impl Exit {
         }
     }
 
-    /// Return what it was, in words: reason and detail.
+    /// Return the reason and the detail, in words.
     pub fn about(&self) -> String {
         let mut about = self.label.to_string();
         if let (None, Some(code)) = (self.label.name, self.label.code) {
@@ -308,24 +308,24 @@ impl Exit {
         about
     }
 
-    /// Return where the guest was, in words.
+    /// Return the guest's code address, in words.
     pub fn place(&self) -> Option<String> {
         let symbol = self.symbol.as_deref().zip(self.offset);
         Some(symbols::words(self.rip?, symbol))
     }
 
-    /// Return why it went to user space, in words.
+    /// Return the reason for going to user space, in words.
     pub fn to_user(&self) -> Option<String> {
         self.exit_reason.map(user_exit)
     }
 }
 
 impl Slow {
-    /// Make the data of what was seen, with the symbols of the guest.
+    /// Build the data from the collected exits, with the symbols of the guest.
     ///
     /// # Errors
     ///
-    /// When there is no such VM, or several are called so.
+    /// Fails when no VM matches, or several do.
     pub fn new(seen: &Seen, symbols: &Symbols, selection: Selection<'_>) -> Result<Self, NoVm> {
         let none = Book::default();
         let names = selection.names.unwrap_or(&none);

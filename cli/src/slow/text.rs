@@ -20,12 +20,12 @@ use crate::{
     why::text::{missing, no_room},
 };
 
-/// What is to be shown.
+/// Choice of the exits to show.
 #[derive(Clone, Copy, Debug)]
 pub struct Shown {
-    /// The rings, and not the slowest exits.
+    /// Show the rings, and not the slowest exits.
     pub ring: bool,
-    /// How many exits.
+    /// Number of exits.
     pub limit: usize,
 }
 
@@ -39,10 +39,10 @@ const TO_USER: &str = "to user space";
 const VCPU: &str = "vCPU";
 const CPU: &str = "CPU";
 
-/// What is said of a ring without exits.
+/// Text for a ring without exits.
 const NO_RING: &str = "No exit. Rings are kept with the module's parameter slow_us alone.\n";
 
-/// Write all of it.
+/// Format the tables of all VMs.
 pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
     let khz = slow.host.tsc_khz;
     let unit = match khz {
@@ -54,19 +54,19 @@ pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
     text += &missing(slow.vcpus_without_tables, slow.vms.is_empty(), look);
     let mut spared = BTreeSet::new();
     for vm in &slow.vms {
-        text += &of_vm(vm, khz, shown, look, &mut spared);
+        text += &vm_text(vm, khz, shown, look, &mut spared);
     }
     text + &no_room(spared)
 }
 
-fn of_vm(
+fn vm_text(
     vm: &Vm,
     khz: Option<u32>,
     shown: Shown,
     look: Look,
     spared: &mut BTreeSet<String>,
 ) -> String {
-    let whose = format!(
+    let vm_title = format!(
         "{}, process {}",
         look.plain(&vm.vmm.label(&vm.name)),
         vm.pid
@@ -76,7 +76,7 @@ fn of_vm(
         let mut text = String::new();
         for ring in &vm.rings {
             let state = if ring.frozen { "frozen" } else { "not frozen" };
-            text += &title(&format!("{whose}, vCPU {}: ring, {state}", ring.vcpu));
+            text += &title(&format!("{vm_title}, vCPU {}: ring, {state}", ring.vcpu));
             let first = ring.exits.len().saturating_sub(shown.limit);
             let exits: Vec<_> = ring.exits.iter().skip(first).collect();
             text += &match exits.is_empty() {
@@ -85,7 +85,7 @@ fn of_vm(
             };
         }
         if vm.rings.is_empty() {
-            text += &(title(&whose) + "No exit since details are on.\n");
+            text += &(title(&vm_title) + "No exit since details are on.\n");
         }
         return text;
     }
@@ -95,7 +95,7 @@ fn of_vm(
         _ => String::new(),
     };
     let slowest = count(exits.len() as u64, "slowest exit");
-    let mut text = title(&format!("{whose}: {slowest}{of}"));
+    let mut text = title(&format!("{vm_title}: {slowest}{of}"));
     text += &table(&exits, false, khz, look, spared);
     for Ring { vcpu, exits, .. } in vm.rings.iter().filter(|ring| ring.frozen) {
         let Some(culprit) = exits.last() else {
@@ -103,7 +103,7 @@ fn of_vm(
         };
         let when = culprit
             .when
-            .map_or_else(String::new, |when| format!(" at {}", when.of_day()));
+            .map_or_else(String::new, |when| format!(" at {}", when.time_of_day()));
         text += &format!(
             "The ring of vCPU {vcpu} is frozen, for {}{when}: --ring shows what led to it.\n",
             culprit.about()
@@ -156,7 +156,7 @@ fn table(
             };
             let when = exit
                 .when
-                .map_or_else(|| "-".to_owned(), |when| when.of_day());
+                .map_or_else(|| "-".to_owned(), |when| when.time_of_day());
             let style = match exit.culprit {
                 true => Style::Warning,
                 false => Style::Plain,
@@ -192,7 +192,7 @@ fn table(
     table.text(look.color)
 }
 
-/// Ticks in microseconds with a tenth, or as they are.
+/// Format ticks in microseconds with a tenth, or as they are if the rate is unknown.
 fn length(ticks: u64, khz: Option<u32>) -> String {
     let Some(khz) = khz.filter(|_| ticks != 0) else {
         return exact(ticks);
@@ -201,7 +201,7 @@ fn length(ticks: u64, khz: Option<u32>) -> String {
     format!("{}.{}", exact(tenths / 10), tenths % 10)
 }
 
-/// The CPUs at exit and entry.
+/// Format the CPUs at exit and entry.
 fn cpus(exit: &Exit) -> String {
     let cpu = |cpu: Option<u64>| cpu.map_or_else(|| "?".to_owned(), |cpu| cpu.to_string());
     match (exit.cpu_exit, exit.cpu_entry) {

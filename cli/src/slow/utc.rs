@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Moments of the clock on the wall, in UTC.
+//! Wall clock time, in UTC.
 
 use std::{fmt, time::SystemTime};
 
-/// A moment, in microseconds since 1970 (UTC).
+/// UTC, in microseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Moment(i64);
+pub struct Utc(i64);
 
-impl Moment {
-    /// The moment of a system time; `None` where it is too far from now.
+impl Utc {
+    /// Convert a system time. Return `None` if it is out of range.
     pub fn new(time: SystemTime) -> Option<Self> {
         let micros = match time.duration_since(SystemTime::UNIX_EPOCH) {
             Ok(after) => i64::try_from(after.as_micros()).ok()?,
@@ -18,15 +18,15 @@ impl Moment {
         Some(Self(micros))
     }
 
-    /// Return the moment that lies so many ticks before; `khz` is how many a millisecond has.
+    /// Return the time that lies `ticks` earlier. `khz` is the number of ticks in a millisecond.
     pub fn before(self, ticks: i128, khz: u32) -> Option<Self> {
         let micros = ticks.checked_mul(1000)? / i128::from(khz.max(1));
         let micros = i128::from(self.0).checked_sub(micros)?;
         Some(Self(i64::try_from(micros).ok()?))
     }
 
-    /// The time of the day.
-    pub fn of_day(self) -> String {
+    /// Format the time of day.
+    pub fn time_of_day(self) -> String {
         const DAY: i64 = 86_400_000_000;
         let micros = self.0.rem_euclid(DAY);
         let (seconds, micros) = (micros / 1_000_000, micros % 1_000_000);
@@ -38,16 +38,17 @@ impl Moment {
         )
     }
 
-    /// The day, as year, month and day of the month.
+    /// Return the year, the month and the day of the month.
     ///
-    /// Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": `civil_from_days`.
+    /// The algorithm is `civil_from_days` of Howard Hinnant, "chrono-Compatible Low-Level Date
+    /// Algorithms".
     fn day(self) -> (i64, i64, i64) {
         let days = self.0.div_euclid(86_400_000_000) + 719_468;
         let era = days.div_euclid(146_097);
         let of_era = days.rem_euclid(146_097);
         let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
         let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        // From March on.
+        // Months counted from March.
         let month = (5 * of_year + 2) / 153;
         let day = of_year - (153 * month + 2) / 5 + 1;
         let month = if month < 10 { month + 3 } else { month - 9 };
@@ -55,17 +56,17 @@ impl Moment {
         (year, month, day)
     }
 
-    /// The day as text.
+    /// Format the date.
     pub fn date(self) -> String {
         let (year, month, day) = self.day();
         format!("{year:04}-{month:02}-{day:02}")
     }
 }
 
-/// As RFC 3339 has it.
-impl fmt::Display for Moment {
+/// RFC 3339.
+impl fmt::Display for Utc {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}T{}Z", self.date(), self.of_day())
+        write!(f, "{}T{}Z", self.date(), self.time_of_day())
     }
 }
 
@@ -75,14 +76,14 @@ mod tests {
 
     use super::*;
 
-    fn after(seconds: u64, micros: u32) -> Moment {
+    fn after(seconds: u64, micros: u32) -> Utc {
         let time = SystemTime::UNIX_EPOCH + Duration::new(seconds, micros * 1000);
-        Moment::new(time).expect("near enough")
+        Utc::new(time).expect("near enough")
     }
 
     #[test]
-    fn days_are_those_of_the_calendar() {
-        // By date -u -d @N.
+    fn dates_match_the_calendar() {
+        // Expected dates by `date -u -d @N`.
         for (seconds, expected) in [
             (0, "1970-01-01T00:00:00.000000Z"),
             (951_782_399, "2000-02-28T23:59:59.000000Z"),
@@ -96,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn ticks_before_a_moment() {
+    fn ticks_are_subtracted() {
         let moment = after(100, 5);
         let before = |ticks, khz| moment.before(ticks, khz).expect("near enough");
         assert_eq!(before(2_400_000_000, 2_400_000), after(99, 5));

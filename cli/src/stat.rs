@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter stat`: which exits a command causes, told inside the guest.
+//! `exitmeter stat`: the exits that a command causes, measured inside the guest.
 
 use std::{
     ffi::OsString,
@@ -18,36 +18,38 @@ use crate::{
     output::{Look, Output},
 };
 
-mod moment;
+mod counters;
 mod run;
 mod summary;
 
-pub use moment::{Clock, Moment};
+pub use counters::{Clock, Counters};
 pub use run::{Host, Run};
 pub use summary::{Mean, Reason, Summary};
 
-/// In a guest: which exits a command causes, and what they cost.
+/// In a guest: show which exits a command causes, and what they cost.
 ///
-/// The numbers are of the whole VM while CMD runs, from the moment before it is executed until it has
-/// ended. What else runs in the VM meanwhile is among them. What reading them costs is not. It
-/// needs the privileges of 'exitmeter guest'.
+/// The numbers cover the whole VM while CMD runs, from the moment before it is executed until it
+/// has ended. They include everything else that runs in the VM meanwhile. They do not include the
+/// cost of reading them. This needs the privileges of 'exitmeter guest'.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-kernel is what the host's kernel spent on the exits, and mean that of one. 'of time' is its part of
-the time that CMD took, 'in VMM' that of the VMM; with several vCPUs either may exceed 100%.
-Interrupts that come while the numbers are read, before and after CMD, are CMD's.
+kernel is the time that the host's kernel spent on the exits, and mean that of one exit. 'of time' is
+kernel as a part of the time that CMD took, and 'in VMM' the same for the VMM. With several vCPUs
+either may exceed 100%. Interrupts that come while the numbers are read, before and after CMD, count
+for CMD.
 
---why has each vCPU tell for itself: this command runs on each CPU in turn, before and after CMD,
-and says on how many it may not. What a vCPU did after it was asked and before CMD ran is CMD's. Rows
-have a bound beside them as those of 'exitmeter why' on the host. The host's own vectors are not told,
-and their exits are in no row. With -r the numbers are those of all runs together.
+--why reads each vCPU by itself: the tool runs on each CPU in turn, before and after CMD, and says on
+how many CPUs it may not run. Exits of a vCPU after it was read and before CMD ran count for CMD. Rows
+have a bound beside them, as those of 'exitmeter why' on the host. The host does not reveal its own
+vectors, so their exits are in no row. With -r the numbers are the sums of all runs.
 
-When the meter begins anew while CMD runs, as when the module is loaded again on the host or the VM
-is moved to another one, what that run caused is not known. It is left out, and that is told.
+When the meter begins anew while CMD runs, because the module is loaded again on the host or the VM
+moves to another host, the exits of that run are not known. The run is left out, and the output says
+so.
 
 Exit status:
-  that of CMD, of the last run; 128 + N when signal N ended it; 127 when it was not found and
-  126 when it could not be run; 125 when there is no meter, no run could be measured, or the
+  the status of CMD, of the last run; 128 + N when signal N ended it; 127 when it was not found
+  and 126 when it could not be run; 125 when there is no meter, no run could be measured, or the
   tool failed
 
 Examples:
@@ -56,34 +58,34 @@ Examples:
   exitmeter stat --why -- modprobe virtio_net
   exitmeter stat --json -o exits.json -- make")]
 pub struct Args {
-    /// Runs CMD N times, and tells the mean and the standard deviation.
+    /// Run CMD N times, and show the mean and the standard deviation.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     repeat: u32,
-    /// Tells as well what the exits were about: which MSRs, ports, CPUID leaves and so on. It takes a
-    /// host whose details are on, as by the module's parameter details=1.
+    /// Also show what the exits were about: MSRs, ports, CPUID leaves and so on. This needs a host
+    /// whose details are on, as by the module's parameter details=1.
     #[arg(long)]
     why: bool,
-    /// Shows up to N rows of each reason.
+    /// Show up to N rows of each reason.
     #[arg(long, value_name = "N", default_value_t = 10, requires = "why")]
     limit: usize,
-    /// Prints JSON instead of a table.
+    /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
-    /// Writes to FILE, and not to the standard error.
+    /// Write to FILE instead of the standard error.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// The command, with its arguments.
+    /// Command to run, with its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
-/// What is said when there is nothing else to say.
+/// Error when no run was measured and nothing else failed.
 const NOT_MEASURED: &str =
     "the meter began anew while the command ran, as when the module is loaded \
     again on the host or the VM is moved: what it caused is not known; run it again";
 
 impl Args {
-    /// Runs the command and prints what it caused; the command's exit status.
+    /// Run the command, print what it caused, and return the command's exit status.
     pub fn run(self, out: &Output) -> ExitCode {
         let status = self
             .stat(out.look_of(&io::stderr()))
@@ -94,10 +96,10 @@ impl Args {
         status.into()
     }
 
-    /// Runs the command and tells of all runs that could be measured; the status to exit with.
+    /// Run the command, show all runs that could be measured, and return the exit status.
     fn stat(&self, look: Look) -> anyhow::Result<u8> {
         let (program, arguments) = self.command.split_first().context("there is no command")?;
-        // Before anything is written or run: is there a meter?
+        // Fail before anything is written or run if there is no meter.
         let (way, (isa, version)) = find(likely_isa(), |meter| (meter.isa(), meter.interface()))?;
         let host = Host { isa, way };
         if self.why {
@@ -120,20 +122,20 @@ impl Args {
                     status = command::status(run.ended);
                     runs.push(run);
                 }
-                // What came before is told all the same.
+                // Still show the runs before.
                 Err(error) => {
                     failure = Some(error);
                     break;
                 }
             }
-            if run::is_to_end() {
+            if run::should_stop() {
                 break;
             }
         }
         let Some(summary) = Summary::new(&self.command, isa, status, &runs) else {
             return Err(failure.unwrap_or_else(|| anyhow::anyhow!(NOT_MEASURED)));
         };
-        if let (Some(words), Some(_)) = (summary.left_out_in_words(), &file) {
+        if let (Some(words), Some(_)) = (summary.left_out_text(), &file) {
             eprintln!("exitmeter: {words}");
         }
         let text = match self.json {
@@ -145,7 +147,7 @@ impl Args {
             Some(file) => file
                 .write_all(text.as_bytes())
                 .context("cannot write the output")?,
-            // Whoever closed the standard error wants no word of this.
+            // A closed standard error is no failure of the command.
             None => {
                 let _ = io::stderr().write_all(text.as_bytes());
             }

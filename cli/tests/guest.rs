@@ -4,7 +4,7 @@
 //! every question is an exit as well.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use exitmeter::{guest::Sweep, output::Look, stat::Moment};
+use exitmeter::{guest::Sweep, output::Look, stat::Counters};
 use exitmeter_guest::{cpuid_reason, Cpuid, Error, Meter};
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Numbers, Registers, NESTED},
@@ -314,13 +314,13 @@ fn a_meter_that_begins_anew_is_told() {
 #[test]
 fn two_moments_of_two_lives_have_no_difference() {
     let moment = |cpu: &mut Renewed| {
-        let mut moment = Moment::new(Isa::Vmx);
+        let mut moment = Counters::new(Isa::Vmx);
         moment.read(cpu).unwrap();
         moment
     };
     let all = {
         let mut cpu = metered(LeafMap::Map2021);
-        let mut moment = Moment::new(Isa::Vmx);
+        let mut moment = Counters::new(Isa::Vmx);
         moment.read(&mut cpu).unwrap();
         moment.queries
     };

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Runs the command between two moments.
+//! Runs the command between two readings of the counters.
 //!
-//! The first one is taken in the new process, as the last thing before it becomes the command, and
-//! the second one when it has ended. So to make a process is not among what the command caused.
+//! The first reading takes place in the new process, as the last thing before it becomes the
+//! command, and the second when it has ended. So creating the process does not count for the
+//! command.
 
 use std::{
     ffi::OsString,
@@ -27,7 +28,7 @@ use signal_hook::{
     low_level,
 };
 
-use super::moment::Moment;
+use super::counters::Counters;
 use crate::{
     command::Unrunnable,
     guest::{
@@ -37,24 +38,24 @@ use crate::{
     signals::is_ignored,
 };
 
-/// The tables that tell what exits were about.
+/// Tables of what exits were about.
 const TABLES: [u32; 2] = [TABLE_DETAILS, TABLE_USER];
 
-/// The meter of the host, as it was found.
+/// Meter of the host, as found.
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
-    /// Whose CPU this is.
+    /// Vendor of the CPU.
     pub isa: Isa,
-    /// How the meter is asked.
+    /// Way to query the meter.
     pub way: Way,
 }
 
 impl Host {
-    /// Demand that the host keeps details, by the version of its leaves and by what it tells of them.
+    /// Check that the host keeps details, by the version of its leaves and by what it reports.
     ///
     /// # Errors
     ///
-    /// When it does not, or cannot be asked.
+    /// Fails when the host does not keep details, or cannot be queried.
     pub fn check_details(self, version: u32) -> anyhow::Result<()> {
         if version < TABLES_SINCE {
             return Err(tables::Error::Version(version).into());
@@ -64,71 +65,69 @@ impl Host {
     }
 }
 
-/// What one run of the command caused.
+/// Result of one run of the command.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// Whose reasons.
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// Exits and ticks by reason, with nothing of the tool's own; `None` when the meter began anew
-    /// meanwhile, so that nobody knows.
+    /// Exits and ticks by reason, without the tool's own. `None` if the meter began anew meanwhile.
     pub rows: Option<Vec<Row>>,
-    /// What the exits were about, where that was asked for and is known.
+    /// Details of the exits, where they were asked for and are known.
     pub why: Option<Reading>,
-    /// How many CPUID exits of its own were taken out.
+    /// Number of the tool's own CPUID exits that were subtracted.
     pub queries: u64,
-    /// How long it ran, in ticks of this guest's TSC.
+    /// Duration, in ticks of this guest's TSC.
     pub ticks: u64,
-    /// How long it ran.
+    /// Duration.
     pub time: Duration,
-    /// How it ended.
+    /// Exit status of the command.
     pub ended: ExitStatus,
 }
 
-/// The command that runs: its process, or 0.
-static RUNS: AtomicI32 = AtomicI32::new(0);
-/// The last signal that came, and the last one that came while no command ran; 0 for none.
-static CAME: AtomicI32 = AtomicI32::new(0);
-static MISSED: AtomicI32 = AtomicI32::new(0);
+/// Process of the running command, or 0.
+static COMMAND: AtomicI32 = AtomicI32::new(0);
+/// Latest signal, and latest signal while no command ran; 0 for none.
+static LAST_SIGNAL: AtomicI32 = AtomicI32::new(0);
+static MISSED_SIGNAL: AtomicI32 = AtomicI32::new(0);
 
-/// Passes a signal on to the command. Those of the keyboard go to both by themselves.
-fn pass_on(signal: i32) {
-    CAME.store(signal, SeqCst);
-    let Some(child) = Pid::from_raw(RUNS.load(SeqCst)) else {
-        return MISSED.store(signal, SeqCst);
+/// Pass a signal on to the command. The terminal sends those of the keyboard to both.
+fn forward_signal(signal: i32) {
+    LAST_SIGNAL.store(signal, SeqCst);
+    let Some(child) = Pid::from_raw(COMMAND.load(SeqCst)) else {
+        return MISSED_SIGNAL.store(signal, SeqCst);
     };
     let signal = Signal::from_named_raw(signal);
     if let Some(signal) = signal.filter(|signal| ![Signal::INT, Signal::QUIT].contains(signal)) {
-        // It may have ended this moment.
+        // The command may have just ended.
         let _ = kill_process(child, signal);
     }
 }
 
-/// From now on signals do not end the tool, but reach the command. A command finds all of them as
-/// they were.
+/// From now on, pass signals on to the command instead of ending the tool. The command starts with
+/// the signals' original settings.
 ///
 /// # Errors
 ///
-/// When the system does not allow it.
+/// Fails when the system does not allow it.
 pub fn outlive_signals() -> io::Result<()> {
     let signals = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
     for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
-        // SAFETY: `pass_on` does nothing but to use atomics and the system call kill, which a
-        // handler may.
-        unsafe { low_level::register(signal, move || pass_on(signal)) }?;
+        // SAFETY: `forward_signal` uses only atomics and the system call kill, which a handler may.
+        unsafe { low_level::register(signal, move || forward_signal(signal)) }?;
     }
     Ok(())
 }
 
-/// Whether a signal has come that is to end more than the one run.
-pub fn is_to_end() -> bool {
-    [SIGHUP, SIGINT, SIGQUIT, SIGTERM].contains(&CAME.load(SeqCst))
+/// Return true if a signal has come that ends the tool, and not just this run.
+pub fn should_stop() -> bool {
+    [SIGHUP, SIGINT, SIGQUIT, SIGTERM].contains(&LAST_SIGNAL.load(SeqCst))
 }
 
-/// Runs the command once; `why` says whether to read what its exits were about.
+/// Run the command once. Read the details of its exits if `why` is true.
 ///
 /// # Errors
 ///
-/// When it cannot be run ([`Unrunnable`]), or what it caused cannot be read.
+/// Fails when the command cannot be run ([`Unrunnable`]), or the counters cannot be read.
 pub fn once(
     program: &OsString,
     arguments: &[OsString],
@@ -136,10 +135,10 @@ pub fn once(
     why: bool,
 ) -> anyhow::Result<Run> {
     let Host { isa, way } = host;
-    // Files take all that is written at once, as a socket does not.
+    // A file takes all that is written at once; a socket does not.
     let mut ours = File::from(memfd_create(c"exitmeter", MemfdFlags::CLOEXEC)?);
     let theirs = ours.try_clone()?;
-    let mut before = Moment::new(isa);
+    let mut before = Counters::new(isa);
     let mut asker = way.open()?;
     let mut details = match why {
         true => Some((Cpus::open(way)?, Left::new()?)),
@@ -166,15 +165,15 @@ pub fn once(
             None => Ok(()),
         }
     };
-    // SAFETY: After fork it executes CPUID or reads a device, moves from CPU to CPU, writes to files,
-    // and takes no memory: `before` has room for all rows. Its one failure that would is no success
-    // either.
+    // SAFETY: After fork, the closure executes CPUID or reads a device, moves from CPU to CPU and
+    // writes to files. It allocates no memory: `before` has room for all rows. Its one failure that
+    // does allocate prevents the command from starting anyway.
     unsafe { command.pre_exec(begin) };
     let mut child = command
         .spawn()
         .map_err(|error| Unrunnable::new(program, error))?;
     let ended = wait(&mut child).context("cannot wait for the command")?;
-    let mut after = Moment::new(isa);
+    let mut after = Counters::new(isa);
     let mut asker = way.open()?;
     let mut tally = Tally::new(&mut asker);
     let read = after.read(&mut tally);
@@ -186,11 +185,11 @@ pub fn once(
         None => None,
     };
     ours.rewind()?;
-    let before = Moment::receive(&mut BufReader::new(ours))
+    let before = Counters::receive(&mut BufReader::new(ours))
         .context("the command began without a reading")?;
     let rows = after.since(&before);
     let why = match (details, later) {
-        // What the meter forgot nobody knows, here neither.
+        // If the meter began anew, the details are unknown as well.
         (Some((cpus, left)), Some(later)) if rows.is_some() => {
             let mut earlier = left.take(&cpus)?;
             earlier.add_asked(asked);
@@ -209,19 +208,19 @@ pub fn once(
     })
 }
 
-/// Waits for the end of a child, which gets all signals until then and none afterwards.
+/// Wait for the end of a child. It gets all signals until then, and none afterwards.
 fn wait(child: &mut Child) -> io::Result<ExitStatus> {
     let pid = i32::try_from(child.id()).unwrap_or(0);
-    RUNS.store(pid, SeqCst);
-    match MISSED.swap(0, SeqCst) {
+    COMMAND.store(pid, SeqCst);
+    match MISSED_SIGNAL.swap(0, SeqCst) {
         0 => {}
-        signal => pass_on(signal),
+        signal => forward_signal(signal),
     }
     if let Some(id) = Pid::from_raw(pid) {
-        // Its number stays its own until it is waited for in earnest.
+        // The process id stays reserved until the child is reaped.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
         while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(id), options) {}
     }
-    RUNS.store(0, SeqCst);
+    COMMAND.store(0, SeqCst);
     child.wait()
 }

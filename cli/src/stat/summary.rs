@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What all runs of a command caused.
+//! Summary of all runs of a command.
 
 use std::{collections::BTreeMap, ffi::OsString};
 
@@ -22,17 +22,17 @@ use crate::{
     why::{model::Weight, symbols::Symbols, tables::Rows},
 };
 
-/// A number of each run.
+/// Mean and standard deviation of a number over the runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Mean {
-    /// Their mean.
+    /// Mean.
     pub mean: f64,
-    /// Their standard deviation, as that of a sample; of one run there is none.
+    /// Sample standard deviation; `None` for a single run.
     pub stddev: Option<f64>,
 }
 
 impl Mean {
-    /// Of these numbers.
+    /// Compute both for these numbers.
     pub fn of(numbers: impl Iterator<Item = f64> + Clone) -> Self {
         let count = numbers.clone().count() as f64;
         let mean = numbers.clone().sum::<f64>() / count.max(1.0);
@@ -43,13 +43,13 @@ impl Mean {
         }
     }
 
-    /// The mean, rounded.
+    /// Return the rounded mean.
     fn number(&self) -> u64 {
-        // Below 2^64 by far, and not negative.
+        // The mean is far below 2^64, and not negative.
         self.mean.round() as u64
     }
 
-    /// The deviation as a part of the mean.
+    /// Format the deviation as a part of the mean.
     fn deviation(&self) -> String {
         match self.stddev {
             Some(stddev) if self.mean > 0.0 => format!("±{:.1}%", stddev * 100.0 / self.mean),
@@ -58,71 +58,71 @@ impl Mean {
     }
 }
 
-/// What all runs caused.
+/// Summary of all runs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// [`FORMAT`].
+    /// Version of the data: [`FORMAT`].
     pub format: u32,
     /// `vmx` or `svm`.
     #[serde(serialize_with = "isa_name")]
     pub isa: Isa,
-    /// The command and its arguments.
+    /// Command and its arguments.
     pub command: Vec<String>,
-    /// How often it ran, not counting what was left out.
+    /// Number of runs that were measured.
     pub runs: usize,
-    /// How many runs are left out, as the meter began anew while they ran.
+    /// Number of runs that are left out because the meter began anew while they ran.
     #[serde(skip_serializing_if = "is_zero")]
     pub left_out: usize,
-    /// Its exit status, of the last run.
+    /// Exit status of the last run.
     pub status: u8,
-    /// CPUID exits of the tool's own that were taken out of each run.
+    /// The tool's own CPUID exits that were subtracted from each run.
     pub queries: Mean,
-    /// How long it took.
+    /// Duration, in seconds.
     pub seconds: Mean,
-    /// The same in TSC ticks.
+    /// Duration, in TSC ticks.
     pub ticks: Mean,
     /// Exits of all reasons.
     pub exits: Mean,
     /// Kernel ticks of all reasons.
     pub kernel: Mean,
-    /// By reason, the one with the most kernel ticks first.
+    /// Numbers by reason, the one with the most kernel ticks first.
     pub reasons: Vec<Reason>,
-    /// What the exits of all runs together were about, where that was asked for.
+    /// Details of the exits of all runs together, where they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<Told>,
 }
 
-/// What exits of a reason were caused.
+/// Numbers of one exit reason.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reason {
-    /// Which.
+    /// Exit reason.
     #[serde(flatten)]
     pub label: Label,
     /// Exits.
     pub exits: Mean,
-    /// Of these, those from nested guests, when the host tells them.
+    /// Exits of L2 guests among them, if the host reports these.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nested_exits: Option<Mean>,
     /// Ticks of the host's kernel.
     pub kernel: Mean,
     /// Ticks of the VMM.
     pub user: Mean,
-    /// Ticks that a vCPU slept, whatever for.
+    /// Ticks that a vCPU slept for any reason.
     pub blocked: Mean,
-    /// Of these, ticks that it slept by its own wish, when the host tells them.
+    /// Ticks of these asleep in HLT, if the host reports them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub halted: Option<Mean>,
-    /// Of these, ticks that KVM slept for the host, when the host tells them.
+    /// Ticks of these in which KVM slept for the host, if the host reports them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting: Option<Mean>,
     /// Ticks for which the host took the CPU away.
     pub preempted: Mean,
-    /// The kernel's ticks as a part of the time that the command took.
+    /// Kernel ticks as a part of the time that the command took.
     pub share_of_time: f64,
 }
 
 impl Summary {
-    /// Of these runs; `None` when none of them could be measured.
+    /// Summarize the runs. Return `None` if none could be measured.
     pub fn new(command: &[OsString], isa: Isa, status: u8, all: &[Run]) -> Option<Self> {
         let runs = all.iter().filter_map(|run| Some((run, run.rows.as_ref()?)));
         let runs: Vec<(&Run, &Vec<Row>)> = runs.collect();
@@ -145,7 +145,7 @@ impl Summary {
         let mut reasons: Vec<_> = codes
             .into_iter()
             .map(|(code, (nested, waits))| {
-                // A reason that a run did not have has 0 there.
+                // A run without this reason counts as 0.
                 let of = |number: &dyn Fn(&Row) -> u64| {
                     Mean::of(runs.iter().map(|(_, rows)| {
                         let row = rows.iter().find(|row| row.code == code);
@@ -193,8 +193,8 @@ impl Summary {
         })
     }
 
-    /// How many runs are left out, and why, if any.
-    pub fn left_out_in_words(&self) -> Option<String> {
+    /// Return a sentence on the runs that are left out, if any.
+    pub fn left_out_text(&self) -> Option<String> {
         let all = self.left_out + self.runs;
         match self.left_out {
             0 => None,
@@ -207,7 +207,7 @@ impl Summary {
         }
     }
 
-    /// The summary as text, with up to so many rows of what the exits of a reason were about.
+    /// Format the summary, with up to `limit` rows of details for each reason.
     pub fn text(&self, limit: usize, look: Look) -> String {
         let times = match self.runs {
             1 => String::new(),
@@ -219,7 +219,7 @@ impl Summary {
             Some(_) => format!(" ({})", mean.deviation()),
             None => String::new(),
         };
-        let left_out = match self.left_out_in_words() {
+        let left_out = match self.left_out_text() {
             Some(words) => paint(&words, Style::Warning, look.color) + "\n",
             None => String::new(),
         };
@@ -288,7 +288,7 @@ impl Summary {
     }
 }
 
-/// Sum up what the exits of all runs were about.
+/// Sum up the details of all runs.
 fn why(isa: Isa, runs: &[(&Run, &Vec<Row>)]) -> Option<Told> {
     let mut readings = runs.iter().filter_map(|(run, _)| run.why.as_ref());
     let rows: Vec<Rows> = readings.clone().map(Reading::rows).collect();
@@ -307,7 +307,7 @@ fn is_zero(number: &usize) -> bool {
     *number == 0
 }
 
-/// A part of the time.
+/// Format a part of the time.
 fn share(part: Mean, time: Mean) -> String {
     match time.mean {
         time if time > 0.0 => format!("{:.1}%", part.mean * 100.0 / time),
@@ -315,7 +315,7 @@ fn share(part: Mean, time: Mean) -> String {
     }
 }
 
-/// What one exit took.
+/// Format the kernel ticks of one exit.
 fn each(kernel: Mean, exits: Mean, number: fn(u128) -> String) -> String {
     match exits.mean {
         exits if exits > 0.0 => number((kernel.mean / exits).round() as u128),
@@ -330,7 +330,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mean_has_its_deviation() {
+    fn mean_and_deviation() {
         let of = |numbers: &[f64]| Mean::of(numbers.iter().copied());
         assert_eq!(
             of(&[7.0]),
@@ -351,7 +351,7 @@ mod tests {
         assert_eq!(of(&[0.0, 0.0]).deviation(), "-");
     }
 
-    /// A run of so many exits of CPUID, or one while the meter began anew.
+    /// Create a run with this number of CPUID exits, or one in which the meter began anew.
     fn run(exits: Option<u64>) -> Run {
         let row = |exits| Row {
             code: 0x72,
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_was_not_measured_is_left_out_and_told() {
+    fn unmeasured_runs_are_left_out_and_reported() {
         let command = ["true".into()];
         let of = |runs: &[Run]| Summary::new(&command, Isa::Svm, 0, runs);
         assert!(of(&[run(None), run(None)]).is_none());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the host held at a moment, and what happened between two.
+//! The counters of a VM at a moment, and their difference between two moments.
 
 use std::io::{self, Read, Write};
 
@@ -8,38 +8,38 @@ use exitmeter_guest::{cpuid_reason, Cpuid, Error, Isa, Meter, Phase, Row};
 use exitmeter_meter::reasons::SLOTS;
 use rustix::time::{clock_gettime, ClockId};
 
-/// What the host held when a reader began to ask.
+/// Counters that the host gave to a reader, with the cost of reading.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Moment {
-    /// Whose reasons.
+pub struct Counters {
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// The number of the meter's life when the reader began, when the host tells it.
+    /// Life of the meter when the reader began, if the host reports it.
     pub life: Option<u64>,
-    /// Whether the meter began anew before the last question was answered.
+    /// True if the meter began anew before the last query was answered.
     pub torn: bool,
-    /// Reasons with exits, by when they were read.
+    /// Reasons with exits, each at the time when it was read.
     pub rows: Vec<Row>,
-    /// How many questions the reader asked. None of them is in the rows.
+    /// Number of the reader's own queries. They are not in the rows.
     pub queries: u64,
-    /// The kernel ticks that these cost.
+    /// Kernel ticks that these queries cost.
     pub cost: u64,
-    /// When the first one was asked.
+    /// Time of the first query.
     pub begun: Clock,
-    /// When the last one was answered.
+    /// Time of the last answer.
     pub ended: Clock,
 }
 
-/// A time on two clocks of this guest.
+/// Time on two clocks of this guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Clock {
-    /// TSC ticks.
+    /// TSC, in ticks.
     pub tsc: u64,
-    /// Nanoseconds.
+    /// Monotonic clock, in nanoseconds.
     pub nanos: u64,
 }
 
 impl Clock {
-    /// The time now. To ask for it is no exit.
+    /// Read both clocks. Reading causes no exit.
     fn now() -> Self {
         let time = clock_gettime(ClockId::Monotonic);
         Self {
@@ -53,11 +53,11 @@ impl Clock {
     }
 }
 
-/// How many numbers a row takes when it is passed on.
-const NUMBERS: usize = 4 + Phase::COUNT;
+/// Numbers of a row on its way to another process.
+const ROW_NUMBERS: usize = 4 + Phase::COUNT;
 
-impl Moment {
-    /// One with room for all rows, so that [`Self::read`] needs no more memory.
+impl Counters {
+    /// Create empty counters with room for all rows, so that [`Self::read`] allocates nothing.
     pub fn new(isa: Isa) -> Self {
         Self {
             isa,
@@ -71,11 +71,11 @@ impl Moment {
         }
     }
 
-    /// Reads all there is.
+    /// Read all counters.
     ///
     /// # Errors
     ///
-    /// When there is no meter.
+    /// Fails when there is no meter.
     pub fn read(&mut self, cpuid: impl Cpuid) -> Result<(), Error> {
         self.begun = Clock::now();
         let mut meter = Meter::find(cpuid, self.isa)?;
@@ -90,7 +90,7 @@ impl Moment {
         Ok(())
     }
 
-    /// Passes it on to another process; takes no memory but the stack.
+    /// Send the counters to another process. Allocates nothing.
     pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
         let times = [self.begun, self.ended].map(|clock| [clock.tsc, clock.nanos]);
         // No life has the number 0.
@@ -111,7 +111,7 @@ impl Moment {
         Ok(())
     }
 
-    /// What another process has passed on, up to the end.
+    /// Receive the counters that another process sent, up to the end of the file.
     pub fn receive(from: &mut impl Read) -> io::Result<Self> {
         let mut bytes = Vec::new();
         from.read_to_end(&mut bytes)?;
@@ -120,25 +120,25 @@ impl Moment {
             number.copy_from_slice(bytes);
             u64::from_ne_bytes(number)
         });
-        let moment = || {
+        let counters = || {
             let isa = match numbers.next()? {
                 1 => Isa::Vmx,
                 2 => Isa::Svm,
                 _ => return None,
             };
-            let mut moment = Self::new(isa);
-            moment.life = Some(numbers.next()?).filter(|life| *life != 0);
-            moment.torn = numbers.next()? != 0;
-            let has_waits = moment.life.is_some();
-            (moment.queries, moment.cost) = (numbers.next()?, numbers.next()?);
-            for clock in [&mut moment.begun, &mut moment.ended] {
+            let mut counters = Self::new(isa);
+            counters.life = Some(numbers.next()?).filter(|life| *life != 0);
+            counters.torn = numbers.next()? != 0;
+            let has_waits = counters.life.is_some();
+            (counters.queries, counters.cost) = (numbers.next()?, numbers.next()?);
+            for clock in [&mut counters.begun, &mut counters.ended] {
                 (clock.tsc, clock.nanos) = (numbers.next()?, numbers.next()?);
             }
             let rest: Vec<u64> = numbers.collect();
-            for row in rest.chunks(NUMBERS) {
+            for row in rest.chunks(ROW_NUMBERS) {
                 let [code, exits, known, nested, cycles @ ..] =
-                    <[u64; NUMBERS]>::try_from(row).ok()?;
-                moment.rows.push(Row {
+                    <[u64; ROW_NUMBERS]>::try_from(row).ok()?;
+                counters.rows.push(Row {
                     code: u32::try_from(code).ok()?,
                     exits,
                     nested_exits: (known != 0).then_some(nested),
@@ -146,14 +146,15 @@ impl Moment {
                     has_waits,
                 });
             }
-            Some(moment)
+            Some(counters)
         };
         let cut_off = || io::Error::from(io::ErrorKind::UnexpectedEof);
-        (moment)().ok_or_else(cut_off)
+        (counters)().ok_or_else(cut_off)
     }
 
-    /// Whether the meter began anew after an earlier moment, so that its numbers are no beginning
-    /// of these. A host that does not tell its life shows it by numbers that shrink.
+    /// Return true if the meter began anew after `earlier`, so that the numbers cannot be
+    /// subtracted.
+    /// On a host that does not report its life, numbers that shrink show it.
     fn began_anew_since(&self, earlier: &Self) -> bool {
         let shrinks = |old: &Row| {
             let new = self.rows.iter().find(|row| row.code == old.code);
@@ -164,9 +165,9 @@ impl Moment {
             || self.life.is_none() && earlier.rows.iter().any(shrinks)
     }
 
-    /// What happened since an earlier moment, but for its reader's questions, by reason. Ticks of
-    /// the guest phase of CPUID exits still hold the time between those. `None` when the meter
-    /// began anew in between, so that nobody knows.
+    /// Return the difference from `earlier` by reason, without the queries of the earlier reader.
+    /// Ticks of the guest phase of CPUID exits still hold the time between those queries. Return
+    /// `None` if the meter began anew in between.
     pub fn since(&self, earlier: &Self) -> Option<Vec<Row>> {
         if self.began_anew_since(earlier) {
             return None;
@@ -216,8 +217,8 @@ mod tests {
         }
     }
 
-    fn moment(rows: Vec<Row>) -> Moment {
-        Moment {
+    fn counters(rows: Vec<Row>) -> Counters {
+        Counters {
             isa: Isa::Svm,
             life: Some(7),
             torn: false,
@@ -230,20 +231,20 @@ mod tests {
     }
 
     #[test]
-    fn a_moment_survives_its_passage() {
-        let sent = moment(vec![row(3, u64::MAX, 1), row(0x72, 2, 1 << 63)]);
+    fn sent_counters_are_received() {
+        let sent = counters(vec![row(3, u64::MAX, 1), row(0x72, 2, 1 << 63)]);
         let mut bytes = Vec::new();
         sent.write(&mut bytes).expect("memory");
-        assert_eq!(Moment::receive(&mut &bytes[..]).expect("whole"), sent);
+        assert_eq!(Counters::receive(&mut &bytes[..]).expect("whole"), sent);
         bytes.truncate(bytes.len() - 8);
-        assert!(Moment::receive(&mut &bytes[..]).is_err());
-        assert!(Moment::receive(&mut io::empty()).is_err());
+        assert!(Counters::receive(&mut &bytes[..]).is_err());
+        assert!(Counters::receive(&mut io::empty()).is_err());
     }
 
     #[test]
-    fn the_readers_questions_are_no_difference() {
-        let before = moment(vec![row(0x72, 1_000, 2_000_000), row(0x60, 10, 20_000)]);
-        let after = moment(vec![
+    fn queries_of_the_reader_are_subtracted() {
+        let before = counters(vec![row(0x72, 1_000, 2_000_000), row(0x60, 10, 20_000)]);
+        let after = counters(vec![
             row(0x72, 1_107, 2_160_500),
             row(0x60, 10, 20_000),
             row(0x78, 4, 40),
@@ -256,19 +257,19 @@ mod tests {
     }
 
     #[test]
-    fn of_two_lives_there_is_no_difference() {
-        let before = moment(vec![row(0x72, 1_000, 2_000_000), row(0x60, 10, 20_000)]);
-        let with = |life, torn, rows: &[Row]| Moment {
+    fn different_lives_have_no_difference() {
+        let before = counters(vec![row(0x72, 1_000, 2_000_000), row(0x60, 10, 20_000)]);
+        let with = |life, torn, rows: &[Row]| Counters {
             life,
             torn,
-            ..moment(rows.to_vec())
+            ..counters(rows.to_vec())
         };
         let same = before.rows.as_slice();
         assert!(with(Some(7), false, same).since(&before).is_some());
         assert!(with(Some(8), false, same).since(&before).is_none());
         assert!(with(None, false, same).since(&before).is_none());
         assert!(with(Some(7), true, same).since(&before).is_none());
-        // A sum shrinks when a vCPU of the VM goes, which the life tells from a new beginning.
+        // A sum shrinks when a vCPU of the VM goes. The life tells this from a new beginning.
         assert!(with(Some(7), false, &same[..1]).since(&before).is_some());
         let before = with(None, false, same);
         assert!(with(None, false, same).since(&before).is_some());

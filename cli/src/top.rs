@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter top`: what happens now, on the whole screen.
+//! `exitmeter top`: a live view on the whole screen.
 
 use std::{
     io::IsTerminal as _,
@@ -34,20 +34,20 @@ pub mod screen;
 mod theme;
 mod view;
 
-/// On the host: shows live which VMs exit, why, and where their time goes.
+/// On the host: show live which VMs exit, why, and where their time goes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Opens with the VMs; Enter goes into one, to its reasons and vCPUs, and Esc back. ? shows
-all keys. Rates and shares are of the last interval, or with t since the VM began.
+The first table is of the VMs. Enter opens the reasons and vCPUs of one, and Esc goes back.
+? shows all keys. Rates and shares are of the last interval, or with t since the VM began.
 
-Enter on a reason opens its details, as `exitmeter why` tells them: which MSR, port, address.
-Enter there opens the guest's code that caused its exits, Tab what went to user space. For
-this, details are turned on when such a table is first opened, and off when top ends; it takes
-CAP_PERFMON, which root has. bound is exact, or how many exits more of a row may stand among
-the others.
+Enter on a reason opens its details, as those of `exitmeter why`: MSR, port, address. Enter
+there opens the guest's code that caused its exits, and Tab the exits to user space. Details
+are turned on when such a table is first opened, and off when top ends. This needs CAP_PERFMON,
+which root has. bound is exact, or the number of exits of a row that may stand among the
+others.
 
 Exit status:
-  0  it was left with q or Ctrl-C; when a signal ends it, it ends by that signal
+  0  the user left with q or Ctrl-C; after another signal, it ends by that signal
   1  there is nothing to show: no module, no right to open, or no terminal
      but a dumb one
   2  the command line was wrong
@@ -58,29 +58,29 @@ Examples:
   exitmeter top --vm 1234 --symbols guest.kallsyms
   exitmeter top --input boot.rec --interval 100")]
 pub struct Args {
-    /// Milliseconds from one reading to the next; of a recording, how much of it that is.
+    /// Milliseconds from one reading to the next; of a recording, the time to advance.
     #[arg(short, long, value_name = "MS", default_value_t = 1000,
           value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
     interval: u64,
-    /// Opens with the VM of this process or kvm-PID, or of this name, UUID, id or systemd unit.
+    /// Open with the VM of this process or kvm-PID, or with this name, UUID, id or systemd unit.
     #[arg(long, value_name = "PID|NAME|UUID|ID")]
     vm: Option<String>,
-    /// Names code of that VM by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
+    /// Name code of that VM by the symbols in FILE: the guest's /proc/kallsyms, or its System.map.
     #[arg(long, value_name = "FILE", requires = "vm")]
     symbols: Option<PathBuf>,
     #[command(flatten)]
     asked: source::Asked,
-    /// Shows a recording as it was, or a saved snapshot, instead of the device.
+    /// Replay a recording, or show a saved snapshot, instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
 }
 
 impl Args {
-    /// Shows, until it is left.
+    /// Show the screen until the user quits.
     ///
     /// # Errors
     ///
-    /// When there is nothing to show, or no terminal to show it on.
+    /// Fails when there is nothing to show, or no terminal to show it on.
     pub fn run(self, out: &Output) -> anyhow::Result<ExitCode> {
         let mut feed = Feed::open(&self.asked.source.open(&self.input)?)?;
         let interval = Duration::from_millis(self.interval);
@@ -89,7 +89,7 @@ impl Args {
             app.open(vm)?;
         }
         if let Some(symbols) = &self.symbols {
-            app.name_code(Symbols::read(symbols)?);
+            app.set_symbols(Symbols::read(symbols)?);
         }
         if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
             anyhow::bail!(
@@ -113,20 +113,20 @@ impl Args {
             &theme,
             out.look(),
         );
-        // Before anything is printed.
+        // Leave the screen before anything is printed.
         drop(screen);
         if let Some(signal) = ended? {
-            // To whoever waits, it ended as if it had not been handled.
+            // The parent process sees an end by this signal, as if it had not been handled.
             signal_hook::low_level::emulate_default_handler(signal)?;
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// From when details are turned on to the first reading of them.
+/// Time from turning details on to the first reading of them.
 const SOON: Duration = Duration::from_millis(300);
 
-/// Shows until a key or a signal ends it; which signal.
+/// Show the screen until a key or a signal ends it. Return the signal.
 fn show(
     app: &mut App,
     feed: &mut Feed,
@@ -152,10 +152,10 @@ fn show(
                 Action::Stay => {}
                 Action::Retime => next = Instant::now() + app.interval,
                 Action::TurnOn => match feed.turn_on() {
-                    // So that they come soon.
+                    // Read soon, so that the details appear soon.
                     Ok(true) => next = next.min(Instant::now() + SOON),
                     Ok(false) => {}
-                    Err(words) => app.refusal = Some(words),
+                    Err(words) => app.details_error = Some(words),
                 },
                 Action::Suspend => screen.suspend()?,
                 Action::Quit => return Ok(None),
@@ -167,11 +167,11 @@ fn show(
                 changed = !app.paused
                     && match feed.next(app.interval) {
                         Ok(Next::Snapshot(reading)) => app.tick(*reading),
-                        Ok(Next::Ended) => app.tell("the recording ends here"),
-                        // It may come back, as a module that is loaded anew does.
-                        Err(error) => app.tell(&error.to_string()),
+                        Ok(Next::Ended) => app.set_note("the recording ends here"),
+                        // The source may come back, as a module does that is loaded again.
+                        Err(error) => app.set_note(&error.to_string()),
                     };
-                // Readings that were missed are not made up for.
+                // Skip the readings that are overdue.
                 let now = Instant::now();
                 while next <= now {
                     next += app.interval;

@@ -381,7 +381,7 @@ fn a_reason_without_details_has_its_code() {
     terminal.wait_for("of EXTERNAL_INTERRUPT");
     // An interval in which it has not exited.
     device.second();
-    terminal.wait_for("of the vCPUs that live none had such an exit");
+    terminal.wait_for("none of the running vCPUs had such an exit");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is shown, and what keys change of it.
+//! State of the screen, and its changes by keys.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use super::{
     columns::{self, Id, Sheet},
     data::{Numbers, Scope},
-    details::{self, Story, View},
+    details::{self, Breakdown, View},
     feed::Reading,
     history::History,
 };
@@ -20,91 +20,90 @@ use crate::{
     why::{symbols::Symbols, tables::Moment},
 };
 
-/// Intervals that + and - go through, in milliseconds.
+/// Intervals that + and - select, in milliseconds.
 const INTERVALS: [u64; 10] = [50, 100, 250, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000];
 
-/// Which table is shown.
+/// Table that is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tab {
     /// The VMs, or the vCPUs of one.
     Parts,
-    /// The reasons.
+    /// The exit reasons.
     Reasons,
-    /// What there is to tell of one reason.
+    /// One view of one reason.
     Why(Reason, View),
 }
 
-/// What is to be done after a key.
+/// Action to take after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing but to draw anew.
+    /// Only draw again.
     Stay,
-    /// The interval has changed.
+    /// Wait anew, because the interval has changed.
     Retime,
-    /// To have details.
+    /// Turn details on.
     TurnOn,
-    /// To stop, as Ctrl-Z does.
+    /// Stop the process, as Ctrl-Z does.
     Suspend,
-    /// To leave.
+    /// Leave.
     Quit,
 }
 
-/// The state of the screen.
+/// State of the screen.
 #[derive(Debug)]
 pub struct App {
-    /// The latest snapshot.
+    /// Latest snapshot.
     now: Report,
-    /// What happened since the one before it.
+    /// Difference from the snapshot before.
     delta: Option<Report>,
-    /// What the exits were about, since details are on.
+    /// Details of the exits since details were turned on.
     tables: Option<Moment>,
-    /// The same since the snapshot before.
+    /// Details of the exits since the snapshot before.
     between: Option<Moment>,
-    /// Of the reason that is shown.
-    pub story: Option<Story>,
-    /// Why details cannot be turned on.
-    pub refusal: Option<String>,
-    /// Symbols of one guest, and the VM that it is.
+    /// Numbers of the reason that is shown.
+    pub breakdown: Option<Breakdown>,
+    /// Reason why details cannot be turned on.
+    pub details_error: Option<String>,
+    /// Symbols of one guest, and the number of its VM.
     symbols: (Symbols, Option<u64>),
-    /// The latest rates.
+    /// Latest rates.
     pub history: History,
-    /// From one reading to the next.
+    /// Time from one reading to the next.
     pub interval: Duration,
-    /// Whether readings are put off.
+    /// True if readings are put off.
     pub paused: bool,
-    /// Something that the user should know.
+    /// Note for the user.
     pub note: String,
-    /// Whose numbers.
+    /// Scope of the numbers that are shown.
     pub scope: Scope,
-    /// Which table of them.
+    /// Table that is shown.
     pub tab: Tab,
-    /// Whether the numbers are since the beginning, and not of the last interval.
+    /// True if the numbers are since the beginning, and not of the last interval.
     pub totals: bool,
-    /// Whether the keys are shown.
+    /// True if the list of keys is shown.
     pub help: bool,
-    /// Only lines with this in their names are shown.
+    /// Text that a line's name must contain to be shown.
     pub filter: String,
-    /// Whether it is being typed.
+    /// True if the filter is being typed.
     pub typing: bool,
-    /// By which column each table is sorted: that of the VMs, of the vCPUs, of the reasons, and each
-    /// view of one reason.
+    /// Sort order of each table: the VMs, the vCPUs, the reasons, and each view of one reason.
     sorts: [usize; 6],
-    /// The line that is selected, and where it was.
+    /// Selected line, and its position.
     selected: (Option<Id>, usize),
-    /// How many lines fit on a page.
+    /// Number of lines that fit on a page.
     pub page: usize,
 }
 
 impl App {
-    /// With a first snapshot, which has the numbers since the beginning.
+    /// Create the state from a first snapshot, which has the numbers since the beginning.
     pub fn new(first: Reading, interval: Duration) -> Self {
         Self {
             now: first.report,
             delta: None,
             tables: first.tables,
             between: None,
-            story: None,
-            refusal: None,
+            breakdown: None,
+            details_error: None,
             symbols: (Symbols::default(), None),
             history: History::default(),
             interval,
@@ -122,29 +121,29 @@ impl App {
         }
     }
 
-    /// Goes to a VM by what it is called, or its process.
+    /// Show a VM, by its name or process.
     ///
     /// # Errors
     ///
-    /// When there is none, or several are called so.
+    /// Fails when no VM matches, or several do.
     pub fn open(&mut self, vm: &str) -> Result<(), NoVm> {
         let meant = names::find(vm, self.now.vms.iter().map(Vm::known))?;
-        // Of several VMs of one process, the first.
+        // If one process has several VMs, show the first.
         if let Some(number) = meant.first() {
             self.go(Scope::Vm(*number));
         }
         Ok(())
     }
 
-    /// Name code of the VM that is shown by these symbols.
-    pub fn name_code(&mut self, symbols: Symbols) {
+    /// Set the symbols for the code of the VM that is shown.
+    pub fn set_symbols(&mut self, symbols: Symbols) {
         let Scope::Vm(number) = self.scope else {
             return;
         };
         self.symbols = (symbols, Some(number));
     }
 
-    /// Takes the next snapshot; whether it changes anything.
+    /// Take in the next snapshot. Return true if the screen changes.
     pub fn tick(&mut self, reading: Reading) -> bool {
         let Reading {
             report: now,
@@ -152,8 +151,8 @@ impl App {
         } = reading;
         let old = &self.now.host;
         if (now.host.snapshot_tsc, now.host.life) == (old.snapshot_tsc, old.life) {
-            // A file that nobody has written anew.
-            return self.tell("");
+            // The file has not been written anew.
+            return self.set_note("");
         }
         self.note.clear();
         self.delta = match now.since(&self.now) {
@@ -176,14 +175,14 @@ impl App {
             _ => None,
         };
         self.tables = tables;
-        self.look();
+        self.update_breakdown();
         true
     }
 
-    /// Sum up what is told of the reason that is shown.
-    pub fn look(&mut self) {
+    /// Sum up the numbers of the reason that is shown.
+    pub fn update_breakdown(&mut self) {
         let Tab::Why(reason, view) = self.tab else {
-            self.story = None;
+            self.breakdown = None;
             return;
         };
         let between = self.between.as_ref().filter(|_| !self.totals);
@@ -192,25 +191,26 @@ impl App {
             (Scope::Vm(vm) | Scope::Vcpu(vm, _), (symbols, Some(of))) if vm == *of => symbols,
             _ => &none,
         };
-        let weight = details::weight(self.sorts[self.table()]);
-        let story = |moment| Story::new(moment, self.scope, reason, view, symbols, weight);
-        self.story = between.or(self.tables.as_ref()).map(story);
+        let weight = details::weight(self.sorts[self.table_index()]);
+        let breakdown = |moment| Breakdown::new(moment, self.scope, reason, view, symbols, weight);
+        self.breakdown = between.or(self.tables.as_ref()).map(breakdown);
     }
 
-    /// Tells the user something; whether it is news.
-    pub fn tell(&mut self, note: &str) -> bool {
+    /// Set the note for the user. Return true if it is a new one.
+    pub fn set_note(&mut self, note: &str) -> bool {
         let news = self.note != note;
         self.note = note.to_owned();
         news
     }
 
-    /// Whether the numbers are since the beginning: by wish, or as there was no interval yet.
+    /// Return true if the numbers are since the beginning: by choice, or because there was no
+    /// interval yet.
     pub fn is_total(&self) -> bool {
-        let story = self.story.as_ref();
-        self.totals || self.delta.is_none() || story.is_some_and(|story| story.is_total)
+        let breakdown = self.breakdown.as_ref();
+        self.totals || self.delta.is_none() || breakdown.is_some_and(|breakdown| breakdown.is_total)
     }
 
-    /// The report whose numbers are shown.
+    /// Return the report whose numbers are shown.
     pub fn report(&self) -> &Report {
         match &self.delta {
             Some(delta) if !self.totals => delta,
@@ -218,14 +218,26 @@ impl App {
         }
     }
 
-    /// The numbers that are shown; `None` when whose they are is gone.
+    /// Return the numbers that are shown, or `None` if the VM or vCPU is gone.
     pub fn numbers(&self) -> Option<Numbers> {
         self.scope.numbers(self.report())
     }
 
-    /// The table that is shown.
+    /// Build the table that is shown, with its filter applied.
     pub fn sheet(&self) -> Sheet {
-        let mut sheet = columns::sheet(self, self.sorts[self.table()]);
+        let order = self.sorts[self.table_index()];
+        let report = self.report();
+        let mut sheet = match (self.tab, self.scope) {
+            (Tab::Parts, Scope::All) => {
+                columns::vms(&report.vms, report.departed.ledger.cycles, order)
+            }
+            (Tab::Parts, Scope::Vm(_)) => columns::vcpus(self.scope.vm(report), order),
+            (Tab::Why(reason, view), _) => {
+                let label = Label::new(report.host.isa, reason);
+                details::sheet(self.breakdown.as_ref(), label, view, order)
+            }
+            _ => columns::reasons(self.numbers().as_ref(), order),
+        };
         if !self.filter.is_empty() {
             let wanted = self.filter.to_lowercase();
             let lines = &mut sheet.lines;
@@ -234,7 +246,7 @@ impl App {
         sheet
     }
 
-    /// Which line of a table is selected.
+    /// Return the position of the selected line.
     pub fn selected(&self, sheet: &Sheet) -> Option<usize> {
         let (id, place) = self.selected;
         let here = |id| sheet.lines.iter().position(|line| line.id == id);
@@ -242,8 +254,8 @@ impl App {
         Some(id.and_then(here).unwrap_or(place.min(last)))
     }
 
-    /// Which of the tables is shown.
-    fn table(&self) -> usize {
+    /// Return the index of the table that is shown in `sorts`.
+    fn table_index(&self) -> usize {
         match (self.tab, self.scope) {
             (Tab::Why(_, View::Details), _) => 3,
             (Tab::Why(_, View::Code), _) => 4,
@@ -254,20 +266,20 @@ impl App {
         }
     }
 
-    /// Obeys a key.
+    /// Handle a key.
     pub fn key(&mut self, key: KeyEvent) -> Action {
-        let action = self.act(key);
-        self.look();
+        let action = self.handle_key(key);
+        self.update_breakdown();
         action
     }
 
-    fn act(&mut self, key: KeyEvent) -> Action {
+    fn handle_key(&mut self, key: KeyEvent) -> Action {
         let control = key.modifiers.contains(KeyModifiers::CONTROL);
         match key.code {
             KeyCode::Char('c') if control => return Action::Quit,
             KeyCode::Char('z') if control => return Action::Suspend,
-            _ if self.typing => self.typed(key.code),
-            // Whatever key ends the help, it does nothing else.
+            _ if self.typing => self.type_filter(key.code),
+            // A key that ends the help does nothing else.
             _ if self.help => self.help = false,
             KeyCode::Char('q') => return Action::Quit,
             KeyCode::Char('?' | 'h') | KeyCode::F(1) => self.help = true,
@@ -275,23 +287,23 @@ impl App {
             KeyCode::Char('t') => self.totals = !self.totals,
             KeyCode::Char('/') => self.typing = true,
             KeyCode::Char('s') => self.sort(),
-            KeyCode::Char('+') => return self.retime(true),
-            KeyCode::Char('-') => return self.retime(false),
-            KeyCode::Tab => self.turn(),
+            KeyCode::Char('+') => return self.change_interval(true),
+            KeyCode::Char('-') => return self.change_interval(false),
+            KeyCode::Tab => self.switch_tab(),
             KeyCode::Enter | KeyCode::Right => return self.enter(),
             KeyCode::Esc | KeyCode::Backspace | KeyCode::Left => self.back(),
-            KeyCode::Down | KeyCode::Char('j') => self.step(1),
-            KeyCode::Up | KeyCode::Char('k') => self.step(-1),
-            KeyCode::PageDown => self.step(self.page as isize),
-            KeyCode::PageUp => self.step(-(self.page as isize)),
-            KeyCode::Home | KeyCode::Char('g') => self.step(isize::MIN),
-            KeyCode::End | KeyCode::Char('G') => self.step(isize::MAX),
+            KeyCode::Down | KeyCode::Char('j') => self.move_selection(1),
+            KeyCode::Up | KeyCode::Char('k') => self.move_selection(-1),
+            KeyCode::PageDown => self.move_selection(self.page as isize),
+            KeyCode::PageUp => self.move_selection(-(self.page as isize)),
+            KeyCode::Home | KeyCode::Char('g') => self.move_selection(isize::MIN),
+            KeyCode::End | KeyCode::Char('G') => self.move_selection(isize::MAX),
             _ => {}
         }
         Action::Stay
     }
 
-    fn typed(&mut self, key: KeyCode) {
+    fn type_filter(&mut self, key: KeyCode) {
         match key {
             KeyCode::Char(letter) => self.filter.push(letter),
             KeyCode::Backspace => {
@@ -308,11 +320,11 @@ impl App {
 
     fn sort(&mut self) {
         let orders = self.sheet().orders;
-        let sort = &mut self.sorts[self.table()];
+        let sort = &mut self.sorts[self.table_index()];
         *sort = (*sort + 1) % orders.max(1);
     }
 
-    fn retime(&mut self, longer: bool) -> Action {
+    fn change_interval(&mut self, longer: bool) -> Action {
         let now = self.interval.as_millis() as u64;
         let mut all = INTERVALS.into_iter();
         let next = if longer {
@@ -324,18 +336,18 @@ impl App {
         Action::Retime
     }
 
-    fn turn(&mut self) {
+    fn switch_tab(&mut self) {
         self.tab = match self.tab {
             Tab::Parts => Tab::Reasons,
             Tab::Reasons => Tab::Parts,
             Tab::Why(reason, view) => Tab::Why(reason, view.next()),
         };
-        self.leave_line();
+        self.deselect();
     }
 
     fn enter(&mut self) -> Action {
         if let Tab::Why(reason, View::Details) = self.tab {
-            self.turn_to(Tab::Why(reason, View::Code));
+            self.switch_to(Tab::Why(reason, View::Code));
             return Action::Stay;
         }
         let sheet = self.sheet();
@@ -349,7 +361,7 @@ impl App {
                     (_, Some(code)) => Reason::Code(code),
                     _ => Reason::Other,
                 };
-                self.turn_to(Tab::Why(reason, View::Details));
+                self.switch_to(Tab::Why(reason, View::Details));
                 return Action::TurnOn;
             }
             _ => {}
@@ -357,10 +369,10 @@ impl App {
         Action::Stay
     }
 
-    fn turn_to(&mut self, tab: Tab) {
+    fn switch_to(&mut self, tab: Tab) {
         self.tab = tab;
         self.filter.clear();
-        self.leave_line();
+        self.deselect();
     }
 
     fn back(&mut self) {
@@ -370,7 +382,7 @@ impl App {
         }
         match self.tab {
             Tab::Why(reason, View::Code | View::User) => {
-                return self.turn_to(Tab::Why(reason, View::Details));
+                return self.switch_to(Tab::Why(reason, View::Details));
             }
             Tab::Why(reason, View::Details) => {
                 self.tab = Tab::Reasons;
@@ -387,20 +399,20 @@ impl App {
             Scope::Vcpu(vm, _) => Scope::Vm(vm),
         };
         self.tab = Tab::Parts;
-        // The line where it was entered.
+        // Select the line that was entered.
         self.selected = (Some(Id::Scope(from)), 0);
     }
 
     fn go(&mut self, scope: Scope) {
         self.scope = scope;
-        self.turn_to(Tab::Reasons);
+        self.switch_to(Tab::Reasons);
     }
 
-    fn leave_line(&mut self) {
+    fn deselect(&mut self) {
         self.selected = (None, 0);
     }
 
-    fn step(&mut self, by: isize) {
+    fn move_selection(&mut self, by: isize) {
         let sheet = self.sheet();
         let Some(place) = self.selected(&sheet) else {
             return;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The screen on a terminal that does not know UTF-8.
+//! Drawing on a terminal that does not know UTF-8.
 
 use ratatui::buffer::Buffer;
 
-/// Draw what is not ASCII by what is.
+/// Replace each character that is not ASCII.
 pub fn replace(screen: &mut Buffer) {
     for cell in &mut screen.content {
         if !cell.symbol().is_ascii() {
@@ -14,7 +14,7 @@ pub fn replace(screen: &mut Buffer) {
     }
 }
 
-/// Return what looks most like a letter. Phases, which have textures, stay apart.
+/// Return the most similar ASCII character. The textures of phases stay distinct.
 fn ascii(letter: char) -> char {
     match letter {
         '█' | '▇' | '▊' | '▉' => '#',
@@ -38,7 +38,7 @@ mod tests {
     use super::{super::theme::texture, *};
 
     #[test]
-    fn phases_stay_apart() {
+    fn phases_stay_distinct() {
         let textures = Phase::ALL.map(|phase| match texture(phase) {
             letter if letter.is_ascii() => letter,
             letter => ascii(letter),

@@ -1,87 +1,83 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tables of VMs, of a VM's vCPUs, and of reasons. Those of one reason are in [`details`].
+//! The tables of VMs, of a VM's vCPUs, and of reasons.
 
 use std::cmp::Reverse;
 
 use exitmeter_meter::phase::Phase;
 
-use super::{
-    app::{App, Tab},
-    data::{Numbers, Scope},
-    details,
-};
+use super::data::{Numbers, Scope};
 use crate::{
-    model::{Cycles, Label, Ledger, ReasonRow, Span, Vcpu, Vm},
+    model::{Cycles, Ledger, ReasonRow, Span, Vcpu, Vm},
     numbers::{rough, rounded, share},
     spread::Spread,
     why::tables::Key,
 };
 
-/// What tells lines apart, whatever their order.
+/// Identity of a line, independent of its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Id {
-    /// A VM, or a vCPU.
+    /// A VM or a vCPU.
     Scope(Scope),
-    /// A reason.
+    /// An exit reason.
     Reason((&'static str, Option<u32>)),
     /// A row of a reason's table.
     Row(Key),
-    /// What is in none of its rows.
+    /// The exits in none of its rows.
     Others,
 }
 
-/// What stands in a line and a column.
+/// Cell of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cell {
-    /// A text.
+    /// Text.
     Text(String),
-    /// The latest rates, as bars.
+    /// Latest rates, as bars.
     Rates(Scope),
-    /// A part of a whole, as a bar.
+    /// Part of a whole, as a bar.
     Part(u128, u128),
 }
 
-/// A column.
+/// Column of a table.
 #[derive(Clone, Copy, Debug)]
 pub struct Column {
-    /// Its title.
+    /// Title.
     pub title: &'static str,
-    /// Characters.
+    /// Width, in characters.
     pub width: u16,
-    /// Whether its texts begin at the left, as words do.
+    /// True if the texts are left-aligned, as words are.
     pub left: bool,
-    /// The lower, the more it is worth its place; 0 for those that are always there.
+    /// Rank when columns compete for space: the lowest stay. Columns of rank 0 are always shown.
     pub rank: u8,
-    /// Whether it takes what place is left.
+    /// True if the column takes the space that is left.
     pub grows: bool,
 }
 
-/// A line.
+/// Line of a table.
 #[derive(Clone, Debug)]
 pub struct Line {
-    /// Which one.
+    /// Identity.
     pub id: Id,
-    /// What a filter looks at.
+    /// Text that the filter searches.
     pub name: String,
-    /// As many as there are columns.
+    /// Cells, one for each column.
     pub cells: Vec<Cell>,
 }
 
 /// A table.
 #[derive(Clone, Debug)]
 pub struct Sheet {
-    /// What one of its lines is, and several.
-    pub counted: [&'static str; 2],
-    /// What they belong to.
+    /// Singular and plural of what a line shows.
+    pub nouns: [&'static str; 2],
+    /// Text behind these words that says what the lines belong to.
     pub of: String,
-    /// How it is sorted, in words.
+    /// Sort order, as shown in the title bar.
     pub order: &'static str,
-    /// In how many ways it can be sorted.
+    /// Number of sort orders.
     pub orders: usize,
-    /// Its columns.
+    /// Columns.
     pub columns: Vec<Column>,
-    /// Its lines, in their order.
+    /// Lines, sorted.
     pub lines: Vec<Line>,
 }
 
@@ -112,37 +108,18 @@ const fn bars(title: &'static str) -> Column {
     }
 }
 
-/// The columns of the phases, in the order of [`Cycles::phases`].
+/// Return the columns of the phases, in the order of [`Cycles::phases`].
 fn phase_columns(cycles: Cycles) -> impl Iterator<Item = Column> {
     cycles.phases().map(move |phase| {
         let name = cycles.name(phase);
         let rank = u8::from(phase != Phase::Kernel);
-        // As wide as its name, or a share.
+        // A column has room for its name and for a share.
         right(name, (name.len() as u16).max(6), rank)
     })
 }
 
-/// The table that is to be shown, in one of its orders.
-pub fn sheet(app: &App, order: usize) -> Sheet {
-    match (app.tab, app.scope) {
-        (Tab::Parts, Scope::All) => {
-            let report = app.report();
-            vms(&report.vms, report.departed.ledger.cycles, order)
-        }
-        (Tab::Parts, Scope::Vm(_)) => {
-            let vm = app.scope.vm(app.report());
-            vcpus(vm, order)
-        }
-        (Tab::Why(reason, view), _) => {
-            let label = Label::new(app.report().host.isa, reason);
-            details::sheet(app.story.as_ref(), label, view, order)
-        }
-        _ => reasons(app.numbers().as_ref(), order),
-    }
-}
-
-/// `told` says which phases there are.
-fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
+/// Build the table of VMs. `cycles` tells which phases there are.
+pub fn vms(vms: &[Vm], cycles: Cycles, order: usize) -> Sheet {
     const ORDERS: [&str; 3] = ["exits", "kernel cycles", "name"];
     let mut vms: Vec<_> = vms.iter().collect();
     match order {
@@ -156,7 +133,7 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
         right("vCPUs", 5, 2),
         right("exits/s", 9, 0),
     ];
-    columns.extend(phase_columns(told));
+    columns.extend(phase_columns(cycles));
     columns.push(bars("trend"));
     let lines = vms.into_iter().map(|vm| {
         let mut cells = vec![
@@ -169,7 +146,7 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
         line(Scope::Vm(vm.vm), vm.label(), cells)
     });
     Sheet {
-        counted: ["VM", "VMs"],
+        nouns: ["VM", "VMs"],
         of: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
@@ -178,7 +155,8 @@ fn vms(vms: &[Vm], told: Cycles, order: usize) -> Sheet {
     }
 }
 
-fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
+/// Build the table of a VM's vCPUs.
+pub fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
     const ORDERS: [&str; 3] = ["number", "exits", "kernel cycles"];
     let mut vcpus: Vec<&Vcpu> = vm.iter().flat_map(|vm| &vm.vcpus).collect();
     match order {
@@ -194,8 +172,8 @@ fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
         },
         right("exits/s", 9, 0),
     ];
-    let told = vm.map_or_else(Cycles::default, |vm| vm.ledger.cycles);
-    columns.extend(phase_columns(told));
+    let cycles = vm.map_or_else(Cycles::default, |vm| vm.ledger.cycles);
+    columns.extend(phase_columns(cycles));
     columns.push(bars("trend"));
     let lines = vcpus.into_iter().zip(vm.iter().cycle()).map(|(vcpu, vm)| {
         let name = format!("vCPU {}", vcpu.vcpu);
@@ -208,7 +186,7 @@ fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
         line(Scope::Vcpu(vm.vm, vcpu.vcpu), name, cells)
     });
     Sheet {
-        counted: ["vCPU", "vCPUs"],
+        nouns: ["vCPU", "vCPUs"],
         of: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
@@ -217,7 +195,8 @@ fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
     }
 }
 
-fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
+/// Build the table of reasons.
+pub fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
     const ORDERS: [&str; 3] = ["kernel cycles", "exits", "p99"];
     let mut rows: Vec<&ReasonRow> = numbers
         .iter()
@@ -228,7 +207,7 @@ fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
     match order {
         1 => rows.sort_by_key(|row| Reverse(row.exits)),
         2 => rows.sort_by_key(|row| Reverse(p99(row))),
-        // So they are already.
+        // The report has them in this order.
         _ => {}
     }
     let columns = vec![
@@ -275,7 +254,7 @@ fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
         }
     });
     Sheet {
-        counted: ["reason", "reasons"],
+        nouns: ["reason", "reasons"],
         of: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
@@ -284,7 +263,7 @@ fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
     }
 }
 
-/// A line of a VM or a vCPU, with its rates at the end.
+/// Build the line of a VM or a vCPU, with its rates at the end.
 fn line(scope: Scope, name: String, cells: Vec<String>) -> Line {
     let texts = cells.into_iter().map(Cell::Text);
     Line {
@@ -294,24 +273,24 @@ fn line(scope: Scope, name: String, cells: Vec<String>) -> Line {
     }
 }
 
-/// So many each second.
+/// Format a number per second.
 pub fn rate(span: Span, count: u64) -> String {
     match span.per_second(count) {
-        // Below ten a rate without decimals would not tell much.
+        // Below ten, a rate without decimals would be too coarse.
         Some(rate) if rate > 0.0 && rate < 9.95 => format!("{rate:.1}"),
         Some(rate) => rough(rate.round() as u128),
         None => "-".to_owned(),
     }
 }
 
-/// The share of each phase.
+/// Format the share of each phase.
 fn phases(ledger: &Ledger) -> impl Iterator<Item = String> + '_ {
     let whole = ledger.cycles.sum();
     let phases = ledger.cycles.phases();
     phases.map(move |phase| share(ledger.cycles.of(phase), whole))
 }
 
-/// Which columns there is room for, two blanks apart.
+/// Return the columns that fit, two blanks apart.
 pub fn fitting(columns: &[Column], width: u16) -> Vec<usize> {
     let mut order: Vec<usize> = (0..columns.len()).collect();
     let rank = |place: &usize| columns.get(*place).map_or(0, |column| column.rank);
@@ -324,7 +303,7 @@ pub fn fitting(columns: &[Column], width: u16) -> Vec<usize> {
         };
         let needed = usize::from(column.width) + usize::from(!shown.is_empty()) * GAP;
         if needed > left && column.rank > 0 {
-            // A column of less worth is not shown in its stead.
+            // No column of a higher rank is shown instead.
             break;
         }
         left = left.saturating_sub(needed);
@@ -342,7 +321,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_of_less_worth_make_room() {
+    fn columns_of_higher_rank_are_dropped_first() {
         let titles = |width| {
             let sheet = vms(&[], Cycles::default(), 0);
             let shown = fitting(&sheet.columns, width).into_iter();

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is shown: of all VMs, of one, or of one of its vCPUs.
+//! Scope of the numbers: all VMs, one VM, or one of its vCPUs.
 
 use crate::model::{Ledger, Report, Span, Vcpu, Vm};
 
-/// Whose numbers.
+/// Scope of the numbers that are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
-    /// Those of all VMs, and of those that are gone.
+    /// All VMs, and those that are gone.
     All,
-    /// Those of a VM, by its number.
+    /// A VM, by its number.
     Vm(u64),
-    /// Those of a vCPU, by its VM's number and its id.
+    /// A vCPU, by its VM's number and its id.
     Vcpu(u64, u32),
 }
 
-/// The numbers of a scope.
+/// Numbers of a scope.
 #[derive(Clone, Debug)]
 pub struct Numbers {
     /// Exits and cycles.
     pub ledger: Ledger,
-    /// The time that they are of.
+    /// Time that the numbers cover.
     pub span: Span,
 }
 
 impl Scope {
-    /// The VM that it is, or is of.
+    /// Return the VM of the scope.
     pub fn vm<'a>(&self, report: &'a Report) -> Option<&'a Vm> {
         let (Scope::Vm(number) | Scope::Vcpu(number, _)) = self else {
             return None;
@@ -33,7 +33,7 @@ impl Scope {
         report.vms.iter().find(|vm| vm.vm == *number)
     }
 
-    /// The vCPU that it is.
+    /// Return the vCPU of the scope.
     fn vcpu<'a>(&self, report: &'a Report) -> Option<&'a Vcpu> {
         let Scope::Vcpu(_, id) = self else {
             return None;
@@ -41,7 +41,7 @@ impl Scope {
         self.vm(report)?.vcpus.iter().find(|vcpu| vcpu.vcpu == *id)
     }
 
-    /// Its numbers; `None` when it is gone.
+    /// Return the numbers of the scope, or `None` if it is gone.
     pub fn numbers(&self, report: &Report) -> Option<Numbers> {
         let (ledger, span) = match self {
             Scope::All => {
@@ -62,7 +62,7 @@ impl Scope {
         Some(Numbers { ledger, span })
     }
 
-    /// What it is called.
+    /// Return the title of the scope.
     pub fn title(&self, report: &Report) -> String {
         let vm = match self.vm(report) {
             Some(vm) => format!("{}, process {}", vm.label(), vm.pid),

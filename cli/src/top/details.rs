@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the exits of one reason were about, which code of the guest's caused them, and why they went
-//! to user space: the tables of `exitmeter why`, of what is shown.
+//! The tables of `exitmeter why` for one reason: details of its exits, the guest's code that caused
+//! them, and their reasons to go to user space.
 
 use std::cmp::Reverse;
 
@@ -21,19 +21,19 @@ use crate::{
     },
 };
 
-/// Which table of a reason.
+/// Table of a reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum View {
-    /// What the exits were about.
+    /// Details of the exits.
     Details,
-    /// Where in the guest's code they were.
+    /// Guest code at the exits.
     Code,
-    /// Why they went to user space.
+    /// Reasons to go to user space.
     User,
 }
 
 impl View {
-    /// The table's kind in a snapshot.
+    /// Return the table's kind in a snapshot.
     fn table(self) -> u32 {
         match self {
             View::Details => TABLE_DETAILS,
@@ -42,7 +42,7 @@ impl View {
         }
     }
 
-    /// Return the one that Tab turns to.
+    /// Return the view that Tab switches to.
     pub fn next(self) -> Self {
         match self {
             View::Details => View::Code,
@@ -51,7 +51,7 @@ impl View {
         }
     }
 
-    /// Return what it is called where it can be turned to.
+    /// Return the name of the view in the footer.
     pub fn name(self) -> &'static str {
         match self {
             View::Details => "details",
@@ -60,8 +60,8 @@ impl View {
         }
     }
 
-    /// Return what one of its lines is, and several.
-    fn counted(self) -> [&'static str; 2] {
+    /// Return the singular and plural of what a line shows.
+    fn nouns(self) -> [&'static str; 2] {
         match self {
             View::Details => ["detail", "details"],
             View::Code => ["place in the code", "places in the code"],
@@ -70,23 +70,23 @@ impl View {
     }
 }
 
-/// What is told of a reason.
+/// Numbers of one reason.
 #[derive(Clone, Debug)]
-pub struct Story {
+pub struct Breakdown {
     /// Rows and others; `None` when the reason had no exit.
     group: Option<Group>,
-    /// The time that the numbers are of.
+    /// Time that the numbers cover.
     span: Span,
-    /// They are since details were turned on, not of an interval.
+    /// True if the numbers are since details were turned on, and not of an interval.
     pub is_total: bool,
     /// vCPUs that have no tables for want of memory.
     pub without: u32,
-    /// What keeps code from being told.
+    /// Reason why there is no code.
     no_code: Option<&'static str>,
 }
 
-impl Story {
-    /// Sum up what tables hold of a reason in a scope.
+impl Breakdown {
+    /// Sum up the tables for a reason in a scope.
     pub fn new(
         moment: &Moment,
         scope: Scope,
@@ -109,13 +109,13 @@ impl Story {
         let rows = Rows::sum(parts.iter());
         let mut groups = groups(&rows, view.table(), host.isa, symbols, weight);
         let no_code = if !moment.has_code {
-            Some("no code is told: that takes CAP_PERFMON, so run this as root")
+            Some("no code: reading it needs CAP_PERFMON, so run this as root")
         } else {
-            // No address is told of any of them.
+            // None of the vCPUs has a code address.
             let mut all = vcpus.clone().peekable();
             let has_some = all.peek().is_some();
-            let is_so = has_some && all.all(|(_, vcpu)| vcpu.no_rip);
-            is_so.then_some("no code is told of guests whose registers are encrypted")
+            let none_known = has_some && all.all(|(_, vcpu)| vcpu.no_rip);
+            none_known.then_some("no code: the registers of these guests are encrypted")
         };
         Self {
             group: groups.pop(),
@@ -126,17 +126,17 @@ impl Story {
         }
     }
 
-    /// Return why there is no line.
-    pub fn nothing(&self, view: View) -> &'static str {
+    /// Return the reason why there is no line.
+    pub fn empty_text(&self, view: View) -> &'static str {
         match (self.no_code, view) {
             (Some(why), _) => why,
-            (None, View::User) => "of the vCPUs that live none had such an exit to user space",
-            _ => "of the vCPUs that live none had such an exit",
+            (None, View::User) => "none of the running vCPUs had such an exit to user space",
+            _ => "none of the running vCPUs had such an exit",
         }
     }
 }
 
-/// The columns of a view.
+/// Return the columns of a view.
 fn columns(view: View) -> Vec<Column> {
     let about = Column {
         grows: true,
@@ -155,13 +155,13 @@ fn columns(view: View) -> Vec<Column> {
     match view {
         View::Details => columns.extend([kernel, columns::right("user/exit", 9, 3), bound]),
         View::Code => columns.extend([kernel, bound]),
-        // Of exits to user space nothing is missed.
+        // The table of exits to user space has a row for each, so it needs no bound.
         View::User => columns.push(columns::right("user/exit", 9, 1)),
     }
     columns
 }
 
-/// By what lines are ordered.
+/// Return the weight that orders the lines.
 pub fn weight(order: usize) -> Weight {
     match order {
         1 => Weight::Exits,
@@ -169,10 +169,12 @@ pub fn weight(order: usize) -> Weight {
     }
 }
 
-/// The table of a view; without a story it is empty.
-pub fn sheet(story: Option<&Story>, label: Label, view: View, order: usize) -> Sheet {
+/// Build the table of a view. It is empty without a breakdown.
+pub fn sheet(breakdown: Option<&Breakdown>, label: Label, view: View, order: usize) -> Sheet {
     let mut lines = Vec::new();
-    if let Some((group, span)) = story.and_then(|story| Some((story.group.as_ref()?, story.span))) {
+    if let Some((group, span)) =
+        breakdown.and_then(|breakdown| Some((breakdown.group.as_ref()?, breakdown.span)))
+    {
         let cells = |words: String, counts: Counts, bound: String| {
             let mean = |ticks: Option<u128>| {
                 let mean = rounded(ticks.unwrap_or(0), counts.exits);
@@ -210,7 +212,7 @@ pub fn sheet(story: Option<&Story>, label: Label, view: View, order: usize) -> S
                 cells: cells(words.to_owned(), group.others, String::new()),
             });
         }
-        // The others stand among the rest: what leads is what one looks for.
+        // Sort the others among the rest, because the reader looks for what costs most.
         let weigh = |line: &Line| match line.id {
             Id::Row(key) => {
                 let row = group.rows.iter().find(|row| row.key == key);
@@ -229,7 +231,7 @@ pub fn sheet(story: Option<&Story>, label: Label, view: View, order: usize) -> S
         (_, order) => ORDERS.get(order).copied().unwrap_or(ORDERS[0]),
     };
     Sheet {
-        counted: view.counted(),
+        nouns: view.nouns(),
         of: format!(" of {label}"),
         order,
         orders: ORDERS.len(),
@@ -238,7 +240,7 @@ pub fn sheet(story: Option<&Story>, label: Label, view: View, order: usize) -> S
     }
 }
 
-/// Write how many exits a row may lack.
+/// Format the number of exits that a row may lack.
 fn bound(row: &Row) -> String {
     match row.exact {
         true => "exact".to_owned(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the screen waits for: keys, signals, time.
+//! Events that the screen waits for: keys, signals, time.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::signals;
 
-/// Something has happened.
+/// Something that has happened.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     /// A key was pressed.
@@ -27,14 +27,14 @@ pub enum Event {
     Gone,
 }
 
-/// Gives events as they come.
+/// Receiver of events.
 #[derive(Debug)]
 pub struct Events {
     events: Receiver<Event>,
 }
 
 impl Events {
-    /// Takes the signals that would end this process, and the keys.
+    /// Turn the keys, and the signals that would end this process, into events.
     pub fn new() -> io::Result<Self> {
         let (to, events) = channel();
         let ending = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
@@ -53,7 +53,7 @@ impl Events {
         Ok(Self { events })
     }
 
-    /// The next event; `None` when there is none up to a moment.
+    /// Return the next event, or `None` if none comes before `moment`.
     pub fn until(&self, moment: Instant) -> Option<Event> {
         let left = moment.saturating_duration_since(Instant::now());
         self.events.recv_timeout(left).ok()

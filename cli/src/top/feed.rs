@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the screen's numbers come from: the device, a snapshot in a file, or a recording.
+//! Source of the screen's numbers: the device, a snapshot in a file, or a recording.
 //!
-//! The device tells what exits were about once somebody opens such a view: then its details are turned
-//! on, and stay so as long as the screen is shown. So who does not ask for them has no cost.
+//! Details of the device are turned on when the user first opens a view of them, and stay on as
+//! long as the screen is shown. So they cost nothing until then.
 
 use std::{
     path::{Path, PathBuf},
@@ -23,23 +23,23 @@ use crate::{
     },
 };
 
-/// Gives a reading each time.
+/// Source of successive readings.
 #[derive(Debug)]
 pub struct Feed {
     path: PathBuf,
-    /// The names of the VMs that run.
+    /// Names of the VMs that run.
     names: Book,
     recording: Option<Recording>,
-    /// The device with its details on.
+    /// Device with its details on.
     device: Option<Device>,
 }
 
-/// What a snapshot tells.
+/// Contents of a snapshot.
 #[derive(Clone, Debug)]
 pub struct Reading {
     /// Exits and cycles.
     pub report: Report,
-    /// What the exits were about, while details are on.
+    /// Details of the exits, while details are on.
     pub tables: Option<Moment>,
 }
 
@@ -55,24 +55,24 @@ impl Reading {
 /// The next reading.
 #[derive(Debug)]
 pub enum Next {
-    /// Here it is.
+    /// A snapshot.
     Snapshot(Box<Reading>),
-    /// There is none any more.
+    /// End of the recording.
     Ended,
 }
 
-/// Why there is no reading.
+/// Reason why there is no reading.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No snapshot.
+    /// There is no snapshot.
     #[error(transparent)]
     Source(#[from] source::Error),
     /// The recording cannot be read.
     #[error("{}: {error}", path.display())]
     Recording {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the reader.
         error: read::Error,
     },
     /// The recording has no snapshot.
@@ -80,25 +80,25 @@ pub enum Error {
     Empty(PathBuf),
 }
 
-/// A recording that is being shown.
+/// Recording that is being shown.
 #[derive(Debug)]
 struct Recording {
     snapshots: Vec<(Duration, Vec<u8>)>,
-    /// The one that is shown.
+    /// Index of the snapshot that is shown.
     place: usize,
-    /// How much of it has been.
+    /// Time that has been shown.
     clock: Duration,
     names: Book,
 }
 
 impl Feed {
-    /// Opens a file.
+    /// Open the device or a file.
     ///
     /// # Errors
     ///
-    /// When there is nothing to read.
+    /// Fails when there is nothing to read.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        // Of the device this is a snapshot that nobody needs, once.
+        // For the device, this takes one snapshot that is not used.
         let bytes = source::read(path)?;
         let recording = if read::is_recording(&bytes) {
             let file = || path.to_owned();
@@ -118,11 +118,11 @@ impl Feed {
         })
     }
 
-    /// Turn details on; return true if that was to be done.
+    /// Turn details on. Return true if they were off.
     ///
     /// # Errors
     ///
-    /// When they cannot be turned on: why, and what to do about it.
+    /// Returns a sentence that says why they cannot be turned on, and what to do about it.
     pub fn turn_on(&mut self) -> Result<bool, String> {
         if self.recording.is_some() {
             let words = "the recording has none here: 'exitmeter record --why' records them";
@@ -148,11 +148,11 @@ impl Feed {
         Ok(true)
     }
 
-    /// The reading to begin with.
+    /// Return the first reading.
     ///
     /// # Errors
     ///
-    /// When there is none.
+    /// Fails when there is none.
     pub fn first(&mut self) -> Result<Reading, Error> {
         Ok(match &self.recording {
             None => self.read()?,
@@ -160,7 +160,7 @@ impl Feed {
         })
     }
 
-    /// Take a snapshot of the device, or of the file that stands for it.
+    /// Take a snapshot of the device or the file.
     fn read(&mut self) -> Result<Reading, source::Error> {
         let bytes = match &self.device {
             Some(device) => device.read()?,
@@ -174,11 +174,11 @@ impl Feed {
         Ok(reading)
     }
 
-    /// The reading after so much time.
+    /// Return the reading after this much time.
     ///
     /// # Errors
     ///
-    /// When there is none now; there may be one later.
+    /// Fails when there is none now. There may be one later.
     pub fn next(&mut self, interval: Duration) -> Result<Next, Error> {
         let reading = match &mut self.recording {
             None => self.read()?,
@@ -208,7 +208,7 @@ impl Recording {
         })
     }
 
-    /// Goes on; `false` at the end.
+    /// Advance by this much time. Return false at the end.
     fn advance(&mut self, time: Duration) -> bool {
         if self.place + 1 >= self.snapshots.len() {
             return false;

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Exits per second, interval by interval, of all that is shown.
+//! Exits per second in past intervals, for each VM and vCPU.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::data::Scope;
 use crate::model::{Report, Span};
 
-/// As many as the widest terminal has columns.
+/// Rates kept for each scope: as many as the widest terminal has columns.
 const LENGTH: usize = 512;
 
-/// The latest exits per second.
+/// Latest rates of exits per second.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     rates: BTreeMap<Scope, VecDeque<u64>>,
 }
 
 impl History {
-    /// Adds those of an interval, and forgets who is gone.
+    /// Add the rates of an interval. Forget VMs and vCPUs that are gone.
     pub fn add(&mut self, delta: &Report) {
         let mut all = delta.departed.ledger.exits;
         let mut rates = Vec::new();
-        // A VM that came in this interval has a shorter one of its own.
+        // A VM that came in this interval lived for a part of it only.
         let interval = delta.interval.unwrap_or(Span::of(0, None));
         for vm in &delta.vms {
             all = all.saturating_add(vm.ledger.exits);
@@ -36,14 +36,14 @@ impl History {
             if rates.len() == LENGTH {
                 rates.pop_front();
             }
-            // Without a known frequency: each interval's exits.
+            // Without a known frequency, show the exits of each interval.
             let rate = interval.per_second(exits).unwrap_or(exits as f64);
             rates.push_back(rate.round() as u64);
             self.rates.insert(scope, rates);
         }
     }
 
-    /// The latest of them, as many as asked for, the oldest first.
+    /// Return up to `count` of the latest rates, the oldest first.
     pub fn of(&self, scope: Scope, count: usize) -> Vec<u64> {
         let Some(rates) = self.rates.get(&scope) else {
             return Vec::new();
@@ -53,7 +53,7 @@ impl History {
     }
 }
 
-/// Rates as a line of bars, the latest at the right.
+/// Draw rates as a line of bars, the latest at the right.
 pub fn sparkline(rates: &[u64], width: usize) -> String {
     const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let most = rates.iter().copied().max().unwrap_or(0).max(1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The terminal's other screen, and the way back from it.
+//! Entering and leaving the terminal's alternate screen.
 
 use std::{
     io::{self, Stdout},
@@ -23,20 +23,20 @@ use ratatui::{
 };
 use signal_hook::consts::SIGTSTP;
 
-/// The other screen, until it is dropped.
+/// The alternate screen, until it is dropped.
 #[derive(Debug)]
 pub struct Screen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
 }
 
 impl Screen {
-    /// Goes there. Whatever ends this process in an orderly way, a panic included, leads back:
-    /// without it, what was typed later would not be seen.
+    /// Enter the alternate screen. Any orderly end of this process leaves it, a panic included: a
+    /// terminal left in this mode would not show what the user types.
     pub fn enter() -> anyhow::Result<Self> {
         static HOOK: Once = Once::new();
         HOOK.call_once(|| {
             let before = panic::take_hook();
-            // As the release build ends at a panic, nothing would be dropped.
+            // The release build aborts at a panic, so nothing would be dropped.
             panic::set_hook(Box::new(move |info| {
                 leave();
                 before(info);
@@ -49,20 +49,20 @@ impl Screen {
     }
 
     fn open() -> io::Result<Terminal<CrosstermBackend<Stdout>>> {
-        AWAY.store(true, Ordering::Relaxed);
+        ENTERED.store(true, Ordering::Relaxed);
         enable_raw_mode()?;
         let mut stdout = io::stdout();
         execute!(stdout, EnterAlternateScreen)?;
         Terminal::new(CrosstermBackend::new(stdout))
     }
 
-    /// Draws all anew; what has not changed is not sent.
+    /// Draw the screen. Only changes are sent.
     pub fn draw(&mut self, draw: impl FnOnce(&mut Frame<'_>)) -> anyhow::Result<()> {
         let drawn = self.terminal.draw(draw);
         drawn.context("cannot write to the terminal").map(|_| ())
     }
 
-    /// Goes back, stops this process as Ctrl-Z does, and comes here again when it goes on.
+    /// Leave the screen, stop this process as Ctrl-Z does, and enter again when it continues.
     pub fn suspend(&mut self) -> anyhow::Result<()> {
         leave();
         signal_hook::low_level::emulate_default_handler(SIGTSTP)?;
@@ -77,14 +77,15 @@ impl Drop for Screen {
     }
 }
 
-/// Whether there is a way back to go.
-static AWAY: AtomicBool = AtomicBool::new(false);
+/// True while the alternate screen is entered.
+static ENTERED: AtomicBool = AtomicBool::new(false);
 
-/// Leaves the terminal as it was. What fails here has no remedy, and must not hide why it ends.
+/// Restore the terminal. Ignore errors: they have no remedy, and must not hide why the process
+/// ends.
 fn leave() {
-    // Once: a second time would put the cursor over what was printed since, such as the words
-    // of a panic.
-    if !AWAY.swap(false, Ordering::Relaxed) {
+    // Leave once only: a second time would put the cursor over later output, such as the message of
+    // a panic.
+    if !ENTERED.swap(false, Ordering::Relaxed) {
         return;
     }
     let _ = execute!(io::stdout(), LeaveAlternateScreen, Show);

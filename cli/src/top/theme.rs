@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How things look, with colours and without.
+//! Colours and textures of the screen.
 
 use exitmeter_meter::phase::Phase;
 use ratatui::style::{Color, Modifier, Style};
 
-/// The looks.
+/// Styles, with or without colours.
 #[derive(Clone, Copy, Debug)]
 pub struct Theme {
     color: bool,
 }
 
 impl Theme {
-    /// With colours or without.
+    /// Create the styles.
     pub fn new(color: bool) -> Self {
         Self { color }
     }
@@ -25,37 +25,37 @@ impl Theme {
         }
     }
 
-    /// Of titles of columns.
+    /// Style of column titles.
     pub fn title(self) -> Style {
         Style::new().add_modifier(Modifier::BOLD)
     }
 
-    /// Of what is said beside.
+    /// Style of secondary text.
     pub fn quiet(self) -> Style {
         self.with(Color::DarkGray)
     }
 
-    /// Of the line that is selected.
+    /// Style of the selected line.
     pub fn selected(self) -> Style {
         Style::new().add_modifier(Modifier::REVERSED)
     }
 
-    /// Of keys.
+    /// Style of keys.
     pub fn key(self) -> Style {
         self.with(Color::Cyan).add_modifier(Modifier::BOLD)
     }
 
-    /// Of what is to be seen.
+    /// Style of notices.
     pub fn notice(self) -> Style {
         self.with(Color::Yellow).add_modifier(Modifier::BOLD)
     }
 
-    /// Of bars.
+    /// Style of bars.
     pub fn bars(self) -> Style {
         self.with(Color::Blue)
     }
 
-    /// Of a phase.
+    /// Style of a phase.
     pub fn phase(self, phase: Phase) -> Style {
         self.with(match phase {
             Phase::Guest => Color::Green,
@@ -68,7 +68,7 @@ impl Theme {
     }
 }
 
-/// What a phase is drawn with, so that colours are not all that tells them apart.
+/// Return the character that draws a phase, so that phases differ without colours, too.
 pub fn texture(phase: Phase) -> char {
     match phase {
         Phase::Guest => '█',

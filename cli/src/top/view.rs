@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Draws the screen.
+//! Drawing of the screen.
 
 use ratatui::{
     layout::{Alignment, Constraint, Layout, Rect},
@@ -23,7 +23,7 @@ use crate::{
     report::count,
 };
 
-/// What the keys do.
+/// Keys and their actions.
 const HELP: [(&str, &str); 12] = [
     ("Up Down PgUp PgDn", "select a line (also j, k, g, G)"),
     ("Enter", "go into the VM, vCPU or reason that is selected"),
@@ -39,7 +39,7 @@ const HELP: [(&str, &str); 12] = [
     ("q  Ctrl-C", "leave"),
 ];
 
-/// The whole screen.
+/// Draw the whole screen.
 pub fn draw(frame: &mut Frame<'_>, app: &mut App, theme: &Theme) {
     let tall = frame.area().height >= 36;
     let [head, rates, bar, legend, title, table, foot] = Layout::vertical([
@@ -66,12 +66,12 @@ pub fn draw(frame: &mut Frame<'_>, app: &mut App, theme: &Theme) {
     }
 }
 
-/// What is shown, and of which time.
+/// Draw the scope and the time that the numbers cover.
 fn header(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
     let host = &app.report().host;
     let time = if app.is_total() {
         match app.scope {
-            _ if app.story.is_some() => "since details are on".to_owned(),
+            _ if app.breakdown.is_some() => "since details are on".to_owned(),
             Scope::All => "since the module was loaded".to_owned(),
             _ => "since it began".to_owned(),
         }
@@ -92,7 +92,7 @@ fn header(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
     frame.render_widget(Line::from(right).alignment(Alignment::Right), area);
 }
 
-/// How many exits, now and before.
+/// Draw the number of exits, and the rates before.
 fn exits(frame: &mut Frame<'_>, area: Rect, app: &App, numbers: Option<&Numbers>, theme: &Theme) {
     const WORDS: u16 = 22;
     let [words, bars] =
@@ -114,7 +114,7 @@ fn exits(frame: &mut Frame<'_>, area: Rect, app: &App, numbers: Option<&Numbers>
         ));
     }
     frame.render_widget(Text::from(text), words);
-    // The latest at the right.
+    // Keep the latest at the right.
     let shown = u16::try_from(rates.len())
         .unwrap_or(u16::MAX)
         .min(bars.width);
@@ -127,7 +127,7 @@ fn exits(frame: &mut Frame<'_>, area: Rect, app: &App, numbers: Option<&Numbers>
     frame.render_widget(bars_of, bars);
 }
 
-/// Where the time goes, as a bar and in numbers.
+/// Draw the phases, as a bar and in numbers.
 fn phases(frame: &mut Frame<'_>, areas: [Rect; 2], numbers: Option<&Numbers>, theme: &Theme) {
     let cycles = numbers.map_or_else(Default::default, |numbers| numbers.ledger.cycles);
     let whole = cycles.sum();
@@ -136,7 +136,7 @@ fn phases(frame: &mut Frame<'_>, areas: [Rect; 2], numbers: Option<&Numbers>, th
     let (mut sum, mut drawn) = (0_u128, 0);
     for phase in cycles.phases() {
         sum += cycles.of(phase);
-        // Where it ends, rounded; so the bar is as wide as the screen.
+        // Round the end of each part, so that the bar is as wide as the screen.
         let end = (sum * width + whole / 2).checked_div(whole).unwrap_or(0) as usize;
         let length = end.saturating_sub(drawn);
         let texture = texture(phase).to_string().repeat(length);
@@ -147,8 +147,8 @@ fn phases(frame: &mut Frame<'_>, areas: [Rect; 2], numbers: Option<&Numbers>, th
     frame.render_widget(legend(&cycles, areas[1].width, theme), areas[1]);
 }
 
-/// What the bar of phases means, in numbers: without those that take no time where there is no room
-/// for all, and then without decimals.
+/// Return the legend of the bar of phases. If it does not fit, leave out phases without time,
+/// and then decimals.
 fn legend(cycles: &Cycles, width: u16, theme: &Theme) -> Line<'static> {
     let whole = cycles.sum();
     let line = |all: bool, decimals: bool| {
@@ -168,7 +168,7 @@ fn legend(cycles: &Cycles, width: u16, theme: &Theme) -> Line<'static> {
         });
         Line::from(words.collect::<Vec<_>>())
     };
-    // The last gap is no loss.
+    // The last gap may be cut off.
     let fits = |line: &Line<'_>| line.width() <= usize::from(width) + 2;
     [line(true, true), line(false, true)]
         .into_iter()
@@ -176,9 +176,9 @@ fn legend(cycles: &Cycles, width: u16, theme: &Theme) -> Line<'static> {
         .unwrap_or_else(|| line(false, false))
 }
 
-/// What the table is of, and what the user should know.
+/// Draw the title of the table, and the notes for the user.
 fn heading(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Theme) {
-    let [one, several] = sheet.counted;
+    let [one, several] = sheet.nouns;
     let lines = match sheet.lines.len() {
         1 => format!("1 {one}{}", sheet.of),
         many => format!("{many} {several}{}", sheet.of),
@@ -197,7 +197,7 @@ fn heading(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &
             theme.notice(),
         ));
     }
-    if let Some(without @ 1..) = app.story.as_ref().map(|story| story.without) {
+    if let Some(without @ 1..) = app.breakdown.as_ref().map(|breakdown| breakdown.without) {
         let vcpus = count(without.into(), "vCPU");
         words.push(Span::styled(
             format!("  no memory for {vcpus}"),
@@ -210,7 +210,7 @@ fn heading(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &
     frame.render_widget(Line::from(words), area);
 }
 
-/// The table.
+/// Draw the table.
 fn lines(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Theme) {
     let shown = columns::fitting(&sheet.columns, area.width);
     let columns: Vec<&Column> = shown
@@ -258,14 +258,14 @@ fn lines(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Th
     let mut state = TableState::default().with_selected(app.selected(sheet));
     frame.render_stateful_widget(table, area, &mut state);
     if sheet.lines.is_empty() && area.height > 1 {
-        let untold;
+        let text;
         let word = match (app.tab, app.scope, app.filter.is_empty()) {
             (_, _, false) => "no line has that text; Esc drops the filter",
-            (Tab::Why(_, view), ..) => match (&app.story, &app.refusal) {
-                (Some(story), _) => story.nothing(view),
-                (None, Some(refusal)) => {
-                    untold = format!("no details: {refusal}");
-                    &untold
+            (Tab::Why(_, view), ..) => match (&app.breakdown, &app.details_error) {
+                (Some(breakdown), _) => breakdown.empty_text(view),
+                (None, Some(details_error)) => {
+                    text = format!("no details: {details_error}");
+                    &text
                 }
                 (None, None) => "details come with the next reading",
             },
@@ -284,7 +284,7 @@ fn lines(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Th
     }
 }
 
-/// The keys that matter most, or the filter that is being typed.
+/// Draw the most important keys, or the filter that is being typed.
 fn footer(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
     if app.typing {
         let words = vec![
@@ -308,7 +308,7 @@ fn footer(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
         Tab::Why(_, View::Details) => "code",
         Tab::Why(..) => "",
     };
-    // The last go first where there is no room for all.
+    // The last ones are dropped where there is no room for all.
     let mut keys = vec![
         ("q", "quit"),
         ("?", "help"),
@@ -335,7 +335,7 @@ fn footer(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
     frame.render_widget(Line::from(words.collect::<Vec<_>>()), area);
 }
 
-/// All keys, over the rest.
+/// Draw the list of keys over the rest.
 fn help(frame: &mut Frame<'_>, theme: &Theme) {
     let whole = frame.area();
     let (width, height) = (

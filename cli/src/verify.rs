@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter verify`: whether the module is right on this host, and what it costs here.
+//! `exitmeter verify`: check the module on this host, and measure what it costs here.
 //!
-//! `checks` runs guests of known exits (the crate tiny-guests) and holds what the meter tells of them
-//! (`own`) against the kernel's own histogram (`hist`); `cost` measures exits, with `reload`
-//! also without the module. `host` is what all of it runs on, `stop` the user's wish to end it.
+//! `checks` runs guests with known exits (the crate tiny-guests), and compares the meter's numbers
+//! (`own`) with the kernel's own histogram (`hist`). `cost` measures exits, and with `reload` also
+//! without the module. `host` is the host under test, and `stop` the user's request to end.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -46,32 +46,32 @@ const FAILED: u8 = 1;
 /// Exit status when nothing could be verified.
 const IMPOSSIBLE: u8 = 2;
 
-/// On the host: shows whether the module is right here, and what exits and metering cost here.
+/// On the host: verify that the module is right here, and measure what exits and metering cost.
 ///
-/// It runs small VMs of its own, whose exits are known to the instruction, and holds what the module
-/// tells of them against the kernel's own histogram of kvm:kvm_exit, and against what they did: counts
-/// by reason, the guest's own answers by CPUID, the ledger to the tick, and details. Then it measures
-/// what exits cost on one CPU. Other VMs run on; nothing of theirs is touched.
+/// It runs small VMs of its own, whose exits are known exactly. It compares the module's numbers
+/// with the kernel's own histogram of kvm:kvm_exit, and with what the guests did: counts by reason,
+/// the answers that guests get by CPUID, the ledger to the tick, and details. Then it measures what
+/// exits cost on one CPU. Other VMs keep running, and are not touched.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-It needs /dev/kvm and the module. The kernel's histogram and details take root; without, that is
-said, and the rest is verified. The histogram is in an instance of tracefs of its own, of this
-thread alone; while it and details are on, exits of other VMs take a little longer.
+It needs /dev/kvm and the module. The kernel's histogram and details need root; without root the
+output says so, and the rest is verified. The histogram is in a tracefs instance of its own, and
+counts this thread only. While it and details are on, exits of other VMs take a little longer.
 
-cycles are TSC ticks, all of one exit: the guest's loop, KVM, and the VMM. guest, kernel and user
-are the meter's own split of them. What metering adds takes --reload, which unloads the module and
-loads it again, as often as there are runs, with its parameters as they are: what it has metered
-is gone then, as after each unload. The VMs that run are told, and you are asked first. Interrupted
-or failed, it leaves the module loaded, or says how to load it.
+cycles are the TSC ticks of one whole exit: the guest's loop, KVM, and the VMM. guest, kernel and
+user are the meter's own split of them. To measure what metering adds takes --reload. It unloads the
+module and loads it again in each run, with the same parameters. The module's numbers are lost, as
+after each unload. It lists the running VMs and asks first. If it is interrupted or fails, it leaves
+the module loaded, or says how to load it.
 
 The report has kernel, CPU, microcode, mitigations and KVM's parameters, and no names of the host
-or of VMs. It ends with a line for docs/hardware.md. docs/verify.md has the JSON's fields.
+or of VMs. It ends with a line for docs/hardware.md. docs/verify.md lists the JSON's fields.
 
 Exit status:
-  0  all checks that could be made have passed
-  1  a check has failed
+  0  all checks that could be made passed
+  1  a check failed
   2  nothing could be verified: no KVM, no module, no right; one sentence says what to do
-  128 + N  signal N has ended it
+  128 + N  signal N ended it
 
 Examples:
   exitmeter verify
@@ -79,36 +79,37 @@ Examples:
   sudo exitmeter verify --reload --runs 15 --cpu 3
   exitmeter verify --json | jq '.checks[] | select(.verdict == \"failed\")'")]
 pub struct Args {
-    /// Prints JSON instead of text.
+    /// Print JSON instead of text.
     #[arg(long)]
     json: bool,
-    /// Also writes all that was found, and where, to FILE: a text to attach to an issue.
+    /// Also write all results, and the environment, to FILE: a text to attach to an issue.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// The meter to verify: the module, or where it is not loaded BPF (auto), or one of these alone.
+    /// Meter to verify: the module, or BPF where the module is not loaded (auto), or only one of
+    /// these.
     #[arg(long, value_enum, value_name = "METER", default_value_t)]
     source: Choice,
-    /// Also measures without the module: unloads it and loads it again in each run.
+    /// Also measure without the module: unload it and load it again in each run.
     #[arg(long, conflicts_with = "source")]
     reload: bool,
-    /// Does not ask before the module is unloaded.
+    /// Do not ask before the module is unloaded.
     #[arg(long, requires = "reload")]
     yes: bool,
-    /// The file that the module was loaded from; unless given, the installed one.
+    /// File that the module was loaded from; by default the installed one.
     #[arg(long, value_name = "FILE", requires = "reload")]
     module: Option<PathBuf>,
-    /// Runs the guests on this CPU; unless given, on the second that there is.
+    /// Run the guests on this CPU; by default on the second of those available.
     #[arg(long, value_name = "N")]
     cpu: Option<usize>,
-    /// Takes each number of the cost N times.
+    /// Measure each number of the cost N times.
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// Each is the mean of N exits.
+    /// Average each number over N exits.
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(100..=10_000_000))]
     exits: u32,
 }
 
-/// The user does not want it.
+/// The user did not agree to unload the module.
 #[derive(Debug, thiserror::Error)]
 enum Unwanted {
     #[error("--reload unloads the module, and nobody is there to be asked: give --yes as well")]
@@ -118,11 +119,11 @@ enum Unwanted {
 }
 
 impl Args {
-    /// Verifies; the status to exit with.
+    /// Verify, and return the exit status.
     ///
     /// # Errors
     ///
-    /// When there is nowhere to print.
+    /// Fails when the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         let status = match self.verify(out) {
             Ok(found) if found.passed => 0,
@@ -149,7 +150,7 @@ impl Args {
             self.ask(reload)?;
         }
         host.stop.begin().context("cannot wait for signals")?;
-        // So that a file that cannot be written is known now.
+        // Fail now if the file cannot be written.
         let report = self.report.as_deref().map(Draft::open).transpose()?;
         let environment = Environment::new(&host);
         let look = out.look();
@@ -158,14 +159,14 @@ impl Args {
         }
 
         let mut checks = Vec::new();
-        let mut tell = |check: Check| -> anyhow::Result<()> {
+        let mut report_check = |check: Check| -> anyhow::Result<()> {
             if !self.json {
                 out.print(&text::check(&check, look))?;
             }
             checks.push(check);
             Ok(())
         };
-        checks::make(&host, &mut tell)?;
+        checks::make(&host, &mut report_check)?;
         let plan = Plan {
             runs: self.runs,
             exits: self.exits,
@@ -174,12 +175,12 @@ impl Args {
             Ok(cost) => cost,
             Err(error) if error.is::<Stopped>() => return Err(error),
             Err(error) => {
-                tell(Check::new("cost", Verdict::Failed, format!("{error:#}")))?;
+                report_check(Check::new("cost", Verdict::Failed, format!("{error:#}")))?;
                 model::Cost::default()
             }
         };
         if let Some(reload) = reload {
-            tell(as_it_was(&reload))?;
+            report_check(check_reload(&reload))?;
         }
         let found = Found {
             format: model::FORMAT,
@@ -200,7 +201,7 @@ impl Args {
         Ok(found)
     }
 
-    /// The meter to verify; the module where it is to be loaded again.
+    /// Return the meter to verify: always the module if it is to be reloaded.
     fn meter(&self) -> Choice {
         match self.reload {
             true => Choice::Module,
@@ -241,7 +242,7 @@ impl Args {
         let mut answer = String::new();
         let read = stdin.lock().read_line(&mut answer);
         if read.context("cannot read the answer")? == 0 {
-            // Ctrl-D ends no line.
+            // Ctrl-D leaves the line unfinished.
             writeln!(stderr).context("cannot ask")?;
         }
         match answer.trim() {
@@ -251,8 +252,8 @@ impl Args {
     }
 }
 
-/// The file of a report that is yet to be written. Until then an older one stays as it is, and where
-/// there was none, none is left.
+/// File of a report that is not yet written. Until then an older file stays as it is, and a new one
+/// is removed again.
 struct Draft<'a> {
     path: &'a Path,
     file: File,
@@ -272,7 +273,7 @@ impl<'a> Draft<'a> {
 
     fn finish(mut self, text: &str) -> anyhow::Result<()> {
         self.is_new = false;
-        // What is no plain file, as a pipe, has no length.
+        // A pipe, for example, has no length.
         let _ = self.file.set_len(0);
         let written = self.file.write_all(text.as_bytes());
         written.with_context(|| format!("cannot write {}", self.path.display()))
@@ -282,14 +283,14 @@ impl<'a> Draft<'a> {
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
         if self.is_new {
-            // Nobody misses an empty file.
+            // Ignore errors: nobody misses an empty file.
             let _ = fs::remove_file(self.path);
         }
     }
 }
 
-/// The check that the module is loaded as it was.
-fn as_it_was(reload: &Reload) -> Check {
+/// Check that the module is loaded as before.
+fn check_reload(reload: &Reload) -> Check {
     let name = "reload: the module as it was";
     match reload::parameters() {
         Ok(parameters) if parameters == reload.parameters() => {
@@ -312,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_that_is_not_written_leaves_nothing() -> anyhow::Result<()> {
+    fn unwritten_report_leaves_no_file() -> anyhow::Result<()> {
         let folder = tempfile::TempDir::new()?;
         let path = folder.path().join("report");
         drop(Draft::open(&path)?);

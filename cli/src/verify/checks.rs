@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The checks: guests of known exits, held against what the meter, the kernel and the guests
-//! themselves tell.
+//! The checks: guests with known exits, compared with the numbers of the meter, of the kernel and
+//! of the guests themselves.
 
 use std::collections::BTreeMap;
 
@@ -23,12 +23,12 @@ use super::{
 };
 use crate::{numbers::exact, source, why::device};
 
-/// How often a guest loops.
+/// Loop iterations of a guest.
 const LOOPS: u32 = 500;
-/// How often the guest loops that only computes.
+/// Loop iterations of the guest that only computes.
 const SPINS: u32 = 1_000_000;
 
-/// The guests whose exits are counted.
+/// Guests whose exits are counted.
 const GUESTS: [(Program, Mode); 21] = [
     (Program::Cpuid, Mode::Long),
     (Program::OutUser, Mode::Long),
@@ -53,7 +53,7 @@ const GUESTS: [(Program, Mode); 21] = [
     (Program::Touch, Mode::Real),
 ];
 
-/// What a guest does, in words.
+/// Describe what a guest does.
 fn describe(program: Program) -> &'static str {
     match program {
         Program::Cpuid | Program::Query => "CPUID",
@@ -88,42 +88,45 @@ fn mode(mode: Mode) -> &'static str {
     }
 }
 
-/// What a check came to.
+/// Verdict of a check, with a text on what was found.
 type Outcome = anyhow::Result<(Verdict, String)>;
 
-/// Make all checks, and hand over each as it ends.
+/// Make all checks, and report each as it ends.
 ///
 /// # Errors
 ///
-/// [`Stopped`], and those of `tell`.
-pub fn make(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// Fails with [`Stopped`], or with an error of `report_check`.
+pub fn make(
+    host: &Host,
+    report_check: &mut dyn FnMut(Check) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let hist = Hist::begin(thread(), host.isa);
     let mut ledgers = Ledgers::default();
-    for (program, in_mode) in GUESTS {
-        let name = format!("counts: {}, {}", describe(program), mode(in_mode));
+    for (program, guest_mode) in GUESTS {
+        let name = format!("counts: {}, {}", describe(program), mode(guest_mode));
         let count = match program {
             Program::Spin => SPINS,
             _ => LOOPS,
         };
-        let config = Config::new(program, in_mode, count);
+        let config = Config::new(program, guest_mode, count);
         let hist = hist.as_ref().ok();
-        tell(check(name, counts(host, config, hist, &mut ledgers))?)?;
+        report_check(check(name, counts(host, config, hist, &mut ledgers))?)?;
     }
     if let Err(error) = &hist {
         let text = format!("{error}: the counts were held against what the guests did alone");
-        tell(Check::new("the kernel's histogram", Verdict::NotMade, text))?;
+        report_check(Check::new("the kernel's histogram", Verdict::NotMade, text))?;
     }
-    // From here on the kernel counts no more.
+    // The kernel's count ends here.
     drop(hist);
-    tell(ledgers.check())?;
-    for in_mode in [Mode::Long, Mode::Real] {
-        let name = format!("answers: CPUID in {}", mode(in_mode));
-        tell(check(name, answers(host, in_mode))?)?;
+    report_check(ledgers.check())?;
+    for guest_mode in [Mode::Long, Mode::Real] {
+        let name = format!("answers: CPUID in {}", mode(guest_mode));
+        report_check(check(name, answers(host, guest_mode))?)?;
     }
-    details(host, tell)
+    details(host, report_check)
 }
 
-/// The check of an outcome: whatever went wrong has failed it, but for the user's wish to end.
+/// Turn an outcome into a check. Every error fails the check, except the user's request to end.
 fn check(name: String, outcome: Outcome) -> Result<Check, Stopped> {
     match outcome {
         Ok((verdict, text)) => Ok(Check::new(name, verdict, text)),
@@ -134,7 +137,7 @@ fn check(name: String, outcome: Outcome) -> Result<Check, Stopped> {
     }
 }
 
-/// What the guests' ledgers came to.
+/// Sums over the guests' ledgers.
 #[derive(Debug, Default)]
 struct Ledgers {
     vcpus: u32,
@@ -165,7 +168,7 @@ impl Ledgers {
     }
 }
 
-/// What a guest is known to cause.
+/// Return the exits that a guest is known to cause.
 fn known(host: &Host, config: &Config) -> Expected {
     let expected = Expected::of(host.isa, config.program, config.mode, config.loops(), 1);
     match host.nested_paging {
@@ -174,7 +177,7 @@ fn known(host: &Host, config: &Config) -> Expected {
     }
 }
 
-/// Hold a guest's exits against the kernel's histogram, and against what it does.
+/// Compare a guest's exits with the kernel's histogram, and with what it does.
 fn counts(host: &Host, config: Config, hist: Option<&Hist>, ledgers: &mut Ledgers) -> Outcome {
     if config.mode == Mode::Real && !host.real_mode {
         let text = "KVM emulates real mode with unrestricted_guest=0";
@@ -192,7 +195,7 @@ fn counts(host: &Host, config: Config, hist: Option<&Hist>, ledgers: &mut Ledger
     Ok(compare(host, &own, expected.exact(), counted.as_ref()))
 }
 
-/// The exits since an earlier moment.
+/// Return the exits since an earlier moment.
 fn since(now: &Exits, before: &Exits) -> Exits {
     let mut exits = Exits::new();
     for (code, count) in now {
@@ -204,8 +207,8 @@ fn since(now: &Exits, before: &Exits) -> Exits {
     exits
 }
 
-/// Hold what was metered against what is known to have been caused, and against what the kernel has
-/// counted, if it has.
+/// Compare the metered exits with those that the guest caused, and with the kernel's count if there
+/// is one.
 fn compare(
     host: &Host,
     own: &Own,
@@ -217,7 +220,7 @@ fn compare(
     if own.others != 0 {
         wrong.push(format!("{} exits have no row", own.others));
     }
-    // A page that the host takes back, as when it balances its memory, faults once more.
+    // A page that the host takes back, for example to balance its memory, faults once more.
     let fault = host.pick(48, 0x400);
     for (code, due) in known {
         let metered = own.exits_of(*code);
@@ -255,7 +258,9 @@ fn compare(
         }
         None => {
             for (code, count) in &own.exits {
-                if !known.contains_key(code) && host.nested_paging && !comes_by_chance(host, *code)
+                if !known.contains_key(code)
+                    && host.nested_paging
+                    && !is_caused_by_host(host, *code)
                 {
                     let name = host.name(*code);
                     wrong.push(format!(
@@ -274,21 +279,21 @@ fn compare(
 
 /// Return true for exits that the host causes and not the guest: interrupts, NMIs, SMIs, the end of a
 /// time slice.
-fn comes_by_chance(host: &Host, code: u32) -> bool {
+fn is_caused_by_host(host: &Host, code: u32) -> bool {
     match host.isa {
         Isa::Vmx => matches!(code, 0 | 1 | 5 | 6 | 7 | 8 | 52 | 75),
         Isa::Svm => matches!(code, 0x60..=0x64),
     }
 }
 
-/// The leaves that the guest asks for; docs/interface.md.
+/// Leaves that the guest queries; docs/interface.md.
 const IDENTITY: u32 = 0x4fff_fff0;
 const INTERFACE: u32 = 0x4fff_fff1;
 const PHASE_CYCLES: u32 = 0x4fff_fff2;
 const EXITS: u32 = 0x4fff_fff3;
 const LIFE: u32 = 0x4fff_fff4;
 
-/// Those of a map: exits in all, exits of a reason, cycles of a reason.
+/// Return the leaves of a map: exits in all, exits of a reason, cycles of a reason.
 fn leaves(map: LeafMap) -> Option<[u32; 3]> {
     match map {
         LeafMap::Off => None,
@@ -301,8 +306,8 @@ fn join(high: u64, low: u64) -> u64 {
     high << 32 | low
 }
 
-/// Have a guest ask for its own numbers, and hold the answers against the snapshot.
-fn answers(host: &Host, in_mode: Mode) -> Outcome {
+/// Let a guest query its own numbers, and compare the answers with the snapshot.
+fn answers(host: &Host, guest_mode: Mode) -> Outcome {
     let not_made = |text: &str| Ok((Verdict::NotMade, text.to_owned()));
     if host.by_bpf {
         return not_made("BPF answers no guest");
@@ -313,7 +318,7 @@ fn answers(host: &Host, in_mode: Mode) -> Outcome {
     if host.host_scope {
         return not_made("guests read the sums of the host (host_scope=1)");
     }
-    if in_mode == Mode::Real && !(host.real_mode && host.nested_paging) {
+    if guest_mode == Mode::Real && !(host.real_mode && host.nested_paging) {
         return not_made("KVM emulates real mode here");
     }
     let (cpuid, io, msr, hlt, fault) = (
@@ -335,18 +340,18 @@ fn answers(host: &Host, in_mode: Mode) -> Outcome {
             .map(|(_, number)| (PHASE_CYCLES, fault | number << 16)),
     );
     let queries = asked.iter().map(|(leaf, sub)| Quad::cpuid(*leaf, *sub));
-    let (machine, own) = host.run_metered(Config::query(in_mode, queries.collect()), None)?;
+    let (machine, own) = host.run_metered(Config::query(guest_mode, queries.collect()), None)?;
 
     let mut wrong = Vec::new();
     let by_chance: u64 = own
         .exits
         .iter()
-        .filter(|(code, _)| comes_by_chance(host, **code))
+        .filter(|(code, _)| is_caused_by_host(host, **code))
         .map(|(_, exits)| exits)
         .sum();
     let word = |text: &[u8; 4]| u64::from(u32::from_le_bytes(*text));
     let all = asked.len() as u64;
-    // With a page that faults once more after all are there, its numbers are others at the end.
+    // If a page faults once more after all queries for faults, its numbers differ at the end.
     let place = asked.iter().position(|query| *query == (EXITS, fault));
     let answer = place.and_then(|place| machine.answers(0).get(place).copied());
     let faults_then = answer.map(|answer| join(answer.rdx, answer.rax));
@@ -369,7 +374,7 @@ fn answers(host: &Host, in_mode: Mode) -> Outcome {
             }
             LIFE => ticks == host.life,
             leaf if leaf == total => {
-                // Left of the guest's life: the later queries, and the OUT at its end.
+                // Still to come in the guest's life: the later queries, and the OUT at its end.
                 let left = all - number;
                 let most = own.total().saturating_sub(left);
                 (most.saturating_sub(by_chance)..=most).contains(&exits)
@@ -377,9 +382,9 @@ fn answers(host: &Host, in_mode: Mode) -> Outcome {
             leaf if leaf == of_reason || leaf == EXITS => {
                 let told = if leaf == EXITS { ticks } else { exits };
                 match *sub {
-                    // The query itself is counted, those after it are not yet.
+                    // The query itself is counted; those after it are not yet.
                     code if code == cpuid => told == number + 1,
-                    // Nor is the OUT at the end.
+                    // The OUT at the end is not yet counted.
                     code if code == io => told + 1 == own.exits_of(io),
                     // A page may fault once more after that.
                     code if code == fault => {
@@ -419,7 +424,7 @@ fn answers(host: &Host, in_mode: Mode) -> Outcome {
     })
 }
 
-/// A guest whose details are known: what it touches, as a kind and some bits of the key.
+/// A guest with known details: the kind of its detail, and some bits of the key.
 struct Touched {
     name: &'static str,
     program: Program,
@@ -466,26 +471,29 @@ const TOUCHED: [Touched; 5] = [
     },
 ];
 
-/// Hold what the module tells of exits against what the guests touched, if it may tell.
-fn details(host: &Host, tell: &mut dyn FnMut(Check) -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// Compare the module's details with what the guests touched, if details are permitted.
+fn details(
+    host: &Host,
+    report_check: &mut dyn FnMut(Check) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     if host.by_bpf {
         let text = "the details that BPF keeps are not compared here".to_owned();
-        return tell(Check::new("details", Verdict::NotMade, text));
+        return report_check(Check::new("details", Verdict::NotMade, text));
     }
     let device = match device::Device::open_by(source::Choice::Module, source::DEVICE.as_ref()) {
         Ok(device) => device,
         Err(error) => {
-            return tell(Check::new("details", Verdict::NotMade, error.to_string()));
+            return report_check(Check::new("details", Verdict::NotMade, error.to_string()));
         }
     };
     for touched in &TOUCHED {
-        let outcome = touched_alike(host, &device, touched);
-        tell(check(touched.name.to_owned(), outcome)?)?;
+        let outcome = compare_details(host, &device, touched);
+        report_check(check(touched.name.to_owned(), outcome)?)?;
     }
     Ok(())
 }
 
-fn touched_alike(host: &Host, device: &device::Device, touched: &Touched) -> Outcome {
+fn compare_details(host: &Host, device: &device::Device, touched: &Touched) -> Outcome {
     let config = Config::new(touched.program, Mode::Long, LOOPS);
     let (_machine, own) = host.run_metered(config, Some(device))?;
     if !own.has_tables {
@@ -551,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn one_exit_too_few_fails() {
+    fn wrong_counts_fail() {
         let (host, known) = (host(), Exits::from([(10, 500), (30, 1), (48, 4)]));
         let verdict = |own: &Own, counted: Option<&Exits>| compare(&host, own, &known, counted).0;
         let right = own(&[(1, 3), (10, 500), (30, 1), (48, 4)]);
@@ -559,7 +567,7 @@ mod tests {
         assert_eq!(verdict(&right, Some(&right.exits.clone())), Verdict::Passed);
         let missed = own(&[(1, 3), (10, 499), (30, 1), (48, 4)]);
         assert_eq!(verdict(&missed, None), Verdict::Failed);
-        // The kernel has seen an interrupt that the meter has not.
+        // The kernel counts an interrupt that the meter does not.
         let more = Exits::from([(1, 4), (10, 500), (30, 1), (48, 4)]);
         let (told, text) = compare(&host, &right, &known, Some(&more));
         assert_eq!(told, Verdict::Failed);
@@ -567,7 +575,7 @@ mod tests {
             text,
             "EXTERNAL_INTERRUPT metered 3 times, by the kernel's histogram 4"
         );
-        // What a guest does not do.
+        // An exit that the guest does not cause.
         let other = own(&[(10, 500), (18, 1), (30, 1), (48, 4)]);
         assert_eq!(verdict(&other, None), Verdict::Failed);
         // A page that faults twice is the host's doing; one that does not fault at all is wrong.
@@ -578,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn a_histogram_counts_from_when_it_was_read() {
+    fn since_subtracts_the_earlier_counts() {
         let before = Exits::from([(1, 3), (10, 7)]);
         let now = Exits::from([(1, 3), (10, 9), (30, 1)]);
         assert_eq!(since(&now, &before), Exits::from([(10, 2), (30, 1)]));

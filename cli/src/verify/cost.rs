@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What exits cost on this CPU: ticks of guests that do nothing but exit.
+//! Cost of exits on this CPU: ticks of guests that do nothing but exit.
 
 use exitmeter_meter::phase::Phase;
 use tiny_guests::{Config, Machine, Mode, Program};
@@ -15,16 +15,16 @@ use super::{
 };
 use crate::{source, why::device::Device};
 
-/// How often the guest loops that shows what a loop takes.
+/// Loop iterations of the guest that measures the loop itself.
 const SPINS: u32 = 1_000_000;
 
-/// A kind of exit.
+/// Kind of exit.
 struct Kind {
     name: &'static str,
     program: Program,
-    /// Its reason, on VMX and on SVM.
+    /// Exit reason on VMX and on SVM.
     reason: [u32; 2],
-    /// The most exits of one guest: pages are memory.
+    /// Maximum number of exits of one guest, because touched pages take memory.
     most: u32,
 }
 
@@ -39,7 +39,7 @@ impl Kind {
     }
 }
 
-/// The kinds, from what the kernel alone does to what goes to user space.
+/// Kinds of exit, from those that the kernel handles alone to those that go to user space.
 const KINDS: [Kind; 6] = [
     Kind::new("CPUID", Program::Cpuid, [10, 0x72], u32::MAX),
     Kind::new("INVD", Program::Invd, [13, 0x76], u32::MAX),
@@ -49,36 +49,37 @@ const KINDS: [Kind; 6] = [
     Kind::new("page fault", Program::Touch, [48, 0x400], 16 * 1024),
 ];
 
-/// The kind of which the world switch is told: its loop is the instruction and two more.
+/// Guest that measures the world switch. Its loop is INVD and two more instructions.
 const SWITCH: Program = Program::Invd;
 
-/// How much is to be measured.
+/// Number of runs and exits to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// How often each number is taken.
+    /// Number of times that each number is taken.
     pub runs: u32,
-    /// Exits of which a number is the mean.
+    /// Number of exits that a number is the mean of.
     pub exits: u32,
 }
 
-/// One kind of exit, measured once.
+/// One measurement of one kind of exit.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sample {
     ticks: f64,
-    /// Guest, kernel and user ticks, as the meter tells them.
+    /// Guest, kernel and user ticks, as metered.
     phases: Option<[f64; 3]>,
 }
 
-/// The samples of all kinds, by run.
+/// Samples of all kinds, by run.
 type Block = Vec<[Sample; KINDS.len()]>;
 
-/// Measure what exits cost; with `reload` also without the module, in turn.
+/// Measure what exits cost. With `reload`, measure with and without the module in turn.
 ///
 /// # Errors
 ///
-/// [`Stopped`](super::stop::Stopped), those of KVM, and when the module does not come or go.
+/// Fails with [`Stopped`](super::stop::Stopped), with an error of KVM, or when the module cannot be
+/// unloaded or loaded.
 pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::Result<Cost> {
-    // What runs for the first time costs more.
+    // Warm up: the first run costs more.
     for kind in &KINDS {
         run(host, kind.program, plan.exits / 10)?;
     }
@@ -102,7 +103,7 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
         for _ in 0..plan.runs {
             with.push(samples(host, plan, !host.by_bpf)?);
         }
-        // Without the right there is nothing to tell.
+        // Without the right to read details, measure nothing.
         if let (false, Ok(_device)) = (
             host.has_details || host.by_bpf,
             Device::open_by(source::Choice::Module, source::DEVICE.as_ref()),
@@ -153,7 +154,7 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
     Ok(cost)
 }
 
-/// The samples of one kind.
+/// Return the samples of one kind.
 fn column(block: &Block, place: usize) -> impl Iterator<Item = Sample> + '_ {
     block
         .iter()
@@ -169,8 +170,8 @@ fn samples(host: &Host, plan: Plan, metered: bool) -> anyhow::Result<[Sample; KI
     Ok(samples)
 }
 
-/// Measure one kind. What a vCPU's start and end cost falls out, as the difference of two guests is
-/// taken, of which one exits so many times more.
+/// Measure one kind. The difference between two guests of which one exits `exits` times more
+/// cancels the cost of starting and ending a vCPU.
 fn measure_one(host: &Host, plan: Plan, kind: &Kind, metered: bool) -> anyhow::Result<Sample> {
     let exits = plan.exits.min(kind.most);
     let few = (exits / 10).max(1);
@@ -194,7 +195,7 @@ fn measure_one(host: &Host, plan: Plan, kind: &Kind, metered: bool) -> anyhow::R
     })
 }
 
-/// What the meter tells of the guest that is there, for one exit; `None` when it is not metered.
+/// Return the metered phases of one exit of the guest, or `None` if it is not metered.
 fn phases(host: &Host, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f64; 3]>> {
     let Some(own) = find(host, before)? else {
         return Ok(None);
@@ -203,7 +204,7 @@ fn phases(host: &Host, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f
     let code = host.pick(vmx, svm);
     let exits = own.exits_of(code);
     if exits == 0 {
-        // Without nested paging a page faults by another reason.
+        // Without nested paging, a page faults with another reason.
         return Ok(Some([f64::NAN; 3]));
     }
     let phases = [Phase::Guest, Phase::Kernel, Phase::User];
@@ -221,7 +222,7 @@ fn find(host: &Host, before: &Before) -> anyhow::Result<Option<Own>> {
     }
 }
 
-/// Guest ticks of one exit, less those of the loop around it.
+/// Return the guest ticks of one exit, without those of the loop around it.
 fn switch(host: &Host, with: &Block) -> anyhow::Result<Option<f64>> {
     let (_machine, own) = host.run_metered(Config::new(Program::Spin, Mode::Long, SPINS), None)?;
     let looped = own.ticks(Phase::Guest) as f64 / f64::from(SPINS);
@@ -233,7 +234,7 @@ fn switch(host: &Host, with: &Block) -> anyhow::Result<Option<f64>> {
     Ok(guest.map(|guest| guest - looped))
 }
 
-/// Run a guest; TSC ticks from before its start until after its end, and the guest.
+/// Run a guest. Return the TSC ticks from before its start until after its end, and the guest.
 fn run(host: &Host, program: Program, count: u32) -> anyhow::Result<(u64, Machine)> {
     host.stop.check()?;
     let mut machine = Machine::new(Config::new(program, Mode::Long, count.max(1)))?;
@@ -242,7 +243,7 @@ fn run(host: &Host, program: Program, count: u32) -> anyhow::Result<(u64, Machin
     Ok((now().saturating_sub(start), machine))
 }
 
-/// The TSC now, read when all before it is done.
+/// Read the TSC after all earlier instructions are done.
 fn now() -> u64 {
     // SAFETY: Each CPU of 64 bits has both.
     unsafe {

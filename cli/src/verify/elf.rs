@@ -4,11 +4,11 @@
 
 use std::ops::Range;
 
-/// Return the bytes of a section of a little-endian ELF file of 64 bits; `None` when there is none, or
+/// Return the bytes of a section of a 64-bit little-endian ELF file, or `None` if there is none or
 /// the file is damaged.
 pub fn section<'a>(file: &'a [u8], name: &str) -> Option<&'a [u8]> {
     file.starts_with(b"\x7fELF\x02\x01").then_some(())?;
-    // elf(5): Elf64_Ehdr and Elf64_Shdr.
+    // Structures: Elf64_Ehdr and Elf64_Shdr of elf(5).
     let table = number(file, 0x28, 8)?;
     let (size, count, names) = (
         number(file, 0x3a, 2)?,
@@ -29,7 +29,7 @@ pub fn section<'a>(file: &'a [u8], name: &str) -> Option<&'a [u8]> {
     })
 }
 
-/// A little-endian number of so many bytes.
+/// Return the little-endian number of `size` bytes at offset `at`.
 fn number(bytes: &[u8], at: usize, size: usize) -> Option<usize> {
     let bytes = bytes.get(at..at.checked_add(size)?)?;
     let number = bytes
@@ -43,7 +43,7 @@ fn number(bytes: &[u8], at: usize, size: usize) -> Option<usize> {
 mod tests {
     use super::*;
 
-    /// A file with two sections: their names, and one of the name `.note`.
+    /// Create a file with two sections: the names, and one called `.note`.
     fn file() -> Vec<u8> {
         let mut file = vec![0; 0x40];
         file[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -62,14 +62,14 @@ mod tests {
     }
 
     #[test]
-    fn a_section_is_found_by_its_name() {
+    fn section_is_found_by_name() {
         let file = file();
         assert_eq!(section(&file, ".note"), Some(&b"abc"[..]));
         assert_eq!(section(&file, ".not"), None);
     }
 
     #[test]
-    fn a_damaged_file_does_no_harm() {
+    fn damaged_file_does_not_panic() {
         let whole = file();
         for len in 0..whole.len() {
             let _ = section(&whole[..len], ".note");

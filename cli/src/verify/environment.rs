@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where it was found: kernel, CPU, KVM, module. Nothing of it names the host or its VMs.
+//! Environment of the measurement: kernel, CPU, KVM, module. Nothing in it names the host or its
+//! VMs.
 
 use std::{
     collections::BTreeMap,
@@ -12,8 +13,8 @@ use serde::Serialize;
 
 use super::host::Host;
 
-/// Words of the kernel's command line that change what exits cost. The others are the host's own
-/// affair.
+/// Words of the kernel's command line that change what exits cost. Other words are private to the
+/// host.
 const WORDS: [&str; 16] = [
     "mitigations",
     "nosmt",
@@ -32,7 +33,7 @@ const WORDS: [&str; 16] = [
     "kvm_intel",
     "kvm_amd",
 ];
-/// Words of the CPU's flags that tell what the TSC is.
+/// CPU flags that describe the TSC.
 const TSC_FLAGS: [&str; 7] = [
     "tsc",
     "rdtscp",
@@ -43,83 +44,82 @@ const TSC_FLAGS: [&str; 7] = [
     "tsc_deadline_timer",
 ];
 
-/// Where it was found.
+/// Environment of the measurement.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Environment {
-    /// The tool's version.
+    /// Version of the tool.
     pub tool: String,
     /// Release of the kernel.
     pub kernel: String,
-    /// Its version: how it was built.
+    /// Version of the kernel: how it was built.
     pub kernel_version: String,
-    /// Words of its command line that change what exits cost.
+    /// Words of the kernel's command line that change what exits cost.
     pub command_line: Vec<String>,
-    /// The CPU.
+    /// CPU.
     pub cpu: Cpu,
-    /// The TSC.
+    /// TSC.
     pub tsc: Tsc,
-    /// What the kernel does against each of the CPU's faults.
+    /// Mitigation of each of the CPU's vulnerabilities.
     pub mitigations: BTreeMap<String, String>,
-    /// The parameters of KVM's modules, by module and name.
+    /// Parameters of KVM's modules, by module and name.
     pub kvm: BTreeMap<String, BTreeMap<String, String>>,
-    /// The parameters of the module.
+    /// Parameters of the module.
     pub module: BTreeMap<String, String>,
     /// `vmx` or `svm`.
     pub isa: &'static str,
-    /// KVM uses the CPU's nested paging.
+    /// True if KVM uses the CPU's nested paging.
     pub nested_paging: bool,
-    /// The frequency of the CPU on which it was measured.
+    /// Frequency of the CPU that was measured.
     pub frequency: Frequency,
 }
 
-/// A CPU, in the words of /proc/cpuinfo.
+/// CPU, as /proc/cpuinfo describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Cpu {
-    /// Its vendor.
+    /// Vendor.
     pub vendor: String,
-    /// Its model's name.
+    /// Name of the model.
     pub name: String,
     /// Family, model and stepping.
     pub model: [String; 3],
-    /// Revision of its microcode.
+    /// Revision of the microcode.
     pub microcode: String,
-    /// CPUs that are online.
+    /// Number of CPUs online.
     pub online: usize,
-    /// Simultaneous multithreading, as the kernel tells it: on, off, notsupported.
+    /// State of simultaneous multithreading: on, off, notsupported.
     pub smt: Option<String>,
-    /// The hypervisor that this host is a guest of, by its signature, where there is one: VMs here are
-    /// nested then.
+    /// Signature of the hypervisor that this host is a guest of, if any. Its VMs are nested then.
     pub hypervisor: Option<String>,
 }
 
-/// The TSC.
+/// TSC.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tsc {
-    /// Its frequency in kHz, when it is known.
+    /// Frequency in kHz, if known.
     pub khz: Option<u32>,
-    /// The kernel holds it to be stable.
+    /// True if the kernel considers the TSC stable.
     pub stable: bool,
-    /// What the CPU's flags tell of it.
+    /// CPU flags that describe the TSC.
     pub flags: Vec<String>,
-    /// The kernel's clock source.
+    /// Clock source of the kernel.
     pub clocksource: Option<String>,
 }
 
-/// How fast a CPU runs, as cpufreq tells it.
+/// Frequency of a CPU, from cpufreq.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Frequency {
-    /// Now, in kHz.
+    /// Current frequency, in kHz.
     pub khz: Option<u64>,
-    /// The least and the most, in kHz.
+    /// Minimum and maximum, in kHz.
     pub range: Option<[u64; 2]>,
-    /// The governor.
+    /// Governor.
     pub governor: Option<String>,
-    /// The driver.
+    /// Driver.
     pub driver: Option<String>,
 }
 
 impl Frequency {
-    /// That of a CPU now.
+    /// Read the current frequency of a CPU.
     pub fn of(cpu: usize) -> Self {
         let folder = PathBuf::from(format!("/sys/devices/system/cpu/cpu{cpu}/cpufreq"));
         let file = |name| text(&folder.join(name));
@@ -135,7 +135,7 @@ impl Frequency {
 }
 
 impl Environment {
-    /// That of this host.
+    /// Read the environment of this host.
     pub fn new(host: &Host) -> Self {
         let uname = rustix::system::uname();
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -180,7 +180,7 @@ impl Environment {
         }
     }
 
-    /// The CPU's faults against which nothing is done.
+    /// Return the vulnerabilities without a mitigation.
     pub fn vulnerable(&self) -> Vec<&str> {
         let faults = self.mitigations.iter();
         faults
@@ -190,14 +190,14 @@ impl Environment {
     }
 }
 
-/// The text of a file of one line; `None` when it is not there, or empty.
+/// Read a file of one line. Return `None` if it is missing or empty.
 fn text(path: &Path) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The files of a folder that can be read, and what each holds.
+/// Return the readable files of a folder, with their contents.
 fn files(folder: &Path) -> BTreeMap<String, String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let files = entries.filter_map(|entry| {
@@ -207,7 +207,7 @@ fn files(folder: &Path) -> BTreeMap<String, String> {
     files.collect()
 }
 
-/// The value of a field of /proc/cpuinfo, of the first CPU.
+/// Return the value of a field of /proc/cpuinfo, for the first CPU.
 fn field<'a>(cpuinfo: &'a str, name: &str) -> Option<&'a str> {
     cpuinfo.lines().find_map(|line| {
         let (its, value) = line.split_once(':')?;
@@ -230,7 +230,7 @@ fn cpu(cpuinfo: &str) -> Cpu {
     }
 }
 
-/// The words of the kernel's command line that matter here.
+/// Return the words of the kernel's command line that are in [`WORDS`].
 fn words(command_line: &str) -> Vec<String> {
     let words = command_line.split_whitespace().filter(|word| {
         let name = word.split(['=', '.']).next().unwrap_or_default();
@@ -239,7 +239,7 @@ fn words(command_line: &str) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-/// The signature of the hypervisor under this host: CPUID leaf 0x40000000.
+/// Return the signature of the hypervisor under this host, from CPUID leaf 0x40000000.
 fn hypervisor() -> String {
     #[allow(unused_unsafe, reason = "safe since Rust 1.94, unsafe before")]
     // SAFETY: Each CPU of 64 bits has CPUID.
@@ -274,7 +274,7 @@ vendor_id\t: AuthenticAMD
 ";
 
     #[test]
-    fn the_cpu_by_its_own_words() {
+    fn cpu_is_read_from_cpuinfo() {
         assert_eq!(
             cpu(CPUINFO),
             Cpu {
@@ -294,7 +294,7 @@ vendor_id\t: AuthenticAMD
     }
 
     #[test]
-    fn the_command_line_keeps_its_secrets() {
+    fn other_words_of_the_command_line_are_omitted() {
         assert_eq!(
             words("root=UUID=1234 secret=x mitigations=off kvm.halt_poll_ns=0 nosmt ro\n"),
             ["mitigations=off", "kvm.halt_poll_ns=0", "nosmt"]

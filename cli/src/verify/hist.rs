@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's own count of exits: a histogram on the tracepoint kvm:kvm_exit, of one thread alone,
-//! in an instance of tracefs of its own. Nobody else's triggers are touched.
+//! The kernel's own count of exits: a histogram on the tracepoint kvm:kvm_exit, for one thread
+//! only, in a tracefs instance of its own. It touches no other triggers.
 
 use std::{
     fs,
@@ -14,32 +14,32 @@ use exitmeter_meter::reasons::Isa;
 use super::own::Exits;
 
 const TRACING: &str = "/sys/kernel/tracing";
-/// How the instances are called, with the process behind it.
+/// Prefix of the instance names; the process id follows.
 const PREFIX: &str = "exitmeter-verify-";
-/// The number of the first PID namespace: include/linux/proc_ns.h, `PROC_PID_INIT_INO`.
+/// Inode number of the first PID namespace: include/linux/proc_ns.h, `PROC_PID_INIT_INO`.
 const FIRST_PIDS: &str = "pid:[4026531836]";
 
-/// Why there is no histogram.
+/// Reason why there is no histogram.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// tracefs is not there.
+    /// tracefs is not mounted.
     #[error("tracefs is not mounted at {TRACING}")]
     NotMounted,
-    /// It may not be used.
+    /// The user may not use tracefs.
     #[error("no right to use tracefs; root has it")]
     NoRight,
-    /// KVM's events are not there.
+    /// There are no events of KVM.
     #[error("tracefs has no event kvm:kvm_exit")]
     NoEvent,
-    /// The process knows itself by another number than the kernel's events.
+    /// The process has other ids in its namespace than in the kernel's events.
     #[error(
         "this runs in a PID namespace of its own, where a thread cannot tell its number to tracefs"
     )]
     Namespace,
-    /// Something else.
+    /// Another error of tracefs.
     #[error("tracefs: {0}: {1}")]
     Refused(&'static str, io::Error),
-    /// A histogram that cannot be read.
+    /// The histogram cannot be parsed.
     #[error("the kernel's histogram is damaged: {0}")]
     Damaged(String),
 }
@@ -48,23 +48,24 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Hist {
     instance: PathBuf,
-    words: String,
+    trigger: String,
     isa: Isa,
 }
 
-/// Return true if this process is known by its numbers outside.
-pub fn knows_its_numbers() -> bool {
+/// Return true if this process is in the first PID namespace, so that the kernel's events have its
+/// ids.
+pub fn is_in_first_pid_namespace() -> bool {
     fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link == Path::new(FIRST_PIDS))
 }
 
 impl Hist {
-    /// Begin to count the exits of a thread, from 0.
+    /// Start to count the exits of a thread, from 0.
     ///
     /// # Errors
     ///
-    /// [`Error`].
+    /// Fails with any [`Error`].
     pub fn begin(thread: u32, isa: Isa) -> Result<Self, Error> {
-        if !knows_its_numbers() {
+        if !is_in_first_pid_namespace() {
             return Err(Error::Namespace);
         }
         let refused = |what| {
@@ -86,12 +87,12 @@ impl Hist {
         fs::create_dir(&instance).map_err(refused("no instance can be made"))?;
         let hist = Self {
             instance: instance.into(),
-            // By CPU as well: of two CPUs that come with the same new key at once, the kernel may
-            // drop the events of one.
-            words: format!("hist:keys=common_cpu,exit_reason:size=1024 if common_pid=={thread}"),
+            // Also key by CPU: if two CPUs add the same new key at once, the kernel may drop the
+            // events of one.
+            trigger: format!("hist:keys=common_cpu,exit_reason:size=1024 if common_pid=={thread}"),
             isa,
         };
-        fs::write(hist.file("trigger"), &hist.words)
+        fs::write(hist.file("trigger"), &hist.trigger)
             .map_err(refused("it takes no histogram (CONFIG_HIST_TRIGGERS)"))?;
         Ok(hist)
     }
@@ -100,11 +101,11 @@ impl Hist {
         self.instance.join("events/kvm/kvm_exit").join(name)
     }
 
-    /// The exits so far.
+    /// Return the exits so far.
     ///
     /// # Errors
     ///
-    /// When it cannot be read, or the kernel has dropped some.
+    /// Fails when the histogram cannot be read, or the kernel has dropped events.
     pub fn read(&self) -> Result<Exits, Error> {
         let text = fs::read_to_string(self.file("hist"))
             .map_err(|error| Error::Refused("the histogram cannot be read", error))?;
@@ -114,7 +115,8 @@ impl Hist {
 
 impl Drop for Hist {
     fn drop(&mut self) {
-        // The instance takes its triggers with it (`__remove_instance()`, kernel/trace/trace.c).
+        // Removing the instance also removes its triggers (`__remove_instance()`,
+        // kernel/trace/trace.c).
         if let Err(error) = fs::remove_dir(&self.instance) {
             eprintln!(
                 "exitmeter: {} cannot be removed: {error}; rmdir removes it",
@@ -134,14 +136,14 @@ fn sweep() {
         };
         let is_number = process.parse::<u32>().is_ok();
         if is_number && !Path::new("/proc").join(process).exists() {
-            // One that stays is not in the way.
+            // An instance that cannot be removed is not in the way.
             let _ = fs::remove_dir(entry.path());
         }
     }
 }
 
-/// Read the text of a histogram by CPU and reason; the sums over all CPUs. On VMX the basic reason is
-/// the low half of what the tracepoint gives.
+/// Parse a histogram by CPU and reason, and return the sums over all CPUs. On VMX, the basic
+/// reason is the low half of the tracepoint's number.
 fn parse(text: &str, isa: Isa) -> Result<Exits, String> {
     let mut exits = Exits::new();
     let (mut hits, mut dropped) = (None, None);
@@ -179,7 +181,7 @@ fn parse(text: &str, isa: Isa) -> Result<Exits, String> {
 mod tests {
     use super::*;
 
-    /// As read on the emulated AMD host.
+    /// Histogram of the emulated AMD host.
     const SAVED: &str = "\
 # event histogram
 #
@@ -197,7 +199,7 @@ Totals:
 ";
 
     #[test]
-    fn reads_what_the_kernel_says() {
+    fn histogram_is_parsed() {
         assert_eq!(
             parse(SAVED, Isa::Svm),
             Ok(Exits::from([(123, 7), (u32::MAX, 2)]))
@@ -208,7 +210,7 @@ Totals:
     }
 
     #[test]
-    fn refuses_what_is_not_whole() {
+    fn incomplete_histogram_is_refused() {
         for (from, to) in [
             ("Hits: 9", "Hits: 10"),
             ("Dropped: 0", "Dropped: 1"),

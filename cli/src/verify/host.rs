@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host under test: what there has to be, and a guest that runs on it.
+//! Host under test: its requirements, and the running of guests on it.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -27,7 +27,7 @@ use crate::{
 
 const KVM: &str = "/dev/kvm";
 
-/// Why nothing can be verified.
+/// Reason why nothing can be verified.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The CPU has no extension for VMs.
@@ -39,62 +39,62 @@ pub enum Error {
     /// There is no KVM.
     #[error("there is no {KVM}: load KVM first (modprobe kvm_intel, or modprobe kvm_amd)")]
     NoKvm,
-    /// KVM may not be used.
+    /// The user may not use KVM.
     #[error("no right to open {KVM}: run this as root or as a member of the group kvm")]
     NoRight,
     /// KVM cannot be opened.
     #[error("cannot open {KVM}: {0}")]
     Kvm(io::Error),
-    /// The module is of the other vendor's KVM.
+    /// The module meters the other vendor's KVM.
     #[error(
         "the module meters {0}, and this CPU has another extension: load it after KVM's module"
     )]
     OtherIsa(&'static str),
-    /// There is no CPU to run on.
+    /// The thread cannot run on the CPU.
     #[error("cannot run on CPU {0}: {1}; name another by --cpu")]
     Cpu(usize, io::Error),
 }
 
-/// A host with KVM and the module.
+/// A host with KVM and a meter.
 #[derive(Debug)]
 pub struct Host {
-    /// The vendor's extension.
+    /// Extension of the CPU's vendor.
     pub isa: Isa,
-    /// KVM uses the CPU's nested paging.
+    /// True if KVM uses the CPU's nested paging.
     pub nested_paging: bool,
-    /// The CPU runs a guest's real mode by itself.
+    /// True if the CPU runs a guest's real mode by itself.
     pub real_mode: bool,
-    /// TSC frequency in kHz, when it is known.
+    /// TSC frequency in kHz, if known.
     pub tsc_khz: Option<u32>,
-    /// The kernel holds the TSC to be stable.
+    /// True if the kernel considers the TSC stable.
     pub tsc_stable: bool,
-    /// The leaf map that guests see.
+    /// Leaf map that guests see.
     pub leaf_map: Option<LeafMap>,
-    /// Guests read the sums of the host.
+    /// True if guests read the sums of the host.
     pub host_scope: bool,
-    /// The number of the meter's life.
+    /// Number of the meter's life.
     pub life: u64,
-    /// Details are on whoever asks.
+    /// True if details are on already.
     pub has_details: bool,
-    /// The CPU on which guests run.
+    /// CPU on which guests run.
     pub cpu: usize,
-    /// The number by which KVM knows this thread, where that can be told.
+    /// Id by which KVM knows this thread, if it can be found out.
     pub pid: Option<u32>,
-    /// Where snapshots are read.
+    /// Path to read snapshots from.
     pub path: PathBuf,
-    /// The meter is BPF's: it tells no guest its numbers, and no details.
+    /// True if BPF is the meter: then guests cannot read their numbers, and there are no details.
     pub by_bpf: bool,
-    /// The user's wish to end.
+    /// The user's request to end.
     pub stop: Stop,
 }
 
 impl Host {
-    /// Find KVM and the meter, and bind this thread to a CPU: to `cpu`, or the second of those that
-    /// it may use, as the first has most of a host's interrupts.
+    /// Find KVM and the meter, and bind this thread to a CPU: to `cpu`, or to the second of those
+    /// that the thread may use, because the first handles most of a host's interrupts.
     ///
     /// # Errors
     ///
-    /// [`Error`], and [`source::Error`] where the meter is not there.
+    /// Fails with [`Error`], or with [`source::Error`] if there is no meter.
     pub fn find(cpu: Option<usize>, meter: Choice, stop: Stop) -> anyhow::Result<Self> {
         let isa = tiny_guests::host_isa().ok_or(Error::NoExtension)?;
         open_kvm()?;
@@ -104,7 +104,7 @@ impl Host {
         if snapshot.isa() != isa {
             return Err(Error::OtherIsa(snapshot.isa().name()).into());
         }
-        let cpu = pin(cpu)?;
+        let cpu = bind_to_cpu(cpu)?;
         let parameter = |module, name| flag(&format!("/sys/module/{module}/parameters/{name}"));
         let (nested_paging, real_mode) = match isa {
             Isa::Vmx => (
@@ -115,10 +115,10 @@ impl Host {
         };
         Ok(Self {
             isa,
-            // On by default.
+            // Both are on by default.
             nested_paging: nested_paging.unwrap_or(true),
             real_mode: real_mode.unwrap_or(true),
-            // BPF's clock is another one.
+            // BPF uses another clock.
             tsc_khz: snapshot.tsc_khz().filter(|_| !snapshot.by_bpf()),
             tsc_stable: snapshot.tsc_is_stable(),
             leaf_map: snapshot.leaf_map(),
@@ -126,14 +126,14 @@ impl Host {
             life: snapshot.life(),
             has_details: snapshot.has_tables(),
             cpu,
-            pid: hist::knows_its_numbers().then(thread),
+            pid: hist::is_in_first_pid_namespace().then(thread),
             by_bpf: snapshot.by_bpf(),
             path,
             stop,
         })
     }
 
-    /// The code of a reason that has one on VMX and one on SVM.
+    /// Return the code of a reason that has one on VMX and one on SVM.
     pub fn pick(&self, vmx: u32, svm: u32) -> u32 {
         match self.isa {
             Isa::Vmx => vmx,
@@ -141,7 +141,7 @@ impl Host {
         }
     }
 
-    /// The name of a reason.
+    /// Return the name of a reason.
     pub fn name(&self, code: u32) -> &'static str {
         reasons::name(self.isa, code).unwrap_or("?")
     }
@@ -150,7 +150,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// Those of KVM, and [`Stopped`](super::stop::Stopped).
+    /// Fails with an error of KVM, or with [`Stopped`](super::stop::Stopped).
     pub fn run(&self, config: Config) -> anyhow::Result<Machine> {
         self.stop.check()?;
         let mut machine = Machine::new(config)?;
@@ -158,11 +158,11 @@ impl Host {
         Ok(machine)
     }
 
-    /// Run a guest to its end that is there.
+    /// Run an existing guest to its end.
     ///
     /// # Errors
     ///
-    /// As [`Self::run`].
+    /// Fails as [`Self::run`] does.
     pub fn run_again(&self, machine: &mut Machine) -> anyhow::Result<()> {
         let done = machine.run_one_until(0, &|| self.stop.is_wanted());
         self.stop.check()?;
@@ -170,11 +170,11 @@ impl Host {
         Ok(())
     }
 
-    /// Run a guest to its end, and find what the meter tells of it.
+    /// Run a guest to its end, and find its numbers in a snapshot.
     ///
     /// # Errors
     ///
-    /// As [`Self::run`], and when the meter does not know the guest.
+    /// Fails as [`Self::run`] does, or when the meter does not know the guest.
     pub fn run_metered(
         &self,
         config: Config,
@@ -192,7 +192,7 @@ impl Host {
     }
 }
 
-/// The number of this thread.
+/// Return the id of this thread.
 pub fn thread() -> u32 {
     gettid().as_raw_nonzero().get().unsigned_abs()
 }
@@ -202,14 +202,14 @@ fn open_kvm() -> Result<File, Error> {
     kvm.map_err(|error| match error.kind() {
         ErrorKind::NotFound => Error::NoKvm,
         ErrorKind::PermissionDenied => Error::NoRight,
-        // The device is there without its driver: a container's, or a node that udev made.
+        // The device exists without its driver: in a container, or as a node that udev made.
         _ if error.raw_os_error() == Some(6) || error.raw_os_error() == Some(19) => Error::NoKvm,
         _ => Error::Kvm(error),
     })
 }
 
-/// Bind this thread to a CPU; return which.
-fn pin(wanted: Option<usize>) -> Result<usize, Error> {
+/// Bind this thread to a CPU, and return the CPU.
+fn bind_to_cpu(wanted: Option<usize>) -> Result<usize, Error> {
     let cpu = match wanted {
         Some(cpu) => cpu,
         None => {
@@ -228,7 +228,7 @@ fn pin(wanted: Option<usize>) -> Result<usize, Error> {
     Ok(cpu)
 }
 
-/// A module's parameter that is Y or N.
+/// Read a module's parameter that is Y or N.
 fn flag(path: &str) -> Option<bool> {
     let text = fs::read_to_string(path).ok()?;
     match text.trim() {

@@ -1,62 +1,62 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What was found, as plain data. Its field names are those of `--json`, and stay: docs/verify.md.
+//! Results as plain data. The field names are those of `--json`, and stay: docs/verify.md.
 
 use serde::Serialize;
 
 use super::{environment::Environment, statistics::Summary};
 
-/// The version of the data's shape: grows when a field goes or changes its meaning.
+/// Version of the data's shape. It grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;
 
-/// All that was found.
+/// All results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Found {
-    /// [`FORMAT`].
+    /// Version of the data: [`FORMAT`].
     pub format: u32,
-    /// The module was found right: no check failed.
+    /// True if no check failed.
     pub passed: bool,
-    /// The checks, in the order in which they were made.
+    /// Checks, in the order in which they were made.
     pub checks: Vec<Check>,
-    /// What exits cost.
+    /// Cost of exits.
     pub cost: Cost,
-    /// Where.
+    /// Environment of the measurement.
     pub environment: Environment,
 }
 
 impl Found {
-    /// Return how many checks ended so.
+    /// Return the number of checks with this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         let checks = self.checks.iter();
         checks.filter(|check| check.verdict == verdict).count()
     }
 }
 
-/// How a check ended.
+/// Verdict of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// All was as it had to be.
+    /// Everything was as expected.
     Passed,
-    /// Something was not.
+    /// Something was not as expected.
     Failed,
-    /// It could not be made here.
+    /// The check could not be made here.
     NotMade,
 }
 
 /// A check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at.
+    /// Subject of the check.
     pub name: String,
-    /// How it ended.
+    /// Verdict.
     pub verdict: Verdict,
-    /// What was found, in words.
+    /// Finding, in words.
     pub text: String,
 }
 
 impl Check {
-    /// A check that ended so.
+    /// Create a check.
     pub fn new(name: impl Into<String>, verdict: Verdict, text: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -66,46 +66,46 @@ impl Check {
     }
 }
 
-/// What exits cost on this CPU.
+/// Cost of exits on this CPU.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Cost {
-    /// The host's CPU on which it was measured.
+    /// Host's CPU that was measured.
     pub cpu: usize,
-    /// How often each number was taken.
+    /// Number of times that each number was taken.
     pub runs: u32,
-    /// Exits of which a number is the mean.
+    /// Number of exits that a number is the mean of.
     pub exits: u32,
-    /// TSC frequency in kHz, when it is known: how many ticks a millisecond has.
+    /// TSC frequency in kHz, if known: ticks in a millisecond.
     pub tsc_khz: Option<u32>,
-    /// The CPU's frequency in kHz at the end, as cpufreq tells it.
+    /// Frequency of the CPU at the end, in kHz, from cpufreq.
     pub cpu_khz: Option<u64>,
-    /// The governor of the CPU's frequency.
+    /// Governor of the CPU's frequency.
     pub governor: Option<String>,
-    /// By kind of exit.
+    /// Costs by kind of exit.
     pub kinds: Vec<KindCost>,
-    /// TSC ticks of one way into the guest and out of it, which the guest phase holds: guest ticks of
-    /// one INVD less those of the loop around it.
+    /// TSC ticks of one world switch into the guest and out of it, which the guest phase holds:
+    /// guest ticks of one INVD without those of the loop around it.
     pub world_switch: Option<f64>,
-    /// Why nothing was measured, or not all of it.
+    /// Reason why not everything was measured.
     pub remark: Option<String>,
 }
 
-/// What one kind of exit costs.
+/// Cost of one kind of exit.
 #[derive(Clone, Debug, Serialize)]
 pub struct KindCost {
-    /// Its name.
+    /// Name.
     pub kind: &'static str,
-    /// TSC ticks of one exit, all of it: the guest's loop, KVM and the VMM.
+    /// TSC ticks of one whole exit: the guest's loop, KVM and the VMM.
     pub ticks: Summary,
-    /// Nanoseconds of the median.
+    /// Median, in nanoseconds.
     pub ns: Option<f64>,
-    /// TSC ticks by phase, as the meter tells them; the medians over the runs.
+    /// Metered TSC ticks in the guest phase, as the median over the runs.
     pub guest: Option<f64>,
-    /// As above.
+    /// The same for the kernel phase.
     pub kernel: Option<f64>,
-    /// As above.
+    /// The same for the user phase.
     pub user: Option<f64>,
-    /// TSC ticks that metering adds: each run with the module, less the one without it.
+    /// TSC ticks that metering adds: each run with the module, minus the one without it.
     pub metering_adds: Option<Summary>,
     /// TSC ticks that details add to metering without them.
     pub details_add: Option<Summary>,

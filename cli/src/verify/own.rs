@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the meter tells of a guest of this tool's.
+//! The meter's numbers of a guest that this tool ran.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,24 +13,24 @@ use exitmeter_meter::{
 /// Exits by reason.
 pub type Exits = BTreeMap<u32, u64>;
 
-/// Why the meter tells nothing of a guest.
+/// Reason why a snapshot has no numbers of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// It is not metered.
+    /// The guest is not metered.
     #[error(
         "the guest's vCPU is not metered, as {0} others are not: the module's max_vcpus is reached, \
          or there is no memory"
     )]
     Unmetered(u64),
-    /// It is not there.
+    /// The snapshot has no record of the guest.
     #[error("the module does not know the guest")]
     Unknown,
-    /// There are several that could be it.
+    /// Several VMs could be the guest.
     #[error("{0} VMs began at once, and none can be told to be the guest")]
     Several(usize),
 }
 
-/// The VMs that were there before a guest.
+/// VMs that existed before a guest.
 #[derive(Clone, Debug, Default)]
 pub struct Before {
     vms: BTreeSet<u64>,
@@ -38,7 +38,7 @@ pub struct Before {
 }
 
 impl Before {
-    /// Those of a snapshot.
+    /// Return the VMs of a snapshot.
     pub fn new(snapshot: &Snapshot<'_>) -> Self {
         Self {
             vms: snapshot.vcpus().map(|vcpu| vcpu.vm()).collect(),
@@ -47,38 +47,38 @@ impl Before {
     }
 }
 
-/// The numbers of the guest's one vCPU.
+/// Numbers of the guest's single vCPU.
 #[derive(Clone, Debug, Default)]
 pub struct Own {
-    /// Exits by reason, those that are 0 left out.
+    /// Exits by reason, without those that are 0.
     pub exits: Exits,
     /// TSC ticks by reason and phase.
     pub cells: BTreeMap<u32, [u64; Phase::COUNT]>,
     /// Samples in the histograms, by reason.
     pub samples: Exits,
-    /// From its first event to its latest.
+    /// TSC ticks from the vCPU's first event to its latest.
     pub life: u64,
-    /// The sum of all cells.
+    /// Sum of all cells, in TSC ticks.
     pub booked: u64,
     /// Exits whose code has no row.
     pub others: u64,
-    /// The reason of its latest exit, which has no sample yet.
+    /// Reason of the latest exit, which has no sample yet.
     pub latest: Option<u32>,
-    /// What its tables hold, while details are on.
+    /// Entries of its tables, while details are on.
     pub entries: Vec<Entry>,
-    /// It has tables.
+    /// True if the vCPU has tables.
     pub has_tables: bool,
 }
 
 impl Own {
-    /// Find the guest in a snapshot: the VM that was not there before, and that thread `pid` made.
+    /// Find the guest in a snapshot: the VM that did not exist before, and that thread `pid`
+    /// created.
     ///
-    /// In a PID namespace of its own a process does not know the number by which KVM knows it: then
-    /// `pid` is none.
+    /// In a PID namespace of its own, a process does not know its id in KVM. Then `pid` is none.
     ///
     /// # Errors
     ///
-    /// [`Error`] when it is not there.
+    /// Fails with [`Error`] when the guest is not found.
     pub fn find(snapshot: &Snapshot<'_>, before: &Before, pid: Option<u32>) -> Result<Self, Error> {
         let mut new = snapshot.vcpus().enumerate().filter(|(_, vcpu)| {
             !before.vms.contains(&vcpu.vm()) && pid.is_none_or(|pid| vcpu.pid() == pid)
@@ -128,19 +128,19 @@ impl Own {
         Ok(own)
     }
 
-    /// Exits of a reason.
+    /// Return the exits of a reason.
     pub fn exits_of(&self, code: u32) -> u64 {
         self.exits.get(&code).copied().unwrap_or(0)
     }
 
-    /// TSC ticks of a reason in a phase.
+    /// Return the TSC ticks of a reason in a phase.
     pub fn ticks_of(&self, code: u32, phase: Phase) -> u64 {
         let cells = self.cells.get(&code);
         let ticks = cells.and_then(|cells| cells.get(phase as usize));
         ticks.copied().unwrap_or(0)
     }
 
-    /// TSC ticks of a phase.
+    /// Return the TSC ticks of a phase.
     pub fn ticks(&self, phase: Phase) -> u64 {
         let cells = self.cells.values();
         cells
@@ -148,13 +148,13 @@ impl Own {
             .fold(0, |sum, ticks| sum.saturating_add(*ticks))
     }
 
-    /// Exits in all.
+    /// Return the number of all exits.
     pub fn total(&self) -> u64 {
         self.exits.values().sum::<u64>() + self.others
     }
 
-    /// Return what is wrong with the ledger: each tick of the vCPU's life stands in one cell, and
-    /// each exit that an entry has followed is one sample.
+    /// Return what is wrong with the ledger, if anything. Each tick of the vCPU's life must stand
+    /// in one cell, and each exit with an entry after it must be one sample.
     pub fn imbalance(&self) -> Option<String> {
         if self.booked != self.life {
             let (booked, life) = (self.booked, self.life);
@@ -176,19 +176,19 @@ mod tests {
     const SNAPSHOT: &[u8] = include_bytes!("../../../src/meter/tests/snapshot-1.2.bin");
 
     #[test]
-    fn a_guest_is_the_new_vm_of_its_thread() {
+    fn guest_is_found_as_the_new_vm_of_its_thread() {
         let snapshot = Snapshot::parse(SNAPSHOT).expect("a snapshot");
         let find = |before: &Before, pid| Own::find(&snapshot, before, pid);
         let none = Before {
             unmetered: snapshot.unmetered(),
             ..Before::default()
         };
-        // The VM there has two vCPUs; a guest has one.
+        // The VM in the file has two vCPUs; a guest has one.
         assert!(matches!(find(&none, Some(1234)), Err(Error::Several(2))));
         assert!(matches!(find(&none, Some(1)), Err(Error::Unknown)));
         let all = Before::new(&snapshot);
         assert!(matches!(find(&all, Some(1234)), Err(Error::Unknown)));
-        // One more runs unmetered than before.
+        // One more vCPU runs unmetered than before.
         let before = Before {
             unmetered: 0,
             ..all
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ledger_balances_to_the_tick() {
+    fn imbalance_of_a_ledger_is_found() {
         let mut own = Own {
             exits: Exits::from([(10, 5), (30, 1)]),
             samples: Exits::from([(10, 5), (30, 0)]),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The module goes and comes back, with the parameters that it had. When this is dropped it is loaded
-//! as it was.
+//! Unloading the module and loading it again with the same parameters. Dropping the value loads the
+//! module if it is unloaded.
 
 use std::{
     ffi::CString,
@@ -21,22 +21,22 @@ use super::elf;
 use crate::source::DEVICE;
 
 const SYSFS: &str = "/sys/module/exitmeter";
-/// From include/uapi/asm-generic/fcntl.h: a module that is in use stays, at once.
+/// From include/uapi/asm-generic/fcntl.h. With it, unloading a module in use fails at once.
 const O_NONBLOCK: i32 = 0o4000;
 
-/// Why the module cannot go, or has not come back.
+/// Reason why the module cannot be unloaded, or was not loaded again.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It has no place in sysfs.
+    /// The module is not in sysfs.
     #[error("there is no {SYSFS}: load the module first (insmod exitmeter.ko)")]
     NotLoaded,
-    /// It does not tell its parameters.
+    /// The module does not show its parameters.
     #[error(
         "the module that is loaded does not tell its parameters, so it could not be loaded again as it \
          was: it is older than this tool; load the one that belongs to it"
     )]
     NoParameters,
-    /// It is not known where it came from.
+    /// The file of the module is not known.
     #[error(
         "no exitmeter.ko in {0}: name the file that the module was loaded from by --module FILE"
     )]
@@ -44,9 +44,9 @@ pub enum Error {
     /// The file cannot be read.
     #[error("cannot read {}: {error}", path.display())]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system.
         error: io::Error,
     },
     /// The file is another module than the one that is loaded.
@@ -56,41 +56,41 @@ pub enum Error {
         .0.display()
     )]
     OtherFile(PathBuf),
-    /// The kernel does not tell what is loaded.
+    /// The kernel does not show the build id of the loaded module.
     #[error(
         "cannot tell which file the loaded module came from: the kernel tells no build id of it"
     )]
     NoBuildId,
-    /// No right.
+    /// The user may not unload it.
     #[error("no right to unload the module: run this as root")]
     NoRight,
-    /// It is in use.
+    /// The module is in use.
     #[error(
         "the module cannot go, as something has {DEVICE} open: end exitmeter top, record, why or slow \
          first"
     )]
     InUse,
-    /// The kernel does not unload it.
+    /// The kernel does not unload the module.
     #[error("the module cannot be unloaded: {0}")]
     Stays(Errno),
-    /// The kernel does not load it.
+    /// The kernel does not load the module.
     #[error(
         "the module is unloaded now, and cannot be loaded again: {error}; load it by: {command}"
     )]
     Gone {
-        /// What the kernel says.
+        /// Error of the kernel.
         error: Errno,
-        /// How to load it.
+        /// Command that loads the module.
         command: String,
     },
 }
 
-/// Where the module's code is.
+/// Code of the module.
 #[derive(Debug)]
 enum Image {
-    /// As it is in the file.
+    /// File, not packed.
     File(File),
-    /// Unpacked.
+    /// Unpacked bytes.
     Bytes(Vec<u8>),
 }
 
@@ -99,20 +99,20 @@ enum Image {
 pub struct Reload {
     path: PathBuf,
     image: Image,
-    /// As insmod takes them.
+    /// Parameters, in insmod's form.
     parameters: String,
     mode: u32,
     owner: (u32, u32),
     loaded: bool,
-    /// How often it has gone and come back.
+    /// Number of times that the module was unloaded and loaded.
     pub times: u32,
 }
 
-/// Return the parameters of the loaded module, as insmod takes them.
+/// Return the parameters of the loaded module, in insmod's form.
 ///
 /// # Errors
 ///
-/// When it does not tell them.
+/// Fails when the module does not show them.
 pub fn parameters() -> Result<String, Error> {
     if !Path::new(SYSFS).exists() {
         return Err(Error::NotLoaded);
@@ -133,11 +133,11 @@ pub fn parameters() -> Result<String, Error> {
 }
 
 impl Reload {
-    /// Find what has to be known to load the module again as it is. Nothing is done yet.
+    /// Collect what is needed to load the module again as it is. This changes nothing yet.
     ///
     /// # Errors
     ///
-    /// [`Error`].
+    /// Fails with any [`Error`].
     pub fn prepare(file: Option<&Path>) -> Result<Self, Error> {
         let parameters = parameters()?;
         if !rustix::process::geteuid().is_root() {
@@ -160,7 +160,7 @@ impl Reload {
             return Err(Error::OtherFile(path));
         }
         let image = match unpacked {
-            // Where the kernel wants to know the file it comes from, as LoadPin does.
+            // Load from the file, for kernels that want to know it, such as those with LoadPin.
             None => Image::File(File::open(&path).map_err(unreadable)?),
             Some(bytes) => Image::Bytes(bytes),
         };
@@ -179,7 +179,7 @@ impl Reload {
         })
     }
 
-    /// The parameters that it had, as insmod takes them.
+    /// Return the parameters that the module had, in insmod's form.
     pub fn parameters(&self) -> &str {
         &self.parameters
     }
@@ -188,7 +188,7 @@ impl Reload {
     ///
     /// # Errors
     ///
-    /// [`Error`]: then it is still loaded.
+    /// Fails with any [`Error`]. The module is still loaded then.
     pub fn unload(&mut self) -> Result<(), Error> {
         match delete_module(c"exitmeter", O_NONBLOCK) {
             Ok(()) => {
@@ -205,7 +205,7 @@ impl Reload {
     ///
     /// # Errors
     ///
-    /// [`Error::Gone`], which says how to load it.
+    /// Fails with [`Error::Gone`], which says how to load the module.
     pub fn load(&mut self) -> Result<(), Error> {
         if self.loaded {
             return Ok(());
@@ -216,7 +216,7 @@ impl Reload {
             Image::Bytes(bytes) => init_module(bytes, &parameters),
         };
         match done {
-            // Somebody else was faster.
+            // Another process has loaded it in the meantime.
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => {
                 let command = format!("insmod {} {}", self.path.display(), self.parameters);
@@ -225,7 +225,7 @@ impl Reload {
         }
         self.loaded = true;
         self.times += 1;
-        // A udev rule gives it the same; without one it would be root's alone.
+        // A udev rule usually sets these. Without one, the device would belong to root only.
         let device = fs::metadata(DEVICE);
         if device
             .is_ok_and(|it| (it.mode() & 0o7777, (it.uid(), it.gid())) != (self.mode, self.owner))
@@ -249,18 +249,18 @@ impl Drop for Reload {
     }
 }
 
-/// Return the file of the installed module: from the list that depmod(8) makes.
+/// Return the file of the installed module, from the list of depmod(8).
 fn installed() -> Result<PathBuf, Error> {
     let folder = format!("/lib/modules/{}", uname().release().to_string_lossy());
     let list = fs::read_to_string(format!("{folder}/modules.dep")).unwrap_or_default();
-    match in_list(&list) {
+    match find_in_list(&list) {
         Some(file) => Ok(Path::new(&folder).join(file)),
         None => Err(Error::NoFile(folder)),
     }
 }
 
-/// Return the module's file in a list of depmod's.
-fn in_list(list: &str) -> Option<&str> {
+/// Return the module's file in a list of depmod(8).
+fn find_in_list(list: &str) -> Option<&str> {
     let mut files = list.lines().filter_map(|line| line.split(':').next());
     files.find(|file| {
         let name = file.rsplit('/').next().unwrap_or_default();
@@ -270,7 +270,7 @@ fn in_list(list: &str) -> Option<&str> {
     })
 }
 
-/// Unpack a module that is packed, by the program that packed it.
+/// Unpack a compressed module, by the program that compressed it.
 fn unpack(path: &Path, bytes: &[u8]) -> io::Result<Option<Vec<u8>>> {
     let program = match bytes {
         [0x1f, 0x8b, ..] => "gzip",
@@ -298,13 +298,13 @@ fn unpack(path: &Path, bytes: &[u8]) -> io::Result<Option<Vec<u8>>> {
 /// A process that holds a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Its number.
+    /// Process id.
     pub pid: u32,
-    /// The kernel's name of it.
+    /// Name of the process in the kernel.
     pub name: String,
 }
 
-/// Find the processes that hold VMs, but for this one: they have a file `anon_inode:kvm-vm`
+/// Find the other processes that hold VMs: they have a file `anon_inode:kvm-vm` open
 /// (`kvm_dev_ioctl_create_vm()`, virt/kvm/kvm_main.c).
 pub fn holders() -> Vec<Holder> {
     let mut holders = Vec::new();
@@ -324,7 +324,7 @@ pub fn holders() -> Vec<Holder> {
         let holds = links.any(|link| link == Path::new("anon_inode:kvm-vm"));
         if holds && pid != std::process::id() {
             let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            // A process calls itself as it likes.
+            // A process chooses its own name.
             let name = name.trim_end().escape_debug().to_string();
             holders.push(Holder { pid, name });
         }
@@ -339,22 +339,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_module_is_found_where_depmod_has_it() {
+    fn module_is_found_in_modules_dep() {
         let list = "kernel/arch/x86/kvm/kvm.ko.xz: kernel/virt/lib/irqbypass.ko.xz\n\
                     updates/dkms/exitmeter.ko.xz: kernel/arch/x86/kvm/kvm.ko.xz\n";
-        assert_eq!(in_list(list), Some("updates/dkms/exitmeter.ko.xz"));
+        assert_eq!(find_in_list(list), Some("updates/dkms/exitmeter.ko.xz"));
         assert_eq!(
-            in_list("updates/exitmeter.ko:\n"),
+            find_in_list("updates/exitmeter.ko:\n"),
             Some("updates/exitmeter.ko")
         );
         assert_eq!(
-            in_list("updates/not-exitmeter.ko:\nexitmeter.ko.old:\n"),
+            find_in_list("updates/not-exitmeter.ko:\nexitmeter.ko.old:\n"),
             None
         );
     }
 
     #[test]
-    fn a_packed_module_is_unpacked_by_the_program_that_packed_it() {
+    fn compressed_module_is_unpacked() {
         let module = b"\x7fELF, or what stands for it";
         let folder = env::temp_dir().join(format!("exitmeter-packed-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
@@ -367,7 +367,7 @@ mod tests {
                 .arg(&plain)
                 .output();
             let Ok(packed) = packed else {
-                // Without the program nothing can be packed with it here.
+                // Skip this format: the program to compress it is missing here.
                 assert_ne!(program, "gzip", "Debian's base has gzip");
                 continue;
             };
@@ -375,7 +375,7 @@ mod tests {
             fs::write(&path, &packed.stdout).unwrap();
             let unpacked = unpack(&path, &packed.stdout).unwrap();
             assert_eq!(unpacked.as_deref(), Some(&module[..]), "{program}");
-            // Cut off, it is an error that names the program.
+            // A truncated file is an error that names the program.
             let part = &packed.stdout[..packed.stdout.len() - 9];
             fs::write(&path, part).unwrap();
             let error = unpack(&path, part).unwrap_err().to_string();

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A number that was taken several times.
+//! Statistics of a number that was measured several times.
 
 use serde::Serialize;
 
-/// The median, and what lies around it.
+/// Median, minimum and maximum.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
-    /// The median.
+    /// Median.
     pub median: f64,
-    /// The smallest.
+    /// Minimum.
     pub min: f64,
-    /// The largest.
+    /// Maximum.
     pub max: f64,
-    /// All, in the order in which they were taken.
+    /// All numbers, in the order in which they were measured.
     pub runs: Vec<f64>,
 }
 
 impl Summary {
-    /// Sum up numbers; `None` when there is none.
+    /// Summarize numbers. Return `None` if there are none.
     pub fn of(runs: &[f64]) -> Option<Self> {
         let mut sorted = runs.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -30,15 +30,15 @@ impl Summary {
         })
     }
 
-    /// Sum up the differences of numbers that were taken in pairs, one after the other, so that what
-    /// drifts meanwhile falls out.
+    /// Summarize the differences of numbers that were measured in pairs, one after the other, so
+    /// that a drift cancels.
     pub fn of_differences(with: &[f64], without: &[f64]) -> Option<Self> {
         let differences: Vec<f64> = with.iter().zip(without).map(|(a, b)| a - b).collect();
         Self::of(&differences)
     }
 }
 
-/// The middle of sorted numbers, or the mean of the two there.
+/// Return the middle of sorted numbers, or the mean of the middle two.
 fn median(sorted: &[f64]) -> Option<f64> {
     let upper = sorted.get(sorted.len() / 2)?;
     if sorted.len() % 2 == 1 {
@@ -48,7 +48,7 @@ fn median(sorted: &[f64]) -> Option<f64> {
     Some((lower + upper) / 2.0)
 }
 
-/// The median of numbers in any order; `None` when there is none.
+/// Return the median of numbers in any order, or `None` if there are none.
 pub fn median_of(mut numbers: Vec<f64>) -> Option<f64> {
     numbers.sort_by(f64::total_cmp);
     median(&numbers)
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_does_not_heed_what_is_far_off() {
+    fn median_ignores_outliers() {
         let summary = Summary::of(&[1150.0, 1100.0, 90_000.0]).expect("numbers");
         assert_eq!(
             (summary.median, summary.min, summary.max),
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drift_falls_out_of_differences() {
+    fn drift_cancels_in_differences() {
         let summary = Summary::of_differences(&[110.0, 210.0, 320.0], &[100.0, 200.0, 300.0]);
         let summary = summary.expect("pairs");
         assert_eq!(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The user's wish to end it. Guests return at a signal, and between two guests the flag is looked
-//! at, so that all that was made on the way is taken back by whoever made it.
+//! The user's request to end, by a signal. A running guest returns at a signal, and the flag is
+//! checked between two guests, so that everything is cleaned up by its owner.
 
 use std::{
     io,
@@ -18,33 +18,32 @@ use signal_hook::{
 
 use crate::signals;
 
-/// A signal has asked for the end.
+/// Error when a signal has come.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("stopped by signal {0}")]
 pub struct Stopped(pub u8);
 
 impl Stopped {
-    /// The exit status that tells it.
+    /// Return the exit status for the signal.
     pub fn status(self) -> u8 {
         128 | self.0
     }
 }
 
-/// The signals that would end the tool, noted once that has begun.
+/// Signal that would end the tool, recorded once [`Stop::begin`] has run.
 #[derive(Clone, Debug, Default)]
 pub struct Stop(Arc<AtomicUsize>);
 
 impl Stop {
-    /// Begin to note signals, but for those that are ignored: they stay so. Until then they end the
-    /// tool at once.
+    /// Start to record signals instead of ending at once. Ignored signals stay ignored.
     ///
     /// # Errors
     ///
-    /// When the system does not allow it.
+    /// Fails when the system does not allow it.
     pub fn begin(&self) -> io::Result<()> {
         for signal in [SIGHUP, SIGINT, SIGTERM] {
             if !signals::is_ignored(signal) {
-                // These have small numbers.
+                // Signal numbers are small.
                 flag::register_usize(signal, self.0.clone(), signal as usize)?;
             }
         }
@@ -56,11 +55,11 @@ impl Stop {
         self.0.load(Ordering::Relaxed) != 0
     }
 
-    /// Go on, unless a signal has come.
+    /// Return an error if a signal has come.
     ///
     /// # Errors
     ///
-    /// [`Stopped`].
+    /// Fails with [`Stopped`].
     pub fn check(&self) -> Result<(), Stopped> {
         match self.0.load(Ordering::Relaxed) {
             0 => Ok(()),
@@ -74,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signal_is_the_status() {
+    fn signal_gives_exit_status() {
         let stop = Stop::default();
         assert_eq!(stop.check(), Ok(()));
         stop.0.store(SIGINT as usize, Ordering::Relaxed);

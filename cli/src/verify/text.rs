@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What was found, as text.
+//! Results as text.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// The line of a check.
+/// Format the line of a check.
 pub fn check(check: &Check, look: Look) -> String {
     let (word, style) = match check.verdict {
         Verdict::Passed => ("ok      ", Style::Plain),
@@ -34,7 +34,7 @@ pub fn check(check: &Check, look: Look) -> String {
     )
 }
 
-/// The first line: where.
+/// Format the first line, with kernel and CPU.
 pub fn opening(environment: &Environment) -> String {
     let Environment { kernel, cpu, .. } = environment;
     let nested = match &cpu.hypervisor {
@@ -45,13 +45,13 @@ pub fn opening(environment: &Environment) -> String {
     format!("Linux {kernel} on {}, {isa}{nested}\n\n", cpu.name)
 }
 
-/// A number of ticks, rounded.
+/// Format a number of ticks, rounded.
 fn round(number: f64) -> String {
     if !number.is_finite() {
         return "-".to_owned();
     }
     let sign = if number.round() < 0.0 { "-" } else { "" };
-    // Of one exit, so it fits by far.
+    // Ticks of one exit fit by far.
     format!("{sign}{}", exact(number.abs().round() as u64))
 }
 
@@ -59,12 +59,12 @@ fn optional(number: Option<f64>) -> String {
     number.map_or_else(|| "-".to_owned(), round)
 }
 
-/// The most and the least of what was measured.
+/// Format the minimum and the maximum.
 fn spread(summary: &Summary) -> String {
     format!("{} to {}", round(summary.min), round(summary.max))
 }
 
-/// What is added to the ticks of an exit, and its spread.
+/// Format the ticks that are added to an exit, and their spread.
 fn added(summary: Option<&Summary>) -> [String; 2] {
     match summary {
         Some(summary) => [
@@ -75,7 +75,7 @@ fn added(summary: Option<&Summary>) -> [String; 2] {
     }
 }
 
-/// What exits cost.
+/// Format the costs.
 pub fn cost(cost: &Cost, look: Look) -> String {
     let mut text = String::new();
     if cost.kinds.is_empty() {
@@ -151,7 +151,7 @@ pub fn cost(cost: &Cost, look: Look) -> String {
     text
 }
 
-/// The last lines.
+/// Format the last line.
 pub fn summary(found: &Found, look: Look) -> String {
     let [passed, failed, not_made] =
         [Verdict::Passed, Verdict::Failed, Verdict::NotMade].map(|verdict| found.count(verdict));
@@ -163,7 +163,7 @@ pub fn summary(found: &Found, look: Look) -> String {
     format!("\n{}\n", paint(&text, style, look.color))
 }
 
-/// The report to attach to an issue: all of it.
+/// Format the report to attach to an issue, with all results.
 pub fn report(found: &Found) -> String {
     let look = Look::default();
     let mut text = format!("exitmeter verify {}\n\n", found.environment.tool);
@@ -182,7 +182,7 @@ pub fn report(found: &Found) -> String {
     text
 }
 
-/// Where it was found, a line for each thing.
+/// Format the environment, one line for each item.
 fn environment(environment: &Environment) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
@@ -274,7 +274,7 @@ fn pairs(values: &BTreeMap<String, String>) -> String {
     or_dash(pairs.collect::<Vec<_>>().join(" "))
 }
 
-/// The line of the table in docs/hardware.md.
+/// Format the line for the table in docs/hardware.md.
 pub fn hardware_line(found: &Found) -> String {
     let Found {
         environment, cost, ..
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn each_check_is_a_line_and_the_end_counts_them() {
+    fn checks_are_listed_and_counted() {
         let (found, look) = (found(), Look::default());
         let lines: String = found.checks.iter().map(|one| check(one, look)).collect();
         assert_eq!(
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_has_what_was_measured_alone() {
+    fn table_omits_unmeasured_columns() {
         let text = cost(&found().cost, Look::default());
         assert_eq!(
             text,

@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an exit was about: the key of a detail, taken apart and put into words. The bits of keys are
-//! those of docs/interface.md.
+//! Details of an exit: decoding of the key, and description in words. The bits of keys are those of
+//! docs/interface.md.
 
 use exitmeter_meter::detail::{has_subleaves, Kind, LAST_SUBLEAF};
 use serde::Serialize;
 
 use super::names::{apic, cpuid, exit, hypercall, memory, msr, port, vector};
 
-/// What an exit was about.
+/// Decoded detail of an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Detail {
     /// An access to an I/O port.
     Port {
-        /// The port.
+        /// Port.
         port: u16,
-        /// IN or INS, not OUT or OUTS.
+        /// True for IN or INS, false for OUT or OUTS.
         input: bool,
-        /// INS or OUTS.
+        /// True for INS or OUTS.
         string: bool,
-        /// With a REP prefix.
+        /// True with a REP prefix.
         rep: bool,
         /// Size of one access, in bytes.
         size: u8,
     },
     /// An access to an MSR.
     Msr {
-        /// The MSR.
+        /// MSR.
         msr: u32,
-        /// A write, not a read.
+        /// True for a write, false for a read.
         write: bool,
     },
     /// An access to a device's register in memory.
@@ -37,20 +37,20 @@ pub enum Detail {
         /// Guest-physical address.
         gpa: u64,
     },
-    /// An access to memory that is not mapped so.
+    /// An access that the mapping of the memory does not allow.
     Memory {
         /// Guest-physical address, in GiB.
         gib: u32,
-        /// The access read.
+        /// True if the access read.
         read: bool,
-        /// The access wrote.
+        /// True if the access wrote.
         write: bool,
-        /// The access fetched an instruction.
+        /// True if the access fetched an instruction.
         fetch: bool,
     },
     /// An interrupt or an exception.
     Vector {
-        /// The vector.
+        /// Vector.
         vector: u8,
         /// Type: Intel's SDM, "Format of the VM-Exit Interruption-Information Field".
         #[serde(rename = "type")]
@@ -58,32 +58,32 @@ pub enum Detail {
     },
     /// A CPUID instruction.
     Cpuid {
-        /// The leaf, EAX.
+        /// Leaf, EAX.
         leaf: u32,
-        /// The subleaf, ECX; `None` for a leaf that has none.
+        /// Subleaf, ECX; `None` for a leaf without subleaves.
         subleaf: Option<u32>,
-        /// The subleaf is at least that.
+        /// True if the subleaf may also be greater.
         or_more: bool,
     },
     /// A hypercall.
     Hypercall {
-        /// Its number.
+        /// Number.
         number: u32,
-        /// By Hyper-V's convention.
+        /// True for Hyper-V's convention.
         hyperv: bool,
     },
     /// An access to a control register.
     Cr {
-        /// The register.
+        /// Register.
         register: u8,
         /// Type: Intel's SDM, "Exit Qualification for Control-Register Accesses".
         access: u8,
     },
     /// An access to a debug register.
     Dr {
-        /// The register.
+        /// Register.
         register: u8,
-        /// A read, not a write.
+        /// True for a read, false for a write.
         read: bool,
     },
     /// An access to the APIC's page.
@@ -94,37 +94,37 @@ pub enum Detail {
         /// and 1 for a write.
         access: u8,
     },
-    /// A write to the virtual APIC, after it.
+    /// A write to the virtual APIC, reported after the write.
     ApicWrite {
         /// Offset in the page.
         offset: u16,
     },
     /// An EOI of the virtual APIC.
     Eoi {
-        /// The vector that ended.
+        /// Vector that ended.
         vector: u8,
     },
     /// A kind that this tool does not know.
     Unknown {
-        /// The kind's number.
+        /// Number of the kind.
         number: u8,
-        /// The key.
+        /// Key.
         key: u64,
     },
 }
 
-/// Types of the interruption information: arch/x86/include/asm/trapnr.h, `EVENT_TYPE_...`.
+/// Type of the interruption information: arch/x86/include/asm/trapnr.h, `EVENT_TYPE_...`.
 const EXTINT: u8 = 0;
 
 impl Detail {
-    /// Take a key apart.
+    /// Decode a key.
     pub fn new(number: u8, key: u64) -> Self {
         let bits = |first: u32, count: u32| {
             let mask = (1_u64 << count) - 1;
             (key >> first) & mask
         };
         let bit = |place| bits(place, 1) == 1;
-        // Not more bits than each type has.
+        // These have no more bits than their types.
         let u8_at = |first, count| bits(first, count) as u8;
         let u16_at = |first, count| bits(first, count) as u16;
         let u32_at = |first, count| bits(first, count) as u32;
@@ -209,7 +209,7 @@ impl Detail {
         }
     }
 
-    /// Put it into words: what was done, to which number, and the number's name.
+    /// Describe the detail: the action, the number, and the name of the number.
     pub fn words(&self) -> String {
         let name = self
             .name()
@@ -292,7 +292,7 @@ impl Detail {
     }
 }
 
-/// Put the reason of an exit to user space into words.
+/// Describe the reason of an exit to user space.
 pub fn user_exit(key: u64) -> String {
     let name = u32::try_from(key).ok().and_then(exit::name);
     name.map_or_else(|| format!("KVM_EXIT {key}"), str::to_owned)
@@ -307,8 +307,8 @@ mod tests {
     }
 
     #[test]
-    fn keys_become_words() {
-        let told = [
+    fn keys_are_described() {
+        let cases = [
             (1, 0x3f8 | 1 << 36, "OUT 0x3f8 COM1 data, 1 byte"),
             (
                 1,
@@ -363,7 +363,7 @@ mod tests {
             (12, 0x31, "vector 0x31"),
             (77, 5, "kind 77, 0x5"),
         ];
-        for (number, key, expected) in told {
+        for (number, key, expected) in cases {
             assert_eq!(words(number, key), expected);
         }
         assert_eq!(user_exit(2), "KVM_EXIT_IO");
@@ -371,9 +371,9 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// A guest, or a damaged file, chooses any key.
+        /// A guest, or a damaged file, can have any key.
         #[test]
-        fn any_key_becomes_one_line(number: u8, key: u64) {
+        fn any_key_is_described_in_one_line(number: u8, key: u64) {
             let words = words(number, key);
             assert!(!words.is_empty() && !words.contains(['\n', ';']), "{words}");
         }

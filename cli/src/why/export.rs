@@ -2,8 +2,8 @@
 
 //! The guest's code as a profile for other tools.
 //!
-//! Its stacks have three frames: the VM, the exit reason, and the symbol, or the address where there
-//! is none. What has no row is a frame `[others]`.
+//! The stacks have three frames: the VM, the exit reason, and the symbol, or the address if there
+//! is no symbol. Exits without a row have a frame `[others]`.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,11 @@ use serde_json::{json, Value};
 
 use super::model::{Group, Weight, Why};
 
-/// The format that speedscope's files name (npm's package speedscope, file-format-schema.json).
+/// Schema that speedscope's files name (npm's package speedscope, file-format-schema.json).
 const SCHEMA: &str = "https://www.speedscope.app/file-format-schema.json";
 
-/// Sum up a VM's code by reason and frame. In order, so that the same numbers give the same file.
+/// Sum up a VM's code by reason and frame. The result is sorted, so that equal numbers give equal
+/// files.
 fn stacks(code: &[Group], weight: Weight) -> BTreeMap<(String, String), u128> {
     let mut stacks: BTreeMap<_, u128> = BTreeMap::new();
     for group in code {
@@ -34,29 +35,29 @@ fn stacks(code: &[Group], weight: Weight) -> BTreeMap<(String, String), u128> {
     stacks
 }
 
-/// Write collapsed stacks, as flamegraph.pl and inferno-flamegraph read them.
+/// Format collapsed stacks for flamegraph.pl and inferno-flamegraph.
 pub fn collapsed(why: &Why, weight: Weight) -> String {
     let vms = why.vms.iter();
     vms.map(|vm| collapsed_of(&vm.label(), &vm.code, weight))
         .collect()
 }
 
-/// Write the collapsed stacks of one VM.
+/// Format the collapsed stacks of one VM.
 pub fn collapsed_of(name: &str, code: &[Group], weight: Weight) -> String {
     let mut text = String::new();
     for ((reason, frame), weight) in stacks(code, weight) {
-        let frames = [name, &reason, &frame].map(one_frame);
+        let frames = [name, &reason, &frame].map(escape_frame);
         text += &format!("{} {weight}\n", frames.join(";"));
     }
     text
 }
 
-/// Return a frame without what would end it.
-fn one_frame(frame: &str) -> String {
+/// Return a frame without characters that would end it.
+fn escape_frame(frame: &str) -> String {
     frame.replace(|at: char| at == ';' || at.is_control(), "_")
 }
 
-/// Make a file for speedscope: one profile for each VM.
+/// Build a file for speedscope, with one profile for each VM.
 pub fn speedscope(why: &Why, weight: Weight) -> Value {
     let mut frames: BTreeMap<String, usize> = BTreeMap::new();
     let mut names = Vec::new();

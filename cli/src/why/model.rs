@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What exits were about, as plain data. Its field names are those of `--json`, and stay.
+//! Details of exits as plain data. The field names are those of `--json`, and stay.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
@@ -20,122 +20,122 @@ use crate::{
     names::{Book, Given},
 };
 
-/// The version of the data's shape: grows when a field goes or changes its meaning.
+/// Version of the data's shape. It grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;
 
-/// By what rows are ordered, and what they weigh in a profile.
+/// Order of rows, and weight of a profile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Weight {
-    /// How many exits there were.
+    /// Number of exits.
     Exits,
-    /// Kernel ticks; of exits to user space, user ticks.
+    /// Kernel ticks, or user ticks of exits to user space.
     #[default]
     Ticks,
 }
 
-/// What the exits of a host were about.
+/// Details of the exits of a host.
 #[derive(Clone, Debug, Serialize)]
 pub struct Why {
-    /// [`FORMAT`].
+    /// Version of the data: [`FORMAT`].
     pub format: u32,
-    /// The time between two snapshots, when the numbers are of that alone.
+    /// Time between two snapshots, if the numbers are a difference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval: Option<Span>,
     /// The host and its module.
     pub host: Host,
     /// vCPUs that have no tables for want of memory.
     pub vcpus_without_tables: u32,
-    /// Code is told.
+    /// True if guest code was recorded.
     pub has_code: bool,
-    /// The VMs, by their numbers.
+    /// VMs, by their numbers.
     pub vms: Vec<Vm>,
 }
 
-/// What the exits of a VM were about: the sums of its vCPUs.
+/// Details of the exits of a VM: the sums of its vCPUs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Vm {
-    /// Its number: unique while the module is loaded.
+    /// Number of the VM, unique while the module is loaded.
     pub vm: u64,
-    /// KVM's name for it.
+    /// KVM's name for the VM.
     pub name: String,
-    /// The process that made it.
+    /// Process that created the VM.
     pub pid: u32,
-    /// What its VMM was told about it, when that is known.
+    /// Names that the VMM was given, if known.
     pub vmm: Given,
-    /// It has gone since its numbers were read.
+    /// True if the VM has gone since its numbers were read.
     pub gone: bool,
     /// vCPUs that have tables.
     pub vcpus: usize,
-    /// Of these, those whose RIP cannot be read.
+    /// vCPUs of these whose RIP cannot be read.
     pub vcpus_without_rip: usize,
-    /// The time that the numbers are of: since the oldest tables began, or since the earlier snapshot.
+    /// Time that the numbers cover: since the oldest tables began, or since the earlier snapshot.
     pub span: Span,
-    /// By reason, what its exits were about.
+    /// Details of the exits, by reason.
     pub details: Vec<Group>,
-    /// By reason, where in the guest's code its exits were.
+    /// Guest code at the exits, by reason.
     pub code: Vec<Group>,
-    /// By reason, why its exits went to user space.
+    /// Reasons to go to user space, by exit reason.
     pub user_exits: Vec<Group>,
 }
 
-/// The rows of one reason.
+/// Rows of one reason.
 #[derive(Clone, Debug, Serialize)]
 pub struct Group {
-    /// The reason.
+    /// Exit reason.
     #[serde(flatten)]
     pub label: Label,
-    /// The sums of rows and others.
+    /// Sums of rows and others.
     #[serde(flatten)]
     pub total: Counts,
-    /// The rows, the one that leads first.
+    /// Rows, the greatest first.
     pub rows: Vec<Row>,
-    /// What is in no row.
+    /// Exits without a row.
     pub others: Counts,
 }
 
 /// A row.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What it is about.
+    /// Subject of the row.
     #[serde(flatten)]
     pub what: What,
-    /// The same in words.
+    /// Subject in words.
     pub words: String,
-    /// The exits came from a nested guest, an L2.
+    /// True if the exits came from an L2 guest.
     pub nested: bool,
-    /// Its numbers.
+    /// Numbers.
     #[serde(flatten)]
     pub counts: Counts,
-    /// Nothing of it is among the others.
+    /// True if none of its exits is among the others.
     pub exact: bool,
-    /// The most of it that may be among the others.
+    /// Upper bound of what may be among the others.
     pub missed: Counts,
-    /// What tells it apart from others.
+    /// Key that identifies the row.
     #[serde(skip)]
     pub key: Key,
 }
 
-/// What a row is about.
+/// Subject of a row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum What {
-    /// Its detail.
+    /// A detail.
     Detail {
-        /// What the key says.
+        /// Decoded key.
         detail: Detail,
-        /// The name of what was accessed, when it has one.
+        /// Name of what was accessed, if it has one.
         name: Option<String>,
     },
     /// A place in the guest's code.
     Code {
-        /// Its address, as hexadecimal digits.
+        /// Address, as hexadecimal digits.
         #[serde(serialize_with = "hexadecimal")]
         rip: u64,
-        /// `kernel` or `user`: the half of the address space.
+        /// Half of the address space: `kernel` or `user`.
         half: &'static str,
-        /// The symbol that it belongs to.
+        /// Symbol that the address belongs to.
         symbol: Option<String>,
-        /// Bytes from the symbol's beginning.
+        /// Bytes from the start of the symbol.
         offset: Option<u64>,
     },
     /// An exit to user space.
@@ -145,7 +145,7 @@ pub enum What {
     },
 }
 
-/// Numbers that a table has.
+/// Numbers of a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Exits.
@@ -158,7 +158,7 @@ pub struct Counts {
     pub user: Option<u128>,
 }
 
-/// Addresses do not fit into the numbers that JSON's readers have.
+/// Serialize an address as text: it does not fit into the numbers of JSON's readers.
 fn hexadecimal<S: Serializer>(number: &u64, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(&format!("{number:#x}"))
 }
@@ -172,7 +172,7 @@ impl Counts {
         }
     }
 
-    /// Add others of the same table.
+    /// Add the numbers of another row of the same table.
     pub fn plus(self, other: Self) -> Self {
         let add = |one: Option<u128>, other: Option<u128>| match (one, other) {
             (Some(one), Some(other)) => Some(one.saturating_add(other)),
@@ -185,7 +185,7 @@ impl Counts {
         }
     }
 
-    /// Return what they weigh.
+    /// Return the weight.
     pub fn weigh(&self, weight: Weight) -> u128 {
         match weight {
             Weight::Exits => self.exits.into(),
@@ -193,7 +193,7 @@ impl Counts {
         }
     }
 
-    /// Return true if there are none.
+    /// Return true if all numbers are 0.
     pub fn is_zero(&self) -> bool {
         self.exits == 0 && self.kernel.unwrap_or(0) == 0 && self.user.unwrap_or(0) == 0
     }
@@ -222,7 +222,7 @@ impl What {
         }
     }
 
-    /// Put it into words.
+    /// Describe the subject.
     pub fn words(&self) -> String {
         match self {
             What::Detail { detail, .. } => detail.words(),
@@ -236,7 +236,7 @@ impl What {
         }
     }
 
-    /// Name it as a frame of a profile: by its symbol, when it has one.
+    /// Return the name of a frame in a profile: the symbol, if there is one.
     pub fn frame(&self) -> String {
         match self {
             What::Code {
@@ -249,7 +249,7 @@ impl What {
 }
 
 impl Row {
-    /// Put what it is about into words, with what it came from.
+    /// Describe the row, and say if its exits came from an L2 guest.
     pub fn about(&self) -> String {
         match self.nested {
             true => format!("{}, nested", self.words),
@@ -259,7 +259,7 @@ impl Row {
 }
 
 impl Why {
-    /// Make the data of what tables hold, with the symbols of the guest.
+    /// Build the data from tables, with the symbols of the guest.
     pub fn new(moment: &Moment, symbols: &Symbols, weight: Weight) -> Self {
         let host = &moment.host;
         let now = host.snapshot_tsc;
@@ -298,7 +298,7 @@ impl Why {
         }
     }
 
-    /// Write the names of the VMs into it.
+    /// Add the names of the VMs.
     pub fn name(&mut self, names: &Book) {
         for vm in &mut self.vms {
             vm.vmm = names.vm_of(self.host.life, vm.vm).clone();
@@ -307,13 +307,13 @@ impl Why {
 }
 
 impl Vm {
-    /// Return its name for people, with KVM's.
+    /// Return the name for people, with KVM's name.
     pub fn label(&self) -> String {
         self.vmm.label(&self.name)
     }
 }
 
-/// Make the groups of a table, the one that leads first.
+/// Build the groups of a table, the greatest first.
 pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
     let mut by_reason: BTreeMap<_, Vec<Row>> = BTreeMap::new();
     for (key, row) in rows.rows.iter().filter(|(key, _)| key.table == table) {
@@ -332,15 +332,17 @@ pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weig
     for ((_, of), _) in others.clone() {
         by_reason.entry(*of).or_default();
     }
-    let groups = by_reason.into_iter().map(|(of, mut rows_of)| {
+    let groups = by_reason.into_iter().map(|(of, mut group_rows)| {
         let others = rows.others.get(&(table, of)).copied().unwrap_or_default();
         let others = Counts::new(table, others);
-        rows_of.sort_by_key(|row| Reverse((row.counts.weigh(weight), row.counts.exits)));
-        let total = rows_of.iter().fold(others, |sum, row| sum.plus(row.counts));
+        group_rows.sort_by_key(|row| Reverse((row.counts.weigh(weight), row.counts.exits)));
+        let total = group_rows
+            .iter()
+            .fold(others, |sum, row| sum.plus(row.counts));
         Group {
             label: Label::new(isa, of.reason()),
             total,
-            rows: rows_of,
+            rows: group_rows,
             others,
         }
     });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Names of what exits are about: MSRs, ports, CPUID leaves, hypercalls, registers, addresses and
-//! vectors. Data, each table with its source; a number without a name has none here.
+//! Names of the numbers in details: MSRs, ports, CPUID leaves, hypercalls, registers, addresses and
+//! vectors. Each table is data, with its source. Numbers without an entry have no name.
 
 pub mod apic;
 pub mod cpuid;
@@ -12,7 +12,7 @@ pub mod msr;
 pub mod port;
 pub mod vector;
 
-/// Numbers and their names, by the numbers.
+/// Names, sorted by number.
 type Names = &'static [(u32, &'static str)];
 
 /// Return the name of a number.
@@ -21,12 +21,12 @@ fn find(names: Names, number: u32) -> Option<&'static str> {
     names.get(place.ok()?).map(|(_, name)| *name)
 }
 
-/// Numbers that lie side by side under one name.
+/// Consecutive numbers under one name.
 struct Range<N: 'static> {
     first: N,
     last: N,
     name: &'static str,
-    /// Names of single numbers, counted from the first; empty for one that has none.
+    /// Names of single numbers, counted from the first; empty for a number without one.
     parts: &'static [&'static str],
 }
 
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn what_people_look_for_has_its_name() {
+    fn well_known_numbers_have_names() {
         let some = |name: &str| Some(name.to_owned());
         assert_eq!(msr::name(0x6e0), some("IA32_TSC_DEADLINE"));
         assert_eq!(msr::name(0x830), some("X2APIC_ICR"));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What of the data is shown.
+//! Selection of a VM and a reason.
 
 use exitmeter_guest::defined;
 use exitmeter_meter::reasons::{self, Isa};
@@ -8,33 +8,33 @@ use exitmeter_meter::reasons::{self, Isa};
 use super::{model::Why, tables::Moment};
 use crate::names::{self, Book, Known, NoVm};
 
-/// Why there is nothing to show.
+/// Reason why there is nothing to show.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no such VM.
+    /// No VM matches.
     #[error(transparent)]
     NoVm(#[from] NoVm),
-    /// There is no such reason.
+    /// No reason matches.
     #[error(
         "no exit reason of {isa} is called '{reason}' or has that number: \
          'exitmeter reasons --isa {isa}' lists them"
     )]
     NoReason {
-        /// What was asked for.
+        /// Name or number that was asked for.
         reason: String,
-        /// Whose reasons.
+        /// Vendor whose reasons were searched.
         isa: &'static str,
     },
-    /// Symbols are of one guest, and there are several.
+    /// Symbols belong to one guest, but there are several.
     #[error("symbols are of one guest, and {0} VMs are shown: name the guest by --vm")]
     Symbols(usize),
 }
 
-/// Keep the VM that is called so, by what a book says, or the VMs of a process.
+/// Keep the VM with this name in the book, or the VMs of this process.
 ///
 /// # Errors
 ///
-/// When there is none, or several are called so.
+/// Fails when no VM matches, or several do.
 pub fn vm(moment: &mut Moment, vm: &str, names: &Book) -> Result<(), NoVm> {
     let life = moment.host.life;
     let known = moment.vms.iter().map(|(&number, (name, pid))| Known {
@@ -48,11 +48,11 @@ pub fn vm(moment: &mut Moment, vm: &str, names: &Book) -> Result<(), NoVm> {
     Ok(())
 }
 
-/// Keep the rows of one reason, which is told by its name or its number.
+/// Keep the rows of one reason, given by its name or number.
 ///
 /// # Errors
 ///
-/// When there is no such reason.
+/// Fails when there is no such reason.
 pub fn reason(why: &mut Why, reason: &str) -> Result<(), Error> {
     let code = code(why.host.isa, reason)?;
     for vm in &mut why.vms {
@@ -67,7 +67,7 @@ pub fn reason(why: &mut Why, reason: &str) -> Result<(), Error> {
 ///
 /// # Errors
 ///
-/// When there is no such reason.
+/// Fails when there is no such reason.
 pub fn code(isa: Isa, reason: &str) -> Result<u32, Error> {
     let number = match reason.strip_prefix("0x") {
         Some(digits) => u32::from_str_radix(digits, 16).ok(),
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_have_names_and_numbers() {
+    fn reasons_are_found_by_name_and_number() {
         let vmx = |reason| code(Isa::Vmx, reason).ok();
         assert_eq!(vmx("MSR_WRITE"), Some(32));
         assert_eq!(vmx("msr_write"), Some(32));

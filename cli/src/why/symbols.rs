@@ -8,60 +8,61 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Bytes that a file may have. A kernel with all of its modules has some 20 MB.
-const LARGEST: u64 = 1 << 30;
-/// Bytes that a line may have: `KSYM_NAME_LEN` of Linux is 512, and a module's name is shorter.
-const LONGEST: usize = 4096;
-/// How far behind its beginning code still belongs to a symbol, in bytes, when no other follows.
-const FARTHEST: u64 = 1 << 20;
+/// Maximum size of a file, in bytes. A kernel with all of its modules has some 20 MB.
+const MAX_FILE_SIZE: u64 = 1 << 30;
+/// Maximum length of a line, in bytes: `KSYM_NAME_LEN` of Linux is 512, and a module's name is
+/// shorter.
+const MAX_LINE: usize = 4096;
+/// Maximum distance of code from its symbol when no other symbol follows, in bytes.
+const MAX_OFFSET: u64 = 1 << 20;
 
-/// Why symbols cannot be read.
+/// Reason why symbols cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
     #[error("cannot read {}: {error}", path.display())]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system.
         error: io::Error,
     },
-    /// A line is no symbol.
+    /// A line is not a symbol.
     #[error(
         "{}: line {line} {what}: each line must be an address, a type and a name, as of \
          /proc/kallsyms in the guest or of a System.map",
         path.display()
     )]
     Line {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Number of the line, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// Fault of the line.
         what: &'static str,
     },
-    /// There is no code in it.
+    /// The file has no symbols of code.
     #[error("{}: none of its {lines} lines is a symbol of code (types t, T, w and W)", path.display())]
     NoCode {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// How many lines it has.
+        /// Number of lines.
         lines: usize,
     },
-    /// The guest did not tell addresses.
+    /// The guest hides its addresses.
     #[error(
         "{}: all addresses are 0: the guest hides them from who is not root; \
          read /proc/kallsyms there as root, with kernel.kptr_restrict=0 or 1",
         path.display()
     )]
     Hidden {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// The file is too large.
     #[error("{}: larger than 1 GiB: this is no list of symbols", path.display())]
     Large {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
 }
@@ -70,24 +71,24 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Symbol {
     address: u64,
-    /// How good its name is for code at its address: 0 is of no code, more is better.
+    /// Quality of the name for code at this address: 0 for data, more is better.
     rank: u8,
     name: Box<str>,
 }
 
-/// The symbols of a guest.
+/// Symbols of a guest.
 #[derive(Clone, Debug, Default)]
 pub struct Symbols {
-    /// By address, each address once.
+    /// Symbols sorted by address, each address once.
     symbols: Vec<Symbol>,
 }
 
-/// Where code is.
+/// Place in the code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place<'a> {
-    /// The symbol, with the module's name in brackets as kallsyms has it.
+    /// Symbol, with the module's name in brackets as in kallsyms.
     pub symbol: &'a str,
-    /// Bytes from its beginning.
+    /// Bytes from the start of the symbol.
     pub offset: u64,
 }
 
@@ -96,14 +97,14 @@ impl Symbols {
     ///
     /// # Errors
     ///
-    /// When it cannot be read, or is no list of symbols; then the line is named.
+    /// Fails when the file cannot be read, or is no list of symbols. Then the error names the line.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let unreadable = |error| Error::Unreadable {
             path: path.to_owned(),
             error,
         };
         let file = File::open(path).map_err(unreadable)?;
-        Self::parse(BufReader::new(file.take(LARGEST + 1)), path)
+        Self::parse(BufReader::new(file.take(MAX_FILE_SIZE + 1)), path)
     }
 
     fn parse(mut from: impl BufRead, path: &Path) -> Result<Self, Error> {
@@ -112,8 +113,8 @@ impl Symbols {
         let (mut lines, mut size) = (0, 0);
         loop {
             bytes.clear();
-            // One byte more than is allowed, so that a longer line shows.
-            let limit = LONGEST as u64 + 1;
+            // Read up to one byte more than allowed, so that a longer line is noticed.
+            let limit = MAX_LINE as u64 + 1;
             let read = from.by_ref().take(limit).read_until(b'\n', &mut bytes);
             let read = read.map_err(|error| Error::Unreadable {
                 path: path.to_owned(),
@@ -123,7 +124,7 @@ impl Symbols {
                 break;
             }
             size += read as u64;
-            if size > LARGEST {
+            if size > MAX_FILE_SIZE {
                 return Err(Error::Large {
                     path: path.to_owned(),
                 });
@@ -147,29 +148,29 @@ impl Symbols {
                 lines,
             });
         }
-        // Of several at an address the best one comes first, and of equals the first of the file.
+        // Sort the best symbol of an address first, and equal ones in the order of the file.
         symbols.sort_by_key(|symbol| (symbol.address, u8::MAX - symbol.rank));
         symbols.dedup_by_key(|symbol| symbol.address);
         Ok(Self { symbols })
     }
 
-    /// Find the symbol that code at an address belongs to.
+    /// Find the symbol that the code at an address belongs to.
     pub fn find(&self, address: u64) -> Option<Place<'_>> {
         let behind = self
             .symbols
             .partition_point(|symbol| symbol.address <= address);
         let symbol = self.symbols.get(behind.checked_sub(1)?)?;
         let offset = address.checked_sub(symbol.address)?;
-        (symbol.rank != 0 && offset < FARTHEST).then_some(Place {
+        (symbol.rank != 0 && offset < MAX_OFFSET).then_some(Place {
             symbol: &symbol.name,
             offset,
         })
     }
 }
 
-/// Read a line: `ffffffff81000000 T _text`, in kallsyms with a tab and `[module]` behind it.
+/// Parse a line: `ffffffff81000000 T _text`, in kallsyms with a tab and `[module]` behind it.
 fn symbol(line: &[u8]) -> Result<Symbol, &'static str> {
-    if line.len() > LONGEST {
+    if line.len() > MAX_LINE {
         return Err("is too long");
     }
     let line = std::str::from_utf8(line).map_err(|_| "is no text")?;
@@ -207,7 +208,7 @@ fn symbol(line: &[u8]) -> Result<Symbol, &'static str> {
     })
 }
 
-/// Return in which half of the address space code is.
+/// Return the half of the address space that an address is in.
 pub fn half(address: u64) -> &'static str {
     match address >> 63 {
         1 => "kernel",
@@ -215,8 +216,8 @@ pub fn half(address: u64) -> &'static str {
     }
 }
 
-/// Put a place of the guest's code into words: by its symbol and the bytes from that symbol's
-/// beginning, or by its address.
+/// Describe a place in the guest's code: by its symbol and the bytes from the start of the symbol,
+/// or by its address.
 pub fn words(address: u64, symbol: Option<(&str, u64)>) -> String {
     match symbol {
         Some((symbol, offset)) => format!("{symbol}+{offset:#x}"),
@@ -254,7 +255,7 @@ ffffffffc0001000 t of_module\t[virtio_net]
         assert_eq!(find(0xffff_ffff_9a00_0000), Some(("_text", 0)));
         assert_eq!(find(0xffff_ffff_9a00_003f), Some(("_text", 0x3f)));
         assert_eq!(find(0xffff_ffff_9a00_0041), Some(("global", 1)));
-        // Data, user space, what is before all symbols of code, and what is far behind the last.
+        // Data, user space, an address before all symbols of code, and one far behind the last.
         assert_eq!(find(0xffff_ffff_9a00_0081), None);
         assert_eq!(find(0x40_0000), None);
         assert_eq!(find(0xffff_ffff_99ff_ffff), None);
@@ -270,7 +271,7 @@ ffffffffc0001000 t of_module\t[virtio_net]
     }
 
     #[test]
-    fn what_is_no_list_of_symbols_is_refused_by_its_line() {
+    fn other_files_are_refused_with_the_line() {
         let refused = |text: &[u8], line: usize, what: &str| {
             let error = parse(text).unwrap_err();
             assert!(

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tables of vCPUs as numbers: what they hold at a moment, what came between two, and their sums.
+//! Tables of vCPUs as numbers: their contents at a moment, differences between two moments, and
+//! sums.
 //!
-//! The rows of a vCPU's table are exact since they came in, and a reason's others have what no row
-//! has. `missed` is the most of a row's key that the others may have. From that follows:
+//! The rows of a vCPU's table are exact since they came in, and a reason's others hold the exits
+//! without a row. `missed` is an upper bound of a row's exits among the others. It follows that:
 //!
-//! - A sum over vCPUs adds rows and bounds by key. A vCPU that has no row of a key may have it among
+//! - A sum over vCPUs adds rows and bounds by key. A vCPU without a row for a key may have it among
 //!   the others of that reason: they are its bound.
-//! - Nothing is missed where a reason's others have no exit.
-//! - A row that gives way to another and comes back has a greater `missed` than before: Space-Saving
-//!   sets it to the exits and `missed` of a row that is at least as great as the one that went
-//!   (src/meter/tables.rs). So of two snapshots, a row with the same `missed` was there all the time,
-//!   and their difference is exact.
+//! - Nothing is missed if a reason's others have no exit.
+//! - A row that is replaced and comes back has a greater `missed` than before: Space-Saving sets it
+//!   to the exits and `missed` of a row that is at least as great as the one that was replaced
+//!   (src/meter/tables.rs). So a row with the same `missed` in two snapshots was there all the
+//!   time, and their difference is exact.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,7 +35,7 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// Add others, up to the most that there is room for.
+    /// Add other numbers, saturating.
     pub fn plus(self, other: Self) -> Self {
         Self {
             exits: self.exits.saturating_add(other.exits),
@@ -43,7 +44,7 @@ impl Numbers {
         }
     }
 
-    /// Take others away, down to 0.
+    /// Subtract other numbers, saturating at 0.
     fn minus(self, other: Self) -> Self {
         Self {
             exits: self.exits.saturating_sub(other.exits),
@@ -52,7 +53,7 @@ impl Numbers {
         }
     }
 
-    fn least(self, other: Self) -> Self {
+    fn minimum(self, other: Self) -> Self {
         Self {
             exits: self.exits.min(other.exits),
             kernel: self.kernel.min(other.kernel),
@@ -60,18 +61,18 @@ impl Numbers {
         }
     }
 
-    /// Return true if there are none.
+    /// Return true if all numbers are 0.
     pub fn is_zero(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// A reason in order: its kind, and its code.
+/// A reason that can be sorted: its kind and its code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Of(u32, u32);
 
 impl Of {
-    /// Of a reason.
+    /// Convert a reason.
     pub fn new(reason: Reason) -> Self {
         match reason {
             Reason::Code(code) => Self(0, code),
@@ -80,7 +81,7 @@ impl Of {
         }
     }
 
-    /// Of the reason that a label names.
+    /// Convert the reason that a label names.
     pub fn labelled(label: &Label) -> Self {
         Self::new(match (label.kind, label.code) {
             (_, Some(code)) => Reason::Code(code),
@@ -89,7 +90,7 @@ impl Of {
         })
     }
 
-    /// The reason.
+    /// Return the reason.
     pub fn reason(self) -> Reason {
         match self {
             Self(0, code) => Reason::Code(code),
@@ -99,41 +100,41 @@ impl Of {
     }
 }
 
-/// What tells rows apart.
+/// Key that identifies a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     /// Kind of table.
     pub table: u32,
-    /// The reason.
+    /// Exit reason.
     pub of: Of,
-    /// The exits came from a nested guest.
+    /// True if the exits came from an L2 guest.
     pub nested: bool,
-    /// What the key is.
+    /// Kind of the detail in `key`.
     pub detail_kind: u8,
-    /// The key.
+    /// Encoded detail.
     pub key: u64,
 }
 
 /// A row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Row {
-    /// Its numbers.
+    /// Numbers.
     pub numbers: Numbers,
-    /// The most that it may lack.
+    /// Upper bound of what the row lacks.
     pub missed: Numbers,
 }
 
-/// Rows, and by table and reason what is in none of them.
+/// Rows, and the exits without a row by table and reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rows {
     /// Rows by their keys.
     pub rows: BTreeMap<Key, Row>,
-    /// The others.
+    /// Others, by table and reason.
     pub others: BTreeMap<(u32, Of), Numbers>,
 }
 
 impl Rows {
-    /// Take entries as a snapshot has them.
+    /// Collect the entries of a snapshot.
     pub fn new(entries: impl IntoIterator<Item = Entry>) -> Self {
         let mut new = Self::default();
         for entry in entries {
@@ -168,12 +169,12 @@ impl Rows {
         new
     }
 
-    /// Return what of a reason is in no row of a table.
+    /// Return the exits of a reason that are in no row of a table.
     pub fn others(&self, table: u32, of: Of) -> Numbers {
         self.others.get(&(table, of)).copied().unwrap_or_default()
     }
 
-    /// Return what one table has, of all reasons or of one.
+    /// Return the part of one table, for all reasons or for one.
     pub fn part(&self, table: u32, of: Option<Of>) -> Self {
         let (from, to) = match of {
             Some(of) => (of, of),
@@ -201,7 +202,7 @@ impl Rows {
         }
     }
 
-    /// Sum up all of a reason in a table, rows and others.
+    /// Sum up each reason in each table, rows and others.
     fn totals(&self) -> BTreeMap<(u32, Of), Numbers> {
         let mut totals = self.others.clone();
         for (key, row) in &self.rows {
@@ -211,7 +212,7 @@ impl Rows {
         totals
     }
 
-    /// Return what came after an earlier moment of the same tables.
+    /// Return the difference from an earlier state of the same tables.
     pub fn since(&self, earlier: &Self) -> Self {
         let mut new = Self::default();
         let mut left: BTreeMap<_, _> = self.totals();
@@ -221,13 +222,13 @@ impl Rows {
         }
         for (key, row) in &self.rows {
             let row = match earlier.rows.get(key) {
-                // It was there all the time.
+                // The row was there all the time.
                 Some(old) if old.missed.exits == row.missed.exits => Row {
                     numbers: row.numbers.minus(old.numbers),
                     missed: Numbers::default(),
                 },
-                // It went and came back. What it has is of this interval; what it had before is not,
-                // and cannot be missed now.
+                // The row was replaced and came back. Its numbers are of this interval. Its earlier
+                // numbers are not, and cannot be missed now.
                 Some(old) => Row {
                     numbers: row.numbers,
                     missed: row.missed.minus(old.numbers),
@@ -245,14 +246,14 @@ impl Rows {
         new
     }
 
-    /// Return the most that a key may have among the others.
+    /// Return the upper bound of a key's exits among the others.
     fn missed(&self, key: &Key) -> Numbers {
         let others = self.others(key.table, key.of);
         if others.exits == 0 {
             return Numbers::default();
         }
         match self.rows.get(key) {
-            Some(row) => row.missed.least(others),
+            Some(row) => row.missed.minimum(others),
             None => others,
         }
     }
@@ -279,21 +280,21 @@ impl Rows {
     }
 }
 
-/// The tables of a vCPU.
+/// Tables of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vcpu {
-    /// TSC when they began, or when the earlier one of two snapshots was taken.
+    /// TSC when they began, or when the earlier of two snapshots was taken.
     pub since: u64,
-    /// TSC of the snapshot that they are from.
+    /// TSC of the snapshot that they come from.
     pub at: u64,
-    /// The guest's RIP cannot be read.
+    /// True if the guest's RIP cannot be read.
     pub no_rip: bool,
-    /// Their rows.
+    /// Rows.
     pub rows: Rows,
 }
 
 impl Vcpu {
-    /// Take the tables of a vCPU from a snapshot of a moment: those of the kinds that `wanted` tells.
+    /// Read the tables of a vCPU from a snapshot taken at `at`, of the kinds that `wanted` accepts.
     pub fn new(tables: &Tables<'_>, at: u64, wanted: impl Fn(u32) -> bool) -> Self {
         Self {
             since: tables.since,
@@ -304,8 +305,8 @@ impl Vcpu {
     }
 }
 
-/// Return the ticks that the numbers of vCPUs are of: those since the oldest tables began, or since the
-/// earlier snapshot.
+/// Return the ticks that the numbers of vCPUs cover: those since the oldest tables began, or since
+/// the earlier snapshot.
 pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> u64 {
     let since = vcpus.clone().map(|vcpu| vcpu.since).min();
     let until = vcpus.map(|vcpu| vcpu.at).max();
@@ -314,34 +315,34 @@ pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> u64 {
         .map_or(0, |(until, since)| until.saturating_sub(since))
 }
 
-/// All tables at a moment, or what came between two.
+/// All tables at a moment, or the difference between two moments.
 #[derive(Clone, Debug)]
 pub struct Moment {
     /// The host.
     pub host: Host,
-    /// There are tables, though maybe of no vCPU.
+    /// True if the snapshot has tables, possibly of no vCPU.
     pub has_tables: bool,
-    /// Code is told.
+    /// True if guest code was recorded.
     pub has_code: bool,
     /// vCPUs that have no tables for want of memory.
     pub without: u32,
-    /// TSC at the earlier one of two moments.
+    /// TSC at the earlier of two moments.
     pub earlier: Option<u64>,
     /// Names and processes of VMs, by their numbers.
     pub vms: BTreeMap<u64, (String, u32)>,
-    /// Those of vCPUs that have some, by VM and id.
+    /// Tables of the vCPUs that have some, by VM and id.
     pub vcpus: BTreeMap<(u64, u32), Vcpu>,
 }
 
 impl Moment {
-    /// Take the tables of a snapshot.
+    /// Read the tables of a snapshot.
     pub fn new(snapshot: &Snapshot<'_>) -> Self {
         let records: Vec<_> = snapshot.vcpus().collect();
         let mut has_code = false;
         let mut vcpus = BTreeMap::new();
         for tables in snapshot.tables() {
             has_code |= tables.has(TABLE_CODE);
-            // The reader has checked that it is there.
+            // The reader has checked that the record exists.
             if let Some(record) = records.get(tables.vcpu) {
                 let vcpu = Vcpu::new(&tables, snapshot.now(), |_| true);
                 vcpus.insert((record.vm(), record.id()), vcpu);
@@ -361,7 +362,7 @@ impl Moment {
         }
     }
 
-    /// Keep what an earlier moment of the same life has of vCPUs that have gone since.
+    /// Keep the tables of vCPUs that have gone since an earlier moment of the same life.
     pub fn keep(&mut self, earlier: Self) {
         self.has_code |= earlier.has_code;
         for (number, vm) in earlier.vms {
@@ -375,11 +376,11 @@ impl Moment {
         }
     }
 
-    /// Return what came after an earlier moment.
+    /// Return the difference from an earlier moment.
     ///
     /// # Errors
     ///
-    /// When the two are not of one life of the meter, or not in this order.
+    /// Fails when the two are not of one life of the meter, or not in this order.
     pub fn since(&self, earlier: &Self) -> Result<Self, delta::Error> {
         if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
             return Err(delta::Error::Anew);
@@ -392,13 +393,13 @@ impl Moment {
         new.earlier = Some(before);
         new.vcpus.retain(|id, vcpu| {
             let old = earlier.vcpus.get(id);
-            // Details may have been off between the two: then the tables are others.
+            // If details were off in between, these are new tables.
             let old = old.filter(|old| vcpu.since == old.since || vcpu.since <= before);
             if let Some(old) = old {
                 vcpu.rows = vcpu.rows.since(&old.rows);
                 vcpu.since = before;
             }
-            // Those that have gone since before the earlier moment stand still.
+            // The tables of vCPUs that were gone before the earlier moment do not change.
             vcpu.at > before
         });
         let vms: BTreeSet<_> = new.vcpus.keys().map(|(vm, _)| *vm).collect();
@@ -407,7 +408,7 @@ impl Moment {
         Ok(new)
     }
 
-    /// Return false if a VM had tables, and they all are of an earlier moment.
+    /// Return false if all tables of a VM are from an earlier moment. A VM without tables runs.
     pub fn runs(&self, vm: u64) -> bool {
         let mut vcpus = self.vcpus.range((vm, 0)..=(vm, u32::MAX)).peekable();
         let now = self.host.snapshot_tsc;
@@ -423,8 +424,8 @@ pub(crate) mod tests {
         snapshot::{TABLE_DETAILS, TABLE_USER},
     };
 
-    /// An MSR that is written, as an entry: exits, and how many more there may be; an exit takes 10
-    /// ticks. Without a key, all others.
+    /// Create an entry for a written MSR, with `exits` exits of 10 ticks and the bound `missed`.
+    /// Without a key, create the entry of the others.
     pub fn entry(key: Option<u64>, exits: u64, missed: u64) -> Entry {
         Entry {
             table: TABLE_DETAILS,
@@ -455,7 +456,7 @@ pub(crate) mod tests {
         )
     }
 
-    /// Exits and bounds by MSR, and the others.
+    /// Return exits and bounds by MSR, and the others.
     fn told(rows: &Rows) -> (Vec<(u64, u64, u64)>, u64) {
         let told = rows.rows.iter().map(|(key, row)| {
             let (numbers, missed) = (row.numbers, row.missed);
@@ -472,21 +473,21 @@ pub(crate) mod tests {
         let other = rows(&[(Some(1), 7, 0), (None, 3, 0)]);
         let third = rows(&[(Some(1), 1, 0)]);
         let sum = Rows::sum([&one, &other, &third].into_iter());
-        // The second vCPU may have had MSR 2 three times, the third one not once.
+        // The second vCPU may have had up to three exits for MSR 2; the third had none.
         assert_eq!(told(&sum), (vec![(1, 108, 0), (2, 50, 12)], 23));
     }
 
     #[test]
-    fn a_bound_is_never_more_than_the_others() {
+    fn bound_is_limited_by_the_others() {
         let tight = rows(&[(Some(1), 100, 60), (None, 20, 0)]);
         assert_eq!(told(&Rows::sum([&tight].into_iter())).0, [(1, 100, 20)]);
-        // What was lost in the row's set was of other reasons.
+        // All that the row's set lost was of other reasons.
         let exact = rows(&[(Some(1), 100, 60)]);
         assert_eq!(told(&Rows::sum([&exact].into_iter())).0, [(1, 100, 0)]);
     }
 
     #[test]
-    fn a_row_that_stayed_has_an_exact_difference() {
+    fn row_that_stayed_has_an_exact_difference() {
         let before = rows(&[(Some(1), 100, 30), (None, 40, 0)]);
         let after = rows(&[(Some(1), 150, 30), (Some(2), 4, 0), (None, 40, 0)]);
         assert_eq!(
@@ -496,20 +497,21 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_row_that_came_back_has_a_wide_one() {
-        // MSR 1 had 10 exits, went, and came back for 25 more. It may have had some between.
+    fn row_that_came_back_has_a_bound() {
+        // MSR 1 had 10 exits, was replaced, and came back for 25 more. It may have had some in
+        // between.
         let before = rows(&[(Some(1), 10, 0), (Some(2), 5, 0)]);
         let after = rows(&[(Some(1), 25, 12), (Some(3), 6, 5), (None, 19, 0)]);
         let between = after.since(&before);
-        // 50 exits in all, 15 before: 35, of which 31 are in rows.
+        // 50 exits in all minus 15 before are 35, and 31 of these are in rows.
         assert_eq!(told(&between), (vec![(1, 25, 2), (3, 6, 5)], 4));
-        // Fewer exits than before are no error, nor are they negative.
+        // Fewer exits than before are not an error, and do not become negative.
         let after = rows(&[(Some(1), 3, 12), (None, 30, 0)]);
         assert_eq!(told(&after.since(&before)), (vec![(1, 3, 2)], 15));
     }
 
     #[test]
-    fn a_part_is_of_one_table_and_reason() {
+    fn part_selects_one_table_and_reason() {
         let mut other = entry(Some(1), 5, 0);
         other.reason = Reason::Code(31);
         let mut others = entry(None, 3, 0);
@@ -530,7 +532,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn tables_and_reasons_are_apart() {
+    fn keys_differ_by_table_reason_and_nesting() {
         let mut other = entry(Some(1), 5, 0);
         other.reason = Reason::Code(31);
         let mut nested = entry(Some(1), 6, 0);
@@ -541,7 +543,7 @@ pub(crate) mod tests {
         assert_eq!(rows.rows.len(), 4);
     }
 
-    /// Space-Saving as the module has it: one set of two rows.
+    /// Space-Saving as in the module: one set of two rows.
     #[derive(Clone, Default)]
     struct Set {
         rows: Vec<(u64, u64, u64)>,
@@ -571,7 +573,7 @@ pub(crate) mod tests {
     }
 
     proptest::proptest! {
-        /// What the module's tables give, summed and subtracted, against exact counting.
+        /// Compare sums and differences of the module's tables with exact counts.
         #[test]
         fn every_row_is_within_its_bound(
             before in proptest::collection::vec((0_usize..2, 0_u64..6), 0..60),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What exits were about, as tables for people.
+//! Details of exits as tables for people.
 
 use std::collections::BTreeSet;
 
@@ -20,12 +20,12 @@ use crate::{
     },
 };
 
-/// What is to be shown.
+/// Choice of the tables to show.
 #[derive(Clone, Copy, Debug)]
 pub struct Shown {
-    /// Code, and not details and exits to user space.
+    /// Show guest code, and not details and exits to user space.
     pub code: bool,
-    /// How many rows of each reason.
+    /// Number of rows of each reason.
     pub limit: usize,
 }
 
@@ -37,7 +37,7 @@ const USER: &str = "user";
 const MEAN: &str = "mean";
 const BOUND: &str = "bound";
 
-/// Write all of it.
+/// Format the tables of all VMs.
 pub fn text(why: &Why, shown: Shown, look: Look) -> String {
     let host = &why.host;
     let isa = host.isa.name().to_uppercase();
@@ -47,17 +47,16 @@ pub fn text(why: &Why, shown: Shown, look: Look) -> String {
     };
     text += &missing(why.vcpus_without_tables, why.vms.is_empty(), look);
     if shown.code && !why.has_code {
-        text +=
-            "\nNo code is told: the snapshot was read without the right to it, or no vCPU ran.\n";
+        text += "\nNo code: the snapshot was read without the right to it, or no vCPU ran.\n";
     }
     let mut spared = BTreeSet::new();
     for vm in &why.vms {
-        text += &of_vm(vm, host.tsc_khz, shown, look, &mut spared);
+        text += &vm_text(vm, host.tsc_khz, shown, look, &mut spared);
     }
     text + &no_room(spared)
 }
 
-/// Say what is not in any table: vCPUs that have none, or all VMs.
+/// Format the notes on what no table has: vCPUs without tables, or no VM at all.
 pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, look: Look) -> String {
     let mut text = String::new();
     if vcpus_without_tables != 0 {
@@ -71,7 +70,7 @@ pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, look: Look) -
     text
 }
 
-/// Say which columns had no room.
+/// Format the note on the columns that did not fit.
 pub(crate) fn no_room(spared: BTreeSet<String>) -> String {
     if spared.is_empty() {
         return String::new();
@@ -80,7 +79,7 @@ pub(crate) fn no_room(spared: BTreeSet<String>) -> String {
     format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "))
 }
 
-fn of_vm(
+fn vm_text(
     vm: &Vm,
     khz: Option<u32>,
     shown: Shown,
@@ -128,7 +127,7 @@ fn spent(span: Span, khz: Option<u32>) -> String {
     time(span.ticks, khz)
 }
 
-/// Write the groups of a table: reasons, with their rows below them.
+/// Format the groups of a table: reasons, with their rows below them.
 pub(crate) fn table(
     title: &str,
     groups: &[Group],
@@ -140,10 +139,10 @@ pub(crate) fn table(
     if groups.is_empty() {
         return String::new();
     }
-    // Columns that the table does not have.
+    // Collect the columns that the table does not have.
     let mut absent: Vec<&str> = Vec::new();
     if all.kernel.is_none() {
-        // Of exits to user space nothing is missed.
+        // The table of exits to user space has a row for each, so it needs no bound.
         absent.extend([KERNEL, BOUND]);
     }
     if all.user.is_none() {
@@ -209,7 +208,7 @@ fn cells(
     ]
 }
 
-/// Write how much a row may lack.
+/// Format the bound of a row.
 fn bound(row: &Row) -> String {
     if row.exact {
         return "exact".to_owned();

@@ -2,9 +2,9 @@
 
 //! Registers of the local APIC, by their offset in its page.
 //!
-//! From Linux 7.3, arch/x86/include/asm/apicdef.h, without `APIC_`. Those that stand there by short
-//! names of Linux's own have the manual's: Intel's SDM, volume 3, chapter on the APIC, table "Local
-//! APIC Register Address Map".
+//! From Linux 7.3, arch/x86/include/asm/apicdef.h, without `APIC_`. Where Linux uses a short name
+//! of its own, the name here is that of the manual: Intel's SDM, volume 3, chapter on the APIC,
+//! table "Local APIC Register Address Map".
 
 use super::{find, Names};
 

@@ -2,8 +2,9 @@
 
 //! CPUID leaves.
 //!
-//! From Linux 7.3, tools/arch/x86/kcpuid/cpuid.csv: the titles of the leaves, shortened. Of hypervisors: Documentation/virt/kvm/x86/cpuid.rst (KVM) and Microsoft's Hypervisor
-//! Top-Level Functional Specification, "Feature and Interface Discovery". The meter's own:
+//! Titles of the leaves from Linux 7.3, tools/arch/x86/kcpuid/cpuid.csv, shortened. Hypervisor
+//! leaves from Documentation/virt/kvm/x86/cpuid.rst (KVM) and Microsoft's Hypervisor Top-Level
+//! Functional Specification, "Feature and Interface Discovery". The meter's own leaves:
 //! docs/interface.md.
 
 use std::borrow::Cow;
@@ -17,7 +18,7 @@ pub fn name(leaf: u32) -> Option<Cow<'static, str>> {
     }
     match leaf {
         0x4fff_fff0..=0x4fff_ffff => Some("exitmeter".into()),
-        // Where hypervisors stand, 256 leaves each (arch/x86/include/asm/cpuid/api.h,
+        // Bases of hypervisor leaves, 256 leaves each (arch/x86/include/asm/cpuid/api.h,
         // `for_each_possible_cpuid_base_hypervisor()`).
         0x4000_0000..=0x4000_ffff => Some(match leaf & 0xff {
             0 => "hypervisor's vendor".into(),

@@ -7,13 +7,13 @@
 
 use super::{find, Names};
 
-/// Return the name of a hypercall of a guest that KVM gives Hyper-V's interface.
+/// Return the name of a hypercall by Hyper-V's convention.
 pub fn hyperv(number: u32) -> Option<String> {
     find(HYPERV, number).map(str::to_owned)
 }
 
-/// Return the name of a hypercall by RAX: KVM's, or Xen's where KVM emulates Xen. Which of the two a
-/// guest means the number does not tell, so one that both have gets both names.
+/// Return the name of a hypercall by RAX: KVM's, or Xen's if KVM emulates Xen. The number does not
+/// show the convention of the guest, so a number of both gets both names.
 pub fn kvm_or_xen(number: u32) -> Option<String> {
     match (find(KVM, number), find(XEN, number)) {
         (Some(kvm), Some(xen)) => Some(format!("{kvm} (Xen: {xen})")),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Guest-physical addresses of devices that stand at the same place in every PC.
+//! Guest-physical addresses of devices that have the same address in every PC.
 
 use super::{apic, Range};
 
@@ -8,8 +8,7 @@ use super::{apic, Range};
 pub fn name(address: u64) -> Option<String> {
     let offset = address & 0xfff;
     match address & !0xfff {
-        // `APIC_DEFAULT_PHYS_BASE`, arch/x86/include/asm/apicdef.h. Also what devices write to as
-        // an MSI.
+        // `APIC_DEFAULT_PHYS_BASE`, arch/x86/include/asm/apicdef.h. Devices also write MSIs to it.
         0xfee0_0000 => named("APIC", u32::try_from(offset).ok().and_then(apic::name)),
         // `IO_APIC_DEFAULT_PHYS_BASE`, the same header; registers as in Intel's 82093AA data sheet,
         // and the EOI register of later ones (arch/x86/kernel/apic/io_apic.c, `struct io_apic`).
@@ -36,7 +35,7 @@ fn named(device: &str, register: Option<String>) -> Option<String> {
 }
 
 fn hpet(offset: u64) -> Option<String> {
-    // The high half of a register, when it is accessed in halves, is that register.
+    // An access to the high half of a register is an access to that register.
     let register = offset & !7;
     if let (Some(of_timers), true) = (register.checked_sub(0x100), register < 0x200) {
         let part = match of_timers % 0x20 {
@@ -57,7 +56,7 @@ fn hpet(offset: u64) -> Option<String> {
     Some(name.to_owned())
 }
 
-/// What else stands at a known place.
+/// Other known addresses.
 const RANGES: &[Range<u64>] = &[
     // `VGA_FB_PHYS_BASE`, include/video/vga.h; with the text modes', as all PCs have it.
     Range {

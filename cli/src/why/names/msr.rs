@@ -2,19 +2,19 @@
 
 //! Names of MSRs.
 //!
-//! From Linux 7.3: arch/x86/include/asm/msr-index.h (names without `MSR_`, and without those of CPUs
-//! that KVM does not run on or emulate), arch/x86/include/uapi/asm/kvm_para.h (`KVM_`) and
-//! include/hyperv/hvgdk_mini.h (`HV_X64_MSR_`). What that header gives as the first of a row of
-//! registers, with a macro or a comment for the others, is a [`Row`] here.
+//! From Linux 7.3: arch/x86/include/asm/msr-index.h (names without `MSR_`, and without those of
+//! CPUs that KVM does not run on or emulate), arch/x86/include/uapi/asm/kvm_para.h (`KVM_`) and
+//! include/hyperv/hvgdk_mini.h (`HV_X64_MSR_`). Where the header has only the first of several
+//! registers, with a macro or a comment for the others, this file has a [`Row`].
 
 use super::{apic, find, Names};
 
-/// MSRs at even distances.
+/// MSRs at equal distances.
 struct Row {
     first: u32,
-    /// How many there are.
+    /// Number of MSRs.
     count: u32,
-    /// From one to the next.
+    /// Distance from one to the next.
     step: u32,
     /// Names, with `#` for the number, counted from 0.
     name: &'static str,

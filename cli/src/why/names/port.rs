@@ -2,8 +2,8 @@
 
 //! I/O ports of PCs and of the devices that VMMs give to guests.
 //!
-//! What each range is from stands above it. "PC" is the PC AT's, as Linux has them in
-//! `standard_io_resources` of arch/x86/kernel/setup.c and in the headers of its drivers.
+//! Each range has its source above it. "PC" is the PC AT, as in Linux's `standard_io_resources` of
+//! arch/x86/kernel/setup.c and in the headers of its drivers.
 
 use super::Range;
 
@@ -57,7 +57,7 @@ const fn range(
     }
 }
 
-/// By their first port.
+/// Ranges, sorted by their first port.
 pub(super) const RANGES: &[Range<u16>] = &[
     // PC.
     range(0x00, 0x1f, "DMA 1", &[]),
@@ -72,13 +72,13 @@ pub(super) const RANGES: &[Range<u16>] = &[
     ),
     // PC.
     range(0x50, 0x53, "timer 1", &[]),
-    // drivers/input/serio/i8042-acpipnpio.h; port 0x61 is arch/x86/kvm/i8254.h's speaker.
+    // drivers/input/serio/i8042-acpipnpio.h; port 0x61: the speaker of arch/x86/kvm/i8254.h.
     range(0x60, 0x60, "keyboard data", &[]),
     range(0x61, 0x61, "speaker and PIT gate", &[]),
     range(0x64, 0x64, "keyboard command", &[]),
     // arch/x86/include/asm/mc146818rtc.h, `RTC_PORT(x)`.
     range(0x70, 0x71, "RTC", &["index", "data"]),
-    // PC; 0x80 is also what io_delay() writes to (arch/x86/kernel/io_delay.c).
+    // PC; io_delay() also writes to 0x80 (arch/x86/kernel/io_delay.c).
     range(0x80, 0x80, "POST code, I/O delay", &[]),
     range(0x81, 0x8f, "DMA page", &[]),
     // PC: "System control port A" of the PS/2, with the fast A20 gate (arch/x86/boot/a20.c).
@@ -89,7 +89,7 @@ pub(super) const RANGES: &[Range<u16>] = &[
     range(0xc0, 0xdf, "DMA 2", &[]),
     // QEMU hw/char/debugcon.c (isa-debugcon) and Bochs' port_e9_hack.
     range(0xe9, 0xe9, "debug console", &[]),
-    // io_delay() by outb 0xed.
+    // io_delay() with outb 0xed.
     range(0xed, 0xed, "I/O delay", &[]),
     // PC; QEMU's isa-debug-exit is often put at 0xf4.
     range(0xf0, 0xff, "FPU", &["", "", "", "", "or isa-debug-exit"]),
@@ -139,7 +139,7 @@ pub(super) const RANGES: &[Range<u16>] = &[
     ),
     // arch/x86/include/asm/serial.h.
     range(0x3e8, 0x3ef, "COM3", UART),
-    // include/uapi/linux/fdreg.h; 0x3f6 is IDE's.
+    // include/uapi/linux/fdreg.h; 0x3f6 belongs to IDE.
     range(
         0x3f0,
         0x3f5,
@@ -149,7 +149,7 @@ pub(super) const RANGES: &[Range<u16>] = &[
     range(0x3f6, 0x3f6, "IDE 1 control", &[]),
     range(0x3f7, 0x3f7, "floppy", &[]),
     range(0x3f8, 0x3ff, "COM1", UART),
-    // QEMU's isa-debugcon where SeaBIOS (`CONFIG_DEBUG_IO`) and OVMF write to.
+    // QEMU's isa-debugcon, at the port that SeaBIOS (`CONFIG_DEBUG_IO`) and OVMF write to.
     range(0x402, 0x402, "firmware debug console", &[]),
     // arch/x86/include/asm/pci-direct.h has 0xcf8; edge/level control: arch/x86/kvm/i8259.c.
     range(0x4d0, 0x4d1, "PIC edge or level", &[]),

@@ -4,13 +4,13 @@
 
 use super::{find, Names};
 
-/// Return the name of an exception: that of the manuals, and what it stands for.
+/// Return the name of an exception: the mnemonic of the manuals, and its meaning.
 pub fn exception(vector: u32) -> Option<&'static str> {
     find(EXCEPTIONS, vector)
 }
 
-/// Return what an interrupt of the host is. Vectors below those of the system are given out to
-/// devices, on each CPU anew, and no file names them but the kernel's debugging ones.
+/// Return the name of a host's interrupt. Vectors below those of the system are assigned to
+/// devices, on each CPU separately, and only the kernel's debugging files list them.
 pub fn host(vector: u32) -> Option<String> {
     match find(LINUX, vector) {
         Some(name) => Some(name.to_owned()),
@@ -52,9 +52,9 @@ pub(super) const EXCEPTIONS: Names = &[
     (30, "#SX security"),
 ];
 
-/// The host's own, with the line of /proc/interrupts that counts them. From Linux 7.3,
-/// arch/x86/include/asm/irq_vectors.h and `irq_stat_info` of arch/x86/kernel/irq.c. 7.2 has the same
-/// numbers.
+/// The host's own vectors, with the line of /proc/interrupts that counts them. From Linux 7.3,
+/// arch/x86/include/asm/irq_vectors.h and `irq_stat_info` of arch/x86/kernel/irq.c. Linux 7.2 has
+/// the same numbers.
 pub(super) const LINUX: Names = &[
     (0x80, "int 0x80"),
     (0xeb, "posted MSI (PMN)"),

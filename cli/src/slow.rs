@@ -223,13 +223,13 @@ fn saved(path: &Path) -> anyhow::Result<Seen> {
     let snapshot = source::parse(path, &bytes)?;
     anyhow::ensure!(
         snapshot.tables().any(|tables| tables.has_slow()) || snapshot.tables().next().is_none(),
-        "{} has no slow exits: its module is older than they are",
+        "{} has no slow exits: its module is too old to record them",
         path.display()
     );
     anyhow::ensure!(
         snapshot.has_tables(),
-        "{} has no slow exits: details were off when it was taken, or its module is older than \
-         they are; 'exitmeter slow -- CMD' turns them on",
+        "{} has no slow exits: details were off when it was taken, or its module is too \
+         old to record them; 'exitmeter slow -- CMD' turns them on",
         path.display()
     );
     let written = fs::metadata(path).and_then(|metadata| metadata.modified());

@@ -81,8 +81,8 @@ pub struct Args {
 
 /// Error when no run was measured and nothing else failed.
 const NOT_MEASURED: &str =
-    "the meter began anew while the command ran, as when the module is loaded \
-    again on the host or the VM is moved: what it caused is not known; run it again";
+    "the meter began anew while the command ran, because the module was loaded \
+    again on the host or the VM was moved: the command's exits are not known; run it again";
 
 impl Args {
     /// Run the command, print what it caused, and return the command's exit status.

@@ -93,13 +93,13 @@ impl Args {
         }
         if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
             anyhow::bail!(
-                "this is no terminal that could show it: use `exitmeter report --interval` for a \
-                 log, or `exitmeter record` for a file"
+                "standard input and output must be a terminal: use `exitmeter report --interval` \
+                 for a log, or `exitmeter record` for a file"
             );
         }
         if std::env::var_os("TERM").is_some_and(|term| term == "dumb") {
             anyhow::bail!(
-                "a dumb terminal cannot show it (TERM): use `exitmeter report --interval`"
+                "a dumb terminal (TERM) cannot show this: use `exitmeter report --interval`"
             );
         }
         let theme = Theme::new(out.look().color);

@@ -48,10 +48,10 @@ const IMPOSSIBLE: u8 = 2;
 
 /// On the host: verify that the module is right here, and measure what exits and metering cost.
 ///
-/// It runs small VMs of its own, whose exits are known exactly. It compares the module's numbers
-/// with the kernel's own histogram of kvm:kvm_exit, and with what the guests did: counts by reason,
-/// the answers that guests get by CPUID, the ledger to the tick, and details. Then it measures what
-/// exits cost on one CPU. Other VMs keep running, and are not touched.
+/// The command runs small VMs of its own, whose exits are known exactly. It compares the module's
+/// numbers with the kernel's own histogram of kvm:kvm_exit, and with what the guests did: counts by
+/// reason, the answers that guests get by CPUID, the ledger to the tick, and details. Then it
+/// measures what exits cost on one CPU. Other VMs keep running, and are not touched.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 It needs /dev/kvm and the module. The kernel's histogram and details need root; without root the
@@ -112,7 +112,7 @@ pub struct Args {
 /// The user did not agree to unload the module.
 #[derive(Debug, thiserror::Error)]
 enum Unwanted {
-    #[error("--reload unloads the module, and nobody is there to be asked: give --yes as well")]
+    #[error("--reload unloads the module, and there is no terminal to ask on: add --yes to agree")]
     Nobody,
     #[error("nothing was done: without --reload the module stays loaded")]
     No,

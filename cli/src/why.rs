@@ -271,7 +271,7 @@ fn saved(path: &Path) -> anyhow::Result<Moment> {
     let moment = Moment::new(&source::parse(path, &bytes)?);
     anyhow::ensure!(
         moment.has_tables,
-        "{} has no details: they were off when it was taken, or its module is older than they are; \
+        "{} has no details: they were off when it was taken, or its module is too old for them; \
          'exitmeter why -- CMD' turns them on",
         path.display()
     );

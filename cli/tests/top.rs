@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter top` on a terminal: a pseudo-terminal whose other end is read by a terminal
-//! emulator. It shows a snapshot in a file that the tests write anew, as the device would.
+//! `exitmeter top` on a pseudo-terminal whose other end is read by a terminal emulator. It shows a
+//! snapshot in a file that the tests rewrite, as the device would.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod ioctl;
@@ -23,27 +23,27 @@ use terminal::Terminal;
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 const RECORDING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-work.rec");
 
-/// A recording with details.
+/// Recording with details.
 const WHY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-why.rec");
 
-/// What an exit takes in the phases: guest, kernel, user, halted.
+/// Ticks of an exit in the phases guest, kernel, user and halted.
 const CYCLES: [u64; 4] = [700_000, 150_000, 250_000, 350_000];
 
-/// A snapshot with tables, of the same VM.
+/// Snapshot of the same VM with tables.
 const TABLES: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.3.bin");
 
-/// A file that stands for the device. Each second of its TSC the first reason of the first
-/// vCPU has 1500 exits, which take 90% of it; for the rest, and in the other vCPUs, goes on
-/// what went on before.
+/// A file that stands for the device. In each second of its TSC, the first reason of the first vCPU
+/// has 1500 exits, which take 90% of the second. For the rest of it, and in the other vCPUs, the
+/// phase of before continues.
 struct Device {
     folder: TempDir,
     snapshot: Vec<u8>,
-    /// Where the row of the reason is that has exits.
+    /// Offset of the row of that reason.
     row: usize,
-    /// Where the entries of tables are that have them as well.
+    /// Offsets of the entries of tables that count these exits.
     entries: Vec<usize>,
     seconds: u64,
-    /// What makes the meter's life another one.
+    /// Number that changes the meter's life.
     lives: u8,
 }
 
@@ -66,8 +66,8 @@ impl Device {
         device
     }
 
-    /// One whose details are on. What exits are MSR_WRITEs of the first vCPU: of one MSR of the three that
-    /// it has written, and from one place.
+    /// Create one with details on. Its exits are MSR_WRITEs of the first vCPU: of one of the three
+    /// MSRs that it has written, and from one place.
     fn with_tables() -> Self {
         let mut device = Self::of(TABLES.to_vec());
         let bytes = &mut device.snapshot;
@@ -76,7 +76,7 @@ impl Device {
         while !is_write(bytes, device.row) {
             device.row += row_size;
         }
-        // Of the first record the sections of details and of code.
+        // Find the sections of details and of code in the first record.
         let mut section = number(bytes, 144) + 32;
         for (table, msrs) in [(1, &[0x6e0, 0x830, 0x4000_0070][..]), (2, &[])] {
             assert_eq!(number(bytes, section) & 0xffff_ffff, table);
@@ -85,7 +85,7 @@ impl Device {
             let entries: Vec<_> = entries.filter(|at| is_write(bytes, *at)).collect();
             device.entries.push(entries[0]);
             if msrs.is_empty() {
-                // No address of this vCPU is told: all are others, and now have one.
+                // This vCPU has no code addresses: all exits are others, and get an address here.
                 assert_eq!((entries.len(), bytes[entries[0] + 9] & 2), (1, 2));
                 bytes[entries[0] + 9] = 0;
                 let rip = 0xffff_ffff_8100_0000_u64.to_le_bytes();
@@ -101,7 +101,8 @@ impl Device {
         device
     }
 
-    /// The tool on this file as a device whose details can be turned on, or not for an error.
+    /// Prepare the tool for this file as a device whose details can be turned on, or fail with an
+    /// error.
     fn top_with(&self, errno: u32) -> Command {
         let mut command = self.top();
         answer_details(&mut command, errno);
@@ -117,7 +118,7 @@ impl Device {
         self.write();
     }
 
-    /// Writes it at once, as nobody reads a half.
+    /// Write the file atomically, so that nobody reads a half.
     fn write(&self) {
         let mut bytes = self.snapshot.clone();
         let (records, row) = (number(&bytes, 88), self.row);
@@ -144,7 +145,8 @@ impl Device {
             fs::rename(new, self.path()).unwrap();
             return;
         }
-        // Whose details are on stays open. A half that is read is repaired with the next reading.
+        // With details on, the tool keeps the file open. A half that it reads is corrected by the
+        // next reading.
         let file = fs::File::options().write(true).open(self.path());
         file.unwrap().write_all_at(&bytes, 0).unwrap();
     }
@@ -158,14 +160,14 @@ impl Device {
     }
 }
 
-/// The number at a place.
+/// Return the number at an offset.
 fn number(bytes: &[u8], at: usize) -> usize {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
 }
 
 fn top() -> Command {
-    // A test may run where signals are ignored, as in the background of a script, and what runs
-    // there leaves them so.
+    // A test may run where signals are ignored, as in the background of a script, and its children
+    // inherit that.
     let mut command = Command::new("env");
     command.args(["--default-signal", env!("CARGO_BIN_EXE_exitmeter")]);
     command
@@ -176,13 +178,13 @@ fn top() -> Command {
     command
 }
 
-/// A screen as it was when it was looked at and found right.
+/// Return a saved screen, which was checked by eye.
 fn saved(name: &str) -> String {
     let path = format!("{}/tests/screens/{name}.txt", env!("CARGO_MANIFEST_DIR"));
     fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Waits until a screen is as a saved one.
+/// Wait until a screen is equal to a saved one.
 fn compare(terminal: &mut Terminal, name: &str) {
     if std::env::var_os("EXITMETER_SAVE").is_some() {
         terminal.settle();
@@ -268,7 +270,7 @@ fn keys() {
     terminal.wait_for("no line has that text; Esc drops the filter");
     terminal.keys("\x7f");
     terminal.wait_for(" reasons, most kernel cycles first\n");
-    // The line that is selected stays so, in whatever order.
+    // The selected line stays selected in any order.
     terminal.keys("j");
     let selected = terminal.wait_selected("MSR_WRITE");
     terminal.keys("s");
@@ -281,7 +283,7 @@ fn keys() {
     terminal.wait_selected("(other codes)");
     terminal.keys("g");
     terminal.wait_selected("EXTERNAL_INTERRUPT");
-    // Paused: what happens is not shown.
+    // Paused: changes are not shown.
     terminal.keys("p");
     terminal.wait_for("paused");
     device.second();
@@ -331,7 +333,7 @@ fn a_reason_opens_to_its_details_and_these_to_code() {
     terminal.keys("\t");
     terminal.wait_for("none had such an exit to user space");
     terminal.keys("\t");
-    // Since details are on there are those of the other vCPU, too.
+    // Since details are on, there are those of the other vCPU, too.
     terminal.keys("t");
     terminal.wait_for("6 details of MSR_WRITE, most kernel cycles first");
     terminal.wait_for("since details are on");
@@ -343,7 +345,7 @@ fn a_reason_opens_to_its_details_and_these_to_code() {
     terminal.wait_for("6 details");
     terminal.keys("s");
     terminal.wait_for("6 details of MSR_WRITE, most exits first");
-    // However narrow: what it was about and how often is there.
+    // Even on a narrow screen, the subject and the rate are shown.
     terminal.resize(30, 12);
     terminal.wait_for("write 0x6e0 IA32_TSC_");
     for (columns, rows) in [(20, 5), (4, 2), (2, 1)] {
@@ -351,7 +353,7 @@ fn a_reason_opens_to_its_details_and_these_to_code() {
         terminal.settle();
     }
     terminal.resize(80, 24);
-    // All the way back, to where it was entered.
+    // All the way back, to the line that was entered.
     terminal.keys("\r");
     terminal.wait_for("places in the code of MSR_WRITE");
     terminal.wait_for("native_write_msr+0x0");
@@ -360,7 +362,7 @@ fn a_reason_opens_to_its_details_and_these_to_code() {
     terminal.keys("\x7f");
     terminal.wait_for(" reasons, most kernel cycles first");
     terminal.wait_selected("MSR_WRITE");
-    // Of one vCPU alone.
+    // Only of one vCPU.
     terminal.keys("\tj\r");
     terminal.wait_for("process 1234, vCPU 1");
     terminal.keys("/msr_w\r\r");
@@ -379,18 +381,18 @@ fn a_reason_without_details_has_its_code() {
     terminal.wait_selected("(no details)");
     terminal.keys("\r");
     terminal.wait_for("of EXTERNAL_INTERRUPT");
-    // An interval in which it has not exited.
+    // An interval without an exit of this reason.
     device.second();
     terminal.wait_for("none of the running vCPUs had such an exit");
 }
 
 #[test]
-fn what_keeps_details_away_is_said_and_it_goes_on() {
+fn refused_details_are_explained() {
     // 1: EPERM.
     for (command, words) in [
         (
             Device::top_with as fn(&Device, u32) -> Command,
-            "no details: they take CAP_PERFMON: run this as root, or load the module with\ndetails=1\n",
+            "no details: this needs CAP_PERFMON: run this as root, or load the module with\ndetails=1\n",
         ),
         (
             |device: &Device, _| device.top(),
@@ -431,22 +433,22 @@ fn a_recording_with_details_has_them() {
     terminal.wait_for("IOIO");
     terminal.keys("/ioio\r\rs");
     terminal.wait_for("details of IOIO, most exits first");
-    // Soon after it begins to boot.
+    // The guest has just begun to boot.
     terminal.wait_for("OUT 0xcf8 PCI config address");
     terminal.keys("p\r");
-    // The firmware, which runs below.
+    // The firmware, which runs in the lower half.
     terminal.wait_for("(user)");
     terminal.keys("\t");
     terminal.wait_for("KVM_EXIT_IO");
 }
 
 #[test]
-fn the_terminal_is_as_it_was_however_it_ends() {
+fn the_terminal_is_restored_at_each_end() {
     let device = Device::new();
     for keys in ["q", "\x03", "/\x03", "?xq"] {
         let mut terminal = Terminal::new(80, 24, device.top());
         terminal.wait_for("most exits first");
-        assert!(terminal.is_other_screen());
+        assert!(terminal.is_alternate_screen());
         terminal.keys(keys);
         assert_eq!(terminal.end().code(), Some(0), "{keys:?}");
         terminal.assert_restored("");
@@ -461,7 +463,7 @@ fn the_terminal_is_as_it_was_however_it_ends() {
 }
 
 #[test]
-fn the_terminal_is_as_it_was_after_a_panic() {
+fn the_terminal_is_restored_after_a_panic() {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([
         "--exact",
@@ -472,11 +474,11 @@ fn the_terminal_is_as_it_was_after_a_panic() {
     command.env("RUST_BACKTRACE", "0");
     let mut terminal = Terminal::new(80, 24, command);
     assert!(!terminal.end().success());
-    assert!(terminal.was_on_other_screen());
+    assert!(terminal.was_on_alternate_screen());
     terminal.assert_restored("on purpose");
 }
 
-/// What the test above runs.
+/// Program of the test above.
 #[test]
 #[ignore = "it panics on purpose, for another test"]
 fn panics_on_the_other_screen() {
@@ -495,7 +497,7 @@ fn control_z_stops_it_and_it_goes_on() {
     device.second();
     terminal.signal(Signal::CONT);
     terminal.wait_for("1.50k exits/s");
-    assert!(terminal.is_other_screen());
+    assert!(terminal.is_alternate_screen());
     terminal.keys("q");
     assert_eq!(terminal.end().code(), Some(0));
     terminal.assert_restored("");
@@ -508,8 +510,8 @@ fn a_dumb_terminal_is_refused() {
     command.env("TERM", "dumb");
     let mut terminal = Terminal::new(80, 24, command);
     assert_eq!(terminal.end().code(), Some(1));
-    assert!(!terminal.was_on_other_screen());
-    let said = "a dumb terminal cannot show it";
+    assert!(!terminal.was_on_alternate_screen());
+    let said = "a dumb terminal (TERM) cannot show this";
     terminal.assert_restored(said);
     assert!(terminal.text().contains("exitmeter report"));
 }
@@ -533,7 +535,7 @@ fn a_terminal_without_utf8_gets_ascii() {
 }
 
 #[test]
-fn colours_only_where_they_are_welcome() {
+fn colours_can_be_turned_off() {
     let mut device = Device::new();
     for (name, value, colours) in [("NO_COLOR", "", true), ("NO_COLOR", "1", false)] {
         let mut command = device.top();
@@ -565,7 +567,7 @@ fn a_meter_that_begins_anew() {
     terminal.wait_for("most exits first");
     device.second();
     terminal.wait_for("1.50k exits/s");
-    // It is loaded again, with a clock that began anew as well.
+    // The module is loaded again, with a clock that began anew as well.
     (device.lives, device.seconds) = (1, 0);
     device.write();
     terminal.wait_for("most exits first  the meter began anew");
@@ -581,7 +583,7 @@ fn a_recording_is_shown_to_its_end() {
     command.args(["--input", RECORDING, "--interval", "1000", "--vm", "97"]);
     let mut terminal = Terminal::new(80, 24, command);
     terminal.wait_for("kvm-97, process 97");
-    // Faster than it was: readings come at shorter times, each of as much of the recording.
+    // Faster than recorded: shorter intervals, each of the same part of the recording.
     terminal.keys("--");
     terminal.wait_for("in the last 2");
     terminal.keys("+");
@@ -595,7 +597,7 @@ fn a_recording_is_shown_to_its_end() {
 }
 
 #[test]
-fn without_a_terminal_it_says_what_to_use_instead() {
+fn without_a_terminal_it_names_alternatives() {
     let device = Device::new();
     let run = |command: &mut Command| {
         let output = command.stdin(Stdio::null()).output().unwrap();
@@ -609,7 +611,7 @@ fn without_a_terminal_it_says_what_to_use_instead() {
     assert_eq!(status, Some(1));
     assert_eq!(
         text,
-        "exitmeter: this is no terminal that could show it: use `exitmeter report --interval` \
+        "exitmeter: standard input and output must be a terminal: use `exitmeter report --interval` \
          for a log, or `exitmeter record` for a file\n"
     );
     let (status, text) = run(top().args(["--input", "/nowhere"]));

@@ -31,19 +31,19 @@ const WITHOUT_TABLES: &str = concat!(
 );
 const SAVED: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.3.bin");
 
-/// Header: TSC of the snapshot, and where the records of tables begin.
+/// Header: TSC of the snapshot, and offset of the records of tables.
 const NOW: usize = 40;
 const TABLES: usize = 144;
-/// Header: how many records of vCPUs, and of tables.
+/// Header: number of records of vCPUs, and of tables.
 const VCPUS: usize = 96;
 const TABLE_RECORDS: usize = 152;
-/// In a record of tables and in a section: the heads' sizes.
+/// In a record of tables and in a section: sizes of the heads.
 const RECORD_HEAD: usize = 32;
 const SECTION_HEAD: usize = 16;
 /// In a section: size and number of its entries.
 const ENTRY_SIZE: usize = 8;
 const ENTRIES: usize = 12;
-/// In an entry: code of its reason, what its key is, its key, exits, kernel ticks.
+/// In an entry: code of its reason, kind of its key, its key, exits, kernel ticks.
 const CODE: usize = 4;
 const KIND: usize = 8;
 const KEY: usize = 16;
@@ -59,8 +59,8 @@ fn printed(arguments: &[&str]) -> String {
     succeeded(why(arguments))
 }
 
-/// The exit status, and what is said of a failure.
-fn refused(arguments: &[&str]) -> (Option<i32>, String) {
+/// Return the exit status and the message of a failure.
+fn error_of(arguments: &[&str]) -> (Option<i32>, String) {
     failed(why(arguments))
 }
 
@@ -72,7 +72,7 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap()
 }
 
-/// A file of the folder that has this content.
+/// Write a file of the folder, and return its path.
 fn file(folder: &TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = folder.path().join(name);
     fs::write(&path, content).unwrap();
@@ -83,7 +83,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Rows of a table as lines of words, from the line of titles on.
+/// Return the rows of a table as lines of words, from the titles on.
 fn table<'a>(printed: &'a str, title: &str) -> Vec<Vec<&'a str>> {
     let lines = printed.lines().skip_while(|line| !line.starts_with(title));
     let lines = lines.take_while(|line| !line.is_empty());
@@ -97,7 +97,7 @@ fn table<'a>(printed: &'a str, title: &str) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// The saved snapshot, with the details of the first vCPU's MSR_WRITE as those of real guests.
+/// Return the saved snapshot with details as of real guests for the first vCPU's MSR_WRITE.
 fn named() -> Vec<u8> {
     let mut bytes = SAVED.to_vec();
     let u32_at =
@@ -138,7 +138,7 @@ fn details_by_reason_with_their_names() {
         rows[at],
         ["MSR_WRITE", "4,765", "36.3%", "7,486,600", "1,571", "0"]
     );
-    // The second vCPU wrote others, so the rows of the two are apart.
+    // The second vCPU wrote other MSRs, so the rows of the two stay separate.
     let of_reason: Vec<_> = rows[at + 1..at + 7].iter().map(|row| row[0]).collect();
     for name in [
         "write 0x6e0 IA32_TSC_DEADLINE",
@@ -205,7 +205,7 @@ fn rows_and_others_sum_to_the_report() {
 }
 
 #[test]
-fn the_data_has_keys_and_words() {
+fn json_has_keys_and_words() {
     let folder = TempDir::new().unwrap();
     let snapshot = file(&folder, "named", named());
     let why = json(&["--json", "--reason", "msr_write", text(&snapshot)]);
@@ -253,7 +253,7 @@ fn code_has_the_symbols_of_its_guest() {
         printed(&arguments.concat())
     };
     let tables = code(&["--reason", "MSR_WRITE"]);
-    assert!(tables.contains("\nno RIP can be read of 1 vCPU, whose registers are encrypted\n"));
+    assert!(tables.contains("\ncannot read the RIP of 1 vCPU: encrypted registers\n"));
     let rows = table(&tables, "about");
     assert_eq!(
         rows[0],
@@ -271,14 +271,14 @@ fn code_has_the_symbols_of_its_guest() {
     let plain = printed(&["--vm", "1234", "--code", "--reason", "32", SNAPSHOT]);
     assert!(plain.contains("\n  0xffffffff81000001 (kernel)"), "{plain}");
 
-    let (status, said) = refused(&["--symbols", text(&symbols), SNAPSHOT]);
+    let (status, said) = error_of(&["--symbols", text(&symbols), SNAPSHOT]);
     assert_eq!(status, Some(1));
     assert!(
         said.contains("2 VMs are shown: name the guest by --vm"),
         "{said}"
     );
     let damaged = file(&folder, "damaged", "ffffffff81000000 T _text\nnonsense\n");
-    let (status, said) = refused(&["--vm", "1234", "--symbols", text(&damaged), SNAPSHOT]);
+    let (status, said) = error_of(&["--vm", "1234", "--symbols", text(&damaged), SNAPSHOT]);
     assert_eq!(status, Some(1));
     assert!(
         said.contains("damaged: line 2 does not begin with an address"),
@@ -355,7 +355,7 @@ fn values_separated_by_commas() {
 }
 
 #[test]
-fn what_came_between_two_snapshots() {
+fn difference_of_two_snapshots() {
     let folder = TempDir::new().unwrap();
     let before = file(&folder, "before", named());
     let after = file(&folder, "after", one_second_later());
@@ -381,38 +381,38 @@ fn what_came_between_two_snapshots() {
             "exact"
         ]
     );
-    let (status, said) = refused(&["--diff", text(&after), text(&before)]);
+    let (status, said) = error_of(&["--diff", text(&after), text(&before)]);
     assert_eq!(status, Some(1));
     assert!(said.contains("name the older one first"), "{said}");
 }
 
 #[test]
-fn what_cannot_be_told_is_said() {
-    let (status, said) = refused(&[WITHOUT_TABLES]);
+fn missing_details_are_an_error() {
+    let (status, said) = error_of(&[WITHOUT_TABLES]);
     assert_eq!(status, Some(1));
     assert!(
         said.contains("snapshot-1.2.bin has no details: they were off"),
         "{said}"
     );
-    let (status, said) = refused(&["--vm", "7", SNAPSHOT]);
+    let (status, said) = error_of(&["--vm", "7", SNAPSHOT]);
     assert_eq!(status, Some(1));
     assert_eq!(
         said,
         "exitmeter: no VM runs that is called '7' or belongs to process '7'; \
          those that run are kvm-1234, kvm-1300\n"
     );
-    let (status, said) = refused(&["--reason", "NPF", SNAPSHOT]);
+    let (status, said) = error_of(&["--reason", "NPF", SNAPSHOT]);
     assert_eq!(status, Some(1));
     assert!(
         said.contains("no exit reason of vmx is called 'NPF'"),
         "{said}"
     );
-    let (status, _) = refused(&["--json", "--csv", SNAPSHOT]);
+    let (status, _) = error_of(&["--json", "--csv", SNAPSHOT]);
     assert_eq!(status, Some(2));
-    // What is no device tells nothing, and nothing is run.
+    // A file that is not the device is refused, and nothing is run.
     let folder = TempDir::new().unwrap();
     let mark = folder.path().join("ran");
-    let (status, said) = refused(&["--device", SNAPSHOT, "--", "touch", text(&mark)]);
+    let (status, said) = error_of(&["--device", SNAPSHOT, "--", "touch", text(&mark)]);
     assert_eq!(status, Some(125));
     assert!(said.contains("has no details"), "{said}");
     assert!(!mark.exists());
@@ -448,7 +448,7 @@ fn few_rows_and_a_narrow_terminal() {
     );
 }
 
-/// Return the tool, ready to run, for which a file stands for the device.
+/// Prepare the tool with a file that stands for the device.
 fn on_a_file_as_device(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
     command.arg("why").args(arguments);
@@ -457,7 +457,7 @@ fn on_a_file_as_device(arguments: &[&str]) -> Command {
     command
 }
 
-/// The snapshot one second later, with 1000 more writes of the TSC deadline.
+/// Return the snapshot one second later, with 1000 more writes of the TSC deadline.
 fn one_second_later() -> Vec<u8> {
     let mut later = named();
     let key = (0x6e0_u64 | 1 << 32).to_le_bytes();
@@ -499,14 +499,14 @@ fn a_command_is_watched_and_its_status_handed_on() {
     assert_eq!(rows[2][..2], ["write 0x6e0 IA32_TSC_DEADLINE", "1,000"]);
 }
 
-/// A VM that went while the command ran is told as it was read last.
+/// A VM that goes while the command runs is reported with its latest reading.
 #[test]
-fn what_went_meanwhile_is_told() {
+fn a_vm_that_went_is_reported() {
     let folder = TempDir::new().unwrap();
     let device = file(&folder, "device", named());
     let later = file(&folder, "later", one_second_later());
     let mut gone = one_second_later();
-    // Neither vCPUs nor tables any more; the rest stays behind them, unused.
+    // Neither vCPUs nor tables are left; the rest stays behind them, unused.
     gone[NOW] ^= 1;
     for count in [VCPUS, TABLE_RECORDS] {
         gone[count..count + 4].fill(0);
@@ -555,7 +555,7 @@ fn intervals_come_one_after_the_other() {
     assert_eq!(printed.lines().count(), 2, "{printed}");
     for line in printed.lines() {
         let why: Value = serde_json::from_str(line).unwrap();
-        // The file is the same all the time: nothing happened.
+        // The file does not change: nothing happened.
         assert_eq!(why["interval"]["ticks"], 0);
     }
 }

@@ -69,7 +69,7 @@ pub struct Frame {
 pub enum Error {
     /// The file ends within the frame.
     Cut,
-    /// The checksum is wrong, or the body does not have the size that the head says.
+    /// The checksum is wrong, or the body does not inflate to the size in the head.
     Damaged,
 }
 

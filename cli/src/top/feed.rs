@@ -133,11 +133,11 @@ impl Feed {
         }
         let device = Device::open(&self.path).map_err(|error| match error {
             device::Error::NoRight => {
-                "they take CAP_PERFMON: run this as root, or load the module with details=1"
+                "this needs CAP_PERFMON: run this as root, or load the module with details=1"
                     .to_owned()
             }
             device::Error::Older(path) if path == Path::new(source::DEVICE) => {
-                "the module that is loaded is older than they are: load a newer one".to_owned()
+                "the loaded module is too old to have them: load a newer one".to_owned()
             }
             device::Error::Older(_) => {
                 "the snapshot has none: 'exitmeter why -- CMD' turns them on".to_owned()

@@ -113,7 +113,7 @@ pub fn make(
         report_check(check(name, counts(host, config, hist, &mut ledgers))?)?;
     }
     if let Err(error) = &hist {
-        let text = format!("{error}: the counts were held against what the guests did alone");
+        let text = format!("{error}: the counts were compared only with what the guests did");
         report_check(Check::new("the kernel's histogram", Verdict::NotMade, text))?;
     }
     // The kernel's count ends here.
@@ -231,7 +231,7 @@ fn compare(
         if !right {
             let name = host.name(*code);
             wrong.push(format!(
-                "{name} metered {} times, and the guest caused {}",
+                "{name} metered {} times, but the guest caused {}",
                 exact(metered),
                 exact(*due)
             ));
@@ -247,14 +247,14 @@ fn compare(
                 let (metered, due) = (own.exits_of(code), count(counted, code));
                 if metered != due {
                     wrong.push(format!(
-                        "{} metered {} times, by the kernel's histogram {}",
+                        "{} metered {} times, but {} times in the kernel's histogram",
                         host.name(code),
                         exact(metered),
                         exact(due)
                     ));
                 }
             }
-            format!("{total} exits, as the kernel's histogram and the guest have them")
+            format!("{total} exits, as the kernel's histogram has them and the guest caused them")
         }
         None => {
             for (code, count) in &own.exits {
@@ -264,11 +264,11 @@ fn compare(
                 {
                     let name = host.name(*code);
                     wrong.push(format!(
-                        "{name} metered {count} times, and the guest caused none"
+                        "{name} metered {count} times, but the guest caused none"
                     ));
                 }
             }
-            format!("{total} exits, as the guest has them")
+            format!("{total} exits, as the guest caused them")
         }
     };
     match wrong.is_empty() {
@@ -310,10 +310,10 @@ fn join(high: u64, low: u64) -> u64 {
 fn answers(host: &Host, guest_mode: Mode) -> Outcome {
     let not_made = |text: &str| Ok((Verdict::NotMade, text.to_owned()));
     if host.by_bpf {
-        return not_made("BPF answers no guest");
+        return not_made("guests get no answers from BPF");
     }
     let Some([total, of_reason, cycles]) = host.leaf_map.and_then(leaves) else {
-        return not_made("the module answers no guest (leaf_map=0)");
+        return not_made("guests get no answers from the module (leaf_map=0)");
     };
     if host.host_scope {
         return not_made("guests read the sums of the host (host_scope=1)");
@@ -410,7 +410,7 @@ fn answers(host: &Host, guest_mode: Mode) -> Outcome {
         };
         if !right {
             wrong.push(format!(
-                "CPUID({leaf:#x}, {sub:#x}) gave {:#x} {:#x} {:#x} {:#x}, and the snapshot has other numbers",
+                "CPUID({leaf:#x}, {sub:#x}) gave {:#x} {:#x} {:#x} {:#x}, but the snapshot has other numbers",
                 answer.rax, answer.rbx, answer.rcx, answer.rdx
             ));
         }
@@ -477,7 +477,7 @@ fn details(
     report_check: &mut dyn FnMut(Check) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     if host.by_bpf {
-        let text = "the details that BPF keeps are not compared here".to_owned();
+        let text = "this tool does not compare the details that BPF keeps".to_owned();
         return report_check(Check::new("details", Verdict::NotMade, text));
     }
     let device = match device::Device::open_by(source::Choice::Module, source::DEVICE.as_ref()) {
@@ -497,7 +497,7 @@ fn compare_details(host: &Host, device: &device::Device, touched: &Touched) -> O
     let config = Config::new(touched.program, Mode::Long, LOOPS);
     let (_machine, own) = host.run_metered(config, Some(device))?;
     if !own.has_tables {
-        let text = "the guest's vCPU has no tables: there is no memory for them";
+        let text = "the guest's vCPU has no tables, for want of memory";
         return Ok((Verdict::NotMade, text.to_owned()));
     }
     let entries = || {
@@ -516,13 +516,13 @@ fn compare_details(host: &Host, device: &device::Device, touched: &Touched) -> O
         .filter(|entry| matches!(entry.reason, Reason::Code(_)))
         .count();
     Ok(if told != u64::from(LOOPS) {
-        let text = format!("{told} exits are told to be about it, and the guest caused {LOOPS}");
+        let text = format!("{told} exits have this detail, and the guest caused {LOOPS}");
         (Verdict::Failed, text)
     } else if sum != metered {
         let text = format!("the rows hold {sum} exits of {metered}");
         (Verdict::Failed, text)
     } else {
-        let text = format!("{told} exits, as the guest did; {reasons} rows hold all {metered}");
+        let text = format!("{told} exits, as the guest caused; {reasons} rows hold all {metered}");
         (Verdict::Passed, text)
     })
 }
@@ -573,7 +573,7 @@ mod tests {
         assert_eq!(told, Verdict::Failed);
         assert_eq!(
             text,
-            "EXTERNAL_INTERRUPT metered 3 times, by the kernel's histogram 4"
+            "EXTERNAL_INTERRUPT metered 3 times, but 4 times in the kernel's histogram"
         );
         // An exit that the guest does not cause.
         let other = own(&[(10, 500), (18, 1), (30, 1), (48, 4)]);

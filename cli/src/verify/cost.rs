@@ -116,8 +116,8 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
     let metered = with.iter().flatten().all(|sample| sample.phases.is_some());
     if !metered {
         let text = match host.by_bpf {
-            true => "BPF tells phases in nanoseconds, so none stand beside cycles; what its programs add is in these",
-            false => "the guests were not metered, so nothing is told of phases and of what metering adds",
+            true => "BPF measures phases in nanoseconds, so they are not shown beside cycles; the cycles include the cost of its programs",
+            false => "the guests were not metered, so there are no phases, and no cost of metering",
         };
         cost.remark = Some(text.to_owned());
         without.clear();
@@ -126,7 +126,8 @@ pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::
         cost.world_switch = switch(host, &with)?;
     } else {
         cost.world_switch = switch(host, &with)?;
-        let text = "what metering adds takes --reload: the module has to go for it, and comes back";
+        let text =
+            "the cost of metering needs --reload, which unloads the module and loads it again";
         cost.remark = Some(text.to_owned());
     }
     for (place, kind) in KINDS.iter().enumerate() {

@@ -33,7 +33,7 @@ pub enum Error {
     NoEvent,
     /// The process has other ids in its namespace than in the kernel's events.
     #[error(
-        "this runs in a PID namespace of its own, where a thread cannot tell its number to tracefs"
+        "this runs in a PID namespace of its own, where thread ids differ from those in tracefs"
     )]
     Namespace,
     /// Another error of tracefs.
@@ -76,15 +76,15 @@ impl Hist {
         };
         match fs::metadata(format!("{TRACING}/instances")) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(Error::NotMounted),
-            found => found.map_err(refused("it cannot be looked into"))?,
+            found => found.map_err(refused("it cannot be accessed"))?,
         };
         match fs::metadata(format!("{TRACING}/events/kvm/kvm_exit")) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(Error::NoEvent),
-            found => found.map_err(refused("it cannot be looked into"))?,
+            found => found.map_err(refused("it cannot be accessed"))?,
         };
         sweep();
         let instance = format!("{TRACING}/instances/{PREFIX}{}", std::process::id());
-        fs::create_dir(&instance).map_err(refused("no instance can be made"))?;
+        fs::create_dir(&instance).map_err(refused("cannot create an instance"))?;
         let hist = Self {
             instance: instance.into(),
             // Also key by CPU: if two CPUs add the same new key at once, the kernel may drop the
@@ -93,7 +93,7 @@ impl Hist {
             isa,
         };
         fs::write(hist.file("trigger"), &hist.trigger)
-            .map_err(refused("it takes no histogram (CONFIG_HIST_TRIGGERS)"))?;
+            .map_err(refused("it refuses the histogram (CONFIG_HIST_TRIGGERS)"))?;
         Ok(hist)
     }
 

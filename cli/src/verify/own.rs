@@ -18,7 +18,7 @@ pub type Exits = BTreeMap<u32, u64>;
 pub enum Error {
     /// The guest is not metered.
     #[error(
-        "the guest's vCPU is not metered, as {0} others are not: the module's max_vcpus is reached, \
+        "the guest's vCPU is not metered, nor are {0} others: the module's max_vcpus is reached, \
          or there is no memory"
     )]
     Unmetered(u64),
@@ -26,7 +26,7 @@ pub enum Error {
     #[error("the module does not know the guest")]
     Unknown,
     /// Several VMs could be the guest.
-    #[error("{0} VMs began at once, and none can be told to be the guest")]
+    #[error("{0} VMs began at the same time, so the guest cannot be identified")]
     Several(usize),
 }
 

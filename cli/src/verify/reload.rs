@@ -32,8 +32,8 @@ pub enum Error {
     NotLoaded,
     /// The module does not show its parameters.
     #[error(
-        "the module that is loaded does not tell its parameters, so it could not be loaded again as it \
-         was: it is older than this tool; load the one that belongs to it"
+        "the loaded module does not show its parameters, so it could not be loaded again as it was: it \
+         is older than this tool; load the module of the same version"
     )]
     NoParameters,
     /// The file of the module is not known.
@@ -58,7 +58,7 @@ pub enum Error {
     OtherFile(PathBuf),
     /// The kernel does not show the build id of the loaded module.
     #[error(
-        "cannot tell which file the loaded module came from: the kernel tells no build id of it"
+        "cannot check which file the loaded module came from: the kernel does not show its build id"
     )]
     NoBuildId,
     /// The user may not unload it.
@@ -66,7 +66,7 @@ pub enum Error {
     NoRight,
     /// The module is in use.
     #[error(
-        "the module cannot go, as something has {DEVICE} open: end exitmeter top, record, why or slow \
+        "the module cannot be unloaded while {DEVICE} is open: end exitmeter top, record, why or slow \
          first"
     )]
     InUse,

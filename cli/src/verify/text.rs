@@ -86,7 +86,7 @@ pub fn cost(cost: &Cost, look: Look) -> String {
         (Some(governor), Some(khz)) => format!("governor {governor}, {}", megahertz(khz)),
         (Some(governor), None) => format!("governor {governor}"),
         (None, Some(khz)) => megahertz(khz),
-        (None, None) => "its frequency is not told".to_owned(),
+        (None, None) => "frequency unknown".to_owned(),
     };
     let tsc = match cost.tsc_khz {
         Some(khz) => megahertz(khz.into()),
@@ -146,7 +146,7 @@ pub fn cost(cost: &Cost, look: Look) -> String {
         );
     }
     if let Some(remark) = &cost.remark {
-        let _ = writeln!(text, "\nNot told: {remark}.");
+        let _ = writeln!(text, "\nNote: {remark}.");
     }
     text
 }
@@ -202,7 +202,7 @@ fn environment(environment: &Environment) -> String {
             "family {family}, model {model}, stepping {stepping}, microcode {}; {} online, SMT {}",
             cpu.microcode,
             cpu.online,
-            cpu.smt.as_deref().unwrap_or("not told")
+            cpu.smt.as_deref().unwrap_or("unknown")
         ),
     );
     let hypervisor = match &cpu.hypervisor {
@@ -224,7 +224,7 @@ fn environment(environment: &Environment) -> String {
         format!(
             "{khz}, {stable}, {}; clock source {}",
             tsc.flags.join(" "),
-            tsc.clocksource.as_deref().unwrap_or("not told")
+            tsc.clocksource.as_deref().unwrap_or("unknown")
         ),
     );
     let Frequency {
@@ -377,7 +377,7 @@ mod tests {
         assert_eq!(
             text,
             "\n\
-One exit on CPU 1 (its frequency is not told; TSC 2,000 MHz): medians of 3 runs of 20,000 exits
+One exit on CPU 1 (frequency unknown; TSC 2,000 MHz): medians of 3 runs of 20,000 exits
 
 exit    ns  cycles          spread  guest  kernel  user  metering  its spread
 CPUID  625   1,250  1,200 to 1,300    700     550     -       +60    -2 to 70

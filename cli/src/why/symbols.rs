@@ -51,7 +51,7 @@ pub enum Error {
     },
     /// The guest hides its addresses.
     #[error(
-        "{}: all addresses are 0: the guest hides them from who is not root; \
+        "{}: all addresses are 0: the guest hides them from users other than root; \
          read /proc/kallsyms there as root, with kernel.kptr_restrict=0 or 1",
         path.display()
     )]
@@ -60,7 +60,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// The file is too large.
-    #[error("{}: larger than 1 GiB: this is no list of symbols", path.display())]
+    #[error("{}: larger than 1 GiB: this is not a list of symbols", path.display())]
     Large {
         /// Path of the file.
         path: PathBuf,

@@ -102,7 +102,7 @@ fn vm_text(
     let mut text = format!("\n{}\n", paint(&title, Style::Strong, look.color));
     if shown.code && vm.vcpus_without_rip != 0 {
         let vcpus = count(vm.vcpus_without_rip as u64, "vCPU");
-        text += &format!("no RIP can be read of {vcpus}, whose registers are encrypted\n");
+        text += &format!("cannot read the RIP of {vcpus}: encrypted registers\n");
     }
     if vm.vcpus == 0 {
         return text + "No exit since details are on.\n";

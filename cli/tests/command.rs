@@ -17,12 +17,12 @@ const SNAPSHOT: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.2.bin"
 );
-/// One that has both sleeps as one.
+/// Snapshot that does not tell the two sleeps apart.
 const SNAPSHOT_1_1: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.1.bin"
 );
-/// One without histograms, too.
+/// Snapshot without histograms, either.
 const SNAPSHOT_1_0: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.0.bin"
@@ -32,33 +32,33 @@ fn run(args: &[&str]) -> Output {
     exitmeter(args).output().unwrap()
 }
 
-/// What a run that succeeds prints.
-fn printed(args: &[&str]) -> String {
+/// Return the output of a run that succeeds.
+fn output_of(args: &[&str]) -> String {
     succeeded(run(args))
 }
 
-/// What a run that fails says, and its exit status.
-fn refused(args: &[&str]) -> (Option<i32>, String) {
+/// Return the exit status and the message of a run that fails.
+fn error_of(args: &[&str]) -> (Option<i32>, String) {
     failed(run(args))
 }
 
 #[test]
 fn the_report_in_full() {
-    let text = printed(&["report", "--input", SNAPSHOT]);
+    let text = output_of(&["report", "--input", SNAPSHOT]);
     assert_eq!(text, include_str!("report.txt"));
     assert!(
         text.lines().all(|line| line.chars().count() <= 144),
         "{text}"
     );
-    let text = printed(&["report", "--input", SNAPSHOT_1_1]);
+    let text = output_of(&["report", "--input", SNAPSHOT_1_1]);
     assert_eq!(text, include_str!("report-1.1.txt"));
-    let text = printed(&["report", "--input", SNAPSHOT_1_0]);
+    let text = output_of(&["report", "--input", SNAPSHOT_1_0]);
     assert_eq!(text, include_str!("report-1.0.txt"));
 }
 
 #[test]
 fn the_report_as_json() {
-    let text = printed(&["report", "--json", "--input", SNAPSHOT]);
+    let text = output_of(&["report", "--json", "--input", SNAPSHOT]);
     let report: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(report["format"], 1);
     assert_eq!(report["host"]["isa"], "vmx");
@@ -118,7 +118,7 @@ fn the_report_as_json() {
         (&start["p50"], &start["histogram"]),
         (&serde_json::Value::Null, &serde_json::json!([]))
     );
-    // KVM polled for 150 and 600 us before it let the vCPUs sleep, of HLT's 2 140 000 ticks.
+    // KVM polled for 150 and 600 us before it let the vCPUs sleep, within HLT's 2 140 000 ticks.
     let of = |name: &str| {
         let mut rows = vm["reasons"].as_array().unwrap().iter();
         rows.find(|row| row["name"] == name).unwrap()
@@ -135,7 +135,7 @@ fn the_report_as_json() {
     assert!(of("CPUID").get("polled").is_none());
     assert_eq!(of("EPT_VIOLATION")["cycles"]["waiting"], 18_000_000);
     assert_eq!(of("EPT_VIOLATION")["cycles"]["blocked"], 18_000_000);
-    // Of those that are gone none has exited by HLT: of what KVM counted none is told.
+    // No vCPU that is gone exited by HLT, so none of KVM's count is shown.
     let departed = &report["departed"];
     assert_eq!(
         (&departed["polled_ns"], &departed["polled"]),
@@ -146,11 +146,11 @@ fn the_report_as_json() {
     assert_eq!(report["departed"]["nested_exits"], 501);
     assert_eq!(report["departed"]["reasons"][0]["name"], "IO_INSTRUCTION");
 
-    let text = printed(&["report", "--json", "--input", SNAPSHOT_1_0]);
+    let text = output_of(&["report", "--json", "--input", SNAPSHOT_1_0]);
     assert!(text.contains("\"exits\"") && !text.contains("p50") && !text.contains("histogram"));
     assert!(!text.contains("nested"));
     for snapshot in [SNAPSHOT_1_0, SNAPSHOT_1_1] {
-        let text = printed(&["report", "--json", "--input", snapshot]);
+        let text = output_of(&["report", "--json", "--input", snapshot]);
         assert!(text.contains("\"blocked\": 4890000000"));
         for absent in ["halted", "waiting", "polled"] {
             assert!(!text.contains(absent), "{absent}");
@@ -160,13 +160,14 @@ fn the_report_as_json() {
 
 #[test]
 fn the_reasons() {
-    let text = printed(&["reasons", "--isa", "svm"]);
+    let text = output_of(&["reasons", "--isa", "svm"]);
     assert!(
         text.contains(" 114        0x72  CPUID                      handles it\n"),
         "{text}"
     );
     assert!(!text.contains("EPT_VIOLATION"));
-    let lists: serde_json::Value = serde_json::from_str(&printed(&["reasons", "--json"])).unwrap();
+    let lists: serde_json::Value =
+        serde_json::from_str(&output_of(&["reasons", "--json"])).unwrap();
     assert_eq!(lists[0]["reasons"].as_array().unwrap().len(), 78);
     assert_eq!(lists[1]["isa"], "svm");
 }
@@ -174,9 +175,9 @@ fn the_reasons() {
 #[test]
 fn each_error_is_one_sentence_with_its_remedy() {
     if !Path::new("/dev/exitmeter").exists() {
-        let (status, text) = refused(&["report"]);
+        let (status, text) = error_of(&["report"]);
         assert_eq!(status, Some(1));
-        // The rest is another one where the kernel wants signatures, as with Secure Boot.
+        // The rest differs where the kernel wants signatures, as with Secure Boot.
         assert!(
             text.starts_with("exitmeter: there is no /dev/exitmeter")
                 && text.contains("load")
@@ -184,25 +185,25 @@ fn each_error_is_one_sentence_with_its_remedy() {
             "{text}"
         );
     }
-    let (status, text) = refused(&["report", "--input", "/nowhere"]);
+    let (status, text) = error_of(&["report", "--input", "/nowhere"]);
     assert_eq!(status, Some(1));
     assert_eq!(
         text,
         "exitmeter: cannot read /nowhere: No such file or directory (os error 2)\n"
     );
-    let (status, text) = refused(&["report", "--input", "/proc/self/cmdline"]);
+    let (status, text) = error_of(&["report", "--input", "/proc/self/cmdline"]);
     assert_eq!(status, Some(1));
     assert_eq!(
         text,
         "exitmeter: /proc/self/cmdline: this is not a snapshot of exitmeter\n"
     );
-    let (status, text) = refused(&["report", "--nonsense"]);
+    let (status, text) = error_of(&["report", "--nonsense"]);
     assert_eq!(status, Some(2));
     assert!(text.contains("--nonsense"));
 }
 
 #[test]
-fn a_machine_without_a_meter_is_told_from_one_with() {
+fn guest_without_a_meter_gets_an_error() {
     let output = run(&["guest"]);
     let text = String::from_utf8(output.stderr).unwrap();
     if output.status.success() {
@@ -232,7 +233,7 @@ fn a_closed_pipe_is_quiet() {
 }
 
 #[test]
-fn a_full_disk_is_told() {
+fn full_disk_is_an_error() {
     let full = std::fs::File::create("/dev/full").unwrap();
     let output = exitmeter(&["report", "--input", SNAPSHOT])
         .stdout(full)
@@ -261,18 +262,18 @@ fn every_command_has_examples() {
         "man",
     ];
     for name in names {
-        let text = printed(&[name, "--help"]);
+        let text = output_of(&[name, "--help"]);
         assert!(text.contains("Examples:\n  "), "{text}");
         assert!(text.contains(&format!("exitmeter {name}")), "{text}");
     }
-    assert!(printed(&["--help"]).contains("Exit status:"));
+    assert!(output_of(&["--help"]).contains("Exit status:"));
 }
 
 #[test]
 fn each_command_has_a_page() {
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("man1");
-    assert_eq!(printed(&["man", path.to_str().unwrap()]), "");
+    assert_eq!(output_of(&["man", path.to_str().unwrap()]), "");
     let page = |name: &str| std::fs::read_to_string(path.join(name)).unwrap();
     let whole = page("exitmeter.1");
     for name in [
@@ -283,7 +284,7 @@ fn each_command_has_a_page() {
         assert!(page.contains(".SH \"EXAMPLES\"\n.nf\nexitmeter "), "{page}");
     }
     assert!(whole.contains(".SH \"EXIT STATUS\"\n.nf\n0  it printed"));
-    let (status, text) = refused(&["man", "/proc/nowhere"]);
+    let (status, text) = error_of(&["man", "/proc/nowhere"]);
     assert_eq!(status, Some(1));
     assert!(
         text.starts_with("exitmeter: cannot write to /proc/nowhere: "),
@@ -292,12 +293,12 @@ fn each_command_has_a_page() {
 }
 
 #[test]
-fn shells_complete_it() {
+fn shells_load_the_completions() {
     for shell in ["bash", "zsh", "fish"] {
-        let script = printed(&["completions", shell]);
+        let script = output_of(&["completions", shell]);
         assert!(script.contains("exitmeter") && script.contains("interval"));
     }
-    // Bash itself takes the script, and completes by it.
+    // Bash itself accepts the script, and completes with it.
     let mut bash = Command::new("bash");
     let lines = "eval \"$(\"$1\" completions bash)\"; COMP_WORDS=(exitmeter rep); COMP_CWORD=1; \
                  _exitmeter exitmeter rep exitmeter; echo \"${COMPREPLY[@]}\"";
@@ -306,13 +307,13 @@ fn shells_complete_it() {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "report\n");
 }
 
-/// Where no meter answers, the command is not run.
+/// Without a meter, the command is not run.
 #[test]
-fn without_a_meter_nothing_is_run() {
+fn stat_runs_no_command_without_a_meter() {
     if run(&["guest"]).status.success() {
         return;
     }
-    let (status, text) = refused(&["stat", "--", "echo", "run"]);
+    let (status, text) = error_of(&["stat", "--", "echo", "run"]);
     assert_eq!(status, Some(125));
     assert!(
         text.starts_with("exitmeter: ") && text.lines().count() == 1,

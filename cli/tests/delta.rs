@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What happened between two snapshots, of lives that the module's own ledgers recorded.
+//! Differences between two snapshots, made from the module's own ledgers.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
@@ -22,27 +22,27 @@ use proptest::prelude::*;
 
 const LOADED: u64 = 1_000;
 
-/// A host whose vCPUs come, live and go as a test wants it.
+/// A host whose vCPUs come, live and go on a test's command.
 struct World {
     now: u64,
     loaded: u64,
     life: u64,
     vcpus: BTreeMap<u32, Box<Ledger>>,
     gone: Totals,
-    /// Exits by vCPU and code since the test last asked.
+    /// Exits by vCPU and code since the test last cleared them.
     exits: BTreeMap<(u32, u32), u64>,
 }
 
-/// What happens to a vCPU after some ticks.
+/// Event of a vCPU, after some ticks.
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    /// It exits with a code, and is entered again, this many ticks later.
+    /// Exit with a code, and an entry this many ticks later.
     Exit(u32, u64),
-    /// It exits, is away in a phase, and is entered again.
+    /// Exit, a time in a phase, and an entry.
     Away(u32, Phase, u64),
-    /// It exits, and is away from then on.
+    /// Exit, and no return from a phase.
     Leave(u32, Phase),
-    /// It is no more. One that comes after it with the same number is another one.
+    /// End of the vCPU. A later vCPU with the same number is another one.
     Go,
 }
 
@@ -64,7 +64,7 @@ impl World {
         }
     }
 
-    fn happen(&mut self, vcpu: u32, after: u64, event: Event) {
+    fn apply(&mut self, vcpu: u32, after: u64, event: Event) {
         self.now += after + 1;
         if matches!(event, Event::Go) {
             if let Some(ledger) = self.vcpus.remove(&vcpu) {
@@ -79,7 +79,7 @@ impl World {
             ledger.begin(*now, Phase::User);
             ledger
         });
-        // From wherever it was into the guest.
+        // Bring the vCPU into the guest first.
         if copy(ledger).phase() != Phase::Guest {
             *now += 1;
             ledger.resume(*now);
@@ -166,25 +166,25 @@ fn events() -> impl Strategy<Value = Vec<(u32, u64, Event)>> {
 
 proptest! {
     #[test]
-    fn every_tick_and_every_exit_of_an_interval_is_told_once(
+    fn every_tick_and_exit_of_an_interval_is_in_one_place(
         before in events(),
         after in events(),
         rest in 0_u64..1_000_000,
     ) {
         let mut world = World::new();
         for (vcpu, ticks, event) in before {
-            // A vCPU that goes leaves its number to no other one.
-            world.happen(vcpu, ticks, event);
+            // The number of a vCPU that goes is not used again.
+            world.apply(vcpu, ticks, event);
         }
         world.now += rest;
         let earlier = world.report();
         let there: Vec<u32> = world.vcpus.keys().copied().collect();
         world.exits.clear();
-        // Of the second half, whoever goes does not come back: numbers of vCPUs are used once.
+        // In the second half, too, vCPUs that go do not come back: numbers are used once.
         let mut went = Vec::new();
         for (vcpu, ticks, event) in after {
             if !went.contains(&vcpu) {
-                world.happen(vcpu, ticks, event);
+                world.apply(vcpu, ticks, event);
             }
             if matches!(event, Event::Go) {
                 went.push(vcpu);
@@ -198,7 +198,7 @@ proptest! {
 
         let mut told: BTreeMap<(u32, u32), u64> = BTreeMap::new();
         for vcpu in delta.vms.iter().flat_map(|vm| &vm.vcpus) {
-            // Its ticks sum to the interval, or to its life if that is shorter.
+            // The ticks of a vCPU sum to the interval, or to its life if that is shorter.
             let life = vcpu.last_tsc - vcpu.first_tsc;
             prop_assert_eq!(vcpu.ledger.cycles.sum(), u128::from(life));
             if there.contains(&vcpu.vcpu) {
@@ -213,7 +213,7 @@ proptest! {
                 prop_assert!(spread.quantile(100) <= Some(spread.max));
             }
         }
-        // What is not told of those that run stands with those that are gone.
+        // Exits that are not with the running vCPUs are with those that are gone.
         let sum = |exits: &BTreeMap<(u32, u32), u64>, gone: bool| {
             let of = exits.iter().filter(|((vcpu, _), _)| world.vcpus.contains_key(vcpu) != gone);
             of.map(|(_, exits)| exits).sum::<u64>()
@@ -234,11 +234,11 @@ proptest! {
 #[test]
 fn a_maximum_of_an_interval_is_exact_when_it_grew() {
     let mut world = World::new();
-    world.happen(0, 0, Event::Exit(10, 5_000));
+    world.apply(0, 0, Event::Exit(10, 5_000));
     let first = world.report();
-    world.happen(0, 0, Event::Exit(10, 1_000));
+    world.apply(0, 0, Event::Exit(10, 1_000));
     let second = world.report();
-    world.happen(0, 0, Event::Exit(10, 9_000));
+    world.apply(0, 0, Event::Exit(10, 9_000));
     let third = world.report();
     let spread = |later: &Report, earlier: &Report| {
         let delta = later.since(earlier).unwrap();
@@ -247,16 +247,16 @@ fn a_maximum_of_an_interval_is_exact_when_it_grew() {
         let spread = row.spread.unwrap();
         (spread.max, spread.max_exact, spread.count())
     };
-    // 1001 ticks fall into the bucket from 768 on, and are read as 877.
+    // A cost of 1001 ticks falls into the bucket from 768 on, and is read as 877.
     assert_eq!(spread(&second, &first), (877, false, 1));
     assert_eq!(spread(&third, &second), (9_001, true, 1));
 }
 
 #[test]
-fn a_long_sleep_is_told_in_each_interval() {
+fn a_long_sleep_counts_in_each_interval() {
     let mut world = World::new();
-    world.happen(0, 0, Event::Leave(12, Phase::Halted));
-    world.happen(1, 0, Event::Leave(48, Phase::Waiting));
+    world.apply(0, 0, Event::Leave(12, Phase::Halted));
+    world.apply(1, 0, Event::Leave(48, Phase::Waiting));
     let first = world.report();
     world.now += 1_000_000;
     let second = world.report();
@@ -273,10 +273,10 @@ fn a_long_sleep_is_told_in_each_interval() {
 }
 
 #[test]
-fn snapshots_that_do_not_belong_together_are_refused() {
+fn snapshots_of_different_lives_are_refused() {
     let mut world = World::new();
-    world.happen(0, 0, Event::Exit(10, 5_000));
-    world.happen(0, 0, Event::Exit(10, 5_000));
+    world.apply(0, 0, Event::Exit(10, 5_000));
+    world.apply(0, 0, Event::Exit(10, 5_000));
     let first = world.report();
     world.now += 10;
     let second = world.report();
@@ -297,14 +297,14 @@ fn snapshots_that_do_not_belong_together_are_refused() {
     let anew = world.report().since(&first).unwrap_err();
     assert_eq!(anew, Error::Anew);
     assert_eq!(anew.to_string(), "the meter began anew");
-    // Without a life, as before version 1.2, the time of loading is one.
+    // Without a life, as before version 1.2, the time of loading identifies it.
     world.life = 0;
     let first = world.report();
     world.loaded += 1;
     assert_eq!(world.report().since(&first).unwrap_err(), Error::Anew);
 }
 
-/// A host of 256 vCPUs at 3 GHz that has run for 300 days: their ticks have no room in 64 bits.
+/// On a host of 256 vCPUs at 3 GHz that has run for 300 days, the sums of ticks exceed 64 bits.
 #[test]
 fn sums_of_a_large_host_do_not_wrap() {
     const KHZ: u64 = 3_000_000;
@@ -315,7 +315,7 @@ fn sums_of_a_large_host_do_not_wrap() {
         let ledger: Box<Ledger> = Box::new(unsafe { core::mem::zeroed() });
         ledger.begin(0, Phase::Kernel);
         ledger.entry(1);
-        // A fourth of its life in the guest, a fourth asleep, half in the kernel.
+        // A quarter of its life in the guest, a quarter asleep, half in the kernel.
         ledger.exit(LIFE / 4, reasons::slot(Isa::Vmx, 12));
         ledger.leave(LIFE / 4 + LIFE / 2, Phase::Halted);
         ledger.resume(LIFE);
@@ -376,7 +376,7 @@ fn sums_of_a_large_host_do_not_wrap() {
         values.contains(",0.999999") || values.contains(",1.000000"),
         "{values}"
     );
-    // What the module's sums of those that are gone have no room for stays at the most.
+    // The module's sums of vCPUs that are gone saturate.
     let mut gone = Totals::new();
     gone.fold(&ledger());
     let Full { needed } = write(&mut [], &gone).unwrap_err();

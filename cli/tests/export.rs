@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter export`: its numbers, its ways out, and clients that do not behave.
+//! `exitmeter export`: its numbers, its outputs, and clients that misbehave.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 #![cfg(feature = "export")]
 
@@ -27,13 +27,13 @@ mod host;
 mod server;
 mod tool;
 
-/// Two VMs that run, and one that is gone: see src/meter/tests/snapshot.rs.
+/// Snapshot with two VMs that run and one that is gone: see src/meter/tests/snapshot.rs.
 const SAVED: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.3.bin"
 );
 
-/// Return what a scrape has.
+/// Return the text of a scrape.
 fn metrics(server: &Server) -> String {
     let (head, body) = server.ask("GET /metrics");
     assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
@@ -50,7 +50,7 @@ fn samples(text: &str) -> BTreeMap<String, f64> {
     samples.collect()
 }
 
-/// Return the sum of the samples of a name.
+/// Return the sum of the samples with a name and a label.
 fn sum(samples: &BTreeMap<String, f64>, name: &str, label: &str) -> f64 {
     let of_name = samples
         .iter()
@@ -94,7 +94,7 @@ fn the_numbers_are_those_of_the_report() {
             let exits = found[&format!("exitmeter_exits_total{labels}")];
             assert_eq!(exits, reason["exits"].as_f64().unwrap(), "{labels}");
         }
-        // The phases have all the time up to the snapshot: what runs, too.
+        // The phases cover all the time up to the snapshot, including the present phase.
         let vcpus = vm["vcpus"].as_array().unwrap().iter();
         let life = vcpus.map(|vcpu| {
             let now = report["host"]["snapshot_tsc"].as_f64().unwrap();
@@ -115,7 +115,7 @@ fn the_numbers_are_those_of_the_report() {
 }
 
 #[test]
-fn a_bound_counts_only_what_surely_is_below_it() {
+fn bounds_count_only_exits_surely_below_them() {
     let folder = tempfile::tempdir().unwrap();
     let found = samples(&file(folder.path(), &[SAVED]));
     let at = |reason: &str, bound: &str| {
@@ -132,14 +132,15 @@ fn a_bound_counts_only_what_surely_is_below_it() {
 }
 
 #[test]
-fn labels_that_make_many_series_are_there_when_they_are_asked_for() {
+fn labels_with_many_series_are_optional() {
     let folder = tempfile::tempdir().unwrap();
     let usual = file(folder.path(), &[SAVED]);
     assert!(
         !usual.contains("vcpu=") && !usual.contains("exitmeter_exit_duration"),
         "{usual}"
     );
-    // What a VM adds, by the formula of docs/fleet.md: 11, and for each reason 2, or 3 with time of the VMM.
+    // Series that a VM adds, by the formula of docs/fleet.md: 11, and for each reason 2, or 3 with
+    // time of the VMM.
     let of_one = samples(&usual)
         .into_keys()
         .filter(|name| name.contains("vm=\"kvm-1234\""));
@@ -196,7 +197,7 @@ fn details_are_those_of_why() {
     details.retain(|name, _| name.starts_with("exitmeter_detail_"));
     assert!(due.len() > 30, "{due:?}");
     assert_eq!(details, due);
-    // Not one of them unless it is asked for, nor more than are asked for.
+    // Details are absent unless asked for, and not more than asked for.
     let usual = samples(&file(folder.path(), &[SAVED]));
     assert!(usual.keys().all(|name| !name.contains("detail")));
     let few = samples(&file(folder.path(), &[SAVED, "--details", "3"]));
@@ -208,7 +209,7 @@ fn details_are_those_of_why() {
 }
 
 #[test]
-fn each_format_for_those_who_ask() {
+fn each_format_is_served_on_request() {
     let server = Server::start(&["--created", "--input", SAVED]);
     let (head, text) = server.ask("GET /metrics");
     assert!(
@@ -226,7 +227,7 @@ fn each_format_for_those_who_ask() {
     assert!(open.ends_with("# EOF\n"));
     assert!(open.contains("\n# TYPE exitmeter_exits counter\n"));
     assert!(open.contains("\nexitmeter_exits_created{vm=\"kvm-1234\",reason=\"CPUID\"} "));
-    // The same samples but for the time it took, and what the meter's begin is by the clock.
+    // The samples are equal except for the duration and the meter's start by the clock.
     let same = |text: &str| {
         let mut samples = samples(text);
         samples.retain(|name, _| !name.contains("_created") && !name.contains("_time_seconds"));
@@ -237,7 +238,7 @@ fn each_format_for_those_who_ask() {
 }
 
 #[test]
-fn what_there_is_not_is_said() {
+fn missing_pages_and_taken_ports_are_errors() {
     let server = Server::start(&["--input", SAVED]);
     let (head, body) = server.ask("GET /nothing");
     assert!(head.starts_with("HTTP/1.1 404"), "{head}");
@@ -264,7 +265,7 @@ fn what_there_is_not_is_said() {
 }
 
 #[test]
-fn without_a_meter_there_is_up_alone() {
+fn without_a_meter_only_up_is_served() {
     let server = Server::start(&["--input", "/nowhere"]);
     let found = samples(&metrics(&server));
     assert_eq!(found["exitmeter_up"], 0.0);
@@ -274,11 +275,11 @@ fn without_a_meter_there_is_up_alone() {
 }
 
 #[test]
-fn a_damaged_snapshot_is_no_zero() {
+fn damaged_snapshot_does_not_give_zeros() {
     let folder = tempfile::tempdir().unwrap();
     let bytes = fs::read(SAVED).unwrap();
     let path = folder.path().join("cut");
-    // The last ones lack tables alone.
+    // The last files lack only tables.
     let all = bytes.len();
     for size in [0, 7, 100, 200, 1000, 3000, all - 20_000, all - 1] {
         fs::write(&path, &bytes[..size]).unwrap();
@@ -320,12 +321,12 @@ fn the_page_shows_the_host_without_scripts() {
 }
 
 #[test]
-fn clients_that_hang_read_slowly_or_send_much_hold_up_nobody() {
+fn slow_or_hanging_clients_do_not_block_others() {
     let server = Server::start(&["--input", SAVED]);
-    // More than there is room for.
+    // Open more connections than there is room for.
     let mut hanging: Vec<_> = (0..200).map(|_| server.connect()).collect();
     for stream in &mut hanging[150..] {
-        // Some have asked, and do not read.
+        // Some of them have sent a request, and do not read.
         stream
             .write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
             .unwrap();
@@ -375,7 +376,7 @@ fn clients_that_hang_read_slowly_or_send_much_hold_up_nobody() {
 fn a_socket_of_systemd_is_used() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    // systemd's first socket is file 3, and the process that has it knows by its own number.
+    // systemd's first socket is file 3. LISTEN_PID must be the process that has it.
     let script = format!(
         "LISTEN_FDS=1 LISTEN_PID=$$ exec {} export --input {SAVED} 3<&{}",
         env!("CARGO_BIN_EXE_exitmeter"),
@@ -427,7 +428,7 @@ fn the_file_is_replaced_at_once_or_left_alone() {
     );
 }
 
-/// Write what a host with so many VMs of so many vCPUs gives.
+/// Write the snapshot of a host with so many VMs of so many vCPUs.
 fn large(folder: &Path, vms: u32, vcpus: u32) -> PathBuf {
     let lived = host::lived(200);
     let vm = |number: u32| host::Vm {
@@ -442,7 +443,7 @@ fn large(folder: &Path, vms: u32, vcpus: u32) -> PathBuf {
     path
 }
 
-/// Return the most memory that a process has had, in KiB.
+/// Return the peak memory of a process, in KiB.
 fn memory(process: &Child) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -458,20 +459,20 @@ fn a_vm_that_kvm_destroys_is_left_out_before_its_counters_fall() {
     let folder = tempfile::tempdir().unwrap();
     let path = large(folder.path(), 3, 8);
     let server = Server::start(&["--input", path.to_str().unwrap()]);
-    let told = || {
+    let vcpus_shown = || {
         let found = samples(&metrics(&server));
         let vcpus = found
             .keys()
             .filter(|name| name.starts_with("exitmeter_vm_vcpus"));
         (vcpus.count(), found["exitmeter_vcpus"])
     };
-    assert_eq!(told(), (3, 24.0));
-    // Some vCPUs of each are gone.
+    assert_eq!(vcpus_shown(), (3, 24.0));
+    // Some vCPUs of each VM are gone.
     large(folder.path(), 3, 5);
-    assert_eq!(told(), (0, 15.0));
-    // Two VMs have vCPUs more than they ever had, and one is gone.
+    assert_eq!(vcpus_shown(), (0, 15.0));
+    // Two VMs have more vCPUs than they ever had, and one VM is gone.
     large(folder.path(), 2, 9);
-    assert_eq!(told(), (2, 18.0));
+    assert_eq!(vcpus_shown(), (2, 18.0));
 }
 
 #[test]

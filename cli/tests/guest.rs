@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The guest's table, answered by the module's own code from a saved snapshot, on a CPU whose
-//! every question is an exit as well.
+//! The guest's table, answered by the module's own code from a saved snapshot, on a CPU where each
+//! query is an exit as well.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use exitmeter::{guest::Sweep, output::Look, stat::Counters};
@@ -16,20 +16,20 @@ use exitmeter_meter::{
 
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 
-/// The meter's life.
+/// Life of the meter.
 const LIFE: u64 = 77 << 32 | 5;
 
-/// What a question costs, in kernel ticks.
+/// Cost of a query, in kernel ticks.
 const COST: u64 = 1000;
 
-/// What the host holds of the VM, with the questions that it was asked so far.
+/// Numbers that the host has of the VM, with the queries so far.
 struct Held<'a> {
     rows: Vec<Row<'a>>,
     asked: u64,
 }
 
 impl Held<'_> {
-    /// What it held before it was asked anything.
+    /// Return the numbers before any query.
     fn before(&self) -> Held<'_> {
         let rows = self.rows.clone();
         Held { rows, asked: 0 }
@@ -49,7 +49,7 @@ impl Held<'_> {
 
 impl Numbers for Held<'_> {
     fn exits(&self, slot: Slot) -> u64 {
-        // A question counts itself before it is answered.
+        // A query counts itself before it is answered.
         let own = if Self::is_cpuid(slot) { self.asked } else { 0 };
         self.sum(slot, |row| row.exits()) + own
     }
@@ -57,7 +57,7 @@ impl Numbers for Held<'_> {
         self.sum(slot, |row| row.nested_exits().unwrap())
     }
     fn cycles(&self, phase: Phase, slot: Slot) -> u64 {
-        // Its cost is booked when the guest runs on.
+        // The cost of a query is booked when the guest runs on.
         let own = match phase {
             Phase::Kernel if Self::is_cpuid(slot) => self.asked.saturating_sub(1) * COST,
             _ => 0,
@@ -118,7 +118,7 @@ fn the_guest_reads_what_the_host_holds() {
     }
 }
 
-/// A second reader finds the questions of the first one, and no other difference.
+/// A second reader finds the queries of the first one, and no other difference.
 #[test]
 fn one_sweep_after_the_other_balances() {
     let mut cpu = metered(LeafMap::Map2021);
@@ -142,9 +142,9 @@ fn one_sweep_after_the_other_balances() {
     assert_eq!(place, rows.len());
 }
 
-/// Who takes the CPU for another vendor's still gets each exit right.
+/// A reader that assumes another vendor's CPU still gets each exit right.
 #[test]
-fn a_wrong_guess_costs_three_questions() {
+fn a_wrong_vendor_costs_three_queries() {
     let mut cpu = metered(LeafMap::Map2021);
     let mut meter = Meter::find(&mut cpu, Isa::Svm).unwrap();
     assert_eq!(meter.isa(), Isa::Vmx);
@@ -162,9 +162,9 @@ fn a_wrong_guess_costs_three_questions() {
     );
 }
 
-/// Who asked in vain before, on another way to the same CPU, has those questions taken out as well.
+/// Queries that failed before, in another way on the same CPU, are subtracted as well.
 #[test]
-fn questions_before_the_meter_was_found_are_its_own() {
+fn queries_before_the_meter_was_found_are_subtracted() {
     let mut cpu = metered(LeafMap::Map2021);
     for _ in 0..3 {
         cpu.ask(0x4fff_fff0, 0);
@@ -194,7 +194,7 @@ fn the_table_in_full() {
     );
 }
 
-/// A host whose module does not tell nested exits, or has none to tell.
+/// A host whose module does not report nested exits, or has none.
 #[test]
 fn without_nested_exits_there_is_no_column_of_them() {
     struct Plain(Registers, Metered<'static>);
@@ -226,7 +226,7 @@ fn without_a_meter_there_is_an_error() {
     let read = |map| Sweep::read(&mut metered(map), Isa::Vmx);
     assert!(matches!(read(LeafMap::Off), Err(Error::NoVm)));
 
-    /// A VM of another host.
+    /// A VM on another host.
     struct Elsewhere;
     impl Cpuid for Elsewhere {
         fn ask(&mut self, leaf: u32, _: u32) -> Registers {
@@ -266,7 +266,7 @@ fn without_a_meter_there_is_an_error() {
     );
 }
 
-/// A host whose meter begins anew after so many questions.
+/// A host whose meter begins anew after a number of queries.
 struct Renewed {
     cpu: Metered<'static>,
     after: u64,
@@ -282,12 +282,12 @@ impl Cpuid for Renewed {
 }
 
 #[test]
-fn a_meter_that_begins_anew_is_told() {
+fn a_meter_that_begins_anew_is_an_error() {
     let all = {
         let mut cpu = metered(LeafMap::Map2021);
         Sweep::read(&mut cpu, Isa::Vmx).unwrap().queries
     };
-    // Before it knows the life, and while it reads; after its last question nothing is wrong.
+    // Before the reader knows the life, and while it reads; after its last query nothing is wrong.
     for (after, anew) in [
         (0, false),
         (5, true),
@@ -310,19 +310,19 @@ fn a_meter_that_begins_anew_is_told() {
     }
 }
 
-/// What a command causes while the meter begins anew is not told as a difference.
+/// Counters of two lives have no difference.
 #[test]
-fn two_moments_of_two_lives_have_no_difference() {
-    let moment = |cpu: &mut Renewed| {
-        let mut moment = Counters::new(Isa::Vmx);
-        moment.read(cpu).unwrap();
-        moment
+fn counters_of_two_lives_have_no_difference() {
+    let counters = |cpu: &mut Renewed| {
+        let mut counters = Counters::new(Isa::Vmx);
+        counters.read(cpu).unwrap();
+        counters
     };
     let all = {
         let mut cpu = metered(LeafMap::Map2021);
-        let mut moment = Counters::new(Isa::Vmx);
-        moment.read(&mut cpu).unwrap();
-        moment.queries
+        let mut counters = Counters::new(Isa::Vmx);
+        counters.read(&mut cpu).unwrap();
+        counters.queries
     };
     for (after, known) in [
         // Before the first reading, in it, between the two, in the second one, and never.
@@ -334,9 +334,9 @@ fn two_moments_of_two_lives_have_no_difference() {
     ] {
         let cpu = metered(LeafMap::Map2021);
         let mut cpu = Renewed { cpu, after };
-        let (before, after_it) = (moment(&mut cpu), moment(&mut cpu));
+        let (before, after_it) = (counters(&mut cpu), counters(&mut cpu));
         let rows = after_it.since(&before);
-        // Nothing but the readers' own questions was asked.
+        // The readers' own queries are the only exits.
         assert_eq!(rows.map(|rows| rows.len()), known.then_some(0), "{after}");
     }
 }
@@ -350,7 +350,7 @@ impl Cpuid for First {
         match (leaf, subleaf >> 16) {
             (0x4fff_fff1, _) => answer.eax = 1,
             (0x4fff_fff2, 5..) => return Registers::UNDEFINED,
-            // What KVM itself answers.
+            // KVM itself answers this leaf.
             (0x4fff_fff4, _) => return Registers::default(),
             _ => {}
         }
@@ -359,7 +359,7 @@ impl Cpuid for First {
 }
 
 #[test]
-fn a_host_of_the_first_version_is_read_as_ever() {
+fn a_host_of_the_first_version_is_read() {
     let mut first = First(metered(LeafMap::Map2021));
     let sweep = Sweep::read(&mut first, Isa::Vmx).unwrap();
     assert_eq!((sweep.interface, sweep.life), (1, None));

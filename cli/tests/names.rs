@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! VMs by the names that people gave them: what command lines say, that hostile ones do no harm, and
-//! how a VM is found.
+//! Names of VMs: reading them from command lines, defence against hostile ones, and finding a VM by
+//! name.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
@@ -45,12 +45,12 @@ struct Case {
     expected: Given,
 }
 
-/// Bytes of a line, with `\xNN` for any.
+/// Return the bytes of a line, with `\xNN` for any byte.
 fn bytes(text: &str) -> Vec<u8> {
     unit::unescape(text.as_bytes())
 }
 
-/// Split a line at blanks that are not in ''.
+/// Split a line at blanks outside ''.
 fn words(line: &str) -> Vec<Vec<u8>> {
     let mut words = Vec::new();
     let mut rest = line.trim();
@@ -80,7 +80,7 @@ fn cases() -> Vec<Case> {
         if let Some(line) = line.strip_prefix('$') {
             case.words = words(line);
         } else if let Some(line) = line.strip_prefix("@ ") {
-            // Those of a unit's own are its name; a hostile one stands in the file as a byte.
+            // Escapes of a unit belong to its name; a hostile unit is written as bytes in the file.
             let line = match case.title.starts_with("hostile") {
                 true => bytes(&line.replace(r"\\x", r"\x5cx")),
                 false => line.as_bytes().to_vec(),
@@ -102,7 +102,7 @@ fn given(words: &[Vec<u8>], cgroup: &[u8]) -> Given {
 }
 
 #[test]
-fn command_lines_tell_what_they_should() {
+fn names_are_read_from_command_lines() {
     let cases = cases();
     assert!(cases.len() >= 30, "{}", cases.len());
     for case in cases {
@@ -111,7 +111,7 @@ fn command_lines_tell_what_they_should() {
     }
 }
 
-/// Nothing that a terminal could obey, and no more than there is room for.
+/// Return true if no text has control characters or is too long.
 fn is_harmless(given: &Given) -> bool {
     let Given {
         name,
@@ -134,7 +134,7 @@ fn is_harmless(given: &Given) -> bool {
     })
 }
 
-/// Words of any bytes, among them those that mean something.
+/// Words of any bytes, including the options that the reader knows.
 fn any_word() -> impl Strategy<Value = Vec<u8>> {
     const KNOWN: [&str; 20] = [
         "-name",
@@ -168,7 +168,7 @@ fn any_word() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn whatever_a_command_line_holds_does_no_harm(
+    fn any_command_line_is_harmless(
         words in prop::collection::vec(any_word(), 0..12),
         cgroup in prop::collection::vec(any::<u8>(), 0..64),
         scope in any_word(),
@@ -182,7 +182,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_clean_stays_so(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn clean_text_is_unchanged(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         let text = clean(&bytes);
         prop_assert!(text.chars().count() <= LONGEST);
         prop_assert_eq!(&clean(text.as_bytes()), &text);
@@ -190,7 +190,7 @@ proptest! {
     }
 }
 
-/// A folder as /proc, with processes that are made as the tests want them.
+/// A folder like /proc, with processes that a test made.
 struct Proc(TempDir);
 
 impl Proc {
@@ -204,7 +204,7 @@ impl Proc {
         fs::write(path, bytes).unwrap();
     }
 
-    /// A process that began so many seconds after boot.
+    /// Add a process that began `begun` seconds after boot.
     fn process(&self, pid: u32, begun: u64, command: &[u8]) {
         let stat = format!("{pid} (a) b) S 1{} {} 0", " 0".repeat(17), begun * 100);
         self.file(&format!("{pid}/stat"), stat);
@@ -216,7 +216,7 @@ impl Proc {
         );
     }
 
-    /// As it is so many seconds after boot.
+    /// Return the processes, `now` seconds after boot.
     fn at(&self, now: u64) -> Processes {
         Processes::in_folder(self.0.path())
             .unwrap()
@@ -227,7 +227,7 @@ impl Proc {
 const AGE: Option<Duration> = Some(Duration::from_secs(60));
 
 #[test]
-fn a_process_that_began_after_the_vm_is_another_one() {
+fn a_process_younger_than_the_vm_is_ignored() {
     let proc = Proc::new();
     proc.process(7, 1000, b"qemu-kvm\0-name\0web\0");
     // The VM is 60 s old.
@@ -236,7 +236,7 @@ fn a_process_that_began_after_the_vm_is_another_one() {
         Some("web")
     );
     assert_eq!(proc.at(1030).given(7, AGE), None);
-    // Where the VM's age is not known it cannot be told.
+    // Without the VM's age, it is not possible to tell.
     assert!(proc.at(1030).given(7, None).is_some());
     assert_eq!(proc.at(1065).given(8, AGE), None);
 }
@@ -281,7 +281,7 @@ fn long_and_empty_command_lines() {
             (None, Some("7.service"))
         );
     }
-    // Not as the kernel writes it.
+    // Files that the kernel does not write in this way.
     for stat in [&b""[..], b")", b"7 (x", b"7 (x) S 1", b"7 (x) \xff"] {
         proc.file("7/stat", stat);
         assert_eq!(proc.at(99).given(7, AGE), None);
@@ -289,7 +289,7 @@ fn long_and_empty_command_lines() {
 }
 
 #[test]
-fn a_container_with_pids_of_its_own_is_told_nothing() {
+fn a_container_with_its_own_pids_has_no_names() {
     let proc = Proc::new();
     proc.process(7, 0, b"qemu-kvm\0-name\0web\0");
     let link = |of: &str, inode: u32| {
@@ -298,19 +298,19 @@ fn a_container_with_pids_of_its_own_is_told_nothing() {
         let _ = fs::remove_file(folder.join("pid"));
         std::os::unix::fs::symlink(format!("pid:[{inode}]"), folder.join("pid")).unwrap();
     };
-    let is_told = || Processes::in_folder(proc.0.path()).is_some();
-    assert!(is_told());
+    let is_available = || Processes::in_folder(proc.0.path()).is_some();
+    assert!(is_available());
     link("self", 4_026_532_999);
-    assert!(!is_told());
+    assert!(!is_available());
     // The host's /proc, in a container.
     link("1", 4_026_531_836);
-    assert!(is_told());
+    assert!(is_available());
     link("self", 4_026_531_836);
     link("1", 4_026_532_999);
-    assert!(is_told());
+    assert!(is_available());
 }
 
-/// A snapshot, with a TSC of so many seconds after the first event.
+/// Return a snapshot with a TSC `seconds` after the first event.
 fn snapshot(seconds: u64) -> Vec<u8> {
     let mut bytes = SAVED.to_vec();
     let records = u64::from_le_bytes(*SAVED[88..].first_chunk().unwrap());
@@ -321,7 +321,7 @@ fn snapshot(seconds: u64) -> Vec<u8> {
     bytes
 }
 
-/// The saved VMs with names: `web`, by Proxmox, and one that shall take after the first.
+/// The saved VMs with names: `web`, by Proxmox, and one with a name that imitates the first.
 fn named(name: &[u8]) -> (Proc, Book, Vec<u8>) {
     let proc = Proc::new();
     let web = b"/usr/bin/kvm\0-id\x00103\0-name\0web\0-smbios\0type=1,uuid=1a0d83cb-68fa-4509-aa0c-75ffb16ef4f2\0";
@@ -331,7 +331,7 @@ fn named(name: &[u8]) -> (Proc, Book, Vec<u8>) {
     let bytes = snapshot(30);
     let lines = book.read(&Snapshot::parse(&bytes).unwrap());
     assert_eq!(lines.len(), 2);
-    // Once each.
+    // Each name is returned once.
     assert_eq!(book.read(&Snapshot::parse(&bytes).unwrap()), []);
     (proc, book, bytes)
 }
@@ -403,7 +403,7 @@ fn reports_have_the_names() {
 }
 
 #[test]
-fn a_vm_is_found_by_all_that_it_is_called() {
+fn a_vm_is_found_by_each_of_its_names() {
     let (_proc, book, bytes) = named(b"web-2");
     let report = report(&book, &bytes);
     let found = |vm: &str| {
@@ -440,8 +440,8 @@ fn a_vm_is_found_by_all_that_it_is_called() {
 }
 
 #[test]
-fn nobody_can_pass_for_another_vm() {
-    // The second one calls itself as KVM calls the first: it is not found by that.
+fn a_vm_cannot_imitate_another() {
+    // The second one has KVM's name of the first as its name: it is not found by that.
     let (_proc, book, bytes) = named(b"kvm-1234");
     let all = report(&book, &bytes);
     let known = || all.vms.iter().map(|vm| vm.known());
@@ -453,7 +453,7 @@ fn nobody_can_pass_for_another_vm() {
             .collect::<Vec<_>>(),
         [first]
     );
-    // By its process or its name it can be meant, and so is neither.
+    // A name that is a process or a name of another VM could mean both, so neither is found.
     for name in [&b"1234"[..], b"web"] {
         let (_proc, book, bytes) = named(name);
         let all = report(&book, &bytes);
@@ -535,7 +535,7 @@ fn recordings_keep_the_names() {
 }
 
 #[test]
-fn two_vms_of_a_name_in_a_recording_are_told() {
+fn vms_with_equal_names_in_a_recording_are_distinct() {
     let folder = TempDir::new().unwrap();
     let path = recording(&folder, b"web");
     let path = path.to_str().unwrap();
@@ -564,9 +564,9 @@ fn names_in_a_hostile_recording_do_no_harm() {
     );
 }
 
-/// A process of this machine's, by the real /proc.
+/// A process of this machine, by the real /proc.
 #[test]
-fn a_process_that_runs_tells_its_name() {
+fn a_running_process_has_its_name() {
     let mut child = Command::new("sh")
         .arg0("qemu-system-x86_64")
         .args(["-c", "read -r line", "-name", "guest=a,,b,debug-threads=on"])
@@ -574,7 +574,7 @@ fn a_process_that_runs_tells_its_name() {
         .spawn()
         .unwrap();
     let stat = PathBuf::from(format!("/proc/{}/cmdline", child.id()));
-    // Up to then it is this test's.
+    // Until then it is still this test's program.
     let begun = std::time::Instant::now();
     while !fs::read(&stat).unwrap().starts_with(b"qemu-system") {
         assert!(begun.elapsed() < Duration::from_secs(30));
@@ -587,7 +587,7 @@ fn a_process_that_runs_tells_its_name() {
     let given = processes.given(child.id(), Some(Duration::ZERO)).unwrap();
     assert_eq!(given.name.as_deref(), Some("a,b"));
     assert_eq!(given.manager.as_deref(), Some("qemu"));
-    // It is some seconds old at most, so a VM of an hour is not its.
+    // The process is some seconds old at most, so it has no VM that is an hour old.
     assert_eq!(
         processes.given(child.id(), Some(Duration::from_secs(3600))),
         None

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tool on a kernel of ten years ago, Linux 4.8 of October 2016: one that knows none of the
-//! system calls that came later. The binary is static, so that nothing else of a system matters.
+//! The tool on a kernel of ten years ago, Linux 4.8 of October 2016, without all later system
+//! calls. The binary is static, so that nothing else of a system matters.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
@@ -19,12 +19,12 @@ const SNAPSHOT: &str = concat!(
 );
 const RECORDING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-work.rec");
 
-/// The first system call that Linux 4.8 lacks, pkey_mprotect, and one past those of Linux 7.3
+/// System calls from the first that Linux 4.8 lacks, pkey_mprotect, to one past those of Linux 7.3
 /// (arch/x86/entry/syscalls/syscall_64.tbl).
 const LATER: std::ops::Range<i64> = 329..512;
 
-/// Has what comes later end with ENOSYS, as such a kernel would.
-fn without_what_came_later() -> BpfProgram {
+/// Build a seccomp filter that fails newer system calls with ENOSYS, as an old kernel does.
+fn old_kernel_filter() -> BpfProgram {
     let rules: BTreeMap<i64, _> = LATER.map(|number| (number, Vec::new())).collect();
     let filter = SeccompFilter::new(
         rules,
@@ -36,10 +36,10 @@ fn without_what_came_later() -> BpfProgram {
 }
 
 fn run(program: &str, args: &[&str]) -> Output {
-    let filter = without_what_came_later();
+    let filter = old_kernel_filter();
     let mut command = Command::new(program);
     command.args(args);
-    // SAFETY: The filter is there already; to apply it takes two system calls.
+    // SAFETY: The filter is built already; applying it takes two system calls.
     unsafe {
         command.pre_exec(move || apply_filter(&filter).map_err(io::Error::other));
     }
@@ -47,7 +47,7 @@ fn run(program: &str, args: &[&str]) -> Output {
 }
 
 #[test]
-fn the_tool_does_all_that_it_does() {
+fn the_tool_works_on_an_old_kernel() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (svg, png, html) = (file("a.svg"), file("a.png"), file("a.html"));
@@ -71,7 +71,7 @@ fn the_tool_does_all_that_it_does() {
     for picture in [svg, png, html] {
         assert!(fs::metadata(picture).unwrap().len() > 1000);
     }
-    // And says what is missing in the same words.
+    // It reports what is missing in the same words.
     let output = run(env!("CARGO_BIN_EXE_exitmeter"), &["guest"]);
     let now = Command::new(env!("CARGO_BIN_EXE_exitmeter"))
         .arg("guest")
@@ -80,26 +80,26 @@ fn the_tool_does_all_that_it_does() {
     assert_eq!(output, now);
 }
 
-/// The filter takes away what it should: a call that is as new as that.
+/// Check that the filter works: a newer system call fails.
 #[test]
-fn such_a_kernel_lacks_what_came_later() {
-    let filter = without_what_came_later();
+fn newer_system_calls_fail() {
+    let filter = old_kernel_filter();
     let thread = std::thread::spawn(move || {
         apply_filter(&filter).unwrap();
-        // SAFETY: A call without memory: one file descriptor, which is not open.
+        // SAFETY: The call uses no memory. Its only file descriptor is not open.
         let ret = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, -1, 0, 0, 0) };
         (ret, io::Error::last_os_error().raw_os_error())
     });
     assert_eq!(thread.join().unwrap(), (-1, Some(libc::ENOSYS)));
 }
 
-/// And of its system it needs nothing: neither libraries nor a loader.
+/// The tool needs neither libraries nor a loader.
 #[test]
 fn the_binary_is_static() {
     let bytes = fs::read(env!("CARGO_BIN_EXE_exitmeter")).unwrap();
     let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let half = |at: usize| usize::from(u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap()));
-    // Program headers (the ELF specification): none names an interpreter, PT_INTERP.
+    // Program headers (the ELF specification): none has the type PT_INTERP, an interpreter.
     let (first, size, count) = (word(0x20), half(0x36), half(0x38));
     assert!(count > 0);
     for at in (0..count).map(|number| first + number * size) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The page of `exitmeter export` in a browser: what people see of it, on a screen and on a phone.
+//! The page of `exitmeter export` in a browser, on a screen and on a phone.
 //!
-//! Pictures of all that is looked at are in target/tmp/page afterwards.
+//! The tests leave pictures of all pages in target/tmp/page.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 #![cfg(feature = "export")]
 
@@ -22,20 +22,20 @@ mod browser;
 mod host;
 mod server;
 
-/// Two VMs that run, and one that is gone: see src/meter/tests/snapshot.rs.
+/// Snapshot with two VMs that run and one that is gone: see src/meter/tests/snapshot.rs.
 const SAVED: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.3.bin"
 );
 
-/// A name that a VM's owner can give it.
+/// Name that a VM's owner can give it.
 const HOSTILE: &str = "<script>alert(1)</script>";
 
-/// A size of a window, what it is called, and whether it is one of a phone.
+/// Windows: a name, a size, and true for a phone's.
 const WINDOWS: [(&str, (u32, u32), bool); 2] =
     [("screen", (1280, 800), false), ("phone", (400, 800), true)];
 
-/// What a page has, as the browser has laid it out; `null` while it is still read.
+/// Script that returns the page as laid out by the browser, or `null` while it is still loading.
 const LOOK: &str = r#"(() => {
     if (document.readyState !== "complete") return null;
     const box = (element) => element.getBoundingClientRect();
@@ -80,9 +80,9 @@ fn url(server: &Server) -> String {
     format!("http://{}/", server.address)
 }
 
-/// Return which events tell of what a page must not do: ask for anything besides itself, complain, or run scripts.
+/// Return the events of what a page must not do: load anything else, complain, or run scripts.
 fn complaints<'a>(events: &'a [Value], url: &str) -> Vec<&'a Value> {
-    let is_one = |event: &&Value| {
+    let is_complaint = |event: &&Value| {
         let of = &event["params"];
         match event["method"].as_str().unwrap() {
             "Network.requestWillBeSent" => of["request"]["url"] != url,
@@ -95,55 +95,55 @@ fn complaints<'a>(events: &'a [Value], url: &str) -> Vec<&'a Value> {
             _ => false,
         }
     };
-    events.iter().filter(is_one).collect()
+    events.iter().filter(is_complaint).collect()
 }
 
-/// Fail for complaints, and where the page was not asked for.
-fn nothing_else(events: &[Value], url: &str) {
+/// Fail if there are complaints, or if the page was not requested.
+fn assert_no_complaints(events: &[Value], url: &str) {
     let complaints = complaints(events, url);
     assert!(complaints.is_empty(), "{complaints:?}");
     let is_request = |event: &Value| event["method"] == "Network.requestWillBeSent";
     assert!(events.iter().any(is_request), "{events:?}");
 }
 
-/// Return what a page has that is opened, once nothing is wrong with it.
-fn look(browser: &mut Browser, url: &str) -> Value {
+/// Open a page, and return its contents once nothing is wrong with it.
+fn contents_of(browser: &mut Browser, url: &str) -> Value {
     let events = browser.open(url);
-    nothing_else(&events, url);
-    seen(browser)
+    assert_no_complaints(&events, url);
+    contents(browser)
 }
 
-/// Return what the page has that is open.
-fn seen(browser: &mut Browser) -> Value {
+/// Return the contents of the open page.
+fn contents(browser: &mut Browser) -> Value {
     loop {
-        // While it reads itself again there is none.
-        let seen = browser.value(LOOK);
-        if !seen.is_null() {
-            assert_eq!(seen["faults"], serde_json::json!([]));
+        // While the page reloads, there are none.
+        let contents = browser.value(LOOK);
+        if !contents.is_null() {
+            assert_eq!(contents["faults"], serde_json::json!([]));
             assert!(
-                seen["taken"].as_u64() <= seen["room"].as_u64(),
+                contents["taken"].as_u64() <= contents["room"].as_u64(),
                 "{} pixels wide in a window of {}",
-                seen["taken"],
-                seen["room"]
+                contents["taken"],
+                contents["room"]
             );
-            return seen;
+            return contents;
         }
         thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// Look at a page in each window.
-fn in_each_window(name: &str, server: &Server, check: impl Fn(&Value)) {
+/// Check a page in each window.
+fn check_in_each_window(name: &str, server: &Server, check: impl Fn(&Value)) {
     let mut browser = Browser::start();
     for (window, size, is_phone) in WINDOWS {
         browser.size(size, is_phone);
-        let seen = look(&mut browser, &url(server));
+        let contents = contents_of(&mut browser, &url(server));
         browser.screenshot(&pictures().join(format!("{name}-{window}.png")));
-        check(&seen);
+        check(&contents);
     }
 }
 
-/// Return the column of a table that has a title.
+/// Return the column of a table by its title.
 fn column<'a>(table: &'a Value, title: &str) -> Vec<&'a str> {
     let lines = table.as_array().unwrap();
     let titles = lines[0].as_array().unwrap();
@@ -152,7 +152,7 @@ fn column<'a>(table: &'a Value, title: &str) -> Vec<&'a str> {
     cells.collect()
 }
 
-/// A host of 30 VMs that is read again and again.
+/// A host of 30 VMs that is read repeatedly.
 struct Busy {
     folder: TempDir,
     server: Server,
@@ -167,7 +167,7 @@ impl Busy {
         Self { folder, server }
     }
 
-    /// Write what it has in its so-manieth reading.
+    /// Write its snapshot for a reading.
     fn write(path: &Path, reading: u64, vms: u64) {
         let idle = host::lived(40 + 10 * reading);
         let busy = host::lived(200 + 1500 * reading + 700 * (reading % 2));
@@ -188,12 +188,12 @@ impl Busy {
         self.folder.path().join("snapshot")
     }
 
-    /// Let the page see some readings.
+    /// Let the page collect some readings.
     fn live(&self) {
         for reading in 0..5 {
             Self::write(&self.path(), reading, 30);
             self.server.ask("GET /");
-            // What is younger than a second is shown again.
+            // Readings within a second are the same one.
             thread::sleep(Duration::from_millis(1100));
         }
     }
@@ -203,11 +203,11 @@ impl Busy {
 fn a_busy_host_is_shown_whole() {
     let host = Busy::new();
     host.live();
-    in_each_window("busy", &host.server, |seen| {
-        assert_eq!(seen["svgs"], 3);
-        let vms = column(&seen["vms"], "VM");
+    check_in_each_window("busy", &host.server, |contents| {
+        assert_eq!(contents["svgs"], 3);
+        let vms = column(&contents["vms"], "VM");
         assert_eq!(vms.len(), 20);
-        // The three busy ones lead.
+        // The three busy VMs come first.
         for name in [
             "web-frontend-of-the-shop-in-europe-0001.example",
             "db-1",
@@ -215,10 +215,10 @@ fn a_busy_host_is_shown_whole() {
         ] {
             assert!(vms[..3].contains(&name), "{vms:?}");
         }
-        let rates = column(&seen["vms"], "exits/s");
+        let rates = column(&contents["vms"], "exits/s");
         assert!(!rates.contains(&"-"), "{rates:?}");
-        assert_eq!(column(&seen["reasons"], "reason").len(), 20);
-        let text = seen["text"].as_str().unwrap();
+        assert_eq!(column(&contents["reasons"], "reason").len(), 20);
+        let text = contents["text"].as_str().unwrap();
         assert!(text.contains("VMs, 20 of 30"), "{text}");
     });
 }
@@ -226,10 +226,10 @@ fn a_busy_host_is_shown_whole() {
 #[test]
 fn a_host_that_is_seen_for_the_first_time_is_shown_whole() {
     let server = Server::start(&["--input", SAVED]);
-    in_each_window("first", &server, |seen| {
-        assert_eq!(seen["svgs"], 3);
-        assert_eq!(column(&seen["vms"], "VM"), ["kvm-1234", "kvm-1300"]);
-        let reasons = column(&seen["reasons"], "reason");
+    check_in_each_window("first", &server, |contents| {
+        assert_eq!(contents["svgs"], 3);
+        assert_eq!(column(&contents["vms"], "VM"), ["kvm-1234", "kvm-1300"]);
+        let reasons = column(&contents["reasons"], "reason");
         assert!(reasons.contains(&"EXTERNAL_INTERRUPT"), "{reasons:?}");
     });
 }
@@ -240,18 +240,18 @@ fn a_host_without_vms_says_so() {
     let path = folder.path().join("snapshot");
     host::write(&path, 25 * host::SECOND, &[]);
     let server = Server::start(&["--input", path.to_str().unwrap()]);
-    in_each_window("none", &server, |seen| {
-        let text = seen["text"].as_str().unwrap();
+    check_in_each_window("none", &server, |contents| {
+        let text = contents["text"].as_str().unwrap();
         assert!(text.contains("No VM runs"), "{text}");
-        assert_eq!(seen["svgs"], 0);
+        assert_eq!(contents["svgs"], 0);
     });
 }
 
 #[test]
 fn a_host_without_a_meter_says_why() {
     let server = Server::start(&["--input", "/nowhere"]);
-    in_each_window("error", &server, |seen| {
-        let text = seen["text"].as_str().unwrap();
+    check_in_each_window("error", &server, |contents| {
+        let text = contents["text"].as_str().unwrap();
         assert!(text.contains("cannot read /nowhere"), "{text}");
     });
 }
@@ -268,8 +268,8 @@ fn a_name_that_is_a_script_is_text() {
     };
     host::write(&path, 25 * host::SECOND, &[vm]);
     let server = Server::start(&["--input", path.to_str().unwrap()]);
-    in_each_window("hostile", &server, |seen| {
-        assert_eq!(column(&seen["vms"], "VM"), [HOSTILE]);
+    check_in_each_window("hostile", &server, |contents| {
+        assert_eq!(column(&contents["vms"], "VM"), [HOSTILE]);
     });
 }
 
@@ -278,14 +278,14 @@ fn the_page_reads_itself_again() {
     let host = Busy::new();
     let mut browser = Browser::start();
     let url = url(&host.server);
-    let first = look(&mut browser, &url);
+    let first = contents_of(&mut browser, &url);
     assert_eq!(column(&first["vms"], "VM").len(), 20);
     Busy::write(&host.path(), 1, 2);
-    // Nobody does anything. The first load may have begun before the file was there.
+    // Only wait. The first load may have begun before the file existed.
     for _ in 0..2 {
-        nothing_else(&browser.loaded(), &url);
+        assert_no_complaints(&browser.loaded(), &url);
     }
-    let now = seen(&mut browser);
+    let now = contents(&mut browser);
     let mut vms = column(&now["vms"], "VM");
     vms.sort_unstable();
     assert_eq!(
@@ -321,9 +321,12 @@ fn a_page_with_faults_is_caught() {
         let is_told = complaints.iter().any(|event| event["method"] == method);
         assert!(is_told, "{method}: {events:?}");
     }
-    let seen = browser.value(LOOK);
-    assert!(seen["taken"].as_u64() > seen["room"].as_u64(), "{seen}");
-    let faults = seen["faults"].to_string();
+    let contents = browser.value(LOOK);
+    assert!(
+        contents["taken"].as_u64() > contents["room"].as_u64(),
+        "{contents}"
+    );
+    let faults = contents["faults"].to_string();
     for fault in [
         "'over' lies over 'under'",
         "'cut off' is cut off",

@@ -16,7 +16,7 @@ const INTEL: &str = concat!(
     "/tests/recordings/intel-boot.rec"
 );
 
-/// With details.
+/// Recording with details.
 const WHY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-why.rec");
 
 fn plot(arguments: &[&str]) -> Output {
@@ -24,8 +24,8 @@ fn plot(arguments: &[&str]) -> Output {
     command.arg("plot").args(arguments).output().unwrap()
 }
 
-/// What a run that fails says.
-fn refused(arguments: &[&str]) -> String {
+/// Return the message of a run that fails.
+fn error_of(arguments: &[&str]) -> String {
     let output = plot(arguments);
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty());
@@ -41,7 +41,7 @@ fn each_kind_in_each_format() {
             ("x.png", "\u{fffd}PNG"),
             ("x.HTML", "<!DOCTYPE html>"),
         ] {
-            // Pixels are made of the same lines.
+            // Pixels are drawn from the same lines.
             if name == "x.png" && kind != "latency" {
                 continue;
             }
@@ -83,7 +83,7 @@ fn a_recording_with_details_has_two_pictures_more() {
     ] {
         assert!(page.contains(cell), "{cell}");
     }
-    // A list of symbols names code of the slow exits.
+    // A list of symbols names the code of slow exits.
     let symbols = folder.path().join("System.map");
     fs::write(&symbols, "ffffffff81000000 T _text\n").unwrap();
     let symbols = symbols.to_str().unwrap();
@@ -105,14 +105,14 @@ fn a_recording_with_details_has_two_pictures_more() {
 fn a_recording_without_details_says_how_to_have_them() {
     for kind in ["details", "slow"] {
         assert_eq!(
-            refused(&[INTEL, "-o", "x.svg", "--kind", kind]),
+            error_of(&[INTEL, "-o", "x.svg", "--kind", kind]),
             format!(
                 "exitmeter: {INTEL} has no details: they were off while it was recorded; \
                  'exitmeter record --why' turns them on\n"
             )
         );
         assert_eq!(
-            refused(&[WHY, "-o", "x.svg", "--kind", kind, "--reason", "TASK_SWITCH"]),
+            error_of(&[WHY, "-o", "x.svg", "--kind", kind, "--reason", "TASK_SWITCH"]),
             format!(
                 "exitmeter: there is no {} by TASK_SWITCH in that part of {WHY}: draw another part, or \
                  another reason\n",
@@ -120,7 +120,7 @@ fn a_recording_without_details_says_how_to_have_them() {
             )
         );
     }
-    let text = refused(&[WHY, "-o", "x.svg", "--reason", "MSR_WRITE"]);
+    let text = error_of(&[WHY, "-o", "x.svg", "--reason", "MSR_WRITE"]);
     assert!(
         text.starts_with("exitmeter: no exit reason of svm is called 'MSR_WRITE'"),
         "{text}"
@@ -171,20 +171,20 @@ fn a_recording_that_was_cut_off_is_drawn_with_a_warning() {
 #[test]
 fn each_error_is_one_sentence_with_its_remedy() {
     assert_eq!(
-        refused(&[INTEL, "-o", "x.gif"]),
+        error_of(&[INTEL, "-o", "x.gif"]),
         "exitmeter: cannot tell from the name x.gif what to write: let it end in .svg, .png or \
          .html, or say --format\n"
     );
     assert_eq!(
-        refused(&["/etc/passwd", "-o", "x.svg"]),
+        error_of(&["/etc/passwd", "-o", "x.svg"]),
         "exitmeter: /etc/passwd: this is not a recording of exitmeter: make one with `exitmeter \
          record`\n"
     );
     assert_eq!(
-        refused(&[INTEL, "-o", "/nowhere/x.svg"]),
+        error_of(&[INTEL, "-o", "/nowhere/x.svg"]),
         "exitmeter: cannot write /nowhere/x.svg: No such file or directory (os error 2)\n"
     );
-    let text = refused(&[INTEL, "-o", "x.svg", "--vm", "other"]);
+    let text = error_of(&[INTEL, "-o", "x.svg", "--vm", "other"]);
     assert!(text.ends_with("; those in it are kvm-99\n"), "{text}");
     let output = plot(&[INTEL]);
     assert_eq!(output.status.code(), Some(2));

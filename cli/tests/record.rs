@@ -22,7 +22,7 @@ mod ioctl;
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 const OTHER: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.0.bin");
 
-/// A folder with a file that stands for the device, and another snapshot.
+/// Create a folder with a file that stands for the device, and another snapshot.
 fn folder() -> TempDir {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("device"), SNAPSHOT).unwrap();
@@ -30,10 +30,10 @@ fn folder() -> TempDir {
     folder
 }
 
-/// `exitmeter record -o FILE`, each 10 ms, in a folder.
+/// Prepare `exitmeter record -o FILE`, each 10 ms, in a folder.
 fn record(folder: &TempDir, arguments: &[&str]) -> Command {
-    // A test may run where signals are ignored, as in the background of a script, and what runs
-    // there leaves them so.
+    // A test may run where signals are ignored, as in the background of a script, and its children
+    // inherit that.
     let mut command = Command::new("env");
     command.args(["--default-signal", env!("CARGO_BIN_EXE_exitmeter")]);
     let file = ["record", "-o", "file.rec", "--input", "device"];
@@ -49,7 +49,7 @@ fn file(folder: &TempDir) -> PathBuf {
     folder.path().join("file.rec")
 }
 
-/// The snapshots of a recording, and how it ended.
+/// Return the snapshots of a recording, and its ending.
 fn read(file: &Path) -> (Vec<Vec<u8>>, Option<Ending>) {
     let bytes = fs::read(file).unwrap();
     let mut reader = Reader::new(&bytes).unwrap();
@@ -67,7 +67,7 @@ fn words(output: &Output) -> String {
 #[test]
 fn a_command_is_recorded_from_before_it_starts_until_it_has_ended() {
     let folder = folder();
-    // The last change is made as the last thing.
+    // The command makes its change as the last thing.
     let begun = Instant::now();
     let change = "sleep 0.1; echo out; mv other device; exit 3";
     let output = record(&folder, &["--", "sh", "-c", change])
@@ -80,7 +80,7 @@ fn a_command_is_recorded_from_before_it_starts_until_it_has_ended() {
         ending,
         Some(Ending::Told("the command ended with status 3".to_owned()))
     );
-    // Not fewer than a busy machine allows, and not more than there was time for.
+    // A busy machine takes fewer snapshots; no machine takes more than there was time for.
     let most = begun.elapsed().as_millis() / 10 + 3;
     let count = snapshots.len();
     assert!(
@@ -109,7 +109,7 @@ fn a_command_is_recorded_from_before_it_starts_until_it_has_ended() {
 }
 
 #[test]
-fn one_life_of_the_meter_is_nothing_to_tell() {
+fn one_life_of_the_meter_is_not_mentioned() {
     let folder = folder();
     let output = record(&folder, &["--", "true"]).output().unwrap();
     let told = words(&output);
@@ -140,13 +140,13 @@ fn the_exit_status_is_the_commands() {
         text.contains("cannot run /etc/passwd: Permission denied"),
         "{text}"
     );
-    // The device goes while the command runs: it runs on to its end all the same.
+    // The command runs to its end although the device goes meanwhile.
     let (code, text) = status(&["--", "sh", "-c", "rm device; sleep 0.2; touch ended"]);
     let words = "exitmeter: cannot read device: No such file or directory (os error 2)\n";
     assert_eq!((code, text.as_str()), (125, words));
     assert!(folder.path().join("ended").exists());
     assert_eq!(read(&file(&folder)).1, Some(Ending::Cut));
-    // Nothing to record: it does not run at all.
+    // With nothing to record, the command does not run.
     assert_eq!(status(&["--", "touch", "run"]).0, 125);
     assert!(!folder.path().join("run").exists());
     let (code, _) = status(&[]);
@@ -156,7 +156,7 @@ fn the_exit_status_is_the_commands() {
 #[test]
 fn details_are_turned_on_for_as_long_as_it_records() {
     let folder = folder();
-    // Without the right to it nothing is run, and what the file held is not lost.
+    // Without the right to details, nothing is run, and the file keeps its contents.
     fs::write(file(&folder), "kept").unwrap();
     for (errno, told) in [
         (
@@ -197,7 +197,7 @@ fn details_are_turned_on_for_as_long_as_it_records() {
 }
 
 #[test]
-fn what_is_no_snapshot_is_not_recorded() {
+fn other_files_are_not_recorded() {
     let folder = folder();
     fs::write(folder.path().join("device"), "words").unwrap();
     let output = record(&folder, &[]).output().unwrap();
@@ -210,7 +210,7 @@ fn what_is_no_snapshot_is_not_recorded() {
 }
 
 #[test]
-fn a_file_that_cannot_be_written_is_told() {
+fn an_unwritable_file_is_an_error() {
     let folder = folder();
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
     let arguments = ["record", "--input", "device", "-o", "/dev/full"];
@@ -224,7 +224,7 @@ fn a_file_that_cannot_be_written_is_told() {
     assert_eq!(words(&output), told);
 }
 
-/// Waits until a recording has so many bytes.
+/// Wait until a recording has so many bytes.
 fn wait_for(file: &Path, bytes: u64) {
     let begun = Instant::now();
     while fs::metadata(file).map_or(0, |file| file.len()) < bytes {
@@ -259,13 +259,13 @@ fn a_signal_ends_a_recording_without_a_command() {
 }
 
 #[test]
-fn a_signal_is_the_commands_to_obey() {
+fn signals_are_passed_on_to_the_command() {
     let folder = folder();
     let trap = "trap 'echo obeyed; exit 5' TERM; while :; do sleep 0.02; done";
     let mut command = record(&folder, &["-q", "--", "sh", "-c", trap]);
     let child = command.stdout(Stdio::piped()).spawn().unwrap();
     wait_for(&file(&folder), 1500);
-    // The first is Ctrl-C, which the command would get from the terminal, too.
+    // The first signal is Ctrl-C, which the command would also get from the terminal.
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     let output = child.wait_with_output().unwrap();
@@ -281,7 +281,7 @@ fn a_signal_is_the_commands_to_obey() {
 }
 
 #[test]
-fn after_nohup_a_hangup_is_nobodys_business() {
+fn after_nohup_a_hangup_is_ignored() {
     let folder = folder();
     let mut command = Command::new("sh");
     let words = format!(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter report` in all its forms: narrow, as CSV, of a part, of an interval, in colours.
+//! `exitmeter report` in all its forms: narrow, as CSV, selected, by intervals, in colours.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
@@ -24,12 +24,12 @@ mod tool;
 
 const SAVED: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 
-/// Header: TSC of the snapshot, vCPUs not metered, where records begin, the meter's life.
+/// Header: TSC of the snapshot, vCPUs not metered, offset of the records, the meter's life.
 const NOW: usize = 40;
 const UNMETERED: usize = 56;
 const RECORDS: usize = 88;
 const LIFE: usize = 120;
-/// A record's TSC of its latest transition, and its first row's exits and guest's ticks.
+/// A record: TSC of its latest transition, and its first row's exits and guest ticks.
 const LAST: usize = 32;
 const EXITS: usize = 112 + 8;
 const GUEST: usize = 112 + 16;
@@ -39,7 +39,7 @@ fn add(bytes: &mut [u8], offset: usize, more: u64) {
     *number = (u64::from_le_bytes(*number).wrapping_add(more)).to_le_bytes();
 }
 
-/// The saved snapshot, and what it was one second later: after 1000 more exits of the first vCPU
+/// Write the saved snapshot, and another one second later: after 1000 more exits of the first vCPU
 /// and 30 ms in its guest, of which 20 ms are booked.
 fn two(folder: &TempDir) -> [PathBuf; 2] {
     let mut later = SAVED.to_vec();
@@ -60,8 +60,8 @@ fn report(arguments: &[&str]) -> Command {
     exitmeter(&[&["report"], arguments].concat())
 }
 
-/// What it prints of the saved snapshot.
-fn printed(arguments: &[&str]) -> String {
+/// Return the output for the saved snapshot.
+fn output_of(arguments: &[&str]) -> String {
     let folder = TempDir::new().unwrap();
     let [before, _] = two(&folder);
     let mut command = report(arguments);
@@ -90,15 +90,15 @@ fn eighty_columns_are_enough() {
 
 #[test]
 fn a_part_of_the_report() {
-    let whole = printed(&[]);
+    let whole = output_of(&[]);
     for vm in ["1234", "kvm-1234"] {
-        let part = printed(&["--vm", vm]);
+        let part = output_of(&["--vm", vm]);
         assert!(part.contains("\nkvm-1234, process 1234: 13,124 exits, 525/s, 2 vCPUs\n"));
         assert!(!part.contains("kvm-1300") && !part.contains("gone:"));
         assert!(part.lines().all(|line| whole.contains(line)));
     }
-    // Of the vCPUs with this id; the VM's numbers are then their sums.
-    let part = printed(&["--vcpu", "1"]);
+    // The numbers of the VM are the sums of the selected vCPU only.
+    let part = output_of(&["--vcpu", "1"]);
     assert!(
         part.contains("\nkvm-1234, process 1234: 530 exits"),
         "{part}"
@@ -119,23 +119,23 @@ fn a_part_of_the_report() {
 }
 
 #[test]
-fn each_order_puts_its_most_first() {
+fn each_order_sorts_the_greatest_first() {
     let first = |sort: &str| {
-        let text = printed(&["--csv", "--sort", sort]);
+        let text = output_of(&["--csv", "--sort", sort]);
         let line = text.lines().nth(1).unwrap();
         line.split(',').nth(8).unwrap().to_owned()
     };
     assert_eq!(first("cycles"), "EXTERNAL_INTERRUPT");
     assert_eq!(first("exits"), "EXTERNAL_INTERRUPT");
     assert_eq!(first("p99"), "HLT");
-    let text = printed(&["--csv", "--sort", "exits"]);
+    let text = output_of(&["--csv", "--sort", "exits"]);
     let second = text.lines().nth(2).unwrap();
     assert!(second.contains(",MSR_WRITE,4765,"));
 }
 
 #[test]
 fn comma_separated_values() {
-    let text = printed(&["--csv"]);
+    let text = output_of(&["--csv"]);
     let lines: Vec<Vec<_>> = text.lines().map(|line| line.split(',').collect()).collect();
     assert!(lines.iter().all(|line| line.len() == lines[0].len()));
     let column = |title| lines[0].iter().position(|field| *field == title).unwrap();
@@ -237,7 +237,7 @@ fn intervals_go_on_until_nobody_reads() {
     };
     assert_eq!((exits(), exits()), (0, 0));
     fs::rename(after, before).unwrap();
-    // What is new is told once.
+    // A change is reported once.
     let told = (0..1000).find_map(|_| Some(exits()).filter(|exits| *exits != 0));
     assert_eq!((told, exits()), (Some(1000), 0));
     drop(lines);
@@ -245,11 +245,11 @@ fn intervals_go_on_until_nobody_reads() {
     assert!(output.status.success() && output.stderr.is_empty());
 }
 
-/// A new life is told, and what comes after it counts from there.
+/// A new life is reported, and the next interval counts from there.
 #[test]
 fn intervals_go_on_when_the_meter_begins_anew() {
-    // The module is loaded again; or its clock is set back, as that of an older one when the host
-    // woke from a sleep.
+    // The module is loaded again; or its clock is set back, as an older module's was when the host
+    // woke from sleep.
     let anew: [fn(&mut [u8]); 2] = [
         |bytes| add(bytes, LIFE, 1),
         |bytes| add(bytes, NOW, 1_u64.wrapping_neg()),
@@ -279,7 +279,7 @@ fn intervals_go_on_when_the_meter_begins_anew() {
             told.next().unwrap().unwrap(),
             "exitmeter: the meter began anew; the next interval counts from here"
         );
-        // 1000 more exits, of the new life.
+        // 1000 more exits, in the new life.
         let mut bytes = fs::read(after).unwrap();
         anew(&mut bytes);
         fs::write(&later, bytes).unwrap();
@@ -294,7 +294,7 @@ fn intervals_go_on_when_the_meter_begins_anew() {
 
 #[test]
 fn the_count_ends_the_intervals() {
-    let text = printed(&["--json", "--interval", "0.01", "--count", "3"]);
+    let text = output_of(&["--json", "--interval", "0.01", "--count", "3"]);
     assert_eq!(text.lines().count(), 3);
     let output = report(&["--count", "3"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
@@ -302,7 +302,7 @@ fn the_count_ends_the_intervals() {
     assert_eq!(output.status.code(), Some(2));
 }
 
-/// Runs it on a terminal of so many columns.
+/// Run it on a terminal of this width.
 fn on_a_terminal(columns: u16, change: impl FnOnce(&mut Command) -> &mut Command) -> String {
     let folder = TempDir::new().unwrap();
     let [before, _] = two(&folder);
@@ -323,7 +323,7 @@ fn on_a_terminal(columns: u16, change: impl FnOnce(&mut Command) -> &mut Command
     let mut child = command.spawn().unwrap();
     drop(command);
     let mut bytes = Vec::new();
-    // Linux says EIO when the other side is closed.
+    // Linux returns EIO once the other side is closed.
     let _ = File::from(terminal).read_to_end(&mut bytes);
     assert!(child.wait().unwrap().success());
     String::from_utf8(bytes).unwrap().replace('\r', "")
@@ -349,7 +349,7 @@ fn colors_are_for_terminals() {
     assert_eq!(plain, include_str!("report-80.txt"));
     let plain = on_a_terminal(200, |command| command.arg("--color=never"));
     assert_eq!(plain, include_str!("report.txt"));
-    let forced = printed(&["--color=always"]);
+    let forced = output_of(&["--color=always"]);
     assert_ne!(forced, include_str!("report.txt"));
     assert_eq!(without_colors(&forced), include_str!("report.txt"));
 }

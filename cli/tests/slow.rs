@@ -22,7 +22,7 @@ const WITHOUT_TABLES: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.2.bin"
 );
-/// TSC of the snapshot, its frequency, and how far the culprit lies before it.
+/// TSC of the snapshot, its frequency, and the distance of the culprit before it.
 const NOW: u64 = 60_000_000_000;
 const KHZ: u64 = 2_400_000;
 
@@ -35,12 +35,12 @@ fn printed(arguments: &[&str]) -> String {
     succeeded(slow(arguments))
 }
 
-/// The exit status, and what is said of a failure.
-fn refused(arguments: &[&str]) -> (Option<i32>, String) {
+/// Return the exit status and the message of a failure.
+fn error_of(arguments: &[&str]) -> (Option<i32>, String) {
     failed(slow(arguments))
 }
 
-/// The saved snapshot, as if it had been written at 2026-11-27 12:00:00 UTC.
+/// The saved snapshot, with a file time of 2026-11-27 12:00:00 UTC.
 struct Saved {
     _folder: TempDir,
     path: PathBuf,
@@ -65,7 +65,7 @@ impl Saved {
     }
 }
 
-/// The lines of a table from that of titles on, each by its cells.
+/// Return the lines of a table from the titles on, each as its cells.
 fn table<'a>(printed: &'a str, title: &str) -> Vec<Vec<&'a str>> {
     let lines = printed.lines().skip_while(|line| !line.starts_with(title));
     let lines = lines.skip(1).take_while(|line| !line.is_empty());
@@ -108,8 +108,8 @@ fn the_slowest_exits_with_their_phases() {
             "outs"
         ]
     );
-    // 9 waits for the host, then the preempted ones; the longest first. The guest's own sleep, 3750
-    // us of each HLT, is none of them.
+    // 9 waits for the host, then the preempted exits, the longest first. The guest's own sleep,
+    // 3750 us of each HLT, does not count.
     for row in &rows[1..10] {
         assert_eq!(row[1], "0");
         assert!(row[2].starts_with("EPT_VIOLATION "), "{row:?}");
@@ -117,7 +117,7 @@ fn the_slowest_exits_with_their_phases() {
         let numbers = ["837.4", "4.1", "0", "833.3", "0", "0", "1"];
         assert_eq!(row[5..], numbers);
     }
-    // The first one of them came to another CPU, and the others stayed there.
+    // The first of these exits moved to another CPU, and the others stayed there.
     let cpus: Vec<_> = rows[1..10].iter().map(|row| row[4]).collect();
     assert_eq!(cpus.iter().filter(|cpu| **cpu == "3->5").count(), 1);
     assert_eq!(cpus.iter().filter(|cpu| **cpu == "5").count(), 8);
@@ -129,7 +129,7 @@ fn the_slowest_exits_with_their_phases() {
 }
 
 #[test]
-fn the_time_on_the_wall_is_that_of_the_exit() {
+fn the_time_shown_is_that_of_the_exit() {
     let saved = Saved::new(SAVED);
     let json: Value = serde_json::from_str(&printed(&["--json", saved.path()])).unwrap();
     let ring = &json["vms"][0]["rings"][0];
@@ -161,7 +161,7 @@ fn the_time_on_the_wall_is_that_of_the_exit() {
 }
 
 #[test]
-fn a_ring_tells_what_came_before_the_culprit() {
+fn a_ring_has_the_exits_before_the_culprit() {
     let saved = Saved::new(SAVED);
     let printed = printed(&["--ring", "--limit", "3", "--vm", "1234", saved.path()]);
     let rows = table(&printed, "kvm-1234, process 1234, vCPU 0: ring, frozen");
@@ -183,7 +183,7 @@ fn code_has_its_symbol() {
     let printed = printed(&["--vm", "kvm-1234", "--symbols", symbols, saved.path()]);
     let rows = table(&printed, "kvm-1234, process 1234");
     assert_eq!(rows[1][3], "fault_in+0x10");
-    let (status, said) = refused(&["--symbols", symbols, saved.path()]);
+    let (status, said) = error_of(&["--symbols", symbols, saved.path()]);
     assert_eq!(status, Some(1));
     assert!(said.contains("name the guest by --vm"), "{said}");
 }
@@ -203,7 +203,7 @@ fn values_are_a_line_for_each_exit() {
         assert!(line.contains(",EPT_VIOLATION,"), "{line}");
         assert!(line.contains(",5,2009800,9800,0,2000000,0,0,1,"), "{line}");
     }
-    // The first one of them came to another CPU, and the others stayed there.
+    // The first of these exits moved to another CPU, and the others stayed there.
     let moved = slowest.iter().filter(|line| line.contains(",3,5,2009800,"));
     assert_eq!(moved.count(), 1);
     let stayed = slowest.iter().filter(|line| line.contains(",5,5,2009800,"));
@@ -217,32 +217,32 @@ fn values_are_a_line_for_each_exit() {
 }
 
 #[test]
-fn what_there_is_not_is_told() {
+fn missing_slow_exits_are_an_error() {
     let saved = Saved::new(SAVED);
-    let (status, said) = refused(&[WITHOUT_TABLES]);
+    let (status, said) = error_of(&[WITHOUT_TABLES]);
     assert_eq!(status, Some(1));
     assert!(
         said.contains("has no slow exits: details were off"),
         "{said}"
     );
-    let (_, said) = refused(&["--vm", "999", saved.path()]);
+    let (_, said) = error_of(&["--vm", "999", saved.path()]);
     assert!(
         said.contains("those that run are kvm-1234, kvm-1300"),
         "{said}"
     );
-    let (_, said) = refused(&["--reason", "NPF", saved.path()]);
+    let (_, said) = error_of(&["--reason", "NPF", saved.path()]);
     assert!(said.contains("no exit reason of vmx"), "{said}");
-    let (_, said) = refused(&["--device", "/nowhere"]);
+    let (_, said) = error_of(&["--device", "/nowhere"]);
     assert!(
         said.starts_with("exitmeter: cannot read /nowhere"),
         "{said}"
     );
-    // A device whose details are off is told before they are turned on.
-    let (_, said) = refused(&["--device", WITHOUT_TABLES]);
+    // A device without details is refused before they are turned on.
+    let (_, said) = error_of(&["--device", WITHOUT_TABLES]);
     assert!(
         said.contains("details are off, so no exit has been recorded"),
         "{said}"
     );
-    let (status, _) = refused(&["--device", "/nowhere", "--", "true"]);
+    let (status, _) = error_of(&["--device", "/nowhere", "--", "true"]);
     assert_eq!(status, Some(125));
 }

@@ -2,8 +2,9 @@
 
 //! A headless Chromium, driven by its DevTools protocol.
 //!
-//! The protocol is JSON between zero bytes, and the pipe for it takes no more than what is there already. The crates that have all
-//! of it as types (headless_chrome, chromiumoxide) compile for four minutes, and the tests take eleven of its methods.
+//! The protocol is JSON between zero bytes on a pipe, so this needs no further crates. The crates
+//! that have all of it as types (headless_chrome, chromiumoxide) compile for four minutes, and the
+//! tests use eleven of its methods.
 
 use std::{
     collections::VecDeque,
@@ -21,7 +22,7 @@ use base64::{prelude::BASE64_STANDARD, Engine as _};
 use serde_json::{json, Value};
 use tempfile::TempDir;
 
-/// What Debian and others call it. scripts/bootstrap.sh looks for the same.
+/// Names of the program in Debian and elsewhere. scripts/bootstrap.sh looks for the same.
 const NAMES: [&str; 4] = [
     "chromium-headless-shell",
     "chromium",
@@ -29,15 +30,15 @@ const NAMES: [&str; 4] = [
     "google-chrome",
 ];
 
-/// Nothing takes it so long, also on a machine that is busy.
-const WITHIN: Duration = Duration::from_secs(120);
+/// Time limit of a call. Nothing takes as long, even on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A browser with one page. It ends with the test.
 pub struct Browser {
     process: Child,
     to: ChildStdin,
     from: Receiver<Value>,
-    /// What it told and nobody has taken yet.
+    /// Events that have not been taken yet.
     events: VecDeque<Value>,
     session: String,
     calls: u64,
@@ -45,17 +46,17 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Start one with an empty page.
+    /// Start a browser with an empty page.
     pub fn start() -> Self {
         let program = program();
         let profile = TempDir::new().unwrap();
-        // It wants the pipe at 3 and 4, which std cannot give it.
+        // The browser wants the pipe at 3 and 4, where std cannot put it.
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$@\" 3<&0 4>&1 </dev/null >&2", "sh"]);
         command.arg(&program).args([
             "--headless",
             "--remote-debugging-pipe",
-            // For root. It shows pages of this test alone.
+            // Needed for root. The browser shows only pages of this test.
             "--no-sandbox",
             "--disable-gpu",
             "--disable-quic",
@@ -132,19 +133,20 @@ impl Browser {
         }
     }
 
-    /// Return what it tells next, and fail when it tells no more. `wanted` says what for.
+    /// Return the next message, and fail if none comes. `wanted` is for the error.
     fn next(&mut self, wanted: &str) -> Value {
         self.from
-            .recv_timeout(WITHIN)
+            .recv_timeout(TIMEOUT)
             .unwrap_or_else(|error| panic!("{wanted}: {error}: {}", self.log()))
     }
 
-    /// Return what the browser said on its standard error.
+    /// Return the standard error of the browser.
     fn log(&self) -> String {
         fs::read_to_string(self.profile.path().join("log")).unwrap_or_default()
     }
 
-    /// Wait for the end of a load, and return all events up to it. A page that loads itself again does so each time.
+    /// Wait for the end of a load, and return all events up to it. A page that reloads itself does
+    /// so each time.
     pub fn loaded(&mut self) -> Vec<Value> {
         let mut before = Vec::new();
         loop {
@@ -153,7 +155,7 @@ impl Browser {
                 None => self.next("Page.loadEventFired"),
             };
             if event["method"] == "Page.javascriptDialogOpening" {
-                // The page waits for somebody.
+                // A dialog of the page waits for an answer.
                 self.call("Page.handleJavaScriptDialog", json!({"accept": true}));
             }
             let is_end = event["method"] == "Page.loadEventFired";
@@ -164,7 +166,7 @@ impl Browser {
         }
     }
 
-    /// Let its window have a size, for a page that is opened later.
+    /// Set the size of the window for pages opened later.
     pub fn size(&mut self, (width, height): (u32, u32), is_phone: bool) {
         let size =
             json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone});
@@ -179,7 +181,7 @@ impl Browser {
         self.loaded()
     }
 
-    /// Return the value of an expression of JavaScript, which runs beside the page.
+    /// Return the value of a JavaScript expression, evaluated beside the page.
     pub fn value(&mut self, expression: &str) -> Value {
         let asked = json!({"expression": expression, "returnByValue": true});
         let answer = self.call("Runtime.evaluate", asked);
@@ -198,7 +200,7 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Its processes end in peace, for the folder to be empty of them.
+        // Let its processes end properly, so that the folder can be removed.
         let _ = write!(self.to, "{{\"id\":0,\"method\":\"Browser.close\"}}\0");
         for _ in 0..100 {
             if !matches!(self.process.try_wait(), Ok(None)) {

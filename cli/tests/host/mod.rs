@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Snapshots of hosts that tests make up.
+//! Snapshots of invented hosts.
 
 use std::{fs, path::Path};
 
@@ -21,12 +21,12 @@ pub struct Vm<'a> {
     pub number: u64,
     pub name: String,
     pub vcpus: u32,
-    /// What each of its vCPUs has in its ledger.
+    /// Ledger of each of its vCPUs.
     pub lived: &'a LedgerCopy,
 }
 
-/// Return a ledger with 20 reasons, as one of a Linux guest, and all phases. A round has an exit of each reason, and takes
-/// some 3.4 million ticks.
+/// Return a ledger with all phases and 20 reasons, as of a Linux guest. A round has an exit of each
+/// reason, and takes some 3.4 million ticks.
 pub fn lived(rounds: u64) -> LedgerCopy {
     // SAFETY: All-zero bytes are a valid ledger.
     let ledger: Box<Ledger> = Box::new(unsafe { core::mem::zeroed() });
@@ -59,7 +59,7 @@ pub fn lived(rounds: u64) -> LedgerCopy {
     copy
 }
 
-/// Write the snapshot of a host at a tick, in place of what the file was.
+/// Write the snapshot of a host at a tick over the file.
 pub fn write(path: &Path, now: u64, vms: &[Vm<'_>]) {
     let host = Host {
         isa: Isa::Vmx,
@@ -93,7 +93,7 @@ pub fn write(path: &Path, now: u64, vms: &[Vm<'_>]) {
     let Full { needed } = encode(&mut []).unwrap_err();
     let mut bytes = vec![0; needed];
     encode(&mut bytes).unwrap();
-    // At once, for who reads it meanwhile.
+    // Replace the file atomically, for a concurrent reader.
     let new = path.with_extension("new");
     fs::write(&new, bytes).unwrap();
     fs::rename(new, path).unwrap();

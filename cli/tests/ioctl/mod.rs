@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A file stands for the device: the kernel answers the ioctl that turns details on, of whatever file.
+//! A file that stands for the device: a seccomp filter answers the ioctl that turns details on, for
+//! any file.
 
 use std::{collections::BTreeMap, os::unix::process::CommandExt as _, process::Command};
 
@@ -9,13 +10,13 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch,
 };
 
-/// `_IO(0xE7, 1)`, docs/interface.md.
+/// Request `_IO(0xE7, 1)`, docs/interface.md.
 const DETAILS: u64 = 0xe701;
 
-/// Have the ioctl that turns details on end with an error in a command and what it runs; 0 is none.
+/// Let the ioctl that turns details on return an error in a command and its children; 0 is success.
 pub fn answer_details(command: &mut Command, errno: u32) {
-    let is_it = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, DETAILS);
-    let rule = SeccompRule::new(vec![is_it.unwrap()]).unwrap();
+    let is_details = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, DETAILS);
+    let rule = SeccompRule::new(vec![is_details.unwrap()]).unwrap();
     let filter = SeccompFilter::new(
         BTreeMap::from([(libc::SYS_ioctl, vec![rule])]),
         SeccompAction::Allow,
@@ -23,7 +24,7 @@ pub fn answer_details(command: &mut Command, errno: u32) {
         TargetArch::x86_64,
     );
     let filter: BpfProgram = filter.unwrap().try_into().unwrap();
-    // SAFETY: The filter is there already; to apply it takes two system calls.
+    // SAFETY: The filter is built already; applying it takes two system calls.
     unsafe {
         command.pre_exec(move || apply_filter(&filter).map_err(std::io::Error::other));
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter export` as it serves.
+//! A running `exitmeter export`.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -12,7 +12,7 @@ use std::{
 /// A server that ends with the test.
 pub struct Server {
     pub process: Child,
-    /// Its address and port.
+    /// Address and port.
     pub address: String,
 }
 

@@ -19,10 +19,10 @@ use rustix::{
     termios::{tcgetattr, tcsetwinsize, Termios, Winsize},
 };
 
-/// What stands on the screen before the command starts.
+/// Text on the screen before the command starts.
 const BEFORE: &str = "$ exitmeter top";
-/// Longer than anything should take, on a busy machine, too.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit, longer than anything takes even on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A command on a terminal of its own. It is killed when this is dropped.
 pub struct Terminal {
@@ -36,14 +36,14 @@ pub struct Terminal {
 
 struct Emulator {
     parser: vt100::Parser,
-    /// Whether the other screen was ever used.
+    /// True if the alternate screen was ever used.
     other: bool,
-    /// When something came last.
+    /// Time of the last output.
     heard: Instant,
 }
 
 impl Terminal {
-    /// Starts a command on a terminal of this size.
+    /// Start a command on a terminal of this size.
     pub fn new(columns: u16, rows: u16, mut command: Command) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&master).unwrap();
@@ -82,7 +82,7 @@ impl Terminal {
             let mut bytes = [0; 4096];
             while let Ok(count @ 1..) = from.read(&mut bytes) {
                 let mut to = to.lock().unwrap();
-                // Byte by byte, to miss nothing between.
+                // Go byte by byte, to miss no state in between.
                 for byte in &bytes[..count] {
                     to.parser.process(&[*byte]);
                     to.other |= to.parser.screen().alternate_screen();
@@ -100,7 +100,7 @@ impl Terminal {
         }
     }
 
-    /// What is on the screen: its lines without the blanks at their ends.
+    /// Return the lines of the screen, without the blanks at their ends.
     pub fn text(&self) -> String {
         let emulator = self.emulator.lock().unwrap();
         let screen = emulator.parser.screen();
@@ -110,22 +110,22 @@ impl Terminal {
             .collect()
     }
 
-    /// Waits until something is so; the screen tells what is not.
+    /// Wait until a condition holds. A failure shows the screen.
     pub fn wait(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
         let begun = Instant::now();
         while !so(self) {
             let text = self.text();
-            assert!(begun.elapsed() < PATIENCE, "{what} does not come:\n{text}");
+            assert!(begun.elapsed() < TIMEOUT, "{what} does not come:\n{text}");
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Waits until a text is on the screen.
+    /// Wait until a text is on the screen.
     pub fn wait_for(&mut self, text: &str) {
         self.wait(text, |terminal| terminal.text().contains(text));
     }
 
-    /// Waits until nothing has come for a while, some readings long.
+    /// Wait until there is no output for some readings.
     pub fn settle(&mut self) {
         thread::sleep(Duration::from_millis(150));
         self.wait("silence", |terminal| {
@@ -134,7 +134,7 @@ impl Terminal {
         });
     }
 
-    /// The line that is shown as selected.
+    /// Return the line that is shown as selected.
     pub fn selected(&self) -> String {
         let emulator = self.emulator.lock().unwrap();
         let screen = emulator.parser.screen();
@@ -145,33 +145,33 @@ impl Terminal {
         line.unwrap_or_default()
     }
 
-    /// Waits until the line that begins so is selected; the line.
+    /// Wait until the line with this beginning is selected, and return it.
     pub fn wait_selected(&mut self, text: &str) -> String {
         self.wait(text, |terminal| terminal.selected().starts_with(text));
         self.selected()
     }
 
-    /// Types.
+    /// Type keys.
     pub fn keys(&mut self, keys: &str) {
-        // Apart, as typed: Esc and a letter at once would be Alt and the letter.
+        // Pause between keys: Esc and a letter at once would be Alt and the letter.
         for key in keys.chars() {
             self.master.write_all(key.to_string().as_bytes()).unwrap();
             thread::sleep(Duration::from_millis(40));
         }
     }
 
-    /// Gives it another size.
+    /// Change the size.
     pub fn resize(&mut self, columns: u16, rows: u16) {
         self.emulator.lock().unwrap().parser.set_size(rows, columns);
         tcsetwinsize(&self.slave, size(columns, rows)).unwrap();
     }
 
-    /// Sends the command a signal.
+    /// Send the command a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Waits until the command has ended; how.
+    /// Wait until the command has ended, and return its status.
     pub fn end(&mut self) -> ExitStatus {
         self.wait("its end", |terminal| {
             terminal.ended = terminal.child.try_wait().unwrap();
@@ -181,7 +181,7 @@ impl Terminal {
         self.ended.unwrap()
     }
 
-    /// Waits until the command is stopped.
+    /// Wait until the command is stopped.
     pub fn wait_stopped(&mut self) {
         let file = format!("/proc/{}/stat", self.child.id());
         self.wait("its stop", |_| {
@@ -191,8 +191,8 @@ impl Terminal {
         self.settle();
     }
 
-    /// Whether it shows the other screen.
-    pub fn is_other_screen(&self) -> bool {
+    /// Return true if the alternate screen is shown.
+    pub fn is_alternate_screen(&self) -> bool {
         self.emulator
             .lock()
             .unwrap()
@@ -201,12 +201,12 @@ impl Terminal {
             .alternate_screen()
     }
 
-    /// Whether it ever did.
-    pub fn was_on_other_screen(&self) -> bool {
+    /// Return true if the alternate screen was ever shown.
+    pub fn was_on_alternate_screen(&self) -> bool {
         self.emulator.lock().unwrap().other
     }
 
-    /// Whether anything is in a colour.
+    /// Return true if anything has a colour.
     pub fn has_colours(&self) -> bool {
         let emulator = self.emulator.lock().unwrap();
         let screen = emulator.parser.screen();
@@ -218,7 +218,7 @@ impl Terminal {
         (0..rows).any(|row| (0..columns).any(|column| screen.cell(row, column).is_some_and(colour)))
     }
 
-    /// The terminal must be as it was, with what stood on it, and nothing new but a word.
+    /// Assert that the terminal is restored, with its old text and nothing new but a word.
     pub fn assert_restored(&self, word: &str) {
         let now = tcgetattr(&self.slave).unwrap();
         let settings = |it: &Termios| {
@@ -245,7 +245,7 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         if self.ended.is_none() {
-            // It may have ended by itself.
+            // The command may have ended by itself.
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

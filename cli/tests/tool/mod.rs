@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tool, run as a user does, whatever the environment of the tests says of colours, width and
-//! letters.
+//! The tool, run as a user does. The environment's settings of colours, width and letters do not
+//! matter.
 
 use std::process::{Command, Output};
 
@@ -14,14 +14,14 @@ pub fn exitmeter(arguments: &[&str]) -> Command {
     command
 }
 
-/// Return what a run has printed, which has to have succeeded in silence.
+/// Return the output of a run, which must have succeeded without a message.
 pub fn succeeded(output: Output) -> String {
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
     assert!(output.status.success());
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Return the exit status of a run that has printed nothing, and what it has said.
+/// Return the exit status and the message of a run, which must have printed nothing.
 pub fn failed(output: Output) -> (Option<i32>, String) {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
     let said = String::from_utf8(output.stderr).unwrap();

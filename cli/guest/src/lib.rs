@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads in a guest the VM exits that its VM caused, by the CPUID instruction alone.
+//! Reads the VM exits that a VM caused, from inside the guest, by the CPUID instruction alone.
 //!
 //! It needs no operating system and no memory but the stack: no allocation, no privilege, no
 //! device, and nothing but `core`. So it can be built into a kernel, a boot loader or a bare
 //! program, as long as that runs in a VM whose host has the module exitmeter loaded.
 //!
-//! Each question asked is a CPUID instruction, thus an exit, and counted by the host like any
-//! other. [`Meter`] takes those out: what it tells is what would have been told had nobody
-//! asked.
+//! Each query is a CPUID instruction, thus an exit, and counted by the host like any other.
+//! [`Meter`] subtracts these: its numbers are those that the host would have without the reader.
 //!
 //! ```no_run
 //! use exitmeter_guest::{Instruction, Isa, Meter};
@@ -26,13 +25,13 @@
 //! # }
 //! ```
 //!
-//! A host whose module has `leaf_cpl=0` answers only at CPL 0. There a program in user space finds
-//! no meter by [`Instruction`]; a [`Cpuid`] of its own may have its kernel execute CPUID.
+//! A host whose module has `leaf_cpl=0` answers only at CPL 0. A program in user space finds no
+//! meter there by [`Instruction`]. It can implement [`Cpuid`] to let its kernel execute CPUID.
 //!
-//! [`TableReader`] reads what the exits of one vCPU were about, while the host keeps details.
+//! [`TableReader`] reads the details of the exits of one vCPU, while the host keeps details.
 //!
-//! docs/interface.md has the leaves one by one. This crate uses 0x4FFFFFF0 to 0x4FFFFFF5, which
-//! are the same whatever `leaf_map` the host has.
+//! docs/interface.md describes each leaf. This crate uses 0x4FFFFFF0 to 0x4FFFFFF5, which do not
+//! depend on the host's `leaf_map`.
 
 #![no_std]
 
@@ -53,34 +52,34 @@ use exitmeter_meter::{
     reasons::{self, Slot},
 };
 
-/// Identifies the meter.
+/// Leaf that identifies the meter.
 const IDENTIFY: u32 = 0x4fff_fff0;
-/// Version, ISA, number of reasons, leaf map.
+/// Leaf with version, ISA, number of reasons and leaf map.
 const INTERFACE: u32 = 0x4fff_fff1;
-/// Cycles of a reason in a phase.
+/// Leaf with the cycles of a reason in a phase.
 const PHASE_CYCLES: u32 = 0x4fff_fff2;
-/// Exits of a reason, or those from nested guests alone.
+/// Leaf with the exits of a reason, or only those of L2 guests.
 const EXITS: u32 = 0x4fff_fff3;
-/// The number of the meter's life, since version 2.
+/// Leaf with the number of the meter's life, since version 2.
 const LIFE: u32 = 0x4fff_fff4;
-/// What the exits of the vCPU that asks were about, since version 3.
+/// Leaf with the details of the asking vCPU's exits, since version 3.
 const TABLES: u32 = 0x4fff_fff5;
-/// The first version of the leaves. It has one phase for both sleeps, and no life.
+/// First version of the leaves. It has one phase for both sleeps, and no life.
 const VERSION_1: u32 = 1;
-/// The phase of [`VERSION_1`] for both sleeps.
+/// Phase of [`VERSION_1`] for both sleeps.
 const BLOCKED: u32 = 3;
-/// The processor's features; ecx has bit 31 set in a VM.
+/// Leaf with the processor's features; bit 31 of ecx is set in a VM.
 const FEATURES: u32 = 1;
 const HYPERVISOR: u32 = 1 << 31;
 
-/// Why the exits cannot be read.
+/// Reason why the exits cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
     /// This is not a VM.
     NoVm,
-    /// This is a VM, and no meter answers in it.
+    /// This is a VM without a meter.
     NoMeter,
-    /// The leaves are of another version.
+    /// The leaves have another version.
     Version(u32),
     /// The ISA is unknown.
     Isa(u32),
@@ -120,9 +119,9 @@ impl fmt::Display for Error {
 
 impl core::error::Error for Error {}
 
-/// Who answers CPUID.
+/// Source of CPUID answers.
 pub trait Cpuid {
-    /// The answer for a leaf (eax) and a subleaf (ecx).
+    /// Return the answer for a leaf (eax) and a subleaf (ecx).
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers;
 }
 
@@ -132,7 +131,7 @@ impl<C: Cpuid + ?Sized> Cpuid for &mut C {
     }
 }
 
-/// The CPU that this runs on.
+/// The CPU that this code runs on.
 #[derive(Clone, Copy, Debug)]
 pub struct Instruction;
 
@@ -150,30 +149,30 @@ impl Cpuid for Instruction {
     }
 }
 
-/// What the host holds of an exit reason.
+/// Numbers of an exit reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     /// VMX's basic exit reason or SVM's exit code, below 65536.
     pub code: u32,
     /// VM exits.
     pub exits: u64,
-    /// Of these, those from nested guests, when the host tells them.
+    /// VM exits of L2 guests among them, if the host reports these.
     pub nested_exits: Option<u64>,
     /// TSC ticks of the host by [`Phase`].
     pub cycles: [u64; Phase::COUNT],
-    /// Whether the host tells the two sleeps apart. When it does not, [`Phase::Halted`] has the
-    /// ticks of both.
+    /// True if the host tells the two sleeps apart. Otherwise, [`Phase::Halted`] has the ticks of
+    /// both.
     pub has_waits: bool,
 }
 
 impl Row {
-    /// TSC ticks of the host in a phase.
+    /// Return the TSC ticks of the host in a phase.
     pub fn cycles(&self, phase: Phase) -> u64 {
         self.cycles.get(phase as usize).copied().unwrap_or(0)
     }
 }
 
-/// The exit reason of a CPUID instruction.
+/// Return the exit reason of a CPUID instruction.
 pub const fn cpuid_reason(isa: Isa) -> u32 {
     match isa {
         Isa::Vmx => 10,
@@ -181,16 +180,16 @@ pub const fn cpuid_reason(isa: Isa) -> u32 {
     }
 }
 
-/// The reasons that the vendor's manual defines, in the order of their codes but for SVM's
-/// negative ones, which are last.
+/// Return the reasons that the vendor's manual defines, sorted by code, but with SVM's negative
+/// codes last.
 pub fn defined(isa: Isa) -> impl Iterator<Item = u32> {
     Slot::all()
         .filter_map(move |slot| reasons::code(isa, slot))
         .filter(move |code| reasons::is_defined(isa, *code))
 }
 
-/// Return the number by which leaf 0x4FFFFFF2 is asked for a phase; `None` for one that a version
-/// of the leaves does not have.
+/// Return the number of a phase in the subleaf of leaf 0x4FFFFFF2, or `None` if this version of the
+/// leaves does not have the phase.
 const fn phase_number(phase: Phase, version: u32) -> Option<u32> {
     Some(match (phase, version) {
         (Phase::Guest, _) => 0,
@@ -204,18 +203,18 @@ const fn phase_number(phase: Phase, version: u32) -> Option<u32> {
     })
 }
 
-/// Return true for a meter's answer to who it is.
+/// Return true if the identity is that of a meter.
 fn is_meter(identity: Registers) -> bool {
     let name = [identity.ebx, identity.ecx, identity.edx].map(u32::to_le_bytes);
     name == [*b"Exit", *b"Mete", *b"r\0\0\0"]
 }
 
-/// A 64-bit answer.
+/// Return a 64-bit answer.
 fn wide(answer: Registers) -> u64 {
     u64::from(answer.edx) << 32 | u64::from(answer.eax)
 }
 
-/// The meter of the host, and how many questions it has been asked.
+/// The meter of the host, with the number of queries that it was asked.
 #[derive(Debug)]
 pub struct Meter<C> {
     cpuid: C,
@@ -224,28 +223,28 @@ pub struct Meter<C> {
     leaf_map: u32,
     life: Option<u64>,
     queries: u64,
-    /// Kernel ticks of CPUID exits, as they were told when so many questions had been asked:
-    /// none, or those of [`Self::find`] when it was given the other ISA.
+    /// Kernel ticks of CPUID exits after `asked_before` queries. That is none, or the queries of
+    /// [`Self::find`] if it was given the other ISA.
     kernel_before: u64,
     asked_before: u64,
 }
 
 impl<C: Cpuid> Meter<C> {
-    /// Finds the meter. `likely` says whose CPU this is: Intel's is [`Isa::Vmx`], AMD's
-    /// [`Isa::Svm`]. That cannot be asked here, as the very first question must be what CPUID
-    /// exits have cost so far, or its answer would hold the cost of questions. A wrong guess
-    /// does no more harm than that.
+    /// Find the meter. `likely` is the vendor of this CPU: [`Isa::Vmx`] for Intel, [`Isa::Svm`] for
+    /// AMD. This method cannot query the vendor. Its very first query must be the cost of CPUID
+    /// exits so far, because otherwise that would include the cost of queries. A wrong guess has no
+    /// other effect.
     ///
     /// # Errors
     ///
-    /// When this is no VM, there is no meter, or one of another version.
+    /// Fails when this is no VM, there is no meter, or its leaves have an unknown version.
     pub fn find(mut cpuid: C, likely: Isa) -> Result<Self, Error> {
         let mut queries = 0;
         let mut ask = |leaf, subleaf| {
             queries += 1;
             cpuid.ask(leaf, subleaf)
         };
-        // In each version kernel is 1.
+        // In each version, the number of the kernel phase is 1.
         let cost = |isa| 1 << 16 | cpuid_reason(isa);
         let mut kernel_before = wide(ask(PHASE_CYCLES, cost(likely)));
         if !is_meter(ask(IDENTIFY, 0)) {
@@ -282,9 +281,8 @@ impl<C: Cpuid> Meter<C> {
         Ok(meter)
     }
 
-    /// Count questions that this reader asked before it found the meter among its own, as when it
-    /// has looked for one by another [`Cpuid`]. No number of exits holds them then; the ticks that
-    /// they cost the kernel stay in.
+    /// Count queries that this reader made before it found the meter, for example by another
+    /// [`Cpuid`]. They are then subtracted from the exits. The kernel ticks that they cost are not.
     #[must_use]
     pub fn with_earlier(mut self, queries: u64) -> Self {
         self.queries = self.queries.wrapping_add(queries);
@@ -292,33 +290,33 @@ impl<C: Cpuid> Meter<C> {
         self
     }
 
-    /// Whose reasons.
+    /// Return the vendor whose exit reasons the codes are.
     pub fn isa(&self) -> Isa {
         self.isa
     }
 
-    /// The version of the leaves.
+    /// Return the version of the leaves.
     pub fn interface(&self) -> u32 {
         self.version
     }
 
-    /// The number of the meter's life when it was found: another one when its numbers have begun
-    /// anew. `None` when the host does not tell it, as version 1.
+    /// Return the number of the meter's life when it was found. It changes when the meter's numbers
+    /// begin anew. `None` if the host does not report it, as in version 1.
     pub fn life(&self) -> Option<u64> {
         self.life
     }
 
-    /// Whether the host tells the two sleeps apart, which version 1 does not.
+    /// Return true if the host tells the two sleeps apart. Version 1 does not.
     pub fn has_waits(&self) -> bool {
         self.version != VERSION_1
     }
 
-    /// Asks whether all that was read is of one life of the meter: whether it has not begun anew
-    /// since it was found, as when the module is loaded again or the VM moves to another host.
+    /// Check that all numbers read are of one life of the meter: that it has not begun anew since
+    /// it was found, because the module was loaded again or the VM moved to another host.
     ///
     /// # Errors
     ///
-    /// [`Error::Anew`] when it has.
+    /// Fails with [`Error::Anew`] otherwise.
     pub fn check_life(&mut self) -> Result<(), Error> {
         match self.life_now() == self.life {
             true => Ok(()),
@@ -326,7 +324,7 @@ impl<C: Cpuid> Meter<C> {
         }
     }
 
-    /// Asks for the life, where there is such a leaf.
+    /// Query the life, if the version has that leaf.
     fn life_now(&mut self) -> Option<u64> {
         if self.version == VERSION_1 {
             return None;
@@ -334,13 +332,13 @@ impl<C: Cpuid> Meter<C> {
         Some(wide(self.ask(LIFE, 0)))
     }
 
-    /// The order of the upper four leaves, which are not used here: 2021 or 2022.
+    /// Return the order of the upper four leaves, which this crate does not use: 2021 or 2022.
     pub fn leaf_map(&self) -> u32 {
         self.leaf_map
     }
 
-    /// How many questions were asked: exits of this reader's own, which none of its numbers
-    /// hold.
+    /// Return the number of queries made. Each was an exit of this reader's own, and is in none of
+    /// its numbers.
     pub fn queries(&self) -> u64 {
         self.queries
     }
@@ -350,8 +348,8 @@ impl<C: Cpuid> Meter<C> {
         self.cpuid.ask(leaf, subleaf)
     }
 
-    /// Exits of a reason up to now, but for this reader's own; 0 of a reason that is not
-    /// defined.
+    /// Return the exits of a reason up to now, without this reader's own. Return 0 for an undefined
+    /// reason.
     pub fn exits(&mut self, code: u32) -> u64 {
         let answer = self.ask(EXITS, code);
         if answer == Registers::UNDEFINED {
@@ -365,9 +363,9 @@ impl<C: Cpuid> Meter<C> {
         wide(answer).wrapping_sub(own)
     }
 
-    /// TSC ticks of the host in a phase, booked on a reason below 65536; 0 of a reason that is
-    /// not defined. With the cost of this reader's own exits. When the host does not tell the two
-    /// sleeps apart ([`Self::has_waits`]), all of them are [`Phase::Halted`].
+    /// Return the host's TSC ticks in a phase, booked on a reason below 65536. Return 0 for an
+    /// undefined reason. The ticks include the cost of this reader's own exits. If the host does
+    /// not tell the two sleeps apart ([`Self::has_waits`]), [`Phase::Halted`] has both.
     pub fn cycles(&mut self, code: u32, phase: Phase) -> u64 {
         let Some(number) = phase_number(phase, self.version) else {
             return 0;
@@ -378,15 +376,14 @@ impl<C: Cpuid> Meter<C> {
         }
     }
 
-    /// Reads all reasons that have exits, the one of CPUID last.
+    /// Read all reasons that have exits, CPUID's last.
     ///
-    /// The numbers are of the moments at which each was read. Of CPUID, the exits are all but
-    /// this reader's own, exactly; the kernel's ticks are those before the first question, so
-    /// that its own are not among them; and the guest's hold the time between questions, in
-    /// which this reader ran.
+    /// Each number is of the moment at which it was read. For CPUID, the exits are exactly those of
+    /// other code in the VM. Its kernel ticks are those before the first query, so they do not
+    /// include the cost of queries. Its guest ticks include the time between queries, in which this
+    /// reader ran.
     ///
-    /// SVM's four negative codes, of entries that failed, are left out: no leaf tells in which
-    /// phases they were.
+    /// SVM's four negative codes, of failed entries, are left out: no leaf has their phases.
     pub fn read(&mut self, mut each: impl FnMut(Row)) {
         let cpuid = cpuid_reason(self.isa);
         let others = defined(self.isa).filter(|code| *code <= 0xffff && *code != cpuid);
@@ -413,13 +410,13 @@ impl<C: Cpuid> Meter<C> {
         }
     }
 
-    /// What all questions so far cost the host, in TSC ticks of the kernel, this one too: those
-    /// of the others exactly, if nobody else in the VM executed CPUID meanwhile, and of this one
-    /// as their mean.
+    /// Return the cost of all queries so far, this one included, in the host's kernel TSC ticks.
+    /// The cost of the earlier queries is exact if no other code in the VM executed CPUID
+    /// meanwhile. The cost of this query is estimated as their mean.
     pub fn cost(&mut self) -> u64 {
         let now = self.cycles(cpuid_reason(self.isa), Phase::Kernel);
         let told = u128::from(now.wrapping_sub(self.kernel_before));
-        // The answer holds all questions since then but this one.
+        // The answer includes all queries since then but this one.
         let asked = self.queries.wrapping_sub(self.asked_before);
         let all = told
             .wrapping_mul(asked.into())

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads what the exits of one vCPU were about: of the one that this runs on, as long as it is
-//! answered.
+//! Reader of the details of one vCPU's exits: those of the vCPU that it runs on.
 
 use exitmeter_meter::{
     detail::Kind,
@@ -15,35 +14,35 @@ use exitmeter_meter::{
 
 use crate::{cpuid_reason, is_meter, Cpuid, IDENTIFY, INTERFACE, TABLES};
 
-/// How many questions were asked by leaf, from 0x4FFFFFF0 on.
+/// Number of queries by leaf, from 0x4FFFFFF0 on.
 pub type Asked = [u64; 6];
 
-/// The first version of the leaves that has tables.
+/// First version of the leaves that has tables.
 const VERSION: u32 = 3;
 
-/// How often an entry is read that gives way to another one meanwhile.
+/// Number of attempts to read an entry that is replaced meanwhile.
 const TRIES: usize = 3;
 
 /// A slow exit of this vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlowExit {
-    /// What it was.
+    /// Reason and detail.
     pub head: Head,
-    /// Which exit of the vCPU's it was since the tables began.
+    /// Number of the exit among the vCPU's, since the tables began.
     pub sequence: u64,
-    /// How many ticks ago it was.
+    /// Ticks since the exit.
     pub ago: u64,
-    /// Its ticks by [`Phase`], 0 in the guest's.
+    /// Ticks by [`Phase`], 0 in the guest phase.
     pub ticks: [u64; Phase::COUNT],
-    /// How often the scheduler took the vCPU off its CPU.
+    /// Number of times that the scheduler took the vCPU off its CPU.
     pub scheduled_out: u32,
-    /// KVM_EXIT_* when it went to user space.
+    /// KVM_EXIT_*, if the exit went to user space.
     pub user_exit: Option<u32>,
-    /// Where the guest was, where that is told.
+    /// RIP of the guest, if known.
     pub rip: Option<u64>,
 }
 
-/// Return which of exitmeter's leaves the exits of an entry asked for, counted from 0x4FFFFFF0.
+/// Return the index, counted from 0x4FFFFFF0, of the exitmeter leaf that an entry's exits queried.
 pub fn leaf_of(isa: Isa, reason: Reason, detail_kind: u8, key: u64) -> Option<usize> {
     if reason != Reason::Code(cpuid_reason(isa)) || detail_kind != Kind::Cpuid as u8 {
         return None;
@@ -52,11 +51,11 @@ pub fn leaf_of(isa: Isa, reason: Reason, detail_kind: u8, key: u64) -> Option<us
     (leaf <= u64::from(TABLES - IDENTIFY)).then_some(leaf as usize)
 }
 
-/// Reads the tables of the vCPU that it runs on. It has to stay there: a reader that moves, moves to
-/// other tables.
+/// Reader of the tables of the vCPU that it runs on. The thread must stay on this vCPU: elsewhere,
+/// it would read other tables.
 ///
-/// What it tells is what would have been told had it not asked: the questions up to then are taken
-/// out of the rows that they are counted in.
+/// The numbers are those that the vCPU would have without the reader: the queries so far are
+/// subtracted from the rows that count them.
 #[derive(Debug)]
 pub struct TableReader<C> {
     cpuid: C,
@@ -65,7 +64,7 @@ pub struct TableReader<C> {
 }
 
 impl<C: Cpuid> TableReader<C> {
-    /// Make one. `isa` says whose reasons there are.
+    /// Create a reader. `isa` is the vendor whose exit reasons the codes are.
     pub fn new(cpuid: C, isa: Isa) -> Self {
         Self {
             cpuid,
@@ -74,7 +73,7 @@ impl<C: Cpuid> TableReader<C> {
         }
     }
 
-    /// Return how many questions were asked, by leaf.
+    /// Return the number of queries made, by leaf.
     pub fn asked(&self) -> Asked {
         self.asked
     }
@@ -87,7 +86,8 @@ impl<C: Cpuid> TableReader<C> {
         self.cpuid.ask(leaf, subleaf)
     }
 
-    /// Ask what there is; `None` when the vCPU is not metered, or by a meter without tables.
+    /// Query the description of the tables. Return `None` if the vCPU is not metered, or the meter
+    /// has no tables.
     pub fn describe(&mut self) -> Option<Description> {
         if !is_meter(self.ask(IDENTIFY, 0)) || self.ask(INTERFACE, 0).eax < VERSION {
             return None;
@@ -105,11 +105,10 @@ impl<C: Cpuid> TableReader<C> {
         pair(self.word(table, word, index))
     }
 
-    /// Read a table of details, of code, or of exits to user space, the others of each reason last.
-    /// That of code is empty unless the guest's kernel asks.
+    /// Read a table of details, of code, or of exits to user space, with the others of each reason
+    /// last. The table of code is empty unless the guest's kernel asks.
     ///
-    /// Should a row give way to another one meanwhile, its exits may be told twice, as those of the
-    /// row and among the others.
+    /// If a row is replaced meanwhile, its exits may count twice: in the row and among the others.
     pub fn read(&mut self, table: u32, mut each: impl FnMut(Entry)) {
         let mut index = 0;
         while let Some((next, entry)) = self.entry(table, index) {
@@ -120,12 +119,12 @@ impl<C: Cpuid> TableReader<C> {
         }
     }
 
-    /// Read the first entry from a place on; return the next place as well.
+    /// Read the first entry from an index on, and return the next index as well.
     fn entry(&mut self, table: u32, index: u32) -> Option<(u32, Entry)> {
         let mut read = None;
         for _ in 0..TRIES {
             let answer = self.word(table, word::HEAD, index);
-            // Each entry that is told comes after the one before.
+            // The index of an entry is never below the one asked for.
             let head = Head::from_registers(answer).filter(|head| head.index >= index)?;
             let at = head.index;
             let bound = match head.exact {
@@ -133,7 +132,7 @@ impl<C: Cpuid> TableReader<C> {
                 false => self.pair(table, word::USER, at).1,
             };
             let (exits, kernel) = self.pair(table, word::COUNTS, at);
-            let (exits, kernel) = self.without_own(&head, table, exits, kernel);
+            let (exits, kernel) = self.subtract_queries(&head, table, exits, kernel);
             let mut missed = Missed {
                 exits: bound,
                 kernel: 0,
@@ -161,7 +160,7 @@ impl<C: Cpuid> TableReader<C> {
                     missed,
                 },
             ));
-            // A row that went and came back has a greater bound.
+            // A row that was replaced and came back has a greater bound.
             let stayed = head.exact || bound == bound_then;
             if head.others || stayed && self.word(table, word::HEAD, at) == answer {
                 break;
@@ -170,17 +169,17 @@ impl<C: Cpuid> TableReader<C> {
         read
     }
 
-    /// Take the questions so far out of a row that they are counted in.
-    fn without_own(&self, head: &Head, table: u32, exits: u64, kernel: u64) -> (u64, u64) {
+    /// Subtract the queries so far from a row that counts them.
+    fn subtract_queries(&self, head: &Head, table: u32, exits: u64, kernel: u64) -> (u64, u64) {
         let leaf = match table == TABLE_DETAILS && !head.others {
             true => leaf_of(self.isa, head.reason, head.detail_kind, head.key),
             false => None,
         };
         let own = leaf.and_then(|leaf| self.asked.get(leaf)).copied();
-        less_own(exits, kernel, own.unwrap_or(0))
+        subtract_own(exits, kernel, own.unwrap_or(0))
     }
 
-    /// Read the slowest exits, or the ring of the last ones when it is frozen, by the table's kind.
+    /// Read the slowest exits, or the ring of the last exits if it is frozen, by the table's kind.
     pub fn read_slow(&mut self, table: u32, mut each: impl FnMut(SlowExit)) {
         let mut index = 0;
         while let Some(exit) = self.slow(table, index) {
@@ -234,8 +233,8 @@ impl<C: Cpuid> TableReader<C> {
     }
 }
 
-/// Take so many exits away, and as great a part of the kernel ticks.
-fn less_own(exits: u64, kernel: u64, own: u64) -> (u64, u64) {
+/// Subtract exits, and the same fraction of the kernel ticks.
+fn subtract_own(exits: u64, kernel: u64, own: u64) -> (u64, u64) {
     let left = exits.saturating_sub(own);
     if own == 0 {
         return (exits, kernel);

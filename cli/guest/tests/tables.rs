@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A vCPU that reads its own tables: the module's code answers, by tables that each question writes
-//! to as any other exit does. Against what the host's snapshot of the same moment tells.
+//! A vCPU that reads its own tables. The module's code answers from tables that count each query
+//! like any other exit. The results are compared with the host's snapshot of the same moment.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
-/// What a vCPU was answered: subleaf and four registers for each question, in a fixed scene.
+/// Saved answers to a vCPU in a fixed scene: subleaf and four registers for each query.
 const SAVED: &[u8] = include_bytes!("leaves-3.bin");
 
 const LEAVES: Leaves = Leaves {
@@ -35,12 +35,12 @@ const LEAVES: Leaves = Leaves {
     life: 7,
 };
 
-/// Where this reader's code is.
+/// RIP of this reader.
 const READER: u64 = 0xffff_ffff_8100_1234;
 
-/// An exit as the CPU tells it.
+/// Data that the CPU gives with an exit.
 #[derive(Clone, Copy, Debug, Default)]
-struct Told {
+struct ExitData {
     qualification: u64,
     interruption: u64,
     address: u64,
@@ -48,7 +48,7 @@ struct Told {
     rcx: u64,
 }
 
-impl detail::Exit for Told {
+impl detail::Exit for ExitData {
     fn read(&self, source: i32) -> Option<u64> {
         Some(match source {
             detail::source::QUALIFICATION | detail::source::INFO => self.qualification,
@@ -77,7 +77,7 @@ struct Vcpu {
     now: u64,
     at_cpl_0: bool,
     host_scope: bool,
-    /// What it asked, and was answered.
+    /// Queries and their answers.
     said: Vec<(u32, u32, Registers)>,
 }
 
@@ -105,7 +105,7 @@ impl Vcpu {
         self.now
     }
 
-    fn begin(&mut self, code: u32, nested: bool, rip: u64, told: Told) {
+    fn begin(&mut self, code: u32, nested: bool, rip: u64, told: ExitData) {
         let slot = reasons::slot(Isa::Vmx, code);
         let about = About {
             slot,
@@ -123,13 +123,13 @@ impl Vcpu {
         self.ledger.entry_with(&self.tables, now, || 3);
     }
 
-    fn exit(&mut self, code: u32, told: Told) {
+    fn exit(&mut self, code: u32, told: ExitData) {
         self.begin(code, false, READER ^ u64::from(code) << 8, told);
         self.end(100);
     }
 
-    /// An exit that the VMM handles in so many ticks.
-    fn exit_to_user(&mut self, code: u32, told: Told, ticks: u64) {
+    /// Make an exit that the VMM handles in `ticks`.
+    fn exit_to_user(&mut self, code: u32, told: ExitData, ticks: u64) {
         self.begin(code, false, READER ^ u64::from(code) << 8, told);
         let leaving = Leaving {
             phase: Phase::User,
@@ -146,7 +146,7 @@ impl Vcpu {
         TableReader::new(self, Isa::Vmx)
     }
 
-    /// What the reader tells of a table, and what it asked for that.
+    /// Return the reader's entries of a table, and the queries that this took.
     fn read(&mut self, table: u32) -> (Vec<Entry>, Asked) {
         let mut entries = Vec::new();
         let mut reader = self.reader();
@@ -162,7 +162,7 @@ impl Vcpu {
         exits
     }
 
-    /// What the host's snapshot tells.
+    /// Return the entries and slow exits of the host's snapshot.
     fn snapshot(&self) -> (Vec<Entry>, Vec<reader::SlowExit>) {
         let (mut ledger, mut tables) = (Box::new(LedgerCopy::new()), Box::new(TablesCopy::new()));
         assert!(self
@@ -200,10 +200,10 @@ impl Vcpu {
 
 impl Cpuid for &mut Vcpu {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
-        let told = Told {
+        let told = ExitData {
             rax: leaf.into(),
             rcx: subleaf.into(),
-            ..Told::default()
+            ..ExitData::default()
         };
         self.begin(10, false, READER, told);
         let answer = match LEAVES.classify(leaf) {
@@ -223,20 +223,20 @@ impl Cpuid for &mut Vcpu {
             None => Registers::default(),
         };
         self.said.push((leaf, subleaf, answer));
-        // Shorter than the guest's own, so that it takes no place among the slowest.
+        // Shorter than the guest's own exits, so that it takes no place among the slowest.
         self.end(60);
         answer
     }
 }
 
-/// Whether an entry is of exits that reading makes, whose ticks are a part.
+/// Return true if an entry counts the reader's own exits, whose ticks are an estimate.
 fn is_own(entry: &Entry) -> bool {
     leaf_of(Isa::Vmx, entry.reason, entry.detail_kind, entry.key).is_some()
 }
 
-/// Entries in an order of their own, without the ticks of those that reading makes. Rows of code
-/// hold exits of reading.
-fn in_order(entries: &[Entry], table: u32) -> Vec<String> {
+/// Sort entries, without the ticks of the reader's own exits. Rows of code count exits of the
+/// reader.
+fn sorted_lines(entries: &[Entry], table: u32) -> Vec<String> {
     let of_table = entries.iter().filter(|entry| entry.table == table);
     let mut lines: Vec<_> = of_table
         .filter(|entry| table != TABLE_CODE || entry.key != READER)
@@ -252,7 +252,7 @@ fn in_order(entries: &[Entry], table: u32) -> Vec<String> {
     lines
 }
 
-/// What a guest does next.
+/// Next action of a guest.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Cpuid(u8),
@@ -277,11 +277,11 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn take(vcpu: &mut Vcpu, step: Step) {
-    let plain = Told::default();
+    let plain = ExitData::default();
     match step {
         Step::Cpuid(leaf) => vcpu.exit(
             10,
-            Told {
+            ExitData {
                 rax: leaf.into(),
                 rcx: 1,
                 ..plain
@@ -289,14 +289,14 @@ fn take(vcpu: &mut Vcpu, step: Step) {
         ),
         Step::Msr(msr) => vcpu.exit(
             31 + u32::from(msr & 1),
-            Told {
+            ExitData {
                 rcx: msr.into(),
                 ..plain
             },
         ),
         Step::Port { port, ticks } => vcpu.exit_to_user(
             30,
-            Told {
+            ExitData {
                 qualification: u64::from(port) << 16,
                 ..plain
             },
@@ -307,7 +307,7 @@ fn take(vcpu: &mut Vcpu, step: Step) {
             vcpu.end(55);
         }
         Step::Nested(msr) => {
-            let told = Told {
+            let told = ExitData {
                 rcx: msr.into(),
                 ..plain
             };
@@ -316,7 +316,7 @@ fn take(vcpu: &mut Vcpu, step: Step) {
         }
         Step::Interrupt(vector) => vcpu.exit(
             1,
-            Told {
+            ExitData {
                 interruption: 0x8000_0000 | u64::from(vector),
                 ..plain
             },
@@ -328,27 +328,27 @@ fn take(vcpu: &mut Vcpu, step: Step) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever came, what a vCPU reads of itself is what its host's snapshot tells.
+    /// After any exits, a vCPU reads the same as its host's snapshot has.
     #[test]
-    fn the_guest_reads_what_the_snapshot_tells(steps in prop::collection::vec(step(), 0..900)) {
+    fn guest_and_snapshot_agree(steps in prop::collection::vec(step(), 0..900)) {
         let mut vcpu = Vcpu::new();
         vcpu.host_scope = true;
         for step in steps {
             take(&mut vcpu, step);
         }
         for table in [TABLE_DETAILS, TABLE_CODE, TABLE_USER] {
-            // So that reading needs no row that it has not.
+            // Read once before, so that the reader's rows exist.
             vcpu.read(table);
             let (snapshot, _) = vcpu.snapshot();
             let (told, _) = vcpu.read(table);
-            let (told, snapshot) = (in_order(&told, table), in_order(&snapshot, table));
+            let (told, snapshot) = (sorted_lines(&told, table), sorted_lines(&snapshot, table));
             prop_assert_eq!(told, snapshot);
         }
     }
 
-    /// Whatever is asked is answered, and code not to a process.
+    /// Any query is answered, and a process gets no code addresses.
     #[test]
-    fn any_question_is_answered(subleaf: u32, at_cpl_0: bool) {
+    fn any_query_is_answered(subleaf: u32, at_cpl_0: bool) {
         let mut vcpu = scene();
         vcpu.at_cpl_0 = at_cpl_0;
         let answer = (&mut vcpu).ask(0x4fff_fff5, subleaf);
@@ -358,7 +358,7 @@ proptest! {
     }
 }
 
-/// A fixed life: known MSRs, ports, leaves, interrupts, and a slow one.
+/// Create a vCPU with a fixed life: known MSRs, ports, leaves, interrupts, and a slow exit.
 fn scene() -> Vcpu {
     let mut vcpu = Vcpu::new();
     for _ in 0..5 {
@@ -378,9 +378,9 @@ fn scene() -> Vcpu {
     }
     vcpu.exit_to_user(
         30,
-        Told {
+        ExitData {
             qualification: 0x70 << 16 | 8,
-            ..Told::default()
+            ..ExitData::default()
         },
         2_000_000,
     );
@@ -388,7 +388,7 @@ fn scene() -> Vcpu {
     vcpu
 }
 
-/// The row of a key, and which its exits and user ticks are.
+/// Return the exits and user ticks of a key's row, and true if the row is exact.
 fn row(entries: &[Entry], code: u32, key: u64) -> Option<(u64, u64, bool)> {
     let found = entries
         .iter()
@@ -408,10 +408,10 @@ fn known_exits_have_their_rows() {
     );
     assert_eq!(row(&details, 10, 0xd | 1 << 32), Some((7, 0, false)));
     assert_eq!(row(&details, 31, 0x10), Some((7, 0, true)));
-    // Not one of its own questions, of which there were many.
+    // None of the reader's queries is counted, and there were many.
     assert!(details.iter().all(|entry| !is_own(entry)));
     assert!(asked[5] > 40 && asked[0] == 1, "{asked:?}");
-    // All of them are in one row of each leaf, so that reading takes no rows of others.
+    // The queries of a leaf are all in one row, so that the reader takes no rows of others.
     let (snapshot, _) = vcpu.snapshot();
     assert_eq!(snapshot.iter().filter(|entry| is_own(entry)).count(), 3);
     let (users, _) = vcpu.read(TABLE_USER);
@@ -433,7 +433,7 @@ fn the_hosts_vectors_are_told_with_host_scope_alone() {
     vcpu.host_scope = true;
     let (told, _) = vcpu.read(TABLE_DETAILS);
     assert_eq!(interrupts(&told), [(false, 0xec, 7)]);
-    // Nor is the key of a slow exit.
+    // The key of a slow exit is hidden as well.
     vcpu.host_scope = false;
     let slow = vcpu.read_slow(TABLE_SLOWEST);
     let of = slow
@@ -457,7 +457,7 @@ fn code_is_told_at_cpl_0_alone() {
     assert!(!vcpu.read(TABLE_DETAILS).0.is_empty());
     let ring = vcpu.read_slow(TABLE_RING);
     assert!(!ring.is_empty() && ring.iter().all(|exit| exit.rip.is_none()));
-    // Asked for alone, it is not told either.
+    // A direct query does not reveal it either.
     let place = Place {
         table: TABLE_RING,
         word: 5,
@@ -467,9 +467,10 @@ fn code_is_told_at_cpl_0_alone() {
     assert_eq!(answer, Registers::UNDEFINED);
 }
 
-/// The slowest exits and the frozen ring, exit for exit as the host has them, but for its CPUs.
+/// The slowest exits and the frozen ring have the same exits as on the host, without the host's
+/// CPUs.
 #[test]
-fn slow_exits_are_the_snapshots() {
+fn slow_exits_match_the_snapshot() {
     let mut vcpu = scene();
     for table in [TABLE_SLOWEST, TABLE_RING] {
         let (_, all) = vcpu.snapshot();
@@ -536,7 +537,7 @@ fn without_tables_the_description_says_so() {
         };
         assert_eq!(asker.answer(place), Registers::UNDEFINED);
     }
-    // A host that turned them on, and had no memory for this vCPU.
+    // A host that turned tables on, and had no memory for this vCPU.
     let asker = Asker {
         switches: 5,
         ..asker
@@ -545,9 +546,9 @@ fn without_tables_the_description_says_so() {
     assert!(described.is_on && !described.has_tables);
 }
 
-/// A meter that is not there, and one that is older, have no tables.
+/// A missing meter and an older meter have no tables.
 #[test]
-fn another_meter_describes_nothing() {
+fn other_meters_have_no_tables() {
     struct Older(u32);
     impl Cpuid for Older {
         fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
@@ -555,7 +556,7 @@ fn another_meter_describes_nothing() {
                 Some(Query::Identify | Query::Interface) if self.0 != 0 => {
                     LEAVES.answer(LEAVES.classify(leaf).unwrap(), subleaf, &Totals::new())
                 }
-                // What KVM itself answers to a leaf that it does not know may be anything.
+                // KVM itself may answer anything for a leaf that it does not know.
                 _ => Registers {
                     eax: 7,
                     ebx: u32::MAX,
@@ -576,7 +577,7 @@ fn another_meter_describes_nothing() {
     assert!(TableReader::new(Older(3), Isa::Vmx).describe().is_some());
 }
 
-/// Answers that were saved.
+/// Saved answers.
 struct Saved(BTreeMap<(u32, u32), Registers>);
 
 impl Cpuid for Saved {
@@ -586,9 +587,9 @@ impl Cpuid for Saved {
     }
 }
 
-/// All that a vCPU is answered stays as it was saved, and reads as it did.
+/// All answers to a vCPU stay as saved, and give the same entries.
 #[test]
-fn what_was_answered_is_what_was_saved() {
+fn answers_are_those_saved() {
     let mut vcpu = scene();
     for table in [TABLE_DETAILS, TABLE_CODE, TABLE_USER] {
         vcpu.read(table);
@@ -613,7 +614,7 @@ fn what_was_answered_is_what_was_saved() {
     for answer in SAVED.chunks(24) {
         let word = |at: usize| u32::from_le_bytes(answer[4 * at..4 * at + 4].try_into().unwrap());
         let [eax, ebx, ecx, edx] = [2, 3, 4, 5].map(word);
-        // The first answer: later ones are of a later moment.
+        // Keep the first answer: later ones are of a later moment.
         saved
             .entry((word(0), word(1)))
             .or_insert(Registers { eax, ebx, ecx, edx });

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A guest whose CPUID KVM has to fetch from memory that is not there yet, so that KVM sleeps
-//! while it emulates the instruction: as it does for memory that is swapped out, or that still is
-//! to come from another host.
+//! A guest whose CPUID instruction KVM must fetch from memory that is not there yet. So KVM sleeps
+//! while it emulates the instruction, as it does for memory that is swapped out or is still to come
+//! from another host.
 //!
-//! The guest moves its own code by its page table, and asks before its CPU notices. The CPU goes
-//! on by the translation that it holds; KVM, where the CPU does not tell it how long an
-//! instruction is (SVM without NRIPS), walks the page table and comes to the new page. That one is
-//! userfaultfd's (Documentation/admin-guide/mm/userfaultfd.rst).
+//! The guest moves its own code by its page table, and executes CPUID before its CPU notices. The
+//! CPU continues with the translation that it has cached. KVM walks the page table if the CPU does
+//! not report the length of an instruction (SVM without NRIPS), and so comes to the new page. That
+//! page belongs to userfaultfd (Documentation/admin-guide/mm/userfaultfd.rst).
 
 use std::{
     io,
@@ -25,7 +25,7 @@ use crate::{
     window::{Window, FRESH, PAGE},
 };
 
-/// The size of a large page of the guest, in small ones.
+/// Size of a large page of the guest, in small ones.
 const LARGE_PAGE: u32 = 512;
 
 // From linux/userfaultfd.h.
@@ -36,7 +36,7 @@ const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const UFFD_EVENT_PAGEFAULT: u64 = 0x12;
 
-/// The page that a guest's code has moved to, for as long as it is not there.
+/// Page that is missing until [`Absent::provide`].
 #[derive(Debug)]
 pub struct Absent {
     userfault: OwnedFd,
@@ -45,12 +45,12 @@ pub struct Absent {
 }
 
 impl Machine {
-    /// Makes a VM of one vCPU that asks `query` once, by an instruction which is in memory for the
-    /// CPU and not there for KVM; see [`Machine::registers`] for the answer.
+    /// Create a VM of one vCPU that executes CPUID once, by an instruction that is in memory for
+    /// the CPU and missing for KVM. [`Machine::registers`] has the answer.
     ///
     /// # Errors
     ///
-    /// As [`Machine::new`], and [`Error::Kernel`] without userfaultfd.
+    /// Fails as [`Machine::new`] does, and with [`Error::Kernel`] without userfaultfd.
     pub fn with_absent_code(query: Quad) -> Result<(Self, Absent)> {
         let mut machine = Self::new(Config::new(Program::Touch, Mode::Long, LARGE_PAGE))?;
         let window = Window::of(0);
@@ -67,12 +67,12 @@ impl Machine {
         Ok((machine, absent))
     }
 
-    /// Make a VM of one vCPU that writes to one page, which is not there yet: KVM sleeps for it
-    /// as it resolves the page fault.
+    /// Create a VM of one vCPU that writes to one page, which is missing: KVM sleeps while it
+    /// resolves the page fault.
     ///
     /// # Errors
     ///
-    /// As [`Machine::new`], and [`Error::Kernel`] without userfaultfd.
+    /// Fails as [`Machine::new`] does, and with [`Error::Kernel`] without userfaultfd.
     pub fn with_absent_page() -> Result<(Self, Absent)> {
         let machine = Self::new(Config::new(Program::Touch, Mode::Long, 1))?;
         let address = machine.memory().address() + FRESH;
@@ -81,11 +81,11 @@ impl Machine {
         Ok((machine, absent))
     }
 
-    /// The first vCPU's registers RAX to RDX.
+    /// Return the first vCPU's registers RAX to RDX.
     ///
     /// # Errors
     ///
-    /// [`Error::Kvm`] when KVM refuses.
+    /// Fails with [`Error::Kvm`] when KVM refuses.
     pub fn registers(&mut self) -> Result<Quad> {
         let kvm_regs {
             rax, rbx, rcx, rdx, ..
@@ -98,14 +98,14 @@ impl Machine {
 }
 
 impl Absent {
-    /// Takes the page at an address away, to come with `code` in it.
+    /// Remove the page at an address. It will come back with `code` in it.
     fn new(address: u64, code: Vec<u8>) -> io::Result<Self> {
-        // SAFETY: No addresses.
+        // SAFETY: The call takes no addresses.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: Just opened, and nobody else's.
+        // SAFETY: The descriptor was just opened, and has no other owner.
         let userfault = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         let absent = Self {
             userfault,
@@ -116,34 +116,34 @@ impl Absent {
         let mode = UFFDIO_REGISTER_MODE_MISSING;
         absent.call(UFFDIO_REGISTER, &mut [address, PAGE, mode, 0])?;
         let place = ptr::without_provenance_mut(address as usize);
-        // SAFETY: The page is in a guest's memory, of which this process holds no reference.
+        // SAFETY: The page is in a guest's memory, to which this process holds no reference.
         match unsafe { libc::madvise(place, PAGE as usize, libc::MADV_DONTNEED) } {
             0 => Ok(absent),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Waits until somebody sleeps for the page.
+    /// Wait until a thread sleeps for the page.
     ///
     /// # Errors
     ///
-    /// Those of the kernel, and `TimedOut`.
+    /// Fails with errors of the kernel, and with `TimedOut`.
     pub fn wait_until_wanted(&self, within: Duration) -> io::Result<()> {
         let mut poll = libc::pollfd {
             fd: self.userfault.as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };
-        // SAFETY: One such struct, as said.
+        // SAFETY: The pointer is to one such struct, as the count says.
         match unsafe { libc::poll(&raw mut poll, 1, within.as_millis() as i32) } {
             -1 => return Err(io::Error::last_os_error()),
             0 => return Err(io::ErrorKind::TimedOut.into()),
             _ => {}
         }
-        // `struct uffd_msg`: the event, then for a page fault its flags and its address.
+        // Layout of `struct uffd_msg`: the event, then for a page fault its flags and its address.
         let mut message = [0_u64; 4];
         let size = size_of_val(&message);
-        // SAFETY: The place is ours, and as large as said.
+        // SAFETY: The buffer is ours, and has this size.
         let read = unsafe { libc::read(poll.fd, message.as_mut_ptr().cast(), size) };
         if read < 0 {
             return Err(io::Error::last_os_error());
@@ -155,11 +155,11 @@ impl Absent {
         Ok(())
     }
 
-    /// Has the page there, and wakes who sleeps for it. May be called again.
+    /// Provide the page, and wake the threads that sleep for it. Can be called again.
     ///
     /// # Errors
     ///
-    /// Those of the kernel.
+    /// Fails with errors of the kernel.
     pub fn provide(&self) -> io::Result<()> {
         let from = self.code.as_ptr() as u64;
         match self.call(UFFDIO_COPY, &mut [self.address, from, PAGE, 0, 0]) {
@@ -173,7 +173,7 @@ impl Absent {
         request: libc::c_ulong,
         words: &mut [u64; WORDS],
     ) -> io::Result<()> {
-        // SAFETY: Each request of this module reads and writes so many words, as its number says,
+        // SAFETY: Each request of this module reads and writes as many words as its number says,
         // and the page that it copies.
         match unsafe { libc::ioctl(self.userfault.as_raw_fd(), request, words.as_mut_ptr()) } {
             -1 => Err(io::Error::last_os_error()),

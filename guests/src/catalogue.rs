@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The guests there are, and how many exits each is known to cause.
+//! The guests, and the exits that each is known to cause.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -9,7 +9,7 @@ use exitmeter_meter::reasons::{self, Isa};
 
 use crate::window::PAGE;
 
-/// What a guest does, `count` times.
+/// Action that a guest repeats `count` times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Program {
     /// CPUID of leaf 0.
@@ -58,7 +58,7 @@ pub enum Program {
     Query,
 }
 
-/// In what mode of the CPU a guest runs.
+/// CPU mode that a guest runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
     /// Real mode.
@@ -70,9 +70,8 @@ pub enum Mode {
 }
 
 impl Program {
-    /// Return true if the guest can run in a mode: at CPL 3 most of what exits would fault
-    /// instead. In real mode calls do not reach the pages to touch, and there is no handler of
-    /// exceptions.
+    /// Return true if the guest can run in a mode. At CPL 3 most of what exits would fault instead.
+    /// In real mode, calls do not reach the pages to touch, and exceptions have no handler.
     pub fn runs_in(self, mode: Mode) -> bool {
         use Program::*;
         match mode {
@@ -96,17 +95,18 @@ impl Program {
     }
 }
 
-/// How many exits a guest causes, by reason.
+/// Number of exits that a guest causes, by reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
     isa: Isa,
     mode: Mode,
     exact: BTreeMap<u32, u64>,
-    /// Reasons that come by the clock or by chance, any number of times.
+    /// Reasons of exits caused by the clock or by chance, any number of times.
     noise: Vec<u32>,
 }
 
-/// The page that holds the code, and the three tables that map it in 64-bit mode.
+/// Return the number of a vCPU's own pages: its code, and in 64-bit mode the three tables that map
+/// it.
 fn own_pages(mode: Mode) -> u64 {
     match mode {
         Mode::Real => 1,
@@ -115,14 +115,14 @@ fn own_pages(mode: Mode) -> u64 {
 }
 
 impl Expected {
-    /// What `vcpus` vCPUs cause, each of which runs `program` with `count`, under KVM with
-    /// EPT or NPT and with unrestricted guests.
+    /// Return the exits of `vcpus` vCPUs that each run `program` with `count`, under KVM with EPT
+    /// or NPT and with unrestricted guests.
     pub fn of(isa: Isa, program: Program, mode: Mode, count: u32, vcpus: u8) -> Self {
         use Program::*;
 
         let (count, vcpus) = (u64::from(count), u64::from(vcpus));
         let io = [30, 0x7b];
-        // The reasons of the instructions in the loop: on VMX, on SVM.
+        // Reasons of the instructions in the loop, on VMX and on SVM.
         let looped: &[[u32; 2]] = match program {
             Cpuid | Query => &[[10, 0x72]],
             OutUser | InUser | InKernel | OutEventfd => &[io],
@@ -142,7 +142,7 @@ impl Expected {
         let pages = own_pages(mode)
             + match program {
                 Touch | Look => count,
-                // And the stack.
+                // One more for the stack.
                 Call => count + 1,
                 // One more table.
                 Device if mode != Mode::Real => 1,
@@ -164,7 +164,7 @@ impl Expected {
         // The OUT that ends the guest.
         add(io, 1);
 
-        // The host's interrupts, and the timer by which KVM ends a guest's time slice.
+        // The host's interrupts, and the timer with which KVM ends a guest's time slice.
         let mut noise = match isa {
             Isa::Vmx => vec![1, 52],
             Isa::Svm => vec![0x60],
@@ -172,23 +172,23 @@ impl Expected {
         if vcpus == 1 && !matches!(program, HltKernel | Undefined) {
             add([48, 0x400], pages);
             if program == Device && isa == Isa::Vmx {
-                // KVM does not know yet that a page is none of memory's when it is touched first.
+                // KVM does not know yet that a page is not memory when it is first touched.
                 for (reason, change) in [(48, 2), (49, -2)] {
                     let exits = exact.entry(reason).or_insert(0);
                     *exits = exits.saturating_add_signed(change);
                 }
             }
         } else {
-            // Two vCPUs that fault at once race for KVM's tables; who loses faults again. And
-            // an interrupt comes when it likes: its delivery was seen to fault once more.
+            // Two vCPUs that fault at once race for KVM's tables, and the loser faults again. An
+            // interrupt can come at any time: its delivery was seen to fault once more.
             noise.push(pick([48, 0x400]));
             if program == Device {
                 noise.push(pick([49, 0x400]));
             }
         }
         if program == Debug {
-            // KVM stops intercepting, and has the instruction begin again. An interrupt in between has
-            // it exit once more.
+            // KVM stops intercepting, and lets the instruction begin again. An interrupt in between
+            // makes it exit once more.
             let registers: &[u32] = match isa {
                 Isa::Vmx => &[29],
                 Isa::Svm => &[0x26, 0x37],
@@ -207,14 +207,14 @@ impl Expected {
         }
     }
 
-    /// The exact number of exits for each reason that is not noise; 0 for all others.
+    /// Return the exact number of exits for each reason that is not noise; all others have 0.
     pub fn exact(&self) -> &BTreeMap<u32, u64> {
         &self.exact
     }
 
-    /// The same under KVM without nested paging. The guest's page tables are then KVM's
-    /// business, at the price of exits that depend on more than the guest. On VMX there are
-    /// no unrestricted guests either, so that KVM emulates real mode as it sees fit.
+    /// Return the exits under KVM without nested paging. KVM then handles the guest's page tables,
+    /// with exits that depend on more than the guest. On VMX there are no unrestricted guests
+    /// either, so KVM emulates real mode with an unknown number of exits.
     pub fn without_nested_paging(mut self) -> Self {
         let (fault, paging): (u32, &[u32]) = match self.isa {
             // Exceptions, INVLPG.
@@ -237,11 +237,11 @@ impl Expected {
         self
     }
 
-    /// Compares with what was counted.
+    /// Compare with the exits that were counted.
     ///
     /// # Errors
     ///
-    /// [`Differs`] with every reason whose number is another.
+    /// Fails with [`Differs`], which lists every reason whose number differs.
     pub fn check(&self, counted: &BTreeMap<u32, u64>) -> Result<(), Differs> {
         let keys = self.exact.keys().chain(counted.keys());
         let mut differences: Vec<_> = keys
@@ -265,11 +265,11 @@ impl Expected {
     }
 }
 
-/// Exits were counted that are not those known.
+/// Error when the counted exits differ from the known ones.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct Differs {
     isa: Isa,
-    /// Reason, expected, counted.
+    /// Reason, expected and counted exits.
     differences: Vec<(u32, u64, u64)>,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The guests' machine code, and where each guest begins in it.
+//! Machine code of the guests, and the offsets of their entry points.
 
 use std::arch::global_asm;
 
@@ -10,7 +10,7 @@ use crate::catalogue::{Mode, Program};
 
 global_asm!(include_str!("guests.s"));
 
-/// Declares the labels of guests.s, and the table from guest to label.
+/// Declare the labels of guests.s, and the table from guest to label.
 macro_rules! labels {
     ($($guest:pat => $real:ident $long:ident,)*) => {
         extern "C" {
@@ -62,19 +62,19 @@ labels! {
     (Program::Query, _) => tiny_query_16 tiny_query_64,
 }
 
-/// All guests' code. It runs at any address.
+/// Return the code of all guests. It runs at any address.
 pub(crate) fn bytes() -> &'static [u8] {
     let (start, end) = (&raw const tiny_code, &raw const tiny_code_end);
-    // SAFETY: Both labels are of one section, in this order, which nothing writes to.
+    // SAFETY: Both labels are in one section, in this order, and nothing writes to it.
     unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) }
 }
 
-/// Where a guest begins in [`bytes`].
+/// Return the offset of a guest in [`bytes`].
 pub(crate) fn entry(program: Program, isa: Isa, mode: Mode) -> u64 {
     offset(label(program, isa, mode))
 }
 
-/// Where the handler of the interrupt that ends a HLT begins in [`bytes`].
+/// Return the offset of the handler of the interrupt that ends a HLT.
 pub(crate) fn interrupt_handler(mode: Mode) -> u64 {
     offset(match mode {
         Mode::Real => &raw const tiny_interrupt_16,
@@ -82,22 +82,22 @@ pub(crate) fn interrupt_handler(mode: Mode) -> u64 {
     })
 }
 
-/// Return where the handler of the exception that [`Program::Undefined`] causes begins in [`bytes`].
+/// Return the offset of the handler of the exception that [`Program::Undefined`] causes.
 pub(crate) fn exception_handler() -> u64 {
     offset(&raw const tiny_step_over_64)
 }
 
-/// Where the guest that moves its own code begins in [`bytes`].
+/// Return the offset of the guest that moves its own code.
 pub(crate) fn moved() -> u64 {
     offset(&raw const tiny_moved_64)
 }
 
-/// Return where the hypervisor that runs a guest once begins in [`bytes`].
+/// Return the offset of the hypervisor that runs a guest once.
 pub(crate) fn hypervisor() -> u64 {
     offset(&raw const tiny_vmrun_64)
 }
 
-/// Return where its guest begins in [`bytes`].
+/// Return the offset of the hypervisor's guest.
 pub(crate) fn inner() -> u64 {
     offset(&raw const tiny_inner_64)
 }
@@ -115,7 +115,7 @@ mod tests {
         let code = bytes();
         assert!(!code.is_empty() && code.len() <= 4096);
         let at = |program, mode| &code[entry(program, Isa::Vmx, mode) as usize..];
-        // xor eax, eax; xor ecx, ecx; cpuid; dec edi: with operand prefixes in real mode.
+        // Expect xor eax, eax; xor ecx, ecx; cpuid; dec edi: with operand prefixes in real mode.
         assert!(at(Program::Cpuid, Mode::Long)
             .starts_with(&[0x31, 0xc0, 0x31, 0xc9, 0x0f, 0xa2, 0xff, 0xcf]));
         assert!(at(Program::Cpuid, Mode::Real)
@@ -126,7 +126,7 @@ mod tests {
             code[interrupt_handler(Mode::Long) as usize..][..2],
             [0x48, 0xcf]
         );
-        // vmrun; cpuid and vmmcall.
+        // Expect vmrun; then cpuid and vmmcall.
         assert!(code[hypervisor() as usize..].starts_with(&[0x0f, 0x01, 0xd8]));
         assert!(code[inner() as usize..].starts_with(&[0x0f, 0xa2, 0x0f, 0x01, 0xd9]));
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The settings of a VM, and what can be wrong with them.
+//! Settings of a VM, and errors.
 
 use std::time::Duration;
 
@@ -9,19 +9,19 @@ use crate::{
     window::{FRESH, QUERIES, QUERY, WINDOW},
 };
 
-/// The most vCPUs of a VM in real mode: each has a window of 64 KiB in the first MiB.
+/// Maximum number of vCPUs of a VM in real mode: each has a window of 64 KiB in the first MiB.
 pub const MAX_VCPUS: u8 = 15;
 
-/// The most vCPUs of a VM in 64-bit mode: their windows lie below `FRESH`.
+/// Maximum number of vCPUs of a VM in 64-bit mode: their windows lie below `FRESH`.
 pub const MAX_LONG_VCPUS: u8 = (FRESH / WINDOW) as u8;
 
-/// The most queries a guest asks: its window holds no more.
+/// Maximum number of queries of a guest: its window holds no more.
 pub const MAX_QUERIES: u32 = ((WINDOW - QUERIES) / QUERY) as u32;
 
-/// The most pages that the vCPUs of a VM touch together: 128 MiB.
+/// Maximum number of pages that the vCPUs of a VM touch together: 128 MiB.
 pub const MAX_PAGES: u32 = 32 * 1024;
 
-/// What can go wrong with a VM.
+/// Error of a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A call to KVM failed.
@@ -33,50 +33,49 @@ pub enum Error {
     /// The settings do not go together.
     #[error("{0}")]
     Settings(String),
-    /// The caller wanted no more of it.
+    /// The caller stopped the guest.
     #[error("the guest was stopped")]
     Stopped,
-    /// The guest did what no guest here does.
+    /// The guest ended in a way that no guest here does.
     #[error("vCPU {vcpu} ended with {what}")]
     Guest {
-        /// Which vCPU.
+        /// Number of the vCPU.
         vcpu: u8,
-        /// How it ended.
+        /// End of the vCPU, in words.
         what: String,
     },
 }
 
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
-/// The settings of a VM.
+/// Settings of a VM.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What every vCPU runs.
+    /// Program of every vCPU.
     pub program: Program,
-    /// In what mode.
+    /// CPU mode.
     pub mode: Mode,
-    /// How often each loops, from 1. For [`Program::Query`] the number of queries.
+    /// Loop iterations, at least 1. For [`Program::Query`], the number of queries.
     pub count: u32,
-    /// vCPUs, from 1 to [`MAX_VCPUS`] in real mode and [`MAX_LONG_VCPUS`] in the others.
+    /// Number of vCPUs, from 1 to [`MAX_VCPUS`] in real mode and [`MAX_LONG_VCPUS`] in the others.
     pub vcpus: u8,
-    /// How long the VMM sleeps each time a guest's OUT comes to it.
+    /// Time that the VMM sleeps at each OUT that reaches it.
     pub pause: Duration,
-    /// The one OUT on which it does so, from 1; `None` for each.
+    /// Number of the only OUT at which it sleeps, from 1; `None` for each OUT.
     pub pause_on: Option<u64>,
-    /// Whether a vCPU's thread moves to the host's next CPU each time a guest's OUT comes to
-    /// the VMM.
+    /// True if a vCPU's thread moves to the host's next CPU at each OUT that reaches the VMM.
     pub roam: bool,
-    /// How often the VMM sends the interrupt that ends a HLT.
+    /// Interval at which the VMM sends the interrupt that ends a HLT.
     pub wake: Duration,
-    /// Whether the VMM reads a vCPU's registers and writes them back each time it comes to the VMM,
-    /// by an exit or by a signal.
+    /// True if the VMM reads a vCPU's registers and writes them back each time it gets control, by
+    /// an exit or by a signal.
     pub meddle: bool,
-    /// What every vCPU asks, for [`Program::Query`].
+    /// Queries of every vCPU, for [`Program::Query`].
     pub queries: Vec<Quad>,
 }
 
 impl Config {
-    /// One vCPU that loops `count` times, under a VMM that does not sleep.
+    /// Configure one vCPU that loops `count` times, under a VMM that does not sleep.
     pub fn new(program: Program, mode: Mode, count: u32) -> Self {
         Self {
             program,
@@ -92,7 +91,7 @@ impl Config {
         }
     }
 
-    /// One vCPU that asks `queries`.
+    /// Configure one vCPU that makes `queries`.
     pub fn query(mode: Mode, queries: Vec<Quad>) -> Self {
         Self {
             queries,
@@ -100,7 +99,7 @@ impl Config {
         }
     }
 
-    /// How often each vCPU loops.
+    /// Return the loop iterations of each vCPU.
     pub fn loops(&self) -> u32 {
         match self.program {
             Program::Query => self.queries.len() as u32,
@@ -147,7 +146,7 @@ impl Config {
         }
     }
 
-    /// Whether KVM is to hold the interrupt controllers.
+    /// Return true if KVM must emulate the interrupt controllers.
     pub(crate) fn has_irqchip(&self) -> bool {
         matches!(self.program, Program::HltKernel | Program::InKernel)
     }
@@ -167,8 +166,8 @@ pub struct Quad {
 }
 
 impl Quad {
-    /// What CPUID reads: the leaf in RAX, the subleaf in RCX, and in all else bits that an
-    /// answer must not keep.
+    /// Create the input of CPUID: the leaf in RAX, the subleaf in RCX, and in all other bits a
+    /// pattern that an answer must not keep.
     pub fn cpuid(leaf: u32, subleaf: u32) -> Self {
         const JUNK: u64 = 0xdead_beef_0000_0000;
         Self {

@@ -1,19 +1,19 @@
-# The tiny guests. Each is a loop around one instruction that exits, assembled twice:
-# for real mode (.code16, operands and addresses of 32 bits by prefix) and for 64-bit mode.
+# The tiny guests. Each is a loop around one instruction that exits, assembled twice: for real mode
+# (.code16, operands and addresses of 32 bits by prefix) and for 64-bit mode.
 #
 # At the start the VMM has set:
 #   edi  how often to loop, at least 1
 #   esi  an address for guests that touch memory
-# All jumps are relative, so the code runs wherever the VMM puts it. A guest ends with an
-# OUT to port 0xf4, which the VMM takes for the end and never returns from.
+# All jumps are relative, so the code runs at any address. A guest ends with an OUT to port 0xf4.
+# The VMM stops there and never returns from it.
 
-# The label of a guest, for code.rs.
+# Label of a guest, for code.rs.
 .macro guest name, mode
 .global tiny_\name\()_\mode
 tiny_\name\()_\mode:
 .endm
 
-# Loops to the guest's label 1, and ends it.
+# Loop to the guest's label 1, or end the guest.
 .macro again
         dec     edi
         jnz     1b
@@ -22,7 +22,7 @@ tiny_\name\()_\mode:
         ud2
 .endm
 
-# `mode` is 16 or 64; `a` and `s` are the widest RAX and RSI there, `iret` its IRET.
+# `mode` is 16 or 64; `a` and `s` are the widest RAX and RSI in it, `iret` its IRET.
 .macro guests mode, a, s, iret
 guest cpuid \mode
 1:      xor     eax, eax
@@ -40,19 +40,19 @@ guest in_user \mode
 1:      in      al, dx
         again
 
-# The speaker's port, which KVM's own PIT answers.
+# Read the speaker's port, which KVM's own PIT answers.
 guest in_kernel \mode
 1:      in      al, 0x61
         again
 
-# A port that an ioeventfd takes.
+# Write to a port that is an ioeventfd.
 guest out_eventfd \mode
         mov     dx, 0x510
 1:      out     dx, al
         again
 
-# One interrupt ends each HLT. The handler is a bare return: the VMM has set the
-# interrupt controller to acknowledge by itself, so there is no access to it.
+# One interrupt ends each HLT. The handler only returns: the VMM has set the interrupt controller to
+# acknowledge by itself.
 guest hlt_kernel \mode
 1:      sti
         hlt
@@ -65,7 +65,7 @@ guest hlt_user \mode
 1:      hlt
         again
 
-# The update level of the microcode: KVM keeps every guest's own, and ignores writes.
+# Access the microcode's update level: KVM keeps one for every guest, and ignores writes.
 guest rdmsr \mode
         mov     ecx, 0x8b
 1:      rdmsr
@@ -78,7 +78,7 @@ guest wrmsr \mode
 1:      wrmsr
         again
 
-# The deadline of a timer that is not in the mode for one.
+# Write the deadline of a timer that is not in deadline mode.
 guest wrmsr_fast \mode
         mov     ecx, 0x6e0
         xor     eax, eax
@@ -86,14 +86,14 @@ guest wrmsr_fast \mode
 1:      wrmsr
         again
 
-# CR0.AM belongs to the host, and means nothing at CPL 0.
+# Flip CR0.AM, which belongs to the host, and has no effect at CPL 0.
 guest cr_write \mode
         mov     \a, cr0
 1:      xor     eax, 0x40000
         mov     cr0, \a
         again
 
-# KVM_HC_VAPIC_POLL_IRQ, which does nothing.
+# Call KVM_HC_VAPIC_POLL_IRQ, which does nothing.
 guest vmcall \mode
 1:      mov     eax, 1
         vmcall
@@ -115,26 +115,26 @@ guest wbinvd \mode
 guest spin \mode
 1:      again
 
-# One byte in each of edi pages.
+# Write one byte in each of edi pages.
 guest touch \mode
 1:      mov     byte ptr [\s], 1
         add     esi, 0x1000
         again
 
-# One byte read from each of edi pages.
+# Read one byte from each of edi pages.
 guest look \mode
 1:      mov     al, byte ptr [\s]
         add     esi, 0x1000
         again
 
-# Registers of a device, in two pages: one is written, two are read.
+# Access a device's registers in two pages: write one, read two.
 guest device \mode
 1:      mov     byte ptr [\s], al
         mov     al, byte ptr [\s + 0x10]
         mov     al, byte ptr [\s + 0x1010]
         again
 
-# KVM lets a debug register be accessed without an exit, up to the next exit: CPUID's.
+# Access debug registers. KVM lets the guest do so without an exit, up to the next exit: CPUID's.
 guest debug \mode
 1:      mov     eax, 0x400
         mov     dr7, \a
@@ -154,7 +154,7 @@ tiny_code:
 .code64
 guests 64, rax, rsi, iretq
 
-# CPUID with all of RAX to RDX set before and handed back: an entry is four numbers of 64
+# Execute CPUID with all of RAX to RDX set before and stored after. An entry is four numbers of 64
 # bits in, four out.
 guest query 64
 1:      mov     rax, [rsi]
@@ -169,13 +169,13 @@ guest query 64
         add     rsi, 64
         again
 
-# Calls each of edi pages, which begin with RET.
+# Call each of edi pages, which begin with RET.
 guest call 64
 1:      call    rsi
         add     esi, 0x1000
         again
 
-# An instruction that is none. The handler goes on behind it.
+# Execute an undefined instruction. The handler continues behind it.
 guest undefined 64
 1:      ud2
         again
@@ -183,8 +183,8 @@ guest step_over 64
         add     qword ptr [rsp], 2
         iretq
 
-# Moves its own code: rbx becomes the entry of the page directory at rsi, which maps it. The CPU
-# goes on by the translation that it holds, up to the exit of CPUID.
+# Move the guest's own code: rbx becomes the entry of the page directory at rsi, which maps it. The
+# CPU continues with its cached translation, up to the exit of CPUID.
 guest moved 64
         mov     [rsi], rbx
         cpuid
@@ -197,7 +197,7 @@ guest vmrun 64
         out     0xf4, al
         ud2
 
-# Its guest, which asks once. A hypervisor takes VMMCALL for the end.
+# Its guest, which executes CPUID once. VMMCALL tells the hypervisor that it has ended.
 guest inner 64
         cpuid
         vmmcall
@@ -206,7 +206,7 @@ guest inner 64
 .code16
 guests 16, eax, esi, iret
 
-# In 64-bit mode alone: see runs_in().
+# Guests of 64-bit mode only: see runs_in().
 guest call 16
 guest undefined 16
         ud2

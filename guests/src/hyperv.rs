@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A guest that speaks Hyper-V's language: its hypercalls are by Hyper-V's convention (TLFS,
+//! A guest that uses Hyper-V's interface: its hypercalls follow Hyper-V's convention (TLFS,
 //! "Hypercall Interface").
 
 use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_MAX_CPUID_ENTRIES};
@@ -13,24 +13,25 @@ use crate::{
     meddle::set_msrs,
 };
 
-/// The first leaves of a hypervisor: its name, and the interface that it has.
+/// First leaves of a hypervisor: its name, and its interface.
 const VENDOR_LEAF: u32 = 0x4000_0000;
 const INTERFACE_LEAF: u32 = 0x4000_0001;
-/// `Hv#1`.
+/// Signature `Hv#1`.
 const INTERFACE: u32 = 0x3123_7648;
-/// HV_X64_MSR_GUEST_OS_ID, without which there are no hypercalls; any number but 0 will do.
+/// MSR HV_X64_MSR_GUEST_OS_ID and its value. Hypercalls need any number but 0.
 const GUEST_OS_ID: (u32, u64) = (0x4000_0000, 1);
 
-/// HvCallNotifyLongSpinWait, which only yields the CPU.
+/// Hypercall HvCallNotifyLongSpinWait, which only yields the CPU.
 pub const NOTIFY_LONG_SPIN_WAIT: u16 = 8;
 
 impl Machine {
-    /// Make a VM of one vCPU that runs [`Program::Hypercall`], each of which is Hyper-V's
+    /// Create a VM of one vCPU that runs [`Program::Hypercall`] with Hyper-V's
     /// [`NOTIFY_LONG_SPIN_WAIT`].
     ///
     /// # Errors
     ///
-    /// As [`Machine::new`], and [`Error::Kvm`] when KVM was built without Hyper-V's interface.
+    /// Fails as [`Machine::new`] does, and with [`Error::Kvm`] when KVM was built without Hyper-V's
+    /// interface.
     pub fn with_hyperv(config: Config) -> Result<Self> {
         if config.program != Program::Hypercall {
             return Err(Error::Settings(

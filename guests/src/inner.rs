@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A guest in the guest, on SVM: the outer one is a hypervisor of a few bytes, which runs an inner
-//! one at CPL 3. The inner one asks once. The VMM writes its VMCB.
+//! A guest in the guest, on SVM. The outer guest is a hypervisor of a few bytes, which runs an
+//! inner guest at CPL 3. The inner guest executes CPUID once. The VMM writes its VMCB.
 //!
-//! The hypervisor does not intercept CPUID, as Linux's would, so KVM itself is to answer.
-//! VMX leaves a hypervisor no such choice (SDM, "Instructions That Cause VM Exits
-//! Unconditionally"). There KVM hands it each CPUID (`nested_vmx_l1_wants_exit()`) that does not
-//! fault (`nested_vmx_l0_wants_exit()`).
+//! The hypervisor does not intercept CPUID, as Linux's would, so KVM itself answers. VMX leaves a
+//! hypervisor no such choice (SDM, "Instructions That Cause VM Exits Unconditionally"): there KVM
+//! hands it each CPUID (`nested_vmx_l1_wants_exit()`) that does not fault
+//! (`nested_vmx_l0_wants_exit()`).
 
 use exitmeter_meter::reasons::Isa;
 use kvm_bindings::kvm_segment;
@@ -19,12 +19,12 @@ use crate::{
     window::{Window, PAGE, RFLAGS},
 };
 
-/// VM_HSAVE_PA, which a hypervisor has to set before its first VMRUN.
+/// MSR VM_HSAVE_PA, which a hypervisor must set before its first VMRUN.
 const VM_HSAVE_PA: u32 = 0xc001_0117;
-/// EFER: SVM is on.
+/// Bit of EFER that turns SVM on.
 const EFER_SVME: u64 = 1 << 12;
 
-// Places in the VMCB (APM Volume 2, "VMCB Layout").
+// Offsets in the VMCB (APM Volume 2, "VMCB Layout").
 const EXCEPTIONS: usize = 0x08;
 const INSTRUCTIONS_1: usize = 0x0c;
 const INSTRUCTIONS_2: usize = 0x10;
@@ -47,29 +47,29 @@ const RFLAGS_PLACE: usize = 0x570;
 const RIP: usize = 0x578;
 const RAX: usize = 0x5f8;
 
-/// Shutdown, in the first word of instructions that are intercepted.
+/// Bit for shutdown, in the first word of intercepted instructions.
 const SHUTDOWN: u32 = 1 << 31;
-/// VMRUN, without which there is none, and VMMCALL, in the second.
+/// Bits for VMRUN, which SVM requires, and VMMCALL, in the second word.
 const VMRUN_AND_VMMCALL: u32 = 0b11;
 
-/// What a hypervisor finds of its guest.
+/// State of the inner guest after it has run, as the hypervisor sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inner {
-    /// Why it exited.
+    /// Exit code.
     pub exit: u64,
-    /// How many bytes of its code are behind it: 0 at CPUID, 2 at the VMMCALL after it.
+    /// Bytes of code that it has executed: 0 at CPUID, 2 at the VMMCALL after it.
     pub behind: u64,
-    /// Its registers.
+    /// Registers.
     pub registers: Quad,
 }
 
 impl Machine {
-    /// Make a VM of one vCPU that is a hypervisor, whose guest asks `query` at CPL 3. It intercepts
-    /// the end of that guest, and the exceptions that are bits of `exceptions`.
+    /// Create a VM of one vCPU that is a hypervisor, with a guest that makes `query` at CPL 3. It
+    /// intercepts the end of that guest, and the exceptions whose bits are set in `exceptions`.
     ///
     /// # Errors
     ///
-    /// As [`Machine::new`], and [`Error::Settings`] on VMX.
+    /// Fails as [`Machine::new`] does, and with [`Error::Settings`] on VMX.
     pub fn with_inner(query: Quad, exceptions: u32) -> Result<Self> {
         if host_isa() != Some(Isa::Svm) {
             return Err(Error::Settings(
@@ -93,7 +93,7 @@ impl Machine {
         vcpu.set_regs(&window.hypervisor(query))
             .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;
 
-        // The guest's own mode, on the hypervisor's tables.
+        // Set the guest's own mode, on the hypervisor's tables.
         let user = Config::new(Program::Cpuid, Mode::User, 1);
         window.set_mode(&mut sregs, &user);
         sregs.efer |= EFER_SVME;
@@ -116,7 +116,7 @@ impl Machine {
             (CR4, sregs.cr4),
             (CR3, sregs.cr3),
             (CR0, sregs.cr0),
-            // As after a reset.
+            // The values after a reset.
             (DR7, 0x400),
             (DR6, 0xffff_0ff0),
             (RFLAGS_PLACE, RFLAGS),
@@ -130,14 +130,14 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Return what the hypervisor of [`Machine::with_inner`] finds of its guest when it has run.
+    /// Return the state of the guest of [`Machine::with_inner`] after it has run.
     ///
     /// # Errors
     ///
-    /// [`Error::Kvm`] when KVM refuses.
+    /// Fails with [`Error::Kvm`] when KVM refuses.
     pub fn inner(&mut self) -> Result<Inner> {
         let window = Window::of(0);
-        // VMRUN and its end switch RAX alone of these.
+        // Of these registers, VMRUN and its end switch only RAX.
         let others = self.registers()?;
         let word = |place: usize| self.memory().read_u64(window.vmcb() + place as u64);
         Ok(Inner {
@@ -151,7 +151,7 @@ impl Machine {
     }
 }
 
-/// What a hypervisor gives to VMRUN.
+/// VMCB that a hypervisor gives to VMRUN.
 struct Vmcb([u8; PAGE as usize]);
 
 impl Vmcb {

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tiny KVM guests, each a loop around one instruction that exits, and the VMM that runs
-//! them.
+//! Tiny KVM guests, each a loop around one instruction that exits, and the VMM that runs them.
 //!
-//! What a guest does is known to the instruction, so how often it exits, and why, is known
-//! too: [`Expected`] says it, for both vendors. Whatever counts exits can be held against
-//! it.
+//! The instructions of a guest are known exactly, so the number and the reasons of its exits are
+//! known too. [`Expected`] has them for both vendors. Any count of exits can be compared with it.
 //!
-//! A VM's every vCPU has a window of 64 KiB of its own, with code, stack, tables and
-//! queries, so that vCPUs share no page and faults can be counted too.
+//! Every vCPU of a VM has a window of 64 KiB of its own, with code, stack, tables and queries.
+//! vCPUs share no page, so faults can be counted too.
 
 mod absent;
 mod catalogue;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A VMM of a few hundred lines: one VM, its memory, its vCPUs, each a thread.
+//! A VMM of a few hundred lines: one VM, its memory, and its vCPUs, each a thread.
 
 use std::{
     io,
@@ -27,17 +27,17 @@ use crate::{
     window::{Window, FRESH, IRQ, PAGE, VECTOR_BASE},
 };
 
-/// The port whose OUT ends a guest.
+/// Port whose OUT ends a guest.
 pub(crate) const END_PORT: u16 = 0xf4;
-/// The port that the VMM answers.
+/// Port that the VMM answers.
 const USER_PORT: u16 = 0x3f0;
-/// The port that is an ioeventfd.
+/// Port that is an ioeventfd.
 const EVENTFD_PORT: u64 = 0x510;
 
-/// What came to the VMM while a vCPU ran.
+/// Exits to the VMM while a vCPU ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// Port accesses, that which ends the guest left out.
+    /// Port accesses, without the one that ends the guest.
     pub ports: u64,
     /// HLTs.
     pub hlts: u64,
@@ -45,7 +45,7 @@ pub struct Seen {
     pub registers: u64,
 }
 
-/// A VM. It lives, and KVM keeps its vCPUs, until this is dropped.
+/// A VM. KVM keeps its vCPUs until this value is dropped.
 #[derive(Debug)]
 pub struct Machine {
     config: Config,
@@ -56,7 +56,7 @@ pub struct Machine {
     memory: Memory,
 }
 
-/// Which vendor's extensions the host has, by what its CPU says.
+/// Return the virtualization extension of the host's CPU.
 pub fn host_isa() -> Option<Isa> {
     if cpuid_ecx(1) & 1 << 5 != 0 {
         return Some(Isa::Vmx);
@@ -64,14 +64,14 @@ pub fn host_isa() -> Option<Isa> {
     (cpuid_ecx(0x8000_0001) & 1 << 2 != 0).then_some(Isa::Svm)
 }
 
-/// As [`host_isa`], of a host that is to run a VM.
+/// Return the extension of the host, or an error if there is none.
 fn required_isa() -> Result<Isa> {
     host_isa().ok_or(Error::Settings(
         "this CPU has neither VT-x nor SVM".to_owned(),
     ))
 }
 
-/// ECX of a CPUID leaf, 0 of one past the last.
+/// Return ECX of a CPUID leaf, or 0 for a leaf past the last.
 fn cpuid_ecx(leaf: u32) -> u32 {
     use core::arch::x86_64::__cpuid;
     #[allow(unused_unsafe, reason = "safe since Rust 1.94, unsafe before")]
@@ -85,11 +85,12 @@ fn cpuid_ecx(leaf: u32) -> u32 {
 }
 
 impl Machine {
-    /// Makes the VM and its vCPUs, ready to run.
+    /// Create the VM and its vCPUs, ready to run.
     ///
     /// # Errors
     ///
-    /// [`Error::Settings`] when they do not go together, else what KVM or the kernel said.
+    /// Fails with [`Error::Settings`] for settings that do not go together, or with an error of KVM
+    /// or the kernel.
     pub fn new(config: Config) -> Result<Self> {
         config.check()?;
         let isa = required_isa()?;
@@ -102,7 +103,7 @@ impl Machine {
         let vm = kvm
             .create_vm()
             .map_err(|error| Error::Kvm("make a VM", error))?;
-        // Where Intel's KVM may put what it needs for real mode; no guest looks there.
+        // Intel's KVM may put its data for real mode here; no guest accesses it.
         vm.set_identity_map_address(0xfffb_c000)
             .map_err(|error| Error::Kvm("set the identity map", error))?;
         vm.set_tss_address(0xfffb_d000)
@@ -139,7 +140,7 @@ impl Machine {
             userspace_addr: memory.address(),
             ..Default::default()
         };
-        // SAFETY: The memory is held until the VM is gone.
+        // SAFETY: The memory is kept until the VM is gone.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(|error| Error::Kvm("map the guest's memory", error))?;
 
@@ -170,7 +171,7 @@ impl Machine {
         self.vcpus.push(vcpu);
         self.set_to_beginning(number, isa)?;
         if self.config.has_irqchip() {
-            // All but the first would wait for an INIT.
+            // All vCPUs but the first would wait for an INIT.
             self.vcpus[usize::from(number)]
                 .set_mp_state(kvm_mp_state {
                     mp_state: KVM_MP_STATE_RUNNABLE,
@@ -180,7 +181,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Sets a vCPU's registers as its program wants them.
+    /// Set a vCPU's registers to the start of its program.
     fn set_to_beginning(&mut self, number: u8, isa: Isa) -> Result<()> {
         let (window, vcpu) = (Window::of(number), &self.vcpus[usize::from(number)]);
         let mut sregs = vcpu
@@ -195,20 +196,21 @@ impl Machine {
             .map_err(|error| Error::Kvm("set a vCPU's registers", error))
     }
 
-    /// Runs every vCPU to its end, each in a thread.
+    /// Run every vCPU to its end, each in a thread.
     ///
     /// # Errors
     ///
-    /// [`Error::Guest`] for a vCPU that ends otherwise than it should.
+    /// Fails with [`Error::Guest`] for a vCPU that ends in an unexpected way.
     pub fn run(&mut self) -> Result<Vec<Seen>> {
         self.run_with(|_| Ok(()))
     }
 
-    /// As [`Machine::run`]; each thread calls `begin` first, with the number of its vCPU.
+    /// Run every vCPU to its end like [`Machine::run`]. Each thread calls `begin` first, with the
+    /// number of its vCPU.
     ///
     /// # Errors
     ///
-    /// As [`Machine::run`], and those of `begin`.
+    /// Fails as [`Machine::run`] does, and with the errors of `begin`.
     pub fn run_with(&mut self, begin: impl Fn(u8) -> io::Result<()> + Sync) -> Result<Vec<Seen>> {
         let (config, vm, begin) = (&self.config, &self.vm, &begin);
         let done = &AtomicBool::new(false);
@@ -241,7 +243,7 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// As [`Machine::run`].
+    /// Fails as [`Machine::run`] does.
     pub fn run_one(&mut self, number: u8) -> Result<Seen> {
         self.run_one_until(number, &|| false)
     }
@@ -250,7 +252,7 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// [`Error::Stopped`], and those of [`Machine::run`].
+    /// Fails with [`Error::Stopped`], and as [`Machine::run`] does.
     pub fn run_one_until(&mut self, number: u8, stop: &dyn Fn() -> bool) -> Result<Seen> {
         let vcpu = self
             .vcpus
@@ -259,11 +261,12 @@ impl Machine {
         run_vcpu(number, vcpu, &self.config, stop)
     }
 
-    /// Has every vCPU ask anew, as many queries as before.
+    /// Let every vCPU make new queries, as many as before.
     ///
     /// # Errors
     ///
-    /// [`Error::Settings`] for another number of queries, [`Error::Kvm`] when KVM refuses.
+    /// Fails with [`Error::Settings`] for another number of queries, or with [`Error::Kvm`] when
+    /// KVM refuses.
     pub fn ask(&mut self, queries: &[Quad]) -> Result<()> {
         if queries.len() != self.config.queries.len() {
             return Err(Error::Settings(
@@ -277,11 +280,11 @@ impl Machine {
         self.rewind()
     }
 
-    /// Puts every vCPU back to the beginning of its program.
+    /// Set every vCPU back to the start of its program.
     ///
     /// # Errors
     ///
-    /// [`Error::Kvm`] when KVM refuses.
+    /// Fails with [`Error::Kvm`] when KVM refuses.
     pub fn rewind(&mut self) -> Result<()> {
         let isa = required_isa()?;
         for number in 0..self.config.vcpus {
@@ -290,8 +293,8 @@ impl Machine {
         Ok(())
     }
 
-    /// What a vCPU was answered, in the order of its queries. In real mode the upper
-    /// halves are not the guest's to see, and 0 here.
+    /// Return the answers of a vCPU, in the order of its queries. In real mode the upper halves are
+    /// not visible to the guest, and 0 here.
     pub fn answers(&self, vcpu: u8) -> Vec<Quad> {
         Window::of(vcpu).answers(&self.memory, &self.config)
     }
@@ -312,16 +315,16 @@ impl Machine {
         &self.vm
     }
 
-    /// The first vCPU; a machine has one at least.
+    /// Return the first vCPU. A machine has at least one.
     pub(crate) fn first_vcpu(&mut self) -> &mut VcpuFd {
         &mut self.vcpus[0]
     }
 
-    /// How often the ioeventfd's port was written to, since the last call.
+    /// Return the number of writes to the ioeventfd's port since the last call.
     ///
     /// # Errors
     ///
-    /// [`Error::Kernel`] when the eventfd cannot be read.
+    /// Fails with [`Error::Kernel`] when the eventfd cannot be read.
     pub fn eventfd_writes(&self) -> Result<u64> {
         match &self.eventfd {
             None => Ok(0),
@@ -332,29 +335,30 @@ impl Machine {
     }
 }
 
-/// The host's CPUs, by their numbers.
+/// Return the numbers of the host's CPUs.
 fn host_cpus() -> Range<usize> {
     0..thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Binds the calling thread to one CPU of the host.
+/// Bind the calling thread to one CPU of the host.
 ///
 /// # Errors
 ///
-/// Those of sched_setaffinity(2).
+/// Fails as sched_setaffinity(2) does.
 pub fn pin(cpu: usize) -> io::Result<()> {
     // SAFETY: All-zero bytes are an empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: The set is ours; `CPU_SET` checks the number.
     unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: The set is as large as said.
+    // SAFETY: The set has this size.
     match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// The leaves for one vCPU: KVM gives those of whatever CPU of the host it was asked on.
+/// Return the CPUID leaves for one vCPU. KVM returns those of the host CPU that happened to run the
+/// call.
 pub fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
     let (mut cpuid, id) = (cpuid.clone(), u32::from(vcpu));
     for leaf in cpuid.as_mut_slice() {
@@ -368,7 +372,7 @@ pub fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
     cpuid
 }
 
-/// Makes an ioeventfd of [`EVENTFD_PORT`].
+/// Create an ioeventfd of [`EVENTFD_PORT`].
 fn take_port(vm: &VmFd) -> Result<EventFd> {
     let eventfd = EventFd::new(libc::EFD_NONBLOCK)
         .map_err(|error| Error::Kernel("make an eventfd", error))?;
@@ -377,8 +381,8 @@ fn take_port(vm: &VmFd) -> Result<EventFd> {
     Ok(eventfd)
 }
 
-/// Sets KVM's PIC as a guest would: interrupts acknowledge themselves, all lines but
-/// [`IRQ`] are masked.
+/// Set up KVM's PIC as a guest would: interrupts acknowledge themselves, and all lines but [`IRQ`]
+/// are masked.
 fn set_up_pic(vm: &VmFd) -> Result<()> {
     let mut chip = kvm_irqchip {
         chip_id: KVM_IRQCHIP_PIC_MASTER,
@@ -386,8 +390,8 @@ fn set_up_pic(vm: &VmFd) -> Result<()> {
     };
     vm.get_irqchip(&mut chip)
         .map_err(|error| Error::Kvm("tell the state of the PIC", error))?;
-    // SAFETY: The chip asked for is a PIC, so that is the variant of the union, and any
-    // bytes are valid for it.
+    // SAFETY: The chip asked for is a PIC, so that is the variant of the union, and any bytes are
+    // valid for it.
     let pic = unsafe { &mut chip.chip.pic };
     pic.irq_base = VECTOR_BASE;
     pic.imr = !(1 << IRQ);
@@ -397,7 +401,7 @@ fn set_up_pic(vm: &VmFd) -> Result<()> {
         .map_err(|error| Error::Kvm("set the state of the PIC", error))
 }
 
-/// Sends the interrupt that ends a HLT, again and again, until `done`.
+/// Send the interrupt that ends a HLT at intervals, until `done`.
 fn wake(vm: &VmFd, every: Duration, done: &AtomicBool) {
     while !done.load(Ordering::Relaxed) {
         thread::sleep(every);
@@ -419,8 +423,8 @@ fn run_vcpu(
     let mut cpus = host_cpus().cycle().skip(number.into());
     loop {
         if config.meddle {
-            // After an exit to the VMM KVM completes it at the next run alone, and until then a
-            // register may be half-way: so let it, and come back at once.
+            // KVM completes an exit to the VMM only at the next run, and until then a register may
+            // be half-written. So run, and return at once.
             vcpu.set_kvm_immediate_exit(1);
             let completed = vcpu.run().map(drop);
             vcpu.set_kvm_immediate_exit(0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Runs one tiny guest and says what came to its VMM.
+//! Runs one tiny guest, and prints the exits to its VMM.
 
 use std::time::Duration;
 
@@ -8,32 +8,32 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use tiny_guests::{host_isa, Config, Expected, Machine, Mode, Program, Quad};
 
-/// Runs a tiny KVM guest that exits a known number of times.
+/// Run a tiny KVM guest that exits a known number of times.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// What the guest does.
+    /// Action of the guest.
     #[arg(value_enum)]
     program: Program,
-    /// The mode of the CPU.
+    /// Mode of the CPU.
     #[arg(long, value_enum, default_value_t = Mode::Long)]
     mode: Mode,
-    /// How often it does it.
+    /// Number of times that the guest does it.
     #[arg(long, default_value_t = 1000)]
     count: u32,
-    /// How many vCPUs do it.
+    /// Number of vCPUs.
     #[arg(long, default_value_t = 1)]
     vcpus: u8,
-    /// How long the VMM sleeps on each OUT that comes to it, in microseconds.
+    /// Time that the VMM sleeps at each OUT that reaches it, in microseconds.
     #[arg(long, default_value_t = 0)]
     pause: u64,
-    /// Move each vCPU's thread to the host's next CPU on each OUT that comes to the VMM.
+    /// Move each vCPU's thread to the host's next CPU at each OUT that reaches the VMM.
     #[arg(long)]
     roam: bool,
-    /// How often the VMM sends the interrupt that ends a HLT, in microseconds.
+    /// Interval at which the VMM sends the interrupt that ends a HLT, in microseconds.
     #[arg(long, default_value_t = 5000)]
     wake: u64,
-    /// A leaf to ask for, with its subleaf, as 0x4ffffffd:10. Only for the guest `query`.
+    /// Leaf to query, with its subleaf, as 0x4ffffffd:10. Only for the guest `query`.
     #[arg(long, value_name = "LEAF[:SUBLEAF]", value_parser = parse_query)]
     ask: Vec<Quad>,
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a VMM may do to a vCPU in the middle of its work: step it, stop it anywhere and go on in
-//! another VM, have CPUID fault.
+//! Interference of a VMM with a running vCPU: stepping it, stopping it anywhere and continuing in
+//! another VM, making CPUID fault.
 
 use std::io;
 
@@ -16,26 +16,27 @@ use crate::{
     machine::{Machine, END_PORT},
 };
 
-/// MSR_PLATFORM_INFO; its bit 31 says that CPUID can be made to fault.
+/// MSR_PLATFORM_INFO, with bit 31: CPUID can be made to fault.
 const PLATFORM_INFO: (u32, u64) = (0xce, 1 << 31);
-/// MISC_FEATURES_ENABLES; its bit 0 makes CPUID fault above CPL 0.
+/// MSR MISC_FEATURES_ENABLES, with bit 0: CPUID faults above CPL 0.
 const MISC_FEATURES_ENABLES: (u32, u64) = (0x140, 1);
 
-/// How far [`Machine::step`] came.
+/// Progress of [`Machine::step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stepped {
-    /// To the end of the guest's program, in so many steps.
+    /// The guest's program ended after this many steps.
     ToTheEnd(u32),
-    /// As far as it was told.
+    /// All requested steps were made.
     AsTold,
 }
 
 impl Machine {
-    /// Runs the first vCPU for at most `steps` instructions, each of which ends in the VMM.
+    /// Run the first vCPU for at most `steps` instructions, with an exit to the VMM after each.
     ///
     /// # Errors
     ///
-    /// [`Error::Guest`] when it ends otherwise, [`Error::Kvm`] when KVM does not step it.
+    /// Fails with [`Error::Guest`] when it ends otherwise, or with [`Error::Kvm`] when KVM does not
+    /// step it.
     pub fn step(&mut self, steps: u32) -> Result<Stepped> {
         let vcpu = self.first_vcpu();
         debug(vcpu, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)?;
@@ -53,12 +54,13 @@ impl Machine {
         Ok(Stepped::AsTold)
     }
 
-    /// The same machine as another VM of the same process: memory and the first vCPU's state are
-    /// carried over, as a VMM does that restores a saved machine.
+    /// Move the machine to another VM of the same process: copy the memory and the first vCPU's
+    /// state, as a VMM does that restores a saved machine.
     ///
     /// # Errors
     ///
-    /// As [`Machine::new`], and [`Error::Kvm`] when KVM does not give or take the state.
+    /// Fails as [`Machine::new`] does, and with [`Error::Kvm`] when KVM does not read or write the
+    /// state.
     pub fn migrate(mut self) -> Result<Self> {
         let mut other = Self::new(self.config().clone())?;
         other.memory_mut().copy_from(self.memory());
@@ -66,12 +68,12 @@ impl Machine {
         Ok(other)
     }
 
-    /// Asks KVM for vCPUs that it cannot have, with ids that are taken or out of range. How many
-    /// were refused.
+    /// Ask KVM for vCPUs that it cannot create, with ids that are taken or out of range. Return the
+    /// number of refusals.
     ///
     /// # Errors
     ///
-    /// [`Error::Settings`] when KVM makes such a vCPU.
+    /// Fails with [`Error::Settings`] when KVM creates such a vCPU.
     pub fn ask_for_impossible_vcpus(&mut self) -> Result<u64> {
         for id in [0, u64::from(u32::MAX), 1 << 20] {
             if self.vm().create_vcpu(id).is_ok() {
@@ -81,12 +83,13 @@ impl Machine {
         Ok(3)
     }
 
-    /// Asks KVM for a vCPU when the process may not open another file, so that it is made and taken
-    /// back. No other thread should open files meanwhile.
+    /// Ask KVM for a vCPU while the process may not open another file, so that KVM creates it and
+    /// destroys it again. No other thread should open files meanwhile.
     ///
     /// # Errors
     ///
-    /// [`Error::Settings`] when KVM makes it, [`Error::Kernel`] when the limit cannot be set.
+    /// Fails with [`Error::Settings`] when KVM creates the vCPU, or with [`Error::Kernel`] when the
+    /// limit cannot be set.
     pub fn ask_for_vcpu_without_a_file(&mut self) -> Result<()> {
         let limit = |soft: Option<libc::rlim_t>| {
             let mut limit = libc::rlimit {
@@ -121,11 +124,11 @@ impl Machine {
         }
     }
 
-    /// Has CPUID fault above CPL 0, for the first vCPU.
+    /// Make CPUID fault above CPL 0, for the first vCPU.
     ///
     /// # Errors
     ///
-    /// [`Error::Kvm`] when KVM does not know that.
+    /// Fails with [`Error::Kvm`] when KVM does not support that.
     pub fn make_cpuid_fault(&mut self) -> Result<()> {
         set_msrs(
             self.first_vcpu(),
@@ -135,7 +138,7 @@ impl Machine {
     }
 }
 
-/// What a VMM reads of a vCPU that stands still, and writes to the same or to another one.
+/// State that a VMM reads from a stopped vCPU, and writes to the same or to another vCPU.
 pub(crate) struct State {
     sregs: kvm_sregs,
     regs: kvm_regs,
@@ -143,7 +146,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// That of a vCPU.
+    /// Read the state of a vCPU.
     pub(crate) fn of(vcpu: &VcpuFd) -> Result<Self> {
         let refused = |error| Error::Kvm("tell a vCPU's state", error);
         Ok(Self {
@@ -153,7 +156,7 @@ impl State {
         })
     }
 
-    /// Writes it to a vCPU.
+    /// Write the state to a vCPU.
     pub(crate) fn give(&self, vcpu: &VcpuFd) -> Result<()> {
         let refused = |error| Error::Kvm("take a vCPU's state", error);
         vcpu.set_sregs(&self.sregs).map_err(refused)?;
@@ -162,7 +165,7 @@ impl State {
     }
 }
 
-/// Set MSRs of a vCPU, by their numbers, to `what`: an error if KVM does not take one of them.
+/// Set MSRs of a vCPU, given by number. Fail with `what` if KVM refuses one of them.
 pub(crate) fn set_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)], what: &'static str) -> Result<()> {
     let entries: Vec<_> = msrs
         .iter()

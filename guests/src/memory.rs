@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The memory of a VM.
+//! Memory of a VM.
 
 use std::{io, ptr::NonNull, slice};
 
-/// Zeroed memory, all of it in place and in small pages, so that KVM maps exactly one page
-/// of 4 KiB for each fault of the guest.
+/// Zeroed memory, all of it allocated, and in small pages, so that KVM maps exactly one page of 4
+/// KiB for each fault of the guest.
 #[derive(Debug)]
 pub(crate) struct Memory {
     start: NonNull<u8>,
@@ -14,16 +14,15 @@ pub(crate) struct Memory {
 
 // SAFETY: The memory belongs to this value alone, as that of a Vec does.
 unsafe impl Send for Memory {}
-// SAFETY: As above. A guest writes to it while it runs; what the VMM reads then, it reads
-// by volatile reads.
+// SAFETY: As above. A guest writes to it while it runs; the VMM uses volatile reads then.
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Asks for `len` bytes, a multiple of the page size.
+    /// Allocate `len` bytes, a multiple of the page size.
     ///
     /// # Errors
     ///
-    /// Those of mmap(2) and madvise(2).
+    /// Fails as mmap(2) and madvise(2) do.
     pub(crate) fn new(len: usize) -> io::Result<Self> {
         // SAFETY: A new private mapping touches nothing that exists.
         let address = unsafe {
@@ -49,9 +48,9 @@ impl Memory {
                 return Err(error);
             }
         }
-        // Every page is written once: a page that is only reserved would be mapped to the
-        // guest read-only first, and would fault twice.
-        // SAFETY: The mapping is `len` bytes and nobody else knows of it yet.
+        // Write to every page: a page that is only reserved would be mapped read-only to the guest
+        // first, and would fault twice.
+        // SAFETY: The mapping is `len` bytes, and nothing else refers to it yet.
         unsafe { slice::from_raw_parts_mut(start.as_ptr(), len) }
             .chunks_mut(4096)
             .for_each(|page| page[0] = 0);
@@ -62,7 +61,7 @@ impl Memory {
         self.len
     }
 
-    /// The address in this process.
+    /// Return the address in this process.
     pub(crate) fn address(&self) -> u64 {
         self.start.as_ptr() as u64
     }
@@ -70,40 +69,40 @@ impl Memory {
     fn place(&self, at: u64, len: usize) -> *mut u8 {
         let at = at as usize;
         assert!(at <= self.len && len <= self.len - at, "inside the memory");
-        // SAFETY: Just checked to be inside the mapping.
+        // SAFETY: The check above ensures that the place is inside the mapping.
         unsafe { self.start.as_ptr().add(at) }
     }
 
-    /// Copies bytes to a guest's address.
+    /// Copy bytes to a guest's address.
     pub(crate) fn write(&mut self, at: u64, bytes: &[u8]) {
         let to = self.place(at, bytes.len());
         // SAFETY: `place` is inside the mapping, which nothing else in this process uses.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// Reads bytes from a guest's address, while the guest stands still.
+    /// Read bytes from a guest's address, while the guest is stopped.
     pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) {
         let from = self.place(at, bytes.len());
         // SAFETY: `place` is inside the mapping, which nothing else in this process uses.
         unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
     }
 
-    /// Takes over all bytes of another memory of the same size, whose guest stands still.
+    /// Copy all bytes of another memory of the same size, whose guest is stopped.
     pub(crate) fn copy_from(&mut self, other: &Self) {
         assert_eq!(self.len, other.len, "memories of one size");
-        // SAFETY: Both mappings are so long, and they are two.
+        // SAFETY: Both mappings have this length, and they are distinct.
         unsafe { self.start.copy_from_nonoverlapping(other.start, self.len) };
     }
 
-    /// Writes a number to a guest's address.
+    /// Write a number to a guest's address.
     pub(crate) fn write_u64(&mut self, at: u64, number: u64) {
         self.write(at, &number.to_le_bytes());
     }
 
-    /// Reads a number from a guest's address, a multiple of 8.
+    /// Read a number from a guest's address, a multiple of 8.
     pub(crate) fn read_u64(&self, at: u64) -> u64 {
         assert!(at % 8 == 0, "aligned");
-        // SAFETY: Inside the mapping, and aligned as the mapping is.
+        // SAFETY: The place is inside the mapping, and aligned as the mapping is.
         unsafe { self.place(at, 8).cast::<u64>().read_volatile() }
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A vCPU's window: its 64 KiB of guest memory, and the registers that point into it.
+//! Window of a vCPU: its 64 KiB of guest memory, and the registers that point into it.
 
 use exitmeter_meter::reasons::Isa;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -12,10 +12,10 @@ use crate::{
     memory::Memory,
 };
 
-/// The size of a page, in bytes.
+/// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
 
-/// A vCPU's window, and what is where in it.
+/// Size of a window, in bytes, and offsets in it.
 pub(crate) const WINDOW: u64 = 0x1_0000;
 const VECTORS: u64 = 0;
 const CODE: u64 = 0x1000;
@@ -27,27 +27,27 @@ const PDPT: u64 = 0x6000;
 const PD: u64 = 0x7000;
 pub(crate) const QUERIES: u64 = 0x8000;
 
-/// Where the pages to touch begin: behind the windows.
+/// Address of the pages to touch, behind the windows.
 pub(crate) const FRESH: u64 = 0x40_0000;
 
-/// Where the registers of a device are: in the fourth GiB, where no guest has memory.
+/// Address of a device's registers: in the fourth GiB, where no guest has memory.
 pub const REGISTERS: u64 = 0xd000_0000;
 
-/// The size of a query in guest memory: four numbers in, four out.
+/// Size of a query in guest memory, in bytes: four numbers in, four out.
 pub(crate) const QUERY: u64 = 64;
 
-/// What the VMM leaves where an answer is to come.
+/// Value that the VMM puts in the place of an answer.
 pub const UNANSWERED: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 
-/// The line of the interrupt that ends a HLT, and its vector in the guest.
+/// Line of the interrupt that ends a HLT, and its vector in the guest.
 pub(crate) const IRQ: u32 = 5;
 pub(crate) const VECTOR_BASE: u8 = 0x20;
 const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
 
-/// The vector of the exception of an instruction that is none.
+/// Vector of the exception of an undefined instruction.
 const INVALID_OPCODE: u64 = 6;
 
-/// An entry of a page directory but for its address: present, writable, for CPL 3 too, of 2 MiB.
+/// Entry of a page directory without its address: present, writable, for CPL 3 too, of 2 MiB.
 const LARGE_PAGE: u64 = 0x87;
 
 /// Selectors of code and data in 64-bit mode.
@@ -61,21 +61,21 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// RFLAGS: bit 1 is always set; IOPL 3 lets CPL 3 use ports.
+/// Bits of RFLAGS: bit 1 is always set; IOPL 3 lets CPL 3 use ports.
 pub(crate) const RFLAGS: u64 = 1 << 1;
 const RFLAGS_IOPL: u64 = 3 << 12;
 
-/// A vCPU's window, by its address.
+/// Window of a vCPU, by its address.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Window(u64);
 
 impl Window {
-    /// That of a vCPU.
+    /// Return the window of a vCPU.
     pub(crate) fn of(vcpu: u8) -> Self {
         Self(u64::from(vcpu) * WINDOW)
     }
 
-    /// Writes code, tables and queries.
+    /// Write code, tables and queries.
     pub(crate) fn fill(self, memory: &mut Memory, config: &Config) {
         let Self(window) = self;
         let handler = CODE + code::interrupt_handler(config.mode);
@@ -94,7 +94,7 @@ impl Window {
                     (INVALID_OPCODE, CODE + code::exception_handler()),
                 ] {
                     let handler = window + handler;
-                    // An interrupt gate: present, offset in three parts, selector.
+                    // Interrupt gate: present, offset in three parts, selector.
                     let gate = handler & 0xffff
                         | u64::from(CODE_SELECTOR) << 16
                         | 0x8e00 << 32
@@ -110,7 +110,8 @@ impl Window {
                     memory.write_u64(window + PD + entry * 8, entry << 21 | LARGE_PAGE);
                 }
                 if config.program == Program::Device {
-                    // It asks nothing, so its queries' page is the directory of the device's GiB.
+                    // This guest makes no queries, so their page is the directory of the device's
+                    // GiB.
                     let (directory, gib) = (window + QUERIES, REGISTERS >> 30);
                     memory.write_u64(window + PDPT + gib * 8, directory | 7);
                     for entry in 0..512 {
@@ -132,7 +133,7 @@ impl Window {
         }
     }
 
-    /// Sets the registers that make the mode of the CPU.
+    /// Set the registers that select the CPU mode.
     pub(crate) fn set_mode(self, sregs: &mut kvm_sregs, config: &Config) {
         match config.mode {
             Mode::Real => set_real_mode(sregs, self.0, config.program),
@@ -141,10 +142,11 @@ impl Window {
         }
     }
 
-    /// The registers with which the guest begins; `fresh` is where its pages to touch are.
+    /// Return the registers at the start of the guest. `fresh` is the address of its pages to
+    /// touch.
     pub(crate) fn registers(self, config: &Config, isa: Isa, fresh: u64) -> kvm_regs {
         let Self(window) = self;
-        // What the CPU adds to the guest's addresses: in real mode the segment's base.
+        // Base that the CPU adds to the guest's addresses: in real mode that of the segment.
         let base = match config.mode {
             Mode::Real => window,
             Mode::Long | Mode::User => 0,
@@ -167,13 +169,13 @@ impl Window {
         }
     }
 
-    /// The registers with which the guest in 64-bit mode begins that moves its own code to the
-    /// pages to touch, and asks `query` there.
+    /// Return the registers at the start of the 64-bit guest that moves its own code to the pages
+    /// to touch, and makes `query` there.
     pub(crate) fn moved(self, query: Quad) -> kvm_regs {
         let Self(window) = self;
         kvm_regs {
             rip: window + CODE + code::moved(),
-            // The first 2 MiB of addresses, in which the windows are, become the next.
+            // Map the first 2 MiB of addresses, which hold the windows, to the next 2 MiB.
             rsi: window + PD,
             rbx: FRESH | LARGE_PAGE,
             rax: query.rax,
@@ -184,8 +186,8 @@ impl Window {
         }
     }
 
-    /// Return the registers with which a hypervisor begins that runs a guest of its own once. The
-    /// guest gets `query` from it, but for RAX, which its VMCB holds.
+    /// Return the registers at the start of a hypervisor that runs a guest of its own once. The
+    /// guest gets `query` from it, except for RAX, which its VMCB holds.
     pub(crate) fn hypervisor(self, query: Quad) -> kvm_regs {
         kvm_regs {
             rip: self.0 + CODE + code::hypervisor(),
@@ -198,12 +200,13 @@ impl Window {
         }
     }
 
-    /// Return where a hypervisor's guest begins.
+    /// Return the start of a hypervisor's guest.
     pub(crate) fn inner(self) -> u64 {
         self.0 + CODE + code::inner()
     }
 
-    /// Return the page of a hypervisor's VMCB. It has no queries that could be there.
+    /// Return the page of a hypervisor's VMCB. It takes the place of queries, which a hypervisor
+    /// does not have.
     pub(crate) fn vmcb(self) -> u64 {
         self.0 + QUERIES
     }
@@ -213,13 +216,13 @@ impl Window {
         self.vmcb() + PAGE
     }
 
-    /// The page of the guest's memory that holds the code, and where it is when that has moved.
+    /// Return the page that holds the code, and the page that it is at after it has moved.
     pub(crate) fn code_pages(self) -> (u64, u64) {
         (self.0 + CODE, FRESH + self.0 + CODE)
     }
 
-    /// What the vCPU was answered. In real mode the upper halves are not the guest's to
-    /// see, and 0 here.
+    /// Return the answers of the vCPU. In real mode the upper halves are not visible to the guest,
+    /// and 0 here.
     pub(crate) fn answers(self, memory: &Memory, config: &Config) -> Vec<Quad> {
         (0..config.queries.len() as u64)
             .map(|number| {
@@ -265,8 +268,8 @@ fn set_real_mode(sregs: &mut kvm_sregs, window: u64, program: Program) {
     }
     sregs.idt.base = window + VECTORS;
     sregs.idt.limit = 0x3ff;
-    // Not the reset value: that turns the caches off, and then SVM's KVM intercepts every
-    // access to CR0.
+    // Not the reset value: that turns the caches off, and then KVM on SVM intercepts every access
+    // to CR0.
     sregs.cr0 = CR0_NE;
 }
 

@@ -331,7 +331,7 @@ fn a_reason_opens_to_its_details_and_these_to_code() {
     terminal.wait_for("1 place in the code of MSR_WRITE");
     compare(&mut terminal, "code-80x24");
     terminal.keys("\t");
-    terminal.wait_for("none had such an exit to user space");
+    terminal.wait_for("none of the running vCPUs had such an exit to user space");
     terminal.keys("\t");
     // Since details are on, there are those of the other vCPU, too.
     terminal.keys("t");

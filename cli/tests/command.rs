@@ -22,7 +22,7 @@ const SNAPSHOT_1_1: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.1.bin"
 );
-/// Snapshot without histograms, either.
+/// Snapshot that also lacks histograms.
 const SNAPSHOT_1_0: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../src/meter/tests/snapshot-1.0.bin"

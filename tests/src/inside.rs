@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inside: runs the cases in the emulated host, each in a process of its own.
+//! The inside: run the cases in the emulated host, each in a process of its own.
 //!
-//! So a case that panics, crashes or hangs fails alone. What it leaves behind, a guest, a
-//! histogram or a loaded module, is taken away before the next.
+//! A case that panics, crashes or hangs fails alone. A guest, histogram or loaded module that it
+//! leaves behind is removed before the next case.
 
 use std::{
     fs::File,
@@ -18,15 +18,14 @@ use anyhow::{bail, ensure, Context as _, Result};
 
 use crate::{
     cases::{self, Case},
-    host::{self, keyed, linux, module},
-    outside::expected,
-    report::Line,
+    host::{self, event_hist, linux, module},
+    ktap::Line,
+    outside::expect_arguments,
     soak,
 };
 
-/// Runs the cases whose names hold one of the words, or all, and those that demand what is
-/// `expect`ed of the kernel log; each gets `slow` times its time. The status says whether all
-/// passed.
+/// Run the cases whose names hold one of `words`, or all without words, and one case for each of
+/// `expect`. Multiply each time limit by `slow`. Return success if all passed.
 pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> Result<ExitCode> {
     println!("{}", Line::Version);
     let wanted = cases
@@ -34,26 +33,26 @@ pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> 
         .filter(|case| words.is_empty() || words.iter().any(|word| case.name.contains(word)));
     let mut cases = Vec::new();
     for case in wanted {
-        match (case.impossible)()? {
+        match (case.skip_reason)()? {
             None => cases.push(case),
             Some(reason) => {
-                let text = format!("left out, as {reason}: {}", case.name);
+                let text = format!("skipped, because {reason}: {}", case.name);
                 println!("{}", Line::Remark(text));
             }
         }
     }
-    cases.extend(cases::expected(expect));
+    cases.extend(cases::expected_log_lines(expect));
     println!("{}", Line::Plan(cases.len()));
     let mut failed = 0;
     let mut loaded = None;
     for (number, case) in (1..).zip(&cases) {
         let started = Instant::now();
         let mut output = String::new();
-        let result = have(&mut loaded, case.module)
-            .and_then(|()| run_apart(case, expect, slow, &mut output));
-        let failure = result.and(tidy()).err();
+        let result = ensure_loaded(&mut loaded, case.module)
+            .and_then(|()| run_in_process(case, expect, slow, &mut output));
+        let failure = result.and(clean_up()).err();
         if failure.is_some() {
-            // Whatever is wrong with it, the next case is to find a new one.
+            // The module may be in a bad state: load it anew for the next case.
             loaded = None;
         }
         let mut remarks: Vec<String> = output.lines().map(str::to_owned).collect();
@@ -75,20 +74,20 @@ pub fn run(cases: Vec<Case>, words: &[String], expect: &[String], slow: u32) -> 
     Ok(ExitCode::from(u8::from(failed != 0)))
 }
 
-/// Runs one case in this process.
+/// Run one case in this process.
 pub fn run_case(name: &str, expect: &[String]) -> Result<()> {
     let mut cases = cases::all()
         .into_iter()
         .chain(soak::all())
-        .chain(cases::expected(expect));
+        .chain(cases::expected_log_lines(expect));
     let case = cases.find(|case| case.name == name);
     let case = case.with_context(|| format!("there is no case '{name}'"))?;
     (case.run)()
 }
 
-/// Has the module loaded as a case wants it. To load and to unload takes the kernel seconds,
-/// so cases in a row that want the same share it.
-fn have(loaded: &mut Option<&'static str>, wanted: Option<&'static str>) -> Result<()> {
+/// Load or unload the module as the next case wants it. Loading and unloading take seconds, so
+/// successive cases with the same parameters share one load.
+fn ensure_loaded(loaded: &mut Option<&'static str>, wanted: Option<&'static str>) -> Result<()> {
     if wanted.is_some() && *loaded == wanted && module::is_loaded("exitmeter")? {
         return Ok(());
     }
@@ -103,12 +102,12 @@ fn have(loaded: &mut Option<&'static str>, wanted: Option<&'static str>) -> Resu
     Ok(())
 }
 
-/// Runs a case in a process of its own; adds to `output` what it printed.
-fn run_apart(case: &Case, expect: &[String], slow: u32, output: &mut String) -> Result<()> {
+/// Run a case in a process of its own, and append what it prints to `output`.
+fn run_in_process(case: &Case, expect: &[String], slow: u32, output: &mut String) -> Result<()> {
     let mut file = memory_file().context("no memory for a case's output")?;
     let child = Command::new("/proc/self/exe")
         .args(["--case", &case.name])
-        .args(expected(expect))
+        .args(expect_arguments(expect))
         .env(host::SLOW, slow.to_string())
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
@@ -125,7 +124,7 @@ fn run_apart(case: &Case, expect: &[String], slow: u32, output: &mut String) -> 
     Ok(())
 }
 
-/// A file without a name.
+/// Create an anonymous file in memory.
 fn memory_file() -> io::Result<File> {
     // SAFETY: A name that ends with a NUL.
     let fd = unsafe { libc::memfd_create(c"output".as_ptr(), libc::MFD_CLOEXEC) };
@@ -136,7 +135,7 @@ fn memory_file() -> io::Result<File> {
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// Waits for a case, and ends it when it takes too long.
+/// Wait for a case, and kill it when it takes too long.
 fn wait(mut child: Child, limit: Duration) -> Result<ExitStatus> {
     let deadline = Instant::now() + limit;
     loop {
@@ -152,10 +151,10 @@ fn wait(mut child: Child, limit: Duration) -> Result<ExitStatus> {
     }
 }
 
-/// Takes away what a case that failed may have left.
-fn tidy() -> Result<()> {
+/// Remove a guest and histograms that a failed case may have left.
+fn clean_up() -> Result<()> {
     if linux::is_running() {
         linux::stop()?;
     }
-    keyed::clear()
+    event_hist::clear()
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What tests find in an emulated host, for the system tests and for others that run there.
+//! Access to an emulated host from inside, for the system tests and for other programs that run there.
 
 pub mod host;

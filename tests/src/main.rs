@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! System tests of exitmeter: what must be shown on real input, on emulated hosts.
+//! System tests of exitmeter: the cases that need KVM, on emulated hosts.
 //!
-//! One program with two sides. Outside, it boots a host by `cargo lab run`, with itself in
-//! it, and collects what the other side says. Inside, it runs the cases.
+//! The program has two sides. Outside, it boots a host with `cargo lab run` and a copy of itself, and
+//! collects what the copy reports. Inside, it runs the cases.
 
 mod cases;
 mod inside;
+mod ktap;
 mod outside;
-mod report;
 mod soak;
 
 use std::{env, process::ExitCode};
@@ -17,28 +17,28 @@ use anyhow::Result;
 use clap::Parser;
 use system_tests::host;
 
-/// Runs the system tests of exitmeter on emulated hosts.
+/// Run the system tests of exitmeter on emulated hosts.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
     #[command(flatten)]
     plan: outside::Plan,
-    /// The side inside: run the cases in this host, which must be an emulated one.
+    /// Inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
-    /// The side inside: run this one case in this process.
+    /// Inside: run this one case in this process.
     #[arg(long, hide = true, value_name = "NAME")]
     case: Option<String>,
-    /// In a guest of an emulated host: run a guest in it that loops so often.
+    /// In a guest of an emulated host: run an L2 guest with this many loops.
     #[arg(long, hide = true, value_name = "COUNT")]
     nested: Option<u32>,
-    /// In a guest of an emulated host: run a guest in it whose CPUID faults.
+    /// In a guest of an emulated host: run an L2 guest whose CPUID faults.
     #[arg(long, hide = true)]
     faulting: bool,
-    /// For a case: make VMs and run them, until killed.
+    /// For a case: create and run VMs until killed.
     #[arg(long, hide = true, value_name = "SEED")]
     worker: Option<u64>,
-    /// For a case: make a VM and leave it to a child.
+    /// For a case: create a VM and leave it to a child process.
     #[arg(long, hide = true)]
     bequeath: bool,
 }
@@ -68,7 +68,7 @@ fn main() -> Result<ExitCode> {
     if arguments.inside {
         let cases = match plan.soak {
             true => {
-                // For the cases, each of which is a process of its own.
+                // Each case is a process of its own and inherits this.
                 env::set_var(soak::PERCENT, plan.percent.to_string());
                 soak::all()
             }

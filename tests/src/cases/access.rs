@@ -11,25 +11,25 @@ use super::{answers::ask, loading::UNCHECKED, tool, Case};
 use crate::host::{
     self,
     leaves::{EXITS_64, IDENTITY, INTERFACE, MAP_2021, PHASE_CYCLES},
-    linux::{Linux, Printed},
+    linux::{CpuidLine, Linux},
     log::Log,
     module,
 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::without(
+        Case::without_module(
             "access: with leaf_cpl=0 CPL 3 reads what KVM answers, CPL 0 the numbers",
             by_level,
         ),
-        Case::with(
+        Case::with_module(
             "leaf_cpl=0 log_queries=0",
             "access: with leaf_cpl=0 a Linux guest's root reads its exits, its users do not",
             in_linux,
         )
         .with_linux()
         .within(300),
-        Case::without(
+        Case::without_module(
             "access: the configuration for hosts with other people's VMs loads",
             recommended,
         ),
@@ -46,7 +46,7 @@ fn by_level() -> Result<()> {
     for (parameters, total) in [("leaf_cpl=0", MAP_2021.total_exits), ("leaf_cpl=3", 0)] {
         let mut log = Log::from_now()?;
         let loaded = module::Loaded::with(parameters)?;
-        let said = log.own_lines()?;
+        let said = log.module_lines()?;
         ensure!(
             said.iter()
                 .any(|line| line.ends_with("2021, to CPL 0 alone"))
@@ -72,9 +72,9 @@ fn by_level() -> Result<()> {
                 );
             }
         }
-        let lines = log.own_lines()?.len();
+        let lines = log.module_lines()?.len();
         let user = ask(Mode::User, &queries)?.1;
-        let user_lines = log.own_lines()?.len();
+        let user_lines = log.module_lines()?.len();
         loaded.unload()?;
         // 10 of the 16 leaves are the meter's.
         ensure!(
@@ -105,7 +105,7 @@ fn in_linux() -> Result<()> {
     let leaf = MAP_2021.reason_exits;
 
     // The instruction alone reads what KVM answers, also as root: the kernel is no better.
-    let printed = |options: &str| -> Result<Printed> {
+    let printed = |options: &str| -> Result<CpuidLine> {
         let text = linux.run(&format!("cpuid -1 -r {options} -l {leaf:#x} -s {cpuid}"))?;
         let mut lines = text
             .lines()
@@ -198,7 +198,7 @@ fn recommended() -> Result<()> {
             ask(Mode::User, &query)?.1 == user,
             "with {options} a guest's process reads numbers"
         );
-        let mut lines = log.own_lines()?;
+        let mut lines = log.module_lines()?;
         lines.retain(|line| !line.contains(UNCHECKED));
         loaded.unload()?;
         ensure!(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the guest reads by CPUID is what the host holds, in every mode of the CPU,
-//! for every reason; and what is not the meter's is left as KVM answers it.
+//! Guests read the host's numbers by CPUID, in every CPU mode and for every reason. KVM answers all
+//! other leaves as before.
 
 use std::{thread, time::Duration};
 
@@ -21,7 +21,7 @@ use crate::host::{
     module,
 };
 
-/// What a query of a reason that is not defined gives.
+/// Answer to a query of an undefined reason.
 const UNDEFINED: Quad = Quad {
     rax: 0,
     rbx: 0,
@@ -39,61 +39,61 @@ pub(super) fn cases() -> Vec<Case> {
     const QUIET: &str = "log_queries=0";
     let mut cases = Vec::new();
     for (mode, words) in MODES {
-        cases.push(Case::with(
+        cases.push(Case::with_module(
             QUIET,
-            format!("answers: what a guest in {words} reads is what the host holds"),
-            move || equal_to_the_host(mode),
+            format!("answers: a guest in {words} reads the host's numbers"),
+            move || reasons_match_the_host(mode),
         ));
     }
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         QUIET,
-        "answers: the totals that the guest reads are the host's",
-        totals,
+        "answers: the guest reads the host's totals",
+        totals_match_the_host,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         QUIET,
         "answers: a guest with 2 vCPUs reads their sum",
-        sum_of_vcpus,
+        sum_of_two_vcpus,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         QUIET,
-        "answers: in a VM of 40 vCPUs one reads the sum over all",
+        "answers: in a VM of 40 vCPUs each reads the sum over all",
         sum_of_many_vcpus,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "log_queries=0 host_scope=1",
-        "answers: on a host of 45 vCPUs one reads the sum over all",
+        "answers: on a host of 45 vCPUs host_scope=1 gives the sum over all",
         sum_of_a_host,
     ));
-    cases.push(Case::without(
-        "answers: the meter's life is another one once it is loaded anew",
-        lives,
+    cases.push(Case::without_module(
+        "answers: each load of the module gives the meter a new life number",
+        life_numbers,
     ));
     for (mode, words) in MODES {
-        cases.push(Case::with(
+        cases.push(Case::with_module(
             QUIET,
-            format!("answers: sweep of all reasons and hostile ones in {words}, map of 2021"),
+            format!("answers: a sweep of valid and invalid reasons in {words}, leaf map 2021"),
             move || sweep(mode, MAP_2021, 2021),
         ));
     }
     for (mode, words) in MODES {
-        cases.push(Case::with(
+        cases.push(Case::with_module(
             "log_queries=0 leaf_map=2022",
-            format!("answers: sweep of all reasons and hostile ones in {words}, map of 2022"),
+            format!("answers: a sweep of valid and invalid reasons in {words}, leaf map 2022"),
             move || sweep(mode, MAP_2022, 2022),
         ));
     }
-    cases.push(Case::without(
-        "answers: leaf_map=0 leaves the guest what KVM answers",
+    cases.push(Case::without_module(
+        "answers: with leaf_map=0 the guest reads what KVM answers",
         || {
             let ours: Vec<Quad> = (0x4fff_fff0..=0x4fff_ffff)
                 .flat_map(|leaf| [0, 1, 10, 0x1_000a, u32::MAX].map(|sub| Quad::cpuid(leaf, sub)))
                 .collect();
-            untouched(&ours, &["leaf_map=0"])
+            unchanged_answers(&ours, &["leaf_map=0"])
         },
     ));
-    cases.push(Case::without(
-        "answers: leaves beside the meter's are untouched",
+    cases.push(Case::without_module(
+        "answers: leaves next to the meter's keep KVM's answers",
         || {
             let mut beside = vec![
                 0,
@@ -119,13 +119,13 @@ pub(super) fn cases() -> Vec<Case> {
                 .into_iter()
                 .flat_map(|leaf| [0, 1, 10].map(|sub| Quad::cpuid(leaf, sub)))
                 .collect();
-            untouched(&beside, &["leaf_map=2021", "leaf_map=2022"])
+            unchanged_answers(&beside, &["leaf_map=2021", "leaf_map=2022"])
         },
     ));
     cases
 }
 
-/// Has a guest ask, to its end; its VM lives on.
+/// Run a guest with `queries` to its end. Return its VM, which still exists, and the answers.
 pub(super) fn ask(mode: Mode, queries: &[Quad]) -> Result<(Machine, Vec<Quad>)> {
     let mut machine = Machine::new(Config::query(mode, queries.to_vec()))?;
     machine.run()?;
@@ -133,7 +133,7 @@ pub(super) fn ask(mode: Mode, queries: &[Quad]) -> Result<(Machine, Vec<Quad>)> 
     Ok((machine, answers))
 }
 
-/// A number of 64 bits in two registers of 32.
+/// Join the halves of a 64-bit number.
 fn join(high: u64, low: u64) -> u64 {
     high << 32 | low
 }
@@ -142,7 +142,7 @@ fn low(number: u64) -> u64 {
     number & 0xffff_ffff
 }
 
-/// The codes that this host's vendor defines.
+/// Return the exit reasons that this host's vendor defines.
 fn defined_codes() -> Result<Vec<u32>> {
     let isa = host::isa()?;
     Ok(reasons::Slot::all()
@@ -151,12 +151,13 @@ fn defined_codes() -> Result<Vec<u32>> {
         .collect())
 }
 
-/// A guest asks for the exits and cycles of every defined reason, three ways.
-fn equal_to_the_host(mode: Mode) -> Result<()> {
+/// Compare a guest's answers about every defined reason with the host's ledger: exits by two leaves,
+/// and the cycles of page faults.
+fn reasons_match_the_host(mode: Mode) -> Result<()> {
     let isa = host::isa()?;
     let paging = host::nested_paging()?;
     let [cpuid, io] = host::pick([10, 30], [0x72, 0x7b])?;
-    // The exit by which KVM learns of a page that it has not mapped yet.
+    // The reason of an exit for a page that KVM has not mapped yet.
     let fault = match paging {
         true => host::pick(48, 0x400)?,
         false => host::pick(0, 0x4e)?,
@@ -164,7 +165,7 @@ fn equal_to_the_host(mode: Mode) -> Result<()> {
     let codes = defined_codes()?;
     let mut asked: Vec<(u32, u32)> = Vec::new();
     asked.extend(codes.iter().map(|code| (MAP_2021.reason_exits, *code)));
-    // This leaf takes a reason of 16 bits.
+    // This leaf takes reasons of 16 bits only.
     let short = codes.iter().filter(|code| **code <= 0xffff);
     asked.extend(short.map(|code| (EXITS_64, *code)));
     let mut queries: Vec<Quad> = asked
@@ -194,14 +195,14 @@ fn equal_to_the_host(mode: Mode) -> Result<()> {
             (join(answer.rbx, answer.rax), [answer.rcx, answer.rdx])
         };
         let name = reasons::name(isa, *code).unwrap_or("?");
-        // The query itself is counted, those after it and the OUT at the end are not yet.
+        // The query itself is counted; the later ones and the OUT at the end are not yet.
         let right = if *code == cpuid {
             exits == query as u64 + 1
         } else if *code == io {
             exits == 0
         } else if *code == fault && paging {
             exits == at_end - faults_after(query)
-        } else if is_noise(isa, *code) || !paging {
+        } else if is_clock_exit(isa, *code) || !paging {
             exits <= at_end
         } else {
             exits == at_end
@@ -214,10 +215,10 @@ fn equal_to_the_host(mode: Mode) -> Result<()> {
     }
 
     if isa == Isa::Vmx && !paging && mode == Mode::Real {
-        // KVM runs real mode in virtual 8086 mode there, and the OUT at the end faults too.
+        // KVM uses virtual 8086 mode for real mode there, so the OUT at the end faults, too.
         return Ok(());
     }
-    // No page faults any more, so every tick of the page faults is booked.
+    // No page faults follow, so every tick of page faults is booked.
     ensure!(faults_after(tail) == 0, "the last queries are on one page");
     let kernel = host.cycles_of(Phase::Kernel, fault);
     let answer = answers[tail];
@@ -229,7 +230,7 @@ fn equal_to_the_host(mode: Mode) -> Result<()> {
     };
     ensure!(
         answer == expected && kernel != 0,
-        "of the cycles of page faults the guest reads {answer:x?}, the host holds {kernel}"
+        "the guest reads {answer:x?} for the cycles of page faults, the host holds {kernel}"
     );
     for (((name, summed), _), answer) in phases().zip(&answers[tail + 1..]) {
         let held: u64 = summed
@@ -244,32 +245,32 @@ fn equal_to_the_host(mode: Mode) -> Result<()> {
         };
         ensure!(
             *answer == expected,
-            "of the cycles in phase {name} after page faults the guest reads {answer:x?}, the \
+            "the guest reads {answer:x?} for the cycles in phase {name} after page faults, the \
              host holds {held}"
         );
     }
     Ok(())
 }
 
-/// Whether exits with a code come by the host's clock.
-fn is_noise(isa: Isa, code: u32) -> bool {
+/// Return true if exits with `code` come from the host's clock, so that their number varies.
+fn is_clock_exit(isa: Isa, code: u32) -> bool {
     match isa {
         Isa::Vmx => matches!(code, 1 | 52),
         Isa::Svm => code == 0x60,
     }
 }
 
-fn noise(isa: Isa, numbers: &Numbers) -> u64 {
+fn clock_exits(isa: Isa, numbers: &Numbers) -> u64 {
     numbers
         .exits
         .iter()
-        .filter(|(code, _)| is_noise(isa, **code))
+        .filter(|(code, _)| is_clock_exit(isa, **code))
         .map(|(_, exits)| exits)
         .sum()
 }
 
-/// The two leaves without a reason, and the two that say what the meter is.
-fn totals() -> Result<()> {
+/// Check the two leaves of totals_match_the_host, and the two that identify the meter.
+fn totals_match_the_host() -> Result<()> {
     const QUERIES: u64 = 16;
     let isa = host::isa()?;
     let mut undisturbed = 0;
@@ -287,14 +288,14 @@ fn totals() -> Result<()> {
 
         let total: u64 = host.exits.values().sum();
         let kernel = host.phases[Phase::Kernel as usize];
-        let noise = noise(isa, host);
+        let clock_exits = clock_exits(isa, host);
         let mut cycles_before = 0;
         for (query, answer) in (0..QUERIES).zip(&answers) {
             if query % 2 == 0 {
                 let cycles = join(answer.rbx, answer.rcx);
                 ensure!(
                     answer.rax == 0 && answer.rdx == 0 && answer.rcx <= u64::from(u32::MAX),
-                    "of all cycles the guest reads {answer:x?}"
+                    "the guest reads {answer:x?} for the total cycles"
                 );
                 ensure!(
                     cycles_before < cycles && cycles < kernel,
@@ -304,17 +305,17 @@ fn totals() -> Result<()> {
                 cycles_before = cycles;
             } else {
                 let exits = join(answer.rbx, answer.rax);
-                // Left of the guest's life: the later queries and the OUT at its end.
+                // Exits still to come: the later queries and the OUT at the end.
                 let left = QUERIES - 1 - query + 1;
                 ensure!(
-                    (total - left - noise..=total - left).contains(&exits)
+                    (total - left - clock_exits..=total - left).contains(&exits)
                         && answer.rcx == 0
                         && answer.rdx == 0,
-                    "of all exits the guest reads {answer:x?}, the host holds {total} at the end"
+                    "the guest reads {answer:x?} for the total exits, the host holds {total} at the end"
                 );
             }
         }
-        undisturbed += u32::from(noise == 0);
+        undisturbed += u32::from(clock_exits == 0);
         if undisturbed == 3 {
             return identity();
         }
@@ -349,12 +350,13 @@ fn identity() -> Result<()> {
     Ok(())
 }
 
-/// More vCPUs than a query reads one by one: the sums over the others are renewed by the first who
-/// asks a second after the last renewal (docs/interface.md).
-const RENEWED: Duration = Duration::from_millis(1050);
+/// Pause after which the next query renews the sums. With more vCPUs than a query reads one by one,
+/// these sums cover the others, and the first query a second after the last renewal renews them
+/// (docs/interface.md).
+const RENEWAL: Duration = Duration::from_millis(1050);
 
-/// Every vCPU of a large VM has exited; then the first and the last of either group of 32 ask for the
-/// sum, one after the other.
+/// Let every vCPU of a large VM exit. Then let the first and the last vCPU of each group of 32 ask for
+/// the sum, one after the other.
 fn sum_of_many_vcpus() -> Result<()> {
     const VCPUS: u8 = 40;
     const EACH: u64 = 5;
@@ -379,11 +381,11 @@ fn sum_of_many_vcpus() -> Result<()> {
         );
         machine.ask(&queries)?;
         for vcpu in [0, 31, 32, VCPUS - 1] {
-            thread::sleep(RENEWED);
+            thread::sleep(RENEWAL);
             machine.run_one(vcpu)?;
             for answer in machine.answers(vcpu) {
                 before += 1;
-                // The asker's own exits are in it at once, and all others after their renewal.
+                // The sum includes the vCPU's own exits at once, and all others after a renewal.
                 let read = join(answer.rbx, answer.rax);
                 ensure!(
                     read == before,
@@ -395,7 +397,7 @@ fn sum_of_many_vcpus() -> Result<()> {
     Ok(())
 }
 
-/// Guests that read the sums of a host of many vCPUs, those that are gone with them.
+/// Check the sum that a guest reads on a host with many vCPUs, some of them departed.
 fn sum_of_a_host() -> Result<()> {
     const EACH: u64 = 5;
     let cpuid = host::pick(10, 0x72)?;
@@ -411,9 +413,9 @@ fn sum_of_a_host() -> Result<()> {
         before += EACH * u64::from(vcpus);
         machines.push(machine);
     }
-    // The last one goes, and its exits stay in the sum.
+    // The last VM goes, and its exits stay in the sum.
     machines.pop();
-    thread::sleep(RENEWED);
+    thread::sleep(RENEWAL);
     let machine = machines.first_mut().context("there are three")?;
     machine.ask(&queries)?;
     machine.run_one(0)?;
@@ -422,29 +424,29 @@ fn sum_of_a_host() -> Result<()> {
         .iter()
         .map(|answer| join(answer.rbx, answer.rax))
         .collect();
-    // The sum is as of one of the queries, or as of a renewal between two of them.
+    // A renewal may come at any of the queries, or between two of them.
     ensure!(
         read.iter()
             .all(|read| (before + 1..=before + EACH).contains(read))
             && read.is_sorted(),
-        "a guest reads {read:?} of {} CPUID exits and its own",
+        "a guest reads {read:?} where {} CPUID exits came before its own",
         before
     );
     Ok(())
 }
 
-/// The life that a guest reads is the snapshot's, and changes with each load.
-fn lives() -> Result<()> {
+/// Check that a guest reads the snapshot's life number, and that each load changes it.
+fn life_numbers() -> Result<()> {
     let mut seen = Vec::new();
     for _ in 0..2 {
         let loaded = module::Loaded::with("log_queries=0")?;
         let (machine, answers) = ask(Mode::Long, &[Quad::cpuid(LIFE, 0); 2])?;
-        let told = answers.iter().map(|answer| join(answer.rdx, answer.rax));
-        let told: Vec<u64> = told.collect();
+        let read = answers.iter().map(|answer| join(answer.rdx, answer.rax));
+        let read: Vec<u64> = read.collect();
         let held = Meter::read()?.life;
         ensure!(
-            told == [held; 2] && held != 0 && !seen.contains(&held),
-            "a guest reads the lives {told:?}, the host holds {held}, and before {seen:?}"
+            read == [held; 2] && held != 0 && !seen.contains(&held),
+            "a guest reads the lives {read:?}, the host holds {held}, and held {seen:?} before"
         );
         seen.push(held);
         drop(machine);
@@ -453,8 +455,8 @@ fn lives() -> Result<()> {
     Ok(())
 }
 
-/// Each of two vCPUs asks how often the VM has exited for CPUID.
-fn sum_of_vcpus() -> Result<()> {
+/// Let each of two vCPUs ask for the CPUID exits of its VM.
+fn sum_of_two_vcpus() -> Result<()> {
     const EACH: u64 = 200;
     let cpuid = host::pick(10, 0x72)?;
     let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
@@ -476,7 +478,7 @@ fn sum_of_vcpus() -> Result<()> {
         );
         highest = highest.max(*counts.last().context("it asked")?);
     }
-    // The query that was counted last was answered after all were counted.
+    // The query that was counted last was answered after all others were counted.
     ensure!(
         highest == 2 * EACH,
         "both vCPUs asked {EACH} times, and the highest count read is {highest}"
@@ -487,11 +489,14 @@ fn sum_of_vcpus() -> Result<()> {
         .iter()
         .map(|vcpu| vcpu.numbers.exits_of(cpuid))
         .collect();
-    ensure!(each == [EACH, EACH], "the host holds {each:?} for them");
+    ensure!(
+        each == [EACH, EACH],
+        "the host holds {each:?} CPUID exits for the two vCPUs"
+    );
     Ok(())
 }
 
-/// The reasons 0 to 99 and hostile ones, of both leaves that take one.
+/// Ask both leaves that take a reason for reasons 0 to 99 and for invalid ones.
 fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     let isa = host::isa()?;
     let hostile = [
@@ -531,7 +536,7 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
         let right = if !is_defined(isa, *reason) {
             exits == UNDEFINED && cycles == UNDEFINED
         } else if host.exits_of(*reason) == 0 {
-            // A reason that KVM does not handle, or that this guest never had.
+            // KVM does not handle the reason, or this guest never exited for it.
             exits == Quad::default() && cycles == Quad::default()
         } else {
             (exits.rcx, exits.rdx, cycles.rax, cycles.rdx) == (0, 0, 0, 0)
@@ -544,11 +549,8 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
         );
     }
     let said = answers.last().context("it asked")?.rdx;
-    ensure!(
-        said == number,
-        "the guest reads that the map is that of {said}"
-    );
-    // The leaf is that of exits by its value too: one exit each for all queries before.
+    ensure!(said == number, "the guest reads leaf map {said}");
+    // The leaf of exits also gives the right value: one exit for each earlier query.
     let cpuid = host::pick(10_u32, 0x72)?;
     if let Some(place) = reasons.iter().position(|reason| *reason == cpuid) {
         let exits = answers[2 * place].rax;
@@ -560,17 +562,17 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     let total = ask(mode, &[Quad::cpuid(map.total_exits, 0)])?.1[0];
     ensure!(
         total.rax != 0 && (total.rbx, total.rcx, total.rdx) == (0, 0, 0),
-        "of all exits the guest reads {total:x?}"
+        "the guest reads {total:x?} for the total exits"
     );
     let total = ask(mode, &[Quad::cpuid(map.total_cycles, 0)])?.1[0];
     ensure!(
         total.rcx != 0 && (total.rax, total.rdx) == (0, 0),
-        "of all cycles the guest reads {total:x?}"
+        "the guest reads {total:x?} for the total cycles"
     );
     Ok(())
 }
 
-/// Whether a vendor's manual defines a code; for VMX as the issue lists them.
+/// Return true if the vendor's manual defines `code`; for VMX, as the issue lists the codes.
 fn is_defined(isa: Isa, code: u32) -> bool {
     match isa {
         Isa::Vmx => code <= 85 && !matches!(code, 35 | 38 | 42 | 71 | 80..=83),
@@ -578,9 +580,8 @@ fn is_defined(isa: Isa, code: u32) -> bool {
     }
 }
 
-/// Demands that a guest reads the same with the module, whatever its parameters, as
-/// without it.
-fn untouched(queries: &[Quad], parameters: &[&str]) -> Result<()> {
+/// Check that a guest reads the same with the module, under each of `parameters`, as without it.
+fn unchanged_answers(queries: &[Quad], parameters: &[&str]) -> Result<()> {
     let read = || MODES.map(|(mode, _)| Ok(ask(mode, queries)?.1));
     let without = read().into_iter().collect::<Result<Vec<_>>>()?;
     for parameters in parameters {
@@ -591,7 +592,7 @@ fn untouched(queries: &[Quad], parameters: &[&str]) -> Result<()> {
             for ((query, with), without) in queries.iter().zip(with).zip(without) {
                 ensure!(
                     with == without,
-                    "with {parameters} a guest in {words} reads {with:x?} of leaf {:#x}, subleaf \
+                    "with {parameters} a guest in {words} reads {with:x?} from leaf {:#x}, subleaf \
                      {:#x}, and without the module {without:x?}",
                     low(query.rax),
                     low(query.rcx)

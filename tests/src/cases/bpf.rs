@@ -31,7 +31,7 @@ use crate::host::{
     linux::Linux,
     meter::Meter,
     module,
-    span::{compare, since},
+    span::{compare, exits_since},
 };
 
 const PINS: &str = "/sys/fs/bpf/exitmeter";
@@ -40,72 +40,72 @@ const ATTACHES: u64 = 20;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::without(
+        Case::without_module(
             "bpf: it counts what the kernel's histogram counts, in every mode and by every reason",
             exact,
         )
         .within(180),
-        Case::with(
+        Case::with_module(
             "",
             "bpf: beside the module it counts the same, and its phases are within 2% of the time",
             beside,
         )
-        .unless(no_module)
+        .skip_if(no_module)
         .within(120),
-        Case::with(
+        Case::with_module(
             "details=1",
             "bpf: beside the module its rows of details, code and exits to user space have the same exits",
             same_rows,
         )
-        .unless(no_module)
+        .skip_if(no_module)
         .within(300),
-        Case::without(
+        Case::without_module(
             "bpf: of a boot with details the rows of a reason sum to it",
             boot_with_details,
         )
         .with_linux()
         .within(300),
-        Case::without(
+        Case::without_module(
             "bpf: the slowest exit is the one in which the VMM slept, and why finds it without the module",
             slowest,
         )
         .within(120),
-        Case::without(
+        Case::without_module(
             "bpf: a Linux guest's boot, as the kernel's histogram has it",
             boot,
         )
         .with_linux()
         .within(300),
-        Case::without(
+        Case::without_module(
             "bpf: a vCPU that sleeps after HLT is halted, and one whose VMM works is in user space",
             phases,
         ),
-        Case::without("bpf: exits of a guest in the guest are told apart", nested)
+        Case::without_module("bpf: exits of a guest in the guest are told apart", nested)
             .with_linux()
             .within(600),
-        Case::without("bpf: it takes in a vCPU that runs already", in_flight),
-        Case::without(
+        Case::without_module("bpf: it takes in a vCPU that runs already", in_flight),
+        Case::without_module(
             "bpf: report attaches it where nothing meters, and leaves nothing, also when killed",
             by_itself,
         ),
-        Case::without(
+        Case::without_module(
             "bpf: start keeps it by pins, stop takes all away, and each refusal is one sentence",
             lifetime,
         ),
-        Case::without(
+        Case::without_module(
             "bpf: without room a vCPU counts as not metered, with its exits",
             no_room,
         ),
-        Case::without(
+        Case::without_module(
             "bpf: exitmeter verify finds it right, and leaves nothing behind",
             verified,
         )
         .within(120),
-        Case::without(
+        Case::without_module(
             "bpf: CAP_BPF and CAP_PERFMON are rights enough",
             two_capabilities,
         ),
-        Case::without(
+        Case::without_module(
             "bpf: attached and detached under load, again and again",
             || attach_again(ATTACHES),
         )
@@ -246,7 +246,7 @@ fn exact() -> Result<()> {
             let mut machine = Machine::new(config)?;
             machine.run()?;
             drop(machine);
-            let counted = since(attached.read()?.exits(), &before)?;
+            let counted = exits_since(attached.read()?.exits(), &before)?;
             compare(&counted, &hist.read()?).with_context(|| format!("{program:?} in {mode:?}"))?;
             expected.check(&counted)?;
         }
@@ -284,7 +284,8 @@ fn beside() -> Result<()> {
     );
     let (bpf, module) = (bpf.totals, module.totals);
     ensure!(
-        since(bpf.exits.clone(), &before.exits)? == since(module.exits.clone(), &first.exits)?,
+        exits_since(bpf.exits.clone(), &before.exits)?
+            == exits_since(module.exits.clone(), &first.exits)?,
         "{:?}, and by the module {:?}",
         bpf.exits,
         module.exits

@@ -26,9 +26,9 @@ use tiny_guests::{
 use super::Case;
 use crate::host::{
     self,
-    keyed::Keyed,
+    detail_oracle::{Agreement, DetailOracle},
+    event_hist::EventHist,
     linux::Linux,
-    oracle::{Agreed, Oracle},
     task,
 };
 
@@ -71,13 +71,13 @@ pub(super) fn cases() -> Vec<Case> {
         (Program::Debug, Mode::Long),
     ] {
         let config = Config::new(program, mode, 200);
-        cases.push(Case::with(
+        cases.push(Case::with_module(
             "details=1",
             format!("details: {program:?} in {mode:?} mode, row for row"),
             move || compare(config.clone()).map(|_| ()),
         ));
     }
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: 2 vCPUs that OUT to the VMM, row for row",
         || {
@@ -88,12 +88,12 @@ pub(super) fn cases() -> Vec<Case> {
             compare(config).map(|_| ())
         },
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: leaves and subleaves of CPUID, row for row",
         leaves,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: leaves of CPUID that give way to others and come back are within their bounds",
         || {
@@ -106,17 +106,17 @@ pub(super) fn cases() -> Vec<Case> {
             Ok(())
         },
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: the host's interrupts have their vectors on VMX, and no row on SVM",
         interrupts,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: single steps are exceptions of their vector on VMX, and no row on SVM",
         steps,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: hypercalls by KVM's convention and by Hyper-V's",
         hypercalls,
@@ -132,17 +132,17 @@ pub(super) fn cases() -> Vec<Case> {
         ),
     ] {
         cases.push(
-            Case::with("details=1", name, || linux(options))
+            Case::with_module("details=1", name, || linux(options))
                 .with_linux()
                 .within(600),
         );
     }
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "",
         "details: on by an ioctl while the file is open, then off",
         on_and_off,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
         "details: without CAP_PERFMON no code is told, and nothing turned on",
         rights,
@@ -208,8 +208,8 @@ fn compare_with(
     run: impl FnOnce(&mut Machine) -> Result<(), tiny_guests::Error>,
 ) -> Result<Vec<Entry>> {
     let isa = host::isa()?;
-    let oracle = Oracle::begin()?;
-    let user = Keyed::begin("kvm_userspace_exit", &["reason"])?;
+    let oracle = DetailOracle::begin()?;
+    let user = EventHist::begin("kvm_userspace_exit", &["reason"])?;
     let mut machine = make(config.clone())?;
     run(&mut machine)?;
     let bytes = read()?;
@@ -221,7 +221,7 @@ fn compare_with(
     ensure!(snapshot.tables().count() == usize::from(config.vcpus));
     sums(&snapshot, 0)?;
     let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
-    for agreed in told.demand(&entries)? {
+    for agreed in told.check(&entries)? {
         println!("{agreed}");
     }
     let why = rows(&entries, TABLE_USER, Kind::None);
@@ -335,7 +335,7 @@ fn interrupts() -> Result<()> {
     let entries = compare(Config::new(
         Program::Spin,
         Mode::Long,
-        5_000_000 * host::slow(),
+        5_000_000 * host::slowdown(),
     ))?;
     let vectors = rows(&entries, TABLE_DETAILS, Kind::Vector);
     match host::isa()? {
@@ -408,10 +408,10 @@ fn hypercalls() -> Result<()> {
 
 /// The rows of a guest that boots Linux and stands still then, beside all that the kernel counted.
 fn linux(options: &[&str]) -> Result<()> {
-    let oracle = Oracle::begin()?;
-    let user = Keyed::begin("kvm_userspace_exit", &["reason"])?;
+    let oracle = DetailOracle::begin()?;
+    let user = EventHist::begin("kvm_userspace_exit", &["reason"])?;
     let linux = Linux::boot(options)?;
-    let stopped = task::Stopped::all_of(linux.pid()?)?;
+    let stopped = task::StoppedProcess::new(linux.pid()?)?;
     let bytes = read()?;
     let (told, user) = (oracle.read()?, user.read()?);
     drop(stopped);
@@ -422,10 +422,10 @@ fn linux(options: &[&str]) -> Result<()> {
     ensure!(snapshot.tables().count() == 1);
     sums(&snapshot, 0)?;
     let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
-    let [details, code] = told.demand(&entries)?;
+    let [details, code] = told.check(&entries)?;
     println!("details: {details}");
     println!("code: {code}");
-    let has_rows = |agreed: Agreed| agreed.rows > 0 && agreed.exact > 0;
+    let has_rows = |agreed: Agreement| agreed.rows > 0 && agreed.exact > 0;
     ensure!(has_rows(details) && has_rows(code));
     // There is more code than there are rows, so that rows have to give way.
     ensure!(
@@ -454,7 +454,7 @@ fn linux(options: &[&str]) -> Result<()> {
     )? {
         let nested_paging = host::nested_paging()?;
         let is_paging = matches!(kind, Kind::Memory | Kind::Address);
-        let counted = told.of(*code, *kind);
+        let counted = told.by_key(*code, *kind);
         ensure!(
             counted.is_empty() == (is_paging && !nested_paging),
             "of reason {code} {kind:?} is told as {counted:x?}"
@@ -469,7 +469,7 @@ fn linux(options: &[&str]) -> Result<()> {
             Kind::Memory => key & 0x3f_ffff == 3,
             _ => key >> 12 == 0xfee00,
         };
-        let counted = told.of(code, kind).into_iter();
+        let counted = told.by_key(code, kind).into_iter();
         let accesses: u64 = counted
             .filter(|(key, _)| is_apic(*key))
             .map(|(_, hits)| hits)

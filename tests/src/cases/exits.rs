@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! For every reason, and in all, the meter counts what the kernel's own histogram
-//! counts, and what the guest is known to cause.
+//! For every reason, and in total, the meter counts what the kernel's own histogram counts and what
+//! the guest's program causes.
 
 use anyhow::{ensure, Result};
 use clap::ValueEnum as _;
@@ -36,11 +36,11 @@ pub(super) fn cases() -> Vec<Case> {
         }
     }
     cases.push(case(
-        "exits: 100 000 of CPUID",
+        "exits: 100,000 of CPUID",
         Config::new(Program::Cpuid, Mode::Long, 100_000),
     ));
     cases.push(case(
-        "exits: 20 000 of OUT to the VMM",
+        "exits: 20,000 of OUT to the VMM",
         Config::new(Program::OutUser, Mode::Long, 20_000),
     ));
     for (program, mode) in [
@@ -53,12 +53,12 @@ pub(super) fn cases() -> Vec<Case> {
             ..Config::new(program, mode, 5000)
         };
         cases.push(case(
-            format!("exits: 2 vCPUs of {}", describe(program)),
+            format!("exits: {} on 2 vCPUs", describe(program)),
             config,
         ));
     }
     cases.push(case(
-        "exits: 6 vCPUs that roam between the host's CPUs",
+        "exits: OUT to the VMM on 6 vCPUs that move between the host's CPUs",
         Config {
             vcpus: 6,
             roam: true,
@@ -66,16 +66,16 @@ pub(super) fn cases() -> Vec<Case> {
         },
     ));
     cases.push(
-        Case::with("", "exits: boot of a Linux guest with 2 vCPUs", || {
+        Case::with_module("", "exits: the boot of a Linux guest with 2 vCPUs", || {
             let span = Span::begin()?;
             let linux = Linux::boot(&["--vcpus", "2"])?;
             ensure!(
                 linux.run("nproc")?.trim() == "2",
-                "the guest has not 2 CPUs"
+                "the guest does not have 2 CPUs"
             );
             linux.stop()?;
             let total: u64 = span.end()?.values().sum();
-            ensure!(total > 1000, "a boot of {total} exits is none");
+            ensure!(total > 1000, "{total} exits are too few for a boot");
             Ok(())
         })
         .with_linux()
@@ -92,7 +92,7 @@ fn describe(program: Program) -> &'static str {
         Program::InKernel => "IN from KVM's speaker",
         Program::OutEventfd => "OUT to an ioeventfd",
         Program::HltKernel => "HLT that sleeps in KVM",
-        Program::HltUser => "HLT that goes to the VMM",
+        Program::HltUser => "HLT that exits to the VMM",
         Program::Rdmsr => "RDMSR",
         Program::Wrmsr => "WRMSR",
         Program::WrmsrFast => "WRMSR in KVM's fastpath",
@@ -100,26 +100,26 @@ fn describe(program: Program) -> &'static str {
         Program::Hypercall => "VMCALL or VMMCALL",
         Program::Invd => "INVD",
         Program::Wbinvd => "WBINVD",
-        Program::Spin => "a computation",
-        Program::Touch => "touched pages",
-        Program::Look => "pages that are read",
-        Program::Call => "pages that are called",
-        Program::Device => "registers of a device in memory",
+        Program::Spin => "a loop without exits of its own",
+        Program::Touch => "writes to fresh pages",
+        Program::Look => "reads of fresh pages",
+        Program::Call => "calls into fresh pages",
+        Program::Device => "registers of a memory-mapped device",
         Program::Undefined => "UD2",
         Program::Debug => "debug registers and CPUID",
     }
 }
 
 fn case(name: impl Into<String>, config: Config) -> Case {
-    Case::with("", name, move || {
-        count(config.clone())?;
+    Case::with_module("", name, move || {
+        run_and_check(config.clone())?;
         Ok(())
     })
 }
 
-/// Runs a guest to its end; the exits, which the meter, the kernel's histogram and the
-/// guest's own program agree on.
-fn count(config: Config) -> Result<Exits> {
+/// Run a guest to its end, and return its exits. Check that the meter, the kernel's histogram and the
+/// guest's program agree on them.
+fn run_and_check(config: Config) -> Result<Exits> {
     let Config {
         program,
         count,
@@ -135,7 +135,7 @@ fn count(config: Config) -> Result<Exits> {
     let exits = span.end()?;
     expected.check(&exits)?;
 
-    // What went to the VMM, and what stayed in the kernel.
+    // Check which exits went to the VMM and which KVM handled.
     let (loops, vcpus) = (u64::from(count), u64::from(vcpus));
     let ports: u64 = seen.iter().map(|seen| seen.ports).sum();
     let hlts: u64 = seen.iter().map(|seen| seen.hlts).sum();
@@ -149,7 +149,7 @@ fn count(config: Config) -> Result<Exits> {
             && hlts == due(&[Program::HltUser])
             && writes == due(&[Program::OutEventfd])
             && registers == 3 * due(&[Program::Device]),
-        "{ports} port accesses, {hlts} HLTs and {registers} accesses to registers came to the VMM, \
+        "the VMM saw {ports} port accesses, {hlts} HLTs, {registers} register accesses and \
          {writes} writes to the eventfd"
     );
     Ok(exits)

@@ -26,24 +26,25 @@ use crate::host::{self, meter::DEVICE, module};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
             "export: a scrape has the numbers of the snapshot, for who is in the group alone",
             of_the_module,
         ),
-        Case::without("export: a scrape has the numbers of the BPF meter", of_bpf).within(120),
-        Case::with(
+        Case::without_module("export: a scrape has the numbers of the BPF meter", of_bpf)
+            .within(120),
+        Case::with_module(
             "",
             "export: the host's counters never fall while VMs come and go",
             never_fall,
         )
         .within(120),
-        Case::with(
+        Case::with_module(
             "details=1",
             "export: counters of details never fall, and sum to the exits of their reason",
             details,
         ),
-        Case::without(
+        Case::without_module(
             "export: it goes on while the module is unloaded and loaded",
             without_the_module,
         ),

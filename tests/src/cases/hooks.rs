@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Others who hook the same functions of KVM. Whoever comes first, both work, or the one
-//! who comes second is refused and told why.
+//! OtherHooks hooks on the same functions of KVM. In either order both work, or the second one is refused
+//! with a reason.
 
 use std::{fs, path::Path};
 
@@ -14,7 +14,7 @@ use crate::host::{self, bpf::Fentry, hist, leaves::MAP_2021, log::Log, module, s
 
 const TRACING: &str = "/sys/kernel/tracing";
 
-/// The functions that the module hooks.
+/// KVM functions that the module hooks.
 const FUNCTIONS: [&str; 4] = [
     "kvm_emulate_cpuid",
     "kvm_arch_vcpu_load",
@@ -22,28 +22,28 @@ const FUNCTIONS: [&str; 4] = [
     "kvm_mmu_destroy",
 ];
 
-/// Somebody else's hooks.
-trait Other {
+/// A foreign user of the same hooks.
+trait OtherHooks {
     const NAME: &'static str;
 
-    /// Sets them.
-    fn set() -> Result<Self>
+    /// Attach to [`FUNCTIONS`].
+    fn attach() -> Result<Self>
     where
         Self: Sized;
 
-    /// How often that of kvm_arch_vcpu_load() was hit.
+    /// Return the number of calls of kvm_arch_vcpu_load() seen so far.
     fn hits(&self) -> Result<u64>;
 
-    /// Takes them away.
-    fn clear(self) -> Result<()>;
+    /// Detach from all functions.
+    fn detach(self) -> Result<()>;
 }
 
 struct FunctionTracer;
 
-impl Other for FunctionTracer {
+impl OtherHooks for FunctionTracer {
     const NAME: &'static str = "ftrace's function tracer";
 
-    fn set() -> Result<Self> {
+    fn attach() -> Result<Self> {
         let functions = FUNCTIONS.map(|name| format!("{name}\n")).concat();
         write("set_ftrace_filter", &functions)?;
         write("trace", "")?;
@@ -59,7 +59,7 @@ impl Other for FunctionTracer {
         Ok(hits.count() as u64)
     }
 
-    fn clear(self) -> Result<()> {
+    fn detach(self) -> Result<()> {
         write("current_tracer", "nop")?;
         write("set_ftrace_filter", "")?;
         write("trace", "")
@@ -68,10 +68,10 @@ impl Other for FunctionTracer {
 
 struct Kprobes;
 
-impl Other for Kprobes {
+impl OtherHooks for Kprobes {
     const NAME: &'static str = "kprobes";
 
-    fn set() -> Result<Self> {
+    fn attach() -> Result<Self> {
         for name in FUNCTIONS {
             append("kprobe_events", &format!("p:soak/{name} {name}"))?;
         }
@@ -89,7 +89,7 @@ impl Other for Kprobes {
         Ok(hits.parse()?)
     }
 
-    fn clear(self) -> Result<()> {
+    fn detach(self) -> Result<()> {
         write("events/soak/enable", "0")?;
         for name in FUNCTIONS {
             append("kprobe_events", &format!("-:soak/{name}"))?;
@@ -100,11 +100,11 @@ impl Other for Kprobes {
 
 struct Bpf(Vec<Fentry>);
 
-impl Other for Bpf {
+impl OtherHooks for Bpf {
     const NAME: &'static str = "BPF's fentry";
 
-    fn set() -> Result<Self> {
-        Fentry::of_all("kvm", &FUNCTIONS).map(Self)
+    fn attach() -> Result<Self> {
+        Fentry::attach_all("kvm", &FUNCTIONS).map(Self)
     }
 
     fn hits(&self) -> Result<u64> {
@@ -113,42 +113,42 @@ impl Other for Bpf {
         loads.context("it has no program")?.1.runs()
     }
 
-    fn clear(self) -> Result<()> {
+    fn detach(self) -> Result<()> {
         Ok(())
     }
 }
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        beside_other::<FunctionTracer>(),
-        beside_other::<Kprobes>(),
-        beside_other::<Bpf>().unless(no_types),
-        Case::without(
-            "hooks: a second redirect is refused by name, and all is undone",
+        case_beside::<FunctionTracer>(),
+        case_beside::<Kprobes>(),
+        case_beside::<Bpf>().skip_if(no_btf),
+        Case::without_module(
+            "hooks: a second redirect is refused with the function's name, and leaves nothing behind",
             second_redirect,
         ),
-        Case::with(
+        Case::with_module(
             "",
-            "hooks: of KVM's module that comes back, the exit codes' reader is found before it runs",
-            found_in_time,
+            "hooks: the reader of exit codes is found before a reloaded KVM module runs",
+            reader_found_in_time,
         )
-        .unless(reads_by_itself)
+        .skip_if(no_reader_needed)
         .within(120),
     ]
 }
 
-/// The kernels that are built for the lab (scripts/configs) do without.
-pub(super) fn no_types() -> Result<Option<&'static str>> {
+/// Return a reason on kernels without BTF, such as those built for the lab (scripts/configs).
+pub(super) fn no_btf() -> Result<Option<&'static str>> {
     let types = Path::new("/sys/kernel/btf/vmlinux").exists();
     Ok((!types).then_some("this kernel has no types for BPF (DEBUG_INFO_BTF)"))
 }
 
-fn beside_other<T: Other + 'static>() -> Case {
-    Case::without(
-        format!("hooks: beside {}, whoever comes first", T::NAME),
+fn case_beside<T: OtherHooks + 'static>() -> Case {
+    Case::without_module(
+        format!("hooks: {} works beside the meter, in either order", T::NAME),
         || {
             hist::Hist::begin().map(drop)?;
-            beside::<T>()
+            works_beside::<T>()
         },
     )
 }
@@ -172,8 +172,8 @@ fn append(name: &str, text: &str) -> Result<()> {
         .with_context(|| format!("{} does not take '{text}'", path(name)))
 }
 
-/// A guest is metered, and answered.
-fn meters() -> Result<()> {
+/// Check that a guest is metered and its queries are answered.
+fn check_metering() -> Result<()> {
     let span = Span::begin()?;
     let config = Config::new(Program::OutUser, Mode::Long, 100);
     Machine::new(config.clone())?.run()?;
@@ -182,14 +182,14 @@ fn meters() -> Result<()> {
     let answers = ask(Mode::Long, &[query, query])?.1;
     ensure!(
         answers[1].rax == 2,
-        "a guest reads {:x?} of its two CPUID exits",
+        "a guest with two CPUID exits reads {:x?}",
         answers[1]
     );
     Ok(())
 }
 
-/// Demand that so many functions have the module's own trampoline: those that it is alone at.
-fn has_trampolines(count: usize) -> Result<()> {
+/// Check that `count` functions have the module's own trampoline: those that only the module hooks.
+fn check_trampolines(count: usize) -> Result<()> {
     let functions = read("enabled_functions")?;
     let own = functions
         .lines()
@@ -197,59 +197,60 @@ fn has_trampolines(count: usize) -> Result<()> {
     let own: Vec<_> = own.collect();
     ensure!(
         own.len() == count,
-        "not {count} functions have the module's trampoline, but {own:#?}"
+        "{own:#?} have the module's trampoline instead of {count} functions"
     );
     Ok(())
 }
 
-fn beside<T: Other>() -> Result<()> {
-    let hit = |other: &T, words: &str, before: u64| {
+fn works_beside<T: OtherHooks>() -> Result<()> {
+    let check_hits = |other: &T, words: &str, before: u64| {
         let hits = other.hits()?;
         ensure!(hits >= before + 100, "{} saw {hits} calls {words}", T::NAME);
         anyhow::Ok(hits)
     };
-    // The meter first.
+    // First the meter, then the other.
     let loaded = module::Loaded::with("log_queries=0")?;
-    has_trampolines(3)?;
-    let other = T::set()?;
-    // Whatever comes, nothing is left for the next case.
+    check_trampolines(3)?;
+    let other = T::attach()?;
+    // On failure, too, detach before the next case.
     let both = (|| {
-        has_trampolines(0)?;
-        meters()?;
-        let hits = hit(&other, "beside the meter", 0)?;
+        check_trampolines(0)?;
+        check_metering()?;
+        let hits = check_hits(&other, "beside the meter", 0)?;
         loaded.unload()?;
-        // The other first.
+        // First the other, then the meter.
         let loaded = module::Loaded::with("log_queries=0")?;
-        meters()?;
-        hit(&other, "when the meter came back", hits)?;
+        check_metering()?;
+        check_hits(&other, "when the meter came back", hits)?;
         anyhow::Ok(loaded)
     })();
-    other.clear()?;
+    other.detach()?;
     let loaded = both?;
-    has_trampolines(3)?;
-    meters()?;
-    // And the meter goes first.
-    let other = T::set()?;
+    check_trampolines(3)?;
+    check_metering()?;
+    // The meter goes first.
+    let other = T::attach()?;
     let alone = (|| {
         let hits = other.hits()?;
         loaded.unload()?;
         let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 100))?;
         machine.run()?;
-        hit(&other, "when the meter was gone", hits).map(drop)
+        check_hits(&other, "when the meter was gone", hits).map(drop)
     })();
-    other.clear()?;
+    other.detach()?;
     alone
 }
 
-/// On VMX the module reads the VMCS by itself.
-fn reads_by_itself() -> Result<Option<&'static str>> {
+/// Return a reason on VMX, where the module reads the VMCS itself.
+fn no_reader_needed() -> Result<Option<&'static str>> {
     let vmx = host::isa()? == Isa::Vmx;
     Ok(vmx.then_some("the module needs no reader of KVM's here"))
 }
 
-/// Finds functions by kprobes, so those are traced, beside the kernel's own event between a
-/// module's links and its first instruction.
-fn found_in_time() -> Result<()> {
+/// Check by a trace that the module looks up the reader before kvm_amd runs. The module looks up
+/// functions by registering kprobes. The kernel's event module_load comes after a module is linked and
+/// before its first instruction.
+fn reader_found_in_time() -> Result<()> {
     let paging = host::nested_paging()?;
     write("trace", "")?;
     write("set_ftrace_filter", "register_kprobe\n")?;
@@ -266,16 +267,16 @@ fn found_in_time() -> Result<()> {
     write("trace", "")?;
     let traced = traced?;
     let place = |words: &str| traced.lines().position(|line| line.contains(words));
-    let found = place("register_kprobe").context("nothing was looked for")?;
+    let found = place("register_kprobe").context("no function was looked up")?;
     let runs = place("module_load: kvm_amd").context("kvm_amd was not seen to load")?;
     ensure!(
         found < runs,
-        "the reader is looked for when kvm_amd may run guests already: {traced}"
+        "the reader is looked up when kvm_amd may already run guests: {traced}"
     );
-    meters()
+    check_metering()
 }
 
-/// A module that redirects the same function: the meter itself, by another name.
+/// Load a second module that redirects the same function: a copy of the meter by another name.
 fn second_redirect() -> Result<()> {
     let twin = Path::new("/tmp/exitmetes.ko");
     let bytes = fs::read(module::FILE)?;
@@ -302,20 +303,20 @@ fn second_redirect() -> Result<()> {
         !module::is_loaded("exitmetes")? && !Path::new("/dev/exitmetes").exists(),
         "the refused module left something behind"
     );
-    meters()?;
-    // Without the redirect both meter.
+    check_metering()?;
+    // Without redirecting CPUID the second module meters, too.
     module::try_load_file(twin, "leaf_map=0")?;
-    let both = meters();
+    let both = check_metering();
     module::remove("exitmetes")?;
     both?;
-    meters()?;
+    check_metering()?;
     first.unload()?;
-    // And now there is room for the other.
+    // With the first module gone, the second one can redirect.
     module::try_load_file(twin, "")?;
     module::remove("exitmetes")
 }
 
-/// `bytes` with each `from` as `to`, which is as long.
+/// Return `bytes` with each `from` replaced by `to`, which has the same length.
 pub(super) fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     let mut at = 0;

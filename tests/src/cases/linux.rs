@@ -13,7 +13,7 @@ use exitmeter_meter::{
 use super::Case;
 use crate::host::{
     self,
-    linux::{Linux, Printed},
+    linux::{CpuidLine, Linux},
     log::Log,
     span::Span,
 };
@@ -24,7 +24,7 @@ const EXITS_LEAF: u32 = 0x4fff_fffd;
 const CYCLES_LEAF: u32 = 0x4fff_fffc;
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::with(
+    vec![Case::with_module(
         "",
         "linux: a guest boots, sweeps its exits, reboots and sweeps again",
         boot_sweep_reboot_sweep,
@@ -39,12 +39,12 @@ fn boot_sweep_reboot_sweep() -> Result<()> {
     let linux = Linux::boot(&[])?;
     let name = format!("kvm-{}", linux.pid()?);
     ensure!(
-        log.own_lines()?.is_empty(),
+        log.module_lines()?.is_empty(),
         "the boot asked for exits already"
     );
     let first = sweep(&linux, &mut log, &name)?;
     linux.reboot()?;
-    log.own_lines()?;
+    log.module_lines()?;
     let second = sweep(&linux, &mut log, &name)?;
     linux.stop()?;
     let exits = span.end()?;
@@ -87,7 +87,7 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
          cpuid -1 -l $leaf -s $reason || exit; done; done",
         REASONS - 1
     ))?;
-    let printed: Vec<Printed> = printed
+    let printed: Vec<CpuidLine> = printed
         .lines()
         .filter(|line| line.trim_start().starts_with("0x4fff"))
         .map(str::parse)
@@ -111,7 +111,7 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
         .iter()
         .map(|printed| format!("{name}: {}", spoken(isa, printed)))
         .collect();
-    let logged = log.own_lines()?;
+    let logged = log.module_lines()?;
     ensure!(
         logged == said,
         "the guest read and the log says: {}",
@@ -136,15 +136,15 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
 }
 
 /// The number in an answer.
-fn value(printed: &Printed) -> u64 {
+fn value(printed: &CpuidLine) -> u64 {
     let Registers { eax, ebx, ecx, .. } = printed.registers;
     let low = if printed.leaf == EXITS_LEAF { eax } else { ecx };
     u64::from(ebx) << 32 | u64::from(low)
 }
 
 /// What the log says of a query, in the course's words.
-fn spoken(isa: Isa, printed: &Printed) -> String {
-    let Printed { leaf, subleaf, .. } = printed;
+fn spoken(isa: Isa, printed: &CpuidLine) -> String {
+    let CpuidLine { leaf, subleaf, .. } = printed;
     let value = value(printed);
     match reasons::name(isa, *subleaf) {
         None => format!("CPUID({leaf:#010X}), exit number {subleaf} is not defined"),

@@ -20,7 +20,7 @@ use tiny_guests::{Config, Machine, Mode, Program, Quad};
 
 use super::{
     answers::ask,
-    hooks::{no_types, replace},
+    hooks::{no_btf, replace},
     no_memory_cgroups, no_userfaultfd, Case,
 };
 use crate::host::{
@@ -29,7 +29,7 @@ use crate::host::{
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::without("loading: wrong parameters are refused", || {
+        Case::without_module("loading: wrong parameters are refused", || {
             for (parameters, words) in [
                 (
                     "leaf_map=2023",
@@ -96,7 +96,7 @@ pub(super) fn cases() -> Vec<Case> {
             );
             meters_again()
         }),
-        Case::without("loading: host_scope=1 is warned of", || {
+        Case::without_module("loading: host_scope=1 is warned of", || {
             const WORDS: &str = "host_scope=1: each guest reads the exits and times of all VMs";
             for (parameters, warned) in [
                 ("host_scope=1", true),
@@ -106,7 +106,7 @@ pub(super) fn cases() -> Vec<Case> {
             ] {
                 let mut log = Log::from_now()?;
                 module::Loaded::with(parameters)?.unload()?;
-                let lines: Vec<(u32, String)> = log.own_records()?;
+                let lines: Vec<(u32, String)> = log.module_records()?;
                 // Warnings are level 4, and reach a console that is quiet by default.
                 let told = lines
                     .iter()
@@ -118,16 +118,16 @@ pub(super) fn cases() -> Vec<Case> {
             }
             Ok(())
         }),
-        Case::without("loading: twice at once is refused", || {
+        Case::without_module("loading: twice at once is refused", || {
             let loaded = module::Loaded::with("")?;
             refused("", libc::EEXIST, "")?;
             loaded.unload()
         }),
-        Case::without("loading: load, unload, load again", || {
+        Case::without_module("loading: load, unload, load again", || {
             meters_again()?;
             meters_again()
         }),
-        Case::with("", "loading: ftrace cannot be turned off under it", || {
+        Case::with_module("", "loading: ftrace cannot be turned off under it", || {
             // Since Linux 7 no more (EOPNOTSUPP); before, not under a hook that is marked
             // permanent (EBUSY).
             let path = "/proc/sys/kernel/ftrace_enabled";
@@ -147,32 +147,32 @@ pub(super) fn cases() -> Vec<Case> {
             );
             Ok(())
         }),
-        Case::without(
+        Case::without_module(
             "loading: comes and goes under a running guest",
             comes_and_goes,
         ),
-        Case::with(
+        Case::with_module(
             "max_vcpus=1",
             "loading: past max_vcpus a vCPU runs on unmetered",
             past_max_vcpus,
         ),
-        Case::without(
+        Case::without_module(
             "loading: a vCPU's ledger is charged to the cgroup of its VMM",
             charged,
         )
-        .unless(no_memory_cgroups),
-        Case::without(
+        .skip_if(no_memory_cgroups),
+        Case::without_module(
             "loading: a vCPU for which there was no room is not metered in mid-life",
             not_in_mid_life,
         )
         .within(120),
-        Case::with(
+        Case::with_module(
             "",
             "loading: goes on metering when KVM's module comes back with other parameters",
             exchanged,
         )
         .within(180),
-        Case::without("loading: without KVM's modules is refused", || {
+        Case::without_module("loading: without KVM's modules is refused", || {
             let (vendor, paging) = (module::vendor()?, host::nested_paging()?);
             module::unload_vendor()?;
             let without_vendor = refused(
@@ -189,16 +189,16 @@ pub(super) fn cases() -> Vec<Case> {
             meters_again()
         })
         .within(180),
-        Case::without(
+        Case::without_module(
             "loading: tracepoints of another prototype are refused",
             other_prototypes,
         )
-        .unless(no_types),
-        Case::without(
+        .skip_if(no_btf),
+        Case::without_module(
             "loading: unloading waits for a vCPU that sleeps in the query's emulation",
             asleep,
         )
-        .unless(never_fetches),
+        .skip_if(never_fetches),
     ]
 }
 
@@ -216,7 +216,7 @@ fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
         "({parameters}) ends with {error:?} instead of {}",
         io::Error::from_raw_os_error(errno)
     );
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     ensure!(
         words.is_empty() || lines.iter().any(|line| line.contains(words)),
         "({parameters}) is refused with the lines {lines:?} instead of '{words}'"
@@ -232,7 +232,7 @@ fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
 fn meters_again() -> Result<()> {
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
-    let mut lines = log.own_lines()?;
+    let mut lines = log.module_lines()?;
     let unchecked = lines.len();
     lines.retain(|line| !line.contains(UNCHECKED));
     let unchecked = unchecked - lines.len();
@@ -252,7 +252,7 @@ fn meters_again() -> Result<()> {
     let exits = span.end()?;
     host::expected(&config)?.check(&exits)?;
     loaded.unload()?;
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     let row = lines.iter().find(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
         words.get(1) == Some(&"CPUID") && words.get(2) == Some(&"500")
@@ -345,7 +345,7 @@ fn other_prototypes() -> Result<()> {
         let _other = OtherTypes::new(&bytes)?;
         let mut log = Log::from_now()?;
         module::Loaded::with("")?.unload()?;
-        let lines: Vec<(u32, String)> = log.own_records()?;
+        let lines: Vec<(u32, String)> = log.module_records()?;
         // Warnings are level 4.
         ensure!(
             lines
@@ -428,7 +428,7 @@ fn past_max_vcpus() -> Result<()> {
             "vCPU {vcpu} is not metered and reads something else than KVM's {without:x?}"
         );
     }
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     let said = lines
         .iter()
         .filter(|line| line.contains("a vCPU runs unmetered: max_vcpus=1 are metered already"))
@@ -436,7 +436,7 @@ fn past_max_vcpus() -> Result<()> {
     ensure!(said == 1, "the log says so {said} times: {lines:?}");
     drop(machine);
     // The first went first, and the others were loaded once more as they went.
-    Meter::demand(0, 3, 1)?;
+    Meter::check_counts(0, 3, 1)?;
 
     // There is room again.
     let (_machine, answers) = ask(Mode::Long, &[query])?;
@@ -462,10 +462,10 @@ fn not_in_mid_life() -> Result<()> {
     thread::scope(|scope| {
         let guest = scope.spawn(|| late.run());
         thread::sleep(Duration::from_millis(100));
-        Meter::demand(1, 3, 0)?;
+        Meter::check_counts(1, 3, 0)?;
         drop(first);
         thread::sleep(Duration::from_millis(200));
-        Meter::demand(0, 3, 1)?;
+        Meter::check_counts(0, 3, 1)?;
         ensure!(
             !guest.is_finished(),
             "the guest ended before there was room"
@@ -475,16 +475,16 @@ fn not_in_mid_life() -> Result<()> {
     })?;
     late.rewind()?;
     late.run()?;
-    Meter::demand(0, 3, 1)?;
+    Meter::check_counts(0, 3, 1)?;
 
     // The room is for who comes new.
     let mut new = Machine::new(config(1, 1))?;
     new.run()?;
-    Meter::demand(1, 3, 1)?;
+    Meter::check_counts(1, 3, 1)?;
     drop(late);
-    Meter::demand(1, 3, 1)?;
+    Meter::check_counts(1, 3, 1)?;
     drop(new);
-    Meter::demand(0, 3, 2)?;
+    Meter::check_counts(0, 3, 2)?;
     loaded.unload()
 }
 
@@ -605,7 +605,7 @@ fn asleep() -> Result<()> {
             },
         "the vCPU reads {answer:x?} of its only CPUID exit"
     );
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     let waits = "unloading waits: 1 vCPU sleeps in kvm_emulate_cpuid()";
     ensure!(
         lines.iter().filter(|line| line.contains(waits)).count() == 1,

@@ -23,7 +23,7 @@ const UNSIGNED: u64 = 1 << 13;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
             "log: each query has its line, in the course's words",
             || {
@@ -37,7 +37,7 @@ pub(super) fn cases() -> Vec<Case> {
                 Ok(())
             },
         ),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "log: log_queries=0 turns the lines off",
             || {
@@ -46,7 +46,7 @@ pub(super) fn cases() -> Vec<Case> {
                 Ok(())
             },
         ),
-        Case::with("", "log: a guest that floods it is held back", held_back).within(180),
+        Case::with_module("", "log: a guest that floods it is held back", held_back).within(180),
     ]
 }
 
@@ -66,7 +66,7 @@ fn held_back() -> Result<()> {
     const FRAME: usize = "[  123.456789] exitmeter: \r\n".len();
     let flood = |log: &mut Log| -> Result<(u64, u64)> {
         let (mut lines, mut bytes) = (0, 0);
-        for (level, line) in log.own_records()? {
+        for (level, line) in log.module_records()? {
             ensure!(
                 level
                     == if line.contains("queries of guests") {
@@ -108,10 +108,10 @@ fn held_back() -> Result<()> {
 }
 
 /// The last cases of all.
-pub(super) fn look_back() -> Vec<Case> {
-    let clean = Case::without("log: no oops, no warning, no stall in all of it", clean);
+pub(super) fn final_cases() -> Vec<Case> {
+    let clean = Case::without_module("log: no oops, no warning, no stall in all of it", clean);
     let lost = Path::new(KMEMLEAK).exists().then(|| {
-        Case::without(
+        Case::without_module(
             "log: nothing is lost, now that the module is unloaded",
             nothing_lost,
         )
@@ -123,9 +123,9 @@ pub(super) fn look_back() -> Vec<Case> {
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 
 /// The kernel log holds these words.
-pub(super) fn says(words: String) -> Case {
+pub(super) fn kernel_says(words: String) -> Case {
     let name = format!("log: the kernel says '{words}'");
-    Case::without(name, move || {
+    Case::without_module(name, move || {
         let lines = Log::from_boot()?.lines()?;
         let line = lines.iter().find(|line| line.contains(&words));
         println!("{}", line.context("no line of the kernel log does")?);
@@ -154,7 +154,7 @@ fn queries() -> Result<(Vec<String>, Vec<String>)> {
         .into();
     let mut log = Log::from_now()?;
     let answers = ask(Mode::Long, &quads)?.1;
-    let logged = log.own_lines()?;
+    let logged = log.module_lines()?;
     let isa = host::isa()?;
     let leaves = Leaves {
         map: LeafMap::Map2021,

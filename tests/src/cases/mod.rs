@@ -2,8 +2,8 @@
 
 //! The cases, in the order in which they run in the host.
 //!
-//! A case runs in a process of its own, with the module loaded as the case wants it, and no
-//! guest running. It passes by returning `Ok`.
+//! A case runs in a process of its own, with the module loaded as the case wants it, and no guest
+//! running. It passes by returning `Ok`.
 
 mod access;
 mod answers;
@@ -35,26 +35,26 @@ use exitmeter_meter::reasons::Isa;
 
 use crate::host;
 
-/// Why a case cannot be on this host, when it cannot.
-pub type Impossible = fn() -> Result<Option<&'static str>>;
+/// Function that returns the reason to skip a case on this host, or `None` to run it.
+pub type SkipReason = fn() -> Result<Option<&'static str>>;
 
 /// A case.
 pub struct Case {
-    /// What it shows; also its name on the command line.
+    /// Name: a statement that the case shows. Words of it select the case on the command line.
     pub name: String,
-    /// The module's parameters; `None` for a case that loads it itself, or not at all.
+    /// Module parameters; `None` for a case that starts without the module.
     pub module: Option<&'static str>,
-    /// How long it may take, by the host's clock.
+    /// Time limit, by the host's clock.
     pub limit: Duration,
-    /// Why it cannot be on this host, when it cannot.
-    pub impossible: Impossible,
-    /// What it does.
+    /// Reason to skip the case on this host, if there is one.
+    pub skip_reason: SkipReason,
+    /// Body of the case.
     pub run: Box<dyn Fn() -> Result<()>>,
 }
 
 impl Case {
-    /// A case that takes a minute at most, with the module loaded with `parameters`.
-    pub fn with(
+    /// Create a case that starts with the module loaded with `parameters`. Its time limit is a minute.
+    pub fn with_module(
         parameters: &'static str,
         name: impl Into<String>,
         run: impl Fn() -> Result<()> + 'static,
@@ -63,30 +63,33 @@ impl Case {
             name: name.into(),
             module: Some(parameters),
             limit: Duration::from_secs(60),
-            impossible: || Ok(None),
+            skip_reason: || Ok(None),
             run: Box::new(run),
         }
     }
 
-    /// A case that takes a minute at most, and finds the module not loaded.
-    pub fn without(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Self {
+    /// Create a case that starts with the module unloaded. Its time limit is a minute.
+    pub fn without_module(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Self {
         Self {
             module: None,
-            ..Self::with("", name, run)
+            ..Self::with_module("", name, run)
         }
     }
 
-    /// The case as one that boots a Linux guest.
+    /// Mark the case as one that boots a Linux guest, and skip it where none boots.
     pub fn with_linux(self) -> Self {
-        self.unless(no_linux)
+        self.skip_if(no_linux)
     }
 
-    /// The case as one that hosts do not have for which `impossible` gives a reason.
-    pub fn unless(self, impossible: Impossible) -> Self {
-        Self { impossible, ..self }
+    /// Skip the case on hosts for which `skip_reason` returns a reason.
+    pub fn skip_if(self, skip_reason: SkipReason) -> Self {
+        Self {
+            skip_reason,
+            ..self
+        }
     }
 
-    /// The case with more time.
+    /// Set the time limit.
     pub fn within(self, seconds: u64) -> Self {
         Self {
             limit: Duration::from_secs(seconds),
@@ -95,33 +98,33 @@ impl Case {
     }
 }
 
-/// On QEMU's SVM no Linux guest boots without nested paging, whether metered or not.
+/// Return a reason on QEMU's SVM without nested paging: no Linux guest boots there, metered or not.
 fn no_linux() -> Result<Option<&'static str>> {
     let boots = host::isa()? == Isa::Vmx || host::nested_paging()?;
     Ok((!boots).then_some("Linux guests need npt=1 here"))
 }
 
-/// The kernels that check themselves (scripts/configs) are built without.
+/// Return a reason on kernels without userfaultfd, such as the debug kernels (scripts/configs).
 fn no_userfaultfd() -> Result<Option<&'static str>> {
-    // SAFETY: A system call without memory; these flags are none, so it makes nothing.
+    // SAFETY: The system call takes no addresses. The flags are invalid, so it creates nothing.
     let ret = unsafe { libc::syscall(libc::SYS_userfaultfd, -1) };
     let missing = ret == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS);
     Ok(missing.then_some("this kernel has no userfaultfd (USERFAULTFD)"))
 }
 
-/// As [`no_userfaultfd`].
+/// Return a reason on kernels without memory cgroups, such as the debug kernels (scripts/configs).
 fn no_memory_cgroups() -> Result<Option<&'static str>> {
-    // The one file of /proc that is there with memory cgroups alone (fs/proc/page.c).
+    // The only file in /proc that depends on memory cgroups (fs/proc/page.c).
     let missing = !Path::new("/proc/kpagecgroup").exists();
     Ok(missing.then_some("this kernel has no memory cgroups (MEMCG)"))
 }
 
-/// The cases that look back at all those before them: at the kernel log, and for lost memory.
-pub fn look_back() -> Vec<Case> {
-    log::look_back()
+/// Return the cases that judge all earlier ones: by the kernel log and by leaked memory.
+pub fn final_cases() -> Vec<Case> {
+    log::final_cases()
 }
 
-/// All cases.
+/// Return all cases.
 pub fn all() -> Vec<Case> {
     [
         exits::cases(),
@@ -144,17 +147,17 @@ pub fn all() -> Vec<Case> {
         log::cases(),
         packaged::cases(),
         packaged::last(),
-        look_back(),
+        final_cases(),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// The cases that demand of the host's kernel log that a line of it holds these words: that the
-/// host is what it was started to be.
-pub fn expected(words: &[String]) -> impl Iterator<Item = Case> + '_ {
-    words.iter().map(|words| log::says(words.clone()))
+/// Return a case for each of `words` that checks that a line of the kernel log holds them. They show
+/// that the host is configured as intended.
+pub fn expected_log_lines(words: &[String]) -> impl Iterator<Item = Case> + '_ {
+    words.iter().map(|words| log::kernel_says(words.clone()))
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use super::{
 use crate::host::{
     self,
     leaves::{EXITS_64, MAP_2021},
-    linux::{Linux, Printed},
+    linux::{CpuidLine, Linux},
     log::Log,
     meter::Meter,
     span::Span,
@@ -50,25 +50,25 @@ const GP: u32 = 1 << 13;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
             "nested: exits of a guest in the guest are told apart",
             nested,
         )
         .with_linux()
         .within(600),
-        Case::with(
+        Case::with_module(
             "",
             "nested: where CPUID faults in a guest in the guest, its registers stay (SVM)",
             faulting_svm,
         )
-        .unless(not_svm),
-        Case::with(
+        .skip_if(not_svm),
+        Case::with_module(
             "",
             "nested: where CPUID faults in a guest in the guest, its registers stay (VMX)",
             faulting_vmx,
         )
-        .unless(not_vmx)
+        .skip_if(not_vmx)
         .within(600),
     ]
 }
@@ -112,7 +112,7 @@ fn faulting_svm() -> Result<()> {
         answered == expected,
         "of its first CPUID the inner guest reads {answered:x?}"
     );
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     ensure!(lines.len() == 1, "one query is logged by {lines:?}");
 
     // The fault goes to the hypervisor (exit 0x4d), or into the inner guest, where without a
@@ -130,7 +130,7 @@ fn faulting_svm() -> Result<()> {
              {expected:x?}"
         );
     }
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     ensure!(lines.is_empty(), "CPUID that faulted is logged: {lines:?}");
     span.end()?;
     Ok(())
@@ -150,7 +150,7 @@ fn faulting_vmx() -> Result<()> {
         let before = numbers()?;
         let mut log = Log::from_now()?;
         let said = linux.run("/root/system-tests --faulting")?;
-        let lines = log.own_lines()?;
+        let lines = log.module_lines()?;
         let after = numbers()?;
 
         let said: Vec<&str> = said.lines().collect();
@@ -304,7 +304,7 @@ fn nested() -> Result<()> {
         cpuid | NESTED
     ))?;
     let line = printed.lines().find(|line| line.contains("eax="));
-    let printed: Printed = line.context("cpuid prints an answer")?.parse()?;
+    let printed: CpuidLine = line.context("cpuid prints an answer")?.parse()?;
     ensure!(
         u64::from(printed.registers.eax) == expected && printed.registers.edx == 0,
         "the outer guest reads {printed:x?} instead of {expected}"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a guest reads of its own details: row for row what the host's snapshot tells, of a vCPU that
-//! asks by CPUID, and of a command in a Linux guest.
+//! Guests read their own details: a vCPU that asks by CPUID gets the rows of the host's snapshot, and
+//! the tool in a Linux guest gets those of a command.
 
 use std::{collections::BTreeMap, fs::File, thread, time::Duration};
 
@@ -26,42 +26,42 @@ use super::{
 };
 use crate::host::{self, leaves::TABLES, linux::Linux, log::Log};
 
-/// What a guest asks for before it asks for its rows: leaf, subleaf, and how often.
+/// Leaves that a guest asks for before it asks for its rows: leaf, subleaf, and number of queries.
 const ASKED: [(u32, u32, usize); 3] = [(0, 0, 30), (0xd, 1, 20), (7, 0, 10)];
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for mode in [Mode::Real, Mode::Long, Mode::User] {
-        cases.push(Case::with(
+        cases.push(Case::with_module(
             "details=1 log_queries=0",
-            format!("own: in {mode:?} mode a guest reads its own details"),
-            move || details(mode),
+            format!("own: a guest in {mode:?} mode reads its details"),
+            move || own_details(mode),
         ));
     }
     for mode in [Mode::Long, Mode::User] {
-        cases.push(Case::with(
+        cases.push(Case::with_module(
             "details=1 log_queries=0",
-            format!("own: in {mode:?} mode a guest reads its code at CPL 0 alone"),
-            move || code(mode),
+            format!("own: a guest in {mode:?} mode reads its code at CPL 0 only"),
+            move || own_code(mode),
         ));
     }
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "",
-        "own: without details a guest is told that there are none",
-        off,
+        "own: with details off a guest reads that there are none",
+        details_off,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "log_queries=0",
-        "own: a guest reads its rows while details go on and off",
-        switched,
+        "own: a guest reads its rows while details are turned on and off",
+        details_switched,
     ));
-    cases.push(Case::with(
+    cases.push(Case::with_module(
         "details=1",
-        "own: a guest that reads its rows has one line in the log",
-        one_line,
+        "own: reading many rows logs one line",
+        one_log_line,
     ));
     cases.push(
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "own: a Linux guest reads what a command's exits were about, and its kernel's code",
             in_linux,
@@ -72,7 +72,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn question(table: u32, word: u32, index: u32) -> Quad {
+fn query(table: u32, word: u32, index: u32) -> Quad {
     Quad::cpuid(TABLES, Place { table, word, index }.subleaf())
 }
 
@@ -86,30 +86,34 @@ fn registers(answer: &Quad) -> Registers {
     }
 }
 
-/// A row that a guest read, and how many questions for rows it had asked when it read its exits.
-struct Row {
+/// A row that a guest read. `asked` is the number of queries for rows up to the one that read `exits`.
+struct ReadRow {
     head: Head,
     exits: u64,
     asked: u64,
 }
 
-/// Have a guest ask for some leaves, then for the heads of a table from each of `places` on; and when
-/// it has them, for the exits of each row.
-fn rows(mode: Mode, table: u32, places: usize) -> Result<(Machine, Description, Vec<Row>)> {
+/// Let a guest query the leaves of [`ASKED`], then the head of the first row from each of `places` on,
+/// and then the exits of each row found.
+fn read_rows(
+    mode: Mode,
+    table: u32,
+    places: usize,
+) -> Result<(Machine, Description, Vec<ReadRow>)> {
     let mut queries: Vec<Quad> = ASKED
         .iter()
         .flat_map(|(leaf, subleaf, times)| vec![Quad::cpuid(*leaf, *subleaf); *times])
         .collect();
     let before = queries.len();
-    queries.push(question(DESCRIPTION, 0, 0));
-    queries.extend((0..places as u32).map(|index| question(table, word::HEAD, index)));
+    queries.push(query(DESCRIPTION, 0, 0));
+    queries.extend((0..places as u32).map(|index| query(table, word::HEAD, index)));
     let (mut machine, answers) = ask(mode, &queries)?;
     let answers: Vec<_> = answers.iter().skip(before).map(registers).collect();
     let (described, heads) = answers.split_first().context("answers")?;
     let heads: Vec<_> = heads
         .iter()
         .enumerate()
-        // The first row from there on.
+        // An answer has the first row from the place on: keep those at the place itself.
         .filter_map(|(at, answer)| {
             Head::from_registers(*answer).filter(|head| head.index as usize == at)
         })
@@ -120,14 +124,14 @@ fn rows(mode: Mode, table: u32, places: usize) -> Result<(Machine, Description, 
     queries.extend(
         heads
             .iter()
-            .map(|head| question(table, word::COUNTS, head.index)),
+            .map(|head| query(table, word::COUNTS, head.index)),
     );
-    queries.resize(count, question(table, word::COUNTS, 0));
+    queries.resize(count, query(table, word::COUNTS, 0));
     machine.ask(&queries)?;
     machine.run()?;
     let counts = machine.answers(0);
     let rows = heads.iter().zip(counts).enumerate();
-    let rows = rows.map(|(at, (head, counts))| Row {
+    let rows = rows.map(|(at, (head, counts))| ReadRow {
         head: *head,
         exits: pair(registers(&counts)).0,
         asked: (asked + at + 1) as u64,
@@ -136,8 +140,8 @@ fn rows(mode: Mode, table: u32, places: usize) -> Result<(Machine, Description, 
     Ok((machine, Description::from_registers(*described), rows))
 }
 
-fn details(mode: Mode) -> Result<()> {
-    let (machine, described, rows) = rows(mode, TABLE_DETAILS, DETAILS)?;
+fn own_details(mode: Mode) -> Result<()> {
+    let (machine, described, rows) = read_rows(mode, TABLE_DETAILS, DETAILS)?;
     let bytes = read()?;
     drop(machine);
     ensure!(
@@ -172,7 +176,7 @@ fn details(mode: Mode) -> Result<()> {
         );
         ensure!(
             detail_kind != Kind::Vector as u8 || key >> 8 & 7 == 3,
-            "the guest was told the host's vector {key:#x}"
+            "the guest reads the host's vector {key:#x}"
         );
         if reason == cpuid {
             leaves.insert(key, row);
@@ -188,11 +192,11 @@ fn details(mode: Mode) -> Result<()> {
         );
         ensure!(held.get(&(Kind::Cpuid as u8, key)) == Some(&row.exits));
     }
-    // All questions for rows are one row, up to the one that it was read by.
+    // All queries for rows share one row, which counts up to the query that read it.
     let own = leaves.remove(&TABLES.into()).context("no row of its own")?;
     ensure!(
         own.exits == own.asked && leaves.is_empty(),
-        "of {} questions {} are in the row; other leaves: {:x?}",
+        "{} queries for rows came, and {} are in their row; other leaves: {:x?}",
         own.asked,
         own.exits,
         leaves.keys()
@@ -200,8 +204,8 @@ fn details(mode: Mode) -> Result<()> {
     Ok(())
 }
 
-/// Exits by reason and RIP, of all vCPUs, as a snapshot has them.
-fn code_held(bytes: &[u8]) -> Result<BTreeMap<(u32, u64), u64>> {
+/// Return the exits of all vCPUs by reason and RIP, from a snapshot.
+fn held_code(bytes: &[u8]) -> Result<BTreeMap<(u32, u64), u64>> {
     let snapshot = Snapshot::parse(bytes)?;
     let mut held = BTreeMap::new();
     for entry in snapshot.tables().flat_map(|tables| tables.entries()) {
@@ -212,19 +216,19 @@ fn code_held(bytes: &[u8]) -> Result<BTreeMap<(u32, u64), u64>> {
     Ok(held)
 }
 
-fn code(mode: Mode) -> Result<()> {
-    let (machine, described, rows) = rows(mode, TABLE_CODE, CODES)?;
+fn own_code(mode: Mode) -> Result<()> {
+    let (machine, described, rows) = read_rows(mode, TABLE_CODE, CODES)?;
     let bytes = read()?;
     drop(machine);
     if mode == Mode::User {
         ensure!(
             rows.is_empty() && !described.tells_code,
-            "CPL 3 is told {} places of code",
+            "CPL 3 reads {} rows of code",
             rows.len()
         );
         return Ok(());
     }
-    let held = code_held(&bytes)?;
+    let held = held_code(&bytes)?;
     let cpuid = host::pick(10, 0x72)?;
     let before: usize = ASKED.iter().map(|(_, _, times)| times).sum();
     let mut of_cpuid = 0;
@@ -241,7 +245,7 @@ fn code(mode: Mode) -> Result<()> {
         );
         if code == cpuid {
             of_cpuid += 1;
-            // It has one CPUID instruction.
+            // The guest has one CPUID instruction.
             ensure!(
                 row.exits == before as u64 + row.asked,
                 "{} exits at {:#x}, not {before} and {}",
@@ -255,11 +259,11 @@ fn code(mode: Mode) -> Result<()> {
     Ok(())
 }
 
-fn off() -> Result<()> {
+fn details_off() -> Result<()> {
     for mode in [Mode::Long, Mode::User] {
-        let mut queries = vec![question(DESCRIPTION, 0, 0)];
+        let mut queries = vec![query(DESCRIPTION, 0, 0)];
         for table in 1..8 {
-            queries.extend([0, 1, 5, 0xff].map(|word| question(table, word, 0)));
+            queries.extend([0, 1, 5, 0xff].map(|word| query(table, word, 0)));
         }
         let answers = ask(mode, &queries)?.1;
         let (described, rows) = answers.split_first().context("answers")?;
@@ -281,16 +285,16 @@ fn off() -> Result<()> {
     Ok(())
 }
 
-/// Tables come and go between any two questions, and while one is answered.
-fn switched() -> Result<()> {
+/// Turn details on and off between any two queries and while one is answered.
+fn details_switched() -> Result<()> {
     let tables = [1, 2, 3, 4, 5];
     let queries: Vec<Quad> = (0..100)
-        .flat_map(|index| tables.map(|table| question(table, index % 3, index / 3)))
+        .flat_map(|index| tables.map(|table| query(table, index % 3, index / 3)))
         .collect();
     let mut machine = Machine::new(Config::query(Mode::Long, queries.clone()))?;
-    let (switched, told) = thread::scope(|scope| {
+    let (switched, heads) = thread::scope(|scope| {
         let guest = scope.spawn(|| -> Result<[usize; 2]> {
-            let mut told = [0; 2];
+            let mut heads = [0; 2];
             for _ in 0..40 {
                 machine.ask(&queries)?;
                 machine.run()?;
@@ -299,7 +303,7 @@ fn switched() -> Result<()> {
                     let answer = registers(&answer);
                     let none = answer == Registers::UNDEFINED;
                     if place.word == word::HEAD {
-                        told[usize::from(none)] += 1;
+                        heads[usize::from(none)] += 1;
                         ensure!(
                             none || Head::from_registers(answer).is_some(),
                             "{place:x?} is answered by {answer:x?}"
@@ -307,44 +311,44 @@ fn switched() -> Result<()> {
                     }
                 }
             }
-            Ok(told)
+            Ok(heads)
         });
         let mut switched = 0;
         while !guest.is_finished() {
             let device = File::open(DEVICE)?;
             turn_on(&device)?;
-            // As long on as off.
+            // Details are on and off for equal times.
             thread::sleep(Duration::from_millis(2));
             drop(device);
             thread::sleep(Duration::from_millis(2));
             switched += 1;
         }
-        let told = guest
+        let heads = guest
             .join()
             .map_err(|_| anyhow::anyhow!("the guest's thread"))??;
-        anyhow::Ok((switched, told))
+        anyhow::Ok((switched, heads))
     })?;
-    println!("details went on and off {switched} times; heads told, and not: {told:?}");
+    println!("details were turned on and off {switched} times; heads answered and not: {heads:?}");
     ensure!(
-        switched > 3 && told.iter().all(|heads| *heads > 100),
-        "on and off {switched} times, heads told, and not: {told:?}"
+        switched > 3 && heads.iter().all(|heads| *heads > 100),
+        "turned on and off {switched} times; heads answered and not: {heads:?}"
     );
     Ok(())
 }
 
-fn one_line() -> Result<()> {
+fn one_log_line() -> Result<()> {
     let mut log = Log::from_now()?;
-    rows(Mode::Long, TABLE_DETAILS, 50)?;
-    let lines = log.own_lines()?;
+    read_rows(Mode::Long, TABLE_DETAILS, 50)?;
+    let lines = log.module_lines()?;
     ensure!(
         lines.len() == 1 && lines[0].ends_with(": CPUID(0x4FFFFFF5), details on"),
-        "one reading has the lines {lines:?}"
+        "one reading logs the lines {lines:?}"
     );
     Ok(())
 }
 
-/// The one row for which `is` holds, of a group of rows by reason.
-fn find(groups: &Value, is: impl Fn(&Value) -> bool) -> Result<&Value> {
+/// Return the only row in `groups` for which `is` returns true.
+fn only_row(groups: &Value, is: impl Fn(&Value) -> bool) -> Result<&Value> {
     let groups = groups.as_array().context("groups")?.iter();
     let rows = groups
         .filter_map(|group| group["rows"].as_array())
@@ -372,7 +376,7 @@ fn in_linux() -> Result<()> {
 
     let device = File::open(DEVICE)?;
     turn_on(&device)?;
-    // 5 bytes from a port that nothing is at, 4 times a leaf that nobody knows, 3 reads of an MSR.
+    // 5 reads from an unused port, 4 queries of an unknown leaf, 3 reads of an MSR.
     let command = "for i in 1 2 3 4 5; do \
          dd if=/dev/port of=/dev/null bs=1 count=1 skip=888 2>/dev/null; done; \
          for i in 1 2 3 4; do cpuid -1 -r -l 0x12345678 -s 0 >/dev/null; done; \
@@ -388,46 +392,46 @@ fn in_linux() -> Result<()> {
         "{why}"
     );
     let details = &why["details"];
-    for (what, expected) in [
+    for (wanted, expected) in [
         (("port", "port", 0x378), 5),
         (("cpuid", "leaf", 0x1234_5678), 4),
         (("msr", "msr", 0x1a0), 3),
     ] {
-        let (kind, field, number) = what;
-        let row = find(details, |row| {
+        let (kind, field, number) = wanted;
+        let row = only_row(details, |row| {
             row["detail"]["kind"] == kind && row["detail"][field] == number
         })
-        .with_context(|| format!("{what:x?} in {details}"))?;
+        .with_context(|| format!("{wanted:x?} in {details}"))?;
         ensure!(
             row["exits"] == expected && row["exact"] == true && row["nested"] == false,
-            "{what:x?}: {row}"
+            "{wanted:x?}: {row}"
         );
     }
-    // The tool's own questions are in neither.
+    // Neither number includes the tool's own queries.
     let cpuid = host::pick(10, 0x72)?;
     let groups = details.as_array().context("groups")?;
     let group = groups.iter().find(|group| group["code"] == cpuid);
-    let told = group.and_then(|group| group["exits"].as_u64());
+    let exits = group.and_then(|group| group["exits"].as_u64());
     ensure!(
-        told.is_some() && told == tool::mean(&stat, cpuid),
-        "details have {told:?} CPUID exits, the command {:?}",
+        exits.is_some() && exits == tool::mean(&stat, cpuid),
+        "details have {exits:?} CPUID exits, the command {:?}",
         tool::mean(&stat, cpuid)
     );
-    let own = find(details, |row| {
+    let own = only_row(details, |row| {
         row["detail"]["leaf"]
             .as_u64()
             .is_some_and(|leaf| leaf >> 4 == 0x4ff_ffff)
     });
-    ensure!(own.is_err(), "the tool's own questions are told: {own:?}");
-    // It asks KVM_EXIT_IO of the VMM.
-    let io = find(&why["user_exits"], |row| row["exit_reason"] == 2)?;
+    ensure!(own.is_err(), "the tool's own queries are included: {own:?}");
+    // The port reads exit to the VMM as KVM_EXIT_IO.
+    let io = only_row(&why["user_exits"], |row| row["exit_reason"] == 2)?;
     ensure!(io["exits"].as_u64() >= Some(5), "{io}");
 
     let text = linux.run("taskset 1 exitmeter stat --why -o /tmp/stat -- true; cat /tmp/stat")?;
     ensure!(text.contains("read on 1 of 2 CPUs"), "on one CPU: {text}");
 
     code_in_linux(&linux)?;
-    let text = linux.run_packed("exitmeter guest --slow --json")?;
+    let text = linux.run_compressed("exitmeter guest --slow --json")?;
     let slow = tool::json(&text)?;
     let slowest = slow["slowest"].as_array().context("slow exits")?;
     ensure!(
@@ -438,7 +442,7 @@ fn in_linux() -> Result<()> {
     linux.stop()
 }
 
-/// Who asks for code, and what of it is told.
+/// Check who can read code in a Linux guest, and that the rows match the host's.
 fn code_in_linux(linux: &Linux) -> Result<()> {
     let refused = |command: &str| linux.run(&format!("{command} 2>&1; echo status $?"));
     let text = refused("exitmeter guest --code")?;
@@ -452,20 +456,20 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
         text.contains("run this command as root") && text.ends_with("status 1\n"),
         "as nobody: {text}"
     );
-    let text = linux.run_packed("su nobody -s /bin/sh -c 'exitmeter guest --why --json'")?;
-    let told = tool::json(&text)?;
+    let text = linux.run_compressed("su nobody -s /bin/sh -c 'exitmeter guest --why --json'")?;
+    let output = tool::json(&text)?;
     ensure!(
-        told["vcpus"] == 2 && told.get("code").is_none(),
+        output["vcpus"] == 2 && output.get("code").is_none(),
         "as nobody: {text}"
     );
 
-    // Printing it makes more exits than there are rows, so the host is read before that.
+    // Printing causes more exits than there are rows, so read the host before.
     linux.run("exitmeter guest --code --json >/tmp/code")?;
     let bytes = read()?;
-    let text = linux.run_packed("cat /tmp/code")?;
-    let told = tool::json(&text)?;
-    let held = code_held(&bytes)?;
-    let groups = told["code"].as_array().context("code")?;
+    let text = linux.run_compressed("cat /tmp/code")?;
+    let output = tool::json(&text)?;
+    let held = held_code(&bytes)?;
+    let groups = output["code"].as_array().context("code")?;
     let (mut rows, mut as_held, mut named) = (0, 0, 0);
     for group in groups {
         let code = group["code"].as_u64().context("a reason")?;
@@ -473,8 +477,8 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
             let rip = row["rip"].as_str().and_then(|rip| rip.strip_prefix("0x"));
             let rip = u64::from_str_radix(rip.context("a RIP")?, 16)?;
             let exits = row["exits"].as_u64().context("exits")?;
-            // It may have given way since, and come back: each tick of the host's clock is at another
-            // place. Of tiny guests, all rows are the host's.
+            // The row may have given way since and come back, as each tick of the host's clock is at
+            // another place. So not every row matches, unlike with tiny guests.
             let at_end = held.get(&(code as u32, rip)).copied();
             rows += 1;
             as_held += usize::from(at_end.is_some_and(|at_end| exits <= at_end));
@@ -488,9 +492,9 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
     }
     ensure!(
         as_held > 20 && named > 20,
-        "{rows} places, {as_held} of them as the host has them, {named} of the kernel"
+        "of {rows} rows, {as_held} match the host's and {named} are in the guest's kernel"
     );
-    // Reading is among it, by the driver's own CPUID.
+    // The rows include the driver's CPUID, by which the tool reads.
     let text = linux.run("exitmeter guest --code --collapsed --weight exits")?;
     ensure!(
         text.lines()

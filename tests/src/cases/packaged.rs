@@ -14,7 +14,7 @@ use crate::host::{log::Log, module};
 const SIGNED_ALONE: &str = "/sys/module/module/parameters/sig_enforce";
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case::without(
+    vec![Case::without_module(
         "packaged: the tool, the module's file and its line in the log have one version",
         version,
     )]
@@ -23,11 +23,11 @@ pub(super) fn cases() -> Vec<Case> {
 /// Return the case after which no module of ours can be loaded.
 pub(super) fn last() -> Vec<Case> {
     vec![Case {
-        impossible: || {
+        skip_reason: || {
             Ok((!Path::new(SIGNED_ALONE).exists())
                 .then_some("the kernel was built without signatures of modules"))
         },
-        ..Case::without(
+        ..Case::without_module(
             "packaged: a kernel that wants signatures refuses the module, and the tool says why",
             unsigned,
         )
@@ -57,7 +57,7 @@ fn version() -> Result<()> {
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
     let told = fs::read_to_string("/sys/module/exitmeter/version")?;
-    let lines = log.own_lines()?;
+    let lines = log.module_lines()?;
     loaded.unload()?;
     ensure!(
         told.trim() == version,

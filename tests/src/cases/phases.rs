@@ -22,40 +22,40 @@ use tiny_guests::{pin, Config, Machine, Mode, Program};
 use super::{no_userfaultfd, Case};
 use crate::host::{
     self,
-    cgroup::Frozen,
+    cgroup::FrozenProcess,
     linux::Linux,
     meter::{Meter, Vcpu},
-    task::Busy,
+    task::BusyThread,
 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with("", "phases: a guest that computes is in the guest", || {
+        Case::with_module("", "phases: a guest that computes is in the guest", || {
             // Some 400 ms. All that is not the guest is the host's clock, 250 times a
             // second, and the making of the VM: some percent.
             let vcpus = run(Config::new(
                 Program::Spin,
                 Mode::Long,
-                100_000_000 * host::slow(),
+                100_000_000 * host::slowdown(),
             ))?;
             at_least(&vcpus[0], Phase::Guest, most())
         }),
-        Case::with("", "phases: a guest that sleeps in HLT is halted", || {
+        Case::with_module("", "phases: a guest that sleeps in HLT is halted", || {
             // 100 HLTs of 10 ms each. KVM polls for up to 0.2 ms before it puts the vCPU to
             // sleep, and the rest is the making of the VM.
             let vcpus = run(Config {
                 wake: Duration::from_millis(10),
-                ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slow())
+                ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slowdown())
             })?;
             at_least(&vcpus[0], Phase::Halted, most())
         }),
-        Case::with(
+        Case::with_module(
             "",
             "phases: a vCPU whose memory the host has yet to bring is waiting",
             waits_for_memory,
         )
-        .unless(no_userfaultfd),
-        Case::with("", "phases: a slow VMM is in user space", || {
+        .skip_if(no_userfaultfd),
+        Case::with_module("", "phases: a slow VMM is in user space", || {
             // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
             let vcpus = run(Config {
                 pause: Duration::from_millis(10),
@@ -71,31 +71,31 @@ pub(super) fn cases() -> Vec<Case> {
             );
             Ok(())
         }),
-        Case::with(
+        Case::with_module(
             "",
             "phases: a VM that is stopped, frozen or suspended is in user space",
             held,
         )
         .with_linux()
         .within(240),
-        Case::with(
+        Case::with_module(
             "",
             "phases: a guest beside a busy task is preempted",
             || {
                 // The guest computes some 200 ms and shares its CPU with one more task of the
                 // same weight: half of the time is the other's. Slices of some ms and what else
                 // the host runs move that, but not below a quarter nor above three.
-                let busy = Busy::on(0);
+                let busy = BusyThread::on(0);
                 let vcpus = run(Config::new(Program::Spin, Mode::Long, 50_000_000))?;
                 busy.end()?;
                 at_least(&vcpus[0], Phase::Preempted, 0.25)?;
                 at_least(&vcpus[0], Phase::Guest, 0.2)
             },
         ),
-        Case::with("", "phases: each of 2 vCPUs balances", || {
+        Case::with_module("", "phases: each of 2 vCPUs balances", || {
             let vcpus = run(Config {
                 vcpus: 2,
-                ..Config::new(Program::Spin, Mode::Long, 25_000_000 * host::slow())
+                ..Config::new(Program::Spin, Mode::Long, 25_000_000 * host::slowdown())
             })?;
             ensure!(vcpus.len() == 2, "{} vCPUs are metered", vcpus.len());
             for vcpu in vcpus {
@@ -108,12 +108,12 @@ pub(super) fn cases() -> Vec<Case> {
             }
             Ok(())
         }),
-        Case::with(
+        Case::with_module(
             "copy_tries=0 log_queries=0",
             "phases: copies that interrupt the vCPU's CPU balance, and lose nothing",
             copies_by_interrupt,
         ),
-        Case::with("", "phases: each of 4 vCPUs that roam balances", || {
+        Case::with_module("", "phases: each of 4 vCPUs that roam balances", || {
             // More vCPUs than CPUs, each on another CPU after each exit.
             let mut machine = Machine::new(Config {
                 vcpus: 4,
@@ -128,7 +128,7 @@ pub(super) fn cases() -> Vec<Case> {
             ensure!(exits == [1001; 4], "they count {exits:?} exits of OUT");
             Ok(())
         }),
-        Case::with(
+        Case::with_module(
             "",
             "phases: a vCPU's numbers outlive it in the totals",
             || {
@@ -218,7 +218,7 @@ fn held() -> Result<()> {
     signal(libc::SIGCONT)?;
     idle()?;
 
-    let cgroup = Frozen::new(pid)?;
+    let cgroup = FrozenProcess::new(pid)?;
     user("frozen")?;
     drop(cgroup);
     idle()?;
@@ -352,7 +352,7 @@ fn run(config: Config) -> Result<Vec<Vcpu>> {
 /// Most of a life. The host's clock ticks as often on a kernel that checks itself, which takes many
 /// times longer for each tick.
 fn most() -> f64 {
-    match host::slow() {
+    match host::slowdown() {
         1 => 0.8,
         _ => 0.5,
     }

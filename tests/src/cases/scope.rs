@@ -17,7 +17,7 @@ const MSR_READS: u32 = 777;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "scope: two VMs at once do not see each other's numbers",
             || {
@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
                 beside(0)
             },
         ),
-        Case::with(
+        Case::with_module(
             "log_queries=0 host_scope=1",
             "scope: with host_scope=1 two VMs at once see the sum",
             || {

@@ -22,12 +22,12 @@ const OUTS: u32 = 200;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "details=1 slow_us=400000",
             "slow: an OUT on which the VMM sleeps is named, and what came before it",
             the_vmm_sleeps,
         ),
-        Case::with(
+        Case::with_module(
             "details=1 slow_us=200000",
             "slow: the guest's own sleep makes no exit slow",
             the_guest_sleeps,
@@ -66,7 +66,7 @@ fn number(value: &Value, name: &str) -> Result<u64> {
 }
 
 /// Demand that an exit is the OUT of all OUTs, on which the VMM slept.
-pub(super) fn is_the_slow_one(exit: &Value, khz: u64) -> Result<()> {
+pub(super) fn check_slow_exit(exit: &Value, khz: u64) -> Result<()> {
     ensure!(
         exit["detail"]["kind"] == "port" && exit["detail"]["port"] == 0x3f0,
         "{exit}"
@@ -84,7 +84,7 @@ pub(super) fn is_the_slow_one(exit: &Value, khz: u64) -> Result<()> {
 }
 
 /// Return the guest on one of whose OUTs its VMM sleeps.
-pub(super) fn sleeper() -> Config {
+pub(super) fn sleeper_config() -> Config {
     Config {
         pause: PAUSE,
         pause_on: Some(SLOW),
@@ -93,7 +93,7 @@ pub(super) fn sleeper() -> Config {
 }
 
 fn the_vmm_sleeps() -> Result<()> {
-    let mut machine = Machine::new(sleeper())?;
+    let mut machine = Machine::new(sleeper_config())?;
     machine.run_with(|_| pin(0))?;
     let (vm, khz) = slow()?;
     drop(machine);
@@ -108,7 +108,7 @@ fn the_vmm_sleeps() -> Result<()> {
     // On a host that is emulated others may be as long.
     let pauses = slowest
         .iter()
-        .filter(|exit| is_the_slow_one(exit, khz).is_ok());
+        .filter(|exit| check_slow_exit(exit, khz).is_ok());
     let pauses: Vec<_> = pauses.collect();
     ensure!(!pauses.is_empty(), "the slow OUT is not among {slowest:?}");
     ensure!(pauses
@@ -127,7 +127,7 @@ fn the_vmm_sleeps() -> Result<()> {
     ensure!(exits.len() == 64, "{} exits in the ring", exits.len());
     let (culprit, before) = exits.split_last().context("exits")?;
     ensure!(culprit["culprit"] == true);
-    is_the_slow_one(culprit, khz)?;
+    check_slow_exit(culprit, khz)?;
     // What came before it is the same loop: each exit a number on, at a later time.
     ensure!(before.iter().all(|exit| exit["culprit"] == false));
     for (one, next) in exits.iter().zip(&exits[1..]) {

@@ -12,42 +12,42 @@ use tiny_guests::{Config, Machine, Mode, Program};
 use super::Case;
 use crate::host::{
     self,
+    held_command::{self, HeldCommand},
     hist::Exits,
     linux::Linux,
-    meanwhile::{self, Meanwhile},
     meter::Meter,
 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
             "tool: exitmeter report tells what the snapshot holds",
             report,
         ),
-        Case::with(
+        Case::with_module(
             "",
             "tool: the difference of two snapshots holds what happened between them",
             difference,
         ),
-        Case::with(
+        Case::with_module(
             "",
             "tool: exitmeter record and plot tell what the device did",
             record,
         ),
-        Case::with(
+        Case::with_module(
             "",
             "tool: exitmeter record --why has the port of a guest, and the OUT that was slow",
             details,
         ),
-        Case::with(
+        Case::with_module(
             "",
             "tool: a VM is found by the name that its VMM was given",
             by_name,
         )
         .with_linux()
         .within(240),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "tool: a Linux guest reads its exits, and those of a command, without the tool's own",
             in_guest,
@@ -329,24 +329,24 @@ pub(super) fn json(text: &str) -> Result<Value> {
 /// are what the device says at the end.
 fn record() -> Result<()> {
     const RECORDING: &str = "tool.rec";
-    let meanwhile = Meanwhile::new("record")?;
+    let command = HeldCommand::new("record")?;
     let mut recorder = Command::new("exitmeter")
         .args(["record", "--output", RECORDING, "--interval", "5", "--"])
-        .args(meanwhile.words())
+        .args(command.words())
         .spawn()
         .context("the tool exitmeter cannot be run")?;
-    meanwhile.wait()?;
+    command.wait()?;
     let mut machine = Machine::new(Config {
         vcpus: 2,
         ..Config::new(Program::Cpuid, Mode::Long, 5000)
     })?;
     machine.run()?;
     let meter = Meter::read()?;
-    meanwhile.end()?;
+    command.end()?;
     let status = recorder.wait()?;
     drop(machine);
     ensure!(
-        status.code() == Some(meanwhile::STATUS),
+        status.code() == Some(held_command::STATUS),
         "exitmeter record does not end as its command did: {status}"
     );
 
@@ -379,14 +379,14 @@ fn details() -> Result<()> {
     const RECORDING: &str = "why.rec";
     const OUTS: u32 = 2000;
     const PAUSE: Duration = Duration::from_millis(400);
-    let meanwhile = Meanwhile::new("details")?;
+    let command = HeldCommand::new("details")?;
     let mut recorder = Command::new("exitmeter")
         .args(["record", "--why", "--output", RECORDING])
         .args(["--interval", "20", "--"])
-        .args(meanwhile.words())
+        .args(command.words())
         .spawn()
         .context("the tool exitmeter cannot be run")?;
-    meanwhile.wait()?;
+    command.wait()?;
     ensure!(has_tables()?, "exitmeter record --why turns no details on");
     let mut machine = Machine::new(Config {
         pause: PAUSE,
@@ -394,11 +394,11 @@ fn details() -> Result<()> {
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
     })?;
     machine.run()?;
-    meanwhile.end()?;
+    command.end()?;
     let status = recorder.wait()?;
     drop(machine);
     ensure!(
-        status.code() == Some(meanwhile::STATUS),
+        status.code() == Some(held_command::STATUS),
         "exitmeter record --why ends with {status}"
     );
     ensure!(!has_tables()?, "details are on after it has recorded");

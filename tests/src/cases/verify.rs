@@ -26,7 +26,7 @@ use crate::host::{
     hist::Hist,
     meter::Meter,
     module,
-    span::{compare, since},
+    span::{compare, exits_since},
 };
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
@@ -39,39 +39,39 @@ const FEW: [&str; 4] = ["--runs", "2", "--exits", "200"];
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
             "verify: all checks pass on this host, and nothing is left behind",
             passes,
         )
         .within(120),
-        Case::with(
+        Case::with_module(
             "",
             "verify: without root the histogram and details are left out, and the rest passes",
             without_root,
         )
         .within(120),
-        Case::with(
+        Case::with_module(
             "max_vcpus=1",
             "verify: it fails where its guests are not metered",
             unmetered,
         )
         .within(120),
-        Case::without(
+        Case::without_module(
             "verify: without KVM, a module or the right to them it says what to do",
             impossible,
         ),
-        Case::without(
+        Case::without_module(
             "verify: --reload tells what metering adds, and leaves the module as it was",
             reload,
         )
         .within(120),
-        Case::without(
+        Case::without_module(
             "verify: on a terminal, --reload asks, names whose VMs run, and takes no answer for a no",
             asks,
         )
         .within(120),
-        Case::without(
+        Case::without_module(
             "verify: a signal ends it, with the module loaded and nothing left behind",
             signal,
         )
@@ -162,7 +162,10 @@ fn passes() -> Result<()> {
     nothing_is_left()?;
     ensure!(fs::read_to_string(TRIGGER)?.lines().next() == armed.lines().next());
     // All of its guests were seen by both.
-    compare(&since(Meter::read()?.exits(), &before)?, &hist.read()?)?;
+    compare(
+        &exits_since(Meter::read()?.exits(), &before)?,
+        &hist.read()?,
+    )?;
 
     let kinds = found["cost"]["kinds"]
         .as_array()

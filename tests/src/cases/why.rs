@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tool's `why` and `slow`, live beside guests: what they tell, and that details are off again
-//! when they have ended, however that was.
+//! The tool's `why` and `slow` beside running guests: their output, and that details are off again
+//! once they have ended, in whatever way.
 
 use std::{
     fs,
@@ -24,49 +24,49 @@ use super::{
 };
 use crate::host::{
     self,
-    meanwhile::{self, Meanwhile},
+    held_command::{self, HeldCommand},
     module,
-    text::Code,
+    module_code::ModuleCode,
 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
-            "why: two at once tell the same of a guest, and the last one turns details off",
+            "why: two at once agree on a guest, and the last one turns details off",
             two_at_once,
         ),
-        Case::with(
+        Case::with_module(
             "",
-            "why: its intervals sum to what the guest did, up to Ctrl-C",
+            "why: the intervals up to Ctrl-C sum to the guest's exits",
             interrupted,
         ),
-        Case::with(
+        Case::with_module(
             "",
-            "why: without CAP_PERFMON it says so in one sentence",
-            without_the_right,
+            "why: without CAP_PERFMON it fails with one sentence",
+            without_perfmon,
         ),
-        Case::with(
+        Case::with_module(
             "",
-            "slow: while a command runs it names the OUT on which the VMM sleeps",
-            slow_beside_a_command,
+            "slow: run beside a command, it names the OUT on which the VMM sleeps",
+            slow_with_command,
         ),
-        Case::without(
-            "why: while it runs the module does not unload, and when it is killed it does",
+        Case::without_module(
+            "why: the module does not unload while it runs, and does once it is killed",
             killed,
         ),
-        Case::without(
-            "why: with details=1 the module unloads under a guest that runs",
+        Case::without_module(
+            "why: with details=1 the module unloads under a running guest",
             unloaded_under_a_guest,
         ),
     ]
 }
 
-/// The tool, while it runs; it is killed when this is dropped.
+/// A running tool; dropping this kills it.
 struct Tool(Child);
 
 impl Tool {
-    /// Start it, and wait until details are on.
+    /// Start the tool, and wait until details are on.
     fn start(arguments: &[&str]) -> Result<Self> {
         let tool = Self::spawn(arguments)?;
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -77,8 +77,8 @@ impl Tool {
         Ok(tool)
     }
 
-    /// Start it with a command to run, and wait until it runs it.
-    fn beside(arguments: &[&str], command: &Meanwhile) -> Result<Self> {
+    /// Start the tool with a command to run, and wait until the command has started.
+    fn with_command(arguments: &[&str], command: &HeldCommand) -> Result<Self> {
         let words = command.words();
         let mut all = arguments.to_vec();
         all.push("--");
@@ -98,7 +98,7 @@ impl Tool {
         Ok(Self(child))
     }
 
-    /// Send it a signal.
+    /// Send a signal to the tool.
     fn send(&self, signal: libc::c_int) -> io::Result<()> {
         let pid = libc::pid_t::try_from(self.0.id()).map_err(io::Error::other)?;
         // SAFETY: No addresses.
@@ -108,7 +108,7 @@ impl Tool {
         }
     }
 
-    /// Wait until it has printed a line, and pass over that line.
+    /// Wait until the tool has printed a line, and discard the line.
     fn skip_line(&mut self) -> Result<()> {
         let stdout = self.0.stdout.as_mut().context("its output was asked for")?;
         let mut byte = [0];
@@ -120,7 +120,7 @@ impl Tool {
         Ok(())
     }
 
-    /// Wait for its end; return how it ended and what it printed.
+    /// Wait for the tool's end, and return its status and its remaining output.
     fn end(mut self) -> Result<(ExitStatus, String)> {
         let mut printed = String::new();
         let mut stdout = self.0.stdout.take().context("its output was asked for")?;
@@ -131,23 +131,23 @@ impl Tool {
 
 impl Drop for Tool {
     fn drop(&mut self) {
-        // It may have ended.
+        // The tool may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Demand that details are off: no vCPU has tables, and the module's code is what it was.
-fn is_off(code: &Code) -> Result<()> {
+/// Check that details are off: no vCPU has tables, and the module's code is the same as `code`.
+fn check_details_off(code: &ModuleCode) -> Result<()> {
     ensure!(tables()? == (0, false), "details are on");
     ensure!(
-        code.stays()?,
-        "the module's code is not what it was before details were on"
+        code.is_unchanged()?,
+        "the module's code differs from that before details were on"
     );
     Ok(())
 }
 
-/// Return the rows of a reason in what `why --json` tells of the one VM.
+/// Return the rows of a reason from the output of `why --json` about the only VM.
 fn rows<'a>(told: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
     let vms = told["vms"].as_array().context("VMs")?;
     ensure!(vms.len() == 1, "{} VMs", vms.len());
@@ -161,11 +161,11 @@ fn rows<'a>(told: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
 
 fn two_at_once() -> Result<()> {
     const KVM_EXIT_IO: u32 = 2;
-    let code = Code::now()?;
-    is_off(&code)?;
-    let [one, other] = [Meanwhile::new("why.1")?, Meanwhile::new("why.2")?];
-    let data = Tool::beside(&["why", "--json"], &one)?;
-    let tables_for_people = Tool::beside(&["why"], &other)?;
+    let code = ModuleCode::read()?;
+    check_details_off(&code)?;
+    let [one, other] = [HeldCommand::new("why.1")?, HeldCommand::new("why.2")?];
+    let json_tool = Tool::with_command(&["why", "--json"], &one)?;
+    let text_tool = Tool::with_command(&["why"], &other)?;
     ensure!(
         code.has_changed()?,
         "with details on the module's code is the same: no branch is static"
@@ -176,14 +176,14 @@ fn two_at_once() -> Result<()> {
     })?;
     machine.run()?;
     one.end()?;
-    let (status, told) = data.end()?;
-    let due = Some(meanwhile::STATUS);
+    let (status, told) = json_tool.end()?;
+    let due = Some(held_command::STATUS);
     ensure!(status.code() == due, "the first ends with {status}");
     ensure!(tables()?.1, "the first that ends turns details off");
     other.end()?;
-    let (status, text) = tables_for_people.end()?;
+    let (status, text) = text_tool.end()?;
     ensure!(status.code() == due, "the second ends with {status}");
-    is_off(&code)?;
+    check_details_off(&code)?;
     drop(machine);
 
     let told = json(&told)?;
@@ -202,7 +202,7 @@ fn two_at_once() -> Result<()> {
     ensure!(outs.next().is_none(), "two rows of one port");
     let words = row["words"].as_str().context("words")?;
     let user = rows(&told, "user_exits", reason)?;
-    // With those that end the guest.
+    // This includes the OUTs that end the guest.
     ensure!(
         user.len() == 1 && user[0]["exit_reason"] == KVM_EXIT_IO && user[0]["exits"] == 5002,
         "{user:?}"
@@ -219,9 +219,9 @@ fn two_at_once() -> Result<()> {
 }
 
 fn interrupted() -> Result<()> {
-    let code = Code::now()?;
+    let code = ModuleCode::read()?;
     let mut tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
-    // Details are on before its first snapshot is taken. After its first interval it is.
+    // Details are on before the tool takes its first snapshot. After its first interval it has one.
     tool.skip_line()?;
     let mut machine = Machine::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
     machine.run()?;
@@ -230,7 +230,7 @@ fn interrupted() -> Result<()> {
     let (status, text) = tool.end()?;
     drop(machine);
     ensure!(status.success(), "after Ctrl-C it ends with {status}");
-    is_off(&code)?;
+    check_details_off(&code)?;
     let reason = host::pick(32, 0x7c)?;
     let (mut intervals, mut exits) = (0, 0);
     for line in text.lines() {
@@ -252,17 +252,17 @@ fn interrupted() -> Result<()> {
             exits += row["exits"].as_u64().context("exits")?;
         }
     }
-    ensure!(intervals > 0, "it tells no interval after the first");
+    ensure!(intervals > 0, "it prints no interval after the first");
     ensure!(exits == 3000, "{exits} of 3000 writes");
     Ok(())
 }
 
-fn without_the_right() -> Result<()> {
+fn without_perfmon() -> Result<()> {
     const NOBODY: u32 = 65534;
     const SENTENCE: &str = "exitmeter: no right to turn details on: run this as root, or with \
                             CAP_PERFMON; with the module's parameter details=1 they are always on\n";
-    let code = Code::now()?;
-    // The right to read the device alone.
+    let code = ModuleCode::read()?;
+    // Grant only the right to read the device.
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
     let run = |arguments: &[&str]| {
         Command::new("exitmeter")
@@ -292,50 +292,52 @@ fn without_the_right() -> Result<()> {
         ensure!(said == SENTENCE, "it says {said}");
     }
     ensure!(fs::metadata("/tmp/ran").is_err(), "the command was run");
-    is_off(&code)
+    check_details_off(&code)
 }
 
-fn slow_beside_a_command() -> Result<()> {
-    let code = Code::now()?;
-    let meanwhile = Meanwhile::new("slow")?;
-    let tool = Tool::beside(&["slow", "--json"], &meanwhile)?;
-    let mut machine = Machine::new(slow::sleeper())?;
+fn slow_with_command() -> Result<()> {
+    let code = ModuleCode::read()?;
+    let command = HeldCommand::new("slow")?;
+    let tool = Tool::with_command(&["slow", "--json"], &command)?;
+    let mut machine = Machine::new(slow::sleeper_config())?;
     machine.run()?;
-    meanwhile.end()?;
+    command.end()?;
     let (status, told) = tool.end()?;
     drop(machine);
     ensure!(
-        status.code() == Some(meanwhile::STATUS),
+        status.code() == Some(held_command::STATUS),
         "it ends with {status}"
     );
-    is_off(&code)?;
+    check_details_off(&code)?;
     let told = json(&told)?;
     let khz = told["host"]["tsc_khz"].as_u64().context("a frequency")?;
     let slowest = told["vms"][0]["slowest"].as_array().context("exits")?;
     let pauses = slowest
         .iter()
-        .filter(|exit| slow::is_the_slow_one(exit, khz).is_ok());
+        .filter(|exit| slow::check_slow_exit(exit, khz).is_ok());
     ensure!(pauses.count() > 0, "the slow OUT is not among {slowest:?}");
     Ok(())
 }
 
 fn killed() -> Result<()> {
     let loaded = module::Loaded::with("")?;
-    let code = Code::now()?;
+    let code = ModuleCode::read()?;
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
     let tool = Tool::start(&["why", "--interval", "1"])?;
-    let refused = module::unload().err().context("it unloads meanwhile")?;
+    let refused = module::unload()
+        .err()
+        .context("the module unloads while the tool runs")?;
     let error = refused.downcast_ref::<io::Error>();
     let error = error.and_then(io::Error::raw_os_error);
     ensure!(
         error == Some(libc::EWOULDBLOCK),
-        "it unloads with {error:?}"
+        "unloading fails with {error:?}"
     );
     tool.send(libc::SIGKILL)?;
     let (status, _) = tool.end()?;
     ensure!(!status.success(), "killed, it ends with {status}");
-    is_off(&code)?;
+    check_details_off(&code)?;
     loaded.unload()
 }
 
@@ -343,7 +345,7 @@ fn unloaded_under_a_guest() -> Result<()> {
     let mut machine = Machine::new(Config::new(
         Program::Cpuid,
         Mode::Long,
-        200_000 / host::slow(),
+        200_000 / host::slowdown(),
     ))?;
     thread::scope(|scope| {
         let guest = scope.spawn(|| machine.run().map(drop));

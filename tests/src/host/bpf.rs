@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A BPF program at the entry of a kernel function (fentry), which counts its runs.
+//! BPF programs at the entry of kernel functions (fentry), whose runs the kernel counts.
 //!
-//! By bpf(2) itself: the libraries in Rust know the functions of the kernel's own image alone, not
-//! those of its modules.
+//! They are loaded by bpf(2) directly because the Rust libraries know only functions of the kernel's
+//! image, not of its modules.
 
 use std::{
     ffi::c_long,
@@ -24,13 +24,13 @@ const BPF_BTF_GET_NEXT_ID: c_long = 23;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
 const BPF_TRACE_FENTRY: u32 = 24;
 
-/// Has the kernel count the runs of all programs, while it says 1.
-const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+/// Sysctl file: while it holds 1, the kernel counts the runs of all programs.
+const STATS_ENABLED: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
-/// As `union bpf_attr` begins for `BPF_PROG_LOAD`.
+/// The beginning of `union bpf_attr` for `BPF_PROG_LOAD`.
 #[repr(C)]
 #[derive(Default)]
-struct Load {
+struct ProgLoadAttr {
     kind: u32,
     instruction_count: u32,
     instructions: u64,
@@ -55,9 +55,9 @@ struct Load {
     padding: u32,
 }
 
-/// As for `BPF_OBJ_GET_INFO_BY_FD`.
+/// The part of `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.
 #[repr(C)]
-struct GetInfo {
+struct GetInfoAttr {
     fd: u32,
     size: u32,
     info: u64,
@@ -75,7 +75,7 @@ struct BtfInfo {
     of_kernel: u32,
 }
 
-/// A call of bpf(2).
+/// Call bpf(2).
 ///
 /// # Safety
 ///
@@ -89,28 +89,28 @@ unsafe fn bpf<T>(command: c_long, attributes: &mut T) -> io::Result<RawFd> {
     }
 }
 
-/// As [`bpf`], for a command that makes a file.
+/// Call bpf(2) with a command that returns a new file descriptor.
 ///
 /// # Safety
 ///
 /// As for [`bpf`].
-unsafe fn make<T>(command: c_long, attributes: &mut T) -> io::Result<OwnedFd> {
+unsafe fn bpf_fd<T>(command: c_long, attributes: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: By the contract of this function; the file is new, and nobody else's.
     unsafe { Ok(OwnedFd::from_raw_fd(bpf(command, attributes)?)) }
 }
 
-/// The types of a module, as the kernel holds them.
-fn types_of(module: &str) -> Result<OwnedFd> {
+/// Open the kernel's BTF of a module.
+fn open_btf(module: &str) -> Result<OwnedFd> {
     let mut next = [0_u32; 4];
     loop {
-        // The id from which on, and the next one, which it is to begin from the time after.
+        // The first number is the ID to start after; the kernel writes the next ID behind it.
         // SAFETY: No addresses.
         unsafe { bpf(BPF_BTF_GET_NEXT_ID, &mut next) }
             .with_context(|| format!("the kernel holds no types of {module}"))?;
         next[0] = next[1];
         let mut id = [next[1], 0, 0, 0];
         // SAFETY: No addresses.
-        let Ok(types) = (unsafe { make(BPF_BTF_GET_FD_BY_ID, &mut id) }) else {
+        let Ok(types) = (unsafe { bpf_fd(BPF_BTF_GET_FD_BY_ID, &mut id) }) else {
             continue;
         };
         let mut name = [0_u8; 64];
@@ -119,7 +119,7 @@ fn types_of(module: &str) -> Result<OwnedFd> {
             name_size: name.len() as u32,
             ..BtfInfo::default()
         };
-        let mut get = GetInfo {
+        let mut get = GetInfoAttr {
             fd: types.as_raw_fd() as u32,
             size: size_of::<BtfInfo>() as u32,
             info: ptr::from_mut(&mut info) as u64,
@@ -132,7 +132,7 @@ fn types_of(module: &str) -> Result<OwnedFd> {
     }
 }
 
-/// A program at the entry of a function, until this is dropped.
+/// A program at the entry of a function, attached until this is dropped.
 #[derive(Debug)]
 pub struct Fentry {
     program: OwnedFd,
@@ -140,28 +140,29 @@ pub struct Fentry {
 }
 
 impl Fentry {
-    /// Puts a program that does nothing at the entry of each of these functions of a module, and
-    /// has the kernel count their runs from now on.
-    pub fn of_all(module: &str, functions: &[&str]) -> Result<Vec<Self>> {
-        fs::write(STATISTICS, "1").context(STATISTICS)?;
+    /// Attach an empty program at the entry of each of `functions` in a module, and let the kernel count
+    /// the runs from now on.
+    pub fn attach_all(module: &str, functions: &[&str]) -> Result<Vec<Self>> {
+        fs::write(STATS_ENABLED, "1").context(STATS_ENABLED)?;
         let base = Btf::from_file_with_backend("/sys/kernel/btf/vmlinux", Backend::Mmap)
             .context("/sys/kernel/btf/vmlinux cannot be read")?;
         let path = format!("/sys/kernel/btf/{module}");
         let names =
             Btf::from_split_file(&path, &base).with_context(|| format!("{path} cannot be read"))?;
-        let types = types_of(module)?;
-        let of = |function: &&str| {
+        let types = open_btf(module)?;
+        let attach = |function: &&str| {
             let ids = names.resolve_ids_by_name(function)?;
             let id = ids.last().context("it has no type")?;
-            Self::of(&types, *id).with_context(|| format!("no program can be put at {function}"))
+            Self::attach(&types, *id)
+                .with_context(|| format!("no program can be attached to {function}"))
         };
-        functions.iter().map(of).collect()
+        functions.iter().map(attach).collect()
     }
 
-    fn of(types: &OwnedFd, function: u32) -> Result<Self> {
+    fn attach(types: &OwnedFd, function: u32) -> Result<Self> {
         // r0 = 0; exit
         let instructions = [0x0000_0000_0000_00b7_u64, 0x0000_0000_0000_0095];
-        let mut load = Load {
+        let mut load = ProgLoadAttr {
             kind: BPF_PROG_TYPE_TRACING,
             instruction_count: instructions.len() as u32,
             instructions: instructions.as_ptr() as u64,
@@ -169,21 +170,21 @@ impl Fentry {
             attach_type: BPF_TRACE_FENTRY,
             attach_id: function,
             attach_btf: types.as_raw_fd() as u32,
-            ..Load::default()
+            ..ProgLoadAttr::default()
         };
         // SAFETY: The addresses are of the two instructions and a string, which are only read.
-        let program = unsafe { make(BPF_PROG_LOAD, &mut load) }.context("it is not loaded")?;
-        // A name, which a function has by its type already, and the program.
+        let program = unsafe { bpf_fd(BPF_PROG_LOAD, &mut load) }.context("it is not loaded")?;
+        // The name, which stays 0 because the type names the function, and the program.
         let mut open = [0_u64, program.as_raw_fd() as u64];
         // SAFETY: There is no name, and so no address.
-        let link = unsafe { make(BPF_RAW_TRACEPOINT_OPEN, &mut open) }.context("no link")?;
+        let link = unsafe { bpf_fd(BPF_RAW_TRACEPOINT_OPEN, &mut open) }.context("no link")?;
         Ok(Self {
             program,
             _link: link,
         })
     }
 
-    /// How often it has run.
+    /// Return how many times the program has run.
     pub fn runs(&self) -> Result<u64> {
         let path = format!("/proc/self/fdinfo/{}", self.program.as_raw_fd());
         let text = fs::read_to_string(&path)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! cgroups: one of this process's own for its memory, and the freezer.
+//! Control groups: one that counts this process's memory, and the freezer.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use anyhow::{ensure, Context as _, Result};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Mount the hierarchy of version 2, unless it is there.
+/// Mount the cgroup v2 hierarchy, unless it is mounted.
 fn mount() -> Result<()> {
     if fs::metadata(format!("{ROOT}/cgroup.controllers")).is_err() {
         fs::create_dir_all(ROOT)?;
@@ -28,17 +28,17 @@ fn mount() -> Result<()> {
 
 /// A process that is frozen until this is dropped.
 #[derive(Debug)]
-pub struct Frozen {
+pub struct FrozenProcess {
     path: PathBuf,
     pid: u32,
 }
 
-impl Frozen {
+impl FrozenProcess {
     /// Freeze a process.
     ///
     /// # Errors
     ///
-    /// Those of the kernel.
+    /// Returns the kernel's error.
     pub fn new(pid: u32) -> Result<Self> {
         mount()?;
         let path = PathBuf::from(format!("{ROOT}/frozen-{pid}"));
@@ -55,27 +55,27 @@ impl Frozen {
     }
 }
 
-impl Drop for Frozen {
+impl Drop for FrozenProcess {
     fn drop(&mut self) {
-        // What fails here is seen by whoever waits for the process.
+        // On failure the process stays frozen, and whoever waits for it times out.
         let _ = fs::write(self.path.join("cgroup.freeze"), "0");
         let _ = fs::write(format!("{ROOT}/cgroup.procs"), self.pid.to_string());
         let _ = fs::remove_dir(&self.path);
     }
 }
 
-/// A cgroup. It stays when this goes, as its process is in it.
+/// A cgroup. It outlives this value because its process is still in it.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
-    /// Make a cgroup, and move this process into it.
+    /// Create a cgroup and move this process into it.
     ///
     /// # Errors
     ///
-    /// Those of the kernel, as when it has no memory controller.
+    /// Returns the kernel's error, for example when it has no memory controller.
     pub fn of_this_process() -> Result<Self> {
         mount()?;
         fs::write(format!("{ROOT}/cgroup.subtree_control"), "+memory")
@@ -87,11 +87,11 @@ impl Cgroup {
         Ok(Self { path })
     }
 
-    /// Return the kernel's memory that is charged to the cgroup, in bytes.
+    /// Return the kernel memory that is charged to the cgroup, in bytes.
     ///
     /// # Errors
     ///
-    /// Those of the kernel.
+    /// Returns the kernel's error.
     pub fn kernel_memory(&self) -> Result<u64> {
         let stat = fs::read_to_string(self.path.join("memory.stat"))?;
         let kernel = stat.lines().find_map(|line| line.strip_prefix("kernel "));

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's own count of VM exits: a histogram on the tracepoint kvm:kvm_exit, by
-//! reason. It is the oracle that the meter is held against.
+//! The kernel's own count of VM exits: a histogram on the tracepoint kvm:kvm_exit, by reason. The
+//! meter's counts are compared with it.
 
 use std::{collections::BTreeMap, ffi::CStr, fs, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reasons::Isa;
 
-use super::{isa, keyed};
+use super::{event_hist, isa};
 
 const TRACING: &CStr = c"/sys/kernel/tracing";
 const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
 const HIST: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/hist";
-/// By CPU as well: of two CPUs that come with the same new key at once, the kernel may drop the
-/// exits of one while the other is held up (as an emulator's are).
+/// The histogram's trigger. Its keys include the CPU: when two CPUs insert the same new key at once,
+/// the kernel may drop the exits of one while the other is held up, as emulated CPUs are.
 const KEYS: &str = "hist:keys=common_cpu,exit_reason:size=4096";
 
-/// Exits by reason.
+/// Number of exits by the code of their reason.
 pub type Exits = BTreeMap<u32, u64>;
 
-/// A histogram that counts until it is dropped.
+/// The histogram of exits, which counts until it is dropped.
 #[derive(Debug)]
 pub struct Hist(());
 
 impl Hist {
-    /// Begins to count, from 0.
+    /// Begin to count, from 0. No guest may run.
     pub fn begin() -> Result<Self> {
         mount()?;
         stop()?;
@@ -39,7 +39,7 @@ impl Hist {
         Ok(hist)
     }
 
-    /// The exits so far.
+    /// Read the exits so far.
     pub fn read(&self) -> Result<Exits> {
         let text = fs::read_to_string(HIST).with_context(|| format!("{HIST} cannot be read"))?;
         parse(&text, isa()?)
@@ -49,12 +49,12 @@ impl Hist {
 impl Drop for Hist {
     fn drop(&mut self) {
         if let Err(error) = stop() {
-            eprintln!("The histogram cannot be taken away: {error:#}");
+            eprintln!("The histogram cannot be removed: {error:#}");
         }
     }
 }
 
-/// Takes a histogram away, if there is one.
+/// Remove the histogram, if there is one.
 pub fn stop() -> Result<()> {
     let armed = fs::read_to_string(TRIGGER).unwrap_or_default();
     if armed.contains("hist:") {
@@ -64,7 +64,7 @@ pub fn stop() -> Result<()> {
     Ok(())
 }
 
-/// Mounts tracefs, unless it is there.
+/// Mount tracefs, unless it is mounted.
 pub(super) fn mount() -> Result<()> {
     if Path::new("/sys/kernel/tracing/events").is_dir() {
         return Ok(());
@@ -72,11 +72,11 @@ pub(super) fn mount() -> Result<()> {
     super::mount(c"tracefs", TRACING)
 }
 
-/// Reads the text of a histogram keyed by CPU and exit_reason; the sums over all CPUs. On VMX the
-/// basic reason is the low half of what the tracepoint gives.
+/// Parse the text of a histogram keyed by CPU and exit_reason, and sum over the CPUs. On VMX the basic
+/// reason is the low half of the tracepoint's field.
 fn parse(text: &str, isa: Isa) -> Result<Exits> {
     let mut exits = Exits::new();
-    for (keys, hits) in keyed::parse(text, &["exit_reason"])? {
+    for (keys, hits) in event_hist::parse(text, &["exit_reason"])? {
         let reason = keys.first().copied().context("an entry has its key")?;
         let reason = u32::try_from(reason).context("a reason has 32 bits")?;
         let reason = match isa {
@@ -92,7 +92,7 @@ fn parse(text: &str, isa: Isa) -> Result<Exits> {
 mod tests {
     use super::*;
 
-    /// As read on the emulated AMD host.
+    /// A histogram as read on the emulated AMD host.
     const SAVED: &str = "\
 # event histogram
 #
@@ -112,7 +112,7 @@ Totals:
 ";
 
     #[test]
-    fn reads_what_the_kernel_says() -> Result<()> {
+    fn parse_reads_the_kernels_text() -> Result<()> {
         let svm = parse(SAVED, Isa::Svm)?;
         assert_eq!(
             svm,
@@ -127,7 +127,7 @@ Totals:
     }
 
     #[test]
-    fn refuses_what_is_not_whole() {
+    fn parse_refuses_incomplete_text() {
         for (from, to) in [
             ("Hits: 110", "Hits: 111"),
             ("Dropped: 0", "Dropped: 1"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A real Linux guest under KVM, by the host's command `guest`.
+//! A Linux guest under KVM, controlled by the host's command `guest`.
 
 use std::{
     io::Read as _,
@@ -12,25 +12,25 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::leaves::Registers;
 use flate2::read::GzDecoder;
 
-/// A guest that runs; its VMM is ended when this is dropped.
+/// A running guest; dropping it ends its VMM.
 #[derive(Debug)]
 pub struct Linux(());
 
 impl Linux {
-    /// Boots it, with the options of `guest boot`.
+    /// Boot a guest with options of `guest boot`.
     pub fn boot(options: &[&str]) -> Result<Self> {
         guest(&[&["boot"], options].concat())?;
         Ok(Self(()))
     }
 
-    /// Runs a shell command in it; what it printed.
+    /// Run a shell command in the guest, and return its output.
     pub fn run(&self, command: &str) -> Result<String> {
         guest(&["run", "--", command])
     }
 
-    /// Return the text that a command prints. It is packed on its way, as the serial port takes an
-    /// exit or more for each byte.
-    pub fn run_packed(&self, command: &str) -> Result<String> {
+    /// Run a shell command in the guest, and return its output. The output is compressed on the way
+    /// because the serial port causes at least one exit for each byte.
+    pub fn run_compressed(&self, command: &str) -> Result<String> {
         let hex = self.run(&format!(
             "{command} | gzip -c | od -An -v -tx1 | tr -d ' \\n'"
         ))?;
@@ -46,12 +46,12 @@ impl Linux {
         Ok(text)
     }
 
-    /// Boots it again.
+    /// Reboot the guest.
     pub fn reboot(&self) -> Result<()> {
         guest(&["reboot"]).map(drop)
     }
 
-    /// The process of its VMM.
+    /// Return the process ID of the guest's VMM.
     pub fn pid(&self) -> Result<u32> {
         let text = guest(&["pid"])?;
         text.trim()
@@ -59,7 +59,7 @@ impl Linux {
             .with_context(|| format!("'{text}' is no process"))
     }
 
-    /// Ends its VMM.
+    /// End the guest's VMM.
     pub fn stop(self) -> Result<()> {
         std::mem::forget(self);
         stop()
@@ -74,20 +74,20 @@ impl Drop for Linux {
     }
 }
 
-/// Ends the guest's VMM.
+/// End the VMM of the running guest.
 pub fn stop() -> Result<()> {
     guest(&["stop"]).map(drop)
 }
 
-/// Whether a guest runs.
+/// Return true if a guest runs.
 pub fn is_running() -> bool {
     guest(&["pid"]).is_ok()
 }
 
 fn guest(arguments: &[&str]) -> Result<String> {
     let (subcommand, rest) = arguments.split_first().context("no subcommand")?;
-    // A host that checks itself has so many times the time.
-    let timeout = 300 * super::slow();
+    // A debug kernel gets more time.
+    let timeout = 300 * super::slowdown();
     let output = Command::new("guest")
         .args([subcommand, "--timeout", &timeout.to_string()])
         .args(rest)
@@ -103,21 +103,21 @@ fn guest(arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A line of what the tool `cpuid` prints.
+/// A line of output of the tool `cpuid`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Printed {
-    /// The leaf.
+pub struct CpuidLine {
+    /// Leaf, as in EAX.
     pub leaf: u32,
-    /// The subleaf.
+    /// Subleaf, as in ECX.
     pub subleaf: u32,
-    /// What CPUID gave.
+    /// Registers that CPUID returned.
     pub registers: Registers,
 }
 
-impl FromStr for Printed {
+impl FromStr for CpuidLine {
     type Err = anyhow::Error;
 
-    /// Reads `   0x4ffffffd 0x0a: eax=0x000003ea ebx=0x00000000 ecx=0x00000000 edx=0x00000000`.
+    /// Parse `   0x4ffffffd 0x0a: eax=0x000003ea ebx=0x00000000 ecx=0x00000000 edx=0x00000000`.
     fn from_str(line: &str) -> Result<Self> {
         let read = || {
             let mut words = line.split_whitespace();
@@ -145,12 +145,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_cpuid_prints() -> Result<()> {
+    fn parses_the_output_of_cpuid() -> Result<()> {
         let line =
             "   0x4ffffffd 0x0a: eax=0x000003ea ebx=0x00000000 ecx=0x00000001 edx=0xffffffff";
         assert_eq!(
-            line.parse::<Printed>()?,
-            Printed {
+            line.parse::<CpuidLine>()?,
+            CpuidLine {
                 leaf: 0x4fff_fffd,
                 subleaf: 10,
                 registers: Registers {
@@ -161,8 +161,8 @@ mod tests {
                 }
             }
         );
-        assert!("CPU:".parse::<Printed>().is_err());
-        assert!(line.replace("edx=", "").parse::<Printed>().is_err());
+        assert!("CPU:".parse::<CpuidLine>().is_err());
+        assert!(line.replace("edx=", "").parse::<CpuidLine>().is_err());
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host's kernel log, read line by line from a moment on.
+//! The host's kernel log, read line by line.
 
 use std::{
     fs::File,
@@ -10,20 +10,20 @@ use std::{
 
 use anyhow::{bail, Context as _, Result};
 
-/// The log from a moment on.
+/// A reader of the kernel log.
 #[derive(Debug)]
 pub struct Log(File);
 
 impl Log {
-    /// From now on.
+    /// Open the log behind its latest line.
     pub fn from_now() -> Result<Self> {
         let mut log = Self::from_boot()?;
-        // To the end, and not as in other files by an offset.
+        // /dev/kmsg seeks to the end whatever the offset.
         log.0.seek(SeekFrom::End(0)).context("the kernel log")?;
         Ok(log)
     }
 
-    /// From its first line that the kernel still has.
+    /// Open the log at the oldest line that the kernel still has.
     pub fn from_boot() -> Result<Self> {
         let file = File::options()
             .read(true)
@@ -33,13 +33,13 @@ impl Log {
         Ok(Self(file))
     }
 
-    /// The lines that came since the last call, without their time.
+    /// Return the lines since the last call, without their timestamps.
     pub fn lines(&mut self) -> Result<Vec<String>> {
         let records = self.records()?;
         Ok(records.into_iter().map(|(_, line)| line).collect())
     }
 
-    /// The same with their levels, 0 (emergency) to 7 (debug).
+    /// Return the lines since the last call with their levels, 0 (emergency) to 7 (debug).
     fn records(&mut self) -> Result<Vec<(u32, String)>> {
         let mut lines = Vec::new();
         let mut record = [0; 8192];
@@ -56,33 +56,33 @@ impl Log {
         }
     }
 
-    /// The module's own lines that came since the last call, without `exitmeter: `.
-    pub fn own_lines(&mut self) -> Result<Vec<String>> {
-        let records = self.own_records()?;
+    /// Return the module's lines since the last call, without the prefix `exitmeter: `.
+    pub fn module_lines(&mut self) -> Result<Vec<String>> {
+        let records = self.module_records()?;
         Ok(records.into_iter().map(|(_, line)| line).collect())
     }
 
-    /// The same with their levels.
-    pub fn own_records(&mut self) -> Result<Vec<(u32, String)>> {
+    /// Return the module's lines since the last call with their levels.
+    pub fn module_records(&mut self) -> Result<Vec<(u32, String)>> {
         let records = self.records()?;
         Ok(records
             .iter()
             .filter_map(|(level, line)| {
                 Some((*level, line.strip_prefix("exitmeter: ")?.to_owned()))
             })
-            .filter(|(_, line)| !LOADER.contains(&line.as_str()))
+            .filter(|(_, line)| !LOADER_LINES.contains(&line.as_str()))
             .collect())
     }
 }
 
-/// Lines about a module that are the kernel's own, once a boot, with the module's name before them
+/// Lines that the kernel's module loader logs once per boot with the module's name before them
 /// (kernel/module/main.c).
-const LOADER: [&str; 2] = [
+const LOADER_LINES: [&str; 2] = [
     "loading out-of-tree module taints kernel.",
     "module verification failed: signature and/or required key missing - tainting kernel",
 ];
 
-/// Level and text of a record of /dev/kmsg: `priority,number,time,flags;text`, then lines with
+/// Return level and text of a /dev/kmsg record: `priority,number,time,flags;text`, then lines with
 /// the record's properties. The level is the lower 3 bits of the priority.
 fn parse(record: &str) -> Result<(u32, String)> {
     let read = || {
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_the_level_and_the_text() -> Result<()> {
+    fn parse_returns_level_and_text() -> Result<()> {
         let record =
             "30,339,5140900,-;NET: Registered; really\n SUBSYSTEM=acpi\n DEVICE=+acpi:PNP0A03:00\n";
         assert_eq!(parse(record)?, (6, "NET: Registered; really".to_owned()));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the host reads of the meter: the snapshot of /dev/exitmeter.
+//! The meter's numbers, as a snapshot of /dev/exitmeter holds them.
 
 use std::{collections::BTreeMap, fs};
 
@@ -13,21 +13,21 @@ use exitmeter_meter::{
 
 use super::hist::Exits;
 
-/// The device that the module makes.
+/// Path of the module's device.
 pub const DEVICE: &str = "/dev/exitmeter";
 
-/// The numbers of one vCPU, or the sums of those that are gone.
+/// The ledger of one vCPU, or the totals of departed ones.
 #[derive(Clone, Debug, Default)]
 pub struct Numbers {
-    /// Exits by reason, those that are 0 left out.
+    /// Exits by code; codes without exits are absent.
     pub exits: Exits,
-    /// Of those, the exits from a guest in the guest; those that are 0 left out.
+    /// The exits of L2 guests among these; codes without such exits are absent.
     pub nested: Exits,
-    /// TSC ticks of a reason, by phase.
+    /// TSC ticks by code and phase.
     cells: BTreeMap<u32, [u64; Phase::COUNT]>,
-    /// Samples in the histogram of a reason.
+    /// Samples in the histogram of each code.
     samples: BTreeMap<u32, u64>,
-    /// TSC ticks by phase, over all reasons and the time before the first exit.
+    /// TSC ticks by phase, summed over all reasons and the time before the first exit.
     pub phases: [u64; Phase::COUNT],
 }
 
@@ -66,20 +66,19 @@ impl Numbers {
         Ok(numbers)
     }
 
-    /// Exits with a code.
+    /// Return the exits with `code`.
     pub fn exits_of(&self, code: u32) -> u64 {
         self.exits.get(&code).copied().unwrap_or(0)
     }
 
-    /// TSC ticks of a code in a phase.
+    /// Return the TSC ticks of `code` in `phase`.
     pub fn cycles_of(&self, phase: Phase, code: u32) -> u64 {
         self.cells
             .get(&code)
             .map_or(0, |cells| cells[phase as usize])
     }
 
-    /// Demands one sample for each exit; the latest one gets its own when the guest is
-    /// entered again.
+    /// Check that each exit has one sample. The latest exit gets its sample only at the next entry.
     fn check_samples(&self, latest: Option<Reason>) -> Result<()> {
         for (code, samples) in &self.samples {
             let exits = self.exits_of(*code);
@@ -92,8 +91,8 @@ impl Numbers {
         Ok(())
     }
 
-    /// Whether none of the numbers is less than it was before.
-    pub fn is_not_behind(&self, before: &Self) -> bool {
+    /// Return true if no number is less than in `before`.
+    pub fn none_fell_since(&self, before: &Self) -> bool {
         let counts = |of: fn(&Self) -> &Exits| {
             of(before)
                 .iter()
@@ -109,12 +108,12 @@ impl Numbers {
             })
     }
 
-    /// The share of a phase in all ticks, 0 to 1.
+    /// Return the share of `phase` in all ticks, 0 to 1.
     pub fn share(&self, phase: Phase) -> f64 {
         self.phases[phase as usize] as f64 / self.phases.iter().sum::<u64>() as f64
     }
 
-    /// The shares of all phases, in words.
+    /// Format the shares of all phases.
     pub fn shares(&self) -> String {
         Phase::ALL
             .map(|phase| format!("{} {:.1}%", phase.name(), 100. * self.share(phase)))
@@ -122,49 +121,49 @@ impl Numbers {
     }
 }
 
-/// A vCPU that lives.
+/// The record of a live vCPU.
 #[derive(Clone, Debug)]
 pub struct Vcpu {
-    /// The VM's number.
+    /// Number of the VM.
     pub vm: u64,
-    /// KVM's name of the VM.
+    /// KVM's name for the VM.
     pub name: String,
-    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
+    /// Thread that created the VM (`kvm->userspace_pid`); for most VMMs, their process ID.
     pub pid: u32,
-    /// The vCPU's id.
+    /// ID of the vCPU in its VM.
     pub id: u32,
-    /// Its life in TSC ticks: first event to latest.
+    /// TSC ticks from the first event to the latest.
     pub life: u64,
-    /// The phase it is in.
+    /// Current phase.
     pub phase: Option<Phase>,
-    /// Its numbers.
+    /// Ledger of the vCPU.
     pub numbers: Numbers,
 }
 
-/// A snapshot.
+/// A parsed snapshot.
 #[derive(Clone, Debug)]
 pub struct Meter {
-    /// The vCPUs that live.
+    /// Live vCPUs.
     pub vcpus: Vec<Vcpu>,
-    /// How many are gone.
+    /// Number of departed vCPUs.
     pub gone: u64,
-    /// How many ran unmetered.
+    /// Number of vCPUs that ran unmetered.
     pub unmetered: u64,
-    /// The number of the meter's life.
+    /// Number of the meter's life.
     pub life: u64,
-    /// The sums of those that are gone.
+    /// Totals of the departed vCPUs.
     pub totals: Numbers,
 }
 
 impl Meter {
-    /// Reads the device. Each vCPU that lives is checked: it balances, and each exit has
-    /// its sample in the histogram.
+    /// Read the device. For each live vCPU, check that its ledger balances and that each exit has its
+    /// sample in the histogram.
     pub fn read() -> Result<Self> {
         let bytes = fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))?;
         Self::parse(&bytes)
     }
 
-    /// Reads a snapshot, with the same checks.
+    /// Parse a snapshot, with the checks of [`Meter::read`].
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let snapshot = Snapshot::parse(bytes)?;
         let histogram = &histogram(&snapshot)?;
@@ -198,9 +197,8 @@ impl Meter {
         })
     }
 
-    /// Demands that so many vCPUs are metered, so many ran unmetered, and so many metered ones are
-    /// gone.
-    pub fn demand(metered: usize, unmetered: u64, gone: u64) -> Result<()> {
+    /// Check the numbers of metered, unmetered and departed vCPUs.
+    pub fn check_counts(metered: usize, unmetered: u64, gone: u64) -> Result<()> {
         let meter = Self::read()?;
         let found = (meter.vcpus.len(), meter.unmetered, meter.gone);
         let due = (metered, unmetered, gone);
@@ -211,7 +209,7 @@ impl Meter {
         Ok(())
     }
 
-    /// The vCPUs of this process, in the order of VM and id.
+    /// Return the vCPUs of this process, ordered by VM and ID.
     pub fn own(&self) -> Vec<&Vcpu> {
         let mut own: Vec<_> = self
             .vcpus
@@ -222,7 +220,7 @@ impl Meter {
         own
     }
 
-    /// The one vCPU of this process.
+    /// Return the only vCPU of this process, or an error if it has none or more.
     pub fn only(&self) -> Result<&Vcpu> {
         match self.own()[..] {
             [vcpu] => Ok(vcpu),
@@ -230,7 +228,7 @@ impl Meter {
         }
     }
 
-    /// Exits by reason of all vCPUs, those that live and those that are gone.
+    /// Return the exits by code of all vCPUs, live and departed.
     pub fn exits(&self) -> Exits {
         let mut exits = self.totals.exits.clone();
         for vcpu in &self.vcpus {

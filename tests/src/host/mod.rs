@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the cases find in the emulated host: the module, KVM, the kernel's own counters,
-//! its log, and a Linux guest.
+//! Access to the emulated host: the module, KVM, the kernel's own counters, its log, and a Linux
+//! guest.
 
 pub mod bpf;
 pub mod cgroup;
-pub mod faults;
+pub mod detail_oracle;
+pub mod event_hist;
+pub mod fault_injection;
+pub mod held_command;
 pub mod hist;
-pub mod keyed;
 pub mod leaves;
 pub mod linux;
 pub mod log;
-pub mod meanwhile;
 pub mod meter;
 pub mod module;
-pub mod oracle;
+pub mod module_code;
 pub mod span;
 pub mod task;
-pub mod text;
 
 use std::{ffi::CStr, fs, io};
 
@@ -25,7 +25,7 @@ use anyhow::{Context as _, Result};
 use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Expected};
 
-/// Mounts a file system that takes no data and no device.
+/// Mount a file system that needs neither a device nor mount options.
 pub fn mount(kind: &CStr, target: &CStr) -> Result<()> {
     // SAFETY: All strings end with a NUL; this file system takes no data.
     let mounted = unsafe {
@@ -44,12 +44,12 @@ pub fn mount(kind: &CStr, target: &CStr) -> Result<()> {
     }
 }
 
-/// Which vendor's host this is.
+/// Return the vendor whose virtualization extension this host has.
 pub fn isa() -> Result<Isa> {
     tiny_guests::host_isa().context("this host has neither VT-x nor SVM")
 }
 
-/// The number for this host's vendor, of one for VMX and one for SVM.
+/// Return `vmx` on an Intel host and `svm` on an AMD host.
 pub fn pick<T>(vmx: T, svm: T) -> Result<T> {
     Ok(match isa()? {
         Isa::Vmx => vmx,
@@ -57,7 +57,7 @@ pub fn pick<T>(vmx: T, svm: T) -> Result<T> {
     })
 }
 
-/// Whether KVM uses the CPU's nested paging, EPT or NPT.
+/// Return true if KVM uses nested paging (EPT or NPT).
 pub fn nested_paging() -> Result<bool> {
     let path = format!(
         "/sys/module/{}/parameters/{}",
@@ -68,12 +68,12 @@ pub fn nested_paging() -> Result<bool> {
     Ok(value.trim() == "Y")
 }
 
-/// CPUs of this host that are online.
+/// Return the number of online CPUs.
 pub fn cpus() -> Result<usize> {
     Ok(std::thread::available_parallelism()?.get())
 }
 
-/// Function calls that other CPUs had a CPU make by an interrupt so far (CAL of /proc/interrupts).
+/// Return the number of function-call interrupts that `cpu` has taken (CAL in /proc/interrupts).
 pub fn function_calls(cpu: usize) -> Result<u64> {
     let table =
         fs::read_to_string("/proc/interrupts").context("/proc/interrupts cannot be read")?;
@@ -84,17 +84,17 @@ pub fn function_calls(cpu: usize) -> Result<u64> {
     calls.with_context(|| format!("/proc/interrupts has no count of CAL for CPU {cpu}"))
 }
 
-/// In a case's environment: how many times slower than the packaged kernel the host's is.
+/// Environment variable by which a case learns the factor that [`slowdown`] returns.
 pub const SLOW: &str = "SLOW";
 
-/// How many times slower than the packaged kernel the host's is. A guest has to do so much more
-/// for its own work to be most of its life.
-pub fn slow() -> u32 {
-    let slow = std::env::var(SLOW).ok();
-    slow.and_then(|text| text.parse().ok()).unwrap_or(1)
+/// Return how many times slower the host's kernel is than the packaged one. A guest's work is
+/// multiplied by this, so that the work remains most of the guest's life.
+pub fn slowdown() -> u32 {
+    let slowdown = std::env::var(SLOW).ok();
+    slowdown.and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
-/// What a guest is known to cause under KVM as this host has it.
+/// Return the exits that a guest causes under KVM as this host configures it.
 pub fn expected(config: &Config) -> Result<Expected> {
     let Config {
         program,

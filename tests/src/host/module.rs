@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The module under test, and KVM's modules under it.
+//! Loading and unloading of the module under test, and of KVM's modules.
 
 use std::{
     ffi::CString,
@@ -15,23 +15,23 @@ use anyhow::{ensure, Context as _, Result};
 
 use super::pick;
 
-/// Where the module is.
+/// Path of the module in the host.
 pub const FILE: &str = "/root/exitmeter.ko";
 
-/// Loads the module with parameters, as insmod takes them.
+/// Load the module with parameters in insmod's syntax.
 ///
 /// # Errors
 ///
-/// The kernel's own error.
+/// Returns the kernel's error.
 pub fn try_load(parameters: &str) -> io::Result<()> {
     try_load_file(Path::new(FILE), parameters)
 }
 
-/// Loads another module from a file.
+/// Load a module from a file, with parameters in insmod's syntax.
 ///
 /// # Errors
 ///
-/// The kernel's own error.
+/// Returns the kernel's error.
 pub fn try_load_file(file: &Path, parameters: &str) -> io::Result<()> {
     let file = File::open(file)?;
     let parameters = CString::new(parameters)?;
@@ -51,17 +51,17 @@ pub fn try_load_file(file: &Path, parameters: &str) -> io::Result<()> {
     }
 }
 
-/// Loads the module.
+/// Load the module.
 pub fn load(parameters: &str) -> Result<()> {
     try_load(parameters).with_context(|| format!("exitmeter.ko ({parameters}) does not load"))
 }
 
-/// Unloads the module.
+/// Unload the module.
 pub fn unload() -> Result<()> {
     remove("exitmeter")
 }
 
-/// Whether a module is loaded.
+/// Return true if the module `name` is loaded.
 pub fn is_loaded(name: &str) -> Result<bool> {
     let modules = fs::read_to_string("/proc/modules").context("/proc/modules cannot be read")?;
     Ok(modules
@@ -69,18 +69,18 @@ pub fn is_loaded(name: &str) -> Result<bool> {
         .any(|line| line.split(' ').next() == Some(name)))
 }
 
-/// The loaded module, unloaded when this is dropped.
+/// The loaded module; dropping this unloads it.
 #[derive(Debug)]
 pub struct Loaded(());
 
 impl Loaded {
-    /// Loads the module.
+    /// Load the module.
     pub fn with(parameters: &str) -> Result<Self> {
         load(parameters)?;
         Ok(Self(()))
     }
 
-    /// Unloads it.
+    /// Unload the module.
     pub fn unload(self) -> Result<()> {
         std::mem::forget(self);
         unload()
@@ -95,23 +95,23 @@ impl Drop for Loaded {
     }
 }
 
-/// The name of KVM's module for this host's vendor.
+/// Return the name of KVM's vendor module on this host.
 pub fn vendor() -> Result<&'static str> {
     pick("kvm_intel", "kvm_amd")
 }
 
-/// Loads KVM's module for this host's vendor, with or without nested paging.
+/// Load KVM's vendor module, with or without nested paging.
 pub fn load_vendor(nested_paging: bool) -> Result<()> {
     let parameter = format!("{}={}", pick("ept", "npt")?, u8::from(nested_paging));
     modprobe(&[vendor()?, &parameter])
 }
 
-/// Unloads KVM's module for this host's vendor; kvm.ko stays.
+/// Unload KVM's vendor module; kvm.ko stays.
 pub fn unload_vendor() -> Result<()> {
     remove(vendor()?)
 }
 
-/// Runs modprobe.
+/// Run modprobe.
 pub fn modprobe(arguments: &[&str]) -> Result<()> {
     let output = Command::new("modprobe")
         .args(arguments)
@@ -126,7 +126,7 @@ pub fn modprobe(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Unloads a module, and not what it depends on, as rmmod does.
+/// Unload a module but not its dependencies, as rmmod does.
 pub fn remove(name: &str) -> Result<()> {
     let text = CString::new(name)?;
     // SAFETY: A string that ends with a NUL, which the kernel only reads.

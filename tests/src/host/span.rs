@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A span of time over which the kernel's histogram and the meter count the same exits.
+//! A span of time in which the kernel's histogram and the meter must count the same exits.
 
 use anyhow::{ensure, Result};
 use exitmeter_meter::reasons;
@@ -11,7 +11,7 @@ use super::{
     meter::Meter,
 };
 
-/// Begun while no guest runs, ended when none runs any more.
+/// A span that begins and ends while no guest runs.
 #[derive(Debug)]
 pub struct Span {
     hist: Hist,
@@ -19,16 +19,16 @@ pub struct Span {
 }
 
 impl Span {
-    /// Begins to count.
+    /// Begin to count.
     pub fn begin() -> Result<Self> {
         let hist = Hist::begin()?;
         let before = Meter::read()?.exits();
         Ok(Self { hist, before })
     }
 
-    /// Demands that both counted the same, reason by reason and in all, and gives it.
+    /// Check that both counted the same, for each reason and in total, and return the exits.
     ///
-    /// VMs of this process may still be there, as long as none of their vCPUs runs.
+    /// VMs of this process may still exist, as long as none of their vCPUs runs.
     pub fn end(self) -> Result<Exits> {
         let meter = Meter::read()?;
         let hist = self.hist.read()?;
@@ -37,14 +37,14 @@ impl Span {
             "{} vCPUs ran unmetered",
             meter.unmetered
         );
-        let metered = since(meter.exits(), &self.before)?;
+        let metered = exits_since(meter.exits(), &self.before)?;
         compare(&metered, &hist)?;
         Ok(metered)
     }
 }
 
-/// The exits of which there are more than before; those that are as many are left out.
-pub fn since(mut now: Exits, before: &Exits) -> Result<Exits> {
+/// Return the exits that `now` has more than `before`; reasons without new exits are absent.
+pub fn exits_since(mut now: Exits, before: &Exits) -> Result<Exits> {
     for (reason, count) in before {
         let now = now.entry(*reason).or_insert(0);
         ensure!(
@@ -57,7 +57,7 @@ pub fn since(mut now: Exits, before: &Exits) -> Result<Exits> {
     Ok(now)
 }
 
-/// Demands that the meter counted what the kernel's histogram did.
+/// Check that the meter and the kernel's histogram counted the same.
 pub fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
     let isa = isa()?;
     let count = |exits: &Exits, reason| exits.get(&reason).copied().unwrap_or(0);
@@ -69,7 +69,7 @@ pub fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
         .filter(|reason| count(metered, *reason) != count(hist, *reason))
         .map(|reason| {
             format!(
-                "{reason} ({}) metered {} times, by the kernel's histogram {}",
+                "{reason} ({}): the meter counted {}, the kernel's histogram {}",
                 reasons::name(isa, reason).unwrap_or("?"),
                 count(metered, reason),
                 count(hist, reason)
@@ -80,7 +80,7 @@ pub fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
     let total = |exits: &Exits| exits.values().sum::<u64>();
     ensure!(
         total(metered) == total(hist),
-        "{} exits metered in all, by the kernel's histogram {}",
+        "in total the meter counted {} exits, the kernel's histogram {}",
         total(metered),
         total(hist)
     );

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tasks of the host: a busy one, and one that stands still.
+//! Tasks of the host: a busy thread, and a stopped process.
 
 use std::{
     fs, io,
@@ -15,15 +15,15 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::pin;
 
-/// A thread that does nothing but compute, on one CPU, until it is dropped.
+/// A thread that spins on one CPU until it is dropped.
 #[derive(Debug)]
-pub struct Busy {
+pub struct BusyThread {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
-impl Busy {
-    /// Starts it.
+impl BusyThread {
+    /// Start a thread on `cpu`.
     pub fn on(cpu: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);
@@ -40,7 +40,7 @@ impl Busy {
         }
     }
 
-    /// Ends it; says whether it could begin at all.
+    /// End the thread, and return an error if it could not be pinned.
     pub fn end(mut self) -> io::Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.take().map(JoinHandle::join) {
@@ -50,31 +50,31 @@ impl Busy {
     }
 }
 
-impl Drop for Busy {
+impl Drop for BusyThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 }
 
-/// A process all of whose threads are stopped, until this is dropped.
+/// A stopped process; dropping this lets it continue.
 #[derive(Debug)]
-pub struct Stopped(libc::pid_t);
+pub struct StoppedProcess(libc::pid_t);
 
-impl Stopped {
-    /// Stop a process, and wait until each of its threads has stopped: a vCPU's has left KVM then.
-    pub fn all_of(pid: u32) -> Result<Self> {
+impl StoppedProcess {
+    /// Stop a process, and wait until each of its threads has stopped. A vCPU thread has then left KVM.
+    pub fn new(pid: u32) -> Result<Self> {
         let stopped = Self(libc::pid_t::try_from(pid).context("a process's number")?);
         stopped.send(libc::SIGSTOP)?;
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !Self::is_whole(pid)? {
+        while !Self::are_all_stopped(pid)? {
             ensure!(Instant::now() < deadline, "process {pid} does not stop");
             thread::sleep(Duration::from_millis(10));
         }
         Ok(stopped)
     }
 
-    /// Return true if all threads of a process are stopped.
-    fn is_whole(pid: u32) -> Result<bool> {
+    /// Return true if all threads of `pid` are stopped.
+    fn are_all_stopped(pid: u32) -> Result<bool> {
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
             // `PID (NAME) STATE ...`.
             let stat = fs::read_to_string(thread?.path().join("stat"))?;
@@ -95,7 +95,7 @@ impl Stopped {
     }
 }
 
-impl Drop for Stopped {
+impl Drop for StoppedProcess {
     fn drop(&mut self) {
         if let Err(error) = self.send(libc::SIGCONT) {
             eprintln!("Process {} stays stopped: {error}", self.0);

@@ -29,34 +29,34 @@ const KILLED: u64 = 500;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with("log_queries=0", "soak: VMs come and go", || {
+        Case::with_module("log_queries=0", "soak: VMs come and go", || {
             come_and_go(part_of(VMS))
         })
         .within(7200),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: vCPUs made and taken back for want of a file descriptor",
             without_a_file,
         )
         .within(300),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: processes are killed at random moments of their VMs",
             || killed(part_of(KILLED)),
         )
         .within(3600),
-        Case::with(
+        Case::with_module(
             "log_queries=0 max_vcpus=8",
             "soak: past max_vcpus and back, again and again",
             past_the_limit,
         )
         .within(600),
-        Case::without(
+        Case::without_module(
             "soak: more unmetered vCPUs than can be noted, each counted once and none metered later",
             past_all_notes,
         )
         .within(600),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: a VM whose maker has ended, in its child's hands",
             inherited,
@@ -261,25 +261,25 @@ fn past_all_notes() -> Result<()> {
     };
     let first = vm_of(1)?;
     let others = (0..VMS).map(|_| vm_of(EACH)).collect::<Result<Vec<_>>>()?;
-    Meter::demand(1, VCPUS, 0)?;
+    Meter::check_counts(1, VCPUS, 0)?;
 
     // There is room again, for none of these.
     drop(first);
     for vcpu in others.iter().flat_map(|(_, vcpus)| vcpus) {
         vcpu.get_regs()?;
     }
-    Meter::demand(0, VCPUS, 1)?;
+    Meter::check_counts(0, VCPUS, 1)?;
     is_metered_whole()?;
-    Meter::demand(0, VCPUS, 2)?;
+    Meter::check_counts(0, VCPUS, 2)?;
 
     // They go, and are loaded once more as they do; then all is as it was at first.
     drop(others);
-    Meter::demand(0, VCPUS, 2)?;
+    Meter::check_counts(0, VCPUS, 2)?;
     is_metered_whole()?;
     let again = vm_of(4)?;
-    Meter::demand(1, VCPUS + 3, 3)?;
+    Meter::check_counts(1, VCPUS + 3, 3)?;
     drop(again);
-    Meter::demand(0, VCPUS + 3, 4)?;
+    Meter::check_counts(0, VCPUS + 3, 4)?;
     println!(
         "{VCPUS} vCPUs unmetered at a time, each counted once; none of them was metered later"
     );

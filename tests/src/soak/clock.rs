@@ -29,19 +29,19 @@ const ONLINE: &str = "/sys/devices/system/cpu/cpu1/online";
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: a CPU goes offline and comes back under load, again and again",
             hotplug,
         )
         .within(1200)
-        .unless(one_cpu),
-        Case::with(
+        .skip_if(one_cpu),
+        Case::with_module(
             "log_queries=0",
             "soak: the snapshot says whether the kernel trusts the TSC",
             trusted_tsc,
         ),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: VMs live through a sleep of the host",
             sleep_through,

@@ -34,36 +34,36 @@ const LINES_A_SECOND: u64 = 8;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "",
             "soak: queries by chance show nothing of another VM",
             || by_chance(part_of(QUERIES)),
         )
         .within(7200),
-        Case::with(
+        Case::with_module(
             "",
             "soak: a flood of queries costs a neighbour nothing",
             flood,
         )
         .within(900),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: where CPUID faults, the meter's leaves fault as well",
             cpuid_faults,
         ),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: a guest that is single-stepped reads what it should",
             single_stepped,
         )
         .within(300),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: signals, and registers written back between exit and entry",
             interrupted,
         )
         .within(300),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: a VM that is saved and restored in mid-query",
             migrated,
@@ -74,7 +74,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Demands that the module logged no more than it may in that time; how many lines.
 fn lines_within_rate(log: &mut Log, time: Duration) -> Result<u64> {
-    let lines = log.own_lines()?.len() as u64;
+    let lines = log.module_lines()?.len() as u64;
     // And each 30 s one about those that had none.
     let most = LINES + (LINES_A_SECOND + 1) * (time.as_secs() + 1);
     ensure!(

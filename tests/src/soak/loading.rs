@@ -24,7 +24,7 @@ use crate::{
 const CYCLES: u64 = 1000;
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = vec![Case::without(
+    let mut cases = vec![Case::without_module(
         "soak: loaded and unloaded again and again while guests work",
         || cycles(part_of(CYCLES)),
     )
@@ -51,18 +51,18 @@ pub(super) fn cases() -> Vec<Case> {
         ),
     ] {
         cases.push(
-            Case::without(format!("soak: goes while a guest {words}"), move || {
+            Case::without_module(format!("soak: goes while a guest {words}"), move || {
                 goes_while(&config)
             })
             .within(300),
         );
     }
-    cases.push(Case::without(
+    cases.push(Case::without_module(
         "soak: stays while its device is open",
         held_open,
     ));
     cases.push(
-        Case::without(
+        Case::without_module(
             "soak: the BPF meter attached and detached under load",
             || attach_again(part_of(CYCLES)),
         )

@@ -88,7 +88,7 @@ pub fn all() -> Vec<Case> {
         clock::cases(),
         starving::cases(),
         // They look back at all of them.
-        crate::cases::look_back(),
+        crate::cases::final_cases(),
     ]
     .into_iter()
     .flatten()

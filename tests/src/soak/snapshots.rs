@@ -27,19 +27,19 @@ const SECONDS: u64 = 60;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: snapshots while 4 vCPUs run, each balanced and none behind the one before",
             || beside_vcpus(Duration::from_secs(part_of(SECONDS))),
         )
         .within(600),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: snapshots while vCPUs come and go, no number lost or told twice",
             || beside_churn(Duration::from_secs(part_of(SECONDS))),
         )
         .within(600),
-        Case::with(
+        Case::with_module(
             "log_queries=0",
             "soak: a snapshot of 4096 vCPUs",
             of_4096_vcpus,
@@ -213,7 +213,7 @@ fn tsc() -> u64 {
 /// No number of a vCPU falls.
 pub(super) fn not_behind(before: &Vcpu, after: &Vcpu) -> Result<()> {
     ensure!(
-        after.life >= before.life && after.numbers.is_not_behind(&before.numbers),
+        after.life >= before.life && after.numbers.none_fell_since(&before.numbers),
         "the numbers of vCPU {} of {} fell: {before:?} and then {after:?}",
         after.id,
         after.name

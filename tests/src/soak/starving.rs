@@ -16,7 +16,7 @@ use crate::{
     cases::Case,
     host::{
         self,
-        faults::{self, Code, Faults},
+        fault_injection::{self, CodeRange, FaultInjection},
         meter::Meter,
         module,
     },
@@ -24,33 +24,33 @@ use crate::{
 
 pub(super) fn cases() -> Vec<Case> {
     [
-        Case::without("soak: no memory for any step of loading", load).within(1800),
-        Case::without("soak: no memory for any step of unloading", unload).within(1800),
-        Case::with("log_queries=0", "soak: no memory for a snapshot", snapshot).within(600),
-        Case::with(
+        Case::without_module("soak: no memory for any step of loading", load).within(1800),
+        Case::without_module("soak: no memory for any step of unloading", unload).within(1800),
+        Case::with_module("log_queries=0", "soak: no memory for a snapshot", snapshot).within(600),
+        Case::with_module(
             "log_queries=0",
             "soak: no memory for vCPUs, which run on unmetered",
             vcpus,
         )
         .within(1800),
     ]
-    .map(|case| case.unless(no_faults))
+    .map(|case| case.skip_if(no_faults))
     .into()
 }
 
 fn no_faults() -> Result<Option<&'static str>> {
-    let impossible = !faults::are_possible();
+    let impossible = !fault_injection::is_supported();
     Ok(impossible.then_some("allocations do not fail by order on this kernel"))
 }
 
 /// The module is loaded, or refused whole.
 fn load() -> Result<()> {
     // Whatever is allocated on the module's behalf, ftrace's and the tracepoints' included.
-    let faults = Faults::under(Code::of_function("do_init_module")?)?;
+    let faults = FaultInjection::under(CodeRange::of_function("do_init_module")?)?;
     // What was allocated for good at the first load of all, is there.
     module::Loaded::with("")?.unload()?;
     let mut in_spite = 0;
-    let (count, last) = faults.one_after_the_other(
+    let (count, last) = faults.fail_each_allocation(
         || module::try_load(""),
         |_, result: io::Result<()>| match result {
             Err(error) => {
@@ -85,8 +85,8 @@ fn unload() -> Result<()> {
     module::load("")?;
     // What is allocated on the module's behalf, and not what the kernel does with any module that
     // goes: fprobe's part of that warns when it has no memory, and so would end the run.
-    let faults = Faults::under(Code::of_module("exitmeter")?)?;
-    let (count, last) = faults.one_after_the_other(module::unload, |_, result| {
+    let faults = FaultInjection::under(CodeRange::of_module("exitmeter")?)?;
+    let (count, last) = faults.fail_each_allocation(module::unload, |_, result| {
         result?;
         ensure!(
             !module::is_loaded("exitmeter")? && !Path::new("/dev/exitmeter").exists(),
@@ -95,7 +95,7 @@ fn unload() -> Result<()> {
         Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
         module::load("")?;
         // It is somewhere else now.
-        faults.only_under(Code::of_module("exitmeter")?)?;
+        faults.restrict_to(CodeRange::of_module("exitmeter")?)?;
         is_metered_whole()
     })?;
     ensure!(count > 0, "it goes without an allocation");
@@ -109,9 +109,9 @@ fn snapshot() -> Result<()> {
         ..Config::new(Program::Cpuid, Mode::Long, 5)
     })?;
     machine.run()?;
-    let faults = Faults::under(Code::of_module("exitmeter")?)?;
+    let faults = FaultInjection::under(CodeRange::of_module("exitmeter")?)?;
     let mut refused = 0;
-    let (count, last) = faults.one_after_the_other(
+    let (count, last) = faults.fail_each_allocation(
         || fs::read("/dev/exitmeter"),
         |_, result| match result {
             // A large buffer can come from elsewhere.
@@ -144,21 +144,21 @@ fn vcpus() -> Result<()> {
         vcpus: VCPUS,
         ..Config::new(Program::Cpuid, Mode::Long, 40)
     };
-    let faults = Faults::under(Code::of_module("exitmeter")?)?;
+    let faults = FaultInjection::under(CodeRange::of_module("exitmeter")?)?;
     let mut unmetered = 0;
     let mut metered = 0;
     let mut random = Random::new(11);
     let vms = part_of(200).max(10);
     for vm in 0..vms {
         // All, none, and some.
-        faults.percent(match vm {
+        faults.set_percent(match vm {
             0 => 100,
             1 => 0,
             _ => 10 + random.below(80) as u32,
         })?;
         let mut machine = Machine::new(config.clone())?;
         machine.run()?;
-        faults.percent(0)?;
+        faults.set_percent(0)?;
         // Who came without memory stays unmetered for its life, and the rest is exact.
         machine.rewind()?;
         machine.run()?;

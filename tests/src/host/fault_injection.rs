@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Allocations that fail by order, on a kernel that can have them fail (CONFIG_FAILSLAB,
-//! CONFIG_FAIL_PAGE_ALLOC; the kernel's fault-injection.rst).
+//! Fault injection into the kernel's allocators, on kernels built with CONFIG_FAILSLAB and
+//! CONFIG_FAIL_PAGE_ALLOC (the kernel's fault-injection.rst).
 
 use std::{fs, io, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
 
-/// The allocators that can fail: of objects, and of pages.
+/// Attributes of the allocators that can fail: of objects, and of pages.
 const ALLOCATORS: [&str; 2] = [
     "/sys/kernel/debug/failslab",
     "/sys/kernel/debug/fail_page_alloc",
 ];
 
-/// Which allocation of this thread from now on fails; 0 after it has.
+/// Number of this thread's next allocation that fails, counted from 1; 0 once it has failed.
 const NTH: &str = "/proc/thread-self/fail-nth";
 
-/// Whether this kernel can.
-pub fn are_possible() -> bool {
+/// Return true if this kernel supports fault injection.
+pub fn is_supported() -> bool {
     Path::new(NTH).exists() && ALLOCATORS.iter().all(|path| Path::new(path).exists())
 }
 
-/// A part of the kernel's code.
+/// A range of the kernel's code, as addresses.
 #[derive(Clone, Copy, Debug)]
-pub struct Code {
+pub struct CodeRange {
     first: u64,
     end: u64,
 }
 
-impl Code {
-    /// A function of the kernel's image.
+impl CodeRange {
+    /// Return the code of a function of the kernel's image.
     pub fn of_function(name: &str) -> Result<Self> {
         let symbols = symbols()?;
         let own = symbols.iter().find(|symbol| symbol.name == name);
@@ -42,7 +42,7 @@ impl Code {
         })
     }
 
-    /// The code of a module.
+    /// Return the code of a module.
     pub fn of_module(name: &str) -> Result<Self> {
         const PAGE: u64 = 4096;
         let symbols = symbols()?;
@@ -52,17 +52,17 @@ impl Code {
         let last = addresses.max().context("no such module")?;
         Ok(Self {
             first,
-            // Code has pages of its own.
+            // A module's code does not share its pages.
             end: (last / PAGE + 1) * PAGE,
         })
     }
 }
 
-/// A symbol of code.
+/// A code symbol of /proc/kallsyms.
 struct Symbol {
     address: u64,
     name: String,
-    /// Without a module, that of the kernel's image.
+    /// Name of the module; empty for the kernel's image.
     module: String,
 }
 
@@ -88,59 +88,59 @@ fn symbols() -> Result<Vec<Symbol>> {
     Ok(symbols)
 }
 
-/// The allocations under some code can fail, until this is dropped.
+/// Fault injection into allocations made by some code, until this is dropped.
 #[derive(Debug)]
-pub struct Faults(());
+pub struct FaultInjection(());
 
-impl Faults {
-    /// Has those alone fail that have this code on their stack, and as yet none.
-    pub fn under(code: Code) -> Result<Self> {
+impl FaultInjection {
+    /// Restrict failures to allocations with `code` on their stack. None fails yet.
+    pub fn under(code: CodeRange) -> Result<Self> {
         let faults = Self(());
-        faults.only_under(code)?;
+        faults.restrict_to(code)?;
         set("stacktrace-depth", "32")?;
         set("times", "-1")?;
         set("verbose", "0")?;
-        // Also those that may wait, for pages of any kind and number.
+        // Allocations that may sleep, and those of pages of any kind and order, can fail as well.
         set("ignore-gfp-wait", "N")?;
         fs::write(format!("{}/ignore-gfp-highmem", ALLOCATORS[1]), "N")?;
         fs::write(format!("{}/min-order", ALLOCATORS[1]), "0")?;
         Ok(faults)
     }
 
-    /// Other code from now on.
-    pub fn only_under(&self, code: Code) -> Result<()> {
+    /// Restrict failures to allocations with `code` on their stack from now on.
+    pub fn restrict_to(&self, code: CodeRange) -> Result<()> {
         set("require-start", &format!("{:#x}", code.first))?;
         set("require-end", &format!("{:#x}", code.end))
     }
 
-    /// Has so many of a hundred fail, of any thread.
-    pub fn percent(&self, percent: u32) -> Result<()> {
+    /// Let this percentage of allocations fail, in any thread.
+    pub fn set_percent(&self, percent: u32) -> Result<()> {
         set("probability", &percent.to_string())
     }
 
-    /// Does the same again and again, each time with the next allocation failing, until it meets
-    /// none that does. `refused` judges what came of a failing one; how many there were, and the
-    /// last result, which no failure touched.
-    pub fn one_after_the_other<T>(
+    /// Repeat `action` with its first allocation failing, then its second, and so on, until it makes no
+    /// more. `check` judges each result with a failure. Return the number of failures, and the last
+    /// result, which saw none.
+    pub fn fail_each_allocation<T>(
         &self,
-        mut what: impl FnMut() -> T,
-        mut judge: impl FnMut(u32, T) -> Result<()>,
+        mut action: impl FnMut() -> T,
+        mut check: impl FnMut(u32, T) -> Result<()>,
     ) -> Result<(u32, T)> {
         for nth in 1..10_000_u32 {
             fs::write(NTH, nth.to_string()).context(NTH)?;
-            let result = what();
+            let result = action();
             let left = fs::read_to_string(NTH)?;
             fs::write(NTH, "0")?;
             if left.trim() != "0" {
                 return Ok((nth - 1, result));
             }
-            judge(nth, result).with_context(|| format!("allocation {nth} failed"))?;
+            check(nth, result).with_context(|| format!("allocation {nth} failed"))?;
         }
         anyhow::bail!("it allocates without end")
     }
 }
 
-impl Drop for Faults {
+impl Drop for FaultInjection {
     fn drop(&mut self) {
         let reset = || -> io::Result<()> {
             for path in ALLOCATORS {
@@ -156,7 +156,7 @@ impl Drop for Faults {
     }
 }
 
-/// Sets an attribute of both allocators.
+/// Set an attribute of both allocators.
 fn set(name: &str, value: &str) -> Result<()> {
     for path in ALLOCATORS {
         let path = format!("{path}/{name}");

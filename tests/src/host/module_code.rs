@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The machine code of the module as it stands in the kernel, where static branches are code that
-//! changes.
+//! The module's machine code in the kernel's memory. It shows whether static branches are on or off.
 
 use std::{
     fs::{self, File},
@@ -14,47 +13,46 @@ use anyhow::{Context as _, Result};
 /// The kernel's memory as an ELF file (proc_kcore(5)).
 const KCORE: &str = "/proc/kcore";
 
-/// Bytes of ELF's header and of a program header, for 64 bits, and the type of one that is loaded
+/// Sizes of the 64-bit ELF header and program header, in bytes, and the type of a loaded segment
 /// (elf(5)).
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
 
-/// The module's code at a moment; `None` on a kernel without /proc/kcore, as those are that check
-/// themselves.
+/// A copy of the module's code; `None` on a kernel without /proc/kcore, such as the lab's debug kernels.
 #[derive(Debug)]
-pub struct Code(Option<Vec<u8>>);
+pub struct ModuleCode(Option<Vec<u8>>);
 
-impl Code {
-    /// Read it as it stands now. Says so where it cannot be told.
-    pub fn now() -> Result<Self> {
+impl ModuleCode {
+    /// Copy the current code. Print a remark on a kernel without /proc/kcore.
+    pub fn read() -> Result<Self> {
         if !Path::new(KCORE).exists() {
             println!("this kernel has no {KCORE}, so code is not compared");
             return Ok(Self(None));
         }
-        read().map(Some).map(Self)
+        read_code().map(Some).map(Self)
     }
 
-    /// Return false if it is known to have changed.
-    pub fn stays(&self) -> Result<bool> {
+    /// Return false if the code is known to have changed.
+    pub fn is_unchanged(&self) -> Result<bool> {
         self.compare(|before, now| before == now)
     }
 
-    /// Return false if it is known to be the same.
+    /// Return false if the code is known to be unchanged.
     pub fn has_changed(&self) -> Result<bool> {
         self.compare(|before, now| before != now)
     }
 
     fn compare(&self, holds: impl Fn(&[u8], &[u8]) -> bool) -> Result<bool> {
         Ok(match &self.0 {
-            Some(before) => holds(before, &read()?),
+            Some(before) => holds(before, &read_code()?),
             None => true,
         })
     }
 }
 
-/// Return the module's code: from its first function to its last.
-fn read() -> Result<Vec<u8>> {
+/// Read the module's code from its first function to its last.
+fn read_code() -> Result<Vec<u8>> {
     let symbols = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms cannot be read")?;
     let addresses = symbols.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -87,7 +85,7 @@ fn read() -> Result<Vec<u8>> {
     anyhow::bail!("{KCORE} does not have the module")
 }
 
-/// Return a little endian number of `size` bytes.
+/// Return the little-endian number of `size` bytes at offset `at`.
 fn number(bytes: &[u8], at: usize, size: usize) -> Option<u64> {
     let bytes = bytes.get(at..at + size)?;
     Some(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's own counts of KVM's events by any of their fields: histograms on tracepoints, the
-//! oracle that the tables of details are held against.
+//! The kernel's own counts of KVM's trace events, keyed by any of their fields. The detail oracle is
+//! built from these histograms.
 
 use std::{
     collections::BTreeMap,
@@ -14,24 +14,24 @@ use anyhow::{bail, ensure, Context as _, Result};
 
 const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
 
-/// Events by the values of the keys.
+/// Number of events by the values of their keys.
 pub type Counts = BTreeMap<Vec<u64>, u64>;
 
-/// A histogram that counts until it is dropped.
+/// A histogram on a tracepoint, which counts until it is dropped.
 #[derive(Debug)]
-pub struct Keyed {
+pub struct EventHist {
     event: &'static str,
     keys: &'static [&'static str],
 }
 
-impl Keyed {
-    /// Begin to count an event of KVM's by some of its fields, from 0. No guest runs. There may be
-    /// several of one event, by different fields.
+impl EventHist {
+    /// Begin to count a KVM event by some of its fields, from 0. No guest may run. One event can have
+    /// several histograms with different keys.
     pub fn begin(event: &'static str, keys: &'static [&'static str]) -> Result<Self> {
         super::hist::mount()?;
         let hist = Self { event, keys };
         let trigger = hist.file("trigger");
-        // By CPU as well, as in `hist`.
+        // The keys include the CPU, for the reason given at `hist::KEYS`.
         add(&trigger, &hist.words())
             .with_context(|| format!("{trigger} does not take a histogram"))?;
         ensure!(
@@ -49,7 +49,7 @@ impl Keyed {
         format!("hist:keys=common_cpu,{}:size=8192", self.keys.join(","))
     }
 
-    /// The events so far.
+    /// Read the counts so far.
     pub fn read(&self) -> Result<Counts> {
         let file = self.file("hist");
         let text = fs::read_to_string(&file).with_context(|| format!("{file} cannot be read"))?;
@@ -61,25 +61,22 @@ impl Keyed {
     }
 }
 
-impl Drop for Keyed {
+impl Drop for EventHist {
     fn drop(&mut self) {
         if let Err(error) = add(&self.file("trigger"), &format!("!{}", self.words())) {
-            eprintln!(
-                "The histogram of {} cannot be taken away: {error}",
-                self.event
-            );
+            eprintln!("The histogram of {} cannot be removed: {error}", self.event);
         }
     }
 }
 
-/// Write to a file of triggers, which keeps those that it has: to open it with O_TRUNC, as
-/// [`fs::write`] does, takes them away (`event_trigger_regex_open()`).
+/// Append to a trigger file. Opening it with O_TRUNC, as [`fs::write`] does, would remove the triggers
+/// that are set (`event_trigger_regex_open()`).
 fn add(path: &str, words: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().append(true).open(path)?;
     file.write_all(words.as_bytes())
 }
 
-/// Take away all histograms of KVM's events, as of a case that was killed.
+/// Remove all histograms of KVM's events, such as a killed case leaves.
 pub fn clear() -> Result<()> {
     if !Path::new(EVENTS).is_dir() {
         return Ok(());
@@ -94,7 +91,7 @@ pub fn clear() -> Result<()> {
     Ok(())
 }
 
-/// Return the text of the histogram by CPU and keys, of all those of an event.
+/// Find the histogram keyed by CPU and `keys` among all histograms of an event.
 fn section<'a>(text: &'a str, keys: &[&str]) -> Option<&'a str> {
     // Linux 7.3 writes the name of that field twice (print_hist_trigger()).
     let own = format!("common_cpu,{}:", keys.join(","));
@@ -102,7 +99,7 @@ fn section<'a>(text: &'a str, keys: &[&str]) -> Option<&'a str> {
     sections.find(|section| section.contains(&own))
 }
 
-/// Reads the text of a histogram by CPU and keys; the sums over all CPUs.
+/// Parse the text of a histogram keyed by CPU and `keys`, and sum over the CPUs.
 pub(super) fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
     let mut counts = Counts::new();
     let (mut hits, mut dropped) = (None, None);
@@ -136,7 +133,7 @@ pub(super) fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
         } else if let Some(text) = line.strip_prefix("Dropped:") {
             dropped = Some(number(text)?);
         } else if !line.starts_with("Entries:") {
-            bail!("a histogram holds a line that is not known: '{line}'");
+            bail!("a histogram holds an unknown line: '{line}'");
         }
     }
     ensure!(
@@ -154,7 +151,7 @@ pub(super) fn parse(text: &str, keys: &[&str]) -> Result<Counts> {
 mod tests {
     use super::*;
 
-    /// As read on the emulated AMD host.
+    /// A histogram as read on the emulated AMD host.
     const SAVED: &str = "\
 # event histogram
 #
@@ -172,7 +169,7 @@ Totals:
 ";
 
     #[test]
-    fn reads_what_the_kernel_says() -> Result<()> {
+    fn parse_reads_the_kernels_text() -> Result<()> {
         let expected = Counts::from([(vec![244, 1], 1), (vec![1008, 1], 200)]);
         assert_eq!(parse(SAVED, &["port", "rw"])?, expected);
         let both = SAVED

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How the inside tells the outside: lines as KTAP has them, the plan first.
+//! The protocol between inside and outside: lines in the KTAP format, the plan first.
 //!
 //! ```text
 //! KTAP version 1
 //! 1..2
 //! ok 1 the name of a case
-//! # it broke, and why
+//! # the reason of the failure
 //! not ok 2 the name of another
 //! ```
 
@@ -17,18 +17,18 @@ use std::{fmt, mem};
 pub enum Line {
     /// The version of the format.
     Version,
-    /// How many cases will be told of.
+    /// Number of cases to come.
     Plan(usize),
     /// A case has ended.
     Case {
-        /// Its place, from 1.
+        /// Position in the plan, from 1.
         number: usize,
-        /// Whether it passed.
+        /// True if the case passed.
         passed: bool,
-        /// What it shows.
+        /// Name of the case.
         name: String,
     },
-    /// A remark for people.
+    /// A remark for human readers.
     Remark(String),
 }
 
@@ -51,7 +51,7 @@ impl fmt::Display for Line {
 }
 
 impl Line {
-    /// Reads a line; `None` for one that is none of these.
+    /// Parse a line. Return `None` for one that is not KTAP.
     pub fn parse(line: &str) -> Option<Self> {
         if line == "KTAP version 1" {
             return Some(Line::Version);
@@ -75,21 +75,21 @@ impl Line {
     }
 }
 
-/// What is known of a run, line by line.
+/// Collector of a run's lines, which turns them into a [`Verdict`].
 #[derive(Clone, Debug, Default)]
-pub struct Report {
+pub struct Collector {
     planned: Option<usize>,
     passed: usize,
     failed: Vec<String>,
     faults: Vec<String>,
-    /// The remarks since the latest case: what is said of the one to come.
+    /// Remarks since the latest case; they belong to the next one.
     remarks: Vec<String>,
 }
 
-impl Report {
-    /// Takes the next line that the inside printed.
+impl Collector {
+    /// Take the next line that the inside printed.
     pub fn take(&mut self, line: &str) {
-        let told = self.passed + self.failed.len();
+        let ended = self.passed + self.failed.len();
         match Line::parse(line) {
             Some(Line::Version) => {}
             Some(Line::Remark(text)) => self.remarks.push(text),
@@ -103,10 +103,10 @@ impl Report {
                 passed,
                 name,
             }) => {
-                if number != told + 1 {
+                if number != ended + 1 {
                     self.faults.push(format!(
-                        "case {number} ({name}) is told of where case {} is due",
-                        told + 1
+                        "case {number} ({name}) came instead of case {}",
+                        ended + 1
                     ));
                 }
                 let remarks = mem::take(&mut self.remarks);
@@ -118,19 +118,19 @@ impl Report {
             }
             None => self
                 .faults
-                .push(format!("the host printed '{line}', which is no report")),
+                .push(format!("the host printed '{line}', which is not KTAP")),
         }
     }
 
-    /// The end of the host, with the status of the lab's command.
+    /// Return the verdict once the host has ended, given the exit status of the lab command.
     pub fn end(mut self, host: &str, status: Option<i32>) -> Verdict {
-        let told = self.passed + self.failed.len();
+        let ended = self.passed + self.failed.len();
         match self.planned {
             None => self.faults.push("the host never gave a plan".to_owned()),
             Some(0) => self.faults.push("no case was planned".to_owned()),
-            Some(planned) if planned != told => self
+            Some(planned) if planned != ended => self
                 .faults
-                .push(format!("{planned} cases were planned, and {told} told of")),
+                .push(format!("{planned} cases were planned, and {ended} ended")),
             Some(_) => {}
         }
         let expected = i32::from(!self.failed.is_empty());
@@ -147,20 +147,20 @@ impl Report {
         Verdict {
             passed: self.passed,
             failures: self.failed.iter().chain(&self.faults).map(on).collect(),
-            last_words: Vec::new(),
+            last_lines: Vec::new(),
         }
     }
 }
 
-/// What a run came to.
+/// Result of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// Cases that passed.
+    /// Number of cases that passed.
     pub passed: usize,
-    /// Cases that failed with what was said of them, and what else is not as it should be.
+    /// Failed cases with their remarks, and faults of the run itself.
     pub failures: Vec<String>,
-    /// What the lab's command said last, of a host that did not end by itself.
-    pub last_words: Vec<String>,
+    /// Last lines of the lab command's standard error, if the host did not end by itself.
+    pub last_lines: Vec<String>,
 }
 
 #[cfg(test)]
@@ -178,13 +178,13 @@ ok 3 log: no oops
 ";
 
     fn read(text: &str, status: Option<i32>) -> Verdict {
-        let mut report = Report::default();
-        text.lines().for_each(|line| report.take(line));
-        report.end("intel", status)
+        let mut collector = Collector::default();
+        text.lines().for_each(|line| collector.take(line));
+        collector.end("intel", status)
     }
 
     #[test]
-    fn lines_read_as_they_were_written() {
+    fn parse_reverses_display() {
         for line in SAVED.lines() {
             let parsed = Line::parse(line).expect("a line");
             assert_eq!(parsed.to_string(), line);
@@ -203,7 +203,7 @@ ok 3 log: no oops
     }
 
     #[test]
-    fn a_whole_report_is_taken_as_it_is() {
+    fn complete_output_gives_its_verdict() {
         let verdict = read(SAVED, Some(1));
         assert_eq!(verdict.passed, 2);
         assert_eq!(
@@ -215,11 +215,11 @@ ok 3 log: no oops
     }
 
     #[test]
-    fn nothing_less_than_a_whole_report_passes() {
+    fn incomplete_output_fails() {
         let good = SAVED.replace("not ok", "ok");
         let fails = |text: &str, status| !read(text, status).failures.is_empty();
         assert!(!fails(&good, Some(0)));
-        // A lab that failed, though all was told.
+        // The lab failed although all cases ended.
         for status in [None, Some(1), Some(100), Some(102), Some(107)] {
             assert!(fails(&good, status), "{status:?}");
         }

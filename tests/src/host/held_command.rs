@@ -2,8 +2,8 @@
 
 //! A command for `exitmeter record`, `why` and `slow` to run while a case does its work.
 //!
-//! The tool takes its first snapshot before it runs the command. What a case does before the command
-//! runs may be missing from the tool's numbers, so a case waits for the command first.
+//! The tool takes its first snapshot before it runs the command. Work that a case does earlier may be
+//! missing from the tool's numbers, so the case first waits for the command to start.
 
 use std::{
     fs, io,
@@ -14,19 +14,19 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 
-/// The command's exit status.
+/// Exit status of the command.
 pub const STATUS: i32 = 7;
 
-/// A command that runs until [`Meanwhile::end`].
-pub struct Meanwhile {
+/// A command that runs until [`HeldCommand::end`].
+pub struct HeldCommand {
     begun: PathBuf,
     ended: PathBuf,
 }
 
-impl Meanwhile {
-    /// Prepare a command; `name` tells it from others that run.
+impl HeldCommand {
+    /// Prepare a command; `name` distinguishes commands that run at the same time.
     pub fn new(name: &str) -> Result<Self> {
-        let file = |suffix| PathBuf::from(format!("/tmp/meanwhile.{name}.{suffix}"));
+        let file = |suffix| PathBuf::from(format!("/tmp/held-command.{name}.{suffix}"));
         let command = Self {
             begun: file("begun"),
             ended: file("ended"),
@@ -37,7 +37,7 @@ impl Meanwhile {
         Ok(command)
     }
 
-    /// Return the command's words.
+    /// Return the program and arguments of the command.
     pub fn words(&self) -> [String; 3] {
         let Self { begun, ended } = self;
         let script = format!(
@@ -48,7 +48,7 @@ impl Meanwhile {
         ["sh".to_owned(), "-c".to_owned(), script]
     }
 
-    /// Wait until the tool runs the command.
+    /// Wait until the tool has started the command.
     pub fn wait(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !self.begun.exists() {

@@ -50,11 +50,11 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(count) = arguments.nested {
-        cases::run_nested(count)?;
+        cases::run_l2_guest(count)?;
         return Ok(ExitCode::SUCCESS);
     }
     if arguments.faulting {
-        cases::run_faulting()?;
+        cases::run_faulting_l2_guest()?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(seed) = arguments.worker {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who may ask: with `leaf_cpl=0` a guest's kernel reads the numbers, and everybody else in the
-//! guest what KVM answers.
+//! The parameter `leaf_cpl`: with `leaf_cpl=0` a guest's kernel reads the numbers, and everybody else
+//! in the guest reads what KVM answers.
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use tiny_guests::{Mode, Quad};
 
-use super::{answers::ask, loading::UNCHECKED, tool, Case};
+use super::{answers::ask, loading::UNCHECKED_LINE, tool, Case};
 use crate::host::{
     self,
     leaves::{EXITS_64, IDENTITY, INTERFACE, MAP_2021, PHASE_CYCLES},
@@ -19,24 +19,24 @@ use crate::host::{
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::without_module(
-            "access: with leaf_cpl=0 CPL 3 reads what KVM answers, CPL 0 the numbers",
+            "access: with leaf_cpl=0 CPL 0 reads the numbers, CPL 3 reads what KVM answers",
             by_level,
         ),
         Case::with_module(
             "leaf_cpl=0 log_queries=0",
-            "access: with leaf_cpl=0 a Linux guest's root reads its exits, its users do not",
+            "access: with leaf_cpl=0 a Linux guest's root reads its exits, other users do not",
             in_linux,
         )
         .with_linux()
         .within(300),
         Case::without_module(
-            "access: the configuration for hosts with other people's VMs loads",
-            recommended,
+            "access: the example configuration for hosts with other people's VMs loads",
+            example_configuration,
         ),
     ]
 }
 
-/// Tiny guests at each level ask for each leaf.
+/// Query each leaf from tiny guests at CPL 0 and CPL 3.
 fn by_level() -> Result<()> {
     let cpuid = host::pick(10, 0x72)?;
     let queries: Vec<Quad> = (0x4fff_fff0..=0x4fff_ffff)
@@ -53,7 +53,7 @@ fn by_level() -> Result<()> {
                 == (total != 0),
             "with {parameters} the module says {said:?}"
         );
-        // The answers' own numbers grow by the queries: the reason of all is CPUID.
+        // The queries ask for CPUID exits, so each answer counts the queries before it.
         for mode in [Mode::Real, Mode::Long] {
             let answers = ask(mode, &queries)?.1;
             for (place, (query, answer)) in (1..).zip(queries.iter().zip(&answers)) {
@@ -68,7 +68,7 @@ fn by_level() -> Result<()> {
                 };
                 ensure!(
                     right,
-                    "with {parameters} a guest in {mode:?} mode reads {answer:x?} of leaf {leaf:#x}"
+                    "with {parameters} a guest in {mode:?} mode reads {answer:x?} from leaf {leaf:#x}"
                 );
             }
         }
@@ -79,7 +79,7 @@ fn by_level() -> Result<()> {
         // 10 of the 16 leaves are the meter's.
         ensure!(
             lines == 20,
-            "with {parameters} two guests' queries of 10 leaves have {lines} lines"
+            "with {parameters} two guests' queries of 10 leaves log {lines} lines"
         );
         if total == 0 {
             ensure!(
@@ -97,14 +97,14 @@ fn by_level() -> Result<()> {
     Ok(())
 }
 
-/// The stock tool and the project's own, as root and as somebody else.
+/// Query a Linux guest's numbers by the stock tool and by `exitmeter`, as root and as another user.
 fn in_linux() -> Result<()> {
-    let file = tool::file()?;
+    let file = tool::guest_file_option()?;
     let linux = Linux::boot(&["--file", &file])?;
     let cpuid = host::pick(10, 0x72)?;
     let leaf = MAP_2021.reason_exits;
 
-    // The instruction alone reads what KVM answers, also as root: the kernel is no better.
+    // A plain CPUID at CPL 3 reads what KVM answers, even as root.
     let printed = |options: &str| -> Result<CpuidLine> {
         let text = linux.run(&format!("cpuid -1 -r {options} -l {leaf:#x} -s {cpuid}"))?;
         let mut lines = text
@@ -124,7 +124,7 @@ fn in_linux() -> Result<()> {
         "without the driver the tool says: {text}"
     );
     linux.run("modprobe cpuid && ls /dev/cpu/0/cpuid")?;
-    // `cpuid -k` asks the kernel.
+    // `cpuid -k` lets the kernel execute CPUID.
     let first = printed("-k")?.registers;
     let second = printed("-k")?.registers;
     ensure!(
@@ -132,8 +132,8 @@ fn in_linux() -> Result<()> {
         "the guest's kernel reads {first:x?}, then {second:x?}"
     );
 
-    // As in `tool::in_guest`: what happens between two sweeps is always the same, if none of the
-    // tool's questions is in the numbers; those that the instruction asked in vain neither.
+    // As in `tool::in_guest`: the exits between two sweeps are always the same if the tool leaves out
+    // all of its queries, including those at CPL 3 that get no answer.
     let mut sweeps = Vec::new();
     for _ in 0..4 {
         let sweep = tool::json(&linux.run("exitmeter guest --json")?)?;
@@ -141,38 +141,38 @@ fn in_linux() -> Result<()> {
         let queries = sweep["queries"].as_u64();
         sweeps.push(count.zip(queries).context("there are CPUID exits")?);
     }
-    tool::alike_between(&sweeps)?;
+    tool::check_equal_between(&sweeps)?;
     let stat = |command: &str| -> Result<Value> {
         let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
         tool::json(&linux.run(&line)?)
     };
-    let none = tool::mean(&stat("exitmeter reasons >/tmp/out")?, cpuid);
-    let sweep = tool::mean(&stat("exitmeter guest --json >/tmp/out")?, cpuid);
+    let none = tool::mean_exits(&stat("exitmeter reasons >/tmp/out")?, cpuid);
+    let sweep = tool::mean_exits(&stat("exitmeter guest --json >/tmp/out")?, cpuid);
     let own = tool::json(&linux.run("cat /tmp/out")?)?["queries"].as_u64();
     ensure!(
         own.is_some() && sweep.zip(none).map(|(sweep, none)| sweep - none) == own,
-        "a sweep of {own:?} questions is told as {sweep:?} CPUID exits, none as {none:?}"
+        "a sweep of {own:?} queries counts as {sweep:?} CPUID exits, no sweep as {none:?}"
     );
 
     linux.run("echo 'nobody:x:65534:65534::/:/bin/sh' >>/etc/passwd")?;
     let text = refused("su nobody -s /bin/sh -c 'id -u; exitmeter guest; exitmeter stat -- true'")?;
-    let told = text
+    let refusals = text
         .lines()
         .filter(|line| {
             line.contains("no meter answers") && line.contains("run this command as root")
         })
         .count();
     ensure!(
-        text.starts_with("65534\n") && told == 2 && text.ends_with("status 125\n"),
-        "a user who is not root is told: {text}"
+        text.starts_with("65534\n") && refusals == 2 && text.ends_with("status 125\n"),
+        "a user who is not root reads: {text}"
     );
     linux.stop()
 }
 
-/// Loads the module by the lines of the example file, as modprobe would.
-fn recommended() -> Result<()> {
+/// Load the module with each line of options in the example file, as modprobe would.
+fn example_configuration() -> Result<()> {
     let text = include_str!("../../../scripts/exitmeter-modprobe.conf");
-    // What is commented out in it are options, too.
+    // Lines that are commented out hold options, too.
     let options: Vec<&str> = text
         .lines()
         .filter_map(|line| {
@@ -183,23 +183,23 @@ fn recommended() -> Result<()> {
     ensure!(options.len() == 2, "the file has the options {options:?}");
     let cpuid = host::pick(10, 0x72)?;
     let query = [Quad::cpuid(MAP_2021.reason_exits, cpuid); 2];
-    let without = [Mode::Long, Mode::User].map(|mode| ask(mode, &query).map(|told| told.1));
+    let without = [Mode::Long, Mode::User].map(|mode| ask(mode, &query).map(|asked| asked.1));
     let [kernel, user] = without;
     let (kernel, user) = (kernel?, user?);
     for options in options {
         let mut log = Log::from_now()?;
         let loaded = module::Loaded::with(options)?;
-        let told = ask(Mode::Long, &query)?.1;
+        let answers = ask(Mode::Long, &query)?.1;
         ensure!(
-            told != kernel || options.contains("leaf_map=0"),
-            "with {options} a guest's kernel reads {told:x?}"
+            answers != kernel || options.contains("leaf_map=0"),
+            "with {options} a guest's kernel reads {answers:x?}"
         );
         ensure!(
             ask(Mode::User, &query)?.1 == user,
             "with {options} a guest's process reads numbers"
         );
         let mut lines = log.module_lines()?;
-        lines.retain(|line| !line.contains(UNCHECKED));
+        lines.retain(|line| !line.contains(UNCHECKED_LINE));
         loaded.unload()?;
         ensure!(
             lines.len() == 1 && lines[0].starts_with("version "),

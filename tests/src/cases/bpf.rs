@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The BPF meter, for hosts that cannot load the module: exact, beside the module and without it, and gone when it is told to.
+//! The BPF meter, for hosts that cannot load the module: it is exact, beside the module and without it,
+//! and leaves nothing behind.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +25,7 @@ use exitmeter_meter::{
 use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{verify::ended, Case};
+use super::{verify::with_verdict, Case};
 use crate::host::{
     self,
     hist::Hist,
@@ -35,85 +36,85 @@ use crate::host::{
 };
 
 const PINS: &str = "/sys/fs/bpf/exitmeter";
-/// Of the suite; the soak does more.
+/// Rounds of attaching and detaching in a normal run; the soak does more.
 const ATTACHES: u64 = 20;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::without_module(
-            "bpf: it counts what the kernel's histogram counts, in every mode and by every reason",
-            exact,
+            "bpf: counts match the kernel's histogram, in every mode and for every reason",
+            exact_counts,
         )
         .within(180),
         Case::with_module(
             "",
-            "bpf: beside the module it counts the same, and its phases are within 2% of the time",
-            beside,
+            "bpf: beside the module the counts are equal, and the phases within 2% of the time",
+            beside_module,
         )
         .skip_if(no_module)
         .within(120),
         Case::with_module(
             "details=1",
-            "bpf: beside the module its rows of details, code and exits to user space have the same exits",
-            same_rows,
+            "bpf: beside the module the rows of details, code and exits to user space are equal",
+            rows_match_module,
         )
         .skip_if(no_module)
         .within(300),
         Case::without_module(
-            "bpf: of a boot with details the rows of a reason sum to it",
+            "bpf: after a boot with details the rows of each reason sum to its exits",
             boot_with_details,
         )
         .with_linux()
         .within(300),
         Case::without_module(
-            "bpf: the slowest exit is the one in which the VMM slept, and why finds it without the module",
+            "bpf: the slowest exit is the one in which the VMM slept, and why runs without the module",
             slowest,
         )
         .within(120),
         Case::without_module(
-            "bpf: a Linux guest's boot, as the kernel's histogram has it",
+            "bpf: counts of a Linux guest's boot match the kernel's histogram",
             boot,
         )
         .with_linux()
         .within(300),
         Case::without_module(
-            "bpf: a vCPU that sleeps after HLT is halted, and one whose VMM works is in user space",
+            "bpf: a vCPU that sleeps in HLT is halted, and one that its VMM keeps is in user space",
             phases,
         ),
-        Case::without_module("bpf: exits of a guest in the guest are told apart", nested)
+        Case::without_module("bpf: exits of an L2 guest are counted separately", nested)
             .with_linux()
             .within(600),
-        Case::without_module("bpf: it takes in a vCPU that runs already", in_flight),
+        Case::without_module("bpf: a vCPU from before the attaching is metered", existing_vcpu),
         Case::without_module(
-            "bpf: report attaches it where nothing meters, and leaves nothing, also when killed",
-            by_itself,
+            "bpf: report attaches it where nothing else meters, and leaves nothing even when killed",
+            report_attaches,
         ),
         Case::without_module(
-            "bpf: start keeps it by pins, stop takes all away, and each refusal is one sentence",
+            "bpf: start pins it, stop removes everything, and each refusal is one sentence",
             lifetime,
         ),
         Case::without_module(
-            "bpf: without room a vCPU counts as not metered, with its exits",
+            "bpf: a vCPU past --max-vcpus counts as unmetered, with its exits",
             no_room,
         ),
         Case::without_module(
-            "bpf: exitmeter verify finds it right, and leaves nothing behind",
-            verified,
+            "bpf: exitmeter verify passes, and leaves nothing behind",
+            verify_passes,
         )
         .within(120),
         Case::without_module(
-            "bpf: CAP_BPF and CAP_PERFMON are rights enough",
+            "bpf: CAP_BPF and CAP_PERFMON suffice",
             two_capabilities,
         ),
         Case::without_module(
-            "bpf: attached and detached under load, again and again",
+            "bpf: repeated attaching and detaching under load",
             || attach_again(ATTACHES),
         )
         .within(120),
     ]
 }
 
-/// A kernel that is built without Rust cannot have the module.
+/// Return a reason on kernels built without Rust, which cannot have the module.
 fn no_module() -> Result<Option<&'static str>> {
     let missing = !Path::new(module::FILE).exists();
     Ok(missing.then_some("this kernel is built without Rust, and has no exitmeter.ko"))
@@ -127,8 +128,8 @@ fn tool(arguments: &[&str]) -> Result<Output> {
         .context("the tool exitmeter cannot be run")
 }
 
-/// Run the tool, which has to succeed; what it printed.
-fn done(arguments: &[&str]) -> Result<Vec<u8>> {
+/// Run the tool, and return its output. Fail unless it succeeds.
+fn run_tool(arguments: &[&str]) -> Result<Vec<u8>> {
     let output = tool(arguments)?;
     ensure!(
         output.status.success(),
@@ -140,8 +141,8 @@ fn done(arguments: &[&str]) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Demand that the tool fails with one sentence that has these words.
-fn refused(output: &Output, words: &str) -> Result<()> {
+/// Check that the tool failed with one sentence that holds `words`.
+fn check_refused(output: &Output, words: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(1)
@@ -154,13 +155,13 @@ fn refused(output: &Output, words: &str) -> Result<()> {
     Ok(())
 }
 
-/// The programs, attached and pinned; taken away when this is dropped.
+/// The attached and pinned BPF meter; dropping this detaches it.
 pub(super) struct Attached(());
 
 impl Attached {
     pub(super) fn with(arguments: &[&str]) -> Result<Self> {
         mount()?;
-        done(&[&["bpf", "start"], arguments].concat())?;
+        run_tool(&[&["bpf", "start"], arguments].concat())?;
         Ok(Self(()))
     }
 
@@ -169,13 +170,13 @@ impl Attached {
     }
 
     pub(super) fn snapshot(&self) -> Result<Vec<u8>> {
-        done(&["bpf", "snapshot"])
+        run_tool(&["bpf", "snapshot"])
     }
 
     pub(super) fn stop(self) -> Result<()> {
         std::mem::forget(self);
-        done(&["bpf", "stop"])?;
-        nothing_is_left()
+        run_tool(&["bpf", "stop"])?;
+        check_nothing_left()
     }
 }
 
@@ -185,7 +186,7 @@ impl Drop for Attached {
     }
 }
 
-/// Mount the file system of pins, as systemd does on a host.
+/// Mount the BPF file system, which holds the pins, as systemd does on a host.
 fn mount() -> Result<()> {
     if fs::read_to_string("/proc/mounts")?.contains(" /sys/fs/bpf ") {
         return Ok(());
@@ -193,46 +194,46 @@ fn mount() -> Result<()> {
     host::mount(c"bpf", c"/sys/fs/bpf")
 }
 
-/// How many programs are at the begin of KVM's functions, by kprobe or by fentry: the BPF meter has some while it is attached,
-/// and nobody else here.
-fn programs() -> Result<usize> {
+/// Count the programs at the entry of KVM's functions, by kprobe or by fentry. Only the BPF meter has
+/// any here, while it is attached.
+fn attached_programs() -> Result<usize> {
     let kprobes = fs::read_to_string("/sys/kernel/debug/kprobes/list")
         .context("the kernel's list of kprobes cannot be read")?;
     let by_kprobe = kprobes.lines().filter(|line| line.contains("kvm_"));
-    Ok(by_kprobe.count() + by_fentry()?)
+    Ok(by_kprobe.count() + fentry_programs()?)
 }
 
-/// How many are by fentry.
-fn by_fentry() -> Result<usize> {
+/// Count the programs attached by fentry.
+fn fentry_programs() -> Result<usize> {
     let hooked = fs::read_to_string("/sys/kernel/debug/tracing/enabled_functions")
         .context("the kernel's list of hooked functions cannot be read")?;
-    // D: a direct call, which only BPF's trampolines have.
+    // D marks a direct call, which only BPF's trampolines use.
     let functions = hooked
         .lines()
         .filter(|line| line.starts_with("kvm_") && line.split_whitespace().any(|flag| flag == "D"));
     Ok(functions.count())
 }
 
-/// Demand that no program is attached, and that no pin is left.
-fn nothing_is_left() -> Result<()> {
+/// Check that no program is attached, and that no pin is left.
+fn check_nothing_left() -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
-    // The kernel takes them away some time after the last one lets go.
-    while programs()? != 0 && Instant::now() < deadline {
+    // The kernel removes programs some time after their last reference is gone.
+    while attached_programs()? != 0 && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(20));
     }
-    let left = programs()?;
+    let left = attached_programs()?;
     ensure!(left == 0, "{left} programs are attached to KVM's functions");
     let pins = fs::read_dir("/sys/fs/bpf")?.count();
     ensure!(pins == 0, "{pins} pins are left");
     Ok(())
 }
 
-fn exact() -> Result<()> {
+fn exact_counts() -> Result<()> {
     let attached = Attached::with(&[])?;
-    let functions = by_fentry()?;
+    let functions = fentry_programs()?;
     ensure!(
         functions >= 4,
-        "root has {functions} functions by fentry, the others by kprobes"
+        "as root only {functions} functions are attached by fentry"
     );
     for mode in [Mode::Real, Mode::Long, Mode::User] {
         for program in <Program as clap::ValueEnum>::value_variants() {
@@ -262,7 +263,7 @@ fn exact() -> Result<()> {
     attached.stop()
 }
 
-fn beside() -> Result<()> {
+fn beside_module() -> Result<()> {
     let attached = Attached::with(&[])?;
     let before = attached.read()?.totals;
     let first = Meter::read()?.totals;
@@ -292,9 +293,9 @@ fn beside() -> Result<()> {
     );
     println!("bpf: {}; module: {}", bpf.shares(), module.shares());
     for phase in Phase::ALL {
-        let apart = (bpf.share(phase) - module.share(phase)).abs();
+        let difference = (bpf.share(phase) - module.share(phase)).abs();
         ensure!(
-            apart < 0.02,
+            difference < 0.02,
             "{}: bpf {}; module {}",
             phase.name(),
             bpf.shares(),
@@ -304,18 +305,18 @@ fn beside() -> Result<()> {
     attached.stop()
 }
 
-/// What tells a row from others: table, reason, kind of detail, nested, key.
-type Row = (u32, String, u8, bool, u64);
+/// Identity of a row: table, reason, kind of detail, nested, key.
+type RowKey = (u32, String, u8, bool, u64);
 
-/// The exits of each exact row of a snapshot's tables.
-fn rows_of(bytes: &[u8]) -> Result<BTreeMap<Row, u64>> {
+/// Check the sums of a snapshot's tables, and return the exits of each exact row.
+fn checked_rows(bytes: &[u8]) -> Result<BTreeMap<RowKey, u64>> {
     let snapshot = Snapshot::parse(bytes)?;
     ensure!(snapshot.has_tables());
-    super::details::sums(&snapshot, 0)?;
+    super::details::check_sums(&snapshot, 0)?;
     Ok(exact_rows(&snapshot))
 }
 
-fn exact_rows(snapshot: &Snapshot<'_>) -> BTreeMap<Row, u64> {
+fn exact_rows(snapshot: &Snapshot<'_>) -> BTreeMap<RowKey, u64> {
     let entries = snapshot.tables().flat_map(|it| it.entries());
     let entries = entries.filter(|it| !it.others && it.missed == Missed::default());
     entries
@@ -327,7 +328,7 @@ fn exact_rows(snapshot: &Snapshot<'_>) -> BTreeMap<Row, u64> {
         .collect()
 }
 
-fn same_rows() -> Result<()> {
+fn rows_match_module() -> Result<()> {
     let is_svm = host::isa()? == Isa::Svm;
     let attached = Attached::with(&["--details"])?;
     for (program, mode) in [
@@ -347,10 +348,10 @@ fn same_rows() -> Result<()> {
         (Program::Undefined, Mode::Long),
         (Program::Debug, Mode::Long),
     ] {
-        same_rows_of(Config::new(program, mode, 200), is_svm)
+        compare_rows(Config::new(program, mode, 200), is_svm)
             .with_context(|| format!("{program:?} in {mode:?}"))?;
     }
-    // A vCPU that is preempted before KVM has read what its exit was about.
+    // A vCPU can be preempted before KVM has read the details of its exit.
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -358,45 +359,46 @@ fn same_rows() -> Result<()> {
                 hint::spin_loop();
             }
         });
-        let same = same_rows_of(Config::new(Program::OutUser, Mode::Long, 5000), is_svm);
+        let same = compare_rows(Config::new(Program::OutUser, Mode::Long, 5000), is_svm);
         done.store(true, Relaxed);
         same.context("preempted")
     })?;
-    // More leaves than there are rows. On VMX BPF has more room for them, as addresses take none.
+    // There are more leaves than rows. On VMX BPF has more room for them because it has no rows of
+    // addresses.
     let leaves = super::details::many_leaves();
-    same_rows_of(Config::query(Mode::Long, leaves), is_svm).context("leaves")?;
+    compare_rows(Config::query(Mode::Long, leaves), is_svm).context("leaves")?;
     attached.stop()
 }
 
-fn same_rows_of(config: Config, is_svm: bool) -> Result<()> {
-    let has_more = !is_svm && config.program == Program::Query;
+fn compare_rows(config: Config, is_svm: bool) -> Result<()> {
+    let may_have_more = !is_svm && config.program == Program::Query;
     let mut machine = Machine::new(config)?;
     machine.run()?;
-    let by_bpf = rows_of(&done(&["bpf", "snapshot"])?)?;
-    let mut by_module = rows_of(&fs::read(super::details::DEVICE)?)?;
+    let by_bpf = checked_rows(&run_tool(&["bpf", "snapshot"])?)?;
+    let mut by_module = checked_rows(&fs::read(super::details::DEVICE)?)?;
     if !is_svm {
-        // What only the VMCS has, and KVM does not keep: where the guest was, and addresses.
+        // Only the VMCS holds the guest's RIP and addresses; KVM keeps no copy that BPF can read.
         let kinds = [Kind::Address as u8, Kind::Memory as u8];
         by_module.retain(|(table, _, kind, ..), _| *table != TABLE_CODE && !kinds.contains(kind));
     }
-    let apart: Vec<_> = by_module
+    let differences: Vec<_> = by_module
         .iter()
         .filter(|(row, exits)| by_bpf.get(row) != Some(exits))
         .collect();
     ensure!(
-        apart.is_empty()
+        differences.is_empty()
             && !by_bpf.is_empty()
-            && (by_bpf.len() == by_module.len() || has_more && by_bpf.len() > by_module.len()),
-        "the module alone has {apart:x?}; BPF has {by_bpf:x?}"
+            && (by_bpf.len() == by_module.len() || may_have_more && by_bpf.len() > by_module.len()),
+        "the module alone has {differences:x?}; BPF has {by_bpf:x?}"
     );
-    // What the group kvm is given (packaging/exitmeter-bpf@.service).
-    let given = done(&["bpf", "snapshot", "--without-code"])?;
-    let given = exact_rows(&Snapshot::parse(&given)?);
+    // The group kvm gets this snapshot (packaging/exitmeter-bpf@.service).
+    let reduced = run_tool(&["bpf", "snapshot", "--without-code"])?;
+    let reduced = exact_rows(&Snapshot::parse(&reduced)?);
     let mut without_code = by_bpf;
     without_code.retain(|(table, ..), _| *table != TABLE_CODE);
     ensure!(
-        given == without_code,
-        "without code BPF gives {given:x?} of {without_code:x?}"
+        reduced == without_code,
+        "without code BPF gives {reduced:x?} of {without_code:x?}"
     );
     Ok(())
 }
@@ -405,9 +407,9 @@ fn boot_with_details() -> Result<()> {
     let attached = Attached::with(&["--details"])?;
     let hist = Hist::begin()?;
     let linux = Linux::boot(&[])?;
-    let bytes = done(&["bpf", "snapshot"])?;
+    let bytes = run_tool(&["bpf", "snapshot"])?;
     linux.stop()?;
-    let rows = rows_of(&bytes)?;
+    let rows = checked_rows(&bytes)?;
     ensure!(rows.len() > 20, "a boot has {rows:x?}");
     compare(&attached.read()?.exits(), &hist.read()?)?;
     attached.stop()
@@ -422,7 +424,7 @@ fn slowest() -> Result<()> {
     thread::sleep(SLEPT);
     machine.rewind()?;
     machine.run()?;
-    let bytes = done(&["bpf", "snapshot"])?;
+    let bytes = run_tool(&["bpf", "snapshot"])?;
     let snapshot = Snapshot::parse(&bytes)?;
     let exits = snapshot.tables().flat_map(|it| it.slow());
     let slowest = exits.max_by_key(|exit| exit.length()).context("none")?;
@@ -440,14 +442,14 @@ fn slowest() -> Result<()> {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    nothing_is_left()
+    check_nothing_left()
 }
 
 fn boot() -> Result<()> {
     let attached = Attached::with(&[])?;
     let hist = Hist::begin()?;
     let linux = Linux::boot(&["--vcpus", "2"])?;
-    let report = done(&["report", "--source", "bpf", "--json"])?;
+    let report = run_tool(&["report", "--source", "bpf", "--json"])?;
     linux.stop()?;
     let report: Value = serde_json::from_slice(&report)?;
     ensure!(report["host"]["source"] == "bpf", "{}", report["host"]);
@@ -458,7 +460,7 @@ fn boot() -> Result<()> {
     let counted = attached.read()?.exits();
     compare(&counted, &hist.read()?)?;
     let total: u64 = counted.values().sum();
-    ensure!(total > 1000, "a boot of {total} exits is none");
+    ensure!(total > 1000, "{total} exits are too few for a boot");
     attached.stop()
 }
 
@@ -479,9 +481,9 @@ fn phases() -> Result<()> {
     let before = attached.read()?.only()?.numbers.phases[Phase::User as usize];
     let begun = Instant::now();
     machine.run()?;
-    // Longer than any pause that the kernel could take for another phase.
+    // This is longer than any pause in another phase.
     thread::sleep(Duration::from_millis(500));
-    // It runs to its end again, so that the time since then is booked.
+    // Run again, so that the time since the first run is booked.
     machine.rewind()?;
     machine.run()?;
     let took = begun.elapsed();
@@ -505,7 +507,7 @@ fn phases() -> Result<()> {
 fn nested() -> Result<()> {
     let attached = Attached::with(&[])?;
     let hist = Hist::begin()?;
-    super::nested::with_inner(|linux, asked| {
+    super::nested::with_l2_guest(|linux, asked| {
         let pid = linux.pid()?;
         let meter = attached.read()?;
         let vcpu = meter.vcpus.iter().find(|vcpu| vcpu.pid == pid);
@@ -513,7 +515,7 @@ fn nested() -> Result<()> {
         let cpuid = host::pick(10, 0x72)?;
         ensure!(
             nested.get(&cpuid) == Some(&asked),
-            "the inner guest asks for CPUID {asked} times, and nested are {nested:?}"
+            "the L2 guest executes CPUID {asked} times, and the nested exits are {nested:?}"
         );
         Ok(())
     })?;
@@ -523,7 +525,7 @@ fn nested() -> Result<()> {
     attached.stop()
 }
 
-fn in_flight() -> Result<()> {
+fn existing_vcpu() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 500))?;
     let attached = Attached::with(&[])?;
     let hist = Hist::begin()?;
@@ -544,7 +546,7 @@ fn in_flight() -> Result<()> {
     attached.stop()
 }
 
-fn by_itself() -> Result<()> {
+fn report_attaches() -> Result<()> {
     mount()?;
     let output = tool(&["report", "--json"])?;
     ensure!(
@@ -555,15 +557,15 @@ fn by_itself() -> Result<()> {
     );
     let report: Value = serde_json::from_slice(&output.stdout)?;
     ensure!(report["host"]["source"] == "bpf", "{}", report["host"]);
-    nothing_is_left()?;
-    killed()?;
+    check_nothing_left()?;
+    check_killed_report()?;
     if no_module()?.is_some() {
         return Ok(());
     }
-    // The module is preferred, and BPF can be asked for beside it.
+    // The tool prefers the module, and takes BPF on request.
     let loaded = module::Loaded::with("")?;
     for (source, due) in [("auto", "module"), ("module", "module"), ("bpf", "bpf")] {
-        let report = done(&["report", "--json", "--source", source])?;
+        let report = run_tool(&["report", "--json", "--source", source])?;
         let report: Value = serde_json::from_slice(&report)?;
         ensure!(
             report["host"]["source"] == due,
@@ -572,11 +574,11 @@ fn by_itself() -> Result<()> {
         );
     }
     loaded.unload()?;
-    nothing_is_left()
+    check_nothing_left()
 }
 
-/// One that is killed takes its programs along.
-fn killed() -> Result<()> {
+/// Check that killing `exitmeter report` detaches its programs.
+fn check_killed_report() -> Result<()> {
     let mut child = Command::new("exitmeter")
         .args(["report", "--interval", "0.2", "--json"])
         .stdout(Stdio::null())
@@ -585,12 +587,12 @@ fn killed() -> Result<()> {
     child.kill()?;
     child.wait()?;
     attached?;
-    nothing_is_left()
+    check_nothing_left()
 }
 
 fn wait_for_programs(child: &mut Child) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
-    while programs()? < 3 {
+    while attached_programs()? < 3 {
         ensure!(Instant::now() < deadline, "it attaches nothing");
         ensure!(child.try_wait()?.is_none(), "it has ended");
         thread::sleep(Duration::from_millis(10));
@@ -600,12 +602,12 @@ fn wait_for_programs(child: &mut Child) -> Result<()> {
 
 fn lifetime() -> Result<()> {
     mount()?;
-    refused(&tool(&["bpf", "status"])?, "exitmeter bpf start")?;
-    refused(&tool(&["bpf", "stop"])?, "no BPF meter is attached")?;
-    // The most that the verifier takes.
+    check_refused(&tool(&["bpf", "status"])?, "exitmeter bpf start")?;
+    check_refused(&tool(&["bpf", "stop"])?, "no BPF meter is attached")?;
+    // The most vCPUs that the verifier accepts.
     Attached::with(&["--max-vcpus", "8192"])?.stop()?;
-    refused(&tool(&["bpf", "snapshot"])?, "no BPF meter is attached")?;
-    refused(
+    check_refused(&tool(&["bpf", "snapshot"])?, "no BPF meter is attached")?;
+    check_refused(
         &tool(&["report", "--source", "module"])?,
         "insmod exitmeter.ko",
     )?;
@@ -614,29 +616,29 @@ fn lifetime() -> Result<()> {
         .uid(65534)
         .gid(65534)
         .output()?;
-    refused(&nobody, "CAP_BPF and CAP_PERFMON")?;
-    nothing_is_left()?;
+    check_refused(&nobody, "CAP_BPF and CAP_PERFMON")?;
+    check_nothing_left()?;
 
     let attached = Attached::with(&["--max-vcpus", "8"])?;
-    refused(&tool(&["bpf", "start"])?, "meters already")?;
+    check_refused(&tool(&["bpf", "start"])?, "meters already")?;
     let nobody = Command::new("exitmeter")
         .args(["report", "--source", "bpf"])
         .uid(65534)
         .gid(65534)
         .output()?;
-    refused(&nobody, "no right")?;
-    let status = String::from_utf8(done(&["bpf", "status"])?)?;
+    check_refused(&nobody, "no right")?;
+    let status = String::from_utf8(run_tool(&["bpf", "status"])?)?;
     ensure!(status.contains("0 vCPUs are metered, of 8"), "{status}");
-    // A command without the module reads the pins, and attaches nothing besides.
-    let before = programs()?;
+    // Without the module, a command reads the pinned meter and attaches nothing itself.
+    let before = attached_programs()?;
     let output = tool(&["report", "--json"])?;
     ensure!(
-        output.status.success() && output.stderr.is_empty() && programs()? == before,
+        output.status.success() && output.stderr.is_empty() && attached_programs()? == before,
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
     attached.stop()?;
-    // Of two that start at once one does.
+    // Of two concurrent starts, one succeeds.
     let start = || Command::new("exitmeter").args(["bpf", "start"]).spawn();
     let mut both = [start()?, start()?];
     let mut started = 0;
@@ -646,7 +648,7 @@ fn lifetime() -> Result<()> {
     let status = tool(&["bpf", "status"])?.status;
     Attached(()).stop()?;
     ensure!(started == 1 && status.success(), "{started} of two started");
-    // What one left behind that was killed as it pinned is no obstacle.
+    // Pins of a start that was killed halfway do not prevent the next one.
     fs::create_dir("/sys/fs/bpf/exitmeter-new")?;
     Attached::with(&[])?.stop()?;
     ensure!(!Path::new(PINS).exists());
@@ -666,7 +668,7 @@ fn no_room() -> Result<()> {
         meter.unmetered,
         meter.vcpus.len()
     );
-    let status = String::from_utf8(done(&["bpf", "status"])?)?;
+    let status = String::from_utf8(run_tool(&["bpf", "status"])?)?;
     let exits = status
         .split("with ")
         .nth(1)
@@ -676,7 +678,7 @@ fn no_room() -> Result<()> {
         exits.is_some_and(|exits| (300..1000).contains(&exits)),
         "{status}"
     );
-    // The room of one that goes is another's.
+    // A departed vCPU makes room for another.
     drop((first, second));
     let mut third = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     third.run()?;
@@ -686,11 +688,11 @@ fn no_room() -> Result<()> {
     attached.stop()
 }
 
-/// Attach and detach so many times while VMs come, run and go.
+/// Attach and detach the meter `times` times while VMs come, run and go.
 ///
 /// # Errors
 ///
-/// When a snapshot is wrong meanwhile, or anything is left behind.
+/// Returns an error if a snapshot is wrong or anything is left behind.
 pub fn attach_again(times: u64) -> Result<()> {
     mount()?;
     let done = AtomicBool::new(false);
@@ -707,7 +709,7 @@ pub fn attach_again(times: u64) -> Result<()> {
         let attaching = (0..times).try_for_each(|time| {
             let details = ["--details"];
             let attached = Attached::with(if time % 2 == 0 { &[] } else { &details })?;
-            // Each vCPU that lives balances, and has a sample for each exit: see `Meter`.
+            // `Meter::parse` checks each live vCPU.
             attached.read()?;
             attached.stop()
         });
@@ -718,12 +720,12 @@ pub fn attach_again(times: u64) -> Result<()> {
         println!("attached {times} times, while {machines} VMs ran");
         attaching
     })?;
-    nothing_is_left()
+    check_nothing_left()
 }
 
-/// Let the tool run as nobody, with two capabilities alone.
+/// Make `command` run as nobody with only CAP_PERFMON and CAP_BPF.
 fn with_two_capabilities(command: &mut Command) {
-    /// From include/uapi/linux/capability.h.
+    /// Numbers of the capabilities (include/uapi/linux/capability.h).
     const PERFMON_AND_BPF: [u32; 2] = [38, 39];
     const VERSION_3: u32 = 0x2008_0522;
 
@@ -731,7 +733,7 @@ fn with_two_capabilities(command: &mut Command) {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     };
-    // SAFETY: Between fork and exec these are system calls alone; what they read is on the stack.
+    // SAFETY: The closure makes only system calls between fork and exec, and they read only the stack.
     unsafe {
         command.pre_exec(move || {
             demand(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into())?;
@@ -768,7 +770,7 @@ fn two_capabilities() -> Result<()> {
     let before = fs::read_to_string(PARANOID)?;
     fs::write(PARANOID, "2")?;
     let output = report();
-    // Debian's kernels know 3, and begin with it: there an event of perf's takes CAP_SYS_ADMIN.
+    // Debian's kernels have the level 3 and start with it. Perf events then need CAP_SYS_ADMIN.
     fs::write(PARANOID, "3")?;
     let paranoid = report();
     fs::write(PARANOID, before.trim())?;
@@ -781,24 +783,27 @@ fn two_capabilities() -> Result<()> {
     let report: Value = serde_json::from_slice(&output.stdout)?;
     ensure!(report["host"]["source"] == "bpf", "{report}");
     let paranoid = paranoid?;
-    // Before Linux 6.2 the kernel has no other kprobes on functions of modules.
+    // Before Linux 6.2, kprobes on functions of modules need perf events.
     match fs::read_to_string("/proc/sys/kernel/osrelease")?.starts_with("6.1.") {
-        true => refused(&paranoid, "kernel.perf_event_paranoid=2")?,
+        true => check_refused(&paranoid, "kernel.perf_event_paranoid=2")?,
         false => ensure!(
             paranoid.status.success(),
             "{}",
             String::from_utf8_lossy(&paranoid.stderr)
         ),
     }
-    nothing_is_left()
+    check_nothing_left()
 }
 
-fn verified() -> Result<()> {
+fn verify_passes() -> Result<()> {
     mount()?;
     let few = ["--source", "bpf", "--json", "--runs", "2", "--exits", "200"];
-    let found = done(&[&["verify"], &few[..]].concat())?;
+    let found = run_tool(&[&["verify"], &few[..]].concat())?;
     let found: Value = serde_json::from_slice(&found)?;
-    let (passed, not_made) = (ended(&found, "passed"), ended(&found, "not_made"));
+    let (passed, not_made) = (
+        with_verdict(&found, "passed"),
+        with_verdict(&found, "not_made"),
+    );
     let by_kernel = passed
         .iter()
         .filter(|check| check.contains("as the kernel's histogram"));
@@ -810,5 +815,5 @@ fn verified() -> Result<()> {
         not_made.iter().all(|check| check.contains("BPF")),
         "{not_made:?}"
     );
-    nothing_is_left()
+    check_nothing_left()
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What exits were about, and which code of the guest's caused them: row for row what the kernel's
-//! own histograms count, while nothing has to give way.
+//! Details of exits, and the guest code that caused them: the rows match the kernel's own histograms
+//! exactly as long as no row has to give way.
 
 use std::{
     collections::BTreeMap,
@@ -37,13 +37,13 @@ pub(super) const DEVICE: &str = "/dev/exitmeter";
 /// `_IO(0xE7, 1)`: turn details on while the file is open.
 const TURN_ON_DETAILS: libc::Ioctl = 0xe701;
 
-/// The port that ends a tiny guest, and the one that its VMM answers.
+/// Ports of tiny guests: the one that ends the guest, and the one that its VMM answers.
 const PORTS: [u64; 2] = [0xf4, 0x3f0];
 
-/// The port of KVM's own speaker.
+/// Port of the speaker that KVM emulates.
 const SPEAKER: u64 = 0x61;
 
-/// Bits of a port's key, and of memory's.
+/// Bits in the keys of ports and of memory.
 const INPUT: u64 = 1 << 32;
 const MEMORY_READ: u64 = 1 << 32;
 const MEMORY_WRITE: u64 = 1 << 33;
@@ -90,12 +90,12 @@ pub(super) fn cases() -> Vec<Case> {
     ));
     cases.push(Case::with_module(
         "details=1",
-        "details: leaves and subleaves of CPUID, row for row",
+        "details: CPUID leaves and subleaves, row for row",
         leaves,
     ));
     cases.push(Case::with_module(
         "details=1",
-        "details: leaves of CPUID that give way to others and come back are within their bounds",
+        "details: CPUID leaves that lose their rows and return are within their bounds",
         || {
             let entries = compare(Config::query(Mode::Long, many_leaves()))?;
             let rows = entries.iter().filter(|entry| !entry.others);
@@ -108,17 +108,17 @@ pub(super) fn cases() -> Vec<Case> {
     ));
     cases.push(Case::with_module(
         "details=1",
-        "details: the host's interrupts have their vectors on VMX, and no row on SVM",
+        "details: host interrupts have rows by vector on VMX, and none on SVM",
         interrupts,
     ));
     cases.push(Case::with_module(
         "details=1",
-        "details: single steps are exceptions of their vector on VMX, and no row on SVM",
-        steps,
+        "details: single-step exceptions have a row on VMX, and none on SVM",
+        single_steps,
     ));
     cases.push(Case::with_module(
         "details=1",
-        "details: hypercalls by KVM's convention and by Hyper-V's",
+        "details: hypercalls by KVM's and by Hyper-V's convention",
         hypercalls,
     ));
     for (name, options) in [
@@ -127,67 +127,67 @@ pub(super) fn cases() -> Vec<Case> {
             &[][..],
         ),
         (
-            "details: the boot of a Linux guest whose APIC is memory, each row within its bound",
+            "details: the boot of a Linux guest with an xAPIC, each row within its bound",
             &["--", "-cpu", "host,-x2apic"],
         ),
     ] {
         cases.push(
-            Case::with_module("details=1", name, || linux(options))
+            Case::with_module("details=1", name, || linux_boot(options))
                 .with_linux()
                 .within(600),
         );
     }
     cases.push(Case::with_module(
         "",
-        "details: on by an ioctl while the file is open, then off",
+        "details: on by ioctl while the file is open, then off",
         on_and_off,
     ));
     cases.push(Case::with_module(
         "details=1",
-        "details: without CAP_PERFMON no code is told, and nothing turned on",
-        rights,
+        "details: without CAP_PERFMON code is hidden, and details cannot be turned on",
+        without_perfmon,
     ));
     cases
 }
 
-/// Return a snapshot's bytes.
+/// Read a snapshot.
 pub(super) fn read() -> Result<Vec<u8>> {
     fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))
 }
 
-/// Demand that a vCPU's rows and others sum to what its reasons have; `before` is what these had
-/// before the tables, by code.
-pub(super) fn sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
+/// Check that the rows and others in each table of a vCPU sum to the vCPU's ledger. `before` is the
+/// number of exits before the vCPU had tables.
+pub(super) fn check_sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
     for tables in snapshot.tables() {
         let vcpu = snapshot.vcpus().nth(tables.vcpu).context("its vCPU")?;
         ensure!(tables.since >= vcpu.first() && tables.since <= vcpu.last());
         for table in [TABLE_DETAILS, TABLE_CODE, TABLE_USER] {
-            let mut told = [0_u64; 3];
+            let mut sums = [0_u64; 3];
             for entry in tables.entries().filter(|entry| entry.table == table) {
-                told[0] += entry.exits;
-                told[1] += entry.kernel.unwrap_or(0);
-                told[2] += entry.user.unwrap_or(0);
+                sums[0] += entry.exits;
+                sums[1] += entry.kernel.unwrap_or(0);
+                sums[2] += entry.user.unwrap_or(0);
             }
             let rows = || vcpu.rows();
             let ticks = |phase| rows().map(|row| row.cycles(phase)).sum::<u64>();
             let exits = rows().map(|row| row.exits()).sum::<u64>();
             if table != TABLE_USER {
                 ensure!(
-                    told[0] + before == exits,
+                    sums[0] + before == exits,
                     "table {table} has {} exits of {exits}, {before} of them before it",
-                    told[0]
+                    sums[0]
                 );
-                ensure!(told[1] <= ticks(Phase::Kernel));
+                ensure!(sums[1] <= ticks(Phase::Kernel));
             }
             if table != TABLE_CODE {
-                ensure!(told[2] <= ticks(Phase::User));
+                ensure!(sums[2] <= ticks(Phase::User));
             }
             if before == 0 && table != TABLE_USER {
-                // All but the time before the first exit.
+                // The tables have all kernel ticks except those before the first exit.
                 let start = rows().find(|row| row.reason() == Reason::Start);
                 let start = start.map_or(0, |row| row.cycles(Phase::Kernel));
                 ensure!(
-                    told[1] + start == ticks(Phase::Kernel),
+                    sums[1] + start == ticks(Phase::Kernel),
                     "table {table}: kernel ticks"
                 );
             }
@@ -196,12 +196,12 @@ pub(super) fn sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
     Ok(())
 }
 
-/// Run a guest to its end; return its entries, which agree row for row with the kernel's histograms.
+/// Run a guest to its end, and return its rows. Check that they match the kernel's histograms.
 fn compare(config: Config) -> Result<Vec<Entry>> {
     compare_with(config, Machine::new, |machine| machine.run().map(drop))
 }
 
-/// As [`compare`], of a machine that `make` makes and `run` runs to its end.
+/// Do the work of [`compare`] for a machine that `make` creates and `run` runs to its end.
 fn compare_with(
     config: Config,
     make: impl FnOnce(Config) -> Result<Machine, tiny_guests::Error>,
@@ -213,22 +213,22 @@ fn compare_with(
     let mut machine = make(config.clone())?;
     run(&mut machine)?;
     let bytes = read()?;
-    let (told, user) = (oracle.read()?, user.read()?);
+    let (counts, user) = (oracle.read()?, user.read()?);
     drop(machine);
 
     let snapshot = Snapshot::parse(&bytes)?;
     ensure!(snapshot.has_tables() && snapshot.without_tables() == 0);
     ensure!(snapshot.tables().count() == usize::from(config.vcpus));
-    sums(&snapshot, 0)?;
+    check_sums(&snapshot, 0)?;
     let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
-    for agreed in told.check(&entries)? {
-        println!("{agreed}");
+    for agreement in counts.check(&entries)? {
+        println!("{agreement}");
     }
     let why = rows(&entries, TABLE_USER, Kind::None);
     let user = user.into_iter().map(|(key, hits)| (key[0], hits)).collect();
-    same("exits to user space", &why, &user)?;
+    check_equal("exits to user space", &why, &user)?;
 
-    // What the guest is known to do.
+    // The rows that the guest's program causes.
     let rows = |kind| rows(&entries, TABLE_DETAILS, kind);
     let loops = u64::from(config.loops()) * u64::from(config.vcpus);
     let nested_paging = host::nested_paging()?;
@@ -244,7 +244,7 @@ fn compare_with(
         Program::Debug => &[(Kind::Cpuid, 0, 2 * loops)],
         // A hardware exception (SDM, "Format of the VM-Exit Interruption-Information Field").
         Program::Undefined if isa == Isa::Vmx => &[(Kind::Vector, 6 | 3 << 8, loops)],
-        // The first access to each page is one to memory that is not there.
+        // The first access to each page counts as an access to absent memory.
         Program::Device if nested_paging => &[
             (Kind::Address, REGISTERS, loops - 1),
             (Kind::Address, REGISTERS + 0x10, loops),
@@ -263,7 +263,7 @@ fn compare_with(
         );
     }
     if config.program == Program::Debug && isa == Isa::Vmx {
-        // An interrupt has it exit once more. On SVM each register has a code of its own.
+        // An interrupt can repeat an exit. On SVM each register has its own exit code.
         let registers = rows(Kind::Debug);
         ensure!(
             registers.keys().eq(&[7, 6 | 1 << 4])
@@ -294,7 +294,7 @@ fn compare_with(
     Ok(entries)
 }
 
-/// Return the exits of the rows of a table whose keys are of a kind, by key.
+/// Return the exits of a table's rows with keys of `kind`, by key.
 fn rows(entries: &[Entry], table: u32, kind: Kind) -> BTreeMap<u64, u64> {
     let mut rows = BTreeMap::new();
     for entry in entries {
@@ -305,7 +305,7 @@ fn rows(entries: &[Entry], table: u32, kind: Kind) -> BTreeMap<u64, u64> {
     rows
 }
 
-/// Return what is in no row of a reason's details.
+/// Return the exits with `code` that have no row of details.
 fn others(entries: &[Entry], code: u32) -> u64 {
     let others = entries.iter().filter(|entry| {
         (entry.table, entry.others, entry.reason) == (TABLE_DETAILS, true, Reason::Code(code))
@@ -313,8 +313,8 @@ fn others(entries: &[Entry], code: u32) -> u64 {
     others.map(|entry| entry.exits).sum()
 }
 
-/// Demand that rows and histogram are the same, and name what is not.
-fn same(what: &str, rows: &BTreeMap<u64, u64>, hist: &BTreeMap<u64, u64>) -> Result<()> {
+/// Check that rows and histogram are equal, and name the keys that differ.
+fn check_equal(what: &str, rows: &BTreeMap<u64, u64>, hist: &BTreeMap<u64, u64>) -> Result<()> {
     let keys = rows.keys().chain(hist.keys());
     let differences: BTreeMap<_, _> = keys
         .filter(|key| rows.get(*key) != hist.get(*key))
@@ -327,7 +327,7 @@ fn same(what: &str, rows: &BTreeMap<u64, u64>, hist: &BTreeMap<u64, u64>) -> Res
     Ok(())
 }
 
-/// SVM's INTR, of which the CPU tells no vector, and its exception of vector 0.
+/// SVM's exit codes of INTR, for which the CPU gives no vector, and of the exception of vector 0.
 const SVM_INTR: u32 = 0x60;
 const SVM_EXCEPTION: u32 = 0x40;
 
@@ -340,7 +340,7 @@ fn interrupts() -> Result<()> {
     let vectors = rows(&entries, TABLE_DETAILS, Kind::Vector);
     match host::isa()? {
         Isa::Vmx => {
-            // Of type 0, an external interrupt, and none of the exceptions.
+            // The vectors have type 0, external interrupt, and are not those of exceptions.
             ensure!(!vectors.is_empty(), "no interrupt came");
             ensure!(
                 vectors.keys().all(|key| (32..256).contains(key)),
@@ -348,7 +348,7 @@ fn interrupts() -> Result<()> {
             );
             ensure!(
                 others(&entries, 1) == 0,
-                "vectors of interrupts are not told"
+                "some vectors of interrupts have no row"
             );
         }
         Isa::Svm => {
@@ -359,7 +359,7 @@ fn interrupts() -> Result<()> {
     Ok(())
 }
 
-fn steps() -> Result<()> {
+fn single_steps() -> Result<()> {
     const DEBUG: u32 = 1;
     let mut stepped = 0;
     let config = Config::new(Program::Cpuid, Mode::Long, 100);
@@ -374,7 +374,7 @@ fn steps() -> Result<()> {
     let key = u64::from(DEBUG) | 3 << 8;
     match host::isa()? {
         Isa::Vmx => {
-            // KVM makes the step behind an instruction that it emulates, CPUID here, itself
+            // After an instruction that KVM emulates, CPUID here, KVM delivers the step without an exit
             // (kvm_skip_emulated_instruction()).
             let due = stepped - 100;
             let counted = vectors.get(&key).copied();
@@ -406,33 +406,33 @@ fn hypercalls() -> Result<()> {
     Ok(())
 }
 
-/// The rows of a guest that boots Linux and stands still then, beside all that the kernel counted.
-fn linux(options: &[&str]) -> Result<()> {
+/// Boot a Linux guest, stop it, and compare its rows with the kernel's histograms.
+fn linux_boot(options: &[&str]) -> Result<()> {
     let oracle = DetailOracle::begin()?;
     let user = EventHist::begin("kvm_userspace_exit", &["reason"])?;
     let linux = Linux::boot(options)?;
     let stopped = task::StoppedProcess::new(linux.pid()?)?;
     let bytes = read()?;
-    let (told, user) = (oracle.read()?, user.read()?);
+    let (counts, user) = (oracle.read()?, user.read()?);
     drop(stopped);
     linux.stop()?;
 
     let snapshot = Snapshot::parse(&bytes)?;
     ensure!(snapshot.has_tables() && snapshot.without_tables() == 0);
     ensure!(snapshot.tables().count() == 1);
-    sums(&snapshot, 0)?;
+    check_sums(&snapshot, 0)?;
     let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
-    let [details, code] = told.check(&entries)?;
+    let [details, code] = counts.check(&entries)?;
     println!("details: {details}");
     println!("code: {code}");
-    let has_rows = |agreed: Agreement| agreed.rows > 0 && agreed.exact > 0;
+    let has_rows = |agreement: Agreement| agreement.rows > 0 && agreement.exact > 0;
     ensure!(has_rows(details) && has_rows(code));
-    // There is more code than there are rows, so that rows have to give way.
+    // There is more code than there are rows, so rows have to give way.
     ensure!(
         code.keys > CODES && code.exact < code.rows && code.others > 0,
-        "a boot of too little code: {code}"
+        "the boot has too little code: {code}"
     );
-    // Each reason with details has some that are told, and is told whole while there is room.
+    // Each reason with details has some. Without nested paging, memory and devices have none.
     for (code, kind) in host::pick(
         &[
             (30, Kind::Port),
@@ -454,22 +454,23 @@ fn linux(options: &[&str]) -> Result<()> {
     )? {
         let nested_paging = host::nested_paging()?;
         let is_paging = matches!(kind, Kind::Memory | Kind::Address);
-        let counted = told.by_key(*code, *kind);
+        let counted = counts.by_key(*code, *kind);
         ensure!(
             counted.is_empty() == (is_paging && !nested_paging),
-            "of reason {code} {kind:?} is told as {counted:x?}"
+            "reason {code} has the {kind:?} details {counted:x?}"
         );
         println!("{kind:?} of reason {code:#x}: {} keys", counted.len());
     }
     if !options.is_empty() && host::nested_paging()? {
         // Without APICv KVM does not map the APIC's page, and emulates each access
-        // (kvm_mmu_faultin_pfn()): on VMX as one to memory of its GiB, on SVM as a device's.
+        // (kvm_mmu_faultin_pfn()). On VMX the access counts for the memory of its GiB, on SVM for a
+        // device.
         let (code, kind) = host::pick((48, Kind::Memory), (0x400, Kind::Address))?;
         let is_apic = |key: u64| match kind {
             Kind::Memory => key & 0x3f_ffff == 3,
             _ => key >> 12 == 0xfee00,
         };
-        let counted = told.by_key(code, kind).into_iter();
+        let counted = counts.by_key(code, kind).into_iter();
         let accesses: u64 = counted
             .filter(|(key, _)| is_apic(*key))
             .map(|(_, hits)| hits)
@@ -479,10 +480,10 @@ fn linux(options: &[&str]) -> Result<()> {
     }
     let why = rows(&entries, TABLE_USER, Kind::None);
     let mut user: BTreeMap<_, _> = user.into_iter().map(|(key, hits)| (key[0], hits)).collect();
-    // QEMU's first KVM_RUN may come back at once, for a signal: the vCPU has not exited yet, so there
-    // is no reason to book that on. KVM tells it as KVM_EXIT_UNKNOWN.
+    // QEMU's first KVM_RUN may return at once for a signal, as KVM_EXIT_UNKNOWN. The vCPU has not
+    // exited yet, so no reason has a row for it.
     ensure!(user.remove(&0).is_none_or(|hits| hits == 1), "{user:?}");
-    same("exits to user space", &why, &user)
+    check_equal("exits to user space", &why, &user)
 }
 
 fn leaves() -> Result<()> {
@@ -503,7 +504,8 @@ fn leaves() -> Result<()> {
     compare(Config::query(Mode::Long, queries.to_vec())).map(|_| ())
 }
 
-/// More leaves than some sets of rows have room for, each twice: so some come back that have given way.
+/// Return queries of more leaves than the rows have room for, each twice. Some leaves lose their row
+/// and return.
 pub(super) fn many_leaves() -> Vec<Quad> {
     const LEAVES: u32 = 255;
     (0..2 * LEAVES)
@@ -520,8 +522,8 @@ pub(super) fn turn_on(file: &File) -> io::Result<()> {
     }
 }
 
-/// Return how many vCPUs have tables, and whether details are on.
-pub(super) fn tables() -> Result<(usize, bool)> {
+/// Return the number of vCPUs with tables, and true if details are on.
+pub(super) fn details_state() -> Result<(usize, bool)> {
     let bytes = read()?;
     let snapshot = Snapshot::parse(&bytes)?;
     Ok((snapshot.tables().count(), snapshot.has_tables()))
@@ -532,23 +534,26 @@ fn on_and_off() -> Result<()> {
     let config = || Config::new(Program::Cpuid, Mode::Long, 500);
     let mut before = Machine::new(config())?;
     run(&mut before)?;
-    ensure!(tables()? == (0, false), "details are on by themselves");
+    ensure!(
+        details_state()? == (0, false),
+        "details are on by themselves"
+    );
     let (one, other) = (File::open(DEVICE)?, File::open(DEVICE)?);
     turn_on(&one)?;
     turn_on(&one)?;
     turn_on(&other)?;
     ensure!(
-        tables()? == (0, true),
+        details_state()? == (0, true),
         "a vCPU that has not exited since has tables"
     );
-    // One that was there before gets them as well, as it exits again.
+    // Only a vCPU that exits while details are on gets tables.
     let mut machine = Machine::new(config())?;
     run(&mut machine)?;
-    ensure!(tables()? == (1, true));
+    ensure!(details_state()? == (1, true));
     drop(one);
     ensure!(
-        tables()? == (1, true),
-        "the first who closes turns details off"
+        details_state()? == (1, true),
+        "closing the first file turns details off"
     );
     let bytes = read()?;
     let snapshot = Snapshot::parse(&bytes)?;
@@ -561,12 +566,12 @@ fn on_and_off() -> Result<()> {
     ensure!(exits == 500, "{exits} exits of CPUID");
     drop(other);
     ensure!(
-        tables()? == (0, false),
-        "the last who closes leaves details on"
+        details_state()? == (0, false),
+        "closing the last file leaves details on"
     );
     drop(machine);
     drop(before);
-    // While a guest runs, as fast as it goes.
+    // Turn details on and off as fast as possible while a guest runs.
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 200_000))?;
     let switched = std::thread::scope(|scope| {
         let guest = scope.spawn(|| run(&mut machine));
@@ -582,7 +587,7 @@ fn on_and_off() -> Result<()> {
                         let sums = [Some(entry.exits), entry.kernel, entry.user];
                         ensure!(
                             sums.iter().flatten().all(|sum| *sum < 1 << 50),
-                            "more is booked on rows than there was: {entry:x?}"
+                            "a row holds an impossible number: {entry:x?}"
                         );
                     }
                 }
@@ -598,11 +603,11 @@ fn on_and_off() -> Result<()> {
         switched > 3,
         "{switched} times on and off while a guest ran"
     );
-    ensure!(tables()? == (0, false));
+    ensure!(details_state()? == (0, false));
     Ok(())
 }
 
-fn rights() -> Result<()> {
+fn without_perfmon() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
@@ -610,7 +615,7 @@ fn rights() -> Result<()> {
         std::thread::scope(|scope| {
             let reader = scope.spawn(move || {
                 if nobody {
-                    // SAFETY: The bare call changes this thread alone.
+                    // SAFETY: The raw system call changes this thread only.
                     let changed =
                         unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
                     ensure!(changed == 0, "this thread stays root's");
@@ -626,10 +631,10 @@ fn rights() -> Result<()> {
                 .map_err(|_| anyhow::anyhow!("the reader's thread"))?
         })
     };
-    let told = read_as(false);
-    let untold = read_as(true);
+    let as_root = read_as(false);
+    let as_nobody = read_as(true);
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o440))?;
-    let ((told, turned), (untold, refused)) = (told?, untold?);
+    let ((as_root, turned), (as_nobody, refused)) = (as_root?, as_nobody?);
     turned?;
     let refused = refused.err().and_then(|error| error.raw_os_error());
     ensure!(refused == Some(libc::EPERM), "the ioctl gives {refused:?}");
@@ -638,7 +643,7 @@ fn rights() -> Result<()> {
         let tables = snapshot.tables().next().context("tables")?;
         Ok(tables.has(table))
     };
-    ensure!(has(&told, TABLE_CODE)? && has(&told, TABLE_DETAILS)?);
-    ensure!(!has(&untold, TABLE_CODE)? && has(&untold, TABLE_DETAILS)?);
+    ensure!(has(&as_root, TABLE_CODE)? && has(&as_root, TABLE_DETAILS)?);
+    ensure!(!has(&as_nobody, TABLE_CODE)? && has(&as_nobody, TABLE_DETAILS)?);
     Ok(())
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter export` gives Prometheus what the snapshot holds.
+//! `exitmeter export` gives Prometheus the numbers of the snapshot.
 
 use std::{
     collections::BTreeMap,
@@ -28,11 +28,14 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "",
-            "export: a scrape has the numbers of the snapshot, for who is in the group alone",
-            of_the_module,
+            "export: a scrape matches the snapshot, and needs the group of the device",
+            module_scrape,
         ),
-        Case::without_module("export: a scrape has the numbers of the BPF meter", of_bpf)
-            .within(120),
+        Case::without_module(
+            "export: a scrape matches the BPF meter's snapshot",
+            bpf_scrape,
+        )
+        .within(120),
         Case::with_module(
             "",
             "export: the host's counters never fall while VMs come and go",
@@ -41,27 +44,27 @@ pub(super) fn cases() -> Vec<Case> {
         .within(120),
         Case::with_module(
             "details=1",
-            "export: counters of details never fall, and sum to the exits of their reason",
-            details,
+            "export: counters of details never fall, and sum to their reason's exits",
+            detail_counters,
         ),
         Case::without_module(
-            "export: it goes on while the module is unloaded and loaded",
-            without_the_module,
+            "export: the exporter survives unloading and loading of the module",
+            module_reloaded,
         ),
     ]
 }
 
-/// A user and a group that nobody else has, as those of a unit with DynamicUser=.
+/// User and group ID that no other process has, as with DynamicUser= in a unit.
 const USER: u32 = 64_999;
 
-/// `exitmeter export`, as long as it is to run.
+/// A running `exitmeter export`; dropping this kills it.
 struct Exporter {
     process: Child,
     address: String,
 }
 
 impl Exporter {
-    /// Start it as a user that may read the device by its group, or as root.
+    /// Start the exporter as [`USER`], whose group may read the device, or as root.
     fn start(arguments: &[&str], as_user: bool) -> Result<Self> {
         let up = Command::new("ip")
             .args(["link", "set", "lo", "up"])
@@ -75,20 +78,20 @@ impl Exporter {
             command.uid(USER).gid(USER);
         }
         let mut process = command.stderr(Stdio::piped()).spawn()?;
-        let mut said = String::new();
+        let mut line = String::new();
         let stderr = process.stderr.take().context("it has a standard error")?;
-        BufReader::new(stderr).read_line(&mut said)?;
-        let address = said
+        BufReader::new(stderr).read_line(&mut line)?;
+        let address = line
             .split("http://")
             .nth(1)
             .and_then(|rest| rest.split('/').next());
         let address = address
-            .with_context(|| format!("it says {said}"))?
+            .with_context(|| format!("it says {line}"))?
             .to_owned();
         Ok(Self { process, address })
     }
 
-    /// Return the samples of a scrape.
+    /// Scrape the exporter, and return the samples by name and labels.
     fn scrape(&self) -> Result<BTreeMap<String, f64>> {
         let mut stream = TcpStream::connect(&self.address)?;
         write!(stream, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")?;
@@ -113,7 +116,7 @@ impl Drop for Exporter {
     }
 }
 
-fn reason(isa: Isa, reason: Reason) -> String {
+fn reason_label(isa: Isa, reason: Reason) -> String {
     match reason {
         Reason::Code(code) => match reasons::name(isa, code) {
             Some(name) => name.to_owned(),
@@ -124,31 +127,31 @@ fn reason(isa: Isa, reason: Reason) -> String {
     }
 }
 
-/// Demand that a scrape has what a snapshot of vCPUs that stand still has.
-fn equal(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
+/// Check that a scrape has the numbers of a snapshot. The vCPUs must be at rest.
+fn check_scrape(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
     let snapshot = Snapshot::parse(bytes)?;
     let isa = snapshot.isa();
     let khz = f64::from(snapshot.tsc_khz().context("the clock has a rate")?);
     let mut vms: BTreeMap<(String, String), (u64, u128)> = BTreeMap::new();
     let mut host: BTreeMap<String, (u64, u128)> = BTreeMap::new();
-    let of_vcpus = snapshot.vcpus().flat_map(|vcpu| {
+    let vcpu_rows = snapshot.vcpus().flat_map(|vcpu| {
         let name = vcpu.name().to_owned();
         vcpu.rows()
             .map(move |row| (Some(name.clone()), row))
             .collect::<Vec<_>>()
     });
-    for (vm, row) in of_vcpus.chain(snapshot.totals().map(|row| (None, row))) {
-        let reason = reason(isa, row.reason());
+    for (vm, row) in vcpu_rows.chain(snapshot.totals().map(|row| (None, row))) {
+        let reason = reason_label(isa, row.reason());
         let kernel = u128::from(row.cycles(Phase::Kernel));
-        let of_vm = vm.map(|vm| vms.entry((vm, reason.clone())).or_default());
-        for sum in of_vm.into_iter().chain([host.entry(reason).or_default()]) {
+        let vm_sum = vm.map(|vm| vms.entry((vm, reason.clone())).or_default());
+        for sum in vm_sum.into_iter().chain([host.entry(reason).or_default()]) {
             sum.0 += row.exits();
             sum.1 += kernel;
         }
     }
-    let demand = |name: String, value: f64| {
+    let check = |name: String, value: f64| {
         let found = scrape.get(&name).copied();
-        // A reason without time has no line.
+        // A number that is 0 may have no line.
         ensure!(
             found == Some(value) || (value == 0.0 && found.is_none()),
             "{name}: {found:?}, and not {value}"
@@ -159,32 +162,32 @@ fn equal(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
     ensure!(!vms.is_empty(), "no VM runs");
     for ((vm, reason), (exits, kernel)) in vms {
         let labels = format!("{{vm=\"{vm}\",reason=\"{reason}\"}}");
-        demand(format!("exitmeter_exits_total{labels}"), exits as f64)?;
-        demand(
+        check(format!("exitmeter_exits_total{labels}"), exits as f64)?;
+        check(
             format!("exitmeter_kernel_seconds_total{labels}"),
             seconds(kernel),
         )?;
     }
     for (reason, (exits, kernel)) in host {
         let labels = format!("{{reason=\"{reason}\"}}");
-        demand(format!("exitmeter_host_exits_total{labels}"), exits as f64)?;
-        demand(
+        check(format!("exitmeter_host_exits_total{labels}"), exits as f64)?;
+        check(
             format!("exitmeter_host_kernel_seconds_total{labels}"),
             seconds(kernel),
         )?;
     }
-    demand(
+    check(
         "exitmeter_departed_vcpus_total".to_owned(),
         snapshot.gone() as f64,
     )?;
-    demand(
+    check(
         "exitmeter_vcpus".to_owned(),
         snapshot.vcpus().count() as f64,
     )
 }
 
-/// Let one VM come and go, and return one that has run and stands still.
-fn some_vms() -> Result<Machine> {
+/// Run a VM and drop it; then run another and return it at rest.
+fn departed_and_resting_vm() -> Result<Machine> {
     Machine::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
     let mut machine = Machine::new(Config {
         vcpus: 2,
@@ -194,24 +197,24 @@ fn some_vms() -> Result<Machine> {
     Ok(machine)
 }
 
-fn of_the_module() -> Result<()> {
-    let machine = some_vms()?;
+fn module_scrape() -> Result<()> {
+    let machine = departed_and_resting_vm()?;
     let exporter = Exporter::start(&[], true)?;
     let refused = exporter.scrape()?;
     ensure!(
         refused.get("exitmeter_up") == Some(&0.0) && refused.len() == 2,
         "without the right to read the device: {refused:?}"
     );
-    // As the udev rule does for the group kvm.
+    // The udev rule does the same for the group kvm.
     chown(DEVICE, None, Some(USER))?;
     let scrape = exporter.scrape()?;
-    equal(&scrape, &std::fs::read(DEVICE)?)?;
+    check_scrape(&scrape, &std::fs::read(DEVICE)?)?;
     let name = format!("kvm-{}", std::process::id());
     let info = scrape
         .keys()
         .find(|sample| sample.starts_with("exitmeter_vm_info"));
     ensure!(info.is_some_and(|info| info.contains(&name)), "{info:?}");
-    // Once the VM is gone its numbers are the host's alone.
+    // A departed VM remains in the host's counters only.
     let exits = |scrape: &BTreeMap<String, f64>| -> f64 {
         let of = scrape
             .iter()
@@ -223,7 +226,7 @@ fn of_the_module() -> Result<()> {
     let scrape = exporter.scrape()?;
     ensure!(
         !scrape.keys().any(|name| name.contains("vm=")),
-        "a VM that is gone is told"
+        "a departed VM has samples"
     );
     let after = exits(&scrape);
     ensure!(
@@ -233,12 +236,12 @@ fn of_the_module() -> Result<()> {
     Ok(())
 }
 
-fn of_bpf() -> Result<()> {
+fn bpf_scrape() -> Result<()> {
     let attached = Attached::with(&[])?;
-    let machine = some_vms()?;
+    let machine = departed_and_resting_vm()?;
     let exporter = Exporter::start(&["--source", "bpf"], false)?;
     let scrape = exporter.scrape()?;
-    equal(&scrape, &attached.snapshot()?)?;
+    check_scrape(&scrape, &attached.snapshot()?)?;
     let isa = host::isa()?.name();
     let info = format!("exitmeter_meter_info{{source=\"bpf\",isa=\"{isa}\"}}");
     ensure!(scrape.contains_key(&info), "there is no {info}");
@@ -246,8 +249,8 @@ fn of_bpf() -> Result<()> {
     attached.stop()
 }
 
-/// Demand that no counter whose name begins so is less than it was in the scrapes before.
-fn none_fell(
+/// Check that no counter with one of the prefixes `names` is less than in earlier scrapes.
+fn check_none_fell(
     before: &mut BTreeMap<String, f64>,
     scrape: &BTreeMap<String, f64>,
     names: &[&str],
@@ -278,14 +281,14 @@ fn never_fall() -> Result<()> {
         while !load.is_finished() {
             let scrape = exporter.scrape()?;
             let counters = ["exitmeter_host_", "exitmeter_departed"];
-            none_fell(&mut before, &scrape, &counters)?;
+            check_none_fell(&mut before, &scrape, &counters)?;
             scrapes += 1;
             thread::sleep(Duration::from_millis(20));
         }
         load.join()
             .map_err(|_| anyhow::anyhow!("the load panicked"))?
     })?;
-    ensure!(scrapes > 5, "there were {scrapes} scrapes alone");
+    ensure!(scrapes > 5, "there were only {scrapes} scrapes");
     let departed = exporter
         .scrape()?
         .get("exitmeter_departed_vcpus_total")
@@ -297,7 +300,7 @@ fn never_fall() -> Result<()> {
     Ok(())
 }
 
-fn details() -> Result<()> {
+fn detail_counters() -> Result<()> {
     const OUTS: u32 = 3000;
     let exporter = Exporter::start(&["--details", "20"], false)?;
     let mut machine = Machine::new(Config {
@@ -307,7 +310,7 @@ fn details() -> Result<()> {
     let mut before: BTreeMap<String, f64> = BTreeMap::new();
     let mut watch = || -> Result<BTreeMap<String, f64>> {
         let scrape = exporter.scrape()?;
-        none_fell(&mut before, &scrape, &["exitmeter_detail_"])?;
+        check_none_fell(&mut before, &scrape, &["exitmeter_detail_"])?;
         Ok(scrape)
     };
     thread::scope(|scope| -> Result<()> {
@@ -355,7 +358,7 @@ fn details() -> Result<()> {
     Ok(())
 }
 
-fn without_the_module() -> Result<()> {
+fn module_reloaded() -> Result<()> {
     let exporter = Exporter::start(&["--source", "module"], false)?;
     let up = || -> Result<Option<f64>> { Ok(exporter.scrape()?.get("exitmeter_up").copied()) };
     ensure!(up()? == Some(0.0), "there is no module");

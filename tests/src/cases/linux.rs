@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A real Linux guest reads its own exits with the stock tool `cpuid`.
+//! A Linux guest reads its own exits with the stock tool `cpuid`.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ use crate::host::{
     span::Span,
 };
 
-/// The reasons that the course asks for.
+/// Number of reasons that the course sweeps, from 0.
 const REASONS: u32 = 70;
 const EXITS_LEAF: u32 = 0x4fff_fffd;
 const CYCLES_LEAF: u32 = 0x4fff_fffc;
@@ -40,7 +40,7 @@ fn boot_sweep_reboot_sweep() -> Result<()> {
     let name = format!("kvm-{}", linux.pid()?);
     ensure!(
         log.module_lines()?.is_empty(),
-        "the boot asked for exits already"
+        "the boot already queried the meter"
     );
     let first = sweep(&linux, &mut log, &name)?;
     linux.reboot()?;
@@ -58,7 +58,7 @@ fn boot_sweep_reboot_sweep() -> Result<()> {
             query.1
         );
     }
-    // What it read last is at most what there was in all, and both are something.
+    // The last numbers read are at most the final ones.
     let isa = host::isa()?;
     for reason in 0..REASONS {
         let read = second[&(EXITS_LEAF, reason)];
@@ -74,13 +74,13 @@ fn boot_sweep_reboot_sweep() -> Result<()> {
         .count();
     ensure!(
         grown >= host::pick(8, 2)?,
-        "a reboot added to no more than {grown} numbers"
+        "a reboot increased only {grown} numbers"
     );
     Ok(())
 }
 
-/// Has the guest ask for exits and cycles of each reason; what it read, by leaf and reason.
-/// Each query must have its line in the host's log, with the same number.
+/// Let the guest query exits and cycles of each reason, and return the numbers by leaf and reason.
+/// Check that each query has its line in the host's log, with the same number.
 fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32), u64>> {
     let printed = linux.run(&format!(
         "for reason in $(seq 0 {}); do for leaf in {EXITS_LEAF:#x} {CYCLES_LEAF:#x}; do \
@@ -114,7 +114,7 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
     let logged = log.module_lines()?;
     ensure!(
         logged == said,
-        "the guest read and the log says: {}",
+        "the guest's answers and the log differ: {}",
         difference(&said, &logged)
     );
 
@@ -135,14 +135,14 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
         .collect()
 }
 
-/// The number in an answer.
+/// Return the number in an answer.
 fn value(printed: &CpuidLine) -> u64 {
     let Registers { eax, ebx, ecx, .. } = printed.registers;
     let low = if printed.leaf == EXITS_LEAF { eax } else { ecx };
     u64::from(ebx) << 32 | u64::from(low)
 }
 
-/// What the log says of a query, in the course's words.
+/// Return the log's text for a query, in the course's words.
 fn spoken(isa: Isa, printed: &CpuidLine) -> String {
     let CpuidLine { leaf, subleaf, .. } = printed;
     let value = value(printed);
@@ -157,7 +157,7 @@ fn spoken(isa: Isa, printed: &CpuidLine) -> String {
     }
 }
 
-/// The first place where two lists differ, in words.
+/// Describe the first difference of two lists.
 fn difference(read: &[String], logged: &[String]) -> String {
     let mut pairs = read.iter().zip(logged);
     match pairs.find(|(read, logged)| read != logged) {

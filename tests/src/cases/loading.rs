@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The module is refused cleanly, comes and goes, also under running guests, and
-//! goes on metering when KVM's own module is exchanged.
+//! The module is refused cleanly, can be loaded and unloaded under running guests, and continues to
+//! meter when KVM's vendor module is reloaded.
 
 use std::{
     fs, io,
@@ -29,7 +29,7 @@ use crate::host::{
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::without_module("loading: wrong parameters are refused", || {
+        Case::without_module("loading: invalid parameters are refused", || {
             for (parameters, words) in [
                 (
                     "leaf_map=2023",
@@ -54,7 +54,7 @@ pub(super) fn cases() -> Vec<Case> {
                     "max_vcpus=65537",
                     "max_vcpus=65537 is refused: it is 1 to 65536",
                 ),
-                // And this 1.
+                // As 32 bits this is 1.
                 (
                     "max_vcpus=4294967297",
                     "max_vcpus=4294967297 is refused: it is 1 to 65536",
@@ -79,77 +79,81 @@ pub(super) fn cases() -> Vec<Case> {
                 ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
                 ("log_queries=-1", "log_queries=-1 is refused: it is 0 or 1"),
             ] {
-                refused(parameters, libc::EINVAL, words)?;
+                check_refused(parameters, libc::EINVAL, words)?;
             }
-            // No numbers of 64 bits: these the kernel refuses by itself, before the module runs.
+            // The kernel itself refuses values that are not 64-bit numbers, before the module runs.
             for (parameters, error) in [
                 ("leaf_map=x", libc::EINVAL),
                 ("leaf_map=99999999999999999999", libc::ERANGE),
                 ("host_scope=maybe", libc::EINVAL),
                 ("leaf_cpl=kernel", libc::EINVAL),
             ] {
-                refused(parameters, error, "")?;
+                check_refused(parameters, error, "")?;
             }
             ensure!(
                 fs::metadata("/dev/exitmeter").is_err(),
                 "a refused module leaves /dev/exitmeter behind"
             );
-            meters_again()
+            check_load_and_metering()
         }),
-        Case::without_module("loading: host_scope=1 is warned of", || {
+        Case::without_module("loading: host_scope=1 logs a warning", || {
             const WORDS: &str = "host_scope=1: each guest reads the exits and times of all VMs";
             for (parameters, warned) in [
                 ("host_scope=1", true),
                 ("host_scope=0", false),
-                // Which guests read nothing of.
+                // With leaf_map=0 guests read nothing of it.
                 ("host_scope=1 leaf_map=0", false),
             ] {
                 let mut log = Log::from_now()?;
                 module::Loaded::with(parameters)?.unload()?;
                 let lines: Vec<(u32, String)> = log.module_records()?;
-                // Warnings are level 4, and reach a console that is quiet by default.
-                let told = lines
+                // Warnings have level 4, and reach a console with the default level.
+                let has_warned = lines
                     .iter()
                     .any(|(level, line)| *level == 4 && line.starts_with(WORDS));
                 ensure!(
-                    told == warned,
-                    "({parameters}) is loaded with the lines {lines:?}"
+                    has_warned == warned,
+                    "loading ({parameters}) logs the lines {lines:?}"
                 );
             }
             Ok(())
         }),
-        Case::without_module("loading: twice at once is refused", || {
+        Case::without_module("loading: a second load is refused", || {
             let loaded = module::Loaded::with("")?;
-            refused("", libc::EEXIST, "")?;
+            check_refused("", libc::EEXIST, "")?;
             loaded.unload()
         }),
-        Case::without_module("loading: load, unload, load again", || {
-            meters_again()?;
-            meters_again()
+        Case::without_module("loading: the module meters again after a reload", || {
+            check_load_and_metering()?;
+            check_load_and_metering()
         }),
-        Case::with_module("", "loading: ftrace cannot be turned off under it", || {
-            // Since Linux 7 no more (EOPNOTSUPP); before, not under a hook that is marked
-            // permanent (EBUSY).
-            let path = "/proc/sys/kernel/ftrace_enabled";
-            let error = fs::write(path, "0")
-                .err()
-                .and_then(|error| error.raw_os_error());
-            ensure!(
-                matches!(error, Some(libc::EBUSY | libc::EOPNOTSUPP)),
-                "turning ftrace off ends with {error:?} instead of EBUSY or EOPNOTSUPP"
-            );
-            let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
-            let answers = ask(Mode::Long, &[query, query])?.1;
-            ensure!(
-                answers[1].rax == 2,
-                "then a guest reads {:x?} of its CPUID exits",
-                answers[1]
-            );
-            Ok(())
-        }),
+        Case::with_module(
+            "",
+            "loading: ftrace cannot be turned off under the module",
+            || {
+                // Linux 7 and later never allows it (EOPNOTSUPP). Earlier kernels refuse it while a hook
+                // is marked permanent (EBUSY).
+                let path = "/proc/sys/kernel/ftrace_enabled";
+                let error = fs::write(path, "0")
+                    .err()
+                    .and_then(|error| error.raw_os_error());
+                ensure!(
+                    matches!(error, Some(libc::EBUSY | libc::EOPNOTSUPP)),
+                    "turning ftrace off ends with {error:?} instead of EBUSY or EOPNOTSUPP"
+                );
+                let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
+                let answers = ask(Mode::Long, &[query, query])?.1;
+                ensure!(
+                    answers[1].rax == 2,
+                    "after that a guest with two CPUID exits reads {:x?}",
+                    answers[1]
+                );
+                Ok(())
+            },
+        ),
         Case::without_module(
-            "loading: comes and goes under a running guest",
-            comes_and_goes,
+            "loading: the module loads and unloads under a running guest",
+            load_under_guest,
         ),
         Case::with_module(
             "max_vcpus=1",
@@ -158,52 +162,55 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::without_module(
             "loading: a vCPU's ledger is charged to the cgroup of its VMM",
-            charged,
+            memory_is_charged,
         )
         .skip_if(no_memory_cgroups),
         Case::without_module(
-            "loading: a vCPU for which there was no room is not metered in mid-life",
-            not_in_mid_life,
+            "loading: an unmetered vCPU stays unmetered when there is room again",
+            stays_unmetered,
         )
         .within(120),
         Case::with_module(
             "",
-            "loading: goes on metering when KVM's module comes back with other parameters",
-            exchanged,
+            "loading: metering continues when KVM's module is reloaded with other parameters",
+            kvm_reloaded,
         )
         .within(180),
-        Case::without_module("loading: without KVM's modules is refused", || {
-            let (vendor, paging) = (module::vendor()?, host::nested_paging()?);
-            module::unload_vendor()?;
-            let without_vendor = refused(
-                "",
-                libc::ENODEV,
-                &format!("{vendor} is not loaded: run 'modprobe {vendor}' first"),
-            );
-            module::remove("kvm")?;
-            // The kernel cannot link the module without kvm.ko.
-            let without_kvm = refused("", libc::ENOENT, "");
-            module::load_vendor(paging)?;
-            without_vendor?;
-            without_kvm?;
-            meters_again()
-        })
+        Case::without_module(
+            "loading: the module is refused without KVM's modules",
+            || {
+                let (vendor, paging) = (module::vendor()?, host::nested_paging()?);
+                module::unload_vendor()?;
+                let without_vendor = check_refused(
+                    "",
+                    libc::ENODEV,
+                    &format!("{vendor} is not loaded: run 'modprobe {vendor}' first"),
+                );
+                module::remove("kvm")?;
+                // The kernel cannot link the module without kvm.ko.
+                let without_kvm = check_refused("", libc::ENOENT, "");
+                module::load_vendor(paging)?;
+                without_vendor?;
+                without_kvm?;
+                check_load_and_metering()
+            },
+        )
         .within(180),
         Case::without_module(
-            "loading: tracepoints of another prototype are refused",
+            "loading: the module is refused if tracepoints have another prototype",
             other_prototypes,
         )
         .skip_if(no_btf),
         Case::without_module(
-            "loading: unloading waits for a vCPU that sleeps in the query's emulation",
-            asleep,
+            "loading: unloading waits for a vCPU that sleeps in the emulation of a query",
+            unload_waits,
         )
-        .skip_if(never_fetches),
+        .skip_if(no_fetch_of_absent_code),
     ]
 }
 
-/// Demands that the module is refused with an error, and says why.
-fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
+/// Check that loading fails with `errno`, and that the log holds `words`.
+fn check_refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
     let mut log = Log::from_now()?;
     let was_loaded = module::is_loaded("exitmeter")?;
     let error = module::try_load(parameters).err();
@@ -213,31 +220,31 @@ fn refused(parameters: &str, errno: i32, words: &str) -> Result<()> {
     let number = error.as_ref().and_then(io::Error::raw_os_error);
     ensure!(
         number == Some(errno),
-        "({parameters}) ends with {error:?} instead of {}",
+        "loading ({parameters}) ends with {error:?} instead of {}",
         io::Error::from_raw_os_error(errno)
     );
     let lines = log.module_lines()?;
     ensure!(
         words.is_empty() || lines.iter().any(|line| line.contains(words)),
-        "({parameters}) is refused with the lines {lines:?} instead of '{words}'"
+        "refusing ({parameters}) logs the lines {lines:?} instead of '{words}'"
     );
     ensure!(
         module::is_loaded("exitmeter")? == was_loaded,
-        "({parameters}) is refused, and the module is there"
+        "loading ({parameters}) fails, and changes whether the module is loaded"
     );
     Ok(())
 }
 
-/// Loads the module, meters a guest, and unloads it.
-fn meters_again() -> Result<()> {
+/// Load the module, meter a guest, and unload the module.
+fn check_load_and_metering() -> Result<()> {
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
     let mut lines = log.module_lines()?;
     let unchecked = lines.len();
-    lines.retain(|line| !line.contains(UNCHECKED));
+    lines.retain(|line| !line.contains(UNCHECKED_LINE));
     let unchecked = unchecked - lines.len();
     ensure!(
-        unchecked == usize::from(!Path::new(TYPES).exists()),
+        unchecked == usize::from(!Path::new(KVM_BTF).exists()),
         "the module says {unchecked} times that the tracepoints are not checked"
     );
     ensure!(
@@ -264,19 +271,19 @@ fn meters_again() -> Result<()> {
     Ok(())
 }
 
-/// The line of the module on a kernel whose tracepoints it cannot check.
-pub(super) const UNCHECKED: &str = "this kernel shows no types of kvm";
+/// Start of the module's line on a kernel whose tracepoints it cannot check.
+pub(super) const UNCHECKED_LINE: &str = "this kernel shows no types of kvm";
 
-/// The kernel's types of kvm.ko.
-const TYPES: &str = "/sys/kernel/btf/kvm";
+/// Path of the kernel's BTF of kvm.ko.
+const KVM_BTF: &str = "/sys/kernel/btf/kvm";
 
-/// Other types of kvm.ko in the place of the kernel's, for as long as this lives.
-struct OtherTypes(());
+/// A replacement for the kernel's BTF of kvm.ko, mounted over it until this is dropped.
+struct ReplacedBtf(());
 
-impl OtherTypes {
+impl ReplacedBtf {
     fn new(bytes: &[u8]) -> Result<Self> {
         fs::write("/tmp/types", bytes).context("/tmp/types cannot be written")?;
-        // SAFETY: Strings that end with a NUL, and nothing else to read.
+        // SAFETY: The strings end with a NUL, and the kernel reads nothing else.
         let ret = unsafe {
             libc::mount(
                 c"/tmp/types".as_ptr(),
@@ -286,29 +293,29 @@ impl OtherTypes {
                 ptr::null(),
             )
         };
-        ensure!(ret == 0, "{TYPES}: {}", io::Error::last_os_error());
+        ensure!(ret == 0, "{KVM_BTF}: {}", io::Error::last_os_error());
         Ok(Self(()))
     }
 }
 
-impl Drop for OtherTypes {
+impl Drop for ReplacedBtf {
     fn drop(&mut self) {
         // SAFETY: As in `new`.
         if unsafe { libc::umount(c"/sys/kernel/btf/kvm".as_ptr()) } != 0 {
-            eprintln!("{TYPES} stays: {}", io::Error::last_os_error());
+            eprintln!("{KVM_BTF} stays: {}", io::Error::last_os_error());
         }
     }
 }
 
-/// The kernel's own types, in which tracepoints have changed names.
+/// Load the module with the kernel's own BTF in which tracepoints have swapped names.
 fn other_prototypes() -> Result<()> {
-    let types = fs::read(TYPES).context(TYPES)?;
-    let named = |from: &str, to: &str| {
+    let types = fs::read(KVM_BTF).context(KVM_BTF)?;
+    let renamed = |from: &str, to: &str| {
         ensure!(from.len() == to.len(), "{from} and {to} differ in length");
         let name = |name: &str| format!("\0btf_trace_{name}\0").into_bytes();
         let other = replace(&types, &name(to), &name(&"x".repeat(to.len())));
         let other = replace(&other, &name(from), &name(to));
-        ensure!(other != types, "{TYPES} has no {from}");
+        ensure!(other != types, "{KVM_BTF} has no {from}");
         anyhow::Ok(other)
     };
     for (tracepoint, as_other, words) in [
@@ -326,13 +333,13 @@ fn other_prototypes() -> Result<()> {
              number of parameters",
         ),
     ] {
-        let _other = OtherTypes::new(&named(as_other, tracepoint)?)?;
-        refused("", libc::ENOEXEC, words)?;
+        let _other = ReplacedBtf::new(&renamed(as_other, tracepoint)?)?;
+        check_refused("", libc::ENOEXEC, words)?;
     }
-    // What cannot be compared is told of, and does not keep the module out.
+    // If a prototype cannot be compared, the module warns and loads.
     for (bytes, words) in [
         (
-            named("kvm_exit", "xvm_exit")?,
+            renamed("kvm_exit", "xvm_exit")?,
             "kvm_exit is taken for what it was when exitmeter was written: the types of kvm in \
              /sys/kernel/btf do not hold it",
         ),
@@ -342,11 +349,11 @@ fn other_prototypes() -> Result<()> {
              /sys/kernel/btf cannot be read",
         ),
     ] {
-        let _other = OtherTypes::new(&bytes)?;
+        let _other = ReplacedBtf::new(&bytes)?;
         let mut log = Log::from_now()?;
         module::Loaded::with("")?.unload()?;
         let lines: Vec<(u32, String)> = log.module_records()?;
-        // Warnings are level 4.
+        // Warnings have level 4.
         ensure!(
             lines
                 .iter()
@@ -354,11 +361,11 @@ fn other_prototypes() -> Result<()> {
             "the module is loaded with the lines {lines:?} instead of '{words}'"
         );
     }
-    meters_again()
+    check_load_and_metering()
 }
 
-/// A guest runs, for some 15 s, while the module is loaded, unloaded and loaded again.
-fn comes_and_goes() -> Result<()> {
+/// Load and unload the module three times while a guest runs for some 15 s.
+fn load_under_guest() -> Result<()> {
     const LOOPS: u32 = 3000;
     let config = Config {
         pause: Duration::from_millis(5),
@@ -375,7 +382,7 @@ fn comes_and_goes() -> Result<()> {
                 !guest.is_finished(),
                 "the guest ended before the module came for the {round}. time"
             );
-            // The VM was there before the module, and is metered from its next event.
+            // The VM existed before the module, and is metered from its next event.
             let exits = meter.only()?.numbers.exits_of(host::pick(30, 0x7b)?);
             ensure!(
                 exits > 0,
@@ -393,7 +400,7 @@ fn comes_and_goes() -> Result<()> {
     })
 }
 
-/// Four vCPUs where one may be metered.
+/// Run four vCPUs where one may be metered.
 fn past_max_vcpus() -> Result<()> {
     const VCPUS: u8 = 4;
     let mut log = Log::from_now()?;
@@ -435,10 +442,10 @@ fn past_max_vcpus() -> Result<()> {
         .count();
     ensure!(said == 1, "the log says so {said} times: {lines:?}");
     drop(machine);
-    // The first went first, and the others were loaded once more as they went.
+    // The metered vCPU went first. KVM loaded the others once more to destroy them.
     Meter::check_counts(0, 3, 1)?;
 
-    // There is room again.
+    // There is room for the next VM.
     let (_machine, answers) = ask(Mode::Long, &[query])?;
     ensure!(answers[0].rax >= 1, "the next VM is not metered");
     ensure!(
@@ -448,8 +455,9 @@ fn past_max_vcpus() -> Result<()> {
     Ok(())
 }
 
-/// A VM of three vCPUs comes when the one that may be metered is there, and runs when that goes.
-fn not_in_mid_life() -> Result<()> {
+/// Run a VM of three vCPUs that starts while another vCPU takes the only room, and continues when that
+/// vCPU goes.
+fn stays_unmetered() -> Result<()> {
     let loaded = module::Loaded::with("max_vcpus=1")?;
     let config = |vcpus, count| Config {
         vcpus,
@@ -477,7 +485,7 @@ fn not_in_mid_life() -> Result<()> {
     late.run()?;
     Meter::check_counts(0, 3, 1)?;
 
-    // The room is for who comes new.
+    // The room goes to a new vCPU.
     let mut new = Machine::new(config(1, 1))?;
     new.run()?;
     Meter::check_counts(1, 3, 1)?;
@@ -488,9 +496,10 @@ fn not_in_mid_life() -> Result<()> {
     loaded.unload()
 }
 
-/// KVM fetches the instruction itself on SVM without NRIPS alone, and the guest's trick takes
-/// nested paging: without, KVM sees it change its page table.
-fn never_fetches() -> Result<Option<&'static str>> {
+/// Return a reason where KVM never fetches CPUID from a page that the guest has moved (see
+/// [`Machine::with_absent_code`]). KVM fetches instructions only on SVM without NRIPS. The move needs
+/// nested paging because otherwise KVM sees the change of the page table.
+fn no_fetch_of_absent_code() -> Result<Option<&'static str>> {
     let cpus = fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
     let fetches = host::isa()? == Isa::Svm
         && host::nested_paging()?
@@ -501,7 +510,7 @@ fn never_fetches() -> Result<Option<&'static str>> {
     no_userfaultfd()
 }
 
-/// Read the kernel's stack of a thread that is about to sleep: there is none of one that runs.
+/// Wait until a thread sleeps, and return its kernel stack. A running thread has none to read.
 fn stack_of_sleeping(thread_id: i32) -> Result<String> {
     let path = format!("/proc/self/task/{thread_id}/stack");
     for _ in 0..500 {
@@ -514,11 +523,12 @@ fn stack_of_sleeping(thread_id: i32) -> Result<String> {
     bail!("a thread that waits for a page does not sleep")
 }
 
-/// This process, as a VMM in a cgroup of its own, makes vCPUs without the module and with it.
-fn charged() -> Result<()> {
+/// Create vCPUs in a cgroup of this process's own, without the module and with it, and compare the
+/// charged memory.
+fn memory_is_charged() -> Result<()> {
     const VMS: u64 = 3;
     const EACH: u8 = 15;
-    /// What the module keeps for a vCPU, in bytes.
+    /// Memory that the module keeps for a vCPU, in bytes.
     const LEDGER: u64 = 32 * 1024;
     let group = Cgroup::of_this_process()?;
     let kernel_memory_of_vcpus = || -> Result<u64> {
@@ -535,7 +545,7 @@ fn charged() -> Result<()> {
         drop(machines);
         Ok(after.saturating_sub(before))
     };
-    // What is allocated once for all is there after the first time.
+    // The first round makes the allocations that stay.
     kernel_memory_of_vcpus()?;
     let without = kernel_memory_of_vcpus()?;
     let loaded = module::Loaded::with("")?;
@@ -544,7 +554,7 @@ fn charged() -> Result<()> {
     let due = VMS * u64::from(EACH) * LEDGER;
     println!("{without} bytes without the module, {with} with it, {due} are the ledgers'");
     let more = with.saturating_sub(without);
-    // Some of it may be in pages that were charged before.
+    // Part of it may be in pages that were charged before.
     ensure!(
         (due * 9 / 10..due * 2).contains(&more),
         "{more} bytes more are charged with the module, where the ledgers take {due}"
@@ -552,8 +562,8 @@ fn charged() -> Result<()> {
     Ok(())
 }
 
-/// A vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, which the module called, while that goes.
-fn asleep() -> Result<()> {
+/// Unload the module while a vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, called by the module.
+fn unload_waits() -> Result<()> {
     let cpuid = host::pick(10, 0x72)?;
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
@@ -563,7 +573,7 @@ fn asleep() -> Result<()> {
     let (stack, finished_early) = thread::scope(|scope| {
         let guest = scope.spawn(|| {
             machine.run_with(|_| {
-                // SAFETY: No requirements.
+                // SAFETY: gettid() has no requirements.
                 thread_id.store(unsafe { libc::gettid() }, Ordering::Relaxed);
                 Ok(())
             })
@@ -575,7 +585,7 @@ fn asleep() -> Result<()> {
             thread::sleep(Duration::from_secs(4));
             anyhow::Ok((stack, unload.is_finished(), unload))
         })();
-        // Whatever came, nobody is left asleep.
+        // On failure, too, wake the vCPU.
         absent.provide()?;
         guest.join().ok().context("the guest's thread panicked")??;
         let (stack, finished_early, unload) = unloading?;
@@ -603,7 +613,7 @@ fn asleep() -> Result<()> {
                 rax: 1,
                 ..Quad::default()
             },
-        "the vCPU reads {answer:x?} of its only CPUID exit"
+        "the vCPU with one CPUID exit reads {answer:x?}"
     );
     let lines = log.module_lines()?;
     let waits = "unloading waits: 1 vCPU sleeps in kvm_emulate_cpuid()";
@@ -611,14 +621,13 @@ fn asleep() -> Result<()> {
         lines.iter().filter(|line| line.contains(waits)).count() == 1,
         "the log does not say once that unloading waits: {lines:#?}"
     );
-    meters_again()
+    check_load_and_metering()
 }
 
-/// KVM's vendor module is taken out and put back under the meter, without nested paging
-/// where it had it and the other way round.
-fn exchanged() -> Result<()> {
+/// Reload KVM's vendor module under the meter with the opposite setting of nested paging, and back.
+fn kvm_reloaded() -> Result<()> {
     let paging = host::nested_paging()?;
-    let before = meter_all()?;
+    let before = meter_all_programs()?;
     module::unload_vendor()?;
     ensure!(
         module::is_loaded("exitmeter")?,
@@ -628,12 +637,12 @@ fn exchanged() -> Result<()> {
     module::load_vendor(!paging)?;
     let other = (|| {
         ensure!(host::nested_paging()? != paging, "KVM came back as it was");
-        meter_all()
+        meter_all_programs()
     })();
     module::unload_vendor()?;
     module::load_vendor(paging)?;
     let other = other?;
-    let after = meter_all()?;
+    let after = meter_all_programs()?;
 
     let fault = host::pick(48, 0x400)?;
     ensure!(
@@ -646,9 +655,9 @@ fn exchanged() -> Result<()> {
     Ok(())
 }
 
-/// Meters each guest in 64-bit mode, where the CPU runs it itself even without nested
-/// paging; the exits of all.
-fn meter_all() -> Result<Exits> {
+/// Meter each guest program in 64-bit mode, which the CPU executes itself even without nested paging.
+/// Return the exits of all.
+fn meter_all_programs() -> Result<Exits> {
     const LOOPS: u32 = 100;
     let span = Span::begin()?;
     for program in Program::value_variants() {
@@ -659,7 +668,7 @@ fn meter_all() -> Result<Exits> {
     }
     let exits = span.end()?;
     let cpuid = exits.get(&host::pick(10, 0x72)?).copied();
-    // Each loop of `Cpuid` has one, and of `Debug` two.
+    // Each loop of `Cpuid` has one CPUID, and each loop of `Debug` two.
     let expected = 3 * u64::from(LOOPS);
     ensure!(
         cpuid == Some(expected),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the host's kernel log holds: a line for each query while the cases run, and nothing
-//! that should not be there at their end.
+//! The host's kernel log: a line for each query while the cases run, and no sign of a fault at their
+//! end.
 
 use std::{
     fs,
@@ -17,22 +17,20 @@ use tiny_guests::{Mode, Quad};
 use super::{answers::ask, Case};
 use crate::host::{self, leaves::MAP_2021, log::Log};
 
-/// Taint: a module from outside the kernel's tree, which is not signed where the kernel looks.
-const OUTSIDE: u64 = 1 << 12;
+/// Taint flags: an out-of-tree module, and an unsigned module.
+const OUT_OF_TREE: u64 = 1 << 12;
 const UNSIGNED: u64 = 1 << 13;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "",
-            "log: each query has its line, in the course's words",
+            "log: each query has a line in the course's words",
             || {
-                let said = queries()?;
+                let (expected, logged) = logged_queries()?;
                 ensure!(
-                    said.0 == said.1,
-                    "the guest was answered {:#?} and the log says {:#?}",
-                    said.0,
-                    said.1
+                    expected == logged,
+                    "the guest's answers give the lines {expected:#?}, and the log has {logged:#?}"
                 );
                 Ok(())
             },
@@ -41,30 +39,35 @@ pub(super) fn cases() -> Vec<Case> {
             "log_queries=0",
             "log: log_queries=0 turns the lines off",
             || {
-                let (_, logged) = queries()?;
+                let (_, logged) = logged_queries()?;
                 ensure!(logged.is_empty(), "the log says {logged:#?}");
                 Ok(())
             },
         ),
-        Case::with_module("", "log: a guest that floods it is held back", held_back).within(180),
+        Case::with_module(
+            "",
+            "log: the lines of a flooding guest are limited",
+            flood_is_limited,
+        )
+        .within(180),
     ]
 }
 
-/// What a serial console of 115200 baud takes in a second, in bytes: ten bits each.
-const CONSOLE: u64 = 11_520;
+/// Throughput of a serial console at 115200 baud, in bytes per second, of ten bits each.
+const CONSOLE_BYTES_PER_SECOND: u64 = 11_520;
 
-/// The lines of a guest that floods the log reach no console that is as by default, and would leave nine
-/// tenths of a serial one that is told to show all.
-fn held_back() -> Result<()> {
-    // What cases before this one took is back in 44 s.
+/// Let a guest flood the log. Its lines must not reach a console with the default level, and may take
+/// a tenth of a serial console that shows all levels.
+fn flood_is_limited() -> Result<()> {
+    // After 44 s the rate limit has recovered from earlier cases.
     thread::sleep(Duration::from_secs(45));
     let mut log = Log::from_now()?;
     let cpuid = host::pick(10, 0x72)?;
-    // The longest lines there are.
+    // Queries with the longest lines.
     let queries = vec![Quad::cpuid(MAP_2021.reason_cycles, cpuid); 500];
-    // A line ends by CR and LF, and has its time before it, and the module's name.
-    const FRAME: usize = "[  123.456789] exitmeter: \r\n".len();
-    let flood = |log: &mut Log| -> Result<(u64, u64)> {
+    // A line on the console starts with its time and the module's name, and ends with CR and LF.
+    const FRAME_BYTES: usize = "[  123.456789] exitmeter: \r\n".len();
+    let count_lines = |log: &mut Log| -> Result<(u64, u64)> {
         let (mut lines, mut bytes) = (0, 0);
         for (level, line) in log.module_records()? {
             ensure!(
@@ -74,10 +77,10 @@ fn held_back() -> Result<()> {
                     } else {
                         7
                     },
-                "'{line}' has the level {level}: a default console shows those below 7"
+                "'{line}' has the level {level}, and a default console shows levels below 7"
             );
             lines += 1;
-            bytes += (line.len() + FRAME) as u64;
+            bytes += (line.len() + FRAME_BYTES) as u64;
         }
         Ok((lines, bytes))
     };
@@ -85,44 +88,44 @@ fn held_back() -> Result<()> {
     for _ in 0..4 {
         ask(Mode::Long, &queries)?;
     }
-    let (lines, _) = flood(&mut log)?;
+    let (lines, _) = count_lines(&mut log)?;
     let most = 350 + began.elapsed().as_secs() * 8 + 10;
     ensure!(
         (333..most).contains(&lines),
         "2000 queries at once left {lines} lines, not 333 (the demo's two sweeps) to {most}"
     );
-    // And now the long run.
+    // The limit over a longer time.
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(10) {
         ask(Mode::Long, &queries)?;
     }
-    let (lines, bytes) = flood(&mut log)?;
-    let room = CONSOLE * began.elapsed().as_millis() as u64 / 1000 / 10;
+    let (lines, bytes) = count_lines(&mut log)?;
+    let room = CONSOLE_BYTES_PER_SECOND * began.elapsed().as_millis() as u64 / 1000 / 10;
     ensure!(
         lines >= 40 && bytes <= room + 300,
-        "a flood of {:?} left {lines} lines of {bytes} bytes, a tenth of a console is {room}",
+        "a flood of {:?} left {lines} lines with {bytes} bytes, a tenth of a console's {room}",
         began.elapsed()
     );
     println!("{lines} lines of {bytes} bytes in {:?}", began.elapsed());
     Ok(())
 }
 
-/// The last cases of all.
+/// Return the cases that run last.
 pub(super) fn final_cases() -> Vec<Case> {
-    let clean = Case::without_module("log: no oops, no warning, no stall in all of it", clean);
-    let lost = Path::new(KMEMLEAK).exists().then(|| {
+    let clean = Case::without_module("log: no oops, warning or stall since boot", clean_log);
+    let leaks = Path::new(KMEMLEAK).exists().then(|| {
         Case::without_module(
-            "log: nothing is lost, now that the module is unloaded",
-            nothing_lost,
+            "log: no memory has leaked, with the module unloaded",
+            no_leaks,
         )
     });
-    [clean].into_iter().chain(lost).collect()
+    [clean].into_iter().chain(leaks).collect()
 }
 
-/// Where a kernel that looks for lost memory is told to, and tells what it found.
+/// File of the kernel's leak detector: writing starts a scan, reading lists the leaks.
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 
-/// The kernel log holds these words.
+/// Return a case that checks that a line of the kernel log holds `words`.
 pub(super) fn kernel_says(words: String) -> Case {
     let name = format!("log: the kernel says '{words}'");
     Case::without_module(name, move || {
@@ -133,9 +136,8 @@ pub(super) fn kernel_says(words: String) -> Case {
     })
 }
 
-/// A guest asks for something of each kind; the lines that should be logged, and those that
-/// are.
-fn queries() -> Result<(Vec<String>, Vec<String>)> {
+/// Let a guest make a query of each kind. Return the expected lines, and those in the log.
+fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
     let cpuid = host::pick(10, 0x72)?;
     let asked = [
         (0x4fff_fff0, 0),
@@ -159,10 +161,10 @@ fn queries() -> Result<(Vec<String>, Vec<String>)> {
     let leaves = Leaves {
         map: LeafMap::Map2021,
         isa,
-        // No query of it is asked here.
+        // No query here asks for it.
         life: 1,
     };
-    let mut said = Vec::new();
+    let mut expected = Vec::new();
     for ((leaf, subleaf), answer) in asked.into_iter().zip(answers) {
         let Some(query) = leaves.classify(leaf) else {
             anyhow::bail!("leaf {leaf:#x} is not ours");
@@ -179,26 +181,27 @@ fn queries() -> Result<(Vec<String>, Vec<String>)> {
             },
             isa,
         };
-        said.push(format!("kvm-{}: {spoken}", std::process::id()));
+        expected.push(format!("kvm-{}: {spoken}", std::process::id()));
     }
-    Ok((said, logged))
+    Ok((expected, logged))
 }
 
-/// Has the kernel look for memory that nothing points to.
-fn nothing_lost() -> Result<()> {
-    // Not before it is 5 s old; and more than once, as an old stack may point to it for a while.
+/// Let the kernel search for unreferenced memory.
+fn no_leaks() -> Result<()> {
+    // The kernel reports only memory older than 5 s. Scan repeatedly, as an old stack may still hold
+    // a reference for a while.
     for _ in 0..4 {
         thread::sleep(Duration::from_secs(6));
-        fs::write(KMEMLEAK, "scan").context("the kernel does not look for lost memory")?;
+        fs::write(KMEMLEAK, "scan").context("the kernel does not scan for leaks")?;
     }
-    let lost = fs::read_to_string(KMEMLEAK)?;
-    ensure!(lost.is_empty(), "memory is lost:\n{lost}");
+    let leaks = fs::read_to_string(KMEMLEAK)?;
+    ensure!(leaks.is_empty(), "memory has leaked:\n{leaks}");
     Ok(())
 }
 
-/// Takes the data races out of a log that the kernel found (KCSAN) and of which no function of the
-/// meter's is a part; their titles.
-fn take_races(lines: &mut Vec<String>) -> Vec<String> {
+/// Remove the KCSAN reports of data races that involve no function of the meter from the log, and
+/// return their titles.
+fn remove_foreign_races(lines: &mut Vec<String>) -> Vec<String> {
     let mut titles = Vec::new();
     let mut from = 0;
     while let Some(start) = lines[from..]
@@ -224,7 +227,7 @@ fn take_races(lines: &mut Vec<String>) -> Vec<String> {
     titles
 }
 
-fn clean() -> Result<()> {
+fn clean_log() -> Result<()> {
     const BAD: [&str; 11] = [
         "BUG:",
         "WARNING:",
@@ -240,7 +243,7 @@ fn clean() -> Result<()> {
     ];
     let mut lines = Log::from_boot()?.lines()?;
     ensure!(!lines.is_empty(), "the kernel log is empty");
-    let races = take_races(&mut lines);
+    let races = remove_foreign_races(&mut lines);
     if !races.is_empty() {
         println!("{} data races of the kernel's own: {races:#?}", races.len());
     }
@@ -253,8 +256,8 @@ fn clean() -> Result<()> {
         .trim()
         .parse()?;
     ensure!(
-        taint & !UNSIGNED == OUTSIDE,
-        "the kernel's taint is {taint:#x} instead of {OUTSIDE:#x}"
+        taint & !UNSIGNED == OUT_OF_TREE,
+        "the kernel's taint is {taint:#x} instead of {OUT_OF_TREE:#x}"
     );
     Ok(())
 }
@@ -264,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_races_of_the_kernels_own_are_taken_out() {
+    fn only_the_kernels_own_races_are_removed() {
         let log = "before
 BUG: KCSAN: data-race in tick_nohz_stop_tick / tick_nohz_stop_tick
  tick_nohz_stop_tick+0x1/0x2
@@ -276,7 +279,7 @@ BUG: KCSAN: data-race in memcpy / work
 Reported by Kernel Concurrency Sanitizer on:
 BUG: KCSAN: data-race in a / b";
         let mut lines: Vec<String> = log.lines().map(str::to_owned).collect();
-        let titles = take_races(&mut lines);
+        let titles = remove_foreign_races(&mut lines);
         assert_eq!(titles.len(), 2, "{titles:?}");
         let left = lines.iter().filter(|line| line.contains("BUG:")).count();
         assert_eq!(left, 1, "{lines:?}");

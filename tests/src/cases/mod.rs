@@ -26,7 +26,7 @@ mod verify;
 mod why;
 
 pub use bpf::attach_again;
-pub use nested::{run_faulting_in_guest as run_faulting, run_in_guest as run_nested};
+pub use nested::{run_faulting_l2_guest, run_l2_guest};
 
 use std::{io, path::Path, time::Duration};
 

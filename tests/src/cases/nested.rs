@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A guest in the guest: the host counts its exits and tells them apart, and it reads what
-//! its own hypervisor answers.
+//! L2 guests: the host counts their exits separately, and an L2 guest reads what its own hypervisor
+//! answers.
 
 use std::{env, fs::File, io, path::PathBuf};
 
@@ -28,44 +28,44 @@ use crate::host::{
     span::Span,
 };
 
-/// The modules of the guest's kernel, which need not be the host's.
+/// Modules of the guest's kernel, which may differ from the host's.
 const GUEST_MODULES: &str = "/lab/guest/modules";
 
-/// How often the inner guest asks for CPUID before it asks for ours.
+/// CPUID exits of the L2 guest before it asks for [`ASKED`].
 const COUNT: u32 = 300;
 
-/// What the inner guest asks at last: one of our leaves, and one beside them. Both are out
-/// of range for KVM, which answers all such leaves alike.
+/// Leaves that the L2 guest asks for at its end: one of the meter's, and one next to them. Both are
+/// out of range for KVM, which answers all such leaves alike.
 const ASKED: [u32; 2] = [MAP_2021.reason_exits, 0x4fff_fffb];
 
-/// How often a second inner guest OUTs to its VMM, by which port.
+/// OUTs of a second L2 guest to its VMM, and their port.
 const OUTS: u32 = 100;
 const OUT_PORT: u64 = 0x3f0;
 
-/// What asks for those from nested guests alone.
+/// Bit in ECX that asks for the exits of L2 guests only.
 const NESTED: u32 = 1 << 16;
 
-/// The bit of the general protection fault in a bitmap of exceptions.
+/// Bit of the general protection fault in an exception bitmap.
 const GP: u32 = 1 << 13;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "",
-            "nested: exits of a guest in the guest are told apart",
+            "nested: exits of an L2 guest are counted separately",
             nested,
         )
         .with_linux()
         .within(600),
         Case::with_module(
             "",
-            "nested: where CPUID faults in a guest in the guest, its registers stay (SVM)",
+            "nested: a faulting CPUID of an L2 guest leaves its registers alone (SVM)",
             faulting_svm,
         )
         .skip_if(not_svm),
         Case::with_module(
             "",
-            "nested: where CPUID faults in a guest in the guest, its registers stay (VMX)",
+            "nested: a faulting CPUID of an L2 guest leaves its registers alone (VMX)",
             faulting_vmx,
         )
         .skip_if(not_vmx)
@@ -73,19 +73,19 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// VMX leaves a hypervisor no choice: CPUID of its guest always exits.
+/// Return a reason on VMX, where CPUID always exits to the L1 hypervisor.
 fn not_svm() -> Result<Option<&'static str>> {
-    Ok((host::isa()? != Isa::Svm).then_some("on SVM alone can a hypervisor leave CPUID to KVM"))
+    Ok((host::isa()? != Isa::Svm).then_some("only on SVM can an L1 hypervisor leave CPUID to KVM"))
 }
 
-/// On SVM KVM hands CPUID to a hypervisor that intercepts it, faults or not
-/// (`nested_svm_intercept()`), as Linux's does.
+/// Return a reason on SVM. There KVM passes CPUID, faulting or not, to an L1 hypervisor that
+/// intercepts it (`nested_svm_intercept()`), as Linux does.
 fn not_vmx() -> Result<Option<&'static str>> {
     Ok((host::isa()? != Isa::Vmx)
-        .then_some("on SVM a Linux guest gets CPUID of its own guest even where that faults"))
+        .then_some("on SVM a Linux guest gets its L2 guest's CPUID even if it faults"))
 }
 
-/// A guest's hypervisor leaves its guest's CPUID to KVM, which has it fault.
+/// Run an L2 guest whose hypervisor leaves CPUID to KVM, and let CPUID fault.
 fn faulting_svm() -> Result<()> {
     let span = Span::begin()?;
     let mut log = Log::from_now()?;
@@ -98,7 +98,7 @@ fn faulting_svm() -> Result<()> {
         machine.run()?;
         anyhow::Ok(machine.inner()?)
     };
-    // Without the fault the meter answers, and the inner guest goes on to its VMMCALL.
+    // Without the fault the meter answers, and the L2 guest continues to its VMMCALL.
     let answered = ask(false, GP)?;
     let expected = Inner {
         exit: 0x81,
@@ -110,13 +110,13 @@ fn faulting_svm() -> Result<()> {
     };
     ensure!(
         answered == expected,
-        "of its first CPUID the inner guest reads {answered:x?}"
+        "the L2 guest reads {answered:x?} from its first CPUID"
     );
     let lines = log.module_lines()?;
     ensure!(lines.len() == 1, "one query is logged by {lines:?}");
 
-    // The fault goes to the hypervisor (exit 0x4d), or into the inner guest, where without a
-    // handler it ends in a shutdown (0x7f).
+    // The fault goes to the hypervisor (exit 0x4d), or into the L2 guest, where it ends in a shutdown
+    // (0x7f) because there is no handler.
     for (exceptions, exit) in [(GP, 0x4d), (0, 0x7f)] {
         let faulted = ask(true, exceptions)?;
         let expected = Inner {
@@ -126,7 +126,7 @@ fn faulting_svm() -> Result<()> {
         };
         ensure!(
             faulted == expected,
-            "the inner guest's CPUID has faulted, and its hypervisor finds {faulted:x?} instead of \
+            "after the L2 guest's CPUID faulted, its hypervisor finds {faulted:x?} instead of \
              {expected:x?}"
         );
     }
@@ -136,45 +136,45 @@ fn faulting_svm() -> Result<()> {
     Ok(())
 }
 
-/// A Linux guest has CPUID fault while a guest of its own runs. KVM then keeps CPUID of that one from
-/// the Linux guest (`nested_vmx_l0_wants_exit()`), and has it fault itself.
+/// Let CPUID fault in an L2 guest of a Linux guest. KVM then keeps the L2 guest's CPUID from the
+/// Linux guest (`nested_vmx_l0_wants_exit()`), and injects the fault itself.
 fn faulting_vmx() -> Result<()> {
     let span = Span::begin()?;
     let linux = boot_hypervisor()?;
-    // With the parameter the Linux guest's KVM intercepts the general protection fault of its guest
-    // (`vmx_update_exception_bitmap()`), so that the fault waits in `exception_vmexit`, and without
-    // in `exception`.
+    // With the parameter, the Linux guest's KVM intercepts the general protection fault of its guest
+    // (`vmx_update_exception_bitmap()`), so the fault is pending in `exception_vmexit`; without it, in
+    // `exception`.
     for parameters in ["enable_vmware_backdoor=1", ""] {
         load_kvm(&linux, parameters)?;
         let numbers = || nested_cpuids(&linux);
         let before = numbers()?;
         let mut log = Log::from_now()?;
-        let said = linux.run("/root/system-tests --faulting")?;
+        let printed = linux.run("/root/system-tests --faulting")?;
         let lines = log.module_lines()?;
         let after = numbers()?;
 
-        let said: Vec<&str> = said.lines().collect();
-        let [ours, beside, end, registers] = said[..] else {
-            bail!("of its guests the Linux guest says {said:#?}");
+        let printed: Vec<&str> = printed.lines().collect();
+        let [ours, beside, end, registers] = printed[..] else {
+            bail!("the Linux guest prints {printed:#?} about its L2 guests");
         };
         ensure!(
             ours == beside,
-            "without the fault the inner guest reads {ours} of our leaf, and {beside} of one beside"
+            "without the fault the L2 guest reads {ours} from our leaf, and {beside} from the one next to it"
         );
         ensure!(
             end.contains("Shutdown"),
-            "the inner guest has no handler of the fault, and ends with {end}"
+            "the L2 guest has no handler for the fault, and ends with {end}"
         );
         let expected = format!("{:x?}", faulting_query());
         ensure!(
             registers == expected,
-            "with '{parameters}' the inner guest's CPUID has faulted, and its registers are \
-             {registers} instead of {expected}"
+            "with '{parameters}' the L2 guest's registers are {registers} instead of {expected} after \
+             its CPUID faulted"
         );
         let expected = ASKED.len() as u64 + 1;
         ensure!(
             after - before == expected,
-            "the inner guests ask for CPUID {expected} times, and {} such exits are nested",
+            "the L2 guests execute CPUID {expected} times, and {} such exits are nested",
             after - before
         );
         ensure!(lines.is_empty(), "CPUID that faulted is logged: {lines:?}");
@@ -185,8 +185,8 @@ fn faulting_vmx() -> Result<()> {
     Ok(())
 }
 
-/// Return the modules of KVM in a guest; those that `kvm` needs are first, and the vendor's is last. Debian's cloud kernel has no
-/// ccp, and its kvm-amd needs none.
+/// Return KVM's modules for a guest in the order of loading: the dependencies of `kvm` first, the
+/// vendor module last. Debian's cloud kernel has no ccp, and its kvm-amd needs none.
 fn kvm_modules() -> Result<Vec<&'static str>> {
     let modules = host::pick(
         &[
@@ -205,17 +205,17 @@ fn kvm_modules() -> Result<Vec<&'static str>> {
     Ok(modules.iter().copied().filter(is_there).collect())
 }
 
-/// Return where the host has a module for its guests.
+/// Return the path of a guest's module in the host.
 fn path_of(module: &str) -> PathBuf {
     format!("{GUEST_MODULES}/kernel/{module}.ko").into()
 }
 
-/// Return the name of a module's file.
+/// Return a module's file name without its extension.
 fn file_name(module: &str) -> &str {
     module.rsplit('/').next().unwrap_or(module)
 }
 
-/// Boot a Linux guest that holds KVM's modules and this program.
+/// Boot a Linux guest with KVM's modules and this program in it.
 fn boot_hypervisor() -> Result<Linux> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let mut files = vec![format!("{}:system-tests", this.display())];
@@ -228,7 +228,7 @@ fn boot_hypervisor() -> Result<Linux> {
     Linux::boot(&options)
 }
 
-/// Load KVM in the Linux guest, `kvm` itself with `parameters`.
+/// Load KVM in the Linux guest; `parameters` go to the module `kvm`.
 fn load_kvm(linux: &Linux, parameters: &str) -> Result<()> {
     for module in kvm_modules()? {
         let name = file_name(module);
@@ -238,7 +238,7 @@ fn load_kvm(linux: &Linux, parameters: &str) -> Result<()> {
     Ok(())
 }
 
-/// Unload it.
+/// Unload KVM in the Linux guest.
 fn unload_kvm(linux: &Linux) -> Result<()> {
     for module in kvm_modules()?.iter().rev() {
         linux.run(&format!("rmmod {}", file_name(module)))?;
@@ -246,7 +246,7 @@ fn unload_kvm(linux: &Linux) -> Result<()> {
     Ok(())
 }
 
-/// Return how many CPUID exits of the Linux guest's vCPU are nested.
+/// Return the number of nested CPUID exits of the Linux guest's vCPU.
 fn nested_cpuids(linux: &Linux) -> Result<u64> {
     let meter = Meter::read()?;
     let pid = linux.pid()?;
@@ -255,12 +255,13 @@ fn nested_cpuids(linux: &Linux) -> Result<u64> {
     Ok(nested.get(&host::pick(10, 0x72)?).copied().unwrap_or(0))
 }
 
-/// Run a guest in a Linux guest. While both are there, call `meter` with how often the inner one asked for CPUID.
-pub(super) fn with_inner(meter: impl FnOnce(&Linux, u64) -> Result<()>) -> Result<()> {
+/// Run an L2 guest in a Linux guest. Then call `check` with the Linux guest and the number of the L2
+/// guest's CPUID exits.
+pub(super) fn with_l2_guest(check: impl FnOnce(&Linux, u64) -> Result<()>) -> Result<()> {
     let linux = boot_hypervisor()?;
     load_kvm(&linux, "")?;
     linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
-    meter(&linux, u64::from(COUNT) + ASKED.len() as u64)?;
+    check(&linux, u64::from(COUNT) + ASKED.len() as u64)?;
     linux.stop()?;
     Ok(())
 }
@@ -278,27 +279,27 @@ fn nested() -> Result<()> {
     let before = numbers()?;
     ensure!(
         before.nested.is_empty(),
-        "nested exits before there is a nested guest: {:?}",
+        "there are nested exits before there is an L2 guest: {:?}",
         before.nested
     );
 
-    let said = linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
+    let printed = linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
     let after = numbers()?;
     let cpuid = host::pick(10, 0x72)?;
     let nested = after.nested.get(&cpuid).copied().unwrap_or(0);
     let expected = u64::from(COUNT) + ASKED.len() as u64;
     ensure!(
         nested == expected,
-        "the inner guest asks for CPUID {expected} times, and {nested} such exits are nested: {:?}",
+        "the L2 guest executes CPUID {expected} times, and {nested} such exits are nested: {:?}",
         after.nested
     );
-    let answers: Vec<&str> = said.lines().collect();
+    let answers: Vec<&str> = printed.lines().collect();
     ensure!(
         answers.len() == ASKED.len() && answers[0] == answers[1],
-        "the inner guest reads something else of our leaf than of one beside it: {answers:#?}"
+        "the L2 guest's answers from our leaf and from the one next to it differ: {answers:#?}"
     );
 
-    // The outer guest reads the host's number.
+    // The L1 guest reads the host's number.
     let printed = linux.run(&format!(
         "cpuid -1 -l {EXITS_64:#x} -s {:#x}",
         cpuid | NESTED
@@ -307,25 +308,24 @@ fn nested() -> Result<()> {
     let printed: CpuidLine = line.context("cpuid prints an answer")?.parse()?;
     ensure!(
         u64::from(printed.registers.eax) == expected && printed.registers.edx == 0,
-        "the outer guest reads {printed:x?} instead of {expected}"
+        "the L1 guest reads {printed:x?} instead of {expected}"
     );
-    details(&linux)?;
+    check_details(&linux)?;
     linux.stop()?;
     span.end()?;
     Ok(())
 }
 
-/// What the exits of the guest in the guest were about stands in rows of its own, and what those of
-/// the Linux guest were about in others.
-fn details(linux: &Linux) -> Result<()> {
-    /// A leaf that no program asks for by itself.
-    const OUTER: u32 = 0x10ab_cdef;
+/// Check that the details of L2's exits and those of the Linux guest's exits are in separate rows.
+fn check_details(linux: &Linux) -> Result<()> {
+    /// A leaf that no other program asks for.
+    const L1_LEAF: u32 = 0x10ab_cdef;
     const TIMES: u32 = 20;
     let file = File::open(super::details::DEVICE)?;
     turn_on(&file)?;
     linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
     linux.run(&format!(
-        "for i in $(seq {TIMES}); do cpuid -1 -l {OUTER:#x} -s 0 >/dev/null || exit; done"
+        "for i in $(seq {TIMES}); do cpuid -1 -l {L1_LEAF:#x} -s 0 >/dev/null || exit; done"
     ))?;
     let bytes = read()?;
     drop(file);
@@ -343,11 +343,11 @@ fn details(linux: &Linux) -> Result<()> {
         (true, Kind::Cpuid, 0, COUNT),
         (true, Kind::Cpuid, ours, 1),
         (true, Kind::Cpuid, beside, 1),
-        (true, Kind::Cpuid, OUTER.into(), 0),
+        (true, Kind::Cpuid, L1_LEAF.into(), 0),
         (true, Kind::Port, out, OUTS),
         (false, Kind::Cpuid, ours, 0),
         (false, Kind::Cpuid, beside, 0),
-        (false, Kind::Cpuid, OUTER.into(), TIMES),
+        (false, Kind::Cpuid, L1_LEAF.into(), TIMES),
         (false, Kind::Port, out, 0),
     ] {
         let due = u64::from(due);
@@ -359,34 +359,34 @@ fn details(linux: &Linux) -> Result<()> {
         let row = rows.next();
         let (exits, missed) = row.map_or((0, 0), |row| (row.exits, row.missed.exits));
         println!("{kind:?} {key:#x}, nested {nested}: {exits}, bound {missed}");
-        // What is rare may have given way: the Linux guest asks for all leaves that there are.
-        let is_whole = exits <= due && due <= exits + missed || due <= 1 && row.is_none();
+        // A rare row may have given way because the Linux guest asks for all existing leaves.
+        let is_within_bound = exits <= due && due <= exits + missed || due <= 1 && row.is_none();
         ensure!(
-            is_whole && rows.next().is_none(),
+            is_within_bound && rows.next().is_none(),
             "{kind:?} {key:#x} (nested: {nested}) has {exits} exits and {missed} more of {due}"
         );
     }
-    // The inner guest's code is in its first 64 KiB, where Linux has none.
+    // The L2 guest's code is in its first 64 KiB, where Linux has none.
     let cpuid = Reason::Code(host::pick(10, 0x72)?);
     let code = entries
         .iter()
         .filter(|entry| (entry.table, entry.others, entry.reason) == (TABLE_CODE, false, cpuid));
-    let (inner, outer): (Vec<&Entry>, Vec<&Entry>) = code.partition(|entry| entry.key < 1 << 16);
-    let exits: u64 = inner.iter().map(|entry| entry.exits).sum();
+    let (l2, l1): (Vec<&Entry>, Vec<&Entry>) = code.partition(|entry| entry.key < 1 << 16);
+    let exits: u64 = l2.iter().map(|entry| entry.exits).sum();
     let due = u64::from(COUNT)..=u64::from(COUNT) + ASKED.len() as u64;
     ensure!(
-        inner.iter().all(|entry| entry.nested) && due.contains(&exits),
-        "the inner guest's code is told as {inner:x?}"
+        l2.iter().all(|entry| entry.nested) && due.contains(&exits),
+        "the L2 guest's code has the rows {l2:x?}"
     );
     ensure!(
-        !outer.is_empty() && outer.iter().all(|entry| !entry.nested),
-        "the outer guest's code is told as {outer:x?}"
+        !l1.is_empty() && l1.iter().all(|entry| !entry.nested),
+        "the L1 guest's code has the rows {l1:x?}"
     );
     Ok(())
 }
 
-/// What runs in the guest: a guest of its own. Prints what it reads of [`ASKED`].
-pub fn run_in_guest(count: u32) -> Result<()> {
+/// Run L2 guests, in the L1 guest. Print what the last one reads from [`ASKED`].
+pub fn run_l2_guest(count: u32) -> Result<()> {
     Machine::new(Config::new(Program::Cpuid, Mode::Long, count))?.run()?;
     Machine::new(Config::new(Program::OutUser, Mode::Long, OUTS))?.run()?;
     let queries = ASKED.map(|leaf| Quad::cpuid(leaf, 10));
@@ -396,20 +396,20 @@ pub fn run_in_guest(count: u32) -> Result<()> {
     Ok(())
 }
 
-/// What the inner guest asks when its CPUID faults.
+/// Return the query of the L2 guest whose CPUID faults.
 fn faulting_query() -> Quad {
     Quad::cpuid(ASKED[0], 10)
 }
 
-/// Run two guests in the guest, at CPL 3: one whose CPUID is answered, and one whose CPUID faults.
-/// Prints what the first reads of [`ASKED`], how the second ends, and its registers then.
-pub fn run_faulting_in_guest() -> Result<()> {
+/// Run two L2 guests at CPL 3, in the L1 guest: one whose CPUID is answered, and one whose CPUID
+/// faults. Print what the first reads from [`ASKED`], and how the second ends and with which registers.
+pub fn run_faulting_l2_guest() -> Result<()> {
     let queries = ASKED.map(|leaf| Quad::cpuid(leaf, 10));
     for answer in ask(Mode::User, &queries)?.1 {
         println!("{answer:x?}");
     }
     let mut machine = Machine::new(Config::query(Mode::User, vec![faulting_query()]))?;
-    // The CPU is the thread's own when it enters the guest, with what it has of this.
+    // The setting belongs to the thread, and is in force on its CPU while it runs the guest.
     set_cpuid(false)?;
     let end = machine.run_one(0);
     set_cpuid(true)?;
@@ -418,7 +418,7 @@ pub fn run_faulting_in_guest() -> Result<()> {
     Ok(())
 }
 
-/// Let CPUID of this thread work, or fault (arch_prctl(2), ARCH_SET_CPUID).
+/// Let CPUID work or fault in this thread (arch_prctl(2), ARCH_SET_CPUID).
 fn set_cpuid(works: bool) -> Result<()> {
     const ARCH_SET_CPUID: libc::c_int = 0x1012;
     // SAFETY: No addresses.

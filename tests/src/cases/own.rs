@@ -362,7 +362,7 @@ fn only_row(groups: &Value, is: impl Fn(&Value) -> bool) -> Result<&Value> {
 fn in_linux() -> Result<()> {
     const SENTENCE: &str = "details are off on the host, and no guest turns them on: it takes the \
          module's parameter details=1 there";
-    let file = tool::file()?;
+    let file = tool::guest_file_option()?;
     let linux = Linux::boot(&["--vcpus", "2", "--file", &file])?;
     let text = linux.run(
         "exitmeter stat --why -- true 2>&1; echo status $?; exitmeter guest --why 2>&1; echo status $?",
@@ -413,9 +413,9 @@ fn in_linux() -> Result<()> {
     let group = groups.iter().find(|group| group["code"] == cpuid);
     let exits = group.and_then(|group| group["exits"].as_u64());
     ensure!(
-        exits.is_some() && exits == tool::mean(&stat, cpuid),
+        exits.is_some() && exits == tool::mean_exits(&stat, cpuid),
         "details have {exits:?} CPUID exits, the command {:?}",
-        tool::mean(&stat, cpuid)
+        tool::mean_exits(&stat, cpuid)
     );
     let own = only_row(details, |row| {
         row["detail"]["leaf"]

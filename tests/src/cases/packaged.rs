@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a package's user relies on: one version everywhere, and a refusal that the tool explains.
+//! Properties that users of the packages rely on: one version everywhere, and a refusal that the tool
+//! explains.
 
 use std::{fs, path::Path, process::Command};
 
@@ -9,18 +10,18 @@ use anyhow::{ensure, Context as _, Result};
 use super::Case;
 use crate::host::{log::Log, module};
 
-/// Where the kernel says whether it loads signed modules alone. It can be turned on, and not off again
+/// Parameter file: Y if the kernel loads only signed modules. It can be turned on, but not off again
 /// (`module_sig_check()` and sig_enforce, kernel/module/signing.c).
 const SIGNED_ALONE: &str = "/sys/module/module/parameters/sig_enforce";
 
 pub(super) fn cases() -> Vec<Case> {
     vec![Case::without_module(
-        "packaged: the tool, the module's file and its line in the log have one version",
+        "packaged: the tool, the module and its line in the log have the same version",
         version,
     )]
 }
 
-/// Return the case after which no module of ours can be loaded.
+/// Return the case after which the module can no longer be loaded.
 pub(super) fn last() -> Vec<Case> {
     vec![Case {
         skip_reason: || {
@@ -28,7 +29,7 @@ pub(super) fn last() -> Vec<Case> {
                 .then_some("the kernel was built without signatures of modules"))
         },
         ..Case::without_module(
-            "packaged: a kernel that wants signatures refuses the module, and the tool says why",
+            "packaged: a kernel that requires signatures refuses the module, and the tool says why",
             unsigned,
         )
     }]

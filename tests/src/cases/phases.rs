@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The ledger balances to the tick, and shows the phase in which the time went.
+//! Ledgers balance to the tick, and book the time on the right phase.
 //!
-//! That it balances, and that each exit has its sample in the histogram, is checked by every
-//! reading of the meter; the cases here say for whom.
+//! Every [`Meter::read`] checks that each ledger balances and that each exit has its sample in the
+//! histogram. The cases here provide the situations.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -30,51 +30,55 @@ use crate::host::{
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::with_module("", "phases: a guest that computes is in the guest", || {
-            // Some 400 ms. All that is not the guest is the host's clock, 250 times a
-            // second, and the making of the VM: some percent.
+        Case::with_module("", "phases: a computing guest is in phase guest", || {
+            // Some 400 ms. The rest is the host's clock, 250 times a second, and the creation of
+            // the VM: some percent.
             let vcpus = run(Config::new(
                 Program::Spin,
                 Mode::Long,
                 100_000_000 * host::slowdown(),
             ))?;
-            at_least(&vcpus[0], Phase::Guest, most())
+            at_least(&vcpus[0], Phase::Guest, most_of_life())
         }),
         Case::with_module("", "phases: a guest that sleeps in HLT is halted", || {
             // 100 HLTs of 10 ms each. KVM polls for up to 0.2 ms before it puts the vCPU to
-            // sleep, and the rest is the making of the VM.
+            // sleep, and the rest is the creation of the VM.
             let vcpus = run(Config {
                 wake: Duration::from_millis(10),
                 ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slowdown())
             })?;
-            at_least(&vcpus[0], Phase::Halted, most())
+            at_least(&vcpus[0], Phase::Halted, most_of_life())
         }),
         Case::with_module(
             "",
-            "phases: a vCPU whose memory the host has yet to bring is waiting",
+            "phases: a vCPU whose page the host has yet to provide is waiting",
             waits_for_memory,
         )
         .skip_if(no_userfaultfd),
-        Case::with_module("", "phases: a slow VMM is in user space", || {
-            // 100 exits, on each of which the VMM sleeps 10 ms with the vCPU given back.
-            let vcpus = run(Config {
-                pause: Duration::from_millis(10),
-                ..Config::new(Program::OutUser, Mode::Long, 100)
-            })?;
-            at_least(&vcpus[0], Phase::User, most())?;
-            let numbers = &vcpus[0].numbers;
-            let asleep = numbers.share(Phase::Halted) + numbers.share(Phase::Waiting);
-            ensure!(
-                asleep < 0.05,
-                "a VMM that sleeps is no vCPU that is halted: {}",
-                vcpus[0].numbers.shares()
-            );
-            Ok(())
-        }),
+        Case::with_module(
+            "",
+            "phases: a vCPU with a slow VMM is in user space",
+            || {
+                // 100 exits. On each, the VMM sleeps 10 ms outside of KVM_RUN.
+                let vcpus = run(Config {
+                    pause: Duration::from_millis(10),
+                    ..Config::new(Program::OutUser, Mode::Long, 100)
+                })?;
+                at_least(&vcpus[0], Phase::User, most_of_life())?;
+                let numbers = &vcpus[0].numbers;
+                let asleep = numbers.share(Phase::Halted) + numbers.share(Phase::Waiting);
+                ensure!(
+                    asleep < 0.05,
+                    "a vCPU whose VMM sleeps counts as halted or waiting: {}",
+                    vcpus[0].numbers.shares()
+                );
+                Ok(())
+            },
+        ),
         Case::with_module(
             "",
             "phases: a VM that is stopped, frozen or suspended is in user space",
-            held,
+            stopped_frozen_or_suspended,
         )
         .with_linux()
         .within(240),
@@ -82,9 +86,9 @@ pub(super) fn cases() -> Vec<Case> {
             "",
             "phases: a guest beside a busy task is preempted",
             || {
-                // The guest computes some 200 ms and shares its CPU with one more task of the
-                // same weight: half of the time is the other's. Slices of some ms and what else
-                // the host runs move that, but not below a quarter nor above three.
+                // The guest computes for some 200 ms and shares its CPU with a task of the same
+                // weight, which gets half of the time. Slices of some ms and other work of the host
+                // move that share, but not below one quarter or above three.
                 let busy = BusyThread::on(0);
                 let vcpus = run(Config::new(Program::Spin, Mode::Long, 50_000_000))?;
                 busy.end()?;
@@ -92,7 +96,7 @@ pub(super) fn cases() -> Vec<Case> {
                 at_least(&vcpus[0], Phase::Guest, 0.2)
             },
         ),
-        Case::with_module("", "phases: each of 2 vCPUs balances", || {
+        Case::with_module("", "phases: the ledgers of 2 vCPUs balance", || {
             let vcpus = run(Config {
                 vcpus: 2,
                 ..Config::new(Program::Spin, Mode::Long, 25_000_000 * host::slowdown())
@@ -103,34 +107,38 @@ pub(super) fn cases() -> Vec<Case> {
                     .map(|phase| vcpu.numbers.share(phase))
                     .iter()
                     .sum::<f64>();
-                // On one CPU each waits for the other, on two neither does; neither sleeps.
+                // On one CPU each is preempted for the other; on two CPUs neither is. None sleeps.
                 ensure!(idle < 0.2, "vCPU {}: {}", vcpu.id, vcpu.numbers.shares());
             }
             Ok(())
         }),
         Case::with_module(
             "copy_tries=0 log_queries=0",
-            "phases: copies that interrupt the vCPU's CPU balance, and lose nothing",
+            "phases: ledgers copied by an interrupt balance, and lose nothing",
             copies_by_interrupt,
         ),
-        Case::with_module("", "phases: each of 4 vCPUs that roam balances", || {
-            // More vCPUs than CPUs, each on another CPU after each exit.
-            let mut machine = Machine::new(Config {
-                vcpus: 4,
-                roam: true,
-                ..Config::new(Program::OutUser, Mode::Long, 1000)
-            })?;
-            machine.run()?;
-            let meter = Meter::read()?;
-            let io = host::pick(30, 0x7b)?;
-            let own = meter.own();
-            let exits: Vec<u64> = own.iter().map(|vcpu| vcpu.numbers.exits_of(io)).collect();
-            ensure!(exits == [1001; 4], "they count {exits:?} exits of OUT");
-            Ok(())
-        }),
         Case::with_module(
             "",
-            "phases: a vCPU's numbers outlive it in the totals",
+            "phases: the ledgers of 4 vCPUs that change CPUs balance",
+            || {
+                // There are more vCPUs than CPUs, and each changes its CPU after each exit.
+                let mut machine = Machine::new(Config {
+                    vcpus: 4,
+                    roam: true,
+                    ..Config::new(Program::OutUser, Mode::Long, 1000)
+                })?;
+                machine.run()?;
+                let meter = Meter::read()?;
+                let io = host::pick(30, 0x7b)?;
+                let own = meter.own();
+                let exits: Vec<u64> = own.iter().map(|vcpu| vcpu.numbers.exits_of(io)).collect();
+                ensure!(exits == [1001; 4], "they count {exits:?} exits of OUT");
+                Ok(())
+            },
+        ),
+        Case::with_module(
+            "",
+            "phases: the totals keep a departed vCPU's numbers",
             || {
                 let before = Meter::read()?;
                 let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 1000))?;
@@ -151,7 +159,7 @@ pub(super) fn cases() -> Vec<Case> {
                     alive.exits(),
                     after.exits()
                 );
-                // KVM loads a vCPU once more to destroy it, so a few ticks may come.
+                // KVM loads a vCPU once more to destroy it, so a few ticks may be added.
                 for (phase, (before, after)) in (before.totals.phases.iter())
                     .zip(after.totals.phases)
                     .enumerate()
@@ -169,14 +177,15 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// An idle Linux guest is held in each way. Its vCPU sleeps in KVM then, and has to leave it.
-fn held() -> Result<()> {
+/// Stop, freeze and suspend an idle Linux guest. Its vCPU sleeps in KVM, and each of these makes it
+/// return to user space.
+fn stopped_frozen_or_suspended() -> Result<()> {
     const QMP: &str = "/tmp/qmp";
     let qmp = format!("unix:{QMP},server=on,wait=off");
     let linux = Linux::boot(&["--", "-qmp", &qmp])?;
     let pid = linux.pid()?;
-    let user = |how: &str| -> Result<()> {
-        // The way out of KVM is over.
+    let check_in_user = |how: &str| -> Result<()> {
+        // Give the vCPU time to leave KVM.
         thread::sleep(Duration::from_millis(200));
         let pid = pid.to_string();
         let report = Command::new("exitmeter")
@@ -200,28 +209,28 @@ fn held() -> Result<()> {
         );
         Ok(())
     };
-    let idle = || -> Result<()> {
-        // It runs on.
+    let check_running = || -> Result<()> {
+        // Check that the guest still runs.
         let text = linux.run("sleep 0.5; echo here")?;
         ensure!(text == "here\n", "the guest says {text:?}");
         Ok(())
     };
-    idle()?;
+    check_running()?;
     let signal = |signal| {
-        // SAFETY: A system call without memory.
+        // SAFETY: The system call takes no addresses.
         let ret = unsafe { libc::kill(pid as i32, signal) };
         ensure!(ret == 0, "the VMM takes no signal");
         Ok(())
     };
     signal(libc::SIGSTOP)?;
-    user("stopped")?;
+    check_in_user("stopped")?;
     signal(libc::SIGCONT)?;
-    idle()?;
+    check_running()?;
 
     let cgroup = FrozenProcess::new(pid)?;
-    user("frozen")?;
+    check_in_user("frozen")?;
     drop(cgroup);
-    idle()?;
+    check_running()?;
 
     let mut line = UnixStream::connect(QMP).context("the VMM has no QMP")?;
     line.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -239,30 +248,30 @@ fn held() -> Result<()> {
     };
     ask("qmp_capabilities")?;
     ask("stop")?;
-    user("suspended")?;
+    check_in_user("suspended")?;
     ask("cont")?;
-    idle()?;
+    check_running()?;
     linux.stop()
 }
 
-/// KVM sleeps in a page fault, as for memory that is swapped out or still on another host.
+/// Let KVM sleep in a page fault, as for memory that is swapped out or still on another host.
 fn waits_for_memory() -> Result<()> {
     let (mut machine, absent) = Machine::with_absent_page()?;
-    let meanwhile = thread::scope(|scope| {
+    let phase = thread::scope(|scope| {
         let guest = scope.spawn(|| machine.run());
-        let meanwhile = (|| {
+        let phase = (|| {
             absent.wait_until_wanted(Duration::from_secs(10))?;
             thread::sleep(Duration::from_secs(1));
             anyhow::Ok(Meter::read()?.only()?.phase)
         })();
-        // Whatever came, nobody is left asleep.
+        // On failure, too, wake the vCPU.
         absent.provide()?;
         guest.join().ok().context("the guest's thread panicked")??;
-        meanwhile
+        phase
     })?;
     ensure!(
-        meanwhile == Some(Phase::Waiting),
-        "a vCPU that waits for its memory is in phase {meanwhile:?}"
+        phase == Some(Phase::Waiting),
+        "a vCPU that waits for its memory is in phase {phase:?}"
     );
     let meter = Meter::read()?;
     let vcpu = meter.only()?;
@@ -273,8 +282,8 @@ fn waits_for_memory() -> Result<()> {
     Ok(())
 }
 
-/// Snapshots beside a vCPU that floods, each copy by an interrupt: as on a real CPU that exits too
-/// fast to be copied otherwise.
+/// Take snapshots beside a vCPU that exits in a tight loop, each copy by an interrupt. A real CPU may
+/// exit too fast for any other copy.
 fn copies_by_interrupt() -> Result<()> {
     const SNAPSHOTS: u64 = 100;
     let [flooding, other] = match host::cpus()? {
@@ -297,7 +306,7 @@ fn copies_by_interrupt() -> Result<()> {
         });
         let result = (|| {
             pin(other)?;
-            // The vCPU was made on another CPU, which is the one to interrupt until it runs.
+            // The vCPU was created on another CPU, which gets the interrupts until the vCPU runs.
             let started = Instant::now();
             while Meter::read()?.only()?.numbers.exits_of(cpuid) == 0 {
                 ensure!(
@@ -308,7 +317,7 @@ fn copies_by_interrupt() -> Result<()> {
             let before = host::function_calls(flooding)?;
             let mut exits = 0;
             for _ in 0..SNAPSHOTS {
-                // Each ledger is checked as it is read.
+                // `Meter::read` checks each ledger.
                 let now = Meter::read()?.only()?.numbers.exits_of(cpuid);
                 ensure!(now >= exits, "the exits fell from {exits} to {now}");
                 exits = now;
@@ -332,7 +341,7 @@ fn copies_by_interrupt() -> Result<()> {
     Ok(())
 }
 
-/// Runs a guest on the host's first CPU; its vCPUs after that, which have balanced.
+/// Run a guest on the host's first CPU to its end, and return its vCPUs.
 fn run(config: Config) -> Result<Vec<Vcpu>> {
     let mut machine = Machine::new(config)?;
     machine.run_with(|_| pin(0))?;
@@ -349,9 +358,9 @@ fn run(config: Config) -> Result<Vec<Vcpu>> {
     Ok(vcpus)
 }
 
-/// Most of a life. The host's clock ticks as often on a kernel that checks itself, which takes many
-/// times longer for each tick.
-fn most() -> f64 {
+/// Return the least share that counts as most of a vCPU's life. It is lower on a debug kernel, where
+/// each tick of the host's clock takes many times longer.
+fn most_of_life() -> f64 {
     match host::slowdown() {
         1 => 0.8,
         _ => 0.5,

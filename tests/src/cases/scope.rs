@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Two VMs at once, each of which reads its own numbers, or the sum.
+//! The parameter `host_scope`: each of two VMs reads its own numbers, or the sum of both.
 
 use std::thread;
 
@@ -10,59 +10,59 @@ use tiny_guests::{Config, Machine, Mode, Program, Quad};
 use super::{answers::ask, Case};
 use crate::host::{self, leaves::MAP_2021, meter::Meter};
 
-/// How often each VM asks for the number of CPUID exits.
+/// Queries of each VM for its number of CPUID exits.
 const EACH: u64 = 400;
-/// How often a VM beside them reads an MSR.
+/// MSR reads of a VM beside them.
 const MSR_READS: u32 = 777;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "log_queries=0",
-            "scope: two VMs at once do not see each other's numbers",
+            "scope: two VMs at once do not read each other's numbers",
             || {
-                let both = two_at_once()?;
+                let both = ask_in_parallel()?;
                 for counts in &both {
                     let wrong = (1..).zip(counts).find(|(query, count)| query != *count);
                     ensure!(
                         wrong.is_none(),
-                        "a VM reads its CPUID exits; at first wrong (query, count): {wrong:?}"
+                        "a VM reads wrong CPUID exits, first (query, count) {wrong:?}"
                     );
                 }
-                beside(0)
+                check_msr_reads(0)
             },
         ),
         Case::with_module(
             "log_queries=0 host_scope=1",
-            "scope: with host_scope=1 two VMs at once see the sum",
+            "scope: with host_scope=1 two VMs at once read the sum of both",
             || {
                 let before = Meter::read()?
                     .exits()
                     .get(&host::pick(10, 0x72)?)
                     .copied()
                     .unwrap_or(0);
-                let both = two_at_once()?;
+                let both = ask_in_parallel()?;
                 for counts in &both {
                     ensure!(
                         counts.windows(2).all(|pair| pair[0] < pair[1]),
                         "the counts that a VM reads do not grow"
                     );
                 }
-                // The query that was counted last was answered after all were counted.
+                // The query that was counted last was answered after all others were counted.
                 let highest = both.iter().flatten().max().copied();
                 ensure!(
                     highest == Some(before + 2 * EACH),
                     "the highest count read is {highest:?} instead of {}",
                     before + 2 * EACH
                 );
-                beside(MSR_READS.into())
+                check_msr_reads(MSR_READS.into())
             },
         ),
     ]
 }
 
-/// Two VMs ask for the number of CPUID exits, side by side; what each read.
-fn two_at_once() -> Result<Vec<Vec<u64>>> {
+/// Run two VMs in parallel that ask for the number of CPUID exits, and return their answers.
+fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
     let cpuid = host::pick(10, 0x72)?;
     let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
     let mut machines = [Mode::Long, Mode::Real]
@@ -91,8 +91,8 @@ fn two_at_once() -> Result<Vec<Vec<u64>>> {
         .collect())
 }
 
-/// Demands what a VM reads of the exits of another, which has read an MSR.
-fn beside(expected: u64) -> Result<()> {
+/// Check that a VM reads `expected` MSR reads beside another VM that has read an MSR.
+fn check_msr_reads(expected: u64) -> Result<()> {
     let msr_read = host::pick(31, 0x7c)?;
     let mut other = Machine::new(Config::new(Program::Rdmsr, Mode::Long, MSR_READS))?;
     other.run()?;

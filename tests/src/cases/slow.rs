@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The slowest exits, and the ring that freezes when one takes too long.
+//! The list of slowest exits, and the ring that freezes when an exit takes too long.
 
 use std::{process::Command, time::Duration};
 
@@ -10,33 +10,34 @@ use tiny_guests::{pin, Config, Machine, Mode, Program};
 
 use super::Case;
 
-/// How long the VMM sleeps on one OUT: longer than any other exit on a host that is emulated, and
-/// checks itself, beside other work.
+/// Sleep of the VMM on one OUT. It is longer than any other exit on an emulated host with a debug
+/// kernel and other work.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How long the guest's HLTs last: longer than any exit on a host that is emulated.
+/// Length of the guest's HLTs. It is longer than any exit on an emulated host.
 const SLEEP: Duration = Duration::from_millis(300);
-/// The OUT on which the VMM sleeps.
-const SLOW: u64 = 150;
-/// OUTs in all.
+/// Number of the OUT on which the VMM sleeps.
+const SLOW_OUT: u64 = 150;
+/// Total number of OUTs.
 const OUTS: u32 = 200;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "details=1 slow_us=400000",
-            "slow: an OUT on which the VMM sleeps is named, and what came before it",
-            the_vmm_sleeps,
+            "slow: the OUT on which the VMM sleeps is named, with the exits before it",
+            vmm_sleeps,
         ),
         Case::with_module(
             "details=1 slow_us=200000",
-            "slow: the guest's own sleep makes no exit slow",
-            the_guest_sleeps,
+            "slow: a guest's sleep in HLT does not make an exit slow",
+            guest_sleeps,
         ),
     ]
 }
 
-/// What `exitmeter slow --json` tells of the one VM.
-fn slow() -> Result<(Value, u64)> {
+/// Run `exitmeter slow --json`, and return its output about the only VM, and the TSC's frequency in
+/// kHz.
+fn run_slow() -> Result<(Value, u64)> {
     let output = Command::new("exitmeter")
         .args(["slow", "--json"])
         .output()
@@ -46,11 +47,11 @@ fn slow() -> Result<(Value, u64)> {
         "exitmeter slow failed: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    let told: Value = serde_json::from_slice(&output.stdout)?;
-    let khz = told["host"]["tsc_khz"]
+    let output: Value = serde_json::from_slice(&output.stdout)?;
+    let khz = output["host"]["tsc_khz"]
         .as_u64()
         .context("the TSC's frequency")?;
-    let vms = told["vms"].as_array().context("VMs")?;
+    let vms = output["vms"].as_array().context("VMs")?;
     ensure!(vms.len() == 1, "{} VMs", vms.len());
     Ok((vms[0].clone(), khz))
 }
@@ -65,14 +66,14 @@ fn number(value: &Value, name: &str) -> Result<u64> {
         .with_context(|| format!("no {name} in {value}"))
 }
 
-/// Demand that an exit is the OUT of all OUTs, on which the VMM slept.
+/// Check that an exit is the OUT on which the VMM slept.
 pub(super) fn check_slow_exit(exit: &Value, khz: u64) -> Result<()> {
     ensure!(
         exit["detail"]["kind"] == "port" && exit["detail"]["port"] == 0x3f0,
         "{exit}"
     );
     ensure!(exit["detail"]["input"] == false, "{exit}");
-    // KVM_EXIT_IO, by which it came to the VMM.
+    // KVM_EXIT_IO is the exit to the VMM.
     ensure!(exit["exit_reason"] == 2, "{exit}");
     let (user, took) = (number(exit, "user")?, number(exit, "took")?);
     let least = PAUSE.as_millis() as u64 * khz;
@@ -83,19 +84,19 @@ pub(super) fn check_slow_exit(exit: &Value, khz: u64) -> Result<()> {
     Ok(())
 }
 
-/// Return the guest on one of whose OUTs its VMM sleeps.
+/// Return a guest whose VMM sleeps on one of its OUTs.
 pub(super) fn sleeper_config() -> Config {
     Config {
         pause: PAUSE,
-        pause_on: Some(SLOW),
+        pause_on: Some(SLOW_OUT),
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
     }
 }
 
-fn the_vmm_sleeps() -> Result<()> {
+fn vmm_sleeps() -> Result<()> {
     let mut machine = Machine::new(sleeper_config())?;
     machine.run_with(|_| pin(0))?;
-    let (vm, khz) = slow()?;
+    let (vm, khz) = run_slow()?;
     drop(machine);
 
     let slowest = array(&vm, "slowest")?;
@@ -105,7 +106,7 @@ fn the_vmm_sleeps() -> Result<()> {
         .map(|exit| number(exit, "took"))
         .collect::<Result<_>>()?;
     ensure!(took.is_sorted_by(|one, next| one >= next), "{took:?}");
-    // On a host that is emulated others may be as long.
+    // On an emulated host other exits may be as long.
     let pauses = slowest
         .iter()
         .filter(|exit| check_slow_exit(exit, khz).is_ok());
@@ -128,7 +129,7 @@ fn the_vmm_sleeps() -> Result<()> {
     let (culprit, before) = exits.split_last().context("exits")?;
     ensure!(culprit["culprit"] == true);
     check_slow_exit(culprit, khz)?;
-    // What came before it is the same loop: each exit a number on, at a later time.
+    // The exits before it are of the same loop, with consecutive numbers and increasing times.
     ensure!(before.iter().all(|exit| exit["culprit"] == false));
     for (one, next) in exits.iter().zip(&exits[1..]) {
         ensure!(number(one, "sequence")? + 1 == number(next, "sequence")?);
@@ -142,13 +143,13 @@ fn the_vmm_sleeps() -> Result<()> {
     Ok(())
 }
 
-fn the_guest_sleeps() -> Result<()> {
+fn guest_sleeps() -> Result<()> {
     let mut machine = Machine::new(Config {
         wake: SLEEP,
         ..Config::new(Program::HltKernel, Mode::Long, 4)
     })?;
     machine.run()?;
-    let (vm, khz) = slow()?;
+    let (vm, khz) = run_slow()?;
     drop(machine);
     let slowest = array(&vm, "slowest")?;
     let halts: Vec<_> = slowest

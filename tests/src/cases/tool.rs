@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tool `exitmeter` tells what the snapshot holds.
+//! The tool `exitmeter` shows the numbers of the snapshot.
 
 use std::{fs, process::Command, time::Duration};
 
@@ -22,34 +22,30 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "",
-            "tool: exitmeter report tells what the snapshot holds",
-            report,
+            "tool: exitmeter report matches the snapshot",
+            report_matches,
         ),
         Case::with_module(
             "",
-            "tool: the difference of two snapshots holds what happened between them",
-            difference,
+            "tool: exitmeter report --diff counts the exits between two snapshots",
+            diff_of_snapshots,
         ),
         Case::with_module(
             "",
-            "tool: exitmeter record and plot tell what the device did",
-            record,
+            "tool: exitmeter record and plot show the exits that the device counts",
+            record_and_plot,
         ),
         Case::with_module(
             "",
-            "tool: exitmeter record --why has the port of a guest, and the OUT that was slow",
-            details,
+            "tool: exitmeter record --why keeps a guest's port and its slow OUT",
+            record_why,
         ),
-        Case::with_module(
-            "",
-            "tool: a VM is found by the name that its VMM was given",
-            by_name,
-        )
-        .with_linux()
-        .within(240),
+        Case::with_module("", "tool: a VM is found by its name in the VMM", by_name)
+            .with_linux()
+            .within(240),
         Case::with_module(
             "log_queries=0",
-            "tool: a Linux guest reads its exits, and those of a command, without the tool's own",
+            "tool: a Linux guest reads its exits, and a command's, without those of the tool",
             in_guest,
         )
         .with_linux()
@@ -57,8 +53,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-fn report() -> Result<()> {
-    // One VM that is gone, one that lives.
+fn report_matches() -> Result<()> {
+    // One departed VM, and one live VM.
     Machine::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
     let mut machine = Machine::new(Config {
         vcpus: 2,
@@ -66,13 +62,13 @@ fn report() -> Result<()> {
     })?;
     machine.run()?;
     let meter = Meter::read()?;
-    let report: Value = serde_json::from_str(&tool(&["report", "--json"])?)
+    let report: Value = serde_json::from_str(&run_tool(&["report", "--json"])?)
         .context("exitmeter report --json prints no JSON")?;
-    let text = tool(&["report"])?;
+    let text = run_tool(&["report"])?;
     drop(machine);
 
     let vms = report["vms"].as_array().context("there are VMs")?;
-    ensure!(vms.len() == 1, "the tool tells of {} VMs", vms.len());
+    ensure!(vms.len() == 1, "the tool reports {} VMs", vms.len());
     let name = format!("kvm-{}", std::process::id());
     ensure!(
         vms[0]["name"] == name && text.contains(&name),
@@ -83,26 +79,26 @@ fn report() -> Result<()> {
     let own = meter.own();
     ensure!(
         vcpus.len() == 2 && own.len() == 2,
-        "the tool tells of {} vCPUs, the snapshot of {}",
+        "the tool reports {} vCPUs, and the snapshot has {}",
         vcpus.len(),
         own.len()
     );
-    for (told, held) in vcpus.iter().zip(own) {
-        let ticks: u64 = told["cycles"]
+    for (shown, held) in vcpus.iter().zip(own) {
+        let ticks: u64 = shown["cycles"]
             .as_object()
             .context("there are cycles")?
             .values()
             .filter_map(Value::as_u64)
             .sum();
         ensure!(
-            told["vcpu"] == held.id && exits(told)? == held.numbers.exits && ticks == held.life,
-            "the tool tells {told} of a vCPU, and the snapshot holds {held:?}"
+            shown["vcpu"] == held.id && exits(shown)? == held.numbers.exits && ticks == held.life,
+            "the tool reports the vCPU {shown}, and the snapshot holds {held:?}"
         );
     }
     let gone = &report["departed"];
     ensure!(
         gone["vcpus_gone"] == meter.gone && exits(gone)? == meter.totals.exits,
-        "the tool tells {gone} of those that are gone, and the snapshot holds {:?}",
+        "the tool reports the departed vCPUs {gone}, and the snapshot holds {:?}",
         meter.totals
     );
     let cpuid = host::pick(10, 0x72)?;
@@ -115,7 +111,7 @@ fn report() -> Result<()> {
     Ok(())
 }
 
-fn difference() -> Result<()> {
+fn diff_of_snapshots() -> Result<()> {
     let cpuid = host::pick(10, 0x72)?;
     let [before, after] = ["/tmp/before", "/tmp/after"];
     let mut old = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
@@ -128,30 +124,30 @@ fn difference() -> Result<()> {
     new.run()?;
     drop(old);
     save(after)?;
-    let delta = json(&tool(&["report", "--json", "--diff", before, after])?)?;
+    let delta = json(&run_tool(&["report", "--json", "--diff", before, after])?)?;
 
     let vms = delta["vms"].as_array().context("there are VMs")?;
     ensure!(vms.len() == 1, "the difference has {} VMs", vms.len());
-    let told = exits(&vms[0])?.get(&cpuid).copied();
-    ensure!(told == Some(400), "{told:?} CPUID exits instead of 400");
+    let shown = exits(&vms[0])?.get(&cpuid).copied();
+    ensure!(shown == Some(400), "{shown:?} CPUID exits instead of 400");
     let gone = &delta["departed"];
     ensure!(
         gone["vcpus_gone"] == 1 && exits(gone)?.is_empty(),
-        "of the VM that only went there is {gone}"
+        "the VM that ran only before counts as {gone}"
     );
-    balance(&delta)?;
+    check_balance(&delta)?;
 
-    // The one that stays does nothing but to wait in user space.
-    let lines = tool(&["report", "--json", "--interval", "0.2", "--count", "2"])?;
+    // The remaining VM only waits in user space.
+    let lines = run_tool(&["report", "--json", "--interval", "0.2", "--count", "2"])?;
     let deltas: Vec<Value> = lines.lines().map(json).collect::<Result<_>>()?;
     ensure!(deltas.len() == 2, "{} intervals instead of 2", deltas.len());
     for delta in &deltas {
-        balance(delta)?;
+        check_balance(delta)?;
         let (vm, ticks) = (&delta["vms"][0], &delta["interval"]["ticks"]);
         let user = vm["vcpus"].as_array().context("there are vCPUs")?.iter();
         ensure!(
             exits(vm)?.is_empty() && user.clone().all(|vcpu| vcpu["cycles"]["user"] == *ticks),
-            "of {ticks} ticks of idleness there is {vm}"
+            "after {ticks} idle ticks the VM is {vm}"
         );
     }
     let refused = Command::new("exitmeter")
@@ -159,14 +155,14 @@ fn difference() -> Result<()> {
         .output()?;
     ensure!(
         refused.status.code() == Some(1),
-        "the difference the other way round ends with {}",
+        "the difference in reverse order ends with {}",
         refused.status
     );
     drop(new);
     Ok(())
 }
 
-/// A Linux guest whose VMM has a name and a UUID for it, beside a VM that has none.
+/// Find a Linux guest by the name and the UUID in its VMM, beside a VM without a name.
 fn by_name() -> Result<()> {
     const UUID: &str = "8d3a9a2c-7b0e-4e62-9c1f-0f9c5a7b1e11";
     const RECORDING: &str = "name.rec";
@@ -184,30 +180,30 @@ fn by_name() -> Result<()> {
     let label = format!("web,1 (kvm-{pid})");
 
     for called in ["web,1", UUID, &pid.to_string(), &format!("kvm-{pid}")] {
-        let report = json(&tool(&["report", "--json", "--vm", called])?)?;
+        let report = json(&run_tool(&["report", "--json", "--vm", called])?)?;
         let vms = report["vms"].as_array().context("there are VMs")?;
         ensure!(
             vms.len() == 1 && vms[0]["pid"] == pid && vms[0]["name"] == format!("kvm-{pid}"),
-            "of {called} there is {vms:?}"
+            "--vm {called} finds {vms:?}"
         );
-        let told = &vms[0]["vmm"];
+        let shown = &vms[0]["vmm"];
         ensure!(
-            told["name"] == "web,1" && told["uuid"] == UUID && told["manager"] == "qemu",
-            "the VMM was told {told}"
+            shown["name"] == "web,1" && shown["uuid"] == UUID && shown["manager"] == "qemu",
+            "the tool reports the VMM's settings {shown}"
         );
     }
-    let text = tool(&["report"])?;
+    let text = run_tool(&["report"])?;
     let own = format!("\nkvm-{}, process", std::process::id());
     ensure!(
         text.contains(&format!("\n{label}, process {pid}: ")) && text.contains(&own),
         "the report has no VM {label}, or none without a name:\n{text}"
     );
     for command in ["why", "slow"] {
-        let told = tool(&[command, "--vm", "web,1", "--", "sleep", "0.3"])?;
-        ensure!(told.contains(&label), "exitmeter {command} says\n{told}");
+        let shown = run_tool(&[command, "--vm", "web,1", "--", "sleep", "0.3"])?;
+        ensure!(shown.contains(&label), "exitmeter {command} says\n{shown}");
     }
 
-    // The recording has the name when its process is gone.
+    // The recording keeps the name after the process has ended.
     let record = [
         "record",
         "--output",
@@ -218,13 +214,13 @@ fn by_name() -> Result<()> {
         "sleep",
         "0.3",
     ];
-    tool(&record)?;
+    run_tool(&record)?;
     linux.stop()?;
     drop(other);
     let plot = [
         "plot", RECORDING, "--output", "-", "--format", "html", "--vm", "web,1",
     ];
-    let page = tool(&plot)?;
+    let page = run_tool(&plot)?;
     ensure!(page.contains(&label), "the recording has no VM {label}");
     let refused = Command::new("exitmeter")
         .args(["report", "--vm", "web,1"])
@@ -237,14 +233,14 @@ fn by_name() -> Result<()> {
     Ok(())
 }
 
-/// Saves a snapshot.
+/// Save a snapshot to a file.
 fn save(path: &str) -> Result<()> {
     let bytes = fs::read("/dev/exitmeter").context("there is no snapshot")?;
     fs::write(path, bytes).with_context(|| format!("cannot write {path}"))
 }
 
-/// Each vCPU's ticks must sum to the time that the report is of.
-fn balance(report: &Value) -> Result<()> {
+/// Check that each vCPU's ticks sum to the time that the report covers.
+fn check_balance(report: &Value) -> Result<()> {
     let vms = report["vms"].as_array().context("there are VMs")?;
     for vcpu in vms.iter().filter_map(|vm| vm["vcpus"].as_array()).flatten() {
         let cycles = vcpu["cycles"].as_object().context("there are cycles")?;
@@ -260,14 +256,14 @@ fn balance(report: &Value) -> Result<()> {
     Ok(())
 }
 
-/// What the tool causes besides, its start for one, is the same each time; so only its own
-/// questions can make a difference.
+/// Check that the tool in a Linux guest leaves out its own queries. Its other exits, such as those of
+/// its start, are the same each time, so only the queries can make a difference.
 fn in_guest() -> Result<()> {
-    let file = file()?;
+    let file = guest_file_option()?;
     let linux = Linux::boot(&["--file", &file])?;
     let cpuid = host::pick(10, 0x72)?;
-    let count = |told: &Value| -> Result<u64> {
-        let count = exits(told)?.get(&cpuid).copied();
+    let count = |shown: &Value| -> Result<u64> {
+        let count = exits(shown)?.get(&cpuid).copied();
         count.context("there is no CPUID exit")
     };
 
@@ -277,9 +273,9 @@ fn in_guest() -> Result<()> {
         let queries = sweep["queries"].as_u64().context("there are queries")?;
         sweeps.push((count(&sweep)?, queries));
     }
-    alike_between(&sweeps)?;
+    check_equal_between(&sweeps)?;
 
-    // What a command causes: a sweep differs from no sweep by its questions.
+    // A command with a sweep has as many more exits as the sweep has queries.
     let stat = |command: &str| -> Result<Value> {
         let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
         json(&linux.run(&line)?)
@@ -287,10 +283,10 @@ fn in_guest() -> Result<()> {
     let none = stat("exitmeter reasons >/tmp/out")?;
     let sweep = stat("exitmeter guest --json >/tmp/out")?;
     let own = json(&linux.run("cat /tmp/out")?)?["queries"].as_u64();
-    let [none, sweep] = [&none, &sweep].map(|told| mean(told, cpuid));
+    let [none, sweep] = [&none, &sweep].map(|shown| mean_exits(shown, cpuid));
     ensure!(
         own.is_some() && sweep.zip(none).map(|(sweep, none)| sweep - none) == own,
-        "a sweep of {own:?} questions is told as {sweep:?} CPUID exits, none as {none:?}"
+        "a sweep of {own:?} queries counts as {sweep:?} CPUID exits, no sweep as {none:?}"
     );
 
     let status = linux.run(
@@ -307,17 +303,17 @@ fn in_guest() -> Result<()> {
     linux.stop()
 }
 
-/// The tool as a file for a guest.
-pub(super) fn file() -> Result<String> {
-    let path = output(Command::new("sh").args(["-c", "command -v exitmeter"]))?;
+/// Return the option value that copies the tool into a guest.
+pub(super) fn guest_file_option() -> Result<String> {
+    let path = run(Command::new("sh").args(["-c", "command -v exitmeter"]))?;
     Ok(format!("{}:/usr/bin/exitmeter", path.trim()))
 }
 
-/// How many exits of a reason a command caused.
-pub(super) fn mean(told: &Value, code: u32) -> Option<u64> {
-    let reasons = told["reasons"].as_array()?;
+/// Return the mean number of exits with `code` in the output of `stat`.
+pub(super) fn mean_exits(shown: &Value, code: u32) -> Option<u64> {
+    let reasons = shown["reasons"].as_array()?;
     let reason = reasons.iter().find(|reason| reason["code"] == code)?;
-    // Of one run, so it is a whole number.
+    // There is one run, so the mean is a whole number.
     Some(reason["exits"]["mean"].as_f64()? as u64)
 }
 
@@ -325,9 +321,9 @@ pub(super) fn json(text: &str) -> Result<Value> {
     serde_json::from_str(text).with_context(|| format!("the tool prints no JSON: {text}"))
 }
 
-/// A VM comes, runs and stays while it is recorded; the sums of what the recording says it did
-/// are what the device says at the end.
-fn record() -> Result<()> {
+/// Record a VM from before its creation, and check that the plotted exits sum to the device's numbers
+/// at the end.
+fn record_and_plot() -> Result<()> {
     const RECORDING: &str = "tool.rec";
     let command = HeldCommand::new("record")?;
     let mut recorder = Command::new("exitmeter")
@@ -354,7 +350,7 @@ fn record() -> Result<()> {
     let page = [
         "plot", RECORDING, "--output", "-", "--format", "html", "--vm", &name,
     ];
-    let page = tool(&page)?;
+    let page = run_tool(&page)?;
     let mut held = Exits::new();
     for vcpu in meter.own() {
         for (code, exits) in &vcpu.numbers.exits {
@@ -365,17 +361,17 @@ fn record() -> Result<()> {
         held.get(&host::pick(10, 0x72)?) >= Some(&10_000),
         "the VM has not exited as it should: {held:?}"
     );
-    let told: Exits = page.lines().filter_map(row).collect();
+    let shown: Exits = page.lines().filter_map(parse_row).collect();
     ensure!(
-        told == held,
-        "the recording tells {told:?} of the VM, and the device {held:?}"
+        shown == held,
+        "the recording has {shown:?} for the VM, and the device {held:?}"
     );
     Ok(())
 }
 
-/// A guest writes to one port that its VMM answers, once after a pause; the picture of what its exits
-/// were about names the port with its count, and the slow exits have that one first.
-fn details() -> Result<()> {
+/// Record a guest that writes to one port, where its VMM pauses once. Check that the plot of details
+/// names the port with its count first, and that the slow exits include the paused one.
+fn record_why() -> Result<()> {
     const RECORDING: &str = "why.rec";
     const OUTS: u32 = 2000;
     const PAUSE: Duration = Duration::from_millis(400);
@@ -403,22 +399,25 @@ fn details() -> Result<()> {
     );
     ensure!(!has_tables()?, "details are on after it has recorded");
 
-    let page = tool(&["plot", RECORDING, "--output", "-", "--format", "html"])?;
+    let page = run_tool(&["plot", RECORDING, "--output", "-", "--format", "html"])?;
     let name = reasons::name(host::isa()?, host::pick(30, 0x7b)?).context("the reason's name")?;
     let row = format!("<tr><td>{name}</td><td>OUT 0x3f0 ");
     let row = page.lines().find(|line| line.starts_with(&row));
     let row = row.with_context(|| format!("no row of port 0x3f0:\n{page}"))?;
     ensure!(
         row.contains("<td>2,000</td>") && row.ends_with("<td>exact</td></tr>"),
-        "of 2000 OUTs the page has {row}"
+        "the page has {row} for 2000 OUTs"
     );
     let led = page.find("<h2>What exits were about").context("details")?;
     let first = page[led..]
         .lines()
         .find(|line| line.starts_with("<tr><td>"));
-    ensure!(first == Some(row), "what leads is {first:?}, not {row}");
+    ensure!(
+        first == Some(row),
+        "the first row is {first:?} instead of {row}"
+    );
     let slow = page.find("<h2>The slowest exits").context("slow exits")?;
-    // On a host that is emulated others may be as long.
+    // On an emulated host other exits may be as long.
     let mut exits = page[slow..].lines();
     ensure!(
         exits.any(|line| {
@@ -426,12 +425,12 @@ fn details() -> Result<()> {
             let [exit, took] = [1, 2].map(|skipped| cells.nth(skipped).unwrap_or_default());
             exit.starts_with(&format!("{name} OUT 0x3f0 "))
                 && line.ends_with("<td>KVM_EXIT_IO</td></tr>")
-                && seconds(took).is_some_and(|took| took >= PAUSE.as_secs_f64() * 0.99)
+                && parse_seconds(took).is_some_and(|took| took >= PAUSE.as_secs_f64() * 0.99)
         }),
         "no slow exit is the OUT on which the VMM slept:\n{}",
         &page[slow..]
     );
-    let svg = tool(&[
+    let svg = run_tool(&[
         "plot", RECORDING, "--output", "-", "--format", "svg", "--kind", "details",
     ])?;
     ensure!(
@@ -441,8 +440,8 @@ fn details() -> Result<()> {
     Ok(())
 }
 
-/// Seconds of a time as the page tells it.
-fn seconds(text: &str) -> Option<f64> {
+/// Parse a time on the page, in seconds.
+fn parse_seconds(text: &str) -> Option<f64> {
     let (number, unit) = text.split_once(' ')?;
     let unit = match unit {
         "s" => 1.0,
@@ -452,14 +451,14 @@ fn seconds(text: &str) -> Option<f64> {
     Some(number.parse::<f64>().ok()? * unit)
 }
 
-/// Return true if the device's snapshots have tables now.
+/// Return true if a snapshot of the device has tables.
 fn has_tables() -> Result<bool> {
     let bytes = fs::read("/dev/exitmeter").context("there is no snapshot")?;
     Ok(Snapshot::parse(&bytes)?.has_tables())
 }
 
-/// Code and exits of a row of the page's table.
-fn row(line: &str) -> Option<(u32, u64)> {
+/// Parse code and exits of a row of the page's table.
+fn parse_row(line: &str) -> Option<(u32, u64)> {
     let cells = line.strip_prefix("<tr><td>")?;
     let mut cells = cells.split("</td><td>");
     let code = cells.next()?.parse().ok()?;
@@ -467,7 +466,7 @@ fn row(line: &str) -> Option<(u32, u64)> {
     (exits != 0).then_some((code, exits))
 }
 
-/// Exits by reason, of what has them in the tool's JSON.
+/// Return the exits by code of a VM, vCPU or total in the tool's JSON.
 pub(super) fn exits(ledger: &Value) -> Result<Exits> {
     let rows = ledger["reasons"].as_array().context("there are reasons")?;
     let mut exits = Exits::new();
@@ -481,12 +480,12 @@ pub(super) fn exits(ledger: &Value) -> Result<Exits> {
     Ok(exits)
 }
 
-fn tool(arguments: &[&str]) -> Result<String> {
-    output(Command::new("exitmeter").args(arguments))
+fn run_tool(arguments: &[&str]) -> Result<String> {
+    run(Command::new("exitmeter").args(arguments))
 }
 
-/// What a command prints that must succeed.
-fn output(command: &mut Command) -> Result<String> {
+/// Run a command, and return its output. Fail unless it succeeds.
+fn run(command: &mut Command) -> Result<String> {
     let output = command
         .output()
         .with_context(|| format!("{command:?} cannot be run"))?;
@@ -498,9 +497,9 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Demand that as many CPUID exits came between each two sweeps, given as CPUID exits that a sweep
-/// tells, and its own.
-pub(super) fn alike_between(sweeps: &[(u64, u64)]) -> Result<()> {
+/// Check that the same number of CPUID exits came between each two sweeps. A sweep is given as the CPUID
+/// exits that it reports, and its own queries.
+pub(super) fn check_equal_between(sweeps: &[(u64, u64)]) -> Result<()> {
     let between: Vec<u64> = sweeps
         .windows(2)
         .map(|pair| pair[1].0 - pair[0].0 - pair[0].1)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter verify`: right where all is right, and wrong where something is; what it leaves behind.
+//! `exitmeter verify` passes where metering is right, fails where it is not, and leaves nothing behind.
 
 use std::{
     fs::{self, File},
@@ -34,8 +34,8 @@ const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
 const PARAMETERS: &str = "/sys/module/exitmeter/parameters";
 const DEVICE: &str = "/dev/exitmeter";
 const KVM: &str = "/dev/kvm";
-/// As little as shows what is to be shown.
-const FEW: [&str; 4] = ["--runs", "2", "--exits", "200"];
+/// Options for the least work that still shows the result.
+const LEAST_WORK: [&str; 4] = ["--runs", "2", "--exits", "200"];
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -47,47 +47,47 @@ pub(super) fn cases() -> Vec<Case> {
         .within(120),
         Case::with_module(
             "",
-            "verify: without root the histogram and details are left out, and the rest passes",
+            "verify: without root the checks of histogram and details are left out, and the rest pass",
             without_root,
         )
         .within(120),
         Case::with_module(
             "max_vcpus=1",
-            "verify: it fails where its guests are not metered",
-            unmetered,
+            "verify: fails where its guests are not metered",
+            fails_unmetered,
         )
         .within(120),
         Case::without_module(
-            "verify: without KVM, a module or the right to them it says what to do",
-            impossible,
+            "verify: without KVM, the module or the right to use them it names the remedy",
+            names_the_remedy,
         ),
         Case::without_module(
-            "verify: --reload tells what metering adds, and leaves the module as it was",
+            "verify: --reload shows what metering adds, and leaves the module as it was",
             reload,
         )
         .within(120),
         Case::without_module(
-            "verify: on a terminal, --reload asks, names whose VMs run, and takes no answer for a no",
-            asks,
+            "verify: on a terminal --reload names the running VMMs and asks, and an empty answer is no",
+            asks_before_reload,
         )
         .within(120),
         Case::without_module(
             "verify: a signal ends it, with the module loaded and nothing left behind",
-            signal,
+            ended_by_signal,
         )
         .within(120),
     ]
 }
 
-/// Return true on the host whose TSC counts its own work: Bochs's. With two CPUs QEMU's is the clock on
-/// the wall, of a machine that does other work as well.
-fn counts_its_work() -> bool {
+/// Return true if the TSC counts the emulated CPU's work, as Bochs's does. QEMU's TSC with two CPUs is
+/// the wall clock of a machine that does other work as well.
+fn tsc_counts_work() -> bool {
     host::isa().is_ok_and(|isa| isa == Isa::Vmx)
 }
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new("exitmeter");
-    command.arg("verify").args(arguments).args(FEW);
+    command.arg("verify").args(arguments).args(LEAST_WORK);
     command.stdin(Stdio::null());
     command
 }
@@ -97,8 +97,8 @@ fn verify(arguments: &[&str]) -> Result<Output> {
     output.context("the tool exitmeter cannot be run")
 }
 
-/// What a run found, which has to end with a status.
-fn found(output: &Output, status: i32) -> Result<Value> {
+/// Check the exit status of a run, and return its findings.
+fn check_status(output: &Output, status: i32) -> Result<Value> {
     let told = String::from_utf8_lossy(&output.stdout);
     ensure!(
         output.status.code() == Some(status),
@@ -109,8 +109,8 @@ fn found(output: &Output, status: i32) -> Result<Value> {
     serde_json::from_str(&told).with_context(|| format!("it prints no JSON: {told}"))
 }
 
-/// The names and texts of the checks that ended so.
-pub(super) fn ended(found: &Value, verdict: &str) -> Vec<String> {
+/// Return the names and texts of the checks with `verdict`.
+pub(super) fn with_verdict(found: &Value, verdict: &str) -> Vec<String> {
     let checks = found["checks"].as_array().into_iter().flatten();
     checks
         .filter(|check| check["verdict"] == verdict)
@@ -118,8 +118,8 @@ pub(super) fn ended(found: &Value, verdict: &str) -> Vec<String> {
         .collect()
 }
 
-/// Demand that no VM and no instance is left.
-fn nothing_is_left() -> Result<()> {
+/// Check that no VM and no tracing instance is left.
+fn check_nothing_left() -> Result<()> {
     let vcpus = Meter::read()?.vcpus.len();
     let instances = fs::read_dir(INSTANCES).context("no tracefs")?.count();
     ensure!(
@@ -131,21 +131,24 @@ fn nothing_is_left() -> Result<()> {
 
 fn passes() -> Result<()> {
     const REPORT: &str = "/tmp/verify.txt";
-    // A trigger of somebody else's stays as it is.
+    // A foreign trigger must stay as it is.
     let hist = Hist::begin()?;
     let armed = fs::read_to_string(TRIGGER)?;
-    // The instance of one that was killed goes.
+    // The instance of a killed run must be removed.
     fs::create_dir(format!("{INSTANCES}/exitmeter-verify-4194304"))?;
     let before = Meter::read()?.exits();
     let output = verify(&["--json", "--report", REPORT])?;
-    let found = found(&output, 0)?;
+    let found = check_status(&output, 0)?;
     ensure!(output.stderr.is_empty());
-    let (failed, not_made) = (ended(&found, "failed"), ended(&found, "not_made"));
+    let (failed, not_made) = (
+        with_verdict(&found, "failed"),
+        with_verdict(&found, "not_made"),
+    );
     ensure!(
         failed.is_empty() && not_made.is_empty(),
         "{failed:?} {not_made:?}"
     );
-    let passed = ended(&found, "passed");
+    let passed = with_verdict(&found, "passed");
     let of = |name: &str| passed.iter().filter(|check| check.contains(name)).count();
     let counts = passed
         .iter()
@@ -159,9 +162,9 @@ fn passes() -> Result<()> {
         ) == (21, 2, 1, 5),
         "{passed:#?}"
     );
-    nothing_is_left()?;
+    check_nothing_left()?;
     ensure!(fs::read_to_string(TRIGGER)?.lines().next() == armed.lines().next());
-    // All of its guests were seen by both.
+    // Meter and histogram saw all of its guests.
     compare(
         &exits_since(Meter::read()?.exits(), &before)?,
         &hist.read()?,
@@ -171,17 +174,17 @@ fn passes() -> Result<()> {
         .as_array()
         .context("what exits cost")?;
     ensure!(kinds.len() == 6, "{kinds:?}");
-    for kind in kinds.iter().filter(|_| counts_its_work()) {
+    for kind in kinds.iter().filter(|_| tsc_counts_work()) {
         let number = |name: &str| kind[name].as_f64().unwrap_or(0.0);
         let ticks = kind["ticks"]["median"].as_f64().unwrap_or(0.0);
         let parts = number("guest") + number("kernel") + number("user");
-        // The host's timer, and the start of the guests, are in one and not in the other.
+        // Only one of the two includes the host's timer and the start of the guests.
         ensure!(
             ticks > 100.0 && (parts - ticks).abs() < 0.2 * ticks,
             "an exit takes {ticks} ticks, and its phases {parts}: {kind}"
         );
-        // Of few runs: the host's own work at an exit to user space differs by more than details add, so the median of
-        // that one may be below 0 (verify tells its spread beside it).
+        // There are few runs, and the host's own work at an exit to user space varies by more than
+        // details add. So that median may be below 0; verify shows its spread beside it.
         let details = &kind["details_add"];
         let at_least = match kind["kind"].as_str() {
             Some("OUT to user space") => details["max"].as_f64(),
@@ -193,7 +196,7 @@ fn passes() -> Result<()> {
         .as_f64()
         .context("a world switch")?;
     ensure!(
-        switch > 0.0 || !counts_its_work(),
+        switch > 0.0 || !tsc_counts_work(),
         "a world switch of {switch} ticks"
     );
     let report = fs::read_to_string(REPORT)?;
@@ -217,37 +220,37 @@ fn without_root() -> Result<()> {
     for ((path, _), before) in modes.into_iter().zip(before) {
         fs::set_permissions(path, before?)?;
     }
-    let found = found(&output?, 0)?;
-    let not_made = ended(&found, "not_made");
+    let found = check_status(&output?, 0)?;
+    let not_made = with_verdict(&found, "not_made");
     ensure!(
         not_made.len() == 2
             && not_made[0].contains("tracefs")
             && not_made[1].contains("CAP_PERFMON"),
         "{not_made:?}"
     );
-    let passed = ended(&found, "passed").len();
+    let passed = with_verdict(&found, "passed").len();
     ensure!(passed == 24, "{passed} checks passed");
     Ok(())
 }
 
-fn unmetered() -> Result<()> {
+fn fails_unmetered() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
-    let found = found(&verify(&["--json"])?, 1)?;
-    let failed = ended(&found, "failed");
+    let found = check_status(&verify(&["--json"])?, 1)?;
+    let failed = with_verdict(&found, "failed");
     ensure!(
         failed.len() >= 21 && failed.iter().any(|check| check.contains("max_vcpus")),
         "{failed:?}"
     );
     ensure!(found["passed"] == false);
-    // With room for a guest the same module is right.
+    // With room for its guests, verify passes with the same module.
     drop(machine);
-    self::found(&verify(&["--json"])?, 0)?;
+    check_status(&verify(&["--json"])?, 0)?;
     Ok(())
 }
 
-/// Demand that nothing is verified, with one sentence that has these words.
-fn refused(output: &Output, words: &str) -> Result<()> {
+/// Check that verify ran no checks and printed one sentence that holds `words`.
+fn check_refused(output: &Output, words: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(2) && output.stdout.is_empty(),
@@ -263,32 +266,32 @@ fn refused(output: &Output, words: &str) -> Result<()> {
     Ok(())
 }
 
-fn impossible() -> Result<()> {
-    // Unless it is to be the module, BPF stands in: see the cases of `bpf`.
-    refused(&verify(&["--source", "module"])?, "load the module")?;
+fn names_the_remedy() -> Result<()> {
+    // Without `--source module`, verify would use BPF: see the cases `bpf:`.
+    check_refused(&verify(&["--source", "module"])?, "load the module")?;
     let _loaded = module::Loaded::with("")?;
     let away = "/dev/kvm.away";
     fs::rename(KVM, away)?;
     let output = verify(&[]);
     fs::rename(away, KVM)?;
-    refused(&output?, "load KVM first")?;
+    check_refused(&output?, "load KVM first")?;
     let before = fs::metadata(KVM)?.permissions();
     fs::set_permissions(KVM, fs::Permissions::from_mode(0o600))?;
     let output = command(&[]).uid(65534).gid(65534).output();
     fs::set_permissions(KVM, before)?;
-    refused(&output?, "no right to open /dev/kvm")?;
-    refused(&verify(&["--cpu", "4000"])?, "--cpu")?;
-    // Nobody is there to be asked.
+    check_refused(&output?, "no right to open /dev/kvm")?;
+    check_refused(&verify(&["--cpu", "4000"])?, "--cpu")?;
+    // There is no terminal to ask on.
     let output = verify(&["--reload", "--module", module::FILE])?;
-    refused(&output, "--yes")?;
-    // Another file than the one that is loaded.
+    check_refused(&output, "--yes")?;
+    // The file differs from the loaded module.
     let output = verify(&["--reload", "--yes", "--module", "/proc/self/exe"])?;
-    refused(&output, "build ids differ")?;
+    check_refused(&output, "build ids differ")?;
     ensure!(module::is_loaded("exitmeter")?);
     Ok(())
 }
 
-/// What the loaded module was given.
+/// Read the parameters of the loaded module.
 fn parameters() -> Result<Vec<(String, String)>> {
     let mut parameters = Vec::new();
     for entry in fs::read_dir(PARAMETERS).context("the module does not tell its parameters")? {
@@ -300,27 +303,27 @@ fn parameters() -> Result<Vec<(String, String)>> {
     Ok(parameters)
 }
 
-const GIVEN: &str = "leaf_map=2022 max_vcpus=77 log_queries=0 copy_tries=3";
+const GIVEN_PARAMETERS: &str = "leaf_map=2022 max_vcpus=77 log_queries=0 copy_tries=3";
 
 fn reload() -> Result<()> {
-    let loaded = module::Loaded::with(GIVEN)?;
+    let loaded = module::Loaded::with(GIVEN_PARAMETERS)?;
     let before = parameters()?;
-    for word in GIVEN.split(' ') {
+    for word in GIVEN_PARAMETERS.split(' ') {
         let (name, value) = word.split_once('=').context("a parameter")?;
         ensure!(
             before.contains(&(name.to_owned(), value.to_owned())),
-            "{word} is told as {before:?}"
+            "the module given {word} has the parameters {before:?}"
         );
     }
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
     let life = Meter::read()?.life;
     let arguments = ["--json", "--reload", "--yes", "--module", module::FILE];
 
-    // Who has the device open keeps the module, and a check fails by it.
+    // While the device is open the module cannot be unloaded, so a check fails.
     let file = File::open(DEVICE)?;
-    let kept = found(&verify(&arguments)?, 1)?;
+    let kept = check_status(&verify(&arguments)?, 1)?;
     drop(file);
-    let failed = ended(&kept, "failed");
+    let failed = with_verdict(&kept, "failed");
     ensure!(
         failed.len() == 1 && failed[0].contains("open"),
         "{failed:?}"
@@ -330,7 +333,7 @@ fn reload() -> Result<()> {
         "the module has gone though it was in use"
     );
 
-    let found = found(&verify(&arguments)?, 0)?;
+    let found = check_status(&verify(&arguments)?, 0)?;
     ensure!(Meter::read()?.life != life, "the module has not gone");
     ensure!(
         parameters()? == before,
@@ -347,19 +350,19 @@ fn reload() -> Result<()> {
         let adds = adds.context("what metering adds")?;
         let ticks = kind["ticks"]["median"].as_f64().unwrap_or(0.0);
         ensure!(
-            !counts_its_work() || adds > 10.0 && adds < ticks / 2.0,
+            !tsc_counts_work() || adds > 10.0 && adds < ticks / 2.0,
             "metering adds {adds} ticks to {ticks}: {kind}"
         );
         println!("metering adds {adds:.0} ticks to {}", kind["kind"]);
     }
-    nothing_is_left()?;
+    check_nothing_left()?;
     loaded.unload()
 }
 
-/// Run `verify --reload` on a terminal where somebody types `answer`.
-fn answered(answer: &str) -> Result<Output> {
+/// Run `verify --reload` on a terminal, and type `answer`.
+fn answer_reload(answer: &str) -> Result<Output> {
     let (mut terminal, mut end) = (0, 0);
-    // SAFETY: Both are places for a number; the name, modes and size may be left out.
+    // SAFETY: Both pointers are valid for writes; the name, modes and size may be null.
     let opened = unsafe {
         libc::openpty(
             &mut terminal,
@@ -370,7 +373,7 @@ fn answered(answer: &str) -> Result<Output> {
         )
     };
     ensure!(opened == 0, "no terminal: {}", io::Error::last_os_error());
-    // SAFETY: openpty() has opened both, and nobody else has them.
+    // SAFETY: openpty() has opened both descriptors, and nothing else owns them.
     let (mut terminal, end) = unsafe { (File::from_raw_fd(terminal), File::from_raw_fd(end)) };
     terminal.write_all(answer.as_bytes())?;
     let mut command = command(&["--json", "--reload", "--module", module::FILE]);
@@ -378,24 +381,24 @@ fn answered(answer: &str) -> Result<Output> {
     output.context("the tool exitmeter cannot be run")
 }
 
-fn asks() -> Result<()> {
-    let loaded = module::Loaded::with(GIVEN)?;
+fn asks_before_reload() -> Result<()> {
+    let loaded = module::Loaded::with(GIVEN_PARAMETERS)?;
     let life = Meter::read()?.life;
     let machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     for answer in ["\n", "n\n", "yesterday\n", "\x04"] {
-        let mut output = answered(answer)?;
-        // The line feed that somebody types is on the terminal alone.
+        let mut output = answer_reload(answer)?;
+        // The typed line feed ends the question's line only on the terminal.
         let question = output.stderr.windows(6).position(|it| it == b"[y/N] ");
         output
             .stderr
             .drain(..question.context("there is no question")? + 6);
-        refused(&output, "nothing was done")?;
+        check_refused(&output, "nothing was done")?;
         ensure!(
             Meter::read()?.life == life,
             "the module has gone after {answer:?}"
         );
     }
-    let output = answered("y\n")?;
+    let output = answer_reload("y\n")?;
     let asked = String::from_utf8_lossy(&output.stderr).into_owned();
     let (me, name) = (
         std::process::id(),
@@ -405,15 +408,15 @@ fn asks() -> Result<()> {
         asked.contains("Go on? [y/N]") && asked.contains(&format!("{name} ({me})")),
         "it asks: {asked}"
     );
-    found(&output, 0)?;
+    check_status(&output, 0)?;
     ensure!(Meter::read()?.life != life, "the module has not gone");
     drop(machine);
-    nothing_is_left()?;
+    check_nothing_left()?;
     loaded.unload()
 }
 
-/// Wait until something is so.
-fn until(what: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
+/// Wait until `is_so` returns true; `what` names the event in the error.
+fn wait_until(what: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(40);
     while !is_so()? {
         ensure!(Instant::now() < deadline, "{what} does not come");
@@ -422,8 +425,8 @@ fn until(what: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
     Ok(())
 }
 
-/// Send a signal, and demand that the tool ends by it.
-fn end(mut child: Child, signal: i32) -> Result<()> {
+/// Send a signal to the tool, and check that it ends with the signal's status.
+fn end_by_signal(mut child: Child, signal: i32) -> Result<()> {
     let pid = i32::try_from(child.id())?;
     // SAFETY: A signal to a child that has not been waited for.
     ensure!(unsafe { libc::kill(pid, signal) } == 0);
@@ -435,8 +438,8 @@ fn end(mut child: Child, signal: i32) -> Result<()> {
     Ok(())
 }
 
-fn signal() -> Result<()> {
-    let loaded = module::Loaded::with(GIVEN)?;
+fn ended_by_signal() -> Result<()> {
+    let loaded = module::Loaded::with(GIVEN_PARAMETERS)?;
     let before = parameters()?;
     drop(Hist::begin()?);
     let start = |arguments: &[&str]| -> Result<Child> {
@@ -444,33 +447,33 @@ fn signal() -> Result<()> {
         command.arg("verify").args(arguments).stdout(Stdio::null());
         command.spawn().context("the tool exitmeter cannot be run")
     };
-    // While it counts.
+    // A signal while it counts.
     let child = start(&[])?;
-    until("an instance", || {
+    wait_until("an instance", || {
         Ok(fs::read_dir(INSTANCES)?.next().is_some())
     })?;
-    end(child, libc::SIGINT)?;
-    nothing_is_left()?;
-    // While the module is away, and while a guest runs.
+    end_by_signal(child, libc::SIGINT)?;
+    check_nothing_left()?;
+    // A signal while the module is unloaded and a guest runs.
     let arguments = ["--reload", "--yes", "--module", module::FILE];
     let child = start(&arguments)?;
-    until("the module's end", || Ok(!Path::new(DEVICE).exists()))?;
-    end(child, libc::SIGTERM)?;
+    wait_until("the module's end", || Ok(!Path::new(DEVICE).exists()))?;
+    end_by_signal(child, libc::SIGTERM)?;
     ensure!(module::is_loaded("exitmeter")?, "the module is gone");
     ensure!(
         parameters()? == before,
         "{:?} in place of {before:?}",
         parameters()?
     );
-    nothing_is_left()?;
-    // One that is ignored, as after nohup(1), does not end it.
+    check_nothing_left()?;
+    // An ignored signal, as under nohup(1), does not end it.
     let mut child = Command::new("sh")
         .args([
             "-c",
             "trap '' HUP; exec exitmeter verify --runs 1 --exits 100 >/dev/null",
         ])
         .spawn()?;
-    until("an instance", || {
+    wait_until("an instance", || {
         Ok(fs::read_dir(INSTANCES)?.next().is_some())
     })?;
     // SAFETY: As above.

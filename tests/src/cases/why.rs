@@ -17,7 +17,7 @@ use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::{
-    details::{tables, DEVICE},
+    details::{details_state, DEVICE},
     slow,
     tool::json,
     Case,
@@ -70,7 +70,7 @@ impl Tool {
     fn start(arguments: &[&str]) -> Result<Self> {
         let tool = Self::spawn(arguments)?;
         let deadline = Instant::now() + Duration::from_secs(20);
-        while !tables()?.1 {
+        while !details_state()?.1 {
             ensure!(Instant::now() < deadline, "the tool turns no details on");
             thread::sleep(Duration::from_millis(20));
         }
@@ -139,7 +139,7 @@ impl Drop for Tool {
 
 /// Check that details are off: no vCPU has tables, and the module's code is the same as `code`.
 fn check_details_off(code: &ModuleCode) -> Result<()> {
-    ensure!(tables()? == (0, false), "details are on");
+    ensure!(details_state()? == (0, false), "details are on");
     ensure!(
         code.is_unchanged()?,
         "the module's code differs from that before details were on"
@@ -179,7 +179,7 @@ fn two_at_once() -> Result<()> {
     let (status, told) = json_tool.end()?;
     let due = Some(held_command::STATUS);
     ensure!(status.code() == due, "the first ends with {status}");
-    ensure!(tables()?.1, "the first that ends turns details off");
+    ensure!(details_state()?.1, "the first that ends turns details off");
     other.end()?;
     let (status, text) = text_tool.end()?;
     ensure!(status.code() == due, "the second ends with {status}");
@@ -353,7 +353,7 @@ fn unloaded_under_a_guest() -> Result<()> {
         while !guest.is_finished() && unloads < 3 {
             let loaded = module::Loaded::with("details=1")?;
             let deadline = Instant::now() + Duration::from_secs(20);
-            while tables()? != (1, true) && !guest.is_finished() {
+            while details_state()? != (1, true) && !guest.is_finished() {
                 ensure!(Instant::now() < deadline, "the guest gets no tables");
             }
             let ran = !guest.is_finished();

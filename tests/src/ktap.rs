@@ -173,7 +173,7 @@ KTAP version 1
 ok 1 exits: CPUID in real mode
 # of 1000 ticks: guest 99.0%
 # 1.2 s
-not ok 2 phases: a guest that computes is in the guest
+not ok 2 phases: a computing guest is in phase guest
 ok 3 log: no oops
 ";
 
@@ -208,7 +208,7 @@ ok 3 log: no oops
         assert_eq!(verdict.passed, 2);
         assert_eq!(
             verdict.failures,
-            ["intel: phases: a guest that computes is in the guest: of 1000 ticks: guest 99.0%; 1.2 s"]
+            ["intel: phases: a computing guest is in phase guest: of 1000 ticks: guest 99.0%; 1.2 s"]
         );
         let verdict = read(&SAVED.replace("not ok", "ok"), Some(0));
         assert_eq!((verdict.passed, verdict.failures.len()), (3, 0));

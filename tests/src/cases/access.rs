@@ -46,12 +46,13 @@ fn by_level() -> Result<()> {
     for (parameters, total) in [("leaf_cpl=0", MAP_2021.total_exits), ("leaf_cpl=3", 0)] {
         let mut log = Log::from_now()?;
         let loaded = module::Loaded::with(parameters)?;
-        let said = log.module_lines()?;
+        let lines = log.module_lines()?;
         ensure!(
-            said.iter()
+            lines
+                .iter()
                 .any(|line| line.ends_with("2021, to CPL 0 alone"))
                 == (total != 0),
-            "with {parameters} the module says {said:?}"
+            "with {parameters} the module says {lines:?}"
         );
         // The queries ask for CPUID exits, so each answer counts the queries before it.
         for mode in [Mode::Real, Mode::Long] {

@@ -269,7 +269,7 @@ fn clock_exits(isa: Isa, numbers: &Numbers) -> u64 {
         .sum()
 }
 
-/// Check the two leaves of totals_match_the_host, and the two that identify the meter.
+/// Check the two leaves of totals, and the two that identify the meter.
 fn totals_match_the_host() -> Result<()> {
     const QUERIES: u64 = 16;
     let isa = host::isa()?;
@@ -548,8 +548,8 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
             "reason {reason:#x}: the guest reads {exits:x?} for exits and {cycles:x?} for cycles"
         );
     }
-    let said = answers.last().context("it asked")?.rdx;
-    ensure!(said == number, "the guest reads leaf map {said}");
+    let map_year = answers.last().context("it asked")?.rdx;
+    ensure!(map_year == number, "the guest reads leaf map {map_year}");
     // The leaf of exits also gives the right value: one exit for each earlier query.
     let cpuid = host::pick(10_u32, 0x72)?;
     if let Some(place) = reasons.iter().position(|reason| *reason == cpuid) {

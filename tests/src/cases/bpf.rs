@@ -143,13 +143,13 @@ fn run_tool(arguments: &[&str]) -> Result<Vec<u8>> {
 
 /// Check that the tool failed with one sentence that holds `words`.
 fn check_refused(output: &Output, words: &str) -> Result<()> {
-    let said = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(1)
-            && said.lines().count() == 1
-            && said.starts_with("exitmeter: ")
-            && said.contains(words),
-        "it ended with {}, and says {said}",
+            && stderr.lines().count() == 1
+            && stderr.starts_with("exitmeter: ")
+            && stderr.contains(words),
+        "it ended with {}, and says {stderr}",
         output.status
     );
     Ok(())

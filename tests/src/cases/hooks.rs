@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! OtherHooks hooks on the same functions of KVM. In either order both work, or the second one is refused
+//! Other hooks on the same functions of KVM. In either order both work, or the second one is refused
 //! with a reason.
 
 use std::{fs, path::Path};

@@ -107,15 +107,15 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
     );
 
     let isa = host::isa()?;
-    let said: Vec<String> = printed
+    let expected: Vec<String> = printed
         .iter()
         .map(|printed| format!("{name}: {}", spoken(isa, printed)))
         .collect();
     let logged = log.module_lines()?;
     ensure!(
-        logged == said,
+        logged == expected,
         "the guest's answers and the log differ: {}",
-        difference(&said, &logged)
+        difference(&expected, &logged)
     );
 
     printed

@@ -436,11 +436,11 @@ fn past_max_vcpus() -> Result<()> {
         );
     }
     let lines = log.module_lines()?;
-    let said = lines
+    let count = lines
         .iter()
         .filter(|line| line.contains("a vCPU runs unmetered: max_vcpus=1 are metered already"))
         .count();
-    ensure!(said == 1, "the log says so {said} times: {lines:?}");
+    ensure!(count == 1, "the log has {count} such lines: {lines:?}");
     drop(machine);
     // The metered vCPU went first. KVM loaded the others once more to destroy them.
     Meter::check_counts(0, 3, 1)?;

@@ -115,7 +115,7 @@ pub(super) fn final_cases() -> Vec<Case> {
     let clean = Case::without_module("log: no oops, warning or stall since boot", clean_log);
     let leaks = Path::new(KMEMLEAK).exists().then(|| {
         Case::without_module(
-            "log: no memory has leaked, with the module unloaded",
+            "log: nothing has leaked, with the module unloaded",
             no_leaks,
         )
     });

@@ -57,12 +57,12 @@ fn version() -> Result<()> {
         .trim();
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
-    let told = fs::read_to_string("/sys/module/exitmeter/version")?;
+    let module_version = fs::read_to_string("/sys/module/exitmeter/version")?;
     let lines = log.module_lines()?;
     loaded.unload()?;
     ensure!(
-        told.trim() == version,
-        "the tool is {version}, and the module {told}"
+        module_version.trim() == version,
+        "the tool is {version}, and the module {module_version}"
     );
     ensure!(
         lines
@@ -74,10 +74,10 @@ fn version() -> Result<()> {
 }
 
 fn unsigned() -> Result<()> {
-    let (status, _, said) = tool(&["report", "--source", "module"])?;
+    let (status, _, stderr) = tool(&["report", "--source", "module"])?;
     ensure!(
-        status == Some(1) && said.contains("load the module on the host first"),
-        "without a module the tool says {said}"
+        status == Some(1) && stderr.contains("load the module on the host first"),
+        "without a module the tool says {stderr}"
     );
     fs::write(SIGNED_ALONE, "Y")?;
     let refused = module::try_load("")
@@ -87,12 +87,12 @@ fn unsigned() -> Result<()> {
         refused == Some(libc::EKEYREJECTED),
         "an unsigned module is refused with {refused:?}"
     );
-    let (status, _, said) = tool(&["report", "--source", "module"])?;
+    let (status, _, stderr) = tool(&["report", "--source", "module"])?;
     ensure!(
         status == Some(1)
-            && said.contains("Key was rejected by service")
-            && said.contains("docs/install.md"),
-        "the tool says {said}"
+            && stderr.contains("Key was rejected by service")
+            && stderr.contains("docs/install.md"),
+        "the tool says {stderr}"
     );
     Ok(())
 }

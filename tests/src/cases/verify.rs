@@ -99,14 +99,14 @@ fn verify(arguments: &[&str]) -> Result<Output> {
 
 /// Check the exit status of a run, and return its findings.
 fn check_status(output: &Output, status: i32) -> Result<Value> {
-    let told = String::from_utf8_lossy(&output.stdout);
+    let stdout = String::from_utf8_lossy(&output.stdout);
     ensure!(
         output.status.code() == Some(status),
-        "it ended with {}: {told}{}",
+        "it ended with {}: {stdout}{}",
         output.status,
         String::from_utf8_lossy(&output.stderr)
     );
-    serde_json::from_str(&told).with_context(|| format!("it prints no JSON: {told}"))
+    serde_json::from_str(&stdout).with_context(|| format!("it prints no JSON: {stdout}"))
 }
 
 /// Return the names and texts of the checks with `verdict`.
@@ -251,17 +251,17 @@ fn fails_unmetered() -> Result<()> {
 
 /// Check that verify ran no checks and printed one sentence that holds `words`.
 fn check_refused(output: &Output, words: &str) -> Result<()> {
-    let said = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(2) && output.stdout.is_empty(),
         "it ended with {}, and printed {}",
         output.status,
         String::from_utf8_lossy(&output.stdout)
     );
-    let last = said.lines().last().unwrap_or_default();
+    let last = stderr.lines().last().unwrap_or_default();
     ensure!(
         last.starts_with("exitmeter: ") && last.contains(words),
-        "it says {said}"
+        "it says {stderr}"
     );
     Ok(())
 }

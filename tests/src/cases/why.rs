@@ -148,14 +148,14 @@ fn check_details_off(code: &ModuleCode) -> Result<()> {
 }
 
 /// Return the rows of a reason from the output of `why --json` about the only VM.
-fn rows<'a>(told: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
-    let vms = told["vms"].as_array().context("VMs")?;
+fn rows<'a>(output: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>> {
+    let vms = output["vms"].as_array().context("VMs")?;
     ensure!(vms.len() == 1, "{} VMs", vms.len());
     let name = format!("kvm-{}", std::process::id());
     ensure!(vms[0]["name"] == *name, "the VM is {}", vms[0]["name"]);
     let mut groups = vms[0][table].as_array().context("groups")?.iter();
     let group = groups.find(|group| group["code"] == code);
-    let group = group.with_context(|| format!("nothing of reason {code} in {told}"))?;
+    let group = group.with_context(|| format!("nothing of reason {code} in {output}"))?;
     group["rows"].as_array().context("rows")
 }
 
@@ -176,7 +176,7 @@ fn two_at_once() -> Result<()> {
     })?;
     machine.run()?;
     one.end()?;
-    let (status, told) = json_tool.end()?;
+    let (status, output) = json_tool.end()?;
     let due = Some(held_command::STATUS);
     ensure!(status.code() == due, "the first ends with {status}");
     ensure!(details_state()?.1, "the first that ends turns details off");
@@ -186,9 +186,9 @@ fn two_at_once() -> Result<()> {
     check_details_off(&code)?;
     drop(machine);
 
-    let told = json(&told)?;
+    let output = json(&output)?;
     let reason = host::pick(30, 0x7b)?;
-    let outs = rows(&told, "details", reason)?.iter();
+    let outs = rows(&output, "details", reason)?.iter();
     let mut outs = outs.filter(|row| row["detail"]["port"] == 0x3f0);
     let row = outs.next().context("a row of the port")?;
     ensure!(
@@ -201,7 +201,7 @@ fn two_at_once() -> Result<()> {
     );
     ensure!(outs.next().is_none(), "two rows of one port");
     let words = row["words"].as_str().context("words")?;
-    let user = rows(&told, "user_exits", reason)?;
+    let user = rows(&output, "user_exits", reason)?;
     // This includes the OUTs that end the guest.
     ensure!(
         user.len() == 1 && user[0]["exit_reason"] == KVM_EXIT_IO && user[0]["exits"] == 5002,
@@ -234,16 +234,16 @@ fn interrupted() -> Result<()> {
     let reason = host::pick(32, 0x7c)?;
     let (mut intervals, mut exits) = (0, 0);
     for line in text.lines() {
-        let told = json(line)?;
+        let output = json(line)?;
         intervals += 1;
-        let is_empty = told["vms"].as_array().is_none_or(|vms| {
+        let is_empty = output["vms"].as_array().is_none_or(|vms| {
             vms.iter()
                 .all(|vm| vm["details"].as_array().is_none_or(Vec::is_empty))
         });
         if is_empty {
             continue;
         }
-        for row in rows(&told, "details", reason)? {
+        for row in rows(&output, "details", reason)? {
             ensure!(
                 row["detail"]["msr"] == 0x8b && row["detail"]["write"] == true,
                 "{row}"
@@ -288,8 +288,8 @@ fn without_perfmon() -> Result<()> {
             output.status,
             String::from_utf8_lossy(&output.stdout)
         );
-        let said = String::from_utf8(output.stderr)?;
-        ensure!(said == SENTENCE, "it says {said}");
+        let stderr = String::from_utf8(output.stderr)?;
+        ensure!(stderr == SENTENCE, "it says {stderr}");
     }
     ensure!(fs::metadata("/tmp/ran").is_err(), "the command was run");
     check_details_off(&code)
@@ -302,16 +302,16 @@ fn slow_with_command() -> Result<()> {
     let mut machine = Machine::new(slow::sleeper_config())?;
     machine.run()?;
     command.end()?;
-    let (status, told) = tool.end()?;
+    let (status, output) = tool.end()?;
     drop(machine);
     ensure!(
         status.code() == Some(held_command::STATUS),
         "it ends with {status}"
     );
     check_details_off(&code)?;
-    let told = json(&told)?;
-    let khz = told["host"]["tsc_khz"].as_u64().context("a frequency")?;
-    let slowest = told["vms"][0]["slowest"].as_array().context("exits")?;
+    let output = json(&output)?;
+    let khz = output["host"]["tsc_khz"].as_u64().context("a frequency")?;
+    let slowest = output["vms"][0]["slowest"].as_array().context("exits")?;
     let pauses = slowest
         .iter()
         .filter(|exit| slow::check_slow_exit(exit, khz).is_ok());

@@ -82,7 +82,7 @@ struct BtfInfo {
 /// The addresses in `attributes` must be of memory that the command may read or write.
 unsafe fn bpf<T>(command: c_long, attributes: &mut T) -> io::Result<RawFd> {
     let size = size_of::<T>();
-    // SAFETY: The attributes are as large as said; the rest is the caller's.
+    // SAFETY: The attributes have the stated size; the caller keeps the rest of the contract.
     match unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attributes), size) } {
         -1 => Err(io::Error::last_os_error()),
         value => Ok(value as RawFd),
@@ -124,7 +124,7 @@ fn open_btf(module: &str) -> Result<OwnedFd> {
             size: size_of::<BtfInfo>() as u32,
             info: ptr::from_mut(&mut info) as u64,
         };
-        // SAFETY: Both places are ours, and as large as said.
+        // SAFETY: Both buffers are local and have the stated sizes.
         unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut get) }?;
         if name.split(|byte| *byte == 0).next() == Some(module.as_bytes()) {
             return Ok(types);

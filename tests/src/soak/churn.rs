@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! VMs come and go by the thousand, in every way a VM can fail to come or be made to go; nothing
-//! is left of them but their numbers in the totals, and these are the kernel's own.
+//! Thousands of VMs come and go, in every way that a VM can fail to be created or be ended. Only their
+//! numbers in the totals remain, and match the kernel's own counts.
 
 use std::{
     env,
@@ -16,65 +16,65 @@ use anyhow::{ensure, Context as _, Result};
 use kvm_ioctls::Kvm;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{is_metered_whole, may_open_files, part_of, random::Random};
+use super::{check_fully_metered, raise_file_limit, random::Random, scaled};
 use crate::{
     cases::Case,
     host::{meter::Meter, module, span::Span},
 };
 
-/// How many VMs come and go in all.
+/// Total number of VMs.
 const VMS: u64 = 10_000;
-/// How many processes are killed with their VMs.
+/// Number of VMM processes that are killed.
 const KILLED: u64 = 500;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module("log_queries=0", "soak: VMs come and go", || {
-            come_and_go(part_of(VMS))
+            come_and_go(scaled(VMS))
         })
         .within(7200),
         Case::with_module(
             "log_queries=0",
-            "soak: vCPUs made and taken back for want of a file descriptor",
-            without_a_file,
+            "soak: KVM destroys vCPUs for want of a file descriptor",
+            no_file_descriptor,
         )
         .within(300),
         Case::with_module(
             "log_queries=0",
-            "soak: processes are killed at random moments of their VMs",
-            || killed(part_of(KILLED)),
+            "soak: VMM processes are killed at random moments",
+            || kill_vmms(scaled(KILLED)),
         )
         .within(3600),
         Case::with_module(
             "log_queries=0 max_vcpus=8",
-            "soak: past max_vcpus and back, again and again",
+            "soak: past max_vcpus and back, repeatedly",
             past_the_limit,
         )
         .within(600),
         Case::without_module(
-            "soak: more unmetered vCPUs than can be noted, each counted once and none metered later",
-            past_all_notes,
+            "soak: more unmetered vCPUs than can be noted are counted once and never metered",
+            more_than_can_be_noted,
         )
         .within(600),
         Case::with_module(
             "log_queries=0",
-            "soak: a VM whose maker has ended, in its child's hands",
-            inherited,
+            "soak: a VM outlives its creator in a child process",
+            outlives_creator,
         )
         .within(120),
     ]
 }
 
-/// What a process does that is to be killed: one VM after the other.
+/// Run one random VM after the other, until killed.
 pub fn worker(seed: u64) -> Result<()> {
     let mut random = Random::new(seed);
     loop {
-        let config = some_config(&mut random);
+        let config = random_config(&mut random);
         Machine::new(config)?.run()?;
     }
 }
 
-fn some_config(random: &mut Random) -> Config {
+fn random_config(random: &mut Random) -> Config {
     let programs = [
         Program::Cpuid,
         Program::OutUser,
@@ -95,23 +95,23 @@ fn some_config(random: &mut Random) -> Config {
     }
 }
 
-/// Demands that no vCPU is metered and none ran unmetered; how many are gone.
-fn nothing_is_left() -> Result<u64> {
+/// Check that no vCPU is metered and none ran unmetered. Return the number of departed vCPUs.
+fn check_nothing_left() -> Result<u64> {
     let meter = Meter::read()?;
     ensure!(
         meter.vcpus.is_empty(),
-        "{} ledgers are left of vCPUs that are gone",
+        "{} ledgers of departed vCPUs are left",
         meter.vcpus.len()
     );
     ensure!(meter.unmetered == 0, "{} ran unmetered", meter.unmetered);
     Ok(meter.gone)
 }
 
-/// Two threads make VMs and run them; every tenth VM is asked for vCPUs that it cannot have, and
-/// every seventh is never run.
+/// Create and run VMs in two threads. Ask every tenth VM for vCPUs that it cannot have, and never run
+/// every seventh.
 fn come_and_go(count: u64) -> Result<()> {
     let span = Span::begin()?;
-    let before = nothing_is_left()?;
+    let before = check_nothing_left()?;
     let started = Instant::now();
     let (mut refused, mut vcpus) = (0, 0);
     thread::scope(|scope| {
@@ -121,7 +121,7 @@ fn come_and_go(count: u64) -> Result<()> {
                     let mut random = Random::new(seed + 1);
                     let (mut refused, mut vcpus) = (0, 0);
                     for number in 0..count / 2 {
-                        let config = some_config(&mut random);
+                        let config = random_config(&mut random);
                         vcpus += u64::from(config.vcpus);
                         let mut machine = Machine::new(config)?;
                         if number % 10 == 0 {
@@ -142,12 +142,12 @@ fn come_and_go(count: u64) -> Result<()> {
         }
         anyhow::Ok(())
     })?;
-    let after = nothing_is_left()?;
+    let after = check_nothing_left()?;
     let exits: u64 = span.end()?.values().sum();
-    // A vCPU that came to nothing is destroyed before its first event, or is seen to go as well.
+    // A refused vCPU is destroyed before its first event, or departs like any other.
     ensure!(
         (vcpus..=vcpus + refused).contains(&(after - before)),
-        "{vcpus} vCPUs came and {refused} came to nothing, and {} went",
+        "{vcpus} vCPUs were created and {refused} refused, and {} departed",
         after - before
     );
     println!(
@@ -157,11 +157,11 @@ fn come_and_go(count: u64) -> Result<()> {
     Ok(())
 }
 
-/// A vCPU that KVM has made already, and takes back.
-fn without_a_file() -> Result<()> {
+/// Let KVM create vCPUs and destroy them at once because there is no file descriptor.
+fn no_file_descriptor() -> Result<()> {
     const TIMES: u32 = 1000;
     let span = Span::begin()?;
-    let before = nothing_is_left()?;
+    let before = check_nothing_left()?;
     let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 50))?;
     for _ in 0..TIMES {
         machine.ask_for_vcpu_without_a_file()?;
@@ -174,19 +174,19 @@ fn without_a_file() -> Result<()> {
         meter.vcpus.len()
     );
     drop(machine);
-    let gone = nothing_is_left()? - before;
+    let gone = check_nothing_left()? - before;
     span.end()?;
-    println!("{TIMES} vCPUs taken back at once, {gone} vCPUs gone");
+    println!("{TIMES} vCPUs destroyed at once, {gone} vCPUs departed");
     Ok(())
 }
 
-/// Processes with VMs, each of which is killed when it has run for up to 120 ms.
-fn killed(count: u64) -> Result<()> {
+/// Start processes with VMs, and kill each after up to 120 ms.
+fn kill_vmms(count: u64) -> Result<()> {
     let span = Span::begin()?;
-    nothing_is_left()?;
+    check_nothing_left()?;
     let mut random = Random::new(7);
     for seed in 0..count {
-        let mut child = child(&["--worker", &seed.to_string()])?;
+        let mut child = start_self(&["--worker", &seed.to_string()])?;
         thread::sleep(Duration::from_micros(random.below(120_000)));
         ensure!(
             child.try_wait()?.is_none(),
@@ -195,17 +195,17 @@ fn killed(count: u64) -> Result<()> {
         child.kill()?;
         child.wait()?;
     }
-    // The last of a VM may be put off to a worker of the kernel.
+    // The kernel may defer the end of a VM to a worker thread.
     thread::sleep(Duration::from_secs(1));
-    let gone = nothing_is_left()?;
+    let gone = check_nothing_left()?;
     let exits: u64 = span.end()?.values().sum();
     ensure!(exits > count, "{exits} exits are too few");
-    println!("{count} processes killed, {gone} vCPUs gone; {exits} exits, all in the totals");
+    println!("{count} processes killed, {gone} vCPUs departed; {exits} exits, all in the totals");
     Ok(())
 }
 
-/// This program as a process of its own.
-fn child(arguments: &[&str]) -> Result<Child> {
+/// Start this program as a new process.
+fn start_self(arguments: &[&str]) -> Result<Child> {
     Command::new(env::current_exe()?)
         .args(arguments)
         .stdin(Stdio::null())
@@ -215,9 +215,9 @@ fn child(arguments: &[&str]) -> Result<Child> {
         .context("a process cannot be started")
 }
 
-/// VMs of 15 vCPUs where 8 may be metered.
+/// Run VMs of 15 vCPUs where 8 may be metered.
 fn past_the_limit() -> Result<()> {
-    let rounds = part_of(200);
+    let rounds = scaled(200);
     for round in 1..=rounds {
         let many = Config {
             vcpus: 15,
@@ -233,50 +233,52 @@ fn past_the_limit() -> Result<()> {
             meter.unmetered
         );
         drop(machine);
-        // There is room again, and who finds it is metered whole.
-        is_metered_whole()?;
+        // There is room again, and the next vCPU is metered from its first exit.
+        check_fully_metered()?;
     }
-    println!("{rounds} times 15 vCPUs where 8 may be metered");
-    // The count of those unmetered does not fall: the next case is to find a new module.
+    println!("{rounds} rounds of 15 vCPUs where 8 may be metered");
+    // The count of unmetered vCPUs does not fall, so the next case needs a new load.
     module::unload()
 }
 
-/// Where one may be metered, more others than the meter keeps a note of.
+/// Create more unmetered vCPUs than the meter can note, where one may be metered.
 ///
-/// They never enter a guest, which would take more memory than a host has: reading the registers
-/// of a vCPU loads it as well.
-fn past_all_notes() -> Result<()> {
+/// The vCPUs never enter a guest because that would take more memory than the host has. Reading a
+/// vCPU's registers loads it as well.
+fn more_than_can_be_noted() -> Result<()> {
     const NOTES: u64 = 4096;
     const VMS: u64 = 9;
     const EACH: u64 = 500;
     const VCPUS: u64 = VMS * EACH;
     const { assert!(VCPUS > NOTES + 100) };
-    may_open_files(VCPUS + 100)?;
+    raise_file_limit(VCPUS + 100)?;
     let loaded = module::Loaded::with("log_queries=0 max_vcpus=1")?;
     let kvm = Kvm::new()?;
-    let vm_of = |count| {
+    let vm_with_vcpus = |count| {
         let vm = kvm.create_vm()?;
         let vcpus: Result<Vec<_>, _> = (0..count).map(|id| vm.create_vcpu(id)).collect();
         anyhow::Ok((vm, vcpus?))
     };
-    let first = vm_of(1)?;
-    let others = (0..VMS).map(|_| vm_of(EACH)).collect::<Result<Vec<_>>>()?;
+    let first = vm_with_vcpus(1)?;
+    let others = (0..VMS)
+        .map(|_| vm_with_vcpus(EACH))
+        .collect::<Result<Vec<_>>>()?;
     Meter::check_counts(1, VCPUS, 0)?;
 
-    // There is room again, for none of these.
+    // There is room again, but not for these vCPUs.
     drop(first);
     for vcpu in others.iter().flat_map(|(_, vcpus)| vcpus) {
         vcpu.get_regs()?;
     }
     Meter::check_counts(0, VCPUS, 1)?;
-    is_metered_whole()?;
+    check_fully_metered()?;
     Meter::check_counts(0, VCPUS, 2)?;
 
-    // They go, and are loaded once more as they do; then all is as it was at first.
+    // KVM loads each vCPU once more to destroy it. After that, new vCPUs are metered again.
     drop(others);
     Meter::check_counts(0, VCPUS, 2)?;
-    is_metered_whole()?;
-    let again = vm_of(4)?;
+    check_fully_metered()?;
+    let again = vm_with_vcpus(4)?;
     Meter::check_counts(1, VCPUS + 3, 3)?;
     drop(again);
     Meter::check_counts(0, VCPUS + 3, 4)?;
@@ -286,46 +288,51 @@ fn past_all_notes() -> Result<()> {
     loaded.unload()
 }
 
-/// A VM is the file's, not the process's that made it: it goes when the last one who holds it does.
-fn inherited() -> Result<()> {
+/// Check that a VM lives as long as a process holds its file, not as long as its creator.
+fn outlives_creator() -> Result<()> {
     let span = Span::begin()?;
-    nothing_is_left()?;
-    let mut maker = child(&["--bequeath"])?;
-    let mut said = String::new();
-    let mut output = maker.stdout.take().context("its output was asked for")?;
-    // The heir holds the pipe until it ends, so this waits for both.
-    output.read_to_string(&mut said)?;
-    ensure!(maker.wait()?.success(), "the maker of the VM failed");
+    check_nothing_left()?;
+    let mut creator = start_self(&["--bequeath"])?;
+    let mut printed = String::new();
+    let mut output = creator.stdout.take().context("its output was asked for")?;
+    // The heir also holds the pipe, so this waits until both have ended.
+    output.read_to_string(&mut printed)?;
+    ensure!(creator.wait()?.success(), "the creator of the VM failed");
     ensure!(
-        said.trim() == "the heir holds 1 vCPU",
-        "the heir of a VM said '{said}'"
+        printed.trim() == "the heir holds 1 vCPU",
+        "the heir of a VM printed '{printed}'"
     );
     thread::sleep(Duration::from_millis(500));
-    nothing_is_left()?;
+    check_nothing_left()?;
     let exits: u64 = span.end()?.values().sum();
-    println!("{exits} exits of a VM whose maker ended before it, all in the totals");
+    println!("{exits} exits of a VM whose creator ended before it, all in the totals");
     Ok(())
 }
 
-/// Makes a VM, runs it, and ends, leaving it to a child that looks whether it is still metered.
+/// Create and run a VM, then end and leave the VM to a child. The child prints how many of its vCPUs are
+/// still metered.
 pub fn bequeath() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 50))?;
     machine.run()?;
-    let maker = std::process::id();
-    // SAFETY: The threads of `run` have ended, so this process has one thread alone.
+    let creator = std::process::id();
+    // SAFETY: The threads of `run` have ended, so this process has only one thread.
     match unsafe { libc::fork() } {
         -1 => Err(std::io::Error::last_os_error()).context("fork"),
         0 => {
-            while std::os::unix::process::parent_id() == maker {
+            while std::os::unix::process::parent_id() == creator {
                 thread::sleep(Duration::from_millis(10));
             }
             let meter = Meter::read()?;
-            let held = meter.vcpus.iter().filter(|vcpu| vcpu.pid == maker).count();
+            let held = meter
+                .vcpus
+                .iter()
+                .filter(|vcpu| vcpu.pid == creator)
+                .count();
             println!("the heir holds {held} vCPU");
             Ok(())
         }
         _ => {
-            // Gone without giving the VM up: that is the heir's now.
+            // End without closing the VM, which now belongs to the heir.
             std::mem::forget(machine);
             Ok(())
         }

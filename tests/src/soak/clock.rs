@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! CPUs that go and come back under load, and what is said of the clock.
+//! CPU hotplug under load, the state of the TSC, and a suspend of the host.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{phase::Phase, reader::Snapshot};
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{keep_running, part_of, snapshots::not_behind};
+use super::{run_until, scaled, snapshots::check_none_fell};
 use crate::{
     cases::Case,
     host::{
@@ -31,11 +31,11 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "log_queries=0",
-            "soak: a CPU goes offline and comes back under load, again and again",
+            "soak: a CPU repeatedly goes offline and online under load",
             hotplug,
         )
         .within(1200)
-        .skip_if(one_cpu),
+        .skip_if(no_second_cpu),
         Case::with_module(
             "log_queries=0",
             "soak: the snapshot says whether the kernel trusts the TSC",
@@ -43,19 +43,19 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::with_module(
             "log_queries=0",
-            "soak: VMs live through a sleep of the host",
-            sleep_through,
+            "soak: VMs survive a suspend of the host",
+            survive_suspend,
         )
         .within(600),
     ]
 }
 
-fn one_cpu() -> Result<Option<&'static str>> {
+fn no_second_cpu() -> Result<Option<&'static str>> {
     Ok((!Path::new(ONLINE).exists()).then_some("this host has one CPU"))
 }
 
 fn hotplug() -> Result<()> {
-    let times = part_of(100);
+    let times = scaled(100);
     let span = Span::begin()?;
     let done = AtomicBool::new(false);
     let started = Instant::now();
@@ -64,7 +64,7 @@ fn hotplug() -> Result<()> {
             vcpus: 3,
             ..Config::new(Program::OutUser, Mode::Long, 500)
         };
-        let guest = scope.spawn(|| keep_running(&done, config));
+        let guest = scope.spawn(|| run_until(&done, config));
         let result = (|| {
             let mut before = Meter::read()?;
             for time in 0..2 * times {
@@ -75,7 +75,7 @@ fn hotplug() -> Result<()> {
                 let meter = Meter::read()?;
                 for (before, after) in before.own().iter().zip(meter.own()) {
                     if (before.vm, before.id) == (after.vm, after.id) {
-                        not_behind(before, after)?;
+                        check_none_fell(before, after)?;
                     }
                 }
                 before = meter;
@@ -96,30 +96,31 @@ fn hotplug() -> Result<()> {
     Ok(())
 }
 
-/// The module meters on a host whose TSC the kernel has given up as well, and says so: counts
-/// stay exact, and ticks are those of a clock that may differ from CPU to CPU.
+/// Check that the snapshot and the log say whether the kernel has marked the TSC unstable. The module
+/// meters on such a host, too: counts are exact, but ticks come from a clock that may differ between
+/// CPUs.
 fn trusted_tsc() -> Result<()> {
     let bytes = fs::read("/dev/exitmeter")?;
-    let said = Snapshot::parse(&bytes)?.tsc_is_stable();
+    let is_stable = Snapshot::parse(&bytes)?.tsc_is_stable();
     let lines = Log::from_boot()?.lines()?;
     let unstable = lines
         .iter()
         .any(|line| line.contains("Marking TSC unstable"));
     ensure!(
-        said != unstable,
-        "the snapshot says that the TSC is stable: {said}; the kernel gave it up: {unstable}"
+        is_stable != unstable,
+        "TSC stable in the snapshot: {is_stable}; marked unstable by the kernel: {unstable}"
     );
     let warned = lines
         .iter()
         .any(|line| line.starts_with("exitmeter: the TSC is marked unstable"));
     ensure!(warned == unstable, "the module warned: {warned}");
-    println!("the kernel trusts the TSC: {said}");
+    println!("the kernel trusts the TSC: {is_stable}");
     Ok(())
 }
 
-/// What the snapshot says of its clock: when the module was loaded, now, ticks in a second, and the
-/// meter's life.
-fn clock() -> Result<(u64, u64, u64, u64)> {
+/// Return the clock of a snapshot: the TSC when the module was loaded, the TSC now, ticks in a second,
+/// and the number of the meter's life.
+fn snapshot_clock() -> Result<(u64, u64, u64, u64)> {
     let bytes = fs::read("/dev/exitmeter")?;
     let snapshot = Snapshot::parse(&bytes)?;
     let second = snapshot.tsc_khz().context("the TSC's frequency")?;
@@ -131,9 +132,9 @@ fn clock() -> Result<(u64, u64, u64, u64)> {
     ))
 }
 
-/// A sleep of the host, of 5 s, as deep as the kernel goes without the firmware: but for that last
-/// step all is as in S3. One VM idles meanwhile, one works.
-fn sleep_through() -> Result<()> {
+/// Suspend the host for 5 s while one VM idles and one works. The suspend is as in S3 except for the
+/// last step, the firmware's.
+fn survive_suspend() -> Result<()> {
     let hlt = host::pick(12, 0x78)?;
     let span = Span::begin()?;
     let config = Config {
@@ -142,35 +143,36 @@ fn sleep_through() -> Result<()> {
     };
     let mut idle = Machine::new(config.clone())?;
     idle.run()?;
-    let halted = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::Halted as usize];
-    let in_user = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::User as usize];
+    let halted_ticks = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::Halted as usize];
+    let user_ticks = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::User as usize];
     let first = Meter::read()?.only()?.clone();
-    let of_idle = |meter: &Meter| -> Result<Vcpu> {
+    let idle_vcpu = |meter: &Meter| -> Result<Vcpu> {
         let found = meter.vcpus.iter().find(|vcpu| vcpu.vm == first.vm);
         Ok((*found.context("the idle VM is not metered")?).clone())
     };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let guest = scope.spawn(|| keep_running(&done, config));
+        let guest = scope.spawn(|| run_until(&done, config));
         let result = (|| {
             let begun = Instant::now();
-            // KVM names a VM by the thread that made it, so the other VM is not this process's own.
+            // KVM names a VM by the thread that created it, so `own` does not include the other VM.
             while Meter::read()?.vcpus.len() < 2 && begun.elapsed() < Duration::from_secs(30) {
                 thread::sleep(Duration::from_millis(100));
                 ensure!(!guest.is_finished(), "the guest ended");
             }
-            let (loaded, now, second, life) = clock()?;
-            let tsc = host_tsc();
+            let (loaded, now, second, life) = snapshot_clock()?;
+            let tsc = read_tsc();
             let before = Meter::read()?;
             fs::write("/sys/power/pm_test", "core").context("/sys/power/pm_test")?;
             fs::write("/sys/power/state", "mem").context("the host does not sleep")?;
-            let (new_tsc, (loaded_after, now_after, _, life_after)) = (host_tsc(), clock()?);
+            let (new_tsc, (loaded_after, now_after, _, life_after)) =
+                (read_tsc(), snapshot_clock()?);
             ensure!(new_tsc > tsc, "the host's TSC was {tsc} and is {new_tsc}");
             ensure!(
                 (loaded, life) == (loaded_after, life_after),
                 "loaded at {loaded} in life {life}, then at {loaded_after} in {life_after}"
             );
-            // The kernel may know only by a clock of seconds how long it slept.
+            // The kernel may know the length of the suspend only to a second.
             let passed = now_after.wrapping_sub(now);
             ensure!(
                 (3 * second..60 * second).contains(&passed),
@@ -181,30 +183,33 @@ fn sleep_through() -> Result<()> {
             for after in &after.vcpus {
                 for before in &before.vcpus {
                     if (before.vm, before.id) == (after.vm, after.id) {
-                        not_behind(before, after)?;
+                        check_none_fell(before, after)?;
                         seen += 1;
                     }
                 }
             }
             ensure!(seen == 2, "{seen} vCPUs live before and after");
-            let slept = in_user(&of_idle(&after)?) - in_user(&first);
+            let slept = user_ticks(&idle_vcpu(&after)?) - user_ticks(&first);
             println!(
-                "the TSC was {tsc} and is {new_tsc}; {:.1} s passed, of them {:.1} s are booked \
-                 on the idle vCPU's time in user space",
+                "the TSC was {tsc} and is {new_tsc}; {:.1} s passed, and the idle vCPU was in user \
+                 space for {:.1} s",
                 passed as f64 / second as f64,
                 slept as f64 / second as f64
             );
             idle.rewind()?;
             idle.run()?;
-            let again = of_idle(&Meter::read()?)?;
-            let times = [halted(&first), halted(&again) - halted(&first)];
+            let again = idle_vcpu(&Meter::read()?)?;
+            let times = [
+                halted_ticks(&first),
+                halted_ticks(&again) - halted_ticks(&first),
+            ];
             println!(
                 "100 HLTs took {} ticks before and {} after",
                 times[0], times[1]
             );
             ensure!(
                 times[1] > times[0] / 2 && times[1] < 4 * times[0],
-                "what follows the sleep has not its true time"
+                "time after the suspend is wrong"
             );
             let counts = [&first, &again].map(|vcpu| vcpu.numbers.exits_of(hlt));
             ensure!(counts[1] == 2 * counts[0], "HLT exits: {counts:?}");
@@ -219,8 +224,8 @@ fn sleep_through() -> Result<()> {
     Ok(())
 }
 
-/// The host's TSC.
-fn host_tsc() -> u64 {
-    // SAFETY: Each CPU with VT-x or SVM has it, and user space may read it.
+/// Read the host's TSC.
+fn read_tsc() -> u64 {
+    // SAFETY: Each CPU with VT-x or SVM has a TSC, and user space may read it.
     unsafe { core::arch::x86_64::_rdtsc() }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Guests that mean harm, and VMMs that do odd things to them: nothing but a VM's own numbers can
-//! be read, and nobody else pays.
+//! Malicious guests, and VMMs that manipulate their guests: a VM can read only its own numbers, and
+//! does not slow down others.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
@@ -13,7 +13,7 @@ use anyhow::{bail, ensure, Context as _, Result};
 use exitmeter_meter::phase::Phase;
 use tiny_guests::{pin, Config, Machine, Mode, Program, Quad, Stepped, MAX_QUERIES, UNANSWERED};
 
-use super::{part_of, random::Random};
+use super::{random::Random, scaled};
 use crate::{
     cases::Case,
     host::{
@@ -25,68 +25,68 @@ use crate::{
     },
 };
 
-/// How many queries by chance.
+/// Number of random queries.
 const QUERIES: u64 = 10_000_000;
 
-/// The most lines about queries that the module logs at once, and in each second after; see src/log.rs.
-const LINES: u64 = 350;
-const LINES_A_SECOND: u64 = 8;
+/// Limits on the module's lines about queries: at once, and in each later second; see src/log.rs.
+const BURST_LINES: u64 = 350;
+const LINES_PER_SECOND: u64 = 8;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "",
-            "soak: queries by chance show nothing of another VM",
-            || by_chance(part_of(QUERIES)),
+            "soak: random queries show nothing of another VM",
+            || random_queries(scaled(QUERIES)),
         )
         .within(7200),
         Case::with_module(
             "",
-            "soak: a flood of queries costs a neighbour nothing",
+            "soak: a flood of queries does not slow down a neighbour",
             flood,
         )
         .within(900),
         Case::with_module(
             "log_queries=0",
-            "soak: where CPUID faults, the meter's leaves fault as well",
+            "soak: where CPUID faults, the meter's leaves fault, too",
             cpuid_faults,
         ),
         Case::with_module(
             "log_queries=0",
-            "soak: a guest that is single-stepped reads what it should",
+            "soak: a single-stepped guest reads the right answers",
             single_stepped,
         )
         .within(300),
         Case::with_module(
             "log_queries=0",
-            "soak: signals, and registers written back between exit and entry",
-            interrupted,
+            "soak: signals and register writes between exit and entry do not change answers",
+            signals_and_register_writes,
         )
         .within(300),
         Case::with_module(
             "log_queries=0",
-            "soak: a VM that is saved and restored in mid-query",
-            migrated,
+            "soak: a VM that is saved and restored reads the numbers of its new vCPU",
+            saved_and_restored,
         )
         .within(600),
     ]
 }
 
-/// Demands that the module logged no more than it may in that time; how many lines.
-fn lines_within_rate(log: &mut Log, time: Duration) -> Result<u64> {
+/// Check that the module logged no more lines in `time` than its limit allows, and return their number.
+fn check_line_rate(log: &mut Log, time: Duration) -> Result<u64> {
     let lines = log.module_lines()?.len() as u64;
-    // And each 30 s one about those that had none.
-    let most = LINES + (LINES_A_SECOND + 1) * (time.as_secs() + 1);
+    // One more line each 30 s reports the queries without a line.
+    let most = BURST_LINES + (LINES_PER_SECOND + 1) * (time.as_secs() + 1);
     ensure!(
         lines <= most,
-        "{lines} lines were logged, at most {most} may"
+        "{lines} lines were logged, and the limit is {most}"
     );
     Ok(lines)
 }
 
-/// A query that asks for reads and writes of MSRs, which those who ask never do and their
-/// neighbour does all the time: whoever reads anything but 0 reads another's numbers.
-fn about_the_neighbour(random: &mut Random) -> Result<(u32, u32)> {
+/// Return a random query for reads and writes of MSRs. The asking guests never access one, and their
+/// neighbour does nothing else, so an answer other than 0 shows the neighbour's numbers.
+fn query_for_neighbour(random: &mut Random) -> Result<(u32, u32)> {
     let rdmsr = host::pick(31, 0x7c)?;
     Ok(match random.below(5) {
         0 => (MAP_2021.reason_exits, rdmsr),
@@ -100,7 +100,7 @@ fn about_the_neighbour(random: &mut Random) -> Result<(u32, u32)> {
     })
 }
 
-fn anything(random: &mut Random) -> (u32, u32) {
+fn random_query(random: &mut Random) -> (u32, u32) {
     let leaf = match random.below(8) {
         0..5 => 0x4fff_fff0 | random.below(16) as u32,
         5 => 0x4fff_ff00 | random.below(256) as u32,
@@ -115,22 +115,22 @@ fn anything(random: &mut Random) -> (u32, u32) {
     (leaf, subleaf)
 }
 
-fn by_chance(count: u64) -> Result<()> {
-    // The neighbour knows its own numbers, and rests.
+fn random_queries(count: u64) -> Result<()> {
+    // The neighbour has known numbers, and is at rest.
     let mut neighbour = Machine::new(Config::new(Program::Rdmsr, Mode::Long, 100_003))?;
     neighbour.run()?;
-    let of_neighbour = Meter::read()?.only()?.clone();
+    let neighbour_before = Meter::read()?.only()?.clone();
     let mut log = Log::from_now()?;
     let started = Instant::now();
     let asked = AtomicU64::new(0);
-    let probes = AtomicU64::new(0);
+    let for_neighbour = AtomicU64::new(0);
     thread::scope(|scope| {
         let threads: Vec<_> = [Mode::Long, Mode::User, Mode::Real]
             .into_iter()
             .zip(1_u64..)
             .map(|(mode, seed)| {
-                let (asked, probes) = (&asked, &probes);
-                scope.spawn(move || ask_by_chance(mode, seed, count, asked, probes))
+                let (asked, for_neighbour) = (&asked, &for_neighbour);
+                scope.spawn(move || ask_random_queries(mode, seed, count, asked, for_neighbour))
             })
             .collect();
         threads.into_iter().try_for_each(|thread| {
@@ -143,29 +143,29 @@ fn by_chance(count: u64) -> Result<()> {
     let now = after
         .vcpus
         .iter()
-        .find(|vcpu| vcpu.vm == of_neighbour.vm)
+        .find(|vcpu| vcpu.vm == neighbour_before.vm)
         .context("the neighbour is not metered any more")?;
     ensure!(
-        now.numbers.exits == of_neighbour.numbers.exits,
+        now.numbers.exits == neighbour_before.numbers.exits,
         "the neighbour's exits changed while it rested"
     );
-    let lines = lines_within_rate(&mut log, time)?;
+    let lines = check_line_rate(&mut log, time)?;
     println!(
         "{} queries in {:.0} s, {} of them for the neighbour's numbers, all answered 0; {lines} lines logged",
         asked.into_inner(),
         time.as_secs_f64(),
-        probes.into_inner()
+        for_neighbour.into_inner()
     );
     Ok(())
 }
 
-/// Asks, until all together have asked `count`.
-fn ask_by_chance(
+/// Ask random queries until all threads together have asked `count`.
+fn ask_random_queries(
     mode: Mode,
     seed: u64,
     count: u64,
     asked: &AtomicU64,
-    probes: &AtomicU64,
+    for_neighbour: &AtomicU64,
 ) -> Result<()> {
     const VCPUS: u8 = 2;
     let mut random = Random::new(seed);
@@ -176,8 +176,8 @@ fn ask_by_chance(
         for _ in 0..MAX_QUERIES {
             let probe = random.below(4) == 0;
             let (leaf, subleaf) = match probe {
-                true => about_the_neighbour(&mut random)?,
-                false => anything(&mut random),
+                true => query_for_neighbour(&mut random)?,
+                false => random_query(&mut random),
             };
             let high = |random: &mut Random| random.next() << 32;
             queries.push(Quad {
@@ -214,12 +214,12 @@ fn ask_by_chance(
         }
         asked.fetch_add(u64::from(VCPUS) * u64::from(MAX_QUERIES), Ordering::Relaxed);
         let probed = zero.iter().filter(|zero| **zero).count() as u64;
-        probes.fetch_add(u64::from(VCPUS) * probed, Ordering::Relaxed);
+        for_neighbour.fetch_add(u64::from(VCPUS) * probed, Ordering::Relaxed);
     }
     Ok(())
 }
 
-/// What an exit of a neighbour takes KVM, with and without a guest that floods the meter.
+/// Compare KVM's time for an exit of a neighbour with and without a guest that floods the meter.
 fn flood() -> Result<()> {
     const ROUNDS: usize = 15;
     const EXITS: u32 = 3000;
@@ -272,12 +272,12 @@ fn flood() -> Result<()> {
         costs.sort_unstable();
         costs[costs.len() / 2]
     });
-    let lines = lines_within_rate(&mut log, started.elapsed())?;
+    let lines = check_line_rate(&mut log, started.elapsed())?;
     println!(
         "an OUT to an ioeventfd takes KVM {quiet} ticks, beside {} queries {loud}; {lines} lines logged",
         asked.into_inner()
     );
-    // On the AMD host the TSC is the wall clock, so that much is chance on a busy machine.
+    // On the AMD host the TSC is the wall clock, which varies more on a busy machine.
     let bound = host::pick(quiet / 10, quiet / 2)?;
     ensure!(loud <= quiet + bound, "a neighbour's exits cost more");
     Ok(())
@@ -287,7 +287,7 @@ fn cpuid_faults() -> Result<()> {
     let query = Quad::cpuid(MAP_2021.total_exits, 0);
     let mut user = Machine::new(Config::query(Mode::User, vec![query; 3]))?;
     user.make_cpuid_fault()?;
-    // Without a handler a fault is the end of the vCPU.
+    // Without a handler the fault ends the vCPU.
     match user.run() {
         Err(error) if error.to_string().contains("Shutdown") => {}
         other => bail!("CPUID at CPL 3 ends with {other:?} instead of a fault"),
@@ -305,8 +305,8 @@ fn cpuid_faults() -> Result<()> {
     Ok(())
 }
 
-/// A guest asks for its CPUID exits, so that the answers count up from `first`.
-fn counts_up(answers: &[Quad], first: u64) -> Result<()> {
+/// Check the answers of a guest that asks for its own CPUID exits: they count up from `first`.
+fn check_counts_up(answers: &[Quad], first: u64) -> Result<()> {
     for (expected, answer) in (first..).zip(answers) {
         ensure!(
             *answer
@@ -320,30 +320,30 @@ fn counts_up(answers: &[Quad], first: u64) -> Result<()> {
     Ok(())
 }
 
-fn own_cpuid_exits(count: u32) -> Result<Config> {
+fn query_own_cpuid_exits(count: u32) -> Result<Config> {
     let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
     Ok(Config::query(Mode::Long, vec![query; count as usize]))
 }
 
 fn single_stepped() -> Result<()> {
     let span = Span::begin()?;
-    let mut machine = Machine::new(own_cpuid_exits(MAX_QUERIES)?)?;
+    let mut machine = Machine::new(query_own_cpuid_exits(MAX_QUERIES)?)?;
     let Stepped::ToTheEnd(steps) = machine.step(u32::MAX)? else {
         bail!("the guest has no end");
     };
-    counts_up(&machine.answers(0), 1)?;
+    check_counts_up(&machine.answers(0), 1)?;
     span.end()?;
     println!("{MAX_QUERIES} queries in {steps} single steps");
     Ok(())
 }
 
-fn interrupted() -> Result<()> {
+fn signals_and_register_writes() -> Result<()> {
     let span = Span::begin()?;
     let thread_id = AtomicI32::new(0);
     // SAFETY: The handler does nothing; without SA_RESTART, KVM_RUN ends with EINTR.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+        action.sa_sigaction = ignore_signal as extern "C" fn(libc::c_int) as usize;
         libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
     }
     let mut signals = 0_u64;
@@ -354,15 +354,15 @@ fn interrupted() -> Result<()> {
             for _ in 0..20 {
                 let mut machine = Machine::new(Config {
                     meddle: true,
-                    ..own_cpuid_exits(MAX_QUERIES)?
+                    ..query_own_cpuid_exits(MAX_QUERIES)?
                 })?;
                 machine.run_with(|_| {
-                    // SAFETY: No requirements.
+                    // SAFETY: gettid() has no requirements.
                     thread_id.store(unsafe { libc::gettid() }, Ordering::Relaxed);
                     Ok(())
                 })?;
                 thread_id.store(0, Ordering::Relaxed);
-                counts_up(&machine.answers(0), 1)?;
+                check_counts_up(&machine.answers(0), 1)?;
                 let mut machine = Machine::new(Config {
                     meddle: true,
                     ..Config::new(Program::OutUser, Mode::Long, 500)
@@ -376,8 +376,8 @@ fn interrupted() -> Result<()> {
         while !guest.is_finished() {
             let id = thread_id.load(Ordering::Relaxed);
             if id != 0 {
-                // By its number in the kernel, for which a thread that has just ended is an error at
-                // worst, and not memory that is gone.
+                // Address the thread by its ID: if it has just ended, this is an error and no use after
+                // free.
                 // SAFETY: tgkill() touches no memory, and the signal has a handler.
                 unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), id, libc::SIGUSR1) };
                 signals += 1;
@@ -392,18 +392,18 @@ fn interrupted() -> Result<()> {
     Ok(())
 }
 
-extern "C" fn nothing(_: libc::c_int) {}
+extern "C" fn ignore_signal(_: libc::c_int) {}
 
-/// A guest is stopped at a random instruction and goes on in another VM. There it reads the new
-/// VM's numbers: from 1 again.
-fn migrated() -> Result<()> {
-    let times = part_of(200);
+/// Stop a guest at a random instruction and continue it in another VM. There it reads the new VM's
+/// numbers, from 1 again.
+fn saved_and_restored() -> Result<()> {
+    let times = scaled(200);
     const ASKED: u32 = 60;
     let mut random = Random::new(3);
-    let mut halves = 0_u64;
+    let mut split = 0_u64;
     for _ in 0..times {
         let span = Span::begin()?;
-        let mut machine = Machine::new(own_cpuid_exits(ASKED)?)?;
+        let mut machine = Machine::new(query_own_cpuid_exits(ASKED)?)?;
         let steps = random.below(u64::from(ASKED) * 14) as u32;
         if machine.step(steps)? != Stepped::AsTold {
             continue;
@@ -411,21 +411,21 @@ fn migrated() -> Result<()> {
         let mut other = machine.migrate()?;
         other.run()?;
         let answers = other.answers(0);
-        // Those before count up, and those after again.
+        // The answers before and after the move each count up.
         let restart = (1..answers.len())
             .find(|at| answers[*at].rax <= answers[at - 1].rax)
             .unwrap_or(answers.len());
         let (before, after) = answers.split_at(restart);
-        counts_up(before, 1)?;
-        counts_up(after, 1)?;
-        halves += u64::from(!after.is_empty());
+        check_counts_up(before, 1)?;
+        check_counts_up(after, 1)?;
+        split += u64::from(!after.is_empty());
         drop(other);
         span.end()?;
     }
     ensure!(
-        halves > times / 2,
-        "{halves} of {times} were stopped half-way"
+        split > times / 2,
+        "only {split} of {times} were stopped between two queries"
     );
-    println!("{times} VMs saved and restored, {halves} of them between two queries");
+    println!("{times} VMs saved and restored, {split} of them between two queries");
     Ok(())
 }

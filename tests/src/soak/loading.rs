@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The module comes and goes a thousand times while guests work, and while they do what is
-//! worst for it.
+//! The module is loaded and unloaded a thousand times while guests work, and while guests do what is
+//! worst for unloading.
 
 use std::{
     collections::BTreeMap,
@@ -14,19 +14,19 @@ use std::{
 use anyhow::{anyhow, bail, ensure, Context as _, Result};
 use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 
-use super::{keep_on, part_of};
+use super::{repeat_until, scaled};
 use crate::{
     cases::{attach_again, Case},
     host::{self, hist, leaves::MAP_2021, linux::Linux, meter::Meter, module},
 };
 
-/// How often the module is loaded and unloaded.
+/// Number of loads and unloads.
 const CYCLES: u64 = 1000;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = vec![Case::without_module(
-        "soak: loaded and unloaded again and again while guests work",
-        || cycles(part_of(CYCLES)),
+        "soak: the module is loaded and unloaded repeatedly while guests work",
+        || load_repeatedly(scaled(CYCLES)),
     )
     .with_linux()
     .within(7200)];
@@ -51,53 +51,54 @@ pub(super) fn cases() -> Vec<Case> {
         ),
     ] {
         cases.push(
-            Case::without_module(format!("soak: goes while a guest {words}"), move || {
-                goes_while(&config)
-            })
+            Case::without_module(
+                format!("soak: the module unloads while a guest {words}"),
+                move || unload_under(&config),
+            )
             .within(300),
         );
     }
     cases.push(Case::without_module(
-        "soak: stays while its device is open",
-        held_open,
+        "soak: the module does not unload while its device is open",
+        refused_while_open,
     ));
     cases.push(
         Case::without_module(
-            "soak: the BPF meter attached and detached under load",
-            || attach_again(part_of(CYCLES)),
+            "soak: the BPF meter attached and detached repeatedly under load",
+            || attach_again(scaled(CYCLES)),
         )
         .within(7200),
     );
     cases
 }
 
-fn cycles(count: u64) -> Result<()> {
+fn load_repeatedly(count: u64) -> Result<()> {
     let linux = Linux::boot(&["--vcpus", "2"])?;
-    // What is made once and kept, be made before the first look.
-    cycle()?;
-    cycle()?;
+    // Make the allocations that stay before the first measurement.
+    load_and_unload()?;
+    load_and_unload()?;
     let before = Memory::read()?;
     let done = AtomicBool::new(false);
     let started = Instant::now();
     let (sums, tiny) = thread::scope(|scope| {
-        // The guest checks itself: the same bytes have the same sum, on both of its CPUs.
+        // The guest checks itself: the same bytes have the same checksum on both of its CPUs.
         let work = "dd if=/dev/urandom of=/tmp/a bs=64k count=16 2>/dev/null; \
                     a=$(sha256sum </tmp/a); for i in 1 2 3 4; do \
                     (b=$(sha256sum </tmp/a); test \"$a\" = \"$b\" || echo differs) & done; wait";
         let linux = scope.spawn(|| {
-            keep_on(&done, || {
-                let said = linux.run(work)?;
-                ensure!(said.trim().is_empty(), "the guest's sum {said}");
+            repeat_until(&done, || {
+                let printed = linux.run(work)?;
+                ensure!(printed.trim().is_empty(), "the guest's sum: {printed}");
                 Ok(())
             })
         });
         let tiny = scope.spawn(|| {
-            // These two have KVM's own interrupt controllers. VMs without would have KVM change its
-            // code (the static key kvm_has_noapic_vcpu) as they come and go, and there QEMU's
-            // emulation of several CPUs is not sound: see docs/testing.md.
+            // These two use KVM's interrupt controllers. VMs without them would make KVM patch its
+            // code (the static key kvm_has_noapic_vcpu) as they come and go, which QEMU's emulation of
+            // several CPUs does not handle soundly: see docs/testing.md.
             let programs = [Program::InKernel, Program::HltKernel];
             let mut turn = programs.iter().cycle();
-            keep_on(&done, || {
+            repeat_until(&done, || {
                 let program = *turn.next().context("a cycle has no end")?;
                 Machine::new(Config::new(program, Mode::Long, 30))?.run()?;
                 Ok(())
@@ -108,10 +109,10 @@ fn cycles(count: u64) -> Result<()> {
                 !linux.is_finished() && !tiny.is_finished(),
                 "a guest ended at load {number}"
             );
-            cycle()
+            load_and_unload()
         });
         done.store(true, Ordering::Relaxed);
-        // What a guest ended by says more than that it ended.
+        // A guest's own error says more than the fact that it ended.
         let ended = match (linux.join(), tiny.join()) {
             (Ok(linux), Ok(tiny)) => (linux?, tiny?),
             _ => bail!("a guest's thread panicked"),
@@ -125,20 +126,20 @@ fn cycles(count: u64) -> Result<()> {
         "{count} loads and unloads in {:.0} s, while a Linux guest checked {sums} sums and {tiny} VMs came and went",
         started.elapsed().as_secs_f64()
     );
-    before.demand_no_leak(&after, count)
+    before.check_no_leak(&after, count)
 }
 
-/// Loads the module, sees that it meters, and unloads it.
-fn cycle() -> Result<()> {
+/// Load the module, read a snapshot, and unload the module.
+fn load_and_unload() -> Result<()> {
     module::load("log_queries=0")?;
     Meter::read()?;
-    // A process that another thread starts in this moment holds all files that were open, that of
-    // the device as well, until it runs its own program.
-    let mut patience = 100;
+    // A process that another thread is just starting holds all open files, including the device,
+    // until its exec.
+    let mut retries = 100;
     loop {
         match module::unload() {
-            Err(error) if patience > 0 && is_in_use(&error) => {
-                patience -= 1;
+            Err(error) if retries > 0 && is_in_use(&error) => {
+                retries -= 1;
                 thread::sleep(Duration::from_millis(10));
             }
             other => return other,
@@ -146,28 +147,28 @@ fn cycle() -> Result<()> {
     }
 }
 
-/// Whether the module was not unloaded as somebody uses it.
+/// Return true if the module was not unloaded because it is in use.
 fn is_in_use(error: &anyhow::Error) -> bool {
     let number = error.downcast_ref::<std::io::Error>();
     number.and_then(std::io::Error::raw_os_error) == Some(libc::EWOULDBLOCK)
 }
 
-/// What the kernel's allocators have handed out.
+/// Memory that the kernel's allocators have handed out.
 struct Memory {
-    /// Objects by cache.
+    /// Number of objects by slab cache.
     objects: BTreeMap<String, u64>,
-    /// Pages of vmalloc.
+    /// Number of vmalloc pages.
     vmalloc: u64,
 }
 
 impl Memory {
     fn read() -> Result<Self> {
-        // What is freed lazily, be freed: RCU's and vmalloc's.
+        // Let the lazy frees of RCU and vmalloc complete.
         for _ in 0..3 {
             fs::write("/proc/sys/vm/drop_caches", "3")?;
             thread::sleep(Duration::from_millis(500));
         }
-        // Under KASAN what is freed stays an object for long, unless its cache is shrunk.
+        // Under KASAN a freed object still counts for a long time, unless its cache is shrunk.
         for cache in fs::read_dir("/sys/kernel/slab").context("/sys/kernel/slab")? {
             let cache = cache?;
             if cache.file_name().to_string_lossy().starts_with("kmalloc") {
@@ -180,7 +181,7 @@ impl Memory {
             .filter_map(|line| {
                 let mut words = line.split_whitespace();
                 let name = words.next()?;
-                // Of others' caches the number changes as files and processes come and go.
+                // The number of objects in other caches changes as files and processes come and go.
                 name.starts_with("kmalloc")
                     .then(|| Some((name.to_owned(), words.next()?.parse().ok()?)))?
             })
@@ -200,9 +201,9 @@ impl Memory {
         Ok(Self { objects, vmalloc })
     }
 
-    /// Demands that nothing was kept at each of so many cycles: of 1000, one object at every second
-    /// one would show, and so would one page.
-    fn demand_no_leak(&self, after: &Self, cycles: u64) -> Result<()> {
+    /// Check that the cycles leaked nothing. With 1000 cycles, one object or page at every second cycle
+    /// would show.
+    fn check_no_leak(&self, after: &Self, cycles: u64) -> Result<()> {
         ensure!(!self.objects.is_empty(), "/proc/slabinfo has no kmalloc");
         let mut most = (0, "nothing");
         for (name, objects) in &after.objects {
@@ -217,7 +218,7 @@ impl Memory {
             "kept after {cycles} cycles: {} objects more in {}, {pages} pages more of vmalloc",
             most.0, most.1
         );
-        // A cache counts its objects by whole slabs, and the kernel keeps the stacks of some threads.
+        // A cache counts whole slabs of objects, and the kernel keeps the stacks of some threads.
         let slack = (cycles / 2).max(256);
         ensure!(
             most.0 < slack && pages < slack,
@@ -227,15 +228,15 @@ impl Memory {
     }
 }
 
-/// The module comes and goes ten times under a guest.
-fn goes_while(config: &Config) -> Result<()> {
+/// Load and unload the module ten times under a guest.
+fn unload_under(config: &Config) -> Result<()> {
     let cpus = host::cpus()?;
     let mut machine = Machine::new(config.clone())?;
     let runs = AtomicU64::new(0);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let guest = scope.spawn(|| {
-            keep_on(&done, || {
+            repeat_until(&done, || {
                 machine.run_with(|vcpu| pin(usize::from(vcpu) % cpus))?;
                 runs.fetch_add(1, Ordering::Relaxed);
                 machine = Machine::new(config.clone())?;
@@ -268,7 +269,7 @@ fn goes_while(config: &Config) -> Result<()> {
     })
 }
 
-fn held_open() -> Result<()> {
+fn refused_while_open() -> Result<()> {
     module::load("")?;
     let device = File::open("/dev/exitmeter")?;
     let error = module::unload().err();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What takes too long for every day: the module under load, under faults, under attack.
+//! Cases that run for long: the module under load, with failing allocations, and under attack.
 //!
-//! Cases as the others are, run by `system-tests --soak`. Each prints its figures.
+//! `system-tests --soak` runs them in place of the other cases. Each prints its figures.
 
 mod churn;
 mod clock;
@@ -27,17 +27,17 @@ use crate::{
     host::{self, meter::Meter},
 };
 
-/// The environment variable by which a case learns how much of its work to do, in percent.
+/// Environment variable with the share of its work that a case does, in percent.
 pub const PERCENT: &str = "EXITMETER_SOAK_PERCENT";
 
-/// That part of `count` which is to be done, at least 1.
-fn part_of(count: u64) -> u64 {
+/// Scale `count` by [`PERCENT`], to at least 1.
+fn scaled(count: u64) -> u64 {
     let percent = env::var(PERCENT).ok().and_then(|text| text.parse().ok());
     (count * percent.unwrap_or(100_u64) / 100).max(1)
 }
 
-/// Does `work` again and again until `done`; how often.
-fn keep_on(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
+/// Repeat `work` until `done` is set, and return the number of repetitions.
+fn repeat_until(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
     let mut times = 0;
     while !done.load(Ordering::Relaxed) {
         work()?;
@@ -46,17 +46,17 @@ fn keep_on(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Result<u6
     Ok(times)
 }
 
-/// Runs the same VM again and again until `done`, each time from its beginning; how often.
-fn keep_running(done: &AtomicBool, config: Config) -> Result<u64> {
+/// Run the same VM from its beginning until `done` is set, and return the number of runs.
+fn run_until(done: &AtomicBool, config: Config) -> Result<u64> {
     let mut machine = Machine::new(config)?;
-    keep_on(done, || {
+    repeat_until(done, || {
         machine.run()?;
         Ok(machine.rewind()?)
     })
 }
 
-/// Has this process open up to `count` files, of which each vCPU is one.
-fn may_open_files(count: u64) -> Result<()> {
+/// Raise this process's limit of open files to `count`. Each vCPU is a file.
+fn raise_file_limit(count: u64) -> Result<()> {
     let files = libc::rlimit {
         rlim_cur: count,
         rlim_max: count,
@@ -67,8 +67,8 @@ fn may_open_files(count: u64) -> Result<()> {
     Ok(())
 }
 
-/// Demands that a guest that comes now is metered, every exit; no other may be there.
-fn is_metered_whole() -> Result<()> {
+/// Check that every exit of a new guest is metered. This process may have no other vCPU.
+fn check_fully_metered() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 50))?;
     machine.run()?;
     let meter = Meter::read()?;
@@ -78,7 +78,7 @@ fn is_metered_whole() -> Result<()> {
     Ok(())
 }
 
-/// All cases, in the order in which they run.
+/// Return all cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
     [
         loading::cases(),
@@ -87,7 +87,7 @@ pub fn all() -> Vec<Case> {
         snapshots::cases(),
         clock::cases(),
         starving::cases(),
-        // They look back at all of them.
+        // These judge all the others.
         crate::cases::final_cases(),
     ]
     .into_iter()

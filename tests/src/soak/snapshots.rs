@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Snapshots as fast as they can be taken, while vCPUs run.
+//! Snapshots taken as fast as possible while vCPUs run.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use tiny_guests::{Config, Machine, Mode, Program, MAX_LONG_VCPUS};
 
-use super::{keep_on, keep_running, may_open_files, part_of};
+use super::{raise_file_limit, repeat_until, run_until, scaled};
 use crate::{
     cases::Case,
     host::{
@@ -22,21 +22,21 @@ use crate::{
     },
 };
 
-/// For how many seconds.
+/// Length of a case, in seconds.
 const SECONDS: u64 = 60;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::with_module(
             "log_queries=0",
-            "soak: snapshots while 4 vCPUs run, each balanced and none behind the one before",
-            || beside_vcpus(Duration::from_secs(part_of(SECONDS))),
+            "soak: in snapshots of 4 running vCPUs each ledger balances, and no number falls",
+            || beside_vcpus(Duration::from_secs(scaled(SECONDS))),
         )
         .within(600),
         Case::with_module(
             "log_queries=0",
-            "soak: snapshots while vCPUs come and go, no number lost or told twice",
-            || beside_churn(Duration::from_secs(part_of(SECONDS))),
+            "soak: snapshots while vCPUs come and go lose no number, and count none twice",
+            || beside_churn(Duration::from_secs(scaled(SECONDS))),
         )
         .within(600),
         Case::with_module(
@@ -48,10 +48,10 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The exits of all vCPUs, gone or not, do not fall from one snapshot to the next: they would if
-/// one was in the records and in the totals, or, the next time, in neither.
+/// Check that the sum of live and departed vCPUs' exits never falls between snapshots. It would fall if a
+/// vCPU were in the records and in the totals in one snapshot, or in neither in a later one.
 fn beside_churn(time: Duration) -> Result<()> {
-    // More vCPUs than a snapshot sees at a time, so that others come and go in its course.
+    // There are more vCPUs than a snapshot copies at a time, so others come and go while it is taken.
     let _resting = (0..4)
         .map(|_| {
             let mut machine = Machine::new(Config {
@@ -67,14 +67,14 @@ fn beside_churn(time: Duration) -> Result<()> {
     thread::scope(|scope| {
         let churn = scope.spawn(|| -> Result<u64> {
             let mut vms = 0;
-            keep_on(&done, || {
+            repeat_until(&done, || {
                 let some = |program| {
                     Machine::new(Config {
                         vcpus: 4,
                         ..Config::new(program, Mode::Long, 20)
                     })
                 };
-                // The older one goes first, and the other way round.
+                // In every second round the older VM goes first, otherwise the younger one.
                 let (mut one, mut other) = (some(Program::Cpuid)?, some(Program::OutUser)?);
                 one.run()?;
                 other.run()?;
@@ -122,21 +122,21 @@ fn beside_vcpus(time: Duration) -> Result<()> {
                     vcpus: 2,
                     ..Config::new(program, Mode::Long, 2_000)
                 };
-                scope.spawn(move || keep_running(done, config))
+                scope.spawn(move || run_until(done, config))
             })
             .into();
         let result = (|| {
             let mut latest: BTreeMap<(u64, u32), Vcpu> = BTreeMap::new();
             let started = Instant::now();
             while started.elapsed() < time {
-                // Each ledger is checked as it is read.
+                // `Meter::read` checks each ledger.
                 let meter = Meter::read()?;
                 snapshots += 1;
                 for vcpu in meter.vcpus {
                     ledgers += 1;
                     let key = (vcpu.vm, vcpu.id);
                     if let Some(before) = latest.get(&key) {
-                        not_behind(before, &vcpu)?;
+                        check_none_fell(before, &vcpu)?;
                     }
                     latest.insert(key, vcpu);
                 }
@@ -151,18 +151,18 @@ fn beside_vcpus(time: Duration) -> Result<()> {
         result
     })?;
     println!(
-        "{snapshots} snapshots in {:.0} s, {ledgers} ledgers in them, all balanced to the tick, none behind the one before",
+        "{snapshots} snapshots in {:.0} s with {ledgers} ledgers, all balanced to the tick; no number fell",
         time.as_secs_f64()
     );
     Ok(())
 }
 
-/// As many vCPUs as are metered by default, each of which has run: one snapshot holds them all.
+/// Run as many vCPUs as are metered by default, and check that one snapshot holds all of them.
 fn of_4096_vcpus() -> Result<()> {
     const VCPUS: u64 = 4096;
-    // VMs of few vCPUs would take the host's memory: each has its own 4 MiB.
+    // Each VM has its own 4 MiB, so VMs of few vCPUs would exceed the host's memory.
     const EACH: u8 = MAX_LONG_VCPUS;
-    may_open_files(2 * VCPUS)?;
+    raise_file_limit(2 * VCPUS)?;
     let cpuid = host::pick(10, 0x72)?;
     let mut machines = Vec::new();
     let mut left = VCPUS;
@@ -173,16 +173,16 @@ fn of_4096_vcpus() -> Result<()> {
             vcpus,
             ..Config::new(Program::Cpuid, Mode::Long, 5)
         })
-        .with_context(|| format!("{left} vCPUs are to be made still"))?;
+        .with_context(|| format!("{left} vCPUs are still to be created"))?;
         machine.run()?;
         machines.push(machine);
     }
     let mut bytes = Vec::new();
     let mut ticks = Vec::new();
     for _ in 0..5 {
-        let began = tsc();
+        let began = read_tsc();
         bytes = fs::read("/dev/exitmeter")?;
-        ticks.push(tsc() - began);
+        ticks.push(read_tsc() - began);
     }
     ticks.sort_unstable();
     let meter = Meter::read()?;
@@ -205,13 +205,13 @@ fn of_4096_vcpus() -> Result<()> {
     Ok(())
 }
 
-fn tsc() -> u64 {
-    // SAFETY: Every CPU of 64 bits has it.
+fn read_tsc() -> u64 {
+    // SAFETY: Every 64-bit CPU has a TSC.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// No number of a vCPU falls.
-pub(super) fn not_behind(before: &Vcpu, after: &Vcpu) -> Result<()> {
+/// Check that no number of a vCPU fell.
+pub(super) fn check_none_fell(before: &Vcpu, after: &Vcpu) -> Result<()> {
     ensure!(
         after.life >= before.life && after.numbers.none_fell_since(&before.numbers),
         "the numbers of vCPU {} of {} fell: {before:?} and then {after:?}",

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! No memory: each allocation of the module fails in its turn, and nothing else does.
+//! Each allocation of the module fails in turn, and no other allocation does.
 //!
-//! For kernels that can have allocations fail, such as the lab's `debug`; elsewhere the cases are
-//! left out.
+//! The cases need a kernel with fault injection, such as the lab's `debug`; elsewhere they are skipped.
 
 use std::{fs, io, path::Path};
 
@@ -11,7 +10,7 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reader::Snapshot;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{is_metered_whole, part_of, random::Random};
+use super::{check_fully_metered, random::Random, scaled};
 use crate::{
     cases::Case,
     host::{
@@ -29,7 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::with_module("log_queries=0", "soak: no memory for a snapshot", snapshot).within(600),
         Case::with_module(
             "log_queries=0",
-            "soak: no memory for vCPUs, which run on unmetered",
+            "soak: no memory for a ledger, so the vCPU runs unmetered",
             vcpus,
         )
         .within(1800),
@@ -40,16 +39,16 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn no_faults() -> Result<Option<&'static str>> {
     let impossible = !fault_injection::is_supported();
-    Ok(impossible.then_some("allocations do not fail by order on this kernel"))
+    Ok(impossible.then_some("this kernel has no fault injection"))
 }
 
-/// The module is loaded, or refused whole.
+/// Check that loading either succeeds or fails without a trace, whichever allocation fails.
 fn load() -> Result<()> {
-    // Whatever is allocated on the module's behalf, ftrace's and the tracepoints' included.
+    // All allocations on the module's behalf fail, including those of ftrace and tracepoints.
     let faults = FaultInjection::under(CodeRange::of_function("do_init_module")?)?;
-    // What was allocated for good at the first load of all, is there.
+    // Make the allocations that the first load makes for good.
     module::Loaded::with("")?.unload()?;
-    let mut in_spite = 0;
+    let mut loaded = 0;
     let (count, last) = faults.fail_each_allocation(
         || module::try_load(""),
         |_, result: io::Result<()>| match result {
@@ -65,26 +64,26 @@ fn load() -> Result<()> {
                 Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
                 Ok(())
             }
-            // Something that can do without.
+            // The kernel or module can do without this allocation.
             Ok(()) => {
-                in_spite += 1;
-                is_metered_whole()?;
+                loaded += 1;
+                check_fully_metered()?;
                 module::unload()
             }
         },
     )?;
     last?;
     drop(faults);
-    is_metered_whole()?;
-    println!("{count} allocations failed, one after the other; {in_spite} times it was loaded in spite of that");
+    check_fully_metered()?;
+    println!("{count} allocations failed, one after the other; the module loaded nevertheless {loaded} times");
     module::unload()
 }
 
-/// The module goes, whatever it finds no memory for.
+/// Check that unloading succeeds, whichever allocation fails.
 fn unload() -> Result<()> {
     module::load("")?;
-    // What is allocated on the module's behalf, and not what the kernel does with any module that
-    // goes: fprobe's part of that warns when it has no memory, and so would end the run.
+    // Only the module's own allocations fail, not those of the kernel when it unloads any module.
+    // fprobe warns without memory there, which would end the run.
     let faults = FaultInjection::under(CodeRange::of_module("exitmeter")?)?;
     let (count, last) = faults.fail_each_allocation(module::unload, |_, result| {
         result?;
@@ -94,11 +93,11 @@ fn unload() -> Result<()> {
         );
         Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
         module::load("")?;
-        // It is somewhere else now.
+        // The module is at another address now.
         faults.restrict_to(CodeRange::of_module("exitmeter")?)?;
-        is_metered_whole()
+        check_fully_metered()
     })?;
-    ensure!(count > 0, "it goes without an allocation");
+    ensure!(count > 0, "unloading makes no allocation");
     println!("{count} allocations failed, one after the other");
     last
 }
@@ -114,7 +113,7 @@ fn snapshot() -> Result<()> {
     let (count, last) = faults.fail_each_allocation(
         || fs::read("/dev/exitmeter"),
         |_, result| match result {
-            // A large buffer can come from elsewhere.
+            // A large buffer can come from another allocator.
             Ok(bytes) => {
                 Snapshot::parse(&bytes)?;
                 Ok(())
@@ -148,9 +147,9 @@ fn vcpus() -> Result<()> {
     let mut unmetered = 0;
     let mut metered = 0;
     let mut random = Random::new(11);
-    let vms = part_of(200).max(10);
+    let vms = scaled(200).max(10);
     for vm in 0..vms {
-        // All, none, and some.
+        // The first VM gets no memory, the second all, and the others some.
         faults.set_percent(match vm {
             0 => 100,
             1 => 0,
@@ -159,7 +158,7 @@ fn vcpus() -> Result<()> {
         let mut machine = Machine::new(config.clone())?;
         machine.run()?;
         faults.set_percent(0)?;
-        // Who came without memory stays unmetered for its life, and the rest is exact.
+        // A vCPU without a ledger stays unmetered for its life; the others' numbers are exact.
         machine.rewind()?;
         machine.run()?;
         let meter = Meter::read()?;
@@ -167,7 +166,7 @@ fn vcpus() -> Result<()> {
         let without = meter.unmetered - unmetered;
         ensure!(
             own.len() as u64 + without == u64::from(VCPUS),
-            "of {VCPUS} vCPUs {} are metered, and {without} are said to be unmetered",
+            "of {VCPUS} vCPUs {} are metered, and {without} count as unmetered",
             own.len()
         );
         ensure!(
@@ -186,8 +185,8 @@ fn vcpus() -> Result<()> {
         metered > 0 && unmetered > u64::from(VCPUS),
         "{metered} vCPUs were metered, {unmetered} were not"
     );
-    is_metered_whole().context("then")?;
-    println!("{vms} VMs: {metered} vCPUs metered, every exit, {unmetered} for want of memory not");
-    // The count of those unmetered does not fall: the next case is to find a new module.
+    check_fully_metered().context("then")?;
+    println!("{vms} VMs: {metered} vCPUs metered, with every exit, and {unmetered} unmetered for want of memory");
+    // The count of unmetered vCPUs does not fall, so the next case needs a new load.
     module::unload()
 }

@@ -17,7 +17,7 @@ use super::Case;
 use crate::host::{
     self,
     leaves::{Map, EXITS_64, IDENTITY, INTERFACE, LIFE, MAP_2021, MAP_2022, PHASE_CYCLES},
-    meter::{Meter, Numbers},
+    meter::{LedgerNumbers, Meter},
     module,
 };
 
@@ -260,7 +260,7 @@ fn is_clock_exit(isa: Isa, code: u32) -> bool {
     }
 }
 
-fn clock_exits(isa: Isa, numbers: &Numbers) -> u64 {
+fn clock_exits(isa: Isa, numbers: &LedgerNumbers) -> u64 {
     numbers
         .exits
         .iter()

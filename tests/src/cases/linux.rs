@@ -109,7 +109,7 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
     let isa = host::isa()?;
     let expected: Vec<String> = printed
         .iter()
-        .map(|printed| format!("{name}: {}", spoken(isa, printed)))
+        .map(|printed| format!("{name}: {}", log_text(isa, printed)))
         .collect();
     let logged = log.module_lines()?;
     ensure!(
@@ -143,7 +143,7 @@ fn value(printed: &CpuidLine) -> u64 {
 }
 
 /// Return the log's text for a query, in the course's words.
-fn spoken(isa: Isa, printed: &CpuidLine) -> String {
+fn log_text(isa: Isa, printed: &CpuidLine) -> String {
     let CpuidLine { leaf, subleaf, .. } = printed;
     let value = value(printed);
     match reasons::name(isa, *subleaf) {

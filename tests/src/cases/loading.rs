@@ -307,7 +307,7 @@ impl Drop for ReplacedBtf {
     }
 }
 
-/// Load the module with the kernel's own BTF in which tracepoints have swapped names.
+/// Load the module with a copy of the kernel's BTF in which tracepoints are renamed.
 fn other_prototypes() -> Result<()> {
     let types = fs::read(KVM_BTF).context(KVM_BTF)?;
     let renamed = |from: &str, to: &str| {

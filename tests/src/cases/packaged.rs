@@ -30,7 +30,7 @@ pub(super) fn last() -> Vec<Case> {
         },
         ..Case::without_module(
             "packaged: a kernel that requires signatures refuses the module, and the tool says why",
-            unsigned,
+            refused_unsigned,
         )
     }]
 }
@@ -73,7 +73,7 @@ fn version() -> Result<()> {
     Ok(())
 }
 
-fn unsigned() -> Result<()> {
+fn refused_unsigned() -> Result<()> {
     let (status, _, stderr) = tool(&["report", "--source", "module"])?;
     ensure!(
         status == Some(1) && stderr.contains("load the module on the host first"),

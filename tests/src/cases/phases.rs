@@ -24,7 +24,7 @@ use crate::host::{
     self,
     cgroup::FrozenProcess,
     linux::Linux,
-    meter::{Meter, Vcpu},
+    meter::{Meter, VcpuRecord},
     task::BusyThread,
 };
 
@@ -342,10 +342,10 @@ fn copies_by_interrupt() -> Result<()> {
 }
 
 /// Run a guest on the host's first CPU to its end, and return its vCPUs.
-fn run(config: Config) -> Result<Vec<Vcpu>> {
+fn run(config: Config) -> Result<Vec<VcpuRecord>> {
     let mut machine = Machine::new(config)?;
     machine.run_with(|_| pin(0))?;
-    let vcpus: Vec<Vcpu> = Meter::read()?.own().into_iter().cloned().collect();
+    let vcpus: Vec<VcpuRecord> = Meter::read()?.own().into_iter().cloned().collect();
     for vcpu in &vcpus {
         ensure!(
             vcpu.phase == Some(Phase::User) && vcpu.name == format!("kvm-{}", vcpu.pid),
@@ -367,7 +367,7 @@ fn most_of_life() -> f64 {
     }
 }
 
-fn at_least(vcpu: &Vcpu, phase: Phase, share: f64) -> Result<()> {
+fn at_least(vcpu: &VcpuRecord, phase: Phase, share: f64) -> Result<()> {
     ensure!(
         vcpu.numbers.share(phase) >= share,
         "less than {:.0}% of the time is {}: {}",

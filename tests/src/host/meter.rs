@@ -18,7 +18,7 @@ pub const DEVICE: &str = "/dev/exitmeter";
 
 /// The ledger of one vCPU, or the totals of departed ones.
 #[derive(Clone, Debug, Default)]
-pub struct Numbers {
+pub struct LedgerNumbers {
     /// Exits by code; codes without exits are absent.
     pub exits: Exits,
     /// The exits of L2 guests among these; codes without such exits are absent.
@@ -31,7 +31,7 @@ pub struct Numbers {
     pub phases: [u64; Phase::COUNT],
 }
 
-impl Numbers {
+impl LedgerNumbers {
     fn read<'a>(rows: impl Iterator<Item = Row<'a>>, histogram: &Counter<'_>) -> Result<Self> {
         let mut numbers = Self::default();
         for row in rows {
@@ -123,7 +123,7 @@ impl Numbers {
 
 /// The record of a live vCPU.
 #[derive(Clone, Debug)]
-pub struct Vcpu {
+pub struct VcpuRecord {
     /// Number of the VM.
     pub vm: u64,
     /// KVM's name for the VM.
@@ -137,14 +137,14 @@ pub struct Vcpu {
     /// Current phase.
     pub phase: Option<Phase>,
     /// Ledger of the vCPU.
-    pub numbers: Numbers,
+    pub numbers: LedgerNumbers,
 }
 
 /// A parsed snapshot.
 #[derive(Clone, Debug)]
 pub struct Meter {
     /// Live vCPUs.
-    pub vcpus: Vec<Vcpu>,
+    pub vcpus: Vec<VcpuRecord>,
     /// Number of departed vCPUs.
     pub gone: u64,
     /// Number of vCPUs that ran unmetered.
@@ -152,7 +152,7 @@ pub struct Meter {
     /// Number of the meter's life.
     pub life: u64,
     /// Totals of the departed vCPUs.
-    pub totals: Numbers,
+    pub totals: LedgerNumbers,
 }
 
 impl Meter {
@@ -168,7 +168,7 @@ impl Meter {
         let snapshot = Snapshot::parse(bytes)?;
         let histogram = &histogram(&snapshot)?;
         let vcpus = snapshot.vcpus().map(|vcpu| {
-            let numbers = Numbers::read(vcpu.rows(), histogram)?;
+            let numbers = LedgerNumbers::read(vcpu.rows(), histogram)?;
             let life = vcpu.last().wrapping_sub(vcpu.first());
             let cells: u64 = numbers.phases.iter().sum();
             ensure!(
@@ -178,7 +178,7 @@ impl Meter {
                 vcpu.name()
             );
             numbers.check_samples(vcpu.latest())?;
-            Ok(Vcpu {
+            Ok(VcpuRecord {
                 vm: vcpu.vm(),
                 name: vcpu.name().to_owned(),
                 pid: vcpu.pid(),
@@ -193,7 +193,7 @@ impl Meter {
             gone: snapshot.gone(),
             unmetered: snapshot.unmetered(),
             life: snapshot.life(),
-            totals: Numbers::read(snapshot.totals(), histogram)?,
+            totals: LedgerNumbers::read(snapshot.totals(), histogram)?,
         })
     }
 
@@ -210,7 +210,7 @@ impl Meter {
     }
 
     /// Return the vCPUs of this process, ordered by VM and ID.
-    pub fn own(&self) -> Vec<&Vcpu> {
+    pub fn own(&self) -> Vec<&VcpuRecord> {
         let mut own: Vec<_> = self
             .vcpus
             .iter()
@@ -221,7 +221,7 @@ impl Meter {
     }
 
     /// Return the only vCPU of this process, or an error if it has none or more.
-    pub fn only(&self) -> Result<&Vcpu> {
+    pub fn only(&self) -> Result<&VcpuRecord> {
         match self.own()[..] {
             [vcpu] => Ok(vcpu),
             ref own => anyhow::bail!("this process has {} metered vCPUs instead of 1", own.len()),

@@ -20,7 +20,7 @@ use crate::{
     host::{
         self,
         log::Log,
-        meter::{Meter, Vcpu},
+        meter::{Meter, VcpuRecord},
         span::Span,
     },
 };
@@ -143,10 +143,10 @@ fn survive_suspend() -> Result<()> {
     };
     let mut idle = Machine::new(config.clone())?;
     idle.run()?;
-    let halted_ticks = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::Halted as usize];
-    let user_ticks = |vcpu: &Vcpu| vcpu.numbers.phases[Phase::User as usize];
+    let halted_ticks = |vcpu: &VcpuRecord| vcpu.numbers.phases[Phase::Halted as usize];
+    let user_ticks = |vcpu: &VcpuRecord| vcpu.numbers.phases[Phase::User as usize];
     let first = Meter::read()?.only()?.clone();
-    let idle_vcpu = |meter: &Meter| -> Result<Vcpu> {
+    let idle_vcpu = |meter: &Meter| -> Result<VcpuRecord> {
         let found = meter.vcpus.iter().find(|vcpu| vcpu.vm == first.vm);
         Ok((*found.context("the idle VM is not metered")?).clone())
     };

@@ -18,7 +18,7 @@ use crate::{
     cases::Case,
     host::{
         self,
-        meter::{Meter, Vcpu},
+        meter::{Meter, VcpuRecord},
     },
 };
 
@@ -126,7 +126,7 @@ fn beside_vcpus(time: Duration) -> Result<()> {
             })
             .into();
         let result = (|| {
-            let mut latest: BTreeMap<(u64, u32), Vcpu> = BTreeMap::new();
+            let mut latest: BTreeMap<(u64, u32), VcpuRecord> = BTreeMap::new();
             let started = Instant::now();
             while started.elapsed() < time {
                 // `Meter::read` checks each ledger.
@@ -211,7 +211,7 @@ fn read_tsc() -> u64 {
 }
 
 /// Check that no number of a vCPU fell.
-pub(super) fn check_none_fell(before: &Vcpu, after: &Vcpu) -> Result<()> {
+pub(super) fn check_none_fell(before: &VcpuRecord, after: &VcpuRecord) -> Result<()> {
     ensure!(
         after.life >= before.life && after.numbers.none_fell_since(&before.numbers),
         "the numbers of vCPU {} of {} fell: {before:?} and then {after:?}",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The atomics of ledger and table: `core`'s, and in the models of tests/loom.rs loom's, which
-//! tries every order in which threads can see them.
+//! The atomics of ledger and table: those of `core`, or in the models of tests/loom.rs those of
+//! loom, which tries every order in which threads can see them.
 
 #[cfg(not(loom))]
 pub(crate) use core::sync::atomic::{
@@ -12,9 +12,9 @@ pub(crate) use loom::sync::atomic::{
     fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, AtomicUsize, Ordering,
 };
 
-/// A cell of which [`own`] reads.
+/// A cell that [`own`] can read.
 pub(crate) trait Cell {
-    /// What it holds.
+    /// Type of the value.
     type Value;
     #[cfg(not(loom))]
     fn at(&self) -> *const Self::Value;
@@ -56,24 +56,24 @@ impl<T> Cell for AtomicPtr<T> {
     }
 }
 
-/// Read a cell that only this thread writes. Unlike the load of an atomic this one can be part of
-/// another instruction.
+/// Read a cell that only this thread writes. Unlike an atomic load, the compiler can fold this read
+/// into another instruction.
 ///
 /// # Safety
 ///
-/// Nobody else may write the cell meanwhile. Others may read it.
+/// No other thread may write the cell meanwhile. Others may read it.
 #[cfg(not(loom))]
 #[inline(always)]
 pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
-    // SAFETY: The cell is there, and by the contract of this function there is no race.
+    // SAFETY: The cell is valid, and by the contract of this function no other thread writes it.
     unsafe { cell.at().read() }
 }
 
-/// As above, by an atomic of the models.
+/// Read a cell that only this thread writes, by an atomic load of the models.
 ///
 /// # Safety
 ///
-/// As above.
+/// No other thread may write the cell meanwhile.
 #[cfg(loom)]
 pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
     cell.value()
@@ -88,7 +88,7 @@ pub(crate) fn add(cell: &AtomicU64, value: u64) {
     );
 }
 
-/// Set a bit of a bitmap that only this thread writes, if it has that many.
+/// Set a bit of a bitmap that only this thread writes. Do nothing if `place` is past its end.
 pub(crate) fn mark(bits: &[AtomicU64], place: usize) {
     if let Some(word) = bits.get(place / 64) {
         let bit = 1_u64.wrapping_shl(place as u32 % 64);

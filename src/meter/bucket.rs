@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A token bucket: allows some events at once, and on the long run one per interval.
+//! A token bucket: allows a burst of events, and in the long run one per interval.
 
 use core::sync::atomic::{
     AtomicU64,
     Ordering, //
 };
 
-/// How often a take is tried against others that take at the same moment. Who loses each time is
-/// refused, so that nobody spins.
+/// Attempts to take a token while other threads take one too. A thread that loses each time is
+/// refused, so that no thread spins.
 const TRIES: usize = 8;
 
 /// A bucket that any thread may take from, without a lock.
 #[derive(Debug)]
 pub struct Bucket {
-    /// Time, in nanoseconds, at which all tokens are back.
+    /// Time at which the bucket is full again, in nanoseconds.
     full_at: AtomicU64,
-    /// Time in which one comes back, in nanoseconds.
+    /// Time until one token comes back, in nanoseconds.
     interval: u64,
-    /// Time in which all come back, in nanoseconds.
+    /// Time until all tokens come back, in nanoseconds.
     span: u64,
 }
 
 impl Bucket {
-    /// Create a full bucket of `size` tokens, of which one comes back each `interval` nanoseconds.
+    /// Create a full bucket of `size` tokens. One token comes back each `interval` nanoseconds.
     pub const fn new(size: u32, interval: u64) -> Self {
         Self {
             full_at: AtomicU64::new(0),
@@ -32,8 +32,8 @@ impl Bucket {
         }
     }
 
-    /// Take a token at the time `now`, in nanoseconds of a clock that does not go back. Return
-    /// false if there is none.
+    /// Take a token at the time `now`, in nanoseconds of a monotonic clock. Return false if there
+    /// is none.
     pub fn take(&self, now: u64) -> bool {
         let mut full_at = self.full_at.load(Ordering::Relaxed);
         for _ in 0..TRIES {
@@ -68,21 +68,22 @@ mod tests {
     }
 
     #[test]
-    fn gives_its_size_at_once_and_then_one_by_one() {
+    fn allows_a_burst_and_then_one_per_interval() {
         let bucket = Bucket::new(200, SECOND / 8);
         for start in [0, 3600 * SECOND] {
             assert_eq!(taken(&bucket, start, 10_000), 200);
             assert_eq!(taken(&bucket, start + SECOND / 8 - 1, 10_000), 0);
             assert_eq!(taken(&bucket, start + SECOND / 8, 10_000), 1);
-            // What is asked for in vain costs nothing: 79 more have come back.
+            // A refused take costs no token: 79 more have come back.
             assert_eq!(taken(&bucket, start + 10 * SECOND, 10_000), 79);
             assert_eq!(taken(&bucket, start + 10 * SECOND, 10_000), 0);
         }
     }
 
-    /// The kernel's own limit, by windows, would give twice its size around their border.
+    /// The kernel's own rate limit works by windows, and allows twice its size around a window's
+    /// border.
     #[test]
-    fn no_span_of_time_has_more_than_the_size_and_what_came_back() {
+    fn no_interval_allows_more_than_the_size_and_the_refill() {
         let bucket = Bucket::new(20, SECOND);
         let events: Vec<u64> = (0..100 * 7)
             .map(|step| step * SECOND / 7)
@@ -97,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_share_it() {
+    fn threads_share_the_tokens() {
         let bucket = Bucket::new(1000, SECOND);
         let count = thread::scope(|scope| {
             let threads: Vec<_> = (0..4)

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which exits KVM has a handler for: for the tools' tables alone.
+//! Exit reasons that KVM has a handler for. Only the tools use this.
 //!
-//! After `kvm_vmx_exit_handlers` in `vmx.c` and `svm_exit_handlers` in `svm.c` of Linux 7.3.
-//! An exit without a handler ends the VM's run with an error; so its count stays 0.
+//! Source: `kvm_vmx_exit_handlers` in `vmx.c` and `svm_exit_handlers` in `svm.c` of Linux 7.3. An
+//! exit without a handler ends KVM_RUN with an error, so its count stays 0.
 
 use crate::reasons::Isa;
 
-/// Whether KVM of Linux 7.3 has a handler for the code.
+/// Return true if KVM of Linux 7.3 has a handler for exit reason `code`.
 pub const fn is_handled(isa: Isa, code: u32) -> bool {
     match isa {
         Isa::Vmx => matches!(
@@ -31,7 +31,7 @@ mod tests {
     use crate::reasons::{is_defined, name};
 
     #[test]
-    fn what_is_handled_is_defined() {
+    fn every_handled_code_is_defined() {
         for isa in [Isa::Vmx, Isa::Svm] {
             for code in 0..0x1000 {
                 assert!(is_defined(isa, code) || !is_handled(isa, code), "{code:#x}");

@@ -2,9 +2,9 @@
 
 //! The pure half of exitmeter, as a crate for the tools and the tests.
 //!
-//! The kernel module compiles the same files by `mod meter;`. Both ways a path such as
-//! `crate::meter::phase::Phase` resolves. What only the tools need, [`reader`] and
-//! [`handlers`], is declared here and not there.
+//! The kernel module compiles the same files by `mod meter;`. A path such as
+//! `crate::meter::phase::Phase` resolves in both builds. [`reader`] and [`handlers`], which only
+//! the tools need, are declared here and not in the module.
 
 #![cfg_attr(not(any(test, loom)), no_std)]
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is metered, and how it is told: pure Rust on `core` alone.
+//! The meter itself and its interfaces: pure Rust on `core` alone.
 //!
-//! Nothing here knows the kernel or C. Nothing here may panic on a path that the module
-//! takes, as a panic there is a dead host.
+//! Nothing here depends on the kernel or on C. Nothing here may panic on a path that the module
+//! takes, because a panic there kills the host.
 
 mod atomic;
 pub mod btf;
@@ -15,7 +15,7 @@ pub mod ledger;
 pub mod parts;
 pub mod phase;
 pub mod reasons;
-// loom's atomics are not constants, and its models are of what the registry stands on.
+// loom's atomics are not constants. Its models cover what the registry is built on.
 #[cfg(not(loom))]
 pub mod registry;
 pub mod slow;

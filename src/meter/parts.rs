@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which parts of the meter are built: all, but in the builds of tests/bench that show what
-//! each part costs alone.
+//! Constants that leave out parts of the meter, for the builds of tests/bench that measure the cost
+//! of each part. All other builds have every part.
 //!
-//! `cargo lab build -- EXITMETER_ONLY=counts` makes such a build. It is loaded by `make bench`
-//! and by nobody else: its numbers are not whole.
+//! `cargo lab build -- EXITMETER_ONLY=counts` makes such a build. Only `make bench` loads it: its
+//! numbers are incomplete.
 
-/// The callbacks do anything at all, rather than return at once.
+/// Callbacks do their work. If false, they return at once.
 pub const CALLBACKS: bool = !cfg!(exitmeter_only_hooks);
 
-/// The callbacks read the clock, find the vCPU's ledger and write each transition's head.
-/// [`COUNTS`], [`PHASES`] and [`HISTOGRAMS`] stand on this.
+/// Callbacks read the clock, find the vCPU's ledger and write the head of each transition.
+/// [`COUNTS`], [`PHASES`] and [`HISTOGRAMS`] build on this.
 const ONLY_TRANSITIONS: bool = cfg!(exitmeter_only_transitions);
 const ONLY_COUNTS: bool = cfg!(exitmeter_only_counts);
 const ONLY_PHASES: bool = cfg!(exitmeter_only_phases);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The phases of a vCPU's life. At any moment it is in exactly one.
+//! Phases of a vCPU's life. A vCPU is in exactly one at any moment.
 
-/// Where a vCPU's time goes.
+/// Phase of a vCPU: the place where its time goes.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -12,12 +12,12 @@ pub enum Phase {
     Kernel = 1,
     /// The VMM runs in user space: from put, not scheduled out, to load.
     User = 2,
-    /// The vCPU sleeps by its own wish, as after HLT: scheduled out in `kvm_vcpu_block()`.
+    /// The vCPU sleeps by its own wish, for example after HLT: scheduled out in `kvm_vcpu_block()`.
     Halted = 3,
-    /// The host took the CPU away: scheduled out while runnable.
+    /// The host runs something else: scheduled out while runnable.
     Preempted = 4,
-    /// KVM sleeps for the host, as for memory that is swapped out: scheduled out, neither
-    /// runnable nor halted.
+    /// KVM sleeps on behalf of the host, for example until swapped-out memory is back: scheduled
+    /// out, neither runnable nor halted.
     Waiting = 5,
 }
 
@@ -25,7 +25,7 @@ impl Phase {
     /// The number of phases.
     pub const COUNT: usize = 6;
 
-    /// Every phase, in the order of their numbers.
+    /// Every phase, in numeric order.
     pub const ALL: [Phase; Self::COUNT] = [
         Phase::Guest,
         Phase::Kernel,
@@ -35,7 +35,7 @@ impl Phase {
         Phase::Waiting,
     ];
 
-    /// Every phase, in the order in which people read them: the two sleeps side by side.
+    /// Every phase, in display order: the two kinds of sleep side by side.
     pub const SHOWN: [Phase; Self::COUNT] = [
         Phase::Guest,
         Phase::Kernel,
@@ -57,7 +57,7 @@ impl Phase {
         }
     }
 
-    /// Return the phase with a number; `None` above 5.
+    /// Return the phase with a number, or `None` above 5.
     pub const fn from_number(number: u32) -> Option<Phase> {
         match number {
             0 => Some(Phase::Guest),

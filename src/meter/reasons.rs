@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Exit reasons of VMX and exit codes of SVM: their numbers, names and places in a ledger.
+//! Exit reasons of VMX and exit codes of SVM: their numbers, their names and their rows in a
+//! ledger.
 //!
-//! Numbers and names, and where they are from, are in the rooms of the two vendors.
+//! The modules of the two vendors hold numbers and names, with their sources.
 
 mod svm;
 mod vmx;
 
-/// Whose numbers exit reasons are.
+/// Vendor whose exit reasons the codes are.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -18,7 +19,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The name, in lower case.
+    /// Return the vendor's name, in lower case.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Vmx => "vmx",
@@ -27,7 +28,7 @@ impl Isa {
     }
 }
 
-/// How many rows a ledger has.
+/// Number of rows in a ledger.
 pub const SLOTS: usize = 178;
 
 /// The row of an exit reason in a ledger.
@@ -38,14 +39,14 @@ pub const SLOTS: usize = 178;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot(usize);
 
-/// Codes below this one have the row of their own number.
+/// Number of codes, from 0, that have the row of their own number.
 const DIRECT: u32 = 168;
-/// SVM's second range of codes, from the nested page fault on: the first one, and where its
-/// rows begin.
+/// SVM's second range of codes, which starts with the nested page fault: its first code and its
+/// first row.
 const SVM_HIGH: (u32, u32) = (0x400, DIRECT);
-/// SVM's negative codes, up to -1: entries that failed.
+/// SVM's negative codes, up to -1: failed entries.
 const SVM_FAILED: (u32, u32) = (-4_i32 as u32, DIRECT + SVM_RANGE);
-/// How many codes each of these ranges has.
+/// Number of codes in each of these two ranges.
 const SVM_RANGE: u32 = 4;
 
 impl Slot {
@@ -54,13 +55,13 @@ impl Slot {
     /// Exits whose code has no row of its own.
     pub const OTHER: Slot = Slot(176);
 
-    /// The row's place, below [`SLOTS`].
+    /// Return the row's index, below [`SLOTS`].
     #[inline(always)]
     pub const fn index(self) -> usize {
         self.0
     }
 
-    /// The row at a place; `None` from [`SLOTS`] on.
+    /// Return the row at an index, or `None` from [`SLOTS`] on.
     #[inline]
     pub const fn from_index(index: usize) -> Option<Slot> {
         if index < SLOTS {
@@ -71,13 +72,13 @@ impl Slot {
         }
     }
 
-    /// Every row.
+    /// Return every row.
     pub fn all() -> impl Iterator<Item = Slot> {
         (0..SLOTS).filter_map(Slot::from_index)
     }
 }
 
-/// The row in which exits with a code are counted: total over all codes.
+/// Return the row that counts exits with `code`. Every code has one.
 #[inline(always)]
 pub const fn slot(isa: Isa, code: u32) -> Slot {
     if code < DIRECT {
@@ -90,9 +91,10 @@ pub const fn slot(isa: Isa, code: u32) -> Slot {
     }
 }
 
-/// The same for what VMREAD tells as VMX's exit reason, with all bits; `None` when it takes more than one
-/// compare: for a reason that no manual has yet, or with a bit set beside the basic reason, as of a
-/// failed entry, a bus lock or an enclave (SDM, "Format of Exit Reason").
+/// Return the row of a VMX exit reason as VMREAD returns it, with all bits, by one compare. Return
+/// `None` when one compare is not enough: for a reason that no manual defines yet, or with a bit
+/// set beside the basic reason, as after a failed entry, a bus lock or an exit from an enclave
+/// (SDM, "Format of Exit Reason").
 #[inline(always)]
 pub const fn usual_vmx_slot(exit_reason: u64) -> Option<Slot> {
     match exit_reason < DIRECT as u64 {
@@ -117,8 +119,8 @@ const fn svm_high_slot(code: u32) -> Slot {
     }
 }
 
-/// The code that a row counts; `None` for [`Slot::START`] and [`Slot::OTHER`], and for
-/// rows that the ISA does not use.
+/// Return the code that a row counts, or `None` for [`Slot::START`], [`Slot::OTHER`] and rows that
+/// the ISA does not use.
 pub const fn code(isa: Isa, slot: Slot) -> Option<u32> {
     let row = slot.0 as u32;
     match (isa, row) {
@@ -129,7 +131,7 @@ pub const fn code(isa: Isa, slot: Slot) -> Option<u32> {
     }
 }
 
-/// Whether the vendor's manual defines the code.
+/// Return true if the vendor's manual defines exit reason `code`.
 pub const fn is_defined(isa: Isa, code: u32) -> bool {
     match isa {
         Isa::Vmx => matches!(code, 0..=34 | 36 | 37 | 39..=41 | 43..=70 | 72..=79 | 84 | 85),
@@ -137,7 +139,7 @@ pub const fn is_defined(isa: Isa, code: u32) -> bool {
     }
 }
 
-/// How many codes the vendor's manual defines.
+/// Return the number of codes that the vendor's manual defines.
 pub fn defined_count(isa: Isa) -> u32 {
     let mut count = 0_u32;
     for slot in Slot::all() {
@@ -148,7 +150,7 @@ pub fn defined_count(isa: Isa) -> u32 {
     count
 }
 
-/// The name of a defined code.
+/// Return the name of a defined code.
 pub fn name(isa: Isa, code: u32) -> Option<&'static str> {
     if !is_defined(isa, code) {
         return None;
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rows_are_total_and_inside() {
+    fn every_code_has_a_row_within_the_ledger() {
         for isa in [Isa::Vmx, Isa::Svm] {
             // Miri takes a thousand times as long.
             let many = if cfg!(miri) { 0x500 } else { 0x1_0000 };
@@ -200,12 +202,13 @@ mod tests {
     }
 
     #[test]
-    fn one_compare_finds_the_row_of_all_that_has_no_other_bits() {
+    fn one_compare_finds_the_row_unless_other_bits_are_set() {
         for number in 0..0x200_u32 {
             let usual = usual_vmx_slot(number.into());
             let row = slot(Isa::Vmx, number);
             assert_eq!(usual, (row != Slot::OTHER).then_some(row));
-            // As of a bus lock, an enclave and a failed entry (SDM, "Format of Exit Reason").
+            // Set after a bus lock, in an enclave and after a failed entry (SDM, "Format of Exit
+            // Reason").
             for bit in [26, 27, 31, 63] {
                 assert_eq!(usual_vmx_slot(u64::from(number) | 1 << bit), None);
             }
@@ -213,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn undefined_reasons_of_the_course() {
+    fn knows_undefined_reasons_and_names() {
         for number in [35, 38, 42, 71, 80, 83, 86, 0x8000_0030, u32::MAX] {
             assert!(!is_defined(Isa::Vmx, number));
         }

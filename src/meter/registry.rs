@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which ledger belongs to which vCPU, and for how long: the algorithm, on any [`Platform`].
+//! Registry of ledgers: which ledger belongs to which vCPU, and for how long. The algorithm runs on
+//! any [`Platform`].
 //!
-//! A vCPU is announced when KVM makes it, where memory can be waited for, and its ledger begins
-//! at its first event. A vCPU that was there before the module is taken in at its first event,
-//! without waiting. It is let go when KVM destroys it, and its numbers are folded into the
-//! totals. A vCPU that cannot be taken in, for lack of memory or past `max_vcpus`, is counted,
-//! marked in the table as unmetered, and runs on undisturbed: by the mark it stays unmetered,
-//! whatever room there is later.
+//! KVM's creation of a vCPU announces it, where the thread may wait for memory. Its ledger begins
+//! at its first event. A vCPU older than the module is registered at its first event, without
+//! waiting. KVM's destruction of a vCPU releases it, and its numbers are added to the totals. A
+//! vCPU that cannot be registered, for lack of memory or past `max_vcpus`, is counted, marked in
+//! the table as unmetered, and runs on undisturbed. The mark keeps it unmetered, even if there is
+//! room later.
 //!
-//! Marks are bounded as well, as whoever may open /dev/kvm makes vCPUs. Once one could not be
-//! marked, no vCPU is taken in, or counted, but at the first load of its life. So those made
-//! since the module was loaded are still counted once each, and none is taken in in mid-life;
-//! only of those made before, some may never be seen.
+//! Marks are bounded too, because anyone who may open /dev/kvm creates vCPUs. Once a vCPU could not
+//! be marked, a vCPU is registered or counted only at the first load of its life. So vCPUs created
+//! since the module was loaded are still counted once each, and none is registered in mid-life;
+//! only vCPUs created before may never be seen.
 //!
-//! Nobody waits for long, and nobody for a guest:
+//! Nobody waits for long, and nobody waits for a guest:
 //!
-//! - The thread that holds a vCPU writes its ledger. It looks it up without a lock, for only this
-//!   thread, or the one that destroys the vCPU after it, lets it go.
+//! - The thread that holds a vCPU writes its ledger. It looks the ledger up without a lock, because
+//!   only this thread, or the one that later destroys the vCPU, releases it.
 //! - A query ([`answer`]) takes no lock. It reads up to [`GROUP`] vCPUs one by one, and the sums
-//!   over the others of its VM, which one asker renews now and then.
-//! - A snapshot ([`walk`]) takes references to a few vCPUs with the lock held, and copies
-//!   them without it.
+//!   over the other vCPUs of its VM, which one query renews now and then.
+//! - A snapshot ([`walk`]) takes references to a few vCPUs with the lock held, and copies them
+//!   without it.
 //! - The one lock is held for a constant number of steps, however many vCPUs and VMs there are.
 //!   Memory is allocated and freed without it.
 
@@ -55,21 +56,22 @@ use vm::{Group, GroupSums, Links, Vm, WALKS};
 pub use vm::{Member, Rows, GROUP};
 use walk::Walk;
 
-/// The table's value for a vCPU that is known and not metered. No address is 1.
+/// Value in the table for a vCPU that runs unmetered. No address is 1.
 const UNMETERED: usize = 1;
 
-/// vCPUs that can be marked as unmetered at a time, whatever `max_vcpus` is: so the table takes
-/// 256 KiB up to the default of that. Miri takes a thousand times as long for each.
+/// Minimum number of vCPUs that can be marked as unmetered at a time, whatever `max_vcpus` is. With
+/// it, the table takes 256 KiB up to the default of `max_vcpus`. Miri takes a thousand times as
+/// long for each.
 pub const MARKS: usize = if cfg!(miri) { 40 } else { 4096 };
 
 /// A vCPU and the VM that owns it, as KVM names them.
 #[derive(Clone, Copy, Debug)]
 pub struct Owner {
-    /// A number that no other VM has while this one lives: its address.
+    /// Number of the VM, unique among living VMs: its address.
     pub vm: usize,
     /// KVM's name of the VM.
     pub name: [u8; NAME_SIZE],
-    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
+    /// Thread that created the VM (`kvm->userspace_pid`): for most VMMs, their process.
     pub pid: u32,
     /// The vCPU's id.
     pub vcpu: u32,
@@ -78,57 +80,57 @@ pub struct Owner {
 /// A vCPU that the registry does not know yet.
 #[derive(Clone, Copy, Debug)]
 pub struct Newcomer {
-    /// The vCPU and its VM; `None` when the host cannot read why the vCPU exits.
+    /// The vCPU and its VM; `None` when the host cannot read the vCPU's exit reasons.
     pub owner: Option<Owner>,
-    /// The vCPU has never been on a CPU.
+    /// Set if the vCPU has never been on a CPU.
     pub is_new: bool,
     /// Time that KVM polled for the vCPU before now, in ns.
     pub polled: u64,
 }
 
-/// The reason why a vCPU runs unmetered.
+/// Reason why a vCPU runs unmetered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// `max_vcpus` others are metered.
     NoRoom,
     /// There is no memory for its ledger.
     NoMemory,
-    /// The host cannot read why the vCPU exits.
+    /// The host cannot read the vCPU's exit reasons.
     Unreadable,
 }
 
-/// There is no memory for the registry.
+/// Error: there is no memory for the registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoMemory;
 
-/// What is decided when the module is loaded.
+/// Settings that are fixed when the module is loaded.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// The leaves that are answered.
+    /// The CPUID leaves that are answered.
     pub leaves: Leaves,
-    /// Guests read the sums of the whole host.
+    /// Set if guests read the sums of the whole host.
     pub host_scope: bool,
-    /// The most vCPUs that are metered at a time, from 1.
+    /// Maximum number of vCPUs metered at a time, at least 1.
     pub max_vcpus: usize,
-    /// Attempts to copy a ledger before an interrupt is sent to the vCPU's CPU, up to
+    /// Attempts to copy a ledger before an interrupt goes to the vCPU's CPU, at most
     /// [`TRIES`](super::ledger::TRIES).
     pub copy_tries: u32,
-    /// An exit of more ticks freezes its vCPU's ring of the last exits; 0: none does.
+    /// Length of an exit, in ticks, above which it freezes its vCPU's ring; 0: no ring freezes.
     pub slow_ticks: u64,
 }
 
-/// What changes as vCPUs come and go. All-zero bytes are a state without any.
+/// State that changes as vCPUs come and go. All-zero bytes are a state without vCPUs.
 #[derive(Debug)]
 struct State {
-    /// The VMs, in the order of their numbers.
+    /// Ends of the list of VMs, in the order of their numbers.
     first: *mut Vm,
     last: *mut Vm,
-    /// The number of the latest VM.
+    /// Number of the latest VM.
     number: u64,
-    /// The number of the latest vCPU.
+    /// Number of the latest vCPU.
     serial: u64,
     walks: [Walk; WALKS],
-    /// vCPUs that are metered now, or for which a place is kept.
+    /// vCPUs that are metered now, or have a place reserved.
     metered: usize,
     /// Groups of all VMs.
     groups: usize,
@@ -136,11 +138,11 @@ struct State {
     marked: usize,
     /// vCPUs that run or ran unmetered, marked or not.
     unmetered: u64,
-    /// A vCPU that comes gets tables.
+    /// Set if new vCPUs get tables.
     wants_tables: bool,
-    /// The numbers of the vCPUs that are gone.
+    /// Numbers of the vCPUs that are gone.
     gone: Totals,
-    /// Room for a copy of a ledger: too large for a kernel stack.
+    /// Buffer for a copy of a ledger, which is too large for a kernel stack.
     copy: LedgerCopy,
 }
 
@@ -148,39 +150,39 @@ struct State {
 ///
 /// # Invariants
 ///
-/// - A value of the table of vCPUs is 0, `UNMETERED`, or the address of a [`Member`] that is
-///   held by the registry. It stays until the thread that has the vCPU to itself lets it go.
-/// - A value of the table of VMs is 0 or the address of a `Vm` in the list of VMs, which has at
+/// - A value in the table of vCPUs is 0, `UNMETERED`, or the address of a [`Member`] that the
+///   registry holds. The value stays until the thread that has the vCPU to itself releases it.
+/// - A value in the table of VMs is 0 or the address of a `Vm` in the list of VMs, which has at
 ///   least one member.
 #[derive(Debug)]
 pub struct Registry<P: Platform> {
     platform: P,
     settings: Settings,
-    /// The clock when the registry was made.
+    /// Clock when the registry was created.
     loaded: u64,
     vcpus: Array<Entry>,
     vms: Array<Entry>,
     max_marks: usize,
-    /// A vCPU could not be marked, now or at some time before: one that the table does not know
-    /// may be known all the same.
+    /// Set once a vCPU could not be marked. From then on, a vCPU that the table does not have may
+    /// be old.
     unmarked: AtomicBool,
-    /// The size of the latest snapshot, in bytes.
+    /// Size of the latest snapshot, in bytes.
     latest_size: AtomicUsize,
-    /// How often details were turned on and off, for guests: they are on when it is odd.
+    /// Times that details were turned on and off, as guests read it. Details are on when it is odd.
     switches: AtomicU32,
-    /// Under the lock.
+    /// Protected by the lock.
     state: NonNull<UnsafeCell<State>>,
-    /// The sums of the host, for its guests; null unless these read them.
+    /// Sums of the host, for its guests; null unless guests read them.
     host: AtomicPtr<answer::HostSums>,
 }
 
-// SAFETY: What is shared without the lock are atomics; all else is read and written with the
-// lock held, by the thread that owns a vCPU, or before others can see it.
+// SAFETY: Atomics are shared without the lock. All else is read and written with the lock held, by
+// the thread that owns a vCPU, or before other threads can see it.
 unsafe impl<P: Platform + Send> Send for Registry<P> {}
 // SAFETY: As above.
 unsafe impl<P: Platform + Sync> Sync for Registry<P> {}
 
-/// Memory for many equal things, all-zero at first.
+/// Zeroed memory for a number of equal objects.
 #[derive(Debug)]
 struct Array<T> {
     first: NonNull<T>,
@@ -202,13 +204,13 @@ impl<T> Array<T> {
     }
 
     fn as_slice(&self) -> &[T] {
-        // SAFETY: That many were allocated, and stay as long as this is borrowed.
+        // SAFETY: `count` objects were allocated, and stay as long as this is borrowed.
         unsafe { core::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }
 
     /// # Safety
     ///
-    /// Nobody may use it any more.
+    /// No thread may use the memory any more.
     unsafe fn free(&self, platform: &impl Platform) {
         if let Ok(layout) = Self::layout(self.count) {
             // SAFETY: Allocated by `new` with that layout.
@@ -217,7 +219,7 @@ impl<T> Array<T> {
     }
 }
 
-/// Return zeroed memory for a value.
+/// Allocate zeroed memory for a value.
 ///
 /// # Safety
 ///
@@ -230,7 +232,7 @@ unsafe fn zeroed<T>(platform: &impl Platform, may_sleep: bool) -> Option<NonNull
 ///
 /// # Safety
 ///
-/// It must come from [`zeroed`], and nobody may use it any more.
+/// The value must come from [`zeroed`], and no thread may use it any more.
 unsafe fn free<T>(platform: &impl Platform, value: *mut T) {
     if let Some(value) = NonNull::new(value) {
         // SAFETY: By the contract of this function.
@@ -261,7 +263,7 @@ impl<P: Platform> Deref for Locked<'_, P> {
     type Target = State;
 
     fn deref(&self) -> &State {
-        // SAFETY: The lock is held, so nobody else has a reference.
+        // SAFETY: The lock is held, so no other thread has a reference.
         unsafe { &*self.registry.state.as_ref().get() }
     }
 }
@@ -275,25 +277,26 @@ impl<P: Platform> DerefMut for Locked<'_, P> {
 
 impl<P: Platform> Drop for Locked<'_, P> {
     fn drop(&mut self) {
-        // SAFETY: Taken when this was made.
+        // SAFETY: The lock was taken when this was created.
         unsafe { self.registry.platform.unlock() };
     }
 }
 
-/// Objects that a vCPU may take to be placed, allocated before the lock is taken.
+/// Objects that placing a vCPU may need, allocated before the lock is taken.
 struct Spare {
     vm: *mut Vm,
     group: *mut Group,
-    /// The sums of the VM, and of its first and its new group, when it gets its second one.
+    /// Sums of the VM, of its first group and of its new group, for a VM that gets its second
+    /// group.
     rows: *mut Rows,
     first_sums: *mut GroupSums,
     sums: *mut GroupSums,
     tables: *mut Tables,
-    /// There was no memory for tables: the vCPU goes without.
+    /// Set if there was no memory for tables: the vCPU gets none.
     no_tables: bool,
 }
 
-/// What a vCPU still takes to be placed.
+/// An object that placing a vCPU still needs.
 #[derive(Clone, Copy)]
 enum Lacking {
     Vm,
@@ -303,15 +306,15 @@ enum Lacking {
 }
 
 impl<P: Platform> Registry<P> {
-    /// Create a registry without a vCPU.
+    /// Create a registry without vCPUs.
     ///
     /// # Errors
     ///
     /// [`NoMemory`] when the platform has none.
     pub fn new(platform: P, settings: Settings) -> Result<Self, NoMemory> {
         let max_marks = settings.max_vcpus.max(MARKS);
-        // At most half of the places are taken, so a look-up finds its key, or that there is
-        // none, within a place or two.
+        // At most half of the places are taken, so a look-up finds its key, or finds that it is
+        // missing, within a place or two.
         let places = |keys: usize| keys.saturating_mul(2).next_power_of_two();
         // SAFETY: All-zero bytes are an empty place of a table.
         let vcpus = unsafe {
@@ -325,7 +328,7 @@ impl<P: Platform> Registry<P> {
         // SAFETY: All-zero bytes are a state without a vCPU.
         let state = unsafe { zeroed::<UnsafeCell<State>>(&platform, true) };
         let host = match settings.host_scope {
-            // SAFETY: All-zero bytes are sums over nobody that were never renewed.
+            // SAFETY: All-zero bytes are sums over no vCPU that were never renewed.
             true => unsafe { zeroed::<answer::HostSums>(&platform, true) },
             false => Some(NonNull::dangling()),
         };
@@ -364,7 +367,7 @@ impl<P: Platform> Registry<P> {
         })
     }
 
-    /// The leaves that are answered.
+    /// Return the CPUID leaves that are answered.
     #[inline(always)]
     pub fn leaves(&self) -> &Leaves {
         &self.settings.leaves
@@ -375,21 +378,21 @@ impl<P: Platform> Registry<P> {
         self.settings.host_scope
     }
 
-    /// The most vCPUs that are metered at a time.
+    /// Return the maximum number of vCPUs metered at a time.
     pub fn max_vcpus(&self) -> usize {
         self.settings.max_vcpus
     }
 
-    /// The surroundings.
+    /// Return the platform.
     pub fn platform(&self) -> &P {
         &self.platform
     }
 
-    /// Allocate the tables of a vCPU, which have not begun; `None` when there is no memory.
+    /// Allocate tables for a vCPU that have not begun, or return `None` when there is no memory.
     fn new_tables(&self, may_sleep: bool) -> Option<NonNull<Tables>> {
         // SAFETY: All-zero bytes are tables that have not begun.
         let tables = unsafe { zeroed::<Tables>(&self.platform, may_sleep) }?;
-        // SAFETY: They are there, and nobody else's yet.
+        // SAFETY: The memory is valid, and no other thread knows it yet.
         let new = unsafe { tables.as_ref() };
         new.prepare();
         new.slow().set_limit(self.settings.slow_ticks);
@@ -414,20 +417,21 @@ impl<P: Platform> Registry<P> {
         if value <= UNMETERED {
             return None;
         }
-        // SAFETY: By the invariant of `Registry` a member is there. The callers hold the
-        // vCPU that it is of, so that it is not let go while they use it.
+        // SAFETY: By the invariant of `Registry` a member is there. The callers hold its vCPU, so
+        // it is not released while they use it.
         Some(unsafe { &*(value as *const Member) })
     }
 
-    /// Return a metered vCPU that the caller holds and that has begun, without taking it in.
+    /// Return a metered vCPU that the caller holds and whose ledger has begun. Does not register
+    /// it.
     #[inline]
     pub fn known(&self, key: usize) -> Option<&Member> {
         let member = self.member_at(self.table().get(key))?;
         member.ledger.has_begun().then_some(member)
     }
 
-    /// Return the vCPU that the caller holds, at an event: taken in if it is new, in `phase`
-    /// from `now` on. `None` when it is unmetered, with the reason where that was decided now.
+    /// Return the vCPU that the caller holds, at an event. Registers a new vCPU, in `phase` from
+    /// `now` on. Returns `None` when the vCPU is unmetered, or the reason if that is decided now.
     #[inline]
     pub fn at_event(
         &self,
@@ -437,7 +441,7 @@ impl<P: Platform> Registry<P> {
         newcomer: impl FnOnce() -> Newcomer,
     ) -> Result<Option<&Member>, Refused> {
         let value = match self.table().get(key) {
-            0 => self.take_in(key, newcomer(), false)?,
+            0 => self.register(key, newcomer(), false)?,
             value => value,
         };
         let Some(member) = self.member_at(value) else {
@@ -449,25 +453,26 @@ impl<P: Platform> Registry<P> {
         Ok(Some(member))
     }
 
-    /// Take in a vCPU that KVM is making, before its first event. KVM lets it go in any case, by
-    /// [`Self::destroy`].
+    /// Register a vCPU that KVM is creating, before its first event. KVM releases it in any case,
+    /// by [`Self::destroy`].
     ///
     /// # Errors
     ///
-    /// The reason why it will run unmetered.
+    /// Reason why the vCPU will run unmetered.
     pub fn announce(&self, key: usize, newcomer: Newcomer) -> Result<(), Refused> {
         match self.table().get(key) {
-            0 => self.take_in(key, newcomer, true).map(|_| ()),
+            0 => self.register(key, newcomer, true).map(|_| ()),
             _ => Ok(()),
         }
     }
 
-    /// Take in a vCPU that the table does not know, or mark it as unmetered; return its value.
+    /// Register a vCPU that the table does not have, or mark it as unmetered. Return its value in
+    /// the table.
     #[cold]
     #[inline(never)]
-    fn take_in(&self, key: usize, newcomer: Newcomer, may_sleep: bool) -> Result<usize, Refused> {
-        // The thread that had a vCPU when it could not be marked set this; whoever has the vCPU
-        // after it sees that, by KVM's lock of the vCPU.
+    fn register(&self, key: usize, newcomer: Newcomer, may_sleep: bool) -> Result<usize, Refused> {
+        // The thread that held a vCPU when it could not be marked set this. The next thread that
+        // holds the vCPU sees that, by KVM's lock of the vCPU.
         if self.unmarked.load(Relaxed) && !newcomer.is_new {
             return Ok(UNMETERED);
         }
@@ -483,7 +488,7 @@ impl<P: Platform> Registry<P> {
         if marked {
             state.marked = state.marked.wrapping_add(1);
         } else if may_sleep {
-            // Nothing says later that it was counted, so its first load is to do that.
+            // Nothing records that it was counted, so its first load must count it.
             return Err(refused);
         } else {
             self.unmarked.store(true, Relaxed);
@@ -493,7 +498,7 @@ impl<P: Platform> Registry<P> {
         Err(refused)
     }
 
-    /// Make a vCPU's ledger, and place it in its VM.
+    /// Create a vCPU's ledger, and place it in its VM.
     fn admit(
         &self,
         key: usize,
@@ -523,10 +528,10 @@ impl<P: Platform> Registry<P> {
         polled: u64,
         may_sleep: bool,
     ) -> Result<NonNull<Member>, Refused> {
-        // SAFETY: All-zero bytes are a member that is not placed.
+        // SAFETY: All-zero bytes are a member without a place.
         let member = unsafe { zeroed::<Member>(&self.platform, may_sleep) };
         let member = member.ok_or(Refused::NoMemory)?;
-        // SAFETY: Nobody else has it yet.
+        // SAFETY: No other thread knows it yet.
         let new = unsafe { &mut *member.as_ptr() };
         new.holders = AtomicUsize::new(1);
         new.key = key;
@@ -538,8 +543,8 @@ impl<P: Platform> Registry<P> {
             vcpu: owner.vcpu,
         };
         let mut spare = Spare::none();
-        // A VM that is new lacks itself and a group; one that grows, a group and sums; and a vCPU may
-        // lack tables.
+        // A new VM lacks the VM itself and a group; a growing VM lacks a group and sums; and a vCPU
+        // may lack tables.
         let mut result = Err(Refused::NoMemory);
         for _ in 0..6 {
             let placed = self.lock().place(self, member, owner.vm, &mut spare);
@@ -548,11 +553,11 @@ impl<P: Platform> Registry<P> {
                     result = Ok(member);
                     break;
                 }
-                Err(lacking) if spare.fetch(self, lacking, may_sleep).is_none() => break,
+                Err(lacking) if spare.allocate(self, lacking, may_sleep).is_none() => break,
                 Err(_) => {}
             }
         }
-        // SAFETY: What is left of it was not placed.
+        // SAFETY: The objects that are left were not placed.
         unsafe { spare.free(&self.platform) };
         if result.is_err() {
             // SAFETY: It was not placed either.
@@ -561,8 +566,8 @@ impl<P: Platform> Registry<P> {
         result
     }
 
-    /// Let a vCPU go that KVM destroys, and will not load again. KVM polled for it for `polled`
-    /// ns in all.
+    /// Release a vCPU that KVM destroys and will not load again. `polled` is the time that KVM
+    /// polled for it in all, in ns.
     pub fn destroy(&self, key: usize, polled: u64) {
         self.platform.forget(key);
         let mut state = self.lock();
@@ -583,15 +588,15 @@ impl<P: Platform> Registry<P> {
         state.await_gone(member);
         let empty = state.remove(self, member);
         drop(state);
-        // SAFETY: The VM had no vCPU but this one, and is in no list any more: nobody is left
-        // who could look at it.
+        // SAFETY: This was the VM's only vCPU, and the VM is in no list any more, so no thread can
+        // find it.
         unsafe { self.free_vm(empty) };
         self.let_go(member);
     }
 
-    /// Give back one hold on a vCPU; the last one retires it.
+    /// Release one hold on a vCPU. The last one retires it.
     fn let_go(&self, member: &Member) {
-        // ORDERING: Who retires it comes after all that the others did with it.
+        // ORDERING: The thread that retires it comes after all that other threads did with it.
         if member.holders.fetch_sub(1, Release) != 1 {
             return;
         }
@@ -602,8 +607,8 @@ impl<P: Platform> Registry<P> {
         unsafe { free_more(&self.platform, member) };
         let room = NonNull::from(&member.retired).cast();
         let memory = member.address().cast();
-        // SAFETY: It is in no list any more, and nobody holds it; queries that still read it are
-        // waited for. The room is for this alone.
+        // SAFETY: The vCPU is in no list any more, and no thread holds it; `retire` waits for
+        // queries that still read it. The room is for this alone.
         unsafe { self.platform.retire(memory, Layout::new::<Member>(), room) };
     }
 
@@ -611,14 +616,14 @@ impl<P: Platform> Registry<P> {
     ///
     /// # Safety
     ///
-    /// Nobody may use it any more.
+    /// No thread may use it any more.
     unsafe fn free_vm(&self, vm: *mut Vm) {
         // SAFETY: By the contract of this function.
         let Some(it) = (unsafe { vm.as_ref() }) else {
             return;
         };
         let mut group = it.groups.load(Relaxed);
-        // SAFETY: As above; a group is of one VM.
+        // SAFETY: As above; a group belongs to one VM.
         while let Some(it) = unsafe { group.as_ref() } {
             let next = it.next.load(Relaxed);
             // SAFETY: As above.
@@ -635,10 +640,9 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Have all ledgers go on at `now` by a clock that has begun anew; it was `then` by the clock
-    /// before.
+    /// Restart all ledgers at `now` on a clock that has begun anew; the old clock read `then`.
     ///
-    /// For a moment at which no other CPU runs. It takes as many steps as there are vCPUs.
+    /// Call at a moment when no other CPU runs. It takes as many steps as there are vCPUs.
     pub fn rebase(&self, then: u64, now: u64) {
         let state = self.lock();
         state.each(|member| {
@@ -651,7 +655,7 @@ impl<P: Platform> Registry<P> {
 
 impl<P: Platform> Drop for Registry<P> {
     fn drop(&mut self) {
-        // SAFETY: Nobody else has a reference to the registry, and thus to what it holds.
+        // SAFETY: No other thread has a reference to the registry, nor to what it holds.
         unsafe {
             let mut vm = self
                 .state
@@ -685,11 +689,11 @@ impl<P: Platform> Drop for Registry<P> {
 }
 
 impl Vm {
-    /// Have `see` see the vCPUs of this VM.
+    /// Call `see` for each vCPU of this VM.
     ///
     /// # Safety
     ///
-    /// The caller must hold the lock, or be alone.
+    /// The caller must hold the lock, or have the VM to itself.
     unsafe fn each(&self, mut see: impl FnMut(&Member)) {
         let mut group = self.groups.load(Relaxed);
         // SAFETY: A group stays for as long as its VM, which the caller keeps.
@@ -703,11 +707,11 @@ impl Vm {
 }
 
 impl State {
-    /// Have `see` see each metered vCPU.
+    /// Call `see` for each metered vCPU.
     fn each(&self, mut see: impl FnMut(&Member)) {
         let mut vm = self.first;
-        // SAFETY: A VM in the list stays while the lock is held, as it is by the one who has a
-        // reference to the state.
+        // SAFETY: A VM in the list stays while the lock is held, and the owner of a reference to
+        // the state holds it.
         while let Some(it) = unsafe { vm.as_ref() } {
             // SAFETY: As above.
             unsafe {
@@ -717,11 +721,11 @@ impl State {
         }
     }
 
-    /// Place a vCPU in its VM, and make it known.
+    /// Place a vCPU in its VM, and add it to the table.
     ///
     /// # Errors
     ///
-    /// What it lacks, with nothing changed.
+    /// The object that is lacking. Nothing has changed then.
     fn place<P: Platform>(
         &mut self,
         registry: &Registry<P>,
@@ -762,7 +766,7 @@ impl State {
             true => core::mem::replace(&mut spare.tables, null_mut()),
             false => null_mut(),
         };
-        // SAFETY: Nobody else has the vCPU yet. Its tables stay until they are retired.
+        // SAFETY: No other thread knows the vCPU yet. Its tables stay until they are retired.
         unsafe {
             let new = &mut *member.as_ptr();
             new.ledger.set_tables(tables);
@@ -773,8 +777,8 @@ impl State {
         }
         // SAFETY: As above.
         let vcpu = unsafe { member.as_ref() }.key;
-        // INVARIANT: The member is placed right below. There is room, as places are kept for
-        // twice as many as may come.
+        // INVARIANT: The member is placed right below. There is room, because the table has twice
+        // as many places as there can be keys.
         let _ = registry.table().insert(vcpu, member.as_ptr() as usize);
         group.take(place, member);
         if group.is_full() {
@@ -789,7 +793,7 @@ impl State {
         Ok(())
     }
 
-    /// Give a VM one more group.
+    /// Add a group to a VM.
     fn add_group<P: Platform>(
         &mut self,
         registry: &Registry<P>,
@@ -798,7 +802,7 @@ impl State {
         spare: &mut Spare,
     ) -> Result<*mut Group, Lacking> {
         registry.platform.step();
-        // SAFETY: The caller has a reference to the VM; the spare group is nobody else's.
+        // SAFETY: The caller has a reference to the VM; no other thread knows the spare group.
         let (Some(it), Some(new)) = (unsafe { (vm.as_ref(), spare.group.as_mut()) }) else {
             return Err(Lacking::Group);
         };
@@ -824,7 +828,7 @@ impl State {
         new.vm = vm;
         let group = core::mem::replace(&mut spare.group, null_mut());
         // SAFETY: As above.
-        // ORDERING: Who finds the group finds what was written of it.
+        // ORDERING: A thread that finds the group finds what was written to it.
         match unsafe { links.last.as_ref() } {
             Some(last) => last.next.store(group, Release),
             None => it.groups.store(group, Release),
@@ -835,7 +839,7 @@ impl State {
         Ok(group)
     }
 
-    /// Add a VM to the list, and make it known.
+    /// Add a VM to the list and to the table of VMs.
     fn add_vm<P: Platform>(
         &mut self,
         registry: &Registry<P>,
@@ -843,15 +847,15 @@ impl State {
         number: u64,
         key: usize,
     ) {
-        // SAFETY: Nobody else has the VM yet.
+        // SAFETY: No other thread knows the VM yet.
         let Some(it) = (unsafe { vm.as_mut() }) else {
             return;
         };
         it.key = key;
         it.number = number;
         it.links.get_mut().previous = self.last;
-        // INVARIANT: It has a member, and is in the list from here on. There is room, as no more
-        // VMs than vCPUs are known.
+        // INVARIANT: The VM has a member, and is in the list from here on. There is room, because
+        // no more VMs than vCPUs are registered.
         let _ = registry.vm_table().insert(key, vm as usize);
         // SAFETY: A VM in the list stays while the lock is held.
         match unsafe { self.last.as_ref() } {
@@ -863,10 +867,11 @@ impl State {
         self.number = number;
     }
 
-    /// Take a vCPU out of its VM; return the VM if that has no other, out of the list.
+    /// Remove a vCPU from its VM. If that has no other vCPU, remove the VM from the list and return
+    /// it.
     fn remove<P: Platform>(&mut self, registry: &Registry<P>, member: &Member) -> *mut Vm {
         registry.platform.step();
-        // SAFETY: The group of a vCPU, and its VM, stay for as long as it is placed.
+        // SAFETY: The group of a vCPU, and its VM, stay for as long as the vCPU is placed.
         let Some((group, vm)) = (unsafe {
             let group = member.group.as_ref();
             group.and_then(|group| Some((group, group.vm.as_ref()?)))
@@ -900,15 +905,15 @@ impl State {
             Some(next) => unsafe { (*next.links.get()).previous = links.previous },
             None => self.last = links.previous,
         }
-        // SAFETY: A group has a number one above that of the group before it.
+        // SAFETY: Groups of a VM are numbered in order, so the last number gives the count.
         let groups = unsafe { links.last.as_ref() }.map_or(0, |last| last.number as usize);
         self.groups = self.groups.wrapping_sub(groups.wrapping_add(1));
         registry.vm_table().remove(vm.key);
         group.vm
     }
 
-    /// Add the numbers of a vCPU that is going. Nobody writes its ledger any more, so the copy
-    /// takes one attempt.
+    /// Add the numbers of a vCPU that goes to the totals. No thread writes its ledger any more, so
+    /// the copy takes one attempt.
     fn fold(&mut self, member: &Member) {
         if member.ledger.try_copy(&mut self.copy) {
             self.copy.polled = member.polled.load(Relaxed);
@@ -930,15 +935,15 @@ impl Spare {
         }
     }
 
-    /// Allocate what is lacking; `None` when there is no memory.
-    fn fetch<P: Platform>(
+    /// Allocate the object that is lacking, or return `None` when there is no memory.
+    fn allocate<P: Platform>(
         &mut self,
         registry: &Registry<P>,
         lacking: Lacking,
         may_sleep: bool,
     ) -> Option<()> {
         let platform = &registry.platform;
-        // SAFETY: All-zero bytes are valid for all of them, as they say.
+        // SAFETY: All-zero bytes are valid for all of them, as their types say.
         unsafe {
             match lacking {
                 Lacking::Vm => self.vm = zeroed(platform, may_sleep)?.as_ptr(),
@@ -959,7 +964,7 @@ impl Spare {
 
     /// # Safety
     ///
-    /// What it holds must not be placed.
+    /// The objects that it holds must not be placed.
     unsafe fn free(self, platform: &impl Platform) {
         // SAFETY: By the contract of this function.
         unsafe {

@@ -1,35 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The slowest exits of one vCPU, and its last ones before one that was too slow.
+//! Recorder of the slowest exits of one vCPU, and of its latest exits before one that was too slow.
 //!
-//! An exit is as long as it was in the kernel, in user space, waiting and preempted: that the guest
-//! slept by its own wish makes it no slower. Kept are the [`KEPT`] longest of the current window and
-//! as many of the one before, and where there is a limit a ring of the last [`RING`]. The ring freezes
-//! when an exit takes longer than that, so that who comes later finds what led to it.
+//! The length of an exit is its time in the kernel, in user space, waiting and preempted: time that
+//! the guest sleeps by its own wish does not make it slower. The recorder keeps the [`KEPT`]
+//! longest exits of the current window, as many of the window before, and, if there is a limit, a
+//! ring of the last [`RING`]. The ring freezes when an exit takes longer than the limit, so that a
+//! later reader finds what led to it.
 //!
-//! # How it costs little
+//! # Cost
 //!
-//! Nothing is written for it at an exit. At an entry the kernel's ticks since the exit are compared
-//! with a floor, below which nothing is to be done: that is 0 while the window has room, and while the
-//! vCPU has been off its CPU since the exit; else the length of the shortest exit that is kept, or
-//! the limit. An exit above the floor is told out of line, by what the ledger and the tables know of
-//! the latest exit, and by what was noted when the vCPU left its CPU.
+//! The recorder writes nothing at an exit. At an entry, the kernel ticks since the exit are
+//! compared with a floor; at or below it there is nothing to do. The floor is 0 while the window
+//! has room, and while the vCPU has been off its CPU since the exit. Otherwise it is the length of
+//! the shortest exit that is kept, or the limit. An exit above the floor is recorded out of line,
+//! from what the ledger and the tables know of the latest exit, and from what was noted when the
+//! vCPU left its CPU.
 //!
-//! The ring takes four words at each exit, and more when the vCPU leaves its CPU. So there is one
-//! only with a limit, and the exits of vCPUs that have one are told as they come.
+//! The ring takes four words at each exit, and more when the vCPU leaves its CPU. So a ring exists
+//! only with a limit, and each exit of a vCPU with a limit is recorded.
 //!
 //! # Windows
 //!
-//! A window ends at the first occasion after [`WINDOW`] ticks: an entry that finds its exit above
-//! the floor, an exit whose rows are not the latest ones, or the entry after somebody has read the
-//! recorder. An exit belongs to the window in which the vCPU is entered after it.
+//! A window ends at the first of these after [`WINDOW`] ticks: an entry that finds its exit above
+//! the floor, an exit whose rows are not cached, or the entry after a reader has read the recorder.
+//! An exit belongs to the window that its entry falls into.
 //!
 //! # Freezing
 //!
-//! A frozen ring stays until somebody asks for another one, or details are turned off. It does not
-//! thaw by itself: the first exit that was too slow is what one looks for, and the next ones are
-//! often its consequences. Meanwhile exits go to a small ring that nobody reads, so that they cost
-//! the same.
+//! A frozen ring stays until a reader asks for another one, or details are turned off. It does not
+//! thaw by itself: the first exit that was too slow is the interesting one, and the next slow ones
+//! are often its consequences. Meanwhile exits go to a small scratch ring that nobody reads, so
+//! that they cost the same.
 
 use super::{
     atomic::{self, add, AtomicU32, AtomicU64, Cell, Ordering::Relaxed},
@@ -42,109 +44,110 @@ mod copy;
 mod own;
 pub use copy::{SlowCopy, SlowExit};
 
-/// Exits that are kept of a window.
+/// Exits that a window keeps.
 pub const KEPT: usize = 16;
-/// Exits of the ring.
+/// Exits in the ring.
 pub const RING: usize = 64;
-/// TSC ticks of a window at least: 11 s at 3 GHz.
+/// Minimum length of a window, in TSC ticks: 11 s at 3 GHz.
 pub const WINDOW: u64 = 1 << 35;
-/// The most that this takes, in bytes.
+/// Upper bound for the size of the recorder, in bytes.
 pub const MOST_BYTES: usize = 10 * 1024;
 
-/// Exits of the ring that nobody reads.
+/// Exits in the scratch ring, which nobody reads.
 const SCRATCH: usize = 16;
-/// Bytes of a step.
+/// Size of a step, in bytes.
 const STEP: u32 = size_of::<Step>() as u32;
-/// Where the ring begins, behind the one that nobody reads.
+/// Offset of the ring, which follows the scratch ring.
 const RING_LOW: u32 = SCRATCH as u32 * STEP;
-/// The last step of the ring. It is the first one to be written: a ring is written downwards.
+/// Offset of the last step of the ring. It is written first: a ring is written downwards.
 const RING_TOP: u32 = RING_LOW + (RING as u32 - 1) * STEP;
-/// The last step of the ring that nobody reads.
+/// Offset of the last step of the scratch ring.
 const SCRATCH_TOP: u32 = RING_LOW - STEP;
 
-/// What each exit leaves behind. Without a course it was in the kernel up to the latest transition
-/// before the next one, on one CPU.
+/// Record of each exit. An exit without a course was in the kernel up to the latest transition
+/// before the next exit, on one CPU.
 #[repr(C)]
 #[derive(Debug)]
 struct Step {
     /// TSC at the exit.
     exited: AtomicU64,
-    /// Ticks between that and the latest transition before it, an entry.
+    /// Ticks between the exit and the latest transition before it, an entry.
     guest: AtomicU64,
-    /// Reason, nested or not, and detail; 0 for none.
+    /// Key of reason, nested flag and detail; 0 in an empty step.
     key: AtomicU64,
     rip: AtomicU64,
 }
 
-/// How many phases an exit is made of: all but the guest's.
+/// Number of phases that an exit can have: all but the guest phase.
 const PHASES: usize = Phase::COUNT - 1;
 
-/// What is noted of an exit while the vCPU is off its CPU: all 0 at the exit.
+/// Notes on an exit while the vCPU is off its CPU. All 0 at the exit.
 #[repr(C)]
 #[derive(Debug)]
 struct Away {
-    /// By phase, without the guest's and the kernel's.
+    /// Ticks by phase, without the guest and kernel phases.
     ticks: [AtomicU64; PHASES - 1],
-    /// How often the scheduler took the vCPU off its CPU.
+    /// Times that the scheduler took the vCPU off its CPU.
     outs: AtomicU32,
     /// See [`WENT`].
     why: AtomicU32,
 }
 
-/// What is told of an exit that has ended.
+/// Course of an exit that has ended: its ticks by phase, its CPUs, and why it went to user space.
 #[repr(C)]
 #[derive(Debug)]
-struct Told {
+struct Course {
     /// TSC at the exit.
     exited: AtomicU64,
-    /// By phase, without the guest's.
+    /// Ticks by phase, without the guest phase.
     ticks: [AtomicU64; PHASES],
     outs: AtomicU32,
     /// See [`WENT`].
     why: AtomicU32,
-    /// The CPU at the exit, and in the high half at the entry; each from 1, 0 where not known.
+    /// CPU at the exit in the low half, at the entry in the high half; each counts from 1, and 0 is
+    /// unknown.
     cpus: AtomicU32,
-    /// In a ring the CPU on which the vCPU went on.
+    /// CPU on which the vCPU went on; used in a ring.
     after: AtomicU32,
 }
 
-/// An exit that is kept.
+/// An exit that a window keeps.
 #[repr(C)]
 #[derive(Debug)]
 struct Kept {
     sequence: AtomicU64,
     key: AtomicU64,
     rip: AtomicU64,
-    told: Told,
+    course: Course,
 }
 
-/// Return the key of an exit without a detail, which is not 0: the reason from 1, and bit 8 for a
-/// nested guest. Where the key of a detail has its reason, there is 0.
+/// Return the key of an exit without a detail: the reason from 1, and bit 8 for a nested guest. It
+/// is never 0. The field that holds the reason in a key with a detail is 0 here.
 #[inline(always)]
 pub(super) fn key(slot: Slot, nested: bool) -> u64 {
     (slot.index() as u64).wrapping_add(1) | u64::from(nested) << 8
 }
 
-/// Return true if a key is that of an exit with a detail.
+/// Return true if a key has a detail.
 pub(super) fn has_detail(key: u64) -> bool {
     key >> detail::BITS != 0
 }
 
-/// Set where an exit went to user space, above why: KVM_EXIT_*.
+/// Flag in `why` of an exit that went to user space. The bits below hold KVM_EXIT_*.
 const WENT: u32 = 1 << 16;
 
 /// The slowest exits of one window.
 #[repr(C)]
 #[derive(Debug)]
 struct Window {
-    /// TSC when it began.
+    /// TSC when the window began.
     begun: AtomicU64,
-    /// How many exits it keeps.
+    /// Number of exits in `kept`.
     count: AtomicU64,
     kept: [Kept; KEPT],
 }
 
-/// A step, by how many bytes from the first one it begins.
+/// A step, by its byte offset from the first one.
 ///
 /// # Invariants
 ///
@@ -152,7 +155,7 @@ struct Window {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place(u32);
 
-/// An exit, as the ledger tells a ring of it.
+/// An exit, as the ledger passes it to a ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Taken {
     /// TSC at the exit.
@@ -164,10 +167,10 @@ pub(super) struct Taken {
     pub(super) rip: u64,
 }
 
-/// An exit that has ended, as the tables tell of it.
+/// An exit that has ended, as the tables describe it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Exited {
-    /// Which exit of the vCPU's it was, from 0 when the tables began.
+    /// Number of the exit, from 0 when the tables began.
     pub(super) sequence: u64,
     /// See [`key`].
     pub(super) key: u64,
@@ -179,15 +182,15 @@ pub(super) struct Exited {
 pub struct Leaving {
     /// The phase that begins.
     pub phase: Phase,
-    /// KVM_EXIT_* (linux/kvm.h) where KVM_RUN ends.
+    /// KVM_EXIT_* (linux/kvm.h), if KVM_RUN ends.
     pub to_user: Option<u16>,
 }
 
-/// The recorder of one vCPU's slow exits. All-zero bytes are one that has recorded nothing and has
-/// no ring.
+/// Recorder of one vCPU's slow exits. All-zero bytes are a recorder that has recorded nothing and
+/// has no ring.
 ///
-/// All but `floor`, `limit` and `asked` is written in the vCPU's transitions alone, and read as a
-/// ledger is.
+/// Only the vCPU's transitions write the fields, except `floor`, `limit` and `asked`. They are read
+/// as a ledger is.
 ///
 /// # Invariants
 ///
@@ -195,58 +198,59 @@ pub struct Leaving {
 #[repr(C)]
 #[derive(Debug)]
 pub struct Slow {
-    /// An exit of so many kernel ticks or less needs nothing to be done at the entry.
+    /// Kernel ticks of an exit up to which its entry has nothing to do.
     floor: AtomicU64,
-    /// An exit of so many ticks or less, in which the vCPU has left its CPU, needs not be told.
+    /// Length of an exit, in ticks, up to which it need not be recorded although the vCPU has left
+    /// its CPU.
     usual: AtomicU64,
-    /// The length of the shortest exit that the window keeps; 0 while it has room.
+    /// Length of the shortest exit that the window keeps; 0 while the window has room.
     shortest: AtomicU64,
     /// TSC at which the window may end.
     over: AtomicU64,
     away: Away,
-    /// The CPU of the latest entry that was noted, and 1; 0 before there was one.
+    /// CPU of the latest entry that was noted, plus 1; 0 before there was one.
     cpu: AtomicU32,
     has_begun: AtomicU32,
-    /// Which window is the current one.
+    /// Index of the current window.
     current: AtomicU32,
-    /// The step of the latest exit.
+    /// Offset of the step of the latest exit.
     at: AtomicU32,
-    /// The last step before the ring is full.
+    /// Offset of the step at which the ring is full.
     low: AtomicU32,
-    /// The step of the exit that froze the ring, 0 while it is not frozen.
+    /// Offset of the step that froze the ring; 0 while it is not frozen.
     frozen: AtomicU32,
-    /// An exit of more ticks freezes the ring; 0: there is none.
+    /// Length of an exit, in ticks, above which it freezes the ring; 0 without a ring.
     limit: AtomicU64,
-    /// The number of the exit that took or takes the top step.
+    /// Number of the exit at the top step, the latest or the next one there.
     base: AtomicU64,
-    /// The number of the exit that froze the ring.
+    /// Number of the exit that froze the ring.
     culprit: AtomicU64,
-    /// How often a ring was asked for that is not frozen.
+    /// Number of requests for a ring that is not frozen.
     asked: AtomicU32,
-    /// How many of these requests were met.
+    /// Number of these requests that were met.
     met: AtomicU32,
     steps: [Step; SCRATCH + RING],
-    /// The courses of the ring's steps, and behind them that of all others. One is of a step if it
-    /// has its TSC.
-    courses: [Told; RING + 1],
+    /// Courses of the ring's steps, and one more for all other steps. A course belongs to a step if
+    /// it has the step's TSC.
+    courses: [Course; RING + 1],
     windows: [Window; 2],
 }
 
 // Loom's atomics are larger.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Slow>() <= MOST_BYTES);
-// cli/bpf/tables.h says the same.
+// cli/bpf/tables.h has the same offset.
 #[cfg(not(loom))]
 const _: () = assert!(core::mem::offset_of!(Slow, windows) == 6848);
 
 /// Read a cell of a recorder, in a transition of its vCPU.
 #[inline(always)]
 fn own<C: Cell>(cell: &C) -> C::Value {
-    // SAFETY: It is one of those that only transitions write, of which there is one at a time.
+    // SAFETY: Only transitions write this cell, and there is one at a time.
     unsafe { atomic::own(cell) }
 }
 
-/// Return the sum of ticks that makes an exit slow.
+/// Return the length of an exit: the ticks that make it slow.
 fn length(ticks: &[AtomicU64; PHASES]) -> u64 {
     let [kernel, user, _, preempted, waiting] = ticks;
     [kernel, user, preempted, waiting]
@@ -254,19 +258,19 @@ fn length(ticks: &[AtomicU64; PHASES]) -> u64 {
         .fold(0, |sum: u64, cell| sum.saturating_add(own(cell)))
 }
 
-/// Return a CPU as it is held.
+/// Return a CPU number as the recorder holds it: from 1, in 16 bits.
 #[inline(always)]
 fn held(cpu: u32) -> u32 {
     cpu.saturating_add(1).min(0xffff)
 }
 
-/// Return a CPU at the exit and at the entry as one word.
+/// Pack the CPU at the exit and the CPU at the entry into one word.
 const fn pair(exit: u32, entry: u32) -> u32 {
     exit & 0xffff | entry << 16
 }
 
-impl Told {
-    /// Tell of an exit that it was in the kernel for all the time, on one CPU.
+impl Course {
+    /// Record an exit that was in the kernel for all its time, on one CPU.
     fn set(&self, exited: u64, kernel: u64, cpu: u32) {
         self.exited.store(exited, Relaxed);
         let [first, others @ ..] = &self.ticks;
@@ -282,26 +286,27 @@ impl Told {
 }
 
 impl Away {
-    /// Tell of an exit that ended at `now`, with what is noted here.
-    fn tell(&self, told: &Told, now: u64, kernel: u64, cpus: [u32; 2]) {
+    /// Record an exit that ended at `now`, with the notes here.
+    fn tell(&self, course: &Course, now: u64, kernel: u64, cpus: [u32; 2]) {
         let [exit, entry] = cpus;
         let all = self
             .ticks
             .iter()
             .fold(kernel, |sum, cell| sum.wrapping_add(own(cell)));
-        told.set(now.wrapping_sub(all), kernel, entry);
-        let [_, others @ ..] = &told.ticks;
+        course.set(now.wrapping_sub(all), kernel, entry);
+        let [_, others @ ..] = &course.ticks;
         for (to, from) in others.iter().zip(&self.ticks) {
             to.store(own(from), Relaxed);
         }
-        told.outs.store(own(&self.outs), Relaxed);
-        told.why.store(own(&self.why), Relaxed);
-        told.cpus.store(pair(exit, entry), Relaxed);
+        course.outs.store(own(&self.outs), Relaxed);
+        course.why.store(own(&self.why), Relaxed);
+        course.cpus.store(pair(exit, entry), Relaxed);
     }
 }
 
 impl Slow {
-    /// Have a ring, which freezes at an exit of more ticks; 0 for none. Before its first event.
+    /// Create a ring that freezes at an exit of more than `ticks`; 0 for no ring. Call before the
+    /// first event.
     pub fn set_limit(&self, ticks: u64) {
         self.limit.store(ticks, Relaxed);
     }
@@ -309,20 +314,20 @@ impl Slow {
     /// Return true if there is a ring.
     #[inline(always)]
     pub(super) fn has_ring(&self) -> bool {
-        // Nobody writes it after the first event.
+        // Nobody writes the limit after the first event.
         own(&self.limit) != 0
     }
 
-    /// Ask for a ring that is not frozen. It is given at the next slow exit, or within 16 exits. From
-    /// any thread; those that ask take turns.
+    /// Ask for a ring that is not frozen. It comes at the next slow exit, or within 16 exits. Any
+    /// thread may call this; callers take turns.
     pub fn ask(&self) {
         self.asked
             .store(self.asked.load(Relaxed).wrapping_add(1), Relaxed);
     }
 
-    /// Have the window end at the next entry if it may. From any thread: 0 is always a floor, and
-    /// who reads is there again if the vCPU has just set another one. `last` is the TSC of its
-    /// latest transition.
+    /// Let the window end at the next entry if its time is over. Any thread may call this: 0 is
+    /// always a valid floor, and the reader calls again if the vCPU has just set another one.
+    /// `last` is the TSC of the vCPU's latest transition.
     pub fn end_window_after(&self, last: u64) {
         if self.has_begun.load(Relaxed) != 0 && last >= self.over.load(Relaxed) {
             self.floor.store(0, Relaxed);
@@ -337,17 +342,17 @@ impl Slow {
 
     #[inline(always)]
     fn place(&self) -> Place {
-        // INVARIANT: By that of `Slow`.
+        // INVARIANT: By the invariant of `Slow`.
         Place(own(&self.at))
     }
 
-    fn course_at(&self, place: Place) -> &Told {
+    fn course_at(&self, place: Place) -> &Course {
         let of_ring = (place.0 / STEP).wrapping_sub(SCRATCH as u32) as usize;
         let [.., others] = &self.courses;
         self.courses.get(of_ring).unwrap_or(others)
     }
 
-    /// Begin, at the vCPU's first exit at TSC `now`.
+    /// Begin recording, at the vCPU's first exit at TSC `now`.
     pub(super) fn begin(&self, now: u64) {
         self.has_begun.store(1, Relaxed);
         for window in &self.windows {
@@ -362,7 +367,7 @@ impl Slow {
         own(&self.at) != own(&self.low)
     }
 
-    /// Begin the ring anew where it is full, for an exit that has to follow.
+    /// Start the ring anew if it is full. An exit must follow.
     pub(super) fn make_room(&self) {
         if self.has_room() {
             return;
@@ -384,18 +389,18 @@ impl Slow {
         }
     }
 
-    /// Have the next exit take the step `top`, of those from `low` on.
+    /// Make the next exit take the step `top`, in the ring that starts at `low`.
     fn go_to(&self, low: u32, top: u32) {
-        // INVARIANT: The next exit, which follows, makes that the number of a place.
+        // INVARIANT: The exit that must follow makes this the offset of a place.
         self.at.store(top.wrapping_add(STEP), Relaxed);
         self.low.store(low, Relaxed);
     }
 
-    /// Take an exit into the next step of the ring. There has to be room.
+    /// Write an exit into the next step of the ring. The ring must have room.
     #[inline(always)]
     pub(super) fn take_exit(&self, taken: &Taken) {
-        // Loaded once more, so that no register has to hold it since `has_room`.
-        // INVARIANT: `low` is not above `at`, and they were not the same.
+        // Loaded again, so that no register has to hold it since `has_room`.
+        // INVARIANT: `low` is not above `at`, and they differed.
         let place = Place(self.at.load(Relaxed).wrapping_sub(STEP));
         self.at.store(place.0, Relaxed);
         let step = self.step_at(place);
@@ -405,20 +410,20 @@ impl Slow {
         step.rip.store(taken.rip, Relaxed);
     }
 
-    /// Return the most kernel ticks of an exit after which an entry needs nothing to be done.
+    /// Return the kernel ticks of an exit up to which its entry has nothing to do.
     #[inline(always)]
     pub(super) fn floor(&self) -> u64 {
         self.floor.load(Relaxed)
     }
 
-    /// The vCPU leaves its CPU in the kernel, for user space, which it has done before.
+    /// Note that the vCPU leaves its CPU in the kernel, for user space, not for the first time.
     #[inline(always)]
     pub(super) fn leave_to_user(&self, why: u16) {
         self.floor.store(0, Relaxed);
         self.away.why.store(WENT | u32::from(why), Relaxed);
     }
 
-    /// The vCPU leaves a CPU in the kernel.
+    /// Note that the vCPU leaves a CPU in the kernel.
     pub(super) fn leave(&self, leaving: Leaving, cpu: u32) {
         self.floor.store(0, Relaxed);
         if own(&self.cpu) == 0 {
@@ -433,27 +438,28 @@ impl Slow {
         }
     }
 
-    /// The vCPU leaves its CPU in the guest's phase, by an entry at `last` that no exit followed.
+    /// Note that the vCPU leaves its CPU in the guest phase, by an entry at `last` without an exit
+    /// after it.
     pub(super) fn leave_guest(&self, last: u64) {
         self.floor.store(0, Relaxed);
         self.close(last);
     }
 
-    /// Note ticks in user space.
+    /// Note ticks in the user phase.
     #[inline(always)]
     pub(super) fn pass_user(&self, ticks: u64) {
         let [user, ..] = &self.away.ticks;
         add(user, ticks);
     }
 
-    /// Note ticks in a phase, by its number, of an exit.
+    /// Note ticks of an exit in a phase, by the phase's number.
     pub(super) fn pass(&self, phase: u32, ticks: u64) {
         if let Some(cell) = self.away.ticks.get((phase as usize).wrapping_sub(2)) {
             add(cell, ticks);
         }
     }
 
-    /// Return true if an exit needs to be told that has ended at `now`, after so many kernel ticks.
+    /// Return true if an exit that ended at `now`, after `kernel` kernel ticks, must be recorded.
     #[inline(always)]
     pub(super) fn is_to_be_told(&self, now: u64, kernel: u64) -> bool {
         let [user, _, preempted, waiting] = &self.away.ticks;
@@ -464,7 +470,7 @@ impl Slow {
         length > own(&self.usual) || now >= own(&self.over) || self.has_ring()
     }
 
-    /// Have all that is noted be that of the next exit; the vCPU is on a CPU.
+    /// Clear the notes for the next exit. The vCPU is on a CPU.
     #[inline(always)]
     pub(super) fn end(&self, cpu: u32) {
         for cell in &self.away.ticks {
@@ -476,7 +482,7 @@ impl Slow {
         self.floor.store(own(&self.usual), Relaxed);
     }
 
-    /// The vCPU is entered at `now` on a CPU, although it has not exited since the latest entry.
+    /// Note an entry at `now` on a CPU without an exit since the latest entry.
     pub(super) fn end_none(&self, now: u64, cpu: u32) {
         if self.has_begun.load(Relaxed) != 0 {
             self.see_to_window(now);
@@ -490,8 +496,8 @@ impl Slow {
         self.end(cpu);
     }
 
-    /// Tell of an exit that has ended at `now`, after so many kernel ticks, by an entry on a CPU.
-    /// `left` tells whether the vCPU has left its CPU meanwhile.
+    /// Record an exit that ended at `now`, after `kernel` kernel ticks, by an entry on a CPU.
+    /// `left` is true if the vCPU has left its CPU meanwhile.
     pub(super) fn tell(&self, exited: &Exited, now: u64, kernel: u64, left: bool, cpu: u32) {
         if now >= own(&self.over) {
             self.turn_window(now);
@@ -502,7 +508,7 @@ impl Slow {
             .fold(kernel, |sum, cell| sum.saturating_add(own(cell)));
         let cpu = held(cpu);
         let cpus = match own(&self.cpu) {
-            // It has not left its CPU yet.
+            // The vCPU has not left its CPU yet.
             0 => [cpu; 2],
             before => [before, cpu],
         };
@@ -515,7 +521,7 @@ impl Slow {
         self.set_usual();
     }
 
-    /// Keep an exit, in place of the shortest one.
+    /// Keep an exit in the window, in place of the shortest one.
     fn keep(&self, exited: &Exited, now: u64, kernel: u64, cpus: [u32; 2]) {
         let window = self.window();
         let count = own(&window.count);
@@ -527,7 +533,7 @@ impl Slow {
             None => window
                 .kept
                 .iter()
-                .min_by_key(|kept| length(&kept.told.ticks)),
+                .min_by_key(|kept| length(&kept.course.ticks)),
         };
         let Some(kept) = place else {
             return;
@@ -535,16 +541,16 @@ impl Slow {
         kept.sequence.store(exited.sequence, Relaxed);
         kept.key.store(exited.key, Relaxed);
         kept.rip.store(exited.rip, Relaxed);
-        self.away.tell(&kept.told, now, kernel, cpus);
+        self.away.tell(&kept.course, now, kernel, cpus);
         if own(&window.count) < KEPT as u64 {
             return;
         }
-        let lengths = window.kept.iter().map(|kept| length(&kept.told.ticks));
+        let lengths = window.kept.iter().map(|kept| length(&kept.course.ticks));
         self.shortest
             .store(lengths.fold(u64::MAX, u64::min), Relaxed);
     }
 
-    /// As [`Self::tell`], for the ring.
+    /// Record an exit in the ring, as [`Self::tell`].
     fn tell_ring(&self, end: (u64, u64), length: u64, left: bool, cpus: [u32; 2]) {
         let (now, kernel) = end;
         let place = self.place();
@@ -568,22 +574,22 @@ impl Slow {
         }
     }
 
-    /// Freeze the ring, for the latest exit, which took a step.
+    /// Freeze the ring at the latest exit, which took the step `place`.
     fn freeze(&self, place: Place) {
         let sequence = self.sequence();
         self.culprit.store(sequence, Relaxed);
         self.frozen.store(place.0, Relaxed);
-        // The other ring is as good as full: the next exit begins it anew.
+        // Treat the scratch ring as full: the next exit starts it anew.
         self.base
             .store(sequence.wrapping_sub(SCRATCH as u64 - 1), Relaxed);
         // INVARIANT: Both are 0.
         self.low.store(0, Relaxed);
         self.at.store(0, Relaxed);
-        // So that nobody takes the step there for this exit.
+        // Clear the key, so that nobody takes the step there for this exit.
         self.step_at(Place(0)).key.store(0, Relaxed);
     }
 
-    /// Return the number of the latest exit, by the ring.
+    /// Return the number of the latest exit, from the ring.
     fn sequence(&self) -> u64 {
         let top = match own(&self.low) {
             0 => SCRATCH_TOP,
@@ -593,15 +599,15 @@ impl Slow {
         own(&self.base).wrapping_add(steps.into())
     }
 
-    /// Return the course of a step if it has one.
-    fn course(&self, place: Place) -> Option<&Told> {
+    /// Return the course of a step, if it has one.
+    fn course(&self, place: Place) -> Option<&Course> {
         let course = self.course_at(place);
         let exited = own(&self.step_at(place).exited);
         (own(&course.exited) == exited).then_some(course)
     }
 
-    /// Note in the ring that the latest exit ended with the entry at `last`, although no exit follows
-    /// that.
+    /// Record in the ring that the latest exit ended with the entry at `last`, although no exit
+    /// follows that entry.
     fn close(&self, last: u64) {
         if !self.has_ring() {
             return;
@@ -616,7 +622,7 @@ impl Slow {
             .set(exited, last.wrapping_sub(exited), own(&self.cpu));
     }
 
-    /// Return the window that exits end in.
+    /// Return the current window.
     fn window(&self) -> &Window {
         let [first, second] = &self.windows;
         match own(&self.current) {
@@ -625,7 +631,7 @@ impl Slow {
         }
     }
 
-    /// Begin another window at `now` if the current one may end.
+    /// Turn to another window at `now` if the current one's time is over.
     pub(super) fn see_to_window(&self, now: u64) {
         if now >= own(&self.over) {
             self.turn_window(now);
@@ -633,7 +639,7 @@ impl Slow {
         }
     }
 
-    /// Begin another window at `now`.
+    /// Turn to another window at `now`.
     fn turn_window(&self, now: u64) {
         self.current.store(own(&self.current) ^ 1, Relaxed);
         let window = self.window();
@@ -644,7 +650,7 @@ impl Slow {
         self.over.store(now.wrapping_add(WINDOW), Relaxed);
     }
 
-    /// Return true if somebody has asked for a ring that is not frozen since this was called last.
+    /// Return true if a ring that is not frozen was asked for since the last call.
     fn is_asked(&self) -> bool {
         let asked = self.asked.load(Relaxed);
         let met = own(&self.met);
@@ -652,7 +658,7 @@ impl Slow {
         asked != met
     }
 
-    /// Give up a frozen ring. The exits of the other one are not carried over; the next one has the
+    /// Give up a frozen ring. Exits of the scratch ring are not carried over; the next exit has the
     /// number `next`.
     fn thaw(&self, next: u64) {
         self.frozen.store(0, Relaxed);
@@ -662,9 +668,9 @@ impl Slow {
         for course in &self.courses {
             course.exited.store(0, Relaxed);
         }
-        // The next exit finds the ring full, and begins it anew.
+        // The next exit finds the ring full, and starts it anew.
         self.base.store(next.wrapping_sub(RING as u64), Relaxed);
-        // INVARIANT: Both are the same.
+        // INVARIANT: Both are equal.
         self.low.store(RING_LOW, Relaxed);
         self.at.store(RING_LOW, Relaxed);
         // Exits above the limit count again.
@@ -672,7 +678,7 @@ impl Slow {
         self.floor.store(0, Relaxed);
     }
 
-    /// Set below which length exits need not be told, after one was.
+    /// Set the length up to which exits need not be recorded, after one was.
     fn set_usual(&self) {
         let limit = own(&self.limit);
         let shortest = own(&self.shortest);
@@ -683,8 +689,8 @@ impl Slow {
         self.usual.store(usual, Relaxed);
     }
 
-    /// Go on at `now` by a clock that has begun anew; it was `then` by the one before. The vCPU was
-    /// in `phase` since the transition at `last`.
+    /// Restart at `now` on a clock that has begun anew; the old clock read `then`. The vCPU has
+    /// been in `phase` since the transition at `last`.
     pub(super) fn rebase(&self, last: u64, then: u64, now: u64, phase: u32) {
         if phase == Phase::Guest as u32 {
             self.close(last);
@@ -704,7 +710,7 @@ impl Slow {
         for window in &self.windows {
             shift(&window.begun);
             for kept in &window.kept {
-                shift(&kept.told.exited);
+                shift(&kept.course.exited);
             }
         }
     }

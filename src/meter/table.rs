@@ -1,64 +1,65 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which value belongs to which key: a table with open addressing, read without a lock.
+//! Map from keys to values: a hash table with open addressing that is read without a lock.
 //!
-//! Keys are addresses of vCPUs, values those of their ledgers. A key is looked up only by
-//! the thread that owns it, and inserted and removed by that thread too (or when no thread
-//! owns it any more): so a look-up never races with a change of its own key, and what
-//! changes around it, other keys, must only not hide it. That holds because a place that
-//! was taken never becomes empty again while a key stands behind it.
+//! Keys are addresses of vCPUs, values are addresses of their ledgers. Only the thread that owns a
+//! key looks it up, inserts it and removes it (another thread may remove it once no thread owns
+//! it). So a look-up never races with a change of its own key. Changes of other keys must only not
+//! hide it. They do not, because a place that was once taken never becomes empty again while a key
+//! stands behind it.
 
 use super::atomic::{AtomicUsize, Ordering};
 
-/// A place of the table. All-zero bytes are an empty one.
+/// Place of the table. All-zero bytes are an empty place.
 #[derive(Debug, Default)]
 pub struct Entry {
     key: AtomicUsize,
     value: AtomicUsize,
 }
 
-/// A key that no place holds: never taken.
+/// Key of a place that was never taken.
 const EMPTY: usize = 0;
-/// A place that held a key once, behind which others may stand.
+/// Key of a place that was freed. Other keys may stand behind it.
 const GONE: usize = 1;
 
-/// The table has no place for one more key.
+/// Error: the table has no place for one more key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// A view of the places.
+/// View of the places.
 #[derive(Clone, Copy, Debug)]
 pub struct Table<'a>(&'a [Entry]);
 
 impl<'a> Table<'a> {
-    /// The table in `entries`, whose count is a power of two; of another count some places
+    /// Create a table in `entries`. Their count should be a power of two; otherwise some places
     /// stay unused.
     #[inline(always)]
     pub const fn new(entries: &'a [Entry]) -> Self {
         Self(entries)
     }
 
-    /// Where a key is looked for first; the places after it follow.
+    /// Return the place number where the search for a key starts. The search goes on at the places
+    /// after it.
     #[inline(always)]
     fn home(&self, key: usize) -> usize {
-        // Addresses differ in their middle bits; the product spreads them to the top ones.
+        // Addresses differ in their middle bits; the product spreads these to the top bits.
         ((key as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize
     }
 
-    /// The place at a number, counted around. There is none in an empty table alone.
+    /// Return a place by its number, modulo the size. Only an empty table has none.
     #[inline(always)]
     fn place(&self, at: usize) -> Option<&'a Entry> {
         self.0.get(at & self.0.len().wrapping_sub(1))
     }
 
-    /// The places to look at for a key, the likely one first.
+    /// Return the places to search for a key, the likely one first.
     #[inline(always)]
     fn places(&self, key: usize) -> impl Iterator<Item = &'a Entry> {
         let (table, home) = (*self, self.home(key));
         (0..self.0.len()).filter_map(move |step| table.place(home.wrapping_add(step)))
     }
 
-    /// The value of a key, or 0. Without a lock; the caller owns the key.
+    /// Return the value of a key, or 0. Takes no lock; the caller owns the key.
     #[inline(always)]
     pub fn get(&self, key: usize) -> usize {
         for entry in self.places(key) {
@@ -71,7 +72,7 @@ impl<'a> Table<'a> {
         0
     }
 
-    /// Adds a key that is not there, above 1. The caller keeps changes apart.
+    /// Add a key above 1 that is not in the table. The caller serializes changes.
     ///
     /// # Errors
     ///
@@ -80,7 +81,7 @@ impl<'a> Table<'a> {
         for entry in self.places(key) {
             if matches!(entry.key.load(Ordering::Relaxed), EMPTY | GONE) {
                 entry.value.store(value, Ordering::Relaxed);
-                // ORDERING: Who sees the key sees the value.
+                // ORDERING: A reader that sees the key sees the value.
                 entry.key.store(key, Ordering::Release);
                 return Ok(());
             }
@@ -88,8 +89,8 @@ impl<'a> Table<'a> {
         Err(Full)
     }
 
-    /// Takes a key away; its value, or 0 when it was not there. The caller keeps changes
-    /// apart.
+    /// Remove a key. Return its value, or 0 if it was not in the table. The caller serializes
+    /// changes.
     pub fn remove(&self, key: usize) -> usize {
         let home = self.home(key);
         for step in 0..self.0.len() {
@@ -101,7 +102,7 @@ impl<'a> Table<'a> {
                 found if found == key => {
                     let value = entry.value.load(Ordering::Relaxed);
                     entry.key.store(GONE, Ordering::Relaxed);
-                    self.clear_graves_up_to(at);
+                    self.clear_freed_up_to(at);
                     return value;
                 }
                 EMPTY => return 0,
@@ -111,10 +112,10 @@ impl<'a> Table<'a> {
         0
     }
 
-    /// Empties the freed places up to `at` when nothing stands behind them, so that churn
-    /// does not fill the table with graves. A reader whose key stands elsewhere either ends
-    /// at one of these places, rightly, or goes on.
-    fn clear_graves_up_to(&self, at: usize) {
+    /// Empty the freed places up to `at` if nothing stands behind them, so that churn does not fill
+    /// the table with freed places. A reader whose key stands elsewhere either stops at one of
+    /// these places, which is right, or goes on.
+    fn clear_freed_up_to(&self, at: usize) {
         let is = |at, kind| {
             self.place(at)
                 .is_some_and(|entry| entry.key.load(Ordering::Relaxed) == kind)
@@ -125,7 +126,7 @@ impl<'a> Table<'a> {
         for step in 0..self.0.len() {
             let at = at.wrapping_sub(step);
             match self.place(at) {
-                Some(grave) if is(at, GONE) => grave.key.store(EMPTY, Ordering::Relaxed),
+                Some(freed) if is(at, GONE) => freed.key.store(EMPTY, Ordering::Relaxed),
                 _ => return,
             }
         }
@@ -138,12 +139,12 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    /// The most of what is changed of one table. Miri takes a thousand times as long.
+    /// Maximum number of changes of one table. Miri takes a thousand times as long.
     const CHANGES: usize = if cfg!(miri) { 60 } else { 2000 };
 
     proptest! {
         #[test]
-        fn behaves_as_a_map(changes in proptest::collection::vec((any::<bool>(), 1_usize..40), 0..CHANGES)) {
+        fn behaves_like_a_hash_map(changes in proptest::collection::vec((any::<bool>(), 1_usize..40), 0..CHANGES)) {
             let entries: Vec<Entry> = (0..32).map(|_| Entry::default()).collect();
             let table = Table::new(&entries);
             let mut model = HashMap::new();

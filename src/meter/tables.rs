@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tables of one vCPU: its exits by what they were about, by which code of the guest's caused
-//! them, and by why they went to user space.
+//! Tables of one vCPU: its exits by detail, by the guest code that caused them, and by why they
+//! went to user space.
 //!
-//! Tables stand beside a [`Ledger`], and are written in the same transitions. When they begin, they
-//! take down what the ledger has counted so far: the baseline. So the exits and ticks of a reason
-//! that no row has are the ledger's, less the baseline, less the rows: rows and these others sum
-//! to the reason's, to the tick, and nothing is counted twice. A row that has to give way is simply
-//! overwritten: what it had falls to the others.
+//! Tables stand beside a [`Ledger`], and the same transitions write them. When they begin, they
+//! record what the ledger has counted so far: the baseline. The others of a reason, its exits and
+//! ticks that no row holds, are the ledger's, less the baseline, less the rows. So rows and others
+//! sum to the reason's numbers, to the tick, and nothing is counted twice. A row that has to give
+//! way is simply overwritten: its numbers fall to the others.
 //!
-//! # Which rows are kept
+//! # Eviction
 //!
-//! Details and code are kept by Space-Saving (Metwally, Agrawal, El Abbadi: "Efficient Computation
-//! of Frequent and Top-k Elements in Data Streams", ICDT 2005) in sets of [`WAYS`] rows. A key
-//! belongs to one set. A new key takes the place of the row of the fewest exits in its set, those
-//! that the row may have missed included. So each key that is in no row has had at most as many
-//! exits as that row; with this the new row begins, as the most that it may have missed. Of ticks a
-//! row may have missed at most all that was lost in its set before it came. A row of a set in which
-//! nothing was lost is exact.
+//! Details and code use Space-Saving (Metwally, Agrawal, El Abbadi: "Efficient Computation of
+//! Frequent and Top-k Elements in Data Streams", ICDT 2005) in sets of [`WAYS`] rows. A key belongs
+//! to one set. A new key takes the row of its set with the fewest exits, counting those that the
+//! row may have missed. So a key without a row has had at most as many exits as that row. The new
+//! row begins with this number, as the most that it may have missed. Of ticks, a row may have
+//! missed at most all that its set lost before the row began. A row of a set that lost nothing is
+//! exact.
 //!
-//! A guest mostly repeats itself. So each set of details knows its latest row, and so does each
-//! reason for some of its code. An exit is compared with these alone before its sets are searched,
+//! A guest mostly repeats itself. So each set of details caches its latest row, and each reason
+//! caches some of its rows of code. An exit is compared with these first; the search of its sets is
 //! out of line.
 //!
-//! A guest chooses keys, and can fill its own table with rubbish. It takes no longer for that, and
-//! the sums stay exact.
+//! A guest chooses keys, and can fill its own table with rubbish. That takes no longer, and the
+//! sums stay exact.
 
 use super::{
     atomic::{
@@ -55,7 +55,7 @@ pub const WAYS: usize = 4;
 const DETAIL_POWER: u32 = 6;
 /// Sets of code, as a power of two.
 const CODE_POWER: u32 = 6;
-/// How many latest rows of code each reason knows, as a power of two.
+/// Latest rows of code that each reason caches, as a power of two.
 const LATEST_POWER: u32 = 2;
 /// Rows of details.
 pub const DETAILS: usize = WAYS << DETAIL_POWER;
@@ -64,18 +64,18 @@ pub const CODES: usize = WAYS << CODE_POWER;
 /// Rows of exits to user space.
 pub const USERS: usize = 32;
 
-/// A multiplication by this spreads keys over the high bits: GOLDEN_RATIO_32 of linux/hash.h, from
-/// the golden ratio (Knuth, "The Art of Computer Programming", volume 3, 6.4).
+/// Multiplier that spreads keys over the high bits: GOLDEN_RATIO_32 of linux/hash.h, from the
+/// golden ratio (Knuth, "The Art of Computer Programming", volume 3, 6.4).
 const SPREAD: u32 = 0x61c8_8647;
 
-/// The most that the tables of one vCPU take, in bytes.
+/// Upper bound for the size of one vCPU's tables, in bytes.
 pub const MOST_BYTES: usize = 48 * 1024;
 
 /// A row of details: one cache line.
 #[repr(C, align(64))]
 #[derive(Debug)]
 struct Detail {
-    /// Its exits' key: see [`detail::key`]. 0 for a row that is free.
+    /// Key of its exits: see [`detail::key`]. 0 in a free row.
     key: AtomicU64,
     exits: AtomicU64,
     kernel: AtomicU64,
@@ -83,7 +83,7 @@ struct Detail {
     missed_exits: AtomicU64,
     missed_kernel: AtomicU64,
     missed_user: AtomicU64,
-    /// Ticks that were lost in the set: in its first row the kernel's, in the second user space's.
+    /// Ticks that the set lost: in its first row kernel ticks, in the second user ticks.
     lost: AtomicU64,
 }
 
@@ -95,7 +95,7 @@ struct Code {
     /// See [`Which`].
     which: AtomicU32,
     unused: AtomicU32,
-    /// 0 for a row that is free.
+    /// 0 in a free row.
     exits: AtomicU64,
     kernel: AtomicU64,
     missed_exits: AtomicU64,
@@ -106,13 +106,13 @@ struct Code {
 #[repr(C)]
 #[derive(Debug)]
 struct User {
-    /// See [`user_tag`]; 0 for a row that is free.
+    /// See [`user_tag`]; 0 in a free row.
     tag: AtomicU64,
     exits: AtomicU64,
     ticks: AtomicU64,
 }
 
-/// What a ledger had of one reason when the tables began.
+/// Numbers of one reason in the ledger when the tables began.
 #[derive(Debug)]
 struct Baseline {
     exits: AtomicU64,
@@ -120,43 +120,43 @@ struct Baseline {
     user: AtomicU64,
 }
 
-/// What an exit tells.
+/// An exit, as the callback describes it.
 #[derive(Clone, Copy, Debug)]
 pub struct About {
-    /// Its reason.
+    /// Its exit reason.
     pub slot: Slot,
-    /// It came from a nested guest, an L2.
+    /// Set if it came from a nested guest, an L2.
     pub nested: bool,
-    /// What it was about: see [`detail::key`].
+    /// Its detail: see [`detail::key`].
     pub key: Option<u64>,
-    /// Where the guest was; `None` when its registers are encrypted.
+    /// Guest RIP; `None` when the guest's registers are encrypted.
     pub rip: Option<u64>,
 }
 
-/// The keys of an exit, as few words: they go from function to function in registers.
+/// Keys of an exit, in few words, so that they pass between functions in registers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys {
     pub(super) which: Which,
     /// See [`slow::key`].
     pub(super) key: u64,
-    /// 0 where it cannot be read, as `which` tells.
+    /// 0 where it cannot be read, as `which` says.
     pub(super) rip: u64,
 }
 
-/// Which reason an exit is of: its row in the ledger, and in bits above that whether it came from a
-/// nested guest and whether its RIP cannot be read.
+/// Exit reason of an exit: its row in the ledger, with flags above for a nested guest and for an
+/// unreadable RIP.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Which(u32);
 
-/// Where that holds that the exit came from a nested guest. So does [`Tables::lacks_rip`].
+/// Flag in [`Which`]: the exit came from a nested guest. [`Tables::lacks_rip`] uses it too.
 const IS_NESTED: u32 = 1 << 8;
-/// Where that holds that the RIP cannot be read.
+/// Flag in [`Which`]: the RIP cannot be read.
 const NO_RIP: u32 = 1 << 9;
-/// The bits of a row's place.
+/// Bits of the row's index in [`Which`].
 const SLOT: u32 = IS_NESTED - 1;
 
 impl About {
-    /// Return the exit's key, also where it has no detail: a number that has bits for the reason alone.
+    /// Return the exit's key. Without a detail, the key has bits for the reason alone.
     #[inline(always)]
     pub fn whole_key(&self) -> u64 {
         match (self.key, self.nested) {
@@ -191,8 +191,8 @@ impl Which {
         self.0 & IS_NESTED != 0
     }
 
-    /// Return the same and the key of an exit that the ledger counts in the row of
-    /// [`Slot::OTHER`]. Its detail, if it has one, would be another reason's.
+    /// Return the bits and the key of an exit that the ledger counts in the row of
+    /// [`Slot::OTHER`], without the detail of its own reason.
     pub(super) fn as_other(self, key: u64) -> (Self, u64) {
         if self.slot() == Slot::OTHER {
             return (self, key);
@@ -201,7 +201,7 @@ impl Which {
         (Self(which), slow::key(Slot::OTHER, self.is_nested()))
     }
 
-    /// Return the place of the row of the ledger.
+    /// Return the index of the row of the ledger.
     #[inline(always)]
     const fn place(self) -> u32 {
         self.0 & SLOT
@@ -223,30 +223,30 @@ impl Which {
 ///
 /// # Invariants
 ///
-/// `detail` and `code` are how many bytes from the first row of its table a row begins.
+/// `detail` and `code` are byte offsets of a row from the first row of its table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
     detail: usize,
     code: usize,
 }
 
-/// The tables of one vCPU. All-zero bytes are some that have not begun, once they are prepared.
+/// Tables of one vCPU. All-zero bytes are tables that have not begun, once they are prepared.
 ///
-/// The first row of each table is nobody's: what has no row is booked there, and never read. So is
-/// the last row of code.
+/// The first row of each table is a dummy: exits without a row are booked there, and nobody reads
+/// it. The last row of code is another dummy.
 ///
 /// # Invariants
 ///
-/// - `detail`, `code` and `user` are how many bytes from the first row of its table a row begins.
-/// - They are in no row, or in one of the ledger's latest reason; `user` alone may lag behind, but
-///   not in user space.
-/// - So are `latest_details` and `latest_codes`, each in a row that is in use, or in nobody's.
-/// - A row that `latest_codes` has for a reason is one of exits for that, and of no nested guest's;
-///   nobody's row that it has there holds a RIP which belongs elsewhere in it.
+/// - `detail`, `code` and `user` are byte offsets of a row from the first row of its table.
+/// - Each is the offset of a dummy, or of a row of the ledger's latest reason; only `user` may lag
+///   behind, but not in user space.
+/// - `latest_details` and `latest_codes` are such offsets too, each of a row in use or of a dummy.
+/// - A row that `latest_codes` caches for a reason holds exits of that reason that came from no
+///   nested guest; a dummy that it holds has a RIP that belongs elsewhere in it.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Tables {
-    /// For the platform, once the tables are let go. Comes first, as `kvfree_rcu()` demands.
+    /// Room for the platform, once the tables are released. Comes first, as `kvfree_rcu()` demands.
     retired: [AtomicUsize; 2],
     /// TSC when the tables began.
     since: AtomicU64,
@@ -254,18 +254,18 @@ pub struct Tables {
     detail: AtomicU32,
     code: AtomicU32,
     user: AtomicU32,
-    /// Other than 0 if an exit came without RIP; [`IS_NESTED`] tells of the latest of these.
+    /// Nonzero if an exit came without RIP; [`IS_NESTED`] holds for the latest of these.
     lacks_rip: AtomicU32,
-    /// By set: where its latest row begins.
+    /// Offset of the latest row, by set.
     latest_details: [AtomicU16; 1 << DETAIL_POWER],
-    /// By reason and place: where the latest row of code for it begins.
+    /// Offset of the latest row of code, by reason and place.
     latest_codes: [[AtomicU16; 1 << LATEST_POWER]; SLOTS],
     codes_in_use: [AtomicU64; CODES / 64],
-    /// By set: kernel ticks that were lost.
+    /// Kernel ticks lost, by set.
     code_lost: [AtomicU64; 1 << CODE_POWER],
-    /// By reason: exits to user space that have no row.
+    /// Exits to user space without a row, by reason.
     other_users: [AtomicU64; SLOTS],
-    /// Their rows begin a cache line each, so they stand where no room is lost by that.
+    /// Each row begins a cache line, so the tables stand where this wastes no room.
     details: [Detail; 1 + DETAILS],
     codes: [Code; 2 + CODES],
     users: [User; 1 + USERS],
@@ -277,7 +277,7 @@ pub struct Tables {
 // Loom's atomics are larger.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
-// cli/bpf/tables.h says the same.
+// cli/bpf/tables.h has the same offsets.
 #[cfg(not(loom))]
 const _: () = {
     assert!(core::mem::offset_of!(Tables, codes_in_use) == 1600);
@@ -286,13 +286,13 @@ const _: () = {
     assert!(core::mem::offset_of!(Tables, slow) == 37480);
     assert!(size_of::<Tables>() == 47232);
 };
-// Where a row begins has room in 16 bits.
+// A row's offset fits in 16 bits.
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<[Detail; 1 + DETAILS]>() <= 1 << 16);
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<[Code; 2 + CODES]>() <= 1 << 16);
 
-/// Reads a cell of a vCPU's tables, in a transition of that vCPU.
+/// Read a cell of a vCPU's tables, in a transition of that vCPU.
 #[inline(always)]
 fn own<C: Cell>(cell: &C) -> C::Value {
     // SAFETY: Only transitions write to tables, and there is one at a time.
@@ -305,27 +305,26 @@ const fn set_of(key: u32, power: u32) -> usize {
     (key.wrapping_mul(SPREAD) >> (32 - power)) as usize
 }
 
-/// Return the set of code that a place belongs to, where exits are of a reason.
+/// Return the set of code for a RIP and a reason.
 #[inline(always)]
 const fn code_set(rip: u64, slot: u32) -> usize {
     set_of((rip as u32).wrapping_add(slot << 3), CODE_POWER)
 }
 
-/// Return which of the latest rows of code of a reason is for a place in the guest's code.
+/// Return the place in `latest_codes` for a RIP.
 #[inline(always)]
 const fn latest_code(rip: u64) -> usize {
     set_of(rip as u32, LATEST_POWER)
 }
 
-/// Where nobody's last row of code begins. The RIP in it belongs to other places of `latest_codes`
-/// than that of the first one, which is 0.
+/// Offset of the dummy in the last row of code. Its RIP belongs to another place of `latest_codes`
+/// than the RIP of the first dummy, which is 0.
 const LAST_CODE: usize = (1 + CODES) * size_of::<Code>();
-/// The RIP in that row.
+/// RIP in the last dummy.
 const LAST_RIP: u64 = 1;
 const _: () = assert!(latest_code(0) != latest_code(LAST_RIP));
 
-/// Return which of nobody's rows of code is for a place of `latest_codes`: one with a RIP that
-/// belongs elsewhere.
+/// Return the offset of a dummy for a place of `latest_codes`: its RIP belongs elsewhere.
 const fn no_code(place: usize) -> usize {
     match place == latest_code(0) {
         true => LAST_CODE,
@@ -333,20 +332,20 @@ const fn no_code(place: usize) -> usize {
     }
 }
 
-/// Return where a set begins, whose rows take `row` bytes: behind the first row of the table.
+/// Return the offset of a set whose rows take `row` bytes. Sets follow the table's first row.
 const fn start_of(set: usize, row: usize) -> usize {
     set.wrapping_mul(WAYS * row).wrapping_add(row)
 }
 
-/// Return where the rows of a set begin.
+/// Return the offsets of a set's rows.
 fn rows_of(set: usize, row: usize) -> impl Iterator<Item = usize> {
     let start = start_of(set, row);
     (0..WAYS).map(move |way| start.wrapping_add(way.wrapping_mul(row)))
 }
 
-/// Return which row of a set a new key takes: a free one, or the one of the fewest exits. Of that
-/// also how many these are, which is how many of the new key's there may have been before. `exits`
-/// counts those of a row, with those that it may have missed, and gives `None` for a free one.
+/// Choose the row of a set for a new key: a free row, or the one with the fewest exits. Return its
+/// offset and, for a row in use, its exits, which is the most that the new key may have had before.
+/// `exits` returns a row's exits plus those that it may have missed, or `None` for a free row.
 fn choose(set: usize, row: usize, exits: impl Fn(usize) -> Option<u64>) -> (usize, Option<u64>) {
     let mut chosen = (start_of(set, row), u64::MAX);
     for offset in rows_of(set, row) {
@@ -359,16 +358,16 @@ fn choose(set: usize, row: usize, exits: impl Fn(usize) -> Option<u64>) -> (usiz
     (chosen.0, Some(chosen.1))
 }
 
-/// Return the exits of a row, with those that it may have missed.
+/// Return the exits of a row, plus those that it may have missed.
 fn all_exits(exits: &AtomicU64, missed: &AtomicU64) -> u64 {
     own(exits).saturating_add(own(missed))
 }
 
-/// Where a tag of exits to user space has the reason.
+/// Shift of the reason in the tag of exits to user space.
 const REASON_SHIFT: u32 = 16;
 
 /// Return the tag of exits to user space: the index of the reason's slot, from 1 as no tag is 0,
-/// and why.
+/// and `why`.
 #[inline(always)]
 pub(super) const fn user_tag(slot: u8, why: u16) -> u64 {
     let reason = (slot as u32).wrapping_add(1);
@@ -376,18 +375,18 @@ pub(super) const fn user_tag(slot: u8, why: u16) -> u64 {
 }
 
 impl Tables {
-    /// Room for the platform, once nobody uses the tables any more.
+    /// Return the room for the platform, once nobody uses the tables any more.
     pub fn room(&self) -> &[AtomicUsize; 2] {
         &self.retired
     }
 
-    /// The recorder of slow exits, which stands beside them.
+    /// Return the recorder of slow exits.
     #[inline(always)]
     pub fn slow(&self) -> &Slow {
         &self.slow
     }
 
-    /// Return true if the vCPU has a ring of its last exits.
+    /// Return true if the vCPU has a ring of its latest exits.
     #[inline(always)]
     pub fn has_ring(&self) -> bool {
         self.slow.has_ring()
@@ -395,7 +394,7 @@ impl Tables {
 
     #[inline(always)]
     fn detail_at(&self, offset: usize) -> &Detail {
-        // SAFETY: By the invariant of `Tables`, or of who computes it, a row is there.
+        // SAFETY: By the invariant of `Tables`, or of the caller that computed it, a row is there.
         unsafe { &*self.details.as_ptr().byte_add(offset) }
     }
 
@@ -411,7 +410,7 @@ impl Tables {
         unsafe { &*self.users.as_ptr().byte_add(offset) }
     }
 
-    /// Return where the latest row of code is noted, for exits of a reason at a place.
+    /// Return the cache of the latest row of code, for exits of a reason at a RIP.
     #[inline(always)]
     fn latest_code(&self, slot: Slot, rip: u64) -> &AtomicU16 {
         // SAFETY: By the invariant of `Slot` its index is below SLOTS, and the place is below the
@@ -423,20 +422,20 @@ impl Tables {
         }
     }
 
-    /// Make all-zero bytes tables that have not begun.
+    /// Turn all-zero bytes into tables that have not begun.
     pub fn prepare(&self) {
         self.code_at(LAST_CODE).rip.store(LAST_RIP, Relaxed);
         for latest_codes in &self.latest_codes {
             for (place, latest) in latest_codes.iter().enumerate() {
-                // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
+                // INVARIANT: That row is a dummy, with a RIP that belongs elsewhere.
                 latest.store(no_code(place) as u16, Relaxed);
             }
         }
     }
 
-    /// Return the rows of an exit that is none of a nested guest, if each is a latest one; `None`
-    /// where they are to be looked for. If there are some, the reason has had an exit. With them
-    /// the exit's key, also where it has no detail: see [`slow::key`].
+    /// Return the rows of an exit that came from no nested guest, if both are cached; `None` if the
+    /// sets must be searched. If rows are returned, the reason has had an exit before. Return the
+    /// exit's key as well: see [`slow::key`] for an exit without a detail.
     #[inline(always)]
     pub(super) fn latest_rows(
         &self,
@@ -457,14 +456,14 @@ impl Tables {
             }
         };
         let code = own(self.latest_code(slot, rip)).into();
-        // By the invariant of `Tables` the row is of that reason, or not at that place.
+        // By the invariant of `Tables` the row is of that reason, or has a RIP of another place.
         if own(&self.code_at(code).rip) != rip {
             return (key, None);
         }
         (key, Some(Rows { detail, code }))
     }
 
-    /// Return the rows of an exit at TSC `now`, which gets those that it has not. In the ledger's
+    /// Return the rows of an exit at TSC `now`, and create missing ones. Call in the ledger's
     /// transition, before the ledger counts the exit.
     pub(super) fn rows_for(&self, ledger: &Ledger, now: u64, keys: &Keys) -> Rows {
         self.begin(ledger, now);
@@ -490,7 +489,7 @@ impl Tables {
                     .find_code(set, rip, which)
                     .unwrap_or_else(|| self.new_code(set, rip, which));
                 if !which.is_nested() {
-                    // INVARIANT: As above; and it is of that reason.
+                    // INVARIANT: As above; and the row is of that reason.
                     let latest = self.latest_code(which.slot(), rip);
                     latest.store(row as u16, Relaxed);
                 }
@@ -504,22 +503,22 @@ impl Tables {
         Rows { detail, code }
     }
 
-    /// Take an exit into its rows, in the ledger's transition.
+    /// Count an exit in its rows, in the ledger's transition.
     #[inline(always)]
     pub(super) fn take_exit(&self, rows: Rows) {
-        // INVARIANT: By that of `Rows`.
+        // INVARIANT: By the invariant of `Rows`.
         self.detail.store(rows.detail as u32, Relaxed);
         self.code.store(rows.code as u32, Relaxed);
         add(&self.detail_at(rows.detail).exits, 1);
         add(&self.code_at(rows.code).exits, 1);
     }
 
-    /// Return where the row of a key is, if its set has one.
+    /// Return the offset of the row with a key, if its set has one.
     fn find_detail(&self, set: usize, key: u64) -> Option<usize> {
         rows_of(set, size_of::<Detail>()).find(|&offset| own(&self.detail_at(offset).key) == key)
     }
 
-    /// Give a key a row of its set; return where it is.
+    /// Give a key a row of its set. Return its offset.
     #[cold]
     #[inline(never)]
     fn new_detail(&self, set: usize, key: u64) -> usize {
@@ -530,7 +529,7 @@ impl Tables {
         });
         let row = self.detail_at(offset);
         match missed {
-            // The first row is nobody's.
+            // The first row is a dummy.
             None => mark(&self.details_in_use, (offset / ROW).wrapping_sub(1)),
             Some(missed) => {
                 let first = start_of(set, ROW);
@@ -550,16 +549,16 @@ impl Tables {
         offset
     }
 
-    /// Return where the row of a place in the guest's code is, if its set has one.
+    /// Return the offset of the row for a RIP, if its set has one.
     fn find_code(&self, set: usize, rip: u64, which: Which) -> Option<usize> {
         rows_of(set, size_of::<Code>()).find(|&offset| {
             let row = self.code_at(offset);
-            // All bytes of a free row are 0, which is a place of the first reason as well.
+            // All bytes of a free row are 0, which is also RIP 0 of the first reason.
             own(&row.rip) == rip && own(&row.which) == which.0 && own(&row.exits) != 0
         })
     }
 
-    /// Give a place in the guest's code a row of its set; return where it is.
+    /// Give a RIP a row of its set. Return its offset.
     #[cold]
     #[inline(never)]
     fn new_code(&self, set: usize, rip: u64, which: Which) -> usize {
@@ -590,17 +589,17 @@ impl Tables {
         offset
     }
 
-    /// Take a row of code that another place gets out of the latest ones.
+    /// Drop a row of code from the cache, because another RIP gets it.
     fn forget_code(&self, offset: usize, which: Which, rip: u64) {
         let latest = self.latest_code(which.slot(), rip);
         if usize::from(own(latest)) == offset {
-            // INVARIANT: That row is nobody's, with a RIP that belongs elsewhere.
+            // INVARIANT: That row is a dummy, with a RIP that belongs elsewhere.
             latest.store(no_code(latest_code(rip)) as u16, Relaxed);
         }
     }
 
-    /// Take down what the ledger has so far, unless that was done. No row is a latest one at first,
-    /// so the first exit comes here.
+    /// Record the ledger's numbers as the baseline, once. No row is cached at first, so the first
+    /// exit comes here.
     fn begin(&self, ledger: &Ledger, now: u64) {
         if self.has_begun.load(Relaxed) != 0 {
             return;
@@ -618,7 +617,7 @@ impl Tables {
         self.slow.begin(now);
     }
 
-    /// Return what the latest exit was; `None` if it came before the tables began.
+    /// Return the latest exit, or `None` if it came before the tables began.
     pub(super) fn latest_exit(&self, ledger: &Ledger) -> Option<Exited> {
         if self.has_begun.load(Relaxed) == 0 {
             return None;
@@ -673,21 +672,22 @@ impl Tables {
         }
     }
 
-    /// Return where the row of exits to user space with a tag is, if it is that of the latest one.
+    /// Return the offset of the row of exits to user space with a tag, if the latest exit has that
+    /// row.
     #[inline(always)]
     pub(super) fn latest_user(&self, tag: u64) -> Option<usize> {
         let row = own(&self.user) as usize;
         (own(&self.user_at(row).tag) == tag).then_some(row)
     }
 
-    /// Count an exit to user space in its row, which is that of the latest one.
+    /// Count an exit to user space in its row, the row of the latest one.
     #[inline(always)]
     pub(super) fn count_user(&self, row: usize) {
         add(&self.user_at(row).exits, 1);
     }
 
-    /// Take an exit to user space, by a reason, for `why`: KVM_EXIT_* (linux/kvm.h), in 16 bits;
-    /// `None` for one that is not KVM_RUN's.
+    /// Count an exit to user space of a reason. `why` is KVM_EXIT_* (linux/kvm.h), in 16 bits, or
+    /// `None` if the vCPU was not in KVM_RUN.
     pub(super) fn leave_to_user(&self, slot: Option<Slot>, why: Option<u16>) {
         let row = self.user_row(slot, why);
         if let (0, Some(slot), Some(_)) = (row, slot, why) {
@@ -700,19 +700,19 @@ impl Tables {
         if why.is_some() {
             add(&self.user_at(row).exits, 1);
         }
-        // INVARIANT: By what was returned.
+        // INVARIANT: By what `user_row` returned.
         self.user.store(row as u32, Relaxed);
     }
 
-    /// Return where the row of exits to user space is that the time there belongs to, which is one
-    /// of the latest reason; the first row's place if there is none.
+    /// Return the offset of the row that user time belongs to, which is a row of the latest reason,
+    /// or 0 if there is none.
     fn user_row(&self, slot: Option<Slot>, why: Option<u16>) -> usize {
         const ROW: usize = size_of::<User>();
         let Some(slot) = slot.filter(|_| self.has_begun.load(Relaxed) != 0) else {
             return 0;
         };
         let Some(why) = why else {
-            // It was there before, for that reason, or for another one.
+            // The vCPU has been in user space before, for that reason or another one.
             let row = own(&self.user) as usize;
             let tag = own(&self.user_at(row).tag);
             return match tag >> REASON_SHIFT == user_tag(slot.index() as u8, 0) >> REASON_SHIFT {
@@ -737,7 +737,7 @@ impl Tables {
         0
     }
 
-    /// Go on at `now` by a clock that has begun anew; it was `then` by the one before.
+    /// Restart at `now` on a clock that has begun anew; the old clock read `then`.
     pub(super) fn rebase(&self, then: u64, now: u64) {
         let age = then.wrapping_sub(self.since.load(Relaxed));
         self.since.store(now.wrapping_sub(age), Relaxed);

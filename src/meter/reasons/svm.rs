@@ -2,11 +2,11 @@
 
 //! SVM: the exit codes of AMD's APM, volume 2, appendix "SVM Intercept Exit Codes".
 //!
-//! Names as in the kernel's `arch/x86/include/uapi/asm/svm.h` where it has one, else made
-//! alike from the APM's. The negative codes are 64 bits wide in hardware; KVM tells their
-//! lower half.
+//! Names follow the kernel's `arch/x86/include/uapi/asm/svm.h`; a code without a name there gets
+//! one of the same form from the APM's words. The negative codes are 64 bits wide in hardware;
+//! KVM reports their lower half.
 
-/// Numbers and names.
+/// Exit codes and their names.
 pub(super) const NAMES: &[(u32, &str)] = &[
     (0x000, "READ_CR0"),
     (0x001, "READ_CR1"),

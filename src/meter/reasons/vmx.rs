@@ -2,11 +2,11 @@
 
 //! VMX: the basic exit reasons of Intel's SDM, volume 3, appendix "VMX Basic Exit Reasons".
 //!
-//! Names as in the kernel's `arch/x86/include/uapi/asm/vmx.h` where it has one, else made
-//! alike from the SDM's words. 80 and 81 are URDMSR and UWRMSR in Intel's reference of
-//! extensions to come; KVM never lets a guest use them, and they are not defined here.
+//! Names follow the kernel's `arch/x86/include/uapi/asm/vmx.h`; a reason without a name there gets
+//! one of the same form from the SDM's words. 80 and 81 are URDMSR and UWRMSR in Intel's reference of
+//! future extensions. KVM never lets a guest use them, so they are not defined here.
 
-/// Numbers and names.
+/// Exit reasons and their names.
 pub(super) const NAMES: &[(u32, &str)] = &[
     (0, "EXCEPTION_NMI"),
     (1, "EXTERNAL_INTERRUPT"),

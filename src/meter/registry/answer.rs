@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a guest's query costs and reads: the vCPUs of the asker's own group one by one, and the
-//! sums over the others, which one asker renews now and then.
+//! Answers to a guest's queries: it reads the vCPUs of the asking vCPU's group one by one, and the
+//! sums over the others, which one query renews now and then.
 //!
-//! A query takes no lock and waits for nobody, so no guest can make another one wait. A VM
-//! with up to [`GROUP`] vCPUs has one group, and its numbers are exact. In a larger
-//! one the numbers of other groups are as of the latest renewal, and a query takes the same time
-//! however many vCPUs there are; but for the asker that renews, which reads them all, at most once
-//! a millisecond, and for at most a sixteenth of the time.
+//! A query takes no lock and waits for nobody, so no guest can make another one wait. A VM with up
+//! to [`GROUP`] vCPUs has one group, and its numbers are exact. In a larger VM, the numbers of
+//! other groups are those of the latest renewal, and a query takes the same time however many vCPUs
+//! there are. The query that renews the sums is the exception: it reads them all, at most once a
+//! millisecond, and for at most a sixteenth of the time.
 
 use core::sync::atomic::{
     AtomicBool, AtomicU64,
@@ -30,54 +30,55 @@ use super::{
     Member, Platform, Registry, State,
 };
 
-/// The share of the time for which sums are renewed at most: one part in so many.
+/// Inverse of the share of the time spent renewing sums, at most.
 const RENEWING_SHARE: u64 = 16;
 
-/// Pauses of an asker that waits for sums, should the clock stand.
+/// Maximum number of pauses of a query that waits for sums, in case the clock stands still.
 const MOST_PAUSES: u32 = 1 << 16;
 
-/// The longest time between two renewals, in ms, however long the asker was off its CPU meanwhile.
+/// Maximum time between two renewals, in ms, however long the renewing thread was off its CPU.
 const LONGEST_WAIT: u64 = 1000;
 
-/// The sums of the host. All-zero bytes are some that were never renewed.
+/// Sums of the host. All-zero bytes are sums that were never renewed.
 #[derive(Debug)]
 pub(super) struct HostSums {
-    /// What guests read.
-    told: Rows,
-    /// The sums to come. For the one who renews them.
+    /// Sums that guests read.
+    published: Rows,
+    /// Sums under construction, for the thread that renews them.
     next: Rows,
     renewing: AtomicBool,
     due: AtomicU64,
-    /// Answers that were not of `told`, while there were few vCPUs. Written under the lock.
+    /// Answers not read from `published`, while there were few vCPUs. Written with the lock held.
     few: AtomicU64,
-    /// Of these, those that are not newer than `told`, and 1; 0 before the first renewal.
+    /// Number of these answers that are not newer than `published`, plus 1; 0 before the first
+    /// renewal.
     covered: AtomicU64,
 }
 
 impl HostSums {
-    /// Return true if `told` is not older than any answer so far.
+    /// Return true if `published` is not older than any answer so far.
     fn is_new(&self) -> bool {
-        // ORDERING: Who sees that sums cover an answer sees them.
+        // ORDERING: A thread that sees that the sums cover an answer sees the sums.
         self.covered.load(Acquire) == self.few.load(Relaxed).wrapping_add(1)
     }
 }
 
-/// The numbers that a guest may see: those of its group, and of all others.
-struct Told<'a, P: Platform> {
+/// Numbers that a guest may read: those of its group, and the sums over the others.
+struct VmNumbers<'a, P: Platform> {
     registry: &'a Registry<P>,
     group: &'a Group,
     others: Option<&'a Rows>,
 }
 
-/// The numbers of a host of few vCPUs, with the lock held.
-struct Few<'a>(&'a State);
+/// Numbers of a host with few vCPUs, with the lock held.
+struct FewVcpus<'a>(&'a State);
 
-/// The numbers of a host, as of the latest renewal.
+/// Numbers of a host, as of the latest renewal.
 struct Renewed<'a>(&'a Rows);
 
 impl<P: Platform> Registry<P> {
-    /// Answer a query of a guest; return who asked as well. `None` for an unmetered vCPU. The
-    /// caller holds the vCPU, and may sleep.
+    /// Answer a guest's query. Return the identity of the asking vCPU as well, or `None` for an
+    /// unmetered vCPU. The caller holds the vCPU, and may sleep.
     pub fn answer(&self, key: usize, query: Query, subleaf: u32) -> Option<(&Identity, Registers)> {
         let member = self.known(key)?;
         let answer = if self.settings.host_scope {
@@ -88,11 +89,11 @@ impl<P: Platform> Registry<P> {
         Some((&member.identity, answer))
     }
 
-    /// Answer a guest by the tables of the vCPU that asks; return who asked as well. `at_cpl_0` says
-    /// whether it is the guest's kernel. `None` for an unmetered vCPU. The caller holds the vCPU,
-    /// between two of its transitions.
+    /// Answer a guest from the tables of the asking vCPU. Return the identity of that vCPU as well,
+    /// or `None` for an unmetered vCPU. `at_cpl_0` is true if the guest's kernel asks. The caller
+    /// holds the vCPU, between two of its transitions.
     ///
-    /// Constant time, whatever is asked for: a look at each row of a table at most.
+    /// Takes constant time for any question: it reads each row of a table at most once.
     pub fn answer_by_tables(
         &self,
         key: usize,
@@ -104,7 +105,7 @@ impl<P: Platform> Registry<P> {
         let asker = Asker {
             isa: self.settings.leaves.isa,
             ledger: &member.ledger,
-            // SAFETY: What is found is kept by `reading`.
+            // SAFETY: `reading` keeps the tables.
             tables: unsafe { member.ledger.tables() },
             switches: self.switches.load(Relaxed),
             now: self.platform.now(),
@@ -117,7 +118,7 @@ impl<P: Platform> Registry<P> {
     }
 
     fn answer_for_vm(&self, member: &Member, query: Query, subleaf: u32) -> Option<Registers> {
-        // SAFETY: A vCPU that is held is placed, and its group and VM stay as long as it is.
+        // SAFETY: A vCPU that is held has a place, and its group and VM stay as long as it has.
         let (group, vm) = unsafe {
             let group = member.group.as_ref()?;
             (group, group.vm.as_ref()?)
@@ -129,11 +130,11 @@ impl<P: Platform> Registry<P> {
             (sums, group.sums.load(Acquire).as_ref())
         };
         if let (Some(sums), Some(its)) = (sums, its) {
-            // ORDERING: Who sees that sums were renewed sees them.
+            // ORDERING: A thread that sees that sums were renewed sees the sums.
             let are_there = || its.renewed.load(Acquire);
             self.renew_or_wait(&vm.renewing, &vm.due, are_there, || self.renew(vm, sums));
         }
-        let numbers = Told {
+        let numbers = VmNumbers {
             registry: self,
             group,
             others: its.map(|its| &its.others),
@@ -141,9 +142,9 @@ impl<P: Platform> Registry<P> {
         Some(self.settings.leaves.answer(query, subleaf, &numbers))
     }
 
-    /// Have sums renewed that are due, or that this asker may not yet read: by `renew`, unless
-    /// somebody does so already. Numbers that have never been told must not make others fall, so
-    /// for such sums the asker waits, a millisecond at most.
+    /// Renew sums that are due, or that this query may not read yet: by `renew`, unless another
+    /// thread is renewing them. Numbers must never fall between two answers, so for sums that were
+    /// never published the query waits, a millisecond at most.
     fn renew_or_wait(
         &self,
         renewing: &AtomicBool,
@@ -157,7 +158,7 @@ impl<P: Platform> Registry<P> {
         }
         for _ in 0..MOST_PAUSES {
             if let Some(_turn) = Turn::take(&self.platform, renewing, due) {
-                // Somebody may have just had it.
+                // Another thread may have just had the turn.
                 if !may_be_read() || self.is_due(due, self.platform.now()) {
                     renew();
                 }
@@ -171,8 +172,8 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Return true if sums are to be renewed. A time further ahead than the longest wait is one of
-    /// before the clock began anew.
+    /// Return true if sums are due for renewal. A time further ahead than the longest wait comes
+    /// from before the clock began anew.
     fn is_due(&self, due: &AtomicU64, now: u64) -> bool {
         let ahead = due.load(Relaxed).wrapping_sub(now);
         let longest = self.platform.millisecond().saturating_mul(LONGEST_WAIT);
@@ -190,7 +191,7 @@ impl<P: Platform> Registry<P> {
             };
             its.own.clear();
             let reading = self.platform.read();
-            // SAFETY: What is seen is kept by `reading`.
+            // SAFETY: `reading` keeps the vCPUs.
             unsafe { group.each(|member| its.own.add_ledger(&member.ledger)) };
             drop(reading);
             sums.add_rows(&its.own);
@@ -208,18 +209,18 @@ impl<P: Platform> Registry<P> {
 
     fn answer_for_host(&self, query: Query, subleaf: u32) -> Option<Registers> {
         let leaves = &self.settings.leaves;
-        // SAFETY: There for as long as the registry is.
+        // SAFETY: The sums stay for as long as the registry.
         let host = unsafe { self.host.load(Relaxed).as_ref() }?;
         let state = self.lock();
         if state.metered <= GROUP && state.groups <= GROUP {
             let few = host.few.load(Relaxed);
             host.few.store(few.wrapping_add(1), Relaxed);
-            return Some(leaves.answer(query, subleaf, &Few(&state)));
+            return Some(leaves.answer(query, subleaf, &FewVcpus(&state)));
         }
         drop(state);
         let is_new = || host.is_new();
         self.renew_or_wait(&host.renewing, &host.due, is_new, || self.renew_host(host));
-        Some(leaves.answer(query, subleaf, &Renewed(&host.told)))
+        Some(leaves.answer(query, subleaf, &Renewed(&host.published)))
     }
 
     /// Renew the sums of the host. The caller has the turn.
@@ -240,7 +241,7 @@ impl<P: Platform> Registry<P> {
             }
             Seen::Vcpu(member, _) => host.next.add_ledger(&member.ledger),
         });
-        host.told.set(&host.next);
+        host.published.set(&host.next);
         // ORDERING: See `HostSums::is_new`.
         host.covered.store(few.wrapping_add(1), Release);
     }
@@ -255,7 +256,7 @@ fn each_group(vm: &Vm, mut see: impl FnMut(&Group)) {
     }
 }
 
-/// The turn of one asker to renew sums. While it lives, others use those there are.
+/// Turn of one thread to renew sums. While it lives, other threads use the existing sums.
 struct Turn<'a, P: Platform> {
     platform: &'a P,
     renewing: &'a AtomicBool,
@@ -265,7 +266,7 @@ struct Turn<'a, P: Platform> {
 
 impl<'a, P: Platform> Turn<'a, P> {
     fn take(platform: &'a P, renewing: &'a AtomicBool, due: &'a AtomicU64) -> Option<Self> {
-        // ORDERING: The turn comes after all that the one before it wrote.
+        // ORDERING: The turn comes after all that the previous one wrote.
         if renewing.swap(true, Acquire) {
             return None;
         }
@@ -291,18 +292,18 @@ impl<P: Platform> Drop for Turn<'_, P> {
     }
 }
 
-impl<P: Platform> Told<'_, P> {
+impl<P: Platform> VmNumbers<'_, P> {
     fn sum(&self, slot: Option<Slot>, sum: Sum) -> u64 {
         let others = self.others.map_or(0, |others| others.get(slot, sum));
         let reading = self.registry.platform.read();
-        // SAFETY: What is seen is kept by `reading`.
+        // SAFETY: `reading` keeps the vCPUs.
         let own = unsafe { self.group.sum(slot, sum) };
         drop(reading);
         own.wrapping_add(others)
     }
 }
 
-impl<P: Platform> Numbers for Told<'_, P> {
+impl<P: Platform> Numbers for VmNumbers<'_, P> {
     fn exits(&self, slot: Slot) -> u64 {
         self.sum(Some(slot), Sum::Exits)
     }
@@ -324,7 +325,7 @@ impl<P: Platform> Numbers for Told<'_, P> {
     }
 }
 
-impl Few<'_> {
+impl FewVcpus<'_> {
     fn sum(&self, read: impl Fn(&super::Ledger) -> u64) -> u64 {
         let mut all = 0_u64;
         self.0
@@ -333,7 +334,7 @@ impl Few<'_> {
     }
 }
 
-impl Numbers for Few<'_> {
+impl Numbers for FewVcpus<'_> {
     fn exits(&self, slot: Slot) -> u64 {
         let live = self.sum(|ledger| ledger.exits(slot));
         live.wrapping_add(self.0.gone.exits(slot))

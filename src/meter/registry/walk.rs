@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Walks over all vCPUs, a few at a time: snapshots, and the totals at the end.
+//! Walks over all vCPUs, a few at a time: for snapshots, and for the totals at the end.
 //!
-//! A walk sees the vCPUs that there are when it begins, each once. It keeps a cursor, so it never
-//! begins anew, and takes hold of the vCPUs it has come to with the lock held; it reads them
-//! without it. One that goes before the walk has come to it is kept for the end of the walk.
+//! A walk visits each vCPU that exists when it begins, once. It keeps a cursor, so it never starts
+//! over. It takes holds on the next vCPUs with the lock held, and reads them without the lock. A
+//! vCPU that goes before the walk has reached it is kept for the end of the walk.
 
 use core::{
     alloc::Layout,
@@ -23,15 +23,16 @@ use super::{
     Locked, Platform, Registry, State,
 };
 
-/// vCPUs that a walk takes hold of before it lets the lock go.
+/// Maximum number of vCPUs that a walk takes holds on before it releases the lock.
 pub const AT_A_TIME: usize = 16;
 
-/// Steps of a walk, from one group or vCPU to the next, before it lets the lock go. Of a VM that
-/// once had many vCPUs most groups may be empty.
+/// Maximum number of steps of a walk, from one group or vCPU to the next, before it releases the
+/// lock. A VM that once had many vCPUs may have mostly empty groups.
 const STEPS_AT_A_TIME: usize = 64;
 
-/// Interrupts that are sent for one copy. One fails when it comes in the middle of a vCPU's load or
-/// put, some twenty instructions, which no guest can aim at; or when the vCPU has just moved.
+/// Maximum number of interrupts sent for one copy. One fails when it comes in the middle of a
+/// vCPU's load or put, some twenty instructions, which no guest can aim at; or when the vCPU has
+/// just moved.
 const INTERRUPTS: u32 = 16;
 
 /// The walk of snapshots and totals.
@@ -39,60 +40,60 @@ pub(super) const SNAPSHOT: usize = 0;
 /// The walk that renews the host's sums.
 pub(super) const HOST: usize = 1;
 
-/// How far a walk has come. All-zero bytes are a walk that nobody takes.
+/// Progress of a walk. All-zero bytes are an inactive walk.
 #[derive(Debug)]
 pub(super) struct Walk {
-    /// It is being taken.
+    /// Set while the walk is under way.
     active: bool,
-    /// The latest vCPU when it began.
+    /// Number of the latest vCPU when the walk began.
     newest: u64,
-    /// The next VM, group and place.
+    /// Next VM, group and place.
     vm: *mut Vm,
     group: *mut Group,
     place: u32,
-    /// vCPUs that have gone while the walk awaits them.
+    /// vCPUs that went before the walk has reached them.
     gone: *mut Member,
 }
 
-/// A vCPU that a walk has taken hold of, and for how long KVM polled for it, in ns.
+/// A vCPU that a walk has a hold on, and the time that KVM polled for it, in ns.
 type Held<'a> = (&'a Member, u64);
 
 /// The vCPUs of one step of a walk.
 type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
 
-/// What a walk sees.
+/// Item that a walk visits.
 pub(super) enum Seen<'a, 's> {
     /// The state as the walk begins, with the lock held.
     Start(&'s State),
-    /// A vCPU, and for how long KVM polled for it, in ns.
+    /// A vCPU, and the time that KVM polled for it, in ns.
     Vcpu(&'a Member, u64),
 }
 
-/// Room for a walk's copies. One walk at a time may be taken of each kind.
+/// Buffer for a walk's copies. At most one walk of each kind may be under way.
 #[derive(Debug)]
 pub struct Walker {
     copy: LedgerCopy,
     tables: TablesCopy,
 }
 
-/// How a snapshot tells of tables.
+/// Options of a snapshot's tables.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Show {
-    /// Of the guest's code as well, by its addresses.
+    /// Include the guest's code, by its addresses.
     pub code: bool,
 }
 
-/// The reason why there is no snapshot.
+/// Reason why there is no snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoSnapshot {
     /// The buffer is too small.
     Full(Full),
-    /// A vCPU could not be copied: it has had a transition at each attempt.
+    /// A vCPU could not be copied: it had a transition at each attempt.
     Busy,
 }
 
 impl Walk {
-    /// Go on at `next`, the VM behind one that is removed.
+    /// Move on to `next`, the VM behind one that is removed.
     pub(super) fn step_over(&mut self, vm: &Vm, next: *mut Vm) {
         if core::ptr::eq(self.vm, vm) {
             self.vm = next;
@@ -101,7 +102,7 @@ impl Walk {
         }
     }
 
-    /// Return true if the walk has yet to come to a vCPU. The caller holds the lock.
+    /// Return true if the walk has yet to reach a vCPU. The caller holds the lock.
     fn awaits(&self, member: &Member) -> bool {
         if !self.active || member.serial > self.newest {
             return false;
@@ -119,7 +120,7 @@ impl Walk {
 }
 
 impl Walker {
-    /// Room for a walk.
+    /// Create the buffer for a walk.
     pub const fn new() -> Self {
         Self {
             copy: LedgerCopy::new(),
@@ -150,7 +151,7 @@ impl State {
         }
     }
 
-    /// End a walk. Those vCPUs that it still awaits are its caller's.
+    /// End a walk. Return the vCPUs that it still awaits; they belong to the caller.
     fn end_walk(&mut self, which: usize) -> *mut Member {
         let Some(walk) = self.walks.get_mut(which) else {
             return null_mut();
@@ -159,7 +160,7 @@ impl State {
         core::mem::replace(&mut walk.gone, null_mut())
     }
 
-    /// Have the walks that await a vCPU keep it, which is going.
+    /// Hand a vCPU that goes to the walks that await it.
     pub(super) fn await_gone(&mut self, member: &Member) {
         for (which, walk) in self.walks.iter_mut().enumerate() {
             if !walk.awaits(member) {
@@ -175,7 +176,7 @@ impl State {
 }
 
 impl<P: Platform> Locked<'_, P> {
-    /// Take hold of the next few vCPUs of a walk; return true if there may be more.
+    /// Take holds on the next few vCPUs of a walk. Return true if there may be more.
     fn walk_on<'a>(&mut self, which: usize, batch: &mut Batch<'a>) -> bool {
         let platform = &self.registry.platform;
         let Some(walk) = self.walks.get_mut(which) else {
@@ -184,8 +185,8 @@ impl<P: Platform> Locked<'_, P> {
         let mut places = batch.iter_mut();
         for _ in 0..STEPS_AT_A_TIME {
             platform.step();
-            // SAFETY: A VM in the list stays while the lock is held, and a walk is moved on when
-            // its VM is removed.
+            // SAFETY: A VM in the list stays while the lock is held, and a walk moves on when its
+            // VM is removed.
             let Some(vm) = (unsafe { walk.vm.as_ref() }) else {
                 return false;
             };
@@ -199,7 +200,7 @@ impl<P: Platform> Locked<'_, P> {
             let ahead = u32::MAX.checked_shl(walk.place).unwrap_or(0);
             let place = (group.taken.load(Relaxed) & ahead).trailing_zeros();
             let Some(member) = group.members.get(place as usize) else {
-                // None ahead in this group.
+                // No vCPU is ahead in this group.
                 walk.group = group.next.load(Acquire);
                 walk.place = 0;
                 if walk.group.is_null() {
@@ -208,8 +209,8 @@ impl<P: Platform> Locked<'_, P> {
                 }
                 continue;
             };
-            // SAFETY: A vCPU that is placed stays while the lock is held, and as long as it is
-            // held on to.
+            // SAFETY: A placed vCPU stays while the lock is held, and as long as there is a hold on
+            // it.
             let member = unsafe { member.load(Acquire).as_ref() };
             if let Some(member) = member.filter(|it| it.serial <= walk.newest) {
                 let Some(to) = places.next() else {
@@ -227,8 +228,8 @@ impl<P: Platform> Locked<'_, P> {
 }
 
 impl<P: Platform> Registry<P> {
-    /// Have `see` see the state at the moment of which the walk is, then each vCPU that there is at
-    /// that moment. Not called with the lock held.
+    /// Call `see` for the state at the moment that the walk begins, then for each vCPU that exists
+    /// at that moment. Not called with the lock held.
     pub(super) fn walk<'a>(&'a self, which: usize, mut see: impl FnMut(Seen<'a, '_>)) {
         let mut state = self.lock();
         see(Seen::Start(&state));
@@ -247,7 +248,7 @@ impl<P: Platform> Registry<P> {
             self.platform.pause();
         }
         let mut gone = self.lock().end_walk(which);
-        // SAFETY: The walk holds each of them; the list is its own from here on.
+        // SAFETY: The walk holds each of them, and owns the list from here on.
         while let Some(member) = unsafe { gone.as_ref() } {
             // SAFETY: As above.
             gone = unsafe { (*member.awaited.get()).get(which).copied() }.unwrap_or(null_mut());
@@ -257,8 +258,8 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Copy the ledger of a vCPU that the caller holds on to; return the attempts and the
-    /// interrupts that failed or were sent for it, or `None` when it could not be copied.
+    /// Copy the ledger of a vCPU that the caller has a hold on. Return the failed attempts and the
+    /// interrupts sent for it, or `None` when it could not be copied.
     pub fn copy(&self, member: &Member, out: &mut LedgerCopy) -> Option<(u32, u32)> {
         self.make_copy(
             member,
@@ -271,7 +272,7 @@ impl<P: Platform> Registry<P> {
         )
     }
 
-    /// Return the CPU that a vCPU was loaded on last, which the caller holds on to.
+    /// Return the CPU that a vCPU was loaded on last. The caller has a hold on the vCPU.
     fn cpu_of(&self, member: &Member) -> Option<u32> {
         let _state = self.lock();
         match member.gone.load(Relaxed) {
@@ -280,7 +281,7 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Make a copy of a vCPU that the caller holds on to, as [`Self::copy`].
+    /// Copy a vCPU that the caller has a hold on, as [`Self::copy`].
     fn make_copy(&self, member: &Member, mut copying: Copying<'_>) -> Option<(u32, u32)> {
         let tries = self.settings.copy_tries;
         if let Some(failed) = copying.copy(tries) {
@@ -289,7 +290,7 @@ impl<P: Platform> Registry<P> {
         for sent in 0..INTERRUPTS {
             let copied = match self.cpu_of(member) {
                 Some(cpu) => self.platform.copy_on(cpu, &mut copying),
-                // Nobody writes it, or nobody who does so as fast.
+                // No thread writes it, or none that does so as fast.
                 None => copying.copy(TRIES).is_some(),
             };
             if copied {
@@ -299,12 +300,12 @@ impl<P: Platform> Registry<P> {
         None
     }
 
-    /// Write a snapshot into `buffer`; return its size in bytes. `gone` is room for the totals,
-    /// empty. `host` tells of the host and the module at this moment.
+    /// Write a snapshot into `buffer`. Return its size in bytes. `gone` is a buffer for the totals,
+    /// empty. `host` describes the host and the module at this moment.
     ///
-    /// It is of the vCPUs that there are when it begins, each as of the moment when it is seen.
-    /// One that goes in the meantime is seen all the same, and stands in the totals of the next
-    /// snapshot: so none is in both or in neither.
+    /// The snapshot has the vCPUs that exist when it begins, each as of the moment when it is
+    /// visited. A vCPU that goes in the meantime is included, and joins the totals of the next
+    /// snapshot: so no vCPU is in both or in neither.
     ///
     /// # Errors
     ///
@@ -330,8 +331,8 @@ impl<P: Platform> Registry<P> {
             }
             Seen::Vcpu(member, polled) => {
                 let Walker { copy, tables } = &mut *walker;
-                // SAFETY: The vCPU is held on to. Else only `take_tables` takes its tables away,
-                // which is a walk of the same kind.
+                // SAFETY: There is a hold on the vCPU. Otherwise only `take_tables` takes its
+                // tables away, and that is a walk of the same kind.
                 let its_tables = unsafe { member.ledger.tables() };
                 tables.clear();
                 let copying = Copying {
@@ -365,10 +366,10 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Give tables to all vCPUs, and to those that come. Where there is no memory for some, a vCPU
-    /// has none. May sleep. The walker shows that no snapshot is being taken.
+    /// Give tables to all vCPUs, including those to come. A vCPU has none if there is no memory for
+    /// them. May sleep. The walker proves that no snapshot is being taken.
     ///
-    /// From now on each transition of a vCPU that has tables must be told with them.
+    /// From now on, each transition of a vCPU that has tables must be reported together with them.
     pub fn give_tables(&self, _walker: &mut Walker) {
         self.want_tables(true);
         self.walk(SNAPSHOT, |seen| {
@@ -386,7 +387,7 @@ impl<P: Platform> Registry<P> {
         });
     }
 
-    /// Note whether vCPUs that come get tables, and for guests how often that has changed.
+    /// Record whether new vCPUs get tables, and count the changes for guests.
     fn want_tables(&self, wants: bool) {
         let mut state = self.lock();
         if state.wants_tables != wants {
@@ -396,7 +397,7 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Ask all vCPUs for rings of their last exits that are not frozen.
+    /// Ask all vCPUs for rings that are not frozen.
     pub fn thaw_rings(&self, _walker: &mut Walker) {
         self.walk(SNAPSHOT, |seen| {
             if let Seen::Vcpu(member, _) = seen {
@@ -408,8 +409,8 @@ impl<P: Platform> Registry<P> {
         });
     }
 
-    /// Take the tables from all vCPUs, while their transitions are still told with them where they
-    /// have some. Those that are under way are waited for before memory is freed.
+    /// Take the tables from all vCPUs, while transitions are still reported with the tables of
+    /// those that have some. Transitions under way are waited for before memory is freed.
     pub fn take_tables(&self, _walker: &mut Walker) {
         self.want_tables(false);
         self.walk(SNAPSHOT, |seen| {
@@ -419,17 +420,17 @@ impl<P: Platform> Registry<P> {
         });
     }
 
-    /// Take the tables from a vCPU that the caller holds on to.
+    /// Take the tables from a vCPU that the caller has a hold on.
     pub(super) fn retire_tables(&self, member: &Member) {
-        // SAFETY: What is returned is retired.
+        // SAFETY: The returned tables are retired below.
         let tables = unsafe { member.ledger.set_tables(null_mut()) };
         let Some(tables) = NonNull::new(tables) else {
             return;
         };
         // SAFETY: They stay until they are retired.
         let room = NonNull::from(unsafe { tables.as_ref() }.room()).cast();
-        // SAFETY: Nobody can find them any more but a transition that has begun before, and the
-        // room is for this alone.
+        // SAFETY: Only a transition that began before can still find them, and the room is for this
+        // alone.
         unsafe {
             self.platform
                 .retire(tables.cast(), Layout::new::<Tables>(), room);
@@ -443,12 +444,12 @@ impl<P: Platform> Registry<P> {
         latest.saturating_add(latest / 8)
     }
 
-    /// The clock when the registry was made.
+    /// Return the clock when the registry was created.
     pub fn loaded(&self) -> u64 {
         self.loaded
     }
 
-    /// Add the numbers of all vCPUs, those that are gone and those that live, to `totals`.
+    /// Add the numbers of all vCPUs, gone and living, to `totals`.
     pub fn add_totals(&self, walker: &mut Walker, totals: &mut Totals) {
         self.walk(SNAPSHOT, |seen| match seen {
             Seen::Start(state) => totals.add(&state.gone),

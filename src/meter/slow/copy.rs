@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The recorder at rest: the copy of that of one vCPU, and the exits in it.
+//! Copies of a vCPU's recorder, and the exits in them.
 
 use crate::meter::{
     atomic::{AtomicU64, Ordering::Relaxed},
@@ -9,21 +9,21 @@ use crate::meter::{
     reasons::Slot,
 };
 
-use super::{Kept, Slow, Told, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
+use super::{Course, Kept, Slow, KEPT, PHASES, RING, RING_LOW, RING_TOP, SCRATCH, STEP, WENT};
 
-/// An exit, told in full.
+/// An exit with its course.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SlowExit {
-    /// Which exit of the vCPU's it was, from 0 when the recorder began.
+    /// Number of the exit, from 0 when the recorder began.
     pub sequence: u64,
     /// TSC at the exit.
     pub exited: u64,
     pub(super) key: u64,
-    /// Where the guest was; 0 where that cannot be read.
+    /// Guest RIP; 0 where it cannot be read.
     pub rip: u64,
-    /// TSC ticks by phase, without the guest's, which comes first.
+    /// TSC ticks by phase, without the guest phase, which comes first.
     ticks: [u64; PHASES],
-    /// How often the scheduler took the vCPU off its CPU.
+    /// Times that the scheduler took the vCPU off its CPU.
     pub outs: u32,
     why: u32,
     cpus: [u16; 2],
@@ -41,7 +41,7 @@ impl SlowExit {
         cpus: [0; 2],
     };
 
-    /// The reason, as a row of the ledger.
+    /// Return the reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
         match detail::slot_of(self.key) {
             None => Slot::from_index((self.key as usize & 0xff).wrapping_sub(1)),
@@ -49,7 +49,7 @@ impl SlowExit {
         }
     }
 
-    /// Whether it came from a nested guest.
+    /// Return true if the exit came from a nested guest.
     pub fn is_nested(&self) -> bool {
         match detail::slot_of(self.key) {
             None => self.key >> 8 & 1 != 0,
@@ -57,30 +57,30 @@ impl SlowExit {
         }
     }
 
-    /// What it was about, as a row of details has it; `None` where the exit did not tell.
+    /// Return the detail, as a row of details has it, or `None` where the exit had none.
     pub fn detail(&self) -> Option<u64> {
         detail::slot_of(self.key).map(|_| detail::detail_of(self.key))
     }
 
-    /// TSC ticks in a phase up to the entry after it; 0 in the guest's.
+    /// Return the TSC ticks in a phase up to the entry after the exit; 0 in the guest phase.
     pub fn ticks(&self, phase: Phase) -> u64 {
         let place = (phase as usize).wrapping_sub(1);
         self.ticks.get(place).copied().unwrap_or(0)
     }
 
-    /// The ticks that make it slow: all but those of the guest's own sleep.
+    /// Return the length in ticks: all ticks but those of the guest's own sleep.
     pub fn length(&self) -> u64 {
         [Phase::Kernel, Phase::User, Phase::Waiting, Phase::Preempted]
             .into_iter()
             .fold(0, |sum: u64, phase| sum.saturating_add(self.ticks(phase)))
     }
 
-    /// KVM_EXIT_* when it went to user space, the last time if it did so often.
+    /// Return KVM_EXIT_* if the exit went to user space, the latest one if it did so several times.
     pub fn user_exit(&self) -> Option<u16> {
         (self.why & WENT != 0).then_some(self.why as u16)
     }
 
-    /// The host's CPU at the exit and at the entry, where they are known.
+    /// Return the host CPU at the exit and at the entry, where known.
     pub fn cpus(&self) -> [Option<u16>; 2] {
         self.cpus.map(|cpu| cpu.checked_sub(1))
     }
@@ -91,15 +91,15 @@ impl SlowExit {
         }
     }
 
-    /// Take the exit's course, but for its CPUs.
-    pub(super) fn set_course(&mut self, course: &Told) {
+    /// Copy the exit's course, except for its CPUs.
+    pub(super) fn set_course(&mut self, course: &Course) {
         self.ticks = copied(&course.ticks);
         self.outs = course.outs.load(Relaxed);
         self.why = course.why.load(Relaxed);
     }
 }
 
-/// A copied step.
+/// Copy of a step.
 #[derive(Clone, Copy, Debug)]
 struct StepCopy {
     exited: u64,
@@ -108,7 +108,7 @@ struct StepCopy {
     rip: u64,
 }
 
-/// A copied course.
+/// Copy of a course.
 #[derive(Clone, Copy, Debug)]
 struct CourseCopy {
     exited: u64,
@@ -119,7 +119,7 @@ struct CourseCopy {
     after: u16,
 }
 
-/// A copied window.
+/// Copy of a window.
 #[derive(Clone, Debug)]
 struct WindowCopy {
     begun: u64,
@@ -127,8 +127,8 @@ struct WindowCopy {
     kept: [SlowExit; KEPT],
 }
 
-/// A copy of a recorder, of the same moment as that of its ledger. All-zero bytes are one that has
-/// recorded nothing.
+/// Copy of a recorder, taken at the same moment as the copy of its ledger. All-zero bytes are a
+/// copy of a recorder that has recorded nothing.
 #[derive(Clone, Debug)]
 pub struct SlowCopy {
     has_begun: u32,
@@ -144,12 +144,12 @@ pub struct SlowCopy {
     windows: [WindowCopy; 2],
 }
 
-/// Return the two CPUs that one word holds.
+/// Unpack the two CPUs of one word.
 const fn unpair(cpus: u32) -> [u16; 2] {
     [cpus as u16, (cpus >> 16) as u16]
 }
 
-/// Return ticks by phase as they are now.
+/// Return a copy of ticks by phase.
 fn copied(ticks: &[AtomicU64; PHASES]) -> [u64; PHASES] {
     let mut copy = [0; PHASES];
     for (to, from) in copy.iter_mut().zip(ticks) {
@@ -159,24 +159,24 @@ fn copied(ticks: &[AtomicU64; PHASES]) -> [u64; PHASES] {
 }
 
 impl Kept {
-    /// Return it as it is now.
+    /// Return a copy of the exit.
     #[inline]
     pub(super) fn copied(&self) -> SlowExit {
         SlowExit {
             sequence: self.sequence.load(Relaxed),
-            exited: self.told.exited.load(Relaxed),
+            exited: self.course.exited.load(Relaxed),
             key: self.key.load(Relaxed),
             rip: self.rip.load(Relaxed),
-            ticks: copied(&self.told.ticks),
-            outs: self.told.outs.load(Relaxed),
-            why: self.told.why.load(Relaxed),
-            cpus: unpair(self.told.cpus.load(Relaxed)),
+            ticks: copied(&self.course.ticks),
+            outs: self.course.outs.load(Relaxed),
+            why: self.course.why.load(Relaxed),
+            cpus: unpair(self.course.cpus.load(Relaxed)),
         }
     }
 }
 
 impl SlowCopy {
-    /// A copy of a recorder that has recorded nothing.
+    /// Create a copy of a recorder that has recorded nothing.
     pub const fn new() -> Self {
         const STEP: StepCopy = StepCopy {
             exited: 0,
@@ -230,13 +230,14 @@ impl SlowCopy {
         self.windows.get(which)
     }
 
-    /// TSC when the current window began, and the previous one ended; `None` before the first exit.
+    /// Return the TSC when the current window began and the previous one ended, or `None` before
+    /// the first exit.
     pub fn window_begun(&self) -> Option<u64> {
         let window = self.window(true).filter(|_| self.has_begun != 0)?;
         Some(window.begun)
     }
 
-    /// The slowest exits of the current window or of the one before, in no order.
+    /// Return the slowest exits of the current window or of the one before, unordered.
     pub fn slowest(&self, of_current: bool) -> impl Iterator<Item = SlowExit> + '_ {
         let kept = self
             .window(of_current)
@@ -246,8 +247,8 @@ impl SlowCopy {
         kept.iter().copied()
     }
 
-    /// The exits of the ring, from the oldest to the latest that has ended. `last` is the TSC of
-    /// the latest transition, and `in_guest` says whether that was an entry.
+    /// Return the exits of the ring, from the oldest to the latest that has ended. `last` is the
+    /// TSC of the latest transition, and `in_guest` is true if that was an entry.
     pub fn ring(&self, last: u64, in_guest: bool) -> impl Iterator<Item = SlowExit> + '_ {
         let newest = match self.frozen {
             0 if self.low == 0 => None,
@@ -258,7 +259,7 @@ impl SlowCopy {
             .filter(|_| self.has_begun != 0)
             .and_then(|at| at.checked_sub(RING_LOW))
             .map(|at| (at / STEP) as usize);
-        // Which exit it was.
+        // Number of the newest exit.
         let number = match self.frozen {
             0 => {
                 let steps = RING_TOP.wrapping_sub(self.at) / STEP;
@@ -268,7 +269,7 @@ impl SlowCopy {
         };
         let mut cpu = None;
         (0..RING).rev().filter_map(move |age| {
-            // They are written downwards.
+            // A ring is written downwards.
             let place = newest?.wrapping_add(age) % RING;
             let step = self.steps.get(place).filter(|step| step.key != 0)?;
             let course = self.course(place, step);
@@ -300,7 +301,7 @@ impl SlowCopy {
                     exit.cpus = [on; 2];
                 }
             }
-            // The latest one may be under way still.
+            // The latest exit may still be under way.
             let has_ended = age != 0 || in_guest || self.is_frozen();
             has_ended.then_some(exit)
         })
@@ -339,8 +340,8 @@ impl Default for SlowCopy {
 }
 
 impl Slow {
-    /// Copy the recorder, in the window in which the ledger is copied. `undisturbed` tells whether
-    /// that window still holds: if not, the copy ends early.
+    /// Copy the recorder, in the same window as the ledger. `undisturbed` returns true while that
+    /// window still holds; otherwise the copy ends early.
     pub(in crate::meter) fn copy(&self, out: &mut SlowCopy, undisturbed: impl Fn() -> bool) {
         out.has_begun = self.has_begun.load(Relaxed);
         if out.has_begun == 0 {

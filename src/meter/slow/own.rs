@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the thread that holds a vCPU reads of its recorder, between two transitions: exit by exit,
-//! without a copy of all.
+//! Reads of a recorder by the thread that holds the vCPU, between two transitions: exit by exit,
+//! without copying all.
 
 use crate::meter::atomic::Ordering::Relaxed;
 
@@ -13,8 +13,8 @@ impl Slow {
         self.frozen.load(Relaxed) != 0
     }
 
-    /// Return one of the slowest exits: those of the current window come first, then [`KEPT`]
-    /// places on those of the one before. On which CPUs it was is not told.
+    /// Return one of the slowest exits, without its CPUs. Indices below [`KEPT`] are the current
+    /// window, the next [`KEPT`] the window before.
     pub fn kept_exit(&self, index: usize) -> Option<SlowExit> {
         let [first, second] = &self.windows;
         let is_first = (self.current.load(Relaxed) == 0) == (index < KEPT);
@@ -25,12 +25,12 @@ impl Slow {
         Some(kept.copied())
     }
 
-    /// Return an exit of a frozen ring, counted from the oldest place to the exit that froze it. On
-    /// which CPUs it was is not told.
+    /// Return an exit of a frozen ring, without its CPUs. Index 0 is the oldest place; the last is
+    /// the exit that froze the ring.
     pub fn frozen_exit(&self, index: usize) -> Option<SlowExit> {
         let newest = self.frozen.load(Relaxed).checked_sub(RING_LOW)? / STEP;
         let age = (RING - 1).checked_sub(index)?;
-        // They are written downwards.
+        // A ring is written downwards.
         let place_of = |age: usize| (newest as usize).wrapping_add(age) % RING;
         let step_of = |age| self.steps.get(place_of(age).wrapping_add(SCRATCH));
         let step = step_of(age).filter(|step| step.key.load(Relaxed) != 0)?;
@@ -43,7 +43,8 @@ impl Slow {
         let course = self.courses.get(place_of(age));
         match course.filter(|course| course.exited.load(Relaxed) == exited) {
             Some(course) => exit.set_course(course),
-            // The one that froze it has a course. Any other was followed by the next exit.
+            // The exit that froze the ring has a course. Any other exit was followed by the next
+            // one.
             None => {
                 let next = step_of(age.checked_sub(1)?)?;
                 let until = next.exited.load(Relaxed);

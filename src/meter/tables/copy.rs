@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tables at rest: the copy of those of one vCPU, and what their rows leave to the others.
+//! Copies of a vCPU's tables, and what their rows leave to the others.
 
 use crate::meter::{
     atomic::{AtomicU64, Ordering::Relaxed},
@@ -13,7 +13,7 @@ use crate::meter::{
 
 use super::{Code, Detail, Tables, User, Which, CODES, DETAILS, USERS};
 
-/// A row of details, at rest.
+/// Copy of a row of details.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DetailCopy {
     pub(super) key: u64,
@@ -23,11 +23,11 @@ pub struct DetailCopy {
     pub kernel: u64,
     /// User ticks of these.
     pub user: u64,
-    /// The most exits of the same detail that may be among the others.
+    /// Upper bound for exits of the same detail among the others.
     pub missed_exits: u64,
-    /// The most kernel ticks of these.
+    /// Upper bound for kernel ticks of these.
     pub missed_kernel: u64,
-    /// The most user ticks of these.
+    /// Upper bound for user ticks of these.
     pub missed_user: u64,
 }
 
@@ -42,35 +42,35 @@ impl DetailCopy {
         missed_user: 0,
     };
 
-    /// The reason, as a row of the ledger.
+    /// Return the reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
         detail::slot_of(self.key)
     }
 
-    /// Whether the exits came from a nested guest.
+    /// Return true if the exits came from a nested guest.
     pub fn is_nested(&self) -> bool {
         self.key & detail::NESTED != 0
     }
 
-    /// What the exits were about.
+    /// Return the detail of the exits.
     pub fn detail(&self) -> u64 {
         detail::detail_of(self.key)
     }
 }
 
-/// A row of code, at rest.
+/// Copy of a row of code.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CodeCopy {
-    /// Where the guest was.
+    /// Guest RIP.
     pub rip: u64,
     pub(super) which: u32,
     /// Exits since the row began.
     pub exits: u64,
     /// Kernel ticks of these.
     pub kernel: u64,
-    /// The most exits of the same place that may be among the others.
+    /// Upper bound for exits at the same RIP among the others.
     pub missed_exits: u64,
-    /// The most kernel ticks of these.
+    /// Upper bound for kernel ticks of these.
     pub missed_kernel: u64,
 }
 
@@ -84,18 +84,18 @@ impl CodeCopy {
         missed_kernel: 0,
     };
 
-    /// The reason, as a row of the ledger.
+    /// Return the reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
         Some(Which(self.which).slot())
     }
 
-    /// Whether the exits came from a nested guest.
+    /// Return true if the exits came from a nested guest.
     pub fn is_nested(&self) -> bool {
         Which(self.which).is_nested()
     }
 }
 
-/// A row of exits to user space, at rest.
+/// Copy of a row of exits to user space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UserCopy {
     pub(super) tag: u64,
@@ -112,18 +112,18 @@ impl UserCopy {
         ticks: 0,
     };
 
-    /// The reason, as a row of the ledger.
+    /// Return the reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
         Slot::from_index(((self.tag >> 16) as usize).wrapping_sub(1))
     }
 
-    /// KVM_EXIT_*, as KVM told user space.
+    /// Return KVM_EXIT_*, as KVM reported it to user space.
     pub fn why(&self) -> u16 {
         self.tag as u16
     }
 }
 
-/// What a reason's rows leave of its exits and ticks since the tables began.
+/// Others of a reason: its exits and ticks since the tables began that no row holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Others {
     /// Exits.
@@ -149,12 +149,12 @@ impl Others {
     }
 }
 
-/// A copy of a vCPU's tables, of the same moment as that of its ledger. All-zero bytes are a copy
-/// of tables that have not begun.
+/// Copy of a vCPU's tables, taken at the same moment as the copy of its ledger. All-zero bytes are
+/// a copy of tables that have not begun.
 #[derive(Clone, Debug)]
 pub struct TablesCopy {
     has_begun: u32,
-    /// An exit came without RIP.
+    /// Nonzero if an exit came without RIP.
     pub(super) lacks_rip: u32,
     /// TSC when the tables began.
     pub since: u64,
@@ -170,7 +170,7 @@ pub struct TablesCopy {
 }
 
 impl TablesCopy {
-    /// A copy of tables that have not begun.
+    /// Create a copy of tables that have not begun.
     pub const fn new() -> Self {
         Self {
             has_begun: 0,
@@ -192,12 +192,12 @@ impl TablesCopy {
         }
     }
 
-    /// Its slow exits.
+    /// Return the copy of the recorder of slow exits.
     pub fn slow(&self) -> &SlowCopy {
         &self.slow
     }
 
-    /// Make this one of tables that have not begun.
+    /// Make this a copy of tables that have not begun.
     pub fn clear(&mut self) {
         self.has_begun = 0;
     }
@@ -212,22 +212,23 @@ impl TablesCopy {
         self.lacks_rip != 0
     }
 
-    /// The details.
+    /// Return the rows of details.
     pub fn details(&self) -> &[DetailCopy] {
         self.details.get(..self.detail_count).unwrap_or_default()
     }
 
-    /// The places in the guest's code.
+    /// Return the rows of code.
     pub fn codes(&self) -> &[CodeCopy] {
         self.codes.get(..self.code_count).unwrap_or_default()
     }
 
-    /// The exits to user space.
+    /// Return the rows of exits to user space.
     pub fn users(&self) -> &[UserCopy] {
         self.users.get(..self.user_count).unwrap_or_default()
     }
 
-    /// Return what a reason has had since the tables began, by the ledger of the same moment.
+    /// Return the numbers of a reason since the tables began, by the ledger copied at the same
+    /// moment.
     fn since_begun(&self, ledger: &LedgerCopy, slot: Slot) -> Others {
         let row = ledger.row(slot);
         let before = self.baseline.get(slot.index()).copied().unwrap_or_default();
@@ -239,7 +240,7 @@ impl TablesCopy {
         .less(before.exits, before.kernel, before.user)
     }
 
-    /// Return what the rows of details leave of a reason.
+    /// Return the others of a reason in the table of details.
     pub fn other_details(&self, ledger: &LedgerCopy, slot: Slot) -> Others {
         let rows = self.details().iter().filter(|row| row.slot() == Some(slot));
         rows.fold(self.since_begun(ledger, slot), |others, row| {
@@ -247,7 +248,7 @@ impl TablesCopy {
         })
     }
 
-    /// Return what the rows of code leave of a reason. A row of code has no user ticks.
+    /// Return the others of a reason in the table of code, which has no user ticks.
     pub fn other_codes(&self, ledger: &LedgerCopy, slot: Slot) -> Others {
         let all = Others {
             user: 0,
@@ -257,8 +258,8 @@ impl TablesCopy {
         rows.fold(all, |others, row| others.less(row.exits, row.kernel, 0))
     }
 
-    /// Return what the rows of exits to user space leave of a reason's. These exits are those to
-    /// user space, and there are no kernel ticks.
+    /// Return the others of a reason in the table of exits to user space. Its exits are those to
+    /// user space, and it has no kernel ticks.
     pub fn other_users(&self, ledger: &LedgerCopy, slot: Slot) -> Others {
         let all = Others {
             exits: self.other_users.get(slot.index()).copied().unwrap_or(0),
@@ -277,7 +278,7 @@ impl Default for TablesCopy {
 }
 
 impl Detail {
-    /// Return it as it is now.
+    /// Return a copy of the row.
     #[inline]
     pub(super) fn copied(&self) -> DetailCopy {
         DetailCopy {
@@ -293,7 +294,7 @@ impl Detail {
 }
 
 impl Code {
-    /// As [`Detail::copied`].
+    /// Return a copy of the row.
     #[inline]
     pub(super) fn copied(&self) -> CodeCopy {
         CodeCopy {
@@ -308,7 +309,7 @@ impl Code {
 }
 
 impl User {
-    /// As [`Detail::copied`].
+    /// Return a copy of the row.
     #[inline]
     pub(super) fn copied(&self) -> UserCopy {
         UserCopy {
@@ -319,7 +320,7 @@ impl User {
     }
 }
 
-/// Have `copy` copy each row in use, until it says that it is in vain; return how many rows it took.
+/// Call `copy` for each row in use, until it returns false. Return the number of rows copied.
 fn each_in_use(bits: &[AtomicU64], mut copy: impl FnMut(usize, usize) -> bool) -> usize {
     let mut count = 0_usize;
     for (place, word) in bits.iter().enumerate() {
@@ -339,8 +340,8 @@ fn each_in_use(bits: &[AtomicU64], mut copy: impl FnMut(usize, usize) -> bool) -
 }
 
 impl Tables {
-    /// Copy the tables, in the window in which the ledger is copied. `undisturbed` tells whether
-    /// that window still holds: if not, the copy ends early.
+    /// Copy the tables, in the same window as the ledger. `undisturbed` returns true while that
+    /// window still holds; otherwise the copy ends early.
     pub(in crate::meter) fn copy(&self, out: &mut TablesCopy, undisturbed: impl Fn() -> bool) {
         out.has_begun = self.has_begun.load(Relaxed);
         if out.has_begun == 0 {
@@ -349,7 +350,7 @@ impl Tables {
         out.since = self.since.load(Relaxed);
         out.lacks_rip = self.lacks_rip.load(Relaxed);
         out.detail_count = each_in_use(&self.details_in_use, |count, row| {
-            // Behind the row that is nobody's.
+            // Skip the dummy in the first row.
             let from = self.details.get(row.wrapping_add(1));
             if let (Some(from), Some(to)) = (from, out.details.get_mut(count)) {
                 *to = from.copied();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the thread that holds a vCPU reads of its tables, between two transitions: row by row,
-//! without a copy of all.
+//! Reads of tables by the thread that holds the vCPU, between two transitions: row by row, without
+//! copying all.
 
 use crate::meter::{
     atomic::{AtomicU64, Ordering::Relaxed},
@@ -14,7 +14,7 @@ use crate::meter::{
 
 use super::{CodeCopy, DetailCopy, Others, Tables, UserCopy, USERS};
 
-/// Return the places from one on that are marked.
+/// Return the marked places, from `from` on.
 fn marked_from(bits: &[AtomicU64], from: usize) -> impl Iterator<Item = usize> + '_ {
     let mut at = from;
     core::iter::from_fn(move || loop {
@@ -28,7 +28,7 @@ fn marked_from(bits: &[AtomicU64], from: usize) -> impl Iterator<Item = usize> +
     })
 }
 
-/// Sum up the exits, kernel and user ticks of rows.
+/// Sum the exits, kernel ticks and user ticks of rows.
 fn sum(rows: impl Iterator<Item = [u64; 3]>) -> [u64; 3] {
     rows.fold([0; 3], |[a, b, c], [exits, kernel, user]| {
         [
@@ -45,7 +45,7 @@ impl Tables {
         self.has_begun.load(Relaxed) != 0
     }
 
-    /// TSC when the tables began.
+    /// Return the TSC when the tables began.
     pub fn since(&self) -> u64 {
         self.since.load(Relaxed)
     }
@@ -55,15 +55,15 @@ impl Tables {
         self.lacks_rip.load(Relaxed) != 0
     }
 
-    /// Return the places of rows from one on that are in use, of a kind of table as the snapshot
-    /// has it.
+    /// Return the places of rows in use, from `from` on, in the table with a number of the snapshot
+    /// format.
     pub fn in_use_from(&self, table: u32, from: usize) -> impl Iterator<Item = usize> + '_ {
         let bits: &[AtomicU64] = match table {
             TABLE_DETAILS => &self.details_in_use,
             TABLE_CODE => &self.codes_in_use,
             _ => &[],
         };
-        // Those of the third kind have no bits, and are in use from the first one on.
+        // The third kind has no bitmap: its rows are in use from the first one on.
         let rest = match table {
             TABLE_DETAILS | TABLE_CODE => 0..0,
             _ => from..USERS,
@@ -71,26 +71,26 @@ impl Tables {
         marked_from(bits, from).chain(rest)
     }
 
-    /// Return a row of details that is in use, by its place.
+    /// Return a row of details in use, by its place.
     pub fn detail(&self, index: usize) -> Option<DetailCopy> {
-        // The first row is nobody's.
+        // The first row is a dummy.
         let row = self.details.get(index.wrapping_add(1))?.copied();
         (row.key != 0).then_some(row)
     }
 
-    /// Return a row of code that is in use, by its place.
+    /// Return a row of code in use, by its place.
     pub fn code(&self, index: usize) -> Option<CodeCopy> {
         let row = self.codes.get(index.wrapping_add(1))?.copied();
         (row.exits != 0).then_some(row)
     }
 
-    /// Return a row of exits to user space that is in use, by its place.
+    /// Return a row of exits to user space in use, by its place.
     pub fn user(&self, index: usize) -> Option<UserCopy> {
         let row = self.users.get(index.wrapping_add(1))?.copied();
         (row.tag != 0).then_some(row)
     }
 
-    /// Return what a reason has had since the tables began.
+    /// Return the numbers of a reason since the tables began.
     pub fn since_begun(&self, ledger: &Ledger, slot: Slot) -> Others {
         let Some(before) = self.baseline.get(slot.index()) else {
             return Others::default();
@@ -103,10 +103,11 @@ impl Tables {
         }
     }
 
-    /// Return what the rows of a kind of table leave of a reason's; a row of details counts only where
-    /// `is_told` says so of its detail.
+    /// Return the others of a reason in a kind of table. A row of details counts only if `is_told`
+    /// returns true for its detail.
     ///
-    /// Rows are read first: should the vCPU leave its CPU meanwhile, the whole has grown, and what is
+    /// Rows are read first: if the vCPU leaves its CPU meanwhile, the total has grown, and the
+    /// difference is not negative.
     /// left is not negative.
     pub fn others(
         &self,
@@ -128,7 +129,7 @@ impl Tables {
             }
             TABLE_CODE => {
                 let rows = self.codes.iter().skip(1).map(|row| row.copied());
-                // A row that is free has nothing.
+                // A free row is all zero.
                 let rows = rows.filter(|row| row.slot() == Some(slot));
                 sum(rows.map(|row| [row.exits, row.kernel, 0]))
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whatever the bytes, the reader refuses them or reads them to the end, and never panics.
+//! Fuzz the reader: it must refuse any bytes or read them to the end, and never panic.
 
 #![no_main]
 

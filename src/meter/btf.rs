@@ -1,31 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Compares the prototype of a tracepoint of a module with what a probe takes, by the kernel's own
+//! Comparison of a module's tracepoint prototype with a probe's parameters, by the kernel's own
 //! types (BTF, Documentation/bpf/btf.rst).
 //!
-//! The prototypes of KVM's tracepoints are in a header private to KVM, so no compiler compares them.
-//! BTF holds each as a typedef `btf_trace_NAME` (include/trace/bpf_probe.h).
+//! The prototypes of KVM's tracepoints are in a header private to KVM, so no compiler compares
+//! them. BTF holds each as a typedef `btf_trace_NAME` (include/trace/bpf_probe.h).
 //!
-//! A module's types go on where those of the kernel end: its first id is behind their last, and its
-//! names behind theirs. So both are read, in one pass each; a look-up takes at most `STRIDE` steps.
+//! A module's types continue those of the kernel: its first id follows the kernel's last id, and
+//! its names follow the kernel's names. So both sections are read, in one pass each. A look-up
+//! takes at most `STRIDE` steps.
 
 use core::fmt;
 
-/// Types between two marks.
+/// Number of types between two marks.
 const STRIDE: u32 = 8192;
 
-/// Marks of a section, enough for [`MAX_TYPES`].
+/// Number of marks in a section, enough for [`MAX_TYPES`].
 const MARKS: usize = 128;
 
-/// How many types a section has less than: ids are no larger (linux/btf.h, BTF_MAX_TYPE).
+/// Limit for the number of types in a section, exclusive: ids are no larger (linux/btf.h,
+/// BTF_MAX_TYPE).
 const MAX_TYPES: u32 = 1 << 20;
 
-/// How many typedefs, pointers and qualifiers are followed.
+/// Maximum length of a chain of typedefs, pointers and qualifiers.
 const MAX_DEPTH: usize = 16;
 
-/// How many parameters, and bytes of a name, are shown.
+/// Maximum number of parameters shown.
 const MAX_SHOWN: usize = 8;
-/// See [`MAX_SHOWN`].
+/// Maximum length of a name shown, in bytes.
 const MAX_NAME: usize = 48;
 
 /// Kinds of types (linux/btf.h, BTF_KIND_*).
@@ -52,7 +54,7 @@ mod kind {
     pub(super) const ENUM64: u32 = 19;
 }
 
-/// An integer's encoding that says it is a bool (linux/btf.h, BTF_INT_BOOL).
+/// Encoding of a bool integer (linux/btf.h, BTF_INT_BOOL).
 const INT_BOOL: u32 = 4;
 
 /// A parameter of a probe.
@@ -79,12 +81,12 @@ impl fmt::Display for Parameter {
     }
 }
 
-/// A probe, which returns nothing.
+/// A probe. It returns nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe {
-    /// The name of the tracepoint's typedef.
+    /// Name of the tracepoint's typedef.
     pub typedef: &'static str,
-    /// What the probe takes.
+    /// Parameters of the probe.
     pub parameters: &'static [Parameter],
 }
 
@@ -99,42 +101,42 @@ impl fmt::Display for Probe {
     }
 }
 
-/// Why a prototype could not be compared.
+/// Reason why a prototype could not be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unknown {
-    /// The bytes are no types, or of a later version.
+    /// The bytes are not BTF, or of a later version.
     Damaged,
-    /// There is no such typedef.
+    /// The typedef does not exist.
     Missing,
 }
 
-/// The first place at which a prototype differs.
+/// First difference between two prototypes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// It returns something.
+    /// It returns a value.
     Return,
-    /// It has another number of parameters.
+    /// The number of parameters differs.
     Count,
-    /// One parameter, counted from 1.
+    /// One parameter differs, counted from 1.
     Parameter(usize),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::Return => f.write_str("what it returns"),
+            Place::Return => f.write_str("the return type"),
             Place::Count => f.write_str("the number of parameters"),
             Place::Parameter(number) => write!(f, "parameter {number}"),
         }
     }
 }
 
-/// The outcome of a comparison.
+/// Result of a comparison.
 #[derive(Clone, Copy, Debug)]
 pub enum Verdict<'a> {
-    /// The probe may be called.
+    /// The kernel may call the probe.
     Fits,
-    /// It may not.
+    /// The kernel may not call the probe.
     Differs(Place, Prototype<'a>),
 }
 
@@ -143,16 +145,16 @@ pub enum Verdict<'a> {
 struct Type<'a> {
     name: u32,
     kind: u32,
-    /// For a forward declaration: whether it is of a union.
+    /// For a forward declaration: set if it is a union.
     flag: bool,
-    /// Its size in bytes, or another type's id.
+    /// Its size in bytes, or the id of another type.
     value: u32,
-    /// What follows, by the kind.
+    /// Data behind the head, by kind.
     tail: &'a [u8],
 }
 
 impl Type<'_> {
-    /// What has the id 0.
+    /// Type with the id 0.
     const VOID: Self = Self {
         name: 0,
         kind: kind::VOID,
@@ -162,16 +164,16 @@ impl Type<'_> {
     };
 }
 
-/// Return four bytes at a place.
+/// Return the four bytes at an offset.
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let four = bytes.get(at..)?.first_chunk::<4>()?;
     Some(u32::from_le_bytes(*four))
 }
 
-/// Return the type at the begin of `bytes`, and what comes after it.
+/// Split `bytes` into its first type and the rest.
 fn take(bytes: &[u8]) -> Option<(Type<'_>, &[u8])> {
     let info = word(bytes, 4)?;
-    // Where these have 16 and 5 bits, as in older kernels, the others are 0.
+    // In older kernels these fields have 16 and 5 bits, and the other bits are 0.
     let (count, kind) = (info & 0x00ff_ffff, (info >> 24) & 0x7f);
     let (each, count) = match kind {
         kind::INT | kind::VAR | kind::DECL_TAG => (4, 1),
@@ -201,21 +203,21 @@ fn take(bytes: &[u8]) -> Option<(Type<'_>, &[u8])> {
     Some((this, rest))
 }
 
-/// The types of the kernel, or those that a module adds.
+/// Types of the kernel, or types that a module adds.
 #[derive(Clone, Copy, Debug)]
 struct Section<'a> {
     types: &'a [u8],
     names: &'a [u8],
     first_id: u32,
     count: u32,
-    /// Where each [`STRIDE`]th type begins.
+    /// Offset of each [`STRIDE`]th type.
     marks: [u32; MARKS],
 }
 
 impl<'a> Section<'a> {
-    /// Read the header, and pass over all types.
+    /// Read the header, and walk over all types.
     fn read(bytes: &'a [u8], first_id: u32) -> Option<Self> {
-        /// The magic number, and version 1 without flags.
+        /// Magic number, and version 1 without flags.
         const BEGIN: u32 = 0x0001_eb9f;
 
         if word(bytes, 0)? != BEGIN {
@@ -249,7 +251,7 @@ impl<'a> Section<'a> {
         Some(section)
     }
 
-    /// Return the first type that is so.
+    /// Return the first type that matches.
     fn find(&self, is_it: impl Fn(&Type<'a>) -> bool) -> Option<Type<'a>> {
         let mut rest = self.types;
         while let Some((this, after)) = take(rest) {
@@ -261,7 +263,7 @@ impl<'a> Section<'a> {
         None
     }
 
-    /// Return the id of the first type that is so.
+    /// Return the id of the first type that matches.
     fn id(&self, is_it: impl Fn(&Type<'a>) -> bool) -> Option<u32> {
         let mut rest = self.types;
         let mut id = self.first_id;
@@ -275,7 +277,7 @@ impl<'a> Section<'a> {
         None
     }
 
-    /// Return the type of an id.
+    /// Return the type with an id.
     fn get(&self, id: u32) -> Option<Type<'a>> {
         let place = id.checked_sub(self.first_id)?;
         if place >= self.count {
@@ -290,7 +292,7 @@ impl<'a> Section<'a> {
     }
 }
 
-/// The types of a module and of the kernel under it.
+/// Types of a module and of the kernel under it.
 #[derive(Clone, Copy, Debug)]
 pub struct Types<'a> {
     kernel: Section<'a>,
@@ -312,12 +314,12 @@ impl<'a> Types<'a> {
         both().ok_or(Unknown::Damaged)
     }
 
-    /// Compare what a tracepoint of the module calls with a probe. Typedefs are looked through;
-    /// const is a difference, as it is for CFI.
+    /// Compare the prototype of a module's tracepoint with a probe. Typedefs are resolved; const is
+    /// a difference, as it is for CFI.
     ///
     /// # Errors
     ///
-    /// Why the two cannot be compared.
+    /// The reason why the two cannot be compared.
     pub fn compare(&self, probe: &Probe) -> Result<Verdict<'_>, Unknown> {
         let typedef = self.typedef(probe.typedef).ok_or(Unknown::Missing)?;
         let found = self.prototype(typedef).ok_or(Unknown::Damaged)?;
@@ -336,9 +338,9 @@ impl<'a> Types<'a> {
         Ok(Verdict::Differs(place, found))
     }
 
-    /// Return where a struct has a member, in bytes from its begin; `None` where there is no such struct or member, or
-    /// it is a bit field. The member may be one of a member, as in "arch.vm_type". One of an anonymous struct or union is
-    /// named as in C.
+    /// Return the offset of a struct's member, in bytes, or `None` if there is no such struct or
+    /// member, or the member is a bit field. The member may be nested, as in "arch.vm_type".
+    /// Members of an anonymous struct or union are named as in C.
     pub fn offset_of(&self, structure: &str, member: &str) -> Option<u32> {
         let mut of = self.structure(structure)?;
         let mut bits = 0_u32;
@@ -353,35 +355,36 @@ impl<'a> Types<'a> {
         (bits % 8 == 0).then_some(bits / 8)
     }
 
-    /// Return how many parameters come before the first that is a pointer to the struct of this name, in what a
-    /// tracepoint passes to a probe. Its own data, the first of all, does not count.
+    /// Return the number of parameters that a tracepoint passes to a probe before the first pointer
+    /// to the named struct. The probe's own data, which comes first, does not count.
     pub fn parameters_before(&self, tracepoint: &str, structure: &'static str) -> Option<usize> {
         let prototype = self.prototype(self.typedef(tracepoint)?)?;
         let mut parameters = prototype.parameters().skip(1);
         parameters.position(|id| self.is(id, Parameter::PointerTo(structure)))
     }
 
-    /// Return true if the module has a typedef of this name, as for each of its tracepoints (`btf_trace_NAME`).
+    /// Return true if the module has a typedef with this name. Each of its tracepoints has one
+    /// (`btf_trace_NAME`).
     pub fn has_typedef(&self, name: &str) -> bool {
         self.typedef(name).is_some()
     }
 
-    /// Return the id of the kernel's struct of a name.
+    /// Return the id of a struct of the kernel, by its name.
     pub fn kernel_struct_id(&self, name: &str) -> Option<u32> {
         self.id_in(&self.kernel, kind::STRUCT, name)
     }
 
-    /// Return the id of the kernel's function of a name.
+    /// Return the id of a function of the kernel, by its name.
     pub fn kernel_function_id(&self, name: &str) -> Option<u32> {
         self.id_in(&self.kernel, kind::FUNC, name)
     }
 
-    /// Return the id of the module's function of a name.
+    /// Return the id of a function of the module, by its name.
     pub fn module_function_id(&self, name: &str) -> Option<u32> {
         self.id_in(&self.module, kind::FUNC, name)
     }
 
-    /// Return the value of an enumerator of the module's, or of the kernel's.
+    /// Return the value of an enumerator of the module or, failing that, of the kernel.
     pub fn enumerator(&self, name: &str) -> Option<u32> {
         let value = |of: &Type<'_>| {
             let mut all = of.tail.chunks_exact(8);
@@ -394,26 +397,27 @@ impl<'a> Types<'a> {
         value(&found)
     }
 
-    /// Return the id of a section's first type of a kind and name.
+    /// Return the id of a section's first type with this kind and name.
     fn id_in(&self, section: &Section<'a>, kind: u32, name: &str) -> Option<u32> {
         section.id(|it| it.kind == kind && self.name(it) == Some(name.as_bytes()))
     }
 
-    /// Return the struct of a name: the module's, or the kernel's.
+    /// Return the struct with a name, from the module or the kernel.
     fn structure(&self, name: &str) -> Option<Type<'a>> {
         let is_it =
             |it: &Type<'_>| it.kind == kind::STRUCT && self.name(it) == Some(name.as_bytes());
         self.module.find(is_it).or_else(|| self.kernel.find(is_it))
     }
 
-    /// Return where a struct or union has a member, in bits, and the member's type.
+    /// Return the offset of a member, in bits, and the id of its type.
     fn member(&self, of: &Type<'_>, name: &str, depth: usize) -> Option<(u32, u32)> {
         if !matches!(of.kind, kind::STRUCT | kind::UNION) {
             return None;
         }
         for member in of.tail.chunks_exact(12) {
             let (called, id, at) = (word(member, 0)?, word(member, 4)?, word(member, 8)?);
-            // Where some members are bit fields, the top byte is how many bits one has (linux/btf.h).
+            // If some members are bit fields, the top byte holds the size of the field in bits
+            // (linux/btf.h).
             let (at, field) = if of.flag {
                 (at & 0x00ff_ffff, at >> 24)
             } else {
@@ -433,7 +437,7 @@ impl<'a> Types<'a> {
         None
     }
 
-    /// Return the type of an id.
+    /// Return the type with an id.
     fn get(&self, id: u32) -> Option<Type<'a>> {
         if id == 0 {
             return Some(Type::VOID);
@@ -446,7 +450,7 @@ impl<'a> Types<'a> {
         self.name_at(of.name)
     }
 
-    /// Return the name at a place.
+    /// Return the name at an offset.
     fn name_at(&self, at: u32) -> Option<&'a [u8]> {
         let at = at as usize;
         let from = match at.checked_sub(self.kernel.names.len()) {
@@ -456,14 +460,14 @@ impl<'a> Types<'a> {
         from.split(|byte| *byte == 0).next()
     }
 
-    /// Return the typedef of a name: the module's, or the kernel's.
+    /// Return the typedef with a name, from the module or the kernel.
     fn typedef(&self, name: &str) -> Option<Type<'a>> {
         let is_it =
             |it: &Type<'_>| it.kind == kind::TYPEDEF && self.name(it) == Some(name.as_bytes());
         self.module.find(is_it).or_else(|| self.kernel.find(is_it))
     }
 
-    /// Return the function type behind a tracepoint's typedef, which is of a pointer to it.
+    /// Return the function type of a tracepoint's typedef, which names a pointer to it.
     fn prototype(&self, typedef: Type<'a>) -> Option<Prototype<'_>> {
         let pointer = self.get(typedef.value)?;
         let function = self.get(pointer.value)?;
@@ -473,7 +477,7 @@ impl<'a> Types<'a> {
         })
     }
 
-    /// Return the type of an id, behind typedefs and tags.
+    /// Return the type with an id, after resolving typedefs and tags.
     fn plain(&self, mut id: u32) -> Option<Type<'a>> {
         for _ in 0..MAX_DEPTH {
             let this = self.get(id)?;
@@ -485,12 +489,12 @@ impl<'a> Types<'a> {
         None
     }
 
-    /// Return true if an id is of the type of a parameter. Not if that cannot be told.
+    /// Return true if an id has the type of a parameter. Return false if that cannot be determined.
     fn is(&self, id: u32, expected: Parameter) -> bool {
         let Some(this) = self.plain(id) else {
             return false;
         };
-        // The encoding, the offset and the number of bits.
+        // Size, and the word with encoding, offset and number of bits.
         let integer = || (this.kind == kind::INT).then(|| (this.value, word(this.tail, 0)));
         let target = || {
             (this.kind == kind::PTR)
@@ -508,7 +512,7 @@ impl<'a> Types<'a> {
         }
     }
 
-    /// Write a type as C does, as far as it fits a line of the log.
+    /// Format a type as in C, within the limits of a line of the log.
     fn write(&self, f: &mut fmt::Formatter<'_>, mut id: u32) -> fmt::Result {
         let mut pointers = 0_usize;
         for _ in 0..MAX_DEPTH {
@@ -542,7 +546,7 @@ impl<'a> Types<'a> {
             };
             f.write_str(before)?;
             for byte in self.name(&this).unwrap_or(b"?").iter().take(MAX_NAME) {
-                // Such as "unsigned int".
+                // A name may have spaces, as in "unsigned int".
                 let is_fit = byte.is_ascii_graphic() || *byte == b' ';
                 let shown = if is_fit { *byte } else { b'?' };
                 write!(f, "{}", char::from(shown))?;
@@ -556,7 +560,7 @@ impl<'a> Types<'a> {
     }
 }
 
-/// The prototype of a tracepoint; it shows as in C.
+/// Prototype of a tracepoint, displayed as in C.
 #[derive(Clone, Copy)]
 pub struct Prototype<'a> {
     types: &'a Types<'a>,
@@ -564,12 +568,12 @@ pub struct Prototype<'a> {
 }
 
 impl Prototype<'_> {
-    /// Return the type of what it returns.
+    /// Return the return type.
     fn returns(&self) -> Option<Type<'_>> {
         self.types.plain(self.function.value)
     }
 
-    /// Return the parameters' types; each follows a name.
+    /// Return the ids of the parameters' types. Each follows a name.
     fn parameters(&self) -> impl Iterator<Item = u32> + '_ {
         let tail = self.function.tail.chunks_exact(8);
         tail.filter_map(|parameter| word(parameter, 4))

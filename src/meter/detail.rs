@@ -1,70 +1,70 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an exit was about: the port, the MSR, the address, the vector.
+//! Detail of an exit: its port, MSR, address or vector.
 //!
-//! A detail is composed at each exit from what the CPU tells of it. On VMX that is the exit
-//! qualification (SDM, "Basic VM-Exit Information"), the guest-physical address and the
-//! interruption information; on SVM EXITINFO1 and EXITINFO2 (APM, "SVM Intercept Exit Codes").
+//! A detail is composed at each exit from the information that the CPU provides. On VMX that is the
+//! exit qualification (SDM, "Basic VM-Exit Information"), the guest-physical address and the
+//! interruption information; on SVM, EXITINFO1 and EXITINFO2 (APM, "SVM Intercept Exit Codes").
 //!
-//! A detail has [`BITS`] bits at most, so that it fits into one word with the reason: the key. Keys
-//! hold what the CPU tells as it tells it, but for the bits that do not matter. What it means is
-//! found out when somebody reads it, by [`to_wire`].
+//! A detail has at most [`BITS`] bits, so that it fits into one word with the reason: the key. Keys
+//! hold the CPU's information in its own format, without the bits that do not matter. [`to_wire`]
+//! decodes it when a reader asks.
 
 use super::reasons::{self, Isa, Slot, SLOTS};
 
-/// The bits of a detail.
+/// Number of bits in a detail.
 pub const BITS: u32 = 55;
 
-/// The highest number that a CPUID subleaf is told by: that one or a higher one.
+/// Highest CPUID subleaf that a key can hold; it stands for all higher ones too.
 pub const LAST_SUBLEAF: u32 = (1 << 22) - 2;
 
-/// Of a nested page fault: the detail is an address, and not an access.
+/// Flag in the detail of a nested page fault: it holds an address, and not an access.
 const IS_ADDRESS: u64 = 1 << (BITS - 1);
-/// The bits of a guest-physical address.
+/// Mask of a guest-physical address.
 const ADDRESS: u64 = (1 << 52) - 1;
 
-/// A number that says what a detail is. The numbers are those of the snapshot.
+/// Kind of a detail, by its number in snapshots.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// None: the exits of a reason that has no details.
+    /// No detail.
     None = 0,
-    /// A port: bits 0 to 15; bit 32 in, 33 string, 34 with a prefix REP, bits 36 to 38 bytes.
+    /// A port: bits 0 to 15; bit 32 in, 33 string, 34 REP prefix, bits 36 to 38 size in bytes.
     Port = 1,
     /// An MSR: bits 0 to 31; bit 32 write.
     Msr = 2,
-    /// A guest-physical address, of a device's register.
+    /// Guest-physical address of a device's register.
     Address = 3,
-    /// Memory: bits 0 to 21 which GiB of it; bit 32 read, 33 write, 34 fetch.
+    /// Memory: bits 0 to 21 the address in GiB; bit 32 read, 33 write, 34 fetch.
     Memory = 4,
     /// A vector: bits 0 to 7; bits 8 to 10 its type (SDM, "Information for VM Exits Due to
     /// Vectored Events").
     Vector = 5,
-    /// A CPUID leaf: bits 0 to 31; bits 32 to 53 its subleaf, where the leaf has some.
+    /// A CPUID leaf: bits 0 to 31; bits 32 to 53 its subleaf, if the leaf has subleaves.
     Cpuid = 6,
-    /// A hypercall: bits 0 to 31; bit 32 one of Hyper-V's.
+    /// A hypercall: bits 0 to 31; bit 32 set for Hyper-V's.
     Hypercall = 7,
     /// A control register: bits 0 to 3; bits 4 and 5 the access (SDM, "Exit Qualification for
     /// Control-Register Accesses").
     Control = 8,
     /// A debug register: bits 0 to 2; bit 4 read.
     Debug = 9,
-    /// An access to the APIC: bits 0 to 11 the offset; bits 12 to 15 its type (SDM, "Exit
-    /// Qualification for APIC-Access VM Exits"), on SVM bit 12 write.
+    /// An APIC access: bits 0 to 11 the offset; bits 12 to 15 its type (SDM, "Exit Qualification
+    /// for APIC-Access VM Exits"), on SVM bit 12 write.
     ApicAccess = 10,
     /// A write to the virtual APIC: bits 0 to 11 the offset.
     ApicWrite = 11,
-    /// An interrupt's end: bits 0 to 7 the vector.
+    /// An end of interrupt: bits 0 to 7 the vector.
     Eoi = 12,
 }
 
-/// Where a key tells that the exit came from a nested guest: above the reason.
+/// Flag in a key, above the reason: the exit came from a nested guest.
 pub const NESTED: u64 = 1 << 63;
 
-/// What is read of an exit for its detail. Those that VMX has a field for are its number (SDM,
-/// "Field Encoding in VMCS"), so that it is there to be read by.
+/// Sources of details. If VMX has a field for one, its number is the field's (SDM, "Field Encoding
+/// in VMCS"), ready for VMREAD.
 pub mod source {
-    /// Nothing: the reason has no details.
+    /// No source: the reason has no details.
     pub const NONE: i32 = 0;
     /// The exit qualification, or EXITINFO1.
     pub const QUALIFICATION: i32 = 0x6400;
@@ -72,21 +72,21 @@ pub mod source {
     pub const ADDRESS: i32 = 0x2400;
     /// The interruption information.
     pub const INTERRUPTION: i32 = 0x4404;
-    /// What [`super::hypercall`] takes.
+    /// The registers that [`super::hypercall`] reads.
     pub const HYPERCALL: i32 = -1;
     /// The qualification and the address of a page fault.
     pub const FAULT: i32 = -2;
-    /// RCX, which names an MSR. On SVM also EXITINFO1, which tells a write.
+    /// RCX, which names an MSR. On SVM also EXITINFO1, which says whether it was a write.
     pub const MSR: i32 = -3;
-    /// EAX, which names a CPUID leaf. A leaf that has subleaves takes more: see [`super::leaf`].
+    /// EAX, which names a CPUID leaf. A leaf with subleaves needs more: see [`super::leaf`].
     pub const LEAF: i32 = -4;
     /// EXITINFO1 alone.
     pub const INFO: i32 = -5;
 }
 
-/// Return what a reason adds to its details, bit by bit: in the bits above them the reason, which is
-/// never 0, so that no key is; and in the low half a number that has the same details of different
-/// reasons spread over a table.
+/// Return the bits that a reason contributes to its keys, combined by XOR. The bits above the
+/// detail hold the reason, which is never 0, so no key is 0. The low half holds a number that
+/// spreads equal details of different reasons over a table.
 #[inline(always)]
 const fn tag(slot: Slot) -> u64 {
     let reason = (slot.index() as u64).wrapping_add(1);
@@ -105,23 +105,23 @@ pub fn detail_of(key: u64) -> u64 {
     (key ^ tag) & ((1 << BITS) - 1)
 }
 
-/// Return the row of the ledger that a key's exits have.
+/// Return the row of the ledger that a key's exits belong to.
 pub fn slot_of(key: u64) -> Option<Slot> {
     let reason = (key & !NESTED) >> BITS;
     Slot::from_index((reason as usize).wrapping_sub(1))
 }
 
-/// How exits' keys are had, by reason. Each is an array of its own, as that takes the fewest
-/// instructions to find.
+/// Rules for making keys, by reason. Each rule is an array of its own, because that takes the
+/// fewest instructions to index.
 #[derive(Debug)]
 pub struct Rules {
-    /// One of [`source`], of what is read.
+    /// Source that is read: one of [`source`].
     sources: [i32; SLOTS],
-    /// The bits of what is read that are the detail.
+    /// Bits of the source that form the detail.
     masks: [u64; SLOTS],
     /// On SVM: the register that is part of the detail.
     registers: [Register; SLOTS],
-    /// The bits of that register which are.
+    /// Bits of that register that are.
     register_masks: [u32; SLOTS],
     /// See [`tag`].
     tags: [u64; SLOTS],
@@ -169,7 +169,7 @@ impl Rules {
         }
     }
 
-    /// Return the key of an exit for which this was read, as far as the detail is in it.
+    /// Return the key of an exit from the value of its source, masked to the detail.
     #[inline(always)]
     fn key(&self, slot: Slot, told: u64) -> u64 {
         // SAFETY: By the invariant of `Slot` its index is below SLOTS.
@@ -177,15 +177,15 @@ impl Rules {
         self.key_of_all(slot, told & mask)
     }
 
-    /// Return the key of an exit, all of what was read for it being its detail.
+    /// Return the key of an exit from a detail that needs no mask.
     #[inline(always)]
     fn key_of_all(&self, slot: Slot, detail: u64) -> u64 {
         // SAFETY: As above.
         detail ^ unsafe { self.tags.get_unchecked(slot.index()) }
     }
 
-    /// Return the key of an exit of SVM whose detail is in EXITINFO1 and a register. Both are read,
-    /// whatever the reason, so that there is no branch: their masks tell what counts.
+    /// Return the key of an SVM exit whose detail is in EXITINFO1 and a register. Both are read for
+    /// every reason, so that there is no branch: the masks select what counts.
     #[inline(always)]
     fn key_of_info(&self, slot: Slot, exit: &impl Exit) -> u64 {
         // SAFETY: As above.
@@ -198,20 +198,20 @@ impl Rules {
         };
         let info = exit.read_plain(source::INFO).unwrap_or(0) & mask;
         let register = exit.register(register) as u32 & register_mask;
-        // The register is above bit 0, where an MSR's access has its write.
+        // The register stands above bit 0, which holds the write flag of an MSR access.
         let detail = info.wrapping_add(u64::from(register) << SVM_REGISTER);
         self.key_of_all(slot, detail)
     }
 }
 
-/// Return what is read of the exits of a reason: one of [`source`].
+/// Return the source of a reason's details: one of [`source`].
 #[inline(always)]
 pub fn source_of_slot(isa: Isa, slot: Slot) -> i32 {
     // SAFETY: By the invariant of `Slot` its index is below SLOTS.
     unsafe { *Rules::of(isa).sources.get_unchecked(slot.index()) }
 }
 
-/// Return what is read of the exits with a code, and the bits of it that are the detail.
+/// Return the source of an exit code's details, and the bits of it that form the detail.
 const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
     use source::{
         ADDRESS as AT, FAULT, HYPERCALL, INFO, INTERRUPTION, LEAF, MSR, NONE, QUALIFICATION,
@@ -245,35 +245,34 @@ const fn source_of(isa: Isa, code: u32) -> (i32, u64) {
     }
 }
 
-/// Exit codes that are asked for by themselves (SDM, "VMX Basic Exit Reasons"; APM, "SVM Intercept
-/// Exit Codes").
+/// Exit codes that the code below tests by themselves (SDM, "VMX Basic Exit Reasons"; APM, "SVM
+/// Intercept Exit Codes").
 const VMX_CPUID: u32 = 10;
 const SVM_CPUID: u32 = 0x72;
 const SVM_VMMCALL: u32 = 0x81;
 
-/// The bits of an MSR's number.
+/// Mask of an MSR's number.
 const MSR_NUMBER: u64 = 0xffff_ffff;
 
-/// Where a detail of SVM has a register.
+/// Shift of the register in a detail of SVM.
 const SVM_REGISTER: u32 = 1;
 
-/// Where the detail of a page fault has the access: on VMX the exit qualification, on SVM the error
-/// code. From there on, both take one instruction to put together: see [`memory`].
+/// Shift of the access in the detail of a page fault: on VMX the exit qualification, on SVM the
+/// error code. With this shift, one instruction composes both: see [`memory`].
 const FAULT_ACCESS: u32 = 64 - GIB_SHIFT;
-/// The bits of an address's GiB.
+/// Mask of an address in GiB.
 const GIB: u64 = ADDRESS >> GIB_SHIFT;
 const GIB_SHIFT: u32 = 30;
 
-/// Page fault error codes, which EXITINFO1 has (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
+/// Page fault error codes in EXITINFO1 (`PFERR_*` in kvm_host.h): write, reserved bit, fetch.
 const PFERR_WRITE: u64 = 1 << 1;
 const PFERR_RESERVED: u64 = 1 << 3;
 const PFERR_FETCH: u64 = 1 << 4;
 
-/// Where the detail of a CPUID has the subleaf, from 1: 0 for a leaf without.
+/// Shift of the subleaf in the detail of a CPUID. It counts from 1; 0 is a leaf without subleaves.
 const SUBLEAF: u32 = 33;
 
-/// A register of the guest that names what an exit is about, by its number (SDM, volume 2, table
-/// "Register Codes").
+/// A guest register that holds a detail, by its number (SDM, volume 2, table "Register Codes").
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Register {
@@ -283,24 +282,25 @@ pub enum Register {
     Rcx = 1,
 }
 
-/// What an exit can be asked for, each only where it is wanted.
+/// Access to an exit's information. Each item is read only when it is needed.
 pub trait Exit {
-    /// Return what one of [`source`] that is a field's number names; `None` where it cannot be read.
+    /// Return the value of one of [`source`] that is a field's number, or `None` if it cannot be
+    /// read.
     fn read(&self, source: i32) -> Option<u64>;
-    /// Return the same for an exit whose detail is that number alone.
+    /// Return the same for an exit whose detail is that value alone.
     fn read_plain(&self, source: i32) -> Option<u64>;
-    /// Return a register of the guest.
+    /// Return a guest register.
     fn register(&self, register: Register) -> u64;
-    /// Return the code of the Hyper-V hypercall that this exit is; `None` where the guest's
-    /// hypercalls are not Hyper-V's.
+    /// Return the code of a Hyper-V hypercall, or `None` if the guest's hypercalls are not
+    /// Hyper-V's.
     fn hyperv_call(&self) -> Option<u16>;
 }
 
-/// Return the key of an exit whose detail is one number, or that has none: `None` for that. `Err`
-/// for any other.
+/// Return the key of an exit whose detail is one number, or `None` if the exit has no detail.
+/// Return `Err` for any other exit.
 ///
-/// On SVM a CPUID of a leaf that has subleaves gets a key that no such exit is booked by, so it has no
-/// row: who finds none asks [`leaf`].
+/// On SVM, a CPUID of a leaf with subleaves gets a key that no exit is booked under, so it has no
+/// row. A caller that finds no row calls [`leaf`].
 #[inline(always)]
 pub fn plain(isa: Isa, slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
     match isa {
@@ -312,14 +312,15 @@ pub fn plain(isa: Isa, slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Comp
 #[inline(always)]
 fn plain_vmx(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
     let source = source_of_slot(Isa::Vmx, slot);
-    // As wide as a field's number is for VMREAD, so that no instruction widens it.
+    // The type is as wide as VMREAD's field number, so that no instruction widens it.
     if i64::from(source) > 0 {
         let told = exit.read_plain(source);
         Ok(told.map(|told| VMX.key(slot, told)))
     } else if source == source::FAULT {
         Ok(fault_vmx(exit).map(|told| VMX.key(slot, told)))
     } else if source <= source::MSR {
-        // With an order in place of equality the compiler keeps that of these branches.
+        // A comparison by order instead of equality makes the compiler keep the order of these
+        // branches.
         if source == source::MSR {
             let msr = exit.register(Register::Rcx) as u32;
             return Ok(Some(VMX.key_of_all(slot, msr.into())));
@@ -338,8 +339,8 @@ fn plain_vmx(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
 
 #[inline(always)]
 fn plain_svm(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
-    // One comparison with FAULT tells three ways apart, by order: compared with more numbers, the
-    // source would be loaded first.
+    // One comparison with FAULT separates three cases by order. Comparisons with more numbers would
+    // load the source first.
     let source = source_of_slot(Isa::Svm, slot);
     if source < source::FAULT {
         Ok(Some(SVM.key_of_info(slot, exit)))
@@ -352,11 +353,11 @@ fn plain_svm(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
     }
 }
 
-/// An exit's detail is not had by [`plain`].
+/// Error of [`plain`]: the exit's detail is composed of several numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Composed;
 
-/// Return what is read of a page fault; `None` where the CPU does not tell.
+/// Return the detail of a page fault, or `None` if the CPU does not provide it.
 #[inline(always)]
 fn fault_vmx(exit: &impl Exit) -> Option<u64> {
     let access = exit.read(source::QUALIFICATION)?;
@@ -364,7 +365,7 @@ fn fault_vmx(exit: &impl Exit) -> Option<u64> {
     Some(memory(address, access))
 }
 
-/// Return the key of a page fault. The branch to this is the one that jumps.
+/// Return the key of a page fault. Marked cold, so that the branch to it is the one that jumps.
 #[cold]
 #[inline(always)]
 fn fault_svm(slot: Slot, exit: &impl Exit) -> Option<u64> {
@@ -376,15 +377,15 @@ fn fault_svm(slot: Slot, exit: &impl Exit) -> Option<u64> {
     Some(SVM.key(slot, memory(address, error)))
 }
 
-/// Return the key of an access to a device's register. KVM emulates the instruction then, so a jump
-/// more counts for less here than on the other ways.
+/// Return the key of an access to a device's register. KVM emulates the instruction then, so one
+/// more jump matters less here than on the other paths.
 #[cold]
 #[inline(always)]
 fn device_svm(slot: Slot, address: u64) -> u64 {
     SVM.key_of_all(slot, address & ADDRESS | IS_ADDRESS)
 }
 
-/// Return true if a reason is CPUID.
+/// Return true if the reason is CPUID.
 #[inline(always)]
 pub fn is_leaf(isa: Isa, slot: Slot) -> bool {
     let code = match isa {
@@ -394,7 +395,7 @@ pub fn is_leaf(isa: Isa, slot: Slot) -> bool {
     slot == reasons::slot(isa, code)
 }
 
-/// Return the key of an exit by CPUID.
+/// Return the key of an exit caused by CPUID.
 #[inline(always)]
 pub fn leaf(isa: Isa, slot: Slot, exit: &impl Exit) -> u64 {
     let leaf = exit.register(Register::Rax) as u32;
@@ -411,7 +412,7 @@ pub fn hypercall(slot: Slot, exit: &impl Exit) -> u64 {
     key_of(slot, detail)
 }
 
-/// Return the key of an exit: its reason and its detail; `None` where it has none.
+/// Return the key of an exit, made of its reason and detail, or `None` if it has no detail.
 #[inline(always)]
 pub fn key(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
     if is_leaf(isa, slot) {
@@ -423,13 +424,14 @@ pub fn key(isa: Isa, slot: Slot, exit: &impl Exit) -> Option<u64> {
     }
 }
 
-/// Return where a page fault was, and by what access: SHLD.
+/// Combine the address and access of a page fault. One SHLD instruction does this.
 #[inline(always)]
 fn memory(address: u64, access: u64) -> u64 {
     address >> GIB_SHIFT | access << FAULT_ACCESS
 }
 
-/// The low bits tell subleaves apart as well: tables spread keys by these.
+/// Return the detail of a CPUID. The low bits differ by subleaf too, because tables spread keys by
+/// these.
 #[inline(always)]
 fn cpuid(isa: Isa, leaf: u32, subleaf: u32) -> u64 {
     let subleaf = match has_subleaves(leaf) {
@@ -444,7 +446,7 @@ fn cpuid(isa: Isa, leaf: u32, subleaf: u32) -> u64 {
     low | u64::from(subleaf) << SUBLEAF
 }
 
-/// The leaves below 64 that have subleaves, by bit.
+/// Bitmap of the leaves below 64 that have subleaves.
 const BASIC_WITH_SUBLEAVES: u64 = 1 << 0x04
     | 1 << 0x07
     | 1 << 0x0b
@@ -464,15 +466,15 @@ const BASIC_WITH_SUBLEAVES: u64 = 1 << 0x04
     | 1 << 0x23
     | 1 << 0x24;
 
-/// The first leaf that has subleaves. Guests that execute CPUID often do so to serialize, which takes
-/// any leaf, and most take 0 or 1.
+/// First leaf with subleaves. Guests often execute CPUID to serialize, which works with any leaf,
+/// and most take 0 or 1.
 const FIRST_WITH_SUBLEAVES: u32 = BASIC_WITH_SUBLEAVES.trailing_zeros();
 
-/// Return true if a CPUID leaf tells different things by ECX.
+/// Return true if a CPUID leaf depends on ECX.
 ///
-/// Those of which the SDM ("CPUID - CPU Identification") and the APM (volume 3, appendix E) say so,
-/// and exitmeter's upper four. Of its others a reader asks for hundreds of subleaves, which would
-/// take the rows of all else.
+/// These are the leaves that the SDM ("CPUID - CPU Identification") and the APM (volume 3, appendix
+/// E) name, and exitmeter's upper four. A reader asks exitmeter's other leaves for hundreds of
+/// subleaves, which would take the rows of all other keys.
 #[inline(always)]
 pub const fn has_subleaves(leaf: u32) -> bool {
     if leaf < 64 {
@@ -484,7 +486,7 @@ pub const fn has_subleaves(leaf: u32) -> bool {
     )
 }
 
-/// Return what a detail is, and the number that it is told by.
+/// Return the kind and key of a detail, as the snapshot has them.
 pub fn to_wire(isa: Isa, code: u32, detail: u64) -> (Kind, u64) {
     let bit = |from: u32, to: u32| (detail >> from & 1) << to;
     let number = match isa {
@@ -539,9 +541,9 @@ pub fn to_wire(isa: Isa, code: u32, detail: u64) -> (Kind, u64) {
 mod tests {
     use super::*;
 
-    /// An exit that tells what it is given.
+    /// An exit with given information.
     #[derive(Default)]
-    struct Told {
+    struct FakeExit {
         qualification: u64,
         address: u64,
         interruption: u32,
@@ -550,7 +552,7 @@ mod tests {
         hyperv: Option<u16>,
     }
 
-    impl Exit for Told {
+    impl Exit for FakeExit {
         fn read(&self, source: i32) -> Option<u64> {
             Some(match source {
                 source::QUALIFICATION | source::INFO => self.qualification,
@@ -573,7 +575,7 @@ mod tests {
         }
     }
 
-    fn wire(isa: Isa, code: u32, told: Told) -> (Kind, u64) {
+    fn wire(isa: Isa, code: u32, told: FakeExit) -> (Kind, u64) {
         let slot = reasons::slot(isa, code);
         let key = key(isa, slot, &told).expect("a detail");
         assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}");
@@ -581,7 +583,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_told_alike_on_both() {
+    fn ports_have_the_same_key_on_both_vendors() {
         // IN AL from 0x3f8; REP OUTSW to 0x1f0.
         for (vmx, svm, key) in [
             (0x03f8_0008, 0x03f8_0011, 0x3f8 | 1 << 32 | 1 << 36),
@@ -589,9 +591,9 @@ mod tests {
             (0x0cf8_0003, 0x0cf8_0040, 0xcf8 | 4 << 36),
         ] {
             for (isa, code, qualification) in [(Isa::Vmx, 30, vmx), (Isa::Svm, 0x7b, svm)] {
-                let told = Told {
+                let told = FakeExit {
                     qualification,
-                    ..Told::default()
+                    ..FakeExit::default()
                 };
                 assert_eq!(wire(isa, code, told), (Kind::Port, key), "{isa:?}");
             }
@@ -599,11 +601,11 @@ mod tests {
     }
 
     #[test]
-    fn an_msr_is_in_rcx_but_for_the_immediate_forms() {
-        let told = |qualification, rcx| Told {
+    fn msr_comes_from_rcx_except_in_immediate_forms() {
+        let told = |qualification, rcx| FakeExit {
             qualification,
             rcx,
-            ..Told::default()
+            ..FakeExit::default()
         };
         let (read, write) = (0xc000_0080, 0xc000_0080 | 1 << 32);
         for (isa, code, told, key) in [
@@ -619,11 +621,11 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_told_by_its_address_and_memory_by_its_gib() {
-        let told = |qualification, address| Told {
+    fn devices_have_an_address_and_memory_a_gib() {
+        let told = |qualification, address| FakeExit {
             qualification,
             address,
-            ..Told::default()
+            ..FakeExit::default()
         };
         let address = 0xfee0_0300;
         for (isa, code, told, expected) in [
@@ -666,11 +668,11 @@ mod tests {
     }
 
     #[test]
-    fn a_subleaf_is_told_of_leaves_that_have_some() {
-        let told = |leaf, subleaf| Told {
+    fn subleaf_is_kept_for_leaves_that_have_subleaves() {
+        let told = |leaf, subleaf| FakeExit {
             rax: leaf,
             rcx: subleaf,
-            ..Told::default()
+            ..FakeExit::default()
         };
         for (leaf, subleaf, key) in [
             (1, 9, 1),
@@ -692,23 +694,23 @@ mod tests {
     }
 
     #[test]
-    fn a_hypercall_is_in_rax_unless_it_is_of_hyperv() {
+    fn hypercall_comes_from_rax_unless_it_is_hyperv() {
         for (isa, code) in [(Isa::Vmx, 18), (Isa::Svm, 0x81)] {
             for (hyperv, key) in [(None, 5), (Some(0x5c), 0x5c | 1 << 32)] {
-                let told = Told {
+                let told = FakeExit {
                     rax: 5,
                     hyperv,
-                    ..Told::default()
+                    ..FakeExit::default()
                 };
                 assert_eq!(wire(isa, code, told), (Kind::Hypercall, key));
             }
         }
     }
 
-    /// Nothing that a guest or the CPU tells makes a detail too large.
+    /// No input from a guest or the CPU makes a detail too large.
     #[test]
-    fn every_detail_has_room_beside_its_reason() {
-        let told = Told {
+    fn every_detail_fits_beside_its_reason() {
+        let told = FakeExit {
             qualification: u64::MAX,
             address: u64::MAX,
             interruption: u32::MAX,
@@ -736,14 +738,14 @@ mod tests {
         assert_eq!(with_detail, 16 + 6);
     }
 
-    /// What the qualification, the interruption information and EXITINFO1 tell, with all bits set
-    /// beside what counts.
+    /// Qualification, interruption information and EXITINFO1 with all bits set besides those that
+    /// count.
     #[test]
-    fn registers_the_apic_and_vectors_are_told_by_their_bits_alone() {
-        let told = |qualification, interruption| Told {
+    fn registers_apic_and_vectors_ignore_other_bits() {
+        let told = |qualification, interruption| FakeExit {
             qualification,
             interruption,
-            ..Told::default()
+            ..FakeExit::default()
         };
         for (isa, code, told, expected) in [
             // MOV to CR3 from RDI; MOV from CR8 to RSI; CLTS.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The CPUID leaves by which a guest reads its own exits.
+//! CPUID leaves by which a guest reads its own exits.
 //!
-//! The four upper leaves, 0x4FFFFFFC to 0x4FFFFFFF, are those of the course CMPE 283, in
-//! one of the two orders it used; 0x4FFFFFF0 to 0x4FFFFFF5 let a guest's tool read
-//! everything without guessing.
+//! The four upper leaves, 0x4FFFFFFC to 0x4FFFFFFF, are those of the course CMPE 283, in one of the
+//! two orders that it used. With 0x4FFFFFF0 to 0x4FFFFFF5, a guest's tool reads everything without
+//! guessing.
 
 use core::fmt;
 
@@ -16,14 +16,14 @@ use super::{
 pub mod tables;
 use tables::{Description, Place, DESCRIPTION};
 
-/// The version of what the identity leaves say.
+/// Version of the answers, as the leaves report it.
 pub const INTERFACE_VERSION: u32 = 3;
 
-/// Set in ecx of leaf 0x4FFFFFF3: of the exits, those from a nested guest.
+/// Bit in ecx of leaf 0x4FFFFFF3: count only exits from a nested guest.
 pub const NESTED: u32 = 1 << 16;
 
-/// The reason in ecx of leaf 0x4FFFFFF3, and whether of its exits those from a nested guest
-/// are meant. SVM's negative codes have that bit set themselves.
+/// Split ecx of leaf 0x4FFFFFF3 into the reason and the flag for exits from a nested guest. SVM's
+/// negative codes have that bit set themselves.
 const fn split_nested(subleaf: u32) -> (u32, bool) {
     match subleaf & 0xffff_0000 {
         NESTED => (subleaf & 0xffff, true),
@@ -31,11 +31,11 @@ const fn split_nested(subleaf: u32) -> (u32, bool) {
     }
 }
 
-/// How many numbers of phases leaf 0x4FFFFFF2 has.
+/// Number of phases that leaf 0x4FFFFFF2 knows.
 const ASKED_PHASES: usize = 7;
 
-/// Return what a number of leaf 0x4FFFFFF2 asks for, by its name and the phases it sums. The first
-/// five are those of version 1, in which the two sleeps were one phase.
+/// Return the name of a phase of leaf 0x4FFFFFF2, and the phases that it sums. The first five are
+/// those of version 1, in which the two kinds of sleep were one phase.
 pub const fn asked_phases(number: u32) -> Option<(&'static str, &'static [Phase])> {
     Some(match number {
         0 => (Phase::Guest.name(), &[Phase::Guest]),
@@ -49,19 +49,19 @@ pub const fn asked_phases(number: u32) -> Option<(&'static str, &'static [Phase]
     })
 }
 
-/// The order of the four upper leaves.
+/// Order of the four upper leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeafMap {
-    /// No leaf is answered at all.
+    /// No leaf is answered.
     Off = 0,
-    /// As the course did in 2021, in spring 2022 and mostly in 2023.
+    /// The order of the course in 2021, in spring 2022 and mostly in 2023.
     Map2021 = 2021,
-    /// As the course did in fall 2022.
+    /// The order of the course in fall 2022.
     Map2022 = 2022,
 }
 
 impl LeafMap {
-    /// The map with a number: 0, 2021 or 2022.
+    /// Return the map with a number: 0, 2021 or 2022.
     pub const fn from_number(number: u32) -> Option<Self> {
         match number {
             0 => Some(LeafMap::Off),
@@ -72,7 +72,7 @@ impl LeafMap {
     }
 }
 
-/// What a guest asks for.
+/// Query of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Query {
     /// eax = highest leaf, ebx:ecx:edx = "ExitMeter".
@@ -81,9 +81,9 @@ pub enum Query {
     Interface,
     /// ecx = reason | phase << 16: edx:eax = cycles.
     PhaseCycles,
-    /// ecx = reason: edx:eax = exits; with bit 16 of ecx set, those from a nested guest alone.
+    /// ecx = reason: edx:eax = exits; with bit 16 of ecx set, only those from a nested guest.
     Exits64,
-    /// edx:eax = the number of the meter's life.
+    /// edx:eax = number of the meter's life.
     Life,
     /// ecx = table << 24 | word << 16 | entry: see [`tables`].
     Tables,
@@ -98,8 +98,8 @@ pub enum Query {
 }
 
 impl Query {
-    /// Return true if the kernel log has a line for it. Of tables that is the question for what there
-    /// is, once in each reading: the entries take hundreds more.
+    /// Return true if the kernel log gets a line for the query. For tables, only the query for the
+    /// description does, once per reading: the entries take hundreds more.
     pub const fn is_spoken(self, subleaf: u32) -> bool {
         match self {
             Query::Tables => Place::from_subleaf(subleaf).table == DESCRIPTION,
@@ -122,7 +122,7 @@ pub struct Registers {
 }
 
 impl Registers {
-    /// The answer for a reason that is not defined.
+    /// Answer for a reason that is not defined.
     pub const UNDEFINED: Registers = Registers {
         eax: 0,
         ebx: 0,
@@ -131,7 +131,7 @@ impl Registers {
     };
 }
 
-/// The numbers that a guest may see.
+/// Numbers that a guest may read.
 pub trait Numbers {
     /// VM exits in a row.
     fn exits(&self, slot: Slot) -> u64;
@@ -152,14 +152,14 @@ pub trait Numbers {
     }
 }
 
-/// Which leaves are answered, and for which ISA.
+/// Settings of the leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Leaves {
-    /// The order of the upper four.
+    /// Order of the four upper leaves.
     pub map: LeafMap,
-    /// Whose reasons.
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// The number of the meter's life: not 0, and another one when the numbers begin anew.
+    /// Number of the meter's life: never 0, and a new one when the numbers start over.
     pub life: u64,
 }
 
@@ -171,8 +171,8 @@ const fn high(number: u64) -> u32 {
     (number >> 32) as u32
 }
 
-/// The number if it is below the bound, else 0, without a branch that a CPU could
-/// mispredict: a guest must not have memory behind a table read ahead.
+/// Return the number if it is below the bound, else 0. Has no branch that a CPU could mispredict,
+/// so a guest cannot make it read ahead behind a table.
 #[inline]
 fn clamp(number: usize, bound: usize) -> usize {
     let mask: usize;
@@ -190,14 +190,14 @@ fn clamp(number: usize, bound: usize) -> usize {
 }
 
 impl Leaves {
-    /// Return true for the 16 leaves among which all are that are answered. Any other CPUID costs no
-    /// more than this.
+    /// Return true for the 16 leaves that include all answered leaves. Any other CPUID costs no
+    /// more than this test.
     #[inline(always)]
     pub const fn are_near(leaf: u32) -> bool {
         leaf & !0xf == 0x4fff_fff0
     }
 
-    /// What a leaf asks for; `None` for one that is not answered.
+    /// Return the query of a leaf, or `None` for a leaf that is not answered.
     pub fn classify(&self, leaf: u32) -> Option<Query> {
         let swapped = match self.map {
             LeafMap::Off => return None,
@@ -219,7 +219,7 @@ impl Leaves {
         })
     }
 
-    /// The row of a defined reason that a guest named.
+    /// Return the row of a reason that a guest named, if it is defined.
     fn row(&self, reason: u32) -> Option<Slot> {
         if !reasons::is_defined(self.isa, reason) {
             return None;
@@ -230,8 +230,8 @@ impl Leaves {
         ))
     }
 
-    /// The answer to a query, with `subleaf` from ecx. That to [`Query::Tables`] takes more than
-    /// numbers: see [`tables::Asker`].
+    /// Answer a query; `subleaf` comes from ecx. [`Query::Tables`] needs more than numbers: see
+    /// [`tables::Asker`].
     pub fn answer(&self, query: Query, subleaf: u32, numbers: &impl Numbers) -> Registers {
         let none = Registers::default();
         match query {
@@ -327,18 +327,18 @@ impl Leaves {
     }
 }
 
-/// The words of a query and its answer, as the course has them.
+/// A query and its answer, formatted in the words of the course.
 #[derive(Clone, Copy, Debug)]
 pub struct Spoken {
-    /// The leaf that was asked.
+    /// The leaf that the guest asked for.
     pub leaf: u32,
-    /// What it asks for.
+    /// The query of that leaf.
     pub query: Query,
-    /// ecx as it was asked.
+    /// The guest's ecx.
     pub subleaf: u32,
-    /// What the guest got.
+    /// The answer that the guest got.
     pub answer: Registers,
-    /// Whose reasons.
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
 }
 
@@ -397,7 +397,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Numbers that tell where they come from.
+    /// Numbers that identify their cells.
     struct Marked;
 
     impl Numbers for Marked {
@@ -418,7 +418,7 @@ mod tests {
         life: 5 << 32 | 9,
     };
 
-    fn said(leaf: u32, subleaf: u32, answer: Registers) -> String {
+    fn log_line(leaf: u32, subleaf: u32, answer: Registers) -> String {
         let query = VMX.classify(leaf).expect("ours");
         Spoken {
             leaf,
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn the_maps_are_the_courses() {
+    fn maps_order_the_leaves_as_the_course_did() {
         let order = |map| {
             [0xf_u32, 0xe, 0xd, 0xc].map(|leaf| Leaves { map, ..VMX }.classify(0x4fff_fff0 | leaf))
         };
@@ -442,9 +442,10 @@ mod tests {
         assert_eq!(LeafMap::from_number(2023), None);
     }
 
-    /// All 2^32 leaves by class: those above the low nibble, and its 16 values.
+    /// Covers all 2
+    /// 32 leaves: the 16 values of the low nibble, and two values for all others.
     #[test]
-    fn only_our_leaves_are_ours() {
+    fn classifies_only_the_defined_leaves() {
         // Miri takes a thousand times as long.
         let step = if cfg!(miri) { 0xf_fffd } else { 1 };
         for map in [LeafMap::Off, LeafMap::Map2021, LeafMap::Map2022] {
@@ -464,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_and_words() {
+    fn answers_queries_and_formats_log_lines() {
         let ask = |leaf, subleaf| VMX.answer(VMX.classify(leaf).expect("ours"), subleaf, &Marked);
         let exits = ask(0x4fff_fffd, 10);
         assert_eq!(
@@ -513,7 +514,8 @@ mod tests {
             (invalid.edx, invalid == Registers::UNDEFINED),
             (1 << 8, false)
         );
-        // A number of its phase, from 2 in the order of `Phase`; 3 is the sum of both sleeps.
+        // Each phase is marked by its number in `Phase`, plus 2; 3 is the sum of both kinds of
+        // sleep.
         let phases = [2, 3, 4, 5 + 7, 6, 5, 7];
         for (number, marks) in phases.into_iter().enumerate() {
             let answer = ask(0x4fff_fff2, (number as u32) << 16 | 12);
@@ -539,11 +541,11 @@ mod tests {
             }
         );
         assert_eq!(
-            said(0x4fff_fff4, 0, ask(0x4fff_fff4, 0)),
+            log_line(0x4fff_fff4, 0, ask(0x4fff_fff4, 0)),
             "CPUID(0x4FFFFFF4), life 21474836489"
         );
         assert_eq!(
-            said(0x4fff_fff2, 3 << 16 | 12, ask(0x4fff_fff2, 3 << 16 | 12)),
+            log_line(0x4fff_fff2, 3 << 16 | 12, ask(0x4fff_fff2, 3 << 16 | 12)),
             "CPUID(0x4FFFFFF2), exit number 12 (HLT) phase blocked: 824633720856 cycles"
         );
         assert_eq!(
@@ -562,7 +564,7 @@ mod tests {
             .collect();
         assert_eq!(text, b"ExitMeter\0\0\0");
         assert_eq!(
-            said(
+            log_line(
                 0x4fff_fffd,
                 10,
                 Registers {
@@ -573,7 +575,7 @@ mod tests {
             "CPUID(0x4FFFFFFD), exit number 10 (CPUID) exits=1002"
         );
         assert_eq!(
-            said(
+            log_line(
                 0x4fff_fffe,
                 0,
                 Registers {
@@ -584,7 +586,7 @@ mod tests {
             "CPUID(0x4FFFFFFE), total time in vmm: 3871824973 cycles"
         );
         assert_eq!(
-            said(
+            log_line(
                 0x4fff_ffff,
                 0,
                 Registers {
@@ -598,7 +600,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_reason_is_answered_as_it_is_defined(reason in any::<u32>(), low in 0_u32..128) {
+        fn answers_defined_reasons_only(reason in any::<u32>(), low in 0_u32..128) {
             for reason in [reason, low] {
                 for isa in [Isa::Vmx, Isa::Svm] {
                     let leaves = Leaves { isa, ..VMX };
@@ -614,7 +616,7 @@ mod tests {
         }
 
         #[test]
-        fn clamp_keeps_inside(number in any::<usize>(), bound in 1_usize..1 << 40) {
+        fn clamp_stays_below_the_bound(number in any::<usize>(), bound in 1_usize..1 << 40) {
             prop_assert_eq!(clamp(number, bound), if number < bound { number } else { 0 });
             prop_assert_eq!(clamp(bound - 1, bound), bound - 1);
         }

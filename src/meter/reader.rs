@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads the snapshot of `/dev/exitmeter` that [`crate::snapshot`] lays out.
+//! Reader of the snapshot of `/dev/exitmeter` that [`crate::snapshot`] defines.
 //!
-//! Only the tools use this, so the module does not compile it. It copies nothing: all that
-//! it gives borrows from the snapshot's bytes. [`Snapshot::parse`] checks every offset
-//! once, and what comes after it cannot fail.
+//! Only the tools use this, so the module does not compile it. It copies nothing: all that it
+//! returns borrows from the snapshot's bytes. [`Snapshot::parse`] checks every offset once, and
+//! nothing after it can fail.
 //!
-//! A snapshot of a later minor version reads as one of this: larger headers, records and
-//! rows, counters and kinds of rows that have no name here, all are stepped over.
+//! A snapshot of a later minor version reads like one of this version: the reader skips larger
+//! headers, records and rows, and unknown counters and kinds of rows.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -40,36 +40,36 @@ use crate::{
     },
 };
 
-/// Bytes of the header before version 1.3: less there cannot be.
+/// Minimum size of the header, in bytes: that of versions before 1.3.
 const HEADER_SIZE_1_0: usize = 128;
 
-/// Bytes of a record before its rows in version 1.0: less there cannot be.
+/// Minimum size of a record before its rows, in bytes: that of version 1.0.
 const HEAD_SIZE_1_0: usize = 104;
 
-/// Why bytes are not a snapshot that this reader understands.
+/// Reason why bytes are not a snapshot that this reader understands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
     /// It ends before it should.
     Truncated {
-        /// Bytes that there should be.
+        /// Expected number of bytes.
         needed: u64,
-        /// Bytes that there are.
+        /// Actual number of bytes.
         found: u64,
     },
-    /// It does not begin as a snapshot does.
+    /// It does not start with the magic bytes.
     Magic,
-    /// Its layout is another one.
+    /// Its major version is unknown.
     Version {
-        /// Its major version.
+        /// The major version.
         major: u16,
-        /// Its minor version.
+        /// The minor version.
         minor: u16,
     },
-    /// Its reasons are of an unknown ISA.
+    /// Its ISA is unknown.
     Isa(u32),
-    /// A part of it does not lie where it may.
+    /// A part of it lies outside of its bounds.
     Damaged(&'static str),
-    /// It has no counter of this name.
+    /// It lacks the counter with this name.
     Counter(&'static str),
 }
 
@@ -98,7 +98,7 @@ impl fmt::Display for Error {
 
 impl core::error::Error for Error {}
 
-/// The bytes of `count` elements of `size` bytes at an offset, if they all are there.
+/// Return the bytes of `count` elements of `size` bytes at an offset, if all are there.
 fn part(bytes: &[u8], offset: u64, count: u32, size: u32) -> Option<&[u8]> {
     let len = usize::try_from(u64::from(count).checked_mul(u64::from(size))?).ok()?;
     bytes.get(usize::try_from(offset).ok()?..)?.get(..len)
@@ -119,7 +119,7 @@ fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     Some(u64::from_le_bytes(*bytes))
 }
 
-/// A name: up to the first NUL, or to what is not UTF-8.
+/// Return a name, up to the first NUL or the first byte that is not UTF-8.
 fn name_at(bytes: &[u8], offset: usize) -> &str {
     let name = bytes.get(offset..).unwrap_or_default();
     let name = name.get(..NAME_SIZE).unwrap_or(name);
@@ -133,7 +133,7 @@ fn name_at(bytes: &[u8], offset: usize) -> &str {
     }
 }
 
-/// The reason from kind and code; `None` for a kind of a later version.
+/// Return the reason with a kind and code, or `None` for a kind of a later version.
 fn reason(kind: u32, code: u32) -> Option<Reason> {
     match kind {
         0 => Some(Reason::Code(code)),
@@ -143,53 +143,53 @@ fn reason(kind: u32, code: u32) -> Option<Reason> {
     }
 }
 
-/// What a counter counts.
+/// Unit of a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Events, such as exits.
     Events,
     /// Ticks of the TSC.
     Ticks,
-    /// A number of its own sort.
+    /// A plain number.
     Number,
-    /// A moment, as a TSC.
+    /// A moment, in TSC ticks.
     Time,
-    /// An address of the guest.
+    /// A guest address.
     Address,
-    /// One of a later version.
+    /// A unit of a later version.
     Unknown(u32),
 }
 
-/// How the numbers of a counter are to be read.
+/// Kind of a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// One sum that only grows.
     Sum,
-    /// How many samples fell between one value and the next.
+    /// Number of samples in each range of values.
     Histogram {
-        /// Into how many parts each power of two is divided, as a power of two.
+        /// Number of buckets in each power of two, as a power of two.
         parts_power: u32,
-        /// The power of two that the first bucket is of.
+        /// Power of two of the first bucket.
         first_power: u32,
     },
-    /// The greatest of its samples.
+    /// The maximum of its samples.
     Maximum,
-    /// An upper bound of what another column lacks.
+    /// An upper bound for what another column lacks.
     Bound,
-    /// What is told of one exit.
+    /// A value of one exit.
     One,
-    /// One of a later version: its number, from 0 to 255.
+    /// A kind of a later version, with its number from 0 to 255.
     Unknown(u32),
 }
 
 impl Kind {
-    /// The one histogram that [`crate::histogram`] can read.
+    /// The kind of histogram that [`crate::histogram`] can read.
     const HISTOGRAM: Self = Kind::Histogram {
         parts_power: PARTS_POWER,
         first_power: FIRST_POWER,
     };
 
-    /// From the kind's number in the lowest byte, and its parameters in the next two.
+    /// Decode the kind: its number in the lowest byte, and its parameters in the next two.
     fn read(bytes: u32) -> Self {
         let [kind, parts, first, _] = bytes.to_le_bytes();
         match kind.into() {
@@ -209,13 +209,13 @@ impl Kind {
 /// A counter that every row has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counter<'a> {
-    /// What it is called.
+    /// Name of the counter.
     pub name: &'a str,
-    /// What it counts.
+    /// Unit of its numbers.
     pub unit: Unit,
-    /// How to read it.
+    /// Kind of the counter.
     pub kind: Kind,
-    /// How many numbers it has.
+    /// Number of its values.
     pub len: usize,
     offset: usize,
 }
@@ -239,51 +239,52 @@ impl<'a> Counter<'a> {
     }
 }
 
-/// The sizes of a snapshot's elements, and where its known counters stand in a row.
+/// Sizes of a snapshot's elements, and the offsets of its known counters in a row.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     head: usize,
     row: usize,
     exits: usize,
-    /// By phase; `None` for one that the snapshot does not have, as versions before 1.2 do not
-    /// have [`Phase::Waiting`].
+    /// Offset of each phase; `None` for a phase that the snapshot lacks, as versions before 1.2
+    /// lack [`Phase::Waiting`].
     cycles: [Option<usize>; Phase::COUNT],
     max: Option<usize>,
     nested_exits: Option<usize>,
     histogram: Option<usize>,
 }
 
-/// What a snapshot begins with, up to its descriptors: for those who read it a record at a time.
+/// Head of a snapshot, up to its descriptors, for programs that read one record at a time.
 ///
-/// A host with 1000 VMs of 8 vCPUs has a snapshot of 100 MB. A program that sums it up need not hold it. The records of
-/// the vCPUs begin at [`Self::records`], one behind the other, and the totals at [`Self::totals`].
+/// A host with 1000 VMs of 8 vCPUs has a snapshot of 100 MB. A program that sums it up need not
+/// hold all of it. The records of the vCPUs start at [`Self::records`], one after another, and the
+/// totals at [`Self::totals`].
 #[derive(Clone, Copy, Debug)]
 pub struct Head {
-    /// Bytes of the whole snapshot.
+    /// Size of the whole snapshot, in bytes.
     pub size: u64,
-    /// The offset of the first record of a vCPU.
+    /// Offset of the first record of a vCPU.
     pub records: u64,
-    /// How many such records there are.
+    /// Number of such records.
     pub count: u32,
-    /// The offset of the record of the vCPUs that are gone.
+    /// Offset of the record of the vCPUs that are gone.
     pub totals: u64,
-    /// The ISA that the reasons are of.
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// As [`Snapshot::life`].
+    /// See [`Snapshot::life`].
     pub life: u64,
-    /// As [`Snapshot::loaded`].
+    /// See [`Snapshot::loaded`].
     pub loaded: u64,
-    /// As [`Snapshot::now`].
+    /// See [`Snapshot::now`].
     pub now: u64,
-    /// As [`Snapshot::tsc_khz`].
+    /// See [`Snapshot::tsc_khz`].
     pub tsc_khz: Option<u32>,
-    /// As [`Snapshot::by_bpf`].
+    /// See [`Snapshot::by_bpf`].
     pub by_bpf: bool,
-    /// As [`Snapshot::unmetered`].
+    /// See [`Snapshot::unmetered`].
     pub unmetered: u64,
-    /// As [`Snapshot::gone`].
+    /// See [`Snapshot::gone`].
     pub gone: u64,
-    /// Where the tables are; `None` while details are off, and before version 1.3.
+    /// Offsets of the tables; `None` while details are off, and before version 1.3.
     pub tables: Option<TablesHead>,
     descriptors: u64,
     descriptor_count: u32,
@@ -292,14 +293,15 @@ pub struct Head {
 }
 
 impl Head {
-    /// The bytes that a record begins with, and that tell its size.
+    /// Size of the start of a record that holds the record's size, in bytes.
     pub const RECORD_SIZE: usize = 4;
 
-    /// Read the head of the snapshot that `bytes` begin with.
+    /// Read the head of a snapshot at the start of `bytes`.
     ///
     /// # Errors
     ///
-    /// As [`Snapshot::parse`]. [`Error::Truncated`] tells how many bytes it takes to read the head, when these are fewer.
+    /// The errors of [`Snapshot::parse`]. If `bytes` are too few for the head, [`Error::Truncated`]
+    /// gives the number that it needs.
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let found = bytes.len() as u64;
         let truncated = |needed| Error::Truncated { needed, found };
@@ -362,7 +364,7 @@ impl Head {
             by_bpf: field32(24)? & FLAG_BPF != 0,
             unmetered: field64(56)?,
             gone: field64(64)?,
-            // Before version 1.3 other bytes may stand where these fields are.
+            // Before version 1.3, other data may stand at these fields.
             tables: match header_size >= HEADER_SIZE as u32 {
                 true => TablesHead::read(
                     bytes
@@ -379,17 +381,17 @@ impl Head {
         })
     }
 
-    /// As [`Snapshot::has_waits`].
+    /// See [`Snapshot::has_waits`].
     pub fn has_waits(&self) -> bool {
         self.shape.waiting().is_some()
     }
 
-    /// Return the size of the record that begins with these bytes, with all of them.
+    /// Return the size of a record, in bytes, from its first bytes.
     pub fn record_size(bytes: [u8; Self::RECORD_SIZE]) -> u32 {
         u32::from_le_bytes(bytes)
     }
 
-    /// Return the vCPU of a record that was read whole; `None` when the record's parts do not lie in it.
+    /// Return the vCPU of a whole record, or `None` if the record's parts lie outside of it.
     pub fn vcpu<'a>(&self, record: &'a [u8]) -> Option<Vcpu<'a>> {
         let (record, _) = self.shape.record(record)?;
         Some(Vcpu {
@@ -398,7 +400,8 @@ impl Head {
         })
     }
 
-    /// Return the rows of the record at [`Self::totals`], and what [`Snapshot::gone_polled`] tells.
+    /// Return the rows of the record at [`Self::totals`], and the value of
+    /// [`Snapshot::gone_polled`].
     pub fn departed<'a>(
         &self,
         record: &'a [u8],
@@ -408,7 +411,7 @@ impl Head {
     }
 }
 
-/// A snapshot, all of whose parts have been found inside its bytes.
+/// A snapshot whose parts all lie within its bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Snapshot<'a> {
     bytes: &'a [u8],
@@ -423,16 +426,16 @@ pub struct Snapshot<'a> {
 }
 
 impl<'a> Snapshot<'a> {
-    /// Reads the snapshot that `bytes` begin with; more may follow.
+    /// Read the snapshot at the start of `bytes`; more bytes may follow.
     ///
     /// # Errors
     ///
-    /// Says what is wrong with bytes that are no snapshot of this major version, or whose
-    /// offsets and sizes do not fit together.
+    /// The reason why the bytes are no snapshot of this major version, or why its offsets and sizes
+    /// do not fit together.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
         let found = bytes.len() as u64;
         let head = Head::parse(bytes).map_err(|error| match (error, u64_at(bytes, 16)) {
-            // It lacks more than its head.
+            // More than the head is missing.
             (Error::Truncated { .. }, Some(needed)) if found >= HEADER_SIZE_1_0 as u64 => {
                 Error::Truncated { needed, found }
             }
@@ -492,29 +495,29 @@ impl<'a> Snapshot<'a> {
         u64_at(self.bytes, offset).unwrap_or(0)
     }
 
-    /// Its major and minor version.
+    /// Return the major and minor version.
     pub fn version(&self) -> (u16, u16) {
         (MAJOR, u16_at(self.bytes, 10).unwrap_or(0))
     }
 
-    /// Its bytes, without what may follow.
+    /// Return the bytes of the snapshot alone.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// Whose reasons.
+    /// Return the vendor whose exit reasons the codes are.
     pub fn isa(&self) -> Isa {
         self.isa
     }
 
-    /// TSC when the module was loaded. Like all TSC values of a snapshot it is the host's TSC,
-    /// continued over sleeps of the host.
+    /// Return the TSC when the module was loaded. Like all TSC values of a snapshot, it is the
+    /// host's TSC, continued over sleeps of the host.
     pub fn loaded(&self) -> u64 {
         self.u64(32)
     }
 
-    /// The number of the meter's life: another one when the numbers have begun anew. For a
-    /// snapshot that has none, as before version 1.2, the time when the module was loaded.
+    /// Return the number of the meter's life, which changes when the numbers start over. Versions
+    /// before 1.2 have none, so this returns the time when the module was loaded.
     pub fn life(&self) -> u64 {
         match self.u64(120) {
             0 => self.loaded(),
@@ -522,28 +525,28 @@ impl<'a> Snapshot<'a> {
         }
     }
 
-    /// Whether it tells sleeps of the vCPU's wish and for the host apart. When it does not, as
-    /// before version 1.2, [`Phase::Halted`] has the ticks of both.
+    /// Return true if the snapshot separates the vCPU's own sleep from waits for the host. If not,
+    /// as before version 1.2, [`Phase::Halted`] has the ticks of both.
     pub fn has_waits(&self) -> bool {
         self.shape.waiting().is_some()
     }
 
-    /// TSC when the snapshot was begun.
+    /// Return the TSC when the snapshot began.
     pub fn now(&self) -> u64 {
         self.u64(40)
     }
 
-    /// TSC frequency in kHz; `None` when the host does not know it.
+    /// Return the TSC frequency in kHz, or `None` if the host does not know it.
     pub fn tsc_khz(&self) -> Option<u32> {
         Some(self.u32(48)).filter(|khz| *khz != 0)
     }
 
-    /// Whether the TSC runs at one rate, alike on all CPUs.
+    /// Return true if the TSC runs at the same rate on all CPUs.
     pub fn tsc_is_stable(&self) -> bool {
         self.u32(24) & FLAG_TSC_STABLE != 0
     }
 
-    /// Whether guests read the sums of the host.
+    /// Return true if guests read the sums of the host.
     pub fn host_scope(&self) -> bool {
         self.u32(24) & FLAG_HOST_SCOPE != 0
     }
@@ -553,29 +556,29 @@ impl<'a> Snapshot<'a> {
         self.u32(24) & FLAG_BPF != 0
     }
 
-    /// The leaves that guests see; `None` for a map of a later version.
+    /// Return the leaf map that guests see, or `None` for a map of a later version.
     pub fn leaf_map(&self) -> Option<LeafMap> {
         LeafMap::from_number(self.u32(52))
     }
 
-    /// vCPUs that run, or ran, without being metered.
+    /// Return the number of vCPUs that run, or ran, unmetered.
     pub fn unmetered(&self) -> u64 {
         self.u64(56)
     }
 
-    /// vCPUs that are gone and stand in [`Self::totals`].
+    /// Return the number of vCPUs that are gone and counted in [`Self::totals`].
     pub fn gone(&self) -> u64 {
         self.u64(64)
     }
 
-    /// The counters that every row has, those without a name here too.
+    /// Return the counters of every row, including those without a name here.
     pub fn counters(&self) -> impl Iterator<Item = Counter<'a>> {
         self.descriptors
             .chunks_exact(self.descriptor_size)
             .filter_map(Counter::read)
     }
 
-    /// The vCPUs.
+    /// Return the vCPUs.
     pub fn vcpus(&self) -> impl Iterator<Item = Vcpu<'a>> {
         let (shape, mut rest) = (self.shape, self.records);
         (0..self.count).map_while(move |_| {
@@ -585,23 +588,23 @@ impl<'a> Snapshot<'a> {
         })
     }
 
-    /// Nanoseconds that KVM polled before it let the vCPUs sleep that are gone, by its own count;
-    /// `None` when the snapshot does not have it, as before version 1.2.
+    /// Return the time that KVM polled before it let the vCPUs sleep that are gone, in ns, by KVM's
+    /// own count, or `None` if the snapshot lacks it, as before version 1.2.
     pub fn gone_polled(&self) -> Option<u64> {
         self.shape.polled(self.totals)
     }
 
-    /// Return true if details were on. A snapshot before version 1.3 has none.
+    /// Return true if details were on. Versions before 1.3 have no details.
     pub fn has_tables(&self) -> bool {
         self.tables.is_some()
     }
 
-    /// How many vCPUs have no tables for want of memory; 0 while details are off.
+    /// Return the number of vCPUs without tables for lack of memory; 0 while details are off.
     pub fn without_tables(&self) -> u32 {
         self.tables.map_or(0, |tables| tables.head.without)
     }
 
-    /// The tables of those vCPUs that have some.
+    /// Return the tables of the vCPUs that have some.
     pub fn tables(&self) -> impl Iterator<Item = Tables<'a>> {
         let part = self.tables;
         let mut rest = part.map_or(&[][..], |part| part.records);
@@ -613,7 +616,7 @@ impl<'a> Snapshot<'a> {
         })
     }
 
-    /// The sums of the vCPUs that are gone.
+    /// Return the sums of the vCPUs that are gone.
     pub fn totals(&self) -> impl Iterator<Item = Row<'a>> {
         self.shape.rows(self.totals)
     }
@@ -645,7 +648,7 @@ impl Shape {
             Some(counter) => Ok(counter.offset),
             None => Err(Error::Counter(name)),
         };
-        // What version 1.0 does not have, and a later one may have in another way.
+        // Version 1.0 lacks these, and a later one may define them otherwise.
         let offset_if = |name, len, unit, kind| {
             find(name, len)
                 .filter(|counter| counter.unit == unit && counter.kind == kind)
@@ -676,24 +679,24 @@ impl Shape {
         })
     }
 
-    /// Where the ticks of waits stand in a row.
+    /// Return the offset of the waiting ticks in a row.
     fn waiting(&self) -> Option<usize> {
         self.cycles.get(Phase::Waiting as usize).copied().flatten()
     }
 
-    /// What the head of a record says of KVM's polling.
+    /// Return the time that KVM polled, from the head of a record.
     fn polled(&self, record: &[u8]) -> Option<u64> {
         u64_at(record, HEAD_SIZE_1_0).filter(|_| self.head >= HEAD_SIZE)
     }
 
-    /// The record that bytes begin with, and what follows it.
+    /// Split `bytes` into their first record and the rest.
     fn record<'a>(&self, bytes: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
         let (record, rest) = bytes.split_at_checked(u32_at(bytes, 0)? as usize)?;
         let rows = (u32_at(record, 4)? as usize).checked_mul(self.row)?;
         (rows <= record.len().checked_sub(self.head)?).then_some((record, rest))
     }
 
-    /// The rows of a record.
+    /// Return the rows of a record.
     fn rows<'a>(self, record: &'a [u8]) -> impl Iterator<Item = Row<'a>> {
         let count = u32_at(record, 4).unwrap_or(0) as usize;
         record
@@ -712,7 +715,7 @@ impl Shape {
     }
 }
 
-/// A vCPU's record.
+/// Record of a vCPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Vcpu<'a> {
     record: &'a [u8],
@@ -728,37 +731,37 @@ impl<'a> Vcpu<'a> {
         u64_at(self.record, offset).unwrap_or(0)
     }
 
-    /// The VM's number, unique while the module is loaded.
+    /// Return the number of the VM, unique while the module is loaded.
     pub fn vm(&self) -> u64 {
         self.u64(8)
     }
 
-    /// KVM's name of the VM, such as `kvm-1234`.
+    /// Return KVM's name of the VM, such as `kvm-1234`.
     pub fn name(&self) -> &'a str {
         name_at(self.record, 56)
     }
 
-    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
+    /// Return the thread that created the VM (`kvm->userspace_pid`): for most VMMs, their process.
     pub fn pid(&self) -> u32 {
         self.u32(16)
     }
 
-    /// The vCPU's id in its VM.
+    /// Return the vCPU's id in its VM.
     pub fn id(&self) -> u32 {
         self.u32(20)
     }
 
-    /// TSC at its first event.
+    /// Return the TSC at its first event.
     pub fn first(&self) -> u64 {
         self.u64(24)
     }
 
-    /// TSC at its latest transition.
+    /// Return the TSC at its latest transition.
     pub fn last(&self) -> u64 {
         self.u64(32)
     }
 
-    /// The phase it has been in since then; `None` for one of a later version.
+    /// Return the phase since then, or `None` for a phase of a later version.
     pub fn phase(&self) -> Option<Phase> {
         match (self.u32(40), self.u32(52)) {
             (0, _) => Some(Phase::Guest),
@@ -771,23 +774,23 @@ impl<'a> Vcpu<'a> {
         }
     }
 
-    /// Nanoseconds that KVM polled before it let the vCPU sleep, since the meter has known it, by
-    /// KVM's own count; `None` when the snapshot does not have it, as before version 1.2.
+    /// Return the time that KVM polled before it let the vCPU sleep, in ns, since the meter first
+    /// saw the vCPU, by KVM's own count, or `None` if the snapshot lacks it, as before version 1.2.
     pub fn polled(&self) -> Option<u64> {
         self.shape.polled(self.record)
     }
 
-    /// The reason of its latest exit; `None` for a kind of a later version.
+    /// Return the reason of its latest exit, or `None` for a kind of a later version.
     pub fn latest(&self) -> Option<Reason> {
         reason(self.u32(44), self.u32(48))
     }
 
-    /// The rows that hold something.
+    /// Return the rows that are not empty.
     pub fn rows(&self) -> impl Iterator<Item = Row<'a>> {
         self.shape.rows(self.record)
     }
 
-    /// Whether the ticks of all rows sum to the time from first event to latest
+    /// Return true if the ticks of all rows sum to the time from the first event to the latest
     /// transition.
     pub fn balances(&self) -> bool {
         let mut sum = 0_u64;
@@ -800,7 +803,7 @@ impl<'a> Vcpu<'a> {
     }
 }
 
-/// The numbers that are booked on one reason.
+/// Numbers of one reason.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a> {
     bytes: &'a [u8],
@@ -809,24 +812,24 @@ pub struct Row<'a> {
 }
 
 impl<'a> Row<'a> {
-    /// What they are booked on.
+    /// Return the reason that the numbers are booked on.
     pub fn reason(&self) -> Reason {
         self.reason
     }
 
-    /// VM exits.
+    /// Return the number of VM exits.
     pub fn exits(&self) -> u64 {
         u64_at(self.bytes, self.shape.exits).unwrap_or(0)
     }
 
-    /// Of the exits, those from a nested guest, an L2; `None` when the snapshot does not have
-    /// them, as one of version 1.0.
+    /// Return the number of exits from a nested guest, an L2, or `None` if the snapshot lacks it,
+    /// as version 1.0 does.
     pub fn nested_exits(&self) -> Option<u64> {
         u64_at(self.bytes, self.shape.nested_exits?)
     }
 
-    /// TSC ticks spent in a phase. When the snapshot does not tell the two sleeps apart
-    /// ([`Snapshot::has_waits`]), all of them are [`Phase::Halted`].
+    /// Return the TSC ticks spent in a phase. If the snapshot does not separate the two kinds of
+    /// sleep ([`Snapshot::has_waits`]), all of them count as [`Phase::Halted`].
     pub fn cycles(&self, phase: Phase) -> u64 {
         let offset = self.shape.cycles.get(phase as usize).copied().flatten();
         offset
@@ -834,14 +837,14 @@ impl<'a> Row<'a> {
             .unwrap_or(0)
     }
 
-    /// The most ticks that one exit spent in the kernel phase, up to the entry after it;
-    /// `None` when the snapshot does not have it, as one of version 1.0.
+    /// Return the most ticks that one exit spent in the kernel phase up to its entry, or `None` if
+    /// the snapshot lacks it, as version 1.0 does.
     pub fn max(&self) -> Option<u64> {
         u64_at(self.bytes, self.shape.max?)
     }
 
-    /// How many exits spent how many ticks in the kernel phase, up to the entry after them;
-    /// `None` when the snapshot does not have it, or has it with other buckets.
+    /// Return the histogram of the ticks that exits spent in the kernel phase up to their entry, or
+    /// `None` if the snapshot lacks it or has other buckets.
     pub fn histogram(&self) -> Option<Buckets> {
         let samples = self.bytes.get(self.shape.histogram?..)?.chunks_exact(8);
         let mut buckets = EMPTY;
@@ -851,7 +854,7 @@ impl<'a> Row<'a> {
         Some(buckets)
     }
 
-    /// The numbers of any counter of the same snapshot.
+    /// Return the numbers of a counter of the same snapshot.
     pub fn numbers(&self, counter: &Counter<'_>) -> impl Iterator<Item = u64> + 'a {
         let numbers = self.bytes.get(counter.offset..).unwrap_or_default();
         numbers
@@ -861,7 +864,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Where the columns of one kind of table stand in its entries.
+/// Offsets of the columns of one kind of table in its entries.
 #[derive(Clone, Copy, Debug, Default)]
 struct Columns {
     exits: Option<usize>,
@@ -872,13 +875,13 @@ struct Columns {
     user_missed: Option<usize>,
 }
 
-/// The kinds of tables that have a name here, but for those of single exits.
+/// Number of the kinds of tables known here, without those of single exits.
 const TABLES: usize = TABLE_USER as usize;
 
-/// Where the columns of single exits stand in an entry: in the order of [`SLOW_COLUMNS`].
+/// Offsets of the columns of single exits in an entry, in the order of [`SLOW_COLUMNS`].
 type SlowColumns = [Option<usize>; SLOW_COLUMNS.len()];
 
-/// The columns of single exits.
+/// Columns of single exits.
 const SLOW_COLUMNS: [(&str, Unit); 13] = [
     (SEQUENCE, Unit::Number),
     (TIME, Unit::Time),
@@ -895,7 +898,7 @@ const SLOW_COLUMNS: [(&str, Unit); 13] = [
     (Phase::Preempted.name(), Unit::Ticks),
 ];
 
-/// Return the place of a table of single exits among those.
+/// Return the index of a table of single exits among such tables.
 fn slow_table(table: u32) -> Option<usize> {
     match table {
         TABLE_SLOWEST => Some(0),
@@ -904,33 +907,33 @@ fn slow_table(table: u32) -> Option<usize> {
     }
 }
 
-/// Where a snapshot has its tables, for those who read it a record at a time.
+/// Offsets of a snapshot's tables, for programs that read one record at a time.
 ///
-/// The descriptors of their columns come first, then one record for each vCPU that has tables.
+/// The descriptors of the columns come first, then one record for each vCPU that has tables.
 #[derive(Clone, Copy, Debug)]
 pub struct TablesHead {
-    /// The offset of the descriptors.
+    /// Offset of the descriptors.
     pub descriptors: u64,
-    /// Bytes of all descriptors.
+    /// Size of all descriptors, in bytes.
     pub descriptors_size: u64,
-    /// The offset of the first record.
+    /// Offset of the first record.
     pub records: u64,
-    /// How many records there are.
+    /// Number of records.
     pub count: u32,
-    /// How many vCPUs have no tables for want of memory.
+    /// Number of vCPUs without tables for lack of memory.
     pub without: u32,
     descriptor_size: u32,
     head_size: u32,
 }
 
 impl TablesHead {
-    /// Read it from the header of a snapshot; return `None` when there are no tables.
+    /// Read the offsets from a snapshot's header, or return `None` if there are no tables.
     fn read(header: &[u8], descriptor_size: u32) -> Option<Self> {
         let descriptors = u64_at(header, 128).filter(|offset| *offset != 0)?;
         let count = u32_at(header, 136)?;
         Some(Self {
             descriptors,
-            // Two numbers of 32 bits each.
+            // The factors have 32 bits each.
             descriptors_size: u64::from(count).saturating_mul(descriptor_size.into()),
             records: u64_at(header, 144)?,
             count: u32_at(header, 152)?,
@@ -944,7 +947,7 @@ impl TablesHead {
     ///
     /// # Errors
     ///
-    /// When the snapshot is damaged.
+    /// An error if the snapshot is damaged.
     pub fn shape(&self, descriptors: &[u8]) -> Result<TablesShape, Error> {
         let mut shape = TablesShape {
             head_size: self.head_size as usize,
@@ -976,17 +979,17 @@ impl TablesHead {
 
 const OUTSIDE_TABLES: Error = Error::Damaged("a record of tables lies outside of it");
 
-/// Where the columns of tables stand in their entries.
+/// Offsets of the columns of tables in their entries.
 #[derive(Clone, Copy, Debug)]
 pub struct TablesShape {
     head_size: usize,
-    /// By kind of table, from 1.
+    /// By kind of table, from kind 1 on.
     columns: [Columns; TABLES],
-    /// Of the slowest exits, and of the ring.
+    /// For the slowest exits, and for the ring.
     slow: [SlowColumns; 2],
 }
 
-/// The tables of a snapshot.
+/// Tables of a snapshot.
 #[derive(Clone, Copy, Debug)]
 struct TablesPart<'a> {
     head: TablesHead,
@@ -1018,18 +1021,18 @@ impl<'a> TablesPart<'a> {
 }
 
 impl TablesShape {
-    /// Return the tables of a record that was read whole, in a snapshot of so many vCPUs.
+    /// Return the tables of a whole record, in a snapshot of `vcpus` vCPUs.
     ///
     /// # Errors
     ///
-    /// When the record is damaged.
+    /// An error if the record is damaged.
     pub fn tables<'a>(&self, record: &'a [u8], vcpus: u32) -> Result<Tables<'a>, Error> {
         let (record, _) = self.record(record).ok_or(OUTSIDE_TABLES)?;
         self.check(record, vcpus)?;
         self.read_record(record).ok_or(OUTSIDE_TABLES)
     }
 
-    /// Check that all parts of a record lie in it, and that its vCPU is one of the snapshot's.
+    /// Check that all parts of a record lie within it, and that its vCPU is in the snapshot.
     fn check(&self, record: &[u8], vcpus: u32) -> Result<(), Error> {
         if u32_at(record, 4).is_none_or(|vcpu| vcpu >= vcpus) {
             return Err(Error::Damaged(
@@ -1043,7 +1046,7 @@ impl TablesShape {
         Ok(())
     }
 
-    /// Read what a record begins with.
+    /// Read the head of a record.
     fn read_record<'a>(self, record: &'a [u8]) -> Option<Tables<'a>> {
         let flags = u32_at(record, 20)?;
         Some(Tables {
@@ -1057,7 +1060,7 @@ impl TablesShape {
         })
     }
 
-    /// The record that bytes begin with, and what follows it.
+    /// Split `bytes` into their first record and the rest.
     fn record<'a>(&self, bytes: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
         let size = u32_at(bytes, 0)? as usize;
         if size < self.head_size {
@@ -1066,7 +1069,7 @@ impl TablesShape {
         bytes.split_at_checked(size)
     }
 
-    /// The section that bytes begin with, and what follows it.
+    /// Split `bytes` into their first section and the rest.
     fn section<'a>(&self, bytes: &'a [u8]) -> Option<(Section<'a>, &'a [u8])> {
         let (section, rest) = bytes.split_at_checked(u32_at(bytes, 4)? as usize)?;
         let size = u32_at(section, 8)?;
@@ -1101,7 +1104,7 @@ impl TablesShape {
 }
 
 impl Columns {
-    /// Take a column, if it is one that has a name here.
+    /// Store a column's offset, if its name is known here.
     fn take(&mut self, column: &Counter<'_>) {
         let (to, unit, kind) = match column.name {
             EXITS => (&mut self.exits, Unit::Events, Kind::Sum),
@@ -1117,7 +1120,7 @@ impl Columns {
         }
     }
 
-    /// Return true if all of them lie within an entry of a size.
+    /// Return true if all columns lie within an entry of `size` bytes.
     fn fit(&self, size: usize) -> bool {
         let all = [
             self.exits,
@@ -1131,7 +1134,7 @@ impl Columns {
     }
 }
 
-/// Return true if all columns lie within an entry of a size.
+/// Return true if all columns lie within an entry of `size` bytes.
 fn all_fit(offsets: impl Iterator<Item = Option<usize>>, size: usize) -> bool {
     offsets
         .flatten()
@@ -1144,30 +1147,30 @@ struct Section<'a> {
     table: u32,
     entries: &'a [u8],
     size: usize,
-    /// `None` for a kind of table of a later version, or of single exits.
+    /// Offsets of the columns; `None` for a table of single exits, or a kind of a later version.
     columns: Option<Columns>,
-    /// `None` for all but tables of single exits.
+    /// Offsets of the columns of single exits; `None` for all other tables.
     slow: Option<SlowColumns>,
 }
 
 /// The tables of a vCPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Tables<'a> {
-    /// Which vCPU, in the order of [`Snapshot::vcpus`].
+    /// Index of the vCPU, in the order of [`Snapshot::vcpus`].
     pub vcpu: usize,
     /// TSC when the tables began.
     pub since: u64,
-    /// The guest's RIP cannot be read: its registers are encrypted.
+    /// Set if the guest's RIP cannot be read, because its registers are encrypted.
     pub no_rip: bool,
-    /// The ring of the last exits is frozen.
+    /// Set if the ring is frozen.
     pub is_frozen: bool,
-    /// TSC when the current window of the slowest exits began, where there is one.
+    /// TSC when the current window of the slowest exits began, if there is one.
     pub window_begun: Option<u64>,
     record: &'a [u8],
     shape: TablesShape,
 }
 
-/// How much of a column stands among the others at most; 0 throughout for an exact entry.
+/// Upper bounds for what an entry lacks and the others hold; all 0 for an exact entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Missed {
     /// Exits.
@@ -1183,65 +1186,65 @@ pub struct Missed {
 pub struct Entry {
     /// Kind of table, such as [`TABLE_DETAILS`](crate::snapshot::TABLE_DETAILS).
     pub table: u32,
-    /// What its ticks and exits are booked on.
+    /// Reason that its ticks and exits are booked on.
     pub reason: Reason,
-    /// What the key is, of details: a number of [`detail::Kind`](crate::detail::Kind).
+    /// For details: kind of the key, a number of [`detail::Kind`](crate::detail::Kind).
     pub detail_kind: u8,
-    /// The exits came from a nested guest, an L2.
+    /// Set if the exits came from a nested guest, an L2.
     pub nested: bool,
-    /// It is what the reason's other entries leave: it has no key.
+    /// Set if this is the entry of the reason's others, which has no key.
     pub others: bool,
     /// The detail, the RIP, or KVM_EXIT_* of kvm_run.
     pub key: u64,
-    /// Exits; in a table of exits to user space, those alone.
+    /// Exits; in a table of exits to user space, only those.
     pub exits: u64,
-    /// Kernel ticks, where the table has them.
+    /// Kernel ticks, if the table has them.
     pub kernel: Option<u64>,
-    /// User ticks, where the table has them.
+    /// User ticks, if the table has them.
     pub user: Option<u64>,
-    /// At most how much of the same key stands among the others.
+    /// Upper bounds for exits and ticks of the same key among the others.
     pub missed: Missed,
 }
 
-/// One exit, of the slowest or of the ring.
+/// One exit of the slowest or of the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlowExit {
     /// [`TABLE_SLOWEST`] or [`TABLE_RING`].
     pub table: u32,
-    /// Its reason.
+    /// Exit reason.
     pub reason: Reason,
-    /// What the detail is: a number of [`detail::Kind`](crate::detail::Kind).
+    /// Kind of the detail: a number of [`detail::Kind`](crate::detail::Kind).
     pub detail_kind: u8,
-    /// What it was about.
+    /// The detail.
     pub detail: u64,
-    /// It came from a nested guest, an L2.
+    /// Set if the exit came from a nested guest, an L2.
     pub nested: bool,
-    /// The ring is frozen for it.
+    /// Set if the ring froze for this exit.
     pub is_culprit: bool,
-    /// Of the slowest: it is one of the window before the current one.
+    /// For the slowest exits: set if it belongs to the window before the current one.
     pub is_previous: bool,
-    /// Which exit of the vCPU's it was.
+    /// Number of the exit on its vCPU.
     pub sequence: u64,
     /// TSC at the exit.
     pub time: u64,
-    /// Where the guest was, where that is known and shown.
+    /// Guest RIP, if it is known and shown.
     pub rip: Option<u64>,
-    /// The host's CPU at the exit and at the entry after it, where they are known.
+    /// Host CPU at the exit and at the entry after it, where known.
     pub cpus: [Option<u64>; 2],
-    /// How often the scheduler took the vCPU off its CPU.
+    /// Times that the scheduler took the vCPU off its CPU.
     pub scheduled_out: u64,
-    /// KVM_EXIT_* when it went to user space.
+    /// KVM_EXIT_* if the exit went to user space.
     pub user_exit: Option<u64>,
     ticks: [u64; Phase::COUNT],
 }
 
 impl SlowExit {
-    /// Its ticks in a phase, up to the entry after it; 0 in the guest's.
+    /// Return its ticks in a phase, up to the entry after it; 0 in the guest phase.
     pub fn ticks(&self, phase: Phase) -> u64 {
         self.ticks.get(phase as usize).copied().unwrap_or(0)
     }
 
-    /// The ticks that make it slow: all but those of the guest's own sleep.
+    /// Return its length in ticks: all ticks but those of the guest's own sleep.
     pub fn length(&self) -> u64 {
         Phase::ALL
             .into_iter()
@@ -1280,8 +1283,8 @@ impl SlowExit {
 }
 
 impl<'a> Tables<'a> {
-    /// The slowest exits, in no order, then those of the ring in the order of time. Reasons of a
-    /// later version are stepped over.
+    /// Return the slowest exits, unordered, then those of the ring in order of time. Skips reasons
+    /// of a later version.
     pub fn slow(&self) -> impl Iterator<Item = SlowExit> + 'a {
         self.sections().flat_map(|section| {
             let entries = section.entries.chunks_exact(section.size);
@@ -1301,18 +1304,19 @@ impl<'a> Tables<'a> {
         })
     }
 
-    /// Return true if it tells of slow exits.
+    /// Return true if the record has slow exits.
     pub fn has_slow(&self) -> bool {
         self.has(TABLE_SLOWEST)
     }
 
-    /// Return true if it has a kind of table: of code, none is given to those who may not have it.
+    /// Return true if the record has a kind of table. The table of code is absent for readers
+    /// without permission.
     pub fn has(&self, table: u32) -> bool {
         self.sections().any(|section| section.table == table)
     }
 
-    /// The entries of all tables, one table after the other. Those of one reason stand together, that
-    /// of its others last. Tables and reasons of a later version are stepped over.
+    /// Return the entries of all tables, one table after another. Entries of one reason are
+    /// adjacent, with its others last. Skips tables and reasons of a later version.
     pub fn entries(&self) -> impl Iterator<Item = Entry> + 'a {
         self.sections().flat_map(|section| {
             let columns = section.columns;

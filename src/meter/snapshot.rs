@@ -1,55 +1,55 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The snapshot that `/dev/exitmeter` gives: its layout, and how the module writes it.
+//! Snapshot of `/dev/exitmeter`: its layout, and its encoder in the module.
 //!
-//! A snapshot describes itself, as KVM's binary statistics do: the header says where its
-//! parts begin and how large their elements are, and one descriptor per counter says what
-//! the counter is called, what it counts and where in a row it stands. So a reader skips
-//! what it does not know, and takes the steps that the snapshot names, not those below.
+//! A snapshot describes itself, as KVM's binary statistics do. The header gives the offset of each
+//! part and the size of its elements. One descriptor per counter gives the counter's name, its
+//! unit, and its offset in a row. So a reader skips what it does not know, and uses the sizes in
+//! the snapshot, not those below.
 //!
-//! All numbers are little endian. All offsets are in bytes; those in the header count from
-//! the start of the snapshot. Every part begins at a multiple of 8. Bytes that no line
-//! below names are 0, and may get a meaning in a later minor version.
+//! All numbers are little endian. All offsets are in bytes; those in the header count from the
+//! start of the snapshot. Every part begins at a multiple of 8. Bytes that no line below names are
+//! 0, and may get a meaning in a later minor version.
 //!
 //! # Header
 //!
 //! | offset | size | what |
 //! | ---: | ---: | --- |
 //! | 0 | 8 | magic: `ExitMetr` |
-//! | 8 | 2 | major version, 1: another one is another layout |
-//! | 10 | 2 | minor version, 3: grows as parts, fields and counters are added |
+//! | 8 | 2 | major version, 1: the layout changes with it |
+//! | 10 | 2 | minor version, 3: grows when parts, fields or counters are added |
 //! | 12 | 4 | size of the header, 160 |
 //! | 16 | 8 | size of the whole snapshot |
-//! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers, bit 2 kept by BPF |
+//! | 24 | 4 | flags: bit 0 the TSC is stable, bit 1 guests read host-wide numbers, bit 2 BPF kept the numbers |
 //! | 28 | 4 | ISA: 1 VMX, 2 SVM |
 //! | 32 | 8 | TSC when the module was loaded |
-//! | 40 | 8 | TSC when the snapshot was begun |
-//! | 48 | 4 | TSC frequency in kHz, 0 when not known |
+//! | 40 | 8 | TSC when the snapshot began |
+//! | 48 | 4 | TSC frequency in kHz, 0 if unknown |
 //! | 52 | 4 | leaf map that guests see: 0, 2021 or 2022 |
-//! | 56 | 8 | vCPUs that run, or ran, without being metered |
-//! | 64 | 8 | vCPUs that are gone and stand in the totals |
+//! | 56 | 8 | number of vCPUs that run, or ran, unmetered |
+//! | 64 | 8 | number of vCPUs that are gone and counted in the totals |
 //! | 72 | 8 | offset of the descriptors |
 //! | 80 | 4 | number of descriptors |
 //! | 84 | 4 | size of a descriptor, 64 |
 //! | 88 | 8 | offset of the records of vCPUs |
 //! | 96 | 4 | number of records of vCPUs |
 //! | 100 | 4 | size of a record's head, 112 |
-//! | 104 | 8 | offset of the totals: one more record, of the vCPUs that are gone |
+//! | 104 | 8 | offset of the totals: one more record, for the vCPUs that are gone |
 //! | 112 | 4 | size of a row |
 //! | 116 | 4 | reserved |
-//! | 120 | 8 | since 1.2: the meter's life, not 0: another number once its numbers begin anew |
-//! | 128 | 8 | since 1.3: offset of the descriptors of the tables' columns; 0: there are no tables |
+//! | 120 | 8 | since 1.2: number of the meter's life, never 0: it changes when the numbers start over |
+//! | 128 | 8 | since 1.3: offset of the descriptors of the tables' columns; 0 without tables |
 //! | 136 | 4 | number of these descriptors |
-//! | 140 | 4 | vCPUs that have no tables for want of memory |
+//! | 140 | 4 | number of vCPUs without tables for lack of memory |
 //! | 144 | 8 | offset of the records of tables |
 //! | 152 | 4 | number of records of tables |
-//! | 156 | 4 | size of such a record's head, 32 |
+//! | 156 | 4 | size of the head of a record of tables, 32 |
 //!
-//! With bit 2 a BPF program kept the numbers, not the module. Then all that is called TSC is the kernel's monotonic clock, in
-//! nanoseconds, and the frequency is that of nanoseconds.
+//! If bit 2 is set, a BPF program kept the numbers, not the module. Then "TSC" means the kernel's
+//! monotonic clock, in nanoseconds, and the frequency is that of nanoseconds.
 //!
-//! "TSC" is the host's, continued over sleeps of the host: where the hardware's begins anew,
-//! as after suspend to RAM, the snapshot's goes on.
+//! "TSC" is the host's TSC, continued over sleeps of the host: the hardware's TSC starts over after
+//! suspend to RAM, for example, and the snapshot's goes on.
 //!
 //! # Descriptor of a counter
 //!
@@ -57,35 +57,36 @@
 //! | ---: | ---: | --- |
 //! | 0 | 4 | unit: 1 events, 2 TSC ticks |
 //! | 4 | 1 | kind: 1 a sum that only grows, 2 a histogram, 3 a maximum |
-//! | 5 | 1 | of a histogram: into how many parts each power of two is divided, as a power of two |
-//! | 6 | 1 | of a histogram: the power of two that the first bucket is of |
+//! | 5 | 1 | for a histogram: number of buckets in each power of two, as a power of two |
+//! | 6 | 1 | for a histogram: power of two of the first bucket |
 //! | 7 | 1 | reserved |
 //! | 8 | 4 | offset in a row |
-//! | 12 | 4 | how many numbers of 8 bytes it has: 1 for a sum |
+//! | 12 | 4 | number of values, each of 8 bytes: 1 for a sum |
 //! | 16 | 48 | name, UTF-8, padded with NULs |
 //!
-//! Of this version: `exits` (events), and in TSC ticks `guest`, `kernel`, `user`,
-//! `blocked` and `preempted`, which together are a vCPU's life. Since minor version 1
-//! `kernel_max`, the most ticks that one exit spent in the kernel phase up to the entry after
-//! it, `kernel_histogram`, how many exits spent how many, and `nested_exits`, how many of the
-//! exits came from a nested guest, an L2 (events). Since minor version 2 `halted` and `waiting`
-//! (TSC ticks), the two phases that `blocked` is the sum of.
+//! Counters of this version: `exits` (events), and in TSC ticks `guest`, `kernel`, `user`,
+//! `blocked` and `preempted`, which together are a vCPU's life. Minor version 1 adds `kernel_max`,
+//! the most ticks that one exit spent in the kernel phase up to its entry; `kernel_histogram`, the
+//! distribution of these ticks over the exits; and `nested_exits`, the exits that came from a
+//! nested guest, an L2 (events). Minor version 2 adds `halted` and `waiting` (TSC ticks), the two
+//! phases that `blocked` sums.
 //!
-//! A sum that has no room in 8 bytes stays at 2^64 - 1.
+//! A sum that does not fit in 8 bytes stays at 2
+//! 64 - 1.
 //!
-//! A histogram's first bucket also takes all that lies below it, the last one all above. With
-//! 2 parts and first power 6, as now, the first holds what is below 96, the next what is below
-//! 128, 192, 256, 384 and so on. All zero in a row with exits: of one vCPU, 33 reasons have a
-//! histogram, and a reason that comes later has none.
+//! A histogram's first bucket also counts all samples below it, and the last one all above. With 2
+//! buckets per power of two and first power 6, as now, the first bucket counts samples below 96,
+//! the next ones those below 128, 192, 256, 384 and so on. A row with exits may have all zeros: 33
+//! reasons of a vCPU have a histogram, and later reasons have none.
 //!
 //! # Record of a vCPU
 //!
 //! | offset | size | what |
 //! | ---: | ---: | --- |
-//! | 0 | 4 | size of the record, head and rows: where the next one begins |
+//! | 0 | 4 | size of the record, head and rows; the next record follows |
 //! | 4 | 4 | number of rows |
-//! | 8 | 8 | the VM's number: one VM's vCPUs have the same, and no other VM has |
-//! | 16 | 4 | thread that made the VM, by KVM's note of it; for most VMMs their process |
+//! | 8 | 8 | the VM's number: all vCPUs of a VM have the same, and no other VM has it |
+//! | 16 | 4 | thread that created the VM, as KVM recorded it; for most VMMs, their process |
 //! | 20 | 4 | the vCPU's id in its VM |
 //! | 24 | 8 | TSC at its first event |
 //! | 32 | 8 | TSC at its latest transition |
@@ -94,12 +95,12 @@
 //! | 48 | 4 | code of its latest reason, as in a row |
 //! | 52 | 4 | since 1.2: in phase 3, 0 halted, 1 waiting |
 //! | 56 | 48 | KVM's name of the VM, UTF-8, padded with NULs |
-//! | 104 | 8 | since 1.2: ns that KVM polled before it let the vCPU sleep, by KVM's own count |
+//! | 104 | 8 | since 1.2: time that KVM polled before it let the vCPU sleep, in ns, by KVM's own count |
 //! | 112 | | rows |
 //!
-//! A record is of one moment: the ticks of all its rows sum to the time from its first
-//! event to its latest transition, exactly. In the totals all but size, number of rows, the
-//! polling and the rows is 0.
+//! A record describes one moment: the ticks of all its rows sum to the time from its first event to
+//! its latest transition, exactly. In the record of the totals, all fields are 0 except size,
+//! number of rows, polling time and the rows.
 //!
 //! # Row
 //!
@@ -107,43 +108,44 @@
 //! | ---: | ---: | --- |
 //! | 0 | 4 | kind: 0 exits with a code, 1 the time before the first exit, 2 exits whose code has no row of its own |
 //! | 4 | 4 | code: VMX's basic exit reason or SVM's exit code for kind 0, else 0 |
-//! | 8 | | counters, where the descriptors say |
+//! | 8 | | counters, at the offsets in the descriptors |
 //!
-//! Rows that hold nothing are left out.
+//! Empty rows are left out.
 //!
 //! # Tables
 //!
-//! Since 1.3, and only while details are on: what the exits of a vCPU were about, which code of
-//! the guest's caused them, why they went to user space, and which were slow. There are five kinds
-//! of tables: 1 details, 2 code, 3 exits to user space, 4 the slowest exits, 5 the ring of the last
-//! exits.
+//! Since 1.3, and only while details are on, a snapshot has tables: the exits of a vCPU by detail,
+//! by the guest code that caused them, by why they went to user space, and the slow ones. There are
+//! five kinds of tables: 1 details, 2 code, 3 exits to user space, 4 the slowest exits, 5 the ring
+//! of the latest exits.
 //!
-//! Their columns have descriptors as counters have them, with the same size. In these, byte 7 is
-//! the kind of table whose entries have the column, the offset is one in an entry, and kind 4 is an
-//! upper bound: of what the column of the same name without `_missed` lacks in this entry, and the
-//! entry of the others has. Details have `exits` (events), `kernel`, `user` (TSC ticks),
-//! `exits_missed`, `kernel_missed`, `user_missed`; code has `exits`, `kernel`, `exits_missed`,
-//! `kernel_missed`; exits to user space have `exits`, of those to user space, and `user`.
+//! The tables' columns have descriptors like those of counters, of the same size. In these, byte 7
+//! is the kind of table that has the column, and the offset counts from the start of an entry. Kind
+//! 4 is an upper bound: for the part of the column without `_missed` that this entry lacks and the
+//! entry of the others holds. Details have `exits` (events), `kernel`, `user` (TSC ticks),
+//! `exits_missed`, `kernel_missed`, `user_missed`. Code has `exits`, `kernel`, `exits_missed`,
+//! `kernel_missed`. Exits to user space have `exits`, those to user space, and `user`.
 //!
-//! An entry of the slowest exits and of the ring is one exit, and the kind of its columns is 5: what
-//! is told of one exit. They are `sequence`, which exit of the vCPU's it was since its tables began;
-//! `time`, the TSC at the exit (unit 3: TSC); `rip` (unit 4: address of the guest); `cpu_exit` and
-//! `cpu_entry`, the host's CPU at the exit and at the entry after it (unit 0: a number);
-//! `kernel`, `user`, `halted`, `waiting` and `preempted`, the exit's ticks by phase; `scheduled_out`,
-//! how often the scheduler took the vCPU off its CPU (events); and `user_exit`, KVM_EXIT_* when it
-//! went to user space (unit 0). The slowest have `window` as well: 0 the current one, 1 the one
-//! before (unit 0). A CPU that is not known, and a `user_exit` that there was not, are 2^64 - 1.
+//! An entry of the slowest exits and of the ring is one exit, and its columns have kind 5: a value
+//! of one exit. They are `sequence`, the exit's number since the vCPU's tables began; `time`, the
+//! TSC at the exit (unit 3: TSC); `rip` (unit 4: address of the guest); `cpu_exit` and `cpu_entry`,
+//! the host's CPU at the exit and at its entry (unit 0: a number); `kernel`, `user`, `halted`,
+//! `waiting` and `preempted`, the exit's ticks by phase; `scheduled_out`, the times that the
+//! scheduler took the vCPU off its CPU (events); and `user_exit`, KVM_EXIT_* if the exit went to
+//! user space (unit 0). The slowest exits also have `window`: 0 the current one, 1 the one before
+//! (unit 0). An unknown CPU, and the `user_exit` of an exit that did not go to user space, are 2
+//! 64 - 1.
 //!
 //! # Record of a vCPU's tables
 //!
 //! | offset | size | what |
 //! | ---: | ---: | --- |
 //! | 0 | 4 | size of the record, head and sections |
-//! | 4 | 4 | which vCPU: the place of its record in this snapshot, from 0 |
+//! | 4 | 4 | vCPU: the index of its record in this snapshot, from 0 |
 //! | 8 | 8 | TSC when the tables began |
 //! | 16 | 4 | number of sections |
-//! | 20 | 4 | flags: bit 0 no RIP can be read, as the guest's registers are encrypted; bit 1 the ring is frozen |
-//! | 24 | 8 | TSC when the current window of the slowest exits began; 0: there was none |
+//! | 20 | 4 | flags: bit 0 the RIP cannot be read, because the guest's registers are encrypted; bit 1 the ring is frozen |
+//! | 24 | 8 | TSC when the current window of the slowest exits began; 0 if there was none |
 //! | 32 | | sections |
 //!
 //! # Section of a record
@@ -160,24 +162,26 @@
 //!
 //! | offset | size | what |
 //! | ---: | ---: | --- |
-//! | 0 | 4 | kind of its reason, as in a row |
-//! | 4 | 4 | code of its reason, as in a row |
-//! | 8 | 1 | of details and slow exits: what the key is, see below |
-//! | 9 | 1 | flags: bit 0 from a nested guest, bit 1 all others of the reason, bit 2 the RIP is not known or not shown, bit 3 the exit that froze the ring |
+//! | 0 | 4 | kind of the reason, as in a row |
+//! | 4 | 4 | code of the reason, as in a row |
+//! | 8 | 1 | for details and slow exits: kind of the key, see below |
+//! | 9 | 1 | flags: bit 0 from a nested guest, bit 1 the others of the reason, bit 2 the RIP is unknown or not shown, bit 3 the exit that froze the ring |
 //! | 10 | 6 | reserved |
-//! | 16 | 8 | key: the detail, also of a slow exit, the RIP, or KVM_EXIT_* of kvm_run; 0 for others |
-//! | 24 | | columns, where the descriptors say |
+//! | 16 | 8 | key: the detail, also for a slow exit; the RIP; or KVM_EXIT_* of kvm_run; 0 for the others |
+//! | 24 | | columns, at the offsets in the descriptors |
 //!
-//! In the tables 1 to 3 the entries of one reason stand together, that of the others last. The
-//! slowest exits stand in no order, those of the ring in the order of time. Tables are of the same moment
-//! as the vCPU's record. In a table of details or code, the exits and ticks of a reason's entries,
-//! the others' with them, sum to what its row has booked since the tables began, exactly.
-//! So do the user ticks in one of exits to user space. An entry whose `_missed` are 0 is exact.
+//! In tables 1 to 3 the entries of one reason are adjacent, and the entry of the others comes last.
+//! The slowest exits are unordered; those of the ring are in order of time. Tables describe the
+//! same moment as the vCPU's record. In a table of details or code, the exits and ticks of a
+//! reason's entries, including the others, sum exactly to what its row has counted since the tables
+//! began. The user ticks in the table of exits to user space do so too. An entry with all `_missed`
+//! at 0 is exact.
 //!
-//! An exit is slow by its ticks in all phases but `halted`. Of each window there are the 16 slowest
-//! whose entry is in it. A window takes 2^35 ticks, and ends at the first occasion after that: see
-//! docs/slow.md. Without the parameter `slow_us` rings are empty. A ring that is not frozen
-//! ends with the latest exit that was followed by an entry, a frozen one with the exit that froze it.
+//! The length of a slow exit is its ticks in all phases but `halted`. Each window keeps the 16
+//! slowest exits whose entry is in it. A window lasts at least 2
+//! 35 ticks; docs/slow.md says when it ends. Rings are empty without the parameter `slow_us`. A
+//! ring that is not frozen ends with the latest exit that was followed by an entry; a frozen one
+//! ends with the exit that froze it.
 //!
 //! # Key of a detail
 //!
@@ -187,11 +191,11 @@
 //! | 1 | port | 0 to 15 | 32 in, 33 string, 34 REP, 36 to 38 size in bytes |
 //! | 2 | MSR | 0 to 31 | 32 write |
 //! | 3 | guest-physical address of a device | 0 to 51 | |
-//! | 4 | memory | 0 to 21 which GiB | 32 read, 33 write, 34 fetch |
+//! | 4 | memory | 0 to 21 address in GiB | 32 read, 33 write, 34 fetch |
 //! | 5 | vector | 0 to 7 | 8 to 10 type, as in VMX's interruption information |
-//! | 6 | CPUID leaf | 0 to 31 | 32 to 53 subleaf where the leaf has some; 4194302: that or a higher one. Of exitmeter's own leaves only the upper four have some here |
-//! | 7 | hypercall | 0 to 31 | 32 one of Hyper-V's |
-//! | 8 | control register | 0 to 3 | 4 to 5 type of access, as in VMX's exit qualification |
+//! | 6 | CPUID leaf | 0 to 31 | 32 to 53 subleaf, if the leaf has subleaves; 4194302 stands for itself and all higher ones. Of exitmeter's own leaves, only the upper four have subleaves here |
+//! | 7 | hypercall | 0 to 31 | 32 set for a hypercall of Hyper-V |
+//! | 8 | control register | 0 to 3 | 4 and 5 type of access, as in VMX's exit qualification |
 //! | 9 | debug register | 0 to 2 | 4 read |
 //! | 10 | access to the APIC | 0 to 11 offset | 12 to 15 type, as in VMX's exit qualification; on SVM 12 write |
 //! | 11 | write to the virtual APIC | 0 to 11 offset | |
@@ -208,53 +212,53 @@ use super::{
     tables::{Others, TablesCopy},
 };
 
-/// What a snapshot begins with.
+/// Magic bytes at the start of a snapshot.
 pub const MAGIC: [u8; 8] = *b"ExitMetr";
-/// The layout.
+/// Major version of the layout.
 pub const MAJOR: u16 = 1;
-/// What was added to it.
+/// Minor version of the layout.
 pub const MINOR: u16 = 3;
 
-/// Bytes of the header.
+/// Size of the header, in bytes.
 pub const HEADER_SIZE: usize = 160;
-/// Bytes of a descriptor.
+/// Size of a descriptor, in bytes.
 pub const DESCRIPTOR_SIZE: usize = 64;
-/// Bytes of a record before its rows.
+/// Size of a record before its rows, in bytes.
 pub const HEAD_SIZE: usize = 112;
-/// Bytes of a row before its counters.
+/// Size of a row before its counters, in bytes.
 pub const ROW_HEAD_SIZE: usize = 8;
-/// Bytes of a name, NULs included.
+/// Size of a name, in bytes, NULs included.
 pub const NAME_SIZE: usize = 48;
 
-/// Bytes of a record of tables before its sections.
+/// Size of a record of tables before its sections, in bytes.
 pub const TABLES_HEAD_SIZE: usize = 32;
-/// Bytes of a section before its entries.
+/// Size of a section before its entries, in bytes.
 pub const SECTION_HEAD_SIZE: usize = 16;
-/// Bytes of an entry before its columns.
+/// Size of an entry before its columns, in bytes.
 pub const ENTRY_HEAD_SIZE: usize = 24;
 
-/// How many counters a row has: those of exits, of each phase and of the two sleeps together, and
-/// three on what single exits cost and where they came from.
+/// Number of counters in a row: exits, each phase, the sum of both kinds of sleep, and three for
+/// the cost and origin of single exits.
 const COUNTERS: usize = 1 + Phase::COUNT + 1 + 3;
-/// Bytes of a row. All counters but the histogram are one number.
+/// Size of a row, in bytes. Each counter but the histogram is one number.
 const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (COUNTERS - 1 + BUCKETS);
 
-/// Flag: the TSC runs at one rate, alike on all CPUs.
+/// Flag: the TSC runs at the same rate on all CPUs.
 pub const FLAG_TSC_STABLE: u32 = 1 << 0;
 /// Flag: guests read the sums of the host.
 pub const FLAG_HOST_SCOPE: u32 = 1 << 1;
 /// Flag: a BPF program kept the numbers, in nanoseconds.
 pub const FLAG_BPF: u32 = 1 << 2;
 
-/// The counter of exits.
+/// Counter of exits.
 pub const EXITS: &str = "exits";
-/// The ticks of both sleeps, [`Phase::Halted`] and [`Phase::Waiting`].
+/// Counter of the ticks of both kinds of sleep, [`Phase::Halted`] and [`Phase::Waiting`].
 pub const BLOCKED: &str = "blocked";
-/// The most kernel ticks of one exit.
+/// Counter of the most kernel ticks of one exit.
 pub const KERNEL_MAX: &str = "kernel_max";
-/// Exits from a nested guest.
+/// Counter of exits from a nested guest.
 pub const NESTED_EXITS: &str = "nested_exits";
-/// Exits by kernel ticks.
+/// Histogram of exits by kernel ticks.
 pub const KERNEL_HISTOGRAM: &str = "kernel_histogram";
 
 /// Kind of a table: details.
@@ -265,45 +269,45 @@ pub const TABLE_CODE: u32 = 2;
 pub const TABLE_USER: u32 = 3;
 /// Kind of a table: the slowest exits.
 pub const TABLE_SLOWEST: u32 = 4;
-/// Kind of a table: the ring of the last exits.
+/// Kind of a table: the ring of the latest exits.
 pub const TABLE_RING: u32 = 5;
-/// Flag of a record of tables: no RIP can be read.
+/// Flag of a record of tables: the RIP cannot be read.
 pub const FLAG_NO_RIP: u32 = 1 << 0;
 /// Flag of a record of tables: the ring is frozen.
 pub const FLAG_FROZEN: u32 = 1 << 1;
-/// Flag of an entry: the exits are a nested guest's.
+/// Flag of an entry: the exits come from a nested guest.
 pub const FLAG_NESTED: u8 = 1 << 0;
-/// Flag of an entry: it is that of all others of the reason.
+/// Flag of an entry: it holds the others of the reason.
 pub const FLAG_OTHERS: u8 = 1 << 1;
-/// Flag of an entry: the RIP is not known, or not shown.
+/// Flag of an entry: the RIP is unknown, or not shown.
 pub const FLAG_NO_ENTRY_RIP: u8 = 1 << 2;
 /// Flag of an entry: the exit froze the ring.
 pub const FLAG_CULPRIT: u8 = 1 << 3;
-/// Column: at most how many exits an entry lacks.
+/// Column: upper bound for the exits that an entry lacks.
 pub const EXITS_MISSED: &str = "exits_missed";
-/// Column: at most how many kernel ticks an entry lacks.
+/// Column: upper bound for the kernel ticks that an entry lacks.
 pub const KERNEL_MISSED: &str = "kernel_missed";
-/// Column: at most how many user ticks an entry lacks.
+/// Column: upper bound for the user ticks that an entry lacks.
 pub const USER_MISSED: &str = "user_missed";
 
-/// Column of slow exits: which exit of the vCPU's it was.
+/// Column of slow exits: number of the exit on its vCPU.
 pub const SEQUENCE: &str = "sequence";
 /// Column of slow exits: TSC at the exit.
 pub const TIME: &str = "time";
-/// Column of slow exits: where the guest was.
+/// Column of slow exits: guest RIP.
 pub const RIP: &str = "rip";
-/// Column of slow exits: the host's CPU at the exit.
+/// Column of slow exits: host CPU at the exit.
 pub const CPU_EXIT: &str = "cpu_exit";
-/// Column of slow exits: the host's CPU at the entry after it.
+/// Column of slow exits: host CPU at the entry after it.
 pub const CPU_ENTRY: &str = "cpu_entry";
-/// Column of slow exits: how often the scheduler took the vCPU off its CPU.
+/// Column of slow exits: times that the scheduler took the vCPU off its CPU.
 pub const SCHEDULED_OUT: &str = "scheduled_out";
-/// Column of slow exits: KVM_EXIT_* when it went to user space.
+/// Column of slow exits: KVM_EXIT_* if the exit went to user space.
 pub const USER_EXIT: &str = "user_exit";
-/// Column of the slowest exits: 0 of the current window, 1 of the one before.
+/// Column of the slowest exits: 0 for the current window, 1 for the one before.
 pub const WINDOW: &str = "window";
 
-/// The columns of the tables: kind of table, name, unit, kind.
+/// Columns of the tables: kind of table, name, unit, kind.
 const COLUMNS: [(u32, &str, u32, u32); 12 + 13 + 12] = [
     (TABLE_DETAILS, EXITS, UNIT_EVENTS, KIND_SUM),
     (TABLE_DETAILS, Phase::Kernel.name(), UNIT_TICKS, KIND_SUM),
@@ -344,29 +348,29 @@ const COLUMNS: [(u32, &str, u32, u32); 12 + 13 + 12] = [
     (TABLE_RING, USER_EXIT, UNIT_NUMBER, KIND_ONE),
 ];
 
-/// Unit of a column: a number of its own sort.
+/// Unit of a column: a plain number.
 pub const UNIT_NUMBER: u32 = 0;
 /// Unit of a counter: events.
 pub const UNIT_EVENTS: u32 = 1;
 /// Unit of a counter: TSC ticks.
 pub const UNIT_TICKS: u32 = 2;
-/// Unit of a column: a moment, as a TSC.
+/// Unit of a column: a moment, in TSC ticks.
 pub const UNIT_TIME: u32 = 3;
-/// Unit of a column: an address of the guest.
+/// Unit of a column: a guest address.
 pub const UNIT_ADDRESS: u32 = 4;
 /// Kind of a counter: a sum that only grows.
 pub const KIND_SUM: u32 = 1;
 /// Kind of a counter: a histogram by powers of two.
 pub const KIND_HISTOGRAM: u32 = 2;
-/// Kind of a counter: the greatest of its samples.
+/// Kind of a counter: the maximum of its samples.
 pub const KIND_MAXIMUM: u32 = 3;
 
-/// Kind of a column: an upper bound of what another column lacks.
+/// Kind of a column: an upper bound for what another column lacks.
 pub const KIND_BOUND: u32 = 4;
-/// Kind of a column: what is told of one exit.
+/// Kind of a column: a value of one exit.
 pub const KIND_ONE: u32 = 5;
 
-/// What the time of a vCPU and its exits are booked on.
+/// Reason that exits and time of a vCPU are booked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// Exits with this code, and the time after them.
@@ -378,7 +382,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// What a row of a ledger stands for.
+    /// Return the reason that a row of a ledger counts.
     pub fn of(isa: Isa, slot: Slot) -> Self {
         match reasons::code(isa, slot) {
             Some(code) => Reason::Code(code),
@@ -387,7 +391,7 @@ impl Reason {
         }
     }
 
-    /// Kind and code, as they are written.
+    /// Return kind and code, as a snapshot has them.
     const fn to_wire(self) -> [u32; 2] {
         match self {
             Reason::Code(code) => [0, code],
@@ -397,34 +401,35 @@ impl Reason {
     }
 }
 
-/// What a snapshot says of the host and the module.
+/// Facts about the host and the module, for the header.
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
-    /// Whose reasons.
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// The leaves that guests see.
+    /// Leaf map that guests see.
     pub leaf_map: LeafMap,
-    /// Whether guests read the sums of the host.
+    /// Set if guests read the sums of the host.
     pub host_scope: bool,
-    /// Whether a BPF program kept the numbers.
+    /// Set if a BPF program kept the numbers.
     pub by_bpf: bool,
-    /// TSC frequency in kHz, 0 when not known.
+    /// TSC frequency in kHz, 0 if unknown.
     pub tsc_khz: u32,
-    /// Whether the TSC runs at one rate, alike on all CPUs.
+    /// Set if the TSC runs at the same rate on all CPUs.
     pub tsc_stable: bool,
-    /// TSC when the module was loaded, by the snapshot's clock.
+    /// TSC when the module was loaded, in the snapshot's clock.
     pub loaded: u64,
-    /// TSC now, by the snapshot's clock.
+    /// Current TSC, in the snapshot's clock.
     pub now: u64,
-    /// TSC ticks that the snapshot's clock is ahead of the one of the ledgers, modulo 2^64: the
-    /// hardware's TSC begins anew when the host wakes from some sleeps, and the snapshot's goes on.
+    /// Offset of the snapshot's clock from the ledgers' clock, in TSC ticks modulo 2
+    /// 64. The hardware's TSC starts over when the host wakes from some sleeps, and the snapshot's
+    /// clock goes on.
     pub clock_offset: u64,
-    /// The number of the meter's life: not 0, and another one when the numbers begin anew.
+    /// Number of the meter's life: never 0, and a new one when the numbers start over.
     pub life: u64,
 }
 
-/// Return how a record names a phase: the number that version 1.0 knows, in which both sleeps
-/// are 3, and what tells these apart.
+/// Return the two fields of a phase in a record: the number of version 1.0, which has 3 for both
+/// kinds of sleep, and the field that separates these.
 const fn phase_to_wire(phase: Phase) -> [u32; 2] {
     match phase {
         Phase::Guest => [0, 0],
@@ -436,28 +441,27 @@ const fn phase_to_wire(phase: Phase) -> [u32; 2] {
     }
 }
 
-/// Whose a ledger is.
+/// Owner of a ledger: a vCPU and its VM.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
-    /// The VM's number: unique while the module is loaded.
+    /// Number of the VM, unique while the module is loaded.
     pub vm: u64,
     /// KVM's name of the VM, padded with NULs.
     pub name: [u8; NAME_SIZE],
-    /// The thread that made the VM (`kvm->userspace_pid`): for most VMMs their process.
+    /// Thread that created the VM (`kvm->userspace_pid`): for most VMMs, their process.
     pub pid: u32,
     /// The vCPU's id in its VM.
     pub vcpu: u32,
 }
 
-/// The snapshot does not fit into its buffer.
+/// Error: the snapshot does not fit into its buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full {
-    /// Bytes that it takes.
+    /// Size of the snapshot, in bytes.
     pub needed: usize,
 }
 
-/// Bytes of a snapshot of so many vCPUs that have so many rows together, the totals' rows
-/// with them.
+/// Return the size of a snapshot, in bytes. `rows` counts the rows of all vCPUs and of the totals.
 pub const fn size_for(vcpus: usize, rows: usize) -> usize {
     const FIXED: usize = HEADER_SIZE + COUNTERS * DESCRIPTOR_SIZE + HEAD_SIZE;
     FIXED
@@ -465,18 +469,17 @@ pub const fn size_for(vcpus: usize, rows: usize) -> usize {
         .saturating_add(rows.saturating_mul(ROW_SIZE))
 }
 
-/// Writes a snapshot into a buffer: first the vCPUs one by one, then [`Self::finish`].
+/// Encoder of a snapshot into a buffer: add the vCPUs one by one, then call [`Self::finish`].
 ///
-/// As `snprintf` does, it goes on counting when the buffer is full. An empty buffer thus
-/// measures what is needed.
+/// Like `snprintf`, it goes on counting when the buffer is full. So an empty buffer measures the
+/// size.
 #[derive(Debug)]
 pub struct Encoder<'a> {
     buffer: &'a mut [u8],
     at: usize,
     host: Host,
     vcpus: u32,
-    /// Bytes of the records of tables, which stand at the end of the buffer until
-    /// [`Self::finish`].
+    /// Bytes of the records of tables. They stand at the end of the buffer until [`Self::finish`].
     tables_size: usize,
     tables: u32,
     has_tables: bool,
@@ -492,7 +495,7 @@ struct Entry<const COLUMNS: usize> {
 }
 
 impl<'a> Encoder<'a> {
-    /// Begins a snapshot.
+    /// Begin a snapshot.
     pub fn new(buffer: &'a mut [u8], host: Host) -> Self {
         let mut encoder = Self {
             buffer,
@@ -505,7 +508,7 @@ impl<'a> Encoder<'a> {
             without_tables: 0,
         };
         let histogram = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
-        // In the order of the row's numbers: what is new comes last.
+        // In the order of the row's numbers: new ones come last.
         let counters: [(&str, u32, u32, usize); COUNTERS] = [
             (EXITS, UNIT_EVENTS, KIND_SUM, 1),
             (Phase::Guest.name(), UNIT_TICKS, KIND_SUM, 1),
@@ -528,7 +531,7 @@ impl<'a> Encoder<'a> {
         encoder
     }
 
-    /// Adds a vCPU.
+    /// Add a vCPU.
     pub fn vcpu(&mut self, whose: &Identity, ledger: &LedgerCopy) {
         let latest = Reason::of(self.host.isa, ledger.slot());
         let times =
@@ -544,14 +547,14 @@ impl<'a> Encoder<'a> {
         self.vcpus = self.vcpus.wrapping_add(1);
     }
 
-    /// Add the tables of the vCPU that was added last, if they have begun; `ledger` is of the same
-    /// moment. Without `show_code` that table is left out.
+    /// Add the tables of the vCPU that was added last, if they have begun. `ledger` is a copy of
+    /// the same moment. Leaves out the table of code unless `show_code` is set.
     pub fn tables(&mut self, ledger: &LedgerCopy, tables: &TablesCopy, show_code: bool) {
         if !tables.has_begun() {
             return;
         }
         let front = self.at;
-        // How large they are is not known before they are written, so they are written twice: first
+        // Their size is known only after they are written, so they are written twice: first to
         // nowhere.
         self.at = usize::MAX / 2;
         self.sections(ledger, tables, show_code, 0);
@@ -565,13 +568,13 @@ impl<'a> Encoder<'a> {
         self.tables = self.tables.wrapping_add(1);
     }
 
-    /// Tell that details are on, and how many vCPUs have no tables for want of memory.
+    /// Record that details are on, and the number of vCPUs without tables for lack of memory.
     pub fn told_tables(&mut self, without: u32) {
         self.has_tables = true;
         self.without_tables = without;
     }
 
-    /// Write a record of tables, which has `size` bytes.
+    /// Write a record of tables of `size` bytes.
     fn sections(&mut self, ledger: &LedgerCopy, tables: &TablesCopy, show_code: bool, size: usize) {
         let sections = if show_code { 5 } else { 4 };
         let slow = tables.slow();
@@ -677,7 +680,7 @@ impl<'a> Encoder<'a> {
         });
     }
 
-    /// Write a section, to which `write` adds the entries of each reason.
+    /// Write a section. `write` adds the entries of each reason.
     fn section<const COLUMNS: usize>(
         &mut self,
         table: u32,
@@ -691,14 +694,14 @@ impl<'a> Encoder<'a> {
         });
     }
 
-    /// Write a section, to which `write` adds the entries.
+    /// Write a section. `write` adds the entries.
     fn section_of<const COLUMNS: usize>(
         &mut self,
         table: u32,
         write: impl FnOnce(&mut Entries<'_, 'a, COLUMNS>),
     ) {
         let start = self.at;
-        // The numbers, once they are known.
+        // Reserve the head; it is filled in below.
         self.u64(0);
         self.u64(0);
         let mut entries = Entries {
@@ -715,12 +718,12 @@ impl<'a> Encoder<'a> {
         self.at = end;
     }
 
-    /// Adds the totals of the vCPUs that are gone and how many were not metered; the
+    /// Add the totals of the vCPUs that are gone and the number of unmetered vCPUs. Return the
     /// snapshot's size in bytes.
     ///
     /// # Errors
     ///
-    /// [`Full`] when it did not fit; the buffer then holds nothing of use.
+    /// [`Full`] if it did not fit. The buffer's contents are then useless.
     pub fn finish(mut self, gone: &Totals, unmetered: u64) -> Result<usize, Full> {
         const NOBODY: Identity = Identity {
             vm: 0,
@@ -823,7 +826,7 @@ impl<'a> Encoder<'a> {
         rows: impl Iterator<Item = (Slot, &'r RowCopy, &'r Buckets)>,
     ) {
         let start = self.at;
-        // Size and number of rows, once they are known.
+        // Reserve size and number of rows; they are filled in below.
         self.u64(0);
         self.u64(whose.vm);
         self.u32(whose.pid);
@@ -884,7 +887,7 @@ impl<'a> Encoder<'a> {
     }
 }
 
-/// Return a flag that is set, or none.
+/// Return `flag` if `is_set`, else 0.
 const fn flag_of(flag: u8, is_set: bool) -> u8 {
     if is_set {
         flag
@@ -893,7 +896,7 @@ const fn flag_of(flag: u8, is_set: bool) -> u8 {
     }
 }
 
-/// Return the columns that the slowest exits and the ring have.
+/// Return the columns that the slowest exits and the ring share.
 fn columns_of(exit: &SlowExit, shows_rip: bool, clock_offset: u64) -> [u64; 12] {
     let [at_exit, at_entry] = exit.cpus().map(|cpu| cpu.map_or(u64::MAX, u64::from));
     [
@@ -912,7 +915,7 @@ fn columns_of(exit: &SlowExit, shows_rip: bool, clock_offset: u64) -> [u64; 12] 
     ]
 }
 
-/// The entries of a section, as they are written.
+/// Entries of a section under construction.
 struct Entries<'e, 'a, const COLUMNS: usize> {
     encoder: &'e mut Encoder<'a>,
     count: u32,
@@ -932,7 +935,7 @@ impl<const COLUMNS: usize> Entries<'_, '_, COLUMNS> {
         self.count = self.count.wrapping_add(1);
     }
 
-    /// Write the entry of one exit.
+    /// Write the entry of a slow exit.
     fn slow(
         &mut self,
         isa: Isa,
@@ -958,7 +961,7 @@ impl<const COLUMNS: usize> Entries<'_, '_, COLUMNS> {
         self.entry(isa, slot, entry);
     }
 
-    /// Write the entry of the others of a reason, unless nothing is left for it.
+    /// Write the entry of a reason's others, unless it is empty.
     fn others(&mut self, isa: Isa, slot: Slot, columns: [u64; COLUMNS]) {
         if columns == [0; COLUMNS] {
             return;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The leaf by which a guest reads what the exits of the vCPU that asks were about, entry by entry.
+//! CPUID leaf by which a guest reads the details of the asking vCPU's exits, entry by entry.
 //!
-//! An answer has 128 bits, so an entry takes several questions: each asks for one of its words.
-//! Between two of them the vCPU exits, as every question is an exit. A number only grows, so
-//! words of different moments still fit together, unless the entry has given way to another one. Who
-//! asks for the first word once more, and for that with the bound, sees that it has not.
+//! An answer has 128 bits, so an entry takes several queries: each reads one of its words. Between
+//! two queries the vCPU exits, because every query is an exit. A number only grows, so words of
+//! different moments still fit together, unless another entry has replaced this one. A reader that
+//! reads the first word again, and the word with the bound, sees whether that happened.
 //!
-//! Everything is answered from the tables of the vCPU that asks, in its own thread, between two of
-//! its transitions. So nothing moves meanwhile, but that the vCPU may leave its CPU and come back.
+//! All answers come from the tables of the asking vCPU, in its own thread, between two of its
+//! transitions. So nothing changes meanwhile, except that the vCPU may leave its CPU and come back.
 
 use super::{clamp, high, low, Registers};
 use crate::meter::{
@@ -24,43 +24,43 @@ use crate::meter::{
 /// The table that describes the others.
 pub const DESCRIPTION: u32 = 0;
 
-/// Words of an entry, each a pair of numbers but for the first one.
+/// Words of an entry. Each is a pair of numbers, except the first one.
 pub mod word {
-    /// What it is: a [`Head`](super::Head).
+    /// The entry's [`Head`](super::Head).
     pub const HEAD: u32 = 0;
     /// Exits, and kernel ticks.
     pub const COUNTS: u32 = 1;
-    /// User ticks, and the bound of the exits.
+    /// User ticks, and the bound for exits.
     pub const USER: u32 = 2;
-    /// The bounds of kernel and user ticks.
+    /// The bounds for kernel and user ticks.
     pub const MISSED: u32 = 3;
 
-    /// Of a slow exit: which exit of the vCPU's it was, and how many ticks ago.
+    /// For a slow exit: its number on this vCPU, and the ticks since then.
     pub const WHEN: u32 = 1;
-    /// Of a slow exit: kernel and user ticks.
+    /// For a slow exit: kernel and user ticks.
     pub const SPENT: u32 = 2;
-    /// Of a slow exit: halted and waiting ticks.
+    /// For a slow exit: halted and waiting ticks.
     pub const SLEPT: u32 = 3;
-    /// Of a slow exit: preempted ticks; how often it was scheduled out, and KVM_EXIT_* above bit
-    /// 32, where all ones are none.
+    /// For a slow exit: preempted ticks; the number of times it was scheduled out, with KVM_EXIT_*
+    /// from bit 32 on, where all ones mean none.
     pub const LOST: u32 = 4;
-    /// Of a slow exit: the RIP. At CPL 0 alone.
+    /// For a slow exit: the RIP. Only at CPL 0.
     pub const RIP: u32 = 5;
 }
 
-/// What is asked for: ecx.
+/// Target of a query, from ecx.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// The kind of table, as in a snapshot, or [`DESCRIPTION`]. 8 bits.
+    /// Kind of table, as in a snapshot, or [`DESCRIPTION`]. 8 bits.
     pub table: u32,
     /// One of [`word`]. 8 bits.
     pub word: u32,
-    /// The entry; asked for its head, the first one from there on. 16 bits.
+    /// The entry. In a query for a head, the first entry from there on. 16 bits.
     pub index: u32,
 }
 
 impl Place {
-    /// Take it from ecx.
+    /// Decode ecx.
     pub const fn from_subleaf(subleaf: u32) -> Self {
         Self {
             table: subleaf >> 24,
@@ -69,35 +69,36 @@ impl Place {
         }
     }
 
-    /// Return it as ecx has it.
+    /// Encode as ecx.
     pub const fn subleaf(self) -> u32 {
         self.table << 24 | (self.word & 0xff) << 16 | self.index & 0xffff
     }
 }
 
-/// What there is to be read.
+/// Description of the tables of the asking vCPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Description {
-    /// The host keeps details.
+    /// Set if the host keeps details.
     pub is_on: bool,
-    /// This vCPU has tables.
+    /// Set if this vCPU has tables.
     pub has_tables: bool,
-    /// Its RIP cannot be read.
+    /// Set if its RIP cannot be read.
     pub lacks_rip: bool,
-    /// Code is answered, as the guest's kernel asks.
+    /// Set if code is answered, because the guest's kernel asks.
     pub tells_code: bool,
-    /// Vectors of the host are answered.
+    /// Set if vectors of the host are answered.
     pub tells_host: bool,
-    /// The ring of the last exits is frozen.
+    /// Set if the ring is frozen.
     pub is_frozen: bool,
-    /// How often the host has turned details on and off: who finds another number reads other tables.
+    /// Times that the host has turned details on or off. A reader that finds another number reads
+    /// other tables.
     pub switches: u32,
     /// Ticks since the tables began.
     pub age: u64,
 }
 
 impl Description {
-    /// Return it as an answer.
+    /// Encode as an answer.
     pub const fn to_registers(self) -> Registers {
         let bits = [
             self.is_on,
@@ -122,7 +123,7 @@ impl Description {
         }
     }
 
-    /// Take it from an answer.
+    /// Decode an answer.
     pub const fn from_registers(answer: Registers) -> Self {
         let Registers { eax, ebx, .. } = answer;
         Self {
@@ -138,32 +139,32 @@ impl Description {
     }
 }
 
-/// What an entry is: its first word.
+/// First word of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// Its place.
+    /// Place of the entry.
     pub index: u32,
-    /// Its reason.
+    /// Exit reason.
     pub reason: Reason,
-    /// Of details and slow exits: a number of [`Kind`].
+    /// For details and slow exits: a number of [`Kind`].
     pub detail_kind: u8,
-    /// From a nested guest, an L2.
+    /// Set if the exits come from a nested guest, an L2.
     pub nested: bool,
-    /// It is what the other entries of the reason leave.
+    /// Set if this is the entry of the reason's others.
     pub others: bool,
-    /// It lacks nothing.
+    /// Set if the entry lacks nothing.
     pub exact: bool,
-    /// Of a slow exit: its RIP is not known, or not told.
+    /// For a slow exit: its RIP is unknown, or not disclosed.
     pub no_rip: bool,
-    /// The ring froze for this exit.
+    /// Set if the ring froze for this exit.
     pub culprit: bool,
-    /// Of the slowest exits: it is of the window before the current one.
+    /// For the slowest exits: set if it belongs to the window before the current one.
     pub previous: bool,
     /// The detail, the RIP, or KVM_EXIT_* of kvm_run; 0 for others.
     pub key: u64,
 }
 
-/// Where ebx has them.
+/// Shifts and flags in ebx.
 const KIND: u32 = 16;
 const KIND_BITS: u32 = 0x1f;
 const REASON: u32 = 21;
@@ -200,7 +201,7 @@ impl Head {
         }
     }
 
-    /// Return it as an answer.
+    /// Encode as an answer.
     pub const fn to_registers(self) -> Registers {
         let (kind, code) = match self.reason {
             Reason::Code(code) => (0, code),
@@ -225,7 +226,7 @@ impl Head {
         }
     }
 
-    /// Take it from an answer; `None` where there is no entry.
+    /// Decode an answer, or return `None` where there is no entry.
     pub const fn from_registers(answer: Registers) -> Option<Self> {
         let Registers { eax, ebx, .. } = answer;
         if ebx & IS_HEAD == 0 {
@@ -250,7 +251,7 @@ impl Head {
     }
 }
 
-/// Return an answer as the two numbers that it is.
+/// Decode an answer as two numbers.
 pub const fn pair(answer: Registers) -> (u64, u64) {
     let Registers { eax, ebx, ecx, edx } = answer;
     (
@@ -259,7 +260,7 @@ pub const fn pair(answer: Registers) -> (u64, u64) {
     )
 }
 
-/// Return two numbers as an answer.
+/// Encode two numbers as an answer.
 pub const fn from_pair(one: u64, other: u64) -> Registers {
     Registers {
         eax: low(one),
@@ -269,26 +270,26 @@ pub const fn from_pair(one: u64, other: u64) -> Registers {
     }
 }
 
-/// The vCPU that asks, and what it may be told.
+/// The asking vCPU, and its permissions.
 #[derive(Clone, Copy, Debug)]
 pub struct Asker<'a> {
-    /// Whose reasons.
+    /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
-    /// Its ledger.
+    /// Ledger of the vCPU.
     pub ledger: &'a Ledger,
-    /// Its tables, if there are some.
+    /// Tables of the vCPU, if it has some.
     pub tables: Option<&'a Tables>,
     /// See [`Description::switches`].
     pub switches: u32,
-    /// The clock.
+    /// Current time, in ticks of the clock.
     pub now: u64,
-    /// Its guest's kernel asks: it is told RIPs.
+    /// Set if the guest's kernel asks: it may read RIPs.
     pub at_cpl_0: bool,
-    /// Guests read the sums of the whole host: it is told the host's vectors.
+    /// Set if guests read the sums of the whole host: they may read the host's vectors.
     pub host_scope: bool,
 }
 
-/// A row, as the words of an entry have it.
+/// A row, as the words of an entry.
 struct Row {
     head: Head,
     counts: (u64, u64),
@@ -296,8 +297,8 @@ struct Row {
     missed: (u64, u64),
 }
 
-/// Return true if a detail is about the host: the vector of an interrupt, of an NMI or of a machine
-/// check, which is the host's when it makes a guest exit.
+/// Return true if a detail is about the host: the vector of an interrupt, an NMI or a machine
+/// check, which belongs to the host when it makes a guest exit.
 fn is_of_host(kind: Kind, key: u64) -> bool {
     /// Types of the interruption information (SDM, "Information for VM Exits Due to Vectored
     /// Events"), and the vector of a machine check.
@@ -309,7 +310,7 @@ fn is_of_host(kind: Kind, key: u64) -> bool {
 }
 
 impl<'a> Asker<'a> {
-    /// Return the answer to a question.
+    /// Answer a query.
     pub fn answer(&self, place: Place) -> Registers {
         if place.table == DESCRIPTION {
             return self.describe().to_registers();
@@ -326,7 +327,7 @@ impl<'a> Asker<'a> {
     fn describe(&self) -> Description {
         let tables = self.tables.filter(|tables| tables.has_begun());
         Description {
-            // Each switch is one of two.
+            // An odd number of switches leaves details on.
             is_on: self.switches & 1 != 0,
             has_tables: tables.is_some(),
             lacks_rip: tables.is_some_and(Tables::lacks_rip),
@@ -338,7 +339,8 @@ impl<'a> Asker<'a> {
         }
     }
 
-    /// How many rows a table has at most. The others follow, by their reasons' rows in the ledger.
+    /// Return the maximum number of rows in a table. The others follow, by their reasons' rows in
+    /// the ledger.
     const fn rows(table: u32) -> usize {
         match table {
             TABLE_DETAILS => DETAILS,
@@ -347,7 +349,7 @@ impl<'a> Asker<'a> {
         }
     }
 
-    /// Answer by a row, or by the others of a reason.
+    /// Answer from a row, or from the others of a reason.
     fn row(&self, tables: &Tables, place: Place) -> Option<Registers> {
         if place.table == TABLE_CODE && !self.at_cpl_0 {
             return None;
@@ -382,15 +384,15 @@ impl<'a> Asker<'a> {
         })
     }
 
-    /// Return what a detail is and the number that it is told by, unless it is none of this guest's
-    /// business.
+    /// Return the kind and key of a detail, as the format has them, or `None` if this guest may not
+    /// read it.
     fn detail(&self, slot: Slot, detail: u64) -> Option<(Kind, u64)> {
         let code = reasons::code(self.isa, slot).unwrap_or(u32::MAX);
         let (kind, key) = detail::to_wire(self.isa, code, detail);
         (self.host_scope || !is_of_host(kind, key)).then_some((kind, key))
     }
 
-    /// Return a row that is in use, and may be told.
+    /// Return a row that is in use and that this guest may read.
     fn row_at(&self, tables: &Tables, table: u32, index: usize) -> Option<Row> {
         let head = |slot| Head::new(index, Reason::of(self.isa, slot));
         match table {
@@ -440,8 +442,8 @@ impl<'a> Asker<'a> {
         }
     }
 
-    /// Return the head of the others of the first reason from a row of the ledger on that had
-    /// something since the tables began.
+    /// Return the head of the others of a reason: of the first reason, from a row of the ledger on,
+    /// that has had exits or ticks since the tables began.
     fn others_from(&self, tables: &Tables, table: u32, from: usize) -> Option<Row> {
         let slot = self.ledger.slots().find(|slot| {
             slot.index() >= from && !tables.since_begun(self.ledger, *slot).is_empty()
@@ -449,8 +451,8 @@ impl<'a> Asker<'a> {
         self.others_of(tables, table, slot, word::HEAD)
     }
 
-    /// Return the others of a reason; all of it only where more than the head is wanted, as it takes
-    /// a look at each row.
+    /// Return the others of a reason. All words are computed only if more than the head is wanted,
+    /// because that reads each row.
     fn others_of(&self, tables: &Tables, table: u32, slot: Slot, word: u32) -> Option<Row> {
         let index = Self::rows(table).wrapping_add(slot.index());
         let head = Head {
@@ -474,7 +476,7 @@ impl<'a> Asker<'a> {
         Some(row)
     }
 
-    /// Answer by a slow exit.
+    /// Answer from a slow exit.
     fn slow(&self, tables: &Tables, place: Place) -> Option<Registers> {
         let of_ring = place.table == TABLE_RING;
         let end = match of_ring {
@@ -520,7 +522,7 @@ impl<'a> Asker<'a> {
             detail_kind: kind as u8,
             nested: exit.is_nested(),
             no_rip: !self.at_cpl_0 || tables.lacks_rip(),
-            // It is the last one.
+            // The culprit is the last exit of the ring.
             culprit: of_ring && index == slow::RING.wrapping_sub(1),
             previous: !of_ring && index >= slow::KEPT,
             key,
@@ -544,12 +546,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_place_is_read_as_it_is_written(subleaf: u32) {
+        fn place_round_trips(subleaf: u32) {
             prop_assert_eq!(Place::from_subleaf(subleaf).subleaf(), subleaf);
         }
 
         #[test]
-        fn a_head_is_read_as_it_is_written(
+        fn head_round_trips(
             index in 0_u32..1 << 16,
             reason in reason(),
             detail_kind in 0_u8..32,
@@ -566,7 +568,7 @@ mod tests {
         }
 
         #[test]
-        fn a_description_is_read_as_it_is_written(flags: [bool; 6], switches: u32, age: u64) {
+        fn description_round_trips(flags: [bool; 6], switches: u32, age: u64) {
             let [is_on, has_tables, lacks_rip, tells_code, tells_host, is_frozen] = flags;
             let described = Description {
                 is_on, has_tables, lacks_rip, tells_code, tells_host, is_frozen, switches, age,
@@ -576,14 +578,14 @@ mod tests {
         }
 
         #[test]
-        fn numbers_are_read_as_they_are_written(one: u64, other: u64) {
+        fn pair_round_trips(one: u64, other: u64) {
             prop_assert_eq!(pair(from_pair(one, other)), (one, other));
         }
     }
 
-    /// The bits of docs/interface.md.
+    /// Checks the bits that docs/interface.md lists.
     #[test]
-    fn bits_stand_where_the_documentation_says() {
+    fn bits_match_the_documentation() {
         assert_eq!(
             Place {
                 table: 1,
@@ -607,7 +609,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_hosts_is_told_apart() {
+    fn recognizes_details_about_the_host() {
         for (kind, key, is) in [
             (Kind::Vector, 0xec, true),
             (Kind::Vector, 2 | 2 << 8, true),

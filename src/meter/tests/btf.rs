@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The prototypes of tracepoints, by types that are made here by hand, laid out as the kernel's.
+//! Tests of the comparison of tracepoint prototypes, with hand-made types in the kernel's layout.
 
 use exitmeter_meter::btf::{Parameter, Place, Probe, Types, Unknown, Verdict};
 use proptest::prelude::*;
@@ -33,7 +33,7 @@ const TYPEDEF: u32 = 8;
 const CONST: u32 = 10;
 const PROTOTYPE: u32 = 13;
 
-/// A file of types that grows.
+/// A BTF file under construction.
 struct File {
     types: Vec<u8>,
     names: Vec<u8>,
@@ -60,7 +60,7 @@ impl File {
         }
     }
 
-    /// Add a type with `count` things in `tail`; its id.
+    /// Add a type with `count` elements in `tail`. Return its id.
     fn add(&mut self, name: &str, kind: u32, count: u32, value: u32, tail: &[u32]) -> u32 {
         let at = if name.is_empty() {
             0
@@ -95,7 +95,7 @@ impl File {
     }
 }
 
-/// Ids of types.
+/// Ids of some types.
 struct Ids {
     int: u32,
     u32: u32,
@@ -108,7 +108,8 @@ struct Ids {
     other: u32,
 }
 
-/// The kernel's types, behind so many others, and the module's, with the tracepoint that `of` makes.
+/// Make the kernel's types, which follow `others` more, and the module's, with the tracepoint that
+/// `of` adds.
 fn files(others: u32, of: impl Fn(&Ids, &mut File)) -> (Vec<u8>, Vec<u8>) {
     let mut kernel = File::of_kernel();
     for _ in 0..others {
@@ -144,7 +145,7 @@ fn files(others: u32, of: impl Fn(&Ids, &mut File)) -> (Vec<u8>, Vec<u8>) {
     (kernel.bytes(), module.bytes())
 }
 
-/// What differs, and how the tracepoint shows; `None` if it fits.
+/// Return the difference and the tracepoint's text, or `None` if it fits.
 fn compared(of: impl Fn(&Ids, &mut File), probe: &Probe) -> Option<(Place, String)> {
     let (kernel, module) = files(20_000, of);
     let types = Types::read(&kernel, &module).expect("the files are whole");
@@ -162,7 +163,7 @@ fn exit_of(parameters: impl Fn(&Ids) -> Vec<u32>) -> Option<(Place, String)> {
 }
 
 #[test]
-fn probes_that_fit_are_taken() {
+fn accepts_matching_probes() {
     assert_eq!(exit_of(|ids| vec![ids.pointer, ids.vcpu, ids.u32]), None);
     let entry = |ids: &Ids, file: &mut File| {
         file.tracepoint(ENTRY.typedef, 0, &[ids.pointer, ids.vcpu, ids.bool]);
@@ -171,7 +172,7 @@ fn probes_that_fit_are_taken() {
 }
 
 #[test]
-fn each_difference_is_named() {
+fn names_each_difference() {
     let differs = |place, found: &str| Some((place, found.to_owned()));
     assert_eq!(
         exit_of(|ids| vec![ids.pointer, ids.vcpu, ids.u64]),
@@ -181,7 +182,7 @@ fn each_difference_is_named() {
         exit_of(|ids| vec![ids.pointer, ids.vcpu, ids.int]),
         differs(Place::Parameter(3), "void (void *, struct kvm_vcpu *, int)")
     );
-    // As it was before Linux 5.14.
+    // Before Linux 5.14.
     assert_eq!(
         exit_of(|ids| vec![ids.pointer, ids.u32, ids.vcpu, ids.u32]),
         differs(Place::Count, "void (void *, u32, struct kvm_vcpu *, u32)")
@@ -242,7 +243,7 @@ fn expected_prototypes_show_as_in_c() {
 }
 
 #[test]
-fn a_tracepoint_that_is_not_there_is_told_from_damage() {
+fn separates_missing_tracepoints_from_damage() {
     let (kernel, module) = files(0, |ids, file| {
         file.tracepoint(EXIT.typedef, 0, &[ids.pointer]);
     });
@@ -258,15 +259,15 @@ fn a_tracepoint_that_is_not_there_is_told_from_damage() {
     let mut later = module.clone();
     later[2] = 2;
     damaged(&kernel, &later);
-    // A kind that is not known: the size of what follows is neither.
+    // An unknown kind: the size of its data is unknown, too.
     let mut unknown = module.clone();
     unknown[24 + 7] = 20;
     damaged(&kernel, &unknown);
 }
 
-/// A typedef of itself, and pointers to pointers without an end.
+/// A typedef of itself, and pointers to pointers without end.
 #[test]
-fn circles_end() {
+fn circular_types_end() {
     for kind in [TYPEDEF, PTR] {
         let circle = |ids: &Ids, file: &mut File| {
             let own = file.next_id;
@@ -279,7 +280,7 @@ fn circles_end() {
     }
 }
 
-/// Whatever the bytes are, they are read to an end, and never beyond it.
+/// Check that the reader stops at some point and never reads beyond the bytes.
 fn survives(kernel: &[u8], module: &[u8]) {
     let Ok(types) = Types::read(kernel, module) else {
         return;
@@ -293,16 +294,16 @@ fn survives(kernel: &[u8], module: &[u8]) {
 
 proptest! {
     #[test]
-    fn random_bytes_are_survived(
+    fn survives_random_bytes(
         kernel in prop::collection::vec(any::<u8>(), 0..200),
         module in prop::collection::vec(any::<u8>(), 0..200),
     ) {
         survives(&kernel, &module);
     }
 
-    /// A few words of files that fit are others.
+    /// Change a few words of valid files.
     #[test]
-    fn damage_is_survived(
+    fn survives_damaged_files(
         damage in prop::collection::vec(
             (any::<bool>(), any::<prop::sample::Index>(), prop_oneof![any::<u32>(), 0_u32..40]),
             1..8,
@@ -323,13 +324,14 @@ proptest! {
 
 /// Kind of a union (linux/btf.h).
 const UNION: u32 = 5;
-/// Of a struct with bit fields: the top bit of what tells its kind.
+/// For a struct with bit fields: the top bit of the word that holds its kind.
 const WITH_FIELDS: u32 = 1 << 7;
 
 #[test]
-fn members_are_found_where_the_compiler_put_them() {
+fn finds_members_at_the_compilers_offsets() {
     let (kernel, module) = files(20_000, |ids, module| {
-        // struct inner { u32 one; u64 two; }; the members of another one are anonymous.
+        // The struct is: struct inner { u32 one; u64 two; }; the members of the other one are
+        // anonymous.
         let name = |module: &mut File, name: &str| {
             let at = module.first_name + module.names.len() as u32;
             module.names.extend(name.bytes().chain([0]));
@@ -398,7 +400,7 @@ fn members_are_found_where_the_compiler_put_them() {
 }
 
 #[test]
-fn a_struct_that_holds_itself_ends() {
+fn struct_that_contains_itself_ends() {
     let (kernel, module) = files(0, |ids, module| {
         let own = module.next_id;
         module.add("loop", UNION - 1, 2, 8, &[0, own, 0, 0, ids.u64, 0]);

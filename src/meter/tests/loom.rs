@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Models of what threads share without a lock, tried by loom in every order of their steps and of
-//! what they see: `make soak-loom`.
+//! Models of the data that threads share without a lock. loom tries them in every order of steps
+//! and of visible stores: `make soak-loom`.
 
 #![cfg(loom)]
 
@@ -13,8 +13,8 @@ use exitmeter_meter::{
 };
 use loom::{sync::Arc, thread};
 
-/// Tries a model in all orders in which its threads are interrupted up to twice (LOOM_MAX_PREEMPTIONS
-/// takes another number), and in each of them all that they may see.
+/// Run a model in all orders in which its threads are interrupted up to twice (LOOM_MAX_PREEMPTIONS
+/// sets another number), and with all values that they may see.
 fn try_all(model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     // A copy reads some hundred words.
@@ -27,21 +27,21 @@ fn slot(code: u32) -> Slot {
     reasons::slot(Isa::Vmx, code)
 }
 
-/// In zeroed memory, as a model's stack is small.
+/// Allocate a copy in zeroed memory, because a model's stack is small.
 fn copy() -> Box<LedgerCopy> {
     // SAFETY: All-zero bytes are a valid copy.
     unsafe { Box::<LedgerCopy>::new_zeroed().assume_init() }
 }
 
-/// What a vCPU does in the models: its transitions, and the numbers after each.
+/// Transitions of the vCPU in the models, and the numbers after each.
 const LIFE: [(u64, fn(&Ledger, u64)); 3] = [
     (10, |ledger, now| ledger.exit(now, slot(10))),
     (1000, |ledger, now| ledger.entry(now)),
     (1100, |ledger, now| ledger.exit_from_nested(now, slot(12))),
 ];
 
-/// Exits of reason 10, its kernel and guest ticks and samples, exits of reason 12 and those of
-/// them from a nested guest; by the time of the latest transition.
+/// Return the expected numbers at the time of the latest transition: exits of reason 10, its kernel
+/// and guest ticks and samples, exits of reason 12, and those of them from a nested guest.
 fn due(last: u64) -> [u64; 6] {
     match last {
         0 => [0, 0, 0, 0, 0, 0],
@@ -68,9 +68,9 @@ fn found(copy: &LedgerCopy) -> [u64; 6] {
     found
 }
 
-/// A reader beside the writer has either nothing, or all numbers as of one transition.
+/// A reader beside the writer gets either nothing, or all numbers as of one transition.
 #[test]
-fn a_copy_is_of_one_moment() {
+fn copy_shows_one_moment() {
     try_all(|| {
         let ledger = Arc::new(*wrap(Ledger::new()));
         ledger.0.begin(0, Phase::Guest);
@@ -93,14 +93,14 @@ fn a_copy_is_of_one_moment() {
     });
 }
 
-/// A copy of up to two attempts, in which each histogram has a window of its own, is whole as well, or
-/// there is none.
+/// A copy of up to two attempts, with a window of its own for each histogram, is whole too, or
+/// there is no copy.
 #[test]
-fn a_copy_by_windows_is_of_one_moment() {
+fn copy_by_windows_shows_one_moment() {
     try_all(|| {
         let ledger = Arc::new(*wrap(Ledger::new()));
         ledger.0.begin(0, Phase::Guest);
-        // A sample comes, beside a histogram of one exit's.
+        // A sample comes, and another histogram has one exit.
         let [(now, exit), (later, entry), _] = LIFE;
         exit(&ledger.0, now);
         let writer = thread::spawn({
@@ -118,15 +118,15 @@ fn a_copy_by_windows_is_of_one_moment() {
     });
 }
 
-/// A ledger on the heap, to be shared.
+/// A ledger on the heap, for sharing.
 struct Shared(Box<Ledger>);
 
 fn wrap(ledger: Box<Ledger>) -> Box<Shared> {
     Box::new(Shared(ledger))
 }
 
-/// The numbers go with the vCPU from one thread to the next, as they do in the kernel by the
-/// lock of the vCPU: here by a join.
+/// The numbers follow the vCPU from one thread to the next. In the kernel the vCPU's lock orders
+/// these threads; here a join does.
 #[test]
 fn two_writers_in_turn_lose_nothing() {
     try_all(|| {
@@ -144,7 +144,7 @@ fn two_writers_in_turn_lose_nothing() {
     });
 }
 
-/// Keys that are looked for at the same place first, in a table of four.
+/// Return keys with the same first place, in a table of four.
 fn neighbours() -> [usize; 4] {
     let home = |key: usize| (key as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 & 3;
     let mut keys = (2..).filter(|key| home(*key) == home(2));
@@ -159,9 +159,9 @@ fn four_places() -> Arc<[Entry; 4]> {
     Arc::new([(); 4].map(|()| Entry::default()))
 }
 
-/// Whoever owns a key finds it, while keys before and behind it come and go.
+/// The owner of a key finds it, while keys before and behind it come and go.
 #[test]
-fn a_key_is_never_hidden_by_others() {
+fn key_is_never_hidden_by_others() {
     try_all(|| {
         let [before, own, behind, new] = neighbours();
         let places = four_places();
@@ -185,10 +185,10 @@ fn a_key_is_never_hidden_by_others() {
     });
 }
 
-/// A key that is not there is not found, and no other one in its place, also when the table is
+/// A missing key is not found, and neither is another key in its place, even when the table is
 /// full.
 #[test]
-fn a_key_that_is_gone_is_not_found() {
+fn removed_key_is_not_found() {
     try_all(|| {
         let [first, second, third, absent] = neighbours();
         let places = four_places();
@@ -211,14 +211,14 @@ fn a_key_that_is_gone_is_not_found() {
     });
 }
 
-/// A vCPU's life on two CPUs: inserted by one thread, looked up and removed by that which has the
-/// vCPU after it, while another vCPU's thread does the same.
+/// A vCPU's life on two CPUs: one thread inserts it, the next holder looks it up and removes it,
+/// while another vCPU's threads do the same.
 #[test]
 fn lives_side_by_side() {
     try_all(|| {
         let [one, two, ..] = neighbours();
         let places = four_places();
-        // The kernel's module keeps changes apart by a lock.
+        // The kernel module serializes changes by a lock.
         let lock = Arc::new(loom::sync::Mutex::new(()));
         let threads = [one, two].map(|key| {
             let (places, lock) = (Arc::clone(&places), Arc::clone(&lock));

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The registry by its interface, in one thread, beside a plain model: who is metered, what is told
-//! of whom, and that all memory comes back.
+//! Tests of the registry by its interface, in one thread, beside a plain model: which vCPUs are
+//! metered, which numbers are reported, and that all memory comes back.
 //!
-//! Others come and go between the steps of a walk, which is where the platform lets others have
-//! the CPU; and each allocation fails in its turn.
+//! Other vCPUs come and go between the steps of a walk, which is where the platform yields the CPU.
+//! And each allocation fails in turn.
 
 use std::{
     alloc::{alloc_zeroed, dealloc, Layout},
@@ -30,7 +30,7 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
-/// A host of which nothing is told that matters here.
+/// A host whose facts do not matter here.
 const HOST: Host = Host {
     isa: Isa::Vmx,
     leaf_map: LeafMap::Map2021,
@@ -44,13 +44,13 @@ const HOST: Host = Host {
     life: 1,
 };
 
-/// The clock's ticks in a millisecond.
+/// Number of the clock's ticks in a millisecond.
 const MILLISECOND: u64 = 1000;
 
-/// What happens at a pause.
+/// Callback at a pause.
 type Meanwhile = Box<dyn FnMut(&Registry<Plain>)>;
 
-/// What the platform and the test share.
+/// State that the platform and the test share.
 #[derive(Default)]
 struct Shared {
     locked: Cell<bool>,
@@ -58,24 +58,24 @@ struct Shared {
     now: Cell<u64>,
     objects: Cell<i64>,
     allocations: Cell<usize>,
-    /// The allocation that fails, counted from 1.
+    /// Number of the allocation that fails, from 1.
     fails: Cell<usize>,
     retired: RefCell<Vec<(NonNull<u8>, Layout)>>,
-    /// Time that KVM polled for each vCPU that lives.
+    /// Time that KVM polled for each living vCPU.
     polled: RefCell<HashMap<usize, u64>>,
     steps: Cell<u64>,
     most_steps: Cell<u64>,
-    /// CPUs of vCPUs, and copies that were made there.
+    /// CPU of each vCPU, and the number of copies made there.
     cpus: RefCell<HashMap<usize, u32>>,
     interrupts: Cell<u32>,
-    /// Interrupts that fail.
+    /// Number of interrupts that fail.
     failing: Cell<u32>,
     registry: Cell<*const Registry<Plain>>,
     meanwhile: RefCell<Option<Meanwhile>>,
 }
 
 impl Shared {
-    /// Free what is retired, once nobody reads.
+    /// Free retired memory, if nobody reads.
     fn pass_time(&self) {
         if self.readers.get() > 0 {
             return;
@@ -99,10 +99,10 @@ impl Shared {
     }
 }
 
-/// A platform of one thread.
+/// Platform with one thread.
 struct Plain(Rc<Shared>);
 
-/// Keeps what is retired.
+/// Guard that keeps retired memory.
 struct Reading(Rc<Shared>);
 
 impl Drop for Reading {
@@ -111,8 +111,8 @@ impl Drop for Reading {
     }
 }
 
-// SAFETY: There is one thread; the lock panics when it is taken twice, memory is the allocator's,
-// and what is retired is freed while nobody reads.
+// SAFETY: There is one thread. The lock panics when it is taken twice, memory comes from the
+// allocator, and retired memory is freed while nobody reads.
 unsafe impl Platform for Plain {
     type Reading = Reading;
 
@@ -191,7 +191,8 @@ unsafe impl Platform for Plain {
         self.0.pass_time();
         let meanwhile = self.0.meanwhile.take();
         if let Some(mut meanwhile) = meanwhile {
-            // SAFETY: The registry that pauses is there, and all it takes is a shared reference.
+            // SAFETY: The registry that pauses is alive, and the call takes only a shared
+            // reference.
             meanwhile(unsafe { &*self.0.registry.get() });
             *self.0.meanwhile.borrow_mut() = Some(meanwhile);
         }
@@ -219,15 +220,16 @@ fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
     }
 }
 
-/// A registry, and what the test knows of it.
+/// A registry, and the state that it shares with the test.
 struct Bench {
     registry: Rc<Registry<Plain>>,
     shared: Rc<Shared>,
 }
 
-/// Return the numbers of a snapshot: exits by vCPU id, all of the totals, gone, and unmetered.
+/// Numbers of a snapshot: exits by vCPU id, all exits of the totals, vCPUs that are gone, and
+/// unmetered vCPUs.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Told {
+struct Reported {
     exits: BTreeMap<u32, u64>,
     totals: u64,
     gone: u64,
@@ -259,12 +261,12 @@ impl Bench {
         destroy(&self.registry, &self.shared, key);
     }
 
-    fn snapshot(&self) -> Told {
+    fn snapshot(&self) -> Reported {
         self.snapshot_at(0).0
     }
 
-    /// Take a snapshot by a clock that has lost so many ticks in sleeps of the host.
-    fn snapshot_at(&self, clock_offset: u64) -> (Told, Lives) {
+    /// Take a snapshot with a clock that has lost some ticks in sleeps of the host.
+    fn snapshot_at(&self, clock_offset: u64) -> (Reported, Lives) {
         let mut buffer = vec![0; size_for(600, 2000)];
         let mut gone = Totals::new();
         let mut walker = Walker::new();
@@ -278,11 +280,11 @@ impl Bench {
             self.registry
                 .snapshot(&mut walker, &mut buffer, &mut gone, host, Show::default());
         let snapshot = Snapshot::parse(&buffer[..size.expect("it fits")]).expect("a snapshot");
-        let mut told = Told {
+        let mut told = Reported {
             gone: snapshot.gone(),
             unmetered: snapshot.unmetered(),
             totals: snapshot.totals().map(|row| row.exits()).sum(),
-            ..Told::default()
+            ..Reported::default()
         };
         let mut lives = Lives::new();
         for vcpu in snapshot.vcpus() {
@@ -305,7 +307,7 @@ impl Bench {
         self.shared.now.set(self.shared.now.get() + 2 * MILLISECOND);
     }
 
-    /// End the registry, and demand that it gives back all.
+    /// Drop the registry, and check that it has freed all memory.
     fn end(self) {
         assert!(self.shared.most_steps.get() <= MOST_STEPS);
         drop(self.registry);
@@ -338,7 +340,7 @@ fn announce(
     registry.announce(key, newcomer(shared, key, vm, id))
 }
 
-/// Have a vCPU that is known exit that often; return false if it is unmetered.
+/// Let a registered vCPU exit `count` times. Return false if it is unmetered.
 fn exits(registry: &Registry<Plain>, shared: &Shared, key: usize, count: u64) -> bool {
     let tick = || {
         shared.now.set(shared.now.get() + 7);
@@ -373,7 +375,7 @@ struct Known {
     id: u32,
     vm: usize,
     exits: u64,
-    /// It has had an event.
+    /// Set once it has had an event.
     began: bool,
     metered: bool,
 }
@@ -392,9 +394,9 @@ impl Model {
         self.vcpus.values().filter(|it| it.metered)
     }
 
-    fn told(&self) -> Told {
+    fn told(&self) -> Reported {
         let began = self.metered().filter(|it| it.began);
-        Told {
+        Reported {
             exits: began.map(|it| (it.id, it.exits)).collect(),
             totals: self.gone_exits,
             gone: self.gone,
@@ -402,7 +404,7 @@ impl Model {
         }
     }
 
-    /// Do one thing to a vCPU: make it, have it exit, or destroy it.
+    /// Change one vCPU: create it, let it exit, or destroy it.
     fn change(
         &mut self,
         (registry, shared): (&Registry<Plain>, &Shared),
@@ -445,25 +447,25 @@ impl Model {
     }
 }
 
-/// How much is done for each try of a property. Miri takes a thousand times as long.
+/// Number of changes in each try of a property. Miri takes a thousand times as long.
 const CHANGES: usize = if cfg!(miri) { 30 } else { 600 };
-/// Places for vCPUs: for more than two groups, and than a walk takes hold of at a time.
+/// Number of vCPUs: more than two groups, and more than a walk takes holds on at a time.
 const PLACES: usize = if cfg!(miri) { 20 } else { 150 };
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 60 }, ..ProptestConfig::default() })]
 
-    /// vCPUs that come and go in any order, up to `max_vcpus` of them metered: snapshots, queries
-    /// and totals are those of the model.
+    /// vCPUs come and go in any order, up to `max_vcpus` of them metered: snapshots, queries and
+    /// totals match the model.
     #[test]
-    fn who_comes_and_goes_is_told_once(
+    fn vcpus_that_come_and_go_count_once(
         max_vcpus in prop_oneof![Just(3_usize), Just(40), Just(200)],
         changes in proptest::collection::vec((0..PLACES, 0_usize..4, 0_u64..9), 0..CHANGES),
     ) {
         let bench = Bench::new(max_vcpus, false);
         let mut model = Model::default();
         for (number, change) in changes.into_iter().enumerate() {
-            // Most of one VM, so that it grows past two groups.
+            // Most belong to one VM, so that it grows past two groups.
             let change = (change.0, change.1.saturating_sub(2), change.2);
             model.change((&bench.registry, &bench.shared), max_vcpus, change);
             if number % 50 == 0 {
@@ -486,10 +488,10 @@ proptest! {
         bench.end();
     }
 
-    /// vCPUs that come and go while a snapshot is taken: each that there was when it began is in it
-    /// once, none that came later; and the next one has all again.
+    /// vCPUs come and go while a snapshot is taken. It has each vCPU that existed when it began,
+    /// once, and no later one. The next snapshot has all.
     #[test]
-    fn a_snapshot_is_of_those_at_its_beginning(
+    fn snapshot_has_the_vcpus_of_its_start(
         first in 0..PLACES,
         changes in proptest::collection::vec((0..PLACES, 0_usize..3, 0_u64..9), 0..CHANGES),
     ) {
@@ -524,10 +526,10 @@ proptest! {
     }
 }
 
-/// The VM that a walk has come to ends: the walk goes on behind it, and tells of its vCPU.
+/// The VM at a walk's cursor ends: the walk goes on behind it, and reports its vCPU.
 #[test]
-fn a_vm_ends_where_a_walk_stands() {
-    // A walk takes hold of so many at a time.
+fn walk_survives_the_end_of_its_vm() {
+    // A walk takes holds on this many at a time.
     const AT_A_TIME: usize = 16;
     let bench = Bench::new(100, false);
     for place in 0..AT_A_TIME + 2 {
@@ -551,13 +553,13 @@ fn a_vm_ends_where_a_walk_stands() {
     bench.end();
 }
 
-/// A VM grows past one, two and three groups and shrinks again; free places are taken anew.
+/// A VM grows past one, two and three groups and shrinks again; free places are reused.
 #[test]
-fn a_vm_grows_and_shrinks_by_groups() {
+fn vm_grows_and_shrinks_by_groups() {
     let bench = Bench::new(1000, false);
     let count = 3 * GROUP + 1;
     let mut sum = 0;
-    // In Miri no place is taken anew for a third time.
+    // In Miri, no place is reused for a third time.
     for round in 0..if cfg!(miri) { 2 } else { 3 } {
         for place in 0..count {
             if round == 0 || place % 2 == 1 {
@@ -581,7 +583,7 @@ fn a_vm_grows_and_shrinks_by_groups() {
         bench.wait();
         assert_eq!(bench.ask(key(0)), Some(sum));
     }
-    // A VM takes no more groups than it ever had vCPUs for.
+    // A VM has no more groups than its highest number of vCPUs needs.
     let objects = bench.shared.objects.get();
     for place in (1..count).step_by(2) {
         bench.announce(key(place), 0, 0).expect("room");
@@ -590,15 +592,15 @@ fn a_vm_grows_and_shrinks_by_groups() {
     bench.end();
 }
 
-/// What a guest is told does not fall when a vCPU of a new group asks, although the sums were renewed
+/// A guest's numbers do not fall when a vCPU of a new group asks, although the sums were renewed
 /// just before.
 #[test]
-fn a_new_group_is_told_of_the_others_at_once() {
+fn new_group_reads_the_others_at_once() {
     let bench = Bench::new(1000, false);
     for place in 0..=3 * GROUP {
         bench.announce(key(place), 0, place as u32).expect("room");
         assert!(bench.exits(key(place), 5));
-        // No time passes but that of the exits.
+        // No time passes except that of the exits.
         assert_eq!(
             bench.ask(key(place)).map(|told| told >= 5 * place as u64),
             Some(true),
@@ -608,9 +610,10 @@ fn a_new_group_is_told_of_the_others_at_once() {
     bench.end();
 }
 
-/// Above a group, a query has the own group's numbers at once and the others' within a millisecond.
+/// In a VM with more than one group, a query has its own group's numbers at once, and the others'
+/// within a millisecond.
 #[test]
-fn the_own_group_is_fresh() {
+fn own_group_is_fresh() {
     let bench = Bench::new(1000, false);
     for place in 0..2 * GROUP {
         bench.announce(key(place), 0, place as u32).expect("room");
@@ -628,10 +631,10 @@ fn the_own_group_is_fresh() {
     bench.end();
 }
 
-/// The sums of the host: exact while there are few vCPUs, as of the latest renewal above, those that
-/// are gone with them, and never less than before.
+/// The sums of the host are exact while there are few vCPUs, and as of the latest renewal
+/// otherwise. They include vCPUs that are gone, and never fall.
 #[test]
-fn the_host_is_summed_up() {
+fn sums_of_the_host_are_exact_and_never_fall() {
     let bench = Bench::new(1000, true);
     let mut sum = 0;
     for place in 0..2 * GROUP {
@@ -643,7 +646,7 @@ fn the_host_is_summed_up() {
         let told = bench.ask(key(place)).expect("metered");
         assert!(told <= sum);
         if place <= GROUP {
-            // Also when the 33rd comes: what was told before is not older than the sums.
+            // This holds when the 33rd comes, too: earlier answers are not newer than the sums.
             assert_eq!(told, sum, "{place}");
         }
         bench.wait();
@@ -665,10 +668,11 @@ fn the_host_is_summed_up() {
     bench.end();
 }
 
-/// Few vCPUs of the host are summed up by steps that do not grow with those that are gone.
+/// Summing few vCPUs of the host takes steps whose number does not grow with the vCPUs that are
+/// gone.
 #[test]
-fn steps_under_the_lock_do_not_grow() {
-    // More than the steps that the lock may be held for; Miri looks for undefined behaviour alone.
+fn steps_with_the_lock_held_do_not_grow() {
+    // More than the steps allowed with the lock held. Miri looks only for undefined behaviour.
     const MANY: usize = if cfg!(miri) { 9 } else { 300 };
     for (vcpus, vms) in [(1, 1), (MANY, 1), (MANY, MANY)] {
         let bench = Bench::new(1000, true);
@@ -681,7 +685,7 @@ fn steps_under_the_lock_do_not_grow() {
         }
         bench.wait();
         assert_eq!(bench.snapshot().exits.len(), vcpus);
-        // Groups that are empty now.
+        // These groups are empty now.
         for place in 0..vcpus - 1 {
             bench.destroy(key(place));
         }
@@ -691,11 +695,10 @@ fn steps_under_the_lock_do_not_grow() {
     }
 }
 
-/// Each allocation fails in its turn: the vCPU goes unmetered and is counted, and nothing is left
-/// behind of it.
+/// Each allocation fails in turn: the vCPU is unmetered and counted, and leaves nothing behind.
 #[test]
-fn an_allocation_that_fails_undoes_all() {
-    // A VM's first vCPU, one more, and the ones that take a second and a third group.
+fn failed_allocation_undoes_all() {
+    // A VM's first vCPU, its second, and the ones that need a second and a third group.
     for before in [0, 1, GROUP, 2 * GROUP] {
         for fails in 1.. {
             let bench = Bench::new(1000, false);
@@ -722,7 +725,7 @@ fn an_allocation_that_fails_undoes_all() {
                 "before {before}, fails {fails}"
             );
             assert!(!bench.exits(key(before), 1), "it stays unmetered");
-            // The next one is metered, by what is there.
+            // The next one is metered, with the memory that is there.
             bench.announce(key(before + 1), 0, 1000).expect("memory");
             assert!(bench.exits(key(before + 1), 1));
             let told = bench.snapshot();
@@ -735,7 +738,7 @@ fn an_allocation_that_fails_undoes_all() {
     }
 }
 
-/// A registry without memory is none, and takes none.
+/// Creating a registry without memory fails, and leaks nothing.
 #[test]
 fn no_registry_without_memory() {
     for host_scope in [false, true] {
@@ -755,28 +758,28 @@ fn no_registry_without_memory() {
     }
 }
 
-/// KVM makes a vCPU and fails before its first event: nothing is told of it, and nothing is left.
+/// KVM creates a vCPU and fails before its first event: nothing is reported, and nothing is left.
 #[test]
-fn a_vcpu_without_an_event_leaves_nothing() {
+fn vcpu_without_an_event_leaves_nothing() {
     let bench = Bench::new(10, false);
     let objects = bench.shared.objects.get();
     bench.announce(key(1), 0, 1).expect("room");
     assert!(bench.registry.known(key(1)).is_none(), "it has not begun");
-    assert_eq!(bench.snapshot(), Told::default());
+    assert_eq!(bench.snapshot(), Reported::default());
     bench.destroy(key(1));
     bench.shared.pass_time();
     assert_eq!(bench.shared.objects.get(), objects);
-    assert_eq!(bench.snapshot(), Told::default());
-    // One that KVM destroys and that was never known.
+    assert_eq!(bench.snapshot(), Reported::default());
+    // A vCPU that KVM destroys without an event.
     bench.destroy(key(2));
-    assert_eq!(bench.snapshot(), Told::default());
+    assert_eq!(bench.snapshot(), Reported::default());
     bench.end();
 }
 
-/// Past `max_vcpus` a vCPU is counted once and never metered, whatever room there is later; past the
-/// marks as well, as long as it is not new.
+/// Past `max_vcpus`, a vCPU is counted once and never metered, even if there is room later. Past
+/// the marks this holds too, unless it is new.
 #[test]
-fn unmetered_is_for_life() {
+fn unmetered_vcpu_stays_unmetered() {
     let bench = Bench::new(1, false);
     bench.announce(key(0), 0, 0).expect("room");
     let refused = MARKS + 3;
@@ -786,7 +789,7 @@ fn unmetered_is_for_life() {
             Err(Refused::NoRoom)
         );
     }
-    // KVM loads each once as it makes it. Those past the marks are counted then.
+    // KVM loads each one once as it creates it. vCPUs past the marks are counted then.
     assert_eq!(bench.snapshot().unmetered, MARKS as u64);
     for place in 1..=refused {
         let new = || newcomer(&bench.shared, key(place), 0, place as u32);
@@ -798,7 +801,7 @@ fn unmetered_is_for_life() {
     }
     assert_eq!(bench.snapshot().unmetered, refused as u64);
     bench.destroy(key(0));
-    // One with a mark, and one without, which was made before.
+    // One with a mark, and one without a mark, created before.
     let old = |place| Newcomer {
         is_new: false,
         ..newcomer(&bench.shared, key(place), 0, place as u32)
@@ -815,7 +818,7 @@ fn unmetered_is_for_life() {
         refused as u64,
         "each is counted once"
     );
-    // A new one is metered in the room that is there.
+    // A new one is metered, because there is room.
     bench.announce(key(refused + 1), 0, 1).expect("room");
     assert!(bench.exits(key(refused + 1), 1));
     for place in 1..=refused + 1 {
@@ -829,9 +832,9 @@ fn unmetered_is_for_life() {
     bench.end();
 }
 
-/// A vCPU whose reasons cannot be read is marked, and counted once.
+/// A vCPU with unreadable exit reasons is marked, and counted once.
 #[test]
-fn unreadable_is_counted_once() {
+fn unreadable_vcpu_counts_once() {
     let bench = Bench::new(10, false);
     let newcomer = Newcomer {
         owner: None,
@@ -850,9 +853,9 @@ fn unreadable_is_counted_once() {
     bench.end();
 }
 
-/// Time that KVM polled counts from when the vCPU was taken in, up to its end.
+/// Polling time counts from the registration of the vCPU to its end.
 #[test]
-fn polled_time_is_told_once() {
+fn polled_time_counts_once() {
     let bench = Bench::new(10, false);
     let totals = || {
         let mut totals = Totals::new();
@@ -882,9 +885,9 @@ fn polled_time_is_told_once() {
     bench.end();
 }
 
-/// A ledger that does not stand still is copied by interrupts, as many as are allowed; and then not.
+/// A ledger that keeps changing is copied by interrupts, up to the limit; then the copy fails.
 #[test]
-fn a_copy_takes_a_bounded_number_of_interrupts() {
+fn copy_takes_a_bounded_number_of_interrupts() {
     for (failing, due) in [(0, Some(1)), (15, Some(16)), (16, None)] {
         let bench = Bench::new(10, false);
         bench.announce(key(1), 0, 1).expect("room");
@@ -893,7 +896,7 @@ fn a_copy_takes_a_bounded_number_of_interrupts() {
         bench.shared.cpus.borrow_mut().insert(key(1), 0);
         let member = bench.registry.known(key(1)).expect("it is known");
         let mut copy = LedgerCopy::new();
-        // At rest no interrupt is sent.
+        // At rest, no interrupt is sent.
         assert_eq!(bench.registry.copy(member, &mut copy), Some((0, 0)));
         let tries = Settings {
             copy_tries: 0,
@@ -927,10 +930,10 @@ fn a_copy_takes_a_bounded_number_of_interrupts() {
     }
 }
 
-/// A clock that begins anew moves all ledgers, and no time is lost or made: what is told goes on as
-/// if nothing had been.
+/// A clock that restarts moves all ledgers, and no time is lost or added: the numbers go on as if
+/// nothing had happened.
 #[test]
-fn a_new_clock_moves_all_ledgers() {
+fn new_clock_moves_all_ledgers() {
     const SLEPT: u64 = 1_000_000_000_000;
     // The last one has not begun.
     const LAST: usize = if cfg!(miri) { 5 } else { 39 };
@@ -943,7 +946,7 @@ fn a_new_clock_moves_all_ledgers() {
     }
     let (before, began) = bench.snapshot_at(0);
     let mut offset = 0_u64;
-    // Twice: what is behind the first sleep is not lost in the second.
+    // Twice: the second restart does not lose what the first one kept.
     for round in 1..=2 {
         let then = bench.shared.now.get() + SLEPT;
         bench.shared.now.set(50 * round);
@@ -952,7 +955,7 @@ fn a_new_clock_moves_all_ledgers() {
         let (told, lives) = bench.snapshot_at(offset);
         let firsts = |lives: &Lives| -> Vec<u64> { lives.values().map(|life| life.0).collect() };
         assert_eq!(firsts(&lives), firsts(&began));
-        // The sleep is booked to its end, and that is now.
+        // The sleep is booked to its end, which is now.
         let end = bench.shared.now.get().wrapping_add(offset);
         assert!(lives.values().all(|life| life.1 == end), "{lives:?}");
         assert!(lives.values().all(|life| bench.registry.loaded() <= life.0));
@@ -968,7 +971,7 @@ fn a_new_clock_moves_all_ledgers() {
         assert_eq!(latest, Some(bench.shared.now.get().wrapping_add(offset)));
         assert!(latest <= Some(end + LAST as u64 * 3 * 7));
     }
-    // Who comes now began now.
+    // A vCPU that comes now begins now.
     assert!(bench.exits(key(LAST), 1));
     let (told, lives) = bench.snapshot_at(offset);
     assert_eq!(told.exits.len(), before.exits.len() + 1);
@@ -976,9 +979,9 @@ fn a_new_clock_moves_all_ledgers() {
     bench.end();
 }
 
-/// Sums that are renewed each millisecond are so by a new clock as well, at once.
+/// Sums that are renewed each millisecond are renewed by a new clock too, at once.
 #[test]
-fn a_new_clock_does_not_hold_up_sums() {
+fn new_clock_does_not_delay_sums() {
     let bench = Bench::new(100, false);
     for place in 0..3 * GROUP {
         let id = place as u32;
@@ -997,13 +1000,14 @@ fn a_new_clock_does_not_hold_up_sums() {
     bench.end();
 }
 
-/// Tables come for those that are there and those that come, and go with either they or their vCPU.
+/// Tables are given to existing and new vCPUs, and go when details are turned off or with their
+/// vCPU.
 #[test]
 fn tables_come_and_go_with_their_vcpus() {
     let bench = Bench::new(8, false);
     let has = |place: usize| {
         let member = bench.registry.known(key(place)).expect("it is known");
-        // SAFETY: Nothing goes on beside this.
+        // SAFETY: Nothing runs beside this.
         unsafe { member.ledger().tables() }.is_some()
     };
     for place in 0..3 {
@@ -1014,14 +1018,14 @@ fn tables_come_and_go_with_their_vcpus() {
     assert!((0..3).all(has));
     assert_eq!(bench.announce(key(3), 1, 3), Ok(()));
     assert!(bench.exits(key(3), 1) && has(3));
-    // There is no memory for the tables of this one, nor is it refused for that.
+    // There is no memory for this one's tables, and it is metered all the same.
     bench.shared.fails.set(bench.shared.allocations.get() + 2);
     assert_eq!(bench.announce(key(4), 1, 4), Ok(()));
     assert!(bench.exits(key(4), 1) && !has(4));
     assert_eq!(bench.snapshot().exits.len(), 5);
     bench.registry.give_tables(&mut Walker::new());
     assert!((0..5).all(has));
-    // With its tables, both once those who read have ended.
+    // Together with its tables, once the readers have ended.
     let objects = || bench.shared.objects.get();
     let before = objects();
     bench.destroy(key(3));
@@ -1038,14 +1042,14 @@ fn tables_come_and_go_with_their_vcpus() {
     bench.destroy(key(5));
     assert_eq!(before - objects(), 1);
     bench.registry.give_tables(&mut Walker::new());
-    // What is left goes with the registry.
+    // The rest goes with the registry.
     bench.end();
 }
 
-/// Exits of a vCPU that has not left its CPU are told with the one that it is entered on, and a ring
-/// freezes at the limit that the registry was given, until another one is asked for.
+/// Exits of a vCPU that has not left its CPU have the CPU of its entry. A ring freezes at the
+/// registry's limit, until another one is asked for.
 #[test]
-fn slow_exits_are_told_with_their_cpu() {
+fn slow_exits_have_their_cpu() {
     let shared = Rc::new(Shared::default());
     let slow = Settings {
         slow_ticks: 1000,
@@ -1056,13 +1060,13 @@ fn slow_exits_are_told_with_their_cpu() {
     shared.now.set(1);
     assert!(exits(&registry, &shared, key(1), 3));
     registry.give_tables(&mut Walker::new());
-    // One that gets its tables as it comes.
+    // A vCPU that gets its tables as it comes.
     announce(&registry, &shared, key(2), 0, 2).expect("room");
     assert!(exits(&registry, &shared, key(2), 3));
     let mut now = shared.now.get() + 1000;
     let mut exit = |place: usize, ticks: u64| {
         let ledger = registry.known(key(place)).expect("it is known").ledger();
-        // SAFETY: Nothing goes on beside this.
+        // SAFETY: Nothing runs beside this.
         let tables = unsafe { ledger.tables() }.expect("it has tables");
         let about = About {
             slot: slot(Isa::Vmx, 12),
@@ -1100,7 +1104,7 @@ fn slow_exits_are_told_with_their_cpu() {
     }
     exit(2, 1001);
     let of = |lengths: &[u64], cpu| -> Vec<_> {
-        // Of the window, and of the ring.
+        // In the window, and in the ring.
         let both = lengths.iter().chain(lengths);
         both.map(|length| (*length, [Some(cpu); 2])).collect()
     };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The recorder of slow exits against a plain list of all exits.
+//! Tests of the recorder of slow exits against a plain list of all exits.
 #![cfg(not(loom))]
 
 use exitmeter_meter::{
@@ -13,10 +13,10 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
-/// The most steps of one run. Miri takes a thousand times as long.
+/// Maximum number of steps in one run. Miri takes a thousand times as long.
 const STEPS: usize = if cfg!(miri) { 40 } else { 600 };
 
-/// What happens next. What cannot happen in the vCPU's state is left out.
+/// Next event. Events that cannot happen in the vCPU's state are skipped.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Exit {
@@ -35,13 +35,13 @@ enum Step {
         now: u32,
     },
     Ask,
-    /// So many exits that the kernel handles, whose lengths follow from the ticks.
+    /// A number of exits that the kernel handles, with lengths that depend on the ticks.
     Usual {
         count: u8,
     },
 }
 
-/// An exit, told plainly.
+/// An exit of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Plain {
     sequence: u64,
@@ -93,32 +93,32 @@ struct Metered {
     cpu: u16,
     limit: u64,
     exits: Vec<Plain>,
-    /// When each exit ended; `None` for one that has not.
+    /// End of each exit; `None` for an exit that has not ended.
     ended: Vec<Option<u64>>,
-    /// The latest exit has not ended.
+    /// Set while the latest exit has not ended.
     is_open: bool,
-    /// The first exit of the ring.
+    /// Number of the first exit of the ring.
     ring_from: usize,
-    /// The exit that the ring is frozen at.
+    /// Number of the exit that froze the ring.
     frozen: Option<usize>,
     asked: bool,
-    /// When the current window began and the one before.
+    /// Start of the current window and of the one before.
     windows: [u64; 2],
-    /// It has been read after its time, so it ends at the next entry at the latest.
+    /// Set after a read past the window's time: it ends at the next entry at the latest.
     is_over: bool,
     asked_for: usize,
 }
 
 impl Drop for Metered {
     fn drop(&mut self) {
-        // SAFETY: Nobody uses them any more.
+        // SAFETY: No thread uses them any more.
         unsafe { self.ledger.set_tables(std::ptr::null_mut()) };
     }
 }
 
 impl Metered {
     fn new(limit: u64) -> Self {
-        // SAFETY: All-zero bytes are a valid ledger, valid tables and copies of nothing.
+        // SAFETY: All-zero bytes are a valid ledger, valid tables and empty copies.
         let (ledger, tables, copies): (Box<Ledger>, Box<Tables>, Box<(LedgerCopy, TablesCopy)>) = unsafe {
             (
                 Box::new(core::mem::zeroed()),
@@ -128,7 +128,7 @@ impl Metered {
         };
         tables.prepare();
         tables.slow().set_limit(limit);
-        // SAFETY: They stay until this is dropped.
+        // SAFETY: They stay until `self` is dropped.
         unsafe { ledger.set_tables((&raw const *tables).cast_mut()) };
         ledger.begin(1000, Phase::Kernel);
         Self {
@@ -161,7 +161,7 @@ impl Metered {
         self.copies.1.slow()
     }
 
-    /// Have so many ticks pass in the present phase.
+    /// Let ticks pass in the current phase.
     fn pass(&mut self, ticks: u64) {
         self.now = self.now.wrapping_add(ticks);
         if let (true, Some(exit)) = (self.is_open, self.exits.last_mut()) {
@@ -260,7 +260,7 @@ impl Metered {
         self.now = now;
     }
 
-    /// Take one step, after so many ticks, if it can happen.
+    /// Take a step after some ticks, if it can happen.
     fn take(&mut self, step: Step, ticks: u64) {
         match (step, self.phase) {
             (Step::Exit { key, nested }, Phase::Guest) => {
@@ -305,7 +305,7 @@ impl Metered {
         self.follow(matches!(step, Step::Enter));
     }
 
-    /// See whether a window has begun, and whether the ring has thawed.
+    /// Check whether a window has begun, and whether the ring has thawed.
     fn follow(&mut self, entered: bool) {
         if self.exits.is_empty() {
             return;
@@ -318,7 +318,7 @@ impl Metered {
             assert!(asked, "a ring thaws only when asked");
             self.frozen = None;
             self.asked = false;
-            // The exit that came upon it is its first one, or the next will be.
+            // The window starts with the exit that turned it, or with the next one.
             self.ring_from = self.exits.len() - usize::from(was_exit);
         }
         assert!(
@@ -343,7 +343,7 @@ impl Metered {
         self.is_over |= last.wrapping_sub(self.windows[0]) >= WINDOW;
     }
 
-    /// Compare all that is recorded with the list.
+    /// Compare the recorder with the list.
     fn check(&mut self) {
         if self.exits.is_empty() {
             return;
@@ -402,7 +402,8 @@ fn slot(key: u8) -> Slot {
     reasons::slot(Isa::Vmx, [10, 30, 12, 48][usize::from(key) % 4])
 }
 
-/// What a key's exits are about: the third reason has no details, and one detail of the second is 0.
+/// Return the detail of a key's exits: the third reason has none, and one detail of the second is
+/// 0.
 fn detail_of(key: u8) -> Option<u64> {
     (key % 4 != 2).then_some(u64::from(key / 4) << (detail::BITS - 6))
 }
@@ -438,7 +439,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }))]
 
     #[test]
-    fn what_is_recorded_is_what_was(
+    fn recorder_matches_the_list(
         steps in steps(),
         limit in prop_oneof![Just(0), (10..27_u32).prop_map(|power| 1 << power)],
     ) {
@@ -453,7 +454,7 @@ proptest! {
     }
 }
 
-/// An exit of so many kernel ticks.
+/// Take an exit of `ticks` kernel ticks.
 fn usual(metered: &mut Metered, ticks: u64) {
     metered.take(
         Step::Exit {
@@ -466,12 +467,12 @@ fn usual(metered: &mut Metered, ticks: u64) {
 }
 
 #[test]
-fn a_recorder_takes_10_kib_at_most() {
+fn recorder_takes_at_most_10_kib() {
     assert!(size_of::<Slow>() <= MOST_BYTES, "{}", size_of::<Slow>());
 }
 
 #[test]
-fn the_guests_own_sleep_is_not_slow() {
+fn guests_own_sleep_is_not_slow() {
     let mut metered = Metered::new(1_000_000);
     metered.take(Step::Enter, 5);
     for _ in 0..3 {
@@ -492,7 +493,7 @@ fn the_guests_own_sleep_is_not_slow() {
     let all: Vec<_> = slow.slowest(true).chain(slow.slowest(false)).collect();
     assert_eq!(all.len(), 3);
     assert!(all.iter().all(|exit| exit.length() == 1000));
-    // The same sleep for the host is.
+    // The same sleep on behalf of the host does.
     metered.take(
         Step::Exit {
             key: 2,
@@ -508,14 +509,14 @@ fn the_guests_own_sleep_is_not_slow() {
 }
 
 #[test]
-fn a_window_ends_after_its_time_with_the_entry_after_it_was_read() {
+fn window_ends_with_the_entry_after_a_read() {
     let mut metered = Metered::new(0);
     metered.take(Step::Enter, 5);
     for _ in 0..KEPT {
         usual(&mut metered, 100_000);
     }
     metered.read();
-    // None of these is slow enough to be looked at, nor from anywhere else.
+    // None of these is above the floor, nor do its rows change.
     let begun = metered.windows[0];
     metered.take(
         Step::Exit {
@@ -544,7 +545,7 @@ fn a_window_ends_after_its_time_with_the_entry_after_it_was_read() {
 }
 
 #[test]
-fn a_window_ends_after_its_time_with_an_exit_from_elsewhere() {
+fn window_ends_with_an_exit_of_other_rows() {
     let mut metered = Metered::new(0);
     metered.take(Step::Enter, 5);
     for _ in 0..KEPT {
@@ -564,7 +565,7 @@ fn a_window_ends_after_its_time_with_an_exit_from_elsewhere() {
 }
 
 #[test]
-fn without_a_limit_there_is_no_ring() {
+fn no_ring_without_a_limit() {
     let mut metered = Metered::new(0);
     metered.take(Step::Enter, 5);
     for ticks in [1000, 50_000_000_000] {
@@ -588,7 +589,7 @@ fn without_a_limit_there_is_no_ring() {
 }
 
 #[test]
-fn a_frozen_ring_ends_with_the_exit_that_was_too_slow() {
+fn frozen_ring_ends_with_the_culprit() {
     let mut metered = Metered::new(1_000_000);
     metered.take(Step::Enter, 5);
     for _ in 0..100 {
@@ -617,7 +618,7 @@ fn a_frozen_ring_ends_with_the_exit_that_was_too_slow() {
     assert_eq!(culprit.ticks(Phase::Kernel), 600);
     assert_eq!(culprit.user_exit(), Some(2));
     assert_eq!(culprit.cpus(), [Some(3), Some(1)]);
-    // It is given up when that is asked for, and freezes again.
+    // The ring thaws when that is asked for, and freezes again.
     metered.take(Step::Ask, 1);
     for _ in 0..17 {
         usual(&mut metered, 500);
@@ -628,11 +629,11 @@ fn a_frozen_ring_ends_with_the_exit_that_was_too_slow() {
 }
 
 #[test]
-fn an_entry_without_an_exit_ends_none() {
+fn entry_without_an_exit_ends_no_exit() {
     let mut metered = Metered::new(1_000_000);
     metered.take(Step::Enter, 5);
     usual(&mut metered, 1000);
-    // The entry failed: the vCPU goes to user space, and comes back to be entered.
+    // The entry failed: the vCPU goes to user space, and comes back for another entry.
     metered.take(Step::Leave { phase: 0, why: 9 }, 100);
     metered.take(Step::Resume { cpu: 1 }, 50_000_000);
     metered.take(Step::Enter, 60_000_000);

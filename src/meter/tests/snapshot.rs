@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The snapshot: written and read, saved, of a later version, and damaged.
+//! Tests of the snapshot: written and read, saved, of a later version, and damaged.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use exitmeter_meter::{
@@ -20,22 +20,22 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
-/// Every so many sizes are tried where all are of interest. Miri takes a thousand times as long.
+/// Step between the sizes that are tried where all matter. Miri takes a thousand times as long.
 const STEP: usize = if cfg!(miri) { 487 } else { 1 };
 
-/// The most vCPUs of one snapshot, and the most exits of each, where they are by chance.
+/// Maximum numbers of vCPUs in a snapshot, and of exits of each, where both are random.
 const VCPUS: usize = if cfg!(miri) { 3 } else { 8 };
 const EXITS: usize = if cfg!(miri) { 8 } else { 60 };
 
-/// One snapshot of each version, as the module wrote it. They never change: who has a
-/// snapshot of today must be able to read it with the tool of tomorrow.
+/// One snapshot of each version, as the module wrote it. They never change: the tools of tomorrow
+/// must read the snapshots of today.
 const SAVED: &[u8] = include_bytes!("snapshot-1.3.bin");
 const SAVED_1_2: &[u8] = include_bytes!("snapshot-1.2.bin");
 const SAVED_1_1: &[u8] = include_bytes!("snapshot-1.1.bin");
 const SAVED_1_0: &[u8] = include_bytes!("snapshot-1.0.bin");
 
-/// One of version 1.0 that the module gave on an emulated AMD host: a VM whose guest writes to a port that
-/// its VMM answers slowly, and one that is gone, which executed CPUID 100 times.
+/// A snapshot of version 1.0 from the module on an emulated AMD host: a VM whose guest writes to a
+/// port that its VMM answers slowly, and a VM that is gone, which executed CPUID 100 times.
 const FROM_AMD: &[u8] = include_bytes!("snapshot-1.0-amd.bin");
 
 const HOST: Host = Host {
@@ -74,15 +74,16 @@ fn copy(ledger: &Ledger) -> LedgerCopy {
     copy
 }
 
-/// Each second exit with one of these codes, CPUID and HLT, comes from a nested guest.
+/// Codes of CPUID and HLT. Each second exit with one of them comes from a nested guest.
 const NESTED: [u32; 2] = [10, 12];
 
-/// A vCPU that began at `now` and had for each (code, exits, kernel ticks of each, phase,
-/// ticks in it of each): so many exits, each after 40 000 ticks of guest.
+/// Make a vCPU that began at `now`. Each of (code, exits, kernel ticks, phase, ticks) adds that
+/// many exits with that many kernel ticks each and ticks in the phase, each after 40 000 ticks of
+/// guest.
 ///
-/// It has tables. Each exit but those with code 1 has a detail, by its code and its number modulo 3, and unless
-/// `no_rip` each comes from one of two places.
-fn lived(
+/// It has tables. Each exit but those with code 1 has a detail, from its code and its number modulo
+/// 3. Unless `no_rip` is set, each comes from one of two places.
+fn vcpu_with(
     mut now: u64,
     life: &[(u32, u64, u64, Phase, u64)],
     no_rip: bool,
@@ -111,7 +112,7 @@ fn lived(
                 rip: (!no_rip).then_some(0xffff_ffff_8100_0000 + number % 2),
             };
             ledger.exit_with::<true>(&tables, now, &about, NoSupply);
-            // One of the kernel's ticks comes after what else there is.
+            // One of the kernel's ticks comes after all else.
             now += kernel - 1;
             if phase != Phase::Kernel {
                 let leaving = Leaving {
@@ -133,24 +134,24 @@ fn lived(
     (copy, copies)
 }
 
-/// What a snapshot tells of: vCPUs, and those that are gone.
+/// Contents of a snapshot: vCPUs, and those that are gone.
 struct Sample {
     vcpus: Vec<(Identity, LedgerCopy, Box<TablesCopy>)>,
     gone: Totals,
 }
 
 impl Sample {
-    /// Two VMs, one with two vCPUs; one more that is gone; and one that was not metered. Of all exits only
-    /// each `fewer`th, but one of each reason.
+    /// Two VMs, one with two vCPUs; one more that is gone; and one unmetered vCPU. Keeps only each
+    /// `fewer`th exit, but at least one of each reason.
     fn new(fewer: u64) -> Self {
         use Phase::{Halted, Kernel, Preempted, User, Waiting};
-        let lived = |now, life: &[(u32, u64, u64, Phase, u64)], no_rip| {
+        let vcpu_with = |now, life: &[(u32, u64, u64, Phase, u64)], no_rip| {
             let life = life.iter().map(|&(code, exits, kernel, phase, ticks)| {
                 (code, exits.div_ceil(fewer), kernel, phase, ticks)
             });
-            lived(now, &life.collect::<Vec<_>>(), no_rip)
+            vcpu_with(now, &life.collect::<Vec<_>>(), no_rip)
         };
-        let (mut first, its_tables) = lived(
+        let (mut first, its_tables) = vcpu_with(
             2_000_000,
             &[
                 (1, 5191, 2_100, Kernel, 0),
@@ -165,7 +166,7 @@ impl Sample {
             ],
             false,
         );
-        let (mut second, other_tables) = lived(
+        let (mut second, other_tables) = vcpu_with(
             3_000_000,
             &[
                 (32, 120, 5_100, Kernel, 0),
@@ -175,7 +176,7 @@ impl Sample {
             true,
         );
         (first.polled, second.polled) = (150_000, 600_000);
-        let (mut departed, _) = lived(
+        let (mut departed, _) = vcpu_with(
             5_000_000,
             &[(10, 1002, 1_147, Kernel, 0), (30, 1000, 3_730, User, 9_000)],
             false,
@@ -183,7 +184,7 @@ impl Sample {
         departed.polled = 7_000;
         let mut gone = Totals::new();
         gone.fold(&departed);
-        let (idle, no_tables) = lived(4_000_000, &[], false);
+        let (idle, no_tables) = vcpu_with(4_000_000, &[], false);
         Self {
             vcpus: vec![
                 (identity(1, 1234, 0), first, its_tables),
@@ -217,7 +218,7 @@ impl Sample {
     miri,
     ignore = "its 15 000 exits take Miri hours; fewer are written by another test"
 )]
-fn the_module_writes_what_was_saved() {
+fn module_writes_the_saved_snapshot() {
     let bytes = Sample::new(1).bytes();
     if std::env::var_os("EXITMETER_SAVE").is_some() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshot-1.3.bin");
@@ -226,9 +227,9 @@ fn the_module_writes_what_was_saved() {
     assert!(bytes == SAVED);
 }
 
-/// The offsets of the documentation, as numbers.
+/// Checks the offsets of the documentation, as numbers.
 #[test]
-fn the_fields_stand_where_the_documentation_says() {
+fn fields_have_the_documented_offsets() {
     let number = |offset: usize, size: usize| {
         let mut bytes = [0; 8];
         bytes[..size].copy_from_slice(&SAVED[offset..offset + size]);
@@ -293,7 +294,7 @@ fn the_fields_stand_where_the_documentation_says() {
         assert!(SAVED[at + 16 + name.len()..at + 64].iter().all(|b| *b == 0));
     }
 
-    // The second vCPU, behind the first with its 9 rows.
+    // The second vCPU, behind the first and its 9 rows.
     let first = 864;
     let at = first + 112 + 9 * 600;
     let record: [(usize, usize, u64); 12] = [
@@ -326,7 +327,8 @@ fn the_fields_stand_where_the_documentation_says() {
         [0, 32, 120, 120 * 40_000, 120 * 5_100, 0, 0, 0, 5_100, 0],
         [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0, 0, 0],
     ];
-    // From 2048, 4096 and 32768 on: two to a power of two, of which the first is 2^6.
+    // From 2048, 4096 and 32768 on: two buckets per power of two, the first one of 2
+    // 6.
     let histograms: [&[(usize, u64)]; 3] = [&[(10, 400), (18, 10)], &[(12, 120)], &[]];
     for (place, [kind, code, numbers @ ..]) in rows.into_iter().enumerate() {
         let row = row + 600 * place;
@@ -345,7 +347,7 @@ fn the_fields_stand_where_the_documentation_says() {
         let slept = if place == 0 { slept } else { 0 };
         assert_eq!([number(row + 584, 8), number(row + 592, 8)], [slept, 0]);
     }
-    // The first vCPU's EPT_VIOLATION, for which KVM waited 9 times: the two sleeps and their sum.
+    // The first vCPU's EPT_VIOLATION, with 9 waits of KVM: both kinds of sleep and their sum.
     let row = (0..9).map(|place| first + 112 + 600 * place);
     let row = row
         .into_iter()
@@ -361,7 +363,7 @@ fn the_fields_stand_where_the_documentation_says() {
     assert_eq!(number(totals + 104, 8), 7_000);
 }
 
-/// Who knows only version 1.0 still finds both sleeps as one phase.
+/// A reader of version 1.0 still finds both kinds of sleep, as one phase.
 #[test]
 fn each_phase_has_its_number_in_a_record() {
     use Phase::{Guest, Halted, Kernel, Preempted, User, Waiting};
@@ -388,12 +390,12 @@ fn each_phase_has_its_number_in_a_record() {
         let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
         let vcpu = snapshot.vcpus().next().unwrap();
         assert_eq!(vcpu.phase(), Some(phase));
-        // Its times are by the snapshot's clock, here 30 ticks behind.
+        // Its times are in the snapshot's clock, here 30 ticks behind.
         assert_eq!((vcpu.first(), vcpu.last()), (70, 70));
     }
 }
 
-/// What all versions tell of the sample.
+/// Check the part of the sample that all versions have.
 fn reads_back(snapshot: &Snapshot<'_>) {
     assert_eq!(snapshot.isa(), Isa::Vmx);
     assert_eq!(snapshot.leaf_map(), Some(LeafMap::Map2021));
@@ -452,7 +454,7 @@ fn reads_back(snapshot: &Snapshot<'_>) {
 }
 
 #[test]
-fn what_was_saved_reads_back() {
+fn saved_snapshot_reads_back() {
     let snapshot = Snapshot::parse(SAVED).unwrap();
     assert_eq!(snapshot.version(), (1, 3));
     reads_back(&snapshot);
@@ -460,7 +462,7 @@ fn what_was_saved_reads_back() {
 }
 
 #[test]
-fn what_version_1_2_saved_reads_back() {
+fn saved_version_1_2_reads_back() {
     let snapshot = Snapshot::parse(SAVED_1_2).unwrap();
     assert_eq!(snapshot.version(), (1, 2));
     reads_back(&snapshot);
@@ -513,12 +515,12 @@ fn has_all_of_1_2(snapshot: &Snapshot<'_>) {
     assert!(hlt.numbers(&counters[8]).eq(histogram));
     let totals: Vec<_> = snapshot.totals().map(|row| row.nested_exits()).collect();
     assert_eq!(totals, [Some(501), Some(0), Some(0)]);
-    // 2457 and 39321 are what [2048, 3072) and [32768, 49152) are read as.
+    // 2457 and 39321 stand for [2048, 3072) and [32768, 49152).
     let quantiles = [50, 97, 98].map(|percent| quantile(&histogram, 41_000, percent));
     assert_eq!(quantiles, [Some(2_457), Some(2_457), Some(39_321)]);
 }
 
-/// What versions before 1.2 do not have is told from what is zero.
+/// Check that versions before 1.2 return `None` for what they lack, instead of 0.
 fn has_nothing_of_1_2(snapshot: &Snapshot<'_>) {
     assert_eq!(snapshot.life(), snapshot.loaded());
     assert!(!snapshot.has_waits());
@@ -526,7 +528,7 @@ fn has_nothing_of_1_2(snapshot: &Snapshot<'_>) {
     assert!(snapshot.vcpus().all(|vcpu| vcpu.polled().is_none()));
     let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
     assert!(rows().all(|row| row.cycles(Phase::Waiting) == 0));
-    // Both sleeps as one.
+    // Both kinds of sleep as one.
     let blocked = snapshot
         .counters()
         .find(|counter| counter.name == "blocked");
@@ -540,7 +542,7 @@ fn has_nothing_of_1_2(snapshot: &Snapshot<'_>) {
 }
 
 #[test]
-fn what_version_1_1_saved_reads_back() {
+fn saved_version_1_1_reads_back() {
     let snapshot = Snapshot::parse(SAVED_1_1).unwrap();
     assert_eq!(snapshot.version(), (1, 1));
     assert_eq!(snapshot.counters().count(), 9);
@@ -551,7 +553,7 @@ fn what_version_1_1_saved_reads_back() {
 }
 
 #[test]
-fn what_version_1_0_saved_reads_back() {
+fn saved_version_1_0_reads_back() {
     let snapshot = Snapshot::parse(SAVED_1_0).unwrap();
     assert_eq!(snapshot.version(), (1, 0));
     assert_eq!(snapshot.counters().count(), 6);
@@ -563,7 +565,7 @@ fn what_version_1_0_saved_reads_back() {
     assert!(rows().all(|row| row.nested_exits().is_none()));
 }
 
-/// A counter since version 1.1 that is told in another way is not taken for ours.
+/// A counter of version 1.1 or later with another unit, kind or size is not taken for ours.
 #[test]
 fn other_buckets_are_not_read_as_ours() {
     let max = 160 + 6 * 64;
@@ -593,7 +595,7 @@ fn other_buckets_are_not_read_as_ours() {
         let known = told(nested + place, byte);
         assert_eq!(known, (true, false, true), "{place}");
     }
-    // Without one of the sleeps there are none, but their sum.
+    // Without one of the two, only the sum of both kinds of sleep is read.
     for sleep in [histogram + 64, histogram + 128] {
         for (place, byte) in [(0, 1), (4, 3), (12, 2), (16, b'q')] {
             let mut bytes = SAVED.to_vec();
@@ -613,7 +615,7 @@ fn other_buckets_are_not_read_as_ours() {
 }
 
 #[test]
-fn what_the_module_gave_reads_back() {
+fn snapshot_of_a_real_module_reads_back() {
     let snapshot = Snapshot::parse(FROM_AMD).unwrap();
     assert_eq!(snapshot.bytes().len(), FROM_AMD.len());
     assert_eq!(snapshot.isa(), Isa::Svm);
@@ -632,11 +634,11 @@ fn what_the_module_gave_reads_back() {
 }
 
 #[test]
-fn a_buffer_of_any_size_is_safe_and_measured() {
+fn any_buffer_size_is_safe_and_measured() {
     let sample = Sample::new(1000);
     let bytes = sample.bytes();
     let needed = bytes.len();
-    // The tables come after all else.
+    // The tables come last.
     let before_tables = size_for(3, 9 + 3 + 1 + 3) as u64;
     assert_eq!(bytes[128..136], before_tables.to_le_bytes());
     for size in (0..needed).step_by(STEP) {
@@ -648,8 +650,8 @@ fn a_buffer_of_any_size_is_safe_and_measured() {
     assert_eq!(Snapshot::parse(&roomy).unwrap().bytes(), bytes);
 }
 
-/// A snapshot as a later minor version could write it: everything is larger, there are a
-/// histogram before the known counters and a row of a kind without a name.
+/// A snapshot as a later minor version could write it: everything is larger, a histogram stands
+/// before the known counters, and a row has an unknown kind.
 fn later() -> Vec<u8> {
     const HEADER: usize = 192;
     const DESCRIPTOR: usize = 80;
@@ -717,7 +719,7 @@ fn later() -> Vec<u8> {
     u64s(&mut bytes, rows + ROW + 8 * 65, &[1, 2, 3, 4, 5, 7]);
     u32s(&mut bytes, totals, &[HEAD as u32, 0]);
 
-    // Columns: one of a table without a name, one without a name, and exits.
+    // Columns: one of an unknown table, an unknown one, and exits.
     for (place, (table, name)) in [(9, "exits"), (2, "joules"), (2, "exits")]
         .into_iter()
         .enumerate()
@@ -745,7 +747,7 @@ fn later() -> Vec<u8> {
 }
 
 #[test]
-fn what_a_later_version_adds_is_stepped_over() {
+fn additions_of_a_later_version_are_skipped() {
     let bytes = later();
     let snapshot = Snapshot::parse(&bytes).unwrap();
     assert_eq!(snapshot.version(), (1, 9));
@@ -764,7 +766,7 @@ fn what_a_later_version_adds_is_stepped_over() {
         [2, 3, 4, 5, 7, 0]
     );
     assert!(!snapshot.has_waits());
-    // The header's size is larger than ours, what stands there now is what 1.2 has.
+    // The header is larger than ours; version 1.2's fields stand there now.
     assert_eq!(vcpu.polled(), Some(0xeeee_eeee_eeee_eeee));
     assert!(vcpu.balances());
     let histogram = snapshot.counters().next().unwrap();
@@ -802,7 +804,7 @@ fn what_a_later_version_adds_is_stepped_over() {
     assert_eq!(entries, [expected]);
 }
 
-/// The sums that are all there was, and what tells one entry from another.
+/// Sums over all exits, and the fields that distinguish entries.
 #[test]
 fn tables_read_back() {
     let snapshot = Snapshot::parse(SAVED).unwrap();
@@ -810,7 +812,7 @@ fn tables_read_back() {
     assert_eq!(snapshot.without_tables(), 1);
     let tables: Vec<_> = snapshot.tables().collect();
     let who: Vec<_> = tables.iter().map(|it| (it.vcpu, it.no_rip)).collect();
-    // The third has not had an exit.
+    // The third one has not had an exit.
     assert_eq!(who.len(), 2);
     assert!(who.contains(&(0, false)) && who.contains(&(1, true)));
     for tables in &tables {
@@ -843,7 +845,7 @@ fn tables_read_back() {
             .map(|entry| (entry.key, entry.nested, entry.others, entry.exits))
             .collect()
     };
-    // Exits without a detail are all others.
+    // Exits without a detail all belong to the others.
     assert_eq!(of(TABLE_DETAILS, 1), [(0, false, true, 5191)]);
     let mut msrs = of(TABLE_DETAILS, 32);
     msrs.sort_unstable();
@@ -855,7 +857,7 @@ fn tables_read_back() {
             (1 << 32 | 0x2002, false, false, 1548)
         ]
     );
-    // CPUID: each second one from a nested guest.
+    // CPUID: each second one comes from a nested guest.
     let mut code = of(TABLE_CODE, 10);
     code.sort_unstable();
     assert_eq!(
@@ -878,7 +880,7 @@ fn tables_read_back() {
     assert_eq!(msr.detail_kind, 2);
 }
 
-/// The slowest exits, and what came before one that was too slow.
+/// The slowest exits, and the ones before an exit that was too slow.
 #[test]
 fn slow_exits_read_back() {
     let snapshot = Snapshot::parse(SAVED).unwrap();
@@ -891,7 +893,7 @@ fn slow_exits_read_back() {
         first.slow().partition(|exit| exit.table == TABLE_SLOWEST);
     assert_eq!((slowest.len(), ring.len()), (16, 64));
     assert!(ring.iter().all(|exit| exit.table == TABLE_RING));
-    // 9 waits, and 7 that were preempted.
+    // 9 waits, and 7 preempted exits.
     let waits: Vec<_> = slowest
         .iter()
         .filter(|exit| exit.reason == Reason::Code(48))
@@ -903,7 +905,7 @@ fn slow_exits_read_back() {
             (2_009_800, 2_000_000)
         );
         assert_eq!((exit.scheduled_out, exit.user_exit), (1, None));
-        // The first one came to another CPU, and those after it stayed there.
+        // The first one moved to another CPU, and those after it stayed there.
         assert!(matches!(exit.cpus, [Some(3 | 5), Some(5)]));
         assert!(!exit.is_culprit && !exit.is_previous && !exit.nested);
     }
@@ -927,7 +929,7 @@ fn slow_exits_read_back() {
         assert_eq!((exit.length(), exit.ticks(Phase::Kernel)), (9_800, 9_800));
         assert_eq!(exit.cpus, [Some(3), Some(3)]);
     }
-    // Of the second, all of whose sleep was its own; its registers are encrypted.
+    // For the second vCPU, which slept only by its own wish; its registers are encrypted.
     let second = tables.iter().find(|it| it.vcpu == 1).unwrap();
     assert!(!second.is_frozen);
     assert!(second.slow().all(|exit| exit.rip.is_none()));
@@ -949,9 +951,9 @@ fn slow_exits_read_back() {
     assert!(vcpu.last() > culprit.time);
 }
 
-/// Who may not see the guest's code gets all else.
+/// A reader without permission for the guest's code gets all else.
 #[test]
-fn code_is_left_out_for_those_who_may_not_have_it() {
+fn code_is_left_out_without_permission() {
     let sample = Sample::new(100);
     let mut bytes = vec![0; sample.bytes().len()];
     let mut encoder = Encoder::new(&mut bytes, HOST);
@@ -969,7 +971,7 @@ fn code_is_left_out_for_those_who_may_not_have_it() {
     assert!(!bytes[..size].windows(8).any(|word| word[2..] == rip[2..]));
 }
 
-/// Reads all there is to read.
+/// Read all that can be read.
 fn read_all(bytes: &[u8]) -> Result<u64, Error> {
     let snapshot = Snapshot::parse(bytes)?;
     let mut sum = snapshot.now() ^ snapshot.gone() ^ snapshot.unmetered();
@@ -1015,7 +1017,7 @@ fn read_all(bytes: &[u8]) -> Result<u64, Error> {
 }
 
 #[test]
-fn what_is_cut_short_is_told() {
+fn truncation_is_reported() {
     for size in (0..SAVED.len()).step_by(STEP) {
         let error = read_all(&SAVED[..size]).unwrap_err();
         assert!(
@@ -1078,26 +1080,26 @@ fn errors_are_sentences() {
 }
 
 proptest! {
-    // Miri's are told by PROPTEST_CASES, as for all other tests.
+    // PROPTEST_CASES sets Miri's number, as for all other tests.
     #![proptest_config(match cfg!(miri) {
         true => ProptestConfig::default(),
         false => ProptestConfig::with_cases(4000),
     })]
 
     #[test]
-    fn damaged_bytes_are_read_or_refused(
+    fn reader_survives_damaged_bytes(
         damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
         later_version in any::<bool>(),
         place in 0..3,
     ) {
         let mut bytes = if later_version { later() } else { SAVED.to_vec() };
-        // Most of the time where offsets and sizes stand: in front, and in the tables.
+        // Mostly at offsets and sizes: at the start, and in the tables.
         let (from, reach) = match place {
             0 => (0, bytes.len()),
             1 => (0, 960),
             _ => {
                 let tables = u64::from_le_bytes(*bytes[144..].first_chunk().unwrap()) as usize;
-                // The columns, and the front of the tables.
+                // The columns, and the start of the tables.
                 let from = tables - 3 * 64;
                 (from, (bytes.len() - from).min(4000))
             }
@@ -1109,7 +1111,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_read_or_refused(tail in proptest::collection::vec(any::<u8>(), 0..2000)) {
+    fn reader_survives_any_bytes(tail in proptest::collection::vec(any::<u8>(), 0..2000)) {
         let _ = read_all(&tail);
         let mut bytes = SAVED[..160].to_vec();
         bytes.extend_from_slice(&tail);
@@ -1184,7 +1186,7 @@ proptest! {
             exits(&mut snapshot.totals().filter_map(|row| row.nested_exits())),
             nested as u64
         );
-        // The totals have each sample of the vCPUs once, and the greatest of all.
+        // The totals have each sample of the vCPUs once, and the maximum of all.
         let samples = |histogram: Option<Buckets>| histogram.unwrap().iter().sum::<u64>();
         let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
         prop_assert_eq!(
@@ -1198,9 +1200,9 @@ proptest! {
     }
 }
 
-/// The module's documentation and the page for people have the same tables.
+/// docs/interface.md has the same tables as the module's documentation.
 #[test]
-fn the_page_has_the_tables_of_the_source() {
+fn documentation_has_the_tables_of_the_source() {
     let page = include_str!("../../../docs/interface.md");
     let source = include_str!("../snapshot.rs");
     let lines: Vec<_> = source

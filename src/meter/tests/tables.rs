@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tables against exact counting: whatever comes, rows and others are all there was, and each
-//! row is within its bound.
+//! Tests of the tables against exact counting: for any input, rows and others sum to all exits and
+//! ticks, and each row is within its bound.
 #![cfg(not(loom))]
 
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ use exitmeter_meter::{
 };
 use proptest::prelude::*;
 
-/// The most exits of one stream. Miri takes a thousand times as long.
+/// Maximum number of exits in one stream. Miri takes a thousand times as long.
 const EXITS: usize = if cfg!(miri) { 60 } else { 4000 };
 
 /// Exits and ticks.
@@ -34,7 +34,7 @@ impl Sums {
         self.user += other.user;
     }
 
-    /// What is left without `other`; a sum that is too small panics.
+    /// Subtract `other`. Panics if a sum is too small.
     fn less(self, other: Sums) -> Self {
         Self {
             exits: self.exits.checked_sub(other.exits).expect("exits"),
@@ -44,20 +44,20 @@ impl Sums {
     }
 }
 
-/// Keys as they come.
+/// Distribution of keys.
 #[derive(Clone, Copy, Debug)]
 enum Stream {
-    /// Few keys have most exits.
+    /// Few keys have most of the exits.
     Skewed,
-    /// Each key is as likely as any other, and there are more than rows.
+    /// All keys are equally likely, and there are more keys than rows.
     Uniform,
-    /// One key more than a set has rows, in turns: each evicts the next.
+    /// One more key than a set has rows, in turns: each evicts the next.
     Hostile,
     /// No key comes twice.
     Ever,
 }
 
-/// By a fixed rule, so that a failure can be had again.
+/// Random numbers from a fixed rule, so that failures can be repeated.
 struct Random(u64);
 
 impl Random {
@@ -73,7 +73,7 @@ impl Random {
     }
 }
 
-/// A vCPU leaves its CPU, and tells user space why.
+/// Describe a vCPU that leaves its CPU, with a cause for user space.
 fn leaving(phase: Phase, why: u16) -> Leaving {
     Leaving {
         phase,
@@ -81,10 +81,10 @@ fn leaving(phase: Phase, why: u16) -> Leaving {
     }
 }
 
-/// What an exit is of, but for its reason.
+/// Key of an exit, without its reason.
 type Key = (Slot, bool, u64);
 
-/// A vCPU with tables, and what these are to hold by the plainest count.
+/// A vCPU with tables, and exact counts to compare them with.
 struct Metered {
     ledger: Box<Ledger>,
     tables: Box<Tables>,
@@ -122,8 +122,8 @@ impl Metered {
         self.now
     }
 
-    /// An exit with so many kernel ticks, and unless 0 so many user ticks, after an exit to user
-    /// space for a cause.
+    /// Take an exit with `kernel` kernel ticks and, unless `user` is 0, an exit to user space for a
+    /// cause with `user` ticks.
     fn exit(
         &mut self,
         (slot, nested, key): Key,
@@ -184,7 +184,7 @@ impl Metered {
         (ledger, tables)
     }
 
-    /// Demand that the tables hold what there was.
+    /// Compare the tables with the exact counts.
     fn check(&self) {
         let (ledger, tables) = self.copy();
         assert_eq!(tables.has_begun(), self.begun);
@@ -254,7 +254,7 @@ impl Metered {
             let (others, left) = (tables.other_users(&ledger, slot), users.less(rows));
             assert_eq!((others.exits, others.user), (left.exits, left.user));
         }
-        // Whoever has more than a set can give to all its rows has a row.
+        // A key with more exits than a set can give to all its rows has a row.
         for ((place, nested, detail), exact) in &self.details {
             let has_row = tables.details().iter().any(|row| {
                 let slot = row.slot().map(Slot::index);
@@ -268,8 +268,8 @@ impl Metered {
     }
 }
 
-/// Details of one set, by the rule of `Tables`.
-fn of_one_set(slot: Slot, count: usize) -> Vec<u64> {
+/// Return details of one set, by the hash of `Tables`.
+fn details_of_one_set(slot: Slot, count: usize) -> Vec<u64> {
     let set = |detail| (detail::key_of(slot, detail) as u32).wrapping_mul(0x61c8_8647) >> 26;
     (0..)
         .filter(|detail| set(*detail) == set(0))
@@ -282,15 +282,15 @@ fn slots() -> [Slot; 3] {
 }
 
 #[test]
-fn tables_take_48_kib_at_most() {
+fn tables_take_at_most_48_kib() {
     assert!(size_of::<Tables>() <= MOST_BYTES && MOST_BYTES == 48 * 1024);
     const { assert!(DETAILS >= 256 && CODES >= 256 && USERS >= 32) };
 }
 
 #[test]
-fn one_more_key_than_a_set_has_rows_evicts_and_all_else_is_exact() {
+fn one_key_too_many_evicts_and_all_other_rows_are_exact() {
     let slot = slots()[0];
-    let keys = of_one_set(slot, WAYS + 1);
+    let keys = details_of_one_set(slot, WAYS + 1);
     let mut metered = Metered::new();
     for round in 1..=10 {
         for key in keys.iter().take(WAYS) {
@@ -323,7 +323,7 @@ fn one_more_key_than_a_set_has_rows_evicts_and_all_else_is_exact() {
 }
 
 #[test]
-fn what_was_before_the_tables_is_not_theirs() {
+fn exits_before_the_tables_do_not_count() {
     let mut metered = Metered::new();
     let slot = slots()[2];
     let now = metered.at(50);
@@ -337,19 +337,19 @@ fn what_was_before_the_tables_is_not_theirs() {
     let (ledger, tables) = metered.copy();
     assert_eq!(ledger.row(slot).exits, 3);
     assert_eq!(tables.details().len(), 1);
-    // The first exit with tables has no detail, and is theirs.
+    // The first exit with tables has no detail, and counts for them.
     let others = tables.other_details(&ledger, slot);
     assert_eq!((others.exits, others.kernel, others.user), (1, 140, 9));
     assert_eq!(tables.since, now + 50);
     assert!(tables.lacks_rip());
 }
 
-/// A clock that begins anew, while a vCPU is in the kernel or in user space, moves nothing.
+/// Restart the clock while a vCPU is in the kernel or in user space: nothing changes.
 #[test]
-fn tables_go_on_when_the_clock_begins_anew() {
+fn tables_continue_when_the_clock_restarts() {
     for phase in [Phase::Kernel, Phase::User] {
         let mut metered = Metered::new();
-        // SAFETY: They stay longer than the ledger is used.
+        // SAFETY: They outlive the ledger's use.
         unsafe { metered.ledger.set_tables(&raw mut *metered.tables) };
         let slot = slots()[1];
         let about = About {
@@ -390,13 +390,13 @@ fn tables_go_on_when_the_clock_begins_anew() {
     }
 }
 
-/// Tables that come or go in the course of an exit leave its sample whole: all of its kernel ticks.
+/// If tables come or go during an exit, its sample still has all of its kernel ticks.
 #[test]
-fn a_sample_is_whole_when_tables_come_or_go() {
+fn sample_is_whole_when_tables_come_or_go() {
     for comes in [false, true] {
         let mut metered = Metered::new();
         let slot = slots()[0];
-        // So that those that go let short exits pass.
+        // The window is full, so the tables that go let short exits pass.
         for _ in 0..if comes { 0 } else { 40 } {
             metered.exit((slot, false, 1), true, 7, 5_000, 0, 0);
         }
@@ -427,9 +427,9 @@ fn a_sample_is_whole_when_tables_come_or_go() {
     }
 }
 
-/// All bytes of an exit of the first reason at address 0 are 0, as those of a row that is free.
+/// An exit of the first reason at address 0 has all bytes 0, as a free row has.
 #[test]
-fn an_exit_whose_numbers_are_0_has_a_row() {
+fn exit_with_all_zero_keys_has_a_row() {
     let mut metered = Metered::new();
     let slot = reasons::slot(Isa::Svm, 0);
     let about = About {
@@ -459,9 +459,9 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// Rows and others are all there was, for each reason, whatever comes.
+    /// For any input, rows and others sum to all exits and ticks of each reason.
     #[test]
-    fn rows_and_others_are_all_there_was(
+    fn rows_and_others_sum_to_all_exits(
         stream in prop_oneof![
             Just(Stream::Skewed), Just(Stream::Uniform), Just(Stream::Hostile), Just(Stream::Ever)
         ],
@@ -471,7 +471,7 @@ proptest! {
     ) {
         let mut random = Random(seed);
         let mut metered = Metered::new();
-        let colliding = slots().map(|slot| of_one_set(slot, WAYS + 1));
+        let colliding = slots().map(|slot| details_of_one_set(slot, WAYS + 1));
         for number in 0..exits {
             let place = match stream {
                 Stream::Hostile => number / 50 % 3,
@@ -487,7 +487,7 @@ proptest! {
                 Stream::Hostile => colliding[place][number % (WAYS + 1)],
                 Stream::Ever => number as u64,
             };
-            // The first few exits have neither, so that the tables begin in the midst.
+            // The first few exits have neither, so that the tables begin midway.
             let late = number as u64 >= 4 * without;
             let detail = late && random.below(16) != 0;
             let rip = match late && random.below(16) != 0 {

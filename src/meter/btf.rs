@@ -113,11 +113,11 @@ pub enum Unknown {
 /// First difference between two prototypes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// It returns a value.
+    /// The return type.
     Return,
-    /// The number of parameters differs.
+    /// The number of parameters.
     Count,
-    /// One parameter differs, counted from 1.
+    /// One parameter, counted from 1.
     Parameter(usize),
 }
 

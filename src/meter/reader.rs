@@ -49,27 +49,27 @@ const HEAD_SIZE_1_0: usize = 104;
 /// Reason why bytes are not a snapshot that this reader understands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// It ends before it should.
+    /// The snapshot is truncated.
     Truncated {
         /// Expected number of bytes.
         needed: u64,
         /// Actual number of bytes.
         found: u64,
     },
-    /// It does not start with the magic bytes.
+    /// The magic bytes are missing.
     Magic,
-    /// Its major version is unknown.
+    /// The major version is unknown.
     Version {
         /// The major version.
         major: u16,
         /// The minor version.
         minor: u16,
     },
-    /// Its ISA is unknown.
+    /// The ISA is unknown.
     Isa(u32),
-    /// A part of it lies outside of its bounds.
+    /// A part lies outside of its bounds.
     Damaged(&'static str),
-    /// It lacks the counter with this name.
+    /// The counter with this name is missing.
     Counter(&'static str),
 }
 

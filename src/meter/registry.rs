@@ -3,12 +3,12 @@
 //! Registry of ledgers: which ledger belongs to which vCPU, and for how long. The algorithm runs on
 //! any [`Platform`].
 //!
-//! KVM's creation of a vCPU announces it, where the thread may wait for memory. Its ledger begins
-//! at its first event. A vCPU older than the module is registered at its first event, without
-//! waiting. KVM's destruction of a vCPU releases it, and its numbers are added to the totals. A
-//! vCPU that cannot be registered, for lack of memory or past `max_vcpus`, is counted, marked in
-//! the table as unmetered, and runs on undisturbed. The mark keeps it unmetered, even if there is
-//! room later.
+//! The registry learns of a vCPU when KVM creates it, where the thread may wait for memory. The
+//! vCPU's ledger begins at its first event. A vCPU older than the module is registered at its first
+//! event, without waiting. When KVM destroys a vCPU, the registry releases it and adds its numbers
+//! to the totals. A vCPU that cannot be registered, for lack of memory or past `max_vcpus`, is
+//! counted, marked in the table as unmetered, and runs on undisturbed. The mark keeps it unmetered,
+//! even if there is room later.
 //!
 //! Marks are bounded too, because anyone who may open /dev/kvm creates vCPUs. Once a vCPU could not
 //! be marked, a vCPU is registered or counted only at the first load of its life. So vCPUs created
@@ -640,7 +640,7 @@ impl<P: Platform> Registry<P> {
         }
     }
 
-    /// Restart all ledgers at `now` on a clock that has begun anew; the old clock read `then`.
+    /// Move all ledgers to a restarted clock, which reads `now`; the old clock read `then`.
     ///
     /// Call at a moment when no other CPU runs. It takes as many steps as there are vCPUs.
     pub fn rebase(&self, then: u64, now: u64) {

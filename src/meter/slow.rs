@@ -177,7 +177,7 @@ pub(super) struct Exited {
     pub(super) rip: u64,
 }
 
-/// How a vCPU leaves its CPU.
+/// Description of how a vCPU leaves its CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Leaving {
     /// The phase that begins.
@@ -367,7 +367,7 @@ impl Slow {
         own(&self.at) != own(&self.low)
     }
 
-    /// Start the ring anew if it is full. An exit must follow.
+    /// Restart the ring if it is full. An exit must follow.
     pub(super) fn make_room(&self) {
         if self.has_room() {
             return;
@@ -579,7 +579,7 @@ impl Slow {
         let sequence = self.sequence();
         self.culprit.store(sequence, Relaxed);
         self.frozen.store(place.0, Relaxed);
-        // Treat the scratch ring as full: the next exit starts it anew.
+        // Treat the scratch ring as full: the next exit restarts it.
         self.base
             .store(sequence.wrapping_sub(SCRATCH as u64 - 1), Relaxed);
         // INVARIANT: Both are 0.
@@ -668,7 +668,7 @@ impl Slow {
         for course in &self.courses {
             course.exited.store(0, Relaxed);
         }
-        // The next exit finds the ring full, and starts it anew.
+        // The next exit finds the ring full, and restarts it.
         self.base.store(next.wrapping_sub(RING as u64), Relaxed);
         // INVARIANT: Both are equal.
         self.low.store(RING_LOW, Relaxed);
@@ -689,8 +689,8 @@ impl Slow {
         self.usual.store(usual, Relaxed);
     }
 
-    /// Restart at `now` on a clock that has begun anew; the old clock read `then`. The vCPU has
-    /// been in `phase` since the transition at `last`.
+    /// Move to a restarted clock, which reads `now`; the old clock read `then`. The vCPU has been in
+    /// `phase` since the transition at `last`.
     pub(super) fn rebase(&self, last: u64, then: u64, now: u64, phase: u32) {
         if phase == Phase::Guest as u32 {
             self.close(last);

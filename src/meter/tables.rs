@@ -737,7 +737,7 @@ impl Tables {
         0
     }
 
-    /// Restart at `now` on a clock that has begun anew; the old clock read `then`.
+    /// Move to a restarted clock, which reads `now`; the old clock read `then`.
     pub(super) fn rebase(&self, then: u64, now: u64) {
         let age = then.wrapping_sub(self.since.load(Relaxed));
         self.since.store(now.wrapping_sub(age), Relaxed);

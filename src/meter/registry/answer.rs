@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Answers to a guest's queries: it reads the vCPUs of the asking vCPU's group one by one, and the
-//! sums over the others, which one query renews now and then.
+//! Answers to a guest's queries. An answer adds the vCPUs of the asking vCPU's group, read one by
+//! one, and the sums over the others, which one query renews now and then.
 //!
 //! A query takes no lock and waits for nobody, so no guest can make another one wait. A VM with up
 //! to [`GROUP`] vCPUs has one group, and its numbers are exact. In a larger VM, the numbers of
@@ -173,7 +173,7 @@ impl<P: Platform> Registry<P> {
     }
 
     /// Return true if sums are due for renewal. A time further ahead than the longest wait comes
-    /// from before the clock began anew.
+    /// from before the clock restarted.
     fn is_due(&self, due: &AtomicU64, now: u64) -> bool {
         let ahead = due.load(Relaxed).wrapping_sub(now);
         let longest = self.platform.millisecond().saturating_mul(LONGEST_WAIT);

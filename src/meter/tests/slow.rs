@@ -221,7 +221,7 @@ impl Metered {
         let to_user = (phase == Phase::User).then_some(why);
         let leaving = Leaving { phase, to_user };
         let cpu = self.cpu.into();
-        // As the module does.
+        // The module does the same.
         match phase {
             Phase::User => {
                 let why = || leaving.to_user;

@@ -442,8 +442,7 @@ mod tests {
         assert_eq!(LeafMap::from_number(2023), None);
     }
 
-    /// Covers all 2
-    /// 32 leaves: the 16 values of the low nibble, and two values for all others.
+    /// Covers all 2^32 leaves: the 16 values of the low nibble, and two values for all others.
     #[test]
     fn classifies_only_the_defined_leaves() {
         // Miri takes a thousand times as long.

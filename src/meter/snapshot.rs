@@ -71,8 +71,7 @@
 //! nested guest, an L2 (events). Minor version 2 adds `halted` and `waiting` (TSC ticks), the two
 //! phases that `blocked` sums.
 //!
-//! A sum that does not fit in 8 bytes stays at 2
-//! 64 - 1.
+//! A sum that does not fit in 8 bytes stays at 2^64 - 1.
 //!
 //! A histogram's first bucket also counts all samples below it, and the last one all above. With 2
 //! buckets per power of two and first power 6, as now, the first bucket counts samples below 96,
@@ -133,8 +132,8 @@
 //! `waiting` and `preempted`, the exit's ticks by phase; `scheduled_out`, the times that the
 //! scheduler took the vCPU off its CPU (events); and `user_exit`, KVM_EXIT_* if the exit went to
 //! user space (unit 0). The slowest exits also have `window`: 0 the current one, 1 the one before
-//! (unit 0). An unknown CPU, and the `user_exit` of an exit that did not go to user space, are 2
-//! 64 - 1.
+//! (unit 0). An unknown CPU is 2^64 - 1, and so is the `user_exit` of an exit that did not go to
+//! user space.
 //!
 //! # Record of a vCPU's tables
 //!
@@ -178,10 +177,9 @@
 //! at 0 is exact.
 //!
 //! The length of a slow exit is its ticks in all phases but `halted`. Each window keeps the 16
-//! slowest exits whose entry is in it. A window lasts at least 2
-//! 35 ticks; docs/slow.md says when it ends. Rings are empty without the parameter `slow_us`. A
-//! ring that is not frozen ends with the latest exit that was followed by an entry; a frozen one
-//! ends with the exit that froze it.
+//! slowest exits whose entry is in it. A window lasts at least 2^35 ticks; docs/slow.md says when
+//! it ends. Rings are empty without the parameter `slow_us`. A ring that is not frozen ends with
+//! the latest exit that was followed by an entry; a frozen one ends with the exit that froze it.
 //!
 //! # Key of a detail
 //!
@@ -420,9 +418,9 @@ pub struct Host {
     pub loaded: u64,
     /// Current TSC, in the snapshot's clock.
     pub now: u64,
-    /// Offset of the snapshot's clock from the ledgers' clock, in TSC ticks modulo 2
-    /// 64. The hardware's TSC starts over when the host wakes from some sleeps, and the snapshot's
-    /// clock goes on.
+    /// Offset of the snapshot's clock from the ledgers' clock, in TSC ticks modulo 2^64. The
+    /// hardware's TSC starts over when the host wakes from some sleeps, and the snapshot's clock
+    /// goes on.
     pub clock_offset: u64,
     /// Number of the meter's life: never 0, and a new one when the numbers start over.
     pub life: u64,

@@ -327,8 +327,7 @@ fn fields_have_the_documented_offsets() {
         [0, 32, 120, 120 * 40_000, 120 * 5_100, 0, 0, 0, 5_100, 0],
         [1, 0, 0, 40_000, 9_000, 2_000_000, 0, 0, 0, 0],
     ];
-    // From 2048, 4096 and 32768 on: two buckets per power of two, the first one of 2
-    // 6.
+    // From 2048, 4096 and 32768 on: two buckets per power of two, the first one of 2^6.
     let histograms: [&[(usize, u64)]; 3] = [&[(10, 400), (18, 10)], &[(12, 120)], &[]];
     for (place, [kind, code, numbers @ ..]) in rows.into_iter().enumerate() {
         let row = row + 600 * place;

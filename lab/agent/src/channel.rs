@@ -2,34 +2,34 @@
 
 //! Messages in checked frames, for lines that may carry other bytes too.
 //!
-//! | bytes | what |
+//! | bytes | field |
 //! | --- | --- |
 //! | 4 | [`MAGIC`] |
-//! | 1 | the kind of message |
-//! | 4 | sequence number, from 0 at [`Message::Hello`] on |
+//! | 1 | kind of the message |
+//! | 4 | sequence number, starting from 0 at [`Message::Hello`] |
 //! | 4 | length of the body, at most [`MAX_BODY`] |
-//! | length | the body |
-//! | 4 | CRC-32 of all of the above but the magic |
+//! | length | body |
+//! | 4 | CRC-32 of everything above except the magic |
 //!
-//! Numbers are little-endian. A reader tells noise from frames by the magic, damage by the CRC, and loss by the
-//! sequence number; after each it goes on with the next frame.
+//! Numbers are little-endian. The magic separates frames from noise, the CRC shows damage, and the sequence number
+//! shows loss. After each of these the receiver continues with the next frame.
 
 use std::io::{self, Write};
 
-/// The first bytes of a frame: none of them is ASCII, and together they are no UTF-8.
+/// First bytes of a frame. None of them is ASCII, and together they are not valid UTF-8.
 pub const MAGIC: [u8; 4] = [0xf5, 0xe9, 0xfd, 0x9e];
 
-/// The largest body of a frame, in bytes.
+/// Largest body of a frame, in bytes.
 pub const MAX_BODY: usize = 1 << 16;
 
 const HEADER: usize = MAGIC.len() + 1 + 4 + 4;
 
-/// What the two ends say to each other.
+/// Message from one end to the other.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Message {
-    /// The sender has started; its sequence numbers start with this message.
+    /// The sender has started. Its sequence numbers start with this message.
     Hello,
-    /// What the sender is about to do, for people who wait.
+    /// The sender's next step, to be shown to the user.
     Stage(String),
     /// A piece of the standard output of the command.
     Stdout(Vec<u8>),
@@ -37,29 +37,29 @@ pub enum Message {
     Stderr(Vec<u8>),
     /// One record of the kernel log, as /dev/kmsg gives it.
     Kernel(Vec<u8>),
-    /// A file begins; its path is relative to the out folder, its mode as in `stat`.
+    /// A file begins.
     File {
-        /// Type and permissions.
+        /// Type and permissions, as in `stat`.
         mode: u32,
-        /// Relative, of plain names.
+        /// Path relative to the out folder, of plain names only.
         path: Vec<u8>,
     },
-    /// A piece of the file that has begun.
+    /// A piece of the current file.
     FileData(Vec<u8>),
-    /// The file that has begun is whole; it has this many bytes.
+    /// The current file is complete and has this many bytes.
     FileEnd(u64),
-    /// The command has ended with this status; 128 + N for signal N. Nothing follows.
+    /// The command has ended with this status, or 128 + N for signal N. Nothing follows.
     Verdict(u32),
-    /// The machine cannot do what it was started for; says why. Nothing follows.
+    /// The machine cannot do what it was started for, for this reason. Nothing follows.
     Failure(String),
     /// To a guest: run this shell command.
     Run {
-        /// Comes back in [`Message::Started`].
+        /// Number that [`Message::Started`] repeats.
         number: u64,
-        /// For `sh -c`.
+        /// Command line for `sh -c`.
         command: Vec<u8>,
     },
-    /// What follows, up to the verdict, comes from the command of this number.
+    /// The messages that follow, up to the verdict, come from the command with this number.
     Started(u64),
     /// To a guest: restart the machine.
     Reboot,
@@ -134,7 +134,7 @@ impl Message {
     }
 }
 
-/// The sending end.
+/// Sending end of a line.
 #[derive(Debug)]
 pub struct Sender<W> {
     line: W,
@@ -142,17 +142,17 @@ pub struct Sender<W> {
 }
 
 impl<W: Write> Sender<W> {
-    /// A sender that has sent nothing yet.
+    /// Create a sender that has sent nothing yet.
     pub fn new(line: W) -> Self {
         Self { line, sequence: 0 }
     }
 
-    /// Sends one message, whole and at once.
+    /// Send one message in one write.
     ///
     /// # Errors
     ///
-    /// Those of the line; and a body above [`MAX_BODY`], which only a path or a command of that length can have
-    /// (see [`Sender::send_pieces`]).
+    /// Errors of the line, and a body larger than [`MAX_BODY`]. Only a path or a command can be that long, as other
+    /// bytes go through [`Sender::send_pieces`].
     pub fn send(&mut self, message: &Message) -> io::Result<()> {
         let body = message.body();
         if body.len() > MAX_BODY {
@@ -178,11 +178,11 @@ impl<W: Write> Sender<W> {
         self.line.flush()
     }
 
-    /// Sends bytes of any length, as as many messages as it takes.
+    /// Send bytes of any length, in as many messages as they need.
     ///
     /// # Errors
     ///
-    /// Those of the line.
+    /// Errors of the line.
     pub fn send_pieces(
         &mut self,
         kind: impl Fn(Vec<u8>) -> Message,
@@ -194,32 +194,32 @@ impl<W: Write> Sender<W> {
     }
 }
 
-/// What came over the line.
+/// Item received over the line.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Item {
-    /// A frame that is whole and in its place.
+    /// A complete frame, in sequence.
     Message(Message),
     /// Bytes that belong to no frame.
     Noise(Vec<u8>),
-    /// Something of the other end's was lost or garbled; says what.
+    /// A frame was lost or garbled, as the text describes.
     Damage(String),
 }
 
-/// The receiving end: takes bytes as they come, gives items.
+/// Receiving end of a line. Turns bytes into items.
 #[derive(Debug, Default)]
 pub struct Receiver {
     pending: Vec<u8>,
-    /// The number that the next frame should have; unknown before the first.
+    /// Sequence number of the next frame; unknown before the first.
     expected: Option<u32>,
 }
 
 impl Receiver {
-    /// A receiver that has seen nothing yet.
+    /// Create a receiver that has received nothing yet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes the next bytes of the line and gives what they complete.
+    /// Take the next bytes of the line and return the items that they complete.
     pub fn receive(&mut self, bytes: &[u8]) -> Vec<Item> {
         self.pending.extend_from_slice(bytes);
         let mut items = Vec::new();
@@ -232,7 +232,7 @@ impl Receiver {
         items
     }
 
-    /// The line has ended: what is left is damage or noise.
+    /// End the line and return the remaining bytes as damage or noise.
     pub fn finish(&mut self) -> Vec<Item> {
         let rest = std::mem::take(&mut self.pending);
         if rest.is_empty() {
@@ -247,8 +247,8 @@ impl Receiver {
         }
     }
 
-    /// Looks at what is pending from `start` on: how many bytes of it are settled, and what they are.
-    /// A loss that shows before the item goes to `before`.
+    /// Decode the pending bytes from `start`. Return the number of bytes consumed and their item, and add a loss that
+    /// precedes the item to `before`.
     fn take(&mut self, start: usize, before: &mut Vec<Item>) -> Option<(usize, Option<Item>)> {
         let rest = &self.pending[start..];
         if rest.is_empty() {
@@ -262,7 +262,7 @@ impl Receiver {
         let [_, _, _, _, kind, s0, s1, s2, s3, l0, l1, l2, l3] = *header;
         let sequence = u32::from_le_bytes([s0, s1, s2, s3]);
         let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
-        // From here on, give up no more than the magic: what follows may hold a frame that is whole.
+        // From here on, skip no more than the magic: the bytes that follow may hold a complete frame.
         let damage = |text: String| Some((MAGIC.len(), Some(Item::Damage(text))));
         if length > MAX_BODY {
             return damage(format!("a frame claims {length} bytes"));
@@ -291,7 +291,7 @@ impl Receiver {
     }
 }
 
-/// Where the first magic begins, whole or cut off by the end; the length when there is none.
+/// Return the position of the first magic, which the end may cut off, or the length if there is none.
 fn find_magic(bytes: &[u8]) -> usize {
     (0..bytes.len())
         .find(|&at| {
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn every_message_comes_back_however_the_line_is_cut() {
+    fn every_message_survives_any_split_of_the_line() {
         let line = encode(&sample());
         for size in [1, 3, 17, 4096, line.len()] {
             let mut receiver = Receiver::new();
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_around_frames_is_told_apart() {
+    fn noise_around_frames_is_separated() {
         let mut line = b"Bochs x86 Emulator 3.0\n".to_vec();
         line.extend(encode(&[Message::Hello]));
         line.extend(b"bye\xf5\xe9");
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn any_flipped_byte_is_noticed_and_costs_one_message() {
+    fn a_flipped_byte_is_detected_and_costs_one_message() {
         let sent = [
             Message::Hello,
             Message::Stdout(b"abc".to_vec()),
@@ -396,7 +396,7 @@ mod tests {
             damaged[at] ^= 0x20;
             let mut receiver = Receiver::new();
             let mut items = receiver.receive(&damaged);
-            // A length that grew swallows what follows until the line ends.
+            // A length that grew takes in all that follows until the line ends.
             let rest = receiver.finish();
             let swallowed = rest.iter().any(|item| matches!(item, Item::Damage(_)));
             items.extend(rest);
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_frame_is_noticed() {
+    fn a_lost_frame_is_detected() {
         let sent = [
             Message::Hello,
             Message::Stdout(b"abc".to_vec()),
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_ends_within_a_frame_is_damaged() {
+    fn a_line_that_ends_in_a_frame_is_damaged() {
         let line = encode(&[Message::Hello, Message::Verdict(0)]);
         let mut receiver = Receiver::new();
         assert_eq!(
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restarted_sender_is_no_loss() {
+    fn a_restarted_sender_is_not_a_loss() {
         let line = [
             encode(&sample()),
             encode(&[Message::Hello, Message::Verdict(1)]),

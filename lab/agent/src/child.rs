@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Running a command, and passing on what it says while it says it.
+//! Running a command and forwarding its output as it comes.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -13,27 +13,27 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use rustix::process::{waitpid, Pid, PidfdFlags, WaitOptions};
 
-/// Children that others left to us are gone at the latest this long after their end.
+/// Longest time until an orphan that was inherited is reaped after its end.
 const REAP: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 500_000_000,
 };
 
-/// The kernel log, read as it grows.
+/// Reader of the kernel log as it grows.
 #[derive(Debug)]
 pub struct KernelLog(File);
 
 impl KernelLog {
-    /// Opens it at its first record.
+    /// Open the log at its first record.
     pub fn open() -> io::Result<Self> {
         let file = File::open("/dev/kmsg")?;
         set_nonblocking(&file)?;
         Ok(Self(file))
     }
 
-    /// Emits the records that are there by now.
+    /// Emit all records written so far.
     pub fn drain(&mut self, emit: &mut impl FnMut(Message) -> io::Result<()>) -> io::Result<()> {
-        // A record is at most 8 KiB; each read gives one.
+        // A record is at most 8 KiB, and each read returns one.
         let mut record = [0; 8192];
         loop {
             match self.0.read(&mut record) {
@@ -41,7 +41,7 @@ impl KernelLog {
                 Ok(length) => emit(Message::Kernel(record[..length].to_vec()))?,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel wrote over records that were not read yet; the next read goes on behind them.
+                // The kernel has overwritten unread records. The next read continues after them.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {
                     emit(Message::Kernel(
                         b"12,0,0,-;lab: some of the kernel log is lost here\n".to_vec(),
@@ -53,10 +53,11 @@ impl KernelLog {
     }
 }
 
-/// Runs `command` without input; emits its output, and the kernel log when there is one, until the command itself
-/// has ended. What it left running in the background goes on, unheard. Gives the status, 128 + N for signal N.
+/// Run `command` without input. Emit its output, and the kernel log if there is one, until the command itself ends.
+/// Return its status, or 128 + N for signal N.
 ///
-/// To be called by the first process: it takes the end of every orphan.
+/// Its background processes keep running, but their output is dropped. Only the first process may call this, since it
+/// reaps every orphan.
 pub fn run(
     mut command: Command,
     mut log: Option<&mut KernelLog>,
@@ -93,7 +94,7 @@ pub fn run(
             }
             !sources[0].revents().is_empty()
         };
-        // The kernel log first: what it says came before what the command says about it.
+        // The kernel log goes first: its records precede what the command says about them.
         if let Some(log) = &mut log {
             log.drain(emit)?;
         }
@@ -103,7 +104,7 @@ pub fn run(
             if ended {
                 return Ok(status);
             }
-            // It ended between the look at the pipes and the look at the process: once more for its last words.
+            // It ended after the pipes were read: read them once more for its last output.
             if stdout_open {
                 drain(&mut stdout, Message::Stdout, emit)?;
             }
@@ -118,7 +119,7 @@ pub fn run(
     }
 }
 
-/// Takes the end of all children that have ended; gives the status when `pid` is among them.
+/// Reap all children that have ended. Return the status of `pid` if it is among them.
 fn reap(pid: Pid) -> io::Result<Option<u32>> {
     let mut found = None;
     loop {
@@ -135,7 +136,7 @@ fn reap(pid: Pid) -> io::Result<Option<u32>> {
     }
 }
 
-/// The status as a shell gives it.
+/// Convert a status to the number that a shell reports.
 pub fn code(status: ExitStatus) -> u32 {
     // CAST: neither is negative.
     match (status.code(), status.signal()) {
@@ -145,7 +146,7 @@ pub fn code(status: ExitStatus) -> u32 {
     }
 }
 
-/// Emits what a pipe holds; gives whether more can come.
+/// Emit the contents of a pipe. Return true if more can come.
 fn drain(
     pipe: &mut impl Read,
     kind: fn(Vec<u8>) -> Message,

@@ -2,7 +2,7 @@
 
 //! Archives for the kernel's initramfs, in the format "newc".
 //!
-//! Everything in them belongs to root and has no date, so that the same content gives the same bytes.
+//! All entries belong to root and have no date, so that the same content gives the same bytes.
 
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::Path;
 
-/// Writes an archive.
+/// Writer of an archive.
 #[derive(Debug)]
 pub struct Archive<W> {
     target: W,
@@ -20,7 +20,7 @@ pub struct Archive<W> {
 }
 
 impl<W: Write> Archive<W> {
-    /// Starts an archive.
+    /// Start an archive.
     pub fn new(target: W) -> Self {
         Self {
             target,
@@ -29,36 +29,36 @@ impl<W: Write> Archive<W> {
         }
     }
 
-    /// How many bytes the archive has by now.
+    /// Return the size of the archive so far, in bytes.
     pub fn size(&self) -> u64 {
         self.written
     }
 
-    /// Adds a folder. The folders above it have to be there already.
+    /// Add a folder. Its parents must have been added before.
     ///
     /// # Errors
     ///
-    /// Those of the target.
+    /// Errors of the target.
     pub fn folder(&mut self, path: &str, permissions: u32) -> io::Result<()> {
         self.entry(path, 0o040_000 | permissions, 0)
     }
 
-    /// Adds a symbolic link.
+    /// Add a symbolic link.
     ///
     /// # Errors
     ///
-    /// Those of the target.
+    /// Errors of the target.
     pub fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
         self.entry(path, 0o120_777, to.len() as u64)?;
         self.data(to.as_bytes())?;
         self.pad(4)
     }
 
-    /// Adds a file with `size` bytes of `content`.
+    /// Add a file with `size` bytes of `content`.
     ///
     /// # Errors
     ///
-    /// Those of the two ends; a content that is not as long as `size` says, or longer than 4 GiB.
+    /// Errors of `content` and of the target; a content that is shorter than `size`; a size of 4 GiB or more.
     pub fn file(
         &mut self,
         path: &str,
@@ -78,21 +78,21 @@ impl<W: Write> Archive<W> {
         self.pad(4)
     }
 
-    /// Adds a file that is at hand.
+    /// Add a file with this content.
     ///
     /// # Errors
     ///
-    /// Those of the target.
+    /// Errors of the target.
     pub fn bytes(&mut self, path: &str, permissions: u32, content: &[u8]) -> io::Result<()> {
         self.file(path, permissions, content.len() as u64, content)
     }
 
-    /// Ends the archive with enough zeros that its size is `rest` modulo `block`, which is a multiple of 4 as
-    /// `rest` is; gives the target back.
+    /// End the archive and return the target. Zeros are added until the size is `rest` modulo `block`; both are
+    /// multiples of 4.
     ///
     /// # Errors
     ///
-    /// Those of the target.
+    /// Errors of the target.
     pub fn finish(mut self, block: u64, rest: u64) -> io::Result<W> {
         self.entry("TRAILER!!!", 0, 0)?;
         let missing = (rest + block - self.written % block) % block;
@@ -151,11 +151,12 @@ impl<W: Write> Archive<W> {
     }
 }
 
-/// Unpacks the archive in `bytes` to `root`, as the kernel does: what is there already is replaced, but folders stay.
+/// Unpack the archive in `bytes` to `root`. As in the kernel, existing files and links are replaced, and existing
+/// folders stay.
 ///
 /// # Errors
 ///
-/// Those of the file system, and an archive that is cut off or of another format.
+/// Errors of the file system, and an archive that is cut off or of another format.
 pub fn unpack(bytes: &[u8], root: &Path) -> io::Result<()> {
     const HEADER: usize = 110;
     let invalid = |text: &str| {
@@ -224,12 +225,12 @@ mod tests {
     }
 
     #[test]
-    fn the_archive_is_as_the_format_says() {
+    fn the_archive_follows_the_format() {
         let bytes = sample().finish(4, 0).unwrap();
         let file = b"070701\
             00000002000081ed000000000000000000000001000000000000000a\
             000000000000000000000000000000000000000900000000bin/true";
-        // The numbers above are what GNU cpio writes for the same file (but for inode and date).
+        // GNU cpio writes the numbers above for the same file, except for inode and date.
         let text = String::from_utf8_lossy(&bytes).into_owned();
         assert!(text.contains(&*String::from_utf8_lossy(file)), "{text:?}");
         assert!(bytes.starts_with(b"070701"));
@@ -237,16 +238,16 @@ mod tests {
     }
 
     #[test]
-    fn the_end_is_where_it_is_wanted() {
+    fn the_size_is_padded_as_requested() {
         assert_eq!(sample().finish(4096, 512).unwrap().len() % 4096, 512);
         assert_eq!(sample().finish(4096, 0).unwrap().len() % 4096, 0);
     }
 
     #[test]
-    fn what_was_packed_is_unpacked() {
+    fn a_packed_archive_can_be_unpacked() {
         let root = tempfile::tempdir().unwrap();
         let bytes = sample().finish(4096, 0).unwrap();
-        // Twice: what is there is no hindrance.
+        // Twice, since existing files must not get in the way.
         for _ in 0..2 {
             unpack(&bytes, root.path()).unwrap();
             let read = |name| fs::read(root.path().join(name)).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The command `guest` of the host: a real Linux guest under KVM, and commands run in it.
+//! The host's command `guest`: boots real Linux guests under KVM and runs commands in them.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -24,13 +24,13 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{flock, FlockOperation};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
-/// The guest's VMM: QEMU's smallest machine, KVM's in-kernel interrupt controllers, and two serial ports.
+/// VMM of the guest: QEMU's smallest machine, with KVM's in-kernel interrupt controllers and two serial ports.
 const VMM: &str = "/usr/bin/qemu-system-x86_64-microvm";
 
-/// A command that could not be run has this status, as with `env` and `timeout`.
+/// Status of a command that could not be run, as with `env` and `timeout`.
 const FAILED: u8 = 125;
 
-/// Boots Linux guests under KVM, and runs commands in them.
+/// Boot Linux guests under KVM, and run commands in them.
 #[derive(Debug, Parser)]
 #[command(name = "guest")]
 struct Guest {
@@ -40,11 +40,11 @@ struct Guest {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Starts a guest, and waits until it takes commands.
+    /// Start a guest, and wait until it accepts commands.
     Boot(Boot),
-    /// Runs a command in a guest; its output and status become those of this command (125: it could not be run).
+    /// Run a command in a guest; its output and status become those of this command (125: it could not be run).
     ///
-    /// One word is a line for the guest's shell. Several are a command and its arguments, which come there as they are.
+    /// One word is a line for the guest's shell. Several words are a command and its arguments, passed on unchanged.
     Run {
         #[command(flatten)]
         which: Which,
@@ -52,20 +52,20 @@ enum Verb {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
-    /// Restarts a guest, and waits until it takes commands again.
+    /// Restart a guest, and wait until it accepts commands again.
     Reboot(Which),
-    /// Ends a guest's VMM, and waits until it is gone.
+    /// End a guest's VMM, and wait until it is gone.
     Stop(Which),
-    /// Prints the process of a guest's VMM; KVM names the VM kvm-PID.
+    /// Print the process ID of a guest's VMM; KVM names the VM kvm-PID.
     Pid(Which),
 }
 
 #[derive(Args, Debug)]
 struct Which {
-    /// Which guest.
+    /// Name of the guest.
     #[arg(long, default_value = "guest", value_parser = name)]
     name: String,
-    /// How many of the host's seconds to wait.
+    /// Longest time to wait, in seconds of the host.
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     timeout: u64,
 }
@@ -74,13 +74,13 @@ struct Which {
 struct Boot {
     #[command(flatten)]
     which: Which,
-    /// How many vCPUs it has.
+    /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
-    /// How much memory it has, in MiB.
+    /// Memory, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u32,
-    /// More for the guest kernel's command line.
+    /// Text to append to the guest kernel's command line.
     #[arg(
         long,
         value_name = "TEXT",
@@ -96,7 +96,7 @@ struct Boot {
     vmm: Vec<String>,
 }
 
-/// A name becomes part of file names.
+/// Check the name of a guest, which becomes part of file names.
 fn name(text: &str) -> Result<String, String> {
     if !text.is_empty()
         && text
@@ -109,7 +109,7 @@ fn name(text: &str) -> Result<String, String> {
     }
 }
 
-/// Runs the command line.
+/// Run the command `guest`.
 pub fn command() -> ExitCode {
     let done = match Guest::parse().verb {
         Verb::Boot(options) => boot(&options),
@@ -130,7 +130,7 @@ pub fn command() -> ExitCode {
     }
 }
 
-/// Make a line for a shell: what is one word already, or a command that the shell leaves as it is.
+/// Make a line for a shell. One word is the line itself; the words of a command are quoted for the shell.
 fn line(words: &[String]) -> String {
     if let [line] = words {
         return line.clone();
@@ -145,7 +145,7 @@ fn line(words: &[String]) -> String {
     quoted.collect::<Vec<_>>().join(" ")
 }
 
-/// Where a guest's things are.
+/// Paths of a guest's files.
 struct Files {
     name: String,
     folder: PathBuf,
@@ -169,7 +169,7 @@ impl Files {
         self.folder.join("commands")
     }
 
-    /// The VMM's process, as long as it lives.
+    /// Return the VMM's process, as long as it lives.
     fn pid(&self) -> Result<Pid> {
         let alive = || {
             let pid = fs::read_to_string(self.folder.join("pid"))
@@ -178,7 +178,7 @@ impl Files {
                 .ok()
                 .and_then(Pid::from_raw)?;
             let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-            // A zombie is the same as none.
+            // A zombie counts as gone.
             let state = stat.rsplit_once(')')?.1.trim_start().chars().next()?;
             (state != 'Z' && state != 'X').then_some(pid)
         };
@@ -190,7 +190,7 @@ impl Files {
         })
     }
 
-    /// The VMM ended, or the guest says nothing: what there is to see of it.
+    /// Describe a guest whose VMM ended or which does not answer: return the last lines of its logs.
     fn describe(&self) -> String {
         let mut text = String::new();
         for path in [&self.vmm_log, &self.console] {
@@ -278,7 +278,7 @@ fn boot(options: &Boot) -> Result<u8> {
         ])
         .args(["-device", "isa-serial,chardev=commands,index=1"]);
     if options.vcpus > 1 {
-        // SeaBIOS's way of counting vCPUs needs them to run at the same time.
+        // SeaBIOS counts vCPUs in a way that needs all of them to run at the same time.
         command.args(["-bios", "qboot.rom"]);
     }
     let log = File::create(&files.vmm_log)?;
@@ -287,7 +287,8 @@ fn boot(options: &Boot) -> Result<u8> {
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: only a call that is allowed between fork and exec. The guest outlives the shell that started it.
+    // SAFETY: Makes only a call that is allowed between fork and exec. With it the guest outlives the shell that
+    // started it.
     unsafe {
         command.pre_exec(|| {
             rustix::process::setsid()?;
@@ -319,7 +320,7 @@ fn boot(options: &Boot) -> Result<u8> {
     Ok(0)
 }
 
-/// Writes the guest's initramfs, with this program as its first process and with `files`.
+/// Write the guest's initramfs, with this program as the first process and with `files`.
 fn pack(path: &Path, files: &[String]) -> Result<()> {
     initramfs::write(path, Path::new("/proc/self/exe"), |archive| {
         for spec in files {
@@ -350,7 +351,7 @@ fn run(which: &Which, command: &str) -> Result<u8> {
         number,
         command: command.as_bytes().to_vec(),
     })?;
-    // What an interrupted `guest run` left on the line comes first.
+    // Skip what an interrupted `guest run` left on the line.
     line.wait_for(&Message::Started(number), &files)?;
     let (mut stdout, mut stderr) = (io::stdout().lock(), io::stderr().lock());
     loop {
@@ -401,7 +402,7 @@ fn stop(which: &Which) -> Result<u8> {
     Ok(0)
 }
 
-/// Waits until there is something to read, or the end; gives whether that came before the deadline.
+/// Wait until there is something to read or the source ends. Return false if the deadline came first.
 fn wait_for(source: &impl AsFd, deadline: Instant) -> Result<bool> {
     let left = deadline.saturating_duration_since(Instant::now());
     let mut sources = [PollFd::new(source, PollFlags::IN)];
@@ -414,14 +415,14 @@ fn wait_for(source: &impl AsFd, deadline: Instant) -> Result<bool> {
     }
 }
 
-/// The line to a guest, for one user at a time.
+/// Line to a guest, for one user at a time.
 struct Line {
     sender: Sender<UnixStream>,
     receiver: Receiver,
     stream: UnixStream,
     items: VecDeque<Item>,
     deadline: Instant,
-    /// Held as long as this lives; none while the guest boots, when nobody else knows it.
+    /// Lock on the line, held as long as this lives. `None` while the guest boots, when nobody else knows it.
     _turn: Option<File>,
 }
 
@@ -454,7 +455,7 @@ impl Line {
             .context("the guest cannot be spoken to")
     }
 
-    /// What came next.
+    /// Wait for the next item.
     fn next(&mut self, files: &Files) -> Result<Item> {
         loop {
             if let Some(item) = self.items.pop_front() {
@@ -475,7 +476,7 @@ impl Line {
         }
     }
 
-    /// Passes over everything before `message`, and that.
+    /// Skip everything up to and including `message`.
     fn wait_for(&mut self, message: &Message, files: &Files) -> Result<()> {
         while !matches!(self.next(files)?, Item::Message(got) if got == *message) {}
         Ok(())
@@ -486,14 +487,14 @@ impl Line {
 mod tests {
     use super::*;
 
-    /// What a shell makes of a line: each word of a command, with a NUL behind it.
+    /// Return the words that a shell reads from a line, each followed by a NUL.
     fn words(line: &str) -> Vec<u8> {
         let output = Command::new("sh").args(["-c", line]).output();
         output.expect("there is a shell").stdout
     }
 
     #[test]
-    fn several_words_come_as_they_are() {
+    fn several_words_reach_the_guest_unchanged() {
         let hostile = [
             "printf", r"%s\0", "a b", "", "it's", "$HOME", "\"`id`\"", "*", "x\ny", "-n", "a=b",
         ];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The first process: of the host, and of the guest in it.
+//! First process of the host and of the guest in it.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -23,22 +23,23 @@ use crate::child::{self, KernelLog};
 use crate::modules;
 use crate::port::Port;
 
-/// The guest's line for commands: its second serial port. The first is its console.
+/// The guest's line for commands, its second serial port. The first is its console.
 const GUEST_LINE: &str = "/dev/ttyS1";
 
-/// The scheduler's fair servers, a folder for each CPU.
+/// Folder of the scheduler's fair servers, with a folder for each CPU.
 const FAIR_SERVERS: &str = "/sys/kernel/debug/sched/fair_server";
 
-/// How the kernels end their names that check themselves while they run (scripts/configs).
-const CHECKED: [&str; 2] = ["-debug", "-kcsan"];
+/// Suffixes of the releases of the slow debug kernels (scripts/configs).
+const DEBUG_SUFFIXES: [&str; 2] = ["-debug", "-kcsan"];
 
-/// The largest archive that a saved machine takes, in bytes.
+/// Largest archive that a saved machine accepts, in bytes.
 const MOST: usize = 1 << 28;
 
-/// Runs the host: mounts, modules, the script; then ends it. Never returns in a host that is in order.
+/// Run the host: mount file systems, load modules, run the script, and end the machine. Returns only if the machine
+/// cannot be ended.
 pub fn host() -> ExitCode {
     if let Err(error) = run_host() {
-        // Where the port cannot be used, the console is all there is; the lab sees a host without a verdict.
+        // If the port cannot be used, only the console is left, and the lab sees a host without a verdict.
         let text = format!("{error:#}");
         eprintln!("lab: {text}");
         if let Ok(port) = Port::open() {
@@ -52,7 +53,7 @@ fn run_host() -> Result<()> {
     mount_all()?;
     let mut sender = Sender::new(Port::open().context("the port to the lab cannot be opened")?);
     sender.send(&Message::Hello)?;
-    be_patient()?;
+    disable_fair_servers()?;
     let mut settings = read_settings()?;
     let mut log = KernelLog::open().context("the kernel log cannot be opened")?;
     log.drain(&mut |message| sender.send(&message))?;
@@ -64,7 +65,7 @@ fn run_host() -> Result<()> {
         loaded?;
     }
     if settings.task == Task::Save {
-        (sender, log) = be_saved()?;
+        (sender, log) = save_and_resume()?;
         log.drain(&mut |message| sender.send(&message))?;
         settings = read_settings()?;
     }
@@ -99,16 +100,16 @@ fn read_settings() -> Result<Settings> {
     serde_json::from_slice(&text).with_context(cannot)
 }
 
-/// Has the machine saved, and afterwards, in a run that goes on from there, unpacks what that run brings.
-/// For the lab that run begins here: it gets the kernel log from its start.
-fn be_saved() -> Result<(Sender<Port>, KernelLog)> {
+/// Save the machine. In each run that continues from it, unpack the archive of that run. The lab sees such a run begin
+/// here, so it gets the kernel log from its start.
+fn save_and_resume() -> Result<(Sender<Port>, KernelLog)> {
     let mut port = Port::open()?;
     rustix::fs::sync();
     port.save_machine();
     let mut length = [0; 8];
     port.read_exact(&mut length);
     let length = u64::from_le_bytes(length);
-    // More than the port has is what a machine reads that went on without having been saved.
+    // A machine that was not saved reads a length that is too large.
     let length = usize::try_from(length)
         .ok()
         .filter(|&length| length <= MOST);
@@ -120,7 +121,7 @@ fn be_saved() -> Result<(Sender<Port>, KernelLog)> {
     Ok((sender, KernelLog::open()?))
 }
 
-/// What host and guest give to a command.
+/// Set the environment and working directory that host and guest give to a command.
 fn environment(command: &mut Command) {
     command
         .current_dir(settings::HOME)
@@ -132,7 +133,7 @@ fn environment(command: &mut Command) {
         .env("LANG", "C.UTF-8");
 }
 
-/// A shell on the console, until it ends.
+/// Run a shell on the console until it ends.
 fn shell() -> Result<()> {
     let mut command = Command::new("/bin/sh");
     command.arg("-l");
@@ -142,7 +143,7 @@ fn shell() -> Result<()> {
         .stdin(console.try_clone()?)
         .stdout(console.try_clone()?)
         .stderr(console);
-    // SAFETY: only calls that are allowed between fork and exec.
+    // SAFETY: Makes only calls that are allowed between fork and exec.
     unsafe {
         command.pre_exec(|| {
             rustix::process::setsid()?;
@@ -154,7 +155,7 @@ fn shell() -> Result<()> {
     Ok(())
 }
 
-/// Runs the guest: mounts, then commands as they come, until the VMM ends it.
+/// Run the guest: mount file systems, and run commands as they come until the VMM ends the guest.
 pub fn guest() -> ExitCode {
     if let Err(error) = run_guest() {
         eprintln!("guest: {error:#}");
@@ -191,14 +192,14 @@ fn run_guest() -> Result<()> {
                     sender.send(&Message::Verdict(status))?;
                 }
                 Item::Message(Message::Reboot) => return Ok(()),
-                // The sender notices that no answer comes.
+                // The sender notices the missing answer.
                 Item::Message(_) | Item::Noise(_) | Item::Damage(_) => {}
             }
         }
     }
 }
 
-/// Sends the files of a folder and of those in it; `path` is what the lab knows it by.
+/// Send the files of a folder and its subfolders. `path` is the folder's name for the lab.
 fn send_folder(sender: &mut Sender<Port>, folder: &Path, path: &Path) -> Result<()> {
     let mut names: Vec<_> = fs::read_dir(folder)?
         .map(|entry| Ok(entry?.file_name()))
@@ -206,7 +207,7 @@ fn send_folder(sender: &mut Sender<Port>, folder: &Path, path: &Path) -> Result<
     names.sort();
     for name in names {
         let (source, path) = (folder.join(&name), path.join(&name));
-        // A file may go while we look: the script may have left something running.
+        // A file may vanish meanwhile: the script may have left something running.
         let Ok(facts) = fs::symlink_metadata(&source) else {
             continue;
         };
@@ -220,7 +221,7 @@ fn send_folder(sender: &mut Sender<Port>, folder: &Path, path: &Path) -> Result<
             let mut file = File::open(&source)?;
             let mut piece = vec![0; 1 << 15];
             let mut sent = 0;
-            // No further than it was when we looked: it may grow as fast as we read.
+            // Stop at the size seen before: the file may grow as fast as it is read.
             while sent < facts.size() {
                 let length = file.read(&mut piece)?;
                 if length == 0 {
@@ -235,7 +236,7 @@ fn send_folder(sender: &mut Sender<Port>, folder: &Path, path: &Path) -> Result<
     Ok(())
 }
 
-/// The file systems that every Linux has.
+/// Mount the usual file systems.
 fn mount_all() -> Result<()> {
     for (kind, target) in [
         ("devtmpfs", "/dev"),
@@ -247,7 +248,7 @@ fn mount_all() -> Result<()> {
         ("debugfs", "/sys/kernel/debug"),
         ("tracefs", "/sys/kernel/tracing"),
     ] {
-        // Those of /sys are there already; where one is not, mount says so.
+        // Those of /sys exist already. If one does not, mount says so.
         let _ = fs::create_dir_all(target);
         mount(kind, target, kind, MountFlags::empty(), None)
             .with_context(|| format!("{kind} cannot be mounted at {target}"))?;
@@ -263,13 +264,13 @@ fn mount_all() -> Result<()> {
     Ok(())
 }
 
-/// On a kernel that checks itself, turns the fair servers off. Their timer's callback starts the timer anew and then
-/// forwards it (dl_server_timer, seen in 7.3), at which hrtimer_forward warns when a second has gone by in between; so slow is
-/// such a kernel on an emulator that waits for its CPU. They are for hosts with real-time tasks, and here are none.
-fn be_patient() -> Result<()> {
+/// Turn the fair servers off on a debug kernel. Their timer's callback restarts the timer and then forwards it
+/// (dl_server_timer, seen in 7.3), and hrtimer_forward warns if a second has passed in between. A debug kernel is that
+/// slow on an emulator that waits for its CPU. The servers only matter with real-time tasks, and there are none here.
+fn disable_fair_servers() -> Result<()> {
     let system = rustix::system::uname();
     let release = system.release().to_string_lossy();
-    if !CHECKED.iter().any(|name| release.ends_with(name)) {
+    if !DEBUG_SUFFIXES.iter().any(|name| release.ends_with(name)) {
         return Ok(());
     }
     let Ok(servers) = fs::read_dir(FAIR_SERVERS) else {
@@ -283,7 +284,7 @@ fn be_patient() -> Result<()> {
     Ok(())
 }
 
-/// Ends the machine.
+/// End the machine.
 fn end(command: RebootCommand) -> ExitCode {
     let _ = reboot(command);
     ExitCode::FAILURE

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The initramfs of a guest.
+//! Initramfs of a guest.
 
 use std::fs::File;
 use std::io;
@@ -9,11 +9,12 @@ use std::path::Path;
 use crate::cpio::Archive;
 use crate::settings::GUEST_INITRAMFS;
 
-/// Writes one to a new file: what the lab packed, the agent, which is the guest's first process, and what `add` adds.
+/// Write an initramfs to a new file: the part that the lab packed, the agent as the guest's first process, and the
+/// entries that `add` adds.
 ///
 /// # Errors
 ///
-/// Those of `add`, of the files and of the target.
+/// Errors of `add`, of the files and of the target.
 pub fn write<E: From<io::Error>>(
     path: &Path,
     agent: &Path,
@@ -25,7 +26,7 @@ pub fn write<E: From<io::Error>>(
     let agent = File::open(agent)?;
     archive.file("bin/guest-init", 0o755, agent.metadata()?.len(), agent)?;
     add(&mut archive)?;
-    // SeaBIOS puts its tables over the last page of the initramfs when that page is nearly full.
+    // SeaBIOS writes its tables over the last page of the initramfs if that page is nearly full.
     archive.finish(4096, (512 + 4096 - size % 4096) % 4096)?;
     Ok(())
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the lab and its agent have in common.
+//! Code that the lab and its agent share.
 //!
-//! The agent is the first process of an emulated host and of the Linux guest inside it; the lab is what started
-//! the emulator. They speak over a line of bytes that others write to as well, so all of it goes in checked
-//! frames ([`channel`]). What to do stands in a file of the initramfs ([`settings`]), which the lab packs with the
-//! same writer ([`cpio`]) as the agent packs the guest's ([`initramfs`]).
+//! The agent is the first process of an emulated host and of the Linux guest in it. The lab starts the emulator. They
+//! communicate over a line that others write to as well, so their messages go in checked frames ([`channel`]). The
+//! agent finds its orders in a file of the initramfs ([`settings`]). The lab packs that initramfs with the same writer
+//! ([`cpio`]) as the agent packs the guest's ([`initramfs`]).
 
 pub mod channel;
 pub mod cpio;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The first process of an emulated host, the first process of the Linux guest in it, and the command `guest`
-//! that starts such guests: one static program that goes by the name it is called by.
+//! One static program with three roles, chosen by the name it is called by: the first process of an emulated host, the
+//! first process of the Linux guest in it, and the command `guest` that starts such guests.
 
 mod child;
 mod guest;

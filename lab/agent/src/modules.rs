@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Loading kernel modules, with those that they need.
+//! Loading kernel modules together with their dependencies.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -9,8 +9,8 @@ use std::path::Path;
 use anyhow::{bail, Context, Result};
 use rustix::io::Errno;
 
-/// Loads `name` (as in modules.dep, without folder and `.ko`) with `parameters`, after all it depends on.
-/// What is loaded already stays as it is.
+/// Load the module `name` (as in modules.dep, without folder and `.ko`) with `parameters`, after its dependencies.
+/// Modules that are loaded already stay as they are.
 pub fn load(name: &str, parameters: &str) -> Result<()> {
     let release = rustix::system::uname()
         .release()
@@ -23,14 +23,14 @@ pub fn load(name: &str, parameters: &str) -> Result<()> {
     let Some((path, needs)) = find(&list, name) else {
         bail!("the host has no module {name}");
     };
-    // The list gives what is needed with the deepest last.
+    // The list has the deepest dependency last.
     for need in needs.split_whitespace().rev() {
         insert(&folder.join(need), "")?;
     }
     insert(&folder.join(path), parameters)
 }
 
-/// The line of modules.dep for a module: its path and what it needs.
+/// Find a module's line in modules.dep. Return its path and its dependencies.
 fn find<'a>(list: &'a str, name: &str) -> Option<(&'a str, &'a str)> {
     list.lines()
         .filter_map(|line| line.split_once(':'))

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The ports between a host and the lab.
+//! I/O ports between a host and the lab.
 
 use std::arch::asm;
 use std::io::{self, Write};
 
 use lab_agent::settings::{CONTROL_PORT, PORT};
 
-/// The ports [`PORT`] and [`CONTROL_PORT`], opened for this process. What is written to the first goes to a file of
-/// the lab's machine, without a driver, an interrupt or a wait.
+/// The ports [`PORT`] and [`CONTROL_PORT`], opened for this process. Bytes written to the first reach the lab without
+/// a driver, an interrupt or a wait.
 #[derive(Debug)]
 pub struct Port(());
 
 impl Port {
-    /// Asks the kernel for the ports.
+    /// Ask the kernel for the ports.
     pub fn open() -> io::Result<Self> {
         for port in [PORT, CONTROL_PORT] {
             // SAFETY: `ioperm` touches no memory of ours.
@@ -24,18 +24,17 @@ impl Port {
         Ok(Self(()))
     }
 
-    /// Has the emulator save the machine as it is now, and end. Every run that starts from what was saved goes on
-    /// from here.
+    /// Let the emulator save the machine and end. Every run that starts from the saved machine continues from here.
     pub fn save_machine(&mut self) {
-        // SAFETY: touches no memory; `self` shows that the port is ours.
+        // SAFETY: Touches no memory, and `self` proves that this process may use the port.
         unsafe {
             asm!("out dx, al", in("dx") CONTROL_PORT, in("al") 1_u8, options(nostack, nomem, preserves_flags));
         }
     }
 
-    /// Reads the next bytes of what the lab gave to this run.
+    /// Read the next bytes of this run's input from the lab.
     pub fn read_exact(&mut self, bytes: &mut [u8]) {
-        // SAFETY: writes to `bytes` and nothing else; `self` shows that the port is ours.
+        // SAFETY: Writes to `bytes` and nothing else, and `self` proves that this process may use the port.
         unsafe {
             asm!(
                 "rep insb",
@@ -50,8 +49,8 @@ impl Port {
 
 impl Write for Port {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // SAFETY: reads `bytes` and nothing else; `self` shows that the port is ours, and what listens there
-        // does nothing to the machine.
+        // SAFETY: Reads `bytes` and nothing else, and `self` proves that this process may use the port. The device
+        // behind the port does nothing to the machine.
         unsafe {
             asm!(
                 "rep outsb",

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Days by their dates.
+//! Dates of days.
 
-/// Year, month and day of a day in UTC, counted from 1 January 1970.
+/// Return year, month and day of a day in UTC, counted from 1 January 1970.
 pub fn date(days: u64) -> (u64, u64, u64) {
-    // Counted from 1 March 0000, so that a leap day is the last of its year; 400 years have 146097 days.
+    // Count from 1 March 0000, so that a leap day is the last day of its year. 400 years have 146097 days.
     let day = days + 719_468;
     let (era, day) = (day / 146_097, day % 146_097);
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The command line.
+//! Command line of `cargo lab`.
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -19,7 +19,7 @@ use lab::setup::{self, PrepareArgs};
 use lab::shell;
 use lab::verdict::Limits;
 
-/// Boots emulated hosts with VT-x or SVM from packaged, unmodified kernels, and runs scripts on them.
+/// Boot emulated hosts with VT-x or SVM from packaged, unmodified kernels, and run scripts on them.
 #[derive(Debug, Parser)]
 #[command(name = "cargo lab", bin_name = "cargo lab")]
 struct Lab {
@@ -29,49 +29,49 @@ struct Lab {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Boots a host, runs a script there, and ends with its status.
+    /// Boot a host, run a script on it, and exit with the script's status.
     ///
-    /// The script runs as root in /root, which has exitmeter.ko and the files of --file; the commands of busybox,
-    /// `exitmeter` and `guest` are there. What it prints goes to standard output; what it leaves in $OUT is kept, as
-    /// are console and kernel log, in a folder that is named at the end.
+    /// The script runs as root in /root, which holds exitmeter.ko and the files of --file. It can use the commands of
+    /// busybox, `exitmeter` and `guest`. Its output goes to standard output. Its files in $OUT, the console and the kernel
+    /// log are kept in a folder that is named at the end.
     ///
     /// Status: that of the script, at most 99; 100 the host could not start, 101 kernel panic, 102 oops or BUG, 103 WARN,
     /// 104 lockup or stall, 105 the emulator died, 106 silence, 107 time limit, 108 no verdict, 130 interrupted.
     Run(RunArgs),
-    /// Boots a host and gives a shell on its console; Ctrl-] ends it.
+    /// Boot a host and open a shell on its console; Ctrl-] ends the host.
     Shell(HostArgs),
-    /// Makes all that the hosts need.
+    /// Make everything that the hosts need.
     Prepare(PrepareArgs),
-    /// Builds exitmeter.ko for a packaged kernel.
+    /// Build exitmeter.ko for a packaged kernel.
     Build(BuildArgs),
-    /// Runs a command in the Debian root, with the checkout at /src and the kernel's tree at /tree.
+    /// Run a command in the Debian root, with the checkout at /src and the kernel's tree at /tree.
     Root(RootArgs),
 }
 
 #[derive(Args, Debug)]
 struct HostArgs {
-    /// Which host
+    /// Host to boot
     #[arg(long)]
     host: Host,
-    /// The model of its CPU, in the words of its emulator
+    /// CPU model, as its emulator names it
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
-    /// How many CPUs it has
+    /// Number of CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// How much memory it has
+    /// Memory, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     memory: u32,
     /// AMD only: let the TSC count instructions, so that the same work takes the same number of ticks
     #[arg(long)]
     icount: bool,
-    /// Debian's kernel, a version (7.2.12), series (6.12, 6.1) or release (7.3.4+deb13-cloud-amd64); the newest of backports
-    /// if not given. One that is built without Rust, as those before 7.2 are, gets no exitmeter.ko. Or `debug` (KASAN,
-    /// lockdep, kmemleak and more), `kcsan` or `cfi`, which are built here the first time; the first two want --memory 2048;
-    /// `7.2.12-debug` is from that version's source
+    /// Debian's kernel: a version (7.2.12), series (6.12, 6.1) or release (7.3.4+deb13-cloud-amd64); by default the newest of
+    /// backports. A kernel built without Rust, such as those before 7.2, gets no exitmeter.ko. Or a debug kernel: `debug`
+    /// (KASAN, lockdep, kmemleak and more), `kcsan` or `cfi`, built here at first use; the first two need --memory 2048.
+    /// `7.2.12-debug` is built from that version's source
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
-    /// More for the host kernel's command line
+    /// Text to append to the host kernel's command line
     #[arg(
         long,
         value_name = "TEXT",
@@ -90,13 +90,13 @@ struct HostArgs {
     /// Do not load KVM's modules
     #[arg(long, conflicts_with = "kvm_args")]
     no_kvm: bool,
-    /// Boot, instead of going on from a host that was saved after its boot
+    /// Boot the host, instead of continuing from one that was saved after its boot
     #[arg(long)]
     fresh: bool,
     /// Do not build exitmeter.ko
     #[arg(long)]
     no_module: bool,
-    /// Build the host's `exitmeter` with its BPF meter, by clang
+    /// Build the host's `exitmeter` with its BPF meter, which needs clang
     #[arg(long)]
     bpf: bool,
     /// A file or folder for the host, in /root or at DEST
@@ -108,16 +108,16 @@ struct HostArgs {
 struct RunArgs {
     #[command(flatten)]
     host: HostArgs,
-    /// Where to put what the script leaves in $OUT
+    /// Folder for the files that the script leaves in $OUT
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// How long the run may take
+    /// Time limit of the run
     #[arg(long, value_name = "SECONDS", default_value_t = LIMITS.time.as_secs())]
     timeout: u64,
-    /// How long the host may say nothing
+    /// Longest time without output from the host
     #[arg(long, value_name = "SECONDS", default_value_t = LIMITS.silence.as_secs())]
     silence: u64,
-    /// A shell script of this machine or a command of the host, and its arguments
+    /// A shell script of this machine, or a command of the host, and its arguments
     #[arg(
         required = true,
         trailing_var_arg = true,
@@ -152,7 +152,7 @@ impl HostArgs {
     }
 }
 
-/// Runs the command line.
+/// Run `cargo lab`.
 pub fn main() -> ExitCode {
     let done = match Lab::parse().verb {
         Verb::Run(args) => run(args).map(ExitCode::from),
@@ -183,7 +183,7 @@ fn run(args: RunArgs) -> Result<u8> {
     };
     let stages = io::stderr().is_terminal();
     let outcome = run::run(&options, &mut |event| match event {
-        // Nobody reads any more: the run is worth its verdict and its files even so.
+        // Ignore a closed output: the run is worth its verdict and its files even so.
         Event::Stdout(bytes) => {
             let mut stdout = io::stdout().lock();
             let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());

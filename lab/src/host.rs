@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The emulated hosts that there are.
+//! Kinds of emulated hosts.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ pub enum Host {
 }
 
 impl Host {
-    /// KVM's module for it.
+    /// Return the name of KVM's module for the host.
     pub fn kvm(self) -> &'static str {
         match self {
             Self::Intel => "kvm-intel",
@@ -22,10 +22,10 @@ impl Host {
         }
     }
 
-    /// The model of its CPU when no other is asked for, in its emulator's words.
+    /// Return the default CPU model, as its emulator names it.
     pub fn model(self) -> &'static str {
         match self {
-            // The newest without posted interrupts, with which Linux guests do not get theirs in Bochs.
+            // The newest model without posted interrupts. With them, Linux guests in Bochs lose interrupts.
             Self::Intel => "corei7_ivy_bridge_3770k",
             Self::Amd => "EPYC",
         }
@@ -41,38 +41,38 @@ impl fmt::Display for Host {
     }
 }
 
-/// What a host looks like.
+/// Hardware of a host and its kernel's command line.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    /// Which host.
+    /// Kind of host.
     pub host: Host,
-    /// The model of its CPU, in its emulator's words.
+    /// CPU model, as its emulator names it.
     pub model: Option<String>,
-    /// How many CPUs.
+    /// Number of CPUs.
     pub cpus: u32,
-    /// How much memory, in MiB.
+    /// Memory, in MiB.
     pub memory: u32,
     /// AMD only: let the TSC count instructions, so that the same work takes the same number of ticks.
     pub icount: bool,
-    /// More for its kernel's command line.
+    /// Text to append to its kernel's command line.
     pub append: String,
 }
 
 impl Machine {
-    /// What its kernel is told.
+    /// Return the command line of the host's kernel.
     pub fn command_line(&self) -> String {
-        // The console takes time, so it gets what matters: warnings and worse. The whole log comes by messages.
+        // The console is slow, so it only gets warnings and worse. The whole log comes by messages.
         let mut line = String::from(
             "console=ttyS0,115200 rdinit=/init loglevel=5 log_buf_len=2M random.trust_cpu=on \
              mitigations=off tsc=reliable i8042.nokbd i8042.noaux",
         );
-        // The console is written by a thread of the kernel's. On a CPU that is stuck it does not run, so what the
-        // kernel says about that comes out only with a panic.
+        // A kernel thread writes the console. It does not run on a stuck CPU, so the report about that CPU only gets
+        // out with a panic.
         line.push_str(" softlockup_panic=1 hung_task_panic=1 sysctl.kernel.panic_on_rcu_stall=1");
-        // On a busy machine an emulated timer is late, and the kernel would think that it is none.
+        // On a busy machine an emulated timer is late, and the kernel would take it for a broken one.
         line.push_str(" no_timer_check");
         if self.host == Host::Intel {
-            // Its seconds take longer than ours, and no load of ours makes it late.
+            // Its seconds take longer than real ones, and load on this machine does not make it late.
             line.push_str(" watchdog_thresh=5");
         }
         if !self.append.is_empty() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ctrl-C and its like, noted instead of obeyed, where something has to be ended in order first.
+//! Deferring of Ctrl-C and similar signals, so that work can be ended in order first.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -8,9 +8,9 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 struct Handlers {
-    /// One of the signals came since the first guard was taken.
+    /// True if one of the signals came since the first guard was taken.
     seen: Arc<AtomicBool>,
-    /// No guard is held, so the signals have their default effect.
+    /// True if no guard is held, so that the signals have their default effect.
     idle: Arc<AtomicBool>,
     guards: Mutex<usize>,
 }
@@ -19,7 +19,7 @@ static HANDLERS: LazyLock<Handlers> = LazyLock::new(|| {
     let seen = Arc::new(AtomicBool::new(false));
     let idle = Arc::new(AtomicBool::new(true));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
-        // These fail only for signals that nobody may handle, such as SIGKILL.
+        // These calls fail only for signals that nobody may handle, such as SIGKILL.
         signal_hook::flag::register_conditional_default(signal, Arc::clone(&idle))
             .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&seen)))
             .expect("SIGINT, SIGTERM and SIGHUP can be handled");
@@ -31,14 +31,14 @@ static HANDLERS: LazyLock<Handlers> = LazyLock::new(|| {
     }
 });
 
-/// While one of these lives, SIGINT, SIGTERM and SIGHUP do not end the process; [`seen`] tells of them.
+/// Guard that keeps SIGINT, SIGTERM and SIGHUP from ending the process. [`seen`] reports them instead.
 ///
 /// [`seen`]: Interrupts::seen
 #[derive(Debug)]
 #[must_use = "dropped, it gives the signals their default effect back"]
 pub struct Interrupts(());
 
-/// Starts to note the signals.
+/// Start to defer the signals.
 pub fn watch() -> Interrupts {
     let mut guards = HANDLERS
         .guards
@@ -53,7 +53,7 @@ pub fn watch() -> Interrupts {
 }
 
 impl Interrupts {
-    /// Whether one of the signals came.
+    /// Return true if one of the signals came.
     pub fn seen(&self) -> bool {
         HANDLERS.seen.load(Ordering::SeqCst)
     }

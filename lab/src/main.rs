@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `cargo lab`: emulated hosts.
+//! `cargo lab`: boots emulated hosts.
 
 mod cli;
 

@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How a run ended: judged from the host's console, its kernel log, its messages, and its silence.
+//! Verdict on a run, from the host's console, its kernel log, its messages, and its silence.
 //!
-//! Pure: bytes, messages and times go in, an [`End`] comes out.
+//! The code is pure: bytes, messages and times go in, an [`End`] comes out.
 
 use std::fmt;
 use std::time::Duration;
 
 use lab_agent::channel::Message;
 
-/// After the first sign of a fault the host may say more about it for as long as it goes on talking,
-/// with pauses up to this.
+/// Longest pause in the output that follows a fault. A run with a fault ends after such a pause, so that the host can
+/// report more about it.
 const SETTLE: Duration = Duration::from_millis(1500);
 
-/// But no longer than this.
+/// Longest time from a fault to the end of its run.
 const SETTLE_MOST: Duration = Duration::from_secs(10);
 
-/// Facility of the kernel's own records in its log; others come from programs that write to /dev/kmsg.
+/// Facility of the kernel's own records in its log. Others come from programs that write to /dev/kmsg.
 const KERNEL_FACILITY: u32 = 0;
 
-/// Something that the kernel found wrong with itself; the later, the worse.
+/// Fault that the kernel found in itself. Later ones are worse.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Fault {
     /// A WARN.
     Warning,
-    /// A CPU that is stuck: soft or hard lockup, an RCU stall, a hung task.
+    /// A stuck CPU or task: soft or hard lockup, RCU stall, hung task.
     Lockup,
     /// An oops or another BUG.
     Oops,
@@ -32,12 +32,12 @@ pub enum Fault {
     Panic,
 }
 
-/// How a run ended.
+/// End of a run.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum End {
-    /// The script ended with this status, 128 + N for signal N.
+    /// The script ended with this status, or 128 + N for signal N.
     Script(u32),
-    /// The host could not do what it was started for; says why.
+    /// The host could not do what it was started for, for this reason.
     Failure(String),
     /// The host's kernel found a fault in itself.
     Fault(Fault),
@@ -47,14 +47,14 @@ pub enum End {
     Silence(Duration),
     /// The run took too long.
     TimeLimit(Duration),
-    /// The host ended, or its messages were damaged, so that there is no verdict to trust; says which.
+    /// The host ended or its messages were damaged, as the text says, so that there is no reliable verdict.
     NoVerdict(String),
     /// The user interrupted the run.
     Interrupted,
 }
 
 impl End {
-    /// What `cargo lab run` exits with.
+    /// Return the exit status of `cargo lab run`.
     pub fn status(&self) -> u8 {
         match self {
             // CAST: at most 99.
@@ -105,35 +105,36 @@ impl fmt::Display for End {
     }
 }
 
-/// How long a run may take.
+/// Time limits of a run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Limits {
-    /// For all of it.
+    /// Longest duration of the run.
     pub time: Duration,
-    /// Without a sign of the host: a byte on the console or a message.
+    /// Longest time without a byte on the console or a message.
     pub silence: Duration,
 }
 
-/// Watches one run. All times are since its start.
+/// Watcher of one run. All times are since its start.
 #[derive(Debug)]
 pub struct Watch {
     limits: Limits,
     last_sign: Duration,
-    /// The line of the console that has not ended yet.
+    /// The console's last line, which has not ended yet.
     line: Vec<u8>,
-    /// What goes through the lines of the console, and those of the kernel log.
+    /// Judge of the console's lines.
     console: Judge,
+    /// Judge of the kernel log's lines.
     log: Judge,
     fault: Option<(Fault, Duration)>,
     failure: Option<String>,
     verdict: Option<u32>,
     damage: Option<String>,
-    /// Set when the emulator is gone: whether it ended by itself and content.
+    /// Set when the emulator is gone: true if it ended by itself with status 0.
     gone: Option<bool>,
 }
 
 impl Watch {
-    /// Starts to watch.
+    /// Start to watch a run.
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
@@ -149,7 +150,7 @@ impl Watch {
         }
     }
 
-    /// The console said something.
+    /// Take bytes of the console.
     pub fn console(&mut self, now: Duration, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
@@ -166,7 +167,7 @@ impl Watch {
         }
     }
 
-    /// The host sent a message.
+    /// Take a message of the host.
     pub fn message(&mut self, now: Duration, message: &Message) {
         self.last_sign = now;
         match message {
@@ -187,17 +188,17 @@ impl Watch {
         }
     }
 
-    /// A message was lost or garbled.
+    /// Note that a message was lost or garbled.
     pub fn damage(&mut self, text: &str) {
         self.damage.get_or_insert_with(|| text.to_owned());
     }
 
-    /// The emulator is gone; `content` when it ended by itself with status 0.
-    pub fn gone(&mut self, content: bool) {
-        self.gone = Some(content);
+    /// Note that the emulator is gone. `success` is true if it ended by itself with status 0.
+    pub fn gone(&mut self, success: bool) {
+        self.gone = Some(success);
     }
 
-    /// Whether the run has ended, and how.
+    /// Return the end of the run, if it has ended.
     pub fn end(&self, now: Duration) -> Option<End> {
         let decided = self.verdict.is_some() || self.failure.is_some() || self.gone.is_some();
         if let Some((fault, since)) = self.fault() {
@@ -234,9 +235,9 @@ impl Watch {
         None
     }
 
-    /// The worst fault so far, and since when the host is known to have one.
+    /// Return the worst fault so far, and the time of the first one.
     fn fault(&self) -> Option<(Fault, Duration)> {
-        // A panic may be the last that a console says, without an end of the line.
+        // A panic may be the console's last output, without an end of line.
         let unfinished = String::from_utf8_lossy(&self.line);
         let unfinished = self.console.clone().fault_in(&unfinished);
         match (self.fault, unfinished) {
@@ -255,16 +256,16 @@ impl Watch {
     }
 }
 
-/// Goes through the lines of one source, in order.
+/// Judge of the lines of one source, in order.
 #[derive(Clone, Debug, Default)]
 struct Judge {
-    /// A report of a data race has begun and not ended.
+    /// True if a report of a data race has begun and not ended.
     race: bool,
 }
 
 impl Judge {
-    /// The fault that a line reports. A data race (KCSAN) is one when one of our modules is on a stack of it: the kernel
-    /// has some of its own, and they are not what a run is for.
+    /// Return the fault that a line reports. A data race (KCSAN) only counts if one of our modules is on its stacks: the
+    /// kernel has races of its own, which are not what a run looks for.
     fn fault_in(&mut self, line: &str) -> Option<Fault> {
         let title = line.contains("BUG: KCSAN:");
         self.race |= title;
@@ -279,10 +280,10 @@ impl Judge {
     }
 }
 
-/// How the kernel writes that a function is one of ours: the meter's, or of the module that does wrong.
+/// Names, as the kernel prints them behind functions, of our modules: the meter, and the module with faults.
 const OURS: [&str; 2] = ["[exitmeter]", "[fault]"];
 
-/// The fault that a line of the kernel's reports, if any. The line may be garbled around the words.
+/// Return the fault that a line of the kernel reports, if any. The line may be garbled around the words.
 pub fn fault_in(line: &str) -> Option<Fault> {
     let any = |words: &[&str]| words.iter().any(|word| line.contains(word));
     if any(&[
@@ -330,7 +331,7 @@ pub fn fault_in(line: &str) -> Option<Fault> {
     }
 }
 
-/// What lockdep says (kernel/locking/lockdep.c).
+/// Reports of lockdep (kernel/locking/lockdep.c).
 const LOCKDEP: &[&str] = &[
     "possible circular locking",
     "possible recursive locking",
@@ -347,7 +348,7 @@ const LOCKDEP: &[&str] = &[
     "suspicious RCU usage",
 ];
 
-/// What other checkers of the kernel's say; among it that they gave up, as then nothing they say counts any more.
+/// Reports of the kernel's other checkers. A checker that gives up counts as a fault, since it can find none any more.
 const CHECKERS: &[&str] = &[
     "new suspected memory leaks",
     "memory leak detector disabled",
@@ -355,21 +356,21 @@ const CHECKERS: &[&str] = &[
     "turning off the locking correctness validator",
 ];
 
-/// One record of /dev/kmsg.
+/// Record of /dev/kmsg.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Record {
-    /// Who wrote it; 0 is the kernel.
+    /// Facility of the writer; 0 is the kernel.
     pub facility: u32,
-    /// How urgent it is, 0 to 7.
+    /// Log level, from 0 (most urgent) to 7.
     pub level: u32,
-    /// When, in microseconds since the host's start.
+    /// Time since the host's start, in microseconds.
     pub time: u64,
-    /// What, without the dictionary that follows it.
+    /// Text, without the dictionary that follows it.
     pub text: String,
 }
 
 impl Record {
-    /// Reads a record; none when it is not one.
+    /// Parse a record. Return `None` if it is malformed.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let record = String::from_utf8_lossy(bytes);
         let (head, text) = record.split_once(';')?;
@@ -386,7 +387,7 @@ impl Record {
     }
 }
 
-/// What is not plain ASCII comes as \xNN, and so does the end of a line within a record.
+/// Decode the escapes \xNN, which stand for all bytes that are not plain ASCII and for line ends in a record.
 fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

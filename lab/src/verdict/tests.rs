@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The verdict on saved consoles (see lab/tests/fault), whole and damaged.
+//! Tests of the verdict on saved consoles (see lab/tests/fault), whole and damaged.
 
 use super::*;
 
@@ -28,7 +28,7 @@ fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// A watch that saw `console` in its first second.
+/// Return a watcher that got `console` in its first second.
 fn watch(console: &[u8]) -> Watch {
     let mut watch = Watch::new(LIMITS);
     watch.console(seconds(1), console);
@@ -75,7 +75,7 @@ fn a_fault_is_worse_than_any_verdict() {
 }
 
 #[test]
-fn every_end_has_a_status_of_its_own() {
+fn every_end_has_its_own_status() {
     let ends = [
         End::Script(99),
         End::Failure(String::new()),
@@ -93,7 +93,7 @@ fn every_end_has_a_status_of_its_own() {
 }
 
 #[test]
-fn the_console_may_come_in_any_pieces() {
+fn the_console_may_arrive_in_any_pieces() {
     for (console, fault) in BAD {
         for size in [1, 7, 100] {
             let mut watch = Watch::new(LIMITS);
@@ -106,7 +106,7 @@ fn the_console_may_come_in_any_pieces() {
 }
 
 #[test]
-fn a_console_that_is_cut_off_is_judged_by_what_is_there() {
+fn a_truncated_console_is_judged_by_its_lines() {
     for (console, fault) in BAD {
         let telling = console
             .lines()
@@ -124,7 +124,7 @@ fn a_console_that_is_cut_off_is_judged_by_what_is_there() {
             Some(End::Fault(fault))
         );
     }
-    // Nothing follows a panic, not even the end of the line.
+    // Nothing follows a panic, not even an end of line.
     let line = "[    1.0] Kernel panic - not syncing: attempted to kill init";
     assert_eq!(
         watch(line.as_bytes()).end(seconds(4)),
@@ -133,7 +133,7 @@ fn a_console_that_is_cut_off_is_judged_by_what_is_there() {
 }
 
 #[test]
-fn a_console_that_is_garbled_around_the_words_is_still_understood() {
+fn a_console_that_is_garbled_around_the_words_is_understood() {
     for (console, fault) in BAD {
         let mut garbled = Vec::new();
         for line in console.lines() {
@@ -146,7 +146,7 @@ fn a_console_that_is_garbled_around_the_words_is_still_understood() {
 }
 
 #[test]
-fn every_byte_of_a_panic_may_be_lost_but_a_verdict_does_not_come_of_it() {
+fn a_truncated_panic_gives_no_verdict() {
     let mut watch = watch(&PANIC.as_bytes()[..PANIC.len() / 3]);
     watch.gone(false);
     assert!(matches!(
@@ -156,7 +156,7 @@ fn every_byte_of_a_panic_may_be_lost_but_a_verdict_does_not_come_of_it() {
 }
 
 #[test]
-fn a_host_that_goes_on_talking_does_not_put_off_its_end() {
+fn further_output_does_not_delay_the_end_for_ever() {
     let mut watch = watch(OOPS.as_bytes());
     for second in 2..11 {
         watch.console(seconds(second), b"more\n");
@@ -167,7 +167,7 @@ fn a_host_that_goes_on_talking_does_not_put_off_its_end() {
 }
 
 #[test]
-fn what_follows_an_oops_makes_it_worse_only() {
+fn faults_after_an_oops_can_only_make_it_worse() {
     let mut watch = watch(OOPS.as_bytes());
     watch.console(seconds(2), PANIC.as_bytes());
     watch.console(seconds(2), WARN.as_bytes());
@@ -175,7 +175,7 @@ fn what_follows_an_oops_makes_it_worse_only() {
 }
 
 #[test]
-fn faults_count_in_the_kernel_log_too_but_only_the_kernels_own() {
+fn only_the_kernels_own_faults_count_in_the_kernel_log() {
     let text = "WARNING: fault.c:20 at fault_init+0x24/0xff0 [fault], CPU#0: insmod/91";
     let mut watch = watch(GOOD.as_bytes());
     watch.message(seconds(2), &kernel(4, text));
@@ -188,7 +188,7 @@ fn faults_count_in_the_kernel_log_too_but_only_the_kernels_own() {
 }
 
 #[test]
-fn words_that_only_sound_bad_are_none() {
+fn harmless_lines_report_no_fault() {
     for line in [
         "[    0.5] debug: warning: unused",
         "WARNING: Spectre v2 mitigation leaves CPU vulnerable",
@@ -207,7 +207,7 @@ fn words_that_only_sound_bad_are_none() {
 }
 
 #[test]
-fn the_words_of_other_kernels_are_known() {
+fn reports_of_other_kernels_are_recognized() {
     for (line, fault) in [
         (
             "WARNING: CPU: 1 PID: 92 at fs/read_write.c:312 vfs_read+0x1/0x2",
@@ -281,7 +281,7 @@ fn the_words_of_other_kernels_are_known() {
 }
 
 #[test]
-fn silence_ends_a_run_and_any_sign_puts_it_off() {
+fn silence_ends_a_run_and_any_sign_delays_it() {
     let mut watch = watch(GOOD.as_bytes());
     assert_eq!(watch.end(seconds(60)), None);
     watch.message(seconds(60), &Message::Stage("loading".to_owned()));
@@ -290,7 +290,7 @@ fn silence_ends_a_run_and_any_sign_puts_it_off() {
 }
 
 #[test]
-fn the_time_limit_ends_a_run_that_talks() {
+fn the_time_limit_ends_a_run_with_output() {
     let mut watch = Watch::new(LIMITS);
     for second in 0..600 {
         watch.console(seconds(second), b".");
@@ -301,7 +301,7 @@ fn the_time_limit_ends_a_run_that_talks() {
 }
 
 #[test]
-fn an_emulator_that_is_gone_is_noticed_at_once() {
+fn the_end_of_the_emulator_is_noticed_at_once() {
     let mut dead = watch(GOOD.as_bytes());
     dead.gone(false);
     assert_eq!(dead.end(seconds(1)), Some(End::EmulatorDied));
@@ -309,14 +309,14 @@ fn an_emulator_that_is_gone_is_noticed_at_once() {
     ended.gone(true);
     assert!(matches!(ended.end(seconds(1)), Some(End::NoVerdict(_))));
     // It may end right after the verdict.
-    let mut content = watch(GOOD.as_bytes());
-    content.message(seconds(1), &Message::Verdict(0));
-    content.gone(true);
-    assert_eq!(content.end(seconds(1)), Some(End::Script(0)));
+    let mut done = watch(GOOD.as_bytes());
+    done.message(seconds(1), &Message::Verdict(0));
+    done.gone(true);
+    assert_eq!(done.end(seconds(1)), Some(End::Script(0)));
 }
 
 #[test]
-fn a_verdict_counts_only_when_nothing_was_lost() {
+fn a_verdict_only_counts_if_no_message_was_lost() {
     let mut damaged = watch(GOOD.as_bytes());
     damaged.damage("frame 7 came in the place of frame 6");
     damaged.message(seconds(2), &Message::Verdict(0));
@@ -331,7 +331,7 @@ fn a_verdict_counts_only_when_nothing_was_lost() {
 }
 
 #[test]
-fn a_host_that_cannot_start_says_why() {
+fn a_host_that_cannot_start_gives_its_reason() {
     let mut watch = watch(GOOD.as_bytes());
     watch.message(
         seconds(2),
@@ -343,7 +343,7 @@ fn a_host_that_cannot_start_says_why() {
 }
 
 #[test]
-fn records_of_the_kernel_log_are_read_as_they_are_written() {
+fn records_of_the_kernel_log_are_parsed() {
     let record =
         Record::parse(b"4,321,5724123,-,caller=T1;caf\\xc3\\xa9 \\x5c\\x0asecond\n SUBSYSTEM=x\n")
             .unwrap();
@@ -368,7 +368,7 @@ fn records_of_the_kernel_log_are_read_as_they_are_written() {
 }
 
 #[test]
-fn a_data_race_counts_when_one_of_our_modules_takes_part() {
+fn a_data_race_counts_if_one_of_our_modules_takes_part() {
     let report = |frame: &str| {
         format!(
             "[    1.0] BUG: KCSAN: data-race in copy / work\n[    1.0] write to 0xffff of 8 bytes by task 7 on cpu 0:\n\
@@ -383,7 +383,7 @@ fn a_data_race_counts_when_one_of_our_modules_takes_part() {
     );
     let mut watch = watch(kernels.as_bytes());
     assert_eq!(watch.end(seconds(5)), None);
-    // And nothing that comes in it, or after it, is missed.
+    // A fault in the report or after it is not missed.
     watch.console(seconds(5), OOPS.as_bytes());
     assert_eq!(watch.end(seconds(9)), Some(End::Fault(Fault::Oops)));
     let cut = kernels.split("Reported").next().unwrap().to_owned() + PANIC;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The emulators, as processes.
+//! Emulators as processes.
 
 pub mod bochs;
 pub mod qemu;
@@ -17,70 +17,70 @@ use crate::host::Machine;
 use crate::image::Images;
 use crate::setup::Prepared;
 
-/// What an emulator boots.
+/// Description of a host for its emulator.
 #[derive(Debug)]
 pub struct Boot<'a> {
-    /// Where the emulator and its root are.
+    /// The set-up, with the emulator and its root.
     pub prepared: &'a Prepared,
-    /// What the host looks like.
+    /// CPU, memory and the like.
     pub machine: &'a Machine,
     /// Kernel and initramfs.
     pub images: &'a Images,
-    /// The run's own folder: what the emulator writes goes there.
+    /// The run's own folder, for the files that the emulator writes.
     pub folder: &'a Path,
-    /// Where the host's console goes.
+    /// Target of the host's console.
     pub console: Console<'a>,
-    /// How it begins.
+    /// Initial state.
     pub begin: Begin<'a>,
 }
 
-/// How a host begins, and ends.
+/// Initial state of a host.
 #[derive(Clone, Copy, Debug)]
 pub enum Begin<'a> {
-    /// It boots.
+    /// The host boots.
     Boot,
-    /// It boots, and is saved to this folder when its agent asks for it.
+    /// The host boots, and is saved to this folder when its agent asks for it.
     Save(&'a Path),
-    /// It goes on from what was saved in this folder.
+    /// The host continues from the machine saved in this folder.
     Saved(&'a Path),
 }
 
-/// Where a host's console goes.
+/// Target of a host's console.
 #[derive(Clone, Copy, Debug)]
 pub enum Console<'a> {
-    /// To a file of this name in the run's folder.
+    /// A file with this name in the run's folder.
     File(&'a str),
-    /// To this terminal device.
+    /// This terminal device.
     Terminal(&'a Path),
 }
 
-/// Where an emulator sees the run's folder.
+/// Path under which an emulator sees the run's folder.
 const FOLDER: &str = "/lab/run";
 
-/// A running emulator. Dropped, it is killed with all it started.
+/// A running emulator. Dropping it kills it with all its children.
 #[derive(Debug)]
 pub struct Emulator {
     process: Child,
 }
 
 impl Emulator {
-    /// Starts an emulator; its standard output, which is what the host writes to the port, is given back.
-    /// What it says for itself goes to `log`. It does not outlive the thread that started it.
+    /// Start an emulator. Return it with its standard output, which carries the bytes that the host writes to the port.
+    /// Its own messages go to `log`. It does not outlive the thread that started it.
     ///
     /// # Errors
     ///
-    /// When the command cannot be run.
+    /// An error of the system if the command cannot be run.
     pub fn start(mut command: Command, log: File) -> io::Result<(Self, ChildStdout)> {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log);
-        // SAFETY: only calls that are allowed between fork and exec.
+        // SAFETY: Makes only calls that are allowed between fork and exec.
         unsafe {
             command.pre_exec(|| {
-                // Not to get the terminal's Ctrl-C: the lab ends it, and after it the lab still has things to do.
+                // Keep the terminal's Ctrl-C away: the lab ends the emulator and still has work to do after it.
                 setpgid(None, None)?;
-                // Should the lab be killed, the emulator goes too.
+                // If the lab is killed, the emulator dies too.
                 set_parent_process_death_signal(Some(Signal::KILL))?;
                 Ok(())
             });
@@ -93,18 +93,18 @@ impl Emulator {
         Ok((Self { process }, output))
     }
 
-    /// Waits until the emulator ends by itself.
+    /// Wait until the emulator ends by itself.
     ///
     /// # Errors
     ///
-    /// Those of `waitpid`.
+    /// Errors of `waitpid`.
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
         self.process.wait()
     }
 
-    /// Ends the emulator, however it is.
+    /// Kill the emulator and wait for its end.
     pub fn kill(&mut self) {
-        // It can fail only when it is gone already.
+        // This can fail only if it is gone already.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

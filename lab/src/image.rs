@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a host boots: its kernel, and an initramfs in two parts.
+//! Images that a host boots: its kernel, and an initramfs in two parts.
 //!
 //! The first part is the same for all runs with one kernel and root: programs, KVM's modules, the guest's kernel. It
-//! is made once and cached. The second is of one run: the agent, the script, the files. The emulators put both into
-//! memory one behind the other, and the kernel unpacks them as one.
+//! is made once and cached. The second part belongs to one run: the agent, the script, the files. The emulators load
+//! the parts into memory one behind the other, and the kernel unpacks them as one.
 
 mod base;
 pub(crate) mod cache;
@@ -18,16 +18,17 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::paths::NoCache;
 use crate::refused::Refused;
-use crate::setup::{Prepared, SetupError};
+use crate::setup::Prepared;
 
-/// What cannot be made into an image.
+/// Reason why an image cannot be made.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// The cache has no place.
+    /// The environment names no folder for the cache.
     #[error(transparent)]
-    Setup(#[from] SetupError),
-    /// The system refused something.
+    NoCache(#[from] NoCache),
+    /// A system call failed.
     #[error(transparent)]
     Io(#[from] Refused),
     /// A file is not what it should be.
@@ -35,7 +36,7 @@ pub enum ImageError {
     Content {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Its fault.
         reason: String,
     },
 }
@@ -53,28 +54,28 @@ impl ImageError {
     }
 }
 
-/// A kernel as it lies in memory.
+/// A kernel laid out as in memory.
 #[derive(Debug)]
 pub struct Kernel {
-    /// The file with all of it.
+    /// File with the whole kernel.
     pub path: PathBuf,
-    /// Where it begins, in bytes from the start of memory.
+    /// Physical address of its first byte.
     pub address: u64,
-    /// Where its entry for PVH is.
+    /// Physical address of its PVH entry.
     pub entry: u32,
 }
 
-/// The images of one run.
+/// Images of one run.
 #[derive(Debug)]
 pub struct Images {
-    /// The first part of the initramfs, shared with other runs.
+    /// First part of the initramfs, shared with other runs.
     pub base: PathBuf,
-    /// The second part, in the run's folder.
+    /// Second part of the initramfs, in the run's folder.
     pub payload: PathBuf,
 }
 
 impl Images {
-    /// Makes the part that is the same for all, if it is not there, and puts `payload` beside it.
+    /// Return the images of a run with this payload. The shared part is made if it is missing.
     ///
     /// # Errors
     ///
@@ -86,7 +87,7 @@ impl Images {
         })
     }
 
-    /// The host's kernel as it lies in memory, made if it is not there.
+    /// Return the host's kernel, laid out as in memory. Its file is made if it is missing.
     ///
     /// # Errors
     ///
@@ -110,7 +111,7 @@ impl Images {
         })
     }
 
-    /// Writes both parts of the initramfs to one file.
+    /// Write both parts of the initramfs to one file.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Emulated hosts: what sets them up, boots them and reads what they say.
+//! Emulated hosts: their set-up, their boot, and the verdict on their runs.
 
 pub mod calendar;
 pub mod emulator;
@@ -8,10 +8,11 @@ pub mod host;
 pub mod image;
 pub mod interrupt;
 pub mod module;
+mod outcome;
+mod paths;
 pub mod programs;
 pub mod refused;
 pub mod run;
-mod saved;
 pub mod setup;
 pub mod shell;
 pub mod verdict;

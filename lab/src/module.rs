@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `cargo lab build`: the kernel module, built in the Debian root against the tree of a packaged kernel; and
-//! `cargo lab root`, for whatever else wants the tools of that root.
+//! `cargo lab build` builds the kernel module in the Debian root, against the tree of a packaged kernel. `cargo lab root`
+//! runs other commands with the tools of that root.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -15,18 +15,18 @@ use anyhow::{Context, Result};
 use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
+use crate::paths::repository;
 use crate::refused::Refused;
-use crate::setup::{self, in_root, repository, InRoot, Prepared, Wanted, WITH_RUST};
+use crate::setup::{self, in_root, InRoot, Prepared, Wanted, WITH_RUST};
 
-/// What `cargo lab build` takes.
+/// Arguments of `cargo lab build`.
 #[derive(Debug, clap::Args)]
 pub struct BuildArgs {
-    /// Build for this kernel of Debian's, a version or release, one that is built with Rust; the newest of backports if not
-    /// given
+    /// Debian's kernel to build for: a version or release, built with Rust; by default the newest of backports
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 
-    /// Show what kbuild says even when all is well
+    /// Show kbuild's output even if the build succeeds
     #[arg(short, long)]
     verbose: bool,
 
@@ -35,47 +35,46 @@ pub struct BuildArgs {
     make: Vec<String>,
 }
 
-/// What `cargo lab root` takes.
+/// Arguments of `cargo lab root`.
 #[derive(Debug, clap::Args)]
 pub struct RootArgs {
-    /// The tree of this kernel of Debian's, a version or release, one that is built with Rust; the newest of backports if
-    /// not given
+    /// Debian's kernel whose tree to use: a version or release, built with Rust; by default the newest of backports
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 
-    /// The command, a shell if not given
+    /// The command, by default a shell
     #[arg(last = true, value_name = "COMMAND", default_value = "bash")]
     command: Vec<OsString>,
 }
 
-/// Why there is no module.
+/// Reason why there is no module.
 #[derive(Debug, Error)]
 pub enum ModuleError {
     /// The set-up was made without the kernel's tree.
     #[error("the module needs the kernel's tree, and this set-up was made without it")]
     NoTree,
-    /// The kernel cannot carry it.
+    /// The kernel cannot load it.
     #[error("{release} is built without Rust, so it takes no exitmeter.ko and has no tree here; {WITH_RUST}")]
     WithoutRust {
-        /// The kernel.
+        /// Release of the kernel.
         release: String,
     },
-    /// kbuild failed; the output has been shown.
+    /// kbuild failed; its output has been shown.
     #[error("the module could not be built; the messages of the compiler are above")]
     Failed,
-    /// The module was built with warnings; the output has been shown.
+    /// kbuild warned of something; its output has been shown.
     #[error("the module was built with warnings, which count as errors; they are above")]
     Warnings,
-    /// The system refused something.
+    /// A system call failed.
     #[error(transparent)]
     Io(#[from] Refused),
 }
 
-/// `cargo lab build`: prepares what is missing, builds the module, and prints where it is.
+/// Run `cargo lab build`: complete the set-up, build the module, and print its path.
 ///
 /// # Errors
 ///
-/// When the set-up or the build fails, or standard output is closed.
+/// An error if the set-up or the build fails, or standard output is closed.
 pub fn command(args: BuildArgs) -> Result<()> {
     let prepared = setup::prepare(&Wanted {
         kernel: args.kernel,
@@ -87,12 +86,12 @@ pub fn command(args: BuildArgs) -> Result<()> {
     Ok(())
 }
 
-/// `cargo lab root`: runs a command in the Debian root and gives its status; the checkout is /src there, where it
-/// starts, and the kernel's tree is /tree.
+/// Run `cargo lab root`: run a command in the Debian root and return its status. The command starts in /src, the
+/// checkout; the kernel's tree is /tree.
 ///
 /// # Errors
 ///
-/// When the set-up fails.
+/// An error if the set-up fails or the command cannot be run.
 pub fn root_command(args: RootArgs) -> Result<ExitCode> {
     let prepared = setup::prepare(&Wanted {
         kernel: args.kernel,
@@ -102,7 +101,7 @@ pub fn root_command(args: RootArgs) -> Result<ExitCode> {
     let mut words = args.command.iter();
     let program = words.next().context("there is no command")?;
     let status = workshop(&prepared)?.command(program).args(words).status()?;
-    // A signal has no status of its own; shells say 128 and its number.
+    // A signal has no status of its own; shells report 128 plus its number.
     let code = status.code().or(status.signal().map(|signal| 128 + signal));
     Ok(code
         .and_then(|code| u8::try_from(code).ok())
@@ -121,7 +120,7 @@ fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
     }
 }
 
-/// The root with the checkout and the tree in it.
+/// Return the root with the checkout at /src and the tree at /tree.
 fn workshop(prepared: &Prepared) -> Result<InRoot, ModuleError> {
     let tree = tree(prepared)?;
     Ok(in_root(&prepared.root)
@@ -130,21 +129,21 @@ fn workshop(prepared: &Prepared) -> Result<InRoot, ModuleError> {
         .chdir("/src"))
 }
 
-/// Builds `exitmeter.ko` as far as it is out of date, and says where it is. Two builds wait for each other.
+/// Build `exitmeter.ko` if it is out of date, and return its path. Concurrent builds wait for each other.
 ///
 /// # Errors
 ///
-/// [`ModuleError`]; the output of a build that failed or warned goes to standard error.
+/// [`ModuleError`]. The output of a build that failed or warned goes to standard error.
 pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
     build_with(prepared, &[], false)
 }
 
-/// As [`build`], with arguments for make, which have a build folder of their own; `verbose` shows what kbuild says
-/// even when all is well.
+/// Build `exitmeter.ko` like [`build`], with arguments for make. Each set of arguments has its own build folder.
+/// `verbose` shows kbuild's output even if the build succeeds.
 ///
 /// # Errors
 ///
-/// As [`build`].
+/// As for [`build`].
 pub fn build_with(
     prepared: &Prepared,
     make: &[String],
@@ -154,7 +153,7 @@ pub fn build_with(
     let name = folder_name(&prepared.release, make);
     let out = repository().join("build").join(&name);
     fs::create_dir_all(&out).map_err(failed_to("make", &out))?;
-    // Held to the end: kbuild does not survive another one in its folder.
+    // Held to the end: two kbuilds in one folder break each other.
     let lock_path = out.with_file_name(format!("{name}.lock"));
     let lock = File::create(&lock_path).map_err(failed_to("open", &lock_path))?;
     flock(&lock, FlockOperation::LockExclusive)
@@ -172,7 +171,7 @@ pub fn build_with(
         .args(make)
         .arg("modules")
         .stdin(Stdio::null())
-        // One file, so that messages keep their order.
+        // Both go to one file, so that messages keep their order.
         .stdout(log.try_clone().map_err(failed_to("write", &log_path))?)
         .stderr(log)
         .status()
@@ -187,18 +186,18 @@ pub fn build_with(
         return Err(ModuleError::Failed);
     }
     if warned {
-        // Kept, its objects would be up to date, and the next build would have nothing to warn of.
+        // Remove the objects: they would be up to date, and the next build would not warn again.
         fs::remove_dir_all(&out).map_err(failed_to("remove", &out))?;
         return Err(ModuleError::Warnings);
     }
     Ok(out.join("exitmeter.ko"))
 }
 
-/// The compiler that the kernel was built with, by its name in the root; modules have to be built with it as well.
+/// Return the name of the kernel's compiler in the root. Modules have to be built with the same compiler.
 ///
 /// # Errors
 ///
-/// [`ModuleError`], when there is no tree that tells.
+/// [`ModuleError`] if there is no tree with the kernel's configuration.
 pub fn compiler(prepared: &Prepared) -> Result<&'static str, ModuleError> {
     let config = tree(prepared)?.join(".config");
     let text = fs::read_to_string(&config).map_err(failed_to("read", &config))?;
@@ -206,8 +205,8 @@ pub fn compiler(prepared: &Prepared) -> Result<&'static str, ModuleError> {
     Ok(if clang { "clang-19" } else { "gcc-14" })
 }
 
-/// Where a build goes, below build/. Arguments change the objects, so builds with others have folders of their own,
-/// and neither has to make anew what the other made.
+/// Return the name of a build's folder in build/. Arguments change the objects, so each set of arguments has its own
+/// folder, and no build has to rebuild the objects of another.
 fn folder_name(release: &str, make: &[String]) -> String {
     let mut name = String::from(release);
     for argument in make {
@@ -217,7 +216,7 @@ fn folder_name(release: &str, make: &[String]) -> String {
     name
 }
 
-/// Whether any of the tools that kbuild runs (gcc, rustc, clippy, objtool, modpost) warned of something.
+/// Return true if any tool that kbuild runs (gcc, rustc, clippy, objtool, modpost) warned of something.
 fn has_warning(text: &str) -> bool {
     text.lines()
         .any(|line| line.to_ascii_lowercase().contains("warning"))
@@ -232,7 +231,7 @@ mod tests {
     use super::{folder_name, has_warning};
 
     #[test]
-    fn other_arguments_have_another_folder() {
+    fn each_set_of_arguments_has_its_own_folder() {
         let arguments = ["W=1", "KCFLAGS=-I/x"].map(String::from);
         assert_eq!(folder_name("7.3.4", &[]), "7.3.4");
         assert_eq!(folder_name("7.3.4", &arguments), "7.3.4,W=1,KCFLAGS=-I_x");
@@ -254,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quiet_build_is_no_warning() {
+    fn a_build_without_warnings_passes() {
         assert!(!has_warning(
             "make: Entering directory '/tree'\n  RUSTC [M] src/exitmeter_main.o\n  MODPOST Module.symvers\n"
         ));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The programs of this workspace that go into a host.
+//! Building of the workspace's programs that go into a host.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader};
@@ -10,9 +10,9 @@ use std::process::{Command, Stdio};
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::setup::repository;
+use crate::paths::repository;
 
-/// Why there are no programs.
+/// Reason why there are no programs.
 #[derive(Debug, Error)]
 pub enum ProgramsError {
     /// cargo cannot be run.
@@ -23,16 +23,16 @@ pub enum ProgramsError {
     Failed,
 }
 
-/// What goes into every host.
+/// Programs of every host.
 #[derive(Debug)]
 pub struct Programs {
-    /// The agent.
+    /// Path of the agent.
     pub agent: PathBuf,
-    /// The tool `exitmeter`.
+    /// Path of the tool `exitmeter`.
     pub tool: PathBuf,
 }
 
-/// One of the lines that cargo prints for programs.
+/// One of the lines of JSON that cargo prints.
 #[derive(Deserialize)]
 struct Built {
     target: Option<Target>,
@@ -44,18 +44,18 @@ struct Target {
     name: String,
 }
 
-/// How much of the tool goes into a host.
+/// Variant of the tool for a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tool {
     /// Without pictures in pixels, `exitmeter top` and the BPF meter. It compiles in half the time.
     ForScripts,
-    /// The same, with the BPF meter, which clang compiles.
+    /// As `ForScripts`, but with the BPF meter, which clang compiles.
     WithBpf,
-    /// With `exitmeter top`.
+    /// As `ForScripts`, but with `exitmeter top`.
     ForPeople,
 }
 
-/// Builds them as far as they are out of date.
+/// Build the programs that are out of date.
 ///
 /// # Errors
 ///
@@ -80,7 +80,7 @@ pub fn build(tool: Tool) -> Result<Programs, ProgramsError> {
     }
 }
 
-/// Builds one program of this workspace, as far as it is out of date; where it is.
+/// Build one program of this workspace if it is out of date, and return its path.
 ///
 /// # Errors
 ///
@@ -90,10 +90,11 @@ pub fn program(package: &str, name: &str) -> Result<PathBuf, ProgramsError> {
     built.remove(name).ok_or(ProgramsError::Failed)
 }
 
-/// Builds what the arguments say, as it goes into a host; where each program is, by its name.
+/// Run `cargo build` with these arguments and the profile of programs for hosts. Return the path of each program by
+/// its name.
 fn cargo_build(what: &[&str]) -> Result<HashMap<String, PathBuf>, ProgramsError> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    // The Debian root is made beside it at first, and more waits for that.
+    // The first time, the Debian root is made meanwhile, and more work waits for the root.
     let mut build = Command::new("nice")
         .arg("--adjustment=5")
         .arg(cargo)

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the system refused: the part that the errors of this crate have in common.
+//! Errors of system calls on files: the part that the errors of this crate share.
 
 use std::error::Error;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use crate::setup;
+use crate::paths;
 
-/// Something that could not be done to a file or folder. It is one sentence with the system's reason as its source; or,
-/// when the disk is full, with the remedy in place of a source.
+/// Failed action on a file or folder. Its text is one sentence with the system's reason as source. If the disk is full,
+/// it names the remedy and has no source.
 #[derive(Debug)]
 pub struct Refused {
     action: &'static str,
@@ -19,7 +19,8 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// What to make of the system's reason why `path` could not be read, written or what else `action` says.
+    /// Return a function that makes an error of the system's reason. `action` is the verb that failed on `path`, such as
+    /// "read".
     pub fn to<E: From<Self>>(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> E {
         let path = path.into();
         move |source| {
@@ -46,9 +47,9 @@ impl fmt::Display for Refused {
             return write!(f, "cannot {action} {path}");
         }
         write!(f, "there is no space left to {action} {path}; free some")?;
-        // Elsewhere, which is in the checkout, that would not help.
-        if setup::cache().is_ok_and(|cache| self.path.starts_with(cache)) {
-            write!(f, ", or {}", setup::LARGER_DISK)?;
+        // For a path elsewhere, in the checkout, that would not help.
+        if paths::cache().is_ok_and(|cache| self.path.starts_with(cache)) {
+            write!(f, ", or {}", paths::LARGER_DISK)?;
         }
         Ok(())
     }
@@ -65,18 +66,18 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// All that is said of an attempt to write to `path`, which fails for the reason that writing to `target` does.
-    fn said(path: &Path, target: &str) -> String {
+    /// Return the whole message for a failed write to `path`, with the reason for which a write to `target` fails.
+    fn message(path: &Path, target: &str) -> String {
         let reason = fs::write(target, "text").unwrap_err();
         let refused: anyhow::Error = Refused::to("write", path)(reason);
         format!("{refused:#}")
     }
 
     #[test]
-    fn a_full_disk_is_told_with_its_remedy_and_once() {
-        let cached = setup::cache().unwrap().join("images/base.part");
+    fn a_full_disk_is_reported_once_with_its_remedy() {
+        let cached = paths::cache().unwrap().join("images/base.part");
         assert_eq!(
-            said(&cached, "/dev/full"),
+            message(&cached, "/dev/full"),
             format!(
                 "there is no space left to write {}; \
                  free some, or point XDG_CACHE_HOME to a larger disk",
@@ -84,15 +85,15 @@ mod tests {
             )
         );
         assert_eq!(
-            said(Path::new("/checkout/console.log"), "/dev/full"),
+            message(Path::new("/checkout/console.log"), "/dev/full"),
             "there is no space left to write /checkout/console.log; free some"
         );
     }
 
     #[test]
-    fn any_other_reason_is_the_systems_and_told_once() {
+    fn any_other_reason_is_the_systems_and_reported_once() {
         assert_eq!(
-            said(Path::new("/a"), "/nowhere/at/all"),
+            message(Path::new("/a"), "/nowhere/at/all"),
             "cannot write /a: No such file or directory (os error 2)"
         );
     }

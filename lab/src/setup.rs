@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What has to be there before a host can boot: the Debian root, the packaged kernel, its tree, Bochs.
+//! Set-up for booting hosts: the Debian root, the packaged kernel, its tree, Bochs.
 //!
-//! Each is the result of one script of the folder scripts/, kept in `$XDG_CACHE_HOME/exitmeter` (or
-//! `~/.cache/exitmeter`). [`prepare`] makes what is missing; see `engine` for how it is kept true.
+//! Each of these is the result of one script in scripts/, kept in `$XDG_CACHE_HOME/exitmeter` (or `~/.cache/exitmeter`).
+//! [`prepare`] makes what is missing. The module `engine` explains how results are kept up to date.
 
 mod command;
 mod engine;
@@ -14,7 +14,6 @@ mod space;
 #[cfg(test)]
 mod tests;
 
-use std::env;
 use std::fs;
 use std::io;
 use std::panic::resume_unwind;
@@ -24,26 +23,28 @@ use std::thread;
 
 use thiserror::Error;
 
+pub use crate::paths::{cache, repository, NoCache};
 pub use command::{command, PrepareArgs};
 pub use in_root::{in_root, InRoot};
-pub(crate) use space::{need_space, LARGER_DISK};
+pub(crate) use space::need_space;
 
 use crate::interrupt;
+use crate::paths::LARGER_DISK;
 use crate::refused::Refused;
 use engine::{Engine, Recipe, Step};
 use progress::Progress;
 
-/// The kernels that are built here, to check themselves while they run (scripts/debug-kernel.sh).
-const CHECKED: [&str; 3] = ["debug", "kcsan", "cfi"];
+/// Names of the debug kernels, which are built here and check themselves while they run (scripts/debug-kernel.sh).
+const DEBUG_KERNELS: [&str; 3] = ["debug", "kcsan", "cfi"];
 
-/// The remedy where a kernel without Rust does not do.
+/// Remedy if a kernel built without Rust is not enough.
 pub(crate) const WITH_RUST: &str =
     "name one that is built with Rust, as Debian's are from 7.2 on, or do without --kernel";
 
-/// Which of the kernels that are built here is wanted, if one is, and from the source of which packaged one: "debug" is
-/// from the newest's, "7.2.12-debug" from that of 7.2.12.
-fn checked(kernel: &str) -> Option<(&'static str, &str)> {
-    CHECKED.into_iter().find_map(|name| {
+/// Split the name of a debug kernel into its kind and the packaged kernel from whose source it is built. For "debug" that
+/// is the newest, for "7.2.12-debug" it is 7.2.12. Return `None` for other kernels.
+fn debug_kernel(kernel: &str) -> Option<(&'static str, &str)> {
+    DEBUG_KERNELS.into_iter().find_map(|name| {
         let version = kernel.strip_suffix(name)?;
         match version {
             "" => Some((name, "newest")),
@@ -52,50 +53,50 @@ fn checked(kernel: &str) -> Option<(&'static str, &str)> {
     })
 }
 
-/// What a run needs, besides the Debian root.
+/// Parts of the set-up that a run needs, in addition to the Debian root.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// The kernel: a version ("7.2.12"), a series ("6.12") or a release ("7.2.12+deb13-amd64"), or the newest there. Or one
-    /// that is built here from its source: "debug", "kcsan", "cfi", "7.2.12-debug" and so on.
+    /// The kernel: a version ("7.2.12"), a series ("6.12") or a release ("7.2.12+deb13-amd64"); the newest if `None`. Or a
+    /// debug kernel that is built here: "debug", "kcsan", "cfi", "7.2.12-debug" and so on.
     pub kernel: Option<String>,
-    /// The kernel's tree, to build modules. A kernel without Rust gets none.
+    /// True for the kernel's tree, to build modules. A kernel built without Rust has none.
     pub tree: bool,
-    /// Bochs, for Intel hosts.
+    /// True for Bochs, which Intel hosts need.
     pub bochs: bool,
-    /// Debian's perf, for the benchmark.
+    /// True for Debian's perf, which the benchmark needs.
     pub perf: bool,
-    /// KVM's own selftests.
+    /// True for KVM's own selftests.
     pub selftests: bool,
 }
 
-/// Where it is. All of these are shared with other runs: not to be written to.
+/// Paths of a complete set-up. All of them are shared with other runs and must not be written to.
 #[derive(Clone, Debug)]
 pub struct Prepared {
     /// The Debian root, for [`in_root`].
     pub root: PathBuf,
-    /// The hosts' kernel and its modules, packaged or built here; scripts/kernel.sh lists the files.
+    /// Folder of the host's kernel, packaged or built here, and its modules; scripts/kernel.sh lists the files.
     pub kernel: PathBuf,
-    /// The guests' kernel, always a packaged one: an ELF with a PVH entry.
+    /// The guests' kernel, always a packaged one: an ELF file with a PVH entry.
     pub guest_kernel: PathBuf,
-    /// The folder of its modules, with modules.dep; its name is the release.
+    /// Folder of the guests' modules, with modules.dep; its name is the release.
     pub guest_modules: PathBuf,
-    /// Stands for the content of both kernels and all that they were made with: for names in a cache.
+    /// Key of the content of both kernels and of everything that they were made with, for names in a cache.
     pub kernel_key: String,
-    /// The kernel's name for itself (uname -r).
+    /// Release of the kernel (uname -r).
     pub release: String,
-    /// Whether the kernel is built with Rust, which exitmeter.ko takes.
+    /// True if the kernel is built with Rust, which exitmeter.ko needs.
     pub rust: bool,
     /// The kernel's prepared source, if it was wanted and the kernel is built with Rust.
     pub tree: Option<PathBuf>,
-    /// The folder with `bochs`, `bios` and `vgabios`, if it was wanted.
+    /// Folder with `bochs`, `bios` and `vgabios`, if it was wanted.
     pub bochs: Option<PathBuf>,
-    /// The folder with `perf` and its libraries, if it was wanted.
+    /// Folder with `perf` and its libraries, if it was wanted.
     pub perf: Option<PathBuf>,
-    /// The folder of KVM's selftests, if it was wanted; scripts/selftests.sh lists the files.
+    /// Folder of KVM's selftests, if it was wanted; scripts/selftests.sh lists the files.
     pub selftests: Option<PathBuf>,
 }
 
-/// Why the set-up is not there.
+/// Reason why the set-up is incomplete.
 #[derive(Debug, Error)]
 pub enum SetupError {
     /// The disk is too small.
@@ -104,52 +105,50 @@ pub enum SetupError {
         folder.display()
     )]
     Space {
-        /// The cache.
+        /// Folder of the cache.
         folder: PathBuf,
-        /// What its disk has left, in MiB.
+        /// Free space of its disk, in MiB.
         free: u64,
-        /// What is to be made.
+        /// Name of the work that needs space.
         what: &'static str,
-        /// What that takes at its largest, in MiB.
+        /// Most space that the work takes, in MiB.
         needed: u64,
     },
-    /// There is no place for the cache.
-    #[error(
-        "neither XDG_CACHE_HOME nor HOME is an absolute path; set one, the set-up is kept there"
-    )]
-    NoCache,
-    /// Nothing can be run in the Debian root; the script's own sentence.
+    /// The environment names no folder for the cache.
+    #[error(transparent)]
+    NoCache(#[from] NoCache),
+    /// Nothing can be run in the Debian root, for the reason that the script gives.
     #[error("{0}")]
     Namespaces(String),
     /// A signal came, or another step failed.
     #[error("the set-up was interrupted; the next run goes on where it stopped")]
     Interrupted,
-    /// What is built from a kernel's source is wanted, of a kernel without Rust.
+    /// Something has to be built from the source of a kernel without Rust.
     #[error(
         "{release} is built without Rust, and the set-up fetches the source of no such kernel to build {what} from; \
          {WITH_RUST}"
     )]
     NoSource {
-        /// The kernel.
+        /// Release of the kernel.
         release: String,
-        /// What was to be built.
+        /// Name of what should be built.
         what: &'static str,
     },
     /// A script failed.
     #[error("{reason} (step {step} of the set-up)")]
     Script {
-        /// The step.
+        /// Name of the step.
         step: &'static str,
-        /// The script's own last sentence.
+        /// The script's last sentence.
         reason: String,
     },
-    /// The system refused something.
+    /// A system call failed.
     #[error(transparent)]
     Io(#[from] Refused),
 }
 
 impl Prepared {
-    /// The folder of the hosts' modules, with modules.dep; its name is the release.
+    /// Return the folder of the host's modules, with modules.dep. Its name is the release.
     pub fn modules(&self) -> PathBuf {
         modules(&self.kernel, &self.release)
     }
@@ -161,45 +160,22 @@ impl SetupError {
     }
 }
 
-/// The checkout that this program was built from: its scripts and sources are used where they lie.
-pub fn repository() -> &'static Path {
-    let lab = Path::new(env!("CARGO_MANIFEST_DIR"));
-    lab.parent().unwrap_or(lab)
-}
-
-/// The folder of all that is made once and kept. Whatever else is cached belongs there too, in folders of its own.
+/// Make the missing parts of `wanted`, with progress on standard error, and return the paths of all parts.
 ///
 /// # Errors
 ///
-/// [`SetupError::NoCache`] when the environment names no place.
-pub fn cache() -> Result<PathBuf, SetupError> {
-    let folder = |name| {
-        env::var_os(name)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
-    folder("XDG_CACHE_HOME")
-        .or_else(|| folder("HOME").map(|home| home.join(".cache")))
-        .map(|cache| cache.join("exitmeter"))
-        .ok_or(SetupError::NoCache)
-}
-
-/// Makes what is missing of `wanted`, showing its progress on standard error, and says where all of it is.
-///
-/// # Errors
-///
-/// See [`SetupError`]. What is done by then is kept, and the next call goes on from there.
+/// [`SetupError`]. Finished work is kept, and the next call continues from there.
 pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
     prepare_and(wanted, |_, _| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
 }
 
-/// As [`prepare`]. Besides do what can be done before all is there, so that no core is idle: `with_tree` as soon as all
-/// but Bochs and perf is there, and `with_bochs` as soon as all but the tree and the selftests is. Both also get a
-/// function that shows a line above those of the progress.
+/// Do the work of [`prepare`], and call two functions before all of it is done, so that no core is idle. `with_tree` is
+/// called as soon as everything but Bochs and perf is there, and `with_bochs` as soon as everything but the tree and the
+/// selftests is. Both also get a function that shows a line above the progress.
 ///
 /// # Errors
 ///
-/// Those of [`prepare`], and what the two fail with.
+/// Errors of [`prepare`] and of the two functions.
 pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
     wanted: &Wanted,
     with_tree: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<T, E> + Send,
@@ -219,24 +195,24 @@ pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
     })
 }
 
-/// Calls `work` with an engine for this checkout's scripts and the user's cache.
+/// Call `work` with an engine for this checkout's scripts and the user's cache.
 fn with_engine<T, E: From<SetupError>>(
     work: impl FnOnce(&Engine<'_>) -> Result<T, E>,
 ) -> Result<T, E> {
     let scripts = repository().join("scripts");
-    let cache = cache()?;
+    let cache = cache().map_err(SetupError::from)?;
     let progress = Progress::stderr();
     let interrupts = interrupt::watch();
     namespaces::need(&scripts)?;
     work(&Engine::new(&scripts, &cache, &progress, &interrupts))
 }
 
-/// The steps of one set-up.
+/// Steps of one set-up.
 struct Plan {
     root: Step,
     kernel: Step,
-    checked: Option<Step>,
-    /// The tree, if it is wanted; [`Plan::tree`] knows whether the kernel has one.
+    debug: Option<Step>,
+    /// The tree, if it is wanted. Use [`Plan::tree`] instead, which leaves it out if the kernel has none.
     tree: Option<Step>,
     bochs: Option<Step>,
     perf: Option<Step>,
@@ -252,14 +228,14 @@ impl Plan {
             on: &[],
         })?;
         let kernel = wanted.kernel.as_deref().unwrap_or("newest");
-        let checked = checked(kernel);
+        let debug = debug_kernel(kernel);
         let kernel = engine.step(&Recipe {
             name: "kernel",
             mib: 700,
-            settings: &[("KERNEL", checked.map_or(kernel, |(_, version)| version))],
+            settings: &[("KERNEL", debug.map_or(kernel, |(_, version)| version))],
             on: &[("ROOT", &root)],
         })?;
-        let checked = checked
+        let debug = debug
             .map(|(name, _)| {
                 let config = engine.config(name)?;
                 engine.step(&Recipe {
@@ -300,20 +276,20 @@ impl Plan {
                 .selftests
                 .then(|| engine.step(&selftests))
                 .transpose()?,
-            // One that is built here comes with its tree.
-            tree: (wanted.tree && checked.is_none())
+            // A debug kernel comes with its tree.
+            tree: (wanted.tree && debug.is_none())
                 .then(|| engine.step(&tree))
                 .transpose()?,
             bochs: wanted.bochs.then(|| engine.step(&bochs)).transpose()?,
             root,
             kernel,
-            checked,
+            debug,
         })
     }
 
     fn steps(&self) -> Vec<&Step> {
         let optional = [
-            self.checked.as_ref(),
+            self.debug.as_ref(),
             self.tree(),
             self.bochs.as_ref(),
             self.perf.as_ref(),
@@ -325,17 +301,17 @@ impl Plan {
             .collect()
     }
 
-    /// Return the tree, unless the kernel is known to be built without Rust. Before the kernel is there, that is not known.
+    /// Return the tree, unless the kernel is known to be built without Rust. That is only known once the kernel is there.
     fn tree(&self) -> Option<&Step> {
         let without_rust =
             self.kernel.is_complete() && has_rust(&self.kernel).is_ok_and(|has| !has);
         self.tree.as_ref().filter(|_| !without_rust)
     }
 
-    /// Fail if something is to be built from the source of a kernel that comes without one.
+    /// Fail if something has to be built from the source of a kernel that comes without one.
     fn need_source(&self) -> Result<(), SetupError> {
-        let what = match (&self.checked, &self.selftests) {
-            (Some(_), _) => "a kernel that checks itself",
+        let what = match (&self.debug, &self.selftests) {
+            (Some(_), _) => "a debug kernel",
             (None, Some(_)) => "KVM's selftests",
             (None, None) => return Ok(()),
         };
@@ -346,8 +322,8 @@ impl Plan {
         Err(SetupError::NoSource { release, what })
     }
 
-    /// Make what is missing. Do `with_tree` when all but Bochs and perf is there, and `with_bochs` when all but the tree
-    /// and the selftests is.
+    /// Make the missing steps. Call `with_tree` when everything but Bochs and perf is there, and `with_bochs` when
+    /// everything but the tree and the selftests is.
     fn make<T: Send, B, E: From<SetupError> + Send>(
         &self,
         engine: &Engine<'_>,
@@ -361,13 +337,13 @@ impl Plan {
             steps.try_for_each(|step| engine.make(step))
         };
         let (made, kernels) = mpsc::channel();
-        // Bochs and what leads to the tree keep two cores busy side by side.
+        // One thread makes Bochs, the other the tree and the steps before it. Together they keep two cores busy.
         let (tree, bochs) = thread::scope(|scope| {
             let tree = scope.spawn(move || {
                 let result = chain(&[Some(&self.kernel)])
                     .and_then(|()| self.need_source())
-                    .and_then(|()| chain(&[self.checked.as_ref()]));
-                // Nobody waits any more if Bochs failed.
+                    .and_then(|()| chain(&[self.debug.as_ref()]));
+                // If Bochs failed, nobody waits for this any more.
                 let _ = made.send(result.is_ok());
                 result?;
                 chain(&[self.tree(), self.selftests.as_ref()])?;
@@ -376,14 +352,14 @@ impl Plan {
             let bochs = chain(&[self.bochs.as_ref(), self.perf.as_ref()]);
             let bochs = bochs.and_then(|()| match kernels.recv() {
                 Ok(true) => Ok(with_bochs()),
-                // The tree's thread tells why.
+                // The tree's thread returns the reason.
                 _ => Err(SetupError::Interrupted),
             });
             let tree = tree.join();
             (tree.unwrap_or_else(|panic| resume_unwind(panic)), bochs)
         });
         match (tree, bochs) {
-            // One was stopped because the other failed.
+            // This thread was stopped because the other failed.
             (Err(SetupError::Interrupted), Err(error)) => Err(error.into()),
             (Err(error), _) | (_, Err(error)) => Err(error.into()),
             (Ok(tree), Ok(bochs)) => Ok((tree?, bochs?)),
@@ -391,8 +367,8 @@ impl Plan {
     }
 
     fn prepared(&self) -> Result<Prepared, SetupError> {
-        let kernel = self.checked.as_ref().unwrap_or(&self.kernel);
-        let tree = self.checked.as_ref().or(self.tree());
+        let kernel = self.debug.as_ref().unwrap_or(&self.kernel);
+        let tree = self.debug.as_ref().or(self.tree());
         let within = |step: &Option<Step>, name| step.as_ref().map(|step| step.out.join(name));
         Ok(Prepared {
             guest_kernel: self.kernel.out.join("vmlinux"),
@@ -410,21 +386,21 @@ impl Plan {
     }
 }
 
-/// What the kernel that a step gave calls itself.
+/// Return the release of the kernel that a step made.
 fn release(kernel: &Step) -> Result<String, SetupError> {
     let path = kernel.out.join("release");
     let text = fs::read_to_string(&path).map_err(SetupError::io("read", &path))?;
     Ok(text.trim().into())
 }
 
-/// Return true if the packaged kernel that a step gave is built with Rust. Those that are built here all are.
+/// Return true if the packaged kernel that a step fetched is built with Rust. All debug kernels are.
 fn has_rust(kernel: &Step) -> Result<bool, SetupError> {
     let path = kernel.out.join("config");
     let text = fs::read_to_string(&path).map_err(SetupError::io("read", &path))?;
     Ok(text.lines().any(|line| line == "CONFIG_RUST=y"))
 }
 
-/// Where a step that gives a kernel keeps its modules.
+/// Return the module directory of the kernel that a step made.
 fn modules(kernel: &Path, release: &str) -> PathBuf {
     kernel.join("modules/lib/modules").join(release)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `cargo lab shell`: a host's console on this terminal.
+//! `cargo lab shell` shows a host's console on this terminal.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -18,24 +18,25 @@ use crate::emulator::{Begin, Boot, Console, Emulator};
 use crate::image::payload;
 use crate::image::Images;
 use crate::interrupt;
+use crate::outcome::RunError;
 use crate::programs::{self, Tool};
-use crate::run::{self, folder, Options, RunError};
+use crate::run::{self, folder, Options};
 use crate::setup::Prepared;
 
-/// Ends the host from the keyboard: Ctrl-].
+/// Key that ends the host: Ctrl-].
 const ESCAPE: u8 = 0x1d;
 
-/// How often to look whether a signal came.
+/// Interval at which to check whether a signal came.
 const LOOK: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
 };
 
-/// Boots a host and gives its console to this terminal, until the shell or the host ends or Ctrl-] is typed.
+/// Boot a host and show its console on this terminal, until the shell or the host ends or Ctrl-] is typed.
 ///
 /// # Errors
 ///
-/// [`RunError`], when it comes to no host, or the host could not start its shell.
+/// [`RunError`] if the host could not boot or could not start its shell.
 pub fn shell(options: &Options) -> Result<(), RunError> {
     let start = |_: &Prepared, _: &dyn Fn(&str)| Ok(programs::build(Tool::ForPeople)?);
     let (prepared, module, programs) = run::prepare(options, start)?;
@@ -65,7 +66,7 @@ pub fn shell(options: &Options) -> Result<(), RunError> {
     let interrupts = interrupt::watch();
     let (mut emulator, mut output) =
         Emulator::start(command, log).map_err(RunError::io("run", &program))?;
-    // The port has to be read, or the host waits; what it says is of no use here but for a failure.
+    // The port has to be read, or the host waits. Only a failure is of interest here.
     let port = thread::spawn(move || {
         let (mut receiver, mut bytes) = (Receiver::new(), vec![0; 1 << 16]);
         let mut failure = None;
@@ -86,7 +87,7 @@ pub fn shell(options: &Options) -> Result<(), RunError> {
     emulator.kill();
     let failure = port.join().unwrap_or_default();
     eprintln!("\nlab: the host has ended");
-    run::tidy(&folder);
+    folder::tidy(&folder);
     let _ = fs::remove_dir(folder.join("out"));
     talked.map_err(RunError::io("use", &device.path))?;
     match failure {
@@ -97,14 +98,14 @@ pub fn shell(options: &Options) -> Result<(), RunError> {
     }
 }
 
-/// The far end of a terminal, for the emulator.
+/// Terminal device for the emulator.
 struct Device {
     path: PathBuf,
-    /// Held so that our end does not read an end before the emulator has opened it.
+    /// Held so that the lab's end does not read end-of-file before the emulator has opened the device.
     _open: File,
 }
 
-/// A terminal with nobody at it: our end, and the device.
+/// Open a pseudoterminal. Return the lab's end, and the device.
 fn pair() -> io::Result<(File, Device)> {
     let line = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     grantpt(&line)?;
@@ -118,7 +119,7 @@ fn pair() -> io::Result<(File, Device)> {
     Ok((File::from(line), Device { path, _open: open }))
 }
 
-/// Carries bytes between standard input and output and the line, until `ended` or the escape is typed.
+/// Copy bytes between standard input and output and the line, until `ended` returns true or the escape is typed.
 fn talk(mut line: &File, ended: impl Fn() -> bool) -> io::Result<()> {
     let (stdin, mut stdout) = (io::stdin(), io::stdout());
     let mut input_open = true;
@@ -155,7 +156,7 @@ fn talk(mut line: &File, ended: impl Fn() -> bool) -> io::Result<()> {
     Ok(())
 }
 
-/// The terminal of standard input without its own editing, until this is dropped. Nothing when it is no terminal.
+/// Guard that keeps the terminal of standard input in raw mode. It does nothing if standard input is not a terminal.
 struct Raw(Option<Termios>);
 
 impl Raw {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The Intel host: Bochs, which emulates VMX with EPT.
+//! Intel host: Bochs, which emulates VMX with EPT.
 //!
-//! Kernel and initramfs are put into memory before the machine starts, see [`pvh`]; or the machine goes on from where
-//! it was saved, see `saved`.
+//! Kernel and initramfs are put into memory before the machine starts (see [`pvh`]), or the machine continues from a
+//! saved state (see run/saved.rs).
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -12,28 +12,30 @@ use std::process::Command;
 
 use super::{Begin, Boot, Console, FOLDER};
 use crate::image::pvh::{self, Info};
-use crate::run::RunError;
+use crate::outcome::RunError;
 use crate::setup::in_root;
 
-/// Where the initramfs goes: above any kernel.
+/// Physical address of the initramfs, above any kernel.
 const INITRAMFS_ADDRESS: u64 = 0x1000_0000;
 
-/// Instructions of the host in one of its seconds. The more, the fewer timer interrupts disturb what is measured; but
-/// the longer takes what waits.
+/// Instructions of the host in one of its seconds. With more, fewer timer interrupts disturb measurements, but waiting
+/// takes longer.
 const SPEED: u32 = 500_000_000;
 
-/// The time that every host starts at (1 January 2026), so that two runs differ as little as can be.
+/// Start time of every host (1 January 2026), so that two runs differ as little as possible.
 const TIME: u64 = 1_767_225_600;
 
-/// Where Bochs sees its own files, and those of a saved machine.
+/// Path under which Bochs sees its own files.
 const BOCHS: &str = "/lab/bochs";
+/// Path under which Bochs sees a saved machine.
 const MACHINE: &str = "/lab/machine";
 
-/// How to start it.
+/// Return the command that starts Bochs.
 ///
 /// # Errors
 ///
-/// When the machine is larger than Bochs can, or the images do not fit into its memory.
+/// [`RunError::Machine`] if Bochs cannot emulate such a machine or the images do not fit into its memory, and errors of
+/// writing its files.
 pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     let machine = boot.machine;
     let Some(bochs) = &boot.prepared.bochs else {
@@ -80,12 +82,13 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     Ok(command)
 }
 
-/// Makes a machine that was saved to `folder` ready to go on from: it needs no images but its ROM any more.
+/// Complete a machine that was saved to `folder`, so that runs can continue from it. The only image it still needs is
+/// its ROM.
 ///
 /// # Errors
 ///
-/// When its files cannot be read and written.
-pub fn settle(folder: &Path) -> Result<(), RunError> {
+/// [`RunError::Io`] if its files cannot be read and written.
+pub fn complete_saved(folder: &Path) -> Result<(), RunError> {
     let rom = folder.join("rom");
     fs::write(&rom, pvh::rom()).map_err(RunError::io("write", &rom))?;
     let path = folder.join("config");
@@ -101,7 +104,7 @@ pub fn settle(folder: &Path) -> Result<(), RunError> {
     fs::write(&path, config).map_err(RunError::io("write", &path))
 }
 
-/// The settings of a machine that boots. Writes the images that are of this run alone.
+/// Return the configuration of a machine that boots, and write the images that belong to this run alone.
 fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
     let machine = boot.machine;
     let kernel = boot.images.kernel(boot.prepared)?;
@@ -112,7 +115,7 @@ fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
     };
     let base = size(&boot.images.base)?;
     let initramfs = base + size(&boot.images.payload)?;
-    // Once as it is loaded, and once unpacked.
+    // The initramfs takes memory twice: as it is loaded, and unpacked.
     let needed = (INITRAMFS_ADDRESS + 2 * initramfs) >> 20;
     if needed > machine.memory.into() {
         return impossible(format!(
@@ -163,7 +166,7 @@ fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
         "ata1: enabled=0".to_owned(),
         format!("log: {FOLDER}/bochs.log"),
         "panic: action=fatal".to_owned(),
-        // Each access of a guest's that KVM has to emulate counts as one for Bochs: 170 MB of them.
+        // Bochs reports each guest access that KVM has to emulate as an error: 170 MB of them.
         "error: action=ignore".to_owned(),
         "info: action=report".to_owned(),
         "debug: action=ignore".to_owned(),
@@ -178,7 +181,7 @@ fn rom_line(folder: &str) -> String {
     )
 }
 
-/// What a machine reads that goes on: the payload, and its length before it.
+/// Write the input of a machine that continues from a saved state: the length of the payload, and the payload.
 fn write_input(payload: &Path, input: &Path) -> io::Result<()> {
     let mut source = File::open(payload)?;
     let mut target = File::create(input)?;

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The AMD host: QEMU's TCG, which emulates SVM with nested paging.
+//! AMD host: QEMU's TCG, which emulates SVM with nested paging.
 
 use std::process::Command;
 
 use super::{Boot, Console, FOLDER};
-use crate::run::RunError;
+use crate::outcome::RunError;
 use crate::setup::in_root;
 
-/// A machine with as little as Linux can do with: what is there has to be found and waited for.
+/// Arguments for a minimal machine. Linux has to probe and wait for every device it has.
 const MACHINE: &str = "-nodefaults -no-user-config -no-reboot -display none \
      -machine pc,usb=off,hpet=off,vmport=off \
      -chardev file,id=port,path=/dev/stdout -device isa-debugcon,iobase=0xe9,chardev=port";
 
-/// How to start it.
+/// Return the command that starts QEMU.
 ///
 /// # Errors
 ///
-/// When the machine cannot be, or its initramfs cannot be written.
+/// [`RunError::Machine`] if QEMU cannot emulate such a machine, and errors of writing its initramfs.
 pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     let machine = boot.machine;
     if machine.icount && machine.cpus > 1 {
@@ -37,7 +37,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
         .args(["-cpu", &format!("{model},+svm,+npt")])
         .args(["-smp", &machine.cpus.to_string()])
         .args(["-m", &machine.memory.to_string()])
-        // The kernel as it lies in memory, by its entry for PVH: that saves the unpacking.
+        // The uncompressed kernel, started by its PVH entry, which saves the unpacking.
         .args(["-kernel", "/lab/kernel/vmlinux"])
         .args(["-initrd", &format!("{FOLDER}/initramfs")])
         .args(["-append", &machine.command_line()]);
@@ -49,7 +49,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
             "shift=0,sleep=off",
         ]);
     } else {
-        // Several CPUs on one thread hang.
+        // Several CPUs on a single thread hang.
         command.args(["-accel", "tcg,thread=multi"]);
     }
     match boot.console {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The part of the initramfs that is the same for all runs with one kernel and root.
+//! Part of the initramfs that is the same for all runs with one kernel and root.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -14,10 +14,10 @@ use lab_agent::settings;
 use super::{cache, elf, ImageError};
 use crate::setup::{in_root, Prepared};
 
-/// Programs of the host, beside busybox: the guest's VMM, and what shows CPUID leaves.
+/// Programs of the host beside busybox: the guest's VMM, and the tool that shows CPUID leaves.
 const HOST_PROGRAMS: &[&str] = &["usr/bin/qemu-system-x86_64-microvm", "usr/bin/cpuid"];
 
-/// What the VMM loads into a guest before its kernel.
+/// Firmware that the VMM loads into a guest before its kernel.
 const HOST_FILES: &[&str] = &[
     "usr/share/seabios/bios-microvm.bin",
     "usr/share/qemu/qboot.rom",
@@ -26,22 +26,22 @@ const HOST_FILES: &[&str] = &[
     "usr/share/qemu/kvmvapic.bin",
 ];
 
-/// Modules of the host's kernel and the guests', beside those that these need.
+/// Modules of the host's kernel and of the guests' kernel, without their dependencies.
 const MODULES: &[&str] = &["kvm-intel", "kvm-amd"];
 
-/// In the host, the modules of the guests' kernel: for a guest that has guests.
+/// Path in the host of the modules of the guests' kernel, for a guest that runs L2 guests.
 const GUEST_MODULES: &str = "lab/guest/modules";
 
 const GUEST_PROGRAMS: &[&str] = &["usr/bin/cpuid"];
 
-/// Modules that a guest has at hand: the drivers of /dev/cpu/*/cpuid and /dev/cpu/*/msr, by which its kernel executes
-/// CPUID and RDMSR.
-const OWN_MODULES: &[&str] = &["cpuid", "msr"];
+/// Modules in a guest's initramfs: the drivers of /dev/cpu/*/cpuid and /dev/cpu/*/msr, by which its kernel executes CPUID
+/// and RDMSR.
+const GUEST_INITRAMFS_MODULES: &[&str] = &["cpuid", "msr"];
 
-/// The root's folder of libraries.
+/// Folder of the root's libraries.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 
-/// The folders of every Linux. Files go to usr, as in the root.
+/// Usual folders and their permissions. Files go to usr, as in the root.
 const FOLDERS: &[(&str, u32)] = &[
     ("dev", 0o755),
     ("etc", 0o755),
@@ -75,10 +75,10 @@ const TEXTS: &[(&str, &str)] = &[
     ("etc/profile", "PS1='lab:\\w# '\n"),
 ];
 
-/// Makes the image if it is not there, and says where it is.
+/// Return the path of the image, which is made if it is missing.
 pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
     let parts = [
-        // This file is what the image is made by.
+        // The image depends on this file, which makes it.
         include_str!("base.rs").as_bytes(),
         prepared.kernel_key.as_bytes(),
         prepared.root.as_os_str().as_bytes(),
@@ -103,7 +103,7 @@ pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
         for program in GUEST_PROGRAMS {
             guest.program(&prepared.root, program)?;
         }
-        guest.modules(&prepared.guest_modules, OWN_MODULES)?;
+        guest.modules(&prepared.guest_modules, GUEST_INITRAMFS_MODULES)?;
         base.entries.insert(
             settings::GUEST_INITRAMFS.trim_start_matches('/').to_owned(),
             Entry::Bytes(
@@ -119,7 +119,7 @@ pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
     })
 }
 
-/// What is in an archive, by path.
+/// Contents of an archive, by path.
 struct Contents {
     entries: BTreeMap<String, Entry>,
 }
@@ -146,7 +146,7 @@ impl Contents {
         Self { entries }
     }
 
-    /// Adds a file of this machine, and the folders it is in.
+    /// Add a file of this machine and its parent folders.
     fn copy(&mut self, path: &str, source: &Path) {
         let path = path.trim_start_matches('/');
         for (at, _) in path.match_indices('/') {
@@ -158,7 +158,7 @@ impl Contents {
             .insert(path.to_owned(), Entry::Copy(source.to_owned()));
     }
 
-    /// Adds busybox under the names of all its commands.
+    /// Add busybox under the names of all its commands.
     fn busybox(&mut self, prepared: &Prepared) -> Result<(), ImageError> {
         const BUSYBOX: &str = "usr/bin/busybox";
         let path = prepared.root.join(BUSYBOX);
@@ -179,7 +179,7 @@ impl Contents {
         Ok(())
     }
 
-    /// Adds a program of the root, with all its libraries and their loader.
+    /// Add a program of the root, with all its libraries and their loader.
     fn program(&mut self, root: &Path, path: &str) -> Result<(), ImageError> {
         let mut left = vec![path.to_owned()];
         let mut seen = BTreeSet::new();
@@ -192,7 +192,7 @@ impl Contents {
             let needs = elf::needs(&source, &bytes)?;
             self.copy(&path, &source);
             left.extend(needs.libraries.iter().map(|name| match name.as_str() {
-                // The loader is a library too, and has its place.
+                // The loader is listed as a library, but has a place of its own.
                 "ld-linux-x86-64.so.2" => "usr/lib64/ld-linux-x86-64.so.2".to_owned(),
                 name => format!("{LIBRARIES}/{name}"),
             }));
@@ -205,8 +205,8 @@ impl Contents {
         Ok(())
     }
 
-    /// Adds modules of a kernel's folder with those that they need, and a modules.dep with nothing else. Gives the
-    /// folder where they are in the archive.
+    /// Add modules of a kernel's folder with their dependencies, and a modules.dep that lists only these. Return their
+    /// folder in the archive.
     fn modules(&mut self, folder: &Path, names: &[&str]) -> Result<String, ImageError> {
         let release = folder.file_name().unwrap_or_default().to_string_lossy();
         let list = folder.join("modules.dep");
@@ -240,7 +240,7 @@ impl Contents {
         Ok(target)
     }
 
-    /// Writes the archive. Folders come before what is in them: a path sorts behind its beginning.
+    /// Write the archive. A folder precedes its entries, since a path sorts after its own prefix.
     fn write<W: Write>(&self, target: W) -> io::Result<W> {
         let mut archive = Archive::new(target);
         for (path, entry) in &self.entries {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is made once for all runs.
+//! Cache of files and folders that are made once for all runs.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use rustix::fs::{flock, FlockOperation};
 use sha2::{Digest, Sha256};
 
 use super::ImageError;
-use crate::setup;
+use crate::paths;
 
-/// How many of a kind are kept: those used last.
+/// Number of results of each name that are kept, the most recently used.
 const KEPT: usize = 6;
 
-/// The path of the cached file or folder `name`, which depends on `parts` alone; `make` makes it when it is not there.
-/// It is made once, however many want it, and nobody sees half of it.
+/// Return the path of the cached file or folder `name`, which depends on `parts` alone. If it is missing, `make` makes
+/// it. Concurrent callers make it once, and no caller sees half of it.
 pub fn get<E: From<ImageError>>(
     name: &str,
     parts: &[&[u8]],
@@ -33,7 +33,7 @@ pub fn get<E: From<ImageError>>(
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    let folder = setup::cache().map_err(ImageError::Setup)?.join("images");
+    let folder = paths::cache().map_err(ImageError::NoCache)?.join("images");
     fs::create_dir_all(&folder).map_err(ImageError::io("make", &folder))?;
     let path = folder.join(format!("{name}-{key}"));
 
@@ -43,7 +43,7 @@ pub fn get<E: From<ImageError>>(
         .map_err(|error| ImageError::io("lock", &lock_path)(error.into()))?;
     if !path.exists() {
         let part = folder.join(format!("{name}-{key}.part"));
-        // Of a maker that was interrupted.
+        // An interrupted caller may have left it.
         remove(&part);
         let made = make(&part).and_then(|()| {
             fs::rename(&part, &path)
@@ -56,7 +56,7 @@ pub fn get<E: From<ImageError>>(
         }
         prune(&folder, name);
     }
-    // For the order of use.
+    // The time tells when it was last used.
     if let Ok(file) = File::open(&path) {
         let _ = file.set_modified(SystemTime::now());
     }
@@ -68,7 +68,7 @@ fn remove(path: &Path) {
     let _ = fs::remove_dir_all(path);
 }
 
-/// Removes all but the last used of a kind. It is no error when that fails: they are only in the way.
+/// Remove all results of a name except the most recently used. Errors are ignored, since old results only take space.
 fn prune(folder: &Path, name: &str) {
     let mut found: Vec<(SystemTime, PathBuf)> = fs::read_dir(folder)
         .into_iter()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the images want to know of ELF files.
+//! Minimal ELF reading for the images.
 
 use std::path::Path;
 
@@ -9,19 +9,19 @@ use goblin::elf::Elf;
 
 use super::ImageError;
 
-/// Type of the note with the physical address of the entry for PVH (XEN_ELFNOTE_PHYS32_ENTRY).
+/// Type of the note with the physical address of the PVH entry (XEN_ELFNOTE_PHYS32_ENTRY).
 const PVH_ENTRY: u32 = 18;
 
-/// What a program needs to run.
+/// Dependencies of a program.
 #[derive(Debug, Default)]
 pub struct Needs {
-    /// The path of its loader; none when it is static.
+    /// Path of its loader; `None` if it is static.
     pub loader: Option<String>,
-    /// The names of its libraries.
+    /// Names of its libraries.
     pub libraries: Vec<String>,
 }
 
-/// Reads what the program or library in `bytes` needs.
+/// Read the dependencies of the program or library in `bytes`.
 pub fn needs(path: &Path, bytes: &[u8]) -> Result<Needs, ImageError> {
     let elf = Elf::parse(bytes).map_err(|error| ImageError::content(path, error))?;
     Ok(Needs {
@@ -35,19 +35,19 @@ pub fn needs(path: &Path, bytes: &[u8]) -> Result<Needs, ImageError> {
     })
 }
 
-/// A kernel's segments, where they belong in memory.
+/// Segments of a kernel and their places in memory.
 #[derive(Debug)]
 pub struct Kernel<'a> {
-    /// Where the first begins, in bytes from the start of memory.
+    /// Physical address of the first segment.
     pub address: u64,
-    /// Where the entry for PVH is.
+    /// Physical address of the PVH entry.
     pub entry: u32,
-    /// Each segment's place behind `address`, and its content.
+    /// Offset from `address` and content of each segment.
     segments: Vec<(usize, &'a [u8])>,
 }
 
 impl<'a> Kernel<'a> {
-    /// Reads the kernel in `bytes`.
+    /// Parse the kernel in `bytes`.
     pub fn parse(path: &Path, bytes: &'a [u8]) -> Result<Self, ImageError> {
         let wrong = |reason: &str| ImageError::content(path, reason);
         let elf = Elf::parse(bytes).map_err(|error| ImageError::content(path, error))?;
@@ -84,7 +84,7 @@ impl<'a> Kernel<'a> {
         })
     }
 
-    /// All of it, with zeros between the segments.
+    /// Return the whole kernel, with zeros between the segments.
     pub fn layout(&self) -> Vec<u8> {
         let end = |&(place, content): &(usize, &[u8])| place + content.len();
         let mut memory = vec![0; self.segments.iter().map(end).max().unwrap_or(0)];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The part of the initramfs that belongs to one run.
+//! Part of the initramfs that belongs to one run.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -13,17 +13,17 @@ use lab_agent::settings::{self, Settings};
 
 use super::ImageError;
 
-/// A file or folder of this machine that the host gets.
+/// A file or folder of this machine for the host.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct FileSpec {
-    /// Where it is here.
+    /// Path on this machine.
     pub source: PathBuf,
-    /// Where it goes there: absolute, or in the script's folder; as it is called here when not given.
+    /// Path in the host, absolute or relative to the script's folder. If `None`, it keeps its name.
     pub target: Option<String>,
 }
 
 impl FileSpec {
-    /// A file that keeps its name and goes to the script's folder.
+    /// Describe a file that goes to the script's folder and keeps its name.
     pub fn new(source: impl Into<PathBuf>) -> Self {
         Self {
             source: source.into(),
@@ -31,7 +31,7 @@ impl FileSpec {
         }
     }
 
-    /// A file with a place of its own in the host.
+    /// Describe a file with a given path in the host.
     pub fn at(source: impl Into<PathBuf>, target: impl Into<String>) -> Self {
         Self {
             source: source.into(),
@@ -39,7 +39,7 @@ impl FileSpec {
         }
     }
 
-    /// Reads `SRC[:DEST]`.
+    /// Parse `SRC[:DEST]`.
     pub fn parse(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("", _)) | Some((_, "")) => Err("it is SRC or SRC:DEST".to_owned()),
@@ -69,11 +69,11 @@ impl FileSpec {
     }
 }
 
-/// Writes the archive to `target`; with the agent, if it is for a host that boots.
+/// Write the archive to `target`. It includes the agent if it is for a host that boots.
 ///
 /// # Errors
 ///
-/// [`ImageError`], when one of the files cannot be read or the archive cannot be written.
+/// [`ImageError`] if one of the files cannot be read or the archive cannot be written.
 pub fn write(
     target: &Path,
     agent: Option<&Path>,
@@ -149,10 +149,10 @@ impl<W: Write> Payload<'_, W> {
             .map_err(ImageError::io("write", self.target))
     }
 
-    /// Adds the folders that `path` is in, but for those of the base: the kernel keeps what is there already,
-    /// but takes the permissions of what comes later.
+    /// Add the parent folders of `path`, except those of the base: the kernel keeps an existing folder, but gives it the
+    /// permissions of the later entry.
     fn parents(&mut self, path: &str) -> Result<(), ImageError> {
-        const OF_THE_BASE: &[&str] = &[
+        const BASE_FOLDERS: &[&str] = &[
             "bin",
             "dev",
             "etc",
@@ -173,7 +173,7 @@ impl<W: Write> Payload<'_, W> {
         let path = path.trim_start_matches('/');
         for (at, _) in path.match_indices('/') {
             let folder = &path[..at];
-            if !OF_THE_BASE.contains(&folder) && self.folders.insert(folder.to_owned()) {
+            if !BASE_FOLDERS.contains(&folder) && self.folders.insert(folder.to_owned()) {
                 self.archive
                     .folder(folder, 0o755)
                     .map_err(ImageError::io("write", self.target))?;
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_go_where_they_are_said_to() {
+    fn files_go_to_the_given_paths() {
         for (text, place) in [
             ("a/b.sh", "/root/b.sh"),
             ("a/b.sh:c", "/root/c"),
@@ -220,7 +220,7 @@ mod tests {
         write(&at("payload"), Some(&at("agent")), &files, &settings).unwrap();
 
         let root = tempfile::tempdir().unwrap();
-        // The folders of the base are there by then.
+        // The base has unpacked its folders by then.
         for name in ["usr/bin", "lab"] {
             fs::create_dir_all(root.path().join(name)).unwrap();
         }
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_there_is_named() {
+    fn a_missing_file_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let settings = Settings {
             kvm: None,

@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Booting a kernel that lies in memory already, by its entry for PVH.
+//! Booting a kernel that is in memory already, by its PVH entry.
 //!
-//! Bochs loads files into memory before the machine starts, so that nothing has to be read by a boot loader that is
-//! emulated itself. What is left to do is little: a ROM that the BIOS calls as it calls those of adapters asks the
-//! BIOS for the memory map, enters protected mode, and jumps to the kernel with the address of [`Info`] in EBX
-//! (Xen's "x86/HVM direct boot ABI", xen/include/public/arch-x86/hvm/start_info.h).
+//! Bochs loads files into memory before the machine starts, so no emulated boot loader has to read them. The rest is
+//! done by a ROM, which the BIOS calls like the ROMs of adapters. It asks the BIOS for the memory map, enters protected
+//! mode, and jumps to the kernel with the address of [`Info`] in EBX (Xen's "x86/HVM direct boot ABI",
+//! xen/include/public/arch-x86/hvm/start_info.h).
 
 use std::arch::global_asm;
 use std::slice;
 
-/// Where the ROM goes: the BIOS looks for such ROMs between C8000h and E0000h.
+/// Physical address of the ROM. The BIOS looks for such ROMs between C8000h and E0000h.
 pub const ROM_ADDRESS: u64 = 0xd_0000;
 
-/// Where the information for kernel and ROM goes; just before a kernel that begins at 16 MiB, as they do.
+/// Physical address of the information for kernel and ROM, just before the kernel, which begins at 16 MiB.
 pub const INFO_ADDRESS: u64 = 0xff_e000;
 
-/// The longest command line, in bytes with its end (COMMAND_LINE_SIZE of x86).
+/// Longest command line, in bytes with its NUL (COMMAND_LINE_SIZE of x86).
 const COMMAND_LINE: usize = 2048;
 
-/// Where the ROM puts the memory map: above what the BIOS uses below 1 MiB.
+/// Physical address of the memory map that the ROM writes, above the BIOS's data below 1 MiB.
 const MAP_ADDRESS: u64 = 0x8000;
 
 const MAGIC: u32 = 0x336e_c578;
 
 const ROM_SIZE: usize = 512;
 
-// Offsets within the information, for the ROM.
+// Offsets in the information, for the ROM.
 const ENTRIES: usize = 48;
 const ENTRY_POINT: usize = 56;
 
@@ -36,10 +36,10 @@ global_asm!(
     ".code16",
     "exitmeter_pvh_rom:",
     "    .byte 0x55, 0xaa, {size} / 512",
-    // The BIOS calls this place.
+    // The BIOS calls the ROM here.
     "    cli",
     "    cld",
-    // The memory map, one entry a call; the kernel wants the BIOS's entries with 4 bytes behind each.
+    // Read the memory map, one entry per call. The kernel expects 4 bytes behind each of the BIOS's entries.
     "    xor %ebp, %ebp",
     "    mov %bp, %es",
     "    mov ${map}, %edi",
@@ -54,7 +54,7 @@ global_asm!(
     "    inc %ebp",
     "    test %ebx, %ebx",
     "    jnz 1b",
-    // A20, protected mode, flat segments.
+    // Enable A20, and enter protected mode with flat segments.
     "2:  in $0x92, %al",
     "    or $2, %al",
     "    out %al, $0x92",
@@ -95,9 +95,9 @@ extern "C" {
     static ROM: [u8; ROM_SIZE];
 }
 
-/// The ROM, with the checksum that the BIOS wants.
+/// Return the ROM with the checksum that the BIOS expects.
 pub fn rom() -> Vec<u8> {
-    // SAFETY: the symbol is the assembly's above, of that size, and nobody writes to it.
+    // SAFETY: The assembly above defines the symbol with that size, and nobody writes to it.
     let mut rom =
         unsafe { slice::from_raw_parts((&raw const ROM).cast::<u8>(), ROM_SIZE) }.to_vec();
     let sum = rom.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte));
@@ -107,19 +107,19 @@ pub fn rom() -> Vec<u8> {
     rom
 }
 
-/// What the kernel is told at its start.
+/// Boot information for the kernel.
 #[derive(Debug)]
 pub struct Info<'a> {
-    /// Where its entry is.
+    /// Physical address of the kernel's PVH entry.
     pub entry: u32,
-    /// Where the initramfs is, and its size.
+    /// Physical address and size of the initramfs, in bytes.
     pub initramfs: (u64, u64),
-    /// Its command line.
+    /// The kernel's command line.
     pub command_line: &'a str,
 }
 
 impl Info<'_> {
-    /// The bytes that belong to [`INFO_ADDRESS`]; none when the command line is too long.
+    /// Encode the information for [`INFO_ADDRESS`]. Return `None` if the command line is too long.
     pub fn bytes(&self) -> Option<Vec<u8>> {
         const MODULES: u64 = INFO_ADDRESS + 64;
         const TEXT: u64 = MODULES + 32;
@@ -128,20 +128,20 @@ impl Info<'_> {
         }
         let mut bytes = Vec::new();
         let mut put = |part: &[u8]| bytes.extend_from_slice(part);
-        // struct hvm_start_info.
+        // This is struct hvm_start_info.
         put(&MAGIC.to_le_bytes());
         put(&1u32.to_le_bytes()); // version
         put(&0u32.to_le_bytes()); // flags
         put(&1u32.to_le_bytes()); // modules
         put(&MODULES.to_le_bytes());
         put(&TEXT.to_le_bytes());
-        put(&0u64.to_le_bytes()); // ACPI's root: the kernel finds it as behind any BIOS
+        put(&0u64.to_le_bytes()); // ACPI's root: the kernel finds it as with any BIOS
         put(&MAP_ADDRESS.to_le_bytes());
-        put(&0u32.to_le_bytes()); // entries of the memory map: the ROM counts them
+        put(&0u32.to_le_bytes()); // entries of the memory map, which the ROM counts
         put(&0u32.to_le_bytes());
-        // For the ROM.
+        // The ROM reads this field.
         put(&u64::from(self.entry).to_le_bytes());
-        // struct hvm_modlist_entry.
+        // This is struct hvm_modlist_entry.
         put(&self.initramfs.0.to_le_bytes());
         put(&self.initramfs.1.to_le_bytes());
         put(&0u64.to_le_bytes()); // its command line
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rom_is_one_to_a_bios() {
+    fn a_bios_accepts_the_rom() {
         let rom = rom();
         assert_eq!(rom.len(), ROM_SIZE);
         assert_eq!(rom[..3], [0x55, 0xaa, 1]);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rom_finds_in_the_information_what_it_wants() {
+    fn the_information_has_the_fields_of_the_rom() {
         let info = Info {
             entry: 0x1234_5678,
             initramfs: (0x800_0000, 0x10),

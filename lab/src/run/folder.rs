@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The folder of a run.
+//! Folders of runs.
 
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::RunError;
 use crate::calendar::date;
 use crate::host::Host;
-use crate::setup::repository;
+use crate::outcome::RunError;
+use crate::paths::repository;
 
-/// How many runs are kept: the latest, by name.
+/// Name of the console's file in the run's folder.
+pub(crate) const CONSOLE: &str = "console.log";
+
+/// Number of runs that are kept, the latest by name.
 const KEPT: usize = 100;
 
-/// Makes a folder that no other run has, named for the time (UTC) and the host.
+/// Make a new folder, named after the time (UTC) and the host.
 pub fn make(host: Host) -> Result<PathBuf, RunError> {
     let all = repository().join("target/lab");
     fs::create_dir_all(&all).map_err(RunError::io("make", &all))?;
@@ -40,7 +43,14 @@ pub fn make(host: Host) -> Result<PathBuf, RunError> {
     unreachable!("there are more numbers than runs in a second")
 }
 
-/// Removes the oldest runs. It is no error when that fails: they are only in the way.
+/// Remove the large files of a run's folder that can be made again.
+pub(crate) fn tidy(folder: &Path) {
+    for name in ["payload", "initramfs", "input"] {
+        let _ = fs::remove_file(folder.join(name));
+    }
+}
+
+/// Remove the oldest runs. Errors are ignored, since old runs only take space.
 fn prune(all: &Path) {
     let mut runs: Vec<PathBuf> = fs::read_dir(all)
         .into_iter()
@@ -53,7 +63,7 @@ fn prune(all: &Path) {
     }
 }
 
-/// Seconds since 1970 as YYYYMMDD-HHMMSS.
+/// Format seconds since 1970 as YYYYMMDD-HHMMSS.
 fn time(seconds: u64) -> String {
     let (day, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = date(day);
@@ -64,7 +74,7 @@ fn time(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn dates_are_those_of_the_calendar() {
+    fn times_are_formatted_as_dates() {
         for (seconds, text) in [
             (0, "19700101-000000"),
             (951_782_399, "20000228-235959"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a run leaves behind: the files of its folder.
+//! Record of a run: the files of its folder.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -10,13 +10,27 @@ use std::path::{Component, Path, PathBuf};
 
 use lab_agent::channel::Message;
 
-use super::{Event, RunError, CONSOLE};
+use super::folder::CONSOLE;
+use crate::outcome::RunError;
 use crate::verdict::{self, End};
 
-/// How many lines of a log are shown when a run fails, and of a fault that began before them.
+/// Number of a log's last lines that are shown if a run fails. As many are shown of a fault that began before them.
 const TAIL: usize = 40;
 
-/// Writes down what a host says.
+/// Event of a run, reported as it happens.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// The run begins this step.
+    Stage(&'a str),
+    /// The script wrote this to its standard output.
+    Stdout(&'a [u8]),
+    /// The script wrote this to its standard error.
+    Stderr(&'a [u8]),
+    /// The host's kernel log has this line.
+    Kernel(&'a str),
+}
+
+/// Writer of a run's record.
 pub struct Record {
     folder: PathBuf,
     out: PathBuf,
@@ -25,9 +39,9 @@ pub struct Record {
     stdout: Log,
     stderr: Log,
     noise: Log,
-    /// The script's standard output, for the one who called for the run.
-    said: Vec<u8>,
-    /// The file of the out folder that is being received.
+    /// The script's standard output, for the caller.
+    output: Vec<u8>,
+    /// File of the out folder that is being received.
     file: Option<Incoming>,
 }
 
@@ -57,7 +71,7 @@ impl Log {
 }
 
 impl Record {
-    /// Starts with empty logs; the console's file is the emulator's and has to be there.
+    /// Start a record with empty logs. The console's file, which the emulator writes, must exist.
     pub fn new(folder: &Path, out: &Path) -> Result<Self, RunError> {
         let log = |name| Log::new(folder.join(name));
         let console = folder.join(CONSOLE);
@@ -70,12 +84,12 @@ impl Record {
             stdout: log("stdout.log")?,
             stderr: log("stderr.log")?,
             noise: log("port.log")?,
-            said: Vec::new(),
+            output: Vec::new(),
             file: None,
         })
     }
 
-    /// Writes down a message, and tells of it.
+    /// Write a message to the record, and report it to `listener`.
     pub fn message(
         &mut self,
         message: Message,
@@ -86,7 +100,7 @@ impl Record {
             Message::Stdout(bytes) => {
                 self.stdout.write(&bytes)?;
                 listener(Event::Stdout(&bytes));
-                self.said.extend(bytes);
+                self.output.extend(bytes);
             }
             Message::Stderr(bytes) => {
                 self.stderr.write(&bytes)?;
@@ -133,7 +147,7 @@ impl Record {
 
     fn begin(&mut self, mode: u32, path: &[u8]) -> Result<(), RunError> {
         let path = PathBuf::from(String::from_utf8_lossy(path).into_owned());
-        // A host does not write where it likes.
+        // A host may only write to the out folder.
         if !path
             .components()
             .all(|part| matches!(part, Component::Normal(_)))
@@ -154,7 +168,7 @@ impl Record {
             .mode(0o600)
             .open(&path)
             .map_err(RunError::io("write", &path))?;
-        // Ours to read at least.
+        // The user can at least read the file.
         let _ = file.set_permissions(fs::Permissions::from_mode(mode & 0o755 | 0o600));
         self.file = Some(Incoming {
             path,
@@ -164,12 +178,12 @@ impl Record {
         Ok(())
     }
 
-    /// Writes down bytes that came over the port and are no message.
+    /// Write bytes of the port that are not part of a message.
     pub fn noise(&mut self, bytes: &[u8]) -> Result<(), RunError> {
         self.noise.write(bytes)
     }
 
-    /// What the console said since the last time.
+    /// Return the console's output since the last call.
     pub fn console(&mut self) -> Result<Vec<u8>, RunError> {
         let mut bytes = Vec::new();
         self.console
@@ -178,14 +192,14 @@ impl Record {
         Ok(bytes)
     }
 
-    /// The last lines of the console, and of what else tells of the end of a run.
+    /// Return the last lines of the console, and of other logs that explain the end of the run.
     pub fn tail(&self, end: &End) -> String {
         let names: &[&str] = match end {
-            // It said all it could.
+            // Nothing needs an explanation.
             End::Script(_) | End::Interrupted => &[],
             End::EmulatorDied | End::NoVerdict(_) => &[CONSOLE, "emulator.log", "bochs.log"],
-            // A fault that is not bad enough for the console.
-            End::Fault(_) if !self.tells_of_fault(CONSOLE) => &["kernel.log"],
+            // The console's log level hides this fault.
+            End::Fault(_) if !self.has_fault(CONSOLE) => &["kernel.log"],
             _ => &[CONSOLE],
         };
         let mut text = String::new();
@@ -198,7 +212,7 @@ impl Record {
         text
     }
 
-    fn tells_of_fault(&self, name: &str) -> bool {
+    fn has_fault(&self, name: &str) -> bool {
         self.log(name)
             .lines()
             .any(|line| verdict::fault_in(line).is_some())
@@ -209,13 +223,13 @@ impl Record {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// The script's standard output.
+    /// Return the script's standard output.
     pub fn into_stdout(self) -> Vec<u8> {
-        self.said
+        self.output
     }
 }
 
-/// The last lines of a log; with the first of its fault, which says what happened, where there is one before them.
+/// Return the last lines of a log, and the first lines of a fault that began before them.
 fn ending(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     let last = lines.len().saturating_sub(TAIL);
@@ -251,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_the_out_folder_come_whole() {
+    fn files_of_the_out_folder_arrive_whole() {
         let folder = tempfile::tempdir().unwrap();
         let mut record = record(folder.path());
         let mut take = |message| record.message(message, &mut |_| {});
@@ -265,13 +279,13 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_log_has_the_beginning_of_its_fault() {
+    fn the_end_of_a_log_includes_the_beginning_of_its_fault() {
         let log = |before: usize, after: usize| {
             let fault =
                 "[    5.0] BUG: kernel NULL pointer dereference, address: 0000000000000008\n";
             "before\n".repeat(before) + fault + &"after\n".repeat(after)
         };
-        // Without one, or when it is among the last lines, these are all.
+        // Without a fault, or with one among the last lines, only the last lines are shown.
         assert_eq!(ending(&"line\n".repeat(100)).lines().count(), TAIL);
         assert_eq!(ending("one\ntwo"), "one\ntwo");
         assert_eq!(ending(&log(100, 9)).lines().count(), TAIL);
@@ -284,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_writes_nowhere_but_to_the_out_folder() {
+    fn a_host_can_only_write_to_the_out_folder() {
         let folder = tempfile::tempdir().unwrap();
         let mut record = record(folder.path());
         for path in ["../x", "/etc/x", "a/../../x", "."] {
@@ -293,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_is_written_down_and_told() {
+    fn messages_are_recorded_and_reported() {
         let folder = tempfile::tempdir().unwrap();
         let mut record = record(folder.path());
         let mut told = Vec::new();

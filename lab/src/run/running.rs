@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A host while it runs.
+//! Running hosts.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,17 +12,19 @@ use std::time::{Duration, Instant};
 
 use lab_agent::channel::{self, Item, Message};
 
-use super::record::Record;
-use super::{Event, Options, Outcome, RunError, CONSOLE};
+use super::folder::CONSOLE;
+use super::options::Options;
+use super::record::{Event, Record};
 use crate::emulator::{bochs, qemu, Boot, Emulator};
 use crate::host::Host;
 use crate::interrupt;
+use crate::outcome::{Outcome, RunError};
 use crate::verdict::{End, Watch};
 
-/// How often the console's file is looked at.
+/// Interval at which the console's file is read.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// How long the processes of a killed emulator may take to go.
+/// Longest wait for the processes of a killed emulator to end.
 const GONE: Duration = Duration::from_secs(5);
 
 /// A host that has been started.
@@ -33,7 +35,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts it, with its console in a file.
+    /// Start a host with its console in a file.
     pub(crate) fn start(boot: &Boot<'_>) -> Result<Self, RunError> {
         let console = boot.folder.join(CONSOLE);
         File::create(&console).map_err(RunError::io("write", &console))?;
@@ -51,7 +53,7 @@ impl Running {
         })
     }
 
-    /// Watches the host to its end.
+    /// Watch the host to its end.
     pub(crate) fn watch(
         mut self,
         options: &Options,
@@ -100,7 +102,7 @@ impl Running {
             }
         };
         self.emulator.kill();
-        // Its output ends when the last process of its is gone.
+        // Its output ends with its last process.
         while port.recv_timeout(GONE).is_ok() {}
         let tail = record.tail(&end);
         Ok(Outcome {
@@ -114,7 +116,7 @@ impl Running {
     }
 }
 
-/// How to start the emulator.
+/// Return the command that starts the host's emulator.
 pub(crate) fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     match boot.machine.host {
         Host::Intel => bochs::command(boot),
@@ -122,7 +124,7 @@ pub(crate) fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     }
 }
 
-/// Reads what the host sends; the receiver is disconnected at its end.
+/// Read the emulator's output in a thread. The channel closes when the output ends.
 fn read(mut output: ChildStdout) -> Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {

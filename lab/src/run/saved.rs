@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Saved machines: hosts that have booted and loaded KVM, to start runs from.
+//! Saved machines: hosts that have booted and loaded KVM, from which runs can start.
 //!
-//! Bochs writes down all of a machine when the agent asks for it, and each run goes on from there: it takes a second
-//! or two instead of the boot's twenty. The agent then reads by a port what the run wants of it. What is saved depends
-//! on the machine, on KVM's parameters, and on all that was booted; it is made when it is first wanted, and kept in the
-//! cache.
+//! Bochs saves the whole machine when the agent asks for it. Each run continues from there, which takes a second or two
+//! instead of the boot's twenty. The agent then reads the run's orders from a port. The saved state depends on the
+//! machine, on KVM's parameters, and on everything that was booted. It is made at first use and kept in the cache.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -14,20 +13,23 @@ use std::path::{Path, PathBuf};
 
 use lab_agent::settings::{Settings, Task};
 
+use super::folder::{tidy, CONSOLE};
+use super::options::Options;
+use super::running::Running;
 use crate::emulator::{bochs, Begin, Boot, Console};
 use crate::image::{cache, payload, Images};
-use crate::run::{self, Options, RunError, Running};
+use crate::outcome::{RunError, LIMITS};
 use crate::setup::{need_space, Prepared, SetupError};
 
-/// The file of a saved machine that holds its memory.
+/// Name of the file that holds a saved machine's memory.
 const MEMORY: &str = "memory.ram";
 
-/// Make the saved machine for `options` if it is not there, which `note` is told of, and return its folder. The logs of
-/// its boot go to a folder in `logs`, and stay there when it fails.
+/// Return the folder of the saved machine for `options`. If it is missing, report that to `note` and make it. The logs
+/// of its boot go to a folder in `logs`, and stay there if it fails.
 ///
 /// # Errors
 ///
-/// [`RunError`]; among them [`RunError::Boot`] when the host does not come as far as to be saved.
+/// [`RunError`]; [`RunError::Boot`] if the host ends before it is saved.
 pub fn machine(
     options: &Options,
     prepared: &Prepared,
@@ -43,8 +45,8 @@ pub fn machine(
     let command_line = options.machine.command_line();
     let parts = [
         include_bytes!("saved.rs").as_slice(),
-        include_bytes!("emulator/bochs.rs"),
-        include_bytes!("image/pvh.rs"),
+        include_bytes!("../emulator/bochs.rs"),
+        include_bytes!("../image/pvh.rs"),
         what.as_bytes(),
         command_line.as_bytes(),
         images.base.as_os_str().as_bytes(),
@@ -59,14 +61,14 @@ pub fn machine(
     })
 }
 
-/// Fails when the disk cannot hold the machine, before it boots: Bochs writes all of its memory, and what is not zero
-/// there, a quarter and a bit, is then written once more.
+/// Fail if the disk cannot hold the machine, before it boots. Bochs writes all of its memory. Then the part that is not
+/// zero, a little more than a quarter, is written once more.
 fn check_space(target: &Path, memory: u32) -> Result<(), SetupError> {
     let folder = target.parent().unwrap_or(target);
     need_space(folder, u64::from(memory) / 3 * 4 + 64, "saving a machine")
 }
 
-/// Boots a host and saves it to `target`.
+/// Boot a host and save it to `target`.
 fn save(
     options: &Options,
     prepared: &Prepared,
@@ -88,22 +90,22 @@ fn save(
         machine: &options.machine,
         images: &Images::new(prepared, &payload)?,
         folder: logs,
-        console: Console::File(run::CONSOLE),
+        console: Console::File(CONSOLE),
         begin: Begin::Save(target),
     };
-    // The run's own limits are for what it does.
+    // The limits of the run do not apply to this boot.
     let options = Options {
         out: None,
-        limits: run::LIMITS,
+        limits: LIMITS,
         ..options.clone()
     };
     let outcome = Running::start(&boot)?.watch(&options, logs, &mut |_| {})?;
-    run::tidy(logs);
+    tidy(logs);
     let log = fs::read_to_string(logs.join("bochs.log")).unwrap_or_default();
     if !log.contains("the state is saved") {
         return Err(RunError::Boot(Box::new(outcome)));
     }
-    bochs::settle(target)?;
+    bochs::complete_saved(target)?;
     let memory = target.join(MEMORY);
     let size = fs::metadata(&memory).map_or(0, |facts| facts.len());
     if size != u64::from(options.machine.memory) << 20 {
@@ -115,7 +117,7 @@ fn save(
     fs::remove_dir_all(logs).map_err(RunError::io("remove", logs))
 }
 
-/// Writes a file anew without its zeros, which then take no place on the disk.
+/// Rewrite a file without its blocks of zeros, so that these take no space on the disk.
 fn dig_holes(path: &Path) -> io::Result<()> {
     const PIECE: usize = 1 << 16;
     let sparse = path.with_extension("sparse");

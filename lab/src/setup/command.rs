@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `cargo lab prepare`.
+//! `cargo lab prepare` makes the whole set-up.
 
 use std::fs;
 use std::io::{self, Write};
@@ -13,35 +13,35 @@ use rustix::fs::{flock, FlockOperation};
 use super::engine::{size_of, Engine, Step};
 use super::{with_engine, Plan, SetupError, Wanted};
 
-/// What `cargo lab prepare` takes.
+/// Arguments of `cargo lab prepare`.
 #[derive(Debug, clap::Args)]
 pub struct PrepareArgs {
-    /// Debian's kernel: a version (7.2.12), series (6.12) or release (7.2.12+deb13-amd64); the newest of backports if not given
+    /// Debian's kernel: a version (7.2.12), series (6.12) or release (7.2.12+deb13-amd64); by default the newest of backports
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
 
-    /// Fetch what the benchmark needs besides
+    /// Also fetch perf, which the benchmark needs
     #[arg(long)]
     perf: bool,
 
-    /// Build KVM's selftests besides
+    /// Also build KVM's selftests
     #[arg(long)]
     selftests: bool,
 
-    /// Print each step with the seconds it took when it was made, its size and its folder
+    /// Print for each step the seconds it took when it was made, its size and its folder
     #[arg(long)]
     timings: bool,
 
-    /// Remove from the cache what was fetched for it, and what other versions of the scripts and other kernels made
+    /// Remove downloads from the cache, and the results of other versions of the scripts and for other kernels
     #[arg(long)]
     prune: bool,
 }
 
-/// Makes all that runs need, so that none has to wait for it.
+/// Run `cargo lab prepare`: make everything that runs need, so that no run has to wait for it.
 ///
 /// # Errors
 ///
-/// When the set-up fails, or standard output is closed.
+/// An error if the set-up fails, or standard output is closed.
 pub fn command(args: PrepareArgs) -> Result<()> {
     let wanted = Wanted {
         kernel: args.kernel,
@@ -80,7 +80,7 @@ fn print_timings(steps: &[&Step]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes what was fetched and all results but those of `steps`, and leaves those that a run is at.
+/// Remove all downloads, and all old results of `steps` that no run is making.
 fn prune(engine: &Engine<'_>, steps: &[&Step]) -> Result<()> {
     let mut old = vec![];
     let mut locks = vec![];
@@ -99,7 +99,7 @@ fn prune(engine: &Engine<'_>, steps: &[&Step]) -> Result<()> {
     if old.is_empty() {
         return Ok(());
     }
-    // Without root, the files of a root belong to the user's sub-ids.
+    // If the user is not root, the files of a root belong to the user's sub-ids.
     let status = Command::new("bash")
         .args(["-c", r#". "$0/common.sh" && as_root rm -rf -- "$@""#])
         .arg(engine.scripts)
@@ -113,7 +113,7 @@ fn prune(engine: &Engine<'_>, steps: &[&Step]) -> Result<()> {
     Ok(())
 }
 
-/// Whether a path is a result of one of `steps`, made by other scripts or for another kernel.
+/// Return true if a path is a result of one of `steps` that other scripts made or that is for another kernel.
 fn is_old(path: &Path, steps: &[&Step]) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let made_by = |step: &Step| {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Runs the steps of the set-up. A step is a script that fills one folder of the cache.
+//! Engine that runs the steps of the set-up. A step is a script that fills one folder of the cache.
 //!
-//! The folder's name holds a hash of all that the result depends on, so nothing is ever out of date, and a change of
-//! a script makes what it makes anew. A folder counts only when it holds the marker [`COMPLETE`], which is written
-//! last; a script that finds its folder half done goes on with it.
+//! The folder's name holds a hash of everything that the result depends on. So nothing is ever out of date, and changing
+//! a script makes its result again. A folder only counts if it holds the marker [`COMPLETE`], which is written last. A
+//! script that finds its folder half done continues with it.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -27,75 +27,75 @@ use super::progress::{Progress, Row};
 use super::{need_space, SetupError};
 use crate::interrupt::Interrupts;
 
-/// The marker of a whole result; it holds the seconds that the step took.
+/// Name of the marker of a complete result. The marker holds the seconds that the step took.
 pub const COMPLETE: &str = ".complete";
 
-/// What every script stands on besides itself.
+/// Scripts that every step's result depends on, in addition to its own.
 const SHARED: [&str; 2] = ["common.sh", "in-root.sh"];
 
-/// How often a running step looks whether it has to stop.
+/// Interval at which a running step checks whether it has to stop.
 const TICK: Duration = Duration::from_millis(100);
 
-/// What a script gets to end in order, once it was told to.
+/// Time that a script has to end in order, once it was told to.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// What a step is made from.
+/// Recipe of a step.
 pub struct Recipe<'a> {
-    /// The script is `<name>.sh`; the files `patches/<name>-*` go into the result too.
+    /// Name of the step. Its script is `<name>.sh`, and the result also depends on the files `patches/<name>-*`.
     pub name: &'static str,
-    /// What the result takes at its largest, with what is fetched for it, in MiB. It is measured, and the key does not
+    /// Most space that the result takes together with its downloads, in MiB. This is measured, and the key does not
     /// depend on it.
     pub mib: u64,
-    /// The variables that the result depends on.
+    /// Variables that the result depends on.
     pub settings: &'a [(&'static str, &'a str)],
-    /// The steps this one stands on, each by the variable that tells the script where its result is.
+    /// Steps that this one needs, each with the variable that passes the path of its result to the script.
     pub on: &'a [(&'static str, &'a Step)],
 }
 
-/// A step of which it is known what its result is called.
+/// A step whose key is known.
 #[derive(Debug)]
 pub struct Step {
-    /// Its name among the steps.
+    /// Name of the step.
     pub name: &'static str,
-    /// Twelve hexadecimal digits that stand for all that the result depends on.
+    /// Key of everything that the result depends on, twelve hexadecimal digits.
     pub key: String,
-    /// Its result.
+    /// Folder of the result.
     pub out: PathBuf,
     mib: u64,
     script: PathBuf,
     environment: Vec<(&'static str, OsString)>,
 }
 
-/// Where steps are made.
+/// Engine that makes steps.
 pub struct Engine<'a> {
-    /// The folder of the scripts.
+    /// Folder of the scripts.
     pub scripts: &'a Path,
-    /// The folder of the results.
+    /// Folder of the results.
     pub cache: &'a Path,
-    /// Where the work shows.
+    /// Display of the work.
     pub progress: &'a Progress,
-    /// What ends it early.
+    /// Signals that stop the work.
     pub interrupts: &'a Interrupts,
-    /// A step failed, so the others stop as well.
+    /// True if a step failed, so that the others stop as well.
     failed: AtomicBool,
 }
 
 impl Step {
-    /// The seconds that the step took, once its result is whole.
+    /// Return the seconds that the step took, or `None` if its result is incomplete.
     pub fn seconds(&self) -> Option<u64> {
-        // An empty marker comes from a machine that lost its power: its folder is as doubtful.
+        // A machine that lost its power can leave an empty marker. Then its folder may be incomplete as well.
         let text = fs::read_to_string(self.out.join(COMPLETE)).ok()?;
         text.trim().parse().ok()
     }
 
-    /// Whether the result is whole.
+    /// Return true if the result is complete.
     pub fn is_complete(&self) -> bool {
         self.seconds().is_some()
     }
 }
 
 impl<'a> Engine<'a> {
-    /// An engine for the scripts of one folder and the results of another.
+    /// Create an engine for the scripts of one folder and the results of another.
     pub fn new(
         scripts: &'a Path,
         cache: &'a Path,
@@ -111,7 +111,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Finds out what the result of `recipe` is called. Nothing is made yet.
+    /// Compute the key and the folder of the step of `recipe`. Nothing is made yet.
     pub fn step(&self, recipe: &Recipe<'_>) -> Result<Step, SetupError> {
         let script = self.scripts.join(format!("{}.sh", recipe.name));
         let mut key = Key::default();
@@ -142,7 +142,7 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// What the configuration of a kernel that is built here has to hold.
+    /// Return the settings that the configuration of a debug kernel must have.
     pub fn config(&self, kernel: &str) -> Result<String, SetupError> {
         ["common", kernel]
             .map(|name| self.scripts.join(format!("configs/{name}.config")))
@@ -151,7 +151,7 @@ impl<'a> Engine<'a> {
             .collect()
     }
 
-    /// The patches that belong to a step, in order.
+    /// Return the patches of a step, in order.
     fn patches(&self, name: &str) -> Result<Vec<PathBuf>, SetupError> {
         let folder = self.scripts.join("patches");
         let prefix = format!("{name}-");
@@ -175,7 +175,7 @@ impl<'a> Engine<'a> {
         self.progress.note(text);
     }
 
-    /// Fails when the disk cannot hold what those of `steps` add to it that are not made yet.
+    /// Fail if the disk cannot hold the results of the `steps` that are not made yet.
     pub fn check_space(&self, steps: &[&Step]) -> Result<(), SetupError> {
         let needed = needed(steps);
         if needed == 0 {
@@ -184,7 +184,7 @@ impl<'a> Engine<'a> {
         need_space(self.cache, needed, "the set-up")
     }
 
-    /// Makes the result of `step` unless it is whole already. When another run is at it, waits for that.
+    /// Make the result of `step`, unless it is complete already. If another run is making it, wait for that run.
     pub fn make(&self, step: &Step) -> Result<(), SetupError> {
         if step.is_complete() {
             return Ok(());
@@ -214,14 +214,15 @@ impl<'a> Engine<'a> {
             .env("OUT", &step.out)
             .env("EXITMETER_CACHE", self.cache)
             .env("JOBS", jobs.to_string())
-            // Reads as nothing, and whatever outlives this process keeps the lock as long as it works.
+            // The script's input is the lock's file, which is empty. So a script that outlives this process keeps the
+            // lock as long as it runs.
             .stdin(Stdio::from(
                 lock.try_clone()
                     .map_err(SetupError::io("lock", &step.out))?,
             ))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            // So that all of it can be ended together, and Ctrl-C reaches this process alone.
+            // The script's processes can be ended together, and Ctrl-C reaches this process alone.
             .process_group(0)
             .spawn()
             .map_err(SetupError::io("run", &step.script))?;
@@ -248,7 +249,7 @@ impl<'a> Engine<'a> {
                 break status;
             }
         };
-        // Both end with the last process that the script left behind: until then its folder may change.
+        // Both pipes end with the last process that the script left behind. Until then its folder may change.
         for stage in stages {
             row.stage(&stage, size.now());
         }
@@ -266,7 +267,7 @@ impl<'a> Engine<'a> {
         self.interrupts.seen() || self.failed.load(Ordering::SeqCst)
     }
 
-    /// Takes the lock of a step, which ends with the last process that has it open.
+    /// Take the lock of a step. It is released by the last process that has it open.
     fn lock(&self, step: &Step, row: &Row<'_>, size: &mut Size<'_>) -> Result<File, SetupError> {
         let (path, file) = self.lock_file(&step.out)?;
         loop {
@@ -284,8 +285,8 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// The file that the makers of a result lock: not in it, since a script may empty its folder, and never removed,
-    /// since two runs could lock two files of one name otherwise.
+    /// Open the file that the makers of a result lock, and return it with its path. It is not in the result, since a script
+    /// may empty its folder. It is never removed, since otherwise two runs could lock two files of the same name.
     pub fn lock_file(&self, out: &Path) -> Result<(PathBuf, File), SetupError> {
         let folder = self.cache.join("locks");
         fs::create_dir_all(&folder).map_err(SetupError::io("make", &folder))?;
@@ -299,7 +300,8 @@ impl<'a> Engine<'a> {
         Ok((path, file))
     }
 
-    /// What to tell of a script that failed: its own last sentence if it has one, the rest as lines that stay.
+    /// Return the error of a script that failed, with the script's last sentence if it has one. The rest of its output
+    /// is shown as lines that stay.
     fn failure(&self, step: &Step, status: ExitStatus, complaint: &str) -> SetupError {
         let (sentence, lines) = sentence(complaint);
         if !lines.is_empty() {
@@ -320,19 +322,19 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Marks the result of a step as whole, once the disk has all of it.
+    /// Mark the result of a step as complete, once the disk has all of it.
     fn complete(&self, step: &Step, took: Duration) -> Result<(), SetupError> {
         let folder = File::open(&step.out).map_err(SetupError::io("open", &step.out))?;
         rustix::fs::syncfs(&folder)
             .map_err(|error| SetupError::io("write", &step.out)(error.into()))?;
         let marker = step.out.join(COMPLETE);
-        // Seconds begun count: nothing takes none.
+        // Count begun seconds, so that no step takes 0.
         let seconds = took.as_secs() + 1;
         fs::write(&marker, format!("{seconds}\n")).map_err(SetupError::io("write", &marker))
     }
 }
 
-/// What those of `steps` that are not made yet add to the disk, in MiB.
+/// Return the disk space that the `steps` still need, in MiB.
 pub fn needed(steps: &[&Step]) -> u64 {
     steps
         .iter()
@@ -341,7 +343,7 @@ pub fn needed(steps: &[&Step]) -> u64 {
         .sum()
 }
 
-/// The sentence that a script ended with, as errors have it, and what else it said.
+/// Split the last sentence of a script, in the form of an error's text, from its other lines.
 pub fn sentence(complaint: &str) -> (Option<&str>, Vec<&str>) {
     let mut lines: Vec<&str> = complaint.lines().collect();
     let at = lines
@@ -354,7 +356,7 @@ pub fn sentence(complaint: &str) -> (Option<&str>, Vec<&str>) {
     (sentence, lines)
 }
 
-/// The size of a folder on the disk, in bytes; what may not be looked into counts nothing.
+/// Return the size of a folder on the disk, in bytes. Unreadable folders count as empty.
 pub fn size_of(folder: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(folder) else {
         return 0;
@@ -373,7 +375,7 @@ pub fn size_of(folder: &Path) -> u64 {
         .sum()
 }
 
-/// Watches the size of a growing folder without spending much time on it.
+/// Size of a growing folder, measured without spending much time on it.
 struct Size<'a> {
     folder: &'a Path,
     bytes: u64,
@@ -389,13 +391,13 @@ impl<'a> Size<'a> {
         }
     }
 
-    /// The size in bytes, some seconds old at most.
+    /// Return the size in bytes, at most some seconds old.
     fn now(&mut self) -> u64 {
         let start = Instant::now();
         if start >= self.next {
             self.bytes = size_of(self.folder);
             let cost = start.elapsed();
-            // A fiftieth of one core.
+            // Spend at most a fiftieth of one core.
             self.next = start + (cost * 50).max(Duration::from_secs(1));
         }
         self.bytes
@@ -406,7 +408,7 @@ impl<'a> Size<'a> {
 struct Key(Sha256);
 
 impl Key {
-    /// Lengths go in as well, so that no two different inputs look alike.
+    /// Add a named input. Lengths are hashed as well, so that no two different inputs give the same bytes.
     fn add(&mut self, name: &str, content: &[u8]) {
         for part in [name.as_bytes(), content] {
             self.0.update((part.len() as u64).to_le_bytes());
@@ -429,7 +431,7 @@ impl Key {
     }
 }
 
-/// The lines of a pipe, as they come. The channel closes with the pipe.
+/// Read the lines of a pipe in a thread. The channel closes with the pipe.
 fn lines(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -446,30 +448,30 @@ fn lines(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
     receiver
 }
 
-/// All the text of a pipe, once it closes.
+/// Read all text of a pipe in a thread, until the pipe closes.
 fn text(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
     thread::spawn(move || {
         let mut bytes = vec![];
         if let Some(mut pipe) = pipe {
-            // What came before an error is still worth showing.
+            // On an error, keep the text before it.
             let _ = pipe.read_to_end(&mut bytes);
         }
         String::from_utf8_lossy(&bytes).into_owned()
     })
 }
 
-/// Ends a script and all that it started: in order if they can, so that they take away what they left elsewhere.
+/// End a script and all its children. They have time to end in order, so that they can remove their files elsewhere.
 fn stop(child: &mut Child) {
     let group = Pid::from_child(child);
     let told = Instant::now();
-    // Signals can only fail when nobody is left to be told.
+    // A signal can only fail if no process is left.
     let _ = kill_process_group(group, Signal::TERM);
     while test_kill_process_group(group).is_ok() {
         if told.elapsed() > GRACE {
             let _ = kill_process_group(group, Signal::KILL);
             break;
         }
-        // Dead, it would stay in the group until somebody asks for its status.
+        // A dead child stays in the group until its status is read.
         let _ = child.try_wait();
         thread::sleep(TICK);
     }

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Commands inside the Debian root.
+//! Commands in the Debian root.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::Command;
 
-use super::repository;
+use crate::paths::repository;
 
-/// A command to be run inside a root; see scripts/in-root.sh for what it sees there.
+/// Description of a command that runs in a root. scripts/in-root.sh lists the files that it sees there.
 ///
-/// To end it, kill its process with SIGKILL: everything inside dies with it.
+/// To end the command, kill its process with SIGKILL: all of its children die with it.
 #[derive(Clone, Debug)]
 pub struct InRoot {
     arguments: Vec<OsString>,
 }
 
-/// Starts to describe a command inside `root`, which [`super::prepare`] gave.
+/// Start the description of a command in `root`, a path from [`super::prepare`].
 pub fn in_root(root: &Path) -> InRoot {
     InRoot {
         arguments: vec![root.into()],
@@ -24,7 +24,7 @@ pub fn in_root(root: &Path) -> InRoot {
 }
 
 impl InRoot {
-    /// Shows the file or folder `source` inside at `target`, writable. `source` must not hold a colon.
+    /// Show the file or folder `source` in the root at `target`, writable. `source` must not contain a colon.
     #[must_use]
     pub fn bind(mut self, source: impl AsRef<Path>, target: impl AsRef<Path>) -> Self {
         let mut bind = source.as_ref().as_os_str().to_owned();
@@ -34,7 +34,7 @@ impl InRoot {
         self
     }
 
-    /// Starts the command in the folder `directory` of the root, instead of in `/`.
+    /// Start the command in the folder `directory` of the root, instead of in `/`.
     #[must_use]
     pub fn chdir(mut self, directory: impl AsRef<Path>) -> Self {
         self.arguments
@@ -42,9 +42,9 @@ impl InRoot {
         self
     }
 
-    /// The command, ready for its arguments.
+    /// Return the command, to which the caller adds its arguments.
     ///
-    /// Of the environment only TERM and the proxies reach it: set what it needs with `env` as the program.
+    /// Only TERM and the proxies of the environment reach the command. Set other variables with `env` as the program.
     pub fn command(self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(repository().join("scripts/in-root.sh"));
         command.args(self.arguments).arg("--").arg(program);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether this process may run commands in a Debian root.
+//! Check that this process may run commands in a Debian root.
 
 use std::path::Path;
 use std::process::Command;
 
 use super::{engine, SetupError};
 
-/// Fails unless this process may make the namespaces that scripts/in-root.sh works in. That script runs under other
-/// commands, whose errors would hide its own; so the set-up asks first.
+/// Fail unless this process may make the namespaces that scripts/in-root.sh needs. That script runs under other commands,
+/// whose errors would hide its own, so the set-up checks first.
 ///
 /// # Errors
 ///

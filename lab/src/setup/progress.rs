@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the set-up shows while it works: for each running step its stage, the size of its result, and the time.
+//! Progress of the set-up: for each running step its stage, the size of its result, and the time.
 //!
-//! On a terminal the lines are renewed in place. Elsewhere a line is written when a stage begins, and one every half
-//! a minute, so that a log shows that something goes on.
+//! On a terminal the lines are redrawn in place. Elsewhere a line is written when a stage begins and every 30 s, so that
+//! a log shows that the work continues.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-const RENEW: Duration = Duration::from_secs(1);
+const REDRAW: Duration = Duration::from_secs(1);
 const REPEAT: Duration = Duration::from_secs(30);
 
-/// The lines of all running steps.
+/// Lines of all running steps.
 pub struct Progress {
     screen: Mutex<Screen>,
 }
 
 struct Screen {
     out: Box<dyn Write + Send>,
-    /// The width of the terminal in columns, if it is one.
+    /// Width of the terminal in columns; `None` if the output is not a terminal.
     terminal: Option<usize>,
     rows: Vec<RowState>,
-    /// How many lines of the terminal show `rows` now.
+    /// Number of the terminal's lines that show `rows` now.
     drawn: usize,
 }
 
@@ -34,14 +34,14 @@ struct RowState {
     shown: Instant,
 }
 
-/// The line of one step. Dropped without [`Row::finish`], it is taken away.
+/// Line of one step. Dropping it without [`Row::finish`] removes the line.
 pub struct Row<'a> {
     progress: &'a Progress,
     name: &'static str,
 }
 
 impl Progress {
-    /// Progress on standard error.
+    /// Create a progress on standard error.
     pub fn stderr() -> Self {
         let stderr = io::stderr();
         let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
@@ -52,7 +52,7 @@ impl Progress {
         Self::new(Box::new(stderr), terminal)
     }
 
-    /// Progress on `out`, which is a terminal of so many columns or none.
+    /// Create a progress on `out`, a terminal with so many columns, or not a terminal.
     pub fn new(out: Box<dyn Write + Send>, terminal: Option<usize>) -> Self {
         Self {
             screen: Mutex::new(Screen {
@@ -64,7 +64,7 @@ impl Progress {
         }
     }
 
-    /// Opens the line of a step. No two open lines have the same name.
+    /// Open the line of a step. No two open lines may have the same name.
     pub fn row(&self, name: &'static str) -> Row<'_> {
         let now = Instant::now();
         self.with(|screen| {
@@ -82,7 +82,7 @@ impl Progress {
         }
     }
 
-    /// Writes lines that stay.
+    /// Write lines that stay.
     pub fn note(&self, text: &str) {
         self.with(|screen| screen.write(text));
     }
@@ -93,7 +93,7 @@ impl Progress {
 }
 
 impl Row<'_> {
-    /// The step entered another stage; its result has so many bytes now.
+    /// Show that the step entered another stage. Its result has so many bytes now.
     pub fn stage(&self, stage: &str, bytes: u64) {
         self.change(|screen, index| {
             let row = &mut screen.rows[index];
@@ -105,11 +105,11 @@ impl Row<'_> {
         });
     }
 
-    /// Time passed; the step's result has so many bytes now.
+    /// Show the line again if it is due. The step's result has so many bytes now.
     pub fn tick(&self, bytes: u64) {
         self.change(|screen, index| {
             let due = if screen.terminal.is_some() {
-                RENEW
+                REDRAW
             } else {
                 REPEAT
             };
@@ -121,7 +121,7 @@ impl Row<'_> {
         });
     }
 
-    /// The step is done: its line stays and says so.
+    /// Mark the step as done. Its line stays.
     pub fn finish(self, bytes: u64) {
         self.change(|screen, index| {
             let mut row = screen.rows.remove(index);
@@ -151,7 +151,7 @@ impl Drop for Row<'_> {
 }
 
 impl Screen {
-    /// Shows the row anew.
+    /// Show a row again.
     fn show(&mut self, index: usize) {
         self.rows[index].shown = Instant::now();
         if self.terminal.is_some() {
@@ -162,13 +162,12 @@ impl Screen {
         }
     }
 
-    /// Writes lines that stay, above those that are renewed.
+    /// Write lines that stay, above those that are redrawn.
     fn write(&mut self, text: &str) {
         self.draw(&format!("{}\n", text.trim_end()));
     }
 
-    /// Renews the lines of a terminal, with `above` before them. That progress cannot be written is no reason to
-    /// stop the work.
+    /// Redraw the lines of a terminal, with `above` before them. Errors are ignored, as they must not stop the work.
     fn draw(&mut self, above: &str) {
         let mut text = String::new();
         if self.drawn > 0 {
@@ -177,7 +176,7 @@ impl Screen {
         text.push_str(above);
         if let Some(columns) = self.terminal {
             for row in &self.rows {
-                // A line that wraps could not be taken back.
+                // A line that wraps could not be removed again.
                 text.extend(row.line().chars().take(columns - 1));
                 text.push('\n');
             }
@@ -222,7 +221,7 @@ mod tests {
         }
     }
 
-    /// What a piece of work writes to a terminal of so many columns, or to a file.
+    /// Return the output of `work` on a terminal with so many columns, or on a file.
     fn written(terminal: Option<usize>, work: impl FnOnce(&Progress)) -> String {
         let (sender, bytes) = mpsc::channel();
         let progress = Progress::new(Box::new(Pipe(sender)), terminal);
@@ -256,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_is_renewed_in_place_and_no_line_wraps() {
+    fn a_terminal_is_redrawn_in_place_and_no_line_wraps() {
         let text = written(Some(40), |progress| {
             let tree = progress.row("tree");
             tree.stage(&"long ".repeat(20), 0);
@@ -267,7 +266,7 @@ mod tests {
         });
         assert!(
             text.contains("\x1b[2A\x1b[Jtree   ready"),
-            "the two lines make room for the one that stays: {text:?}"
+            "the line that stays replaces the two lines: {text:?}"
         );
         assert!(
             text.ends_with("\x1b[1A\x1b[J"),
@@ -281,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn notes_stand_above_the_lines() {
+    fn notes_are_written_above_the_lines() {
         let text = written(Some(80), |progress| {
             let row = progress.row("root");
             row.stage("fetching", 0);

@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether the disk can hold what is about to be made.
+//! Check that the disk has enough free space.
 
 use std::fs;
 use std::path::Path;
 
 use super::SetupError;
 
-/// What helps against a cache that does not fit, after what else does.
-pub(crate) const LARGER_DISK: &str = "point XDG_CACHE_HOME to a larger disk";
-
-/// Fails when the disk of `folder`, which is made if it is not there, has less than `mib` left for `what`.
+/// Fail if the disk of `folder` has less than `mib` MiB free for `what`. The folder is made if it is missing.
 ///
 /// # Errors
 ///

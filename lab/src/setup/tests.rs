@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The engine with small scripts of its own, and the plan with the real ones.
+//! Tests of the engine with small scripts, and of the plan with the real ones.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -13,40 +13,40 @@ use super::*;
 use crate::interrupt::{self, Interrupts};
 
 /// A folder of scripts and an empty cache.
-struct Room {
+struct Sandbox {
     folder: TempDir,
     progress: Progress,
     interrupts: Interrupts,
 }
 
-impl Room {
+impl Sandbox {
     fn new() -> Self {
-        let room = Self {
+        let sandbox = Self {
             folder: TempDir::new().unwrap(),
             progress: Progress::new(Box::new(io::sink()), None),
             interrupts: interrupt::watch(),
         };
-        fs::create_dir_all(room.scripts().join("patches")).unwrap();
-        room.write("common.sh", "");
-        room.write("in-root.sh", "");
-        room
+        fs::create_dir_all(sandbox.scripts().join("patches")).unwrap();
+        sandbox.write("common.sh", "");
+        sandbox.write("in-root.sh", "");
+        sandbox
     }
 
     fn scripts(&self) -> PathBuf {
         self.folder.path().join("scripts")
     }
 
-    /// A file outside of the cache, where scripts leave word.
-    fn word(&self) -> PathBuf {
-        self.folder.path().join("word")
+    /// Return the path of a file outside the cache, to which the scripts write.
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("log")
     }
 
-    fn said(&self) -> String {
-        fs::read_to_string(self.word()).unwrap_or_default()
+    fn logged(&self) -> String {
+        fs::read_to_string(self.log()).unwrap_or_default()
     }
 
     fn write(&self, name: &str, text: &str) {
-        let text = text.replace("WORD", self.word().to_str().unwrap());
+        let text = text.replace("LOG", self.log().to_str().unwrap());
         fs::write(self.scripts().join(name), text).unwrap();
     }
 
@@ -81,40 +81,37 @@ fn recipe(name: &'static str) -> Recipe<'static> {
 
 #[test]
 fn a_step_is_made_once() {
-    let room = Room::new();
-    room.write(
-        "egg.sh",
-        "echo laying; echo yolk >$OUT/egg; echo ran >>WORD",
-    );
-    let step = room.step("egg");
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "echo laying; echo yolk >$OUT/egg; echo ran >>LOG");
+    let step = sandbox.step("egg");
     assert!(!step.is_complete());
     for _ in 0..2 {
-        room.make(&step).unwrap();
+        sandbox.make(&step).unwrap();
         assert!(step.is_complete());
     }
     assert_eq!(fs::read_to_string(step.out.join("egg")).unwrap(), "yolk\n");
-    assert_eq!(room.said(), "ran\n");
+    assert_eq!(sandbox.logged(), "ran\n");
 }
 
 #[test]
-fn a_script_is_told_its_settings_and_what_it_stands_on() {
-    let room = Room::new();
-    room.write("egg.sh", "true");
-    room.write(
+fn a_script_gets_its_settings_and_the_results_it_needs() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "true");
+    sandbox.write(
         "hen.sh",
-        "echo $COLOUR $EGG $OUT $EXITMETER_CACHE $((JOBS > 0)) >WORD; cat >>WORD",
+        "echo $COLOUR $EGG $OUT $EXITMETER_CACHE $((JOBS > 0)) >LOG; cat >>LOG",
     );
-    let egg = room.step("egg");
+    let egg = sandbox.step("egg");
     let hen = Recipe {
         settings: &[("COLOUR", "brown")],
         on: &[("EGG", &egg)],
         ..recipe("hen")
     };
-    let hen = room.with(|engine| engine.step(&hen)).unwrap();
-    room.make(&hen).unwrap();
-    let cache = room.folder.path().join("cache");
+    let hen = sandbox.with(|engine| engine.step(&hen)).unwrap();
+    sandbox.make(&hen).unwrap();
+    let cache = sandbox.folder.path().join("cache");
     assert_eq!(
-        room.said(),
+        sandbox.logged(),
         format!(
             "brown {} {} {} 1\n",
             egg.out.display(),
@@ -125,9 +122,9 @@ fn a_script_is_told_its_settings_and_what_it_stands_on() {
 }
 
 #[test]
-fn a_failure_leaves_no_marker_and_the_next_run_goes_on() {
-    let room = Room::new();
-    room.write(
+fn a_failure_leaves_no_marker_and_the_next_run_continues() {
+    let sandbox = Sandbox::new();
+    sandbox.write(
         "egg.sh",
         "[ -e $OUT/half ] && exit 0
         touch $OUT/half
@@ -135,22 +132,22 @@ fn a_failure_leaves_no_marker_and_the_next_run_goes_on() {
         echo 'exitmeter: the nest is full; empty it.' >&2
         exit 1",
     );
-    let step = room.step("egg");
-    let error = room.make(&step).unwrap_err();
+    let step = sandbox.step("egg");
+    let error = sandbox.make(&step).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the nest is full; empty it (step egg of the set-up)"
     );
     assert!(!step.out.join(COMPLETE).exists());
-    room.make(&step).unwrap();
+    sandbox.make(&step).unwrap();
     assert!(step.is_complete());
 }
 
 #[test]
-fn a_script_that_dies_without_a_word_is_named() {
-    let room = Room::new();
-    room.write("egg.sh", "kill -SEGV $$");
-    let error = room.make(&room.step("egg")).unwrap_err().to_string();
+fn a_script_that_dies_without_a_message_is_named() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "kill -SEGV $$");
+    let error = sandbox.make(&sandbox.step("egg")).unwrap_err().to_string();
     let status = std::process::ExitStatus::from_raw(11).to_string();
     assert!(
         error.contains("egg.sh") && error.contains(&status),
@@ -160,27 +157,27 @@ fn a_script_that_dies_without_a_word_is_named() {
 
 #[test]
 fn a_marker_without_its_seconds_does_not_count() {
-    let room = Room::new();
-    room.write("egg.sh", "echo ran >>WORD");
-    let step = room.step("egg");
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "echo ran >>LOG");
+    let step = sandbox.step("egg");
     fs::create_dir_all(&step.out).unwrap();
     fs::write(step.out.join(COMPLETE), "").unwrap();
-    room.make(&step).unwrap();
-    assert_eq!(room.said(), "ran\n");
+    sandbox.make(&step).unwrap();
+    assert_eq!(sandbox.logged(), "ran\n");
 }
 
 #[test]
-fn the_key_follows_everything_that_goes_in() {
-    let room = Room::new();
-    room.write("egg.sh", "true");
-    room.write("hen.sh", "true");
+fn the_key_depends_on_every_input() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "true");
+    sandbox.write("hen.sh", "true");
     let keys = || {
-        let egg = room.step("egg");
+        let egg = sandbox.step("egg");
         let hen = Recipe {
             on: &[("EGG", &egg)],
             ..recipe("hen")
         };
-        let hen = room.with(|engine| engine.step(&hen)).unwrap();
+        let hen = sandbox.with(|engine| engine.step(&hen)).unwrap();
         (egg.key, hen.key)
     };
     let mut seen = vec![keys()];
@@ -192,7 +189,7 @@ fn the_key_follows_everything_that_goes_in() {
         ("patches/egg-1.patch", "brown"),
         ("patches/egg-2.patch", "brown"),
     ] {
-        room.write(name, text);
+        sandbox.write(name, text);
         let (egg, hen) = keys();
         assert_eq!((egg.len(), hen.len()), (12, 12));
         for (old_egg, old_hen) in &seen {
@@ -200,72 +197,76 @@ fn the_key_follows_everything_that_goes_in() {
         }
         seen.push((egg, hen));
     }
-    room.write("patches/fox-1.patch", "red");
-    room.write("fox.sh", "true");
-    assert_eq!(seen.last(), Some(&keys()), "another's files do not count");
+    sandbox.write("patches/fox-1.patch", "red");
+    sandbox.write("fox.sh", "true");
+    assert_eq!(
+        seen.last(),
+        Some(&keys()),
+        "the patches of another step do not count"
+    );
 }
 
 #[test]
-fn a_setting_makes_another_result() {
-    let room = Room::new();
-    room.write("egg.sh", "true");
+fn the_key_depends_on_settings() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "true");
     let key = |value| {
         let recipe = Recipe {
             settings: &[("COLOUR", value)],
             ..recipe("egg")
         };
-        room.with(|engine| engine.step(&recipe)).unwrap().key
+        sandbox.with(|engine| engine.step(&recipe)).unwrap().key
     };
     assert_ne!(key("brown"), key("white"));
     assert_eq!(key("brown"), key("brown"));
 }
 
 #[test]
-fn of_two_runs_at_once_one_works_and_the_other_waits() {
-    let room = Room::new();
-    room.write("egg.sh", "echo ran >>WORD; sleep 0.5; touch $OUT/egg");
-    let step = room.step("egg");
+fn concurrent_runs_make_a_step_once() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "echo ran >>LOG; sleep 0.5; touch $OUT/egg");
+    let step = sandbox.step("egg");
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                room.make(&step).unwrap();
+                sandbox.make(&step).unwrap();
                 assert!(step.out.join("egg").exists());
             });
         }
     });
-    assert_eq!(room.said(), "ran\n");
+    assert_eq!(sandbox.logged(), "ran\n");
 }
 
 #[test]
-fn a_script_that_lost_its_engine_keeps_others_out() {
-    let room = Room::new();
-    room.write("egg.sh", "echo ran >>WORD");
-    let step = room.step("egg");
-    // As an engine that was killed leaves it: the lock is open in the script alone.
-    let (_, lock) = room.with(|engine| engine.lock_file(&step.out)).unwrap();
+fn a_script_whose_engine_died_keeps_the_lock() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "echo ran >>LOG");
+    let step = sandbox.step("egg");
+    // A killed engine leaves this state: only the script has the lock open.
+    let (_, lock) = sandbox.with(|engine| engine.lock_file(&step.out)).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let mut script = Command::new("sh")
         .args(["-c", "sleep 0.5; echo lone >>$0"])
-        .arg(room.word())
+        .arg(sandbox.log())
         .stdin(lock)
         .spawn()
         .unwrap();
-    room.make(&step).unwrap();
-    assert_eq!(room.said(), "lone\nran\n");
+    sandbox.make(&step).unwrap();
+    assert_eq!(sandbox.logged(), "lone\nran\n");
     script.wait().unwrap();
 }
 
 #[test]
-fn when_one_step_fails_the_other_is_ended_with_its_children() {
-    let room = Room::new();
-    room.write(
+fn a_failed_step_ends_the_other_with_its_children() {
+    let sandbox = Sandbox::new();
+    sandbox.write(
         "egg.sh",
-        "sleep 600 & echo $! >WORD.new; mv WORD.new WORD; wait",
+        "sleep 600 & echo $! >LOG.new; mv LOG.new LOG; wait",
     );
-    room.write("fox.sh", "until [ -e WORD ]; do sleep 0.05; done; exit 1");
-    let (egg, fox) = (room.step("egg"), room.step("fox"));
+    sandbox.write("fox.sh", "until [ -e LOG ]; do sleep 0.05; done; exit 1");
+    let (egg, fox) = (sandbox.step("egg"), sandbox.step("fox"));
     let started = Instant::now();
-    room.with(|engine| {
+    sandbox.with(|engine| {
         thread::scope(|scope| {
             let egg = scope.spawn(|| engine.make(&egg));
             assert!(matches!(
@@ -277,7 +278,7 @@ fn when_one_step_fails_the_other_is_ended_with_its_children() {
     });
     assert!(started.elapsed() < Duration::from_secs(60));
     assert!(!egg.is_complete());
-    let sleeper = room.said();
+    let sleeper = sandbox.logged();
     let state = fs::read_to_string(format!("/proc/{}/stat", sleeper.trim()));
     assert!(
         state.as_ref().map_or(true, |stat| stat.contains(") Z ")),
@@ -286,15 +287,15 @@ fn when_one_step_fails_the_other_is_ended_with_its_children() {
 }
 
 #[test]
-fn a_disk_that_is_too_small_is_seen_before_the_work() {
-    let room = Room::new();
-    room.write("egg.sh", "true");
+fn a_disk_that_is_too_small_is_reported_before_the_work() {
+    let sandbox = Sandbox::new();
+    sandbox.write("egg.sh", "true");
     let huge = Recipe {
         mib: 1 << 40,
         ..recipe("egg")
     };
-    let step = room.with(|engine| engine.step(&huge)).unwrap();
-    let error = room
+    let step = sandbox.with(|engine| engine.step(&huge)).unwrap();
+    let error = sandbox
         .with(|engine| engine.check_space(&[&step]))
         .unwrap_err()
         .to_string();
@@ -302,12 +303,13 @@ fn a_disk_that_is_too_small_is_seen_before_the_work() {
     for words in [&*needed, "XDG_CACHE_HOME to a larger disk"] {
         assert!(error.contains(words), "{error}");
     }
-    room.make(&step).unwrap();
-    room.with(|engine| engine.check_space(&[&step]))
-        .expect("what is made needs no space");
+    sandbox.make(&step).unwrap();
+    sandbox
+        .with(|engine| engine.check_space(&[&step]))
+        .expect("a complete step needs no space");
 }
 
-/// What the real scripts would make for the hosts and the module, where nothing is made yet.
+/// Return the plan of the real scripts for the hosts and the module, in an empty cache.
 fn plan(kernel: Option<&str>) -> Plan {
     let progress = Progress::new(Box::new(io::sink()), None);
     let interrupts = interrupt::watch();
@@ -323,7 +325,7 @@ fn plan(kernel: Option<&str>) -> Plan {
 }
 
 #[test]
-fn what_the_documentation_says_of_the_disk_is_what_is_asked_for() {
+fn the_documentation_states_the_space_that_is_required() {
     let needed = engine::needed(&plan(None).steps());
     let text = fs::read_to_string(repository().join("docs/testing.md")).unwrap();
     let sentence = format!("with less than {needed} MiB free the set-up does not begin");
@@ -331,7 +333,7 @@ fn what_the_documentation_says_of_the_disk_is_what_is_asked_for() {
 }
 
 #[test]
-fn the_plan_keeps_what_another_kernel_does_not_touch() {
+fn another_kernel_only_changes_steps_that_depend_on_it() {
     let (newest, other) = (plan(None), plan(Some("7.2.12")));
     let keys =
         |plan: &Plan| -> Vec<String> { plan.steps().iter().map(|step| step.key.clone()).collect() };
@@ -346,16 +348,16 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
         "root, kernel, tree, bochs"
     );
     assert_eq!(keys(&newest), keys(&plan(None)));
-    // One that is built here stands on the packaged one of its version, and comes with its tree.
-    for (checked, packaged) in [
+    // A debug kernel depends on the packaged kernel of its version, and comes with its tree.
+    for (name, packaged) in [
         ("debug", &newest),
         ("7.2.12-debug", &other),
         ("7.2.12-kcsan", &other),
         ("cfi", &newest),
     ] {
-        let checked = plan(Some(checked));
-        assert_eq!(checked.kernel.key, packaged.kernel.key);
-        assert!(checked.checked.is_some() && checked.tree.is_none());
+        let plan = plan(Some(name));
+        assert_eq!(plan.kernel.key, packaged.kernel.key);
+        assert!(plan.debug.is_some() && plan.tree.is_none());
     }
     assert_ne!(
         keys(&plan(Some("7.2.12-debug"))),
@@ -363,26 +365,31 @@ fn the_plan_keeps_what_another_kernel_does_not_touch() {
     );
 }
 
-/// A room whose packaged kernel has this line in its configuration, and whose tree, selftests and debug kernel leave word.
-fn room_of_kernel(config: &str) -> Room {
-    let room = Room::new();
-    fs::create_dir_all(room.scripts().join("configs")).unwrap();
+/// Return a sandbox whose packaged kernel has this line in its configuration. Its tree, selftests and debug kernel write
+/// their names to the log.
+fn sandbox_with_kernel(config: &str) -> Sandbox {
+    let sandbox = Sandbox::new();
+    fs::create_dir_all(sandbox.scripts().join("configs")).unwrap();
     for name in ["common", "debug"] {
-        room.write(&format!("configs/{name}.config"), "");
+        sandbox.write(&format!("configs/{name}.config"), "");
     }
-    room.write("root.sh", "true");
+    sandbox.write("root.sh", "true");
     let kernel = format!("echo '{config}' >$OUT/config; echo 6.12.1-amd64 >$OUT/release");
-    room.write("kernel.sh", &kernel);
+    sandbox.write("kernel.sh", &kernel);
     for name in ["tree", "selftests", "debug-kernel"] {
-        let text = format!("echo {name} >>WORD; echo 6.12.1-debug >$OUT/release");
-        room.write(&format!("{name}.sh"), &text);
+        let text = format!("echo {name} >>LOG; echo 6.12.1-debug >$OUT/release");
+        sandbox.write(&format!("{name}.sh"), &text);
     }
-    room
+    sandbox
 }
 
-/// Makes all that is wanted, twice, as the second run knows the kernel from the start; what the first lane was given.
-fn prepared_in(room: &Room, wanted: &Wanted) -> Result<(Prepared, Vec<&'static str>), SetupError> {
-    room.with(|engine| {
+/// Make all that is wanted, twice, since the second run knows the kernel from the start. Return what `with_tree` saw and
+/// the names of the steps.
+fn prepared_in(
+    sandbox: &Sandbox,
+    wanted: &Wanted,
+) -> Result<(Prepared, Vec<&'static str>), SetupError> {
+    sandbox.with(|engine| {
         let mut made = None;
         for _ in 0..2 {
             let plan = Plan::new(engine, wanted)?;
@@ -406,20 +413,24 @@ fn a_kernel_without_rust_gets_no_tree() {
     for (config, rust) in [
         ("CONFIG_RUST=y", true),
         ("# CONFIG_RUST is not set", false),
-        // Debian's 6.1 and 6.12 have this one alone: the kernel could be built with it.
+        // Debian's 6.1 and 6.12 only have this setting, which says that Rust would be possible.
         ("CONFIG_HAVE_RUST=y", false),
     ] {
-        let room = room_of_kernel(config);
-        let (prepared, steps) = prepared_in(&room, &wanted).unwrap();
+        let sandbox = sandbox_with_kernel(config);
+        let (prepared, steps) = prepared_in(&sandbox, &wanted).unwrap();
         assert_eq!(prepared.rust, rust, "{config}");
         assert_eq!(prepared.tree.is_some(), rust, "{config}");
-        assert_eq!(room.said(), if rust { "tree\n" } else { "" }, "{config}");
+        assert_eq!(
+            sandbox.logged(),
+            if rust { "tree\n" } else { "" },
+            "{config}"
+        );
         assert_eq!(steps.contains(&"tree"), rust, "{config}");
     }
 }
 
 #[test]
-fn what_takes_a_kernels_source_is_refused_where_none_is_fetched() {
+fn steps_that_need_a_source_are_refused_for_a_kernel_without_one() {
     let debug = Wanted {
         kernel: Some(String::from("6.12-debug")),
         ..Wanted::default()
@@ -429,17 +440,17 @@ fn what_takes_a_kernels_source_is_refused_where_none_is_fetched() {
         ..Wanted::default()
     };
     for (wanted, step, what) in [
-        (&debug, "debug-kernel", "a kernel that checks itself"),
+        (&debug, "debug-kernel", "a debug kernel"),
         (&selftests, "selftests", "KVM's selftests"),
     ] {
-        let room = room_of_kernel("# CONFIG_RUST is not set");
-        let error = prepared_in(&room, wanted).unwrap_err().to_string();
+        let sandbox = sandbox_with_kernel("# CONFIG_RUST is not set");
+        let error = prepared_in(&sandbox, wanted).unwrap_err().to_string();
         for words in ["6.12.1-amd64 is built without Rust", what, "from 7.2 on"] {
             assert!(error.contains(words), "no {words:?} in {error}");
         }
-        assert_eq!(room.said(), "");
-        let room = room_of_kernel("CONFIG_RUST=y");
-        prepared_in(&room, wanted).unwrap();
-        assert_eq!(room.said(), format!("{step}\n"));
+        assert_eq!(sandbox.logged(), "");
+        let sandbox = sandbox_with_kernel("CONFIG_RUST=y");
+        prepared_in(&sandbox, wanted).unwrap();
+        assert_eq!(sandbox.logged(), format!("{step}\n"));
     }
 }

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Results of runs: the outcome of a run, the errors that keep it from starting, and its usual limits.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::image::ImageError;
+use crate::module::ModuleError;
+use crate::programs::ProgramsError;
+use crate::refused::Refused;
+use crate::setup::SetupError;
+use crate::verdict::{End, Limits};
+
+/// Limits of a run for which the caller sets no others.
+pub const LIMITS: Limits = Limits {
+    time: Duration::from_secs(900),
+    silence: Duration::from_secs(180),
+};
+
+/// Outcome of a run.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// The script's standard output.
+    pub stdout: Vec<u8>,
+    /// The run's folder, with console.log, kernel.log, stdout.log, stderr.log and emulator.log.
+    pub folder: PathBuf,
+    /// The folder with the files that the script left in $OUT.
+    pub out: PathBuf,
+    /// The last lines of the console, and of the kernel log if it has the fault; empty after a verdict.
+    pub tail: String,
+    /// Time from the start of the emulator to the end.
+    pub time: Duration,
+}
+
+/// Reason why a run could not start.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The set-up is incomplete.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The module could not be built.
+    #[error(transparent)]
+    Module(#[from] ModuleError),
+    /// The host's programs could not be built.
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+    /// The images could not be made.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The machine cannot be emulated.
+    #[error("{0}")]
+    Machine(String),
+    /// The host ended before it could be saved. [`run`](crate::run::run) returns the outcome instead.
+    #[error("{}", .0.end)]
+    Boot(Box<Outcome>),
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] Refused),
+}
+
+impl RunError {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        Refused::to(action, path)
+    }
+}

@@ -62,7 +62,7 @@ demo: bootstrap
 
 test: bootstrap-test
 	cargo test --release --workspace
-	cargo test --release -p lab --test ends --test shell -- --ignored --test-threads 2 --skip what_the_kernel
+	cargo test --release -p lab --test outcomes --test shell -- --ignored --test-threads 2 --skip kernel_finds
 	cargo run --release --quiet -p system-tests -- $(with_kernel)
 
 test-amd: bootstrap-clang
@@ -100,13 +100,13 @@ soak-fuzz: bootstrap
 	cargo +nightly fuzz run --fuzz-dir src/meter/fuzz snapshot -- -max_total_time=300 -max_len=65536
 
 soak-ibt: bootstrap-clang
-	cargo test --release -p lab --test ends -- --ignored past_an_endbr
+	cargo test --release -p lab --test outcomes -- --ignored past_an_endbr
 	cargo run --release --quiet -p system-tests -- --host intel --model arrow_lake --kvm-args enable_apicv=0 \
 		--timeout 7200 --expect 'Indirect Branch Tracking enabled'
 
 # The kernels are built by the first command that wants them.
 soak-debug: bootstrap-clang
-	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_debug what_the_kernel_kcsan
+	cargo test --release -p lab --test outcomes -- --ignored --test-threads 1 debug_kernel_finds kcsan_kernel_finds
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel debug --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'KernelAddressSanitizer initialized' --expect 'Lock dependency validator' \
 		--expect 'Kernel memory leak detector initialized'
@@ -115,7 +115,7 @@ soak-debug: bootstrap-clang
 
 # FineIBT takes a CPU with IBT; the emulated AMD CPU has none.
 soak-cfi: bootstrap-clang
-	cargo test --release -p lab --test ends -- --ignored --test-threads 1 what_the_kernel_cfi
+	cargo test --release -p lab --test outcomes -- --ignored --test-threads 1 cfi_kernel_finds
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel cfi --slow 5 --timeout 7200 \
 		--expect 'CFI: Using rehashed retpoline kCFI'
 	cargo run --release --quiet -p system-tests -- --host intel --model arrow_lake --kvm-args enable_apicv=0 \

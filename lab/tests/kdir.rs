@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! scripts/check-kdir.sh on build folders of every kind.
+//! Tests of scripts/check-kdir.sh on build folders of every kind.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
@@ -24,7 +24,7 @@ CONFIG_KPROBES=y
 CONFIG_DYNAMIC_FTRACE_WITH_ARGS=y
 "#;
 
-/// A kernel build folder with all that the module needs, and the tools that it was built with.
+/// A kernel build folder with everything that the module needs, and the tools that it was built with.
 struct BuildFolder(TempDir);
 
 impl BuildFolder {
@@ -38,7 +38,7 @@ impl BuildFolder {
         folder
     }
 
-    /// As [`BuildFolder::new`], of a kernel with another configuration.
+    /// Return a build folder like [`BuildFolder::new`], of a kernel with another configuration.
     fn with(config: &str) -> Self {
         let folder = Self::new();
         folder.write("include/config/auto.conf", config);
@@ -60,12 +60,12 @@ impl BuildFolder {
         fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// What the script says against the folder; nothing when it is good.
+    /// Return the script's complaint about the folder; `None` if the folder is good.
     fn complaint(&self) -> Option<String> {
         self.complaint_with(&[])
     }
 
-    /// As [`BuildFolder::complaint`], with options for the script.
+    /// Return the complaint like [`BuildFolder::complaint`], with options for the script.
     fn complaint_with(&self, options: &[&str]) -> Option<String> {
         let script = lab::setup::repository().join("scripts/check-kdir.sh");
         let output = Command::new(script)
@@ -93,7 +93,7 @@ fn assert_complains(folder: &BuildFolder, of: &str) {
 }
 
 #[test]
-fn a_whole_folder_is_good() {
+fn a_complete_folder_is_good() {
     assert_eq!(BuildFolder::new().complaint(), None);
 }
 
@@ -107,7 +107,7 @@ fn a_folder_that_was_never_prepared_is_refused() {
 }
 
 #[test]
-fn every_setting_counts() {
+fn every_required_setting_is_checked() {
     let vendor = ["CONFIG_KVM_INTEL", "CONFIG_KVM_AMD"];
     for line in CONFIG.lines().filter(|line| !line.contains("VERSION")) {
         let name = line.split('=').next().unwrap();
@@ -164,9 +164,9 @@ fn headers_without_rust_metadata_are_refused() {
     assert_complains(&folder, "rust/libkernel.rmeta");
 }
 
-/// DKMS makes the metadata where there is none, but not for a kernel without Rust.
+/// DKMS makes missing metadata, but not for a kernel without Rust.
 #[test]
-fn the_kernel_alone_may_lack_metadata() {
+fn the_option_kernel_does_not_require_metadata() {
     let folder = BuildFolder::with(&CONFIG.replace("CONFIG_RUST=y\n", ""));
     fs::remove_dir_all(folder.path("rust")).unwrap();
     let said = folder.complaint_with(&["--kernel"]).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The parts of packaging/ that need no package: one version, and why DKMS cannot build.
+//! Tests of packaging/ that need no package: the version, the module's source, and the reasons why DKMS cannot build.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
@@ -14,7 +14,7 @@ fn file(name: &str) -> String {
     fs::read_to_string(lab::setup::repository().join(name)).unwrap()
 }
 
-/// The module's source as DKMS gets it.
+/// Return the module's source as DKMS gets it.
 fn source() -> TempDir {
     let folder = TempDir::new().unwrap();
     let script = lab::setup::repository().join("packaging/module-source.sh");
@@ -24,7 +24,7 @@ fn source() -> TempDir {
 }
 
 #[test]
-fn every_package_has_the_workspace_s_version() {
+fn every_package_has_the_version_of_the_workspace() {
     for (name, line) in [
         ("CHANGELOG.md", format!("\n## [{VERSION}] - ")),
         ("packaging/PKGBUILD", format!("\npkgver={VERSION}\n")),
@@ -43,16 +43,16 @@ fn every_package_has_the_workspace_s_version() {
     );
 }
 
-/// DKMS itself would fail for such a kernel's package, and so for the kernel.
+/// AUTOINSTALL would fail for a kernel that cannot have the module, and so would the installation of that kernel.
 #[test]
 fn dkms_does_not_install_the_module_by_itself() {
     let conf = file("packaging/dkms/dkms.conf");
     assert!(!conf.lines().any(|line| line.starts_with("AUTOINSTALL")));
 }
 
-/// What Kbuild compiles is there: each object has its source, and each `mod` its file.
+/// Each object of Kbuild has its source, and each `mod` its file.
 #[test]
-fn the_source_is_whole() {
+fn the_source_is_complete() {
     let folder = source();
     for name in ["Kbuild", "bindings/kvm.h", "src/hooks.rs"] {
         assert!(folder.path().join(name).is_file(), "{name}");
@@ -81,7 +81,7 @@ fn the_source_is_whole() {
 }
 
 #[test]
-fn a_kernel_without_rust_gets_its_reason_in_one_sentence() {
+fn the_build_for_a_kernel_without_rust_fails_with_one_sentence() {
     let folder = source();
     let kernel = TempDir::new().unwrap();
     let config = kernel.path().join("include/config");
@@ -108,7 +108,7 @@ fn a_kernel_without_rust_gets_its_reason_in_one_sentence() {
     assert!(!reason.contains('\''), "{reason}");
 }
 
-/// A reason that goes through a shell's quotes has none of its own (the kernel's Makefiles, dkms.conf).
+/// A reason passes through a shell's quotes (the kernel's Makefiles, dkms.conf), so it must not have any.
 #[test]
 fn no_reason_has_an_apostrophe() {
     for name in ["scripts/check-kdir.sh", "packaging/dkms/build.sh"] {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `cargo lab shell` on a terminal, with a real emulated host: `cargo test -p lab --test shell -- --ignored`.
+//! Tests of `cargo lab shell` on a terminal, with a real emulated host: `cargo test -p lab --test shell -- --ignored`.
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
@@ -18,24 +18,24 @@ use lab::setup::{self, Wanted};
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use rustix::termios::{tcgetattr, LocalModes};
 
-/// What a host may take to boot on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest wait for words on the screen, enough for a boot on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A shell on the AMD host, which boots fastest, as somebody has it who sits at a terminal.
+/// A shell on the AMD host, which boots fastest, seen from its terminal.
 struct Session {
     lab: Child,
-    /// Where the keyboard is.
+    /// Keyboard of the terminal.
     keys: File,
-    /// The side of the programs.
+    /// The programs' end of the terminal.
     terminal: File,
     screen: Receiver<Vec<u8>>,
-    /// What was on the screen so far, and nobody waited for yet.
+    /// Text of the screen after the last words that were waited for.
     seen: String,
 }
 
 impl Session {
     fn start() -> Self {
-        // What has to be made first takes its own time.
+        // Make the set-up and the programs first, so that the timeout only covers the boot.
         setup::prepare(&Wanted::default()).unwrap();
         programs::build(Tool::ForPeople).unwrap();
         let keys = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
@@ -72,16 +72,16 @@ impl Session {
         }
     }
 
-    /// Waits until these words are on the screen.
+    /// Wait until these words are on the screen.
     #[track_caller]
-    fn shows(&mut self, words: &str) {
+    fn wait_for(&mut self, words: &str) {
         let since = Instant::now();
         loop {
             if let Some(at) = self.seen.find(words) {
                 self.seen.drain(..at + words.len());
                 return;
             }
-            let left = PATIENCE.saturating_sub(since.elapsed());
+            let left = TIMEOUT.saturating_sub(since.elapsed());
             match self.screen.recv_timeout(left) {
                 Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
                 Err(_) => panic!("no {words:?} in {:?}", self.seen),
@@ -89,19 +89,20 @@ impl Session {
         }
     }
 
-    fn types(&mut self, keys: &str) {
+    fn type_keys(&mut self, keys: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Whether the terminal itself edits lines and echoes them, as shells want it.
-    fn edits(&self) -> bool {
+    /// Return true if the terminal itself edits and echoes lines, as it does for shells.
+    fn edits_lines(&self) -> bool {
         let mode = tcgetattr(&self.terminal).unwrap().local_modes;
         mode.contains(LocalModes::ICANON | LocalModes::ECHO)
     }
 
+    /// Wait until the lab ends, and return its status.
     #[track_caller]
-    fn ends(&mut self) -> ExitStatus {
-        self.shows("lab: the host has ended");
+    fn wait(&mut self) -> ExitStatus {
+        self.wait_for("lab: the host has ended");
         let since = Instant::now();
         loop {
             if let Some(status) = self.lab.try_wait().unwrap() {
@@ -115,26 +116,29 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // A test that failed leaves no host behind; it goes with its lab.
+        // A failed test leaves no host behind, since the host dies with its lab.
         let _ = self.lab.kill();
         let _ = self.lab.wait();
     }
 }
 
-/// Boots a host, has its shell work something out, and ends it by these keys.
+/// Boot a host, let its shell compute something, and end the host with these keys.
 #[track_caller]
 fn session(last: &str) {
     let mut session = Session::start();
-    assert!(session.edits());
-    session.shows("Ctrl-] ends the host");
-    session.shows("lab:~# ");
-    assert!(!session.edits(), "the host's own terminal does that now");
-    session.types("echo $((6 * 7)) is the answer\r");
-    session.shows("42 is the answer\r\n");
-    session.types(last);
-    let status = session.ends();
+    assert!(session.edits_lines());
+    session.wait_for("Ctrl-] ends the host");
+    session.wait_for("lab:~# ");
+    assert!(
+        !session.edits_lines(),
+        "the host's own terminal does that now"
+    );
+    session.type_keys("echo $((6 * 7)) is the answer\r");
+    session.wait_for("42 is the answer\r\n");
+    session.type_keys(last);
+    let status = session.wait();
     assert!(status.success(), "{status}");
-    assert!(session.edits(), "the terminal is as it was");
+    assert!(session.edits_lines(), "the terminal is as it was");
 }
 
 #[test]

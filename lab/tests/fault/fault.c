@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Does the wrong that its parameter names, as soon as it is loaded: so that
- * the lab can be seen to notice it. Some of it only a kernel sees that checks
- * itself (cargo lab run --kernel debug, kcsan or cfi).
+ * Make the fault that the parameter names when the module is loaded, to test
+ * that the lab notices it. Some faults are only seen by debug kernels
+ * (cargo lab run --kernel debug, kcsan or cfi).
  */
 #include <linux/bug.h>
 #include <linux/compiler.h>
@@ -20,7 +20,7 @@
 #include <linux/string.h>
 #include <linux/timer.h>
 
-/* The length of ENDBR64. */
+/* Length of ENDBR64, in bytes. */
 #define ENDBR 4
 
 static char *kind = "";
@@ -59,7 +59,7 @@ static noinline void fault_target(void)
 	pr_info("fault: called past its ENDBR\n");
 }
 
-/* Calls a function behind the instruction that says it may be called so. */
+/* IBT: calls a function past its ENDBR64, which marks targets of indirect calls. */
 static void fault_ibt(void)
 {
 	void (*call)(void) = fault_target;
@@ -74,7 +74,7 @@ static noinline void fault_number(int number)
 	pr_info("fault: called as a function of another type\n");
 }
 
-/* CFI: calls a function as one of another type. */
+/* CFI: calls a function through a pointer of another type. */
 static void fault_type(void)
 {
 	void (*call)(void) = (void *)fault_number;
@@ -83,7 +83,7 @@ static void fault_type(void)
 	call();
 }
 
-/* KASAN: writes to memory that was given back. */
+/* KASAN: writes to memory that was freed. */
 static void fault_freed(void)
 {
 	char *memory = kzalloc(16, GFP_KERNEL);
@@ -95,7 +95,7 @@ static void fault_freed(void)
 	WRITE_ONCE(memory[3], 1);
 }
 
-/* UBSAN: an int has no such bit. */
+/* UBSAN: shifts an int by more than its width. */
 static void fault_shift(void)
 {
 	int by = 40;
@@ -104,7 +104,7 @@ static void fault_shift(void)
 	pr_info("fault: 1 << %d is %d\n", by, 1 << by);
 }
 
-/* lockdep: two tasks that do these at once wait for each other for ever. */
+/* lockdep: takes two locks in both orders, which can deadlock two tasks. */
 static void fault_locks(void)
 {
 	static DEFINE_MUTEX(one);
@@ -121,7 +121,7 @@ static void fault_locks(void)
 	mutex_unlock(&two);
 }
 
-/* PROVE_RCU: reads what may be freed meanwhile. */
+/* PROVE_RCU: dereferences an RCU pointer outside a read-side critical section. */
 static void fault_rcu(void)
 {
 	static char __rcu *pointer;
@@ -129,7 +129,7 @@ static void fault_rcu(void)
 	pr_info("fault: %p\n", rcu_dereference(pointer));
 }
 
-/* DEBUG_ATOMIC_SLEEP: sleeps where nothing else could run. */
+/* DEBUG_ATOMIC_SLEEP: sleeps with a spinlock held. */
 static void fault_sleep(void)
 {
 	static DEFINE_SPINLOCK(lock);
@@ -143,7 +143,7 @@ static void fault_never(struct timer_list *timer)
 {
 }
 
-/* DEBUG_OBJECTS: gives the memory back of a timer that is set. */
+/* DEBUG_OBJECTS: frees the memory of an active timer. */
 static void fault_timer(void)
 {
 	struct timer_list *timer = kzalloc(sizeof(*timer), GFP_KERNEL);
@@ -156,8 +156,8 @@ static void fault_timer(void)
 }
 
 /*
- * kmemleak: what nothing points to any more. It is found by the next scans;
- * but for the last, to which an old stack may point for long.
+ * kmemleak: leaks memory that nothing points to. The next scans find all but
+ * perhaps the last allocation, to which an old stack may point for long.
  */
 static void fault_leak(void)
 {
@@ -181,7 +181,7 @@ static int fault_add(void *unused)
 	return 0;
 }
 
-/* KCSAN: two threads write the same, and neither says so. */
+/* KCSAN: two threads write a variable without marking the accesses. */
 static void fault_race(void)
 {
 	struct task_struct *one = kthread_run(fault_add, NULL, "fault/1");

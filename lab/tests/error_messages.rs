@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the scripts and the lab say on a machine that lacks something: one sentence that names it and the remedy.
+//! Tests of the error messages of the scripts and the lab on a machine that lacks something: one sentence that names what
+//! is missing and the remedy.
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
 use std::env;
@@ -11,13 +12,13 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// The commands that every machine has, and the scripts take as given.
+/// Commands that every machine has, and that the scripts do not check for.
 const BASICS: &[&str] = &[
     "bash", "cat", "cut", "dirname", "find", "flock", "grep", "head", "mkdir", "mktemp", "mv",
     "rm", "sed", "sh", "sort", "tail", "tar", "touch", "tr",
 ];
 
-/// A machine with nothing but the basics, some room on its disk, and what a test gives it. Who asks is root.
+/// A simulated machine with the basic commands, some free space, and the things that a test adds. The user is root.
 struct Machine(TempDir);
 
 impl Machine {
@@ -27,9 +28,9 @@ impl Machine {
             fs::create_dir_all(machine.path(folder)).unwrap();
         }
         for name in BASICS {
-            machine.real(name);
+            machine.real_command(name);
         }
-        // What the scripts look for in the root, which is what root.sh puts out, and in a kernel.
+        // The scripts look for this file in the root, which is the result of root.sh, and for the next in a kernel.
         for root in ["root", "out"] {
             machine.write(&format!("{root}/usr/bin/env"), "#!/bin/sh\n");
         }
@@ -39,8 +40,8 @@ impl Machine {
         machine
     }
 
-    /// A machine that has all that scripts/bootstrap.sh looks for in the PATH.
-    fn whole() -> Self {
+    /// Return a machine with all commands that scripts/bootstrap.sh looks for in the PATH.
+    fn complete() -> Self {
         let machine = Self::new();
         machine.command("rustc", "echo 'rustc 1.85.0 (4d91de4e4 2025-02-17)'");
         for name in ["make", "cc", "cargo", "mmdebstrap", "unshare", "mount"] {
@@ -59,14 +60,14 @@ impl Machine {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// Gives it a command of its own.
+    /// Add a command that runs this script.
     fn command(&self, name: &str, script: &str) {
         self.remove(name);
         self.write(&format!("bin/{name}"), &format!("#!/bin/sh\n{script}\n"));
     }
 
-    /// Gives it a command of this machine.
-    fn real(&self, name: &str) {
+    /// Add a command of the machine that runs the tests.
+    fn real_command(&self, name: &str) {
         self.remove(name);
         let path = env::var_os("PATH").unwrap();
         let found = env::split_paths(&path)
@@ -80,8 +81,8 @@ impl Machine {
         let _ = fs::remove_file(self.path("bin").join(name));
     }
 
-    /// Somebody who is not root.
-    fn user(&self) {
+    /// Make the user one who is not root.
+    fn drop_root(&self) {
         self.command(
             "id",
             "case $1 in -un) echo somebody ;; *) echo 54321 ;; esac",
@@ -112,7 +113,7 @@ impl Machine {
         self.run_with(environment, "bash", &[&[&*script], arguments].concat())
     }
 
-    /// Runs the script of a step of the set-up as the engine does.
+    /// Run the script of a step of the set-up as the engine does.
     fn step(&self, name: &str) -> Output {
         let paths = ["root", "out", "kernel", "cache"].map(|name| self.path(name));
         let [root, out, kernel, cache] = paths.each_ref().map(|path| path.to_str().unwrap());
@@ -129,7 +130,7 @@ impl Machine {
         self.script_with(&environment, &format!("{name}.sh"), &[])
     }
 
-    /// Calls a function of scripts/common.sh.
+    /// Call a function of scripts/common.sh.
     fn function(&self, call: &str) -> Output {
         let text = format!(". \"$0/common.sh\"; {call}");
         self.run("bash", &["-euc", &text, &script("")])
@@ -145,7 +146,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A script that failed ends with one sentence, which holds these words: what is missing, and the remedy.
+/// Check that a script failed with one sentence that has these words, which name what is missing and the remedy.
 #[track_caller]
 fn assert_says(output: &Output, words: &[&str]) {
     let said = stderr(output);
@@ -166,7 +167,7 @@ fn assert_says(output: &Output, words: &[&str]) {
 }
 
 #[test]
-fn root_without_the_right_to_make_namespaces_is_told_of_the_capability() {
+fn root_that_may_not_make_namespaces_learns_of_the_capability() {
     let machine = Machine::new();
     machine.command("unshare", "exit 1");
     let output = machine.function("need_namespaces");
@@ -174,9 +175,9 @@ fn root_without_the_right_to_make_namespaces_is_told_of_the_capability() {
 }
 
 #[test]
-fn a_user_without_what_namespaces_take_is_told_of_it() {
+fn a_user_who_cannot_make_namespaces_learns_the_reason() {
     let machine = Machine::new();
-    machine.user();
+    machine.drop_root();
     let need = || machine.function("need_namespaces");
     assert_says(&need(), &["unshare is missing", "the package util-linux"]);
     machine.command("unshare", "exit 1");
@@ -189,7 +190,7 @@ fn a_user_without_what_namespaces_take_is_told_of_it() {
             "usermod --add-subuids",
         ],
     );
-    // Sub-ids, as far as anybody can see.
+    // Pretend that the user has sub-ids.
     machine.command("grep", "exit 0");
     assert_says(
         &need(),
@@ -203,7 +204,7 @@ fn a_user_without_what_namespaces_take_is_told_of_it() {
 }
 
 #[test]
-fn whatever_the_lab_is_asked_for_it_says_first_that_nothing_can_run_in_its_root() {
+fn every_command_of_the_lab_checks_first_that_it_can_make_namespaces() {
     let machine = Machine::new();
     machine.command("unshare", "exit 1");
     for arguments in [
@@ -224,9 +225,9 @@ fn whatever_the_lab_is_asked_for_it_says_first_that_nothing_can_run_in_its_root(
 }
 
 #[test]
-fn a_disk_that_is_too_small_is_measured() {
+fn a_disk_that_is_too_small_is_reported() {
     let machine = Machine::new();
-    machine.real("df");
+    machine.real_command("df");
     assert_says(
         &machine.function("need_space / 999999999999"),
         &[
@@ -237,7 +238,7 @@ fn a_disk_that_is_too_small_is_measured() {
 }
 
 #[test]
-fn a_step_that_is_called_by_hand_names_the_command() {
+fn a_step_that_is_called_by_hand_names_the_command_to_use() {
     let machine = Machine::new();
     for step in [
         "root",
@@ -259,9 +260,9 @@ fn a_step_that_is_called_by_hand_names_the_command() {
 }
 
 #[test]
-fn a_step_whose_work_fails_shows_its_log_and_says_what_to_do() {
+fn a_step_that_fails_shows_its_log_and_names_the_remedy() {
     let machine = Machine::new();
-    // Namespaces can be made; what is run in the root fails.
+    // Namespaces can be made, but commands in the root fail.
     machine.command(
         "unshare",
         "case $* in *in-root.sh*) echo the reason >&2; exit 100 ;; esac",
@@ -303,9 +304,9 @@ fn without_a_network_there_is_no_root() {
 }
 
 #[test]
-fn without_a_network_old_lists_are_no_proof_that_there_is_no_kernel() {
+fn without_a_network_old_lists_do_not_prove_that_a_kernel_is_missing() {
     let machine = Machine::new();
-    // What kernel.sh runs in the root leaves word that the lists are old.
+    // The commands of kernel.sh in the root report that the lists are old.
     machine.command(
         "unshare",
         "case $* in *in-root.sh*) touch \"$OUT/offline\"; exit 100 ;; esac",
@@ -318,7 +319,7 @@ fn without_a_network_old_lists_are_no_proof_that_there_is_no_kernel() {
 
 #[test]
 fn without_apt_the_missing_commands_are_named() {
-    let machine = Machine::whole();
+    let machine = Machine::complete();
     machine.remove("mmdebstrap");
     machine.command("rustc", "echo 'rustc 1.84.1 (e71f9a9a9 2025-01-27)'");
     assert_says(
@@ -330,11 +331,11 @@ fn without_apt_the_missing_commands_are_named() {
     );
 }
 
-/// Without root, what to install is named by its packages; where Debian's Rust is too old, by those of the newer one.
+/// A user who is not root gets the names of the packages. If Debian's Rust is too old, they are those of the newer one.
 #[test]
-fn a_user_is_told_what_to_install() {
-    let machine = Machine::whole();
-    machine.user();
+fn a_user_learns_which_packages_to_install() {
+    let machine = Machine::complete();
+    machine.drop_root();
     machine.remove("cargo");
     machine.command("apt-get", "exit 1");
     for (known, packages) in [
@@ -365,10 +366,10 @@ fn a_user_is_told_what_to_install() {
 }
 
 #[test]
-fn root_gets_what_is_missing_or_the_reason() {
-    let machine = Machine::whole();
+fn for_root_missing_commands_are_installed_or_the_reason_is_named() {
+    let machine = Machine::complete();
     machine.remove("mmdebstrap");
-    machine.real("env");
+    machine.real_command("env");
     for (apt, words) in [
         (
             "exit 1",
@@ -385,16 +386,16 @@ fn root_gets_what_is_missing_or_the_reason() {
     }
     let bin = machine.path("bin");
     let make = format!("ln -sf cargo {}/mmdebstrap", bin.display());
-    machine.real("ln");
+    machine.real_command("ln");
     machine.command("apt-get", &make);
     let output = machine.script("bootstrap.sh", &[]);
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
 #[test]
-fn the_tool_alone_takes_nothing_of_the_labs() {
-    let machine = Machine::whole();
-    machine.user();
+fn the_tool_alone_does_not_need_the_labs_commands() {
+    let machine = Machine::complete();
+    machine.drop_root();
     for name in ["mmdebstrap", "unshare", "mount"] {
         machine.remove(name);
     }
@@ -407,7 +408,7 @@ fn the_tool_alone_takes_nothing_of_the_labs() {
     assert_says(&output, &["lacks cc; install them"]);
 }
 
-/// What make would do.
+/// Return the commands that make would run.
 fn recipe(arguments: &[&str]) -> String {
     let output = Command::new("make")
         .args(["--dry-run", "--no-print-directory"])
@@ -423,7 +424,7 @@ fn recipe(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn make_asks_for_the_labs_commands_only_where_it_needs_them() {
+fn make_only_requires_the_labs_commands_where_it_needs_them() {
     let build = "cargo build --release -p exitmeter\n";
     assert_eq!(
         recipe(&["tool", "KDIR=/lib/modules/7.3.4/build"]),
@@ -433,17 +434,17 @@ fn make_asks_for_the_labs_commands_only_where_it_needs_them() {
         recipe(&["tool"]),
         format!("scripts/bootstrap.sh clang\n{build}")
     );
-    // Whoever tries it first does not wait for clang.
+    // A first `make demo` does not wait for clang.
     assert!(recipe(&["demo"]).starts_with("scripts/bootstrap.sh\n"));
     assert!(recipe(&["all"]).starts_with("scripts/bootstrap.sh\ncargo lab build\n"));
 }
 
 /// A browser has several names, and any will do.
 #[test]
-fn a_browser_is_asked_for_where_there_is_none() {
+fn a_missing_browser_is_reported() {
     assert!(recipe(&["test"]).starts_with("scripts/bootstrap.sh clang browser\n"));
-    let machine = Machine::whole();
-    machine.user();
+    let machine = Machine::complete();
+    machine.drop_root();
     machine.command("newuidmap", "exit 0");
     machine.command("apt-get", "exit 1");
     machine.command("apt-cache", "echo '  Candidate: 1.85.0+dfsg3-1'");
@@ -463,8 +464,8 @@ fn a_browser_is_asked_for_where_there_is_none() {
 }
 
 #[test]
-fn crates_that_are_there_are_not_asked_for() {
-    let machine = Machine::whole();
+fn crates_that_are_there_are_not_fetched() {
+    let machine = Machine::complete();
     let calls = machine.path("calls");
     machine.command("cargo", &format!("echo \"$@\" >>{}", calls.display()));
     let output = machine.script("bootstrap.sh", &["--tool"]);
@@ -475,9 +476,9 @@ fn crates_that_are_there_are_not_asked_for() {
 
 #[test]
 fn without_a_network_the_crates_are_missing_and_the_remedy_is_named() {
-    let machine = Machine::whole();
+    let machine = Machine::complete();
     for name in ["cargo", "rustc"] {
-        // Of the toolchain itself: rustup would look for its own in HOME.
+        // Call the toolchain's program directly: rustup would look for its toolchains in HOME.
         let output = Command::new("rustc").args(["--print", "sysroot"]).output();
         let sysroot = String::from_utf8(output.unwrap().stdout).unwrap();
         machine.command(name, &format!("exec {}/bin/{name} \"$@\"", sysroot.trim()));
@@ -486,7 +487,7 @@ fn without_a_network_the_crates_are_missing_and_the_remedy_is_named() {
     let environment = [
         ("CARGO_HOME", home.to_str().unwrap()),
         ("CARGO_NET_RETRY", "0"),
-        // Nobody is there.
+        // Nothing listens there.
         ("https_proxy", "http://127.0.0.1:9"),
         ("http_proxy", "http://127.0.0.1:9"),
     ];

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Every way a run can end, on a real emulated host: `cargo test -p lab --test ends -- --ignored --test-threads 2`. Add
-//! `--skip what_the_kernel` to do without the kernels that have to be built first.
+//! Tests of every outcome of a run, on real emulated hosts:
+//! `cargo test -p lab --test outcomes -- --ignored --test-threads 2`. Add `--skip kernel_finds` to leave out the debug
+//! kernels, which have to be built first.
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
@@ -17,7 +18,7 @@ use lab::module;
 use lab::setup::{self, Wanted};
 use rustix::process::{kill_process, Pid, Signal};
 
-/// A run on the AMD host, which boots fastest.
+/// Return the command of a run on the AMD host, which boots fastest.
 fn lab(arguments: &[&str]) -> Command {
     lab_on("amd", arguments)
 }
@@ -41,14 +42,14 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// The folder that the last line of a run names.
+/// Return the folder that the last line of a run names.
 fn folder(output: &Output) -> PathBuf {
     let text = stderr(output);
     let (_, folder) = text.trim_end().rsplit_once("the logs are in ").unwrap();
     folder.into()
 }
 
-/// The module that does wrong on request, built for the kernel of the hosts.
+/// Path of the module that makes a fault on request, built for the default kernel of the hosts.
 static FAULT: LazyLock<String> = LazyLock::new(|| fault_for(None));
 
 fn fault_for(kernel: Option<&str>) -> String {
@@ -79,7 +80,8 @@ fn fault_for(kernel: Option<&str>) -> String {
     folder.join("fault.ko").to_str().unwrap().to_owned()
 }
 
-/// What a run shows of a log when it ends badly; not the script's standard error before it, nor the verdict after it.
+/// Return the part of a log that a failed run shows, without the script's standard error before it and the verdict
+/// after it.
 #[track_caller]
 fn shown(output: &Output, log: &str) -> String {
     let said = stderr(output);
@@ -90,7 +92,7 @@ fn shown(output: &Output, log: &str) -> String {
     shown.to_owned()
 }
 
-/// A fault of this kind ends a run with this status, and this is what is shown of it.
+/// Check that a fault of this kind ends a run with this status, and that the run shows these words of it.
 #[track_caller]
 fn fault_ends_with(kind: &str, status: i32, words: &str) -> Output {
     let kind = format!("kind={kind}");
@@ -108,7 +110,7 @@ fn fault_ends_with(kind: &str, status: i32, words: &str) -> Output {
         ],
         status,
     );
-    // The last lines alone may begin behind the place of the fault.
+    // The last lines alone may begin after the place of the fault.
     let console = folder(&output).join("console.log");
     let text = String::from_utf8_lossy(&fs::read(console).unwrap()).into_owned();
     assert!(
@@ -122,7 +124,7 @@ fn fault_ends_with(kind: &str, status: i32, words: &str) -> Output {
 
 #[test]
 #[ignore = "boots a host"]
-fn the_scripts_status_is_that_of_the_run_and_only_its_output_goes_to_standard_output() {
+fn a_run_has_the_scripts_status_and_its_standard_output() {
     let script = Path::new(env!("CARGO_TARGET_TMPDIR")).join("script");
     fs::write(
         &script,
@@ -142,7 +144,7 @@ fn the_scripts_status_is_that_of_the_run_and_only_its_output_goes_to_standard_ou
 
 #[test]
 #[ignore = "boots a host"]
-fn two_runs_go_side_by_side() {
+fn two_runs_can_go_side_by_side() {
     let runs = ["one", "two"].map(|word| {
         let run = lab(&["--", "echo", word])
             .stdout(Stdio::piped())
@@ -159,7 +161,7 @@ fn two_runs_go_side_by_side() {
 
 #[test]
 #[ignore = "boots a host"]
-fn a_host_that_cannot_load_kvm_is_100_and_says_why() {
+fn a_host_that_cannot_load_kvm_is_100_and_gives_its_reason() {
     let output = ends_with(&["--kvm-args", "npt=x", "--", "true"], 100);
     assert!(stderr(&output).contains("npt=x"), "{}", stderr(&output));
 }
@@ -206,18 +208,17 @@ fn a_call_past_an_endbr_is_102_on_a_cpu_that_tracks_branches() {
     assert_eq!(tracked.status.code(), Some(102), "{}", stderr(&tracked));
     let log = fs::read_to_string(folder(&tracked).join("kernel.log")).unwrap();
     assert!(log.contains("Missing ENDBR: fault_target"), "{log}");
-    // So nothing else is wrong with that call.
+    // Nothing else is wrong with that call.
     let untracked = load("corei7_ivy_bridge_3770k");
     assert_eq!(untracked.status.code(), Some(0), "{}", stderr(&untracked));
 }
 
-/// Each of the faults of `kinds`, on a kernel that checks itself, ends a run with this status and these words of the
-/// kernel's.
+/// Check that each fault of `kinds`, on a debug kernel, ends a run with this status and these words in the kernel log.
 #[track_caller]
 fn is_found_by(kernel: &str, kinds: &[(&str, i32, &str)]) {
     let fault = fault_for(Some(kernel));
     for &(kind, status, words) in kinds {
-        // What leaks is found by a scan, once it is some seconds old.
+        // A scan finds leaked memory once it is some seconds old.
         let script = format!(
             "insmod fault.ko kind={kind}; \
              for i in 1 2 3 4; do sleep 6; echo scan >/sys/kernel/debug/kmemleak; done; sleep 2"
@@ -234,7 +235,7 @@ fn is_found_by(kernel: &str, kinds: &[(&str, i32, &str)]) {
 
 #[test]
 #[ignore = "builds a kernel, and boots hosts with it"]
-fn what_the_kernel_debug_finds_ends_a_run() {
+fn a_fault_that_the_debug_kernel_finds_ends_a_run() {
     is_found_by(
         "debug",
         &[
@@ -251,20 +252,20 @@ fn what_the_kernel_debug_finds_ends_a_run() {
 
 #[test]
 #[ignore = "builds a kernel, and boots hosts with it"]
-fn what_the_kernel_kcsan_finds_ends_a_run() {
+fn a_race_that_the_kcsan_kernel_finds_ends_a_run() {
     is_found_by("kcsan", &[("race", 102, "BUG: KCSAN: data-race in fault_")]);
 }
 
 #[test]
 #[ignore = "builds a kernel, and boots hosts with it"]
-fn what_the_kernel_cfi_finds_ends_a_run() {
+fn a_call_that_the_cfi_kernel_finds_ends_a_run() {
     let fault = fault_for(Some("cfi"));
     let tracked = ["--model", "arrow_lake", "--kvm-args", "enable_apicv=0"];
     for (host, model, mode) in [
         ("amd", &[][..], "kcfi"),
         ("intel", &tracked, "kcfi"),
         ("intel", &tracked, "fineibt"),
-        // So nothing else is wrong with that call.
+        // Nothing else is wrong with that call.
         ("amd", &[], "off"),
     ] {
         let append = format!("--append=cfi={mode}");
@@ -273,7 +274,7 @@ fn what_the_kernel_cfi_finds_ends_a_run() {
         let output = lab_on(host, &arguments).output().unwrap();
         let (status, words) = match mode {
             "off" => (0, "called as a function of another type"),
-            // The caller under kCFI, the function that was called under FineIBT.
+            // The kernel names the caller under kCFI, and the called function under FineIBT.
             "fineibt" => (102, "CFI failure at fault_number"),
             _ => (102, "CFI failure at fault_type"),
         };
@@ -290,7 +291,7 @@ fn a_lockup_is_104() {
     fault_ends_with("softlockup", 104, "BUG: soft lockup");
 }
 
-/// A limit ends a script with this status, and what is shown of the console ends with the script's word there.
+/// Check that a limit ends a script with this status, and that the shown console ends with the script's last line.
 #[track_caller]
 fn limit_ends_with(limit: &str, script: &str, status: i32) {
     let script = format!("echo the last word >/dev/console; {script}");
@@ -324,7 +325,7 @@ fn a_host_that_ends_without_a_verdict_is_108() {
 
 #[test]
 #[ignore = "fetches two kernels, and boots hosts with them"]
-fn a_kernel_without_rust_boots_without_the_module_and_takes_none() {
+fn a_kernel_without_rust_boots_without_the_module_and_cannot_build_it() {
     let lab = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
         command.args(arguments).output().unwrap()
@@ -356,7 +357,7 @@ fn a_kernel_without_rust_boots_without_the_module_and_takes_none() {
     }
 }
 
-/// A run with a cache that has the set-up, and else no more than so many MiB of room.
+/// Run a host with a cache that holds the set-up, on a disk with so many MiB for the rest.
 fn on_a_disk_of(mib: u32, host: &str) -> Output {
     LazyLock::force(&FAULT);
     let mount = r#"
@@ -385,8 +386,8 @@ fn on_a_disk_of(mib: u32, host: &str) -> Output {
 
 #[test]
 #[ignore = "takes the set-up"]
-fn a_full_disk_is_100_and_its_remedy_is_named_once() {
-    // Neither does the image fit, nor is there room to save a machine behind it.
+fn a_full_disk_is_100_and_names_its_remedy_once() {
+    // On the first disk the image does not fit, on the second a saved machine does not.
     for (mib, host, words) in [
         (20, "amd", "lab: there is no space left to write "),
         (
@@ -407,7 +408,7 @@ fn a_full_disk_is_100_and_its_remedy_is_named_once() {
     }
 }
 
-/// A run whose script has begun, and the process that is all of its emulator.
+/// Start a run. Return it once its script has begun, with the first process of its emulator.
 fn begun() -> (Child, Pid) {
     let mut run = lab(&["--", "echo begun; sleep 1000"])
         .stdout(Stdio::piped())
@@ -425,7 +426,7 @@ fn begun() -> (Child, Pid) {
     (run, Pid::from_raw(emulator).unwrap())
 }
 
-/// The last process of an emulator: the emulator itself, which its namespace's first process waits for.
+/// Return the last process of an emulator. It is the emulator itself; its namespace's first process waits for it.
 fn innermost(mut pid: Pid) -> Pid {
     loop {
         let children = format!("/proc/{0}/task/{0}/children", pid.as_raw_nonzero());
@@ -445,7 +446,7 @@ fn innermost(mut pid: Pid) -> Pid {
 fn is_gone(pid: Pid) -> bool {
     let stat =
         fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
-    // A zombie is a process that nobody has buried yet.
+    // A zombie counts as gone: it only waits to be reaped.
     stat.rsplit_once(')')
         .is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
 }
@@ -496,7 +497,7 @@ fn a_killed_run_leaves_nothing_running() {
     are_gone_soon([emulator, innermost]);
 }
 
-/// A process that was killed with a host's memory takes the kernel a moment to take apart.
+/// Check that processes end soon. The kernel needs a moment for a killed process with a host's memory.
 fn are_gone_soon(processes: [Pid; 2]) {
     let since = Instant::now();
     while !processes.into_iter().all(is_gone) {

@@ -2,7 +2,7 @@
 /*
  * The kernel as the programs see it: helpers, and the registers at a kprobe.
  *
- * Nothing but headers of user space is needed to compile this, and none to run it.
+ * Compiling this only needs headers of user space, and running it needs no headers.
  */
 #ifndef EXITMETER_BPF_KERNEL_H
 #define EXITMETER_BPF_KERNEL_H
@@ -24,9 +24,9 @@ typedef __u64 u64;
 #define unlikely(condition) __builtin_expect(!!(condition), 0)
 #define offsetof(type, member) __builtin_offsetof(type, member)
 
-/* The compiler does not move memory accesses across this. x86 and the JIT keep the order of writes and of reads. */
+/* Keep the compiler from moving memory accesses across this. x86 and the JIT keep the order of writes and of reads. */
 #define barrier() asm volatile("" ::: "memory")
-/* The compiler forgets what it knows of a number, so that the verifier sees the comparison before its use. */
+/* Hide the value of a number from the compiler, so that the verifier sees the comparison before the use. */
 #define forget(number) asm volatile("" : "+r"(number))
 
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
@@ -48,27 +48,27 @@ enum known {
 #undef KNOWN
 };
 
-/* What known.h names. The verifier removes branches that are false on this kernel. */
+/* Return a value that known.h names. The verifier removes branches that are false on this kernel. */
 #define known(name)                                                                                                    \
 	({                                                                                                             \
 		u64 known_;                                                                                            \
 		asm volatile("%0 = %1" : "=r"(known_) : "i"(KNOWN_FIRST + KNOWN_##name));                                       \
 		known_;                                                                                                \
 	})
-/* A field that this kernel does not have. */
+/* Value for a field that this kernel does not have. */
 #define ABSENT (~0ULL)
 
-/* Leave of a number the bits of a mask that known.h names. */
+/* Apply a mask that known.h names to a number. */
 #define mask_by(number, name) asm volatile("%0 &= %1" : "+r"(number) : "i"(KNOWN_FIRST + KNOWN_##name))
 
-/* Return where the value of an array of one entry is: the loader puts it in place of the array. */
+/* Return the address of the value of an array with one entry. The loader puts it in place of the array. */
 static __always_inline char *value_of(void *map)
 {
 	asm volatile("" : "+r"(map));
 	return map;
 }
 
-/* Return the first argument of a tracepoint, before anything else happens. */
+/* Return the first argument of a tracepoint. It is read before anything else happens. */
 static __always_inline u64 first_of(const struct bpf_raw_tracepoint_args *args)
 {
 	u64 first = args->args[0];
@@ -78,7 +78,7 @@ static __always_inline u64 first_of(const struct bpf_raw_tracepoint_args *args)
 }
 
 /*
- * The registers at a kprobe of x86-64 (struct pt_regs, arch/x86/include/asm/ptrace.h): user space's header has them.
+ * Registers at a kprobe of x86-64 (struct pt_regs in arch/x86/include/asm/ptrace.h), as user space's header has them.
  */
 struct pt_regs {
 	unsigned long r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi;
@@ -86,8 +86,8 @@ struct pt_regs {
 };
 
 /*
- * A program at the begin of a function of KVM's; @vcpu is the function's first argument. There are two of each, and the loader attaches
- * one: fentry costs less, and takes more rights.
+ * Define a program at the entry of a function of KVM, whose first argument is @vcpu. There are two versions, of which the
+ * loader attaches one: fentry costs less, but needs more privileges.
  */
 #define AT_FUNCTION(function, name)                                                                                    \
 	static __always_inline int name(u64 vcpu);                                                                     \
@@ -101,13 +101,14 @@ struct pt_regs {
 	}                                                                                                              \
 	static __always_inline int name(u64 vcpu)
 
-/* bpf_rdonly_cast(): the loader makes it a call of the kernel's function. */
+/* bpf_rdonly_cast(). The loader turns it into a call of the kernel's function. */
 static void *(*const rdonly_cast)(u64 address, u64 type) = (void *)0x45590000;
 
 /*
- * Read a number of the kernel's; 0 where it cannot be read.
+ * Read a number of the kernel, or 0 if it cannot be read.
  *
- * bpf_rdonly_cast() is a type for the verifier, and no instruction. A bad address gives 0 as well, by an exception.
+ * bpf_rdonly_cast() only sets a type for the verifier, and costs no instruction. A bad address gives 0 as well, by an
+ * exception.
  */
 #define read_by(can_cast, type, address)                                                                               \
 	({                                                                                                             \

@@ -1,43 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The ledger of each vCPU, kept by BPF: for hosts that cannot load the module.
+ * BPF programs that keep the ledger of each vCPU, for hosts that cannot load the module.
  *
  * The transitions are those of src/meter/ledger.rs, at the same places in KVM: the tracepoints kvm_exit and kvm_entry, and
  * kprobes where a vCPU takes a CPU and leaves it. The clock is bpf_ktime_get_ns(), so a tick is a nanosecond. Each ledger has
- * one writer at a time, the thread that holds the vCPU: nothing here is locked but what all vCPUs share, the totals.
+ * one writer at a time, the thread that holds the vCPU. Only the data that all vCPUs share, such as the totals, needs locked
+ * instructions.
  */
 #include "ledger.h"
 #include "tables.h"
 
-/* Of a vCPU that runs unmetered. */
+/* Index of a vCPU that runs unmetered. */
 #define NONE 0xffffffff
 /* KVM_X86_TDX_VM (arch/x86/include/uapi/asm/kvm.h). */
 #define TRUST_DOMAIN 5
 
-/* The vCPU that this CPU held last: its ledger is found without a hash. */
+/* Cache of the vCPU that this CPU held last. It saves the hash look-up of the ledger. */
 struct here {
-	/* The vCPU's address, with flags in its low bits: so the usual case is a single comparison. */
+	/* Address of the vCPU, with flags in its low bits, so that the usual case is a single comparison. */
 	u64 vcpu;
 	u64 vmcb;
-	/* Where its ledger begins, in bytes, and its number. */
+	/* Offset of its ledger, in bytes. */
 	u32 ledger;
+	/* Index of its ledger. */
 	u32 index;
-	/* kvm_sched_out() has begun, and the vCPU is not off the CPU yet: on kernels that do not tell it in the vCPU. */
+	/* True from kvm_sched_out() until the vCPU is off the CPU, on kernels without the vCPU's field scheduled_out. */
 	u32 scheduled_out;
 } __attribute__((aligned(64)));
 
-/* Flags beside the address. VMX: the vCPU may run a nested guest. */
+/* Flag beside the address. VMX: the vCPU may run a nested guest. */
 #define NESTS 1ULL
-/* The vCPU has no ledger. */
+/* Flag beside the address: the vCPU has no ledger. */
 #define UNMETERED 2ULL
 #define FLAGS (NESTS | UNMETERED)
 
 /*
- * The hot arrays are one value each, and the loader says how large: the programs have its address as a constant, where a
- * look-up of an entry would take some fifteen instructions.
+ * Each hot array is a single value, whose size the loader sets. The programs have its address as a constant, while a look-up
+ * of an entry would take some fifteen instructions.
  */
 
-/* One for each CPU, by a power of two. */
+/* Caches, one for each CPU. Their number is a power of two. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -45,7 +47,7 @@ struct {
 	__type(value, struct here);
 } heres SEC(".maps");
 
-/* One for each vCPU that can be metered. */
+/* Ledgers, one for each vCPU that can be metered. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -54,7 +56,7 @@ struct {
 	__type(value, struct ledger);
 } ledgers SEC(".maps");
 
-/* bucket() of src/meter/histogram.rs: the loader fills it. */
+/* Table of bucket() in src/meter/histogram.rs. The loader fills it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -62,7 +64,7 @@ struct {
 	__type(value, u8[BUCKET_STEPS * BUCKET_STEP]);
 } buckets SEC(".maps");
 
-/* An empty ledger, to be copied. */
+/* Empty ledger, to be copied. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -94,14 +96,14 @@ struct {
 	__type(value, struct meter);
 } meter SEC(".maps");
 
-/* The ledgers that no vCPU has; the loader fills it. */
+/* Indices of the ledgers that no vCPU has. The loader fills it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_STACK);
 	__uint(max_entries, 1);
 	__type(value, u32);
 } unused SEC(".maps");
 
-/* By address of the vCPU: which ledger it has, or NONE. */
+/* Index of a vCPU's ledger, or NONE, by the vCPU's address. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
@@ -111,11 +113,11 @@ struct {
 
 struct vm {
 	u64 number;
-	/* Its vCPUs that have a ledger. */
+	/* Number of its vCPUs with a ledger. */
 	u64 metered;
 };
 
-/* By address of the VM. */
+/* VMs, by their address. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
@@ -142,7 +144,7 @@ static __always_inline struct here *this_cpu(void)
 }
 
 /*
- * Return the ledger that begins at a byte. The mask changes no valid number. It proves to the verifier that the access is in
+ * Return the ledger at an offset in bytes. The mask changes no valid offset. It proves to the verifier that the access is in
  * bounds.
  */
 static __always_inline struct ledger *ledger_at(u64 place)
@@ -151,12 +153,12 @@ static __always_inline struct ledger *ledger_at(u64 place)
 
 	mask_by(place, ledgers_mask);
 	ledger = value_of(&ledgers) + place;
-	/* Add now: so the place needs no register any more. */
+	/* Force the addition here, which frees the register of the offset. */
 	asm volatile("" : "+r"(ledger));
 	return (struct ledger *)ledger;
 }
 
-/* A row of a ledger, from the ledger's begin on. */
+/* A row of a ledger, preceded by the fields before the cells. */
 struct row {
 	char before[offsetof(struct ledger, rows)];
 	u64 cells[ROW];
@@ -172,7 +174,7 @@ struct row {
 static __always_inline struct row *row_at(struct ledger *ledger, u64 place)
 {
 	mask_of_rows(place);
-	/* The sum takes the place's register. The compiler would copy the ledger's. */
+	/* Put the sum into the register of the place. The compiler would copy the ledger's register. */
 	asm volatile("%0 += %1" : "+r"(place) : "r"(ledger));
 	return (struct row *)place;
 }
@@ -184,7 +186,7 @@ static __always_inline u64 row_number(u64 place)
 	return place / (ROW * sizeof(u64));
 }
 
-/* Begin a transition at @now, or a tick after the @last one; return its time. */
+/* Begin a transition at @now, or one tick after @last if the clock did not advance. Return its time. */
 static __always_inline u64 begin_transition(struct ledger *ledger, u64 now, u64 last)
 {
 	if (unlikely(now <= last))
@@ -264,7 +266,7 @@ static __always_inline u64 counted_as(struct ledger *ledger, u64 slot)
 	return ledger->taken + !ledger->places[SLOT_OTHER] < ROWS ? slot : SLOT_OTHER;
 }
 
-/* Return the number of the VM, which gets one vCPU more. */
+/* Count one vCPU more for a VM, and return the VM's number. */
 static __always_inline u64 number_of_vm(u64 kvm)
 {
 	struct vm first = { 0 };
@@ -290,7 +292,7 @@ static __always_inline u64 polled_by(u64 vcpu)
 	return read_kernel(u64, vcpu + known(vcpu_poll_success)) + read_kernel(u64, vcpu + known(vcpu_poll_fail));
 }
 
-/* Give a vCPU a ledger, in which it is in @phase from now on. Return which, or NONE. */
+/* Give a vCPU a ledger that begins now in @phase. Return its index, or NONE. */
 static __noinline u32 take_in(u64 vcpu, u32 phase)
 {
 	u64 now = bpf_ktime_get_ns();
@@ -335,13 +337,13 @@ static __noinline u32 take_in(u64 vcpu, u32 phase)
 	ledger->carried = phase == GUEST ? 0 : CLOSED;
 	*(volatile u64 *)&ledger->begun = now;
 	end_transition(ledger, now);
-	/* Who finds the generation odd finds all of it. */
+	/* A reader that finds the generation odd also finds everything above. */
 	barrier();
 	*(volatile u64 *)&owner->generation = owner->generation + 1;
 	return index;
 }
 
-/* Make a vCPU the one that this CPU held last. One that is new is in @phase from now on. */
+/* Put a vCPU into this CPU's cache. A new vCPU begins in @phase. */
 static __noinline int find(u64 vcpu, u32 phase)
 {
 	u32 *had = bpf_map_lookup_elem(&vcpus, &vcpu);
@@ -350,7 +352,7 @@ static __noinline int find(u64 vcpu, u32 phase)
 	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
 
 	here->index = index;
-	/* The address is a pointer to the verifier, to which only a sum may be. */
+	/* The verifier takes the address for a pointer, which allows addition only. */
 	if (!owner) {
 		here->vcpu = vcpu + UNMETERED;
 		return 0;
@@ -361,7 +363,7 @@ static __noinline int find(u64 vcpu, u32 phase)
 	return 0;
 }
 
-/* Return what this CPU has of a vCPU that the caller holds. One that is new is in @phase from now on. */
+/* Return this CPU's cache with a vCPU that the caller holds. A new vCPU begins in @phase. */
 static __always_inline struct here *here_with(u64 vcpu, u32 phase)
 {
 	struct here *here = this_cpu();
@@ -372,7 +374,7 @@ static __always_inline struct here *here_with(u64 vcpu, u32 phase)
 	return this_cpu();
 }
 
-/* Return the slot of an exit code: below 256 in any case, and the verifier sees it. */
+/* Return the slot of an exit code. The verifier sees that it is below 256. */
 static __always_inline u64 slot_of(u64 code, int is_svm)
 {
 	u64 slot = SLOT_OTHER;
@@ -387,7 +389,7 @@ static __always_inline u64 slot_of(u64 code, int is_svm)
 		asm volatile("%0 &= 0xff" : "+r"(slot));
 		return slot;
 	}
-	/* An entry that failed has a bit set above the reason. */
+	/* A failed entry sets a bit above the reason. */
 	code &= 0xffff;
 	return code < 168 ? code : SLOT_OTHER;
 }
@@ -410,7 +412,7 @@ static __noinline int lose_exit(void)
 	return 0;
 }
 
-/* The guest's time ends at @now, and the kernel's begins, for the reason whose row is at @place. */
+/* End the guest's time at @now, and begin the kernel's, for the reason whose row is at @place. */
 static __always_inline int leave_guest_at(struct ledger *ledger, u64 place, u64 now, int nested)
 {
 	u64 last = ledger->last;
@@ -447,8 +449,9 @@ static __always_inline int leave_guest(struct ledger *ledger, u64 slot, u64 now,
 }
 
 /*
- * SVM: the tracepoint came late. Up to at least Linux 6.1 KVM calls it when interrupts and preemption are on again, so the vCPU
- * may have left its CPU and come back since the guest's time ended. That time is the kernel's, and the exit is one.
+ * SVM: take an exit whose tracepoint came late. Up to at least Linux 6.1 KVM calls it after interrupts and preemption are on
+ * again, so the vCPU may have left its CPU and come back since the guest's time ended. The time since then is the kernel's,
+ * and the exit counts once.
  */
 static __noinline int leave_late(struct ledger *ledger, u64 slot, u64 now, int nested)
 {
@@ -461,7 +464,7 @@ static __noinline int leave_late(struct ledger *ledger, u64 slot, u64 now, int n
 	return leave_guest(ledger, slot, now, nested);
 }
 
-/* Return the exit reason that the hardware told, and on SVM from which VMCB. */
+/* Return the exit reason from the hardware. On SVM also set @vmcb to the VMCB that has it. */
 static __always_inline u32 exit_code(u64 vcpu, int is_svm, int can_cast, u64 *vmcb)
 {
 	if (!is_svm)
@@ -470,7 +473,7 @@ static __always_inline u32 exit_code(u64 vcpu, int is_svm, int can_cast, u64 *vm
 	return read_by(can_cast, u32, *vmcb + known(vmcb_exit_code));
 }
 
-/* Return true if the exit is one of a nested guest; @vmcb as exit_code() gave it. */
+/* Return true if a nested guest exited. @vmcb comes from exit_code(). */
 static __always_inline int is_nested(const struct here *here, u64 vcpu, u64 vmcb, int is_svm)
 {
 	if (is_svm)
@@ -478,7 +481,7 @@ static __always_inline int is_nested(const struct here *here, u64 vcpu, u64 vmcb
 	return here->vcpu & NESTS && read_kernel(u64, vcpu + known(vcpu_guest_mode));
 }
 
-/* An exit of a vCPU that this CPU did not hold last, or that runs nested guests. */
+/* Slow path of an exit: the vCPU is not in this CPU's cache, or it runs nested guests. */
 static __always_inline int leave_slowly(u64 vcpu, u64 now, int is_svm)
 {
 	struct here *here = here_with(vcpu, GUEST);
@@ -511,8 +514,8 @@ static __noinline int leave_nested(struct ledger *ledger, u64 slot, u64 now)
 }
 
 /*
- * An exit. Rare cases end in tail functions, so the usual path saves few registers. There is a program for each way to read the
- * reason, because even a condition that the verifier decides leaves an instruction.
+ * Handle an exit. Rare cases end in tail functions, so the usual path saves few registers. Each way to read the reason has its
+ * own program, because even a condition that the verifier decides leaves an instruction.
  */
 static __always_inline int leave_vmx(struct bpf_raw_tracepoint_args *args, int can_cast)
 {
@@ -524,7 +527,7 @@ static __always_inline int leave_vmx(struct bpf_raw_tracepoint_args *args, int c
 
 	if (unlikely(here->vcpu != vcpu))
 		return leave_slowly_vmx(vcpu, now);
-	/* First, so that the ledger takes the vCPU's register: each one in use is saved and restored. */
+	/* Computed first, so that the ledger takes the vCPU's register: each register in use is saved and restored. */
 	reason = vcpu + known(vmx_exit_reason);
 	forget(reason);
 	ledger = ledger_at(here->ledger);
@@ -580,7 +583,7 @@ static __always_inline struct tables *tables_of(u32 index)
 	return bpf_map_lookup_elem(&tables, &index);
 }
 
-/* An exit of a vCPU that has tables: note what it is about, as far as that is to be known now. */
+/* Handle an exit of a vCPU that has tables. Note its details, as far as they are known now. */
 static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, int is_svm)
 {
 	u64 vcpu = first_of(args);
@@ -610,7 +613,7 @@ static __always_inline int leave_detailed(struct bpf_raw_tracepoint_args *args, 
 	owner->kernel = 0;
 
 	now = begin_transition(ledger, now, ledger->last);
-	/* What a reader copies is written within the transition. */
+	/* Readers copy this data, so it is written in the transition. */
 	if (!tables->has_begun)
 		begin_tables(ledger, tables, now);
 	owner->exits++;
@@ -631,13 +634,13 @@ int on_svm_exit_detailed(struct bpf_raw_tracepoint_args *args)
 	return leave_detailed(args, 1);
 }
 
-/* Return the entry of the table of buckets at a place. */
+/* Return an entry of the table of buckets. */
 static __always_inline u64 bucket_at(u64 place)
 {
 	return *(u8 *)(value_of(&buckets) + place);
 }
 
-/* Return the bucket of a time. The table has a step for each nine bits, and all buckets are multiples of 32 ticks. */
+/* Return the bucket of a time. The table has a step for each nine bits, and bucket bounds are multiples of 32 ticks. */
 static __noinline u64 bucket_of(u64 ticks)
 {
 	u64 place;
@@ -664,12 +667,12 @@ static __always_inline void sample(struct ledger *ledger, struct row *row, u64 t
 	if (unlikely(ticks > row->cells[MAX]))
 		row->cells[MAX] = ticks;
 	place = row->cells[HISTOGRAM] + bucket;
-	/* It is below (1 + HISTOGRAMS) * BUCKETS; behind the last ledger is room for what the mask would leave. */
+	/* The index is below (1 + HISTOGRAMS) * BUCKETS. Behind the last ledger is room for any index that the mask leaves. */
 	asm volatile("%0 &= 0xfff" : "+r"(place));
 	ledger->histograms[0][place]++;
 }
 
-/* The rest of an entry of which not all is as usual. */
+/* Slow path of an entry: it takes long, or ticks are carried. */
 static __noinline int enter_unusually(struct ledger *ledger, struct row *row, u64 now, u64 ticks)
 {
 	u64 carried = ledger->carried;
@@ -682,13 +685,13 @@ static __noinline int enter_unusually(struct ledger *ledger, struct row *row, u6
 	return 0;
 }
 
-/* An entry: the kernel's time ends, and with it that of the latest exit is known. */
+/* Handle an entry: end the kernel's time, which completes the time of the latest exit. */
 static __always_inline int enter_guest(struct ledger *ledger)
 {
 	u64 ticks, carried, last, now;
 	struct row *row;
 
-	/* Late, so that what comes before is the kernel's time and not the guest's. */
+	/* The clock is read late, so that the work before counts as the kernel's time and not the guest's. */
 	now = bpf_ktime_get_ns();
 	last = ledger->last;
 	now = begin_transition(ledger, now, last);
@@ -698,7 +701,7 @@ static __always_inline int enter_guest(struct ledger *ledger)
 	carried = ledger->carried;
 	if (unlikely(carried || ticks >> 16))
 		return enter_unusually(ledger, row, now, ticks);
-	/* That is GUEST, and in a register. */
+	/* carried is 0, which is GUEST, and it is in a register. */
 	ledger->phase = carried;
 	sample(ledger, row, ticks, bucket_at(ticks >> 5));
 	end_transition(ledger, now);
@@ -723,7 +726,7 @@ int on_entry(struct bpf_raw_tracepoint_args *args)
 	return enter_guest(ledger_at(here->ledger));
 }
 
-/* An entry of a vCPU that has tables. */
+/* Handle an entry of a vCPU that has tables. */
 SEC("raw_tracepoint/kvm_entry")
 int on_entry_detailed(struct bpf_raw_tracepoint_args *args)
 {
@@ -758,7 +761,7 @@ int on_entry_detailed(struct bpf_raw_tracepoint_args *args)
 	return 0;
 }
 
-/* The vCPU is back on a CPU, after @ticks of @left. */
+/* Book @ticks of the phase @left in the tables of a vCPU that is back on a CPU. */
 static __always_inline void resume_detailed(u32 index, u32 left, u64 ticks)
 {
 	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
@@ -775,7 +778,7 @@ static __always_inline void resume_detailed(u32 index, u32 left, u64 ticks)
 	}
 }
 
-/* Why the vCPU leaves its CPU for user space: KVM_EXIT_* of KVM_RUN, or ABSENT. */
+/* Return why the vCPU leaves its CPU for user space: KVM_EXIT_* of KVM_RUN, or ABSENT. */
 static __always_inline u64 why_user(u64 vcpu)
 {
 	u64 run;
@@ -783,11 +786,11 @@ static __always_inline u64 why_user(u64 vcpu)
 	if (known(vcpu_wants_to_run) == ABSENT || !read_kernel(u8, vcpu + known(vcpu_wants_to_run)))
 		return ABSENT;
 	run = read_kernel(u64, vcpu + known(vcpu_run));
-	/* struct kvm_run, linux/kvm.h. All reasons are below 2^16. */
+	/* This is exit_reason of struct kvm_run (linux/kvm.h). All reasons are below 2^16. */
 	return read_kernel(u32, run + 8) & 0xffff;
 }
 
-/* The vCPU leaves its CPU for @phase, after @ticks of @left. */
+/* Book @ticks of the phase @left in the tables of a vCPU that leaves its CPU for @phase. */
 static __always_inline void leave_cpu_detailed(u32 index, u64 vcpu, u32 slot, u32 left, u32 phase, u64 ticks)
 {
 	struct owner *owner = bpf_map_lookup_elem(&owners, &index);
@@ -819,7 +822,7 @@ static __always_inline void leave_cpu_detailed(u32 index, u64 vcpu, u32 slot, u3
 		count_user(tables, slot, why);
 }
 
-/* The vCPU is on a CPU, in KVM: kvm_arch_vcpu_load(). */
+/* kvm_arch_vcpu_load(): the vCPU takes a CPU, in KVM. */
 AT_FUNCTION(kvm_arch_vcpu_load, on_load)
 {
 	u64 now = bpf_ktime_get_ns();
@@ -841,18 +844,18 @@ AT_FUNCTION(kvm_arch_vcpu_load, on_load)
 	return 0;
 }
 
-/* Return true if the current task could run: as task_is_runnable() asks, and before Linux 6.12 kvm_sched_out(). */
+/* Return true if the current task could run, like task_is_runnable(), and before Linux 6.12 like kvm_sched_out(). */
 static __always_inline int current_is_runnable(void)
 {
 	u64 task = bpf_get_current_task();
 
-	/* An int before Linux 7.3, of which the low byte tells as much. */
+	/* The field is an int before Linux 7.3, whose low byte tells as much. */
 	if (!read_kernel(u8, task + known(task_on_rq)))
 		return 0;
 	return known(task_sched_delayed) == ABSENT || !read_kernel(u8, task + known(task_sched_delayed));
 }
 
-/* The phase of a vCPU that the scheduler takes off its CPU: see phase_scheduled_out() in src/hooks.rs. */
+/* Return the phase of a vCPU that the scheduler takes off its CPU; see phase_scheduled_out() in src/hooks.rs. */
 static __always_inline u32 phase_scheduled_out(u64 vcpu)
 {
 	if (read_kernel(u8, vcpu + known(vcpu_preempted)) || current_is_runnable())
@@ -860,7 +863,7 @@ static __always_inline u32 phase_scheduled_out(u64 vcpu)
 	return read_kernel(u64, vcpu + known(vcpu_blocking)) ? HALTED : WAITING;
 }
 
-/* The vCPU leaves its CPU: kvm_arch_vcpu_put(). */
+/* kvm_arch_vcpu_put(): the vCPU leaves its CPU. */
 AT_FUNCTION(kvm_arch_vcpu_put, on_put)
 {
 	u64 now = bpf_ktime_get_ns();
@@ -891,7 +894,7 @@ AT_FUNCTION(kvm_arch_vcpu_put, on_put)
 	ledger->phase = phase;
 	carried = ledger->carried;
 	if (left == GUEST)
-		/* An entry that no exit has followed, as one that failed. */
+		/* No exit followed the entry, for example because it failed. */
 		ledger->carried = CLOSED;
 	else if (left == KERNEL && carried != CLOSED)
 		ledger->carried = carried + ticks;
@@ -904,14 +907,14 @@ AT_FUNCTION(kvm_arch_vcpu_put, on_put)
 	return 0;
 }
 
-/* kvm_sched_out() begins, on kernels that do not tell it in the vCPU (Linux before 6.10): kvm_arch_vcpu_put() comes next. */
+/* kvm_sched_out(), before Linux 6.10, where the vCPU has no field scheduled_out: kvm_arch_vcpu_put() comes next. */
 AT_FUNCTION(kvm_sched_out, on_sched_out)
 {
 	this_cpu()->scheduled_out = 1;
 	return 0;
 }
 
-/* VMX: the vCPU that this CPU holds is about to run a nested guest. */
+/* kvm_nested_vmenter, on VMX: the vCPU that this CPU holds is about to run a nested guest. */
 SEC("raw_tracepoint/kvm_nested_vmenter")
 int on_nested_entry(struct bpf_raw_tracepoint_args *args)
 {
@@ -932,7 +935,7 @@ static __always_inline void raise(u64 *to, u64 value)
 {
 	u64 before = *to;
 
-	/* Another CPU may add a vCPU at the same time; each try that fails means that it has. */
+	/* Another CPU may add a vCPU at the same time. Each failed try means that one has. */
 #pragma unroll
 	for (int tries = 0; tries < 8 && value > before; tries++)
 		before = __sync_val_compare_and_swap(to, before, value);
@@ -945,7 +948,7 @@ struct folding {
 	u64 place;
 };
 
-/* Add one bucket of a row's histogram to the totals: a body of bpf_loop(), as the one below. */
+/* Add one bucket of a row's histogram to the totals. This is a body of bpf_loop(), like the next function. */
 static long fold_bucket(u32 bucket, struct folding *folding)
 {
 	u64 place = folding->place + bucket;
@@ -993,7 +996,7 @@ static long fold_row(u32 number, struct folding *folding)
 	return 0;
 }
 
-/* Make a vCPU's tables some that have not begun. */
+/* Reset a vCPU's tables to those that have not begun. */
 static __always_inline void forget_tables(u32 index)
 {
 	struct tables *of_vcpu = tables_of(index);
@@ -1004,19 +1007,19 @@ static __always_inline void forget_tables(u32 index)
 		bpf_probe_read_kernel(of_vcpu, sizeof(*of_vcpu), empty);
 }
 
-/* Forget that a CPU held a vCPU last. */
+/* Remove a vCPU from a CPU's cache. */
 static long forget_vcpu(u32 cpu, u64 *vcpu)
 {
 	struct here *here = here_of(cpu);
 	u64 had = here->vcpu;
 
-	/* That CPU may find another vCPU at this moment. */
+	/* That CPU may cache another vCPU at this moment. */
 	if ((had & ~FLAGS) == *vcpu)
 		__sync_val_compare_and_swap(&here->vcpu, had, 0);
 	return 0;
 }
 
-/* Add a vCPU that is gone to the totals; @is_new: another one has its address now. */
+/* Add a vCPU that is gone to the totals. @is_new is true if another vCPU has its address now. */
 static __always_inline int let_go(u64 vcpu, int is_new)
 {
 	u32 *had = bpf_map_lookup_elem(&vcpus, &vcpu);
@@ -1040,7 +1043,7 @@ static __always_inline int let_go(u64 vcpu, int is_new)
 	if (!owner)
 		return 0;
 
-	/* A reader that finds another generation afterwards has found the vCPU in the totals as well. */
+	/* A reader that finds another generation afterwards has also found the vCPU in the totals. */
 	folding.ledger = ledger;
 	folding.totals = totals;
 	__sync_fetch_and_add(&totals->begun, 1);
@@ -1062,9 +1065,10 @@ static __always_inline int let_go(u64 vcpu, int is_new)
 }
 
 /*
- * KVM destroys a vCPU, and will not load it again.
+ * kvm_mmu_destroy(): KVM destroys a vCPU, and will not load it again.
  *
- * Not at kvm_arch_vcpu_destroy(), which calls this last of all: in between VMX loads the vCPU (nested_vmx_free_vcpu()).
+ * The hook is not at kvm_arch_vcpu_destroy(), which calls this function last: in between VMX loads the vCPU
+ * (nested_vmx_free_vcpu()).
  */
 AT_FUNCTION(kvm_mmu_destroy, on_destroy)
 {
@@ -1072,8 +1076,8 @@ AT_FUNCTION(kvm_mmu_destroy, on_destroy)
 }
 
 /*
- * KVM makes a vCPU. If one had this address that is still metered, the kernel has skipped on_destroy(), as it does when the same
- * program was preempted on this CPU.
+ * kvm_mmu_create(): KVM makes a vCPU. If a vCPU with this address is still metered, the kernel has skipped on_destroy(). It
+ * does so if the same program was preempted on this CPU.
  */
 AT_FUNCTION(kvm_mmu_create, on_create)
 {

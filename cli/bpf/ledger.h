@@ -1,58 +1,58 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A vCPU's ledger and what stands beside it, as the tool reads them.
+ * Layout of a vCPU's ledger and of the data beside it, as the tool reads them.
  *
- * struct ledger is `Ledger` of src/meter/ledger.rs, to the byte: the tool maps it and copies it by the module's own code.
- * Behind it are the histograms that the module allocates when a vCPU needs them (`MoreHistograms`). Both files state these
- * offsets, and neither compiles with others.
+ * struct ledger is `Ledger` of src/meter/ledger.rs, to the byte: the tool maps it and copies it with the module's own code. The
+ * histograms that the module allocates when a vCPU needs them (`MoreHistograms`) follow it. Both files assert these offsets,
+ * so neither compiles with others.
  */
 #ifndef EXITMETER_BPF_LEDGER_H
 #define EXITMETER_BPF_LEDGER_H
 
 #include "kernel.h"
 
-/* Exit reasons; reasons.rs says which code has which slot. */
+/* Number of exit reasons. reasons.rs maps exit codes to their slots. */
 #define SLOTS 178
 #define SLOT_OTHER 176
 #define SLOT_START 177
-/* Rows of a ledger: a reason takes one when it first occurs. */
+/* Number of a ledger's rows. A reason takes one when it first occurs. */
 #define ROWS 60
-/* Numbers of a row, and where they are. */
+/* Number of a row's cells, and their places. */
 #define ROW 8
 #define EXITS 0
 #define CYCLES 1
 #define MAX 6
 #define HISTOGRAM 7
 #define BUCKETS 64
-/* Rows that have a histogram, from row 1 on, and those of them whose histograms are the ledger's own. */
+/* Rows that have a histogram, from row 1 on, and those of them that have it in the module's ledger. */
 #define HISTOGRAMS 36
 #define OWN_HISTOGRAMS 20
-/* The table that has the bucket of a time. */
+/* Size of the table of buckets. */
 #define BUCKET_STEPS 4
 #define BUCKET_STEP 2048
 
 enum phase { GUEST, KERNEL, USER, HALTED, PREEMPTED, WAITING, PHASES };
 
-/* Of `carried`: the kernel's ticks to come are not those of an exit. */
+/* Value of `carried`: the kernel's next ticks do not belong to an exit. */
 #define CLOSED (~0ULL)
 
 struct ledger {
 	u64 begun;
 	u64 last;
 	u64 carried;
-	/* The place of the latest exit's row: where it begins among the rows, in bytes. */
+	/* Place of the latest exit's row: its offset in the rows, in bytes. */
 	u32 row;
 	u32 phase;
 	u64 first;
-	/* Rows in use. */
+	/* Number of rows in use. */
 	u32 taken;
 	u32 unused_;
-	/* The module's. */
+	/* For the module alone. */
 	u64 tables;
 	u64 more;
-	/* By slot: the place of its row; 0 while it has none. */
+	/* By slot: place of its row, or 0 while it has none. */
 	__u16 places[SLOTS];
-	/* By row: the slot that has it. */
+	/* By row: slot that owns it. */
 	u8 slots[ROWS];
 	u64 rows[ROWS][ROW] __attribute__((aligned(64)));
 	u64 nested[ROWS];
@@ -72,40 +72,43 @@ _Static_assert(offsetof(struct ledger, histograms) == 5312, "as in ledger.rs");
 _Static_assert(offsetof(struct ledger, more_histograms) == 16064, "as in ledger.rs");
 _Static_assert(sizeof(struct ledger) == 16064 + 8192, "as in ledger.rs");
 
-/* Whose a ledger is. */
+/* Owner of a ledger. */
 struct owner {
-	/* Odd while a vCPU has it; grows when it gets one and when that goes. */
+	/* Generation, odd while a vCPU has the ledger. It grows by one when a vCPU takes or leaves the ledger. */
 	u64 generation;
 	u64 vcpu;
 	u64 kvm;
-	/* The VM's number. */
+	/* Number of the VM. */
 	u64 vm;
 	u32 pid;
 	u32 id;
 	char name[48];
-	/* What KVM polled for the vCPU before it was taken in, and up to its latest way off a CPU, in ns. */
+	/* KVM's polling for the vCPU before it got the ledger, in ns. */
 	u64 polled_before;
+	/* KVM's polling since then, as of when the vCPU last left a CPU, in ns. */
 	u64 polled;
 	/* SVM: the vCPU's own VMCB. With another one it runs a nested guest. */
 	u64 vmcb;
-	/* VMX: it may run a nested guest. */
+	/* VMX: true if the vCPU may run a nested guest. */
 	u64 nests;
-	/* With details: exits since the tables began, and of the latest one what it was about, as far as that is known. */
+	/* With details: exits since the tables began. */
 	u64 exits;
+	/* Details of the latest exit, as far as they are known. */
 	u64 key;
 	u64 rip;
-	/* Its `which`, and OWNER_PENDING, until it has its rows; and the kernel's ticks that these are to get. */
+	/* The latest exit's `which` and OWNER_PENDING, until the exit has its rows. */
 	u32 pending;
 	u32 unused_;
+	/* Kernel ticks to book on these rows. */
 	u64 kernel;
 };
 #define OWNER_PENDING (1u << 31)
 
 _Static_assert(sizeof(struct owner) == 160, "as in maps.rs");
 
-/* The vCPUs that are gone. */
+/* Totals of the vCPUs that are gone. */
 struct totals {
-	/* Vcpus that began to be added, and those that were. */
+	/* Number of vCPUs whose addition has begun, and number of those whose addition is done. */
 	u64 begun;
 	u64 done;
 	u64 polled;
@@ -115,23 +118,23 @@ struct totals {
 
 _Static_assert(sizeof(struct totals) == 24 + 178 * (9 + 64) * 8, "as in maps.rs");
 
-/* What is of the whole meter. The loader writes all but the last three. */
+/* State of the whole meter. The loader writes all but the last three fields. */
 struct meter {
-	/* Another number when a reader of today would misread what is here. */
+	/* Version of this layout. It changes if an existing reader would misread the data. */
 	u64 layout;
 	/* 1 VMX, 2 SVM. */
 	u64 isa;
-	/* When it was attached, by the programs' clock. */
+	/* Time of attachment, by the programs' clock. */
 	u64 attached;
-	/* Another number each time. */
+	/* Number of the meter's life, different each time. */
 	u64 life;
-	/* Whether vCPUs have tables. */
+	/* True if vCPUs have tables. */
 	u64 details;
-	/* Numbers given to VMs. */
+	/* Highest number given to a VM. */
 	u64 vms;
-	/* vCPUs that run unmetered. */
+	/* Number of vCPUs that run unmetered. */
 	u64 unmetered;
-	/* Their exits. */
+	/* Exits of unmetered vCPUs. */
 	u64 lost_exits;
 };
 

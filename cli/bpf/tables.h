@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A vCPU's tables: what its exits were about, and which were slow.
+ * Tables of a vCPU: the details of its exits, and its slow exits.
  *
- * struct tables is `Tables` of src/meter/tables.rs, to the byte, and the rules by which rows are kept are those that this
- * file explains. The ring of the last exits is left out.
+ * struct tables is `Tables` of src/meter/tables.rs, to the byte. That file explains the rules by which rows are kept. The
+ * ring of the last exits is left out.
  */
 #ifndef EXITMETER_BPF_TABLES_H
 #define EXITMETER_BPF_TABLES_H
@@ -16,20 +16,20 @@
 #define KEPT 16
 #define RING 64
 #define SCRATCH 16
-/* Ticks of a window of slow exits at least. */
+/* Shortest window of slow exits, in ticks. */
 #define WINDOW (1ULL << 35)
 #define SPREAD 0x61c88647u
 
-/* Bits of a key below the reason, and above all whether a nested guest exited. */
+/* Number of a key's bits below the reason, and the top bit, set if a nested guest exited. */
 #define DETAIL_BITS 55
 #define KEY_NESTED (1ULL << 63)
-/* Of `which`: the row of the ledger, and above it. */
+/* Flags of `which`, above the row of the ledger. */
 #define WHICH_NESTED (1 << 8)
 #define WHICH_NO_RIP (1 << 9)
 
 struct detail_row {
 	u64 key, exits, kernel, user, missed_exits, missed_kernel, missed_user;
-	/* Of the set: in its first row the kernel's ticks, in the second user space's. */
+	/* Ticks lost by the set: in its first row those of the kernel, in the second those of user space. */
 	u64 lost;
 } __attribute__((aligned(64)));
 
@@ -47,7 +47,7 @@ struct baseline {
 	u64 exits, kernel, user;
 };
 
-/* An exit that was told: its phases without the guest's. */
+/* An exit that has ended, with its phases other than the guest's. */
 struct told {
 	u64 exited;
 	u64 ticks[PHASES - 1];
@@ -66,7 +66,7 @@ struct window {
 
 struct slow {
 	u64 floor, usual, shortest, over;
-	/* While the vCPU is off its CPU: the phases from user space on. */
+	/* Ticks while the vCPU is off its CPU, in the phases from USER on. */
 	u64 away[PHASES - 2];
 	u32 outs, why;
 	u32 cpu, has_begun, current, at, low, frozen;
@@ -81,7 +81,7 @@ struct tables {
 	u64 retired[2];
 	u64 since;
 	u32 has_begun;
-	/* How many bytes from the first row of its table the latest exit's row begins. The first one is nobody's. */
+	/* Offset of the latest exit's row in each table, in bytes. The first row of a table belongs to no exit. */
 	u32 detail, code, user;
 	u32 lacks_rip;
 	__u16 latest_details[SETS];
@@ -125,11 +125,11 @@ static __always_inline u64 read_register(u64 vcpu, u32 number)
 	return read_kernel(u64, vcpu + known(vcpu_registers) + number * sizeof(u64));
 }
 
-/* The numbers of registers (SDM, volume 2, table "Register Codes"). */
+/* Numbers of registers (SDM, volume 2, table "Register Codes"). */
 #define RAX 0
 #define RCX 1
 
-/* Return the key of a reason and a detail: as key_of() of detail.rs. */
+/* Return the key of a reason and a detail, like key_of() in detail.rs. */
 static __always_inline u64 key_of(u32 slot, u64 detail)
 {
 	u64 reason = slot + 1;
@@ -137,7 +137,7 @@ static __always_inline u64 key_of(u32 slot, u64 detail)
 	return detail ^ (reason << DETAIL_BITS | (reason * 0x9e3779b9 & 0xffffffff));
 }
 
-/* As has_subleaves() of detail.rs. */
+/* Return true if a leaf has subleaves, like has_subleaves() in detail.rs. */
 static __always_inline int has_subleaves(u32 leaf)
 {
 	/* 4, 7, b, d, f, 10, 12, 14, 17, 18, 1a, 1b, 1d, 1e, 1f, 20, 23, 24. */
@@ -163,7 +163,10 @@ static __always_inline u64 cpuid_detail(u64 vcpu)
 	return (known(is_svm) ? low << 1 : low) | (u64)subleaf << 33;
 }
 
-/* As exitmeter_hyperv_call() of shim.c, but for compatibility mode: whether the code segment is of 64 bits is not in memory. */
+/*
+ * Return the detail of a hypercall, like exitmeter_hyperv_call() in shim.c, except in compatibility mode: memory does not tell
+ * if the code segment has 64 bits.
+ */
 static __always_inline u64 hypercall_detail(u64 vcpu)
 {
 	u64 kvm;
@@ -171,7 +174,7 @@ static __always_inline u64 hypercall_detail(u64 vcpu)
 
 	if (known(kvm_guest_os) != ABSENT && known(vcpu_hyperv) != ABSENT && read_kernel(u8, vcpu + known(vcpu_hyperv))) {
 		kvm = read_kernel(u64, vcpu + known(vcpu_kvm));
-		/* EFER.LMA */
+		/* This bit is EFER.LMA. */
 		is_64_bit = read_kernel(u64, vcpu + known(vcpu_efer)) >> 10 & 1;
 		if (read_kernel(u64, kvm + known(kvm_guest_os)))
 			return (read_register(vcpu, is_64_bit ? RCX : RAX) & 0xffff) | 1ULL << 32;
@@ -179,7 +182,7 @@ static __always_inline u64 hypercall_detail(u64 vcpu)
 	return read_register(vcpu, RAX) & 0xffffffff;
 }
 
-/* Return the key of an exit of SVM, or 0 if it has no detail: as key() of detail.rs. */
+/* Return the key of an exit of SVM, or 0 if it has no detail, like key() in detail.rs. */
 static __always_inline u64 svm_key(u64 vcpu, u64 vmcb, u32 slot)
 {
 	u64 info = read_kernel(u64, vmcb + known(vmcb_exit_info_1));
@@ -206,7 +209,7 @@ static __always_inline u64 svm_key(u64 vcpu, u64 vmcb, u32 slot)
 	return 0;
 }
 
-/* Return the key of an exit of VMX whose detail is in registers, or 0. They are the guest's only until KVM has answered. */
+/* Return the key of an exit of VMX whose detail is in registers, or 0. They hold the guest's values until KVM has answered. */
 static __always_inline u64 vmx_key_of_registers(u64 vcpu, u32 slot)
 {
 	switch (slot) {
@@ -266,13 +269,13 @@ static __always_inline u64 vmx_key_of_vmcs(u64 vcpu, u32 slot)
 	return key_of(slot, read_kernel(u64, vcpu + at) & mask);
 }
 
-/* Return the exits that a row has, with those that it may have missed. */
+/* Return the exits of a row plus those that it may have missed. */
 static __always_inline u64 together(u64 exits, u64 missed)
 {
 	return exits + missed < exits ? ~0ULL : exits + missed;
 }
 
-/* The verifier is to see that a row is within the tables. */
+/* Return a row. The mask proves to the verifier that it is in the tables. */
 #define detail_at(tables, row)                                                                                         \
 	({                                                                                                             \
 		u64 at_ = (row);                                                                                       \
@@ -298,7 +301,7 @@ static __always_inline u64 together(u64 exits, u64 missed)
 		(bits)[word_] |= 1ULL << ((place) % 64);                                                               \
 	})
 
-/* Return the row of a key, which gets one if it has none. */
+/* Return the row of a key. A key without a row gets one. */
 static __noinline u32 detail_of(struct tables *tables, u64 key)
 {
 	u32 first = 1 + ((u32)key * SPREAD >> 26) * WAYS;
@@ -341,7 +344,7 @@ static __noinline u32 detail_of(struct tables *tables, u64 key)
 	return chosen;
 }
 
-/* Return the row of a place in the guest's code, which gets one if it has none. */
+/* Return the row of an address in the guest's code. An address without a row gets one. */
 static __noinline u32 code_of(struct tables *tables, u64 rip, u32 which)
 {
 	u32 set = ((u32)rip + ((which & 0xff) << 3)) * SPREAD >> 26;
@@ -384,8 +387,8 @@ static __noinline u32 code_of(struct tables *tables, u64 rip, u32 which)
 }
 
 /*
- * Give the latest exit its rows, unless it has them. It has ended, so KVM has read its detail by now. A vCPU that is preempted may
- * not have come so far.
+ * Give the latest exit its rows, unless it has them. It has ended, so KVM has read its detail by now. This is not called for a
+ * preempted vCPU, whose exit may not have ended.
  */
 static __always_inline void settle(struct tables *tables, struct owner *owner, u64 vcpu)
 {
@@ -417,7 +420,7 @@ static __always_inline void settle(struct tables *tables, struct owner *owner, u
 	owner->pending = 0;
 }
 
-/* Book the kernel's ticks on the rows of the latest exit, or keep them until it has some. */
+/* Book the kernel's ticks on the rows of the latest exit, or keep them until it has rows. */
 static __always_inline void book_kernel(struct tables *tables, struct owner *owner, u64 ticks)
 {
 	if (owner->pending) {
@@ -439,7 +442,7 @@ struct beginning {
 	struct tables *tables;
 };
 
-/* Take down what a row of the ledger has: a body of bpf_loop(). The reasons without a row have none. */
+/* Copy the numbers of a row of the ledger to the baseline. This is a body of bpf_loop(). */
 static long take_down(u32 number, struct beginning *beginning)
 {
 	struct ledger *ledger = beginning->ledger;
@@ -462,7 +465,7 @@ static long take_down(u32 number, struct beginning *beginning)
 	return 0;
 }
 
-/* Begin a vCPU's tables, before its ledger counts the exit. */
+/* Begin a vCPU's tables. This happens before its ledger counts the exit. */
 static __noinline int begin_tables(struct ledger *ledger, struct tables *tables, u64 now)
 {
 	struct beginning beginning = { .ledger = ledger, .tables = tables };
@@ -477,7 +480,7 @@ static __noinline int begin_tables(struct ledger *ledger, struct tables *tables,
 	return 0;
 }
 
-/* Count an exit to user space, for a reason, and why: KVM_EXIT_*, or ABSENT for an ioctl that is not KVM_RUN. */
+/* Count an exit to user space for a reason. @why is KVM_EXIT_*, or ABSENT for an ioctl other than KVM_RUN. */
 static __noinline int count_user(struct tables *tables, u32 slot, u64 why)
 {
 	u64 tag = (u64)(slot + 1) << 16;
@@ -511,7 +514,7 @@ static __noinline int count_user(struct tables *tables, u32 slot, u64 why)
 
 static __always_inline u64 length_of(const struct told *told)
 {
-	/* All phases but halted. */
+	/* This sums all phases but HALTED. */
 	return told->ticks[0] + told->ticks[1] + told->ticks[3] + told->ticks[4];
 }
 
@@ -541,7 +544,7 @@ static __noinline int turn_window(struct slow *slow, u64 now)
 	return 0;
 }
 
-/* Keep an exit among the slowest, in place of the shortest one; @entry is the CPU, from 1. */
+/* Keep an exit among the slowest, in place of the shortest one. @entry is the number of the CPU plus 1. */
 static __noinline int keep(struct slow *slow, struct owner *owner, u64 now, u64 kernel, u32 entry)
 {
 	struct window *window = window_of(slow);
@@ -588,7 +591,7 @@ static __noinline int keep(struct slow *slow, struct owner *owner, u64 now, u64 
 	return 0;
 }
 
-/* An exit has ended, after so many ticks of the kernel; CLOSED: there was none. */
+/* Take an exit that has ended, after @kernel ticks of the kernel. CLOSED means that there was no exit. */
 static __noinline int tell(struct tables *tables, struct owner *owner, u64 now, u64 kernel)
 {
 	struct slow *slow = &tables->slow;
@@ -612,7 +615,7 @@ static __noinline int tell(struct tables *tables, struct owner *owner, u64 now, 
 	return 0;
 }
 
-/* Note ticks of a phase in which the vCPU was off its CPU. */
+/* Add ticks of a phase in which the vCPU was off its CPU. */
 static __always_inline void pass(struct slow *slow, u32 phase, u64 ticks)
 {
 	u64 place = phase - USER;

@@ -1,45 +1,45 @@
-# The people's entry. No logic in here: it is in scripts/ and `cargo lab`.
+# Entry points for users. The logic is in scripts/ and `cargo lab`.
 #
-#   make                the module, in build/<kernel release>/exitmeter.ko, and the tool
-#   make KDIR=FOLDER    the module for the kernel of that build folder, such as /lib/modules/$(uname -r)/build
-#   make demo           shows on an emulated host what the module does
-#   make test           all tests; KERNEL=7.2.12 takes another kernel for those on emulated hosts
-#   make test-amd       the tests on the emulated AMD host alone, the fast loop
-#   make soak           the module under load, churn and attack, on both emulated hosts; PERCENT=10 does a tenth
-#   make stress         the meter's own code at native speed: how long each caller waits; make test has a short form
-#   make soak-loom      every order in which threads can see a ledger and the table of ledgers
-#   make soak-miri      the pure half under an interpreter that knows undefined behaviour; takes nightly Rust
-#   make soak-fuzz      damaged snapshots for the reader, for five minutes; takes nightly Rust and cargo-fuzz
-#   make soak-ibt       the tests on an Intel host where a call to a function without ENDBR is a fault
-#   make soak-debug     the tests under kernels that check themselves: KASAN, lockdep, kmemleak and more, and KCSAN
-#   make soak-cfi       under a kernel where a call to a function of another type is a fault: kCFI, and FineIBT on Intel
-#   make bench          measures what metering costs, beside other meters
-#   make fleet          Prometheus with a fleet of hosts that recordings play: docs/fleet.md; make fleet-check checks it
-#   make boards-check   holds Grafana's boards against Grafana's schema; takes Node.js
-#   make study          records how guests exit on both emulated hosts: docs/study.md
-#   make soak-selftests KVM's own selftests on both emulated hosts, without the module and with it: docs/selftests.md
-#   make check          formats, lints and warnings
-#   make lab            sets up all that the emulated hosts need
-#   make install        module and tool for the running kernel, once they are built
-#   make deb            Debian packages of the tool, and of the module for DKMS, in build/packages
-#   make packages-test  installs these on a Debian host with two kernels, boots it, and purges them
-#   make dist           the static tool with manual pages and completions, as a tarball in build/packages
-#   make packaging-check lints the RPM spec and the PKGBUILD, and tries to publish the crates without doing so
-#   make clean          removes what was built; the set-up stays in its cache (cargo lab prepare --prune)
+#   make                build the module, in build/<kernel release>/exitmeter.ko, and the tool
+#   make KDIR=FOLDER    build them for the kernel of that build folder, such as /lib/modules/$(uname -r)/build
+#   make demo           show the module at work on an emulated host
+#   make test           run all tests; KERNEL=7.2.12 selects another kernel for those on emulated hosts
+#   make test-amd       run the system tests on the emulated AMD host alone, the fast loop
+#   make soak           run the module under load, churn and attack, on both emulated hosts; PERCENT=10 does a tenth
+#   make stress         measure at native speed how long callers of the meter's code wait; make test has a short form
+#   make soak-loom      test every order in which threads can see a ledger and the table of ledgers
+#   make soak-miri      test the pure half in an interpreter that detects undefined behaviour; needs nightly Rust
+#   make soak-fuzz      feed damaged snapshots to the reader for five minutes; needs nightly Rust and cargo-fuzz
+#   make soak-ibt       run the tests on an Intel host where a call to a function without ENDBR is a fault
+#   make soak-debug     run the tests under debug kernels: KASAN, lockdep, kmemleak and more, and KCSAN
+#   make soak-cfi       run the tests under kernels with control-flow integrity: kCFI, and FineIBT on Intel
+#   make bench          measure the cost of metering, and of other meters
+#   make fleet          run Prometheus with a fleet of hosts played from recordings: docs/fleet.md; make fleet-check checks it
+#   make boards-check   check Grafana's boards against Grafana's schema; needs Node.js
+#   make study          record how guests exit on both emulated hosts: docs/study.md
+#   make soak-selftests run KVM's own selftests on both emulated hosts, without and with the module: docs/selftests.md
+#   make check          check formats, lints and warnings
+#   make lab            set up everything that the emulated hosts need
+#   make install        install module and tool for the running kernel, once they are built
+#   make deb            build Debian packages of the tool, and of the module for DKMS, in build/packages
+#   make packages-test  install these on a Debian host with two kernels, boot it, and purge them
+#   make dist           build a tarball of the static tool with manual pages and completions, in build/packages
+#   make packaging-check  lint the RPM spec and the PKGBUILD, and publish the crates as a dry run
+#   make clean          remove build results; the set-up stays in its cache (cargo lab prepare --prune)
 #
-# Without KDIR the module is for the newest kernel of Debian's backports, and whatever that takes is set up first.
+# Without KDIR the module is for the newest kernel of Debian's backports, and the set-up for that is made first.
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 PREFIX ?= /usr/local
 RUNNING := $(shell uname -r)
-# Another kernel of Debian's for the tests, such as 7.2.12.
+# Option for another of Debian's kernels, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench fleet fleet-check boards-check study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-test bootstrap-tool
 
 all: module tool
 
-# The kernel of a KDIR comes with its tools, and the tool takes few: nothing of the lab's.
+# With KDIR the kernel's own tools build the module, and nothing of the lab is needed.
 ifdef KDIR
 module:
 	scripts/check-kdir.sh "$(KDIR)"
@@ -56,7 +56,7 @@ endif
 tool:
 	cargo build --release -p exitmeter
 
-# Built as what goes into a host, so that both have the same crates.
+# The demo uses the profile of programs for hosts, so that both share the same built crates.
 demo: bootstrap
 	cargo run --profile host --quiet -p demo
 
@@ -89,7 +89,7 @@ stress: bootstrap
 soak-loom: bootstrap
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --release -p exitmeter-meter --test loom
 
-# The table of vCPUs holds addresses as numbers, hence permissive.
+# The table of vCPUs holds addresses as numbers, hence the permissive provenance.
 soak-miri: bootstrap
 	rustup toolchain install nightly --profile minimal --component miri --component rust-src
 	PROPTEST_CASES=2 MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-permissive-provenance" cargo +nightly miri test -p exitmeter-meter
@@ -104,7 +104,7 @@ soak-ibt: bootstrap-clang
 	cargo run --release --quiet -p system-tests -- --host intel --model arrow_lake --kvm-args enable_apicv=0 \
 		--timeout 7200 --expect 'Indirect Branch Tracking enabled'
 
-# The kernels are built by the first command that wants them.
+# The first command that needs a debug kernel builds it.
 soak-debug: bootstrap-clang
 	cargo test --release -p lab --test outcomes -- --ignored --test-threads 1 debug_kernel_finds kcsan_kernel_finds
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel debug --memory 2048 --slow 10 --timeout 7200 \
@@ -113,7 +113,7 @@ soak-debug: bootstrap-clang
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel kcsan --memory 2048 --slow 10 --timeout 7200 \
 		--expect 'kcsan: enabled'
 
-# FineIBT takes a CPU with IBT; the emulated AMD CPU has none.
+# FineIBT needs a CPU with IBT, which the emulated AMD CPU is not.
 soak-cfi: bootstrap-clang
 	cargo test --release -p lab --test outcomes -- --ignored --test-threads 1 cfi_kernel_finds
 	cargo run --release --quiet -p system-tests -- --host amd --cpus 2 --kernel cfi --slow 5 --timeout 7200 \
@@ -125,7 +125,7 @@ soak-cfi: bootstrap-clang
 bench: bootstrap-clang
 	cargo run --release --quiet -p bench
 
-# Built as what goes into a host, since it does.
+# The study uses the profile of programs for hosts, since it is copied into hosts.
 study: bootstrap
 	cargo run --profile host --quiet -p study
 
@@ -177,11 +177,11 @@ clean:
 bootstrap:
 	@scripts/bootstrap.sh
 
-# For the tool with its BPF meter, which the first `make demo` does not wait for.
+# The tool's BPF meter needs clang. A first `make demo` does not wait for it.
 bootstrap-clang:
 	@scripts/bootstrap.sh clang
 
-# For what `make test` takes besides: a browser that shows the exporter's page.
+# `make test` also needs a browser, which shows the exporter's page.
 bootstrap-test:
 	@scripts/bootstrap.sh clang browser
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# The demo's half on the emulated host: host.sh FIRST LAST [FIRST LAST], the ranges of reasons to ask for. Lines that begin with "  0x" are cpuid's, and go into the tables; "==" begins
-# a table; all others are shown as they are.
+# The demo's script on the emulated host: host.sh FIRST LAST [FIRST LAST], with the ranges of reasons to query. Lines that
+# begin with "  0x" come from cpuid and go into the tables, "==" begins or ends a table, and all others are shown unchanged.
 set -eu
 reasons=$(while [ $# -gt 0 ]; do seq "$1" "$2"; shift 2; done | tr '\n' ' ')
 
-# Ask for the exits of each reason the course asks for, and for the cycles of those that have some; then for both totals.
+# sweep TITLE: query the exits of each reason, the cycles of the reasons that have exits, and both totals.
 sweep() {
     echo "== $1"
     guest run -- "for reason in $reasons; do

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Shows exitmeter at work: an emulated host, the module beside its KVM, and a Linux guest that
-//! reads its own exits with the stock `cpuid` tool.
+//! Demo of exitmeter: an emulated host, the module beside its KVM, and a Linux guest that reads its own exits with the
+//! stock `cpuid` tool.
 
 mod sweep;
 
@@ -17,20 +17,20 @@ use lab::verdict::End;
 
 use sweep::Sweep;
 
-/// How many of the host's log lines are shown of the many.
+/// Number of the host's log lines that are shown.
 const LOG_LINES: usize = 4;
 
-/// Shows exitmeter at work on an emulated host, set-up included.
+/// Show exitmeter at work on an emulated host, set-up included.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which host: intel (Bochs) or amd (QEMU)
+    /// Host to boot: intel (Bochs) or amd (QEMU)
     #[arg(long, default_value = "intel")]
     host: Host,
 }
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    // The reasons that the course asks for; on SVM the codes from exceptions to nested page faults.
+    // Query the reasons that the course covers; on SVM the codes from exceptions to nested page faults.
     let (isa, reasons): (_, &[&str]) = match arguments.host {
         Host::Intel => (Isa::Vmx, &["0", "69"]),
         Host::Amd => (Isa::Svm, &["64", "141", "1024", "1027"]),
@@ -64,19 +64,19 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The VM that a line of a query is of: `[    1.5] exitmeter: kvm-107: CPUID(...`.
+/// Return the VM of a query's log line: `[    1.5] exitmeter: kvm-107: CPUID(...`.
 fn vm(line: &str) -> Option<&str> {
     line.split(": ").nth(1)
 }
 
-/// What is shown, as it happens.
+/// Display of the demo as it runs.
 struct Show {
     isa: Isa,
-    /// What came after the last whole line.
+    /// Output after the last complete line.
     rest: String,
-    /// The table that is being filled.
+    /// Table that is being filled.
     sweep: Option<Sweep>,
-    /// How many exits the boot took, as the guest was told right after it.
+    /// Exits of the boot, as the guest read them right after it.
     boot_exits: Option<u64>,
     /// The first sweep.
     boot: Option<Sweep>,
@@ -103,7 +103,7 @@ impl Show {
                 let _ = io::stderr().write_all(bytes);
             }
             Event::Kernel(line) if line.contains("CPUID(0x4FFFFFF") => {
-                // Not those of the guests that verify the meter.
+                // Leave out queries of the guests that verify the meter.
                 let first = self.queries.first().map_or(line, String::as_str);
                 if vm(first) == vm(line) {
                     self.queries.push(line.to_owned());
@@ -153,7 +153,7 @@ impl Show {
         }
     }
 
-    /// The host's side of the story.
+    /// Show the host's log lines of the queries.
     fn end(&self) -> Result<()> {
         let mut out = io::stdout().lock();
         writeln!(

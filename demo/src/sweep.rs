@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A sweep over the exit reasons, as `cpuid -r` prints it, and its table.
+//! Sweeps over the exit reasons, as `cpuid -r` prints them, and their tables.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use exitmeter_meter::reasons::{self, Isa};
 
-/// The leaf of all exits, by the map of 2021.
+/// Leaf of all exits, in the map of 2021.
 const TOTAL_EXITS: u32 = 0x4fff_ffff;
 
 /// Exits and cycles of one reason.
@@ -17,7 +17,7 @@ struct Numbers {
     cycles: u64,
 }
 
-/// What a guest was told.
+/// A guest's answers to one sweep.
 #[derive(Clone, Debug)]
 pub(crate) struct Sweep {
     isa: Isa,
@@ -28,7 +28,7 @@ pub(crate) struct Sweep {
 }
 
 impl Sweep {
-    /// Nothing yet.
+    /// Create an empty sweep.
     pub(crate) fn new(isa: Isa, title: &str) -> Self {
         Self {
             isa,
@@ -39,14 +39,14 @@ impl Sweep {
         }
     }
 
-    /// How many answers it holds.
+    /// Return the number of answers.
     pub(crate) fn answers(&self) -> usize {
         self.answers
     }
 
-    /// Takes a line of `cpuid -r`:
+    /// Take a line of `cpuid -r`:
     /// `   0x4ffffffd 0x0a: eax=0x000003ea ebx=0x00000000 ecx=0x00000000 edx=0x00000000`.
-    /// Whether it was one, of a leaf of the map of 2021.
+    /// Return true if it is such a line, with a leaf of the map of 2021.
     pub(crate) fn line(&mut self, line: &str) -> bool {
         let Some((leaf, reason, [eax, ebx, ecx, edx])) = parse(line) else {
             return false;
@@ -66,7 +66,7 @@ impl Sweep {
         true
     }
 
-    /// What was added after an earlier sweep.
+    /// Return the exits and cycles added since an earlier sweep.
     pub(crate) fn since(&self, earlier: &Self) -> Self {
         let minus = |now: Numbers, then: Numbers| Numbers {
             exits: now.exits.saturating_sub(then.exits),
@@ -85,7 +85,7 @@ impl Sweep {
         reasons::name(self.isa, reason).unwrap_or("?")
     }
 
-    /// The reasons that occurred, by one of their numbers, the largest first.
+    /// Return the reasons that occurred, sorted by one of their numbers, largest first.
     fn by(&self, key: impl Fn(&Numbers) -> u64) -> Vec<(u32, Numbers)> {
         let mut rows: Vec<_> = self
             .reasons
@@ -97,7 +97,7 @@ impl Sweep {
         rows
     }
 
-    /// The table of the reasons that occurred, the most costly first.
+    /// Format the table of the reasons that occurred, most costly first.
     pub(crate) fn table(&self) -> String {
         let mut table = format!(
             "{}\n\n{:>6}  {:<22} {:>8} {:>12} {:>12} {:>7}\n",
@@ -121,7 +121,7 @@ impl Sweep {
         table
     }
 
-    /// Which reasons lead, in a few words.
+    /// Name the three most frequent reasons in a few words.
     pub(crate) fn leading(&self) -> String {
         let exits: u64 = self.reasons.values().map(|numbers| numbers.exits).sum();
         let leading: Vec<_> = self
@@ -133,17 +133,17 @@ impl Sweep {
                 format!("{} ({reason}) with {share:.0}%", self.name(*reason))
             })
             .collect();
-        format!("up to the first sweep lead {}", leading.join(", "))
+        format!("up to the first sweep, the most frequent were {}", leading.join(", "))
     }
 }
 
-/// How many exits a line of `cpuid -r` tells of in all, if it is of that leaf.
+/// Return the total of exits in a line of `cpuid -r`, if the line is for that leaf.
 pub(crate) fn total_exits(line: &str) -> Option<u64> {
     let (leaf, _, [eax, ebx, ..]) = parse(line)?;
     (leaf == TOTAL_EXITS).then_some(u64::from(ebx) << 32 | u64::from(eax))
 }
 
-/// Leaf, sub-leaf and the four registers of a line of `cpuid -r`.
+/// Parse a line of `cpuid -r` into leaf, sub-leaf and the four registers.
 fn parse(line: &str) -> Option<(u32, u32, [u32; 4])> {
     let (place, registers) = line.split_once(':')?;
     let (leaf, subleaf) = place.trim().split_once(' ')?;
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_cpuid_are_read() {
+    fn lines_of_cpuid_are_parsed() {
         assert_eq!(parse(COUNT), Some((0x4fff_fffd, 10, [0x364, 1, 0, 0])));
         let mut sweep = Sweep::new(Isa::Vmx, "");
         for line in [
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_has_what_occurred_and_what_was_added() {
+    fn a_table_has_the_exits_of_its_sweep_or_those_added_since() {
         let first = sweep(&[
             "   0x4ffffffd 0x0a: eax=0x00000064 ebx=0x00000000 ecx=0x00000000 edx=0x00000000",
             "   0x4ffffffc 0x0a: eax=0x00000000 ebx=0x00000000 ecx=0x000003e8 edx=0x00000000",
@@ -210,7 +210,7 @@ mod tests {
             .contains("CPUID                        20         1000           50"));
         assert_eq!(
             first.leading(),
-            "up to the first sweep lead CPUID (10) with 100%"
+            "up to the first sweep, the most frequent were CPUID (10) with 100%"
         );
     }
 }

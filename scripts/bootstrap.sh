@@ -1,26 +1,26 @@
 #!/bin/bash
-# Sees to it that this machine has the few commands that all else starts from, and the crates; the rest comes into the
-# Debian root.
+# Installs the few commands that everything else starts from, and fetches the crates. All other tools go into the Debian
+# root.
 #
-#   scripts/bootstrap.sh [COMMAND]...    (clang: for the tool's BPF meter; browser: for the tests of
-#                                       the page; rustfmt, cargo-clippy, shellcheck: for `make check`)
-#   scripts/bootstrap.sh --tool [COMMAND]...          what the tool alone takes, on any distribution: `make KDIR=...`
+#   scripts/bootstrap.sh [COMMAND]...           also install these (clang: for the tool's BPF meter; browser: for the tests of
+#                                               the page; rustfmt, cargo-clippy, shellcheck: for `make check`)
+#   scripts/bootstrap.sh --tool [COMMAND]...    only the commands that the tool needs, on any distribution: `make KDIR=...`
 #
-# As root on Debian 12 or later it installs what is missing; elsewhere it says what that is. When nothing is, it
-# takes no time.
+# As root on Debian 12 or later it installs missing commands; elsewhere it names them. If none is missing, it takes no
+# time.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 . "$here/common.sh"
 export PATH="${HOME:-/root}/.cargo/bin:$PATH"
 
-# The oldest Rust that the workspace is for.
+# Oldest Rust that builds the workspace.
 rust=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$here/../Cargo.toml")
 
-# at_least VERSION WANTED
+# at_least VERSION WANTED: succeeds if VERSION is WANTED or newer.
 at_least() { printf '%s\n%s\n' "$2" "$1" | sort --version-sort --check=quiet; }
 
-# has COMMAND: whether it is there, and new enough.
+# has COMMAND: succeeds if it is installed, and new enough.
 has() {
   case $1 in
     cargo)
@@ -32,7 +32,7 @@ has() {
     ca-certificates) [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -e /etc/ssl/cert.pem ] ;;
     keyring) [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] ;;
     newuidmap) [ "$(id -u)" = 0 ] || command -v newuidmap >/dev/null ;;
-    # What cli/tests/browser looks for.
+    # cli/tests/browser looks for the same names.
     browser)
       local name
       for name in chromium-headless-shell chromium chromium-browser google-chrome; do
@@ -40,13 +40,13 @@ has() {
       done
       return 1
       ;;
-    # cargo-clippy alone may be rustup's proxy of a toolchain without it.
+    # The file cargo-clippy may be rustup's proxy, in a toolchain without it.
     rustfmt | cargo-clippy) "$1" --version >/dev/null 2>&1 ;;
     *) command -v "$1" >/dev/null ;;
   esac
 }
 
-# package COMMAND: what Debian has it in.
+# package COMMAND: prints the Debian packages that have it.
 package() {
   case $1 in
     cargo) printf 'cargo%s rustc%s' "$web" "$web" ;;
@@ -64,10 +64,10 @@ package() {
   esac
 }
 
-# candidate PACKAGE: the version that apt would install; nothing when it knows of none.
+# candidate PACKAGE: prints the version that apt would install, or nothing if it knows none.
 candidate() { LC_ALL=C apt-cache policy "$1" 2>/dev/null | sed -n 's/^  Candidate: \([0-9].*\)/\1/p'; }
 
-# logged CMD...: runs CMD; when it fails, shows the end of what it said.
+# logged CMD...: runs CMD, and shows the end of its output if it fails.
 logged() {
   if [ -z "$log" ]; then
     log=$(mktemp)
@@ -77,7 +77,7 @@ logged() {
 }
 log=
 
-# Installs what is missing of the commands, or says what that is.
+# Installs the missing commands, or names them.
 install_missing() {
   local packages command
   command -v apt-get >/dev/null ||
@@ -98,7 +98,7 @@ install_missing() {
   if [ "$(id -u)" != 0 ]; then
     die "this machine lacks ${missing[*]}; as root, run scripts/bootstrap.sh or apt-get install ${packages[*]}."
   fi
-  # Nothing is removed for it: the machine is not ours.
+  # No package may be removed for it: the machine belongs to the user.
   logged env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-remove --no-install-recommends "${packages[@]}" ||
     die "the packages ${packages[*]} could not be installed; the reason is above."
   for command in "${missing[@]}"; do
@@ -106,13 +106,13 @@ install_missing() {
   done
 }
 
-# Fetches the crates that are not there. It is done here because cargo's own words for a network that is not there
-# are many, and name no remedy.
+# Fetches missing crates. This is done here because cargo's own messages about a missing network are long, and name no
+# remedy.
 fetch_crates() {
   cd "$here/.."
   ! cargo fetch --quiet --locked --offline 2>/dev/null || return 0
   say "fetching the crates"
-  # Not locked, for whoever changes what the workspace depends on.
+  # Not --locked, so that dependencies can be changed.
   logged cargo fetch --quiet ||
     die "the crates could not be fetched; check the network, or name its proxy (https_proxy=http://HOST:PORT)."
 }

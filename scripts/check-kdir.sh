@@ -1,8 +1,8 @@
 #!/bin/bash
-# Tells whether the module can be built against a kernel's build folder, and if not, what is missing and what to do.
+# Checks that the module can be built against a kernel's build folder. If not, it names what is missing and the remedy.
 #
-#   scripts/check-kdir.sh KDIR             (with RUSTC and BINDGEN from the environment, as kbuild takes them)
-#   scripts/check-kdir.sh --kernel KDIR    the kernel and its compilers alone: the Rust metadata may be made yet (packaging/dkms)
+#   scripts/check-kdir.sh KDIR             check everything, with RUSTC and BINDGEN from the environment, as in kbuild
+#   scripts/check-kdir.sh --kernel KDIR    check only the kernel and its compilers: packaging/dkms can make the Rust metadata
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
@@ -19,29 +19,29 @@ fi
 kdir=$1
 
 [ -d "$kdir" ] ||
-  die "KDIR=$kdir is no folder; install the headers of that kernel, $without."
+  die "KDIR=$kdir is not a folder; install the headers of that kernel, $without."
 config=$kdir/include/config/auto.conf
 for file in "$config" "$kdir/include/config/kernel.release"; do
   [ -s "$file" ] ||
-    die "$kdir is no prepared kernel build folder: it has no $file; run \`make modules_prepare\` there, $without."
+    die "$kdir is not a prepared kernel build folder: it has no $file; run \`make modules_prepare\` there, $without."
 done
 
-# setting NAME: its value in the kernel's configuration, without quotes; nothing when it is off.
+# setting NAME: prints its value in the kernel's configuration, without quotes, or nothing if it is off.
 setting() { sed -n "s/^CONFIG_$1=\"\{0,1\}\([^\"]*\)\"\{0,1\}$/\1/p" "$config"; }
 
-# needs NAME WHY
+# needs NAME WHY: fails if the setting is off.
 needs() {
   [ -n "$(setting "$1")" ] ||
     die "the kernel of $kdir is built without CONFIG_$1, $2; take one with it, $without."
 }
 
-# needs_module NAME WHY
+# needs_module NAME WHY: fails if the setting is not m.
 needs_module() {
   [ "$(setting "$1")" = m ] ||
     die "the kernel of $kdir has CONFIG_$1=$(setting "$1"), $2; take one with CONFIG_$1=m, $without."
 }
 
-# refuses NAME WHY
+# refuses NAME WHY: fails if the setting is on.
 refuses() {
   [ -z "$(setting "$1")" ] ||
     die "the kernel of $kdir is built with CONFIG_$1, $2; take one without it, $without."
@@ -49,7 +49,7 @@ refuses() {
 
 needs MODULES "and so loads no modules"
 needs MODULE_UNLOAD "and the module knows kvm_intel and kvm_amd by the functions that unload them"
-needs RUST "and so can carry no module in Rust"
+needs RUST "and so cannot load a module in Rust"
 needs KVM "which is what this module meters"
 needs_module KVM "and the module hooks kvm.ko"
 [ -n "$(setting KVM_INTEL)$(setting KVM_AMD)" ] ||
@@ -67,7 +67,7 @@ rmeta=$kdir/rust/libkernel.rmeta
 [ "$metadata" = later ] || [ -s "$rmeta" ] ||
   die "$kdir has no Rust metadata ($rmeta): headers of Debian leave it out, Ubuntu has it in linux-lib-rust-*, Arch in linux-headers; install that, $without."
 
-# The metadata can be read by the very compiler that wrote it, and by no other.
+# Only the exact compiler that wrote the metadata can read it.
 rustc=${RUSTC:-rustc}
 wanted=$(setting RUSTC_VERSION_TEXT)
 command -v "$rustc" >/dev/null ||

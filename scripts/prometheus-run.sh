@@ -1,9 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs a program that scripts/prometheus.sh has unpacked, as if its packages were installed: it finds their /usr/share, where
-# Prometheus's pages are, in a mount namespace of its own.
+# Runs a program that scripts/prometheus.sh has unpacked, as if its packages were installed. A mount namespace shows it their
+# /usr/share, which has Prometheus's pages.
 #
-#   scripts/prometheus-run.sh FOLDER PROGRAM [ARGUMENT...]    it ends when its parent does
+#   scripts/prometheus-run.sh FOLDER PROGRAM [ARGUMENT...]    the program ends with its parent
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -14,7 +14,7 @@ shift 2
 need_command unshare util-linux
 namespaces=(--mount)
 [ "$(id -u)" = 0 ] || namespaces+=(--map-root-user)
-# Relative, the folder's name may have a colon or a comma in it: mount would take them for its own.
+# The path is relative, since mount would misread a colon or a comma in the folder's name.
 # shellcheck disable=SC2016
 exec unshare "${namespaces[@]}" -- sh -euc '
   (cd "$1" && mount -t overlay -o ro,lowerdir=.:/usr/share overlay /usr/share)

@@ -1,16 +1,16 @@
 #!/bin/bash
-# Unpacks Debian's prometheus, promtool, victoria-metrics and vmalert into FOLDER, without installing them: no service is started.
-# scripts/prometheus-run.sh runs Prometheus from there, with its pages.
+# Unpacks Debian's prometheus, promtool, victoria-metrics and vmalert into FOLDER. They are not installed, so no service
+# starts. scripts/prometheus-run.sh runs Prometheus from there, with its pages.
 #
 #   scripts/prometheus.sh FOLDER            FOLDER/usr/bin/prometheus, promtool, victoria-metrics, vmalert
-#   scripts/prometheus.sh --pages FOLDER    FOLDER/usr/share, what Prometheus's pages and consoles take
+#   scripts/prometheus.sh --pages FOLDER    FOLDER/usr/share, with the files that Prometheus's pages and consoles need
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 packages=(prometheus victoria-metrics)
 programs=(prometheus promtool victoria-metrics vmalert)
 marker=.done
-# The tests of rules, which all run, do without.
+# The tests of rules, which are always run, do not need the pages.
 if [ "${1-}" = --pages ]; then
   packages=(libjs-{bootstrap4,d3,eonasdan-bootstrap-datetimepicker,jquery,jquery-hotkeys,moment,moment-timezone,mustache,popper.js,rickshaw}
     fonts-glyphicons-halflings)
@@ -25,7 +25,7 @@ marker=$out/$marker
 need_command apt-get apt
 need_command dpkg-deb dpkg
 mkdir -p "$out"
-# Tests that run side by side want it at once.
+# Concurrent tests may call this at the same time.
 exec 9>"$out/.lock"
 flock 9
 [ -e "$marker" ] && exit 0
@@ -39,7 +39,7 @@ for package in "${packages[@]}"; do
   fetch "$package" || { [ "$(id -u)" = 0 ] && apt-get -qq update >/dev/null 2>&1 && fetch "$package"; } ||
     die "the package $package could not be fetched; this takes Debian 12 or later, and up-to-date lists (apt-get update)."
 done
-# Debian 12 has it in the package prometheus.
+# In Debian 12, promtool is in the package prometheus.
 [ "${#programs[@]}" = 0 ] || fetch promtool || true
 for package in "$temporary"/*.deb; do
   dpkg-deb --extract "$package" "$out"

@@ -1,7 +1,7 @@
 #!/bin/bash
-# The part of packaging/test.sh that runs in the booted host: a systemd unit starts it, the kernel's command line says what
-# it looks at (check=MODE). Its lines go to the second serial port; the last one is "passed" or "failed: ...".
-# What `expect` calls, shellcheck takes for unreachable.
+# The part of packaging/test.sh that runs in the booted host. A systemd unit starts it, and the kernel's command line selects
+# the checks (check=MODE). Its lines go to the second serial port; the last one is "passed" or "failed: ...".
+# `expect` calls functions below, which shellcheck takes for unreachable.
 # shellcheck disable=SC2317
 set -uo pipefail
 exec 3>/dev/ttyS1
@@ -13,7 +13,7 @@ end() {
   systemctl --no-block poweroff
   exit
 }
-# expect TEXT CMD...: CMD succeeds.
+# expect TEXT CMD...: checks that CMD succeeds.
 expect() {
   local text=$1 output
   shift
@@ -27,18 +27,19 @@ expect() {
 }
 loaded() { grep -q '^exitmeter ' /proc/modules; }
 not_loaded() { ! loaded; }
-# The unit that runs this is of the boot, which so is not over: "starting" with no failed unit is a whole system.
+# This script's unit is part of the boot, so the system's state is still "starting". It is healthy if no unit has failed.
 nothing_failed() { [ -z "$(systemctl --failed --plain --no-legend | tee /dev/stderr)" ]; }
-# in_groups GROUPS CMD...: as a user who is in these groups and nobody else.
+# in_groups GROUPS CMD...: runs CMD as the user nobody, in these groups alone.
 in_groups() { setpriv --reuid=nobody --regid=nogroup --groups="$1" -- "${@:2}"; }
 not() { ! "$@"; }
-# scrape: what the exporter gives.
+# scrape: prints the exporter's answer.
 scrape() { (exec 3<>/dev/tcp/127.0.0.1/10479 && printf 'GET /metrics HTTP/1.1\r\nHost: host\r\n\r\n' >&3 && cat <&3) 2>/dev/null; }
-# up NUMBER: whether it can read the meter.
+# up NUMBER: succeeds if the exporter's exitmeter_up is NUMBER; 1 means that it can read the meter.
 up() { scrape | grep -q "^exitmeter_up $1\$"; }
-# reads SOURCE: whether that is the meter it reads.
+# reads SOURCE: succeeds if the exporter reads this meter.
 reads() { scrape | grep -q "^exitmeter_meter_info{source=\"$1\","; }
-# same_exits SOURCE: all VMs of `exitmeter verify` are gone, so nothing counts meanwhile.
+# same_exits SOURCE: succeeds if exporter and report have the same exits. All VMs of `exitmeter verify` are gone, so the
+# numbers stand still meanwhile.
 same_exits() {
   local exported reported
   exported=$(scrape | sed -n 's/^exitmeter_host_exits_total{[^}]*} //p' | awk '{ sum += $1 } END { print sum }')
@@ -46,14 +47,14 @@ same_exits() {
   tell "exported $exported, reported $reported"
   [ -n "$exported" ] && [ "$exported" -gt 0 ] && [ "$exported" = "$reported" ]
 }
-# The main process of the exporter, and what it may do.
+# exporter: prints the main process of the exporter.
 exporter() { systemctl show --value -p MainPID exitmeter-export.service; }
-# DynamicUser= takes these numbers (systemd.exec(5)).
+# is_nobody_else: succeeds if the exporter has a user ID of DynamicUser= (systemd.exec(5)), and no capability.
 is_nobody_else() { [ "$(stat -c %u "/proc/$(exporter)")" -ge 61184 ] && grep -q '^CapEff:[[:space:]]*0*$' "/proc/$(exporter)/status"; }
-# What BPF leaves when it goes.
+# no_bpf: succeeds if BPF has left nothing behind.
 no_bpf() { [ -z "$(ls /sys/fs/bpf)" ] && [ ! -e /run/exitmeter.sock ] && systemctl show --value -p ActiveState exitmeter-bpf.socket | grep -qx inactive; }
 
-# With the units for BPF on, and the exporter: it reads what BPF counts, by no right but that of the group kvm.
+# Checks the units for BPF and the exporter, which reads BPF's numbers with no privilege but the group kvm.
 check_bpf() {
   expect "the pins are root's alone" test "$(stat -c '%U:%G %a' /sys/fs/bpf/exitmeter)" = "root:root 700"
   expect "the exporter reads BPF" waits_for reads bpf
@@ -92,7 +93,7 @@ case $mode in
     expect "the module goes" modprobe -r exitmeter
     expect "and the exporter says so" waits_for up 0
     expect "BPF waits to be asked for" no_bpf
-    # Lifts the condition of packaging/test.sh.
+    # This fulfils the condition of packaging/test.sh.
     expect "BPF starts in its sandbox" sh -c 'touch /run/bpf-too && systemctl start exitmeter-bpf.service && systemctl is-active exitmeter-bpf.service'
     check_bpf
     expect "BPF goes" systemctl stop exitmeter-bpf.service

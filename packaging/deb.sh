@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes Debian's packages in build/packages: exitmeter and exitmeter-dkms, in a Debian 13 root, and has lintian look at
-# them. What `make deb` runs.
+# Builds Debian's packages exitmeter and exitmeter-dkms in a Debian 13 root, and lints them with lintian. They go to
+# build/packages. `make deb` runs this.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=packaging/source.sh
@@ -17,6 +17,6 @@ run "$out/build.log" in_source dpkg-buildpackage --build=binary --no-sign ||
 
 say "lintian"
 in_source lintian --allow-root --fail-on error,warning --tag-display-limit 0 "../exitmeter_${version}_amd64.changes" ||
-  die "lintian has something against the packages; it is above."
+  die "lintian found faults in the packages; they are above."
 rm -rf "$source"
 ls -l "$out"/*.deb

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Makes build/packages/exitmeter-VERSION-x86_64-linux.tar.xz: the static tool with its manual pages and completions, for
-# any Linux and for guests. What `make dist` runs. It is made so that the same commit gives the same bytes: the compiler is that of the root,
-# and names are sorted, times those of the commit.
+# Makes build/packages/exitmeter-VERSION-x86_64-linux.tar.xz: the static tool with its manual pages and completions, for any
+# Linux and for guests. `make dist` runs this. The same commit gives the same bytes: the compiler comes from the root, names
+# are sorted, and times are those of the commit.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=packaging/source.sh
@@ -15,7 +15,7 @@ run "$out/dist.log" in_source packaging/tool.sh "../dist/$name" || die "the tool
 cp LICENSE CHANGELOG.md docs/install.md scripts/60-exitmeter.rules scripts/exitmeter-modprobe.conf packaging/61-exitmeter-load.rules \
   packaging/62-exitmeter-bpf.rules packaging/exitmeter-*.service packaging/exitmeter-*.socket packaging/prometheus/exitmeter.rules.yml packaging/prometheus/consoles/exitmeter.html docs/fleet.md \
   "$out/dist/$name/share/doc/exitmeter/"
-# Permissions are those that any umask gives.
+# Permissions do not depend on the umask.
 chmod -R u=rwX,go=rX "$out/dist/$name"
 tar --create --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner --format=gnu -C "$out/dist" "$name" |
   xz --threads=1 -6 >"$out/$name.tar.xz"

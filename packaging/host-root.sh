@@ -20,7 +20,7 @@ options=()
 while IFS= read -r line; do
   [ -z "$line" ] || options+=(--aptopt="$line")
 done <<<"$(apt_config)"
-# What exitmeter-dkms depends on comes before it, so that what its removal leaves is its own.
+# The dependencies of exitmeter-dkms are installed before it, so that everything its removal leaves behind is its own.
 depends=$(sed -n '/^Package: exitmeter-dkms/,/^Recommends:/p' "$here/debian/control" | sed -n '/^Depends:/,/^[A-Z][a-z]*:/p' |
   tr -d '\n' | sed 's/Depends://; s/Recommends:.*//; s/\${[^}]*}, *//g; s/exitmeter ([^)]*), *//; s/ //g')
 : >"$log"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Lints what other distributions build packages from, and tries to publish the crates without doing so. What
-# `make packaging-check` runs. The PKGBUILD is read by bash alone: namcap and makepkg are not in Debian.
+# Lints the RPM spec and the PKGBUILD, and publishes the crates as a dry run. `make packaging-check` runs this. Only bash
+# checks the PKGBUILD, since namcap and makepkg are not in Debian.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/.."
@@ -18,7 +18,7 @@ bash -n packaging/PKGBUILD
 say "exitmeter.spec"
 [ "$(packaged rpmspec --query --queryformat '%{VERSION}\n' packaging/exitmeter.spec | sort -u)" = "$version" ] ||
   die "packaging/exitmeter.spec has another version than Cargo.toml."
-# It still asks for BuildRoot, which RPM itself has long been setting.
+# rpmlint still asks for BuildRoot, which RPM itself has long been setting.
 packaged rpmlint packaging/exitmeter.spec
 say "debian/changelog and CHANGELOG.md"
 head -n 1 packaging/debian/changelog | grep -q "($version)" || die "packaging/debian/changelog has another version than Cargo.toml."

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Copies the module's source for DKMS: what is compiled, and what builds it.
+# Copies the module's source for DKMS, and the scripts that build it.
 #
 #   packaging/module-source.sh FOLDER    such as /usr/src/exitmeter-0.2.0
 set -euo pipefail
@@ -8,7 +8,7 @@ folder=$1
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
 mkdir -p "$folder/scripts" "$folder/dkms"
-# Cargo.toml has the version, which Kbuild reads. Tests and fuzzing are cargo's.
+# Kbuild reads the version from Cargo.toml. Only cargo needs tests and fuzzing.
 # shellcheck disable=SC2046
 cp --parents Kbuild Cargo.toml bindings/kvm.h bindings/layout.c bindings/parameters \
   $(find src -name '*.rs' -o -name 'shim.[ch]' -o -name '*.S' | grep -v -e /tests/ -e /fuzz/) "$folder"

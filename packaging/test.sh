@@ -1,10 +1,10 @@
 #!/bin/bash
-# Shows that the packages of build/packages do what they are for, on a Debian 13 host with two kernels; what
-# `make packages-test` runs. About 15 minutes on two cores, 10 GB of disk, the network.
+# Tests the packages of build/packages on a Debian 13 host with two kernels. `make packages-test` runs this. It takes about 15
+# minutes on two cores, 10 GB of disk, and the network.
 #
-# It installs them without a network (no kernel gets the module, all is well), then upgrades the kernels' packages with one
-# (6.12 says why it goes without, the other gets it), boots the result on an emulated AMD host (check-host.sh), and
-# compares the list of files before the packages and after their purge.
+# It installs them without a network, where no kernel gets the module and nothing fails. Then it upgrades the kernels' packages
+# with a network, where 6.12 gets a reason and the other kernel the module. It boots the result on an emulated AMD host
+# (check-host.sh), and compares the list of files before the packages and after their purge.
 #
 #   packaging/test.sh [STEP]...    install, image, metered, without, refused, trusted, purge; all of them if none is named
 set -euo pipefail
@@ -24,7 +24,7 @@ need_space "$work" 8000
 
 in_host() { scripts/in-root.sh "$host" --write --bind "$debs:/debs" --bind "$work:/work" -- "$@"; }
 
-# checks TEXT CMD...
+# checks TEXT CMD...: checks that CMD succeeds.
 checks() {
   local text=$1
   shift
@@ -32,7 +32,7 @@ checks() {
   say "ok: $text"
 }
 
-# What belongs to the system, without what any use of it writes.
+# files: lists the system's files, without those that any use of it writes.
 files() {
   as_root find "$host" -xdev \( -path "$host/debs" -o -path "$host/work" -o -path "$host/tmp" -o -path "$host/var/cache" \
     -o -path "$host/run" -o -path "$host/var/lib/apt" -o -path "$host/var/log/apt" -o -path "$host/var/log/dpkg.log" \) -prune -o -printf '%P %y %m %U %G\n' | LC_ALL=C sort
@@ -43,7 +43,7 @@ install_packages() {
   say "a fresh host"
   as_root rm -rf "$host"
   as_root cp -a "$base" "$host"
-  # DKMS makes its signing key once, for all modules, and keeps it.
+  # DKMS would make its signing key with its first module, and keep it. It is made here, before the list of files.
   in_host sh -c 'apt-get update --quiet=2 && openssl req -new -x509 -nodes -days 36500 -subj "/CN=DKMS module signing key" \
     -newkey rsa:2048 -keyout /var/lib/dkms/mok.key -addext extendedKeyUsage=codeSigning -outform DER -out /var/lib/dkms/mok.pub \
     2>/dev/null'
@@ -69,7 +69,7 @@ install_packages() {
   as_root rm -rf "$host/var/cache/apt/archives/"*.deb
 }
 
-# make_image: the host as a disk.
+# make_image: makes a disk image of the host.
 make_image() {
   say "the host as a disk"
   as_root install -m 755 packaging/check-host.sh "$host/usr/local/sbin/check-host"
@@ -81,7 +81,7 @@ After=multi-user.target systemd-udev-settle.service
 ExecStart=/usr/local/sbin/check-host
 UNIT
     ln -sf ../check-host.service "$1/etc/systemd/system/multi-user.target.wants/check-host.service"' sh "$host"
-  # BPF is on where there is no module, and elsewhere once the check asks for it.
+  # BPF starts at boot in the check without the module, and in others once the check asks for it.
   # shellcheck disable=SC2016
   as_root sh -c 'mkdir -p "$1/etc/systemd/system/exitmeter-bpf.service.d" && cat >"$1/etc/systemd/system/exitmeter-bpf.service.d/check.conf" <<UNIT
 [Unit]
@@ -99,27 +99,27 @@ UNIT' sh "$host"
   as_root rm -rf "$host/usr/local/sbin/check-host" "$host"/etc/systemd/system/{check-host.service,multi-user.target.wants/check-host.service,exitmeter-bpf.service.d}
 }
 
-# The kernels' command line.
+# Command line of the kernels.
 words="root=/dev/vda rw console=ttyS0 mitigations=off tsc=reliable no_timer_check systemd.show_status=0"
 
-# boot MODE KERNEL [QEMU-ARGUMENT]...: boots a kernel of the host, which then checks itself.
+# boot MODE KERNEL [QEMU-ARGUMENT]...: boots a kernel of the host, and runs the checks of MODE in it.
 boot() {
   local mode=$1 kernel=$2
   shift 2
   say "booting Linux $kernel: $mode"
   rm -f "$work/$mode".{result,console}
-  # The lab's emulator. What the host writes is lost with it: the next one begins as this one did.
+  # The emulator is the lab's. The host's writes are lost with it, so each boot begins with the same disk.
   timeout --kill-after 10 1500 cargo lab root -- qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
     -cpu EPYC,+svm,+npt,check=off -smp 2 -m 2048 -accel tcg,thread=multi \
     -drive file=/src/build/packages-test/host.img,if=virtio,format=raw,snapshot=on \
     -serial "file:/src/build/packages-test/$mode.console" -serial "file:/src/build/packages-test/$mode.result" "$@" ||
     say "the emulator ended with $?"
-  # UEFI writes to this port, too.
+  # UEFI writes to this port, too: skip its lines.
   sed -n '/^the host is up/,$ s/^/  /p' "$work/$mode.result"
   [ "$(tail -n 1 "$work/$mode.result" | tr -d '\r')" = passed ] || die "the check $mode failed; the console is $work/$mode.console."
 }
 
-# direct MODE KERNEL [WORD]...: as boot, by the emulator's own loader, with more for the kernel's command line.
+# direct MODE KERNEL [WORD]...: like boot, with the emulator's own loader and more words for the kernel's command line.
 direct() {
   local mode=$1 kernel=$2
   shift 2
@@ -128,8 +128,9 @@ direct() {
     -append "$words check=$mode $*"
 }
 
-# make_firmware KERNEL: UEFI with the keys that machines are sold with, in whose list of machine owner's keys (MOK) is that of
-# DKMS, as mokutil and the next boot's console put it there; and a disk with Debian's signed shim, GRUB and KERNEL.
+# make_firmware KERNEL: makes a UEFI firmware with the keys that machines are sold with, and a disk with Debian's signed shim,
+# GRUB and KERNEL. The firmware's list of machine owner's keys (MOK) has the key of DKMS, as mokutil and the next boot's
+# console would add it.
 make_firmware() {
   as_root cp "$host/var/lib/dkms/mok.pub" "$work/mok.pub"
   # The owner of the key in the list is shim's own number, SHIM_LOCK_GUID.

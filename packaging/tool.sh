@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the static tool with what belongs to it: manual pages, completions, and the licences of the crates in it.
+# Builds the static tool, its manual pages and completions, and the list of its crates with their licences.
 #
 #   packaging/tool.sh PREFIX    PREFIX/bin, PREFIX/share; crates come from CARGO_HOME, without the network
 set -euo pipefail
@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 prefix=$1
 target=$(sed -n 's/^target = "\(.*\)"/\1/p' .cargo/config.toml)
 
-# Paths of this machine are in panics and debug info otherwise: another folder would give another program.
+# Without this, paths of this machine would be in panics and debug info, and another folder would give another program.
 export RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo --remap-path-prefix=$PWD=/exitmeter"
 export CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 cargo build --locked --offline --release -p exitmeter

@@ -1,15 +1,15 @@
 #!/bin/bash
-# Builds exitmeter.ko in the current folder for one kernel: the build step of DKMS.
+# Builds exitmeter.ko in the current folder for one kernel. DKMS calls this as its build step.
 #
 #   dkms/build.sh RELEASE KDIR    (RELEASE as `uname -r` prints it; KDIR is /lib/modules/RELEASE/build; DKMS may add
 #                                 LLVM=1, which goes to make)
 #
-# A module in Rust is built against the metadata of the kernel's own crates. Where KDIR has them (Ubuntu with
-# linux-lib-rust-RELEASE, Arch), it is built straight. The headers of Debian leave them out: there the kernel's tree is
-# prepared from the source package of the very same version, which is fetched by apt unless linux-source-X.Y is
-# installed. That takes the network, 2.5 GB of disk in this folder and some minutes; the tree goes at the end.
+# A module in Rust is built against the metadata of the kernel's own crates. If KDIR has the metadata (Ubuntu with
+# linux-lib-rust-RELEASE, Arch), the module is built directly. Debian's headers leave it out. There the kernel's tree is
+# prepared from the source package of the same version, which apt fetches unless linux-source-X.Y is installed. That needs
+# the network, 2.5 GB of disk in this folder and some minutes. The tree is removed at the end.
 #
-# When it cannot be built, the last line says why, in one sentence that begins with "exitmeter: "; the status is 1.
+# If the build fails, the last line gives the reason in one sentence that begins with "exitmeter: ", and the status is 1.
 set -euo pipefail
 source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/common.sh
@@ -21,10 +21,10 @@ shift 2
 config=$kdir/include/config/auto.conf
 without="or do without exitmeter on this kernel"
 
-# setting NAME: its value in the kernel's configuration, without quotes.
+# setting NAME: prints its value in the kernel's configuration, without quotes.
 setting() { sed -n "s/^CONFIG_$1=\"\{0,1\}\([^\"]*\)\"\{0,1\}$/\1/p" "$config"; }
 
-# named TOOL TEXT: the command TOOL, or TOOL-1.85 and the like, whose --version says TEXT; TOOL itself when none does.
+# named TOOL TEXT: prints the command, TOOL or TOOL-1.85 and the like, whose --version is TEXT; TOOL itself if there is none.
 named() {
   local candidate
   for candidate in "$1" "$1-$(sed -n 's/^[a-z]* \([0-9]*\.[0-9]*\)\..*/\1/p' <<<"$2")" "/usr/bin/$1"; do
@@ -66,7 +66,7 @@ prepare_tree() {
   series=$(cut -d. -f1,2 <<<"$release")
   need_space "$PWD" 2500
 
-  # An installed source may be of another version, and would give layouts that this kernel does not have.
+  # An installed source of another version would give layouts that this kernel does not have.
   if [ "$(dpkg-query --show --showformat '${Version}' "linux-source-$series" 2>/dev/null)" = "$version" ]; then
     say "the source of $release is installed: linux-source-$series"
     archive=/usr/src/linux-source-$series.tar.xz
@@ -85,14 +85,14 @@ prepare_tree() {
   cp "$kdir/.config" "$tree/.config"
   (
     cd "$tree"
-    # LOCALVERSION is what the packaged kernel has behind its version.
+    # LOCALVERSION is the part of the packaged kernel's release after its version.
     local_version=${release#"$(make -s kernelversion)"}
     make "${tools[@]}" LOCALVERSION="$local_version" olddefconfig
     make -j "$(nproc)" "${tools[@]}" LOCALVERSION="$local_version" modules_prepare
     made=$(make -s "${tools[@]}" LOCALVERSION="$local_version" kernelrelease)
     [ "$made" = "$release" ] || { echo "the tree calls itself $made" && exit 1; }
     test -s rust/libkernel.rmeta
-    # Where no exported symbol is known, modpost could not check ours.
+    # modpost checks the module's symbols against this list of exported ones.
     cp "$kdir/Module.symvers" .
   ) || die "the tree of $release could not be prepared from its source; what went wrong is above; install what is missing, $without."
 }
@@ -101,7 +101,7 @@ if [ ! -s "$kdir/rust/libkernel.rmeta" ]; then
   prepare_tree
   kdir=$tree
 fi
-# DKMS calls this from make at times, whose settings are not meant for here.
+# DKMS sometimes calls this from make, whose settings must not apply here.
 unset MAKEFLAGS
 make -j "$(nproc)" -C "$kdir" M="$PWD" "${tools[@]}" modules ||
   die "the module does not compile for $release; what the compilers say is above; see whether there is a newer exitmeter, $without."

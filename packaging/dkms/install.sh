@@ -1,10 +1,10 @@
 #!/bin/bash
-# Builds and installs exitmeter.ko by DKMS for the kernels that can have it, and never fails: a kernel's package must not
-# stay half-configured because a meter cannot be built for it.
+# Builds and installs exitmeter.ko by DKMS for the kernels that can load it. It never fails: a kernel's package must not stay
+# half-configured because the module cannot be built for it.
 #
-#   install.sh [RELEASE]...    all kernels that have headers, if none is named
+#   install.sh [RELEASE]...    by default for all kernels that have headers
 #
-# Why a kernel has no module is said in one line, and in full in /var/log/exitmeter-dkms/RELEASE.log.
+# The reason why a kernel has no module is printed in one line, and logged in full in /var/log/exitmeter-dkms/RELEASE.log.
 set -uo pipefail
 logs=/var/log/exitmeter-dkms
 version=$(sed -n 's/^PACKAGE_VERSION="\(.*\)"/\1/p' "$(dirname "${BASH_SOURCE[0]}")/../dkms.conf")
@@ -19,7 +19,7 @@ fi
   echo "exitmeter: no kernel has its headers here, so the module is built for none; install linux-headers-amd64 or the like."
 
 for release in "${kernels[@]}"; do
-  # A kernel's image is set up before its headers at times; the hook of the headers comes then.
+  # A kernel's image may be set up before its headers. Then the hook of the headers calls this again.
   [ -e "/lib/modules/$release/build/include" ] || continue
   case $(dkms status -m exitmeter -v "$version" -k "$release" 2>/dev/null) in
     *installed*) continue ;;

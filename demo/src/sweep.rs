@@ -133,7 +133,10 @@ impl Sweep {
                 format!("{} ({reason}) with {share:.0}%", self.name(*reason))
             })
             .collect();
-        format!("up to the first sweep, the most frequent were {}", leading.join(", "))
+        format!(
+            "up to the first sweep, the most frequent were {}",
+            leading.join(", ")
+        )
     }
 }
 

@@ -100,7 +100,10 @@ pub fn root_command(args: RootArgs) -> Result<ExitCode> {
     })?;
     let mut words = args.command.iter();
     let program = words.next().context("there is no command")?;
-    let status = workshop(&prepared)?.command(program).args(words).status()?;
+    let status = build_root(&prepared)?
+        .command(program)
+        .args(words)
+        .status()?;
     // A signal has no status of its own; shells report 128 plus its number.
     let code = status.code().or(status.signal().map(|signal| 128 + signal));
     Ok(code
@@ -121,7 +124,7 @@ fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
 }
 
 /// Return the root with the checkout at /src and the tree at /tree.
-fn workshop(prepared: &Prepared) -> Result<InRoot, ModuleError> {
+fn build_root(prepared: &Prepared) -> Result<InRoot, ModuleError> {
     let tree = tree(prepared)?;
     Ok(in_root(&prepared.root)
         .bind(repository(), "/src")
@@ -143,13 +146,13 @@ pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
 ///
 /// # Errors
 ///
-/// As for [`build`].
+/// The same as for [`build`].
 pub fn build_with(
     prepared: &Prepared,
     make: &[String],
     verbose: bool,
 ) -> Result<PathBuf, ModuleError> {
-    let workshop = workshop(prepared)?;
+    let build_root = build_root(prepared)?;
     let name = folder_name(&prepared.release, make);
     let out = repository().join("build").join(&name);
     fs::create_dir_all(&out).map_err(failed_to("make", &out))?;
@@ -162,7 +165,7 @@ pub fn build_with(
     let log_path = out.join("make.log");
     let log = File::create(&log_path).map_err(failed_to("write", &log_path))?;
     let jobs = thread::available_parallelism().map_or(1, usize::from);
-    let status = workshop
+    let status = build_root
         .command("make")
         .args(["-C", "/tree", "M=/src"])
         .arg(format!("CC={}", compiler(prepared)?))

@@ -24,7 +24,7 @@ pub const LIMITS: Limits = Limits {
 /// Outcome of a run.
 #[derive(Debug)]
 pub struct Outcome {
-    /// How it ended.
+    /// End of the run.
     pub end: End,
     /// The script's standard output.
     pub stdout: Vec<u8>,

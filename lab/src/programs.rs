@@ -49,9 +49,9 @@ struct Target {
 pub enum Tool {
     /// Without pictures in pixels, `exitmeter top` and the BPF meter. It compiles in half the time.
     ForScripts,
-    /// As `ForScripts`, but with the BPF meter, which clang compiles.
+    /// `ForScripts` plus the BPF meter, which clang compiles.
     WithBpf,
-    /// As `ForScripts`, but with `exitmeter top`.
+    /// `ForScripts` plus `exitmeter top`.
     ForPeople,
 }
 

@@ -72,7 +72,7 @@ pub struct Wanted {
 /// Paths of a complete set-up. All of them are shared with other runs and must not be written to.
 #[derive(Clone, Debug)]
 pub struct Prepared {
-    /// The Debian root, for [`in_root`].
+    /// The Debian root, for [`in_root()`].
     pub root: PathBuf,
     /// Folder of the host's kernel, packaged or built here, and its modules; scripts/kernel.sh lists the files.
     pub kernel: PathBuf,

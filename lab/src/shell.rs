@@ -27,7 +27,7 @@ use crate::setup::Prepared;
 const ESCAPE: u8 = 0x1d;
 
 /// Interval at which to check whether a signal came.
-const LOOK: Timespec = Timespec {
+const POLL_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
 };
@@ -130,7 +130,7 @@ fn talk(mut line: &File, ended: impl Fn() -> bool) -> io::Result<()> {
             if input_open {
                 sources.push(PollFd::new(&stdin, PollFlags::IN));
             }
-            match poll(&mut sources, Some(&LOOK)) {
+            match poll(&mut sources, Some(&POLL_INTERVAL)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

@@ -11,10 +11,10 @@ use lab_agent::channel::Message;
 
 /// Longest pause in the output that follows a fault. A run with a fault ends after such a pause, so that the host can
 /// report more about it.
-const SETTLE: Duration = Duration::from_millis(1500);
+const SETTLE_PAUSE: Duration = Duration::from_millis(1500);
 
 /// Longest time from a fault to the end of its run.
-const SETTLE_MOST: Duration = Duration::from_secs(10);
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Facility of the kernel's own records in its log. Others come from programs that write to /dev/kmsg.
 const KERNEL_FACILITY: u32 = 0;
@@ -202,8 +202,8 @@ impl Watch {
     pub fn end(&self, now: Duration) -> Option<End> {
         let decided = self.verdict.is_some() || self.failure.is_some() || self.gone.is_some();
         if let Some((fault, since)) = self.fault() {
-            let quiet = now.saturating_sub(self.last_sign) >= SETTLE;
-            if decided || quiet || now.saturating_sub(since) >= SETTLE_MOST {
+            let quiet = now.saturating_sub(self.last_sign) >= SETTLE_PAUSE;
+            if decided || quiet || now.saturating_sub(since) >= SETTLE_LIMIT {
                 return Some(End::Fault(fault));
             }
             return None;
@@ -269,7 +269,7 @@ impl Judge {
     fn fault_in(&mut self, line: &str) -> Option<Fault> {
         let title = line.contains("BUG: KCSAN:");
         self.race |= title;
-        let ours = self.race && OURS.iter().any(|name| line.contains(name));
+        let ours = self.race && OUR_MODULES.iter().any(|name| line.contains(name));
         if line.contains("Reported by Kernel Concurrency Sanitizer") {
             self.race = false;
         }
@@ -281,7 +281,7 @@ impl Judge {
 }
 
 /// Names, as the kernel prints them behind functions, of our modules: the meter, and the module with faults.
-const OURS: [&str; 2] = ["[exitmeter]", "[fault]"];
+const OUR_MODULES: [&str; 2] = ["[exitmeter]", "[fault]"];
 
 /// Return the fault that a line of the kernel reports, if any. The line may be garbled around the words.
 pub fn fault_in(line: &str) -> Option<Fault> {

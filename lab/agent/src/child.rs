@@ -14,7 +14,7 @@ use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use rustix::process::{waitpid, Pid, PidfdFlags, WaitOptions};
 
 /// Longest time until an orphan that was inherited is reaped after its end.
-const REAP: Timespec = Timespec {
+const REAP_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 500_000_000,
 };
@@ -88,7 +88,7 @@ pub fn run(
             if let Some(log) = &log {
                 sources.push(PollFd::new(&log.0, PollFlags::IN));
             }
-            match poll(&mut sources, Some(&REAP)) {
+            match poll(&mut sources, Some(&REAP_INTERVAL)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

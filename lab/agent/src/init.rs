@@ -33,7 +33,7 @@ const FAIR_SERVERS: &str = "/sys/kernel/debug/sched/fair_server";
 const DEBUG_SUFFIXES: [&str; 2] = ["-debug", "-kcsan"];
 
 /// Largest archive that a saved machine accepts, in bytes.
-const MOST: usize = 1 << 28;
+const MAX_ARCHIVE: usize = 1 << 28;
 
 /// Run the host: mount file systems, load modules, run the script, and end the machine. Returns only if the machine
 /// cannot be ended.
@@ -112,7 +112,7 @@ fn save_and_resume() -> Result<(Sender<Port>, KernelLog)> {
     // A machine that was not saved reads a length that is too large.
     let length = usize::try_from(length)
         .ok()
-        .filter(|&length| length <= MOST);
+        .filter(|&length| length <= MAX_ARCHIVE);
     let mut archive = vec![0; length.context("the emulator cannot save the machine")?];
     port.read_exact(&mut archive);
     let mut sender = Sender::new(port);

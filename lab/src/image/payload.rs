@@ -48,7 +48,7 @@ impl FileSpec {
         }
     }
 
-    fn place(&self) -> String {
+    fn path_in_host(&self) -> String {
         let name = || {
             self.source
                 .file_name()
@@ -93,7 +93,7 @@ pub fn write(
     let text = serde_json::to_vec(settings).map_err(|error| ImageError::content(target, error))?;
     payload.bytes(settings::PATH, 0o644, &text)?;
     for spec in files {
-        payload.add(&spec.place(), &spec.source)?;
+        payload.add(&spec.path_in_host(), &spec.source)?;
     }
     payload
         .archive
@@ -199,7 +199,11 @@ mod tests {
             ("a/b.sh:/usr/local/bin/", "/usr/local/bin/b.sh"),
             ("a/b.sh:/etc/c", "/etc/c"),
         ] {
-            assert_eq!(FileSpec::parse(text).unwrap().place(), place, "{text}");
+            assert_eq!(
+                FileSpec::parse(text).unwrap().path_in_host(),
+                place,
+                "{text}"
+            );
         }
         assert!(FileSpec::parse(":/etc/c").is_err());
         assert!(FileSpec::parse("a:").is_err());

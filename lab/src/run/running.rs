@@ -22,10 +22,10 @@ use crate::outcome::{Outcome, RunError};
 use crate::verdict::{End, Watch};
 
 /// Interval at which the console's file is read.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Longest wait for the processes of a killed emulator to end.
-const GONE: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A host that has been started.
 pub(crate) struct Running {
@@ -68,7 +68,7 @@ impl Running {
         let port = read(self.output);
         let mut looked = Instant::now();
         let end = loop {
-            let (items, gone) = match port.recv_timeout(LOOK) {
+            let (items, gone) = match port.recv_timeout(POLL_INTERVAL) {
                 Ok(bytes) => (receiver.receive(&bytes), false),
                 Err(RecvTimeoutError::Timeout) => (Vec::new(), false),
                 Err(RecvTimeoutError::Disconnected) => (receiver.finish(), true),
@@ -90,7 +90,7 @@ impl Running {
                 let status = self.emulator.wait();
                 watch.gone(status.is_ok_and(|status| status.success()));
             }
-            if decided || looked.elapsed() >= LOOK {
+            if decided || looked.elapsed() >= POLL_INTERVAL {
                 looked = Instant::now();
                 watch.console(now, &record.console()?);
             }
@@ -103,7 +103,7 @@ impl Running {
         };
         self.emulator.kill();
         // Its output ends with its last process.
-        while port.recv_timeout(GONE).is_ok() {}
+        while port.recv_timeout(KILL_TIMEOUT).is_ok() {}
         let tail = record.tail(&end);
         Ok(Outcome {
             end,

@@ -113,12 +113,12 @@ fn save(
             io::ErrorKind::StorageFull.into(),
         ));
     }
-    dig_holes(&memory).map_err(RunError::io("write", &memory))?;
+    make_sparse(&memory).map_err(RunError::io("write", &memory))?;
     fs::remove_dir_all(logs).map_err(RunError::io("remove", logs))
 }
 
 /// Rewrite a file without its blocks of zeros, so that these take no space on the disk.
-fn dig_holes(path: &Path) -> io::Result<()> {
+fn make_sparse(path: &Path) -> io::Result<()> {
     const PIECE: usize = 1 << 16;
     let sparse = path.with_extension("sparse");
     let mut source = File::open(path)?;

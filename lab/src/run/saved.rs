@@ -56,7 +56,7 @@ pub fn machine(
     ];
     cache::get("machine", &parts, |target| {
         check_space(target, options.machine.memory)?;
-        note("The host boots once and is saved, so that later runs go on from there...");
+        note("The host boots once and is saved, so that later runs start from there...");
         save(options, prepared, agent, &logs.join("boot"), target)
     })
 }

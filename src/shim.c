@@ -62,7 +62,7 @@ module_param_named(log_queries, exitmeter_given.log_queries, long, 0444);
 MODULE_PARM_DESC(log_queries, "1: one line in the kernel log for each query of a guest, rate limited");
 
 module_param_named(max_vcpus, exitmeter_given.max_vcpus, long, 0444);
-MODULE_PARM_DESC(max_vcpus, "How many vCPUs are metered at a time, 1 to 65536; 32 KiB each");
+MODULE_PARM_DESC(max_vcpus, "How many vCPUs are metered at a time, 1 to 65536; 16 KiB each");
 
 module_param_named(details, exitmeter_given.details, long, 0444);
 MODULE_PARM_DESC(details, "1: exits are told with what they were about and which guest code caused them, always; 48 KiB more for each vCPU");

@@ -194,7 +194,7 @@ pub struct Args {
 enum Verb {
     /// Attach the programs and pin them in /sys/fs/bpf/exitmeter.
     Start {
-        /// Metered vCPUs at a time, at least. Each takes 32 KiB; the sum is rounded up to a power
+        /// Metered vCPUs at a time, at least. Each takes 24 KiB; the sum is rounded up to a power
         /// of two of bytes and allocated at once.
         #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=8192))]
         max_vcpus: u32,

@@ -75,7 +75,7 @@
 //!
 //! A histogram's first bucket also counts all samples below it, and the last one all above. With 2
 //! buckets per power of two and first power 6, as now, the first bucket counts samples below 96,
-//! the next ones those below 128, 192, 256, 384 and so on. A row with exits may have all zeros: 33
+//! the next ones those below 128, 192, 256, 384 and so on. A row with exits may have all zeros: 36
 //! reasons of a vCPU have a histogram, and later reasons have none.
 //!
 //! # Record of a vCPU

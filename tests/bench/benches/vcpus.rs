@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether the cost grows with the number of vCPUs: from 1 to 4096 of them, an exit with its
-//! entry, the look-up of a vCPU that its CPU has not metered last, and a snapshot.
+//! Measures how cost grows with the number of vCPUs, from 1 to 4096: an exit with its entry, the
+//! look-up of a vCPU that is not in its CPU's cache, and a snapshot.
 //!
-//! The code is that of the module, run in user space: `cargo bench -p bench`. The vCPUs take
-//! turns, so with many of them no ledger is in a cache any more; that is what grows, and not
-//! the number of instructions.
+//! This runs the module's code in user space: `cargo bench -p bench`. The vCPUs take turns, so with
+//! many of them their ledgers no longer fit into the processor's caches. Cache misses make the
+//! cost grow; the number of instructions stays the same.
 
 #![expect(missing_docs, reason = "criterion's macros make functions without any")]
 
@@ -23,10 +23,10 @@ use exitmeter_meter::{
 
 const COUNTS: [usize; 4] = [1, 16, 256, 4096];
 
-/// How far apart vCPUs lie in memory: two pages, as struct vcpu_vmx is larger than one.
-const APART: usize = 8192;
+/// Distance between vCPUs in memory, in bytes: two pages, as struct vcpu_vmx is larger than one.
+const VCPU_STRIDE: usize = 8192;
 
-/// Reasons of the exits: those that a Linux guest causes most.
+/// Exit reasons that a Linux guest causes most.
 const REASONS: [u32; 4] = [1, 10, 30, 48];
 
 fn ledgers(count: usize) -> Vec<Box<Ledger>> {
@@ -40,7 +40,7 @@ fn ledgers(count: usize) -> Vec<Box<Ledger>> {
     (0..count).map(make).collect()
 }
 
-/// An exit and the entry after it, of one vCPU after the other.
+/// Measure an exit and the entry after it. The vCPUs take turns.
 fn exit_and_entry(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("exit and entry");
     for count in COUNTS {
@@ -58,13 +58,13 @@ fn exit_and_entry(criterion: &mut Criterion) {
     }
 }
 
-/// The look-up in a table for 4096 vCPUs that holds this many.
+/// Measure the look-up in a hash table that has room for 4096 vCPUs.
 fn look_up(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("look-up");
     for count in COUNTS {
         let entries: Vec<Entry> = (0..4 * 4096).map(|_| Entry::default()).collect();
         let table = Table::new(&entries);
-        let key = |number: usize| 0xffff_8880_0000_0000 + number * APART;
+        let key = |number: usize| 0xffff_8880_0000_0000 + number * VCPU_STRIDE;
         for number in 0..count {
             table
                 .insert(key(number), number + 2)
@@ -80,7 +80,7 @@ fn look_up(criterion: &mut Criterion) {
     }
 }
 
-/// A snapshot of this many vCPUs, with four reasons each.
+/// Measure a snapshot of vCPUs with four reasons each.
 fn snapshot(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("snapshot");
     group.measurement_time(Duration::from_secs(3));

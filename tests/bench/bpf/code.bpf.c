@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Counts exits by reason and guest RIP in a hash, and with kvm_entry the time that each took: what
- * one writes to learn which code of a guest exits. Rows are made once, and never make room.
+ * Count exits by reason and guest RIP in a hash, and with kvm_entry add up the time that they take.
+ * This is the usual program to find the guest code that exits. Entries are never evicted.
  *
- * On the event alone: a raw tracepoint passes no RIP, and on VMX KVM reads it for the event.
+ * There is no variant on the raw tracepoint: it passes no RIP. On VMX, KVM reads the RIP for the event.
  */
 #include "common.h"
 
@@ -29,7 +29,7 @@ struct start {
 	__u64 time;
 };
 
-/* The exit that has not been followed by an entry, by thread. */
+/* The latest exit of each thread, until its entry. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 10240);
@@ -88,7 +88,7 @@ int kvm_entry(void *event)
 	row = bpf_map_lookup_elem(&rows, &start->place);
 	if (row)
 		__sync_fetch_and_add(&row->time, bpf_ktime_get_ns() - start->time);
-	/* Cheaper than to take it out of the map, as many do. */
+	/* Cheaper than deleting it from the map, as many programs do. */
 	start->time = 0;
 	return 0;
 }

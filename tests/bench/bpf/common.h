@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the programs here share: a map's declaration, the kernel's helpers, the exit reason. */
+/* Shared by the programs: map declarations, the kernel's helpers, reading the exit reason. */
 #ifndef BENCH_COMMON_H
 #define BENCH_COMMON_H
 
@@ -19,7 +19,7 @@ static __u64 (*const bpf_get_current_pid_tgid)(void) = (void *)BPF_FUNC_get_curr
 static long (*const bpf_probe_read_kernel)(void *to, __u32 size, const void *from) =
 	(void *)BPF_FUNC_probe_read_kernel;
 
-/* The event kvm:kvm_exit as its format file says; the loader compares. */
+/* Layout of the event kvm:kvm_exit. The loader compares it with the event's format file. */
 struct kvm_exit_event {
 	__u64 common;
 	__u32 exit_reason;
@@ -27,9 +27,9 @@ struct kvm_exit_event {
 };
 
 /*
- * Where KVM keeps the exit reason, for the raw tracepoint, which does not pass it: in struct
- * vcpu_vmx, or in the VMCB that struct vcpu_svm points to. The loader sets these from the BTF
- * of kvm_intel or kvm_amd.
+ * Offsets of the exit reason, which the raw tracepoint does not pass. KVM keeps it in struct
+ * vcpu_vmx, or in the VMCB that struct vcpu_svm points to. The loader takes the offsets from the
+ * BTF of kvm_intel or kvm_amd.
  */
 #define NO_POINTER 0xffffffff
 volatile const __u32 pointer_offset = NO_POINTER;

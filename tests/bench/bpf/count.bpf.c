@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Counts exits by thread and reason, the way bcc's kvmexit does it: the thread that exits on a
- * CPU mostly is the one that did so before, so its counts lie in a per-CPU array; those of the
- * others wait in a hash.
+ * Count exits by thread and reason, as bcc's kvmexit does. The thread that exits on a CPU is mostly
+ * the one that exited there before, so its counts are in a per-CPU array. Those of the other
+ * threads are in a hash.
  */
 #include "common.h"
 
@@ -20,7 +20,7 @@ struct {
 	__type(value, struct counts);
 } latest SEC(".maps");
 
-/* What a thread begins with: too large for BPF's stack. */
+/* Counts of a new thread, all zero. They are too large for BPF's stack. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -55,7 +55,7 @@ static __always_inline int count(__u32 reason)
 		bpf_probe_read_kernel(counts, sizeof(*counts), known);
 		counts->thread = thread;
 	}
-	/* SVM's codes from 0x400 on share the rows of the lowest ones. */
+	/* SVM's codes from 0x400 on share the counts of the lowest ones. */
 	counts->exits[reason & (REASONS - 1)]++;
 	return 0;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The time from exit to entry as a log2 histogram by reason, the way bcc's tools and bpftrace's
- * one-liners do it: the exit leaves its time under the thread's number, the entry takes it.
+ * Record the time from exit to entry in a log2 histogram by reason, as bcc's tools and bpftrace's
+ * one-liners do. The exit stores its time under the thread's number, and the entry reads it.
  */
 #include "common.h"
 
@@ -66,7 +66,7 @@ static __always_inline int end(void)
 	start = bpf_map_lookup_elem(&starts, &thread);
 	if (!start || !start->open)
 		return 0;
-	/* Cheaper than to take it out of the map, as many do. */
+	/* Cheaper than deleting it from the map, as many programs do. */
 	start->open = 0;
 	histogram = bpf_map_lookup_elem(&histograms, &start->reason);
 	if (!histogram) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The exits whose cost is measured.
+//! Runs guests that cause the exits whose cost is measured.
 
 use std::{
     io, mem,
@@ -12,28 +12,28 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tiny_guests::{Config, Machine, Mode, Program};
 
-/// An exit, by what KVM does with it.
+/// A kind of exit, by how KVM handles it.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Exit {
-    /// CPUID: in KVM, through the function that exitmeter redirects.
+    /// CPUID: handled in KVM, through the function that exitmeter redirects.
     Cpuid,
-    /// WBINVD: in KVM, through the whole of its exit dispatch.
+    /// WBINVD: handled in KVM, through its whole exit dispatch.
     Wbinvd,
-    /// INVD: in KVM's fastpath, which goes back into the guest before the dispatch.
+    /// INVD: handled in KVM's fastpath, which reenters the guest before the dispatch.
     Invd,
-    /// WRMSR: in KVM, and an event of its own for who traces MSRs.
+    /// WRMSR: handled in KVM, and an event of its own for tools that trace MSRs.
     Wrmsr,
-    /// IN from the speaker's port: in KVM, and an event of its own for who traces ports.
+    /// IN from the speaker's port: handled in KVM, and an event of its own for tools that trace ports.
     InKernel,
-    /// OUT: out to user space and back.
+    /// OUT: handled in user space.
     OutUser,
-    /// A page that was never touched: an EPT violation, or a nested page fault.
+    /// First access to a page: an EPT violation or a nested page fault.
     Touch,
 }
 
 impl Exit {
-    /// What heads its column.
+    /// Return the column's title.
     pub fn title(self) -> &'static str {
         match self {
             Exit::Cpuid => "CPUID",
@@ -58,28 +58,28 @@ impl Exit {
         }
     }
 
-    /// TSC ticks of one exit, the guest's loop around it included: the mean of `count`.
+    /// Measure TSC ticks per exit, including the guest's loop around it: the mean of `count` exits.
     ///
-    /// What a vCPU's start and end cost falls out, as the difference of two guests is
-    /// taken, of which one exits `count` times more.
+    /// The result is the difference of two guests, one of which exits `count` times more often, so
+    /// the cost of a vCPU's start and end cancels out.
     pub fn ticks(self, count: u32) -> Result<f64> {
-        let few = short(count);
+        let few = short_count(count);
         let [short, long] = [few, few + count].map(|count| run(self.program(), count));
         Ok(long?.saturating_sub(short?) as f64 / f64::from(count))
     }
 
-    /// How many exits of its own kind [`Exit::ticks`] causes.
-    pub fn known(count: u32) -> u64 {
-        2 * u64::from(short(count)) + u64::from(count)
+    /// Return the number of exits of the measured kind that [`Exit::ticks`] causes.
+    pub fn caused(count: u32) -> u64 {
+        2 * u64::from(short_count(count)) + u64::from(count)
     }
 }
 
-/// How often the shorter of two guests exits.
-fn short(count: u32) -> u32 {
+/// Return how often the shorter of the two guests exits.
+fn short_count(count: u32) -> u32 {
     count / 10
 }
 
-/// The TSC now, read when all before it is done.
+/// Return the TSC, read after all earlier instructions.
 fn now() -> u64 {
     // SAFETY: Every x86-64 CPU has both.
     unsafe {
@@ -88,7 +88,7 @@ fn now() -> u64 {
     }
 }
 
-/// Runs a guest; TSC ticks from before its start until after its end.
+/// Run a guest and return the TSC ticks from before its start until after its end.
 fn run(program: Program, count: u32) -> Result<u64> {
     let mut machine = Machine::new(Config::new(program, Mode::Long, count))?;
     let start = AtomicU64::new(0);
@@ -102,7 +102,7 @@ fn run(program: Program, count: u32) -> Result<u64> {
     Ok(end.saturating_sub(start.load(Relaxed)))
 }
 
-/// Keeps this thread on the host's first CPU.
+/// Pin this thread to the host's first CPU.
 fn pin() -> io::Result<()> {
     // SAFETY: All-zero bytes are an empty set; CPU 0 is inside it, and the call reads it.
     let ret = unsafe {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inside: measures in the emulated host, and prints a line of JSON for each number.
+//! Measures inside the emulated host and prints each result as a line of JSON.
 
 use std::process::ExitCode;
 
@@ -10,13 +10,13 @@ use clap::ValueEnum as _;
 use crate::{
     exits::Exit,
     meters::{self, Meter},
-    report::{Cost, Line, Saw},
+    report::{Cost, Line, Sighting},
     Plan,
 };
 
-/// Measures what the plan says; the status says whether every meter could be.
+/// Measure all of the plan. The exit code is 1 if a meter could not be measured.
 pub fn run(plan: &Plan) -> Result<ExitCode> {
-    // What runs for the first time costs more.
+    // Warm up: the first run of each costs more.
     for exit in exits(plan) {
         exit.ticks(plan.count / 10)?;
     }
@@ -40,15 +40,15 @@ fn exits(plan: &Plan) -> Vec<Exit> {
     }
 }
 
-/// Measures every exit under one meter.
+/// Measure every kind of exit under one meter.
 fn measure(meter: Meter, plan: &Plan) -> Result<()> {
-    let watch = meters::start(meter).context("it does not start")?;
+    let watch = meters::start(meter).context("cannot start it")?;
     let mut known = 0;
     for exit in exits(plan) {
         let mut ticks = Vec::new();
         for _ in 0..plan.runs {
             ticks.push(exit.ticks(plan.count)?);
-            known += Exit::known(plan.count);
+            known += Exit::caused(plan.count);
         }
         print(&Line::Cost(Cost { meter, exit, ticks }))?;
     }
@@ -56,18 +56,18 @@ fn measure(meter: Meter, plan: &Plan) -> Result<()> {
     let meters::Seen {
         exits: seen,
         remark,
-    } = watch.stop().context("it does not end well")?;
-    print(&Line::Saw(Saw {
+    } = watch.stop().context("cannot stop it")?;
+    print(&Line::Saw(Sighting {
         meter,
         known,
         seen,
         remark,
     }))?;
-    // There are more: interrupts, and the end of each guest.
+    // The meter sees more than `known`: also interrupts, and the last exit of each guest.
     if let Some(seen) = seen {
         ensure!(
             seen >= known,
-            "it saw {seen} exits, and the guests caused {known} and more"
+            "it saw {seen} exits, but the guests caused at least {known}"
         );
     }
     Ok(())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What watches exits while they are measured: exitmeter, and what there is besides.
+//! Starts and stops the meters that watch exits while they are measured: exitmeter and others.
 
 mod bpf;
 mod exitmeter;
@@ -13,56 +13,56 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// A meter.
+/// A meter to measure.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Meter {
-    /// Nobody watches.
+    /// No meter.
     None,
-    /// exitmeter as it loads.
+    /// exitmeter with its default parameters.
     Exitmeter,
-    /// exitmeter with details=1: each exit is told with what it was about.
+    /// exitmeter with details=1.
     ExitmeterDetails,
-    /// exitmeter with details=1 and slow_us: a ring of the last exits as well.
+    /// exitmeter with details=1 and slow_us, so with a ring of the last exits.
     ExitmeterRing,
-    /// exitmeter with leaf_map=0: nothing redirects KVM's CPUID.
+    /// exitmeter with leaf_map=0, so without the redirect of KVM's CPUID.
     ExitmeterNoLeaves,
-    /// exitmeter's BPF programs, in place of the module.
+    /// exitmeter's BPF programs instead of the module.
     ExitmeterBpf,
-    /// exitmeter's callbacks alone, which return at once.
+    /// exitmeter's hooks alone: their callbacks return at once.
     OnlyHooks,
-    /// exitmeter's clock and ledger alone, in which nothing but the transitions is written.
+    /// exitmeter's hooks, its clock and a ledger that records only transitions.
     OnlyTransitions,
-    /// These with exits counted by reason.
+    /// The same, with exits counted by reason.
     OnlyCounts,
-    /// These with ticks booked by phase and reason.
+    /// The same, with ticks booked by phase and reason.
     OnlyPhases,
-    /// These with histograms.
+    /// The same, with histograms.
     OnlyHistograms,
-    /// BPF that counts by reason, on the raw tracepoint.
+    /// BPF on the raw tracepoint that counts by reason.
     BpfCountRaw,
-    /// BPF that counts by reason, on the tracepoint, as bcc's kvmexit does.
+    /// BPF on the tracepoint that counts by reason, as bcc's kvmexit does.
     BpfCount,
-    /// BPF from exit to entry, a histogram by reason, on the raw tracepoints.
+    /// BPF on the raw tracepoints: a histogram by reason of the time from exit to entry.
     BpfLatencyRaw,
-    /// BPF from exit to entry, a histogram by reason, on the tracepoints.
+    /// BPF on the tracepoints: a histogram by reason of the time from exit to entry.
     BpfLatency,
-    /// BPF that counts by reason and guest RIP, on the tracepoint.
+    /// BPF on the tracepoint that counts by reason and guest RIP.
     BpfCode,
-    /// BPF that counts by reason and guest RIP, with the time to the entry, on the tracepoints.
+    /// BPF on the tracepoints that counts by reason and guest RIP and adds up the time to the entry.
     BpfCodeTime,
-    /// A hist trigger of ftrace on kvm_exit, keyed by reason.
+    /// ftrace's hist trigger on kvm_exit, keyed by reason.
     FtraceHist,
     /// kvm_exit and kvm_entry in ftrace's ring buffer.
     FtraceRing,
-    /// perf stat -e kvm:kvm_exit.
+    /// `perf stat -e kvm:kvm_exit`.
     PerfStat,
-    /// perf kvm stat record.
+    /// `perf kvm stat record`.
     PerfKvmStat,
 }
 
 impl Meter {
-    /// What heads its row.
+    /// Return the title of the meter's line in the results.
     pub fn title(self) -> &'static str {
         match self {
             Meter::None => "no meter",
@@ -91,7 +91,7 @@ impl Meter {
 }
 
 impl Meter {
-    /// The part of exitmeter that this build of it has alone, as its Kbuild names it.
+    /// Return the only part of exitmeter in this build of the module, as Kbuild names it.
     pub fn part(self) -> Option<&'static str> {
         match self {
             Meter::OnlyHooks => Some("hooks"),
@@ -104,25 +104,25 @@ impl Meter {
     }
 }
 
-/// Where the host has the builds of exitmeter with one part alone: `PART.ko`.
+/// Folder of the builds that contain a single part of exitmeter, `PART.ko`, in the host.
 pub const PARTS_FOLDER: &str = "/usr/local/lib/exitmeter-parts";
 
-/// What a meter saw.
+/// Exits that a meter saw.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// Exits, all VMs and reasons; `None` from a part of exitmeter that does not count.
+    /// Exits of all VMs and reasons; `None` from a part of exitmeter that does not count.
     pub exits: Option<u64>,
-    /// What else it left behind.
+    /// Further output of the meter, such as the size of its data.
     pub remark: Option<String>,
 }
 
-/// A meter that watches.
+/// A running meter.
 pub trait Watch {
-    /// Ends it, and gives what it saw.
+    /// Stop the meter and return what it saw.
     fn stop(self: Box<Self>) -> Result<Seen>;
 }
 
-/// Starts a meter; from the return on it watches every exit.
+/// Start a meter. When this returns, the meter watches every exit.
 pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
     Ok(match meter {
         Meter::None => None,
@@ -131,7 +131,7 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
             "log_queries=0",
             "details=1",
         ])?)),
-        // No exit takes as long, so that the ring does not freeze.
+        // No exit takes this long, so the ring never freezes.
         Meter::ExitmeterRing => Some(Box::new(exitmeter::Loaded::new(&[
             "log_queries=0",
             "details=1",
@@ -144,12 +144,20 @@ pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
         | Meter::OnlyCounts
         | Meter::OnlyPhases
         | Meter::OnlyHistograms => Some(Box::new(exitmeter::Loaded::part(meter)?)),
-        Meter::BpfCountRaw => Some(Box::new(bpf::Program::count(bpf::Hook::Raw)?)),
-        Meter::BpfCount => Some(Box::new(bpf::Program::count(bpf::Hook::Event)?)),
-        Meter::BpfLatencyRaw => Some(Box::new(bpf::Program::latency(bpf::Hook::Raw)?)),
-        Meter::BpfLatency => Some(Box::new(bpf::Program::latency(bpf::Hook::Event)?)),
-        Meter::BpfCode => Some(Box::new(bpf::Program::code(false)?)),
-        Meter::BpfCodeTime => Some(Box::new(bpf::Program::code(true)?)),
+        Meter::BpfCountRaw => Some(Box::new(bpf::Attached::count(
+            bpf::AttachPoint::RawTracepoint,
+        )?)),
+        Meter::BpfCount => Some(Box::new(bpf::Attached::count(
+            bpf::AttachPoint::TraceEvent,
+        )?)),
+        Meter::BpfLatencyRaw => Some(Box::new(bpf::Attached::latency(
+            bpf::AttachPoint::RawTracepoint,
+        )?)),
+        Meter::BpfLatency => Some(Box::new(bpf::Attached::latency(
+            bpf::AttachPoint::TraceEvent,
+        )?)),
+        Meter::BpfCode => Some(Box::new(bpf::Attached::code(false)?)),
+        Meter::BpfCodeTime => Some(Box::new(bpf::Attached::code(true)?)),
         Meter::FtraceHist => Some(Box::new(ftrace::Hist::new()?)),
         Meter::FtraceRing => Some(Box::new(ftrace::Ring::new()?)),
         Meter::PerfStat => Some(Box::new(perf::Perf::stat()?)),

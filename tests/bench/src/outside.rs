@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The outside: compiles the BPF programs, boots a host with this program in it, and tells
-//! what comes back.
+//! Compiles the BPF programs, boots a host with this program in it, and prints the results.
 
 mod bpf;
 pub mod reason;
@@ -31,26 +30,26 @@ use crate::{
     Arguments, Plan,
 };
 
-/// Where the host has the BPF programs.
+/// Folder of the BPF programs in the host.
 pub const BPF_FOLDER: &str = "/usr/local/lib/bpf";
-/// Where the host has the place of the exit reason.
+/// File in the host with the offsets of the exit reason.
 pub const REASON_FILE: &str = "/usr/local/lib/bpf/reason.json";
-/// Where the host has this program.
-const INSIDE: &str = "/usr/local/bin/bench";
+/// This program in the host.
+const PROGRAM: &str = "/usr/local/bin/bench";
 
-/// The host's memory in MiB: perf's data, 230 bytes an exit, goes there.
+/// Memory of the host, in MiB. It holds perf's data, 230 bytes for each exit.
 const MEMORY: u32 = 1024;
 
-/// Boots one host, measures, prints the table and writes the JSON.
+/// Boot one host, measure, print the results and write them as JSON.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let mut options = Options::new(arguments.host, command(&arguments.plan));
     options.kernel.clone_from(&arguments.kernel);
     options.machine.memory = MEMORY;
-    // Otherwise its TSC is the wall clock.
+    // Without icount the TSC of the AMD host follows the wall clock.
     options.machine.icount = arguments.host == Host::Amd;
     options.limits = Limits {
         time: Duration::from_secs(3600),
-        // A meter that is slow says nothing for as long as it is measured.
+        // The host prints nothing while a slow meter is measured.
         silence: Duration::from_secs(900),
     };
     let prepared = setup::prepare(&Wanted {
@@ -63,10 +62,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let files = setup::repository().join(format!("build/bench-{}", arguments.host));
     fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
     bpf::compile(&prepared, &files)?;
-    let place = reason::find(&prepared, arguments.host)?;
-    fs::write(files.join("reason.json"), serde_json::to_string(&place)?)?;
-    let this = env::current_exe().context("the path of this program is not known")?;
-    options.files = vec![FileSpec::at(this, INSIDE), FileSpec::at(files, BPF_FOLDER)];
+    let offsets = reason::find(&prepared, arguments.host)?;
+    fs::write(files.join("reason.json"), serde_json::to_string(&offsets)?)?;
+    let this = env::current_exe().context("cannot find the path of this program")?;
+    options.files = vec![FileSpec::at(this, PROGRAM), FileSpec::at(files, BPF_FOLDER)];
     for meter in &arguments.plan.meters() {
         let Some(part) = meter.part() else { continue };
         let module = module::build_with(&prepared, &[format!("EXITMETER_ONLY={part}")], false)?;
@@ -85,16 +84,16 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let outcome = watch(&options, &mut report)?;
     report.finish();
-    tell(&report, &outcome, arguments.json.as_deref())?;
+    print_results(&report, &outcome, arguments.json.as_deref())?;
     Ok(match outcome.end {
         End::Script(0) if report.failures.is_empty() => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     })
 }
 
-/// What runs inside.
+/// Return the command line of the inside.
 fn command(plan: &Plan) -> Vec<String> {
-    let mut words: Vec<String> = vec![INSIDE.into(), "--inside".into()];
+    let mut words: Vec<String> = vec![PROGRAM.into(), "--inside".into()];
     let mut option = |name: &str, value: String| words.push(format!("--{name}={value}"));
     option("runs", plan.runs.to_string());
     option("count", plan.count.to_string());
@@ -114,7 +113,7 @@ fn command(plan: &Plan) -> Vec<String> {
     words
 }
 
-/// Runs the host, and takes the lines of the inside as they come.
+/// Run the host and collect the lines that the inside prints.
 fn watch(options: &Options, report: &mut Report) -> Result<Outcome> {
     let terminal = io::stderr().is_terminal();
     let mut stdout = Vec::new();
@@ -153,12 +152,12 @@ fn progress(report: &Report, terminal: bool) {
     }
 }
 
-/// Prints the table and what else there is to know.
-fn tell(report: &Report, outcome: &Outcome, json: Option<&Path>) -> Result<()> {
+/// Print the results, remarks and failures, and write the JSON.
+fn print_results(report: &Report, outcome: &Outcome, json: Option<&Path>) -> Result<()> {
     print!("{}", report.table());
     println!(
-        "Medians; without a meter all ticks, else those added, and how many times what exitmeter adds.\n\
-         ± is half of the spread of all runs. Host {}, Linux {}, {} exits a run.",
+        "Medians. The first line has all ticks of an exit; the others have the ticks that a meter adds, and their ratio to exitmeter's.\n\
+         ± is half of the spread of all runs. Host {}, Linux {}, {} exits in each run.",
         report.host, report.kernel, report.count
     );
     for saw in &report.saw {
@@ -166,7 +165,7 @@ fn tell(report: &Report, outcome: &Outcome, json: Option<&Path>) -> Result<()> {
         let comma = if remark.is_empty() { "" } else { ", " };
         let Some(seen) = saw.seen else { continue };
         println!(
-            "{} saw {seen} exits of {} and more{comma}{remark}",
+            "{} saw {seen} exits; the guests caused at least {}{comma}{remark}",
             saw.meter.title(),
             saw.known
         );

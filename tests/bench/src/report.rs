@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What was measured: from lines of the inside to the table and the JSON.
+//! Turns the lines that the inside prints into the printed results and the JSON.
 
 use std::fmt::Write as _;
 
@@ -12,20 +12,20 @@ use crate::{exits::Exit, meters::Meter};
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Line {
-    /// One cell of the table.
+    /// Cost of one kind of exit under one meter.
     Cost(Cost),
-    /// What a meter saw while it was measured.
-    Saw(Saw),
+    /// Exits that a meter saw while it was measured.
+    Saw(Sighting),
     /// A meter that could not be measured.
     Failed {
-        /// Which.
+        /// The meter.
         meter: Meter,
-        /// Why.
+        /// Error message.
         why: String,
     },
 }
 
-/// The ticks of an exit under a meter.
+/// Cost of one kind of exit under one meter.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Cost {
     /// The meter.
@@ -36,56 +36,56 @@ pub struct Cost {
     pub ticks: Vec<f64>,
 }
 
-/// What a meter saw, so that none is taken for cheap that did nothing.
+/// Exits that a meter saw. A meter that does nothing would look cheap.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Saw {
+pub struct Sighting {
     /// The meter.
     pub meter: Meter,
-    /// Exits that the guests are known to have caused, and no others.
+    /// Exits that the guests are known to have caused. There are others besides.
     pub known: u64,
     /// Exits that the meter saw; `None` from a part of exitmeter that does not count.
     pub seen: Option<u64>,
-    /// What else it left behind.
+    /// Further output of the meter, such as the size of its data.
     pub remark: Option<String>,
 }
 
-/// Everything of one host.
+/// All results of one host.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// `intel` or `amd`.
     pub host: String,
-    /// Its kernel's release.
+    /// Release of the host's kernel.
     pub kernel: String,
-    /// How many exits a number is the mean of.
+    /// Exits of one run, whose mean is its result.
     pub count: u32,
-    /// What was measured.
+    /// Costs by meter and exit.
     pub costs: Vec<Summary>,
-    /// What the meters saw.
-    pub saw: Vec<Saw>,
-    /// What failed.
+    /// Exits that the meters saw.
+    pub saw: Vec<Sighting>,
+    /// Meters that could not be measured, with the reasons.
     pub failures: Vec<String>,
 }
 
-/// One cell, with what follows from it.
+/// A cost with its statistics.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
-    /// The ticks measured.
+    /// The measured ticks.
     #[serde(flatten)]
     pub cost: Cost,
-    /// Their median.
+    /// Median of the runs, in ticks.
     pub median: f64,
-    /// The smallest.
+    /// Smallest result, in ticks.
     pub min: f64,
-    /// The largest.
+    /// Largest result, in ticks.
     pub max: f64,
-    /// The median less that without a meter.
+    /// Median minus the median without a meter, in ticks.
     pub added: Option<f64>,
-    /// How many times what exitmeter adds.
+    /// Added ticks as a multiple of those that exitmeter adds.
     pub ratio: Option<f64>,
 }
 
 impl Report {
-    /// Takes a line of the inside; whether it was one.
+    /// Parse a line of the inside. Return `false` if it is something else.
     pub fn take(&mut self, line: &str) -> bool {
         let Ok(line) = serde_json::from_str(line) else {
             return false;
@@ -110,7 +110,7 @@ impl Report {
             .find(|cell| cell.cost.meter == meter && cell.cost.exit == exit)
     }
 
-    /// Works out what each meter adds, once all lines are there.
+    /// Compute what each meter adds. Call this after the last line.
     pub fn finish(&mut self) {
         let added = |this: &Self, meter, exit| {
             Some(this.median(meter, exit)? - this.median(Meter::None, exit)?)
@@ -120,14 +120,14 @@ impl Report {
             if meter == Meter::None {
                 continue;
             }
-            let of_it = added(self, meter, exit);
+            let this = added(self, meter, exit);
             let ours = added(self, Meter::Exitmeter, exit).filter(|ours| *ours > 0.0);
-            self.costs[at].added = of_it;
-            self.costs[at].ratio = of_it.zip(ours).map(|(of_it, ours)| of_it / ours);
+            self.costs[at].added = this;
+            self.costs[at].ratio = this.zip(ours).map(|(this, ours)| this / ours);
         }
     }
 
-    /// The table: a row for each meter, a column for each exit.
+    /// Format the results with a line for each meter and a column for each exit.
     pub fn table(&self) -> String {
         const LABEL: usize = 33;
         const CELL: usize = 18;
@@ -183,7 +183,7 @@ impl Summary {
         }
     }
 
-    /// Without a meter the ticks, else what is added and its ratio; and the spread.
+    /// Format the ticks without a meter, or the added ticks and their ratio, and the spread.
     fn cell(&self) -> String {
         let spread = self.max - self.min;
         match (self.added, self.ratio) {
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_of_what_was_printed() {
+    fn formats_the_lines_of_the_inside() {
         let mut report = Report::default();
         for line in [
             cost(Meter::None, &[1150.0, 1100.0, 1147.0]),
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_base_nothing_is_added() {
+    fn without_a_baseline_no_added_ticks_are_computed() {
         let mut report = Report::default();
         report.take(&serde_json::to_string(&cost(Meter::BpfLatency, &[9.0])).expect("JSON"));
         report.finish();

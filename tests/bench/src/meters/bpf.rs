@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! BPF programs that do what bcc's and bpftrace's do; their source is in ../../bpf.
+//! Runs BPF programs that do what those of bcc and bpftrace do. Their source is in ../../bpf.
 
 use std::fs;
 
@@ -14,22 +14,22 @@ use aya::{
 use super::{ftrace, Seen, Watch};
 use crate::outside::{reason, BPF_FOLDER, REASON_FILE};
 
-/// Where a program is attached.
+/// Kind of tracepoint that a program is attached to.
 #[derive(Clone, Copy, Debug)]
-pub enum Hook {
-    /// To the tracepoint's arguments.
-    Raw,
-    /// To the event that the kernel makes of them.
-    Event,
+pub enum AttachPoint {
+    /// The raw tracepoint, which passes the tracepoint's arguments.
+    RawTracepoint,
+    /// The trace event, which the kernel builds from them.
+    TraceEvent,
 }
 
-/// A program that watches.
-pub struct Program {
+/// Attached BPF programs of one meter.
+pub struct Attached {
     ebpf: Ebpf,
-    seen: fn(&mut Ebpf) -> Result<u64>,
+    read_exits: fn(&mut Ebpf) -> Result<u64>,
 }
 
-/// As in count.bpf.c.
+/// `struct counts` of count.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Counts {
@@ -39,27 +39,27 @@ struct Counts {
 // SAFETY: Any bytes are valid numbers, and there is no padding.
 unsafe impl Pod for Counts {}
 
-/// As in code.bpf.c.
+/// `struct place` of code.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Place {
+struct CodeKey {
     rip: u64,
     reason: u64,
 }
 // SAFETY: Any bytes are valid numbers, and there is no padding.
-unsafe impl Pod for Place {}
+unsafe impl Pod for CodeKey {}
 
-/// As in code.bpf.c.
+/// `struct row` of code.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Row {
+struct CodeValue {
     exits: u64,
     time: u64,
 }
 // SAFETY: Any bytes are valid numbers, and there is no padding.
-unsafe impl Pod for Row {}
+unsafe impl Pod for CodeValue {}
 
-/// As in latency.bpf.c.
+/// `struct histogram` of latency.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Histogram {
@@ -68,14 +68,14 @@ struct Histogram {
 // SAFETY: Any bytes are valid numbers, and there is no padding.
 unsafe impl Pod for Histogram {}
 
-impl Program {
-    /// Counts exits by thread and reason.
-    pub fn count(hook: Hook) -> Result<Self> {
+impl Attached {
+    /// Attach the program that counts exits by thread and reason.
+    pub fn count(point: AttachPoint) -> Result<Self> {
         let mut ebpf = load("count.bpf.o")?;
-        attach(&mut ebpf, hook, "kvm_exit")?;
+        attach(&mut ebpf, point, "kvm_exit")?;
         Ok(Self {
             ebpf,
-            seen: |ebpf| {
+            read_exits: |ebpf| {
                 let map = ebpf.map("latest").context("there is no map")?;
                 let map = PerCpuArray::<_, Counts>::try_from(map)?;
                 let mut sum: u64 = 0;
@@ -94,7 +94,8 @@ impl Program {
         })
     }
 
-    /// Counts exits by reason and guest RIP, with their time if that is wanted.
+    /// Attach the program that counts exits by reason and guest RIP, and with `with_time` adds up their
+    /// time.
     pub fn code(with_time: bool) -> Result<Self> {
         let mut ebpf = load("code.bpf.o")?;
         if with_time {
@@ -105,9 +106,9 @@ impl Program {
         }
         Ok(Self {
             ebpf,
-            seen: |ebpf| {
+            read_exits: |ebpf| {
                 let map = ebpf.map("rows").context("there is no map")?;
-                let map = HashMap::<_, Place, Row>::try_from(map)?;
+                let map = HashMap::<_, CodeKey, CodeValue>::try_from(map)?;
                 let mut sum = 0;
                 for row in map.iter() {
                     sum += row?.1.exits;
@@ -117,14 +118,14 @@ impl Program {
         })
     }
 
-    /// Takes the time from exit to entry, by reason.
-    pub fn latency(hook: Hook) -> Result<Self> {
+    /// Attach the programs that take the time from exit to entry, by reason.
+    pub fn latency(point: AttachPoint) -> Result<Self> {
         let mut ebpf = load("latency.bpf.o")?;
-        attach(&mut ebpf, hook, "kvm_exit")?;
-        attach(&mut ebpf, hook, "kvm_entry")?;
+        attach(&mut ebpf, point, "kvm_exit")?;
+        attach(&mut ebpf, point, "kvm_entry")?;
         Ok(Self {
             ebpf,
-            seen: |ebpf| {
+            read_exits: |ebpf| {
                 let map = ebpf.map("histograms").context("there is no map")?;
                 let map = HashMap::<_, u32, Histogram>::try_from(map)?;
                 let mut sum = 0;
@@ -137,21 +138,22 @@ impl Program {
     }
 }
 
-/// Loads a program, told where this kernel keeps the exit reason.
+/// Load an object file, and set the offsets at which this kernel keeps the exit reason.
 fn load(name: &str) -> Result<Ebpf> {
     ftrace::mount()?;
     check_event()?;
     let text = fs::read_to_string(REASON_FILE)?;
-    let place: reason::Place = serde_json::from_str(&text)?;
+    let offsets: reason::Offsets = serde_json::from_str(&text)?;
     let path = format!("{BPF_FOLDER}/{name}");
     EbpfLoader::new()
-        .set_global("pointer_offset", &place.pointer.unwrap_or(u32::MAX), true)
-        .set_global("reason_offset", &place.reason, true)
+        .set_global("pointer_offset", &offsets.pointer.unwrap_or(u32::MAX), true)
+        .set_global("reason_offset", &offsets.reason, true)
         .load_file(&path)
         .with_context(|| format!("the kernel refuses {path}"))
 }
 
-/// The programs on events read the reason from where it is in all kernels so far.
+/// Check that the fields of the event kvm_exit are where the programs read them. All kernels so far
+/// agree on that.
 fn check_event() -> Result<()> {
     let format = fs::read_to_string("/sys/kernel/tracing/events/kvm/kvm_exit/format")?;
     for (name, place) in [
@@ -161,22 +163,22 @@ fn check_event() -> Result<()> {
         let field = format.lines().find(|line| line.contains(name));
         ensure!(
             field.is_some_and(|field| field.contains(place)),
-            "the event kvm_exit has another layout than tests/bench/bpf says"
+            "the event kvm_exit has another layout than tests/bench/bpf/common.h says"
         );
     }
     Ok(())
 }
 
-fn attach(ebpf: &mut Ebpf, hook: Hook, event: &str) -> Result<()> {
-    match hook {
-        Hook::Raw => {
+fn attach(ebpf: &mut Ebpf, point: AttachPoint, event: &str) -> Result<()> {
+    match point {
+        AttachPoint::RawTracepoint => {
             let program = program(ebpf, &format!("{event}_raw"))?;
             let program: &mut RawTracePoint = program.try_into()?;
             program.load()?;
             program.attach(event)?;
             Ok(())
         }
-        Hook::Event => attach_event(ebpf, event, event),
+        AttachPoint::TraceEvent => attach_event(ebpf, event, event),
     }
 }
 
@@ -192,9 +194,9 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::
         .with_context(|| format!("there is no program {name}"))
 }
 
-impl Watch for Program {
+impl Watch for Attached {
     fn stop(mut self: Box<Self>) -> Result<Seen> {
-        let exits = (self.seen)(&mut self.ebpf)?;
+        let exits = (self.read_exits)(&mut self.ebpf)?;
         Ok(Seen {
             exits: Some(exits),
             remark: None,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! exitmeter itself, and its BPF programs.
+//! Runs exitmeter itself: the module, or its BPF programs.
 
 use std::{fs, process::Command};
 
@@ -10,21 +10,21 @@ use exitmeter_meter::reader::Snapshot;
 
 use super::{Meter, Seen, Watch, PARTS_FOLDER};
 
-/// The module, loaded.
+/// The loaded module.
 pub struct Loaded {
     counts: bool,
 }
 
 impl Loaded {
-    /// Loads it with these parameters.
+    /// Load the module with these parameters.
     pub fn new(parameters: &[&str]) -> Result<Self> {
         insmod("/root/exitmeter.ko", parameters)?;
         Ok(Self { counts: true })
     }
 
-    /// Loads a build with one part alone, without the redirect of CPUID.
+    /// Load a build that contains a single part, without the redirect of CPUID.
     pub fn part(meter: Meter) -> Result<Self> {
-        let part = meter.part().context("it is no part of exitmeter")?;
+        let part = meter.part().context("not a part of exitmeter")?;
         insmod(&format!("{PARTS_FOLDER}/{part}.ko"), &["leaf_map=0"])?;
         Ok(Self {
             counts: meter == Meter::OnlyCounts,
@@ -37,17 +37,17 @@ fn insmod(path: &str, parameters: &[&str]) -> Result<()> {
         .arg(path)
         .args(parameters)
         .status()
-        .context("insmod cannot be run")?;
-    ensure!(insmod.success(), "{path} does not load; see the kernel log");
+        .context("cannot run insmod")?;
+    ensure!(insmod.success(), "cannot load {path}; see the kernel log");
     Ok(())
 }
 
 impl Watch for Loaded {
     fn stop(self: Box<Self>) -> Result<Seen> {
-        let bytes = fs::read("/dev/exitmeter").context("/dev/exitmeter cannot be read")?;
+        let bytes = fs::read("/dev/exitmeter").context("cannot read /dev/exitmeter")?;
         let exits = exits(&bytes)?;
         let rmmod = Command::new("rmmod").arg("exitmeter").status()?;
-        ensure!(rmmod.success(), "exitmeter does not unload");
+        ensure!(rmmod.success(), "cannot unload exitmeter");
         Ok(Seen {
             exits: self.counts.then_some(exits),
             remark: None,
@@ -55,7 +55,7 @@ impl Watch for Loaded {
     }
 }
 
-/// Return how many exits a snapshot has of the vCPUs that are gone; all have to have been metered.
+/// Return the exits of the departed vCPUs in a snapshot. Fails if a vCPU ran unmetered.
 fn exits(bytes: &[u8]) -> Result<u64> {
     let snapshot = Snapshot::parse(bytes)?;
     ensure!(
@@ -66,11 +66,11 @@ fn exits(bytes: &[u8]) -> Result<u64> {
     Ok(snapshot.totals().map(|row| row.exits()).sum())
 }
 
-/// The BPF programs, attached.
+/// The attached BPF programs.
 pub struct ByBpf(Attached);
 
 impl ByBpf {
-    /// Attaches them.
+    /// Attach the programs.
     pub fn new() -> Result<Self> {
         Ok(Self(Attached::new(VCPUS, false)?))
     }

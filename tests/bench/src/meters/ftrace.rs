@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's own tracing.
+//! Runs the kernel's own tracing: a hist trigger, or events in the ring buffer.
 
 use std::{fs, io, path::Path};
 
@@ -11,23 +11,23 @@ use super::{Seen, Watch};
 const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
 const KEYS: &str = "hist:keys=exit_reason:size=2048";
 
-/// Writes a setting of tracefs, which is mounted if it is not.
+/// Write a setting of tracefs. Mounts tracefs first where needed.
 fn set(path: &str, value: &str) -> Result<()> {
     mount()?;
-    fs::write(path, value).with_context(|| format!("{path} does not take '{value}'"))
+    fs::write(path, value).with_context(|| format!("cannot write '{value}' to {path}"))
 }
 
 fn read(path: &str) -> Result<String> {
-    fs::read_to_string(path).with_context(|| format!("{path} cannot be read"))
+    fs::read_to_string(path).with_context(|| format!("cannot read {path}"))
 }
 
-/// The number after a word at the beginning of a line.
+/// Return the number after `word` at the beginning of a line.
 pub fn number_after(text: &str, word: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.trim().strip_prefix(word)?.trim().parse().ok())
 }
 
-/// Mounts tracefs, where everybody looks for it.
+/// Mount tracefs in its usual place.
 pub fn mount() -> Result<()> {
     if Path::new(EVENTS).is_dir() {
         return Ok(());
@@ -43,7 +43,7 @@ pub fn mount() -> Result<()> {
         )
     };
     if mounted != 0 {
-        return Err(io::Error::last_os_error()).context("tracefs cannot be mounted");
+        return Err(io::Error::last_os_error()).context("cannot mount tracefs");
     }
     Ok(())
 }
@@ -52,7 +52,7 @@ pub fn mount() -> Result<()> {
 pub struct Hist(());
 
 impl Hist {
-    /// Begins to count.
+    /// Start to count.
     pub fn new() -> Result<Self> {
         set(&format!("{EVENTS}/kvm_exit/trigger"), KEYS)?;
         Ok(Self(()))
@@ -71,13 +71,13 @@ impl Watch for Hist {
     }
 }
 
-/// Exits and entries in the ring buffer, the oldest overwritten.
+/// Exits and entries in the ring buffer. The newest overwrite the oldest.
 pub struct Ring(());
 
 const TRACED: [&str; 2] = ["kvm_exit", "kvm_entry"];
 
 impl Ring {
-    /// Begins to trace.
+    /// Start to trace.
     pub fn new() -> Result<Self> {
         for event in TRACED {
             set(&format!("{EVENTS}/{event}/enable"), "1")?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Debian's perf.
+//! Runs Debian's perf.
 
 use std::{
     ffi::CString,
@@ -14,25 +14,25 @@ use anyhow::{bail, ensure, Context as _, Result};
 
 use super::{ftrace, Seen, Watch};
 
-/// Where the outside puts perf.
+/// Folder of perf in the host.
 pub const FOLDER: &str = "/usr/local/lib/perf";
 
 const CONTROL: &str = "/tmp/perf.control";
-const ACKNOWLEDGED: &str = "/tmp/perf.acknowledged";
+const ACKNOWLEDGE: &str = "/tmp/perf.acknowledged";
 const RESULT: &str = "/tmp/perf.result";
-const SAID: &str = "/tmp/perf.said";
+const OUTPUT: &str = "/tmp/perf.output";
 
-/// How long perf may take to start, in milliseconds of the host.
-const PATIENCE: i32 = 60_000;
+/// Time limit for perf to start, in milliseconds of the host.
+const START_TIMEOUT: i32 = 60_000;
 
-/// A perf that runs beside the guests.
+/// A process of perf that runs beside the guests.
 pub struct Perf {
     process: Child,
     seen: fn() -> Result<Seen>,
 }
 
 impl Perf {
-    /// `perf stat -e kvm:kvm_exit` on all CPUs.
+    /// Start `perf stat -e kvm:kvm_exit` on all CPUs.
     pub fn stat() -> Result<Self> {
         let command = ["stat", "-a", "-x", ",", "-e", "kvm:kvm_exit", "-o", RESULT];
         Self::start(&command, || {
@@ -46,19 +46,19 @@ impl Perf {
         })
     }
 
-    /// `perf kvm stat record` on all CPUs.
+    /// Start `perf kvm stat record` on all CPUs.
     pub fn kvm_stat_record() -> Result<Self> {
         let command = ["kvm", "-o", RESULT, "stat", "record", "-a"];
         Self::start(&command, || {
             let size = fs::metadata(RESULT).context("perf left no data")?.len();
-            let said = fs::read_to_string(SAID).unwrap_or_default();
+            let output = fs::read_to_string(OUTPUT).unwrap_or_default();
             // "[ perf record: Captured and wrote 13.735 MB FILE (120012 samples) ]"
-            let samples = said
+            let samples = output
                 .split_once(" samples)")
                 .and_then(|(before, _)| before.rsplit_once('(')?.1.parse::<u64>().ok())
-                .with_context(|| format!("perf record said '{said}'"))?;
+                .with_context(|| format!("perf record said '{output}'"))?;
             Ok(Seen {
-                // Exits and entries, and an event of its own for each OUT.
+                // The samples are exits and entries, and a further event for each OUT.
                 exits: Some(samples / 2),
                 remark: Some(format!("{samples} samples in {:.1} MB", size as f64 / 1e6)),
             })
@@ -67,32 +67,32 @@ impl Perf {
 
     fn start(arguments: &[&str], seen: fn() -> Result<Seen>) -> Result<Self> {
         ftrace::mount()?;
-        let (mut control, mut acknowledged) = (fifo(CONTROL)?, fifo(ACKNOWLEDGED)?);
-        let said = File::create(SAID)?;
+        let (mut control, mut acknowledged) = (fifo(CONTROL)?, fifo(ACKNOWLEDGE)?);
+        let output = File::create(OUTPUT)?;
         let mut process = Command::new(format!("{FOLDER}/lib/ld-linux-x86-64.so.2"))
             .args(["--library-path", &format!("{FOLDER}/lib")])
             .arg(format!("{FOLDER}/perf"))
             .args(arguments)
             .arg("--control")
-            .arg(format!("fifo:{CONTROL},{ACKNOWLEDGED}"))
+            .arg(format!("fifo:{CONTROL},{ACKNOWLEDGE}"))
             .stdin(Stdio::null())
-            .stdout(said.try_clone()?)
-            .stderr(said)
+            .stdout(output.try_clone()?)
+            .stderr(output)
             .spawn()
-            .context("perf is not in this host")?;
-        // It answers once it counts.
+            .context("cannot run perf in this host")?;
+        // perf answers once it counts.
         control.write_all(b"ping\n")?;
         if !wait(&acknowledged)? {
             let _ = process.kill();
             process.wait()?;
-            let said = fs::read_to_string(SAID).unwrap_or_default();
-            bail!("perf does not answer: {}", said.trim());
+            let output = fs::read_to_string(OUTPUT).unwrap_or_default();
+            bail!("perf does not answer: {}", output.trim());
         }
         let mut answer = [0; 16];
         let length = acknowledged.read(&mut answer)?;
         ensure!(
             answer[..length].starts_with(b"ack"),
-            "perf answers something else than ack"
+            "perf does not answer with ack"
         );
         Ok(Self { process, seen })
     }
@@ -100,37 +100,37 @@ impl Perf {
 
 impl Watch for Perf {
     fn stop(mut self: Box<Self>) -> Result<Seen> {
-        // SAFETY: A signal to a child that has not been waited for.
+        // SAFETY: This signals a child that has not been waited for.
         unsafe { libc::kill(self.process.id() as libc::pid_t, libc::SIGINT) };
         self.process.wait()?;
         let seen = (self.seen)();
-        for file in [CONTROL, ACKNOWLEDGED, RESULT, SAID] {
+        for file in [CONTROL, ACKNOWLEDGE, RESULT, OUTPUT] {
             let _ = fs::remove_file(file);
         }
         seen
     }
 }
 
-/// Makes a FIFO and opens both its ends, so that no open waits.
+/// Make a FIFO and open it for reading and writing, so that no open blocks.
 fn fifo(path: &str) -> Result<File> {
     let name = CString::new(path)?;
-    // SAFETY: A string that ends with a NUL.
+    // SAFETY: The string ends with a NUL.
     let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
     if made != 0 {
-        return Err(io::Error::last_os_error()).with_context(|| format!("{path} cannot be made"));
+        return Err(io::Error::last_os_error()).with_context(|| format!("cannot make {path}"));
     }
     Ok(OpenOptions::new().read(true).write(true).open(path)?)
 }
 
-/// Waits until there is something to read; `false` when it takes too long.
+/// Wait until there is something to read. Return `false` on a timeout.
 fn wait(file: &File) -> Result<bool> {
     let mut poll = libc::pollfd {
         fd: file.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
     };
-    // SAFETY: One entry, whose file is open.
-    match unsafe { libc::poll(&mut poll, 1, PATIENCE) } {
+    // SAFETY: `poll` is one entry, and its file is open.
+    match unsafe { libc::poll(&mut poll, 1, START_TIMEOUT) } {
         0 => Ok(false),
         1 => Ok(true),
         _ => Err(io::Error::last_os_error()).context("poll"),

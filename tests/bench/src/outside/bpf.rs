@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The BPF programs, compiled in the Debian root.
+//! Compiles the BPF programs in the Debian root.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use lab::setup::{self, in_root, Prepared};
 
 const PROGRAMS: [&str; 3] = ["count", "latency", "code"];
 
-/// Compiles every program into `folder`.
+/// Compile every program into `folder`.
 pub fn compile(prepared: &Prepared, folder: &Path) -> Result<()> {
     for name in PROGRAMS {
         let status = in_root(&prepared.root)
@@ -17,13 +17,13 @@ pub fn compile(prepared: &Prepared, folder: &Path) -> Result<()> {
             .bind(folder, "/out")
             .command("clang-19")
             .args(["-target", "bpf", "-O2", "-g", "-Wall", "-Werror"])
-            // clang looks there for the machine it compiles for, and BPF has no headers.
+            // clang takes asm/ headers from the folder of its target, and there is none for BPF.
             .arg("-I/usr/include/x86_64-linux-gnu")
             .arg("-c")
             .arg(format!("/bpf/{name}.bpf.c"))
             .args(["-o", &format!("/out/{name}.bpf.o")])
             .status()
-            .context("clang cannot be run in the root")?;
+            .context("cannot run clang in the root")?;
         ensure!(status.success(), "{name}.bpf.c does not compile");
     }
     Ok(())

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where KVM keeps the exit reason: no tracepoint passes it, and the layouts are private,
-//! so a BPF program on the raw tracepoint has to be told.
+//! Finds where KVM keeps the exit reason. No tracepoint passes it and the layouts are private, so a
+//! BPF program on the raw tracepoint needs the offsets.
 
 use anyhow::{ensure, Context as _, Result};
 use lab::{
@@ -10,17 +10,17 @@ use lab::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The way from a vCPU to its exit reason.
+/// Offsets that lead from a vCPU to its exit reason, in bytes.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Place {
-    /// Where in the vCPU the pointer to follow is, if there is one.
+pub struct Offsets {
+    /// Offset in the vCPU of the pointer to follow, if there is one.
     pub pointer: Option<u32>,
-    /// Where the reason is, there or behind the pointer.
+    /// Offset of the reason, in the vCPU or behind the pointer.
     pub reason: u32,
 }
 
-/// Finds it in the types that the packaged modules carry (BTF).
-pub fn find(prepared: &Prepared, host: Host) -> Result<Place> {
+/// Find the offsets in the types that the packaged modules carry (BTF).
+pub fn find(prepared: &Prepared, host: Host) -> Result<Offsets> {
     let (module, types): (_, &[&str]) = match host {
         Host::Intel => ("kvm-intel", &["vcpu_vmx", "vcpu_vt"]),
         Host::Amd => ("kvm-amd", &["vcpu_svm", "vmcb_control_area"]),
@@ -30,19 +30,19 @@ pub fn find(prepared: &Prepared, host: Host) -> Result<Place> {
         texts.push(structure(prepared, module, name)?);
     }
     match host {
-        Host::Intel => Ok(Place {
+        Host::Intel => Ok(Offsets {
             pointer: None,
             reason: offset(&texts[0], "vt")? + offset(&texts[1], "exit_reason")?,
         }),
-        Host::Amd => Ok(Place {
+        Host::Amd => Ok(Offsets {
             pointer: Some(offset(&texts[0], "vmcb")?),
-            // The control area is the first of a VMCB (APM, appendix B).
+            // The control area comes first in a VMCB (APM, appendix B).
             reason: offset(&texts[1], "exit_code")?,
         }),
     }
 }
 
-/// A structure as pahole writes it.
+/// Return a structure as pahole prints it.
 fn structure(prepared: &Prepared, module: &str, name: &str) -> Result<String> {
     let folder = format!(
         "modules/lib/modules/{}/kernel/arch/x86/kvm",
@@ -54,7 +54,7 @@ fn structure(prepared: &Prepared, module: &str, name: &str) -> Result<String> {
         .args(["-euc", "objcopy -O binary --only-section=.BTF /kernel/vmlinux /tmp/btf && pahole --btf_base /tmp/btf -C \"$1\" \"$2\"", "sh"])
         .args([name, &format!("/kernel/{folder}/{module}.ko")])
         .output()
-        .context("pahole cannot be run in the root")?;
+        .context("cannot run pahole in the root")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(
         output.status.success() && text.contains(name),
@@ -64,7 +64,7 @@ fn structure(prepared: &Prepared, module: &str, name: &str) -> Result<String> {
     Ok(text)
 }
 
-/// The offset of a member, in bytes: "type  name;  /* offset size */".
+/// Return the offset of a member, in bytes, from a line `type  name;  /* offset size */`.
 fn offset(structure: &str, member: &str) -> Result<u32> {
     let is_it = |line: &&str| {
         let code = line.split(&[';', '['][..]).next().unwrap_or_default();
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_pahole_writes() {
+    fn finds_offsets_in_the_output_of_pahole() {
         let text = "struct vcpu_vmx {\n\
             \tstruct kvm_vcpu            vcpu;                 /*     0  6456 */\n\
             \t/* --- cacheline 101 boundary (6464 bytes) --- */\n\

@@ -1,50 +1,50 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Disassembled functions, and the longest way through one.
+//! Parses disassembled functions and finds the longest path through one.
 
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{bail, Context as _, Result};
 
-/// What comes after an instruction.
+/// Control flow after an instruction.
 #[derive(Clone, Debug, PartialEq)]
-enum Next {
-    /// The one behind it.
-    Behind,
-    /// That, or the one at this address.
+enum Flow {
+    /// Continues with the next instruction.
+    Next,
+    /// Continues with the next instruction, or jumps to this address.
     Either(u64),
-    /// The one at this address.
+    /// Jumps to this address.
     Jump(u64),
-    /// This function of ours, then the one behind it.
+    /// Calls this function of the module, then continues with the next instruction.
     Call(String),
-    /// The caller.
+    /// Returns to the caller.
     Return,
-    /// What is out of line, and not part of the path.
-    Away,
+    /// Leaves for code out of line, which is not part of the path.
+    OutOfLine,
 }
 
-/// What comes after each instruction of a function, by its address.
-type Function = BTreeMap<u64, Next>;
+/// Instructions of a function, by address.
+type Function = BTreeMap<u64, Flow>;
 
 /// The functions of a module.
 #[derive(Debug, Default)]
 pub struct Code {
     functions: HashMap<String, Function>,
-    /// By the address of a NOP: where the jump goes that takes its place while the key is on.
+    /// Static branches: address of the NOP, and target of the jump that replaces it while the key is on.
     branches: HashMap<u64, u64>,
 }
 
-/// Functions that a call goes to and comes back from at once: the kernel turns the first
-/// into a NOP, the others into the call itself.
+/// Callees that count as no call: the kernel turns a call of the first into a NOP, and a call of the
+/// others into the indirect call itself.
 const TRANSPARENT: [&str; 2] = ["__fentry__", THUNK];
 const THUNK: &str = "__x86_indirect_thunk_";
 
-/// Functions of the module that are part of the path: the readers of the shim.
-const OURS: &str = "exitmeter_";
+/// Prefix of the shim's functions, which are part of the path.
+const SHIM: &str = "exitmeter_";
 
 impl Code {
-    /// Reads what `objdump -r -j __jump_table` prints: three relocations for each branch, of the NOP,
-    /// of where the jump goes, and of the key (struct jump_entry in linux/jump_label.h).
+    /// Add the static branches that `objdump -r -j __jump_table` prints. Each has three relocations: the
+    /// NOP, the jump's target and the key (struct jump_entry in linux/jump_label.h).
     pub fn add_branches(&mut self, text: &str) {
         let places: Vec<Option<u64>> = text
             .lines()
@@ -61,7 +61,7 @@ impl Code {
         }
     }
 
-    /// Reads what `objdump -dr --no-show-raw-insn` prints.
+    /// Parse the output of `objdump -dr --no-show-raw-insn`.
     pub fn parse(text: &str) -> Self {
         let mut code = Self::default();
         let mut name = String::new();
@@ -76,9 +76,9 @@ impl Code {
                 continue;
             };
             if let Some((_, relocation)) = line.split_once(": R_X86_64_") {
-                // Belongs to the instruction before it, and says where that really goes.
-                if let Some(next) = last.and_then(|at| function.get_mut(&at)) {
-                    relocate(next, relocation);
+                // A relocation belongs to the instruction before it and gives its real target.
+                if let Some(flow) = last.and_then(|at| function.get_mut(&at)) {
+                    relocate(flow, relocation);
                 }
             } else if let Some((at, instruction)) = line.split_once(":\t") {
                 let Ok(at) = u64::from_str_radix(at.trim(), 16) else {
@@ -87,7 +87,7 @@ impl Code {
                 // The kernel makes one NOP of several as it loads the module (optimize_nops()).
                 let is_nop = instruction.trim() == "nop";
                 if !(is_nop && was_nop) {
-                    function.insert(at, next(instruction));
+                    function.insert(at, flow_after(instruction));
                     last = Some(at);
                 }
                 was_nop = is_nop;
@@ -96,20 +96,21 @@ impl Code {
         code
     }
 
-    /// The instructions of the longest way through a function: one of C's of that name, or one of
-    /// Rust's, whose mangled name ends in the length of its own and that (RFC 2603). One that takes
-    /// a constant is named with it, as `name::<true>`. `with_branches` tells whether the keys of all
-    /// branches are on.
+    /// Return the number of instructions on the longest path through a function.
+    ///
+    /// `name` is that of a C function, or of a Rust function, whose mangled name ends in the name's
+    /// length and the name (RFC 2603). A const generic argument follows it, as in `name::<true>`. With
+    /// `with_branches` all static keys are on.
     ///
     /// # Errors
     ///
-    /// When there is no such function, or no way through it that stays in line.
+    /// There is no such function, or every path through it leads out of line.
     pub fn longest(&self, name: &str, with_branches: bool) -> Result<usize> {
         self.longest_in_line(name, with_branches)?
-            .with_context(|| format!("every way through {name} leads to code out of line"))
+            .with_context(|| format!("every path through {name} leads to code out of line"))
     }
 
-    /// Return the same; `None` when no way through it stays in line.
+    /// Like [`Self::longest`], but return `None` when every path leads out of line.
     fn longest_in_line(&self, name: &str, with_branches: bool) -> Result<Option<usize>> {
         let (plain, constant) = match name.split_once("::<") {
             Some((plain, "false>")) => (plain, "Kb0_E"),
@@ -130,84 +131,84 @@ impl Code {
         let Some((&start, _)) = function.first_key_value() else {
             bail!("the function {name} is empty");
         };
-        let mut ways = Ways {
+        let mut paths = Paths {
             code: self,
             with_branches,
             function,
             known: HashMap::new(),
         };
-        ways.longest_from(start)
+        paths.longest_from(start)
     }
 }
 
-/// What comes after an instruction, by itself.
-fn next(instruction: &str) -> Next {
+/// Return the control flow after an instruction, before its relocation is known.
+fn flow_after(instruction: &str) -> Flow {
     let mut words = instruction.split_whitespace();
     let operation = words.next().unwrap_or_default();
     let target = words
         .next()
         .and_then(|word| u64::from_str_radix(word, 16).ok());
     match (operation, target) {
-        ("ret", _) => Next::Return,
-        ("jmp", Some(target)) => Next::Jump(target),
-        ("jmp" | "ud2", _) => Next::Away,
-        ("call", _) => Next::Away,
-        (jump, Some(target)) if jump.starts_with('j') => Next::Either(target),
-        _ => Next::Behind,
+        ("ret", _) => Flow::Return,
+        ("jmp", Some(target)) => Flow::Jump(target),
+        ("jmp" | "ud2", _) => Flow::OutOfLine,
+        ("call", _) => Flow::OutOfLine,
+        (jump, Some(target)) if jump.starts_with('j') => Flow::Either(target),
+        _ => Flow::Next,
     }
 }
 
-/// Where a call or jump goes that the linker or the kernel is to fill in.
-fn relocate(next: &mut Next, relocation: &str) {
+/// Resolve the target of a call or jump that still has a relocation.
+fn relocate(flow: &mut Flow, relocation: &str) {
     let symbol = relocation.split_whitespace().nth(1).unwrap_or_default();
     let symbol = symbol.split(['-', '+']).next().unwrap_or_default();
-    *next = match next {
-        Next::Jump(_) if symbol == "__x86_return_thunk" => Next::Return,
-        // What is called returns in place of this function.
-        Next::Jump(_) if symbol.starts_with(THUNK) => Next::Return,
-        Next::Jump(_) => Next::Away,
-        Next::Away if TRANSPARENT.iter().any(|name| symbol.starts_with(name)) => Next::Behind,
-        Next::Away if symbol.starts_with(OURS) => Next::Call(symbol.to_owned()),
+    *flow = match flow {
+        Flow::Jump(_) if symbol == "__x86_return_thunk" => Flow::Return,
+        // A tail call: the callee returns in place of this function.
+        Flow::Jump(_) if symbol.starts_with(THUNK) => Flow::Return,
+        Flow::Jump(_) => Flow::OutOfLine,
+        Flow::OutOfLine if TRANSPARENT.iter().any(|name| symbol.starts_with(name)) => Flow::Next,
+        Flow::OutOfLine if symbol.starts_with(SHIM) => Flow::Call(symbol.to_owned()),
         _ => return,
     };
 }
 
-/// The ways through one function.
-struct Ways<'a> {
+/// Search for the longest path through one function.
+struct Paths<'a> {
     code: &'a Code,
     with_branches: bool,
     function: &'a Function,
-    /// The longest from an address; none yet where a way is just being followed.
+    /// Longest path from each address; `None` also while the path from there is being followed.
     known: HashMap<u64, Option<usize>>,
 }
 
-impl Ways<'_> {
-    /// The longest way from an address to the end, not twice over any instruction.
+impl Paths<'_> {
+    /// Return the longest path from an address to the end that takes no instruction twice.
     fn longest_from(&mut self, at: u64) -> Result<Option<usize>> {
         if let Some(known) = self.known.get(&at) {
             return Ok(*known);
         }
         self.known.insert(at, None);
-        let Some(next) = self.function.get(&at) else {
-            // Into another function.
+        let Some(flow) = self.function.get(&at) else {
+            // The address is in another function.
             return Ok(None);
         };
         let branch = self.code.branches.get(&at).filter(|_| self.with_branches);
-        let next = &branch.map_or_else(|| next.clone(), |target| Next::Jump(*target));
-        let behind = self.function.range(at + 1..).next().map(|(&at, _)| at);
+        let flow = &branch.map_or_else(|| flow.clone(), |target| Flow::Jump(*target));
+        let next = self.function.range(at + 1..).next().map(|(&at, _)| at);
         let follow = |this: &mut Self, at: Option<u64>| match at {
             Some(at) => this.longest_from(at),
             None => Ok(None),
         };
-        let rest = match next {
-            Next::Return => Some(0),
-            Next::Away => None,
-            Next::Behind => follow(self, behind)?,
-            Next::Jump(target) => follow(self, Some(*target))?,
-            Next::Either(target) => follow(self, behind)?.max(follow(self, Some(*target))?),
-            Next::Call(name) => {
+        let rest = match flow {
+            Flow::Return => Some(0),
+            Flow::OutOfLine => None,
+            Flow::Next => follow(self, next)?,
+            Flow::Jump(target) => follow(self, Some(*target))?,
+            Flow::Either(target) => follow(self, next)?.max(follow(self, Some(*target))?),
+            Flow::Call(name) => {
                 let called = self.code.longest_in_line(name, self.with_branches)?;
-                follow(self, behind)?
+                follow(self, next)?
                     .zip(called)
                     .map(|(rest, called)| rest + called)
             }
@@ -222,7 +223,7 @@ impl Ways<'_> {
 mod tests {
     use super::*;
 
-    const SAVED: &str = "
+    const DISASSEMBLY: &str = "
 exitmeter.ko:     file format elf64-x86-64
 
 Disassembly of section .text:
@@ -272,7 +273,7 @@ Disassembly of section .text:
       8b:\tret
 ";
 
-    const TABLE: &str = "
+    const JUMP_TABLE: &str = "
 RELOCATION RECORDS FOR [__jump_table]:
 OFFSET           TYPE              VALUE
 0000000000000000 R_X86_64_PC32     .text+0x0000000000000080
@@ -281,9 +282,9 @@ OFFSET           TYPE              VALUE
 ";
 
     #[test]
-    fn counts_the_longest_way_in_line() -> Result<()> {
-        let code = Code::parse(SAVED);
-        // Loops once, and not by the call.
+    fn counts_the_longest_path_in_line() -> Result<()> {
+        let code = Code::parse(DISASSEMBLY);
+        // The longest path takes the loop once and avoids the call.
         assert_eq!(code.longest("on_exit", false)?, 7);
         assert_eq!(code.longest("exitmeter_code", false)?, 3);
         assert_eq!(code.longest("on_other", false)?, 5);
@@ -292,9 +293,9 @@ OFFSET           TYPE              VALUE
     }
 
     #[test]
-    fn a_branch_goes_where_its_entry_says() -> Result<()> {
-        let mut code = Code::parse(SAVED);
-        code.add_branches(TABLE);
+    fn a_static_branch_jumps_to_its_target() -> Result<()> {
+        let mut code = Code::parse(DISASSEMBLY);
+        code.add_branches(JUMP_TABLE);
         assert_eq!(code.longest("on_key::<true>", false)?, 5);
         assert_eq!(code.longest("on_key::<true>", true)?, 2);
         assert_eq!(code.longest("on_exit", true)?, 7);
@@ -303,8 +304,8 @@ OFFSET           TYPE              VALUE
     }
 
     #[test]
-    fn a_path_that_always_leaves_is_none() {
-        let code = Code::parse(SAVED);
+    fn a_function_without_a_path_in_line_is_an_error() {
+        let code = Code::parse(DISASSEMBLY);
         assert!(code.longest("on_svm", false).is_err());
         assert!(code.longest("on_entry", false).is_err());
     }

@@ -3,9 +3,9 @@
 //! Counts the instructions of the callbacks that run at every VM exit and entry, and
 //! compares them with the bounds in tests/bench/hot-path.json.
 //!
-//! No time is judged by this: it is there so that a change that makes the path longer is
-//! seen in review. What is counted is the longest way through a callback, without loops
-//! and without what is out of line: the common path, and a few instructions more.
+//! The count is no measure of time. It makes a change that lengthens the path visible in review.
+//! It is the length of the longest path through a callback, without loops and without code out
+//! of line: the common path and a few instructions more.
 
 mod code;
 
@@ -20,23 +20,23 @@ use lab::{
 
 use code::Code;
 
-/// Compares the instructions of exitmeter's hot path with their bounds.
+/// Compare the instructions of exitmeter's hot path with their bounds
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Debian's kernel, a version or release; the newest of backports if not given
+    /// Version or release of Debian's kernel [default: the newest of backports]
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
-    /// Take what is counted for the bounds
+    /// Record the counts as the new bounds
     #[arg(long)]
     record: bool,
 }
 
-/// The most instructions of each callback, by its name in src/hooks.rs; with ` details` behind it, of
-/// the callback while details are on.
+/// Upper bound of the instructions of each callback, by its name in src/hooks.rs. A name that ends in
+/// ` details` stands for the callback while details are on.
 type Bounds = BTreeMap<String, usize>;
 
-/// What is behind the name of a callback whose way with details is meant.
+/// Suffix of a callback's name: its path while details are on.
 const DETAILS: &str = " details";
 
 fn main() -> Result<ExitCode> {
@@ -55,18 +55,16 @@ fn main() -> Result<ExitCode> {
             .args(options)
             .arg("/module/exitmeter.ko")
             .output()
-            .context("objdump cannot be run in the root")?;
-        ensure!(
-            output.status.success(),
-            "objdump does not read exitmeter.ko"
-        );
+            .context("cannot run objdump in the root")?;
+        ensure!(output.status.success(), "objdump cannot read exitmeter.ko");
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let mut code = Code::parse(&objdump(&["-dr", "--no-show-raw-insn", "-j", ".text"])?);
     code.add_branches(&objdump(&["-r", "-j", "__jump_table"])?);
 
     let path = setup::repository().join("tests/bench/hot-path.json");
-    let text = fs::read_to_string(&path).with_context(|| format!("no {}", path.display()))?;
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut bounds: Bounds = serde_json::from_str(&text)?;
     let mut longer = false;
     for (name, bound) in &mut bounds {
@@ -78,7 +76,7 @@ fn main() -> Result<ExitCode> {
             _ if arguments.record => "",
             Ordering::Greater => "longer than its bound",
             Ordering::Equal => "",
-            Ordering::Less => "shorter now: record it by --record",
+            Ordering::Less => "shorter now: record it with --record",
         };
         println!("{name:32} {count:4} instructions, at most {bound:4}  {remark}");
         longer |= count > *bound;
@@ -88,7 +86,7 @@ fn main() -> Result<ExitCode> {
         fs::write(&path, serde_json::to_string_pretty(&bounds)? + "\n")?;
     } else if longer {
         eprintln!(
-            "The hot path is longer than its bound. If that is worth it, run this with --record, and say why in the commit."
+            "The hot path is longer than its bound. If that is worth it, run this with --record and give the reason in the commit."
         );
         return Ok(ExitCode::FAILURE);
     }

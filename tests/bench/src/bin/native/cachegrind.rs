@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counts what one exit and entry takes by valgrind's cachegrind: instructions, memory accesses, cache
-//! misses and branches, with a cache of its own.
+//! Counts the instructions, memory accesses, cache misses and branches of one exit and entry with
+//! valgrind's cachegrind, which simulates a cache of its own.
 
 use std::{
     collections::BTreeMap,
@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 
-/// How many exits the two runs have whose difference is counted.
+/// Exits of the short run and of the long one. Their difference is counted, so start and end cancel out.
 const EXITS: [u32; 2] = [10_000, 110_000];
 
-/// Cachegrind's events, in words.
+/// Cachegrind's events and their descriptions.
 const EVENTS: [(&str, &str); 9] = [
     ("Ir", "instructions"),
     ("Dr", "reads"),
@@ -41,7 +41,7 @@ pub fn count() -> Result<()> {
     Ok(())
 }
 
-/// Return the events of a run of so many exits.
+/// Run `exits` exits under cachegrind and return its events.
 fn events(exits: u32) -> Result<BTreeMap<String, u64>> {
     let folder = env::temp_dir().join(format!("exitmeter-native-{}", std::process::id()));
     fs::create_dir_all(&folder)?;
@@ -53,7 +53,7 @@ fn events(exits: u32) -> Result<BTreeMap<String, u64>> {
         .args(["--exits", &exits.to_string()])
         .stderr(Stdio::null())
         .status()
-        .context("valgrind cannot be run: install Debian's package valgrind")?;
+        .context("cannot run valgrind: install Debian's package valgrind")?;
     ensure!(status.success(), "valgrind ended with {status}");
     let text = fs::read_to_string(&file)?;
     fs::remove_dir_all(&folder)?;

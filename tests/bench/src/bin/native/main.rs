@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Measures what the callbacks of an exit take on this machine's CPU: caches, RDTSC and all that the
-//! emulated hosts do not have.
+//! Measures the callbacks of an exit on this machine's CPU, with the caches and the RDTSC that the
+//! emulated hosts lack.
 //!
 //! It runs the module's own code, the ledger, in user space. It cannot run KVM, so four things are
-//! missing: the tracepoints, VMREAD, this CPU's cache of the vCPU, and what a guest leaves of the CPU's
-//! caches. The last one is bounded by flushing the ledger's lines, and the code, before each exit.
+//! missing: the tracepoints, VMREAD, the per-CPU cache of the last vCPU, and a guest that evicts lines
+//! from the processor's caches. Flushing the ledger's lines and the code before each exit bounds the
+//! cost of the last one.
 //!
-//! It judges nothing. A busy machine makes the numbers larger.
+//! There is no pass or fail. A busy machine makes the numbers larger.
 
 mod cachegrind;
 
@@ -25,32 +26,32 @@ use exitmeter_meter::{
     reasons::{slot, Isa, Slot},
 };
 
-/// Measures exitmeter's callbacks on this machine's CPU.
+/// Measure exitmeter's callbacks on this machine's CPU
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// How often each is measured
+    /// Samples of each measurement
     #[arg(long, value_name = "N", default_value_t = 200_000,
           value_parser = clap::value_parser!(u32).range(1000..=100_000_000))]
     samples: u32,
-    /// The CPU to measure on
+    /// CPU to measure on
     #[arg(long, value_name = "CPU", default_value_t = 0)]
     cpu: u32,
-    /// Count instructions, cache misses and branches by valgrind's cachegrind instead
+    /// Count instructions, cache misses and branches with valgrind's cachegrind instead
     #[arg(long)]
     cachegrind: bool,
-    /// Do nothing but so many exits
+    /// Run N exits and measure nothing
     #[arg(long, hide = true, value_name = "N")]
     exits: Option<u32>,
 }
 
-/// Bytes of a cache line.
+/// Size of a cache line, in bytes.
 const LINE: usize = 64;
 
-/// Bytes that the code of one exit and entry takes, and more.
+/// Upper bound of the code size of one exit and entry, in bytes.
 const CODE: usize = 512;
 
-/// Reasons of the exits, which take turns: what a Linux guest exits for most.
+/// Exit reasons, which take turns: those that a Linux guest causes most.
 const REASONS: [u32; 4] = [1, 10, 30, 48];
 
 fn main() -> Result<()> {
@@ -68,12 +69,16 @@ fn main() -> Result<()> {
 
     let nothing = measure(samples, |_| (), |_| ());
     let clock = measure(samples, |_| (), |_| two_clocks());
-    let of = |turn: u32| slots[turn as usize % slots.len()];
-    let hot = measure(samples, |_| (), |turn| exit_and_entry(&ledger, of(turn)));
+    let slot_of = |turn: u32| slots[turn as usize % slots.len()];
+    let hot = measure(
+        samples,
+        |_| (),
+        |turn| exit_and_entry(&ledger, slot_of(turn)),
+    );
     let cold = measure(
         samples,
         |_| flush(from_ref(&*ledger).cast(), size_of::<Ledger>()),
-        |turn| exit_and_entry(&ledger, of(turn)),
+        |turn| exit_and_entry(&ledger, slot_of(turn)),
     );
     let code = exit_and_entry as fn(&Ledger, Slot) as *const u8;
     let colder = measure(
@@ -82,7 +87,7 @@ fn main() -> Result<()> {
             flush(from_ref(&*ledger).cast(), size_of::<Ledger>());
             flush(code, CODE);
         },
-        |turn| exit_and_entry(&ledger, of(turn)),
+        |turn| exit_and_entry(&ledger, slot_of(turn)),
     );
     let user = measure(samples, |_| (), |_| to_user(&ledger));
 
@@ -104,11 +109,11 @@ fn main() -> Result<()> {
         let ratio = median as f64 / pair.max(1) as f64;
         println!("{name:52} {median:5}  {low:5} to {high:5}  {ratio:5.1} times two RDTSC");
     }
-    println!("The measurement's own {base} ticks are taken off.");
+    println!("The {base} ticks of the measurement itself are subtracted.");
     Ok(())
 }
 
-/// The times of many runs, in TSC ticks.
+/// Distribution of the times of many runs, in TSC ticks.
 #[derive(Clone, Copy)]
 struct Times {
     median: u64,
@@ -116,7 +121,7 @@ struct Times {
     high: u64,
 }
 
-/// Run `prepare` and then measure `run`, many times; both are told how often before.
+/// Measure `run` `samples` times, each time after `prepare`. Both get the number of the sample.
 fn measure(samples: u32, prepare: impl Fn(u32), run: impl Fn(u32)) -> Times {
     let mut times: Vec<u64> = (0..samples)
         .map(|turn| {
@@ -135,7 +140,7 @@ fn measure(samples: u32, prepare: impl Fn(u32), run: impl Fn(u32)) -> Times {
     }
 }
 
-/// Return the TSC after all that comes before, and before all that comes after.
+/// Return the TSC, read after all earlier instructions and before all later ones.
 #[inline(always)]
 fn fenced() -> u64 {
     // SAFETY: x86-64 has these.
@@ -175,17 +180,17 @@ fn to_user(ledger: &Ledger) {
     ledger.entry(now());
 }
 
-/// Take the lines of some memory out of all caches, and wait for that.
+/// Flush a range of memory from all caches, and wait until that is done.
 fn flush(start: *const u8, bytes: usize) {
     for offset in (0..bytes).step_by(LINE) {
-        // SAFETY: The callers give memory that is there.
+        // SAFETY: The callers pass mapped memory.
         unsafe { _mm_clflush(start.wrapping_add(offset)) };
     }
     // SAFETY: x86-64 has it.
     unsafe { _mm_mfence() };
 }
 
-/// Return a ledger whose vCPU has begun.
+/// Return a ledger of a vCPU that is in its guest.
 fn ledger() -> Box<Ledger> {
     // SAFETY: All-zero bytes are a valid ledger, as `Ledger` promises.
     let ledger: Box<Ledger> = Box::new(unsafe { std::mem::zeroed() });
@@ -194,7 +199,7 @@ fn ledger() -> Box<Ledger> {
     ledger
 }
 
-/// Do so many exits with their entries, and nothing else.
+/// Run `exits` exits with their entries, and nothing else.
 fn run_exits(exits: u32) -> Result<()> {
     let ledger = ledger();
     let slots = REASONS.map(|code| slot(Isa::Vmx, code));
@@ -204,9 +209,9 @@ fn run_exits(exits: u32) -> Result<()> {
     Ok(())
 }
 
-/// Keep this thread on one CPU.
+/// Pin this thread to one CPU.
 fn pin(cpu: u32) -> Result<()> {
-    // SAFETY: All-zero bytes are an empty set; the set has the size that is told.
+    // SAFETY: All-zero bytes are an empty set; the size passed is that of the set.
     let pinned = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(cpu as usize, &mut set);
@@ -214,7 +219,7 @@ fn pin(cpu: u32) -> Result<()> {
     };
     ensure!(
         pinned == 0,
-        "this cannot run on CPU {cpu}: {}",
+        "cannot run on CPU {cpu}: {}",
         std::io::Error::last_os_error()
     );
     Ok(())

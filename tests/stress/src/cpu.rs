@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The CPUs and vCPUs of the stress: threads, and what runs on them.
+//! Simulates CPUs by threads, and the vCPUs that run on them.
 
 use std::{
     cell::Cell,
@@ -17,55 +17,54 @@ use std::{
 
 use exitmeter_meter::{ledger::Copying, registry::Member};
 
-/// The CPU of a vCPU that is on none.
+/// CPU number of a vCPU that is loaded on no CPU.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// How long a CPU may take to answer a signal. Longer than any machine takes; it tells a thread that
-/// hangs.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for a CPU to answer a signal. No machine takes that long, so the thread hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Return the clock's ticks.
+/// Return the TSC.
 #[inline(always)]
 pub fn ticks() -> u64 {
     // SAFETY: x86-64 has the instruction.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// A vCPU as KVM has it. Its address is its key.
+/// A vCPU, in place of KVM's `struct kvm_vcpu`. Its address is its key.
 #[repr(align(64))]
 #[derive(Debug)]
-pub struct Vcpu {
-    /// The CPU that it is loaded on, or [`NOWHERE`].
+pub struct SimVcpu {
+    /// CPU that it is loaded on, or [`NOWHERE`].
     pub cpu: AtomicU32,
-    /// KVM has made it, and not yet destroyed it.
-    pub lives: AtomicBool,
+    /// True from its creation until it is destroyed.
+    pub alive: AtomicBool,
     /// Time that KVM polled for it, in ns.
     pub polled: AtomicU64,
 }
 
-impl Vcpu {
-    /// A vCPU that KVM makes now.
+impl SimVcpu {
+    /// Create a vCPU.
     pub fn new() -> Self {
         Self {
             cpu: AtomicU32::new(NOWHERE),
-            lives: AtomicBool::new(true),
+            alive: AtomicBool::new(true),
             polled: AtomicU64::new(0),
         }
     }
 
-    /// Return its key.
+    /// Return the key of the vCPU: its address.
     pub fn key(&self) -> usize {
         core::ptr::from_ref(self) as usize
     }
 }
 
-impl Default for Vcpu {
+impl Default for SimVcpu {
     fn default() -> Self {
         Self::new()
     }
 }
 
-/// What a CPU is asked to copy.
+/// A request to a CPU to copy a ledger.
 #[derive(Debug)]
 struct Request {
     state: AtomicU32,
@@ -77,44 +76,44 @@ const ASKED: u32 = 1;
 const COPIED: u32 = 2;
 const FAILED: u32 = 3;
 
-/// A CPU: a thread that runs vCPUs, one at a time.
+/// A CPU, simulated by a thread that runs one vCPU at a time.
 #[derive(Debug)]
-pub struct Cpu {
-    /// The thread, 0 before it begins and after it ends.
+pub struct SimCpu {
+    /// Thread ID; 0 before the thread begins and after it ends.
     thread: AtomicI32,
     request: Request,
-    /// One request at a time.
+    /// Serializes requests.
     turn: Mutex<()>,
-    /// The vCPU that this CPU has metered last, as the module's hooks note it.
-    noted: AtomicUsize,
+    /// Key of the vCPU that this CPU metered last: the cache of the module's hooks.
+    cached: AtomicUsize,
     member: AtomicPtr<Member>,
 }
 
 thread_local! {
-    static THIS: Cell<*const Cpu> = const { Cell::new(null()) };
+    static THIS: Cell<*const SimCpu> = const { Cell::new(null()) };
 }
 
-/// Copy what this thread's CPU is asked to copy, between two of its instructions.
+/// Serve the copy request of this thread's CPU, between two of its instructions.
 extern "C" fn on_signal(_: libc::c_int) {
-    // SAFETY: A CPU lives longer than the thread that is it, see `Cpu::run`.
+    // SAFETY: A CPU outlives the thread that simulates it, see `SimCpu::run`.
     let Some(cpu) = (unsafe { THIS.get().as_ref() }) else {
         return;
     };
     let request = &cpu.request;
-    // ORDERING: Who sees that it is asked sees what for.
+    // ORDERING: Pairs with the Release store of ASKED in `copy`: `copying` is visible.
     if request.state.load(Acquire) != ASKED {
         return;
     }
-    // SAFETY: The one who asks keeps it alive until it is answered, and does not touch it.
+    // SAFETY: The requester keeps it alive until the answer, and does not touch it before.
     let copied = unsafe { (*request.copying.load(Relaxed)).try_copy() };
-    // ORDERING: Who sees the answer sees the copy.
+    // ORDERING: A thread that sees the answer sees the copy.
     request
         .state
         .store(if copied { COPIED } else { FAILED }, Release);
 }
 
-impl Cpu {
-    /// A CPU that runs nothing.
+impl SimCpu {
+    /// Create a CPU that runs nothing.
     pub fn new() -> Self {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
@@ -135,21 +134,21 @@ impl Cpu {
                 copying: AtomicPtr::new(null_mut()),
             },
             turn: Mutex::new(()),
-            noted: AtomicUsize::new(0),
+            cached: AtomicUsize::new(0),
             member: AtomicPtr::new(null_mut()),
         }
     }
 
-    /// Run `work` on this thread as this CPU, pinned to a CPU of the machine where that is given.
+    /// Run `work` on this thread as this CPU. With `pinned`, pin the thread to that CPU of the machine.
     pub fn run<R>(&self, pinned: Option<usize>, work: impl FnOnce() -> R) -> R {
         if let Some(to) = pinned {
             pin(to);
         }
         THIS.set(self);
-        // SAFETY: Asks for a number alone.
+        // SAFETY: gettid() only returns a number.
         self.thread.store(unsafe { libc::gettid() }, Release);
         let result = work();
-        // Whoever still asks is answered before the thread goes.
+        // A request in progress is answered before the thread ends.
         let turn = self.turn.lock().expect("no panic");
         self.thread.store(0, Release);
         drop(turn);
@@ -157,12 +156,12 @@ impl Cpu {
         result
     }
 
-    /// Have this CPU make a copy between two of its instructions: as by an interrupt.
+    /// Have this CPU make a copy between two of its instructions, as in an interrupt.
     pub fn copy(&self, copying: &mut Copying<'_>) -> bool {
         let _turn = self.turn.lock().expect("no panic");
         let thread = self.thread.load(Acquire);
         if thread == 0 {
-            // A CPU that runs nothing has nobody who writes the ledger.
+            // A CPU that runs nothing does not write the ledger.
             return copying.try_copy();
         }
         let request = &self.request;
@@ -171,8 +170,8 @@ impl Cpu {
             .store(core::ptr::from_mut(copying).cast(), Relaxed);
         // ORDERING: As in `on_signal`.
         request.state.store(ASKED, Release);
-        // SAFETY: Sends a signal to a thread of this process, which lives, as it takes a turn
-        // before it ends.
+        // SAFETY: This signals a thread of this process. The thread is alive, as it takes `turn` before
+        // it ends.
         let sent =
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGUSR1) };
         assert_eq!(sent, 0, "the signal is sent");
@@ -188,50 +187,50 @@ impl Cpu {
             }
             spins += 1;
             if spins % 4096 == 0 {
-                assert!(began.elapsed() < PATIENCE, "a CPU does not answer");
+                assert!(began.elapsed() < ANSWER_TIMEOUT, "a CPU does not answer");
                 std::thread::yield_now();
             }
             core::hint::spin_loop();
         }
     }
 
-    /// Return the member that this CPU has noted for a vCPU.
+    /// Return the member of a vCPU from this CPU's cache.
     #[inline(always)]
-    pub fn noted(&self, key: usize) -> Option<&Member> {
-        if self.noted.load(Relaxed) != key {
+    pub fn cached(&self, key: usize) -> Option<&Member> {
+        if self.cached.load(Relaxed) != key {
             return None;
         }
-        // SAFETY: What is noted is of a vCPU that has not been let go, as `forget` is called
-        // before it is; and the caller holds that vCPU.
+        // SAFETY: A cached vCPU has not been let go, as `forget` is called before that; and the caller
+        // holds that vCPU.
         unsafe { self.member.load(Relaxed).as_ref() }
     }
 
-    /// Note a vCPU that this CPU meters.
-    pub fn note(&self, key: usize, member: &Member) {
-        self.noted.store(0, Relaxed);
+    /// Put a vCPU that this CPU meters into its cache.
+    pub fn cache(&self, key: usize, member: &Member) {
+        self.cached.store(0, Relaxed);
         self.member
             .store(core::ptr::from_ref(member).cast_mut(), Relaxed);
-        self.noted.store(key, Relaxed);
+        self.cached.store(key, Relaxed);
     }
 
-    /// Forget a vCPU that runs nowhere any more.
+    /// Remove a vCPU from the cache. It must not run any more.
     pub fn forget(&self, key: usize) {
-        // Only the CPU itself notes a vCPU, so no other one can come between.
-        let _ = self.noted.compare_exchange(key, 0, Relaxed, Relaxed);
+        // Only the CPU itself caches a vCPU, and this one runs nowhere, so nothing races with this.
+        let _ = self.cached.compare_exchange(key, 0, Relaxed, Relaxed);
     }
 }
 
-impl Default for Cpu {
+impl Default for SimCpu {
     fn default() -> Self {
         Self::new()
     }
 }
 
-/// Pin this thread to the CPU of the machine with that number, counted around.
+/// Pin this thread to a CPU of the machine: `to` modulo the number of CPUs.
 pub fn pin(to: usize) {
     let count = std::thread::available_parallelism().map_or(1, usize::from);
-    // SAFETY: A set of CPUs is plain bytes, and the calls only read and write it. A machine that
-    // refuses leaves the thread where it is.
+    // SAFETY: A set of CPUs is plain bytes, and the calls only read and write it. If the machine
+    // refuses, the thread stays where it is.
     unsafe {
         let mut set: libc::cpu_set_t = core::mem::zeroed();
         libc::CPU_SET(to % count, &mut set);
@@ -239,25 +238,25 @@ pub fn pin(to: usize) {
     }
 }
 
-/// Have no ordinary thread of the machine run in place of this one.
+/// Give this thread a real-time priority, above all ordinary threads of the machine.
 pub fn be_real_time() {
     let parameters = libc::sched_param { sched_priority: 1 };
-    // SAFETY: Reads the parameters alone.
+    // SAFETY: The call only reads the parameters.
     let set = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameters) };
     assert_eq!(set, 0, "real time takes root's rights");
 }
 
-/// Numbers by chance, the same in each run.
+/// A pseudorandom number generator (xorshift). Each run gets the same numbers.
 #[derive(Clone, Debug)]
-pub struct Chance(u64);
+pub struct Random(u64);
 
-impl Chance {
-    /// Numbers by chance that begin anew with each seed.
+impl Random {
+    /// Create a generator from a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    /// Return a number below `bound`.
+    /// Return the next number, below `bound`.
     #[inline(always)]
     pub fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `make stress`: see the library.
+//! `make stress`; the library has the code.
 
 use std::time::Duration;
 
 use clap::Parser;
 use stress::{
-    measure::{self, machine, measure, Size},
+    measure::{self, measure, measure_machine, Size},
     together::{self, together},
 };
 
-/// Runs the module's own ledger, table and registry at native speed, with real threads.
+/// Run the module's own ledger, hash table and registry at native speed, with real threads.
 #[derive(Parser)]
 struct Arguments {
-    /// Seconds for each kind of caller, and ten times that for all at once.
+    /// Seconds for each kind of caller; the run of all at once takes ten times as long.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
     /// vCPUs of the largest measurement.
     #[arg(long, default_value_t = 65_536)]
     most: usize,
-    /// Measure before all other threads of the machine; takes root's rights.
+    /// Measure at a real-time priority, above all other threads of the machine; needs root.
     #[arg(long)]
     real_time: bool,
-    /// Only all kinds of callers at once.
+    /// Run only all kinds of callers at once.
     #[arg(long)]
     together: bool,
-    /// Only the measurements.
+    /// Run only the measurements.
     #[arg(long, conflicts_with = "together")]
     measure: bool,
 }
@@ -34,8 +34,8 @@ fn main() {
     let arguments = Arguments::parse();
     let time = Duration::from_secs_f64(arguments.seconds);
     if !arguments.together {
-        measure::head();
-        machine(time, arguments.real_time);
+        measure::print_head();
+        measure_machine(time, arguments.real_time);
         for (size, reasons) in measurements() {
             if size.vcpus <= arguments.most {
                 let plan = measure::Plan {
@@ -82,7 +82,7 @@ fn plans(time: Duration) -> [together::Plan; 3] {
     };
     [
         plan,
-        // Most of those that come are refused.
+        // The registry refuses most of the vCPUs that come.
         together::Plan {
             max_vcpus: 120,
             ..plan

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How long each kind of caller waits, how long the lock is held, and by how many steps.
+//! Measures how long each kind of caller waits, and how long and for how many steps the lock is held.
 
 use std::{
     sync::atomic::{
@@ -23,57 +23,57 @@ use exitmeter_meter::{
 };
 
 use crate::{
-    cpu::{be_real_time, pin, ticks, Chance, Vcpu},
+    cpu::{be_real_time, pin, ticks, Random, SimVcpu},
     platform::{millisecond, pauses, Holds, Native},
     spread::Spread,
     together::check_records,
     writer::{self, host, load, newcomer, put, settings, spend, spend_between, Meter, GAP},
 };
 
-/// What one kind of caller does, again and again.
+/// One kind of caller: a function that repeats its call for the plan's time.
 type Caller = fn(&Guests);
 
-/// The most steps that may be taken in one hold of the lock, however many vCPUs there are.
+/// Upper bound of the steps in one hold of the lock, for any number of vCPUs.
 pub const MOST_STEPS: u64 = 64;
 
-/// The most interrupts for one copy.
+/// Upper bound of the interrupts for one copy.
 pub const MOST_INTERRUPTS: u32 = 16;
 
-/// What is measured.
+/// Parameters of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// The time for each kind of caller.
+    /// Time for each kind of caller.
     pub time: Duration,
-    /// Reasons that each vCPU has exited for.
+    /// Number of exit reasons in each vCPU's ledger.
     pub reasons: u32,
-    /// Fill freed memory.
+    /// Fill freed memory with a pattern, so that a use after free fails.
     pub poison: bool,
-    /// Callers and writer run before all other threads of the machine.
+    /// Run callers and writer at a real-time priority.
     pub real_time: bool,
 }
 
-/// How many vCPUs there are, and in how many VMs.
+/// Number of vCPUs and VMs.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
-    /// vCPUs in all.
+    /// vCPUs in total.
     pub vcpus: usize,
-    /// VMs, of as many vCPUs each.
+    /// VMs, each with the same number of vCPUs.
     pub vms: usize,
 }
 
-/// What the CPU beside the callers does.
+/// Orders to the writer's CPU: run nothing, one vCPU, or all vCPUs in turn.
 const NOTHING: u32 = 0;
 const ONE: u32 = 1;
 const ALL: u32 = 2;
-/// One vCPU whose transitions come as fast as those of no guest do, and one that is all transitions.
+/// Run one vCPU with transitions faster than any guest's, or with nothing between its transitions.
 const FAST: u32 = 3;
 const FASTEST: u32 = 4;
 const END: u32 = 5;
 
-/// Transitions of one vCPU before the next one gets the CPU.
+/// Exits of one vCPU before the next vCPU gets the CPU.
 const STINT: usize = 200;
 
-/// The callers' CPU of the machine, and the writer's.
+/// CPUs of the machine for the callers and for the writer.
 const CALLER: usize = 0;
 const WRITER: usize = 1;
 
@@ -81,7 +81,7 @@ fn micros(ticks: f64) -> f64 {
     ticks * 1000.0 / millisecond() as f64
 }
 
-fn line(what: &str, spread: &Spread, beside: &str) {
+fn print_line(what: &str, spread: &Spread, beside: &str) {
     let of = |share| micros(spread.quantile(share) as f64);
     println!(
         "| {what} | {} | {:.2} | {:.2} | {:.1} | {:.1} | {:.1} | {beside}",
@@ -94,24 +94,24 @@ fn line(what: &str, spread: &Spread, beside: &str) {
     );
 }
 
-fn start(cpu: usize, real_time: bool) {
+fn set_up_thread(cpu: usize, real_time: bool) {
     pin(cpu);
     if real_time {
         be_real_time();
     }
 }
 
-/// Print what the columns are.
-pub fn head() {
+/// Print the heads of the columns.
+pub fn print_head() {
     println!("| µs | count | mean | median | 99% | 99.9% | worst | beside |");
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |");
 }
 
-/// Tell how the machine holds up a loop that waits for nobody: what the other lines have of it, too.
-pub fn machine(time: Duration, real_time: bool) {
+/// Measure how the machine delays a loop that waits for nothing. All other results include that delay.
+pub fn measure_machine(time: Duration, real_time: bool) {
     let _: () = std::thread::scope(|scope| {
         scope.spawn(|| {
-            start(CALLER, real_time);
+            set_up_thread(CALLER, real_time);
             let mut spread = Spread::default();
             let (began, round) = (Instant::now(), millisecond() / 100);
             while began.elapsed() < time {
@@ -121,7 +121,7 @@ pub fn machine(time: Duration, real_time: bool) {
                 }
                 spread.add(ticks() - from - round);
             }
-            line(
+            print_line(
                 "a loop of 10 µs, above that",
                 &spread,
                 "the machine's own |",
@@ -130,7 +130,7 @@ pub fn machine(time: Duration, real_time: bool) {
     });
 }
 
-fn numbers(what: &str, spread: &Spread) -> String {
+fn summary(what: &str, spread: &Spread) -> String {
     format!(
         "{what} {:.2}, 99.9% {}, most {}",
         spread.mean(),
@@ -139,10 +139,10 @@ fn numbers(what: &str, spread: &Spread) -> String {
     )
 }
 
-/// The vCPUs of one measurement, and the meter that knows them.
+/// The vCPUs of one measurement and the registry that meters them.
 struct Guests {
     meter: Meter,
-    vcpus: Vec<Vcpu>,
+    vcpus: Vec<SimVcpu>,
     size: Size,
     plan: Plan,
 }
@@ -151,8 +151,8 @@ impl Guests {
     fn new(size: Size, plan: Plan) -> Self {
         let native = Native::new(2, plan.poison);
         let meter = Meter::new(native, settings(size.vcpus + 256, false)).expect("memory");
-        let vcpus: Vec<_> = (0..size.vcpus).map(|_| Vcpu::new()).collect();
-        let mut chance = Chance::new(1);
+        let vcpus: Vec<_> = (0..size.vcpus).map(|_| SimVcpu::new()).collect();
+        let mut random = Random::new(1);
         let cpu = meter.platform().cpu_at(WRITER);
         for (id, vcpu) in vcpus.iter().enumerate() {
             let vm = id / (size.vcpus / size.vms);
@@ -165,7 +165,7 @@ impl Guests {
             .expect("it is known");
             for code in 0..plan.reasons {
                 writer::entry(&meter, cpu, vcpu.key());
-                spend(&mut chance);
+                spend(&mut random);
                 writer::exit(&meter, cpu, vcpu.key(), code, false);
             }
             put(&meter, cpu, vcpu, Phase::User);
@@ -179,10 +179,10 @@ impl Guests {
         }
     }
 
-    /// Run vCPUs on the CPU beside the callers.
+    /// Run vCPUs on the writer's CPU, as `order` says.
     fn write(&self, order: &AtomicU32) {
         let cpu = self.meter.platform().cpu_at(WRITER);
-        let mut chance = Chance::new(2);
+        let mut random = Random::new(2);
         let mut turn = 0;
         if self.plan.real_time {
             be_real_time();
@@ -211,21 +211,21 @@ impl Guests {
             .expect("it is known");
             for _ in 0..STINT {
                 writer::entry(&self.meter, cpu, key);
-                spend_between(&mut chance, gap);
-                let code = chance.below(self.plan.reasons.into()) as u32;
+                spend_between(&mut random, gap);
+                let code = random.below(self.plan.reasons.into()) as u32;
                 writer::exit(&self.meter, cpu, key, code, false);
-                spend_between(&mut chance, gap);
+                spend_between(&mut random, gap);
             }
             put(&self.meter, cpu, vcpu, Phase::User);
         });
     }
 
-    /// Tell of the lock since this was last told.
-    fn lock(&self) -> String {
-        Self::tell_of(&self.meter.platform().take_holds())
+    /// Describe the holds of the lock since the last call.
+    fn describe_new_holds(&self) -> String {
+        Self::describe_holds(&self.meter.platform().take_holds())
     }
 
-    fn tell_of(holds: &Holds) -> String {
+    fn describe_holds(holds: &Holds) -> String {
         assert!(
             holds.most_steps <= MOST_STEPS,
             "{} steps in one hold of the lock",
@@ -251,7 +251,7 @@ impl Guests {
         self.copy("the same, a transition each 300 ticks");
     }
 
-    /// Copy a ledger that never stands still: all attempts, then interrupts.
+    /// Copy a ledger that is written all the time: all attempts fail, then interrupts follow.
     fn copies_of_fastest(&self) {
         self.copy("the same, one transition at once after the other");
         let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
@@ -281,9 +281,9 @@ impl Guests {
             sent_all.add(sent);
             assert!(copy.balances(), "a copy that does not balance");
         }
-        line("all attempts in vain", &tries, "|");
-        let sent = numbers("signals", &sent_all);
-        line(
+        print_line("all attempts in vain", &tries, "|");
+        let sent = summary("signals", &sent_all);
+        print_line(
             "a signal in place of the interrupt",
             &forced,
             &format!("{sent} |"),
@@ -295,7 +295,7 @@ impl Guests {
         let mut copy = Box::new(LedgerCopy::new());
         let [mut alone, mut interrupted] = [(); 2].map(|()| Spread::default());
         let [mut attempts, mut interrupts] = [(); 2].map(|()| Spread::default());
-        let mut chance = Chance::new(3);
+        let mut random = Random::new(3);
         let began = Instant::now();
         while began.elapsed() < self.plan.time {
             let from = ticks();
@@ -311,18 +311,18 @@ impl Guests {
                     interrupts.add(sent.into());
                 }
             }
-            let until = ticks() + chance.below(20_000);
+            let until = ticks() + random.below(20_000);
             while ticks() < until {}
         }
-        let lock = self.lock();
-        line(
+        let lock = self.describe_new_holds();
+        print_line(
             what,
             &alone,
-            &format!("{}; {lock}", numbers("attempts", &attempts)),
+            &format!("{}; {lock}", summary("attempts", &attempts)),
         );
         if interrupted.count() > 0 {
-            let interrupts = numbers("interrupts", &interrupts);
-            line(
+            let interrupts = summary("interrupts", &interrupts);
+            print_line(
                 &format!("{what}, by an interrupt"),
                 &interrupted,
                 &format!("{interrupts} |"),
@@ -340,12 +340,12 @@ impl Guests {
         while began.elapsed() < self.plan.time || spread.count() < 2 {
             *gone = Totals::new();
             let from = ticks();
-            let told = host(&self.meter);
+            let head = host(&self.meter);
             let size = match self.meter.snapshot(
                 &mut walker,
                 &mut buffer,
                 &mut gone,
-                told,
+                head,
                 Show::default(),
             ) {
                 Ok(size) => size,
@@ -365,7 +365,7 @@ impl Guests {
         }
         let holds = self.meter.platform().take_holds();
         assert!(holds.most_steps <= MOST_STEPS, "{} steps", holds.most_steps);
-        line(
+        print_line(
             "snapshot",
             &spread,
             &format!(
@@ -394,10 +394,10 @@ impl Guests {
         ];
         for (what, queries) in kinds {
             let [mut plain, mut renewing] = [(); 2].map(|()| Spread::default());
-            let (mut chance, began) = (Chance::new(4), Instant::now());
+            let (mut random, began) = (Random::new(4), Instant::now());
             while began.elapsed() < self.plan.time {
-                let query = queries[chance.below(queries.len() as u64) as usize];
-                let code = chance.below(self.plan.reasons.into()) as u32;
+                let query = queries[random.below(queries.len() as u64) as usize];
+                let code = random.below(self.plan.reasons.into()) as u32;
                 let (from, before) = (ticks(), pauses());
                 let answer = self.meter.answer(key, query, code);
                 let took = ticks() - from;
@@ -409,9 +409,9 @@ impl Guests {
             }
             let holds = self.meter.platform().take_holds();
             assert_eq!(holds.held.count(), 0, "a query takes no lock");
-            line(what, &plain, "no lock |");
+            print_line(what, &plain, "no lock |");
             if renewing.count() > 0 {
-                line(&format!("{what}, that renews"), &renewing, "no lock |");
+                print_line(&format!("{what}, that renews"), &renewing, "no lock |");
             }
         }
     }
@@ -419,13 +419,13 @@ impl Guests {
     fn births(&self) {
         let [mut births, mut deaths] = [(); 2].map(|()| Spread::default());
         let began = Instant::now();
-        let mut made: Vec<Vcpu> = (0..64).map(|_| Vcpu::new()).collect();
+        let mut made: Vec<SimVcpu> = (0..64).map(|_| SimVcpu::new()).collect();
         let [mut lock_of_births, mut lock_of_deaths] = [(); 2].map(|()| Holds::default());
         while began.elapsed() < self.plan.time || births.count() == 0 {
             for (number, vcpu) in made.iter_mut().enumerate() {
-                *vcpu.lives.get_mut() = true;
+                *vcpu.alive.get_mut() = true;
                 let id = self.size.vcpus + number;
-                // Into the one VM, or a VM each.
+                // The new vCPUs join the one VM, or each has a VM of its own.
                 let vm = if self.size.vms == 1 { 0 } else { id };
                 let newcomer = newcomer(vcpu, vm, id as u32);
                 let from = ticks();
@@ -443,26 +443,26 @@ impl Guests {
                 let from = ticks();
                 self.meter.destroy(vcpu.key(), 0);
                 deaths.add(ticks() - from);
-                *vcpu.lives.get_mut() = false;
+                *vcpu.alive.get_mut() = false;
             }
             lock_of_deaths.add(&self.meter.platform().take_holds());
         }
-        line("birth", &births, &Self::tell_of(&lock_of_births));
-        line("death", &deaths, &Self::tell_of(&lock_of_deaths));
+        print_line("birth", &births, &Self::describe_holds(&lock_of_births));
+        print_line("death", &deaths, &Self::describe_holds(&lock_of_deaths));
     }
 
     fn destroy_all(mut self) {
-        let memory = self.meter.platform().ledger_of_memory();
+        let memory = self.meter.platform().memory_in_use();
         for vcpu in &mut self.vcpus {
             self.meter.destroy(vcpu.key(), 0);
-            *vcpu.lives.get_mut() = false;
+            *vcpu.alive.get_mut() = false;
         }
         drop(self.meter);
         memory.demand_none();
     }
 }
 
-/// Measure all kinds of callers with that many vCPUs.
+/// Measure all kinds of callers with `size` vCPUs and VMs.
 pub fn measure(size: Size, plan: Plan) {
     println!();
     println!(
@@ -470,19 +470,19 @@ pub fn measure(size: Size, plan: Plan) {
         size.vcpus, size.vms, plan.reasons
     );
     println!();
-    head();
+    print_head();
     let guests = Guests::new(size, plan);
     let order = AtomicU32::new(NOTHING);
     std::thread::scope(|scope| {
         scope.spawn(|| guests.write(&order));
         let callers = scope.spawn(|| {
-            start(CALLER, plan.real_time);
+            set_up_thread(CALLER, plan.real_time);
             let callers: [(u32, Caller); 6] = [
                 (ONE, Guests::copies),
                 (FAST, Guests::copies_of_fast),
                 (FASTEST, Guests::copies_of_fastest),
                 (ALL, Guests::snapshots),
-                // A single vCPU does not run while it asks.
+                // A single vCPU does not run while it queries.
                 (if size.vcpus > 1 { ONE } else { NOTHING }, Guests::queries),
                 (ALL, Guests::births),
             ];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernel gives the registry, in user space.
+//! Implements the registry's platform in user space: lock, memory, RCU, clock and copies.
 
 use std::{
     alloc::{alloc_zeroed, dealloc, Layout},
@@ -23,14 +23,14 @@ use exitmeter_meter::{
 };
 
 use crate::{
-    cpu::{ticks, Cpu, Vcpu, NOWHERE},
+    cpu::{ticks, SimCpu, SimVcpu, NOWHERE},
     spread::Spread,
 };
 
-/// What freed memory is filled with: no address, and no number that balances.
+/// Pattern of freed memory: not an address, and not a number that balances.
 const POISON: u8 = 0xdb;
 
-/// Return the clock's ticks in a millisecond.
+/// Return the TSC ticks in a millisecond, measured once.
 pub fn millisecond() -> u64 {
     static TICKS: OnceLock<u64> = OnceLock::new();
     *TICKS.get_or_init(|| {
@@ -42,23 +42,23 @@ pub fn millisecond() -> u64 {
     })
 }
 
-/// What holding the lock came to.
+/// Statistics of the lock.
 #[derive(Clone, Debug, Default)]
 pub struct Holds {
-    /// Ticks for which it was held.
+    /// TSC ticks for which the lock was held.
     pub held: Spread,
-    /// Ticks for which it was waited for.
+    /// TSC ticks for which a thread waited for the lock.
     pub waited: Spread,
-    /// The most steps that were taken in one hold.
+    /// Maximum of the steps in one hold.
     pub most_steps: u64,
-    /// The steps that were taken in all holds.
+    /// Sum of the steps in all holds.
     pub all_steps: u64,
     since: u64,
     steps: u64,
 }
 
 impl Holds {
-    /// Add what others came to.
+    /// Add the statistics of `other`.
     pub fn add(&mut self, other: &Holds) {
         self.held.add_all(&other.held);
         self.waited.add_all(&other.waited);
@@ -67,7 +67,7 @@ impl Holds {
     }
 }
 
-/// The memory that the registry has.
+/// Memory that the registry has in use.
 #[derive(Debug, Default)]
 struct Memory {
     objects: AtomicI64,
@@ -79,45 +79,45 @@ thread_local! {
     static PAUSES: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Return how often this thread has let others have the CPU.
+/// Return how often this thread has yielded its CPU in [`Platform::pause`].
 pub fn pauses() -> u64 {
     PAUSES.get()
 }
 
-/// User space as a [`Platform`].
+/// A [`Platform`] in user space.
 #[derive(Debug)]
 pub struct Native {
     locked: AtomicBool,
-    /// Under the lock.
+    /// Protected by the lock.
     holds: UnsafeCell<Holds>,
-    cpus: Vec<Cpu>,
+    cpus: Vec<SimCpu>,
     memory: Arc<Memory>,
-    /// Freed memory is filled with [`POISON`], so that who still uses it fails.
+    /// Fill freed memory with [`POISON`], so that a use after free fails.
     poison: bool,
 }
 
-// SAFETY: `holds` is touched with the lock held alone.
+// SAFETY: `holds` is only accessed with the lock held.
 unsafe impl Sync for Native {}
 
 impl Native {
-    /// User space with that many CPUs.
+    /// Create a platform with `cpus` CPUs.
     pub fn new(cpus: usize, poison: bool) -> Self {
         millisecond();
         Self {
             locked: AtomicBool::new(false),
             holds: UnsafeCell::new(Holds::default()),
-            cpus: (0..cpus).map(|_| Cpu::new()).collect(),
+            cpus: (0..cpus).map(|_| SimCpu::new()).collect(),
             memory: Arc::new(Memory::default()),
             poison,
         }
     }
 
-    /// The CPU with a number.
-    pub fn cpu_at(&self, number: usize) -> &Cpu {
+    /// Return the CPU with a number.
+    pub fn cpu_at(&self, number: usize) -> &SimCpu {
         &self.cpus[number]
     }
 
-    /// Return what holding the lock came to since this was last called.
+    /// Return the statistics of the lock since the last call.
     pub fn take_holds(&self) -> Holds {
         self.lock();
         // SAFETY: The lock is held.
@@ -127,17 +127,17 @@ impl Native {
     }
 
     /// Return a view of the memory that outlives the platform.
-    pub fn ledger_of_memory(&self) -> MemoryInUse {
+    pub fn memory_in_use(&self) -> MemoryInUse {
         MemoryInUse(Arc::clone(&self.memory))
     }
 }
 
-/// The memory that the registry has not given back.
+/// A view of the memory that the registry has not given back.
 #[derive(Clone, Debug)]
 pub struct MemoryInUse(Arc<Memory>);
 
 impl MemoryInUse {
-    /// Return the objects and bytes in use, and the objects that were retired so far.
+    /// Return the objects and bytes in use, and the number of objects retired so far.
     pub fn now(&self) -> (i64, i64, u64) {
         let memory = &self.0;
         (
@@ -147,7 +147,7 @@ impl MemoryInUse {
         )
     }
 
-    /// Wait until all that was retired is freed, and demand that nothing is left.
+    /// Wait until all retired objects are freed, and assert that nothing is left.
     pub fn demand_none(&self) {
         let began = Instant::now();
         while self.now().0 != 0 && began.elapsed() < Duration::from_secs(20) {
@@ -161,7 +161,7 @@ impl MemoryInUse {
 
 /// # Safety
 ///
-/// As for [`Platform::free`].
+/// The contract is that of [`Platform::free`].
 unsafe fn free(memory: &Memory, poison: bool, at: NonNull<u8>, layout: Layout) {
     // SAFETY: By the contract of this function.
     unsafe {
@@ -176,11 +176,11 @@ unsafe fn free(memory: &Memory, poison: bool, at: NonNull<u8>, layout: Layout) {
 
 /// # Safety
 ///
-/// `key` must be that of a vCPU that lives.
-unsafe fn vcpu_at<'a>(key: usize) -> &'a Vcpu {
-    // SAFETY: By the contract of this function; memory of vCPUs stays to the end of a run.
-    let vcpu = unsafe { &*(key as *const Vcpu) };
-    assert!(vcpu.lives.load(Acquire), "a vCPU is read after it is gone");
+/// `key` must be that of a vCPU that is alive.
+unsafe fn vcpu_at<'a>(key: usize) -> &'a SimVcpu {
+    // SAFETY: By the contract of this function. The memory of vCPUs stays until the end of a run.
+    let vcpu = unsafe { &*(key as *const SimVcpu) };
+    assert!(vcpu.alive.load(Acquire), "a vCPU is read after it is gone");
     vcpu
 }
 
@@ -196,8 +196,8 @@ unsafe impl Supply for &Native {
 
 // SAFETY:
 // - The lock is a flag that one thread at a time sets, with Acquire and Release.
-// - The memory is the allocator's, zeroed.
-// - crossbeam-epoch runs what is deferred once all guards that lived then are gone.
+// - The allocator returns zeroed memory.
+// - crossbeam-epoch runs deferred functions once all guards of that time are gone.
 unsafe impl Platform for Native {
     type Reading = Guard;
 
@@ -207,7 +207,7 @@ unsafe impl Platform for Native {
         while self.locked.swap(true, Acquire) {
             while self.locked.load(Relaxed) {
                 spins += 1;
-                // The one who holds it may be off its CPU, which no kernel thread is.
+                // The holder may be preempted, which a holder in the kernel is not.
                 if spins % 1024 == 0 {
                     std::thread::yield_now();
                 }
@@ -254,14 +254,14 @@ unsafe impl Platform for Native {
             from + size_of::<Retired>() <= layout.size().min(4096),
             "the room is not in it"
         );
-        // As the kernel does, while others still read the object.
+        // The kernel also writes there while others still read the object.
         // SAFETY: By the contract of this function nobody uses the room.
         unsafe { room.as_ptr().write([usize::from_ne_bytes([POISON; 8]); 2]) };
         let (counts, poison) = (Arc::clone(&self.memory), self.poison);
         counts.retired.fetch_add(1, Relaxed);
         let at = memory.as_ptr() as usize;
-        // SAFETY: What is run later is on no thread's stack, and by the contract of this function
-        // nobody finds the object any more.
+        // SAFETY: The closure borrows from no thread's stack, and by the contract of this function nobody
+        // can find the object any more.
         unsafe {
             pin().defer_unchecked(move || {
                 if let Some(memory) = NonNull::new(at as *mut u8) {
@@ -278,7 +278,7 @@ unsafe impl Platform for Native {
     }
 
     fn polled(&self, key: usize) -> u64 {
-        // SAFETY: By the contract of the platform it has not been let go.
+        // SAFETY: By the contract of the platform the vCPU has not been let go.
         unsafe { vcpu_at(key) }.polled.load(Relaxed)
     }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How a wait is spread: its mean, its quantiles and its worst.
+//! A histogram of waiting times, with mean, quantiles and maximum.
 
-/// Buckets for each power of two.
+/// Buckets in each power of two.
 const PARTS: usize = 32;
 
-/// A histogram of ticks. A quantile of it is high by a thirty-second at most.
+/// A histogram of ticks. Its quantiles are too high by at most 1/32.
 #[derive(Clone, Debug)]
 pub struct Spread {
     buckets: Vec<u64>,
@@ -34,7 +34,7 @@ impl Spread {
         self.worst = self.worst.max(value);
     }
 
-    /// Add all values of another.
+    /// Add all values of `other`.
     pub fn add_all(&mut self, other: &Spread) {
         for (to, from) in self.buckets.iter_mut().zip(&other.buckets) {
             *to += from;
@@ -54,19 +54,19 @@ impl Spread {
         self.sum as f64 / self.count.max(1) as f64
     }
 
-    /// Return the greatest value.
+    /// Return the largest value.
     pub fn worst(&self) -> u64 {
         self.worst
     }
 
-    /// Return the value that a share of the values does not exceed, from 0 to 1.
+    /// Return the quantile for `share`, from 0 to 1: that share of the values does not exceed it.
     pub fn quantile(&self, share: f64) -> u64 {
         let rank = (self.count as f64 * share).ceil().max(1.0) as u64;
         let mut seen = 0;
         for (place, values) in self.buckets.iter().enumerate() {
             seen += values;
             if seen >= rank {
-                return high(place).min(self.worst);
+                return bucket_max(place).min(self.worst);
             }
         }
         self.worst
@@ -76,13 +76,13 @@ impl Spread {
 fn bucket(value: u64) -> usize {
     let value = value.max(1);
     let power = value.ilog2() as usize;
-    // The five bits below the topmost one.
+    // The five bits below the highest one.
     let part = ((u128::from(value) * PARTS as u128) >> power) as usize - PARTS;
     power * PARTS + part
 }
 
-/// Return the greatest value of a bucket.
-fn high(place: usize) -> u64 {
+/// Return the largest value of a bucket.
+fn bucket_max(place: usize) -> u64 {
     let (power, part) = (place / PARTS, place % PARTS);
     let end = ((PARTS + part + 1) as u128) << power;
     (end.div_ceil(PARTS as u128) - 1) as u64
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quantile_is_high_by_a_thirty_second_at_most() {
+    fn a_quantile_is_too_high_by_at_most_a_thirty_second() {
         let mut spread = Spread::default();
         for value in 1..=100_000_u64 {
             spread.add(value);
@@ -111,6 +111,6 @@ mod tests {
             );
         }
         assert_eq!((spread.count(), spread.worst()), (100_000, 100_000));
-        assert_eq!(high(bucket(u64::MAX)), u64::MAX);
+        assert_eq!(bucket_max(bucket(u64::MAX)), u64::MAX);
     }
 }

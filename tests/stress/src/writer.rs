@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the module's hooks do on a CPU, without a guest: load a vCPU, let it exit and enter, put it.
+//! Does what the module's hooks do on a CPU, without a guest: load a vCPU, exit, enter, put it.
 
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves},
@@ -13,18 +13,17 @@ use exitmeter_meter::{
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::{
-    cpu::{ticks, Chance, Cpu, Vcpu, NOWHERE},
+    cpu::{ticks, Random, SimCpu, SimVcpu, NOWHERE},
     platform::Native,
 };
 
 /// The registry of the stress.
 pub type Meter = Registry<Native>;
 
-/// Ticks from one transition to the next, at least and at most: as of a guest that does nothing but
-/// exit.
+/// Minimum and maximum of the TSC ticks between transitions: a guest that does nothing but exit.
 pub const GAP: (u64, u64) = (300, 1500);
 
-/// What the module is loaded with.
+/// Return the settings of the registry.
 pub fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
     Settings {
         leaves: Leaves {
@@ -39,7 +38,7 @@ pub fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
     }
 }
 
-/// What a snapshot tells of the host.
+/// Return the head of a snapshot.
 pub fn host(meter: &Meter) -> Host {
     Host {
         isa: Isa::Vmx,
@@ -55,13 +54,13 @@ pub fn host(meter: &Meter) -> Host {
     }
 }
 
-/// Return the key of a VM, as the kernel's addresses are.
+/// Return the key of a VM. It looks like an address of the kernel.
 pub fn vm_key(vm: usize) -> usize {
     0xffff_c900_0000_0000 + vm * 0xb000
 }
 
-/// A vCPU that the meter does not know yet.
-pub fn newcomer(vcpu: &Vcpu, vm: usize, id: u32) -> Newcomer {
+/// Return the description of a vCPU that the registry does not know yet.
+pub fn newcomer(vcpu: &SimVcpu, vm: usize, id: u32) -> Newcomer {
     let mut name = [0; NAME_SIZE];
     for (to, from) in name.iter_mut().zip(format!("vm-{vm}").bytes()) {
         *to = from;
@@ -78,11 +77,11 @@ pub fn newcomer(vcpu: &Vcpu, vm: usize, id: u32) -> Newcomer {
     }
 }
 
-/// Load a vCPU on a CPU.
+/// Load a vCPU on a CPU, and return its member unless it is unmetered.
 pub fn load<'a>(
     meter: &'a Meter,
-    (number, cpu): (u32, &Cpu),
-    vcpu: &Vcpu,
+    (number, cpu): (u32, &SimCpu),
+    vcpu: &SimVcpu,
     newcomer: impl FnOnce() -> Newcomer,
 ) -> Result<Option<&'a Member>, Refused> {
     vcpu.cpu.store(number, Relaxed);
@@ -95,28 +94,28 @@ pub fn load<'a>(
         None => meter.at_event(key, ticks(), Phase::Kernel, newcomer)?,
     };
     if let Some(member) = member {
-        cpu.note(key, member);
+        cpu.cache(key, member);
     }
     Ok(member)
 }
 
-/// Return the vCPU that runs on a CPU, as a hook finds it.
+/// Look up the member of the vCPU that runs on a CPU, as a hook does.
 #[inline(always)]
-pub fn running<'a>(meter: &'a Meter, cpu: &'a Cpu, key: usize) -> Option<&'a Member> {
-    cpu.noted(key).or_else(|| meter.known(key))
+pub fn running<'a>(meter: &'a Meter, cpu: &'a SimCpu, key: usize) -> Option<&'a Member> {
+    cpu.cached(key).or_else(|| meter.known(key))
 }
 
-/// Have a vCPU enter its guest.
+/// Record an entry of a vCPU.
 #[inline(always)]
-pub fn entry(meter: &Meter, cpu: &Cpu, key: usize) {
+pub fn entry(meter: &Meter, cpu: &SimCpu, key: usize) {
     if let Some(member) = running(meter, cpu, key) {
         member.ledger().entry(ticks());
     }
 }
 
-/// Have a vCPU exit for a reason.
+/// Record an exit of a vCPU with an exit reason.
 #[inline(always)]
-pub fn exit(meter: &Meter, cpu: &Cpu, key: usize, code: u32, nested: bool) {
+pub fn exit(meter: &Meter, cpu: &SimCpu, key: usize, code: u32, nested: bool) {
     if let Some(member) = running(meter, cpu, key) {
         let at = slot(Isa::Vmx, code);
         let (ledger, memory) = (member.ledger(), meter.platform());
@@ -127,24 +126,24 @@ pub fn exit(meter: &Meter, cpu: &Cpu, key: usize, code: u32, nested: bool) {
     }
 }
 
-/// Put a vCPU, for a phase.
-pub fn put(meter: &Meter, cpu: &Cpu, vcpu: &Vcpu, phase: Phase) {
+/// Put a vCPU, which begins `phase`.
+pub fn put(meter: &Meter, cpu: &SimCpu, vcpu: &SimVcpu, phase: Phase) {
     if let Some(member) = running(meter, cpu, vcpu.key()) {
         member.ledger().leave(ticks(), phase);
     }
     vcpu.cpu.store(NOWHERE, Relaxed);
 }
 
-/// Spend the time up to the next transition.
+/// Spin until the next transition.
 #[inline(always)]
-pub fn spend(chance: &mut Chance) {
-    spend_between(chance, GAP);
+pub fn spend(random: &mut Random) {
+    spend_between(random, GAP);
 }
 
-/// Spend the time up to the next transition, of ticks between two bounds.
+/// Spin for a random number of TSC ticks between two bounds.
 #[inline(always)]
-pub fn spend_between(chance: &mut Chance, (least, most): (u64, u64)) {
-    let until = ticks() + least + chance.below(most - least + 1);
+pub fn spend_between(random: &mut Random, (least, most): (u64, u64)) {
+    let until = ticks() + least + random.below(most - least + 1);
     while ticks() < until {
         core::hint::spin_loop();
     }

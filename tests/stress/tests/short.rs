@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The short form of `make stress`: small sizes, the same demands.
+//! The short form of `make stress`: small sizes, the same assertions.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ fn each_kind_of_caller_takes_bounded_steps() {
 }
 
 #[test]
-fn all_at_once_tell_what_was_done() {
+fn all_callers_at_once_see_what_the_writers_did() {
     for (max_vcpus, host_scope) in [(4096, false), (120, false), (4096, true)] {
         together(together::Plan {
             time: Duration::from_millis(1000),

@@ -1,27 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What each test gets: its time, and arguments where its defaults ask more than an emulated host gives.
+//! Time limit and arguments of each test. Arguments lower the defaults that are too much for an emulated host.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use system_tests::host::pick;
 
-/// The seconds that a test gets when nothing else is said of it, on the Intel and the AMD host. Both by the host's
-/// clock: that of the Intel host is slower than ours by as much as its CPU is.
+/// Default time limits on the Intel and the AMD host, in seconds of the host's clock. The clock of the Intel host is as
+/// much slower than ours as its CPU is.
 pub const LIMITS: [u64; 2] = [20, 60];
 
-/// What a test gets.
+/// Arguments and time limit of a test.
 #[derive(Clone, Copy, Debug)]
 pub struct Allowance {
-    /// Its arguments.
+    /// Arguments of the test.
     pub arguments: &'static [&'static str],
-    /// Its time by the host's clock.
+    /// Time limit, by the host's clock.
     pub limit: Duration,
 }
 
-/// The tests that get something of their own: less memory and fewer rounds, or more time. Each with its arguments, and
-/// its seconds as in [`LIMITS`].
+/// Tests that need less memory, fewer rounds or more time: name, arguments, and time limits as in [`LIMITS`].
 pub const SPECIAL: &[(&str, &[&str], [u64; 2])] = &[
     (
         "access_tracking_perf_test",
@@ -46,8 +45,8 @@ pub const SPECIAL: &[(&str, &[&str], [u64; 2])] = &[
     ("x86/hyperv_tlb_flush", &[], [40, 120]),
 ];
 
-/// What the test of a name gets on this host.
-pub fn of(name: &str) -> Result<Allowance> {
+/// Return the arguments and the time limit of a test on this host.
+pub fn allowance_of(name: &str) -> Result<Allowance> {
     let special = SPECIAL.iter().find(|(special, ..)| *special == name);
     let (arguments, [intel, amd]) = special.map_or((&[][..], LIMITS), |(_, arguments, limits)| {
         (arguments, *limits)

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The table of docs/selftests.md.
+//! Writes docs/selftests.md.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use crate::{
     allowance::{LIMITS, SPECIAL},
-    outside::{Compared, Results, Soak},
-    verdict::{Ended, Verdict},
+    outside::{AllResults, Compared, Results},
+    verdict::{TestRun, Verdict},
 };
 
-/// The verdicts of several runs: "pass", or "8 pass, 3 fail".
-pub fn tally(runs: &[Ended]) -> String {
+/// Format the verdicts of several runs: "pass", or "8 pass, 3 fail".
+pub fn tally(runs: &[TestRun]) -> String {
     let mut counts: BTreeMap<Verdict, usize> = BTreeMap::new();
     for run in runs {
         *counts.entry(run.verdict).or_default() += 1;
@@ -28,8 +28,8 @@ pub fn tally(runs: &[Ended]) -> String {
     }
 }
 
-/// One line that sums up a host.
-pub fn sum(results: &Results) -> String {
+/// Format the summary of a host, on one line.
+pub fn summary(results: &Results) -> String {
     let mut counts: BTreeMap<Verdict, usize> = BTreeMap::new();
     let (mut exits, mut reasons, mut runs, mut random) = (0, 0, 0, 0);
     for compared in results.tests.values() {
@@ -47,7 +47,7 @@ pub fn sum(results: &Results) -> String {
         .collect();
     format!(
         "{}, {} CPU{}: {} tests, with the module {}; {random} of them random without it; \
-         {exits} exits in {runs} runs metered, {reasons} counts by test and reason held against the kernel's \
+         {exits} exits in {runs} runs metered, {reasons} counts by test and reason compared with the kernel's \
          histogram; {:.0} min",
         results.host,
         results.cpus,
@@ -58,42 +58,42 @@ pub fn sum(results: &Results) -> String {
     )
 }
 
-/// The whole document.
-pub fn write(soak: &Soak) -> String {
+/// Return the whole document.
+pub fn write(all: &AllResults) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
-    let _ = fill(&mut text, soak);
+    let _ = fill(&mut text, all);
     text
 }
 
-fn fill(text: &mut String, soak: &Soak) -> std::fmt::Result {
+fn fill(text: &mut String, all: &AllResults) -> std::fmt::Result {
     writeln!(
         text,
         "# KVM's selftests\n\n\
-         Written by `make soak-selftests`; docs/testing.md says what it shows. Linux {}.\n",
-        soak.release
+         `make soak-selftests` writes this page; docs/testing.md says what it shows. Linux {}.\n",
+        all.release
     )?;
-    for results in &soak.results {
-        writeln!(text, "- {}", sum(results))?;
+    for results in &all.results {
+        writeln!(text, "- {}", summary(results))?;
     }
-    if !soak.unbuilt.is_empty() {
-        writeln!(text, "- Not built: {}", soak.unbuilt.join(", "))?;
+    if !all.unbuilt.is_empty() {
+        writeln!(text, "- Not built: {}", all.unbuilt.join(", "))?;
     }
     writeln!(
         text,
-        "\nSeconds are those of the host's clock, with the module. Exits are those that were metered, which are those of \
-         the kernel's histogram, reason by reason. Where a test was repeated because its verdicts differed, all its runs \
-         are counted.\n"
+        "\nSeconds are those of the host's clock, with the module. Exits are the metered ones; they equal those of \
+         the kernel's histogram, reason by reason. Where a test was repeated because its verdicts differed, the numbers \
+         are sums of all its runs.\n"
     )?;
-    table(text, soak)?;
-    for results in &soak.results {
+    table(text, all)?;
+    for results in &all.results {
         reasons(text, results)?;
     }
     writeln!(
         text,
         "\n## Arguments and limits\n\n\
-         A test gets {} s on Intel and {} s on AMD, and no arguments; these get something of their own. scripts/selftests.sh \
-         names those that have their rounds cut.\n\n\
+         A test gets {} s on Intel and {} s on AMD, and no arguments, unless the table says otherwise. scripts/selftests.sh \
+         names the tests whose rounds are cut.\n\n\
          | test | arguments | s on Intel | s on AMD |\n| --- | --- | ---: | ---: |",
         LIMITS[0], LIMITS[1]
     )?;
@@ -104,25 +104,25 @@ fn fill(text: &mut String, soak: &Soak) -> std::fmt::Result {
     Ok(())
 }
 
-fn table(text: &mut String, soak: &Soak) -> std::fmt::Result {
+fn table(text: &mut String, all: &AllResults) -> std::fmt::Result {
     write!(text, "| test |")?;
-    for results in &soak.results {
+    for results in &all.results {
         let host = results.host;
         write!(text, " {host} without | {host} with | exits | s |")?;
     }
     write!(text, "\n| --- |")?;
-    for _ in &soak.results {
+    for _ in &all.results {
         write!(text, " --- | --- | ---: | ---: |")?;
     }
     writeln!(text)?;
-    let names: BTreeSet<&String> = soak
+    let names: BTreeSet<&String> = all
         .results
         .iter()
         .flat_map(|results| results.tests.keys())
         .collect();
     for name in names {
         write!(text, "| {name} |")?;
-        for results in &soak.results {
+        for results in &all.results {
             match results.tests.get(name) {
                 Some(compared) => cells(text, compared)?,
                 None => write!(text, " | | | |")?,
@@ -144,7 +144,7 @@ fn cells(text: &mut String, compared: &Compared) -> std::fmt::Result {
     )
 }
 
-/// Why tests did not pass, in their own words.
+/// Write the tables of the tests that did not pass, with the reasons that the tests themselves give.
 fn reasons(text: &mut String, results: &Results) -> std::fmt::Result {
     for (verdicts, title) in [
         (

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inside: runs the tests in the emulated host, and tells of each in a line of JSON.
+//! Runs the tests inside the emulated host, and reports each as a line of JSON.
 
 use std::{
     fs,
@@ -19,56 +19,57 @@ use system_tests::host::{
 };
 
 use crate::{
-    allowance, reaper, surroundings,
-    verdict::{why, Ended, Line, Verdict},
+    allowance::allowance_of,
+    environment, reaper,
+    verdict::{explanation, Line, TestRun, Verdict},
 };
 
-/// Where the host has the tests.
+/// Folder of the tests in the host.
 pub const FOLDER: &str = "/root/kvm";
 
-/// What a test prints goes there.
+/// File for the output of a test.
 const OUTPUT: &str = "/tmp/output";
 
-/// How often the host tells that it lives.
+/// Interval of the lines that say that the host is alive.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// What KVM gets to take away the VMs of processes that have ended.
-const GRACE: Duration = Duration::from_secs(20);
+/// Time limit for KVM to destroy the VMs of processes that have ended.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The status of a test that misses something, as all selftests of the kernel have it.
+/// Exit status of a skipped test: KSFT_SKIP of the kernel's selftests.
 const SKIPPED: i32 = 4;
 
-/// Runs the tests of these names, with the module or without.
+/// Run the named tests, with or without the module.
 pub fn run(metered: bool, names: &[String]) -> Result<ExitCode> {
     reaper::adopt_orphans()?;
-    surroundings::complete()?;
+    environment::set_up()?;
     if metered {
         module::load("")?;
     }
     thread::spawn(|| loop {
         thread::sleep(HEARTBEAT);
-        let _ = tell(&Line::Alive);
+        let _ = print(&Line::Alive);
     });
     for name in names {
-        tell(&Line::Begin(name.clone()))?;
-        tell(&Line::End(run_one(name, metered)))?;
+        print(&Line::Begin(name.clone()))?;
+        print(&Line::End(run_one(name, metered)))?;
     }
     let mut troubles = Vec::new();
     if metered {
-        troubles.extend(no_vcpu().err().map(|error| format!("{error:#}")));
+        troubles.extend(wait_for_no_vcpu().err().map(|error| format!("{error:#}")));
         troubles.extend(module::unload().err().map(|error| format!("{error:#}")));
     }
-    tell(&Line::Done { troubles })?;
+    print(&Line::Done { troubles })?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn tell(line: &Line) -> Result<()> {
+fn print(line: &Line) -> Result<()> {
     println!("{}", serde_json::to_string(line)?);
     Ok(())
 }
 
-/// Runs one test. Whatever goes wrong around it is told with it.
-fn run_one(name: &str, metered: bool) -> Ended {
+/// Run one test, and check what it leaves behind. Errors go into the result.
+fn run_one(name: &str, metered: bool) -> TestRun {
     let mut troubles = Vec::new();
     let mut note = |error: anyhow::Error| troubles.push(format!("{error:#}"));
     let count = Count::begin(metered).map_err(&mut note).ok();
@@ -78,17 +79,17 @@ fn run_one(name: &str, metered: bool) -> Ended {
         (Verdict::Fail, String::new())
     });
     let seconds = started.elapsed().as_secs_f64();
-    if let Err(error) = no_vm() {
+    if let Err(error) = wait_for_no_vm() {
         note(error);
     }
     if metered {
-        if let Err(error) = no_vcpu() {
+        if let Err(error) = wait_for_no_vcpu() {
             note(error);
         }
     }
     let exits = count.and_then(|count| count.end().map_err(&mut note).ok());
     let exits = exits.unwrap_or_default();
-    Ended {
+    TestRun {
         name: name.to_owned(),
         verdict,
         why,
@@ -99,9 +100,9 @@ fn run_one(name: &str, metered: bool) -> Ended {
     }
 }
 
-/// Runs a test as the kernel's own runner does.
+/// Run a test as the kernel's own runner does.
 fn run_test(name: &str) -> Result<(Verdict, String)> {
-    let allowance = allowance::of(name)?;
+    let allowance = allowance_of(name)?;
     let path = Path::new(FOLDER).join(name);
     let mut command = match path.extension() {
         Some(extension) if extension == "sh" => {
@@ -114,7 +115,7 @@ fn run_test(name: &str) -> Result<(Verdict, String)> {
     command.args(allowance.arguments).current_dir(FOLDER);
     let child = reaper::start(&mut command, Path::new(OUTPUT))?;
     let status = reaper::wait(child, allowance.limit)?;
-    let output = fs::read(OUTPUT).context("the output of a test is gone")?;
+    let output = fs::read(OUTPUT).context("cannot read the output of a test")?;
     let output = String::from_utf8_lossy(&output);
     Ok(match status {
         None => (
@@ -122,13 +123,13 @@ fn run_test(name: &str) -> Result<(Verdict, String)> {
             format!("no end after {} s", allowance.limit.as_secs()),
         ),
         Some(status) if status.success() => (Verdict::Pass, String::new()),
-        Some(status) if status.code() == Some(SKIPPED) => (Verdict::Skip, why(&output)),
-        Some(status) if status.code().is_some() => (Verdict::Fail, why(&output)),
-        Some(status) => (Verdict::Fail, format!("{status}: {}", why(&output))),
+        Some(status) if status.code() == Some(SKIPPED) => (Verdict::Skip, explanation(&output)),
+        Some(status) if status.code().is_some() => (Verdict::Fail, explanation(&output)),
+        Some(status) => (Verdict::Fail, format!("{status}: {}", explanation(&output))),
     })
 }
 
-/// Counts the exits of one test: by the kernel's histogram, and with the module by both.
+/// Counts the exits of one test: by the kernel's histogram, and with the module also by the meter.
 enum Count {
     Kernel(Hist),
     Both(Span),
@@ -142,7 +143,7 @@ impl Count {
         })
     }
 
-    /// With the module, demands that both are the same.
+    /// Return the exits. With the module, fail if the counts differ.
     fn end(self) -> Result<Exits> {
         match self {
             Self::Kernel(hist) => hist.read(),
@@ -151,11 +152,12 @@ impl Count {
     }
 }
 
-/// Waits until KVM itself has no VM any more.
-fn no_vm() -> Result<()> {
+/// Wait until KVM has no VM.
+fn wait_for_no_vm() -> Result<()> {
     let folder = Path::new("/sys/kernel/debug/kvm");
-    until(|| {
-        let entries = fs::read_dir(folder).with_context(|| format!("no {}", folder.display()))?;
+    wait_until_none(|| {
+        let entries =
+            fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
         let vms = entries.filter(|entry| entry.as_ref().is_ok_and(|entry| entry.path().is_dir()));
         Ok(match vms.count() {
             0 => None,
@@ -164,9 +166,9 @@ fn no_vm() -> Result<()> {
     })
 }
 
-/// Waits until the meter has no vCPU any more.
-fn no_vcpu() -> Result<()> {
-    until(|| {
+/// Wait until the meter has no vCPU.
+fn wait_for_no_vcpu() -> Result<()> {
+    wait_until_none(|| {
         let vcpus = Meter::read()?.vcpus;
         Ok(vcpus.first().map(|vcpu| {
             let (count, id, name) = (vcpus.len(), vcpu.id, &vcpu.name);
@@ -175,12 +177,12 @@ fn no_vcpu() -> Result<()> {
     })
 }
 
-/// Waits until there is nothing left.
-fn until(left: impl Fn() -> Result<Option<String>>) -> Result<()> {
-    let deadline = Instant::now() + GRACE;
+/// Wait until `left` returns `None`. On a timeout, fail with what is left.
+fn wait_until_none(left: impl Fn() -> Result<Option<String>>) -> Result<()> {
+    let deadline = Instant::now() + CLEANUP_TIMEOUT;
     while let Some(left) = left()? {
         if Instant::now() >= deadline {
-            bail!("{left}, {} s after the end", GRACE.as_secs());
+            bail!("{left}, {} s after the end", CLEANUP_TIMEOUT.as_secs());
         }
         thread::sleep(Duration::from_millis(10));
     }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `make soak-selftests`: KVM's own selftests on emulated hosts, without exitmeter and with it.
+//! `make soak-selftests`: runs KVM's own selftests on emulated hosts, without exitmeter and with it.
 //!
-//! One program with two sides. Outside, it boots hosts with itself and the tests in them, compares what came of each
-//! test without and with the module, and writes docs/selftests.md. Inside, it runs the tests one by one, and holds
-//! the meter against the kernel's own histogram after each.
+//! This program has two sides. Outside, it boots hosts with itself and the tests in them, compares the verdict of each
+//! test without and with the module, and writes docs/selftests.md. Inside, it runs the tests one by one, and after
+//! each compares the meter with the kernel's own histogram.
 
 mod allowance;
 mod document;
+mod environment;
 mod inside;
 mod outside;
 mod reaper;
-mod surroundings;
 mod verdict;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -20,31 +20,31 @@ use anyhow::Result;
 use clap::Parser;
 use lab::host::Host;
 
-/// Runs KVM's own selftests on emulated hosts, without exitmeter and with it; the verdicts must be the same.
+/// Run KVM's own selftests on emulated hosts, without exitmeter and with it, and compare the verdicts
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Only on this host; on both, side by side, when not given
+    /// Run on this host only [default: both, side by side]
     #[arg(long, value_enum)]
     host: Option<Host>,
-    /// Debian's kernel, a version or release; the newest of backports if not given
+    /// Version or release of Debian's kernel [default: the newest of backports]
     #[arg(long, value_name = "VERSION")]
     kernel: Option<String>,
-    /// How many CPUs the hosts have; when not given 1 on Intel, 2 on AMD
+    /// CPUs of the hosts [default: 1 on Intel, 2 on AMD]
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
-    /// How often a test is repeated, each way, when its verdicts differ
+    /// Repetitions of a test, with and without the module, while its verdicts differ
     #[arg(long, value_name = "N", default_value_t = 10)]
     repeat: usize,
-    /// Where the table goes
+    /// Write the tables to FILE
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
-    /// Only tests whose names hold one of these words
+    /// Run only tests whose names contain one of these words
     words: Vec<String>,
-    /// The side inside: run the tests of these names in this host, which must be an emulated one.
+    /// Run the named tests in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
-    /// The side inside: with the module.
+    /// With --inside: load the module.
     #[arg(long, hide = true)]
     metered: bool,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The outside: boots hosts with this program and the tests in them, and compares what came of each test.
+//! Boots hosts with this program and the tests in them, and compares the verdicts of each test.
 
 mod hosts;
 
@@ -20,39 +20,39 @@ use lab::{
     setup::{self, Prepared, Wanted},
 };
 
-use crate::{document, inside, verdict::Ended, Arguments};
-use hosts::Lane;
+use crate::{document, inside, verdict::TestRun, Arguments};
+use hosts::HostConfig;
 
-/// Where the host has this program.
-const INSIDE: &str = "/usr/local/bin/selftests";
+/// This program in the host.
+const PROGRAM: &str = "/usr/local/bin/selftests";
 
-/// One that is no test by itself: a script of the same name runs it.
-const PART: &str = "x86/nx_huge_pages_test";
+/// A program that is not a test by itself: a script of the same name runs it.
+const HELPER: &str = "x86/nx_huge_pages_test";
 
-/// What came of one test on one host: its first run, and those that followed because its verdicts differed.
+/// Runs of one test on one host: the first one, and the repetitions while its verdicts differ.
 #[derive(Clone, Debug, Default)]
 pub struct Compared {
-    /// Without the module.
-    pub without: Vec<Ended>,
-    /// With it.
-    pub with: Vec<Ended>,
+    /// Runs without the module.
+    pub without: Vec<TestRun>,
+    /// Runs with the module.
+    pub with: Vec<TestRun>,
 }
 
 impl Compared {
-    /// Whether the module may have made a difference: the verdicts are not all the same, and only with the module
-    /// they vary.
+    /// Return true if the module may make a difference: the verdicts differ, and do not vary without the module.
     fn is_open(&self) -> bool {
-        let verdicts = |runs: &[Ended]| runs.iter().map(|run| run.verdict).collect::<BTreeSet<_>>();
+        let verdicts =
+            |runs: &[TestRun]| runs.iter().map(|run| run.verdict).collect::<BTreeSet<_>>();
         verdicts(&self.without) != verdicts(&self.with) && !self.is_random()
     }
 
-    /// Whether the test has more than one verdict without the module.
+    /// Return true if the test has more than one verdict without the module.
     pub fn is_random(&self) -> bool {
         let first = self.without.first().map(|run| run.verdict);
         self.without.iter().any(|run| Some(run.verdict) != first)
     }
 
-    /// What must not be.
+    /// Return the failures.
     fn troubles(&self) -> Vec<String> {
         let mut troubles = Vec::new();
         if self.with.is_empty() || self.without.is_empty() {
@@ -73,33 +73,33 @@ impl Compared {
     }
 }
 
-/// What came of all tests on one host.
+/// Results of all tests on one host.
 #[derive(Debug)]
 pub struct Results {
-    /// Which host.
+    /// Host that ran the tests.
     pub host: Host,
-    /// How many CPUs it had.
+    /// CPUs of the host.
     pub cpus: u32,
-    /// By the name of the test.
+    /// Runs by the name of the test.
     pub tests: BTreeMap<String, Compared>,
-    /// What must not be, with all tests of a host together.
+    /// Failures that belong to no single test.
     pub troubles: Vec<String>,
-    /// By the wall clock.
+    /// Duration by the wall clock, in minutes.
     pub minutes: f64,
 }
 
-/// What was run.
+/// Results of all hosts.
 #[derive(Debug)]
-pub struct Soak {
-    /// The hosts' kernel.
+pub struct AllResults {
+    /// Release of the hosts' kernel.
     pub release: String,
-    /// By host.
+    /// Results of each host.
     pub results: Vec<Results>,
-    /// Tests that do not build.
+    /// Names of the tests that do not build.
     pub unbuilt: Vec<String>,
 }
 
-/// Runs the tests both ways on the hosts, prints the verdicts, and writes the table.
+/// Run the tests without and with the module on the hosts, print the verdicts, and write the tables.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let hosts = match &arguments.host {
         Some(host) => std::slice::from_ref(host),
@@ -117,10 +117,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         .as_deref()
         .context("they were asked for")?;
     let names = names(&folder.join("bin"), &arguments.words)?;
-    let lanes = hosts.iter().map(|host| lane(*host, arguments, &prepared));
-    let lanes: Vec<Lane> = lanes.collect::<Result<_>>()?;
-    let results = together(&lanes, |lane| both_ways(lane, &names, arguments.repeat));
-    let soak = Soak {
+    let configs = hosts.iter().map(|host| config(*host, arguments, &prepared));
+    let configs: Vec<HostConfig> = configs.collect::<Result<_>>()?;
+    let results = together(&configs, |config| {
+        both_ways(config, &names, arguments.repeat)
+    });
+    let all = AllResults {
         release: prepared.release.clone(),
         results: results.into_iter().collect::<Result<_>>()?,
         unbuilt: fs::read_to_string(folder.join("unbuilt"))?
@@ -128,10 +130,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
             .map(str::to_owned)
             .collect(),
     };
-    tell(&soak, arguments.table.as_deref())
+    report(&all, arguments.table.as_deref())
 }
 
-/// The names of the tests that hold one of the words, or of all.
+/// Return the names of the tests that contain one of the words, or all names without words.
 fn names(folder: &Path, words: &[String]) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for (folder, prefix) in [(folder.to_owned(), ""), (folder.join("x86"), "x86/")] {
@@ -145,36 +147,36 @@ fn names(folder: &Path, words: &[String]) -> Result<Vec<String>> {
         }
     }
     names.retain(|name| {
-        name != PART && (words.is_empty() || words.iter().any(|word| name.contains(word)))
+        name != HELPER && (words.is_empty() || words.iter().any(|word| name.contains(word)))
     });
     names.sort();
-    ensure!(!names.is_empty(), "no test has such a name");
+    ensure!(!names.is_empty(), "no test's name contains such a word");
     Ok(names)
 }
 
-/// How this host is started.
-fn lane(host: Host, arguments: &Arguments, prepared: &Prepared) -> Result<Lane> {
-    let this = env::current_exe().context("the path of this program is not known")?;
+/// Return the configuration of a host.
+fn config(host: Host, arguments: &Arguments, prepared: &Prepared) -> Result<HostConfig> {
+    let this = env::current_exe().context("cannot find the path of this program")?;
     let tests = prepared
         .selftests
         .as_deref()
         .context("they were asked for")?;
-    Ok(Lane {
+    Ok(HostConfig {
         host,
-        // Bochs emulates more than one only at the cost of all.
+        // Several CPUs slow down Bochs as a whole.
         cpus: arguments.cpus.unwrap_or(match host {
             Host::Intel => 1,
             Host::Amd => 2,
         }),
         kernel: arguments.kernel.clone(),
         files: vec![
-            FileSpec::at(this, INSIDE),
+            FileSpec::at(this, PROGRAM),
             FileSpec::at(tests.join("bin"), inside::FOLDER),
         ],
     })
 }
 
-/// Calls `work` for each at once.
+/// Call `work` for each element, all at the same time, and return the results.
 fn together<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let work = &work;
     thread::scope(|scope| {
@@ -188,16 +190,16 @@ fn together<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R
     })
 }
 
-/// Runs the tests without the module and with it, and those again whose verdicts differ.
-fn both_ways(lane: &Lane, names: &[String], repeat: usize) -> Result<Results> {
+/// Run the tests without the module and with it, and repeat those whose verdicts differ.
+fn both_ways(config: &HostConfig, names: &[String], repeat: usize) -> Result<Results> {
     let started = Instant::now();
     let mut troubles = Vec::new();
     let mut tests: BTreeMap<String, Compared> = BTreeMap::new();
     let mut again = names.to_vec();
     for _ in 0..=repeat {
-        // Side by side, so that the machine is as busy for the one as for the other.
+        // They run side by side, so that the machine is equally busy for both.
         let ways = [false, true];
-        let ran = together(&ways, |metered| lane.run(*metered, &again));
+        let ran = together(&ways, |metered| config.run(*metered, &again));
         for (metered, ran) in ways.into_iter().zip(ran) {
             let (runs, at_the_end) = ran?;
             troubles.extend(at_the_end);
@@ -216,18 +218,18 @@ fn both_ways(lane: &Lane, names: &[String], repeat: usize) -> Result<Results> {
         }
     }
     Ok(Results {
-        host: lane.host,
-        cpus: lane.cpus,
+        host: config.host,
+        cpus: config.cpus,
         tests,
         troubles,
         minutes: started.elapsed().as_secs_f64() / 60.,
     })
 }
 
-/// Prints what must not be and the sums, and writes the table.
-fn tell(soak: &Soak, table: Option<&Path>) -> Result<ExitCode> {
+/// Print failures and summaries, and write the tables.
+fn report(all: &AllResults, table: Option<&Path>) -> Result<ExitCode> {
     let mut failed = 0;
-    for results in &soak.results {
+    for results in &all.results {
         let host = results.host;
         for (name, compared) in &results.tests {
             for trouble in compared.troubles() {
@@ -239,12 +241,12 @@ fn tell(soak: &Soak, table: Option<&Path>) -> Result<ExitCode> {
             println!("failed: {host}: {trouble}");
             failed += 1;
         }
-        println!("{}", document::sum(results));
+        println!("{}", document::summary(results));
     }
     if let Some(path) = table {
-        fs::write(path, document::write(soak))
+        fs::write(path, document::write(all))
             .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("The table is in {}", path.display());
+        println!("The tables are in {}", path.display());
     }
     println!("{failed} failed");
     Ok(ExitCode::from(u8::from(failed != 0)))
@@ -257,7 +259,7 @@ mod tests {
 
     fn compared(without: &[Verdict], with: &[Verdict]) -> Compared {
         let runs = |verdicts: &[Verdict]| {
-            let run = |verdict: &Verdict| Ended {
+            let run = |verdict: &Verdict| TestRun {
                 name: "a_test".to_owned(),
                 verdict: *verdict,
                 why: String::new(),
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_that_differs_is_trouble_unless_it_varies_without_the_module() {
+    fn a_verdict_that_differs_is_a_failure_unless_it_varies_without_the_module() {
         for (without, with) in [
             (&[Pass][..], &[Pass][..]),
             (&[Fail], &[Fail]),
@@ -297,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_wrong_around_a_test_is_trouble() {
+    fn an_error_around_a_test_is_a_failure() {
         let mut compared = compared(&[Pass], &[Pass]);
         compared.with[0].troubles = vec!["2 ledgers are left".to_owned()];
         assert_eq!(compared.troubles(), ["with the module: 2 ledgers are left"]);

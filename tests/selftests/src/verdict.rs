@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What came of a test, and the lines in which the inside tells of it.
+//! The result of a test, and the lines in which the inside reports it.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// How a test ended.
+/// Verdict of a test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Verdict {
-    /// Status 0.
+    /// The exit status is 0.
     Pass,
-    /// Status 4: something that it needs is not there.
+    /// The exit status is 4: the host lacks something that the test needs.
     Skip,
-    /// Any other status, or a signal.
+    /// The test ended with any other status, or by a signal.
     Fail,
-    /// It had to be killed.
+    /// The test exceeded its time limit and was killed.
     TimedOut,
-    /// The host's kernel warned of a fault.
+    /// The host's kernel printed a WARN.
     Warn,
-    /// The host's kernel said more than that: an oops, a lockup, a panic.
+    /// The host's kernel reported more than that: an oops, a lockup, a panic.
     Fault,
-    /// The host went silent, or its emulator died.
+    /// The host fell silent, or its emulator died.
     Lost,
 }
 
@@ -41,41 +41,41 @@ impl fmt::Display for Verdict {
 
 /// One run of one test.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Ended {
-    /// The test.
+pub struct TestRun {
+    /// Name of the test.
     pub name: String,
-    /// How it ended.
+    /// Verdict of the test.
     pub verdict: Verdict,
-    /// Why, in its own words, when it did not pass.
+    /// Reason that the test itself gives for not passing.
     pub why: String,
-    /// How long it took by the host's clock.
+    /// Duration in seconds of the host's clock.
     pub seconds: f64,
-    /// VM exits meanwhile; with the module those that it metered, which are those of the kernel's histogram.
+    /// VM exits during the run; with the module the metered ones, which equal those of the kernel's histogram.
     pub exits: u64,
-    /// How many reasons they had.
+    /// Number of distinct exit reasons.
     pub reasons: usize,
-    /// What must not be: counts that differ, ledgers that are left, processes that do not end.
+    /// Failures around the test: counts that differ, ledgers that are left, processes that do not end.
     pub troubles: Vec<String>,
 }
 
-/// A line of the inside.
+/// A line that the inside prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Line {
     /// A test begins.
     Begin(String),
-    /// It ended.
-    End(Ended),
-    /// The host lives.
+    /// A test has ended.
+    End(TestRun),
+    /// The host is alive.
     Alive,
-    /// All tests ended, and the module is unloaded.
+    /// All tests have ended, and the module is unloaded.
     Done {
-        /// What must not be, at the end.
+        /// Failures at the end.
         troubles: Vec<String>,
     },
 }
 
-/// Why a test did not pass, from what it printed: the assertion that failed, or what it misses, or its last line.
-pub fn why(output: &str) -> String {
+/// Extract from a test's output why it did not pass: the failed assertion, the missing feature, or the last line.
+pub fn explanation(output: &str) -> String {
     let lines: Vec<&str> = output
         .lines()
         .map(str::trim)
@@ -105,22 +105,25 @@ pub fn why(output: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::why;
+    use super::explanation;
 
     #[test]
-    fn a_test_says_why_it_did_not_pass() {
+    fn finds_why_a_test_did_not_pass() {
         let failed = "Random seed: 0x6b8b4567\n==== Test Assertion Failure ====\n  x86/a_test.c:93: r == 0\n  \
                       pid=1 tid=1 errno=22 - Invalid argument\n  (stack trace empty)\n  KVM_SET_X failed\n";
-        assert_eq!(why(failed), "x86/a_test.c:93: r == 0");
+        assert_eq!(explanation(failed), "x86/a_test.c:93: r == 0");
         for skipped in [
             "1..0 # SKIP - Requirement not met: kvm_is_tdp_enabled()\n",
             "ok 2 # SKIP Requirement not met: kvm_is_tdp_enabled()\n",
         ] {
-            assert_eq!(why(skipped), "Requirement not met: kvm_is_tdp_enabled()");
+            assert_eq!(
+                explanation(skipped),
+                "Requirement not met: kvm_is_tdp_enabled()"
+            );
         }
         let harness = "TAP version 13\n1..1\n# a.c:7:b:Expected 1 (1) == 2 (2)\nnot ok 1 b\n# Totals: pass:0\n";
-        assert_eq!(why(harness), "not ok 1 b");
-        assert_eq!(why("one\ntwo\n\n"), "two");
-        assert_eq!(why(""), "");
+        assert_eq!(explanation(harness), "not ok 1 b");
+        assert_eq!(explanation("one\ntwo\n\n"), "two");
+        assert_eq!(explanation(""), "");
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Hosts in which tests run: one after the other, as a test may take its host along.
+//! Boots the hosts in which tests run. A test may end its host; then the next host goes on with the next test.
 
 use std::{
     io::{self, Write as _},
@@ -15,49 +15,53 @@ use lab::{
     verdict::{fault_in, End, Fault, Limits},
 };
 
-use super::INSIDE;
-use crate::verdict::{Ended, Line, Verdict};
+use super::PROGRAM;
+use crate::verdict::{Line, TestRun, Verdict};
 
-/// The hosts' memory in MiB, as some tests make guests of 1 GiB; as much as Bochs can have.
+/// Memory of the hosts, in MiB. Some tests make guests of 1 GiB, and Bochs cannot have more.
 const MEMORY: u32 = 2048;
 
-/// How a host is started.
+/// Configuration of a host.
 #[derive(Debug)]
-pub struct Lane {
-    /// Which host.
+pub struct HostConfig {
+    /// Host to boot.
     pub host: Host,
-    /// How many CPUs.
+    /// Number of CPUs.
     pub cpus: u32,
-    /// Debian's kernel; the newest when not given.
+    /// Version or release of Debian's kernel; `None` is the newest.
     pub kernel: Option<String>,
-    /// This program, and the tests.
+    /// Files to add: this program, and the tests.
     pub files: Vec<FileSpec>,
 }
 
-/// What one host has said so far.
+/// Output of one host so far.
 #[derive(Default)]
-struct Heard {
-    ended: Vec<Ended>,
+struct HostOutput {
+    ended: Vec<TestRun>,
     running: Option<String>,
-    /// The first line of its kernel's that told of a fault.
+    /// First line of the kernel log that reports a fault.
     fault: Option<String>,
-    /// All tests ended, with these troubles at the end.
+    /// Failures at the end, once all tests have ended.
     done: Option<Vec<String>>,
 }
 
-impl Lane {
-    /// Runs the tests of these names, in that order, in as many hosts as it takes: where a test ends its host,
-    /// that is its verdict, and the next host goes on with the next test. Gives what must not be besides.
-    pub fn run(&self, metered: bool, names: &[String]) -> Result<(Vec<Ended>, Vec<String>)> {
+impl HostConfig {
+    /// Run the named tests in order, in as many hosts as needed. Return the runs, and the failures that belong to no
+    /// single test.
+    pub fn run(&self, metered: bool, names: &[String]) -> Result<(Vec<TestRun>, Vec<String>)> {
         let (mut ended, mut troubles) = (Vec::new(), Vec::new());
         while ended.len() < names.len() {
             let rest = &names[ended.len()..];
-            let mut heard = Heard::default();
-            let outcome = self.boot(metered, rest, &mut heard)?;
-            ended.append(&mut heard.ended);
-            if let Some(name) = heard.running {
-                ended.push(taken_along(name, &outcome, heard.fault.as_deref())?);
-            } else if let Some(at_the_end) = heard.done {
+            let mut output = HostOutput::default();
+            let outcome = self.boot(metered, rest, &mut output)?;
+            ended.append(&mut output.ended);
+            if let Some(name) = output.running {
+                ended.push(run_that_ended_host(
+                    name,
+                    &outcome,
+                    output.fault.as_deref(),
+                )?);
+            } else if let Some(at_the_end) = output.done {
                 troubles.extend(at_the_end);
                 ensure!(
                     outcome.end == End::Script(0),
@@ -68,7 +72,7 @@ impl Lane {
                 );
             } else {
                 bail!(
-                    "{}: {}, when no test ran; see {}",
+                    "{}: {}, while no test ran; see {}",
                     self.host,
                     outcome.end,
                     outcome.folder.display()
@@ -78,9 +82,9 @@ impl Lane {
         Ok((ended, troubles))
     }
 
-    /// Boots one host.
-    fn boot(&self, metered: bool, names: &[String], heard: &mut Heard) -> Result<Outcome> {
-        let mut script = vec![INSIDE.to_owned(), "--inside".to_owned()];
+    /// Boot one host, and collect its output.
+    fn boot(&self, metered: bool, names: &[String], output: &mut HostOutput) -> Result<Outcome> {
+        let mut script = vec![PROGRAM.to_owned(), "--inside".to_owned()];
         script.extend(metered.then(|| "--metered".to_owned()));
         script.push("--".to_owned());
         script.extend_from_slice(names);
@@ -91,7 +95,7 @@ impl Lane {
         options.files.clone_from(&self.files);
         options.limits = Limits {
             time: Duration::from_secs(4 * 3600),
-            // It says that it lives every 5 s of its own clock.
+            // The host prints a line every 5 s of its own clock.
             silence: Duration::from_secs(240),
         };
         let way = if metered { "with" } else { "without" };
@@ -102,7 +106,7 @@ impl Lane {
                 while let Some(end) = stdout.iter().position(|byte| *byte == b'\n') {
                     let line: Vec<u8> = stdout.drain(..=end).collect();
                     let line = String::from_utf8_lossy(&line);
-                    if let Some(ended) = heard.take(&line) {
+                    if let Some(ended) = output.take(&line) {
                         progress(self.host, way, ended);
                     }
                 }
@@ -111,8 +115,8 @@ impl Lane {
                 let _ = io::stderr().write_all(bytes);
             }
             Event::Kernel(line) => {
-                if heard.fault.is_none() && fault_in(line).is_some() {
-                    heard.fault = Some(line.trim().to_owned());
+                if output.fault.is_none() && fault_in(line).is_some() {
+                    output.fault = Some(line.trim().to_owned());
                 }
             }
             Event::Stage(_) => {}
@@ -120,9 +124,9 @@ impl Lane {
     }
 }
 
-impl Heard {
-    /// Takes a line; gives the test that ended by it.
-    fn take(&mut self, line: &str) -> Option<&Ended> {
+impl HostOutput {
+    /// Parse a line. Return the test that has ended, if the line reports one.
+    fn take(&mut self, line: &str) -> Option<&TestRun> {
         match serde_json::from_str(line) {
             Ok(Line::Begin(name)) => self.running = Some(name),
             Ok(Line::End(ended)) => {
@@ -138,7 +142,7 @@ impl Heard {
     }
 }
 
-fn progress(host: Host, way: &str, ended: &Ended) {
+fn progress(host: Host, way: &str, ended: &TestRun) {
     println!(
         "{host:<5} {way:<7} {:<9} {:7.1} s {:>9} exits  {} {}",
         ended.verdict, ended.seconds, ended.exits, ended.name, ended.why
@@ -148,8 +152,8 @@ fn progress(host: Host, way: &str, ended: &Ended) {
     }
 }
 
-/// The verdict of a test that ended its host.
-fn taken_along(name: String, outcome: &Outcome, fault: Option<&str>) -> Result<Ended> {
+/// Return the run of a test that ended its host.
+fn run_that_ended_host(name: String, outcome: &Outcome, fault: Option<&str>) -> Result<TestRun> {
     let verdict = match &outcome.end {
         End::Fault(Fault::Warning) => Verdict::Warn,
         End::Fault(_) => Verdict::Fault,
@@ -157,7 +161,7 @@ fn taken_along(name: String, outcome: &Outcome, fault: Option<&str>) -> Result<E
         end => bail!("{end}, at {name}; see {}", outcome.folder.display()),
     };
     println!("{name}: {}; see {}", outcome.end, outcome.folder.display());
-    Ok(Ended {
+    Ok(TestRun {
         name,
         verdict,
         why: fault.map_or_else(|| outcome.end.to_string(), str::to_owned),

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inside: in the emulated host, a guest from its boot to its end, recorded.
+//! Runs a guest in the emulated host, from its boot to its end, and records it.
 
 mod guest;
 mod network;
-mod tape;
+mod recorder;
 
 use std::{path::Path, process::ExitCode, thread, time::Duration};
 
@@ -14,116 +14,116 @@ use lab_agent::settings;
 use system_tests::host::module;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use self::{guest::Guest, tape::Tape};
+use self::{guest::Guest, recorder::Recorder};
 use crate::{
-    plan::{Guest as Kind, Run},
-    vmm::{self, Lines},
+    plan::{GuestKind, Run},
+    vmm::{self, SerialPorts},
 };
 
-/// From one snapshot to the next, on hosts whose TSC counts instructions, and on those where it is the wall clock.
+/// Intervals of the snapshots, on hosts whose TSC counts instructions and on hosts whose TSC is the wall clock.
 const INTERVAL: Duration = Duration::from_millis(20);
 const WALL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long a guest is left alone.
+/// Time for which a guest is left idle.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// Drivers of disk and network, in the order in which they stand on each other. Those that the kernel has built in are
-/// not there.
+/// Command of the guest that loads the drivers of disk and network, in the order of their dependencies. Drivers that are
+/// built into the kernel have no file.
 const DRIVERS: &str =
     "for name in virtio virtio_ring virtio_mmio virtio_pci_legacy_dev virtio_pci_modern_dev \
                        virtio_pci virtio_blk failover net_failover virtio_net; do \
                        [ ! -e $name.ko ] || insmod $name.ko || exit 1; done";
 
-/// How often a loop goes around its instruction.
+/// Iterations of a loop.
 pub const LOOPS: u32 = 2000;
 
-/// The VMM of the guest "tiny": a process of its own, as the others are.
+/// Run the VMM of the guest "tiny". It is a process of its own, as the other VMMs are.
 pub fn vmm(initramfs: &Path) -> Result<ExitCode> {
-    let lines = Lines {
+    let ports = SerialPorts {
         commands: guest::SOCKET,
         console: guest::CONSOLE,
     };
-    vmm::run(Path::new(settings::GUEST_KERNEL), initramfs, &lines)?;
+    vmm::run(Path::new(settings::GUEST_KERNEL), initramfs, &ports)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes a run.
+/// Make a run.
 pub fn run(run: Run) -> Result<ExitCode> {
     module::load("log_queries=0")?;
     let mut about = record::about_host();
     about.push(("run", run.to_string()));
     let path = format!("/out/{run}.rec");
-    if matches!(run.guest, Kind::Microvm | Kind::Pc) {
-        network::begin()?;
+    if matches!(run.guest, GuestKind::Microvm | GuestKind::Pc) {
+        network::set_up()?;
     }
     let interval = match run.counts_instructions() {
         true => INTERVAL,
         false => WALL_INTERVAL,
     };
-    let tape = Tape::begin(Path::new(&path), interval, about)?;
+    let recorder = Recorder::begin(Path::new(&path), interval, about)?;
     match run.guest {
-        Kind::Loops => loops(&tape)?,
-        kind => linux(kind, &tape)?,
+        GuestKind::Loops => loops(&recorder)?,
+        kind => linux(kind, &recorder)?,
     }
-    tape.end()?;
+    recorder.end()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Linux: its boot, some work, a reboot.
-fn linux(kind: Kind, tape: &Tape) -> Result<()> {
-    tape.mark("boot")?;
-    let mut guest = Guest::boot(kind, kind == Kind::Pc).context("the guest does not boot")?;
-    tape.mark("idle")?;
+/// Run Linux: its boot, some work, a reboot.
+fn linux(kind: GuestKind, recorder: &Recorder) -> Result<()> {
+    recorder.mark("boot")?;
+    let mut guest = Guest::boot(kind, kind == GuestKind::Pc).context("the guest does not boot")?;
+    recorder.mark("idle")?;
     thread::sleep(IDLE);
     match kind {
-        Kind::Smp => work(&mut guest, tape, &["ipi", "wake"])?,
+        GuestKind::Smp => work(&mut guest, recorder, &["ipi", "wake"])?,
         _ => work(
             &mut guest,
-            tape,
+            recorder,
             &["compute", "timers", "processes", "memory", "console"],
         )?,
     }
-    if kind == Kind::Pc {
-        with_devices(&mut guest, tape)?;
+    if kind == GuestKind::Pc {
+        with_devices(&mut guest, recorder)?;
     }
-    tape.mark("reboot")?;
+    recorder.mark("reboot")?;
     guest.reboot()?;
-    tape.mark("stop")?;
+    recorder.mark("stop")?;
     drop(guest);
-    if kind == Kind::Microvm {
-        // One of its own: with a disk, this machine's firmware does not come back from a reset.
-        tape.mark("boot 2")?;
+    if kind == GuestKind::Microvm {
+        // A second guest: with a disk, this machine's firmware does not come back from a reset.
+        recorder.mark("boot 2")?;
         let mut guest = Guest::boot(kind, true).context("the guest with devices does not boot")?;
-        with_devices(&mut guest, tape)?;
-        tape.mark("stop 2")?;
+        with_devices(&mut guest, recorder)?;
+        recorder.mark("stop 2")?;
     }
     Ok(())
 }
 
-/// Has the guest do some work, with a mark at each.
-fn work(guest: &mut Guest, tape: &Tape, names: &[&str]) -> Result<()> {
+/// Have the guest do pieces of work, with a mark at each.
+fn work(guest: &mut Guest, recorder: &Recorder, names: &[&str]) -> Result<()> {
     for name in names {
-        tape.mark(name)?;
+        recorder.mark(name)?;
         guest.run(&format!("./work {name}"))?;
     }
     Ok(())
 }
 
-/// Has it use its disk and its network.
-fn with_devices(guest: &mut Guest, tape: &Tape) -> Result<()> {
-    tape.mark("drivers")?;
+/// Have the guest use its disk and its network.
+fn with_devices(guest: &mut Guest, recorder: &Recorder) -> Result<()> {
+    recorder.mark("drivers")?;
     guest.run(&format!("{DRIVERS}; {}", network::GUEST))?;
-    work(guest, tape, &["write", "read", "ping", "stream"])
+    work(guest, recorder, &["write", "read", "ping", "stream"])
 }
 
-/// Loops around one instruction each.
-fn loops(tape: &Tape) -> Result<()> {
+/// Run loops around one instruction each.
+fn loops(recorder: &Recorder) -> Result<()> {
     use Program::*;
     for program in [
         Cpuid, OutUser, InKernel, OutEventfd, Rdmsr, Wrmsr, CrWrite, Hypercall, Wbinvd, Touch,
     ] {
         let mut machine = Machine::new(Config::new(program, Mode::Long, LOOPS))?;
-        tape.mark(&format!("{program:?}"))?;
+        recorder.mark(&format!("{program:?}"))?;
         machine.run()?;
     }
     Ok(())

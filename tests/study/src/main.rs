@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `make study`: how guests exit, measured on emulated hosts, for docs/study.md.
+//! `make study`: measures how guests exit on emulated hosts, for docs/study.md.
 //!
-//! One program with two sides. Outside, it boots a host for each run of the plan, keeps what was recorded there in
-//! docs/study, draws it by `exitmeter plot`, and writes the tables of docs/study.md. Inside, it boots a guest, has it
-//! work, and records /dev/exitmeter all the while; each thing that the guest does begins with a mark in the recording.
+//! This program has two sides. Outside, it boots a host for each run of the plan, keeps the recordings in docs/study,
+//! draws them with `exitmeter plot`, and writes the tables of docs/study.md. Inside, it boots a guest, lets it work,
+//! and records /dev/exitmeter all the while. Each stage of the guest begins with a mark in the recording.
 
 mod inside;
 mod outside;
@@ -18,19 +18,19 @@ use clap::Parser;
 
 use crate::plan::Run;
 
-/// Records how guests exit on emulated hosts, and writes the tables and pictures of docs/study.md.
+/// Record how guests exit on emulated hosts, and write the tables and pictures of docs/study.md
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Only write tables and pictures anew, of the recordings that are there
+    /// Record nothing; write tables and pictures from the existing recordings
     #[arg(long)]
     only_write: bool,
-    /// Only runs whose names hold one of these words, such as intel-microvm
+    /// Make only runs whose names contain one of these words, such as intel-microvm
     words: Vec<String>,
-    /// The side inside: make this run in this host, which must be an emulated one.
+    /// Make this run in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: Option<Run>,
-    /// The side inside: be the VMM of a Linux guest with this initramfs.
+    /// Run the VMM of a Linux guest with this initramfs.
     #[arg(long, hide = true)]
     vmm: Option<PathBuf>,
 }

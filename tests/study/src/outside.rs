@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The outside: a host for each run, what it recorded, and what is made of that.
+//! Boots a host for each run, keeps its recording, and writes tables and pictures.
 
 mod document;
 mod files;
@@ -25,23 +25,24 @@ use lab::{
 
 use self::{files::Files, recorded::Recorded};
 use crate::{
-    plan::{Guest, Run, RUNS},
+    plan::{GuestKind, Run, RUNS},
     Arguments,
 };
 
-/// Somebody wants this to end.
+/// Error of a study that was interrupted.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted; the runs before this one are kept")]
 struct Interrupted;
 
-/// The host's memory in MiB: for the guest's, its disk, and what runs it; the largest of these is QEMU with all it has.
+/// Memory of the host, in MiB. It holds the guest's memory, the guest's disk, and the VMM with its files. Those of QEMU with
+/// PCI need the most.
 const MEMORY: u32 = 1024;
 const PC_MEMORY: u32 = 2048;
 
-/// A recording that is larger would weigh on the repository.
-const LARGEST: u64 = 250_000;
+/// Largest recording to keep in the repository, in bytes.
+const MAX_RECORDING: u64 = 250_000;
 
-/// Where the study is, in the repository.
+/// Return the study's folder in the repository.
 fn folder() -> PathBuf {
     setup::repository().join("docs/study")
 }
@@ -50,7 +51,7 @@ fn recording(run: Run) -> PathBuf {
     folder().join(format!("{run}.rec"))
 }
 
-/// Makes the runs, and writes tables and pictures.
+/// Make the runs, and write tables and pictures.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let words = &arguments.words;
     let chosen = |run: &Run| {
@@ -66,13 +67,13 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
             .map(|word| word.parse())
             .collect::<Result<Vec<_>, _>>()
         {
-            // By its whole name also a run that is not in the plan.
+            // A full name also selects a run that is not in the plan.
             Ok(named) if !named.is_empty() => named,
             _ => RUNS.into_iter().filter(chosen).collect(),
         };
-        ensure!(!runs.is_empty(), "no run has a name like that");
+        ensure!(!runs.is_empty(), "no run's name contains such a word");
         for run in runs {
-            // One that fails is not to take the others with it.
+            // After a failure the other runs still go on.
             if let Err(error) = record(run) {
                 if error.is::<Interrupted>() {
                     return Err(error);
@@ -96,26 +97,26 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     println!(
-        "study: failed, and as they were before: {}",
+        "study: these runs failed and keep their earlier recordings: {}",
         failed.join(", ")
     );
     Ok(ExitCode::FAILURE)
 }
 
-/// Makes one run, and keeps what it recorded.
+/// Make one run, and keep its recording.
 fn record(run: Run) -> Result<()> {
     let files = Files::get(run)?;
     let mut options = Options::new(
         run.host,
         ["/usr/local/bin/study", "--inside", &run.to_string()],
     );
-    options.machine.memory = if run.guest == Guest::Pc {
+    options.machine.memory = if run.guest == GuestKind::Pc {
         PC_MEMORY
     } else {
         MEMORY
     };
-    // Two vCPUs are to run at the same time, where the emulator can do so without paying for it with all its speed.
-    options.machine.cpus = if (run.host, run.guest) == (Host::Amd, Guest::Smp) {
+    // Two vCPUs run in parallel where that does not slow down the emulator as a whole.
+    options.machine.cpus = if (run.host, run.guest) == (Host::Amd, GuestKind::Smp) {
         2
     } else {
         1
@@ -133,7 +134,7 @@ fn record(run: Run) -> Result<()> {
     let (date, started) = (SystemTime::now(), Instant::now());
     let outcome = run::run(&options, &mut |event| match event {
         Event::Stdout(bytes) => {
-            // How long each takes here, where the emulator runs.
+            // Print the time of each stage by the clock of this machine.
             let stages = String::from_utf8_lossy(bytes);
             for name in stages.lines() {
                 print!(" [{:.0} s] {name}", started.elapsed().as_secs_f64());
@@ -161,20 +162,20 @@ fn record(run: Run) -> Result<()> {
     keep(run, &made, date)
 }
 
-/// Keeps a recording, if it is whole and small.
+/// Keep a recording, if it is complete and small.
 fn keep(run: Run, made: &Path, date: SystemTime) -> Result<()> {
     let read = Recorded::read(run, made)?;
     ensure!(
-        read.whole,
+        read.is_complete,
         "{run}: its recording is cut off: {}",
         made.display()
     );
     let size = fs::metadata(made)?.len();
     ensure!(
-        size <= LARGEST,
-        "{run}: its recording has {size} bytes, which are too many to keep; record with a larger interval"
+        size <= MAX_RECORDING,
+        "{run}: its recording of {size} bytes is too large to keep; record with a larger interval"
     );
     fs::copy(made, recording(run))
         .with_context(|| format!("cannot write {}", recording(run).display()))?;
-    recorded::note_date(&folder(), run, date)
+    recorded::write_date(&folder(), run, date)
 }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which guest runs on which host, and how its memory is mapped.
+//! The runs of the study: host, guest and paging.
 
 use std::{fmt, str::FromStr};
 
 use lab::host::Host;
 
-/// What runs under KVM.
+/// A kind of guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guest {
+pub enum GuestKind {
     /// Linux in QEMU's microvm, as the lab's command `guest` boots it.
     Microvm,
-    /// The same with two vCPUs.
+    /// Microvm with two vCPUs.
     Smp,
-    /// The same with Debian's kernel for clouds, which the host has as well.
+    /// Microvm with Debian's cloud kernel in guest and host.
     Cloud,
     /// Linux as packaged, in QEMU's q35 with firmware, PCI, VGA and a serial console.
     Pc,
@@ -23,27 +23,27 @@ pub enum Guest {
     Loops,
 }
 
-/// How the guest's memory is mapped.
+/// Mapping of the guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Paging {
-    /// By the CPU: EPT or NPT.
+    /// The CPU maps it: EPT or NPT.
     Nested,
-    /// By KVM, which writes the page tables that the CPU walks.
+    /// KVM maps it, and writes the page tables that the CPU walks.
     Shadow,
 }
 
-/// One run on one host of its own, so with a fresh ledger.
+/// One run. It has a host of its own, so it starts with an empty ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// The host.
+    /// Host that the guest runs on.
     pub host: Host,
-    /// The guest.
-    pub guest: Guest,
-    /// How its memory is mapped.
+    /// Guest that is recorded.
+    pub guest: GuestKind,
+    /// Mapping of the guest's memory.
     pub paging: Paging,
 }
 
-const fn run(host: Host, guest: Guest, paging: Paging) -> Run {
+const fn run(host: Host, guest: GuestKind, paging: Paging) -> Run {
     Run {
         host,
         guest,
@@ -51,27 +51,27 @@ const fn run(host: Host, guest: Guest, paging: Paging) -> Run {
     }
 }
 
-/// All runs, in the order of the tables. On the AMD host, as QEMU emulates it, no Linux boots without nested paging.
+/// All runs, in the order of the tables. On QEMU's emulated AMD host, no Linux boots without nested paging.
 pub const RUNS: [Run; 16] = [
-    run(Host::Intel, Guest::Microvm, Paging::Nested),
-    run(Host::Intel, Guest::Microvm, Paging::Shadow),
-    run(Host::Intel, Guest::Smp, Paging::Nested),
-    run(Host::Intel, Guest::Cloud, Paging::Nested),
-    run(Host::Intel, Guest::Pc, Paging::Nested),
-    run(Host::Intel, Guest::Tiny, Paging::Nested),
-    run(Host::Intel, Guest::Tiny, Paging::Shadow),
-    run(Host::Intel, Guest::Loops, Paging::Nested),
-    run(Host::Intel, Guest::Loops, Paging::Shadow),
-    run(Host::Amd, Guest::Microvm, Paging::Nested),
-    run(Host::Amd, Guest::Smp, Paging::Nested),
-    run(Host::Amd, Guest::Cloud, Paging::Nested),
-    run(Host::Amd, Guest::Pc, Paging::Nested),
-    run(Host::Amd, Guest::Tiny, Paging::Nested),
-    run(Host::Amd, Guest::Loops, Paging::Nested),
-    run(Host::Amd, Guest::Loops, Paging::Shadow),
+    run(Host::Intel, GuestKind::Microvm, Paging::Nested),
+    run(Host::Intel, GuestKind::Microvm, Paging::Shadow),
+    run(Host::Intel, GuestKind::Smp, Paging::Nested),
+    run(Host::Intel, GuestKind::Cloud, Paging::Nested),
+    run(Host::Intel, GuestKind::Pc, Paging::Nested),
+    run(Host::Intel, GuestKind::Tiny, Paging::Nested),
+    run(Host::Intel, GuestKind::Tiny, Paging::Shadow),
+    run(Host::Intel, GuestKind::Loops, Paging::Nested),
+    run(Host::Intel, GuestKind::Loops, Paging::Shadow),
+    run(Host::Amd, GuestKind::Microvm, Paging::Nested),
+    run(Host::Amd, GuestKind::Smp, Paging::Nested),
+    run(Host::Amd, GuestKind::Cloud, Paging::Nested),
+    run(Host::Amd, GuestKind::Pc, Paging::Nested),
+    run(Host::Amd, GuestKind::Tiny, Paging::Nested),
+    run(Host::Amd, GuestKind::Loops, Paging::Nested),
+    run(Host::Amd, GuestKind::Loops, Paging::Shadow),
 ];
 
-impl Guest {
+impl GuestKind {
     const ALL: [Self; 6] = [
         Self::Microvm,
         Self::Smp,
@@ -81,7 +81,7 @@ impl Guest {
         Self::Loops,
     ];
 
-    /// Its name in those of runs.
+    /// Return the guest's part of the names of runs.
     pub fn name(self) -> &'static str {
         match self {
             Self::Microvm => "microvm",
@@ -93,7 +93,7 @@ impl Guest {
         }
     }
 
-    /// What it is, for people.
+    /// Return the title in tables and pictures.
     pub fn title(self) -> &'static str {
         match self {
             Self::Microvm => "microvm",
@@ -107,7 +107,7 @@ impl Guest {
 }
 
 impl Paging {
-    /// Its name in those of runs.
+    /// Return the paging's part of the names of runs.
     pub fn name(self) -> &'static str {
         match self {
             Self::Nested => "nested",
@@ -117,7 +117,7 @@ impl Paging {
 }
 
 impl Run {
-    /// The parameters of KVM's module.
+    /// Return the parameters of KVM's module.
     pub fn kvm(self) -> &'static str {
         match (self.paging, self.host) {
             (Paging::Nested, _) => "",
@@ -126,13 +126,13 @@ impl Run {
         }
     }
 
-    /// Whether its TSC counts what the emulator executes; else it is the wall clock of the machine that emulates. Linux
-    /// guests get stuck in an AMD host that counts.
+    /// Return true if the TSC counts the emulator's instructions. Otherwise it is the wall clock of the machine that runs the
+    /// emulator: Linux guests get stuck in an AMD host that counts.
     pub fn counts_instructions(self) -> bool {
-        self.host == Host::Intel || self.guest == Guest::Loops
+        self.host == Host::Intel || self.guest == GuestKind::Loops
     }
 
-    /// What it is, for people: host, guest and, when it is not the usual one, paging.
+    /// Return the title in tables and pictures: host, guest and, unless it is nested, paging.
     pub fn title(self) -> String {
         let host = match self.host {
             Host::Intel => "Intel",
@@ -146,7 +146,7 @@ impl Run {
     }
 }
 
-/// Its name in files and on command lines, such as `intel-microvm-nested`.
+/// Format the name in files and on command lines, such as `intel-microvm-nested`.
 impl fmt::Display for Run {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (guest, paging) = (self.guest.name(), self.paging.name());
@@ -167,7 +167,9 @@ impl FromStr for Run {
                 _ => return None,
             };
             let word = words.next()?;
-            let guest = Guest::ALL.into_iter().find(|guest| guest.name() == word)?;
+            let guest = GuestKind::ALL
+                .into_iter()
+                .find(|guest| guest.name() == word)?;
             let paging = match words.next()? {
                 "nested" => Paging::Nested,
                 "shadow" => Paging::Shadow,
@@ -186,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_have_names_of_their_own() {
+    fn names_of_runs_are_unique_and_parse() {
         for (place, run) in RUNS.into_iter().enumerate() {
             assert_eq!(run.to_string().parse(), Ok(run));
             let same = |other: &Run| other.to_string() == run.to_string();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The smallest VMM that a packaged Linux boots in: one vCPU, memory, KVM's own interrupt controllers and timer, and two
-//! serial ports. No firmware, no ACPI, no PCI, no disk. What a triple fault ends begins anew.
+//! A minimal VMM for a packaged Linux: one vCPU, memory, KVM's own interrupt controllers and timer, and two serial ports. It
+//! has no firmware, no ACPI, no PCI and no disk. A triple fault restarts the guest.
 
 mod kernel;
 mod memory;
@@ -26,29 +26,31 @@ use tiny_guests::with_apic_id;
 
 use self::{memory::Memory, uart::Uart};
 
-/// The guest's memory in bytes.
+/// Memory of the guest, in bytes.
 const MEMORY: usize = 256 << 20;
 
-/// The kernel has to find out that there is no firmware and no PCI, but for this.
+/// Command line of the kernel. It spares the kernel probing for firmware and PCI.
 const COMMAND_LINE: &str =
     "console=ttyS0,115200 rdinit=/bin/guest-init quiet mitigations=off tsc=reliable nokaslr \
                             reboot=t panic=-1 random.trust_cpu=on acpi=off pci=off";
 
-/// The first serial port is the console, the second takes commands: their first ports and interrupts.
+/// First I/O port and interrupt of each serial port. The first is the console, the second takes commands.
 const PORTS: [(u16, u32); 2] = [(0x3f8, 4), (0x2f8, 3)];
 
-/// Where commands come from, and where the console goes.
-pub struct Lines<'a> {
-    /// A socket to listen at, for one who speaks to the guest.
+/// Paths that the serial ports connect to.
+pub struct SerialPorts<'a> {
+    /// Socket to listen at for the sender of commands.
     pub commands: &'a str,
-    /// A file.
+    /// File for the output of the console.
     pub console: &'a str,
 }
 
-/// Boots the kernel with this initramfs, again and again. Ends by a signal, or when the guest does what it must not.
-pub fn run(kernel: &Path, initramfs: &Path, lines: &Lines<'_>) -> Result<()> {
-    let listener = UnixListener::bind(lines.commands).context("no socket for commands")?;
-    let console = File::create(lines.console).context("no file for the console")?;
+/// Boot the kernel with this initramfs, again and again. Ends by a signal, or with an error when the guest exits in a way that
+/// the VMM does not handle.
+pub fn run(kernel: &Path, initramfs: &Path, ports: &SerialPorts<'_>) -> Result<()> {
+    let listener =
+        UnixListener::bind(ports.commands).context("cannot open the socket for commands")?;
+    let console = File::create(ports.console).context("cannot create the file for the console")?;
     let (commands, _) = listener.accept()?;
     let uarts = [
         Arc::new(Mutex::new(Uart::new(console)?)),
@@ -66,9 +68,9 @@ pub fn run(kernel: &Path, initramfs: &Path, lines: &Lines<'_>) -> Result<()> {
     loop {
         let memory = Memory::new(MEMORY)?;
         let entry = kernel::load(&memory, kernel, initramfs, COMMAND_LINE)?;
-        let vm = machine(&kvm, &memory, &uarts)?;
-        let vcpu = vcpu(&kvm, &vm, entry)?;
-        until_reset(vcpu, &uarts)?;
+        let vm = create_vm(&kvm, &memory, &uarts)?;
+        let vcpu = create_vcpu(&kvm, &vm, entry)?;
+        run_until_reset(vcpu, &uarts)?;
     }
 }
 
@@ -76,10 +78,10 @@ fn lock(uart: &Mutex<Uart>) -> std::sync::MutexGuard<'_, Uart> {
     uart.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The VM without its vCPU.
-fn machine(kvm: &Kvm, memory: &Memory, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<VmFd> {
+/// Create the VM, without its vCPU.
+fn create_vm(kvm: &Kvm, memory: &Memory, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<VmFd> {
     let vm = kvm.create_vm()?;
-    // Where Intel's KVM may put what it needs for real mode; no guest looks there.
+    // Intel's KVM puts pages there that it needs for real mode. No guest uses these addresses.
     vm.set_identity_map_address(0xfffb_c000)?;
     vm.set_tss_address(0xfffb_d000)?;
     vm.create_irq_chip()?;
@@ -92,7 +94,7 @@ fn machine(kvm: &Kvm, memory: &Memory, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<
         userspace_addr: memory.address(),
         ..Default::default()
     };
-    // SAFETY: The caller holds the memory until the VM is gone.
+    // SAFETY: The caller keeps the memory until the VM is gone.
     unsafe { vm.set_user_memory_region(region) }?;
     for (uart, (_, line)) in uarts.iter().zip(PORTS) {
         let mut uart = lock(uart);
@@ -102,8 +104,9 @@ fn machine(kvm: &Kvm, memory: &Memory, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<
     Ok(vm)
 }
 
-/// A vCPU as PVH wants it: protected mode, flat segments, no paging, EBX at what the kernel is told.
-fn vcpu(kvm: &Kvm, vm: &VmFd, entry: u64) -> Result<VcpuFd> {
+/// Create a vCPU in the state that PVH demands: protected mode, flat segments, no paging, and EBX pointing to the start
+/// info.
+fn create_vcpu(kvm: &Kvm, vm: &VmFd, entry: u64) -> Result<VcpuFd> {
     let vcpu = vm.create_vcpu(0)?;
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     let mut cpuid = with_apic_id(&supported, 0);
@@ -112,7 +115,7 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, entry: u64) -> Result<VcpuFd> {
         .iter_mut()
         .filter(|leaf| leaf.function == 1)
     {
-        // It is in a VM.
+        // CPUID.1:ECX[31]: running under a hypervisor.
         leaf.ecx |= 1 << 31;
     }
     vcpu.set_cpuid2(&cpuid)?;
@@ -135,19 +138,19 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, entry: u64) -> Result<VcpuFd> {
         limit: 0x67,
         ..segment(0xb, 0x18, 0)
     };
-    // Protection, and the bit that is always set.
+    // CR0: PE, and ET, which is always set.
     sregs.cr0 = 0x11;
     vcpu.set_sregs(&sregs)?;
     let mut regs = vcpu.get_regs()?;
     regs.rip = entry;
-    regs.rbx = kernel::INFO;
+    regs.rbx = kernel::START_INFO;
     regs.rflags = 2;
     vcpu.set_regs(&regs)?;
     Ok(vcpu)
 }
 
-/// Runs it until it resets itself.
-fn until_reset(mut vcpu: VcpuFd, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<()> {
+/// Run the vCPU until it resets itself.
+fn run_until_reset(mut vcpu: VcpuFd, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<()> {
     let uart = |port: u16| {
         let place = PORTS.iter().position(|(first, _)| port & !7 == *first)?;
         Some((&uarts[place], port & 7))
@@ -162,7 +165,7 @@ fn until_reset(mut vcpu: VcpuFd, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<()> {
             Ok(VcpuExit::IoIn(port, bytes)) => {
                 bytes.fill(match (uart(port), port) {
                     (Some((uart, register)), _) => lock(uart).read(register),
-                    // Of these, nothing is to be waited for.
+                    // 0 keeps the guest from waiting for these devices.
                     (None, 0x61 | 0x64 | 0x71) => 0,
                     (None, _) => 0xff,
                 });
@@ -172,7 +175,7 @@ fn until_reset(mut vcpu: VcpuFd, uarts: &[Arc<Mutex<Uart>>; 2]) -> Result<()> {
             Ok(VcpuExit::Shutdown) => return Ok(()),
             Ok(exit) => bail!("the guest ended with {exit:?}"),
             Err(error) if error.errno() == libc::EINTR => {}
-            Err(error) => return Err(error).context("KVM does not run the guest"),
+            Err(error) => return Err(error).context("KVM cannot run the guest"),
         }
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a guest does for the study: each word on the command line is a piece of work of a fixed amount.
+//! The work of a guest in the study. Each word on the command line names a piece of work of a fixed amount.
 
 use std::{
     alloc::{self, Layout},
@@ -21,7 +21,7 @@ use std::{
 
 use tiny_guests::pin;
 
-/// How much of each.
+// Amount of each kind of work.
 const STEPS: u64 = 20_000_000;
 const SLEEPS: u32 = 200;
 const PROCESSES: u32 = 20;
@@ -34,7 +34,7 @@ const PINGS: u32 = 100;
 const STREAM: usize = 1 << 20;
 const LETTERS: usize = 1000;
 
-/// The host's side of the network, and its ports for echoes and for a stream.
+/// Addresses of the host's echo server and stream server.
 const ECHO: &str = "10.0.2.1:7";
 const SINK: &str = "10.0.2.1:9";
 
@@ -52,7 +52,7 @@ fn main() -> ExitCode {
             "ping" => ping(),
             "stream" => stream(),
             "console" => console(),
-            _ => Err(io::Error::other("there is no such work")),
+            _ => Err(io::Error::other("unknown work")),
         };
         if let Err(error) = done {
             eprintln!("{word}: {error}");
@@ -62,7 +62,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Arithmetic, without a system call.
+/// Do arithmetic, without a system call.
 fn compute() -> io::Result<()> {
     let mut state = 1_u64;
     for _ in 0..STEPS {
@@ -71,7 +71,7 @@ fn compute() -> io::Result<()> {
     Ok(())
 }
 
-/// Sleeps of 1 ms.
+/// Sleep for 1 ms, again and again.
 fn timers() -> io::Result<()> {
     for _ in 0..SLEEPS {
         thread::sleep(Duration::from_millis(1));
@@ -79,7 +79,7 @@ fn timers() -> io::Result<()> {
     Ok(())
 }
 
-/// Processes, each made, run and ended.
+/// Create processes, each of which runs and ends.
 fn processes() -> io::Result<()> {
     for _ in 0..PROCESSES {
         Command::new("/bin/true").status()?;
@@ -87,7 +87,7 @@ fn processes() -> io::Result<()> {
     Ok(())
 }
 
-/// Pages of 4 KiB, written to for the first time.
+/// Write to new pages of 4 KiB.
 fn memory() -> io::Result<()> {
     let mut pages = vec![0_u8; PAGES * 4096];
     for page in pages.chunks_mut(4096) {
@@ -98,14 +98,14 @@ fn memory() -> io::Result<()> {
 }
 
 fn membarrier(command: libc::c_int) -> io::Result<()> {
-    // SAFETY: The call takes numbers alone.
+    // SAFETY: The call takes only numbers.
     match unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Interrupts from one CPU to another that computes: the barrier on all CPUs that run this program.
+/// Send interrupts from one CPU to another that computes, by memory barriers on all CPUs of this process.
 fn ipi() -> io::Result<()> {
     static DONE: AtomicBool = AtomicBool::new(false);
     membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
@@ -117,7 +117,7 @@ fn ipi() -> io::Result<()> {
         }
         Ok(())
     });
-    // It runs there by then.
+    // By then the thread runs on the other CPU.
     thread::sleep(Duration::from_millis(20));
     for _ in 0..BARRIERS {
         membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED)?;
@@ -128,7 +128,7 @@ fn ipi() -> io::Result<()> {
         .unwrap_or_else(|_| Err(io::Error::other("a thread ended early")))
 }
 
-/// Two threads on two CPUs that wake each other in turn.
+/// Let two threads on two CPUs wake each other in turn.
 fn wake() -> io::Result<()> {
     let (mut here, mut there) = UnixStream::pair()?;
     pin(0)?;
@@ -151,7 +151,7 @@ fn wake() -> io::Result<()> {
         .unwrap_or_else(|_| Err(io::Error::other("a thread ended early")))
 }
 
-/// Blocks of 64 KiB to or from the disk, past the guest's cache.
+/// Write blocks of 64 KiB to the disk, or read them, past the guest's cache.
 fn disk(write: bool) -> io::Result<()> {
     let mut disk: File = OpenOptions::new()
         .read(!write)
@@ -159,12 +159,12 @@ fn disk(write: bool) -> io::Result<()> {
         .custom_flags(libc::O_DIRECT)
         .open("/dev/vda")?;
     let layout = Layout::from_size_align(BLOCK, 4096).map_err(io::Error::other)?;
-    // SAFETY: Its size is not 0.
+    // SAFETY: The size of the layout is not 0.
     let memory = unsafe { alloc::alloc_zeroed(layout) };
     if memory.is_null() {
         return Err(io::ErrorKind::OutOfMemory.into());
     }
-    // SAFETY: Just allocated, of that size, zeroed, and never freed.
+    // SAFETY: The memory was just allocated with that size, zeroed, and is never freed.
     let block: &mut [u8] = unsafe { slice::from_raw_parts_mut(memory, BLOCK) };
     for _ in 0..BLOCKS {
         match write {
@@ -172,14 +172,14 @@ fn disk(write: bool) -> io::Result<()> {
             false => disk.read_exact(block)?,
         }
     }
-    // SAFETY: An open file.
+    // SAFETY: The file is open.
     match unsafe { libc::fdatasync(disk.as_raw_fd()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Datagrams to the host, each awaited on its way back.
+/// Send datagrams to the host, and wait for the echo of each.
 fn ping() -> io::Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -192,7 +192,7 @@ fn ping() -> io::Result<()> {
     Ok(())
 }
 
-/// A stream to the host, which answers when it has all.
+/// Send a stream to the host, which answers once it has all of it.
 fn stream() -> io::Result<()> {
     let mut stream = TcpStream::connect(SINK)?;
     stream.write_all(&vec![0; STREAM])?;
@@ -200,11 +200,11 @@ fn stream() -> io::Result<()> {
     stream.read_exact(&mut [0])
 }
 
-/// Letters to the console.
+/// Write letters to the console.
 fn console() -> io::Result<()> {
     let mut console = OpenOptions::new().write(true).open("/dev/ttyS0")?;
     console.write_all(&[b'x'; LETTERS])?;
-    // SAFETY: An open terminal.
+    // SAFETY: The terminal is open.
     match unsafe { libc::tcdrain(console.as_raw_fd()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

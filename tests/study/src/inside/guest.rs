@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A Linux guest of one of the VMMs, and its line for commands: the same agent is the first process of all.
+//! Boots a Linux guest in one of the VMMs and sends it commands. The first process of all guests is the same agent.
 
 use std::{
     fs::{self, File},
@@ -19,13 +19,13 @@ use lab_agent::{
 };
 
 use super::network;
-use crate::plan::Guest as Kind;
+use crate::plan::GuestKind;
 
-/// Where the VMM waits for who speaks to the guest.
+/// Socket of the VMM for commands to the guest.
 pub const SOCKET: &str = "/tmp/commands";
-/// Where the guest's console goes.
+/// Log of the guest's console.
 pub const CONSOLE: &str = "/out/guest.console.log";
-/// The guest's kernel as packaged, for a machine with a firmware.
+/// The packaged kernel of the guest, for a machine with firmware.
 pub const PACKAGED: &str = "/root/vmlinuz";
 
 const VMM_LOG: &str = "/out/guest.vmm.log";
@@ -33,14 +33,14 @@ const INITRAMFS: &str = "/tmp/initramfs";
 const DISK: &str = "/tmp/disk";
 const DISK_SIZE: u64 = 16 << 20;
 
-/// All messages to the serial console, as on a server.
-const PC: &str =
+/// Command line of the guest "pc". All messages go to the serial console, as on a server.
+const PC_COMMAND_LINE: &str =
     "console=ttyS0,115200 rdinit=/bin/guest-init tsc=reliable panic=-1 random.trust_cpu=on";
 
-/// How long a guest may take for what it is told.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// Time limit for a boot, and for an answer of the guest.
+const TIMEOUT: Duration = Duration::from_secs(240);
 
-/// A guest that runs. Its VMM is killed when this is dropped.
+/// A running guest. Dropping it kills its VMM.
 pub struct Guest {
     vmm: Child,
     sender: Sender<UnixStream>,
@@ -50,8 +50,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Starts it, with a disk and a network or without, and waits until it takes commands.
-    pub fn boot(kind: Kind, devices: bool) -> Result<Self> {
+    /// Start a guest and wait until it takes commands. With `devices` it has a disk and a network.
+    pub fn boot(kind: GuestKind, devices: bool) -> Result<Self> {
         pack(Path::new(INITRAMFS))?;
         File::create(DISK)?.set_len(DISK_SIZE)?;
         let _ = fs::remove_file(SOCKET);
@@ -61,18 +61,18 @@ impl Guest {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .context("the VMM cannot be started")?;
-        let deadline = Instant::now() + PATIENCE;
+            .context("cannot start the VMM")?;
+        let deadline = Instant::now() + TIMEOUT;
         let line = loop {
             match UnixStream::connect(SOCKET) {
                 Ok(line) => break line,
                 Err(_) if vmm.try_wait()?.is_none() && Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(10));
                 }
-                Err(_) => bail!("the VMM did not start{}", tails()),
+                Err(_) => bail!("the VMM did not start{}", log_tails()),
             }
         };
-        line.set_read_timeout(Some(PATIENCE))?;
+        line.set_read_timeout(Some(TIMEOUT))?;
         let mut guest = Self {
             vmm,
             sender: Sender::new(line.try_clone()?),
@@ -84,32 +84,32 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Runs a command in it, and demands that it succeeds.
+    /// Run a command in the guest. Fails if the command fails.
     pub fn run(&mut self, command: &str) -> Result<()> {
         self.sender.send(&Message::Run {
             number: 1,
             command: command.as_bytes().to_vec(),
         })?;
         self.wait_for(&Message::Started(1))?;
-        let mut said = String::new();
+        let mut output = String::new();
         loop {
             match self.next()? {
                 Item::Message(Message::Stdout(bytes) | Message::Stderr(bytes)) => {
-                    said.push_str(&String::from_utf8_lossy(&bytes));
+                    output.push_str(&String::from_utf8_lossy(&bytes));
                 }
                 Item::Message(Message::Verdict(status)) => {
-                    ensure!(status == 0, "{command} failed in the guest: {said}");
+                    ensure!(status == 0, "{command} failed in the guest: {output}");
                     return Ok(());
                 }
                 Item::Message(Message::Hello) => {
-                    bail!("the guest restarted at {command}{}", tails())
+                    bail!("the guest restarted at {command}{}", log_tails())
                 }
                 _ => {}
             }
         }
     }
 
-    /// Has it restart, and waits until it takes commands again.
+    /// Reboot the guest, and wait until it takes commands again.
     pub fn reboot(&mut self) -> Result<()> {
         self.sender.send(&Message::Reboot)?;
         self.wait_for(&Message::Hello)
@@ -127,9 +127,9 @@ impl Guest {
             }
             let mut bytes = [0; 4096];
             match self.line.read(&mut bytes) {
-                Ok(0) => bail!("the VMM ended{}", tails()),
+                Ok(0) => bail!("the VMM ended{}", log_tails()),
                 Ok(length) => self.items.extend(self.receiver.receive(&bytes[..length])),
-                Err(error) => bail!("the guest said nothing: {error}{}", tails()),
+                Err(error) => bail!("the guest said nothing: {error}{}", log_tails()),
             }
         }
     }
@@ -142,34 +142,36 @@ impl Drop for Guest {
     }
 }
 
-/// How the VMM is started.
-fn command(kind: Kind, devices: bool) -> Command {
+/// Return the command that starts the VMM.
+fn command(kind: GuestKind, devices: bool) -> Command {
     let console = format!("file,id=console,path={CONSOLE}");
     let commands = format!("socket,id=commands,path={SOCKET},server=on,wait=off");
     let disk = format!("file={DISK},if=none,format=raw,id=disk");
     let net = format!("tap,id=net,ifname={},script=no,downscript=no", network::TAP);
     let mut vmm = Command::new(match kind {
-        Kind::Microvm | Kind::Smp | Kind::Cloud => "/usr/bin/qemu-system-x86_64-microvm",
-        Kind::Pc => "/usr/bin/qemu-system-x86_64",
-        Kind::Tiny | Kind::Loops => "/usr/local/bin/study",
+        GuestKind::Microvm | GuestKind::Smp | GuestKind::Cloud => {
+            "/usr/bin/qemu-system-x86_64-microvm"
+        }
+        GuestKind::Pc => "/usr/bin/qemu-system-x86_64",
+        GuestKind::Tiny | GuestKind::Loops => "/usr/local/bin/study",
     });
     match kind {
-        Kind::Microvm | Kind::Smp | Kind::Cloud => {
+        GuestKind::Microvm | GuestKind::Smp | GuestKind::Cloud => {
             vmm.args(["-M", "microvm,rtc=on,pit=off,pic=off", "-nodefaults"])
                 .args(["-kernel", settings::GUEST_KERNEL])
                 .args(["-append", settings::GUEST_COMMAND_LINE])
                 .args(["-serial", "chardev:console"])
                 .args(["-device", "isa-serial,chardev=commands,index=1"]);
-            if kind == Kind::Smp {
-                // SeaBIOS's way of counting vCPUs needs them to run at the same time.
+            if kind == GuestKind::Smp {
+                // SeaBIOS counts vCPUs in a way that needs them to run at the same time.
                 vmm.args(["-smp", "2", "-bios", "qboot.rom"]);
             }
         }
-        Kind::Pc => {
-            vmm.args(["-M", "q35", "-kernel", PACKAGED, "-append", PC])
+        GuestKind::Pc => {
+            vmm.args(["-M", "q35", "-kernel", PACKAGED, "-append", PC_COMMAND_LINE])
                 .args(["-serial", "chardev:console", "-serial", "chardev:commands"]);
         }
-        Kind::Tiny | Kind::Loops => {
+        GuestKind::Tiny | GuestKind::Loops => {
             vmm.args(["--vmm", INITRAMFS]);
             return vmm;
         }
@@ -178,21 +180,26 @@ fn command(kind: Kind, devices: bool) -> Command {
         .args(["-no-user-config", "-display", "none", "-initrd", INITRAMFS])
         .args(["-chardev", &console, "-chardev", &commands]);
     if devices {
-        let bus = if kind == Kind::Pc { "pci" } else { "device" };
+        let bus = if kind == GuestKind::Pc {
+            "pci"
+        } else {
+            "device"
+        };
         vmm.args(["-drive", &disk, "-netdev", &net])
             .args(["-device", &format!("virtio-blk-{bus},drive=disk")])
             .args(["-device", &format!("virtio-net-{bus},netdev=net")]);
-    } else if kind == Kind::Pc {
+    } else if kind == GuestKind::Pc {
         vmm.args(["-nic", "none"]);
     }
     vmm
 }
 
-/// Writes the guest's initramfs, with the host's agent as its first process, the work and the drivers.
+/// Write the guest's initramfs. It has the host's agent as its first process, the work and the drivers.
 fn pack(path: &Path) -> Result<()> {
     initramfs::write(path, Path::new("/init"), |archive| {
         let mut add = |name: &str, source: &Path| -> Result<()> {
-            let file = File::open(source).with_context(|| format!("no {}", source.display()))?;
+            let file =
+                File::open(source).with_context(|| format!("cannot open {}", source.display()))?;
             let size = file.metadata()?.len();
             Ok(archive.file(name, 0o755, size, file)?)
         };
@@ -209,14 +216,14 @@ fn pack(path: &Path) -> Result<()> {
     })
 }
 
-/// The ends of what VMM and guest said.
-fn tails() -> String {
+/// Return the ends of the logs of VMM and guest.
+fn log_tails() -> String {
     [VMM_LOG, CONSOLE]
         .into_iter()
         .fold(String::new(), |text, path| {
-            let said = fs::read(path).unwrap_or_default();
-            let said =
-                String::from_utf8_lossy(&said[said.len().saturating_sub(2000)..]).into_owned();
-            format!("{text}\n--- the end of {path}:\n{}", said.trim_end())
+            let output = fs::read(path).unwrap_or_default();
+            let output =
+                String::from_utf8_lossy(&output[output.len().saturating_sub(2000)..]).into_owned();
+            format!("{text}\n--- the end of {path}:\n{}", output.trim_end())
         })
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host's side of the guest's network: a tap, an echo, and a sink.
+//! The host's side of the guest's network: a tap, an echo server and a stream server.
 
 use std::{
     io::{Read as _, Write as _},
@@ -11,18 +11,18 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 
-/// The tap's name.
+/// Name of the tap.
 pub const TAP: &str = "tap0";
 
-/// What the guest has to do for its side.
+/// Command that sets up the guest's side.
 pub const GUEST: &str = "ifconfig eth0 10.0.2.2 netmask 255.255.255.0 up";
 
-/// Makes all of it. What serves runs to the end of this process.
-pub fn begin() -> Result<()> {
+/// Set up the tap and start the servers, which run until this process ends.
+pub fn set_up() -> Result<()> {
     let commands = "insmod /root/modules/tun.ko && tunctl -t tap0 >/dev/null && \
                     ifconfig lo 127.0.0.1 up && ifconfig tap0 10.0.2.1 netmask 255.255.255.0 up";
     let status = Command::new("sh").args(["-c", commands]).status()?;
-    ensure!(status.success(), "the tap cannot be made: {status}");
+    ensure!(status.success(), "cannot make the tap: {status}");
     let echo = UdpSocket::bind("10.0.2.1:7").context("no socket for the echo")?;
     thread::spawn(move || {
         let mut bytes = [0; 2048];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tables of docs/study.md: each stands between two comments there, and all else is people's.
+//! Writes the tables of docs/study.md. Each is between two comments there; all other text is written by hand.
 
 mod boots;
 mod costs;
@@ -12,14 +12,14 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 
 use super::recorded::{Recorded, Stage};
-use crate::plan::{Guest, Paging, Run};
+use crate::plan::{GuestKind, Paging, Run};
 use lab::host::Host;
 
-/// What makes a table.
-type Make = fn(&All<'_>) -> String;
+/// A function that formats a table.
+type Format = fn(&Study<'_>) -> String;
 
-/// What the comments say, and what makes the table.
-const TABLES: [(&str, Make); 11] = [
+/// Tables: the name in the comments, and the function that formats the table.
+const TABLES: [(&str, Format); 11] = [
     ("runs", boots::runs),
     ("boots", boots::boots),
     ("growth", boots::growth),
@@ -33,15 +33,15 @@ const TABLES: [(&str, Make); 11] = [
     ("loops", work::loops),
 ];
 
-/// What there is to write of.
-struct All<'a> {
+/// All recordings of the study.
+struct Study<'a> {
     recorded: &'a [Recorded],
-    /// The folder of the recordings.
+    /// Folder of the recordings.
     folder: &'a Path,
 }
 
-impl<'a> All<'a> {
-    fn get(&self, host: Host, guest: Guest, paging: Paging) -> Option<&'a Recorded> {
+impl<'a> Study<'a> {
+    fn get(&self, host: Host, guest: GuestKind, paging: Paging) -> Option<&'a Recorded> {
         let run = Run {
             host,
             guest,
@@ -50,7 +50,7 @@ impl<'a> All<'a> {
         self.recorded.iter().find(|recorded| recorded.run == run)
     }
 
-    /// Those with Linux, of a host or of both.
+    /// Return the runs with Linux and their boots, on one host or on both.
     fn linux(&self, host: Option<Host>) -> Vec<(&'a Recorded, &'a Stage)> {
         let all = self.recorded.iter();
         all.filter(|recorded| host.is_none_or(|host| recorded.run.host == host))
@@ -59,24 +59,24 @@ impl<'a> All<'a> {
     }
 }
 
-/// Writes them into the document.
+/// Write the tables into the document.
 pub fn write(recorded: &[Recorded], path: &Path) -> Result<()> {
     let folder = path.with_extension("");
-    let all = All {
+    let all = Study {
         recorded,
         folder: &folder,
     };
     let name = || path.display().to_string();
     let mut text = fs::read_to_string(path).with_context(|| format!("cannot read {}", name()))?;
-    for (name_of_table, make) in TABLES {
-        text = replaced(&text, name_of_table, &make(&all))
+    for (name_of_table, format) in TABLES {
+        text = replace_table(&text, name_of_table, &format(&all))
             .with_context(|| format!("{} has no place for the table {name_of_table}", name()))?;
     }
     fs::write(path, text).with_context(|| format!("cannot write {}", name()))
 }
 
-/// The text with another table between the comments of this name.
-fn replaced(text: &str, name: &str, table: &str) -> Option<String> {
+/// Replace the table between the comments with `name`. Return `None` if they are missing.
+fn replace_table(text: &str, name: &str, table: &str) -> Option<String> {
     let begin = format!("<!-- make study: {name} -->\n");
     let (before, rest) = text.split_once(&begin)?;
     let (_, after) = rest.split_once("<!-- end -->")?;
@@ -85,15 +85,15 @@ fn replaced(text: &str, name: &str, table: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::replaced;
+    use super::replace_table;
 
     #[test]
     fn a_table_is_replaced_and_the_rest_stays() {
         let text = "A\n<!-- make study: one -->\nold\n<!-- end -->\nB\n<!-- make study: two -->\n<!-- end -->\nC\n";
-        let once = replaced(text, "two", "| 2 |\n").unwrap_or_default();
-        let twice = replaced(&once, "one", "").unwrap_or_default();
+        let once = replace_table(text, "two", "| 2 |\n").unwrap_or_default();
+        let twice = replace_table(&once, "one", "").unwrap_or_default();
         let expected = "A\n<!-- make study: one -->\n<!-- end -->\nB\n<!-- make study: two -->\n| 2 |\n<!-- end -->\nC\n";
         assert_eq!(twice, expected);
-        assert_eq!(replaced(text, "three", ""), None);
+        assert_eq!(replace_table(text, "three", ""), None);
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a host gets for a run.
+//! Collects the files that a host needs for a run.
 
 use std::{
     env, fs,
@@ -15,9 +15,9 @@ use lab::{
     setup::{self, in_root, Prepared, Wanted},
 };
 
-use crate::plan::{Guest, Run};
+use crate::plan::{GuestKind, Run};
 
-/// The guest's drivers of disk and network, and the host's own of a tap.
+/// Modules: the guest's drivers of disk and network, and the host's driver of a tap.
 const MODULES: [&str; 11] = [
     "virtio",
     "virtio_ring",
@@ -32,7 +32,7 @@ const MODULES: [&str; 11] = [
     "tun",
 ];
 
-/// QEMU with PCI, beside its libraries: what it loads into the guest.
+/// QEMU with PCI, and the firmware that it loads into the guest. Its libraries come besides.
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
 const QEMU_FILES: [&str; 3] = [
     "usr/share/seabios/bios-256k.bin",
@@ -40,27 +40,27 @@ const QEMU_FILES: [&str; 3] = [
     "usr/share/qemu/efi-virtio.rom",
 ];
 
-/// The files of a run.
+/// Files and kernel of a run.
 pub struct Files {
-    /// Where they are, and where the host has them.
+    /// Files, with their paths here and in the host.
     pub specs: Vec<FileSpec>,
-    /// Which kernel host and guest have; the newest of Debian's usual ones when `None`.
+    /// Kernel of host and guest; `None` is the newest of Debian's usual ones.
     pub kernel: Option<String>,
 }
 
 impl Files {
-    /// Makes what is missing.
+    /// Collect the files, and build or fetch what is missing.
     pub fn get(run: Run) -> Result<Self> {
-        let this = env::current_exe().context("the path of this program is not known")?;
+        let this = env::current_exe().context("cannot find the path of this program")?;
         let mut specs = vec![FileSpec::at(this, "/usr/local/bin/study")];
-        if run.guest == Guest::Loops {
+        if run.guest == GuestKind::Loops {
             return Ok(Self {
                 specs,
                 kernel: None,
             });
         }
         let kernel = match run.guest {
-            Guest::Cloud => Some(cloud_kernel()?),
+            GuestKind::Cloud => Some(cloud_kernel()?),
             _ => None,
         };
         let prepared = setup::prepare(&Wanted {
@@ -74,7 +74,7 @@ impl Files {
             "/usr/local/bin/work",
         ));
         specs.push(FileSpec::at(modules(&prepared)?, "/root/modules"));
-        if run.guest == Guest::Pc {
+        if run.guest == GuestKind::Pc {
             specs.extend(qemu(&prepared)?);
             let kernel = prepared.kernel.join("vmlinuz");
             specs.push(FileSpec::at(kernel, "/root/vmlinuz"));
@@ -83,7 +83,7 @@ impl Files {
     }
 }
 
-/// Debian's kernel for clouds, of the same version as its newest usual one.
+/// Return the release of Debian's cloud kernel with the same version as its newest usual one.
 fn cloud_kernel() -> Result<String> {
     let usual = setup::prepare(&Wanted::default())?;
     let version = usual.release.strip_suffix("-amd64");
@@ -91,7 +91,7 @@ fn cloud_kernel() -> Result<String> {
     Ok(format!("{version}-cloud-amd64"))
 }
 
-/// The kernel's modules, out of the package that the set-up fetched, or fetched anew.
+/// Unpack the kernel's modules and return their folder. The package is the one that the set-up fetched, or is fetched anew.
 fn modules(prepared: &Prepared) -> Result<PathBuf> {
     const SCRIPT: &str = r#"
         cd /tmp
@@ -129,7 +129,7 @@ fn modules(prepared: &Prepared) -> Result<PathBuf> {
         .output()?;
     ensure!(
         output.status.success(),
-        "the modules of {} cannot be had: {}{}",
+        "cannot get the modules of {}: {}{}",
         prepared.release,
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
@@ -139,7 +139,7 @@ fn modules(prepared: &Prepared) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// QEMU and its libraries, each where the root has it.
+/// Return QEMU, its libraries and its firmware, with the same paths as in the root.
 fn qemu(prepared: &Prepared) -> Result<Vec<FileSpec>> {
     let output = in_root(&prepared.root)
         .command("ldd")
@@ -147,7 +147,7 @@ fn qemu(prepared: &Prepared) -> Result<Vec<FileSpec>> {
         .output()?;
     ensure!(
         output.status.success(),
-        "the libraries of {QEMU} are not known"
+        "ldd cannot list the libraries of {QEMU}"
     );
     let text = String::from_utf8(output.stdout)?;
     let libraries = text.lines().filter_map(|line| {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pictures, by `exitmeter plot`.
+//! Draws the pictures with `exitmeter plot`.
 
 use std::{path::Path, process::Command};
 
@@ -8,9 +8,9 @@ use anyhow::{ensure, Context as _, Result};
 use lab::programs;
 
 use super::recorded::Recorded;
-use crate::plan::Guest;
+use crate::plan::GuestKind;
 
-/// Draws what there is to see of each recording.
+/// Draw the pictures of each recording: its rate, and growth and cost of its boot.
 pub fn draw(all: &[Recorded], folder: &Path) -> Result<()> {
     let tool = programs::program("exitmeter", "exitmeter")?;
     for recorded in all {
@@ -30,7 +30,7 @@ pub fn draw(all: &[Recorded], folder: &Path) -> Result<()> {
                 .arg(folder.join(format!("{run}-{name}.svg")));
             plot.args(["--kind", kind, "--title", &title]);
             if let Some((from, to)) = span {
-                // A snapshot at the very end belongs to it.
+                // The margin includes a snapshot at the very end of the span.
                 plot.args([
                     "--from",
                     &format!("{:.6}", (from - 1e-6).max(0.0)),
@@ -38,13 +38,13 @@ pub fn draw(all: &[Recorded], folder: &Path) -> Result<()> {
                     &format!("{:.6}", to + 1e-6),
                 ]);
             }
-            let output = plot.output().context("exitmeter cannot be run")?;
-            let said = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success(), "{run} cannot be drawn: {said}");
+            let output = plot.output().context("cannot run exitmeter")?;
+            let errors = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "cannot draw {run}: {errors}");
             Ok(())
         };
         plot("rate", "rate", "all that it did", None)?;
-        if run.guest == Guest::Loops {
+        if run.guest == GuestKind::Loops {
             continue;
         }
         let boot = recorded

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A recording, read: what happened between its marks.
+//! Reads a recording, and splits it into stages at its marks.
 
 use std::{
     collections::BTreeMap,
@@ -18,34 +18,34 @@ use exitmeter_meter::reader::Snapshot;
 
 use crate::plan::Run;
 
-/// What happened from one mark to the next.
+/// Part of a recording from one mark to the next.
 pub struct Stage {
-    /// What the mark says.
+    /// Name of the mark at its beginning.
     pub name: String,
-    /// Its beginning and end, in the host's seconds since the recording began.
+    /// Beginning and end, in the host's seconds since the recording began.
     pub span: (f64, f64),
-    /// Exits and ticks of all VMs in it.
+    /// Exits and ticks of all VMs in this stage.
     pub ledger: Ledger,
 }
 
-/// A recording.
+/// The recording of a run.
 pub struct Recorded {
-    /// Of which run.
+    /// Run that was recorded.
     pub run: Run,
-    /// From mark to mark.
+    /// Stages, in order.
     pub stages: Vec<Stage>,
-    /// When each snapshot was taken, in seconds, and how many exits there had been.
+    /// Time of each snapshot, in seconds of the host, and the sum of exits up to then.
     pub growth: Vec<(f64, u64)>,
-    /// What it says about itself.
+    /// Properties of the host, by name.
     pub about: BTreeMap<String, String>,
-    /// Its size in bytes.
+    /// Size of the file, in bytes.
     pub size: u64,
-    /// Whether it has its end.
-    pub whole: bool,
+    /// True if the recording has its end record.
+    pub is_complete: bool,
 }
 
 impl Recorded {
-    /// Reads one.
+    /// Read a recording.
     pub fn read(run: Run, path: &Path) -> Result<Self> {
         let name = || path.display().to_string();
         let bytes = fs::read(path).with_context(|| format!("cannot read {}", name()))?;
@@ -60,7 +60,7 @@ impl Recorded {
             let khz = report
                 .host
                 .tsc_khz
-                .context("the TSC's frequency is not known")?;
+                .context("the TSC's frequency is unknown")?;
             let time = (snapshot.now() - first) as f64 / (f64::from(khz) * 1000.0);
             let live = report.vms.iter().map(|vm| vm.ledger.exits).sum::<u64>();
             growth.push((time, live + report.departed.ledger.exits));
@@ -87,16 +87,16 @@ impl Recorded {
                 .map(|(name, text)| (name.to_owned(), text.to_owned()))
                 .collect(),
             size: bytes.len() as u64,
-            whole: matches!(reader.ending(), Some(Ending::Told(_))),
+            is_complete: matches!(reader.ending(), Some(Ending::Told(_))),
         })
     }
 
-    /// The stage of a name.
+    /// Return the stage with a name.
     pub fn stage(&self, name: &str) -> Option<&Stage> {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
-    /// How many exits there had been at a moment, between two snapshots in proportion.
+    /// Return the sum of exits up to a moment, interpolated between two snapshots.
     pub fn exits_at(&self, time: f64) -> f64 {
         let after = self.growth.partition_point(|(at, _)| *at <= time);
         let point = |place: usize| {
@@ -115,17 +115,17 @@ impl Recorded {
 }
 
 impl Stage {
-    /// How long it took, in the host's seconds.
+    /// Return the duration, in the host's seconds.
     pub fn seconds(&self) -> f64 {
         self.span.1 - self.span.0
     }
 }
 
-/// The dates of the recordings: emulated hosts have their own calendar.
+/// File with the dates of the recordings. Emulated hosts have a calendar of their own.
 const DATES: &str = "dates.json";
 
-/// Notes when a run was made.
-pub fn note_date(folder: &Path, run: Run, date: SystemTime) -> Result<()> {
+/// Store the date of a run.
+pub fn write_date(folder: &Path, run: Run, date: SystemTime) -> Result<()> {
     let mut dates = dates(folder);
     let date = date
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -136,13 +136,13 @@ pub fn note_date(folder: &Path, run: Run, date: SystemTime) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// When runs were made, by their names.
+/// Return the dates of the runs, by their names.
 pub fn dates(folder: &Path) -> BTreeMap<String, String> {
     let text = fs::read_to_string(folder.join(DATES)).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
 }
 
-/// A date as 2026-11-24, of a time since 1970 in UTC.
+/// Format the date of a time since 1970 in UTC, as 2026-11-24.
 fn calendar(since_1970: Duration) -> String {
     let (year, month, day) = lab::calendar::date(since_1970.as_secs() / 86400);
     format!("{year}-{month:02}-{day:02}")
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn days_have_dates() {
+    fn formats_dates() {
         for (days, date) in [
             (0, "1970-01-01"),
             (11_016, "2000-02-29"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A kernel in memory, by its entry for PVH (Xen's "x86/HVM direct boot ABI").
+//! Loads a kernel for its PVH entry (Xen's "x86/HVM direct boot ABI").
 
 use std::{fs, path::Path};
 
@@ -8,30 +8,31 @@ use anyhow::{bail, Context as _, Result};
 
 use super::memory::Memory;
 
-/// Where the guest finds what it is told: `struct hvm_start_info`.
-pub const INFO: u64 = 0x6000;
+/// Guest address of the start info, `struct hvm_start_info`.
+pub const START_INFO: u64 = 0x6000;
 
-const MODULES: u64 = INFO + 0x100;
-const MAP: u64 = INFO + 0x200;
-const TEXT: u64 = INFO + 0x400;
+const MODULE_LIST: u64 = START_INFO + 0x100;
+const MEMORY_MAP: u64 = START_INFO + 0x200;
+const COMMAND_LINE: u64 = START_INFO + 0x400;
 const MAGIC: u32 = 0x336e_c578;
 
-/// Where the memory below 1 MiB ends that is the kernel's to use.
-const LOW: u64 = 0x9_fc00;
-const HIGH: u64 = 0x10_0000;
+/// End of the usable memory below 1 MiB.
+const LOW_END: u64 = 0x9_fc00;
+/// Start of the usable memory above 1 MiB.
+const HIGH_START: u64 = 0x10_0000;
 
-/// The note of an ELF file that tells its entry for PVH.
+/// Type of the ELF note with the PVH entry: XEN_ELFNOTE_PHYS32_ENTRY.
 const ENTRY_NOTE: u32 = 18;
 
-/// Loads kernel and initramfs; gives the kernel's entry.
+/// Load kernel and initramfs, and return the kernel's PVH entry.
 pub fn load(memory: &Memory, kernel: &Path, initramfs: &Path, command_line: &str) -> Result<u64> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let elf = read(kernel)?;
-    let entry = segments(&elf, memory)
+    let entry = load_segments(&elf, memory)
         .with_context(|| format!("{} is no kernel with an entry for PVH", kernel.display()))?;
     let initramfs = read(initramfs)?;
-    // At the top, page by page.
+    // The initramfs is at the top of the memory, aligned to a page.
     let at = (super::MEMORY as u64 - initramfs.len() as u64) & !0xfff;
     memory.write(at, &initramfs)?;
 
@@ -40,23 +41,26 @@ pub fn load(memory: &Memory, kernel: &Path, initramfs: &Path, command_line: &str
     let mut info = words(&[
         u64::from(MAGIC) | 1 << 32,
         1 << 32,
-        MODULES,
-        TEXT,
+        MODULE_LIST,
+        COMMAND_LINE,
         0,
-        MAP,
+        MEMORY_MAP,
         2,
     ]);
     info.resize(64, 0);
-    memory.write(INFO, &info)?;
-    memory.write(MODULES, &words(&[at, initramfs.len() as u64, 0, 0]))?;
+    memory.write(START_INFO, &info)?;
+    memory.write(MODULE_LIST, &words(&[at, initramfs.len() as u64, 0, 0]))?;
     let (size, usable) = (super::MEMORY as u64, 1);
-    memory.write(MAP, &words(&[0, LOW, usable, HIGH, size - HIGH, usable]))?;
-    memory.write(TEXT, command_line.as_bytes())?;
+    memory.write(
+        MEMORY_MAP,
+        &words(&[0, LOW_END, usable, HIGH_START, size - HIGH_START, usable]),
+    )?;
+    memory.write(COMMAND_LINE, command_line.as_bytes())?;
     Ok(entry)
 }
 
-/// Loads the segments of an ELF file of 64 bits; gives the entry that its note tells.
-fn segments(elf: &[u8], memory: &Memory) -> Result<u64> {
+/// Load the segments of a 64-bit ELF file, and return the entry from its note.
+fn load_segments(elf: &[u8], memory: &Memory) -> Result<u64> {
     let u16_at = |at: usize| {
         elf.get(at..)?
             .first_chunk()
@@ -93,18 +97,18 @@ fn segments(elf: &[u8], memory: &Memory) -> Result<u64> {
         let bytes = bytes.context("a segment is cut off")?;
         match kind {
             1 => memory.write(address as u64, bytes)?,
-            4 => entry = entry.or(note(bytes)),
+            4 => entry = entry.or(find_entry(bytes)),
             _ => {}
         }
     }
     match entry {
         Some(entry) => Ok(entry),
-        None => bail!("it has no such entry"),
+        None => bail!("no note with a PVH entry"),
     }
 }
 
-/// The entry that notes tell of.
-fn note(mut notes: &[u8]) -> Option<u64> {
+/// Find the PVH entry in ELF notes.
+fn find_entry(mut notes: &[u8]) -> Option<u64> {
     loop {
         let word = |at: usize| {
             let bytes = notes.get(at..)?.first_chunk()?;
@@ -122,7 +126,7 @@ fn note(mut notes: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::note;
+    use super::find_entry;
 
     #[test]
     fn the_entry_is_found_among_other_notes() {
@@ -138,9 +142,9 @@ mod tests {
             bytes
         };
         let others = [note_of(b"GNU\0", 18, b"12345"), note_of(b"Xen\0", 3, b"")].concat();
-        assert_eq!(note(&others), None);
+        assert_eq!(find_entry(&others), None);
         let entry = note_of(b"Xen\0", 18, &0x0100_0230_u64.to_le_bytes());
-        assert_eq!(note(&[others, entry].concat()), Some(0x0100_0230));
-        assert_eq!(note(&[1, 0]), None);
+        assert_eq!(find_entry(&[others, entry].concat()), Some(0x0100_0230));
+        assert_eq!(find_entry(&[1, 0]), None);
     }
 }

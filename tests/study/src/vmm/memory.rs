@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The guest's memory.
+//! Allocates the guest's memory.
 
 use std::{io, ptr, slice};
 
 use anyhow::{Context as _, Result};
 
-/// Memory of a guest, zeroed.
+/// Memory of a guest.
 pub struct Memory {
     start: *mut u8,
     size: usize,
 }
 
 impl Memory {
-    /// So many bytes.
+    /// Allocate `size` bytes of zeroed memory.
     pub fn new(size: usize) -> Result<Self> {
-        // SAFETY: A new mapping, which touches nothing that is there.
+        // SAFETY: This creates a new mapping and changes no existing one.
         let start = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -35,18 +35,18 @@ impl Memory {
         })
     }
 
-    /// Where it is in this process.
+    /// Return the address in this process.
     pub fn address(&self) -> u64 {
         self.start as u64
     }
 
-    /// Writes to it, before the guest runs.
+    /// Write to the memory, before the guest runs.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let at = usize::try_from(at)?;
         let end = at.checked_add(bytes.len());
         end.filter(|end| *end <= self.size)
             .context("the guest's files need more memory than it has")?;
-        // SAFETY: Within the mapping, as was looked; no guest and no other reference is there yet.
+        // SAFETY: The range is within the mapping, as checked above. There is no guest and no other reference yet.
         unsafe { slice::from_raw_parts_mut(self.start.add(at), bytes.len()) }
             .copy_from_slice(bytes);
         Ok(())
@@ -55,7 +55,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: Mapped by `new`, of that size, and the VM is gone.
+        // SAFETY: `new` made this mapping with that size, and the VM is gone.
         unsafe { libc::munmap(self.start.cast(), self.size) };
     }
 }

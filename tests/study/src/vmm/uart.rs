@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A serial port as Linux's driver takes it for a 16550A.
+//! Emulates a serial port that Linux's driver detects as a 16550A.
 
 use std::{
     collections::VecDeque,
@@ -10,7 +10,7 @@ use std::{
 use anyhow::Result;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-// Registers; what two share depends on DLAB.
+// Registers. DLAB switches DATA and ENABLE to the divisor.
 const DATA: u16 = 0;
 const ENABLE: u16 = 1;
 const IDENTIFY: u16 = 2;
@@ -22,16 +22,16 @@ const SCRATCH: u16 = 7;
 
 const DLAB: u8 = 0x80;
 const LOOP: u8 = 0x10;
-/// Interrupts that can be enabled: when there is data, and when more can be sent.
+/// Interrupt enable bits: data received, and transmitter empty.
 const ON_DATA: u8 = 1;
 const ON_EMPTY: u8 = 2;
 
-/// The port. What is sent goes out at once.
+/// A serial port. It sends bytes at once.
 pub struct Uart {
     out: Box<dyn Write + Send>,
     interrupt: EventFd,
     received: VecDeque<u8>,
-    /// That more can be sent has not been told yet.
+    /// True until the guest has read that the transmitter is empty.
     empty: bool,
     fifo: bool,
     enable: u8,
@@ -42,7 +42,7 @@ pub struct Uart {
 }
 
 impl Uart {
-    /// One that sends to `out`.
+    /// Create a port that sends to `out`.
     pub fn new(out: impl Write + Send + 'static) -> Result<Self> {
         Ok(Self {
             out: Box::new(out),
@@ -58,7 +58,7 @@ impl Uart {
         })
     }
 
-    /// As at power-on. What was received and not read is lost.
+    /// Reset the port to its state at power-on. Received bytes that were not read are lost.
     pub fn reset(&mut self) {
         self.received.clear();
         self.empty = false;
@@ -66,28 +66,28 @@ impl Uart {
         [self.enable, self.line, self.modem, self.scratch] = [0; 4];
     }
 
-    /// What to raise its interrupt by.
+    /// Return the eventfd that raises the interrupt.
     pub fn interrupt(&self) -> &EventFd {
         &self.interrupt
     }
 
-    /// Takes what comes by the line.
+    /// Receive bytes for the guest.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.received.extend(bytes);
         self.raise();
     }
 
-    /// Raises the interrupt, if there is something to tell that the guest wants told.
+    /// Raise the interrupt if one is due that the guest has enabled.
     fn raise(&self) {
         let data = self.enable & ON_DATA != 0 && !self.received.is_empty();
         let empty = self.enable & ON_EMPTY != 0 && self.empty;
         if data || empty {
-            // An event that is pending does for both.
+            // An event that is already pending suffices for both.
             let _ = self.interrupt.write(1);
         }
     }
 
-    /// What a register holds.
+    /// Read a register.
     pub fn read(&mut self, register: u16) -> u8 {
         let latched = self.line & DLAB != 0;
         match register {
@@ -104,7 +104,7 @@ impl Uart {
                 if self.enable & ON_DATA != 0 && !self.received.is_empty() {
                     fifo | 4
                 } else if self.enable & ON_EMPTY != 0 && self.empty {
-                    // To read of it is to have been told.
+                    // Reading this clears the interrupt.
                     self.empty = false;
                     fifo | 2
                 } else {
@@ -113,21 +113,21 @@ impl Uart {
             }
             LINE => self.line,
             MODEM => self.modem,
-            // All was sent.
+            // The transmitter is always empty.
             LINE_STATUS => 0x60 | u8::from(!self.received.is_empty()),
-            // Turned back on itself, it sees its own lines: RTS as CTS, DTR as DSR, and so on.
+            // In loopback mode the port sees its own lines: RTS as CTS, DTR as DSR, and so on.
             MODEM_STATUS if self.modem & LOOP != 0 => {
                 let lines = self.modem;
                 (lines & 2) << 3 | (lines & 1) << 5 | (lines & 4) << 4 | (lines & 8) << 4
             }
-            // There is somebody at the other end, who is ready.
+            // The other end is connected and ready.
             MODEM_STATUS => 0xb0,
             SCRATCH => self.scratch,
             _ => 0,
         }
     }
 
-    /// Writes to a register.
+    /// Write a register.
     pub fn write(&mut self, register: u16, value: u8) -> io::Result<()> {
         let latched = self.line & DLAB != 0;
         match register {
@@ -167,9 +167,9 @@ impl Uart {
 mod tests {
     use super::*;
 
-    /// As Linux's driver finds out what it has before it.
+    /// Does what Linux's driver does to detect the port.
     #[test]
-    fn it_is_found() -> Result<()> {
+    fn linux_detects_a_16550a() -> Result<()> {
         let mut uart = Uart::new(io::sink())?;
         uart.write(ENABLE, 0)?;
         assert_eq!(uart.read(ENABLE) & 0xf, 0);
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn it_tells_once_that_more_can_be_sent_and_as_long_as_there_is_data() -> Result<()> {
+    fn identifies_an_empty_transmitter_once_and_data_until_it_is_read() -> Result<()> {
         let mut uart = Uart::new(io::sink())?;
         uart.write(ENABLE, ON_EMPTY | ON_DATA)?;
         assert_eq!(uart.interrupt.read()?, 1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Boots and reboots: how many exits they take, how the number grows, and of which reasons.
+//! Tables of boots and reboots: their exits, how the number grows, and the reasons.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
@@ -9,14 +9,14 @@ use lab::host::Host;
 
 use super::{
     super::recorded::{self, Recorded, Stage},
-    table::{count, percent, Table},
-    All,
+    table::{count, percent, MarkdownTable},
+    Study,
 };
 
-/// What was run, when, and on what.
-pub fn runs(all: &All<'_>) -> String {
+/// Format the table of all runs.
+pub fn runs(all: &Study<'_>) -> String {
     let dates = recorded::dates(all.folder);
-    let mut table = Table::new([
+    let mut table = MarkdownTable::new([
         "run",
         "<recorded",
         "<host",
@@ -43,9 +43,9 @@ pub fn runs(all: &All<'_>) -> String {
     table.text()
 }
 
-/// What boots and reboots take.
-pub fn boots(all: &All<'_>) -> String {
-    let mut table = Table::new([
+/// Format the table of boots and reboots.
+pub fn boots(all: &Study<'_>) -> String {
+    let mut table = MarkdownTable::new([
         "run",
         "boot, exits",
         "s",
@@ -77,9 +77,10 @@ pub fn boots(all: &All<'_>) -> String {
     table.text()
 }
 
-/// Whether exits come at a steady rate: their share by each fifth of the boot's time, and the busiest tenth of a second.
-pub fn growth(all: &All<'_>) -> String {
-    let mut table = Table::new([
+/// Format the table that shows if exits come at a steady rate: their share up to each fifth of the boot's time, and the
+/// busiest tenth of a second.
+pub fn growth(all: &Study<'_>) -> String {
+    let mut table = MarkdownTable::new([
         "run",
         "1/5",
         "2/5",
@@ -124,7 +125,7 @@ pub fn growth(all: &All<'_>) -> String {
     table.text()
 }
 
-/// The exits in each whole tenth of a second of a stage, and when that begins in it.
+/// Return the exits in each whole tenth of a second of a stage, with its start since the stage began.
 fn tenths(recorded: &Recorded, stage: &Stage) -> Vec<(f64, u64)> {
     let (from, to) = stage.span;
     let whole = ((to - from) * 10.0) as u32;
@@ -137,8 +138,8 @@ fn tenths(recorded: &Recorded, stage: &Stage) -> Vec<(f64, u64)> {
         .collect()
 }
 
-/// How often each reason occurs in the boots of a host.
-pub fn reasons(all: &All<'_>, host: Host) -> String {
+/// Format the table of exits by reason in the boots of a host.
+pub fn reasons(all: &Study<'_>, host: Host) -> String {
     let boots = all.linux(Some(host));
     let ledgers: Vec<&Ledger> = boots.iter().map(|(_, boot)| &boot.ledger).collect();
     let titles = boots.iter().map(|(recorded, _)| {
@@ -147,7 +148,7 @@ pub fn reasons(all: &All<'_>, host: Host) -> String {
             .split_once(", ")
             .map_or(title.clone(), |(_, guest)| guest.to_owned())
     });
-    let mut table = Table::new(
+    let mut table = MarkdownTable::new(
         ["code".to_owned(), "<reason".to_owned()]
             .into_iter()
             .chain(titles),

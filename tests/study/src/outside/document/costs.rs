@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What exits cost, and what it changes when KVM has to shadow the guest's page tables.
+//! Tables of the cost of exits, and of the effect of shadow paging.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
@@ -11,17 +11,17 @@ use exitmeter::{
 use lab::host::Host;
 
 use super::{
-    table::{frequent, mean, percent, Table},
-    All,
+    table::{by_frequency, mean_kernel_cycles, percent, MarkdownTable},
+    Study,
 };
-use crate::plan::{Guest, Paging};
+use crate::plan::{GuestKind, Paging};
 
-/// Of fewer exits, the mean tells of chance.
+/// Exits below which a mean is left to chance.
 const ENOUGH: u64 = 5;
 
-/// The first and the last of each order, in the boots.
-pub fn extremes(all: &All<'_>) -> String {
-    let mut table = Table::new([
+/// Format the table of the most and least frequent and costly reasons in the boots.
+pub fn extremes(all: &Study<'_>) -> String {
+    let mut table = MarkdownTable::new([
         "run",
         "<most frequent",
         "<least frequent",
@@ -31,7 +31,7 @@ pub fn extremes(all: &All<'_>) -> String {
     ]);
     for (recorded, boot) in all.linux(None) {
         let ledger = &boot.ledger;
-        let rows = frequent(ledger);
+        let rows = by_frequency(ledger);
         let rarest = rows.last().map_or(0, |row| row.exits);
         let rare: Vec<_> = rows
             .iter()
@@ -40,10 +40,18 @@ pub fn extremes(all: &All<'_>) -> String {
             .collect();
         let costly = rows.iter().max_by_key(|row| row.cycles.kernel);
         let enough = || rows.iter().filter(|row| row.exits >= ENOUGH);
-        let by_mean = |one: &&ReasonRow, other: &&ReasonRow| mean(one).total_cmp(&mean(other));
+        let by_mean = |one: &&ReasonRow, other: &&ReasonRow| {
+            mean_kernel_cycles(one).total_cmp(&mean_kernel_cycles(other))
+        };
         let each = |row: Option<&ReasonRow>| {
             row.filter(|_| recorded.run.counts_instructions())
-                .map(|row| format!("{} {}", row.label, exact(mean(row).round() as u64)))
+                .map(|row| {
+                    format!(
+                        "{} {}",
+                        row.label,
+                        exact(mean_kernel_cycles(row).round() as u64)
+                    )
+                })
                 .unwrap_or_default()
         };
         table.row([
@@ -69,9 +77,9 @@ pub fn extremes(all: &All<'_>) -> String {
     table.text()
 }
 
-/// Kernel and VMM cycles of single exits, by reason, in the boots of the one-vCPU guests with nested paging, where
-/// cycles are what was executed.
-pub fn costs(all: &All<'_>) -> String {
+/// Format the tables of kernel and VMM cycles of single exits by reason. They show the boots of one-vCPU guests with nested
+/// paging on hosts whose TSC counts instructions.
+pub fn costs(all: &Study<'_>) -> String {
     let mut text = String::new();
     for (host, name) in [(Host::Intel, "Intel"), (Host::Amd, "AMD")] {
         let boots: Vec<_> = all
@@ -80,7 +88,7 @@ pub fn costs(all: &All<'_>) -> String {
             .filter(|(recorded, _)| {
                 let run = recorded.run;
                 run.paging == Paging::Nested
-                    && !matches!(run.guest, Guest::Smp | Guest::Cloud)
+                    && !matches!(run.guest, GuestKind::Smp | GuestKind::Cloud)
                     && run.counts_instructions()
             })
             .collect();
@@ -96,7 +104,7 @@ pub fn costs(all: &All<'_>) -> String {
                 "VMM, mean".to_owned(),
             ]
         });
-        let mut table = Table::new([format!("{name}, reason")].into_iter().chain(titles));
+        let mut table = MarkdownTable::new([format!("{name}, reason")].into_iter().chain(titles));
         for label in labels(boots.iter().map(|(_, boot)| &boot.ledger)) {
             let cells = boots.iter().flat_map(|(_, boot)| {
                 let Some(row) = boot.ledger.row(&label).filter(|row| row.exits > 0) else {
@@ -105,7 +113,7 @@ pub fn costs(all: &All<'_>) -> String {
                 let p99 = row.spread.and_then(|spread| spread.quantile(99));
                 let user = row.cycles.user / u128::from(row.exits);
                 [
-                    exact(mean(row).round() as u64),
+                    exact(mean_kernel_cycles(row).round() as u64),
                     percent(row.cycles.kernel, boot.ledger.cycles.kernel),
                     p99.map(rough).unwrap_or_default(),
                     if user == 0 {
@@ -122,7 +130,7 @@ pub fn costs(all: &All<'_>) -> String {
     text
 }
 
-/// The reasons of ledgers, by the kernel cycles in all of them, the most first.
+/// Return the reasons in ledgers, ordered by the sum of their kernel cycles, largest first.
 fn labels<'a>(ledgers: impl Iterator<Item = &'a Ledger>) -> Vec<Label> {
     let mut labels = BTreeMap::new();
     for row in ledgers
@@ -136,10 +144,10 @@ fn labels<'a>(ledgers: impl Iterator<Item = &'a Ledger>) -> Vec<Label> {
     labels.into_iter().map(|(label, _)| label).collect()
 }
 
-/// Nested against shadow paging: boots, and the work that makes and fills page tables.
-pub fn paging(all: &All<'_>) -> String {
+/// Format the tables that compare nested with shadow paging: boots, and the work that creates and fills page tables.
+pub fn paging(all: &Study<'_>) -> String {
     let mut text = String::new();
-    for guest in [Guest::Microvm, Guest::Tiny] {
+    for guest in [GuestKind::Microvm, GuestKind::Tiny] {
         let get = |paging| all.get(Host::Intel, guest, paging);
         let (Some(nested), Some(shadow)) = (get(Paging::Nested), get(Paging::Shadow)) else {
             continue;
@@ -149,7 +157,7 @@ pub fn paging(all: &All<'_>) -> String {
         for stage in stages {
             titles.extend([format!("{stage}: EPT"), "shadow".to_owned()]);
         }
-        let mut table = Table::new(titles);
+        let mut table = MarkdownTable::new(titles);
         let ledgers: Vec<&Ledger> = stages
             .into_iter()
             .flat_map(|stage| [nested.stage(stage), shadow.stage(stage)])

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A table in Markdown.
+//! Formats tables in Markdown.
 
 use exitmeter::{
     model::{Ledger, ReasonRow},
     numbers::exact,
 };
 
-/// A table that is being filled: titles, the first of which belongs to words and the others to numbers.
-pub struct Table {
+/// A Markdown table under construction.
+pub struct MarkdownTable {
     text: String,
 }
 
-impl Table {
-    /// One without rows. A title that begins with `<` is of a column of words.
+impl MarkdownTable {
+    /// Create a table without rows. The first column, and those whose titles begin with `<`, are aligned left, for words; the
+    /// others are aligned right, for numbers.
     pub fn new<S: AsRef<str>>(titles: impl IntoIterator<Item = S>) -> Self {
         let (mut names, mut lines) = (String::from("|"), String::from("|"));
         for (place, title) in titles.into_iter().enumerate() {
@@ -31,7 +32,7 @@ impl Table {
         }
     }
 
-    /// Adds a row.
+    /// Add a row.
     pub fn row<S: AsRef<str>>(&mut self, cells: impl IntoIterator<Item = S>) {
         self.text.push('|');
         for cell in cells {
@@ -40,13 +41,13 @@ impl Table {
         self.text.push('\n');
     }
 
-    /// The table.
+    /// Return the text of the table.
     pub fn text(self) -> String {
         self.text
     }
 }
 
-/// A count; nothing for none.
+/// Format a count; 0 is blank.
 pub fn count(number: u64) -> String {
     match number {
         0 => String::new(),
@@ -54,7 +55,7 @@ pub fn count(number: u64) -> String {
     }
 }
 
-/// A share in percent.
+/// Format a share in percent.
 pub fn percent<N: Into<u128>>(part: N, whole: N) -> String {
     let (part, whole): (u128, u128) = (part.into(), whole.into());
     match whole {
@@ -63,13 +64,13 @@ pub fn percent<N: Into<u128>>(part: N, whole: N) -> String {
     }
 }
 
-/// The mean of a row's exits in cycles of the kernel.
-pub fn mean(row: &ReasonRow) -> f64 {
+/// Return the mean of the kernel cycles of a reason's exits.
+pub fn mean_kernel_cycles(row: &ReasonRow) -> f64 {
     row.cycles.kernel as f64 / row.exits as f64
 }
 
-/// The reasons that exits have, the most frequent first.
-pub fn frequent(ledger: &Ledger) -> Vec<ReasonRow> {
+/// Return the reasons that have exits, most frequent first.
+pub fn by_frequency(ledger: &Ledger) -> Vec<ReasonRow> {
     let mut rows: Vec<_> = ledger
         .reasons
         .iter()
@@ -80,9 +81,9 @@ pub fn frequent(ledger: &Ledger) -> Vec<ReasonRow> {
     rows
 }
 
-/// The reasons that lead, with their shares of all exits.
-pub fn leading(ledger: &Ledger, most: usize) -> String {
-    let rows = frequent(ledger);
+/// Format the `most` most frequent reasons, with their shares of all exits.
+pub fn most_frequent(ledger: &Ledger, most: usize) -> String {
+    let rows = by_frequency(ledger);
     let words = rows.iter().take(most);
     let words = words.map(|row| format!("{} {}", row.label, percent(row.exits, ledger.exits)));
     words.collect::<Vec<_>>().join(", ")

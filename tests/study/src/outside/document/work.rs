@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which exits work causes.
+//! Tables of the exits that work causes.
 
 use exitmeter::numbers::exact;
 use lab::host::Host;
 
 use super::{
-    table::{leading, Table},
-    All,
+    table::{most_frequent, MarkdownTable},
+    Study,
 };
-use crate::plan::{Guest, Paging};
+use crate::plan::{GuestKind, Paging};
 
-/// What guests do, by its mark, and how much of it.
+/// Pieces of work: name of the mark, and amount.
 const WORK: [(&str, &str); 13] = [
     ("idle", "left alone for 1 s"),
     ("compute", "20 million steps of arithmetic"),
@@ -40,9 +40,14 @@ const WORK: [(&str, &str); 13] = [
     ("stream", "1 MiB to the host by TCP"),
 ];
 
-/// The exits of each piece of work on a host.
-pub fn work(all: &All<'_>, host: Host) -> String {
-    let guests = [Guest::Microvm, Guest::Smp, Guest::Pc, Guest::Tiny];
+/// Format the table of the exits of each piece of work on a host.
+pub fn work(all: &Study<'_>, host: Host) -> String {
+    let guests = [
+        GuestKind::Microvm,
+        GuestKind::Smp,
+        GuestKind::Pc,
+        GuestKind::Tiny,
+    ];
     let runs: Vec<_> = guests
         .into_iter()
         .filter_map(|guest| all.get(host, guest, Paging::Nested))
@@ -51,10 +56,10 @@ pub fn work(all: &All<'_>, host: Host) -> String {
     for recorded in &runs {
         titles.extend([recorded.run.guest.title().to_owned(), "<leading".to_owned()]);
     }
-    let mut table = Table::new(titles);
+    let mut table = MarkdownTable::new(titles);
     for (name, amount) in WORK {
         let cells = runs.iter().flat_map(|recorded| match recorded.stage(name) {
-            Some(stage) => [exact(stage.ledger.exits), leading(&stage.ledger, 2)],
+            Some(stage) => [exact(stage.ledger.exits), most_frequent(&stage.ledger, 2)],
             None => [String::new(), String::new()],
         });
         table.row(
@@ -66,8 +71,8 @@ pub fn work(all: &All<'_>, host: Host) -> String {
     table.text()
 }
 
-/// Loops around one instruction: exits in all, and kernel and VMM cycles for each time around.
-pub fn loops(all: &All<'_>) -> String {
+/// Format the table of the loops around one instruction: all exits, and kernel and VMM cycles of one iteration.
+pub fn loops(all: &Study<'_>) -> String {
     let ways = [
         (Host::Intel, Paging::Nested, "Intel"),
         (Host::Intel, Paging::Shadow, "Intel, shadow"),
@@ -76,12 +81,12 @@ pub fn loops(all: &All<'_>) -> String {
     ];
     let runs: Vec<_> = ways
         .into_iter()
-        .filter_map(|(host, paging, name)| Some((all.get(host, Guest::Loops, paging)?, name)))
+        .filter_map(|(host, paging, name)| Some((all.get(host, GuestKind::Loops, paging)?, name)))
         .collect();
     let titles = runs
         .iter()
         .flat_map(|(_, name)| [format!("{name}: exits"), "cycles each".to_owned()]);
-    let mut table = Table::new(["2000 times".to_owned()].into_iter().chain(titles));
+    let mut table = MarkdownTable::new(["2000 times".to_owned()].into_iter().chain(titles));
     let Some((first, _)) = runs.first() else {
         return table.text();
     };

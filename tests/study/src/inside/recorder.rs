@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A recording that goes on while the guest works, with a mark where something begins.
+//! Records snapshots while the guest works, with a mark at the beginning of each stage.
 
 use std::{
     fs::File,
@@ -16,8 +16,8 @@ use exitmeter::{
     source,
 };
 
-/// The recording.
-pub struct Tape {
+/// A recording in progress.
+pub struct Recorder {
     shared: Arc<Mutex<Shared>>,
     thread: JoinHandle<Result<()>>,
 }
@@ -28,8 +28,8 @@ struct Shared {
     ended: bool,
 }
 
-impl Tape {
-    /// Begins one, with a snapshot each `interval`.
+impl Recorder {
+    /// Start a recording, with a snapshot each `interval`.
     pub fn begin(path: &Path, interval: Duration, about: Vec<(&str, String)>) -> Result<Self> {
         let file =
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
@@ -59,14 +59,14 @@ impl Tape {
         Ok(Self { shared, thread })
     }
 
-    /// What comes from here on is called so: takes a snapshot at once.
+    /// Take a snapshot now, and mark it as the beginning of stage `name`.
     pub fn mark(&self, name: &str) -> Result<()> {
         println!("{name}");
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         shared.take(Some(name))
     }
 
-    /// Ends it.
+    /// End the recording.
     pub fn end(self) -> Result<()> {
         self.mark("end")?;
         {

@@ -132,6 +132,7 @@ struct Runnable {
     metered: bool,
 }
 
+/// State that all threads of a run share.
 struct World {
     plan: Plan,
     meter: Meter,
@@ -143,6 +144,7 @@ struct World {
     queue: Mutex<VecDeque<Runnable>>,
     /// Memory of destroyed vCPUs. The next vCPU gets the same address, as in the kernel.
     unused: Mutex<Vec<&'static SimVcpu>>,
+    /// Number of vCPUs that come and go and are alive.
     coming: AtomicU64,
     /// True while no vCPU is created.
     calm: AtomicBool,

@@ -1,52 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Grafana's boards: of the fleet, of a host, of a VM.
+//! Defines Grafana's boards of the fleet, of a host and of a VM.
 //!
-//! This is their one source. `cargo run -p fleet --bin boards` writes packaging/prometheus/grafana/*.json, and a test compares them.
-//! `make fleet-check` runs each query on Prometheus: a panel without data fails it. `make boards-check` holds the files against
-//! Grafana's schema.
+//! This is their only source. `cargo run -p fleet --bin boards` writes packaging/prometheus/grafana/*.json, and a test compares
+//! them. `make fleet-check` runs each query on Prometheus and fails on a panel without data. `make boards-check` validates the
+//! files against Grafana's schema.
 
 use serde_json::{json, Value};
 
-/// A board.
+/// A board of Grafana's.
 #[derive(Clone, Copy, Debug)]
 pub struct Board {
-    /// The file's name, and the board's `uid`.
+    /// Name of the file, and `uid` of the board.
     pub name: &'static str,
     title: &'static str,
-    /// Which of its variables it has.
+    /// Variables that the viewer can choose.
     variables: &'static [Variable],
     panels: &'static [Panel],
 }
 
-/// A choice at a board's top.
+/// A variable of a board, chosen at its top.
 #[derive(Clone, Copy, Debug)]
 struct Variable {
     name: &'static str,
     query: &'static str,
 }
 
-/// A picture.
+/// A panel of a board.
 #[derive(Clone, Copy, Debug)]
 struct Panel {
     title: &'static str,
     help: &'static str,
-    kind: Kind,
-    /// Grafana's name of the unit.
+    kind: PanelKind,
+    /// Unit, as Grafana names it.
     unit: &'static str,
-    /// Of 24.
+    /// Width in Grafana's columns, at most 24.
     width: u32,
     query: &'static str,
     legend: &'static str,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+enum PanelKind {
     /// Lines over time.
     Lines,
-    /// Areas over time, one above the other.
+    /// Stacked areas over time.
     Areas,
-    /// A number.
+    /// The latest value as a number.
     Number,
     /// A table of the latest values.
     Table,
@@ -62,16 +62,16 @@ const VM: Variable = Variable {
     query: "label_values(exitmeter_vm_info{instance=\"$instance\"}, vm)",
 };
 
-/// A panel's height, in Grafana's rows.
+/// Height of a panel, in Grafana's rows.
 const HEIGHT: u32 = 8;
 
-/// Where the files are.
+/// Folder of the files.
 pub const FOLDER: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../../packaging/prometheus/grafana"
 );
 
-/// All of them.
+/// All boards.
 pub const BOARDS: [Board; 3] = [
     Board {
         name: "exitmeter-fleet",
@@ -81,16 +81,16 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Hosts with a meter",
                 help: "Hosts whose meter can be read.",
-                kind: Kind::Number,
+                kind: PanelKind::Number,
                 unit: "short",
                 width: 6,
                 query: "sum(exitmeter_up)",
                 legend: "hosts",
             },
             Panel {
-                title: "Hosts without",
-                help: "Hosts whose exporter answers and whose meter cannot be read.",
-                kind: Kind::Number,
+                title: "Hosts without a meter",
+                help: "Hosts whose exporter answers but whose meter cannot be read.",
+                kind: PanelKind::Number,
                 unit: "short",
                 width: 6,
                 query: "count(exitmeter_up) - sum(exitmeter_up)",
@@ -98,8 +98,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "vCPUs",
-                help: "Metered vCPUs that run.",
-                kind: Kind::Number,
+                help: "Metered vCPUs that exist now.",
+                kind: PanelKind::Number,
                 unit: "short",
                 width: 6,
                 query: "sum(exitmeter_vcpus)",
@@ -108,7 +108,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Exits",
                 help: "VM exits per second of all hosts.",
-                kind: Kind::Number,
+                kind: PanelKind::Number,
                 unit: "ops",
                 width: 6,
                 query: "sum(instance_reason:exitmeter_host_exits:rate5m)",
@@ -117,7 +117,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Exits by reason",
                 help: "VM exits per second of all hosts.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "ops",
                 width: 12,
                 query: "topk(10, sum by (reason) (instance_reason:exitmeter_host_exits:rate5m))",
@@ -126,7 +126,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Exits by host",
                 help: "VM exits per second.",
-                kind: Kind::Lines,
+                kind: PanelKind::Lines,
                 unit: "ops",
                 width: 12,
                 query: "topk(10, sum by (instance) (instance_reason:exitmeter_host_exits:rate5m))",
@@ -134,8 +134,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "VMs that lack a CPU",
-                help: "Steal: the share of the time in which a VM's vCPUs wanted a CPU that they had none.",
-                kind: Kind::Table,
+                help: "Steal: of the time in which a VM's vCPUs wanted a CPU, the share in which they had none.",
+                kind: PanelKind::Table,
                 unit: "percentunit",
                 width: 12,
                 query: "topk(20, vm:exitmeter_preempted:ratio_rate5m)",
@@ -143,8 +143,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "VMs whose VMM is busy",
-                help: "The VMM's share of the time without sleep.",
-                kind: Kind::Table,
+                help: "The VMM's share of the time in which the vCPUs did not sleep.",
+                kind: PanelKind::Table,
                 unit: "percentunit",
                 width: 12,
                 query: "topk(20, vm:exitmeter_user:ratio_rate5m)",
@@ -160,7 +160,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Where the time of the vCPUs goes",
                 help: "vCPU seconds per second, by phase.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "short",
                 width: 12,
                 query: "sum by (phase) (vm_phase:exitmeter_phase_seconds:rate5m{instance=\"$instance\"})",
@@ -169,7 +169,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Exits by reason",
                 help: "VM exits per second.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "ops",
                 width: 12,
                 query: "topk(10, instance_reason:exitmeter_host_exits:rate5m{instance=\"$instance\"})",
@@ -178,7 +178,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "KVM's time by reason",
                 help: "Seconds per second that KVM spends on exits.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "s",
                 width: 12,
                 query: "topk(10, rate(exitmeter_host_kernel_seconds_total{instance=\"$instance\"}[$__rate_interval]))",
@@ -187,7 +187,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "The VMMs' time by reason",
                 help: "Seconds per second that VMMs spend on exits.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "s",
                 width: 12,
                 query: "topk(10, rate(exitmeter_host_user_seconds_total{instance=\"$instance\"}[$__rate_interval]))",
@@ -195,8 +195,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "p99 of single exits",
-                help: "What 99 of 100 exits of a reason do not exceed in the kernel; HLT with KVM's polling.",
-                kind: Kind::Lines,
+                help: "99th percentile of the time that one exit takes in the kernel, by reason. HLT includes KVM's polling.",
+                kind: PanelKind::Lines,
                 unit: "s",
                 width: 12,
                 query: "histogram_quantile(0.99, sum by (reason, le) (rate(exitmeter_host_exit_duration_seconds_bucket{instance=\"$instance\"}[$__rate_interval])))",
@@ -204,8 +204,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "Steal by VM",
-                help: "The share of the time in which a VM's vCPUs wanted a CPU that they had none.",
-                kind: Kind::Lines,
+                help: "Of the time in which a VM's vCPUs wanted a CPU, the share in which they had none.",
+                kind: PanelKind::Lines,
                 unit: "percentunit",
                 width: 12,
                 query: "topk(10, vm:exitmeter_preempted:ratio_rate5m{instance=\"$instance\"})",
@@ -213,8 +213,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "VMs",
-                help: "What is known of each.",
-                kind: Kind::Table,
+                help: "Labels of each VM: names, UUID and VMM.",
+                kind: PanelKind::Table,
                 unit: "short",
                 width: 24,
                 query: "exitmeter_vm_info{instance=\"$instance\"}",
@@ -230,7 +230,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Where the time of its vCPUs goes",
                 help: "vCPU seconds per second, by phase.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "short",
                 width: 12,
                 query: "vm_phase:exitmeter_phase_seconds:rate5m{instance=\"$instance\", vm=\"$vm\"}",
@@ -239,7 +239,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Exits by reason",
                 help: "VM exits per second.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "ops",
                 width: 12,
                 query: "topk(10, rate(exitmeter_exits_total{instance=\"$instance\", vm=\"$vm\"}[$__rate_interval]))",
@@ -248,7 +248,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "KVM's time by reason",
                 help: "Seconds per second that KVM spends on exits.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "s",
                 width: 12,
                 query: "topk(10, rate(exitmeter_kernel_seconds_total{instance=\"$instance\", vm=\"$vm\"}[$__rate_interval]))",
@@ -257,7 +257,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "The VMM's time by reason",
                 help: "Seconds per second that the VMM spends on exits.",
-                kind: Kind::Areas,
+                kind: PanelKind::Areas,
                 unit: "s",
                 width: 12,
                 query: "topk(10, rate(exitmeter_user_seconds_total{instance=\"$instance\", vm=\"$vm\"}[$__rate_interval]))",
@@ -265,8 +265,8 @@ pub const BOARDS: [Board; 3] = [
             },
             Panel {
                 title: "Steal",
-                help: "The share of the time in which its vCPUs wanted a CPU that they had none.",
-                kind: Kind::Lines,
+                help: "Of the time in which its vCPUs wanted a CPU, the share in which they had none.",
+                kind: PanelKind::Lines,
                 unit: "percentunit",
                 width: 12,
                 query: "vm:exitmeter_preempted:ratio_rate5m{instance=\"$instance\", vm=\"$vm\"}",
@@ -275,7 +275,7 @@ pub const BOARDS: [Board; 3] = [
             Panel {
                 title: "Exits of a vCPU",
                 help: "VM exits per second and vCPU.",
-                kind: Kind::Lines,
+                kind: PanelKind::Lines,
                 unit: "ops",
                 width: 12,
                 query: "vm:exitmeter_exits_per_vcpu:rate5m{instance=\"$instance\", vm=\"$vm\"}",
@@ -286,7 +286,7 @@ pub const BOARDS: [Board; 3] = [
 ];
 
 impl Board {
-    /// Return each query with a host and a VM in place of the choices, and its panel's title.
+    /// Return the title and the query of each panel, with a host and a VM in place of the variables.
     pub fn queries<'a>(
         &'a self,
         instance: &'a str,
@@ -299,7 +299,7 @@ impl Board {
         })
     }
 
-    /// Return the file's text.
+    /// Return the text of the file.
     pub fn text(&self) -> String {
         format!("{:#}\n", self.json())
     }
@@ -341,24 +341,24 @@ impl Board {
 impl Panel {
     fn json(&self, id: u32, place: &Value, source: &Value) -> Value {
         let (kind, custom, options) = match self.kind {
-            Kind::Lines => (
+            PanelKind::Lines => (
                 "timeseries",
                 json!({"drawStyle": "line", "fillOpacity": 0}),
                 legend(),
             ),
-            Kind::Areas => (
+            PanelKind::Areas => (
                 "timeseries",
                 json!({"drawStyle": "line", "fillOpacity": 60, "stacking": {"mode": "normal", "group": "A"}}),
                 legend(),
             ),
-            Kind::Number => (
+            PanelKind::Number => (
                 "stat",
                 json!({}),
                 json!({"colorMode": "value", "graphMode": "area", "reduceOptions": {"calcs": ["lastNotNull"], "values": false}}),
             ),
-            Kind::Table => ("table", json!({}), json!({"showHeader": true})),
+            PanelKind::Table => ("table", json!({}), json!({"showHeader": true})),
         };
-        let is_table = matches!(self.kind, Kind::Table);
+        let is_table = matches!(self.kind, PanelKind::Table);
         json!({
             "id": id, "title": self.title, "description": self.help, "type": kind, "datasource": source,
             "gridPos": place, "options": options,

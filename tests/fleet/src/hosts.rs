@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Hosts that play tapes.
+//! Simulates hosts that play recordings.
 
 use std::{
     path::PathBuf,
@@ -18,36 +18,36 @@ use exitmeter::{
     names::{Book, Given, Line},
 };
 
-use crate::tape::{plus, times, Tape};
+use crate::recording::{plus, times, Recording};
 
-/// How much later each host is in its tape than the one before.
-const APART: Duration = Duration::from_millis(1700);
+/// Offset in the recording from one host to the next.
+const HOST_OFFSET: Duration = Duration::from_millis(1700);
 
-/// The hosts.
+/// Simulated hosts.
 #[derive(Debug)]
 pub struct Hosts {
-    /// What they play: one after the other, and again from the first.
-    pub tapes: Vec<Tape>,
-    /// How many there are.
+    /// Recordings. The hosts take them in turn.
+    pub recordings: Vec<Recording>,
+    /// Number of hosts.
     pub count: usize,
-    /// How many VMs each has for one of its tape.
+    /// VMs of a host for each VM of its recording.
     pub copies: u64,
-    /// How fast they play.
+    /// Speed, as a multiple of that of the recording.
     pub speed: f64,
-    /// How often a host plays its tape before it holds still; else on and on.
-    pub rounds: Option<fn(&Tape) -> u64>,
-    /// When they began.
+    /// Number of times that a host plays its recording before it stops; `None` is forever.
+    pub rounds: Option<fn(&Recording) -> u64>,
+    /// Start, by the monotonic clock.
     pub begun: Instant,
-    /// The same by the clock.
+    /// Start, as time since 1970.
     pub since: Duration,
 }
 
 impl Hosts {
-    /// Make some that begin now.
-    pub fn new(tapes: Vec<Tape>, count: usize, copies: u64, speed: f64) -> Self {
+    /// Create hosts that start to play now.
+    pub fn new(recordings: Vec<Recording>, count: usize, copies: u64, speed: f64) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
-            tapes,
+            recordings,
             count,
             copies,
             speed,
@@ -57,41 +57,41 @@ impl Hosts {
         }
     }
 
-    /// Return the tape of a host.
-    pub fn tape(&self, host: usize) -> &Tape {
-        &self.tapes[host % self.tapes.len()]
+    /// Return the recording of a host.
+    pub fn recording(&self, host: usize) -> &Recording {
+        &self.recordings[host % self.recordings.len()]
     }
 
-    /// Return a host's label `instance`.
+    /// Return the label `instance` of a host.
     pub fn instance(&self, host: usize) -> String {
         format!("host-{host}")
     }
 
-    /// Return true if a host's meter cannot be read: that of the last one.
+    /// Return true if the meter of a host cannot be read, which is so for the last host.
     pub fn is_gone(&self, host: usize) -> bool {
         host + 1 == self.count
     }
 
-    /// Return the numbers of a host. A VM of the tape is several. When the tape begins anew so do the VMs, and the
-    /// host's sums go on.
+    /// Return the sums of a host at this moment. Each VM of the recording stands for several. When the recording starts again, so do
+    /// the VMs, while the sums of the host continue.
     fn sums(&self, host: usize) -> Sums {
-        let tape = self.tape(host);
-        let apart = APART * u32::try_from(host).unwrap_or(0);
-        let played = (self.begun.elapsed() + apart)
+        let recording = self.recording(host);
+        let offset = HOST_OFFSET * u32::try_from(host).unwrap_or(0);
+        let played = (self.begun.elapsed() + offset)
             .mul_f64(self.speed)
             .as_secs_f64();
-        let length = tape.length().as_secs_f64();
+        let length = recording.length().as_secs_f64();
         let (mut rounds, mut at) = ((played / length) as u64, played % length);
         if let Some(most) = self
             .rounds
-            .map(|of| of(tape))
+            .map(|of| of(recording))
             .filter(|most| rounds >= *most)
         {
             (rounds, at) = (most - 1, length);
         }
-        let now = tape.at(Duration::from_secs_f64(at));
+        let now = recording.at(Duration::from_secs_f64(at));
         let mut sums = now.clone();
-        let before = times(&tape.end().all, rounds);
+        let before = times(&recording.end().all, rounds);
         sums.all = times(&plus(before, &now.all), self.copies);
         sums.vms = (0..self.copies)
             .flat_map(|copy| {
@@ -148,8 +148,8 @@ impl Site for Hosts {
     }
 }
 
-/// Return the recordings of the study that are of whole guests, those of both hosts.
-pub fn recordings() -> impl Iterator<Item = PathBuf> {
+/// Return the paths of the study's recordings of Linux guests, of both emulated hosts.
+pub fn recording_paths() -> impl Iterator<Item = PathBuf> {
     let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/study"));
     ["smp", "pc", "microvm", "cloud"]
         .into_iter()

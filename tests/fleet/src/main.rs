@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `make fleet`.
+//! `make fleet`: runs Prometheus on hosts that play recordings, and checks alerts, rules and boards.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,9 +16,9 @@ use clap::Parser;
 use exitmeter::export::server;
 use fleet::{
     boards::{Board, BOARDS},
-    hosts::{recordings, Hosts},
-    prometheus::{Engine, Group, How, Labels, Prometheus, Rule, CONSOLE},
-    tape::Tape,
+    hosts::{recording_paths, Hosts},
+    prometheus::{Engine, Group, Labels, Prometheus, Rule, ScrapeOptions, CONSOLE},
+    recording::Recording,
     tiers::Tiers,
 };
 use serde_json::Value;
@@ -27,54 +27,54 @@ use signal_hook::{
     iterator::Signals,
 };
 
-/// Runs Debian's Prometheus on hosts that recordings of emulated hosts play, with the rules and alerts of exitmeter.
+/// Run Debian's Prometheus, with exitmeter's rules and alerts, on hosts that play recordings of emulated hosts.
 #[derive(Debug, Parser)]
 struct Args {
-    /// How many hosts. The meter of the last one cannot be read.
+    /// Number of hosts. The meter of the last one cannot be read.
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u64).range(2..=2000))]
     hosts: u64,
-    /// How many VMs a host has for each of its recording.
+    /// VMs of a host for each VM of its recording.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1000))]
     vms: u64,
-    /// How many times as fast as they were recorded the hosts play.
+    /// Speed of the hosts, as a multiple of that of the recordings.
     #[arg(long, value_name = "TIMES", default_value_t = 4.0)]
     speed: f64,
-    /// Which program scrapes them.
+    /// Program that scrapes the hosts.
     #[arg(long, value_enum, default_value = "prometheus")]
     engine: Engine,
-    /// Runs so many Prometheuses, which share the hosts, and one above them that takes the results of their rules.
+    /// Run N Prometheus servers that share the hosts, and one above them that takes the results of their rules.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100))]
     leaves: Option<u64>,
     /// Seconds from one scrape to the next.
     #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     each: u64,
-    /// Tells after each of so many minutes what the programs have taken for it, and ends.
+    /// Print after each minute the memory and CPU time that the programs take, and end after MINUTES.
     #[arg(long, value_name = "MINUTES", conflicts_with = "check", value_parser = clap::value_parser!(u32).range(1..))]
     measure: Option<u32>,
-    /// Checks after a minute that the alerts fire that should, and that sums are those of the recordings; ends then.
+    /// Check for about a minute that the right alerts fire and that the sums are those of the recordings, and end.
     #[arg(long)]
     check: bool,
 }
 
-/// For how long the hosts play when it is a check.
-const CHECKED: Duration = Duration::from_secs(60);
+/// Time for which the hosts play in a check.
+const PLAY_TIME: Duration = Duration::from_secs(60);
 
-/// When the panels of the boards are looked at.
-const PLAYED: Duration = Duration::from_secs(40);
+/// Time of the check of the panels, while VMs still come and go.
+const PANEL_CHECK: Duration = Duration::from_secs(40);
 
-/// How long Prometheus may take to have scraped and evaluated what there is then.
-const SETTLED: Duration = Duration::from_secs(10);
+/// Time limit for Prometheus to scrape and evaluate what a check expects.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The share of steal of a host on which ExitmeterStealHigh surely fires, and of one on which ExitmeterSteal surely does not.
-const MUCH: f64 = 0.15;
-/// See [`MUCH`].
-const LITTLE: f64 = 0.02;
+/// Share of steal above which ExitmeterStealHigh surely fires.
+const HIGH_STEAL: f64 = 0.15;
+/// Share of steal below which ExitmeterSteal surely does not fire.
+const LOW_STEAL: f64 = 0.02;
 
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
-    let tapes = recordings().map(|path| Tape::read(&path));
-    let tapes: Vec<Tape> = tapes.collect::<Result<_>>()?;
-    let mut hosts = Hosts::new(tapes, args.hosts as usize, args.vms, args.speed);
+    let recordings = recording_paths().map(|path| Recording::read(&path));
+    let recordings: Vec<Recording> = recordings.collect::<Result<_>>()?;
+    let mut hosts = Hosts::new(recordings, args.hosts as usize, args.vms, args.speed);
     if args.check {
         hosts.rounds = Some(rounds);
     }
@@ -84,36 +84,36 @@ fn main() -> Result<ExitCode> {
     let served = listener.local_addr()?;
     let site = Arc::clone(&hosts);
     thread::spawn(move || server::serve_at(site, listener));
-    let how = How {
+    let options = ScrapeOptions {
         engine: args.engine,
         each: args.each,
-        // Who looks on has no half hour.
-        waits: args.measure.is_some(),
+        // Nobody who watches wants to wait half an hour for an alert.
+        real_waits: args.measure.is_some(),
     };
     let leaves = args.leaves.map(|leaves| leaves as usize);
-    let tiers = Tiers::start(folder.path(), &hosts, served, how, leaves)?;
+    let tiers = Tiers::start(folder.path(), &hosts, served, options, leaves)?;
     if args.check {
-        return check(&hosts, &tiers, how);
+        return check(&hosts, &tiers, options);
     }
     if let Some(minutes) = args.measure {
         return measure(&tiers, minutes);
     }
-    // From here on: Ctrl-C ends a check or a measurement at once, and what it started ends with it.
+    // Only from here on: without a handler, Ctrl-C ends a check or a measurement at once, and its children end with it.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    let url = tiers.all().url();
+    let url = tiers.top_or_only().url();
     println!(
         "{} hosts, {} times as fast as they were recorded",
         hosts.count, args.speed
     );
     println!("  metrics of a host   http://{served}/host/0/metrics");
-    if how.engine.has_rules() {
+    if options.engine.has_rules() {
         for leaf in &tiers.leaves {
             let (name, url) = (leaf.name(), leaf.url_of_alerts());
             println!("  alerts, rules       {url}/alerts  {url}/rules  ({name})");
         }
     }
-    if how.engine.name() == "Prometheus" {
-        // The last ten minutes, up to now.
+    if options.engine.name() == "Prometheus" {
+        // This URL shows the last ten minutes.
         println!(
             "  the fleet           {url}{CONSOLE}#pctc%7B%22duration%22:600,%22endTime%22:0%7D"
         );
@@ -127,12 +127,12 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tell what each minute took.
+/// Print what the programs take in each minute, and then the times of rules and scrapes.
 fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
     let mut before = BTreeMap::new();
     for minute in 1..=minutes {
         thread::sleep(Duration::from_secs(60));
-        for program in tiers.each() {
+        for program in tiers.servers() {
             for cost in program.costs()? {
                 let series = cost.series.map(|series| format!("{series:.0} series, "));
                 let cpu = cost.cpu - before.get(&cost.name).unwrap_or(&0.0);
@@ -147,7 +147,7 @@ fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
         }
     }
     for program in &tiers.leaves {
-        // VictoriaMetrics without vmalert does not know what rules are.
+        // VictoriaMetrics without vmalert has no rules.
         for group in program.groups().unwrap_or_default() {
             let Group {
                 name,
@@ -163,7 +163,7 @@ fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
         }
     }
     let query = "max by (job) (max_over_time(scrape_duration_seconds[2m]))";
-    for program in tiers.each() {
+    for program in tiers.servers() {
         let name = program.name();
         let failed = program.query("count(up == 0) or vector(0)");
         let (Ok(found), Ok(failed)) = (program.query(query), failed) else {
@@ -181,40 +181,40 @@ fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Return how often a host plays its tape in a check: it is done before the time is over.
-fn rounds(tape: &Tape) -> u64 {
-    // At the speed that is the default.
-    let times = CHECKED.mul_f64(4.0).as_secs_f64() / tape.length().as_secs_f64();
+/// Return how often a host plays its recording in a check, such that it ends before [`PLAY_TIME`] is over.
+fn rounds(recording: &Recording) -> u64 {
+    // 4 is the default speed.
+    let times = PLAY_TIME.mul_f64(4.0).as_secs_f64() / recording.length().as_secs_f64();
     (times as u64).max(1)
 }
 
-fn check(hosts: &Hosts, tiers: &Tiers, how: How) -> Result<ExitCode> {
-    // While VMs come and go, and when the hosts have come to their end.
-    let played = PLAYED.saturating_sub(hosts.begun.elapsed());
-    let mut passed = eventually(played, || panels(tiers))?;
-    for program in tiers.each() {
-        let played = PLAYED.saturating_sub(hosts.begun.elapsed());
-        passed += eventually(played, || console(hosts, program))?;
+fn check(hosts: &Hosts, tiers: &Tiers, options: ScrapeOptions) -> Result<ExitCode> {
+    // Panels, page and rules are checked while VMs come and go, the sums after the hosts have stopped.
+    let played = PANEL_CHECK.saturating_sub(hosts.begun.elapsed());
+    let mut passed = eventually(played, || check_panels(tiers))?;
+    for program in tiers.servers() {
+        let played = PANEL_CHECK.saturating_sub(hosts.begun.elapsed());
+        passed += eventually(played, || check_console(hosts, program))?;
     }
     for program in &tiers.leaves {
-        passed += eventually(Duration::ZERO, || recorded(program, how.each))?;
+        passed += eventually(Duration::ZERO, || check_rules(program, options.each))?;
     }
-    let left = CHECKED.saturating_sub(hosts.begun.elapsed());
-    passed += eventually(left, || verdict(hosts, tiers))?;
+    let left = PLAY_TIME.saturating_sub(hosts.begun.elapsed());
+    passed += eventually(left, || check_sums_and_alerts(hosts, tiers))?;
     if tiers.top.is_some() {
-        passed += eventually(Duration::ZERO, || federated(hosts, tiers, how.each))?;
+        passed += eventually(Duration::ZERO, || check_top(hosts, tiers, options.each))?;
     }
     println!("{passed} passed, 0 failed");
     Ok(ExitCode::SUCCESS)
 }
 
-/// Demand that Prometheus's own page shows its hosts, the VM that lacks a CPU most, and what graphs are drawn from.
-fn console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
+/// Check that the page on Prometheus shows its hosts and the VMs that lead the tables, and that its graphs have data.
+fn check_console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
     let Some(page) = program.console()? else {
         return Ok(0);
     };
     let name = program.name();
-    // Where a template fails, the page ends, or has these words in place of a value.
+    // If a template fails, the page ends early or has these words in place of a value.
     for wrong in ["error executing template", "no value", "%!"] {
         ensure!(!page.contains(wrong), "{name}: {wrong}: {page}");
     }
@@ -241,7 +241,7 @@ fn console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
             .iter()
             .find(|row| row.starts_with(&format!("<tr><td>{instance}</td>")));
         let row = row.with_context(|| format!("{name}: {instance} is not on the page"))?;
-        // vCPUs, exits and steal.
+        // The links are vCPUs, exits and steal.
         let numbers = row.matches("</a>").count();
         let expected = if instance == gone { 0 } else { 3 };
         ensure!(numbers == expected, "{name}: {instance} has {row}");
@@ -275,7 +275,7 @@ fn console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
         );
     }
     let files = page.split('"').filter(|part| part.contains("/static/"));
-    // Debian's prom.lib names two more, which Debian does not have: graphs are drawn without them.
+    // Debian's prom.lib names two files that Debian does not have. Graphs are drawn without them.
     let files =
         files.filter(|file| !file.ends_with("d3.layout.min.js") && !file.ends_with("popper.js"));
     let mut served = 0;
@@ -292,8 +292,8 @@ fn console(hosts: &Hosts, program: &Prometheus) -> Result<u64> {
     Ok(1)
 }
 
-/// Demand that each rule has written what its expression gives.
-fn recorded(program: &Prometheus, each: u64) -> Result<u64> {
+/// Check that each rule has written the values of its expression.
+fn check_rules(program: &Prometheus, each: u64) -> Result<u64> {
     let mut series = 0;
     let groups = program.groups()?;
     let records: Vec<_> = groups.iter().flat_map(|group| &group.records).collect();
@@ -301,7 +301,7 @@ fn recorded(program: &Prometheus, each: u64) -> Result<u64> {
     for rule in records.iter().copied() {
         let name = &rule.name;
         let stored = program.stored(&format!("{name}[{}s]", 6 * each), now()?)?;
-        // VictoriaMetrics has no samples that are no number, and vmalert ends a series at a time of its own.
+        // VictoriaMetrics has no samples that are not a number, and vmalert ends a series at a time of its own.
         let stored: Vec<(String, f64, f64)> = stored
             .iter()
             .filter_map(|(labels, samples)| {
@@ -317,7 +317,7 @@ fn recorded(program: &Prometheus, each: u64) -> Result<u64> {
         let written = stored.into_iter().filter(|(_, at, _)| *at == last);
         let written: BTreeMap<_, _> = written.map(|(labels, _, value)| (labels, value)).collect();
         ensure!(!written.is_empty(), "{name} has no series");
-        agrees(program, rule, last, each, &written)?;
+        check_rule(program, rule, last, each, &written)?;
         series += written.len();
     }
     println!(
@@ -328,12 +328,12 @@ fn recorded(program: &Prometheus, each: u64) -> Result<u64> {
     Ok(1)
 }
 
-/// Demand that a rule has written at a moment what its expression gives there, or gave a few scrapes before.
+/// Check that a rule has written at a moment what its expression gives then, or gave a few scrapes earlier.
 ///
-/// VictoriaMetrics shows a sample only a while after it has taken it, so vmalert did not see the last ones, and VMs come and go.
-/// So each series that there was all the while is written, none that there never was, and none has a value that is far from each
-/// that its expression gave.
-fn agrees(
+/// VictoriaMetrics shows a sample only some time after it has taken it, so vmalert does not see the latest ones, and VMs come
+/// and go. So a series that the expression gave all the while must be written, a series that it never gave must not, and each
+/// value must be close to one that the expression gave.
+fn check_rule(
     program: &Prometheus,
     rule: &Rule,
     at: f64,
@@ -353,12 +353,14 @@ fn agrees(
     }
     for (labels, written) in written {
         let values = given.get(labels);
-        let values = values.with_context(|| format!("{name}{labels}: nothing gives it"))?;
+        let values = values.with_context(|| {
+            format!("{name}{labels} is written, but its expression does not give it")
+        })?;
         ensure!(
             values
                 .iter()
                 .any(|value| (written - value).abs() <= 0.1 * value.abs()),
-            "{name}{labels} is {written}, and its expression gives {values:?}"
+            "{name}{labels} is {written}, but its expression gives {values:?}"
         );
     }
     let throughout = given
@@ -372,7 +374,10 @@ fn agrees(
         );
         count += 1;
     }
-    ensure!(count > 0, "{name}: its expression gives nothing for long");
+    ensure!(
+        count > 0,
+        "{name}: its expression gives no series all the while"
+    );
     Ok(())
 }
 
@@ -389,11 +394,13 @@ fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
 }
 
-/// Demand that the top has all that it is to take, and no more.
-fn federated(hosts: &Hosts, tiers: &Tiers, each: u64) -> Result<u64> {
+/// Check that the top has all that it takes from the leaves, and no more.
+fn check_top(hosts: &Hosts, tiers: &Tiers, each: u64) -> Result<u64> {
     let series = tiers.compare(now()?, each)?;
-    println!("ok: the top has the {series} series that it takes from the leaves, each sample as they have it");
-    let top = tiers.all();
+    println!(
+        "ok: the top has the {series} series that it takes from the leaves, with the same samples"
+    );
+    let top = tiers.top_or_only();
     for rule in tiers.leaves[0]
         .groups()?
         .iter()
@@ -407,7 +414,7 @@ fn federated(hosts: &Hosts, tiers: &Tiers, each: u64) -> Result<u64> {
         let read = hosts.count - 1;
         ensure!(
             found == read as f64,
-            "{}: {found} hosts on the top, and not {read}",
+            "{}: {found} hosts on the top instead of {read}",
             rule.name
         );
     }
@@ -415,35 +422,35 @@ fn federated(hosts: &Hosts, tiers: &Tiers, each: u64) -> Result<u64> {
     Ok(2)
 }
 
-/// Try again for some seconds after a time, until it holds.
+/// Wait for `after`, then repeat a check until it passes, for up to [`SETTLE_TIMEOUT`].
 fn eventually(after: Duration, holds: impl Fn() -> Result<u64>) -> Result<u64> {
     thread::sleep(after);
     let begun = Instant::now();
     loop {
         let result = holds();
-        if result.is_ok() || begun.elapsed() > SETTLED {
+        if result.is_ok() || begun.elapsed() > SETTLE_TIMEOUT {
             return result;
         }
         thread::sleep(Duration::from_secs(1));
     }
 }
 
-/// Demand that each panel of the boards has data for the host and the VM whose VMM works most, and on a top each of the fleet's board.
-fn panels(tiers: &Tiers) -> Result<u64> {
+/// Check that each panel of the boards has data, for the VM with the busiest VMM. The top needs data only for the fleet's board.
+fn check_panels(tiers: &Tiers) -> Result<u64> {
     let mut passed = 0;
     let user = "topk(1, sum by (instance, vm) (rate(exitmeter_user_seconds_total[1m])) and on (instance, vm) exitmeter_vm_info)";
     for program in &tiers.leaves {
-        passed += panels_of(program, &BOARDS, user)?;
+        passed += check_panels_of(program, &BOARDS, user)?;
     }
     if let Some(top) = &tiers.top {
-        // It has no VM by these, and the board of the fleet needs none.
-        passed += panels_of(top, &BOARDS[..1], "topk(1, vm:exitmeter_user:ratio_rate5m)")?;
+        // The top lacks these metrics, and the board of the fleet needs no VM.
+        passed += check_panels_of(top, &BOARDS[..1], "topk(1, vm:exitmeter_user:ratio_rate5m)")?;
     }
     Ok(passed)
 }
 
-/// Demand that each panel of boards has data, for the host and the VM that a query gives.
-fn panels_of(prometheus: &Prometheus, boards: &[Board], query: &str) -> Result<u64> {
+/// Check that each panel of `boards` has data, for the host and the VM that `query` gives.
+fn check_panels_of(prometheus: &Prometheus, boards: &[Board], query: &str) -> Result<u64> {
     let busiest = prometheus.query(query)?;
     let (labels, _) = busiest.first().context("a VM runs")?;
     let text = |name: &str| labels[name].as_str().unwrap_or_default();
@@ -462,27 +469,27 @@ fn panels_of(prometheus: &Prometheus, boards: &[Board], query: &str) -> Result<u
     Ok(1)
 }
 
-/// Return how many things hold: all of them.
-fn verdict(hosts: &Hosts, tiers: &Tiers) -> Result<u64> {
+/// Check the sums of exits and the alerts, and return the number of checks.
+fn check_sums_and_alerts(hosts: &Hosts, tiers: &Tiers) -> Result<u64> {
     let mut passed = 0;
-    // To the last exit: what the recordings have, as often as they were played.
+    // The exits of the recordings, times the number of times they were played.
     let mut all = 0;
     for host in 0..hosts.count {
         let instance = hosts.instance(host);
         let query = format!("sum(exitmeter_host_exits_total{{instance=\"{instance}\"}})");
-        let found = tiers.of_host(host).query(&query)?;
+        let found = tiers.server_of(host).query(&query)?;
         if hosts.is_gone(host) {
             ensure!(found.is_empty(), "{query}: {found:?}");
             continue;
         }
-        let tape = hosts.tape(host);
-        let exits = tape.exits() * rounds(tape) * hosts.copies;
+        let recording = hosts.recording(host);
+        let exits = recording.exits() * rounds(recording) * hosts.copies;
         all += exits;
         let found = found.first().map(|(_, value)| *value);
         ensure!(
             found == Some(exits as f64),
-            "{instance} ({}): {found:?}, and not {exits}",
-            tape.name
+            "{instance} ({}): {found:?} instead of {exits}",
+            recording.name
         );
         passed += 1;
     }
@@ -491,13 +498,13 @@ fn verdict(hosts: &Hosts, tiers: &Tiers) -> Result<u64> {
         let sum = leaf.query("sum(exitmeter_host_exits_total)")?;
         found += sum.iter().map(|(_, value)| *value).sum::<f64>();
     }
-    ensure!(found == all as f64, "{found}, and not {all}");
+    ensure!(found == all as f64, "the sum is {found} instead of {all}");
     println!(
-        "ok: the sum over {} hosts is {all} exits, to the last one",
+        "ok: the sum over {} hosts is exactly {all} exits",
         hosts.count
     );
 
-    let firing = tiers.all().query("ALERTS{alertstate=\"firing\"}")?;
+    let firing = tiers.top_or_only().query("ALERTS{alertstate=\"firing\"}")?;
     let text = |labels: &Labels, name: &str| labels[name].as_str().unwrap_or_default().to_owned();
     let firing: BTreeSet<_> = firing
         .iter()
@@ -516,29 +523,33 @@ fn verdict(hosts: &Hosts, tiers: &Tiers) -> Result<u64> {
         "ExitmeterGone fires for {:?}",
         of("ExitmeterGone")
     );
-    println!("ok: ExitmeterGone fires for the host whose meter cannot be read, and no other");
+    println!("ok: ExitmeterGone fires only for the host whose meter cannot be read");
     let (steal, high) = (of("ExitmeterSteal"), of("ExitmeterStealHigh"));
     for host in (0..hosts.count).filter(|host| !hosts.is_gone(*host)) {
-        let (tape, instance) = (hosts.tape(host), hosts.instance(host));
-        let share = tape.steal();
-        println!("{instance} ({}): {:.1}% steal", tape.name, share * 100.0);
-        // Between these it depends on the minutes that Prometheus looks at.
+        let (recording, instance) = (hosts.recording(host), hosts.instance(host));
+        let share = recording.steal();
+        println!(
+            "{instance} ({}): {:.1}% steal",
+            recording.name,
+            share * 100.0
+        );
+        // In between, the result depends on the minutes that Prometheus evaluates.
         ensure!(
-            share < MUCH || high.contains(&instance),
-            "{instance}: no ExitmeterStealHigh"
+            share < HIGH_STEAL || high.contains(&instance),
+            "{instance}: ExitmeterStealHigh does not fire"
         );
         ensure!(
-            share > LITTLE || !steal.contains(&instance),
-            "{instance}: ExitmeterSteal"
+            share > LOW_STEAL || !steal.contains(&instance),
+            "{instance}: ExitmeterSteal fires"
         );
     }
     ensure!(!high.is_empty(), "no recording has steal");
-    println!("ok: ExitmeterStealHigh fires for the hosts whose VMs lacked a CPU, ExitmeterSteal for none that had one");
-    let weeks = of("ExitmeterSlowExits");
+    println!("ok: ExitmeterStealHigh fires for the hosts whose VMs lack a CPU, and ExitmeterSteal for no host whose VMs have one");
+    let slow = of("ExitmeterSlowExits");
     ensure!(
-        weeks.is_empty(),
-        "no host has a week, and ExitmeterSlowExits fires for {weeks:?}"
+        slow.is_empty(),
+        "no host has data of a week ago, but ExitmeterSlowExits fires for {slow:?}"
     );
-    println!("ok: ExitmeterSlowExits is silent without a week before");
+    println!("ok: ExitmeterSlowExits does not fire without data of a week ago");
     Ok(passed + 4)
 }

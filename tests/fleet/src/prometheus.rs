@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Debian's Prometheus, and what is used in its place.
+//! Runs Debian's Prometheus, or VictoriaMetrics in its place.
 
 use std::{
     fmt::Write as _,
@@ -16,34 +16,34 @@ use std::{
 use anyhow::{bail, ensure, Context as _, Result};
 use serde_json::Value;
 
-/// The rules that are delivered.
+/// File of the rules in the packages.
 pub const RULES: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../../packaging/prometheus/exitmeter.rules.yml"
 );
 
-/// The folder of the console that is delivered.
+/// Folder of the console in the packages.
 const CONSOLES: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../../packaging/prometheus/consoles"
 );
 
-/// The path of the console on a Prometheus.
+/// Path of the console on a Prometheus server.
 pub const CONSOLE: &str = "/consoles/exitmeter.html";
 
-/// How long it may take to begin.
-const READY: Duration = Duration::from_secs(30);
+/// Time limit for a program to start, and for an answer.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Return the folder of Debian's programs, and fetch them at first.
+/// Return the folder of Debian's programs. The first call fetches them.
 ///
 /// # Errors
 ///
-/// When they cannot be fetched.
+/// The programs cannot be fetched.
 pub fn programs() -> Result<PathBuf> {
     Ok(unpacked(&[])?.join("usr/bin"))
 }
 
-/// Return the folder into which Debian's packages are unpacked, and do that at first, with options of scripts/prometheus.sh.
+/// Unpack Debian's packages with scripts/prometheus.sh and these options, unless they are there, and return the folder.
 fn unpacked(options: &[&str]) -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = std::env::var_os("HOME").map(PathBuf::from);
@@ -55,28 +55,28 @@ fn unpacked(options: &[&str]) -> Result<PathBuf> {
     let status = Command::new(script).args(options).arg(&folder).status();
     ensure!(
         status
-            .with_context(|| format!("{script} cannot be run"))?
+            .with_context(|| format!("cannot run {script}"))?
             .success(),
-        "Debian's Prometheus could not be fetched"
+        "cannot fetch Debian's Prometheus"
     );
     Ok(folder)
 }
 
-/// Which program scrapes.
+/// Program that scrapes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Engine {
     /// Prometheus, with the rules.
     Prometheus,
     /// Prometheus without rules.
     PrometheusWithoutRules,
-    /// VictoriaMetrics on one machine, and vmalert, which evaluates the rules for it.
+    /// VictoriaMetrics on one machine, with vmalert, which evaluates the rules.
     VictoriaMetrics,
-    /// VictoriaMetrics on one machine alone.
+    /// VictoriaMetrics on one machine, without vmalert.
     VictoriaMetricsWithoutRules,
 }
 
 impl Engine {
-    /// Return the program's name.
+    /// Return the name of the program.
     pub fn name(self) -> &'static str {
         if self.is_victoria() {
             "VictoriaMetrics"
@@ -98,78 +98,78 @@ impl Engine {
     }
 }
 
-/// How it scrapes.
+/// Options of a server.
 #[derive(Clone, Copy, Debug)]
-pub struct How {
-    /// Which program.
+pub struct ScrapeOptions {
+    /// Program to run.
     pub engine: Engine,
-    /// Seconds from one scrape to the next, and from one evaluation of the rules to the next.
+    /// Interval of scrapes and of evaluations of the rules, in seconds.
     pub each: u64,
-    /// Whether it goes as in a fleet: alerts wait for as long as their rules say, and groups of rules have their own intervals.
-    pub waits: bool,
+    /// True if alerts wait for as long as their rules say, and groups of rules keep their own intervals, as in a real fleet.
+    pub real_waits: bool,
 }
 
-/// What a program took.
+/// Resources that a program has taken.
 #[derive(Clone, Debug)]
 pub struct Cost {
-    /// The program.
+    /// Name of the program.
     pub name: String,
-    /// Series, where it has some.
+    /// Number of series; `None` for vmalert, which has none.
     pub series: Option<f64>,
-    /// Bytes of memory.
+    /// Memory, in bytes.
     pub memory: f64,
-    /// Seconds of a CPU since it began.
+    /// CPU time since the program began, in seconds.
     pub cpu: f64,
 }
 
-/// A rule that writes series.
+/// A recording rule.
 #[derive(Clone, Debug)]
 pub struct Rule {
-    /// The name of the series.
+    /// Name of the series that it writes.
     pub name: String,
-    /// What it evaluates.
+    /// Expression that it evaluates.
     pub query: String,
 }
 
 /// A group of rules.
 #[derive(Clone, Debug)]
 pub struct Group {
-    /// Its name.
+    /// Name of the group.
     pub name: String,
-    /// Seconds from one evaluation to the next.
+    /// Interval of evaluations, in seconds.
     pub interval: f64,
-    /// Seconds that an evaluation of all its rules took by the clock: the last one, or of vmalert half of the last ones.
+    /// Duration of an evaluation of all its rules, in seconds: the latest one, or with vmalert the median of the latest ones.
     pub took: f64,
-    /// Evaluations that were left out because the one before took too long.
+    /// Number of evaluations that were skipped because the one before took too long.
     pub missed: f64,
-    /// Those of its rules that write series.
+    /// Recording rules of the group.
     pub records: Vec<Rule>,
 }
 
-/// The labels of a series.
+/// Labels of a series.
 pub type Labels = Value;
 
-/// Prometheus or VictoriaMetrics, as long as it is to run.
+/// A running Prometheus or VictoriaMetrics. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Prometheus {
     engine: Engine,
-    scrapes: Program,
-    /// vmalert.
-    alerts: Option<Program>,
+    scrapes: Server,
+    /// The process of vmalert, if there is one.
+    alerts: Option<Server>,
 }
 
 impl Prometheus {
-    /// Start it in a folder, with a part `scrape_configs` of its configuration.
+    /// Start a server in a folder. `scrapes` is the part `scrape_configs` of its configuration.
     ///
     /// # Errors
     ///
-    /// When it does not start.
-    pub fn start(folder: &Path, name: &str, how: How, scrapes: &str) -> Result<Self> {
-        let How { engine, each, .. } = how;
+    /// The server does not start.
+    pub fn start(folder: &Path, name: &str, options: ScrapeOptions, scrapes: &str) -> Result<Self> {
+        let ScrapeOptions { engine, each, .. } = options;
         fs::create_dir_all(folder)?;
         let rules = folder.join("rules.yml");
         if engine.has_rules() {
-            fs::write(&rules, self::rules(how)?)?;
+            fs::write(&rules, self::rules(options)?)?;
         }
         let mut config =
             format!("global: {{scrape_interval: {each}s, evaluation_interval: {each}s}}\n");
@@ -177,7 +177,7 @@ impl Prometheus {
             config += "rule_files: [rules.yml]\n";
         }
         if engine.is_victoria() {
-            // It has no rules, and refuses to be told of them.
+            // VictoriaMetrics has no rules, and refuses a configuration that names them.
             config = format!("global: {{scrape_interval: {each}s}}\n");
         }
         let file = folder.join("prometheus.yml");
@@ -185,13 +185,13 @@ impl Prometheus {
         let (file, data) = (file.display(), folder.join("data"));
         let data = data.display();
         if !engine.is_victoria() {
-            let scrapes = Program::start(folder, name, "prometheus", |address| {
+            let scrapes = Server::start(folder, name, "prometheus", |address| {
                 vec![
                     format!("--config.file={file}"),
                     format!("--storage.tsdb.path={data}"),
                     format!("--web.listen-address={address}"),
                     format!("--web.console.templates={CONSOLES}"),
-                    // Where Debian has them, in the package's documentation.
+                    // Debian has the libraries in the package's documentation.
                     "--web.console.libraries=/usr/share/doc/prometheus/examples/console_libraries"
                         .to_owned(),
                 ]
@@ -202,25 +202,25 @@ impl Prometheus {
                 alerts: None,
             });
         }
-        let scrapes = Program::start(folder, name, "victoria-metrics", |address| {
+        let scrapes = Server::start(folder, name, "victoria-metrics", |address| {
             let mut arguments = vec![
                 format!("-promscrape.config={file}"),
                 format!("-storageDataPath={data}"),
                 format!("-httpListenAddr={address}"),
             ];
-            if !how.waits {
-                // It tells of half a minute ago, else.
+            if !options.real_waits {
+                // Otherwise answers are half a minute old.
                 arguments.push("-search.latencyOffset=0s".to_owned());
             }
             arguments
         })?;
         let mut alerts = None;
         if engine.has_rules() {
-            // It wants to be told whom it tells of alerts: nobody.
+            // vmalert insists on a configuration of notifiers; this one names none.
             let notifier = folder.join("notifier.yml");
             fs::write(&notifier, "static_configs: []\n")?;
             let url = scrapes.url();
-            let vmalert = Program::start(folder, "vmalert", "vmalert", |address| {
+            let vmalert = Server::start(folder, "vmalert", "vmalert", |address| {
                 vec![
                     format!("-rule={}", rules.display()),
                     format!("-datasource.url={url}"),
@@ -239,24 +239,24 @@ impl Prometheus {
         })
     }
 
-    /// Return where it can be looked at.
+    /// Return the URL of the server.
     pub fn url(&self) -> String {
         self.scrapes.url()
     }
 
-    /// Return where its alerts and rules can be looked at.
+    /// Return the base URL of the pages of alerts and rules.
     pub fn url_of_alerts(&self) -> String {
         let program = self.alerts.as_ref().unwrap_or(&self.scrapes);
-        // Debian's Prometheus has the pages of before React alone.
+        // Debian's Prometheus has only the classic pages, from before React.
         let is_classic = get(program.address, "/classic/alerts").is_ok();
         program.url() + if is_classic { "/classic" } else { "" }
     }
 
-    /// Return the console's text. VictoriaMetrics has none.
+    /// Return the text of the console; `None` from VictoriaMetrics, which has no consoles.
     ///
     /// # Errors
     ///
-    /// When Prometheus does not answer with it.
+    /// Prometheus does not serve it.
     pub fn console(&self) -> Result<Option<String>> {
         if self.engine.is_victoria() {
             return Ok(None);
@@ -264,11 +264,11 @@ impl Prometheus {
         get(self.scrapes.address, CONSOLE).map(Some)
     }
 
-    /// Demand that it serves a file of its pages.
+    /// Check that the server serves a file of its pages.
     ///
     /// # Errors
     ///
-    /// When it does not.
+    /// The server does not serve the file, or it is empty.
     pub fn serves(&self, path: &str) -> Result<()> {
         ensure!(
             !get(self.scrapes.address, path)?.is_empty(),
@@ -277,21 +277,21 @@ impl Prometheus {
         Ok(())
     }
 
-    /// Return its address.
+    /// Return the address of the server.
     pub fn address(&self) -> SocketAddr {
         self.scrapes.address
     }
 
-    /// Return its name.
+    /// Return the name of the server.
     pub fn name(&self) -> &str {
         &self.scrapes.name
     }
 
-    /// Return what each of its programs has taken up to now, as they tell themselves.
+    /// Return the resources that each of the server's programs has taken so far, from their own metrics.
     ///
     /// # Errors
     ///
-    /// When one does not.
+    /// A program does not answer, or lacks a metric.
     pub fn costs(&self) -> Result<Vec<Cost>> {
         let series = if self.engine.is_victoria() {
             "vm_cache_entries{type=\"storage/hour_metric_ids\"}"
@@ -305,11 +305,11 @@ impl Prometheus {
         Ok(costs)
     }
 
-    /// Return the groups of rules that are evaluated.
+    /// Return the groups of rules.
     ///
     /// # Errors
     ///
-    /// When there is no answer.
+    /// There is no answer, or it has no groups.
     pub fn groups(&self) -> Result<Vec<Group>> {
         let program = self.alerts.as_ref().unwrap_or(&self.scrapes);
         let answer: Value = serde_json::from_str(&get(program.address, "/api/v1/rules")?)?;
@@ -338,7 +338,7 @@ impl Prometheus {
                             && line.contains(&label)
                             && line.contains(parts[1])
                     });
-                    // vmalert has no times before the first evaluation.
+                    // vmalert has no durations before the first evaluation.
                     let value = line.and_then(|line| line.rsplit(' ').next());
                     Ok(value.map_or(Ok(0.0), str::parse)?)
                 };
@@ -358,9 +358,9 @@ impl Prometheus {
             .collect()
     }
 
-    /// Return the result of a query at a moment (seconds since 1970), or now.
+    /// Return the raw result of a query at a moment (seconds since 1970), or now.
     fn result(&self, query: &str, at: Option<f64>) -> Result<Vec<Value>> {
-        // VictoriaMetrics takes new samples into account then.
+        // With nocache, VictoriaMetrics takes new samples into account.
         let mut path = "/api/v1/query?nocache=1&query=".to_owned();
         for byte in query.bytes() {
             write!(path, "%{byte:02X}")?;
@@ -375,11 +375,11 @@ impl Prometheus {
         }
     }
 
-    /// Return the samples of a query: the labels, and the value.
+    /// Return the samples of a query, each with labels and value.
     ///
     /// # Errors
     ///
-    /// When Prometheus does not answer it.
+    /// Prometheus does not answer the query.
     pub fn query(&self, query: &str) -> Result<Vec<(Labels, f64)>> {
         self.query_at(query, None)
     }
@@ -388,7 +388,7 @@ impl Prometheus {
     ///
     /// # Errors
     ///
-    /// When Prometheus does not answer it.
+    /// Prometheus does not answer the query.
     pub fn query_at(&self, query: &str, at: Option<f64>) -> Result<Vec<(Labels, f64)>> {
         let samples = self.result(query, at)?;
         samples
@@ -403,11 +403,11 @@ impl Prometheus {
             .collect()
     }
 
-    /// Return the samples as they are stored, for each series of a selector with a range: the time and the value, as text.
+    /// Return the stored samples of each series of a range selector: pairs of the time and the value, which is text.
     ///
     /// # Errors
     ///
-    /// When Prometheus does not answer it.
+    /// Prometheus does not answer the query.
     pub fn stored(&self, selector: &str, at: f64) -> Result<Vec<(Labels, Vec<Value>)>> {
         let series = self.result(selector, Some(at))?;
         series
@@ -420,38 +420,38 @@ impl Prometheus {
     }
 }
 
-/// Return the rules as they are to be evaluated.
-fn rules(how: How) -> Result<String> {
+/// Return the text of the rules, without waits unless the options ask for them.
+fn rules(options: ScrapeOptions) -> Result<String> {
     let rules = fs::read_to_string(RULES)?;
-    if how.waits {
+    if options.real_waits {
         return Ok(rules);
     }
-    // Who looks on has no half hour.
+    // Nobody who watches wants to wait half an hour for an alert.
     let lines = rules.lines().map(|line| match line.trim_start() {
         part if part.starts_with("for: ") => "        for: 0s\n".to_owned(),
-        part if part.starts_with("interval: ") => format!("    interval: {}s\n", how.each),
+        part if part.starts_with("interval: ") => format!("    interval: {}s\n", options.each),
         _ => format!("{line}\n"),
     });
     Ok(lines.collect())
 }
 
-/// A program that serves HTTP, as long as it is to run.
+/// A running program that serves HTTP. It ends when this is dropped.
 #[derive(Debug)]
-struct Program {
+struct Server {
     name: String,
     process: Child,
     address: SocketAddr,
 }
 
-impl Program {
-    /// Start one of Debian's programs, with arguments for the address at which it is to serve, and wait until it does.
+impl Server {
+    /// Start one of Debian's programs and wait until it serves. `arguments` returns its arguments, given the address to serve at.
     fn start(
         folder: &Path,
         name: &str,
         program: &str,
         arguments: impl FnOnce(SocketAddr) -> Vec<String>,
     ) -> Result<Self> {
-        // Nobody else takes it in this moment, or the program says so.
+        // If another process takes the port meanwhile, the program fails with an error.
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let path = folder.join(format!("{program}.log"));
         let log = File::create(&path)?;
@@ -461,7 +461,7 @@ impl Program {
         );
         let folder_of_programs = unpacked(&[])?;
         unpacked(&["--pages"])?;
-        let process = with_us(Path::new(run))
+        let process = command_that_ends_with_us(Path::new(run))
             .arg(&folder_of_programs)
             .arg(program)
             .args(arguments(address))
@@ -469,7 +469,7 @@ impl Program {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .with_context(|| format!("{program} cannot be run"))?;
+            .with_context(|| format!("cannot run {program}"))?;
         let mut started = Self {
             name: name.to_owned(),
             process,
@@ -478,7 +478,7 @@ impl Program {
         let begun = Instant::now();
         while get(address, "/-/healthy").is_err() {
             let ended = started.process.try_wait()?;
-            if ended.is_some() || begun.elapsed() > READY {
+            if ended.is_some() || begun.elapsed() > TIMEOUT {
                 let log = fs::read_to_string(path).unwrap_or_default();
                 bail!("{program} does not start: {log}");
             }
@@ -491,14 +491,14 @@ impl Program {
         format!("http://{}", self.address)
     }
 
-    /// Return what it has taken, and how many series it has by a metric of its own.
+    /// Return the resources that the program has taken. `series` names the metric that counts its series.
     fn cost(&self, series: Option<&str>) -> Result<Cost> {
         let text = get(self.address, "/metrics")?;
         let value = |name: &str| -> Result<f64> {
             let line = text
                 .lines()
                 .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            let value = line.with_context(|| format!("{} does not tell {name}", self.name))?;
+            let value = line.with_context(|| format!("{} has no metric {name}", self.name))?;
             Ok(value.parse()?)
         };
         Ok(Cost {
@@ -510,25 +510,25 @@ impl Program {
     }
 }
 
-impl Drop for Program {
+impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// Prepare to run a program that ends when this one does, however that ends.
-fn with_us(program: &Path) -> Command {
+/// Return a command for a program that is killed when this process ends, in whatever way.
+fn command_that_ends_with_us(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
 }
 
-/// Return the body of an answer.
+/// Send a GET request and return the body of the answer.
 fn get(address: SocketAddr, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(READY))?;
-    // Of this version an answer comes in one piece.
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    // With HTTP/1.0 the answer is not chunked.
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

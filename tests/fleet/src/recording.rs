@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A recording, as the sums of its snapshots.
+//! Reads a recording into the sums of its snapshots.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -11,24 +11,24 @@ use exitmeter::{
     recording::read::Reader,
 };
 
-/// Moments that are nearer to each other are left out: nobody scrapes as often.
+/// Minimum distance of snapshots. Those in between are left out, as no scrape is that frequent.
 const STEP: Duration = Duration::from_millis(100);
 
 /// A recording of a host.
 #[derive(Debug)]
-pub struct Tape {
-    /// The file's name, without its ending.
+pub struct Recording {
+    /// Name of the file, without its extension.
     pub name: String,
-    /// The moments, and what the host had counted.
+    /// Times of the snapshots, and the sums of the host.
     moments: Vec<(Duration, Sums)>,
 }
 
-impl Tape {
+impl Recording {
     /// Read a recording.
     ///
     /// # Errors
     ///
-    /// When the file is no recording with two snapshots.
+    /// The file is not a recording, or has fewer than two snapshots.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut reader = Reader::new(&bytes)?;
@@ -43,7 +43,11 @@ impl Tape {
             }
         }
         moments.extend(last);
-        ensure!(moments.len() > 1, "{} has no two snapshots", path.display());
+        ensure!(
+            moments.len() > 1,
+            "{} has fewer than two snapshots",
+            path.display()
+        );
         let name = path.file_stem().unwrap_or_default();
         Ok(Self {
             name: name.to_string_lossy().into_owned(),
@@ -51,19 +55,19 @@ impl Tape {
         })
     }
 
-    /// Return how long it is.
+    /// Return the duration of the recording.
     pub fn length(&self) -> Duration {
         self.moments.last().map_or(Duration::ZERO, |(at, _)| *at)
     }
 
-    /// Return what the host had counted at a moment.
+    /// Return the sums of the host at a moment.
     pub fn at(&self, moment: Duration) -> &Sums {
         let after = self.moments.partition_point(|(at, _)| *at <= moment);
-        // There are two moments at least.
+        // There are at least two moments.
         &self.moments[after.saturating_sub(1).min(self.moments.len() - 1)].1
     }
 
-    /// Return what the host had counted at the end.
+    /// Return the sums of the host at the end.
     pub fn end(&self) -> &Sums {
         self.at(self.length())
     }
@@ -74,8 +78,8 @@ impl Tape {
     }
 }
 
-impl Tape {
-    /// Return the share of the time in which the vCPUs wanted a CPU that they had none.
+impl Recording {
+    /// Return the steal: of the time in which the vCPUs wanted a CPU, the share in which they had none.
     pub fn steal(&self) -> f64 {
         let all = sums::cycles(&self.end().all);
         let wanted = all.guest + all.kernel + all.preempted;
@@ -83,7 +87,7 @@ impl Tape {
     }
 }
 
-/// Return rows, so many times.
+/// Multiply rows by `count`, by repeated addition. Return no rows for 0.
 pub fn times(rows: &Rows, count: u64) -> Rows {
     let of = |row: &ReasonRow| {
         let mut sum: Option<ReasonRow> = None;
@@ -106,7 +110,7 @@ pub fn times(rows: &Rows, count: u64) -> Rows {
         .collect()
 }
 
-/// Return the sums of both.
+/// Add `other` to `one`, row by row.
 pub fn plus(mut one: Rows, other: &Rows) -> Rows {
     for (key, row) in other {
         one.entry(*key)
@@ -121,13 +125,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_so_many_times_are_their_sum() {
+    fn times_equals_repeated_addition() {
         let path = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../../docs/study/amd-smp-nested.rec"
         );
-        let tape = Tape::read(Path::new(path)).expect("a recording");
-        let rows = &tape.end().all;
+        let recording = Recording::read(Path::new(path)).expect("a recording");
+        let rows = &recording.end().all;
         let seven = (0..7).fold(Rows::new(), |sum, _| plus(sum, rows));
         for (key, row) in times(rows, 7) {
             assert_eq!(row.exits, seven[&key].exits);
@@ -135,6 +139,6 @@ mod tests {
             assert_eq!(row.spread, seven[&key].spread);
         }
         assert!(times(rows, 0).is_empty());
-        assert!(tape.exits() > 10_000);
+        assert!(recording.exits() > 10_000);
     }
 }

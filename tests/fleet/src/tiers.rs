@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One Prometheus for all hosts, or two tiers of them.
+//! Runs one Prometheus for all hosts, or two tiers of Prometheus servers.
 //!
 //! In two tiers each leaf scrapes its share of the hosts and evaluates the rules. The top scrapes the leaves, and takes only
-//! what docs/fleet.md says: the rules' results, the alerts, and two metrics of each host.
+//! what docs/fleet.md says: the results of the rules, the alerts, and two metrics of each host.
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, ops::Range, path::Path};
 
@@ -12,42 +12,42 @@ use serde_json::Value;
 
 use crate::{
     hosts::Hosts,
-    prometheus::{Engine, How, Labels, Prometheus},
+    prometheus::{Engine, Labels, Prometheus, ScrapeOptions},
 };
 
-/// The selectors of what the top takes, as docs/fleet.md has them.
-pub const TAKEN: [&str; 2] = [
+/// Selectors of the series that the top takes, the same as in docs/fleet.md.
+pub const FEDERATED: [&str; 2] = [
     r#"{__name__=~".+:exitmeter_.+|exitmeter_up|exitmeter_vcpus"}"#,
     r#"ALERTS{alertname=~"Exitmeter.+"}"#,
 ];
 
-/// The programs that scrape.
+/// The servers that scrape.
 #[derive(Debug)]
 pub struct Tiers {
-    /// Those that scrape hosts.
+    /// Servers that scrape hosts.
     pub leaves: Vec<Prometheus>,
-    /// The one above them, if there is one.
+    /// Server above the leaves, if there are two tiers.
     pub top: Option<Prometheus>,
     hosts: usize,
 }
 
 impl Tiers {
-    /// Start them in a folder, on hosts that are served at an address: in two tiers if there are to be leaves.
+    /// Start the servers in a folder. `served` is the address of the hosts. With a number of leaves there are two tiers.
     ///
     /// # Errors
     ///
-    /// When one does not start.
+    /// A server does not start, or the options do not fit leaves.
     pub fn start(
         folder: &Path,
         hosts: &Hosts,
         served: SocketAddr,
-        how: How,
+        options: ScrapeOptions,
         leaves: Option<usize>,
     ) -> Result<Self> {
-        let name = how.engine.name();
+        let name = options.engine.name();
         let Some(count) = leaves else {
-            let scrapes = of_hosts(hosts, 0..hosts.count, served)?;
-            let one = Prometheus::start(folder, name, how, &scrapes)?;
+            let scrapes = scrape_hosts(hosts, 0..hosts.count, served)?;
+            let one = Prometheus::start(folder, name, options, &scrapes)?;
             return Ok(Self {
                 leaves: vec![one],
                 top: None,
@@ -55,22 +55,22 @@ impl Tiers {
             });
         };
         ensure!(
-            how.engine == Engine::Prometheus,
-            "leaves are Prometheuses with the rules"
+            options.engine == Engine::Prometheus,
+            "--leaves needs the engine prometheus"
         );
-        ensure!(count <= hosts.count, "each leaf takes a host");
+        ensure!(count <= hosts.count, "there are more leaves than hosts");
         let leaves = (0..count).map(|leaf| {
             let name = format!("leaf {leaf}");
-            let scrapes = of_hosts(hosts, share(leaf, count, hosts.count), served)?;
-            Prometheus::start(&folder.join(leaf.to_string()), &name, how, &scrapes)
+            let scrapes = scrape_hosts(hosts, share(leaf, count, hosts.count), served)?;
+            Prometheus::start(&folder.join(leaf.to_string()), &name, options, &scrapes)
         });
         let leaves: Vec<_> = leaves.collect::<Result<_>>()?;
-        let scrapes = of_leaves(&leaves)?;
-        let how = How {
+        let scrapes = scrape_leaves(&leaves)?;
+        let options = ScrapeOptions {
             engine: Engine::PrometheusWithoutRules,
-            ..how
+            ..options
         };
-        let top = Prometheus::start(&folder.join("top"), "top", how, &scrapes)?;
+        let top = Prometheus::start(&folder.join("top"), "top", options, &scrapes)?;
         Ok(Self {
             leaves,
             top: Some(top),
@@ -78,42 +78,43 @@ impl Tiers {
         })
     }
 
-    /// Return the one that has the results of all rules.
-    pub fn all(&self) -> &Prometheus {
+    /// Return the server that has the results of all rules: the top, or the only one.
+    pub fn top_or_only(&self) -> &Prometheus {
         self.top.as_ref().unwrap_or(&self.leaves[0])
     }
 
-    /// Return each of them.
-    pub fn each(&self) -> impl Iterator<Item = &Prometheus> {
+    /// Return all servers.
+    pub fn servers(&self) -> impl Iterator<Item = &Prometheus> {
         self.leaves.iter().chain(&self.top)
     }
 
-    /// Return the one that scrapes a host.
-    pub fn of_host(&self, host: usize) -> &Prometheus {
+    /// Return the server that scrapes a host.
+    pub fn server_of(&self, host: usize) -> &Prometheus {
         let count = self.leaves.len();
         let leaf = (0..count).find(|leaf| share(*leaf, count, self.hosts).contains(&host));
         &self.leaves[leaf.unwrap_or(0)]
     }
 
-    /// Demand that the top has what the leaves have of what it takes, to the last sample, and no more. Return the number of series.
+    /// Check that the top has exactly the samples of the leaves' series that it takes, and no other series. Return the number of
+    /// series.
     ///
     /// # Errors
     ///
-    /// When it does not hold.
+    /// The check fails, or there is one tier only.
     pub fn compare(&self, at: f64, each: u64) -> Result<usize> {
         let top = self.top.as_ref().context("one tier")?;
-        // A sample of a leaf is on the top after one scrape, with the time that it has on the leaf.
+        // A sample of a leaf is on the top after one scrape, with its time on the leaf.
         let (long, late) = (20 * each, 3 * each);
         let mut on_leaves = BTreeMap::new();
         for leaf in &self.leaves {
-            for taken in TAKEN {
+            for taken in FEDERATED {
                 for (labels, samples) in leaf.stored(&format!("{taken}[{long}s]"), at)? {
                     let before = on_leaves.insert(key(&labels), samples);
                     ensure!(before.is_none(), "two leaves have {labels}");
                 }
             }
         }
-        // What each scrape tells of itself is no series of a leaf.
+        // The top's own series about its scrapes are not series of a leaf.
         let stored = top.stored(
             &format!(
                 "{{__name__=~\".+\",__name__!=\"up\",__name__!~\"scrape_.*\"}}[{}s]",
@@ -129,7 +130,7 @@ impl Tiers {
             for sample in &samples {
                 ensure!(
                     of_leaf.contains(sample),
-                    "{labels}: the top has {sample}, and the leaf has not"
+                    "{labels}: the top has {sample}, but the leaf does not"
                 );
             }
             on_top.insert(key, samples);
@@ -149,12 +150,12 @@ impl Tiers {
     }
 }
 
-/// Return the hosts of a leaf.
+/// Return the hosts that a leaf scrapes.
 fn share(leaf: usize, leaves: usize, hosts: usize) -> Range<usize> {
     leaf * hosts / leaves..(leaf + 1) * hosts / leaves
 }
 
-/// Return labels as they are on a leaf: the top adds its job where there is none.
+/// Return the labels as on a leaf. The top adds its job to series that have none.
 fn key(labels: &Labels) -> String {
     let mut labels = labels.clone();
     if labels["job"] == "exitmeter-rules" {
@@ -165,9 +166,9 @@ fn key(labels: &Labels) -> String {
     labels.to_string()
 }
 
-fn of_hosts(hosts: &Hosts, those: Range<usize>, served: SocketAddr) -> Result<String> {
+fn scrape_hosts(hosts: &Hosts, range: Range<usize>, served: SocketAddr) -> Result<String> {
     let mut text = "scrape_configs:\n- job_name: exitmeter\n  static_configs:\n".to_owned();
-    for host in those {
+    for host in range {
         let instance = hosts.instance(host);
         writeln!(
             text,
@@ -177,9 +178,9 @@ fn of_hosts(hosts: &Hosts, those: Range<usize>, served: SocketAddr) -> Result<St
     Ok(text)
 }
 
-/// Return the configuration of a top, but for its targets, as docs/fleet.md has it.
+/// Return the configuration of a top without its targets, the same as in docs/fleet.md.
 pub fn federation() -> String {
-    let [series, alerts] = TAKEN;
+    let [series, alerts] = FEDERATED;
     format!(
         "scrape_configs:
 - job_name: exitmeter-rules
@@ -194,7 +195,7 @@ pub fn federation() -> String {
     )
 }
 
-fn of_leaves(leaves: &[Prometheus]) -> Result<String> {
+fn scrape_leaves(leaves: &[Prometheus]) -> Result<String> {
     let mut text = federation();
     for leaf in leaves {
         writeln!(text, "  - targets: ['{}']", leaf.address())?;
@@ -207,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_host_is_of_one_leaf() {
+    fn each_host_belongs_to_one_leaf() {
         for (leaves, hosts) in [(1, 9), (3, 9), (2, 9), (4, 9), (9, 9), (7, 300)] {
             let shares = (0..leaves).map(|leaf| share(leaf, leaves, hosts));
             let all: Vec<usize> = shares.clone().flatten().collect();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The rules and metrics, by Debian's promtool, and what docs/fleet.md says of them.
+//! Tests the rules and metrics with Debian's promtool, and compares them with docs/fleet.md.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
@@ -13,9 +13,9 @@ use std::{
 use exitmeter::export::exposition::Format;
 use fleet::{
     boards::{BOARDS, FOLDER},
-    hosts::{recordings, Hosts},
+    hosts::{recording_paths, Hosts},
     prometheus::{programs, RULES},
-    tape::Tape,
+    recording::Recording,
     tiers::federation,
 };
 use promql_parser::{
@@ -38,7 +38,7 @@ fn promtool(arguments: &[&str], input: Option<File>) -> Output {
         .unwrap()
 }
 
-fn passed(output: &Output) {
+fn assert_success(output: &Output) {
     let said = [&output.stdout[..], &output.stderr[..]].concat();
     assert!(
         output.status.success(),
@@ -47,19 +47,19 @@ fn passed(output: &Output) {
     );
 }
 
-/// Return what a host serves that has VMs by their names.
+/// Return the metrics of a host with named VMs.
 fn metrics(format: Format) -> String {
     use exitmeter::export::server::Site as _;
 
-    let path = recordings().next().unwrap();
-    let hosts = Hosts::new(vec![Tape::read(&path).unwrap()], 2, 3, 1.0);
+    let path = recording_paths().next().unwrap();
+    let hosts = Hosts::new(vec![Recording::read(&path).unwrap()], 2, 3, 1.0);
     hosts.content("/host/0/metrics", format).unwrap().1
 }
 
 #[test]
 fn promtool_passes_the_rules_and_their_tests() {
-    passed(&promtool(&["check", "rules", "exitmeter.rules.yml"], None));
-    passed(&promtool(
+    assert_success(&promtool(&["check", "rules", "exitmeter.rules.yml"], None));
+    assert_success(&promtool(
         &["test", "rules", "exitmeter.rules.test.yml"],
         None,
     ));
@@ -76,31 +76,31 @@ fn the_rule_that_reads_an_hour_of_buckets_is_evaluated_each_minute() {
         panic!("{hour:?}");
     };
     assert!(hour.contains("\n    interval: 1m\n"), "{hour}");
-    // No other rule waits with it.
+    // No other rule is in its group, so none is delayed.
     let rules = hour.matches("- record: ").count() + hour.matches("- alert: ").count();
     assert_eq!(rules, 1, "{hour}");
 }
 
 #[test]
-fn the_page_of_docs_has_the_federation_that_is_measured() {
+fn docs_have_the_federation_that_is_measured() {
     for line in federation().lines() {
         assert!(DOCS.contains(&format!("\n    {line}\n")), "{line}");
     }
 }
 
 #[test]
-fn promtool_has_nothing_to_say_about_the_metrics() {
+fn promtool_does_not_complain_about_the_metrics() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("metrics");
     fs::write(&file, metrics(Format::Text)).unwrap();
     let said = promtool(&["check", "metrics"], Some(File::open(&file).unwrap()));
-    passed(&said);
+    assert_success(&said);
     let said = [said.stdout, said.stderr].concat();
     assert_eq!(String::from_utf8_lossy(&said), "");
 }
 
 #[test]
-fn the_page_of_docs_has_each_metric_rule_and_alert() {
+fn docs_have_each_metric_rule_and_alert() {
     let text = metrics(Format::Text);
     let names: BTreeSet<_> = text
         .lines()
@@ -132,7 +132,7 @@ fn the_page_of_docs_has_each_metric_rule_and_alert() {
     for alert in alerts {
         assert!(DOCS.contains(&alert), "{alert}");
     }
-    // Each runbook is a section.
+    // Each runbook is a section of the page.
     let sections = DOCS.lines().filter_map(|line| line.strip_prefix("### "));
     let sections: Vec<_> = sections.map(str::to_lowercase).collect();
     for line in rules.lines() {
@@ -142,11 +142,11 @@ fn the_page_of_docs_has_each_metric_rule_and_alert() {
     }
 }
 
-/// The names of metrics that a query asks for.
+/// Collects the names of the metrics in a query.
 #[derive(Default)]
-struct Asked(BTreeSet<String>);
+struct MetricNames(BTreeSet<String>);
 
-impl ExprVisitor for Asked {
+impl ExprVisitor for MetricNames {
     type Error = ();
 
     fn pre_visit(&mut self, part: &Expr) -> Result<bool, ()> {
@@ -160,18 +160,19 @@ impl ExprVisitor for Asked {
     }
 }
 
-/// Each panel's query, by a parser that is none of Prometheus's own. A recording has not each metric, docs/fleet.md has.
+/// Parses each panel's query with a parser that is not Prometheus's own. The metrics are looked up in docs/fleet.md, as a
+/// recording does not have them all.
 #[test]
-fn panels_ask_in_promql_for_what_there_is() {
+fn queries_of_panels_are_promql_and_name_known_metrics() {
     let mut queries = 0;
     for board in BOARDS {
         for (title, query) in board.queries("a:1", "b") {
-            assert!(!query.contains('$'), "{title}: {query} has a choice left");
+            assert!(!query.contains('$'), "{title}: {query} has a variable left");
             let parsed = promql_parser::parser::parse(&query);
             let parsed = parsed.unwrap_or_else(|error| panic!("{title}: {query}: {error}"));
-            let mut asked = Asked::default();
+            let mut asked = MetricNames::default();
             walk_expr(&mut asked, &parsed).unwrap();
-            assert!(!asked.0.is_empty(), "{title}: {query} asks for nothing");
+            assert!(!asked.0.is_empty(), "{title}: {query} names no metric");
             for name in asked.0 {
                 let name = name.trim_end_matches("_bucket");
                 let is_told = DOCS.contains(&format!("`{name}`"));
@@ -184,14 +185,14 @@ fn panels_ask_in_promql_for_what_there_is() {
 }
 
 #[test]
-fn the_boards_are_as_their_source_has_them() {
+fn files_of_the_boards_match_their_source() {
     for board in BOARDS {
         let file = Path::new(FOLDER).join(format!("{}.json", board.name));
         let found = fs::read_to_string(&file).unwrap_or_default();
         assert_eq!(
             found,
             board.text(),
-            "cargo run -p fleet --bin boards writes {}",
+            "{} is outdated: run cargo run -p fleet --bin boards",
             file.display()
         );
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes Grafana's boards anew, from fleet::boards.
+//! Writes the files of Grafana's boards from fleet::boards.
 
 use std::{fs, path::Path};
 

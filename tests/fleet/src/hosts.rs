@@ -131,8 +131,8 @@ impl Hosts {
             labels: &labels,
             names: &names,
             details: None,
-            begun: self.since,
-            took: Duration::ZERO,
+            meter_start: self.since,
+            read_time: Duration::ZERO,
             created: false,
         };
         metrics::write(&mut to, &scrape);

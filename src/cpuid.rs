@@ -3,10 +3,8 @@
 //! Answers a guest that asks for its own exits by CPUID.
 
 use crate::{
-    hooks::{
-        self,
-        Vcpu, //
-    },
+    hooks::Vcpu,
+    linux::parameters,
     log,
     meter::leaves::{
         Registers,
@@ -17,7 +15,7 @@ use crate::{
 
 /// Return true if only the guest's kernel is answered, by the parameter `leaf_cpl`.
 pub(crate) fn for_cpl_0_alone() -> bool {
-    hooks::given().leaf_cpl == 0
+    parameters::given().leaf_cpl == 0
 }
 
 /// The answer to CPUID with `leaf` in eax and `subleaf` in ecx, and its line in the log.

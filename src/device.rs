@@ -20,6 +20,7 @@ use kernel::{
 
 use crate::{
     hooks,
+    linux::task,
     meter::{
         ledger::Totals,
         registry::walk::{
@@ -76,7 +77,7 @@ impl MiscDevice for Device {
         KBox::try_pin_init(
             try_pin_init!(Self {
                 snapshot <- new_mutex!(KVVec::new(), "exitmeter::snapshot"),
-                may_see_details: hooks::may_see_details(),
+                may_see_details: task::may_see_details(),
                 details <- new_mutex!(None, "exitmeter::details"),
             }),
             GFP_KERNEL,
@@ -94,7 +95,7 @@ impl MiscDevice for Device {
         if cmd != TURN_ON_DETAILS {
             return Err(ENOTTY);
         }
-        if !hooks::may_see_details() {
+        if !task::may_see_details() {
             return Err(EPERM);
         }
         let mut details = device.details.lock();

@@ -14,6 +14,7 @@ mod bindings;
 mod cpuid;
 mod device;
 mod hooks;
+mod linux;
 mod log;
 #[allow(
     dead_code,
@@ -38,11 +39,15 @@ use hooks::{
     CpuidRedirect,
     CreationHook,
     Function,
-    Node,
     Published,
     Sleep,
     Tracepoints,
     Vendor, //
+};
+use linux::{
+    clock,
+    node::Node,
+    random, //
 };
 use meter::{
     leaves::{
@@ -98,7 +103,7 @@ impl kernel::InPlaceModule for ExitMeter {
             let slow_ticks = parameters.slow_ticks();
             let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe(slow_ticks != 0));
             let map = parameters.leaf_map;
-            let life = hooks::random_life();
+            let life = random::nonzero();
             let leaves = Leaves { map, isa, life };
             let registry = Registry::new(Settings {
                 leaves,
@@ -144,7 +149,7 @@ struct Parameters {
 impl Parameters {
     /// What the module was given, if all of it is in its range.
     fn checked() -> Result<Self> {
-        let given = hooks::given();
+        let given = linux::parameters::given();
         let leaf_map = in_range(
             "leaf_map",
             given.leaf_map,
@@ -181,7 +186,7 @@ impl Parameters {
 
     /// Return the ticks of [`Self::slow_us`]. They need a TSC whose frequency is known.
     fn slow_ticks(&self) -> u64 {
-        let (khz, _) = hooks::clock();
+        let khz = clock::tsc_khz();
         if khz == 0 && self.slow_us != 0 {
             pr_warn!("slow_us is not heeded: the TSC's frequency is not known\n");
         }

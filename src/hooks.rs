@@ -7,16 +7,10 @@
 //! or a safe reader of what KVM holds.
 
 use core::{
-    arch::{
-        asm,
-        x86_64::_rdtsc, //
-    },
+    arch::asm,
     marker::PhantomPinned,
     mem::MaybeUninit,
-    ptr::{
-        null_mut,
-        NonNull, //
-    },
+    ptr::null_mut,
     sync::atomic::{
         AtomicPtr,
         AtomicUsize,
@@ -24,20 +18,16 @@ use core::{
     },
 };
 
-use kernel::{
-    bindings as kernel_bindings,
-    error::to_result,
-    miscdevice::{
-        MiscDevice,
-        MiscDeviceOptions, //
-    },
-    prelude::*,
-    sync::Arc,
-    types::Opaque,
-};
+use kernel::{error::to_result, prelude::*, sync::Arc, types::Opaque};
 
 use crate::{
     bindings, cpuid,
+    linux::{
+        clock,
+        symbols,
+        task,
+        types::TypesFile, //
+    },
     meter::{
         btf::{
             Parameter,
@@ -55,10 +45,7 @@ use crate::{
             Leaves,
             Registers, //
         },
-        ledger::{
-            Copying,
-            Ledger, //
-        },
+        ledger::Ledger,
         parts,
         phase::Phase,
         reasons::{
@@ -67,7 +54,6 @@ use crate::{
             Slot, //
         },
         registry::{
-            platform::Retired,
             Newcomer,
             Owner, //
         },
@@ -156,91 +142,6 @@ pub(crate) fn cache(vcpu: Vcpu<'_>, ledger: &Ledger) {
 pub(crate) fn forget(vcpu: usize) {
     // SAFETY: No requirements.
     unsafe { bindings::exitmeter_forget(vcpu as c_ulong) };
-}
-
-/// Return zeroed memory, charged to the memory cgroup of the task that runs.
-pub(crate) fn allocate(size: usize, may_sleep: bool) -> Option<NonNull<u8>> {
-    // SAFETY: No requirements but a context that can sleep where that is said.
-    NonNull::new(unsafe { bindings::exitmeter_allocate(size, may_sleep) }.cast())
-}
-
-/// Free memory.
-///
-/// # Safety
-///
-/// It must come from [`allocate`], and nobody may use it any more.
-pub(crate) unsafe fn free(memory: NonNull<u8>) {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_free(memory.as_ptr().cast()) };
-}
-
-/// Free memory after a grace period of RCU.
-///
-/// # Safety
-///
-/// As for [`free`], but for RCU's readers; `room` must lie within its first page, and be used by
-/// nobody.
-pub(crate) unsafe fn retire(memory: NonNull<u8>, room: NonNull<Retired>) {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_retire(memory.as_ptr().cast(), room.as_ptr().cast()) };
-}
-
-/// Let another task run, if one wants to. In a context that can sleep.
-pub(crate) fn pause() {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_pause() };
-}
-
-/// Return the module's parameters, as they were given.
-pub(crate) fn given() -> &'static bindings::exitmeter_parameters {
-    let given = &raw const bindings::exitmeter_given;
-    // SAFETY: The kernel writes to them before any of the module's code runs, and nobody does
-    // later: their files in sysfs can only be read.
-    unsafe { &*given }
-}
-
-/// Return a number that no other life of the module has: a random one, and never 0.
-pub(crate) fn random_life() -> u64 {
-    // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_random() }.max(1)
-}
-
-/// A copy that another CPU makes.
-struct RemoteCopy<'c, 'a> {
-    copying: &'c mut Copying<'a>,
-    copied: bool,
-}
-
-/// Make a copy that another CPU wants. It came by an interrupt, so no transition of the vCPU that
-/// runs here is under way, unless it interrupted a load or a put.
-///
-/// # Safety
-///
-/// For `copy_on` alone, with a [`RemoteCopy`].
-unsafe extern "C" fn copy_here(copy: *mut c_void) {
-    // SAFETY: By the contract of this function; its owner waits.
-    let copy = unsafe { &mut *copy.cast::<RemoteCopy<'_, '_>>() };
-    copy.copied = copy.copying.try_copy();
-}
-
-/// Try to make a copy on a CPU, by an interrupt. Return false if that did not succeed, or the CPU
-/// is offline. In a context that can sleep.
-pub(crate) fn copy_on(cpu: u32, copying: &mut Copying<'_>) -> bool {
-    let mut copy = RemoteCopy {
-        copying,
-        copied: false,
-    };
-    // SAFETY: The function runs before this returns, or not at all.
-    let called =
-        unsafe { bindings::exitmeter_call_on(cpu, Some(copy_here), (&raw mut copy).cast()) };
-    called && copy.copied
-}
-
-/// The TSC now.
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: Every x86-64 CPU has RDTSC, and the kernel may use it.
-    unsafe { _rdtsc() }
 }
 
 /// A vCPU of KVM, for the time of one callback.
@@ -402,10 +303,8 @@ impl Vcpu<'_> {
                 (&raw const (*vcpu).stat.generic.blocking).read_volatile(),
             )
         };
-        // SAFETY: No requirements.
-        let runnable = || unsafe { bindings::exitmeter_current_is_runnable() };
         match blocking {
-            _ if preempted || runnable() => Phase::Preempted,
+            _ if preempted || task::is_runnable() => Phase::Preempted,
             0 => Phase::Waiting,
             _ => Phase::Halted,
         }
@@ -552,7 +451,7 @@ unsafe extern "C" fn on_exit_vmx<const RING: bool>(
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit::<RING, _>(vcpu, now(), Isa::Vmx, VmxExit);
+    registry::exit::<RING, _>(vcpu, clock::now(), Isa::Vmx, VmxExit);
 }
 
 /// Read a field from the VMCS that this CPU has loaded. The field's number stays where VMREAD fails,
@@ -578,63 +477,6 @@ fn vmread(field: u64) -> u64 {
         )
     };
     value
-}
-
-extern "C" {
-    /// The key of the branch that leads to details.
-    static exitmeter_details: Switch;
-}
-
-/// A key in a struct, as the kernel's macro takes it. See `shim.c`.
-#[repr(C)]
-struct Switch {
-    key: kernel_bindings::static_key_false,
-}
-
-/// Return true if exits are told with details. While they are not, this is one NOP.
-#[inline(always)]
-#[cfg(CONFIG_JUMP_LABEL)]
-pub(crate) fn details_are_on() -> bool {
-    'branch: {
-        // As `static_branch_unlikely!` of the kernel crate, which does not say that no stack is
-        // used: for that the compiler aligns the stack on the way with details.
-        // SAFETY: The shim's variable is a struct that begins with a static key of C's.
-        unsafe {
-            kernel::asm!(
-                include!(concat!(
-                    env!("OBJTREE"),
-                    "/rust/kernel/generated_arch_static_branch_asm.rs"
-                ));
-                l_yes = label { break 'branch true },
-                symb = sym exitmeter_details,
-                off = const core::mem::offset_of!(Switch, key),
-                branch = const 0,
-                options(nostack, preserves_flags),
-            )
-        };
-        false
-    }
-}
-
-/// Return true if exits are told with details.
-#[inline(always)]
-#[cfg(not(CONFIG_JUMP_LABEL))]
-pub(crate) fn details_are_on() -> bool {
-    // SAFETY: The shim's variable is a struct that begins with a static key of C's.
-    unsafe { kernel::jump_label::static_branch_unlikely!(exitmeter_details, Switch, key) }
-}
-
-/// Tell exits with details from now on, or no more. Returns when all CPUs have seen it. Callers take
-/// turns, and may sleep.
-pub(crate) fn switch_details(on: bool) {
-    // SAFETY: By the contract of this function.
-    unsafe { bindings::exitmeter_switch_details(on) };
-}
-
-/// Return true if the task that runs may see details, and the guest's code.
-pub(crate) fn may_see_details() -> bool {
-    // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_may_see_details() }
 }
 
 /// Return the code of the Hyper-V hypercall that a vCPU has just exited for.
@@ -798,7 +640,7 @@ unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     if !parts::CALLBACKS {
         return;
     }
-    let now = now();
+    let now = clock::now();
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     let mut room = MaybeUninit::uninit();
@@ -819,7 +661,7 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
     if !parts::CALLBACKS {
         return;
     }
-    let now = now();
+    let now = clock::now();
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     let mut room = MaybeUninit::uninit();
@@ -838,7 +680,7 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::entry(vcpu, now());
+    registry::entry(vcpu, clock::now());
 }
 
 /// The probe of kvm:kvm_exit that can read why a guest exits on this host.
@@ -1022,7 +864,7 @@ unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
     }
     // SAFETY: By the contract of this function; KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::resume(vcpu, now());
+    registry::resume(vcpu, clock::now());
 }
 
 /// # Safety
@@ -1050,7 +892,7 @@ unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
     }
     // SAFETY: By the contract of this function; KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    let now = now();
+    let now = clock::now();
     if vcpu.is_scheduled_out() {
         return leave_scheduled_out(vcpu, now);
     }
@@ -1075,8 +917,7 @@ unsafe extern "C" fn on_create(
 ) {
     // Another user of the function has ftrace call all of them with preemption off. Then the vCPU is
     // taken in at its first event, if there is memory at once.
-    // SAFETY: No requirements.
-    if !unsafe { bindings::exitmeter_may_sleep() } {
+    if !task::may_sleep() {
         return;
     }
     let Some(_inside) = Inside::try_enter(IN_CREATION) else {
@@ -1185,11 +1026,10 @@ fn wait_for_none(place: bindings::exitmeter_place, where_they_sleep: &str, what_
         } else {
             STEPS[1]
         };
-        // SAFETY: The callers may sleep.
-        unsafe { bindings::exitmeter_doze(step) };
+        task::doze(step);
         waited = waited.saturating_add(step);
     }
-    // SAFETY: As above.
+    // SAFETY: The callers may sleep.
     unsafe { bindings::exitmeter_wait_for_tails() };
 }
 
@@ -1250,15 +1090,13 @@ impl Drop for AsleepInCpuid {
 /// has to be published for as long as this lives.
 pub(crate) fn redirect_cpuid() -> Result<CpuidRedirect> {
     let name = c"kvm:kvm_emulate_cpuid";
-    // SAFETY: The name ends with a NUL.
-    let function = unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) };
-    let like = exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
-    // SAFETY: Any address may be asked for; ours is of the type that `exitmeter_emulate_cpuid` calls it as.
-    if function == 0 || !unsafe { bindings::exitmeter_may_call(function, like) } {
+    // Ours is of the type that it calls KVM's as.
+    let like = exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize;
+    let Some(function) = symbols::find(name).filter(|it| symbols::may_call(*it, like)) else {
         pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
         return Err(ENOENT);
-    }
-    EMULATE_CPUID.store(function as usize, Ordering::Relaxed);
+    };
+    EMULATE_CPUID.store(function, Ordering::Relaxed);
     let trampoline = bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_CPUID;
     let function = Function::attach(name, on_cpuid, trampoline, true);
     let function = KBox::try_pin_init(function, GFP_KERNEL)?;
@@ -1308,8 +1146,7 @@ fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
         return false;
     }
     // The replacement calls the original: let it through.
-    // SAFETY: Any address may be asked for.
-    if unsafe { bindings::exitmeter_is_own_text(parent) } {
+    if symbols::is_own_text(parent as usize) {
         return false;
     }
     // Before KVM's own function has done anything: who may not ask gets just that.
@@ -1448,16 +1285,12 @@ impl Vendor {
     }
 }
 
-/// Return true if a function is there: `module:name`, or `name` in the kernel or any module.
-fn exists(name: &'static CStr) -> bool {
-    // SAFETY: The name ends with a NUL. The address is not used.
-    unsafe { bindings::exitmeter_find_function(name.as_char_ptr()) != 0 }
-}
-
 /// Demands that KVM is a module, by a function of it that has the module's name, or none if KVM is
 /// a part of the kernel.
 fn demand_module() -> Result {
-    if !exists(c"kvm:kvm_arch_vcpu_load") && exists(c"kvm_arch_vcpu_load") {
+    if symbols::find(c"kvm:kvm_arch_vcpu_load").is_none()
+        && symbols::find(c"kvm_arch_vcpu_load").is_some()
+    {
         pr_err!(
             "KVM is built into this kernel (CONFIG_KVM=y): exitmeter hooks it as a module alone\n"
         );
@@ -1469,7 +1302,7 @@ fn demand_module() -> Result {
 /// Demands that a module of KVM's is loaded, and tells that from a function that is not in it: by
 /// the function that unloads it, which has the same name in every module.
 fn demand_loaded(module: &str, unload: &'static CStr) -> Result {
-    if !exists(unload) {
+    if symbols::find(unload).is_none() {
         pr_err!("{module} is not loaded: run 'modprobe {module}' first\n");
         return Err(ENODEV);
     }
@@ -1495,36 +1328,6 @@ const ENTRY_PROBE: Probe = Probe {
         Parameter::Bool,
     ],
 };
-
-/// A file of `/sys/kernel/btf`, in memory for as long as this lives.
-struct TypesFile {
-    bytes: NonNull<u8>,
-    size: usize,
-}
-
-impl TypesFile {
-    /// Read a file, if it is there.
-    fn read(path: &'static CStr) -> Option<Self> {
-        let mut size = 0;
-        // SAFETY: The path ends with a NUL. This is called in the module's init, which may sleep.
-        let bytes = unsafe { bindings::exitmeter_read_types(path.as_char_ptr(), &mut size) };
-        let bytes = NonNull::new(bytes.cast())?;
-        Some(Self { bytes, size })
-    }
-
-    /// Return what it holds.
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: The kernel has filled as many bytes, and nobody writes them.
-        unsafe { core::slice::from_raw_parts(self.bytes.as_ptr(), self.size) }
-    }
-}
-
-impl Drop for TypesFile {
-    fn drop(&mut self) {
-        // SAFETY: It was made by `read`, and no borrow is left.
-        unsafe { bindings::exitmeter_free_types(self.bytes.as_ptr().cast()) };
-    }
-}
 
 /// Demands that KVM's tracepoints call probes as ours are, where the kernel has types that tell.
 ///
@@ -1603,73 +1406,5 @@ impl Drop for Sleep {
     fn drop(&mut self) {
         // SAFETY: Attached when this was made.
         unsafe { bindings::exitmeter_detach_sleep() };
-    }
-}
-
-/// The host's TSC: its rate in kHz, and whether the kernel trusts it.
-pub(crate) fn clock() -> (u32, bool) {
-    // SAFETY: No requirements.
-    unsafe {
-        (
-            bindings::exitmeter_tsc_khz(),
-            !bindings::exitmeter_tsc_unstable(),
-        )
-    }
-}
-
-/// The TSC now, for a time stamp.
-pub(crate) fn timestamp() -> u64 {
-    now()
-}
-
-/// Return the monotonic time in nanoseconds, as exact as the kernel's tick.
-pub(crate) fn coarse_ns() -> u64 {
-    // SAFETY: No requirements.
-    unsafe { bindings::exitmeter_coarse_ns() }
-}
-
-/// The node in /dev, readable by root and by the group that udev gives it.
-///
-/// The kernel crate's own registration leaves the mode at 0600, hence this one; the file
-/// operations are the kernel crate's.
-#[pin_data(PinnedDrop)]
-pub(crate) struct Node {
-    #[pin]
-    device: Opaque<kernel_bindings::miscdevice>,
-    #[pin]
-    _pin: PhantomPinned,
-}
-
-// SAFETY: A misc device may be deregistered from any thread.
-unsafe impl Send for Node {}
-// SAFETY: A shared reference to a registration allows nothing.
-unsafe impl Sync for Node {}
-
-impl Node {
-    /// Makes the node `/dev/<name>`.
-    pub(crate) fn register<T: MiscDevice>(
-        name: &'static CStr,
-        mode: u16,
-    ) -> impl PinInit<Self, Error> {
-        try_pin_init!(Self {
-            device <- Opaque::try_ffi_init(move |slot: *mut kernel_bindings::miscdevice| {
-                let mut device = MiscDeviceOptions { name }.into_raw::<T>();
-                device.mode = mode;
-                // SAFETY: The slot is ours to write.
-                unsafe { slot.write(device) };
-                // SAFETY: Just written; it stays in place and is deregistered in `drop`.
-                to_result(unsafe { kernel_bindings::misc_register(slot) })
-                    .inspect_err(|_| pr_err!("/dev/exitmeter cannot be made\n"))
-            }),
-            _pin: PhantomPinned,
-        })
-    }
-}
-
-#[pinned_drop]
-impl PinnedDrop for Node {
-    fn drop(self: Pin<&mut Self>) {
-        // SAFETY: Registered when this was made. Open files pin the module.
-        unsafe { kernel_bindings::misc_deregister(self.device.get()) };
     }
 }

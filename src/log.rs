@@ -15,7 +15,11 @@ use kernel::{
 };
 
 use crate::{
-    cpuid, hooks,
+    cpuid,
+    linux::{
+        clock,
+        parameters, //
+    },
     meter::{
         bucket::Bucket,
         leaves::{
@@ -75,18 +79,17 @@ pub(crate) fn loaded(leaves: &Leaves, host_scope: bool) {
     if host_scope && !matches!(leaves.map, LeafMap::Off) {
         pr_warn!("host_scope=1: each guest reads the exits and times of all VMs of this host\n");
     }
-    let (_, tsc_stable) = hooks::clock();
-    if !tsc_stable {
+    if !clock::tsc_is_stable() {
         pr_warn!("the TSC is marked unstable: counts hold, cycles do not\n");
     }
 }
 
 /// One line for each query of a guest, rate limited.
 pub(crate) fn query(who: &Identity, spoken: &Spoken) {
-    if hooks::given().log_queries != 1 {
+    if parameters::given().log_queries != 1 {
         return;
     }
-    let now = hooks::coarse_ns();
+    let now = clock::coarse_ns();
     if !LINES.take(now) {
         LEFT_OUT.fetch_add(1, Ordering::Relaxed);
         return;

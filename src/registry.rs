@@ -37,6 +37,13 @@ use crate::{
         self,
         Vcpu, //
     },
+    linux::{
+        clock,
+        details,
+        interrupt,
+        memory,
+        task, //
+    },
     meter::{
         detail,
         leaves::{
@@ -120,17 +127,17 @@ unsafe impl Platform for Kernel {
     }
 
     fn allocate(&self, layout: Layout, may_sleep: bool) -> Option<NonNull<u8>> {
-        hooks::allocate(layout.size(), may_sleep)
+        memory::allocate(layout.size(), may_sleep)
     }
 
     unsafe fn free(&self, memory: NonNull<u8>, _layout: Layout) {
         // SAFETY: By the contract of this function.
-        unsafe { hooks::free(memory) };
+        unsafe { memory::free(memory) };
     }
 
     unsafe fn retire(&self, memory: NonNull<u8>, _layout: Layout, room: NonNull<Retired>) {
         // SAFETY: By the contract of this function.
-        unsafe { hooks::retire(memory, room) };
+        unsafe { memory::retire(memory, room) };
     }
 
     fn forget(&self, key: usize) {
@@ -149,22 +156,23 @@ unsafe impl Platform for Kernel {
     }
 
     fn copy_on(&self, cpu: u32, copying: &mut Copying<'_>) -> bool {
-        hooks::copy_on(cpu, copying)
+        let mut copied = false;
+        interrupt::run_on(cpu, || copied = copying.try_copy()) && copied
     }
 
     fn now(&self) -> u64 {
-        hooks::timestamp()
+        clock::now()
     }
 
     fn millisecond(&self) -> u64 {
-        match hooks::clock() {
-            (0, _) => 1 << 20,
-            (khz, _) => khz.into(),
+        match clock::tsc_khz() {
+            0 => 1 << 20,
+            khz => khz.into(),
         }
     }
 
     fn pause(&self) {
-        hooks::pause();
+        task::pause();
     }
 }
 
@@ -304,7 +312,6 @@ impl Registry {
         gone: &mut Totals,
         show: Show,
     ) -> Result<usize, NoSnapshot> {
-        let (tsc_khz, tsc_stable) = hooks::clock();
         let leaves = self.leaves();
         let mut walks = self.walker.lock();
         // Nobody takes a snapshot while the host sleeps, so this stays as it is.
@@ -314,10 +321,10 @@ impl Registry {
             leaf_map: leaves.map,
             host_scope: self.vcpus.host_scope(),
             by_bpf: false,
-            tsc_khz,
-            tsc_stable,
+            tsc_khz: clock::tsc_khz(),
+            tsc_stable: clock::tsc_is_stable(),
             loaded: self.vcpus.loaded(),
-            now: hooks::timestamp().wrapping_add(clock_offset),
+            now: clock::now().wrapping_add(clock_offset),
             clock_offset,
             life: leaves.life,
         };
@@ -331,7 +338,7 @@ impl Registry {
         walks.want_details = walks.want_details.saturating_add(1);
         // First the branch, then the tables: whoever finds tables tells all of an exit with them.
         if walks.want_details == 1 {
-            hooks::switch_details(true);
+            details::switch(true);
         }
         // The next ones are here for vCPUs for which there was no memory before.
         self.vcpus.give_tables(&mut walks.walker);
@@ -350,7 +357,7 @@ impl Registry {
         // kernel patches the callbacks.
         if walks.want_details == 0 {
             self.vcpus.take_tables(&mut walks.walker);
-            hooks::switch_details(false);
+            details::switch(false);
         }
     }
 
@@ -451,7 +458,7 @@ pub(crate) fn exit<'a, const RING: bool, E: Event>(
         let vcpu = vcpu.read_anew();
         return exit_unusual(vcpu, ledger, now, isa, event(vcpu));
     };
-    if hooks::details_are_on() {
+    if details::are_on() {
         let vcpu = vcpu.read_anew();
         return exit_with::<RING, _>((ledger, vcpu), now, isa, slot, event(vcpu));
     }
@@ -593,7 +600,7 @@ pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
     let Some(ledger) = cached(vcpu) else {
         return entry_slow(vcpu, now);
     };
-    if hooks::details_are_on() {
+    if details::are_on() {
         return match tables(ledger) {
             Some(tables) => ledger.entry_with(tables, now, || vcpu.cpu_loaded()),
             None => entry_without(ledger, now),
@@ -627,7 +634,7 @@ pub(crate) fn resume(vcpu: Vcpu<'_>, now: u64) {
     let Some(ledger) = cached(vcpu) else {
         return resume_slow(vcpu, now);
     };
-    if hooks::details_are_on() {
+    if details::are_on() {
         return match tables(ledger) {
             Some(tables) => ledger.resume_with(tables, now),
             None => resume_without(ledger, now),
@@ -662,7 +669,7 @@ pub(crate) fn leave_to_user(vcpu: Vcpu<'_>, now: u64) {
     let Some(ledger) = cached(vcpu) else {
         return leave_slow(vcpu, now, Phase::User);
     };
-    if hooks::details_are_on() {
+    if details::are_on() {
         return match tables(ledger) {
             Some(tables) => {
                 ledger.leave_to_user_with(tables, now, || vcpu.user_exit(), || vcpu.cpu_loaded())

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the module takes from Linux itself: safe functions over `shim.c` and over what the kernel's
+//! crate does not have.
+//!
+//! Nothing here knows KVM, a ledger or the registry.
+
+pub(crate) mod clock;
+pub(crate) mod details;
+pub(crate) mod interrupt;
+pub(crate) mod memory;
+pub(crate) mod node;
+pub(crate) mod parameters;
+pub(crate) mod random;
+pub(crate) mod symbols;
+pub(crate) mod task;
+pub(crate) mod types;

@@ -3,7 +3,7 @@
 //! Answers a guest that asks for its own exits by CPUID.
 
 use crate::{
-    hooks::Vcpu,
+    kvm::vcpu::Vcpu,
     linux::parameters,
     log,
     meter::leaves::{

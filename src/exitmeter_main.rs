@@ -14,6 +14,7 @@ mod bindings;
 mod cpuid;
 mod device;
 mod hooks;
+mod kvm;
 mod linux;
 mod log;
 #[allow(
@@ -41,7 +42,10 @@ use hooks::{
     Function,
     Published,
     Sleep,
-    Tracepoints,
+    Tracepoints, //
+};
+use kvm::vendor::{
+    ExitReader,
     Vendor, //
 };
 use linux::{
@@ -92,16 +96,19 @@ struct ExitMeter {
     sleep: Sleep,
     farewell: Farewell,
     published: Published,
-    vendor: Vendor,
+    exit_reader: Option<ExitReader>,
 }
 
 impl kernel::InPlaceModule for ExitMeter {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(|| {
             let parameters = Parameters::checked()?;
-            let vendor = Vendor::attach()?;
+            let vendor = Vendor::detect()?;
+            hooks::demand_prototypes()?;
+            let exit_reader = ExitReader::attach(&vendor)?;
             let slow_ticks = parameters.slow_ticks();
-            let (isa, exit_probe) = (vendor.isa(), vendor.exit_probe(slow_ticks != 0));
+            let isa = vendor.isa();
+            let source = vendor.exit_source();
             let map = parameters.leaf_map;
             let life = random::nonzero();
             let leaves = Leaves { map, isa, life };
@@ -113,14 +120,14 @@ impl kernel::InPlaceModule for ExitMeter {
                 slow_ticks,
             })?;
             Ok(try_pin_init!(Self {
-                vendor,
+                exit_reader,
                 published: Published::new(registry.clone()),
                 sleep: Sleep::watch(),
                 destroy <- Function::vcpu_destroy(),
                 creation: CreationHook::attach()?,
                 load <- Function::vcpu_load(),
                 put <- Function::vcpu_put(),
-                tracepoints: Tracepoints::attach(exit_probe)?,
+                tracepoints: Tracepoints::attach(source, slow_ticks != 0)?,
                 cpuid: match map {
                     LeafMap::Off => None,
                     _ => Some(hooks::redirect_cpuid()?),

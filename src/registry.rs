@@ -8,6 +8,8 @@
 //! allocated, and the lock is not taken, when a vCPU leaves its CPU, as the scheduler's own lock is
 //! held then.
 
+mod cache;
+
 use core::{
     alloc::Layout,
     ptr::NonNull,
@@ -33,9 +35,10 @@ use kernel::{
 };
 
 use crate::{
-    hooks::{
-        self,
-        Vcpu, //
+    hooks,
+    kvm::{
+        exit::Event,
+        vcpu::Vcpu, //
     },
     linux::{
         clock,
@@ -141,7 +144,7 @@ unsafe impl Platform for Kernel {
     }
 
     fn forget(&self, key: usize) {
-        hooks::forget(key);
+        cache::forget(key);
     }
 
     fn polled(&self, key: usize) -> u64 {
@@ -263,7 +266,8 @@ impl Registry {
             })?
             .ledger();
         // INVARIANT: `destroy` has all CPUs forget the vCPU before it lets the member go.
-        hooks::cache(vcpu, ledger);
+        // SAFETY: By that invariant.
+        unsafe { cache::put(vcpu, ledger) };
         Some(ledger)
     }
 
@@ -386,15 +390,6 @@ impl Registry {
 // The transitions. The fast path, that of a vCPU in this CPU's cache, does not even look for the
 // registry.
 
-/// Return the ledger of a vCPU that the caller holds, from this CPU's cache.
-#[inline(always)]
-fn cached(vcpu: Vcpu<'_>) -> Option<&Ledger> {
-    let ledger = vcpu.cached()?;
-    // SAFETY: With a vCPU, a CPU's cache holds the ledger of a member of the registry. The callers
-    // hold the vCPU, so that it is not let go while they use it.
-    Some(unsafe { &*ledger })
-}
-
 /// Return the ledger of any other vCPU that the caller holds; taken in at this event if it is new.
 fn looked_up<'a>(vcpu: Vcpu<'a>, now: u64, phase: Phase) -> Option<&'a Ledger> {
     hooks::registry()?.ledger(vcpu, now, phase)
@@ -422,24 +417,6 @@ fn tables(ledger: &Ledger) -> Option<&Tables> {
     unsafe { ledger.tables() }
 }
 
-/// An exit as a callback has it, to be read where it has to be: by its code, by what it was about, and
-/// by where the guest was.
-pub(crate) trait Event: detail::Exit + Copy {
-    /// Whether where the guest was may be unknown.
-    const HIDES_RIP: bool;
-    /// Return its code.
-    fn code(&self) -> u32;
-    /// Return the slot of its code, if that takes few instructions.
-    #[inline(always)]
-    fn usual_slot(&self, isa: Isa) -> Option<Slot> {
-        Some(reasons::slot(isa, self.code()))
-    }
-    /// Return where the guest was; `None` when its registers are encrypted, or it cannot be known.
-    fn rip(&self) -> Option<u64>;
-    /// Return the same, or where there is none any number: no exit has been there then.
-    fn likely_rip(&self) -> u64;
-}
-
 /// Take a VM exit at TSC `now`, which is read once the vCPU is known to be metered.
 ///
 /// Each callback has one branch for details, behind what both ways need. `RING` tells whether vCPUs
@@ -451,15 +428,15 @@ pub(crate) fn exit<'a, const RING: bool, E: Event>(
     isa: Isa,
     event: impl Fn(Vcpu<'a>) -> E,
 ) {
-    let Some(ledger) = cached(vcpu) else {
+    let Some(ledger) = cache::find(vcpu) else {
         return exit_slow(vcpu, now, isa, event(vcpu));
     };
     let Some(slot) = event(vcpu).usual_slot(isa) else {
-        let vcpu = vcpu.read_anew();
+        let vcpu = cache::read_again(vcpu);
         return exit_unusual(vcpu, ledger, now, isa, event(vcpu));
     };
     if details::are_on() {
-        let vcpu = vcpu.read_anew();
+        let vcpu = cache::read_again(vcpu);
         return exit_with::<RING, _>((ledger, vcpu), now, isa, slot, event(vcpu));
     }
     exit_of(vcpu, ledger, now, slot);
@@ -597,7 +574,7 @@ fn exit_apart(
 /// Take a VM entry.
 #[inline(always)]
 pub(crate) fn entry(vcpu: Vcpu<'_>, now: u64) {
-    let Some(ledger) = cached(vcpu) else {
+    let Some(ledger) = cache::find(vcpu) else {
         return entry_slow(vcpu, now);
     };
     if details::are_on() {
@@ -631,7 +608,7 @@ fn entry_slow(vcpu: Vcpu<'_>, now: u64) {
 /// Take the vCPU's way onto a CPU.
 #[inline(always)]
 pub(crate) fn resume(vcpu: Vcpu<'_>, now: u64) {
-    let Some(ledger) = cached(vcpu) else {
+    let Some(ledger) = cache::find(vcpu) else {
         return resume_slow(vcpu, now);
     };
     if details::are_on() {
@@ -666,7 +643,7 @@ fn resume_slow(vcpu: Vcpu<'_>, now: u64) {
 /// not known yet is left for its next event: nothing may be allocated here.
 #[inline(always)]
 pub(crate) fn leave_to_user(vcpu: Vcpu<'_>, now: u64) {
-    let Some(ledger) = cached(vcpu) else {
+    let Some(ledger) = cache::find(vcpu) else {
         return leave_slow(vcpu, now, Phase::User);
     };
     if details::are_on() {
@@ -683,7 +660,7 @@ pub(crate) fn leave_to_user(vcpu: Vcpu<'_>, now: u64) {
 /// As [`leave_to_user`], where the scheduler takes the vCPU off its CPU.
 #[inline(always)]
 pub(crate) fn leave(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
-    match cached(vcpu) {
+    match cache::find(vcpu) {
         Some(ledger) => leave_from(vcpu, ledger, now, phase),
         None => leave_slow(vcpu, now, phase),
     }

@@ -5,6 +5,7 @@
 //!
 //! Nothing here knows KVM, a ledger or the registry.
 
+pub(crate) mod cache;
 pub(crate) mod clock;
 pub(crate) mod details;
 pub(crate) mod interrupt;

@@ -19,15 +19,15 @@ use kernel::{
 };
 
 use crate::{
-    hooks,
     linux::task,
     meter::{
         ledger::Totals,
         registry::walk::{
             NoSnapshot,
             Show, //
-        }, //
+        },
     },
+    registry::published, //
 };
 
 /// An open file: the snapshot that it reads from. A read at offset 0 takes a fresh one, any
@@ -56,14 +56,14 @@ impl WantsDetails {
     /// Turn details on, unless they are. The registry has to be published for as long as this
     /// lives.
     pub(crate) fn new() -> Result<Self> {
-        hooks::registry().ok_or(ENODEV)?.hold_details();
+        published().ok_or(ENODEV)?.hold_details();
         Ok(Self(()))
     }
 }
 
 impl Drop for WantsDetails {
     fn drop(&mut self) {
-        if let Some(registry) = hooks::registry() {
+        if let Some(registry) = published() {
             registry.release_details();
         }
     }
@@ -89,7 +89,7 @@ impl MiscDevice for Device {
             if device.details.lock().is_none() {
                 return Err(EPERM);
             }
-            hooks::registry().ok_or(ENODEV)?.thaw_rings();
+            published().ok_or(ENODEV)?.thaw_rings();
             return Ok(0);
         }
         if cmd != TURN_ON_DETAILS {
@@ -122,7 +122,7 @@ impl MiscDevice for Device {
 ///
 /// `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
 fn take(show: Show) -> Result<KVVec<u8>> {
-    let registry = hooks::registry().ok_or(ENODEV)?;
+    let registry = published().ok_or(ENODEV)?;
     // One that turns out too large leaves word of how large it is.
     loop {
         let mut buffer = KVVec::from_elem(0, registry.likely_size(), GFP_KERNEL_ACCOUNT)?;

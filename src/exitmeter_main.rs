@@ -40,7 +40,6 @@ use hooks::{
     CpuidRedirect,
     CreationHook,
     Function,
-    Published,
     Sleep,
     Tracepoints, //
 };
@@ -61,7 +60,10 @@ use meter::{
     ledger::TRIES,
     registry::Settings, //
 };
-use registry::Registry;
+use registry::{
+    Publication,
+    Registry, //
+};
 
 #[cfg(CONFIG_PREEMPT_RT)]
 compile_error!("exitmeter takes spinlocks with interrupts off, which PREEMPT_RT does not allow");
@@ -95,7 +97,7 @@ struct ExitMeter {
     destroy: Function,
     sleep: Sleep,
     farewell: Farewell,
-    published: Published,
+    publication: Publication,
     exit_reader: Option<ExitReader>,
 }
 
@@ -121,7 +123,7 @@ impl kernel::InPlaceModule for ExitMeter {
             })?;
             Ok(try_pin_init!(Self {
                 exit_reader,
-                published: Published::new(registry.clone()),
+                publication: Publication::new(registry.clone()),
                 sleep: Sleep::watch(),
                 destroy <- Function::vcpu_destroy(),
                 creation: CreationHook::attach()?,

@@ -11,13 +11,16 @@ use core::{
     mem::MaybeUninit,
     ptr::null_mut,
     sync::atomic::{
-        AtomicPtr,
         AtomicUsize,
         Ordering, //
     },
 };
 
-use kernel::{error::to_result, prelude::*, sync::Arc, types::Opaque};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    types::Opaque, //
+};
 
 use crate::{
     bindings, cpuid,
@@ -52,40 +55,10 @@ use crate::{
         reasons::Isa, //
     },
     registry::{
-        self,
-        Registry, //
+        published,
+        transitions, //
     },
 };
-
-/// The registry, for the callbacks and the files of the node. Set for as long as there can be
-/// one of them.
-static REGISTRY: AtomicPtr<Registry> = AtomicPtr::new(null_mut());
-
-/// The registry as [`registry`] finds it, while this lives. Everything that is attached here
-/// has to go before it.
-pub(crate) struct Published(#[expect(dead_code, reason = "held")] Arc<Registry>);
-
-impl Published {
-    /// Makes it known. There is at most one.
-    pub(crate) fn new(registry: Arc<Registry>) -> Self {
-        REGISTRY.store(Arc::as_ptr(&registry).cast_mut(), Ordering::Release);
-        Self(registry)
-    }
-}
-
-impl Drop for Published {
-    fn drop(&mut self) {
-        REGISTRY.store(null_mut(), Ordering::Release);
-    }
-}
-
-/// The registry, in a callback or behind an open file of the node.
-#[inline(always)]
-pub(crate) fn registry<'a>() -> Option<&'a Registry> {
-    // SAFETY: Null, or published by the module's state. That lets it go after the last run of
-    // a callback, and an open file pins the module.
-    unsafe { REGISTRY.load(Ordering::Acquire).as_ref() }
-}
 
 /// Probe of kvm:kvm_exit on VMX. Runs with interrupts off, on the vCPU's CPU. `RING` tells whether
 /// vCPUs have rings of their last exits, where exits are told with details.
@@ -103,7 +76,7 @@ unsafe extern "C" fn on_exit_vmx<const RING: bool>(
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::exit::<RING, _>(vcpu, clock::now(), Isa::Vmx, |vcpu| {
+    transitions::exit::<RING, _>(vcpu, clock::now(), Isa::Vmx, |vcpu| {
         // SAFETY: This is the probe, and the vCPU is its own.
         unsafe { VmxExit::new(vcpu) }
     });
@@ -133,7 +106,7 @@ unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     let mut room = MaybeUninit::uninit();
     // SAFETY: This is the probe, and the vCPU is its own.
     let exit = unsafe { ExitByKvm::<false>::read(vcpu, &mut room) };
-    registry::exit::<RING, _>(vcpu, now, Isa::Vmx, |_| exit);
+    transitions::exit::<RING, _>(vcpu, now, Isa::Vmx, |_| exit);
 }
 
 /// Probe of kvm:kvm_exit on SVM. Runs with interrupts off, on the vCPU's CPU.
@@ -155,7 +128,7 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
     let mut room = MaybeUninit::uninit();
     // SAFETY: This is the probe, and the vCPU is its own.
     let exit = unsafe { ExitByKvm::<true>::read(vcpu, &mut room) };
-    registry::exit::<RING, _>(vcpu, now, Isa::Svm, |_| exit);
+    transitions::exit::<RING, _>(vcpu, now, Isa::Svm, |_| exit);
 }
 
 /// Probe of kvm:kvm_entry. Runs with interrupts off, on the vCPU's CPU.
@@ -169,7 +142,7 @@ unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu,
     }
     // SAFETY: KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::entry(vcpu, clock::now());
+    transitions::entry(vcpu, clock::now());
 }
 
 /// Probes on the two tracepoints of KVM.
@@ -356,7 +329,7 @@ unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
     }
     // SAFETY: By the contract of this function; KVM holds the vCPU.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    registry::resume(vcpu, clock::now());
+    transitions::resume(vcpu, clock::now());
 }
 
 /// # Safety
@@ -388,14 +361,14 @@ unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
     if vcpu.is_scheduled_out() {
         return leave_scheduled_out(vcpu, now);
     }
-    registry::leave_to_user(vcpu, now);
+    transitions::leave_to_user(vcpu, now);
 }
 
 /// Take the way off its CPU of a vCPU that the scheduler takes off it. Apart, so that the way to
 /// user space saves no registers for this.
 #[inline(never)]
 fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
-    registry::leave(vcpu, now, vcpu.phase_scheduled_out());
+    transitions::leave(vcpu, now, vcpu.phase_scheduled_out());
 }
 
 /// # Safety
@@ -417,7 +390,7 @@ unsafe extern "C" fn on_create(
     };
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    if let Some(registry) = registry() {
+    if let Some(registry) = published() {
         registry.announce(vcpu);
     }
 }
@@ -433,7 +406,7 @@ unsafe extern "C" fn on_destroy(
 ) {
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    if let Some(registry) = registry() {
+    if let Some(registry) = published() {
         registry.destroy(vcpu);
     }
 }
@@ -634,7 +607,7 @@ unsafe extern "C" fn exitmeter_is_query(vcpu: *mut bindings::kvm_vcpu, parent: c
 #[inline(never)]
 fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
     let leaf = vcpu.register(RAX);
-    if registry().is_none_or(|registry| registry.leaves().classify(leaf).is_none()) {
+    if published().is_none_or(|registry| registry.leaves().classify(leaf).is_none()) {
         return false;
     }
     // The replacement calls the original: let it through.
@@ -677,7 +650,7 @@ unsafe extern "C" fn exitmeter_emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c
         return ret;
     }
     if let Some(answer) =
-        registry().and_then(|it| cpuid::answer(it, guest, leaf, subleaf, at_cpl_0))
+        published().and_then(|it| cpuid::answer(it, guest, leaf, subleaf, at_cpl_0))
     {
         guest.write_answer(answer);
     }
@@ -760,7 +733,7 @@ impl<T: core::fmt::Display> kernel::fmt::Display for Shown<T> {
 ///
 /// For the shim alone, when no other CPU runs.
 unsafe extern "C" fn on_rebase(then: u64, now: u64) {
-    if let Some(registry) = registry() {
+    if let Some(registry) = published() {
         registry.rebase(then, now);
     }
 }

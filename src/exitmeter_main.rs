@@ -37,11 +37,15 @@ use device::{
     WantsDetails, //
 };
 use hooks::{
-    CpuidRedirect,
-    CreationHook,
-    Function,
-    Sleep,
-    Tracepoints, //
+    cpuid::CpuidRedirect,
+    functions::Function,
+    prototypes,
+    sleep::Sleep,
+    tracepoints::Tracepoints,
+    vcpus::{
+        self,
+        CreationHook, //
+    },
 };
 use kvm::vendor::{
     ExitReader,
@@ -106,7 +110,7 @@ impl kernel::InPlaceModule for ExitMeter {
         pin_init::pin_init_scope(|| {
             let parameters = Parameters::checked()?;
             let vendor = Vendor::detect()?;
-            hooks::demand_prototypes()?;
+            prototypes::check()?;
             let exit_reader = ExitReader::attach(&vendor)?;
             let slow_ticks = parameters.slow_ticks();
             let isa = vendor.isa();
@@ -125,14 +129,14 @@ impl kernel::InPlaceModule for ExitMeter {
                 exit_reader,
                 publication: Publication::new(registry.clone()),
                 sleep: Sleep::watch(),
-                destroy <- Function::vcpu_destroy(),
+                destroy <- vcpus::destroy(),
                 creation: CreationHook::attach()?,
-                load <- Function::vcpu_load(),
-                put <- Function::vcpu_put(),
+                load <- vcpus::load(),
+                put <- vcpus::put(),
                 tracepoints: Tracepoints::attach(source, slow_ticks != 0)?,
                 cpuid: match map {
                     LeafMap::Off => None,
-                    _ => Some(hooks::redirect_cpuid()?),
+                    _ => Some(CpuidRedirect::attach()?),
                 },
                 details: match parameters.details {
                     true => Some(WantsDetails::new()?),

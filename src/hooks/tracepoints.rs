@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The probes of KVM's tracepoints kvm_exit and kvm_entry.
+//!
+//! They run with interrupts off, on the vCPU's CPU.
+
+use core::{
+    mem::MaybeUninit,
+    ptr::null_mut, //
+};
+
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
+
+use crate::{
+    bindings,
+    kvm::{
+        exit::{
+            ExitByKvm,
+            VmxExit, //
+        },
+        vcpu::Vcpu,
+        vendor::ExitSource, //
+    },
+    linux::clock,
+    meter::{
+        parts,
+        reasons::Isa, //
+    },
+    registry::transitions, //
+};
+
+/// Probe of kvm:kvm_exit on VMX. `RING` says that vCPUs with details have rings of their last exits.
+///
+/// # Safety
+///
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_vmx<const RING: bool>(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
+    if !parts::CALLBACKS {
+        return;
+    }
+    // SAFETY: KVM holds the vCPU, on this thread.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    transitions::exit::<RING, _>(vcpu, clock::now(), Isa::Vmx, |vcpu| {
+        // SAFETY: This is the probe, and the vCPU is its own.
+        unsafe { VmxExit::new(vcpu) }
+    });
+}
+
+/// Probe of kvm:kvm_exit on VMX under Hyper-V, whose enlightened VMCS is ordinary memory: with it
+/// VMREAD is "unsupported and can result in unexpected behavior" (TLFS, "Enlightened VMCS").
+///
+/// KVM's own reader takes the reason from `vcpu_vt.exit_reason`, which `vmx_vcpu_enter_exit()` has
+/// just set, and reads through the enlightened VMCS where there is one.
+///
+/// # Safety
+///
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
+    if !parts::CALLBACKS {
+        return;
+    }
+    let now = clock::now();
+    // SAFETY: KVM holds the vCPU, on this thread.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    let mut room = MaybeUninit::uninit();
+    // SAFETY: This is the probe, and the vCPU is its own.
+    let exit = unsafe { ExitByKvm::<false>::read(vcpu, &mut room) };
+    transitions::exit::<RING, _>(vcpu, now, Isa::Vmx, |_| exit);
+}
+
+/// Probe of kvm:kvm_exit on SVM.
+///
+/// # Safety
+///
+/// For the tracepoint alone.
+unsafe extern "C" fn on_exit_svm<const RING: bool>(
+    _data: *mut c_void,
+    vcpu: *mut bindings::kvm_vcpu,
+    _isa: u32,
+) {
+    if !parts::CALLBACKS {
+        return;
+    }
+    let now = clock::now();
+    // SAFETY: KVM holds the vCPU, on this thread.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    let mut room = MaybeUninit::uninit();
+    // SAFETY: This is the probe, and the vCPU is its own.
+    let exit = unsafe { ExitByKvm::<true>::read(vcpu, &mut room) };
+    transitions::exit::<RING, _>(vcpu, now, Isa::Svm, |_| exit);
+}
+
+/// Probe of kvm:kvm_entry.
+///
+/// # Safety
+///
+/// For the tracepoint alone.
+unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: u8) {
+    if !parts::CALLBACKS {
+        return;
+    }
+    // SAFETY: KVM holds the vCPU, on this thread.
+    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
+    transitions::entry(vcpu, clock::now());
+}
+
+/// Probes on the two tracepoints.
+pub(crate) struct Tracepoints {
+    exit: bindings::exitmeter_exit_probe,
+}
+
+impl Tracepoints {
+    /// Attach the probes. `ring` says that vCPUs with details have rings of their last exits.
+    ///
+    /// The registry has to be published, and the reader of exits attached, for as long as this lives.
+    pub(crate) fn attach(source: ExitSource, ring: bool) -> Result<Self> {
+        // In a small function of its own rustc would take this for code that other crates may inline, and
+        // compile all that the probes call for callers outside: the path at an exit gets longer.
+        let exit: bindings::exitmeter_exit_probe = match (source, ring) {
+            (ExitSource::Vmcs, false) => Some(on_exit_vmx::<false>),
+            (ExitSource::Vmcs, true) => Some(on_exit_vmx::<true>),
+            (ExitSource::EnlightenedVmcs, false) => Some(on_exit_vmx_by_kvm::<false>),
+            (ExitSource::EnlightenedVmcs, true) => Some(on_exit_vmx_by_kvm::<true>),
+            (ExitSource::Vmcb, false) => Some(on_exit_svm::<false>),
+            (ExitSource::Vmcb, true) => Some(on_exit_svm::<true>),
+        };
+        // Entries first, and last in `drop`: after an exit that is seen the next entry is seen too, so that
+        // each exit has its sample.
+        // SAFETY: The probe is detached before its code goes, and takes no data.
+        to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), null_mut()) })
+            .inspect_err(|_| pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n"))?;
+        // SAFETY: As above.
+        let attached = unsafe { bindings::exitmeter_attach_exit(exit, null_mut()) };
+        if let Err(error) = to_result(attached) {
+            pr_err!("tracepoint kvm:kvm_exit cannot be hooked\n");
+            // SAFETY: Attached above.
+            unsafe { bindings::exitmeter_detach_entry(Some(on_entry), null_mut()) };
+            return Err(error);
+        }
+        Ok(Self { exit })
+    }
+}
+
+impl Drop for Tracepoints {
+    fn drop(&mut self) {
+        // SAFETY: Both were attached, with the same data.
+        unsafe {
+            bindings::exitmeter_detach_exit(self.exit, null_mut());
+            bindings::exitmeter_detach_entry(Some(on_entry), null_mut());
+        }
+    }
+}

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Answers a guest that asks for its own exits by CPUID.
+//! The answers to guests that ask for their own exits by CPUID.
 
 use crate::{
     kvm::vcpu::Vcpu,
-    linux::parameters,
     log,
     meter::leaves::{
         Registers,
@@ -13,14 +12,11 @@ use crate::{
     registry::Registry, //
 };
 
-/// Return true if only the guest's kernel is answered, by the parameter `leaf_cpl`.
-pub(crate) fn for_cpl_0_alone() -> bool {
-    parameters::given().leaf_cpl == 0
-}
-
-/// The answer to CPUID with `leaf` in eax and `subleaf` in ecx, and its line in the log.
-/// `at_cpl_0` says whether the guest's kernel asks. `None` leaves what KVM itself answered: for a leaf that is not ours, and for a vCPU that
-/// is not metered, whose sums would be wrong.
+/// Return the answer to CPUID with `leaf` in eax and `subleaf` in ecx, and log it. `at_cpl_0` says that the
+/// guest's kernel asks.
+///
+/// `None` leaves KVM's own answer: for a leaf that is not ours, and for an unmetered vCPU, whose sums would
+/// be wrong.
 pub(crate) fn answer(
     registry: &Registry,
     vcpu: Vcpu<'_>,

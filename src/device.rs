@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `/dev/exitmeter`: a snapshot of all ledgers, by `read`, and details while somebody wants them.
+//! `/dev/exitmeter`: a snapshot of all ledgers, by `read`, and details while an open file asks for them.
 
 use kernel::{
     fs::{
@@ -19,7 +19,10 @@ use kernel::{
 };
 
 use crate::{
-    linux::task,
+    linux::{
+        node::Node,
+        task, //
+    },
     meter::{
         ledger::Totals,
         registry::walk::{
@@ -30,30 +33,34 @@ use crate::{
     registry::published, //
 };
 
-/// An open file: the snapshot that it reads from. A read at offset 0 takes a fresh one, any
-/// other goes on in the same.
+/// Make the node, readable by root and by the group that udev gives it.
+pub(crate) fn node() -> impl PinInit<Node, Error> {
+    Node::register::<Device>(c"exitmeter", 0o440)
+}
+
+/// An open file.
 #[pin_data]
-pub(crate) struct Device {
+struct Device {
+    /// Snapshot that the file is read from. A read at offset 0 takes a fresh one.
     #[pin]
     snapshot: Mutex<KVVec<u8>>,
-    /// Whoever opened it may see details, and the guest's code.
+    /// True if the task that opened the file may see details and the guest's code.
     may_see_details: bool,
     #[pin]
     details: Mutex<Option<WantsDetails>>,
 }
 
-/// Turn details on for as long as the file is open: `_IO(0xE7, 1)`. For CAP_PERFMON, else `EPERM`.
+/// Turns details on for as long as the file is open: `_IO(0xE7, 1)`. Needs CAP_PERFMON, else `EPERM`.
 const TURN_ON_DETAILS: u32 = _IO(0xe7, 1);
 
-/// Ask for rings of the last exits that are not frozen: `_IO(0xE7, 2)`. For a file that has turned
-/// details on, else `EPERM`.
+/// Thaws the rings of the last exits: `_IO(0xE7, 2)`. Needs a file that has turned details on, else `EPERM`.
 const THAW_RINGS: u32 = _IO(0xe7, 2);
 
-/// Somebody wants details, while this lives.
+/// Keeps details on while this lives.
 pub(crate) struct WantsDetails(());
 
 impl WantsDetails {
-    /// Turn details on, unless they are. The registry has to be published for as long as this
+    /// Turn details on, unless they are on. The registry has to be published for as long as this
     /// lives.
     pub(crate) fn new() -> Result<Self> {
         published().ok_or(ENODEV)?.hold_details();
@@ -116,14 +123,14 @@ impl MiscDevice for Device {
     }
 }
 
-/// Take a snapshot of now.
+/// Take a snapshot.
 ///
 /// # Errors
 ///
-/// `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
+/// Fails with `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
 fn take(show: Show) -> Result<KVVec<u8>> {
     let registry = published().ok_or(ENODEV)?;
-    // One that turns out too large leaves word of how large it is.
+    // A snapshot that does not fit raises the estimate for the next attempt.
     loop {
         let mut buffer = KVVec::from_elem(0, registry.likely_size(), GFP_KERNEL_ACCOUNT)?;
         let mut gone = KVBox::<Totals>::zeroed(GFP_KERNEL_ACCOUNT)?;

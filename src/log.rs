@@ -15,11 +15,7 @@ use kernel::{
 };
 
 use crate::{
-    cpuid,
-    linux::{
-        clock,
-        parameters, //
-    },
+    linux::clock,
     meter::{
         bucket::Bucket,
         leaves::{
@@ -38,6 +34,7 @@ use crate::{
             Reason, //
         },
     },
+    parameters, //
 };
 
 // The kernel formats through a trait of its own.
@@ -47,24 +44,25 @@ impl kernel::fmt::Display for Spoken {
     }
 }
 
-/// The lines about queries: a guest makes as many as it likes, and the console may be a serial one.
+/// Rate limit of the lines about queries: 350 at once, then 8 a second.
 ///
-/// They are of the level KERN_DEBUG, which the kernel keeps for dmesg and does not send to a console
+/// A guest makes as many queries as it likes, and the console may be a serial one. The lines are of the
+/// level KERN_DEBUG, which the kernel keeps for dmesg and does not send to a console
 /// unless it is told to show all (console_loglevel above 7). On such a console of 115200 baud, 11520
-/// bytes a second, 8 lines of up to 144 bytes a second are a tenth, and 350 at once take it some 3 s.
-/// That many, as two sweeps with a reboot between show whole: 333 lines, of the demo's 82 reasons of
+/// bytes a second, 8 lines of up to 144 bytes a second are a tenth, and 350 at once take some 3 s.
+/// With 350, two sweeps with a reboot between them are logged whole: 333 lines, of the demo's 82 reasons of
 /// SVM with both leaves.
 static LINES: Bucket = Bucket::new(350, 125_000_000);
 
-/// The lines that tell how many there were not: one in 30 s.
+/// Rate limit of the lines that count the queries without a line: one in 30 s.
 static LEFT_OUT_LINES: Bucket = Bucket::new(1, 30_000_000_000);
 
-/// Queries that had no line, and of which none has told.
+/// Queries without a line that no line has counted yet.
 static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
-/// One line when the module is loaded, and one for each thing about it to be warned of.
+/// Log that the module is loaded, and each warning about its parameters and the host.
 pub(crate) fn loaded(leaves: &Leaves, host_scope: bool) {
-    let alone = cpuid::for_cpl_0_alone() && !matches!(leaves.map, LeafMap::Off);
+    let alone = parameters::is_for_cpl_0_alone() && !matches!(leaves.map, LeafMap::Off);
     pr_info!(
         "version {} meters {}: kvm_exit, kvm_entry, vCPU put, load and destroy hooked; {}{}\n",
         env!("EXITMETER_VERSION"),
@@ -84,9 +82,9 @@ pub(crate) fn loaded(leaves: &Leaves, host_scope: bool) {
     }
 }
 
-/// One line for each query of a guest, rate limited.
+/// Log a query of a guest, rate limited.
 pub(crate) fn query(who: &Identity, spoken: &Spoken) {
-    if parameters::given().log_queries != 1 {
+    if !parameters::logs_queries() {
         return;
     }
     let now = clock::coarse_ns();
@@ -103,7 +101,7 @@ pub(crate) fn query(who: &Identity, spoken: &Spoken) {
     }
 }
 
-/// Log a table of all that was metered, when the module is unloaded.
+/// Log a table of what was metered, when the module is unloaded.
 pub(crate) fn table(isa: Isa, totals: &Totals) {
     let [a, b, c, d, e, f] = Phase::SHOWN.map(Phase::name);
     pr_info!(

@@ -30,6 +30,7 @@ use crate::{
     },
     linux::symbols,
     meter::leaves::Leaves,
+    parameters,
     registry::published, //
 };
 
@@ -118,7 +119,7 @@ fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
         return false;
     }
     // Checked before KVM's own function has done anything: a guest that may not ask gets just that.
-    !cpuid::for_cpl_0_alone() || vcpu.is_at_cpl_0()
+    !parameters::is_for_cpl_0_alone() || vcpu.is_at_cpl_0()
 }
 
 /// Emulate a CPUID that asks for one of our leaves, in place of `kvm_emulate_cpuid()`: let KVM emulate the

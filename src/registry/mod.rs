@@ -258,7 +258,7 @@ impl Registry {
         self.vcpus.give_tables(&mut walks.walker);
     }
 
-    /// Ask for rings of the last exits that are not frozen.
+    /// Thaw the rings of the last exits.
     pub(crate) fn thaw_rings(&self) {
         self.vcpus.thaw_rings(&mut self.walker.lock().walker);
     }

@@ -2,7 +2,7 @@
 
 //! The generated bindings of KVM's and ftrace's types and of the shim.
 //!
-//! Only `hooks.rs` may use them; everything else goes through its safe wrappers.
+//! Only `hooks`, `kvm` and `linux` may use them; everything else calls their safe functions.
 //! Kbuild makes them from `bindings/kvm.h` with the flags of the C compile.
 
 #![allow(unknown_lints, reason = "compilers from 1.85 to 1.97 read this file")]

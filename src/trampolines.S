@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * From the call that ftrace puts at the head of a function to the callbacks in
- * hooks.rs, for the functions that KVM calls most.
+ * src/hooks, for the functions that KVM calls most.
  *
  * ftrace's own trampoline saves all registers that a function may have its
  * arguments in, and 120 bytes more.  Each of these saves the arguments that its
@@ -10,7 +10,7 @@
  * change all registers that a callee need not save (-pg turns off -fipa-ra).
  *
  * ftrace calls a trampoline while nobody else is at the function.  Beside other
- * users it calls the ops' func in hooks.rs, which does the same.
+ * users it calls the ops' func in src/hooks, which does the same.
  */
 #include <linux/linkage.h>
 #include <linux/objtool.h>

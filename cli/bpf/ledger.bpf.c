@@ -855,7 +855,7 @@ static __always_inline int current_is_runnable(void)
 	return known(task_sched_delayed) == ABSENT || !read_kernel(u8, task + known(task_sched_delayed));
 }
 
-/* Return the phase of a vCPU that the scheduler takes off its CPU; see phase_scheduled_out() in src/hooks.rs. */
+/* Return the phase of a vCPU that the scheduler takes off its CPU; see phase_scheduled_out() in src/kvm/vcpu.rs. */
 static __always_inline u32 phase_scheduled_out(u64 vcpu)
 {
 	if (read_kernel(u8, vcpu + known(vcpu_preempted)) || current_is_runnable())

@@ -54,7 +54,7 @@ fn dkms_does_not_install_the_module_by_itself() {
 #[test]
 fn the_source_is_complete() {
     let folder = source();
-    for name in ["Kbuild", "bindings/kvm.h", "src/hooks.rs"] {
+    for name in ["Kbuild", "bindings/kvm.h", "src/hooks/mod.rs"] {
         assert!(folder.path().join(name).is_file(), "{name}");
     }
     let kbuild = file("Kbuild");

@@ -32,7 +32,7 @@ struct Arguments {
     record: bool,
 }
 
-/// Upper bound of the instructions of each callback, by its name in src/hooks.rs. A name that ends in
+/// Upper bound of the instructions of each callback, by its name in src/hooks. A name that ends in
 /// ` details` stands for the callback while details are on.
 type Bounds = BTreeMap<String, usize>;
 

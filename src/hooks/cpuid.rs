@@ -115,7 +115,7 @@ fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
         return false;
     }
     // The replacement calls the original: let it through.
-    if symbols::is_own_text(parent as usize) {
+    if symbols::is_own_text(parent) {
         return false;
     }
     // Checked before KVM's own function has done anything: a guest that may not ask gets just that.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ledgers at rest: the copy of one, and the sums of many.
+//! Copies of ledgers, which do not change any more: of one vCPU, and sums over many.
 
 use crate::meter::{
     histogram::{Buckets, EMPTY},
@@ -14,10 +14,10 @@ use super::HISTOGRAMS;
 /// Words of the bitmap of rows in use.
 pub(super) const WORDS: usize = SLOTS.div_ceil(64);
 
-/// The histogram of a row that has none.
+/// Histogram of a row that has none.
 static NONE: Buckets = EMPTY;
 
-/// The rows whose bits are set.
+/// Iterator over the slots whose bits are set.
 #[derive(Clone, Copy, Debug)]
 pub struct Slots {
     rows: [u64; WORDS],
@@ -41,13 +41,13 @@ impl Iterator for Slots {
     }
 }
 
-/// Return the rows whose bits are set.
+/// Return the slots whose bits are set.
 #[inline]
 fn slots_in(rows: [u64; WORDS]) -> Slots {
     Slots { rows, word: 0 }
 }
 
-/// Set the bit of a row.
+/// Set the bit of a slot.
 #[inline]
 pub(super) fn set(rows: &mut [u64; WORDS], slot: Slot) {
     if let Some(word) = rows.get_mut(slot.index() / 64) {
@@ -55,16 +55,16 @@ pub(super) fn set(rows: &mut [u64; WORDS], slot: Slot) {
     }
 }
 
-/// The numbers of one row, at rest.
+/// Copy of the numbers of one row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowCopy {
     /// VM exits.
     pub exits: u64,
-    /// Of these, those from a nested guest, an L2.
+    /// VM exits from a nested guest, an L2. They are among `exits`.
     pub nested_exits: u64,
     /// TSC ticks by phase, in the order of [`Phase::ALL`].
     pub cycles: [u64; Phase::COUNT],
-    /// The most kernel ticks that one exit took, up to the entry after it.
+    /// Maximum kernel ticks of one exit, up to the entry after it.
     pub max: u64,
 }
 
@@ -76,7 +76,7 @@ impl RowCopy {
         max: 0,
     };
 
-    /// TSC ticks in a phase.
+    /// Return the TSC ticks in a phase.
     pub fn cycles(&self, phase: Phase) -> u64 {
         self.cycles.get(phase as usize).copied().unwrap_or(0)
     }
@@ -91,7 +91,7 @@ impl RowCopy {
     }
 }
 
-/// A copy of a ledger, all of one moment. All-zero bytes are a valid, empty one.
+/// Copy of a ledger at one moment. All-zero bytes are a valid, empty copy.
 #[derive(Clone, Debug)]
 pub struct LedgerCopy {
     pub(super) phase: u32,
@@ -100,20 +100,20 @@ pub struct LedgerCopy {
     pub first: u64,
     /// TSC at its latest transition.
     pub last: u64,
-    /// Time that KVM polled before it let the vCPU sleep, in ns by KVM's own count. A ledger does not
-    /// know it: whoever copies one adds it.
+    /// Time that KVM polled before it let the vCPU sleep, in ns by KVM's own count. The ledger does
+    /// not have it: the caller who makes the copy adds it.
     pub polled: u64,
     pub(super) used: [u64; WORDS],
     rows: [RowCopy; SLOTS],
-    /// For each row the number of its histogram, counted from 1; 0 for none.
+    /// By slot: number of its histogram, from 1; 0 for none.
     numbers: [u8; SLOTS],
-    /// For each row the kernel ticks at which its histogram was copied, and 1; 0 while it was not.
+    /// By slot: kernel ticks at which its histogram was copied, plus 1; 0 while it was not.
     sampled: [u64; SLOTS],
     histograms: [Buckets; HISTOGRAMS],
 }
 
 impl LedgerCopy {
-    /// An empty copy.
+    /// Create an empty copy.
     pub const fn new() -> Self {
         Self {
             phase: 0,
@@ -129,7 +129,7 @@ impl LedgerCopy {
         }
     }
 
-    /// Take the numbers of one row.
+    /// Set the numbers of a slot.
     #[inline]
     pub(super) fn set_row(&mut self, slot: Slot, row: RowCopy) {
         if let Some(to) = self.rows.get_mut(slot.index()) {
@@ -137,7 +137,7 @@ impl LedgerCopy {
         }
     }
 
-    /// Take the number of a row's histogram, 0 for none.
+    /// Set the number of a slot's histogram, 0 for none.
     #[inline]
     pub(super) fn set_number(&mut self, slot: Slot, number: usize) {
         if let Some(to) = self.numbers.get_mut(slot.index()) {
@@ -150,12 +150,12 @@ impl LedgerCopy {
         self.sampled.get(slot.index()).copied().unwrap_or(0)
     }
 
-    /// Have the next copy take each histogram anew.
+    /// Forget all histograms, so that the next copy takes them again.
     pub(super) fn forget_histograms(&mut self) {
         self.sampled = [0; SLOTS];
     }
 
-    /// Have the next copy take the histograms of rows anew whose bits are set.
+    /// Forget the histograms of the slots whose bits are set.
     pub(super) fn forget_histograms_of(&mut self, rows: [u64; WORDS]) {
         for slot in slots_in(rows) {
             self.set_sampled(slot, 0);
@@ -169,7 +169,7 @@ impl LedgerCopy {
         }
     }
 
-    /// Take the samples of the histogram with a number, from 1.
+    /// Set the samples of the histogram with a number, from 1.
     #[inline]
     pub(super) fn set_histogram(&mut self, number: usize, samples: impl Fn(usize) -> u64) {
         if let Some(to) = self.histograms.get_mut(number.wrapping_sub(1)) {
@@ -184,27 +184,27 @@ impl LedgerCopy {
         self.used == [0; WORDS]
     }
 
-    /// The phase the vCPU was in.
+    /// Return the phase that the vCPU was in.
     pub fn phase(&self) -> Phase {
         Phase::from_number(self.phase).unwrap_or(Phase::Kernel)
     }
 
-    /// The row of its latest exit.
+    /// Return the slot of its latest exit.
     pub fn slot(&self) -> Slot {
         Slot::from_index(self.slot as usize).unwrap_or(Slot::OTHER)
     }
 
-    /// The numbers of one row; zeroes for one that is not in use.
+    /// Return the numbers of a slot; zeroes for one that has no row.
     pub fn row(&self, slot: Slot) -> RowCopy {
         let used = self.used.get(slot.index() / 64).copied().unwrap_or(0);
-        // A copy that is made anew still holds rows of the one before.
+        // A copy that is made again still holds rows of the one before.
         match used >> (slot.index() % 64) & 1 {
             0 => RowCopy::EMPTY,
             _ => self.rows.get(slot.index()).copied().unwrap_or_default(),
         }
     }
 
-    /// The rows in use.
+    /// Return the rows in use.
     pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy, &Buckets)> {
         slots_in(self.used).filter_map(|slot| {
             let row = self.rows.get(slot.index())?;
@@ -212,14 +212,14 @@ impl LedgerCopy {
         })
     }
 
-    /// The histogram of a row: one sample for each exit that was followed by an entry.
+    /// Return the histogram of a slot. It has one sample for each exit that an entry followed.
     pub fn histogram(&self, slot: Slot) -> &Buckets {
         let number = self.numbers.get(slot.index()).copied().unwrap_or(0);
         let place = usize::from(number).wrapping_sub(1);
         self.histograms.get(place).unwrap_or(&NONE)
     }
 
-    /// Whether the cells sum to the time from first to last event, to the tick.
+    /// Return true if the cells sum to the time from the first to the last event, to the tick.
     pub fn balances(&self) -> bool {
         let mut sum = 0_u64;
         for (_, row, _) in self.rows() {
@@ -237,11 +237,11 @@ impl Default for LedgerCopy {
     }
 }
 
-/// The numbers of many vCPUs, those that are gone above all. Its user keeps writers apart by
-/// a lock. All-zero bytes are valid totals of nothing.
+/// Sums over many vCPUs, mostly over those that are gone. All-zero bytes are valid totals of
+/// no vCPU.
 #[derive(Clone, Debug)]
 pub struct Totals {
-    /// How many vCPUs were folded in.
+    /// Number of vCPUs in the sums.
     pub vcpus: u64,
     /// Time that KVM polled before it let these vCPUs sleep, in ns.
     pub polled: u64,
@@ -250,7 +250,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// Nothing yet.
+    /// Create totals of no vCPU.
     pub const fn new() -> Self {
         Self {
             vcpus: 0,
@@ -260,7 +260,7 @@ impl Totals {
         }
     }
 
-    /// Adds a vCPU's numbers.
+    /// Add a vCPU's numbers.
     pub fn fold(&mut self, ledger: &LedgerCopy) {
         self.vcpus = self.vcpus.wrapping_add(1);
         self.polled = self.polled.wrapping_add(ledger.polled);
@@ -269,7 +269,7 @@ impl Totals {
         }
     }
 
-    /// Adds other totals.
+    /// Add other totals.
     pub fn add(&mut self, other: &Totals) {
         self.vcpus = self.vcpus.wrapping_add(other.vcpus);
         self.polled = self.polled.wrapping_add(other.polled);
@@ -278,7 +278,7 @@ impl Totals {
         }
     }
 
-    /// Add the numbers of one row.
+    /// Add the numbers of a slot.
     pub fn add_row(&mut self, slot: Slot, row: &RowCopy, histogram: &Buckets) {
         if let Some(to) = self.rows.get_mut(slot.index()) {
             to.add(row);
@@ -290,12 +290,12 @@ impl Totals {
         }
     }
 
-    /// The numbers of one row.
+    /// Return the numbers of a slot.
     pub fn row(&self, slot: Slot) -> RowCopy {
         self.rows.get(slot.index()).copied().unwrap_or_default()
     }
 
-    /// The rows that are other than zero.
+    /// Return the rows that are not all zero.
     pub fn rows(&self) -> impl Iterator<Item = (Slot, &RowCopy, &Buckets)> {
         Slot::all().filter_map(|slot| {
             let row = self.rows.get(slot.index())?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The objects of the registry: metered vCPUs, their VMs, and the groups that these are read in.
+//! The objects of the registry: metered vCPUs, their VMs, and the groups in which queries read them.
 
 use core::{
     cell::UnsafeCell,
@@ -20,38 +20,38 @@ use crate::meter::{
 
 use super::platform::Retired;
 
-/// The most vCPUs that a query reads one by one. Miri takes a thousand times as long for each.
+/// Maximum number of vCPUs that a query reads one by one. Miri takes a thousand times as long for each.
 pub const GROUP: usize = if cfg!(miri) { 2 } else { 32 };
 
-/// The ways in which the registry walks over all vCPUs, each by a cursor of its own: snapshots, and
+/// Number of walks over all vCPUs that the registry takes, each with its own cursor: snapshots, and
 /// the sums of the host.
 pub(super) const WALKS: usize = 2;
 
 /// A metered vCPU. All-zero bytes are one that is not placed yet.
 ///
-/// What is in an `UnsafeCell` is read and written with the registry's lock held, all else
-/// is written before others can see the vCPU.
+/// Fields in an `UnsafeCell` are read and written with the registry's lock held. All others are
+/// written before anyone else can see the vCPU.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Member {
-    /// For the platform, once the vCPU is let go. In the first page, as `kvfree_rcu()` demands.
+    /// Room for the platform, once the vCPU is released. In the first page, as `kvfree_rcu()` demands.
     pub(super) retired: UnsafeCell<Retired>,
-    /// The registry itself, and each walk that has yet to see the vCPU.
+    /// Number of holders: the registry itself, and each walk that has not seen the vCPU yet.
     pub(super) holders: AtomicUsize,
-    /// The vCPU, as the table knows it.
+    /// Key of the vCPU in the table.
     pub(super) key: usize,
-    /// Grows from each vCPU to the next one that is taken in.
+    /// Serial number. It grows from each new vCPU to the next.
     pub(super) serial: u64,
     pub(super) identity: Identity,
     pub(super) group: *mut Group,
-    /// The place in the group.
+    /// Place in the group.
     pub(super) place: u32,
-    /// KVM has destroyed the vCPU: nobody writes the ledger any more.
+    /// True once KVM has destroyed the vCPU. Nobody writes the ledger any more.
     pub(super) gone: AtomicBool,
-    /// Time that KVM had polled before the vCPU was taken in, in ns; once it is gone, the time
-    /// since then.
+    /// Time that KVM had polled before the vCPU became a member, in ns; once the vCPU is gone, the
+    /// time since then.
     pub(super) polled: AtomicU64,
-    /// The next of those that a walk has yet to see although they are gone.
+    /// Next vCPU that is gone, but that a walk has not seen yet.
     pub(super) awaited: UnsafeCell<[*mut Member; WALKS]>,
     pub(super) ledger: Ledger,
 }
@@ -60,30 +60,30 @@ pub struct Member {
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) key: usize,
-    /// Grows from each VM to the next one.
+    /// Number of the VM. It grows from each new VM to the next.
     pub(super) number: u64,
-    /// Under the lock.
+    /// Read and written under the lock.
     pub(super) links: UnsafeCell<Links>,
-    /// The first group; the others follow it.
+    /// First group; the others follow it.
     pub(super) groups: AtomicPtr<Group>,
-    /// The sums of a VM that has more than one group; null in others.
+    /// Sums of a VM that has more than one group; null in others.
     pub(super) sums: AtomicPtr<Rows>,
-    /// Somebody renews the sums.
+    /// True while a query renews the sums.
     pub(super) renewing: AtomicBool,
-    /// The time from which on the sums are to be renewed.
+    /// Time from which on the next query renews the sums, in ticks.
     pub(super) due: AtomicU64,
 }
 
-/// What changes in a VM as vCPUs come and go.
+/// The part of a VM that changes as vCPUs come and go.
 #[derive(Debug)]
 pub(super) struct Links {
     pub(super) next: *mut Vm,
     pub(super) previous: *mut Vm,
-    /// The latest group.
+    /// Latest group.
     pub(super) last: *mut Group,
-    /// The first group with a free place.
+    /// First group with a free place.
     pub(super) vacant: *mut Group,
-    /// Metered vCPUs.
+    /// Number of metered vCPUs.
     pub(super) members: u32,
 }
 
@@ -92,35 +92,35 @@ pub(super) struct Links {
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) vm: *mut Vm,
-    /// Counted from 0 in each VM.
+    /// Number of the group, from 0 in each VM.
     pub(super) number: u32,
-    /// Places that are taken, as bits. Written under the lock.
+    /// Bitmap of the places in use. Written under the lock.
     pub(super) taken: AtomicU32,
     pub(super) members: [AtomicPtr<Member>; GROUP],
     pub(super) next: AtomicPtr<Group>,
-    /// The next group with a free place. Under the lock.
+    /// Next group with a free place. Read and written under the lock.
     pub(super) next_vacant: UnsafeCell<*mut Group>,
-    /// The sums over this group and over all others of the VM; null while it is the only one.
+    /// Sums over this group and over all others of the VM; null while it is the only one.
     pub(super) sums: AtomicPtr<GroupSums>,
 }
 
-/// The sums of a VM, from the point of view of one of its groups.
+/// Sums of a VM: over one of its groups, and over all others.
 #[derive(Debug)]
 pub(super) struct GroupSums {
-    /// Over this group's vCPUs. For the one who renews the sums.
+    /// Sums over this group's vCPUs. For the query that renews the sums.
     pub(super) own: Rows,
-    /// Over the vCPUs of all other groups.
+    /// Sums over the vCPUs of all other groups.
     pub(super) others: Rows,
-    /// `others` was renewed since the group was made.
+    /// True once `others` was renewed after the group was created.
     pub(super) renewed: AtomicBool,
 }
 
-/// The numbers of a row.
+/// Numbers of a row.
 const COLUMNS: usize = 2 + Phase::COUNT;
-/// The row that holds the sums of all others.
+/// Row with the sums of all others.
 const ALL: usize = SLOTS;
 
-/// Sums over vCPUs, by row and column. All-zero bytes are sums over nobody.
+/// Sums over vCPUs, by row and column. All-zero bytes are sums over no vCPU.
 #[derive(Debug)]
 pub struct Rows([[AtomicU64; COLUMNS]; SLOTS + 1]);
 
@@ -146,7 +146,7 @@ impl Sum {
 }
 
 impl Rows {
-    /// Sums over nobody.
+    /// Create sums over no vCPU.
     pub fn new() -> Self {
         Self([const { [const { AtomicU64::new(0) }; COLUMNS] }; SLOTS + 1])
     }
@@ -169,7 +169,7 @@ impl Rows {
         }
     }
 
-    /// Add a number to a row and to the sum of all rows. One thread at a time may.
+    /// Add a number to a row and to the sum of all rows. One thread at a time may do so.
     pub(super) fn add(&self, slot: Slot, sum: Sum, number: u64) {
         for row in [slot.index(), ALL] {
             if let Some(cell) = self.at(row, sum.column()) {
@@ -189,7 +189,7 @@ impl Rows {
         }
     }
 
-    /// Set each sum to what `from` has of it, and `less` has not.
+    /// Set each sum to that of `from` minus that of `less`.
     pub(super) fn set_difference(&self, from: &Rows, less: &Rows) {
         let cells = from.0.iter().flatten().zip(less.0.iter().flatten());
         for (to, (from, less)) in self.0.iter().flatten().zip(cells) {
@@ -197,14 +197,14 @@ impl Rows {
         }
     }
 
-    /// Set each sum to that of another.
+    /// Set each sum to that of `from`.
     pub(super) fn set(&self, from: &Rows) {
         for (to, from) in self.0.iter().flatten().zip(from.0.iter().flatten()) {
             to.store(from.load(Relaxed), Relaxed);
         }
     }
 
-    /// Add the sums of others to each.
+    /// Add the sums of `other`.
     pub(super) fn add_rows(&self, other: &Rows) {
         for (to, from) in self.0.iter().flatten().zip(other.0.iter().flatten()) {
             to.store(to.load(Relaxed).wrapping_add(from.load(Relaxed)), Relaxed);
@@ -219,14 +219,14 @@ impl Default for Rows {
 }
 
 impl Member {
-    /// The ledger of the vCPU.
+    /// Return the ledger of the vCPU.
     #[inline(always)]
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
 
-    /// Return where the vCPU is, to write there or to free it: by its address, as the table has it,
-    /// since nothing may be written by way of a shared reference.
+    /// Return a pointer for writing to the vCPU or freeing it. It comes from the address, as the table
+    /// has it, because a shared reference gives no right to write.
     pub(super) fn address(&self) -> NonNull<Self> {
         let address = core::ptr::from_ref(self) as usize as *mut Self;
         NonNull::new(address).unwrap_or(NonNull::from(self))
@@ -238,14 +238,14 @@ impl Member {
         unsafe { More::pointed() }
     }
 
-    /// The vCPU and its VM, as people know them.
+    /// Return the vCPU's and its VM's names and numbers, as people know them.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 }
 
 impl Group {
-    /// Have `see` see the vCPUs of this group.
+    /// Call `see` for each vCPU of this group.
     ///
     /// # Safety
     ///

@@ -43,7 +43,8 @@ pub(crate) trait Event: Exit + Copy {
     }
     /// Return the guest's RIP, or `None` if its registers are encrypted or the host cannot know it.
     fn rip(&self) -> Option<u64>;
-    /// Return the guest's RIP, or any number if the host does not know it: one that no exit has had.
+    /// Return the guest's RIP, or any number if the host does not know it. No exit is recorded at such a
+    /// number.
     fn likely_rip(&self) -> u64;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the module reads of KVM: a vCPU, an exit, and which vendor's half of KVM is loaded.
+//! Readers of KVM: of a vCPU, of an exit, and of the vendor's module.
 //!
 //! KVM's pointers become safe values here. Nothing here knows a ledger or the registry.
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the module takes from Linux itself: safe functions over `shim.c` and over what the kernel's
-//! crate does not have.
+//! Safe functions for what Linux offers and the kernel's crate does not, most of them by `shim.c`.
 //!
 //! Nothing here knows KVM, a ledger or the registry.
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernel gives to the registry's algorithm: a lock, memory, RCU, interrupts and the clock.
+//! The platform of the registry's algorithm: the kernel's lock, memory, RCU, interrupts and clock.
 
 use core::{
     alloc::Layout,

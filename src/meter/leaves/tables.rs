@@ -445,9 +445,10 @@ impl<'a> Asker<'a> {
     /// Return the head of the others of a reason: of the first reason, from a row of the ledger on,
     /// that has had exits or ticks since the tables began.
     fn others_from(&self, tables: &Tables, table: u32, from: usize) -> Option<Row> {
-        let slot = self.ledger.slots().find(|slot| {
+        let occurred = self.ledger.slots().filter(|slot| {
             slot.index() >= from && !tables.since_begun(self.ledger, *slot).is_empty()
-        })?;
+        });
+        let slot = occurred.min_by_key(|slot| slot.index())?;
         self.others_of(tables, table, slot, word::HEAD)
     }
 

@@ -89,7 +89,7 @@ impl Ledger {
         (self.slot_at(place) == Some(slot)).then(|| (place, self.row_at(place)))
     }
 
-    /// Return the slots in use. For sums over many ledgers.
+    /// Return the slots in use, in the order of their first exits. For sums over many ledgers.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
         self.rows().map(|(slot, _)| slot)
     }

@@ -108,7 +108,6 @@ impl Tables {
     ///
     /// Rows are read first: if the vCPU leaves its CPU meanwhile, the total has grown, and the
     /// difference is not negative.
-    /// left is not negative.
     pub fn others(
         &self,
         ledger: &Ledger,

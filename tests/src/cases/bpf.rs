@@ -629,7 +629,10 @@ fn lifetime() -> Result<()> {
         .output()?;
     check_refused(&nobody, "no right")?;
     let status = String::from_utf8(run_tool(&["bpf", "status"])?)?;
-    ensure!(status.contains("0 vCPUs are metered, of 10 at most"), "{status}");
+    ensure!(
+        status.contains("0 vCPUs are metered, of 10 at most"),
+        "{status}"
+    );
     // Without the module, a command reads the pinned meter and attaches nothing itself.
     let before = attached_programs()?;
     let output = tool(&["report", "--json"])?;

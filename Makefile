@@ -19,6 +19,7 @@
 #   make study          record how guests exit on both emulated hosts: docs/study.md
 #   make soak-selftests run KVM's own selftests on both emulated hosts, without and with the module: docs/selftests.md
 #   make check          check formats, lints and warnings
+#   make rust-analyzer  describe the module to rust-analyzer, in build/rust-project.json: CONTRIBUTING.md
 #   make lab            set up everything that the emulated hosts need
 #   make install        install module and tool for the running kernel, once they are built
 #   make deb            build Debian packages of the tool, and of the module for DKMS, in build/packages
@@ -35,7 +36,7 @@ RUNNING := $(shell uname -r)
 # Option for another of Debian's kernels, such as 7.2.12.
 with_kernel = $(if $(KERNEL),--kernel $(KERNEL))
 
-.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench fleet fleet-check boards-check study soak-selftests check lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-test bootstrap-tool
+.PHONY: all module tool demo test test-amd soak stress soak-loom soak-miri soak-fuzz soak-ibt soak-debug soak-cfi bench fleet fleet-check boards-check study soak-selftests check rust-analyzer lab install deb packages-test dist packaging-check clean bootstrap bootstrap-clang bootstrap-test bootstrap-tool
 
 all: module tool
 
@@ -142,6 +143,9 @@ check: bootstrap-clang
 	cargo run --release --quiet -p bench --bin hot-path
 	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h src/trampolines.S bindings/layout.c
 	shellcheck --external-sources scripts/*.sh packaging/*.sh packaging/dkms/*.sh packaging/dkms/kernel*-hook .ci/run
+
+rust-analyzer: bootstrap
+	cargo lab rust-project $(with_kernel)
 
 lab: bootstrap
 	cargo lab prepare --timings

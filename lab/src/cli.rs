@@ -15,6 +15,7 @@ use lab::image::payload::FileSpec;
 use lab::module::{self, BuildArgs, RootArgs};
 use lab::programs::Tool;
 use lab::run::{self, Event, Options, LIMITS};
+use lab::rust_project::{self, RustProjectArgs};
 use lab::setup::{self, PrepareArgs};
 use lab::shell;
 use lab::verdict::Limits;
@@ -46,6 +47,8 @@ enum Verb {
     Build(BuildArgs),
     /// Run a command in the Debian root, with the checkout at /src and the kernel's tree at /tree.
     Root(RootArgs),
+    /// Write build/rust-project.json, which describes the module to rust-analyzer.
+    RustProject(RustProjectArgs),
 }
 
 #[derive(Args, Debug)]
@@ -162,6 +165,7 @@ pub fn main() -> ExitCode {
         Verb::Prepare(args) => setup::command(args).map(|()| ExitCode::SUCCESS),
         Verb::Build(args) => module::command(args).map(|()| ExitCode::SUCCESS),
         Verb::Root(args) => module::root_command(args),
+        Verb::RustProject(args) => rust_project::command(args).map(|()| ExitCode::SUCCESS),
     };
     match done {
         Ok(code) => code,

@@ -13,6 +13,7 @@ mod paths;
 pub mod programs;
 pub mod refused;
 pub mod run;
+pub mod rust_project;
 pub mod setup;
 pub mod shell;
 pub mod verdict;

@@ -113,7 +113,7 @@ pub fn root_command(args: RootArgs) -> Result<ExitCode> {
 }
 
 /// Return the kernel's tree, or the reason why there is none.
-fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
+pub(crate) fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
     match &prepared.tree {
         Some(tree) => Ok(tree),
         None if prepared.rust => Err(ModuleError::NoTree),

@@ -9,6 +9,7 @@
 use core::fmt;
 
 use super::{
+    clamp::clamp,
     phase::Phase,
     reasons::{self, Isa, Slot},
 };
@@ -169,24 +170,6 @@ const fn low(number: u64) -> u32 {
 
 const fn high(number: u64) -> u32 {
     (number >> 32) as u32
-}
-
-/// Return the number if it is below the bound, else 0. Has no branch that a CPU could mispredict,
-/// so a guest cannot make it read ahead behind a table.
-#[inline]
-fn clamp(number: usize, bound: usize) -> usize {
-    let mask: usize;
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: Compares two registers and spreads the carry; touches nothing else.
-    unsafe {
-        core::arch::asm!("cmp {0}, {1}", "sbb {2}, {2}", in(reg) number, in(reg) bound,
-            out(reg) mask, options(pure, nomem, nostack));
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    {
-        mask = if number < bound { usize::MAX } else { 0 };
-    }
-    number & mask
 }
 
 impl Leaves {
@@ -612,12 +595,6 @@ mod tests {
                     }
                 }
             }
-        }
-
-        #[test]
-        fn clamp_stays_below_the_bound(number in any::<usize>(), bound in 1_usize..1 << 40) {
-            prop_assert_eq!(clamp(number, bound), if number < bound { number } else { 0 });
-            prop_assert_eq!(clamp(bound - 1, bound), bound - 1);
         }
     }
 }

@@ -8,6 +8,7 @@
 mod atomic;
 pub mod btf;
 pub mod bucket;
+mod clamp;
 pub mod detail;
 pub mod histogram;
 pub mod leaves;

@@ -10,8 +10,9 @@
 //! All answers come from the tables of the asking vCPU, in its own thread, between two of its
 //! transitions. So nothing changes meanwhile, except that the vCPU may leave its CPU and come back.
 
-use super::{clamp, high, low, Registers};
+use super::{high, low, Registers};
 use crate::meter::{
+    clamp::clamp,
     detail::{self, Kind},
     ledger::Ledger,
     phase::Phase,

@@ -7,6 +7,26 @@
 //!
 //! Every vCPU of a VM has a window of 64 KiB of its own, with code, stack, tables and queries.
 //! vCPUs share no page, so faults can be counted too.
+//!
+//! ```
+//! use exitmeter_meter::reasons::Isa;
+//! use tiny_guests::{Expected, Mode, Program};
+//!
+//! // On Intel, 1000 CPUIDs are 1000 exits of reason 10. One OUT, of reason 30, ends the guest.
+//! let expected = Expected::of(Isa::Vmx, Program::Cpuid, Mode::Long, 1000, 1);
+//! assert_eq!(expected.exact()[&10], 1000);
+//! assert_eq!(expected.exact()[&30], 1);
+//! ```
+//!
+//! [`Machine`] runs the guest, with /dev/kvm:
+//!
+//! ```no_run
+//! use tiny_guests::{Config, Machine, Mode, Program};
+//!
+//! let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 1000))?;
+//! assert_eq!(machine.run()?[0].ports, 1000);
+//! # Ok::<(), tiny_guests::Error>(())
+//! ```
 
 mod absent;
 mod catalogue;

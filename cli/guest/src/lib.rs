@@ -25,6 +25,33 @@
 //! # }
 //! ```
 //!
+//! [`Cpuid`] is where the answers come from. A test can give its own, without a VM:
+//!
+//! ```
+//! use exitmeter_guest::{Cpuid, Isa, Meter, Registers};
+//!
+//! /// A host with a meter, on which the VM has exited 7 times by HLT, reason 12.
+//! struct Host;
+//!
+//! impl Cpuid for Host {
+//!     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
+//!         let [ebx, ecx, edx] = [*b"Exit", *b"Mete", *b"r\0\0\0"].map(u32::from_le_bytes);
+//!         let zero = Registers { eax: 0, ebx: 0, ecx: 0, edx: 0 };
+//!         match (leaf, subleaf) {
+//!             (0x4fff_fff0, _) => Registers { eax: 0x4fff_ffff, ebx, ecx, edx },
+//!             // Version 3 of the leaves; VMX.
+//!             (0x4fff_fff1, _) => Registers { eax: 3, ebx: 1, ..zero },
+//!             (0x4fff_fff3, 12) => Registers { eax: 7, ..zero },
+//!             _ => zero,
+//!         }
+//!     }
+//! }
+//!
+//! let mut meter = Meter::find(Host, Isa::Vmx)?;
+//! assert_eq!(meter.exits(12), 7);
+//! # Ok::<(), exitmeter_guest::Error>(())
+//! ```
+//!
 //! A host whose module has `leaf_cpl=0` answers only at CPL 0. A program in user space finds no
 //! meter there by [`Instruction`]. It can implement [`Cpuid`] to let its kernel execute CPUID.
 //!

@@ -138,7 +138,7 @@ check: bootstrap-clang
 	cargo fmt --check
 	rustfmt --check src/exitmeter_main.rs
 	cargo clippy --release --workspace --all-targets -- --deny warnings
-	RUSTDOCFLAGS=--deny=warnings cargo doc --quiet --release --no-deps --workspace
+	RUSTDOCFLAGS=--deny=warnings cargo doc --quiet --release --no-deps --document-private-items --workspace
 	cargo lab build -- W=1 CLIPPY=1
 	cargo run --release --quiet -p bench --bin hot-path
 	cargo lab root -- perl /tree/scripts/checkpatch.pl --no-tree --strict --quiet --file src/shim.c src/shim.h src/trampolines.S bindings/layout.c

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Histograms of the cost of exits, with [`PARTS`] buckets for each power of two.
+//! Histograms of the cost of exits, with `PARTS` buckets for each power of two.
 //!
 //! With two, a bucket is half a power of two wide, and a quantile read from it errs by at most 20%
 //! (see [`middle`]). The first bucket counts all samples below 96 ticks, less than any exit costs,

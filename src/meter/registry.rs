@@ -244,8 +244,8 @@ unsafe fn free<T>(platform: &impl Platform, value: *mut T) {
 ///
 /// # Safety
 ///
-/// Nobody may write or copy the ledger any more, and the [`ledger::Supply`] that gave them must take
-/// memory from the same platform.
+/// Nobody may write or copy the ledger any more, and the [`Supply`](super::ledger::Supply) that gave
+/// them must take memory from the same platform.
 unsafe fn free_more(platform: &impl Platform, member: &Member) {
     // SAFETY: By the contract of this function.
     if let Some(more) = unsafe { member.ledger.take_more() } {

@@ -11,7 +11,7 @@ use crate::meter::{
     slow::SlowCopy,
 };
 
-use super::{Code, Detail, Tables, User, Which, CODES, DETAILS, USERS};
+use super::{Code, Detail, Tables, User, Which, CODES, DETAILS, REASON_SHIFT, USERS};
 
 /// Copy of a row of details.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,7 +114,7 @@ impl UserCopy {
 
     /// Return the reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        Slot::from_index(((self.tag >> 16) as usize).wrapping_sub(1))
+        Slot::from_index(((self.tag >> REASON_SHIFT) as usize).wrapping_sub(1))
     }
 
     /// Return KVM_EXIT_*, as KVM reported it to user space.

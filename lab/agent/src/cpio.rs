@@ -4,34 +4,50 @@
 //!
 //! All entries belong to root and have no date, so that the same content gives the same bytes.
 
-use std::ffi::OsStr;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::Path;
+
+use cpio::newc::{self, Builder, Reader};
+
+const FOLDER: u32 = 0o040_000;
+const FILE: u32 = 0o100_000;
+const LINK: u32 = 0o120_000;
+/// Bits of a mode that hold the type of the file.
+const TYPE: u32 = 0o170_000;
 
 /// Writer of an archive.
 #[derive(Debug)]
 pub struct Archive<W> {
+    target: Counted<W>,
+    inode: u32,
+}
+
+/// Target that counts the bytes written to it.
+#[derive(Debug)]
+struct Counted<W> {
     target: W,
     written: u64,
-    inode: u32,
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.target.write(bytes)?;
+        self.written += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.target.flush()
+    }
 }
 
 impl<W: Write> Archive<W> {
     /// Start an archive.
     pub fn new(target: W) -> Self {
-        Self {
-            target,
-            written: 0,
-            inode: 0,
-        }
-    }
-
-    /// Return the size of the archive so far, in bytes.
-    pub fn size(&self) -> u64 {
-        self.written
+        let target = Counted { target, written: 0 };
+        Self { target, inode: 0 }
     }
 
     /// Add a folder. Its parents must have been added before.
@@ -40,7 +56,7 @@ impl<W: Write> Archive<W> {
     ///
     /// Errors of the target.
     pub fn folder(&mut self, path: &str, permissions: u32) -> io::Result<()> {
-        self.entry(path, 0o040_000 | permissions, 0)
+        self.entry(path, FOLDER | permissions, 0, io::empty())
     }
 
     /// Add a symbolic link.
@@ -49,9 +65,7 @@ impl<W: Write> Archive<W> {
     ///
     /// Errors of the target.
     pub fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
-        self.entry(path, 0o120_777, to.len() as u64)?;
-        self.data(to.as_bytes())?;
-        self.pad(4)
+        self.entry(path, LINK | 0o777, to.len() as u64, to.as_bytes())
     }
 
     /// Add a file with `size` bytes of `content`.
@@ -66,16 +80,7 @@ impl<W: Write> Archive<W> {
         size: u64,
         content: impl Read,
     ) -> io::Result<()> {
-        self.entry(path, 0o100_000 | permissions, size)?;
-        let copied = io::copy(&mut content.take(size), &mut self.target)?;
-        self.written += copied;
-        if copied != size {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                format!("{path} has {copied} bytes and not {size}"),
-            ));
-        }
-        self.pad(4)
+        self.entry(path, FILE | permissions, size, content)
     }
 
     /// Add a file with this content.
@@ -94,59 +99,34 @@ impl<W: Write> Archive<W> {
     ///
     /// Errors of the target.
     pub fn finish(mut self, block: u64, rest: u64) -> io::Result<W> {
-        self.entry("TRAILER!!!", 0, 0)?;
-        let missing = (rest + block - self.written % block) % block;
+        newc::trailer(&mut self.target)?;
+        let missing = (rest + block - self.target.written % block) % block;
         io::copy(&mut io::repeat(0).take(missing), &mut self.target)?;
         self.target.flush()?;
-        Ok(self.target)
+        Ok(self.target.target)
     }
 
-    fn entry(&mut self, path: &str, mode: u32, size: u64) -> io::Result<()> {
+    fn entry(&mut self, path: &str, mode: u32, size: u64, content: impl Read) -> io::Result<()> {
         let path = path.trim_start_matches('/');
-        let size = u32::try_from(size).map_err(|_| {
+        let header_size = u32::try_from(size).map_err(|_| {
             io::Error::new(
                 io::ErrorKind::FileTooLarge,
                 format!("{path} is too large for an initramfs"),
             )
         })?;
         self.inode += 1;
-        let fields = [
-            self.inode,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            size,
-            0,
-            0,
-            0,
-            0,
-            // CAST: no path has 4 GiB.
-            path.len() as u32 + 1,
-            0,
-        ];
-        let mut header = b"070701".to_vec();
-        for field in fields {
-            header.extend_from_slice(format!("{field:08x}").as_bytes());
+        let mut entry = Builder::new(path)
+            .ino(self.inode)
+            .mode(mode)
+            .write(&mut self.target, header_size);
+        let copied = io::copy(&mut content.take(size), &mut entry)?;
+        if copied != size {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("{path} has {copied} bytes and not {size}"),
+            ));
         }
-        header.extend_from_slice(path.as_bytes());
-        header.push(0);
-        self.data(&header)?;
-        self.pad(4)
-    }
-
-    fn data(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.target.write_all(bytes)?;
-        self.written += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn pad(&mut self, block: u64) -> io::Result<()> {
-        let missing = (block - self.written % block) % block;
-        for _ in 0..missing {
-            self.data(&[0])?;
-        }
+        entry.finish()?;
         Ok(())
     }
 }
@@ -157,58 +137,45 @@ impl<W: Write> Archive<W> {
 /// # Errors
 ///
 /// Errors of the file system, and an archive that is cut off or of another format.
-pub fn unpack(bytes: &[u8], root: &Path) -> io::Result<()> {
-    const HEADER: usize = 110;
+pub fn unpack(mut bytes: &[u8], root: &Path) -> io::Result<()> {
     let invalid = |text: &str| {
         let text = format!("the archive cannot be unpacked: {text}");
         io::Error::new(io::ErrorKind::InvalidData, text)
     };
-    let part = |start: usize, size: usize| {
-        bytes
-            .get(start..start + size)
-            .ok_or_else(|| invalid("it is cut off"))
-    };
-    let mut at = 0;
     loop {
-        let header = part(at, HEADER)?;
-        if !header.starts_with(b"070701") {
-            return Err(invalid("it is of another format"));
-        }
-        let field = |number: usize| {
-            std::str::from_utf8(&header[6 + 8 * number..14 + 8 * number])
-                .ok()
-                .and_then(|text| u32::from_str_radix(text, 16).ok())
-                .ok_or_else(|| invalid("a number is garbled"))
-        };
-        let (mode, size, name) = (field(1)?, field(6)? as usize, field(11)? as usize);
-        let name_at = at + HEADER;
-        let content_at = (name_at + name).next_multiple_of(4);
-        at = (content_at + size).next_multiple_of(4);
-        let name = part(name_at, name)?;
-        let content = part(content_at, size)?;
-        let name = name
-            .strip_suffix(b"\0")
-            .ok_or_else(|| invalid("a name has no end"))?;
-        if name == b"TRAILER!!!" {
+        let mut entry = Reader::new(bytes).map_err(|error| invalid(&error.to_string()))?;
+        if entry.entry().is_trailer() {
             return Ok(());
         }
-        let path = root.join(OsStr::from_bytes(name));
-        match mode & 0o170_000 {
-            0o040_000 => match fs::create_dir(&path) {
+        let path = root.join(entry.entry().name());
+        let (mode, size) = (entry.entry().mode(), u64::from(entry.entry().file_size()));
+        let permissions = Permissions::from_mode(mode & 0o7777);
+        let is_complete = match mode & TYPE {
+            FOLDER => match fs::create_dir(&path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => fs::set_permissions(&path, Permissions::from_mode(mode & 0o7777))?,
+                _ => fs::set_permissions(&path, permissions).map(|()| true)?,
             },
-            0o120_000 => {
+            LINK => {
+                let mut to = String::new();
+                entry.read_to_string(&mut to)?;
                 let _ = fs::remove_file(&path);
-                symlink(OsStr::from_bytes(content), &path)?;
+                symlink(&to, &path)?;
+                to.len() as u64 == size
             }
-            0o100_000 => {
+            FILE => {
                 let _ = fs::remove_file(&path);
-                fs::write(&path, content)?;
-                fs::set_permissions(&path, Permissions::from_mode(mode & 0o7777))?;
+                let copied = io::copy(&mut entry, &mut File::create(&path)?)?;
+                fs::set_permissions(&path, permissions)?;
+                copied == size
             }
             _ => return Err(invalid("it has a file of another type")),
+        };
+        if !is_complete {
+            return Err(invalid("it is cut off"));
         }
+        bytes = entry
+            .finish()
+            .map_err(|error| invalid(&error.to_string()))?;
     }
 }
 

@@ -404,9 +404,9 @@ fn stop(which: &Which) -> Result<u8> {
 
 /// Wait until there is something to read or the source ends. Return false if the deadline came first.
 fn wait_for(source: &impl AsFd, deadline: Instant) -> Result<bool> {
-    let left = deadline.saturating_duration_since(Instant::now());
     let mut sources = [PollFd::new(source, PollFlags::IN)];
     loop {
+        let left = deadline.saturating_duration_since(Instant::now());
         match poll(&mut sources, Some(&Timespec::try_from(left)?)) {
             Ok(count) => return Ok(count > 0),
             Err(rustix::io::Errno::INTR) => {}
@@ -485,6 +485,8 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
     use super::*;
 
     /// Return the words that a shell reads from a line, each followed by a NUL.
@@ -505,6 +507,31 @@ mod tests {
             .map(|word| format!("{word}\0"))
             .collect();
         assert_eq!(words(&line), expected.as_bytes());
+    }
+
+    #[test]
+    fn signals_do_not_postpone_a_deadline() {
+        extern "C" fn ignore(_: libc::c_int) {}
+        // SAFETY: The handler does nothing. It stays, and no other test uses the signal.
+        unsafe { libc::signal(libc::SIGUSR1, ignore as *const () as libc::sighandler_t) };
+        // SAFETY: Has no preconditions.
+        let waiting = unsafe { libc::pthread_self() };
+        let (silent, _other_end) = UnixStream::pair().unwrap();
+        let (wait, signals) = (Duration::from_millis(100), Duration::from_secs(2));
+        let waits = AtomicBool::new(true);
+        let start = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while waits.load(SeqCst) && start.elapsed() < signals {
+                    // SAFETY: The scope's thread lives until this one has ended.
+                    unsafe { libc::pthread_kill(waiting, libc::SIGUSR1) };
+                    thread::sleep(Duration::from_millis(20));
+                }
+            });
+            assert!(!wait_for(&silent, start + wait).unwrap());
+            waits.store(false, SeqCst);
+        });
+        assert!((wait..signals).contains(&start.elapsed()));
     }
 
     #[test]

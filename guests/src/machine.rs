@@ -17,6 +17,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_MASTER, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
+use rustix::thread::{sched_setaffinity, CpuSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -344,17 +345,14 @@ fn host_cpus() -> Range<usize> {
 ///
 /// # Errors
 ///
-/// Fails as sched_setaffinity(2) does.
+/// Fails as sched_setaffinity(2) does, and for a number that no set of CPUs holds.
 pub fn pin(cpu: usize) -> io::Result<()> {
-    // SAFETY: All-zero bytes are an empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: The set is ours; `CPU_SET` checks the number.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: The set has this size.
-    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None, &set)?)
 }
 
 /// Return the CPUID leaves for one vCPU. KVM returns those of the host CPU that happened to run the

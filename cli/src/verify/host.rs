@@ -12,7 +12,7 @@ use exitmeter_meter::{
     leaves::LeafMap,
     reasons::{self, Isa},
 };
-use rustix::thread::{gettid, sched_getaffinity, sched_setaffinity, CpuSet};
+use rustix::thread::{gettid, sched_getaffinity, CpuSet};
 use tiny_guests::{Config, Machine};
 
 use super::{
@@ -219,12 +219,7 @@ fn bind_to_cpu(wanted: Option<usize>) -> Result<usize, Error> {
             allowed.next().unwrap_or(first)
         }
     };
-    if cpu >= CpuSet::MAX_CPU {
-        return Err(Error::Cpu(cpu, ErrorKind::InvalidInput.into()));
-    }
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    sched_setaffinity(None, &set).map_err(|error| Error::Cpu(cpu, error.into()))?;
+    tiny_guests::pin(cpu).map_err(|error| Error::Cpu(cpu, error))?;
     Ok(cpu)
 }
 

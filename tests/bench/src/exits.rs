@@ -2,15 +2,12 @@
 
 //! Runs guests that cause the exits whose cost is measured.
 
-use std::{
-    io, mem,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::{ensure, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{pin, Config, Machine, Mode, Program};
 
 /// A kind of exit, by how KVM handles it.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
@@ -93,26 +90,11 @@ fn run(program: Program, count: u32) -> Result<u64> {
     let mut machine = Machine::new(Config::new(program, Mode::Long, count))?;
     let start = AtomicU64::new(0);
     machine.run_with(|_| {
-        pin()?;
+        pin(0)?;
         start.store(now(), Relaxed);
         Ok(())
     })?;
     let end = now();
     ensure!(start.load(Relaxed) != 0, "the guest did not start");
     Ok(end.saturating_sub(start.load(Relaxed)))
-}
-
-/// Pin this thread to the host's first CPU.
-fn pin() -> io::Result<()> {
-    // SAFETY: All-zero bytes are an empty set; CPU 0 is inside it, and the call reads it.
-    let ret = unsafe {
-        let mut set: libc::cpu_set_t = mem::zeroed();
-        libc::CPU_SET(0, &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &set)
-    };
-    if ret == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }

@@ -16,6 +16,7 @@ use std::{
 };
 
 use exitmeter_meter::{ledger::Copying, registry::Member};
+use rustix::thread::{sched_setaffinity, CpuSet};
 
 /// CPU number of a vCPU that is loaded on no CPU.
 pub const NOWHERE: u32 = u32::MAX;
@@ -229,13 +230,10 @@ impl Default for SimCpu {
 /// Pin this thread to a CPU of the machine: `to` modulo the number of CPUs.
 pub fn pin(to: usize) {
     let count = std::thread::available_parallelism().map_or(1, usize::from);
-    // SAFETY: A set of CPUs is plain bytes, and the calls only read and write it. If the machine
-    // refuses, the thread stays where it is.
-    unsafe {
-        let mut set: libc::cpu_set_t = core::mem::zeroed();
-        libc::CPU_SET(to % count, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
-    }
+    let mut set = CpuSet::new();
+    set.set(to % count);
+    // A machine that refuses leaves the thread where it is.
+    let _ = sched_setaffinity(None, &set);
 }
 
 /// Give this thread a real-time priority, above all ordinary threads of the machine.

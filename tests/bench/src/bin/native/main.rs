@@ -18,13 +18,14 @@ use std::{
     ptr::from_ref,
 };
 
-use anyhow::{ensure, Result};
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use exitmeter_meter::{
     ledger::Ledger,
     phase::Phase,
     reasons::{slot, Isa, Slot},
 };
+use tiny_guests::pin;
 
 /// Measure exitmeter's callbacks on this machine's CPU
 #[derive(Debug, Parser)]
@@ -62,7 +63,8 @@ fn main() -> Result<()> {
     if arguments.cachegrind {
         return cachegrind::count();
     }
-    pin(arguments.cpu)?;
+    pin(arguments.cpu as usize)
+        .with_context(|| format!("this cannot run on CPU {}", arguments.cpu))?;
     let samples = arguments.samples;
     let ledger = ledger();
     let slots = REASONS.map(|code| slot(Isa::Vmx, code));
@@ -206,22 +208,6 @@ fn run_exits(exits: u32) -> Result<()> {
     for turn in 0..exits as usize {
         exit_and_entry(&ledger, black_box(slots[turn % slots.len()]));
     }
-    Ok(())
-}
-
-/// Pin this thread to one CPU.
-fn pin(cpu: u32) -> Result<()> {
-    // SAFETY: All-zero bytes are an empty set; the size passed is that of the set.
-    let pinned = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu as usize, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
-    };
-    ensure!(
-        pinned == 0,
-        "cannot run on CPU {cpu}: {}",
-        std::io::Error::last_os_error()
-    );
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use super::sums::{Key, Sums};
 use crate::{
     model::Label,
     why::{
-        detail::Detail,
+        detail::{nested_mark, Detail},
         tables::{self, Numbers, Of, Rows},
     },
 };
@@ -128,9 +128,7 @@ fn count(to: &mut Counts, added: &Rows, isa: Isa) {
     let reason = |of: Of| Label::new(isa, of.reason()).key();
     for (key, row) in &added.rows {
         let mut words = Detail::new(key.detail_kind, key.key).words();
-        if key.nested {
-            words.push_str(", nested");
-        }
+        words.push_str(nested_mark(key.nested));
         add_to(to, (reason(key.of), words), row.numbers);
     }
     for ((_, of), others) in &added.others {

@@ -13,7 +13,7 @@ use std::{
 
 use super::sums::{cycles, Rows, Sums, Vm};
 use crate::{
-    model::{Cycles, Ledger, ReasonRow, Span},
+    model::{Cycles, Ledger, Span},
     names::Book,
     numbers::{exact, rate, share},
     plot::{self, html::section, series::Step, svg::escape, Series},
@@ -307,16 +307,16 @@ fn reasons(series: &Series) -> String {
     section("Reasons", "reasons", &titles, rows.collect())
 }
 
-/// Return the rows added since an earlier moment.
+/// Return the rows added since an earlier moment. Unlike [`Ledger::since`], which fails as a whole,
+/// this only drops the rows that have fallen.
 fn since(new: &Rows, old: &Rows) -> Rows {
     let rows = new.iter().filter_map(|(key, row)| {
         let row = match old.get(key) {
-            // Drop a row that has fallen: one of the two moments is damaged.
+            // One of the two moments is damaged.
             Some(old) => row.since(old)?,
             None => *row,
         };
-        let moved = |row: &ReasonRow| row.exits != 0 || row.cycles.sum() != 0;
-        moved(&row).then_some((*key, row))
+        row.has_moved().then_some((*key, row))
     });
     rows.collect()
 }

@@ -18,7 +18,7 @@ use crate::{
         Table,
     },
     why::{
-        detail::{user_exit, Detail},
+        detail::{nested_mark, user_exit, Detail},
         symbols::{self, Symbols},
     },
 };
@@ -195,7 +195,7 @@ fn table(exits: &[&Exit], look: Look) -> String {
         ]);
         for exit in exits {
             let about = exit.words.as_ref().map(|words| format!(" {words}"));
-            let nested = if exit.nested { ", nested" } else { "" };
+            let nested = nested_mark(exit.nested);
             let ticks = |ticks: u64| number(ticks.into());
             table.row([
                 exit.cpu.to_string(),

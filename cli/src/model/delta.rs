@@ -202,14 +202,18 @@ impl Ledger {
                 }),
             });
         let rows: Vec<_> = rows.collect::<Option<_>>()?;
-        let moved = |row: &ReasonRow| row.exits != 0 || row.cycles.sum() != 0;
-        let mut ledger = Self::of(rows.into_iter().filter(moved));
+        let mut ledger = Self::of(rows.into_iter().filter(ReasonRow::has_moved));
         ledger.cycles.has_waits = self.cycles.has_waits && earlier.cycles.has_waits;
         known.then_some(ledger)
     }
 }
 
 impl ReasonRow {
+    /// Return true if the row, a difference, has exits or cycles.
+    pub fn has_moved(&self) -> bool {
+        self.exits != 0 || self.cycles.sum() != 0
+    }
+
     /// Return the difference from an earlier row of the same reason, or `None` if `earlier` is not
     /// an older state of this one.
     pub fn since(&self, earlier: &Self) -> Option<Self> {

@@ -292,6 +292,14 @@ impl Detail {
     }
 }
 
+/// Return the end of a detail's words that marks exits of an L2 guest, or nothing.
+pub fn nested_mark(nested: bool) -> &'static str {
+    match nested {
+        true => ", nested",
+        false => "",
+    }
+}
+
 /// Describe the reason of an exit to user space.
 pub fn user_exit(key: u64) -> String {
     let name = u32::try_from(key).ok().and_then(exit::name);

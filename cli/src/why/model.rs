@@ -11,7 +11,7 @@ use exitmeter_meter::{
 use serde::{Serialize, Serializer};
 
 use super::{
-    detail::{user_exit, Detail},
+    detail::{nested_mark, user_exit, Detail},
     symbols::{self, half, Symbols},
     tables::{self, Key, Moment, Numbers, Rows},
 };
@@ -251,10 +251,7 @@ impl What {
 impl Row {
     /// Describe the row, and say if its exits came from an L2 guest.
     pub fn about(&self) -> String {
-        match self.nested {
-            true => format!("{}, nested", self.words),
-            false => self.words.clone(),
-        }
+        self.words.clone() + nested_mark(self.nested)
     }
 }
 

@@ -6,16 +6,12 @@
 use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Read as _},
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use rustix::{
-    fs::{open, Mode, OFlags},
-    pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags},
-    termios::{tcsetwinsize, Winsize},
-};
+use rustix::termios::Winsize;
+use rustix_openpty::openpty;
 use tempfile::TempDir;
 
 use self::tool::{exitmeter, failed, succeeded};
@@ -306,25 +302,20 @@ fn the_count_ends_the_intervals() {
 fn on_a_terminal(columns: u16, change: impl FnOnce(&mut Command) -> &mut Command) -> String {
     let folder = TempDir::new().unwrap();
     let [before, _] = two(&folder);
-    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&terminal).unwrap();
-    unlockpt(&terminal).unwrap();
     let size = Winsize {
         ws_row: 24,
         ws_col: columns,
         ws_xpixel: 0,
         ws_ypixel: 0,
     };
-    tcsetwinsize(&terminal, size).unwrap();
-    let name = ptsname(&terminal, Vec::new()).unwrap();
-    let end: OwnedFd = open(&*name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+    let terminal = openpty(None, Some(&size)).unwrap();
     let mut command = report(&["--input", text(&before)]);
-    change(command.env("TERM", "xterm").stdout(end));
+    change(command.env("TERM", "xterm").stdout(terminal.user));
     let mut child = command.spawn().unwrap();
     drop(command);
     let mut bytes = Vec::new();
     // Linux returns EIO once the other side is closed.
-    let _ = File::from(terminal).read_to_end(&mut bytes);
+    let _ = File::from(terminal.controller).read_to_end(&mut bytes);
     assert!(child.wait().unwrap().success());
     String::from_utf8(bytes).unwrap().replace('\r', "")
 }

@@ -11,8 +11,9 @@ use std::thread;
 use lab_agent::channel::{Item, Message, Receiver};
 use lab_agent::settings::{Settings, Task};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
+use rustix::pty::ptsname;
 use rustix::termios::{tcgetattr, tcsetattr, OptionalActions, Termios};
+use rustix_openpty::openpty;
 
 use crate::emulator::{Begin, Boot, Console, Emulator};
 use crate::image::payload;
@@ -107,16 +108,14 @@ struct Device {
 
 /// Open a pseudoterminal. Return the lab's end, and the device.
 fn pair() -> io::Result<(File, Device)> {
-    let line = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
-    grantpt(&line)?;
-    unlockpt(&line)?;
-    let path = ptsname(&line, Vec::new())?;
+    let pty = openpty(None, None)?;
+    let path = ptsname(&pty.controller, Vec::new())?;
     let path = PathBuf::from(std::ffi::OsStr::from_bytes(path.to_bytes()));
-    let open = File::options().read(true).write(true).open(&path)?;
-    let mut mode = tcgetattr(&open)?;
+    let mut mode = tcgetattr(&pty.user)?;
     mode.make_raw();
-    tcsetattr(&open, OptionalActions::Now, &mode)?;
-    Ok((File::from(line), Device { path, _open: open }))
+    tcsetattr(&pty.user, OptionalActions::Now, &mode)?;
+    let open = File::from(pty.user);
+    Ok((File::from(pty.controller), Device { path, _open: open }))
 }
 
 /// Copy bytes between standard input and output and the line, until `ended` returns true or the escape is typed.

@@ -4,10 +4,8 @@
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -15,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use lab::programs::{self, Tool};
 use lab::setup::{self, Wanted};
-use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use rustix::termios::{tcgetattr, LocalModes};
+use rustix_openpty::openpty;
 
 /// Longest wait for words on the screen, enough for a boot on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -38,12 +36,8 @@ impl Session {
         // Make the set-up and the programs first, so that the timeout only covers the boot.
         setup::prepare(&Wanted::default()).unwrap();
         programs::build(Tool::ForPeople).unwrap();
-        let keys = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        grantpt(&keys).unwrap();
-        unlockpt(&keys).unwrap();
-        let path = ptsname(&keys, Vec::new()).unwrap();
-        let path = OsStr::from_bytes(path.to_bytes());
-        let terminal = File::options().read(true).write(true).open(path).unwrap();
+        let pty = openpty(None, None).unwrap();
+        let (keys, terminal) = (File::from(pty.controller), File::from(pty.user));
         let end = || terminal.try_clone().unwrap();
         let lab = Command::new(env!("CARGO_BIN_EXE_lab"))
             .args(["shell", "--host", "amd", "--no-module", "--no-kvm"])
@@ -52,7 +46,6 @@ impl Session {
             .stderr(end())
             .spawn()
             .unwrap();
-        let keys = File::from(keys);
         let mut screen_side = keys.try_clone().unwrap();
         let (sender, screen) = mpsc::channel();
         thread::spawn(move || {

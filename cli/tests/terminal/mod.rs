@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! A terminal for a command: a pseudo-terminal, and a terminal emulator that reads what the
-//! command writes to it.
+//! command writes to it. Crates that drive a terminal (expectrl) match a stream of text and keep no
+//! screen.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{Read as _, Write as _},
     os::unix::process::CommandExt as _,
     process::{Child, Command, ExitStatus},
@@ -15,9 +16,9 @@ use std::{
 
 use rustix::{
     process::{ioctl_tiocsctty, kill_process, setsid, Pid, Signal},
-    pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags},
     termios::{tcgetattr, tcsetwinsize, Termios, Winsize},
 };
+use rustix_openpty::openpty;
 
 /// Text on the screen before the command starts.
 const BEFORE: &str = "$ exitmeter top";
@@ -45,17 +46,8 @@ struct Emulator {
 impl Terminal {
     /// Start a command on a terminal of this size.
     pub fn new(columns: u16, rows: u16, mut command: Command) -> Self {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
-        let master = File::from(master);
-        let slave = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(name)
-            .unwrap();
-        tcsetwinsize(&slave, size(columns, rows)).unwrap();
+        let pty = openpty(None, Some(&size(columns, rows))).unwrap();
+        let (master, slave) = (File::from(pty.controller), File::from(pty.user));
         let settings = tcgetattr(&slave).unwrap();
         (&slave)
             .write_all(format!("{BEFORE}\n").as_bytes())

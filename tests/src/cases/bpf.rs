@@ -30,7 +30,7 @@ use crate::host::{
     self,
     hist::Hist,
     linux::Linux,
-    meter::Meter,
+    meter::{Meter, DEVICE},
     module,
     span::{compare, exits_since},
 };
@@ -375,7 +375,7 @@ fn compare_rows(config: Config, is_svm: bool) -> Result<()> {
     let mut machine = Machine::new(config)?;
     machine.run()?;
     let by_bpf = checked_rows(&run_tool(&["bpf", "snapshot"])?)?;
-    let mut by_module = checked_rows(&fs::read(super::details::DEVICE)?)?;
+    let mut by_module = checked_rows(&fs::read(DEVICE)?)?;
     if !is_svm {
         // Only the VMCS holds the guest's RIP and addresses; KVM keeps no copy that BPF can read.
         let kinds = [Kind::Address as u8, Kind::Memory as u8];

@@ -29,10 +29,9 @@ use crate::host::{
     detail_oracle::{Agreement, DetailOracle},
     event_hist::EventHist,
     linux::Linux,
+    meter::DEVICE,
     task,
 };
-
-pub(super) const DEVICE: &str = "/dev/exitmeter";
 
 /// `_IO(0xE7, 1)`: turn details on while the file is open.
 const TURN_ON_DETAILS: libc::Ioctl = 0xe701;

@@ -57,7 +57,8 @@ pub(super) fn cases() -> Vec<Case> {
 /// User and group ID that no other process has, as with DynamicUser= in a unit.
 const USER: u32 = 64_999;
 
-/// A running `exitmeter export`; dropping this kills it.
+/// A running `exitmeter export`; dropping this kills it. The tool's own tests start it by
+/// cli/tests/server, which panics where a case returns an error.
 struct Exporter {
     process: Child,
     address: String,

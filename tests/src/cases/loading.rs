@@ -24,7 +24,14 @@ use super::{
     no_memory_cgroups, no_userfaultfd, Case,
 };
 use crate::host::{
-    self, cgroup::Cgroup, hist::Exits, leaves::MAP_2021, log::Log, meter::Meter, module, span::Span,
+    self,
+    cgroup::Cgroup,
+    hist::Exits,
+    leaves::MAP_2021,
+    log::Log,
+    meter::{Meter, DEVICE},
+    module,
+    span::Span,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -91,7 +98,7 @@ pub(super) fn cases() -> Vec<Case> {
                 check_refused(parameters, error, "")?;
             }
             ensure!(
-                fs::metadata("/dev/exitmeter").is_err(),
+                fs::metadata(DEVICE).is_err(),
                 "a refused module leaves /dev/exitmeter behind"
             );
             check_load_and_metering()
@@ -251,7 +258,7 @@ fn check_load_and_metering() -> Result<()> {
         matches!(&lines[..], [line] if line.starts_with("version ") && line.contains("hooked")),
         "the module says {lines:?} when it is loaded"
     );
-    let mode = fs::metadata("/dev/exitmeter")?.permissions().mode() & 0o7777;
+    let mode = fs::metadata(DEVICE)?.permissions().mode() & 0o7777;
     ensure!(mode == 0o440, "/dev/exitmeter has mode {mode:o}");
     let span = Span::begin()?;
     let config = Config::new(Program::Cpuid, Mode::Long, 500);

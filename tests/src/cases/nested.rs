@@ -24,7 +24,7 @@ use crate::host::{
     leaves::{EXITS_64, MAP_2021},
     linux::{CpuidLine, Linux},
     log::Log,
-    meter::Meter,
+    meter::{Meter, DEVICE},
     span::Span,
 };
 
@@ -321,7 +321,7 @@ fn check_details(linux: &Linux) -> Result<()> {
     /// A leaf that no other program asks for.
     const L1_LEAF: u32 = 0x10ab_cdef;
     const TIMES: u32 = 20;
-    let file = File::open(super::details::DEVICE)?;
+    let file = File::open(DEVICE)?;
     turn_on(&file)?;
     linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
     linux.run(&format!(

@@ -21,10 +21,10 @@ use tiny_guests::{Config, Machine, Mode, Quad};
 
 use super::{
     answers::ask,
-    details::{read, turn_on, DEVICE},
+    details::{read, turn_on},
     tool, Case,
 };
-use crate::host::{self, leaves::TABLES, linux::Linux, log::Log};
+use crate::host::{self, leaves::TABLES, linux::Linux, log::Log, meter::DEVICE};
 
 /// Leaves that a guest asks for before it asks for its rows: leaf, subleaf, and number of queries.
 const ASKED: [(u32, u32, usize); 3] = [(0, 0, 30), (0xd, 1, 20), (7, 0, 10)];

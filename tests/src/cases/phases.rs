@@ -25,7 +25,7 @@ use crate::host::{
     cgroup::FrozenProcess,
     linux::Linux,
     meter::{Meter, VcpuRecord},
-    task::BusyThread,
+    task::{BusyThread, StoppedProcess},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -216,20 +216,14 @@ fn stopped_frozen_or_suspended() -> Result<()> {
         Ok(())
     };
     check_running()?;
-    let signal = |signal| {
-        // SAFETY: The system call takes no addresses.
-        let ret = unsafe { libc::kill(pid as i32, signal) };
-        ensure!(ret == 0, "the VMM takes no signal");
-        Ok(())
-    };
-    signal(libc::SIGSTOP)?;
+    let stopped = StoppedProcess::new(pid)?;
     check_in_user("stopped")?;
-    signal(libc::SIGCONT)?;
+    stopped.resume()?;
     check_running()?;
 
-    let cgroup = FrozenProcess::new(pid)?;
+    let frozen = FrozenProcess::new(pid)?;
     check_in_user("frozen")?;
-    drop(cgroup);
+    frozen.thaw()?;
     check_running()?;
 
     let mut line = UnixStream::connect(QMP).context("the VMM has no QMP")?;

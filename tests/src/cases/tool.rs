@@ -15,7 +15,7 @@ use crate::host::{
     held_command::{self, HeldCommand},
     hist::Exits,
     linux::Linux,
-    meter::Meter,
+    meter::{Meter, DEVICE},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -235,7 +235,7 @@ fn by_name() -> Result<()> {
 
 /// Save a snapshot to a file.
 fn save(path: &str) -> Result<()> {
-    let bytes = fs::read("/dev/exitmeter").context("there is no snapshot")?;
+    let bytes = fs::read(DEVICE).context("there is no snapshot")?;
     fs::write(path, bytes).with_context(|| format!("cannot write {path}"))
 }
 
@@ -453,7 +453,7 @@ fn parse_seconds(text: &str) -> Option<f64> {
 
 /// Return true if a snapshot of the device has tables.
 fn has_tables() -> Result<bool> {
-    let bytes = fs::read("/dev/exitmeter").context("there is no snapshot")?;
+    let bytes = fs::read(DEVICE).context("there is no snapshot")?;
     Ok(Snapshot::parse(&bytes)?.has_tables())
 }
 

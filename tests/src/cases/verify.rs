@@ -4,35 +4,32 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write as _},
-    os::{
-        fd::FromRawFd as _,
-        unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    },
+    io::Write as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::Path,
     process::{Child, Command, Output, Stdio},
-    ptr, thread,
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{bail, ensure, Context as _, Result};
 use exitmeter_meter::reasons::Isa;
+use rustix::process::{kill_process, Pid, Signal};
+use rustix_openpty::openpty;
 use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
 use super::Case;
 use crate::host::{
     self,
-    hist::Hist,
-    meter::Meter,
+    hist::{Hist, TRIGGER},
+    meter::{Meter, DEVICE},
     module,
     span::{compare, exits_since},
 };
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
-const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
 const PARAMETERS: &str = "/sys/module/exitmeter/parameters";
-const DEVICE: &str = "/dev/exitmeter";
 const KVM: &str = "/dev/kvm";
 /// Options for the least work that still shows the result.
 const LEAST_WORK: [&str; 4] = ["--runs", "2", "--exits", "200"];
@@ -361,23 +358,13 @@ fn reload() -> Result<()> {
 
 /// Run `verify --reload` on a terminal, and type `answer`.
 fn answer_reload(answer: &str) -> Result<Output> {
-    let (mut terminal, mut end) = (0, 0);
-    // SAFETY: Both pointers are valid for writes; the name, modes and size may be null.
-    let opened = unsafe {
-        libc::openpty(
-            &mut terminal,
-            &mut end,
-            ptr::null_mut(),
-            ptr::null(),
-            ptr::null(),
-        )
-    };
-    ensure!(opened == 0, "no terminal: {}", io::Error::last_os_error());
-    // SAFETY: openpty() has opened both descriptors, and nothing else owns them.
-    let (mut terminal, end) = unsafe { (File::from_raw_fd(terminal), File::from_raw_fd(end)) };
-    terminal.write_all(answer.as_bytes())?;
+    let terminal = openpty(None, None).context("no terminal")?;
+    let mut typed = File::from(terminal.controller);
+    typed.write_all(answer.as_bytes())?;
     let mut command = command(&["--json", "--reload", "--module", module::FILE]);
-    let output = command.stdin(end).output();
+    let output = command.stdin(terminal.user).output();
+    // Until here: a terminal that is gone gives no answer.
+    drop(typed);
     output.context("the tool exitmeter cannot be run")
 }
 
@@ -426,14 +413,13 @@ fn wait_until(what: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
 }
 
 /// Send a signal to the tool, and check that it ends with the signal's status.
-fn end_by_signal(mut child: Child, signal: i32) -> Result<()> {
-    let pid = i32::try_from(child.id())?;
-    // SAFETY: A signal to a child that has not been waited for.
-    ensure!(unsafe { libc::kill(pid, signal) } == 0);
+fn end_by_signal(mut child: Child, signal: Signal) -> Result<()> {
+    kill_process(Pid::from_child(&child), signal)?;
     let status = child.wait()?;
     ensure!(
-        status.code() == Some(128 + signal),
-        "after signal {signal} it ended with {status}"
+        status.code() == Some(128 + signal.as_raw()),
+        "after signal {} it ended with {status}",
+        signal.as_raw()
     );
     Ok(())
 }
@@ -452,13 +438,13 @@ fn ended_by_signal() -> Result<()> {
     wait_until("an instance", || {
         Ok(fs::read_dir(INSTANCES)?.next().is_some())
     })?;
-    end_by_signal(child, libc::SIGINT)?;
+    end_by_signal(child, Signal::INT)?;
     check_nothing_left()?;
     // A signal while the module is unloaded and a guest runs.
     let arguments = ["--reload", "--yes", "--module", module::FILE];
     let child = start(&arguments)?;
     wait_until("the module's end", || Ok(!Path::new(DEVICE).exists()))?;
-    end_by_signal(child, libc::SIGTERM)?;
+    end_by_signal(child, Signal::TERM)?;
     ensure!(module::is_loaded("exitmeter")?, "the module is gone");
     ensure!(
         parameters()? == before,
@@ -476,8 +462,7 @@ fn ended_by_signal() -> Result<()> {
     wait_until("an instance", || {
         Ok(fs::read_dir(INSTANCES)?.next().is_some())
     })?;
-    // SAFETY: As above.
-    ensure!(unsafe { libc::kill(i32::try_from(child.id())?, libc::SIGHUP) } == 0);
+    kill_process(Pid::from_child(&child), Signal::HUP)?;
     let status = child.wait()?;
     if !status.success() {
         bail!("a signal that is ignored ended it: {status}");

@@ -13,18 +13,15 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
+use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
 use tiny_guests::{Config, Machine, Mode, Program};
 
-use super::{
-    details::{details_state, DEVICE},
-    slow,
-    tool::json,
-    Case,
-};
+use super::{details::details_state, slow, tool::json, Case};
 use crate::host::{
     self,
     held_command::{self, HeldCommand},
+    meter::DEVICE,
     module,
     module_code::ModuleCode,
 };
@@ -99,13 +96,8 @@ impl Tool {
     }
 
     /// Send a signal to the tool.
-    fn send(&self, signal: libc::c_int) -> io::Result<()> {
-        let pid = libc::pid_t::try_from(self.0.id()).map_err(io::Error::other)?;
-        // SAFETY: No addresses.
-        match unsafe { libc::kill(pid, signal) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+    fn send(&self, signal: Signal) -> io::Result<()> {
+        Ok(kill_process(Pid::from_child(&self.0), signal)?)
     }
 
     /// Wait until the tool has printed a line, and discard the line.
@@ -226,7 +218,7 @@ fn interrupted() -> Result<()> {
     let mut machine = Machine::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
     machine.run()?;
     thread::sleep(Duration::from_secs(1));
-    tool.send(libc::SIGINT)?;
+    tool.send(Signal::INT)?;
     let (status, text) = tool.end()?;
     drop(machine);
     ensure!(status.success(), "after Ctrl-C it ends with {status}");
@@ -334,7 +326,7 @@ fn killed() -> Result<()> {
         error == Some(libc::EWOULDBLOCK),
         "unloading fails with {error:?}"
     );
-    tool.send(libc::SIGKILL)?;
+    tool.send(Signal::KILL)?;
     let (status, _) = tool.end()?;
     ensure!(!status.success(), "killed, it ends with {status}");
     check_details_off(&code)?;

@@ -3,7 +3,8 @@
 //! BPF programs at the entry of kernel functions (fentry), whose runs the kernel counts.
 //!
 //! They are loaded by bpf(2) directly because the Rust libraries know only functions of the kernel's
-//! image, not of its modules.
+//! image, not of its modules. The tool has such calls too (cli/src/bpf/sys.rs), but these tests judge
+//! the tool, so they share none of its code.
 
 use std::{
     ffi::c_long,

@@ -26,10 +26,9 @@ fn mount() -> Result<()> {
     Ok(())
 }
 
-/// A process that is frozen until this is dropped.
+/// A process that is frozen; dropping this lets it continue.
 #[derive(Debug)]
 pub struct FrozenProcess {
-    path: PathBuf,
     pid: u32,
 }
 
@@ -41,26 +40,48 @@ impl FrozenProcess {
     /// Returns the kernel's error.
     pub fn new(pid: u32) -> Result<Self> {
         mount()?;
-        let path = PathBuf::from(format!("{ROOT}/frozen-{pid}"));
-        fs::create_dir(&path)?;
-        let frozen = Self { path, pid };
-        fs::write(frozen.path.join("cgroup.procs"), pid.to_string())?;
-        fs::write(frozen.path.join("cgroup.freeze"), "1")?;
+        let frozen = Self { pid };
+        fs::create_dir(frozen.path())?;
+        fs::write(frozen.path().join("cgroup.procs"), pid.to_string())?;
+        fs::write(frozen.path().join("cgroup.freeze"), "1")?;
         let end = Instant::now() + Duration::from_secs(10);
-        while !fs::read_to_string(frozen.path.join("cgroup.events"))?.contains("frozen 1") {
+        while !fs::read_to_string(frozen.path().join("cgroup.events"))?.contains("frozen 1") {
             ensure!(Instant::now() < end, "process {pid} does not freeze");
             thread::sleep(Duration::from_millis(5));
         }
         Ok(frozen)
     }
+
+    /// Let the process continue.
+    ///
+    /// # Errors
+    ///
+    /// Returns the kernel's error. The process may then still be frozen.
+    pub fn thaw(self) -> Result<()> {
+        let thawed = self.release();
+        std::mem::forget(self);
+        thawed
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("{ROOT}/frozen-{}", self.pid))
+    }
+
+    fn release(&self) -> Result<()> {
+        let release = || {
+            fs::write(self.path().join("cgroup.freeze"), "0")?;
+            fs::write(format!("{ROOT}/cgroup.procs"), self.pid.to_string())?;
+            fs::remove_dir(self.path())
+        };
+        release().with_context(|| format!("process {} does not leave its cgroup", self.pid))
+    }
 }
 
 impl Drop for FrozenProcess {
     fn drop(&mut self) {
-        // On failure the process stays frozen, and whoever waits for it times out.
-        let _ = fs::write(self.path.join("cgroup.freeze"), "0");
-        let _ = fs::write(format!("{ROOT}/cgroup.procs"), self.pid.to_string());
-        let _ = fs::remove_dir(&self.path);
+        if let Err(error) = self.release() {
+            eprintln!("{error:#}");
+        }
     }
 }
 

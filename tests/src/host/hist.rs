@@ -11,7 +11,8 @@ use exitmeter_meter::reasons::Isa;
 use super::{event_hist, isa};
 
 const TRACING: &CStr = c"/sys/kernel/tracing";
-const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
+/// File that sets the triggers of the tracepoint.
+pub const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
 const HIST: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/hist";
 /// The histogram's trigger. Its keys include the CPU: when two CPUs insert the same new key at once,
 /// the kernel may drop the exits of one while the other is held up, as emulated CPUs are.

@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
+use rustix::process::{kill_process, Pid, Signal};
 use tiny_guests::pin;
 
 /// A thread that spins on one CPU until it is dropped.
@@ -58,13 +59,14 @@ impl Drop for BusyThread {
 
 /// A stopped process; dropping this lets it continue.
 #[derive(Debug)]
-pub struct StoppedProcess(libc::pid_t);
+pub struct StoppedProcess(Pid);
 
 impl StoppedProcess {
     /// Stop a process, and wait until each of its threads has stopped. A vCPU thread has then left KVM.
     pub fn new(pid: u32) -> Result<Self> {
-        let stopped = Self(libc::pid_t::try_from(pid).context("a process's number")?);
-        stopped.send(libc::SIGSTOP)?;
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let stopped = Self(number.context("a process's number")?);
+        kill_process(stopped.0, Signal::STOP)?;
         let deadline = Instant::now() + Duration::from_secs(10);
         while !Self::are_all_stopped(pid)? {
             ensure!(Instant::now() < deadline, "process {pid} does not stop");
@@ -86,18 +88,17 @@ impl StoppedProcess {
         Ok(true)
     }
 
-    fn send(&self, signal: libc::c_int) -> io::Result<()> {
-        // SAFETY: No addresses.
-        match unsafe { libc::kill(self.0, signal) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+    /// Let the process continue.
+    pub fn resume(self) -> Result<()> {
+        let resumed = kill_process(self.0, Signal::CONT);
+        std::mem::forget(self);
+        Ok(resumed?)
     }
 }
 
 impl Drop for StoppedProcess {
     fn drop(&mut self) {
-        if let Err(error) = self.send(libc::SIGCONT) {
+        if let Err(error) = kill_process(self.0, Signal::CONT) {
             eprintln!("Process {} stays stopped: {error}", self.0);
         }
     }

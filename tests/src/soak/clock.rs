@@ -20,7 +20,7 @@ use crate::{
     host::{
         self,
         log::Log,
-        meter::{Meter, VcpuRecord},
+        meter::{Meter, VcpuRecord, DEVICE},
         span::Span,
     },
 };
@@ -100,7 +100,7 @@ fn hotplug() -> Result<()> {
 /// meters on such a host, too: counts are exact, but ticks come from a clock that may differ between
 /// CPUs.
 fn trusted_tsc() -> Result<()> {
-    let bytes = fs::read("/dev/exitmeter")?;
+    let bytes = fs::read(DEVICE)?;
     let is_stable = Snapshot::parse(&bytes)?.tsc_is_stable();
     let lines = Log::from_boot()?.lines()?;
     let unstable = lines
@@ -121,7 +121,7 @@ fn trusted_tsc() -> Result<()> {
 /// Return the clock of a snapshot: the TSC when the module was loaded, the TSC now, ticks in a second,
 /// and the number of the meter's life.
 fn snapshot_clock() -> Result<(u64, u64, u64, u64)> {
-    let bytes = fs::read("/dev/exitmeter")?;
+    let bytes = fs::read(DEVICE)?;
     let snapshot = Snapshot::parse(&bytes)?;
     let second = snapshot.tsc_khz().context("the TSC's frequency")?;
     Ok((

@@ -17,7 +17,13 @@ use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
 use super::{repeat_until, scaled};
 use crate::{
     cases::{attach_again, Case},
-    host::{self, hist, leaves::MAP_2021, linux::Linux, meter::Meter, module},
+    host::{
+        self, hist,
+        leaves::MAP_2021,
+        linux::Linux,
+        meter::{Meter, DEVICE},
+        module,
+    },
 };
 
 /// Number of loads and unloads.
@@ -271,7 +277,7 @@ fn unload_under(config: &Config) -> Result<()> {
 
 fn refused_while_open() -> Result<()> {
     module::load("")?;
-    let device = File::open("/dev/exitmeter")?;
+    let device = File::open(DEVICE)?;
     let error = module::unload().err();
     let refused = error.as_ref().is_some_and(is_in_use);
     Meter::read()?;

@@ -18,7 +18,7 @@ use crate::{
     cases::Case,
     host::{
         self,
-        meter::{Meter, VcpuRecord},
+        meter::{Meter, VcpuRecord, DEVICE},
     },
 };
 
@@ -181,7 +181,7 @@ fn of_4096_vcpus() -> Result<()> {
     let mut ticks = Vec::new();
     for _ in 0..5 {
         let began = read_tsc();
-        bytes = fs::read("/dev/exitmeter")?;
+        bytes = fs::read(DEVICE)?;
         ticks.push(read_tsc() - began);
     }
     ticks.sort_unstable();

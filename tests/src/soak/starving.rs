@@ -16,7 +16,7 @@ use crate::{
     host::{
         self,
         fault_injection::{self, CodeRange, FaultInjection},
-        meter::Meter,
+        meter::{Meter, DEVICE},
         module,
     },
 };
@@ -58,7 +58,7 @@ fn load() -> Result<()> {
                     "loading ends with '{error}' instead of ENOMEM"
                 );
                 ensure!(
-                    !module::is_loaded("exitmeter")? && !Path::new("/dev/exitmeter").exists(),
+                    !module::is_loaded("exitmeter")? && !Path::new(DEVICE).exists(),
                     "the refused module left something behind"
                 );
                 Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
@@ -88,7 +88,7 @@ fn unload() -> Result<()> {
     let (count, last) = faults.fail_each_allocation(module::unload, |_, result| {
         result?;
         ensure!(
-            !module::is_loaded("exitmeter")? && !Path::new("/dev/exitmeter").exists(),
+            !module::is_loaded("exitmeter")? && !Path::new(DEVICE).exists(),
             "the module left something behind"
         );
         Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
@@ -111,7 +111,7 @@ fn snapshot() -> Result<()> {
     let faults = FaultInjection::under(CodeRange::of_module("exitmeter")?)?;
     let mut refused = 0;
     let (count, last) = faults.fail_each_allocation(
-        || fs::read("/dev/exitmeter"),
+        || fs::read(DEVICE),
         |_, result| match result {
             // A large buffer can come from another allocator.
             Ok(bytes) => {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use exitmeter_meter::reasons::Isa;
 use lab::host::Host;
-use lab::run::{self, Event, Options};
+use lab::run::{self, Event, Lines, Options};
 use lab::verdict::End;
 
 use sweep::Sweep;
@@ -72,8 +72,7 @@ fn vm(line: &str) -> Option<&str> {
 /// Display of the demo as it runs.
 struct Show {
     isa: Isa,
-    /// Output after the last complete line.
-    rest: String,
+    stdout: Lines,
     /// Table that is being filled.
     sweep: Option<Sweep>,
     /// Exits of the boot, as the guest read them right after it.
@@ -88,7 +87,7 @@ impl Show {
     fn new(isa: Isa) -> Self {
         Self {
             isa,
-            rest: String::new(),
+            stdout: Lines::default(),
             sweep: None,
             boot_exits: None,
             boot: None,
@@ -111,9 +110,7 @@ impl Show {
             }
             Event::Kernel(_) => {}
             Event::Stdout(bytes) => {
-                self.rest.push_str(&String::from_utf8_lossy(bytes));
-                while let Some(end) = self.rest.find('\n') {
-                    let line: String = self.rest.drain(..=end).collect();
+                for line in self.stdout.take(bytes) {
                     self.line(line.trim_end());
                 }
             }

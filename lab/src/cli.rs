@@ -199,12 +199,6 @@ fn run(args: RunArgs) -> Result<u8> {
         Event::Stage(_) | Event::Kernel(_) => {}
     })?;
     eprint!("{}", outcome.tail);
-    let status = outcome.end.status();
-    eprintln!(
-        "lab: {} after {:.1} s; the logs are in {}",
-        outcome.end,
-        outcome.time.as_secs_f64(),
-        outcome.folder.display()
-    );
-    Ok(status)
+    eprintln!("lab: {}", outcome.summary());
+    Ok(outcome.end.status())
 }

@@ -38,6 +38,18 @@ pub struct Outcome {
     pub time: Duration,
 }
 
+impl Outcome {
+    /// Return the last line about a run: its end, its time, and its folder.
+    pub fn summary(&self) -> String {
+        format!(
+            "{} after {:.1} s; the logs are in {}",
+            self.end,
+            self.time.as_secs_f64(),
+            self.folder.display()
+        )
+    }
+}
+
 /// Reason why a run could not start.
 #[derive(Debug, Error)]
 pub enum RunError {

@@ -3,6 +3,7 @@
 //! One run of one host, from the images to the verdict.
 
 pub(crate) mod folder;
+mod lines;
 mod options;
 mod record;
 mod running;
@@ -26,6 +27,7 @@ use folder::{tidy, CONSOLE};
 use running::Running;
 
 pub use crate::outcome::{Outcome, RunError, LIMITS};
+pub use lines::Lines;
 pub use options::Options;
 pub use record::Event;
 pub(crate) use running::command;

@@ -19,7 +19,7 @@ use lab::{
     host::Host,
     image::payload::FileSpec,
     module,
-    run::{self, Event, Options, Outcome},
+    run::{self, Event, Lines, Options, Outcome},
     setup::{self, Wanted},
     verdict::{End, Limits},
 };
@@ -116,17 +116,14 @@ fn command(plan: &Plan) -> Vec<String> {
 /// Run the host and collect the lines that the inside prints.
 fn watch(options: &Options, report: &mut Report) -> Result<Outcome> {
     let terminal = io::stderr().is_terminal();
-    let mut stdout = Vec::new();
+    let mut stdout = Lines::default();
     let outcome = run::run(options, &mut |event| match event {
         Event::Stdout(bytes) => {
-            stdout.extend_from_slice(bytes);
-            while let Some(end) = stdout.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = stdout.drain(..=end).collect();
-                let line = String::from_utf8_lossy(&line);
+            for line in stdout.take(bytes) {
                 if report.take(line.trim()) {
                     progress(report, terminal);
                 } else {
-                    eprint!("{line}");
+                    eprintln!("{line}");
                 }
             }
         }

@@ -11,7 +11,7 @@ use anyhow::{bail, ensure, Result};
 use lab::{
     host::Host,
     image::payload::FileSpec,
-    run::{self, Event, Options, Outcome},
+    run::{self, Event, Lines, Options, Outcome},
     verdict::{fault_in, End, Fault, Limits},
 };
 
@@ -99,13 +99,10 @@ impl HostConfig {
             silence: Duration::from_secs(240),
         };
         let way = if metered { "with" } else { "without" };
-        let mut stdout = Vec::new();
+        let mut stdout = Lines::default();
         Ok(run::run(&options, &mut |event| match event {
             Event::Stdout(bytes) => {
-                stdout.extend_from_slice(bytes);
-                while let Some(end) = stdout.iter().position(|byte| *byte == b'\n') {
-                    let line: Vec<u8> = stdout.drain(..=end).collect();
-                    let line = String::from_utf8_lossy(&line);
+                for line in stdout.take(bytes) {
                     if let Some(ended) = output.take(&line) {
                         progress(self.host, way, ended);
                     }
@@ -136,7 +133,7 @@ impl HostOutput {
             }
             Ok(Line::Done { troubles }) => self.done = Some(troubles),
             Ok(Line::Alive) => {}
-            Err(_) => eprint!("{line}"),
+            Err(_) => eprintln!("{line}"),
         }
         None
     }

@@ -122,8 +122,8 @@ impl Collector {
         }
     }
 
-    /// Return the verdict once the host has ended, given the exit status of the lab command.
-    pub fn end(mut self, host: &str, status: Option<i32>) -> Verdict {
+    /// Return the verdict once the host has ended, given the status of its run as of `cargo lab run`.
+    pub fn end(mut self, host: &str, status: u8) -> Verdict {
         let ended = self.passed + self.failed.len();
         match self.planned {
             None => self.faults.push("the host never gave a plan".to_owned()),
@@ -133,15 +133,11 @@ impl Collector {
                 .push(format!("{planned} cases were planned, and {ended} ended")),
             Some(_) => {}
         }
-        let expected = i32::from(!self.failed.is_empty());
-        match status {
-            Some(status) if status == expected => {}
-            Some(status) => self.faults.push(format!(
-                "the lab's command ended with status {status} instead of {expected}"
-            )),
-            None => self
-                .faults
-                .push("the lab's command was ended by a signal".to_owned()),
+        let expected = u8::from(!self.failed.is_empty());
+        if status != expected {
+            self.faults.push(format!(
+                "the run ended with status {status} instead of {expected}"
+            ));
         }
         let on = |text: &String| format!("{host}: {text}");
         Verdict {
@@ -159,7 +155,7 @@ pub struct Verdict {
     pub passed: usize,
     /// Failed cases with their remarks, and faults of the run itself.
     pub failures: Vec<String>,
-    /// Last lines of the lab command's standard error, if the host did not end by itself.
+    /// Last lines of the standard error and of the logs, if the host did not end by itself.
     pub last_lines: Vec<String>,
 }
 
@@ -177,7 +173,7 @@ not ok 2 phases: a computing guest is in phase guest
 ok 3 log: no oops
 ";
 
-    fn read(text: &str, status: Option<i32>) -> Verdict {
+    fn read(text: &str, status: u8) -> Verdict {
         let mut collector = Collector::default();
         text.lines().for_each(|line| collector.take(line));
         collector.end("intel", status)
@@ -204,13 +200,13 @@ ok 3 log: no oops
 
     #[test]
     fn complete_output_gives_its_verdict() {
-        let verdict = read(SAVED, Some(1));
+        let verdict = read(SAVED, 1);
         assert_eq!(verdict.passed, 2);
         assert_eq!(
             verdict.failures,
             ["intel: phases: a computing guest is in phase guest: of 1000 ticks: guest 99.0%; 1.2 s"]
         );
-        let verdict = read(&SAVED.replace("not ok", "ok"), Some(0));
+        let verdict = read(&SAVED.replace("not ok", "ok"), 0);
         assert_eq!((verdict.passed, verdict.failures.len()), (3, 0));
     }
 
@@ -218,10 +214,10 @@ ok 3 log: no oops
     fn incomplete_output_fails() {
         let good = SAVED.replace("not ok", "ok");
         let fails = |text: &str, status| !read(text, status).failures.is_empty();
-        assert!(!fails(&good, Some(0)));
-        // The lab failed although all cases ended.
-        for status in [None, Some(1), Some(100), Some(102), Some(107)] {
-            assert!(fails(&good, status), "{status:?}");
+        assert!(!fails(&good, 0));
+        // The run failed although all cases ended.
+        for status in [1, 100, 102, 107] {
+            assert!(fails(&good, status), "{status}");
         }
         // Any line lost, doubled, or cut short.
         let lines: Vec<&str> = good.lines().collect();
@@ -232,13 +228,13 @@ ok 3 log: no oops
             }
             let mut without = lines.clone();
             without.remove(place);
-            assert!(fails(&without.join("\n"), Some(0)), "without '{line}'");
+            assert!(fails(&without.join("\n"), 0), "without '{line}'");
             let mut twice = lines.clone();
             twice.insert(place, line);
-            assert!(fails(&twice.join("\n"), Some(0)), "twice '{line}'");
+            assert!(fails(&twice.join("\n"), 0), "twice '{line}'");
         }
-        assert!(fails("", Some(0)));
-        assert!(fails("1..0", Some(0)));
-        assert!(fails("Segmentation fault", Some(139)));
+        assert!(fails("", 0));
+        assert!(fails("1..0", 0));
+        assert!(fails("Segmentation fault", 99));
     }
 }

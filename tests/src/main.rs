@@ -2,8 +2,7 @@
 
 //! System tests of exitmeter: the cases that need KVM, on emulated hosts.
 //!
-//! The program has two sides. Outside, it boots a host with `cargo lab run` and a copy of itself, and
-//! collects what the copy reports. Inside, it runs the cases.
+//! The program has two sides. Outside, it boots a host with a copy of itself, and collects what the copy reports. Inside, it runs the cases.
 
 mod cases;
 mod inside;

@@ -5,15 +5,23 @@
 use std::{
     collections::VecDeque,
     env,
-    io::{BufRead as _, BufReader, Read},
+    io::{self, Write as _},
     panic,
-    process::{Command, ExitCode, Stdio},
+    process::ExitCode,
     thread::{self, ScopedJoinHandle},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum as _};
-use lab::host::Host;
+use lab::{
+    host::Host,
+    image::payload::FileSpec,
+    programs::{self, Tool},
+    run::{self, Event, Lines, Options},
+    setup::{self, Wanted},
+    verdict::Limits,
+};
 
 use crate::{
     cases,
@@ -23,8 +31,14 @@ use crate::{
 /// Path of this program in the host.
 const INSIDE: &str = "/usr/local/bin/system-tests";
 
-/// Last lines of the lab command's standard error that are repeated at the end.
+/// Variant of the tool in the hosts.
+const TOOL: Tool = Tool::WithBpf;
+
+/// Number of the last lines of the standard error and of the logs that are repeated at the end.
 const LAST_LINES: usize = 100;
+
+/// Status of a run that could not start, as of `cargo lab run`.
+const NOT_STARTED: u8 = 100;
 
 /// Return the number of CPUs that `host` gets by default. QEMU emulates two CPUs by two threads, which
 /// is not stable for hours; Bochs uses one thread, which is, and takes twice the time: see
@@ -86,6 +100,19 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
         Some(host) => std::slice::from_ref(host),
         None => Host::value_variants(),
     };
+    // One set-up for all hosts, so that its progress has the terminal to itself. Much of it waits for the
+    // network; meanwhile the programs are built.
+    thread::scope(|scope| {
+        let programs = scope.spawn(|| programs::build(TOOL));
+        setup::prepare(&Wanted {
+            kernel: plan.kernel.clone(),
+            tree: true,
+            bochs: hosts.contains(&Host::Intel),
+            ..Wanted::default()
+        })?;
+        join(programs)?;
+        anyhow::Ok(())
+    })?;
     let verdicts: Vec<Result<Verdict>> = thread::scope(|scope| {
         let threads: Vec<_> = hosts
             .iter()
@@ -117,28 +144,60 @@ pub fn expect_arguments(words: &[String]) -> impl Iterator<Item = String> + '_ {
 
 /// Boot a host, run the cases in it, and return their verdict.
 fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
-    let mut lab = command(host, plan)?
-        .spawn()
-        .context("cargo lab cannot be run; start the tests by cargo run -p system-tests")?;
-    let stdout = lab.stdout.take().context("stdout is piped")?;
-    let stderr = lab.stderr.take().context("stderr is piped")?;
     let mut collector = Collector::default();
-    let last_lines = thread::scope(|scope| {
-        let last_lines = scope.spawn(|| copy_stderr(stderr));
-        for line in BufReader::new(stdout).split(b'\n') {
-            let line = String::from_utf8_lossy(&line?).into_owned();
-            println!("{host:<5} {line}");
-            collector.take(&line);
+    let mut take = |line: String| {
+        println!("{host:<5} {line}");
+        collector.take(&line);
+    };
+    let (mut stdout, mut stderr) = (Lines::default(), Lines::default());
+    let mut last_lines = LastLines::default();
+    let outcome = run::run(&options(host, plan)?, &mut |event| match event {
+        Event::Stdout(bytes) => stdout.take(bytes).into_iter().for_each(&mut take),
+        Event::Stderr(bytes) => {
+            let _ = io::stderr().write_all(bytes);
+            last_lines.extend(stderr.take(bytes));
         }
-        Ok::<_, anyhow::Error>(join(last_lines))
-    })?;
-    let status = lab.wait()?.code();
+        Event::Stage(_) | Event::Kernel(_) => {}
+    });
+    stdout.finish().into_iter().for_each(take);
+    last_lines.extend(stderr.finish());
+    let (tail, summary, status) = match outcome {
+        Ok(outcome) => {
+            let (summary, status) = (outcome.summary(), outcome.end.status());
+            (outcome.tail, summary, status)
+        }
+        Err(error) => (
+            String::new(),
+            format!("{:#}", anyhow::Error::from(error)),
+            NOT_STARTED,
+        ),
+    };
+    let end = tail.lines().map(str::to_owned);
+    for line in end.chain([format!("lab: {summary}")]) {
+        eprintln!("{line}");
+        last_lines.extend([line]);
+    }
     let mut verdict = collector.end(&host.to_string(), status);
-    if !matches!(status, Some(0 | 1)) {
+    if !matches!(status, 0 | 1) {
         let prefixed = |line| format!("{host:<5} {line}");
-        verdict.last_lines = last_lines.into_iter().map(prefixed).collect();
+        verdict.last_lines = last_lines.0.into_iter().map(prefixed).collect();
     }
     Ok(verdict)
+}
+
+/// The last [`LAST_LINES`] lines.
+#[derive(Default)]
+struct LastLines(VecDeque<String>);
+
+impl LastLines {
+    fn extend(&mut self, lines: impl IntoIterator<Item = String>) {
+        for line in lines {
+            if self.0.len() == LAST_LINES {
+                self.0.pop_front();
+            }
+            self.0.push_back(line);
+        }
+    }
 }
 
 /// Return a thread's result, or resume its panic.
@@ -146,20 +205,6 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread
         .join()
         .unwrap_or_else(|panic| panic::resume_unwind(panic))
-}
-
-/// Copy a command's standard error to our own, and return its last lines.
-fn copy_stderr(stderr: impl Read) -> Vec<String> {
-    let mut last = VecDeque::new();
-    for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
-        let line = String::from_utf8_lossy(&line).into_owned();
-        eprintln!("{line}");
-        if last.len() == LAST_LINES {
-            last.pop_front();
-        }
-        last.push_back(line);
-    }
-    last.into()
 }
 
 /// Return the longest time without output, in seconds, after which a host counts as hung. A case
@@ -174,50 +219,29 @@ fn silence_limit(plan: &Plan) -> u64 {
     silence.min(plan.timeout)
 }
 
-/// Return the command that boots a host and runs the cases in it.
-fn command(host: Host, plan: &Plan) -> Result<Command> {
+/// Return the options of the run that boots a host and runs the cases in it.
+fn options(host: Host, plan: &Plan) -> Result<Options> {
     let this = env::current_exe().context("the path of this program is not known")?;
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let timeout = plan.timeout.to_string();
-    let silence = silence_limit(plan).to_string();
-    let mut lab = Command::new(cargo);
-    lab.args(["lab", "run", "--bpf", "--host", &host.to_string()])
-        .args([
-            "--cpus",
-            &plan
-                .cpus
-                .unwrap_or(default_cpus(host, plan.soak))
-                .to_string(),
-        ])
-        .args(["--timeout", &timeout, "--silence", &silence])
-        .arg("--file")
-        .arg(format!("{}:{INSIDE}", this.display()));
-    if let Some(kernel) = &plan.kernel {
-        lab.args(["--kernel", kernel]);
-    }
-    if let Some(model) = &plan.model {
-        lab.args(["--model", model]);
-    }
-    if let Some(memory) = plan.memory {
-        lab.args(["--memory", &memory.to_string()]);
-    }
-    if let Some(text) = &plan.append {
-        lab.arg(format!("--append={text}"));
-    }
-    if let Some(parameters) = &plan.kvm_args {
-        lab.args(["--kvm-args", parameters]);
-    }
     let mut words = vec![INSIDE.to_owned(), "--inside".to_owned()];
     if plan.soak {
         words.extend(["--soak".to_owned(), format!("--percent={}", plan.percent)]);
     }
-    lab.arg("--")
-        .args(words)
-        .args(["--slow", &plan.slow.to_string()])
-        .args(expect_arguments(&plan.expect))
-        .args(&plan.words)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    Ok(lab)
+    words.extend(["--slow".to_owned(), plan.slow.to_string()]);
+    words.extend(expect_arguments(&plan.expect));
+    words.extend_from_slice(&plan.words);
+    let mut options = Options::new(host, words);
+    let machine = &mut options.machine;
+    machine.model.clone_from(&plan.model);
+    machine.cpus = plan.cpus.unwrap_or(default_cpus(host, plan.soak));
+    machine.memory = plan.memory.unwrap_or(machine.memory);
+    machine.append = plan.append.clone().unwrap_or_default();
+    options.kernel.clone_from(&plan.kernel);
+    options.kvm = Some(plan.kvm_args.clone().unwrap_or_default());
+    options.tool = TOOL;
+    options.files = vec![FileSpec::at(this, INSIDE)];
+    options.limits = Limits {
+        time: Duration::from_secs(plan.timeout),
+        silence: Duration::from_secs(silence_limit(plan)),
+    };
+    Ok(options)
 }

@@ -12,7 +12,8 @@
 //! | 4 | CRC-32 of everything above except the magic |
 //!
 //! Numbers are little-endian. The magic separates frames from noise, the CRC shows damage, and the sequence number
-//! shows loss. After each of these the receiver continues with the next frame.
+//! shows loss. After each of these the receiver continues with the next frame. Crates for framing (postcard with COBS)
+//! drop the bytes between frames, which the lab keeps as noise.
 
 use std::io::{self, Write};
 

@@ -4,7 +4,8 @@
 //!
 //! The folder's name holds a hash of everything that the result depends on. So nothing is ever out of date, and changing
 //! a script makes its result again. A folder only counts if it holds the marker [`COMPLETE`], which is written last. A
-//! script that finds its folder half done continues with it.
+//! script that finds its folder half done continues with it. `make` and its like compare dates instead of contents, and
+//! two of them at once would make the same result twice.
 
 use std::ffi::OsString;
 use std::fs::{self, File};

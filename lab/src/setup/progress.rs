@@ -3,7 +3,8 @@
 //! Progress of the set-up: for each running step its stage, the size of its result, and the time.
 //!
 //! On a terminal the lines are redrawn in place. Elsewhere a line is written when a stage begins and every 30 s, so that
-//! a log shows that the work continues.
+//! a log shows that the work continues. The crate indicatif shows nothing in a log, so it would replace only the few lines
+//! that redraw.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};

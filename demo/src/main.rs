@@ -5,17 +5,21 @@
 
 mod sweep;
 
-use std::io::{self, Write};
-use std::process::ExitCode;
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use exitmeter_meter::reasons::Isa;
-use lab::host::Host;
-use lab::run::{self, Event, Lines, Options};
-use lab::verdict::End;
+use lab::{
+    host::Host,
+    run::{self, Event, Lines, Options},
+    verdict::End,
+};
 
-use sweep::Sweep;
+use self::sweep::Sweep;
 
 /// Number of the host's log lines that are shown.
 const LOG_LINES: usize = 4;

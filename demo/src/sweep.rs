@@ -2,8 +2,7 @@
 
 //! Sweeps over the exit reasons, as `cpuid -r` prints them, and their tables.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 use exitmeter_meter::reasons::{self, Isa};
 

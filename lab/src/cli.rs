@@ -2,23 +2,27 @@
 
 //! Command line of `cargo lab`.
 
-use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
-use std::process::ExitCode;
-use std::time::Duration;
+use std::{
+    ffi::OsString,
+    io::{self, IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use lab::host::{Host, Machine};
-use lab::image::payload::FileSpec;
-use lab::module::{self, BuildArgs, RootArgs};
-use lab::programs::Tool;
-use lab::run::{self, Event, Options, LIMITS};
-use lab::rust_project::{self, RustProjectArgs};
-use lab::setup::{self, PrepareArgs};
-use lab::shell;
-use lab::verdict::Limits;
+use lab::{
+    host::{Host, Machine},
+    image::payload::FileSpec,
+    module::{self, BuildArgs, RootArgs},
+    programs::Tool,
+    run::{self, Event, Options, LIMITS},
+    rust_project::{self, RustProjectArgs},
+    setup::{self, PrepareArgs},
+    shell,
+    verdict::Limits,
+};
 
 /// Boot emulated hosts with VT-x or SVM from packaged, unmodified kernels, and run scripts on them.
 #[derive(Debug, Parser)]

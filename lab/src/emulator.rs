@@ -5,17 +5,17 @@
 pub mod bochs;
 pub mod qemu;
 
-use std::fs::File;
-use std::io;
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::{
+    fs::File,
+    io,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+};
 
 use rustix::process::{set_parent_process_death_signal, setpgid, Signal};
 
-use crate::host::Machine;
-use crate::image::Images;
-use crate::setup::Prepared;
+use crate::{host::Machine, image::Images, setup::Prepared};
 
 /// Description of a host for its emulator.
 #[derive(Debug)]

@@ -12,15 +12,15 @@ mod elf;
 pub mod payload;
 pub mod pvh;
 
-use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
 
 use thiserror::Error;
 
-use crate::paths::NoCache;
-use crate::refused::Refused;
-use crate::setup::Prepared;
+use crate::{paths::NoCache, refused::Refused, setup::Prepared};
 
 /// Reason why an image cannot be made.
 #[derive(Debug, Error)]

@@ -2,8 +2,10 @@
 
 //! Deferring of Ctrl-C and similar signals, so that work can be ended in order first.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{
+    atomic::{AtomicBool, Ordering},
+    Arc, LazyLock, Mutex, PoisonError,
+};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 

@@ -3,21 +3,25 @@
 //! `cargo lab build` builds the kernel module in the Debian root, against the tree of a packaged kernel. `cargo lab root`
 //! runs other commands with the tools of that root.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
-use std::thread;
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{ExitCode, Stdio},
+    thread,
+};
 
 use anyhow::{Context, Result};
 use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
-use crate::paths::repository;
-use crate::refused::Refused;
-use crate::setup::{self, in_root, InRoot, Prepared, Wanted, WITH_RUST};
+use crate::{
+    paths::repository,
+    refused::Refused,
+    setup::{self, in_root, InRoot, Prepared, Wanted, WITH_RUST},
+};
 
 /// Arguments of `cargo lab build`.
 #[derive(Debug, clap::Args)]

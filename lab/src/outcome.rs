@@ -2,18 +2,22 @@
 
 //! Results of runs: the outcome of a run, the errors that keep it from starting, and its usual limits.
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use thiserror::Error;
 
-use crate::image::ImageError;
-use crate::module::ModuleError;
-use crate::programs::ProgramsError;
-use crate::refused::Refused;
-use crate::setup::SetupError;
-use crate::verdict::{End, Limits};
+use crate::{
+    image::ImageError,
+    module::ModuleError,
+    programs::ProgramsError,
+    refused::Refused,
+    setup::SetupError,
+    verdict::{End, Limits},
+};
 
 /// Limits of a run for which the caller sets no others.
 pub const LIMITS: Limits = Limits {

@@ -2,8 +2,10 @@
 
 //! Folders that the whole crate uses: the checkout and the cache.
 
-use std::env;
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use thiserror::Error;
 

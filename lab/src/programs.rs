@@ -2,10 +2,12 @@
 
 //! Building of the workspace's programs that go into a host.
 
-use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader};
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::{
+    collections::HashMap,
+    io::{self, BufRead, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
 
 use serde::Deserialize;
 use thiserror::Error;

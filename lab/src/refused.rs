@@ -2,10 +2,12 @@
 
 //! Errors of system calls on files: the part that the errors of this crate share.
 
-use std::error::Error;
-use std::fmt;
-use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::{
+    error::Error,
+    fmt,
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+};
 
 use crate::paths;
 
@@ -63,8 +65,9 @@ impl Error for Refused {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     /// Return the whole message for a failed write to `path`, with the reason for which a write to `target` fails.
     fn message(path: &Path, target: &str) -> String {

@@ -9,28 +9,33 @@ mod record;
 mod running;
 mod saved;
 
-use std::ffi::OsString;
-use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
-use std::thread;
+use std::{
+    ffi::OsString,
+    panic::resume_unwind,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use lab_agent::settings::{Settings, Task, HOME};
 
-use crate::emulator::{Begin, Boot, Console};
-use crate::host::Host;
-use crate::image::payload::{self, FileSpec};
-use crate::image::Images;
-use crate::module;
-use crate::programs::{self, Programs};
-use crate::setup::{self, Prepared, Wanted};
-use folder::{tidy, CONSOLE};
-use running::Running;
-
+pub(crate) use self::running::command;
+use self::{
+    folder::{tidy, CONSOLE},
+    running::Running,
+};
+pub use self::{lines::Lines, options::Options, record::Event};
 pub use crate::outcome::{Outcome, RunError, LIMITS};
-pub use lines::Lines;
-pub use options::Options;
-pub use record::Event;
-pub(crate) use running::command;
+use crate::{
+    emulator::{Begin, Boot, Console},
+    host::Host,
+    image::{
+        payload::{self, FileSpec},
+        Images,
+    },
+    module,
+    programs::{self, Programs},
+    setup::{self, Prepared, Wanted},
+};
 
 /// Complete the set-up, boot the host, and run the script. `listener` gets the events of the run as they happen.
 ///

@@ -14,25 +14,27 @@ mod space;
 #[cfg(test)]
 mod tests;
 
-use std::fs;
-use std::io;
-use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
+use std::{
+    fs, io,
+    panic::resume_unwind,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+};
 
 use thiserror::Error;
 
+pub(crate) use self::space::need_space;
+pub use self::{
+    command::{command, PrepareArgs},
+    in_root::{in_root, InRoot},
+};
+use self::{
+    engine::{Engine, Recipe, Step},
+    progress::Progress,
+};
 pub use crate::paths::{cache, repository, NoCache};
-pub use command::{command, PrepareArgs};
-pub use in_root::{in_root, InRoot};
-pub(crate) use space::need_space;
-
-use crate::interrupt;
-use crate::paths::LARGER_DISK;
-use crate::refused::Refused;
-use engine::{Engine, Recipe, Step};
-use progress::Progress;
+use crate::{interrupt, paths::LARGER_DISK, refused::Refused};
 
 /// Names of the debug kernels, which are built here and check themselves while they run (scripts/debug-kernel.sh).
 const DEBUG_KERNELS: [&str; 3] = ["debug", "kcsan", "cfi"];

@@ -2,27 +2,34 @@
 
 //! `cargo lab shell` shows a host's console on this terminal.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
-use std::thread;
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::unix::ffi::OsStrExt,
+    path::PathBuf,
+    thread,
+};
 
-use lab_agent::channel::{Item, Message, Receiver};
-use lab_agent::settings::{Settings, Task};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::pty::ptsname;
-use rustix::termios::{tcgetattr, tcsetattr, OptionalActions, Termios};
+use lab_agent::{
+    channel::{Item, Message, Receiver},
+    settings::{Settings, Task},
+};
+use rustix::{
+    event::{poll, PollFd, PollFlags, Timespec},
+    pty::ptsname,
+    termios::{tcgetattr, tcsetattr, OptionalActions, Termios},
+};
 use rustix_openpty::openpty;
 
-use crate::emulator::{Begin, Boot, Console, Emulator};
-use crate::image::payload;
-use crate::image::Images;
-use crate::interrupt;
-use crate::outcome::RunError;
-use crate::programs::{self, Tool};
-use crate::run::{self, folder, Options};
-use crate::setup::Prepared;
+use crate::{
+    emulator::{Begin, Boot, Console, Emulator},
+    image::{payload, Images},
+    interrupt,
+    outcome::RunError,
+    programs::{self, Tool},
+    run::{self, folder, Options},
+    setup::Prepared,
+};
 
 /// Key that ends the host: Ctrl-].
 const ESCAPE: u8 = 0x1d;

@@ -4,8 +4,7 @@
 //!
 //! The code is pure: bytes, messages and times go in, an [`End`] comes out.
 
-use std::fmt;
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use lab_agent::channel::Message;
 

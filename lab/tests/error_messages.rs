@@ -4,11 +4,12 @@
 //! is missing and the remedy.
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
-use std::env;
-use std::fs;
-use std::os::unix::fs::{symlink, PermissionsExt};
-use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::{
+    env, fs,
+    os::unix::fs::{symlink, PermissionsExt},
+    path::PathBuf,
+    process::{Command, Output},
+};
 
 use tempfile::TempDir;
 

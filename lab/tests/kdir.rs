@@ -3,10 +3,7 @@
 //! Tests of scripts/check-kdir.sh on build folders of every kind.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-use std::process::Command;
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
 use tempfile::TempDir;
 

@@ -6,16 +6,20 @@
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
-use std::fs;
-use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::LazyLock;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::LazyLock,
+    thread,
+    time::{Duration, Instant},
+};
 
-use lab::module;
-use lab::setup::{self, Wanted};
+use lab::{
+    module,
+    setup::{self, Wanted},
+};
 use rustix::process::{kill_process, Pid, Signal};
 
 /// Return the command of a run on the AMD host, which boots fastest.

@@ -3,8 +3,7 @@
 //! Tests of packaging/ that need no package: the version, the module's source, and the reasons why DKMS cannot build.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::fs;
-use std::process::Command;
+use std::{fs, process::Command};
 
 use tempfile::TempDir;
 

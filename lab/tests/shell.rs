@@ -4,15 +4,19 @@
 
 #![expect(clippy::unwrap_used, reason = "this is how a test fails")]
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::process::{Child, Command, ExitStatus};
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    io::{Read, Write},
+    process::{Child, Command, ExitStatus},
+    sync::mpsc::{self, Receiver},
+    thread,
+    time::{Duration, Instant},
+};
 
-use lab::programs::{self, Tool};
-use lab::setup::{self, Wanted};
+use lab::{
+    programs::{self, Tool},
+    setup::{self, Wanted},
+};
 use rustix::termios::{tcgetattr, LocalModes};
 use rustix_openpty::openpty;
 

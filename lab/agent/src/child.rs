@@ -2,16 +2,19 @@
 
 //! Running a command and forwarding its output as it comes.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::AsFd;
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::{fd::AsFd, unix::process::ExitStatusExt},
+    process::{Child, Command, ExitStatus, Stdio},
+};
 
 use lab_agent::channel::Message;
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
-use rustix::process::{waitpid, Pid, PidfdFlags, WaitOptions};
+use rustix::{
+    event::{poll, PollFd, PollFlags, Timespec},
+    fs::{fcntl_getfl, fcntl_setfl, OFlags},
+    process::{waitpid, Pid, PidfdFlags, WaitOptions},
+};
 
 /// Longest time until an orphan that was inherited is reaped after its end.
 const REAP_INTERVAL: Timespec = Timespec {

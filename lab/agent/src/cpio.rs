@@ -4,10 +4,12 @@
 //!
 //! All entries belong to root and have no date, so that the same content gives the same bytes.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{symlink, PermissionsExt};
-use std::path::Path;
+use std::{
+    fs::{self, File, Permissions},
+    io::{self, Read, Write},
+    os::unix::fs::{symlink, PermissionsExt},
+    path::Path,
+};
 
 use cpio::newc::{self, Builder, Reader};
 

@@ -2,27 +2,33 @@
 
 //! The host's command `guest`: boots real Linux guests under KVM and runs commands in them.
 
-use std::collections::VecDeque;
-use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    fmt::Write as _,
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::{
+        fd::AsFd,
+        unix::{fs::MetadataExt, net::UnixStream, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{bail, ensure, Context, Result};
 use clap::{Args, Parser, Subcommand};
-use lab_agent::channel::{Item, Message, Receiver, Sender};
-use lab_agent::initramfs;
-use lab_agent::settings::{self, GUEST_COMMAND_LINE};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::fs::{flock, FlockOperation};
-use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use lab_agent::{
+    channel::{Item, Message, Receiver, Sender},
+    initramfs,
+    settings::{self, GUEST_COMMAND_LINE},
+};
+use rustix::{
+    event::{poll, PollFd, PollFlags, Timespec},
+    fs::{flock, FlockOperation},
+    process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal},
+};
 
 /// VMM of the guest: QEMU's smallest machine, with KVM's in-kernel interrupt controllers and two serial ports.
 const VMM: &str = "/usr/bin/qemu-system-x86_64-microvm";

@@ -2,26 +2,36 @@
 
 //! First process of the host and of the guest in it.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{symlink, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::{
+        ffi::OsStringExt,
+        fs::{symlink, MetadataExt, OpenOptionsExt, PermissionsExt},
+        process::CommandExt,
+    },
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use anyhow::{bail, Context, Result};
-use lab_agent::channel::{Item, Message, Receiver, Sender};
-use lab_agent::cpio;
-use lab_agent::settings::{self, Settings, Task};
-use rustix::fs::OFlags;
-use rustix::mount::{mount, MountFlags};
-use rustix::system::{reboot, RebootCommand};
-use rustix::termios::{tcgetattr, tcsetattr, OptionalActions};
+use lab_agent::{
+    channel::{Item, Message, Receiver, Sender},
+    cpio,
+    settings::{self, Settings, Task},
+};
+use rustix::{
+    fs::OFlags,
+    mount::{mount, MountFlags},
+    system::{reboot, RebootCommand},
+    termios::{tcgetattr, tcsetattr, OptionalActions},
+};
 
-use crate::child::{self, KernelLog};
-use crate::modules;
-use crate::port::Port;
+use crate::{
+    child::{self, KernelLog},
+    modules,
+    port::Port,
+};
 
 /// The guest's line for commands, its second serial port. The first is its console.
 const GUEST_LINE: &str = "/dev/ttyS1";

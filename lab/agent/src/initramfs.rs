@@ -2,12 +2,9 @@
 
 //! Initramfs of a guest.
 
-use std::fs::File;
-use std::io;
-use std::path::Path;
+use std::{fs::File, io, path::Path};
 
-use crate::cpio::Archive;
-use crate::settings::GUEST_INITRAMFS;
+use crate::{cpio::Archive, settings::GUEST_INITRAMFS};
 
 /// Write an initramfs to a new file: the part that the lab packed, the agent as the guest's first process, and the
 /// entries that `add` adds.

@@ -9,8 +9,7 @@ mod init;
 mod modules;
 mod port;
 
-use std::path::Path;
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 fn main() -> ExitCode {
     let called = std::env::args_os().next().unwrap_or_default();

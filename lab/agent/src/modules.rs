@@ -2,9 +2,11 @@
 
 //! Loading kernel modules together with their dependencies.
 
-use std::ffi::CString;
-use std::fs::{self, File};
-use std::path::Path;
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    path::Path,
+};
 
 use anyhow::{bail, Context, Result};
 use rustix::io::Errno;

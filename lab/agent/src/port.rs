@@ -2,8 +2,10 @@
 
 //! I/O ports between a host and the lab.
 
-use std::arch::asm;
-use std::io::{self, Write};
+use std::{
+    arch::asm,
+    io::{self, Write},
+};
 
 use lab_agent::settings::{CONTROL_PORT, PORT};
 

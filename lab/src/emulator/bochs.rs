@@ -5,15 +5,19 @@
 //! Kernel and initramfs are put into memory before the machine starts (see [`pvh`]), or the machine continues from a
 //! saved state (see run/saved.rs).
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::Path;
-use std::process::Command;
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::Path,
+    process::Command,
+};
 
 use super::{Begin, Boot, Console, FOLDER};
-use crate::image::pvh::{self, Info};
-use crate::outcome::RunError;
-use crate::setup::in_root;
+use crate::{
+    image::pvh::{self, Info},
+    outcome::RunError,
+    setup::in_root,
+};
 
 /// Physical address of the initramfs, above any kernel.
 const INITRAMFS_ADDRESS: u64 = 0x1000_0000;

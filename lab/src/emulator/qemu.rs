@@ -5,8 +5,7 @@
 use std::process::Command;
 
 use super::{Boot, Console, FOLDER};
-use crate::outcome::RunError;
-use crate::setup::in_root;
+use crate::{outcome::RunError, setup::in_root};
 
 /// Arguments for a minimal machine. Linux has to probe and wait for every device it has.
 const MACHINE: &str = "-nodefaults -no-user-config -no-reboot -display none \

@@ -2,14 +2,15 @@
 
 //! Part of the initramfs that is the same for all runs with one kernel and root.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
 
-use lab_agent::cpio::Archive;
-use lab_agent::settings;
+use lab_agent::{cpio::Archive, settings};
 
 use super::{cache, elf, ImageError};
 use crate::setup::{in_root, Prepared};

@@ -2,9 +2,11 @@
 
 //! Cache of files and folders that are made once for all runs.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
 use rustix::fs::{flock, FlockOperation};
 use sha2::{Digest, Sha256};

@@ -4,8 +4,10 @@
 
 use std::path::Path;
 
-use goblin::elf::program_header::{PT_INTERP, PT_LOAD};
-use goblin::elf::Elf;
+use goblin::elf::{
+    program_header::{PT_INTERP, PT_LOAD},
+    Elf,
+};
 
 use super::ImageError;
 

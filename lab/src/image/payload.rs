@@ -2,14 +2,18 @@
 
 //! Part of the initramfs that belongs to one run.
 
-use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{BufWriter, Write},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
-use lab_agent::cpio::Archive;
-use lab_agent::settings::{self, Settings};
+use lab_agent::{
+    cpio::Archive,
+    settings::{self, Settings},
+};
 
 use super::ImageError;
 
@@ -185,8 +189,7 @@ impl<W: Write> Payload<'_, W> {
 
 #[cfg(test)]
 mod tests {
-    use lab_agent::cpio;
-    use lab_agent::settings::Task;
+    use lab_agent::{cpio, settings::Task};
 
     use super::*;
 

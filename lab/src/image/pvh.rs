@@ -7,8 +7,7 @@
 //! mode, and jumps to the kernel with the address of [`Info`] in EBX (Xen's "x86/HVM direct boot ABI",
 //! xen/include/public/arch-x86/hvm/start_info.h).
 
-use std::arch::global_asm;
-use std::slice;
+use std::{arch::global_asm, slice};
 
 /// Physical address of the ROM. The BIOS looks for such ROMs between C8000h and E0000h.
 pub const ROM_ADDRESS: u64 = 0xd_0000;

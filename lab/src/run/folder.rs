@@ -2,15 +2,14 @@
 
 //! Folders of runs.
 
-use std::fs;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use crate::calendar::date;
-use crate::host::Host;
-use crate::outcome::RunError;
-use crate::paths::repository;
+use crate::{calendar::date, host::Host, outcome::RunError, paths::repository};
 
 /// Name of the console's file in the run's folder.
 pub(crate) const CONSOLE: &str = "console.log";

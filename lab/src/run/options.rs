@@ -2,16 +2,17 @@
 
 //! Options of a run.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::{ffi::OsString, path::PathBuf};
 
 use lab_agent::settings::Module;
 
-use crate::host::{Host, Machine};
-use crate::image::payload::FileSpec;
-use crate::outcome::LIMITS;
-use crate::programs::Tool;
-use crate::verdict::Limits;
+use crate::{
+    host::{Host, Machine},
+    image::payload::FileSpec,
+    outcome::LIMITS,
+    programs::Tool,
+    verdict::Limits,
+};
 
 /// Options of a run: the script and the host.
 #[derive(Clone, Debug)]

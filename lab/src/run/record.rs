@@ -2,17 +2,21 @@
 
 //! Record of a run: the files of its folder.
 
-use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Component, Path, PathBuf};
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::{Read, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::{Component, Path, PathBuf},
+};
 
 use lab_agent::channel::Message;
 
 use super::folder::CONSOLE;
-use crate::outcome::RunError;
-use crate::verdict::{self, End};
+use crate::{
+    outcome::RunError,
+    verdict::{self, End},
+};
 
 /// Number of a log's last lines that are shown if a run fails. As many are shown of a fault that began before them.
 const TAIL: usize = 40;

@@ -2,24 +2,30 @@
 
 //! Running hosts.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
-use std::process::{ChildStdout, Command};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    io::Read,
+    path::Path,
+    process::{ChildStdout, Command},
+    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
 
 use lab_agent::channel::{self, Item, Message};
 
-use super::folder::CONSOLE;
-use super::options::Options;
-use super::record::{Event, Record};
-use crate::emulator::{bochs, qemu, Boot, Emulator};
-use crate::host::Host;
-use crate::interrupt;
-use crate::outcome::{Outcome, RunError};
-use crate::verdict::{End, Watch};
+use super::{
+    folder::CONSOLE,
+    options::Options,
+    record::{Event, Record},
+};
+use crate::{
+    emulator::{bochs, qemu, Boot, Emulator},
+    host::Host,
+    interrupt,
+    outcome::{Outcome, RunError},
+    verdict::{End, Watch},
+};
 
 /// Interval at which the console's file is read.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

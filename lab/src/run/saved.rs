@@ -6,20 +6,26 @@
 //! instead of the boot's twenty. The agent then reads the run's orders from a port. The saved state depends on the
 //! machine, on KVM's parameters, and on everything that was booted. It is made at first use and kept in the cache.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
 
 use lab_agent::settings::{Settings, Task};
 
-use super::folder::{tidy, CONSOLE};
-use super::options::Options;
-use super::running::Running;
-use crate::emulator::{bochs, Begin, Boot, Console};
-use crate::image::{cache, payload, Images};
-use crate::outcome::{RunError, LIMITS};
-use crate::setup::{need_space, Prepared, SetupError};
+use super::{
+    folder::{tidy, CONSOLE},
+    options::Options,
+    running::Running,
+};
+use crate::{
+    emulator::{bochs, Begin, Boot, Console},
+    image::{cache, payload, Images},
+    outcome::{RunError, LIMITS},
+    setup::{need_space, Prepared, SetupError},
+};
 
 /// Name of the file that holds a saved machine's memory.
 const MEMORY: &str = "memory.ram";

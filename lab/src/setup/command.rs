@@ -2,16 +2,20 @@
 
 //! `cargo lab prepare` makes the whole set-up.
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::Path;
-use std::process::Command;
+use std::{
+    fs,
+    io::{self, Write},
+    path::Path,
+    process::Command,
+};
 
 use anyhow::{ensure, Context, Result};
 use rustix::fs::{flock, FlockOperation};
 
-use super::engine::{size_of, Engine, Step};
-use super::{with_engine, Plan, SetupError, Wanted};
+use super::{
+    engine::{size_of, Engine, Step},
+    with_engine, Plan, SetupError, Wanted,
+};
 
 /// Arguments of `cargo lab prepare`.
 #[derive(Debug, clap::Args)]
@@ -127,9 +131,10 @@ fn is_old(path: &Path, steps: &[&Step]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::engine::Recipe;
-    use super::super::progress::Progress;
-    use super::*;
+    use super::{
+        super::{engine::Recipe, progress::Progress},
+        *,
+    };
     use crate::interrupt;
 
     #[test]

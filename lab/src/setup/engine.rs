@@ -7,25 +7,33 @@
 //! script that finds its folder half done continues with it. `make` and its like compare dates instead of contents, and
 //! two of them at once would make the same result twice.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Read};
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io::{self, BufRead, BufReader, Read},
+    os::unix::{fs::MetadataExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
 
-use rustix::fs::{flock, FlockOperation};
-use rustix::io::Errno;
-use rustix::process::{kill_process_group, test_kill_process_group, Pid, Signal};
+use rustix::{
+    fs::{flock, FlockOperation},
+    io::Errno,
+    process::{kill_process_group, test_kill_process_group, Pid, Signal},
+};
 use sha2::{Digest, Sha256};
 
-use super::progress::{Progress, Row};
-use super::{need_space, SetupError};
+use super::{
+    need_space,
+    progress::{Progress, Row},
+    SetupError,
+};
 use crate::interrupt::Interrupts;
 
 /// Name of the marker of a complete result. The marker holds the seconds that the step took.

@@ -2,9 +2,11 @@
 
 //! Commands in the Debian root.
 
-use std::ffi::{OsStr, OsString};
-use std::path::Path;
-use std::process::Command;
+use std::{
+    ffi::{OsStr, OsString},
+    path::Path,
+    process::Command,
+};
 
 use crate::paths::repository;
 

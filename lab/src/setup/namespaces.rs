@@ -2,8 +2,7 @@
 
 //! Check that this process may run commands in a Debian root.
 
-use std::path::Path;
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 use super::{engine, SetupError};
 

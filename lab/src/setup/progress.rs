@@ -6,9 +6,11 @@
 //! a log shows that the work continues. The crate indicatif shows nothing in a log, so it would replace only the few lines
 //! that redraw.
 
-use std::io::{self, IsTerminal, Write};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 const REDRAW: Duration = Duration::from_secs(1);
 const REPEAT: Duration = Duration::from_secs(30);
@@ -204,8 +206,9 @@ impl RowState {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::{mpsc, Arc};
+
+    use super::*;
 
     struct Pipe(mpsc::Sender<u8>);
 

@@ -2,8 +2,7 @@
 
 //! Check that the disk has enough free space.
 
-use std::fs;
-use std::path::Path;
+use std::{fs, path::Path};
 
 use super::SetupError;
 

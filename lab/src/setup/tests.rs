@@ -2,14 +2,15 @@
 
 //! Tests of the engine with small scripts, and of the plan with the real ones.
 
-use std::os::unix::process::ExitStatusExt;
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::{
+    os::unix::process::ExitStatusExt,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use tempfile::TempDir;
 
-use super::engine::COMPLETE;
-use super::*;
+use super::{engine::COMPLETE, *};
 use crate::interrupt::{self, Interrupts};
 
 /// A folder of scripts and an empty cache.

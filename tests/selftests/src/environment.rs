@@ -2,9 +2,10 @@
 
 //! Sets up what tests expect of a machine and the bare host lacks.
 
-use std::{ffi::CStr, fs, io, path::Path};
+use std::{ffi::CStr, fs, path::Path};
 
 use anyhow::{Context as _, Result};
+use system_tests::host::mount;
 
 /// File systems to mount: type and folder.
 const MOUNTS: [(&CStr, &CStr); 2] = [(c"tmpfs", c"/dev/shm"), (c"cgroup2", c"/sys/fs/cgroup")];
@@ -29,15 +30,7 @@ pub fn set_up() -> Result<()> {
         if !folder.is_dir() {
             fs::create_dir(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         }
-        // SAFETY: All strings end with a NUL; these file systems take no data.
-        let mounted = unsafe {
-            let (kind, place) = (kind.as_ptr(), place.as_ptr());
-            libc::mount(kind, place, kind, 0, std::ptr::null())
-        };
-        if mounted != 0 {
-            return Err(io::Error::last_os_error())
-                .with_context(|| format!("cannot mount {}", folder.display()));
-        }
+        mount(kind, place)?;
     }
     for (path, value) in SETTINGS {
         fs::write(path, value).with_context(|| format!("cannot set {path}"))?;

@@ -6,8 +6,8 @@ use crate::{
     kvm::vcpu::Vcpu,
     log,
     meter::leaves::{
+        LogLine, //
         Registers,
-        Spoken, //
     },
     registry::Registry, //
 };
@@ -27,12 +27,12 @@ pub(crate) fn answer(
     let leaves = registry.leaves();
     let query = leaves.classify(leaf)?;
     let (who, answer) = registry.answer(vcpu, query, subleaf, at_cpl_0)?;
-    if !query.is_spoken(subleaf) {
+    if !query.is_logged(subleaf) {
         return Some(answer);
     }
     log::query(
         who,
-        &Spoken {
+        &LogLine {
             leaf,
             query,
             subleaf,

@@ -27,7 +27,7 @@ use crate::{
         ledger::Totals,
         registry::walk::{
             NoSnapshot,
-            Show, //
+            TableOptions, //
         },
     },
     registry::published, //
@@ -117,7 +117,7 @@ impl MiscDevice for Device {
         let mut snapshot = device.snapshot.lock();
         if *kiocb.ki_pos_mut() == 0 {
             let code = device.may_see_details || device.details.lock().is_some();
-            *snapshot = take(Show { code })?;
+            *snapshot = take(TableOptions { code })?;
         }
         iov.simple_read_from_buffer(kiocb.ki_pos_mut(), &snapshot)
     }
@@ -128,22 +128,22 @@ impl MiscDevice for Device {
 /// # Errors
 ///
 /// Fails with `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
-fn take(show: Show) -> Result<KVVec<u8>> {
+fn take(show: TableOptions) -> Result<KVVec<u8>> {
     let registry = published().ok_or(ENODEV)?;
     // A snapshot that does not fit raises the estimate for the next attempt.
     loop {
-        let mut buffer = KVVec::from_elem(0, registry.likely_size(), GFP_KERNEL_ACCOUNT)?;
+        let mut buffer = KVVec::from_elem(0, registry.estimated_size(), GFP_KERNEL_ACCOUNT)?;
         let mut gone = KVBox::<Totals>::zeroed(GFP_KERNEL_ACCOUNT)?;
         match registry.snapshot(&mut buffer, &mut gone, show) {
             Ok(written) => {
                 buffer.truncate(written);
                 return Ok(buffer);
             }
-            Err(NoSnapshot::Busy) => return Err(EAGAIN),
-            Err(NoSnapshot::Full(_)) if kernel::current!().signal_pending() => {
+            Err(NoSnapshot::CopyFailed) => return Err(EAGAIN),
+            Err(NoSnapshot::BufferTooSmall(_)) if kernel::current!().signal_pending() => {
                 return Err(ERESTARTSYS)
             }
-            Err(NoSnapshot::Full(_)) => {}
+            Err(NoSnapshot::BufferTooSmall(_)) => {}
         }
     }
 }

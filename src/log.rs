@@ -21,7 +21,7 @@ use crate::{
         leaves::{
             LeafMap,
             Leaves,
-            Spoken, //
+            LogLine, //
         },
         ledger::Totals,
         phase::Phase,
@@ -38,7 +38,7 @@ use crate::{
 };
 
 // The kernel formats through a trait of its own.
-impl kernel::fmt::Display for Spoken {
+impl kernel::fmt::Display for LogLine {
     fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
         core::fmt::Display::fmt(self, f)
     }
@@ -83,7 +83,7 @@ pub(crate) fn loaded(leaves: &Leaves, host_scope: bool) {
 }
 
 /// Log a query of a guest, rate limited.
-pub(crate) fn query(who: &Identity, spoken: &Spoken) {
+pub(crate) fn query(who: &Identity, line: &LogLine) {
     if !parameters::logs_queries() {
         return;
     }
@@ -94,7 +94,7 @@ pub(crate) fn query(who: &Identity, spoken: &Spoken) {
     }
     let name = who.name.split(|byte| *byte == 0).next().unwrap_or(&[]);
     // Not `pr_debug!`, which a kernel without debug assertions leaves out.
-    print_macro!(DEBUG, false, "{}: {}\n", BStr::from_bytes(name), spoken);
+    print_macro!(DEBUG, false, "{}: {}\n", BStr::from_bytes(name), line);
     if LEFT_OUT.load(Ordering::Relaxed) != 0 && LEFT_OUT_LINES.take(now) {
         let left_out = LEFT_OUT.swap(0, Ordering::Relaxed);
         pr_notice!("{left_out} queries of guests have no line, as they came too fast\n");

@@ -53,7 +53,7 @@ SYM_FUNC_END(exitmeter_trampoline_put)
 SYM_FUNC_START(exitmeter_trampoline_cpuid)
 	ANNOTATE_NOENDBR
 	CALL_DEPTH_ACCOUNT
-	/* As Leaves::are_near() in meter/leaves.rs. */
+	/* As Leaves::may_answer() in meter/leaves.rs. */
 	movl	LAYOUT_VCPU_REGS(%rdi), %eax
 	shrl	$4, %eax
 	cmpl	$0x4ffffff, %eax

@@ -8,7 +8,7 @@
 
 /* 1 for SVM, 0 for VMX. */
 KNOWN(is_svm)
-/* Number of entries of `heres` minus one. */
+/* Number of entries of `cpus` minus one. */
 KNOWN(cpu_mask)
 /* A power of two minus one, at least as large as the offset of every ledger. */
 KNOWN(ledgers_mask)

@@ -45,7 +45,7 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, u32);
 	__type(value, struct here);
-} heres SEC(".maps");
+} cpus SEC(".maps");
 
 /* Ledgers, one for each vCPU that can be metered. */
 struct {
@@ -70,7 +70,7 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, u32);
 	__type(value, struct ledger);
-} nothing SEC(".maps");
+} empty_ledger SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -86,7 +86,7 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, u32);
 	__type(value, struct totals);
-} gone SEC(".maps");
+} departed SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -135,7 +135,7 @@ static __always_inline struct meter *the_meter(void)
 static __always_inline struct here *here_of(u64 cpu)
 {
 	mask_by(cpu, cpu_mask);
-	return (struct here *)(value_of(&heres) + cpu * sizeof(struct here));
+	return (struct here *)(value_of(&cpus) + cpu * sizeof(struct here));
 }
 
 static __always_inline struct here *this_cpu(void)
@@ -1024,8 +1024,8 @@ static __always_inline int let_go(u64 vcpu, int is_new)
 {
 	u32 *had = bpf_map_lookup_elem(&vcpus, &vcpu);
 	u32 zero = 0;
-	struct totals *totals = bpf_map_lookup_elem(&gone, &zero);
-	struct ledger *empty = bpf_map_lookup_elem(&nothing, &zero);
+	struct totals *totals = bpf_map_lookup_elem(&departed, &zero);
+	struct ledger *empty = bpf_map_lookup_elem(&empty_ledger, &zero);
 	struct folding folding = { 0 };
 	struct ledger *ledger;
 	struct owner *owner;

@@ -48,7 +48,7 @@ struct baseline {
 };
 
 /* An exit that has ended, with its phases other than the guest's. */
-struct told {
+struct ended_exit {
 	u64 exited;
 	u64 ticks[PHASES - 1];
 	u32 outs, why, cpus, after;
@@ -56,7 +56,7 @@ struct told {
 
 struct kept {
 	u64 sequence, key, rip;
-	struct told told;
+	struct ended_exit exit;
 };
 
 struct window {
@@ -73,7 +73,7 @@ struct slow {
 	u64 limit, base, culprit;
 	u32 asked, met;
 	u64 steps[SCRATCH + RING][4];
-	struct told courses[RING + 1];
+	struct ended_exit courses[RING + 1];
 	struct window windows[2];
 };
 
@@ -512,10 +512,10 @@ static __noinline int count_user(struct tables *tables, u32 slot, u64 why)
 	return 0;
 }
 
-static __always_inline u64 length_of(const struct told *told)
+static __always_inline u64 length_of(const struct ended_exit *exit)
 {
 	/* This sums all phases but HALTED. */
-	return told->ticks[0] + told->ticks[1] + told->ticks[3] + told->ticks[4];
+	return exit->ticks[0] + exit->ticks[1] + exit->ticks[3] + exit->ticks[4];
 }
 
 #define window_of(slow)                                                                                                \
@@ -557,7 +557,7 @@ static __noinline int keep(struct slow *slow, struct owner *owner, u64 now, u64 
 		window->count = count + 1;
 	} else {
 		for (u32 at = 0; at < KEPT; at++) {
-			u64 length = length_of(&kept_at(window, at)->told);
+			u64 length = length_of(&kept_at(window, at)->exit);
 
 			if (length < shortest) {
 				shortest = length;
@@ -569,21 +569,21 @@ static __noinline int keep(struct slow *slow, struct owner *owner, u64 now, u64 
 	kept->sequence = owner->exits - 1;
 	kept->key = owner->key;
 	kept->rip = owner->rip;
-	kept->told.exited = now - kernel - slow->away[0] - slow->away[1] - slow->away[2] - slow->away[3];
-	kept->told.ticks[0] = kernel;
-	kept->told.ticks[1] = slow->away[0];
-	kept->told.ticks[2] = slow->away[1];
-	kept->told.ticks[3] = slow->away[2];
-	kept->told.ticks[4] = slow->away[3];
-	kept->told.outs = slow->outs;
-	kept->told.why = slow->why;
-	kept->told.cpus = (before ? before : entry) | entry << 16;
-	kept->told.after = entry;
+	kept->exit.exited = now - kernel - slow->away[0] - slow->away[1] - slow->away[2] - slow->away[3];
+	kept->exit.ticks[0] = kernel;
+	kept->exit.ticks[1] = slow->away[0];
+	kept->exit.ticks[2] = slow->away[1];
+	kept->exit.ticks[3] = slow->away[2];
+	kept->exit.ticks[4] = slow->away[3];
+	kept->exit.outs = slow->outs;
+	kept->exit.why = slow->why;
+	kept->exit.cpus = (before ? before : entry) | entry << 16;
+	kept->exit.after = entry;
 	if (window->count < KEPT)
 		return 0;
 	shortest = ~0ULL;
 	for (u32 at = 0; at < KEPT; at++) {
-		u64 length = length_of(&kept_at(window, at)->told);
+		u64 length = length_of(&kept_at(window, at)->exit);
 
 		shortest = length < shortest ? length : shortest;
 	}

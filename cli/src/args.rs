@@ -14,7 +14,7 @@ use crate::export;
 use crate::top;
 use crate::{
     completions, guest, man,
-    output::{Output, When},
+    output::{ColorChoice, Output},
     plot, reasons, record, report, slow, stat, verify, why,
 };
 
@@ -39,7 +39,7 @@ pub struct Args {
         default_value_t,
         hide_possible_values = true
     )]
-    color: When,
+    color: ColorChoice,
     #[command(subcommand)]
     command: Command,
 }

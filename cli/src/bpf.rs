@@ -58,7 +58,7 @@ pub enum Error {
     #[error(
         "no right to read {PINS}: run this as root; the group kvm reads it through {SOCKET} (systemctl enable --now exitmeter-bpf)"
     )]
-    Closed,
+    PinsUnreadable,
     /// The socket gives no snapshot.
     #[error("{SOCKET} gives no snapshot: {0}; journalctl -u 'exitmeter-bpf@*' tells more")]
     NotGiven(String),
@@ -134,7 +134,7 @@ fn attach(details: bool) -> Result<(), Error> {
     let has_details = match &*own {
         Some(own) => Some(own.maps().has_details()),
         None => match pins::open(Path::new(PINS)) {
-            Err(Error::Closed) => Some(socket::has_details(details)?),
+            Err(Error::PinsUnreadable) => Some(socket::has_details(details)?),
             maps => maps?.map(|maps| maps.has_details()),
         },
     };
@@ -162,7 +162,7 @@ pub fn read() -> Result<Vec<u8>, Error> {
         return own.maps().snapshot(true);
     }
     match pins::open(Path::new(PINS)) {
-        Err(Error::Closed) => socket::read(),
+        Err(Error::PinsUnreadable) => socket::read(),
         maps => maps?.ok_or(Error::NotStarted)?.snapshot(true),
     }
 }

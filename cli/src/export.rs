@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use crate::{model::Span, names::Book, report::seconds, source};
+use crate::{model::Span, names::NameBook, report::seconds, source};
 
 pub mod details;
 pub mod exposition;
@@ -85,7 +85,7 @@ pub struct Args {
     #[arg(long)]
     created: bool,
     #[command(flatten)]
-    asked: source::Asked,
+    asked: source::SourceArgs,
     /// Read a saved snapshot instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -120,7 +120,7 @@ pub struct Exporter {
 #[derive(Debug, Default)]
 struct State {
     /// Names of the VMs.
-    names: Book,
+    names: NameBook,
     /// The meter's life number, and the time of its start since 1970.
     meter_start: Option<(u64, Duration)>,
     /// Highest number of vCPUs seen for each VM.
@@ -201,12 +201,12 @@ impl Exporter {
     }
 
     /// Read the meter, and look up the names of its VMs.
-    fn read(&self, detail: Detail) -> Result<(Sums, Book), source::Error> {
+    fn read(&self, detail: Detail) -> Result<(Sums, NameBook), source::Error> {
         let path = self.choice.open(&self.input)?;
         let sums = Sums::read(&path, detail)?;
         let running = sums.running();
         let mut names = match self.state().names.clone() {
-            empty if empty == Book::default() => Book::of(&path),
+            empty if empty == NameBook::default() => NameBook::of(&path),
             names => names,
         };
         // Do not hold the lock here: a process that hangs can take long to return its command line.

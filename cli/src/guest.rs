@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use exitmeter_guest::{Cpuid, Error, Isa, Meter, Row};
+use exitmeter_guest::{Cpuid, Error, Isa, Meter, ReasonNumbers};
 use exitmeter_meter::snapshot::{Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER};
 use serde::Serialize;
 
@@ -12,8 +12,8 @@ use self::{slow::Slow, tables::Reading};
 use crate::{
     model::{isa_name, Cycles, Label, Ledger, ReasonRow, Sort, FORMAT},
     numbers::rough,
-    output::{Look, Output},
-    report::{count, Writer},
+    output::{Output, TextOptions},
+    report::{format_count, Writer},
     why::{
         export::collapsed_of,
         model::Weight,
@@ -21,13 +21,13 @@ use crate::{
     },
 };
 
+mod access;
+mod details;
 mod slow;
 pub(crate) mod tables;
-mod told;
-mod way;
 
-pub use told::Told;
-pub use way::{find, Asker, Silence, Way};
+pub use access::{find, Access, NoAnswer, Querier};
+pub use details::GuestDetails;
 
 /// In a guest: show the exits that this VM caused, read by CPUID.
 ///
@@ -104,7 +104,7 @@ impl Args {
         if self.json {
             out.json(&sweep)?;
         } else {
-            out.print(&sweep.text(out.look()))?;
+            out.print(&sweep.text(out.text_options()))?;
         }
         Ok(())
     }
@@ -118,15 +118,15 @@ impl Args {
             version: meter.interface(),
             life: meter.life(),
         };
-        let (way, found) = find(likely_isa(), found)?;
-        let way = match self.code {
-            true => Way::Device,
-            false => way,
+        let (access, found) = find(likely_isa(), found)?;
+        let access = match self.code {
+            true => Access::Device,
+            false => access,
         };
         found.check()?;
-        let mut cpus = tables::Cpus::open(way).map_err(|error| match error.downcast() {
-            Ok(Silence::NoDevice { error }) if self.code => Silence::NoKernel { error }.into(),
-            Ok(silence) => silence.into(),
+        let mut cpus = tables::Cpus::open(access).map_err(|error| match error.downcast() {
+            Ok(NoAnswer::NoDevice { error }) if self.code => NoAnswer::NoKernel { error }.into(),
+            Ok(no_answer) => no_answer.into(),
             Err(other) => other,
         })?;
         if self.slow {
@@ -135,7 +135,7 @@ impl Args {
             let slow = Slow::new(&reading, slow, found.isa, &self.symbols()?);
             match self.json {
                 true => out.json(&slow)?,
-                false => out.print(&slow.text(self.limit, out.look()))?,
+                false => out.print(&slow.text(self.limit, out.text_options()))?,
             }
             return Ok(());
         }
@@ -148,7 +148,7 @@ impl Args {
         if self.code {
             reading.check_code()?;
         }
-        let told = Told::new(
+        let told = GuestDetails::new(
             &reading,
             &reading.rows(),
             found.isa,
@@ -169,7 +169,7 @@ impl Args {
         };
         match self.json {
             true => out.json(&about)?,
-            false => out.print(&about.text(self.code, self.limit, out.look()))?,
+            false => out.print(&about.text(self.code, self.limit, out.text_options()))?,
         }
         Ok(())
     }
@@ -226,18 +226,18 @@ struct About {
     /// them.
     queries: u64,
     #[serde(flatten)]
-    told: Told,
+    told: GuestDetails,
 }
 
 impl About {
-    fn text(&self, code: bool, limit: usize, look: Look) -> String {
-        let own_exits = count(self.queries, "CPUID exit");
+    fn text(&self, code: bool, limit: usize, options: TextOptions) -> String {
+        let own_exits = format_count(self.queries, "CPUID exit");
         let among = if code { "among them" } else { "not among them" };
         format!(
             "exits of {} in {} cycles\n{}{own_exits} of this tool's own {among}\n",
-            count(self.told.vcpus as u64, "vCPU"),
+            format_count(self.told.vcpus as u64, "vCPU"),
             rough(self.ticks),
-            self.told.text(code, limit, look),
+            self.told.text(code, limit, options),
         )
     }
 }
@@ -296,7 +296,7 @@ impl Sweep {
         meter.read(|row| rows.push(reason_row(isa, &row)));
         meter.check_life()?;
         let mut ledger = Ledger::of(rows);
-        ledger.cycles.has_waits = meter.has_waits();
+        ledger.cycles.separates_waits = meter.separates_waits();
         Ok(Self {
             format: FORMAT,
             isa,
@@ -309,25 +309,25 @@ impl Sweep {
     }
 
     /// Format the sweep like the host's report.
-    pub fn text(&self, look: Look) -> String {
-        let mut writer = Writer::new(String::new(), look);
+    pub fn text(&self, options: TextOptions) -> String {
+        let mut writer = Writer::new(String::new(), options);
         writer.phases(&self.ledger);
         writer.reasons(&self.ledger, None);
-        let own_exits = count(self.queries, "CPUID exit");
+        let own_exits = format_count(self.queries, "CPUID exit");
         writer.end(&format!(
             "{}; reading them took {own_exits} more",
-            count(self.ledger.exits, "exit"),
+            format_count(self.ledger.exits, "exit"),
         ))
     }
 }
 
 /// Convert a row to the form of the host's report.
-fn reason_row(isa: Isa, row: &Row) -> ReasonRow {
+fn reason_row(isa: Isa, row: &ReasonNumbers) -> ReasonRow {
     ReasonRow {
         label: Label::new(isa, Reason::Code(row.code)),
         exits: row.exits,
         nested_exits: row.nested_exits,
-        cycles: Cycles::counted(row.has_waits, |phase| row.cycles(phase)),
+        cycles: Cycles::counted(row.separates_waits, |phase| row.cycles(phase)),
         polled: None,
         // No leaf provides the distribution.
         spread: None,

@@ -6,18 +6,18 @@ use std::collections::BTreeMap;
 
 use exitmeter_meter::{
     phase::Phase,
-    reader::{Snapshot, Vcpu as VcpuRecord},
+    reader::{Snapshot, VcpuRecord},
     reasons::Isa,
 };
 use serde::Serialize;
 
-use crate::names::{Given, Known};
+use crate::names::{Candidate, VmNames};
 
 pub mod delta;
 mod ledger;
 
 #[cfg(feature = "export")]
-pub(crate) use ledger::both;
+pub(crate) use ledger::sum_if_known;
 pub use ledger::{Cycles, Label, Ledger, ReasonRow, Sort};
 
 /// Version of the data format. It grows when a field goes or changes its meaning.
@@ -32,7 +32,7 @@ pub struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval: Option<Span>,
     /// The host and its meter.
-    pub host: Host,
+    pub host: HostReport,
     /// vCPUs that run or ran unmetered.
     pub unmetered_vcpus: u64,
     /// Running VMs, by VM number.
@@ -62,7 +62,7 @@ pub enum Meter {
 
 /// The host and its meter.
 #[derive(Clone, Debug, Serialize)]
-pub struct Host {
+pub struct HostReport {
     /// `vmx` or `svm`.
     #[serde(serialize_with = "isa_name")]
     pub isa: Isa,
@@ -95,7 +95,7 @@ pub struct Vm {
     pub pid: u32,
     /// Names that the VMM was given, if known. They are known for VMs of this host and in
     /// recordings.
-    pub vmm: Given,
+    pub vmm: VmNames,
     /// Time that the numbers cover: since the first event of the oldest vCPU, or since the earlier
     /// snapshot.
     pub span: Span,
@@ -106,12 +106,12 @@ pub struct Vm {
     #[serde(flatten)]
     pub ledger: Ledger,
     /// vCPUs of the VM.
-    pub vcpus: Vec<Vcpu>,
+    pub vcpus: Vec<VcpuReport>,
 }
 
 /// A vCPU.
 #[derive(Clone, Debug, Serialize)]
-pub struct Vcpu {
+pub struct VcpuReport {
     /// vCPU id in its VM.
     pub vcpu: u32,
     /// TSC at the first event; for a difference, at its beginning.
@@ -160,14 +160,14 @@ impl Report {
                     vm: record.vm(),
                     name: record.name().to_owned(),
                     pid: record.pid(),
-                    vmm: Given::default(),
+                    vmm: VmNames::default(),
                     span: Span::of(0, None),
                     polled_ns: None,
                     ledger: Ledger::default(),
                     vcpus: Vec::new(),
                 })
                 .vcpus
-                .push(Vcpu::new(snapshot, &record));
+                .push(VcpuReport::new(snapshot, &record));
         }
         for vm in vms.values_mut() {
             vm.vcpus.sort_by_key(|vcpu| vcpu.vcpu);
@@ -179,7 +179,7 @@ impl Report {
         Self {
             format: FORMAT,
             interval: None,
-            host: Host {
+            host: HostReport {
                 isa,
                 tsc_khz: snapshot.tsc_khz(),
                 tsc_stable: snapshot.tsc_is_stable(),
@@ -228,8 +228,8 @@ impl Vm {
     }
 
     /// Return all names of the VM, for a search.
-    pub fn known(&self) -> Known<'_> {
-        Known {
+    pub fn candidate(&self) -> Candidate<'_> {
+        Candidate {
             vm: self.vm,
             kvm: &self.name,
             pid: self.pid,
@@ -249,21 +249,21 @@ impl Vm {
 impl Departed {
     fn new(snapshot: &Snapshot<'_>) -> Self {
         let isa = snapshot.isa();
-        let mut ledger = Ledger::new(isa, snapshot.has_waits(), snapshot.totals());
-        ledger.take_polling_apart(isa, snapshot.gone_polled(), snapshot.tsc_khz());
+        let mut ledger = Ledger::new(isa, snapshot.separates_waits(), snapshot.totals());
+        ledger.separate_polling(isa, snapshot.departed_polled(), snapshot.tsc_khz());
         Self {
-            vcpus_gone: snapshot.gone(),
-            polled_ns: snapshot.gone_polled(),
+            vcpus_gone: snapshot.departed(),
+            polled_ns: snapshot.departed_polled(),
             ledger,
         }
     }
 }
 
-impl Vcpu {
+impl VcpuReport {
     fn new(snapshot: &Snapshot<'_>, record: &VcpuRecord<'_>) -> Self {
         let isa = snapshot.isa();
-        let mut ledger = Ledger::new(isa, snapshot.has_waits(), record.rows());
-        ledger.take_polling_apart(isa, record.polled(), snapshot.tsc_khz());
+        let mut ledger = Ledger::new(isa, snapshot.separates_waits(), record.rows());
+        ledger.separate_polling(isa, record.polled(), snapshot.tsc_khz());
         Self {
             vcpu: record.id(),
             first_tsc: record.first(),

@@ -4,7 +4,7 @@
 //!
 //! KVM names a VM after the thread that created it, `kvm-PID`. Other names are in the VMM's command
 //! line, which [`command`] reads, and in its cgroup ([`mod@unit`]); [`process`] gets both from
-//! /proc. A [`Book`] keeps the names, as the process may be gone later, and [`find`] returns the VM
+//! /proc. A [`NameBook`] keeps the names, as the process may be gone later, and [`find`] returns the VM
 //! that a user means.
 //!
 //! All of this is text from outside the tool. It passes [`words::clean`] before it is shown.
@@ -29,7 +29,7 @@ pub mod words;
 /// Names of a VM that its VMM was given, as far as they are visible.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Given {
+pub struct VmNames {
     /// Name.
     pub name: Option<String>,
     /// UUID, in lower case.
@@ -47,7 +47,7 @@ pub struct Given {
 }
 
 /// Names of a VM that nothing is known of.
-static UNKNOWN: Given = Given {
+static UNKNOWN: VmNames = VmNames {
     name: None,
     uuid: None,
     manager: None,
@@ -56,7 +56,7 @@ static UNKNOWN: Given = Given {
     inner_pids: Vec::new(),
 };
 
-impl Given {
+impl VmNames {
     /// Return the VM's name for people, with KVM's name behind it: `web (kvm-1234)`.
     pub fn label(&self, kvm: &str) -> String {
         let kvm = words::clean(kvm.as_bytes());
@@ -127,7 +127,7 @@ impl Given {
 
 /// Names of one VM, as a line of a recording.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Line {
+pub struct NameLine {
     /// Life number of the meter that the VM number belongs to. Written as text, because JSON
     /// readers keep only 53 bits.
     #[serde(with = "hexadecimal")]
@@ -136,7 +136,7 @@ pub struct Line {
     pub vm: u64,
     /// Names of the VM.
     #[serde(flatten)]
-    pub given: Given,
+    pub given: VmNames,
 }
 
 mod hexadecimal {
@@ -155,7 +155,7 @@ mod hexadecimal {
 
 /// VMs of a snapshot, with what the search for their names needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Running {
+pub struct RunningVms {
     /// The meter's life number.
     pub life: u64,
     /// TSC at which the snapshot began.
@@ -166,7 +166,7 @@ pub struct Running {
     pub vms: BTreeMap<u64, (u32, u64)>,
 }
 
-impl Running {
+impl RunningVms {
     /// Return the VMs of a snapshot.
     pub fn new(snapshot: &Snapshot<'_>) -> Self {
         let mut running = Self {
@@ -190,16 +190,16 @@ impl Running {
 
 /// Names found so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Book {
+pub struct NameBook {
     /// Processes to look up; `None` if the snapshots are not of this host.
     processes: Option<Processes>,
     /// Life number of the latest snapshot.
     life: u64,
     /// Names by life number and VM number.
-    given: BTreeMap<(u64, u64), Given>,
+    given: BTreeMap<(u64, u64), VmNames>,
 }
 
-impl Book {
+impl NameBook {
     /// Create a book for the snapshots of `path`. It looks up names only if `path` is a device: the
     /// processes of a saved snapshot are gone by now, or belong to another host.
     pub fn of(path: &Path) -> Self {
@@ -218,12 +218,12 @@ impl Book {
     }
 
     /// Look up the new VMs of a snapshot, and return their names.
-    pub fn read(&mut self, snapshot: &Snapshot<'_>) -> Vec<Line> {
-        self.look_up(&Running::new(snapshot))
+    pub fn read(&mut self, snapshot: &Snapshot<'_>) -> Vec<NameLine> {
+        self.look_up(&RunningVms::new(snapshot))
     }
 
     /// Look up the new VMs, and return their names.
-    pub fn look_up(&mut self, running: &Running) -> Vec<Line> {
+    pub fn look_up(&mut self, running: &RunningVms) -> Vec<NameLine> {
         let life = running.life;
         self.life = life;
         let Some(processes) = &self.processes else {
@@ -242,7 +242,7 @@ impl Book {
             // A missing process may be a thread that has ended, so look it up again next time.
             if let Some(given) = processes.given(pid, age) {
                 self.given.insert((life, vm), given.clone());
-                lines.push(Line { life, vm, given });
+                lines.push(NameLine { life, vm, given });
             }
         }
         lines
@@ -250,28 +250,28 @@ impl Book {
 
     /// Forget the VMs that are not in a snapshot.
     pub fn forget(&mut self, snapshot: &Snapshot<'_>) {
-        self.forget_others(&Running::new(snapshot));
+        self.forget_others(&RunningVms::new(snapshot));
     }
 
     /// Forget the VMs that no longer run.
-    pub fn forget_others(&mut self, running: &Running) {
+    pub fn forget_others(&mut self, running: &RunningVms) {
         self.given
             .retain(|(life, vm), _| *life == running.life && running.vms.contains_key(vm));
     }
 
     /// Add the names from a line of a recording.
-    pub fn note(&mut self, line: Line) {
+    pub fn add(&mut self, line: NameLine) {
         self.given
             .insert((line.life, line.vm), line.given.cleaned());
     }
 
     /// Return the names of a VM of the latest snapshot.
-    pub fn vm(&self, vm: u64) -> &Given {
+    pub fn vm(&self, vm: u64) -> &VmNames {
         self.vm_of(self.life, vm)
     }
 
     /// Return the names of a VM of life `life`.
-    pub fn vm_of(&self, life: u64, vm: u64) -> &Given {
+    pub fn vm_of(&self, life: u64, vm: u64) -> &VmNames {
         self.given.get(&(life, vm)).unwrap_or(&UNKNOWN)
     }
 
@@ -286,7 +286,7 @@ impl Book {
 
 /// A VM that a user may mean.
 #[derive(Clone, Copy, Debug)]
-pub struct Known<'a> {
+pub struct Candidate<'a> {
     /// VM number.
     pub vm: u64,
     /// KVM's name for the VM.
@@ -294,7 +294,7 @@ pub struct Known<'a> {
     /// Process id of the VMM.
     pub pid: u32,
     /// Names of the VM.
-    pub given: &'a Given,
+    pub given: &'a VmNames,
 }
 
 /// A search that did not find exactly one VM.
@@ -328,12 +328,13 @@ pub enum NoVm {
 /// Returns an error if no VM has the name, or VMs of several processes have it.
 pub fn find<'a>(
     wanted: &str,
-    vms: impl IntoIterator<Item = Known<'a>>,
+    vms: impl IntoIterator<Item = Candidate<'a>>,
 ) -> Result<BTreeSet<u64>, NoVm> {
     let vms: Vec<_> = vms.into_iter().collect();
     let mut found: Vec<_> = vms.iter().filter(|vm| vm.kvm == wanted).collect();
     if found.is_empty() {
-        let called = |vm: &&Known<'_>| vm.pid.to_string() == wanted || vm.given.has_name(wanted);
+        let called =
+            |vm: &&Candidate<'_>| vm.pid.to_string() == wanted || vm.given.has_name(wanted);
         found = vms.iter().filter(called).collect();
     }
     let pids: BTreeSet<_> = found.iter().map(|vm| vm.pid).collect();
@@ -355,7 +356,7 @@ pub fn find<'a>(
 }
 
 /// List some VMs, with dots if there are more.
-fn some<'a>(vms: impl Iterator<Item = &'a Known<'a>>) -> String {
+fn some<'a>(vms: impl Iterator<Item = &'a Candidate<'a>>) -> String {
     const SOME: usize = 5;
     let mut names: Vec<String> = Vec::new();
     for vm in vms {

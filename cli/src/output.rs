@@ -15,7 +15,7 @@ use crate::{names::words, numbers};
 
 /// Choice of `--color`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum When {
+pub enum ColorChoice {
     /// On a terminal, unless NO_COLOR is set or TERM is dumb.
     #[default]
     Auto,
@@ -25,20 +25,20 @@ pub enum When {
     Never,
 }
 
-impl When {
+impl ColorChoice {
     /// Return true if text that goes to `to` gets colours.
     fn on(self, to: &impl IsTerminal) -> bool {
         match self {
-            When::Always => true,
-            When::Never => false,
-            When::Auto => to.is_terminal() && colors_allowed(|name| std::env::var_os(name)),
+            ColorChoice::Always => true,
+            ColorChoice::Never => false,
+            ColorChoice::Auto => to.is_terminal() && colors_allowed(|name| std::env::var_os(name)),
         }
     }
 }
 
 /// Properties of the place that text is printed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Look {
+pub struct TextOptions {
     /// Characters per line; `None` for no limit.
     pub width: Option<usize>,
     /// Use colours.
@@ -47,7 +47,7 @@ pub struct Look {
     pub ascii: bool,
 }
 
-impl Look {
+impl TextOptions {
     /// Return a bar for `part` of `whole`. A full bar has `width` characters.
     pub fn bar(&self, part: u128, whole: u128, width: u32) -> String {
         match self.ascii {
@@ -89,16 +89,16 @@ impl Error {
 /// Standard output of a command.
 pub struct Output {
     to: Box<dyn Write>,
-    look: Look,
-    color: When,
+    options: TextOptions,
+    color: ColorChoice,
 }
 
 impl Output {
     /// Open the standard output.
-    pub fn stdout(color: When) -> Self {
+    pub fn stdout(color: ColorChoice) -> Self {
         let stdout = io::stdout();
         Self {
-            look: Look {
+            options: TextOptions {
                 width: width(&stdout),
                 color: color.on(&stdout),
                 ascii: !is_utf8(),
@@ -109,17 +109,17 @@ impl Output {
     }
 
     /// Return the look of text on another stream than the standard output.
-    pub fn look_of(&self, other: &(impl IsTerminal + AsFd)) -> Look {
-        Look {
+    pub fn look_of(&self, other: &(impl IsTerminal + AsFd)) -> TextOptions {
+        TextOptions {
             width: width(other),
             color: self.color.on(other),
-            ascii: self.look.ascii,
+            ascii: self.options.ascii,
         }
     }
 
     /// Return the look of text on this output.
-    pub fn look(&self) -> Look {
-        self.look
+    pub fn text_options(&self) -> TextOptions {
+        self.options
     }
 
     /// Print text and flush it.

@@ -15,7 +15,7 @@ pub enum Style {
     /// A column title.
     Title,
     /// A number or word that belongs to this phase.
-    Of(Phase),
+    Phase(Phase),
     /// A problem that the user should notice.
     Warning,
 }
@@ -28,12 +28,12 @@ impl Style {
             Style::Strong => "1",
             Style::Title => "4",
             // The most frequent phases get blue and yellow, which everybody can tell apart.
-            Style::Of(Phase::Guest) => "34",
-            Style::Of(Phase::Kernel) => "33",
-            Style::Of(Phase::User) => "35",
-            Style::Of(Phase::Halted) => "36",
-            Style::Of(Phase::Waiting) => "32",
-            Style::Of(Phase::Preempted) | Style::Warning => "31",
+            Style::Phase(Phase::Guest) => "34",
+            Style::Phase(Phase::Kernel) => "33",
+            Style::Phase(Phase::User) => "35",
+            Style::Phase(Phase::Halted) => "36",
+            Style::Phase(Phase::Waiting) => "32",
+            Style::Phase(Phase::Preempted) | Style::Warning => "31",
         })
     }
 }

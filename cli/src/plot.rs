@@ -15,7 +15,7 @@ use exitmeter_meter::reasons;
 pub(crate) use self::series::Series;
 use self::{series::Part, svg::Picture};
 use crate::{
-    model::delta::ANEW,
+    model::delta::NEW_LIFE,
     numbers::exact,
     output::Output,
     recording::read::Ending,
@@ -151,14 +151,14 @@ impl Args {
             return Err(select::Error::Symbols(series.vms.len()).into());
         }
         match &series.ending {
-            Ending::Told(_) => {}
+            Ending::Complete(_) => {}
             Ending::Cut => self.warn("is cut off; this is what it has up to there"),
             Ending::Damaged => self.warn("is damaged; this is what it has up to there"),
         }
         if !series.breaks.is_empty() {
             let times = series.breaks.iter().map(|time| format!("{time:.2} s"));
             let times = times.collect::<Vec<_>>().join(", ");
-            self.warn(&format!("has a gap: {ANEW} at {times}"));
+            self.warn(&format!("has a gap: {NEW_LIFE} at {times}"));
         }
         let pictures = self.pictures(&series, &part)?;
         let file = match format {
@@ -342,7 +342,7 @@ fn facts(series: &Series) -> Vec<(String, String)> {
     if !series.breaks.is_empty() {
         let times = series.breaks.iter().map(|time| format!("at {time:.2} s"));
         facts.push((
-            ANEW.to_owned(),
+            NEW_LIFE.to_owned(),
             times.collect::<Vec<_>>().join(", ") + "; what happened up to there is not known",
         ));
     }
@@ -351,7 +351,7 @@ fn facts(series: &Series) -> Vec<(String, String)> {
     facts.push((
         "end".to_owned(),
         match &series.ending {
-            Ending::Told(how) => how.clone(),
+            Ending::Complete(how) => how.clone(),
             Ending::Cut => "cut off".to_owned(),
             Ending::Damaged => "damaged".to_owned(),
         },

@@ -79,12 +79,12 @@ pub struct List {
     #[serde(serialize_with = "isa_name")]
     pub isa: Isa,
     /// Reasons, sorted by code.
-    pub reasons: Vec<Entry>,
+    pub reasons: Vec<NamedReason>,
 }
 
 /// One exit reason.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Entry {
+pub struct NamedReason {
     /// VMX basic exit reason or SVM exit code.
     pub code: u32,
     /// Name in the vendor's manual.
@@ -99,7 +99,7 @@ pub fn list(isas: &[Isa]) -> Vec<List> {
         .map(|&isa| {
             let mut reasons: Vec<_> = defined(isa)
                 .filter_map(|code| {
-                    reasons::name(isa, code).map(|name| Entry {
+                    reasons::name(isa, code).map(|name| NamedReason {
                         code,
                         name,
                         handled: is_handled(isa, code),
@@ -128,7 +128,7 @@ pub fn text(lists: &[List]) -> String {
         for entry in reasons {
             let handled = if entry.handled { "handles it" } else { "" };
             table.row([
-                report::code(Some(entry.code)),
+                report::format_code(Some(entry.code)),
                 format!("{:#x}", entry.code),
                 entry.name.to_owned(),
                 handled.to_owned(),

@@ -16,12 +16,12 @@ use exitmeter_meter::reader::Snapshot;
 
 use self::{
     child::Child,
-    events::{Event, Events},
+    events::{Events, RecordEvent},
 };
 use crate::{
     command,
-    model::delta::ANEW,
-    names::Book,
+    model::delta::NEW_LIFE,
+    names::NameBook,
     numbers,
     recording::{write::Writer, Header},
     source,
@@ -61,7 +61,7 @@ pub struct Args {
           value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
     interval: u64,
     #[command(flatten)]
-    asked: source::Asked,
+    asked: source::SourceArgs,
     /// Device to read, or a file that is rewritten with fresh snapshots.
     #[arg(long, value_name = "DEVICE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -107,7 +107,7 @@ impl Args {
             begun,
             latest: (snapshot.life(), snapshot.now()),
             breaks: 0,
-            names: Book::of(&input),
+            names: NameBook::of(&input),
             writer: self.begin().with_context(|| self.unwritable())?,
         };
         recorder.write_names(Duration::ZERO, &snapshot)?;
@@ -186,7 +186,7 @@ struct Recorder<'a> {
     /// Number of times that the meter began anew.
     breaks: u64,
     /// Names of the VMs that run.
-    names: Book,
+    names: NameBook,
     writer: Writer<File>,
 }
 
@@ -211,14 +211,14 @@ impl Recorder<'_> {
                     }
                     continue;
                 }
-                Some(Event::Signal(signal)) => {
+                Some(RecordEvent::Signal(signal)) => {
                     if let Some(child) = child {
                         child.pass_on(signal);
                         continue;
                     }
                     (None, format!("stopped by signal {signal}"))
                 }
-                Some(Event::Ended(status)) => (Some(status), child::describe(status)),
+                Some(RecordEvent::Ended(status)) => (Some(status), child::describe(status)),
             };
             self.take()?;
             let at = self.begun.elapsed();
@@ -264,8 +264,8 @@ impl Recorder<'_> {
         if !self.args.quiet {
             let breaks = match self.breaks {
                 0 => String::new(),
-                1 => format!("; {ANEW} once meanwhile"),
-                times => format!("; {ANEW} {times} times meanwhile"),
+                1 => format!("; {NEW_LIFE} once meanwhile"),
+                times => format!("; {NEW_LIFE} {times} times meanwhile"),
             };
             eprintln!(
                 "exitmeter: {} snapshots in {:.1} s, {} in {}{breaks}",

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     model::{
-        delta::{self, ANEW},
+        delta::{self, NEW_LIFE},
         Report, Sort,
     },
     output::Output,
@@ -26,8 +26,8 @@ pub use self::{
     select::{Error as SelectError, Selection},
     text::text,
 };
-pub(crate) use csv::{given, quoted};
-pub(crate) use text::{code, count, Writer};
+pub(crate) use csv::{quoted, vmm_columns};
+pub(crate) use text::{format_code, format_count, Writer};
 
 /// On the host: show where each VM's time went, with a table of its exits.
 ///
@@ -91,7 +91,7 @@ pub struct Args {
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["input", "interval"])]
     diff: Option<Vec<PathBuf>>,
     #[command(flatten)]
-    asked: source::Asked,
+    asked: source::SourceArgs,
     /// Read a saved snapshot instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -111,8 +111,8 @@ fn difference(before: &Path, after: &Path) -> anyhow::Result<Report> {
     let (older, newer) = (source::report(before)?, source::report(after)?);
     let (before, after) = (before.display(), after.display());
     newer.since(&older).map_err(|error| match error {
-        delta::Error::Anew => anyhow::anyhow!(
-            "{ANEW} between {before} and {after}, or they are of two hosts: compare two \
+        delta::Error::NewLife => anyhow::anyhow!(
+            "{NEW_LIFE} between {before} and {after}, or they are of two hosts: compare two \
              snapshots of one life of the meter, or report each alone with --input"
         ),
         delta::Error::Order => {
@@ -158,7 +158,7 @@ impl Args {
             match now.since(&before) {
                 Ok(delta) => self.print(out, delta)?,
                 Err(error) if error.is_break() => {
-                    eprintln!("exitmeter: {ANEW}; the next interval counts from here");
+                    eprintln!("exitmeter: {NEW_LIFE}; the next interval counts from here");
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -184,7 +184,7 @@ impl Args {
             out.print(&csv(&report, &selection))?;
         } else if !self.json {
             let end = if self.interval.is_some() { "\n" } else { "" };
-            out.print(&(text(&report, &selection, out.look()) + end))?;
+            out.print(&(text(&report, &selection, out.text_options()) + end))?;
         } else if self.interval.is_some() {
             out.json_line(&report)?;
         } else {

@@ -13,16 +13,16 @@ use std::{
 use anyhow::Context as _;
 
 use self::{
-    model::{Seen, Selection, Slow},
+    model::{Selection, Slow, SlowExits},
     text::Shown,
 };
 use crate::{
     command,
-    names::Book,
+    names::NameBook,
     output::Output,
     record::{
         child::Child,
-        events::{Event, Events},
+        events::{Events, RecordEvent},
     },
     source,
     why::{device::Device, select, symbols::Symbols},
@@ -124,14 +124,14 @@ impl Args {
         };
         if let Some(path) = &self.input {
             let seen = saved(path)?;
-            self.print(&seen, &Book::default(), &symbols, out)?;
+            self.print(&seen, &NameBook::default(), &symbols, out)?;
             return Ok(0);
         }
         if let Some((program, arguments)) = self.command.split_first() {
             let device = Device::open(&self.device)?;
-            let mut names = Book::of(device.path());
+            let mut names = NameBook::of(device.path());
             let mut seen = read(&device, &mut names)?;
-            seen.begin();
+            seen.discard_earlier();
             // From here on, the signals are events and do not end this process.
             let (events, sender) = Events::new().context("cannot wait for signals")?;
             let child = Child::start(program, arguments, sender)?;
@@ -152,7 +152,7 @@ impl Args {
              while CMD runs; with the module's parameter details=1 they are always on"
         );
         let device = Device::open(&self.device)?;
-        let mut names = Book::of(device.path());
+        let mut names = NameBook::of(device.path());
         let seen = read(&device, &mut names)?;
         self.print(&seen, &names, &symbols, out)?;
         if self.thaw {
@@ -165,15 +165,15 @@ impl Args {
     fn watch(
         &self,
         device: &Device,
-        seen: &mut Seen,
-        names: &mut Book,
+        seen: &mut SlowExits,
+        names: &mut NameBook,
         events: &Events,
         child: &Child,
     ) -> anyhow::Result<u8> {
         loop {
             match events.until(Instant::now() + READ_INTERVAL) {
-                Some(Event::Signal(signal)) => child.pass_on(signal),
-                Some(Event::Ended(status)) => {
+                Some(RecordEvent::Signal(signal)) => child.pass_on(signal),
+                Some(RecordEvent::Ended(status)) => {
                     seen.add(read(device, names)?)?;
                     return Ok(command::status(status));
                 }
@@ -184,8 +184,8 @@ impl Args {
 
     fn print(
         &self,
-        seen: &Seen,
-        names: &Book,
+        seen: &SlowExits,
+        names: &NameBook,
         symbols: &Symbols,
         out: &mut Output,
     ) -> anyhow::Result<()> {
@@ -213,12 +213,12 @@ impl Args {
                 .limit
                 .unwrap_or(if self.ring { usize::MAX } else { DEFAULT_LIMIT }),
         };
-        Ok(out.print(&text::text(&slow, shown, out.look()))?)
+        Ok(out.print(&text::text(&slow, shown, out.text_options()))?)
     }
 }
 
 /// Read a saved snapshot.
-fn saved(path: &Path) -> anyhow::Result<Seen> {
+fn saved(path: &Path) -> anyhow::Result<SlowExits> {
     let bytes = source::read(path)?;
     let snapshot = source::parse(path, &bytes)?;
     anyhow::ensure!(
@@ -233,12 +233,12 @@ fn saved(path: &Path) -> anyhow::Result<Seen> {
         path.display()
     );
     let written = fs::metadata(path).and_then(|metadata| metadata.modified());
-    Ok(Seen::new(&snapshot, written.ok()))
+    Ok(SlowExits::new(&snapshot, written.ok()))
 }
 
-fn read(device: &Device, names: &mut Book) -> anyhow::Result<Seen> {
+fn read(device: &Device, names: &mut NameBook) -> anyhow::Result<SlowExits> {
     let bytes = device.read()?;
     let snapshot = source::parse(device.path(), &bytes)?;
     names.read(&snapshot);
-    Ok(Seen::new(&snapshot, Some(SystemTime::now())))
+    Ok(SlowExits::new(&snapshot, Some(SystemTime::now())))
 }

@@ -15,7 +15,7 @@ use exitmeter_meter::reader::{self, Snapshot};
 use crate::bpf;
 use crate::{
     model::Report,
-    names::{Book, Running},
+    names::{NameBook, RunningVms},
 };
 
 /// Device that gives snapshots.
@@ -138,7 +138,7 @@ impl Choice {
 
 /// Meter that a command reads where no file is named.
 #[derive(Clone, Copy, Debug, clap::Args)]
-pub struct Asked {
+pub struct SourceArgs {
     /// Meter to read: the module, or BPF where the module is not loaded (auto), or only one of
     /// these.
     #[arg(
@@ -271,7 +271,7 @@ pub fn report(path: &Path) -> Result<Report, Error> {
 #[derive(Clone, Debug)]
 pub struct Source {
     path: PathBuf,
-    names: Book,
+    names: NameBook,
 }
 
 impl Source {
@@ -279,7 +279,7 @@ impl Source {
     pub fn new(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
-            names: Book::of(path),
+            names: NameBook::of(path),
         }
     }
 
@@ -293,7 +293,7 @@ impl Source {
     pub fn report(&mut self) -> Result<Report, Error> {
         let bytes = read(&self.path)?;
         let snapshot = parse(&self.path, &bytes)?;
-        let running = Running::new(&snapshot);
+        let running = RunningVms::new(&snapshot);
         self.names.look_up(&running);
         self.names.forget_others(&running);
         let mut report = Report::new(&snapshot);

@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use crate::{
     command::{self, Unrunnable, FAILED},
     guest::{find, likely_isa},
-    output::{Look, Output},
+    output::{Output, TextOptions},
 };
 
 mod counters;
@@ -23,7 +23,7 @@ mod run;
 mod summary;
 
 pub use counters::{Clock, Counters};
-pub use run::{Host, Run};
+pub use run::{FoundMeter, Run};
 pub use summary::{Mean, Reason, Summary};
 
 /// In a guest: show which exits a command causes, and what they cost.
@@ -97,11 +97,12 @@ impl Args {
     }
 
     /// Run the command, show all runs that could be measured, and return the exit status.
-    fn stat(&self, look: Look) -> anyhow::Result<u8> {
+    fn stat(&self, options: TextOptions) -> anyhow::Result<u8> {
         let (program, arguments) = self.command.split_first().context("there is no command")?;
         // Fail before anything is written or run if there is no meter.
-        let (way, (isa, version)) = find(likely_isa(), |meter| (meter.isa(), meter.interface()))?;
-        let host = Host { isa, way };
+        let (access, (isa, version)) =
+            find(likely_isa(), |meter| (meter.isa(), meter.interface()))?;
+        let host = FoundMeter { isa, access };
         if self.why {
             host.check_details(version)?;
         }
@@ -140,8 +141,8 @@ impl Args {
         }
         let text = match self.json {
             true => serde_json::to_string_pretty(&summary)? + "\n",
-            false if file.is_some() => summary.text(self.limit, Look::default()),
-            false => summary.text(self.limit, look),
+            false if file.is_some() => summary.text(self.limit, TextOptions::default()),
+            false => summary.text(self.limit, options),
         };
         match &mut file {
             Some(file) => file

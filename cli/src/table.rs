@@ -6,7 +6,7 @@ use std::fmt;
 
 use crate::{
     numbers::{exact, rough},
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
 };
 
@@ -54,7 +54,7 @@ pub struct Table<const COLUMNS: usize> {
     titles: [Cell; COLUMNS],
     rows: Vec<[Cell; COLUMNS]>,
     shown: [bool; COLUMNS],
-    spared: Vec<String>,
+    dropped: Vec<String>,
     gap: usize,
 }
 
@@ -66,7 +66,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
             titles: columns.map(|(title, _)| Cell::new(title, Style::Title)),
             rows: Vec::new(),
             shown: [true; COLUMNS],
-            spared: Vec::new(),
+            dropped: Vec::new(),
             gap: 2,
         }
     }
@@ -75,9 +75,13 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     /// round the numbers, and drop columns until it fits. `spare` names the columns that may go, by
     /// title, the first to go first. Columns that hold nothing but zeros and dashes go before all
     /// others.
-    pub fn fitted(look: Look, spare: &[&str], build: impl Fn(fn(u128) -> String) -> Self) -> Self {
+    pub fn fitted(
+        options: TextOptions,
+        spare: &[&str],
+        build: impl Fn(fn(u128) -> String) -> Self,
+    ) -> Self {
         let table = build(exact);
-        match look.width {
+        match options.width {
             Some(width) if table.width() > width => {
                 let mut table = build(rough);
                 table.fit(width, spare);
@@ -93,15 +97,15 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     }
 
     /// Hide the columns with these titles.
-    pub fn leave_out(&mut self, titles: &[&str]) {
+    pub fn hide(&mut self, titles: &[&str]) {
         for (shown, title) in self.shown.iter_mut().zip(&self.titles) {
             *shown &= !titles.contains(&title.text.as_str());
         }
     }
 
     /// Return the titles of columns that hold numbers but were dropped for lack of width.
-    pub fn spared(&self) -> &[String] {
-        &self.spared
+    pub fn dropped(&self) -> &[String] {
+        &self.dropped
     }
 
     /// Drop columns and narrow the gaps until the table is at most `allowed` wide, or nothing is
@@ -123,9 +127,9 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
             if self.width() <= allowed {
                 break;
             }
-            self.leave_out(&[title]);
+            self.hide(&[title]);
             if !first.contains(title) {
-                self.spared.push((*title).to_owned());
+                self.dropped.push((*title).to_owned());
             }
         }
         self.gap = 2;
@@ -227,7 +231,7 @@ IO_INSTRUCTION  1,234,567     0
 █▏
 "
         );
-        table.leave_out(&["exits", "user", "HLT"]);
+        table.hide(&["exits", "user", "HLT"]);
         assert_eq!(table.to_string(), "reason\nHLT\nIO_INSTRUCTION\n█▏\n");
     }
 
@@ -240,7 +244,7 @@ IO_INSTRUCTION  1,234,567     0
                 .to_string()
                 .lines()
                 .all(|line| line.chars().count() <= width));
-            assert_eq!(table.spared().len(), usize::from(width < 24));
+            assert_eq!(table.dropped().len(), usize::from(width < 24));
             table.to_string().lines().next().map(str::to_owned)
         };
         assert_eq!(fit(31).as_deref(), Some("reason              exits  user"));
@@ -253,12 +257,12 @@ IO_INSTRUCTION  1,234,567     0
     #[test]
     fn narrow_tables_round_numbers() {
         let titles = |width| {
-            let look = Look {
+            let options = TextOptions {
                 width,
                 color: false,
                 ascii: false,
             };
-            let table = Table::fitted(look, &[], |number| {
+            let table = Table::fitted(options, &[], |number| {
                 let mut table = Table::new([("exits", Side::Right)]);
                 table.row([number(1_234_567)]);
                 table

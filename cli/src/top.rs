@@ -11,13 +11,13 @@ use std::{
 
 use self::{
     app::{Action, App},
-    events::{Event, Events},
+    events::{Events, TopEvent},
     feed::{Feed, Next},
     screen::Screen,
     theme::Theme,
 };
 use crate::{
-    output::{Look, Output},
+    output::{Output, TextOptions},
     source,
     why::symbols::Symbols,
 };
@@ -69,7 +69,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", requires = "vm")]
     symbols: Option<PathBuf>,
     #[command(flatten)]
-    asked: source::Asked,
+    asked: source::SourceArgs,
     /// Replay a recording, or show a saved snapshot, instead of the device.
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
@@ -102,7 +102,7 @@ impl Args {
                 "a dumb terminal (TERM) cannot show this: use `exitmeter report --interval`"
             );
         }
-        let theme = Theme::new(out.look().color);
+        let theme = Theme::new(out.text_options().color);
         let mut screen = Screen::enter()?;
         let events = Events::new()?;
         let ended = show(
@@ -111,7 +111,7 @@ impl Args {
             &events,
             &mut screen,
             &theme,
-            out.look(),
+            out.text_options(),
         );
         // Leave the screen before anything is printed.
         drop(screen);
@@ -133,7 +133,7 @@ fn show(
     events: &Events,
     screen: &mut Screen,
     theme: &Theme,
-    look: Look,
+    options: TextOptions,
 ) -> anyhow::Result<Option<i32>> {
     let mut next = Instant::now() + app.interval;
     let mut changed = true;
@@ -141,14 +141,14 @@ fn show(
         if changed {
             screen.draw(|frame| {
                 view::draw(frame, app, theme);
-                if look.ascii {
+                if options.ascii {
                     ascii::replace(frame.buffer_mut());
                 }
             })?;
         }
         changed = true;
         match events.until(next) {
-            Some(Event::Key(key)) => match app.key(key) {
+            Some(TopEvent::Key(key)) => match app.key(key) {
                 Action::Stay => {}
                 Action::Retime => next = Instant::now() + app.interval,
                 Action::TurnOn => match feed.turn_on() {
@@ -160,9 +160,9 @@ fn show(
                 Action::Suspend => screen.suspend()?,
                 Action::Quit => return Ok(None),
             },
-            Some(Event::Resized) => {}
-            Some(Event::Signal(signal)) => return Ok(Some(signal)),
-            Some(Event::Gone) => anyhow::bail!("the terminal is gone"),
+            Some(TopEvent::Resized) => {}
+            Some(TopEvent::Signal(signal)) => return Ok(Some(signal)),
+            Some(TopEvent::Gone) => anyhow::bail!("the terminal is gone"),
             None => {
                 changed = !app.paused
                     && match feed.next(app.interval) {

@@ -18,7 +18,7 @@ use anyhow::Context as _;
 use self::{
     cost::Plan,
     environment::Environment,
-    host::Host,
+    host::MeteredHost,
     model::{Check, Found, Verdict},
     reload::Reload,
     stop::{Stop, Stopped},
@@ -141,7 +141,7 @@ impl Args {
     }
 
     fn verify(&self, out: &mut Output) -> anyhow::Result<Found> {
-        let host = Host::find(self.cpu, self.meter(), Stop::default())?;
+        let host = MeteredHost::find(self.cpu, self.meter(), Stop::default())?;
         let mut reload = match self.reload {
             true => Some(Reload::prepare(self.module.as_deref())?),
             false => None,
@@ -153,7 +153,7 @@ impl Args {
         // Fail now if the file cannot be written.
         let report = self.report.as_deref().map(Draft::open).transpose()?;
         let environment = Environment::new(&host);
-        let look = out.look();
+        let options = out.text_options();
         if !self.json {
             out.print(&text::opening(&environment))?;
         }
@@ -161,7 +161,7 @@ impl Args {
         let mut checks = Vec::new();
         let mut report_check = |check: Check| -> anyhow::Result<()> {
             if !self.json {
-                out.print(&text::check(&check, look))?;
+                out.print(&text::check(&check, options))?;
             }
             checks.push(check);
             Ok(())
@@ -195,8 +195,8 @@ impl Args {
         if self.json {
             out.json(&found)?;
         } else {
-            out.print(&text::cost(&found.cost, look))?;
-            out.print(&text::summary(&found, look))?;
+            out.print(&text::cost(&found.cost, options))?;
+            out.print(&text::summary(&found, options))?;
         }
         Ok(found)
     }

@@ -17,17 +17,17 @@ use self::{
     device::Device,
     model::{Weight, Why},
     symbols::Symbols,
-    tables::Moment,
+    tables::TableSet,
     text::Shown,
 };
 use crate::{
     command,
-    model::delta::ANEW,
-    names::Book,
-    output::{Look, Output},
+    model::delta::NEW_LIFE,
+    names::NameBook,
+    output::{Output, TextOptions},
     record::{
         child::Child,
-        events::{Event, Events},
+        events::{Events, RecordEvent},
     },
     report::seconds,
     source,
@@ -169,12 +169,12 @@ impl Args {
         match (&self.input, self.diff.as_deref()) {
             (Some(path), _) => {
                 to.begin()?;
-                to.print(saved(path)?, &Book::default())?;
+                to.print(saved(path)?, &NameBook::default())?;
                 Ok(0)
             }
             (None, Some([before, after])) => {
                 to.begin()?;
-                to.print(difference(before, after)?, &Book::default())?;
+                to.print(difference(before, after)?, &NameBook::default())?;
                 Ok(0)
             }
             _ => self.watch(&mut to),
@@ -185,7 +185,7 @@ impl Args {
     /// it.
     fn watch(&self, to: &mut Printer<'_>) -> anyhow::Result<u8> {
         let device = Device::open(&self.device)?;
-        let mut names = Book::of(device.path());
+        let mut names = NameBook::of(device.path());
         let mut watch = Watch {
             before: live(&device, &mut names)?,
             latest: None,
@@ -230,14 +230,14 @@ impl Args {
         loop {
             let next = due.map_or(reading, |due| due.min(reading));
             let ended = match events.until(next) {
-                Some(Event::Signal(signal)) => match child {
+                Some(RecordEvent::Signal(signal)) => match child {
                     Some(child) => {
                         child.pass_on(signal);
                         continue;
                     }
                     None => None,
                 },
-                Some(Event::Ended(status)) => Some(status),
+                Some(RecordEvent::Ended(status)) => Some(status),
                 None => {
                     let now = Instant::now();
                     if reading <= now {
@@ -266,9 +266,9 @@ impl Args {
 }
 
 /// Read a saved snapshot.
-fn saved(path: &Path) -> anyhow::Result<Moment> {
+fn saved(path: &Path) -> anyhow::Result<TableSet> {
     let bytes = source::read(path)?;
-    let moment = Moment::new(&source::parse(path, &bytes)?);
+    let moment = TableSet::new(&source::parse(path, &bytes)?);
     anyhow::ensure!(
         moment.has_tables,
         "{} has no details: they were off when it was taken, or its module is too old for them; \
@@ -279,7 +279,7 @@ fn saved(path: &Path) -> anyhow::Result<Moment> {
 }
 
 /// Return what happened between two saved snapshots.
-fn difference(before: &Path, after: &Path) -> anyhow::Result<Moment> {
+fn difference(before: &Path, after: &Path) -> anyhow::Result<TableSet> {
     use crate::model::delta::Error;
     let (older, newer) = (saved(before)?, saved(after)?);
     let (before, after) = (before.display(), after.display());
@@ -289,22 +289,22 @@ fn difference(before: &Path, after: &Path) -> anyhow::Result<Moment> {
     })
 }
 
-fn live(device: &Device, names: &mut Book) -> anyhow::Result<Moment> {
+fn live(device: &Device, names: &mut NameBook) -> anyhow::Result<TableSet> {
     let bytes = device.read()?;
     let snapshot = source::parse(device.path(), &bytes)?;
     names.read(&snapshot);
-    Ok(Moment::new(&snapshot))
+    Ok(TableSet::new(&snapshot))
 }
 
 /// Device that is read again and again.
 struct Watch {
     device: Device,
     /// Names of the VMs, including those that have gone.
-    names: Book,
+    names: NameBook,
     /// Start of the next report.
-    before: Moment,
+    before: TableSet,
     /// Latest reading since then.
-    latest: Option<Moment>,
+    latest: Option<TableSet>,
 }
 
 impl Watch {
@@ -328,7 +328,7 @@ impl Watch {
         match now.since(&self.before) {
             Ok(delta) => to.print(delta, &self.names)?,
             Err(error) if error.is_break() => {
-                eprintln!("exitmeter: {ANEW}; what it told before is lost");
+                eprintln!("exitmeter: {NEW_LIFE}; what it told before is lost");
             }
             Err(error) => return Err(error.into()),
         }
@@ -355,7 +355,7 @@ impl Printer<'_> {
     }
 
     /// Print what happened.
-    fn print(&mut self, mut moment: Moment, names: &Book) -> anyhow::Result<()> {
+    fn print(&mut self, mut moment: TableSet, names: &NameBook) -> anyhow::Result<()> {
         let args = self.args;
         if let Some(vm) = &args.vm {
             select::vm(&mut moment, vm, names)?;
@@ -389,15 +389,15 @@ impl Printer<'_> {
                 code,
                 limit: args.limit,
             };
-            let look = match self.file {
-                Some(_) => Look {
-                    ascii: self.out.look().ascii,
-                    ..Look::default()
+            let options = match self.file {
+                Some(_) => TextOptions {
+                    ascii: self.out.text_options().ascii,
+                    ..TextOptions::default()
                 },
-                None => self.out.look(),
+                None => self.out.text_options(),
             };
             let end = if args.interval.is_some() { "\n" } else { "" };
-            text::text(&why, shown, look) + end
+            text::text(&why, shown, options) + end
         };
         self.write(&text)
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use exitmeter::{
     model::{delta::Error, Report},
-    output::Look,
+    output::TextOptions,
     report::{csv, text, Selection},
 };
 use exitmeter_meter::{
@@ -16,7 +16,7 @@ use exitmeter_meter::{
     phase::Phase,
     reader::Snapshot,
     reasons::{self, Isa},
-    snapshot::{Encoder, Full, Host, Identity},
+    snapshot::{BufferTooSmall, Encoder, HostHeader, Identity},
 };
 use proptest::prelude::*;
 
@@ -110,8 +110,8 @@ impl World {
         }
     }
 
-    fn write(&self, buffer: &mut [u8]) -> Result<usize, Full> {
-        let host = Host {
+    fn write(&self, buffer: &mut [u8]) -> Result<usize, BufferTooSmall> {
+        let host = HostHeader {
             isa: Isa::Vmx,
             leaf_map: LeafMap::Map2021,
             host_scope: false,
@@ -137,7 +137,7 @@ impl World {
     }
 
     fn report(&self) -> Report {
-        let Full { needed } = self.write(&mut []).unwrap_err();
+        let BufferTooSmall { needed } = self.write(&mut []).unwrap_err();
         let mut bytes = vec![0; needed];
         self.write(&mut bytes).unwrap();
         Report::new(&Snapshot::parse(&bytes).unwrap())
@@ -295,13 +295,13 @@ fn snapshots_of_different_lives_are_refused() {
     ));
     world.life += 1;
     let anew = world.report().since(&first).unwrap_err();
-    assert_eq!(anew, Error::Anew);
+    assert_eq!(anew, Error::NewLife);
     assert_eq!(anew.to_string(), "the meter began anew");
     // Without a life, as before version 1.2, the time of loading identifies it.
     world.life = 0;
     let first = world.report();
     world.loaded += 1;
-    assert_eq!(world.report().since(&first).unwrap_err(), Error::Anew);
+    assert_eq!(world.report().since(&first).unwrap_err(), Error::NewLife);
 }
 
 /// On a host of 256 vCPUs at 3 GHz that has run for 300 days, the sums of ticks exceed 64 bits.
@@ -322,7 +322,7 @@ fn sums_of_a_large_host_do_not_wrap() {
         copy(&ledger)
     };
     let write = |buffer: &mut [u8], gone: &Totals| {
-        let host = Host {
+        let host = HostHeader {
             isa: Isa::Vmx,
             leaf_map: LeafMap::Map2021,
             host_scope: false,
@@ -347,7 +347,7 @@ fn sums_of_a_large_host_do_not_wrap() {
         encoder.finish(gone, 0)
     };
     let report = |gone: &Totals| {
-        let Full { needed } = write(&mut [], gone).unwrap_err();
+        let BufferTooSmall { needed } = write(&mut [], gone).unwrap_err();
         let mut bytes = vec![0; needed];
         write(&mut bytes, gone).unwrap();
         Report::new(&Snapshot::parse(&bytes).unwrap())
@@ -356,7 +356,7 @@ fn sums_of_a_large_host_do_not_wrap() {
     let cycles = whole.vms[0].ledger.cycles;
     assert_eq!(cycles.sum(), u128::from(LIFE) * u128::from(VCPUS));
     assert!(cycles.sum() > u128::from(u64::MAX));
-    let table = text(&whole, &Selection::default(), Look::default());
+    let table = text(&whole, &Selection::default(), TextOptions::default());
     let shares: Vec<f64> = table
         .split_whitespace()
         .filter_map(|word| word.strip_suffix('%')?.parse().ok())
@@ -379,7 +379,7 @@ fn sums_of_a_large_host_do_not_wrap() {
     // The module's sums of vCPUs that are gone saturate.
     let mut gone = Totals::new();
     gone.fold(&ledger());
-    let Full { needed } = write(&mut [], &gone).unwrap_err();
+    let BufferTooSmall { needed } = write(&mut [], &gone).unwrap_err();
     let mut bytes = vec![0; needed];
     write(&mut bytes, &gone).unwrap();
     let totals = u64::from_le_bytes(*bytes[104..].first_chunk().unwrap());
@@ -390,7 +390,7 @@ fn sums_of_a_large_host_do_not_wrap() {
     let row = full.departed.ledger.reasons[0];
     assert_eq!(row.cycles.kernel, u128::from(u64::MAX));
     assert!(row.cycles.is_full(Phase::Kernel) && !row.cycles.is_full(Phase::User));
-    let table = text(&full, &Selection::default(), Look::default());
+    let table = text(&full, &Selection::default(), TextOptions::default());
     assert!(table.contains(" 18,446,744,073,709,551,615+ "), "{table}");
     let json = serde_json::to_value(row).unwrap();
     assert_eq!(json["cycles"]["at_least"], serde_json::json!(["kernel"]));

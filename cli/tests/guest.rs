@@ -4,7 +4,7 @@
 //! query is an exit as well.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use exitmeter::{guest::Sweep, output::Look, stat::Counters};
+use exitmeter::{guest::Sweep, output::TextOptions, stat::Counters};
 use exitmeter_guest::{cpuid_reason, Cpuid, Error, Meter};
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Numbers, Registers, NESTED},
@@ -182,10 +182,13 @@ fn queries_before_the_meter_was_found_are_subtracted() {
 #[test]
 fn the_table_in_full() {
     let sweep = Sweep::read(&mut metered(LeafMap::Map2021), Isa::Vmx).unwrap();
-    assert_eq!(sweep.text(Look::default()), include_str!("guest.txt"));
-    let narrow = Look {
+    assert_eq!(
+        sweep.text(TextOptions::default()),
+        include_str!("guest.txt")
+    );
+    let narrow = TextOptions {
         width: Some(80),
-        ..Look::default()
+        ..TextOptions::default()
     };
     let text = sweep.text(narrow);
     assert!(
@@ -217,7 +220,7 @@ fn without_nested_exits_there_is_no_column_of_them() {
             (sweep.ledger.exits, sweep.ledger.nested_exits),
             (13_122, told)
         );
-        assert!(!sweep.text(Look::default()).contains("nested"));
+        assert!(!sweep.text(TextOptions::default()).contains("nested"));
     }
 }
 
@@ -303,7 +306,7 @@ fn a_meter_that_begins_anew_is_an_error() {
                 assert_eq!(sweep.life, Some(LIFE + u64::from(after == 0)));
             }
             Err(error) => {
-                assert!(anew && error == Error::Anew, "{after}: {error}");
+                assert!(anew && error == Error::NewLife, "{after}: {error}");
                 assert!(error.to_string().starts_with("the meter began anew "));
             }
         }
@@ -369,9 +372,9 @@ fn a_host_of_the_first_version_is_read() {
         let [halted, waiting] = [Phase::Halted, Phase::Waiting];
         let slept = held.cycles(halted, slot) + held.cycles(waiting, slot);
         assert_eq!(row.cycles.halted, slept.into());
-        assert_eq!((row.cycles.waiting, row.cycles.has_waits), (0, false));
+        assert_eq!((row.cycles.waiting, row.cycles.separates_waits), (0, false));
     }
-    let text = sweep.text(Look::default());
+    let text = sweep.text(TextOptions::default());
     assert!(text.contains("\nblocked    4,908,000,000 "), "{text}");
     assert!(!text.contains("halted") && !text.contains("waiting"));
     let json = serde_json::to_value(&sweep).unwrap();

@@ -20,9 +20,9 @@ use exitmeter::{
         process::Processes,
         unit,
         words::{ascii, clean, LONGEST},
-        Book, Given, Known, NoVm,
+        Candidate, NameBook, NoVm, VmNames,
     },
-    output::Look,
+    output::TextOptions,
     recording::{read::Reader, write::Writer, Header},
     report::{csv, text, Selection, CSV_HEADER},
 };
@@ -42,7 +42,7 @@ struct Case {
     title: String,
     words: Vec<Vec<u8>>,
     cgroup: Vec<u8>,
-    expected: Given,
+    expected: VmNames,
 }
 
 /// Return the bytes of a line, with `\xNN` for any byte.
@@ -94,7 +94,7 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-fn given(words: &[Vec<u8>], cgroup: &[u8]) -> Given {
+fn given(words: &[Vec<u8>], cgroup: &[u8]) -> VmNames {
     let words: Vec<&[u8]> = words.iter().map(Vec::as_slice).collect();
     let mut given = command::read(&words);
     unit::add(&mut given, cgroup);
@@ -112,8 +112,8 @@ fn names_are_read_from_command_lines() {
 }
 
 /// Return true if no text has control characters or is too long.
-fn is_harmless(given: &Given) -> bool {
-    let Given {
+fn is_harmless(given: &VmNames) -> bool {
+    let VmNames {
         name,
         uuid,
         manager,
@@ -322,12 +322,12 @@ fn snapshot(seconds: u64) -> Vec<u8> {
 }
 
 /// The saved VMs with names: `web`, by Proxmox, and one with a name that imitates the first.
-fn named(name: &[u8]) -> (Proc, Book, Vec<u8>) {
+fn named(name: &[u8]) -> (Proc, NameBook, Vec<u8>) {
     let proc = Proc::new();
     let web = b"/usr/bin/kvm\0-id\x00103\0-name\0web\0-smbios\0type=1,uuid=1a0d83cb-68fa-4509-aa0c-75ffb16ef4f2\0";
     proc.process(1234, 5, web);
     proc.process(1300, 5, &[b"qemu-kvm\0-name\0", name, b"\0"].concat());
-    let mut book = Book::with(Some(proc.at(1000)));
+    let mut book = NameBook::with(Some(proc.at(1000)));
     let bytes = snapshot(30);
     let lines = book.read(&Snapshot::parse(&bytes).unwrap());
     assert_eq!(lines.len(), 2);
@@ -336,7 +336,7 @@ fn named(name: &[u8]) -> (Proc, Book, Vec<u8>) {
     (proc, book, bytes)
 }
 
-fn report(book: &Book, bytes: &[u8]) -> Report {
+fn report(book: &NameBook, bytes: &[u8]) -> Report {
     let mut report = Report::new(&Snapshot::parse(bytes).unwrap());
     book.name(&mut report);
     report
@@ -347,7 +347,7 @@ fn reports_have_the_names() {
     let (_proc, book, bytes) = named("größe\x1b".as_bytes());
     let report = report(&book, &bytes);
     let all = Selection::default();
-    let shown = text(&report, &all, Look::default());
+    let shown = text(&report, &all, TextOptions::default());
     assert!(
         shown.contains(
             "\nweb (kvm-1234), process 1234: 13,124 exits, 437/s, 2 vCPUs\n\nproxmox, id 103, uuid \
@@ -359,10 +359,10 @@ fn reports_have_the_names() {
         shown.contains("\ngröße\\x1b (kvm-1300), process 1300: "),
         "{shown}"
     );
-    let narrow = Look {
+    let narrow = TextOptions {
         width: Some(80),
         ascii: true,
-        ..Look::default()
+        ..TextOptions::default()
     };
     let shown = text(&report, &all, narrow);
     assert!(
@@ -444,7 +444,7 @@ fn a_vm_cannot_imitate_another() {
     // The second one has KVM's name of the first as its name: it is not found by that.
     let (_proc, book, bytes) = named(b"kvm-1234");
     let all = report(&book, &bytes);
-    let known = || all.vms.iter().map(|vm| vm.known());
+    let known = || all.vms.iter().map(|vm| vm.candidate());
     let first = all.vms.iter().find(|vm| vm.pid == 1234).unwrap().vm;
     assert_eq!(
         find("kvm-1234", known())
@@ -458,15 +458,15 @@ fn a_vm_cannot_imitate_another() {
         let (_proc, book, bytes) = named(name);
         let all = report(&book, &bytes);
         let name = String::from_utf8_lossy(name);
-        let error = find(&name, all.vms.iter().map(|vm| vm.known())).unwrap_err();
+        let error = find(&name, all.vms.iter().map(|vm| vm.candidate())).unwrap_err();
         assert!(matches!(error, NoVm::Several { .. }), "{error}");
     }
 }
 
 #[test]
 fn the_vms_of_one_process_are_one() {
-    let given = Given::default();
-    let known = |vm, pid| Known {
+    let given = VmNames::default();
+    let known = |vm, pid| Candidate {
         vm,
         kvm: "kvm-1",
         pid,
@@ -478,7 +478,7 @@ fn the_vms_of_one_process_are_one() {
 
 fn recording(folder: &TempDir, name: &[u8]) -> PathBuf {
     let (proc, _, bytes) = named(name);
-    let mut book = Book::with(Some(proc.at(1000)));
+    let mut book = NameBook::with(Some(proc.at(1000)));
     let lines = book.read(&Snapshot::parse(&bytes).unwrap());
     let second = Duration::from_secs(1);
     let mut file = Vec::new();
@@ -553,10 +553,10 @@ fn vms_with_equal_names_in_a_recording_are_distinct() {
 
 #[test]
 fn names_in_a_hostile_recording_do_no_harm() {
-    let mut book = Book::default();
+    let mut book = NameBook::default();
     let line =
         "{\"life\":\"0x1f\",\"vm\":3,\"name\":\"\\u001b[2J\",\"unit\":\"\\u009b\",\"more\":[]}";
-    book.note(serde_json::from_str(line).unwrap());
+    book.add(serde_json::from_str(line).unwrap());
     let given = book.vm_of(0x1f, 3);
     assert_eq!(
         (given.name.as_deref(), given.unit.as_deref()),

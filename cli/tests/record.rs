@@ -78,7 +78,9 @@ fn a_command_is_recorded_from_before_it_starts_until_it_has_ended() {
     let (snapshots, ending) = read(&file(&folder));
     assert_eq!(
         ending,
-        Some(Ending::Told("the command ended with status 3".to_owned()))
+        Some(Ending::Complete(
+            "the command ended with status 3".to_owned()
+        ))
     );
     // A busy machine takes fewer snapshots; no machine takes more than there was time for.
     let most = begun.elapsed().as_millis() / 10 + 3;
@@ -253,7 +255,7 @@ fn a_signal_ends_a_recording_without_a_command() {
         );
         let (snapshots, ending) = read(&file(&folder));
         let how = format!("stopped by signal {}", signal.as_raw());
-        assert_eq!(ending, Some(Ending::Told(how)));
+        assert_eq!(ending, Some(Ending::Complete(how)));
         assert!(snapshots.len() > 1 && snapshots.iter().all(|snapshot| snapshot == SNAPSHOT));
     }
 }
@@ -276,7 +278,9 @@ fn signals_are_passed_on_to_the_command() {
     let (_, ending) = read(&file(&folder));
     assert_eq!(
         ending,
-        Some(Ending::Told("the command ended with status 5".to_owned()))
+        Some(Ending::Complete(
+            "the command ended with status 5".to_owned()
+        ))
     );
 }
 
@@ -296,7 +300,7 @@ fn after_nohup_a_hangup_is_ignored() {
     assert_eq!(status.code(), Some(0));
     let (_, ending) = read(&file(&folder));
     let how = "the command ended with status 0".to_owned();
-    assert_eq!(ending, Some(Ending::Told(how)));
+    assert_eq!(ending, Some(Ending::Complete(how)));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use exitmeter_meter::reasons::Isa;
 use lab::{
     host::Host,
     run::{self, Event, Lines, Options},
-    verdict::End,
+    verdict::RunEnd,
 };
 
 use self::sweep::Sweep;
@@ -55,7 +55,7 @@ fn main() -> Result<ExitCode> {
         "\nThe full logs, console and kernel of the host, are in {}",
         outcome.folder.display()
     );
-    if !matches!(outcome.end, End::Script(0)) {
+    if !matches!(outcome.end, RunEnd::Script(0)) {
         eprint!("{}", outcome.tail);
         eprintln!("demo: {}", outcome.end);
         return Ok(ExitCode::FAILURE);

@@ -20,8 +20,8 @@ use kvm_bindings::kvm_regs;
 
 use crate::{
     catalogue::{Mode, Program},
-    config::{Config, Error, Quad, Result},
-    machine::Machine,
+    config::{Config, Error, Registers64, Result},
+    machine::TinyVm,
     window::{Window, FRESH, PAGE},
 };
 
@@ -36,29 +36,29 @@ const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const UFFD_EVENT_PAGEFAULT: u64 = 0x12;
 
-/// Page that is missing until [`Absent::provide`].
+/// Page that is missing until [`AbsentPage::provide`].
 #[derive(Debug)]
-pub struct Absent {
+pub struct AbsentPage {
     userfault: OwnedFd,
     address: u64,
     code: Vec<u8>,
 }
 
-impl Machine {
+impl TinyVm {
     /// Create a VM of one vCPU that executes CPUID once, by an instruction that is in memory for
-    /// the CPU and missing for KVM. [`Machine::registers`] has the answer.
+    /// the CPU and missing for KVM. [`TinyVm::registers`] has the answer.
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::new`] does, and with [`Error::Kernel`] without userfaultfd.
-    pub fn with_absent_code(query: Quad) -> Result<(Self, Absent)> {
+    /// Fails as [`TinyVm::new`] does, and with [`Error::Kernel`] without userfaultfd.
+    pub fn with_absent_code(query: Registers64) -> Result<(Self, AbsentPage)> {
         let mut machine = Self::new(Config::new(Program::Touch, Mode::Long, LARGE_PAGE))?;
         let window = Window::of(0);
         let (from, to) = window.code_pages();
         let mut code = vec![0; PAGE as usize];
         machine.memory().read(from, &mut code);
         let address = machine.memory().address() + to;
-        let absent = Absent::new(address, code)
+        let absent = AbsentPage::new(address, code)
             .map_err(|error| Error::Kernel("take a page away (userfaultfd)", error))?;
         machine
             .first_vcpu()
@@ -72,11 +72,11 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::new`] does, and with [`Error::Kernel`] without userfaultfd.
-    pub fn with_absent_page() -> Result<(Self, Absent)> {
+    /// Fails as [`TinyVm::new`] does, and with [`Error::Kernel`] without userfaultfd.
+    pub fn with_absent_page() -> Result<(Self, AbsentPage)> {
         let machine = Self::new(Config::new(Program::Touch, Mode::Long, 1))?;
         let address = machine.memory().address() + FRESH;
-        let absent = Absent::new(address, vec![0; PAGE as usize])
+        let absent = AbsentPage::new(address, vec![0; PAGE as usize])
             .map_err(|error| Error::Kernel("take a page away (userfaultfd)", error))?;
         Ok((machine, absent))
     }
@@ -86,18 +86,18 @@ impl Machine {
     /// # Errors
     ///
     /// Fails with [`Error::Kvm`] when KVM refuses.
-    pub fn registers(&mut self) -> Result<Quad> {
+    pub fn registers(&mut self) -> Result<Registers64> {
         let kvm_regs {
             rax, rbx, rcx, rdx, ..
         } = self
             .first_vcpu()
             .get_regs()
             .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
-        Ok(Quad { rax, rbx, rcx, rdx })
+        Ok(Registers64 { rax, rbx, rcx, rdx })
     }
 }
 
-impl Absent {
+impl AbsentPage {
     /// Remove the page at an address. It will come back with `code` in it.
     fn new(address: u64, code: Vec<u8>) -> io::Result<Self> {
         // SAFETY: The call takes no addresses.

@@ -60,18 +60,18 @@ pub struct Config {
     /// Number of vCPUs, from 1 to [`MAX_VCPUS`] in real mode and [`MAX_LONG_VCPUS`] in the others.
     pub vcpus: u8,
     /// Time that the VMM sleeps at each OUT that reaches it.
-    pub pause: Duration,
+    pub vmm_pause: Duration,
     /// Number of the only OUT at which it sleeps, from 1; `None` for each OUT.
-    pub pause_on: Option<u64>,
+    pub vmm_pause_on: Option<u64>,
     /// True if a vCPU's thread moves to the host's next CPU at each OUT that reaches the VMM.
-    pub roam: bool,
+    pub change_cpus: bool,
     /// Interval at which the VMM sends the interrupt that ends a HLT.
-    pub wake: Duration,
+    pub hlt_time: Duration,
     /// True if the VMM reads a vCPU's registers and writes them back each time it gets control, by
     /// an exit or by a signal.
-    pub meddle: bool,
+    pub rewrite_registers: bool,
     /// Queries of every vCPU, for [`Program::Query`].
-    pub queries: Vec<Quad>,
+    pub queries: Vec<Registers64>,
 }
 
 impl Config {
@@ -82,17 +82,17 @@ impl Config {
             mode,
             count,
             vcpus: 1,
-            pause: Duration::ZERO,
-            pause_on: None,
-            roam: false,
-            wake: Duration::from_millis(5),
-            meddle: false,
+            vmm_pause: Duration::ZERO,
+            vmm_pause_on: None,
+            change_cpus: false,
+            hlt_time: Duration::from_millis(5),
+            rewrite_registers: false,
             queries: Vec::new(),
         }
     }
 
     /// Configure one vCPU that makes `queries`.
-    pub fn query(mode: Mode, queries: Vec<Quad>) -> Self {
+    pub fn query(mode: Mode, queries: Vec<Registers64>) -> Self {
         Self {
             queries,
             ..Self::new(Program::Query, mode, 0)
@@ -154,7 +154,7 @@ impl Config {
 
 /// Four registers: RAX, RBX, RCX, RDX.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Quad {
+pub struct Registers64 {
     /// RAX.
     pub rax: u64,
     /// RBX.
@@ -165,7 +165,7 @@ pub struct Quad {
     pub rdx: u64,
 }
 
-impl Quad {
+impl Registers64 {
     /// Create the input of CPUID: the leaf in RAX, the subleaf in RCX, and in all other bits a
     /// pattern that an answer must not keep.
     pub fn cpuid(leaf: u32, subleaf: u32) -> Self {

@@ -9,8 +9,8 @@ use kvm_ioctls::Kvm;
 use crate::{
     catalogue::Program,
     config::{Config, Error, Result},
-    machine::{with_apic_id, Machine},
-    meddle::set_msrs,
+    interfere::set_msrs,
+    machine::{with_apic_id, TinyVm},
 };
 
 /// First leaves of a hypervisor: its name, and its interface.
@@ -24,13 +24,13 @@ const GUEST_OS_ID: (u32, u64) = (0x4000_0000, 1);
 /// Hypercall HvCallNotifyLongSpinWait, which only yields the CPU.
 pub const NOTIFY_LONG_SPIN_WAIT: u16 = 8;
 
-impl Machine {
+impl TinyVm {
     /// Create a VM of one vCPU that runs [`Program::Hypercall`] with Hyper-V's
     /// [`NOTIFY_LONG_SPIN_WAIT`].
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::new`] does, and with [`Error::Kvm`] when KVM was built without Hyper-V's
+    /// Fails as [`TinyVm::new`] does, and with [`Error::Kvm`] when KVM was built without Hyper-V's
     /// interface.
     pub fn with_hyperv(config: Config) -> Result<Self> {
         if config.program != Program::Hypercall {

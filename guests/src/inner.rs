@@ -13,9 +13,9 @@ use kvm_bindings::kvm_segment;
 
 use crate::{
     catalogue::{Mode, Program},
-    config::{Config, Error, Quad, Result},
-    machine::{host_isa, Machine},
-    meddle::set_msrs,
+    config::{Config, Error, Registers64, Result},
+    interfere::set_msrs,
+    machine::{host_isa, TinyVm},
     window::{Window, PAGE, RFLAGS},
 };
 
@@ -54,23 +54,23 @@ const VMRUN_AND_VMMCALL: u32 = 0b11;
 
 /// State of the inner guest after it has run, as the hypervisor sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Inner {
+pub struct L2Exit {
     /// Exit code.
     pub exit: u64,
     /// Bytes of code that it has executed: 0 at CPUID, 2 at the VMMCALL after it.
     pub behind: u64,
     /// Registers.
-    pub registers: Quad,
+    pub registers: Registers64,
 }
 
-impl Machine {
+impl TinyVm {
     /// Create a VM of one vCPU that is a hypervisor, with a guest that makes `query` at CPL 3. It
     /// intercepts the end of that guest, and the exceptions whose bits are set in `exceptions`.
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::new`] does, and with [`Error::Settings`] on VMX.
-    pub fn with_inner(query: Quad, exceptions: u32) -> Result<Self> {
+    /// Fails as [`TinyVm::new`] does, and with [`Error::Settings`] on VMX.
+    pub fn with_l2_guest(query: Registers64, exceptions: u32) -> Result<Self> {
         if host_isa() != Some(Isa::Svm) {
             return Err(Error::Settings(
                 "a hypervisor lets its guest's CPUID be on SVM alone".to_owned(),
@@ -130,20 +130,20 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Return the state of the guest of [`Machine::with_inner`] after it has run.
+    /// Return the state of the guest of [`TinyVm::with_l2_guest`] after it has run.
     ///
     /// # Errors
     ///
     /// Fails with [`Error::Kvm`] when KVM refuses.
-    pub fn inner(&mut self) -> Result<Inner> {
+    pub fn inner(&mut self) -> Result<L2Exit> {
         let window = Window::of(0);
         // Of these registers, VMRUN and its end switch only RAX.
         let others = self.registers()?;
         let word = |place: usize| self.memory().read_u64(window.vmcb() + place as u64);
-        Ok(Inner {
+        Ok(L2Exit {
             exit: word(EXIT_CODE),
             behind: word(RIP).wrapping_sub(window.inner()),
-            registers: Quad {
+            registers: Registers64 {
                 rax: word(RAX),
                 ..others
             },

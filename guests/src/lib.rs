@@ -18,12 +18,12 @@
 //! assert_eq!(expected.exact()[&30], 1);
 //! ```
 //!
-//! [`Machine`] runs the guest, with /dev/kvm:
+//! [`TinyVm`] runs the guest, with /dev/kvm:
 //!
 //! ```no_run
-//! use tiny_guests::{Config, Machine, Mode, Program};
+//! use tiny_guests::{Config, TinyVm, Mode, Program};
 //!
-//! let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 1000))?;
+//! let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 1000))?;
 //! assert_eq!(machine.run()?[0].ports, 1000);
 //! # Ok::<(), tiny_guests::Error>(())
 //! ```
@@ -34,16 +34,16 @@ mod code;
 mod config;
 mod hyperv;
 mod inner;
+mod interfere;
 mod machine;
-mod meddle;
 mod memory;
 mod window;
 
-pub use absent::Absent;
+pub use absent::AbsentPage;
 pub use catalogue::{Differs, Expected, Mode, Program};
-pub use config::{Config, Error, Quad, MAX_LONG_VCPUS, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
+pub use config::{Config, Error, Registers64, MAX_LONG_VCPUS, MAX_PAGES, MAX_QUERIES, MAX_VCPUS};
 pub use hyperv::NOTIFY_LONG_SPIN_WAIT;
-pub use inner::Inner;
-pub use machine::{host_isa, pin, with_apic_id, Machine, Seen};
-pub use meddle::Stepped;
+pub use inner::L2Exit;
+pub use interfere::Stepped;
+pub use machine::{host_isa, pin, with_apic_id, TinyVm, UserExits};
 pub use window::{REGISTERS, UNANSWERED};

@@ -22,8 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     catalogue::Program,
-    config::{Config, Error, Quad, Result},
-    meddle,
+    config::{Config, Error, Registers64, Result},
+    interfere,
     memory::Memory,
     window::{Window, FRESH, IRQ, PAGE, VECTOR_BASE},
 };
@@ -37,7 +37,7 @@ const EVENTFD_PORT: u64 = 0x510;
 
 /// Exits to the VMM while a vCPU ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct UserExits {
     /// Port accesses, without the one that ends the guest.
     pub ports: u64,
     /// HLTs.
@@ -48,7 +48,7 @@ pub struct Seen {
 
 /// A VM. KVM keeps its vCPUs until this value is dropped.
 #[derive(Debug)]
-pub struct Machine {
+pub struct TinyVm {
     config: Config,
     // Fields drop in this order: the vCPUs and the VM before their memory.
     vcpus: Vec<VcpuFd>,
@@ -85,7 +85,7 @@ fn cpuid_ecx(leaf: u32) -> u32 {
     }
 }
 
-impl Machine {
+impl TinyVm {
     /// Create the VM and its vCPUs, ready to run.
     ///
     /// # Errors
@@ -202,22 +202,25 @@ impl Machine {
     /// # Errors
     ///
     /// Fails with [`Error::Guest`] for a vCPU that ends in an unexpected way.
-    pub fn run(&mut self) -> Result<Vec<Seen>> {
+    pub fn run(&mut self) -> Result<Vec<UserExits>> {
         self.run_with(|_| Ok(()))
     }
 
-    /// Run every vCPU to its end like [`Machine::run`]. Each thread calls `begin` first, with the
+    /// Run every vCPU to its end like [`TinyVm::run`]. Each thread calls `begin` first, with the
     /// number of its vCPU.
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::run`] does, and with the errors of `begin`.
-    pub fn run_with(&mut self, begin: impl Fn(u8) -> io::Result<()> + Sync) -> Result<Vec<Seen>> {
+    /// Fails as [`TinyVm::run`] does, and with the errors of `begin`.
+    pub fn run_with(
+        &mut self,
+        begin: impl Fn(u8) -> io::Result<()> + Sync,
+    ) -> Result<Vec<UserExits>> {
         let (config, vm, begin) = (&self.config, &self.vm, &begin);
         let done = &AtomicBool::new(false);
         thread::scope(|scope| {
             if config.program == Program::HltKernel {
-                scope.spawn(|| wake(vm, config.wake, done));
+                scope.spawn(|| wake(vm, config.hlt_time, done));
             }
             let threads: Vec<_> = (0..)
                 .zip(&mut self.vcpus)
@@ -244,8 +247,8 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::run`] does.
-    pub fn run_one(&mut self, number: u8) -> Result<Seen> {
+    /// Fails as [`TinyVm::run`] does.
+    pub fn run_one(&mut self, number: u8) -> Result<UserExits> {
         self.run_one_until(number, &|| false)
     }
 
@@ -253,8 +256,8 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Stopped`], and as [`Machine::run`] does.
-    pub fn run_one_until(&mut self, number: u8, stop: &dyn Fn() -> bool) -> Result<Seen> {
+    /// Fails with [`Error::Stopped`], and as [`TinyVm::run`] does.
+    pub fn run_one_until(&mut self, number: u8, stop: &dyn Fn() -> bool) -> Result<UserExits> {
         let vcpu = self
             .vcpus
             .get_mut(usize::from(number))
@@ -268,7 +271,7 @@ impl Machine {
     ///
     /// Fails with [`Error::Settings`] for another number of queries, or with [`Error::Kvm`] when
     /// KVM refuses.
-    pub fn ask(&mut self, queries: &[Quad]) -> Result<()> {
+    pub fn set_queries(&mut self, queries: &[Registers64]) -> Result<()> {
         if queries.len() != self.config.queries.len() {
             return Err(Error::Settings(
                 "a guest asks as often as before".to_owned(),
@@ -296,7 +299,7 @@ impl Machine {
 
     /// Return the answers of a vCPU, in the order of its queries. In real mode the upper halves are
     /// not visible to the guest, and 0 here.
-    pub fn answers(&self, vcpu: u8) -> Vec<Quad> {
+    pub fn answers(&self, vcpu: u8) -> Vec<Registers64> {
         Window::of(vcpu).answers(&self.memory, &self.config)
     }
 
@@ -416,11 +419,11 @@ fn run_vcpu(
     vcpu: &mut VcpuFd,
     config: &Config,
     stop: &dyn Fn() -> bool,
-) -> Result<Seen> {
-    let mut seen = Seen::default();
+) -> Result<UserExits> {
+    let mut seen = UserExits::default();
     let mut cpus = host_cpus().cycle().skip(number.into());
     loop {
-        if config.meddle {
+        if config.rewrite_registers {
             // KVM completes an exit to the VMM only at the next run, and until then a register may
             // be half-written. So run, and return at once.
             vcpu.set_kvm_immediate_exit(1);
@@ -428,7 +431,7 @@ fn run_vcpu(
             vcpu.set_kvm_immediate_exit(0);
             match completed {
                 Err(error) if error.errno() == libc::EINTR => {
-                    meddle::State::of(vcpu)?.give(vcpu)?
+                    interfere::State::of(vcpu)?.restore(vcpu)?
                 }
                 other => {
                     return Err(Error::Guest {
@@ -442,11 +445,11 @@ fn run_vcpu(
             Ok(VcpuExit::IoOut(END_PORT, _)) => return Ok(seen),
             Ok(VcpuExit::IoOut(USER_PORT, _)) => {
                 seen.ports += 1;
-                let pauses = config.pause_on.is_none_or(|on| on == seen.ports);
-                if pauses && !config.pause.is_zero() {
-                    thread::sleep(config.pause);
+                let pauses = config.vmm_pause_on.is_none_or(|on| on == seen.ports);
+                if pauses && !config.vmm_pause.is_zero() {
+                    thread::sleep(config.vmm_pause);
                 }
-                if config.roam {
+                if config.change_cpus {
                     if let Some(cpu) = cpus.next() {
                         pin(cpu).map_err(|error| Error::Kernel("move a vCPU", error))?;
                     }

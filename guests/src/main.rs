@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use tiny_guests::{host_isa, Config, Expected, Machine, Mode, Program, Quad};
+use tiny_guests::{host_isa, Config, Expected, Mode, Program, Registers64, TinyVm};
 
 /// Run a tiny KVM guest that exits a known number of times.
 #[derive(Debug, Parser)]
@@ -35,7 +35,7 @@ struct Arguments {
     wake: u64,
     /// Leaf to query, with its subleaf, as 0x4ffffffd:10. Only for the guest `query`.
     #[arg(long, value_name = "LEAF[:SUBLEAF]", value_parser = parse_query)]
-    ask: Vec<Quad>,
+    ask: Vec<Registers64>,
 }
 
 fn parse_number(text: &str) -> Result<u32> {
@@ -46,9 +46,12 @@ fn parse_number(text: &str) -> Result<u32> {
     .with_context(|| format!("{text} is no number of 32 bits"))
 }
 
-fn parse_query(text: &str) -> Result<Quad> {
+fn parse_query(text: &str) -> Result<Registers64> {
     let (leaf, subleaf) = text.split_once(':').unwrap_or((text, "0"));
-    Ok(Quad::cpuid(parse_number(leaf)?, parse_number(subleaf)?))
+    Ok(Registers64::cpuid(
+        parse_number(leaf)?,
+        parse_number(subleaf)?,
+    ))
 }
 
 fn main() -> Result<()> {
@@ -65,17 +68,17 @@ fn main() -> Result<()> {
     if program == Program::Query {
         count = ask.len() as u32;
     }
-    let mut machine = Machine::new(Config {
+    let mut machine = TinyVm::new(Config {
         program,
         mode,
         count,
         vcpus,
-        pause: Duration::from_micros(pause),
-        pause_on: None,
-        roam,
-        wake: Duration::from_micros(wake),
+        vmm_pause: Duration::from_micros(pause),
+        vmm_pause_on: None,
+        change_cpus: roam,
+        hlt_time: Duration::from_micros(wake),
         queries: ask.clone(),
-        meddle: false,
+        rewrite_registers: false,
     })?;
     for (number, seen) in machine.run()?.into_iter().enumerate() {
         println!(

@@ -8,7 +8,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use crate::{
     catalogue::{Mode, Program},
     code,
-    config::{Config, Quad},
+    config::{Config, Registers64},
     memory::Memory,
 };
 
@@ -171,7 +171,7 @@ impl Window {
 
     /// Return the registers at the start of the 64-bit guest that moves its own code to the pages
     /// to touch, and makes `query` there.
-    pub(crate) fn moved(self, query: Quad) -> kvm_regs {
+    pub(crate) fn moved(self, query: Registers64) -> kvm_regs {
         let Self(window) = self;
         kvm_regs {
             rip: window + CODE + code::moved(),
@@ -188,7 +188,7 @@ impl Window {
 
     /// Return the registers at the start of a hypervisor that runs a guest of its own once. The
     /// guest gets `query` from it, except for RAX, which its VMCB holds.
-    pub(crate) fn hypervisor(self, query: Quad) -> kvm_regs {
+    pub(crate) fn hypervisor(self, query: Registers64) -> kvm_regs {
         kvm_regs {
             rip: self.0 + CODE + code::hypervisor(),
             rax: self.vmcb(),
@@ -223,7 +223,7 @@ impl Window {
 
     /// Return the answers of the vCPU. In real mode the upper halves are not visible to the guest,
     /// and 0 here.
-    pub(crate) fn answers(self, memory: &Memory, config: &Config) -> Vec<Quad> {
+    pub(crate) fn answers(self, memory: &Memory, config: &Config) -> Vec<Registers64> {
         (0..config.queries.len() as u64)
             .map(|number| {
                 let at = self.0 + QUERIES + number * QUERY + QUERY / 2;
@@ -234,7 +234,7 @@ impl Window {
                         Mode::Long | Mode::User => word,
                     }
                 };
-                Quad {
+                Registers64 {
                     rax: word(0),
                     rbx: word(1),
                     rcx: word(2),

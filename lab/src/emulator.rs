@@ -15,13 +15,13 @@ use std::{
 
 use rustix::process::{set_parent_process_death_signal, setpgid, Signal};
 
-use crate::{host::Machine, image::Images, setup::Prepared};
+use crate::{host::Machine, image::Images, setup::Setup};
 
 /// Description of a host for its emulator.
 #[derive(Debug)]
 pub struct Boot<'a> {
     /// The set-up, with the emulator and its root.
-    pub prepared: &'a Prepared,
+    pub prepared: &'a Setup,
     /// CPU, memory and the like.
     pub machine: &'a Machine,
     /// Kernel and initramfs.
@@ -31,12 +31,12 @@ pub struct Boot<'a> {
     /// Target of the host's console.
     pub console: Console<'a>,
     /// Initial state.
-    pub begin: Begin<'a>,
+    pub begin: InitialState<'a>,
 }
 
 /// Initial state of a host.
 #[derive(Clone, Copy, Debug)]
-pub enum Begin<'a> {
+pub enum InitialState<'a> {
     /// The host boots.
     Boot,
     /// The host boots, and is saved to this folder when its agent asks for it.

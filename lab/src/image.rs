@@ -20,7 +20,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::{paths::NoCache, refused::Refused, setup::Prepared};
+use crate::{file_error::FileError, paths::NoCache, setup::Setup};
 
 /// Reason why an image cannot be made.
 #[derive(Debug, Error)]
@@ -30,7 +30,7 @@ pub enum ImageError {
     NoCache(#[from] NoCache),
     /// A system call failed.
     #[error(transparent)]
-    Io(#[from] Refused),
+    Io(#[from] FileError),
     /// A file is not what it should be.
     #[error("{}: {reason}", path.display())]
     Content {
@@ -43,7 +43,7 @@ pub enum ImageError {
 
 impl ImageError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        Refused::to(action, path)
+        FileError::on(action, path)
     }
 
     fn content(path: &Path, reason: impl ToString) -> Self {
@@ -80,7 +80,7 @@ impl Images {
     /// # Errors
     ///
     /// [`ImageError`].
-    pub fn new(prepared: &Prepared, payload: &Path) -> Result<Self, ImageError> {
+    pub fn new(prepared: &Setup, payload: &Path) -> Result<Self, ImageError> {
         Ok(Self {
             base: base::make(prepared)?,
             payload: payload.into(),
@@ -92,7 +92,7 @@ impl Images {
     /// # Errors
     ///
     /// [`ImageError`].
-    pub fn kernel(&self, prepared: &Prepared) -> Result<Kernel, ImageError> {
+    pub fn kernel(&self, prepared: &Setup) -> Result<Kernel, ImageError> {
         let source = prepared.kernel.join("vmlinux");
         let bytes = fs::read(&source).map_err(ImageError::io("read", &source))?;
         let kernel = elf::Kernel::parse(&source, &bytes)?;

@@ -4,6 +4,7 @@
 
 pub mod calendar;
 pub mod emulator;
+pub mod file_error;
 pub mod host;
 pub mod image;
 pub mod interrupt;
@@ -11,7 +12,6 @@ pub mod module;
 mod outcome;
 mod paths;
 pub mod programs;
-pub mod refused;
 pub mod run;
 pub mod rust_project;
 pub mod setup;

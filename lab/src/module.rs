@@ -18,9 +18,9 @@ use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
 use crate::{
+    file_error::FileError,
     paths::repository,
-    refused::Refused,
-    setup::{self, in_root, InRoot, Prepared, Wanted, WITH_RUST},
+    setup::{self, in_root, InRoot, Setup, SetupOptions, WITH_RUST},
 };
 
 /// Arguments of `cargo lab build`.
@@ -71,7 +71,7 @@ pub enum ModuleError {
     Warnings,
     /// A system call failed.
     #[error(transparent)]
-    Io(#[from] Refused),
+    Io(#[from] FileError),
 }
 
 /// Run `cargo lab build`: complete the set-up, build the module, and print its path.
@@ -80,10 +80,10 @@ pub enum ModuleError {
 ///
 /// An error if the set-up or the build fails, or standard output is closed.
 pub fn command(args: BuildArgs) -> Result<()> {
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: args.kernel,
         tree: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })?;
     let module = build_with(&prepared, &args.make, args.verbose)?;
     writeln!(io::stdout(), "{}", module.display())?;
@@ -97,10 +97,10 @@ pub fn command(args: BuildArgs) -> Result<()> {
 ///
 /// An error if the set-up fails or the command cannot be run.
 pub fn root_command(args: RootArgs) -> Result<ExitCode> {
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: args.kernel,
         tree: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })?;
     let mut words = args.command.iter();
     let program = words.next().context("there is no command")?;
@@ -117,7 +117,7 @@ pub fn root_command(args: RootArgs) -> Result<ExitCode> {
 }
 
 /// Return the kernel's tree, or the reason why there is none.
-pub(crate) fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
+pub(crate) fn tree(prepared: &Setup) -> Result<&Path, ModuleError> {
     match &prepared.tree {
         Some(tree) => Ok(tree),
         None if prepared.rust => Err(ModuleError::NoTree),
@@ -128,7 +128,7 @@ pub(crate) fn tree(prepared: &Prepared) -> Result<&Path, ModuleError> {
 }
 
 /// Return the root with the checkout at /src and the tree at /tree.
-fn build_root(prepared: &Prepared) -> Result<InRoot, ModuleError> {
+fn build_root(prepared: &Setup) -> Result<InRoot, ModuleError> {
     let tree = tree(prepared)?;
     Ok(in_root(&prepared.root)
         .bind(repository(), "/src")
@@ -141,7 +141,7 @@ fn build_root(prepared: &Prepared) -> Result<InRoot, ModuleError> {
 /// # Errors
 ///
 /// [`ModuleError`]. The output of a build that failed or warned goes to standard error.
-pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
+pub fn build(prepared: &Setup) -> Result<PathBuf, ModuleError> {
     build_with(prepared, &[], false)
 }
 
@@ -152,7 +152,7 @@ pub fn build(prepared: &Prepared) -> Result<PathBuf, ModuleError> {
 ///
 /// The same as for [`build`].
 pub fn build_with(
-    prepared: &Prepared,
+    prepared: &Setup,
     make: &[String],
     verbose: bool,
 ) -> Result<PathBuf, ModuleError> {
@@ -205,7 +205,7 @@ pub fn build_with(
 /// # Errors
 ///
 /// [`ModuleError`] if there is no tree with the kernel's configuration.
-pub fn compiler(prepared: &Prepared) -> Result<&'static str, ModuleError> {
+pub fn compiler(prepared: &Setup) -> Result<&'static str, ModuleError> {
     let config = tree(prepared)?.join(".config");
     let text = fs::read_to_string(&config).map_err(failed_to("read", &config))?;
     let clang = text.lines().any(|line| line == "CONFIG_CC_IS_CLANG=y");
@@ -230,7 +230,7 @@ fn has_warning(text: &str) -> bool {
 }
 
 fn failed_to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ModuleError {
-    Refused::to(action, path)
+    FileError::on(action, path)
 }
 
 #[cfg(test)]

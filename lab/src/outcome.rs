@@ -11,12 +11,12 @@ use std::{
 use thiserror::Error;
 
 use crate::{
+    file_error::FileError,
     image::ImageError,
     module::ModuleError,
     programs::ProgramsError,
-    refused::Refused,
     setup::SetupError,
-    verdict::{End, Limits},
+    verdict::{Limits, RunEnd},
 };
 
 /// Limits of a run for which the caller sets no others.
@@ -29,7 +29,7 @@ pub const LIMITS: Limits = Limits {
 #[derive(Debug)]
 pub struct Outcome {
     /// End of the run.
-    pub end: End,
+    pub end: RunEnd,
     /// The script's standard output.
     pub stdout: Vec<u8>,
     /// The run's folder, with console.log, kernel.log, stdout.log, stderr.log and emulator.log.
@@ -77,11 +77,11 @@ pub enum RunError {
     Boot(Box<Outcome>),
     /// A system call failed.
     #[error(transparent)]
-    Io(#[from] Refused),
+    Io(#[from] FileError),
 }
 
 impl RunError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        Refused::to(action, path)
+        FileError::on(action, path)
     }
 }

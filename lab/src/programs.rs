@@ -54,7 +54,7 @@ pub enum Tool {
     /// `ForScripts` plus the BPF meter, which clang compiles.
     WithBpf,
     /// `ForScripts` plus `exitmeter top`.
-    ForPeople,
+    WithTop,
 }
 
 /// Build the programs that are out of date.
@@ -73,7 +73,7 @@ pub fn build(tool: Tool) -> Result<Programs, ProgramsError> {
     match tool {
         Tool::ForScripts => {}
         Tool::WithBpf => what.extend(["--features", "exitmeter/bpf,exitmeter/export"]),
-        Tool::ForPeople => what.extend(["--features", "exitmeter/top"]),
+        Tool::WithTop => what.extend(["--features", "exitmeter/top"]),
     }
     let mut built = cargo_build(&what)?;
     match (built.remove("lab-agent"), built.remove("exitmeter")) {

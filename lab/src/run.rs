@@ -26,7 +26,7 @@ use self::{
 pub use self::{lines::Lines, options::Options, record::Event};
 pub use crate::outcome::{Outcome, RunError, LIMITS};
 use crate::{
-    emulator::{Begin, Boot, Console},
+    emulator::{Boot, Console, InitialState},
     host::Host,
     image::{
         payload::{self, FileSpec},
@@ -34,7 +34,7 @@ use crate::{
     },
     module,
     programs::{self, Programs},
-    setup::{self, Prepared, Wanted},
+    setup::{self, Setup, SetupOptions},
 };
 
 /// Complete the set-up, boot the host, and run the script. `listener` gets the events of the run as they happen.
@@ -68,8 +68,8 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
     let payload = folder.join("payload");
     let (agent, kvm, begin) = match &saved {
         // The saved machine has its agent and KVM.
-        Some(saved) => (None, None, Begin::Saved(saved)),
-        None => (Some(&*programs.agent), options.kvm(), Begin::Boot),
+        Some(saved) => (None, None, InitialState::Saved(saved)),
+        None => (Some(&*programs.agent), options.kvm(), InitialState::Boot),
     };
     payload::write(&payload, agent, &files, &Settings { kvm, task })?;
     let boot = Boot {
@@ -105,15 +105,15 @@ pub(crate) fn files(
 /// [`RunError::Setup`], [`RunError::Module`], and errors of `start`.
 pub fn prepare<T>(
     options: &Options,
-    start: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<T, RunError>,
-) -> Result<(Prepared, Option<PathBuf>, T), RunError> {
-    let wanted = Wanted {
+    start: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<T, RunError>,
+) -> Result<(Setup, Option<PathBuf>, T), RunError> {
+    let wanted = SetupOptions {
         kernel: options.kernel.clone(),
         tree: options.module,
         bochs: options.machine.host == Host::Intel,
-        ..Wanted::default()
+        ..SetupOptions::default()
     };
-    let module = |prepared: &Prepared, note: &dyn Fn(&str)| {
+    let module = |prepared: &Setup, note: &dyn Fn(&str)| {
         if options.module && !prepared.rust {
             let release = &prepared.release;
             note(&format!(
@@ -124,7 +124,7 @@ pub fn prepare<T>(
         let module = options.module.then(|| module::build(prepared));
         Ok(module.transpose()?)
     };
-    setup::prepare_and(&wanted, module, start)
+    setup::prepare_with(&wanted, module, start)
 }
 
 /// Kind of a script.

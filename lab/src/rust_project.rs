@@ -15,7 +15,7 @@ use serde_json::{json, Map, Value};
 
 use crate::module;
 use crate::paths::repository;
-use crate::setup::{self, Wanted};
+use crate::setup::{self, SetupOptions};
 
 /// Crates that kbuild lets each module use.
 const EXTERNS: [&str; 4] = ["kernel", "pin_init", "zerocopy", "zerocopy_derive"];
@@ -37,10 +37,10 @@ pub struct RustProjectArgs {
 /// An error if the set-up or the build fails, or the user's toolchain has no source of Rust's library.
 pub fn command(args: RustProjectArgs) -> Result<()> {
     let toolchain = Toolchain::find()?;
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: args.kernel,
         tree: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })?;
     let object = module::build(&prepared)?;
     let built = object.parent().context("the module is in no folder")?;

@@ -34,7 +34,7 @@ use self::{
     progress::Progress,
 };
 pub use crate::paths::{cache, repository, NoCache};
-use crate::{interrupt, paths::LARGER_DISK, refused::Refused};
+use crate::{file_error::FileError, interrupt, paths::LARGER_DISK};
 
 /// Names of the debug kernels, which are built here and check themselves while they run (scripts/debug-kernel.sh).
 const DEBUG_KERNELS: [&str; 3] = ["debug", "kcsan", "cfi"];
@@ -57,7 +57,7 @@ fn debug_kernel(kernel: &str) -> Option<(&'static str, &str)> {
 
 /// Parts of the set-up that a run needs, in addition to the Debian root.
 #[derive(Clone, Debug, Default)]
-pub struct Wanted {
+pub struct SetupOptions {
     /// The kernel: a version ("7.2.12"), a series ("6.12") or a release ("7.2.12+deb13-amd64"); the newest if `None`. Or a
     /// debug kernel that is built here: "debug", "kcsan", "cfi", "7.2.12-debug" and so on.
     pub kernel: Option<String>,
@@ -73,7 +73,7 @@ pub struct Wanted {
 
 /// Paths of a complete set-up. All of them are shared with other runs and must not be written to.
 #[derive(Clone, Debug)]
-pub struct Prepared {
+pub struct Setup {
     /// The Debian root, for [`in_root()`].
     pub root: PathBuf,
     /// Folder of the host's kernel, packaged or built here, and its modules; scripts/kernel.sh lists the files.
@@ -146,10 +146,10 @@ pub enum SetupError {
     },
     /// A system call failed.
     #[error(transparent)]
-    Io(#[from] Refused),
+    Io(#[from] FileError),
 }
 
-impl Prepared {
+impl Setup {
     /// Return the folder of the host's modules, with modules.dep. Its name is the release.
     pub fn modules(&self) -> PathBuf {
         modules(&self.kernel, &self.release)
@@ -158,7 +158,7 @@ impl Prepared {
 
 impl SetupError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        Refused::to(action, path)
+        FileError::on(action, path)
     }
 }
 
@@ -167,8 +167,8 @@ impl SetupError {
 /// # Errors
 ///
 /// [`SetupError`]. Finished work is kept, and the next call continues from there.
-pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
-    prepare_and(wanted, |_, _| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
+pub fn prepare(wanted: &SetupOptions) -> Result<Setup, SetupError> {
+    prepare_with(wanted, |_, _| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
 }
 
 /// Do the work of [`prepare`], and call two functions before all of it is done, so that no core is idle. `with_tree` is
@@ -178,11 +178,11 @@ pub fn prepare(wanted: &Wanted) -> Result<Prepared, SetupError> {
 /// # Errors
 ///
 /// Errors of [`prepare`] and of the two functions.
-pub fn prepare_and<T: Send, B, E: From<SetupError> + Send>(
-    wanted: &Wanted,
-    with_tree: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<T, E> + Send,
-    with_bochs: impl FnOnce(&Prepared, &dyn Fn(&str)) -> Result<B, E>,
-) -> Result<(Prepared, T, B), E> {
+pub fn prepare_with<T: Send, B, E: From<SetupError> + Send>(
+    wanted: &SetupOptions,
+    with_tree: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<T, E> + Send,
+    with_bochs: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<B, E>,
+) -> Result<(Setup, T, B), E> {
     with_engine(|engine| {
         let plan = Plan::new(engine, wanted)?;
         let note = |text: &str| engine.note(text);
@@ -222,7 +222,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(engine: &Engine<'_>, wanted: &Wanted) -> Result<Self, SetupError> {
+    fn new(engine: &Engine<'_>, wanted: &SetupOptions) -> Result<Self, SetupError> {
         let root = engine.step(&Recipe {
             name: "root",
             mib: 2400,
@@ -368,11 +368,11 @@ impl Plan {
         }
     }
 
-    fn prepared(&self) -> Result<Prepared, SetupError> {
+    fn prepared(&self) -> Result<Setup, SetupError> {
         let kernel = self.debug.as_ref().unwrap_or(&self.kernel);
         let tree = self.debug.as_ref().or(self.tree());
         let within = |step: &Option<Step>, name| step.as_ref().map(|step| step.out.join(name));
-        Ok(Prepared {
+        Ok(Setup {
             guest_kernel: self.kernel.out.join("vmlinux"),
             guest_modules: modules(&self.kernel.out, &release(&self.kernel)?),
             release: release(kernel)?,

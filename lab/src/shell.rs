@@ -22,13 +22,13 @@ use rustix::{
 use rustix_openpty::openpty;
 
 use crate::{
-    emulator::{Begin, Boot, Console, Emulator},
+    emulator::{Boot, Console, Emulator, InitialState},
     image::{payload, Images},
     interrupt,
     outcome::RunError,
     programs::{self, Tool},
     run::{self, folder, Options},
-    setup::Prepared,
+    setup::Setup,
 };
 
 /// Key that ends the host: Ctrl-].
@@ -46,7 +46,7 @@ const POLL_INTERVAL: Timespec = Timespec {
 ///
 /// [`RunError`] if the host could not boot or could not start its shell.
 pub fn shell(options: &Options) -> Result<(), RunError> {
-    let start = |_: &Prepared, _: &dyn Fn(&str)| Ok(programs::build(Tool::ForPeople)?);
+    let start = |_: &Setup, _: &dyn Fn(&str)| Ok(programs::build(Tool::WithTop)?);
     let (prepared, module, programs) = run::prepare(options, start)?;
     let folder = folder::make(options.machine.host)?;
     let payload = folder.join("payload");
@@ -64,7 +64,7 @@ pub fn shell(options: &Options) -> Result<(), RunError> {
         images: &Images::new(&prepared, &payload)?,
         folder: &folder,
         console: Console::Terminal(&device.path),
-        begin: Begin::Boot,
+        begin: InitialState::Boot,
     };
     let command = run::command(&boot)?;
     let log = folder.join("emulator.log");

@@ -2,7 +2,7 @@
 
 //! Verdict on a run, from the host's console, its kernel log, its messages, and its silence.
 //!
-//! The code is pure: bytes, messages and times go in, an [`End`] comes out.
+//! The code is pure: bytes, messages and times go in, an [`RunEnd`] comes out.
 
 use std::{fmt, time::Duration};
 
@@ -33,7 +33,7 @@ pub enum Fault {
 
 /// End of a run.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum End {
+pub enum RunEnd {
     /// The script ended with this status, or 128 + N for signal N.
     Script(u32),
     /// The host could not do what it was started for, for this reason.
@@ -52,7 +52,7 @@ pub enum End {
     Interrupted,
 }
 
-impl End {
+impl RunEnd {
     /// Return the exit status of `cargo lab run`.
     pub fn status(&self) -> u8 {
         match self {
@@ -72,7 +72,7 @@ impl End {
     }
 }
 
-impl fmt::Display for End {
+impl fmt::Display for RunEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Script(status) => write!(f, "the script ended with status {status}"),
@@ -171,7 +171,7 @@ impl Watch {
         self.last_sign = now;
         match message {
             Message::Kernel(record) => {
-                if let Some(record) = Record::parse(record) {
+                if let Some(record) = KernelRecord::parse(record) {
                     if record.facility == KERNEL_FACILITY {
                         let fault = self.log.fault_in(&record.text);
                         self.note(now, fault);
@@ -198,38 +198,38 @@ impl Watch {
     }
 
     /// Return the end of the run, if it has ended.
-    pub fn end(&self, now: Duration) -> Option<End> {
+    pub fn end(&self, now: Duration) -> Option<RunEnd> {
         let decided = self.verdict.is_some() || self.failure.is_some() || self.gone.is_some();
         if let Some((fault, since)) = self.fault() {
             let quiet = now.saturating_sub(self.last_sign) >= SETTLE_PAUSE;
             if decided || quiet || now.saturating_sub(since) >= SETTLE_LIMIT {
-                return Some(End::Fault(fault));
+                return Some(RunEnd::Fault(fault));
             }
             return None;
         }
         if let Some(text) = &self.failure {
-            return Some(End::Failure(text.clone()));
+            return Some(RunEnd::Failure(text.clone()));
         }
         if let Some(status) = self.verdict {
             return Some(match &self.damage {
-                None => End::Script(status),
-                Some(damage) => End::NoVerdict(format!("its messages are damaged ({damage})")),
+                None => RunEnd::Script(status),
+                Some(damage) => RunEnd::NoVerdict(format!("its messages are damaged ({damage})")),
             });
         }
         match self.gone {
             Some(true) => {
-                return Some(End::NoVerdict(
+                return Some(RunEnd::NoVerdict(
                     "the host ended before the script".to_owned(),
                 ))
             }
-            Some(false) => return Some(End::EmulatorDied),
+            Some(false) => return Some(RunEnd::EmulatorDied),
             None => {}
         }
         if now >= self.limits.time {
-            return Some(End::TimeLimit(self.limits.time));
+            return Some(RunEnd::TimeLimit(self.limits.time));
         }
         if now.saturating_sub(self.last_sign) >= self.limits.silence {
-            return Some(End::Silence(self.limits.silence));
+            return Some(RunEnd::Silence(self.limits.silence));
         }
         None
     }
@@ -357,7 +357,7 @@ const CHECKERS: &[&str] = &[
 
 /// Record of /dev/kmsg.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Record {
+pub struct KernelRecord {
     /// Facility of the writer; 0 is the kernel.
     pub facility: u32,
     /// Log level, from 0 (most urgent) to 7.
@@ -368,7 +368,7 @@ pub struct Record {
     pub text: String,
 }
 
-impl Record {
+impl KernelRecord {
     /// Parse a record. Return `None` if it is malformed.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let record = String::from_utf8_lossy(bytes);
@@ -409,7 +409,7 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-impl fmt::Display for Record {
+impl fmt::Display for KernelRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (seconds, micros) = (self.time / 1_000_000, self.time % 1_000_000);
         for line in self.text.split('\n') {

@@ -20,9 +20,9 @@ const BASICS: &[&str] = &[
 ];
 
 /// A simulated machine with the basic commands, some free space, and the things that a test adds. The user is root.
-struct Machine(TempDir);
+struct FakeMachine(TempDir);
 
-impl Machine {
+impl FakeMachine {
     fn new() -> Self {
         let machine = Self(TempDir::new().unwrap());
         for folder in ["bin", "root/usr/bin", "out/usr/bin", "kernel"] {
@@ -169,7 +169,7 @@ fn assert_says(output: &Output, words: &[&str]) {
 
 #[test]
 fn root_that_may_not_make_namespaces_learns_of_the_capability() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     machine.command("unshare", "exit 1");
     let output = machine.function("need_namespaces");
     assert_says(&output, &["may not make mount namespaces", "--privileged"]);
@@ -177,7 +177,7 @@ fn root_that_may_not_make_namespaces_learns_of_the_capability() {
 
 #[test]
 fn a_user_who_cannot_make_namespaces_learns_the_reason() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     machine.drop_root();
     let need = || machine.function("need_namespaces");
     assert_says(&need(), &["unshare is missing", "the package util-linux"]);
@@ -206,7 +206,7 @@ fn a_user_who_cannot_make_namespaces_learns_the_reason() {
 
 #[test]
 fn every_command_of_the_lab_checks_first_that_it_can_make_namespaces() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     machine.command("unshare", "exit 1");
     for arguments in [
         &["prepare"][..],
@@ -227,7 +227,7 @@ fn every_command_of_the_lab_checks_first_that_it_can_make_namespaces() {
 
 #[test]
 fn a_disk_that_is_too_small_is_reported() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     machine.real_command("df");
     assert_says(
         &machine.function("need_space / 999999999999"),
@@ -240,7 +240,7 @@ fn a_disk_that_is_too_small_is_reported() {
 
 #[test]
 fn a_step_that_is_called_by_hand_names_the_command_to_use() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     for step in [
         "root",
         "kernel",
@@ -262,7 +262,7 @@ fn a_step_that_is_called_by_hand_names_the_command_to_use() {
 
 #[test]
 fn a_step_that_fails_shows_its_log_and_names_the_remedy() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     // Namespaces can be made, but commands in the root fail.
     machine.command(
         "unshare",
@@ -289,7 +289,7 @@ fn a_step_that_fails_shows_its_log_and_names_the_remedy() {
 
 #[test]
 fn without_a_network_there_is_no_root() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     machine.command("unshare", "exit 0");
     assert_says(
         &machine.step("root"),
@@ -306,7 +306,7 @@ fn without_a_network_there_is_no_root() {
 
 #[test]
 fn without_a_network_old_lists_do_not_prove_that_a_kernel_is_missing() {
-    let machine = Machine::new();
+    let machine = FakeMachine::new();
     // The commands of kernel.sh in the root report that the lists are old.
     machine.command(
         "unshare",
@@ -320,7 +320,7 @@ fn without_a_network_old_lists_do_not_prove_that_a_kernel_is_missing() {
 
 #[test]
 fn without_apt_the_missing_commands_are_named() {
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     machine.remove("mmdebstrap");
     machine.command("rustc", "echo 'rustc 1.84.1 (e71f9a9a9 2025-01-27)'");
     assert_says(
@@ -335,7 +335,7 @@ fn without_apt_the_missing_commands_are_named() {
 /// A user who is not root gets the names of the packages. If Debian's Rust is too old, they are those of the newer one.
 #[test]
 fn a_user_learns_which_packages_to_install() {
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     machine.drop_root();
     machine.remove("cargo");
     machine.command("apt-get", "exit 1");
@@ -368,7 +368,7 @@ fn a_user_learns_which_packages_to_install() {
 
 #[test]
 fn for_root_missing_commands_are_installed_or_the_reason_is_named() {
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     machine.remove("mmdebstrap");
     machine.real_command("env");
     for (apt, words) in [
@@ -395,7 +395,7 @@ fn for_root_missing_commands_are_installed_or_the_reason_is_named() {
 
 #[test]
 fn the_tool_alone_does_not_need_the_labs_commands() {
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     machine.drop_root();
     for name in ["mmdebstrap", "unshare", "mount"] {
         machine.remove(name);
@@ -444,7 +444,7 @@ fn make_only_requires_the_labs_commands_where_it_needs_them() {
 #[test]
 fn a_missing_browser_is_reported() {
     assert!(recipe(&["test"]).starts_with("scripts/bootstrap.sh clang browser\n"));
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     machine.drop_root();
     machine.command("newuidmap", "exit 0");
     machine.command("apt-get", "exit 1");
@@ -466,7 +466,7 @@ fn a_missing_browser_is_reported() {
 
 #[test]
 fn crates_that_are_there_are_not_fetched() {
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     let calls = machine.path("calls");
     machine.command("cargo", &format!("echo \"$@\" >>{}", calls.display()));
     let output = machine.script("bootstrap.sh", &["--tool"]);
@@ -477,7 +477,7 @@ fn crates_that_are_there_are_not_fetched() {
 
 #[test]
 fn without_a_network_the_crates_are_missing_and_the_remedy_is_named() {
-    let machine = Machine::complete();
+    let machine = FakeMachine::complete();
     for name in ["cargo", "rustc"] {
         // Call the toolchain's program directly: rustup would look for its toolchains in HOME.
         let output = Command::new("rustc").args(["--print", "sysroot"]).output();

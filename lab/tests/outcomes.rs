@@ -18,7 +18,7 @@ use std::{
 
 use lab::{
     module,
-    setup::{self, Wanted},
+    setup::{self, SetupOptions},
 };
 use rustix::process::{kill_process, Pid, Signal};
 
@@ -57,10 +57,10 @@ fn folder(output: &Output) -> PathBuf {
 static FAULT: LazyLock<String> = LazyLock::new(|| fault_for(None));
 
 fn fault_for(kernel: Option<&str>) -> String {
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: kernel.map(str::to_owned),
         tree: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })
     .unwrap();
     let name = format!("fault-{}", prepared.release);

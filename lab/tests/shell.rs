@@ -15,7 +15,7 @@ use std::{
 
 use lab::{
     programs::{self, Tool},
-    setup::{self, Wanted},
+    setup::{self, SetupOptions},
 };
 use rustix::termios::{tcgetattr, LocalModes};
 use rustix_openpty::openpty;
@@ -38,8 +38,8 @@ struct Session {
 impl Session {
     fn start() -> Self {
         // Make the set-up and the programs first, so that the timeout only covers the boot.
-        setup::prepare(&Wanted::default()).unwrap();
-        programs::build(Tool::ForPeople).unwrap();
+        setup::prepare(&SetupOptions::default()).unwrap();
+        programs::build(Tool::WithTop).unwrap();
         let pty = openpty(None, None).unwrap();
         let (keys, terminal) = (File::from(pty.controller), File::from(pty.user));
         let end = || terminal.try_clone().unwrap();

@@ -86,7 +86,7 @@ unsafe extern "C" fn on_cpuid(
 ) {
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
-    if Leaves::are_near(vcpu.register(RAX)) && is_query(vcpu, parent) {
+    if Leaves::may_answer(vcpu.register(RAX)) && is_query(vcpu, parent) {
         // SAFETY: ftrace lets a redirect write the address to go on at.
         unsafe {
             (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =

@@ -26,7 +26,7 @@ use crate::{
     },
     linux::clock,
     meter::{
-        parts,
+        ablation,
         reasons::Isa, //
     },
     registry::transitions, //
@@ -42,7 +42,7 @@ unsafe extern "C" fn on_exit_vmx<const RING: bool>(
     vcpu: *mut bindings::kvm_vcpu,
     _isa: u32,
 ) {
-    if !parts::CALLBACKS {
+    if !ablation::CALLBACKS {
         return;
     }
     // SAFETY: KVM holds the vCPU, on this thread.
@@ -67,7 +67,7 @@ unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     vcpu: *mut bindings::kvm_vcpu,
     _isa: u32,
 ) {
-    if !parts::CALLBACKS {
+    if !ablation::CALLBACKS {
         return;
     }
     let now = clock::now();
@@ -89,7 +89,7 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
     vcpu: *mut bindings::kvm_vcpu,
     _isa: u32,
 ) {
-    if !parts::CALLBACKS {
+    if !ablation::CALLBACKS {
         return;
     }
     let now = clock::now();
@@ -107,7 +107,7 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
 ///
 /// For the tracepoint alone.
 unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: u8) {
-    if !parts::CALLBACKS {
+    if !ablation::CALLBACKS {
         return;
     }
     // SAFETY: KVM holds the vCPU, on this thread.

@@ -23,7 +23,7 @@ use crate::{
         clock,
         task, //
     },
-    meter::parts,
+    meter::ablation,
     registry::{
         published,
         transitions, //
@@ -60,7 +60,7 @@ unsafe extern "C" fn on_load(
 /// For [`on_load`] and the trampoline of `kvm_arch_vcpu_load()` alone (src/trampolines.S).
 #[no_mangle]
 unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
-    if !parts::CALLBACKS {
+    if !ablation::CALLBACKS {
         return;
     }
     // SAFETY: By the contract of this function; KVM holds the vCPU.
@@ -98,7 +98,7 @@ unsafe extern "C" fn on_put(
 /// For [`on_put`] and the trampoline of `kvm_arch_vcpu_put()` alone (src/trampolines.S).
 #[no_mangle]
 unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
-    if !parts::CALLBACKS {
+    if !ablation::CALLBACKS {
         return;
     }
     // SAFETY: By the contract of this function; KVM holds the vCPU.
@@ -204,6 +204,6 @@ unsafe extern "C" fn on_create(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     if let Some(registry) = published() {
-        registry.announce(vcpu);
+        registry.register_new(vcpu);
     }
 }

@@ -12,7 +12,7 @@ pub(crate) use loom::sync::atomic::{
     fence, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, AtomicUsize, Ordering,
 };
 
-/// A cell that [`own`] can read.
+/// A cell that [`read_owned`] can read.
 pub(crate) trait Cell {
     /// Type of the value.
     type Value;
@@ -64,7 +64,7 @@ impl<T> Cell for AtomicPtr<T> {
 /// No other thread may write the cell meanwhile. Others may read it.
 #[cfg(not(loom))]
 #[inline(always)]
-pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
+pub(crate) unsafe fn read_owned<C: Cell>(cell: &C) -> C::Value {
     // SAFETY: The cell is valid, and by the contract of this function no other thread writes it.
     unsafe { cell.at().read() }
 }
@@ -75,7 +75,7 @@ pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
 ///
 /// No other thread may write the cell meanwhile.
 #[cfg(loom)]
-pub(crate) unsafe fn own<C: Cell>(cell: &C) -> C::Value {
+pub(crate) unsafe fn read_owned<C: Cell>(cell: &C) -> C::Value {
     cell.value()
 }
 

@@ -33,11 +33,11 @@ const fn split_nested(subleaf: u32) -> (u32, bool) {
 }
 
 /// Number of phases that leaf 0x4FFFFFF2 knows.
-const ASKED_PHASES: usize = 7;
+const PHASES_OF_QUERIES: usize = 7;
 
 /// Return the name of a phase of leaf 0x4FFFFFF2, and the phases that it sums. The first five are
 /// those of version 1, in which the two kinds of sleep were one phase.
-pub const fn asked_phases(number: u32) -> Option<(&'static str, &'static [Phase])> {
+pub const fn phases_of_query(number: u32) -> Option<(&'static str, &'static [Phase])> {
     Some(match number {
         0 => (Phase::Guest.name(), &[Phase::Guest]),
         1 => (Phase::Kernel.name(), &[Phase::Kernel]),
@@ -101,7 +101,7 @@ pub enum Query {
 impl Query {
     /// Return true if the kernel log gets a line for the query. For tables, only the query for the
     /// description does, once per reading: the entries take hundreds more.
-    pub const fn is_spoken(self, subleaf: u32) -> bool {
+    pub const fn is_logged(self, subleaf: u32) -> bool {
         match self {
             Query::Tables => Place::from_subleaf(subleaf).table == DESCRIPTION,
             _ => true,
@@ -176,7 +176,7 @@ impl Leaves {
     /// Return true for the 16 leaves that include all answered leaves. Any other CPUID costs no
     /// more than this test.
     #[inline(always)]
-    pub const fn are_near(leaf: u32) -> bool {
+    pub const fn may_answer(leaf: u32) -> bool {
         leaf & !0xf == 0x4fff_fff0
     }
 
@@ -214,7 +214,7 @@ impl Leaves {
     }
 
     /// Answer a query; `subleaf` comes from ecx. [`Query::Tables`] needs more than numbers: see
-    /// [`tables::Asker`].
+    /// [`tables::TableQuery`].
     pub fn answer(&self, query: Query, subleaf: u32, numbers: &impl Numbers) -> Registers {
         let none = Registers::default();
         match query {
@@ -291,8 +291,8 @@ impl Leaves {
             Query::Tables => Registers::UNDEFINED,
             Query::PhaseCycles => {
                 let number = (subleaf >> 16) as usize;
-                let phases = asked_phases(clamp(number, ASKED_PHASES) as u32);
-                let phases = phases.filter(|_| number < ASKED_PHASES);
+                let phases = phases_of_query(clamp(number, PHASES_OF_QUERIES) as u32);
+                let phases = phases.filter(|_| number < PHASES_OF_QUERIES);
                 match (self.row(subleaf & 0xffff), phases) {
                     (Some(slot), Some((_, phases))) => {
                         let cycles = phases.iter().map(|phase| numbers.cycles(*phase, slot));
@@ -312,7 +312,7 @@ impl Leaves {
 
 /// A query and its answer, formatted in the words of the course.
 #[derive(Clone, Copy, Debug)]
-pub struct Spoken {
+pub struct LogLine {
     /// The leaf that the guest asked for.
     pub leaf: u32,
     /// The query of that leaf.
@@ -325,7 +325,7 @@ pub struct Spoken {
     pub isa: Isa,
 }
 
-impl fmt::Display for Spoken {
+impl fmt::Display for LogLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Registers { eax, ebx, ecx, edx } = self.answer;
         let join = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
@@ -368,7 +368,7 @@ impl fmt::Display for Spoken {
             }
             Query::Exits64 => write!(f, " exits={}", join(edx, eax)),
             Query::PhaseCycles => {
-                let phase = asked_phases(self.subleaf >> 16).map_or("?", |(name, _)| name);
+                let phase = phases_of_query(self.subleaf >> 16).map_or("?", |(name, _)| name);
                 write!(f, " phase {phase}: {} cycles", join(edx, eax))
             }
         }
@@ -403,7 +403,7 @@ mod tests {
 
     fn log_line(leaf: u32, subleaf: u32, answer: Registers) -> String {
         let query = VMX.classify(leaf).expect("ours");
-        Spoken {
+        LogLine {
             leaf,
             query,
             subleaf,
@@ -432,7 +432,7 @@ mod tests {
         let step = if cfg!(miri) { 0xf_fffd } else { 1 };
         for map in [LeafMap::Off, LeafMap::Map2021, LeafMap::Map2022] {
             let leaves = Leaves { map, ..VMX };
-            let is_ours = |leaf| Leaves::are_near(leaf) && leaves.classify(leaf).is_some();
+            let is_ours = |leaf| Leaves::may_answer(leaf) && leaves.classify(leaf).is_some();
             for base in (0..=0x0fff_ffff_u32).step_by(step).map(|base| base << 4) {
                 if base != 0x4fff_fff0 {
                     assert!(!is_ours(base) && !is_ours(base | 0xf));
@@ -507,10 +507,10 @@ mod tests {
             assert_eq!((answer.ebx, answer.ecx), (0, 0));
         }
         let names: Vec<_> = (0..)
-            .map_while(asked_phases)
+            .map_while(phases_of_query)
             .map(|(name, _)| name)
             .collect();
-        assert_eq!(names.len(), ASKED_PHASES);
+        assert_eq!(names.len(), PHASES_OF_QUERIES);
         assert_eq!(names[3..], ["blocked", "preempted", "halted", "waiting"]);
         assert_eq!(ask(0x4fff_fff2, 7 << 16 | 12), Registers::UNDEFINED);
         assert_eq!(

@@ -5,6 +5,7 @@
 //! Nothing here depends on the kernel or on C. Nothing here may panic on a path that the module
 //! takes, because a panic there kills the host.
 
+pub mod ablation;
 mod atomic;
 pub mod btf;
 pub mod bucket;
@@ -13,7 +14,6 @@ pub mod detail;
 pub mod histogram;
 pub mod leaves;
 pub mod ledger;
-pub mod parts;
 pub mod phase;
 pub mod reasons;
 // loom's atomics are not constants. Its models cover what the registry is built on.

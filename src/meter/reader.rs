@@ -33,7 +33,7 @@ use crate::{
         EXITS_MISSED, FLAG_BPF, FLAG_CULPRIT, FLAG_FROZEN, FLAG_HOST_SCOPE, FLAG_NESTED,
         FLAG_NO_ENTRY_RIP, FLAG_NO_RIP, FLAG_OTHERS, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
         KERNEL_HISTOGRAM, KERNEL_MAX, KERNEL_MISSED, KIND_BOUND, KIND_HISTOGRAM, KIND_MAXIMUM,
-        KIND_ONE, KIND_SUM, MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, RIP, ROW_HEAD_SIZE,
+        KIND_PER_EXIT, KIND_SUM, MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, RIP, ROW_HEAD_SIZE,
         SCHEDULED_OUT, SECTION_HEAD_SIZE, SEQUENCE, TABLES_HEAD_SIZE, TABLE_RING, TABLE_SLOWEST,
         TABLE_USER, TIME, UNIT_ADDRESS, UNIT_EVENTS, UNIT_NUMBER, UNIT_TICKS, UNIT_TIME, USER_EXIT,
         USER_MISSED, WINDOW,
@@ -177,7 +177,7 @@ pub enum Kind {
     /// An upper bound for what another column lacks.
     Bound,
     /// A value of one exit.
-    One,
+    PerExit,
     /// A kind of a later version, with its number from 0 to 255.
     Unknown(u32),
 }
@@ -200,7 +200,7 @@ impl Kind {
             },
             KIND_MAXIMUM => Kind::Maximum,
             KIND_BOUND => Kind::Bound,
-            KIND_ONE => Kind::One,
+            KIND_PER_EXIT => Kind::PerExit,
             other => Kind::Unknown(other),
         }
     }
@@ -282,7 +282,7 @@ pub struct Head {
     pub by_bpf: bool,
     /// See [`Snapshot::unmetered`].
     pub unmetered: u64,
-    /// See [`Snapshot::gone`].
+    /// See [`Snapshot::departed`].
     pub gone: u64,
     /// Offsets of the tables; `None` while details are off, and before version 1.3.
     pub tables: Option<TablesHead>,
@@ -381,8 +381,8 @@ impl Head {
         })
     }
 
-    /// See [`Snapshot::has_waits`].
-    pub fn has_waits(&self) -> bool {
+    /// See [`Snapshot::separates_waits`].
+    pub fn separates_waits(&self) -> bool {
         self.shape.waiting().is_some()
     }
 
@@ -392,16 +392,16 @@ impl Head {
     }
 
     /// Return the vCPU of a whole record, or `None` if the record's parts lie outside of it.
-    pub fn vcpu<'a>(&self, record: &'a [u8]) -> Option<Vcpu<'a>> {
+    pub fn vcpu<'a>(&self, record: &'a [u8]) -> Option<VcpuRecord<'a>> {
         let (record, _) = self.shape.record(record)?;
-        Some(Vcpu {
+        Some(VcpuRecord {
             record,
             shape: self.shape,
         })
     }
 
     /// Return the rows of the record at [`Self::totals`], and the value of
-    /// [`Snapshot::gone_polled`].
+    /// [`Snapshot::departed_polled`].
     pub fn departed<'a>(
         &self,
         record: &'a [u8],
@@ -527,7 +527,7 @@ impl<'a> Snapshot<'a> {
 
     /// Return true if the snapshot separates the vCPU's own sleep from waits for the host. If not,
     /// as before version 1.2, [`Phase::Halted`] has the ticks of both.
-    pub fn has_waits(&self) -> bool {
+    pub fn separates_waits(&self) -> bool {
         self.shape.waiting().is_some()
     }
 
@@ -567,7 +567,7 @@ impl<'a> Snapshot<'a> {
     }
 
     /// Return the number of vCPUs that are gone and counted in [`Self::totals`].
-    pub fn gone(&self) -> u64 {
+    pub fn departed(&self) -> u64 {
         self.u64(64)
     }
 
@@ -579,18 +579,18 @@ impl<'a> Snapshot<'a> {
     }
 
     /// Return the vCPUs.
-    pub fn vcpus(&self) -> impl Iterator<Item = Vcpu<'a>> {
+    pub fn vcpus(&self) -> impl Iterator<Item = VcpuRecord<'a>> {
         let (shape, mut rest) = (self.shape, self.records);
         (0..self.count).map_while(move |_| {
             let (record, behind) = shape.record(rest)?;
             rest = behind;
-            Some(Vcpu { record, shape })
+            Some(VcpuRecord { record, shape })
         })
     }
 
     /// Return the time that KVM polled before it let the vCPUs sleep that are gone, in ns, by KVM's
     /// own count, or `None` if the snapshot lacks it, as before version 1.2.
-    pub fn gone_polled(&self) -> Option<u64> {
+    pub fn departed_polled(&self) -> Option<u64> {
         self.shape.polled(self.totals)
     }
 
@@ -717,12 +717,12 @@ impl Shape {
 
 /// Record of a vCPU.
 #[derive(Clone, Copy, Debug)]
-pub struct Vcpu<'a> {
+pub struct VcpuRecord<'a> {
     record: &'a [u8],
     shape: Shape,
 }
 
-impl<'a> Vcpu<'a> {
+impl<'a> VcpuRecord<'a> {
     fn u32(&self, offset: usize) -> u32 {
         u32_at(self.record, offset).unwrap_or(0)
     }
@@ -829,7 +829,7 @@ impl<'a> Row<'a> {
     }
 
     /// Return the TSC ticks spent in a phase. If the snapshot does not separate the two kinds of
-    /// sleep ([`Snapshot::has_waits`]), all of them count as [`Phase::Halted`].
+    /// sleep ([`Snapshot::separates_waits`]), all of them count as [`Phase::Halted`].
     pub fn cycles(&self, phase: Phase) -> u64 {
         let offset = self.shape.cycles.get(phase as usize).copied().flatten();
         offset
@@ -968,7 +968,7 @@ impl TablesHead {
             let slow = slow_table(table as u32).and_then(|which| shape.slow.get_mut(which));
             for (to, column) in slow.into_iter().flatten().zip(SLOW_COLUMNS) {
                 let is_it = (counter.name, counter.unit) == column;
-                if is_it && counter.kind == Kind::One && counter.len == 1 {
+                if is_it && counter.kind == Kind::PerExit && counter.len == 1 {
                     *to = Some(counter.offset);
                 }
             }
@@ -1183,7 +1183,7 @@ pub struct Missed {
 
 /// An entry of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct TableRow {
     /// Kind of table, such as [`TABLE_DETAILS`](crate::snapshot::TABLE_DETAILS).
     pub table: u32,
     /// Reason that its ticks and exits are booked on.
@@ -1317,7 +1317,7 @@ impl<'a> Tables<'a> {
 
     /// Return the entries of all tables, one table after another. Entries of one reason are
     /// adjacent, with its others last. Skips tables and reasons of a later version.
-    pub fn entries(&self) -> impl Iterator<Item = Entry> + 'a {
+    pub fn entries(&self) -> impl Iterator<Item = TableRow> + 'a {
         self.sections().flat_map(|section| {
             let columns = section.columns;
             let entries = section.entries.chunks_exact(section.size);
@@ -1325,7 +1325,7 @@ impl<'a> Tables<'a> {
                 let columns = columns?;
                 let number = |offset: Option<usize>| u64_at(bytes, offset?);
                 let flags = *bytes.get(9)?;
-                Some(Entry {
+                Some(TableRow {
                     table: section.table,
                     reason: reason(u32_at(bytes, 0)?, u32_at(bytes, 4)?)?,
                     detail_kind: *bytes.get(8)?,

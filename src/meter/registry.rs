@@ -47,7 +47,7 @@ use super::{
     ledger::{Ledger, LedgerCopy, Totals},
     phase::Phase,
     snapshot::{self, Identity, NAME_SIZE},
-    table::{Entry, Table},
+    table::{HashEntry, HashTable},
     tables::Tables,
 };
 
@@ -160,8 +160,8 @@ pub struct Registry<P: Platform> {
     settings: Settings,
     /// Clock when the registry was created.
     loaded: u64,
-    vcpus: Array<Entry>,
-    vms: Array<Entry>,
+    vcpus: Array<HashEntry>,
+    vms: Array<HashEntry>,
     max_marks: usize,
     /// Set once a vCPU could not be marked. From then on, a vCPU that the table does not have may
     /// be old.
@@ -404,12 +404,12 @@ impl<P: Platform> Registry<P> {
         Locked { registry: self }
     }
 
-    fn table(&self) -> Table<'_> {
-        Table::new(self.vcpus.as_slice())
+    fn table(&self) -> HashTable<'_> {
+        HashTable::new(self.vcpus.as_slice())
     }
 
-    fn vm_table(&self) -> Table<'_> {
-        Table::new(self.vms.as_slice())
+    fn vm_table(&self) -> HashTable<'_> {
+        HashTable::new(self.vms.as_slice())
     }
 
     /// Return the member at a value of the table.
@@ -425,7 +425,7 @@ impl<P: Platform> Registry<P> {
     /// Return a metered vCPU that the caller holds and whose ledger has begun. Does not register
     /// it.
     #[inline]
-    pub fn known(&self, key: usize) -> Option<&Member> {
+    pub fn metered(&self, key: usize) -> Option<&Member> {
         let member = self.member_at(self.table().get(key))?;
         member.ledger.has_begun().then_some(member)
     }
@@ -459,7 +459,7 @@ impl<P: Platform> Registry<P> {
     /// # Errors
     ///
     /// Reason why the vCPU will run unmetered.
-    pub fn announce(&self, key: usize, newcomer: Newcomer) -> Result<(), Refused> {
+    pub fn register_new(&self, key: usize, newcomer: Newcomer) -> Result<(), Refused> {
         match self.table().get(key) {
             0 => self.register(key, newcomer, true).map(|_| ()),
             _ => Ok(()),

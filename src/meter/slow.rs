@@ -51,7 +51,7 @@ pub const RING: usize = 64;
 /// Minimum length of a window, in TSC ticks: 11 s at 3 GHz.
 pub const WINDOW: u64 = 1 << 35;
 /// Upper bound for the size of the recorder, in bytes.
-pub const MOST_BYTES: usize = 10 * 1024;
+pub const MAX_BYTES: usize = 10 * 1024;
 
 /// Exits in the scratch ring, which nobody reads.
 const SCRATCH: usize = 16;
@@ -157,7 +157,7 @@ pub(super) struct Place(u32);
 
 /// An exit, as the ledger passes it to a ring.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Taken {
+pub(super) struct RingExit {
     /// TSC at the exit.
     pub(super) now: u64,
     /// Ticks since the transition before it.
@@ -238,16 +238,16 @@ pub struct Slow {
 
 // Loom's atomics are larger.
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Slow>() <= MOST_BYTES);
+const _: () = assert!(size_of::<Slow>() <= MAX_BYTES);
 // cli/bpf/tables.h has the same offset.
 #[cfg(not(loom))]
 const _: () = assert!(core::mem::offset_of!(Slow, windows) == 6848);
 
 /// Read a cell of a recorder, in a transition of its vCPU.
 #[inline(always)]
-fn own<C: Cell>(cell: &C) -> C::Value {
+fn read_owned<C: Cell>(cell: &C) -> C::Value {
     // SAFETY: Only transitions write this cell, and there is one at a time.
-    unsafe { atomic::own(cell) }
+    unsafe { atomic::read_owned(cell) }
 }
 
 /// Return the length of an exit: the ticks that make it slow.
@@ -255,7 +255,7 @@ fn length(ticks: &[AtomicU64; PHASES]) -> u64 {
     let [kernel, user, _, preempted, waiting] = ticks;
     [kernel, user, preempted, waiting]
         .into_iter()
-        .fold(0, |sum: u64, cell| sum.saturating_add(own(cell)))
+        .fold(0, |sum: u64, cell| sum.saturating_add(read_owned(cell)))
 }
 
 /// Return a CPU number as the recorder holds it: from 1, in 16 bits.
@@ -287,19 +287,19 @@ impl Course {
 
 impl Away {
     /// Record an exit that ended at `now`, with the notes here.
-    fn tell(&self, course: &Course, now: u64, kernel: u64, cpus: [u32; 2]) {
+    fn write_to(&self, course: &Course, now: u64, kernel: u64, cpus: [u32; 2]) {
         let [exit, entry] = cpus;
         let all = self
             .ticks
             .iter()
-            .fold(kernel, |sum, cell| sum.wrapping_add(own(cell)));
+            .fold(kernel, |sum, cell| sum.wrapping_add(read_owned(cell)));
         course.set(now.wrapping_sub(all), kernel, entry);
         let [_, others @ ..] = &course.ticks;
         for (to, from) in others.iter().zip(&self.ticks) {
-            to.store(own(from), Relaxed);
+            to.store(read_owned(from), Relaxed);
         }
-        course.outs.store(own(&self.outs), Relaxed);
-        course.why.store(own(&self.why), Relaxed);
+        course.outs.store(read_owned(&self.outs), Relaxed);
+        course.why.store(read_owned(&self.why), Relaxed);
         course.cpus.store(pair(exit, entry), Relaxed);
     }
 }
@@ -315,7 +315,7 @@ impl Slow {
     #[inline(always)]
     pub(super) fn has_ring(&self) -> bool {
         // Nobody writes the limit after the first event.
-        own(&self.limit) != 0
+        read_owned(&self.limit) != 0
     }
 
     /// Ask for a ring that is not frozen. It comes at the next slow exit, or within 16 exits. Any
@@ -343,7 +343,7 @@ impl Slow {
     #[inline(always)]
     fn place(&self) -> Place {
         // INVARIANT: By the invariant of `Slow`.
-        Place(own(&self.at))
+        Place(read_owned(&self.at))
     }
 
     fn course_at(&self, place: Place) -> &Course {
@@ -364,7 +364,7 @@ impl Slow {
     /// Return true if the ring has a step for the next exit.
     #[inline(always)]
     pub(super) fn has_room(&self) -> bool {
-        own(&self.at) != own(&self.low)
+        read_owned(&self.at) != read_owned(&self.low)
     }
 
     /// Restart the ring if it is full. An exit must follow.
@@ -372,18 +372,18 @@ impl Slow {
         if self.has_room() {
             return;
         }
-        if own(&self.low) == 0 && own(&self.frozen) == 0 {
+        if read_owned(&self.low) == 0 && read_owned(&self.frozen) == 0 {
             // The first exit.
             return self.go_to(RING_LOW, RING_TOP);
         }
-        let is_frozen = own(&self.frozen) != 0;
+        let is_frozen = read_owned(&self.frozen) != 0;
         let len = if is_frozen { SCRATCH } else { RING };
         add(&self.base, len as u64);
         if self.is_asked() && is_frozen {
-            self.thaw(own(&self.base));
+            self.thaw(read_owned(&self.base));
             add(&self.base, RING as u64);
         }
-        match own(&self.frozen) {
+        match read_owned(&self.frozen) {
             0 => self.go_to(RING_LOW, RING_TOP),
             _ => self.go_to(0, SCRATCH_TOP),
         }
@@ -398,7 +398,7 @@ impl Slow {
 
     /// Write an exit into the next step of the ring. The ring must have room.
     #[inline(always)]
-    pub(super) fn take_exit(&self, taken: &Taken) {
+    pub(super) fn take_exit(&self, taken: &RingExit) {
         // Loaded again, so that no register has to hold it since `has_room`.
         // INVARIANT: `low` is not above `at`, and they differed.
         let place = Place(self.at.load(Relaxed).wrapping_sub(STEP));
@@ -426,11 +426,11 @@ impl Slow {
     /// Note that the vCPU leaves a CPU in the kernel.
     pub(super) fn leave(&self, leaving: Leaving, cpu: u32) {
         self.floor.store(0, Relaxed);
-        if own(&self.cpu) == 0 {
+        if read_owned(&self.cpu) == 0 {
             self.cpu.store(held(cpu), Relaxed);
         }
         if leaving.phase != Phase::User {
-            let outs = own(&self.away.outs);
+            let outs = read_owned(&self.away.outs);
             self.away.outs.store(outs.saturating_add(1), Relaxed);
         }
         if let Some(why) = leaving.to_user {
@@ -447,13 +447,13 @@ impl Slow {
 
     /// Note ticks in the user phase.
     #[inline(always)]
-    pub(super) fn pass_user(&self, ticks: u64) {
+    pub(super) fn note_user_ticks(&self, ticks: u64) {
         let [user, ..] = &self.away.ticks;
         add(user, ticks);
     }
 
     /// Note ticks of an exit in a phase, by the phase's number.
-    pub(super) fn pass(&self, phase: u32, ticks: u64) {
+    pub(super) fn note_ticks(&self, phase: u32, ticks: u64) {
         if let Some(cell) = self.away.ticks.get((phase as usize).wrapping_sub(2)) {
             add(cell, ticks);
         }
@@ -461,13 +461,13 @@ impl Slow {
 
     /// Return true if an exit that ended at `now`, after `kernel` kernel ticks, must be recorded.
     #[inline(always)]
-    pub(super) fn is_to_be_told(&self, now: u64, kernel: u64) -> bool {
+    pub(super) fn must_record(&self, now: u64, kernel: u64) -> bool {
         let [user, _, preempted, waiting] = &self.away.ticks;
         let length = kernel
-            .wrapping_add(own(user))
-            .wrapping_add(own(preempted))
-            .wrapping_add(own(waiting));
-        length > own(&self.usual) || now >= own(&self.over) || self.has_ring()
+            .wrapping_add(read_owned(user))
+            .wrapping_add(read_owned(preempted))
+            .wrapping_add(read_owned(waiting));
+        length > read_owned(&self.usual) || now >= read_owned(&self.over) || self.has_ring()
     }
 
     /// Clear the notes for the next exit. The vCPU is on a CPU.
@@ -479,13 +479,13 @@ impl Slow {
         self.away.outs.store(0, Relaxed);
         self.away.why.store(0, Relaxed);
         self.cpu.store(held(cpu), Relaxed);
-        self.floor.store(own(&self.usual), Relaxed);
+        self.floor.store(read_owned(&self.usual), Relaxed);
     }
 
     /// Note an entry at `now` on a CPU without an exit since the latest entry.
-    pub(super) fn end_none(&self, now: u64, cpu: u32) {
+    pub(super) fn enter_without_exit(&self, now: u64, cpu: u32) {
         if self.has_begun.load(Relaxed) != 0 {
-            self.see_to_window(now);
+            self.turn_window_if_over(now);
         }
         if self.has_ring() {
             let place = self.place();
@@ -498,21 +498,21 @@ impl Slow {
 
     /// Record an exit that ended at `now`, after `kernel` kernel ticks, by an entry on a CPU.
     /// `left` is true if the vCPU has left its CPU meanwhile.
-    pub(super) fn tell(&self, exited: &Exited, now: u64, kernel: u64, left: bool, cpu: u32) {
-        if now >= own(&self.over) {
+    pub(super) fn record(&self, exited: &Exited, now: u64, kernel: u64, left: bool, cpu: u32) {
+        if now >= read_owned(&self.over) {
             self.turn_window(now);
         }
         let [user, _, preempted, waiting] = &self.away.ticks;
         let length = [user, preempted, waiting]
             .into_iter()
-            .fold(kernel, |sum, cell| sum.saturating_add(own(cell)));
+            .fold(kernel, |sum, cell| sum.saturating_add(read_owned(cell)));
         let cpu = held(cpu);
-        let cpus = match own(&self.cpu) {
+        let cpus = match read_owned(&self.cpu) {
             // The vCPU has not left its CPU yet.
             0 => [cpu; 2],
             before => [before, cpu],
         };
-        if length > own(&self.shortest) {
+        if length > read_owned(&self.shortest) {
             self.keep(exited, now, kernel, cpus);
         }
         if self.has_ring() {
@@ -524,7 +524,7 @@ impl Slow {
     /// Keep an exit in the window, in place of the shortest one.
     fn keep(&self, exited: &Exited, now: u64, kernel: u64, cpus: [u32; 2]) {
         let window = self.window();
-        let count = own(&window.count);
+        let count = read_owned(&window.count);
         let place = match window.kept.get(count as usize) {
             Some(free) => {
                 window.count.store(count.wrapping_add(1), Relaxed);
@@ -541,8 +541,8 @@ impl Slow {
         kept.sequence.store(exited.sequence, Relaxed);
         kept.key.store(exited.key, Relaxed);
         kept.rip.store(exited.rip, Relaxed);
-        self.away.tell(&kept.course, now, kernel, cpus);
-        if own(&window.count) < KEPT as u64 {
+        self.away.write_to(&kept.course, now, kernel, cpus);
+        if read_owned(&window.count) < KEPT as u64 {
             return;
         }
         let lengths = window.kept.iter().map(|kept| length(&kept.course.ticks));
@@ -550,21 +550,21 @@ impl Slow {
             .store(lengths.fold(u64::MAX, u64::min), Relaxed);
     }
 
-    /// Record an exit in the ring, as [`Self::tell`].
+    /// Record an exit in the ring, as [`Self::record`].
     fn tell_ring(&self, end: (u64, u64), length: u64, left: bool, cpus: [u32; 2]) {
         let (now, kernel) = end;
         let place = self.place();
         let step = self.step_at(place);
-        if own(&step.key) == 0 {
+        if read_owned(&step.key) == 0 {
             return;
         }
-        let was_frozen = own(&self.frozen) != 0;
+        let was_frozen = read_owned(&self.frozen) != 0;
         let is_asked = self.is_asked();
-        let freezes = !was_frozen && length > own(&self.limit);
+        let freezes = !was_frozen && length > read_owned(&self.limit);
         if left || freezes {
             let course = self.course_at(place);
-            self.away.tell(course, now, kernel, cpus);
-            course.exited.store(own(&step.exited), Relaxed);
+            self.away.write_to(course, now, kernel, cpus);
+            course.exited.store(read_owned(&step.exited), Relaxed);
         }
         if freezes {
             self.freeze(place);
@@ -591,19 +591,19 @@ impl Slow {
 
     /// Return the number of the latest exit, from the ring.
     fn sequence(&self) -> u64 {
-        let top = match own(&self.low) {
+        let top = match read_owned(&self.low) {
             0 => SCRATCH_TOP,
             _ => RING_TOP,
         };
-        let steps = top.wrapping_sub(own(&self.at)) / STEP;
-        own(&self.base).wrapping_add(steps.into())
+        let steps = top.wrapping_sub(read_owned(&self.at)) / STEP;
+        read_owned(&self.base).wrapping_add(steps.into())
     }
 
     /// Return the course of a step, if it has one.
     fn course(&self, place: Place) -> Option<&Course> {
         let course = self.course_at(place);
-        let exited = own(&self.step_at(place).exited);
-        (own(&course.exited) == exited).then_some(course)
+        let exited = read_owned(&self.step_at(place).exited);
+        (read_owned(&course.exited) == exited).then_some(course)
     }
 
     /// Record in the ring that the latest exit ended with the entry at `last`, although no exit
@@ -614,26 +614,26 @@ impl Slow {
         }
         let place = self.place();
         let step = self.step_at(place);
-        if own(&step.key) == 0 || self.course(place).is_some() {
+        if read_owned(&step.key) == 0 || self.course(place).is_some() {
             return;
         }
-        let exited = own(&step.exited);
+        let exited = read_owned(&step.exited);
         self.course_at(place)
-            .set(exited, last.wrapping_sub(exited), own(&self.cpu));
+            .set(exited, last.wrapping_sub(exited), read_owned(&self.cpu));
     }
 
     /// Return the current window.
     fn window(&self) -> &Window {
         let [first, second] = &self.windows;
-        match own(&self.current) {
+        match read_owned(&self.current) {
             0 => first,
             _ => second,
         }
     }
 
     /// Turn to another window at `now` if the current one's time is over.
-    pub(super) fn see_to_window(&self, now: u64) {
-        if now >= own(&self.over) {
+    pub(super) fn turn_window_if_over(&self, now: u64) {
+        if now >= read_owned(&self.over) {
             self.turn_window(now);
             self.floor.store(0, Relaxed);
         }
@@ -641,7 +641,7 @@ impl Slow {
 
     /// Turn to another window at `now`.
     fn turn_window(&self, now: u64) {
-        self.current.store(own(&self.current) ^ 1, Relaxed);
+        self.current.store(read_owned(&self.current) ^ 1, Relaxed);
         let window = self.window();
         window.begun.store(now, Relaxed);
         window.count.store(0, Relaxed);
@@ -653,7 +653,7 @@ impl Slow {
     /// Return true if a ring that is not frozen was asked for since the last call.
     fn is_asked(&self) -> bool {
         let asked = self.asked.load(Relaxed);
-        let met = own(&self.met);
+        let met = read_owned(&self.met);
         self.met.store(asked, Relaxed);
         asked != met
     }
@@ -680,9 +680,9 @@ impl Slow {
 
     /// Set the length up to which exits need not be recorded, after one was.
     fn set_usual(&self) {
-        let limit = own(&self.limit);
-        let shortest = own(&self.shortest);
-        let usual = match (limit, own(&self.frozen)) {
+        let limit = read_owned(&self.limit);
+        let shortest = read_owned(&self.shortest);
+        let usual = match (limit, read_owned(&self.frozen)) {
             (1.., 0) => shortest.min(limit),
             _ => shortest,
         };
@@ -695,11 +695,11 @@ impl Slow {
         if phase == Phase::Guest as u32 {
             self.close(last);
         } else {
-            self.pass(phase, then.wrapping_sub(last));
+            self.note_ticks(phase, then.wrapping_sub(last));
         }
         self.floor.store(0, Relaxed);
         let shift = |cell: &AtomicU64| add(cell, now.wrapping_sub(then));
-        let left = own(&self.over).saturating_sub(then);
+        let left = read_owned(&self.over).saturating_sub(then);
         self.over.store(now.wrapping_add(left), Relaxed);
         for step in &self.steps {
             shift(&step.exited);

@@ -319,31 +319,56 @@ const COLUMNS: [(u32, &str, u32, u32); 12 + 13 + 12] = [
     (TABLE_CODE, KERNEL_MISSED, UNIT_TICKS, KIND_BOUND),
     (TABLE_USER, EXITS, UNIT_EVENTS, KIND_SUM),
     (TABLE_USER, Phase::User.name(), UNIT_TICKS, KIND_SUM),
-    (TABLE_SLOWEST, SEQUENCE, UNIT_NUMBER, KIND_ONE),
-    (TABLE_SLOWEST, TIME, UNIT_TIME, KIND_ONE),
-    (TABLE_SLOWEST, RIP, UNIT_ADDRESS, KIND_ONE),
-    (TABLE_SLOWEST, CPU_EXIT, UNIT_NUMBER, KIND_ONE),
-    (TABLE_SLOWEST, CPU_ENTRY, UNIT_NUMBER, KIND_ONE),
-    (TABLE_SLOWEST, Phase::Kernel.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_SLOWEST, Phase::User.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_SLOWEST, Phase::Halted.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_SLOWEST, Phase::Waiting.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_SLOWEST, Phase::Preempted.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_SLOWEST, SCHEDULED_OUT, UNIT_EVENTS, KIND_ONE),
-    (TABLE_SLOWEST, USER_EXIT, UNIT_NUMBER, KIND_ONE),
-    (TABLE_SLOWEST, WINDOW, UNIT_NUMBER, KIND_ONE),
-    (TABLE_RING, SEQUENCE, UNIT_NUMBER, KIND_ONE),
-    (TABLE_RING, TIME, UNIT_TIME, KIND_ONE),
-    (TABLE_RING, RIP, UNIT_ADDRESS, KIND_ONE),
-    (TABLE_RING, CPU_EXIT, UNIT_NUMBER, KIND_ONE),
-    (TABLE_RING, CPU_ENTRY, UNIT_NUMBER, KIND_ONE),
-    (TABLE_RING, Phase::Kernel.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_RING, Phase::User.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_RING, Phase::Halted.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_RING, Phase::Waiting.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_RING, Phase::Preempted.name(), UNIT_TICKS, KIND_ONE),
-    (TABLE_RING, SCHEDULED_OUT, UNIT_EVENTS, KIND_ONE),
-    (TABLE_RING, USER_EXIT, UNIT_NUMBER, KIND_ONE),
+    (TABLE_SLOWEST, SEQUENCE, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_SLOWEST, TIME, UNIT_TIME, KIND_PER_EXIT),
+    (TABLE_SLOWEST, RIP, UNIT_ADDRESS, KIND_PER_EXIT),
+    (TABLE_SLOWEST, CPU_EXIT, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_SLOWEST, CPU_ENTRY, UNIT_NUMBER, KIND_PER_EXIT),
+    (
+        TABLE_SLOWEST,
+        Phase::Kernel.name(),
+        UNIT_TICKS,
+        KIND_PER_EXIT,
+    ),
+    (TABLE_SLOWEST, Phase::User.name(), UNIT_TICKS, KIND_PER_EXIT),
+    (
+        TABLE_SLOWEST,
+        Phase::Halted.name(),
+        UNIT_TICKS,
+        KIND_PER_EXIT,
+    ),
+    (
+        TABLE_SLOWEST,
+        Phase::Waiting.name(),
+        UNIT_TICKS,
+        KIND_PER_EXIT,
+    ),
+    (
+        TABLE_SLOWEST,
+        Phase::Preempted.name(),
+        UNIT_TICKS,
+        KIND_PER_EXIT,
+    ),
+    (TABLE_SLOWEST, SCHEDULED_OUT, UNIT_EVENTS, KIND_PER_EXIT),
+    (TABLE_SLOWEST, USER_EXIT, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_SLOWEST, WINDOW, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_RING, SEQUENCE, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_RING, TIME, UNIT_TIME, KIND_PER_EXIT),
+    (TABLE_RING, RIP, UNIT_ADDRESS, KIND_PER_EXIT),
+    (TABLE_RING, CPU_EXIT, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_RING, CPU_ENTRY, UNIT_NUMBER, KIND_PER_EXIT),
+    (TABLE_RING, Phase::Kernel.name(), UNIT_TICKS, KIND_PER_EXIT),
+    (TABLE_RING, Phase::User.name(), UNIT_TICKS, KIND_PER_EXIT),
+    (TABLE_RING, Phase::Halted.name(), UNIT_TICKS, KIND_PER_EXIT),
+    (TABLE_RING, Phase::Waiting.name(), UNIT_TICKS, KIND_PER_EXIT),
+    (
+        TABLE_RING,
+        Phase::Preempted.name(),
+        UNIT_TICKS,
+        KIND_PER_EXIT,
+    ),
+    (TABLE_RING, SCHEDULED_OUT, UNIT_EVENTS, KIND_PER_EXIT),
+    (TABLE_RING, USER_EXIT, UNIT_NUMBER, KIND_PER_EXIT),
 ];
 
 /// Unit of a column: a plain number.
@@ -366,7 +391,7 @@ pub const KIND_MAXIMUM: u32 = 3;
 /// Kind of a column: an upper bound for what another column lacks.
 pub const KIND_BOUND: u32 = 4;
 /// Kind of a column: a value of one exit.
-pub const KIND_ONE: u32 = 5;
+pub const KIND_PER_EXIT: u32 = 5;
 
 /// Reason that exits and time of a vCPU are booked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -401,7 +426,7 @@ impl Reason {
 
 /// Facts about the host and the module, for the header.
 #[derive(Clone, Copy, Debug)]
-pub struct Host {
+pub struct HostHeader {
     /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
     /// Leaf map that guests see.
@@ -454,7 +479,7 @@ pub struct Identity {
 
 /// Error: the snapshot does not fit into its buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full {
+pub struct BufferTooSmall {
     /// Size of the snapshot, in bytes.
     pub needed: usize,
 }
@@ -475,7 +500,7 @@ pub const fn size_for(vcpus: usize, rows: usize) -> usize {
 pub struct Encoder<'a> {
     buffer: &'a mut [u8],
     at: usize,
-    host: Host,
+    host: HostHeader,
     vcpus: u32,
     /// Bytes of the records of tables. They stand at the end of the buffer until [`Self::finish`].
     tables_size: usize,
@@ -494,7 +519,7 @@ struct Entry<const COLUMNS: usize> {
 
 impl<'a> Encoder<'a> {
     /// Begin a snapshot.
-    pub fn new(buffer: &'a mut [u8], host: Host) -> Self {
+    pub fn new(buffer: &'a mut [u8], host: HostHeader) -> Self {
         let mut encoder = Self {
             buffer,
             at: HEADER_SIZE,
@@ -567,7 +592,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// Record that details are on, and the number of vCPUs without tables for lack of memory.
-    pub fn told_tables(&mut self, without: u32) {
+    pub fn set_details_on(&mut self, without: u32) {
         self.has_tables = true;
         self.without_tables = without;
     }
@@ -721,8 +746,8 @@ impl<'a> Encoder<'a> {
     ///
     /// # Errors
     ///
-    /// [`Full`] if it did not fit. The buffer's contents are then useless.
-    pub fn finish(mut self, gone: &Totals, unmetered: u64) -> Result<usize, Full> {
+    /// [`BufferTooSmall`] if it did not fit. The buffer's contents are then useless.
+    pub fn finish(mut self, gone: &Totals, unmetered: u64) -> Result<usize, BufferTooSmall> {
         const NOBODY: Identity = Identity {
             vm: 0,
             name: [0; NAME_SIZE],
@@ -756,7 +781,7 @@ impl<'a> Encoder<'a> {
         if size <= self.buffer.len() {
             Ok(size)
         } else {
-            Err(Full { needed: size })
+            Err(BufferTooSmall { needed: size })
         }
     }
 

@@ -12,7 +12,7 @@ use super::atomic::{AtomicUsize, Ordering};
 
 /// Place of the table. All-zero bytes are an empty place.
 #[derive(Debug, Default)]
-pub struct Entry {
+pub struct HashEntry {
     key: AtomicUsize,
     value: AtomicUsize,
 }
@@ -28,13 +28,13 @@ pub struct Full;
 
 /// View of the places.
 #[derive(Clone, Copy, Debug)]
-pub struct Table<'a>(&'a [Entry]);
+pub struct HashTable<'a>(&'a [HashEntry]);
 
-impl<'a> Table<'a> {
+impl<'a> HashTable<'a> {
     /// Create a table in `entries`. Their count should be a power of two; otherwise some places
     /// stay unused.
     #[inline(always)]
-    pub const fn new(entries: &'a [Entry]) -> Self {
+    pub const fn new(entries: &'a [HashEntry]) -> Self {
         Self(entries)
     }
 
@@ -48,13 +48,13 @@ impl<'a> Table<'a> {
 
     /// Return a place by its number, modulo the size. Only an empty table has none.
     #[inline(always)]
-    fn place(&self, at: usize) -> Option<&'a Entry> {
+    fn place(&self, at: usize) -> Option<&'a HashEntry> {
         self.0.get(at & self.0.len().wrapping_sub(1))
     }
 
     /// Return the places to search for a key, the likely one first.
     #[inline(always)]
-    fn places(&self, key: usize) -> impl Iterator<Item = &'a Entry> {
+    fn places(&self, key: usize) -> impl Iterator<Item = &'a HashEntry> {
         let (table, home) = (*self, self.home(key));
         (0..self.0.len()).filter_map(move |step| table.place(home.wrapping_add(step)))
     }
@@ -145,8 +145,8 @@ mod tests {
     proptest! {
         #[test]
         fn behaves_like_a_hash_map(changes in proptest::collection::vec((any::<bool>(), 1_usize..40), 0..CHANGES)) {
-            let entries: Vec<Entry> = (0..32).map(|_| Entry::default()).collect();
-            let table = Table::new(&entries);
+            let entries: Vec<HashEntry> = (0..32).map(|_| HashEntry::default()).collect();
+            let table = HashTable::new(&entries);
             let mut model = HashMap::new();
             for (insert, number) in changes {
                 let key = number * 0x1_2340;
@@ -168,8 +168,8 @@ mod tests {
 
     #[test]
     fn churn_leaves_an_empty_table_empty() {
-        let entries: Vec<Entry> = (0..64).map(|_| Entry::default()).collect();
-        let table = Table::new(&entries);
+        let entries: Vec<HashEntry> = (0..64).map(|_| HashEntry::default()).collect();
+        let table = HashTable::new(&entries);
         // Miri takes a thousand times as long.
         let rounds = if cfg!(miri) { 100 } else { 100_000 };
         for round in 1..rounds {

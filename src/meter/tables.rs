@@ -69,7 +69,7 @@ pub const USERS: usize = 32;
 const SPREAD: u32 = 0x61c8_8647;
 
 /// Upper bound for the size of one vCPU's tables, in bytes.
-pub const MOST_BYTES: usize = 48 * 1024;
+pub const MAX_BYTES: usize = 48 * 1024;
 
 /// A row of details: one cache line.
 #[repr(C, align(64))]
@@ -92,7 +92,7 @@ struct Detail {
 #[derive(Debug)]
 struct Code {
     rip: AtomicU64,
-    /// See [`Which`].
+    /// See [`ReasonBits`].
     which: AtomicU32,
     unused: AtomicU32,
     /// 0 in a free row.
@@ -136,7 +136,7 @@ pub struct About {
 /// Keys of an exit, in few words, so that they pass between functions in registers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keys {
-    pub(super) which: Which,
+    pub(super) which: ReasonBits,
     /// See [`slow::key`].
     pub(super) key: u64,
     /// 0 where it cannot be read, as `which` says.
@@ -146,13 +146,13 @@ pub(super) struct Keys {
 /// Exit reason of an exit: its row in the ledger, with flags above for a nested guest and for an
 /// unreadable RIP.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Which(u32);
+pub(super) struct ReasonBits(u32);
 
-/// Flag in [`Which`]: the exit came from a nested guest. [`Tables::lacks_rip`] uses it too.
+/// Flag in [`ReasonBits`]: the exit came from a nested guest. [`Tables::lacks_rip`] uses it too.
 const IS_NESTED: u32 = 1 << 8;
-/// Flag in [`Which`]: the RIP cannot be read.
+/// Flag in [`ReasonBits`]: the RIP cannot be read.
 const NO_RIP: u32 = 1 << 9;
-/// Bits of the row's index in [`Which`].
+/// Bits of the row's index in [`ReasonBits`].
 const SLOT: u32 = IS_NESTED - 1;
 
 impl About {
@@ -177,14 +177,14 @@ impl About {
             which |= NO_RIP;
         }
         Keys {
-            which: Which(which),
+            which: ReasonBits(which),
             key: self.whole_key(),
             rip: self.rip.unwrap_or(0),
         }
     }
 }
 
-impl Which {
+impl ReasonBits {
     /// Return true if the exit came from a nested guest.
     #[inline(always)]
     pub(super) const fn is_nested(self) -> bool {
@@ -276,7 +276,7 @@ pub struct Tables {
 
 // Loom's atomics are larger.
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Tables>() <= MOST_BYTES);
+const _: () = assert!(size_of::<Tables>() <= MAX_BYTES);
 // cli/bpf/tables.h has the same offsets.
 #[cfg(not(loom))]
 const _: () = {
@@ -294,9 +294,9 @@ const _: () = assert!(size_of::<[Code; 2 + CODES]>() <= 1 << 16);
 
 /// Read a cell of a vCPU's tables, in a transition of that vCPU.
 #[inline(always)]
-fn own<C: Cell>(cell: &C) -> C::Value {
+fn read_owned<C: Cell>(cell: &C) -> C::Value {
     // SAFETY: Only transitions write to tables, and there is one at a time.
-    unsafe { atomic::own(cell) }
+    unsafe { atomic::read_owned(cell) }
 }
 
 /// Return the set of `1 << power` that a key belongs to, by its low half.
@@ -360,7 +360,7 @@ fn choose(set: usize, row: usize, exits: impl Fn(usize) -> Option<u64>) -> (usiz
 
 /// Return the exits of a row, plus those that it may have missed.
 fn all_exits(exits: &AtomicU64, missed: &AtomicU64) -> u64 {
-    own(exits).saturating_add(own(missed))
+    read_owned(exits).saturating_add(read_owned(missed))
 }
 
 /// Shift of the reason in the tag of exits to user space.
@@ -448,16 +448,16 @@ impl Tables {
             Some(key) => {
                 let set = set_of(key as u32, DETAIL_POWER);
                 // SAFETY: The set is below the power of 2 of their number.
-                let latest = own(unsafe { self.latest_details.get_unchecked(set) }).into();
-                if own(&self.detail_at(latest).key) != key {
+                let latest = read_owned(unsafe { self.latest_details.get_unchecked(set) }).into();
+                if read_owned(&self.detail_at(latest).key) != key {
                     return (key, None);
                 }
                 (key, latest)
             }
         };
-        let code = own(self.latest_code(slot, rip)).into();
+        let code = read_owned(self.latest_code(slot, rip)).into();
         // By the invariant of `Tables` the row is of that reason, or has a RIP of another place.
-        if own(&self.code_at(code).rip) != rip {
+        if read_owned(&self.code_at(code).rip) != rip {
             return (key, None);
         }
         (key, Some(Rows { detail, code }))
@@ -515,7 +515,8 @@ impl Tables {
 
     /// Return the offset of the row with a key, if its set has one.
     fn find_detail(&self, set: usize, key: u64) -> Option<usize> {
-        rows_of(set, size_of::<Detail>()).find(|&offset| own(&self.detail_at(offset).key) == key)
+        rows_of(set, size_of::<Detail>())
+            .find(|&offset| read_owned(&self.detail_at(offset).key) == key)
     }
 
     /// Give a key a row of its set. Return its offset.
@@ -525,7 +526,7 @@ impl Tables {
         const ROW: usize = size_of::<Detail>();
         let (offset, missed) = choose(set, ROW, |offset| {
             let row = self.detail_at(offset);
-            (own(&row.key) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
+            (read_owned(&row.key) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
         });
         let row = self.detail_at(offset);
         match missed {
@@ -535,11 +536,11 @@ impl Tables {
                 let first = start_of(set, ROW);
                 let kernel_lost = &self.detail_at(first).lost;
                 let user_lost = &self.detail_at(first.wrapping_add(ROW)).lost;
-                add(kernel_lost, own(&row.kernel));
-                add(user_lost, own(&row.user));
+                add(kernel_lost, read_owned(&row.kernel));
+                add(user_lost, read_owned(&row.user));
                 row.missed_exits.store(missed, Relaxed);
-                row.missed_kernel.store(own(kernel_lost), Relaxed);
-                row.missed_user.store(own(user_lost), Relaxed);
+                row.missed_kernel.store(read_owned(kernel_lost), Relaxed);
+                row.missed_user.store(read_owned(user_lost), Relaxed);
                 for cell in [&row.exits, &row.kernel, &row.user] {
                     cell.store(0, Relaxed);
                 }
@@ -550,32 +551,38 @@ impl Tables {
     }
 
     /// Return the offset of the row for a RIP, if its set has one.
-    fn find_code(&self, set: usize, rip: u64, which: Which) -> Option<usize> {
+    fn find_code(&self, set: usize, rip: u64, which: ReasonBits) -> Option<usize> {
         rows_of(set, size_of::<Code>()).find(|&offset| {
             let row = self.code_at(offset);
             // All bytes of a free row are 0, which is also RIP 0 of the first reason.
-            own(&row.rip) == rip && own(&row.which) == which.0 && own(&row.exits) != 0
+            read_owned(&row.rip) == rip
+                && read_owned(&row.which) == which.0
+                && read_owned(&row.exits) != 0
         })
     }
 
     /// Give a RIP a row of its set. Return its offset.
     #[cold]
     #[inline(never)]
-    fn new_code(&self, set: usize, rip: u64, which: Which) -> usize {
+    fn new_code(&self, set: usize, rip: u64, which: ReasonBits) -> usize {
         const ROW: usize = size_of::<Code>();
         let (offset, missed) = choose(set, ROW, |offset| {
             let row = self.code_at(offset);
-            (own(&row.exits) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
+            (read_owned(&row.exits) != 0).then(|| all_exits(&row.exits, &row.missed_exits))
         });
         let row = self.code_at(offset);
         match missed {
             None => mark(&self.codes_in_use, (offset / ROW).wrapping_sub(1)),
             Some(missed) => {
-                self.forget_code(offset, Which(own(&row.which)), own(&row.rip));
+                self.forget_code(
+                    offset,
+                    ReasonBits(read_owned(&row.which)),
+                    read_owned(&row.rip),
+                );
                 let mut lost = 0;
                 if let Some(cell) = self.code_lost.get(set) {
-                    add(cell, own(&row.kernel));
-                    lost = own(cell);
+                    add(cell, read_owned(&row.kernel));
+                    lost = read_owned(cell);
                 }
                 row.missed_exits.store(missed, Relaxed);
                 row.missed_kernel.store(lost, Relaxed);
@@ -590,9 +597,9 @@ impl Tables {
     }
 
     /// Drop a row of code from the cache, because another RIP gets it.
-    fn forget_code(&self, offset: usize, which: Which, rip: u64) {
+    fn forget_code(&self, offset: usize, which: ReasonBits, rip: u64) {
         let latest = self.latest_code(which.slot(), rip);
-        if usize::from(own(latest)) == offset {
+        if usize::from(read_owned(latest)) == offset {
             // INVARIANT: That row is a dummy, with a RIP that belongs elsewhere.
             latest.store(no_code(latest_code(rip)) as u16, Relaxed);
         }
@@ -623,16 +630,16 @@ impl Tables {
             return None;
         }
         let slot = ledger.slot().unwrap_or(Slot::OTHER);
-        let (which, rip) = match own(&self.code) {
+        let (which, rip) = match read_owned(&self.code) {
             0 => (self.lacks_rip.load(Relaxed), 0),
             code => {
                 let row = self.code_at(code as usize);
-                (own(&row.which), own(&row.rip))
+                (read_owned(&row.which), read_owned(&row.rip))
             }
         };
-        let key = match own(&self.detail) {
-            0 => slow::key(slot, Which(which).is_nested()),
-            detail => own(&self.detail_at(detail as usize).key),
+        let key = match read_owned(&self.detail) {
+            0 => slow::key(slot, ReasonBits(which).is_nested()),
+            detail => read_owned(&self.detail_at(detail as usize).key),
         };
         let before = |slot: Slot| match self.baseline.get(slot.index()) {
             Some(baseline) => baseline.exits.load(Relaxed),
@@ -652,15 +659,21 @@ impl Tables {
     /// Book kernel ticks on the rows of the latest exit.
     #[inline(always)]
     pub(super) fn book_kernel(&self, ticks: u64) {
-        add(&self.detail_at(own(&self.detail) as usize).kernel, ticks);
-        add(&self.code_at(own(&self.code) as usize).kernel, ticks);
+        add(
+            &self.detail_at(read_owned(&self.detail) as usize).kernel,
+            ticks,
+        );
+        add(&self.code_at(read_owned(&self.code) as usize).kernel, ticks);
     }
 
     /// Book ticks in user space on the rows of the latest exit.
     #[inline(always)]
     pub(super) fn book_user(&self, ticks: u64) {
-        add(&self.detail_at(own(&self.detail) as usize).user, ticks);
-        add(&self.user_at(own(&self.user) as usize).ticks, ticks);
+        add(
+            &self.detail_at(read_owned(&self.detail) as usize).user,
+            ticks,
+        );
+        add(&self.user_at(read_owned(&self.user) as usize).ticks, ticks);
     }
 
     /// Book ticks of a phase, by its number, on the rows of the latest exit.
@@ -676,8 +689,8 @@ impl Tables {
     /// row.
     #[inline(always)]
     pub(super) fn latest_user(&self, tag: u64) -> Option<usize> {
-        let row = own(&self.user) as usize;
-        (own(&self.user_at(row).tag) == tag).then_some(row)
+        let row = read_owned(&self.user) as usize;
+        (read_owned(&self.user_at(row).tag) == tag).then_some(row)
     }
 
     /// Count an exit to user space in its row, the row of the latest one.
@@ -713,8 +726,8 @@ impl Tables {
         };
         let Some(why) = why else {
             // The vCPU has been in user space before, for that reason or another one.
-            let row = own(&self.user) as usize;
-            let tag = own(&self.user_at(row).tag);
+            let row = read_owned(&self.user) as usize;
+            let tag = read_owned(&self.user_at(row).tag);
             return match tag >> REASON_SHIFT == user_tag(slot.index() as u8, 0) >> REASON_SHIFT {
                 true => row,
                 false => 0,
@@ -724,7 +737,7 @@ impl Tables {
         let mut offset = ROW;
         for _ in 0..USERS {
             let row = self.user_at(offset);
-            match own(&row.tag) {
+            match read_owned(&row.tag) {
                 0 => row.tag.store(tag, Relaxed),
                 other if other != tag => {
                     offset = offset.wrapping_add(ROW);

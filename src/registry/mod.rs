@@ -57,14 +57,14 @@ use crate::{
             self as algorithm,
             walk::{
                 NoSnapshot,
-                Show,
+                TableOptions,
                 Walker, //
             },
             Refused,
             Settings, //
         },
         snapshot::{
-            Host,
+            HostHeader,
             Identity, //
         },
     },
@@ -153,8 +153,8 @@ impl Registry {
     }
 
     /// Add a vCPU that KVM is creating, in a context that may sleep for memory.
-    pub(crate) fn announce(&self, vcpu: Vcpu<'_>) {
-        if let Err(refused) = self.vcpus.announce(vcpu.key(), vcpu.newcomer()) {
+    pub(crate) fn register_new(&self, vcpu: Vcpu<'_>) {
+        if let Err(refused) = self.vcpus.register_new(vcpu.key(), vcpu.newcomer()) {
             self.warn_unmetered(refused);
         }
     }
@@ -224,13 +224,13 @@ impl Registry {
         &self,
         buffer: &mut [u8],
         gone: &mut Totals,
-        show: Show,
+        show: TableOptions,
     ) -> Result<usize, NoSnapshot> {
         let leaves = self.leaves();
         let mut walks = self.walker.lock();
         // No task runs while the host sleeps and this changes.
         let clock_offset = self.clock_offset.load(Relaxed);
-        let host = Host {
+        let host = HostHeader {
             isa: leaves.isa,
             leaf_map: leaves.map,
             host_scope: self.vcpus.host_scope(),
@@ -276,8 +276,8 @@ impl Registry {
     }
 
     /// Estimate the size of the next snapshot, in bytes.
-    pub(crate) fn likely_size(&self) -> usize {
-        self.vcpus.likely_size()
+    pub(crate) fn estimated_size(&self) -> usize {
+        self.vcpus.estimated_size()
     }
 
     /// Return the sums of all vCPUs, departed and alive.

@@ -354,7 +354,7 @@ fn leave_slow(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
     let Some(registry) = published() else {
         return;
     };
-    if let Some(member) = registry.vcpus.known(vcpu.key()) {
+    if let Some(member) = registry.vcpus.metered(vcpu.key()) {
         leave_from(vcpu, member.ledger(), now, phase);
     }
 }

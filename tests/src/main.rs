@@ -5,9 +5,9 @@
 //! The program has two sides. Outside, it boots a host with a copy of itself, and collects what the copy reports. Inside, it runs the cases.
 
 mod cases;
-mod inside;
+mod driver;
+mod in_host;
 mod ktap;
-mod outside;
 mod soak;
 
 use std::{env, process::ExitCode};
@@ -21,7 +21,7 @@ use system_tests::host;
 #[command(version)]
 struct Arguments {
     #[command(flatten)]
-    plan: outside::Plan,
+    plan: driver::Plan,
     /// Inside: run the cases in this host, which must be an emulated one.
     #[arg(long, hide = true)]
     inside: bool,
@@ -45,7 +45,7 @@ struct Arguments {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(case) = arguments.case {
-        inside::run_case(&case, &arguments.plan.expect)?;
+        in_host::run_case(&case, &arguments.plan.expect)?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(count) = arguments.nested {
@@ -73,7 +73,7 @@ fn main() -> Result<ExitCode> {
             }
             false => cases::all(),
         };
-        return inside::run(cases, &plan.words, &plan.expect, plan.slow);
+        return in_host::run(cases, &plan.words, &plan.expect, plan.slow);
     }
-    outside::run(&plan)
+    driver::run(&plan)
 }

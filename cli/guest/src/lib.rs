@@ -71,7 +71,7 @@ pub use tables::{leaf_of, Asked, SlowExit, TableReader};
 pub use exitmeter_meter::{
     leaves::{tables::Description, Registers},
     phase::Phase,
-    reader::Entry,
+    reader::TableRow,
     reasons::{name, Isa},
 };
 use exitmeter_meter::{
@@ -111,7 +111,7 @@ pub enum Error {
     /// The ISA is unknown.
     Isa(u32),
     /// The meter's numbers began anew while they were read.
-    Anew,
+    NewLife,
 }
 
 impl fmt::Display for Error {
@@ -135,7 +135,7 @@ impl fmt::Display for Error {
                 f,
                 "the host's meter names an unknown instruction set extension, {number}"
             ),
-            Error::Anew => write!(
+            Error::NewLife => write!(
                 f,
                 "the meter began anew while it was read, as when the module is loaded again or \
                  the VM is moved to another host: read again"
@@ -178,7 +178,7 @@ impl Cpuid for Instruction {
 
 /// Numbers of an exit reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Row {
+pub struct ReasonNumbers {
     /// VMX's basic exit reason or SVM's exit code, below 65536.
     pub code: u32,
     /// VM exits.
@@ -189,10 +189,10 @@ pub struct Row {
     pub cycles: [u64; Phase::COUNT],
     /// True if the host tells the two sleeps apart. Otherwise, [`Phase::Halted`] has the ticks of
     /// both.
-    pub has_waits: bool,
+    pub separates_waits: bool,
 }
 
-impl Row {
+impl ReasonNumbers {
     /// Return the TSC ticks of the host in a phase.
     pub fn cycles(&self, phase: Phase) -> u64 {
         self.cycles.get(phase as usize).copied().unwrap_or(0)
@@ -334,7 +334,7 @@ impl<C: Cpuid> Meter<C> {
     }
 
     /// Return true if the host tells the two sleeps apart. Version 1 does not.
-    pub fn has_waits(&self) -> bool {
+    pub fn separates_waits(&self) -> bool {
         self.version != VERSION_1
     }
 
@@ -343,11 +343,11 @@ impl<C: Cpuid> Meter<C> {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Anew`] otherwise.
+    /// Fails with [`Error::NewLife`] otherwise.
     pub fn check_life(&mut self) -> Result<(), Error> {
         match self.life_now() == self.life {
             true => Ok(()),
-            false => Err(Error::Anew),
+            false => Err(Error::NewLife),
         }
     }
 
@@ -392,7 +392,7 @@ impl<C: Cpuid> Meter<C> {
 
     /// Return the host's TSC ticks in a phase, booked on a reason below 65536. Return 0 for an
     /// undefined reason. The ticks include the cost of this reader's own exits. If the host does
-    /// not tell the two sleeps apart ([`Self::has_waits`]), [`Phase::Halted`] has both.
+    /// not tell the two sleeps apart ([`Self::separates_waits`]), [`Phase::Halted`] has both.
     pub fn cycles(&mut self, code: u32, phase: Phase) -> u64 {
         let Some(number) = phase_number(phase, self.version) else {
             return 0;
@@ -411,7 +411,7 @@ impl<C: Cpuid> Meter<C> {
     /// reader ran.
     ///
     /// SVM's four negative codes, of failed entries, are left out: no leaf has their phases.
-    pub fn read(&mut self, mut each: impl FnMut(Row)) {
+    pub fn read(&mut self, mut each: impl FnMut(ReasonNumbers)) {
         let cpuid = cpuid_reason(self.isa);
         let others = defined(self.isa).filter(|code| *code <= 0xffff && *code != cpuid);
         for code in others.chain([cpuid]) {
@@ -427,12 +427,12 @@ impl<C: Cpuid> Meter<C> {
                     _ => self.cycles(code, phase),
                 };
             }
-            each(Row {
+            each(ReasonNumbers {
                 code,
                 exits,
                 nested_exits: (nested != Registers::UNDEFINED).then(|| wide(nested)),
                 cycles,
-                has_waits: self.has_waits(),
+                separates_waits: self.separates_waits(),
             });
         }
     }

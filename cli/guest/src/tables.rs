@@ -7,7 +7,7 @@ use exitmeter_meter::{
     leaves::tables::{pair, word, Description, Head, Place, DESCRIPTION},
     leaves::Registers,
     phase::Phase,
-    reader::{Entry, Missed},
+    reader::{Missed, TableRow},
     reasons::Isa,
     snapshot::{Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER},
 };
@@ -109,7 +109,7 @@ impl<C: Cpuid> TableReader<C> {
     /// last. The table of code is empty unless the guest's kernel asks.
     ///
     /// If a row is replaced meanwhile, its exits may count twice: in the row and among the others.
-    pub fn read(&mut self, table: u32, mut each: impl FnMut(Entry)) {
+    pub fn read(&mut self, table: u32, mut each: impl FnMut(TableRow)) {
         let mut index = 0;
         while let Some((next, entry)) = self.entry(table, index) {
             index = next;
@@ -120,7 +120,7 @@ impl<C: Cpuid> TableReader<C> {
     }
 
     /// Read the first entry from an index on, and return the next index as well.
-    fn entry(&mut self, table: u32, index: u32) -> Option<(u32, Entry)> {
+    fn entry(&mut self, table: u32, index: u32) -> Option<(u32, TableRow)> {
         let mut read = None;
         for _ in 0..TRIES {
             let answer = self.word(table, word::HEAD, index);
@@ -147,7 +147,7 @@ impl<C: Cpuid> TableReader<C> {
             };
             read = Some((
                 at.wrapping_add(1),
-                Entry {
+                TableRow {
                     table,
                     reason: head.reason,
                     detail_kind: head.detail_kind,

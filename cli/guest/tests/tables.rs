@@ -6,11 +6,11 @@
 
 use std::collections::BTreeMap;
 
-use exitmeter_guest::{leaf_of, Asked, Cpuid, Description, Entry, SlowExit, TableReader};
+use exitmeter_guest::{leaf_of, Asked, Cpuid, Description, SlowExit, TableReader, TableRow};
 use exitmeter_meter::{
     detail,
     leaves::{
-        tables::{Asker, Place},
+        tables::{Place, TableQuery},
         LeafMap, Leaves, Query, Registers,
     },
     ledger::{Ledger, LedgerCopy, NoSupply, Totals},
@@ -19,8 +19,8 @@ use exitmeter_meter::{
     reasons::{self, Isa},
     slow::Leaving,
     snapshot::{
-        Encoder, Host, Identity, Reason, TABLE_CODE, TABLE_DETAILS, TABLE_RING, TABLE_SLOWEST,
-        TABLE_USER,
+        Encoder, HostHeader, Identity, Reason, TABLE_CODE, TABLE_DETAILS, TABLE_RING,
+        TABLE_SLOWEST, TABLE_USER,
     },
     tables::{About, Tables, TablesCopy},
 };
@@ -147,7 +147,7 @@ impl Vcpu {
     }
 
     /// Return the reader's entries of a table, and the queries that this took.
-    fn read(&mut self, table: u32) -> (Vec<Entry>, Asked) {
+    fn read(&mut self, table: u32) -> (Vec<TableRow>, Asked) {
         let mut entries = Vec::new();
         let mut reader = self.reader();
         assert!(reader.describe().unwrap().has_tables);
@@ -163,12 +163,12 @@ impl Vcpu {
     }
 
     /// Return the entries and slow exits of the host's snapshot.
-    fn snapshot(&self) -> (Vec<Entry>, Vec<reader::SlowExit>) {
+    fn snapshot(&self) -> (Vec<TableRow>, Vec<reader::SlowExit>) {
         let (mut ledger, mut tables) = (Box::new(LedgerCopy::new()), Box::new(TablesCopy::new()));
         assert!(self
             .ledger
             .try_copy_with(&mut ledger, &mut Some((&self.tables, &mut tables))));
-        let host = Host {
+        let host = HostHeader {
             isa: Isa::Vmx,
             leaf_map: LeafMap::Map2021,
             host_scope: false,
@@ -190,7 +190,7 @@ impl Vcpu {
         let mut encoder = Encoder::new(&mut bytes, host);
         encoder.vcpu(&identity, &ledger);
         encoder.tables(&ledger, &tables, true);
-        encoder.told_tables(0);
+        encoder.set_details_on(0);
         let size = encoder.finish(&Totals::new(), 0).unwrap();
         let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
         let told = snapshot.tables().next().unwrap();
@@ -208,7 +208,7 @@ impl Cpuid for &mut Vcpu {
         self.begin(10, false, READER, told);
         let answer = match LEAVES.classify(leaf) {
             Some(Query::Tables) => {
-                let asker = Asker {
+                let table_query = TableQuery {
                     isa: Isa::Vmx,
                     ledger: &self.ledger,
                     tables: Some(&self.tables),
@@ -217,7 +217,7 @@ impl Cpuid for &mut Vcpu {
                     at_cpl_0: self.at_cpl_0,
                     host_scope: self.host_scope,
                 };
-                asker.answer(Place::from_subleaf(subleaf))
+                table_query.answer(Place::from_subleaf(subleaf))
             }
             Some(query) => LEAVES.answer(query, subleaf, &Totals::new()),
             None => Registers::default(),
@@ -230,13 +230,13 @@ impl Cpuid for &mut Vcpu {
 }
 
 /// Return true if an entry counts the reader's own exits, whose ticks are an estimate.
-fn is_own(entry: &Entry) -> bool {
+fn is_own(entry: &TableRow) -> bool {
     leaf_of(Isa::Vmx, entry.reason, entry.detail_kind, entry.key).is_some()
 }
 
 /// Sort entries, without the ticks of the reader's own exits. Rows of code count exits of the
 /// reader.
-fn sorted_lines(entries: &[Entry], table: u32) -> Vec<String> {
+fn sorted_lines(entries: &[TableRow], table: u32) -> Vec<String> {
     let of_table = entries.iter().filter(|entry| entry.table == table);
     let mut lines: Vec<_> = of_table
         .filter(|entry| table != TABLE_CODE || entry.key != READER)
@@ -389,7 +389,7 @@ fn scene() -> Vcpu {
 }
 
 /// Return the exits and user ticks of a key's row, and true if the row is exact.
-fn row(entries: &[Entry], code: u32, key: u64) -> Option<(u64, u64, bool)> {
+fn row(entries: &[TableRow], code: u32, key: u64) -> Option<(u64, u64, bool)> {
     let found = entries
         .iter()
         .find(|entry| (entry.reason, entry.key, entry.others) == (Reason::Code(code), key, false));
@@ -421,7 +421,7 @@ fn known_exits_have_their_rows() {
 #[test]
 fn the_hosts_vectors_are_told_with_host_scope_alone() {
     let mut vcpu = scene();
-    let interrupts = |entries: &[Entry]| -> Vec<(bool, u64, u64)> {
+    let interrupts = |entries: &[TableRow]| -> Vec<(bool, u64, u64)> {
         let of = entries
             .iter()
             .filter(|entry| entry.reason == Reason::Code(1));
@@ -511,7 +511,7 @@ fn slow_exits_match_the_snapshot() {
 #[test]
 fn without_tables_the_description_says_so() {
     let vcpu = scene();
-    let asker = Asker {
+    let table_query = TableQuery {
         isa: Isa::Vmx,
         ledger: &vcpu.ledger,
         tables: None,
@@ -526,7 +526,7 @@ fn without_tables_the_description_says_so() {
         ..Description::default()
     };
     assert_eq!(
-        Description::from_registers(asker.answer(Place::from_subleaf(0))),
+        Description::from_registers(table_query.answer(Place::from_subleaf(0))),
         described
     );
     for table in 1..=6 {
@@ -535,14 +535,14 @@ fn without_tables_the_description_says_so() {
             word: 0,
             index: 0,
         };
-        assert_eq!(asker.answer(place), Registers::UNDEFINED);
+        assert_eq!(table_query.answer(place), Registers::UNDEFINED);
     }
     // A host that turned tables on, and had no memory for this vCPU.
-    let asker = Asker {
+    let table_query = TableQuery {
         switches: 5,
-        ..asker
+        ..table_query
     };
-    let described = Description::from_registers(asker.answer(Place::from_subleaf(0)));
+    let described = Description::from_registers(table_query.answer(Place::from_subleaf(0)));
     assert!(described.is_on && !described.has_tables);
 }
 

@@ -25,7 +25,7 @@ use exitmeter_meter::{
     ledger::{Copying, Histogram, Ledger, LedgerCopy, More, MoreHistograms, RowCopy, Totals},
     phase::Phase,
     reasons::{Isa, Slot, SLOTS},
-    snapshot::{size_for, Encoder, Host, Identity, NAME_SIZE},
+    snapshot::{size_for, Encoder, HostHeader, Identity, NAME_SIZE},
     tables::{Tables, TablesCopy},
 };
 use rustix::{
@@ -39,11 +39,11 @@ use super::Error;
 const LEDGER: usize = (size_of::<Ledger>() + size_of::<MoreHistograms>()) / 8;
 
 /// Names of the maps that a reader needs.
-pub const NAMES: [&str; 5] = ["ledgers", "owners", "gone", "meter", "tables"];
+pub const NAMES: [&str; 5] = ["ledgers", "owners", "departed", "meter", "tables"];
 
 /// Version of the maps, `layout` of struct meter. It changes when older readers would misread the
 /// maps.
-const LAYOUT: u64 = 0x4558_4954_0004;
+const LAYOUT: u64 = 0x4558_4954_0005;
 
 /// Attempts to copy a vCPU's ledger. An attempt takes a microsecond, and the programs leave that
 /// much time between two transitions.
@@ -183,7 +183,7 @@ impl Drop for Mapped {
 pub struct Maps {
     ledgers: Mapped,
     owners: Mapped,
-    gone: Mapped,
+    departed: Mapped,
     meter: Mapped,
     /// Tables, one for each ledger if details are on.
     tables: Mapped,
@@ -208,10 +208,10 @@ impl Maps {
     pub fn new(
         mut data: impl FnMut(&'static str) -> Result<MapData, Error>,
     ) -> Result<Self, Error> {
-        let [ledgers, owners, gone, meter, tables] = NAMES;
+        let [ledgers, owners, departed, meter, tables] = NAMES;
         let (ledgers, room) = Mapped::new(data(ledgers)?, LEDGER)?;
         let (owners, vcpus) = Mapped::new(data(owners)?, owner::WORDS)?;
-        let (gone, _) = Mapped::new(data(gone)?, totals::WORDS)?;
+        let (departed, _) = Mapped::new(data(departed)?, totals::WORDS)?;
         let (meter, _) = Mapped::new(data(meter)?, size_of::<Meter>() / 8)?;
         let (tables, _) = Mapped::new(data(tables)?, size_of::<Tables>() / 8)?;
         // The room behind the last ledger is unused.
@@ -221,7 +221,7 @@ impl Maps {
         Ok(Self {
             ledgers,
             owners,
-            gone,
+            departed,
             meter,
             tables,
             room: vcpus,
@@ -230,11 +230,11 @@ impl Maps {
 
     /// Return the maps with their names, for pinning.
     pub fn named(&self) -> [(&'static str, &MapData); 5] {
-        let [ledgers, owners, gone, meter, tables] = NAMES;
+        let [ledgers, owners, departed, meter, tables] = NAMES;
         [
             (ledgers, &self.ledgers.data),
             (owners, &self.owners.data),
-            (gone, &self.gone.data),
+            (departed, &self.departed.data),
             (meter, &self.meter.data),
             (tables, &self.tables.data),
         ]
@@ -365,18 +365,18 @@ impl Maps {
     /// Copy the totals, and remove from `vcpus` those that have gone: the totals include them.
     fn totals(&self, vcpus: &mut Vec<Copied>) -> Result<Box<Totals>, Error> {
         for _ in 0..TOTALS_TRIES {
-            let done = self.gone.word(totals::DONE);
-            if self.gone.word(totals::BEGUN) != done {
+            let done = self.departed.word(totals::DONE);
+            if self.departed.word(totals::BEGUN) != done {
                 thread::yield_now();
                 continue;
             }
             fence(Acquire);
             let mut copy = Box::new(Totals::new());
             copy.vcpus = done;
-            copy.polled = self.gone.word(totals::POLLED);
+            copy.polled = self.departed.word(totals::POLLED);
             for slot in Slot::all() {
                 let row = |place| {
-                    self.gone
+                    self.departed
                         .word(totals::ROWS + slot.index() * totals::ROW + place)
                 };
                 let numbers = RowCopy {
@@ -389,15 +389,15 @@ impl Maps {
                     let first = totals::HISTOGRAMS + slot.index() * BUCKETS;
                     let mut histogram = [0; BUCKETS];
                     for (bucket, samples) in histogram.iter_mut().enumerate() {
-                        *samples = self.gone.word(first + bucket);
+                        *samples = self.departed.word(first + bucket);
                     }
                     copy.add_row(slot, &numbers, &histogram);
                 }
             }
-            let gone = |it: &Copied| self.generation(it.index) != it.generation;
-            let is_gone: Vec<bool> = vcpus.iter().map(gone).collect();
+            let departed = |it: &Copied| self.generation(it.index) != it.generation;
+            let is_gone: Vec<bool> = vcpus.iter().map(departed).collect();
             fence(Acquire);
-            if self.gone.word(totals::BEGUN) == done {
+            if self.departed.word(totals::BEGUN) == done {
                 let mut is_gone = is_gone.into_iter();
                 vcpus.retain(|_| !is_gone.next().unwrap_or(false));
                 return Ok(copy);
@@ -413,7 +413,7 @@ impl Maps {
     ///
     /// Returns [`Error::NeverStable`], or [`Error::OtherVersion`] if the maps name no ISA.
     pub fn snapshot(&self, show_code: bool) -> Result<Vec<u8>, Error> {
-        let host = Host {
+        let host = HostHeader {
             isa: match self.meter_word(offset_of!(Meter, isa)) {
                 1 => Isa::Vmx,
                 2 => Isa::Svm,
@@ -434,10 +434,10 @@ impl Maps {
         for index in 0..self.room {
             vcpus.extend(self.copy(index)?);
         }
-        let gone = self.totals(&mut vcpus)?;
+        let departed = self.totals(&mut vcpus)?;
         vcpus.sort_by_key(|it| (it.identity.vm, it.identity.vcpu));
         let rows = |it: &Copied| it.ledger.rows().count();
-        let rows = vcpus.iter().map(rows).sum::<usize>() + gone.rows().count();
+        let rows = vcpus.iter().map(rows).sum::<usize>() + departed.rows().count();
         let mut buffer = vec![0; size_for(vcpus.len(), rows)];
         loop {
             let mut encoder = Encoder::new(&mut buffer, host);
@@ -448,9 +448,9 @@ impl Maps {
                 }
             }
             if self.has_details() {
-                encoder.told_tables(0);
+                encoder.set_details_on(0);
             }
-            match encoder.finish(&gone, self.meter_word(offset_of!(Meter, unmetered))) {
+            match encoder.finish(&departed, self.meter_word(offset_of!(Meter, unmetered))) {
                 Ok(size) => {
                     buffer.truncate(size);
                     return Ok(buffer);

@@ -45,7 +45,7 @@ const CALL: u8 = 0x85;
 const LOAD_64: u8 = 0x18;
 
 /// Maps of one entry whose address is patched into the programs.
-const DIRECT: [&str; 3] = ["heres", "ledgers", "buckets"];
+const DIRECT: [&str; 3] = ["cpus", "ledgers", "buckets"];
 
 /// BUCKET_STEPS and BUCKET_STEP of cli/bpf/ledger.h.
 const STEPS: usize = 4;
@@ -124,7 +124,7 @@ impl Object {
         for (name, mut map) in parsed.maps.drain() {
             let value = map.value_size();
             match name.as_str() {
-                "heres" => map.set_value_size(value * sizes.cpus),
+                "cpus" => map.set_value_size(value * sizes.cpus),
                 "ledgers" => map.set_value_size(sizes.ledgers_mask() + 1 + BEHIND),
                 "owners" | "unused" | "vms" => map.set_max_entries(sizes.vcpus),
                 "vcpus" => map.set_max_entries(sizes.known),

@@ -54,12 +54,14 @@ fn unfinished(pins: &Path) -> PathBuf {
 ///
 /// # Errors
 ///
-/// Returns [`Error::Closed`], [`Error::OtherVersion`] or [`Error::Pins`].
+/// Returns [`Error::PinsUnreadable`], [`Error::OtherVersion`] or [`Error::Pins`].
 pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
     match fs::metadata(pins) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::Closed),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            return Err(Error::PinsUnreadable)
+        }
         Err(error) => return Err(failed(pins)(error)),
     }
     // Open for writing: the kernel maps no array that was opened read-only (`bpf_map_mmap()`,
@@ -69,7 +71,7 @@ pub fn open(pins: &Path) -> Result<Option<Maps>, Error> {
         // Another version may lack a map.
         match fs::metadata(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Err(Error::OtherVersion),
-            _ => MapData::from_pin(path).map_err(|_| Error::Closed),
+            _ => MapData::from_pin(path).map_err(|_| Error::PinsUnreadable),
         }
     };
     Maps::new(map).map(Some)

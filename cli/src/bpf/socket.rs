@@ -24,14 +24,14 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 ///
-/// Returns [`Error::Closed`] if this process cannot use the socket, or [`Error::NotGiven`].
+/// Returns [`Error::PinsUnreadable`] if this process cannot use the socket, or [`Error::NotGiven`].
 pub fn read() -> Result<Vec<u8>, Error> {
     read_from(Path::new(SOCKET))
 }
 
 fn read_from(path: &Path) -> Result<Vec<u8>, Error> {
     let bytes = receive(path).map_err(|error| match error.kind() {
-        ErrorKind::NotFound | ErrorKind::PermissionDenied => Error::Closed,
+        ErrorKind::NotFound | ErrorKind::PermissionDenied => Error::PinsUnreadable,
         ErrorKind::WouldBlock => Error::NotGiven(format!("nothing for {} s", TIMEOUT.as_secs())),
         _ => Error::NotGiven(error.to_string()),
     })?;
@@ -59,7 +59,7 @@ pub fn has_details(asked: bool) -> Result<bool, Error> {
     if !asked {
         return match Path::new(SOCKET).exists() {
             true => Ok(false),
-            false => Err(Error::Closed),
+            false => Err(Error::PinsUnreadable),
         };
     }
     let bytes = read()?;
@@ -77,7 +77,7 @@ mod tests {
     fn snapshots_are_read_in_full_and_empty_ones_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("socket");
-        assert!(matches!(read_from(&path), Err(Error::Closed)));
+        assert!(matches!(read_from(&path), Err(Error::PinsUnreadable)));
         let listener = UnixListener::bind(&path).expect("a socket");
         let other = thread::spawn(move || {
             let (mut first, _) = listener.accept().expect("a connection");

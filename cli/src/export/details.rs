@@ -16,7 +16,7 @@ use crate::{
     model::Label,
     why::{
         detail::{nested_mark, Detail},
-        tables::{self, Numbers, Of, Rows},
+        tables::{self, Numbers, ReasonKey, Rows},
     },
 };
 
@@ -36,7 +36,7 @@ pub struct Details {
     life: u64,
     /// TSC of the latest snapshot.
     at: u64,
-    tables: BTreeMap<(u64, u32), tables::Vcpu>,
+    tables: BTreeMap<(u64, u32), tables::VcpuTables>,
     vms: BTreeMap<u64, Counters>,
 }
 
@@ -125,11 +125,11 @@ impl Counters {
 
 /// Add the increase of a vCPU's tables.
 fn count(to: &mut Counts, added: &Rows, isa: Isa) {
-    let reason = |of: Of| Label::new(isa, of.reason()).key();
+    let reason = |of: ReasonKey| Label::new(isa, of.reason()).key();
     for (key, row) in &added.rows {
         let mut words = Detail::new(key.detail_kind, key.key).words();
         words.push_str(nested_mark(key.nested));
-        add_to(to, (reason(key.of), words), row.numbers);
+        add_to(to, (reason(key.reason), words), row.numbers);
     }
     for ((_, of), others) in &added.others {
         add_to(to, (reason(*of), OTHERS.to_owned()), *others);
@@ -138,7 +138,7 @@ fn count(to: &mut Counts, added: &Rows, isa: Isa) {
 
 fn add_to(to: &mut Counts, place: (Key, String), numbers: Numbers) {
     let sum = to.entry(place).or_default();
-    *sum = sum.plus(numbers);
+    *sum = sum.saturating_add(numbers);
 }
 
 #[cfg(test)]
@@ -160,7 +160,7 @@ mod tests {
         let mut sums = Sums::read(Path::new(saved), sums::Detail::default()).expect("a snapshot");
         sums.head.now = now;
         let entries = entries.iter();
-        let vcpu = tables::Vcpu {
+        let vcpu = tables::VcpuTables {
             since,
             at: now,
             no_rip: false,

@@ -5,14 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::sums::Sums;
-use crate::names::Book;
+use crate::names::NameBook;
 
 /// Return a unique label for each VM, by VM number.
 ///
 /// The label is the VM's UUID, else its name, else KVM's name for it, so a restarted VM continues
 /// its series. All but KVM's name is chosen by the VM's owner. If two VMs claim the same label, the
 /// older one gets it, and the other one's label gets KVM's name and its number appended.
-pub fn labels(sums: &Sums, names: &Book) -> BTreeMap<u64, String> {
+pub fn labels(sums: &Sums, names: &NameBook) -> BTreeMap<u64, String> {
     let mut taken = BTreeSet::new();
     let mut labels = BTreeMap::new();
     // Numbers grow in the order in which VMs start.
@@ -39,31 +39,31 @@ mod tests {
     use super::*;
     use crate::{
         export::sums::Detail,
-        names::{Given, Line},
+        names::{NameLine, VmNames},
     };
 
     /// Return the labels of two VMs, numbers 1 and 2, with these names.
-    fn of(first: Given, second: Given) -> [String; 2] {
+    fn of(first: VmNames, second: VmNames) -> [String; 2] {
         let saved = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../src/meter/tests/snapshot-1.3.bin"
         );
         let sums = Sums::read(Path::new(saved), Detail::default()).expect("a snapshot");
-        let mut names = Book::default();
+        let mut names = NameBook::default();
         names.look_up(&sums.running());
         let life = sums.head.life;
         for (vm, given) in [(1, first), (2, second)] {
-            names.note(Line { life, vm, given });
+            names.add(NameLine { life, vm, given });
         }
         let labels: Vec<_> = labels(&sums, &names).into_values().collect();
         labels.try_into().expect("two VMs")
     }
 
-    fn given(name: Option<&str>, uuid: Option<&str>) -> Given {
-        Given {
+    fn given(name: Option<&str>, uuid: Option<&str>) -> VmNames {
+        VmNames {
             name: name.map(str::to_owned),
             uuid: uuid.map(str::to_owned),
-            ..Given::default()
+            ..VmNames::default()
         }
     }
 
@@ -72,7 +72,7 @@ mod tests {
         let all = given(Some("web"), Some("8f"));
         assert_eq!(of(all, given(Some("db"), None)), ["8f", "db"]);
         assert_eq!(
-            of(Given::default(), Given::default()),
+            of(VmNames::default(), VmNames::default()),
             ["kvm-1234", "kvm-1300"]
         );
     }
@@ -84,7 +84,7 @@ mod tests {
         // A VM cannot claim the fallback name of another one either.
         let trick = given(Some("kvm-1300"), None);
         assert_eq!(
-            of(trick, Given::default()),
+            of(trick, VmNames::default()),
             ["kvm-1300", "kvm-1300/kvm-1300/2"]
         );
     }

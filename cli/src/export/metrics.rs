@@ -9,11 +9,11 @@ use exitmeter_meter::phase::Phase;
 use super::{
     details::Counters,
     exposition::{Exposition, Family, Kind, Labels},
-    sums::{cycles, ticks, Key, Row, Sums, Vm},
+    sums::{cycles, ticks, CompactRow, Key, Sums, Vm},
 };
 use crate::{
     model::{Cycles, Label},
-    names::Book,
+    names::NameBook,
     spread::Spread,
     why::tables::Numbers,
 };
@@ -230,7 +230,7 @@ pub struct Scrape<'a> {
     /// Label of each VM to be written, by VM number.
     pub labels: &'a BTreeMap<u64, String>,
     /// Names of the VMs.
-    pub names: &'a Book,
+    pub names: &'a NameBook,
     /// Counters of details by VM, if requested.
     pub details: Option<&'a BTreeMap<u64, Counters>>,
     /// Start time of the meter since 1970.
@@ -555,7 +555,7 @@ impl Writer<'_> {
 
 impl<'a> Writer<'a> {
     /// Return the rows of a VM, with the names of their reasons.
-    fn rows(&self, vm: &'a Vm) -> impl Iterator<Item = (&'a str, &'a Row)> + use<'a> {
+    fn rows(&self, vm: &'a Vm) -> impl Iterator<Item = (&'a str, &'a CompactRow)> + use<'a> {
         let reasons = self.reasons;
         vm.rows.iter().filter_map(move |(key, row)| {
             let reason = reasons.get(key)?;

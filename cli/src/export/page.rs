@@ -14,7 +14,7 @@ use std::{
 use super::sums::{cycles, Rows, Sums, Vm};
 use crate::{
     model::{Cycles, Ledger, Span},
-    names::Book,
+    names::NameBook,
     numbers::{exact, rate, share},
     plot::{self, html::section, series::Step, svg::escape, Series},
     recording::read::Ending,
@@ -42,18 +42,18 @@ pub struct History {
     moments: VecDeque<Moment>,
     /// VMs of the latest moment and of the one before.
     vms: [BTreeMap<u64, Vm>; 2],
-    names: Book,
+    names: NameBook,
 }
 
 #[derive(Debug)]
 struct Moment {
     at: Instant,
-    sums: Host,
+    sums: KeptSums,
 }
 
 /// Part of a host's snapshot that is kept.
 #[derive(Debug)]
-struct Host {
+struct KeptSums {
     head: exitmeter_meter::reader::Head,
     all: Rows,
     vcpus: usize,
@@ -69,7 +69,7 @@ impl History {
     }
 
     /// Add a moment.
-    pub fn add(&mut self, sums: Sums, names: Book) {
+    pub fn add(&mut self, sums: Sums, names: NameBook) {
         let at = Instant::now();
         let (vcpus, vms) = (sums.vcpus(), sums.vms.len());
         if let Some(last) = self.moments.back() {
@@ -85,7 +85,7 @@ impl History {
         }
         self.moments.push_back(Moment {
             at,
-            sums: Host {
+            sums: KeptSums {
                 head: sums.head,
                 all: sums.up_to_now(),
                 vcpus,
@@ -200,7 +200,7 @@ impl History {
             marks: Vec::new(),
             breaks: Vec::new(),
             snapshots: self.moments.len(),
-            ending: Ending::Told(String::new()),
+            ending: Ending::Complete(String::new()),
         }
     }
 

@@ -13,13 +13,13 @@ use std::{
 
 use exitmeter_meter::{
     phase::Phase,
-    reader::{self, Head, TablesHead, Vcpu as Record},
+    reader::{self, Head, TablesHead, VcpuRecord as Record},
     snapshot::TABLE_DETAILS,
 };
 
 use crate::{
-    model::{both, Cycles, Label, ReasonRow},
-    names::Running,
+    model::{sum_if_known, Cycles, Label, ReasonRow},
+    names::RunningVms,
     source,
     spread::Spread,
     why::tables,
@@ -38,7 +38,7 @@ pub type Rows = BTreeMap<Key, ReasonRow>;
 
 /// Numbers of one reason of a VM: a compact [`ReasonRow`], as a host may have some 20,000 of them.
 #[derive(Clone, Debug)]
-pub struct Row {
+pub struct CompactRow {
     label: Label,
     /// VM exits.
     pub exits: u64,
@@ -66,7 +66,7 @@ pub struct Sums {
     /// Running VMs, by VM number.
     pub vms: BTreeMap<u64, Vm>,
     /// Details by VM number and vCPU id, if requested and on.
-    pub tables: BTreeMap<(u64, u32), tables::Vcpu>,
+    pub tables: BTreeMap<(u64, u32), tables::VcpuTables>,
     /// Number of vCPUs that have tables.
     pub detailed: u32,
 }
@@ -83,7 +83,7 @@ pub struct Vm {
     /// Number of metered vCPUs.
     pub vcpus: usize,
     /// Numbers by reason, including phases that still run.
-    pub rows: BTreeMap<Key, Row>,
+    pub rows: BTreeMap<Key, CompactRow>,
     /// Nanoseconds that KVM polled for the VM, if known.
     pub polled_ns: Option<u64>,
     /// Exits and ticks of each vCPU by its id, if requested.
@@ -158,10 +158,10 @@ impl Sums {
             .departed(&parts.record)
             .ok_or_else(|| parts.outside())?;
         for row in rows {
-            let row = ReasonRow::new(head.isa, head.has_waits(), &row);
+            let row = ReasonRow::new(head.isa, head.separates_waits(), &row);
             add_row(&mut sums.all, row);
         }
-        sums.polled_ns = both(sums.polled_ns, polled);
+        sums.polled_ns = sum_if_known(sums.polled_ns, polled);
         if let Some(tables) = head.tables.filter(|_| detail.details) {
             sums.read_tables(&mut parts, &tables, &vcpus)?;
         }
@@ -183,7 +183,8 @@ impl Sums {
             parts.next_record()?;
             let tables = shape.tables(&parts.record, self.head.count);
             let tables = tables.map_err(|error| parts.wrong(error))?;
-            let vcpu = tables::Vcpu::new(&tables, self.head.now, |table| table == TABLE_DETAILS);
+            let vcpu =
+                tables::VcpuTables::new(&tables, self.head.now, |table| table == TABLE_DETAILS);
             // The reader has checked that the vCPU exists.
             if let Some(id) = vcpus.get(tables.vcpu) {
                 self.tables.insert(*id, vcpu);
@@ -193,9 +194,9 @@ impl Sums {
     }
 
     /// Return the running VMs, with what the search for their names needs.
-    pub fn running(&self) -> Running {
+    pub fn running(&self) -> RunningVms {
         let vms = self.vms.iter();
-        Running {
+        RunningVms {
             life: self.head.life,
             now: self.head.now,
             tsc_khz: self.head.tsc_khz,
@@ -218,7 +219,7 @@ impl Sums {
     }
 
     fn add(&mut self, record: &Record<'_>, detail: Detail) {
-        let (isa, has_waits) = (self.head.isa, self.head.has_waits());
+        let (isa, separates_waits) = (self.head.isa, self.head.separates_waits());
         let vm = self.vms.entry(record.vm()).or_insert_with(|| Vm {
             name: record.name().to_owned(),
             pid: record.pid(),
@@ -230,20 +231,20 @@ impl Sums {
         });
         vm.first = vm.first.min(record.first());
         vm.vcpus += 1;
-        vm.polled_ns = both(vm.polled_ns, record.polled());
-        self.polled_ns = both(self.polled_ns, record.polled());
-        let mut own = (0_u64, Cycles::by_phase(has_waits, |_| 0));
+        vm.polled_ns = sum_if_known(vm.polled_ns, record.polled());
+        self.polled_ns = sum_if_known(self.polled_ns, record.polled());
+        let mut own = (0_u64, Cycles::by_phase(separates_waits, |_| 0));
         let mut add = |all: &mut Rows, row: ReasonRow| {
             own.0 = own.0.saturating_add(row.exits);
             own.1 += row.cycles;
             add_row(all, row);
             vm.rows
                 .entry(row.label.key())
-                .or_insert_with(|| Row::new(&row, detail))
+                .or_insert_with(|| CompactRow::new(&row, detail))
                 .add(&row);
         };
         for row in record.rows() {
-            add(&mut self.all, ReasonRow::new(isa, has_waits, &row));
+            add(&mut self.all, ReasonRow::new(isa, separates_waits, &row));
         }
         // A phase is booked when it ends. Without this part, a vCPU that sleeps for a minute would
         // add the whole minute to one scrape.
@@ -253,7 +254,7 @@ impl Sums {
                 label: Label::new(isa, reason),
                 exits: 0,
                 nested_exits: Some(0),
-                cycles: Cycles::by_phase(has_waits, |other| match other == phase {
+                cycles: Cycles::by_phase(separates_waits, |other| match other == phase {
                     true => running,
                     false => 0,
                 }),
@@ -281,7 +282,7 @@ impl Vm {
     }
 }
 
-impl Row {
+impl CompactRow {
     /// Create a row without numbers.
     fn new(row: &ReasonRow, detail: Detail) -> Self {
         Self {
@@ -295,7 +296,7 @@ impl Row {
 
     fn add(&mut self, row: &ReasonRow) {
         self.exits = self.exits.saturating_add(row.exits);
-        self.nested_exits = both(self.nested_exits, row.nested_exits);
+        self.nested_exits = sum_if_known(self.nested_exits, row.nested_exits);
         self.cycles += row.cycles;
         if let (Some(sum), Some(spread)) = (&mut self.spread, row.spread) {
             **sum += spread;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::tables::{Reading, SlowCpu};
 use crate::{
     model::Label,
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
     slow::model::hexadecimal,
     table::{
@@ -146,12 +146,12 @@ impl Slow {
     }
 
     /// Format the exits as tables, with up to `limit` of the slowest.
-    pub fn text(&self, limit: usize, look: Look) -> String {
+    pub fn text(&self, limit: usize, options: TextOptions) -> String {
         let slowest: Vec<_> = self.slowest.iter().take(limit).collect();
         let mut text = format!(
             "\n{}\n\n{}",
-            paint("the slowest exits", Style::Strong, look.color),
-            table(&slowest, look)
+            paint("the slowest exits", Style::Strong, options.color),
+            table(&slowest, options)
         );
         for ring in &self.rings {
             let title = format!(
@@ -161,8 +161,8 @@ impl Slow {
             let exits: Vec<_> = ring.exits.iter().collect();
             text += &format!(
                 "\n{}\n\n{}",
-                paint(&title, Style::Strong, look.color),
-                table(&exits, look)
+                paint(&title, Style::Strong, options.color),
+                table(&exits, options)
             );
         }
         if self.vcpus_unread != 0 {
@@ -176,9 +176,9 @@ impl Slow {
     }
 }
 
-fn table(exits: &[&Exit], look: Look) -> String {
+fn table(exits: &[&Exit], options: TextOptions) -> String {
     let spare = ["CPU", "outs", "code", "to user space", "halted"];
-    let table = Table::fitted(look, &spare, |number| {
+    let table = Table::fitted(options, &spare, |number| {
         let mut table = Table::new([
             ("CPU", Right),
             ("ago", Right),
@@ -214,9 +214,9 @@ fn table(exits: &[&Exit], look: Look) -> String {
             ]);
         }
         if exits.iter().all(|exit| exit.code.is_none()) {
-            table.leave_out(&["code"]);
+            table.hide(&["code"]);
         }
         table
     });
-    table.text(look.color)
+    table.text(options.color)
 }

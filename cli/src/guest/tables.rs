@@ -10,7 +10,7 @@ use std::{
 };
 
 use exitmeter_guest::{
-    leaf_of, Asked, Cpuid, Description, Entry, Isa, Registers, SlowExit, TableReader,
+    leaf_of, Asked, Cpuid, Description, Isa, Registers, SlowExit, TableReader, TableRow,
 };
 use exitmeter_meter::{
     reader::Missed,
@@ -21,7 +21,7 @@ use rustix::{
     thread::{sched_getaffinity, sched_setaffinity, CpuSet},
 };
 
-use super::way::{Asker, Silence, Way};
+use super::access::{Access, NoAnswer, Querier};
 use crate::why::tables::Rows;
 
 /// List of the online CPUs.
@@ -72,7 +72,7 @@ enum Record {
     Cpu(u32, Description),
     /// CPU without a meter.
     Unmetered(u32),
-    Entry(Entry),
+    TableRow(TableRow),
     /// Queries that were asked, by leaf.
     Asked(Asked),
 }
@@ -104,7 +104,7 @@ impl Record {
                 put(3);
                 asked.into_iter().for_each(put);
             }
-            Record::Entry(entry) => {
+            Record::TableRow(entry) => {
                 let bits = u64::from(entry.nested) | u64::from(entry.others) << 1;
                 let (kind, code) = match entry.reason {
                     Reason::Code(code) => (0, code),
@@ -149,7 +149,7 @@ impl Record {
             3 => Record::Asked([a, b, c, d, e, f]),
             4 => {
                 let table = short(a);
-                Record::Entry(Entry {
+                Record::TableRow(TableRow {
                     table,
                     reason: match b >> 32 {
                         0 => Reason::Code(short(b)),
@@ -176,12 +176,12 @@ impl Record {
 }
 
 /// A [`Cpuid`] that counts the queries to a meter, by leaf.
-pub struct Tally<'a> {
+pub struct QueryCounter<'a> {
     cpuid: &'a mut dyn Cpuid,
     asked: Asked,
 }
 
-impl<'a> Tally<'a> {
+impl<'a> QueryCounter<'a> {
     /// Wrap `cpuid`.
     pub fn new(cpuid: &'a mut dyn Cpuid) -> Self {
         Self {
@@ -196,7 +196,7 @@ impl<'a> Tally<'a> {
     }
 }
 
-impl Cpuid for Tally<'_> {
+impl Cpuid for QueryCounter<'_> {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
         let place = leaf.wrapping_sub(0x4fff_fff0) as usize;
         if let Some(asked) = self.asked.get_mut(place) {
@@ -209,30 +209,30 @@ impl Cpuid for Tally<'_> {
 /// CPUs that this process may run on, each with an open way to query its meter.
 #[derive(Debug)]
 pub struct Cpus {
-    askers: Vec<(u32, Asker)>,
+    queriers: Vec<(u32, Querier)>,
     allowed: CpuSet,
     online: usize,
 }
 
 impl Cpus {
-    /// Open `way` on each CPU that this process may run on.
+    /// Open `access` on each CPU that this process may run on.
     ///
     /// # Errors
     ///
     /// Returns an error if this guest has no device for a CPU, or it may not be opened.
-    pub fn open(way: Way) -> anyhow::Result<Self> {
+    pub fn open(access: Access) -> anyhow::Result<Self> {
         let allowed = sched_getaffinity(None).map_err(|error| Error::Cpus(error.into()))?;
         let numbers = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu));
-        let mut askers = Vec::new();
+        let mut queriers = Vec::new();
         for cpu in numbers {
             let cpu = cpu as u32;
-            askers.push((cpu, way.open_on(cpu)?));
+            queriers.push((cpu, access.open_on(cpu)?));
         }
         let online = fs::read_to_string(ONLINE).ok();
         let online = online.and_then(|text| count_cpus(&text));
         Ok(Self {
-            online: online.unwrap_or(0).max(askers.len()),
-            askers,
+            online: online.unwrap_or(0).max(queriers.len()),
+            queriers,
             allowed,
         })
     }
@@ -246,18 +246,18 @@ impl Cpus {
     /// CPU on which this process may not run any more.
     fn each(
         &mut self,
-        mut read: impl FnMut(u32, &mut Asker) -> io::Result<()>,
+        mut read: impl FnMut(u32, &mut Querier) -> io::Result<()>,
     ) -> Result<(), EachError> {
         let mut done = Ok(());
-        for (cpu, asker) in &mut self.askers {
+        for (cpu, querier) in &mut self.queriers {
             let mut one = CpuSet::new();
             one.set(*cpu as usize);
             if sched_setaffinity(None, &one).is_err() {
                 continue;
             }
-            done = read(*cpu, asker).map_err(EachError::Io);
+            done = read(*cpu, querier).map_err(EachError::Io);
             if done.is_ok() {
-                done = asker.check().map_err(EachError::Silence);
+                done = querier.check().map_err(EachError::NoAnswer);
             }
             if done.is_err() {
                 break;
@@ -274,8 +274,8 @@ impl Cpus {
         tables: &[u32],
         mut take: impl FnMut(&Record) -> io::Result<()>,
     ) -> Result<(), EachError> {
-        self.each(|cpu, asker| {
-            let mut reader = TableReader::new(asker, isa);
+        self.each(|cpu, querier| {
+            let mut reader = TableReader::new(querier, isa);
             let described = reader.describe();
             take(&match described {
                 Some(description) => Record::Cpu(cpu, description),
@@ -286,7 +286,7 @@ impl Cpus {
                 for table in tables {
                     reader.read(*table, |entry| {
                         if taken.is_ok() {
-                            taken = take(&Record::Entry(entry));
+                            taken = take(&Record::TableRow(entry));
                         }
                     });
                 }
@@ -301,14 +301,14 @@ impl Cpus {
 #[derive(Debug)]
 enum EachError {
     Io(io::Error),
-    Silence(Silence),
+    NoAnswer(NoAnswer),
 }
 
 impl From<EachError> for anyhow::Error {
     fn from(error: EachError) -> Self {
         match error {
             EachError::Io(error) => error.into(),
-            EachError::Silence(silence) => silence.into(),
+            EachError::NoAnswer(no_answer) => no_answer.into(),
         }
     }
 }
@@ -361,7 +361,7 @@ impl Reading {
             online,
             ..Self::default()
         };
-        let mut entries: BTreeMap<u32, Vec<Entry>> = BTreeMap::new();
+        let mut entries: BTreeMap<u32, Vec<TableRow>> = BTreeMap::new();
         let mut at = None;
         for record in records {
             match record {
@@ -371,7 +371,7 @@ impl Reading {
                     let rows = Rows::default();
                     new.cpus.insert(cpu, Cpu { description, rows });
                 }
-                Record::Entry(entry) => {
+                Record::TableRow(entry) => {
                     if let Some(cpu) = at {
                         entries.entry(cpu).or_default().push(entry);
                     }
@@ -443,7 +443,7 @@ impl Reading {
     }
 
     /// Return the number of vCPUs that were read but have no tables.
-    pub fn without(&self) -> usize {
+    pub fn without_tables(&self) -> usize {
         (self.cpus.len() + self.unmetered).saturating_sub(self.vcpus())
     }
 
@@ -502,7 +502,7 @@ impl Reading {
 /// `own`.
 fn subtract_own(rows: &mut Rows, isa: Isa, own: &mut Asked) {
     rows.rows.retain(|key, row| {
-        let leaf = leaf_of(isa, key.of.reason(), key.detail_kind, key.key);
+        let leaf = leaf_of(isa, key.reason.reason(), key.detail_kind, key.key);
         let Some(own) = leaf.and_then(|leaf| own.get_mut(leaf)) else {
             return true;
         };
@@ -519,9 +519,9 @@ fn subtract_own(rows: &mut Rows, isa: Isa, own: &mut Asked) {
 /// File in memory to which a process writes its reading before it becomes a command. Writing does
 /// not allocate.
 #[derive(Debug)]
-pub struct Left(File);
+pub struct ReadingFile(File);
 
-impl Left {
+impl ReadingFile {
     /// Create the file.
     ///
     /// # Errors
@@ -551,7 +551,7 @@ impl Left {
         let read = cpus.read(isa, tables, |record| write(&mut file, record));
         read.map_err(|error| match error {
             EachError::Io(error) => error,
-            EachError::Silence(silence) => io::Error::other(silence),
+            EachError::NoAnswer(no_answer) => io::Error::other(no_answer),
         })
     }
 
@@ -606,8 +606,8 @@ fn write(to: &mut &File, record: &Record) -> io::Result<()> {
 pub fn slow(cpus: &mut Cpus, isa: Isa) -> anyhow::Result<(Reading, BTreeMap<u32, SlowCpu>)> {
     let mut records = Vec::new();
     let mut slow = BTreeMap::new();
-    cpus.each(|cpu, asker| {
-        let mut reader = TableReader::new(asker, isa);
+    cpus.each(|cpu, querier| {
+        let mut reader = TableReader::new(querier, isa);
         let Some(description) = reader.describe() else {
             records.push(Record::Unmetered(cpu));
             return Ok(());
@@ -637,8 +637,8 @@ mod tests {
     use super::*;
     use exitmeter_meter::snapshot::TABLE_DETAILS;
 
-    fn cpuid(leaf: u64, exits: u64) -> Entry {
-        Entry {
+    fn cpuid(leaf: u64, exits: u64) -> TableRow {
+        TableRow {
             table: TABLE_DETAILS,
             reason: Reason::Code(0x72),
             detail_kind: 6,
@@ -652,7 +652,7 @@ mod tests {
         }
     }
 
-    fn reading(switches: u32, entries: &[Entry], asked: Asked) -> Reading {
+    fn reading(switches: u32, entries: &[TableRow], asked: Asked) -> Reading {
         let description = Description {
             is_on: true,
             has_tables: true,
@@ -661,14 +661,14 @@ mod tests {
         };
         let records = [Record::Cpu(3, description)]
             .into_iter()
-            .chain(entries.iter().copied().map(Record::Entry))
+            .chain(entries.iter().copied().map(Record::TableRow))
             .chain([Record::Asked(asked)]);
         Reading::of(4, records)
     }
 
     #[test]
     fn records_survive_the_round_trip() {
-        let other = Entry {
+        let other = TableRow {
             table: TABLE_USER,
             reason: Reason::Other,
             others: true,
@@ -692,8 +692,8 @@ mod tests {
         for record in [
             Record::Unmetered(9),
             Record::Cpu(1023, description),
-            Record::Entry(cpuid(u64::MAX, 3)),
-            Record::Entry(other),
+            Record::TableRow(cpuid(u64::MAX, 3)),
+            Record::TableRow(other),
             Record::Asked([1, 2, 3, 4, 5, u64::MAX]),
         ] {
             assert_eq!(Record::from_numbers(record.numbers()), Some(record));
@@ -728,7 +728,10 @@ mod tests {
             told,
             [(0, 5, 50), (0x4fff_fff2, 1, 10), (0x4fff_fff6, 2, 20)]
         );
-        assert_eq!((after.vcpus(), after.unread(), after.without()), (1, 3, 0));
+        assert_eq!(
+            (after.vcpus(), after.unread(), after.without_tables()),
+            (1, 3, 0)
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Cycles, Departed, Ledger, ReasonRow, Report, Span, Vcpu};
+use super::{Cycles, Departed, Ledger, ReasonRow, Report, Span, VcpuReport};
 use crate::spread::Spread;
 
 /// A reason why two snapshots have no difference.
@@ -20,7 +20,7 @@ use crate::spread::Spread;
 pub enum Error {
     /// They belong to different lives of the meter, or to different hosts.
     #[error("the meter began anew")]
-    Anew,
+    NewLife,
     /// The second one is older than the first one, in the same life. If the snapshots were taken
     /// one after the other, the clock began anew, and the meter with it.
     #[error("the second snapshot is older than the first one")]
@@ -33,12 +33,12 @@ pub enum Error {
 impl Error {
     /// Return true if the meter began anew between two consecutive snapshots.
     pub fn is_break(&self) -> bool {
-        matches!(self, Error::Anew | Error::Order)
+        matches!(self, Error::NewLife | Error::Order)
     }
 }
 
 /// Message for a meter that began anew between two readings.
-pub const ANEW: &str = "the meter began anew";
+pub const NEW_LIFE: &str = "the meter began anew";
 
 impl Report {
     /// Return the difference from an earlier snapshot of the same host.
@@ -50,7 +50,7 @@ impl Report {
     pub fn since(&self, earlier: &Self) -> Result<Self, Error> {
         let (now, before) = (self.host.snapshot_tsc, earlier.host.snapshot_tsc);
         if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
-            return Err(Error::Anew);
+            return Err(Error::NewLife);
         }
         let ticks = now.checked_sub(before).ok_or(Error::Order)?;
         let interval = Span::of(ticks, self.host.tsc_khz);
@@ -79,7 +79,7 @@ impl Report {
                     .ok_or_else(|| Error::Backwards(format!("{} vCPU {}", vm.name, vcpu.vcpu)))?;
                 let polled = vcpu.polled_ns;
                 vcpu.ledger
-                    .take_polling_apart(self.host.isa, polled, self.host.tsc_khz);
+                    .separate_polling(self.host.isa, polled, self.host.tsc_khz);
             }
             new.sum_up();
             vms.push(new);
@@ -92,7 +92,7 @@ impl Report {
         let polled = departed.polled_ns;
         departed
             .ledger
-            .take_polling_apart(self.host.isa, polled, self.host.tsc_khz);
+            .separate_polling(self.host.isa, polled, self.host.tsc_khz);
         Ok(Self {
             format: self.format,
             interval: Some(interval),
@@ -104,7 +104,7 @@ impl Report {
     }
 }
 
-impl Vcpu {
+impl VcpuReport {
     /// Return the time of this record, in a snapshot that began at `now`.
     fn moment(&self, now: u64) -> u64 {
         now.max(self.last_tsc)
@@ -115,12 +115,12 @@ impl Vcpu {
         let mut rows = self.ledger.reasons.clone();
         if let (Some(phase), Some(label)) = (self.phase, self.latest) {
             let running = u128::from(self.moment(now).saturating_sub(self.last_tsc));
-            let has_waits = self.ledger.cycles.has_waits;
+            let separates_waits = self.ledger.cycles.separates_waits;
             rows.push(ReasonRow {
                 label,
                 exits: 0,
                 nested_exits: self.ledger.nested_exits.map(|_| 0),
-                cycles: Cycles::by_phase(has_waits, |other| match other == phase {
+                cycles: Cycles::by_phase(separates_waits, |other| match other == phase {
                     true => running,
                     false => 0,
                 }),
@@ -158,7 +158,7 @@ impl Vcpu {
 impl Departed {
     /// Return the difference of the totals. `were_there` lists the vCPUs that were running in the
     /// earlier snapshot; their numbers from then are subtracted.
-    fn since(&self, earlier: &Self, were_there: &[&Vcpu], before: u64) -> Option<Self> {
+    fn since(&self, earlier: &Self, were_there: &[&VcpuReport], before: u64) -> Option<Self> {
         let rows = were_there
             .iter()
             .fold(earlier.ledger.reasons.clone(), |mut rows, vcpu| {
@@ -203,7 +203,8 @@ impl Ledger {
             });
         let rows: Vec<_> = rows.collect::<Option<_>>()?;
         let mut ledger = Self::of(rows.into_iter().filter(ReasonRow::has_moved));
-        ledger.cycles.has_waits = self.cycles.has_waits && earlier.cycles.has_waits;
+        ledger.cycles.separates_waits =
+            self.cycles.separates_waits && earlier.cycles.separates_waits;
         known.then_some(ledger)
     }
 }

@@ -25,7 +25,7 @@ pub struct Ledger {
     /// TSC ticks by phase.
     pub cycles: Cycles,
     /// Kernel ticks in which KVM polled before it let the vCPU sleep, if known (see
-    /// `take_polling_apart`).
+    /// `separate_polling`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled: Option<u128>,
     /// Numbers by reason, sorted by kernel cycles without polling, the most first.
@@ -87,14 +87,14 @@ pub struct Cycles {
     pub kernel: u128,
     /// The VMM ran in user space.
     pub user: u128,
-    /// The vCPU slept by its own wish, or for any cause if `has_waits` is false.
+    /// The vCPU slept by its own wish, or for any cause if `separates_waits` is false.
     pub halted: u128,
     /// KVM slept for the host.
     pub waiting: u128,
     /// The host took the CPU away.
     pub preempted: u128,
     /// True if the two sleeps are counted separately.
-    pub has_waits: bool,
+    pub separates_waits: bool,
     /// Phases whose counter saturated, one bit each. Their number is a lower bound.
     full: u8,
 }
@@ -108,7 +108,7 @@ impl Default for Cycles {
 
 impl Cycles {
     /// Create cycles from the ticks of each phase.
-    pub fn by_phase(has_waits: bool, of: impl Fn(Phase) -> u128) -> Self {
+    pub fn by_phase(separates_waits: bool, of: impl Fn(Phase) -> u128) -> Self {
         Self {
             guest: of(Phase::Guest),
             kernel: of(Phase::Kernel),
@@ -116,20 +116,20 @@ impl Cycles {
             halted: of(Phase::Halted),
             waiting: of(Phase::Waiting),
             preempted: of(Phase::Preempted),
-            has_waits,
+            separates_waits,
             full: 0,
         }
     }
 
     /// Create cycles from the module's counters, which saturate.
-    pub fn counted(has_waits: bool, of: impl Fn(Phase) -> u64) -> Self {
+    pub fn counted(separates_waits: bool, of: impl Fn(Phase) -> u64) -> Self {
         let full = |phase: Phase| u8::from(of(phase) == u64::MAX) << phase as u32;
         Self {
             full: Phase::ALL
                 .into_iter()
                 .map(full)
                 .fold(0, |all, bit| all | bit),
-            ..Self::by_phase(has_waits, |phase| of(phase).into())
+            ..Self::by_phase(separates_waits, |phase| of(phase).into())
         }
     }
 
@@ -162,16 +162,16 @@ impl Cycles {
 
     /// Return the phases to show, in display order.
     pub fn phases(&self) -> impl Iterator<Item = Phase> + use<> {
-        let has_waits = self.has_waits;
+        let separates_waits = self.separates_waits;
         Phase::SHOWN
             .into_iter()
-            .filter(move |phase| has_waits || *phase != Phase::Waiting)
+            .filter(move |phase| separates_waits || *phase != Phase::Waiting)
     }
 
     /// Return the name of a phase.
     pub fn name(&self, phase: Phase) -> &'static str {
         match phase {
-            Phase::Halted if !self.has_waits => BLOCKED,
+            Phase::Halted if !self.separates_waits => BLOCKED,
             phase => phase.name(),
         }
     }
@@ -183,12 +183,12 @@ impl Cycles {
         let ticks = |phase| new.of(phase).saturating_sub(old.of(phase));
         Self {
             full: new.full,
-            ..Self::by_phase(new.has_waits, ticks)
+            ..Self::by_phase(new.separates_waits, ticks)
         }
     }
 
     /// Return these cycles with the two sleeps merged if `others` has them merged.
-    pub fn as_told_by(self, others: &Self) -> Self {
+    pub fn merged_like(self, others: &Self) -> Self {
         merge_waits_alike(self, *others).0
     }
 
@@ -197,7 +197,7 @@ impl Cycles {
         let (one, other) = merge_waits_alike(self, other);
         Self {
             full: one.full | other.full,
-            ..Self::by_phase(one.has_waits, |phase| one.of(phase) + other.of(phase))
+            ..Self::by_phase(one.separates_waits, |phase| one.of(phase) + other.of(phase))
         }
     }
 
@@ -207,7 +207,7 @@ impl Cycles {
         Self {
             halted: self.blocked(),
             waiting: 0,
-            has_waits: false,
+            separates_waits: false,
             full: self.full & !(1 << Phase::Waiting as u32) | waiting << Phase::Halted as u32,
             ..self
         }
@@ -216,7 +216,7 @@ impl Cycles {
 
 /// Merge the two sleeps in both, unless both count them separately.
 fn merge_waits_alike(one: Cycles, other: Cycles) -> (Cycles, Cycles) {
-    match one.has_waits && other.has_waits {
+    match one.separates_waits && other.separates_waits {
         true => (one, other),
         false => (one.without_waits(), other.without_waits()),
     }
@@ -245,7 +245,7 @@ impl Serialize for Cycles {
         }
         to.serialize_entry(BLOCKED, &self.blocked())?;
         to.serialize_entry(Phase::Preempted.name(), &self.preempted)?;
-        if self.has_waits {
+        if self.separates_waits {
             to.serialize_entry(Phase::Halted.name(), &self.halted)?;
             to.serialize_entry(Phase::Waiting.name(), &self.waiting)?;
         }
@@ -292,9 +292,9 @@ impl AddAssign for ReasonRow {
     /// Add a row of the same reason.
     fn add_assign(&mut self, row: Self) {
         self.exits = self.exits.saturating_add(row.exits);
-        self.nested_exits = both(self.nested_exits, row.nested_exits);
+        self.nested_exits = sum_if_known(self.nested_exits, row.nested_exits);
         self.cycles += row.cycles;
-        self.polled = either(self.polled, row.polled);
+        self.polled = sum_of_known(self.polled, row.polled);
         if let (Some(sum), Some(spread)) = (&mut self.spread, row.spread) {
             *sum += spread;
         }
@@ -302,14 +302,14 @@ impl AddAssign for ReasonRow {
 }
 
 impl ReasonRow {
-    /// Convert a row of a snapshot. `has_waits` is true if the snapshot counts the two sleeps
+    /// Convert a row of a snapshot. `separates_waits` is true if the snapshot counts the two sleeps
     /// separately.
-    pub fn new(isa: Isa, has_waits: bool, row: &Row<'_>) -> Self {
+    pub fn new(isa: Isa, separates_waits: bool, row: &Row<'_>) -> Self {
         Self {
             label: Label::new(isa, row.reason()),
             exits: row.exits(),
             nested_exits: row.nested_exits(),
-            cycles: Cycles::counted(has_waits, |phase| row.cycles(phase)),
+            cycles: Cycles::counted(separates_waits, |phase| row.cycles(phase)),
             polled: None,
             spread: Spread::read(row),
         }
@@ -322,11 +322,15 @@ impl ReasonRow {
 }
 
 impl Ledger {
-    /// Convert the rows of a record. `has_waits` is true if the snapshot counts the two sleeps
+    /// Convert the rows of a record. `separates_waits` is true if the snapshot counts the two sleeps
     /// separately.
-    pub(super) fn new<'a>(isa: Isa, has_waits: bool, rows: impl Iterator<Item = Row<'a>>) -> Self {
-        let mut ledger = Self::of(rows.map(|row| ReasonRow::new(isa, has_waits, &row)));
-        ledger.cycles.has_waits = has_waits;
+    pub(super) fn new<'a>(
+        isa: Isa,
+        separates_waits: bool,
+        rows: impl Iterator<Item = Row<'a>>,
+    ) -> Self {
+        let mut ledger = Self::of(rows.map(|row| ReasonRow::new(isa, separates_waits, &row)));
+        ledger.cycles.separates_waits = separates_waits;
         ledger
     }
 
@@ -340,7 +344,7 @@ impl Ledger {
     ///
     /// KVM counts this time itself, by another clock than the TSC, and includes time for which the
     /// host took the CPU away. So it can exceed the kernel ticks of HLT. The excess is dropped.
-    pub(super) fn take_polling_apart(
+    pub(super) fn separate_polling(
         &mut self,
         isa: Isa,
         nanoseconds: Option<u64>,
@@ -371,9 +375,9 @@ impl Ledger {
         let mut reasons = BTreeMap::new();
         for row in rows {
             ledger.exits = ledger.exits.saturating_add(row.exits);
-            ledger.nested_exits = both(ledger.nested_exits, row.nested_exits);
+            ledger.nested_exits = sum_if_known(ledger.nested_exits, row.nested_exits);
             ledger.cycles += row.cycles;
-            ledger.polled = either(ledger.polled, row.polled);
+            ledger.polled = sum_of_known(ledger.polled, row.polled);
             reasons
                 .entry(row.label.key())
                 .and_modify(|sum: &mut ReasonRow| *sum += row)
@@ -405,12 +409,12 @@ impl Ledger {
 }
 
 /// Return the sum if both parts are known.
-pub(crate) fn both(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+pub(crate) fn sum_if_known(one: Option<u64>, other: Option<u64>) -> Option<u64> {
     Some(one?.saturating_add(other?))
 }
 
 /// Return the sum of the known parts.
-fn either(one: Option<u128>, other: Option<u128>) -> Option<u128> {
+fn sum_of_known(one: Option<u128>, other: Option<u128>) -> Option<u128> {
     match (one, other) {
         (Some(one), Some(other)) => Some(one + other),
         (one, other) => one.or(other),

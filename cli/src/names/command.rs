@@ -7,7 +7,7 @@
 //! (docs/api_requests and the jailer's docs: `--id`, `--api-sock`) and Cloud Hypervisor
 //! (docs/api.md: `--api-socket`, docs of `--platform uuid=`).
 
-use super::{words::clean, Given};
+use super::{words::clean, VmNames};
 
 /// A known VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,15 +69,15 @@ const FLAGS: [&str; 46] = [
 ];
 
 /// Read a command line. `words` begins with the program.
-pub fn read(words: &[&[u8]]) -> Given {
+pub fn read(words: &[&[u8]]) -> VmNames {
     let Some((program, arguments)) = words.split_first() else {
-        return Given::default();
+        return VmNames::default();
     };
     match of(program) {
         Some(Program::Qemu) => qemu(arguments),
         Some(Program::Firecracker) => firecracker(arguments),
         Some(Program::CloudHypervisor) => cloud_hypervisor(arguments),
-        None => Given::default(),
+        None => VmNames::default(),
     }
 }
 
@@ -97,7 +97,7 @@ fn of(program: &[u8]) -> Option<Program> {
     }
 }
 
-fn qemu(arguments: &[&[u8]]) -> Given {
+fn qemu(arguments: &[&[u8]]) -> VmNames {
     let (mut name, mut uuid, mut id, mut hardware) = (None, None, None, Vec::new());
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
@@ -152,12 +152,12 @@ fn qemu(arguments: &[&[u8]]) -> Given {
     } else {
         "qemu"
     };
-    Given {
+    VmNames {
         name: name.and_then(some),
         uuid: uuid.or_else(|| uuid_of(&find(&hardware, b"uuid")?)),
         manager: Some(manager.to_owned()),
         id,
-        ..Given::default()
+        ..VmNames::default()
     }
 }
 
@@ -167,19 +167,19 @@ fn is_instance(name: &[u8]) -> bool {
         .is_some_and(|number| number.len() == 8 && number.iter().all(u8::is_ascii_hexdigit))
 }
 
-fn firecracker(arguments: &[&[u8]]) -> Given {
+fn firecracker(arguments: &[&[u8]]) -> VmNames {
     let id = long_option(arguments, b"id");
     let socket = long_option(arguments, b"api-sock");
     let called = id.or_else(|| socket.and_then(stem));
-    Given {
+    VmNames {
         name: called.and_then(some),
         manager: Some("firecracker".to_owned()),
         id: id.or(socket).and_then(some),
-        ..Given::default()
+        ..VmNames::default()
     }
 }
 
-fn cloud_hypervisor(arguments: &[&[u8]]) -> Given {
+fn cloud_hypervisor(arguments: &[&[u8]]) -> VmNames {
     let socket = long_option(arguments, b"api-socket");
     // The value is `path=PATH` or `fd=FD`, in old versions only PATH.
     let socket = socket.and_then(|value| match value.strip_prefix(b"path=") {
@@ -190,12 +190,12 @@ fn cloud_hypervisor(arguments: &[&[u8]]) -> Given {
     let platform = parameters(platform, b"");
     let kata =
         socket.is_some_and(|socket| contains(socket, b"/run/vc/") || contains(socket, b"/kata/"));
-    Given {
+    VmNames {
         name: socket.and_then(stem).and_then(some),
         uuid: find(&platform, b"uuid").and_then(|uuid| uuid_of(&uuid)),
         manager: Some(if kata { "kata" } else { "cloud-hypervisor" }.to_owned()),
         id: socket.and_then(some),
-        ..Given::default()
+        ..VmNames::default()
     }
 }
 

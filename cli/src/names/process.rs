@@ -11,7 +11,7 @@ use std::{
 
 use rustix::time::{clock_gettime, ClockId};
 
-use super::{command, unit, Given};
+use super::{command, unit, VmNames};
 
 /// Maximum number of bytes read from a command line. Names are near its beginning, and a command
 /// line with many devices has about ten thousand bytes.
@@ -68,7 +68,7 @@ impl Processes {
     ///
     /// Returns `None` if there is no such process, or if it started after its VM did: then another
     /// process got its number.
-    pub fn given(&self, pid: u32, age: Option<Duration>) -> Option<Given> {
+    pub fn given(&self, pid: u32, age: Option<Duration>) -> Option<VmNames> {
         let start_time = self.start_time(pid)?;
         if age.is_some_and(|age| self.is_too_young(start_time, age)) {
             return None;

@@ -2,10 +2,10 @@
 
 //! Names of a VM from the systemd unit, or cgroup, of its process.
 
-use super::{words::clean, Given};
+use super::{words::clean, VmNames};
 
 /// Add the names in the content of /proc/PID/cgroup (cgroups(7)).
-pub fn add(given: &mut Given, cgroup: &[u8]) {
+pub fn add(given: &mut VmNames, cgroup: &[u8]) {
     let Some(path) = path(cgroup) else {
         return;
     };
@@ -37,7 +37,7 @@ pub fn add(given: &mut Given, cgroup: &[u8]) {
 /// Add the names in libvirt's machine name: `ID-NAME`, or `NAME` before version 1.3. libvirt
 /// removes all but letters, digits, dots and dashes from the name
 /// (`virDomainDriverGenerateMachineName()`).
-fn add_libvirt(given: &mut Given, machine: &[u8]) {
+fn add_libvirt(given: &mut VmNames, machine: &[u8]) {
     let dash = machine.iter().position(|byte| *byte == b'-');
     let (id, name) = match dash.and_then(|at| machine.split_at_checked(at)) {
         Some((id, [_, name @ ..])) if !id.is_empty() && id.iter().all(u8::is_ascii_digit) => {

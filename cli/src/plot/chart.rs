@@ -40,7 +40,7 @@ const LEADER: f64 = 12.0;
 
 /// A line of the legend.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct LegendLine {
     /// Colour in the chart.
     pub paint: Paint,
     /// Dashes, for a line.
@@ -180,7 +180,7 @@ impl Chart {
     }
 
     /// Draw the legend.
-    pub fn legend(&mut self, titles: [&str; 3], entries: &[Entry]) {
+    pub fn legend(&mut self, titles: [&str; 3], entries: &[LegendLine]) {
         self.titles(titles);
         let mut y = TOP + 4.0;
         for entry in entries {
@@ -218,7 +218,7 @@ impl Chart {
 
     /// Draw the legend with two lines for each entry, for names that are longer than their column.
     /// The numbers are in the second line, beside a text. Returns the lower end.
-    pub fn legend_of_pairs(&mut self, titles: [&str; 3], entries: &[(Entry, String)]) -> f64 {
+    pub fn legend_of_pairs(&mut self, titles: [&str; 3], entries: &[(LegendLine, String)]) -> f64 {
         self.titles(titles);
         let mut y = TOP + 4.0;
         for (entry, below) in entries {

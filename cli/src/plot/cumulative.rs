@@ -4,7 +4,7 @@
 
 use super::{
     axis,
-    chart::{Chart, Entry},
+    chart::{Chart, LegendLine},
     palette::Layer,
     rate,
     series::{runs, Series, Step},
@@ -51,7 +51,7 @@ pub fn draw(series: &Series, layers: &[Layer], subtitle: &str) -> Picture {
     curve(&|step| step.exits.values().sum(), all, 2.2, "", "all exits");
 
     chart.marks(&series.marks, time);
-    let mut entries = vec![Entry {
+    let mut entries = vec![LegendLine {
         paint: all,
         dashes: Some(""),
         name: "all exits".to_owned(),

@@ -6,7 +6,7 @@ use exitmeter_meter::snapshot::TABLE_DETAILS;
 
 use super::{
     axis,
-    chart::{Chart, Entry, PAIR},
+    chart::{Chart, LegendLine, PAIR},
     palette,
     series::{runs, Series, Step},
     svg::{Paint, Picture},
@@ -17,7 +17,7 @@ use crate::{
     why::{
         model::{groups, Counts, Group, Weight},
         symbols::Symbols,
-        tables::{Key, Numbers, Of, Rows},
+        tables::{Key, Numbers, ReasonKey, Rows},
     },
 };
 
@@ -30,7 +30,7 @@ enum Content {
     /// A row of the tables.
     Row(Key),
     /// Exits of a reason without a row. For a reason without details these are all its exits.
-    Others(Of),
+    Others(ReasonKey),
     /// All exits without a layer of their own.
     Rest,
 }
@@ -69,7 +69,7 @@ pub fn exits_in_no_table(series: &Series, code: Option<u32>) -> u64 {
 fn total(rows: &Rows) -> Numbers {
     let own = rows.rows.values().map(|row| row.numbers);
     own.chain(rows.others.values().copied())
-        .fold(Numbers::default(), Numbers::plus)
+        .fold(Numbers::default(), Numbers::saturating_add)
 }
 
 fn weigh(numbers: Numbers, weight: Weight) -> u128 {
@@ -104,12 +104,12 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
             true => (name_or_number(&label), "has no details"),
             false => (format!("others of {}", name_or_number(&label)), "in no row"),
         };
-        let content = Content::Others(Of::labelled(&label));
+        let content = Content::Others(ReasonKey::labelled(&label));
         all.push((content, name, below.to_owned(), group.others));
     }
     all.sort_by_key(|(.., counts)| std::cmp::Reverse(weigh(numbers(*counts), weight)));
     let whole = all.iter().map(|(.., counts)| numbers(*counts));
-    let whole = whole.fold(Numbers::default(), Numbers::plus);
+    let whole = whole.fold(Numbers::default(), Numbers::saturating_add);
     // A layer thinner than a pixel gets no colour.
     let worth = |counts| weigh(numbers(counts), weight) * 500 >= weigh(whole, weight).max(1);
     let own = all.iter().zip(palette::colors());
@@ -136,7 +136,7 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
             },
             below: "each with less".to_owned(),
             paint: Paint::Hatch,
-            numbers: sum.fold(Numbers::default(), Numbers::plus),
+            numbers: sum.fold(Numbers::default(), Numbers::saturating_add),
         });
     }
     layers
@@ -240,7 +240,7 @@ pub fn draw(
                 share(layer.numbers.kernel, whole.kernel),
             ],
         };
-        let entry = Entry {
+        let entry = LegendLine {
             paint: layer.paint,
             dashes: None,
             name: layer.name.clone(),

@@ -6,7 +6,7 @@ use exitmeter_meter::phase::Phase;
 
 use super::{
     axis,
-    chart::{Chart, Entry},
+    chart::{Chart, LegendLine},
     palette,
     series::{runs, Series, Step},
     svg::Picture,
@@ -38,7 +38,7 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
         for run in runs {
             let edge = |bin: &Step, phases: usize| {
                 let below = all.phases().take(phases);
-                let cycles = bin.cycles.as_told_by(all);
+                let cycles = bin.cycles.merged_like(all);
                 let below: u128 = below.map(|phase| cycles.of(phase)).sum();
                 let y = vertical.place(below as f64 / bin.cycles.sum() as f64);
                 [(time.place(bin.from), y), (time.place(bin.to), y)]
@@ -66,7 +66,7 @@ pub fn draw(series: &Series, subtitle: &str) -> Picture {
             Some(khz) => axis::time(axis::round(cycles as f64 / (f64::from(khz) * 1000.0))),
             None => rough(cycles),
         };
-        Entry {
+        LegendLine {
             paint: palette::phase(phase),
             dashes: None,
             name: legend_text(phase, all).to_owned(),
@@ -88,7 +88,7 @@ fn legend_text(phase: Phase, all: &Cycles) -> &'static str {
         Phase::Guest => "guest: it runs",
         Phase::Kernel => "kernel: KVM",
         Phase::User => "user: the VMM",
-        Phase::Halted if !all.has_waits => "blocked: it sleeps",
+        Phase::Halted if !all.separates_waits => "blocked: it sleeps",
         Phase::Halted => "halted: it sleeps",
         Phase::Waiting => "waiting: for the host",
         Phase::Preempted => "preempted",

@@ -4,7 +4,7 @@
 
 use super::{
     axis,
-    chart::{Chart, Entry},
+    chart::{Chart, LegendLine},
     palette::Layer,
     series::{runs, Series, Step},
     svg::Picture,
@@ -73,8 +73,8 @@ fn heights(step: &Step, layers: &[Layer]) -> Vec<f64> {
 }
 
 /// Return the legend, in the order of the layers from top to bottom.
-pub fn entries(series: &Series, layers: &[Layer], lines: bool) -> Vec<Entry> {
-    let entries = layers.iter().rev().map(|layer| Entry {
+pub fn entries(series: &Series, layers: &[Layer], lines: bool) -> Vec<LegendLine> {
+    let entries = layers.iter().rev().map(|layer| LegendLine {
         paint: layer.paint,
         dashes: lines.then_some(layer.dashes),
         name: layer.name.clone(),

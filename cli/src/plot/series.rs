@@ -17,16 +17,16 @@ use exitmeter_meter::{
 
 use crate::{
     model::{
-        delta::{self, ANEW},
+        delta::{self, NEW_LIFE},
         Cycles, Label, Ledger, Report, Vm,
     },
-    names::{self, words::ascii, Book, NoVm},
+    names::{self, words::ascii, NameBook, NoVm},
     recording::read::{self, Ending, Reader},
-    slow::model::{Exit, Seen, Selection, Slow},
+    slow::model::{Exit, Selection, Slow, SlowExits},
     why::{
         select,
         symbols::Symbols,
-        tables::{Moment, Of, Rows},
+        tables::{ReasonKey, Rows, TableSet},
     },
 };
 
@@ -204,8 +204,8 @@ impl Series {
             ending: Ending::Cut,
         };
         let mut clock: Option<Clock> = None;
-        let mut before: Option<(f64, Report, Option<Moment>)> = None;
-        let mut slow = SlowExits::default();
+        let mut before: Option<(f64, Report, Option<TableSet>)> = None;
+        let mut slow = MergedSlowExits::default();
         let mut anew = false;
         let mut found = 0;
         let mut others = BTreeSet::new();
@@ -228,7 +228,7 @@ impl Series {
             }
             if earlier.is_some() {
                 series.breaks.push(time);
-                series.marks.push((time, ANEW.to_owned()));
+                series.marks.push((time, NEW_LIFE.to_owned()));
                 anew = true;
             }
             let mark = taken.mark.map(|name| (time, name.to_owned()));
@@ -240,7 +240,7 @@ impl Series {
                 error,
             })?;
             series.snapshots += 1;
-            let tables = snapshot.has_tables().then(|| Moment::new(&snapshot));
+            let tables = snapshot.has_tables().then(|| TableSet::new(&snapshot));
             slow.add(&snapshot, time);
             slow.selected.extend(&selected);
             (series.tsc_khz, series.isa) = (report.host.tsc_khz, report.host.isa);
@@ -335,11 +335,11 @@ impl Series {
     /// Add the slow exits of a life of the meter that ends here.
     fn end_of_life(
         &mut self,
-        slow: &mut SlowExits,
+        slow: &mut MergedSlowExits,
         part: &Part,
-        names: &Book,
+        names: &NameBook,
     ) -> Result<(), Error> {
-        let SlowExits {
+        let MergedSlowExits {
             seen,
             times,
             selected,
@@ -416,7 +416,7 @@ type PartOfVms<'a> = (&'a Part, &'a BTreeSet<u64>);
 impl Part {
     /// Return the numbers of the part's VMs in a snapshot.
     fn selected(&self, report: &Report) -> Result<BTreeSet<u64>, NoVm> {
-        let known = report.vms.iter().map(Vm::known);
+        let known = report.vms.iter().map(Vm::candidate);
         let Some(vm) = &self.vm else {
             return Ok(known.map(|vm| vm.vm).collect());
         };
@@ -434,9 +434,9 @@ impl Part {
     }
 
     /// Return the details between two snapshots.
-    fn details(&self, between: &Moment, selected: &BTreeSet<u64>) -> Result<Rows, select::Error> {
+    fn details(&self, between: &TableSet, selected: &BTreeSet<u64>) -> Result<Rows, select::Error> {
         let code = self.code(between.host.isa)?;
-        let of = code.map(|code| Of::new(Reason::Code(code)));
+        let of = code.map(|code| ReasonKey::new(Reason::Code(code)));
         let vcpus = between.vcpus.iter();
         let vcpus = vcpus.filter(|((vm, _), _)| selected.contains(vm));
         let parts: Vec<_> = vcpus
@@ -472,24 +472,24 @@ pub fn runs(steps: &[Step]) -> impl Iterator<Item = &[Step]> {
 
 /// Slow exits of one life of the meter. Several snapshots may contain the same exit.
 #[derive(Debug, Default)]
-struct SlowExits {
-    seen: Option<Seen>,
+struct MergedSlowExits {
+    seen: Option<SlowExits>,
     /// TSC and time of each snapshot.
     times: Vec<(u64, f64)>,
     /// Numbers of the selected VMs.
     selected: BTreeSet<u64>,
 }
 
-impl SlowExits {
+impl MergedSlowExits {
     /// Add the slow exits of a snapshot.
     fn add(&mut self, snapshot: &Snapshot<'_>, time: f64) {
         self.times.push((snapshot.now(), time));
         if !snapshot.has_tables() {
             return;
         }
-        let new = Seen::new(snapshot, None);
+        let new = SlowExits::new(snapshot, None);
         match &mut self.seen {
-            Some(seen) => seen.follow(new),
+            Some(seen) => seen.merge_by_window(new),
             None => self.seen = Some(new),
         }
     }

@@ -4,7 +4,7 @@
 
 use super::{
     axis,
-    chart::{Chart, Entry, LEFT, LINE, PAIR, RIGHT, SMALL, TOP},
+    chart::{Chart, LegendLine, LEFT, LINE, PAIR, RIGHT, SMALL, TOP},
     font,
     palette::{self, Layer},
     series::{Series, SlowExit},
@@ -32,7 +32,7 @@ pub fn draw(
         .filter_map(|layer| {
             let its = |slow: &&SlowExit| layer.keys.contains(&slow.exit.label.key());
             let longest = series.slow.iter().find(its)?;
-            Some(Entry {
+            Some(LegendLine {
                 paint: layer.paint,
                 dashes: None,
                 name: layer.name.clone(),

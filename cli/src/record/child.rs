@@ -12,7 +12,7 @@ use std::{
 
 use rustix::process::{kill_process, Pid, Signal};
 
-use super::events::{Event, Events};
+use super::events::{Events, RecordEvent};
 use crate::command::{Unrunnable, FAILED};
 
 /// A running command.
@@ -26,7 +26,7 @@ impl Child {
     pub fn start(
         program: &OsStr,
         arguments: &[OsString],
-        events: Sender<Event>,
+        events: Sender<RecordEvent>,
     ) -> Result<Self, Unrunnable> {
         let child = Command::new(program).args(arguments).spawn();
         let mut child = child.map_err(|error| Unrunnable::new(program, error))?;
@@ -34,7 +34,7 @@ impl Child {
         thread::spawn(move || {
             // Waiting fails only for a process that is not our child.
             let status = child.wait().unwrap_or_default();
-            events.send(Event::Ended(status))
+            events.send(RecordEvent::Ended(status))
         });
         Ok(Self { pid })
     }
@@ -53,7 +53,7 @@ impl Child {
     /// status. The command is worth more than its measurement, so it runs on.
     pub fn outlast(&self, events: &Events, error: &anyhow::Error) -> u8 {
         eprintln!("exitmeter: {error:#}");
-        while let Some(Event::Signal(signal)) = events.wait() {
+        while let Some(RecordEvent::Signal(signal)) = events.wait() {
             self.pass_on(signal);
         }
         FAILED

@@ -15,7 +15,7 @@ use crate::signals;
 
 /// Something that has happened.
 #[derive(Clone, Copy, Debug)]
-pub enum Event {
+pub enum RecordEvent {
     /// A signal has come.
     Signal(i32),
     /// The command has ended.
@@ -25,26 +25,30 @@ pub enum Event {
 /// Receiver of events.
 #[derive(Debug)]
 pub struct Events {
-    events: Receiver<Event>,
+    events: Receiver<RecordEvent>,
 }
 
 impl Events {
     /// Turn the signals that would end this process into events (but not a SIGHUP that nohup(1) has
     /// set to ignored). The sender adds further events.
-    pub fn new() -> io::Result<(Self, Sender<Event>)> {
+    pub fn new() -> io::Result<(Self, Sender<RecordEvent>)> {
         let (sender, events) = channel();
-        signals::send(&[SIGHUP, SIGINT, SIGTERM], sender.clone(), Event::Signal)?;
+        signals::send(
+            &[SIGHUP, SIGINT, SIGTERM],
+            sender.clone(),
+            RecordEvent::Signal,
+        )?;
         Ok((Self { events }, sender))
     }
 
     /// Return the next event, or `None` if none comes before `moment`.
-    pub fn until(&self, moment: Instant) -> Option<Event> {
+    pub fn until(&self, moment: Instant) -> Option<RecordEvent> {
         let left = moment.saturating_duration_since(Instant::now());
         self.events.recv_timeout(left).ok()
     }
 
     /// Wait for the next event.
-    pub fn wait(&self) -> Option<Event> {
+    pub fn wait(&self) -> Option<RecordEvent> {
         self.events.recv().ok()
     }
 }

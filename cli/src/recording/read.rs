@@ -9,7 +9,7 @@ use super::{
     frame::{self, Frame, Kind},
     Header, HEADER_SIZE, MAGIC, MAJOR, MARK,
 };
-use crate::names::Book;
+use crate::names::NameBook;
 
 /// Reason why this reader does not understand a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,7 +37,7 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// The recording ended properly. The text says why.
-    Told(String),
+    Complete(String),
     /// The recording was cut off.
     Cut,
     /// The rest of the file is damaged.
@@ -46,13 +46,13 @@ pub enum Ending {
 
 /// A snapshot of a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Taken<'a> {
+pub struct RecordedSnapshot<'a> {
     /// Time since the recording began.
     pub at: Duration,
     /// Name of this moment, if it has one.
     pub mark: Option<&'a str>,
     /// Names of the VMs in this snapshot and those before.
-    pub names: &'a Book,
+    pub names: &'a NameBook,
     /// Bytes of the snapshot.
     pub snapshot: &'a [u8],
 }
@@ -66,7 +66,7 @@ pub struct Reader<'a> {
     about: Vec<(String, String)>,
     snapshot: Option<Vec<u8>>,
     mark: Option<String>,
-    names: Book,
+    names: NameBook,
     ending: Option<Ending>,
 }
 
@@ -126,7 +126,7 @@ impl<'a> Reader<'a> {
             about: Vec::new(),
             snapshot: None,
             mark: None,
-            names: Book::default(),
+            names: NameBook::default(),
             ending: None,
         };
         // The lines about the recording stand before the first snapshot.
@@ -148,7 +148,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Return the next snapshot, or `None` behind the last one that can be read.
-    pub fn next_snapshot(&mut self) -> Option<Taken<'_>> {
+    pub fn next_snapshot(&mut self) -> Option<RecordedSnapshot<'_>> {
         // Drop the mark of the snapshot that was returned last. A mark before the first snapshot
         // stays.
         if self.snapshot.is_some() {
@@ -176,7 +176,7 @@ impl<'a> Reader<'a> {
         let snapshot = self.snapshot.as_deref()?;
         let mark = self.mark.as_deref();
         let names = &self.names;
-        Some(Taken {
+        Some(RecordedSnapshot {
             at,
             mark,
             names,
@@ -185,7 +185,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Return the names of the VMs in the snapshots so far.
-    pub fn names(&self) -> &Book {
+    pub fn names(&self) -> &NameBook {
         &self.names
     }
 
@@ -217,7 +217,7 @@ impl<'a> Reader<'a> {
             Kind::Names => self.read_names(&frame.body),
             Kind::End => {
                 let how = String::from_utf8_lossy(&frame.body).into_owned();
-                self.stop(Ending::Told(how));
+                self.stop(Ending::Complete(how));
             }
             _ => {}
         }
@@ -227,7 +227,7 @@ impl<'a> Reader<'a> {
     fn read_names(&mut self, text: &[u8]) {
         let lines = text.split(|byte| *byte == b'\n');
         for line in lines.filter_map(|line| serde_json::from_slice(line).ok()) {
-            self.names.note(line);
+            self.names.add(line);
         }
     }
 

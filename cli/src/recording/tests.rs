@@ -63,7 +63,7 @@ fn snapshots() -> impl Strategy<Value = Vec<Vec<u8>>> {
 }
 
 fn ended_properly() -> Ending {
-    Ending::Told("the command ended with status 3".to_owned())
+    Ending::Complete("the command ended with status 3".to_owned())
 }
 
 #[test]

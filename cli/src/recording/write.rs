@@ -12,7 +12,7 @@ use super::{
     frame::{Frame, Kind},
     nanoseconds, Header, HEADER_SIZE, MAGIC, MAJOR, MARK, MINOR,
 };
-use crate::names::Line;
+use crate::names::NameLine;
 
 /// Writer of a recording. Each call returns once its frame is written.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Add the names of VMs that are in the next snapshot.
-    pub fn names(&mut self, at: Duration, names: &[Line]) -> io::Result<()> {
+    pub fn names(&mut self, at: Duration, names: &[NameLine]) -> io::Result<()> {
         let mut text = Vec::new();
         for line in names {
             serde_json::to_writer(&mut text, line)?;

@@ -5,7 +5,7 @@
 use super::Selection;
 use crate::{
     model::{ReasonRow, Report, Span},
-    names::Given,
+    names::VmNames,
 };
 
 /// Line of titles. `time_s` is the moment of the snapshot, in seconds since the module was loaded.
@@ -18,8 +18,8 @@ per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_ex
 polled,vmm_name,vmm_uuid,vmm_manager,vmm_id,vmm_unit\n";
 
 /// Format the names that the VMM was given, as the last columns of a line.
-pub(crate) fn given(given: &Given) -> String {
-    let Given {
+pub(crate) fn vmm_columns(given: &VmNames) -> String {
+    let VmNames {
         name,
         uuid,
         manager,
@@ -49,7 +49,7 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
             number(selection.vcpu),
         ]
         .join(",");
-        let names = given(&vm.vmm);
+        let names = vmm_columns(&vm.vmm);
         for row in &vm.ledger.reasons {
             text += &line(&owner, &names, row, vm.ledger.cycles.kernel, Some(vm.span));
         }
@@ -57,7 +57,7 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
     if !selection.is_part() {
         let owner = format!("{time},,,departed,,");
         let ledger = &report.departed.ledger;
-        let names = given(&Given::default());
+        let names = vmm_columns(&VmNames::default());
         for row in &ledger.reasons {
             text += &line(&owner, &names, row, ledger.cycles.kernel, report.interval);
         }
@@ -94,7 +94,7 @@ fn line(owner: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Sp
     fields.push(number(max.map(|spread| spread.max)));
     fields.push(number(max.map(|spread| spread.max_exact)));
     let sleeps = [cycles.halted, cycles.waiting];
-    fields.extend(sleeps.map(|ticks| number(cycles.has_waits.then_some(ticks))));
+    fields.extend(sleeps.map(|ticks| number(cycles.separates_waits.then_some(ticks))));
     fields.push(number(row.polled));
     fields.push(names.to_owned());
     fields.join(",") + "\n"

@@ -42,7 +42,7 @@ impl Selection<'_> {
     /// Fails when nothing matches.
     pub fn apply(&self, mut report: Report) -> Result<Report, Error> {
         if let Some(vm) = self.vm {
-            let meant = names::find(vm, report.vms.iter().map(Vm::known))?;
+            let meant = names::find(vm, report.vms.iter().map(Vm::candidate))?;
             report.vms.retain(|vm| meant.contains(&vm.vm));
         }
         if let Some(id) = self.vcpu {

@@ -8,10 +8,10 @@ use exitmeter_meter::phase::Phase;
 
 use super::Selection;
 use crate::{
-    model::{Cycles, Host, Ledger, Meter, ReasonRow, Report, Span, Vcpu},
-    names::Given,
+    model::{Cycles, HostReport, Ledger, Meter, ReasonRow, Report, Span, VcpuReport},
+    names::VmNames,
     numbers::{at_least, exact, rate, rough, rounded, share, time},
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
     spread::Spread,
     table::{
@@ -25,19 +25,19 @@ use crate::{
 const BAR: usize = 40;
 
 /// Format the report.
-pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
-    let mut writer = Writer::new(opening(report), look);
+pub fn text(report: &Report, selection: &Selection<'_>, options: TextOptions) -> String {
+    let mut writer = Writer::new(opening(report), options);
     if report.unmetered_vcpus != 0 {
-        let vcpus = count(report.unmetered_vcpus, "vCPU");
+        let vcpus = format_count(report.unmetered_vcpus, "vCPU");
         let line = format!("not metered: {vcpus} (past max_vcpus, no memory, or a trust domain)");
-        writer.text += &(paint(&line, Style::Warning, look.color) + "\n");
+        writer.text += &(paint(&line, Style::Warning, options.color) + "\n");
     }
     if report.vms.is_empty() {
         writer.text += "\nNo VM runs.\n";
     }
     for vm in &report.vms {
-        let (name, pid) = (look.plain(&vm.label()), vm.pid);
-        let vcpus = count(vm.vcpus.len() as u64, "vCPU");
+        let (name, pid) = (options.plain(&vm.label()), vm.pid);
+        let vcpus = format_count(vm.vcpus.len() as u64, "vCPU");
         let exits = exits(&vm.ledger, Some(vm.span));
         writer.title(&format!("{name}, process {pid}: {exits}, {vcpus}"));
         writer.names(&vm.vmm);
@@ -47,7 +47,7 @@ pub fn text(report: &Report, selection: &Selection<'_>, look: Look) -> String {
     }
     let departed = &report.departed;
     if departed.vcpus_gone != 0 && !selection.is_part() {
-        let vcpus = count(departed.vcpus_gone, "vCPU");
+        let vcpus = format_count(departed.vcpus_gone, "vCPU");
         let exits = exits(&departed.ledger, None);
         writer.title(&format!("gone: {exits}, {vcpus}"));
         writer.phases(&departed.ledger);
@@ -102,7 +102,7 @@ fn opening(report: &Report) -> String {
 
 /// Format the number of exits, and their rate.
 fn exits(ledger: &Ledger, span: Option<Span>) -> String {
-    let exits = count(ledger.exits, "exit");
+    let exits = format_count(ledger.exits, "exit");
     match span.and_then(|span| span.per_second(ledger.exits)) {
         Some(per_second) => format!("{exits}, {}/s", rate(Some(per_second))),
         None => exits,
@@ -113,28 +113,28 @@ fn exits(ledger: &Ledger, span: Option<Span>) -> String {
 pub(crate) struct Writer {
     text: String,
     /// Titles of columns that did not fit.
-    spared: BTreeSet<String>,
-    look: Look,
+    dropped: BTreeSet<String>,
+    options: TextOptions,
 }
 
 impl Writer {
     /// Create a builder with the opening lines.
-    pub(crate) fn new(text: String, look: Look) -> Self {
+    pub(crate) fn new(text: String, options: TextOptions) -> Self {
         Self {
             text,
-            spared: BTreeSet::new(),
-            look,
+            dropped: BTreeSet::new(),
+            options,
         }
     }
 
     /// Return the text, with a line about the columns that did not fit.
     fn finish(mut self) -> String {
-        if !self.spared.is_empty() {
-            let columns: Vec<_> = self.spared.into_iter().collect();
+        if !self.dropped.is_empty() {
+            let columns: Vec<_> = self.dropped.into_iter().collect();
             let words = format!("No room for: {}.", columns.join(", "));
             let rest = "--json has all.";
             let fits = self
-                .look
+                .options
                 .width
                 .is_none_or(|width| words.len() + 1 + rest.len() <= width);
             let gap = if fits { ' ' } else { '\n' };
@@ -150,20 +150,20 @@ impl Writer {
     }
 
     fn title(&mut self, title: &str) {
-        let title = paint(title, Style::Strong, self.look.color);
+        let title = paint(title, Style::Strong, self.options.color);
         self.text += &format!("\n{title}\n\n");
     }
 
     /// Write the VM's further names, as many in a line as fit. Leave out a name that does not
     /// fit alone.
-    fn names(&mut self, given: &Given) {
+    fn names(&mut self, given: &VmNames) {
         let mut lines: Vec<String> = Vec::new();
         let fits = |text: &str| {
-            let width = self.look.width;
+            let width = self.options.width;
             width.is_none_or(|width| text.chars().count() <= width)
         };
         for words in given.others() {
-            let words = self.look.plain(&words);
+            let words = self.options.plain(&words);
             let joined = lines.last().map(|line| format!("{line}, {words}"));
             match joined.filter(|line| fits(line)) {
                 Some(joined) => {
@@ -173,7 +173,7 @@ impl Writer {
                 None if fits(&words) => lines.push(words),
                 None => {
                     let what = words.split(' ').next().unwrap_or_default();
-                    self.spared.insert(what.to_owned());
+                    self.dropped.insert(what.to_owned());
                 }
             }
         }
@@ -183,8 +183,8 @@ impl Writer {
     }
 
     pub(crate) fn table<const COLUMNS: usize>(&mut self, table: &Table<COLUMNS>) {
-        self.text += &table.text(self.look.color);
-        self.spared.extend(table.spared().iter().cloned());
+        self.text += &table.text(self.options.color);
+        self.dropped.extend(table.dropped().iter().cloned());
     }
 
     /// Write the table of phases.
@@ -196,13 +196,13 @@ impl Writer {
             .phases()
             .map(|phase| {
                 let text = at_least(exact(all.of(phase)), all.is_full(phase));
-                (all.name(phase), all.of(phase), text, Style::Of(phase))
+                (all.name(phase), all.of(phase), text, Style::Phase(phase))
             })
             .collect();
         let polled = ledger.polled.filter(|polled| *polled != 0);
         let kernel = lines.iter().position(|line| line.0 == Phase::Kernel.name());
         if let (Some(polled), Some(kernel)) = (polled, kernel) {
-            let style = Style::Of(Phase::Kernel);
+            let style = Style::Phase(Phase::Kernel);
             lines.insert(kernel + 1, (POLLED_OF_IT, polled, exact(polled), style));
         }
         let widest = |lengths: Vec<usize>| lengths.into_iter().max().unwrap_or(0);
@@ -211,7 +211,7 @@ impl Writer {
         // Width before the bar: phase, cycles, share and the gaps.
         let before = names + cycles + "100.0%".len() + 3 * 2;
         let room = self
-            .look
+            .options
             .width
             .map_or(BAR, |width| width.saturating_sub(before));
         let mut table = Table::new([
@@ -225,7 +225,7 @@ impl Writer {
                 Cell::new(name, style),
                 text.into(),
                 share(part, whole).into(),
-                Cell::new(self.look.bar(part, whole, room.min(BAR) as u32), style),
+                Cell::new(self.options.bar(part, whole, room.min(BAR) as u32), style),
             ]);
         }
         self.table(&table);
@@ -233,12 +233,12 @@ impl Writer {
     }
 
     /// Write the table of vCPUs: phases, and the present phase.
-    fn vcpus(&mut self, host: &Host, vcpus: &[Vcpu]) {
+    fn vcpus(&mut self, host: &HostReport, vcpus: &[VcpuReport]) {
         let none_nested = none_nested(vcpus.iter().map(|vcpu| vcpu.ledger.nested_exits));
         let (halted, none_waits) = sleeps(vcpus.iter().map(|vcpu| &vcpu.ledger.cycles));
         let none_polled = none_polled(vcpus.iter().map(|vcpu| vcpu.ledger.polled));
         let spare = ["cycles", POLLED, "now", "preempted", "waiting"];
-        let table = Table::fitted(self.look, &spare, |number| {
+        let table = Table::fitted(self.options, &spare, |number| {
             let mut table = Table::new([
                 ("vCPU", Right),
                 ("now", Left),
@@ -259,7 +259,7 @@ impl Writer {
                 let phase = vcpu.phase_name.unwrap_or("?");
                 let polled = vcpu.ledger.polled.unwrap_or(0);
                 let now = format!("{phase} for {}", time(vcpu.phase_ticks, host.tsc_khz));
-                let style = vcpu.phase.map_or(Style::Plain, Style::Of);
+                let style = vcpu.phase.map_or(Style::Plain, Style::Phase);
                 table.row([
                     vcpu.vcpu.to_string().into(),
                     Cell::new(now, style),
@@ -276,13 +276,13 @@ impl Writer {
                 ]);
             }
             if none_waits {
-                table.leave_out(&["waiting"]);
+                table.hide(&["waiting"]);
             }
             if none_polled {
-                table.leave_out(&[POLLED]);
+                table.hide(&[POLLED]);
             }
             if none_nested {
-                table.leave_out(&[NESTED]);
+                table.hide(&[NESTED]);
             }
             table
         });
@@ -315,7 +315,7 @@ impl Writer {
             "mean",
             "/s",
         ];
-        let table = Table::fitted(self.look, &spare, |number| {
+        let table = Table::fitted(self.options, &spare, |number| {
             let mut table = Table::new([
                 ("code", Right),
                 ("reason", Left),
@@ -339,19 +339,19 @@ impl Writer {
                 table.row(cells(row, ledger, span, number));
             }
             if !single {
-                table.leave_out(&["p50", "p99", "max"]);
+                table.hide(&["p50", "p99", "max"]);
             }
             if !rates {
-                table.leave_out(&["/s"]);
+                table.hide(&["/s"]);
             }
             if none_nested([ledger.nested_exits]) {
-                table.leave_out(&[NESTED]);
+                table.hide(&[NESTED]);
             }
             if none_waits {
-                table.leave_out(&["waiting"]);
+                table.hide(&["waiting"]);
             }
             if none_polled([ledger.polled]) {
-                table.leave_out(&[POLLED]);
+                table.hide(&[POLLED]);
             }
             table
         });
@@ -378,7 +378,7 @@ fn cells(
     let phase = |phase| full(rough(row.cycles.of(phase)), phase);
     let mean = rounded(row.cost(), row.exits);
     [
-        code(row.label.code),
+        format_code(row.label.code),
         row.label.to_string(),
         number(row.exits.into()),
         nested(row.nested_exits, number),
@@ -412,7 +412,7 @@ fn none_polled(polled: impl IntoIterator<Item = Option<u128>>) -> bool {
 /// Return the title of the column of [`Phase::Halted`], and true if the snapshot does not
 /// tell the two sleeps apart. Then [`Phase::Waiting`] has no column.
 fn sleeps<'a>(cycles: impl IntoIterator<Item = &'a Cycles>) -> (&'static str, bool) {
-    let both = cycles.into_iter().find(|cycles| !cycles.has_waits);
+    let both = cycles.into_iter().find(|cycles| !cycles.separates_waits);
     let named = both.copied().unwrap_or_default();
     (named.name(Phase::Halted), both.is_some())
 }
@@ -435,12 +435,12 @@ fn none_nested(exits: impl IntoIterator<Item = Option<u64>>) -> bool {
 
 /// Format a code in decimal, as in leaves and the kernel log. Rows without a code get an empty
 /// text.
-pub(crate) fn code(code: Option<u32>) -> String {
+pub(crate) fn format_code(code: Option<u32>) -> String {
     code.map_or_else(String::new, |code| code.to_string())
 }
 
 /// Format a number with its noun, in the plural unless it is 1.
-pub(crate) fn count(number: u64, thing: &str) -> String {
+pub(crate) fn format_count(number: u64, thing: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{} {thing}{plural}", exact(number))
 }

@@ -3,7 +3,7 @@
 //! Slow exits as comma-separated values (RFC 4180).
 
 use super::model::{Exit, Slow};
-use crate::report::{given, quoted};
+use crate::report::{quoted, vmm_columns};
 
 /// Line of titles. Times are TSC ticks. Unknown and absent values are empty.
 const HEADER: &str = "when,tsc,vm,name,pid,vcpu,sequence,kind,code,reason,about,nested,rip,symbol,\
@@ -15,7 +15,7 @@ pub fn csv(slow: &Slow, ring: bool) -> String {
     let mut text = HEADER.to_owned();
     for vm in &slow.vms {
         let vm_columns = format!("{},{},{}", vm.vm, quoted(&vm.name), vm.pid);
-        let names = given(&vm.vmm);
+        let names = vmm_columns(&vm.vmm);
         if ring {
             for exit in vm.rings.iter().flat_map(|ring| &ring.exits) {
                 text += &line(&vm_columns, &names, exit);

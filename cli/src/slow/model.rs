@@ -14,8 +14,8 @@ use serde::Serialize;
 
 use super::utc::Utc;
 use crate::{
-    model::{Host, Label, Report},
-    names::{self, Book, Given, Known, NoVm},
+    model::{HostReport, Label, Report},
+    names::{self, Candidate, NameBook, NoVm, VmNames},
     why::{
         detail::{user_exit, Detail},
         symbols::{self, Symbols},
@@ -27,7 +27,7 @@ const FORMAT: u32 = 1;
 
 /// Slow exits collected from one vCPU.
 #[derive(Clone, Debug, Default)]
-struct Vcpu {
+struct VcpuSlowExits {
     /// Slowest exits, by the TSC at the exit.
     slowest: BTreeMap<u64, SlowExit>,
     ring: Vec<SlowExit>,
@@ -38,25 +38,25 @@ struct Vcpu {
 
 /// Slow exits collected from one snapshot, or from several successive ones.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct SlowExits {
     /// The host, and the moment of the latest snapshot.
-    pub host: Host,
+    pub host: HostReport,
     /// UTC at that moment.
     time: Option<Utc>,
-    without: u32,
+    without_tables: u32,
     /// Name and process of each VM, by its number.
     vms: BTreeMap<u64, (String, u32)>,
     /// Slow exits, by VM and vCPU id.
-    vcpus: BTreeMap<(u64, u32), Vcpu>,
+    vcpus: BTreeMap<(u64, u32), VcpuSlowExits>,
     /// TSC from which on exits are wanted.
     from: Option<u64>,
 }
 
-impl Seen {
+impl SlowExits {
     /// Collect the slow exits of a snapshot that was read at the time `read`.
     pub fn new(snapshot: &Snapshot<'_>, read: Option<SystemTime>) -> Self {
         let records: Vec<_> = snapshot.vcpus().collect();
-        let mut vcpus: BTreeMap<_, Vcpu> = BTreeMap::new();
+        let mut vcpus: BTreeMap<_, VcpuSlowExits> = BTreeMap::new();
         for tables in snapshot.tables() {
             // The reader has checked that the record exists.
             let Some(record) = records.get(tables.vcpu) else {
@@ -78,7 +78,7 @@ impl Seen {
         Self {
             host: Report::new(snapshot).host,
             time: read.and_then(Utc::new),
-            without: snapshot.without_tables(),
+            without_tables: snapshot.without_tables(),
             vms: vms
                 .map(|record| (record.vm(), (record.name().to_owned(), record.pid())))
                 .collect(),
@@ -88,7 +88,7 @@ impl Seen {
     }
 
     /// Discard what there is, and collect only later exits.
-    pub fn begin(&mut self) {
+    pub fn discard_earlier(&mut self) {
         self.from = Some(self.host.snapshot_tsc);
         self.vms.clear();
         self.vcpus.clear();
@@ -103,7 +103,7 @@ impl Seen {
         anyhow::ensure!(
             self.host.life == later.host.life,
             "{}; the slow exits before are lost",
-            crate::model::delta::ANEW
+            crate::model::delta::NEW_LIFE
         );
         let from = self.from.unwrap_or(0);
         for (key, mut vcpu) in later.vcpus {
@@ -115,15 +115,16 @@ impl Seen {
             self.vcpus.insert(key, vcpu);
         }
         self.vms.extend(later.vms);
-        (self.host, self.time, self.without) = (later.host, later.time, later.without);
+        (self.host, self.time, self.without_tables) =
+            (later.host, later.time, later.without_tables);
         Ok(())
     }
 }
 
-impl Seen {
+impl SlowExits {
     /// Add a later snapshot of the same life, and keep for each window only its slowest exits:
     /// those of an earlier snapshot give way to those of a later one.
-    pub fn follow(&mut self, later: Self) {
+    pub fn merge_by_window(&mut self, later: Self) {
         for (key, mut vcpu) in later.vcpus {
             let before = self.vcpus.remove(&key).unwrap_or_default();
             // The later snapshot has the final exits of the window that was current, unless yet
@@ -141,7 +142,8 @@ impl Seen {
             self.vcpus.insert(key, vcpu);
         }
         self.vms.extend(later.vms);
-        (self.host, self.time, self.without) = (later.host, later.time, later.without);
+        (self.host, self.time, self.without_tables) =
+            (later.host, later.time, later.without_tables);
     }
 }
 
@@ -151,7 +153,7 @@ pub struct Selection<'a> {
     /// Name or process of the VM.
     pub vm: Option<&'a str>,
     /// Names of the VMs.
-    pub names: Option<&'a Book>,
+    pub names: Option<&'a NameBook>,
     /// Code of the reason.
     pub code: Option<u32>,
 }
@@ -162,7 +164,7 @@ pub struct Slow {
     /// Version of the data.
     pub format: u32,
     /// The host, and the moment of the latest snapshot.
-    pub host: Host,
+    pub host: HostReport,
     /// vCPUs without a record, for want of memory.
     pub vcpus_without_tables: u32,
     /// VMs.
@@ -179,7 +181,7 @@ pub struct Vm {
     /// Process that created the VM.
     pub pid: u32,
     /// Names that the VMM was given, if known.
-    pub vmm: Given,
+    pub vmm: VmNames,
     /// Slowest exits of its vCPUs, the longest first.
     pub slowest: Vec<Exit>,
     /// Last exits of each vCPU.
@@ -259,7 +261,7 @@ pub fn hexadecimal<S: serde::Serializer>(number: &Option<u64>, to: S) -> Result<
 }
 
 impl Exit {
-    fn new(seen: &Seen, vcpu: u32, exit: &SlowExit, symbols: &Symbols) -> Self {
+    fn new(seen: &SlowExits, vcpu: u32, exit: &SlowExit, symbols: &Symbols) -> Self {
         let host = &seen.host;
         let place = exit.rip.and_then(|rip| symbols.find(rip));
         let detail = (exit.detail_kind != Kind::None as u8)
@@ -326,10 +328,14 @@ impl Slow {
     /// # Errors
     ///
     /// Fails when no VM matches, or several do.
-    pub fn new(seen: &Seen, symbols: &Symbols, selection: Selection<'_>) -> Result<Self, NoVm> {
-        let none = Book::default();
+    pub fn new(
+        seen: &SlowExits,
+        symbols: &Symbols,
+        selection: Selection<'_>,
+    ) -> Result<Self, NoVm> {
+        let none = NameBook::default();
         let names = selection.names.unwrap_or(&none);
-        let known = seen.vms.iter().map(|(&vm, (name, pid))| Known {
+        let known = seen.vms.iter().map(|(&vm, (name, pid))| Candidate {
             vm,
             kvm: name,
             pid: *pid,
@@ -371,7 +377,7 @@ impl Slow {
         Ok(Self {
             format: FORMAT,
             host: seen.host.clone(),
-            vcpus_without_tables: seen.without,
+            vcpus_without_tables: seen.without_tables,
             vms,
         })
     }

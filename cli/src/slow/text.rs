@@ -9,9 +9,9 @@ use exitmeter_meter::phase::Phase;
 use super::model::{Exit, Ring, Slow, Vm};
 use crate::{
     numbers::exact,
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
-    report::count,
+    report::format_count,
     table::{
         Cell,
         Side::{Left, Right},
@@ -43,7 +43,7 @@ const CPU: &str = "CPU";
 const NO_RING: &str = "No exit. Rings are kept with the module's parameter slow_us alone.\n";
 
 /// Format the tables of all VMs.
-pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
+pub fn text(slow: &Slow, shown: Shown, options: TextOptions) -> String {
     let khz = slow.host.tsc_khz;
     let unit = match khz {
         Some(_) => "microseconds",
@@ -51,27 +51,27 @@ pub fn text(slow: &Slow, shown: Shown, look: Look) -> String {
     };
     let isa = slow.host.isa.name().to_uppercase();
     let mut text = format!("slow exits ({isa}), in {unit}, at times in UTC\n");
-    text += &missing(slow.vcpus_without_tables, slow.vms.is_empty(), look);
-    let mut spared = BTreeSet::new();
+    text += &missing(slow.vcpus_without_tables, slow.vms.is_empty(), options);
+    let mut dropped = BTreeSet::new();
     for vm in &slow.vms {
-        text += &vm_text(vm, khz, shown, look, &mut spared);
+        text += &vm_text(vm, khz, shown, options, &mut dropped);
     }
-    text + &no_room(spared)
+    text + &no_room(dropped)
 }
 
 fn vm_text(
     vm: &Vm,
     khz: Option<u32>,
     shown: Shown,
-    look: Look,
-    spared: &mut BTreeSet<String>,
+    options: TextOptions,
+    dropped: &mut BTreeSet<String>,
 ) -> String {
     let vm_title = format!(
         "{}, process {}",
-        look.plain(&vm.vmm.label(&vm.name)),
+        options.plain(&vm.vmm.label(&vm.name)),
         vm.pid
     );
-    let title = |text: &str| format!("\n{}\n", paint(text, Style::Strong, look.color));
+    let title = |text: &str| format!("\n{}\n", paint(text, Style::Strong, options.color));
     if shown.ring {
         let mut text = String::new();
         for ring in &vm.rings {
@@ -81,7 +81,7 @@ fn vm_text(
             let exits: Vec<_> = ring.exits.iter().skip(first).collect();
             text += &match exits.is_empty() {
                 true => NO_RING.to_owned(),
-                false => table(&exits, true, khz, look, spared),
+                false => table(&exits, true, khz, options, dropped),
             };
         }
         if vm.rings.is_empty() {
@@ -94,9 +94,9 @@ fn vm_text(
         all if all > exits.len() => format!(" of {all} that are kept"),
         _ => String::new(),
     };
-    let slowest = count(exits.len() as u64, "slowest exit");
+    let slowest = format_count(exits.len() as u64, "slowest exit");
     let mut text = title(&format!("{vm_title}: {slowest}{of}"));
-    text += &table(&exits, false, khz, look, spared);
+    text += &table(&exits, false, khz, options, dropped);
     for Ring { vcpu, exits, .. } in vm.rings.iter().filter(|ring| ring.frozen) {
         let Some(culprit) = exits.last() else {
             continue;
@@ -116,8 +116,8 @@ fn table(
     exits: &[&Exit],
     is_ring: bool,
     khz: Option<u32>,
-    look: Look,
-    spared: &mut BTreeSet<String>,
+    options: TextOptions,
+    dropped: &mut BTreeSet<String>,
 ) -> String {
     if exits.is_empty() {
         return "No exit since details are on.\n".to_owned();
@@ -161,7 +161,7 @@ fn table(
                 true => Style::Warning,
                 false => Style::Plain,
             };
-            let ticks = |phase, ticks| Cell::new(length(ticks, khz), Style::Of(phase));
+            let ticks = |phase, ticks| Cell::new(length(ticks, khz), Style::Phase(phase));
             table.row([
                 Cell::new(format!("{mark}{when}"), style),
                 exit.vcpu.to_string().into(),
@@ -178,18 +178,18 @@ fn table(
                 exit.to_user().unwrap_or_default().into(),
             ]);
         }
-        table.leave_out(&absent);
+        table.hide(&absent);
         table
     };
     let spare = [OUTS, HALTED, WAITING, PREEMPTED, TO_USER, CODE, CPU];
-    let table = Table::fitted(look, &spare, build);
-    let left_out = table.spared().iter();
-    spared.extend(
+    let table = Table::fitted(options, &spare, build);
+    let left_out = table.dropped().iter();
+    dropped.extend(
         left_out
             .filter(|title| !absent.contains(&title.as_str()))
             .cloned(),
     );
-    table.text(look.color)
+    table.text(options.color)
 }
 
 /// Format ticks in microseconds with a tenth, or as they are if the rate is unknown.

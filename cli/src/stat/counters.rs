@@ -4,7 +4,7 @@
 
 use std::io::{self, Read, Write};
 
-use exitmeter_guest::{cpuid_reason, Cpuid, Error, Isa, Meter, Phase, Row};
+use exitmeter_guest::{cpuid_reason, Cpuid, Error, Isa, Meter, Phase, ReasonNumbers};
 use exitmeter_meter::reasons::SLOTS;
 use rustix::time::{clock_gettime, ClockId};
 
@@ -18,7 +18,7 @@ pub struct Counters {
     /// True if the meter began anew before the last query was answered.
     pub torn: bool,
     /// Reasons with exits, each at the time when it was read.
-    pub rows: Vec<Row>,
+    pub rows: Vec<ReasonNumbers>,
     /// Number of the reader's own queries. They are not in the rows.
     pub queries: u64,
     /// Kernel ticks that these queries cost.
@@ -129,7 +129,7 @@ impl Counters {
             let mut counters = Self::new(isa);
             counters.life = Some(numbers.next()?).filter(|life| *life != 0);
             counters.torn = numbers.next()? != 0;
-            let has_waits = counters.life.is_some();
+            let separates_waits = counters.life.is_some();
             (counters.queries, counters.cost) = (numbers.next()?, numbers.next()?);
             for clock in [&mut counters.begun, &mut counters.ended] {
                 (clock.tsc, clock.nanos) = (numbers.next()?, numbers.next()?);
@@ -138,12 +138,12 @@ impl Counters {
             for row in rest.chunks(ROW_NUMBERS) {
                 let [code, exits, known, nested, cycles @ ..] =
                     <[u64; ROW_NUMBERS]>::try_from(row).ok()?;
-                counters.rows.push(Row {
+                counters.rows.push(ReasonNumbers {
                     code: u32::try_from(code).ok()?,
                     exits,
                     nested_exits: (known != 0).then_some(nested),
                     cycles,
-                    has_waits,
+                    separates_waits,
                 });
             }
             Some(counters)
@@ -156,7 +156,7 @@ impl Counters {
     /// subtracted.
     /// On a host that does not report its life, numbers that shrink show it.
     fn began_anew_since(&self, earlier: &Self) -> bool {
-        let shrinks = |old: &Row| {
+        let shrinks = |old: &ReasonNumbers| {
             let new = self.rows.iter().find(|row| row.code == old.code);
             new.map_or(0, |row| row.exits) < old.exits
         };
@@ -168,13 +168,13 @@ impl Counters {
     /// Return the difference from `earlier` by reason, without the queries of the earlier reader.
     /// Ticks of the guest phase of CPUID exits still hold the time between those queries. Return
     /// `None` if the meter began anew in between.
-    pub fn since(&self, earlier: &Self) -> Option<Vec<Row>> {
+    pub fn since(&self, earlier: &Self) -> Option<Vec<ReasonNumbers>> {
         if self.began_anew_since(earlier) {
             return None;
         }
         let rows = self.rows.iter().map(|row| {
             let old = earlier.rows.iter().find(|old| old.code == row.code);
-            let old = old.copied().unwrap_or(Row {
+            let old = old.copied().unwrap_or(ReasonNumbers {
                 exits: 0,
                 nested_exits: row.nested_exits.map(|_| 0),
                 cycles: [0; Phase::COUNT],
@@ -207,17 +207,17 @@ impl Counters {
 mod tests {
     use super::*;
 
-    fn row(code: u32, exits: u64, kernel: u64) -> Row {
-        Row {
+    fn row(code: u32, exits: u64, kernel: u64) -> ReasonNumbers {
+        ReasonNumbers {
             code,
             exits,
             nested_exits: (code % 2 == 0).then_some(exits / 2),
             cycles: [5, kernel, 7, 8, 9, 10],
-            has_waits: true,
+            separates_waits: true,
         }
     }
 
-    fn counters(rows: Vec<Row>) -> Counters {
+    fn counters(rows: Vec<ReasonNumbers>) -> Counters {
         Counters {
             isa: Isa::Svm,
             life: Some(7),
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn different_lives_have_no_difference() {
         let before = counters(vec![row(0x72, 1_000, 2_000_000), row(0x60, 10, 20_000)]);
-        let with = |life, torn, rows: &[Row]| Counters {
+        let with = |life, torn, rows: &[ReasonNumbers]| Counters {
             life,
             torn,
             ..counters(rows.to_vec())

@@ -17,7 +17,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use exitmeter_guest::{Isa, Row};
+use exitmeter_guest::{Isa, ReasonNumbers};
 use exitmeter_meter::snapshot::{TABLE_DETAILS, TABLE_USER};
 use rustix::{
     fs::{memfd_create, MemfdFlags},
@@ -32,8 +32,8 @@ use super::counters::Counters;
 use crate::{
     command::Unrunnable,
     guest::{
-        tables::{self, Cpus, Left, Reading, Tally},
-        Way, TABLES_SINCE,
+        tables::{self, Cpus, QueryCounter, Reading, ReadingFile},
+        Access, TABLES_SINCE,
     },
     signals::is_ignored,
 };
@@ -43,14 +43,14 @@ const TABLES: [u32; 2] = [TABLE_DETAILS, TABLE_USER];
 
 /// Meter of the host, as found.
 #[derive(Clone, Copy, Debug)]
-pub struct Host {
+pub struct FoundMeter {
     /// Vendor of the CPU.
     pub isa: Isa,
     /// Way to query the meter.
-    pub way: Way,
+    pub access: Access,
 }
 
-impl Host {
+impl FoundMeter {
     /// Check that the host keeps details, by the version of its leaves and by what it reports.
     ///
     /// # Errors
@@ -60,7 +60,7 @@ impl Host {
         if version < TABLES_SINCE {
             return Err(tables::Error::Version(version).into());
         }
-        let mut cpus = Cpus::open(self.way)?;
+        let mut cpus = Cpus::open(self.access)?;
         Ok(Reading::now(&mut cpus, self.isa, &[])?.check()?)
     }
 }
@@ -71,7 +71,7 @@ pub struct Run {
     /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
     /// Exits and ticks by reason, without the tool's own. `None` if the meter began anew meanwhile.
-    pub rows: Option<Vec<Row>>,
+    pub rows: Option<Vec<ReasonNumbers>>,
     /// Details of the exits, where they were asked for and are known.
     pub why: Option<Reading>,
     /// Number of the tool's own CPUID exits that were subtracted.
@@ -131,21 +131,21 @@ pub fn should_stop() -> bool {
 pub fn once(
     program: &OsString,
     arguments: &[OsString],
-    host: Host,
+    host: FoundMeter,
     why: bool,
 ) -> anyhow::Result<Run> {
-    let Host { isa, way } = host;
+    let FoundMeter { isa, access } = host;
     // A file takes all that is written at once; a socket does not.
     let mut ours = File::from(memfd_create(c"exitmeter", MemfdFlags::CLOEXEC)?);
     let theirs = ours.try_clone()?;
     let mut before = Counters::new(isa);
-    let mut asker = way.open()?;
+    let mut querier = access.open()?;
     let mut details = match why {
-        true => Some((Cpus::open(way)?, Left::new()?)),
+        true => Some((Cpus::open(access)?, ReadingFile::new()?)),
         false => None,
     };
     let mut reader = match &details {
-        Some((_, left)) => Some((Cpus::open(way)?, left.share()?)),
+        Some((_, left)) => Some((Cpus::open(access)?, left.share()?)),
         None => None,
     };
     let mut command = Command::new(program);
@@ -154,10 +154,10 @@ pub fn once(
         if let Some((cpus, left)) = &mut reader {
             left.read(cpus, isa, &TABLES)?;
         }
-        let mut tally = Tally::new(&mut asker);
-        let read = before.read(&mut tally);
-        let asked = tally.asked();
-        asker.check().map_err(io::Error::other)?;
+        let mut counter = QueryCounter::new(&mut querier);
+        let read = before.read(&mut counter);
+        let asked = counter.asked();
+        querier.check().map_err(io::Error::other)?;
         read.map_err(io::Error::other)?;
         before.write(&mut &theirs)?;
         match &mut reader {
@@ -174,11 +174,11 @@ pub fn once(
         .map_err(|error| Unrunnable::new(program, error))?;
     let ended = wait(&mut child).context("cannot wait for the command")?;
     let mut after = Counters::new(isa);
-    let mut asker = way.open()?;
-    let mut tally = Tally::new(&mut asker);
-    let read = after.read(&mut tally);
-    let asked = tally.asked();
-    asker.check()?;
+    let mut querier = access.open()?;
+    let mut counter = QueryCounter::new(&mut querier);
+    let read = after.read(&mut counter);
+    let asked = counter.asked();
+    querier.check()?;
     read?;
     let later = match &mut details {
         Some((cpus, _)) => Some(Reading::now(cpus, isa, &TABLES)?),

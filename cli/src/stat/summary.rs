@@ -4,17 +4,17 @@
 
 use std::{collections::BTreeMap, ffi::OsString};
 
-use exitmeter_guest::{Isa, Phase, Row};
+use exitmeter_guest::{Isa, Phase, ReasonNumbers};
 use exitmeter_meter::snapshot::Reason as Code;
 use serde::Serialize;
 
 use super::Run;
 use crate::{
-    guest::{tables::Reading, Told},
+    guest::{tables::Reading, GuestDetails},
     model::{isa_name, Label, FORMAT},
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
-    report::{code, count},
+    report::{format_code, format_count},
     table::{
         Side::{Left, Right},
         Table,
@@ -89,7 +89,7 @@ pub struct Summary {
     pub reasons: Vec<Reason>,
     /// Details of the exits of all runs together, where they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub why: Option<Told>,
+    pub why: Option<GuestDetails>,
 }
 
 /// Numbers of one exit reason.
@@ -125,12 +125,12 @@ impl Summary {
     /// Summarize the runs. Return `None` if none could be measured.
     pub fn new(command: &[OsString], isa: Isa, status: u8, all: &[Run]) -> Option<Self> {
         let runs = all.iter().filter_map(|run| Some((run, run.rows.as_ref()?)));
-        let runs: Vec<(&Run, &Vec<Row>)> = runs.collect();
+        let runs: Vec<(&Run, &Vec<ReasonNumbers>)> = runs.collect();
         if runs.is_empty() {
             return None;
         }
         let of = |number: &dyn Fn(&Run) -> f64| Mean::of(runs.iter().map(|(run, _)| number(run)));
-        let sum = |number: fn(&Row) -> u64| {
+        let sum = |number: fn(&ReasonNumbers) -> u64| {
             Mean::of(runs.iter().map(|(_, rows)| {
                 let sum: u128 = rows.iter().map(|row| u128::from(number(row))).sum();
                 sum as f64
@@ -139,21 +139,21 @@ impl Summary {
         let ticks = of(&|run| run.ticks as f64);
         let mut codes = BTreeMap::new();
         for row in runs.iter().flat_map(|(_, rows)| *rows) {
-            let known = (row.nested_exits.is_some(), row.has_waits);
+            let known = (row.nested_exits.is_some(), row.separates_waits);
             codes.entry(row.code).or_insert(known);
         }
         let mut reasons: Vec<_> = codes
             .into_iter()
             .map(|(code, (nested, waits))| {
                 // A run without this reason counts as 0.
-                let of = |number: &dyn Fn(&Row) -> u64| {
+                let of = |number: &dyn Fn(&ReasonNumbers) -> u64| {
                     Mean::of(runs.iter().map(|(_, rows)| {
                         let row = rows.iter().find(|row| row.code == code);
                         row.map_or(0.0, |row| number(row) as f64)
                     }))
                 };
                 let in_phase = |phase| of(&|row| row.cycles(phase));
-                let blocked = |row: &Row| {
+                let blocked = |row: &ReasonNumbers| {
                     row.cycles(Phase::Halted)
                         .saturating_add(row.cycles(Phase::Waiting))
                 };
@@ -208,34 +208,34 @@ impl Summary {
     }
 
     /// Format the summary, with up to `limit` rows of details for each reason.
-    pub fn text(&self, limit: usize, look: Look) -> String {
+    pub fn text(&self, limit: usize, options: TextOptions) -> String {
         let times = match self.runs {
             1 => String::new(),
             runs => format!(" ({runs} runs)"),
         };
         let title = format!("exits caused by {}{times}", self.command.join(" "));
-        let table = self.table(look);
+        let table = self.table(options);
         let with_deviation = |mean: &Mean| match mean.stddev {
             Some(_) => format!(" ({})", mean.deviation()),
             None => String::new(),
         };
         let left_out = match self.left_out_text() {
-            Some(words) => paint(&words, Style::Warning, look.color) + "\n",
+            Some(words) => paint(&words, Style::Warning, options.color) + "\n",
             None => String::new(),
         };
         let why = self.why.as_ref();
-        let why = why.map_or_else(String::new, |told| told.text(false, limit, look));
+        let why = why.map_or_else(String::new, |told| told.text(false, limit, options));
         format!(
             "\n{}\n\n{}\n{}{}, kernel {} of the time, in {:.3} s{}\n\
              {} of this tool's own {} not among them\n{left_out}{why}",
-            paint(&title, Style::Strong, look.color),
-            table.text(look.color),
-            count(self.exits.number(), "exit"),
+            paint(&title, Style::Strong, options.color),
+            table.text(options.color),
+            format_count(self.exits.number(), "exit"),
             with_deviation(&self.exits),
             share(self.kernel, self.ticks),
             self.seconds.mean,
             with_deviation(&self.seconds),
-            count(self.queries.number(), "CPUID exit"),
+            format_count(self.queries.number(), "CPUID exit"),
             if self.runs == 1 {
                 "are"
             } else {
@@ -244,9 +244,9 @@ impl Summary {
         )
     }
 
-    fn table(&self, look: Look) -> Table<10> {
+    fn table(&self, options: TextOptions) -> Table<10> {
         let spare = ["in VMM", "code", "± ", "mean"];
-        Table::fitted(look, &spare, |number| {
+        Table::fitted(options, &spare, |number| {
             let mut table = Table::new([
                 ("code", Right),
                 ("reason", Left),
@@ -264,7 +264,7 @@ impl Summary {
                     .nested_exits
                     .map_or(0, |nested| nested.number().into());
                 table.row([
-                    code(reason.label.code),
+                    format_code(reason.label.code),
                     reason.label.to_string(),
                     number(reason.exits.number().into()),
                     reason.exits.deviation(),
@@ -277,11 +277,11 @@ impl Summary {
                 ]);
             }
             if self.runs == 1 {
-                table.leave_out(&["±", "± "]);
+                table.hide(&["±", "± "]);
             }
             let nested = self.reasons.iter().filter_map(|reason| reason.nested_exits);
             if nested.fold(0.0, |sum, nested| sum + nested.mean) == 0.0 {
-                table.leave_out(&["nested"]);
+                table.hide(&["nested"]);
             }
             table
         })
@@ -289,12 +289,12 @@ impl Summary {
 }
 
 /// Sum up the details of all runs.
-fn why(isa: Isa, runs: &[(&Run, &Vec<Row>)]) -> Option<Told> {
+fn why(isa: Isa, runs: &[(&Run, &Vec<ReasonNumbers>)]) -> Option<GuestDetails> {
     let mut readings = runs.iter().filter_map(|(run, _)| run.why.as_ref());
     let rows: Vec<Rows> = readings.clone().map(Reading::rows).collect();
     let sum = Rows::sum(rows.iter());
     let (symbols, weight) = (Symbols::default(), Weight::Ticks);
-    Some(Told::new(
+    Some(GuestDetails::new(
         readings.next_back()?,
         &sum,
         isa,
@@ -353,12 +353,12 @@ mod tests {
 
     /// Create a run with this number of CPUID exits, or one in which the meter began anew.
     fn run(exits: Option<u64>) -> Run {
-        let row = |exits| Row {
+        let row = |exits| ReasonNumbers {
             code: 0x72,
             exits,
             nested_exits: None,
             cycles: [0, exits * 100, 0, 3, 0, 4],
-            has_waits: true,
+            separates_waits: true,
         };
         Run {
             isa: Isa::Svm,
@@ -377,14 +377,14 @@ mod tests {
         let of = |runs: &[Run]| Summary::new(&command, Isa::Svm, 0, runs);
         assert!(of(&[run(None), run(None)]).is_none());
         let all = of(&[run(Some(10)), run(Some(30))]).expect("measured");
-        assert!(!all.text(10, Look::default()).contains("left out"));
+        assert!(!all.text(10, TextOptions::default()).contains("left out"));
         let json = serde_json::to_value(&all).expect("JSON");
         assert_eq!(json.get("left_out"), None);
 
         let some = of(&[run(Some(10)), run(None), run(Some(30))]).expect("measured");
         assert_eq!((some.runs, some.left_out), (2, 1));
         assert_eq!(some.exits.mean, 20.0);
-        let text = some.text(10, Look::default());
+        let text = some.text(10, TextOptions::default());
         let words = "\n1 of 3 runs is left out: the meter began anew while it ran\n";
         assert!(text.ends_with(words), "{text}");
         let reason = &some.reasons[0];

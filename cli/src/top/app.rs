@@ -9,15 +9,15 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::{
     columns::{self, Id, Sheet},
-    data::{Numbers, Scope},
+    data::{Scope, ScopeNumbers},
     details::{self, Breakdown, View},
     feed::Reading,
     history::History,
 };
 use crate::{
-    model::{delta::ANEW, Label, Report, Vm},
+    model::{delta::NEW_LIFE, Label, Report, Vm},
     names::{self, NoVm},
-    why::{symbols::Symbols, tables::Moment},
+    why::{symbols::Symbols, tables::TableSet},
 };
 
 /// Intervals that + and - select, in milliseconds.
@@ -57,9 +57,9 @@ pub struct App {
     /// Difference from the snapshot before.
     delta: Option<Report>,
     /// Details of the exits since details were turned on.
-    tables: Option<Moment>,
+    tables: Option<TableSet>,
     /// Details of the exits since the snapshot before.
-    between: Option<Moment>,
+    between: Option<TableSet>,
     /// Numbers of the reason that is shown.
     pub breakdown: Option<Breakdown>,
     /// Reason why details cannot be turned on.
@@ -127,7 +127,7 @@ impl App {
     ///
     /// Fails when no VM matches, or several do.
     pub fn open(&mut self, vm: &str) -> Result<(), NoVm> {
-        let meant = names::find(vm, self.now.vms.iter().map(Vm::known))?;
+        let meant = names::find(vm, self.now.vms.iter().map(Vm::candidate))?;
         // If one process has several VMs, show the first.
         if let Some(number) = meant.first() {
             self.go(Scope::Vm(*number));
@@ -162,7 +162,7 @@ impl App {
             }
             Err(error) => {
                 self.note = match error.is_break() {
-                    true => ANEW.to_owned(),
+                    true => NEW_LIFE.to_owned(),
                     false => error.to_string(),
                 };
                 self.history = History::default();
@@ -219,7 +219,7 @@ impl App {
     }
 
     /// Return the numbers that are shown, or `None` if the VM or vCPU is gone.
-    pub fn numbers(&self) -> Option<Numbers> {
+    pub fn numbers(&self) -> Option<ScopeNumbers> {
         self.scope.numbers(self.report())
     }
 

@@ -6,9 +6,9 @@ use std::cmp::Reverse;
 
 use exitmeter_meter::phase::Phase;
 
-use super::data::{Numbers, Scope};
+use super::data::{Scope, ScopeNumbers};
 use crate::{
-    model::{Cycles, Ledger, ReasonRow, Span, Vcpu, Vm},
+    model::{Cycles, Ledger, ReasonRow, Span, VcpuReport, Vm},
     numbers::{rough, rounded, share},
     spread::Spread,
     why::tables::Key,
@@ -55,7 +55,7 @@ pub struct Column {
 
 /// Line of a table.
 #[derive(Clone, Debug)]
-pub struct Line {
+pub struct TableLine {
     /// Identity.
     pub id: Id,
     /// Text that the filter searches.
@@ -78,7 +78,7 @@ pub struct Sheet {
     /// Columns.
     pub columns: Vec<Column>,
     /// Lines, sorted.
-    pub lines: Vec<Line>,
+    pub lines: Vec<TableLine>,
 }
 
 pub const fn right(title: &'static str, width: u16, rank: u8) -> Column {
@@ -158,7 +158,7 @@ pub fn vms(vms: &[Vm], cycles: Cycles, order: usize) -> Sheet {
 /// Build the table of a VM's vCPUs.
 pub fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
     const ORDERS: [&str; 3] = ["number", "exits", "kernel cycles"];
-    let mut vcpus: Vec<&Vcpu> = vm.iter().flat_map(|vm| &vm.vcpus).collect();
+    let mut vcpus: Vec<&VcpuReport> = vm.iter().flat_map(|vm| &vm.vcpus).collect();
     match order {
         1 => vcpus.sort_by_key(|vcpu| Reverse(vcpu.ledger.exits)),
         2 => vcpus.sort_by_key(|vcpu| Reverse(vcpu.ledger.cost())),
@@ -196,7 +196,7 @@ pub fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
 }
 
 /// Build the table of reasons.
-pub fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
+pub fn reasons(numbers: Option<&ScopeNumbers>, order: usize) -> Sheet {
     const ORDERS: [&str; 3] = ["kernel cycles", "exits", "p99"];
     let mut rows: Vec<&ReasonRow> = numbers
         .iter()
@@ -226,7 +226,7 @@ pub fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
         },
     ];
     let lines = rows.into_iter().zip(numbers.iter().cycle());
-    let lines = lines.map(|(row, Numbers { ledger, span })| {
+    let lines = lines.map(|(row, ScopeNumbers { ledger, span })| {
         let single = |ticks: fn(&Spread) -> Option<u64>| {
             let ticks = row.spread.as_ref().and_then(ticks);
             ticks.map_or_else(|| "-".to_owned(), rough)
@@ -247,7 +247,7 @@ pub fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
         ];
         let mut cells: Vec<_> = cells.into_iter().map(Cell::Text).collect();
         cells.push(Cell::Part(row.cost(), ledger.cost()));
-        Line {
+        TableLine {
             id: Id::Reason(row.label.key()),
             name,
             cells,
@@ -264,9 +264,9 @@ pub fn reasons(numbers: Option<&Numbers>, order: usize) -> Sheet {
 }
 
 /// Build the line of a VM or a vCPU, with its rates at the end.
-fn line(scope: Scope, name: String, cells: Vec<String>) -> Line {
+fn line(scope: Scope, name: String, cells: Vec<String>) -> TableLine {
     let texts = cells.into_iter().map(Cell::Text);
-    Line {
+    TableLine {
         id: Id::Scope(scope),
         name,
         cells: texts.chain([Cell::Rates(scope)]).collect(),

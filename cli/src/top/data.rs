@@ -2,7 +2,7 @@
 
 //! Scope of the numbers: all VMs, one VM, or one of its vCPUs.
 
-use crate::model::{Ledger, Report, Span, Vcpu, Vm};
+use crate::model::{Ledger, Report, Span, VcpuReport, Vm};
 
 /// Scope of the numbers that are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,7 +17,7 @@ pub enum Scope {
 
 /// Numbers of a scope.
 #[derive(Clone, Debug)]
-pub struct Numbers {
+pub struct ScopeNumbers {
     /// Exits and cycles.
     pub ledger: Ledger,
     /// Time that the numbers cover.
@@ -34,7 +34,7 @@ impl Scope {
     }
 
     /// Return the vCPU of the scope.
-    fn vcpu<'a>(&self, report: &'a Report) -> Option<&'a Vcpu> {
+    fn vcpu<'a>(&self, report: &'a Report) -> Option<&'a VcpuReport> {
         let Scope::Vcpu(_, id) = self else {
             return None;
         };
@@ -42,7 +42,7 @@ impl Scope {
     }
 
     /// Return the numbers of the scope, or `None` if it is gone.
-    pub fn numbers(&self, report: &Report) -> Option<Numbers> {
+    pub fn numbers(&self, report: &Report) -> Option<ScopeNumbers> {
         let (ledger, span) = match self {
             Scope::All => {
                 let vms = report.vms.iter().map(|vm| &vm.ledger);
@@ -59,7 +59,7 @@ impl Scope {
             }
             Scope::Vcpu(..) => (self.vcpu(report)?.ledger.clone(), self.vm(report)?.span),
         };
-        Some(Numbers { ledger, span })
+        Some(ScopeNumbers { ledger, span })
     }
 
     /// Return the title of the scope.

@@ -8,16 +8,16 @@ use std::cmp::Reverse;
 use exitmeter_meter::snapshot::{Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER};
 
 use super::{
-    columns::{self, Cell, Column, Id, Line, Sheet},
+    columns::{self, Cell, Column, Id, Sheet, TableLine},
     data::Scope,
 };
 use crate::{
     model::{Label, Span},
     numbers::{rough, rounded, share},
     why::{
-        model::{groups, Counts, Group, Row, Weight},
+        model::{groups, Counts, Group, GroupRow, Weight},
         symbols::Symbols,
-        tables::{self, Moment, Of, Rows},
+        tables::{self, ReasonKey, Rows, TableSet},
     },
 };
 
@@ -80,7 +80,7 @@ pub struct Breakdown {
     /// True if the numbers are since details were turned on, and not of an interval.
     pub is_total: bool,
     /// vCPUs that have no tables for want of memory.
-    pub without: u32,
+    pub without_tables: u32,
     /// Reason why there is no code.
     no_code: Option<&'static str>,
 }
@@ -88,7 +88,7 @@ pub struct Breakdown {
 impl Breakdown {
     /// Sum up the tables for a reason in a scope.
     pub fn new(
-        moment: &Moment,
+        moment: &TableSet,
         scope: Scope,
         reason: Reason,
         view: View,
@@ -101,7 +101,7 @@ impl Breakdown {
             Scope::Vm(number) => number == *vm,
             Scope::Vcpu(number, id) => (number, id) == (*vm, *vcpu),
         });
-        let of = Some(Of::new(reason));
+        let of = Some(ReasonKey::new(reason));
         let parts = vcpus
             .clone()
             .map(|(_, vcpu)| vcpu.rows.part(view.table(), of));
@@ -121,7 +121,7 @@ impl Breakdown {
             group: groups.pop(),
             span: Span::of(tables::ticks(vcpus.map(|(_, vcpu)| vcpu)), host.tsc_khz),
             is_total: moment.earlier.is_none(),
-            without: moment.without,
+            without_tables: moment.without_tables,
             no_code: no_code.filter(|_| view == View::Code),
         }
     }
@@ -196,7 +196,7 @@ pub fn sheet(breakdown: Option<&Breakdown>, label: Label, view: View, order: usi
             }
             cells.into_iter().map(Cell::Text).collect()
         };
-        lines.extend(group.rows.iter().map(|row| Line {
+        lines.extend(group.rows.iter().map(|row| TableLine {
             id: Id::Row(row.key),
             name: row.about(),
             cells: cells(row.about(), row.counts, bound(row)),
@@ -206,14 +206,14 @@ pub fn sheet(breakdown: Option<&Breakdown>, label: Label, view: View, order: usi
                 (View::Details, true) => "(no details)",
                 _ => "others",
             };
-            lines.push(Line {
+            lines.push(TableLine {
                 id: Id::Others,
                 name: words.to_owned(),
                 cells: cells(words.to_owned(), group.others, String::new()),
             });
         }
         // Sort the others among the rest, because the reader looks for what costs most.
-        let weigh = |line: &Line| match line.id {
+        let weigh = |line: &TableLine| match line.id {
             Id::Row(key) => {
                 let row = group.rows.iter().find(|row| row.key == key);
                 row.map_or(Counts::default(), |row| row.counts)
@@ -241,7 +241,7 @@ pub fn sheet(breakdown: Option<&Breakdown>, label: Label, view: View, order: usi
 }
 
 /// Format the number of exits that a row may lack.
-fn bound(row: &Row) -> String {
+fn bound(row: &GroupRow) -> String {
     match row.exact {
         true => "exact".to_owned(),
         false => format!("+{}", rough(row.missed.exits)),

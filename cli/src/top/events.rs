@@ -16,7 +16,7 @@ use crate::signals;
 
 /// Something that has happened.
 #[derive(Clone, Copy, Debug)]
-pub enum Event {
+pub enum TopEvent {
     /// A key was pressed.
     Key(KeyEvent),
     /// The terminal has another size.
@@ -30,7 +30,7 @@ pub enum Event {
 /// Receiver of events.
 #[derive(Debug)]
 pub struct Events {
-    events: Receiver<Event>,
+    events: Receiver<TopEvent>,
 }
 
 impl Events {
@@ -38,15 +38,17 @@ impl Events {
     pub fn new() -> io::Result<Self> {
         let (to, events) = channel();
         let ending = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
-        signals::send(&ending, to.clone(), Event::Signal)?;
+        signals::send(&ending, to.clone(), TopEvent::Signal)?;
         thread::spawn(move || loop {
             let event = match event::read() {
-                Ok(event::Event::Key(key)) if key.kind != KeyEventKind::Release => Event::Key(key),
-                Ok(event::Event::Resize(..)) => Event::Resized,
+                Ok(event::Event::Key(key)) if key.kind != KeyEventKind::Release => {
+                    TopEvent::Key(key)
+                }
+                Ok(event::Event::Resize(..)) => TopEvent::Resized,
                 Ok(_) => continue,
-                Err(_) => Event::Gone,
+                Err(_) => TopEvent::Gone,
             };
-            if to.send(event).is_err() || matches!(event, Event::Gone) {
+            if to.send(event).is_err() || matches!(event, TopEvent::Gone) {
                 break;
             }
         });
@@ -54,7 +56,7 @@ impl Events {
     }
 
     /// Return the next event, or `None` if none comes before `moment`.
-    pub fn until(&self, moment: Instant) -> Option<Event> {
+    pub fn until(&self, moment: Instant) -> Option<TopEvent> {
         let left = moment.saturating_duration_since(Instant::now());
         self.events.recv_timeout(left).ok()
     }

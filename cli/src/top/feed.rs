@@ -14,12 +14,12 @@ use exitmeter_meter::reader::Snapshot;
 
 use crate::{
     model::Report,
-    names::Book,
+    names::NameBook,
     recording::read::{self, Reader},
     source,
     why::{
         device::{self, Device},
-        tables::Moment,
+        tables::TableSet,
     },
 };
 
@@ -28,7 +28,7 @@ use crate::{
 pub struct Feed {
     path: PathBuf,
     /// Names of the VMs that run.
-    names: Book,
+    names: NameBook,
     recording: Option<Recording>,
     /// Device with its details on.
     device: Option<Device>,
@@ -40,14 +40,14 @@ pub struct Reading {
     /// Exits and cycles.
     pub report: Report,
     /// Details of the exits, while details are on.
-    pub tables: Option<Moment>,
+    pub tables: Option<TableSet>,
 }
 
 impl Reading {
     fn new(snapshot: &Snapshot<'_>) -> Self {
         Self {
             report: Report::new(snapshot),
-            tables: snapshot.has_tables().then(|| Moment::new(snapshot)),
+            tables: snapshot.has_tables().then(|| TableSet::new(snapshot)),
         }
     }
 }
@@ -88,7 +88,7 @@ struct Recording {
     place: usize,
     /// Time that has been shown.
     clock: Duration,
-    names: Book,
+    names: NameBook,
 }
 
 impl Feed {
@@ -112,7 +112,7 @@ impl Feed {
         };
         Ok(Self {
             path: path.to_owned(),
-            names: Book::of(path),
+            names: NameBook::of(path),
             recording,
             device: None,
         })

@@ -12,7 +12,7 @@ use ratatui::{
 use super::{
     app::{App, Tab},
     columns::{self, Column, Sheet, GAP},
-    data::{Numbers, Scope},
+    data::{Scope, ScopeNumbers},
     details::View,
     history::sparkline,
     theme::{texture, Theme},
@@ -20,7 +20,7 @@ use super::{
 use crate::{
     model::Cycles,
     numbers::{self, bar, exact, rough, share},
-    report::count,
+    report::format_count,
 };
 
 /// Keys and their actions.
@@ -93,12 +93,20 @@ fn header(frame: &mut Frame<'_>, area: Rect, app: &App, theme: &Theme) {
 }
 
 /// Draw the number of exits, and the rates before.
-fn exits(frame: &mut Frame<'_>, area: Rect, app: &App, numbers: Option<&Numbers>, theme: &Theme) {
+fn exits(
+    frame: &mut Frame<'_>,
+    area: Rect,
+    app: &App,
+    numbers: Option<&ScopeNumbers>,
+    theme: &Theme,
+) {
     const WORDS: u16 = 22;
     let [words, bars] =
         Layout::horizontal([Constraint::Length(WORDS), Constraint::Min(0)]).areas(area);
     let (rate, exits) = match numbers {
-        Some(Numbers { ledger, span }) => (columns::rate(*span, ledger.exits), exact(ledger.exits)),
+        Some(ScopeNumbers { ledger, span }) => {
+            (columns::rate(*span, ledger.exits), exact(ledger.exits))
+        }
         None => ("-".to_owned(), "-".to_owned()),
     };
     let rates = app.history.of(app.scope, bars.width.into());
@@ -128,7 +136,7 @@ fn exits(frame: &mut Frame<'_>, area: Rect, app: &App, numbers: Option<&Numbers>
 }
 
 /// Draw the phases, as a bar and in numbers.
-fn phases(frame: &mut Frame<'_>, areas: [Rect; 2], numbers: Option<&Numbers>, theme: &Theme) {
+fn phases(frame: &mut Frame<'_>, areas: [Rect; 2], numbers: Option<&ScopeNumbers>, theme: &Theme) {
     let cycles = numbers.map_or_else(Default::default, |numbers| numbers.ledger.cycles);
     let whole = cycles.sum();
     let width = u128::from(areas[0].width);
@@ -197,8 +205,12 @@ fn heading(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &
             theme.notice(),
         ));
     }
-    if let Some(without @ 1..) = app.breakdown.as_ref().map(|breakdown| breakdown.without) {
-        let vcpus = count(without.into(), "vCPU");
+    if let Some(without @ 1..) = app
+        .breakdown
+        .as_ref()
+        .map(|breakdown| breakdown.without_tables)
+    {
+        let vcpus = format_count(without.into(), "vCPU");
         words.push(Span::styled(
             format!("  no memory for {vcpus}"),
             theme.notice(),

@@ -7,16 +7,16 @@ use std::collections::BTreeMap;
 
 use exitmeter_meter::{
     detail::Kind,
-    leaves::{asked_phases, LeafMap},
+    leaves::{phases_of_query, LeafMap},
     phase::Phase,
     reasons::Isa,
     snapshot::{Reason, TABLE_DETAILS},
 };
-use tiny_guests::{Config, Expected, Mode, Program, Quad};
+use tiny_guests::{Config, Expected, Mode, Program, Registers64};
 
 use super::{
     hist::Hist,
-    host::{thread, Host},
+    host::{thread, MeteredHost},
     model::{Check, Verdict},
     own::{Exits, Own},
     stop::Stopped,
@@ -97,7 +97,7 @@ type Outcome = anyhow::Result<(Verdict, String)>;
 ///
 /// Fails with [`Stopped`], or with an error of `report_check`.
 pub fn make(
-    host: &Host,
+    host: &MeteredHost,
     report_check: &mut dyn FnMut(Check) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let hist = Hist::begin(thread(), host.isa);
@@ -169,7 +169,7 @@ impl Ledgers {
 }
 
 /// Return the exits that a guest is known to cause.
-fn known(host: &Host, config: &Config) -> Expected {
+fn known(host: &MeteredHost, config: &Config) -> Expected {
     let expected = Expected::of(host.isa, config.program, config.mode, config.loops(), 1);
     match host.nested_paging {
         true => expected,
@@ -178,7 +178,12 @@ fn known(host: &Host, config: &Config) -> Expected {
 }
 
 /// Compare a guest's exits with the kernel's histogram, and with what it does.
-fn counts(host: &Host, config: Config, hist: Option<&Hist>, ledgers: &mut Ledgers) -> Outcome {
+fn counts(
+    host: &MeteredHost,
+    config: Config,
+    hist: Option<&Hist>,
+    ledgers: &mut Ledgers,
+) -> Outcome {
     if config.mode == Mode::Real && !host.real_mode {
         let text = "KVM emulates real mode with unrestricted_guest=0";
         return Ok((Verdict::NotMade, text.to_owned()));
@@ -210,7 +215,7 @@ fn since(now: &Exits, before: &Exits) -> Exits {
 /// Compare the metered exits with those that the guest caused, and with the kernel's count if there
 /// is one.
 fn compare(
-    host: &Host,
+    host: &MeteredHost,
     own: &Own,
     known: &BTreeMap<u32, u64>,
     counted: Option<&Exits>,
@@ -221,7 +226,7 @@ fn compare(
         wrong.push(format!("{} exits have no row", own.others));
     }
     // A page that the host takes back, for example to balance its memory, faults once more.
-    let fault = host.pick(48, 0x400);
+    let fault = host.by_vendor(48, 0x400);
     for (code, due) in known {
         let metered = own.exits_of(*code);
         let right = match *code == fault {
@@ -279,7 +284,7 @@ fn compare(
 
 /// Return true for exits that the host causes and not the guest: interrupts, NMIs, SMIs, the end of a
 /// time slice.
-fn is_caused_by_host(host: &Host, code: u32) -> bool {
+fn is_caused_by_host(host: &MeteredHost, code: u32) -> bool {
     match host.isa {
         Isa::Vmx => matches!(code, 0 | 1 | 5 | 6 | 7 | 8 | 52 | 75),
         Isa::Svm => matches!(code, 0x60..=0x64),
@@ -307,7 +312,7 @@ fn join(high: u64, low: u64) -> u64 {
 }
 
 /// Let a guest query its own numbers, and compare the answers with the snapshot.
-fn answers(host: &Host, guest_mode: Mode) -> Outcome {
+fn answers(host: &MeteredHost, guest_mode: Mode) -> Outcome {
     let not_made = |text: &str| Ok((Verdict::NotMade, text.to_owned()));
     if host.by_bpf {
         return not_made("guests get no answers from BPF");
@@ -322,24 +327,26 @@ fn answers(host: &Host, guest_mode: Mode) -> Outcome {
         return not_made("KVM emulates real mode here");
     }
     let (cpuid, io, msr, hlt, fault) = (
-        host.pick(10, 0x72),
-        host.pick(30, 0x7b),
-        host.pick(32, 0x7c),
-        host.pick(12, 0x78),
-        host.pick(48, 0x400),
+        host.by_vendor(10, 0x72),
+        host.by_vendor(30, 0x7b),
+        host.by_vendor(32, 0x7c),
+        host.by_vendor(12, 0x78),
+        host.by_vendor(48, 0x400),
     );
     let mut asked = vec![(IDENTITY, 0), (INTERFACE, 0), (LIFE, 0), (total, 0)];
     for code in [cpuid, io, msr, hlt, fault] {
         asked.extend([(of_reason, code), (EXITS, code)]);
     }
     asked.push((cycles, fault));
-    let phases: Vec<_> = (0..).map_while(asked_phases).zip(0_u32..).collect();
+    let phases: Vec<_> = (0..).map_while(phases_of_query).zip(0_u32..).collect();
     asked.extend(
         phases
             .iter()
             .map(|(_, number)| (PHASE_CYCLES, fault | number << 16)),
     );
-    let queries = asked.iter().map(|(leaf, sub)| Quad::cpuid(*leaf, *sub));
+    let queries = asked
+        .iter()
+        .map(|(leaf, sub)| Registers64::cpuid(*leaf, *sub));
     let (machine, own) = host.run_metered(Config::query(guest_mode, queries.collect()), None)?;
 
     let mut wrong = Vec::new();
@@ -473,7 +480,7 @@ const TOUCHED: [Touched; 5] = [
 
 /// Compare the module's details with what the guests touched, if details are permitted.
 fn details(
-    host: &Host,
+    host: &MeteredHost,
     report_check: &mut dyn FnMut(Check) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     if host.by_bpf {
@@ -493,7 +500,7 @@ fn details(
     Ok(())
 }
 
-fn compare_details(host: &Host, device: &device::Device, touched: &Touched) -> Outcome {
+fn compare_details(host: &MeteredHost, device: &device::Device, touched: &Touched) -> Outcome {
     let config = Config::new(touched.program, Mode::Long, LOOPS);
     let (_machine, own) = host.run_metered(config, Some(device))?;
     if !own.has_tables {
@@ -532,8 +539,8 @@ mod tests {
     use super::*;
     use crate::verify::stop::Stop;
 
-    fn host() -> Host {
-        Host {
+    fn host() -> MeteredHost {
+        MeteredHost {
             isa: Isa::Vmx,
             nested_paging: true,
             real_mode: true,

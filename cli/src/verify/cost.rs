@@ -3,11 +3,11 @@
 //! Cost of exits on this CPU: ticks of guests that do nothing but exit.
 
 use exitmeter_meter::phase::Phase;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{
     environment::Frequency,
-    host::Host,
+    host::MeteredHost,
     model::{Cost, KindCost},
     own::{self, Before, Own},
     reload::Reload,
@@ -78,7 +78,11 @@ type Block = Vec<[Sample; KINDS.len()]>;
 ///
 /// Fails with [`Stopped`](super::stop::Stopped), with an error of KVM, or when the module cannot be
 /// unloaded or loaded.
-pub fn measure(host: &Host, plan: Plan, reload: Option<&mut Reload>) -> anyhow::Result<Cost> {
+pub fn measure(
+    host: &MeteredHost,
+    plan: Plan,
+    reload: Option<&mut Reload>,
+) -> anyhow::Result<Cost> {
     // Warm up: the first run costs more.
     for kind in &KINDS {
         run(host, kind.program, plan.exits / 10)?;
@@ -163,7 +167,7 @@ fn column(block: &Block, place: usize) -> impl Iterator<Item = Sample> + '_ {
 }
 
 /// Measure each kind once.
-fn samples(host: &Host, plan: Plan, metered: bool) -> anyhow::Result<[Sample; KINDS.len()]> {
+fn samples(host: &MeteredHost, plan: Plan, metered: bool) -> anyhow::Result<[Sample; KINDS.len()]> {
     let mut samples = [Sample::default(); KINDS.len()];
     for (sample, kind) in samples.iter_mut().zip(&KINDS) {
         *sample = measure_one(host, plan, kind, metered)?;
@@ -173,7 +177,12 @@ fn samples(host: &Host, plan: Plan, metered: bool) -> anyhow::Result<[Sample; KI
 
 /// Measure one kind. The difference between two guests of which one exits `exits` times more
 /// cancels the cost of starting and ending a vCPU.
-fn measure_one(host: &Host, plan: Plan, kind: &Kind, metered: bool) -> anyhow::Result<Sample> {
+fn measure_one(
+    host: &MeteredHost,
+    plan: Plan,
+    kind: &Kind,
+    metered: bool,
+) -> anyhow::Result<Sample> {
     let exits = plan.exits.min(kind.most);
     let few = (exits / 10).max(1);
     let (short, _) = run(host, kind.program, few)?;
@@ -197,12 +206,12 @@ fn measure_one(host: &Host, plan: Plan, kind: &Kind, metered: bool) -> anyhow::R
 }
 
 /// Return the metered phases of one exit of the guest, or `None` if it is not metered.
-fn phases(host: &Host, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f64; 3]>> {
+fn phases(host: &MeteredHost, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f64; 3]>> {
     let Some(own) = find(host, before)? else {
         return Ok(None);
     };
     let [vmx, svm] = kind.reason;
-    let code = host.pick(vmx, svm);
+    let code = host.by_vendor(vmx, svm);
     let exits = own.exits_of(code);
     if exits == 0 {
         // Without nested paging, a page faults with another reason.
@@ -214,7 +223,7 @@ fn phases(host: &Host, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f
     })))
 }
 
-fn find(host: &Host, before: &Before) -> anyhow::Result<Option<Own>> {
+fn find(host: &MeteredHost, before: &Before) -> anyhow::Result<Option<Own>> {
     let bytes = source::read(&host.path)?;
     match Own::find(&source::parse(&host.path, &bytes)?, before, host.pid) {
         Ok(own) => Ok(Some(own)),
@@ -224,7 +233,7 @@ fn find(host: &Host, before: &Before) -> anyhow::Result<Option<Own>> {
 }
 
 /// Return the guest ticks of one exit, without those of the loop around it.
-fn switch(host: &Host, with: &Block) -> anyhow::Result<Option<f64>> {
+fn switch(host: &MeteredHost, with: &Block) -> anyhow::Result<Option<f64>> {
     let (_machine, own) = host.run_metered(Config::new(Program::Spin, Mode::Long, SPINS), None)?;
     let looped = own.ticks(Phase::Guest) as f64 / f64::from(SPINS);
     let place = KINDS.iter().position(|kind| kind.program == SWITCH);
@@ -236,9 +245,9 @@ fn switch(host: &Host, with: &Block) -> anyhow::Result<Option<f64>> {
 }
 
 /// Run a guest. Return the TSC ticks from before its start until after its end, and the guest.
-fn run(host: &Host, program: Program, count: u32) -> anyhow::Result<(u64, Machine)> {
+fn run(host: &MeteredHost, program: Program, count: u32) -> anyhow::Result<(u64, TinyVm)> {
     host.stop.check()?;
-    let mut machine = Machine::new(Config::new(program, Mode::Long, count.max(1)))?;
+    let mut machine = TinyVm::new(Config::new(program, Mode::Long, count.max(1)))?;
     let start = now();
     host.run_again(&mut machine)?;
     Ok((now().saturating_sub(start), machine))

@@ -11,7 +11,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::host::Host;
+use super::host::MeteredHost;
 
 /// Words of the kernel's command line that change what exits cost. Other words are private to the
 /// host.
@@ -136,7 +136,7 @@ impl Frequency {
 
 impl Environment {
     /// Read the environment of this host.
-    pub fn new(host: &Host) -> Self {
+    pub fn new(host: &MeteredHost) -> Self {
         let uname = rustix::system::uname();
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();

@@ -13,7 +13,7 @@ use exitmeter_meter::{
     reasons::{self, Isa},
 };
 use rustix::thread::{gettid, sched_getaffinity, CpuSet};
-use tiny_guests::{Config, Machine};
+use tiny_guests::{Config, TinyVm};
 
 use super::{
     hist,
@@ -57,7 +57,7 @@ pub enum Error {
 
 /// A host with KVM and a meter.
 #[derive(Debug)]
-pub struct Host {
+pub struct MeteredHost {
     /// Extension of the CPU's vendor.
     pub isa: Isa,
     /// True if KVM uses the CPU's nested paging.
@@ -88,7 +88,7 @@ pub struct Host {
     pub stop: Stop,
 }
 
-impl Host {
+impl MeteredHost {
     /// Find KVM and the meter, and bind this thread to a CPU: to `cpu`, or to the second of those
     /// that the thread may use, because the first handles most of a host's interrupts.
     ///
@@ -134,7 +134,7 @@ impl Host {
     }
 
     /// Return the code of a reason that has one on VMX and one on SVM.
-    pub fn pick(&self, vmx: u32, svm: u32) -> u32 {
+    pub fn by_vendor(&self, vmx: u32, svm: u32) -> u32 {
         match self.isa {
             Isa::Vmx => vmx,
             Isa::Svm => svm,
@@ -151,9 +151,9 @@ impl Host {
     /// # Errors
     ///
     /// Fails with an error of KVM, or with [`Stopped`](super::stop::Stopped).
-    pub fn run(&self, config: Config) -> anyhow::Result<Machine> {
+    pub fn run(&self, config: Config) -> anyhow::Result<TinyVm> {
         self.stop.check()?;
-        let mut machine = Machine::new(config)?;
+        let mut machine = TinyVm::new(config)?;
         self.run_again(&mut machine)?;
         Ok(machine)
     }
@@ -163,7 +163,7 @@ impl Host {
     /// # Errors
     ///
     /// Fails as [`Self::run`] does.
-    pub fn run_again(&self, machine: &mut Machine) -> anyhow::Result<()> {
+    pub fn run_again(&self, machine: &mut TinyVm) -> anyhow::Result<()> {
         let done = machine.run_one_until(0, &|| self.stop.is_wanted());
         self.stop.check()?;
         done?;
@@ -179,7 +179,7 @@ impl Host {
         &self,
         config: Config,
         device: Option<&Device>,
-    ) -> anyhow::Result<(Machine, Own)> {
+    ) -> anyhow::Result<(TinyVm, Own)> {
         let path = &self.path;
         let read = || match device {
             Some(device) => device.read(),

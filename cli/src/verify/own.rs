@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use exitmeter_meter::{
     phase::Phase,
-    reader::{Entry, Snapshot},
+    reader::{Snapshot, TableRow},
     snapshot::Reason,
 };
 
@@ -65,7 +65,7 @@ pub struct Own {
     /// Reason of the latest exit, which has no sample yet.
     pub latest: Option<u32>,
     /// Entries of its tables, while details are on.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<TableRow>,
     /// True if the vCPU has tables.
     pub has_tables: bool,
 }

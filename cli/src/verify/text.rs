@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     numbers::exact,
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
     table::{
         Side::{Left, Right},
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Format the line of a check.
-pub fn check(check: &Check, look: Look) -> String {
+pub fn check(check: &Check, options: TextOptions) -> String {
     let (word, style) = match check.verdict {
         Verdict::Passed => ("ok      ", Style::Plain),
         Verdict::Failed => ("FAILED  ", Style::Warning),
@@ -28,7 +28,7 @@ pub fn check(check: &Check, look: Look) -> String {
     };
     format!(
         "{}  {}: {}\n",
-        paint(word, style, look.color),
+        paint(word, style, options.color),
         check.name,
         check.text
     )
@@ -76,7 +76,7 @@ fn added(summary: Option<&Summary>) -> [String; 2] {
 }
 
 /// Format the costs.
-pub fn cost(cost: &Cost, look: Look) -> String {
+pub fn cost(cost: &Cost, options: TextOptions) -> String {
     let mut text = String::new();
     if cost.kinds.is_empty() {
         return text;
@@ -130,12 +130,12 @@ pub fn cost(cost: &Cost, look: Look) -> String {
         ]);
     }
     if cost.kinds.iter().all(|kind| kind.metering_adds.is_none()) {
-        table.leave_out(&["metering", "its spread"]);
+        table.hide(&["metering", "its spread"]);
     }
     if cost.kinds.iter().all(|kind| kind.details_add.is_none()) {
-        table.leave_out(&["details", "their spread"]);
+        table.hide(&["details", "their spread"]);
     }
-    text += &table.text(look.color);
+    text += &table.text(options.color);
     if let Some(switch) = cost.world_switch {
         let ns = cost.tsc_khz.map(|khz| switch * 1e6 / f64::from(khz));
         let ns = ns.map_or_else(String::new, |ns| format!(" ({} ns)", round(ns)));
@@ -152,7 +152,7 @@ pub fn cost(cost: &Cost, look: Look) -> String {
 }
 
 /// Format the last line.
-pub fn summary(found: &Found, look: Look) -> String {
+pub fn summary(found: &Found, options: TextOptions) -> String {
     let [passed, failed, not_made] =
         [Verdict::Passed, Verdict::Failed, Verdict::NotMade].map(|verdict| found.count(verdict));
     let text = format!("{passed} passed, {failed} failed, {not_made} not made");
@@ -160,20 +160,20 @@ pub fn summary(found: &Found, look: Look) -> String {
         0 => Style::Strong,
         _ => Style::Warning,
     };
-    format!("\n{}\n", paint(&text, style, look.color))
+    format!("\n{}\n", paint(&text, style, options.color))
 }
 
 /// Format the report to attach to an issue, with all results.
 pub fn report(found: &Found) -> String {
-    let look = Look::default();
+    let options = TextOptions::default();
     let mut text = format!("exitmeter verify {}\n\n", found.environment.tool);
     text += &environment(&found.environment);
     text.push('\n');
     for one in &found.checks {
-        text += &check(one, look);
+        text += &check(one, options);
     }
-    text += &cost(&found.cost, look);
-    text += &summary(found, look);
+    text += &cost(&found.cost, options);
+    text += &summary(found, options);
     let _ = write!(
         text,
         "\nThe line for docs/hardware.md:\n{}\n",
@@ -361,19 +361,22 @@ mod tests {
 
     #[test]
     fn checks_are_listed_and_counted() {
-        let (found, look) = (found(), Look::default());
-        let lines: String = found.checks.iter().map(|one| check(one, look)).collect();
+        let (found, options) = (found(), TextOptions::default());
+        let lines: String = found.checks.iter().map(|one| check(one, options)).collect();
         assert_eq!(
             lines,
             "ok        counts: CPUID: 505 exits\nFAILED    ledger: 99 ticks of 100\n\
              not made  details: no right\n"
         );
-        assert_eq!(summary(&found, look), "\n1 passed, 1 failed, 1 not made\n");
+        assert_eq!(
+            summary(&found, options),
+            "\n1 passed, 1 failed, 1 not made\n"
+        );
     }
 
     #[test]
     fn table_omits_unmeasured_columns() {
-        let text = cost(&found().cost, Look::default());
+        let text = cost(&found().cost, TextOptions::default());
         assert_eq!(
             text,
             "\n\
@@ -385,7 +388,7 @@ CPUID  625   1,250  1,200 to 1,300    700     550     -       +60    -2 to 70
 One world switch takes 690 cycles (345 ns), which the guest phase holds: there and back, of INVD.
 "
         );
-        assert_eq!(cost(&Cost::default(), Look::default()), "");
+        assert_eq!(cost(&Cost::default(), TextOptions::default()), "");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Details of exits as comma-separated values (RFC 4180).
 
 use super::model::{Counts, Group, What, Why};
-use crate::report::{given, quoted};
+use crate::report::{quoted, vmm_columns};
 
 /// Line of titles. `time_s` is the moment of the snapshot, in seconds since the module was loaded.
 /// `span_s` is the time that the numbers cover. `table` is `details`, `code` or `user_exits`.
@@ -28,7 +28,7 @@ pub fn csv(why: &Why, code: bool) -> String {
             vm.pid.to_string(),
         ]
         .join(",");
-        let names = given(&vm.vmm);
+        let names = vmm_columns(&vm.vmm);
         let tables: &[(&str, &[Group])] = match code {
             true => &[("code", &vm.code)],
             false => &[("details", &vm.details), ("user_exits", &vm.user_exits)],

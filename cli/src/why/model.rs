@@ -13,11 +13,11 @@ use serde::{Serialize, Serializer};
 use super::{
     detail::{nested_mark, user_exit, Detail},
     symbols::{self, half, Symbols},
-    tables::{self, Key, Moment, Numbers, Rows},
+    tables::{self, Key, Numbers, Rows, TableSet},
 };
 use crate::{
-    model::{Host, Label, Span},
-    names::{Book, Given},
+    model::{HostReport, Label, Span},
+    names::{NameBook, VmNames},
 };
 
 /// Version of the data's shape. It grows when a field goes or changes its meaning.
@@ -42,7 +42,7 @@ pub struct Why {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval: Option<Span>,
     /// The host and its module.
-    pub host: Host,
+    pub host: HostReport,
     /// vCPUs that have no tables for want of memory.
     pub vcpus_without_tables: u32,
     /// True if guest code was recorded.
@@ -61,7 +61,7 @@ pub struct Vm {
     /// Process that created the VM.
     pub pid: u32,
     /// Names that the VMM was given, if known.
-    pub vmm: Given,
+    pub vmm: VmNames,
     /// True if the VM has gone since its numbers were read.
     pub gone: bool,
     /// vCPUs that have tables.
@@ -88,14 +88,14 @@ pub struct Group {
     #[serde(flatten)]
     pub total: Counts,
     /// Rows, the greatest first.
-    pub rows: Vec<Row>,
+    pub rows: Vec<GroupRow>,
     /// Exits without a row.
     pub others: Counts,
 }
 
 /// A row.
 #[derive(Clone, Debug, Serialize)]
-pub struct Row {
+pub struct GroupRow {
     /// Subject of the row.
     #[serde(flatten)]
     pub what: What,
@@ -173,7 +173,7 @@ impl Counts {
     }
 
     /// Add the numbers of another row of the same table.
-    pub fn plus(self, other: Self) -> Self {
+    pub fn saturating_add(self, other: Self) -> Self {
         let add = |one: Option<u128>, other: Option<u128>| match (one, other) {
             (Some(one), Some(other)) => Some(one.saturating_add(other)),
             (one, other) => one.or(other),
@@ -248,7 +248,7 @@ impl What {
     }
 }
 
-impl Row {
+impl GroupRow {
     /// Describe the row, and say if its exits came from an L2 guest.
     pub fn about(&self) -> String {
         self.words.clone() + nested_mark(self.nested)
@@ -257,7 +257,7 @@ impl Row {
 
 impl Why {
     /// Build the data from tables, with the symbols of the guest.
-    pub fn new(moment: &Moment, symbols: &Symbols, weight: Weight) -> Self {
+    pub fn new(moment: &TableSet, symbols: &Symbols, weight: Weight) -> Self {
         let host = &moment.host;
         let now = host.snapshot_tsc;
         let interval = moment
@@ -275,7 +275,7 @@ impl Why {
                 vm: number,
                 name: name.clone(),
                 pid: *pid,
-                vmm: Given::default(),
+                vmm: VmNames::default(),
                 gone: !moment.runs(number),
                 vcpus: vcpus.len(),
                 vcpus_without_rip: vcpus.iter().filter(|(_, vcpu)| vcpu.no_rip).count(),
@@ -289,14 +289,14 @@ impl Why {
             format: FORMAT,
             interval,
             host: host.clone(),
-            vcpus_without_tables: moment.without,
+            vcpus_without_tables: moment.without_tables,
             has_code: moment.has_code,
             vms: vms.collect(),
         }
     }
 
     /// Add the names of the VMs.
-    pub fn name(&mut self, names: &Book) {
+    pub fn name(&mut self, names: &NameBook) {
         for vm in &mut self.vms {
             vm.vmm = names.vm_of(self.host.life, vm.vm).clone();
         }
@@ -312,10 +312,10 @@ impl Vm {
 
 /// Build the groups of a table, the greatest first.
 pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
-    let mut by_reason: BTreeMap<_, Vec<Row>> = BTreeMap::new();
+    let mut by_reason: BTreeMap<_, Vec<GroupRow>> = BTreeMap::new();
     for (key, row) in rows.rows.iter().filter(|(key, _)| key.table == table) {
         let what = What::new(key, symbols);
-        by_reason.entry(key.of).or_default().push(Row {
+        by_reason.entry(key.reason).or_default().push(GroupRow {
             words: what.words(),
             what,
             nested: key.nested,
@@ -335,7 +335,7 @@ pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weig
         group_rows.sort_by_key(|row| Reverse((row.counts.weigh(weight), row.counts.exits)));
         let total = group_rows
             .iter()
-            .fold(others, |sum, row| sum.plus(row.counts));
+            .fold(others, |sum, row| sum.saturating_add(row.counts));
         Group {
             label: Label::new(isa, of.reason()),
             total,

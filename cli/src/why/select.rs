@@ -5,8 +5,8 @@
 use exitmeter_guest::defined;
 use exitmeter_meter::reasons::{self, Isa};
 
-use super::{model::Why, tables::Moment};
-use crate::names::{self, Book, Known, NoVm};
+use super::{model::Why, tables::TableSet};
+use crate::names::{self, Candidate, NameBook, NoVm};
 
 /// Reason why there is nothing to show.
 #[derive(Debug, thiserror::Error)]
@@ -35,9 +35,9 @@ pub enum Error {
 /// # Errors
 ///
 /// Fails when no VM matches, or several do.
-pub fn vm(moment: &mut Moment, vm: &str, names: &Book) -> Result<(), NoVm> {
+pub fn vm(moment: &mut TableSet, vm: &str, names: &NameBook) -> Result<(), NoVm> {
     let life = moment.host.life;
-    let known = moment.vms.iter().map(|(&number, (name, pid))| Known {
+    let known = moment.vms.iter().map(|(&number, (name, pid))| Candidate {
         vm: number,
         kvm: name,
         pid: *pid,

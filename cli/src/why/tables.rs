@@ -17,11 +17,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use exitmeter_meter::{
-    reader::{Entry, Snapshot, Tables},
+    reader::{Snapshot, TableRow, Tables},
     snapshot::{Reason, TABLE_CODE},
 };
 
-use crate::model::{delta, Host, Label, Report};
+use crate::model::{delta, HostReport, Label, Report};
 
 /// Numbers of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct Numbers {
 
 impl Numbers {
     /// Add other numbers, saturating.
-    pub fn plus(self, other: Self) -> Self {
+    pub fn saturating_add(self, other: Self) -> Self {
         Self {
             exits: self.exits.saturating_add(other.exits),
             kernel: self.kernel.saturating_add(other.kernel),
@@ -45,7 +45,7 @@ impl Numbers {
     }
 
     /// Subtract other numbers, saturating at 0.
-    fn minus(self, other: Self) -> Self {
+    fn saturating_sub(self, other: Self) -> Self {
         Self {
             exits: self.exits.saturating_sub(other.exits),
             kernel: self.kernel.saturating_sub(other.kernel),
@@ -69,9 +69,9 @@ impl Numbers {
 
 /// A reason that can be sorted: its kind and its code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Of(u32, u32);
+pub struct ReasonKey(u32, u32);
 
-impl Of {
+impl ReasonKey {
     /// Convert a reason.
     pub fn new(reason: Reason) -> Self {
         match reason {
@@ -106,7 +106,7 @@ pub struct Key {
     /// Kind of table.
     pub table: u32,
     /// Exit reason.
-    pub of: Of,
+    pub reason: ReasonKey,
     /// True if the exits came from an L2 guest.
     pub nested: bool,
     /// Kind of the detail in `key`.
@@ -117,7 +117,7 @@ pub struct Key {
 
 /// A row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Row {
+pub struct RowNumbers {
     /// Numbers.
     pub numbers: Numbers,
     /// Upper bound of what the row lacks.
@@ -128,17 +128,17 @@ pub struct Row {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rows {
     /// Rows by their keys.
-    pub rows: BTreeMap<Key, Row>,
+    pub rows: BTreeMap<Key, RowNumbers>,
     /// Others, by table and reason.
-    pub others: BTreeMap<(u32, Of), Numbers>,
+    pub others: BTreeMap<(u32, ReasonKey), Numbers>,
 }
 
 impl Rows {
     /// Collect the entries of a snapshot.
-    pub fn new(entries: impl IntoIterator<Item = Entry>) -> Self {
+    pub fn new(entries: impl IntoIterator<Item = TableRow>) -> Self {
         let mut new = Self::default();
         for entry in entries {
-            let of = Of::new(entry.reason);
+            let of = ReasonKey::new(entry.reason);
             let numbers = Numbers {
                 exits: entry.exits,
                 kernel: entry.kernel.unwrap_or(0).into(),
@@ -146,12 +146,12 @@ impl Rows {
             };
             if entry.others {
                 let others = new.others.entry((entry.table, of)).or_default();
-                *others = others.plus(numbers);
+                *others = others.saturating_add(numbers);
                 continue;
             }
             let key = Key {
                 table: entry.table,
-                of,
+                reason: of,
                 nested: entry.nested,
                 detail_kind: entry.detail_kind,
                 key: entry.key,
@@ -163,33 +163,33 @@ impl Rows {
             };
             // Each key has one row, unless the snapshot is damaged.
             let row = new.rows.entry(key).or_default();
-            row.numbers = row.numbers.plus(numbers);
-            row.missed = row.missed.plus(missed);
+            row.numbers = row.numbers.saturating_add(numbers);
+            row.missed = row.missed.saturating_add(missed);
         }
         new
     }
 
     /// Return the exits of a reason that are in no row of a table.
-    pub fn others(&self, table: u32, of: Of) -> Numbers {
+    pub fn others(&self, table: u32, of: ReasonKey) -> Numbers {
         self.others.get(&(table, of)).copied().unwrap_or_default()
     }
 
     /// Return the part of one table, for all reasons or for one.
-    pub fn part(&self, table: u32, of: Option<Of>) -> Self {
+    pub fn part(&self, table: u32, of: Option<ReasonKey>) -> Self {
         let (from, to) = match of {
             Some(of) => (of, of),
-            None => (Of(0, 0), Of(u32::MAX, u32::MAX)),
+            None => (ReasonKey(0, 0), ReasonKey(u32::MAX, u32::MAX)),
         };
         let first = Key {
             table,
-            of: from,
+            reason: from,
             nested: false,
             detail_kind: 0,
             key: 0,
         };
         let last = Key {
             table,
-            of: to,
+            reason: to,
             nested: true,
             detail_kind: u8::MAX,
             key: u64::MAX,
@@ -203,11 +203,11 @@ impl Rows {
     }
 
     /// Sum up each reason in each table, rows and others.
-    fn totals(&self) -> BTreeMap<(u32, Of), Numbers> {
+    fn totals(&self) -> BTreeMap<(u32, ReasonKey), Numbers> {
         let mut totals = self.others.clone();
         for (key, row) in &self.rows {
-            let total = totals.entry((key.table, key.of)).or_default();
-            *total = total.plus(row.numbers);
+            let total = totals.entry((key.table, key.reason)).or_default();
+            *total = total.saturating_add(row.numbers);
         }
         totals
     }
@@ -218,25 +218,25 @@ impl Rows {
         let mut left: BTreeMap<_, _> = self.totals();
         for (place, total) in earlier.totals() {
             let left = left.entry(place).or_default();
-            *left = left.minus(total);
+            *left = left.saturating_sub(total);
         }
         for (key, row) in &self.rows {
             let row = match earlier.rows.get(key) {
                 // The row was there all the time.
-                Some(old) if old.missed.exits == row.missed.exits => Row {
-                    numbers: row.numbers.minus(old.numbers),
+                Some(old) if old.missed.exits == row.missed.exits => RowNumbers {
+                    numbers: row.numbers.saturating_sub(old.numbers),
                     missed: Numbers::default(),
                 },
                 // The row was replaced and came back. Its numbers are of this interval. Its earlier
                 // numbers are not, and cannot be missed now.
-                Some(old) => Row {
+                Some(old) => RowNumbers {
                     numbers: row.numbers,
-                    missed: row.missed.minus(old.numbers),
+                    missed: row.missed.saturating_sub(old.numbers),
                 },
                 None => *row,
             };
-            let left = left.entry((key.table, key.of)).or_default();
-            *left = left.minus(row.numbers);
+            let left = left.entry((key.table, key.reason)).or_default();
+            *left = left.saturating_sub(row.numbers);
             if !row.numbers.is_zero() {
                 new.rows.insert(*key, row);
             }
@@ -248,7 +248,7 @@ impl Rows {
 
     /// Return the upper bound of a key's exits among the others.
     fn missed(&self, key: &Key) -> Numbers {
-        let others = self.others(key.table, key.of);
+        let others = self.others(key.table, key.reason);
         if others.exits == 0 {
             return Numbers::default();
         }
@@ -263,18 +263,18 @@ impl Rows {
         let keys: BTreeSet<_> = vcpus.clone().flat_map(|vcpu| vcpu.rows.keys()).collect();
         let mut sum = Self::default();
         for key in keys {
-            let row = vcpus.clone().fold(Row::default(), |sum, vcpu| {
+            let row = vcpus.clone().fold(RowNumbers::default(), |sum, vcpu| {
                 let numbers = vcpu.rows.get(key).map(|row| row.numbers);
-                Row {
-                    numbers: sum.numbers.plus(numbers.unwrap_or_default()),
-                    missed: sum.missed.plus(vcpu.missed(key)),
+                RowNumbers {
+                    numbers: sum.numbers.saturating_add(numbers.unwrap_or_default()),
+                    missed: sum.missed.saturating_add(vcpu.missed(key)),
                 }
             });
             sum.rows.insert(*key, row);
         }
         for (place, others) in vcpus.flat_map(|vcpu| &vcpu.others) {
             let sum = sum.others.entry(*place).or_default();
-            *sum = sum.plus(*others);
+            *sum = sum.saturating_add(*others);
         }
         sum
     }
@@ -282,7 +282,7 @@ impl Rows {
 
 /// Tables of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Vcpu {
+pub struct VcpuTables {
     /// TSC when they began, or when the earlier of two snapshots was taken.
     pub since: u64,
     /// TSC of the snapshot that they come from.
@@ -293,7 +293,7 @@ pub struct Vcpu {
     pub rows: Rows,
 }
 
-impl Vcpu {
+impl VcpuTables {
     /// Read the tables of a vCPU from a snapshot taken at `at`, of the kinds that `wanted` accepts.
     pub fn new(tables: &Tables<'_>, at: u64, wanted: impl Fn(u32) -> bool) -> Self {
         Self {
@@ -307,7 +307,7 @@ impl Vcpu {
 
 /// Return the ticks that the numbers of vCPUs cover: those since the oldest tables began, or since
 /// the earlier snapshot.
-pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> u64 {
+pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a VcpuTables> + Clone) -> u64 {
     let since = vcpus.clone().map(|vcpu| vcpu.since).min();
     let until = vcpus.map(|vcpu| vcpu.at).max();
     until
@@ -317,24 +317,24 @@ pub fn ticks<'a>(vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> u64 {
 
 /// All tables at a moment, or the difference between two moments.
 #[derive(Clone, Debug)]
-pub struct Moment {
+pub struct TableSet {
     /// The host.
-    pub host: Host,
+    pub host: HostReport,
     /// True if the snapshot has tables, possibly of no vCPU.
     pub has_tables: bool,
     /// True if guest code was recorded.
     pub has_code: bool,
     /// vCPUs that have no tables for want of memory.
-    pub without: u32,
+    pub without_tables: u32,
     /// TSC at the earlier of two moments.
     pub earlier: Option<u64>,
     /// Names and processes of VMs, by their numbers.
     pub vms: BTreeMap<u64, (String, u32)>,
     /// Tables of the vCPUs that have some, by VM and id.
-    pub vcpus: BTreeMap<(u64, u32), Vcpu>,
+    pub vcpus: BTreeMap<(u64, u32), VcpuTables>,
 }
 
-impl Moment {
+impl TableSet {
     /// Read the tables of a snapshot.
     pub fn new(snapshot: &Snapshot<'_>) -> Self {
         let records: Vec<_> = snapshot.vcpus().collect();
@@ -344,7 +344,7 @@ impl Moment {
             has_code |= tables.has(TABLE_CODE);
             // The reader has checked that the record exists.
             if let Some(record) = records.get(tables.vcpu) {
-                let vcpu = Vcpu::new(&tables, snapshot.now(), |_| true);
+                let vcpu = VcpuTables::new(&tables, snapshot.now(), |_| true);
                 vcpus.insert((record.vm(), record.id()), vcpu);
             }
         }
@@ -353,7 +353,7 @@ impl Moment {
             host: Report::new(snapshot).host,
             has_tables: snapshot.has_tables(),
             has_code,
-            without: snapshot.without_tables(),
+            without_tables: snapshot.without_tables(),
             earlier: None,
             vms: vms
                 .map(|record| (record.vm(), (record.name().to_owned(), record.pid())))
@@ -383,7 +383,7 @@ impl Moment {
     /// Fails when the two are not of one life of the meter, or not in this order.
     pub fn since(&self, earlier: &Self) -> Result<Self, delta::Error> {
         if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
-            return Err(delta::Error::Anew);
+            return Err(delta::Error::NewLife);
         }
         let before = earlier.host.snapshot_tsc;
         if self.host.snapshot_tsc < before {
@@ -426,8 +426,8 @@ pub(crate) mod tests {
 
     /// Create an entry for a written MSR, with `exits` exits of 10 ticks and the bound `missed`.
     /// Without a key, create the entry of the others.
-    pub fn entry(key: Option<u64>, exits: u64, missed: u64) -> Entry {
-        Entry {
+    pub fn entry(key: Option<u64>, exits: u64, missed: u64) -> TableRow {
+        TableRow {
             table: TABLE_DETAILS,
             reason: Reason::Code(32),
             detail_kind: 2,
@@ -523,7 +523,7 @@ pub(crate) mod tests {
             let rows: u64 = part.rows.values().map(|row| row.numbers.exits).sum();
             (rows, part.others.values().map(|sum| sum.exits).sum::<u64>())
         };
-        let of = |code| Some(Of::new(Reason::Code(code)));
+        let of = |code| Some(ReasonKey::new(Reason::Code(code)));
         assert_eq!(exits(rows.part(TABLE_DETAILS, of(32))), (4, 2));
         assert_eq!(exits(rows.part(TABLE_DETAILS, of(31))), (5, 3));
         assert_eq!(exits(rows.part(TABLE_DETAILS, None)), (9, 5));

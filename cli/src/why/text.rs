@@ -6,13 +6,13 @@ use std::collections::BTreeSet;
 
 use exitmeter_meter::phase::Phase;
 
-use super::model::{Counts, Group, Row, Vm, Why};
+use super::model::{Counts, Group, GroupRow, Vm, Why};
 use crate::{
     model::Span,
     numbers::{exact, mean, rough, share, time},
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
-    report::count,
+    report::format_count,
     table::{
         Cell,
         Side::{Left, Right},
@@ -38,31 +38,31 @@ const MEAN: &str = "mean";
 const BOUND: &str = "bound";
 
 /// Format the tables of all VMs.
-pub fn text(why: &Why, shown: Shown, look: Look) -> String {
+pub fn text(why: &Why, shown: Shown, options: TextOptions) -> String {
     let host = &why.host;
     let isa = host.isa.name().to_uppercase();
     let mut text = match why.interval {
         Some(interval) => format!("in {} ({isa})\n", time(interval.ticks, host.tsc_khz)),
         None => format!("since details are on ({isa})\n"),
     };
-    text += &missing(why.vcpus_without_tables, why.vms.is_empty(), look);
+    text += &missing(why.vcpus_without_tables, why.vms.is_empty(), options);
     if shown.code && !why.has_code {
         text += "\nNo code: the snapshot was read without the right to it, or no vCPU ran.\n";
     }
-    let mut spared = BTreeSet::new();
+    let mut dropped = BTreeSet::new();
     for vm in &why.vms {
-        text += &vm_text(vm, host.tsc_khz, shown, look, &mut spared);
+        text += &vm_text(vm, host.tsc_khz, shown, options, &mut dropped);
     }
-    text + &no_room(spared)
+    text + &no_room(dropped)
 }
 
 /// Format the notes on what no table has: vCPUs without tables, or no VM at all.
-pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, look: Look) -> String {
+pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, options: TextOptions) -> String {
     let mut text = String::new();
     if vcpus_without_tables != 0 {
-        let vcpus = count(vcpus_without_tables.into(), "vCPU");
+        let vcpus = format_count(vcpus_without_tables.into(), "vCPU");
         let line = format!("no memory for the tables of {vcpus}: their exits are not below");
-        text += &(paint(&line, Style::Warning, look.color) + "\n");
+        text += &(paint(&line, Style::Warning, options.color) + "\n");
     }
     if no_vm_runs {
         text += "\nNo VM runs.\n";
@@ -71,11 +71,11 @@ pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, look: Look) -
 }
 
 /// Format the note on the columns that did not fit.
-pub(crate) fn no_room(spared: BTreeSet<String>) -> String {
-    if spared.is_empty() {
+pub(crate) fn no_room(dropped: BTreeSet<String>) -> String {
+    if dropped.is_empty() {
         return String::new();
     }
-    let columns: Vec<_> = spared.into_iter().collect();
+    let columns: Vec<_> = dropped.into_iter().collect();
     format!("\nNo room for: {}.\n--json has all.\n", columns.join(", "))
 }
 
@@ -83,41 +83,43 @@ fn vm_text(
     vm: &Vm,
     khz: Option<u32>,
     shown: Shown,
-    look: Look,
-    spared: &mut BTreeSet<String>,
+    options: TextOptions,
+    dropped: &mut BTreeSet<String>,
 ) -> String {
     let groups = if shown.code { &vm.code } else { &vm.details };
-    let all = groups
-        .iter()
-        .fold(Counts::default(), |sum, group| sum.plus(group.total));
+    let all = groups.iter().fold(Counts::default(), |sum, group| {
+        sum.saturating_add(group.total)
+    });
     let gone = if vm.gone { ", gone" } else { "" };
     let title = format!(
         "{}, process {}{gone}: {} in {}, {}",
-        look.plain(&vm.label()),
+        options.plain(&vm.label()),
         vm.pid,
-        count(all.exits, "exit"),
+        format_count(all.exits, "exit"),
         spent(vm.span, khz),
-        count(vm.vcpus as u64, "vCPU"),
+        format_count(vm.vcpus as u64, "vCPU"),
     );
-    let mut text = format!("\n{}\n", paint(&title, Style::Strong, look.color));
+    let mut text = format!("\n{}\n", paint(&title, Style::Strong, options.color));
     if shown.code && vm.vcpus_without_rip != 0 {
-        let vcpus = count(vm.vcpus_without_rip as u64, "vCPU");
+        let vcpus = format_count(vm.vcpus_without_rip as u64, "vCPU");
         text += &format!("cannot read the RIP of {vcpus}: encrypted registers\n");
     }
     if vm.vcpus == 0 {
         return text + "No exit since details are on.\n";
     }
-    text += &table("about", groups, all, shown.limit, look, spared);
+    text += &table("about", groups, all, shown.limit, options, dropped);
     if !shown.code && !vm.user_exits.is_empty() {
         let all = vm.user_exits.iter();
-        let all = all.fold(Counts::default(), |sum, group| sum.plus(group.total));
+        let all = all.fold(Counts::default(), |sum, group| {
+            sum.saturating_add(group.total)
+        });
         text += &table(
             "to user space",
             &vm.user_exits,
             all,
             shown.limit,
-            look,
-            spared,
+            options,
+            dropped,
         );
     }
     text
@@ -133,8 +135,8 @@ pub(crate) fn table(
     groups: &[Group],
     all: Counts,
     limit: usize,
-    look: Look,
-    spared: &mut BTreeSet<String>,
+    options: TextOptions,
+    dropped: &mut BTreeSet<String>,
 ) -> String {
     if groups.is_empty() {
         return String::new();
@@ -169,7 +171,7 @@ pub(crate) fn table(
             if !rest.is_empty() {
                 let sum = rest
                     .iter()
-                    .fold(Counts::default(), |sum, row| sum.plus(row.counts));
+                    .fold(Counts::default(), |sum, row| sum.saturating_add(row.counts));
                 let words = Cell::from(format!("  {} more", exact(rest.len() as u128)));
                 table.row(cells(words, sum, group.total, "", number));
             }
@@ -178,12 +180,12 @@ pub(crate) fn table(
                 table.row(cells(words, group.others, group.total, "", number));
             }
         }
-        table.leave_out(&absent);
+        table.hide(&absent);
         table
     };
-    let table = Table::fitted(look, &[SHARE, MEAN, USER, BOUND], build);
-    spared.extend(table.spared().iter().cloned());
-    format!("\n{}", table.text(look.color))
+    let table = Table::fitted(options, &[SHARE, MEAN, USER, BOUND], build);
+    dropped.extend(table.dropped().iter().cloned());
+    format!("\n{}", table.text(options.color))
 }
 
 fn cells(
@@ -195,7 +197,7 @@ fn cells(
 ) -> [Cell; 7] {
     let ticks = counts.kernel.or(counts.user).unwrap_or(0);
     let of = |phase, ticks: Option<u128>| {
-        Cell::new(ticks.map_or_else(String::new, number), Style::Of(phase))
+        Cell::new(ticks.map_or_else(String::new, number), Style::Phase(phase))
     };
     [
         name,
@@ -209,7 +211,7 @@ fn cells(
 }
 
 /// Format the bound of a row.
-fn bound(row: &Row) -> String {
+fn bound(row: &GroupRow) -> String {
     if row.exact {
         return "exact".to_owned();
     }

@@ -9,7 +9,7 @@ use exitmeter_meter::{
     ledger::{Ledger, LedgerCopy, Totals},
     phase::Phase,
     reasons::{self, Isa},
-    snapshot::{Encoder, Full, Host, Identity},
+    snapshot::{BufferTooSmall, Encoder, HostHeader, Identity},
 };
 
 /// TSC ticks in a second.
@@ -61,7 +61,7 @@ pub fn lived(rounds: u64) -> LedgerCopy {
 
 /// Write the snapshot of a host at a tick over the file.
 pub fn write(path: &Path, now: u64, vms: &[Vm<'_>]) {
-    let host = Host {
+    let host = HostHeader {
         isa: Isa::Vmx,
         leaf_map: LeafMap::Map2021,
         host_scope: false,
@@ -90,7 +90,7 @@ pub fn write(path: &Path, now: u64, vms: &[Vm<'_>]) {
         }
         encoder.finish(&Totals::new(), 0)
     };
-    let Full { needed } = encode(&mut []).unwrap_err();
+    let BufferTooSmall { needed } = encode(&mut []).unwrap_err();
     let mut bytes = vec![0; needed];
     encode(&mut bytes).unwrap();
     // Replace the file atomically, for a concurrent reader.

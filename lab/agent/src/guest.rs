@@ -53,21 +53,21 @@ enum Verb {
     /// One word is a line for the guest's shell. Several words are a command and its arguments, passed on unchanged.
     Run {
         #[command(flatten)]
-        which: Which,
+        which: GuestArgs,
         /// A line for the guest's shell, or a command and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
     /// Restart a guest, and wait until it accepts commands again.
-    Reboot(Which),
+    Reboot(GuestArgs),
     /// End a guest's VMM, and wait until it is gone.
-    Stop(Which),
+    Stop(GuestArgs),
     /// Print the process ID of a guest's VMM; KVM names the VM kvm-PID.
-    Pid(Which),
+    Pid(GuestArgs),
 }
 
 #[derive(Args, Debug)]
-struct Which {
+struct GuestArgs {
     /// Name of the guest.
     #[arg(long, default_value = "guest", value_parser = name)]
     name: String,
@@ -79,7 +79,7 @@ struct Which {
 #[derive(Args, Debug)]
 struct Boot {
     #[command(flatten)]
-    which: Which,
+    which: GuestArgs,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
@@ -160,7 +160,7 @@ struct Files {
 }
 
 impl Files {
-    fn of(which: &Which) -> Self {
+    fn of(which: &GuestArgs) -> Self {
         let name = &which.name;
         let out = std::env::var_os("OUT").map_or_else(|| settings::OUT.into(), PathBuf::from);
         Self {
@@ -316,7 +316,7 @@ fn boot(options: &Boot) -> Result<u8> {
             Err(_) => bail!("the VMM did not start{}", files.describe()),
         }
     };
-    let mut line = Line::new(line, deadline)?;
+    let mut line = Connection::new(line, deadline)?;
     line.wait_for(&Message::Hello, &files)?;
     eprintln!(
         "guest: {} is up after {:.1} s",
@@ -349,9 +349,9 @@ fn pack(path: &Path, files: &[String]) -> Result<()> {
     })
 }
 
-fn run(which: &Which, command: &str) -> Result<u8> {
+fn run(which: &GuestArgs, command: &str) -> Result<u8> {
     let files = Files::of(which);
-    let mut line = Line::to(&files, which)?;
+    let mut line = Connection::to(&files, which)?;
     let number = std::process::id().into();
     line.send(&Message::Run {
         number,
@@ -377,10 +377,10 @@ fn run(which: &Which, command: &str) -> Result<u8> {
     }
 }
 
-fn restart(which: &Which) -> Result<u8> {
+fn restart(which: &GuestArgs) -> Result<u8> {
     let started = Instant::now();
     let files = Files::of(which);
-    let mut line = Line::to(&files, which)?;
+    let mut line = Connection::to(&files, which)?;
     line.send(&Message::Reboot)?;
     line.wait_for(&Message::Hello, &files)?;
     eprintln!(
@@ -391,7 +391,7 @@ fn restart(which: &Which) -> Result<u8> {
     Ok(0)
 }
 
-fn stop(which: &Which) -> Result<u8> {
+fn stop(which: &GuestArgs) -> Result<u8> {
     let files = Files::of(which);
     let pid = files.pid()?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
@@ -422,7 +422,7 @@ fn wait_for(source: &impl AsFd, deadline: Instant) -> Result<bool> {
 }
 
 /// Line to a guest, for one user at a time.
-struct Line {
+struct Connection {
     sender: Sender<UnixStream>,
     receiver: Receiver,
     stream: UnixStream,
@@ -432,7 +432,7 @@ struct Line {
     _turn: Option<File>,
 }
 
-impl Line {
+impl Connection {
     fn new(stream: UnixStream, deadline: Instant) -> Result<Self> {
         Ok(Self {
             sender: Sender::new(stream.try_clone()?),
@@ -444,7 +444,7 @@ impl Line {
         })
     }
 
-    fn to(files: &Files, which: &Which) -> Result<Self> {
+    fn to(files: &Files, which: &GuestArgs) -> Result<Self> {
         files.pid()?;
         let turn = File::create(files.folder.join("turn"))?;
         flock(&turn, FlockOperation::LockExclusive)?;

@@ -12,7 +12,7 @@ use std::{
     process::Command,
 };
 
-use super::{Begin, Boot, Console, FOLDER};
+use super::{Boot, Console, InitialState, FOLDER};
 use crate::{
     image::pvh::{self, Info},
     outcome::RunError,
@@ -54,7 +54,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     let root = in_root(&boot.prepared.root)
         .bind(bochs, BOCHS)
         .bind(boot.folder, FOLDER);
-    if let Begin::Saved(saved) = boot.begin {
+    if let InitialState::Saved(saved) = boot.begin {
         let input = boot.folder.join("input");
         write_input(&boot.images.payload, &input).map_err(RunError::io("write", &input))?;
         let mut command = root.bind(saved, MACHINE).command("env");
@@ -73,7 +73,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
         .bind(&kernel.path, "/lab/kernel-image")
         .bind(&boot.images.base, "/lab/base");
     let mut variables = Vec::new();
-    if let Begin::Save(folder) = boot.begin {
+    if let InitialState::Save(folder) = boot.begin {
         root = root.bind(folder, MACHINE);
         variables.push(format!("BOCHS_SAVE={MACHINE}"));
     }

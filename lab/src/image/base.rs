@@ -13,7 +13,7 @@ use std::{
 use lab_agent::{cpio::Archive, settings};
 
 use super::{cache, elf, ImageError};
-use crate::setup::{in_root, Prepared};
+use crate::setup::{in_root, Setup};
 
 /// Programs of the host beside busybox: the guest's VMM, and the tool that shows CPUID leaves.
 const HOST_PROGRAMS: &[&str] = &["usr/bin/qemu-system-x86_64-microvm", "usr/bin/cpuid"];
@@ -77,7 +77,7 @@ const TEXTS: &[(&str, &str)] = &[
 ];
 
 /// Return the path of the image, which is made if it is missing.
-pub fn make(prepared: &Prepared) -> Result<PathBuf, ImageError> {
+pub fn make(prepared: &Setup) -> Result<PathBuf, ImageError> {
     let parts = [
         // The image depends on this file, which makes it.
         include_str!("base.rs").as_bytes(),
@@ -160,7 +160,7 @@ impl Contents {
     }
 
     /// Add busybox under the names of all its commands.
-    fn busybox(&mut self, prepared: &Prepared) -> Result<(), ImageError> {
+    fn busybox(&mut self, prepared: &Setup) -> Result<(), ImageError> {
         const BUSYBOX: &str = "usr/bin/busybox";
         let path = prepared.root.join(BUSYBOX);
         let list = in_root(&prepared.root)

@@ -15,7 +15,7 @@ use lab_agent::channel::Message;
 use super::folder::CONSOLE;
 use crate::{
     outcome::RunError,
-    verdict::{self, End},
+    verdict::{self, RunEnd},
 };
 
 /// Number of a log's last lines that are shown if a run fails. As many are shown of a fault that began before them.
@@ -111,7 +111,7 @@ impl Record {
                 listener(Event::Stderr(&bytes));
             }
             Message::Kernel(bytes) => {
-                let text = match verdict::Record::parse(&bytes) {
+                let text = match verdict::KernelRecord::parse(&bytes) {
                     Some(record) => record.to_string(),
                     None => format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()),
                 };
@@ -197,13 +197,13 @@ impl Record {
     }
 
     /// Return the last lines of the console, and of other logs that explain the end of the run.
-    pub fn tail(&self, end: &End) -> String {
+    pub fn tail(&self, end: &RunEnd) -> String {
         let names: &[&str] = match end {
             // Nothing needs an explanation.
-            End::Script(_) | End::Interrupted => &[],
-            End::EmulatorDied | End::NoVerdict(_) => &[CONSOLE, "emulator.log", "bochs.log"],
+            RunEnd::Script(_) | RunEnd::Interrupted => &[],
+            RunEnd::EmulatorDied | RunEnd::NoVerdict(_) => &[CONSOLE, "emulator.log", "bochs.log"],
             // The console's log level hides this fault.
-            End::Fault(_) if !self.has_fault(CONSOLE) => &["kernel.log"],
+            RunEnd::Fault(_) if !self.has_fault(CONSOLE) => &["kernel.log"],
             _ => &[CONSOLE],
         };
         let mut text = String::new();

@@ -24,7 +24,7 @@ use crate::{
     host::Host,
     interrupt,
     outcome::{Outcome, RunError},
-    verdict::{End, Watch},
+    verdict::{RunEnd, Watch},
 };
 
 /// Interval at which the console's file is read.
@@ -101,7 +101,7 @@ impl Running {
                 watch.console(now, &record.console()?);
             }
             if interrupts.seen() {
-                break End::Interrupted;
+                break RunEnd::Interrupted;
             }
             if let Some(end) = watch.end(now) {
                 break end;

@@ -21,10 +21,10 @@ use super::{
     running::Running,
 };
 use crate::{
-    emulator::{bochs, Begin, Boot, Console},
+    emulator::{bochs, Boot, Console, InitialState},
     image::{cache, payload, Images},
     outcome::{RunError, LIMITS},
-    setup::{need_space, Prepared, SetupError},
+    setup::{need_space, Setup, SetupError},
 };
 
 /// Name of the file that holds a saved machine's memory.
@@ -38,7 +38,7 @@ const MEMORY: &str = "memory.ram";
 /// [`RunError`]; [`RunError::Boot`] if the host ends before it is saved.
 pub fn machine(
     options: &Options,
-    prepared: &Prepared,
+    prepared: &Setup,
     agent: &Path,
     logs: &Path,
     note: &dyn Fn(&str),
@@ -77,7 +77,7 @@ fn check_space(target: &Path, memory: u32) -> Result<(), SetupError> {
 /// Boot a host and save it to `target`.
 fn save(
     options: &Options,
-    prepared: &Prepared,
+    prepared: &Setup,
     agent: &Path,
     logs: &Path,
     target: &Path,
@@ -97,7 +97,7 @@ fn save(
         images: &Images::new(prepared, &payload)?,
         folder: logs,
         console: Console::File(CONSOLE),
-        begin: Begin::Save(target),
+        begin: InitialState::Save(target),
     };
     // The limits of the run do not apply to this boot.
     let options = Options {

@@ -14,7 +14,7 @@ use rustix::fs::{flock, FlockOperation};
 
 use super::{
     engine::{size_of, Engine, Step},
-    with_engine, Plan, SetupError, Wanted,
+    with_engine, Plan, SetupError, SetupOptions,
 };
 
 /// Arguments of `cargo lab prepare`.
@@ -47,7 +47,7 @@ pub struct PrepareArgs {
 ///
 /// An error if the set-up fails, or standard output is closed.
 pub fn command(args: PrepareArgs) -> Result<()> {
-    let wanted = Wanted {
+    let wanted = SetupOptions {
         kernel: args.kernel,
         tree: true,
         bochs: true,

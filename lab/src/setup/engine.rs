@@ -31,7 +31,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     need_space,
-    progress::{Progress, Row},
+    progress::{Progress, ProgressLine},
     SetupError,
 };
 use crate::interrupt::Interrupts;
@@ -277,7 +277,12 @@ impl<'a> Engine<'a> {
     }
 
     /// Take the lock of a step. It is released by the last process that has it open.
-    fn lock(&self, step: &Step, row: &Row<'_>, size: &mut Size<'_>) -> Result<File, SetupError> {
+    fn lock(
+        &self,
+        step: &Step,
+        row: &ProgressLine<'_>,
+        size: &mut Size<'_>,
+    ) -> Result<File, SetupError> {
         let (path, file) = self.lock_file(&step.out)?;
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {

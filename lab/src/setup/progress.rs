@@ -37,8 +37,8 @@ struct RowState {
     shown: Instant,
 }
 
-/// Line of one step. Dropping it without [`Row::finish`] removes the line.
-pub struct Row<'a> {
+/// Line of one step. Dropping it without [`ProgressLine::finish`] removes the line.
+pub struct ProgressLine<'a> {
     progress: &'a Progress,
     name: &'static str,
 }
@@ -68,7 +68,7 @@ impl Progress {
     }
 
     /// Open the line of a step. No two open lines may have the same name.
-    pub fn row(&self, name: &'static str) -> Row<'_> {
+    pub fn row(&self, name: &'static str) -> ProgressLine<'_> {
         let now = Instant::now();
         self.with(|screen| {
             screen.rows.push(RowState {
@@ -79,7 +79,7 @@ impl Progress {
                 shown: now,
             });
         });
-        Row {
+        ProgressLine {
             progress: self,
             name,
         }
@@ -95,7 +95,7 @@ impl Progress {
     }
 }
 
-impl Row<'_> {
+impl ProgressLine<'_> {
     /// Show that the step entered another stage. Its result has so many bytes now.
     pub fn stage(&self, stage: &str, bytes: u64) {
         self.change(|screen, index| {
@@ -144,7 +144,7 @@ impl Row<'_> {
     }
 }
 
-impl Drop for Row<'_> {
+impl Drop for ProgressLine<'_> {
     fn drop(&mut self) {
         self.change(|screen, index| {
             screen.rows.remove(index);

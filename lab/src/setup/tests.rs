@@ -316,11 +316,11 @@ fn plan(kernel: Option<&str>) -> Plan {
     let interrupts = interrupt::watch();
     let scripts = repository().join("scripts");
     let engine = Engine::new(&scripts, Path::new("/nowhere"), &progress, &interrupts);
-    let wanted = Wanted {
+    let wanted = SetupOptions {
         kernel: kernel.map(String::from),
         tree: true,
         bochs: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     };
     Plan::new(&engine, &wanted).unwrap()
 }
@@ -388,8 +388,8 @@ fn sandbox_with_kernel(config: &str) -> Sandbox {
 /// the names of the steps.
 fn prepared_in(
     sandbox: &Sandbox,
-    wanted: &Wanted,
-) -> Result<(Prepared, Vec<&'static str>), SetupError> {
+    wanted: &SetupOptions,
+) -> Result<(Setup, Vec<&'static str>), SetupError> {
     sandbox.with(|engine| {
         let mut made = None;
         for _ in 0..2 {
@@ -407,9 +407,9 @@ fn prepared_in(
 
 #[test]
 fn a_kernel_without_rust_gets_no_tree() {
-    let wanted = Wanted {
+    let wanted = SetupOptions {
         tree: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     };
     for (config, rust) in [
         ("CONFIG_RUST=y", true),
@@ -432,13 +432,13 @@ fn a_kernel_without_rust_gets_no_tree() {
 
 #[test]
 fn steps_that_need_a_source_are_refused_for_a_kernel_without_one() {
-    let debug = Wanted {
+    let debug = SetupOptions {
         kernel: Some(String::from("6.12-debug")),
-        ..Wanted::default()
+        ..SetupOptions::default()
     };
-    let selftests = Wanted {
+    let selftests = SetupOptions {
         selftests: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     };
     for (wanted, step, what) in [
         (&debug, "debug-kernel", "a debug kernel"),

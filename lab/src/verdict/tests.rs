@@ -50,10 +50,10 @@ fn a_good_run_has_the_scripts_status() {
         assert_eq!(watch.end(seconds(2)), None);
         watch.message(seconds(3), &Message::Verdict(status));
         let end = watch.end(seconds(3)).unwrap();
-        assert_eq!(end, End::Script(status));
+        assert_eq!(end, RunEnd::Script(status));
         assert_eq!(u32::from(end.status()), status);
     }
-    assert_eq!(End::Script(139).status(), 99);
+    assert_eq!(RunEnd::Script(139).status(), 99);
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn a_fault_on_the_console_ends_the_run() {
     for (console, fault) in BAD {
         let watch = watch(console.as_bytes());
         assert_eq!(watch.end(seconds(1)), None, "it has not settled");
-        assert_eq!(watch.end(seconds(4)), Some(End::Fault(fault)));
+        assert_eq!(watch.end(seconds(4)), Some(RunEnd::Fault(fault)));
     }
 }
 
@@ -70,25 +70,25 @@ fn a_fault_is_worse_than_any_verdict() {
     for (console, fault) in BAD {
         let mut watch = watch(console.as_bytes());
         watch.message(seconds(2), &Message::Verdict(0));
-        assert_eq!(watch.end(seconds(2)), Some(End::Fault(fault)));
+        assert_eq!(watch.end(seconds(2)), Some(RunEnd::Fault(fault)));
     }
 }
 
 #[test]
 fn every_end_has_its_own_status() {
     let ends = [
-        End::Script(99),
-        End::Failure(String::new()),
-        End::Fault(Fault::Panic),
-        End::Fault(Fault::Oops),
-        End::Fault(Fault::Warning),
-        End::Fault(Fault::Lockup),
-        End::EmulatorDied,
-        End::Silence(seconds(1)),
-        End::TimeLimit(seconds(1)),
-        End::NoVerdict(String::new()),
+        RunEnd::Script(99),
+        RunEnd::Failure(String::new()),
+        RunEnd::Fault(Fault::Panic),
+        RunEnd::Fault(Fault::Oops),
+        RunEnd::Fault(Fault::Warning),
+        RunEnd::Fault(Fault::Lockup),
+        RunEnd::EmulatorDied,
+        RunEnd::Silence(seconds(1)),
+        RunEnd::TimeLimit(seconds(1)),
+        RunEnd::NoVerdict(String::new()),
     ];
-    let status: Vec<u8> = ends.iter().map(End::status).collect();
+    let status: Vec<u8> = ends.iter().map(RunEnd::status).collect();
     assert_eq!(status, (99..=108).collect::<Vec<u8>>());
 }
 
@@ -100,7 +100,7 @@ fn the_console_may_arrive_in_any_pieces() {
             for piece in console.as_bytes().chunks(size) {
                 watch.console(seconds(1), piece);
             }
-            assert_eq!(watch.end(seconds(4)), Some(End::Fault(fault)));
+            assert_eq!(watch.end(seconds(4)), Some(RunEnd::Fault(fault)));
         }
     }
 }
@@ -116,19 +116,19 @@ fn a_truncated_console_is_judged_by_its_lines() {
         let cut = lines[..=telling].join("\n") + "\n";
         assert_eq!(
             watch(cut.as_bytes()).end(seconds(4)),
-            Some(End::Fault(fault))
+            Some(RunEnd::Fault(fault))
         );
         let before = lines[..telling].join("\n");
         assert_ne!(
             watch(before.as_bytes()).end(seconds(4)),
-            Some(End::Fault(fault))
+            Some(RunEnd::Fault(fault))
         );
     }
     // Nothing follows a panic, not even an end of line.
     let line = "[    1.0] Kernel panic - not syncing: attempted to kill init";
     assert_eq!(
         watch(line.as_bytes()).end(seconds(4)),
-        Some(End::Fault(Fault::Panic))
+        Some(RunEnd::Fault(Fault::Panic))
     );
 }
 
@@ -141,7 +141,7 @@ fn a_console_that_is_garbled_around_the_words_is_understood() {
             garbled.extend_from_slice(line.as_bytes());
             garbled.extend_from_slice(b"[    2.\xfe\r\n");
         }
-        assert_eq!(watch(&garbled).end(seconds(4)), Some(End::Fault(fault)));
+        assert_eq!(watch(&garbled).end(seconds(4)), Some(RunEnd::Fault(fault)));
     }
 }
 
@@ -151,7 +151,7 @@ fn a_truncated_panic_gives_no_verdict() {
     watch.gone(false);
     assert!(matches!(
         watch.end(seconds(1)),
-        Some(End::Fault(Fault::Panic) | End::EmulatorDied)
+        Some(RunEnd::Fault(Fault::Panic) | RunEnd::EmulatorDied)
     ));
 }
 
@@ -163,7 +163,7 @@ fn further_output_does_not_delay_the_end_for_ever() {
         assert_eq!(watch.end(seconds(second)), None);
     }
     watch.console(seconds(11), b"more\n");
-    assert_eq!(watch.end(seconds(11)), Some(End::Fault(Fault::Oops)));
+    assert_eq!(watch.end(seconds(11)), Some(RunEnd::Fault(Fault::Oops)));
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn faults_after_an_oops_can_only_make_it_worse() {
     let mut watch = watch(OOPS.as_bytes());
     watch.console(seconds(2), PANIC.as_bytes());
     watch.console(seconds(2), WARN.as_bytes());
-    assert_eq!(watch.end(seconds(5)), Some(End::Fault(Fault::Panic)));
+    assert_eq!(watch.end(seconds(5)), Some(RunEnd::Fault(Fault::Panic)));
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn only_the_kernels_own_faults_count_in_the_kernel_log() {
     let text = "WARNING: fault.c:20 at fault_init+0x24/0xff0 [fault], CPU#0: insmod/91";
     let mut watch = watch(GOOD.as_bytes());
     watch.message(seconds(2), &kernel(4, text));
-    assert_eq!(watch.end(seconds(5)), Some(End::Fault(Fault::Warning)));
+    assert_eq!(watch.end(seconds(5)), Some(RunEnd::Fault(Fault::Warning)));
 
     let mut watch = self::watch(GOOD.as_bytes());
     // Facility 1: a program wrote it.
@@ -286,7 +286,10 @@ fn silence_ends_a_run_and_any_sign_delays_it() {
     assert_eq!(watch.end(seconds(60)), None);
     watch.message(seconds(60), &Message::Stage("loading".to_owned()));
     assert_eq!(watch.end(seconds(119)), None);
-    assert_eq!(watch.end(seconds(120)), Some(End::Silence(LIMITS.silence)));
+    assert_eq!(
+        watch.end(seconds(120)),
+        Some(RunEnd::Silence(LIMITS.silence))
+    );
 }
 
 #[test]
@@ -297,22 +300,25 @@ fn the_time_limit_ends_a_run_with_output() {
         assert_eq!(watch.end(seconds(second)), None);
     }
     watch.console(seconds(600), b".");
-    assert_eq!(watch.end(seconds(600)), Some(End::TimeLimit(LIMITS.time)));
+    assert_eq!(
+        watch.end(seconds(600)),
+        Some(RunEnd::TimeLimit(LIMITS.time))
+    );
 }
 
 #[test]
 fn the_end_of_the_emulator_is_noticed_at_once() {
     let mut dead = watch(GOOD.as_bytes());
     dead.gone(false);
-    assert_eq!(dead.end(seconds(1)), Some(End::EmulatorDied));
+    assert_eq!(dead.end(seconds(1)), Some(RunEnd::EmulatorDied));
     let mut ended = watch(GOOD.as_bytes());
     ended.gone(true);
-    assert!(matches!(ended.end(seconds(1)), Some(End::NoVerdict(_))));
+    assert!(matches!(ended.end(seconds(1)), Some(RunEnd::NoVerdict(_))));
     // It may end right after the verdict.
     let mut done = watch(GOOD.as_bytes());
     done.message(seconds(1), &Message::Verdict(0));
     done.gone(true);
-    assert_eq!(done.end(seconds(1)), Some(End::Script(0)));
+    assert_eq!(done.end(seconds(1)), Some(RunEnd::Script(0)));
 }
 
 #[test]
@@ -321,13 +327,13 @@ fn a_verdict_only_counts_if_no_message_was_lost() {
     damaged.damage("frame 7 came in the place of frame 6");
     damaged.message(seconds(2), &Message::Verdict(0));
     assert!(
-        matches!(damaged.end(seconds(2)), Some(End::NoVerdict(text)) if text.contains("frame 7"))
+        matches!(damaged.end(seconds(2)), Some(RunEnd::NoVerdict(text)) if text.contains("frame 7"))
     );
 
     let mut twice = watch(GOOD.as_bytes());
     twice.message(seconds(2), &Message::Verdict(0));
     twice.message(seconds(2), &Message::Verdict(0));
-    assert!(matches!(twice.end(seconds(2)), Some(End::NoVerdict(_))));
+    assert!(matches!(twice.end(seconds(2)), Some(RunEnd::NoVerdict(_))));
 }
 
 #[test]
@@ -344,9 +350,10 @@ fn a_host_that_cannot_start_gives_its_reason() {
 
 #[test]
 fn records_of_the_kernel_log_are_parsed() {
-    let record =
-        Record::parse(b"4,321,5724123,-,caller=T1;caf\\xc3\\xa9 \\x5c\\x0asecond\n SUBSYSTEM=x\n")
-            .unwrap();
+    let record = KernelRecord::parse(
+        b"4,321,5724123,-,caller=T1;caf\\xc3\\xa9 \\x5c\\x0asecond\n SUBSYSTEM=x\n",
+    )
+    .unwrap();
     assert_eq!(
         (record.facility, record.level, record.time),
         (0, 4, 5_724_123)
@@ -363,7 +370,7 @@ fn records_of_the_kernel_log_are_parsed() {
         b"4;text",
         b"\xff\xfe;",
     ] {
-        assert_eq!(Record::parse(bytes), None);
+        assert_eq!(KernelRecord::parse(bytes), None);
     }
 }
 
@@ -379,16 +386,16 @@ fn a_data_race_counts_if_one_of_our_modules_takes_part() {
     let (own, kernels) = (report("work+0x1/0x2 [exitmeter]"), report("work+0x1/0x2"));
     assert_eq!(
         watch(own.as_bytes()).end(seconds(5)),
-        Some(End::Fault(Fault::Oops))
+        Some(RunEnd::Fault(Fault::Oops))
     );
     let mut watch = watch(kernels.as_bytes());
     assert_eq!(watch.end(seconds(5)), None);
     // A fault in the report or after it is not missed.
     watch.console(seconds(5), OOPS.as_bytes());
-    assert_eq!(watch.end(seconds(9)), Some(End::Fault(Fault::Oops)));
+    assert_eq!(watch.end(seconds(9)), Some(RunEnd::Fault(Fault::Oops)));
     let cut = kernels.split("Reported").next().unwrap().to_owned() + PANIC;
     assert_eq!(
         self::watch(cut.as_bytes()).end(seconds(5)),
-        Some(End::Fault(Fault::Panic))
+        Some(RunEnd::Fault(Fault::Panic))
     );
 }

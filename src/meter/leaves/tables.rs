@@ -273,7 +273,7 @@ pub const fn from_pair(one: u64, other: u64) -> Registers {
 
 /// The asking vCPU, and its permissions.
 #[derive(Clone, Copy, Debug)]
-pub struct Asker<'a> {
+pub struct TableQuery<'a> {
     /// Vendor whose exit reasons the codes are.
     pub isa: Isa,
     /// Ledger of the vCPU.
@@ -291,7 +291,7 @@ pub struct Asker<'a> {
 }
 
 /// A row, as the words of an entry.
-struct Row {
+struct EntryWords {
     head: Head,
     counts: (u64, u64),
     user: (u64, u64),
@@ -310,7 +310,7 @@ fn is_of_host(kind: Kind, key: u64) -> bool {
     kind == Kind::Vector && (class == INTERRUPT || class == NMI || key & 0xff == MACHINE_CHECK)
 }
 
-impl<'a> Asker<'a> {
+impl<'a> TableQuery<'a> {
     /// Answer a query.
     pub fn answer(&self, place: Place) -> Registers {
         if place.table == DESCRIPTION {
@@ -394,14 +394,14 @@ impl<'a> Asker<'a> {
     }
 
     /// Return a row that is in use and that this guest may read.
-    fn row_at(&self, tables: &Tables, table: u32, index: usize) -> Option<Row> {
+    fn row_at(&self, tables: &Tables, table: u32, index: usize) -> Option<EntryWords> {
         let head = |slot| Head::new(index, Reason::of(self.isa, slot));
         match table {
             TABLE_DETAILS => {
                 let row = tables.detail(index)?;
                 let slot = row.slot()?;
                 let (kind, key) = self.detail(slot, row.detail())?;
-                Some(Row {
+                Some(EntryWords {
                     head: Head {
                         detail_kind: kind as u8,
                         nested: row.is_nested(),
@@ -416,7 +416,7 @@ impl<'a> Asker<'a> {
             }
             TABLE_CODE => {
                 let row = tables.code(index)?;
-                Some(Row {
+                Some(EntryWords {
                     head: Head {
                         nested: row.is_nested(),
                         exact: row.missed_exits == 0,
@@ -430,7 +430,7 @@ impl<'a> Asker<'a> {
             }
             _ => {
                 let row = tables.user(index)?;
-                Some(Row {
+                Some(EntryWords {
                     head: Head {
                         key: row.why().into(),
                         ..head(row.slot()?)
@@ -445,7 +445,7 @@ impl<'a> Asker<'a> {
 
     /// Return the head of the others of a reason: of the first reason, from a row of the ledger on,
     /// that has had exits or ticks since the tables began.
-    fn others_from(&self, tables: &Tables, table: u32, from: usize) -> Option<Row> {
+    fn others_from(&self, tables: &Tables, table: u32, from: usize) -> Option<EntryWords> {
         let occurred = self.ledger.slots().filter(|slot| {
             slot.index() >= from && !tables.since_begun(self.ledger, *slot).is_empty()
         });
@@ -455,13 +455,13 @@ impl<'a> Asker<'a> {
 
     /// Return the others of a reason. All words are computed only if more than the head is wanted,
     /// because that reads each row.
-    fn others_of(&self, tables: &Tables, table: u32, slot: Slot, word: u32) -> Option<Row> {
+    fn others_of(&self, tables: &Tables, table: u32, slot: Slot, word: u32) -> Option<EntryWords> {
         let index = Self::rows(table).wrapping_add(slot.index());
         let head = Head {
             others: true,
             ..Head::new(index, Reason::of(self.isa, slot))
         };
-        let mut row = Row {
+        let mut row = EntryWords {
             head,
             counts: (0, 0),
             user: (0, 0),

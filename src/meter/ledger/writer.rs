@@ -6,16 +6,16 @@ use core::ptr::NonNull;
 
 use super::{Histogram, Ledger, MoreHistograms, Place, Row, CLOSED, OWN_HISTOGRAMS, ROWS};
 use crate::meter::{
+    ablation,
     atomic::{
-        add, fence, own, AtomicU64,
+        add, fence, read_owned, AtomicU64,
         Ordering::{self, Relaxed},
     },
     histogram::{bucket, usual_bucket},
-    parts,
     phase::Phase,
     reasons::Slot,
-    slow::{Leaving, Taken},
-    tables::{self, About, Keys, Tables, Which},
+    slow::{Leaving, RingExit},
+    tables::{self, About, Keys, ReasonBits, Tables},
 };
 
 /// A step back of the clock that no skew between CPUs explains, in TSC ticks: some 20 s. The
@@ -54,7 +54,7 @@ impl Ledger {
     #[inline(always)]
     fn begin_transition(&self, now: u64) -> Option<u64> {
         // SAFETY: This thread holds the vCPU, so nobody else writes its ledger.
-        let last = unsafe { own(&self.last) };
+        let last = unsafe { read_owned(&self.last) };
         if now <= last {
             return None;
         }
@@ -197,7 +197,7 @@ impl Ledger {
         let place = unsafe { self.places.get_unchecked(slot.index()) };
         // INVARIANT: By that of `Ledger`.
         // SAFETY: As in `begin_transition`.
-        Place(usize::from(unsafe { own(place) }))
+        Place(usize::from(unsafe { read_owned(place) }))
     }
 
     /// Take a VM exit: the guest's phase ends.
@@ -253,7 +253,7 @@ impl Ledger {
                 add(exits, 1);
             }
         }
-        if parts::COUNTS {
+        if ablation::COUNTS {
             add(&self.row_at(place).exits, 1);
         }
         self.end_transition(now);
@@ -262,7 +262,7 @@ impl Ledger {
     /// Book `ticks` in the guest, and have the vCPU in the kernel for an exit that a row counts.
     #[inline(always)]
     fn change_to_kernel(&self, place: Place, ticks: u64) {
-        if parts::PHASES {
+        if ablation::PHASES {
             add(self.row_at(self.place()).cycles(Phase::Guest), ticks);
         }
         self.row.store(place.0 as u32, Relaxed);
@@ -311,7 +311,7 @@ impl Ledger {
             if let Some(ticks) = self.begin_transition(now) {
                 tables.take_exit(rows);
                 if RING {
-                    tables.slow().take_exit(&Taken {
+                    tables.slow().take_exit(&RingExit {
                         now,
                         guest: ticks,
                         key,
@@ -347,7 +347,7 @@ impl Ledger {
         &self,
         rip: u64,
         now: u64,
-        which: Which,
+        which: ReasonBits,
         key: u64,
         tables: &Tables,
         supply: impl Supply,
@@ -372,10 +372,10 @@ impl Ledger {
         let rows = tables.rows_for(self, now, &Keys { which, key, rip });
         tables.take_exit(rows);
         let slow = tables.slow();
-        slow.see_to_window(now);
+        slow.turn_window_if_over(now);
         if slow.has_ring() {
             slow.make_room();
-            slow.take_exit(&Taken {
+            slow.take_exit(&RingExit {
                 now,
                 guest: ticks,
                 key,
@@ -393,14 +393,14 @@ impl Ledger {
             return self.late_entry(now);
         };
         let place = self.enter_after(ticks);
-        if parts::HISTOGRAMS {
+        if ablation::HISTOGRAMS {
             // SAFETY: As in `begin_transition`.
-            if unsafe { own(&self.carried) } != 0 {
+            if unsafe { read_owned(&self.carried) } != 0 {
                 return self.end_unusual_exit(ticks, now);
             }
             let row = self.row_at(place);
             // SAFETY: As in `begin_transition`.
-            if ticks > unsafe { own(&row.max) } {
+            if ticks > unsafe { read_owned(&row.max) } {
                 return self.end_unusual_exit(ticks, now);
             }
             let Some(bucket) = usual_bucket(ticks) else {
@@ -424,10 +424,10 @@ impl Ledger {
         if ticks > tables.slow().floor() {
             return self.end_exit_with(tables, now, cpu(), ticks);
         }
-        if parts::HISTOGRAMS {
+        if ablation::HISTOGRAMS {
             let row = self.row_at(place);
             // SAFETY: As in `begin_transition`.
-            if ticks > unsafe { own(&row.max) } {
+            if ticks > unsafe { read_owned(&row.max) } {
                 return self.end_unusual_exit(ticks, now);
             }
             let Some(bucket) = usual_bucket(ticks) else {
@@ -444,7 +444,7 @@ impl Ledger {
     #[inline(always)]
     fn enter_after(&self, ticks: u64) -> Place {
         let place = self.place();
-        if parts::PHASES {
+        if ablation::PHASES {
             add(self.row_at(place).cycles(Phase::Kernel), ticks);
         }
         self.phase.store(Phase::Guest as u32, Relaxed);
@@ -471,14 +471,14 @@ impl Ledger {
         self.carried.store(0, Relaxed);
         let slow = tables.slow();
         if carried == CLOSED {
-            slow.end_none(now, cpu);
+            slow.enter_without_exit(now, cpu);
             return self.end_transition(now);
         }
         let kernel = ticks.wrapping_add(carried);
-        if parts::HISTOGRAMS {
+        if ablation::HISTOGRAMS {
             self.sample(kernel);
         }
-        if slow.is_to_be_told(now, kernel) {
+        if slow.must_record(now, kernel) {
             return self.end_slow_exit(tables, now, kernel, carried != 0, cpu);
         }
         slow.end(cpu);
@@ -491,7 +491,7 @@ impl Ledger {
     fn end_slow_exit(&self, tables: &Tables, now: u64, kernel: u64, left: bool, cpu: u32) {
         let slow = tables.slow();
         if let Some(exited) = tables.latest_exit(self) {
-            slow.tell(&exited, now, kernel, left, cpu);
+            slow.record(&exited, now, kernel, left, cpu);
         }
         slow.end(cpu);
         self.end_transition(now);
@@ -591,7 +591,7 @@ impl Ledger {
         } else if left == Phase::Guest as u32 {
             slow.leave_guest(self.last.load(Relaxed));
         } else {
-            slow.pass(left, ticks);
+            slow.note_ticks(left, ticks);
         }
         if leaving.phase == Phase::User {
             tables.leave_to_user(self.slot(), leaving.to_user);
@@ -611,7 +611,7 @@ impl Ledger {
     /// Have the vCPU off its CPU after `ticks` in KVM, and end the transition.
     #[inline(always)]
     fn leave_kernel(&self, now: u64, phase: Phase, ticks: u64) {
-        if parts::PHASES {
+        if ablation::PHASES {
             add(self.row_at(self.place()).cycles(Phase::Kernel), ticks);
         }
         self.phase.store(phase as u32, Relaxed);
@@ -670,14 +670,14 @@ impl Ledger {
             return self.resume_otherwise_with(tables, now, ticks);
         }
         tables.book_user(ticks);
-        tables.slow().pass_user(ticks);
+        tables.slow().note_user_ticks(ticks);
         self.resume_from_user(now, ticks);
     }
 
     /// Have the vCPU on a CPU after `ticks` in user space, and end the transition.
     #[inline(always)]
     fn resume_from_user(&self, now: u64, ticks: u64) {
-        if parts::PHASES {
+        if ablation::PHASES {
             add(self.row_at(self.place()).cycles(Phase::User), ticks);
         }
         self.phase.store(Phase::Kernel as u32, Relaxed);
@@ -699,7 +699,7 @@ impl Ledger {
         tables.book(left, ticks);
         match left == Phase::Guest as u32 {
             true => tables.slow().leave_guest(self.last.load(Relaxed)),
-            false => tables.slow().pass(left, ticks),
+            false => tables.slow().note_ticks(left, ticks),
         }
         self.resume_otherwise(now, ticks);
     }
@@ -718,7 +718,7 @@ impl Ledger {
 
     /// Book ticks on the latest reason and the phase of a number.
     fn book(&self, phase: u32, ticks: u64) {
-        if !parts::PHASES {
+        if !ablation::PHASES {
             return;
         }
         let place = self.place();
@@ -755,7 +755,7 @@ impl Ledger {
 unsafe fn add_sample(row: &Row, bucket: usize) {
     // SAFETY: As in `begin_transition`; and by the contract of this function.
     unsafe {
-        let first: *const AtomicU64 = own(&row.histogram).cast_const().cast();
+        let first: *const AtomicU64 = read_owned(&row.histogram).cast_const().cast();
         add(&*first.add(bucket), 1);
     }
 }

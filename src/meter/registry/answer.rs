@@ -16,7 +16,7 @@ use core::sync::atomic::{
 
 use crate::meter::{
     leaves::{
-        tables::{Asker, Place},
+        tables::{Place, TableQuery},
         Numbers, Query, Registers,
     },
     phase::Phase,
@@ -26,7 +26,7 @@ use crate::meter::{
 
 use super::{
     vm::{Group, Rows, Sum, Vm, GROUP},
-    walk::{self, Seen},
+    walk::{self, WalkItem},
     Member, Platform, Registry, State,
 };
 
@@ -80,7 +80,7 @@ impl<P: Platform> Registry<P> {
     /// Answer a guest's query. Return the identity of the asking vCPU as well, or `None` for an
     /// unmetered vCPU. The caller holds the vCPU, and may sleep.
     pub fn answer(&self, key: usize, query: Query, subleaf: u32) -> Option<(&Identity, Registers)> {
-        let member = self.known(key)?;
+        let member = self.metered(key)?;
         let answer = if self.settings.host_scope {
             self.answer_for_host(query, subleaf)?
         } else {
@@ -100,9 +100,9 @@ impl<P: Platform> Registry<P> {
         subleaf: u32,
         at_cpl_0: bool,
     ) -> Option<(&Identity, Registers)> {
-        let member = self.known(key)?;
+        let member = self.metered(key)?;
         let reading = self.platform.read();
-        let asker = Asker {
+        let table_query = TableQuery {
             isa: self.settings.leaves.isa,
             ledger: &member.ledger,
             // SAFETY: `reading` keeps the tables.
@@ -112,7 +112,7 @@ impl<P: Platform> Registry<P> {
             at_cpl_0,
             host_scope: self.settings.host_scope,
         };
-        let answer = asker.answer(Place::from_subleaf(subleaf));
+        let answer = table_query.answer(Place::from_subleaf(subleaf));
         drop(reading);
         Some((&member.identity, answer))
     }
@@ -229,7 +229,7 @@ impl<P: Platform> Registry<P> {
         host.next.clear();
         let mut few = 0;
         self.walk(walk::HOST, |seen| match seen {
-            Seen::Start(state) => {
+            WalkItem::Start(state) => {
                 few = host.few.load(Relaxed);
                 for (slot, row, _) in state.gone.rows() {
                     host.next.add(slot, Sum::Exits, row.exits);
@@ -239,7 +239,7 @@ impl<P: Platform> Registry<P> {
                     }
                 }
             }
-            Seen::Vcpu(member, _) => host.next.add_ledger(&member.ledger),
+            WalkItem::Vcpu(member, _) => host.next.add_ledger(&member.ledger),
         });
         host.published.set(&host.next);
         // ORDERING: See `HostSums::is_new`.

@@ -14,7 +14,7 @@ use core::{
 
 use crate::meter::{
     ledger::{Copying, LedgerCopy, Totals, TRIES},
-    snapshot::{Encoder, Full, Host},
+    snapshot::{BufferTooSmall, Encoder, HostHeader},
     tables::{Tables, TablesCopy},
 };
 
@@ -62,7 +62,7 @@ type Held<'a> = (&'a Member, u64);
 type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
 
 /// Item that a walk visits.
-pub(super) enum Seen<'a, 's> {
+pub(super) enum WalkItem<'a, 's> {
     /// The state as the walk begins, with the lock held.
     Start(&'s State),
     /// A vCPU, and the time that KVM polled for it, in ns.
@@ -78,7 +78,7 @@ pub struct Walker {
 
 /// Options of a snapshot's tables.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Show {
+pub struct TableOptions {
     /// Include the guest's code, by its addresses.
     pub code: bool,
 }
@@ -87,9 +87,9 @@ pub struct Show {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoSnapshot {
     /// The buffer is too small.
-    Full(Full),
+    BufferTooSmall(BufferTooSmall),
     /// A vCPU could not be copied: it had a transition at each attempt.
-    Busy,
+    CopyFailed,
 }
 
 impl Walk {
@@ -230,16 +230,16 @@ impl<P: Platform> Locked<'_, P> {
 impl<P: Platform> Registry<P> {
     /// Call `see` for the state at the moment that the walk begins, then for each vCPU that exists
     /// at that moment. Not called with the lock held.
-    pub(super) fn walk<'a>(&'a self, which: usize, mut see: impl FnMut(Seen<'a, '_>)) {
+    pub(super) fn walk<'a>(&'a self, which: usize, mut see: impl FnMut(WalkItem<'a, '_>)) {
         let mut state = self.lock();
-        see(Seen::Start(&state));
+        see(WalkItem::Start(&state));
         state.begin_walk(which);
         drop(state);
         loop {
             let mut batch: Batch<'a> = [None; AT_A_TIME];
             let more = self.lock().walk_on(which, &mut batch);
             for (member, polled) in batch.into_iter().flatten() {
-                see(Seen::Vcpu(member, polled));
+                see(WalkItem::Vcpu(member, polled));
                 self.let_go(member);
             }
             if !more {
@@ -252,7 +252,7 @@ impl<P: Platform> Registry<P> {
         while let Some(member) = unsafe { gone.as_ref() } {
             // SAFETY: As above.
             gone = unsafe { (*member.awaited.get()).get(which).copied() }.unwrap_or(null_mut());
-            see(Seen::Vcpu(member, member.polled.load(Relaxed)));
+            see(WalkItem::Vcpu(member, member.polled.load(Relaxed)));
             self.let_go(member);
             self.platform.pause();
         }
@@ -315,8 +315,8 @@ impl<P: Platform> Registry<P> {
         walker: &mut Walker,
         buffer: &mut [u8],
         gone: &mut Totals,
-        host: Host,
-        show: Show,
+        host: HostHeader,
+        show: TableOptions,
     ) -> Result<usize, NoSnapshot> {
         let mut encoder = Encoder::new(buffer, host);
         let mut unmetered = 0;
@@ -324,12 +324,12 @@ impl<P: Platform> Registry<P> {
         let mut without_tables = 0_u32;
         let mut busy = false;
         self.walk(SNAPSHOT, |seen| match seen {
-            Seen::Start(state) => {
+            WalkItem::Start(state) => {
                 gone.add(&state.gone);
                 unmetered = state.unmetered;
                 wants_tables = state.wants_tables;
             }
-            Seen::Vcpu(member, polled) => {
+            WalkItem::Vcpu(member, polled) => {
                 let Walker { copy, tables } = &mut *walker;
                 // SAFETY: There is a hold on the vCPU. Otherwise only `take_tables` takes its
                 // tables away, and that is a walk of the same kind.
@@ -355,14 +355,14 @@ impl<P: Platform> Registry<P> {
             }
         });
         if wants_tables {
-            encoder.told_tables(without_tables);
+            encoder.set_details_on(without_tables);
         }
         let result = encoder.finish(gone, unmetered);
-        let (Ok(size) | Err(Full { needed: size })) = result;
+        let (Ok(size) | Err(BufferTooSmall { needed: size })) = result;
         self.latest_size.store(size, Relaxed);
         match busy {
-            true => Err(NoSnapshot::Busy),
-            false => result.map_err(NoSnapshot::Full),
+            true => Err(NoSnapshot::CopyFailed),
+            false => result.map_err(NoSnapshot::BufferTooSmall),
         }
     }
 
@@ -373,7 +373,7 @@ impl<P: Platform> Registry<P> {
     pub fn give_tables(&self, _walker: &mut Walker) {
         self.want_tables(true);
         self.walk(SNAPSHOT, |seen| {
-            let Seen::Vcpu(member, _) = seen else {
+            let WalkItem::Vcpu(member, _) = seen else {
                 return;
             };
             // SAFETY: As in `snapshot`.
@@ -400,7 +400,7 @@ impl<P: Platform> Registry<P> {
     /// Ask all vCPUs for rings that are not frozen.
     pub fn thaw_rings(&self, _walker: &mut Walker) {
         self.walk(SNAPSHOT, |seen| {
-            if let Seen::Vcpu(member, _) = seen {
+            if let WalkItem::Vcpu(member, _) = seen {
                 // SAFETY: As in `snapshot`.
                 if let Some(tables) = unsafe { member.ledger.tables() } {
                     tables.slow().ask();
@@ -414,7 +414,7 @@ impl<P: Platform> Registry<P> {
     pub fn take_tables(&self, _walker: &mut Walker) {
         self.want_tables(false);
         self.walk(SNAPSHOT, |seen| {
-            if let Seen::Vcpu(member, _) = seen {
+            if let WalkItem::Vcpu(member, _) = seen {
                 self.retire_tables(member);
             }
         });
@@ -439,7 +439,7 @@ impl<P: Platform> Registry<P> {
 
     /// Estimate the size of the next snapshot, in bytes. Adds an eighth to the latest size to leave
     /// room for new vCPUs.
-    pub fn likely_size(&self) -> usize {
+    pub fn estimated_size(&self) -> usize {
         let latest = self.latest_size.load(Relaxed);
         latest.saturating_add(latest / 8)
     }
@@ -452,8 +452,8 @@ impl<P: Platform> Registry<P> {
     /// Add the numbers of all vCPUs, gone and living, to `totals`.
     pub fn add_totals(&self, walker: &mut Walker, totals: &mut Totals) {
         self.walk(SNAPSHOT, |seen| match seen {
-            Seen::Start(state) => totals.add(&state.gone),
-            Seen::Vcpu(member, polled) => {
+            WalkItem::Start(state) => totals.add(&state.gone),
+            WalkItem::Vcpu(member, polled) => {
                 let copy = &mut walker.copy;
                 if self.copy(member, copy).is_some() && !copy.is_empty() {
                     copy.polled = polled;

@@ -11,7 +11,7 @@ use crate::meter::{
     slow::SlowCopy,
 };
 
-use super::{Code, Detail, Tables, User, Which, CODES, DETAILS, REASON_SHIFT, USERS};
+use super::{Code, Detail, ReasonBits, Tables, User, CODES, DETAILS, REASON_SHIFT, USERS};
 
 /// Copy of a row of details.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,12 +86,12 @@ impl CodeCopy {
 
     /// Return the reason, as a row of the ledger.
     pub fn slot(&self) -> Option<Slot> {
-        Some(Which(self.which).slot())
+        Some(ReasonBits(self.which).slot())
     }
 
     /// Return true if the exits came from a nested guest.
     pub fn is_nested(&self) -> bool {
-        Which(self.which).is_nested()
+        ReasonBits(self.which).is_nested()
     }
 }
 

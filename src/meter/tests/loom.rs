@@ -9,7 +9,7 @@ use exitmeter_meter::{
     ledger::{Ledger, LedgerCopy},
     phase::Phase,
     reasons::{self, Isa, Slot},
-    table::{Entry, Full, Table},
+    table::{Full, HashEntry, HashTable},
 };
 use loom::{sync::Arc, thread};
 
@@ -151,12 +151,12 @@ fn neighbours() -> [usize; 4] {
     [(); 4].map(|()| keys.next().expect("there is one more"))
 }
 
-fn table_of(places: &Arc<[Entry; 4]>) -> Table<'_> {
-    Table::new(&places[..])
+fn table_of(places: &Arc<[HashEntry; 4]>) -> HashTable<'_> {
+    HashTable::new(&places[..])
 }
 
-fn four_places() -> Arc<[Entry; 4]> {
-    Arc::new([(); 4].map(|()| Entry::default()))
+fn four_places() -> Arc<[HashEntry; 4]> {
+    Arc::new([(); 4].map(|()| HashEntry::default()))
 }
 
 /// The owner of a key finds it, while keys before and behind it come and go.

@@ -22,16 +22,16 @@ use exitmeter_meter::{
     reasons::{slot, Isa},
     registry::{
         platform::Retired,
-        walk::{NoSnapshot, Show, Walker},
+        walk::{NoSnapshot, TableOptions, Walker},
         Newcomer, NoMemory, Owner, Platform, Refused, Registry, Settings, GROUP, MARKS,
     },
-    snapshot::{size_for, Host, NAME_SIZE},
+    snapshot::{size_for, HostHeader, NAME_SIZE},
     tables::About,
 };
 use proptest::prelude::*;
 
 /// A host whose facts do not matter here.
-const HOST: Host = Host {
+const HOST: HostHeader = HostHeader {
     isa: Isa::Vmx,
     leaf_map: LeafMap::Map2021,
     host_scope: false,
@@ -249,8 +249,8 @@ impl Bench {
         Self { registry, shared }
     }
 
-    fn announce(&self, key: usize, vm: usize, id: u32) -> Result<(), Refused> {
-        announce(&self.registry, &self.shared, key, vm, id)
+    fn register_new(&self, key: usize, vm: usize, id: u32) -> Result<(), Refused> {
+        register_new(&self.registry, &self.shared, key, vm, id)
     }
 
     fn exits(&self, key: usize, count: u64) -> bool {
@@ -270,18 +270,22 @@ impl Bench {
         let mut buffer = vec![0; size_for(600, 2000)];
         let mut gone = Totals::new();
         let mut walker = Walker::new();
-        let host = Host {
+        let host = HostHeader {
             loaded: self.registry.loaded(),
             now: self.shared.now.get().wrapping_add(clock_offset),
             clock_offset,
             ..HOST
         };
-        let size =
-            self.registry
-                .snapshot(&mut walker, &mut buffer, &mut gone, host, Show::default());
+        let size = self.registry.snapshot(
+            &mut walker,
+            &mut buffer,
+            &mut gone,
+            host,
+            TableOptions::default(),
+        );
         let snapshot = Snapshot::parse(&buffer[..size.expect("it fits")]).expect("a snapshot");
         let mut told = Reported {
-            gone: snapshot.gone(),
+            gone: snapshot.departed(),
             unmetered: snapshot.unmetered(),
             totals: snapshot.totals().map(|row| row.exits()).sum(),
             ..Reported::default()
@@ -330,14 +334,14 @@ fn newcomer(shared: &Shared, key: usize, vm: usize, id: u32) -> Newcomer {
     }
 }
 
-fn announce(
+fn register_new(
     registry: &Registry<Plain>,
     shared: &Shared,
     key: usize,
     vm: usize,
     id: u32,
 ) -> Result<(), Refused> {
-    registry.announce(key, newcomer(shared, key, vm, id))
+    registry.register_new(key, newcomer(shared, key, vm, id))
 }
 
 /// Let a registered vCPU exit `count` times. Return false if it is unmetered.
@@ -416,7 +420,7 @@ impl Model {
             let id = self.next;
             self.next += 1;
             let room = self.metered().count() < max_vcpus;
-            let known = announce(registry, shared, key, vm, id);
+            let known = register_new(registry, shared, key, vm, id);
             assert_eq!(known, if room { Ok(()) } else { Err(Refused::NoRoom) });
             self.unmetered += u64::from(!room);
             self.vcpus.insert(
@@ -534,7 +538,7 @@ fn walk_survives_the_end_of_its_vm() {
     let bench = Bench::new(100, false);
     for place in 0..AT_A_TIME + 2 {
         bench
-            .announce(key(place), place, place as u32)
+            .register_new(key(place), place, place as u32)
             .expect("room");
         assert!(bench.exits(key(place), 1));
     }
@@ -564,7 +568,7 @@ fn vm_grows_and_shrinks_by_groups() {
         for place in 0..count {
             if round == 0 || place % 2 == 1 {
                 bench
-                    .announce(key(place), 0, (round * count + place) as u32)
+                    .register_new(key(place), 0, (round * count + place) as u32)
                     .expect("room");
             }
             assert!(bench.exits(key(place), 2));
@@ -576,7 +580,7 @@ fn vm_grows_and_shrinks_by_groups() {
         }
         assert_eq!(bench.snapshot().exits.len(), count);
         for place in (1..count).step_by(2) {
-            let member = bench.registry.known(key(place)).expect("it is known");
+            let member = bench.registry.metered(key(place)).expect("it is known");
             sum -= member.ledger().total_exits();
             bench.destroy(key(place));
         }
@@ -586,7 +590,7 @@ fn vm_grows_and_shrinks_by_groups() {
     // A VM has no more groups than its highest number of vCPUs needs.
     let objects = bench.shared.objects.get();
     for place in (1..count).step_by(2) {
-        bench.announce(key(place), 0, 0).expect("room");
+        bench.register_new(key(place), 0, 0).expect("room");
     }
     assert_eq!(bench.shared.objects.get() - objects, (count / 2) as i64);
     bench.end();
@@ -598,7 +602,9 @@ fn vm_grows_and_shrinks_by_groups() {
 fn new_group_reads_the_others_at_once() {
     let bench = Bench::new(1000, false);
     for place in 0..=3 * GROUP {
-        bench.announce(key(place), 0, place as u32).expect("room");
+        bench
+            .register_new(key(place), 0, place as u32)
+            .expect("room");
         assert!(bench.exits(key(place), 5));
         // No time passes except that of the exits.
         assert_eq!(
@@ -616,7 +622,9 @@ fn new_group_reads_the_others_at_once() {
 fn own_group_is_fresh() {
     let bench = Bench::new(1000, false);
     for place in 0..2 * GROUP {
-        bench.announce(key(place), 0, place as u32).expect("room");
+        bench
+            .register_new(key(place), 0, place as u32)
+            .expect("room");
         assert!(bench.exits(key(place), 1));
     }
     bench.wait();
@@ -639,7 +647,7 @@ fn sums_of_the_host_are_exact_and_never_fall() {
     let mut sum = 0;
     for place in 0..2 * GROUP {
         bench
-            .announce(key(place), place % 5, place as u32)
+            .register_new(key(place), place % 5, place as u32)
             .expect("room");
         assert!(bench.exits(key(place), 3));
         sum += 3;
@@ -662,7 +670,9 @@ fn sums_of_the_host_are_exact_and_never_fall() {
     sum += 1;
     assert_eq!(bench.ask(key(0)), Some(sum));
     for place in 1..2 * GROUP {
-        bench.announce(key(place), 7, place as u32).expect("room");
+        bench
+            .register_new(key(place), 7, place as u32)
+            .expect("room");
     }
     assert_eq!(bench.ask(key(0)), Some(sum), "not as of before");
     bench.end();
@@ -678,7 +688,7 @@ fn steps_with_the_lock_held_do_not_grow() {
         let bench = Bench::new(1000, true);
         for place in 0..vcpus {
             bench
-                .announce(key(place), place % vms, place as u32)
+                .register_new(key(place), place % vms, place as u32)
                 .expect("room");
             assert!(bench.exits(key(place), 1));
             bench.ask(key(place));
@@ -703,7 +713,9 @@ fn failed_allocation_undoes_all() {
         for fails in 1.. {
             let bench = Bench::new(1000, false);
             for place in 0..before {
-                bench.announce(key(place), 0, place as u32).expect("room");
+                bench
+                    .register_new(key(place), 0, place as u32)
+                    .expect("room");
                 assert!(bench.exits(key(place), 1));
             }
             let objects = bench.shared.objects.get();
@@ -711,7 +723,7 @@ fn failed_allocation_undoes_all() {
                 .shared
                 .fails
                 .set(bench.shared.allocations.get() + fails);
-            let known = bench.announce(key(before), 0, before as u32);
+            let known = bench.register_new(key(before), 0, before as u32);
             bench.shared.fails.set(0);
             if known.is_ok() {
                 assert!(fails > 1, "a vCPU takes memory");
@@ -726,7 +738,9 @@ fn failed_allocation_undoes_all() {
             );
             assert!(!bench.exits(key(before), 1), "it stays unmetered");
             // The next one is metered, with the memory that is there.
-            bench.announce(key(before + 1), 0, 1000).expect("memory");
+            bench
+                .register_new(key(before + 1), 0, 1000)
+                .expect("memory");
             assert!(bench.exits(key(before + 1), 1));
             let told = bench.snapshot();
             assert_eq!((told.exits.len(), told.unmetered), (before + 1, 1));
@@ -763,8 +777,8 @@ fn no_registry_without_memory() {
 fn vcpu_without_an_event_leaves_nothing() {
     let bench = Bench::new(10, false);
     let objects = bench.shared.objects.get();
-    bench.announce(key(1), 0, 1).expect("room");
-    assert!(bench.registry.known(key(1)).is_none(), "it has not begun");
+    bench.register_new(key(1), 0, 1).expect("room");
+    assert!(bench.registry.metered(key(1)).is_none(), "it has not begun");
     assert_eq!(bench.snapshot(), Reported::default());
     bench.destroy(key(1));
     bench.shared.pass_time();
@@ -781,11 +795,11 @@ fn vcpu_without_an_event_leaves_nothing() {
 #[test]
 fn unmetered_vcpu_stays_unmetered() {
     let bench = Bench::new(1, false);
-    bench.announce(key(0), 0, 0).expect("room");
+    bench.register_new(key(0), 0, 0).expect("room");
     let refused = MARKS + 3;
     for place in 1..=refused {
         assert_eq!(
-            bench.announce(key(place), 0, place as u32),
+            bench.register_new(key(place), 0, place as u32),
             Err(Refused::NoRoom)
         );
     }
@@ -819,7 +833,7 @@ fn unmetered_vcpu_stays_unmetered() {
         "each is counted once"
     );
     // A new one is metered, because there is room.
-    bench.announce(key(refused + 1), 0, 1).expect("room");
+    bench.register_new(key(refused + 1), 0, 1).expect("room");
     assert!(bench.exits(key(refused + 1), 1));
     for place in 1..=refused + 1 {
         bench.destroy(key(place));
@@ -863,7 +877,9 @@ fn polled_time_counts_once() {
         totals.polled
     };
     for place in 0..2 {
-        bench.announce(key(place), 0, place as u32).expect("room");
+        bench
+            .register_new(key(place), 0, place as u32)
+            .expect("room");
         assert!(bench.exits(key(place), 1));
     }
     assert_eq!(totals(), 0);
@@ -890,11 +906,11 @@ fn polled_time_counts_once() {
 fn copy_takes_a_bounded_number_of_interrupts() {
     for (failing, due) in [(0, Some(1)), (15, Some(16)), (16, None)] {
         let bench = Bench::new(10, false);
-        bench.announce(key(1), 0, 1).expect("room");
+        bench.register_new(key(1), 0, 1).expect("room");
         assert!(bench.exits(key(1), 3));
         bench.shared.failing.set(failing);
         bench.shared.cpus.borrow_mut().insert(key(1), 0);
-        let member = bench.registry.known(key(1)).expect("it is known");
+        let member = bench.registry.metered(key(1)).expect("it is known");
         let mut copy = LedgerCopy::new();
         // At rest, no interrupt is sent.
         assert_eq!(bench.registry.copy(member, &mut copy), Some((0, 0)));
@@ -906,11 +922,11 @@ fn copy_takes_a_bounded_number_of_interrupts() {
         let shared = Rc::new(Shared::default());
         shared.failing.set(failing);
         let registry = Registry::new(Plain(Rc::clone(&shared)), tries).expect("memory");
-        announce(&registry, &shared, key(1), 0, 1).expect("room");
+        register_new(&registry, &shared, key(1), 0, 1).expect("room");
         shared.now.set(1);
         assert!(exits(&registry, &shared, key(1), 3));
         shared.cpus.borrow_mut().insert(key(1), 0);
-        let member = registry.known(key(1)).expect("it is known");
+        let member = registry.metered(key(1)).expect("it is known");
         let copied = registry.copy(member, &mut copy);
         assert_eq!(copied.map(|(_, sent)| sent), due);
         assert_eq!(shared.interrupts.get(), failing.min(15) + 1);
@@ -921,9 +937,12 @@ fn copy_takes_a_bounded_number_of_interrupts() {
             &mut buffer,
             &mut Totals::new(),
             HOST,
-            Show::default(),
+            TableOptions::default(),
         );
-        assert_eq!(snapshot.err(), due.is_none().then_some(NoSnapshot::Busy));
+        assert_eq!(
+            snapshot.err(),
+            due.is_none().then_some(NoSnapshot::CopyFailed)
+        );
         destroy(&registry, &shared, key(1));
         drop(registry);
         assert_eq!(shared.objects.get(), 0);
@@ -940,7 +959,7 @@ fn new_clock_moves_all_ledgers() {
     let bench = Bench::new(100, false);
     for place in 0..=LAST {
         bench
-            .announce(key(place), place % 2, place as u32)
+            .register_new(key(place), place % 2, place as u32)
             .expect("room");
         assert!(place == LAST || bench.exits(key(place), 2));
     }
@@ -985,7 +1004,7 @@ fn new_clock_does_not_delay_sums() {
     let bench = Bench::new(100, false);
     for place in 0..3 * GROUP {
         let id = place as u32;
-        bench.announce(key(place), 0, id).expect("room");
+        bench.register_new(key(place), 0, id).expect("room");
         assert!(bench.exits(key(place), 1));
     }
     let all = 3 * GROUP as u64;
@@ -1006,21 +1025,21 @@ fn new_clock_does_not_delay_sums() {
 fn tables_come_and_go_with_their_vcpus() {
     let bench = Bench::new(8, false);
     let has = |place: usize| {
-        let member = bench.registry.known(key(place)).expect("it is known");
+        let member = bench.registry.metered(key(place)).expect("it is known");
         // SAFETY: Nothing runs beside this.
         unsafe { member.ledger().tables() }.is_some()
     };
     for place in 0..3 {
-        assert_eq!(bench.announce(key(place), 0, place as u32), Ok(()));
+        assert_eq!(bench.register_new(key(place), 0, place as u32), Ok(()));
         assert!(bench.exits(key(place), 1) && !has(place));
     }
     bench.registry.give_tables(&mut Walker::new());
     assert!((0..3).all(has));
-    assert_eq!(bench.announce(key(3), 1, 3), Ok(()));
+    assert_eq!(bench.register_new(key(3), 1, 3), Ok(()));
     assert!(bench.exits(key(3), 1) && has(3));
     // There is no memory for this one's tables, and it is metered all the same.
     bench.shared.fails.set(bench.shared.allocations.get() + 2);
-    assert_eq!(bench.announce(key(4), 1, 4), Ok(()));
+    assert_eq!(bench.register_new(key(4), 1, 4), Ok(()));
     assert!(bench.exits(key(4), 1) && !has(4));
     assert_eq!(bench.snapshot().exits.len(), 5);
     bench.registry.give_tables(&mut Walker::new());
@@ -1036,7 +1055,7 @@ fn tables_come_and_go_with_their_vcpus() {
     assert_eq!(objects(), before, "freed beside those who read");
     bench.shared.pass_time();
     assert_eq!(before - objects(), 4);
-    assert_eq!(bench.announce(key(5), 1, 5), Ok(()));
+    assert_eq!(bench.register_new(key(5), 1, 5), Ok(()));
     assert!(bench.exits(key(5), 1) && !has(5));
     let before = objects();
     bench.destroy(key(5));
@@ -1056,16 +1075,16 @@ fn slow_exits_have_their_cpu() {
         ..settings(10, false)
     };
     let registry = Registry::new(Plain(Rc::clone(&shared)), slow).expect("memory");
-    announce(&registry, &shared, key(1), 0, 1).expect("room");
+    register_new(&registry, &shared, key(1), 0, 1).expect("room");
     shared.now.set(1);
     assert!(exits(&registry, &shared, key(1), 3));
     registry.give_tables(&mut Walker::new());
     // A vCPU that gets its tables as it comes.
-    announce(&registry, &shared, key(2), 0, 2).expect("room");
+    register_new(&registry, &shared, key(2), 0, 2).expect("room");
     assert!(exits(&registry, &shared, key(2), 3));
     let mut now = shared.now.get() + 1000;
     let mut exit = |place: usize, ticks: u64| {
-        let ledger = registry.known(key(place)).expect("it is known").ledger();
+        let ledger = registry.metered(key(place)).expect("it is known").ledger();
         // SAFETY: Nothing runs beside this.
         let tables = unsafe { ledger.tables() }.expect("it has tables");
         let about = About {
@@ -1080,7 +1099,7 @@ fn slow_exits_have_their_cpu() {
     };
     let told = || {
         let mut buffer = vec![0; 1 << 20];
-        let show = Show { code: true };
+        let show = TableOptions { code: true };
         let (mut walker, mut gone) = (Walker::new(), Totals::new());
         let size = registry
             .snapshot(&mut walker, &mut buffer, &mut gone, HOST, show)

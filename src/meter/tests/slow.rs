@@ -8,7 +8,7 @@ use exitmeter_meter::{
     ledger::{Ledger, LedgerCopy, NoSupply},
     phase::Phase,
     reasons::{self, Isa, Slot},
-    slow::{Leaving, Slow, SlowCopy, SlowExit, KEPT, MOST_BYTES, RING, WINDOW},
+    slow::{Leaving, Slow, SlowCopy, SlowExit, KEPT, MAX_BYTES, RING, WINDOW},
     tables::{About, Tables, TablesCopy},
 };
 use proptest::prelude::*;
@@ -468,7 +468,7 @@ fn usual(metered: &mut Metered, ticks: u64) {
 
 #[test]
 fn recorder_takes_at_most_10_kib() {
-    assert!(size_of::<Slow>() <= MOST_BYTES, "{}", size_of::<Slow>());
+    assert!(size_of::<Slow>() <= MAX_BYTES, "{}", size_of::<Slow>());
 }
 
 #[test]

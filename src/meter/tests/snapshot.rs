@@ -9,12 +9,12 @@ use exitmeter_meter::{
     leaves::LeafMap,
     ledger::{Ledger, LedgerCopy, NoSupply, Totals},
     phase::Phase,
-    reader::{Counter, Entry, Error, Kind, Missed, Snapshot, Unit},
+    reader::{Counter, Error, Kind, Missed, Snapshot, TableRow, Unit},
     reasons::{self, Isa, Slot},
     slow::Leaving,
     snapshot::{
-        size_for, Encoder, Full, Host, Identity, Reason, TABLE_CODE, TABLE_DETAILS, TABLE_RING,
-        TABLE_SLOWEST, TABLE_USER,
+        size_for, BufferTooSmall, Encoder, HostHeader, Identity, Reason, TABLE_CODE, TABLE_DETAILS,
+        TABLE_RING, TABLE_SLOWEST, TABLE_USER,
     },
     tables::{About, Tables, TablesCopy},
 };
@@ -38,7 +38,7 @@ const SAVED_1_0: &[u8] = include_bytes!("snapshot-1.0.bin");
 /// port that its VMM answers slowly, and a VM that is gone, which executed CPUID 100 times.
 const FROM_AMD: &[u8] = include_bytes!("snapshot-1.0-amd.bin");
 
-const HOST: Host = Host {
+const HOST: HostHeader = HostHeader {
     isa: Isa::Vmx,
     leaf_map: LeafMap::Map2021,
     host_scope: false,
@@ -195,18 +195,18 @@ impl Sample {
         }
     }
 
-    fn write(&self, buffer: &mut [u8]) -> Result<usize, Full> {
+    fn write(&self, buffer: &mut [u8]) -> Result<usize, BufferTooSmall> {
         let mut encoder = Encoder::new(buffer, HOST);
         for (identity, copy, tables) in &self.vcpus {
             encoder.vcpu(identity, copy);
             encoder.tables(copy, tables, true);
         }
-        encoder.told_tables(1);
+        encoder.set_details_on(1);
         encoder.finish(&self.gone, 1)
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let Full { needed } = self.write(&mut []).unwrap_err();
+        let BufferTooSmall { needed } = self.write(&mut []).unwrap_err();
         let mut bytes = vec![0xaa; needed];
         assert_eq!(self.write(&mut bytes), Ok(needed));
         bytes
@@ -377,7 +377,7 @@ fn each_phase_has_its_number_in_a_record() {
         let ledger = ledger();
         ledger.begin(100, phase);
         let mut bytes = vec![0; size_for(1, 1)];
-        let host = Host {
+        let host = HostHeader {
             clock_offset: u64::MAX - 29,
             ..HOST
         };
@@ -404,7 +404,7 @@ fn reads_back(snapshot: &Snapshot<'_>) {
         (snapshot.loaded(), snapshot.now()),
         (1_000_000, 60_000_000_000)
     );
-    assert_eq!((snapshot.unmetered(), snapshot.gone()), (1, 1));
+    assert_eq!((snapshot.unmetered(), snapshot.departed()), (1, 1));
     let counters: Vec<_> = snapshot.counters().collect();
     assert!(matches!(
         counters[0],
@@ -473,8 +473,8 @@ fn has_all_of_1_2(snapshot: &Snapshot<'_>) {
     assert_eq!(snapshot.life(), 0x1122_3344_5566_7788);
     let polled: Vec<_> = snapshot.vcpus().map(|vcpu| vcpu.polled()).collect();
     assert_eq!(polled, [Some(150_000), Some(600_000), Some(0)]);
-    assert_eq!(snapshot.gone_polled(), Some(7_000));
-    assert!(snapshot.has_waits());
+    assert_eq!(snapshot.departed_polled(), Some(7_000));
+    assert!(snapshot.separates_waits());
     let slept = |phase| {
         let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
         rows().map(|row| row.cycles(phase)).sum::<u64>()
@@ -522,8 +522,8 @@ fn has_all_of_1_2(snapshot: &Snapshot<'_>) {
 /// Check that versions before 1.2 return `None` for what they lack, instead of 0.
 fn has_nothing_of_1_2(snapshot: &Snapshot<'_>) {
     assert_eq!(snapshot.life(), snapshot.loaded());
-    assert!(!snapshot.has_waits());
-    assert_eq!(snapshot.gone_polled(), None);
+    assert!(!snapshot.separates_waits());
+    assert_eq!(snapshot.departed_polled(), None);
     assert!(snapshot.vcpus().all(|vcpu| vcpu.polled().is_none()));
     let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
     assert!(rows().all(|row| row.cycles(Phase::Waiting) == 0));
@@ -605,7 +605,7 @@ fn other_buckets_are_not_read_as_ours() {
             }
             let snapshot = Snapshot::parse(&bytes).unwrap();
             let rows = || snapshot.vcpus().flat_map(|vcpu| vcpu.rows());
-            assert!(!snapshot.has_waits());
+            assert!(!snapshot.separates_waits());
             assert!(rows().all(|row| row.cycles(Phase::Waiting) == 0));
             let slept = rows().map(|row| row.cycles(Phase::Halted)).sum::<u64>();
             assert_eq!(slept, 300 * 4_000_000 + 410 * 9_000_000 + 9 * 2_000_000);
@@ -629,7 +629,7 @@ fn snapshot_of_a_real_module_reads_back() {
         .totals()
         .find(|row| row.reason() == Reason::Code(0x72));
     assert_eq!(cpuid.map(|row| row.exits()), Some(100));
-    assert_eq!((snapshot.gone(), snapshot.unmetered()), (1, 0));
+    assert_eq!((snapshot.departed(), snapshot.unmetered()), (1, 0));
 }
 
 #[test]
@@ -641,7 +641,10 @@ fn any_buffer_size_is_safe_and_measured() {
     let before_tables = size_for(3, 9 + 3 + 1 + 3) as u64;
     assert_eq!(bytes[128..136], before_tables.to_le_bytes());
     for size in (0..needed).step_by(STEP) {
-        assert_eq!(sample.write(&mut vec![0; size]), Err(Full { needed }));
+        assert_eq!(
+            sample.write(&mut vec![0; size]),
+            Err(BufferTooSmall { needed })
+        );
     }
     let mut roomy = vec![0xaa; needed + 100];
     assert_eq!(sample.write(&mut roomy), Ok(needed));
@@ -764,7 +767,7 @@ fn additions_of_a_later_version_are_skipped() {
         Phase::ALL.map(|phase| rows[0].cycles(phase)),
         [2, 3, 4, 5, 7, 0]
     );
-    assert!(!snapshot.has_waits());
+    assert!(!snapshot.separates_waits());
     // The header is larger than ours; version 1.2's fields stand there now.
     assert_eq!(vcpu.polled(), Some(0xeeee_eeee_eeee_eeee));
     assert!(vcpu.balances());
@@ -788,7 +791,7 @@ fn additions_of_a_later_version_are_skipped() {
     assert_eq!((tables.len(), tables[0].vcpu, tables[0].since), (1, 0, 77));
     assert!(tables[0].has(9) && tables[0].has(TABLE_CODE) && !tables[0].has(TABLE_DETAILS));
     let entries: Vec<_> = tables[0].entries().collect();
-    let expected = Entry {
+    let expected = TableRow {
         table: TABLE_CODE,
         reason: Reason::Code(0x72),
         detail_kind: 0,
@@ -973,8 +976,8 @@ fn code_is_left_out_without_permission() {
 /// Read all that can be read.
 fn read_all(bytes: &[u8]) -> Result<u64, Error> {
     let snapshot = Snapshot::parse(bytes)?;
-    let mut sum = snapshot.now() ^ snapshot.gone() ^ snapshot.unmetered();
-    sum ^= snapshot.life() ^ snapshot.gone_polled().unwrap_or(0);
+    let mut sum = snapshot.now() ^ snapshot.departed() ^ snapshot.unmetered();
+    sum ^= snapshot.life() ^ snapshot.departed_polled().unwrap_or(0);
     let mut add = |value: u64| sum = sum.wrapping_add(value);
     let counters: Vec<_> = snapshot.counters().collect();
     for vcpu in snapshot.vcpus() {
@@ -1150,7 +1153,7 @@ proptest! {
             totals.fold(copies.last().unwrap());
         }
         let mut bytes = vec![0; size_for(8, 9 * reasons::SLOTS)];
-        let mut encoder = Encoder::new(&mut bytes, Host { isa, ..HOST });
+        let mut encoder = Encoder::new(&mut bytes, HostHeader { isa, ..HOST });
         for (number, copy) in copies.iter().enumerate() {
             encoder.vcpu(&identity(number as u64, 1, number as u32), copy);
         }
@@ -1158,7 +1161,7 @@ proptest! {
 
         let snapshot = Snapshot::parse(&bytes[..size]).unwrap();
         prop_assert_eq!(snapshot.vcpus().count(), copies.len());
-        prop_assert_eq!(snapshot.gone(), copies.len() as u64);
+        prop_assert_eq!(snapshot.departed(), copies.len() as u64);
         for (number, (vcpu, copy)) in snapshot.vcpus().zip(&copies).enumerate() {
             prop_assert_eq!(vcpu.vm(), number as u64);
             prop_assert_eq!((vcpu.first(), vcpu.last()), (copy.first, copy.last));

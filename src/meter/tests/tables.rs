@@ -12,7 +12,7 @@ use exitmeter_meter::{
     phase::Phase,
     reasons::{self, Isa, Slot},
     slow::Leaving,
-    tables::{About, Tables, TablesCopy, CODES, DETAILS, MOST_BYTES, USERS, WAYS},
+    tables::{About, Tables, TablesCopy, CODES, DETAILS, MAX_BYTES, USERS, WAYS},
 };
 use proptest::prelude::*;
 
@@ -283,7 +283,7 @@ fn slots() -> [Slot; 3] {
 
 #[test]
 fn tables_take_at_most_48_kib() {
-    assert!(size_of::<Tables>() <= MOST_BYTES && MOST_BYTES == 48 * 1024);
+    assert!(size_of::<Tables>() <= MAX_BYTES && MAX_BYTES == 48 * 1024);
     const { assert!(DETAILS >= 256 && CODES >= 256 && USERS >= 32) };
 }
 

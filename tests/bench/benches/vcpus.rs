@@ -17,8 +17,8 @@ use exitmeter_meter::{
     ledger::{Ledger, LedgerCopy, Totals, TRIES},
     phase::Phase,
     reasons::{slot, Isa},
-    snapshot::{size_for, Encoder, Host, Identity, NAME_SIZE},
-    table::{Entry, Table},
+    snapshot::{size_for, Encoder, HostHeader, Identity, NAME_SIZE},
+    table::{HashEntry, HashTable},
 };
 
 const COUNTS: [usize; 4] = [1, 16, 256, 4096];
@@ -62,8 +62,8 @@ fn exit_and_entry(criterion: &mut Criterion) {
 fn look_up(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("look-up");
     for count in COUNTS {
-        let entries: Vec<Entry> = (0..4 * 4096).map(|_| Entry::default()).collect();
-        let table = Table::new(&entries);
+        let entries: Vec<HashEntry> = (0..4 * 4096).map(|_| HashEntry::default()).collect();
+        let table = HashTable::new(&entries);
         let key = |number: usize| 0xffff_8880_0000_0000 + number * VCPU_STRIDE;
         for number in 0..count {
             table
@@ -98,7 +98,7 @@ fn snapshot(criterion: &mut Criterion) {
             pid: 1,
             vcpu: 0,
         };
-        let host = || Host {
+        let host = || HostHeader {
             isa: Isa::Vmx,
             leaf_map: LeafMap::Map2021,
             host_scope: false,

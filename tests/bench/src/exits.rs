@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use anyhow::{ensure, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use tiny_guests::{pin, Config, Machine, Mode, Program};
+use tiny_guests::{pin, Config, Mode, Program, TinyVm};
 
 /// A kind of exit, by how KVM handles it.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
@@ -87,7 +87,7 @@ fn now() -> u64 {
 
 /// Run a guest and return the TSC ticks from before its start until after its end.
 fn run(program: Program, count: u32) -> Result<u64> {
-    let mut machine = Machine::new(Config::new(program, Mode::Long, count))?;
+    let mut machine = TinyVm::new(Config::new(program, Mode::Long, count))?;
     let start = AtomicU64::new(0);
     machine.run_with(|_| {
         pin(0)?;

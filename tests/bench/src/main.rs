@@ -8,10 +8,10 @@
 //!
 //! There is no pass or fail. docs/performance.md says what a tick of an emulated host means.
 
+mod driver;
 mod exits;
-mod inside;
+mod in_host;
 mod meters;
-mod outside;
 mod report;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -74,7 +74,7 @@ impl Plan {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if arguments.inside {
-        return inside::run(&arguments.plan);
+        return in_host::run(&arguments.plan);
     }
-    outside::run(&arguments)
+    driver::run(&arguments)
 }

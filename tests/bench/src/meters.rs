@@ -109,7 +109,7 @@ pub const PARTS_FOLDER: &str = "/usr/local/lib/exitmeter-parts";
 
 /// Exits that a meter saw.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct CountedExits {
     /// Exits of all VMs and reasons; `None` from a part of exitmeter that does not count.
     pub exits: Option<u64>,
     /// Further output of the meter, such as the size of its data.
@@ -119,7 +119,7 @@ pub struct Seen {
 /// A running meter.
 pub trait Watch {
     /// Stop the meter and return what it saw.
-    fn stop(self: Box<Self>) -> Result<Seen>;
+    fn stop(self: Box<Self>) -> Result<CountedExits>;
 }
 
 /// Start a meter. When this returns, the meter watches every exit.

@@ -15,7 +15,7 @@ use exitmeter::{
         server::Site,
         sums::Sums,
     },
-    names::{Book, Given, Line},
+    names::{NameBook, NameLine, VmNames},
 };
 
 use crate::recording::{plus, times, Recording};
@@ -109,17 +109,17 @@ impl Hosts {
             return to.done();
         }
         let sums = self.sums(host);
-        let mut names = Book::default();
+        let mut names = NameBook::default();
         names.look_up(&sums.running());
         for number in sums.vms.keys() {
-            let given = Given {
+            let given = VmNames {
                 name: Some(format!("vm-{}-{}", number & 0xffff, number >> 16)),
                 uuid: Some(format!("00000000-0000-4000-8000-{host:04x}{number:08x}")),
                 manager: Some("fleet".to_owned()),
-                ..Given::default()
+                ..VmNames::default()
             };
             let life = sums.head.life;
-            names.note(Line {
+            names.add(NameLine {
                 life,
                 vm: *number,
                 given,

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use system_tests::host::pick;
+use system_tests::host::by_vendor;
 
 /// Default time limits on the Intel and the AMD host, in seconds of the host's clock. The clock of the Intel host is as
 /// much slower than ours as its CPU is.
@@ -53,6 +53,6 @@ pub fn allowance_of(name: &str) -> Result<Allowance> {
     });
     Ok(Allowance {
         arguments,
-        limit: Duration::from_secs(pick(intel, amd)?),
+        limit: Duration::from_secs(by_vendor(intel, amd)?),
     })
 }

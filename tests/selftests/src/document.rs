@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use crate::{
     allowance::{LIMITS, SPECIAL},
-    outside::{AllResults, Compared, Results},
+    driver::{AllResults, Compared, Results},
     verdict::{TestRun, Verdict},
 };
 

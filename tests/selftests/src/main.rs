@@ -8,9 +8,9 @@
 
 mod allowance;
 mod document;
+mod driver;
 mod environment;
-mod inside;
-mod outside;
+mod in_host;
 mod reaper;
 mod verdict;
 
@@ -52,7 +52,7 @@ struct Arguments {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if arguments.inside {
-        return inside::run(arguments.metered, &arguments.words);
+        return in_host::run(arguments.metered, &arguments.words);
     }
-    outside::run(&arguments)
+    driver::run(&arguments)
 }

@@ -5,7 +5,7 @@
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
-use tiny_guests::{Mode, Quad};
+use tiny_guests::{Mode, Registers64};
 
 use super::{answers::ask, loading::UNCHECKED_LINE, tool, Case};
 use crate::host::{
@@ -38,9 +38,9 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Query each leaf from tiny guests at CPL 0 and CPL 3.
 fn by_level() -> Result<()> {
-    let cpuid = host::pick(10, 0x72)?;
-    let queries: Vec<Quad> = (0x4fff_fff0..=0x4fff_ffff)
-        .map(|leaf| Quad::cpuid(leaf, cpuid))
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let queries: Vec<Registers64> = (0x4fff_fff0..=0x4fff_ffff)
+        .map(|leaf| Registers64::cpuid(leaf, cpuid))
         .collect();
     let without = ask(Mode::User, &queries)?.1;
     for (parameters, total) in [("leaf_cpl=0", MAP_2021.total_exits), ("leaf_cpl=3", 0)] {
@@ -102,7 +102,7 @@ fn by_level() -> Result<()> {
 fn in_linux() -> Result<()> {
     let file = tool::guest_file_option()?;
     let linux = Linux::boot(&["--file", &file])?;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let leaf = MAP_2021.reason_exits;
 
     // A plain CPUID at CPL 3 reads what KVM answers, even as root.
@@ -182,8 +182,8 @@ fn example_configuration() -> Result<()> {
         })
         .collect();
     ensure!(options.len() == 2, "the file has the options {options:?}");
-    let cpuid = host::pick(10, 0x72)?;
-    let query = [Quad::cpuid(MAP_2021.reason_exits, cpuid); 2];
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let query = [Registers64::cpuid(MAP_2021.reason_exits, cpuid); 2];
     let without = [Mode::Long, Mode::User].map(|mode| ask(mode, &query).map(|asked| asked.1));
     let [kernel, user] = without;
     let (kernel, user) = (kernel?, user?);

@@ -7,22 +7,22 @@ use std::{thread, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{
-    leaves::asked_phases,
+    leaves::phases_of_query,
     phase::Phase,
     reasons::{self, Isa},
 };
-use tiny_guests::{Config, Machine, Mode, Quad};
+use tiny_guests::{Config, Mode, Registers64, TinyVm};
 
 use super::Case;
 use crate::host::{
     self,
     leaves::{Map, EXITS_64, IDENTITY, INTERFACE, LIFE, MAP_2021, MAP_2022, PHASE_CYCLES},
-    meter::{LedgerNumbers, Meter},
+    meter::{LedgerNumbers, MeterSnapshot},
     module,
 };
 
 /// Answer to a query of an undefined reason.
-const UNDEFINED: Quad = Quad {
+const UNDEFINED: Registers64 = Registers64 {
     rax: 0,
     rbx: 0,
     rcx: 0,
@@ -86,8 +86,10 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(Case::without_module(
         "answers: with leaf_map=0 the guest reads what KVM answers",
         || {
-            let ours: Vec<Quad> = (0x4fff_fff0..=0x4fff_ffff)
-                .flat_map(|leaf| [0, 1, 10, 0x1_000a, u32::MAX].map(|sub| Quad::cpuid(leaf, sub)))
+            let ours: Vec<Registers64> = (0x4fff_fff0..=0x4fff_ffff)
+                .flat_map(|leaf| {
+                    [0, 1, 10, 0x1_000a, u32::MAX].map(|sub| Registers64::cpuid(leaf, sub))
+                })
                 .collect();
             unchanged_answers(&ours, &["leaf_map=0"])
         },
@@ -115,9 +117,9 @@ pub(super) fn cases() -> Vec<Case> {
                 u32::MAX,
             ];
             beside.extend(0x4fff_fff6..=0x4fff_fffb);
-            let beside: Vec<Quad> = beside
+            let beside: Vec<Registers64> = beside
                 .into_iter()
-                .flat_map(|leaf| [0, 1, 10].map(|sub| Quad::cpuid(leaf, sub)))
+                .flat_map(|leaf| [0, 1, 10].map(|sub| Registers64::cpuid(leaf, sub)))
                 .collect();
             unchanged_answers(&beside, &["leaf_map=2021", "leaf_map=2022"])
         },
@@ -126,8 +128,8 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Run a guest with `queries` to its end. Return its VM, which still exists, and the answers.
-pub(super) fn ask(mode: Mode, queries: &[Quad]) -> Result<(Machine, Vec<Quad>)> {
-    let mut machine = Machine::new(Config::query(mode, queries.to_vec()))?;
+pub(super) fn ask(mode: Mode, queries: &[Registers64]) -> Result<(TinyVm, Vec<Registers64>)> {
+    let mut machine = TinyVm::new(Config::query(mode, queries.to_vec()))?;
     machine.run()?;
     let answers = machine.answers(0);
     Ok((machine, answers))
@@ -156,11 +158,11 @@ fn defined_codes() -> Result<Vec<u32>> {
 fn reasons_match_the_host(mode: Mode) -> Result<()> {
     let isa = host::isa()?;
     let paging = host::nested_paging()?;
-    let [cpuid, io] = host::pick([10, 30], [0x72, 0x7b])?;
+    let [cpuid, io] = host::by_vendor([10, 30], [0x72, 0x7b])?;
     // The reason of an exit for a page that KVM has not mapped yet.
     let fault = match paging {
-        true => host::pick(48, 0x400)?,
-        false => host::pick(0, 0x4e)?,
+        true => host::by_vendor(48, 0x400)?,
+        false => host::by_vendor(0, 0x4e)?,
     };
     let codes = defined_codes()?;
     let mut asked: Vec<(u32, u32)> = Vec::new();
@@ -168,17 +170,18 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
     // This leaf takes reasons of 16 bits only.
     let short = codes.iter().filter(|code| **code <= 0xffff);
     asked.extend(short.map(|code| (EXITS_64, *code)));
-    let mut queries: Vec<Quad> = asked
+    let mut queries: Vec<Registers64> = asked
         .iter()
-        .map(|(leaf, code)| Quad::cpuid(*leaf, *code))
+        .map(|(leaf, code)| Registers64::cpuid(*leaf, *code))
         .collect();
     let tail = queries.len();
-    queries.push(Quad::cpuid(MAP_2021.reason_cycles, fault));
-    let phases = || (0..).map_while(asked_phases).zip(0_u32..);
-    queries.extend(phases().map(|(_, number)| Quad::cpuid(PHASE_CYCLES, fault | number << 16)));
+    queries.push(Registers64::cpuid(MAP_2021.reason_cycles, fault));
+    let phases = || (0..).map_while(phases_of_query).zip(0_u32..);
+    queries
+        .extend(phases().map(|(_, number)| Registers64::cpuid(PHASE_CYCLES, fault | number << 16)));
     let expected = host::expected(&Config::query(mode, queries.clone()))?;
     let (machine, answers) = ask(mode, &queries)?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let host = &meter.only()?.numbers;
     drop(machine);
 
@@ -222,7 +225,7 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
     ensure!(faults_after(tail) == 0, "the last queries are on one page");
     let kernel = host.cycles_of(Phase::Kernel, fault);
     let answer = answers[tail];
-    let expected = Quad {
+    let expected = Registers64 {
         rax: 0,
         rbx: kernel >> 32,
         rcx: low(kernel),
@@ -237,7 +240,7 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
             .iter()
             .map(|phase| host.cycles_of(*phase, fault))
             .sum();
-        let expected = Quad {
+        let expected = Registers64 {
             rax: low(held),
             rbx: 0,
             rcx: 0,
@@ -275,14 +278,14 @@ fn totals_match_the_host() -> Result<()> {
     let isa = host::isa()?;
     let mut undisturbed = 0;
     for _ in 0..20 {
-        let queries: Vec<Quad> = (0..QUERIES)
+        let queries: Vec<Registers64> = (0..QUERIES)
             .map(|query| match query % 2 {
-                0 => Quad::cpuid(MAP_2021.total_cycles, 0),
-                _ => Quad::cpuid(MAP_2021.total_exits, 0),
+                0 => Registers64::cpuid(MAP_2021.total_cycles, 0),
+                _ => Registers64::cpuid(MAP_2021.total_exits, 0),
             })
             .collect();
         let (machine, answers) = ask(Mode::Long, &queries)?;
-        let meter = Meter::read()?;
+        let meter = MeterSnapshot::read()?;
         let host = &meter.only()?.numbers;
         drop(machine);
 
@@ -326,19 +329,22 @@ fn totals_match_the_host() -> Result<()> {
 fn identity() -> Result<()> {
     let (_machine, answers) = ask(
         Mode::Long,
-        &[Quad::cpuid(IDENTITY, 0), Quad::cpuid(INTERFACE, 0)],
+        &[
+            Registers64::cpuid(IDENTITY, 0),
+            Registers64::cpuid(INTERFACE, 0),
+        ],
     )?;
     let word = |text: &[u8; 4]| u64::from(u32::from_le_bytes(*text));
     let expected = [
-        Quad {
+        Registers64 {
             rax: 0x4fff_ffff,
             rbx: word(b"Exit"),
             rcx: word(b"Mete"),
             rdx: word(b"r\0\0\0"),
         },
-        Quad {
+        Registers64 {
             rax: 3,
-            rbx: host::pick(1, 2)?,
+            rbx: host::by_vendor(1, 2)?,
             rcx: defined_codes()?.len() as u64,
             rdx: 2021,
         },
@@ -360,16 +366,16 @@ const RENEWAL: Duration = Duration::from_millis(1050);
 fn sum_of_many_vcpus() -> Result<()> {
     const VCPUS: u8 = 40;
     const EACH: u64 = 5;
-    let cpuid = host::pick(10, 0x72)?;
-    let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
-    let mut machine = Machine::new(Config {
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
+    let mut machine = TinyVm::new(Config {
         vcpus: VCPUS,
         ..Config::query(Mode::Long, queries.clone())
     })?;
     machine.run()?;
     let mut before = EACH * u64::from(VCPUS);
     for round in 0..2 {
-        let host = Meter::read()?;
+        let host = MeterSnapshot::read()?;
         let held: u64 = host
             .own()
             .iter()
@@ -379,7 +385,7 @@ fn sum_of_many_vcpus() -> Result<()> {
             held == before,
             "round {round}: the host holds {held} instead of {before}"
         );
-        machine.ask(&queries)?;
+        machine.set_queries(&queries)?;
         for vcpu in [0, 31, 32, VCPUS - 1] {
             thread::sleep(RENEWAL);
             machine.run_one(vcpu)?;
@@ -400,12 +406,16 @@ fn sum_of_many_vcpus() -> Result<()> {
 /// Check the sum that a guest reads on a host with many vCPUs, some of them departed.
 fn sum_of_a_host() -> Result<()> {
     const EACH: u64 = 5;
-    let cpuid = host::pick(10, 0x72)?;
-    let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
-    let mut before = Meter::read()?.exits().get(&cpuid).copied().unwrap_or(0);
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
+    let mut before = MeterSnapshot::read()?
+        .exits()
+        .get(&cpuid)
+        .copied()
+        .unwrap_or(0);
     let mut machines = Vec::new();
     for vcpus in [15, 15, 15, 4] {
-        let mut machine = Machine::new(Config {
+        let mut machine = TinyVm::new(Config {
             vcpus,
             ..Config::query(Mode::Long, queries.clone())
         })?;
@@ -417,7 +427,7 @@ fn sum_of_a_host() -> Result<()> {
     machines.pop();
     thread::sleep(RENEWAL);
     let machine = machines.first_mut().context("there are three")?;
-    machine.ask(&queries)?;
+    machine.set_queries(&queries)?;
     machine.run_one(0)?;
     let read: Vec<u64> = machine
         .answers(0)
@@ -440,10 +450,10 @@ fn life_numbers() -> Result<()> {
     let mut seen = Vec::new();
     for _ in 0..2 {
         let loaded = module::Loaded::with("log_queries=0")?;
-        let (machine, answers) = ask(Mode::Long, &[Quad::cpuid(LIFE, 0); 2])?;
+        let (machine, answers) = ask(Mode::Long, &[Registers64::cpuid(LIFE, 0); 2])?;
         let read = answers.iter().map(|answer| join(answer.rdx, answer.rax));
         let read: Vec<u64> = read.collect();
-        let held = Meter::read()?.life;
+        let held = MeterSnapshot::read()?.life;
         ensure!(
             read == [held; 2] && held != 0 && !seen.contains(&held),
             "a guest reads the lives {read:?}, the host holds {held}, and held {seen:?} before"
@@ -458,9 +468,9 @@ fn life_numbers() -> Result<()> {
 /// Let each of two vCPUs ask for the CPUID exits of its VM.
 fn sum_of_two_vcpus() -> Result<()> {
     const EACH: u64 = 200;
-    let cpuid = host::pick(10, 0x72)?;
-    let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
-    let mut machine = Machine::new(Config {
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
+    let mut machine = TinyVm::new(Config {
         vcpus: 2,
         ..Config::query(Mode::Long, queries)
     })?;
@@ -483,7 +493,7 @@ fn sum_of_two_vcpus() -> Result<()> {
         highest == 2 * EACH,
         "both vCPUs asked {EACH} times, and the highest count read is {highest}"
     );
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let each: Vec<u64> = meter
         .own()
         .iter()
@@ -522,12 +532,12 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     let reasons: Vec<u32> = (0..100).chain(hostile).collect();
     let mut queries = Vec::new();
     for reason in &reasons {
-        queries.push(Quad::cpuid(map.reason_exits, *reason));
-        queries.push(Quad::cpuid(map.reason_cycles, *reason));
+        queries.push(Registers64::cpuid(map.reason_exits, *reason));
+        queries.push(Registers64::cpuid(map.reason_cycles, *reason));
     }
-    queries.push(Quad::cpuid(INTERFACE, 0));
+    queries.push(Registers64::cpuid(INTERFACE, 0));
     let (machine, answers) = ask(mode, &queries)?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let host = &meter.only()?.numbers;
     drop(machine);
 
@@ -537,7 +547,7 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
             exits == UNDEFINED && cycles == UNDEFINED
         } else if host.exits_of(*reason) == 0 {
             // KVM does not handle the reason, or this guest never exited for it.
-            exits == Quad::default() && cycles == Quad::default()
+            exits == Registers64::default() && cycles == Registers64::default()
         } else {
             (exits.rcx, exits.rdx, cycles.rax, cycles.rdx) == (0, 0, 0, 0)
                 && join(exits.rbx, exits.rax) <= host.exits_of(*reason)
@@ -551,7 +561,7 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     let map_year = answers.last().context("it asked")?.rdx;
     ensure!(map_year == number, "the guest reads leaf map {map_year}");
     // The leaf of exits also gives the right value: one exit for each earlier query.
-    let cpuid = host::pick(10_u32, 0x72)?;
+    let cpuid = host::by_vendor(10_u32, 0x72)?;
     if let Some(place) = reasons.iter().position(|reason| *reason == cpuid) {
         let exits = answers[2 * place].rax;
         ensure!(
@@ -559,12 +569,12 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
             "the guest reads {exits} CPUID exits"
         );
     }
-    let total = ask(mode, &[Quad::cpuid(map.total_exits, 0)])?.1[0];
+    let total = ask(mode, &[Registers64::cpuid(map.total_exits, 0)])?.1[0];
     ensure!(
         total.rax != 0 && (total.rbx, total.rcx, total.rdx) == (0, 0, 0),
         "the guest reads {total:x?} for the total exits"
     );
-    let total = ask(mode, &[Quad::cpuid(map.total_cycles, 0)])?.1[0];
+    let total = ask(mode, &[Registers64::cpuid(map.total_cycles, 0)])?.1[0];
     ensure!(
         total.rcx != 0 && (total.rax, total.rdx) == (0, 0),
         "the guest reads {total:x?} for the total cycles"
@@ -581,7 +591,7 @@ fn is_defined(isa: Isa, code: u32) -> bool {
 }
 
 /// Check that a guest reads the same with the module, under each of `parameters`, as without it.
-fn unchanged_answers(queries: &[Quad], parameters: &[&str]) -> Result<()> {
+fn unchanged_answers(queries: &[Registers64], parameters: &[&str]) -> Result<()> {
     let read = || MODES.map(|(mode, _)| Ok(ask(mode, queries)?.1));
     let without = read().into_iter().collect::<Result<Vec<_>>>()?;
     for parameters in parameters {

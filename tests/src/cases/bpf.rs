@@ -23,14 +23,14 @@ use exitmeter_meter::{
     snapshot::TABLE_CODE,
 };
 use serde_json::Value;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{verify::with_verdict, Case};
 use crate::host::{
     self,
     hist::Hist,
     linux::Linux,
-    meter::{Meter, DEVICE},
+    meter::{MeterSnapshot, DEVICE},
     module,
     span::{compare, exits_since},
 };
@@ -165,8 +165,8 @@ impl Attached {
         Ok(Self(()))
     }
 
-    fn read(&self) -> Result<Meter> {
-        Meter::parse(&self.snapshot()?)
+    fn read(&self) -> Result<MeterSnapshot> {
+        MeterSnapshot::parse(&self.snapshot()?)
     }
 
     pub(super) fn snapshot(&self) -> Result<Vec<u8>> {
@@ -244,7 +244,7 @@ fn exact_counts() -> Result<()> {
             let expected = host::expected(&config)?;
             let before = attached.read()?.exits();
             let hist = Hist::begin()?;
-            let mut machine = Machine::new(config)?;
+            let mut machine = TinyVm::new(config)?;
             machine.run()?;
             drop(machine);
             let counted = exits_since(attached.read()?.exits(), &before)?;
@@ -266,17 +266,17 @@ fn exact_counts() -> Result<()> {
 fn beside_module() -> Result<()> {
     let attached = Attached::with(&[])?;
     let before = attached.read()?.totals;
-    let first = Meter::read()?.totals;
+    let first = MeterSnapshot::read()?.totals;
     for program in [
         Program::Cpuid,
         Program::OutUser,
         Program::Touch,
         Program::HltKernel,
     ] {
-        let mut machine = Machine::new(Config::new(program, Mode::Long, 2000))?;
+        let mut machine = TinyVm::new(Config::new(program, Mode::Long, 2000))?;
         machine.run()?;
     }
-    let (bpf, module) = (attached.read()?, Meter::read()?);
+    let (bpf, module) = (attached.read()?, MeterSnapshot::read()?);
     ensure!(
         bpf.gone == module.gone,
         "{} vCPUs and {}",
@@ -372,7 +372,7 @@ fn rows_match_module() -> Result<()> {
 
 fn compare_rows(config: Config, is_svm: bool) -> Result<()> {
     let may_have_more = !is_svm && config.program == Program::Query;
-    let mut machine = Machine::new(config)?;
+    let mut machine = TinyVm::new(config)?;
     machine.run()?;
     let by_bpf = checked_rows(&run_tool(&["bpf", "snapshot"])?)?;
     let mut by_module = checked_rows(&fs::read(DEVICE)?)?;
@@ -418,7 +418,7 @@ fn boot_with_details() -> Result<()> {
 fn slowest() -> Result<()> {
     const SLEPT: Duration = Duration::from_millis(300);
 
-    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 50))?;
+    let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 50))?;
     let attached = Attached::with(&["--details"])?;
     machine.run()?;
     thread::sleep(SLEPT);
@@ -466,7 +466,7 @@ fn boot() -> Result<()> {
 
 fn phases() -> Result<()> {
     let attached = Attached::with(&[])?;
-    let mut machine = Machine::new(Config::new(Program::HltKernel, Mode::Long, 200))?;
+    let mut machine = TinyVm::new(Config::new(Program::HltKernel, Mode::Long, 200))?;
     machine.run()?;
     let numbers = attached.read()?.only()?.numbers.clone();
     println!("sleeps: {}", numbers.shares());
@@ -477,7 +477,7 @@ fn phases() -> Result<()> {
     );
     drop(machine);
 
-    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 2000))?;
+    let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 2000))?;
     let before = attached.read()?.only()?.numbers.phases[Phase::User as usize];
     let begun = Instant::now();
     machine.run()?;
@@ -512,7 +512,7 @@ fn nested() -> Result<()> {
         let meter = attached.read()?;
         let vcpu = meter.vcpus.iter().find(|vcpu| vcpu.pid == pid);
         let nested = &vcpu.context("the guest is metered")?.numbers.nested;
-        let cpuid = host::pick(10, 0x72)?;
+        let cpuid = host::by_vendor(10, 0x72)?;
         ensure!(
             nested.get(&cpuid) == Some(&asked),
             "the L2 guest executes CPUID {asked} times, and the nested exits are {nested:?}"
@@ -526,7 +526,7 @@ fn nested() -> Result<()> {
 }
 
 fn existing_vcpu() -> Result<()> {
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 500))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 500))?;
     let attached = Attached::with(&[])?;
     let hist = Hist::begin()?;
     machine.run()?;
@@ -661,9 +661,9 @@ fn lifetime() -> Result<()> {
 
 fn no_room() -> Result<()> {
     let attached = Attached::with(&["--max-vcpus", "1"])?;
-    let mut first = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    let mut first = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     first.run()?;
-    let mut second = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
+    let mut second = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
     second.run()?;
     let meter = attached.read()?;
     ensure!(
@@ -684,7 +684,7 @@ fn no_room() -> Result<()> {
     );
     // A departed vCPU makes room for another.
     drop((first, second));
-    let mut third = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    let mut third = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     third.run()?;
     let meter = attached.read()?;
     ensure!((meter.unmetered, meter.vcpus.len(), meter.gone) == (1, 1, 1));
@@ -704,7 +704,7 @@ pub fn attach_again(times: u64) -> Result<()> {
         let load = scope.spawn(|| -> Result<u64> {
             let mut machines = 0;
             while !done.load(Relaxed) {
-                let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 1000))?;
+                let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 1000))?;
                 machine.run()?;
                 machines += 1;
             }
@@ -713,7 +713,7 @@ pub fn attach_again(times: u64) -> Result<()> {
         let attaching = (0..times).try_for_each(|time| {
             let details = ["--details"];
             let attached = Attached::with(if time % 2 == 0 { &[] } else { &details })?;
-            // `Meter::parse` checks each live vCPU.
+            // `MeterSnapshot::parse` checks each live vCPU.
             attached.read()?;
             attached.stop()
         });

@@ -14,13 +14,13 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{
     detail::Kind,
     phase::Phase,
-    reader::{Entry, Missed, Snapshot},
+    reader::{Missed, Snapshot, TableRow},
     reasons::Isa,
     snapshot::{Reason, TABLE_CODE, TABLE_DETAILS, TABLE_USER},
     tables::CODES,
 };
 use tiny_guests::{
-    Config, Machine, Mode, Program, Quad, Stepped, NOTIFY_LONG_SPIN_WAIT, REGISTERS,
+    Config, Mode, Program, Registers64, Stepped, TinyVm, NOTIFY_LONG_SPIN_WAIT, REGISTERS,
 };
 
 use super::Case;
@@ -196,16 +196,16 @@ pub(super) fn check_sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
 }
 
 /// Run a guest to its end, and return its rows. Check that they match the kernel's histograms.
-fn compare(config: Config) -> Result<Vec<Entry>> {
-    compare_with(config, Machine::new, |machine| machine.run().map(drop))
+fn compare(config: Config) -> Result<Vec<TableRow>> {
+    compare_with(config, TinyVm::new, |machine| machine.run().map(drop))
 }
 
 /// Do the work of [`compare`] for a machine that `make` creates and `run` runs to its end.
 fn compare_with(
     config: Config,
-    make: impl FnOnce(Config) -> Result<Machine, tiny_guests::Error>,
-    run: impl FnOnce(&mut Machine) -> Result<(), tiny_guests::Error>,
-) -> Result<Vec<Entry>> {
+    make: impl FnOnce(Config) -> Result<TinyVm, tiny_guests::Error>,
+    run: impl FnOnce(&mut TinyVm) -> Result<(), tiny_guests::Error>,
+) -> Result<Vec<TableRow>> {
     let isa = host::isa()?;
     let oracle = DetailOracle::begin()?;
     let user = EventHist::begin("kvm_userspace_exit", &["reason"])?;
@@ -219,7 +219,7 @@ fn compare_with(
     ensure!(snapshot.has_tables() && snapshot.without_tables() == 0);
     ensure!(snapshot.tables().count() == usize::from(config.vcpus));
     check_sums(&snapshot, 0)?;
-    let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
+    let entries: Vec<TableRow> = snapshot.tables().flat_map(|it| it.entries()).collect();
     for agreement in counts.check(&entries)? {
         println!("{agreement}");
     }
@@ -294,7 +294,7 @@ fn compare_with(
 }
 
 /// Return the exits of a table's rows with keys of `kind`, by key.
-fn rows(entries: &[Entry], table: u32, kind: Kind) -> BTreeMap<u64, u64> {
+fn rows(entries: &[TableRow], table: u32, kind: Kind) -> BTreeMap<u64, u64> {
     let mut rows = BTreeMap::new();
     for entry in entries {
         if (entry.table, entry.others, entry.detail_kind) == (table, false, kind as u8) {
@@ -305,7 +305,7 @@ fn rows(entries: &[Entry], table: u32, kind: Kind) -> BTreeMap<u64, u64> {
 }
 
 /// Return the exits with `code` that have no row of details.
-fn others(entries: &[Entry], code: u32) -> u64 {
+fn others(entries: &[TableRow], code: u32) -> u64 {
     let others = entries.iter().filter(|entry| {
         (entry.table, entry.others, entry.reason) == (TABLE_DETAILS, true, Reason::Code(code))
     });
@@ -362,7 +362,7 @@ fn single_steps() -> Result<()> {
     const DEBUG: u32 = 1;
     let mut stepped = 0;
     let config = Config::new(Program::Cpuid, Mode::Long, 100);
-    let entries = compare_with(config, Machine::new, |machine| {
+    let entries = compare_with(config, TinyVm::new, |machine| {
         if let Stepped::ToTheEnd(steps) = machine.step(10_000)? {
             stepped = u64::from(steps);
         }
@@ -393,10 +393,10 @@ fn single_steps() -> Result<()> {
 
 fn hypercalls() -> Result<()> {
     let config = || Config::new(Program::Hypercall, Mode::Long, 300);
-    let run = |machine: &mut Machine| machine.run().map(drop);
+    let run = |machine: &mut TinyVm| machine.run().map(drop);
     // KVM_HC_VAPIC_POLL_IRQ.
-    let kvm = compare_with(config(), Machine::new, run)?;
-    let hyperv = compare_with(config(), Machine::with_hyperv, run)?;
+    let kvm = compare_with(config(), TinyVm::new, run)?;
+    let hyperv = compare_with(config(), TinyVm::with_hyperv, run)?;
     let call = u64::from(NOTIFY_LONG_SPIN_WAIT) | 1 << 32;
     for (entries, call) in [(kvm, 1), (hyperv, call)] {
         let calls = rows(&entries, TABLE_DETAILS, Kind::Hypercall);
@@ -420,7 +420,7 @@ fn linux_boot(options: &[&str]) -> Result<()> {
     ensure!(snapshot.has_tables() && snapshot.without_tables() == 0);
     ensure!(snapshot.tables().count() == 1);
     check_sums(&snapshot, 0)?;
-    let entries: Vec<Entry> = snapshot.tables().flat_map(|it| it.entries()).collect();
+    let entries: Vec<TableRow> = snapshot.tables().flat_map(|it| it.entries()).collect();
     let [details, code] = counts.check(&entries)?;
     println!("details: {details}");
     println!("code: {code}");
@@ -432,7 +432,7 @@ fn linux_boot(options: &[&str]) -> Result<()> {
         "the boot has too little code: {code}"
     );
     // Each reason with details has some. Without nested paging, memory and devices have none.
-    for (code, kind) in host::pick(
+    for (code, kind) in host::by_vendor(
         &[
             (30, Kind::Port),
             (32, Kind::Msr),
@@ -464,7 +464,7 @@ fn linux_boot(options: &[&str]) -> Result<()> {
         // Without APICv KVM does not map the APIC's page, and emulates each access
         // (kvm_mmu_faultin_pfn()). On VMX the access counts for the memory of its GiB, on SVM for a
         // device.
-        let (code, kind) = host::pick((48, Kind::Memory), (0x400, Kind::Address))?;
+        let (code, kind) = host::by_vendor((48, Kind::Memory), (0x400, Kind::Address))?;
         let is_apic = |key: u64| match kind {
             Kind::Memory => key & 0x3f_ffff == 3,
             _ => key >> 12 == 0xfee00,
@@ -499,16 +499,16 @@ fn leaves() -> Result<()> {
         (0x4fff_fffc, 0x72),
         (0xd, 0xffff_ffff),
     ];
-    let queries = asked.map(|(leaf, subleaf)| Quad::cpuid(leaf, subleaf));
+    let queries = asked.map(|(leaf, subleaf)| Registers64::cpuid(leaf, subleaf));
     compare(Config::query(Mode::Long, queries.to_vec())).map(|_| ())
 }
 
 /// Return queries of more leaves than the rows have room for, each twice. Some leaves lose their row
 /// and return.
-pub(super) fn many_leaves() -> Vec<Quad> {
+pub(super) fn many_leaves() -> Vec<Registers64> {
     const LEAVES: u32 = 255;
     (0..2 * LEAVES)
-        .map(|number| Quad::cpuid(0x1000_0000 + number % LEAVES, 0))
+        .map(|number| Registers64::cpuid(0x1000_0000 + number % LEAVES, 0))
         .collect()
 }
 
@@ -529,9 +529,9 @@ pub(super) fn details_state() -> Result<(usize, bool)> {
 }
 
 fn on_and_off() -> Result<()> {
-    let run = |machine: &mut Machine| machine.run().map(|_| ());
+    let run = |machine: &mut TinyVm| machine.run().map(|_| ());
     let config = || Config::new(Program::Cpuid, Mode::Long, 500);
-    let mut before = Machine::new(config())?;
+    let mut before = TinyVm::new(config())?;
     run(&mut before)?;
     ensure!(
         details_state()? == (0, false),
@@ -546,7 +546,7 @@ fn on_and_off() -> Result<()> {
         "a vCPU that has not exited since has tables"
     );
     // Only a vCPU that exits while details are on gets tables.
-    let mut machine = Machine::new(config())?;
+    let mut machine = TinyVm::new(config())?;
     run(&mut machine)?;
     ensure!(details_state()? == (1, true));
     drop(one);
@@ -571,7 +571,7 @@ fn on_and_off() -> Result<()> {
     drop(machine);
     drop(before);
     // Turn details on and off as fast as possible while a guest runs.
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 200_000))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 200_000))?;
     let switched = std::thread::scope(|scope| {
         let guest = scope.spawn(|| run(&mut machine));
         let mut switched = 0;
@@ -607,7 +607,7 @@ fn on_and_off() -> Result<()> {
 }
 
 fn without_perfmon() -> Result<()> {
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
     let read_as = |nobody: bool| -> Result<(Vec<u8>, io::Result<()>)> {

@@ -5,7 +5,7 @@
 
 use anyhow::{ensure, Result};
 use clap::ValueEnum as _;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::Case;
 use crate::host::{self, hist::Exits, linux::Linux, span::Span};
@@ -61,7 +61,7 @@ pub(super) fn cases() -> Vec<Case> {
         "exits: OUT to the VMM on 6 vCPUs that move between the host's CPUs",
         Config {
             vcpus: 6,
-            roam: true,
+            change_cpus: true,
             ..Config::new(Program::OutUser, Mode::Long, 1000)
         },
     ));
@@ -128,7 +128,7 @@ fn run_and_check(config: Config) -> Result<Exits> {
     } = config;
     let expected = host::expected(&config)?;
     let span = Span::begin()?;
-    let mut machine = Machine::new(config)?;
+    let mut machine = TinyVm::new(config)?;
     let seen = machine.run()?;
     let writes = machine.eventfd_writes()?;
     drop(machine);

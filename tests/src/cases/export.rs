@@ -19,7 +19,7 @@ use exitmeter_meter::{
     reasons::{self, Isa},
     snapshot::Reason,
 };
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{bpf::Attached, Case};
 use crate::host::{self, meter::DEVICE, module};
@@ -179,7 +179,7 @@ fn check_scrape(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
     }
     check(
         "exitmeter_departed_vcpus_total".to_owned(),
-        snapshot.gone() as f64,
+        snapshot.departed() as f64,
     )?;
     check(
         "exitmeter_vcpus".to_owned(),
@@ -188,9 +188,9 @@ fn check_scrape(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
 }
 
 /// Run a VM and drop it; then run another and return it at rest.
-fn departed_and_resting_vm() -> Result<Machine> {
-    Machine::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
-    let mut machine = Machine::new(Config {
+fn departed_and_resting_vm() -> Result<TinyVm> {
+    TinyVm::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
+    let mut machine = TinyVm::new(Config {
         vcpus: 2,
         ..Config::new(Program::OutUser, Mode::Long, 300)
     })?;
@@ -271,7 +271,7 @@ fn never_fall() -> Result<()> {
     thread::scope(|scope| {
         let load = scope.spawn(|| -> Result<()> {
             for _ in 0..30 {
-                let mut machine = Machine::new(Config {
+                let mut machine = TinyVm::new(Config {
                     vcpus: 2,
                     ..Config::new(Program::Cpuid, Mode::Long, 300)
                 })?;
@@ -304,7 +304,7 @@ fn never_fall() -> Result<()> {
 fn detail_counters() -> Result<()> {
     const OUTS: u32 = 3000;
     let exporter = Exporter::start(&["--details", "20"], false)?;
-    let mut machine = Machine::new(Config {
+    let mut machine = TinyVm::new(Config {
         vcpus: 2,
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
     })?;

@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reasons::Isa;
-use tiny_guests::{Config, Machine, Mode, Program, Quad};
+use tiny_guests::{Config, Mode, Program, Registers64, TinyVm};
 
 use super::{answers::ask, Case};
 use crate::host::{self, bpf::Fentry, hist, leaves::MAP_2021, log::Log, module, span::Span};
@@ -176,9 +176,9 @@ fn append(name: &str, text: &str) -> Result<()> {
 fn check_metering() -> Result<()> {
     let span = Span::begin()?;
     let config = Config::new(Program::OutUser, Mode::Long, 100);
-    Machine::new(config.clone())?.run()?;
+    TinyVm::new(config.clone())?.run()?;
     host::expected(&config)?.check(&span.end()?)?;
-    let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
+    let query = Registers64::cpuid(MAP_2021.reason_exits, host::by_vendor(10, 0x72)?);
     let answers = ask(Mode::Long, &[query, query])?.1;
     ensure!(
         answers[1].rax == 2,
@@ -233,7 +233,7 @@ fn works_beside<T: OtherHooks>() -> Result<()> {
     let alone = (|| {
         let hits = other.hits()?;
         loaded.unload()?;
-        let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 100))?;
+        let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 100))?;
         machine.run()?;
         check_hits(&other, "when the meter was gone", hits).map(drop)
     })();

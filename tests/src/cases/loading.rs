@@ -16,7 +16,7 @@ use std::{
 use anyhow::{bail, ensure, Context as _, Result};
 use clap::ValueEnum as _;
 use exitmeter_meter::reasons::Isa;
-use tiny_guests::{Config, Machine, Mode, Program, Quad};
+use tiny_guests::{Config, Mode, Program, Registers64, TinyVm};
 
 use super::{
     answers::ask,
@@ -29,7 +29,7 @@ use crate::host::{
     hist::Exits,
     leaves::MAP_2021,
     log::Log,
-    meter::{Meter, DEVICE},
+    meter::{MeterSnapshot, DEVICE},
     module,
     span::Span,
 };
@@ -148,7 +148,7 @@ pub(super) fn cases() -> Vec<Case> {
                     matches!(error, Some(libc::EBUSY | libc::EOPNOTSUPP)),
                     "turning ftrace off ends with {error:?} instead of EBUSY or EOPNOTSUPP"
                 );
-                let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
+                let query = Registers64::cpuid(MAP_2021.reason_exits, host::by_vendor(10, 0x72)?);
                 let answers = ask(Mode::Long, &[query, query])?.1;
                 ensure!(
                     answers[1].rax == 2,
@@ -262,7 +262,7 @@ fn check_load_and_metering() -> Result<()> {
     ensure!(mode == 0o440, "/dev/exitmeter has mode {mode:o}");
     let span = Span::begin()?;
     let config = Config::new(Program::Cpuid, Mode::Long, 500);
-    Machine::new(config.clone())?.run()?;
+    TinyVm::new(config.clone())?.run()?;
     let exits = span.end()?;
     host::expected(&config)?.check(&exits)?;
     loaded.unload()?;
@@ -375,22 +375,22 @@ fn other_prototypes() -> Result<()> {
 fn load_under_guest() -> Result<()> {
     const LOOPS: u32 = 3000;
     let config = Config {
-        pause: Duration::from_millis(5),
+        vmm_pause: Duration::from_millis(5),
         ..Config::new(Program::OutUser, Mode::Long, LOOPS)
     };
-    let mut machine = Machine::new(config)?;
+    let mut machine = TinyVm::new(config)?;
     thread::scope(|scope| {
         let guest = scope.spawn(|| machine.run());
         for round in 1..=3 {
             let loaded = module::Loaded::with("")?;
             thread::sleep(Duration::from_millis(100));
-            let meter = Meter::read()?;
+            let meter = MeterSnapshot::read()?;
             ensure!(
                 !guest.is_finished(),
                 "the guest ended before the module came for the {round}. time"
             );
             // The VM existed before the module, and is metered from its next event.
-            let exits = meter.only()?.numbers.exits_of(host::pick(30, 0x7b)?);
+            let exits = meter.only()?.numbers.exits_of(host::by_vendor(30, 0x7b)?);
             ensure!(
                 exits > 0,
                 "a guest that ran before the module was loaded is not metered"
@@ -411,17 +411,17 @@ fn load_under_guest() -> Result<()> {
 fn past_max_vcpus() -> Result<()> {
     const VCPUS: u8 = 4;
     let mut log = Log::from_now()?;
-    let cpuid = host::pick(10, 0x72)?;
-    let query = Quad::cpuid(MAP_2021.reason_exits, cpuid);
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let query = Registers64::cpuid(MAP_2021.reason_exits, cpuid);
     module::unload()?;
     let without = ask(Mode::Long, &[query])?.1[0];
     module::load("max_vcpus=1")?;
-    let mut machine = Machine::new(Config {
+    let mut machine = TinyVm::new(Config {
         vcpus: VCPUS,
         ..Config::query(Mode::Long, vec![query; 100])
     })?;
     machine.run()?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     ensure!(
         meter.own().len() == 1 && meter.unmetered == 3,
         "of {VCPUS} vCPUs {} are metered and {} are not",
@@ -450,13 +450,13 @@ fn past_max_vcpus() -> Result<()> {
     ensure!(count == 1, "the log has {count} such lines: {lines:?}");
     drop(machine);
     // The metered vCPU went first. KVM loaded the others once more to destroy them.
-    Meter::check_counts(0, 3, 1)?;
+    MeterSnapshot::check_counts(0, 3, 1)?;
 
     // There is room for the next VM.
     let (_machine, answers) = ask(Mode::Long, &[query])?;
     ensure!(answers[0].rax >= 1, "the next VM is not metered");
     ensure!(
-        Meter::read()?.own().len() == 1,
+        MeterSnapshot::read()?.own().len() == 1,
         "the next VM is not metered"
     );
     Ok(())
@@ -468,19 +468,19 @@ fn stays_unmetered() -> Result<()> {
     let loaded = module::Loaded::with("max_vcpus=1")?;
     let config = |vcpus, count| Config {
         vcpus,
-        pause: Duration::from_millis(5),
+        vmm_pause: Duration::from_millis(5),
         ..Config::new(Program::OutUser, Mode::Long, count)
     };
-    let mut first = Machine::new(config(1, 1))?;
+    let mut first = TinyVm::new(config(1, 1))?;
     first.run()?;
-    let mut late = Machine::new(config(3, 200))?;
+    let mut late = TinyVm::new(config(3, 200))?;
     thread::scope(|scope| {
         let guest = scope.spawn(|| late.run());
         thread::sleep(Duration::from_millis(100));
-        Meter::check_counts(1, 3, 0)?;
+        MeterSnapshot::check_counts(1, 3, 0)?;
         drop(first);
         thread::sleep(Duration::from_millis(200));
-        Meter::check_counts(0, 3, 1)?;
+        MeterSnapshot::check_counts(0, 3, 1)?;
         ensure!(
             !guest.is_finished(),
             "the guest ended before there was room"
@@ -490,21 +490,21 @@ fn stays_unmetered() -> Result<()> {
     })?;
     late.rewind()?;
     late.run()?;
-    Meter::check_counts(0, 3, 1)?;
+    MeterSnapshot::check_counts(0, 3, 1)?;
 
     // The room goes to a new vCPU.
-    let mut new = Machine::new(config(1, 1))?;
+    let mut new = TinyVm::new(config(1, 1))?;
     new.run()?;
-    Meter::check_counts(1, 3, 1)?;
+    MeterSnapshot::check_counts(1, 3, 1)?;
     drop(late);
-    Meter::check_counts(1, 3, 1)?;
+    MeterSnapshot::check_counts(1, 3, 1)?;
     drop(new);
-    Meter::check_counts(0, 3, 2)?;
+    MeterSnapshot::check_counts(0, 3, 2)?;
     loaded.unload()
 }
 
 /// Return a reason where KVM never fetches CPUID from a page that the guest has moved (see
-/// [`Machine::with_absent_code`]). KVM fetches instructions only on SVM without NRIPS. The move needs
+/// [`TinyVm::with_absent_code`]). KVM fetches instructions only on SVM without NRIPS. The move needs
 /// nested paging because otherwise KVM sees the change of the page table.
 fn no_fetch_of_absent_code() -> Result<Option<&'static str>> {
     let cpus = fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
@@ -542,7 +542,7 @@ fn memory_is_charged() -> Result<()> {
         let before = group.kernel_memory()?;
         let machines = (0..VMS)
             .map(|_| {
-                Machine::new(Config {
+                TinyVm::new(Config {
                     vcpus: EACH,
                     ..Config::new(Program::Cpuid, Mode::Long, 1)
                 })
@@ -571,11 +571,11 @@ fn memory_is_charged() -> Result<()> {
 
 /// Unload the module while a vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, called by the module.
 fn unload_waits() -> Result<()> {
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
     let (mut machine, absent) =
-        Machine::with_absent_code(Quad::cpuid(MAP_2021.reason_exits, cpuid))?;
+        TinyVm::with_absent_code(Registers64::cpuid(MAP_2021.reason_exits, cpuid))?;
     let thread_id = AtomicI32::new(0);
     let (stack, finished_early) = thread::scope(|scope| {
         let guest = scope.spawn(|| {
@@ -616,9 +616,9 @@ fn unload_waits() -> Result<()> {
     let answer = machine.registers()?;
     ensure!(
         answer
-            == Quad {
+            == Registers64 {
                 rax: 1,
-                ..Quad::default()
+                ..Registers64::default()
             },
         "the vCPU with one CPUID exit reads {answer:x?}"
     );
@@ -651,7 +651,7 @@ fn kvm_reloaded() -> Result<()> {
     let other = other?;
     let after = meter_all_programs()?;
 
-    let fault = host::pick(48, 0x400)?;
+    let fault = host::by_vendor(48, 0x400)?;
     ensure!(
         before.contains_key(&fault) == paging
             && other.contains_key(&fault) != paging
@@ -669,12 +669,12 @@ fn meter_all_programs() -> Result<Exits> {
     let span = Span::begin()?;
     for program in Program::value_variants() {
         if *program != Program::Query {
-            let machine = Machine::new(Config::new(*program, Mode::Long, LOOPS));
+            let machine = TinyVm::new(Config::new(*program, Mode::Long, LOOPS));
             machine?.run().with_context(|| format!("{program:?}"))?;
         }
     }
     let exits = span.end()?;
-    let cpuid = exits.get(&host::pick(10, 0x72)?).copied();
+    let cpuid = exits.get(&host::by_vendor(10, 0x72)?).copied();
     // Each loop of `Cpuid` has one CPUID, and each loop of `Debug` two.
     let expected = 3 * u64::from(LOOPS);
     ensure!(

@@ -11,8 +11,8 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
-use exitmeter_meter::leaves::{LeafMap, Leaves, Registers, Spoken};
-use tiny_guests::{Mode, Quad};
+use exitmeter_meter::leaves::{LeafMap, Leaves, LogLine, Registers};
+use tiny_guests::{Mode, Registers64};
 
 use super::{answers::ask, Case};
 use crate::host::{self, leaves::MAP_2021, log::Log};
@@ -62,9 +62,9 @@ fn flood_is_limited() -> Result<()> {
     // After 44 s the rate limit has recovered from earlier cases.
     thread::sleep(Duration::from_secs(45));
     let mut log = Log::from_now()?;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     // Queries with the longest lines.
-    let queries = vec![Quad::cpuid(MAP_2021.reason_cycles, cpuid); 500];
+    let queries = vec![Registers64::cpuid(MAP_2021.reason_cycles, cpuid); 500];
     // A line on the console starts with its time and the module's name, and ends with CR and LF.
     const FRAME_BYTES: usize = "[  123.456789] exitmeter: \r\n".len();
     let count_lines = |log: &mut Log| -> Result<(u64, u64)> {
@@ -138,7 +138,7 @@ pub(super) fn kernel_says(words: String) -> Case {
 
 /// Let a guest make a query of each kind. Return the expected lines, and those in the log.
 fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let asked = [
         (0x4fff_fff0, 0),
         (0x4fff_fff1, 0),
@@ -147,12 +147,12 @@ fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
         (0x4fff_fff5, 0),
         (0x4fff_fffc, cpuid),
         (0x4fff_fffd, cpuid),
-        (0x4fff_fffd, 35 + host::pick(0, 0x8000)?),
+        (0x4fff_fffd, 35 + host::by_vendor(0, 0x8000)?),
         (0x4fff_fffe, 0),
         (0x4fff_ffff, 0),
     ];
-    let quads: Vec<Quad> = asked
-        .map(|(leaf, subleaf)| Quad::cpuid(leaf, subleaf))
+    let quads: Vec<Registers64> = asked
+        .map(|(leaf, subleaf)| Registers64::cpuid(leaf, subleaf))
         .into();
     let mut log = Log::from_now()?;
     let answers = ask(Mode::Long, &quads)?.1;
@@ -169,7 +169,7 @@ fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
         let Some(query) = leaves.classify(leaf) else {
             anyhow::bail!("leaf {leaf:#x} is not ours");
         };
-        let spoken = Spoken {
+        let line = LogLine {
             leaf,
             query,
             subleaf,
@@ -181,7 +181,7 @@ fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
             },
             isa,
         };
-        expected.push(format!("kvm-{}: {spoken}", std::process::id()));
+        expected.push(format!("kvm-{}: {line}", std::process::id()));
     }
     Ok((expected, logged))
 }

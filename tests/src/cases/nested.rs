@@ -8,11 +8,11 @@ use std::{env, fs::File, io, path::PathBuf};
 use anyhow::{bail, ensure, Context as _, Result};
 use exitmeter_meter::{
     detail::Kind,
-    reader::{Entry, Snapshot},
+    reader::{Snapshot, TableRow},
     reasons::Isa,
     snapshot::{Reason, TABLE_CODE, TABLE_DETAILS},
 };
-use tiny_guests::{Config, Inner, Machine, Mode, Program, Quad};
+use tiny_guests::{Config, L2Exit, Mode, Program, Registers64, TinyVm};
 
 use super::{
     answers::ask,
@@ -24,7 +24,7 @@ use crate::host::{
     leaves::{EXITS_64, MAP_2021},
     linux::{CpuidLine, Linux},
     log::Log,
-    meter::{Meter, DEVICE},
+    meter::{MeterSnapshot, DEVICE},
     span::Span,
 };
 
@@ -89,9 +89,9 @@ fn not_vmx() -> Result<Option<&'static str>> {
 fn faulting_svm() -> Result<()> {
     let span = Span::begin()?;
     let mut log = Log::from_now()?;
-    let query = Quad::cpuid(MAP_2021.reason_exits, 0x72);
+    let query = Registers64::cpuid(MAP_2021.reason_exits, 0x72);
     let ask = |faults: bool, exceptions| {
-        let mut machine = Machine::with_inner(query, exceptions)?;
+        let mut machine = TinyVm::with_l2_guest(query, exceptions)?;
         if faults {
             machine.make_cpuid_fault()?;
         }
@@ -100,12 +100,12 @@ fn faulting_svm() -> Result<()> {
     };
     // Without the fault the meter answers, and the L2 guest continues to its VMMCALL.
     let answered = ask(false, GP)?;
-    let expected = Inner {
+    let expected = L2Exit {
         exit: 0x81,
         behind: 2,
-        registers: Quad {
+        registers: Registers64 {
             rax: 1,
-            ..Quad::default()
+            ..Registers64::default()
         },
     };
     ensure!(
@@ -119,7 +119,7 @@ fn faulting_svm() -> Result<()> {
     // (0x7f) because there is no handler.
     for (exceptions, exit) in [(GP, 0x4d), (0, 0x7f)] {
         let faulted = ask(true, exceptions)?;
-        let expected = Inner {
+        let expected = L2Exit {
             exit,
             behind: 0,
             registers: query,
@@ -188,7 +188,7 @@ fn faulting_vmx() -> Result<()> {
 /// Return KVM's modules for a guest in the order of loading: the dependencies of `kvm` first, the
 /// vendor module last. Debian's cloud kernel has no ccp, and its kvm-amd needs none.
 fn kvm_modules() -> Result<Vec<&'static str>> {
-    let modules = host::pick(
+    let modules = host::by_vendor(
         &[
             "virt/lib/irqbypass",
             "arch/x86/kvm/kvm",
@@ -248,11 +248,14 @@ fn unload_kvm(linux: &Linux) -> Result<()> {
 
 /// Return the number of nested CPUID exits of the Linux guest's vCPU.
 fn nested_cpuids(linux: &Linux) -> Result<u64> {
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let pid = linux.pid()?;
     let vcpu = meter.vcpus.into_iter().find(|vcpu| vcpu.pid == pid);
     let nested = vcpu.context("the guest is metered")?.numbers.nested;
-    Ok(nested.get(&host::pick(10, 0x72)?).copied().unwrap_or(0))
+    Ok(nested
+        .get(&host::by_vendor(10, 0x72)?)
+        .copied()
+        .unwrap_or(0))
 }
 
 /// Run an L2 guest in a Linux guest. Then call `check` with the Linux guest and the number of the L2
@@ -272,7 +275,7 @@ fn nested() -> Result<()> {
     load_kvm(&linux, "")?;
     let pid = linux.pid()?;
     let numbers = || {
-        let meter = Meter::read()?;
+        let meter = MeterSnapshot::read()?;
         let vcpu = meter.vcpus.into_iter().find(|vcpu| vcpu.pid == pid);
         anyhow::Ok(vcpu.context("the guest is metered")?.numbers)
     };
@@ -285,7 +288,7 @@ fn nested() -> Result<()> {
 
     let printed = linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
     let after = numbers()?;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let nested = after.nested.get(&cpuid).copied().unwrap_or(0);
     let expected = u64::from(COUNT) + ASKED.len() as u64;
     ensure!(
@@ -335,7 +338,7 @@ fn check_details(linux: &Linux) -> Result<()> {
         let vcpu = snapshot.vcpus().nth(tables.vcpu);
         vcpu.is_some_and(|vcpu| vcpu.pid() == pid)
     });
-    let entries: Vec<Entry> = entries.flat_map(|tables| tables.entries()).collect();
+    let entries: Vec<TableRow> = entries.flat_map(|tables| tables.entries()).collect();
 
     let [ours, beside] = ASKED.map(|leaf| u64::from(leaf) | 10 << 32);
     let out = OUT_PORT | 1 << 36;
@@ -367,11 +370,11 @@ fn check_details(linux: &Linux) -> Result<()> {
         );
     }
     // The L2 guest's code is in its first 64 KiB, where Linux has none.
-    let cpuid = Reason::Code(host::pick(10, 0x72)?);
+    let cpuid = Reason::Code(host::by_vendor(10, 0x72)?);
     let code = entries
         .iter()
         .filter(|entry| (entry.table, entry.others, entry.reason) == (TABLE_CODE, false, cpuid));
-    let (l2, l1): (Vec<&Entry>, Vec<&Entry>) = code.partition(|entry| entry.key < 1 << 16);
+    let (l2, l1): (Vec<&TableRow>, Vec<&TableRow>) = code.partition(|entry| entry.key < 1 << 16);
     let exits: u64 = l2.iter().map(|entry| entry.exits).sum();
     let due = u64::from(COUNT)..=u64::from(COUNT) + ASKED.len() as u64;
     ensure!(
@@ -387,9 +390,9 @@ fn check_details(linux: &Linux) -> Result<()> {
 
 /// Run L2 guests, in the L1 guest. Print what the last one reads from [`ASKED`].
 pub fn run_l2_guest(count: u32) -> Result<()> {
-    Machine::new(Config::new(Program::Cpuid, Mode::Long, count))?.run()?;
-    Machine::new(Config::new(Program::OutUser, Mode::Long, OUTS))?.run()?;
-    let queries = ASKED.map(|leaf| Quad::cpuid(leaf, 10));
+    TinyVm::new(Config::new(Program::Cpuid, Mode::Long, count))?.run()?;
+    TinyVm::new(Config::new(Program::OutUser, Mode::Long, OUTS))?.run()?;
+    let queries = ASKED.map(|leaf| Registers64::cpuid(leaf, 10));
     for answer in ask(Mode::Long, &queries)?.1 {
         println!("{answer:x?}");
     }
@@ -397,18 +400,18 @@ pub fn run_l2_guest(count: u32) -> Result<()> {
 }
 
 /// Return the query of the L2 guest whose CPUID faults.
-fn faulting_query() -> Quad {
-    Quad::cpuid(ASKED[0], 10)
+fn faulting_query() -> Registers64 {
+    Registers64::cpuid(ASKED[0], 10)
 }
 
 /// Run two L2 guests at CPL 3, in the L1 guest: one whose CPUID is answered, and one whose CPUID
 /// faults. Print what the first reads from [`ASKED`], and how the second ends and with which registers.
 pub fn run_faulting_l2_guest() -> Result<()> {
-    let queries = ASKED.map(|leaf| Quad::cpuid(leaf, 10));
+    let queries = ASKED.map(|leaf| Registers64::cpuid(leaf, 10));
     for answer in ask(Mode::User, &queries)?.1 {
         println!("{answer:x?}");
     }
-    let mut machine = Machine::new(Config::query(Mode::User, vec![faulting_query()]))?;
+    let mut machine = TinyVm::new(Config::query(Mode::User, vec![faulting_query()]))?;
     // The setting belongs to the thread, and is in force on its CPU while it runs the guest.
     set_cpuid(false)?;
     let end = machine.run_one(0);

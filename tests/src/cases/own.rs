@@ -17,7 +17,7 @@ use exitmeter_meter::{
     tables::{CODES, DETAILS},
 };
 use serde_json::Value;
-use tiny_guests::{Config, Machine, Mode, Quad};
+use tiny_guests::{Config, Mode, Registers64, TinyVm};
 
 use super::{
     answers::ask,
@@ -72,11 +72,11 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn query(table: u32, word: u32, index: u32) -> Quad {
-    Quad::cpuid(TABLES, Place { table, word, index }.subleaf())
+fn query(table: u32, word: u32, index: u32) -> Registers64 {
+    Registers64::cpuid(TABLES, Place { table, word, index }.subleaf())
 }
 
-fn registers(answer: &Quad) -> Registers {
+fn registers(answer: &Registers64) -> Registers {
     // CPUID clears the upper halves.
     Registers {
         eax: answer.rax as u32,
@@ -95,14 +95,10 @@ struct ReadRow {
 
 /// Let a guest query the leaves of [`ASKED`], then the head of the first row from each of `places` on,
 /// and then the exits of each row found.
-fn read_rows(
-    mode: Mode,
-    table: u32,
-    places: usize,
-) -> Result<(Machine, Description, Vec<ReadRow>)> {
-    let mut queries: Vec<Quad> = ASKED
+fn read_rows(mode: Mode, table: u32, places: usize) -> Result<(TinyVm, Description, Vec<ReadRow>)> {
+    let mut queries: Vec<Registers64> = ASKED
         .iter()
-        .flat_map(|(leaf, subleaf, times)| vec![Quad::cpuid(*leaf, *subleaf); *times])
+        .flat_map(|(leaf, subleaf, times)| vec![Registers64::cpuid(*leaf, *subleaf); *times])
         .collect();
     let before = queries.len();
     queries.push(query(DESCRIPTION, 0, 0));
@@ -127,7 +123,7 @@ fn read_rows(
             .map(|head| query(table, word::COUNTS, head.index)),
     );
     queries.resize(count, query(table, word::COUNTS, 0));
-    machine.ask(&queries)?;
+    machine.set_queries(&queries)?;
     machine.run()?;
     let counts = machine.answers(0);
     let rows = heads.iter().zip(counts).enumerate();
@@ -159,7 +155,7 @@ fn own_details(mode: Mode) -> Result<()> {
         .filter(|entry| entry.table == TABLE_DETAILS && !entry.others)
         .map(|entry| ((entry.detail_kind, entry.key), entry.exits))
         .collect();
-    let cpuid = Reason::Code(host::pick(10, 0x72)?);
+    let cpuid = Reason::Code(host::by_vendor(10, 0x72)?);
     let mut leaves = BTreeMap::new();
     for row in &rows {
         let Head {
@@ -229,7 +225,7 @@ fn own_code(mode: Mode) -> Result<()> {
         return Ok(());
     }
     let held = held_code(&bytes)?;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let before: usize = ASKED.iter().map(|(_, _, times)| times).sum();
     let mut of_cpuid = 0;
     for row in &rows {
@@ -288,15 +284,15 @@ fn details_off() -> Result<()> {
 /// Turn details on and off between any two queries and while one is answered.
 fn details_switched() -> Result<()> {
     let tables = [1, 2, 3, 4, 5];
-    let queries: Vec<Quad> = (0..100)
+    let queries: Vec<Registers64> = (0..100)
         .flat_map(|index| tables.map(|table| query(table, index % 3, index / 3)))
         .collect();
-    let mut machine = Machine::new(Config::query(Mode::Long, queries.clone()))?;
+    let mut machine = TinyVm::new(Config::query(Mode::Long, queries.clone()))?;
     let (switched, heads) = thread::scope(|scope| {
         let guest = scope.spawn(|| -> Result<[usize; 2]> {
             let mut heads = [0; 2];
             for _ in 0..40 {
-                machine.ask(&queries)?;
+                machine.set_queries(&queries)?;
                 machine.run()?;
                 for (query, answer) in queries.iter().zip(machine.answers(0)) {
                     let place = Place::from_subleaf(query.rcx as u32);
@@ -408,7 +404,7 @@ fn in_linux() -> Result<()> {
         );
     }
     // Neither number includes the tool's own queries.
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let groups = details.as_array().context("groups")?;
     let group = groups.iter().find(|group| group["code"] == cpuid);
     let exits = group.and_then(|group| group["exits"].as_u64());

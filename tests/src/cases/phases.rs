@@ -2,7 +2,7 @@
 
 //! Ledgers balance to the tick, and book the time on the right phase.
 //!
-//! Every [`Meter::read`] checks that each ledger balances and that each exit has its sample in the
+//! Every [`MeterSnapshot::read`] checks that each ledger balances and that each exit has its sample in the
 //! histogram. The cases here provide the situations.
 
 use std::{
@@ -17,14 +17,14 @@ use std::{
 use anyhow::{bail, ensure, Context as _, Result};
 use exitmeter_meter::phase::Phase;
 use serde_json::Value;
-use tiny_guests::{pin, Config, Machine, Mode, Program};
+use tiny_guests::{pin, Config, Mode, Program, TinyVm};
 
 use super::{no_userfaultfd, Case};
 use crate::host::{
     self,
     cgroup::FrozenProcess,
     linux::Linux,
-    meter::{Meter, VcpuRecord},
+    meter::{MeterSnapshot, MeteredVcpu},
     task::{BusyThread, StoppedProcess},
 };
 
@@ -44,7 +44,7 @@ pub(super) fn cases() -> Vec<Case> {
             // 100 HLTs of 10 ms each. KVM polls for up to 0.2 ms before it puts the vCPU to
             // sleep, and the rest is the creation of the VM.
             let vcpus = run(Config {
-                wake: Duration::from_millis(10),
+                hlt_time: Duration::from_millis(10),
                 ..Config::new(Program::HltKernel, Mode::Long, 100 * host::slowdown())
             })?;
             at_least(&vcpus[0], Phase::Halted, most_of_life())
@@ -61,7 +61,7 @@ pub(super) fn cases() -> Vec<Case> {
             || {
                 // 100 exits. On each, the VMM sleeps 10 ms outside of KVM_RUN.
                 let vcpus = run(Config {
-                    pause: Duration::from_millis(10),
+                    vmm_pause: Duration::from_millis(10),
                     ..Config::new(Program::OutUser, Mode::Long, 100)
                 })?;
                 at_least(&vcpus[0], Phase::User, most_of_life())?;
@@ -122,14 +122,14 @@ pub(super) fn cases() -> Vec<Case> {
             "phases: the ledgers of 4 vCPUs that change CPUs balance",
             || {
                 // There are more vCPUs than CPUs, and each changes its CPU after each exit.
-                let mut machine = Machine::new(Config {
+                let mut machine = TinyVm::new(Config {
                     vcpus: 4,
-                    roam: true,
+                    change_cpus: true,
                     ..Config::new(Program::OutUser, Mode::Long, 1000)
                 })?;
                 machine.run()?;
-                let meter = Meter::read()?;
-                let io = host::pick(30, 0x7b)?;
+                let meter = MeterSnapshot::read()?;
+                let io = host::by_vendor(30, 0x7b)?;
                 let own = meter.own();
                 let exits: Vec<u64> = own.iter().map(|vcpu| vcpu.numbers.exits_of(io)).collect();
                 ensure!(exits == [1001; 4], "they count {exits:?} exits of OUT");
@@ -140,12 +140,12 @@ pub(super) fn cases() -> Vec<Case> {
             "",
             "phases: the totals keep a departed vCPU's numbers",
             || {
-                let before = Meter::read()?;
-                let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 1000))?;
+                let before = MeterSnapshot::read()?;
+                let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 1000))?;
                 machine.run()?;
-                let alive = Meter::read()?;
+                let alive = MeterSnapshot::read()?;
                 drop(machine);
-                let after = Meter::read()?;
+                let after = MeterSnapshot::read()?;
                 ensure!(
                     after.own().is_empty() && after.gone == before.gone + 1,
                     "{} vCPUs live and {} are gone after {} were",
@@ -250,13 +250,13 @@ fn stopped_frozen_or_suspended() -> Result<()> {
 
 /// Let KVM sleep in a page fault, as for memory that is swapped out or still on another host.
 fn waits_for_memory() -> Result<()> {
-    let (mut machine, absent) = Machine::with_absent_page()?;
+    let (mut machine, absent) = TinyVm::with_absent_page()?;
     let phase = thread::scope(|scope| {
         let guest = scope.spawn(|| machine.run());
         let phase = (|| {
             absent.wait_until_wanted(Duration::from_secs(10))?;
             thread::sleep(Duration::from_secs(1));
-            anyhow::Ok(Meter::read()?.only()?.phase)
+            anyhow::Ok(MeterSnapshot::read()?.only()?.phase)
         })();
         // On failure, too, wake the vCPU.
         absent.provide()?;
@@ -267,7 +267,7 @@ fn waits_for_memory() -> Result<()> {
         phase == Some(Phase::Waiting),
         "a vCPU that waits for its memory is in phase {phase:?}"
     );
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let vcpu = meter.only()?;
     println!("of {} ticks: {}", vcpu.life, vcpu.numbers.shares());
     at_least(vcpu, Phase::Waiting, 0.5)?;
@@ -284,9 +284,9 @@ fn copies_by_interrupt() -> Result<()> {
         1 => [0, 0],
         _ => [1, 0],
     };
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let done = AtomicBool::new(false);
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::User, 20_000))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::User, 20_000))?;
     let (ran, calls) = thread::scope(|scope| {
         let guest = scope.spawn(|| -> Result<u64> {
             pin(flooding)?;
@@ -302,7 +302,7 @@ fn copies_by_interrupt() -> Result<()> {
             pin(other)?;
             // The vCPU was created on another CPU, which gets the interrupts until the vCPU runs.
             let started = Instant::now();
-            while Meter::read()?.only()?.numbers.exits_of(cpuid) == 0 {
+            while MeterSnapshot::read()?.only()?.numbers.exits_of(cpuid) == 0 {
                 ensure!(
                     started.elapsed() < Duration::from_secs(20),
                     "the guest does not run"
@@ -311,8 +311,8 @@ fn copies_by_interrupt() -> Result<()> {
             let before = host::function_calls(flooding)?;
             let mut exits = 0;
             for _ in 0..SNAPSHOTS {
-                // `Meter::read` checks each ledger.
-                let now = Meter::read()?.only()?.numbers.exits_of(cpuid);
+                // `MeterSnapshot::read` checks each ledger.
+                let now = MeterSnapshot::read()?.only()?.numbers.exits_of(cpuid);
                 ensure!(now >= exits, "the exits fell from {exits} to {now}");
                 exits = now;
             }
@@ -322,7 +322,7 @@ fn copies_by_interrupt() -> Result<()> {
         let rounds = guest.join().ok().context("a guest's thread panicked")?;
         anyhow::Ok((rounds?, result?))
     })?;
-    let exits = Meter::read()?.only()?.numbers.exits_of(cpuid);
+    let exits = MeterSnapshot::read()?.only()?.numbers.exits_of(cpuid);
     ensure!(
         exits == ran * 20_000,
         "{exits} CPUID exits are metered of {ran} times 20000"
@@ -336,10 +336,10 @@ fn copies_by_interrupt() -> Result<()> {
 }
 
 /// Run a guest on the host's first CPU to its end, and return its vCPUs.
-fn run(config: Config) -> Result<Vec<VcpuRecord>> {
-    let mut machine = Machine::new(config)?;
+fn run(config: Config) -> Result<Vec<MeteredVcpu>> {
+    let mut machine = TinyVm::new(config)?;
     machine.run_with(|_| pin(0))?;
-    let vcpus: Vec<VcpuRecord> = Meter::read()?.own().into_iter().cloned().collect();
+    let vcpus: Vec<MeteredVcpu> = MeterSnapshot::read()?.own().into_iter().cloned().collect();
     for vcpu in &vcpus {
         ensure!(
             vcpu.phase == Some(Phase::User) && vcpu.name == format!("kvm-{}", vcpu.pid),
@@ -361,7 +361,7 @@ fn most_of_life() -> f64 {
     }
 }
 
-fn at_least(vcpu: &VcpuRecord, phase: Phase, share: f64) -> Result<()> {
+fn at_least(vcpu: &MeteredVcpu, phase: Phase, share: f64) -> Result<()> {
     ensure!(
         vcpu.numbers.share(phase) >= share,
         "less than {:.0}% of the time is {}: {}",

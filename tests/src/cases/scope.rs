@@ -5,10 +5,10 @@
 use std::thread;
 
 use anyhow::{ensure, Context as _, Result};
-use tiny_guests::{Config, Machine, Mode, Program, Quad};
+use tiny_guests::{Config, Mode, Program, Registers64, TinyVm};
 
 use super::{answers::ask, Case};
-use crate::host::{self, leaves::MAP_2021, meter::Meter};
+use crate::host::{self, leaves::MAP_2021, meter::MeterSnapshot};
 
 /// Queries of each VM for its number of CPUID exits.
 const EACH: u64 = 400;
@@ -36,9 +36,9 @@ pub(super) fn cases() -> Vec<Case> {
             "log_queries=0 host_scope=1",
             "scope: with host_scope=1 two VMs at once read the sum of both",
             || {
-                let before = Meter::read()?
+                let before = MeterSnapshot::read()?
                     .exits()
-                    .get(&host::pick(10, 0x72)?)
+                    .get(&host::by_vendor(10, 0x72)?)
                     .copied()
                     .unwrap_or(0);
                 let both = ask_in_parallel()?;
@@ -63,10 +63,10 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Run two VMs in parallel that ask for the number of CPUID exits, and return their answers.
 fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
-    let cpuid = host::pick(10, 0x72)?;
-    let queries = vec![Quad::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
+    let cpuid = host::by_vendor(10, 0x72)?;
+    let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
     let mut machines = [Mode::Long, Mode::Real]
-        .map(|mode| Machine::new(Config::query(mode, queries.clone())))
+        .map(|mode| TinyVm::new(Config::query(mode, queries.clone())))
         .into_iter()
         .collect::<Result<Vec<_>, _>>()?;
     thread::scope(|scope| {
@@ -79,7 +79,7 @@ fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
             anyhow::Ok(())
         })
     })?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let vms: Vec<u64> = meter.own().iter().map(|vcpu| vcpu.vm).collect();
     ensure!(
         vms.len() == 2 && vms[0] != vms[1],
@@ -93,10 +93,13 @@ fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
 
 /// Check that a VM reads `expected` MSR reads beside another VM that has read an MSR.
 fn check_msr_reads(expected: u64) -> Result<()> {
-    let msr_read = host::pick(31, 0x7c)?;
-    let mut other = Machine::new(Config::new(Program::Rdmsr, Mode::Long, MSR_READS))?;
+    let msr_read = host::by_vendor(31, 0x7c)?;
+    let mut other = TinyVm::new(Config::new(Program::Rdmsr, Mode::Long, MSR_READS))?;
     other.run()?;
-    let (_machine, answers) = ask(Mode::Long, &[Quad::cpuid(MAP_2021.reason_exits, msr_read)])?;
+    let (_machine, answers) = ask(
+        Mode::Long,
+        &[Registers64::cpuid(MAP_2021.reason_exits, msr_read)],
+    )?;
     ensure!(
         answers[0].rax == expected,
         "a VM beside one with {MSR_READS} MSR reads reads {} of them",

@@ -6,7 +6,7 @@ use std::{process::Command, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
-use tiny_guests::{pin, Config, Machine, Mode, Program};
+use tiny_guests::{pin, Config, Mode, Program, TinyVm};
 
 use super::Case;
 
@@ -87,14 +87,14 @@ pub(super) fn check_slow_exit(exit: &Value, khz: u64) -> Result<()> {
 /// Return a guest whose VMM sleeps on one of its OUTs.
 pub(super) fn sleeper_config() -> Config {
     Config {
-        pause: PAUSE,
-        pause_on: Some(SLOW_OUT),
+        vmm_pause: PAUSE,
+        vmm_pause_on: Some(SLOW_OUT),
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
     }
 }
 
 fn vmm_sleeps() -> Result<()> {
-    let mut machine = Machine::new(sleeper_config())?;
+    let mut machine = TinyVm::new(sleeper_config())?;
     machine.run_with(|_| pin(0))?;
     let (vm, khz) = run_slow()?;
     drop(machine);
@@ -144,8 +144,8 @@ fn vmm_sleeps() -> Result<()> {
 }
 
 fn guest_sleeps() -> Result<()> {
-    let mut machine = Machine::new(Config {
-        wake: SLEEP,
+    let mut machine = TinyVm::new(Config {
+        hlt_time: SLEEP,
         ..Config::new(Program::HltKernel, Mode::Long, 4)
     })?;
     machine.run()?;

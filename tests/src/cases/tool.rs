@@ -7,7 +7,7 @@ use std::{fs, process::Command, time::Duration};
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{reader::Snapshot, reasons};
 use serde_json::Value;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::Case;
 use crate::host::{
@@ -15,7 +15,7 @@ use crate::host::{
     held_command::{self, HeldCommand},
     hist::Exits,
     linux::Linux,
-    meter::{Meter, DEVICE},
+    meter::{MeterSnapshot, DEVICE},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -55,13 +55,13 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn report_matches() -> Result<()> {
     // One departed VM, and one live VM.
-    Machine::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
-    let mut machine = Machine::new(Config {
+    TinyVm::new(Config::new(Program::Invd, Mode::Long, 40))?.run()?;
+    let mut machine = TinyVm::new(Config {
         vcpus: 2,
         ..Config::new(Program::Cpuid, Mode::Long, 300)
     })?;
     machine.run()?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let report: Value = serde_json::from_str(&run_tool(&["report", "--json"])?)
         .context("exitmeter report --json prints no JSON")?;
     let text = run_tool(&["report"])?;
@@ -101,7 +101,7 @@ fn report_matches() -> Result<()> {
         "the tool reports the departed vCPUs {gone}, and the snapshot holds {:?}",
         meter.totals
     );
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     ensure!(
         text.lines().any(|line| {
             line.contains("CPUID") && line.contains(&cpuid.to_string()) && line.contains("600")
@@ -112,12 +112,12 @@ fn report_matches() -> Result<()> {
 }
 
 fn diff_of_snapshots() -> Result<()> {
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let [before, after] = ["/tmp/before", "/tmp/after"];
-    let mut old = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
+    let mut old = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
     old.run()?;
     save(before)?;
-    let mut new = Machine::new(Config {
+    let mut new = TinyVm::new(Config {
         vcpus: 2,
         ..Config::new(Program::Cpuid, Mode::Long, 200)
     })?;
@@ -175,7 +175,7 @@ fn by_name() -> Result<()> {
     ];
     let linux = Linux::boot(&options)?;
     let pid = linux.pid()?;
-    let mut other = Machine::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
+    let mut other = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
     other.run()?;
     let label = format!("web,1 (kvm-{pid})");
 
@@ -261,7 +261,7 @@ fn check_balance(report: &Value) -> Result<()> {
 fn in_guest() -> Result<()> {
     let file = guest_file_option()?;
     let linux = Linux::boot(&["--file", &file])?;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let count = |shown: &Value| -> Result<u64> {
         let count = exits(shown)?.get(&cpuid).copied();
         count.context("there is no CPUID exit")
@@ -332,12 +332,12 @@ fn record_and_plot() -> Result<()> {
         .spawn()
         .context("the tool exitmeter cannot be run")?;
     command.wait()?;
-    let mut machine = Machine::new(Config {
+    let mut machine = TinyVm::new(Config {
         vcpus: 2,
         ..Config::new(Program::Cpuid, Mode::Long, 5000)
     })?;
     machine.run()?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     command.end()?;
     let status = recorder.wait()?;
     drop(machine);
@@ -358,7 +358,7 @@ fn record_and_plot() -> Result<()> {
         }
     }
     ensure!(
-        held.get(&host::pick(10, 0x72)?) >= Some(&10_000),
+        held.get(&host::by_vendor(10, 0x72)?) >= Some(&10_000),
         "the VM has not exited as it should: {held:?}"
     );
     let shown: Exits = page.lines().filter_map(parse_row).collect();
@@ -384,9 +384,9 @@ fn record_why() -> Result<()> {
         .context("the tool exitmeter cannot be run")?;
     command.wait()?;
     ensure!(has_tables()?, "exitmeter record --why turns no details on");
-    let mut machine = Machine::new(Config {
-        pause: PAUSE,
-        pause_on: Some(1000),
+    let mut machine = TinyVm::new(Config {
+        vmm_pause: PAUSE,
+        vmm_pause_on: Some(1000),
         ..Config::new(Program::OutUser, Mode::Long, OUTS)
     })?;
     machine.run()?;
@@ -400,7 +400,8 @@ fn record_why() -> Result<()> {
     ensure!(!has_tables()?, "details are on after it has recorded");
 
     let page = run_tool(&["plot", RECORDING, "--output", "-", "--format", "html"])?;
-    let name = reasons::name(host::isa()?, host::pick(30, 0x7b)?).context("the reason's name")?;
+    let name =
+        reasons::name(host::isa()?, host::by_vendor(30, 0x7b)?).context("the reason's name")?;
     let row = format!("<tr><td>{name}</td><td>OUT 0x3f0 ");
     let row = page.lines().find(|line| line.starts_with(&row));
     let row = row.with_context(|| format!("no row of port 0x3f0:\n{page}"))?;

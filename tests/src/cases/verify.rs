@@ -17,13 +17,13 @@ use exitmeter_meter::reasons::Isa;
 use rustix::process::{kill_process, Pid, Signal};
 use rustix_openpty::openpty;
 use serde_json::Value;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::Case;
 use crate::host::{
     self,
     hist::{Hist, TRIGGER},
-    meter::{Meter, DEVICE},
+    meter::{MeterSnapshot, DEVICE},
     module,
     span::{compare, exits_since},
 };
@@ -117,7 +117,7 @@ pub(super) fn with_verdict(found: &Value, verdict: &str) -> Vec<String> {
 
 /// Check that no VM and no tracing instance is left.
 fn check_nothing_left() -> Result<()> {
-    let vcpus = Meter::read()?.vcpus.len();
+    let vcpus = MeterSnapshot::read()?.vcpus.len();
     let instances = fs::read_dir(INSTANCES).context("no tracefs")?.count();
     ensure!(
         (vcpus, instances) == (0, 0),
@@ -133,7 +133,7 @@ fn passes() -> Result<()> {
     let armed = fs::read_to_string(TRIGGER)?;
     // The instance of a killed run must be removed.
     fs::create_dir(format!("{INSTANCES}/exitmeter-verify-4194304"))?;
-    let before = Meter::read()?.exits();
+    let before = MeterSnapshot::read()?.exits();
     let output = verify(&["--json", "--report", REPORT])?;
     let found = check_status(&output, 0)?;
     ensure!(output.stderr.is_empty());
@@ -163,7 +163,7 @@ fn passes() -> Result<()> {
     ensure!(fs::read_to_string(TRIGGER)?.lines().next() == armed.lines().next());
     // Meter and histogram saw all of its guests.
     compare(
-        &exits_since(Meter::read()?.exits(), &before)?,
+        &exits_since(MeterSnapshot::read()?.exits(), &before)?,
         &hist.read()?,
     )?;
 
@@ -231,7 +231,7 @@ fn without_root() -> Result<()> {
 }
 
 fn fails_unmetered() -> Result<()> {
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
     let found = check_status(&verify(&["--json"])?, 1)?;
     let failed = with_verdict(&found, "failed");
@@ -313,7 +313,7 @@ fn reload() -> Result<()> {
         );
     }
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
-    let life = Meter::read()?.life;
+    let life = MeterSnapshot::read()?.life;
     let arguments = ["--json", "--reload", "--yes", "--module", module::FILE];
 
     // While the device is open the module cannot be unloaded, so a check fails.
@@ -326,12 +326,15 @@ fn reload() -> Result<()> {
         "{failed:?}"
     );
     ensure!(
-        Meter::read()?.life == life,
+        MeterSnapshot::read()?.life == life,
         "the module has gone though it was in use"
     );
 
     let found = check_status(&verify(&arguments)?, 0)?;
-    ensure!(Meter::read()?.life != life, "the module has not gone");
+    ensure!(
+        MeterSnapshot::read()?.life != life,
+        "the module has not gone"
+    );
     ensure!(
         parameters()? == before,
         "{:?} in place of {before:?}",
@@ -370,8 +373,8 @@ fn answer_reload(answer: &str) -> Result<Output> {
 
 fn asks_before_reload() -> Result<()> {
     let loaded = module::Loaded::with(GIVEN_PARAMETERS)?;
-    let life = Meter::read()?.life;
-    let machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    let life = MeterSnapshot::read()?.life;
+    let machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     for answer in ["\n", "n\n", "yesterday\n", "\x04"] {
         let mut output = answer_reload(answer)?;
         // The typed line feed ends the question's line only on the terminal.
@@ -381,7 +384,7 @@ fn asks_before_reload() -> Result<()> {
             .drain(..question.context("there is no question")? + 6);
         check_refused(&output, "nothing was done")?;
         ensure!(
-            Meter::read()?.life == life,
+            MeterSnapshot::read()?.life == life,
             "the module has gone after {answer:?}"
         );
     }
@@ -396,7 +399,10 @@ fn asks_before_reload() -> Result<()> {
         "it asks: {asked}"
     );
     check_status(&output, 0)?;
-    ensure!(Meter::read()?.life != life, "the module has not gone");
+    ensure!(
+        MeterSnapshot::read()?.life != life,
+        "the module has not gone"
+    );
     drop(machine);
     check_nothing_left()?;
     loaded.unload()

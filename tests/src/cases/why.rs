@@ -15,7 +15,7 @@ use std::{
 use anyhow::{ensure, Context as _, Result};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{details::details_state, slow, tool::json, Case};
 use crate::host::{
@@ -162,7 +162,7 @@ fn two_at_once() -> Result<()> {
         code.has_changed()?,
         "with details on the module's code is the same: no branch is static"
     );
-    let mut machine = Machine::new(Config {
+    let mut machine = TinyVm::new(Config {
         vcpus: 2,
         ..Config::new(Program::OutUser, Mode::Long, 2500)
     })?;
@@ -179,7 +179,7 @@ fn two_at_once() -> Result<()> {
     drop(machine);
 
     let output = json(&output)?;
-    let reason = host::pick(30, 0x7b)?;
+    let reason = host::by_vendor(30, 0x7b)?;
     let outs = rows(&output, "details", reason)?.iter();
     let mut outs = outs.filter(|row| row["detail"]["port"] == 0x3f0);
     let row = outs.next().context("a row of the port")?;
@@ -215,7 +215,7 @@ fn interrupted() -> Result<()> {
     let mut tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
     // Details are on before the tool takes its first snapshot. After its first interval it has one.
     tool.skip_line()?;
-    let mut machine = Machine::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
+    let mut machine = TinyVm::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
     machine.run()?;
     thread::sleep(Duration::from_secs(1));
     tool.send(Signal::INT)?;
@@ -223,7 +223,7 @@ fn interrupted() -> Result<()> {
     drop(machine);
     ensure!(status.success(), "after Ctrl-C it ends with {status}");
     check_details_off(&code)?;
-    let reason = host::pick(32, 0x7c)?;
+    let reason = host::by_vendor(32, 0x7c)?;
     let (mut intervals, mut exits) = (0, 0);
     for line in text.lines() {
         let output = json(line)?;
@@ -291,7 +291,7 @@ fn slow_with_command() -> Result<()> {
     let code = ModuleCode::read()?;
     let command = HeldCommand::new("slow")?;
     let tool = Tool::with_command(&["slow", "--json"], &command)?;
-    let mut machine = Machine::new(slow::sleeper_config())?;
+    let mut machine = TinyVm::new(slow::sleeper_config())?;
     machine.run()?;
     command.end()?;
     let (status, output) = tool.end()?;
@@ -314,7 +314,7 @@ fn slow_with_command() -> Result<()> {
 fn killed() -> Result<()> {
     let loaded = module::Loaded::with("")?;
     let code = ModuleCode::read()?;
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
     let tool = Tool::start(&["why", "--interval", "1"])?;
     let refused = module::unload()
@@ -334,7 +334,7 @@ fn killed() -> Result<()> {
 }
 
 fn unloaded_under_a_guest() -> Result<()> {
-    let mut machine = Machine::new(Config::new(
+    let mut machine = TinyVm::new(Config::new(
         Program::Cpuid,
         Mode::Long,
         200_000 / host::slowdown(),

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, fmt};
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{
     detail::Kind,
-    reader::{Entry, Missed},
+    reader::{Missed, TableRow},
     reasons::Isa,
     snapshot::{Reason, TABLE_CODE, TABLE_DETAILS},
 };
@@ -260,7 +260,7 @@ impl DetailCounts {
     /// Check that the count of each row of details and of code is within its bound, and that rows and
     /// others sum to all exits. Both must be read while no guest runs, and the tables must be as old as
     /// the histograms. Return the statistics for details and for code.
-    pub fn check(&self, entries: &[Entry]) -> Result<[Agreement; 2]> {
+    pub fn check(&self, entries: &[TableRow]) -> Result<[Agreement; 2]> {
         let mut agreements = [Agreement::default(); 2];
         let mut rows = BTreeMap::<Key, (u64, u64)>::new();
         let mut others = BTreeMap::<(bool, u32), u64>::new();
@@ -334,8 +334,8 @@ impl DetailCounts {
 mod tests {
     use super::*;
 
-    fn row(table: u32, key: u64, exits: u64, missed: u64) -> Entry {
-        Entry {
+    fn row(table: u32, key: u64, exits: u64, missed: u64) -> TableRow {
+        TableRow {
             table,
             reason: Reason::Code(30),
             detail_kind: Kind::Port as u8,
@@ -357,7 +357,7 @@ mod tests {
         let mut counts = DetailCounts::default();
         counts.add((30, Kind::Port as u8, 1), 10);
         counts.add((30, Kind::Port as u8, 2), 5);
-        let others = |exits| Entry {
+        let others = |exits| TableRow {
             others: true,
             ..row(TABLE_DETAILS, 0, exits, 0)
         };

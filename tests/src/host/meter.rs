@@ -123,7 +123,7 @@ impl LedgerNumbers {
 
 /// The record of a live vCPU.
 #[derive(Clone, Debug)]
-pub struct VcpuRecord {
+pub struct MeteredVcpu {
     /// Number of the VM.
     pub vm: u64,
     /// KVM's name for the VM.
@@ -142,9 +142,9 @@ pub struct VcpuRecord {
 
 /// A parsed snapshot.
 #[derive(Clone, Debug)]
-pub struct Meter {
+pub struct MeterSnapshot {
     /// Live vCPUs.
-    pub vcpus: Vec<VcpuRecord>,
+    pub vcpus: Vec<MeteredVcpu>,
     /// Number of departed vCPUs.
     pub gone: u64,
     /// Number of vCPUs that ran unmetered.
@@ -155,7 +155,7 @@ pub struct Meter {
     pub totals: LedgerNumbers,
 }
 
-impl Meter {
+impl MeterSnapshot {
     /// Read the device. For each live vCPU, check that its ledger balances and that each exit has its
     /// sample in the histogram.
     pub fn read() -> Result<Self> {
@@ -163,7 +163,7 @@ impl Meter {
         Self::parse(&bytes)
     }
 
-    /// Parse a snapshot, with the checks of [`Meter::read`].
+    /// Parse a snapshot, with the checks of [`MeterSnapshot::read`].
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let snapshot = Snapshot::parse(bytes)?;
         let histogram = &histogram(&snapshot)?;
@@ -178,7 +178,7 @@ impl Meter {
                 vcpu.name()
             );
             numbers.check_samples(vcpu.latest())?;
-            Ok(VcpuRecord {
+            Ok(MeteredVcpu {
                 vm: vcpu.vm(),
                 name: vcpu.name().to_owned(),
                 pid: vcpu.pid(),
@@ -190,7 +190,7 @@ impl Meter {
         });
         Ok(Self {
             vcpus: vcpus.collect::<Result<_>>()?,
-            gone: snapshot.gone(),
+            gone: snapshot.departed(),
             unmetered: snapshot.unmetered(),
             life: snapshot.life(),
             totals: LedgerNumbers::read(snapshot.totals(), histogram)?,
@@ -210,7 +210,7 @@ impl Meter {
     }
 
     /// Return the vCPUs of this process, ordered by VM and ID.
-    pub fn own(&self) -> Vec<&VcpuRecord> {
+    pub fn own(&self) -> Vec<&MeteredVcpu> {
         let mut own: Vec<_> = self
             .vcpus
             .iter()
@@ -221,7 +221,7 @@ impl Meter {
     }
 
     /// Return the only vCPU of this process, or an error if it has none or more.
-    pub fn only(&self) -> Result<&VcpuRecord> {
+    pub fn only(&self) -> Result<&MeteredVcpu> {
         match self.own()[..] {
             [vcpu] => Ok(vcpu),
             ref own => anyhow::bail!("this process has {} metered vCPUs instead of 1", own.len()),

@@ -50,7 +50,7 @@ pub fn isa() -> Result<Isa> {
 }
 
 /// Return `vmx` on an Intel host and `svm` on an AMD host.
-pub fn pick<T>(vmx: T, svm: T) -> Result<T> {
+pub fn by_vendor<T>(vmx: T, svm: T) -> Result<T> {
     Ok(match isa()? {
         Isa::Vmx => vmx,
         Isa::Svm => svm,
@@ -62,7 +62,7 @@ pub fn nested_paging() -> Result<bool> {
     let path = format!(
         "/sys/module/{}/parameters/{}",
         module::vendor()?,
-        pick("ept", "npt")?
+        by_vendor("ept", "npt")?
     );
     let value = fs::read_to_string(&path).with_context(|| format!("{path} cannot be read"))?;
     Ok(value.trim() == "Y")

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 
-use super::pick;
+use super::by_vendor;
 
 /// Path of the module in the host.
 pub const FILE: &str = "/root/exitmeter.ko";
@@ -97,12 +97,12 @@ impl Drop for Loaded {
 
 /// Return the name of KVM's vendor module on this host.
 pub fn vendor() -> Result<&'static str> {
-    pick("kvm_intel", "kvm_amd")
+    by_vendor("kvm_intel", "kvm_amd")
 }
 
 /// Load KVM's vendor module, with or without nested paging.
 pub fn load_vendor(nested_paging: bool) -> Result<()> {
-    let parameter = format!("{}={}", pick("ept", "npt")?, u8::from(nested_paging));
+    let parameter = format!("{}={}", by_vendor("ept", "npt")?, u8::from(nested_paging));
     modprobe(&[vendor()?, &parameter])
 }
 

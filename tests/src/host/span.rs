@@ -8,7 +8,7 @@ use exitmeter_meter::reasons;
 use super::{
     hist::{Exits, Hist},
     isa,
-    meter::Meter,
+    meter::MeterSnapshot,
 };
 
 /// A span that begins and ends while no guest runs.
@@ -22,7 +22,7 @@ impl Span {
     /// Begin to count.
     pub fn begin() -> Result<Self> {
         let hist = Hist::begin()?;
-        let before = Meter::read()?.exits();
+        let before = MeterSnapshot::read()?.exits();
         Ok(Self { hist, before })
     }
 
@@ -30,7 +30,7 @@ impl Span {
     ///
     /// VMs of this process may still exist, as long as none of their vCPUs runs.
     pub fn end(self) -> Result<Exits> {
-        let meter = Meter::read()?;
+        let meter = MeterSnapshot::read()?;
         let hist = self.hist.read()?;
         ensure!(
             meter.unmetered == 0,

@@ -14,12 +14,12 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 use kvm_ioctls::Kvm;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{check_fully_metered, raise_file_limit, random::Random, scaled};
 use crate::{
     cases::Case,
-    host::{meter::Meter, module, span::Span},
+    host::{meter::MeterSnapshot, module, span::Span},
 };
 
 /// Total number of VMs.
@@ -70,7 +70,7 @@ pub fn worker(seed: u64) -> Result<()> {
     let mut random = Random::new(seed);
     loop {
         let config = random_config(&mut random);
-        Machine::new(config)?.run()?;
+        TinyVm::new(config)?.run()?;
     }
 }
 
@@ -97,7 +97,7 @@ fn random_config(random: &mut Random) -> Config {
 
 /// Check that no vCPU is metered and none ran unmetered. Return the number of departed vCPUs.
 fn check_nothing_left() -> Result<u64> {
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     ensure!(
         meter.vcpus.is_empty(),
         "{} ledgers of departed vCPUs are left",
@@ -123,7 +123,7 @@ fn come_and_go(count: u64) -> Result<()> {
                     for number in 0..count / 2 {
                         let config = random_config(&mut random);
                         vcpus += u64::from(config.vcpus);
-                        let mut machine = Machine::new(config)?;
+                        let mut machine = TinyVm::new(config)?;
                         if number % 10 == 0 {
                             refused += machine.ask_for_impossible_vcpus()?;
                         }
@@ -162,12 +162,12 @@ fn no_file_descriptor() -> Result<()> {
     const TIMES: u32 = 1000;
     let span = Span::begin()?;
     let before = check_nothing_left()?;
-    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 50))?;
+    let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 50))?;
     for _ in 0..TIMES {
         machine.ask_for_vcpu_without_a_file()?;
     }
     machine.run()?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     ensure!(
         meter.vcpus.len() == 1,
         "{} vCPUs are metered instead of 1",
@@ -223,9 +223,9 @@ fn past_the_limit() -> Result<()> {
             vcpus: 15,
             ..Config::new(Program::OutUser, Mode::Long, 20)
         };
-        let mut machine = Machine::new(many)?;
+        let mut machine = TinyVm::new(many)?;
         machine.run()?;
-        let meter = Meter::read()?;
+        let meter = MeterSnapshot::read()?;
         ensure!(
             meter.own().len() == 8 && meter.unmetered == 7 * round,
             "round {round}: of 15 vCPUs {} are metered, and {} ran unmetered so far",
@@ -263,25 +263,25 @@ fn more_than_can_be_noted() -> Result<()> {
     let others = (0..VMS)
         .map(|_| vm_with_vcpus(EACH))
         .collect::<Result<Vec<_>>>()?;
-    Meter::check_counts(1, VCPUS, 0)?;
+    MeterSnapshot::check_counts(1, VCPUS, 0)?;
 
     // There is room again, but not for these vCPUs.
     drop(first);
     for vcpu in others.iter().flat_map(|(_, vcpus)| vcpus) {
         vcpu.get_regs()?;
     }
-    Meter::check_counts(0, VCPUS, 1)?;
+    MeterSnapshot::check_counts(0, VCPUS, 1)?;
     check_fully_metered()?;
-    Meter::check_counts(0, VCPUS, 2)?;
+    MeterSnapshot::check_counts(0, VCPUS, 2)?;
 
     // KVM loads each vCPU once more to destroy it. After that, new vCPUs are metered again.
     drop(others);
-    Meter::check_counts(0, VCPUS, 2)?;
+    MeterSnapshot::check_counts(0, VCPUS, 2)?;
     check_fully_metered()?;
     let again = vm_with_vcpus(4)?;
-    Meter::check_counts(1, VCPUS + 3, 3)?;
+    MeterSnapshot::check_counts(1, VCPUS + 3, 3)?;
     drop(again);
-    Meter::check_counts(0, VCPUS + 3, 4)?;
+    MeterSnapshot::check_counts(0, VCPUS + 3, 4)?;
     println!(
         "{VCPUS} vCPUs unmetered at a time, each counted once; none of them was metered later"
     );
@@ -312,7 +312,7 @@ fn outlives_creator() -> Result<()> {
 /// Create and run a VM, then end and leave the VM to a child. The child prints how many of its vCPUs are
 /// still metered.
 pub fn bequeath() -> Result<()> {
-    let mut machine = Machine::new(Config::new(Program::OutUser, Mode::Long, 50))?;
+    let mut machine = TinyVm::new(Config::new(Program::OutUser, Mode::Long, 50))?;
     machine.run()?;
     let creator = std::process::id();
     // SAFETY: The threads of `run` have ended, so this process has only one thread.
@@ -322,7 +322,7 @@ pub fn bequeath() -> Result<()> {
             while std::os::unix::process::parent_id() == creator {
                 thread::sleep(Duration::from_millis(10));
             }
-            let meter = Meter::read()?;
+            let meter = MeterSnapshot::read()?;
             let held = meter
                 .vcpus
                 .iter()

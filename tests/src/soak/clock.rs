@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{phase::Phase, reader::Snapshot};
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{run_until, scaled, snapshots::check_none_fell};
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     host::{
         self,
         log::Log,
-        meter::{Meter, VcpuRecord, DEVICE},
+        meter::{MeterSnapshot, MeteredVcpu, DEVICE},
         span::Span,
     },
 };
@@ -66,13 +66,13 @@ fn hotplug() -> Result<()> {
         };
         let guest = scope.spawn(|| run_until(&done, config));
         let result = (|| {
-            let mut before = Meter::read()?;
+            let mut before = MeterSnapshot::read()?;
             for time in 0..2 * times {
                 let online = time % 2;
                 fs::write(ONLINE, online.to_string())
                     .with_context(|| format!("{ONLINE} does not take {online}"))?;
                 thread::sleep(Duration::from_millis(20));
-                let meter = Meter::read()?;
+                let meter = MeterSnapshot::read()?;
                 for (before, after) in before.own().iter().zip(meter.own()) {
                     if (before.vm, before.id) == (after.vm, after.id) {
                         check_none_fell(before, after)?;
@@ -135,18 +135,18 @@ fn snapshot_clock() -> Result<(u64, u64, u64, u64)> {
 /// Suspend the host for 5 s while one VM idles and one works. The suspend is as in S3 except for the
 /// last step, the firmware's.
 fn survive_suspend() -> Result<()> {
-    let hlt = host::pick(12, 0x78)?;
+    let hlt = host::by_vendor(12, 0x78)?;
     let span = Span::begin()?;
     let config = Config {
-        wake: Duration::from_millis(10),
+        hlt_time: Duration::from_millis(10),
         ..Config::new(Program::HltKernel, Mode::Long, 100)
     };
-    let mut idle = Machine::new(config.clone())?;
+    let mut idle = TinyVm::new(config.clone())?;
     idle.run()?;
-    let halted_ticks = |vcpu: &VcpuRecord| vcpu.numbers.phases[Phase::Halted as usize];
-    let user_ticks = |vcpu: &VcpuRecord| vcpu.numbers.phases[Phase::User as usize];
-    let first = Meter::read()?.only()?.clone();
-    let idle_vcpu = |meter: &Meter| -> Result<VcpuRecord> {
+    let halted_ticks = |vcpu: &MeteredVcpu| vcpu.numbers.phases[Phase::Halted as usize];
+    let user_ticks = |vcpu: &MeteredVcpu| vcpu.numbers.phases[Phase::User as usize];
+    let first = MeterSnapshot::read()?.only()?.clone();
+    let idle_vcpu = |meter: &MeterSnapshot| -> Result<MeteredVcpu> {
         let found = meter.vcpus.iter().find(|vcpu| vcpu.vm == first.vm);
         Ok((*found.context("the idle VM is not metered")?).clone())
     };
@@ -156,13 +156,15 @@ fn survive_suspend() -> Result<()> {
         let result = (|| {
             let begun = Instant::now();
             // KVM names a VM by the thread that created it, so `own` does not include the other VM.
-            while Meter::read()?.vcpus.len() < 2 && begun.elapsed() < Duration::from_secs(30) {
+            while MeterSnapshot::read()?.vcpus.len() < 2
+                && begun.elapsed() < Duration::from_secs(30)
+            {
                 thread::sleep(Duration::from_millis(100));
                 ensure!(!guest.is_finished(), "the guest ended");
             }
             let (loaded, now, second, life) = snapshot_clock()?;
             let tsc = read_tsc();
-            let before = Meter::read()?;
+            let before = MeterSnapshot::read()?;
             fs::write("/sys/power/pm_test", "core").context("/sys/power/pm_test")?;
             fs::write("/sys/power/state", "mem").context("the host does not sleep")?;
             let (new_tsc, (loaded_after, now_after, _, life_after)) =
@@ -178,7 +180,7 @@ fn survive_suspend() -> Result<()> {
                 (3 * second..60 * second).contains(&passed),
                 "{passed} ticks of {second} a second passed"
             );
-            let after = Meter::read()?;
+            let after = MeterSnapshot::read()?;
             let mut seen = 0;
             for after in &after.vcpus {
                 for before in &before.vcpus {
@@ -198,7 +200,7 @@ fn survive_suspend() -> Result<()> {
             );
             idle.rewind()?;
             idle.run()?;
-            let again = idle_vcpu(&Meter::read()?)?;
+            let again = idle_vcpu(&MeterSnapshot::read()?)?;
             let times = [
                 halted_ticks(&first),
                 halted_ticks(&again) - halted_ticks(&first),

@@ -11,7 +11,9 @@ use std::{
 
 use anyhow::{bail, ensure, Context as _, Result};
 use exitmeter_meter::phase::Phase;
-use tiny_guests::{pin, Config, Machine, Mode, Program, Quad, Stepped, MAX_QUERIES, UNANSWERED};
+use tiny_guests::{
+    pin, Config, Mode, Program, Registers64, Stepped, TinyVm, MAX_QUERIES, UNANSWERED,
+};
 
 use super::{random::Random, scaled};
 use crate::{
@@ -20,7 +22,7 @@ use crate::{
         self,
         leaves::{EXITS_64, MAP_2021, PHASE_CYCLES},
         log::Log,
-        meter::Meter,
+        meter::MeterSnapshot,
         span::Span,
     },
 };
@@ -87,7 +89,7 @@ fn check_line_rate(log: &mut Log, time: Duration) -> Result<u64> {
 /// Return a random query for reads and writes of MSRs. The asking guests never access one, and their
 /// neighbour does nothing else, so an answer other than 0 shows the neighbour's numbers.
 fn query_for_neighbour(random: &mut Random) -> Result<(u32, u32)> {
-    let rdmsr = host::pick(31, 0x7c)?;
+    let rdmsr = host::by_vendor(31, 0x7c)?;
     Ok(match random.below(5) {
         0 => (MAP_2021.reason_exits, rdmsr),
         1 => (MAP_2021.reason_cycles, rdmsr),
@@ -117,9 +119,9 @@ fn random_query(random: &mut Random) -> (u32, u32) {
 
 fn random_queries(count: u64) -> Result<()> {
     // The neighbour has known numbers, and is at rest.
-    let mut neighbour = Machine::new(Config::new(Program::Rdmsr, Mode::Long, 100_003))?;
+    let mut neighbour = TinyVm::new(Config::new(Program::Rdmsr, Mode::Long, 100_003))?;
     neighbour.run()?;
-    let neighbour_before = Meter::read()?.only()?.clone();
+    let neighbour_before = MeterSnapshot::read()?.only()?.clone();
     let mut log = Log::from_now()?;
     let started = Instant::now();
     let asked = AtomicU64::new(0);
@@ -139,7 +141,7 @@ fn random_queries(count: u64) -> Result<()> {
         })
     })?;
     let time = started.elapsed();
-    let after = Meter::read()?;
+    let after = MeterSnapshot::read()?;
     let now = after
         .vcpus
         .iter()
@@ -169,7 +171,7 @@ fn ask_random_queries(
 ) -> Result<()> {
     const VCPUS: u8 = 2;
     let mut random = Random::new(seed);
-    let mut machine: Option<Machine> = None;
+    let mut machine: Option<TinyVm> = None;
     while asked.load(Ordering::Relaxed) < count {
         let mut queries = Vec::new();
         let mut zero = Vec::new();
@@ -180,7 +182,7 @@ fn ask_random_queries(
                 false => random_query(&mut random),
             };
             let high = |random: &mut Random| random.next() << 32;
-            queries.push(Quad {
+            queries.push(Registers64 {
                 rax: high(&mut random) | u64::from(leaf),
                 rbx: random.next(),
                 rcx: high(&mut random) | u64::from(subleaf),
@@ -190,10 +192,10 @@ fn ask_random_queries(
         }
         let machine = match &mut machine {
             Some(machine) => {
-                machine.ask(&queries)?;
+                machine.set_queries(&queries)?;
                 machine
             }
-            none => none.insert(Machine::new(Config {
+            none => none.insert(TinyVm::new(Config {
                 vcpus: VCPUS,
                 ..Config::query(mode, queries.clone())
             })?),
@@ -205,7 +207,7 @@ fn ask_random_queries(
                     .iter()
                     .any(|register| register >> 32 != 0);
                 ensure!(
-                    !wide && (!zero || answer == Quad::default()),
+                    !wide && (!zero || answer == Registers64::default()),
                     "leaf {:#x}, subleaf {:#x} is answered {answer:x?}",
                     query.rax as u32,
                     query.rcx as u32
@@ -223,7 +225,7 @@ fn ask_random_queries(
 fn flood() -> Result<()> {
     const ROUNDS: usize = 15;
     const EXITS: u32 = 3000;
-    let out = host::pick(30, 0x7b)?;
+    let out = host::by_vendor(30, 0x7b)?;
     let stop = AtomicBool::new(false);
     let flooding = AtomicBool::new(false);
     let asked = AtomicU64::new(0);
@@ -231,8 +233,8 @@ fn flood() -> Result<()> {
     let started = Instant::now();
     let [quiet, loud] = thread::scope(|scope| {
         let flooder = scope.spawn(|| -> Result<()> {
-            let queries = vec![Quad::cpuid(MAP_2021.total_exits, 0); MAX_QUERIES as usize];
-            let mut machine = Machine::new(Config::query(Mode::Long, queries))?;
+            let queries = vec![Registers64::cpuid(MAP_2021.total_exits, 0); MAX_QUERIES as usize];
+            let mut machine = TinyVm::new(Config::query(Mode::Long, queries))?;
             while !stop.load(Ordering::Relaxed) {
                 if flooding.load(Ordering::Relaxed) {
                     machine.run_with(|_| pin(0))?;
@@ -251,9 +253,9 @@ fn flood() -> Result<()> {
                 flooding.store(round % 2 == 1, Ordering::Relaxed);
                 thread::sleep(Duration::from_millis(20));
                 let mut neighbour =
-                    Machine::new(Config::new(Program::OutEventfd, Mode::Long, EXITS))?;
+                    TinyVm::new(Config::new(Program::OutEventfd, Mode::Long, EXITS))?;
                 neighbour.run_with(|_| pin(last_cpu))?;
-                let meter = Meter::read()?;
+                let meter = MeterSnapshot::read()?;
                 let own = meter.own();
                 let mine = own.last().context("the neighbour is not metered")?;
                 let (exits, cycles) = (
@@ -278,14 +280,14 @@ fn flood() -> Result<()> {
         asked.into_inner()
     );
     // On the AMD host the TSC is the wall clock, which varies more on a busy machine.
-    let bound = host::pick(quiet / 10, quiet / 2)?;
+    let bound = host::by_vendor(quiet / 10, quiet / 2)?;
     ensure!(loud <= quiet + bound, "a neighbour's exits cost more");
     Ok(())
 }
 
 fn cpuid_faults() -> Result<()> {
-    let query = Quad::cpuid(MAP_2021.total_exits, 0);
-    let mut user = Machine::new(Config::query(Mode::User, vec![query; 3]))?;
+    let query = Registers64::cpuid(MAP_2021.total_exits, 0);
+    let mut user = TinyVm::new(Config::query(Mode::User, vec![query; 3]))?;
     user.make_cpuid_fault()?;
     // Without a handler the fault ends the vCPU.
     match user.run() {
@@ -293,7 +295,7 @@ fn cpuid_faults() -> Result<()> {
         other => bail!("CPUID at CPL 3 ends with {other:?} instead of a fault"),
     }
     let unanswered = user.answers(0)[0];
-    let mut kernel = Machine::new(Config::query(Mode::Long, vec![query; 3]))?;
+    let mut kernel = TinyVm::new(Config::query(Mode::Long, vec![query; 3]))?;
     kernel.make_cpuid_fault()?;
     kernel.run()?;
     let answered = kernel.answers(0)[2];
@@ -306,13 +308,13 @@ fn cpuid_faults() -> Result<()> {
 }
 
 /// Check the answers of a guest that asks for its own CPUID exits: they count up from `first`.
-fn check_counts_up(answers: &[Quad], first: u64) -> Result<()> {
+fn check_counts_up(answers: &[Registers64], first: u64) -> Result<()> {
     for (expected, answer) in (first..).zip(answers) {
         ensure!(
             *answer
-                == Quad {
+                == Registers64 {
                     rax: expected,
-                    ..Quad::default()
+                    ..Registers64::default()
                 },
             "where {expected} CPUID exits are due, the guest reads {answer:x?}"
         );
@@ -321,13 +323,13 @@ fn check_counts_up(answers: &[Quad], first: u64) -> Result<()> {
 }
 
 fn query_own_cpuid_exits(count: u32) -> Result<Config> {
-    let query = Quad::cpuid(MAP_2021.reason_exits, host::pick(10, 0x72)?);
+    let query = Registers64::cpuid(MAP_2021.reason_exits, host::by_vendor(10, 0x72)?);
     Ok(Config::query(Mode::Long, vec![query; count as usize]))
 }
 
 fn single_stepped() -> Result<()> {
     let span = Span::begin()?;
-    let mut machine = Machine::new(query_own_cpuid_exits(MAX_QUERIES)?)?;
+    let mut machine = TinyVm::new(query_own_cpuid_exits(MAX_QUERIES)?)?;
     let Stepped::ToTheEnd(steps) = machine.step(u32::MAX)? else {
         bail!("the guest has no end");
     };
@@ -352,8 +354,8 @@ fn signals_and_register_writes() -> Result<()> {
         let guest = scope.spawn(|| -> Result<u64> {
             let mut rounds = 0;
             for _ in 0..20 {
-                let mut machine = Machine::new(Config {
-                    meddle: true,
+                let mut machine = TinyVm::new(Config {
+                    rewrite_registers: true,
                     ..query_own_cpuid_exits(MAX_QUERIES)?
                 })?;
                 machine.run_with(|_| {
@@ -363,8 +365,8 @@ fn signals_and_register_writes() -> Result<()> {
                 })?;
                 thread_id.store(0, Ordering::Relaxed);
                 check_counts_up(&machine.answers(0), 1)?;
-                let mut machine = Machine::new(Config {
-                    meddle: true,
+                let mut machine = TinyVm::new(Config {
+                    rewrite_registers: true,
                     ..Config::new(Program::OutUser, Mode::Long, 500)
                 })?;
                 let seen = machine.run()?;
@@ -403,9 +405,9 @@ fn saved_and_restored() -> Result<()> {
     let mut split = 0_u64;
     for _ in 0..times {
         let span = Span::begin()?;
-        let mut machine = Machine::new(query_own_cpuid_exits(ASKED)?)?;
+        let mut machine = TinyVm::new(query_own_cpuid_exits(ASKED)?)?;
         let steps = random.below(u64::from(ASKED) * 14) as u32;
-        if machine.step(steps)? != Stepped::AsTold {
+        if machine.step(steps)? != Stepped::AllSteps {
             continue;
         }
         let mut other = machine.migrate()?;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{anyhow, bail, ensure, Context as _, Result};
-use tiny_guests::{pin, Config, Machine, Mode, Program, Quad};
+use tiny_guests::{pin, Config, Mode, Program, Registers64, TinyVm};
 
 use super::{repeat_until, scaled};
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
         self, hist,
         leaves::MAP_2021,
         linux::Linux,
-        meter::{Meter, DEVICE},
+        meter::{MeterSnapshot, DEVICE},
         module,
     },
 };
@@ -40,7 +40,7 @@ pub(super) fn cases() -> Vec<Case> {
         (
             "sleeps in HLT for seconds",
             Config {
-                wake: Duration::from_secs(4),
+                hlt_time: Duration::from_secs(4),
                 ..Config::new(Program::HltKernel, Mode::Long, 3)
             },
         ),
@@ -52,7 +52,10 @@ pub(super) fn cases() -> Vec<Case> {
             "floods the meter's leaves",
             Config {
                 vcpus: 2,
-                ..Config::query(Mode::Long, vec![Quad::cpuid(MAP_2021.total_exits, 0); 500])
+                ..Config::query(
+                    Mode::Long,
+                    vec![Registers64::cpuid(MAP_2021.total_exits, 0); 500],
+                )
             },
         ),
     ] {
@@ -106,7 +109,7 @@ fn load_repeatedly(count: u64) -> Result<()> {
             let mut turn = programs.iter().cycle();
             repeat_until(&done, || {
                 let program = *turn.next().context("a cycle has no end")?;
-                Machine::new(Config::new(program, Mode::Long, 30))?.run()?;
+                TinyVm::new(Config::new(program, Mode::Long, 30))?.run()?;
                 Ok(())
             })
         });
@@ -138,7 +141,7 @@ fn load_repeatedly(count: u64) -> Result<()> {
 /// Load the module, read a snapshot, and unload the module.
 fn load_and_unload() -> Result<()> {
     module::load("log_queries=0")?;
-    Meter::read()?;
+    MeterSnapshot::read()?;
     // A process that another thread is just starting holds all open files, including the device,
     // until its exec.
     let mut retries = 100;
@@ -237,7 +240,7 @@ impl Memory {
 /// Load and unload the module ten times under a guest.
 fn unload_under(config: &Config) -> Result<()> {
     let cpus = host::cpus()?;
-    let mut machine = Machine::new(config.clone())?;
+    let mut machine = TinyVm::new(config.clone())?;
     let runs = AtomicU64::new(0);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -245,7 +248,7 @@ fn unload_under(config: &Config) -> Result<()> {
             repeat_until(&done, || {
                 machine.run_with(|vcpu| pin(usize::from(vcpu) % cpus))?;
                 runs.fetch_add(1, Ordering::Relaxed);
-                machine = Machine::new(config.clone())?;
+                machine = TinyVm::new(config.clone())?;
                 Ok(())
             })
         });
@@ -280,7 +283,7 @@ fn refused_while_open() -> Result<()> {
     let device = File::open(DEVICE)?;
     let error = module::unload().err();
     let refused = error.as_ref().is_some_and(is_in_use);
-    Meter::read()?;
+    MeterSnapshot::read()?;
     drop(device);
     module::unload()?;
     hist::stop()?;

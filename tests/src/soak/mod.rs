@@ -20,11 +20,11 @@ use std::{
 };
 
 use anyhow::{ensure, Result};
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use crate::{
     cases::Case,
-    host::{self, meter::Meter},
+    host::{self, meter::MeterSnapshot},
 };
 
 /// Environment variable with the share of its work that a case does, in percent.
@@ -48,7 +48,7 @@ fn repeat_until(done: &AtomicBool, mut work: impl FnMut() -> Result<()>) -> Resu
 
 /// Run the same VM from its beginning until `done` is set, and return the number of runs.
 fn run_until(done: &AtomicBool, config: Config) -> Result<u64> {
-    let mut machine = Machine::new(config)?;
+    let mut machine = TinyVm::new(config)?;
     repeat_until(done, || {
         machine.run()?;
         Ok(machine.rewind()?)
@@ -69,11 +69,11 @@ fn raise_file_limit(count: u64) -> Result<()> {
 
 /// Check that every exit of a new guest is metered. This process may have no other vCPU.
 fn check_fully_metered() -> Result<()> {
-    let mut machine = Machine::new(Config::new(Program::Cpuid, Mode::Long, 50))?;
+    let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 50))?;
     machine.run()?;
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let numbers = &meter.only()?.numbers;
-    let cpuid = numbers.exits_of(host::pick(10, 0x72)?);
+    let cpuid = numbers.exits_of(host::by_vendor(10, 0x72)?);
     ensure!(cpuid == 50, "{cpuid} CPUID exits of 50 are metered");
     Ok(())
 }

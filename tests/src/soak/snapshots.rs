@@ -11,14 +11,14 @@ use std::{
 };
 
 use anyhow::{ensure, Context as _, Result};
-use tiny_guests::{Config, Machine, Mode, Program, MAX_LONG_VCPUS};
+use tiny_guests::{Config, Mode, Program, TinyVm, MAX_LONG_VCPUS};
 
 use super::{raise_file_limit, repeat_until, run_until, scaled};
 use crate::{
     cases::Case,
     host::{
         self,
-        meter::{Meter, VcpuRecord, DEVICE},
+        meter::{MeterSnapshot, MeteredVcpu, DEVICE},
     },
 };
 
@@ -54,7 +54,7 @@ fn beside_churn(time: Duration) -> Result<()> {
     // There are more vCPUs than a snapshot copies at a time, so others come and go while it is taken.
     let _resting = (0..4)
         .map(|_| {
-            let mut machine = Machine::new(Config {
+            let mut machine = TinyVm::new(Config {
                 vcpus: 15,
                 ..Config::new(Program::OutUser, Mode::Long, 5)
             })?;
@@ -69,7 +69,7 @@ fn beside_churn(time: Duration) -> Result<()> {
             let mut vms = 0;
             repeat_until(&done, || {
                 let some = |program| {
-                    Machine::new(Config {
+                    TinyVm::new(Config {
                         vcpus: 4,
                         ..Config::new(program, Mode::Long, 20)
                     })
@@ -87,10 +87,10 @@ fn beside_churn(time: Duration) -> Result<()> {
             Ok(vms)
         });
         let result = (|| {
-            let mut before = Meter::read()?.exits();
+            let mut before = MeterSnapshot::read()?.exits();
             let started = Instant::now();
             while started.elapsed() < time {
-                let now = Meter::read()?.exits();
+                let now = MeterSnapshot::read()?.exits();
                 snapshots += 1;
                 for (code, count) in &before {
                     let exits = now.get(code).copied().unwrap_or(0);
@@ -126,11 +126,11 @@ fn beside_vcpus(time: Duration) -> Result<()> {
             })
             .into();
         let result = (|| {
-            let mut latest: BTreeMap<(u64, u32), VcpuRecord> = BTreeMap::new();
+            let mut latest: BTreeMap<(u64, u32), MeteredVcpu> = BTreeMap::new();
             let started = Instant::now();
             while started.elapsed() < time {
-                // `Meter::read` checks each ledger.
-                let meter = Meter::read()?;
+                // `MeterSnapshot::read` checks each ledger.
+                let meter = MeterSnapshot::read()?;
                 snapshots += 1;
                 for vcpu in meter.vcpus {
                     ledgers += 1;
@@ -163,13 +163,13 @@ fn of_4096_vcpus() -> Result<()> {
     // Each VM has its own 4 MiB, so VMs of few vCPUs would exceed the host's memory.
     const EACH: u8 = MAX_LONG_VCPUS;
     raise_file_limit(2 * VCPUS)?;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let mut machines = Vec::new();
     let mut left = VCPUS;
     while left > 0 {
         let vcpus = left.min(u64::from(EACH)) as u8;
         left -= u64::from(vcpus);
-        let mut machine = Machine::new(Config {
+        let mut machine = TinyVm::new(Config {
             vcpus,
             ..Config::new(Program::Cpuid, Mode::Long, 5)
         })
@@ -185,7 +185,7 @@ fn of_4096_vcpus() -> Result<()> {
         ticks.push(read_tsc() - began);
     }
     ticks.sort_unstable();
-    let meter = Meter::read()?;
+    let meter = MeterSnapshot::read()?;
     let own = meter.own();
     ensure!(
         own.len() as u64 == VCPUS && meter.unmetered == 0,
@@ -211,7 +211,7 @@ fn read_tsc() -> u64 {
 }
 
 /// Check that no number of a vCPU fell.
-pub(super) fn check_none_fell(before: &VcpuRecord, after: &VcpuRecord) -> Result<()> {
+pub(super) fn check_none_fell(before: &MeteredVcpu, after: &MeteredVcpu) -> Result<()> {
     ensure!(
         after.life >= before.life && after.numbers.none_fell_since(&before.numbers),
         "the numbers of vCPU {} of {} fell: {before:?} and then {after:?}",

@@ -8,7 +8,7 @@ use std::{fs, io, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reader::Snapshot;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{check_fully_metered, random::Random, scaled};
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
     host::{
         self,
         fault_injection::{self, CodeRange, FaultInjection},
-        meter::{Meter, DEVICE},
+        meter::{MeterSnapshot, DEVICE},
         module,
     },
 };
@@ -61,7 +61,7 @@ fn load() -> Result<()> {
                     !module::is_loaded("exitmeter")? && !Path::new(DEVICE).exists(),
                     "the refused module left something behind"
                 );
-                Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
+                TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
                 Ok(())
             }
             // The kernel or module can do without this allocation.
@@ -91,7 +91,7 @@ fn unload() -> Result<()> {
             !module::is_loaded("exitmeter")? && !Path::new(DEVICE).exists(),
             "the module left something behind"
         );
-        Machine::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
+        TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 5))?.run()?;
         module::load("")?;
         // The module is at another address now.
         faults.restrict_to(CodeRange::of_module("exitmeter")?)?;
@@ -103,7 +103,7 @@ fn unload() -> Result<()> {
 }
 
 fn snapshot() -> Result<()> {
-    let mut machine = Machine::new(Config {
+    let mut machine = TinyVm::new(Config {
         vcpus: 15,
         ..Config::new(Program::Cpuid, Mode::Long, 5)
     })?;
@@ -131,14 +131,17 @@ fn snapshot() -> Result<()> {
     Snapshot::parse(&last?)?;
     ensure!(refused > 0, "none of {count} reads was refused");
     drop(faults);
-    ensure!(Meter::read()?.own().len() == 15, "not all are metered");
+    ensure!(
+        MeterSnapshot::read()?.own().len() == 15,
+        "not all are metered"
+    );
     println!("{count} allocations failed, one after the other; {refused} reads were refused");
     Ok(())
 }
 
 fn vcpus() -> Result<()> {
     const VCPUS: u8 = 3;
-    let cpuid = host::pick(10, 0x72)?;
+    let cpuid = host::by_vendor(10, 0x72)?;
     let config = Config {
         vcpus: VCPUS,
         ..Config::new(Program::Cpuid, Mode::Long, 40)
@@ -155,13 +158,13 @@ fn vcpus() -> Result<()> {
             1 => 0,
             _ => 10 + random.below(80) as u32,
         })?;
-        let mut machine = Machine::new(config.clone())?;
+        let mut machine = TinyVm::new(config.clone())?;
         machine.run()?;
         faults.set_percent(0)?;
         // A vCPU without a ledger stays unmetered for its life; the others' numbers are exact.
         machine.rewind()?;
         machine.run()?;
-        let meter = Meter::read()?;
+        let meter = MeterSnapshot::read()?;
         let own = meter.own();
         let without = meter.unmetered - unmetered;
         ensure!(

@@ -16,7 +16,7 @@ use exitmeter_meter::{
     phase::Phase,
     reader::Snapshot,
     registry::{
-        walk::{NoSnapshot, Show, Walker},
+        walk::{NoSnapshot, TableOptions, Walker},
         Platform,
     },
     snapshot::size_for,
@@ -157,7 +157,7 @@ impl Guests {
         for (id, vcpu) in vcpus.iter().enumerate() {
             let vm = id / (size.vcpus / size.vms);
             meter
-                .announce(vcpu.key(), newcomer(vcpu, vm, id as u32))
+                .register_new(vcpu.key(), newcomer(vcpu, vm, id as u32))
                 .expect("there is room");
             load(&meter, (WRITER as u32, cpu), vcpu, || {
                 unreachable!("it is known")
@@ -254,7 +254,10 @@ impl Guests {
     /// Copy a ledger that is written all the time: all attempts fail, then interrupts follow.
     fn copies_of_fastest(&self) {
         self.copy("the same, one transition at once after the other");
-        let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
+        let member = self
+            .meter
+            .metered(self.vcpus[0].key())
+            .expect("it is known");
         let mut copy = Box::new(LedgerCopy::new());
         let [mut tries, mut forced, mut sent_all] = [(); 3].map(|()| Spread::default());
         let began = Instant::now();
@@ -291,7 +294,10 @@ impl Guests {
     }
 
     fn copy(&self, what: &str) {
-        let member = self.meter.known(self.vcpus[0].key()).expect("it is known");
+        let member = self
+            .meter
+            .metered(self.vcpus[0].key())
+            .expect("it is known");
         let mut copy = Box::new(LedgerCopy::new());
         let [mut alone, mut interrupted] = [(); 2].map(|()| Spread::default());
         let [mut attempts, mut interrupts] = [(); 2].map(|()| Spread::default());
@@ -346,11 +352,11 @@ impl Guests {
                 &mut buffer,
                 &mut gone,
                 head,
-                Show::default(),
+                TableOptions::default(),
             ) {
                 Ok(size) => size,
-                Err(NoSnapshot::Full(_)) => panic!("the buffer is large enough"),
-                Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
+                Err(NoSnapshot::BufferTooSmall(_)) => panic!("the buffer is large enough"),
+                Err(NoSnapshot::CopyFailed) => panic!("a ledger was not copied"),
             };
             spread.add(ticks() - from);
             let snapshot = Snapshot::parse(&buffer[..size]).expect("a snapshot");
@@ -430,7 +436,7 @@ impl Guests {
                 let newcomer = newcomer(vcpu, vm, id as u32);
                 let from = ticks();
                 self.meter
-                    .announce(vcpu.key(), newcomer)
+                    .register_new(vcpu.key(), newcomer)
                     .expect("there is room");
                 let born = self
                     .meter

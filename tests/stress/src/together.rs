@@ -26,7 +26,7 @@ use exitmeter_meter::{
     reader::{Row, Snapshot},
     reasons::{slot, Isa, Slot},
     registry::{
-        walk::{NoSnapshot, Show, Walker},
+        walk::{NoSnapshot, TableOptions, Walker},
         Refused,
     },
     snapshot::{size_for, Reason},
@@ -181,7 +181,7 @@ impl World {
         history.born[0].store(self.mark(), SeqCst);
         let mut metered = true;
         if announced {
-            let known = self.meter.announce(vcpu.key(), newcomer(vcpu, vm, id));
+            let known = self.meter.register_new(vcpu.key(), newcomer(vcpu, vm, id));
             metered = self.is_metered(known.map(|()| true));
         }
         Runnable {
@@ -268,7 +268,7 @@ impl World {
     fn last_of(&self, runnable: &Runnable) -> Box<LedgerCopy> {
         let member = self
             .meter
-            .known(runnable.vcpu.key())
+            .metered(runnable.vcpu.key())
             .expect("it is metered");
         let mut last = Box::new(LedgerCopy::new());
         assert!(member.ledger().try_copy(&mut last), "nobody writes it");
@@ -511,12 +511,12 @@ impl Checker<'_> {
             &mut self.buffer,
             &mut gone,
             told,
-            Show::default(),
+            TableOptions::default(),
         ) {
             Ok(size) => size,
-            Err(NoSnapshot::Busy) => panic!("a ledger was not copied"),
+            Err(NoSnapshot::CopyFailed) => panic!("a ledger was not copied"),
             // The walk was run; its unfinished result is not checked.
-            Err(NoSnapshot::Full(full)) => {
+            Err(NoSnapshot::BufferTooSmall(full)) => {
                 let room = size_for(64, 64 * (REASONS as usize + 1));
                 self.buffer = vec![0; full.needed + room];
                 return self.snapshot();
@@ -590,7 +590,7 @@ impl Checker<'_> {
                 assert!(is_seen, "vCPU {} is missing in the snapshot", history.id);
             }
         }
-        let told = snapshot.gone();
+        let told = snapshot.departed();
         assert!(
             expected.vcpus <= told && told <= expected.vcpus + unsure,
             "{told} departed vCPUs, expected {} to {}",
@@ -763,7 +763,7 @@ fn finish(
     let snapshot = Snapshot::parse(&checker.buffer).expect("a snapshot");
     assert_eq!(snapshot.vcpus().count(), 0, "no vCPU is left");
     assert_eq!(snapshot.unmetered(), world.refused.load(SeqCst));
-    assert_eq!(expected.vcpus, snapshot.gone());
+    assert_eq!(expected.vcpus, snapshot.departed());
     drop(checker);
 
     let (deaths, refused) = (world.deaths.load(SeqCst), world.refused.load(SeqCst));

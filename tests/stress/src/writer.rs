@@ -8,7 +8,7 @@ use exitmeter_meter::{
     phase::Phase,
     reasons::{slot, Isa},
     registry::{Member, Newcomer, Owner, Refused, Registry, Settings},
-    snapshot::{Host, NAME_SIZE},
+    snapshot::{HostHeader, NAME_SIZE},
 };
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -39,8 +39,8 @@ pub fn settings(max_vcpus: usize, host_scope: bool) -> Settings {
 }
 
 /// Return the head of a snapshot.
-pub fn host(meter: &Meter) -> Host {
-    Host {
+pub fn host(meter: &Meter) -> HostHeader {
+    HostHeader {
         isa: Isa::Vmx,
         leaf_map: LeafMap::Map2021,
         host_scope: false,
@@ -86,7 +86,7 @@ pub fn load<'a>(
 ) -> Result<Option<&'a Member>, Refused> {
     vcpu.cpu.store(number, Relaxed);
     let key = vcpu.key();
-    let member = match meter.known(key) {
+    let member = match meter.metered(key) {
         Some(member) => {
             member.ledger().resume(ticks());
             Some(member)
@@ -102,7 +102,7 @@ pub fn load<'a>(
 /// Look up the member of the vCPU that runs on a CPU, as a hook does.
 #[inline(always)]
 pub fn running<'a>(meter: &'a Meter, cpu: &'a SimCpu, key: usize) -> Option<&'a Member> {
-    cpu.cached(key).or_else(|| meter.known(key))
+    cpu.cached(key).or_else(|| meter.metered(key))
 }
 
 /// Record an entry of a vCPU.

@@ -6,8 +6,8 @@
 //! draws them with `exitmeter plot`, and writes the tables of docs/study.md. Inside, it boots a guest, lets it work,
 //! and records /dev/exitmeter all the while. Each stage of the guest begins with a mark in the recording.
 
-mod inside;
-mod outside;
+mod driver;
+mod in_host;
 mod plan;
 mod vmm;
 
@@ -38,10 +38,10 @@ struct Arguments {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(initramfs) = &arguments.vmm {
-        return inside::vmm(initramfs);
+        return in_host::vmm(initramfs);
     }
     match arguments.inside {
-        Some(run) => inside::run(run),
-        None => outside::run(&arguments),
+        Some(run) => in_host::run(run),
+        None => driver::run(&arguments),
     }
 }

@@ -5,12 +5,12 @@
 //! From Linux 7.3: arch/x86/include/asm/msr-index.h (names without `MSR_`, and without those of
 //! CPUs that KVM does not run on or emulate), arch/x86/include/uapi/asm/kvm_para.h (`KVM_`) and
 //! include/hyperv/hvgdk_mini.h (`HV_X64_MSR_`). Where the header has only the first of several
-//! registers, with a macro or a comment for the others, this file has a [`Row`].
+//! registers, with a macro or a comment for the others, this file has a [`MsrRange`].
 
 use super::{apic, find, Names};
 
 /// MSRs at equal distances.
-struct Row {
+struct MsrRange {
     first: u32,
     /// Number of MSRs.
     count: u32,
@@ -37,202 +37,202 @@ pub fn name(msr: u32) -> Option<String> {
     })
 }
 
-const ROWS: &[Row] = &[
-    Row {
+const ROWS: &[MsrRange] = &[
+    MsrRange {
         first: 0xc1,
         count: 8,
         step: 1,
         name: "IA32_PERFCTR#",
     },
-    Row {
+    MsrRange {
         first: 0x186,
         count: 8,
         step: 1,
         name: "P6_EVNTSEL#",
     },
-    Row {
+    MsrRange {
         first: 0x4c1,
         count: 8,
         step: 1,
         name: "IA32_PMC#",
     },
-    Row {
+    MsrRange {
         first: 0x309,
         count: 4,
         step: 1,
         name: "CORE_PERF_FIXED_CTR#",
     },
     // `MTRRphysBase_MSR(reg)` and `MTRRphysMask_MSR(reg)`, arch/x86/kvm/mtrr.c and arch/x86/kernel/cpu/mtrr.
-    Row {
+    MsrRange {
         first: 0x200,
         count: 16,
         step: 2,
         name: "MTRRphysBase_#",
     },
-    Row {
+    MsrRange {
         first: 0x201,
         count: 16,
         step: 2,
         name: "MTRRphysMask_#",
     },
-    Row {
+    MsrRange {
         first: 0x280,
         count: 32,
         step: 1,
         name: "IA32_MC#_CTL2",
     },
-    Row {
+    MsrRange {
         first: 0x400,
         count: 32,
         step: 4,
         name: "IA32_MC#_CTL",
     },
-    Row {
+    MsrRange {
         first: 0x401,
         count: 32,
         step: 4,
         name: "IA32_MC#_STATUS",
     },
-    Row {
+    MsrRange {
         first: 0x402,
         count: 32,
         step: 4,
         name: "IA32_MC#_ADDR",
     },
-    Row {
+    MsrRange {
         first: 0x403,
         count: 32,
         step: 4,
         name: "IA32_MC#_MISC",
     },
-    Row {
+    MsrRange {
         first: 0x680,
         count: 32,
         step: 1,
         name: "LBR_NHM_FROM_#",
     },
-    Row {
+    MsrRange {
         first: 0x6c0,
         count: 32,
         step: 1,
         name: "LBR_NHM_TO_#",
     },
-    Row {
+    MsrRange {
         first: 0xdc0,
         count: 32,
         step: 1,
         name: "LBR_INFO_#",
     },
-    Row {
+    MsrRange {
         first: 0x40,
         count: 4,
         step: 1,
         name: "LBR_CORE_FROM_#",
     },
-    Row {
+    MsrRange {
         first: 0x60,
         count: 4,
         step: 1,
         name: "LBR_CORE_TO_#",
     },
-    Row {
+    MsrRange {
         first: 0x1200,
         count: 32,
         step: 1,
         name: "ARCH_LBR_INFO_#",
     },
-    Row {
+    MsrRange {
         first: 0x1500,
         count: 32,
         step: 1,
         name: "ARCH_LBR_FROM_#",
     },
-    Row {
+    MsrRange {
         first: 0x1600,
         count: 32,
         step: 1,
         name: "ARCH_LBR_TO_#",
     },
-    Row {
+    MsrRange {
         first: 0xc0010000,
         count: 4,
         step: 1,
         name: "K7_EVNTSEL#",
     },
-    Row {
+    MsrRange {
         first: 0xc0010004,
         count: 4,
         step: 1,
         name: "K7_PERFCTR#",
     },
-    Row {
+    MsrRange {
         first: 0xc0010200,
         count: 6,
         step: 2,
         name: "F15H_PERF_CTL#",
     },
-    Row {
+    MsrRange {
         first: 0xc0010201,
         count: 6,
         step: 2,
         name: "F15H_PERF_CTR#",
     },
     // arch/x86/include/asm/mce.h; up to MAX_NR_BANKS banks, `MSR_AMD64_SMCA_MCx_CTL(x)`.
-    Row {
+    MsrRange {
         first: 0xc0002000,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_CTL",
     },
-    Row {
+    MsrRange {
         first: 0xc0002001,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_STATUS",
     },
-    Row {
+    MsrRange {
         first: 0xc0002002,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_ADDR",
     },
-    Row {
+    MsrRange {
         first: 0xc0002003,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_MISC0",
     },
-    Row {
+    MsrRange {
         first: 0xc0002004,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_CONFIG",
     },
-    Row {
+    MsrRange {
         first: 0xc0002005,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_IPID",
     },
-    Row {
+    MsrRange {
         first: 0xc0002006,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_SYND",
     },
-    Row {
+    MsrRange {
         first: 0xc0002008,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_DESTAT",
     },
-    Row {
+    MsrRange {
         first: 0xc0002009,
         count: 64,
         step: 16,
         name: "AMD64_SMCA_MC#_DEADDR",
     },
-    Row {
+    MsrRange {
         first: 0xc000200a,
         count: 64,
         step: 16,

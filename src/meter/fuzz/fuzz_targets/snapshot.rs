@@ -16,8 +16,8 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     };
     let _ = (snapshot.version(), snapshot.isa(), snapshot.tsc_khz());
-    let _ = (snapshot.leaf_map(), snapshot.unmetered(), snapshot.gone());
-    let _ = (snapshot.life(), snapshot.has_waits(), snapshot.gone_polled());
+    let _ = (snapshot.leaf_map(), snapshot.unmetered(), snapshot.departed());
+    let _ = (snapshot.life(), snapshot.separates_waits(), snapshot.departed_polled());
     let vcpus = snapshot.vcpus().flat_map(|vcpu| {
         let _ = (vcpu.vm(), vcpu.name(), vcpu.pid(), vcpu.id());
         let _ = (vcpu.first(), vcpu.last(), vcpu.phase(), vcpu.latest());

@@ -11,8 +11,8 @@ use aya::{
     Ebpf, EbpfLoader, Pod,
 };
 
-use super::{ftrace, Seen, Watch};
-use crate::outside::{reason, BPF_FOLDER, REASON_FILE};
+use super::{ftrace, CountedExits, Watch};
+use crate::driver::{reason, BPF_FOLDER, REASON_FILE};
 
 /// Kind of tracepoint that a program is attached to.
 #[derive(Clone, Copy, Debug)]
@@ -195,9 +195,9 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::
 }
 
 impl Watch for Attached {
-    fn stop(mut self: Box<Self>) -> Result<Seen> {
+    fn stop(mut self: Box<Self>) -> Result<CountedExits> {
         let exits = (self.read_exits)(&mut self.ebpf)?;
-        Ok(Seen {
+        Ok(CountedExits {
             exits: Some(exits),
             remark: None,
         })

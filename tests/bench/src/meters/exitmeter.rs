@@ -8,7 +8,7 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter::bpf::attach::{Attached, VCPUS};
 use exitmeter_meter::reader::Snapshot;
 
-use super::{Meter, Seen, Watch, PARTS_FOLDER};
+use super::{CountedExits, Meter, Watch, PARTS_FOLDER};
 
 /// The loaded module.
 pub struct Loaded {
@@ -43,12 +43,12 @@ fn insmod(path: &str, parameters: &[&str]) -> Result<()> {
 }
 
 impl Watch for Loaded {
-    fn stop(self: Box<Self>) -> Result<Seen> {
+    fn stop(self: Box<Self>) -> Result<CountedExits> {
         let bytes = fs::read("/dev/exitmeter").context("cannot read /dev/exitmeter")?;
         let exits = exits(&bytes)?;
         let rmmod = Command::new("rmmod").arg("exitmeter").status()?;
         ensure!(rmmod.success(), "cannot unload exitmeter");
-        Ok(Seen {
+        Ok(CountedExits {
             exits: self.counts.then_some(exits),
             remark: None,
         })
@@ -77,8 +77,8 @@ impl ByBpf {
 }
 
 impl Watch for ByBpf {
-    fn stop(self: Box<Self>) -> Result<Seen> {
-        Ok(Seen {
+    fn stop(self: Box<Self>) -> Result<CountedExits> {
+        Ok(CountedExits {
             exits: Some(exits(&self.0.maps().snapshot(true)?)?),
             remark: None,
         })

@@ -6,7 +6,7 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context as _, Result};
 
-use super::{Seen, Watch};
+use super::{CountedExits, Watch};
 
 const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
 const KEYS: &str = "hist:keys=exit_reason:size=2048";
@@ -60,11 +60,11 @@ impl Hist {
 }
 
 impl Watch for Hist {
-    fn stop(self: Box<Self>) -> Result<Seen> {
+    fn stop(self: Box<Self>) -> Result<CountedExits> {
         let text = read(&format!("{EVENTS}/kvm_exit/hist"))?;
         set(&format!("{EVENTS}/kvm_exit/trigger"), &format!("!{KEYS}"))?;
         let exits = number_after(&text, "Hits:").context("the histogram has no total")?;
-        Ok(Seen {
+        Ok(CountedExits {
             exits: Some(exits),
             remark: None,
         })
@@ -87,7 +87,7 @@ impl Ring {
 }
 
 impl Watch for Ring {
-    fn stop(self: Box<Self>) -> Result<Seen> {
+    fn stop(self: Box<Self>) -> Result<CountedExits> {
         for event in TRACED {
             set(&format!("{EVENTS}/{event}/enable"), "0")?;
         }
@@ -99,7 +99,7 @@ impl Watch for Ring {
             }
         }
         set("/sys/kernel/tracing/trace", "")?;
-        Ok(Seen {
+        Ok(CountedExits {
             // Each exit but the last of a guest is followed by an entry.
             exits: Some(events / 2),
             remark: Some(format!("{events} events")),

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{bail, ensure, Context as _, Result};
 
-use super::{ftrace, Seen, Watch};
+use super::{ftrace, CountedExits, Watch};
 
 /// Folder of perf in the host.
 pub const FOLDER: &str = "/usr/local/lib/perf";
@@ -28,7 +28,7 @@ const START_TIMEOUT: i32 = 60_000;
 /// A process of perf that runs beside the guests.
 pub struct Perf {
     process: Child,
-    seen: fn() -> Result<Seen>,
+    seen: fn() -> Result<CountedExits>,
 }
 
 impl Perf {
@@ -39,7 +39,7 @@ impl Perf {
             let text = fs::read_to_string(RESULT).context("perf stat left nothing")?;
             let line = text.lines().find(|line| line.contains("kvm:kvm_exit"));
             let count = line.and_then(|line| line.split(',').next()?.parse().ok());
-            Ok(Seen {
+            Ok(CountedExits {
                 exits: Some(count.with_context(|| format!("perf stat said '{text}'"))?),
                 remark: None,
             })
@@ -57,7 +57,7 @@ impl Perf {
                 .split_once(" samples)")
                 .and_then(|(before, _)| before.rsplit_once('(')?.1.parse::<u64>().ok())
                 .with_context(|| format!("perf record said '{output}'"))?;
-            Ok(Seen {
+            Ok(CountedExits {
                 // The samples are exits and entries, and a further event for each OUT.
                 exits: Some(samples / 2),
                 remark: Some(format!("{samples} samples in {:.1} MB", size as f64 / 1e6)),
@@ -65,7 +65,7 @@ impl Perf {
         })
     }
 
-    fn start(arguments: &[&str], seen: fn() -> Result<Seen>) -> Result<Self> {
+    fn start(arguments: &[&str], seen: fn() -> Result<CountedExits>) -> Result<Self> {
         ftrace::mount()?;
         let (mut control, mut acknowledged) = (fifo(CONTROL)?, fifo(ACKNOWLEDGE)?);
         let output = File::create(OUTPUT)?;
@@ -99,7 +99,7 @@ impl Perf {
 }
 
 impl Watch for Perf {
-    fn stop(mut self: Box<Self>) -> Result<Seen> {
+    fn stop(mut self: Box<Self>) -> Result<CountedExits> {
         // SAFETY: This signals a child that has not been waited for.
         unsafe { libc::kill(self.process.id() as libc::pid_t, libc::SIGINT) };
         self.process.wait()?;

@@ -15,7 +15,7 @@ use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use lab::{
     module,
-    setup::{self, in_root, Wanted},
+    setup::{self, in_root, SetupOptions},
 };
 
 use code::Code;
@@ -41,10 +41,10 @@ const DETAILS: &str = " details";
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: arguments.kernel,
         tree: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })?;
     let module = module::build(&prepared)?;
     let folder = module.parent().context("the module is in a folder")?;

@@ -19,7 +19,7 @@ use lab::{
     image::payload::FileSpec,
     programs::{self, Tool},
     run::{self, Event, Lines, Options},
-    setup::{self, Wanted},
+    setup::{self, SetupOptions},
     verdict::Limits,
 };
 
@@ -104,11 +104,11 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     // network; meanwhile the programs are built.
     thread::scope(|scope| {
         let programs = scope.spawn(|| programs::build(TOOL));
-        setup::prepare(&Wanted {
+        setup::prepare(&SetupOptions {
             kernel: plan.kernel.clone(),
             tree: true,
             bochs: hosts.contains(&Host::Intel),
-            ..Wanted::default()
+            ..SetupOptions::default()
         })?;
         join(programs)?;
         anyhow::Ok(())

@@ -18,7 +18,7 @@ use rustix::thread::sched_getcpu;
 
 /// A reason why no meter answers.
 #[derive(Debug, thiserror::Error)]
-pub enum Silence {
+pub enum NoAnswer {
     /// There is no meter, or its version is unknown.
     #[error(transparent)]
     Meter(#[from] Error),
@@ -60,20 +60,20 @@ fn remedy(error: &io::Error) -> &'static str {
 
 /// Way to query a meter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Access {
     /// CPUID, executed by this process.
     Instruction,
     /// The driver of /dev/cpu/N/cpuid.
     Device,
 }
 
-impl Way {
+impl Access {
     /// Open the way for queries.
     ///
     /// # Errors
     ///
     /// Returns an error if this guest has no device for this CPU, or it may not be opened.
-    pub fn open(self) -> Result<Asker, Silence> {
+    pub fn open(self) -> Result<Querier, NoAnswer> {
         // Choose the CPU that this runs on: its kernel needs no interrupt there.
         self.open_on(sched_getcpu() as u32)
     }
@@ -83,22 +83,22 @@ impl Way {
     /// # Errors
     ///
     /// See [`Self::open`].
-    pub fn open_on(self, cpu: u32) -> Result<Asker, Silence> {
+    pub fn open_on(self, cpu: u32) -> Result<Querier, NoAnswer> {
         Ok(match self {
-            Way::Instruction => Asker::Instruction,
-            Way::Device => File::open(format!("/dev/cpu/{cpu}/cpuid"))
-                .map(|file| Asker::Device { file, error: None })
-                .map_err(|error| Silence::NoDevice { error })?,
+            Access::Instruction => Querier::Instruction,
+            Access::Device => File::open(format!("/dev/cpu/{cpu}/cpuid"))
+                .map(|file| Querier::Device { file, error: None })
+                .map_err(|error| NoAnswer::NoDevice { error })?,
         })
     }
 }
 
 /// An open way to query the meter.
 #[derive(Debug)]
-pub enum Asker {
-    /// See [`Way::Instruction`].
+pub enum Querier {
+    /// See [`Access::Instruction`].
     Instruction,
-    /// See [`Way::Device`].
+    /// See [`Access::Device`].
     Device {
         /// Device of one CPU.
         file: File,
@@ -107,28 +107,28 @@ pub enum Asker {
     },
 }
 
-impl Asker {
+impl Querier {
     /// Check that all queries so far were answered. Does not allocate.
     ///
     /// # Errors
     ///
     /// Returns the error of the first query that failed. The answers since then are worthless.
-    pub fn check(&mut self) -> Result<(), Silence> {
+    pub fn check(&mut self) -> Result<(), NoAnswer> {
         match self {
-            Asker::Device { error, .. } => match error.take() {
-                Some(error) => Err(Silence::Unreadable { error }),
+            Querier::Device { error, .. } => match error.take() {
+                Some(error) => Err(NoAnswer::Unreadable { error }),
                 None => Ok(()),
             },
-            Asker::Instruction => Ok(()),
+            Querier::Instruction => Ok(()),
         }
     }
 }
 
-impl Cpuid for Asker {
+impl Cpuid for Querier {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
         match self {
-            Asker::Instruction => Instruction.ask(leaf, subleaf),
-            Asker::Device { file, error } => {
+            Querier::Instruction => Instruction.ask(leaf, subleaf),
+            Querier::Device { file, error } => {
                 let mut answer = [0; 16];
                 let place = u64::from(subleaf) << 32 | u64::from(leaf);
                 match file.read_exact_at(&mut answer, place) {
@@ -160,7 +160,7 @@ fn registers(bytes: &[u8; 16]) -> Registers {
 }
 
 /// A [`Cpuid`] that counts its queries, for a search that may fail.
-struct Counted<'a>(&'a mut Asker, u64);
+struct Counted<'a>(&'a mut Querier, u64);
 
 impl Cpuid for Counted<'_> {
     fn ask(&mut self, leaf: u32, subleaf: u32) -> Registers {
@@ -180,20 +180,20 @@ impl Cpuid for Counted<'_> {
 pub fn find<T>(
     likely: Isa,
     read: impl FnOnce(Meter<&mut dyn Cpuid>) -> T,
-) -> Result<(Way, T), Silence> {
-    let mut asker = Asker::Instruction;
-    let mut counted = Counted(&mut asker, 0);
+) -> Result<(Access, T), NoAnswer> {
+    let mut querier = Querier::Instruction;
+    let mut counted = Counted(&mut querier, 0);
     match Meter::find(&mut counted as &mut dyn Cpuid, likely) {
-        Ok(meter) => return Ok((Way::Instruction, read(meter))),
+        Ok(meter) => return Ok((Access::Instruction, read(meter))),
         Err(Error::NoMeter) => {}
         Err(error) => return Err(error.into()),
     }
     let failed_queries = counted.1;
-    let mut asker = Way::Device.open()?;
-    let told = Meter::find(&mut asker as &mut dyn Cpuid, likely)
+    let mut querier = Access::Device.open()?;
+    let told = Meter::find(&mut querier as &mut dyn Cpuid, likely)
         .map(|meter| read(meter.with_earlier(failed_queries)));
-    asker.check()?;
-    Ok((Way::Device, told?))
+    querier.check()?;
+    Ok((Access::Device, told?))
 }
 
 #[cfg(test)]
@@ -208,19 +208,19 @@ mod tests {
         let bytes: Vec<u8> = (0..=255).collect();
         file.write_all(&bytes).expect("room");
         let file = File::open(file.path()).expect("it is there");
-        let mut asker = Asker::Device { file, error: None };
+        let mut querier = Querier::Device { file, error: None };
         let answer = Registers {
             eax: 0x0706_0504,
             ebx: 0x0b0a_0908,
             ecx: 0x0f0e_0d0c,
             edx: 0x1312_1110,
         };
-        assert_eq!(asker.ask(4, 0), answer);
-        asker.check().expect("an answer");
+        assert_eq!(querier.ask(4, 0), answer);
+        querier.check().expect("an answer");
         // The subleaf is the upper half of the offset, which is past the end of this file.
-        assert_eq!(asker.ask(4, 1), Registers::default());
-        assert_eq!(asker.ask(4, 0), answer);
-        assert!(matches!(asker.check(), Err(Silence::Unreadable { .. })));
+        assert_eq!(querier.ask(4, 1), Registers::default());
+        assert_eq!(querier.ask(4, 0), answer);
+        assert!(matches!(querier.check(), Err(NoAnswer::Unreadable { .. })));
     }
 
     #[test]
@@ -229,13 +229,13 @@ mod tests {
             (ErrorKind::NotFound, "run 'modprobe cpuid' as root here"),
             (ErrorKind::PermissionDenied, "run this command as root"),
         ] {
-            let text = Silence::NoDevice { error: kind.into() }.to_string();
+            let text = NoAnswer::NoDevice { error: kind.into() }.to_string();
             assert!(
                 text.contains("leaf_cpl=0") && text.contains(words),
                 "{text}"
             );
             assert!(text.contains("a leaf_map other than 0; or,"), "{text}");
-            let text = Silence::NoKernel { error: kind.into() }.to_string();
+            let text = NoAnswer::NoKernel { error: kind.into() }.to_string();
             assert!(!text.contains("leaf_cpl") && text.contains(words), "{text}");
         }
     }

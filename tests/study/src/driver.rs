@@ -20,7 +20,7 @@ use lab::{
     host::Host,
     run::{self, Event, Options},
     setup,
-    verdict::{End, Limits},
+    verdict::{Limits, RunEnd},
 };
 
 use self::{files::Files, recorded::Recorded};
@@ -147,10 +147,10 @@ fn record(run: Run) -> Result<()> {
         Event::Stage(_) | Event::Kernel(_) => {}
     })?;
     println!(", {:.0} s", outcome.time.as_secs_f64());
-    if matches!(outcome.end, End::Interrupted) {
+    if matches!(outcome.end, RunEnd::Interrupted) {
         return Err(Interrupted.into());
     }
-    if !matches!(outcome.end, End::Script(0)) {
+    if !matches!(outcome.end, RunEnd::Script(0)) {
         bail!(
             "{run}: {}; see {}\n{}",
             outcome.end,

@@ -13,7 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::{
     config::{Error, Result, MAX_VCPUS},
-    machine::{Machine, END_PORT},
+    machine::{TinyVm, END_PORT},
 };
 
 /// MSR_PLATFORM_INFO, with bit 31: CPUID can be made to fault.
@@ -21,16 +21,16 @@ const PLATFORM_INFO: (u32, u64) = (0xce, 1 << 31);
 /// MSR MISC_FEATURES_ENABLES, with bit 0: CPUID faults above CPL 0.
 const MISC_FEATURES_ENABLES: (u32, u64) = (0x140, 1);
 
-/// Progress of [`Machine::step`].
+/// Progress of [`TinyVm::step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stepped {
     /// The guest's program ended after this many steps.
     ToTheEnd(u32),
     /// All requested steps were made.
-    AsTold,
+    AllSteps,
 }
 
-impl Machine {
+impl TinyVm {
     /// Run the first vCPU for at most `steps` instructions, with an exit to the VMM after each.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Machine {
             return Err(Error::Guest { vcpu: 0, what });
         }
         debug(vcpu, 0)?;
-        Ok(Stepped::AsTold)
+        Ok(Stepped::AllSteps)
     }
 
     /// Move the machine to another VM of the same process: copy the memory and the first vCPU's
@@ -59,12 +59,12 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// Fails as [`Machine::new`] does, and with [`Error::Kvm`] when KVM does not read or write the
+    /// Fails as [`TinyVm::new`] does, and with [`Error::Kvm`] when KVM does not read or write the
     /// state.
     pub fn migrate(mut self) -> Result<Self> {
         let mut other = Self::new(self.config().clone())?;
         other.memory_mut().copy_from(self.memory());
-        State::of(self.first_vcpu())?.give(other.first_vcpu())?;
+        State::of(self.first_vcpu())?.restore(other.first_vcpu())?;
         Ok(other)
     }
 
@@ -157,7 +157,7 @@ impl State {
     }
 
     /// Write the state to a vCPU.
-    pub(crate) fn give(&self, vcpu: &VcpuFd) -> Result<()> {
+    pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<()> {
         let refused = |error| Error::Kvm("take a vCPU's state", error);
         vcpu.set_sregs(&self.sregs).map_err(refused)?;
         vcpu.set_regs(&self.regs).map_err(refused)?;

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use exitmeter::record;
 use lab_agent::settings;
 use system_tests::host::module;
-use tiny_guests::{Config, Machine, Mode, Program};
+use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use self::{guest::Guest, recorder::Recorder};
 use crate::{
@@ -122,7 +122,7 @@ fn loops(recorder: &Recorder) -> Result<()> {
     for program in [
         Cpuid, OutUser, InKernel, OutEventfd, Rdmsr, Wrmsr, CrWrite, Hypercall, Wbinvd, Touch,
     ] {
-        let mut machine = Machine::new(Config::new(program, Mode::Long, LOOPS))?;
+        let mut machine = TinyVm::new(Config::new(program, Mode::Long, LOOPS))?;
         recorder.mark(&format!("{program:?}"))?;
         machine.run()?;
     }

@@ -96,7 +96,7 @@ pub fn loops(all: &Study<'_>) -> String {
             .flat_map(|(recorded, _)| match recorded.stage(&stage.name) {
                 Some(stage) => {
                     let cycles = stage.ledger.cycles;
-                    let each = (cycles.kernel + cycles.user) / crate::inside::LOOPS as u128;
+                    let each = (cycles.kernel + cycles.user) / crate::in_host::LOOPS as u128;
                     [exact(stage.ledger.exits), exact(each)]
                 }
                 None => [String::new(), String::new()],

@@ -6,7 +6,7 @@
 use anyhow::{ensure, Context as _, Result};
 use lab::{
     host::Host,
-    setup::{in_root, Prepared},
+    setup::{in_root, Setup},
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +20,7 @@ pub struct Offsets {
 }
 
 /// Find the offsets in the types that the packaged modules carry (BTF).
-pub fn find(prepared: &Prepared, host: Host) -> Result<Offsets> {
+pub fn find(prepared: &Setup, host: Host) -> Result<Offsets> {
     let (module, types): (_, &[&str]) = match host {
         Host::Intel => ("kvm-intel", &["vcpu_vmx", "vcpu_vt"]),
         Host::Amd => ("kvm-amd", &["vcpu_svm", "vmcb_control_area"]),
@@ -43,7 +43,7 @@ pub fn find(prepared: &Prepared, host: Host) -> Result<Offsets> {
 }
 
 /// Return a structure as pahole prints it.
-fn structure(prepared: &Prepared, module: &str, name: &str) -> Result<String> {
+fn structure(prepared: &Setup, module: &str, name: &str) -> Result<String> {
     let folder = format!(
         "modules/lib/modules/{}/kernel/arch/x86/kvm",
         prepared.release

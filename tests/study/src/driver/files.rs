@@ -12,7 +12,7 @@ use lab::{
     host::Host,
     image::payload::FileSpec,
     programs,
-    setup::{self, in_root, Prepared, Wanted},
+    setup::{self, in_root, Setup, SetupOptions},
 };
 
 use crate::plan::{GuestKind, Run};
@@ -63,11 +63,11 @@ impl Files {
             GuestKind::Cloud => Some(cloud_kernel()?),
             _ => None,
         };
-        let prepared = setup::prepare(&Wanted {
+        let prepared = setup::prepare(&SetupOptions {
             kernel: kernel.clone(),
             tree: true,
             bochs: run.host == Host::Intel,
-            ..Wanted::default()
+            ..SetupOptions::default()
         })?;
         specs.push(FileSpec::at(
             programs::program("study", "work")?,
@@ -85,14 +85,14 @@ impl Files {
 
 /// Return the release of Debian's cloud kernel with the same version as its newest usual one.
 fn cloud_kernel() -> Result<String> {
-    let usual = setup::prepare(&Wanted::default())?;
+    let usual = setup::prepare(&SetupOptions::default())?;
     let version = usual.release.strip_suffix("-amd64");
     let version = version.with_context(|| format!("{} is no kernel for amd64", usual.release))?;
     Ok(format!("{version}-cloud-amd64"))
 }
 
 /// Unpack the kernel's modules and return their folder. The package is the one that the set-up fetched, or is fetched anew.
-fn modules(prepared: &Prepared) -> Result<PathBuf> {
+fn modules(prepared: &Setup) -> Result<PathBuf> {
     const SCRIPT: &str = r#"
         cd /tmp
         deb=$(ls /downloads/linux-modules-"$RELEASE"_*.deb /downloads/linux-image-"$RELEASE"_*.deb 2>/dev/null | head -n 1)
@@ -140,7 +140,7 @@ fn modules(prepared: &Prepared) -> Result<PathBuf> {
 }
 
 /// Return QEMU, its libraries and its firmware, with the same paths as in the root.
-fn qemu(prepared: &Prepared) -> Result<Vec<FileSpec>> {
+fn qemu(prepared: &Setup) -> Result<Vec<FileSpec>> {
     let output = in_root(&prepared.root)
         .command("ldd")
         .arg(Path::new("/").join(QEMU))

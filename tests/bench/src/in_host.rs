@@ -53,7 +53,7 @@ fn measure(meter: Meter, plan: &Plan) -> Result<()> {
         print(&Line::Cost(Cost { meter, exit, ticks }))?;
     }
     let Some(watch) = watch else { return Ok(()) };
-    let meters::Seen {
+    let meters::CountedExits {
         exits: seen,
         remark,
     } = watch.stop().context("cannot stop it")?;

@@ -5,12 +5,12 @@
 use std::path::Path;
 
 use anyhow::{ensure, Context as _, Result};
-use lab::setup::{self, in_root, Prepared};
+use lab::setup::{self, in_root, Setup};
 
 const PROGRAMS: [&str; 3] = ["count", "latency", "code"];
 
 /// Compile every program into `folder`.
-pub fn compile(prepared: &Prepared, folder: &Path) -> Result<()> {
+pub fn compile(prepared: &Setup, folder: &Path) -> Result<()> {
     for name in PROGRAMS {
         let status = in_root(&prepared.root)
             .bind(setup::repository().join("tests/bench/bpf"), "/bpf")

@@ -18,9 +18,9 @@ use anyhow::{bail, ensure, Context as _, Result};
 
 use crate::{
     cases::{self, Case},
+    driver::expect_arguments,
     host::{self, event_hist, linux, module},
     ktap::Line,
-    outside::expect_arguments,
     soak,
 };
 

@@ -87,7 +87,7 @@ impl Recorded {
                 .map(|(name, text)| (name.to_owned(), text.to_owned()))
                 .collect(),
             size: bytes.len() as u64,
-            is_complete: matches!(reader.ending(), Some(Ending::Told(_))),
+            is_complete: matches!(reader.ending(), Some(Ending::Complete(_))),
         })
     }
 

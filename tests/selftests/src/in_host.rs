@@ -13,7 +13,7 @@ use std::{
 use anyhow::{bail, Context as _, Result};
 use system_tests::host::{
     hist::{Exits, Hist},
-    meter::Meter,
+    meter::MeterSnapshot,
     module,
     span::Span,
 };
@@ -169,7 +169,7 @@ fn wait_for_no_vm() -> Result<()> {
 /// Wait until the meter has no vCPU.
 fn wait_for_no_vcpu() -> Result<()> {
     wait_until_none(|| {
-        let vcpus = Meter::read()?.vcpus;
+        let vcpus = MeterSnapshot::read()?.vcpus;
         Ok(vcpus.first().map(|vcpu| {
             let (count, id, name) = (vcpus.len(), vcpu.id, &vcpu.name);
             format!("{count} ledgers are left, vCPU {id} of {name} the first")

@@ -11,9 +11,9 @@ use serde::Serialize;
 
 use super::tables::Reading;
 use crate::{
-    output::Look,
+    output::TextOptions,
     paint::{paint, Style},
-    report::count,
+    report::format_count,
     why::{
         model::{groups, Counts, Group, Weight},
         symbols::Symbols,
@@ -24,7 +24,7 @@ use crate::{
 
 /// Sums over the tables of the vCPUs that were read.
 #[derive(Clone, Debug, Serialize)]
-pub struct Told {
+pub struct GuestDetails {
     /// vCPUs whose tables were read.
     pub vcpus: usize,
     /// vCPUs that were not read, because this process may not run on their CPUs.
@@ -40,7 +40,7 @@ pub struct Told {
     pub code: Vec<Group>,
 }
 
-impl Told {
+impl GuestDetails {
     /// Group the rows of a reading, or a part of them.
     pub fn new(
         reading: &Reading,
@@ -53,7 +53,7 @@ impl Told {
         Self {
             vcpus: reading.vcpus(),
             vcpus_unread: reading.unread(),
-            vcpus_without_tables: reading.without(),
+            vcpus_without_tables: reading.without_tables(),
             details: of(TABLE_DETAILS),
             user_exits: of(TABLE_USER),
             code: of(TABLE_CODE),
@@ -61,7 +61,7 @@ impl Told {
     }
 
     /// Format the tables with up to `limit` rows of each reason: either the code, or all else.
-    pub fn text(&self, code: bool, limit: usize, look: Look) -> String {
+    pub fn text(&self, code: bool, limit: usize, options: TextOptions) -> String {
         let shown: &[(&str, &[Group])] = match code {
             true => &[("about", &self.code)],
             false => &[
@@ -70,36 +70,36 @@ impl Told {
             ],
         };
         let mut text = String::new();
-        let mut spared = BTreeSet::new();
+        let mut dropped = BTreeSet::new();
         for (title, groups) in shown {
-            let all = groups
-                .iter()
-                .fold(Counts::default(), |sum, group| sum.plus(group.total));
-            text += &table(title, groups, all, limit, look, &mut spared);
+            let all = groups.iter().fold(Counts::default(), |sum, group| {
+                sum.saturating_add(group.total)
+            });
+            text += &table(title, groups, all, limit, options, &mut dropped);
         }
-        text + &no_room(spared) + &self.missing_vcpus(look)
+        text + &no_room(dropped) + &self.missing_vcpus(options)
     }
 
     /// Name the vCPUs that are missing from the tables.
-    fn missing_vcpus(&self, look: Look) -> String {
+    fn missing_vcpus(&self, options: TextOptions) -> String {
         let mut lines = Vec::new();
         let all = self.vcpus + self.vcpus_unread + self.vcpus_without_tables;
         if self.vcpus_unread != 0 {
             lines.push(format!(
                 "read on {} of {}: this command may not run on the others, whose exits are not above",
                 all - self.vcpus_unread,
-                count(all as u64, "CPU")
+                format_count(all as u64, "CPU")
             ));
         }
         if self.vcpus_without_tables != 0 {
             lines.push(format!(
                 "the host has no memory for the tables of {}: their exits are not above",
-                count(self.vcpus_without_tables as u64, "vCPU")
+                format_count(self.vcpus_without_tables as u64, "vCPU")
             ));
         }
         let lines = lines
             .iter()
-            .map(|line| paint(line, Style::Warning, look.color) + "\n");
+            .map(|line| paint(line, Style::Warning, options.color) + "\n");
         lines.collect()
     }
 }

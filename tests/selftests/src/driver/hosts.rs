@@ -12,7 +12,7 @@ use lab::{
     host::Host,
     image::payload::FileSpec,
     run::{self, Event, Lines, Options, Outcome},
-    verdict::{fault_in, End, Fault, Limits},
+    verdict::{fault_in, Fault, Limits, RunEnd},
 };
 
 use super::PROGRAM;
@@ -64,7 +64,7 @@ impl HostConfig {
             } else if let Some(at_the_end) = output.done {
                 troubles.extend(at_the_end);
                 ensure!(
-                    outcome.end == End::Script(0),
+                    outcome.end == RunEnd::Script(0),
                     "{}: {}; see {}",
                     self.host,
                     outcome.end,
@@ -152,9 +152,9 @@ fn progress(host: Host, way: &str, ended: &TestRun) {
 /// Return the run of a test that ended its host.
 fn run_that_ended_host(name: String, outcome: &Outcome, fault: Option<&str>) -> Result<TestRun> {
     let verdict = match &outcome.end {
-        End::Fault(Fault::Warning) => Verdict::Warn,
-        End::Fault(_) => Verdict::Fault,
-        End::Silence(_) | End::EmulatorDied | End::NoVerdict(_) => Verdict::Lost,
+        RunEnd::Fault(Fault::Warning) => Verdict::Warn,
+        RunEnd::Fault(_) => Verdict::Fault,
+        RunEnd::Silence(_) | RunEnd::EmulatorDied | RunEnd::NoVerdict(_) => Verdict::Lost,
         end => bail!("{end}, at {name}; see {}", outcome.folder.display()),
     };
     println!("{name}: {}; see {}", outcome.end, outcome.folder.display());

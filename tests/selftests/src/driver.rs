@@ -17,10 +17,10 @@ use anyhow::{ensure, Context as _, Result};
 use lab::{
     host::Host,
     image::payload::FileSpec,
-    setup::{self, Prepared, Wanted},
+    setup::{self, Setup, SetupOptions},
 };
 
-use crate::{document, inside, verdict::TestRun, Arguments};
+use crate::{document, in_host, verdict::TestRun, Arguments};
 use hosts::HostConfig;
 
 /// This program in the host.
@@ -105,12 +105,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         Some(host) => std::slice::from_ref(host),
         None => &[Host::Amd, Host::Intel],
     };
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: arguments.kernel.clone(),
         tree: true,
         bochs: hosts.contains(&Host::Intel),
         selftests: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })?;
     let folder = prepared
         .selftests
@@ -155,7 +155,7 @@ fn names(folder: &Path, words: &[String]) -> Result<Vec<String>> {
 }
 
 /// Return the configuration of a host.
-fn config(host: Host, arguments: &Arguments, prepared: &Prepared) -> Result<HostConfig> {
+fn config(host: Host, arguments: &Arguments, prepared: &Setup) -> Result<HostConfig> {
     let this = env::current_exe().context("cannot find the path of this program")?;
     let tests = prepared
         .selftests
@@ -171,7 +171,7 @@ fn config(host: Host, arguments: &Arguments, prepared: &Prepared) -> Result<Host
         kernel: arguments.kernel.clone(),
         files: vec![
             FileSpec::at(this, PROGRAM),
-            FileSpec::at(tests.join("bin"), inside::FOLDER),
+            FileSpec::at(tests.join("bin"), in_host::FOLDER),
         ],
     })
 }

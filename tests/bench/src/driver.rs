@@ -20,8 +20,8 @@ use lab::{
     image::payload::FileSpec,
     module,
     run::{self, Event, Lines, Options, Outcome},
-    setup::{self, Wanted},
-    verdict::{End, Limits},
+    setup::{self, SetupOptions},
+    verdict::{Limits, RunEnd},
 };
 
 use crate::{
@@ -52,12 +52,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         // The host prints nothing while a slow meter is measured.
         silence: Duration::from_secs(900),
     };
-    let prepared = setup::prepare(&Wanted {
+    let prepared = setup::prepare(&SetupOptions {
         kernel: arguments.kernel.clone(),
         tree: true,
         bochs: arguments.host == Host::Intel,
         perf: true,
-        ..Wanted::default()
+        ..SetupOptions::default()
     })?;
     let files = setup::repository().join(format!("build/bench-{}", arguments.host));
     fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
@@ -86,7 +86,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     report.finish();
     print_results(&report, &outcome, arguments.json.as_deref())?;
     Ok(match outcome.end {
-        End::Script(0) if report.failures.is_empty() => ExitCode::SUCCESS,
+        RunEnd::Script(0) if report.failures.is_empty() => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     })
 }

@@ -14,16 +14,16 @@ use crate::paths;
 /// Failed action on a file or folder. Its text is one sentence with the system's reason as source. If the disk is full,
 /// it names the remedy and has no source.
 #[derive(Debug)]
-pub struct Refused {
+pub struct FileError {
     action: &'static str,
     path: PathBuf,
     source: io::Error,
 }
 
-impl Refused {
+impl FileError {
     /// Return a function that makes an error of the system's reason. `action` is the verb that failed on `path`, such as
     /// "read".
-    pub fn to<E: From<Self>>(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> E {
+    pub fn on<E: From<Self>>(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> E {
         let path = path.into();
         move |source| {
             E::from(Self {
@@ -42,7 +42,7 @@ impl Refused {
     }
 }
 
-impl fmt::Display for Refused {
+impl fmt::Display for FileError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (action, path) = (self.action, self.path.display());
         if !self.is_full() {
@@ -57,7 +57,7 @@ impl fmt::Display for Refused {
     }
 }
 
-impl Error for Refused {
+impl Error for FileError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         (!self.is_full()).then_some(&self.source)
     }
@@ -72,7 +72,7 @@ mod tests {
     /// Return the whole message for a failed write to `path`, with the reason for which a write to `target` fails.
     fn message(path: &Path, target: &str) -> String {
         let reason = fs::write(target, "text").unwrap_err();
-        let refused: anyhow::Error = Refused::to("write", path)(reason);
+        let refused: anyhow::Error = FileError::on("write", path)(reason);
         format!("{refused:#}")
     }
 

@@ -16,7 +16,7 @@ use std::{
 
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves, Query},
-    ledger::{Copying, LedgerCopy, NoSupply, Totals, TRIES},
+    ledger::{Copying, LedgerCopy, MoreHistograms, NoSupply, Supply, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     reasons::{slot, Isa},
@@ -101,6 +101,16 @@ impl Shared {
 
 /// Platform with one thread.
 struct Plain(Rc<Shared>);
+
+// SAFETY: As for `Platform`, whose memory it is.
+unsafe impl Supply for &Plain {
+    fn more(&self) -> Option<NonNull<MoreHistograms>> {
+        Some(
+            self.allocate(Layout::new::<MoreHistograms>(), false)?
+                .cast(),
+        )
+    }
+}
 
 /// Guard that keeps retired memory.
 struct Reading(Rc<Shared>);
@@ -898,6 +908,40 @@ fn polled_time_counts_once() {
     assert_eq!(totals(), 42);
     bench.destroy(key(0));
     assert_eq!(totals(), 42);
+    bench.end();
+}
+
+/// A vCPU that exits for more reasons than its ledger has histograms keeps all of them, while it lives
+/// and in the totals, and gives back the memory.
+#[test]
+fn histograms_outside_the_ledger_are_copied_and_freed() {
+    let bench = Bench::new(10, false);
+    bench.register_new(key(0), 0, 0).expect("room");
+    assert!(bench.exits(key(0), 1));
+    let member = bench.registry.metered(key(0)).expect("it lives");
+    let objects = bench.shared.objects.get();
+    for code in 0..30 {
+        let now = (1 << 40) + u64::from(code) * 1000;
+        member.ledger().exit_of::<false>(
+            now,
+            slot(Isa::Vmx, code),
+            &Plain(Rc::clone(&bench.shared)),
+        );
+        member.ledger().entry(now + 100);
+    }
+    assert_eq!(bench.shared.objects.get(), objects + 1);
+    let samples = || {
+        let mut totals = Totals::new();
+        bench.registry.add_totals(&mut Walker::new(), &mut totals);
+        totals
+            .rows()
+            .map(|(_, _, histogram)| histogram.iter().sum::<u64>())
+            .sum::<u64>()
+    };
+    // The exit that was taken before has had no entry.
+    assert_eq!(samples(), 30);
+    bench.destroy(key(0));
+    assert_eq!(samples(), 30);
     bench.end();
 }
 

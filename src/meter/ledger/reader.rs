@@ -144,7 +144,8 @@ impl Ledger {
         self.copying(out, &mut None).copy(tries)
     }
 
-    /// Try once to copy the ledger whole; return `false` when a transition came between.
+    /// Try once to copy the ledger whole, without histograms that are elsewhere; return `false` when a
+    /// transition came between.
     pub fn try_copy(&self, out: &mut LedgerCopy) -> bool {
         self.try_copy_with(out, &mut None)
     }

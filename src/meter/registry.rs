@@ -44,7 +44,7 @@ use core::{
 
 use super::{
     leaves::Leaves,
-    ledger::{Copying, Ledger, LedgerCopy, Totals},
+    ledger::{Ledger, LedgerCopy, Totals},
     phase::Phase,
     snapshot::{self, Identity, NAME_SIZE},
     table::{HashEntry, HashTable},
@@ -915,13 +915,7 @@ impl State {
     /// Add the numbers of a vCPU that goes to the totals. No thread writes its ledger any more, so
     /// the copy takes one attempt.
     fn fold(&mut self, member: &Member) {
-        let mut copying = Copying {
-            ledger: &member.ledger,
-            more: member.more_histograms(),
-            out: &mut self.copy,
-            tables: None,
-        };
-        if copying.try_copy() {
+        if member.copying(&mut self.copy, None).try_copy() {
             self.copy.polled = member.polled.load(Relaxed);
             self.gone.fold(&self.copy);
         }

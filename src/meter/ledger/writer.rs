@@ -218,36 +218,35 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_exit::<NESTED>(now, slot, supply);
         };
-        self.count_exit((now, slot), ticks, NESTED, supply);
-    }
-
-    /// Count an exit after `ticks` in the guest, and end the transition.
-    #[inline(always)]
-    fn count_exit(&self, (now, slot): (u64, Slot), ticks: u64, nested: bool, supply: impl Supply) {
         let place = self.place_of(slot);
         if place.0 == 0 {
-            return self.count_first_exit((now, slot), ticks, nested, supply);
+            return self.count_first_exit::<NESTED>(now, slot, ticks, supply);
         }
-        self.count_exit_at(now, place, ticks, nested);
+        self.count_exit(now, place, ticks, NESTED);
     }
 
     /// Count the first exit of a slot.
     #[cold]
     #[inline(never)]
-    fn count_first_exit(
+    fn count_first_exit<const NESTED: bool>(
         &self,
-        (now, slot): (u64, Slot),
+        now: u64,
+        slot: Slot,
         ticks: u64,
-        nested: bool,
         supply: impl Supply,
     ) {
         let place = self.take_row(slot, &supply);
-        self.count_exit_at(now, place, ticks, nested);
+        self.count_exit(now, place, ticks, NESTED);
     }
 
+    /// Count an exit in the row at a place, after `ticks` in the guest, and end the transition.
     #[inline(always)]
-    fn count_exit_at(&self, now: u64, place: Place, ticks: u64, nested: bool) {
-        self.change_to_kernel(place, ticks);
+    fn count_exit(&self, now: u64, place: Place, ticks: u64, nested: bool) {
+        if ablation::PHASES {
+            add(self.row_at(self.place()).cycles(Phase::Guest), ticks);
+        }
+        self.row.store(place.0 as u32, Relaxed);
+        self.phase.store(Phase::Kernel as u32, Relaxed);
         if nested {
             if let Some(exits) = self.nested.get(place.number()) {
                 add(exits, 1);
@@ -257,16 +256,6 @@ impl Ledger {
             add(&self.row_at(place).exits, 1);
         }
         self.end_transition(now);
-    }
-
-    /// Book `ticks` in the guest, and have the vCPU in the kernel for an exit that a row counts.
-    #[inline(always)]
-    fn change_to_kernel(&self, place: Place, ticks: u64) {
-        if ablation::PHASES {
-            add(self.row_at(self.place()).cycles(Phase::Guest), ticks);
-        }
-        self.row.store(place.0 as u32, Relaxed);
-        self.phase.store(Phase::Kernel as u32, Relaxed);
     }
 
     #[cold]
@@ -319,7 +308,7 @@ impl Ledger {
                     });
                 }
                 // The exit that gave the tables these rows has given the ledger one.
-                self.count_exit_at(now, self.place_of(about.slot), ticks, false);
+                self.count_exit(now, self.place_of(about.slot), ticks, false);
                 return Ok(());
             }
         }
@@ -382,7 +371,7 @@ impl Ledger {
                 rip,
             });
         }
-        self.count_exit_at(now, place, ticks, which.is_nested());
+        self.count_exit(now, place, ticks, which.is_nested());
     }
 
     /// Take a VM entry: the kernel's phase ends, and its ticks since the latest exit become one
@@ -393,23 +382,11 @@ impl Ledger {
             return self.late_entry(now);
         };
         let place = self.enter_after(ticks);
-        if ablation::HISTOGRAMS {
-            // SAFETY: As in `begin_transition`.
-            if unsafe { read_owned(&self.carried) } != 0 {
-                return self.end_unusual_exit(ticks, now);
-            }
-            let row = self.row_at(place);
-            // SAFETY: As in `begin_transition`.
-            if ticks > unsafe { read_owned(&row.max) } {
-                return self.end_unusual_exit(ticks, now);
-            }
-            let Some(bucket) = usual_bucket(ticks) else {
-                return self.end_unusual_exit(ticks, now);
-            };
-            // SAFETY: The row has a maximum, as `ticks` is not 0; and the bucket is one.
-            unsafe { add_sample(row, bucket) };
+        // SAFETY: As in `begin_transition`.
+        if ablation::HISTOGRAMS && unsafe { read_owned(&self.carried) } != 0 {
+            return self.end_unusual_exit(ticks, now);
         }
-        self.end_transition(now);
+        self.end_exit(ticks, now, place);
     }
 
     /// Take a VM entry of a vCPU that has tables. `cpu` tells the CPU.
@@ -424,6 +401,25 @@ impl Ledger {
         if ticks > tables.slow().floor() {
             return self.end_exit_with(tables, now, cpu(), ticks);
         }
+        self.end_exit(ticks, now, place);
+    }
+
+    /// Have the vCPU in the guest after `ticks` in the kernel; return the place of its latest exit's
+    /// row.
+    #[inline(always)]
+    fn enter_after(&self, ticks: u64) -> Place {
+        let place = self.place();
+        if ablation::PHASES {
+            add(self.row_at(place).cycles(Phase::Kernel), ticks);
+        }
+        self.phase.store(Phase::Guest as u32, Relaxed);
+        place
+    }
+
+    /// End the transition of an entry after an exit of `ticks`, in the course of which the vCPU did not
+    /// leave its CPU. Its row is at `place`.
+    #[inline(always)]
+    fn end_exit(&self, ticks: u64, now: u64, place: Place) {
         if ablation::HISTOGRAMS {
             let row = self.row_at(place);
             // SAFETY: As in `begin_transition`.
@@ -437,18 +433,6 @@ impl Ledger {
             unsafe { add_sample(row, bucket) };
         }
         self.end_transition(now);
-    }
-
-    /// Have the vCPU in the guest after `ticks` in the kernel; return the place of its latest exit's
-    /// row.
-    #[inline(always)]
-    fn enter_after(&self, ticks: u64) -> Place {
-        let place = self.place();
-        if ablation::PHASES {
-            add(self.row_at(place).cycles(Phase::Kernel), ticks);
-        }
-        self.phase.store(Phase::Guest as u32, Relaxed);
-        place
     }
 
     #[cold]

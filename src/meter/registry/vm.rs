@@ -12,7 +12,7 @@ use core::{
 };
 
 use crate::meter::{
-    ledger::{Ledger, More},
+    ledger::{Copying, Ledger, LedgerCopy, More, WithTables},
     phase::Phase,
     reasons::{Slot, SLOTS},
     snapshot::Identity,
@@ -232,10 +232,19 @@ impl Member {
         NonNull::new(address).unwrap_or(NonNull::from(self))
     }
 
-    /// Return where a copy finds the histograms for which the ledger has no room.
-    pub(super) fn more_histograms(&self) -> More<'_> {
-        // SAFETY: They are freed with the member.
-        unsafe { More::pointed() }
+    /// Prepare a copy of the ledger with all its histograms, and of the tables where they are wanted.
+    pub fn copying<'a>(
+        &'a self,
+        out: &'a mut LedgerCopy,
+        tables: WithTables<'a, 'a>,
+    ) -> Copying<'a> {
+        Copying {
+            ledger: &self.ledger,
+            // SAFETY: The histograms outside the ledger are freed with the member.
+            more: unsafe { More::pointed() },
+            out,
+            tables,
+        }
     }
 
     /// Return the vCPU's and its VM's names and numbers, as people know them.

@@ -261,15 +261,7 @@ impl<P: Platform> Registry<P> {
     /// Copy the ledger of a vCPU that the caller has a hold on. Return the failed attempts and the
     /// interrupts sent for it, or `None` when it could not be copied.
     pub fn copy(&self, member: &Member, out: &mut LedgerCopy) -> Option<(u32, u32)> {
-        self.make_copy(
-            member,
-            Copying {
-                ledger: &member.ledger,
-                more: member.more_histograms(),
-                out,
-                tables: None,
-            },
-        )
+        self.make_copy(member, member.copying(out, None))
     }
 
     /// Return the CPU that a vCPU was loaded on last. The caller has a hold on the vCPU.
@@ -335,12 +327,7 @@ impl<P: Platform> Registry<P> {
                 // tables away, and that is a walk of the same kind.
                 let its_tables = unsafe { member.ledger.tables() };
                 tables.clear();
-                let copying = Copying {
-                    ledger: &member.ledger,
-                    more: member.more_histograms(),
-                    out: copy,
-                    tables: its_tables.map(|it| (it, &mut *tables)),
-                };
+                let copying = member.copying(copy, its_tables.map(|it| (it, &mut *tables)));
                 if self.make_copy(member, copying).is_none() {
                     busy = true;
                 } else if !copy.is_empty() {

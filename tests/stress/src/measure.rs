@@ -12,7 +12,7 @@ use std::{
 
 use exitmeter_meter::{
     leaves::Query,
-    ledger::{Copying, LedgerCopy, More, Totals, TRIES},
+    ledger::{LedgerCopy, Totals, TRIES},
     phase::Phase,
     reader::Snapshot,
     registry::{
@@ -263,20 +263,13 @@ impl Guests {
         let began = Instant::now();
         while began.elapsed() < self.plan.time {
             let from = ticks();
-            if member.ledger().copy(TRIES, &mut copy).is_none() {
+            if member.copying(&mut copy, None).copy(TRIES).is_none() {
                 tries.add(ticks() - from);
             }
             let (from, mut sent) = (ticks(), 1);
-            while !self.meter.platform().copy_on(
-                WRITER as u32,
-                &mut Copying {
-                    ledger: member.ledger(),
-                    // SAFETY: They are freed with the vCPU, which lives.
-                    more: unsafe { More::pointed() },
-                    out: &mut copy,
-                    tables: None,
-                },
-            ) {
+            let mut copying = member.copying(&mut copy, None);
+            let platform = self.meter.platform();
+            while !platform.copy_on(WRITER as u32, &mut copying) {
                 sent += 1;
                 assert!(sent <= MOST_INTERRUPTS.into(), "{sent} interrupts");
             }

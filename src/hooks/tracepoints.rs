@@ -67,16 +67,8 @@ unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     vcpu: *mut bindings::kvm_vcpu,
     _isa: u32,
 ) {
-    if !ablation::CALLBACKS {
-        return;
-    }
-    let now = clock::now();
-    // SAFETY: KVM holds the vCPU, on this thread.
-    let vcpu = unsafe { Vcpu::from_raw(vcpu) };
-    let mut room = MaybeUninit::uninit();
-    // SAFETY: This is the probe, and the vCPU is its own.
-    let exit = unsafe { ExitByKvm::<false>::read(vcpu, &mut room) };
-    transitions::exit::<RING, _>(vcpu, now, Isa::Vmx, |_| exit);
+    // SAFETY: By the contract of this function.
+    unsafe { record_exit_by_kvm::<RING, false>(vcpu) };
 }
 
 /// Probe of kvm:kvm_exit on SVM.
@@ -89,16 +81,31 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
     vcpu: *mut bindings::kvm_vcpu,
     _isa: u32,
 ) {
+    // SAFETY: By the contract of this function.
+    unsafe { record_exit_by_kvm::<RING, true>(vcpu) };
+}
+
+/// Record an exit that KVM's own reader reads. `SVM` says whether the host's vendor is AMD.
+///
+/// # Safety
+///
+/// For the probes of kvm:kvm_exit alone, with the vCPU that KVM passes.
+#[inline(always)]
+unsafe fn record_exit_by_kvm<const RING: bool, const SVM: bool>(vcpu: *mut bindings::kvm_vcpu) {
     if !ablation::CALLBACKS {
         return;
     }
     let now = clock::now();
-    // SAFETY: KVM holds the vCPU, on this thread.
+    // SAFETY: By the contract of this function; KVM holds the vCPU, on this thread.
     let vcpu = unsafe { Vcpu::from_raw(vcpu) };
     let mut room = MaybeUninit::uninit();
-    // SAFETY: This is the probe, and the vCPU is its own.
-    let exit = unsafe { ExitByKvm::<true>::read(vcpu, &mut room) };
-    transitions::exit::<RING, _>(vcpu, now, Isa::Svm, |_| exit);
+    // SAFETY: By the contract of this function.
+    let exit = unsafe { ExitByKvm::<SVM>::read(vcpu, &mut room) };
+    let isa = match SVM {
+        true => Isa::Svm,
+        false => Isa::Vmx,
+    };
+    transitions::exit::<RING, _>(vcpu, now, isa, |_| exit);
 }
 
 /// Probe of kvm:kvm_entry.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0
 # Entry points for users. The logic is in scripts/ and `cargo lab`.
 #
 #   make                build the module, in build/<kernel release>/exitmeter.ko, and the tool

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # The part of packaging/test.sh that runs in the booted host. A systemd unit starts it, and the kernel's command line selects
 # the checks (check=MODE). Its lines go to the second serial port; the last one is "passed" or "failed: ...".
 # `expect` calls functions below, which shellcheck takes for unreachable.

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Builds Debian's packages exitmeter and exitmeter-dkms in a Debian 13 root, and lints them with lintian. They go to
 # build/packages. `make deb` runs this.
 set -euo pipefail

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Makes build/packages/exitmeter-VERSION-x86_64-linux.tar.xz: the static tool with its manual pages and completions, for any
 # Linux and for guests. `make dist` runs this. The same commit gives the same bytes: the compiler comes from the root, names
 # are sorted, and times are those of the commit.

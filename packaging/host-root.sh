@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Makes a Debian 13 host in FOLDER for packaging/test.sh: systemd, DKMS and two kernels with their headers, Debian 13's own
 # (6.12, built without Rust) and the newest of its backports.
 #

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Lints the RPM spec and the PKGBUILD, and publishes the crates as a dry run. `make packaging-check` runs this. Only bash
 # checks the PKGBUILD, since namcap and makepkg are not in Debian.
 set -euo pipefail

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Copies the module's source for DKMS, and the scripts that build it.
 #
 #   packaging/module-source.sh FOLDER    such as /usr/src/exitmeter-0.2.0

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Prints the folder of a Debian 13 root that makes packages, and makes it first if it is not there (1.2 GB).
 #
 #   packaging/root.sh

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 # Functions that deb.sh and dist.sh share: they copy the checkout's files, and run commands on the copy in the root for
 # packages. Both source this file with `here` set.

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Tests the packages of build/packages on a Debian 13 host with two kernels. `make packages-test` runs this. It takes about 15
 # minutes on two cores, 10 GB of disk, and the network.
 #

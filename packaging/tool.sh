@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Builds the static tool, its manual pages and completions, and the list of its crates with their licences.
 #
 #   packaging/tool.sh PREFIX    PREFIX/bin, PREFIX/share; crates come from CARGO_HOME, without the network

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Checks Grafana's boards (packaging/prometheus/grafana) against Grafana's own schema, which Grafana Labs publish for
 # TypeScript. It rejects unknown fields, values of another type and unknown words of an enum. Each run first checks that it
 # does reject them.

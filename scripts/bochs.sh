@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "bochs": the Bochs PC emulator, built from Debian's source with the corrections in patches/.
 #
 # Needs: OUT EXITMETER_CACHE JOBS ROOT. Gives OUT/bochs (runs in ROOT by in-root.sh), OUT/bios and OUT/vgabios

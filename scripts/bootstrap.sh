@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Installs the few commands that everything else starts from, and fetches the crates. All other tools go into the Debian
 # root.
 #

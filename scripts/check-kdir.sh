@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Checks that the module can be built against a kernel's build folder. If not, it names what is missing and the remedy.
 #
 #   scripts/check-kdir.sh KDIR             check everything, with RUSTC and BINDGEN from the environment, as in kbuild

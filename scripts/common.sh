@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 # What the set-up steps share: progress lines, errors of one sentence, checks before a step starts.
 # Sourced by the scripts beside it, never run by itself.

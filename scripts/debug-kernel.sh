@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "debug-kernel": a kernel that checks itself while it runs, in OUT, for `--kernel debug`, `--kernel kcsan` and
 # `--kernel cfi`.
 #

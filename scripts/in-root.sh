@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Runs a command inside the Debian root of the lab.
 #
 #   scripts/in-root.sh ROOT [--bind SRC[:DST]]... [--chdir DIR] [--write] -- CMD [ARG]...

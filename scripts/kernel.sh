@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "kernel": one packaged, unmodified Debian kernel in OUT, taken apart for the lab.
 #
 # Needs: OUT EXITMETER_CACHE ROOT, and KERNEL: "newest" (of backports), a version ("7.2.12"), a series ("6.12", "6.1": the

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "perf": Debian's perf with the libraries it needs, to be copied into an emulated host by the benchmark.
 #
 # Needs: OUT EXITMETER_CACHE ROOT. Gives OUT/perf, a folder with

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Unpacks Debian's prometheus, promtool, victoria-metrics and vmalert into FOLDER. They are not installed, so no service
 # starts. scripts/prometheus-run.sh runs Prometheus from there, with its pages.
 #

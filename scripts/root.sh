@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "root": a Debian 13 root in OUT, with everything that builds and runs the lab.
 #
 # Needs: OUT. About 3 GB, most of it fetched from the machine's own Debian mirror, or from

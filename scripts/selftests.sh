@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "selftests": KVM's own selftests, from the source of the kernel that the hosts boot.
 #
 # Needs: OUT EXITMETER_CACHE ROOT KERNEL_DIR (what kernel.sh gave) JOBS. Gives OUT/kvm, a folder with

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Set-up step "tree": the kernel's source, prepared for building Rust modules outside of it.
 #
 # Needs: OUT ROOT KERNEL_DIR (what kernel.sh gave) JOBS. Gives OUT/tree.

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
 # The demo's script on the emulated host: host.sh FIRST LAST [FIRST LAST], with the ranges of reasons to query. Lines that
 # begin with "  0x" come from cpuid and go into the tables, "==" begins or ends a table, and all others are shown unchanged.
 set -eu

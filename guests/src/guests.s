@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0
 # The tiny guests. Each is a loop around one instruction that exits, assembled twice: for real mode
 # (.code16, operands and addresses of 32 bits by prefix) and for 64-bit mode.
 #

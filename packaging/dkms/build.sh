@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Builds exitmeter.ko in the current folder for one kernel. DKMS calls this as its build step.
 #
 #   dkms/build.sh RELEASE KDIR    (RELEASE as `uname -r` prints it; KDIR is /lib/modules/RELEASE/build; DKMS may add

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
 # Builds and installs exitmeter.ko by DKMS for the kernels that can load it. It never fails: a kernel's package must not stay
 # half-configured because the module cannot be built for it.
 #

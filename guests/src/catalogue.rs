@@ -52,6 +52,8 @@ pub enum Program {
     Device,
     /// UD2.
     Undefined,
+    /// Instructions of more reasons than a ledger holds histograms in itself.
+    Varied,
     /// DR7 written and DR6 read, with CPUID of leaf 0 after each.
     Debug,
     /// CPUID of a leaf and subleaf that the VMM chose, the answer handed back.
@@ -75,7 +77,7 @@ impl Program {
     pub fn runs_in(self, mode: Mode) -> bool {
         use Program::*;
         match mode {
-            Mode::Real => !matches!(self, Call | Undefined),
+            Mode::Real => !matches!(self, Call | Undefined | Varied),
             Mode::Long => true,
             Mode::User => matches!(
                 self,
@@ -105,6 +107,11 @@ pub struct Expected {
     noise: Vec<u32>,
 }
 
+/// SVM's reasons for reads and writes of DR0 to DR7.
+const DEBUG_REGISTERS: [u32; 16] = [
+    0x20, 0x21, 0x22, 0x23, 0x24, 0x25, 0x26, 0x27, 0x30, 0x31, 0x32, 0x33, 0x34, 0x35, 0x36, 0x37,
+];
+
 /// Return the number of a vCPU's own pages: its code, and in 64-bit mode the three tables that map
 /// it.
 fn own_pages(mode: Mode) -> u64 {
@@ -122,7 +129,7 @@ impl Expected {
 
         let (count, vcpus) = (u64::from(count), u64::from(vcpus));
         let io = [30, 0x7b];
-        // Reasons of the instructions in the loop, on VMX and on SVM.
+        // Reasons of the instructions in the loop, on VMX and on SVM, and those of one of them.
         let looped: &[[u32; 2]] = match program {
             Cpuid | Query => &[[10, 0x72]],
             OutUser | InUser | InKernel | OutEventfd => &[io],
@@ -136,7 +143,30 @@ impl Expected {
             Device => &[[49, 0x400]; 3],
             Undefined => &[[0, 0x46]],
             Debug => &[[10, 0x72]; 2],
+            Varied => &[
+                [0, 0x46],
+                [10, 0x72],
+                [12, 0x78],
+                [13, 0x76],
+                [15, 0x6f],
+                [18, 0x81],
+                [28, 0x65],
+                io,
+                [31, 0x7c],
+                [32, 0x7c],
+                [54, 0x89],
+            ],
             Spin | Touch | Look | Call => &[],
+        };
+        let own: &[u32] = match (program, isa) {
+            (Varied, Isa::Vmx) => &[19, 20, 21, 22, 23, 24, 25, 26, 27, 50, 53],
+            (Varied, Isa::Svm) => &[0x14, 0x18, 0x73, 0x7a, 0x80, 0x82, 0x83, 0x84, 0x85, 0x86],
+            _ => &[],
+        };
+        // CPUID behind each access to a debug register.
+        let debug: u64 = match (program, isa) {
+            (Varied, Isa::Svm) => DEBUG_REGISTERS.len() as u64,
+            _ => 0,
         };
         // Each page of guest memory faults once, when it is first touched.
         let pages = own_pages(mode)
@@ -161,6 +191,10 @@ impl Expected {
         for reasons in looped {
             add(*reasons, count);
         }
+        for reason in own {
+            add([*reason; 2], count);
+        }
+        add([10, 0x72], debug * count);
         // The OUT that ends the guest.
         add(io, 1);
 
@@ -169,7 +203,7 @@ impl Expected {
             Isa::Vmx => vec![1, 52],
             Isa::Svm => vec![0x60],
         };
-        if vcpus == 1 && !matches!(program, HltKernel | Undefined) {
+        if vcpus == 1 && !matches!(program, HltKernel | Undefined | Varied) {
             add([48, 0x400], pages);
             if program == Device && isa == Isa::Vmx {
                 // KVM does not know yet that a page is not memory when it is first touched.
@@ -186,14 +220,13 @@ impl Expected {
                 noise.push(pick([49, 0x400]));
             }
         }
-        if program == Debug {
+        if matches!(program, Debug | Varied) {
             // KVM stops intercepting, and lets the instruction begin again. An interrupt in between
             // makes it exit once more.
-            let registers: &[u32] = match isa {
-                Isa::Vmx => &[29],
-                Isa::Svm => &[0x26, 0x37],
-            };
-            noise.extend(registers);
+            match isa {
+                Isa::Vmx => noise.push(29),
+                Isa::Svm => noise.extend(DEBUG_REGISTERS),
+            }
         }
         if program == HltKernel {
             // The interrupt that ends the HLT may come before it, and wait.

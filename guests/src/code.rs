@@ -18,7 +18,8 @@ macro_rules! labels {
             static tiny_code_end: u8;
             static tiny_interrupt_16: u8;
             static tiny_interrupt_64: u8;
-            static tiny_step_over_64: u8;
+            static tiny_resume_64: u8;
+            static tiny_resume_error_64: u8;
             static tiny_moved_64: u8;
             static tiny_vmrun_64: u8;
             static tiny_inner_64: u8;
@@ -58,6 +59,8 @@ labels! {
     (Program::Call, _) => tiny_call_16 tiny_call_64,
     (Program::Device, _) => tiny_device_16 tiny_device_64,
     (Program::Undefined, _) => tiny_undefined_16 tiny_undefined_64,
+    (Program::Varied, Isa::Vmx) => tiny_varied_vmx_16 tiny_varied_vmx_64,
+    (Program::Varied, Isa::Svm) => tiny_varied_svm_16 tiny_varied_svm_64,
     (Program::Debug, _) => tiny_debug_16 tiny_debug_64,
     (Program::Query, _) => tiny_query_16 tiny_query_64,
 }
@@ -82,9 +85,14 @@ pub(crate) fn interrupt_handler(mode: Mode) -> u64 {
     })
 }
 
-/// Return the offset of the handler of the exception that [`Program::Undefined`] causes.
+/// Return the offset of the handler of exceptions without an error code.
 pub(crate) fn exception_handler() -> u64 {
-    offset(&raw const tiny_step_over_64)
+    offset(&raw const tiny_resume_64)
+}
+
+/// Return the offset of the handler of exceptions with an error code.
+pub(crate) fn error_handler() -> u64 {
+    offset(&raw const tiny_resume_error_64)
 }
 
 /// Return the offset of the guest that moves its own code.

@@ -176,13 +176,107 @@ guest call 64
         add     esi, 0x1000
         again
 
-# Execute an undefined instruction. The handler continues behind it.
-guest undefined 64
-1:      ud2
-        again
-guest step_over 64
-        add     qword ptr [rsp], 2
+# Handle an exception, without and with an error code: continue at rbx.
+guest resume 64
+        mov     [rsp], rbx
         iretq
+guest resume_error 64
+        add     rsp, 8
+        mov     [rsp], rbx
+        iretq
+
+# Execute an instruction that may fault, and continue behind it.
+.macro may_fault instruction:vararg
+        lea     rbx, [rip + 9f]
+        \instruction
+9:
+.endm
+
+# Execute an undefined instruction.
+guest undefined 64
+1:      may_fault ud2
+        again
+
+# Exit for more reasons than a ledger holds histograms in itself. The first half is of both vendors.
+.macro varied_reasons
+        xor     eax, eax
+        xor     ecx, ecx
+        cpuid
+        invd
+        wbinvd
+        hlt
+        mov     dx, 0x3f0
+        out     dx, al
+        mov     ecx, 0x8b
+        rdmsr
+        wrmsr
+        mov     rax, cr0
+        xor     eax, 0x40000
+        mov     cr0, rax
+        may_fault ud2
+        may_fault rdpmc
+.endm
+
+# Each of VMX's own instructions exits before KVM finds that the guest is no hypervisor.
+guest varied_vmx 64
+1:      varied_reasons
+        mov     eax, 1
+        vmcall
+        may_fault vmclear [rsi]
+        may_fault vmlaunch
+        may_fault vmptrld [rsi]
+        may_fault vmptrst [rsi]
+        may_fault vmread rax, rcx
+        may_fault vmresume
+        may_fault vmwrite rcx, rax
+        may_fault vmxoff
+        may_fault vmxon [rsi]
+        may_fault invept rax, [rsi]
+        may_fault invvpid rax, [rsi]
+        mov     rax, dr6
+        again
+
+# So does each of SVM's, and each control and debug register has reasons of its own. KVM stops
+# intercepting debug registers up to the next exit, CPUID's.
+.macro with_exit instruction:vararg
+        xor     eax, eax
+        \instruction
+        xor     eax, eax
+        cpuid
+.endm
+guest varied_svm 64
+1:      varied_reasons
+        mov     eax, 1
+        vmmcall
+        may_fault vmrun
+        may_fault vmload
+        may_fault vmsave
+        may_fault stgi
+        may_fault clgi
+        may_fault skinit
+        may_fault invlpga
+        may_fault rsm
+        mov     eax, 0x20
+        mov     cr4, rax
+        xor     eax, eax
+        mov     cr8, rax
+        with_exit mov rax, dr0
+        with_exit mov rax, dr1
+        with_exit mov rax, dr2
+        with_exit mov rax, dr3
+        with_exit mov rax, dr4
+        with_exit mov rax, dr5
+        with_exit mov rax, dr6
+        with_exit mov rax, dr7
+        with_exit mov dr0, rax
+        with_exit mov dr1, rax
+        with_exit mov dr2, rax
+        with_exit mov dr3, rax
+        with_exit mov dr4, rax
+        with_exit mov dr5, rax
+        with_exit mov dr6, rax
+        with_exit mov dr7, rax
+        again
 
 # Move the guest's own code: rbx becomes the entry of the page directory at rsi, which maps it. The
 # CPU continues with its cached translation, up to the exit of CPUID.
@@ -210,6 +304,8 @@ guests 16, eax, esi, iret
 # Guests of 64-bit mode only: see runs_in().
 guest call 16
 guest undefined 16
+guest varied_vmx 16
+guest varied_svm 16
         ud2
 
 guest query 16

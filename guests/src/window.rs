@@ -44,8 +44,9 @@ pub(crate) const IRQ: u32 = 5;
 pub(crate) const VECTOR_BASE: u8 = 0x20;
 const VECTOR: u64 = VECTOR_BASE as u64 + IRQ as u64;
 
-/// Vector of the exception of an undefined instruction.
+/// Vectors of the exceptions of an undefined instruction, and of one that KVM does not allow.
 const INVALID_OPCODE: u64 = 6;
+const GENERAL_PROTECTION: u64 = 13;
 
 /// Entry of a page directory without its address: present, writable, for CPL 3 too, of 2 MiB.
 const LARGE_PAGE: u64 = 0x87;
@@ -92,6 +93,7 @@ impl Window {
                 for (vector, handler) in [
                     (VECTOR, handler),
                     (INVALID_OPCODE, CODE + code::exception_handler()),
+                    (GENERAL_PROTECTION, CODE + code::error_handler()),
                 ] {
                     let handler = window + handler;
                     // Interrupt gate: present, offset in three parts, selector.

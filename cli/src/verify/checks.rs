@@ -76,6 +76,7 @@ fn describe(program: Program) -> &'static str {
         Program::Call => "called pages",
         Program::Device => "registers of a device",
         Program::Undefined => "UD2",
+        Program::Varied => "many reasons",
         Program::Debug => "debug registers",
     }
 }

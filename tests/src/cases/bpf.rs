@@ -272,6 +272,7 @@ fn beside_module() -> Result<()> {
         Program::OutUser,
         Program::Touch,
         Program::HltKernel,
+        Program::Varied,
     ] {
         let mut machine = TinyVm::new(Config::new(program, Mode::Long, 2000))?;
         machine.run()?;
@@ -291,6 +292,14 @@ fn beside_module() -> Result<()> {
         bpf.exits,
         module.exits
     );
+    for code in bpf.exits.keys().copied() {
+        let by_bpf = bpf.samples_of(code) - before.samples_of(code);
+        let by_module = module.samples_of(code) - first.samples_of(code);
+        ensure!(
+            by_bpf == by_module,
+            "reason {code} has {by_bpf} samples, and by the module {by_module}"
+        );
+    }
     println!("bpf: {}; module: {}", bpf.shares(), module.shares());
     for phase in Phase::ALL {
         let difference = (bpf.share(phase) - module.share(phase)).abs();

@@ -5,16 +5,22 @@
 
 use anyhow::{ensure, Result};
 use clap::ValueEnum as _;
+use exitmeter_meter::{
+    ledger::{HISTOGRAMS, OWN_HISTOGRAMS},
+    reasons::Isa,
+};
 use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::Case;
-use crate::host::{self, hist::Exits, linux::Linux, span::Span};
+use crate::host::{self, hist::Exits, linux::Linux, meter::MeterSnapshot, span::Span};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for mode in [Mode::Real, Mode::Long, Mode::User] {
         for program in Program::value_variants() {
-            if *program == Program::Query || !program.runs_in(mode) {
+            // These have cases of their own.
+            let apart = matches!(*program, Program::Query | Program::Varied);
+            if apart || !program.runs_in(mode) {
                 continue;
             }
             let mut config = Config::new(*program, mode, 200);
@@ -65,6 +71,11 @@ pub(super) fn cases() -> Vec<Case> {
             ..Config::new(Program::OutUser, Mode::Long, 1000)
         },
     ));
+    cases.push(Case::with_module(
+        "",
+        "exits: more reasons than a ledger holds histograms for",
+        check_many_reasons,
+    ));
     cases.push(
         Case::with_module("", "exits: the boot of a Linux guest with 2 vCPUs", || {
             let span = Span::begin()?;
@@ -106,6 +117,7 @@ fn describe(program: Program) -> &'static str {
         Program::Call => "calls into fresh pages",
         Program::Device => "registers of a memory-mapped device",
         Program::Undefined => "UD2",
+        Program::Varied => "instructions of many reasons",
         Program::Debug => "debug registers and CPUID",
     }
 }
@@ -153,4 +165,42 @@ fn run_and_check(config: Config) -> Result<Exits> {
          {writes} writes to the eventfd"
     );
     Ok(exits)
+}
+
+/// Run a guest that exits for more reasons than a ledger has histograms for. Check its exits, that
+/// each reason with a histogram has one sample for each exit, and that no sample is lost when the
+/// vCPU goes.
+fn check_many_reasons() -> Result<()> {
+    let config = Config::new(Program::Varied, Mode::Long, 200);
+    let expected = host::expected(&config)?;
+    let span = Span::begin()?;
+    let mut machine = TinyVm::new(config)?;
+    machine.run()?;
+
+    // This read compares the samples of each reason with its exits.
+    let before = MeterSnapshot::read()?;
+    let vcpu = &before.only()?.numbers;
+    let (reasons, filled) = match host::isa()? {
+        // VMX has one reason for all registers.
+        Isa::Vmx => (vcpu.exits.len(), OWN_HISTOGRAMS),
+        Isa::Svm => (vcpu.exits.len(), HISTOGRAMS),
+    };
+    ensure!(
+        reasons > filled,
+        "{reasons} reasons do not take more than {filled} histograms"
+    );
+    drop(machine);
+    let after = MeterSnapshot::read()?.totals;
+    for code in vcpu.exits.keys() {
+        let (samples, added) = (
+            vcpu.samples_of(*code),
+            after.samples_of(*code) - before.totals.samples_of(*code),
+        );
+        ensure!(
+            samples == added,
+            "reason {code} had {samples} samples, and {added} were added to the totals"
+        );
+    }
+    expected.check(&span.end()?)?;
+    Ok(())
 }

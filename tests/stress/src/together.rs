@@ -356,65 +356,70 @@ impl World {
         let mut asked = 0;
         cpu.run(None, || {
             let mut random = Random::new(seed);
-            let mut told = HashMap::<(u32, u32), (u64, u64)>::new();
+            let mut earlier = EarlierAnswers::new();
             while !self.stop.load(Relaxed) {
-                self.run(
-                    number,
-                    &mut runnable,
-                    50,
-                    &mut Random::new(random.below(u64::MAX)),
-                    |runnable| {
-                        let code = random.below(REASONS.into()) as u32;
-                        let kind = random.below(QUERIES.len() as u64) as u32;
-                        let (query, subleaf, read) = QUERIES[kind as usize];
-                        let sum = |of: fn(&History) -> &AtomicU64| {
-                            all.iter()
-                                .map(|history| of(history).load(Acquire))
-                                .sum::<u64>()
-                        };
-                        let done = sum(|history| &history.done);
-                        let answer = self
-                            .meter
-                            .answer(runnable.vcpu.key(), query, subleaf + code);
-                        let answer = read(answer.expect("it is metered").1);
-                        let begun = sum(|history| &history.begun);
-                        let own = match query {
-                            // The sums are those of the latest renewal.
-                            _ if self.plan.host_scope => 0,
-                            Query::TotalExits => runnable.exits.iter().sum(),
-                            Query::Exits64 => runnable.exits[code as usize],
-                            _ => 0,
-                        };
-                        let per_reason =
-                            if query == Query::TotalExits || query == Query::TotalCycles {
-                                0
-                            } else {
-                                code
-                            };
-                        let (before, own_before) = told
-                            .insert((kind, per_reason), (answer, own))
-                            .unwrap_or((0, 0));
-                        assert!(
-                        answer >= before + (own - own_before),
-                        "{query:?} {code}: {answer} after {before}, own {own} after {own_before}"
-                    );
-                        if query == Query::TotalExits && !self.plan.host_scope {
-                            assert!(
-                                answer <= begun,
-                                "{answer} exits in the answer, {begun} begun"
-                            );
-                            // The sums of a large VM may be a little old.
-                            assert!(
-                                runnable.vm == LARGE || answer >= done,
-                                "{answer} exits in the answer, {done} done"
-                            );
-                        }
-                        asked += 1;
-                    },
-                );
+                let mut gaps = Random::new(random.below(u64::MAX));
+                self.run(number, &mut runnable, 50, &mut gaps, |runnable| {
+                    self.check_query(runnable, all, &mut random, &mut earlier);
+                    asked += 1;
+                });
             }
         });
         (runnable, asked)
+    }
+
+    /// Make a random query from a vCPU, and compare the answer with what the writers did and with earlier answers.
+    /// `all` are the vCPUs of its VM.
+    fn check_query(
+        &self,
+        runnable: &Runnable,
+        all: &[Arc<History>],
+        random: &mut Random,
+        earlier: &mut EarlierAnswers,
+    ) {
+        let code = random.below(REASONS.into()) as u32;
+        let kind = random.below(QUERIES.len() as u64) as u32;
+        let (query, subleaf, number_in) = QUERIES[kind as usize];
+        let sum = |of: fn(&History) -> &AtomicU64| {
+            all.iter()
+                .map(|history| of(history).load(Acquire))
+                .sum::<u64>()
+        };
+        let done = sum(|history| &history.done);
+        let answer = self
+            .meter
+            .answer(runnable.vcpu.key(), query, subleaf + code);
+        let answer = number_in(answer.expect("it is metered").1);
+        let begun = sum(|history| &history.begun);
+        let own = match query {
+            // The sums are those of the latest renewal.
+            _ if self.plan.host_scope => 0,
+            Query::TotalExits => runnable.exits.iter().sum(),
+            Query::Exits64 => runnable.exits[code as usize],
+            _ => 0,
+        };
+        let reason = match query {
+            Query::TotalExits | Query::TotalCycles => 0,
+            _ => code,
+        };
+        let (before, own_before) = earlier
+            .insert((kind, reason), (answer, own))
+            .unwrap_or((0, 0));
+        assert!(
+            answer >= before + (own - own_before),
+            "{query:?} {code}: {answer} after {before}, own {own} after {own_before}"
+        );
+        if query == Query::TotalExits && !self.plan.host_scope {
+            assert!(
+                answer <= begun,
+                "{answer} exits in the answer, {begun} begun"
+            );
+            // The sums of a large VM may be a little old.
+            assert!(
+                runnable.vm == LARGE || answer >= done,
+                "{answer} exits in the answer, {done} done"
+            );
+        }
     }
 
     /// Take snapshots one after the other and compare each with the histories.
@@ -442,29 +447,33 @@ impl World {
     }
 }
 
-type Read = fn(Registers) -> u64;
+/// Latest answers, by query and reason: the number, and the asker's own exits in it.
+type EarlierAnswers = HashMap<(u32, u32), (u64, u64)>;
 
-/// Queries: the query, a subleaf to which the reason is added, and a reader of the answer.
-const QUERIES: [(Query, u32, Read); 6] = [
-    (Query::TotalExits, 0, |runnable| {
-        u64::from(runnable.ebx) << 32 | u64::from(runnable.eax)
-    }),
-    (Query::TotalCycles, 0, |runnable| {
-        u64::from(runnable.ebx) << 32 | u64::from(runnable.ecx)
-    }),
-    (Query::Exits64, 0, |runnable| {
-        u64::from(runnable.edx) << 32 | u64::from(runnable.eax)
-    }),
-    (Query::ReasonCycles, 0, |runnable| {
-        u64::from(runnable.ebx) << 32 | u64::from(runnable.ecx)
-    }),
-    (Query::PhaseCycles, 0, |runnable| {
-        u64::from(runnable.edx) << 32 | u64::from(runnable.eax)
-    }),
-    (Query::PhaseCycles, 1 << 16, |runnable| {
-        u64::from(runnable.edx) << 32 | u64::from(runnable.eax)
-    }),
+/// Function that returns the number in an answer.
+type NumberIn = fn(Registers) -> u64;
+
+/// Queries: the query, a subleaf to which the reason is added, and the function that returns the number.
+const QUERIES: [(Query, u32, NumberIn); 6] = [
+    (Query::TotalExits, 0, ebx_eax),
+    (Query::TotalCycles, 0, ebx_ecx),
+    (Query::Exits64, 0, edx_eax),
+    (Query::ReasonCycles, 0, ebx_ecx),
+    (Query::PhaseCycles, 0, edx_eax),
+    (Query::PhaseCycles, 1 << 16, edx_eax),
 ];
+
+fn ebx_eax(answer: Registers) -> u64 {
+    u64::from(answer.ebx) << 32 | u64::from(answer.eax)
+}
+
+fn ebx_ecx(answer: Registers) -> u64 {
+    u64::from(answer.ebx) << 32 | u64::from(answer.ecx)
+}
+
+fn edx_eax(answer: Registers) -> u64 {
+    u64::from(answer.edx) << 32 | u64::from(answer.eax)
+}
 
 /// Counts of the checked snapshots.
 #[derive(Debug, Default)]
@@ -505,13 +514,13 @@ impl Checker<'_> {
             .map(|history| (history.id, history.done.load(Acquire)))
             .collect();
         let mut gone = Box::new(Totals::new());
-        let told = host(&world.meter);
+        let header = host(&world.meter);
         let meter = &world.meter;
         let size = match meter.snapshot(
             &mut self.walker,
             &mut self.buffer,
             &mut gone,
-            told,
+            header,
             TableOptions::default(),
         ) {
             Ok(size) => size,
@@ -591,10 +600,10 @@ impl Checker<'_> {
                 assert!(is_seen, "vCPU {} is missing in the snapshot", history.id);
             }
         }
-        let told = snapshot.departed();
+        let departed = snapshot.departed();
         assert!(
-            expected.vcpus <= told && told <= expected.vcpus + unsure,
-            "{told} departed vCPUs, expected {} to {}",
+            expected.vcpus <= departed && departed <= expected.vcpus + unsure,
+            "{departed} departed vCPUs, expected {} to {}",
             expected.vcpus,
             expected.vcpus + unsure
         );
@@ -732,10 +741,10 @@ fn finish(
         world.plan.host_scope,
         left.iter().find(|runnable| runnable.metered),
     ) {
-        let (query, subleaf, read) = QUERIES[0];
+        let (query, subleaf, number_in) = QUERIES[0];
         let answer = world.meter.answer(asker.vcpu.key(), query, subleaf);
-        let told = read(answer.expect("it is metered").1);
-        assert_eq!(told, exits(&totals), "all exits of the host");
+        let answer = number_in(answer.expect("it is metered").1);
+        assert_eq!(answer, exits(&totals), "all exits of the host");
     }
     for runnable in left {
         world.death(runnable);
@@ -806,24 +815,22 @@ fn assert_answers(world: &World, left: &[Runnable], vm: usize) {
     };
     let sum =
         |of: &dyn Fn(&Runnable) -> u64| members.iter().map(|runnable| of(runnable)).sum::<u64>();
-    let (_, _, read) = QUERIES[0];
-    let told = read(ask(Query::TotalExits, 0));
+    let answer = ebx_eax(ask(Query::TotalExits, 0));
     assert_eq!(
-        told,
+        answer,
         sum(&|runnable| runnable.exits.iter().sum()),
         "all exits of VM {vm}"
     );
     for code in 0..REASONS {
-        let (_, _, read) = QUERIES[2];
-        let told = read(ask(Query::Exits64, code));
+        let answer = edx_eax(ask(Query::Exits64, code));
         assert_eq!(
-            told,
+            answer,
             sum(&|runnable| runnable.exits[code as usize]),
             "VM {vm}, {code}"
         );
-        let told = read(ask(Query::Exits64, code | 1 << 16));
+        let answer = edx_eax(ask(Query::Exits64, code | 1 << 16));
         assert_eq!(
-            told,
+            answer,
             sum(&|runnable| runnable.nested[code as usize]),
             "VM {vm}, {code}, nested"
         );

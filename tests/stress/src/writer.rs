@@ -2,6 +2,8 @@
 
 //! Does what the module's hooks do on a CPU, without a guest: load a vCPU, exit, enter, put it.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use exitmeter_meter::{
     leaves::{LeafMap, Leaves},
     ledger::TRIES,
@@ -10,7 +12,6 @@ use exitmeter_meter::{
     registry::{Member, Newcomer, Owner, Refused, Registry, Settings},
     snapshot::{HostHeader, NAME_SIZE},
 };
-use std::sync::atomic::Ordering::Relaxed;
 
 use crate::{
     cpu::{ticks, Random, SimCpu, SimVcpu, NOWHERE},

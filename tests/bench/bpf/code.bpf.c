@@ -7,12 +7,12 @@
  */
 #include "common.h"
 
-struct place {
+struct code_key {
 	__u64 rip;
 	__u64 reason;
 };
 
-struct row {
+struct code_value {
 	__u64 exits;
 	__u64 time;
 };
@@ -20,12 +20,12 @@ struct row {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 10240);
-	__type(key, struct place);
-	__type(value, struct row);
+	__type(key, struct code_key);
+	__type(value, struct code_value);
 } rows SEC(".maps");
 
 struct start {
-	struct place place;
+	struct code_key key;
 	__u64 time;
 };
 
@@ -37,40 +37,40 @@ struct {
 	__type(value, struct start);
 } starts SEC(".maps");
 
-static __always_inline struct place place_of(const struct kvm_exit_event *event)
+static __always_inline struct code_key key_of(const struct kvm_exit_event *event)
 {
-	struct place place = { .rip = event->guest_rip, .reason = event->exit_reason };
+	struct code_key key = { .rip = event->guest_rip, .reason = event->exit_reason };
 
-	return place;
+	return key;
 }
 
-static __always_inline void count(const struct place *place)
+static __always_inline void count(const struct code_key *key)
 {
-	struct row *row = bpf_map_lookup_elem(&rows, place);
-	struct row first = { .exits = 1 };
+	struct code_value *row = bpf_map_lookup_elem(&rows, key);
+	struct code_value first = { .exits = 1 };
 
 	if (row)
 		__sync_fetch_and_add(&row->exits, 1);
 	else
-		bpf_map_update_elem(&rows, place, &first, BPF_NOEXIST);
+		bpf_map_update_elem(&rows, key, &first, BPF_NOEXIST);
 }
 
 SEC("tracepoint/kvm/kvm_exit")
 int kvm_exit(struct kvm_exit_event *event)
 {
-	struct place place = place_of(event);
+	struct code_key key = key_of(event);
 
-	count(&place);
+	count(&key);
 	return 0;
 }
 
 SEC("tracepoint/kvm/kvm_exit")
 int kvm_exit_timed(struct kvm_exit_event *event)
 {
-	struct start start = { .place = place_of(event), .time = bpf_ktime_get_ns() };
+	struct start start = { .key = key_of(event), .time = bpf_ktime_get_ns() };
 	__u32 thread = bpf_get_current_pid_tgid();
 
-	count(&start.place);
+	count(&start.key);
 	bpf_map_update_elem(&starts, &thread, &start, BPF_ANY);
 	return 0;
 }
@@ -80,12 +80,12 @@ int kvm_entry(void *event)
 {
 	__u32 thread = bpf_get_current_pid_tgid();
 	struct start *start;
-	struct row *row;
+	struct code_value *row;
 
 	start = bpf_map_lookup_elem(&starts, &thread);
 	if (!start || !start->time)
 		return 0;
-	row = bpf_map_lookup_elem(&rows, &start->place);
+	row = bpf_map_lookup_elem(&rows, &start->key);
 	if (row)
 		__sync_fetch_and_add(&row->time, bpf_ktime_get_ns() - start->time);
 	/* Cheaper than deleting it from the map, as many programs do. */

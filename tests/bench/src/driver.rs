@@ -91,9 +91,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     })
 }
 
-/// Return the command line of the inside.
+/// Return the command line of this program in the host.
 fn command(plan: &Plan) -> Vec<String> {
-    let mut words: Vec<String> = vec![PROGRAM.into(), "--inside".into()];
+    let mut words: Vec<String> = vec![PROGRAM.into(), "--in-host".into()];
     let mut option = |name: &str, value: String| words.push(format!("--{name}={value}"));
     option("runs", plan.runs.to_string());
     option("count", plan.count.to_string());
@@ -113,7 +113,7 @@ fn command(plan: &Plan) -> Vec<String> {
     words
 }
 
-/// Run the host and collect the lines that the inside prints.
+/// Run the host and collect the lines that it prints.
 fn watch(options: &Options, report: &mut Report) -> Result<Outcome> {
     let terminal = io::stderr().is_terminal();
     let mut stdout = Lines::default();

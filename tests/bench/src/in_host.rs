@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Measures inside the emulated host and prints each result as a line of JSON.
+//! Measures in the emulated host and prints each result as a line of JSON.
 
 use std::process::ExitCode;
 

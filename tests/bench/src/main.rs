@@ -2,9 +2,9 @@
 
 //! `make bench`: measures what metering costs per VM exit, for exitmeter and for other meters.
 //!
-//! This program has two sides. Outside, it boots one emulated host with itself in it and prints the
-//! results of the other side. Inside, it runs tiny guests with known numbers of exits, first
-//! without a meter and then with each meter, and reads the TSC.
+//! This program has two sides. `driver` boots one emulated host with itself in it and prints the
+//! results. `in_host` runs tiny guests with known numbers of exits, first without a meter and then
+//! with each meter, and reads the TSC.
 //!
 //! There is no pass or fail. docs/performance.md says what a tick of an emulated host means.
 
@@ -39,7 +39,7 @@ struct Arguments {
     plan: Plan,
     /// Measure in this host, which must be an emulated one.
     #[arg(long, hide = true)]
-    inside: bool,
+    in_host: bool,
 }
 
 /// Meters and exits to measure, and the number of runs.
@@ -73,7 +73,7 @@ impl Plan {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    if arguments.inside {
+    if arguments.in_host {
         return in_host::run(&arguments.plan);
     }
     driver::run(&arguments)

@@ -88,9 +88,7 @@ impl Meter {
             Meter::PerfKvmStat => "perf kvm stat record",
         }
     }
-}
 
-impl Meter {
     /// Return the only part of exitmeter in this build of the module, as Kbuild names it.
     pub fn part(self) -> Option<&'static str> {
         match self {
@@ -107,7 +105,7 @@ impl Meter {
 /// Folder of the builds that contain a single part of exitmeter, `PART.ko`, in the host.
 pub const PARTS_FOLDER: &str = "/usr/local/lib/exitmeter-parts";
 
-/// Exits that a meter saw.
+/// Exits that a meter counted.
 #[derive(Debug, Default)]
 pub struct CountedExits {
     /// Exits of all VMs and reasons; `None` from a part of exitmeter that does not count.
@@ -118,7 +116,7 @@ pub struct CountedExits {
 
 /// A running meter.
 pub trait Watch {
-    /// Stop the meter and return what it saw.
+    /// Stop the meter, and return the exits that it counted.
     fn stop(self: Box<Self>) -> Result<CountedExits>;
 }
 

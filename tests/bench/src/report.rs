@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Turns the lines that the inside prints into the printed results and the JSON.
+//! Turns the lines that the host prints into the printed results and the JSON.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{exits::Exit, meters::Meter};
 
-/// A line that the inside prints.
+/// A line that the host prints.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Line {
@@ -36,7 +36,7 @@ pub struct Cost {
     pub ticks: Vec<f64>,
 }
 
-/// Exits that a meter saw. A meter that does nothing would look cheap.
+/// Exits that a meter counted, beside those that it must have seen: a meter that does nothing would look cheap.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Sighting {
     /// The meter.
@@ -85,7 +85,7 @@ pub struct Summary {
 }
 
 impl Report {
-    /// Parse a line of the inside. Return `false` if it is something else.
+    /// Parse a line of the host. Return `false` if it is something else.
     pub fn take(&mut self, line: &str) -> bool {
         let Ok(line) = serde_json::from_str(line) else {
             return false;
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn formats_the_lines_of_the_inside() {
+    fn formats_the_lines_of_the_host() {
         let mut report = Report::default();
         for line in [
             cost(Meter::None, &[1150.0, 1100.0, 1147.0]),

@@ -39,7 +39,7 @@ struct Counts {
 // SAFETY: Any bytes are valid numbers, and there is no padding.
 unsafe impl Pod for Counts {}
 
-/// `struct place` of code.bpf.c.
+/// `struct code_key` of code.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct CodeKey {
@@ -49,7 +49,7 @@ struct CodeKey {
 // SAFETY: Any bytes are valid numbers, and there is no padding.
 unsafe impl Pod for CodeKey {}
 
-/// `struct row` of code.bpf.c.
+/// `struct code_value` of code.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct CodeValue {

@@ -18,7 +18,7 @@ use lab::{
     setup::{self, in_root, SetupOptions},
 };
 
-use code::Code;
+use self::code::Code;
 
 /// Compare the instructions of exitmeter's hot path with their bounds
 #[derive(Debug, Parser)]

@@ -4,7 +4,7 @@
 
 use std::{
     ffi::OsString,
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -146,7 +146,7 @@ impl HostArgs {
                 append: self.append,
             },
             kernel: self.kernel,
-            kvm: (!self.no_kvm).then_some(self.kvm_args),
+            kvm_parameters: (!self.no_kvm).then_some(self.kvm_args),
             tool: match self.bpf {
                 true => Tool::WithBpf,
                 false => Tool::ForScripts,

@@ -8,7 +8,7 @@ pub mod qemu;
 use std::{
     fs::File,
     io,
-    os::unix::process::CommandExt,
+    os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, ChildStdout, Command, ExitStatus, Stdio},
 };
@@ -31,7 +31,7 @@ pub struct Boot<'a> {
     /// Target of the host's console.
     pub console: Console<'a>,
     /// Initial state.
-    pub begin: InitialState<'a>,
+    pub initial_state: InitialState<'a>,
 }
 
 /// Initial state of a host.

@@ -15,7 +15,7 @@ pub enum Host {
 
 impl Host {
     /// Return the name of KVM's module for the host.
-    pub fn kvm(self) -> &'static str {
+    pub fn kvm_module(self) -> &'static str {
         match self {
             Self::Intel => "kvm-intel",
             Self::Amd => "kvm-amd",

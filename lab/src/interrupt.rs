@@ -41,7 +41,7 @@ static HANDLERS: LazyLock<Handlers> = LazyLock::new(|| {
 pub struct Interrupts(());
 
 /// Start to defer the signals.
-pub fn watch() -> Interrupts {
+pub fn defer() -> Interrupts {
     let mut guards = HANDLERS
         .guards
         .lock()

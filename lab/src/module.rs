@@ -6,14 +6,14 @@
 use std::{
     ffi::OsString,
     fs::{self, File},
-    io::{self, Write},
-    os::unix::process::ExitStatusExt,
+    io::{self, Write as _},
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{ExitCode, Stdio},
     thread,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context as _, Result};
 use rustix::fs::{flock, FlockOperation};
 use thiserror::Error;
 
@@ -72,6 +72,12 @@ pub enum ModuleError {
     /// A system call failed.
     #[error(transparent)]
     Io(#[from] FileError),
+}
+
+impl ModuleError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        FileError::on(action, path)
+    }
 }
 
 /// Run `cargo lab build`: complete the set-up, build the module, and print its path.
@@ -159,15 +165,15 @@ pub fn build_with(
     let build_root = build_root(prepared)?;
     let name = folder_name(&prepared.release, make);
     let out = repository().join("build").join(&name);
-    fs::create_dir_all(&out).map_err(failed_to("make", &out))?;
+    fs::create_dir_all(&out).map_err(ModuleError::io("make", &out))?;
     // Held to the end: two kbuilds in one folder break each other.
     let lock_path = out.with_file_name(format!("{name}.lock"));
-    let lock = File::create(&lock_path).map_err(failed_to("open", &lock_path))?;
+    let lock = File::create(&lock_path).map_err(ModuleError::io("open", &lock_path))?;
     flock(&lock, FlockOperation::LockExclusive)
-        .map_err(|error| failed_to("lock", &lock_path)(error.into()))?;
+        .map_err(|error| ModuleError::io("lock", &lock_path)(error.into()))?;
 
     let log_path = out.join("make.log");
-    let log = File::create(&log_path).map_err(failed_to("write", &log_path))?;
+    let log = File::create(&log_path).map_err(ModuleError::io("write", &log_path))?;
     let jobs = thread::available_parallelism().map_or(1, usize::from);
     let status = build_root
         .command("make")
@@ -179,11 +185,14 @@ pub fn build_with(
         .arg("modules")
         .stdin(Stdio::null())
         // Both go to one file, so that messages keep their order.
-        .stdout(log.try_clone().map_err(failed_to("write", &log_path))?)
+        .stdout(
+            log.try_clone()
+                .map_err(ModuleError::io("write", &log_path))?,
+        )
         .stderr(log)
         .status()
-        .map_err(failed_to("run make in", &prepared.root))?;
-    let text = fs::read(&log_path).map_err(failed_to("read", &log_path))?;
+        .map_err(ModuleError::io("run make in", &prepared.root))?;
+    let text = fs::read(&log_path).map_err(ModuleError::io("read", &log_path))?;
     let text = String::from_utf8_lossy(&text);
     let warned = has_warning(&text);
     if verbose || warned || !status.success() {
@@ -194,7 +203,7 @@ pub fn build_with(
     }
     if warned {
         // Remove the objects: they would be up to date, and the next build would not warn again.
-        fs::remove_dir_all(&out).map_err(failed_to("remove", &out))?;
+        fs::remove_dir_all(&out).map_err(ModuleError::io("remove", &out))?;
         return Err(ModuleError::Warnings);
     }
     Ok(out.join("exitmeter.ko"))
@@ -207,7 +216,7 @@ pub fn build_with(
 /// [`ModuleError`] if there is no tree with the kernel's configuration.
 pub fn compiler(prepared: &Setup) -> Result<&'static str, ModuleError> {
     let config = tree(prepared)?.join(".config");
-    let text = fs::read_to_string(&config).map_err(failed_to("read", &config))?;
+    let text = fs::read_to_string(&config).map_err(ModuleError::io("read", &config))?;
     let clang = text.lines().any(|line| line == "CONFIG_CC_IS_CLANG=y");
     Ok(if clang { "clang-19" } else { "gcc-14" })
 }
@@ -227,10 +236,6 @@ fn folder_name(release: &str, make: &[String]) -> String {
 fn has_warning(text: &str) -> bool {
     text.lines()
         .any(|line| line.to_ascii_lowercase().contains("warning"))
-}
-
-fn failed_to(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ModuleError {
-    FileError::on(action, path)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use std::{
     collections::HashMap,
-    io::{self, BufRead, BufReader},
+    io::{self, BufRead as _, BufReader},
     path::PathBuf,
     process::{Command, Stdio},
 };

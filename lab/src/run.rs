@@ -66,10 +66,14 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
     let mut files = files(options, module, &programs);
     files.extend(script);
     let payload = folder.join("payload");
-    let (agent, kvm, begin) = match &saved {
+    let (agent, kvm, initial_state) = match &saved {
         // The saved machine has its agent and KVM.
         Some(saved) => (None, None, InitialState::Saved(saved)),
-        None => (Some(&*programs.agent), options.kvm(), InitialState::Boot),
+        None => (
+            Some(&*programs.agent),
+            options.kvm_module(),
+            InitialState::Boot,
+        ),
     };
     payload::write(&payload, agent, &files, &Settings { kvm, task })?;
     let boot = Boot {
@@ -78,7 +82,7 @@ pub fn run(options: &Options, listener: &mut dyn FnMut(Event<'_>)) -> Result<Out
         images: &Images::new(&prepared, &payload)?,
         folder: &folder,
         console: Console::File(CONSOLE),
-        begin,
+        initial_state,
     };
     let outcome = Running::start(&boot).and_then(|host| host.watch(options, &folder, listener));
     tidy(&folder);
@@ -127,15 +131,8 @@ pub fn prepare<T>(
     setup::prepare_with(&wanted, module, start)
 }
 
-/// Kind of a script.
-enum Script {
-    /// A file of this machine.
-    File(PathBuf),
-    /// A command of the host, or a line for its shell.
-    Command,
-}
-
-/// Return the host's task for a script, and the file that the host needs for it.
+/// Return the host's task for a script, and the file that the host needs for it. A script is a file of this machine, a
+/// command of the host, or a line for the host's shell.
 fn task(script: &[OsString]) -> (Task, Option<FileSpec>) {
     let mut words: Vec<String> = script
         .iter()
@@ -143,35 +140,19 @@ fn task(script: &[OsString]) -> (Task, Option<FileSpec>) {
         .collect();
     let first = words.first().cloned().unwrap_or_default();
     let path = Path::new(&first);
-    let script = if path.is_file() {
-        Script::File(path.into())
-    } else {
-        Script::Command
-    };
-    match script {
-        Script::File(path) => {
-            let name = path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            let target = format!("{HOME}/{name}");
-            words[0].clone_from(&target);
-            // It is run by the shell, whatever its permissions and its first line are.
-            words.insert(0, "/bin/sh".to_owned());
-            (Task::Run(words), Some(FileSpec::at(path, target)))
-        }
-        Script::Command
-            if words.len() == 1
-                && first.contains(|c: char| c.is_whitespace() || ";|&<>$`".contains(c)) =>
-        {
-            (
-                Task::Run(vec!["/bin/sh".to_owned(), "-c".to_owned(), first]),
-                None,
-            )
-        }
-        Script::Command => (Task::Run(words), None),
+    if path.is_file() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let target = format!("{HOME}/{name}");
+        words[0].clone_from(&target);
+        // It is run by the shell, whatever its permissions and its first line are.
+        words.insert(0, "/bin/sh".to_owned());
+        return (Task::Run(words), Some(FileSpec::at(path, target)));
     }
+    let is_line = |c: char| c.is_whitespace() || ";|&<>$`".contains(c);
+    if words.len() == 1 && first.contains(is_line) {
+        words = vec!["/bin/sh".to_owned(), "-c".to_owned(), first];
+    }
+    (Task::Run(words), None)
 }
 
 #[cfg(test)]

@@ -5,17 +5,21 @@
 //! The kernel's own generator lists the kernel's crates. This file adds the module's crate, which the generator cannot
 //! find below a Kbuild in another folder, and whose environment it does not know.
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use serde_json::{json, Map, Value};
 
-use crate::module;
-use crate::paths::repository;
-use crate::setup::{self, SetupOptions};
+use crate::{
+    module,
+    paths::repository,
+    setup::{self, SetupOptions},
+};
 
 /// Crates that kbuild lets each module use.
 const EXTERNS: [&str; 4] = ["kernel", "pin_init", "zerocopy", "zerocopy_derive"];

@@ -204,7 +204,7 @@ fn with_engine<T, E: From<SetupError>>(
     let scripts = repository().join("scripts");
     let cache = cache().map_err(SetupError::from)?;
     let progress = Progress::stderr();
-    let interrupts = interrupt::watch();
+    let interrupts = interrupt::defer();
     namespaces::need(&scripts)?;
     work(&Engine::new(&scripts, &cache, &progress, &interrupts))
 }
@@ -227,7 +227,7 @@ impl Plan {
             name: "root",
             mib: 2400,
             settings: &[],
-            on: &[],
+            needs: &[],
         })?;
         let kernel = wanted.kernel.as_deref().unwrap_or("newest");
         let debug = debug_kernel(kernel);
@@ -235,7 +235,7 @@ impl Plan {
             name: "kernel",
             mib: 700,
             settings: &[("KERNEL", debug.map_or(kernel, |(_, version)| version))],
-            on: &[("ROOT", &root)],
+            needs: &[("ROOT", &root)],
         })?;
         let debug = debug
             .map(|(name, _)| {
@@ -244,7 +244,7 @@ impl Plan {
                     name: "debug-kernel",
                     mib: 6000,
                     settings: &[("FLAVOUR", name), ("CONFIG", &config)],
-                    on: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
+                    needs: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
                 })
             })
             .transpose()?;
@@ -252,25 +252,25 @@ impl Plan {
             name: "tree",
             mib: 2500,
             settings: &[],
-            on: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
+            needs: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
         };
         let bochs = Recipe {
             name: "bochs",
             mib: 400,
             settings: &[],
-            on: &[("ROOT", &root)],
+            needs: &[("ROOT", &root)],
         };
         let perf = Recipe {
             name: "perf",
             mib: 200,
             settings: &[],
-            on: &[("ROOT", &root)],
+            needs: &[("ROOT", &root)],
         };
         let selftests = Recipe {
             name: "selftests",
             mib: 300,
             settings: &[],
-            on: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
+            needs: &[("ROOT", &root), ("KERNEL_DIR", &kernel)],
         };
         Ok(Self {
             perf: wanted.perf.then(|| engine.step(&perf)).transpose()?,

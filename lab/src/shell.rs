@@ -4,8 +4,8 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
-    os::unix::ffi::OsStrExt,
+    io::{self, Read as _, Write as _},
+    os::unix::ffi::OsStrExt as _,
     path::PathBuf,
     thread,
 };
@@ -52,7 +52,7 @@ pub fn shell(options: &Options) -> Result<(), RunError> {
     let payload = folder.join("payload");
     let files = run::files(options, module, &programs);
     let settings = Settings {
-        kvm: options.kvm(),
+        kvm: options.kvm_module(),
         task: Task::Shell,
     };
     payload::write(&payload, Some(&programs.agent), &files, &settings)?;
@@ -64,14 +64,14 @@ pub fn shell(options: &Options) -> Result<(), RunError> {
         images: &Images::new(&prepared, &payload)?,
         folder: &folder,
         console: Console::Terminal(&device.path),
-        begin: InitialState::Boot,
+        initial_state: InitialState::Boot,
     };
     let command = run::command(&boot)?;
     let log = folder.join("emulator.log");
     let log = File::create(&log).map_err(RunError::io("write", &log))?;
     let program = PathBuf::from(command.get_program());
 
-    let interrupts = interrupt::watch();
+    let interrupts = interrupt::defer();
     let (mut emulator, mut output) =
         Emulator::start(command, log).map_err(RunError::io("run", &program))?;
     // The port has to be read, or the host waits. Only a failure is of interest here.

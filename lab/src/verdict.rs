@@ -159,7 +159,7 @@ impl Watch {
             if byte == b'\n' {
                 let line = std::mem::take(&mut self.line);
                 let fault = self.console.fault_in(&String::from_utf8_lossy(&line));
-                self.note(now, fault);
+                self.add_fault(now, fault);
             } else {
                 self.line.push(byte);
             }
@@ -174,7 +174,7 @@ impl Watch {
                 if let Some(record) = KernelRecord::parse(record) {
                     if record.facility == KERNEL_FACILITY {
                         let fault = self.log.fault_in(&record.text);
-                        self.note(now, fault);
+                        self.add_fault(now, fault);
                     }
                 }
             }
@@ -246,7 +246,7 @@ impl Watch {
         }
     }
 
-    fn note(&mut self, now: Duration, fault: Option<Fault>) {
+    fn add_fault(&mut self, now: Duration, fault: Option<Fault>) {
         self.fault = match (self.fault, fault) {
             (Some((known, since)), Some(fault)) => Some((fault.max(known), since)),
             (None, Some(fault)) => Some((fault, now)),
@@ -285,50 +285,51 @@ const OUR_MODULES: [&str; 2] = ["[exitmeter]", "[fault]"];
 /// Return the fault that a line of the kernel reports, if any. The line may be garbled around the words.
 pub fn fault_in(line: &str) -> Option<Fault> {
     let any = |words: &[&str]| words.iter().any(|word| line.contains(word));
-    if any(&[
-        "soft lockup",
-        "softlockup: hung tasks",
-        "LOCKUP",
-        "workqueue lockup",
-        "detected stall",
-    ]) || any(&[
-        "self-detected stall",
-        "RCU Stall",
-        "blocked for more than",
-        "hung_task: blocked tasks",
-    ]) || any(&["kthread starved for"])
-    {
+    if any(LOCKUPS) {
         Some(Fault::Lockup)
-    } else if any(&["Kernel panic - not syncing"]) {
+    } else if line.contains("Kernel panic - not syncing") {
         Some(Fault::Panic)
-    } else if any(&[
-        "Oops:",
-        "Oops -",
-        "BUG: ",
-        "kernel BUG at",
-        "Internal error:",
-        "general protection fault",
-        "double fault:",
-        "stack guard page was hit",
-        "UBSAN:",
-        "refcount_t:",
-        "unable to handle page fault",
-        "unable to handle kernel",
-    ]) {
+    } else if any(OOPSES) {
         Some(Fault::Oops)
-    } else if line.contains("WARNING: ")
-        && (any(LOCKDEP)
-            || any(&[
-                // Kernels up to 6.17, and later.
-                " CPU: ", ", CPU#",
-            ]))
-        || any(CHECKERS)
-    {
+    } else if line.contains("WARNING: ") && (any(LOCKDEP) || any(WARN_PLACES)) || any(CHECKERS) {
         Some(Fault::Warning)
     } else {
         None
     }
 }
+
+/// Reports of stuck CPUs and tasks.
+const LOCKUPS: &[&str] = &[
+    "soft lockup",
+    "softlockup: hung tasks",
+    "LOCKUP",
+    "workqueue lockup",
+    "detected stall",
+    "self-detected stall",
+    "RCU Stall",
+    "blocked for more than",
+    "hung_task: blocked tasks",
+    "kthread starved for",
+];
+
+/// Reports of oopses and other BUGs.
+const OOPSES: &[&str] = &[
+    "Oops:",
+    "Oops -",
+    "BUG: ",
+    "kernel BUG at",
+    "Internal error:",
+    "general protection fault",
+    "double fault:",
+    "stack guard page was hit",
+    "UBSAN:",
+    "refcount_t:",
+    "unable to handle page fault",
+    "unable to handle kernel",
+];
+
+/// Words that tell a WARN from other lines with "WARNING: ": the CPU, as kernels up to 6.17 print it, and later ones.
+const WARN_PLACES: &[&str] = &[" CPU: ", ", CPU#"];
 
 /// Reports of lockdep (kernel/locking/lockdep.c).
 const LOCKDEP: &[&str] = &[

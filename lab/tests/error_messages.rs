@@ -2,11 +2,12 @@
 
 //! Tests of the error messages of the scripts and the lab on a machine that lacks something: one sentence that names what
 //! is missing and the remedy.
-#![expect(clippy::unwrap_used, reason = "this is how a test fails")]
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     env, fs,
-    os::unix::fs::{symlink, PermissionsExt},
+    os::unix::fs::{symlink, PermissionsExt as _},
     path::PathBuf,
     process::{Command, Output},
 };

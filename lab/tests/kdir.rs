@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Tests of scripts/check-kdir.sh on build folders of every kind.
+
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command};
 
 use tempfile::TempDir;
 

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Each source file names its licence in its first lines, as the kernel's files do.
+
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-/// Folders without sources of ours, and the formats of `packaging/debian` that have no comments.
-const WITHOUT: [&str; 5] = ["target", "build", ".git", "node_modules", "source"];
+/// Folders without source files of this project, and with formats that have no comments (packaging/debian/source).
+const SKIPPED: [&str; 5] = ["target", "build", ".git", "node_modules", "source"];
 
-/// What a file of source ends in. Other files are documents, or data that tests and users read.
+/// Endings of source files. Other files are documents, or data that tests and users read.
 const ENDINGS: [&str; 20] = [
     "rs", "c", "h", "S", "s", "sh", "toml", "yml", "yaml", "rules", "conf", "config", "service",
     "socket", "spec", "preinst", "postinst", "prerm", "postrm", "html",
 ];
 
-/// Files of source whose names have no ending.
+/// Names of source files without such an ending.
 const NAMES: [&str; 8] = [
     "Makefile",
     "Kbuild",
@@ -27,12 +30,12 @@ const NAMES: [&str; 8] = [
     "kernel-preinst-hook",
 ];
 
-/// Add the files of source in a folder to `found`.
+/// Add the source files of a folder to `found`.
 fn collect(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap();
-        if path.is_symlink() || WITHOUT.contains(&name) {
+        if path.is_symlink() || SKIPPED.contains(&name) {
             continue;
         }
         if path.is_dir() {
@@ -50,10 +53,10 @@ fn collect(folder: &Path, found: &mut Vec<PathBuf>) {
 #[test]
 fn each_source_file_names_its_licence() {
     let mut files = Vec::new();
-    collect(&lab::setup::repository(), &mut files);
+    collect(lab::setup::repository(), &mut files);
     assert!(
         files.len() > 450,
-        "only {} files of source were found",
+        "only {} source files were found",
         files.len()
     );
     let without: Vec<_> = files

@@ -4,11 +4,11 @@
 //! `cargo test -p lab --test outcomes -- --ignored --test-threads 2`. Add `--skip kernel_finds` to leave out the debug
 //! kernels, which have to be built first.
 
-#![expect(clippy::unwrap_used, reason = "this is how a test fails")]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read},
+    io::{BufRead as _, BufReader, Read as _},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::LazyLock,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Tests of packaging/ that need no package: the version, the module's source, and the reasons why DKMS cannot build.
+
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{fs, process::Command};

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The rooms of the kernel half, in the order of ARCHITECTURE.md: none uses a room above it, and three name C.
+
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// The rooms, from the top down. Those of one line do not use each other. All may use `meter`.
 const ROOMS: [&[&str]; 9] = [

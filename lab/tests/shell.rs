@@ -2,11 +2,11 @@
 
 //! Tests of `cargo lab shell` on a terminal, with a real emulated host: `cargo test -p lab --test shell -- --ignored`.
 
-#![expect(clippy::unwrap_used, reason = "this is how a test fails")]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{Read as _, Write as _},
     process::{Child, Command, ExitStatus},
     sync::mpsc::{self, Receiver},
     thread,

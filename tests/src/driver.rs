@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The outside: boot a host with this program in it, and judge its output.
+//! The driver: boot a host with this program in it, and judge its output.
 
 use std::{
     collections::VecDeque,
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Path of this program in the host.
-const INSIDE: &str = "/usr/local/bin/system-tests";
+const PROGRAM: &str = "/usr/local/bin/system-tests";
 
 /// Variant of the tool in the hosts.
 const TOOL: Tool = Tool::WithBpf;
@@ -208,7 +208,7 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 }
 
 /// Return the longest time without output, in seconds, after which a host counts as hung. A case
-/// prints nothing until it ends, and the inside kills a case that takes too long. The limit is twice
+/// prints nothing until it ends, and `in_host` kills a case that takes too long. The limit is twice
 /// the longest case because an emulator's clock can be slower than the wall's.
 fn silence_limit(plan: &Plan) -> u64 {
     if plan.soak {
@@ -222,7 +222,7 @@ fn silence_limit(plan: &Plan) -> u64 {
 /// Return the options of the run that boots a host and runs the cases in it.
 fn options(host: Host, plan: &Plan) -> Result<Options> {
     let this = env::current_exe().context("the path of this program is not known")?;
-    let mut words = vec![INSIDE.to_owned(), "--inside".to_owned()];
+    let mut words = vec![PROGRAM.to_owned(), "--in-host".to_owned()];
     if plan.soak {
         words.extend(["--soak".to_owned(), format!("--percent={}", plan.percent)]);
     }
@@ -236,9 +236,9 @@ fn options(host: Host, plan: &Plan) -> Result<Options> {
     machine.memory = plan.memory.unwrap_or(machine.memory);
     machine.append = plan.append.clone().unwrap_or_default();
     options.kernel.clone_from(&plan.kernel);
-    options.kvm = Some(plan.kvm_args.clone().unwrap_or_default());
+    options.kvm_parameters = Some(plan.kvm_args.clone().unwrap_or_default());
     options.tool = TOOL;
-    options.files = vec![FileSpec::at(this, INSIDE)];
+    options.files = vec![FileSpec::at(this, PROGRAM)];
     options.limits = Limits {
         time: Duration::from_secs(plan.timeout),
         silence: Duration::from_secs(silence_limit(plan)),

@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::{fd::AsFd, unix::process::ExitStatusExt},
+    os::{fd::AsFd, unix::process::ExitStatusExt as _},
     process::{Child, Command, ExitStatus, Stdio},
 };
 

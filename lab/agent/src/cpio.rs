@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File, Permissions},
     io::{self, Read, Write},
-    os::unix::fs::{symlink, PermissionsExt},
+    os::unix::fs::{symlink, PermissionsExt as _},
     path::Path,
 };
 

@@ -6,10 +6,10 @@ use std::{
     collections::VecDeque,
     fmt::Write as _,
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::{
         fd::AsFd,
-        unix::{fs::MetadataExt, net::UnixStream, process::CommandExt},
+        unix::{fs::MetadataExt as _, net::UnixStream, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use lab_agent::{
     channel::{Item, Message, Receiver, Sender},
@@ -53,7 +53,7 @@ enum Verb {
     /// One word is a line for the guest's shell. Several words are a command and its arguments, passed on unchanged.
     Run {
         #[command(flatten)]
-        which: GuestArgs,
+        guest: GuestArgs,
         /// A line for the guest's shell, or a command and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
@@ -69,7 +69,7 @@ enum Verb {
 #[derive(Args, Debug)]
 struct GuestArgs {
     /// Name of the guest.
-    #[arg(long, default_value = "guest", value_parser = name)]
+    #[arg(long, default_value = "guest", value_parser = parse_name)]
     name: String,
     /// Longest time to wait, in seconds of the host.
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
@@ -79,7 +79,7 @@ struct GuestArgs {
 #[derive(Args, Debug)]
 struct Boot {
     #[command(flatten)]
-    which: GuestArgs,
+    guest: GuestArgs,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
@@ -102,8 +102,8 @@ struct Boot {
     vmm: Vec<String>,
 }
 
-/// Check the name of a guest, which becomes part of file names.
-fn name(text: &str) -> Result<String, String> {
+/// Parse the name of a guest, which becomes part of file names.
+fn parse_name(text: &str) -> Result<String, String> {
     if !text.is_empty()
         && text
             .chars()
@@ -119,10 +119,10 @@ fn name(text: &str) -> Result<String, String> {
 pub fn command() -> ExitCode {
     let done = match Guest::parse().verb {
         Verb::Boot(options) => boot(&options),
-        Verb::Run { which, command } => run(&which, &line(&command)),
-        Verb::Reboot(which) => restart(&which),
-        Verb::Stop(which) => stop(&which),
-        Verb::Pid(which) => Files::of(&which).pid().map(|pid| {
+        Verb::Run { guest, command } => run(&guest, &line(&command)),
+        Verb::Reboot(guest) => reboot(&guest),
+        Verb::Stop(guest) => stop(&guest),
+        Verb::Pid(guest) => GuestFiles::of(&guest).pid().map(|pid| {
             println!("{}", pid.as_raw_nonzero());
             0
         }),
@@ -152,16 +152,16 @@ fn line(words: &[String]) -> String {
 }
 
 /// Paths of a guest's files.
-struct Files {
+struct GuestFiles {
     name: String,
     folder: PathBuf,
     console: PathBuf,
     vmm_log: PathBuf,
 }
 
-impl Files {
-    fn of(which: &GuestArgs) -> Self {
-        let name = &which.name;
+impl GuestFiles {
+    fn of(guest: &GuestArgs) -> Self {
+        let name = &guest.name;
         let out = std::env::var_os("OUT").map_or_else(|| settings::OUT.into(), PathBuf::from);
         Self {
             name: name.clone(),
@@ -196,8 +196,8 @@ impl Files {
         })
     }
 
-    /// Describe a guest whose VMM ended or which does not answer: return the last lines of its logs.
-    fn describe(&self) -> String {
+    /// Return the last lines of the guest's logs, to explain why its VMM ended or why it does not answer.
+    fn log_tails(&self) -> String {
         let mut text = String::new();
         for path in [&self.vmm_log, &self.console] {
             let tail = tail(path);
@@ -214,12 +214,13 @@ impl Files {
     }
 }
 
+/// Return the end of a log.
 fn tail(path: &Path) -> String {
-    const ENOUGH: u64 = 2000;
+    const LONGEST: u64 = 2000;
     let read = || -> io::Result<String> {
         let mut file = File::open(path)?;
         let size = file.metadata()?.len();
-        file.seek(SeekFrom::Start(size.saturating_sub(ENOUGH)))?;
+        file.seek(SeekFrom::Start(size.saturating_sub(LONGEST)))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -229,7 +230,7 @@ fn tail(path: &Path) -> String {
 
 fn boot(options: &Boot) -> Result<u8> {
     let started = Instant::now();
-    let files = Files::of(&options.which);
+    let files = GuestFiles::of(&options.guest);
     ensure!(
         files.pid().is_err(),
         "the guest {} runs already; end it with: guest stop --name {}",
@@ -306,17 +307,17 @@ fn boot(options: &Boot) -> Result<u8> {
         .with_context(|| format!("{VMM} cannot be started"))?;
     fs::write(files.folder.join("pid"), vmm.id().to_string())?;
 
-    let deadline = started + Duration::from_secs(options.which.timeout);
+    let deadline = started + Duration::from_secs(options.guest.timeout);
     let line = loop {
         match UnixStream::connect(files.socket()) {
             Ok(line) => break line,
             Err(_) if vmm.try_wait()?.is_none() && Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(20));
             }
-            Err(_) => bail!("the VMM did not start{}", files.describe()),
+            Err(_) => bail!("the VMM did not start{}", files.log_tails()),
         }
     };
-    let mut line = Connection::new(line, deadline)?;
+    let mut line = Connection::new(line, deadline, None)?;
     line.wait_for(&Message::Hello, &files)?;
     eprintln!(
         "guest: {} is up after {:.1} s",
@@ -349,9 +350,9 @@ fn pack(path: &Path, files: &[String]) -> Result<()> {
     })
 }
 
-fn run(which: &GuestArgs, command: &str) -> Result<u8> {
-    let files = Files::of(which);
-    let mut line = Connection::to(&files, which)?;
+fn run(guest: &GuestArgs, command: &str) -> Result<u8> {
+    let files = GuestFiles::of(guest);
+    let mut line = Connection::to(&files, guest)?;
     let number = std::process::id().into();
     line.send(&Message::Run {
         number,
@@ -370,17 +371,17 @@ fn run(which: &GuestArgs, command: &str) -> Result<u8> {
             Item::Message(Message::Verdict(status)) => {
                 return Ok(u8::try_from(status).unwrap_or(u8::MAX));
             }
-            Item::Message(Message::Hello) => bail!("the guest restarted{}", files.describe()),
+            Item::Message(Message::Hello) => bail!("the guest restarted{}", files.log_tails()),
             Item::Damage(text) => bail!("the line to the guest is damaged: {text}"),
             Item::Message(_) | Item::Noise(_) => {}
         }
     }
 }
 
-fn restart(which: &GuestArgs) -> Result<u8> {
+fn reboot(guest: &GuestArgs) -> Result<u8> {
     let started = Instant::now();
-    let files = Files::of(which);
-    let mut line = Connection::to(&files, which)?;
+    let files = GuestFiles::of(guest);
+    let mut line = Connection::to(&files, guest)?;
     line.send(&Message::Reboot)?;
     line.wait_for(&Message::Hello, &files)?;
     eprintln!(
@@ -391,15 +392,15 @@ fn restart(which: &GuestArgs) -> Result<u8> {
     Ok(0)
 }
 
-fn stop(which: &GuestArgs) -> Result<u8> {
-    let files = Files::of(which);
+fn stop(guest: &GuestArgs) -> Result<u8> {
+    let files = GuestFiles::of(guest);
     let pid = files.pid()?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     pidfd_send_signal(&pidfd, Signal::TERM)?;
     if !wait_for(&pidfd, Instant::now() + Duration::from_secs(10))? {
         pidfd_send_signal(&pidfd, Signal::KILL)?;
         ensure!(
-            wait_for(&pidfd, Instant::now() + Duration::from_secs(which.timeout))?,
+            wait_for(&pidfd, Instant::now() + Duration::from_secs(guest.timeout))?,
             "the VMM of guest {} does not end",
             files.name
         );
@@ -429,30 +430,29 @@ struct Connection {
     items: VecDeque<Item>,
     deadline: Instant,
     /// Lock on the line, held as long as this lives. `None` while the guest boots, when nobody else knows it.
-    _turn: Option<File>,
+    _lock: Option<File>,
 }
 
 impl Connection {
-    fn new(stream: UnixStream, deadline: Instant) -> Result<Self> {
+    fn new(stream: UnixStream, deadline: Instant, lock: Option<File>) -> Result<Self> {
         Ok(Self {
             sender: Sender::new(stream.try_clone()?),
             receiver: Receiver::new(),
             stream,
             items: VecDeque::new(),
             deadline,
-            _turn: None,
+            _lock: lock,
         })
     }
 
-    fn to(files: &Files, which: &GuestArgs) -> Result<Self> {
+    fn to(files: &GuestFiles, guest: &GuestArgs) -> Result<Self> {
         files.pid()?;
-        let turn = File::create(files.folder.join("turn"))?;
-        flock(&turn, FlockOperation::LockExclusive)?;
+        let lock = File::create(files.folder.join("lock"))?;
+        flock(&lock, FlockOperation::LockExclusive)?;
         let stream = UnixStream::connect(files.socket())
             .with_context(|| format!("the VMM of guest {} does not answer", files.name))?;
-        let mut line = Self::new(stream, Instant::now() + Duration::from_secs(which.timeout))?;
-        line._turn = Some(turn);
-        Ok(line)
+        let deadline = Instant::now() + Duration::from_secs(guest.timeout);
+        Self::new(stream, deadline, Some(lock))
     }
 
     fn send(&mut self, message: &Message) -> Result<()> {
@@ -462,7 +462,7 @@ impl Connection {
     }
 
     /// Wait for the next item.
-    fn next(&mut self, files: &Files) -> Result<Item> {
+    fn next(&mut self, files: &GuestFiles) -> Result<Item> {
         loop {
             if let Some(item) = self.items.pop_front() {
                 return Ok(item);
@@ -471,19 +471,19 @@ impl Connection {
                 bail!(
                     "the guest {} did not answer in time{}",
                     files.name,
-                    files.describe()
+                    files.log_tails()
                 );
             }
             let mut bytes = [0; 4096];
             match self.stream.read(&mut bytes)? {
-                0 => bail!("the VMM of guest {} ended{}", files.name, files.describe()),
+                0 => bail!("the VMM of guest {} ended{}", files.name, files.log_tails()),
                 length => self.items.extend(self.receiver.receive(&bytes[..length])),
             }
         }
     }
 
     /// Skip everything up to and including `message`.
-    fn wait_for(&mut self, message: &Message, files: &Files) -> Result<()> {
+    fn wait_for(&mut self, message: &Message, files: &GuestFiles) -> Result<()> {
         while !matches!(self.next(files)?, Item::Message(got) if got == *message) {}
         Ok(())
     }

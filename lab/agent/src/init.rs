@@ -4,17 +4,17 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read as _},
     os::unix::{
-        ffi::OsStringExt,
-        fs::{symlink, MetadataExt, OpenOptionsExt, PermissionsExt},
-        process::CommandExt,
+        ffi::OsStringExt as _,
+        fs::{symlink, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+        process::CommandExt as _,
     },
     path::Path,
     process::{Command, ExitCode},
 };
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, Context as _, Result};
 use lab_agent::{
     channel::{Item, Message, Receiver, Sender},
     cpio,

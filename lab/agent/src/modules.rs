@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, Context as _, Result};
 use rustix::io::Errno;
 
 /// Load the module `name` (as in modules.dep, without folder and `.ko`) with `parameters`, after its dependencies.

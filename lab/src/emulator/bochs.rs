@@ -7,7 +7,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Write as _},
     path::Path,
     process::Command,
 };
@@ -54,7 +54,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
     let root = in_root(&boot.prepared.root)
         .bind(bochs, BOCHS)
         .bind(boot.folder, FOLDER);
-    if let InitialState::Saved(saved) = boot.begin {
+    if let InitialState::Saved(saved) = boot.initial_state {
         let input = boot.folder.join("input");
         write_input(&boot.images.payload, &input).map_err(RunError::io("write", &input))?;
         let mut command = root.bind(saved, MACHINE).command("env");
@@ -73,7 +73,7 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
         .bind(&kernel.path, "/lab/kernel-image")
         .bind(&boot.images.base, "/lab/base");
     let mut variables = Vec::new();
-    if let InitialState::Save(folder) = boot.begin {
+    if let InitialState::Save(folder) = boot.initial_state {
         root = root.bind(folder, MACHINE);
         variables.push(format!("BOCHS_SAVE={MACHINE}"));
     }

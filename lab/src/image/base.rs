@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, BufWriter, Write},
-    os::unix::ffi::OsStrExt,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
 
@@ -33,6 +33,7 @@ const MODULES: &[&str] = &["kvm-intel", "kvm-amd"];
 /// Path in the host of the modules of the guests' kernel, for a guest that runs L2 guests.
 const GUEST_MODULES: &str = "lab/guest/modules";
 
+/// Programs of a guest beside busybox.
 const GUEST_PROGRAMS: &[&str] = &["usr/bin/cpuid"];
 
 /// Modules in a guest's initramfs: the drivers of /dev/cpu/*/cpuid and /dev/cpu/*/msr, by which its kernel executes CPUID
@@ -63,6 +64,7 @@ const FOLDERS: &[(&str, u32)] = &[
     ("var", 0o755),
 ];
 
+/// Links to folders, as in the root.
 const LINKS: &[(&str, &str)] = &[
     ("bin", "usr/bin"),
     ("lib", "usr/lib"),
@@ -70,11 +72,17 @@ const LINKS: &[(&str, &str)] = &[
     ("sbin", "usr/sbin"),
 ];
 
+/// Files with their text.
 const TEXTS: &[(&str, &str)] = &[
     ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"),
     ("etc/group", "root:x:0:\nkvm:x:104:\n"),
     ("etc/profile", "PS1='lab:\\w# '\n"),
 ];
+
+/// Return true if the archive has this folder, or a link to one.
+pub(super) fn has_folder(path: &str) -> bool {
+    FOLDERS.iter().any(|(folder, _)| *folder == path) || LINKS.iter().any(|(link, _)| *link == path)
+}
 
 /// Return the path of the image, which is made if it is missing.
 pub fn make(prepared: &Setup) -> Result<PathBuf, ImageError> {

@@ -6,7 +6,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{BufWriter, Write},
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -15,7 +15,7 @@ use lab_agent::{
     settings::{self, Settings},
 };
 
-use super::ImageError;
+use super::{base, ImageError};
 
 /// A file or folder of this machine for the host.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -156,28 +156,10 @@ impl<W: Write> Payload<'_, W> {
     /// Add the parent folders of `path`, except those of the base: the kernel keeps an existing folder, but gives it the
     /// permissions of the later entry.
     fn parents(&mut self, path: &str) -> Result<(), ImageError> {
-        const BASE_FOLDERS: &[&str] = &[
-            "bin",
-            "dev",
-            "etc",
-            "lab",
-            "lib",
-            "lib64",
-            "out",
-            "root",
-            "sbin",
-            "tmp",
-            "usr",
-            "usr/bin",
-            "usr/lib",
-            "usr/local",
-            "usr/local/bin",
-            "usr/sbin",
-        ];
         let path = path.trim_start_matches('/');
         for (at, _) in path.match_indices('/') {
             let folder = &path[..at];
-            if !BASE_FOLDERS.contains(&folder) && self.folders.insert(folder.to_owned()) {
+            if !base::has_folder(folder) && self.folders.insert(folder.to_owned()) {
                 self.archive
                     .folder(folder, 0o755)
                     .map_err(ImageError::io("write", self.target))?;

@@ -22,7 +22,7 @@ pub struct Options {
     /// Debian's kernel: a version, series or release; the newest if `None`.
     pub kernel: Option<String>,
     /// Parameters of kvm-intel or kvm-amd. If `None`, neither is loaded.
-    pub kvm: Option<String>,
+    pub kvm_parameters: Option<String>,
     /// Variant of the tool for the host.
     pub tool: Tool,
     /// True to boot the host even if a saved machine could be used.
@@ -52,7 +52,7 @@ impl Options {
                 append: String::new(),
             },
             kernel: None,
-            kvm: Some(String::new()),
+            kvm_parameters: Some(String::new()),
             tool: Tool::ForScripts,
             fresh: false,
             module: true,
@@ -64,9 +64,9 @@ impl Options {
     }
 
     /// Return KVM's module to load, if any.
-    pub(crate) fn kvm(&self) -> Option<Module> {
-        self.kvm.as_ref().map(|parameters| Module {
-            name: self.machine.host.kvm().to_owned(),
+    pub(crate) fn kvm_module(&self) -> Option<Module> {
+        self.kvm_parameters.as_ref().map(|parameters| Module {
+            name: self.machine.host.kvm_module().to_owned(),
             parameters: parameters.clone(),
         })
     }

@@ -5,8 +5,8 @@
 use std::{
     fmt::Write as _,
     fs::{self, File},
-    io::{Read, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    io::{Read as _, Write as _},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Component, Path, PathBuf},
 };
 
@@ -314,7 +314,7 @@ mod tests {
     fn messages_are_recorded_and_reported() {
         let folder = tempfile::tempdir().unwrap();
         let mut record = record(folder.path());
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         let messages = [
             Message::Stdout(b"out\n".to_vec()),
             Message::Stderr(b"err\n".to_vec()),
@@ -322,14 +322,14 @@ mod tests {
         ];
         for message in messages {
             record
-                .message(message, &mut |event| told.push(format!("{event:?}")))
+                .message(message, &mut |event| reported.push(format!("{event:?}")))
                 .unwrap();
         }
         let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
         assert_eq!(read("stdout.log"), "out\n");
         assert_eq!(read("stderr.log"), "err\n");
         assert_eq!(read("kernel.log"), "[    1.500000] kvm: ready\n");
-        assert_eq!(told.len(), 3);
+        assert_eq!(reported.len(), 3);
         assert_eq!(record.into_stdout(), b"out\n");
     }
 }

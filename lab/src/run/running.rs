@@ -4,7 +4,7 @@
 
 use std::{
     fs::File,
-    io::Read,
+    io::Read as _,
     path::Path,
     process::{ChildStdout, Command},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -66,13 +66,13 @@ impl Running {
         folder: &Path,
         listener: &mut dyn FnMut(Event<'_>),
     ) -> Result<Outcome, RunError> {
-        let interrupts = interrupt::watch();
+        let interrupts = interrupt::defer();
         let out = options.out.clone().unwrap_or_else(|| folder.join("out"));
         let mut record = Record::new(folder, &out)?;
         let mut watch = Watch::new(options.limits);
         let mut receiver = channel::Receiver::new();
         let port = read(self.output);
-        let mut looked = Instant::now();
+        let mut console_read = Instant::now();
         let end = loop {
             let (items, gone) = match port.recv_timeout(POLL_INTERVAL) {
                 Ok(bytes) => (receiver.receive(&bytes), false),
@@ -96,8 +96,8 @@ impl Running {
                 let status = self.emulator.wait();
                 watch.gone(status.is_ok_and(|status| status.success()));
             }
-            if decided || looked.elapsed() >= POLL_INTERVAL {
-                looked = Instant::now();
+            if decided || console_read.elapsed() >= POLL_INTERVAL {
+                console_read = Instant::now();
                 watch.console(now, &record.console()?);
             }
             if interrupts.seen() {

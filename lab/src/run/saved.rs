@@ -8,8 +8,8 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::ffi::OsStrExt,
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
 
@@ -47,7 +47,7 @@ pub fn machine(
     let kernel = images.kernel(prepared)?;
     let read = |path: &Path| fs::read(path).map_err(RunError::io("read", path));
     let bochs = prepared.bochs.as_deref().unwrap_or(Path::new(""));
-    let what = format!("{:?} {:?}", options.machine, options.kvm);
+    let what = format!("{:?} {:?}", options.machine, options.kvm_parameters);
     let command_line = options.machine.command_line();
     let parts = [
         include_bytes!("saved.rs").as_slice(),
@@ -86,7 +86,7 @@ fn save(
         fs::create_dir_all(folder).map_err(RunError::io("make", folder))?;
     }
     let settings = Settings {
-        kvm: options.kvm(),
+        kvm: options.kvm_module(),
         task: Task::Save,
     };
     let payload = logs.join("payload");
@@ -97,7 +97,7 @@ fn save(
         images: &Images::new(prepared, &payload)?,
         folder: logs,
         console: Console::File(CONSOLE),
-        begin: InitialState::Save(target),
+        initial_state: InitialState::Save(target),
     };
     // The limits of the run do not apply to this boot.
     let options = Options {

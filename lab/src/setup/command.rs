@@ -4,12 +4,12 @@
 
 use std::{
     fs,
-    io::{self, Write},
+    io::{self, Write as _},
     path::Path,
     process::Command,
 };
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Context as _, Result};
 use rustix::fs::{flock, FlockOperation};
 
 use super::{
@@ -141,14 +141,14 @@ mod tests {
     fn only_other_results_of_the_same_steps_are_old() {
         let scripts = super::super::repository().join("scripts");
         let progress = Progress::new(Box::new(io::sink()), None);
-        let interrupts = interrupt::watch();
+        let interrupts = interrupt::defer();
         let cache = Path::new("/cache");
         let engine = Engine::new(&scripts, cache, &progress, &interrupts);
         let recipe = Recipe {
             name: "root",
             mib: 0,
             settings: &[],
-            on: &[],
+            needs: &[],
         };
         let root = engine.step(&recipe).expect("the script is there");
         let old = |name: &str| is_old(&cache.join(name), &[&root]);

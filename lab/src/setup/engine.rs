@@ -11,7 +11,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, BufRead, BufReader, Read},
-    os::unix::{fs::MetadataExt, process::CommandExt},
+    os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -58,7 +58,7 @@ pub struct Recipe<'a> {
     /// Variables that the result depends on.
     pub settings: &'a [(&'static str, &'a str)],
     /// Steps that this one needs, each with the variable that passes the path of its result to the script.
-    pub on: &'a [(&'static str, &'a Step)],
+    pub needs: &'a [(&'static str, &'a Step)],
 }
 
 /// A step whose key is known.
@@ -136,7 +136,7 @@ impl<'a> Engine<'a> {
             key.add(name, value.as_bytes());
             environment.push((name, value.into()));
         }
-        for &(name, step) in recipe.on {
+        for &(name, step) in recipe.needs {
             key.add(name, step.key.as_bytes());
             environment.push((name, step.out.clone().into_os_string()));
         }
@@ -207,11 +207,11 @@ impl<'a> Engine<'a> {
 
     fn make_alone(&self, step: &Step) -> Result<(), SetupError> {
         fs::create_dir_all(&step.out).map_err(SetupError::io("make", &step.out))?;
-        let row = self.progress.row(step.name);
-        let mut size = Size::of(&step.out);
-        let lock = self.lock(step, &row, &mut size)?;
+        let line = self.progress.open_line(step.name);
+        let mut size = FolderSize::of(&step.out);
+        let lock = self.lock(step, &line, &mut size)?;
         if step.is_complete() {
-            row.finish(size_of(&step.out));
+            line.finish(size_of(&step.out));
             return Ok(());
         }
 
@@ -235,16 +235,16 @@ impl<'a> Engine<'a> {
             .process_group(0)
             .spawn()
             .map_err(SetupError::io("run", &step.script))?;
-        let stages = lines(child.stdout.take());
-        let complaint = text(child.stderr.take());
+        let stages = read_lines(child.stdout.take());
+        let complaint = read_text(child.stderr.take());
 
         let status = loop {
             match stages.recv_timeout(TICK) {
-                Ok(stage) => row.stage(&stage, size.now()),
-                Err(RecvTimeoutError::Timeout) => row.tick(size.now()),
+                Ok(stage) => line.stage(&stage, size.now()),
+                Err(RecvTimeoutError::Timeout) => line.tick(size.now()),
                 Err(RecvTimeoutError::Disconnected) => {
                     thread::sleep(TICK);
-                    row.tick(size.now());
+                    line.tick(size.now());
                 }
             }
             if self.has_to_stop() {
@@ -260,7 +260,7 @@ impl<'a> Engine<'a> {
         };
         // Both pipes end with the last process that the script left behind. Until then its folder may change.
         for stage in stages {
-            row.stage(&stage, size.now());
+            line.stage(&stage, size.now());
         }
         let complaint = complaint.join().unwrap_or_default();
         if !status.success() {
@@ -268,7 +268,7 @@ impl<'a> Engine<'a> {
         }
         self.complete(step, started.elapsed())?;
         drop(lock);
-        row.finish(size_of(&step.out));
+        line.finish(size_of(&step.out));
         Ok(())
     }
 
@@ -280,19 +280,19 @@ impl<'a> Engine<'a> {
     fn lock(
         &self,
         step: &Step,
-        row: &ProgressLine<'_>,
-        size: &mut Size<'_>,
+        line: &ProgressLine<'_>,
+        size: &mut FolderSize<'_>,
     ) -> Result<File, SetupError> {
         let (path, file) = self.lock_file(&step.out)?;
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(file),
-                Err(Errno::WOULDBLOCK) => row.stage("another run makes this; waiting", size.now()),
+                Err(Errno::WOULDBLOCK) => line.stage("another run makes this; waiting", size.now()),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(SetupError::io("lock", &path)(error.into())),
             }
             thread::sleep(TICK);
-            row.tick(size.now());
+            line.tick(size.now());
             if self.has_to_stop() {
                 return Err(SetupError::Interrupted);
             }
@@ -390,13 +390,13 @@ pub fn size_of(folder: &Path) -> u64 {
 }
 
 /// Size of a growing folder, measured without spending much time on it.
-struct Size<'a> {
+struct FolderSize<'a> {
     folder: &'a Path,
     bytes: u64,
     next: Instant,
 }
 
-impl<'a> Size<'a> {
+impl<'a> FolderSize<'a> {
     fn of(folder: &'a Path) -> Self {
         Self {
             folder,
@@ -446,7 +446,7 @@ impl Key {
 }
 
 /// Read the lines of a pipe in a thread. The channel closes with the pipe.
-fn lines(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
+fn read_lines(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let lines = pipe
@@ -463,7 +463,7 @@ fn lines(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
 }
 
 /// Read all text of a pipe in a thread, until the pipe closes.
-fn text(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
+fn read_text(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
     thread::spawn(move || {
         let mut bytes = vec![];
         if let Some(mut pipe) = pipe {
@@ -477,11 +477,11 @@ fn text(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> 
 /// End a script and all its children. They have time to end in order, so that they can remove their files elsewhere.
 fn stop(child: &mut Child) {
     let group = Pid::from_child(child);
-    let told = Instant::now();
+    let asked = Instant::now();
     // A signal can only fail if no process is left.
     let _ = kill_process_group(group, Signal::TERM);
     while test_kill_process_group(group).is_ok() {
-        if told.elapsed() > GRACE {
+        if asked.elapsed() > GRACE {
             let _ = kill_process_group(group, Signal::KILL);
             break;
         }

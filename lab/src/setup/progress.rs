@@ -7,7 +7,7 @@
 //! that redraw.
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal as _, Write},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -24,12 +24,12 @@ struct Screen {
     out: Box<dyn Write + Send>,
     /// Width of the terminal in columns; `None` if the output is not a terminal.
     terminal: Option<usize>,
-    rows: Vec<RowState>,
-    /// Number of the terminal's lines that show `rows` now.
+    lines: Vec<LineState>,
+    /// Number of the terminal's lines that show `lines` now.
     drawn: usize,
 }
 
-struct RowState {
+struct LineState {
     name: &'static str,
     stage: String,
     bytes: u64,
@@ -61,17 +61,17 @@ impl Progress {
             screen: Mutex::new(Screen {
                 out,
                 terminal,
-                rows: Vec::new(),
+                lines: Vec::new(),
                 drawn: 0,
             }),
         }
     }
 
     /// Open the line of a step. No two open lines may have the same name.
-    pub fn row(&self, name: &'static str) -> ProgressLine<'_> {
+    pub fn open_line(&self, name: &'static str) -> ProgressLine<'_> {
         let now = Instant::now();
         self.with(|screen| {
-            screen.rows.push(RowState {
+            screen.lines.push(LineState {
                 name,
                 stage: String::from("starting"),
                 bytes: 0,
@@ -99,10 +99,10 @@ impl ProgressLine<'_> {
     /// Show that the step entered another stage. Its result has so many bytes now.
     pub fn stage(&self, stage: &str, bytes: u64) {
         self.change(|screen, index| {
-            let row = &mut screen.rows[index];
-            if row.stage != stage {
-                stage.clone_into(&mut row.stage);
-                row.bytes = bytes;
+            let line = &mut screen.lines[index];
+            if line.stage != stage {
+                stage.clone_into(&mut line.stage);
+                line.bytes = bytes;
                 screen.show(index);
             }
         });
@@ -116,9 +116,9 @@ impl ProgressLine<'_> {
             } else {
                 REPEAT
             };
-            let row = &mut screen.rows[index];
-            row.bytes = bytes;
-            if row.shown.elapsed() >= due {
+            let line = &mut screen.lines[index];
+            line.bytes = bytes;
+            if line.shown.elapsed() >= due {
                 screen.show(index);
             }
         });
@@ -127,17 +127,16 @@ impl ProgressLine<'_> {
     /// Mark the step as done. Its line stays.
     pub fn finish(self, bytes: u64) {
         self.change(|screen, index| {
-            let mut row = screen.rows.remove(index);
-            row.stage = String::from("ready");
-            row.bytes = bytes;
-            let line = row.line();
-            screen.write(&line);
+            let mut line = screen.lines.remove(index);
+            line.stage = String::from("ready");
+            line.bytes = bytes;
+            screen.write(&line.text());
         });
     }
 
     fn change(&self, change: impl FnOnce(&mut Screen, usize)) {
         self.progress.with(|screen| {
-            if let Some(index) = screen.rows.iter().position(|row| row.name == self.name) {
+            if let Some(index) = screen.lines.iter().position(|line| line.name == self.name) {
                 change(screen, index);
             }
         });
@@ -147,20 +146,20 @@ impl ProgressLine<'_> {
 impl Drop for ProgressLine<'_> {
     fn drop(&mut self) {
         self.change(|screen, index| {
-            screen.rows.remove(index);
+            screen.lines.remove(index);
             screen.draw("");
         });
     }
 }
 
 impl Screen {
-    /// Show a row again.
+    /// Show a step's line again.
     fn show(&mut self, index: usize) {
-        self.rows[index].shown = Instant::now();
+        self.lines[index].shown = Instant::now();
         if self.terminal.is_some() {
             self.draw("");
         } else {
-            let line = self.rows[index].line();
+            let line = self.lines[index].text();
             self.write(&line);
         }
     }
@@ -178,12 +177,12 @@ impl Screen {
         }
         text.push_str(above);
         if let Some(columns) = self.terminal {
-            for row in &self.rows {
+            for line in &self.lines {
                 // A line that wraps could not be removed again.
-                text.extend(row.line().chars().take(columns - 1));
+                text.extend(line.text().chars().take(columns - 1));
                 text.push('\n');
             }
-            self.drawn = self.rows.len();
+            self.drawn = self.lines.len();
         }
         let _ = self
             .out
@@ -192,8 +191,8 @@ impl Screen {
     }
 }
 
-impl RowState {
-    fn line(&self) -> String {
+impl LineState {
+    fn text(&self) -> String {
         format!(
             "{:<6} {:<50}{:>6} MiB {:>5} s",
             self.name,
@@ -237,12 +236,12 @@ mod tests {
     #[test]
     fn a_log_gets_one_line_for_each_stage() {
         let text = written(None, |progress| {
-            let row = progress.row("root");
-            row.stage("fetching", 5 << 20);
-            row.tick(6 << 20);
-            row.stage("fetching", 6 << 20);
-            row.stage("unpacking", 7 << 20);
-            row.finish(8 << 20);
+            let line = progress.open_line("root");
+            line.stage("fetching", 5 << 20);
+            line.tick(6 << 20);
+            line.stage("fetching", 6 << 20);
+            line.stage("unpacking", 7 << 20);
+            line.finish(8 << 20);
         });
         let words: Vec<Vec<&str>> = text
             .lines()
@@ -261,9 +260,9 @@ mod tests {
     #[test]
     fn a_terminal_is_redrawn_in_place_and_no_line_wraps() {
         let text = written(Some(40), |progress| {
-            let tree = progress.row("tree");
+            let tree = progress.open_line("tree");
             tree.stage(&"long ".repeat(20), 0);
-            let bochs = progress.row("bochs");
+            let bochs = progress.open_line("bochs");
             bochs.stage("compiling", 0);
             tree.finish(0);
             drop(bochs);
@@ -286,10 +285,10 @@ mod tests {
     #[test]
     fn notes_are_written_above_the_lines() {
         let text = written(Some(80), |progress| {
-            let row = progress.row("root");
-            row.stage("fetching", 0);
+            let line = progress.open_line("root");
+            line.stage("fetching", 0);
             progress.note("a word");
-            drop(row);
+            drop(line);
         });
         assert!(text.contains("\x1b[1A\x1b[Ja word\nroot   fetching"));
     }
@@ -299,8 +298,8 @@ mod tests {
         let (sender, bytes) = mpsc::channel();
         drop(bytes);
         let progress = Arc::new(Progress::new(Box::new(Pipe(sender)), None));
-        let row = progress.row("root");
-        row.stage("fetching", 0);
-        row.finish(0);
+        let line = progress.open_line("root");
+        line.stage("fetching", 0);
+        line.finish(0);
     }
 }

@@ -3,7 +3,7 @@
 //! Tests of the engine with small scripts, and of the plan with the real ones.
 
 use std::{
-    os::unix::process::ExitStatusExt,
+    os::unix::process::ExitStatusExt as _,
     process::Command,
     time::{Duration, Instant},
 };
@@ -25,7 +25,7 @@ impl Sandbox {
         let sandbox = Self {
             folder: TempDir::new().unwrap(),
             progress: Progress::new(Box::new(io::sink()), None),
-            interrupts: interrupt::watch(),
+            interrupts: interrupt::defer(),
         };
         fs::create_dir_all(sandbox.scripts().join("patches")).unwrap();
         sandbox.write("common.sh", "");
@@ -76,7 +76,7 @@ fn recipe(name: &'static str) -> Recipe<'static> {
         name,
         mib: 1,
         settings: &[],
-        on: &[],
+        needs: &[],
     }
 }
 
@@ -105,7 +105,7 @@ fn a_script_gets_its_settings_and_the_results_it_needs() {
     let egg = sandbox.step("egg");
     let hen = Recipe {
         settings: &[("COLOUR", "brown")],
-        on: &[("EGG", &egg)],
+        needs: &[("EGG", &egg)],
         ..recipe("hen")
     };
     let hen = sandbox.with(|engine| engine.step(&hen)).unwrap();
@@ -175,7 +175,7 @@ fn the_key_depends_on_every_input() {
     let keys = || {
         let egg = sandbox.step("egg");
         let hen = Recipe {
-            on: &[("EGG", &egg)],
+            needs: &[("EGG", &egg)],
             ..recipe("hen")
         };
         let hen = sandbox.with(|engine| engine.step(&hen)).unwrap();
@@ -313,7 +313,7 @@ fn a_disk_that_is_too_small_is_reported_before_the_work() {
 /// Return the plan of the real scripts for the hosts and the module, in an empty cache.
 fn plan(kernel: Option<&str>) -> Plan {
     let progress = Progress::new(Box::new(io::sink()), None);
-    let interrupts = interrupt::watch();
+    let interrupts = interrupt::defer();
     let scripts = repository().join("scripts");
     let engine = Engine::new(&scripts, Path::new("/nowhere"), &progress, &interrupts);
     let wanted = SetupOptions {

@@ -20,8 +20,8 @@ use lab::{
     setup::{self, Setup, SetupOptions},
 };
 
+use self::hosts::HostConfig;
 use crate::{document, in_host, verdict::TestRun, Arguments};
-use hosts::HostConfig;
 
 /// This program in the host.
 const PROGRAM: &str = "/usr/local/bin/selftests";

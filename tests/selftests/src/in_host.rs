@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Runs the tests inside the emulated host, and reports each as a line of JSON.
+//! Runs the tests in the emulated host, and reports each as a line of JSON.
 
 use std::{
     fs,

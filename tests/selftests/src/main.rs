@@ -2,9 +2,9 @@
 
 //! `make soak-selftests`: runs KVM's own selftests on emulated hosts, without exitmeter and with it.
 //!
-//! This program has two sides. Outside, it boots hosts with itself and the tests in them, compares the verdict of each
-//! test without and with the module, and writes docs/selftests.md. Inside, it runs the tests one by one, and after
-//! each compares the meter with the kernel's own histogram.
+//! This program has two sides. `driver` boots hosts with itself and the tests in them, compares the verdict of each test
+//! without and with the module, and writes docs/selftests.md. `in_host` runs the tests one by one, and after each compares
+//! the meter with the kernel's own histogram.
 
 mod allowance;
 mod document;
@@ -43,15 +43,15 @@ struct Arguments {
     words: Vec<String>,
     /// Run the named tests in this host, which must be an emulated one.
     #[arg(long, hide = true)]
-    inside: bool,
-    /// With --inside: load the module.
+    in_host: bool,
+    /// With --in-host: load the module.
     #[arg(long, hide = true)]
     metered: bool,
 }
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    if arguments.inside {
+    if arguments.in_host {
         return in_host::run(arguments.metered, &arguments.words);
     }
     driver::run(&arguments)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The result of a test, and the lines in which the inside reports it.
+//! The result of a test, and the lines in which the host reports it.
 
 use std::fmt;
 
@@ -58,7 +58,7 @@ pub struct TestRun {
     pub troubles: Vec<String>,
 }
 
-/// A line that the inside prints.
+/// A line that the host prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Line {
     /// A test begins.

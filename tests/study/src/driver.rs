@@ -108,7 +108,7 @@ fn record(run: Run) -> Result<()> {
     let files = Files::get(run)?;
     let mut options = Options::new(
         run.host,
-        ["/usr/local/bin/study", "--inside", &run.to_string()],
+        ["/usr/local/bin/study", "--in-host", &run.to_string()],
     );
     options.machine.memory = if run.guest == GuestKind::Pc {
         PC_MEMORY
@@ -123,7 +123,7 @@ fn record(run: Run) -> Result<()> {
     };
     options.machine.icount = run.host == Host::Amd && run.counts_instructions();
     options.kernel = files.kernel;
-    options.kvm = Some(run.kvm().to_owned());
+    options.kvm_parameters = Some(run.kvm_parameters().to_owned());
     options.files = files.specs;
     options.limits = Limits {
         time: Duration::from_secs(1800),

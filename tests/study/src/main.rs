@@ -2,9 +2,9 @@
 
 //! `make study`: measures how guests exit on emulated hosts, for docs/study.md.
 //!
-//! This program has two sides. Outside, it boots a host for each run of the plan, keeps the recordings in docs/study,
-//! draws them with `exitmeter plot`, and writes the tables of docs/study.md. Inside, it boots a guest, lets it work,
-//! and records /dev/exitmeter all the while. Each stage of the guest begins with a mark in the recording.
+//! This program has two sides. `driver` boots a host for each run of the plan, keeps the recordings in docs/study, draws
+//! them with `exitmeter plot`, and writes the tables of docs/study.md. `in_host` boots a guest, lets it work, and records
+//! /dev/exitmeter all the while. Each stage of the guest begins with a mark in the recording.
 
 mod driver;
 mod in_host;
@@ -29,7 +29,7 @@ struct Arguments {
     words: Vec<String>,
     /// Make this run in this host, which must be an emulated one.
     #[arg(long, hide = true)]
-    inside: Option<Run>,
+    in_host: Option<Run>,
     /// Run the VMM of a Linux guest with this initramfs.
     #[arg(long, hide = true)]
     vmm: Option<PathBuf>,
@@ -40,7 +40,7 @@ fn main() -> Result<ExitCode> {
     if let Some(initramfs) = &arguments.vmm {
         return in_host::vmm(initramfs);
     }
-    match arguments.inside {
+    match arguments.in_host {
         Some(run) => in_host::run(run),
         None => driver::run(&arguments),
     }

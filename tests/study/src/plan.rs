@@ -118,7 +118,7 @@ impl Paging {
 
 impl Run {
     /// Return the parameters of KVM's module.
-    pub fn kvm(self) -> &'static str {
+    pub fn kvm_parameters(self) -> &'static str {
         match (self.paging, self.host) {
             (Paging::Nested, _) => "",
             (Paging::Shadow, Host::Intel) => "ept=0",

@@ -84,7 +84,7 @@ impl HostConfig {
 
     /// Boot one host, and collect its output.
     fn boot(&self, metered: bool, names: &[String], output: &mut HostOutput) -> Result<Outcome> {
-        let mut script = vec![PROGRAM.to_owned(), "--inside".to_owned()];
+        let mut script = vec![PROGRAM.to_owned(), "--in-host".to_owned()];
         script.extend(metered.then(|| "--metered".to_owned()));
         script.push("--".to_owned());
         script.extend_from_slice(names);

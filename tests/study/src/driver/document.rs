@@ -10,10 +10,10 @@ mod work;
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result};
+use lab::host::Host;
 
 use super::recorded::{Recorded, Stage};
 use crate::plan::{GuestKind, Paging, Run};
-use lab::host::Host;
 
 /// A function that formats a table.
 type Format = fn(&Study<'_>) -> String;

@@ -34,7 +34,7 @@ pub fn runs(all: &Study<'_>) -> String {
             format!("[{run}](study/{run}-rate.svg)"),
             date,
             format!("{}, Linux {}", about("cpu"), about("kernel")),
-            run.kvm().to_owned(),
+            run.kvm_parameters().to_owned(),
             exact(exits),
             format!("{end:.1}"),
             (recorded.size / 1000).to_string(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inside: run the cases in the emulated host, each in a process of its own.
+//! The side in the host: run the cases, each in a process of its own.
 //!
 //! A case that panics, crashes or hangs fails alone. A guest, histogram or loaded module that it
 //! leaves behind is removed before the next case.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The protocol between inside and outside: lines in the KTAP format, the plan first.
+//! The protocol between `in_host` and `driver`: lines in the KTAP format, the plan first.
 //!
 //! ```text
 //! KTAP version 1
@@ -87,7 +87,7 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Take the next line that the inside printed.
+    /// Take the next line that the host printed.
     pub fn take(&mut self, line: &str) {
         let ended = self.passed + self.failed.len();
         match Line::parse(line) {

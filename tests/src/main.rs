@@ -2,7 +2,8 @@
 
 //! System tests of exitmeter: the cases that need KVM, on emulated hosts.
 //!
-//! The program has two sides. Outside, it boots a host with a copy of itself, and collects what the copy reports. Inside, it runs the cases.
+//! The program has two sides: `driver` boots a host with a copy of itself, and collects what the copy reports; `in_host`
+//! is the copy, which runs the cases.
 
 mod cases;
 mod driver;
@@ -22,10 +23,10 @@ use system_tests::host;
 struct Arguments {
     #[command(flatten)]
     plan: driver::Plan,
-    /// Inside: run the cases in this host, which must be an emulated one.
+    /// In the host, which must be an emulated one: run the cases.
     #[arg(long, hide = true)]
-    inside: bool,
-    /// Inside: run this one case in this process.
+    in_host: bool,
+    /// In the host: run this one case in this process.
     #[arg(long, hide = true, value_name = "NAME")]
     case: Option<String>,
     /// In a guest of an emulated host: run an L2 guest with this many loops.
@@ -64,7 +65,7 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let plan = arguments.plan;
-    if arguments.inside {
+    if arguments.in_host {
         let cases = match plan.soak {
             true => {
                 // Each case is a process of its own and inherits this.

@@ -7,13 +7,13 @@ use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use tiny_guests::{Mode, Registers64};
 
-use super::{answers::ask, loading::UNCHECKED_LINE, tool, Case};
+use super::{answers::ask, loading::UNCHECKED_LINE, tool::check_equal_between, Case};
 use crate::host::{
-    self,
+    codes,
     leaves::{EXITS_64, IDENTITY, INTERFACE, MAP_2021, PHASE_CYCLES},
     linux::{CpuidLine, Linux},
     log::Log,
-    module,
+    module, tool,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -38,7 +38,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Query each leaf from tiny guests at CPL 0 and CPL 3.
 fn by_level() -> Result<()> {
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let queries: Vec<Registers64> = (0x4fff_fff0..=0x4fff_ffff)
         .map(|leaf| Registers64::cpuid(leaf, cpuid))
         .collect();
@@ -102,7 +102,7 @@ fn by_level() -> Result<()> {
 fn in_linux() -> Result<()> {
     let file = tool::guest_file_option()?;
     let linux = Linux::boot(&["--file", &file])?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let leaf = MAP_2021.reason_exits;
 
     // A plain CPUID at CPL 3 reads what KVM answers, even as root.
@@ -133,7 +133,7 @@ fn in_linux() -> Result<()> {
         "the guest's kernel reads {first:x?}, then {second:x?}"
     );
 
-    // As in `tool::in_guest`: the exits between two sweeps are always the same if the tool leaves out
+    // As in cases/tool.rs: the exits between two sweeps are always the same if the tool leaves out
     // all of its queries, including those at CPL 3 that get no answer.
     let mut sweeps = Vec::new();
     for _ in 0..4 {
@@ -142,7 +142,7 @@ fn in_linux() -> Result<()> {
         let queries = sweep["queries"].as_u64();
         sweeps.push(count.zip(queries).context("there are CPUID exits")?);
     }
-    tool::check_equal_between(&sweeps)?;
+    check_equal_between(&sweeps)?;
     let stat = |command: &str| -> Result<Value> {
         let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
         tool::json(&linux.run(&line)?)
@@ -182,7 +182,7 @@ fn example_configuration() -> Result<()> {
         })
         .collect();
     ensure!(options.len() == 2, "the file has the options {options:?}");
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let query = [Registers64::cpuid(MAP_2021.reason_exits, cpuid); 2];
     let without = [Mode::Long, Mode::User].map(|mode| ask(mode, &query).map(|asked| asked.1));
     let [kernel, user] = without;

@@ -15,7 +15,7 @@ use tiny_guests::{Config, Mode, Registers64, TinyVm};
 
 use super::Case;
 use crate::host::{
-    self,
+    self, codes,
     leaves::{Map, EXITS_64, IDENTITY, INTERFACE, LIFE, MAP_2021, MAP_2022, PHASE_CYCLES},
     meter::{LedgerNumbers, MeterSnapshot},
     module,
@@ -146,22 +146,22 @@ fn low(number: u64) -> u64 {
 
 /// Return the exit reasons that this host's vendor defines.
 fn defined_codes() -> Result<Vec<u32>> {
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     Ok(reasons::Slot::all()
-        .filter_map(|slot| reasons::code(isa, slot))
-        .filter(|code| reasons::is_defined(isa, *code))
+        .filter_map(|slot| reasons::code(vendor, slot))
+        .filter(|code| reasons::is_defined(vendor, *code))
         .collect())
 }
 
 /// Compare a guest's answers about every defined reason with the host's ledger: exits by two leaves,
 /// and the cycles of page faults.
 fn reasons_match_the_host(mode: Mode) -> Result<()> {
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     let paging = host::nested_paging()?;
-    let [cpuid, io] = host::by_vendor([10, 30], [0x72, 0x7b])?;
+    let (cpuid, io) = (codes::cpuid()?, codes::io()?);
     // The reason of an exit for a page that KVM has not mapped yet.
     let fault = match paging {
-        true => host::by_vendor(48, 0x400)?,
+        true => codes::nested_page_fault()?,
         false => host::by_vendor(0, 0x4e)?,
     };
     let codes = defined_codes()?;
@@ -197,7 +197,7 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
         } else {
             (join(answer.rbx, answer.rax), [answer.rcx, answer.rdx])
         };
-        let name = reasons::name(isa, *code).unwrap_or("?");
+        let name = reasons::name(vendor, *code).unwrap_or("?");
         // The query itself is counted; the later ones and the OUT at the end are not yet.
         let right = if *code == cpuid {
             exits == query as u64 + 1
@@ -205,7 +205,7 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
             exits == 0
         } else if *code == fault && paging {
             exits == at_end - faults_after(query)
-        } else if is_clock_exit(isa, *code) || !paging {
+        } else if is_clock_exit(vendor, *code) || !paging {
             exits <= at_end
         } else {
             exits == at_end
@@ -217,7 +217,7 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
         );
     }
 
-    if isa == Isa::Vmx && !paging && mode == Mode::Real {
+    if vendor == Isa::Vmx && !paging && mode == Mode::Real {
         // KVM uses virtual 8086 mode for real mode there, so the OUT at the end faults, too.
         return Ok(());
     }
@@ -256,18 +256,18 @@ fn reasons_match_the_host(mode: Mode) -> Result<()> {
 }
 
 /// Return true if exits with `code` come from the host's clock, so that their number varies.
-fn is_clock_exit(isa: Isa, code: u32) -> bool {
-    match isa {
+fn is_clock_exit(vendor: Isa, code: u32) -> bool {
+    match vendor {
         Isa::Vmx => matches!(code, 1 | 52),
         Isa::Svm => code == 0x60,
     }
 }
 
-fn clock_exits(isa: Isa, numbers: &LedgerNumbers) -> u64 {
+fn clock_exits(vendor: Isa, numbers: &LedgerNumbers) -> u64 {
     numbers
         .exits
         .iter()
-        .filter(|(code, _)| is_clock_exit(isa, **code))
+        .filter(|(code, _)| is_clock_exit(vendor, **code))
         .map(|(_, exits)| exits)
         .sum()
 }
@@ -275,7 +275,7 @@ fn clock_exits(isa: Isa, numbers: &LedgerNumbers) -> u64 {
 /// Check the two leaves of totals, and the two that identify the meter.
 fn totals_match_the_host() -> Result<()> {
     const QUERIES: u64 = 16;
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     let mut undisturbed = 0;
     for _ in 0..20 {
         let queries: Vec<Registers64> = (0..QUERIES)
@@ -291,7 +291,7 @@ fn totals_match_the_host() -> Result<()> {
 
         let total: u64 = host.exits.values().sum();
         let kernel = host.phases[Phase::Kernel as usize];
-        let clock_exits = clock_exits(isa, host);
+        let clock_exits = clock_exits(vendor, host);
         let mut cycles_before = 0;
         for (query, answer) in (0..QUERIES).zip(&answers) {
             if query % 2 == 0 {
@@ -366,7 +366,7 @@ const RENEWAL: Duration = Duration::from_millis(1050);
 fn sum_of_many_vcpus() -> Result<()> {
     const VCPUS: u8 = 40;
     const EACH: u64 = 5;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
     let mut machine = TinyVm::new(Config {
         vcpus: VCPUS,
@@ -406,7 +406,7 @@ fn sum_of_many_vcpus() -> Result<()> {
 /// Check the sum that a guest reads on a host with many vCPUs, some of them departed.
 fn sum_of_a_host() -> Result<()> {
     const EACH: u64 = 5;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
     let mut before = MeterSnapshot::read()?
         .exits()
@@ -468,7 +468,7 @@ fn life_numbers() -> Result<()> {
 /// Let each of two vCPUs ask for the CPUID exits of its VM.
 fn sum_of_two_vcpus() -> Result<()> {
     const EACH: u64 = 200;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
     let mut machine = TinyVm::new(Config {
         vcpus: 2,
@@ -508,7 +508,7 @@ fn sum_of_two_vcpus() -> Result<()> {
 
 /// Ask both leaves that take a reason for reasons 0 to 99 and for invalid ones.
 fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     let hostile = [
         100,
         175,
@@ -543,7 +543,7 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
 
     for (answers, reason) in answers.chunks_exact(2).zip(&reasons) {
         let (exits, cycles) = (answers[0], answers[1]);
-        let right = if !is_defined(isa, *reason) {
+        let right = if !is_defined(vendor, *reason) {
             exits == UNDEFINED && cycles == UNDEFINED
         } else if host.exits_of(*reason) == 0 {
             // KVM does not handle the reason, or this guest never exited for it.
@@ -561,7 +561,7 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     let map_year = answers.last().context("it asked")?.rdx;
     ensure!(map_year == number, "the guest reads leaf map {map_year}");
     // The leaf of exits also gives the right value: one exit for each earlier query.
-    let cpuid = host::by_vendor(10_u32, 0x72)?;
+    let cpuid = codes::cpuid()?;
     if let Some(place) = reasons.iter().position(|reason| *reason == cpuid) {
         let exits = answers[2 * place].rax;
         ensure!(
@@ -582,11 +582,11 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     Ok(())
 }
 
-/// Return true if the vendor's manual defines `code`; for VMX, as the issue lists the codes.
-fn is_defined(isa: Isa, code: u32) -> bool {
-    match isa {
+/// Return true if the vendor's manual defines `code`. For VMX the list is that of the course (src/meter/leaves.rs).
+fn is_defined(vendor: Isa, code: u32) -> bool {
+    match vendor {
         Isa::Vmx => code <= 85 && !matches!(code, 35 | 38 | 42 | 71 | 80..=83),
-        Isa::Svm => reasons::is_defined(isa, code),
+        Isa::Svm => reasons::is_defined(vendor, code),
     }
 }
 

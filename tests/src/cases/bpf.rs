@@ -27,12 +27,14 @@ use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{verify::with_verdict, Case};
 use crate::host::{
-    self,
+    self, codes,
     hist::Hist,
     linux::Linux,
-    meter::{MeterSnapshot, DEVICE},
+    meter::{read_device, MeterSnapshot},
     module,
     span::{compare, exits_since},
+    task,
+    tool::{self, NOBODY},
 };
 
 const PINS: &str = "/sys/fs/bpf/exitmeter";
@@ -120,27 +122,6 @@ fn no_module() -> Result<Option<&'static str>> {
     Ok(missing.then_some("this kernel is built without Rust, and has no exitmeter.ko"))
 }
 
-fn tool(arguments: &[&str]) -> Result<Output> {
-    Command::new("exitmeter")
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .context("the tool exitmeter cannot be run")
-}
-
-/// Run the tool, and return its output. Fail unless it succeeds.
-fn run_tool(arguments: &[&str]) -> Result<Vec<u8>> {
-    let output = tool(arguments)?;
-    ensure!(
-        output.status.success(),
-        "exitmeter {} ended with {}: {}",
-        arguments.join(" "),
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(output.stdout)
-}
-
 /// Check that the tool failed with one sentence that holds `words`.
 fn check_refused(output: &Output, words: &str) -> Result<()> {
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -161,7 +142,7 @@ pub(super) struct Attached(());
 impl Attached {
     pub(super) fn with(arguments: &[&str]) -> Result<Self> {
         mount()?;
-        run_tool(&[&["bpf", "start"], arguments].concat())?;
+        tool::run_bytes(&[&["bpf", "start"], arguments].concat())?;
         Ok(Self(()))
     }
 
@@ -170,19 +151,19 @@ impl Attached {
     }
 
     pub(super) fn snapshot(&self) -> Result<Vec<u8>> {
-        run_tool(&["bpf", "snapshot"])
+        tool::run_bytes(&["bpf", "snapshot"])
     }
 
     pub(super) fn stop(self) -> Result<()> {
         std::mem::forget(self);
-        run_tool(&["bpf", "stop"])?;
+        tool::run_bytes(&["bpf", "stop"])?;
         check_nothing_left()
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        let _ = tool(&["bpf", "stop"]);
+        let _ = tool::output(&["bpf", "stop"]);
     }
 }
 
@@ -338,7 +319,7 @@ fn exact_rows(snapshot: &Snapshot<'_>) -> BTreeMap<RowKey, u64> {
 }
 
 fn rows_match_module() -> Result<()> {
-    let is_svm = host::isa()? == Isa::Svm;
+    let is_svm = host::vendor()? == Isa::Svm;
     let attached = Attached::with(&["--details"])?;
     for (program, mode) in [
         (Program::Cpuid, Mode::Long),
@@ -383,8 +364,8 @@ fn compare_rows(config: Config, is_svm: bool) -> Result<()> {
     let may_have_more = !is_svm && config.program == Program::Query;
     let mut machine = TinyVm::new(config)?;
     machine.run()?;
-    let by_bpf = checked_rows(&run_tool(&["bpf", "snapshot"])?)?;
-    let mut by_module = checked_rows(&fs::read(DEVICE)?)?;
+    let by_bpf = checked_rows(&tool::run_bytes(&["bpf", "snapshot"])?)?;
+    let mut by_module = checked_rows(&read_device()?)?;
     if !is_svm {
         // Only the VMCS holds the guest's RIP and addresses; KVM keeps no copy that BPF can read.
         let kinds = [Kind::Address as u8, Kind::Memory as u8];
@@ -401,7 +382,7 @@ fn compare_rows(config: Config, is_svm: bool) -> Result<()> {
         "the module alone has {differences:x?}; BPF has {by_bpf:x?}"
     );
     // The group kvm gets this snapshot (packaging/exitmeter-bpf@.service).
-    let reduced = run_tool(&["bpf", "snapshot", "--without-code"])?;
+    let reduced = tool::run_bytes(&["bpf", "snapshot", "--without-code"])?;
     let reduced = exact_rows(&Snapshot::parse(&reduced)?);
     let mut without_code = by_bpf;
     without_code.retain(|(table, ..), _| *table != TABLE_CODE);
@@ -416,7 +397,7 @@ fn boot_with_details() -> Result<()> {
     let attached = Attached::with(&["--details"])?;
     let hist = Hist::begin()?;
     let linux = Linux::boot(&[])?;
-    let bytes = run_tool(&["bpf", "snapshot"])?;
+    let bytes = tool::run_bytes(&["bpf", "snapshot"])?;
     linux.stop()?;
     let rows = checked_rows(&bytes)?;
     ensure!(rows.len() > 20, "a boot has {rows:x?}");
@@ -433,7 +414,7 @@ fn slowest() -> Result<()> {
     thread::sleep(SLEPT);
     machine.rewind()?;
     machine.run()?;
-    let bytes = run_tool(&["bpf", "snapshot"])?;
+    let bytes = tool::run_bytes(&["bpf", "snapshot"])?;
     let snapshot = Snapshot::parse(&bytes)?;
     let exits = snapshot.tables().flat_map(|it| it.slow());
     let slowest = exits.max_by_key(|exit| exit.length()).context("none")?;
@@ -445,7 +426,7 @@ fn slowest() -> Result<()> {
         "{slowest:?}"
     );
     attached.stop()?;
-    let output = tool(&["why", "--json", "--", "sleep", "0.1"])?;
+    let output = tool::output(&["why", "--json", "--", "sleep", "0.1"])?;
     ensure!(
         output.status.success(),
         "{}",
@@ -458,7 +439,7 @@ fn boot() -> Result<()> {
     let attached = Attached::with(&[])?;
     let hist = Hist::begin()?;
     let linux = Linux::boot(&["--vcpus", "2"])?;
-    let report = run_tool(&["report", "--source", "bpf", "--json"])?;
+    let report = tool::run_bytes(&["report", "--source", "bpf", "--json"])?;
     linux.stop()?;
     let report: Value = serde_json::from_slice(&report)?;
     ensure!(report["host"]["source"] == "bpf", "{}", report["host"]);
@@ -521,7 +502,7 @@ fn nested() -> Result<()> {
         let meter = attached.read()?;
         let vcpu = meter.vcpus.iter().find(|vcpu| vcpu.pid == pid);
         let nested = &vcpu.context("the guest is metered")?.numbers.nested;
-        let cpuid = host::by_vendor(10, 0x72)?;
+        let cpuid = codes::cpuid()?;
         ensure!(
             nested.get(&cpuid) == Some(&asked),
             "the L2 guest executes CPUID {asked} times, and the nested exits are {nested:?}"
@@ -557,7 +538,7 @@ fn existing_vcpu() -> Result<()> {
 
 fn report_attaches() -> Result<()> {
     mount()?;
-    let output = tool(&["report", "--json"])?;
+    let output = tool::output(&["report", "--json"])?;
     ensure!(
         output.status.success()
             && String::from_utf8_lossy(&output.stderr).contains("counting begins now"),
@@ -574,7 +555,7 @@ fn report_attaches() -> Result<()> {
     // The tool prefers the module, and takes BPF on request.
     let loaded = module::Loaded::with("")?;
     for (source, due) in [("auto", "module"), ("module", "module"), ("bpf", "bpf")] {
-        let report = run_tool(&["report", "--json", "--source", source])?;
+        let report = tool::run_bytes(&["report", "--json", "--source", source])?;
         let report: Value = serde_json::from_slice(&report)?;
         ensure!(
             report["host"]["source"] == due,
@@ -588,8 +569,7 @@ fn report_attaches() -> Result<()> {
 
 /// Check that killing `exitmeter report` detaches its programs.
 fn check_killed_report() -> Result<()> {
-    let mut child = Command::new("exitmeter")
-        .args(["report", "--interval", "0.2", "--json"])
+    let mut child = tool::command(&["report", "--interval", "0.2", "--json"])
         .stdout(Stdio::null())
         .spawn()?;
     let attached = wait_for_programs(&mut child);
@@ -611,40 +591,41 @@ fn wait_for_programs(child: &mut Child) -> Result<()> {
 
 fn lifetime() -> Result<()> {
     mount()?;
-    check_refused(&tool(&["bpf", "status"])?, "exitmeter bpf start")?;
-    check_refused(&tool(&["bpf", "stop"])?, "no BPF meter is attached")?;
+    check_refused(&tool::output(&["bpf", "status"])?, "exitmeter bpf start")?;
+    check_refused(&tool::output(&["bpf", "stop"])?, "no BPF meter is attached")?;
     // The most vCPUs that the verifier accepts.
     Attached::with(&["--max-vcpus", "8192"])?.stop()?;
-    check_refused(&tool(&["bpf", "snapshot"])?, "no BPF meter is attached")?;
     check_refused(
-        &tool(&["report", "--source", "module"])?,
+        &tool::output(&["bpf", "snapshot"])?,
+        "no BPF meter is attached",
+    )?;
+    check_refused(
+        &tool::output(&["report", "--source", "module"])?,
         "insmod exitmeter.ko",
     )?;
-    let nobody = Command::new("exitmeter")
-        .args(["bpf", "start"])
-        .uid(65534)
-        .gid(65534)
+    let nobody = tool::command(&["bpf", "start"])
+        .uid(NOBODY)
+        .gid(NOBODY)
         .output()?;
     check_refused(&nobody, "CAP_BPF and CAP_PERFMON")?;
     check_nothing_left()?;
 
     // Ten ledgers are the most that fit into 256 KiB.
     let attached = Attached::with(&["--max-vcpus", "10"])?;
-    check_refused(&tool(&["bpf", "start"])?, "meters already")?;
-    let nobody = Command::new("exitmeter")
-        .args(["report", "--source", "bpf"])
-        .uid(65534)
-        .gid(65534)
+    check_refused(&tool::output(&["bpf", "start"])?, "meters already")?;
+    let nobody = tool::command(&["report", "--source", "bpf"])
+        .uid(NOBODY)
+        .gid(NOBODY)
         .output()?;
     check_refused(&nobody, "no right")?;
-    let status = String::from_utf8(run_tool(&["bpf", "status"])?)?;
+    let status = tool::run(&["bpf", "status"])?;
     ensure!(
         status.contains("0 vCPUs are metered, of 10 at most"),
         "{status}"
     );
     // Without the module, a command reads the pinned meter and attaches nothing itself.
     let before = attached_programs()?;
-    let output = tool(&["report", "--json"])?;
+    let output = tool::output(&["report", "--json"])?;
     ensure!(
         output.status.success() && output.stderr.is_empty() && attached_programs()? == before,
         "{}",
@@ -652,13 +633,13 @@ fn lifetime() -> Result<()> {
     );
     attached.stop()?;
     // Of two concurrent starts, one succeeds.
-    let start = || Command::new("exitmeter").args(["bpf", "start"]).spawn();
+    let start = || tool::command(&["bpf", "start"]).spawn();
     let mut both = [start()?, start()?];
     let mut started = 0;
     for child in &mut both {
         started += u32::from(child.wait()?.success());
     }
-    let status = tool(&["bpf", "status"])?.status;
+    let status = tool::output(&["bpf", "status"])?.status;
     Attached(()).stop()?;
     ensure!(started == 1 && status.success(), "{started} of two started");
     // Pins of a start that was killed halfway do not prevent the next one.
@@ -681,7 +662,7 @@ fn no_room() -> Result<()> {
         meter.unmetered,
         meter.vcpus.len()
     );
-    let status = String::from_utf8(run_tool(&["bpf", "status"])?)?;
+    let status = tool::run(&["bpf", "status"])?;
     let exits = status
         .split("with ")
         .nth(1)
@@ -727,9 +708,7 @@ pub fn attach_again(times: u64) -> Result<()> {
             attached.stop()
         });
         done.store(true, Relaxed);
-        let machines = load
-            .join()
-            .map_err(|_| anyhow::anyhow!("the load panicked"))??;
+        let machines = task::join(load)?;
         println!("attached {times} times, while {machines} VMs ran");
         attaching
     })?;
@@ -750,8 +729,8 @@ fn with_two_capabilities(command: &mut Command) {
     unsafe {
         command.pre_exec(move || {
             demand(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into())?;
-            demand(libc::setresgid(65534, 65534, 65534).into())?;
-            demand(libc::setresuid(65534, 65534, 65534).into())?;
+            demand(libc::setresgid(NOBODY, NOBODY, NOBODY).into())?;
+            demand(libc::setresuid(NOBODY, NOBODY, NOBODY).into())?;
             let header = [VERSION_3, 0];
             let high = PERFMON_AND_BPF
                 .iter()
@@ -775,8 +754,7 @@ fn with_two_capabilities(command: &mut Command) {
 fn two_capabilities() -> Result<()> {
     const PARANOID: &str = "/proc/sys/kernel/perf_event_paranoid";
     let report = || -> Result<Output> {
-        let mut command = Command::new("exitmeter");
-        command.args(["report", "--json", "--source", "bpf"]);
+        let mut command = tool::command(&["report", "--json", "--source", "bpf"]);
         with_two_capabilities(&mut command);
         Ok(command.output()?)
     };
@@ -811,7 +789,7 @@ fn two_capabilities() -> Result<()> {
 fn verify_passes() -> Result<()> {
     mount()?;
     let few = ["--source", "bpf", "--json", "--runs", "2", "--exits", "200"];
-    let found = run_tool(&[&["verify"], &few[..]].concat())?;
+    let found = tool::run_bytes(&[&["verify"], &few[..]].concat())?;
     let found: Value = serde_json::from_slice(&found)?;
     let (passed, not_made) = (
         with_verdict(&found, "passed"),

@@ -29,8 +29,9 @@ use crate::host::{
     detail_oracle::{Agreement, DetailOracle},
     event_hist::EventHist,
     linux::Linux,
-    meter::DEVICE,
+    meter::{read_device, DEVICE},
     task,
+    tool::NOBODY,
 };
 
 /// `_IO(0xE7, 1)`: turn details on while the file is open.
@@ -149,11 +150,6 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Read a snapshot.
-pub(super) fn read() -> Result<Vec<u8>> {
-    fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))
-}
-
 /// Check that the rows and others in each table of a vCPU sum to the vCPU's ledger. `before` is the
 /// number of exits before the vCPU had tables.
 pub(super) fn check_sums(snapshot: &Snapshot<'_>, before: u64) -> Result<()> {
@@ -206,12 +202,12 @@ fn compare_with(
     make: impl FnOnce(Config) -> Result<TinyVm, tiny_guests::Error>,
     run: impl FnOnce(&mut TinyVm) -> Result<(), tiny_guests::Error>,
 ) -> Result<Vec<TableRow>> {
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     let oracle = DetailOracle::begin()?;
     let user = EventHist::begin("kvm_userspace_exit", &["reason"])?;
     let mut machine = make(config.clone())?;
     run(&mut machine)?;
-    let bytes = read()?;
+    let bytes = read_device()?;
     let (counts, user) = (oracle.read()?, user.read()?);
     drop(machine);
 
@@ -239,10 +235,10 @@ fn compare_with(
         Program::Rdmsr => &[(Kind::Msr, 0x8b, loops)],
         Program::Wrmsr => &[(Kind::Msr, 0x8b | 1 << 32, loops)],
         Program::Cpuid => &[(Kind::Cpuid, 0, loops)],
-        Program::CrWrite if isa == Isa::Vmx => &[(Kind::Control, 0, loops)],
+        Program::CrWrite if vendor == Isa::Vmx => &[(Kind::Control, 0, loops)],
         Program::Debug => &[(Kind::Cpuid, 0, 2 * loops)],
         // A hardware exception (SDM, "Format of the VM-Exit Interruption-Information Field").
-        Program::Undefined if isa == Isa::Vmx => &[(Kind::Vector, 6 | 3 << 8, loops)],
+        Program::Undefined if vendor == Isa::Vmx => &[(Kind::Vector, 6 | 3 << 8, loops)],
         // The first access to each page counts as an access to absent memory.
         Program::Device if nested_paging => &[
             (Kind::Address, REGISTERS, loops - 1),
@@ -261,7 +257,7 @@ fn compare_with(
             rows(*kind)
         );
     }
-    if config.program == Program::Debug && isa == Isa::Vmx {
+    if config.program == Program::Debug && vendor == Isa::Vmx {
         // An interrupt can repeat an exit. On SVM each register has its own exit code.
         let registers = rows(Kind::Debug);
         ensure!(
@@ -337,7 +333,7 @@ fn interrupts() -> Result<()> {
         5_000_000 * host::slowdown(),
     ))?;
     let vectors = rows(&entries, TABLE_DETAILS, Kind::Vector);
-    match host::isa()? {
+    match host::vendor()? {
         Isa::Vmx => {
             // The vectors have type 0, external interrupt, and are not those of exceptions.
             ensure!(!vectors.is_empty(), "no interrupt came");
@@ -371,7 +367,7 @@ fn single_steps() -> Result<()> {
     ensure!(stepped > 300, "{stepped} steps to the end");
     let vectors = rows(&entries, TABLE_DETAILS, Kind::Vector);
     let key = u64::from(DEBUG) | 3 << 8;
-    match host::isa()? {
+    match host::vendor()? {
         Isa::Vmx => {
             // After an instruction that KVM emulates, CPUID here, KVM delivers the step without an exit
             // (kvm_skip_emulated_instruction()).
@@ -411,7 +407,7 @@ fn linux_boot(options: &[&str]) -> Result<()> {
     let user = EventHist::begin("kvm_userspace_exit", &["reason"])?;
     let linux = Linux::boot(options)?;
     let stopped = task::StoppedProcess::new(linux.pid()?)?;
-    let bytes = read()?;
+    let bytes = read_device()?;
     let (counts, user) = (oracle.read()?, user.read()?);
     drop(stopped);
     linux.stop()?;
@@ -523,7 +519,7 @@ pub(super) fn turn_on(file: &File) -> io::Result<()> {
 
 /// Return the number of vCPUs with tables, and true if details are on.
 pub(super) fn details_state() -> Result<(usize, bool)> {
-    let bytes = read()?;
+    let bytes = read_device()?;
     let snapshot = Snapshot::parse(&bytes)?;
     Ok((snapshot.tables().count(), snapshot.has_tables()))
 }
@@ -554,7 +550,7 @@ fn on_and_off() -> Result<()> {
         details_state()? == (1, true),
         "closing the first file turns details off"
     );
-    let bytes = read()?;
+    let bytes = read_device()?;
     let snapshot = Snapshot::parse(&bytes)?;
     let exits: u64 = snapshot
         .tables()
@@ -579,7 +575,7 @@ fn on_and_off() -> Result<()> {
             let file = File::open(DEVICE)?;
             turn_on(&file)?;
             for _ in 0..3 {
-                let bytes = read()?;
+                let bytes = read_device()?;
                 let snapshot = Snapshot::parse(&bytes)?;
                 for tables in snapshot.tables() {
                     for entry in tables.entries() {
@@ -593,9 +589,7 @@ fn on_and_off() -> Result<()> {
             }
             switched += 1;
         }
-        guest
-            .join()
-            .map_err(|_| anyhow::anyhow!("the guest's thread"))??;
+        task::join(guest)?;
         Ok(switched)
     })?;
     ensure!(
@@ -616,7 +610,7 @@ fn without_perfmon() -> Result<()> {
                 if nobody {
                     // SAFETY: The raw system call changes this thread only.
                     let changed =
-                        unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+                        unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
                     ensure!(changed == 0, "this thread stays root's");
                 }
                 let file = File::open(DEVICE)?;
@@ -625,9 +619,7 @@ fn without_perfmon() -> Result<()> {
                 (&file).read_to_end(&mut bytes)?;
                 Ok((bytes, refused))
             });
-            reader
-                .join()
-                .map_err(|_| anyhow::anyhow!("the reader's thread"))?
+            task::join(reader)
         })
     };
     let as_root = read_as(false);

@@ -22,7 +22,11 @@ use exitmeter_meter::{
 use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::{bpf::Attached, Case};
-use crate::host::{self, meter::DEVICE, module};
+use crate::host::{
+    self,
+    meter::{read_device, DEVICE},
+    module, task, tool,
+};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -71,10 +75,8 @@ impl Exporter {
             .args(["link", "set", "lo", "up"])
             .status()?;
         ensure!(up.success(), "there is no loopback");
-        let mut command = Command::new("exitmeter");
-        command
-            .args(["export", "--listen", "127.0.0.1:0"])
-            .args(arguments);
+        let mut command = tool::command(&["export", "--listen", "127.0.0.1:0"]);
+        command.args(arguments);
         if as_user {
             command.uid(USER).gid(USER);
         }
@@ -117,9 +119,9 @@ impl Drop for Exporter {
     }
 }
 
-fn reason_label(isa: Isa, reason: Reason) -> String {
+fn reason_label(vendor: Isa, reason: Reason) -> String {
     match reason {
-        Reason::Code(code) => match reasons::name(isa, code) {
+        Reason::Code(code) => match reasons::name(vendor, code) {
             Some(name) => name.to_owned(),
             None => format!("{code:#x}"),
         },
@@ -131,7 +133,7 @@ fn reason_label(isa: Isa, reason: Reason) -> String {
 /// Check that a scrape has the numbers of a snapshot. The vCPUs must be at rest.
 fn check_scrape(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
     let snapshot = Snapshot::parse(bytes)?;
-    let isa = snapshot.isa();
+    let vendor = snapshot.isa();
     let khz = f64::from(snapshot.tsc_khz().context("the clock has a rate")?);
     let mut vms: BTreeMap<(String, String), (u64, u128)> = BTreeMap::new();
     let mut host: BTreeMap<String, (u64, u128)> = BTreeMap::new();
@@ -142,7 +144,7 @@ fn check_scrape(scrape: &BTreeMap<String, f64>, bytes: &[u8]) -> Result<()> {
             .collect::<Vec<_>>()
     });
     for (vm, row) in vcpu_rows.chain(snapshot.totals().map(|row| (None, row))) {
-        let reason = reason_label(isa, row.reason());
+        let reason = reason_label(vendor, row.reason());
         let kernel = u128::from(row.cycles(Phase::Kernel));
         let vm_sum = vm.map(|vm| vms.entry((vm, reason.clone())).or_default());
         for sum in vm_sum.into_iter().chain([host.entry(reason).or_default()]) {
@@ -209,7 +211,7 @@ fn module_scrape() -> Result<()> {
     // The udev rule does the same for the group kvm.
     chown(DEVICE, None, Some(USER))?;
     let scrape = exporter.scrape()?;
-    check_scrape(&scrape, &std::fs::read(DEVICE)?)?;
+    check_scrape(&scrape, &read_device()?)?;
     let name = format!("kvm-{}", std::process::id());
     let info = scrape
         .keys()
@@ -243,8 +245,8 @@ fn bpf_scrape() -> Result<()> {
     let exporter = Exporter::start(&["--source", "bpf"], false)?;
     let scrape = exporter.scrape()?;
     check_scrape(&scrape, &attached.snapshot()?)?;
-    let isa = host::isa()?.name();
-    let info = format!("exitmeter_meter_info{{source=\"bpf\",isa=\"{isa}\"}}");
+    let vendor = host::vendor()?.name();
+    let info = format!("exitmeter_meter_info{{source=\"bpf\",isa=\"{vendor}\"}}");
     ensure!(scrape.contains_key(&info), "there is no {info}");
     drop(machine);
     attached.stop()
@@ -286,8 +288,7 @@ fn never_fall() -> Result<()> {
             scrapes += 1;
             thread::sleep(Duration::from_millis(20));
         }
-        load.join()
-            .map_err(|_| anyhow::anyhow!("the load panicked"))?
+        task::join(load)
     })?;
     ensure!(scrapes > 5, "there were only {scrapes} scrapes");
     let departed = exporter
@@ -320,8 +321,7 @@ fn detail_counters() -> Result<()> {
             watch()?;
             thread::sleep(Duration::from_millis(20));
         }
-        let ended = guest.join();
-        ended.map_err(|_| anyhow::anyhow!("the guest's thread panicked"))??;
+        task::join(guest)?;
         Ok(())
     })?;
     let scrape = watch()?;

@@ -10,7 +10,7 @@ use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Mode, Program, Registers64, TinyVm};
 
 use super::{answers::ask, Case};
-use crate::host::{self, bpf::Fentry, hist, leaves::MAP_2021, log::Log, module, span::Span};
+use crate::host::{self, bpf::Fentry, codes, hist, leaves::MAP_2021, log::Log, module, span::Span};
 
 const TRACING: &str = "/sys/kernel/tracing";
 
@@ -178,7 +178,7 @@ fn check_metering() -> Result<()> {
     let config = Config::new(Program::OutUser, Mode::Long, 100);
     TinyVm::new(config.clone())?.run()?;
     host::expected(&config)?.check(&span.end()?)?;
-    let query = Registers64::cpuid(MAP_2021.reason_exits, host::by_vendor(10, 0x72)?);
+    let query = Registers64::cpuid(MAP_2021.reason_exits, codes::cpuid()?);
     let answers = ask(Mode::Long, &[query, query])?.1;
     ensure!(
         answers[1].rax == 2,
@@ -243,7 +243,7 @@ fn works_beside<T: OtherHooks>() -> Result<()> {
 
 /// Return a reason on VMX, where the module reads the VMCS itself.
 fn no_reader_needed() -> Result<Option<&'static str>> {
-    let vmx = host::isa()? == Isa::Vmx;
+    let vmx = host::vendor()? == Isa::Vmx;
     Ok(vmx.then_some("the module needs no reader of KVM's here"))
 }
 
@@ -257,8 +257,8 @@ fn reader_found_in_time() -> Result<()> {
     write("current_tracer", "function")?;
     write("events/module/module_load/enable", "1")?;
     let traced = (|| {
-        module::unload_vendor()?;
-        module::load_vendor(paging)?;
+        module::unload_vendor_module()?;
+        module::load_vendor_module(paging)?;
         read("trace")
     })();
     write("events/module/module_load/enable", "0")?;

@@ -59,12 +59,12 @@ fn boot_sweep_reboot_sweep() -> Result<()> {
         );
     }
     // The last numbers read are at most the final ones.
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     for reason in 0..REASONS {
         let read = second[&(EXITS_LEAF, reason)];
         let held = exits.get(&reason).copied().unwrap_or(0);
         ensure!(
-            read <= held || !reasons::is_defined(isa, reason),
+            read <= held || !reasons::is_defined(vendor, reason),
             "reason {reason}: the guest read {read} exits, and had {held} in all"
         );
     }
@@ -106,10 +106,10 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
         wanted.len()
     );
 
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     let expected: Vec<String> = printed
         .iter()
-        .map(|printed| format!("{name}: {}", log_text(isa, printed)))
+        .map(|printed| format!("{name}: {}", log_text(vendor, printed)))
         .collect();
     let logged = log.module_lines()?;
     ensure!(
@@ -122,7 +122,7 @@ fn sweep(linux: &Linux, log: &mut Log, name: &str) -> Result<BTreeMap<(u32, u32)
         .iter()
         .map(|printed| {
             let Registers { eax, ecx, edx, .. } = printed.registers;
-            let defined = reasons::is_defined(isa, printed.subleaf);
+            let defined = reasons::is_defined(vendor, printed.subleaf);
             let rest = if printed.leaf == EXITS_LEAF { ecx } else { eax };
             let expected = if defined { (0, 0) } else { (0, u32::MAX) };
             let value = value(printed);
@@ -143,10 +143,10 @@ fn value(printed: &CpuidLine) -> u64 {
 }
 
 /// Return the log's text for a query, in the course's words.
-fn log_text(isa: Isa, printed: &CpuidLine) -> String {
+fn log_text(vendor: Isa, printed: &CpuidLine) -> String {
     let CpuidLine { leaf, subleaf, .. } = printed;
     let value = value(printed);
-    match reasons::name(isa, *subleaf) {
+    match reasons::name(vendor, *subleaf) {
         None => format!("CPUID({leaf:#010X}), exit number {subleaf} is not defined"),
         Some(name) if *leaf == EXITS_LEAF => {
             format!("CPUID({leaf:#010X}), exit number {subleaf} ({name}) exits={value}")

@@ -26,12 +26,14 @@ use super::{
 use crate::host::{
     self,
     cgroup::Cgroup,
+    codes,
     hist::Exits,
     leaves::MAP_2021,
     log::Log,
     meter::{MeterSnapshot, DEVICE},
     module,
     span::Span,
+    task,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -148,7 +150,7 @@ pub(super) fn cases() -> Vec<Case> {
                     matches!(error, Some(libc::EBUSY | libc::EOPNOTSUPP)),
                     "turning ftrace off ends with {error:?} instead of EBUSY or EOPNOTSUPP"
                 );
-                let query = Registers64::cpuid(MAP_2021.reason_exits, host::by_vendor(10, 0x72)?);
+                let query = Registers64::cpuid(MAP_2021.reason_exits, codes::cpuid()?);
                 let answers = ask(Mode::Long, &[query, query])?.1;
                 ensure!(
                     answers[1].rax == 2,
@@ -186,8 +188,8 @@ pub(super) fn cases() -> Vec<Case> {
         Case::without_module(
             "loading: the module is refused without KVM's modules",
             || {
-                let (vendor, paging) = (module::vendor()?, host::nested_paging()?);
-                module::unload_vendor()?;
+                let (vendor, paging) = (module::vendor_module()?, host::nested_paging()?);
+                module::unload_vendor_module()?;
                 let without_vendor = check_refused(
                     "",
                     libc::ENODEV,
@@ -196,7 +198,7 @@ pub(super) fn cases() -> Vec<Case> {
                 module::remove("kvm")?;
                 // The kernel cannot link the module without kvm.ko.
                 let without_kvm = check_refused("", libc::ENOENT, "");
-                module::load_vendor(paging)?;
+                module::load_vendor_module(paging)?;
                 without_vendor?;
                 without_kvm?;
                 check_load_and_metering()
@@ -390,14 +392,14 @@ fn load_under_guest() -> Result<()> {
                 "the guest ended before the module came for the {round}. time"
             );
             // The VM existed before the module, and is metered from its next event.
-            let exits = meter.only()?.numbers.exits_of(host::by_vendor(30, 0x7b)?);
+            let exits = meter.only()?.numbers.exits_of(codes::io()?);
             ensure!(
                 exits > 0,
                 "a guest that ran before the module was loaded is not metered"
             );
             loaded.unload()?;
         }
-        let seen = guest.join().ok().context("the guest's thread panicked")??;
+        let seen = task::join(guest)?;
         ensure!(
             seen[0].ports == u64::from(LOOPS),
             "the guest wrote {} times to its port instead of {LOOPS}",
@@ -411,7 +413,7 @@ fn load_under_guest() -> Result<()> {
 fn past_max_vcpus() -> Result<()> {
     const VCPUS: u8 = 4;
     let mut log = Log::from_now()?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let query = Registers64::cpuid(MAP_2021.reason_exits, cpuid);
     module::unload()?;
     let without = ask(Mode::Long, &[query])?.1[0];
@@ -485,7 +487,7 @@ fn stays_unmetered() -> Result<()> {
             !guest.is_finished(),
             "the guest ended before there was room"
         );
-        guest.join().ok().context("the guest's thread panicked")??;
+        task::join(guest)?;
         anyhow::Ok(())
     })?;
     late.rewind()?;
@@ -508,7 +510,7 @@ fn stays_unmetered() -> Result<()> {
 /// nested paging because otherwise KVM sees the change of the page table.
 fn no_fetch_of_absent_code() -> Result<Option<&'static str>> {
     let cpus = fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
-    let fetches = host::isa()? == Isa::Svm
+    let fetches = host::vendor()? == Isa::Svm
         && host::nested_paging()?
         && !cpus.split_whitespace().any(|flag| flag == "nrip_save");
     if !fetches {
@@ -571,7 +573,7 @@ fn memory_is_charged() -> Result<()> {
 
 /// Unload the module while a vCPU sleeps in KVM's own `kvm_emulate_cpuid()`, called by the module.
 fn unload_waits() -> Result<()> {
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let mut log = Log::from_now()?;
     let loaded = module::Loaded::with("")?;
     let (mut machine, absent) =
@@ -594,9 +596,9 @@ fn unload_waits() -> Result<()> {
         })();
         // On failure, too, wake the vCPU.
         absent.provide()?;
-        guest.join().ok().context("the guest's thread panicked")??;
+        task::join(guest)?;
         let (stack, finished_early, unload) = unloading?;
-        unload.join().ok().context("unloading panicked")??;
+        task::join(unload)?;
         anyhow::Ok((stack, finished_early))
     })?;
     ensure!(
@@ -635,23 +637,23 @@ fn unload_waits() -> Result<()> {
 fn kvm_reloaded() -> Result<()> {
     let paging = host::nested_paging()?;
     let before = meter_all_programs()?;
-    module::unload_vendor()?;
+    module::unload_vendor_module()?;
     ensure!(
         module::is_loaded("exitmeter")?,
         "the meter went with {}",
-        module::vendor()?
+        module::vendor_module()?
     );
-    module::load_vendor(!paging)?;
+    module::load_vendor_module(!paging)?;
     let other = (|| {
         ensure!(host::nested_paging()? != paging, "KVM came back as it was");
         meter_all_programs()
     })();
-    module::unload_vendor()?;
-    module::load_vendor(paging)?;
+    module::unload_vendor_module()?;
+    module::load_vendor_module(paging)?;
     let other = other?;
     let after = meter_all_programs()?;
 
-    let fault = host::by_vendor(48, 0x400)?;
+    let fault = codes::nested_page_fault()?;
     ensure!(
         before.contains_key(&fault) == paging
             && other.contains_key(&fault) != paging
@@ -674,7 +676,7 @@ fn meter_all_programs() -> Result<Exits> {
         }
     }
     let exits = span.end()?;
-    let cpuid = exits.get(&host::by_vendor(10, 0x72)?).copied();
+    let cpuid = exits.get(&codes::cpuid()?).copied();
     // Each loop of `Cpuid` has one CPUID, and each loop of `Debug` two.
     let expected = 3 * u64::from(LOOPS);
     ensure!(

@@ -15,7 +15,7 @@ use exitmeter_meter::leaves::{LeafMap, Leaves, LogLine, Registers};
 use tiny_guests::{Mode, Registers64};
 
 use super::{answers::ask, Case};
-use crate::host::{self, leaves::MAP_2021, log::Log};
+use crate::host::{self, codes, leaves::MAP_2021, log::Log};
 
 /// Taint flags: an out-of-tree module, and an unsigned module.
 const OUT_OF_TREE: u64 = 1 << 12;
@@ -62,7 +62,7 @@ fn flood_is_limited() -> Result<()> {
     // After 44 s the rate limit has recovered from earlier cases.
     thread::sleep(Duration::from_secs(45));
     let mut log = Log::from_now()?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     // Queries with the longest lines.
     let queries = vec![Registers64::cpuid(MAP_2021.reason_cycles, cpuid); 500];
     // A line on the console starts with its time and the module's name, and ends with CR and LF.
@@ -138,7 +138,7 @@ pub(super) fn kernel_says(words: String) -> Case {
 
 /// Let a guest make a query of each kind. Return the expected lines, and those in the log.
 fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let asked = [
         (0x4fff_fff0, 0),
         (0x4fff_fff1, 0),
@@ -157,10 +157,10 @@ fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
     let mut log = Log::from_now()?;
     let answers = ask(Mode::Long, &quads)?.1;
     let logged = log.module_lines()?;
-    let isa = host::isa()?;
+    let vendor = host::vendor()?;
     let leaves = Leaves {
         map: LeafMap::Map2021,
-        isa,
+        isa: vendor,
         // No query here asks for it.
         life: 1,
     };
@@ -179,7 +179,7 @@ fn logged_queries() -> Result<(Vec<String>, Vec<String>)> {
                 ecx: answer.rcx as u32,
                 edx: answer.rdx as u32,
             },
-            isa,
+            isa: vendor,
         };
         expected.push(format!("kvm-{}: {line}", std::process::id()));
     }

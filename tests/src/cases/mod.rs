@@ -100,7 +100,7 @@ impl Case {
 
 /// Return a reason on QEMU's SVM without nested paging: no Linux guest boots there, metered or not.
 fn no_linux() -> Result<Option<&'static str>> {
-    let boots = host::isa()? == Isa::Vmx || host::nested_paging()?;
+    let boots = host::vendor()? == Isa::Vmx || host::nested_paging()?;
     Ok((!boots).then_some("Linux guests need npt=1 here"))
 }
 

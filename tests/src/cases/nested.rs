@@ -14,17 +14,13 @@ use exitmeter_meter::{
 };
 use tiny_guests::{Config, L2Exit, Mode, Program, Registers64, TinyVm};
 
-use super::{
-    answers::ask,
-    details::{read, turn_on},
-    Case,
-};
+use super::{answers::ask, details::turn_on, Case};
 use crate::host::{
-    self,
+    self, codes,
     leaves::{EXITS_64, MAP_2021},
     linux::{CpuidLine, Linux},
     log::Log,
-    meter::{MeterSnapshot, DEVICE},
+    meter::{read_device, MeterSnapshot, DEVICE},
     span::Span,
 };
 
@@ -75,13 +71,14 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Return a reason on VMX, where CPUID always exits to the L1 hypervisor.
 fn not_svm() -> Result<Option<&'static str>> {
-    Ok((host::isa()? != Isa::Svm).then_some("only on SVM can an L1 hypervisor leave CPUID to KVM"))
+    Ok((host::vendor()? != Isa::Svm)
+        .then_some("only on SVM can an L1 hypervisor leave CPUID to KVM"))
 }
 
 /// Return a reason on SVM. There KVM passes CPUID, faulting or not, to an L1 hypervisor that
 /// intercepts it (`nested_svm_intercept()`), as Linux does.
 fn not_vmx() -> Result<Option<&'static str>> {
-    Ok((host::isa()? != Isa::Vmx)
+    Ok((host::vendor()? != Isa::Vmx)
         .then_some("on SVM a Linux guest gets its L2 guest's CPUID even if it faults"))
 }
 
@@ -252,10 +249,7 @@ fn nested_cpuids(linux: &Linux) -> Result<u64> {
     let pid = linux.pid()?;
     let vcpu = meter.vcpus.into_iter().find(|vcpu| vcpu.pid == pid);
     let nested = vcpu.context("the guest is metered")?.numbers.nested;
-    Ok(nested
-        .get(&host::by_vendor(10, 0x72)?)
-        .copied()
-        .unwrap_or(0))
+    Ok(nested.get(&codes::cpuid()?).copied().unwrap_or(0))
 }
 
 /// Run an L2 guest in a Linux guest. Then call `check` with the Linux guest and the number of the L2
@@ -288,7 +282,7 @@ fn nested() -> Result<()> {
 
     let printed = linux.run(&format!("/root/system-tests --nested {COUNT}"))?;
     let after = numbers()?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let nested = after.nested.get(&cpuid).copied().unwrap_or(0);
     let expected = u64::from(COUNT) + ASKED.len() as u64;
     ensure!(
@@ -330,7 +324,7 @@ fn check_details(linux: &Linux) -> Result<()> {
     linux.run(&format!(
         "for i in $(seq {TIMES}); do cpuid -1 -l {L1_LEAF:#x} -s 0 >/dev/null || exit; done"
     ))?;
-    let bytes = read()?;
+    let bytes = read_device()?;
     drop(file);
     let snapshot = Snapshot::parse(&bytes)?;
     let pid = linux.pid()?;
@@ -370,7 +364,7 @@ fn check_details(linux: &Linux) -> Result<()> {
         );
     }
     // The L2 guest's code is in its first 64 KiB, where Linux has none.
-    let cpuid = Reason::Code(host::by_vendor(10, 0x72)?);
+    let cpuid = Reason::Code(codes::cpuid()?);
     let code = entries
         .iter()
         .filter(|entry| (entry.table, entry.others, entry.reason) == (TABLE_CODE, false, cpuid));

@@ -19,12 +19,15 @@ use exitmeter_meter::{
 use serde_json::Value;
 use tiny_guests::{Config, Mode, Registers64, TinyVm};
 
-use super::{
-    answers::ask,
-    details::{read, turn_on},
-    tool, Case,
+use super::{answers::ask, details::turn_on, Case};
+use crate::host::{
+    codes,
+    leaves::TABLES,
+    linux::Linux,
+    log::Log,
+    meter::{read_device, DEVICE},
+    task, tool,
 };
-use crate::host::{self, leaves::TABLES, linux::Linux, log::Log, meter::DEVICE};
 
 /// Leaves that a guest asks for before it asks for its rows: leaf, subleaf, and number of queries.
 const ASKED: [(u32, u32, usize); 3] = [(0, 0, 30), (0xd, 1, 20), (7, 0, 10)];
@@ -138,7 +141,7 @@ fn read_rows(mode: Mode, table: u32, places: usize) -> Result<(TinyVm, Descripti
 
 fn own_details(mode: Mode) -> Result<()> {
     let (machine, described, rows) = read_rows(mode, TABLE_DETAILS, DETAILS)?;
-    let bytes = read()?;
+    let bytes = read_device()?;
     drop(machine);
     ensure!(
         described.is_on && described.has_tables && !described.is_frozen && !described.tells_host,
@@ -155,7 +158,7 @@ fn own_details(mode: Mode) -> Result<()> {
         .filter(|entry| entry.table == TABLE_DETAILS && !entry.others)
         .map(|entry| ((entry.detail_kind, entry.key), entry.exits))
         .collect();
-    let cpuid = Reason::Code(host::by_vendor(10, 0x72)?);
+    let cpuid = Reason::Code(codes::cpuid()?);
     let mut leaves = BTreeMap::new();
     for row in &rows {
         let Head {
@@ -214,7 +217,7 @@ fn held_code(bytes: &[u8]) -> Result<BTreeMap<(u32, u64), u64>> {
 
 fn own_code(mode: Mode) -> Result<()> {
     let (machine, described, rows) = read_rows(mode, TABLE_CODE, CODES)?;
-    let bytes = read()?;
+    let bytes = read_device()?;
     drop(machine);
     if mode == Mode::User {
         ensure!(
@@ -225,7 +228,7 @@ fn own_code(mode: Mode) -> Result<()> {
         return Ok(());
     }
     let held = held_code(&bytes)?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let before: usize = ASKED.iter().map(|(_, _, times)| times).sum();
     let mut of_cpuid = 0;
     for row in &rows {
@@ -319,9 +322,7 @@ fn details_switched() -> Result<()> {
             thread::sleep(Duration::from_millis(2));
             switched += 1;
         }
-        let heads = guest
-            .join()
-            .map_err(|_| anyhow::anyhow!("the guest's thread"))??;
+        let heads = task::join(guest)?;
         anyhow::Ok((switched, heads))
     })?;
     println!("details were turned on and off {switched} times; heads answered and not: {heads:?}");
@@ -404,7 +405,7 @@ fn in_linux() -> Result<()> {
         );
     }
     // Neither number includes the tool's own queries.
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let groups = details.as_array().context("groups")?;
     let group = groups.iter().find(|group| group["code"] == cpuid);
     let exits = group.and_then(|group| group["exits"].as_u64());
@@ -461,7 +462,7 @@ fn code_in_linux(linux: &Linux) -> Result<()> {
 
     // Printing causes more exits than there are rows, so read the host before.
     linux.run("exitmeter guest --code --json >/tmp/code")?;
-    let bytes = read()?;
+    let bytes = read_device()?;
     let text = linux.run_compressed("cat /tmp/code")?;
     let output = tool::json(&text)?;
     let held = held_code(&bytes)?;

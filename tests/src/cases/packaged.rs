@@ -3,12 +3,12 @@
 //! Properties that users of the packages rely on: one version everywhere, and a refusal that the tool
 //! explains.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
 
 use super::Case;
-use crate::host::{log::Log, module};
+use crate::host::{log::Log, module, tool};
 
 /// Parameter file: Y if the kernel loads only signed modules. It can be turned on, but not off again
 /// (`module_sig_check()` and sig_enforce, kernel/module/signing.c).
@@ -35,22 +35,8 @@ pub(super) fn last() -> Vec<Case> {
     }]
 }
 
-/// Run the tool, and return its status, standard output and standard error.
-fn tool(arguments: &[&str]) -> Result<(Option<i32>, String, String)> {
-    let output = Command::new("exitmeter")
-        .args(arguments)
-        .output()
-        .context("exitmeter cannot be run")?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ok((
-        output.status.code(),
-        text(&output.stdout),
-        text(&output.stderr),
-    ))
-}
-
 fn version() -> Result<()> {
-    let (_, printed, _) = tool(&["--version"])?;
+    let printed = tool::run(&["--version"])?;
     let version = printed
         .strip_prefix("exitmeter ")
         .context("the tool prints another name")?
@@ -74,9 +60,10 @@ fn version() -> Result<()> {
 }
 
 fn refused_unsigned() -> Result<()> {
-    let (status, _, stderr) = tool(&["report", "--source", "module"])?;
+    let output = tool::output(&["report", "--source", "module"])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
-        status == Some(1) && stderr.contains("load the module on the host first"),
+        output.status.code() == Some(1) && stderr.contains("load the module on the host first"),
         "without a module the tool says {stderr}"
     );
     fs::write(SIGNED_ALONE, "Y")?;
@@ -87,9 +74,10 @@ fn refused_unsigned() -> Result<()> {
         refused == Some(libc::EKEYREJECTED),
         "an unsigned module is refused with {refused:?}"
     );
-    let (status, _, stderr) = tool(&["report", "--source", "module"])?;
+    let output = tool::output(&["report", "--source", "module"])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
-        status == Some(1)
+        output.status.code() == Some(1)
             && stderr.contains("Key was rejected by service")
             && stderr.contains("docs/install.md"),
         "the tool says {stderr}"

@@ -8,7 +8,6 @@
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     os::unix::net::UnixStream,
-    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -23,9 +22,11 @@ use super::{no_userfaultfd, Case};
 use crate::host::{
     self,
     cgroup::FrozenProcess,
+    codes,
     linux::Linux,
     meter::{MeterSnapshot, MeteredVcpu},
-    task::{BusyThread, StoppedProcess},
+    task::{self, BusyThread, StoppedProcess},
+    tool,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -129,7 +130,7 @@ pub(super) fn cases() -> Vec<Case> {
                 })?;
                 machine.run()?;
                 let meter = MeterSnapshot::read()?;
-                let io = host::by_vendor(30, 0x7b)?;
+                let io = codes::io()?;
                 let own = meter.own();
                 let exits: Vec<u64> = own.iter().map(|vcpu| vcpu.numbers.exits_of(io)).collect();
                 ensure!(exits == [1001; 4], "they count {exits:?} exits of OUT");
@@ -188,18 +189,17 @@ fn stopped_frozen_or_suspended() -> Result<()> {
         // Give the vCPU time to leave KVM.
         thread::sleep(Duration::from_millis(200));
         let pid = pid.to_string();
-        let report = Command::new("exitmeter")
-            .args([
-                "report",
-                "--json",
-                "--vm",
-                &pid,
-                "--interval",
-                "0.5",
-                "--count",
-                "1",
-            ])
-            .output()?;
+        let words = [
+            "report",
+            "--json",
+            "--vm",
+            &pid,
+            "--interval",
+            "0.5",
+            "--count",
+            "1",
+        ];
+        let report = tool::output(&words)?;
         let report: Value = serde_json::from_slice(&report.stdout)
             .with_context(|| format!("no JSON of a VM that is {how}"))?;
         let cycles = &report["vms"][0]["cycles"];
@@ -260,7 +260,7 @@ fn waits_for_memory() -> Result<()> {
         })();
         // On failure, too, wake the vCPU.
         absent.provide()?;
-        guest.join().ok().context("the guest's thread panicked")??;
+        task::join(guest)?;
         phase
     })?;
     ensure!(
@@ -284,7 +284,7 @@ fn copies_by_interrupt() -> Result<()> {
         1 => [0, 0],
         _ => [1, 0],
     };
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let done = AtomicBool::new(false);
     let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::User, 20_000))?;
     let (ran, calls) = thread::scope(|scope| {
@@ -319,7 +319,7 @@ fn copies_by_interrupt() -> Result<()> {
             Ok(host::function_calls(flooding)? - before)
         })();
         done.store(true, Ordering::Relaxed);
-        let rounds = guest.join().ok().context("a guest's thread panicked")?;
+        let rounds = task::join(guest);
         anyhow::Ok((rounds?, result?))
     })?;
     let exits = MeterSnapshot::read()?.only()?.numbers.exits_of(cpuid);

@@ -4,11 +4,11 @@
 
 use std::thread;
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{ensure, Result};
 use tiny_guests::{Config, Mode, Program, Registers64, TinyVm};
 
 use super::{answers::ask, Case};
-use crate::host::{self, leaves::MAP_2021, meter::MeterSnapshot};
+use crate::host::{codes, leaves::MAP_2021, meter::MeterSnapshot, task};
 
 /// Queries of each VM for its number of CPUID exits.
 const EACH: u64 = 400;
@@ -38,7 +38,7 @@ pub(super) fn cases() -> Vec<Case> {
             || {
                 let before = MeterSnapshot::read()?
                     .exits()
-                    .get(&host::by_vendor(10, 0x72)?)
+                    .get(&codes::cpuid()?)
                     .copied()
                     .unwrap_or(0);
                 let both = ask_in_parallel()?;
@@ -63,7 +63,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Run two VMs in parallel that ask for the number of CPUID exits, and return their answers.
 fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let queries = vec![Registers64::cpuid(MAP_2021.reason_exits, cpuid); EACH as usize];
     let mut machines = [Mode::Long, Mode::Real]
         .map(|mode| TinyVm::new(Config::query(mode, queries.clone())))
@@ -74,10 +74,9 @@ fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
             .iter_mut()
             .map(|machine| scope.spawn(|| machine.run()))
             .collect();
-        threads.into_iter().try_for_each(|thread| {
-            thread.join().ok().context("a VM's thread panicked")??;
-            anyhow::Ok(())
-        })
+        threads
+            .into_iter()
+            .try_for_each(|thread| task::join(thread).map(drop))
     })?;
     let meter = MeterSnapshot::read()?;
     let vms: Vec<u64> = meter.own().iter().map(|vcpu| vcpu.vm).collect();
@@ -93,7 +92,7 @@ fn ask_in_parallel() -> Result<Vec<Vec<u64>>> {
 
 /// Check that a VM reads `expected` MSR reads beside another VM that has read an MSR.
 fn check_msr_reads(expected: u64) -> Result<()> {
-    let msr_read = host::by_vendor(31, 0x7c)?;
+    let msr_read = codes::rdmsr()?;
     let mut other = TinyVm::new(Config::new(Program::Rdmsr, Mode::Long, MSR_READS))?;
     other.run()?;
     let (_machine, answers) = ask(

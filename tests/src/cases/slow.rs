@@ -2,13 +2,14 @@
 
 //! The list of slowest exits, and the ring that freezes when an exit takes too long.
 
-use std::{process::Command, time::Duration};
+use std::time::Duration;
 
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use tiny_guests::{pin, Config, Mode, Program, TinyVm};
 
 use super::Case;
+use crate::host::tool;
 
 /// Sleep of the VMM on one OUT. It is longer than any other exit on an emulated host with a debug
 /// kernel and other work.
@@ -38,16 +39,7 @@ pub(super) fn cases() -> Vec<Case> {
 /// Run `exitmeter slow --json`, and return its output about the only VM, and the TSC's frequency in
 /// kHz.
 fn run_slow() -> Result<(Value, u64)> {
-    let output = Command::new("exitmeter")
-        .args(["slow", "--json"])
-        .output()
-        .context("exitmeter cannot be run")?;
-    ensure!(
-        output.status.success(),
-        "exitmeter slow failed: {}",
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    let output: Value = serde_json::from_slice(&output.stdout)?;
+    let output = tool::json(&tool::run(&["slow", "--json"])?)?;
     let khz = output["host"]["tsc_khz"]
         .as_u64()
         .context("the TSC's frequency")?;

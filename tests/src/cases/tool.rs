@@ -2,7 +2,7 @@
 
 //! The tool `exitmeter` shows the numbers of the snapshot.
 
-use std::{fs, process::Command, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::{reader::Snapshot, reasons};
@@ -11,11 +11,12 @@ use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use super::Case;
 use crate::host::{
-    self,
+    self, codes,
     held_command::{self, HeldCommand},
     hist::Exits,
     linux::Linux,
-    meter::{MeterSnapshot, DEVICE},
+    meter::{read_device, MeterSnapshot},
+    tool,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -62,9 +63,8 @@ fn report_matches() -> Result<()> {
     })?;
     machine.run()?;
     let meter = MeterSnapshot::read()?;
-    let report: Value = serde_json::from_str(&run_tool(&["report", "--json"])?)
-        .context("exitmeter report --json prints no JSON")?;
-    let text = run_tool(&["report"])?;
+    let report = tool::json(&tool::run(&["report", "--json"])?)?;
+    let text = tool::run(&["report"])?;
     drop(machine);
 
     let vms = report["vms"].as_array().context("there are VMs")?;
@@ -91,17 +91,19 @@ fn report_matches() -> Result<()> {
             .filter_map(Value::as_u64)
             .sum();
         ensure!(
-            shown["vcpu"] == held.id && exits(shown)? == held.numbers.exits && ticks == held.life,
+            shown["vcpu"] == held.id
+                && tool::exits(shown)? == held.numbers.exits
+                && ticks == held.life,
             "the tool reports the vCPU {shown}, and the snapshot holds {held:?}"
         );
     }
     let gone = &report["departed"];
     ensure!(
-        gone["vcpus_gone"] == meter.gone && exits(gone)? == meter.totals.exits,
+        gone["vcpus_gone"] == meter.gone && tool::exits(gone)? == meter.totals.exits,
         "the tool reports the departed vCPUs {gone}, and the snapshot holds {:?}",
         meter.totals
     );
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     ensure!(
         text.lines().any(|line| {
             line.contains("CPUID") && line.contains(&cpuid.to_string()) && line.contains("600")
@@ -112,7 +114,7 @@ fn report_matches() -> Result<()> {
 }
 
 fn diff_of_snapshots() -> Result<()> {
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let [before, after] = ["/tmp/before", "/tmp/after"];
     let mut old = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 300))?;
     old.run()?;
@@ -124,35 +126,34 @@ fn diff_of_snapshots() -> Result<()> {
     new.run()?;
     drop(old);
     save(after)?;
-    let delta = json(&run_tool(&["report", "--json", "--diff", before, after])?)?;
+    let delta = tool::json(&tool::run(&["report", "--json", "--diff", before, after])?)?;
 
     let vms = delta["vms"].as_array().context("there are VMs")?;
     ensure!(vms.len() == 1, "the difference has {} VMs", vms.len());
-    let shown = exits(&vms[0])?.get(&cpuid).copied();
+    let shown = tool::exits(&vms[0])?.get(&cpuid).copied();
     ensure!(shown == Some(400), "{shown:?} CPUID exits instead of 400");
     let gone = &delta["departed"];
     ensure!(
-        gone["vcpus_gone"] == 1 && exits(gone)?.is_empty(),
+        gone["vcpus_gone"] == 1 && tool::exits(gone)?.is_empty(),
         "the VM that ran only before counts as {gone}"
     );
     check_balance(&delta)?;
 
     // The remaining VM only waits in user space.
-    let lines = run_tool(&["report", "--json", "--interval", "0.2", "--count", "2"])?;
-    let deltas: Vec<Value> = lines.lines().map(json).collect::<Result<_>>()?;
+    let lines = tool::run(&["report", "--json", "--interval", "0.2", "--count", "2"])?;
+    let deltas: Vec<Value> = lines.lines().map(tool::json).collect::<Result<_>>()?;
     ensure!(deltas.len() == 2, "{} intervals instead of 2", deltas.len());
     for delta in &deltas {
         check_balance(delta)?;
         let (vm, ticks) = (&delta["vms"][0], &delta["interval"]["ticks"]);
         let user = vm["vcpus"].as_array().context("there are vCPUs")?.iter();
         ensure!(
-            exits(vm)?.is_empty() && user.clone().all(|vcpu| vcpu["cycles"]["user"] == *ticks),
+            tool::exits(vm)?.is_empty()
+                && user.clone().all(|vcpu| vcpu["cycles"]["user"] == *ticks),
             "after {ticks} idle ticks the VM is {vm}"
         );
     }
-    let refused = Command::new("exitmeter")
-        .args(["report", "--diff", after, before])
-        .output()?;
+    let refused = tool::output(&["report", "--diff", after, before])?;
     ensure!(
         refused.status.code() == Some(1),
         "the difference in reverse order ends with {}",
@@ -180,7 +181,7 @@ fn by_name() -> Result<()> {
     let label = format!("web,1 (kvm-{pid})");
 
     for called in ["web,1", UUID, &pid.to_string(), &format!("kvm-{pid}")] {
-        let report = json(&run_tool(&["report", "--json", "--vm", called])?)?;
+        let report = tool::json(&tool::run(&["report", "--json", "--vm", called])?)?;
         let vms = report["vms"].as_array().context("there are VMs")?;
         ensure!(
             vms.len() == 1 && vms[0]["pid"] == pid && vms[0]["name"] == format!("kvm-{pid}"),
@@ -192,14 +193,14 @@ fn by_name() -> Result<()> {
             "the tool reports the VMM's settings {shown}"
         );
     }
-    let text = run_tool(&["report"])?;
+    let text = tool::run(&["report"])?;
     let own = format!("\nkvm-{}, process", std::process::id());
     ensure!(
         text.contains(&format!("\n{label}, process {pid}: ")) && text.contains(&own),
         "the report has no VM {label}, or none without a name:\n{text}"
     );
     for command in ["why", "slow"] {
-        let shown = run_tool(&[command, "--vm", "web,1", "--", "sleep", "0.3"])?;
+        let shown = tool::run(&[command, "--vm", "web,1", "--", "sleep", "0.3"])?;
         ensure!(shown.contains(&label), "exitmeter {command} says\n{shown}");
     }
 
@@ -214,17 +215,15 @@ fn by_name() -> Result<()> {
         "sleep",
         "0.3",
     ];
-    run_tool(&record)?;
+    tool::run(&record)?;
     linux.stop()?;
     drop(other);
     let plot = [
         "plot", RECORDING, "--output", "-", "--format", "html", "--vm", "web,1",
     ];
-    let page = run_tool(&plot)?;
+    let page = tool::run(&plot)?;
     ensure!(page.contains(&label), "the recording has no VM {label}");
-    let refused = Command::new("exitmeter")
-        .args(["report", "--vm", "web,1"])
-        .output()?;
+    let refused = tool::output(&["report", "--vm", "web,1"])?;
     ensure!(
         refused.status.code() == Some(1),
         "a VM that is gone is found: {}",
@@ -235,8 +234,7 @@ fn by_name() -> Result<()> {
 
 /// Save a snapshot to a file.
 fn save(path: &str) -> Result<()> {
-    let bytes = fs::read(DEVICE).context("there is no snapshot")?;
-    fs::write(path, bytes).with_context(|| format!("cannot write {path}"))
+    fs::write(path, read_device()?).with_context(|| format!("cannot write {path}"))
 }
 
 /// Check that each vCPU's ticks sum to the time that the report covers.
@@ -259,17 +257,17 @@ fn check_balance(report: &Value) -> Result<()> {
 /// Check that the tool in a Linux guest leaves out its own queries. Its other exits, such as those of
 /// its start, are the same each time, so only the queries can make a difference.
 fn in_guest() -> Result<()> {
-    let file = guest_file_option()?;
+    let file = tool::guest_file_option()?;
     let linux = Linux::boot(&["--file", &file])?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let count = |shown: &Value| -> Result<u64> {
-        let count = exits(shown)?.get(&cpuid).copied();
+        let count = tool::exits(shown)?.get(&cpuid).copied();
         count.context("there is no CPUID exit")
     };
 
     let mut sweeps = Vec::new();
     for _ in 0..4 {
-        let sweep = json(&linux.run("exitmeter guest --json")?)?;
+        let sweep = tool::json(&linux.run("exitmeter guest --json")?)?;
         let queries = sweep["queries"].as_u64().context("there are queries")?;
         sweeps.push((count(&sweep)?, queries));
     }
@@ -278,12 +276,12 @@ fn in_guest() -> Result<()> {
     // A command with a sweep has as many more exits as the sweep has queries.
     let stat = |command: &str| -> Result<Value> {
         let line = format!("exitmeter stat --json -o /tmp/stat -- {command}; cat /tmp/stat");
-        json(&linux.run(&line)?)
+        tool::json(&linux.run(&line)?)
     };
     let none = stat("exitmeter reasons >/tmp/out")?;
     let sweep = stat("exitmeter guest --json >/tmp/out")?;
-    let own = json(&linux.run("cat /tmp/out")?)?["queries"].as_u64();
-    let [none, sweep] = [&none, &sweep].map(|shown| mean_exits(shown, cpuid));
+    let own = tool::json(&linux.run("cat /tmp/out")?)?["queries"].as_u64();
+    let [none, sweep] = [&none, &sweep].map(|shown| tool::mean_exits(shown, cpuid));
     ensure!(
         own.is_some() && sweep.zip(none).map(|(sweep, none)| sweep - none) == own,
         "a sweep of {own:?} queries counts as {sweep:?} CPUID exits, no sweep as {none:?}"
@@ -303,31 +301,12 @@ fn in_guest() -> Result<()> {
     linux.stop()
 }
 
-/// Return the option value that copies the tool into a guest.
-pub(super) fn guest_file_option() -> Result<String> {
-    let path = run(Command::new("sh").args(["-c", "command -v exitmeter"]))?;
-    Ok(format!("{}:/usr/bin/exitmeter", path.trim()))
-}
-
-/// Return the mean number of exits with `code` in the output of `stat`.
-pub(super) fn mean_exits(shown: &Value, code: u32) -> Option<u64> {
-    let reasons = shown["reasons"].as_array()?;
-    let reason = reasons.iter().find(|reason| reason["code"] == code)?;
-    // There is one run, so the mean is a whole number.
-    Some(reason["exits"]["mean"].as_f64()? as u64)
-}
-
-pub(super) fn json(text: &str) -> Result<Value> {
-    serde_json::from_str(text).with_context(|| format!("the tool prints no JSON: {text}"))
-}
-
 /// Record a VM from before its creation, and check that the plotted exits sum to the device's numbers
 /// at the end.
 fn record_and_plot() -> Result<()> {
     const RECORDING: &str = "tool.rec";
     let command = HeldCommand::new("record")?;
-    let mut recorder = Command::new("exitmeter")
-        .args(["record", "--output", RECORDING, "--interval", "5", "--"])
+    let mut recorder = tool::command(&["record", "--output", RECORDING, "--interval", "5", "--"])
         .args(command.words())
         .spawn()
         .context("the tool exitmeter cannot be run")?;
@@ -350,7 +329,7 @@ fn record_and_plot() -> Result<()> {
     let page = [
         "plot", RECORDING, "--output", "-", "--format", "html", "--vm", &name,
     ];
-    let page = run_tool(&page)?;
+    let page = tool::run(&page)?;
     let mut held = Exits::new();
     for vcpu in meter.own() {
         for (code, exits) in &vcpu.numbers.exits {
@@ -358,7 +337,7 @@ fn record_and_plot() -> Result<()> {
         }
     }
     ensure!(
-        held.get(&host::by_vendor(10, 0x72)?) >= Some(&10_000),
+        held.get(&codes::cpuid()?) >= Some(&10_000),
         "the VM has not exited as it should: {held:?}"
     );
     let shown: Exits = page.lines().filter_map(parse_row).collect();
@@ -376,8 +355,7 @@ fn record_why() -> Result<()> {
     const OUTS: u32 = 2000;
     const PAUSE: Duration = Duration::from_millis(400);
     let command = HeldCommand::new("details")?;
-    let mut recorder = Command::new("exitmeter")
-        .args(["record", "--why", "--output", RECORDING])
+    let mut recorder = tool::command(&["record", "--why", "--output", RECORDING])
         .args(["--interval", "20", "--"])
         .args(command.words())
         .spawn()
@@ -399,9 +377,8 @@ fn record_why() -> Result<()> {
     );
     ensure!(!has_tables()?, "details are on after it has recorded");
 
-    let page = run_tool(&["plot", RECORDING, "--output", "-", "--format", "html"])?;
-    let name =
-        reasons::name(host::isa()?, host::by_vendor(30, 0x7b)?).context("the reason's name")?;
+    let page = tool::run(&["plot", RECORDING, "--output", "-", "--format", "html"])?;
+    let name = reasons::name(host::vendor()?, codes::io()?).context("the reason's name")?;
     let row = format!("<tr><td>{name}</td><td>OUT 0x3f0 ");
     let row = page.lines().find(|line| line.starts_with(&row));
     let row = row.with_context(|| format!("no row of port 0x3f0:\n{page}"))?;
@@ -431,7 +408,7 @@ fn record_why() -> Result<()> {
         "no slow exit is the OUT on which the VMM slept:\n{}",
         &page[slow..]
     );
-    let svg = run_tool(&[
+    let svg = tool::run(&[
         "plot", RECORDING, "--output", "-", "--format", "svg", "--kind", "details",
     ])?;
     ensure!(
@@ -454,8 +431,7 @@ fn parse_seconds(text: &str) -> Option<f64> {
 
 /// Return true if a snapshot of the device has tables.
 fn has_tables() -> Result<bool> {
-    let bytes = fs::read(DEVICE).context("there is no snapshot")?;
-    Ok(Snapshot::parse(&bytes)?.has_tables())
+    Ok(Snapshot::parse(&read_device()?)?.has_tables())
 }
 
 /// Parse code and exits of a row of the page's table.
@@ -465,37 +441,6 @@ fn parse_row(line: &str) -> Option<(u32, u64)> {
     let code = cells.next()?.parse().ok()?;
     let exits = cells.nth(1)?.replace(',', "").parse().ok()?;
     (exits != 0).then_some((code, exits))
-}
-
-/// Return the exits by code of a VM, vCPU or total in the tool's JSON.
-pub(super) fn exits(ledger: &Value) -> Result<Exits> {
-    let rows = ledger["reasons"].as_array().context("there are reasons")?;
-    let mut exits = Exits::new();
-    for row in rows {
-        let count = row["exits"].as_u64().context("a number of exits")?;
-        if row["kind"] == "code" && count != 0 {
-            let code = row["code"].as_u64().context("a code")?;
-            exits.insert(u32::try_from(code)?, count);
-        }
-    }
-    Ok(exits)
-}
-
-fn run_tool(arguments: &[&str]) -> Result<String> {
-    run(Command::new("exitmeter").args(arguments))
-}
-
-/// Run a command, and return its output. Fail unless it succeeds.
-fn run(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .with_context(|| format!("{command:?} cannot be run"))?;
-    ensure!(
-        output.status.success(),
-        "{command:?} failed: {}",
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Check that the same number of CPUID exits came between each two sweeps. A sweep is given as the CPUID

@@ -26,6 +26,7 @@ use crate::host::{
     meter::{MeterSnapshot, DEVICE},
     module,
     span::{compare, exits_since},
+    tool::{self, NOBODY},
 };
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
@@ -79,13 +80,12 @@ pub(super) fn cases() -> Vec<Case> {
 /// Return true if the TSC counts the emulated CPU's work, as Bochs's does. QEMU's TSC with two CPUs is
 /// the wall clock of a machine that does other work as well.
 fn tsc_counts_work() -> bool {
-    host::isa().is_ok_and(|isa| isa == Isa::Vmx)
+    host::vendor().is_ok_and(|vendor| vendor == Isa::Vmx)
 }
 
 fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new("exitmeter");
-    command.arg("verify").args(arguments).args(LEAST_WORK);
-    command.stdin(Stdio::null());
+    let mut command = tool::command(&["verify"]);
+    command.args(arguments).args(LEAST_WORK);
     command
 }
 
@@ -213,7 +213,7 @@ fn without_root() -> Result<()> {
     for (path, mode) in modes {
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     }
-    let output = command(&["--json"]).uid(65534).gid(65534).output();
+    let output = command(&["--json"]).uid(NOBODY).gid(NOBODY).output();
     for ((path, _), before) in modes.into_iter().zip(before) {
         fs::set_permissions(path, before?)?;
     }
@@ -274,7 +274,7 @@ fn names_the_remedy() -> Result<()> {
     check_refused(&output?, "load KVM first")?;
     let before = fs::metadata(KVM)?.permissions();
     fs::set_permissions(KVM, fs::Permissions::from_mode(0o600))?;
-    let output = command(&[]).uid(65534).gid(65534).output();
+    let output = command(&[]).uid(NOBODY).gid(NOBODY).output();
     fs::set_permissions(KVM, before)?;
     check_refused(&output?, "no right to open /dev/kvm")?;
     check_refused(&verify(&["--cpu", "4000"])?, "--cpu")?;
@@ -435,8 +435,8 @@ fn ended_by_signal() -> Result<()> {
     let before = parameters()?;
     drop(Hist::begin()?);
     let start = |arguments: &[&str]| -> Result<Child> {
-        let mut command = Command::new("exitmeter");
-        command.arg("verify").args(arguments).stdout(Stdio::null());
+        let mut command = tool::command(&["verify"]);
+        command.args(arguments).stdout(Stdio::null());
         command.spawn().context("the tool exitmeter cannot be run")
     };
     // A signal while it counts.

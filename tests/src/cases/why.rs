@@ -7,7 +7,7 @@ use std::{
     fs,
     io::{self, Read as _},
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -17,13 +17,15 @@ use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
 use tiny_guests::{Config, Mode, Program, TinyVm};
 
-use super::{details::details_state, slow, tool::json, Case};
+use super::{details::details_state, slow, Case};
 use crate::host::{
-    self,
+    self, codes,
     held_command::{self, HeldCommand},
     meter::DEVICE,
     module,
     module_code::ModuleCode,
+    task,
+    tool::{self, json, NOBODY},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -60,9 +62,9 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// A running tool; dropping this kills it.
-struct Tool(Child);
+struct RunningTool(Child);
 
-impl Tool {
+impl RunningTool {
     /// Start the tool, and wait until details are on.
     fn start(arguments: &[&str]) -> Result<Self> {
         let tool = Self::spawn(arguments)?;
@@ -86,9 +88,7 @@ impl Tool {
     }
 
     fn spawn(arguments: &[&str]) -> Result<Self> {
-        let child = Command::new("exitmeter")
-            .args(arguments)
-            .stdin(Stdio::null())
+        let child = tool::command(arguments)
             .stdout(Stdio::piped())
             .spawn()
             .context("the tool exitmeter cannot be run")?;
@@ -121,7 +121,7 @@ impl Tool {
     }
 }
 
-impl Drop for Tool {
+impl Drop for RunningTool {
     fn drop(&mut self) {
         // The tool may have ended already.
         let _ = self.0.kill();
@@ -156,8 +156,8 @@ fn two_at_once() -> Result<()> {
     let code = ModuleCode::read()?;
     check_details_off(&code)?;
     let [one, other] = [HeldCommand::new("why.1")?, HeldCommand::new("why.2")?];
-    let json_tool = Tool::with_command(&["why", "--json"], &one)?;
-    let text_tool = Tool::with_command(&["why"], &other)?;
+    let json_tool = RunningTool::with_command(&["why", "--json"], &one)?;
+    let text_tool = RunningTool::with_command(&["why"], &other)?;
     ensure!(
         code.has_changed()?,
         "with details on the module's code is the same: no branch is static"
@@ -179,7 +179,7 @@ fn two_at_once() -> Result<()> {
     drop(machine);
 
     let output = json(&output)?;
-    let reason = host::by_vendor(30, 0x7b)?;
+    let reason = codes::io()?;
     let outs = rows(&output, "details", reason)?.iter();
     let mut outs = outs.filter(|row| row["detail"]["port"] == 0x3f0);
     let row = outs.next().context("a row of the port")?;
@@ -212,7 +212,7 @@ fn two_at_once() -> Result<()> {
 
 fn interrupted() -> Result<()> {
     let code = ModuleCode::read()?;
-    let mut tool = Tool::start(&["why", "--json", "--interval", "0.5"])?;
+    let mut tool = RunningTool::start(&["why", "--json", "--interval", "0.5"])?;
     // Details are on before the tool takes its first snapshot. After its first interval it has one.
     tool.skip_line()?;
     let mut machine = TinyVm::new(Config::new(Program::Wrmsr, Mode::Long, 3000))?;
@@ -223,7 +223,7 @@ fn interrupted() -> Result<()> {
     drop(machine);
     ensure!(status.success(), "after Ctrl-C it ends with {status}");
     check_details_off(&code)?;
-    let reason = host::by_vendor(32, 0x7c)?;
+    let reason = codes::wrmsr()?;
     let (mut intervals, mut exits) = (0, 0);
     for line in text.lines() {
         let output = json(line)?;
@@ -250,15 +250,13 @@ fn interrupted() -> Result<()> {
 }
 
 fn without_perfmon() -> Result<()> {
-    const NOBODY: u32 = 65534;
     const SENTENCE: &str = "exitmeter: no right to turn details on: run this as root, or with \
                             CAP_PERFMON; with the module's parameter details=1 they are always on\n";
     let code = ModuleCode::read()?;
     // Grant only the right to read the device.
     fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o444))?;
     let run = |arguments: &[&str]| {
-        Command::new("exitmeter")
-            .args(arguments)
+        tool::command(arguments)
             .uid(NOBODY)
             .gid(NOBODY)
             .output()
@@ -290,7 +288,7 @@ fn without_perfmon() -> Result<()> {
 fn slow_with_command() -> Result<()> {
     let code = ModuleCode::read()?;
     let command = HeldCommand::new("slow")?;
-    let tool = Tool::with_command(&["slow", "--json"], &command)?;
+    let tool = RunningTool::with_command(&["slow", "--json"], &command)?;
     let mut machine = TinyVm::new(slow::sleeper_config())?;
     machine.run()?;
     command.end()?;
@@ -316,7 +314,7 @@ fn killed() -> Result<()> {
     let code = ModuleCode::read()?;
     let mut machine = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     machine.run()?;
-    let tool = Tool::start(&["why", "--interval", "1"])?;
+    let tool = RunningTool::start(&["why", "--interval", "1"])?;
     let refused = module::unload()
         .err()
         .context("the module unloads while the tool runs")?;
@@ -352,8 +350,7 @@ fn unloaded_under_a_guest() -> Result<()> {
             loaded.unload()?;
             unloads += u32::from(ran);
         }
-        let ended = guest.join();
-        ended.map_err(|_| anyhow::anyhow!("the guest's thread"))??;
+        task::join(guest)?;
         ensure!(unloads > 0, "the guest ended before the module unloaded");
         Ok(())
     })

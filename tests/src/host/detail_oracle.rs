@@ -15,7 +15,7 @@ use exitmeter_meter::{
     snapshot::{Reason, TABLE_CODE, TABLE_DETAILS},
 };
 
-use super::{event_hist::EventHist, isa, nested_paging};
+use super::{codes, event_hist::EventHist, nested_paging, vendor};
 
 /// Identity of a row: the code of its reason, the kind of its key ([`CODE`] for code), and the key.
 type Key = (u32, u8, u64);
@@ -102,9 +102,9 @@ impl DetailOracle {
 
     /// Read the counts so far. No guest may run.
     pub fn read(&self) -> Result<DetailCounts> {
-        let isa = isa()?;
+        let vendor = vendor()?;
         let mut counts = DetailCounts::default();
-        let reason = |number: u64| match isa {
+        let reason = |number: u64| match vendor {
             // A failed entry has bit 31 set.
             Isa::Vmx => number as u32 & 0xffff,
             Isa::Svm => number as u32,
@@ -114,11 +114,11 @@ impl DetailOracle {
         }
         for (key, hits) in self.qualification.read()? {
             let code = reason(key[0]);
-            if let Some((kind, key)) = by_qualification(isa, code, key[1]) {
+            if let Some((kind, key)) = by_qualification(vendor, code, key[1]) {
                 counts.add((code, kind as u8, key), hits);
             }
         }
-        if isa == Isa::Vmx {
+        if vendor == Isa::Vmx {
             for (key, hits) in self.interruption.read()? {
                 let code = reason(key[0]);
                 if matches!(code, 0 | 1) {
@@ -128,14 +128,13 @@ impl DetailOracle {
             }
         }
         for (key, hits) in self.msr.read()? {
-            let code = match (isa, key[1]) {
-                (Isa::Vmx, 0) => 31,
-                (Isa::Vmx, _) => 32,
-                (Isa::Svm, _) => 0x7c,
+            let code = match key[1] {
+                0 => codes::rdmsr()?,
+                _ => codes::wrmsr()?,
             };
             counts.add((code, Kind::Msr as u8, key[0] | key[1] << 32), hits);
         }
-        let code = if isa == Isa::Vmx { 10 } else { 0x72 };
+        let code = codes::cpuid()?;
         let exits: u64 = counts
             .0
             .iter()
@@ -157,7 +156,7 @@ impl DetailOracle {
             };
             counts.add((code, Kind::Cpuid as u8, key[0] | subleaf << 32), hits);
         }
-        let code = if isa == Isa::Vmx { 18 } else { 0x81 };
+        let code = codes::hypercall()?;
         for (key, hits) in self.hypercall.read()? {
             counts.add((code, Kind::Hypercall as u8, key[0] & 0xffff_ffff), hits);
         }
@@ -165,18 +164,18 @@ impl DetailOracle {
             counts.add((code, Kind::Hypercall as u8, key[0] | 1 << 32), hits);
         }
         if nested_paging()? {
-            self.add_memory(isa, &mut counts)?;
+            self.add_memory(vendor, &mut counts)?;
         }
         Ok(counts)
     }
 
     /// Add the accesses to memory and to memory-mapped devices.
-    fn add_memory(&self, isa: Isa, counts: &mut DetailCounts) -> Result<()> {
+    fn add_memory(&self, vendor: Isa, counts: &mut DetailCounts) -> Result<()> {
         let mut devices = BTreeMap::<u64, i64>::new();
         for (key, hits) in self.fast_mmio.read()? {
             *devices.entry(key[0]).or_default() += hits as i64;
         }
-        if isa == Isa::Svm {
+        if vendor == Isa::Svm {
             for (key, hits) in self.fault.read()? {
                 let (address, error) = (key[0], key[1]);
                 if error & RESERVED != 0 {
@@ -207,7 +206,7 @@ impl DetailOracle {
                 counts.add((48, Kind::Memory as u8, key), hits);
             }
         }
-        let code = if isa == Isa::Vmx { 49 } else { 0x400 };
+        let code = if vendor == Isa::Vmx { 49 } else { 0x400 };
         for (address, hits) in devices {
             let hits = u64::try_from(hits);
             let hits =
@@ -219,9 +218,9 @@ impl DetailOracle {
 }
 
 /// Return the detail that the exit qualification, or EXITINFO1, gives by itself.
-fn by_qualification(isa: Isa, code: u32, qualification: u64) -> Option<(Kind, u64)> {
+fn by_qualification(vendor: Isa, code: u32, qualification: u64) -> Option<(Kind, u64)> {
     let bit = |from: u32, to: u32| (qualification >> from & 1) << to;
-    Some(match (isa, code) {
+    Some(match (vendor, code) {
         // SDM, "Exit Qualification for I/O Instructions".
         (Isa::Vmx, 30) => {
             let how = bit(3, 32) | bit(4, 33) | bit(5, 34);

@@ -5,7 +5,9 @@
 
 use std::{fs, io, path::Path};
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{Context as _, Result};
+
+use super::kallsyms::symbols;
 
 /// Attributes of the allocators that can fail: of objects, and of pages.
 const ALLOCATORS: [&str; 2] = [
@@ -56,36 +58,6 @@ impl CodeRange {
             end: (last / PAGE + 1) * PAGE,
         })
     }
-}
-
-/// A code symbol of /proc/kallsyms.
-struct Symbol {
-    address: u64,
-    name: String,
-    /// Name of the module; empty for the kernel's image.
-    module: String,
-}
-
-fn symbols() -> Result<Vec<Symbol>> {
-    let text = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms")?;
-    let of_line = |line: &str| {
-        let mut words = line.split_whitespace();
-        let address = u64::from_str_radix(words.next()?, 16).ok()?;
-        words.next().filter(|kind| matches!(*kind, "t" | "T"))?;
-        let name = words.next()?.to_owned();
-        let module = words.next().unwrap_or("").trim_matches(['[', ']']);
-        Some(Symbol {
-            address,
-            name,
-            module: module.to_owned(),
-        })
-    };
-    let symbols: Vec<_> = text.lines().filter_map(of_line).collect();
-    ensure!(
-        symbols.iter().any(|symbol| symbol.address != 0),
-        "/proc/kallsyms hides the addresses"
-    );
-    Ok(symbols)
 }
 
 /// Fault injection into allocations made by some code, until this is dropped.

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, ffi::CStr, fs, path::Path};
 use anyhow::{ensure, Context as _, Result};
 use exitmeter_meter::reasons::Isa;
 
-use super::{event_hist, isa};
+use super::{event_hist, vendor};
 
 const TRACING: &CStr = c"/sys/kernel/tracing";
 /// File that sets the triggers of the tracepoint.
@@ -43,7 +43,7 @@ impl Hist {
     /// Read the exits so far.
     pub fn read(&self) -> Result<Exits> {
         let text = fs::read_to_string(HIST).with_context(|| format!("{HIST} cannot be read"))?;
-        parse(&text, isa()?)
+        parse(&text, vendor()?)
     }
 }
 
@@ -75,12 +75,12 @@ pub(super) fn mount() -> Result<()> {
 
 /// Parse the text of a histogram keyed by CPU and exit_reason, and sum over the CPUs. On VMX the basic
 /// reason is the low half of the tracepoint's field.
-fn parse(text: &str, isa: Isa) -> Result<Exits> {
+fn parse(text: &str, vendor: Isa) -> Result<Exits> {
     let mut exits = Exits::new();
     for (keys, hits) in event_hist::parse(text, &["exit_reason"])? {
         let reason = keys.first().copied().context("an entry has its key")?;
         let reason = u32::try_from(reason).context("a reason has 32 bits")?;
-        let reason = match isa {
+        let reason = match vendor {
             Isa::Vmx => reason & 0xffff,
             Isa::Svm => reason,
         };

@@ -17,6 +17,11 @@ use super::hist::Exits;
 /// Path of the module's device.
 pub const DEVICE: &str = "/dev/exitmeter";
 
+/// Read a snapshot from the device.
+pub fn read_device() -> Result<Vec<u8>> {
+    fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))
+}
+
 /// The ledger of one vCPU, or the totals of departed ones.
 #[derive(Clone, Debug, Default)]
 pub struct LedgerNumbers {
@@ -177,8 +182,7 @@ impl MeterSnapshot {
     /// Read the device. For each live vCPU, check that its ledger balances and that each exit has its
     /// sample in the histogram.
     pub fn read() -> Result<Self> {
-        let bytes = fs::read(DEVICE).with_context(|| format!("{DEVICE} cannot be read"))?;
-        Self::parse(&bytes)
+        Self::parse(&read_device()?)
     }
 
     /// Parse a snapshot, with the checks of [`MeterSnapshot::read`].

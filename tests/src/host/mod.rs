@@ -5,11 +5,13 @@
 
 pub mod bpf;
 pub mod cgroup;
+pub mod codes;
 pub mod detail_oracle;
 pub mod event_hist;
 pub mod fault_injection;
 pub mod held_command;
 pub mod hist;
+mod kallsyms;
 pub mod leaves;
 pub mod linux;
 pub mod log;
@@ -18,6 +20,7 @@ pub mod module;
 pub mod module_code;
 pub mod span;
 pub mod task;
+pub mod tool;
 
 use std::{ffi::CStr, fs, io};
 
@@ -45,13 +48,13 @@ pub fn mount(kind: &CStr, target: &CStr) -> Result<()> {
 }
 
 /// Return the vendor whose virtualization extension this host has.
-pub fn isa() -> Result<Isa> {
+pub fn vendor() -> Result<Isa> {
     tiny_guests::host_isa().context("this host has neither VT-x nor SVM")
 }
 
 /// Return `vmx` on an Intel host and `svm` on an AMD host.
 pub fn by_vendor<T>(vmx: T, svm: T) -> Result<T> {
-    Ok(match isa()? {
+    Ok(match vendor()? {
         Isa::Vmx => vmx,
         Isa::Svm => svm,
     })
@@ -61,7 +64,7 @@ pub fn by_vendor<T>(vmx: T, svm: T) -> Result<T> {
 pub fn nested_paging() -> Result<bool> {
     let path = format!(
         "/sys/module/{}/parameters/{}",
-        module::vendor()?,
+        module::vendor_module()?,
         by_vendor("ept", "npt")?
     );
     let value = fs::read_to_string(&path).with_context(|| format!("{path} cannot be read"))?;
@@ -71,6 +74,12 @@ pub fn nested_paging() -> Result<bool> {
 /// Return the number of online CPUs.
 pub fn cpus() -> Result<usize> {
     Ok(std::thread::available_parallelism()?.get())
+}
+
+/// Return the host's TSC.
+pub fn tsc() -> u64 {
+    // SAFETY: Each CPU with VT-x or SVM has a TSC, and user space may read it.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// Return the number of function-call interrupts that `cpu` has taken (CAL in /proc/interrupts).
@@ -102,7 +111,7 @@ pub fn expected(config: &Config) -> Result<Expected> {
         vcpus,
         ..
     } = *config;
-    let expected = Expected::of(isa()?, program, mode, config.loops(), vcpus);
+    let expected = Expected::of(vendor()?, program, mode, config.loops(), vcpus);
     Ok(match nested_paging()? {
         true => expected,
         false => expected.without_nested_paging(),

@@ -96,19 +96,19 @@ impl Drop for Loaded {
 }
 
 /// Return the name of KVM's vendor module on this host.
-pub fn vendor() -> Result<&'static str> {
+pub fn vendor_module() -> Result<&'static str> {
     by_vendor("kvm_intel", "kvm_amd")
 }
 
 /// Load KVM's vendor module, with or without nested paging.
-pub fn load_vendor(nested_paging: bool) -> Result<()> {
+pub fn load_vendor_module(nested_paging: bool) -> Result<()> {
     let parameter = format!("{}={}", by_vendor("ept", "npt")?, u8::from(nested_paging));
-    modprobe(&[vendor()?, &parameter])
+    modprobe(&[vendor_module()?, &parameter])
 }
 
 /// Unload KVM's vendor module; kvm.ko stays.
-pub fn unload_vendor() -> Result<()> {
-    remove(vendor()?)
+pub fn unload_vendor_module() -> Result<()> {
+    remove(vendor_module()?)
 }
 
 /// Run modprobe.

@@ -2,13 +2,11 @@
 
 //! The module's machine code in the kernel's memory. It shows whether static branches are on or off.
 
-use std::{
-    fs::{self, File},
-    os::unix::fs::FileExt as _,
-    path::Path,
-};
+use std::{fs::File, os::unix::fs::FileExt as _, path::Path};
 
 use anyhow::{Context as _, Result};
+
+use super::kallsyms::symbols;
 
 /// The kernel's memory as an ELF file (proc_kcore(5)).
 const KCORE: &str = "/proc/kcore";
@@ -17,7 +15,7 @@ const KCORE: &str = "/proc/kcore";
 /// (elf(5)).
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
-const PT_LOAD: u32 = 1;
+const PT_LOAD: u64 = 1;
 
 /// A copy of the module's code; `None` on a kernel without /proc/kcore, such as the lab's debug kernels.
 #[derive(Debug)]
@@ -53,13 +51,9 @@ impl ModuleCode {
 
 /// Read the module's code from its first function to its last.
 fn read_code() -> Result<Vec<u8>> {
-    let symbols = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms cannot be read")?;
-    let addresses = symbols.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        let (address, kind) = (words.next()?, words.next()?);
-        let is_code = matches!(kind, "t" | "T") && words.nth(1) == Some("[exitmeter]");
-        u64::from_str_radix(address, 16).ok().filter(|_| is_code)
-    });
+    let symbols = symbols()?;
+    let own = symbols.iter().filter(|symbol| symbol.module == "exitmeter");
+    let addresses = own.map(|symbol| symbol.address);
     let (first, last) = addresses.fold((u64::MAX, 0), |(first, last), address| {
         (first.min(address), last.max(address))
     });
@@ -75,10 +69,11 @@ fn read_code() -> Result<Vec<u8>> {
         file.read_exact_at(&mut header, table + place * PROGRAM_HEADER as u64)?;
         let field = |at| number(&header, at, 8).unwrap_or(0);
         let (offset, address, size) = (field(8), field(16), field(32));
-        let inside = first.checked_sub(address).filter(|inside| *inside < size);
-        if let (Some(PT_LOAD), Some(inside)) = (number(&header, 0, 4).map(|it| it as u32), inside) {
+        let start = first.checked_sub(address).filter(|start| *start < size);
+        let kind = number(&header, 0, 4);
+        if let (Some(PT_LOAD), Some(start)) = (kind, start) {
             let mut code = vec![0; usize::try_from(length)?];
-            file.read_exact_at(&mut code, offset + inside)?;
+            file.read_exact_at(&mut code, offset + start)?;
             return Ok(code);
         }
     }

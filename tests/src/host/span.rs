@@ -7,8 +7,8 @@ use exitmeter_meter::reasons;
 
 use super::{
     hist::{Exits, Hist},
-    isa,
     meter::MeterSnapshot,
+    vendor,
 };
 
 /// A span that begins and ends while no guest runs.
@@ -59,7 +59,7 @@ pub fn exits_since(mut now: Exits, before: &Exits) -> Result<Exits> {
 
 /// Check that the meter and the kernel's histogram counted the same.
 pub fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
-    let isa = isa()?;
+    let vendor = vendor()?;
     let count = |exits: &Exits, reason| exits.get(&reason).copied().unwrap_or(0);
     let mut reasons: Vec<u32> = metered.keys().chain(hist.keys()).copied().collect();
     reasons.sort_unstable();
@@ -70,7 +70,7 @@ pub fn compare(metered: &Exits, hist: &Exits) -> Result<()> {
         .map(|reason| {
             format!(
                 "{reason} ({}): the meter counted {}, the kernel's histogram {}",
-                reasons::name(isa, reason).unwrap_or("?"),
+                reasons::name(vendor, reason).unwrap_or("?"),
                 count(metered, reason),
                 count(hist, reason)
             )

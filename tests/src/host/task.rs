@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tasks of the host: a busy thread, and a stopped process.
+//! Tasks of the host: threads of a case, a busy thread, and a stopped process.
 
 use std::{
     fs, io,
@@ -8,13 +8,19 @@ use std::{
         atomic::{AtomicBool, Ordering},
         Arc,
     },
-    thread::{self, JoinHandle},
+    thread::{self, JoinHandle, ScopedJoinHandle},
     time::{Duration, Instant},
 };
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{anyhow, ensure, Context as _, Result};
 use rustix::process::{kill_process, Pid, Signal};
 use tiny_guests::pin;
+
+/// Wait for a thread of a case, and return its result. A panic is an error.
+pub fn join<T, E: Into<anyhow::Error>>(thread: ScopedJoinHandle<'_, Result<T, E>>) -> Result<T> {
+    let result = thread.join().map_err(|_| anyhow!("a thread panicked"))?;
+    result.map_err(Into::into)
+}
 
 /// A thread that spins on one CPU until it is dropped.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ use tiny_guests::{Config, Mode, Program, TinyVm};
 use super::{check_fully_metered, raise_file_limit, random::Random, scaled};
 use crate::{
     cases::Case,
-    host::{meter::MeterSnapshot, module, span::Span},
+    host::{meter::MeterSnapshot, module, span::Span, task},
 };
 
 /// Total number of VMs.
@@ -136,7 +136,7 @@ fn come_and_go(count: u64) -> Result<()> {
             })
             .collect();
         for thread in threads {
-            let ended = thread.join().ok().context("a thread panicked")??;
+            let ended = task::join(thread)?;
             refused += ended.0;
             vcpus += ended.1;
         }

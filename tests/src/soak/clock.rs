@@ -18,10 +18,11 @@ use super::{run_until, scaled, snapshots::check_none_fell};
 use crate::{
     cases::Case,
     host::{
-        self,
+        self, codes,
         log::Log,
-        meter::{MeterSnapshot, MeteredVcpu, DEVICE},
+        meter::{read_device, MeterSnapshot, MeteredVcpu},
         span::Span,
+        task,
     },
 };
 
@@ -85,7 +86,7 @@ fn hotplug() -> Result<()> {
         })();
         fs::write(ONLINE, "1")?;
         done.store(true, Ordering::Relaxed);
-        guest.join().ok().context("the guest's thread panicked")??;
+        task::join(guest)?;
         result
     })?;
     let exits: u64 = span.end()?.values().sum();
@@ -100,7 +101,7 @@ fn hotplug() -> Result<()> {
 /// meters on such a host, too: counts are exact, but ticks come from a clock that may differ between
 /// CPUs.
 fn trusted_tsc() -> Result<()> {
-    let bytes = fs::read(DEVICE)?;
+    let bytes = read_device()?;
     let is_stable = Snapshot::parse(&bytes)?.tsc_is_stable();
     let lines = Log::from_boot()?.lines()?;
     let unstable = lines
@@ -121,7 +122,7 @@ fn trusted_tsc() -> Result<()> {
 /// Return the clock of a snapshot: the TSC when the module was loaded, the TSC now, ticks in a second,
 /// and the number of the meter's life.
 fn snapshot_clock() -> Result<(u64, u64, u64, u64)> {
-    let bytes = fs::read(DEVICE)?;
+    let bytes = read_device()?;
     let snapshot = Snapshot::parse(&bytes)?;
     let second = snapshot.tsc_khz().context("the TSC's frequency")?;
     Ok((
@@ -135,7 +136,7 @@ fn snapshot_clock() -> Result<(u64, u64, u64, u64)> {
 /// Suspend the host for 5 s while one VM idles and one works. The suspend is as in S3 except for the
 /// last step, the firmware's.
 fn survive_suspend() -> Result<()> {
-    let hlt = host::by_vendor(12, 0x78)?;
+    let hlt = codes::hlt()?;
     let span = Span::begin()?;
     let config = Config {
         hlt_time: Duration::from_millis(10),
@@ -163,12 +164,12 @@ fn survive_suspend() -> Result<()> {
                 ensure!(!guest.is_finished(), "the guest ended");
             }
             let (loaded, now, second, life) = snapshot_clock()?;
-            let tsc = read_tsc();
+            let tsc = host::tsc();
             let before = MeterSnapshot::read()?;
             fs::write("/sys/power/pm_test", "core").context("/sys/power/pm_test")?;
             fs::write("/sys/power/state", "mem").context("the host does not sleep")?;
             let (new_tsc, (loaded_after, now_after, _, life_after)) =
-                (read_tsc(), snapshot_clock()?);
+                (host::tsc(), snapshot_clock()?);
             ensure!(new_tsc > tsc, "the host's TSC was {tsc} and is {new_tsc}");
             ensure!(
                 (loaded, life) == (loaded_after, life_after),
@@ -218,16 +219,10 @@ fn survive_suspend() -> Result<()> {
             anyhow::Ok(())
         })();
         done.store(true, Ordering::Relaxed);
-        guest.join().ok().context("the guest's thread panicked")??;
+        task::join(guest)?;
         result
     })?;
     let exits: u64 = span.end()?.values().sum();
     println!("{exits} exits, all counted");
     Ok(())
-}
-
-/// Read the host's TSC.
-fn read_tsc() -> u64 {
-    // SAFETY: Each CPU with VT-x or SVM has a TSC, and user space may read it.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }

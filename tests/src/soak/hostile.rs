@@ -19,11 +19,12 @@ use super::{random::Random, scaled};
 use crate::{
     cases::Case,
     host::{
-        self,
+        self, codes,
         leaves::{EXITS_64, MAP_2021, PHASE_CYCLES},
         log::Log,
         meter::MeterSnapshot,
         span::Span,
+        task,
     },
 };
 
@@ -89,7 +90,7 @@ fn check_line_rate(log: &mut Log, time: Duration) -> Result<u64> {
 /// Return a random query for reads and writes of MSRs. The asking guests never access one, and their
 /// neighbour does nothing else, so an answer other than 0 shows the neighbour's numbers.
 fn query_for_neighbour(random: &mut Random) -> Result<(u32, u32)> {
-    let rdmsr = host::by_vendor(31, 0x7c)?;
+    let rdmsr = codes::rdmsr()?;
     Ok(match random.below(5) {
         0 => (MAP_2021.reason_exits, rdmsr),
         1 => (MAP_2021.reason_cycles, rdmsr),
@@ -135,10 +136,9 @@ fn random_queries(count: u64) -> Result<()> {
                 scope.spawn(move || ask_random_queries(mode, seed, count, asked, for_neighbour))
             })
             .collect();
-        threads.into_iter().try_for_each(|thread| {
-            thread.join().ok().context("a thread panicked")??;
-            anyhow::Ok(())
-        })
+        threads
+            .into_iter()
+            .try_for_each(|thread| task::join(thread).map(drop))
     })?;
     let time = started.elapsed();
     let after = MeterSnapshot::read()?;
@@ -225,7 +225,7 @@ fn ask_random_queries(
 fn flood() -> Result<()> {
     const ROUNDS: usize = 15;
     const EXITS: u32 = 3000;
-    let out = host::by_vendor(30, 0x7b)?;
+    let out = codes::io()?;
     let stop = AtomicBool::new(false);
     let flooding = AtomicBool::new(false);
     let asked = AtomicU64::new(0);
@@ -267,7 +267,7 @@ fn flood() -> Result<()> {
             anyhow::Ok(costs)
         })();
         stop.store(true, Ordering::Relaxed);
-        flooder.join().ok().context("the flooder panicked")??;
+        task::join(flooder)?;
         result
     })?
     .map(|mut costs: Vec<u64>| {
@@ -323,7 +323,7 @@ fn check_counts_up(answers: &[Registers64], first: u64) -> Result<()> {
 }
 
 fn query_own_cpuid_exits(count: u32) -> Result<Config> {
-    let query = Registers64::cpuid(MAP_2021.reason_exits, host::by_vendor(10, 0x72)?);
+    let query = Registers64::cpuid(MAP_2021.reason_exits, codes::cpuid()?);
     Ok(Config::query(Mode::Long, vec![query; count as usize]))
 }
 
@@ -386,7 +386,7 @@ fn signals_and_register_writes() -> Result<()> {
             }
             thread::sleep(Duration::from_micros(200));
         }
-        rounds = guest.join().ok().context("the guest's thread panicked")??;
+        rounds = task::join(guest)?;
         anyhow::Ok(())
     })?;
     span.end()?;

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{anyhow, bail, ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use tiny_guests::{pin, Config, Mode, Program, Registers64, TinyVm};
 
 use super::{repeat_until, scaled};
@@ -22,7 +22,7 @@ use crate::{
         leaves::MAP_2021,
         linux::Linux,
         meter::{MeterSnapshot, DEVICE},
-        module,
+        module, task,
     },
 };
 
@@ -122,10 +122,8 @@ fn load_repeatedly(count: u64) -> Result<()> {
         });
         done.store(true, Ordering::Relaxed);
         // A guest's own error says more than the fact that it ended.
-        let ended = match (linux.join(), tiny.join()) {
-            (Ok(linux), Ok(tiny)) => (linux?, tiny?),
-            _ => bail!("a guest's thread panicked"),
-        };
+        let (linux, tiny) = (task::join(linux), task::join(tiny));
+        let ended = (linux?, tiny?);
         cycled?;
         anyhow::Ok(ended)
     })?;
@@ -261,8 +259,7 @@ fn unload_under(config: &Config) -> Result<()> {
             loaded.unload()?;
             slowest = slowest.max(begun.elapsed());
             if guest.is_finished() {
-                let why = guest.join().map_err(|_| anyhow!("its thread panicked"))?;
-                why.with_context(|| format!("the guest ended in round {round}"))?;
+                task::join(guest).with_context(|| format!("the guest ended in round {round}"))?;
                 bail!("the guest ended in round {round} without an error");
             }
         }
@@ -271,10 +268,7 @@ fn unload_under(config: &Config) -> Result<()> {
             slowest.as_secs_f64()
         );
         done.store(true, Ordering::Relaxed);
-        match guest.join() {
-            Ok(times) => times.map(drop),
-            Err(_) => bail!("the guest's thread panicked"),
-        }
+        task::join(guest).map(drop)
     })
 }
 

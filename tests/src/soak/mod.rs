@@ -24,7 +24,7 @@ use tiny_guests::{Config, Mode, Program, TinyVm};
 
 use crate::{
     cases::Case,
-    host::{self, meter::MeterSnapshot},
+    host::{codes, meter::MeterSnapshot},
 };
 
 /// Environment variable with the share of its work that a case does, in percent.
@@ -73,7 +73,7 @@ fn check_fully_metered() -> Result<()> {
     machine.run()?;
     let meter = MeterSnapshot::read()?;
     let numbers = &meter.only()?.numbers;
-    let cpuid = numbers.exits_of(host::by_vendor(10, 0x72)?);
+    let cpuid = numbers.exits_of(codes::cpuid()?);
     ensure!(cpuid == 50, "{cpuid} CPUID exits of 50 are metered");
     Ok(())
 }

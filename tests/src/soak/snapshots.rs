@@ -4,7 +4,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -17,8 +16,9 @@ use super::{raise_file_limit, repeat_until, run_until, scaled};
 use crate::{
     cases::Case,
     host::{
-        self,
-        meter::{MeterSnapshot, MeteredVcpu, DEVICE},
+        self, codes,
+        meter::{read_device, MeterSnapshot, MeteredVcpu},
+        task,
     },
 };
 
@@ -104,7 +104,7 @@ fn beside_churn(time: Duration) -> Result<()> {
             anyhow::Ok(())
         })();
         done.store(true, Ordering::Relaxed);
-        vms = churn.join().ok().context("a thread panicked")??;
+        vms = task::join(churn)?;
         result
     })?;
     println!("{snapshots} snapshots while {vms} VMs came and went; no number fell");
@@ -146,7 +146,7 @@ fn beside_vcpus(time: Duration) -> Result<()> {
         })();
         done.store(true, Ordering::Relaxed);
         for guest in guests {
-            guest.join().ok().context("a guest's thread panicked")??;
+            task::join(guest)?;
         }
         result
     })?;
@@ -163,7 +163,7 @@ fn of_4096_vcpus() -> Result<()> {
     // Each VM has its own 4 MiB, so VMs of few vCPUs would exceed the host's memory.
     const EACH: u8 = MAX_LONG_VCPUS;
     raise_file_limit(2 * VCPUS)?;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let mut machines = Vec::new();
     let mut left = VCPUS;
     while left > 0 {
@@ -180,9 +180,9 @@ fn of_4096_vcpus() -> Result<()> {
     let mut bytes = Vec::new();
     let mut ticks = Vec::new();
     for _ in 0..5 {
-        let began = read_tsc();
-        bytes = fs::read(DEVICE)?;
-        ticks.push(read_tsc() - began);
+        let began = host::tsc();
+        bytes = read_device()?;
+        ticks.push(host::tsc() - began);
     }
     ticks.sort_unstable();
     let meter = MeterSnapshot::read()?;
@@ -203,11 +203,6 @@ fn of_4096_vcpus() -> Result<()> {
         ticks[ticks.len() / 2]
     );
     Ok(())
-}
-
-fn read_tsc() -> u64 {
-    // SAFETY: Every 64-bit CPU has a TSC.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// Check that no number of a vCPU fell.

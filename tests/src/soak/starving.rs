@@ -14,7 +14,7 @@ use super::{check_fully_metered, random::Random, scaled};
 use crate::{
     cases::Case,
     host::{
-        self,
+        codes,
         fault_injection::{self, CodeRange, FaultInjection},
         meter::{MeterSnapshot, DEVICE},
         module,
@@ -141,7 +141,7 @@ fn snapshot() -> Result<()> {
 
 fn vcpus() -> Result<()> {
     const VCPUS: u8 = 3;
-    let cpuid = host::by_vendor(10, 0x72)?;
+    let cpuid = codes::cpuid()?;
     let config = Config {
         vcpus: VCPUS,
         ..Config::new(Program::Cpuid, Mode::Long, 40)

@@ -25,8 +25,8 @@ need_space "$work" 8000
 
 in_host() { scripts/in-root.sh "$host" --write --bind "$debs:/debs" --bind "$work:/work" -- "$@"; }
 
-# checks TEXT CMD...: checks that CMD succeeds.
-checks() {
+# expect TEXT CMD...: checks that CMD succeeds.
+expect() {
   local text=$1
   shift
   "$@" || die "$text: no."
@@ -55,18 +55,18 @@ install_packages() {
   say "installing without a network"
   in_host unshare --net dpkg -i "/debs/exitmeter_${version}_amd64.deb" "/debs/exitmeter-dkms_${version}_all.deb" >"$work/install.log" 2>&1 ||
     die "the packages do not install without a network; see $work/install.log."
-  checks "$old goes without, since it has no Rust" grep -q "no module for $old: .* is built without CONFIG_RUST," "$work/install.log"
-  checks "$new goes without, since its source is not to be had" grep -q "no module for $new: .* could not be fetched" "$work/install.log"
-  checks "no package is left half-configured" test -z "$(in_host dpkg --audit)"
-  checks "why is in the log" as_root grep -q "^exitmeter: .*CONFIG_RUST" "$host/var/log/exitmeter-dkms/$old.log"
+  expect "$old goes without, since it has no Rust" grep -q "no module for $old: .* is built without CONFIG_RUST," "$work/install.log"
+  expect "$new goes without, since its source is not to be had" grep -q "no module for $new: .* could not be fetched" "$work/install.log"
+  expect "no package is left half-configured" test -z "$(in_host dpkg --audit)"
+  expect "why is in the log" as_root grep -q "^exitmeter: .*CONFIG_RUST" "$host/var/log/exitmeter-dkms/$old.log"
 
   say "upgrading the packages of both kernels, with a network (some minutes)"
   in_host env DEBIAN_FRONTEND=noninteractive apt-get install --yes --reinstall "linux-image-$old" "linux-headers-$old" "linux-headers-$new" \
     >"$work/upgrade.log" 2>&1 || die "the kernels' packages cannot be upgraded beside exitmeter-dkms; see $work/upgrade.log."
-  checks "$old still goes without" grep -q "no module for $old: .* is built without CONFIG_RUST," "$work/upgrade.log"
-  checks "$new has the module" grep -q "the module for $new is installed" "$work/upgrade.log"
-  checks "no package is left half-configured" test -z "$(in_host dpkg --audit)"
-  checks "DKMS has it installed for $new alone" test "$(in_host dkms status)" = "exitmeter/$version, $new, x86_64: installed"
+  expect "$old still goes without" grep -q "no module for $old: .* is built without CONFIG_RUST," "$work/upgrade.log"
+  expect "$new has the module" grep -q "the module for $new is installed" "$work/upgrade.log"
+  expect "no package is left half-configured" test -z "$(in_host dpkg --audit)"
+  expect "DKMS has it installed for $new alone" test "$(in_host dkms status)" = "exitmeter/$version, $new, x86_64: installed"
   as_root rm -rf "$host/var/cache/apt/archives/"*.deb
 }
 

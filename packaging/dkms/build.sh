@@ -25,8 +25,8 @@ without="or do without exitmeter on this kernel"
 # setting NAME: prints its value in the kernel's configuration, without quotes.
 setting() { sed -n "s/^CONFIG_$1=\"\{0,1\}\([^\"]*\)\"\{0,1\}$/\1/p" "$config"; }
 
-# named TOOL TEXT: prints the command, TOOL or TOOL-1.85 and the like, whose --version is TEXT; TOOL itself if there is none.
-named() {
+# find_tool TOOL TEXT: prints the command, TOOL or TOOL-1.85 and the like, whose --version is TEXT; TOOL itself if there is none.
+find_tool() {
   local candidate
   for candidate in "$1" "$1-$(sed -n 's/^[a-z]* \([0-9]*\.[0-9]*\)\..*/\1/p' <<<"$2")" "/usr/bin/$1"; do
     if [ "$("$candidate" --version 2>/dev/null)" = "$2" ]; then
@@ -39,8 +39,8 @@ named() {
 
 RUSTC=rustc BINDGEN=bindgen
 if [ -s "$config" ]; then
-  RUSTC=$(named rustc "$(setting RUSTC_VERSION_TEXT)")
-  BINDGEN=$(named bindgen "$(setting BINDGEN_VERSION_TEXT)")
+  RUSTC=$(find_tool rustc "$(setting RUSTC_VERSION_TEXT)")
+  BINDGEN=$(find_tool bindgen "$(setting BINDGEN_VERSION_TEXT)")
 fi
 export RUSTC BINDGEN
 "$source/scripts/check-kdir.sh" --kernel "$kdir"

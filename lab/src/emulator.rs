@@ -55,7 +55,7 @@ pub enum Console<'a> {
 }
 
 /// Path under which an emulator sees the run's folder.
-const FOLDER: &str = "/lab/run";
+const RUN_FOLDER: &str = "/lab/run";
 
 /// A running emulator. Dropping it kills it with all its children.
 #[derive(Debug)]

@@ -36,7 +36,7 @@ fn lab_on(host: &str, arguments: &[&str]) -> Command {
 }
 
 #[track_caller]
-fn ends_with(arguments: &[&str], status: i32) -> Output {
+fn assert_ends_with(arguments: &[&str], status: i32) -> Output {
     let output = lab(arguments).output().unwrap();
     assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
     output
@@ -101,7 +101,7 @@ fn shown(output: &Output, log: &str) -> String {
 fn fault_ends_with(kind: &str, status: i32, words: &str) -> Output {
     let kind = format!("kind={kind}");
     // The script would go on, and end well, if it could.
-    let output = ends_with(
+    let output = assert_ends_with(
         &[
             "--no-kvm",
             "--file",
@@ -135,7 +135,7 @@ fn a_run_has_the_scripts_status_and_its_standard_output() {
         "echo out $1; echo err >&2; mkdir -p $OUT/a; echo kept >$OUT/a/file; echo logged >/dev/kmsg; exit 7\n",
     )
     .unwrap();
-    let output = ends_with(&["--", script.to_str().unwrap(), "first"], 7);
+    let output = assert_ends_with(&["--", script.to_str().unwrap(), "first"], 7);
     assert_eq!(output.stdout, b"out first\n");
     assert!(stderr(&output).contains("err\n"));
     let folder = folder(&output);
@@ -166,7 +166,7 @@ fn two_runs_can_go_side_by_side() {
 #[test]
 #[ignore = "boots a host"]
 fn a_host_that_cannot_load_kvm_is_100_and_gives_its_reason() {
-    let output = ends_with(&["--kvm-args", "npt=x", "--", "true"], 100);
+    let output = assert_ends_with(&["--kvm-args", "npt=x", "--", "true"], 100);
     assert!(stderr(&output).contains("npt=x"), "{}", stderr(&output));
 }
 
@@ -300,7 +300,7 @@ fn a_lockup_is_104() {
 fn limit_ends_with(limit: &str, script: &str, status: i32) {
     let script = format!("echo the last word >/dev/console; {script}");
     let ends_well = |seconds: &str| {
-        let output = ends_with(&[limit, seconds, "--", &script], status);
+        let output = assert_ends_with(&[limit, seconds, "--", &script], status);
         let shown = shown(&output, "console.log");
         println!("after {seconds} s: {shown}");
         shown.ends_with("the last word\n")
@@ -324,7 +324,7 @@ fn the_time_limit_is_107() {
 #[test]
 #[ignore = "boots a host"]
 fn a_host_that_ends_without_a_verdict_is_108() {
-    ends_with(&["--", "reboot -f; sleep 100"], 108);
+    assert_ends_with(&["--", "reboot -f; sleep 100"], 108);
 }
 
 #[test]
@@ -413,7 +413,7 @@ fn a_full_disk_is_100_and_names_its_remedy_once() {
 }
 
 /// Start a run. Return it once its script has begun, with the first process of its emulator.
-fn begun() -> (Child, Pid) {
+fn start_run() -> (Child, Pid) {
     let mut run = lab(&["--", "echo begun; sleep 1000"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -456,7 +456,7 @@ fn is_gone(pid: Pid) -> bool {
 }
 
 #[track_caller]
-fn status_soon(mut run: Child) -> (Option<i32>, String) {
+fn wait_soon(mut run: Child) -> (Option<i32>, String) {
     let since = Instant::now();
     let status = run.wait().unwrap();
     assert!(
@@ -472,9 +472,9 @@ fn status_soon(mut run: Child) -> (Option<i32>, String) {
 #[test]
 #[ignore = "boots a host"]
 fn an_emulator_that_dies_is_105_at_once() {
-    let (run, emulator) = begun();
+    let (run, emulator) = start_run();
     kill_process(innermost(emulator), Signal::KILL).unwrap();
-    let (status, text) = status_soon(run);
+    let (status, text) = wait_soon(run);
     assert_eq!(status, Some(105), "{text}");
 }
 
@@ -482,10 +482,10 @@ fn an_emulator_that_dies_is_105_at_once() {
 #[ignore = "boots hosts"]
 fn an_interrupted_run_leaves_nothing_running() {
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-        let (run, emulator) = begun();
+        let (run, emulator) = start_run();
         let innermost = innermost(emulator);
         kill_process(Pid::from_child(&run), signal).unwrap();
-        let (status, text) = status_soon(run);
+        let (status, text) = wait_soon(run);
         assert_eq!(status, Some(130), "{text}");
         are_gone_soon([emulator, innermost]);
     }
@@ -494,7 +494,7 @@ fn an_interrupted_run_leaves_nothing_running() {
 #[test]
 #[ignore = "boots a host"]
 fn a_killed_run_leaves_nothing_running() {
-    let (mut run, emulator) = begun();
+    let (mut run, emulator) = start_run();
     let innermost = innermost(emulator);
     run.kill().unwrap();
     run.wait().unwrap();

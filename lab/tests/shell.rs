@@ -121,7 +121,7 @@ impl Drop for Session {
 
 /// Boot a host, let its shell compute something, and end the host with these keys.
 #[track_caller]
-fn session(last: &str) {
+fn session_ended_by(keys: &str) {
     let mut session = Session::start();
     assert!(session.edits_lines());
     session.wait_for("Ctrl-] ends the host");
@@ -132,7 +132,7 @@ fn session(last: &str) {
     );
     session.type_keys("echo $((6 * 7)) is the answer\r");
     session.wait_for("42 is the answer\r\n");
-    session.type_keys(last);
+    session.type_keys(keys);
     let status = session.wait();
     assert!(status.success(), "{status}");
     assert!(session.edits_lines(), "the terminal is as it was");
@@ -141,11 +141,11 @@ fn session(last: &str) {
 #[test]
 #[ignore = "boots a host"]
 fn a_key_ends_the_host() {
-    session("\u{1d}");
+    session_ended_by("\u{1d}");
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn a_shell_that_ends_ends_the_host() {
-    session("exit\r");
+    session_ended_by("exit\r");
 }

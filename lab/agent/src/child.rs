@@ -129,7 +129,7 @@ fn reap(pid: Pid) -> io::Result<Option<u32>> {
         match waitpid(None, WaitOptions::NOHANG) {
             Ok(Some((ended, status))) => {
                 if ended == pid {
-                    found = Some(code(ExitStatus::from_raw(status.as_raw())));
+                    found = Some(shell_status(ExitStatus::from_raw(status.as_raw())));
                 }
             }
             Ok(None) | Err(rustix::io::Errno::CHILD) => return Ok(found),
@@ -140,7 +140,7 @@ fn reap(pid: Pid) -> io::Result<Option<u32>> {
 }
 
 /// Convert a status to the number that a shell reports.
-pub fn code(status: ExitStatus) -> u32 {
+fn shell_status(status: ExitStatus) -> u32 {
     // CAST: neither is negative.
     match (status.code(), status.signal()) {
         (Some(code), _) => code as u32,

@@ -56,7 +56,7 @@ pub fn host() -> ExitCode {
             let _ = Sender::new(port).send(&Message::Failure(text));
         }
     }
-    end(RebootCommand::PowerOff)
+    end_machine(RebootCommand::PowerOff)
 }
 
 fn run_host() -> Result<()> {
@@ -170,7 +170,7 @@ pub fn guest() -> ExitCode {
     if let Err(error) = run_guest() {
         eprintln!("guest: {error:#}");
     }
-    end(RebootCommand::Restart)
+    end_machine(RebootCommand::Restart)
 }
 
 fn run_guest() -> Result<()> {
@@ -295,7 +295,7 @@ fn disable_fair_servers() -> Result<()> {
 }
 
 /// End the machine.
-fn end(command: RebootCommand) -> ExitCode {
+fn end_machine(command: RebootCommand) -> ExitCode {
     let _ = reboot(command);
     ExitCode::FAILURE
 }

@@ -12,7 +12,7 @@ use std::{
     process::Command,
 };
 
-use super::{Boot, Console, InitialState, FOLDER};
+use super::{Boot, Console, InitialState, RUN_FOLDER};
 use crate::{
     image::pvh::{self, Info},
     outcome::RunError,
@@ -24,15 +24,15 @@ const INITRAMFS_ADDRESS: u64 = 0x1000_0000;
 
 /// Instructions of the host in one of its seconds. With more, fewer timer interrupts disturb measurements, but waiting
 /// takes longer.
-const SPEED: u32 = 500_000_000;
+const INSTRUCTIONS_PER_SECOND: u32 = 500_000_000;
 
 /// Start time of every host (1 January 2026), so that two runs differ as little as possible.
-const TIME: u64 = 1_767_225_600;
+const START_TIME: u64 = 1_767_225_600;
 
 /// Path under which Bochs sees its own files.
-const BOCHS: &str = "/lab/bochs";
+const BOCHS_FOLDER: &str = "/lab/bochs";
 /// Path under which Bochs sees a saved machine.
-const MACHINE: &str = "/lab/machine";
+const SAVED_FOLDER: &str = "/lab/machine";
 
 /// Return the command that starts Bochs.
 ///
@@ -52,16 +52,16 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
         return impossible("Bochs always counts instructions; leave out --icount");
     }
     let root = in_root(&boot.prepared.root)
-        .bind(bochs, BOCHS)
-        .bind(boot.folder, FOLDER);
+        .bind(bochs, BOCHS_FOLDER)
+        .bind(boot.folder, RUN_FOLDER);
     if let InitialState::Saved(saved) = boot.initial_state {
         let input = boot.folder.join("input");
         write_input(&boot.images.payload, &input).map_err(RunError::io("write", &input))?;
-        let mut command = root.bind(saved, MACHINE).command("env");
+        let mut command = root.bind(saved, SAVED_FOLDER).command("env");
         command
-            .arg(format!("BOCHS_INPUT={FOLDER}/input"))
-            .arg(format!("{BOCHS}/bochs"))
-            .args(["-q", "-r", MACHINE]);
+            .arg(format!("BOCHS_INPUT={RUN_FOLDER}/input"))
+            .arg(format!("{BOCHS_FOLDER}/bochs"))
+            .args(["-q", "-r", SAVED_FOLDER]);
         return Ok(command);
     }
 
@@ -74,15 +74,14 @@ pub fn command(boot: &Boot<'_>) -> Result<Command, RunError> {
         .bind(&boot.images.base, "/lab/base");
     let mut variables = Vec::new();
     if let InitialState::Save(folder) = boot.initial_state {
-        root = root.bind(folder, MACHINE);
-        variables.push(format!("BOCHS_SAVE={MACHINE}"));
+        root = root.bind(folder, SAVED_FOLDER);
+        variables.push(format!("BOCHS_SAVE={SAVED_FOLDER}"));
     }
     let mut command = root.command("env");
-    command.args(variables).arg(format!("{BOCHS}/bochs")).args([
-        "-q",
-        "-f",
-        &format!("{FOLDER}/bochsrc"),
-    ]);
+    command
+        .args(variables)
+        .arg(format!("{BOCHS_FOLDER}/bochs"))
+        .args(["-q", "-f", &format!("{RUN_FOLDER}/bochsrc")]);
     Ok(command)
 }
 
@@ -101,7 +100,7 @@ pub fn complete_saved(folder: &Path) -> Result<(), RunError> {
         .lines()
         .filter(|line| !line.starts_with("optramimage"))
         .map(|line| match line.starts_with("optromimage1") {
-            true => format!("{}\n", rom_line(MACHINE)),
+            true => format!("{}\n", rom_line(SAVED_FOLDER)),
             false => format!("{line}\n"),
         })
         .collect();
@@ -141,7 +140,7 @@ fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
 
     let model = machine.model.as_deref().unwrap_or(machine.host.model());
     let serial = match boot.console {
-        Console::File(name) => format!("mode=file, dev={FOLDER}/{name}"),
+        Console::File(name) => format!("mode=file, dev={RUN_FOLDER}/{name}"),
         Console::Terminal(device) => format!("mode=term, dev={}", device.display()),
     };
     let ram = |number: u32, file: &str, address: u64| {
@@ -149,18 +148,18 @@ fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
     };
     let lines = [
         format!(
-            "cpu: model={model}, count={}, ips={SPEED}, ignore_bad_msrs=1, reset_on_triple_fault=0",
+            "cpu: model={model}, count={}, ips={INSTRUCTIONS_PER_SECOND}, ignore_bad_msrs=1, reset_on_triple_fault=0",
             machine.cpus
         ),
         format!("memory: guest={0}, host={0}", machine.memory),
-        format!("romimage: file={BOCHS}/bios"),
-        format!("vgaromimage: file={BOCHS}/vgabios"),
-        rom_line(FOLDER),
-        ram(1, &format!("{FOLDER}/info"), pvh::INFO_ADDRESS),
+        format!("romimage: file={BOCHS_FOLDER}/bios"),
+        format!("vgaromimage: file={BOCHS_FOLDER}/vgabios"),
+        rom_line(RUN_FOLDER),
+        ram(1, &format!("{RUN_FOLDER}/info"), pvh::INFO_ADDRESS),
         ram(2, "/lab/kernel-image", kernel.address),
         ram(3, "/lab/base", INITRAMFS_ADDRESS),
-        ram(4, &format!("{FOLDER}/payload"), INITRAMFS_ADDRESS + base),
-        format!("clock: sync=none, time0={TIME}"),
+        ram(4, &format!("{RUN_FOLDER}/payload"), INITRAMFS_ADDRESS + base),
+        format!("clock: sync=none, time0={START_TIME}"),
         format!("com1: enabled=1, {serial}"),
         "port_e9_hack: enabled=1".to_owned(),
         "pci: enabled=1, chipset=i440fx".to_owned(),
@@ -168,7 +167,7 @@ fn configure(boot: &Boot<'_>) -> Result<String, RunError> {
         "vga: extension=vbe, update_freq=1".to_owned(),
         "ata0: enabled=0".to_owned(),
         "ata1: enabled=0".to_owned(),
-        format!("log: {FOLDER}/bochs.log"),
+        format!("log: {RUN_FOLDER}/bochs.log"),
         "panic: action=fatal".to_owned(),
         // Bochs reports each guest access that KVM has to emulate as an error: 170 MB of them.
         "error: action=ignore".to_owned(),

@@ -198,14 +198,14 @@ impl<'a> Engine<'a> {
         if step.is_complete() {
             return Ok(());
         }
-        let result = self.make_alone(step);
+        let result = self.make_locked(step);
         if result.is_err() {
             self.failed.store(true, Ordering::SeqCst);
         }
         result
     }
 
-    fn make_alone(&self, step: &Step) -> Result<(), SetupError> {
+    fn make_locked(&self, step: &Step) -> Result<(), SetupError> {
         fs::create_dir_all(&step.out).map_err(SetupError::io("make", &step.out))?;
         let line = self.progress.open_line(step.name);
         let mut size = FolderSize::of(&step.out);
@@ -317,7 +317,7 @@ impl<'a> Engine<'a> {
     /// Return the error of a script that failed, with the script's last sentence if it has one. The rest of its output
     /// is shown as lines that stay.
     fn failure(&self, step: &Step, status: ExitStatus, complaint: &str) -> SetupError {
-        let (sentence, lines) = sentence(complaint);
+        let (sentence, lines) = split_sentence(complaint);
         if !lines.is_empty() {
             self.progress.note(&lines.join("\n"));
         }
@@ -358,7 +358,7 @@ pub fn needed(steps: &[&Step]) -> u64 {
 }
 
 /// Split the last sentence of a script, in the form of an error's text, from its other lines.
-pub fn sentence(complaint: &str) -> (Option<&str>, Vec<&str>) {
+pub fn split_sentence(complaint: &str) -> (Option<&str>, Vec<&str>) {
     let mut lines: Vec<&str> = complaint.lines().collect();
     let at = lines
         .iter()

@@ -22,7 +22,7 @@ pub fn need(scripts: &Path) -> Result<(), SetupError> {
         return Ok(());
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
-    let (sentence, rest) = engine::sentence(&complaint);
+    let (sentence, rest) = engine::split_sentence(&complaint);
     Err(SetupError::Namespaces(
         sentence.map_or_else(|| rest.join("\n"), str::to_owned),
     ))

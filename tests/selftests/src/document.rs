@@ -87,7 +87,7 @@ fn fill(text: &mut String, all: &AllResults) -> std::fmt::Result {
     )?;
     table(text, all)?;
     for results in &all.results {
-        reasons(text, results)?;
+        not_passed(text, results)?;
     }
     writeln!(
         text,
@@ -145,7 +145,7 @@ fn cells(text: &mut String, compared: &Compared) -> std::fmt::Result {
 }
 
 /// Write the tables of the tests that did not pass, with the reasons that the tests themselves give.
-fn reasons(text: &mut String, results: &Results) -> std::fmt::Result {
+fn not_passed(text: &mut String, results: &Results) -> std::fmt::Result {
     for (verdicts, title) in [
         (
             &[

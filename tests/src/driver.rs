@@ -52,7 +52,7 @@ fn default_cpus(host: Host, soak: bool) -> u32 {
 
 /// Options of a run.
 #[derive(Args, Clone, Debug)]
-pub struct Plan {
+pub struct RunArgs {
     /// Host to run on; both at the same time when not given.
     #[arg(long, value_enum)]
     pub host: Option<Host>,
@@ -95,8 +95,8 @@ pub struct Plan {
 }
 
 /// Run the cases and print the result; the last line has the numbers.
-pub fn run(plan: &Plan) -> Result<ExitCode> {
-    let hosts = match &plan.host {
+pub fn run(args: &RunArgs) -> Result<ExitCode> {
+    let hosts = match &args.host {
         Some(host) => std::slice::from_ref(host),
         None => Host::value_variants(),
     };
@@ -105,7 +105,7 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     thread::scope(|scope| {
         let programs = scope.spawn(|| programs::build(TOOL));
         setup::prepare(&SetupOptions {
-            kernel: plan.kernel.clone(),
+            kernel: args.kernel.clone(),
             tree: true,
             bochs: hosts.contains(&Host::Intel),
             ..SetupOptions::default()
@@ -116,7 +116,7 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     let verdicts: Vec<Result<Verdict>> = thread::scope(|scope| {
         let threads: Vec<_> = hosts
             .iter()
-            .map(|host| scope.spawn(|| run_on(*host, plan)))
+            .map(|host| scope.spawn(|| run_on(*host, args)))
             .collect();
         threads.into_iter().map(join).collect()
     });
@@ -143,7 +143,7 @@ pub fn expect_arguments(words: &[String]) -> impl Iterator<Item = String> + '_ {
 }
 
 /// Boot a host, run the cases in it, and return their verdict.
-fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
+fn run_on(host: Host, args: &RunArgs) -> Result<Verdict> {
     let mut collector = Collector::default();
     let mut take = |line: String| {
         println!("{host:<5} {line}");
@@ -151,7 +151,7 @@ fn run_on(host: Host, plan: &Plan) -> Result<Verdict> {
     };
     let (mut stdout, mut stderr) = (Lines::default(), Lines::default());
     let mut last_lines = LastLines::default();
-    let outcome = run::run(&options(host, plan)?, &mut |event| match event {
+    let outcome = run::run(&options(host, args)?, &mut |event| match event {
         Event::Stdout(bytes) => stdout.take(bytes).into_iter().for_each(&mut take),
         Event::Stderr(bytes) => {
             let _ = io::stderr().write_all(bytes);
@@ -210,38 +210,38 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 /// Return the longest time without output, in seconds, after which a host counts as hung. A case
 /// prints nothing until it ends, and `in_host` kills a case that takes too long. The limit is twice
 /// the longest case because an emulator's clock can be slower than the wall's.
-fn silence_limit(plan: &Plan) -> u64 {
-    if plan.soak {
-        return plan.timeout;
+fn silence_limit(args: &RunArgs) -> u64 {
+    if args.soak {
+        return args.timeout;
     }
     let longest = cases::all().iter().map(|case| case.limit.as_secs()).max();
-    let silence = 2 * longest.unwrap_or_default() * u64::from(plan.slow);
-    silence.min(plan.timeout)
+    let silence = 2 * longest.unwrap_or_default() * u64::from(args.slow);
+    silence.min(args.timeout)
 }
 
 /// Return the options of the run that boots a host and runs the cases in it.
-fn options(host: Host, plan: &Plan) -> Result<Options> {
+fn options(host: Host, args: &RunArgs) -> Result<Options> {
     let this = env::current_exe().context("the path of this program is not known")?;
     let mut words = vec![PROGRAM.to_owned(), "--in-host".to_owned()];
-    if plan.soak {
-        words.extend(["--soak".to_owned(), format!("--percent={}", plan.percent)]);
+    if args.soak {
+        words.extend(["--soak".to_owned(), format!("--percent={}", args.percent)]);
     }
-    words.extend(["--slow".to_owned(), plan.slow.to_string()]);
-    words.extend(expect_arguments(&plan.expect));
-    words.extend_from_slice(&plan.words);
+    words.extend(["--slow".to_owned(), args.slow.to_string()]);
+    words.extend(expect_arguments(&args.expect));
+    words.extend_from_slice(&args.words);
     let mut options = Options::new(host, words);
     let machine = &mut options.machine;
-    machine.model.clone_from(&plan.model);
-    machine.cpus = plan.cpus.unwrap_or(default_cpus(host, plan.soak));
-    machine.memory = plan.memory.unwrap_or(machine.memory);
-    machine.append = plan.append.clone().unwrap_or_default();
-    options.kernel.clone_from(&plan.kernel);
-    options.kvm_parameters = Some(plan.kvm_args.clone().unwrap_or_default());
+    machine.model.clone_from(&args.model);
+    machine.cpus = args.cpus.unwrap_or(default_cpus(host, args.soak));
+    machine.memory = args.memory.unwrap_or(machine.memory);
+    machine.append = args.append.clone().unwrap_or_default();
+    options.kernel.clone_from(&args.kernel);
+    options.kvm_parameters = Some(args.kvm_args.clone().unwrap_or_default());
     options.tool = TOOL;
     options.files = vec![FileSpec::at(this, PROGRAM)];
     options.limits = Limits {
-        time: Duration::from_secs(plan.timeout),
-        silence: Duration::from_secs(silence_limit(plan)),
+        time: Duration::from_secs(args.timeout),
+        silence: Duration::from_secs(silence_limit(args)),
     };
     Ok(options)
 }

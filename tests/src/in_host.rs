@@ -108,7 +108,7 @@ fn run_in_process(case: &Case, expect: &[String], slow: u32, output: &mut String
     let child = Command::new("/proc/self/exe")
         .args(["--case", &case.name])
         .args(expect_arguments(expect))
-        .env(host::SLOW, slow.to_string())
+        .env(host::SLOWDOWN, slow.to_string())
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file.try_clone()?)
@@ -156,5 +156,5 @@ fn clean_up() -> Result<()> {
     if linux::is_running() {
         linux::stop()?;
     }
-    event_hist::clear()
+    event_hist::remove_all()
 }

@@ -22,7 +22,7 @@ use system_tests::host;
 #[command(version)]
 struct Arguments {
     #[command(flatten)]
-    plan: driver::Plan,
+    run: driver::RunArgs,
     /// In the host, which must be an emulated one: run the cases.
     #[arg(long, hide = true)]
     in_host: bool,
@@ -46,7 +46,7 @@ struct Arguments {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(case) = arguments.case {
-        in_host::run_case(&case, &arguments.plan.expect)?;
+        in_host::run_case(&case, &arguments.run.expect)?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(count) = arguments.nested {
@@ -64,17 +64,17 @@ fn main() -> Result<ExitCode> {
         soak::bequeath()?;
         return Ok(ExitCode::SUCCESS);
     }
-    let plan = arguments.plan;
+    let args = arguments.run;
     if arguments.in_host {
-        let cases = match plan.soak {
+        let cases = match args.soak {
             true => {
                 // Each case is a process of its own and inherits this.
-                env::set_var(soak::PERCENT, plan.percent.to_string());
+                env::set_var(soak::PERCENT, args.percent.to_string());
                 soak::all()
             }
             false => cases::all(),
         };
-        return in_host::run(cases, &plan.words, &plan.expect, plan.slow);
+        return in_host::run(cases, &args.words, &args.expect, args.slow);
     }
-    driver::run(&plan)
+    driver::run(&args)
 }

@@ -35,6 +35,7 @@ use crate::host::{
     span::{compare, exits_since},
     task,
     tool::{self, NOBODY},
+    KVM_EXIT_IO,
 };
 
 const PINS: &str = "/sys/fs/bpf/exitmeter";
@@ -93,11 +94,11 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::without_module(
             "bpf: start pins it, stop removes everything, and each refusal is one sentence",
-            lifetime,
+            start_and_stop,
         ),
         Case::without_module(
             "bpf: a vCPU past --max-vcpus counts as unmetered, with its exits",
-            no_room,
+            past_max_vcpus,
         ),
         Case::without_module(
             "bpf: exitmeter verify passes, and leaves nothing behind",
@@ -235,11 +236,11 @@ fn exact_counts() -> Result<()> {
     }
     let meter = attached.read()?;
     ensure!(
-        meter.unmetered == 0 && meter.vcpus.is_empty() && meter.gone > 30,
-        "{} unmetered, {} vCPUs, {} gone",
+        meter.unmetered == 0 && meter.vcpus.is_empty() && meter.departed > 30,
+        "{} unmetered, {} vCPUs, {} departed",
         meter.unmetered,
         meter.vcpus.len(),
-        meter.gone
+        meter.departed
     );
     attached.stop()
 }
@@ -260,10 +261,10 @@ fn beside_module() -> Result<()> {
     }
     let (bpf, module) = (attached.read()?, MeterSnapshot::read()?);
     ensure!(
-        bpf.gone == module.gone,
+        bpf.departed == module.departed,
         "{} vCPUs and {}",
-        bpf.gone,
-        module.gone
+        bpf.departed,
+        module.departed
     );
     let (bpf, module) = (bpf.totals, module.totals);
     ensure!(
@@ -420,9 +421,9 @@ fn slowest() -> Result<()> {
     let slowest = exits.max_by_key(|exit| exit.length()).context("none")?;
     println!("{slowest:?}");
     let user = Duration::from_nanos(slowest.ticks(Phase::User));
-    // KVM_EXIT_IO of linux/kvm.h; kernels before 6.11 do not tell whether it was KVM_RUN.
+    // Kernels before 6.11 do not tell whether it was KVM_RUN.
     ensure!(
-        user >= SLEPT && matches!(slowest.user_exit, Some(2) | None),
+        user >= SLEPT && matches!(slowest.user_exit, Some(KVM_EXIT_IO) | None),
         "{slowest:?}"
     );
     attached.stop()?;
@@ -528,10 +529,10 @@ fn existing_vcpu() -> Result<()> {
         vcpu.numbers.exits
     );
     drop(machine);
-    let gone = attached.read()?;
+    let after = attached.read()?;
     ensure!(
-        gone.vcpus.is_empty() && gone.gone == 1 && gone.totals.exits == seen,
-        "{gone:?}"
+        after.vcpus.is_empty() && after.departed == 1 && after.totals.exits == seen,
+        "{after:?}"
     );
     attached.stop()
 }
@@ -589,7 +590,7 @@ fn wait_for_programs(child: &mut Child) -> Result<()> {
     Ok(())
 }
 
-fn lifetime() -> Result<()> {
+fn start_and_stop() -> Result<()> {
     mount()?;
     check_refused(&tool::output(&["bpf", "status"])?, "exitmeter bpf start")?;
     check_refused(&tool::output(&["bpf", "stop"])?, "no BPF meter is attached")?;
@@ -649,7 +650,7 @@ fn lifetime() -> Result<()> {
     Ok(())
 }
 
-fn no_room() -> Result<()> {
+fn past_max_vcpus() -> Result<()> {
     let attached = Attached::with(&["--max-vcpus", "1"])?;
     let mut first = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     first.run()?;
@@ -677,7 +678,7 @@ fn no_room() -> Result<()> {
     let mut third = TinyVm::new(Config::new(Program::Cpuid, Mode::Long, 100))?;
     third.run()?;
     let meter = attached.read()?;
-    ensure!((meter.unmetered, meter.vcpus.len(), meter.gone) == (1, 1, 1));
+    ensure!((meter.unmetered, meter.vcpus.len(), meter.departed) == (1, 1, 1));
     drop(third);
     attached.stop()
 }

@@ -32,13 +32,11 @@ use crate::host::{
     meter::{read_device, DEVICE},
     task,
     tool::NOBODY,
+    END_PORT, VMM_PORT,
 };
 
 /// `_IO(0xE7, 1)`: turn details on while the file is open.
 const TURN_ON_DETAILS: libc::Ioctl = 0xe701;
-
-/// Ports of tiny guests: the one that ends the guest, and the one that its VMM answers.
-const PORTS: [u64; 2] = [0xf4, 0x3f0];
 
 /// Port of the speaker that KVM emulates.
 const SPEAKER: u64 = 0x61;
@@ -229,8 +227,8 @@ fn compare_with(
     let nested_paging = host::nested_paging()?;
     let byte = 1 << 36;
     let known: &[(Kind, u64, u64)] = match config.program {
-        Program::OutUser => &[(Kind::Port, PORTS[1] | byte, loops)],
-        Program::InUser => &[(Kind::Port, PORTS[1] | INPUT | byte, loops)],
+        Program::OutUser => &[(Kind::Port, VMM_PORT | byte, loops)],
+        Program::InUser => &[(Kind::Port, VMM_PORT | INPUT | byte, loops)],
         Program::InKernel => &[(Kind::Port, SPEAKER | INPUT | byte, loops)],
         Program::Rdmsr => &[(Kind::Msr, 0x8b, loops)],
         Program::Wrmsr => &[(Kind::Msr, 0x8b | 1 << 32, loops)],
@@ -266,7 +264,7 @@ fn compare_with(
             "{registers:x?}"
         );
     }
-    let ends = rows(Kind::Port).get(&(PORTS[0] | byte)).copied();
+    let ends = rows(Kind::Port).get(&(END_PORT | byte)).copied();
     ensure!(ends == Some(config.vcpus.into()), "{:x?}", rows(Kind::Port));
     let access = match config.program {
         Program::Touch => MEMORY_WRITE,

@@ -73,9 +73,9 @@ impl OtherHooks for Kprobes {
 
     fn attach() -> Result<Self> {
         for name in FUNCTIONS {
-            append("kprobe_events", &format!("p:soak/{name} {name}"))?;
+            append("kprobe_events", &format!("p:other/{name} {name}"))?;
         }
-        write("events/soak/enable", "1")?;
+        write("events/other/enable", "1")?;
         Ok(Self)
     }
 
@@ -90,9 +90,9 @@ impl OtherHooks for Kprobes {
     }
 
     fn detach(self) -> Result<()> {
-        write("events/soak/enable", "0")?;
+        write("events/other/enable", "0")?;
         for name in FUNCTIONS {
-            append("kprobe_events", &format!("-:soak/{name}"))?;
+            append("kprobe_events", &format!("-:other/{name}"))?;
         }
         Ok(())
     }

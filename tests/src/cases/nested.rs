@@ -22,6 +22,7 @@ use crate::host::{
     log::Log,
     meter::{read_device, MeterSnapshot, DEVICE},
     span::Span,
+    VMM_PORT,
 };
 
 /// Modules of the guest's kernel, which may differ from the host's.
@@ -34,9 +35,8 @@ const COUNT: u32 = 300;
 /// out of range for KVM, which answers all such leaves alike.
 const ASKED: [u32; 2] = [MAP_2021.reason_exits, 0x4fff_fffb];
 
-/// OUTs of a second L2 guest to its VMM, and their port.
+/// OUTs of a second L2 guest to its VMM.
 const OUTS: u32 = 100;
-const OUT_PORT: u64 = 0x3f0;
 
 /// Bit in ECX that asks for the exits of L2 guests only.
 const NESTED: u32 = 1 << 16;
@@ -335,7 +335,7 @@ fn check_details(linux: &Linux) -> Result<()> {
     let entries: Vec<TableRow> = entries.flat_map(|tables| tables.entries()).collect();
 
     let [ours, beside] = ASKED.map(|leaf| u64::from(leaf) | 10 << 32);
-    let out = OUT_PORT | 1 << 36;
+    let out = VMM_PORT | 1 << 36;
     for (nested, kind, key, due) in [
         (true, Kind::Cpuid, 0, COUNT),
         (true, Kind::Cpuid, ours, 1),

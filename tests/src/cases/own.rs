@@ -26,7 +26,7 @@ use crate::host::{
     linux::Linux,
     log::Log,
     meter::{read_device, DEVICE},
-    task, tool,
+    task, tool, KVM_EXIT_IO,
 };
 
 /// Leaves that a guest asks for before it asks for its rows: leaf, subleaf, and number of queries.
@@ -420,8 +420,7 @@ fn in_linux() -> Result<()> {
             .is_some_and(|leaf| leaf >> 4 == 0x4ff_ffff)
     });
     ensure!(own.is_err(), "the tool's own queries are included: {own:?}");
-    // The port reads exit to the VMM as KVM_EXIT_IO.
-    let io = only_row(&why["user_exits"], |row| row["exit_reason"] == 2)?;
+    let io = only_row(&why["user_exits"], |row| row["exit_reason"] == KVM_EXIT_IO)?;
     ensure!(io["exits"].as_u64() >= Some(5), "{io}");
 
     let text = linux.run("taskset 1 exitmeter stat --why -o /tmp/stat -- true; cat /tmp/stat")?;

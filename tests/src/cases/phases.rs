@@ -148,11 +148,11 @@ pub(super) fn cases() -> Vec<Case> {
                 drop(machine);
                 let after = MeterSnapshot::read()?;
                 ensure!(
-                    after.own().is_empty() && after.gone == before.gone + 1,
+                    after.own().is_empty() && after.departed == before.departed + 1,
                     "{} vCPUs live and {} are gone after {} were",
                     after.own().len(),
-                    after.gone,
-                    before.gone
+                    after.departed,
+                    before.departed
                 );
                 ensure!(
                     alive.exits() == after.exits(),

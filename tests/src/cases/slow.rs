@@ -9,7 +9,7 @@ use serde_json::Value;
 use tiny_guests::{pin, Config, Mode, Program, TinyVm};
 
 use super::Case;
-use crate::host::tool;
+use crate::host::{tool, KVM_EXIT_IO, VMM_PORT};
 
 /// Sleep of the VMM on one OUT. It is longer than any other exit on an emulated host with a debug
 /// kernel and other work.
@@ -61,12 +61,11 @@ fn number(value: &Value, name: &str) -> Result<u64> {
 /// Check that an exit is the OUT on which the VMM slept.
 pub(super) fn check_slow_exit(exit: &Value, khz: u64) -> Result<()> {
     ensure!(
-        exit["detail"]["kind"] == "port" && exit["detail"]["port"] == 0x3f0,
+        exit["detail"]["kind"] == "port" && exit["detail"]["port"] == VMM_PORT,
         "{exit}"
     );
     ensure!(exit["detail"]["input"] == false, "{exit}");
-    // KVM_EXIT_IO is the exit to the VMM.
-    ensure!(exit["exit_reason"] == 2, "{exit}");
+    ensure!(exit["exit_reason"] == KVM_EXIT_IO, "{exit}");
     let (user, took) = (number(exit, "user")?, number(exit, "took")?);
     let least = PAUSE.as_millis() as u64 * khz;
     ensure!(user >= least, "user: {user} ticks of at least {least}");
@@ -129,7 +128,7 @@ fn vmm_sleeps() -> Result<()> {
     }
     let outs = before
         .iter()
-        .filter(|exit| exit["detail"]["port"] == 0x3f0)
+        .filter(|exit| exit["detail"]["port"] == VMM_PORT)
         .count();
     ensure!(outs > 32, "{outs} OUTs before it");
     Ok(())

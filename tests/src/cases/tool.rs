@@ -97,10 +97,10 @@ fn report_matches() -> Result<()> {
             "the tool reports the vCPU {shown}, and the snapshot holds {held:?}"
         );
     }
-    let gone = &report["departed"];
+    let departed = &report["departed"];
     ensure!(
-        gone["vcpus_gone"] == meter.gone && tool::exits(gone)? == meter.totals.exits,
-        "the tool reports the departed vCPUs {gone}, and the snapshot holds {:?}",
+        departed["vcpus_gone"] == meter.departed && tool::exits(departed)? == meter.totals.exits,
+        "the tool reports the departed vCPUs {departed}, and the snapshot holds {:?}",
         meter.totals
     );
     let cpuid = codes::cpuid()?;
@@ -132,10 +132,10 @@ fn diff_of_snapshots() -> Result<()> {
     ensure!(vms.len() == 1, "the difference has {} VMs", vms.len());
     let shown = tool::exits(&vms[0])?.get(&cpuid).copied();
     ensure!(shown == Some(400), "{shown:?} CPUID exits instead of 400");
-    let gone = &delta["departed"];
+    let departed = &delta["departed"];
     ensure!(
-        gone["vcpus_gone"] == 1 && tool::exits(gone)?.is_empty(),
-        "the VM that ran only before counts as {gone}"
+        departed["vcpus_gone"] == 1 && tool::exits(departed)?.is_empty(),
+        "the VM that ran only before counts as {departed}"
     );
     check_balance(&delta)?;
 

@@ -26,6 +26,7 @@ use crate::host::{
     module_code::ModuleCode,
     task,
     tool::{self, json, NOBODY},
+    KVM_EXIT_IO, VMM_PORT,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -152,7 +153,6 @@ fn rows<'a>(output: &'a Value, table: &str, code: u32) -> Result<&'a Vec<Value>>
 }
 
 fn two_at_once() -> Result<()> {
-    const KVM_EXIT_IO: u32 = 2;
     let code = ModuleCode::read()?;
     check_details_off(&code)?;
     let [one, other] = [HeldCommand::new("why.1")?, HeldCommand::new("why.2")?];
@@ -181,7 +181,7 @@ fn two_at_once() -> Result<()> {
     let output = json(&output)?;
     let reason = codes::io()?;
     let outs = rows(&output, "details", reason)?.iter();
-    let mut outs = outs.filter(|row| row["detail"]["port"] == 0x3f0);
+    let mut outs = outs.filter(|row| row["detail"]["port"] == VMM_PORT);
     let row = outs.next().context("a row of the port")?;
     ensure!(
         row["exits"] == 5000

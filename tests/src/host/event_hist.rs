@@ -32,7 +32,7 @@ impl EventHist {
         let hist = Self { event, keys };
         let trigger = hist.file("trigger");
         // The keys include the CPU, for the reason given at `hist::KEYS`.
-        add(&trigger, &hist.words())
+        append(&trigger, &hist.words())
             .with_context(|| format!("{trigger} does not take a histogram"))?;
         ensure!(
             hist.read()?.is_empty(),
@@ -63,7 +63,7 @@ impl EventHist {
 
 impl Drop for EventHist {
     fn drop(&mut self) {
-        if let Err(error) = add(&self.file("trigger"), &format!("!{}", self.words())) {
+        if let Err(error) = append(&self.file("trigger"), &format!("!{}", self.words())) {
             eprintln!("The histogram of {} cannot be removed: {error}", self.event);
         }
     }
@@ -71,13 +71,13 @@ impl Drop for EventHist {
 
 /// Append to a trigger file. Opening it with O_TRUNC, as [`fs::write`] does, would remove the triggers
 /// that are set (`event_trigger_regex_open()`).
-fn add(path: &str, words: &str) -> io::Result<()> {
+fn append(path: &str, words: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().append(true).open(path)?;
     file.write_all(words.as_bytes())
 }
 
 /// Remove all histograms of KVM's events, such as a killed case leaves.
-pub fn clear() -> Result<()> {
+pub fn remove_all() -> Result<()> {
     if !Path::new(EVENTS).is_dir() {
         return Ok(());
     }

@@ -29,7 +29,7 @@ impl Hist {
     /// Begin to count, from 0. No guest may run.
     pub fn begin() -> Result<Self> {
         mount()?;
-        stop()?;
+        remove()?;
         fs::write(TRIGGER, KEYS)
             .with_context(|| format!("{TRIGGER} does not take a histogram; is kvm.ko loaded?"))?;
         let hist = Self(());
@@ -49,14 +49,14 @@ impl Hist {
 
 impl Drop for Hist {
     fn drop(&mut self) {
-        if let Err(error) = stop() {
+        if let Err(error) = remove() {
             eprintln!("The histogram cannot be removed: {error:#}");
         }
     }
 }
 
 /// Remove the histogram, if there is one.
-pub fn stop() -> Result<()> {
+pub fn remove() -> Result<()> {
     let armed = fs::read_to_string(TRIGGER).unwrap_or_default();
     if armed.contains("hist:") {
         fs::write(TRIGGER, format!("!{KEYS}"))

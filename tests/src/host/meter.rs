@@ -169,7 +169,7 @@ pub struct MeterSnapshot {
     /// Live vCPUs.
     pub vcpus: Vec<MeteredVcpu>,
     /// Number of departed vCPUs.
-    pub gone: u64,
+    pub departed: u64,
     /// Number of vCPUs that ran unmetered.
     pub unmetered: u64,
     /// Number of the meter's life.
@@ -212,7 +212,7 @@ impl MeterSnapshot {
         });
         Ok(Self {
             vcpus: vcpus.collect::<Result<_>>()?,
-            gone: snapshot.departed(),
+            departed: snapshot.departed(),
             unmetered: snapshot.unmetered(),
             life: snapshot.life(),
             totals: LedgerNumbers::read(snapshot.totals(), histogram)?,
@@ -220,13 +220,13 @@ impl MeterSnapshot {
     }
 
     /// Check the numbers of metered, unmetered and departed vCPUs.
-    pub fn check_counts(metered: usize, unmetered: u64, gone: u64) -> Result<()> {
+    pub fn check_counts(metered: usize, unmetered: u64, departed: u64) -> Result<()> {
         let meter = Self::read()?;
-        let found = (meter.vcpus.len(), meter.unmetered, meter.gone);
-        let due = (metered, unmetered, gone);
+        let found = (meter.vcpus.len(), meter.unmetered, meter.departed);
+        let due = (metered, unmetered, departed);
         ensure!(
             found == due,
-            "(metered, unmetered, gone) is {found:?} instead of {due:?}"
+            "(metered, unmetered, departed) is {found:?} instead of {due:?}"
         );
         Ok(())
     }

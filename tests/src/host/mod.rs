@@ -28,6 +28,15 @@ use anyhow::{Context as _, Result};
 use exitmeter_meter::reasons::Isa;
 use tiny_guests::{Config, Expected};
 
+/// Port whose OUT ends a tiny guest (guests/src/machine.rs).
+pub const END_PORT: u64 = 0xf4;
+
+/// Port of a tiny guest that its VMM answers.
+pub const VMM_PORT: u64 = 0x3f0;
+
+/// Exit reason of KVM_RUN for an access to a port (linux/kvm.h).
+pub const KVM_EXIT_IO: u64 = 2;
+
 /// Mount a file system that needs neither a device nor mount options.
 pub fn mount(kind: &CStr, target: &CStr) -> Result<()> {
     // SAFETY: All strings end with a NUL; this file system takes no data.
@@ -94,12 +103,12 @@ pub fn function_calls(cpu: usize) -> Result<u64> {
 }
 
 /// Environment variable by which a case learns the factor that [`slowdown`] returns.
-pub const SLOW: &str = "SLOW";
+pub const SLOWDOWN: &str = "SLOW";
 
 /// Return how many times slower the host's kernel is than the packaged one. A guest's work is
 /// multiplied by this, so that the work remains most of the guest's life.
 pub fn slowdown() -> u32 {
-    let slowdown = std::env::var(SLOW).ok();
+    let slowdown = std::env::var(SLOWDOWN).ok();
     slowdown.and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 

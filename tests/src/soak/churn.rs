@@ -104,7 +104,7 @@ fn check_nothing_left() -> Result<u64> {
         meter.vcpus.len()
     );
     ensure!(meter.unmetered == 0, "{} ran unmetered", meter.unmetered);
-    Ok(meter.gone)
+    Ok(meter.departed)
 }
 
 /// Create and run VMs in two threads. Ask every tenth VM for vCPUs that it cannot have, and never run
@@ -174,9 +174,9 @@ fn no_file_descriptor() -> Result<()> {
         meter.vcpus.len()
     );
     drop(machine);
-    let gone = check_nothing_left()? - before;
+    let departed = check_nothing_left()? - before;
     span.end()?;
-    println!("{TIMES} vCPUs destroyed at once, {gone} vCPUs departed");
+    println!("{TIMES} vCPUs destroyed at once, {departed} vCPUs departed");
     Ok(())
 }
 
@@ -197,10 +197,12 @@ fn kill_vmms(count: u64) -> Result<()> {
     }
     // The kernel may defer the end of a VM to a worker thread.
     thread::sleep(Duration::from_secs(1));
-    let gone = check_nothing_left()?;
+    let departed = check_nothing_left()?;
     let exits: u64 = span.end()?.values().sum();
     ensure!(exits > count, "{exits} exits are too few");
-    println!("{count} processes killed, {gone} vCPUs departed; {exits} exits, all in the totals");
+    println!(
+        "{count} processes killed, {departed} vCPUs departed; {exits} exits, all in the totals"
+    );
     Ok(())
 }
 

@@ -280,7 +280,7 @@ fn refused_while_open() -> Result<()> {
     MeterSnapshot::read()?;
     drop(device);
     module::unload()?;
-    hist::stop()?;
+    hist::remove()?;
     ensure!(
         refused,
         "unloading under an open device ends with {error:?} instead of being refused"

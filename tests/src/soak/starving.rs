@@ -23,13 +23,23 @@ use crate::{
 
 pub(super) fn cases() -> Vec<Case> {
     [
-        Case::without_module("soak: no memory for any step of loading", load).within(1800),
-        Case::without_module("soak: no memory for any step of unloading", unload).within(1800),
-        Case::with_module("log_queries=0", "soak: no memory for a snapshot", snapshot).within(600),
+        Case::without_module("soak: no memory for any step of loading", no_memory_to_load)
+            .within(1800),
+        Case::without_module(
+            "soak: no memory for any step of unloading",
+            no_memory_to_unload,
+        )
+        .within(1800),
+        Case::with_module(
+            "log_queries=0",
+            "soak: no memory for a snapshot",
+            no_memory_for_a_snapshot,
+        )
+        .within(600),
         Case::with_module(
             "log_queries=0",
             "soak: no memory for a ledger, so the vCPU runs unmetered",
-            vcpus,
+            no_memory_for_ledgers,
         )
         .within(1800),
     ]
@@ -43,7 +53,7 @@ fn no_faults() -> Result<Option<&'static str>> {
 }
 
 /// Check that loading either succeeds or fails without a trace, whichever allocation fails.
-fn load() -> Result<()> {
+fn no_memory_to_load() -> Result<()> {
     // All allocations on the module's behalf fail, including those of ftrace and tracepoints.
     let faults = FaultInjection::under(CodeRange::of_function("do_init_module")?)?;
     // Make the allocations that the first load makes for good.
@@ -80,7 +90,7 @@ fn load() -> Result<()> {
 }
 
 /// Check that unloading succeeds, whichever allocation fails.
-fn unload() -> Result<()> {
+fn no_memory_to_unload() -> Result<()> {
     module::load("")?;
     // Only the module's own allocations fail, not those of the kernel when it unloads any module.
     // fprobe warns without memory there, which would end the run.
@@ -102,7 +112,7 @@ fn unload() -> Result<()> {
     last
 }
 
-fn snapshot() -> Result<()> {
+fn no_memory_for_a_snapshot() -> Result<()> {
     let mut machine = TinyVm::new(Config {
         vcpus: 15,
         ..Config::new(Program::Cpuid, Mode::Long, 5)
@@ -139,7 +149,7 @@ fn snapshot() -> Result<()> {
     Ok(())
 }
 
-fn vcpus() -> Result<()> {
+fn no_memory_for_ledgers() -> Result<()> {
     const VCPUS: u8 = 3;
     let cpuid = codes::cpuid()?;
     let config = Config {

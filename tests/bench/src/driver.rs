@@ -82,7 +82,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         count: arguments.plan.count,
         ..Report::default()
     };
-    let outcome = watch(&options, &mut report)?;
+    let outcome = run_host(&options, &mut report)?;
     report.finish();
     print_results(&report, &outcome, arguments.json.as_deref())?;
     Ok(match outcome.end {
@@ -114,7 +114,7 @@ fn command(plan: &Plan) -> Vec<String> {
 }
 
 /// Run the host and collect the lines that it prints.
-fn watch(options: &Options, report: &mut Report) -> Result<Outcome> {
+fn run_host(options: &Options, report: &mut Report) -> Result<Outcome> {
     let terminal = io::stderr().is_terminal();
     let mut stdout = Lines::default();
     let outcome = run::run(options, &mut |event| match event {

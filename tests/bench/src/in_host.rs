@@ -10,7 +10,7 @@ use clap::ValueEnum as _;
 use crate::{
     exits::Exit,
     meters::{self, Meter},
-    report::{Cost, Line, Sighting},
+    report::{Cost, ExitsSeen, Line},
     Plan,
 };
 
@@ -42,7 +42,7 @@ fn exits(plan: &Plan) -> Vec<Exit> {
 
 /// Measure every kind of exit under one meter.
 fn measure(meter: Meter, plan: &Plan) -> Result<()> {
-    let watch = meters::start(meter).context("cannot start it")?;
+    let running = meters::start(meter).context("cannot start it")?;
     let mut known = 0;
     for exit in exits(plan) {
         let mut ticks = Vec::new();
@@ -52,12 +52,14 @@ fn measure(meter: Meter, plan: &Plan) -> Result<()> {
         }
         print(&Line::Cost(Cost { meter, exit, ticks }))?;
     }
-    let Some(watch) = watch else { return Ok(()) };
+    let Some(running) = running else {
+        return Ok(());
+    };
     let meters::CountedExits {
         exits: seen,
         remark,
-    } = watch.stop().context("cannot stop it")?;
-    print(&Line::Saw(Sighting {
+    } = running.stop().context("cannot stop it")?;
+    print(&Line::Saw(ExitsSeen {
         meter,
         known,
         seen,

@@ -115,13 +115,13 @@ pub struct CountedExits {
 }
 
 /// A running meter.
-pub trait Watch {
+pub trait RunningMeter {
     /// Stop the meter, and return the exits that it counted.
     fn stop(self: Box<Self>) -> Result<CountedExits>;
 }
 
 /// Start a meter. When this returns, the meter watches every exit.
-pub fn start(meter: Meter) -> Result<Option<Box<dyn Watch>>> {
+pub fn start(meter: Meter) -> Result<Option<Box<dyn RunningMeter>>> {
     Ok(match meter {
         Meter::None => None,
         Meter::Exitmeter => Some(Box::new(exitmeter::Loaded::new(&["log_queries=0"])?)),

@@ -15,7 +15,7 @@ pub enum Line {
     /// Cost of one kind of exit under one meter.
     Cost(Cost),
     /// Exits that a meter saw while it was measured.
-    Saw(Sighting),
+    Saw(ExitsSeen),
     /// A meter that could not be measured.
     Failed {
         /// The meter.
@@ -38,7 +38,7 @@ pub struct Cost {
 
 /// Exits that a meter counted, beside those that it must have seen: a meter that does nothing would look cheap.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Sighting {
+pub struct ExitsSeen {
     /// The meter.
     pub meter: Meter,
     /// Exits that the guests are known to have caused. There are others besides.
@@ -61,7 +61,7 @@ pub struct Report {
     /// Costs by meter and exit.
     pub costs: Vec<Summary>,
     /// Exits that the meters saw.
-    pub saw: Vec<Sighting>,
+    pub saw: Vec<ExitsSeen>,
     /// Meters that could not be measured, with the reasons.
     pub failures: Vec<String>,
 }

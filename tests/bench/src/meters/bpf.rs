@@ -11,7 +11,7 @@ use aya::{
     Ebpf, EbpfLoader, Pod,
 };
 
-use super::{ftrace, CountedExits, Watch};
+use super::{ftrace, CountedExits, RunningMeter};
 use crate::driver::{reason, BPF_FOLDER, REASON_FILE};
 
 /// Kind of tracepoint that a program is attached to.
@@ -194,7 +194,7 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::
         .with_context(|| format!("there is no program {name}"))
 }
 
-impl Watch for Attached {
+impl RunningMeter for Attached {
     fn stop(mut self: Box<Self>) -> Result<CountedExits> {
         let exits = (self.read_exits)(&mut self.ebpf)?;
         Ok(CountedExits {

@@ -8,7 +8,7 @@ use anyhow::{ensure, Context as _, Result};
 use exitmeter::bpf::attach::{Attached, VCPUS};
 use exitmeter_meter::reader::Snapshot;
 
-use super::{CountedExits, Meter, Watch, PARTS_FOLDER};
+use super::{CountedExits, Meter, RunningMeter, PARTS_FOLDER};
 
 /// The loaded module.
 pub struct Loaded {
@@ -42,7 +42,7 @@ fn insmod(path: &str, parameters: &[&str]) -> Result<()> {
     Ok(())
 }
 
-impl Watch for Loaded {
+impl RunningMeter for Loaded {
     fn stop(self: Box<Self>) -> Result<CountedExits> {
         let bytes = fs::read("/dev/exitmeter").context("cannot read /dev/exitmeter")?;
         let exits = exits(&bytes)?;
@@ -76,7 +76,7 @@ impl ByBpf {
     }
 }
 
-impl Watch for ByBpf {
+impl RunningMeter for ByBpf {
     fn stop(self: Box<Self>) -> Result<CountedExits> {
         Ok(CountedExits {
             exits: Some(exits(&self.0.maps().snapshot(true)?)?),

@@ -6,7 +6,7 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context as _, Result};
 
-use super::{CountedExits, Watch};
+use super::{CountedExits, RunningMeter};
 
 const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
 const KEYS: &str = "hist:keys=exit_reason:size=2048";
@@ -59,7 +59,7 @@ impl Hist {
     }
 }
 
-impl Watch for Hist {
+impl RunningMeter for Hist {
     fn stop(self: Box<Self>) -> Result<CountedExits> {
         let text = read(&format!("{EVENTS}/kvm_exit/hist"))?;
         set(&format!("{EVENTS}/kvm_exit/trigger"), &format!("!{KEYS}"))?;
@@ -86,7 +86,7 @@ impl Ring {
     }
 }
 
-impl Watch for Ring {
+impl RunningMeter for Ring {
     fn stop(self: Box<Self>) -> Result<CountedExits> {
         for event in TRACED {
             set(&format!("{EVENTS}/{event}/enable"), "0")?;

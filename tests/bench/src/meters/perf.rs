@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{bail, ensure, Context as _, Result};
 
-use super::{ftrace, CountedExits, Watch};
+use super::{ftrace, CountedExits, RunningMeter};
 
 /// Folder of perf in the host.
 pub const FOLDER: &str = "/usr/local/lib/perf";
@@ -98,7 +98,7 @@ impl Perf {
     }
 }
 
-impl Watch for Perf {
+impl RunningMeter for Perf {
     fn stop(mut self: Box<Self>) -> Result<CountedExits> {
         // SAFETY: This signals a child that has not been waited for.
         unsafe { libc::kill(self.process.id() as libc::pid_t, libc::SIGINT) };

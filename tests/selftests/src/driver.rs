@@ -40,7 +40,7 @@ pub struct Compared {
 
 impl Compared {
     /// Return true if the module may make a difference: the verdicts differ, and do not vary without the module.
-    fn is_open(&self) -> bool {
+    fn is_undecided(&self) -> bool {
         let verdicts =
             |runs: &[TestRun]| runs.iter().map(|run| run.verdict).collect::<BTreeSet<_>>();
         verdicts(&self.without) != verdicts(&self.with) && !self.is_random()
@@ -57,7 +57,7 @@ impl Compared {
         let mut troubles = Vec::new();
         if self.with.is_empty() || self.without.is_empty() {
             troubles.push("it did not run both ways".to_owned());
-        } else if self.is_open() {
+        } else if self.is_undecided() {
             troubles.push(format!(
                 "without the module {}, with it {}",
                 document::tally(&self.without),
@@ -211,8 +211,8 @@ fn both_ways(config: &HostConfig, names: &[String], repeat: usize) -> Result<Res
                 }
             }
         }
-        let open = tests.iter().filter(|(_, compared)| compared.is_open());
-        again = open.map(|(name, _)| name.clone()).collect();
+        let undecided = tests.iter().filter(|(_, compared)| compared.is_undecided());
+        again = undecided.map(|(name, _)| name.clone()).collect();
         if again.is_empty() {
             break;
         }

@@ -457,7 +457,7 @@ impl Guests {
             *vcpu.alive.get_mut() = false;
         }
         drop(self.meter);
-        memory.demand_none();
+        memory.assert_all_freed();
     }
 }
 

@@ -148,7 +148,7 @@ impl MemoryInUse {
     }
 
     /// Wait until all retired objects are freed, and assert that nothing is left.
-    pub fn demand_none(&self) {
+    pub fn assert_all_freed(&self) {
         let began = Instant::now();
         while self.now().0 != 0 && began.elapsed() < Duration::from_secs(20) {
             pin().flush();

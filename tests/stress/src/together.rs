@@ -779,7 +779,7 @@ fn finish(
     let (deaths, refused) = (world.deaths.load(SeqCst), world.refused.load(SeqCst));
     let (.., retired) = memory.now();
     drop(world.meter);
-    memory.demand_none();
+    memory.assert_all_freed();
     println!(
         "{:.1} s: {} exits of {} vCPUs, {refused} of them refused; {deaths} deaths, {retired} objects retired, all memory given back;",
         took.as_secs_f64(),

@@ -171,8 +171,8 @@ pub fn prepare(wanted: &SetupOptions) -> Result<Setup, SetupError> {
     prepare_with(wanted, |_, _| Ok(()), |_, _| Ok(())).map(|(prepared, (), ())| prepared)
 }
 
-/// Do the work of [`prepare`], and call two functions before all of it is done, so that no core is idle. `with_tree` is
-/// called as soon as everything but Bochs and perf is there, and `with_bochs` as soon as everything but the tree and the
+/// Do the work of [`prepare`], and call two functions before all of it is done, so that no core is idle. `after_tree` is
+/// called as soon as everything but Bochs and perf is there, and `after_bochs` as soon as everything but the tree and the
 /// selftests is. Both also get a function that shows a line above the progress.
 ///
 /// # Errors
@@ -180,19 +180,19 @@ pub fn prepare(wanted: &SetupOptions) -> Result<Setup, SetupError> {
 /// Errors of [`prepare`] and of the two functions.
 pub fn prepare_with<T: Send, B, E: From<SetupError> + Send>(
     wanted: &SetupOptions,
-    with_tree: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<T, E> + Send,
-    with_bochs: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<B, E>,
+    after_tree: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<T, E> + Send,
+    after_bochs: impl FnOnce(&Setup, &dyn Fn(&str)) -> Result<B, E>,
 ) -> Result<(Setup, T, B), E> {
     with_engine(|engine| {
         let plan = Plan::new(engine, wanted)?;
         let note = |text: &str| engine.note(text);
-        let with_tree = || {
+        let after_tree = || {
             let prepared = plan.prepared()?;
-            let done = with_tree(&prepared, &note)?;
+            let done = after_tree(&prepared, &note)?;
             Ok((prepared, done))
         };
-        let with_bochs = || with_bochs(&plan.prepared()?, &note);
-        let ((prepared, tree), bochs) = plan.make(engine, with_tree, with_bochs)?;
+        let after_bochs = || after_bochs(&plan.prepared()?, &note);
+        let ((prepared, tree), bochs) = plan.make(engine, after_tree, after_bochs)?;
         Ok((prepared, tree, bochs))
     })
 }
@@ -324,13 +324,13 @@ impl Plan {
         Err(SetupError::NoSource { release, what })
     }
 
-    /// Make the missing steps. Call `with_tree` when everything but Bochs and perf is there, and `with_bochs` when
+    /// Make the missing steps. Call `after_tree` when everything but Bochs and perf is there, and `after_bochs` when
     /// everything but the tree and the selftests is.
     fn make<T: Send, B, E: From<SetupError> + Send>(
         &self,
         engine: &Engine<'_>,
-        with_tree: impl FnOnce() -> Result<T, E> + Send,
-        with_bochs: impl FnOnce() -> Result<B, E>,
+        after_tree: impl FnOnce() -> Result<T, E> + Send,
+        after_bochs: impl FnOnce() -> Result<B, E>,
     ) -> Result<(T, B), E> {
         engine.check_space(&self.steps())?;
         engine.make(&self.root)?;
@@ -349,11 +349,11 @@ impl Plan {
                 let _ = made.send(result.is_ok());
                 result?;
                 chain(&[self.tree(), self.selftests.as_ref()])?;
-                Ok(with_tree())
+                Ok(after_tree())
             });
             let bochs = chain(&[self.bochs.as_ref(), self.perf.as_ref()]);
             let bochs = bochs.and_then(|()| match kernels.recv() {
-                Ok(true) => Ok(with_bochs()),
+                Ok(true) => Ok(after_bochs()),
                 // The tree's thread returns the reason.
                 _ => Err(SetupError::Interrupted),
             });

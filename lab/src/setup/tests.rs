@@ -384,7 +384,7 @@ fn sandbox_with_kernel(config: &str) -> Sandbox {
     sandbox
 }
 
-/// Make all that is wanted, twice, since the second run knows the kernel from the start. Return what `with_tree` saw and
+/// Make all that is wanted, twice, since the second run knows the kernel from the start. Return what `after_tree` saw and
 /// the names of the steps.
 fn prepared_in(
     sandbox: &Sandbox,

@@ -103,7 +103,7 @@ pub fn function_calls(cpu: usize) -> Result<u64> {
 }
 
 /// Environment variable by which a case learns the factor that [`slowdown`] returns.
-pub const SLOWDOWN: &str = "SLOW";
+pub const SLOWDOWN: &str = "EXITMETER_SLOWDOWN";
 
 /// Return how many times slower the host's kernel is than the packaged one. A guest's work is
 /// multiplied by this, so that the work remains most of the guest's life.

@@ -50,7 +50,7 @@ fn dkms_does_not_install_the_module_by_itself() {
     assert!(!conf.lines().any(|line| line.starts_with("AUTOINSTALL")));
 }
 
-/// Each object of Kbuild has its source, and each `mod` its file.
+/// Each object of Kbuild has its source, and each `mod` of src/meter its file.
 #[test]
 fn the_source_is_complete() {
     let folder = source();

@@ -180,7 +180,7 @@ fn check_many_reasons() -> Result<()> {
     // This read compares the samples of each reason with its exits.
     let before = MeterSnapshot::read()?;
     let vcpu = &before.only()?.numbers;
-    let (reasons, filled) = match host::isa()? {
+    let (reasons, filled) = match host::vendor()? {
         // VMX has one reason for all registers.
         Isa::Vmx => (vcpu.exits.len(), OWN_HISTOGRAMS),
         Isa::Svm => (vcpu.exits.len(), HISTOGRAMS),

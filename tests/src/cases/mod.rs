@@ -28,7 +28,7 @@ mod why;
 pub use bpf::attach_again;
 pub use nested::{run_faulting_l2_guest, run_l2_guest};
 
-use std::{io, path::Path, time::Duration};
+use std::{fs, io, path::Path, time::Duration};
 
 use anyhow::Result;
 use exitmeter_meter::reasons::Isa;
@@ -110,6 +110,12 @@ fn no_userfaultfd() -> Result<Option<&'static str>> {
     let ret = unsafe { libc::syscall(libc::SYS_userfaultfd, -1) };
     let missing = ret == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS);
     Ok(missing.then_some("this kernel has no userfaultfd (USERFAULTFD)"))
+}
+
+/// Return a reason on kernels without cgroups, such as the debug kernels (scripts/configs).
+fn no_cgroups() -> Result<Option<&'static str>> {
+    let missing = !fs::read_to_string("/proc/filesystems")?.contains("cgroup2");
+    Ok(missing.then_some("this kernel has no cgroups (CGROUPS)"))
 }
 
 /// Return a reason on kernels without memory cgroups, such as the debug kernels (scripts/configs).

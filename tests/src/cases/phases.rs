@@ -18,7 +18,7 @@ use exitmeter_meter::phase::Phase;
 use serde_json::Value;
 use tiny_guests::{pin, Config, Mode, Program, TinyVm};
 
-use super::{no_userfaultfd, Case};
+use super::{no_cgroups, no_linux, no_userfaultfd, Case};
 use crate::host::{
     self,
     cgroup::FrozenProcess,
@@ -81,7 +81,7 @@ pub(super) fn cases() -> Vec<Case> {
             "phases: a VM that is stopped, frozen or suspended is in user space",
             stopped_frozen_or_suspended,
         )
-        .with_linux()
+        .skip_if(|| Ok(no_linux()?.or(no_cgroups()?)))
         .within(240),
         Case::with_module(
             "",

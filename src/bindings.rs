@@ -2,7 +2,7 @@
 
 //! The generated bindings of KVM's and ftrace's types and of the shim.
 //!
-//! Only `hooks`, `kvm` and `linux` may use them; everything else calls their safe functions.
+//! Only `hooks`, `kvm` and `linux` may use the bindings; everything else calls safe functions of these.
 //! Kbuild makes them from `bindings/kvm.h` with the flags of the C compile.
 
 #![allow(unknown_lints, reason = "compilers from 1.85 to 1.97 read this file")]
@@ -30,7 +30,7 @@ use kernel::ffi;
 
 include!(env!("EXITMETER_BINDINGS"));
 
-/// Holds one place of a layout that bindgen sees against the C compiler's.
+/// Assert that bindgen's offsets and sizes equal those of the C compiler.
 macro_rules! same_layout {
     ($($what:expr => $layout:ident),* $(,)?) => {
         $(kernel::prelude::static_assert!($what as u64 == $layout as u64);)*

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The answers to guests that ask for their own exits by CPUID.
+//! Answers to guests that ask for their own exits by CPUID. The redirect in `hooks::cpuid` calls this.
 
 use crate::{
     kvm::vcpu::Vcpu,
@@ -12,7 +12,7 @@ use crate::{
     registry::Registry, //
 };
 
-/// Return the answer to CPUID with `leaf` in eax and `subleaf` in ecx, and log it. `at_cpl_0` says that the
+/// Return the answer to CPUID with `leaf` in eax and `subleaf` in ecx, and log it. `at_cpl_0` is true if the
 /// guest's kernel asks.
 ///
 /// `None` leaves KVM's own answer: for a leaf that is not ours, and for an unmetered vCPU, whose sums would
@@ -26,12 +26,12 @@ pub(crate) fn answer(
 ) -> Option<Registers> {
     let leaves = registry.leaves();
     let query = leaves.classify(leaf)?;
-    let (who, answer) = registry.answer(vcpu, query, subleaf, at_cpl_0)?;
+    let (identity, answer) = registry.answer(vcpu, query, subleaf, at_cpl_0)?;
     if !query.is_logged(subleaf) {
         return Some(answer);
     }
     log::query(
-        who,
+        identity,
         &LogLine {
             leaf,
             query,

@@ -33,7 +33,7 @@ use crate::{
     registry::published, //
 };
 
-/// Make the node, readable by root and by the group that udev gives it.
+/// Create the node. Root can read it, and the group that udev gives it.
 pub(crate) fn node() -> impl PinInit<Node, Error> {
     Node::register::<Device>(c"exitmeter", 0o440)
 }
@@ -41,34 +41,35 @@ pub(crate) fn node() -> impl PinInit<Node, Error> {
 /// An open file.
 #[pin_data]
 struct Device {
-    /// Snapshot that the file is read from. A read at offset 0 takes a fresh one.
+    /// Snapshot that reads return. A read at offset 0 takes a fresh one.
     #[pin]
     snapshot: Mutex<KVVec<u8>>,
     /// True if the task that opened the file may see details and the guest's code.
     may_see_details: bool,
     #[pin]
-    details: Mutex<Option<WantsDetails>>,
+    details: Mutex<Option<DetailsRequest>>,
 }
 
-/// Turns details on for as long as the file is open: `_IO(0xE7, 1)`. Needs CAP_PERFMON, else `EPERM`.
+/// Ioctl that turns details on for as long as the file is open: `_IO(0xE7, 1)`. Needs CAP_PERFMON, else
+/// `EPERM`.
 const TURN_ON_DETAILS: u32 = _IO(0xe7, 1);
 
-/// Thaws the rings of the last exits: `_IO(0xE7, 2)`. Needs a file that has turned details on, else `EPERM`.
+/// Ioctl that thaws the rings of the latest exits: `_IO(0xE7, 2)`. Needs a file that has turned details on,
+/// else `EPERM`.
 const THAW_RINGS: u32 = _IO(0xe7, 2);
 
-/// Keeps details on while this lives.
-pub(crate) struct WantsDetails(());
+/// Request for details, which are on while it lives.
+pub(crate) struct DetailsRequest(());
 
-impl WantsDetails {
-    /// Turn details on, unless they are on. The registry has to be published for as long as this
-    /// lives.
+impl DetailsRequest {
+    /// Turn details on, unless they are on. The registry must be published for as long as this lives.
     pub(crate) fn new() -> Result<Self> {
         published().ok_or(ENODEV)?.hold_details();
         Ok(Self(()))
     }
 }
 
-impl Drop for WantsDetails {
+impl Drop for DetailsRequest {
     fn drop(&mut self) {
         if let Some(registry) = published() {
             registry.release_details();
@@ -107,7 +108,7 @@ impl MiscDevice for Device {
         }
         let mut details = device.details.lock();
         if details.is_none() {
-            *details = Some(WantsDetails::new()?);
+            *details = Some(DetailsRequest::new()?);
         }
         Ok(0)
     }
@@ -127,14 +128,15 @@ impl MiscDevice for Device {
 ///
 /// # Errors
 ///
-/// Fails with `EAGAIN` when a vCPU could not be copied, which 16 interrupts in a row had to miss.
-fn take(show: TableOptions) -> Result<KVVec<u8>> {
+/// Fails with `EAGAIN` if a vCPU could not be copied, not even by 16 interrupts in a row, and with
+/// `ERESTARTSYS` on a signal.
+fn take(options: TableOptions) -> Result<KVVec<u8>> {
     let registry = published().ok_or(ENODEV)?;
     // A snapshot that does not fit raises the estimate for the next attempt.
     loop {
         let mut buffer = KVVec::from_elem(0, registry.estimated_size(), GFP_KERNEL_ACCOUNT)?;
         let mut gone = KVBox::<Totals>::zeroed(GFP_KERNEL_ACCOUNT)?;
-        match registry.snapshot(&mut buffer, &mut gone, show) {
+        match registry.snapshot(&mut buffer, &mut gone, options) {
             Ok(written) => {
                 buffer.truncate(written);
                 return Ok(buffer);

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! exitmeter: meters every VM exit of every VM beside an unmodified KVM, and tells the guest
-//! itself through CPUID.
+//! exitmeter: meters every VM exit beside an unmodified KVM. The host reads the numbers from
+//! /dev/exitmeter, a guest reads its own by CPUID.
 //!
-//! From the top down; no room calls one above it:
+//! The rooms, from the top down; none calls one above it:
 //!
 //! - [`hooks`]: the hooks into KVM, and their callbacks.
-//! - [`cpuid`], [`device`], [`log`]: answers to guests, to the host's users and in the kernel log.
+//! - [`cpuid`], [`device`], [`log`]: answers to guests, /dev/exitmeter, and the lines in the kernel log.
 //! - [`registry`]: which ledger belongs to which vCPU.
 //! - [`parameters`]: the module's parameters.
-//! - [`kvm`]: what is read of KVM.
-//! - [`linux`]: what is taken from Linux beside the kernel's crate.
+//! - [`kvm`]: readers of KVM.
+//! - [`linux`]: functions of Linux that the kernel's crate lacks.
 //! - [`meter`]: ledgers, leaves and snapshots, without a kernel.
 //!
-//! [`hooks`], [`kvm`] and [`linux`] alone name C.
+//! Only [`hooks`], [`kvm`] and [`linux`] name C.
 
 #![crate_name = "exitmeter"]
 
@@ -28,7 +28,7 @@ mod log;
     dead_code,
     unreachable_pub,
     unused_imports,
-    reason = "cargo compiles the same files as a crate, whose other users take the rest"
+    reason = "cargo compiles the same files as a crate, and the tools use the rest"
 )]
 mod meter;
 mod parameters;
@@ -39,7 +39,7 @@ use kernel::{
     sync::Arc, //
 };
 
-use device::WantsDetails;
+use device::DetailsRequest;
 use hooks::{
     cpuid::CpuidRedirect,
     functions::Function,
@@ -82,19 +82,19 @@ module! {
     type: ExitMeter,
     name: "exitmeter",
     authors: ["The exitmeter authors"],
-    description: "Meters every VM exit and tells the guest through CPUID",
+    description: "Meters every VM exit; guests read their own by CPUID",
     license: "GPL v2",
 }
 
 /// The module's state.
 ///
-/// Dropping it undoes the fields in this order: first what lets others in, then the hooks, and `destroy`
-/// last of these, so that no vCPU ends unseen while it is metered.
+/// The fields are dropped in this order: first the device node and the redirect, by which others call in,
+/// then the hooks. `destroy` is the last hook, so that no metered vCPU ends unseen.
 #[pin_data]
 struct ExitMeter {
     #[pin]
     node: Node,
-    details: Option<WantsDetails>,
+    details: Option<DetailsRequest>,
     cpuid: Option<CpuidRedirect>,
     tracepoints: Tracepoints,
     #[pin]
@@ -144,7 +144,7 @@ impl kernel::InPlaceModule for ExitMeter {
                     _ => Some(CpuidRedirect::attach()?),
                 },
                 details: match parameters.details {
-                    true => Some(WantsDetails::new()?),
+                    true => Some(DetailsRequest::new()?),
                     false => None,
                 },
                 node <- device::node(),
@@ -154,7 +154,7 @@ impl kernel::InPlaceModule for ExitMeter {
     }
 }
 
-/// Logs the load when it is made, and what was metered when it is dropped.
+/// Guard that logs the load when it is created, and the totals when it is dropped.
 struct UnloadSummary(Arc<Registry>);
 
 impl UnloadSummary {
@@ -168,7 +168,7 @@ impl UnloadSummary {
 impl Drop for UnloadSummary {
     fn drop(&mut self) {
         match self.0.totals() {
-            Ok(totals) => log::table(self.0.leaves().isa, &totals),
+            Ok(totals) => log::totals(self.0.leaves().isa, &totals),
             Err(_) => pr_warn!("no memory for the table of what was metered\n"),
         }
     }

@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-/// The parameters that are taken when the module is loaded. `shim.c` describes each.
+/// The parameters that are fixed when the module is loaded. `shim.c` describes each.
 pub(crate) struct Parameters {
     pub(crate) leaf_map: LeafMap,
     pub(crate) host_scope: bool,
@@ -29,7 +29,7 @@ pub(crate) struct Parameters {
 }
 
 impl Parameters {
-    /// Return the given parameters, if all are in their ranges.
+    /// Return the module's parameters, or `EINVAL` if one is out of its range.
     pub(crate) fn checked() -> Result<Self> {
         let given = given();
         let leaf_map = in_range(
@@ -66,35 +66,35 @@ impl Parameters {
         })
     }
 
-    /// Return the parameter `slow_us` in ticks. This needs a TSC whose frequency is known.
+    /// Return the parameter `slow_us` in ticks, or 0 if the TSC's frequency is not known.
     pub(crate) fn slow_ticks(&self) -> u64 {
         let khz = clock::tsc_khz();
         if khz == 0 && self.slow_us != 0 {
-            pr_warn!("slow_us is not heeded: the TSC's frequency is not known\n");
+            pr_warn!("slow_us is ignored: the TSC's frequency is not known\n");
         }
         u64::from(khz).wrapping_mul(self.slow_us.into()) / 1000
     }
 }
 
-/// Return true if the guest's kernel alone is answered, by `leaf_cpl`.
+/// Return true if only the guest's kernel gets answers, by `leaf_cpl`.
 pub(crate) fn is_for_cpl_0_alone() -> bool {
     given().leaf_cpl == 0
 }
 
-/// Return true if each query has a line in the log, by `log_queries`.
+/// Return true if queries get lines in the log, by `log_queries`.
 pub(crate) fn logs_queries() -> bool {
     given().log_queries == 1
 }
 
-/// Return what `meaning` makes of a parameter's value, or refuse the value with the range if that is `None`.
+/// Convert a parameter's value with `convert`. If that returns `None`, log the range, and return `EINVAL`.
 fn in_range<T>(
     name: &str,
     value: c_long,
     range: &str,
-    meaning: impl FnOnce(u32) -> Option<T>,
+    convert: impl FnOnce(u32) -> Option<T>,
 ) -> Result<T> {
-    let meant = u32::try_from(value).ok().and_then(meaning);
-    meant.ok_or_else(|| {
+    let converted = u32::try_from(value).ok().and_then(convert);
+    converted.ok_or_else(|| {
         pr_err!("{name}={value} is refused: it is {range}\n");
         EINVAL
     })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The redirect of `kvm_emulate_cpuid()`, by which guests are answered.
+//! The redirect of `kvm_emulate_cpuid()`, by which guests get their answers.
 
 use core::sync::atomic::{
     AtomicUsize,
@@ -37,14 +37,14 @@ use crate::{
 /// Address of KVM's own `kvm_emulate_cpuid()`. Set while the redirect is in place.
 static EMULATE_CPUID: AtomicUsize = AtomicUsize::new(0);
 
-/// The redirect. Its fields go in this order.
+/// The redirect. Its fields are dropped in this order.
 pub(crate) struct CpuidRedirect {
     _function: Pin<KBox<Function>>,
     _asleep: AsleepInCpuid,
 }
 
-/// The tasks that the redirect sent to [`exitmeter_emulate_cpuid`]. Dropping this waits for all of them; the
-/// redirect has to be gone.
+/// Guard for the tasks that the redirect sent to [`exitmeter_emulate_cpuid`]. Dropping it waits for all of
+/// them; the redirect must be gone by then.
 struct AsleepInCpuid;
 
 impl Drop for AsleepInCpuid {
@@ -54,13 +54,13 @@ impl Drop for AsleepInCpuid {
 }
 
 impl CpuidRedirect {
-    /// Find KVM's own `kvm_emulate_cpuid()`, and hook it. The registry has to be published for as long as
-    /// this lives.
+    /// Find KVM's own `kvm_emulate_cpuid()`, and hook it. The registry must be published for as long as this
+    /// lives.
     pub(crate) fn attach() -> Result<Self> {
         let name = c"kvm:kvm_emulate_cpuid";
-        // Ours is of the type that it calls KVM's as.
-        let like = exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize;
-        let Some(function) = symbols::find(name).filter(|it| symbols::may_call(*it, like)) else {
+        // Our function has the type by which it calls KVM's.
+        let own = exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize;
+        let Some(function) = symbols::find(name).filter(|it| symbols::may_call(*it, own)) else {
             pr_err!("function kvm_emulate_cpuid not found in kvm.ko, or not callable\n");
             return Err(ENOENT);
         };
@@ -77,7 +77,7 @@ impl CpuidRedirect {
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_emulate_cpuid()`.
+/// Only ftrace may call this, as a callback for `kvm_emulate_cpuid()`.
 unsafe extern "C" fn on_cpuid(
     _ip: c_ulong,
     parent: c_ulong,
@@ -87,7 +87,7 @@ unsafe extern "C" fn on_cpuid(
     // SAFETY: By the contract of this function.
     let vcpu = unsafe { hooked(fregs) };
     if Leaves::may_answer(vcpu.register(RAX)) && is_query(vcpu, parent) {
-        // SAFETY: ftrace lets a redirect write the address to go on at.
+        // SAFETY: ftrace lets a redirect change the instruction pointer.
         unsafe {
             (*fregs.cast::<bindings::__arch_ftrace_regs>()).regs.ip =
                 exitmeter_emulate_cpuid as unsafe extern "C" fn(_) -> _ as usize as c_ulong;
@@ -95,18 +95,19 @@ unsafe extern "C" fn on_cpuid(
     }
 }
 
-/// Return true to go on in [`exitmeter_emulate_cpuid`].
+/// Return true if the trampoline must go on in [`exitmeter_emulate_cpuid`].
 ///
 /// # Safety
 ///
-/// For the trampoline of `kvm_emulate_cpuid()` alone (src/trampolines.S), for a leaf that is near.
+/// Only the trampoline of `kvm_emulate_cpuid()` may call this (src/trampolines.S), for a leaf that passes its
+/// test, the one of [`Leaves::may_answer`].
 #[no_mangle]
 unsafe extern "C" fn exitmeter_is_query(vcpu: *mut bindings::kvm_vcpu, parent: c_ulong) -> bool {
     // SAFETY: By the contract of this function; KVM holds the vCPU.
     is_query(unsafe { Vcpu::from_raw(vcpu) }, parent)
 }
 
-/// Return true if the guest asks for one of our leaves, and may. `parent` is the address that
+/// Return true if the guest asks for one of our leaves and has permission. `parent` is the address that
 /// `kvm_emulate_cpuid()` returns to.
 #[inline(never)]
 fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
@@ -118,7 +119,7 @@ fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
     if symbols::is_own_text(parent) {
         return false;
     }
-    // Checked before KVM's own function has done anything: a guest that may not ask gets just that.
+    // KVM's own function has done nothing yet, so a guest without permission gets just what that does.
     !parameters::is_for_cpl_0_alone() || vcpu.is_at_cpl_0()
 }
 
@@ -127,16 +128,17 @@ fn is_query(vcpu: Vcpu<'_>, parent: c_ulong) -> bool {
 ///
 /// # Safety
 ///
-/// For [`on_cpuid`] and the trampoline (src/trampolines.S), in place of the call that KVM made.
+/// Only [`on_cpuid`] and the trampoline (src/trampolines.S) may lead here, in place of the call that KVM
+/// made.
 #[no_mangle]
 unsafe extern "C" fn exitmeter_emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c_int {
     type EmulateCpuid = unsafe extern "C" fn(*mut bindings::kvm_vcpu) -> c_int;
 
-    // From here on `CpuidRedirect` waits for this task as it goes. Before, this task does not
-    // sleep, so that ftrace waits for it.
+    // From here on, dropping `CpuidRedirect` waits for this task. Up to here the task does not sleep, so
+    // ftrace waits for it.
     let _inside = Inside::enter(IN_CPUID);
-    // SAFETY: The redirect was in place, so the address is set, and the registry and kvm.ko stay
-    // until no task is in here any more. KVM holds the vCPU.
+    // SAFETY: The redirect was in place, so the address is set, and the registry and kvm.ko stay until no
+    // task is in here any more. KVM holds the vCPU.
     let (original, guest) = unsafe {
         (
             core::mem::transmute::<usize, EmulateCpuid>(EMULATE_CPUID.load(Ordering::Relaxed)),

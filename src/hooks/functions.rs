@@ -2,8 +2,8 @@
 
 //! Functions of KVM, hooked by ftrace.
 //!
-//! A callback here is what ftrace calls beside other users of the function. While nobody else is at the
-//! function, ftrace calls the trampoline, if there is one (`src/trampolines.S`).
+//! While a function has no other user, ftrace calls its trampoline, if it has one (`src/trampolines.S`).
+//! Otherwise ftrace calls the callback, which does the same.
 
 use core::marker::PhantomPinned;
 
@@ -18,8 +18,7 @@ use crate::{
     kvm::vcpu::Vcpu, //
 };
 
-/// A function of KVM with a callback at its entry. The registry has to be published for as long as this
-/// lives.
+/// A function of KVM with a callback at its entry. The registry must be published for as long as this lives.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Function {
     #[pin]
@@ -28,15 +27,14 @@ pub(crate) struct Function {
     _pin: PhantomPinned,
 }
 
-// SAFETY: ftrace may be told to drop a registration from any thread, and a shared
-// reference to one allows nothing.
+// SAFETY: A registration may be dropped on any thread, and a shared reference to one allows nothing.
 unsafe impl Send for Function {}
 // SAFETY: As above.
 unsafe impl Sync for Function {}
 
 impl Function {
-    /// Attach a callback, and a trampoline, to the function `name`: `module:name`. `redirect` says that the
-    /// callback may have the caller go on elsewhere.
+    /// Attach a callback, and a trampoline, to the function `name`, which is `module:name`. Set `redirect` if
+    /// the callback may change the instruction pointer.
     pub(super) fn attach(
         name: &'static CStr,
         callback: Callback,
@@ -90,8 +88,8 @@ pub(super) type Callback =
 ///
 /// # Safety
 ///
-/// For the arguments of a callback that [`Function::attach`] registered, for a function
-/// whose first argument is a vCPU that KVM holds during the call.
+/// `fregs` must be the argument of a callback that [`Function::attach`] registered, for a function whose
+/// first argument is a vCPU that KVM holds during the call.
 #[inline(always)]
 pub(super) unsafe fn hooked<'a>(fregs: *mut bindings::ftrace_regs) -> Vcpu<'a> {
     // SAFETY: By the contract of this function; ftrace keeps the first argument in DI.

@@ -2,8 +2,8 @@
 
 //! The hooks into KVM: what is attached, and the callbacks.
 //!
-//! A callback turns C's pointers into safe values and calls one safe function below. What is attached
-//! undoes itself when it is dropped. The crate root alone calls this room.
+//! A callback turns C's pointers into safe values and calls one safe function below. A hook detaches when it
+//! is dropped. Only the crate root calls this room.
 
 pub(crate) mod cpuid;
 pub(crate) mod functions;

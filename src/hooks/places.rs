@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Places: code of the module in which a task of KVM's may sleep, and which must not go under it.
+//! Places: code of the module in which a task of KVM may sleep, so that unloading has to wait for the task.
 
 use kernel::prelude::*;
 
@@ -11,8 +11,8 @@ use crate::{
 
 /// KVM's own `kvm_emulate_cpuid()`, called by `exitmeter_emulate_cpuid`.
 ///
-/// KVM sleeps there where it fetches the instruction from a guest's memory that is swapped out or
-/// userfaultfd's: on SVM without NRIPS (`svm_skip_emulated_instruction()`).
+/// KVM sleeps there on SVM without NRIPS (`svm_skip_emulated_instruction()`), when it fetches the instruction
+/// from guest memory that is swapped out or that userfaultfd provides.
 pub(super) const IN_CPUID: bindings::exitmeter_place =
     bindings::exitmeter_place_EXITMETER_PLACE_CPUID;
 
@@ -22,12 +22,12 @@ pub(super) const IN_CREATION: bindings::exitmeter_place =
 
 /// A task inside a place.
 ///
-/// Nothing else keeps that code for a task that sleeps: RCU-tasks, for which ftrace waits when a
-/// hook goes, takes a sleeping task for one that has left.
+/// Nothing else keeps that code for a task that sleeps: when a hook goes, ftrace waits for RCU-tasks, and
+/// RCU-tasks counts a sleeping task as one that has left.
 pub(super) struct Inside(bindings::exitmeter_place);
 
 impl Inside {
-    /// Enter a place that nobody [closes](close). The hook that leads here goes before
+    /// Enter a place that nobody [closes](close). The hook that leads here must be gone before
     /// [`wait_for_none`] is called.
     pub(super) fn enter(place: bindings::exitmeter_place) -> Self {
         // SAFETY: No requirements.
@@ -51,27 +51,27 @@ impl Drop for Inside {
 
 /// Close a place for [`Inside::try_enter`], or open it.
 ///
-/// For a callback that sleeps: ftrace frees the trampoline that called it as the hook goes, so the callback
-/// has to be over before. Close the place, call [`wait_for_none`], then let the hook go.
+/// A callback that sleeps needs this: when its hook goes, ftrace frees the trampoline that called it, so the
+/// callback must be over by then. Close the place, call [`wait_for_none`], then drop the hook.
 pub(super) fn close(place: bindings::exitmeter_place, closed: bool) {
     // SAFETY: No requirements.
     unsafe { bindings::exitmeter_close(place, closed) };
 }
 
-/// Wait until no task is in a place, however long they sleep, nor in the few instructions by which
-/// they leave the module's code. `where_they_sleep` and `what_for` are for the log.
+/// Wait until no task is in a place, however long they sleep, nor in the few instructions by which they leave
+/// the module's code. `where_they_sleep` and `what_for` are for the log.
 ///
-/// Nobody may enter any more: the hook that let them in is gone, or the place is closed.
+/// No task may enter any more: the hook that let them in is gone, or the place is closed.
 pub(super) fn wait_for_none(
     place: bindings::exitmeter_place,
     where_they_sleep: &str,
     what_for: &str,
 ) {
-    /// Time between two looks, in ms: short while it may be over at once.
+    /// Time between two checks, in ms: short at first, then long.
     const STEPS: [u32; 2] = [1, 50];
     /// Time until the first line in the log, in ms.
     const FIRST_LINE: u32 = 1000;
-    /// Time between two lines in the log, in ms.
+    /// Time between two lines, in ms.
     const NEXT_LINE: u32 = 30_000;
 
     let mut waited = 0_u32;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The check that KVM's tracepoints call probes of the types that ours have.
+//! Check of the tracepoints' prototypes: KVM must call probes of the types that ours have.
 
 use kernel::prelude::*;
 
 use crate::{
-    linux::types::TypesFile,
+    linux::btf::BtfFile,
     meter::btf::{
         Parameter,
         Probe,
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// Type of the probes of kvm:kvm_exit, `on_exit_vmx` and its like.
+/// Type of the probes of kvm:kvm_exit, such as `on_exit_vmx`.
 const EXIT_PROBE: Probe = Probe {
     typedef: "btf_trace_kvm_exit",
     parameters: &[
@@ -35,13 +35,13 @@ const ENTRY_PROBE: Probe = Probe {
     ],
 };
 
-/// Check that KVM's tracepoints call probes of our types, where the kernel has types that tell.
+/// Check that KVM's tracepoints call probes of our types, if the kernel has BTF of them.
 ///
-/// KVM stays meanwhile: this module needs its symbols.
+/// KVM stays loaded meanwhile, because this module uses its symbols.
 pub(crate) fn check() -> Result {
-    // The small file first: most kernels without types have none of them.
-    let files = TypesFile::read(c"/sys/kernel/btf/kvm")
-        .and_then(|module| Some((TypesFile::read(c"/sys/kernel/btf/vmlinux")?, module)));
+    // The small file first: most kernels without one of them have neither.
+    let files = BtfFile::read(c"/sys/kernel/btf/kvm")
+        .and_then(|module| Some((BtfFile::read(c"/sys/kernel/btf/vmlinux")?, module)));
     let Some((kernel, module)) = files else {
         pr_info!("kvm_exit and kvm_entry are taken for what they were when exitmeter was written: this kernel shows no types of kvm (/sys/kernel/btf)\n");
         return Ok(());
@@ -75,7 +75,7 @@ pub(crate) fn check() -> Result {
     Ok(())
 }
 
-/// Lets the kernel, which formats through a trait of its own, show what core shows.
+/// Formats by the kernel's own trait a value that implements core's.
 struct Shown<T>(T);
 
 impl<T: core::fmt::Display> kernel::fmt::Display for Shown<T> {

@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The hook at the host's sleep, in which the TSC may begin anew.
+//! The hook at the host's sleep, after which the TSC may restart.
 
 use crate::{
     bindings,
     registry::published, //
 };
 
-/// Have the registry go on with a TSC that has begun anew. `then` and `now` are one moment, by the TSC as
-/// it would have gone on, and as it is.
+/// Move the registry to a restarted TSC, which reads `now`. It would read `then` if it had gone on.
 ///
 /// # Safety
 ///
-/// For the shim alone, when no other CPU runs.
+/// Only the shim may call this, while no other CPU runs.
 unsafe extern "C" fn on_rebase(then: u64, now: u64) {
     if let Some(registry) = published() {
         registry.rebase(then, now);
     }
 }
 
-/// Watches the host's sleep while this lives. The registry has to be published for as long.
+/// Watch over the host's sleep. The registry must be published for as long as this lives.
 pub(crate) struct Sleep(());
 
 impl Sleep {

@@ -32,11 +32,11 @@ use crate::{
     registry::transitions, //
 };
 
-/// Probe of kvm:kvm_exit on VMX. `RING` says that vCPUs with details have rings of their last exits.
+/// Probe of kvm:kvm_exit on VMX. `RING` is true if vCPUs with details have rings of their latest exits.
 ///
 /// # Safety
 ///
-/// For the tracepoint alone.
+/// Only the tracepoint may call this.
 unsafe extern "C" fn on_exit_vmx<const RING: bool>(
     _data: *mut c_void,
     vcpu: *mut bindings::kvm_vcpu,
@@ -61,7 +61,7 @@ unsafe extern "C" fn on_exit_vmx<const RING: bool>(
 ///
 /// # Safety
 ///
-/// For the tracepoint alone.
+/// Only the tracepoint may call this.
 unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
     _data: *mut c_void,
     vcpu: *mut bindings::kvm_vcpu,
@@ -75,7 +75,7 @@ unsafe extern "C" fn on_exit_vmx_by_kvm<const RING: bool>(
 ///
 /// # Safety
 ///
-/// For the tracepoint alone.
+/// Only the tracepoint may call this.
 unsafe extern "C" fn on_exit_svm<const RING: bool>(
     _data: *mut c_void,
     vcpu: *mut bindings::kvm_vcpu,
@@ -85,11 +85,11 @@ unsafe extern "C" fn on_exit_svm<const RING: bool>(
     unsafe { record_exit_by_kvm::<RING, true>(vcpu) };
 }
 
-/// Record an exit that KVM's own reader reads. `SVM` says whether the host's vendor is AMD.
+/// Record an exit that KVM's own reader reads. `SVM` is true on AMD.
 ///
 /// # Safety
 ///
-/// For the probes of kvm:kvm_exit alone, with the vCPU that KVM passes.
+/// Only probes of kvm:kvm_exit may call this, with the vCPU that KVM passes.
 #[inline(always)]
 unsafe fn record_exit_by_kvm<const RING: bool, const SVM: bool>(vcpu: *mut bindings::kvm_vcpu) {
     if !ablation::CALLBACKS {
@@ -112,7 +112,7 @@ unsafe fn record_exit_by_kvm<const RING: bool, const SVM: bool>(vcpu: *mut bindi
 ///
 /// # Safety
 ///
-/// For the tracepoint alone.
+/// Only the tracepoint may call this.
 unsafe extern "C" fn on_entry(_data: *mut c_void, vcpu: *mut bindings::kvm_vcpu, _force: u8) {
     if !ablation::CALLBACKS {
         return;
@@ -128,12 +128,12 @@ pub(crate) struct Tracepoints {
 }
 
 impl Tracepoints {
-    /// Attach the probes. `ring` says that vCPUs with details have rings of their last exits.
+    /// Attach the probes. `ring` is true if vCPUs with details have rings of their latest exits.
     ///
-    /// The registry has to be published, and the reader of exits attached, for as long as this lives.
+    /// The registry must be published, and the reader of exits attached, for as long as this lives.
     pub(crate) fn attach(source: ExitSource, ring: bool) -> Result<Self> {
-        // In a small function of its own rustc would take this for code that other crates may inline, and
-        // compile all that the probes call for callers outside: the path at an exit gets longer.
+        // Not in a small function of its own: rustc would let other crates inline that, and so compile all
+        // that the probes call for outside callers, which makes the path of an exit longer.
         let exit: bindings::exitmeter_exit_probe = match (source, ring) {
             (ExitSource::Vmcs, false) => Some(on_exit_vmx::<false>),
             (ExitSource::Vmcs, true) => Some(on_exit_vmx::<true>),
@@ -142,8 +142,8 @@ impl Tracepoints {
             (ExitSource::Vmcb, false) => Some(on_exit_svm::<false>),
             (ExitSource::Vmcb, true) => Some(on_exit_svm::<true>),
         };
-        // Entries first, and last in `drop`: after an exit that is seen the next entry is seen too, so that
-        // each exit has its sample.
+        // Entries are attached first, and detached last in `drop`: the entry after a counted exit is seen
+        // too, so each exit has its sample.
         // SAFETY: The probe is detached before its code goes, and takes no data.
         to_result(unsafe { bindings::exitmeter_attach_entry(Some(on_entry), null_mut()) })
             .inspect_err(|_| pr_err!("tracepoint kvm:kvm_entry cannot be hooked\n"))?;

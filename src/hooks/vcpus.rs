@@ -42,7 +42,7 @@ pub(crate) fn load() -> impl PinInit<Function, Error> {
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_arch_vcpu_load()`.
+/// Only ftrace may call this, as a callback for `kvm_arch_vcpu_load()`.
 unsafe extern "C" fn on_load(
     _ip: c_ulong,
     _parent: c_ulong,
@@ -57,7 +57,7 @@ unsafe extern "C" fn on_load(
 ///
 /// # Safety
 ///
-/// For [`on_load`] and the trampoline of `kvm_arch_vcpu_load()` alone (src/trampolines.S).
+/// Only [`on_load`] and the trampoline of `kvm_arch_vcpu_load()` may call this (src/trampolines.S).
 #[no_mangle]
 unsafe extern "C" fn exitmeter_load(vcpu: *mut bindings::kvm_vcpu) {
     if !ablation::CALLBACKS {
@@ -80,7 +80,7 @@ pub(crate) fn put() -> impl PinInit<Function, Error> {
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_arch_vcpu_put()`.
+/// Only ftrace may call this, as a callback for `kvm_arch_vcpu_put()`.
 unsafe extern "C" fn on_put(
     _ip: c_ulong,
     _parent: c_ulong,
@@ -95,7 +95,7 @@ unsafe extern "C" fn on_put(
 ///
 /// # Safety
 ///
-/// For [`on_put`] and the trampoline of `kvm_arch_vcpu_put()` alone (src/trampolines.S).
+/// Only [`on_put`] and the trampoline of `kvm_arch_vcpu_put()` may call this (src/trampolines.S).
 #[no_mangle]
 unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
     if !ablation::CALLBACKS {
@@ -110,8 +110,8 @@ unsafe extern "C" fn exitmeter_put(vcpu: *mut bindings::kvm_vcpu) {
     transitions::leave_to_user(vcpu, now);
 }
 
-/// Record that the scheduler takes a vCPU off its CPU. A function of its own, so that the way to user space
-/// saves no registers for this.
+/// Record that the scheduler takes a vCPU off its CPU. Not inlined, so that the path to user space saves no
+/// registers for this.
 #[inline(never)]
 fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
     transitions::leave(vcpu, now, vcpu.phase_scheduled_out());
@@ -119,9 +119,9 @@ fn leave_scheduled_out(vcpu: Vcpu<'_>, now: u64) {
 
 /// Hook `kvm_mmu_destroy()`: a vCPU ends.
 ///
-/// Not `kvm_arch_vcpu_destroy()`, which calls this last of all: in between VMX loads
-/// and puts the vCPU once more, to free what it keeps for nested guests. A vCPU removed
-/// before that would be added again, and its ledger would outlive it.
+/// Not `kvm_arch_vcpu_destroy()`, which calls this last. Before that, VMX loads and puts the vCPU once more,
+/// to free its state for nested guests: a vCPU that was removed earlier would be added again, and its ledger
+/// would outlive it.
 pub(crate) fn destroy() -> impl PinInit<Function, Error> {
     Function::attach(
         c"kvm:kvm_mmu_destroy",
@@ -133,7 +133,7 @@ pub(crate) fn destroy() -> impl PinInit<Function, Error> {
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_mmu_destroy()`.
+/// Only ftrace may call this, as a callback for `kvm_mmu_destroy()`.
 unsafe extern "C" fn on_destroy(
     _ip: c_ulong,
     _parent: c_ulong,
@@ -149,14 +149,14 @@ unsafe extern "C" fn on_destroy(
 
 /// The hook at a vCPU's creation.
 ///
-/// The fields go in this order: the callback sleeps in ftrace's trampoline, so no task may be in it when
-/// that is freed.
+/// The fields are dropped in this order: the callback may sleep below ftrace's trampoline, so no task may be
+/// in it when the trampoline is freed.
 pub(crate) struct CreationHook {
     _gate: CreationGate,
     _function: Pin<KBox<Function>>,
 }
 
-/// Lets tasks into the callback. Dropping this shuts them out, and waits for those inside.
+/// Gate that lets tasks into the callback. Dropping it closes the gate, and waits for the tasks inside.
 struct CreationGate;
 
 impl Drop for CreationGate {
@@ -169,8 +169,8 @@ impl Drop for CreationGate {
 impl CreationHook {
     /// Hook `kvm_create_lapic()`: KVM creates a vCPU, and has created its MMU.
     ///
-    /// From there on each vCPU comes to `kvm_mmu_destroy()`, also one that KVM fails to create
-    /// (`kvm_arch_vcpu_create()`, Linux 7.3). The registry has to be published for as long as this lives.
+    /// From there on each vCPU reaches `kvm_mmu_destroy()`, even if its creation fails
+    /// (`kvm_arch_vcpu_create()`, Linux 7.3). The registry must be published for as long as this lives.
     pub(crate) fn attach() -> Result<Self> {
         let name = c"kvm:kvm_create_lapic";
         let none = bindings::exitmeter_trampoline_EXITMETER_TRAMPOLINE_NONE;
@@ -186,15 +186,15 @@ impl CreationHook {
 
 /// # Safety
 ///
-/// For ftrace alone, as a callback for `kvm_create_lapic()`.
+/// Only ftrace may call this, as a callback for `kvm_create_lapic()`.
 unsafe extern "C" fn on_create(
     _ip: c_ulong,
     _parent: c_ulong,
     _ops: *mut bindings::ftrace_ops,
     fregs: *mut bindings::ftrace_regs,
 ) {
-    // Another user of the function has ftrace call all of them with preemption off. Then the vCPU is
-    // added at its first event, if there is memory at once.
+    // If the function has another user, ftrace calls both with preemption off. The vCPU is then added at its
+    // first event, if there is memory without sleeping.
     if !task::may_sleep() {
         return;
     }

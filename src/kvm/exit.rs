@@ -30,7 +30,7 @@ const VMCS_EXIT_REASON: u64 = 0x4402;
 /// Field of the VMCS that holds the guest's RIP (natural-width guest-state fields).
 const VMCS_GUEST_RIP: u64 = 0x681e;
 
-/// An exit as a callback has it, whose parts are read only where they are needed.
+/// An exit that a callback handles. Its parts are read only when they are needed.
 pub(crate) trait Event: Exit + Copy {
     /// True if the host may not know the guest's RIP.
     const HIDES_RIP: bool;
@@ -43,19 +43,19 @@ pub(crate) trait Event: Exit + Copy {
     }
     /// Return the guest's RIP, or `None` if its registers are encrypted or the host cannot know it.
     fn rip(&self) -> Option<u64>;
-    /// Return the guest's RIP, or any number if the host does not know it. No exit is recorded at such a
+    /// Return the guest's RIP, or any number if the host does not know it. No exit is recorded with such a
     /// number.
     fn likely_rip(&self) -> u64;
 }
 
-/// Read a field of the VMCS that this CPU has loaded. Returns the field's own number where VMREAD fails,
-/// as it does with no VMCS, and where it faults, as it does with VMX off.
+/// Read a field of the VMCS that this CPU has loaded. Returns the field's own number if VMREAD fails, as
+/// without a current VMCS, or faults, as with VMX off.
 #[inline(always)]
 fn vmread(field: u64) -> u64 {
     let mut value = field;
     // SAFETY: VMREAD touches nothing but the operand and the flags. KVM fires the tracepoint with the
-    // vCPU's VMCS loaded. At a fault the kernel goes on behind it, by an entry in the table of
-    // exceptions (asm/asm.h, _ASM_EXTABLE_TYPE: where it may fault, where to go on, EX_TYPE_DEFAULT).
+    // vCPU's VMCS loaded. After a fault the kernel continues behind the instruction, by an entry in the
+    // exception table (asm/asm.h, _ASM_EXTABLE_TYPE: where it may fault, where to go on, EX_TYPE_DEFAULT).
     unsafe {
         asm!(
             "2: vmread {0}, {0}",
@@ -86,7 +86,7 @@ impl<'a> VmxExit<'a> {
     ///
     /// # Safety
     ///
-    /// In a probe of kvm:kvm_exit alone, for its vCPU.
+    /// Only a probe of kvm:kvm_exit may call this, for its vCPU.
     #[inline(always)]
     pub(crate) unsafe fn new(vcpu: Vcpu<'a>) -> Self {
         // INVARIANT: By the contract of this function.
@@ -121,8 +121,9 @@ impl Event for VmxExit<'_> {
 
     #[inline(always)]
     fn code(&self) -> u32 {
-        // The basic exit reason is the low half; the rest tells of failed entries and SMM. No basic exit
-        // reason is as large as the field's number, so with that the exit is counted among "other".
+        // The low half is the basic exit reason; the bits above are for failed entries, SMM and so on. No
+        // basic exit reason is as large as the field's number, so an exit with that number is counted as
+        // "other".
         vmread(VMCS_EXIT_REASON) as u32 & 0xffff
     }
 
@@ -142,7 +143,7 @@ impl Event for VmxExit<'_> {
     }
 }
 
-/// An exit as KVM's own reader tells it, on SVM or of an enlightened VMCS.
+/// An exit that KVM's own reader has read, on SVM or from an enlightened VMCS.
 #[derive(Clone, Copy)]
 pub(crate) struct ExitByKvm<'a, const SVM: bool> {
     vcpu: Vcpu<'a>,
@@ -154,7 +155,7 @@ impl<'a, const SVM: bool> ExitByKvm<'a, SVM> {
     ///
     /// # Safety
     ///
-    /// In a probe of kvm:kvm_exit alone, for its vCPU.
+    /// Only a probe of kvm:kvm_exit may call this, for its vCPU.
     #[inline(always)]
     pub(crate) unsafe fn read(
         vcpu: Vcpu<'a>,
@@ -176,7 +177,7 @@ impl<const SVM: bool> Event for ExitByKvm<'_, SVM> {
     fn code(&self) -> u32 {
         match SVM {
             true => self.info.code,
-            // As of any VMCS.
+            // The low half is the basic exit reason, as in any VMCS.
             false => self.info.code & 0xffff,
         }
     }
@@ -210,7 +211,7 @@ impl<const SVM: bool> Exit for ExitByKvm<'_, SVM> {
     #[inline(always)]
     fn read_plain(&self, source: i32) -> Option<u64> {
         match SVM {
-            // There is no other on SVM.
+            // SVM's other one, EXITINFO2, is never a detail by itself.
             true => Some(self.info.info1),
             false => self.read(source),
         }

@@ -44,7 +44,7 @@ const GP_VECTOR: u8 = 13;
 pub(crate) struct Vcpu<'a>(&'a Opaque<bindings::kvm_vcpu>);
 
 impl Vcpu<'_> {
-    /// Take a vCPU from KVM.
+    /// Wrap KVM's pointer to a vCPU.
     ///
     /// # Safety
     ///
@@ -61,18 +61,18 @@ impl Vcpu<'_> {
         self.0.get()
     }
 
-    /// Return the vCPU's address, which tells it from every other one that lives. It is never 0.
+    /// Return the vCPU's address, which no other living vCPU has. It is never 0.
     #[inline(always)]
     pub(crate) fn key(&self) -> usize {
         self.0.get() as usize
     }
 
-    /// Return the vCPU with a key.
+    /// Return the vCPU that has a key.
     ///
     /// # Safety
     ///
     /// The key must be that of a vCPU that KVM keeps for the time of `'a`. Unless the current thread holds
-    /// the vCPU, the caller may call [`Self::key`], [`Self::cpu`] and [`Self::polled`] alone.
+    /// the vCPU, the caller may call only [`Self::key`], [`Self::cpu`] and [`Self::polled`].
     #[inline(always)]
     pub(crate) unsafe fn from_key(key: usize) -> Self {
         // SAFETY: By the contract of this function; `Opaque` is transparent.
@@ -83,7 +83,7 @@ impl Vcpu<'_> {
     /// trust domain's vCPU returns to `None` when its CPU goes offline or its VM ends.
     pub(crate) fn cpu(&self) -> Option<u32> {
         let vcpu = self.0.get();
-        // SAFETY: The vCPU lives; who writes the field writes it whole.
+        // SAFETY: The vCPU lives; every writer of the field writes it whole.
         let cpu = unsafe { (&raw const (*vcpu).cpu).read_volatile() };
         u32::try_from(cpu).ok()
     }
@@ -109,7 +109,7 @@ impl Vcpu<'_> {
         success.wrapping_add(fail)
     }
 
-    /// Describe the vCPU to the registry, which does not know it yet.
+    /// Describe the vCPU for a registry that does not know it yet.
     pub(crate) fn newcomer(&self) -> Newcomer {
         Newcomer {
             owner: self.owner(),
@@ -159,18 +159,18 @@ impl Vcpu<'_> {
         })
     }
 
-    /// Return true if the scheduler takes the vCPU off its CPU, by what `kvm_sched_out()` has
-    /// written, and false if its thread leaves KVM.
+    /// Return true if the scheduler takes the vCPU off its CPU, as `kvm_sched_out()` has recorded, and false
+    /// if its thread leaves KVM.
     #[inline(always)]
     pub(crate) fn is_scheduled_out(&self) -> bool {
         // SAFETY: The vCPU lives; other CPUs only read the field.
         unsafe { (&raw const (*self.0.get()).scheduled_out).read_volatile() }
     }
 
-    /// Return the phase that begins as the scheduler takes the vCPU off its CPU, from what
-    /// `kvm_sched_out()` and `kvm_vcpu_block()` have written.
+    /// Return the phase that begins when the scheduler takes the vCPU off its CPU, by the records of
+    /// `kvm_sched_out()` and `kvm_vcpu_block()`.
     ///
-    /// KVM calls a vCPU preempted in KVM_RUN alone. Here it may be preempted in any ioctl.
+    /// KVM calls a vCPU preempted only in KVM_RUN. Here it may be preempted in any ioctl.
     pub(crate) fn phase_scheduled_out(&self) -> Phase {
         let vcpu = self.0.get();
         // SAFETY: The vCPU lives; other CPUs only read these fields.
@@ -217,16 +217,16 @@ impl Vcpu<'_> {
         unsafe { (*self.0.get()).arch.regs[register as usize] as u64 }
     }
 
-    /// Return the KVM_EXIT_* with which KVM_RUN ends for a vCPU that leaves its CPU for user space, or
-    /// `None` if another ioctl ends.
+    /// Return the KVM_EXIT_* with which KVM_RUN ends for a vCPU that leaves its CPU for user space, or `None`
+    /// if another ioctl ends.
     ///
-    /// All of KVM's codes are below 2^16, so this reads the low half, the first one on x86. A code that the
-    /// VMM writes there itself concerns its own VM alone.
+    /// All of KVM's codes are below 2^16, so this reads the low half, the first one on x86. A VMM can write a
+    /// code there itself, which affects only its own VM.
     #[inline(always)]
     pub(crate) fn user_exit(&self) -> Option<u16> {
         let vcpu = self.0.get();
-        // SAFETY: The vCPU is held by this thread, and its page for user space is there as long as
-        // it is. User space may write to the page, so it is read once.
+        // SAFETY: The vCPU is held by this thread, and its page for user space lives as long as the vCPU.
+        // User space may write to the page, so it is read once.
         unsafe {
             let run = (*vcpu)
                 .run
@@ -237,7 +237,7 @@ impl Vcpu<'_> {
         }
     }
 
-    /// Return the low half of a register of the guest, [`RAX`] or its like, as CPUID reads it in every mode.
+    /// Return the low half of a guest register, such as [`RAX`]. CPUID reads the low half in every mode.
     #[inline(always)]
     pub(crate) fn register(&self, register: usize) -> u32 {
         // SAFETY: The vCPU is held by this thread; `register` is one of the constants
@@ -260,8 +260,8 @@ impl Vcpu<'_> {
         }
     }
 
-    /// Return true if the kernel of the guest runs, at CPL 0, and not an L2 guest. False where the host
-    /// cannot know the CPL, as for SEV-ES, whose guest tells KVM any level it likes.
+    /// Return true if the guest's kernel runs, at CPL 0, and not an L2 guest. Returns false if the host
+    /// cannot know the CPL, as for SEV-ES, where the guest tells KVM any level it likes.
     ///
     /// Real mode and SMM are CPL 0, virtual-8086 mode is CPL 3.
     pub(crate) fn is_at_cpl_0(&self) -> bool {
@@ -269,9 +269,9 @@ impl Vcpu<'_> {
         !self.runs_nested() && unsafe { bindings::exitmeter_cpl(self.0.get()) } == 0
     }
 
-    /// Return true if KVM has queued a general protection fault for the guest, or for the
-    /// hypervisor in it. The latter gets the faults of an L2 guest that it intercepts as exits, which KVM
-    /// queues in a place of their own (`kvm_queue_exception_vmexit()`).
+    /// Return true if KVM has queued a general protection fault for the guest, or for a hypervisor in it.
+    /// Such a hypervisor gets the faults of its L2 guest that it intercepts as exits, and KVM queues these in
+    /// another field (`kvm_queue_exception_vmexit()`).
     pub(crate) fn fault_is_pending(&self) -> bool {
         let vcpu = self.0.get();
         // SAFETY: The vCPU is held by this thread.
@@ -281,8 +281,8 @@ impl Vcpu<'_> {
             .any(|queued| queued.pending && queued.vector == GP_VECTOR)
     }
 
-    /// Return the code of the Hyper-V hypercall that the vCPU has just exited for, or `None` if the guest
-    /// does not make Hyper-V's.
+    /// Return the code of the Hyper-V hypercall that the vCPU has just exited for, or `None` if the guest's
+    /// hypercalls are not Hyper-V's.
     #[inline(never)]
     pub(crate) fn hyperv_call(self) -> Option<u16> {
         // SAFETY: The vCPU is held and loaded by this thread, which is between exit and entry.

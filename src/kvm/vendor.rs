@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The vendor's half of KVM, kvm_intel or kvm_amd, and how its exits are read.
+//! The vendor's half of KVM, kvm_intel or kvm_amd, and the source of its exit reasons.
 
 use kernel::{
     error::to_result,
@@ -77,8 +77,8 @@ impl Vendor {
     }
 }
 
-/// Check that KVM is a module. A function of KVM has the module's name then, and none if KVM is a part
-/// of the kernel.
+/// Check that KVM is a module. Then kallsyms has its functions under the module's name, and without that name
+/// if KVM is a part of the kernel.
 fn check_is_module() -> Result {
     if symbols::find(c"kvm:kvm_arch_vcpu_load").is_none()
         && symbols::find(c"kvm_arch_vcpu_load").is_some()
@@ -91,8 +91,8 @@ fn check_is_module() -> Result {
     Ok(())
 }
 
-/// Check that a module of KVM's is loaded, by the function that unloads it, which has the same name in
-/// every module. So a module that is not loaded is told from a function that is not in it.
+/// Check that a module of KVM is loaded, by the function that unloads it, which has the same name in every
+/// module. So the error is not mistaken for a function that the module lacks.
 fn check_is_loaded(module: &str, unload: &'static CStr) -> Result {
     if symbols::find(unload).is_none() {
         pr_err!("{module} is not loaded: run 'modprobe {module}' first\n");
@@ -105,8 +105,8 @@ fn check_is_loaded(module: &str, unload: &'static CStr) -> Result {
 pub(crate) struct ExitReader(());
 
 impl ExitReader {
-    /// Find the reader, if this host's exits need one. It is found anew whenever the vendor's module is
-    /// loaded again.
+    /// Find the reader, if this host's exits need one. The shim finds it again whenever the vendor's module
+    /// is reloaded.
     pub(crate) fn attach(vendor: &Vendor) -> Result<Option<Self>> {
         match vendor.source {
             ExitSource::Vmcs => return Ok(None),

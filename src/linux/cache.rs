@@ -77,7 +77,7 @@ pub(crate) unsafe fn put(key: usize, value: NonNull<()>) {
 
 /// Return the key that this CPU put last.
 ///
-/// This reads a word that no other CPU writes: [`forget`] may clear the one that [`find`] compares at any
+/// This reads a word that no other CPU writes. [`forget`] may clear the word that [`find`] compares at any
 /// moment, also on behalf of another key.
 ///
 /// # Safety
@@ -98,7 +98,7 @@ pub(crate) unsafe fn latest_key() -> usize {
     key
 }
 
-/// Remove a key from all CPUs' caches. No CPU may put it meanwhile.
+/// Remove a key from all CPUs' caches. No CPU may put that key meanwhile.
 pub(crate) fn forget(key: usize) {
     // SAFETY: No requirements.
     unsafe { bindings::exitmeter_forget(key as c_ulong) };

@@ -11,7 +11,7 @@ extern "C" {
     static exitmeter_details: Switch;
 }
 
-/// A key in a struct, as the kernel's macro takes it. See `exitmeter_switch` in `shim.c`.
+/// Struct that begins with the branch's key: `exitmeter_switch` in `shim.c`.
 #[repr(C)]
 struct Switch {
     key: kernel_bindings::static_key_false,
@@ -22,8 +22,8 @@ struct Switch {
 #[cfg(CONFIG_JUMP_LABEL)]
 pub(crate) fn are_on() -> bool {
     'branch: {
-        // As `static_branch_unlikely!` of the kernel's crate, which does not say that no stack is
-        // used: for that the compiler aligns the stack on the way with details.
+        // This is `static_branch_unlikely!` of the kernel's crate, with `nostack`. Without that, the compiler
+        // aligns the stack on the path with details.
         // SAFETY: The shim's variable is a struct that begins with a static key of C's.
         unsafe {
             kernel::asm!(

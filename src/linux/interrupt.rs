@@ -6,8 +6,8 @@ use kernel::prelude::*;
 
 use crate::bindings;
 
-/// Run a function on `cpu`, in an interrupt, and wait for its end. Return false if the CPU is offline. May
-/// sleep.
+/// Run a function on `cpu`, in an interrupt, and wait until it returns. Return false if the CPU is offline.
+/// May sleep.
 pub(crate) fn run_on<F: FnMut() + Send>(cpu: u32, mut function: F) -> bool {
     // SAFETY: `run` gets the function that it is made for. It runs before this returns, or not at all.
     unsafe { bindings::exitmeter_call_on(cpu, Some(run::<F>), (&raw mut function).cast()) }
@@ -17,7 +17,7 @@ pub(crate) fn run_on<F: FnMut() + Send>(cpu: u32, mut function: F) -> bool {
 ///
 /// # Safety
 ///
-/// For [`run_on`] alone, with a function of type `F` that nobody else uses.
+/// Only [`run_on`] may pass this on, with a function of type `F` that nobody else uses.
 unsafe extern "C" fn run<F: FnMut()>(function: *mut c_void) {
     // SAFETY: By the contract of this function.
     unsafe { (*function.cast::<F>())() };

@@ -9,10 +9,10 @@ use crate::{
     meter::registry::platform::Retired, //
 };
 
-/// Allocate zeroed memory, charged to the memory cgroup of the current task. `may_sleep` says that the
-/// context can sleep.
+/// Allocate zeroed memory, charged to the memory cgroup of the current task. Set `may_sleep` only in a
+/// context that can sleep.
 pub(crate) fn allocate(size: usize, may_sleep: bool) -> Option<NonNull<u8>> {
-    // SAFETY: No requirements but a context that can sleep where that is said.
+    // SAFETY: By the contract of this function the context can sleep if `may_sleep` is set.
     NonNull::new(unsafe { bindings::exitmeter_allocate(size, may_sleep) }.cast())
 }
 

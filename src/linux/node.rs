@@ -17,8 +17,8 @@ use kernel::{
 
 /// A node in /dev with a mode of its own.
 ///
-/// The registration of the kernel's crate leaves the mode at 0600, hence this one. The file
-/// operations are the kernel crate's.
+/// The registration of the kernel's crate leaves the mode at 0600, hence this one. The file operations are
+/// those of the kernel's crate.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Node {
     #[pin]

@@ -13,8 +13,8 @@ pub(crate) fn find(name: &'static CStr) -> Option<usize> {
     (address != 0).then_some(address as usize)
 }
 
-/// Return true if an indirect call to `function` is allowed, by IBT and CFI. `like` is a function of ours
-/// that has the type of the call.
+/// Return true if IBT and CFI allow an indirect call to `function`. `like` is a function of ours that has the
+/// type of the call.
 pub(crate) fn may_call(function: usize, like: usize) -> bool {
     // SAFETY: Any address may be asked for; `like` is one of ours.
     unsafe { bindings::exitmeter_may_call(function as c_ulong, like as c_ulong) }

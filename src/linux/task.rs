@@ -10,7 +10,7 @@ pub(crate) fn pause() {
     unsafe { bindings::exitmeter_pause() };
 }
 
-/// Sleep for `ms`, without counting as load or as a hung task.
+/// Sleep for `ms` milliseconds, without counting as load or as a hung task.
 pub(crate) fn doze(ms: u32) {
     // SAFETY: The callers may sleep.
     unsafe { bindings::exitmeter_doze(ms) };
@@ -22,7 +22,7 @@ pub(crate) fn may_sleep() -> bool {
     unsafe { bindings::exitmeter_may_sleep() }
 }
 
-/// Return true if the current task is runnable, as `kvm_sched_out()` asks.
+/// Return true if the current task is runnable, by the test of `kvm_sched_out()`.
 pub(crate) fn is_runnable() -> bool {
     // SAFETY: No requirements.
     unsafe { bindings::exitmeter_current_is_runnable() }

@@ -2,7 +2,7 @@
 
 //! This CPU's cache: the vCPU that the CPU metered last, and its ledger. One compare finds it.
 //!
-//! For callbacks alone, in which preemption is off.
+//! Only for callbacks, in which preemption is off.
 
 use core::ptr::NonNull;
 
@@ -17,8 +17,8 @@ use crate::{
 pub(super) fn find(vcpu: Vcpu<'_>) -> Option<&Ledger> {
     // SAFETY: No vCPU's address is 0, and preemption is off in a callback.
     let ledger = unsafe { cache::find(vcpu.key()) }?;
-    // SAFETY: With a vCPU, a CPU's cache holds the ledger of a member of the registry. The callers
-    // hold the vCPU, so that it is not let go while they use it.
+    // SAFETY: Beside a vCPU, a CPU's cache holds the ledger of a member of the registry. The callers hold the
+    // vCPU, so it is not released while they use the ledger.
     Some(unsafe { ledger.cast().as_ref() })
 }
 
@@ -26,7 +26,7 @@ pub(super) fn find(vcpu: Vcpu<'_>) -> Option<&Ledger> {
 ///
 /// # Safety
 ///
-/// The ledger must stay as long as no [`forget`] of the vCPU has returned.
+/// The ledger must live until a [`forget`] of the vCPU has returned.
 #[inline(always)]
 pub(super) unsafe fn put(vcpu: Vcpu<'_>, ledger: &Ledger) {
     // SAFETY: Preemption is off in a callback.
@@ -35,7 +35,7 @@ pub(super) unsafe fn put(vcpu: Vcpu<'_>, ledger: &Ledger) {
 
 /// Return the same vCPU, which was just [`found`](find), from this CPU's cache.
 ///
-/// The slow paths take it from there, so that the fast path holds no register for them.
+/// The slow paths read it from there, so that the fast path needs no register for them.
 #[inline(always)]
 pub(super) fn read_again<'a>(_vcpu: Vcpu<'a>) -> Vcpu<'a> {
     // SAFETY: Preemption is off in a callback, so this CPU has put no other key since it found this

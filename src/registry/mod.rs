@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's half of the registry, whose algorithm is [`crate::meter::registry`]: which ledger belongs
-//! to which vCPU, snapshots, and who wants details.
+//! The kernel's half of the registry: which ledger belongs to which vCPU, snapshots, and requests for
+//! details. The algorithm is in [`crate::meter::registry`].
 //!
 //! - [`transitions`]: the way from a callback to a vCPU's ledger.
-//! - [`cache`]: the vCPU that this CPU metered last, so that an exit finds its ledger by one compare.
-//!   Another vCPU's is looked up in the registry's table, without a lock.
-//! - [`platform`]: what the kernel gives to the algorithm.
+//! - [`cache`]: the vCPU that this CPU metered last, so that an exit finds its ledger by one compare. The
+//!   ledgers of other vCPUs are looked up in the registry's table, without a lock.
+//! - [`platform`]: the kernel's lock, memory, RCU, interrupts and clock, for the algorithm.
 //!
-//! When a vCPU leaves its CPU, nothing is allocated and the registry's lock is not taken, as the
-//! scheduler's own lock is held then.
+//! When a vCPU leaves its CPU, nothing is allocated and the registry's lock is not taken, because the
+//! scheduler's lock is held then.
 
 mod cache;
 mod platform;
@@ -77,7 +77,7 @@ unsafe impl Zeroable for Totals {}
 // SAFETY: All-zero bytes are an empty copy, as `LedgerCopy` promises, and a walker is one.
 unsafe impl Zeroable for Walker {}
 
-/// The registry that the callbacks and the open files of the node find. Set while there can be any of them.
+/// The registry, for callbacks and open files of the node. Set while there can be any of them.
 static PUBLISHED: AtomicPtr<Registry> = AtomicPtr::new(null_mut());
 
 /// Keeps the registry published while this lives. There is at most one, and it goes after everything that
@@ -98,11 +98,11 @@ impl Drop for Publication {
     }
 }
 
-/// Return the registry. For callbacks and open files of the node alone.
+/// Return the registry. Only for callbacks and open files of the node.
 #[inline(always)]
 pub(crate) fn published<'a>() -> Option<&'a Registry> {
-    // SAFETY: Null, or published by the module's state. That lets the registry go after the last run of
-    // a callback, and an open file pins the module.
+    // SAFETY: Null, or published by the module's state, which drops the registry after the last run of a
+    // callback. An open file pins the module.
     unsafe { PUBLISHED.load(Acquire).as_ref() }
 }
 
@@ -110,10 +110,10 @@ pub(crate) fn published<'a>() -> Option<&'a Registry> {
 #[pin_data]
 pub(crate) struct Registry {
     vcpus: algorithm::Registry<Kernel>,
-    /// State of walks over all vCPUs. Held while a snapshot is taken, or details are turned on or off.
+    /// State of walks over all vCPUs. Locked while a snapshot is taken, or details are turned on or off.
     #[pin]
     walker: Mutex<Walks>,
-    /// Offset in ticks that makes of the TSC a clock that goes on when the TSC begins anew.
+    /// Offset in ticks from the TSC to a clock that goes on when the TSC restarts.
     clock_offset: AtomicU64,
 }
 
@@ -146,7 +146,7 @@ impl Registry {
         )
     }
 
-    /// Return the leaves that are answered.
+    /// Return the CPUID leaves that guests get answers to.
     #[inline(always)]
     pub(crate) fn leaves(&self) -> &Leaves {
         self.vcpus.leaves()
@@ -200,8 +200,8 @@ impl Registry {
         }
     }
 
-    /// Answer a query of a guest, and return the vCPU's identity with it, or `None` for an unmetered
-    /// vCPU. `at_cpl_0` says that the guest's kernel asks.
+    /// Return the answer to a guest's query and the vCPU's identity, or `None` for an unmetered vCPU.
+    /// `at_cpl_0` is true if the guest's kernel asks.
     pub(crate) fn answer(
         &self,
         vcpu: Vcpu<'_>,
@@ -215,7 +215,8 @@ impl Registry {
         }
     }
 
-    /// Write a snapshot into `buffer`, and return its size in bytes. `gone` is empty room for the totals.
+    /// Write a snapshot into `buffer`, and return its size in bytes. `gone` is an empty buffer for the
+    /// totals.
     ///
     /// # Errors
     ///
@@ -224,7 +225,7 @@ impl Registry {
         &self,
         buffer: &mut [u8],
         gone: &mut Totals,
-        show: TableOptions,
+        options: TableOptions,
     ) -> Result<usize, NoSnapshot> {
         let leaves = self.leaves();
         let mut walks = self.walker.lock();
@@ -243,22 +244,22 @@ impl Registry {
             life: leaves.life,
         };
         self.vcpus
-            .snapshot(&mut walks.walker, buffer, gone, host, show)
+            .snapshot(&mut walks.walker, buffer, gone, host, options)
     }
 
     /// Turn details on until [`Self::release_details`] has been called as often as this.
     pub(crate) fn hold_details(&self) {
         let mut walks = self.walker.lock();
         walks.want_details = walks.want_details.saturating_add(1);
-        // First the branch, then the tables: a callback that finds tables records all of an exit in them.
+        // First the branch, then the tables: a callback that finds tables must record a whole exit in them.
         if walks.want_details == 1 {
             details::switch(true);
         }
-        // Later calls do this for vCPUs that got no memory before.
+        // A later call does this for vCPUs that got no memory before.
         self.vcpus.give_tables(&mut walks.walker);
     }
 
-    /// Thaw the rings of the last exits.
+    /// Thaw the rings of the latest exits.
     pub(crate) fn thaw_rings(&self) {
         self.vcpus.thaw_rings(&mut self.walker.lock().walker);
     }
@@ -267,8 +268,8 @@ impl Registry {
     pub(crate) fn release_details(&self) {
         let mut walks = self.walker.lock();
         walks.want_details = walks.want_details.saturating_sub(1);
-        // First the tables: without them a vCPU's exits have no details, in whatever order the kernel
-        // patches the callbacks.
+        // First the tables: without them a vCPU's exits have no details, in whatever order the kernel patches
+        // the callbacks.
         if walks.want_details == 0 {
             self.vcpus.take_tables(&mut walks.walker);
             details::switch(false);
@@ -289,7 +290,7 @@ impl Registry {
         Ok(totals)
     }
 
-    /// Go on with a TSC that has begun anew while the host slept. It is `now`, and would be `then` if it had
+    /// Move to a TSC that restarted while the host slept. It reads `now`, and would read `then` if it had
     /// gone on. No other CPU runs.
     pub(crate) fn rebase(&self, then: u64, now: u64) {
         self.vcpus.rebase(then, now);

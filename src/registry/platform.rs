@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The platform of the registry's algorithm: the kernel's lock, memory, RCU, interrupts and clock.
+//! The kernel as the platform of the registry's algorithm: its lock, memory, RCU, interrupts and clock.
 
 use core::{
     alloc::Layout,
@@ -42,7 +42,7 @@ use crate::{
     registry::cache,
 };
 
-/// The kernel, as the registry's algorithm sees it.
+/// The kernel's services for the registry's algorithm.
 pub(super) struct Kernel {
     lock: Pin<KBox<Lock>>,
 }
@@ -68,8 +68,8 @@ impl Kernel {
 
 // SAFETY:
 // - `lock` and `unlock` are the kernel's spinlock.
-// - `allocate` gives what the kernel's allocator gives, zeroed. Its caches and page allocator align
-//   a size that is a multiple of 64 to 64 at least (ARCH_KMALLOC_MINALIGN, and vmalloc by pages).
+// - `allocate` returns zeroed memory of the kernel's allocator. Its caches and page allocator align a size
+//   that is a multiple of 64 to at least 64 (ARCH_KMALLOC_MINALIGN, and vmalloc by pages).
 // - `retire` is `kvfree_rcu()`, which waits for RCU's readers; `Reading` is one, and so is each
 //   callback of a transition, as preemption is off in it.
 unsafe impl Platform for Kernel {
@@ -107,8 +107,8 @@ unsafe impl Platform for Kernel {
     }
 
     fn polled(&self, key: usize) -> u64 {
-        // SAFETY: By the contract of this function the vCPU has not been let go. KVM destroys it after
-        // that, for which it takes the lock that the caller holds.
+        // SAFETY: By the contract of this function the vCPU has not been released. KVM frees it only after
+        // `destroy`, which takes the lock that the caller holds.
         unsafe { Vcpu::from_key(key) }.polled()
     }
 
@@ -119,8 +119,8 @@ unsafe impl Platform for Kernel {
 
     fn copy_on(&self, cpu: u32, copying: &mut Copying<'_>) -> bool {
         let mut copied = false;
-        // No transition of the vCPU that runs there is under way in an interrupt, unless it came in the
-        // middle of a load or a put.
+        // The interrupt comes between two transitions of the vCPU that runs there, or in the middle of a load
+        // or a put. In the latter case the copy fails.
         interrupt::run_on(cpu, || copied = copying.try_copy()) && copied
     }
 
@@ -140,7 +140,7 @@ unsafe impl Platform for Kernel {
     }
 }
 
-/// The kernel's allocator, for a vCPU that exits for more reasons than its ledger has histograms.
+/// The kernel's allocator of histograms, for a vCPU that exits for more reasons than its ledger has room for.
 pub(super) struct Allocator;
 
 // SAFETY: The memory is zeroed and nobody else's. The registry frees it with the vCPU.

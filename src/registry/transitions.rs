@@ -2,8 +2,8 @@
 
 //! The way from a callback to a vCPU's ledger: exit, entry, load and put.
 //!
-//! The fast path, for a vCPU in this CPU's cache, does not even look for the registry. All functions run
-//! with preemption off, for a vCPU that the caller holds.
+//! The fast path, for a vCPU in this CPU's cache, does not touch the registry. All functions run with
+//! preemption off, for a vCPU that the caller holds.
 
 use super::{
     cache,
@@ -40,9 +40,8 @@ fn looked_up<'a>(vcpu: Vcpu<'a>, now: u64, phase: Phase) -> Option<&'a Ledger> {
 
 /// Look up the ledger as [`looked_up`] does, at an exit or entry.
 ///
-/// A trust domain's vCPU is in no cache, and comes here at each of its own exits and entries. It was
-/// marked as unmetered when it was created, or is when it is loaded next, so a look at its VM's type is all
-/// that it costs here.
+/// A trust domain's vCPU is in no cache, and comes here at each of its exits and entries. It is marked as
+/// unmetered when it is created, or when it is loaded next, so here its VM's type is all that has to be read.
 fn looked_up_unless_of_trust_domain<'a>(
     vcpu: Vcpu<'a>,
     now: u64,
@@ -54,7 +53,7 @@ fn looked_up_unless_of_trust_domain<'a>(
     looked_up(vcpu, now, phase)
 }
 
-/// Return a vCPU's tables, if it has some.
+/// Return the tables of a vCPU, if it has any.
 #[inline(always)]
 fn tables(ledger: &Ledger) -> Option<&Tables> {
     // SAFETY: All callbacks of transitions run with preemption off, so what they find is freed after
@@ -64,9 +63,9 @@ fn tables(ledger: &Ledger) -> Option<&Tables> {
 
 /// Record a VM exit at TSC `now`.
 ///
-/// `event` makes the vCPU's exit, whose code is read once the vCPU is known to be metered. `RING` says
-/// that vCPUs with details have rings of their last exits. Each callback has one branch for details, after
-/// the part that is common to both ways.
+/// `event` creates the reader of the exit, which reads the code once the vCPU is known to be metered. `RING`
+/// is true if vCPUs with details have rings of their latest exits. This function, [`entry`], [`resume`] and
+/// [`leave_to_user`] each have one branch for details, after the part that both paths share.
 #[inline(always)]
 pub(crate) fn exit<'a, const RING: bool, E: Event>(
     vcpu: Vcpu<'a>,
@@ -104,7 +103,7 @@ fn exit_from_nested(ledger: &Ledger, now: u64, slot: Slot) {
     ledger.exit_of::<true>(now, slot, Allocator);
 }
 
-/// Record an exit whose slot takes more than a few instructions.
+/// Record an exit for which [`Event::usual_slot`] has no slot.
 #[cold]
 #[inline(never)]
 fn exit_unusual(vcpu: Vcpu<'_>, ledger: &Ledger, now: u64, isa: Isa, event: impl Event) {
@@ -134,7 +133,7 @@ fn exit_with<const RING: bool, E: Event>(
     let Some(tables) = tables(ledger) else {
         return exit_without(ledger, vcpu, now, slot);
     };
-    // Rare exits leave here, so that the others do not pay for them.
+    // Rare exits leave here, so that usual ones do not pay for them.
     if vcpu.runs_nested() {
         return exit_apart((ledger, vcpu), now, isa, slot, event);
     }
@@ -155,7 +154,7 @@ fn exit_with<const RING: bool, E: Event>(
         true if detail::is_leaf(isa, slot) => {
             exit_composed((ledger, vcpu), now, isa, slot, event);
         }
-        // That function finds out whether the RIP is known.
+        // `exit_apart` finds out whether the RIP is known.
         true => exit_apart((ledger, vcpu), now, isa, slot, event),
         false => ledger.exit_otherwise(tables, now, &about, key, Allocator),
     }
@@ -168,8 +167,8 @@ fn exit_without(ledger: &Ledger, vcpu: Vcpu<'_>, now: u64, slot: Slot) {
     exit_of(vcpu, ledger, now, slot);
 }
 
-/// Record an exit by a hypercall or by CPUID. On VMX the CPUID leaf may have subleaves. On SVM the exit is
-/// unlike the latest ones, as is any of a leaf with subleaves.
+/// Record an exit by a hypercall, or by CPUID: on VMX of a leaf that may have subleaves, on SVM an exit that
+/// is unlike the latest ones, as every exit of a leaf with subleaves is.
 #[inline(never)]
 fn exit_composed(
     (ledger, vcpu): (&Ledger, Vcpu<'_>),
@@ -288,8 +287,8 @@ fn resume_slow(vcpu: Vcpu<'_>, now: u64) {
 
 /// Record that the vCPU leaves its CPU for user space at TSC `now`.
 ///
-/// The scheduler's lock may be held, so nothing may be allocated here: an unknown vCPU stays unknown until
-/// its next event.
+/// The scheduler's lock may be held, so this allocates nothing: an unknown vCPU stays unknown until its next
+/// event.
 #[inline(always)]
 pub(crate) fn leave_to_user(vcpu: Vcpu<'_>, now: u64) {
     let Some(ledger) = cache::find(vcpu) else {
@@ -316,7 +315,7 @@ pub(crate) fn leave(vcpu: Vcpu<'_>, now: u64, phase: Phase) {
     }
 }
 
-/// Return how a vCPU leaves its CPU for a phase.
+/// Describe how a vCPU leaves its CPU for a phase.
 #[inline(always)]
 fn leaving(vcpu: Vcpu<'_>, phase: Phase) -> Leaving {
     Leaving {

@@ -308,7 +308,7 @@ impl<P: Platform> Registry<P> {
         buffer: &mut [u8],
         gone: &mut Totals,
         host: HostHeader,
-        show: TableOptions,
+        options: TableOptions,
     ) -> Result<usize, NoSnapshot> {
         let mut encoder = Encoder::new(buffer, host);
         let mut unmetered = 0;
@@ -336,7 +336,7 @@ impl<P: Platform> Registry<P> {
                         its_tables.slow().end_window_after(copy.last);
                     }
                     encoder.vcpu(&member.identity, copy);
-                    encoder.tables(copy, tables, show.code);
+                    encoder.tables(copy, tables, options.code);
                     without_tables = without_tables.wrapping_add(its_tables.is_none().into());
                 }
             }

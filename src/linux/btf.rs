@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's types: the files of `/sys/kernel/btf`.
+//! The kernel's types (BTF): the files of `/sys/kernel/btf`.
 
 use core::ptr::NonNull;
 
@@ -9,13 +9,13 @@ use kernel::prelude::*;
 use crate::bindings;
 
 /// A file of `/sys/kernel/btf`, in memory for as long as this lives.
-pub(crate) struct TypesFile {
+pub(crate) struct BtfFile {
     bytes: NonNull<u8>,
     size: usize,
 }
 
-impl TypesFile {
-    /// Read a file; `None` if there is none. For the module's init, which may sleep.
+impl BtfFile {
+    /// Read a file, or return `None` if there is none. Only for the module's init, which may sleep.
     pub(crate) fn read(path: &'static CStr) -> Option<Self> {
         let mut size = 0;
         // SAFETY: The path ends with a NUL, and the callers may sleep.
@@ -31,7 +31,7 @@ impl TypesFile {
     }
 }
 
-impl Drop for TypesFile {
+impl Drop for BtfFile {
     fn drop(&mut self) {
         // SAFETY: `read` made it, and no borrow is left.
         unsafe { bindings::exitmeter_free_types(self.bytes.as_ptr().cast()) };

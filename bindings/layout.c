@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The layout of KVM's types as the compiler of the kernel lays them out.
+ * The layout of KVM's types by the compiler that builds the kernel.
  *
- * bindgen asks clang for layouts, the kernel is built by gcc.  Kbuild compiles
- * this file with the module's own flags and turns each DEFINE into a line of
- * layout.h; src/bindings.rs asserts every one of them at build time.
+ * bindgen takes layouts from clang, but gcc may build the kernel.  Kbuild
+ * compiles this file with the module's own flags, and makes each DEFINE a line of
+ * layout.h.  src/bindings.rs asserts at build time that both compilers agree.
  */
 #include <linux/kbuild.h>
 #include <linux/kvm_host.h>
@@ -25,8 +25,8 @@ int main(void)
 	DEFINE(LAYOUT_VCPU_EXCEPTION_VMEXIT,
 	       offsetof(struct kvm_vcpu, arch.exception_vmexit));
 	/*
-	 * Behind R15 in both: in Linux 7.2 it is the next of regs
-	 * (VCPU_REGS_RIP), in 7.3 the field behind these (arch.rip).
+	 * RIP follows R15: in Linux 7.2 as the next one of regs
+	 * (VCPU_REGS_RIP), in 7.3 as the field behind regs (arch.rip).
 	 */
 	DEFINE(LAYOUT_VCPU_RIP,
 	       offsetof(struct kvm_vcpu, arch.regs[VCPU_REGS_R15]) +

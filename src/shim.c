@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The C half of exitmeter: tracepoint and ftrace registration, and readers of
- * what the kernel offers to C as macros or inline functions alone.
+ * The C half of exitmeter: registration of tracepoints and ftrace callbacks, and
+ * functions around what the kernel offers only as C macros or inline functions.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -35,11 +35,11 @@
 #include "shim.h"
 
 /*
- * The module's parameters.  Those of the kernel's crate are not shown in sysfs
- * (rust/macros/module.rs), and who loads the module again, as exitmeter verify
- * does, has to give it the same.  All are of a type that holds more than they
- * may be: a value out of its range comes to Rust, which names the range, where
- * the kernel would say no more than that it is invalid.
+ * The module's parameters.  Those of the kernel's crate are not in sysfs
+ * (rust/macros/module.rs), where a program that reloads the module, such as
+ * exitmeter verify, reads them.  All have type long, so that a value out of its
+ * range reaches the Rust half, which logs the range; the kernel would only say
+ * that the value is invalid.
  */
 struct exitmeter_parameters exitmeter_given = {
 	.leaf_map = 2021,
@@ -53,7 +53,7 @@ module_param_named(leaf_map, exitmeter_given.leaf_map, long, 0444);
 MODULE_PARM_DESC(leaf_map, "Order of the CPUID leaves 0x4FFFFFFC to 0x4FFFFFFF: 2021, 2022, or 0 to answer none");
 
 module_param_named(leaf_cpl, exitmeter_given.leaf_cpl, long, 0444);
-MODULE_PARM_DESC(leaf_cpl, "Who may ask in a guest: 3 everyone, or 0 its kernel alone, the others get what KVM answers");
+MODULE_PARM_DESC(leaf_cpl, "Highest CPL of a guest that gets answers: 3 for everyone, 0 for its kernel only; others get KVM's own answer");
 
 module_param_named(host_scope, exitmeter_given.host_scope, long, 0444);
 MODULE_PARM_DESC(host_scope, "1: guests read the sums of the whole host instead of their own VM's");
@@ -62,21 +62,21 @@ module_param_named(log_queries, exitmeter_given.log_queries, long, 0444);
 MODULE_PARM_DESC(log_queries, "1: one line in the kernel log for each query of a guest, rate limited");
 
 module_param_named(max_vcpus, exitmeter_given.max_vcpus, long, 0444);
-MODULE_PARM_DESC(max_vcpus, "How many vCPUs are metered at a time, 1 to 65536; 16 KiB each");
+MODULE_PARM_DESC(max_vcpus, "Maximum number of vCPUs metered at a time, 1 to 65536; 16 KiB each");
 
 module_param_named(details, exitmeter_given.details, long, 0444);
-MODULE_PARM_DESC(details, "1: exits are told with what they were about and which guest code caused them, always; 48 KiB more for each vCPU");
+MODULE_PARM_DESC(details, "1: always record details of exits and the guest code that caused them; 48 KiB more for each vCPU");
 
 module_param_named(slow_us, exitmeter_given.slow_us, long, 0444);
-MODULE_PARM_DESC(slow_us, "With details: each vCPU has a ring of its last 64 exits, which an exit of more microseconds freezes; 0: there are none");
+MODULE_PARM_DESC(slow_us, "With details: each vCPU has a ring of its latest 64 exits, which freezes at an exit of more microseconds than this; 0: no rings");
 
 module_param_named(copy_tries, exitmeter_given.copy_tries, long, 0444);
 MODULE_PARM_DESC(copy_tries, "Attempts to copy a running vCPU's numbers before its CPU is interrupted, 0 to 24");
 
-/* The module macro of the kernel's crate has no field for it (rust/macros/module.rs). */
+/* The module macro of the kernel's crate has no field for this (rust/macros/module.rs). */
 MODULE_VERSION(EXITMETER_VERSION);
 
-/* Exported by kvm.ko; their declaration is in a header private to KVM. */
+/* Exported by kvm.ko, but declared in a header private to KVM. */
 DECLARE_TRACEPOINT(kvm_exit);
 DECLARE_TRACEPOINT(kvm_entry);
 
@@ -105,9 +105,9 @@ void exitmeter_detach_entry(exitmeter_entry_probe probe, void *data)
 }
 
 /*
- * Return after the last run of @ops->func.  A task that a redirect sent to
- * other code may still be there if it sleeps in it, and nowhere else:
- * ftrace_shutdown() waits for RCU-tasks, that is for all who do not sleep.
+ * Return after the last run of @ops->func.  Only a task that sleeps in the code
+ * to which a redirect sent it may still be there: ftrace_shutdown() waits for
+ * RCU-tasks, that is, for all tasks that do not sleep.
  */
 void exitmeter_detach_function(struct ftrace_ops *ops)
 {
@@ -115,19 +115,19 @@ void exitmeter_detach_function(struct ftrace_ops *ops)
 	ftrace_free_filter(ops);
 }
 
-/* Whether @ip lies in the code of this module. */
+/* Return true if @ip lies in the code of this module. */
 bool exitmeter_is_own_text(unsigned long ip)
 {
 	return within_module(ip, THIS_MODULE);
 }
 
 /*
- * How many tasks came into each place on this CPU, less those that left on it.
- * A task that moves leaves on another CPU, so only the sum means something.
+ * Number of tasks that entered each place on this CPU, less those that left it
+ * on this CPU.  A task may leave on another CPU, so only the sum has a meaning.
  */
 static DEFINE_PER_CPU(long[EXITMETER_PLACES], tasks_inside);
 
-/* Which places refuse whoever would come in. */
+/* Places that refuse tasks which try to enter. */
 static bool is_closed[EXITMETER_PLACES];
 
 void exitmeter_enter(enum exitmeter_place place)
@@ -136,12 +136,12 @@ void exitmeter_enter(enum exitmeter_place place)
 }
 
 /*
- * Come into @place unless it is closed.
+ * Enter @place unless it is closed.
  *
  * The barrier pairs with that of exitmeter_close(): either this task sees that
- * the place is closed, or whoever closed it sees this task inside.  Preemption
- * is off, so that a task that is turned away counts up and down on one CPU:
- * no sum is ever too low for it.
+ * the place is closed, or the closing task sees this task inside.  Preemption is
+ * off, so that a task that is refused counts up and down on one CPU: no sum is
+ * ever too low because of it.
  */
 bool exitmeter_try_enter(enum exitmeter_place place)
 {
@@ -159,7 +159,7 @@ bool exitmeter_try_enter(enum exitmeter_place place)
 
 void exitmeter_leave(enum exitmeter_place place)
 {
-	/* What was done inside comes before. */
+	/* All that was done inside comes before. */
 	barrier();
 	this_cpu_dec(tasks_inside[place]);
 }
@@ -171,11 +171,11 @@ void exitmeter_close(enum exitmeter_place place, bool closed)
 }
 
 /*
- * Return how many tasks are in @place, at least; 0 only if none is.
+ * Return the number of tasks in @place, or more; 0 only if there is none.
  *
- * For a place that nobody comes into any more, and where whoever is turned away
- * counts for a moment at most.  Whoever leaves while this adds up makes a number
- * less that may be added already: the sum is never too low.
+ * No task may enter the place any more; a task that is refused counts only for a
+ * moment.  A task that leaves during the sum lowers a number that may have been
+ * added already, so the sum is never too low.
  */
 long exitmeter_inside(enum exitmeter_place place)
 {
@@ -188,21 +188,21 @@ long exitmeter_inside(enum exitmeter_place place)
 }
 
 /*
- * Return when every task that was about to leave the module's code, and does
- * not sleep any more, has left it.
+ * Return when every task that no longer sleeps, and was about to leave the
+ * module's code, has left it.
  *
- * Where kernel code can be preempted this waits for each task to sleep by its
- * own wish or to be in user mode; where it cannot, TASKS_RCU is off
- * (kernel/rcu/Kconfig), this is synchronize_rcu() (linux/rcupdate.h), and every
- * CPU has switched tasks or been in user mode once, which takes the rest of
- * the code to be over.
+ * If kernel code can be preempted, this waits until each task has slept by its
+ * own wish or been in user mode.  Otherwise TASKS_RCU is off
+ * (kernel/rcu/Kconfig) and this is synchronize_rcu() (linux/rcupdate.h): each
+ * CPU has switched tasks or been in user mode once, which none can do in the
+ * rest of that code.
  */
 void exitmeter_wait_for_tails(void)
 {
 	synchronize_rcu_tasks();
 }
 
-/* Sleep for @ms, without a load and without the watch for hung tasks. */
+/* Sleep for @ms, without counting as load or as a hung task. */
 void exitmeter_doze(unsigned int ms)
 {
 	schedule_timeout_idle(msecs_to_jiffies(ms));
@@ -211,10 +211,10 @@ void exitmeter_doze(unsigned int ms)
 DEFINE_PER_CPU_ALIGNED(struct exitmeter_cache, exitmeter_cache);
 
 /*
- * Take @vcpu, which runs nowhere any more, out of all CPUs' caches.
+ * Remove @vcpu, which runs nowhere any more, from all CPUs' caches.
  *
- * A CPU that caches another vCPU at this moment may lose that one, and looks
- * it up at its next event.
+ * A CPU that caches another vCPU at this moment may lose that one, and then
+ * looks it up at its next event.
  */
 void exitmeter_forget(unsigned long vcpu)
 {
@@ -231,8 +231,8 @@ void exitmeter_forget(unsigned long vcpu)
 /*
  * Return zeroed memory, charged to the cgroup of the current task, or NULL.
  *
- * Without sleeping it is not taken from the reserves for those who must not
- * fail either: they are not for a meter.
+ * An allocation that may not sleep does not use the emergency reserves either:
+ * GFP_NOWAIT, not GFP_ATOMIC.
  */
 void *exitmeter_allocate(size_t size, bool may_sleep)
 {
@@ -244,20 +244,20 @@ void *exitmeter_allocate(size_t size, bool may_sleep)
 	return kzalloc(size, GFP_NOWAIT | __GFP_NOWARN | __GFP_ACCOUNT);
 }
 
-/* Callbacks of ftrace free as well, and may run with preemption off. */
+/* ftrace's callbacks call this too, and may run with preemption off. */
 void exitmeter_free(void *memory)
 {
 	kvfree_atomic(memory);
 }
 
-/* An object of which the Rust half leaves the first bytes to RCU. */
+/* An object of the Rust half, which leaves the first bytes to RCU. */
 struct exitmeter_retired {
 	struct rcu_head rcu;
 };
 
 /*
- * Free @memory after a grace period.  It begins with @room, which has space
- * for an rcu_head.
+ * Free @memory after a grace period.  @room is its start, with space for an
+ * rcu_head.
  */
 void exitmeter_retire(void *memory, void *room)
 {
@@ -279,15 +279,15 @@ void exitmeter_pause(void)
 }
 
 /*
- * Run @function on @cpu, in an interrupt, and wait for it.  Return false if
- * the CPU is offline.
+ * Run @function on @cpu, in an interrupt, and wait until it returns.  Return
+ * false if the CPU is offline.
  */
 bool exitmeter_call_on(u32 cpu, void (*function)(void *info), void *info)
 {
 	return !smp_call_function_single(cpu, function, info, 1);
 }
 
-/* As kvm_sched_out() asks it, for any ioctl. */
+/* The test of kvm_sched_out(), but for any ioctl. */
 bool exitmeter_current_is_runnable(void)
 {
 	return task_is_runnable(current);
@@ -314,7 +314,7 @@ static bool has_endbr(unsigned long address)
 	return four_bytes(address) == gen_endbr();
 }
 
-/* Return true if an ENDBR is at @address, or what the kernel made of one. */
+/* Return true if an ENDBR is at @address, or a sealed one. */
 static bool had_endbr(unsigned long address)
 {
 	return __is_endbr(four_bytes(address));
@@ -330,13 +330,13 @@ static bool had_endbr(unsigned long address) { return false; }
 /*
  * Return the address of a function, "module:name" or "name", or 0.
  *
- * kallsyms is closed to modules; a kprobe that is registered and dropped at
- * once tells the address as well, but behind the ENDBR if there is one, or was
+ * kallsyms is closed to modules, so this registers a kprobe and removes it at
+ * once.  Its address is behind the ENDBR, if there is or was one
  * (arch_adjust_kprobe_addr()).
  */
 unsigned long exitmeter_find_function(const char *name)
 {
-	/* Not armed: no code is changed for it. */
+	/* Not armed, so no code is changed. */
 	struct kprobe probe = {
 		.symbol_name = name,
 		.flags = KPROBE_FLAG_DISABLED,
@@ -354,13 +354,13 @@ unsigned long exitmeter_find_function(const char *name)
 }
 
 /*
- * Return what a file of /sys/kernel/btf holds, or NULL.  The kernel keeps the
- * same in memory, but lets no module look up there and give back what it took:
+ * Return the contents of a file of /sys/kernel/btf, or NULL.  The kernel has
+ * them in memory, but a module cannot take and release a reference to them:
  * bpf_find_btf_id() is exported, btf_put() is not.
  *
- * Not by kernel_read_file(), which asks what the file is for: IPE warns of an
- * answer that it does not know (ipe_kernel_read_file()), and this is none of
- * those it knows.
+ * kernel_read_file() is not used because it takes the purpose of the file, and
+ * IPE warns of a purpose that it does not know (ipe_kernel_read_file()).  It
+ * knows none for this file.
  */
 void *exitmeter_read_types(const char *path, size_t *size)
 {
@@ -391,8 +391,8 @@ void exitmeter_free_types(void *types)
 }
 
 /*
- * The arguments that the trampolines save.  kvm_emulate_cpuid() is declared in
- * a header private to KVM; what takes its place has one argument anyway.
+ * Check the arguments that the trampolines save.  kvm_emulate_cpuid() has one,
+ * which is not checked: its declaration is in a header private to KVM.
  */
 static_assert(__same_type(kvm_arch_vcpu_load,
 			  void(struct kvm_vcpu *vcpu, int cpu)));
@@ -406,19 +406,20 @@ static void (*const trampolines[])(void) = {
 
 /*
  * Call @ops->func at each entry of the function @name, "module:name", from now
- * on, or @trampoline, if there is one, while @ops alone is at that function.
+ * on.  While the function has no other user, call @trampoline instead, if there
+ * is one.
  *
- * x86 lets a user of ftrace bring a trampoline of its own, and leaves that as it
- * is (arch_ftrace_update_trampoline()).  Unlike a direct call, of which a
- * function has one, it is in nobody's way: with a second user ftrace goes over
- * to @ops->func by itself.
+ * x86 lets a user of ftrace bring a trampoline of its own, and does not change
+ * it (arch_ftrace_update_trampoline()).  A function can have only one direct
+ * call, but any number of these: with a second user, ftrace switches to
+ * @ops->func by itself.
  *
- * The address is found first, as to match a name ftrace looks up the names of
- * all functions there are.
+ * The function is filtered by its address, because to match a name ftrace looks
+ * up the names of all functions that it knows.
  *
- * PERMANENT has "sysctl kernel.ftrace_enabled=0" refused while the hook is in
- * place, instead of having it taken away behind the meter's back.  Linux 7.3
- * refuses that anyway; kernels before it need the flag.
+ * PERMANENT makes the kernel refuse "sysctl kernel.ftrace_enabled=0" while the
+ * hook is in place, which would silently disable it.  Linux 7.3 refuses that
+ * anyway; kernels before it need the flag.
  */
 int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 			      enum exitmeter_trampoline trampoline,
@@ -450,12 +451,12 @@ int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 
 #ifdef CONFIG_CFI
 /*
- * Whether CFI takes @function for one of the type that @like has.
+ * Return true if, for CFI, @function has the type of @like.
  *
- * What it compares is ahead of the function: a hash of the type, where kCFI has
- * it or where FineIBT has it (arch/x86/kernel/alternative.c).  It is taken away
- * from a function that nobody calls indirectly.  The last bytes are left out:
- * call depth tracking has code there that is each function's own.
+ * CFI compares a hash of the type ahead of the function, at the place of kCFI or
+ * of FineIBT (arch/x86/kernel/alternative.c).  A function that is never called
+ * indirectly has lost its hash.  The last bytes are left out: call depth
+ * tracking has code there that differs from function to function.
  */
 static bool has_type_of(unsigned long function, unsigned long like)
 {
@@ -476,12 +477,12 @@ static bool has_type_of(unsigned long function, unsigned long like)
 #endif
 
 /*
- * Whether an indirect call to @function is allowed on this CPU, as a function
- * of the type of @like, which is one of our own that may be called.
+ * Return true if an indirect call to @function is allowed on this CPU.  @like is
+ * a function of ours that has the type of the call, and may be called.
  *
- * A function that nobody calls indirectly has lost its ENDBR; under Indirect
- * Branch Tracking a call to it is a fault.  Under FineIBT each function has,
- * also @like: such a call goes to the ENDBR ahead of it.
+ * A function that is never called indirectly has lost its ENDBR; under Indirect
+ * Branch Tracking a call to it is a fault.  Under FineIBT all functions have
+ * lost it, @like too: such a call goes to the ENDBR ahead of the function.
  */
 bool exitmeter_may_call(unsigned long function, unsigned long like)
 {
@@ -504,14 +505,14 @@ static_assert(__same_type(((struct kvm_x86_ops *)NULL)->get_exit_info,
 
 static exit_reader read_exit;
 
-/* What the vendor's module is called, and how its reader may be. */
+/* Name of each vendor's module, and the possible names of its reader. */
 static const struct {
 	const char *module;
 	const char *functions[2];
 } readers[] = {
 	[EXITMETER_VENDOR_VMX] = {
 		.module = "kvm_intel",
-		/* With TDX, or without it the second alone is in the ops. */
+		/* The first is in the ops with TDX, the second without. */
 		.functions = {
 			"kvm_intel:vt_get_exit_info",
 			"kvm_intel:vmx_get_exit_info",
@@ -525,7 +526,7 @@ static const struct {
 
 static enum exitmeter_vendor readers_vendor;
 
-/* A function of that type. */
+/* A function of the reader's type, for exitmeter_may_call(). */
 static void read_nothing(struct kvm_vcpu *vcpu, u32 *reason, u64 *info1,
 			 u64 *info2, u32 *intr_info, u32 *error_code)
 {
@@ -552,12 +553,12 @@ static int find_reader(void)
 }
 
 /*
- * The vendor's module may be taken out and put back while the meter stays.  No
- * vCPU of it runs then, so no exit can race with the pointer.
+ * The vendor's module may be unloaded and loaded again while the meter stays.
+ * No vCPU runs then, so no exit can race with the pointer.
  *
- * Of one that comes, all is in place before its first instruction runs: its
- * ENDBRs are sealed (module_finalize()), kallsyms shows it and kprobes takes
- * it, as trace_kprobe_module_callback() does at the same moment.
+ * A module that is coming is complete before its first instruction runs: its
+ * ENDBRs are sealed (module_finalize()), kallsyms has it, and kprobes accepts
+ * it, as trace_kprobe_module_callback() relies on at the same moment.
  */
 static int vendor_module_event(struct notifier_block *nb, unsigned long event,
 			       void *data)
@@ -604,10 +605,10 @@ void exitmeter_detach_reader(void)
 }
 
 /*
- * Read the exit that @vcpu has just taken, on its CPU.
+ * Read the exit that @vcpu has just taken, on its CPU.  Called at every exit on
+ * SVM, and under Hyper-V.
  *
- * Called at every exit.  vmx_get_exit_info() and svm_get_exit_info() write all
- * that they are given room for.
+ * vmx_get_exit_info() and svm_get_exit_info() write all of their arguments.
  */
 void exitmeter_read_exit(struct kvm_vcpu *vcpu,
 			 struct exitmeter_exit_info *info)
@@ -615,7 +616,7 @@ void exitmeter_read_exit(struct kvm_vcpu *vcpu,
 	exit_reader reader = READ_ONCE(read_exit);
 
 	if (unlikely(!reader)) {
-		/* No code: counted among "other". */
+		/* A code without a slot: counted as "other". */
 		*info = (struct exitmeter_exit_info){ .code = U32_MAX - 15 };
 		return;
 	}
@@ -624,11 +625,11 @@ void exitmeter_read_exit(struct kvm_vcpu *vcpu,
 }
 
 /*
- * Return the code of the hypercall that @vcpu has just exited for, or -1 when
- * the guest's are not Hyper-V's.
+ * Return the code of the hypercall that @vcpu has just exited for, or -1 if the
+ * guest's hypercalls are not Hyper-V's.
  *
- * As kvm_hv_hypercall_enabled(), is_64_bit_hypercall() and kvm_hv_hypercall()
- * decide, which KVM keeps to itself.
+ * This does what kvm_hv_hypercall_enabled(), is_64_bit_hypercall() and
+ * kvm_hv_hypercall() do, which are private to KVM.
  */
 int exitmeter_hyperv_call(struct kvm_vcpu *vcpu)
 {
@@ -650,8 +651,8 @@ int exitmeter_hyperv_call(struct kvm_vcpu *vcpu)
 }
 
 /*
- * Whether exits are told with details.  A struct, as the kernel's macro for Rust
- * takes a key that is a field.
+ * The key of the static branch for details.  It is in a struct because the
+ * kernel's macro for Rust takes a key that is a field.
  */
 struct exitmeter_switch {
 	struct static_key_false key;
@@ -661,7 +662,7 @@ struct exitmeter_switch exitmeter_details = {
 	.key = STATIC_KEY_FALSE_INIT,
 };
 
-/* Return when all CPUs have seen it.  Callers take turns. */
+/* Return when all CPUs have seen the change.  Callers take turns. */
 void exitmeter_switch_details(bool on)
 {
 	if (on)
@@ -670,7 +671,7 @@ void exitmeter_switch_details(bool on)
 		static_branch_disable(&exitmeter_details.key);
 }
 
-/* As perf_event_open() asks for what it tells of a guest and its kernel. */
+/* The right that perf_event_open() requires for guests and their kernels. */
 bool exitmeter_may_see_details(void)
 {
 	return perfmon_capable();
@@ -679,8 +680,8 @@ bool exitmeter_may_see_details(void)
 /*
  * Return true if KVM may use Hyper-V's enlightened VMCS.
  *
- * As hv_init_evmcs() of kvm_intel decides, but for its parameter
- * enlightened_vmcs: the module may come back with another.
+ * This is the test of hv_init_evmcs() of kvm_intel, without its parameter
+ * enlightened_vmcs, which may change when kvm_intel is loaded again.
  */
 bool exitmeter_has_enlightened_vmcs(void)
 {
@@ -693,15 +694,16 @@ bool exitmeter_has_enlightened_vmcs(void)
 }
 
 /*
- * Return the privilege level at which @vcpu has just exited, 0 to 3, or -1
- * when the host cannot know it.
+ * Return the privilege level at which @vcpu has just exited, 0 to 3, or -1 if
+ * the host cannot know it.
  *
- * The caller has @vcpu loaded, between exit and entry.  KVM reads the level at
- * the same place itself, in kvm_is_cpuid_allowed(): on VMX from the VMCS or
- * from what it has read of it since this exit, on SVM from the VMCB.
+ * The caller has @vcpu loaded, between exit and entry.  KVM itself reads the
+ * level at the same place, in kvm_is_cpuid_allowed(): on VMX from the VMCS, or
+ * from its cache of the VMCS since this exit, on SVM from the VMCB.
  *
- * Of a guest whose registers are encrypted KVM tells what the guest last told
- * it (sev_es_sync_from_ghcb), 0 if it told nothing, and 0 of a trust domain.
+ * For a guest with encrypted registers, KVM returns the level that the guest
+ * reported last (sev_es_sync_from_ghcb), 0 if it reported none, and 0 for a
+ * trust domain.
  */
 int exitmeter_cpl(struct kvm_vcpu *vcpu)
 {
@@ -736,17 +738,17 @@ bool exitmeter_tsc_unstable(void)
 }
 
 /*
- * The TSC may begin anew, or stand still, while the host sleeps (S3, S4).  One
- * CPU is left when these functions run, with interrupts off, and all tasks are
- * frozen.  Timekeeping sleeps after this and wakes before it, as it was
- * registered first.
+ * The TSC may restart, or stand still, while the host sleeps (S3, S4).  When
+ * these functions run, only one CPU is online, interrupts are off, and all tasks
+ * are frozen.  Timekeeping is suspended after this and resumed before it,
+ * because it was registered first.
  */
 static exitmeter_rebase sleep_rebase;
 static u64 sleep_tsc, sleep_boottime;
 
 /*
- * How much a TSC that went on may differ from the time slept, in ms: a clock
- * that tells the time only in seconds measures the sleep.
+ * Allowed difference between a TSC that went on and the time slept, in ms: the
+ * clock that measures the sleep may have a resolution of seconds.
  */
 #define SLEEP_SLACK_MS 2000
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the C half of exitmeter offers to the Rust half.
+ * Interface of the C half of exitmeter for the Rust half.
  *
- * The C half holds only what Rust cannot name: macros, inline functions and
- * the tracepoints.  It decides nothing; every policy is in Rust.
+ * The C half has only what Rust cannot name: macros, inline functions, the
+ * tracepoints and per-CPU variables.  All policy is in Rust.
  */
 #ifndef EXITMETER_SHIM_H
 #define EXITMETER_SHIM_H
@@ -14,7 +14,7 @@
 struct ftrace_ops;
 struct kvm_vcpu;
 
-/* The module's parameters, as they were given: see shim.c. */
+/* The module's parameters, unchecked: see shim.c. */
 struct exitmeter_parameters {
 	long leaf_map;
 	long leaf_cpl;
@@ -47,12 +47,12 @@ enum exitmeter_trampoline {
 	EXITMETER_TRAMPOLINE_CPUID,
 };
 
-/* In trampolines.S: for ftrace alone. */
+/* In trampolines.S.  Only ftrace calls these. */
 void exitmeter_trampoline_load(void);
 void exitmeter_trampoline_put(void);
 void exitmeter_trampoline_cpuid(void);
 
-/* Functions of KVM, by name, through ftrace. */
+/* Hooks of KVM's functions, by ftrace. */
 int exitmeter_attach_function(struct ftrace_ops *ops, const char *name,
 			      enum exitmeter_trampoline trampoline,
 			      bool redirect);
@@ -75,10 +75,10 @@ void exitmeter_wait_for_tails(void);
 void exitmeter_doze(unsigned int ms);
 
 /*
- * The vCPU that a CPU metered last, and its ledger.  Read and written by the
- * CPU itself, with preemption off; others only forget, that is, they may write
- * 0 to vcpu at any moment.  What has found its vCPU there reads it again from
- * kept, which nobody else writes.
+ * The vCPU that a CPU metered last, and its ledger.  The CPU itself reads and
+ * writes this, with preemption off.  Other CPUs only forget: they may write 0 to
+ * vcpu at any moment.  A callback that has found its vCPU here reads it again
+ * from kept, which no other CPU writes.
  */
 struct exitmeter_cache {
 	unsigned long vcpu;
@@ -89,22 +89,22 @@ struct exitmeter_cache {
 DECLARE_PER_CPU(struct exitmeter_cache, exitmeter_cache);
 void exitmeter_forget(unsigned long vcpu);
 
-/* Memory, and whether it can be waited for. */
+/* Memory, and a test whether the context may wait for it. */
 void *exitmeter_allocate(size_t size, bool may_sleep);
 void exitmeter_free(void *memory);
 void exitmeter_retire(void *memory, void *room);
 bool exitmeter_may_sleep(void);
 void exitmeter_pause(void);
 
-/* Another CPU, by an interrupt. */
+/* Calls on another CPU, by an interrupt. */
 bool exitmeter_call_on(u32 cpu, void (*function)(void *info), void *info);
 
-/* The task that runs. */
+/* The current task. */
 bool exitmeter_current_is_runnable(void);
 
 u64 exitmeter_random(void);
 
-/* Symbols of modules. */
+/* Functions of the kernel and its modules. */
 unsigned long exitmeter_find_function(const char *name);
 bool exitmeter_may_call(unsigned long function, unsigned long like);
 
@@ -115,18 +115,18 @@ void exitmeter_free_types(void *types);
 /* The guest's privilege level. */
 int exitmeter_cpl(struct kvm_vcpu *vcpu);
 
-/* The host's CPU and its clock. */
+/* The host's sleep, after which the TSC may restart. */
+typedef void (*exitmeter_rebase)(u64 then, u64 now);
+
+void exitmeter_attach_sleep(exitmeter_rebase rebase);
+void exitmeter_detach_sleep(void);
+
+/* The vendor of the host's CPU. */
 enum exitmeter_vendor {
 	EXITMETER_VENDOR_OTHER,
 	EXITMETER_VENDOR_VMX,
 	EXITMETER_VENDOR_SVM,
 };
-
-/* The host's sleep, from which the TSC may begin anew. */
-typedef void (*exitmeter_rebase)(u64 then, u64 now);
-
-void exitmeter_attach_sleep(exitmeter_rebase rebase);
-void exitmeter_detach_sleep(void);
 
 enum exitmeter_vendor exitmeter_vendor(void);
 bool exitmeter_has_enlightened_vmcs(void);
@@ -135,7 +135,7 @@ bool exitmeter_has_enlightened_vmcs(void);
 int exitmeter_attach_reader(enum exitmeter_vendor vendor);
 void exitmeter_detach_reader(void);
 
-/* What an exit tells. */
+/* An exit, as KVM's own reader returns it. */
 struct exitmeter_exit_info {
 	u64 info1;
 	u64 info2;
@@ -148,14 +148,14 @@ void exitmeter_read_exit(struct kvm_vcpu *vcpu,
 			 struct exitmeter_exit_info *info);
 int exitmeter_hyperv_call(struct kvm_vcpu *vcpu);
 
-/* Whether exits are told with details: see exitmeter_details in shim.c. */
+/* The branch for details (exitmeter_details in shim.c), and who may see them. */
 void exitmeter_switch_details(bool on);
 bool exitmeter_may_see_details(void);
 
 u32 exitmeter_tsc_khz(void);
 bool exitmeter_tsc_unstable(void);
 
-/* Monotonic time in ns, by the tick: cheap, and off by up to one. */
+/* Monotonic time in ns, late by up to one tick, and cheap. */
 u64 exitmeter_coarse_ns(void);
 
 #endif /* EXITMETER_SHIM_H */

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * From the call that ftrace puts at the head of a function to the callbacks in
- * src/hooks, for the functions that KVM calls most.
+ * Trampolines from the call that ftrace puts at the head of a function to the
+ * callbacks in src/hooks, for the functions that KVM calls most.
  *
- * ftrace's own trampoline saves all registers that a function may have its
- * arguments in, and 120 bytes more.  Each of these saves the arguments that its
- * function has, and no others, as BPF's trampolines do
- * (arch_prepare_bpf_trampoline()): gcc knows that a call for profiling may
- * change all registers that a callee need not save (-pg turns off -fipa-ra).
+ * ftrace's own trampoline saves all registers that may hold an argument, and 120
+ * bytes more.  Each trampoline here saves only the arguments that its function
+ * has, as BPF's trampolines do (arch_prepare_bpf_trampoline()).  gcc assumes
+ * that a call for profiling changes all registers that a callee need not save
+ * (-pg turns off -fipa-ra).
  *
- * ftrace calls a trampoline while nobody else is at the function.  Beside other
- * users it calls the ops' func in src/hooks, which does the same.
+ * ftrace calls a trampoline while the function has no other user.  Otherwise it
+ * calls the ops' func in src/hooks, which does the same.
  */
 #include <linux/linkage.h>
 #include <linux/objtool.h>
@@ -53,7 +53,7 @@ SYM_FUNC_END(exitmeter_trampoline_put)
 SYM_FUNC_START(exitmeter_trampoline_cpuid)
 	ANNOTATE_NOENDBR
 	CALL_DEPTH_ACCOUNT
-	/* As Leaves::may_answer() in meter/leaves.rs. */
+	/* The test of Leaves::may_answer() in meter/leaves.rs. */
 	movl	LAYOUT_VCPU_REGS(%rdi), %eax
 	shrl	$4, %eax
 	cmpl	$0x4ffffff, %eax
@@ -62,7 +62,7 @@ SYM_FUNC_START(exitmeter_trampoline_cpuid)
 
 1:	FRAME_BEGIN
 	pushq	%rdi
-	/* Who has called kvm_emulate_cpuid(). */
+	/* The return address of kvm_emulate_cpuid(), in its caller. */
 	movq	2 * 8 + FRAME_OFFSET(%rsp), %rsi
 	call	exitmeter_is_query
 	popq	%rdi
@@ -72,8 +72,9 @@ SYM_FUNC_START(exitmeter_trampoline_cpuid)
 	RET
 
 	/*
-	 * Go on in our function in place of KVM's, which has not done a thing: on
-	 * the stack is the address to return to in it, and then its caller's.
+	 * Go on in our function in place of KVM's, which has done nothing yet.
+	 * Drop the return address into KVM's function.  The next one on the
+	 * stack is the one into its caller.
 	 */
 2:	addq	$8, %rsp
 	UNWIND_HINT_FUNC

@@ -105,7 +105,7 @@ pub fn detail_of(key: u64) -> u64 {
     (key ^ tag) & ((1 << BITS) - 1)
 }
 
-/// Return the row of the ledger that a key's exits belong to.
+/// Return the slot that a key's exits belong to.
 pub fn slot_of(key: u64) -> Option<Slot> {
     let reason = (key & !NESTED) >> BITS;
     Slot::from_index((reason as usize).wrapping_sub(1))
@@ -121,7 +121,7 @@ pub struct Rules {
     masks: [u64; SLOTS],
     /// On SVM: the register that is part of the detail.
     registers: [Register; SLOTS],
-    /// Bits of that register that are.
+    /// Bits of that register that are part of the detail.
     register_masks: [u32; SLOTS],
     /// See [`tag`].
     tags: [u64; SLOTS],
@@ -169,12 +169,12 @@ impl Rules {
         }
     }
 
-    /// Return the key of an exit from the value of its source, masked to the detail.
+    /// Return the key of an exit from the value of its source, which is masked to the detail.
     #[inline(always)]
-    fn key(&self, slot: Slot, told: u64) -> u64 {
+    fn key(&self, slot: Slot, value: u64) -> u64 {
         // SAFETY: By the invariant of `Slot` its index is below SLOTS.
         let mask = unsafe { self.masks.get_unchecked(slot.index()) };
-        self.key_of_all(slot, told & mask)
+        self.key_of_all(slot, value & mask)
     }
 
     /// Return the key of an exit from a detail that needs no mask.
@@ -314,10 +314,10 @@ fn plain_vmx(slot: Slot, exit: &impl Exit) -> Result<Option<u64>, Composed> {
     let source = source_of_slot(Isa::Vmx, slot);
     // The type is as wide as VMREAD's field number, so that no instruction widens it.
     if i64::from(source) > 0 {
-        let told = exit.read_plain(source);
-        Ok(told.map(|told| VMX.key(slot, told)))
+        let value = exit.read_plain(source);
+        Ok(value.map(|value| VMX.key(slot, value)))
     } else if source == source::FAULT {
-        Ok(fault_vmx(exit).map(|told| VMX.key(slot, told)))
+        Ok(fault_vmx(exit).map(|value| VMX.key(slot, value)))
     } else if source <= source::MSR {
         // A comparison by order instead of equality makes the compiler keep the order of these
         // branches.
@@ -575,9 +575,9 @@ mod tests {
         }
     }
 
-    fn wire(isa: Isa, code: u32, told: FakeExit) -> (Kind, u64) {
+    fn wire(isa: Isa, code: u32, exit: FakeExit) -> (Kind, u64) {
         let slot = reasons::slot(isa, code);
-        let key = key(isa, slot, &told).expect("a detail");
+        let key = key(isa, slot, &exit).expect("a detail");
         assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}");
         to_wire(isa, code, detail_of(key))
     }
@@ -591,85 +591,85 @@ mod tests {
             (0x0cf8_0003, 0x0cf8_0040, 0xcf8 | 4 << 36),
         ] {
             for (isa, code, qualification) in [(Isa::Vmx, 30, vmx), (Isa::Svm, 0x7b, svm)] {
-                let told = FakeExit {
+                let exit = FakeExit {
                     qualification,
                     ..FakeExit::default()
                 };
-                assert_eq!(wire(isa, code, told), (Kind::Port, key), "{isa:?}");
+                assert_eq!(wire(isa, code, exit), (Kind::Port, key), "{isa:?}");
             }
         }
     }
 
     #[test]
     fn msr_comes_from_rcx_except_in_immediate_forms() {
-        let told = |qualification, rcx| FakeExit {
+        let exit = |qualification, rcx| FakeExit {
             qualification,
             rcx,
             ..FakeExit::default()
         };
         let (read, write) = (0xc000_0080, 0xc000_0080 | 1 << 32);
-        for (isa, code, told, key) in [
-            (Isa::Vmx, 31, told(7, 0xffff_ffff_c000_0080), read),
-            (Isa::Vmx, 32, told(7, 0xc000_0080), write),
-            (Isa::Vmx, 84, told(0xc000_0080, 7), read),
-            (Isa::Vmx, 85, told(0xc000_0080, 7), write),
-            (Isa::Svm, 0x7c, told(0, 0xc000_0080), read),
-            (Isa::Svm, 0x7c, told(1, 0xc000_0080), write),
+        for (isa, code, exit, key) in [
+            (Isa::Vmx, 31, exit(7, 0xffff_ffff_c000_0080), read),
+            (Isa::Vmx, 32, exit(7, 0xc000_0080), write),
+            (Isa::Vmx, 84, exit(0xc000_0080, 7), read),
+            (Isa::Vmx, 85, exit(0xc000_0080, 7), write),
+            (Isa::Svm, 0x7c, exit(0, 0xc000_0080), read),
+            (Isa::Svm, 0x7c, exit(1, 0xc000_0080), write),
         ] {
-            assert_eq!(wire(isa, code, told), (Kind::Msr, key), "{isa:?} {code}");
+            assert_eq!(wire(isa, code, exit), (Kind::Msr, key), "{isa:?} {code}");
         }
     }
 
     #[test]
     fn devices_have_an_address_and_memory_a_gib() {
-        let told = |qualification, address| FakeExit {
+        let exit = |qualification, address| FakeExit {
             qualification,
             address,
             ..FakeExit::default()
         };
         let address = 0xfee0_0300;
-        for (isa, code, told, expected) in [
-            (Isa::Vmx, 49, told(0, address), (Kind::Address, address)),
+        for (isa, code, exit, expected) in [
+            (Isa::Vmx, 49, exit(0, address), (Kind::Address, address)),
             (
                 Isa::Svm,
                 0x400,
-                told(0xd, address),
+                exit(0xd, address),
                 (Kind::Address, address),
             ),
-            (Isa::Svm, 0x400, told(0xd, 0), (Kind::Address, 0)),
+            (Isa::Svm, 0x400, exit(0xd, 0), (Kind::Address, 0)),
             (
                 Isa::Vmx,
                 48,
-                told(0x182, address),
+                exit(0x182, address),
                 (Kind::Memory, 3 | 1 << 33),
             ),
             (
                 Isa::Vmx,
                 48,
-                told(1, 1 << 40),
+                exit(1, 1 << 40),
                 (Kind::Memory, 1 << 10 | 1 << 32),
             ),
             (
                 Isa::Svm,
                 0x400,
-                told(0x1_0000_0006, address),
+                exit(0x1_0000_0006, address),
                 (Kind::Memory, 3 | 1 << 33),
             ),
             (
                 Isa::Svm,
                 0x400,
-                told(4, 1 << 40),
+                exit(4, 1 << 40),
                 (Kind::Memory, 1 << 10 | 1 << 32),
             ),
-            (Isa::Svm, 0x400, told(0x14, 5), (Kind::Memory, 1 << 34)),
+            (Isa::Svm, 0x400, exit(0x14, 5), (Kind::Memory, 1 << 34)),
         ] {
-            assert_eq!(wire(isa, code, told), expected, "{isa:?} {code}");
+            assert_eq!(wire(isa, code, exit), expected, "{isa:?} {code}");
         }
     }
 
     #[test]
     fn subleaf_is_kept_for_leaves_that_have_subleaves() {
-        let told = |leaf, subleaf| FakeExit {
+        let exit = |leaf, subleaf| FakeExit {
             rax: leaf,
             rcx: subleaf,
             ..FakeExit::default()
@@ -688,7 +688,7 @@ mod tests {
             (0x4000_0000, 48, 0x4000_0000),
         ] {
             for (isa, code) in [(Isa::Vmx, 10), (Isa::Svm, 0x72)] {
-                assert_eq!(wire(isa, code, told(leaf, subleaf)), (Kind::Cpuid, key));
+                assert_eq!(wire(isa, code, exit(leaf, subleaf)), (Kind::Cpuid, key));
             }
         }
     }
@@ -697,12 +697,12 @@ mod tests {
     fn hypercall_comes_from_rax_unless_it_is_hyperv() {
         for (isa, code) in [(Isa::Vmx, 18), (Isa::Svm, 0x81)] {
             for (hyperv, key) in [(None, 5), (Some(0x5c), 0x5c | 1 << 32)] {
-                let told = FakeExit {
+                let exit = FakeExit {
                     rax: 5,
                     hyperv,
                     ..FakeExit::default()
                 };
-                assert_eq!(wire(isa, code, told), (Kind::Hypercall, key));
+                assert_eq!(wire(isa, code, exit), (Kind::Hypercall, key));
             }
         }
     }
@@ -710,7 +710,7 @@ mod tests {
     /// No input from a guest or the CPU makes a detail too large.
     #[test]
     fn every_detail_fits_beside_its_reason() {
-        let told = FakeExit {
+        let exit = FakeExit {
             qualification: u64::MAX,
             address: u64::MAX,
             interruption: u32::MAX,
@@ -725,7 +725,7 @@ mod tests {
             .flatten()
         {
             let slot = reasons::slot(isa, code);
-            let Some(key) = key(isa, slot, &told) else {
+            let Some(key) = key(isa, slot, &exit) else {
                 continue;
             };
             assert_eq!(slot_of(key), Some(slot), "{isa:?} {code:#x}: {key:#x}");
@@ -742,49 +742,49 @@ mod tests {
     /// count.
     #[test]
     fn registers_apic_and_vectors_ignore_other_bits() {
-        let told = |qualification, interruption| FakeExit {
+        let exit = |qualification, interruption| FakeExit {
             qualification,
             interruption,
             ..FakeExit::default()
         };
-        for (isa, code, told, expected) in [
+        for (isa, code, exit, expected) in [
             // MOV to CR3 from RDI; MOV from CR8 to RSI; CLTS.
-            (Isa::Vmx, 28, told(0x703, 0), (Kind::Control, 3)),
-            (Isa::Vmx, 28, told(0x618, 0), (Kind::Control, 8 | 1 << 4)),
-            (Isa::Vmx, 28, told(0x20, 0), (Kind::Control, 2 << 4)),
-            (Isa::Vmx, 28, told(!0x3f, 0), (Kind::Control, 0)),
+            (Isa::Vmx, 28, exit(0x703, 0), (Kind::Control, 3)),
+            (Isa::Vmx, 28, exit(0x618, 0), (Kind::Control, 8 | 1 << 4)),
+            (Isa::Vmx, 28, exit(0x20, 0), (Kind::Control, 2 << 4)),
+            (Isa::Vmx, 28, exit(!0x3f, 0), (Kind::Control, 0)),
             // MOV to DR7 from RAX; MOV from DR6 to R15.
-            (Isa::Vmx, 29, told(0x007, 0), (Kind::Debug, 7)),
-            (Isa::Vmx, 29, told(0xf16, 0), (Kind::Debug, 6 | 1 << 4)),
-            (Isa::Vmx, 29, told(!0x17, 0), (Kind::Debug, 0)),
+            (Isa::Vmx, 29, exit(0x007, 0), (Kind::Debug, 7)),
+            (Isa::Vmx, 29, exit(0xf16, 0), (Kind::Debug, 6 | 1 << 4)),
+            (Isa::Vmx, 29, exit(!0x17, 0), (Kind::Debug, 0)),
             // A write of EOI, at its offset; a read of the version.
-            (Isa::Vmx, 44, told(0x10b0, 0), (Kind::ApicAccess, 0x10b0)),
-            (Isa::Vmx, 44, told(0x1_0030, 0), (Kind::ApicAccess, 0x30)),
-            (Isa::Vmx, 45, told(!0xff | 0xd1, 0), (Kind::Eoi, 0xd1)),
+            (Isa::Vmx, 44, exit(0x10b0, 0), (Kind::ApicAccess, 0x10b0)),
+            (Isa::Vmx, 44, exit(0x1_0030, 0), (Kind::ApicAccess, 0x30)),
+            (Isa::Vmx, 45, exit(!0xff | 0xd1, 0), (Kind::Eoi, 0xd1)),
             (
                 Isa::Vmx,
                 56,
-                told(!0xfff | 0x300, 0),
+                exit(!0xfff | 0x300, 0),
                 (Kind::ApicWrite, 0x300),
             ),
             (
                 Isa::Svm,
                 0x402,
-                told(1 << 32 | 0x380, 0),
+                exit(1 << 32 | 0x380, 0),
                 (Kind::ApicAccess, 1 << 12 | 0x380),
             ),
             (
                 Isa::Svm,
                 0x402,
-                told(!(1 << 32 | 0xff0) | 0x20, 0),
+                exit(!(1 << 32 | 0xff0) | 0x20, 0),
                 (Kind::ApicAccess, 0x20),
             ),
             // The timer's interrupt; a page fault; an NMI.
-            (Isa::Vmx, 1, told(0, 0x8000_00ec), (Kind::Vector, 0xec)),
-            (Isa::Vmx, 0, told(0, 0x8000_0b0e), (Kind::Vector, 0x30e)),
-            (Isa::Vmx, 0, told(0, 0x8000_0202), (Kind::Vector, 0x202)),
+            (Isa::Vmx, 1, exit(0, 0x8000_00ec), (Kind::Vector, 0xec)),
+            (Isa::Vmx, 0, exit(0, 0x8000_0b0e), (Kind::Vector, 0x30e)),
+            (Isa::Vmx, 0, exit(0, 0x8000_0202), (Kind::Vector, 0x202)),
         ] {
-            assert_eq!(wire(isa, code, told), expected, "{isa:?} {code:#x}");
+            assert_eq!(wire(isa, code, exit), expected, "{isa:?} {code:#x}");
         }
     }
 }

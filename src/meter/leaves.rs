@@ -134,20 +134,20 @@ impl Registers {
 
 /// Numbers that a guest may read.
 pub trait Numbers {
-    /// VM exits in a row.
+    /// VM exits of a slot.
     fn exits(&self, slot: Slot) -> u64;
-    /// TSC ticks in a cell.
+    /// TSC ticks of a slot in a phase.
     fn cycles(&self, phase: Phase, slot: Slot) -> u64;
 
-    /// VM exits in a row from a nested guest, an L2.
+    /// VM exits of a slot from a nested guest, an L2.
     fn nested_exits(&self, slot: Slot) -> u64;
 
-    /// VM exits in all rows.
+    /// VM exits of all slots.
     fn total_exits(&self) -> u64 {
         Slot::all().fold(0, |sum, slot| sum.saturating_add(self.exits(slot)))
     }
 
-    /// TSC ticks of a phase in all rows.
+    /// TSC ticks of all slots in a phase.
     fn total_cycles(&self, phase: Phase) -> u64 {
         Slot::all().fold(0, |sum, slot| sum.saturating_add(self.cycles(phase, slot)))
     }
@@ -202,8 +202,8 @@ impl Leaves {
         })
     }
 
-    /// Return the row of a reason that a guest named, if it is defined.
-    fn row(&self, reason: u32) -> Option<Slot> {
+    /// Return the slot of a reason that a guest named, if it is defined.
+    fn slot(&self, reason: u32) -> Option<Slot> {
         if !reasons::is_defined(self.isa, reason) {
             return None;
         }
@@ -246,7 +246,7 @@ impl Leaves {
                     ..none
                 }
             }
-            Query::ReasonExits => match self.row(subleaf) {
+            Query::ReasonExits => match self.slot(subleaf) {
                 None => Registers::UNDEFINED,
                 Some(slot) => {
                     let exits = numbers.exits(slot);
@@ -257,7 +257,7 @@ impl Leaves {
                     }
                 }
             },
-            Query::ReasonCycles => match self.row(subleaf) {
+            Query::ReasonCycles => match self.slot(subleaf) {
                 None => Registers::UNDEFINED,
                 Some(slot) => {
                     let cycles = numbers.cycles(Phase::Kernel, slot);
@@ -270,7 +270,7 @@ impl Leaves {
             },
             Query::Exits64 => {
                 let (reason, nested) = split_nested(subleaf);
-                let Some(slot) = self.row(reason) else {
+                let Some(slot) = self.slot(reason) else {
                     return Registers::UNDEFINED;
                 };
                 let exits = match nested {
@@ -293,7 +293,7 @@ impl Leaves {
                 let number = (subleaf >> 16) as usize;
                 let phases = phases_of_query(clamp(number, PHASES_OF_QUERIES) as u32);
                 let phases = phases.filter(|_| number < PHASES_OF_QUERIES);
-                match (self.row(subleaf & 0xffff), phases) {
+                match (self.slot(subleaf & 0xffff), phases) {
                     (Some(slot), Some((_, phases))) => {
                         let cycles = phases.iter().map(|phase| numbers.cycles(*phase, slot));
                         let cycles = cycles.fold(0, u64::saturating_add);

@@ -7,8 +7,8 @@
 //! than the kernel's atomics because those are an out-of-line call per operation on
 //! kernels without inline helpers, measured at 95 ticks an exit.
 //!
-//! A vCPU gets a row when it exits for a reason the first time. A Linux guest exits for some
-//! 20 of the 178 reasons, so a ledger has room for [`REASONS`] rows and [`OWN_HISTOGRAMS`]
+//! A reason takes a row at the vCPU's first exit for it. A Linux guest exits for some 20 of the 176
+//! reasons that have a slot, so a ledger has room for [`REASONS`] rows and [`OWN_HISTOGRAMS`]
 //! histograms, and fits into 16 KiB with all that the registry keeps beside it.
 
 #[cfg(not(loom))]
@@ -32,37 +32,37 @@ pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
 pub use reader::{Copying, More};
 pub use writer::{NoSupply, Supply};
 
-/// Tables of a ledger that is copied, and room for their copy.
+/// Tables of a ledger that is copied, and the buffer for their copy.
 pub type WithTables<'a, 'b> = Option<(&'a Tables, &'b mut TablesCopy)>;
 
 /// Rows of a ledger.
 const ROWS: usize = 60;
 
-/// Reasons of one vCPU that have rows of their own. Besides them, [`Slot::START`] and
-/// [`Slot::OTHER`] have one each. Exits for further reasons are counted in the row of
+/// Maximum number of reasons of one vCPU that have rows of their own. [`Slot::START`] and
+/// [`Slot::OTHER`] have one more each. Exits for further reasons are counted in the row of
 /// [`Slot::OTHER`].
 pub const REASONS: usize = ROWS - 2;
 
-/// Reasons that have their histogram in the ledger itself.
+/// Number of reasons that have their histogram in the ledger itself.
 pub const OWN_HISTOGRAMS: usize = 20;
 
-/// Reasons that have their histogram in [`MoreHistograms`].
+/// Number of reasons that have their histogram in [`MoreHistograms`].
 const MORE_HISTOGRAMS: usize = 16;
 
-/// Reasons of one vCPU that can have a histogram. A reason that comes when all are taken has
-/// none, and its other numbers all the same.
+/// Maximum number of reasons of one vCPU that have a histogram. A later reason has none, but all other
+/// numbers.
 pub const HISTOGRAMS: usize = OWN_HISTOGRAMS + MORE_HISTOGRAMS;
 
-/// The usual attempts of [`Ledger::copy`] before it gives up, and the most.
+/// Default and maximum number of attempts of [`Ledger::copy`].
 ///
 /// With 20 reasons in use and 300 to 1500 ticks between transitions, 99.9% of copies take up to 6
-/// of them where the CPUs share a cache and up to 20 where they do not. All in vain take 4 µs and
-/// 35 µs beside a transition each 300 ticks, 30 µs and 100 µs beside a writer that does nothing
-/// but transitions: `make stress`.
+/// attempts if the CPUs share a cache, and up to 20 if they do not. 24 failed attempts take 4 µs and
+/// 35 µs beside a transition every 300 ticks, 30 µs and 100 µs beside a writer that does nothing but
+/// transitions (`make stress`).
 pub const TRIES: u32 = 24;
 
-/// `carried` of a vCPU that has had no exit since its latest entry: the kernel ticks to come are
-/// not an exit's.
+/// Value of `carried` for a vCPU without an exit since its latest entry: the next kernel ticks belong
+/// to no exit.
 const CLOSED: u64 = u64::MAX;
 
 /// The numbers of one reason. They fill one cache line.
@@ -73,14 +73,14 @@ struct Row {
     exits: AtomicU64,
     /// TSC ticks by phase, for each phase but [`Phase::Waiting`].
     cycles: [AtomicU64; Phase::Waiting as usize],
-    /// The most kernel ticks that one exit took.
+    /// Maximum kernel ticks of one exit.
     max: AtomicU64,
-    /// Where samples go.
+    /// Histogram of the row's samples.
     histogram: AtomicPtr<Histogram>,
 }
 
 impl Row {
-    /// TSC ticks in a phase other than [`Phase::Waiting`].
+    /// Return the TSC ticks in a phase other than [`Phase::Waiting`].
     #[inline(always)]
     fn cycles(&self, phase: Phase) -> &AtomicU64 {
         let place = match phase {
@@ -98,13 +98,13 @@ impl Row {
 pub struct Histogram([AtomicU64; BUCKETS]);
 
 /// Histograms of a vCPU that exits for more reasons than [`OWN_HISTOGRAMS`]. All-zero bytes are
-/// valid, and have no samples.
+/// histograms without samples.
 #[repr(C)]
 #[derive(Debug)]
 pub struct MoreHistograms([Histogram; MORE_HISTOGRAMS]);
 
-/// The place of a row: how many bytes from the first row it begins. That takes the hot path the
-/// fewest instructions.
+/// The place of a row: its offset from the first row, in bytes. An offset costs the hot path fewer
+/// instructions than an index.
 ///
 /// # Invariants
 ///
@@ -113,9 +113,9 @@ pub struct MoreHistograms([Histogram; MORE_HISTOGRAMS]);
 struct Place(usize);
 
 impl Place {
-    /// Return the place of the row with a number; the last row's for a greater one.
+    /// Return the place of the row with a number, or of the last row for a greater number.
     fn of(number: usize) -> Self {
-        // INVARIANT: By what is computed.
+        // INVARIANT: The number is below `ROWS`, and multiplied by the size of a row.
         Self(number.min(ROWS - 1).wrapping_mul(size_of::<Row>()))
     }
 
@@ -131,30 +131,30 @@ impl Place {
 /// All-zero bytes are a valid ledger that has not begun, so that it can be made in zeroed
 /// memory without a copy on a small stack.
 ///
-/// Each transition has a TSC of its own, at least one tick after the one before. It stands in
-/// `begun` before anything of the transition is written, and in `last` after all of it. So a
-/// reader that finds in `begun`, afterwards, what it found in `last` before, has read what
-/// belongs together.
+/// Each transition has a TSC of its own, at least one tick after the one before. The writer stores it
+/// in `begun` before it writes anything of the transition, and in `last` after all of it. So a reader
+/// that first reads `last`, then the rows, then `begun`, and finds the same number in both, has read a
+/// consistent state.
 ///
 /// # Invariants
 ///
-/// - Once it has begun, the cells of all rows sum to `last - first` between two transitions.
+/// - Once the ledger has begun, the cells of all rows sum to `last - first` between two transitions.
 /// - The first `taken` rows are in use, each by the reason in `slots`. Row 0 is [`Slot::START`]'s.
-/// - `row` and all of `places` hold the value of a `Place`. `places` holds that of a reason's row;
-///   or 0 while it has none; or that of the row of [`Slot::OTHER`], which counts its exits.
-/// - A row in use points to a histogram of this ledger or of `more`, and so does one whose `max` is
-///   not 0.
-/// - `tables` is null or points to tables, which stay for as long as a transition takes that has
-///   found them here. `more` is null or points to histograms, which stay as long as the vCPU.
+/// - `row` and all of `places` hold the value of a `Place`. For each slot, `places` has that of its
+///   row; or 0 while it has none; or that of the row of [`Slot::OTHER`], which then counts its exits.
+/// - A row in use points to a histogram of this ledger or of `more`. So does a row with a `max` other
+///   than 0.
+/// - `tables` is null or points to tables, which live at least until the end of a transition that has
+///   found them here. `more` is null or points to histograms, which live as long as the vCPU.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Ledger {
     begun: AtomicU64,
     last: AtomicU64,
     /// Kernel ticks of the latest exit that were booked before the vCPU last left its CPU, or
-    /// [`CLOSED`]. 0 from an entry to the next such time.
+    /// [`CLOSED`]. An entry sets it to 0.
     carried: AtomicU64,
-    /// The row of the latest exit.
+    /// Place of the row of the latest exit.
     row: AtomicU32,
     phase: AtomicU32,
     first: AtomicU64,
@@ -164,18 +164,18 @@ pub struct Ledger {
     tables: AtomicPtr<Tables>,
     /// More histograms, once the vCPU has needed some.
     more: AtomicPtr<MoreHistograms>,
-    /// By slot: the place of its row.
+    /// Place of each slot's row.
     places: [AtomicU16; SLOTS],
-    /// By row: the slot that has it.
+    /// Slot of each row.
     slots: [AtomicU8; ROWS],
     rows: [Row; ROWS],
-    /// By row: exits from a nested guest, an L2.
+    /// Exits from a nested guest, an L2, by row.
     nested: [AtomicU64; ROWS],
-    /// By row: TSC ticks in [`Phase::Waiting`], for which a row has no room. A transition
-    /// into or out of that phase is rare.
+    /// TSC ticks in [`Phase::Waiting`], by row. A row has no room for them, and transitions into or out
+    /// of that phase are rare.
     waiting: [AtomicU64; ROWS],
-    /// By row, from 1. The first one takes the samples of rows without a histogram, and nobody
-    /// reads it.
+    /// Histograms by row, from row 1 on. The first one takes the samples of rows without a histogram, and
+    /// nobody reads it.
     histograms: [Histogram; 1 + OWN_HISTOGRAMS],
 }
 
@@ -229,35 +229,35 @@ impl Ledger {
         self.taken.load(Relaxed) != 0
     }
 
-    /// Return the vCPU's tables, if there are some.
+    /// Return the vCPU's tables, if it has any.
     ///
     /// # Safety
     ///
-    /// They may be used in a transition of the vCPU's own thread, or while something else keeps
-    /// them.
+    /// The caller may use them only in a transition, on the vCPU's own thread, or while something else
+    /// keeps them alive.
     #[inline(always)]
     pub unsafe fn tables(&self) -> Option<&Tables> {
-        // ORDERING: Who finds them finds them zeroed.
+        // ORDERING: A thread that finds the tables finds them zeroed.
         // SAFETY: By the invariant of `Ledger`, and the contract of this function.
         unsafe { self.tables.load(Ordering::Acquire).as_ref() }
     }
 
-    /// Give the vCPU tables, or with null none; return those it had.
+    /// Set the vCPU's tables, or with null take them away. Return the previous ones.
     ///
     /// # Safety
     ///
-    /// The tables must stay for as long as they are here, and those that are returned for as long
-    /// as a transition may take that has found them.
+    /// The tables must live for as long as they are set. The previous ones must live until the end of a
+    /// transition that may have found them.
     pub unsafe fn set_tables(&self, tables: *mut Tables) -> *mut Tables {
         // ORDERING: See `tables`.
         self.tables.swap(tables, Ordering::AcqRel)
     }
 
-    /// Take the histograms that a [`Supply`] has given, to free them.
+    /// Return the histograms that a [`Supply`] gave, which the caller frees.
     ///
     /// # Safety
     ///
-    /// Nobody may write or copy the ledger any more.
+    /// No thread may write or copy the ledger any more.
     pub unsafe fn take_more(&self) -> Option<NonNull<MoreHistograms>> {
         NonNull::new(self.more.swap(core::ptr::null_mut(), Relaxed))
     }
@@ -326,7 +326,7 @@ impl Ledger {
 }
 
 impl Histogram {
-    /// Return where it is, as a row has it.
+    /// Return the address, as a row stores it.
     fn address(&self) -> *mut Self {
         from_ref(self).cast_mut()
     }

@@ -965,7 +965,7 @@ impl TablesHead {
             if let Some(columns) = shape.columns.get_mut(table.wrapping_sub(1)) {
                 columns.take(&counter);
             }
-            let slow = slow_table(table as u32).and_then(|which| shape.slow.get_mut(which));
+            let slow = slow_table(table as u32).and_then(|index| shape.slow.get_mut(index));
             for (to, column) in slow.into_iter().flatten().zip(SLOW_COLUMNS) {
                 let is_it = (counter.name, counter.unit) == column;
                 if is_it && counter.kind == Kind::PerExit && counter.len == 1 {
@@ -1085,7 +1085,7 @@ impl TablesShape {
         )?;
         let columns = self.columns.get((table as usize).wrapping_sub(1)).copied();
         let slow = slow_table(table)
-            .and_then(|which| self.slow.get(which))
+            .and_then(|index| self.slow.get(index))
             .copied();
         if columns.is_some_and(|columns| !columns.fit(size as usize))
             || !all_fit(slow.into_iter().flatten(), size as usize)

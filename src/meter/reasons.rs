@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Exit reasons of VMX and exit codes of SVM: their numbers, their names and their rows in a
-//! ledger.
+//! Exit reasons of VMX and exit codes of SVM: their codes, their names and their slots.
 //!
-//! The modules of the two vendors hold numbers and names, with their sources.
+//! The modules of the two vendors hold codes and names, with their sources.
 
 mod svm;
 mod vmx;
@@ -30,10 +29,11 @@ impl Isa {
     }
 }
 
-/// Number of rows in a ledger.
+/// Number of slots.
 pub const SLOTS: usize = 178;
 
-/// The row of an exit reason in a ledger.
+/// Index of an exit reason, for tables with one place for each. A ledger has fewer rows: a slot takes one
+/// at its first exit.
 ///
 /// # Invariants
 ///
@@ -41,10 +41,10 @@ pub const SLOTS: usize = 178;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot(usize);
 
-/// Number of codes, from 0, that have the row of their own number.
+/// Number of codes, from 0, that have the slot of their own number.
 const DIRECT: u32 = 168;
 /// SVM's second range of codes, which starts with the nested page fault: its first code and its
-/// first row.
+/// first slot.
 const SVM_HIGH: (u32, u32) = (0x400, DIRECT);
 /// SVM's negative codes, up to -1: failed entries.
 const SVM_FAILED: (u32, u32) = (-4_i32 as u32, DIRECT + SVM_RANGE);
@@ -54,16 +54,16 @@ const SVM_RANGE: u32 = 4;
 impl Slot {
     /// Time before a vCPU's first exit.
     pub const START: Slot = Slot(177);
-    /// Exits whose code has no row of its own.
+    /// Exits whose code has no slot of its own.
     pub const OTHER: Slot = Slot(176);
 
-    /// Return the row's index, below [`SLOTS`].
+    /// Return the index, below [`SLOTS`].
     #[inline(always)]
     pub const fn index(self) -> usize {
         self.0
     }
 
-    /// Return the row at an index, or `None` from [`SLOTS`] on.
+    /// Return the slot with an index, or `None` from [`SLOTS`] on.
     #[inline]
     pub const fn from_index(index: usize) -> Option<Slot> {
         if index < SLOTS {
@@ -74,13 +74,13 @@ impl Slot {
         }
     }
 
-    /// Return every row.
+    /// Return every slot.
     pub fn all() -> impl Iterator<Item = Slot> {
         (0..SLOTS).filter_map(Slot::from_index)
     }
 }
 
-/// Return the row that counts exits with `code`. Every code has one.
+/// Return the slot of exits with `code`. Every code has one.
 #[inline(always)]
 pub const fn slot(isa: Isa, code: u32) -> Slot {
     if code < DIRECT {
@@ -93,8 +93,8 @@ pub const fn slot(isa: Isa, code: u32) -> Slot {
     }
 }
 
-/// Return the row of a VMX exit reason as VMREAD returns it, with all bits, by one compare. Return
-/// `None` when one compare is not enough: for a reason that no manual defines yet, or with a bit
+/// Return the slot of a VMX exit reason as VMREAD returns it, with all bits, by one compare. Return
+/// `None` if one compare is not enough: for a reason that no manual defines yet, or with a bit
 /// set beside the basic reason, as after a failed entry, a bus lock or an exit from an enclave
 /// (SDM, "Format of Exit Reason").
 #[inline(always)]
@@ -121,40 +121,40 @@ const fn svm_high_slot(code: u32) -> Slot {
     }
 }
 
-/// Return the code that a row counts, or `None` for [`Slot::START`], [`Slot::OTHER`] and rows that
-/// the ISA does not use.
+/// Return the code of a slot, or `None` for [`Slot::START`], [`Slot::OTHER`] and slots that the ISA
+/// does not use.
 pub const fn code(isa: Isa, slot: Slot) -> Option<u32> {
-    let row = slot.0 as u32;
-    match (isa, row) {
-        (_, 0..DIRECT) => Some(row),
-        (Isa::Svm, 168..=171) => Some(row.wrapping_sub(SVM_HIGH.1).wrapping_add(SVM_HIGH.0)),
-        (Isa::Svm, 172..=175) => Some(row.wrapping_sub(SVM_FAILED.1).wrapping_add(SVM_FAILED.0)),
+    let index = slot.0 as u32;
+    match (isa, index) {
+        (_, 0..DIRECT) => Some(index),
+        (Isa::Svm, 168..=171) => Some(index.wrapping_sub(SVM_HIGH.1).wrapping_add(SVM_HIGH.0)),
+        (Isa::Svm, 172..=175) => Some(index.wrapping_sub(SVM_FAILED.1).wrapping_add(SVM_FAILED.0)),
         _ => None,
     }
 }
 
-/// Names of VMX's rows.
-static VMX: Names = by_row(Isa::Vmx, vmx::NAMES);
-/// Names of SVM's rows.
-static SVM: Names = by_row(Isa::Svm, svm::NAMES);
+/// Names of VMX's slots.
+static VMX: Names = by_slot(Isa::Vmx, vmx::NAMES);
+/// Names of SVM's slots.
+static SVM: Names = by_slot(Isa::Svm, svm::NAMES);
 
-/// Name of each row of a ledger, or `None` for rows without a defined code.
+/// Name of each slot, or `None` for slots without a defined code.
 type Names = [Option<&'static str>; SLOTS];
 
-/// Return the names of a vendor's codes in the order of their rows.
-const fn by_row(isa: Isa, names: &[(u32, &'static str)]) -> Names {
-    let mut rows: Names = [None; SLOTS];
+/// Return the names of a vendor's codes in the order of their slots.
+const fn by_slot(isa: Isa, names: &[(u32, &'static str)]) -> Names {
+    let mut slots: Names = [None; SLOTS];
     let mut next = 0;
     while next < names.len() {
-        let (number, name) = names[next];
-        let row = slot(isa, number).index();
-        // PANIC: Only in the compiler, which evaluates this function: a defined code needs a row of
+        let (code, name) = names[next];
+        let index = slot(isa, code).index();
+        // PANIC: Only in the compiler, which evaluates this function: a defined code needs a slot of
         // its own.
-        assert!(row != Slot::OTHER.index() && rows[row].is_none());
-        rows[row] = Some(name);
+        assert!(index != Slot::OTHER.index() && slots[index].is_none());
+        slots[index] = Some(name);
         next += 1;
     }
-    rows
+    slots
 }
 
 /// Return true if the vendor's manual defines exit reason `code`.
@@ -180,9 +180,9 @@ pub fn name(isa: Isa, code: u32) -> Option<&'static str> {
         Isa::Vmx => &VMX,
         Isa::Svm => &SVM,
     };
-    // Other codes have the row OTHER, which has no name. A guest chooses the code, by CPUID.
-    let row = clamp(slot(isa, code).index(), SLOTS);
-    names.get(row).copied().flatten()
+    // Other codes have the slot OTHER, which has no name. A guest chooses the code, by CPUID.
+    let index = clamp(slot(isa, code).index(), SLOTS);
+    names.get(index).copied().flatten()
 }
 
 #[cfg(test)]
@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exactly_the_listed_codes_are_defined_and_each_has_a_row_of_its_own() {
+    fn exactly_the_listed_codes_are_defined_and_each_has_a_slot_of_its_own() {
         for (isa, names) in [(Isa::Vmx, vmx::NAMES), (Isa::Svm, svm::NAMES)] {
             for number in (0..0x500).chain(u32::MAX - 9..=u32::MAX) {
                 let listed = names.iter().find(|(code, _)| *code == number);
@@ -209,24 +209,24 @@ mod tests {
     }
 
     #[test]
-    fn every_code_has_a_row_within_the_ledger() {
+    fn every_code_has_a_slot() {
         for isa in [Isa::Vmx, Isa::Svm] {
             // Miri takes a thousand times as long.
             let many = if cfg!(miri) { 0x500 } else { 0x1_0000 };
             for number in (0..=many).chain(u32::MAX - many..=u32::MAX) {
-                let row = slot(isa, number);
-                assert!(row.index() < SLOTS && row != Slot::START);
-                assert!(code(isa, row).is_none_or(|code| code == number));
+                let slot = slot(isa, number);
+                assert!(slot.index() < SLOTS && slot != Slot::START);
+                assert!(code(isa, slot).is_none_or(|code| code == number));
             }
         }
     }
 
     #[test]
-    fn one_compare_finds_the_row_unless_other_bits_are_set() {
+    fn one_compare_finds_the_slot_unless_other_bits_are_set() {
         for number in 0..0x200_u32 {
             let usual = usual_vmx_slot(number.into());
-            let row = slot(Isa::Vmx, number);
-            assert_eq!(usual, (row != Slot::OTHER).then_some(row));
+            let slot = slot(Isa::Vmx, number);
+            assert_eq!(usual, (slot != Slot::OTHER).then_some(slot));
             // Set after a bus lock, in an enclave and after a failed entry (SDM, "Format of Exit
             // Reason").
             for bit in [26, 27, 31, 63] {

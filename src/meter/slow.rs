@@ -516,7 +516,7 @@ impl Slow {
             self.keep(exited, now, kernel, cpus);
         }
         if self.has_ring() {
-            self.tell_ring((now, kernel), length, left, cpus);
+            self.record_in_ring((now, kernel), length, left, cpus);
         }
         self.set_usual();
     }
@@ -551,7 +551,7 @@ impl Slow {
     }
 
     /// Record an exit in the ring, as [`Self::record`].
-    fn tell_ring(&self, end: (u64, u64), length: u64, left: bool, cpus: [u32; 2]) {
+    fn record_in_ring(&self, end: (u64, u64), length: u64, left: bool, cpus: [u32; 2]) {
         let (now, kernel) = end;
         let place = self.place();
         let step = self.step_at(place);

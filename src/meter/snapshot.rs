@@ -555,12 +555,12 @@ impl<'a> Encoder<'a> {
     }
 
     /// Add a vCPU.
-    pub fn vcpu(&mut self, whose: &Identity, ledger: &LedgerCopy) {
+    pub fn vcpu(&mut self, identity: &Identity, ledger: &LedgerCopy) {
         let latest = Reason::of(self.host.isa, ledger.slot());
         let times =
             [ledger.first, ledger.last].map(|time| time.wrapping_add(self.host.clock_offset));
         self.record(
-            whose,
+            identity,
             times,
             phase_to_wire(ledger.phase()),
             latest.to_wire(),
@@ -806,8 +806,8 @@ impl<'a> Encoder<'a> {
         self.bytes(&MINOR.to_le_bytes());
         self.u32(HEADER_SIZE as u32);
         self.u64(size as u64);
-        let told = flag(FLAG_TSC_STABLE, host.tsc_stable) | flag(FLAG_HOST_SCOPE, host.host_scope);
-        self.u32(told | flag(FLAG_BPF, host.by_bpf));
+        let flags = flag(FLAG_TSC_STABLE, host.tsc_stable) | flag(FLAG_HOST_SCOPE, host.host_scope);
+        self.u32(flags | flag(FLAG_BPF, host.by_bpf));
         self.u32(host.isa as u32);
         self.u64(host.loaded);
         self.u64(host.now);
@@ -841,7 +841,7 @@ impl<'a> Encoder<'a> {
 
     fn record<'r>(
         &mut self,
-        whose: &Identity,
+        identity: &Identity,
         [first, last]: [u64; 2],
         [phase, sleep]: [u32; 2],
         [kind, code]: [u32; 2],
@@ -851,16 +851,16 @@ impl<'a> Encoder<'a> {
         let start = self.at;
         // Reserve size and number of rows; they are filled in below.
         self.u64(0);
-        self.u64(whose.vm);
-        self.u32(whose.pid);
-        self.u32(whose.vcpu);
+        self.u64(identity.vm);
+        self.u32(identity.pid);
+        self.u32(identity.vcpu);
         self.u64(first);
         self.u64(last);
         self.u32(phase);
         self.u32(kind);
         self.u32(code);
         self.u32(sleep);
-        self.bytes(&whose.name);
+        self.bytes(&identity.name);
         self.u64(polled);
         let mut count = 0_u32;
         for (slot, row, histogram) in rows {

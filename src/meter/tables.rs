@@ -143,8 +143,7 @@ pub(super) struct Keys {
     pub(super) rip: u64,
 }
 
-/// Exit reason of an exit: its row in the ledger, with flags above for a nested guest and for an
-/// unreadable RIP.
+/// Exit reason of an exit: its slot, with flags above for a nested guest and for an unreadable RIP.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ReasonBits(u32);
 
@@ -152,7 +151,7 @@ pub(super) struct ReasonBits(u32);
 const IS_NESTED: u32 = 1 << 8;
 /// Flag in [`ReasonBits`]: the RIP cannot be read.
 const NO_RIP: u32 = 1 << 9;
-/// Bits of the row's index in [`ReasonBits`].
+/// Bits of the slot in [`ReasonBits`].
 const SLOT: u32 = IS_NESTED - 1;
 
 impl About {
@@ -191,8 +190,8 @@ impl ReasonBits {
         self.0 & IS_NESTED != 0
     }
 
-    /// Return the bits and the key of an exit that the ledger counts in the row of
-    /// [`Slot::OTHER`], without the detail of its own reason.
+    /// Return the bits and the key of the same exit as one of [`Slot::OTHER`], without the detail of its
+    /// own reason. For an exit that the ledger counts in that slot's row.
     pub(super) fn as_other(self, key: u64) -> (Self, u64) {
         if self.slot() == Slot::OTHER {
             return (self, key);
@@ -201,16 +200,16 @@ impl ReasonBits {
         (Self(which), slow::key(Slot::OTHER, self.is_nested()))
     }
 
-    /// Return the index of the row of the ledger.
+    /// Return the index of the slot.
     #[inline(always)]
-    const fn place(self) -> u32 {
+    const fn index(self) -> u32 {
         self.0 & SLOT
     }
 
-    /// Return the row of the ledger.
+    /// Return the slot.
     #[inline(always)]
     pub(super) fn slot(self) -> Slot {
-        Slot::from_index(self.place() as usize).unwrap_or(Slot::OTHER)
+        Slot::from_index(self.index() as usize).unwrap_or(Slot::OTHER)
     }
 
     #[inline(always)]
@@ -484,7 +483,7 @@ impl Tables {
         let code = match keys.which.has_rip() {
             true => {
                 let (rip, which) = (keys.rip, keys.which);
-                let set = code_set(rip, which.place());
+                let set = code_set(rip, which.index());
                 let row = self
                     .find_code(set, rip, which)
                     .unwrap_or_else(|| self.new_code(set, rip, which));

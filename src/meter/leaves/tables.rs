@@ -340,8 +340,7 @@ impl<'a> TableQuery<'a> {
         }
     }
 
-    /// Return the maximum number of rows in a table. The others follow, by their reasons' rows in
-    /// the ledger.
+    /// Return the maximum number of rows in a table. The others follow, by the slots of their reasons.
     const fn rows(table: u32) -> usize {
         match table {
             TABLE_DETAILS => DETAILS,
@@ -385,8 +384,7 @@ impl<'a> TableQuery<'a> {
         })
     }
 
-    /// Return the kind and key of a detail, as the format has them, or `None` if this guest may not
-    /// read it.
+    /// Return the kind and key of a detail, as in a snapshot, or `None` if this guest may not read it.
     fn detail(&self, slot: Slot, detail: u64) -> Option<(Kind, u64)> {
         let code = reasons::code(self.isa, slot).unwrap_or(u32::MAX);
         let (kind, key) = detail::to_wire(self.isa, code, detail);
@@ -443,8 +441,8 @@ impl<'a> TableQuery<'a> {
         }
     }
 
-    /// Return the head of the others of a reason: of the first reason, from a row of the ledger on,
-    /// that has had exits or ticks since the tables began.
+    /// Return the head of the others of the first reason, from slot `from` on, that has had exits or
+    /// ticks since the tables began.
     fn others_from(&self, tables: &Tables, table: u32, from: usize) -> Option<EntryWords> {
         let occurred = self.ledger.slots().filter(|slot| {
             slot.index() >= from && !tables.since_begun(self.ledger, *slot).is_empty()
@@ -453,8 +451,8 @@ impl<'a> TableQuery<'a> {
         self.others_of(tables, table, slot, word::HEAD)
     }
 
-    /// Return the others of a reason. All words are computed only if more than the head is wanted,
-    /// because that reads each row.
+    /// Return the others of a reason. For the head alone no other word is computed, because that would
+    /// read each row.
     fn others_of(&self, tables: &Tables, table: u32, slot: Slot, word: u32) -> Option<EntryWords> {
         let index = Self::rows(table).wrapping_add(slot.index());
         let head = Head {
@@ -518,8 +516,8 @@ impl<'a> TableQuery<'a> {
 
     fn slow_head(&self, tables: &Tables, of_ring: bool, index: usize, exit: &SlowExit) -> Head {
         let slot = exit.slot().unwrap_or(Slot::OTHER);
-        let told = exit.detail().and_then(|detail| self.detail(slot, detail));
-        let (kind, key) = told.unwrap_or((Kind::None, 0));
+        let detail = exit.detail().and_then(|detail| self.detail(slot, detail));
+        let (kind, key) = detail.unwrap_or((Kind::None, 0));
         Head {
             detail_kind: kind as u8,
             nested: exit.is_nested(),

@@ -26,20 +26,20 @@ enum Kind<'a> {
 }
 
 impl<'a> More<'a> {
-    /// There are none.
+    /// No more histograms.
     pub const NONE: Self = Self::behind(&[]);
 
-    /// They are in this memory. Exitmeter's BPF programs keep them behind the ledger.
+    /// Histograms in this memory. Exitmeter's BPF programs keep them behind the ledger.
     pub const fn behind(histograms: &'a [Histogram]) -> Self {
         Self(Kind::Behind(histograms))
     }
 
-    /// They are where the ledger points to.
+    /// Histograms that the ledger points to.
     ///
     /// # Safety
     ///
-    /// The ledger that is copied must be one that a [`super::Supply`] has given them, and they
-    /// must not be freed meanwhile.
+    /// A [`super::Supply`] must have given them to the ledger that is copied, and they must not be freed
+    /// meanwhile.
     pub const unsafe fn pointed() -> Self {
         Self(Kind::Pointed)
     }
@@ -47,7 +47,7 @@ impl<'a> More<'a> {
     fn of(self, ledger: &'a Ledger) -> &'a [Histogram] {
         match self.0 {
             Kind::Behind(histograms) => histograms,
-            // ORDERING: Who finds them finds them zeroed.
+            // ORDERING: A thread that finds them finds them zeroed.
             // SAFETY: By the invariant of `Ledger`, and the contract of `pointed`.
             Kind::Pointed => match unsafe { ledger.more.load(Ordering::Acquire).as_ref() } {
                 Some(more) => &more.0,
@@ -57,23 +57,23 @@ impl<'a> More<'a> {
     }
 }
 
-/// A copy that is made of a ledger, and of the vCPU's tables where that is wanted.
+/// Parts of a copy of a ledger and, if wanted, of the vCPU's tables.
 #[derive(Debug)]
 pub struct Copying<'a> {
     /// The ledger that is copied.
     pub ledger: &'a Ledger,
-    /// Its histograms that are elsewhere.
+    /// Its histograms outside the ledger.
     pub more: More<'a>,
-    /// Room for the copy.
+    /// Buffer for the copy.
     pub out: &'a mut LedgerCopy,
-    /// The tables, and room for them.
+    /// The tables, and the buffer for their copy.
     pub tables: WithTables<'a, 'a>,
 }
 
 impl Ledger {
     /// Return the rows in use, with their slots.
     fn rows(&self) -> impl Iterator<Item = (Slot, Place)> + '_ {
-        // ORDERING: Who sees that a row is in use sees whose it is.
+        // ORDERING: A thread that sees that a row is in use sees its slot.
         let taken = self.taken.load(Ordering::Acquire) as usize;
         let slots = self.slots.iter().take(taken).enumerate();
         slots.filter_map(|(number, slot)| {
@@ -82,7 +82,7 @@ impl Ledger {
         })
     }
 
-    /// Return the row of a slot; `None` while it has none of its own.
+    /// Return the row of a slot, or `None` while it has none of its own.
     fn row_of(&self, slot: Slot) -> Option<(Place, &Row)> {
         let place = self.places.get(slot.index())?.load(Relaxed);
         let place = Place::of(usize::from(place) / size_of::<Row>());
@@ -139,18 +139,18 @@ impl Ledger {
         cell.map_or(0, |cell| cell.load(Relaxed))
     }
 
-    /// Copy the ledger whole, without histograms that are elsewhere: see [`Copying::copy`].
+    /// Copy the ledger, without histograms outside it: see [`Copying::copy`].
     pub fn copy(&self, tries: u32, out: &mut LedgerCopy) -> Option<u32> {
         self.copying(out, &mut None).copy(tries)
     }
 
-    /// Try once to copy the ledger whole, without histograms that are elsewhere; return `false` when a
-    /// transition came between.
+    /// Try once to copy the ledger, without histograms outside it. Return false if a transition came
+    /// between.
     pub fn try_copy(&self, out: &mut LedgerCopy) -> bool {
         self.try_copy_with(out, &mut None)
     }
 
-    /// As [`Self::try_copy`], with the vCPU's tables as of the same moment.
+    /// Try once to copy the ledger, as [`Self::try_copy`], and the vCPU's tables of the same moment.
     pub fn try_copy_with(&self, out: &mut LedgerCopy, tables: &mut WithTables<'_, '_>) -> bool {
         self.copying(out, tables).try_copy()
     }
@@ -170,14 +170,14 @@ impl Ledger {
 }
 
 impl Copying<'_> {
-    /// Copy the ledger whole, as of one moment between two transitions; return the number of
-    /// failed attempts, or `None` when none of `tries` succeeds. A writer is never held up.
+    /// Copy the ledger as of one moment between two transitions. Return the number of failed attempts, or
+    /// `None` if none of `tries` succeeds. A writer is never held up.
     ///
-    /// An attempt fails when a transition begins meanwhile. Histograms are most of a ledger, so
-    /// each is copied by itself, and copied anew only while its reason goes on exiting: what
-    /// has to stand still is the rows alone. A vCPU that exits by many reasons as fast as it
-    /// can still may not stand still for as long. Then the copy has to be made where it
-    /// cannot be disturbed: on the vCPU's own CPU, by [`Self::try_copy`].
+    /// An attempt fails if a transition begins meanwhile. Histograms are most of a ledger, so each is
+    /// copied by itself, and again only if its reason had more exits: only the rows must be copied without
+    /// a transition between. A vCPU that exits for many reasons in quick succession may have a transition
+    /// at each attempt. Then the copy must be made where none can come between: on the vCPU's own CPU, by
+    /// [`Self::try_copy`].
     pub fn copy(&mut self, tries: u32) -> Option<u32> {
         if tries == 0 {
             return None;
@@ -194,13 +194,13 @@ impl Copying<'_> {
         None
     }
 
-    /// Try once to copy the ledger whole; return `false` when a transition came between.
+    /// Try once to copy the ledger. Return false if a transition came between.
     pub fn try_copy(&mut self) -> bool {
         self.out.forget_histograms();
         self.copy_rest()
     }
 
-    /// Try once to copy all but those histograms that `out` has as they are now.
+    /// Try once to copy everything except the histograms of which `out` has the current state.
     fn copy_rest(&mut self) -> bool {
         let ledger = self.ledger;
         // ORDERING: What follows is read after this, and so is at least as new.
@@ -225,7 +225,7 @@ impl Copying<'_> {
             }
             set(&mut self.out.used, slot);
             self.out.set_row(slot, numbers);
-            // In vain already. The next attempt then begins right behind a transition.
+            // The attempt has failed already. The next one begins right after a transition.
             if ledger.begun.load(Relaxed) != last {
                 break;
             }
@@ -274,10 +274,10 @@ impl Copying<'_> {
                 self.more.of(self.ledger).get(number)
             }
         };
-        // The first one is nobody's.
+        // Number 0 is the histogram that nobody reads.
         let found = found.filter(|_| number != 0);
         self.out.set_number(slot, found.map_or(0, |_| number));
-        // All-zero bytes are no histogram, so none is of 0.
+        // 0 means that the copy has no histogram, hence plus 1.
         let sampled = kernel.wrapping_add(1);
         let Some(histogram) = found.filter(|_| self.out.sampled(slot) != sampled) else {
             return false;

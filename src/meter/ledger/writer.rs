@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The writer of a ledger: the transitions of a vCPU, told by the thread that holds it.
+//! The writer of a ledger: the transitions of a vCPU, in the thread that holds it.
 
 use core::ptr::NonNull;
 
@@ -18,23 +18,23 @@ use crate::meter::{
     tables::{self, About, Keys, ReasonBits, Tables},
 };
 
-/// A step back of the clock that no skew between CPUs explains, in TSC ticks: some 20 s. The
-/// clock has begun anew.
+/// Step back of the clock, in TSC ticks, that no skew between CPUs explains: some 20 s. The clock has
+/// restarted.
 pub(super) const RESTARTED: u64 = 1 << 36;
 
-/// Gives memory for more histograms to a vCPU that exits for more reasons than its ledger has
+/// Source of memory for more histograms, for a vCPU that exits for more reasons than its ledger has
 /// histograms.
 ///
 /// # Safety
 ///
-/// The memory must be zeroed, and stay until [`Ledger::take_more`] has given it back.
+/// The memory must be zeroed, and live until [`Ledger::take_more`] has returned it.
 pub unsafe trait Supply {
-    /// Return memory that nobody else uses; `None` if there is none. Called at the first exit for a
-    /// reason, in a transition: it must not sleep.
+    /// Return memory that nobody else uses, or `None` if there is none. Called at the first exit for a
+    /// reason, in a transition, so it must not sleep.
     fn more(&self) -> Option<NonNull<MoreHistograms>>;
 }
 
-/// Gives nothing: a reason that comes when the ledger's own histograms are taken has none.
+/// Source without memory: a reason that comes after the ledger's own histograms are taken has none.
 #[derive(Clone, Copy, Debug)]
 pub struct NoSupply;
 
@@ -46,11 +46,10 @@ unsafe impl Supply for NoSupply {
 }
 
 impl Ledger {
-    /// Begin a transition at TSC `now`; return the time since the last one.
+    /// Begin a transition at TSC `now`. Return the ticks since the last one.
     ///
-    /// `None` when no time has passed, or seems to have gone backwards, as between CPUs whose
-    /// clocks part: then nothing has begun, and the transition is to happen at
-    /// [`Self::one_tick_on`].
+    /// Return `None`, and begin nothing, if no time has passed or the clock has stepped back, as between
+    /// CPUs whose clocks differ. The caller then repeats the transition at [`Self::one_tick_on`].
     #[inline(always)]
     fn begin_transition(&self, now: u64) -> Option<u64> {
         // SAFETY: This thread holds the vCPU, so nobody else writes its ledger.
@@ -59,13 +58,13 @@ impl Ledger {
             return None;
         }
         self.begun.store(now, Relaxed);
-        // ORDERING: Who sees anything of the transition sees that it has begun.
+        // ORDERING: A reader that sees anything of the transition sees that it has begun.
         fence(Ordering::Release);
         Some(now.wrapping_sub(last))
     }
 
-    /// Return the TSC of a transition for which the clock, at `now`, stands still or goes back:
-    /// one tick after the latest one. A clock that begins anew is followed.
+    /// Return the TSC for a transition at which the clock, at `now`, stands still or has stepped back: one
+    /// tick after the latest transition. If the clock has restarted, move the ledger to it.
     #[cold]
     fn one_tick_on(&self, now: u64) -> u64 {
         let next = self.last.load(Relaxed).wrapping_add(1);
@@ -78,16 +77,16 @@ impl Ledger {
 
     #[inline(always)]
     fn end_transition(&self, now: u64) {
-        // ORDERING: Who sees that it has ended sees all of it.
+        // ORDERING: A reader that sees that the transition has ended sees all of it.
         self.last.store(now, Ordering::Release);
     }
 
-    /// Book the time up to `then` on the present phase, and go on at `now` by a clock that has
-    /// begun anew. `then` and `now` are one moment, by the clock before and after.
+    /// Move to a restarted clock, which reads `now`; the old clock read `then` at the same moment. The time
+    /// up to `then` is booked on the current phase.
     ///
     /// `first` moves with the clock, and may lie before its zero: differences are modulo 2^64.
     pub fn rebase(&self, then: u64, now: u64) {
-        // Another CPU may have measured, whose clock was behind.
+        // `then` may come from another CPU, whose clock was behind.
         let then = then.max(self.last.load(Relaxed));
         let ticks = then.wrapping_sub(self.last.load(Relaxed));
         self.begun.store(now, Relaxed);
@@ -111,13 +110,13 @@ impl Ledger {
         self.end_transition(now);
     }
 
-    /// Take the vCPU's first event, at TSC `now`, after which it is in `phase`.
+    /// Record the vCPU's first event, at TSC `now`, after which it is in `phase`.
     pub fn begin(&self, now: u64, phase: Phase) {
         self.begun.store(now, Relaxed);
         // ORDERING: As in `begin_transition`.
         fence(Ordering::Release);
         self.first.store(now, Relaxed);
-        // The one row that gets cycles without an exit.
+        // The only row that gets cycles without an exit.
         let start = self.add_row(0, Slot::START, &NoSupply);
         self.row.store(start.0 as u32, Relaxed);
         self.phase.store(phase as u32, Relaxed);
@@ -127,7 +126,7 @@ impl Ledger {
         self.end_transition(now);
     }
 
-    /// Give a slot the row with a number, which is the next one.
+    /// Give a slot the next free row, which has this number.
     fn add_row(&self, number: usize, slot: Slot, supply: &impl Supply) -> Place {
         let place = Place::of(number);
         let histogram = self.histogram_for(number, supply);
@@ -138,7 +137,7 @@ impl Ledger {
         if let Some(its) = self.places.get(slot.index()) {
             its.store(place.0 as u16, Relaxed);
         }
-        // ORDERING: Who sees that the row is in use sees whose it is.
+        // ORDERING: A reader that sees that the row is in use sees its slot.
         let taken = number.wrapping_add(1) as u32;
         self.taken.store(taken, Ordering::Release);
         place
@@ -158,24 +157,24 @@ impl Ledger {
         found.unwrap_or(unread).address()
     }
 
-    /// Return the histograms that the vCPU has besides its ledger's, or is given now.
+    /// Return the vCPU's histograms outside its ledger, and get them from `supply` if it has none.
     fn supplied(&self, supply: &impl Supply) -> Option<&MoreHistograms> {
         let mut more = self.more.load(Relaxed);
         if more.is_null() {
             more = supply.more()?.as_ptr();
-            // ORDERING: Who finds them finds them zeroed.
+            // ORDERING: A reader that finds them finds them zeroed.
             self.more.store(more, Ordering::Release);
         }
         // SAFETY: By the invariant of `Ledger`, and the contract of `Supply`.
         unsafe { more.as_ref() }
     }
 
-    /// Return the place of the row in which the first exit of a slot is counted: a new one of its
-    /// own, or that of [`Slot::OTHER`] when there is none left.
+    /// Take a row for the first exit of a slot. Return its place: a new row, or that of [`Slot::OTHER`] if
+    /// none is left.
     fn take_row(&self, slot: Slot, supply: &impl Supply) -> Place {
         let taken = self.taken.load(Relaxed) as usize;
         let other = self.place_of(Slot::OTHER);
-        // The last row is kept for `Slot::OTHER`.
+        // The last row is reserved for `Slot::OTHER`.
         let kept = usize::from(other.0 == 0 && slot != Slot::OTHER);
         if taken.wrapping_add(kept) < ROWS {
             return self.add_row(taken, slot, supply);
@@ -190,7 +189,7 @@ impl Ledger {
         other
     }
 
-    /// Return the place of the row that counts the exits of a slot; 0 while it has none.
+    /// Return the place of the row that counts the exits of a slot, or 0 while it has none.
     #[inline(always)]
     fn place_of(&self, slot: Slot) -> Place {
         // SAFETY: By the invariant of `Slot` its index is below SLOTS.
@@ -200,18 +199,18 @@ impl Ledger {
         Place(usize::from(unsafe { read_owned(place) }))
     }
 
-    /// Take a VM exit: the guest's phase ends.
+    /// Record a VM exit: the guest phase ends.
     #[inline(always)]
     pub fn exit(&self, now: u64, slot: Slot) {
         self.exit_of::<false>(now, slot, NoSupply);
     }
 
-    /// Take a VM exit from a nested guest, an L2.
+    /// Record a VM exit from a nested guest, an L2.
     pub fn exit_from_nested(&self, now: u64, slot: Slot) {
         self.exit_of::<true>(now, slot, NoSupply);
     }
 
-    /// Take a VM exit, from a nested guest or not. `supply` may give more histograms. Nothing exits for
+    /// Record a VM exit, from a nested guest or not. `supply` may give more histograms. The slot is never
     /// [`Slot::START`].
     #[inline(always)]
     pub fn exit_of<const NESTED: bool>(&self, now: u64, slot: Slot, supply: impl Supply) {
@@ -225,7 +224,7 @@ impl Ledger {
         self.count_exit(now, place, ticks, NESTED);
     }
 
-    /// Count the first exit of a slot.
+    /// Count the first exit of a slot, and end the transition.
     #[cold]
     #[inline(never)]
     fn count_first_exit<const NESTED: bool>(
@@ -264,8 +263,7 @@ impl Ledger {
         self.exit_of::<NESTED>(self.one_tick_on(now), slot, supply);
     }
 
-    /// Take a VM exit of a vCPU that has tables. `RING` tells whether it has a ring of its last
-    /// exits.
+    /// Record a VM exit of a vCPU that has tables. `RING` is true if it has a ring of its latest exits.
     #[inline(always)]
     pub fn exit_with<const RING: bool>(
         &self,
@@ -279,12 +277,11 @@ impl Ledger {
         }
     }
 
-    /// Take a VM exit of a vCPU that has tables, if that has the latest rows and the clock goes on;
-    /// else nothing has happened, and the exit's key is returned.
+    /// Record a VM exit of a vCPU that has tables, if its rows are cached and the clock has gone on.
     ///
     /// # Errors
     ///
-    /// The key: the exit is one for [`Self::exit_otherwise`].
+    /// The exit's key. Nothing was recorded: the exit is one for [`Self::exit_otherwise`].
     #[inline(always)]
     pub fn exit_like_before<const RING: bool>(
         &self,
@@ -315,7 +312,7 @@ impl Ledger {
         Err(key)
     }
 
-    /// Take any other VM exit of a vCPU that has tables.
+    /// Record any other VM exit of a vCPU that has tables.
     #[inline(always)]
     pub fn exit_otherwise(
         &self,
@@ -329,8 +326,8 @@ impl Ledger {
         self.exit_anew(rip, now, which, key, tables, supply);
     }
 
-    /// Take a VM exit of a vCPU that has tables, but may have no row for it; or the clock stands
-    /// still. All goes in registers, and in those that it is in before.
+    /// Record a VM exit of a vCPU that has tables, when these may have no row for it, or the clock stands
+    /// still. The arguments are in the order in which the caller has them in registers.
     #[inline(never)]
     fn exit_anew(
         &self,
@@ -353,7 +350,7 @@ impl Ledger {
             Place(0) => self.take_row(which.slot(), &supply),
             place => place,
         };
-        // An exit that the ledger counts as one of the others is one of them in the tables as well.
+        // An exit that the ledger counts as `Slot::OTHER` is one in the tables too.
         let (which, key) = match self.slot_at(place) {
             Some(Slot::OTHER) => which.as_other(key),
             _ => (which, key),
@@ -374,8 +371,7 @@ impl Ledger {
         self.count_exit(now, place, ticks, which.is_nested());
     }
 
-    /// Take a VM entry: the kernel's phase ends, and its ticks since the latest exit become one
-    /// sample.
+    /// Record a VM entry: the kernel phase ends, and its ticks since the latest exit become one sample.
     #[inline(always)]
     pub fn entry(&self, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
@@ -389,7 +385,7 @@ impl Ledger {
         self.end_exit(ticks, now, place);
     }
 
-    /// Take a VM entry of a vCPU that has tables. `cpu` tells the CPU.
+    /// Record a VM entry of a vCPU that has tables. `cpu` returns the current CPU.
     #[inline(always)]
     pub fn entry_with(&self, tables: &Tables, now: u64, cpu: impl FnOnce() -> u32) {
         let Some(ticks) = self.begin_transition(now) else {
@@ -397,15 +393,14 @@ impl Ledger {
         };
         tables.book_kernel(ticks);
         let place = self.enter_after(ticks);
-        // Where the kernel's ticks are carried over, that is 0.
+        // The floor is 0 while kernel ticks are carried over.
         if ticks > tables.slow().floor() {
             return self.end_exit_with(tables, now, cpu(), ticks);
         }
         self.end_exit(ticks, now, place);
     }
 
-    /// Have the vCPU in the guest after `ticks` in the kernel; return the place of its latest exit's
-    /// row.
+    /// Book `ticks` in the kernel, and begin the guest phase. Return the place of the latest exit's row.
     #[inline(always)]
     fn enter_after(&self, ticks: u64) -> Place {
         let place = self.place();
@@ -416,8 +411,8 @@ impl Ledger {
         place
     }
 
-    /// End the transition of an entry after an exit of `ticks`, in the course of which the vCPU did not
-    /// leave its CPU. Its row is at `place`.
+    /// End the transition of an entry after an exit of `ticks`, during which the vCPU did not leave its
+    /// CPU. The exit's row is at `place`.
     #[inline(always)]
     fn end_exit(&self, ticks: u64, now: u64, place: Place) {
         if ablation::HISTOGRAMS {
@@ -429,7 +424,8 @@ impl Ledger {
             let Some(bucket) = usual_bucket(ticks) else {
                 return self.end_unusual_exit(ticks, now);
             };
-            // SAFETY: The row has a maximum, as `ticks` is not 0; and the bucket is one.
+            // SAFETY: The row has a maximum other than 0, as `ticks` is not 0, and so a histogram; the
+            // bucket comes from `usual_bucket`.
             unsafe { add_sample(row, bucket) };
         }
         self.end_transition(now);
@@ -447,8 +443,8 @@ impl Ledger {
         self.entry_with(tables, self.one_tick_on(now), || cpu);
     }
 
-    /// End the transition of an entry by a CPU, after an exit in the course of which the vCPU left
-    /// its CPU, or that may be one of the slowest.
+    /// End the transition of an entry on a CPU, after an exit that may be one of the slowest, or during
+    /// which the vCPU left its CPU.
     #[inline(never)]
     fn end_exit_with(&self, tables: &Tables, now: u64, cpu: u32, ticks: u64) {
         let carried = self.carried.load(Relaxed);
@@ -469,8 +465,8 @@ impl Ledger {
         self.end_transition(now);
     }
 
-    /// End the transition of an entry by a CPU, after an exit of so many kernel ticks that may be
-    /// one of the slowest. `left` tells whether the vCPU has left its CPU meanwhile.
+    /// End the transition of an entry on a CPU, after an exit of `kernel` kernel ticks that may be one of
+    /// the slowest. `left` is true if the vCPU left its CPU meanwhile.
     #[inline(never)]
     fn end_slow_exit(&self, tables: &Tables, now: u64, kernel: u64, left: bool, cpu: u32) {
         let slow = tables.slow();
@@ -481,10 +477,10 @@ impl Ledger {
         self.end_transition(now);
     }
 
-    /// End the transition of an entry after an exit in the course of which the vCPU left its
-    /// CPU, after one that took longer than all before or less than exits do, or after none.
+    /// End the transition of an entry after an unusual exit: one during which the vCPU left its CPU, one
+    /// longer than all before or shorter than exits are, or none at all.
     ///
-    /// Its arguments are in the registers that they are in before.
+    /// The arguments are in the order in which the callers have them in registers.
     #[inline(never)]
     fn end_unusual_exit(&self, ticks: u64, now: u64) {
         let carried = self.carried.load(Relaxed);
@@ -496,7 +492,7 @@ impl Ledger {
         self.end_transition(now);
     }
 
-    /// Have the vCPU leave its CPU, for the phase `phase`.
+    /// Record that the vCPU leaves its CPU, for `phase`.
     #[inline(always)]
     pub fn leave(&self, now: u64, phase: Phase) {
         let Some(ticks) = self.begin_transition(now) else {
@@ -505,7 +501,7 @@ impl Ledger {
         self.leave_after(now, phase, ticks);
     }
 
-    /// Have a vCPU that has tables leave its CPU, which `cpu` tells.
+    /// Record that a vCPU with tables leaves its CPU. `cpu` returns that CPU.
     #[inline(always)]
     pub fn leave_with(
         &self,
@@ -520,8 +516,8 @@ impl Ledger {
         self.leave_otherwise_with(tables, now, ticks, leaving, cpu());
     }
 
-    /// Have a vCPU that has tables leave its CPU, which `cpu` tells, for user space; `why` is as in
-    /// [`Leaving`].
+    /// Record that a vCPU with tables leaves its CPU for user space. `cpu` returns that CPU, and `why` the
+    /// KVM_EXIT_*, as [`Leaving::to_user`].
     #[inline(always)]
     pub fn leave_to_user_with(
         &self,
@@ -537,7 +533,7 @@ impl Ledger {
         let Some(ticks) = self.begin_transition(now) else {
             return self.late_leave_with(tables, now, leaving(why()), cpu());
         };
-        // Apart, so that the usual way has nothing to do for the others.
+        // Rare cases leave here, so that the usual one does not pay for them.
         if self.phase.load(Relaxed) != Phase::Kernel as u32 {
             return self.leave_otherwise_with(tables, now, ticks, leaving(why()), cpu());
         }
@@ -556,8 +552,8 @@ impl Ledger {
         self.leave_kernel(now, Phase::User, ticks);
     }
 
-    /// As above, to elsewhere than to user space for what it was there for last, or from elsewhere
-    /// than from KVM.
+    /// Slow path of [`Self::leave_with`] and [`Self::leave_to_user_with`]: the vCPU does not go to user
+    /// space, or with another KVM_EXIT_* than the last time, or it was not in KVM.
     #[inline(never)]
     fn leave_otherwise_with(
         &self,
@@ -583,7 +579,7 @@ impl Ledger {
         self.leave_after(now, leaving.phase, ticks);
     }
 
-    /// Have the vCPU off its CPU after `ticks` of the present phase, and end the transition.
+    /// Book `ticks` on the current phase, begin `phase`, and end the transition.
     #[inline(always)]
     fn leave_after(&self, now: u64, phase: Phase, ticks: u64) {
         if self.phase.load(Relaxed) != Phase::Kernel as u32 {
@@ -592,7 +588,7 @@ impl Ledger {
         self.leave_kernel(now, phase, ticks);
     }
 
-    /// Have the vCPU off its CPU after `ticks` in KVM, and end the transition.
+    /// Book `ticks` in KVM, begin `phase`, and end the transition.
     #[inline(always)]
     fn leave_kernel(&self, now: u64, phase: Phase, ticks: u64) {
         if ablation::PHASES {
@@ -614,7 +610,7 @@ impl Ledger {
         self.book(left, ticks);
         self.phase.store(phase as u32, Relaxed);
         if left == Phase::Guest as u32 {
-            // An entry that was not followed by an exit, as one that failed.
+            // The entry was not followed by an exit, for example because it failed.
             self.carried.store(CLOSED, Relaxed);
         }
         self.end_transition(now);
@@ -632,7 +628,7 @@ impl Ledger {
         self.leave_with(tables, self.one_tick_on(now), leaving, || cpu);
     }
 
-    /// Have the vCPU back on a CPU, in KVM.
+    /// Record that the vCPU is back on a CPU, in KVM.
     #[inline(always)]
     pub fn resume(&self, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
@@ -644,7 +640,7 @@ impl Ledger {
         self.resume_from_user(now, ticks);
     }
 
-    /// Have a vCPU that has tables back on a CPU, in KVM.
+    /// Record that a vCPU with tables is back on a CPU, in KVM.
     #[inline(always)]
     pub fn resume_with(&self, tables: &Tables, now: u64) {
         let Some(ticks) = self.begin_transition(now) else {
@@ -658,7 +654,7 @@ impl Ledger {
         self.resume_from_user(now, ticks);
     }
 
-    /// Have the vCPU on a CPU after `ticks` in user space, and end the transition.
+    /// Book `ticks` in user space, begin the kernel phase, and end the transition.
     #[inline(always)]
     fn resume_from_user(&self, now: u64, ticks: u64) {
         if ablation::PHASES {
@@ -700,7 +696,7 @@ impl Ledger {
         self.resume_with(tables, self.one_tick_on(now));
     }
 
-    /// Book ticks on the latest reason and the phase of a number.
+    /// Book ticks on the latest reason and the phase with a number.
     fn book(&self, phase: u32, ticks: u64) {
         if !ablation::PHASES {
             return;
@@ -715,16 +711,16 @@ impl Ledger {
         }
     }
 
-    /// Take the sample of an exit, the greatest one of its row or not.
+    /// Add the sample of an exit to its row, and raise the row's maximum if needed.
     #[inline(always)]
     fn sample(&self, ticks: u64) {
         let row = self.row_at(self.place());
-        // A row that no exit has taken has no histogram yet.
+        // A row that no slot has taken has no histogram yet.
         if row.histogram.load(Relaxed).is_null() {
             return;
         }
         row.max.store(row.max.load(Relaxed).max(ticks), Relaxed);
-        // SAFETY: It has a histogram, and `bucket` gives a bucket.
+        // SAFETY: The row has a histogram, and `bucket` returns a bucket below `BUCKETS`.
         unsafe { add_sample(row, bucket(ticks)) };
     }
 }
@@ -733,7 +729,7 @@ impl Ledger {
 ///
 /// # Safety
 ///
-/// The row must have a histogram, as one with a maximum has, and `bucket` must be below
+/// The row must have a histogram, as every row with a maximum has, and `bucket` must be below
 /// [`crate::histogram::BUCKETS`].
 #[inline(always)]
 unsafe fn add_sample(row: &Row, bucket: usize) {

@@ -115,16 +115,16 @@ pub(super) struct GroupSums {
     pub(super) renewed: AtomicBool,
 }
 
-/// Numbers of a row.
+/// Number of columns of a row.
 const COLUMNS: usize = 2 + Phase::COUNT;
-/// Row with the sums of all others.
+/// Row with the sums over all slots.
 const ALL: usize = SLOTS;
 
-/// Sums over vCPUs, by row and column. All-zero bytes are sums over no vCPU.
+/// Sums over vCPUs, by slot and column. All-zero bytes are sums over no vCPU.
 #[derive(Debug)]
 pub struct Rows([[AtomicU64; COLUMNS]; SLOTS + 1]);
 
-/// A number of a row.
+/// A column of [`Rows`].
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Sum {
     /// Exits.
@@ -155,7 +155,7 @@ impl Rows {
         self.0.get(row)?.get(column)
     }
 
-    /// Return a sum of one row, or with `None` of all rows.
+    /// Return a sum of one slot, or with `None` over all slots.
     pub(super) fn get(&self, slot: Option<Slot>, sum: Sum) -> u64 {
         let row = slot.map_or(ALL, Slot::index);
         self.at(row, sum.column())
@@ -169,7 +169,7 @@ impl Rows {
         }
     }
 
-    /// Add a number to a row and to the sum of all rows. One thread at a time may do so.
+    /// Add a number to a slot and to the sum over all slots. One thread at a time may do so.
     pub(super) fn add(&self, slot: Slot, sum: Sum, number: u64) {
         for row in [slot.index(), ALL] {
             if let Some(cell) = self.at(row, sum.column()) {
@@ -247,7 +247,7 @@ impl Member {
         }
     }
 
-    /// Return the vCPU's and its VM's names and numbers, as people know them.
+    /// Return the names and numbers of the vCPU and its VM.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
@@ -268,7 +268,7 @@ impl Group {
             let Some(member) = self.members.get(place) else {
                 return;
             };
-            // ORDERING: Who sees the vCPU sees what was written of it before it was placed.
+            // ORDERING: A thread that sees the vCPU sees what was written to it before it was placed.
             // SAFETY: By the contract of this function it is not freed meanwhile.
             if let Some(member) = unsafe { member.load(Acquire).as_ref() } {
                 see(member);

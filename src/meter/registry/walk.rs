@@ -35,9 +35,9 @@ const STEPS_AT_A_TIME: usize = 64;
 /// just moved.
 const INTERRUPTS: u32 = 16;
 
-/// The walk of snapshots and totals.
+/// Kind of walk: for snapshots and totals.
 pub(super) const SNAPSHOT: usize = 0;
-/// The walk that renews the host's sums.
+/// Kind of walk: to renew the host's sums.
 pub(super) const HOST: usize = 1;
 
 /// Progress of a walk. All-zero bytes are an inactive walk.
@@ -61,7 +61,7 @@ type Held<'a> = (&'a Member, u64);
 /// The vCPUs of one step of a walk.
 type Batch<'a> = [Option<Held<'a>>; AT_A_TIME];
 
-/// Item that a walk visits.
+/// Visit of a walk.
 pub(super) enum WalkItem<'a, 's> {
     /// The state as the walk begins, with the lock held.
     Start(&'s State),
@@ -136,10 +136,10 @@ impl Default for Walker {
 }
 
 impl State {
-    /// Begin a walk.
-    pub(super) fn begin_walk(&mut self, which: usize) {
+    /// Begin a walk of a kind, [`SNAPSHOT`] or [`HOST`].
+    pub(super) fn begin_walk(&mut self, kind: usize) {
         let (newest, vm) = (self.serial, self.first);
-        if let Some(walk) = self.walks.get_mut(which) {
+        if let Some(walk) = self.walks.get_mut(kind) {
             *walk = Walk {
                 active: true,
                 newest,
@@ -152,8 +152,8 @@ impl State {
     }
 
     /// End a walk. Return the vCPUs that it still awaits; they belong to the caller.
-    fn end_walk(&mut self, which: usize) -> *mut Member {
-        let Some(walk) = self.walks.get_mut(which) else {
+    fn end_walk(&mut self, kind: usize) -> *mut Member {
+        let Some(walk) = self.walks.get_mut(kind) else {
             return null_mut();
         };
         walk.active = false;
@@ -162,12 +162,12 @@ impl State {
 
     /// Hand a vCPU that goes to the walks that await it.
     pub(super) fn await_gone(&mut self, member: &Member) {
-        for (which, walk) in self.walks.iter_mut().enumerate() {
+        for (kind, walk) in self.walks.iter_mut().enumerate() {
             if !walk.awaits(member) {
                 continue;
             }
             // SAFETY: The lock is held.
-            if let Some(next) = unsafe { (*member.awaited.get()).get_mut(which) } {
+            if let Some(next) = unsafe { (*member.awaited.get()).get_mut(kind) } {
                 member.holders.fetch_add(1, Relaxed);
                 *next = core::mem::replace(&mut walk.gone, member.address().as_ptr());
             }
@@ -177,9 +177,9 @@ impl State {
 
 impl<P: Platform> Locked<'_, P> {
     /// Take holds on the next few vCPUs of a walk. Return true if there may be more.
-    fn walk_on<'a>(&mut self, which: usize, batch: &mut Batch<'a>) -> bool {
+    fn walk_on<'a>(&mut self, kind: usize, batch: &mut Batch<'a>) -> bool {
         let platform = &self.registry.platform;
-        let Some(walk) = self.walks.get_mut(which) else {
+        let Some(walk) = self.walks.get_mut(kind) else {
             return false;
         };
         let mut places = batch.iter_mut();
@@ -230,14 +230,14 @@ impl<P: Platform> Locked<'_, P> {
 impl<P: Platform> Registry<P> {
     /// Call `see` for the state at the moment that the walk begins, then for each vCPU that exists
     /// at that moment. Not called with the lock held.
-    pub(super) fn walk<'a>(&'a self, which: usize, mut see: impl FnMut(WalkItem<'a, '_>)) {
+    pub(super) fn walk<'a>(&'a self, kind: usize, mut see: impl FnMut(WalkItem<'a, '_>)) {
         let mut state = self.lock();
         see(WalkItem::Start(&state));
-        state.begin_walk(which);
+        state.begin_walk(kind);
         drop(state);
         loop {
             let mut batch: Batch<'a> = [None; AT_A_TIME];
-            let more = self.lock().walk_on(which, &mut batch);
+            let more = self.lock().walk_on(kind, &mut batch);
             for (member, polled) in batch.into_iter().flatten() {
                 see(WalkItem::Vcpu(member, polled));
                 self.let_go(member);
@@ -247,11 +247,11 @@ impl<P: Platform> Registry<P> {
             }
             self.platform.pause();
         }
-        let mut gone = self.lock().end_walk(which);
+        let mut gone = self.lock().end_walk(kind);
         // SAFETY: The walk holds each of them, and owns the list from here on.
         while let Some(member) = unsafe { gone.as_ref() } {
             // SAFETY: As above.
-            gone = unsafe { (*member.awaited.get()).get(which).copied() }.unwrap_or(null_mut());
+            gone = unsafe { (*member.awaited.get()).get(kind).copied() }.unwrap_or(null_mut());
             see(WalkItem::Vcpu(member, member.polled.load(Relaxed)));
             self.let_go(member);
             self.platform.pause();

@@ -41,7 +41,7 @@ impl SlowExit {
         cpus: [0; 2],
     };
 
-    /// Return the reason, as a row of the ledger.
+    /// Return the slot of the reason.
     pub fn slot(&self) -> Option<Slot> {
         match detail::slot_of(self.key) {
             None => Slot::from_index((self.key as usize & 0xff).wrapping_sub(1)),
@@ -223,11 +223,11 @@ impl SlowCopy {
     }
 
     fn window(&self, is_current: bool) -> Option<&WindowCopy> {
-        let which = match is_current {
+        let index = match is_current {
             true => self.current,
             false => self.current ^ 1,
         };
-        self.windows.get(which)
+        self.windows.get(index)
     }
 
     /// Return the TSC when the current window began and the previous one ended, or `None` before

@@ -42,7 +42,7 @@ impl DetailCopy {
         missed_user: 0,
     };
 
-    /// Return the reason, as a row of the ledger.
+    /// Return the slot of the reason.
     pub fn slot(&self) -> Option<Slot> {
         detail::slot_of(self.key)
     }
@@ -84,7 +84,7 @@ impl CodeCopy {
         missed_kernel: 0,
     };
 
-    /// Return the reason, as a row of the ledger.
+    /// Return the slot of the reason.
     pub fn slot(&self) -> Option<Slot> {
         Some(ReasonBits(self.which).slot())
     }
@@ -112,7 +112,7 @@ impl UserCopy {
         ticks: 0,
     };
 
-    /// Return the reason, as a row of the ledger.
+    /// Return the slot of the reason.
     pub fn slot(&self) -> Option<Slot> {
         Slot::from_index(((self.tag >> REASON_SHIFT) as usize).wrapping_sub(1))
     }

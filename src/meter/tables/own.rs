@@ -103,8 +103,8 @@ impl Tables {
         }
     }
 
-    /// Return the others of a reason in a kind of table. A row of details counts only if `is_told`
-    /// returns true for its detail.
+    /// Return the others of a reason in a kind of table. A row of details for which `is_shown` returns
+    /// false is one of the others.
     ///
     /// Rows are read first: if the vCPU leaves its CPU meanwhile, the total has grown, and the
     /// difference is not negative.
@@ -113,13 +113,13 @@ impl Tables {
         ledger: &Ledger,
         table: u32,
         slot: Slot,
-        is_told: impl Fn(u64) -> bool,
+        is_shown: impl Fn(u64) -> bool,
     ) -> Others {
         let [exits, kernel, user] = match table {
             TABLE_DETAILS => {
                 let rows = self.details.iter().skip(1).filter(|row| {
                     let key = row.key.load(Relaxed);
-                    detail::slot_of(key) == Some(slot) && is_told(detail::detail_of(key))
+                    detail::slot_of(key) == Some(slot) && is_shown(detail::detail_of(key))
                 });
                 sum(rows.map(|row| {
                     let row = row.copied();

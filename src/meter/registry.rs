@@ -10,10 +10,10 @@
 //! counted, marked in the table as unmetered, and runs on undisturbed. The mark keeps it unmetered,
 //! even if there is room later.
 //!
-//! Marks are bounded too, because anyone who may open /dev/kvm creates vCPUs. Once a vCPU could not
-//! be marked, a vCPU is registered or counted only at the first load of its life. So vCPUs created
-//! since the module was loaded are still counted once each, and none is registered in mid-life;
-//! only vCPUs created before may never be seen.
+//! Marks are bounded too, because anyone who may open /dev/kvm creates vCPUs. Once a vCPU could not be
+//! marked, unknown vCPUs are registered or counted only at the first load of their lives. So vCPUs created
+//! since the module was loaded are still counted once each, and none is registered in mid-life. A vCPU
+//! created before that, and without an event since, is never registered nor counted.
 //!
 //! Nobody waits for long, and nobody waits for a guest:
 //!
@@ -23,8 +23,8 @@
 //!   over the other vCPUs of its VM, which one query renews now and then.
 //! - A snapshot ([`walk`]) takes references to a few vCPUs with the lock held, and copies them
 //!   without it.
-//! - The one lock is held for a constant number of steps, however many vCPUs and VMs there are.
-//!   Memory is allocated and freed without it.
+//! - The one lock is held for a constant number of steps, however many vCPUs and VMs there are, except in
+//!   [`Registry::rebase`], while no other CPU runs. Memory is allocated and freed without the lock.
 
 pub mod answer;
 pub mod platform;
@@ -642,7 +642,7 @@ impl<P: Platform> Registry<P> {
 
     /// Move all ledgers to a restarted clock, which reads `now`; the old clock read `then`.
     ///
-    /// Call at a moment when no other CPU runs. It takes as many steps as there are vCPUs.
+    /// No other CPU may run meanwhile. This holds the lock for as many steps as there are vCPUs.
     pub fn rebase(&self, then: u64, now: u64) {
         let state = self.lock();
         state.each(|member| {

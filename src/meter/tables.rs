@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tables of one vCPU: its exits by detail, by the guest code that caused them, and by why they
+//! Tables of one vCPU: its exits by detail, by the guest code that caused them, and by the reason why they
 //! went to user space.
 //!
-//! Tables stand beside a [`Ledger`], and the same transitions write them. When they begin, they
-//! record what the ledger has counted so far: the baseline. The others of a reason, its exits and
+//! A vCPU's tables are written in the same transitions as its [`Ledger`]. When they begin, they record
+//! the ledger's numbers at that time: the baseline. The others of a reason, its exits and
 //! ticks that no row holds, are the ledger's, less the baseline, less the rows. So rows and others
 //! sum to the reason's numbers, to the tick, and nothing is counted twice. A row that has to give
 //! way is simply overwritten: its numbers fall to the others.

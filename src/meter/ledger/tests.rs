@@ -250,7 +250,7 @@ impl Model {
         ticks
     }
 
-    /// Whoever exits was in the guest, whatever was told of it.
+    /// Record an exit. The vCPU was in the guest before it, whatever the phase was.
     fn exit(&mut self, now: u64, slot: usize, nested: bool) {
         self.spend(now, Phase::Guest);
         let slot = self.row_for(slot);
@@ -290,7 +290,7 @@ impl Model {
         self.phase = Phase::Kernel;
     }
 
-    /// The host slept, in whatever the vCPU was doing.
+    /// Record a sleep of the host, in the vCPU's current phase.
     fn sleep(&mut self, until: u64) {
         let ticks = until - self.last;
         self.last = until;
@@ -417,10 +417,10 @@ proptest! {
 }
 
 proptest! {
-    /// As if the clock had gone on, but for what a ledger that is not told of it cannot know:
+    /// The ledger equals one whose clock has gone on. If it finds a restart by itself, it cannot know
     /// how long the host slept.
     #[test]
-    fn a_clock_that_begins_anew_loses_and_invents_nothing(
+    fn restarted_clock_loses_and_invents_nothing(
         begins_in in 0_u32..6,
         events in proptest::collection::vec(
             (event(), 0_u8..8, 0_u64..1 << 48, 0_u64..1 << 40),
@@ -462,10 +462,9 @@ proptest! {
     }
 }
 
-/// A halted vCPU whose host slept for an hour, and a transition 7 ticks after the clock began
-/// anew.
+/// The host sleeps for an hour, and the vCPU's next transition comes 7 ticks after the clock restarted.
 #[test]
-fn a_sleep_is_on_the_phase_and_what_follows_has_its_true_time() {
+fn sleep_of_the_host_is_booked_on_the_phase() {
     const HOUR: u64 = 3600 * 3_000_000_000;
     let hlt = Slot::from_index(12).expect("below SLOTS");
     for phase in Phase::ALL {
@@ -498,7 +497,7 @@ fn a_sleep_is_on_the_phase_and_what_follows_has_its_true_time() {
 }
 
 #[test]
-fn a_clock_begins_anew_by_more_than_clocks_part() {
+fn large_step_back_of_the_clock_is_a_restart() {
     const LAST: u64 = 1 << 50;
     for (back, last) in [
         (1, LAST + 1),
@@ -510,7 +509,7 @@ fn a_clock_begins_anew_by_more_than_clocks_part() {
         ledger.begin(LAST, Phase::Kernel);
         ledger.entry(LAST - back);
         assert_eq!(ledger.last.load(Relaxed), last, "{back} ticks back");
-        // By a clock that it follows, time is what it is.
+        // The ledger follows the clock, so ticks after it are exact.
         ledger.exit(last + 1000, Slot::OTHER, false);
         assert_eq!(ledger.cycles(Phase::Guest, Slot::START), 1000);
         let mut copy = LedgerCopy::new();
@@ -605,7 +604,7 @@ fn a_reader_beside_a_writer_sees_a_balance() {
             }
             done.store(true, Ordering::Release);
         });
-        let nested_as_told = |copy: &LedgerCopy| {
+        let nested_as_expected = |copy: &LedgerCopy| {
             copy.rows().all(|(slot, row, _)| {
                 row.nested_exits == if slot.index() % 2 == 0 { row.exits } else { 0 }
             })
@@ -613,12 +612,12 @@ fn a_reader_beside_a_writer_sees_a_balance() {
         let (mut copy, mut copies) = (LedgerCopy::new(), 0);
         while !done.load(Ordering::Acquire) {
             if ledger.try_copy(&mut copy) {
-                assert!(copy.balances() && nested_as_told(&copy));
+                assert!(copy.balances() && nested_as_expected(&copy));
                 copies += 1;
             }
         }
         while !ledger.try_copy(&mut copy) {}
-        assert!(copy.balances() && nested_as_told(&copy) && copies < usize::MAX);
+        assert!(copy.balances() && nested_as_expected(&copy) && copies < usize::MAX);
         assert_eq!(copy.last, END - 1);
     });
 }

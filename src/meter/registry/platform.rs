@@ -22,7 +22,7 @@ pub unsafe trait Platform {
     /// Guard that keeps all that is retired while it lives. Creating one waits for nobody.
     type Reading;
 
-    /// Take the registry's one lock. It is held for a constant number of steps.
+    /// Take the registry's one lock. It is held for a constant number of steps, except in a rebase.
     fn lock(&self);
 
     /// Release the lock.

@@ -294,7 +294,7 @@ impl Bench {
             TableOptions::default(),
         );
         let snapshot = Snapshot::parse(&buffer[..size.expect("it fits")]).expect("a snapshot");
-        let mut told = Reported {
+        let mut reported = Reported {
             gone: snapshot.departed(),
             unmetered: snapshot.unmetered(),
             totals: snapshot.totals().map(|row| row.exits()).sum(),
@@ -305,10 +305,10 @@ impl Bench {
             assert!(vcpu.balances());
             lives.insert(vcpu.id(), (vcpu.first(), vcpu.last()));
             let exits = vcpu.rows().map(|row| row.exits()).sum();
-            let twice = told.exits.insert(vcpu.id(), exits);
+            let twice = reported.exits.insert(vcpu.id(), exits);
             assert_eq!(twice, None, "vCPU {} stands there twice", vcpu.id());
         }
-        (told, lives)
+        (reported, lives)
     }
 
     fn ask(&self, key: usize) -> Option<u64> {
@@ -408,7 +408,7 @@ impl Model {
         self.vcpus.values().filter(|it| it.metered)
     }
 
-    fn told(&self) -> Reported {
+    fn reported(&self) -> Reported {
         let began = self.metered().filter(|it| it.began);
         Reported {
             exits: began.map(|it| (it.id, it.exits)).collect(),
@@ -483,7 +483,7 @@ proptest! {
             let change = (change.0, change.1.saturating_sub(2), change.2);
             model.change((&bench.registry, &bench.shared), max_vcpus, change);
             if number % 50 == 0 {
-                prop_assert_eq!(bench.snapshot(), model.told());
+                prop_assert_eq!(bench.snapshot(), model.reported());
                 bench.wait();
                 for (place, known) in &model.vcpus {
                     let of_vm = model.metered().filter(|it| it.vm == known.vm);
@@ -494,7 +494,7 @@ proptest! {
                 }
             }
         }
-        prop_assert_eq!(bench.snapshot(), model.told());
+        prop_assert_eq!(bench.snapshot(), model.reported());
         let mut totals = Totals::new();
         bench.registry.add_totals(&mut Walker::new(), &mut totals);
         let live: u64 = model.metered().map(|it| it.exits).sum();
@@ -517,7 +517,7 @@ proptest! {
                 model.borrow_mut().change((&bench.registry, &bench.shared), 200, change);
             }
         }
-        let before = model.borrow().told();
+        let before = model.borrow().reported();
         let (after, mut left) = (Rc::clone(&model), changes.into_iter());
         let shared = Rc::downgrade(&bench.shared);
         *bench.shared.meanwhile.borrow_mut() = Some(Box::new(move |registry| {
@@ -526,16 +526,16 @@ proptest! {
                 after.borrow_mut().change((registry, &shared), 200, change);
             }
         }));
-        let told = bench.snapshot();
+        let reported = bench.snapshot();
         drop(bench.shared.meanwhile.take());
-        prop_assert_eq!(told.gone, before.gone);
-        prop_assert_eq!(told.totals, before.totals);
-        let ids: Vec<_> = told.exits.keys().collect();
+        prop_assert_eq!(reported.gone, before.gone);
+        prop_assert_eq!(reported.totals, before.totals);
+        let ids: Vec<_> = reported.exits.keys().collect();
         prop_assert_eq!(ids, before.exits.keys().collect::<Vec<_>>());
         for (id, exits) in &before.exits {
-            prop_assert!(told.exits[id] >= *exits);
+            prop_assert!(reported.exits[id] >= *exits);
         }
-        prop_assert_eq!(bench.snapshot(), model.borrow().told());
+        prop_assert_eq!(bench.snapshot(), model.borrow().reported());
         bench.end();
     }
 }
@@ -560,10 +560,10 @@ fn walk_survives_the_end_of_its_vm() {
             destroy(registry, &shared, key(AT_A_TIME));
         }
     }));
-    let told = bench.snapshot();
-    assert_eq!((told.exits.len(), told.gone), (AT_A_TIME + 2, 0));
-    let told = bench.snapshot();
-    assert_eq!((told.exits.len(), told.gone), (AT_A_TIME + 1, 1));
+    let reported = bench.snapshot();
+    assert_eq!((reported.exits.len(), reported.gone), (AT_A_TIME + 2, 0));
+    let reported = bench.snapshot();
+    assert_eq!((reported.exits.len(), reported.gone), (AT_A_TIME + 1, 1));
     bench.end();
 }
 
@@ -618,7 +618,7 @@ fn new_group_reads_the_others_at_once() {
         assert!(bench.exits(key(place), 5));
         // No time passes except that of the exits.
         assert_eq!(
-            bench.ask(key(place)).map(|told| told >= 5 * place as u64),
+            bench.ask(key(place)).map(|reported| reported >= 5 * place as u64),
             Some(true),
             "{place}"
         );
@@ -661,11 +661,11 @@ fn sums_of_the_host_are_exact_and_never_fall() {
             .expect("room");
         assert!(bench.exits(key(place), 3));
         sum += 3;
-        let told = bench.ask(key(place)).expect("metered");
-        assert!(told <= sum);
+        let reported = bench.ask(key(place)).expect("metered");
+        assert!(reported <= sum);
         if place <= GROUP {
             // This holds when the 33rd comes, too: earlier answers are not newer than the sums.
-            assert_eq!(told, sum, "{place}");
+            assert_eq!(reported, sum, "{place}");
         }
         bench.wait();
         assert_eq!(bench.ask(key(0)), Some(sum));
@@ -752,8 +752,8 @@ fn failed_allocation_undoes_all() {
                 .register_new(key(before + 1), 0, 1000)
                 .expect("memory");
             assert!(bench.exits(key(before + 1), 1));
-            let told = bench.snapshot();
-            assert_eq!((told.exits.len(), told.unmetered), (before + 1, 1));
+            let reported = bench.snapshot();
+            assert_eq!((reported.exits.len(), reported.unmetered), (before + 1, 1));
             bench.wait();
             assert_eq!(bench.ask(key(before + 1)), Some(before as u64 + 1));
             bench.destroy(key(before));
@@ -848,9 +848,9 @@ fn unmetered_vcpu_stays_unmetered() {
     for place in 1..=refused + 1 {
         bench.destroy(key(place));
     }
-    let told = bench.snapshot();
+    let reported = bench.snapshot();
     assert_eq!(
-        (told.gone, told.totals, told.unmetered),
+        (reported.gone, reported.totals, reported.unmetered),
         (1, 1, refused as u64)
     );
     bench.end();
@@ -1015,20 +1015,20 @@ fn new_clock_moves_all_ledgers() {
         bench.shared.now.set(50 * round);
         bench.registry.rebase(then, 50 * round);
         offset = offset.wrapping_add(then.wrapping_sub(50 * round));
-        let (told, lives) = bench.snapshot_at(offset);
+        let (reported, lives) = bench.snapshot_at(offset);
         let firsts = |lives: &Lives| -> Vec<u64> { lives.values().map(|life| life.0).collect() };
         assert_eq!(firsts(&lives), firsts(&began));
         // The sleep is booked to its end, which is now.
         let end = bench.shared.now.get().wrapping_add(offset);
         assert!(lives.values().all(|life| life.1 == end), "{lives:?}");
         assert!(lives.values().all(|life| bench.registry.loaded() <= life.0));
-        assert_eq!(told.exits.len(), LAST);
-        assert!(told.exits.values().all(|exits| *exits == 1 + round));
+        assert_eq!(reported.exits.len(), LAST);
+        assert!(reported.exits.values().all(|exits| *exits == 1 + round));
         for place in 0..LAST {
             assert!(bench.exits(key(place), 1));
         }
-        let (told, lives) = bench.snapshot_at(offset);
-        assert!(told.exits.values().all(|exits| *exits == 2 + round));
+        let (reported, lives) = bench.snapshot_at(offset);
+        assert!(reported.exits.values().all(|exits| *exits == 2 + round));
         // Two events of 7 ticks for each of them, and no more.
         let latest = lives.values().map(|life| life.1).max();
         assert_eq!(latest, Some(bench.shared.now.get().wrapping_add(offset)));
@@ -1036,8 +1036,8 @@ fn new_clock_moves_all_ledgers() {
     }
     // A vCPU that comes now begins now.
     assert!(bench.exits(key(LAST), 1));
-    let (told, lives) = bench.snapshot_at(offset);
-    assert_eq!(told.exits.len(), before.exits.len() + 1);
+    let (reported, lives) = bench.snapshot_at(offset);
+    assert_eq!(reported.exits.len(), before.exits.len() + 1);
     assert!(lives[&(LAST as u32)].0 > began[&(LAST as u32 - 1)].1 + 2 * SLEPT);
     bench.end();
 }
@@ -1141,7 +1141,7 @@ fn slow_exits_have_their_cpu() {
         now += 100 + ticks;
         ledger.entry_with(tables, now, || if place == 1 { 7 } else { 9 });
     };
-    let told = || {
+    let reported = || {
         let mut buffer = vec![0; 1 << 20];
         let show = TableOptions { code: true };
         let (mut walker, mut gone) = (Walker::new(), Totals::new());
@@ -1172,7 +1172,7 @@ fn slow_exits_have_their_cpu() {
         both.map(|length| (*length, [Some(cpu); 2])).collect()
     };
     assert_eq!(
-        told(),
+        reported(),
         [
             (false, of(&[500, 800], 7)),
             (true, of(&[500, 800, 1001], 9))
@@ -1180,7 +1180,7 @@ fn slow_exits_have_their_cpu() {
     );
     registry.thaw_rings(&mut Walker::new());
     exit(2, 900);
-    let frozen: Vec<_> = told().into_iter().map(|(is_frozen, _)| is_frozen).collect();
+    let frozen: Vec<_> = reported().into_iter().map(|(is_frozen, _)| is_frozen).collect();
     assert_eq!(frozen, [false, false]);
     for place in [1, 2] {
         destroy(&registry, &shared, key(place));

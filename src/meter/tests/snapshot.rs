@@ -570,7 +570,7 @@ fn other_buckets_are_not_read_as_ours() {
     let max = 160 + 6 * 64;
     let nested = max + 64;
     let histogram = nested + 64;
-    let told = |offset: usize, byte: u8| {
+    let reads_with = |offset: usize, byte: u8| {
         let mut bytes = SAVED.to_vec();
         bytes[offset] = byte;
         let snapshot = Snapshot::parse(&bytes).unwrap();
@@ -581,17 +581,17 @@ fn other_buckets_are_not_read_as_ours() {
             row.histogram().is_some(),
         )
     };
-    assert_eq!(told(histogram + 4, 2), (true, true, true));
+    assert_eq!(reads_with(histogram + 4, 2), (true, true, true));
     // Its unit, kind, parts, first power, length and name.
     for (place, byte) in [(0, 1), (4, 4), (5, 2), (6, 5), (12, 63), (16, b'q')] {
-        let known = told(histogram + place, byte);
+        let known = reads_with(histogram + place, byte);
         assert_eq!(known, (true, true, false), "{place}");
     }
     for (place, byte) in [(0, 1), (4, 1), (12, 2), (16, b'q')] {
-        assert_eq!(told(max + place, byte), (false, true, true), "{place}");
+        assert_eq!(reads_with(max + place, byte), (false, true, true), "{place}");
     }
     for (place, byte) in [(0, 2), (4, 3), (12, 2), (16, b'q')] {
-        let known = told(nested + place, byte);
+        let known = reads_with(nested + place, byte);
         assert_eq!(known, (true, false, true), "{place}");
     }
     // Without one of the two, only the sum of both kinds of sleep is read.

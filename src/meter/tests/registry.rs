@@ -618,7 +618,9 @@ fn new_group_reads_the_others_at_once() {
         assert!(bench.exits(key(place), 5));
         // No time passes except that of the exits.
         assert_eq!(
-            bench.ask(key(place)).map(|reported| reported >= 5 * place as u64),
+            bench
+                .ask(key(place))
+                .map(|reported| reported >= 5 * place as u64),
             Some(true),
             "{place}"
         );
@@ -1180,7 +1182,10 @@ fn slow_exits_have_their_cpu() {
     );
     registry.thaw_rings(&mut Walker::new());
     exit(2, 900);
-    let frozen: Vec<_> = reported().into_iter().map(|(is_frozen, _)| is_frozen).collect();
+    let frozen: Vec<_> = reported()
+        .into_iter()
+        .map(|(is_frozen, _)| is_frozen)
+        .collect();
     assert_eq!(frozen, [false, false]);
     for place in [1, 2] {
         destroy(&registry, &shared, key(place));

@@ -588,7 +588,11 @@ fn other_buckets_are_not_read_as_ours() {
         assert_eq!(known, (true, true, false), "{place}");
     }
     for (place, byte) in [(0, 1), (4, 1), (12, 2), (16, b'q')] {
-        assert_eq!(reads_with(max + place, byte), (false, true, true), "{place}");
+        assert_eq!(
+            reads_with(max + place, byte),
+            (false, true, true),
+            "{place}"
+        );
     }
     for (place, byte) in [(0, 2), (4, 3), (12, 2), (16, b'q')] {
         let known = reads_with(nested + place, byte);

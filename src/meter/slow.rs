@@ -379,7 +379,7 @@ impl Slow {
         let is_frozen = read_owned(&self.frozen) != 0;
         let len = if is_frozen { SCRATCH } else { RING };
         add(&self.base, len as u64);
-        if self.is_asked() && is_frozen {
+        if self.take_requests() && is_frozen {
             self.thaw(read_owned(&self.base));
             add(&self.base, RING as u64);
         }
@@ -559,7 +559,7 @@ impl Slow {
             return;
         }
         let was_frozen = read_owned(&self.frozen) != 0;
-        let is_asked = self.is_asked();
+        let is_asked = self.take_requests();
         let freezes = !was_frozen && length > read_owned(&self.limit);
         if left || freezes {
             let course = self.course_at(place);
@@ -650,8 +650,8 @@ impl Slow {
         self.over.store(now.wrapping_add(WINDOW), Relaxed);
     }
 
-    /// Return true if a ring that is not frozen was asked for since the last call.
-    fn is_asked(&self) -> bool {
+    /// Take the requests for a ring that is not frozen. Return true if there was one since the last call.
+    fn take_requests(&self) -> bool {
         let asked = self.asked.load(Relaxed);
         let met = read_owned(&self.met);
         self.met.store(asked, Relaxed);

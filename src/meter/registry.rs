@@ -19,8 +19,9 @@
 //!
 //! - The thread that holds a vCPU writes its ledger. It looks the ledger up without a lock, because
 //!   only this thread, or the one that later destroys the vCPU, releases it.
-//! - A query ([`answer`]) takes no lock. It reads up to [`GROUP`] vCPUs one by one, and the sums
-//!   over the other vCPUs of its VM, which one query renews now and then.
+//! - A query ([`answer`]) takes no lock, unless guests read the sums of the whole host. It reads up to
+//!   [`GROUP`] vCPUs one by one, and the sums over the other vCPUs of its VM, which one query renews now
+//!   and then.
 //! - A snapshot ([`walk`]) takes references to a few vCPUs with the lock held, and copies them
 //!   without it.
 //! - The one lock is held for a constant number of steps, however many vCPUs and VMs there are, except in

@@ -3,11 +3,12 @@
 //! Answers to a guest's queries. An answer adds the vCPUs of the asking vCPU's group, read one by
 //! one, and the sums over the others, which one query renews now and then.
 //!
-//! A query takes no lock and waits for nobody, so no guest can make another one wait. A VM with up
-//! to [`GROUP`] vCPUs has one group, and its numbers are exact. In a larger VM, the numbers of
-//! other groups are those of the latest renewal, and a query takes the same time however many vCPUs
-//! there are. The query that renews the sums is the exception: it reads them all, at most once a
-//! millisecond, and for at most a sixteenth of the time.
+//! A query for the numbers of a VM takes no lock, and one for the whole host takes it for a constant number
+//! of steps. A query waits only for sums that were never published, a millisecond at most. So no guest can
+//! make another one wait. A VM with up to [`GROUP`] vCPUs has one group, and its numbers are exact. In a
+//! larger VM, the numbers of other groups are those of the latest renewal, and a query takes the same time
+//! however many vCPUs there are. The query that renews the sums is the exception: it reads them all, at
+//! most once a millisecond, and for at most a sixteenth of the time.
 
 use core::sync::atomic::{
     AtomicBool, AtomicU64,

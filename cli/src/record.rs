@@ -81,8 +81,8 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// Fails when there is nothing to record or the file cannot be written, and no command was
-    /// given.
+    /// Returns an error if there is nothing to record or the file cannot be written, and no command
+    /// was given.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         command::exit_code(self.record(), &self.command)
     }

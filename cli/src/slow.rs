@@ -112,7 +112,7 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// Fails when there is nothing to show, or the output cannot be written.
+    /// Returns an error if there is nothing to show, or the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         command::exit_code(self.show(out), &self.command)
     }

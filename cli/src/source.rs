@@ -90,7 +90,7 @@ impl Choice {
     ///
     /// # Errors
     ///
-    /// Fails when BPF is to meter and cannot.
+    /// Returns an error if BPF is to meter and cannot.
     pub fn open(self, input: &Path) -> Result<PathBuf, Error> {
         #[cfg(feature = "bpf")]
         if input == Path::new(DEVICE) {
@@ -112,7 +112,7 @@ impl Choice {
     ///
     /// # Errors
     ///
-    /// Fails when BPF is to meter and cannot.
+    /// Returns an error if BPF is to meter and cannot.
     pub fn with_details(self, input: &Path) -> Result<Option<PathBuf>, Error> {
         #[cfg(feature = "bpf")]
         {
@@ -192,7 +192,7 @@ fn bpf_error(bpf: bpf::Error) -> Error {
 ///
 /// # Errors
 ///
-/// Fails when the file cannot be read, or BPF does not meter.
+/// Returns an error if the file cannot be read, or BPF does not meter.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     #[cfg(feature = "bpf")]
     if path == Path::new(bpf::PINS) {
@@ -205,7 +205,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
 ///
 /// # Errors
 ///
-/// Fails as [`read`] does.
+/// See [`read`].
 pub fn open(path: &Path) -> Result<Box<dyn io::Read>, Error> {
     #[cfg(feature = "bpf")]
     if path == Path::new(bpf::PINS) {
@@ -250,7 +250,7 @@ fn requires_signature(sys: &Path) -> bool {
 ///
 /// # Errors
 ///
-/// Fails when the bytes are no snapshot, or one of another version.
+/// Returns an error if the bytes are no snapshot, or one of another version.
 pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
     Snapshot::parse(bytes).map_err(|error| Error::NoSnapshot {
         path: path.to_owned(),
@@ -262,7 +262,7 @@ pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Snapshot<'a>, Error> {
 ///
 /// # Errors
 ///
-/// Fails as [`read`] and [`parse`] do.
+/// See [`read`] and [`parse`].
 pub fn report(path: &Path) -> Result<Report, Error> {
     Source::new(path).report()
 }
@@ -289,7 +289,7 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// Fails as [`read`] and [`parse`] do.
+    /// See [`read`] and [`parse`].
     pub fn report(&mut self) -> Result<Report, Error> {
         let bytes = read(&self.path)?;
         let snapshot = parse(&self.path, &bytes)?;

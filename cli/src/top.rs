@@ -80,7 +80,7 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// Fails when there is nothing to show, or no terminal to show it on.
+    /// Returns an error if there is nothing to show, or no terminal to show it on.
     pub fn run(self, out: &Output) -> anyhow::Result<ExitCode> {
         let mut feed = Feed::open(&self.asked.source.open(&self.input)?)?;
         let interval = Duration::from_millis(self.interval);

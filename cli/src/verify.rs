@@ -123,7 +123,7 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// Fails when the output cannot be written.
+    /// Returns an error if the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         let status = match self.verify(out) {
             Ok(found) if found.passed => 0,

@@ -144,7 +144,7 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// Fails when there is nothing to report, or the output cannot be written.
+    /// Returns an error if there is nothing to report, or the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         command::exit_code(self.report(out), &self.command)
     }

@@ -50,7 +50,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::new`] does, and with [`Error::Kernel`] without userfaultfd.
+    /// See [`TinyVm::new`]. Also returns [`Error::Kernel`] without userfaultfd.
     pub fn with_absent_code(query: Registers64) -> Result<(Self, AbsentPage)> {
         let mut machine = Self::new(Config::new(Program::Touch, Mode::Long, LARGE_PAGE))?;
         let window = Window::of(0);
@@ -72,7 +72,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::new`] does, and with [`Error::Kernel`] without userfaultfd.
+    /// See [`TinyVm::new`]. Also returns [`Error::Kernel`] without userfaultfd.
     pub fn with_absent_page() -> Result<(Self, AbsentPage)> {
         let machine = Self::new(Config::new(Program::Touch, Mode::Long, 1))?;
         let address = machine.memory().address() + FRESH;
@@ -85,7 +85,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Kvm`] when KVM refuses.
+    /// Returns [`Error::Kvm`] if KVM refuses.
     pub fn registers(&mut self) -> Result<Registers64> {
         let kvm_regs {
             rax, rbx, rcx, rdx, ..
@@ -127,7 +127,7 @@ impl AbsentPage {
     ///
     /// # Errors
     ///
-    /// Fails with errors of the kernel, and with `TimedOut`.
+    /// Returns an error of the kernel, or `TimedOut`.
     pub fn wait_until_wanted(&self, within: Duration) -> io::Result<()> {
         let mut poll = libc::pollfd {
             fd: self.userfault.as_raw_fd(),
@@ -159,7 +159,7 @@ impl AbsentPage {
     ///
     /// # Errors
     ///
-    /// Fails with errors of the kernel.
+    /// Returns an error of the kernel.
     pub fn provide(&self) -> io::Result<()> {
         let from = self.code.as_ptr() as u64;
         match self.call(UFFDIO_COPY, &mut [self.address, from, PAGE, 0, 0]) {

@@ -274,7 +274,7 @@ impl Expected {
     ///
     /// # Errors
     ///
-    /// Fails with [`Differs`], which lists every reason whose number differs.
+    /// Returns [`Differs`], which lists every reason whose number differs.
     pub fn check(&self, counted: &BTreeMap<u32, u64>) -> Result<(), Differs> {
         let keys = self.exact.keys().chain(counted.keys());
         let mut differences: Vec<_> = keys

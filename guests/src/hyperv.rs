@@ -30,8 +30,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::new`] does, and with [`Error::Kvm`] when KVM was built without Hyper-V's
-    /// interface.
+    /// See [`TinyVm::new`]. Also returns [`Error::Kvm`] if KVM was built without Hyper-V's interface.
     pub fn with_hyperv(config: Config) -> Result<Self> {
         if config.program != Program::Hypercall {
             return Err(Error::Settings(

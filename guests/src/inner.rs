@@ -69,7 +69,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::new`] does, and with [`Error::Settings`] on VMX.
+    /// See [`TinyVm::new`]. Also returns [`Error::Settings`] on VMX.
     pub fn with_l2_guest(query: Registers64, exceptions: u32) -> Result<Self> {
         if host_isa() != Some(Isa::Svm) {
             return Err(Error::Settings(
@@ -134,7 +134,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Kvm`] when KVM refuses.
+    /// Returns [`Error::Kvm`] if KVM refuses.
     pub fn inner(&mut self) -> Result<L2Exit> {
         let window = Window::of(0);
         // Of these registers, VMRUN and its end switch only RAX.

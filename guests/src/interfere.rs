@@ -35,8 +35,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Guest`] when it ends otherwise, or with [`Error::Kvm`] when KVM does not
-    /// step it.
+    /// Returns [`Error::Guest`] if it ends otherwise, or [`Error::Kvm`] if KVM does not step it.
     pub fn step(&mut self, steps: u32) -> Result<Stepped> {
         let vcpu = self.first_vcpu();
         debug(vcpu, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)?;
@@ -59,8 +58,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::new`] does, and with [`Error::Kvm`] when KVM does not read or write the
-    /// state.
+    /// See [`TinyVm::new`]. Also returns [`Error::Kvm`] if KVM does not read or write the state.
     pub fn migrate(mut self) -> Result<Self> {
         let mut other = Self::new(self.config().clone())?;
         other.memory_mut().copy_from(self.memory());
@@ -73,7 +71,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Settings`] when KVM creates such a vCPU.
+    /// Returns [`Error::Settings`] if KVM creates such a vCPU.
     pub fn ask_for_impossible_vcpus(&mut self) -> Result<u64> {
         for id in [0, u64::from(u32::MAX), 1 << 20] {
             if self.vm().create_vcpu(id).is_ok() {
@@ -88,8 +86,8 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Settings`] when KVM creates the vCPU, or with [`Error::Kernel`] when the
-    /// limit cannot be set.
+    /// Returns [`Error::Settings`] if KVM creates the vCPU, or [`Error::Kernel`] if the limit
+    /// cannot be set.
     pub fn ask_for_vcpu_without_a_file(&mut self) -> Result<()> {
         let limit = |soft: Option<libc::rlim_t>| {
             let mut limit = libc::rlimit {
@@ -128,7 +126,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Kvm`] when KVM does not support that.
+    /// Returns [`Error::Kvm`] if KVM does not support that.
     pub fn make_cpuid_fault(&mut self) -> Result<()> {
         set_msrs(
             self.first_vcpu(),

@@ -90,8 +90,8 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Settings`] for settings that do not go together, or with an error of KVM
-    /// or the kernel.
+    /// Returns [`Error::Settings`] for settings that do not go together, or an error of KVM or the
+    /// kernel.
     pub fn new(config: Config) -> Result<Self> {
         config.check()?;
         let isa = required_isa()?;
@@ -201,7 +201,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Guest`] for a vCPU that ends in an unexpected way.
+    /// Returns [`Error::Guest`] for a vCPU that ends in an unexpected way.
     pub fn run(&mut self) -> Result<Vec<UserExits>> {
         self.run_with(|_| Ok(()))
     }
@@ -211,7 +211,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::run`] does, and with the errors of `begin`.
+    /// See [`TinyVm::run`]. Also returns the errors of `begin`.
     pub fn run_with(
         &mut self,
         begin: impl Fn(u8) -> io::Result<()> + Sync,
@@ -247,7 +247,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails as [`TinyVm::run`] does.
+    /// See [`TinyVm::run`].
     pub fn run_one(&mut self, number: u8) -> Result<UserExits> {
         self.run_one_until(number, &|| false)
     }
@@ -256,7 +256,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Stopped`], and as [`TinyVm::run`] does.
+    /// Returns [`Error::Stopped`] if `stop` ended the run; else see [`TinyVm::run`].
     pub fn run_one_until(&mut self, number: u8, stop: &dyn Fn() -> bool) -> Result<UserExits> {
         let vcpu = self
             .vcpus
@@ -269,8 +269,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Settings`] for another number of queries, or with [`Error::Kvm`] when
-    /// KVM refuses.
+    /// Returns [`Error::Settings`] for another number of queries, or [`Error::Kvm`] if KVM refuses.
     pub fn set_queries(&mut self, queries: &[Registers64]) -> Result<()> {
         if queries.len() != self.config.queries.len() {
             return Err(Error::Settings(
@@ -288,7 +287,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Kvm`] when KVM refuses.
+    /// Returns [`Error::Kvm`] if KVM refuses.
     pub fn rewind(&mut self) -> Result<()> {
         let isa = required_isa()?;
         for number in 0..self.config.vcpus {
@@ -328,7 +327,7 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Kernel`] when the eventfd cannot be read.
+    /// Returns [`Error::Kernel`] if the eventfd cannot be read.
     pub fn eventfd_writes(&self) -> Result<u64> {
         match &self.eventfd {
             None => Ok(0),
@@ -348,7 +347,8 @@ fn host_cpus() -> Range<usize> {
 ///
 /// # Errors
 ///
-/// Fails as sched_setaffinity(2) does, and for a number that no set of CPUs holds.
+/// Returns the error of sched_setaffinity(2), or `InvalidInput` for a number that no set of CPUs
+/// holds.
 pub fn pin(cpu: usize) -> io::Result<()> {
     if cpu >= CpuSet::MAX_CPU {
         return Err(io::ErrorKind::InvalidInput.into());

@@ -22,7 +22,7 @@ impl Memory {
     ///
     /// # Errors
     ///
-    /// Fails as mmap(2) and madvise(2) do.
+    /// Returns the error of mmap(2) or madvise(2).
     pub(crate) fn new(len: usize) -> io::Result<Self> {
         // SAFETY: A new private mapping touches nothing that exists.
         let address = unsafe {

@@ -264,7 +264,7 @@ impl<C: Cpuid> Meter<C> {
     ///
     /// # Errors
     ///
-    /// Fails when this is no VM, there is no meter, or its leaves have an unknown version.
+    /// Returns an error if this is no VM, there is no meter, or its leaves have an unknown version.
     pub fn find(mut cpuid: C, likely: Isa) -> Result<Self, Error> {
         let mut queries = 0;
         let mut ask = |leaf, subleaf| {
@@ -343,7 +343,7 @@ impl<C: Cpuid> Meter<C> {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::NewLife`] otherwise.
+    /// Returns [`Error::NewLife`] otherwise.
     pub fn check_life(&mut self) -> Result<(), Error> {
         match self.life_now() == self.life {
             true => Ok(()),

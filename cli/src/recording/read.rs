@@ -80,7 +80,8 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     ///
-    /// Fails for bytes that are no recording of this major version, and says what is wrong.
+    /// Returns an error if the bytes are not a recording of this major version. It says what is
+    /// wrong.
     pub fn new(bytes: &'a [u8]) -> Result<Self, Error> {
         if !is_recording(bytes) {
             return Err(Error::Magic);

@@ -28,7 +28,7 @@ impl<W: Write> Writer<W> {
     ///
     /// # Errors
     ///
-    /// This and all methods below fail when the file cannot be written.
+    /// This and all methods below return an error if the file cannot be written.
     pub fn new(mut to: W, header: &Header) -> io::Result<Self> {
         let mut bytes = Vec::with_capacity(HEADER_SIZE);
         bytes.extend_from_slice(&MAGIC);

@@ -98,7 +98,7 @@ impl SlowExits {
     ///
     /// # Errors
     ///
-    /// Fails when the numbers have begun anew.
+    /// Returns an error if the numbers have begun anew.
     pub fn add(&mut self, later: Self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.host.life == later.host.life,
@@ -327,7 +327,7 @@ impl Slow {
     ///
     /// # Errors
     ///
-    /// Fails when no VM matches, or several do.
+    /// Returns an error if no VM matches, or several do.
     pub fn new(
         seen: &SlowExits,
         symbols: &Symbols,

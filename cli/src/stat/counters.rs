@@ -75,7 +75,7 @@ impl Counters {
     ///
     /// # Errors
     ///
-    /// Fails when there is no meter.
+    /// Returns an error if there is no meter.
     pub fn read(&mut self, cpuid: impl Cpuid) -> Result<(), Error> {
         self.begun = Clock::now();
         let mut meter = Meter::find(cpuid, self.isa)?;

@@ -55,7 +55,7 @@ impl FoundMeter {
     ///
     /// # Errors
     ///
-    /// Fails when the host does not keep details, or cannot be queried.
+    /// Returns an error if the host does not keep details, or cannot be queried.
     pub fn check_details(self, version: u32) -> anyhow::Result<()> {
         if version < TABLES_SINCE {
             return Err(tables::Error::Version(version).into());
@@ -108,7 +108,7 @@ fn forward_signal(signal: i32) {
 ///
 /// # Errors
 ///
-/// Fails when the system does not allow it.
+/// Returns an error if the system does not allow it.
 pub fn outlive_signals() -> io::Result<()> {
     let signals = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
     for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
@@ -127,7 +127,7 @@ pub fn should_stop() -> bool {
 ///
 /// # Errors
 ///
-/// Fails when the command cannot be run ([`Unrunnable`]), or the counters cannot be read.
+/// Returns an error if the command cannot be run ([`Unrunnable`]), or the counters cannot be read.
 pub fn once(
     program: &OsString,
     arguments: &[OsString],

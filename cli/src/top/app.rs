@@ -125,7 +125,7 @@ impl App {
     ///
     /// # Errors
     ///
-    /// Fails when no VM matches, or several do.
+    /// Returns an error if no VM matches, or several do.
     pub fn open(&mut self, vm: &str) -> Result<(), NoVm> {
         let meant = names::find(vm, self.now.vms.iter().map(Vm::candidate))?;
         // If one process has several VMs, show the first.

@@ -96,7 +96,7 @@ impl Feed {
     ///
     /// # Errors
     ///
-    /// Fails when there is nothing to read.
+    /// Returns an error if there is nothing to read.
     pub fn open(path: &Path) -> Result<Self, Error> {
         // For the device, this takes one snapshot that is not used.
         let bytes = source::read(path)?;
@@ -152,7 +152,7 @@ impl Feed {
     ///
     /// # Errors
     ///
-    /// Fails when there is none.
+    /// Returns an error if there is none.
     pub fn first(&mut self) -> Result<Reading, Error> {
         Ok(match &self.recording {
             None => self.read()?,
@@ -178,7 +178,7 @@ impl Feed {
     ///
     /// # Errors
     ///
-    /// Fails when there is none now. There may be one later.
+    /// Returns an error if there is none now. There may be one later.
     pub fn next(&mut self, interval: Duration) -> Result<Next, Error> {
         let reading = match &mut self.recording {
             None => self.read()?,

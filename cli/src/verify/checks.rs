@@ -96,7 +96,7 @@ type Outcome = anyhow::Result<(Verdict, String)>;
 ///
 /// # Errors
 ///
-/// Fails with [`Stopped`], or with an error of `report_check`.
+/// Returns [`Stopped`], or an error of `report_check`.
 pub fn make(
     host: &MeteredHost,
     report_check: &mut dyn FnMut(Check) -> anyhow::Result<()>,

@@ -76,7 +76,7 @@ type Block = Vec<[Sample; KINDS.len()]>;
 ///
 /// # Errors
 ///
-/// Fails with [`Stopped`](super::stop::Stopped), with an error of KVM, or when the module cannot be
+/// Returns [`Stopped`](super::stop::Stopped), an error of KVM, or an error if the module cannot be
 /// unloaded or loaded.
 pub fn measure(
     host: &MeteredHost,

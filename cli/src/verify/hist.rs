@@ -63,7 +63,7 @@ impl Hist {
     ///
     /// # Errors
     ///
-    /// Fails with any [`Error`].
+    /// Returns any [`Error`].
     pub fn begin(thread: u32, isa: Isa) -> Result<Self, Error> {
         if !is_in_first_pid_namespace() {
             return Err(Error::Namespace);
@@ -105,7 +105,7 @@ impl Hist {
     ///
     /// # Errors
     ///
-    /// Fails when the histogram cannot be read, or the kernel has dropped events.
+    /// Returns an error if the histogram cannot be read, or the kernel has dropped events.
     pub fn read(&self) -> Result<Exits, Error> {
         let text = fs::read_to_string(self.file("hist"))
             .map_err(|error| Error::Refused("the histogram cannot be read", error))?;

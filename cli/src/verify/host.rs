@@ -94,7 +94,7 @@ impl MeteredHost {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error`], or with [`source::Error`] if there is no meter.
+    /// Returns [`Error`], or [`source::Error`] if there is no meter.
     pub fn find(cpu: Option<usize>, meter: Choice, stop: Stop) -> anyhow::Result<Self> {
         let isa = tiny_guests::host_isa().ok_or(Error::NoExtension)?;
         open_kvm()?;
@@ -150,7 +150,7 @@ impl MeteredHost {
     ///
     /// # Errors
     ///
-    /// Fails with an error of KVM, or with [`Stopped`](super::stop::Stopped).
+    /// Returns an error of KVM, or [`Stopped`](super::stop::Stopped).
     pub fn run(&self, config: Config) -> anyhow::Result<TinyVm> {
         self.stop.check()?;
         let mut machine = TinyVm::new(config)?;
@@ -162,7 +162,7 @@ impl MeteredHost {
     ///
     /// # Errors
     ///
-    /// Fails as [`Self::run`] does.
+    /// See [`Self::run`].
     pub fn run_again(&self, machine: &mut TinyVm) -> anyhow::Result<()> {
         let done = machine.run_one_until(0, &|| self.stop.is_wanted());
         self.stop.check()?;
@@ -174,7 +174,7 @@ impl MeteredHost {
     ///
     /// # Errors
     ///
-    /// Fails as [`Self::run`] does, or when the meter does not know the guest.
+    /// See [`Self::run`]. Also returns an error if the meter does not know the guest.
     pub fn run_metered(
         &self,
         config: Config,

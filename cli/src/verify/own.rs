@@ -78,7 +78,7 @@ impl Own {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error`] when the guest is not found.
+    /// Returns [`Error`] if the guest is not found.
     pub fn find(snapshot: &Snapshot<'_>, before: &Before, pid: Option<u32>) -> Result<Self, Error> {
         let mut new = snapshot.vcpus().enumerate().filter(|(_, vcpu)| {
             !before.vms.contains(&vcpu.vm()) && pid.is_none_or(|pid| vcpu.pid() == pid)

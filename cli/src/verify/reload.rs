@@ -112,7 +112,7 @@ pub struct Reload {
 ///
 /// # Errors
 ///
-/// Fails when the module does not show them.
+/// Returns an error if the module does not show them.
 pub fn parameters() -> Result<String, Error> {
     if !Path::new(SYSFS).exists() {
         return Err(Error::NotLoaded);
@@ -137,7 +137,7 @@ impl Reload {
     ///
     /// # Errors
     ///
-    /// Fails with any [`Error`].
+    /// Returns any [`Error`].
     pub fn prepare(file: Option<&Path>) -> Result<Self, Error> {
         let parameters = parameters()?;
         if !rustix::process::geteuid().is_root() {
@@ -188,7 +188,7 @@ impl Reload {
     ///
     /// # Errors
     ///
-    /// Fails with any [`Error`]. The module is still loaded then.
+    /// Returns any [`Error`]. The module is still loaded then.
     pub fn unload(&mut self) -> Result<(), Error> {
         match delete_module(c"exitmeter", O_NONBLOCK) {
             Ok(()) => {
@@ -205,7 +205,7 @@ impl Reload {
     ///
     /// # Errors
     ///
-    /// Fails with [`Error::Gone`], which says how to load the module.
+    /// Returns [`Error::Gone`], which says how to load the module.
     pub fn load(&mut self) -> Result<(), Error> {
         if self.loaded {
             return Ok(());

@@ -39,7 +39,7 @@ impl Stop {
     ///
     /// # Errors
     ///
-    /// Fails when the system does not allow it.
+    /// Returns an error if the system does not allow it.
     pub fn begin(&self) -> io::Result<()> {
         for signal in [SIGHUP, SIGINT, SIGTERM] {
             if !signals::is_ignored(signal) {
@@ -59,7 +59,7 @@ impl Stop {
     ///
     /// # Errors
     ///
-    /// Fails with [`Stopped`].
+    /// Returns [`Stopped`].
     pub fn check(&self) -> Result<(), Stopped> {
         match self.0.load(Ordering::Relaxed) {
             0 => Ok(()),

@@ -66,7 +66,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Fails when there is no such device, or the user has no right to it.
+    /// Returns an error if there is no such device, or the user has no right to it.
     pub fn open(path: &Path) -> Result<Self, Error> {
         Self::open_by(source::Choice::Auto, path)
     }
@@ -75,7 +75,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Fails as [`Device::open`] does.
+    /// See [`Device::open`].
     pub fn open_by(choice: source::Choice, path: &Path) -> Result<Self, Error> {
         if let Some(path) = choice.with_details(path)? {
             return Ok(Self { path, file: None });
@@ -98,7 +98,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Fails when it cannot be read.
+    /// Returns an error if it cannot be read.
     pub fn read(&self) -> Result<Vec<u8>, source::Error> {
         match &self.file {
             Some(file) => take(file).map_err(|error| source::error(&self.path, error)),
@@ -110,7 +110,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Fails when the module does not support that.
+    /// Returns an error if the module does not support that.
     pub fn thaw(&self) -> Result<(), Error> {
         let Some(file) = &self.file else {
             return Err(Error::NoRing);

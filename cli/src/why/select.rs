@@ -34,7 +34,7 @@ pub enum Error {
 ///
 /// # Errors
 ///
-/// Fails when no VM matches, or several do.
+/// Returns an error if no VM matches, or several do.
 pub fn vm(moment: &mut TableSet, vm: &str, names: &NameBook) -> Result<(), NoVm> {
     let life = moment.host.life;
     let known = moment.vms.iter().map(|(&number, (name, pid))| Candidate {
@@ -52,7 +52,7 @@ pub fn vm(moment: &mut TableSet, vm: &str, names: &NameBook) -> Result<(), NoVm>
 ///
 /// # Errors
 ///
-/// Fails when there is no such reason.
+/// Returns an error if there is no such reason.
 pub fn reason(why: &mut Why, reason: &str) -> Result<(), Error> {
     let code = code(why.host.isa, reason)?;
     for vm in &mut why.vms {
@@ -67,7 +67,7 @@ pub fn reason(why: &mut Why, reason: &str) -> Result<(), Error> {
 ///
 /// # Errors
 ///
-/// Fails when there is no such reason.
+/// Returns an error if there is no such reason.
 pub fn code(isa: Isa, reason: &str) -> Result<u32, Error> {
     let number = match reason.strip_prefix("0x") {
         Some(digits) => u32::from_str_radix(digits, 16).ok(),

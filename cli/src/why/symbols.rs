@@ -97,7 +97,8 @@ impl Symbols {
     ///
     /// # Errors
     ///
-    /// Fails when the file cannot be read, or is no list of symbols. Then the error names the line.
+    /// Returns an error if the file cannot be read, or is no list of symbols. Then the error names
+    /// the line.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let unreadable = |error| Error::Unreadable {
             path: path.to_owned(),

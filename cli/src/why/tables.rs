@@ -380,7 +380,7 @@ impl TableSet {
     ///
     /// # Errors
     ///
-    /// Fails when the two are not of one life of the meter, or not in this order.
+    /// Returns an error if the two are not of one life of the meter, or not in this order.
     pub fn since(&self, earlier: &Self) -> Result<Self, delta::Error> {
         if (self.host.life, self.host.isa) != (earlier.host.life, earlier.host.isa) {
             return Err(delta::Error::NewLife);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `exitmeter guest`: the guest's own_exits exits, read by CPUID inside the guest.
+//! `exitmeter guest`: the guest's own exits, read by CPUID inside the guest.
 
 use std::path::{Path, PathBuf};
 
@@ -252,7 +252,7 @@ pub(crate) fn likely_isa() -> Isa {
     }
 }
 
-/// All that a guest can read of its own_exits exits, without the exits of the reading.
+/// All that a guest can read of its own exits, without the exits of the reading.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sweep {
     /// [`FORMAT`].
@@ -269,7 +269,7 @@ pub struct Sweep {
     pub life: Option<u64>,
     /// Number of CPUID instructions that the reading took. Their exits are not in the numbers.
     pub queries: u64,
-    /// Exits by reason. Each number was read at a moment of its own_exits.
+    /// Exits by reason. Each number was read at a moment of its own.
     #[serde(flatten)]
     pub ledger: Ledger,
 }

@@ -93,7 +93,7 @@ fn sections(help: &str, page: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// Return a line escape for roff.
+/// Escape a line for roff.
 fn escape(line: &str) -> String {
     let line = line.replace('\\', "\\e").replace('-', "\\-");
     match line.starts_with(['.', '\'']) {

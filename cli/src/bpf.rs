@@ -18,6 +18,7 @@ use std::{
 
 use anyhow::Context as _;
 
+use self::{attach::Attached, maps::Maps};
 use crate::output::Output;
 
 pub mod attach;
@@ -27,8 +28,6 @@ pub mod object;
 pub mod pins;
 pub mod socket;
 pub mod sys;
-
-use self::{attach::Attached, maps::Maps};
 
 /// Folder of the pins. It also names this source in messages.
 pub const PINS: &str = "/sys/fs/bpf/exitmeter";

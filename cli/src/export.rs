@@ -17,6 +17,14 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use self::{
+    details::Details,
+    exposition::{Exposition, Format},
+    metrics::Scrape,
+    page::History,
+    server::Site,
+    sums::{Detail, Sums},
+};
 use crate::{model::Span, names::NameBook, report::seconds, source};
 
 pub mod details;
@@ -27,15 +35,6 @@ pub mod page;
 pub mod server;
 pub mod sums;
 pub mod textfile;
-
-use self::{
-    details::Details,
-    exposition::{Exposition, Format},
-    metrics::Scrape,
-    page::History,
-    server::Site,
-    sums::{Detail, Sums},
-};
 
 /// Default port of `--listen`. Prometheus's list of default ports, 9100 to 9999, is full.
 pub const PORT: u16 = 10479;

@@ -4,10 +4,10 @@
 
 use std::{
     ffi::OsString,
-    fs::File,
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{ExitCode, ExitStatus},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -197,7 +197,7 @@ impl Recorder<'_> {
         &mut self,
         events: &Events,
         child: Option<&Child>,
-    ) -> anyhow::Result<Option<std::process::ExitStatus>> {
+    ) -> anyhow::Result<Option<ExitStatus>> {
         let interval = self.args.interval();
         let mut next = self.begun + interval;
         loop {
@@ -288,7 +288,7 @@ pub fn about_host() -> Vec<(&'static str, String)> {
 
 /// Return the model name of the host's CPU.
 fn cpu_model() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(": ")?.1.trim().to_owned())
 }

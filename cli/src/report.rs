@@ -127,8 +127,8 @@ impl Args {
     ///
     /// # Errors
     ///
-    /// Fails when there is no snapshot to read, when it does not have the selected VM or vCPU, or
-    /// when the output cannot be written.
+    /// Returns an error if there is no snapshot to read, if it does not have the selected VM or
+    /// vCPU, or if the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<()> {
         if self.csv {
             out.print(CSV_HEADER)?;

@@ -2,7 +2,7 @@
 
 //! Signals that would end the tool, delivered as events.
 
-use std::{io, sync::mpsc::Sender, thread};
+use std::{fs, io, sync::mpsc::Sender, thread};
 
 use signal_hook::iterator::Signals;
 
@@ -10,7 +10,7 @@ use signal_hook::iterator::Signals;
 /// that installs a handler all the same passes the signal to its child commands with the default
 /// action, which ends them.
 pub fn is_ignored(signal: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     let bit = u32::try_from(signal - 1)

@@ -22,7 +22,7 @@ use self::{
 };
 use crate::{
     command,
-    model::delta::NEW_LIFE,
+    model::delta::{self, NEW_LIFE},
     names::NameBook,
     output::{Output, TextOptions},
     record::{
@@ -280,11 +280,12 @@ fn saved(path: &Path) -> anyhow::Result<TableSet> {
 
 /// Return what happened between two saved snapshots.
 fn difference(before: &Path, after: &Path) -> anyhow::Result<TableSet> {
-    use crate::model::delta::Error;
     let (older, newer) = (saved(before)?, saved(after)?);
     let (before, after) = (before.display(), after.display());
     newer.since(&older).map_err(|error| match error {
-        Error::Order => anyhow::anyhow!("{after} is older than {before}: name the older one first"),
+        delta::Error::Order => {
+            anyhow::anyhow!("{after} is older than {before}: name the older one first")
+        }
         error => anyhow::anyhow!("{error} between {before} and {after}, or they are of two hosts"),
     })
 }

@@ -30,7 +30,8 @@ impl TinyVm {
     ///
     /// # Errors
     ///
-    /// See [`TinyVm::new`]. Also returns [`Error::Kvm`] if KVM was built without Hyper-V's interface.
+    /// See [`TinyVm::new`]. Also returns [`Error::Kvm`] if KVM was built without Hyper-V's
+    /// interface.
     pub fn with_hyperv(config: Config) -> Result<Self> {
         if config.program != Program::Hypercall {
             return Err(Error::Settings(

@@ -64,9 +64,12 @@
 
 use core::fmt;
 
-mod tables;
+use exitmeter_meter::{
+    leaves::{INTERFACE_VERSION, NESTED},
+    reasons::{self, Slot},
+};
 
-pub use tables::{leaf_of, Asked, SlowExit, TableReader};
+mod tables;
 
 pub use exitmeter_meter::{
     leaves::{tables::Description, Registers},
@@ -74,10 +77,7 @@ pub use exitmeter_meter::{
     reader::TableRow,
     reasons::{name, Isa},
 };
-use exitmeter_meter::{
-    leaves::{INTERFACE_VERSION, NESTED},
-    reasons::{self, Slot},
-};
+pub use tables::{leaf_of, Asked, SlowExit, TableReader};
 
 /// Leaf that identifies the meter.
 const IDENTIFY: u32 = 0x4fff_fff0;

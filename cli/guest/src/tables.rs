@@ -4,8 +4,10 @@
 
 use exitmeter_meter::{
     detail::Kind,
-    leaves::tables::{pair, word, Description, Head, Place, DESCRIPTION},
-    leaves::Registers,
+    leaves::{
+        tables::{pair, word, Description, Head, Place, DESCRIPTION},
+        Registers,
+    },
     phase::Phase,
     reader::{Missed, TableRow},
     reasons::Isa,

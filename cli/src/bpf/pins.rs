@@ -4,6 +4,8 @@
 //! attached them ends.
 
 use std::{
+    cmp::Reverse,
+    ffi::OsString,
     fs::{self, File},
     io::{self, ErrorKind},
     path::{Path, PathBuf},
@@ -139,10 +141,13 @@ fn remove_folder(folder: &Path) -> Result<bool, Error> {
         names.push(entry.map_err(failed(folder))?.file_name());
     }
     // Remove programs before maps, in the reverse order of attaching.
-    let place = |name: &std::ffi::OsString| {
+    let place = |name: &OsString| {
         let name = name.to_string_lossy().into_owned();
-        let place = name.split('_').next().and_then(|it| it.parse::<u32>().ok());
-        std::cmp::Reverse(place.map_or(0, |place| place + 1))
+        let place = name
+            .split('_')
+            .next()
+            .and_then(|number| number.parse::<u32>().ok());
+        Reverse(place.map_or(0, |place| place + 1))
     };
     names.sort_by_key(place);
     for name in names {

@@ -11,11 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use exitmeter_meter::{phase::Phase, reader::Head};
+
 use super::sums::{cycles, Rows, Sums, Vm};
 use crate::{
     model::{Cycles, Ledger, Span},
     names::NameBook,
-    numbers::{exact, rate, share},
+    numbers::{exact, rate, share, time},
     plot::{self, html::section, series::Step, svg::escape, Series},
     recording::read::Ending,
 };
@@ -54,7 +56,7 @@ struct Moment {
 /// Part of a host's snapshot that is kept.
 #[derive(Debug)]
 struct KeptSums {
-    head: exitmeter_meter::reader::Head,
+    head: Head,
     all: Rows,
     vcpus: usize,
     vms: usize,
@@ -271,7 +273,7 @@ impl History {
 
 /// Return the ticks of the phases, in display order.
 fn of_phases(cycles: &Cycles) -> [u128; 6] {
-    exitmeter_meter::phase::Phase::SHOWN.map(|phase| cycles.of(phase))
+    Phase::SHOWN.map(|phase| cycles.of(phase))
 }
 
 /// Return the table of reasons.
@@ -280,10 +282,7 @@ fn reasons(series: &Series) -> String {
     let rows = series.sum.reasons.iter().map(|row| {
         let quantile = |percent| {
             let ticks = row.spread.and_then(|spread| spread.quantile(percent));
-            ticks.map_or_else(
-                || "-".to_owned(),
-                |ticks| crate::numbers::time(ticks, series.tsc_khz),
-            )
+            ticks.map_or_else(|| "-".to_owned(), |ticks| time(ticks, series.tsc_khz))
         };
         vec![
             exact(row.exits),

@@ -198,8 +198,9 @@ pub fn find<T>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write as _;
+
+    use super::*;
 
     /// A file stands in for the device, with the same bytes at the same places.
     #[test]

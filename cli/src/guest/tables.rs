@@ -634,8 +634,9 @@ pub struct SlowCpu {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use exitmeter_meter::snapshot::TABLE_DETAILS;
+
+    use super::*;
 
     fn cpuid(leaf: u64, exits: u64) -> TableRow {
         TableRow {

@@ -2,6 +2,8 @@
 
 //! Chart of the leading details over time, stacked.
 
+use std::cmp::Reverse;
+
 use exitmeter_meter::snapshot::TABLE_DETAILS;
 
 use super::{
@@ -107,7 +109,7 @@ fn layers(series: &Series, weight: Weight) -> Vec<Layer> {
         let content = Content::Others(ReasonKey::labelled(&label));
         all.push((content, name, below.to_owned(), group.others));
     }
-    all.sort_by_key(|(.., counts)| std::cmp::Reverse(weigh(numbers(*counts), weight)));
+    all.sort_by_key(|(.., counts)| Reverse(weigh(numbers(*counts), weight)));
     let whole = all.iter().map(|(.., counts)| numbers(*counts));
     let whole = whole.fold(Numbers::default(), Numbers::saturating_add);
     // A layer thinner than a pixel gets no colour.

@@ -2,6 +2,8 @@
 
 //! Page with all charts and their numbers, in one file.
 
+use std::cmp::Reverse;
+
 use super::{
     details,
     series::Series,
@@ -114,7 +116,7 @@ fn details_section(series: &Series, weight: Weight) -> String {
             rows.push((group.label, words.to_owned(), group.others, String::new()));
         }
     }
-    rows.sort_by_key(|(.., counts, _)| std::cmp::Reverse((counts.weigh(weight), counts.exits)));
+    rows.sort_by_key(|(.., counts, _)| Reverse((counts.weigh(weight), counts.exits)));
     let all: u64 = rows.iter().map(|(.., counts, _)| counts.exits).sum();
     let rows = rows.into_iter().map(|(label, words, counts, bound)| {
         let kernel = counts.kernel.unwrap_or(0);

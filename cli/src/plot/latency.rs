@@ -5,8 +5,8 @@
 use super::{
     axis::{self, Scale},
     chart::{Chart, SMALL, TOP},
-    font, palette,
-    palette::Layer,
+    font,
+    palette::{self, Layer},
     series::Series,
     svg::{Anchor, Picture, GREY, GRID, INK},
 };

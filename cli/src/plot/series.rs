@@ -3,14 +3,14 @@
 //! Time series of a recording: for each interval, the exits by reason and the ticks by phase.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use exitmeter_meter::{
-    reader,
-    reader::Snapshot,
+    reader::{self, Snapshot},
     reasons::Isa,
     snapshot::{Reason, TABLE_DETAILS},
 };
@@ -304,7 +304,7 @@ impl Series {
         series.slow.retain(|exit| (from..=to).contains(&exit.at));
         series
             .slow
-            .sort_by_key(|one| (std::cmp::Reverse(one.exit.took), one.exit.tsc));
+            .sort_by_key(|one| (Reverse(one.exit.took), one.exit.tsc));
         let about = reader.about();
         series.about = about
             .map(|(name, text)| (name.to_owned(), text.to_owned()))
@@ -405,7 +405,7 @@ impl Series {
     pub fn frequent(&self) -> Vec<(Label, u64)> {
         let rows = self.sum.reasons.iter().filter(|row| row.exits != 0);
         let mut reasons: Vec<_> = rows.map(|row| (row.label, row.exits)).collect();
-        reasons.sort_by_key(|(label, exits)| (std::cmp::Reverse(*exits), label.key()));
+        reasons.sort_by_key(|(label, exits)| (Reverse(*exits), label.key()));
         reasons
     }
 }

@@ -3,6 +3,8 @@
 //! Tests of the pictures on recordings of guests that booted on emulated hosts. They check that the
 //! pictures show what was recorded, and that each text is readable.
 
+use std::{collections::BTreeSet, time::Duration};
+
 use resvg::usvg::{Group, Node};
 
 use super::*;
@@ -47,7 +49,7 @@ fn pictures(series: &Series, subtitle: &str) -> Vec<(&'static str, Picture)> {
 /// Return a recording of snapshots, one each second.
 fn recording(snapshots: &[Vec<u8>]) -> Vec<u8> {
     let mut file = Vec::new();
-    let second = std::time::Duration::from_secs(1);
+    let second = Duration::from_secs(1);
     let (begun, interval) = (second, second);
     let mut writer = Writer::new(&mut file, &Header { begun, interval }).expect("memory");
     for (place, snapshot) in snapshots.iter().enumerate() {
@@ -370,8 +372,7 @@ fn legend_names_frequent_reasons_and_sums_the_rest() {
         series.sum.exits
     );
     // No two layers look the same.
-    let paints: std::collections::BTreeSet<_> =
-        layers.iter().map(|layer| layer.paint.fill()).collect();
+    let paints: BTreeSet<_> = layers.iter().map(|layer| layer.paint.fill()).collect();
     assert_eq!(paints.len(), layers.len());
 }
 
@@ -447,7 +448,7 @@ fn vm_names_are_escaped() {
 #[test]
 fn marks_are_drawn_at_their_time() {
     let mut file = Vec::new();
-    let second = std::time::Duration::from_secs(1);
+    let second = Duration::from_secs(1);
     let (begun, interval) = (second, second);
     let mut writer = Writer::new(&mut file, &Header { begun, interval }).expect("memory");
     for (place, name) in [
@@ -640,7 +641,7 @@ fn each_slow_exit_is_one_mark_at_its_time() {
     let series = series(WHY);
     let (from, to) = series.range();
     let mut last = u64::MAX;
-    let mut times = std::collections::BTreeSet::new();
+    let mut times = BTreeSet::new();
     for slow in &series.slow {
         assert!(
             times.insert((slow.exit.vcpu, slow.exit.tsc)),

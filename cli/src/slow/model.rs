@@ -2,7 +2,7 @@
 
 //! Slow exits as plain data: collected from snapshots, and selected for output.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{cmp::Reverse, collections::BTreeMap, time::SystemTime};
 
 use exitmeter_meter::{
     detail::Kind,
@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::utc::Utc;
 use crate::{
-    model::{HostReport, Label, Report},
+    model::{delta::NEW_LIFE, HostReport, Label, Report},
     names::{self, Candidate, NameBook, NoVm, VmNames},
     why::{
         detail::{user_exit, Detail},
@@ -103,7 +103,7 @@ impl SlowExits {
         anyhow::ensure!(
             self.host.life == later.host.life,
             "{}; the slow exits before are lost",
-            crate::model::delta::NEW_LIFE
+            NEW_LIFE
         );
         let from = self.from.unwrap_or(0);
         for (key, mut vcpu) in later.vcpus {
@@ -371,7 +371,7 @@ impl Slow {
                 vm.slowest.retain(|exit| exit.label.code == Some(code));
             }
             vm.slowest
-                .sort_by_key(|exit| (std::cmp::Reverse(exit.took), exit.tsc));
+                .sort_by_key(|exit| (Reverse(exit.took), exit.tsc));
             vms.push(vm);
         }
         Ok(Self {

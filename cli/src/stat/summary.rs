@@ -330,7 +330,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mean_and_deviation() {
+    fn deviation_is_that_of_the_sample() {
         let of = |numbers: &[f64]| Mean::of(numbers.iter().copied());
         assert_eq!(
             of(&[7.0]),

@@ -392,7 +392,7 @@ One world switch takes 690 cycles (345 ns), which the guest phase holds: there a
     }
 
     #[test]
-    fn the_line_for_the_table_of_hosts() {
+    fn hardware_line_has_the_measured_numbers() {
         assert_eq!(
             hardware_line(&found()),
             "|  | - | 7.3.4 | 0 open | 2.00 | 1 FAILED | 1,250 +60 | - | - | - | 690 | |"

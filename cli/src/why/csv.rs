@@ -3,7 +3,10 @@
 //! Details of exits as comma-separated values (RFC 4180).
 
 use super::model::{Counts, Group, What, Why};
-use crate::report::{quoted, vmm_columns};
+use crate::{
+    model::Span,
+    report::{quoted, vmm_columns},
+};
 
 /// Line of titles. `time_s` is the moment of the snapshot, in seconds since the module was loaded.
 /// `span_s` is the time that the numbers cover. `table` is `details`, `code` or `user_exits`.
@@ -17,7 +20,7 @@ vmm_unit\n";
 pub fn csv(why: &Why, code: bool) -> String {
     let host = &why.host;
     let age = host.snapshot_tsc.saturating_sub(host.loaded_tsc);
-    let time = crate::model::Span::of(age, host.tsc_khz);
+    let time = Span::of(age, host.tsc_khz);
     let mut text = String::new();
     for vm in &why.vms {
         let owner = [

@@ -418,11 +418,12 @@ impl TableSet {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
     use exitmeter_meter::{
         reader::Missed,
         snapshot::{TABLE_DETAILS, TABLE_USER},
     };
+
+    use super::*;
 
     /// Create an entry for a written MSR, with `exits` exits of 10 ticks and the bound `missed`.
     /// Without a key, create the entry of the others.

@@ -43,7 +43,7 @@ fn error_of(args: &[&str]) -> (Option<i32>, String) {
 }
 
 #[test]
-fn the_report_in_full() {
+fn the_report_matches_the_saved_text() {
     let text = output_of(&["report", "--input", SNAPSHOT]);
     assert_eq!(text, include_str!("report.txt"));
     assert!(
@@ -57,7 +57,7 @@ fn the_report_in_full() {
 }
 
 #[test]
-fn the_report_as_json() {
+fn json_has_all_numbers_of_the_report() {
     let text = output_of(&["report", "--json", "--input", SNAPSHOT]);
     let report: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(report["format"], 1);
@@ -159,7 +159,7 @@ fn the_report_as_json() {
 }
 
 #[test]
-fn the_reasons() {
+fn reasons_are_listed_for_one_vendor_or_both() {
     let text = output_of(&["reasons", "--isa", "svm"]);
     assert!(
         text.contains(" 114        0x72  CPUID                      handles it\n"),

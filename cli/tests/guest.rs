@@ -180,7 +180,7 @@ fn queries_before_the_meter_was_found_are_subtracted() {
 }
 
 #[test]
-fn the_table_in_full() {
+fn the_table_matches_the_saved_text() {
     let sweep = Sweep::read(&mut metered(LeafMap::Map2021), Isa::Vmx).unwrap();
     assert_eq!(
         sweep.text(TextOptions::default()),

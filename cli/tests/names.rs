@@ -242,7 +242,7 @@ fn a_process_younger_than_the_vm_is_ignored() {
 }
 
 #[test]
-fn long_and_empty_command_lines() {
+fn long_and_empty_command_lines_are_read() {
     let proc = Proc::new();
     let long = [
         b"qemu-kvm\0-name\0".to_vec(),

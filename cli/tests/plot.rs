@@ -6,10 +6,14 @@
 use std::{
     fs,
     os::{fd::OwnedFd, unix::net::UnixStream},
-    process::{Command, Output},
+    process::Output,
 };
 
 use tempfile::TempDir;
+
+use self::tool::{exitmeter, failed, succeeded};
+
+mod tool;
 
 const INTEL: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
@@ -20,20 +24,19 @@ const INTEL: &str = concat!(
 const WHY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-why.rec");
 
 fn plot(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
-    command.arg("plot").args(arguments).output().unwrap()
+    let arguments = [&["plot"], arguments].concat();
+    exitmeter(&arguments).output().unwrap()
 }
 
 /// Return the message of a run that fails.
 fn error_of(arguments: &[&str]) -> String {
-    let output = plot(arguments);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(output.stdout.is_empty());
-    String::from_utf8(output.stderr).unwrap()
+    let (status, text) = failed(plot(arguments));
+    assert_eq!(status, Some(1));
+    text
 }
 
 #[test]
-fn each_kind_in_each_format() {
+fn each_kind_is_drawn_in_each_format() {
     let folder = TempDir::new().unwrap();
     for kind in ["rate", "phases", "cumulative", "latency", "all"] {
         for (name, begin) in [
@@ -47,9 +50,7 @@ fn each_kind_in_each_format() {
             }
             let file = folder.path().join(name);
             let output = plot(&[INTEL, "--kind", kind, "-o", file.to_str().unwrap()]);
-            assert!(
-                output.status.success() && output.stderr.is_empty() && output.stdout.is_empty()
-            );
+            assert_eq!(succeeded(output), "");
             let bytes = fs::read(file).unwrap();
             assert!(String::from_utf8_lossy(&bytes).starts_with(begin));
             assert!(bytes.len() > 3000);
@@ -195,8 +196,7 @@ fn a_closed_pipe_is_quiet() {
     for format in ["svg", "png"] {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(ours);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_exitmeter"));
-        command.args(["plot", INTEL, "-o", "-", "--format", format]);
+        let mut command = exitmeter(&["plot", INTEL, "-o", "-", "--format", format]);
         let output = command.stdout(OwnedFd::from(theirs)).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty());
     }

@@ -13,9 +13,10 @@ use std::{
 };
 
 use exitmeter::recording::read::{Ending, Reader};
-use ioctl::answer_details;
 use rustix::process::{kill_process, Pid, Signal};
 use tempfile::TempDir;
+
+use self::ioctl::answer_details;
 
 mod ioctl;
 

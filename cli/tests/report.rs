@@ -37,7 +37,7 @@ fn add(bytes: &mut [u8], offset: usize, more: u64) {
 
 /// Write the saved snapshot, and another one second later: after 1000 more exits of the first vCPU
 /// and 30 ms in its guest, of which 20 ms are booked.
-fn two(folder: &TempDir) -> [PathBuf; 2] {
+fn two_snapshots(folder: &TempDir) -> [PathBuf; 2] {
     let mut later = SAVED.to_vec();
     let first = u64::from_le_bytes(*SAVED[RECORDS..].first_chunk().unwrap());
     let first = usize::try_from(first).unwrap();
@@ -59,12 +59,12 @@ fn report(arguments: &[&str]) -> Command {
 /// Return the output for the saved snapshot.
 fn output_of(arguments: &[&str]) -> String {
     let folder = TempDir::new().unwrap();
-    let [before, _] = two(&folder);
+    let [before, _] = two_snapshots(&folder);
     let mut command = report(arguments);
     succeeded(command.arg("--input").arg(before).output().unwrap())
 }
 
-fn refused(command: &mut Command) -> String {
+fn error_of(command: &mut Command) -> String {
     let (status, said) = failed(command.output().unwrap());
     assert_eq!(status, Some(1));
     said
@@ -77,7 +77,7 @@ fn text(path: &Path) -> &str {
 #[test]
 fn eighty_columns_are_enough() {
     let folder = TempDir::new().unwrap();
-    let [before, _] = two(&folder);
+    let [before, _] = two_snapshots(&folder);
     let mut command = report(&["--input", text(&before)]);
     let text = succeeded(command.env("COLUMNS", "80").output().unwrap());
     assert_eq!(text, include_str!("report-80.txt"));
@@ -85,7 +85,7 @@ fn eighty_columns_are_enough() {
 }
 
 #[test]
-fn a_part_of_the_report() {
+fn a_selection_shows_only_its_vm_or_vcpu() {
     let whole = output_of(&[]);
     for vm in ["1234", "kvm-1234"] {
         let part = output_of(&["--vm", vm]);
@@ -102,14 +102,14 @@ fn a_part_of_the_report() {
     assert!(!part.contains("kvm-1300") && !part.contains("gone:"));
 
     let folder = TempDir::new().unwrap();
-    let [before, _] = two(&folder);
+    let [before, _] = two_snapshots(&folder);
     assert_eq!(
-        refused(&mut report(&["--vm", "7", "--input", text(&before)])),
+        error_of(&mut report(&["--vm", "7", "--input", text(&before)])),
         "exitmeter: no VM runs that is called '7' or belongs to process '7'; \
          those that run are kvm-1234, kvm-1300\n"
     );
     assert_eq!(
-        refused(&mut report(&["--vcpu", "2", "--input", text(&before)])),
+        error_of(&mut report(&["--vcpu", "2", "--input", text(&before)])),
         "exitmeter: no vCPU with the id 2 runs: vCPUs are counted from 0\n"
     );
 }
@@ -130,7 +130,7 @@ fn each_order_sorts_the_greatest_first() {
 }
 
 #[test]
-fn comma_separated_values() {
+fn csv_has_a_line_for_each_reason() {
     let text = output_of(&["--csv"]);
     let lines: Vec<Vec<_>> = text.lines().map(|line| line.split(',').collect()).collect();
     assert!(lines.iter().all(|line| line.len() == lines[0].len()));
@@ -179,7 +179,7 @@ fn comma_separated_values() {
 #[test]
 fn two_snapshots_are_compared() {
     let folder = TempDir::new().unwrap();
-    let [before, after] = two(&folder);
+    let [before, after] = two_snapshots(&folder);
     let (before, after) = (text(&before), text(&after));
     let text = succeeded(report(&["--diff", before, after]).output().unwrap());
     assert_eq!(text, include_str!("report-diff.txt"));
@@ -200,7 +200,7 @@ fn two_snapshots_are_compared() {
     assert_eq!(vcpu["cycles"]["guest"], 2_400_000_000_u64);
 
     assert_eq!(
-        refused(&mut report(&["--diff", after, before])),
+        error_of(&mut report(&["--diff", after, before])),
         format!("exitmeter: {before} is older than {after}: name the older one first\n")
     );
     let amd = concat!(
@@ -208,7 +208,7 @@ fn two_snapshots_are_compared() {
         "/../src/meter/tests/snapshot-1.0-amd.bin"
     );
     assert_eq!(
-        refused(&mut report(&["--diff", amd, before])),
+        error_of(&mut report(&["--diff", amd, before])),
         format!(
             "exitmeter: the meter began anew between {amd} and {before}, or they are of two hosts: \
              compare two snapshots of one life of the meter, or report each alone with --input\n"
@@ -219,7 +219,7 @@ fn two_snapshots_are_compared() {
 #[test]
 fn intervals_go_on_until_nobody_reads() {
     let folder = TempDir::new().unwrap();
-    let [before, after] = two(&folder);
+    let [before, after] = two_snapshots(&folder);
     let mut child = report(&["--json", "--interval", "0.02", "--input", text(&before)])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -252,7 +252,7 @@ fn intervals_go_on_when_the_meter_begins_anew() {
     ];
     for anew in anew {
         let folder = TempDir::new().unwrap();
-        let [before, after] = two(&folder);
+        let [before, after] = two_snapshots(&folder);
         let mut child = report(&["--interval", "0.02", "--json", "--input", text(&before)])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -301,7 +301,7 @@ fn the_count_ends_the_intervals() {
 /// Run it on a terminal of this width.
 fn on_a_terminal(columns: u16, change: impl FnOnce(&mut Command) -> &mut Command) -> String {
     let folder = TempDir::new().unwrap();
-    let [before, _] = two(&folder);
+    let [before, _] = two_snapshots(&folder);
     let size = Winsize {
         ws_row: 24,
         ws_col: columns,
@@ -348,7 +348,7 @@ fn colors_are_for_terminals() {
 #[test]
 fn bars_are_ascii_where_utf8_is_not_known() {
     let folder = TempDir::new().unwrap();
-    let [before, _] = two(&folder);
+    let [before, _] = two_snapshots(&folder);
     let set = [
         ("LC_ALL", "C"),
         ("LC_ALL", "de_DE.ISO-8859-1"),

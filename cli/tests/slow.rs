@@ -31,11 +31,12 @@ fn slow(arguments: &[&str]) -> Output {
     exitmeter(&arguments).output().unwrap()
 }
 
-fn printed(arguments: &[&str]) -> String {
+/// Return the output of a run that succeeds.
+fn output_of(arguments: &[&str]) -> String {
     succeeded(slow(arguments))
 }
 
-/// Return the exit status and the message of a failure.
+/// Return the exit status and the message of a run that fails.
 fn error_of(arguments: &[&str]) -> (Option<i32>, String) {
     failed(slow(arguments))
 }
@@ -66,8 +67,8 @@ impl Saved {
 }
 
 /// Return the lines of a table from the titles on, each as its cells.
-fn table<'a>(printed: &'a str, title: &str) -> Vec<Vec<&'a str>> {
-    let lines = printed.lines().skip_while(|line| !line.starts_with(title));
+fn table<'a>(text: &'a str, title: &str) -> Vec<Vec<&'a str>> {
+    let lines = text.lines().skip_while(|line| !line.starts_with(title));
     let lines = lines.skip(1).take_while(|line| !line.is_empty());
     lines
         .map(|line| {
@@ -80,9 +81,9 @@ fn table<'a>(printed: &'a str, title: &str) -> Vec<Vec<&'a str>> {
 }
 
 #[test]
-fn the_slowest_exits_with_their_phases() {
+fn the_slowest_exits_are_shown_with_their_phases() {
     let saved = Saved::new(SAVED);
-    let printed = printed(&["--limit", "20", saved.path()]);
+    let printed = output_of(&["--limit", "20", saved.path()]);
     assert!(
         printed.starts_with("slow exits (VMX), in microseconds, at times in UTC\n"),
         "{printed}"
@@ -131,7 +132,7 @@ fn the_slowest_exits_with_their_phases() {
 #[test]
 fn the_time_shown_is_that_of_the_exit() {
     let saved = Saved::new(SAVED);
-    let json: Value = serde_json::from_str(&printed(&["--json", saved.path()])).unwrap();
+    let json: Value = serde_json::from_str(&output_of(&["--json", saved.path()])).unwrap();
     let ring = &json["vms"][0]["rings"][0];
     assert_eq!(ring["frozen"], true);
     let exits = ring["exits"].as_array().unwrap();
@@ -163,7 +164,7 @@ fn the_time_shown_is_that_of_the_exit() {
 #[test]
 fn a_ring_has_the_exits_before_the_culprit() {
     let saved = Saved::new(SAVED);
-    let printed = printed(&["--ring", "--limit", "3", "--vm", "1234", saved.path()]);
+    let printed = output_of(&["--ring", "--limit", "3", "--vm", "1234", saved.path()]);
     let rows = table(&printed, "kvm-1234, process 1234, vCPU 0: ring, frozen");
     assert_eq!(rows.len(), 4);
     assert!(rows.iter().all(|row| row.len() == 11), "{rows:?}");
@@ -180,7 +181,7 @@ fn code_has_its_symbol() {
     let symbols = folder.path().join("kallsyms");
     fs::write(&symbols, "ffffffff80fffff0 T fault_in\n").unwrap();
     let symbols = symbols.to_str().unwrap();
-    let printed = printed(&["--vm", "kvm-1234", "--symbols", symbols, saved.path()]);
+    let printed = output_of(&["--vm", "kvm-1234", "--symbols", symbols, saved.path()]);
     let rows = table(&printed, "kvm-1234, process 1234");
     assert_eq!(rows[1][3], "fault_in+0x10");
     let (status, said) = error_of(&["--symbols", symbols, saved.path()]);
@@ -189,10 +190,10 @@ fn code_has_its_symbol() {
 }
 
 #[test]
-fn values_are_a_line_for_each_exit() {
+fn csv_has_a_line_for_each_exit() {
     let saved = Saved::new(SAVED);
     let lines = |arguments: &[&str]| {
-        let printed = printed(arguments);
+        let printed = output_of(arguments);
         printed.lines().map(str::to_owned).collect::<Vec<_>>()
     };
     let slowest = lines(&["--csv", "--reason", "EPT_VIOLATION", saved.path()]);

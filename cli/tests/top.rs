@@ -4,9 +4,6 @@
 //! snapshot in a file that the tests rewrite, as the device would.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-mod ioctl;
-mod terminal;
-
 use std::{
     fs,
     os::unix::{fs::FileExt as _, process::ExitStatusExt as _},
@@ -15,10 +12,13 @@ use std::{
 };
 
 use exitmeter::top::screen::Screen;
-use ioctl::answer_details;
 use rustix::process::Signal;
 use tempfile::TempDir;
-use terminal::Terminal;
+
+use self::{ioctl::answer_details, terminal::Terminal};
+
+mod ioctl;
+mod terminal;
 
 const SNAPSHOT: &[u8] = include_bytes!("../../src/meter/tests/snapshot-1.2.bin");
 const RECORDING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/recordings/amd-work.rec");
@@ -196,7 +196,7 @@ fn compare(terminal: &mut Terminal, name: &str) {
 }
 
 #[test]
-fn the_whole_screen_at_80_by_24() {
+fn screens_of_80_by_24_match_the_saved_ones() {
     let mut device = Device::new();
     let mut terminal = Terminal::new(80, 24, device.top());
     terminal.wait_for("since the module was loaded");
@@ -215,7 +215,7 @@ fn the_whole_screen_at_80_by_24() {
 }
 
 #[test]
-fn the_whole_screen_at_160_by_50() {
+fn screens_of_160_by_50_match_the_saved_ones() {
     let mut device = Device::new();
     let mut terminal = Terminal::new(160, 50, device.top());
     terminal.wait_for("since the module was loaded");
@@ -232,7 +232,7 @@ fn the_whole_screen_at_160_by_50() {
 }
 
 #[test]
-fn a_terminal_that_changes_its_size() {
+fn the_screen_follows_the_size_of_the_terminal() {
     let mut device = Device::new();
     let mut terminal = Terminal::new(160, 50, device.top());
     terminal.wait_for("since the module was loaded");
@@ -252,7 +252,7 @@ fn a_terminal_that_changes_its_size() {
 }
 
 #[test]
-fn keys() {
+fn keys_sort_filter_select_pause_and_go_back() {
     let mut device = Device::new();
     let mut terminal = Terminal::new(80, 24, device.top());
     terminal.wait_for("most exits first");
@@ -535,7 +535,7 @@ fn a_terminal_without_utf8_gets_ascii() {
 }
 
 #[test]
-fn colours_can_be_turned_off() {
+fn colors_can_be_turned_off() {
     let mut device = Device::new();
     for (name, value, colours) in [("NO_COLOR", "", true), ("NO_COLOR", "1", false)] {
         let mut command = device.top();
@@ -544,12 +544,12 @@ fn colours_can_be_turned_off() {
         terminal.wait_for("most exits first");
         device.second();
         terminal.wait_for("1.50k exits/s");
-        assert_eq!(terminal.has_colours(), colours, "{name}={value}");
+        assert_eq!(terminal.has_colors(), colours, "{name}={value}");
     }
 }
 
 #[test]
-fn a_device_that_goes_and_comes_back() {
+fn a_device_may_go_and_come_back() {
     let mut device = Device::new();
     let mut terminal = Terminal::new(80, 24, device.top());
     terminal.wait_for("most exits first");
@@ -561,7 +561,7 @@ fn a_device_that_goes_and_comes_back() {
 }
 
 #[test]
-fn a_meter_that_begins_anew() {
+fn a_new_life_of_the_meter_is_noted() {
     let mut device = Device::new();
     let mut terminal = Terminal::new(80, 24, device.top());
     terminal.wait_for("most exits first");

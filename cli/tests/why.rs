@@ -55,17 +55,18 @@ fn why(arguments: &[&str]) -> Output {
     exitmeter(&arguments).output().unwrap()
 }
 
-fn printed(arguments: &[&str]) -> String {
+/// Return the output of a run that succeeds.
+fn output_of(arguments: &[&str]) -> String {
     succeeded(why(arguments))
 }
 
-/// Return the exit status and the message of a failure.
+/// Return the exit status and the message of a run that fails.
 fn error_of(arguments: &[&str]) -> (Option<i32>, String) {
     failed(why(arguments))
 }
 
 fn json(arguments: &[&str]) -> Value {
-    serde_json::from_str(&printed(arguments)).unwrap()
+    serde_json::from_str(&output_of(arguments)).unwrap()
 }
 
 fn number(value: &Value) -> u64 {
@@ -84,8 +85,8 @@ fn text(path: &Path) -> &str {
 }
 
 /// Return the rows of a table as lines of words, from the titles on.
-fn table<'a>(printed: &'a str, title: &str) -> Vec<Vec<&'a str>> {
-    let lines = printed.lines().skip_while(|line| !line.starts_with(title));
+fn table<'a>(text: &'a str, title: &str) -> Vec<Vec<&'a str>> {
+    let lines = text.lines().skip_while(|line| !line.starts_with(title));
     let lines = lines.take_while(|line| !line.is_empty());
     lines
         .map(|line| {
@@ -118,10 +119,10 @@ fn named() -> Vec<u8> {
 }
 
 #[test]
-fn details_by_reason_with_their_names() {
+fn details_are_listed_by_reason_with_their_names() {
     let folder = TempDir::new().unwrap();
     let snapshot = file(&folder, "named", named());
-    let printed = printed(&[text(&snapshot)]);
+    let printed = output_of(&[text(&snapshot)]);
     assert!(
         printed.starts_with("since details are on (VMX)\n"),
         "{printed}"
@@ -250,7 +251,7 @@ fn code_has_the_symbols_of_its_guest() {
             &["--vm", "kvm-1234", "--symbols", text(&symbols), SNAPSHOT],
             more,
         ];
-        printed(&arguments.concat())
+        output_of(&arguments.concat())
     };
     let tables = code(&["--reason", "MSR_WRITE"]);
     assert!(tables.contains("\ncannot read the RIP of 1 vCPU: encrypted registers\n"));
@@ -268,7 +269,7 @@ fn code_has_the_symbols_of_its_guest() {
         "kvm-1234;MSR_WRITE;[others] 120\nkvm-1234;MSR_WRITE;native_write_msr 4645\n"
     );
     // Without symbols there are addresses.
-    let plain = printed(&["--vm", "1234", "--code", "--reason", "32", SNAPSHOT]);
+    let plain = output_of(&["--vm", "1234", "--code", "--reason", "32", SNAPSHOT]);
     assert!(plain.contains("\n  0xffffffff81000001 (kernel)"), "{plain}");
 
     let (status, said) = error_of(&["--symbols", text(&symbols), SNAPSHOT]);
@@ -288,7 +289,7 @@ fn code_has_the_symbols_of_its_guest() {
 
 #[test]
 fn profiles_sum_to_the_exits() {
-    let collapsed = printed(&["--collapsed", "--weight", "exits", SNAPSHOT]);
+    let collapsed = output_of(&["--collapsed", "--weight", "exits", SNAPSHOT]);
     let weights = collapsed.lines().map(|line| {
         let (stack, weight) = line.rsplit_once(' ').unwrap();
         assert_eq!(stack.split(';').count(), 3, "{line}");
@@ -330,8 +331,8 @@ fn profiles_sum_to_the_exits() {
 }
 
 #[test]
-fn values_separated_by_commas() {
-    let csv = printed(&["--csv", SNAPSHOT]);
+fn csv_has_a_line_for_each_row() {
+    let csv = output_of(&["--csv", SNAPSHOT]);
     let mut lines = csv.lines();
     let titles: Vec<_> = lines.next().unwrap().split(',').collect();
     let exits = titles.iter().position(|title| *title == "exits").unwrap();
@@ -350,17 +351,17 @@ fn values_separated_by_commas() {
         }
     }
     assert_eq!(sum, 13_124);
-    let code = printed(&["--csv", "--code", SNAPSHOT]);
+    let code = output_of(&["--csv", "--code", SNAPSHOT]);
     assert!(code.lines().skip(1).all(|line| line.contains(",code,")));
 }
 
 #[test]
-fn difference_of_two_snapshots() {
+fn two_snapshots_are_compared() {
     let folder = TempDir::new().unwrap();
     let before = file(&folder, "before", named());
     let after = file(&folder, "after", one_second_later());
 
-    let text_of = printed(&["--diff", text(&before), text(&after)]);
+    let text_of = output_of(&["--diff", text(&before), text(&after)]);
     assert!(text_of.starts_with("in 1.0 s (VMX)\n"), "{text_of}");
     assert!(text_of.contains("\nkvm-1234, process 1234: 1,000 exits in 1.0 s, 2 vCPUs\n"));
     let rows = table(&text_of, "about");
@@ -419,16 +420,16 @@ fn missing_details_are_an_error() {
 }
 
 #[test]
-fn a_file_instead_of_the_output() {
+fn output_goes_to_a_file_on_request() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("why");
-    assert_eq!(printed(&["-o", text(&path), SNAPSHOT]), "");
-    assert_eq!(fs::read_to_string(&path).unwrap(), printed(&[SNAPSHOT]));
+    assert_eq!(output_of(&["-o", text(&path), SNAPSHOT]), "");
+    assert_eq!(fs::read_to_string(&path).unwrap(), output_of(&[SNAPSHOT]));
 }
 
 #[test]
-fn few_rows_and_a_narrow_terminal() {
-    let short = printed(&["--limit", "1", SNAPSHOT]);
+fn rows_are_limited_and_columns_dropped() {
+    let short = output_of(&["--limit", "1", SNAPSHOT]);
     let rows = table(&short, "about");
     let at = rows
         .iter()

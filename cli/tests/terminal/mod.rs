@@ -199,15 +199,16 @@ impl Terminal {
     }
 
     /// Return true if anything has a colour.
-    pub fn has_colours(&self) -> bool {
+    pub fn has_colors(&self) -> bool {
         let emulator = self.emulator.lock().unwrap();
         let screen = emulator.parser.screen();
         let (rows, columns) = screen.size();
-        let colour = |cell: &vt100::Cell| {
+        let is_colored = |cell: &vt100::Cell| {
             let plain = vt100::Color::Default;
             cell.fgcolor() != plain || cell.bgcolor() != plain
         };
-        (0..rows).any(|row| (0..columns).any(|column| screen.cell(row, column).is_some_and(colour)))
+        (0..rows)
+            .any(|row| (0..columns).any(|column| screen.cell(row, column).is_some_and(is_colored)))
     }
 
     /// Assert that the terminal is restored, with its old text and nothing new but a word.

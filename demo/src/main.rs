@@ -48,9 +48,9 @@ fn main() -> Result<ExitCode> {
             Host::Amd => "An AMD host starts, emulated by QEMU...",
         }
     );
-    let mut show = Show::new(isa);
-    let outcome = run::run(&options, &mut |event| show.event(event))?;
-    show.end()?;
+    let mut printer = Printer::new(isa);
+    let outcome = run::run(&options, &mut |event| printer.event(event))?;
+    printer.end()?;
     println!(
         "\nThe full logs, console and kernel of the host, are in {}",
         outcome.folder.display()
@@ -60,10 +60,10 @@ fn main() -> Result<ExitCode> {
         eprintln!("demo: {}", outcome.end);
         return Ok(ExitCode::FAILURE);
     }
-    let boot = show.boot.context("the guest told of no exits")?;
-    let exits = show
+    let boot = printer.boot.context("the guest read no exits")?;
+    let exits = printer
         .boot_exits
-        .context("the guest did not tell of its boot")?;
+        .context("the guest did not read the exits of its boot")?;
     println!("The boot took {exits} exits; {}.", boot.leading());
     Ok(ExitCode::SUCCESS)
 }
@@ -73,8 +73,8 @@ fn vm(line: &str) -> Option<&str> {
     line.split(": ").nth(1)
 }
 
-/// Display of the demo as it runs.
-struct Show {
+/// Printer of the demo's output as it runs.
+struct Printer {
     isa: Isa,
     stdout: Lines,
     /// Table that is being filled.
@@ -87,7 +87,7 @@ struct Show {
     queries: Vec<String>,
 }
 
-impl Show {
+impl Printer {
     fn new(isa: Isa) -> Self {
         Self {
             isa,

@@ -92,7 +92,7 @@ impl TinyVm {
         } = self
             .first_vcpu()
             .get_regs()
-            .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
+            .map_err(|error| Error::Kvm("read a vCPU's registers", error))?;
         Ok(Registers64 { rax, rbx, rcx, rdx })
     }
 }

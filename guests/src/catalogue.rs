@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_may_vary_and_nothing_else() {
+    fn only_noise_may_vary() {
         let expected = Expected::of(Isa::Vmx, Program::Cpuid, Mode::Long, 1000, 2);
         assert_eq!(expected.exact(), &BTreeMap::from([(10, 2000), (30, 2)]));
         let mut counted = expected.exact().clone();

@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_code_fits_one_page_and_is_what_it_says() {
+    fn the_code_fits_one_page_and_entries_point_to_their_guests() {
         let code = bytes();
         assert!(!code.is_empty() && code.len() <= 4096);
         let at = |program, mode| &code[entry(program, Isa::Vmx, mode) as usize..];

@@ -35,13 +35,13 @@ impl TinyVm {
     pub fn with_hyperv(config: Config) -> Result<Self> {
         if config.program != Program::Hypercall {
             return Err(Error::Settings(
-                "a guest that speaks Hyper-V's language makes hypercalls".to_owned(),
+                "a guest that uses Hyper-V's interface runs the program hypercall".to_owned(),
             ));
         }
         let mut machine = Self::new(config)?;
         let cpuid = Kvm::new()
             .and_then(|kvm| kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
-            .map_err(|error| Error::Kvm("tell the CPUID leaves it supports", error))?;
+            .map_err(|error| Error::Kvm("list the CPUID leaves that it supports", error))?;
         let others = cpuid.as_slice().iter();
         let others = others.filter(|leaf| leaf.function >> 16 != VENDOR_LEAF >> 16);
         let mut leaves: Vec<_> = others.copied().collect();
@@ -53,12 +53,16 @@ impl TinyVm {
             });
         }
         let vcpu = machine.first_vcpu();
-        let refused = |error| Error::Kvm("let a vCPU have Hyper-V's interface", error);
+        let refused = |error| Error::Kvm("enable Hyper-V's interface for a vCPU", error);
         let leaves = CpuId::from_entries(&leaves)
             .map_err(|_| refused(kvm_ioctls::Error::new(libc::EINVAL)))?;
         vcpu.set_cpuid2(&with_apic_id(&leaves, 0))
             .map_err(refused)?;
-        set_msrs(vcpu, &[GUEST_OS_ID], "let a vCPU have Hyper-V's interface")?;
+        set_msrs(
+            vcpu,
+            &[GUEST_OS_ID],
+            "enable Hyper-V's interface for a vCPU",
+        )?;
         let mut registers = vcpu.get_regs().map_err(refused)?;
         registers.rcx = NOTIFY_LONG_SPIN_WAIT.into();
         vcpu.set_regs(&registers).map_err(refused)?;

@@ -73,7 +73,7 @@ impl TinyVm {
     pub fn with_l2_guest(query: Registers64, exceptions: u32) -> Result<Self> {
         if host_isa() != Some(Isa::Svm) {
             return Err(Error::Settings(
-                "a hypervisor lets its guest's CPUID be on SVM alone".to_owned(),
+                "only on SVM can a hypervisor leave its guest's CPUID to KVM".to_owned(),
             ));
         }
         let mut machine = Self::new(Config::new(Program::Cpuid, Mode::Long, 1))?;
@@ -81,14 +81,14 @@ impl TinyVm {
         let vcpu = machine.first_vcpu();
         let mut sregs = vcpu
             .get_sregs()
-            .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
+            .map_err(|error| Error::Kvm("read a vCPU's registers", error))?;
         sregs.efer |= EFER_SVME;
         vcpu.set_sregs(&sregs)
-            .map_err(|error| Error::Kvm("let a vCPU have SVM", error))?;
+            .map_err(|error| Error::Kvm("enable SVM for a vCPU", error))?;
         set_msrs(
             vcpu,
             &[(VM_HSAVE_PA, window.host_save_area())],
-            "let a vCPU have SVM",
+            "enable SVM for a vCPU",
         )?;
         vcpu.set_regs(&window.hypervisor(query))
             .map_err(|error| Error::Kvm("set a vCPU's registers", error))?;

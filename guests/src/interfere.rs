@@ -146,7 +146,7 @@ pub(crate) struct State {
 impl State {
     /// Read the state of a vCPU.
     pub(crate) fn of(vcpu: &VcpuFd) -> Result<Self> {
-        let refused = |error| Error::Kvm("tell a vCPU's state", error);
+        let refused = |error| Error::Kvm("read a vCPU's state", error);
         Ok(Self {
             sregs: vcpu.get_sregs().map_err(refused)?,
             regs: vcpu.get_regs().map_err(refused)?,
@@ -156,7 +156,7 @@ impl State {
 
     /// Write the state to a vCPU.
     pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<()> {
-        let refused = |error| Error::Kvm("take a vCPU's state", error);
+        let refused = |error| Error::Kvm("set a vCPU's state", error);
         vcpu.set_sregs(&self.sregs).map_err(refused)?;
         vcpu.set_regs(&self.regs).map_err(refused)?;
         vcpu.set_vcpu_events(&self.events).map_err(refused)

@@ -103,7 +103,7 @@ impl TinyVm {
         })?;
         let vm = kvm
             .create_vm()
-            .map_err(|error| Error::Kvm("make a VM", error))?;
+            .map_err(|error| Error::Kvm("create a VM", error))?;
         // Intel's KVM may put its data for real mode here; no guest accesses it.
         vm.set_identity_map_address(0xfffb_c000)
             .map_err(|error| Error::Kvm("set the identity map", error))?;
@@ -111,14 +111,14 @@ impl TinyVm {
             .map_err(|error| Error::Kvm("set the TSS", error))?;
         if config.has_irqchip() {
             vm.create_irq_chip()
-                .map_err(|error| Error::Kvm("make interrupt controllers", error))?;
+                .map_err(|error| Error::Kvm("create interrupt controllers", error))?;
         }
         if config.program == Program::InKernel {
             vm.create_pit2(kvm_pit_config {
                 flags: KVM_PIT_SPEAKER_DUMMY,
                 ..Default::default()
             })
-            .map_err(|error| Error::Kvm("make a PIT", error))?;
+            .map_err(|error| Error::Kvm("create a PIT", error))?;
         }
         if config.program == Program::HltKernel {
             set_up_pic(&vm)?;
@@ -129,7 +129,7 @@ impl TinyVm {
         };
 
         let mut memory = Memory::new((FRESH + config.fresh_pages() * PAGE) as usize)
-            .map_err(|error| Error::Kernel("give memory for the guest", error))?;
+            .map_err(|error| Error::Kernel("allocate memory for the guest", error))?;
         if config.program == Program::Call {
             const RET: u8 = 0xc3;
             for page in 0..config.fresh_pages() {
@@ -147,7 +147,7 @@ impl TinyVm {
 
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|error| Error::Kvm("tell the CPUID leaves it supports", error))?;
+            .map_err(|error| Error::Kvm("list the CPUID leaves that it supports", error))?;
         let mut machine = Self {
             config,
             vcpus: Vec::new(),
@@ -165,7 +165,7 @@ impl TinyVm {
         let vcpu = self
             .vm
             .create_vcpu(u64::from(number))
-            .map_err(|error| Error::Kvm("make a vCPU", error))?;
+            .map_err(|error| Error::Kvm("create a vCPU", error))?;
         vcpu.set_cpuid2(&with_apic_id(cpuid, number))
             .map_err(|error| Error::Kvm("set a vCPU's CPUID leaves", error))?;
         Window::of(number).fill(&mut self.memory, &self.config);
@@ -187,7 +187,7 @@ impl TinyVm {
         let (window, vcpu) = (Window::of(number), &self.vcpus[usize::from(number)]);
         let mut sregs = vcpu
             .get_sregs()
-            .map_err(|error| Error::Kvm("tell a vCPU's registers", error))?;
+            .map_err(|error| Error::Kvm("read a vCPU's registers", error))?;
         window.set_mode(&mut sregs, &self.config);
         vcpu.set_sregs(&sregs)
             .map_err(|error| Error::Kvm("set a vCPU's system registers", error))?;
@@ -376,9 +376,9 @@ pub fn with_apic_id(cpuid: &CpuId, vcpu: u8) -> CpuId {
 /// Create an ioeventfd of [`EVENTFD_PORT`].
 fn take_port(vm: &VmFd) -> Result<EventFd> {
     let eventfd = EventFd::new(libc::EFD_NONBLOCK)
-        .map_err(|error| Error::Kernel("make an eventfd", error))?;
+        .map_err(|error| Error::Kernel("create an eventfd", error))?;
     vm.register_ioevent(&eventfd, &IoEventAddress::Pio(EVENTFD_PORT), NoDatamatch)
-        .map_err(|error| Error::Kvm("make an ioeventfd", error))?;
+        .map_err(|error| Error::Kvm("create an ioeventfd", error))?;
     Ok(eventfd)
 }
 
@@ -390,7 +390,7 @@ fn set_up_pic(vm: &VmFd) -> Result<()> {
         ..Default::default()
     };
     vm.get_irqchip(&mut chip)
-        .map_err(|error| Error::Kvm("tell the state of the PIC", error))?;
+        .map_err(|error| Error::Kvm("read the state of the PIC", error))?;
     // SAFETY: The chip asked for is a PIC, so that is the variant of the union, and any bytes are
     // valid for it.
     let pic = unsafe { &mut chip.chip.pic };

@@ -756,7 +756,7 @@ int on_entry_detailed(struct bpf_raw_tracepoint_args *args)
 		carried += ticks;
 		sample(ledger, row, carried, bucket_of(carried));
 	}
-	tell(tables, owner, now, carried);
+	end_exit(tables, owner, now, carried);
 	end_transition(ledger, now);
 	return 0;
 }
@@ -774,7 +774,7 @@ static __always_inline void resume_detailed(u32 index, u32 left, u64 ticks)
 	} else if (left != GUEST) {
 		if (left == USER)
 			book_user(tables, ticks);
-		pass(&tables->slow, left, ticks);
+		add_away(&tables->slow, left, ticks);
 	}
 }
 
@@ -816,7 +816,7 @@ static __always_inline void leave_cpu_detailed(u32 index, u64 vcpu, u32 slot, u3
 	} else if (left != GUEST) {
 		if (left == USER)
 			book_user(tables, ticks);
-		pass(slow, left, ticks);
+		add_away(slow, left, ticks);
 	}
 	if (phase == USER)
 		count_user(tables, slot, why);

@@ -270,7 +270,7 @@ static __always_inline u64 vmx_key_of_vmcs(u64 vcpu, u32 slot)
 }
 
 /* Return the exits of a row plus those that it may have missed. */
-static __always_inline u64 together(u64 exits, u64 missed)
+static __always_inline u64 exits_with_missed(u64 exits, u64 missed)
 {
 	return exits + missed < exits ? ~0ULL : exits + missed;
 }
@@ -317,7 +317,7 @@ static __noinline u32 detail_of(struct tables *tables, u64 key)
 		u64 exits;
 
 		row = detail_at(tables, first + way);
-		exits = row->key ? together(row->exits, row->missed_exits) : 0;
+		exits = row->key ? exits_with_missed(row->exits, row->missed_exits) : 0;
 		if (exits < fewest) {
 			fewest = exits;
 			chosen = first + way;
@@ -362,7 +362,7 @@ static __noinline u32 code_of(struct tables *tables, u64 rip, u32 which)
 		u64 exits;
 
 		row = code_at(tables, first + way);
-		exits = row->exits ? together(row->exits, row->missed_exits) : 0;
+		exits = row->exits ? exits_with_missed(row->exits, row->missed_exits) : 0;
 		if (exits < fewest) {
 			fewest = exits;
 			chosen = first + way;
@@ -443,7 +443,7 @@ struct beginning {
 };
 
 /* Copy the numbers of a row of the ledger to the baseline. This is a body of bpf_loop(). */
-static long take_down(u32 number, struct beginning *beginning)
+static long copy_to_baseline(u32 number, struct beginning *beginning)
 {
 	struct ledger *ledger = beginning->ledger;
 	struct baseline *baseline;
@@ -470,7 +470,7 @@ static __noinline int begin_tables(struct ledger *ledger, struct tables *tables,
 {
 	struct beginning beginning = { .ledger = ledger, .tables = tables };
 
-	bpf_loop(ROWS, take_down, &beginning, 0);
+	bpf_loop(ROWS, copy_to_baseline, &beginning, 0);
 	tables->since = now;
 	tables->slow.has_begun = 1;
 	tables->slow.windows[0].begun = now;
@@ -591,8 +591,8 @@ static __noinline int keep(struct slow *slow, struct owner *owner, u64 now, u64 
 	return 0;
 }
 
-/* Take an exit that has ended, after @kernel ticks of the kernel. CLOSED means that there was no exit. */
-static __noinline int tell(struct tables *tables, struct owner *owner, u64 now, u64 kernel)
+/* Keep an exit that has ended, after @kernel ticks of the kernel, if it is slow. CLOSED means that there was no exit. */
+static __noinline int end_exit(struct tables *tables, struct owner *owner, u64 now, u64 kernel)
 {
 	struct slow *slow = &tables->slow;
 	u32 cpu = bpf_get_smp_processor_id() + 1;
@@ -616,7 +616,7 @@ static __noinline int tell(struct tables *tables, struct owner *owner, u64 now, 
 }
 
 /* Add ticks of a phase in which the vCPU was off its CPU. */
-static __always_inline void pass(struct slow *slow, u32 phase, u64 ticks)
+static __always_inline void add_away(struct slow *slow, u32 phase, u64 ticks)
 {
 	u64 place = phase - USER;
 

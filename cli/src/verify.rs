@@ -19,7 +19,7 @@ use self::{
     cost::Plan,
     environment::Environment,
     host::MeteredHost,
-    model::{Check, Found, Verdict},
+    model::{Check, Results, Verdict},
     reload::Reload,
     stop::{Stop, Stopped},
 };
@@ -46,7 +46,7 @@ const FAILED: u8 = 1;
 /// Exit status when nothing could be verified.
 const IMPOSSIBLE: u8 = 2;
 
-/// On the host: verify that the module is right here, and measure what exits and metering cost.
+/// On the host: check the module's numbers, and measure what exits and metering cost.
 ///
 /// The command runs small VMs of its own, whose exits are known exactly. It compares the module's
 /// numbers with the kernel's own histogram of kvm:kvm_exit, and with what the guests did: counts by
@@ -59,7 +59,7 @@ output says so, and the rest is verified. The histogram is in a tracefs instance
 counts this thread only. While it and details are on, exits of other VMs take a little longer.
 
 cycles are the TSC ticks of one whole exit: the guest's loop, KVM, and the VMM. guest, kernel and
-user are the meter's own split of them. To measure what metering adds takes --reload. It unloads the
+user are the meter's own split of them. --reload also measures what metering adds. It unloads the
 module and loads it again in each run, with the same parameters. The module's numbers are lost, as
 after each unload. It lists the running VMs and asks first. If it is interrupted or fails, it leaves
 the module loaded, or says how to load it.
@@ -126,7 +126,7 @@ impl Args {
     /// Returns an error if the output cannot be written.
     pub fn run(self, out: &mut Output) -> anyhow::Result<ExitCode> {
         let status = match self.verify(out) {
-            Ok(found) if found.passed => 0,
+            Ok(results) if results.passed => 0,
             Ok(_) => FAILED,
             Err(error) => match error.downcast_ref::<Stopped>() {
                 Some(stopped) => stopped.status(),
@@ -140,7 +140,7 @@ impl Args {
         Ok(status.into())
     }
 
-    fn verify(&self, out: &mut Output) -> anyhow::Result<Found> {
+    fn verify(&self, out: &mut Output) -> anyhow::Result<Results> {
         let host = MeteredHost::find(self.cpu, self.meter(), Stop::default())?;
         let mut reload = match self.reload {
             true => Some(Reload::prepare(self.module.as_deref())?),
@@ -182,7 +182,7 @@ impl Args {
         if let Some(reload) = reload {
             report_check(check_reload(&reload))?;
         }
-        let found = Found {
+        let results = Results {
             format: model::FORMAT,
             passed: checks.iter().all(|check| check.verdict != Verdict::Failed),
             checks,
@@ -190,15 +190,15 @@ impl Args {
             environment,
         };
         if let Some(report) = report {
-            report.finish(&text::report(&found))?;
+            report.finish(&text::report(&results))?;
         }
         if self.json {
-            out.json(&found)?;
+            out.json(&results)?;
         } else {
-            out.print(&text::cost(&found.cost, options))?;
-            out.print(&text::summary(&found, options))?;
+            out.print(&text::cost(&results.cost, options))?;
+            out.print(&text::summary(&results, options))?;
         }
-        Ok(found)
+        Ok(results)
     }
 
     /// Return the meter to verify: always the module if it is to be reloaded.

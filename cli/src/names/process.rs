@@ -22,7 +22,7 @@ const FILE_SIZE: u64 = 64 << 10;
 
 /// Link in /proc to the host's own PID namespace, by its inode (`PROC_PID_INIT_INO` in the kernel's
 /// include/linux/proc_ns.h).
-const HOST_NAMESPACE: &str = "pid:[4026531836]";
+pub(crate) const HOST_NAMESPACE: &str = "pid:[4026531836]";
 
 /// Ticks per second in /proc/PID/stat (`USER_HZ`, 100 on x86).
 const USER_HZ: u64 = 100;

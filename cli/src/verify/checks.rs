@@ -18,7 +18,7 @@ use super::{
     hist::Hist,
     host::{thread, MeteredHost},
     model::{Check, Verdict},
-    own::{Exits, Own},
+    own::{Exits, MeteredGuest},
     stop::Stopped,
 };
 use crate::{numbers::exact, source, why::device};
@@ -147,10 +147,10 @@ struct Ledgers {
 }
 
 impl Ledgers {
-    fn add(&mut self, name: &str, own: &Own) {
+    fn add(&mut self, name: &str, guest: &MeteredGuest) {
         self.vcpus += 1;
-        self.ticks = self.ticks.wrapping_add(own.life);
-        if let Some(wrong) = own.imbalance() {
+        self.ticks = self.ticks.wrapping_add(guest.life);
+        if let Some(wrong) = guest.imbalance() {
             self.wrong.get_or_insert(format!("{name}: {wrong}"));
         }
     }
@@ -192,13 +192,13 @@ fn counts(
     let expected = known(host, &config);
     let name = format!("{}, {}", describe(config.program), mode(config.mode));
     let before = hist.map(Hist::read).transpose()?;
-    let (_machine, own) = host.run_metered(config, None)?;
-    ledgers.add(&name, &own);
+    let (_machine, guest) = host.run_metered(config, None)?;
+    ledgers.add(&name, &guest);
     let counted = match hist.zip(before) {
         Some((hist, before)) => Some(since(&hist.read()?, &before)),
         None => None,
     };
-    Ok(compare(host, &own, expected.exact(), counted.as_ref()))
+    Ok(compare(host, &guest, expected.exact(), counted.as_ref()))
 }
 
 /// Return the exits since an earlier moment.
@@ -217,19 +217,19 @@ fn since(now: &Exits, before: &Exits) -> Exits {
 /// is one.
 fn compare(
     host: &MeteredHost,
-    own: &Own,
+    guest: &MeteredGuest,
     known: &BTreeMap<u32, u64>,
     counted: Option<&Exits>,
 ) -> (Verdict, String) {
     let mut wrong = Vec::new();
     let count = |exits: &BTreeMap<u32, u64>, code| exits.get(&code).copied().unwrap_or(0);
-    if own.others != 0 {
-        wrong.push(format!("{} exits have no row", own.others));
+    if guest.others != 0 {
+        wrong.push(format!("{} exits have no row", guest.others));
     }
     // A page that the host takes back, for example to balance its memory, faults once more.
     let fault = host.by_vendor(48, 0x400);
     for (code, due) in known {
-        let metered = own.exits_of(*code);
+        let metered = guest.exits_of(*code);
         let right = match *code == fault {
             true => metered >= *due,
             false => metered == *due,
@@ -243,14 +243,14 @@ fn compare(
             ));
         }
     }
-    let total = exact(own.total());
+    let total = exact(guest.total());
     let text = match counted {
         Some(counted) => {
-            let mut codes: Vec<u32> = own.exits.keys().chain(counted.keys()).copied().collect();
+            let mut codes: Vec<u32> = guest.exits.keys().chain(counted.keys()).copied().collect();
             codes.sort_unstable();
             codes.dedup();
             for code in codes {
-                let (metered, due) = (own.exits_of(code), count(counted, code));
+                let (metered, due) = (guest.exits_of(code), count(counted, code));
                 if metered != due {
                     wrong.push(format!(
                         "{} metered {} times, but {} times in the kernel's histogram",
@@ -263,7 +263,7 @@ fn compare(
             format!("{total} exits, as the kernel's histogram has them and the guest caused them")
         }
         None => {
-            for (code, count) in &own.exits {
+            for (code, count) in &guest.exits {
                 if !known.contains_key(code)
                     && host.nested_paging
                     && !is_caused_by_host(host, *code)
@@ -348,10 +348,10 @@ fn answers(host: &MeteredHost, guest_mode: Mode) -> Outcome {
     let queries = asked
         .iter()
         .map(|(leaf, sub)| Registers64::cpuid(*leaf, *sub));
-    let (machine, own) = host.run_metered(Config::query(guest_mode, queries.collect()), None)?;
+    let (machine, guest) = host.run_metered(Config::query(guest_mode, queries.collect()), None)?;
 
     let mut wrong = Vec::new();
-    let by_chance: u64 = own
+    let by_chance: u64 = guest
         .exits
         .iter()
         .filter(|(code, _)| is_caused_by_host(host, **code))
@@ -363,7 +363,7 @@ fn answers(host: &MeteredHost, guest_mode: Mode) -> Outcome {
     let place = asked.iter().position(|query| *query == (EXITS, fault));
     let answer = place.and_then(|place| machine.answers(0).get(place).copied());
     let faults_then = answer.map(|answer| join(answer.rdx, answer.rax));
-    let no_fault_since = faults_then == Some(own.exits_of(fault));
+    let no_fault_since = faults_then == Some(guest.exits_of(fault));
     for (number, ((leaf, sub), answer)) in (0_u64..).zip(asked.iter().zip(machine.answers(0))) {
         let (exits, ticks) = (join(answer.rbx, answer.rax), join(answer.rdx, answer.rax));
         let right = match *leaf {
@@ -384,33 +384,33 @@ fn answers(host: &MeteredHost, guest_mode: Mode) -> Outcome {
             leaf if leaf == total => {
                 // Still to come in the guest's life: the later queries, and the OUT at its end.
                 let left = all - number;
-                let most = own.total().saturating_sub(left);
+                let most = guest.total().saturating_sub(left);
                 (most.saturating_sub(by_chance)..=most).contains(&exits)
             }
             leaf if leaf == of_reason || leaf == EXITS => {
-                let told = if leaf == EXITS { ticks } else { exits };
+                let answered = if leaf == EXITS { ticks } else { exits };
                 match *sub {
                     // The query itself is counted; those after it are not yet.
-                    code if code == cpuid => told == number + 1,
+                    code if code == cpuid => answered == number + 1,
                     // The OUT at the end is not yet counted.
-                    code if code == io => told + 1 == own.exits_of(io),
+                    code if code == io => answered + 1 == guest.exits_of(io),
                     // A page may fault once more after that.
                     code if code == fault => {
-                        told != 0 && told <= own.exits_of(fault) || !host.nested_paging
+                        answered != 0 && answered <= guest.exits_of(fault) || !host.nested_paging
                     }
-                    code => told == own.exits_of(code),
+                    code => answered == guest.exits_of(code),
                 }
             }
             leaf if leaf == cycles => {
-                let told = join(answer.rbx, answer.rcx);
-                told == own.ticks_of(fault, Phase::Kernel) || !no_fault_since
+                let answered = join(answer.rbx, answer.rcx);
+                answered == guest.ticks_of(fault, Phase::Kernel) || !no_fault_since
             }
             _ => {
                 let phase = usize::try_from(*sub >> 16)
                     .ok()
                     .and_then(|at| phases.get(at));
                 let held = phase.map(|((_, summed), _)| {
-                    let ticks = summed.iter().map(|phase| own.ticks_of(fault, *phase));
+                    let ticks = summed.iter().map(|phase| guest.ticks_of(fault, *phase));
                     ticks.sum::<u64>()
                 });
                 held == Some(ticks) || !no_fault_since
@@ -503,13 +503,14 @@ fn details(
 
 fn compare_details(host: &MeteredHost, device: &device::Device, touched: &Touched) -> Outcome {
     let config = Config::new(touched.program, Mode::Long, LOOPS);
-    let (_machine, own) = host.run_metered(config, Some(device))?;
-    if !own.has_tables {
-        let text = "the guest's vCPU has no tables, for want of memory";
+    let (_machine, guest) = host.run_metered(config, Some(device))?;
+    if !guest.has_tables {
+        let text = "the guest's vCPU has no tables, for lack of memory";
         return Ok((Verdict::NotMade, text.to_owned()));
     }
     let entries = || {
-        own.entries
+        guest
+            .entries
             .iter()
             .filter(|entry| entry.table == TABLE_DETAILS)
     };
@@ -517,20 +518,20 @@ fn compare_details(host: &MeteredHost, device: &device::Device, touched: &Touche
         let is_kind = entry.detail_kind == touched.kind as u8;
         is_kind && !entry.others && entry.key & touched.mask == touched.key
     });
-    let told: u64 = alike.map(|entry| entry.exits).sum();
+    let found: u64 = alike.map(|entry| entry.exits).sum();
     let sum: u64 = entries().map(|entry| entry.exits).sum();
-    let metered: u64 = own.total();
+    let metered: u64 = guest.total();
     let reasons = entries()
         .filter(|entry| matches!(entry.reason, Reason::Code(_)))
         .count();
-    Ok(if told != u64::from(LOOPS) {
-        let text = format!("{told} exits have this detail, and the guest caused {LOOPS}");
+    Ok(if found != u64::from(LOOPS) {
+        let text = format!("{found} exits have this detail, and the guest caused {LOOPS}");
         (Verdict::Failed, text)
     } else if sum != metered {
         let text = format!("the rows hold {sum} exits of {metered}");
         (Verdict::Failed, text)
     } else {
-        let text = format!("{told} exits, as the guest caused; {reasons} rows hold all {metered}");
+        let text = format!("{found} exits, as the guest caused; {reasons} rows hold all {metered}");
         (Verdict::Passed, text)
     })
 }
@@ -559,37 +560,39 @@ mod tests {
         }
     }
 
-    fn own(exits: &[(u32, u64)]) -> Own {
-        Own {
+    fn guest(exits: &[(u32, u64)]) -> MeteredGuest {
+        MeteredGuest {
             exits: exits.iter().copied().collect(),
-            ..Own::default()
+            ..MeteredGuest::default()
         }
     }
 
     #[test]
     fn wrong_counts_fail() {
         let (host, known) = (host(), Exits::from([(10, 500), (30, 1), (48, 4)]));
-        let verdict = |own: &Own, counted: Option<&Exits>| compare(&host, own, &known, counted).0;
-        let right = own(&[(1, 3), (10, 500), (30, 1), (48, 4)]);
+        let verdict = |guest: &MeteredGuest, counted: Option<&Exits>| {
+            compare(&host, guest, &known, counted).0
+        };
+        let right = guest(&[(1, 3), (10, 500), (30, 1), (48, 4)]);
         assert_eq!(verdict(&right, None), Verdict::Passed);
         assert_eq!(verdict(&right, Some(&right.exits.clone())), Verdict::Passed);
-        let missed = own(&[(1, 3), (10, 499), (30, 1), (48, 4)]);
+        let missed = guest(&[(1, 3), (10, 499), (30, 1), (48, 4)]);
         assert_eq!(verdict(&missed, None), Verdict::Failed);
         // The kernel counts an interrupt that the meter does not.
         let more = Exits::from([(1, 4), (10, 500), (30, 1), (48, 4)]);
-        let (told, text) = compare(&host, &right, &known, Some(&more));
-        assert_eq!(told, Verdict::Failed);
+        let (found, text) = compare(&host, &right, &known, Some(&more));
+        assert_eq!(found, Verdict::Failed);
         assert_eq!(
             text,
             "EXTERNAL_INTERRUPT metered 3 times, but 4 times in the kernel's histogram"
         );
         // An exit that the guest does not cause.
-        let other = own(&[(10, 500), (18, 1), (30, 1), (48, 4)]);
+        let other = guest(&[(10, 500), (18, 1), (30, 1), (48, 4)]);
         assert_eq!(verdict(&other, None), Verdict::Failed);
         // A page that faults twice is the host's doing; one that does not fault at all is wrong.
-        let twice = own(&[(10, 500), (30, 1), (48, 5)]);
+        let twice = guest(&[(10, 500), (30, 1), (48, 5)]);
         assert_eq!(verdict(&twice, None), Verdict::Passed);
-        let none = own(&[(10, 500), (30, 1)]);
+        let none = guest(&[(10, 500), (30, 1)]);
         assert_eq!(verdict(&none, None), Verdict::Failed);
     }
 

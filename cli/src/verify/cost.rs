@@ -9,7 +9,7 @@ use super::{
     environment::Frequency,
     host::MeteredHost,
     model::{Cost, KindCost},
-    own::{self, Before, Own},
+    own::{self, Before, MeteredGuest},
     reload::Reload,
     statistics::{median_of, Summary},
 };
@@ -135,9 +135,11 @@ pub fn measure(
         cost.remark = Some(text.to_owned());
     }
     for (place, kind) in KINDS.iter().enumerate() {
-        let of = |block: &Block| -> Vec<f64> { column(block, place).map(|it| it.ticks).collect() };
+        let of = |block: &Block| -> Vec<f64> {
+            column(block, place).map(|sample| sample.ticks).collect()
+        };
         let phase = |at: usize| {
-            let phases = column(&with, place).filter_map(|it| it.phases?.get(at).copied());
+            let phases = column(&with, place).filter_map(|sample| sample.phases?.get(at).copied());
             median_of(phases.collect())
         };
         let Some(ticks) = Summary::of(&of(&with)) else {
@@ -207,26 +209,26 @@ fn measure_one(
 
 /// Return the metered phases of one exit of the guest, or `None` if it is not metered.
 fn phases(host: &MeteredHost, kind: &Kind, before: &Before) -> anyhow::Result<Option<[f64; 3]>> {
-    let Some(own) = find(host, before)? else {
+    let Some(guest) = find(host, before)? else {
         return Ok(None);
     };
     let [vmx, svm] = kind.reason;
     let code = host.by_vendor(vmx, svm);
-    let exits = own.exits_of(code);
+    let exits = guest.exits_of(code);
     if exits == 0 {
         // Without nested paging, a page faults with another reason.
         return Ok(Some([f64::NAN; 3]));
     }
     let phases = [Phase::Guest, Phase::Kernel, Phase::User];
     Ok(Some(phases.map(|phase| {
-        own.ticks_of(code, phase) as f64 / exits as f64
+        guest.ticks_of(code, phase) as f64 / exits as f64
     })))
 }
 
-fn find(host: &MeteredHost, before: &Before) -> anyhow::Result<Option<Own>> {
+fn find(host: &MeteredHost, before: &Before) -> anyhow::Result<Option<MeteredGuest>> {
     let bytes = source::read(&host.path)?;
-    match Own::find(&source::parse(&host.path, &bytes)?, before, host.pid) {
-        Ok(own) => Ok(Some(own)),
+    match MeteredGuest::find(&source::parse(&host.path, &bytes)?, before, host.pid) {
+        Ok(guest) => Ok(Some(guest)),
         Err(own::Error::Unmetered(_)) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -234,14 +236,15 @@ fn find(host: &MeteredHost, before: &Before) -> anyhow::Result<Option<Own>> {
 
 /// Return the guest ticks of one exit, without those of the loop around it.
 fn switch(host: &MeteredHost, with: &Block) -> anyhow::Result<Option<f64>> {
-    let (_machine, own) = host.run_metered(Config::new(Program::Spin, Mode::Long, SPINS), None)?;
-    let looped = own.ticks(Phase::Guest) as f64 / f64::from(SPINS);
+    let (_machine, guest) =
+        host.run_metered(Config::new(Program::Spin, Mode::Long, SPINS), None)?;
+    let looped = guest.ticks(Phase::Guest) as f64 / f64::from(SPINS);
     let place = KINDS.iter().position(|kind| kind.program == SWITCH);
-    let guest = place.and_then(|place| {
-        let guest = column(with, place).filter_map(|sample| Some(sample.phases?[0]));
-        median_of(guest.collect())
+    let per_exit = place.and_then(|place| {
+        let ticks = column(with, place).filter_map(|sample| Some(sample.phases?[0]));
+        median_of(ticks.collect())
     });
-    Ok(guest.map(|guest| guest - looped))
+    Ok(per_exit.map(|ticks| ticks - looped))
 }
 
 /// Run a guest. Return the TSC ticks from before its start until after its end, and the guest.

@@ -12,18 +12,17 @@ use std::{
 use exitmeter_meter::reasons::Isa;
 
 use super::own::Exits;
+use crate::names::process::HOST_NAMESPACE;
 
 const TRACING: &str = "/sys/kernel/tracing";
 /// Prefix of the instance names; the process id follows.
 const PREFIX: &str = "exitmeter-verify-";
-/// Inode number of the first PID namespace: include/linux/proc_ns.h, `PROC_PID_INIT_INO`.
-const FIRST_PIDS: &str = "pid:[4026531836]";
 
 /// Reason why there is no histogram.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// tracefs is not mounted.
-    #[error("tracefs is not mounted at {TRACING}")]
+    #[error("tracefs is not mounted: mount -t tracefs tracefs {TRACING}")]
     NotMounted,
     /// The user may not use tracefs.
     #[error("no right to use tracefs; root has it")]
@@ -52,10 +51,10 @@ pub struct Hist {
     isa: Isa,
 }
 
-/// Return true if this process is in the first PID namespace, so that the kernel's events have its
+/// Return true if this process is in the host's own PID namespace, so that the kernel's events have its
 /// ids.
-pub fn is_in_first_pid_namespace() -> bool {
-    fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link == Path::new(FIRST_PIDS))
+pub fn is_in_host_pid_namespace() -> bool {
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link == Path::new(HOST_NAMESPACE))
 }
 
 impl Hist {
@@ -65,7 +64,7 @@ impl Hist {
     ///
     /// Returns any [`Error`].
     pub fn begin(thread: u32, isa: Isa) -> Result<Self, Error> {
-        if !is_in_first_pid_namespace() {
+        if !is_in_host_pid_namespace() {
             return Err(Error::Namespace);
         }
         let refused = |what| {

@@ -17,7 +17,7 @@ use tiny_guests::{Config, TinyVm};
 
 use super::{
     hist,
-    own::{Before, Own},
+    own::{Before, MeteredGuest},
     stop::Stop,
 };
 use crate::{
@@ -126,7 +126,7 @@ impl MeteredHost {
             life: snapshot.life(),
             has_details: snapshot.has_tables(),
             cpu,
-            pid: hist::is_in_first_pid_namespace().then(thread),
+            pid: hist::is_in_host_pid_namespace().then(thread),
             by_bpf: snapshot.by_bpf(),
             path,
             stop,
@@ -179,7 +179,7 @@ impl MeteredHost {
         &self,
         config: Config,
         device: Option<&Device>,
-    ) -> anyhow::Result<(TinyVm, Own)> {
+    ) -> anyhow::Result<(TinyVm, MeteredGuest)> {
         let path = &self.path;
         let read = || match device {
             Some(device) => device.read(),
@@ -187,8 +187,8 @@ impl MeteredHost {
         };
         let before = Before::new(&source::parse(path, &read()?)?);
         let machine = self.run(config)?;
-        let own = Own::find(&source::parse(path, &read()?)?, &before, self.pid)?;
-        Ok((machine, own))
+        let guest = MeteredGuest::find(&source::parse(path, &read()?)?, &before, self.pid)?;
+        Ok((machine, guest))
     }
 }
 

@@ -11,7 +11,7 @@ pub const FORMAT: u32 = 1;
 
 /// All results.
 #[derive(Clone, Debug, Serialize)]
-pub struct Found {
+pub struct Results {
     /// Version of the data: [`FORMAT`].
     pub format: u32,
     /// True if no check failed.
@@ -24,7 +24,7 @@ pub struct Found {
     pub environment: Environment,
 }
 
-impl Found {
+impl Results {
     /// Return the number of checks with this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         let checks = self.checks.iter();

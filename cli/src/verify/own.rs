@@ -26,7 +26,7 @@ pub enum Error {
     #[error("the module does not know the guest")]
     Unknown,
     /// Several VMs could be the guest.
-    #[error("{0} VMs began at the same time, so the guest cannot be identified")]
+    #[error("{0} VMs began at the same time, so the guest cannot be identified: run this again")]
     Several(usize),
 }
 
@@ -47,9 +47,9 @@ impl Before {
     }
 }
 
-/// Numbers of the guest's single vCPU.
+/// The guest's single vCPU, as the meter knows it.
 #[derive(Clone, Debug, Default)]
-pub struct Own {
+pub struct MeteredGuest {
     /// Exits by reason, without those that are 0.
     pub exits: Exits,
     /// TSC ticks by reason and phase.
@@ -70,7 +70,7 @@ pub struct Own {
     pub has_tables: bool,
 }
 
-impl Own {
+impl MeteredGuest {
     /// Find the guest in a snapshot: the VM that did not exist before, and that thread `pid`
     /// created.
     ///
@@ -95,7 +95,7 @@ impl Own {
         if rest != 0 {
             return Err(Error::Several(rest + 1));
         }
-        let mut own = Self {
+        let mut guest = Self {
             life: vcpu.last().wrapping_sub(vcpu.first()),
             latest: match vcpu.latest() {
                 Some(Reason::Code(code)) => Some(code),
@@ -106,26 +106,26 @@ impl Own {
         for row in vcpu.rows() {
             let cells = Phase::ALL.map(|phase| row.cycles(phase));
             for ticks in cells {
-                own.booked = own.booked.wrapping_add(ticks);
+                guest.booked = guest.booked.wrapping_add(ticks);
             }
             match row.reason() {
                 Reason::Code(code) => {
-                    own.cells.insert(code, cells);
+                    guest.cells.insert(code, cells);
                     if row.exits() != 0 {
-                        own.exits.insert(code, row.exits());
+                        guest.exits.insert(code, row.exits());
                     }
                     if let Some(histogram) = row.histogram() {
-                        own.samples.insert(code, histogram.iter().sum());
+                        guest.samples.insert(code, histogram.iter().sum());
                     }
                 }
-                Reason::Start | Reason::Other => own.others += row.exits(),
+                Reason::Start | Reason::Other => guest.others += row.exits(),
             }
         }
         if let Some(tables) = snapshot.tables().find(|tables| tables.vcpu == place) {
-            own.has_tables = true;
-            own.entries = tables.entries().collect();
+            guest.has_tables = true;
+            guest.entries = tables.entries().collect();
         }
-        Ok(own)
+        Ok(guest)
     }
 
     /// Return the exits of a reason.
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn guest_is_found_as_the_new_vm_of_its_thread() {
         let snapshot = Snapshot::parse(SNAPSHOT).expect("a snapshot");
-        let find = |before: &Before, pid| Own::find(&snapshot, before, pid);
+        let find = |before: &Before, pid| MeteredGuest::find(&snapshot, before, pid);
         let none = Before {
             unmetered: snapshot.unmetered(),
             ..Before::default()
@@ -198,23 +198,23 @@ mod tests {
 
     #[test]
     fn imbalance_of_a_ledger_is_found() {
-        let mut own = Own {
+        let mut guest = MeteredGuest {
             exits: Exits::from([(10, 5), (30, 1)]),
             samples: Exits::from([(10, 5), (30, 0)]),
             latest: Some(30),
             life: 100,
             booked: 100,
-            ..Own::default()
+            ..MeteredGuest::default()
         };
-        assert_eq!(own.imbalance(), None);
-        own.samples.insert(10, 4);
+        assert_eq!(guest.imbalance(), None);
+        guest.samples.insert(10, 4);
         assert_eq!(
-            own.imbalance().as_deref(),
+            guest.imbalance().as_deref(),
             Some("reason 10 has 5 exits and 4 samples")
         );
-        own.booked = 99;
+        guest.booked = 99;
         assert_eq!(
-            own.imbalance().as_deref(),
+            guest.imbalance().as_deref(),
             Some("99 ticks are booked of a life of 100")
         );
     }

@@ -227,9 +227,9 @@ impl Reload {
         self.times += 1;
         // A udev rule usually sets these. Without one, the device would belong to root only.
         let device = fs::metadata(DEVICE);
-        if device
-            .is_ok_and(|it| (it.mode() & 0o7777, (it.uid(), it.gid())) != (self.mode, self.owner))
-        {
+        if device.is_ok_and(|found| {
+            (found.mode() & 0o7777, (found.uid(), found.gid())) != (self.mode, self.owner)
+        }) {
             let (user, group) = self.owner;
             let given = chown(DEVICE, Some(user), Some(group))
                 .and_then(|()| fs::set_permissions(DEVICE, fs::Permissions::from_mode(self.mode)));

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{
     environment::{Environment, Frequency},
-    model::{Check, Cost, Found, Verdict},
+    model::{Check, Cost, Results, Verdict},
     statistics::Summary,
 };
 use crate::{
@@ -152,9 +152,9 @@ pub fn cost(cost: &Cost, options: TextOptions) -> String {
 }
 
 /// Format the last line.
-pub fn summary(found: &Found, options: TextOptions) -> String {
+pub fn summary(results: &Results, options: TextOptions) -> String {
     let [passed, failed, not_made] =
-        [Verdict::Passed, Verdict::Failed, Verdict::NotMade].map(|verdict| found.count(verdict));
+        [Verdict::Passed, Verdict::Failed, Verdict::NotMade].map(|verdict| results.count(verdict));
     let text = format!("{passed} passed, {failed} failed, {not_made} not made");
     let style = match failed {
         0 => Style::Strong,
@@ -164,20 +164,20 @@ pub fn summary(found: &Found, options: TextOptions) -> String {
 }
 
 /// Format the report to attach to an issue, with all results.
-pub fn report(found: &Found) -> String {
+pub fn report(results: &Results) -> String {
     let options = TextOptions::default();
-    let mut text = format!("exitmeter verify {}\n\n", found.environment.tool);
-    text += &environment(&found.environment);
+    let mut text = format!("exitmeter verify {}\n\n", results.environment.tool);
+    text += &environment(&results.environment);
     text.push('\n');
-    for one in &found.checks {
+    for one in &results.checks {
         text += &check(one, options);
     }
-    text += &cost(&found.cost, options);
-    text += &summary(found, options);
+    text += &cost(&results.cost, options);
+    text += &summary(results, options);
     let _ = write!(
         text,
         "\nThe line for docs/hardware.md:\n{}\n",
-        hardware_line(found)
+        hardware_line(results)
     );
     text
 }
@@ -275,10 +275,10 @@ fn pairs(values: &BTreeMap<String, String>) -> String {
 }
 
 /// Format the line for the table in docs/hardware.md.
-pub fn hardware_line(found: &Found) -> String {
-    let Found {
+pub fn hardware_line(results: &Results) -> String {
+    let Results {
         environment, cost, ..
-    } = found;
+    } = results;
     let kind = |name: &str| cost.kinds.iter().find(|kind| kind.kind == name);
     let cell = |name: &str| {
         let Some(kind) = kind(name) else {
@@ -294,8 +294,8 @@ pub fn hardware_line(found: &Found) -> String {
         || "?".to_owned(),
         |khz| format!("{:.2}", f64::from(khz) / 1e6),
     );
-    let checks = match found.count(Verdict::Failed) {
-        0 => format!("{} passed", found.count(Verdict::Passed)),
+    let checks = match results.count(Verdict::Failed) {
+        0 => format!("{} passed", results.count(Verdict::Passed)),
         failed => format!("{failed} FAILED"),
     };
     let vulnerable = environment.vulnerable().len();
@@ -324,9 +324,9 @@ mod tests {
     use super::*;
     use crate::verify::model::{KindCost, FORMAT};
 
-    fn found() -> Found {
+    fn results() -> Results {
         let summary = |numbers: &[f64]| Summary::of(numbers);
-        Found {
+        Results {
             format: FORMAT,
             passed: false,
             checks: vec![
@@ -361,22 +361,26 @@ mod tests {
 
     #[test]
     fn checks_are_listed_and_counted() {
-        let (found, options) = (found(), TextOptions::default());
-        let lines: String = found.checks.iter().map(|one| check(one, options)).collect();
+        let (results, options) = (results(), TextOptions::default());
+        let lines: String = results
+            .checks
+            .iter()
+            .map(|one| check(one, options))
+            .collect();
         assert_eq!(
             lines,
             "ok        counts: CPUID: 505 exits\nFAILED    ledger: 99 ticks of 100\n\
              not made  details: no right\n"
         );
         assert_eq!(
-            summary(&found, options),
+            summary(&results, options),
             "\n1 passed, 1 failed, 1 not made\n"
         );
     }
 
     #[test]
     fn table_omits_unmeasured_columns() {
-        let text = cost(&found().cost, TextOptions::default());
+        let text = cost(&results().cost, TextOptions::default());
         assert_eq!(
             text,
             "\n\
@@ -394,7 +398,7 @@ One world switch takes 690 cycles (345 ns), which the guest phase holds: there a
     #[test]
     fn hardware_line_has_the_measured_numbers() {
         assert_eq!(
-            hardware_line(&found()),
+            hardware_line(&results()),
             "|  | - | 7.3.4 | 0 open | 2.00 | 1 FAILED | 1,250 +60 | - | - | - | 690 | |"
         );
     }

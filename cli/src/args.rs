@@ -20,7 +20,7 @@ use crate::{
 
 const STATUSES: &str = "\
 Exit status:
-  0  it printed what was asked for, or as much of it as was read
+  0  the output was printed, or its reader closed the pipe
   1  there was nothing to read: no module, no right to open, no meter in this
      guest, or a damaged snapshot; one sentence on the standard error says which
   2  the command line was wrong";

@@ -193,8 +193,8 @@ pub struct Args {
 enum Verb {
     /// Attach the programs and pin them in /sys/fs/bpf/exitmeter.
     Start {
-        /// Metered vCPUs at a time, at least. Each takes 24 KiB; the sum is rounded up to a power
-        /// of two of bytes and allocated at once.
+        /// Minimum number of vCPUs that can be metered at a time. Each takes 24 KiB; the sum is
+        /// rounded up to a power of two of bytes and allocated at once.
         #[arg(long, value_name = "N", default_value_t = attach::VCPUS, value_parser = clap::value_parser!(u32).range(1..=8192))]
         max_vcpus: u32,
         /// Keep tables of what exits were about and of the slowest exits. Takes 46 KiB more for
@@ -262,8 +262,8 @@ fn status(maps: &Maps) -> String {
     );
     if unmetered != 0 {
         text += &format!(
-            "{unmetered} vCPUs run or ran unmetered, with {lost} exits: for want of room (--max-vcpus), or as those of \
-             a trust domain\n"
+            "{unmetered} vCPUs run or ran unmetered, with {lost} exits: for lack of room (--max-vcpus), or because they \
+             belong to a trust domain\n"
         );
     }
     text

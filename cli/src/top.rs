@@ -40,7 +40,7 @@ mod view;
 The first table is of the VMs. Enter opens the reasons and vCPUs of one, and Esc goes back.
 ? shows all keys. Rates and shares are of the last interval, or with t since the VM began.
 
-Enter on a reason opens its details, as those of `exitmeter why`: MSR, port, address. Enter
+Enter on a reason opens its details, as `exitmeter why` shows them: MSR, port, address. Enter
 there opens the guest's code that caused its exits, and Tab the exits to user space. Details
 are turned on when such a table is first opened, and off when top ends. This needs CAP_PERFMON,
 which root has. bound is exact, or the number of exits of a row that may stand among the
@@ -48,8 +48,8 @@ others.
 
 Exit status:
   0  the user left with q or Ctrl-C; after another signal, it ends by that signal
-  1  there is nothing to show: no module, no right to open, or no terminal
-     but a dumb one
+  1  there is nothing to show: no module, no right to open, no terminal, or
+     a dumb one
   2  the command line was wrong
 
 Examples:
@@ -74,6 +74,9 @@ pub struct Args {
     #[arg(long, value_name = "FILE", default_value = source::DEVICE)]
     input: PathBuf,
 }
+
+/// Time from turning details on to the first reading of them.
+const SOON: Duration = Duration::from_millis(300);
 
 impl Args {
     /// Show the screen until the user quits.
@@ -122,9 +125,6 @@ impl Args {
         Ok(ExitCode::SUCCESS)
     }
 }
-
-/// Time from turning details on to the first reading of them.
-const SOON: Duration = Duration::from_millis(300);
 
 /// Show the screen until a key or a signal ends it. Return the signal.
 fn show(

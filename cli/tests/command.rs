@@ -283,7 +283,7 @@ fn each_command_has_a_page() {
         let page = page(&format!("exitmeter-{name}.1"));
         assert!(page.contains(".SH \"EXAMPLES\"\n.nf\nexitmeter "), "{page}");
     }
-    assert!(whole.contains(".SH \"EXIT STATUS\"\n.nf\n0  it printed"));
+    assert!(whole.contains(".SH \"EXIT STATUS\"\n.nf\n0  the output"));
     let (status, text) = error_of(&["man", "/proc/nowhere"]);
     assert_eq!(status, Some(1));
     assert!(

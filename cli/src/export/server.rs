@@ -57,6 +57,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Content security policy. The page has no scripts, and loads nothing from elsewhere.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
+/// Content-Type of messages.
+const TEXT: &str = "text/plain; charset=utf-8";
+
 /// Content to serve.
 pub trait Site: Send + Sync + 'static {
     /// Return the content at `path` with its type, or `None` if there is nothing. `format` is the
@@ -109,8 +112,8 @@ fn listener(address: SocketAddr) -> anyhow::Result<net::TcpListener> {
     let given = listenfd::ListenFd::from_env()
         .take_tcp_listener(0)
         .context(
-            "the socket from systemd is none of TCP: let the unit have ListenStream=ADDRESS:PORT",
-        )?;
+        "the socket from systemd is not a TCP socket: set ListenStream=ADDRESS:PORT in its unit",
+    )?;
     match given {
         Some(listener) => Ok(listener),
         None => net::TcpListener::bind(address).with_context(|| {
@@ -184,7 +187,7 @@ async fn answer(
             let mut reply = reply(
                 StatusCode::METHOD_NOT_ALLOWED,
                 TEXT,
-                "there is GET alone\n".to_owned(),
+                "only GET and HEAD are supported\n".to_owned(),
             );
             let methods = HeaderValue::from_static("GET, HEAD");
             reply.headers_mut().insert(ALLOW, methods);
@@ -193,8 +196,6 @@ async fn answer(
     };
     Ok(reply)
 }
-
-const TEXT: &str = "text/plain; charset=utf-8";
 
 fn reply(status: StatusCode, content: &'static str, text: String) -> Response<Full<Bytes>> {
     let mut reply = Response::new(Full::new(Bytes::from(text)));

@@ -279,6 +279,19 @@ impl VcpuReport {
     }
 }
 
+/// Serialize a number as hexadecimal digits, because readers of JSON keep only 53 bits of a number.
+pub(crate) fn hexadecimal<S: serde::Serializer>(number: &u64, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&format!("{number:#x}"))
+}
+
+/// Serialize a number like [`hexadecimal`], if it is known.
+pub(crate) fn optional_hexadecimal<S: serde::Serializer>(
+    number: &Option<u64>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    number.map(|number| format!("{number:#x}")).serialize(to)
+}
+
 /// Serialize an ISA by its name.
 pub(crate) fn isa_name<S: serde::Serializer>(isa: &Isa, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(isa.name())

@@ -16,10 +16,13 @@ use std::{
 };
 
 use exitmeter_meter::reader::Snapshot;
-use serde::{Deserialize, Serialize};
+use serde::{de::Error as _, Deserialize, Deserializer, Serialize};
 
 use self::process::Processes;
-use crate::{model::Report, source};
+use crate::{
+    model::{hexadecimal, Report},
+    source,
+};
 
 pub mod command;
 pub mod process;
@@ -130,7 +133,7 @@ impl VmNames {
 pub struct NameLine {
     /// Life number of the meter that the VM number belongs to. Written as text, because JSON
     /// readers keep only 53 bits.
-    #[serde(with = "hexadecimal")]
+    #[serde(serialize_with = "hexadecimal", deserialize_with = "parse_hexadecimal")]
     pub life: u64,
     /// VM number.
     pub vm: u64,
@@ -139,18 +142,11 @@ pub struct NameLine {
     pub given: VmNames,
 }
 
-mod hexadecimal {
-    use serde::{de::Error as _, Deserialize as _, Deserializer, Serializer};
-
-    pub fn serialize<S: Serializer>(number: &u64, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(&format!("{number:#x}"))
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
-        let text = String::deserialize(from)?;
-        let digits = text.strip_prefix("0x").unwrap_or_default();
-        u64::from_str_radix(digits, 16).map_err(D::Error::custom)
-    }
+/// Deserialize what [`hexadecimal`] wrote.
+fn parse_hexadecimal<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let text = String::deserialize(from)?;
+    let digits = text.strip_prefix("0x").unwrap_or_default();
+    u64::from_str_radix(digits, 16).map_err(D::Error::custom)
 }
 
 /// VMs of a snapshot, with what the search for their names needs.
@@ -301,20 +297,20 @@ pub struct Candidate<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoVm {
     /// No VM has the name.
-    #[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {those}")]
+    #[error("no VM runs that is called '{vm}' or belongs to process '{vm}'; {listed}")]
     None {
         /// Name that was searched for.
         vm: String,
         /// Running VMs, in words.
-        those: String,
+        listed: String,
     },
     /// Several VMs have the name.
-    #[error("several VMs are called '{vm}': {those}; say which by its kvm-PID")]
+    #[error("several VMs are called '{vm}': {listed}; say which by its kvm-PID")]
     Several {
         /// Name that was searched for.
         vm: String,
         /// The VMs, in words.
-        those: String,
+        listed: String,
     },
 }
 
@@ -341,23 +337,23 @@ pub fn find<'a>(
     let vm = wanted.to_owned();
     match pids.len() {
         0 => {
-            let those = match some(vms.iter()) {
+            let listed = match list(vms.iter()) {
                 none if none.is_empty() => "none runs at all".to_owned(),
-                some => format!("those that run are {some}"),
+                running => format!("those that run are {running}"),
             };
-            Err(NoVm::None { vm, those })
+            Err(NoVm::None { vm, listed })
         }
         1 => Ok(found.into_iter().map(|vm| vm.vm).collect()),
         _ => {
-            let those = some(found.into_iter());
-            Err(NoVm::Several { vm, those })
+            let listed = list(found.into_iter());
+            Err(NoVm::Several { vm, listed })
         }
     }
 }
 
 /// List some VMs, with dots if there are more.
-fn some<'a>(vms: impl Iterator<Item = &'a Candidate<'a>>) -> String {
-    const SOME: usize = 5;
+fn list<'a>(vms: impl Iterator<Item = &'a Candidate<'a>>) -> String {
+    const MAX: usize = 5;
     let mut names: Vec<String> = Vec::new();
     for vm in vms {
         // VMs of one process have the same name.
@@ -366,7 +362,7 @@ fn some<'a>(vms: impl Iterator<Item = &'a Candidate<'a>>) -> String {
             names.push(label);
         }
     }
-    let more = if names.len() > SOME { ", ..." } else { "" };
-    names.truncate(SOME);
+    let more = if names.len() > MAX { ", ..." } else { "" };
+    names.truncate(MAX);
     names.join(", ") + more
 }

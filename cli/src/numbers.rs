@@ -91,6 +91,14 @@ pub fn time<N: Into<u128>>(ticks: N, khz: Option<u32>) -> String {
     }
 }
 
+/// Format the rate of a clock, in MHz.
+pub fn clock_rate(khz: Option<u32>) -> String {
+    match khz {
+        Some(khz) => format!("{:.3} MHz", f64::from(khz) / 1000.0),
+        None => "of unknown rate".to_owned(),
+    }
+}
+
 /// Format a bar for `part` of `whole`. A full bar has `width` characters.
 pub fn bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> String {
     let (part, whole) = (part.into(), whole.into());
@@ -105,7 +113,7 @@ pub fn bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> Strin
     "█".repeat(full) + EIGHTHS.get(rest).unwrap_or(&"")
 }
 
-/// The same bar in ASCII. A part below half a character is a dot.
+/// Format the same bar in ASCII. A part below half a character is a dot.
 pub fn ascii_bar<P: Into<u128>, W: Into<u128>>(part: P, whole: W, width: u32) -> String {
     let (part, whole) = (part.into(), whole.into());
     if part == 0 || whole == 0 {

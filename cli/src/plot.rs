@@ -16,7 +16,7 @@ pub(crate) use self::series::Series;
 use self::{series::Part, svg::Picture};
 use crate::{
     model::delta::NEW_LIFE,
-    numbers::exact,
+    numbers::{clock_rate, exact},
     output::Output,
     recording::read::Ending,
     source,
@@ -66,7 +66,7 @@ pub struct Args {
     /// File to draw to; its name ends in .svg, .png or .html. A dash for the standard output.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Format to write, if the file's name does not tell.
+    /// Format to write, if the file's name does not end in it.
     #[arg(long, value_enum)]
     format: Option<Format>,
     /// Chart to draw.
@@ -141,10 +141,7 @@ impl Args {
             from: self.from,
             to: self.to,
             reason: self.reason.clone(),
-            symbols: match &self.symbols {
-                Some(path) => Symbols::read(path)?,
-                None => Symbols::default(),
-            },
+            symbols: Symbols::read_optional(self.symbols.as_deref())?,
         };
         let series = Series::read(&self.recording, &bytes, &part)?;
         if self.symbols.is_some() && series.vms.len() > 1 {
@@ -327,13 +324,7 @@ fn facts(series: &Series) -> Vec<(String, String)> {
             series.vms.iter().cloned().collect::<Vec<_>>().join(", "),
         ),
     ];
-    let khz = series
-        .tsc_khz
-        .map(|khz| format!("{:.3} MHz", f64::from(khz) / 1000.0));
-    facts.push((
-        "TSC".to_owned(),
-        khz.unwrap_or("of unknown rate".to_owned()),
-    ));
+    facts.push(("TSC".to_owned(), clock_rate(series.tsc_khz)));
     if series.details.is_none() {
         let none =
             "none: they were off while it was recorded; 'exitmeter record --why' turns them on";

@@ -35,7 +35,7 @@ pub(crate) mod events;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The recording is readable up to its last snapshot at any time, even after it was cut off.
-A task of its own takes and stores the snapshots; vCPUs are not held up.
+The tool takes and stores the snapshots in its own process, and does not hold up vCPUs.
 
 --why keeps details on while it records, so that the recording shows what exits were about and
 which were slow. It needs CAP_PERFMON, which root has. It costs some 100 instructions for each
@@ -125,7 +125,7 @@ impl Args {
         };
         match recorded {
             Ok(ended) => Ok(ended.map_or(0, command::status)),
-            Err(error) => Ok(child.outlast(&events, &error)),
+            Err(error) => Ok(child.report_and_wait(&events, &error)),
         }
     }
 

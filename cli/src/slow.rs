@@ -35,21 +35,22 @@ mod utc;
 
 /// On the host: show the slowest exits, and the exits that led to one that was too slow.
 ///
-/// While details are on, the module keeps the 16 slowest exits of each vCPU, of a window of some 10
-/// s and of the window before. With its parameter slow_us it also keeps a ring of each vCPU's last
-/// 64 exits, which freezes when an exit takes longer than that. The length of an exit is its time
-/// in the kernel, in user space, waiting and preempted. Sleep in HLT (halted) makes it no slower.
+/// While details are on, the module keeps the 16 slowest exits of each vCPU in a window of about 10
+/// seconds, and those of the window before. With its parameter slow_us it also keeps a ring of each
+/// vCPU's last 64 exits. The ring freezes at an exit that takes longer than slow_us. The length of
+/// an exit is its time in the kernel, in user space, waiting and preempted. Sleep in HLT (halted)
+/// does not count.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Details are on while CMD runs, or always with the module's parameter details=1. Without CMD the
-device is read once, and has exits only if details were on before. To read it takes CAP_PERFMON,
+device is read once, and has exits only if details were on before. Reading it needs CAP_PERFMON,
 which root has. With CMD the slowest exits are those while it ran.
 
 when is the time of the exit, in UTC. It is computed from the TSC and the time at which the
 snapshot was read, or at which the file of a saved one was written. It is as exact as that time.
 CPU is the host's CPU at the exit, and at the entry after it if that is another one. took is the
 sum of kernel, user, waiting and preempted. All are in microseconds, or in TSC ticks where the
-TSC's frequency is not known. outs is how often the scheduler took the vCPU off its CPU.
+TSC's frequency is not known. outs counts how often the scheduler took the vCPU off its CPU.
 
 --ring shows each vCPU's ring, the oldest exit first. In a frozen ring, '>' marks the exit that
 froze it. A frozen ring stays until details are turned off or --thaw unfreezes it; a later exit
@@ -118,10 +119,7 @@ impl Args {
     }
 
     fn show(&self, out: &mut Output) -> anyhow::Result<u8> {
-        let symbols = match &self.symbols {
-            Some(path) => Symbols::read(path)?,
-            None => Symbols::default(),
-        };
+        let symbols = Symbols::read_optional(self.symbols.as_deref())?;
         if let Some(path) = &self.input {
             let seen = saved(path)?;
             self.print(&seen, &NameBook::default(), &symbols, out)?;
@@ -140,7 +138,7 @@ impl Args {
                     self.print(&seen, &names, &symbols, out)?;
                     Ok(status)
                 }
-                Err(error) => Ok(child.outlast(&events, &error)),
+                Err(error) => Ok(child.report_and_wait(&events, &error)),
             };
         }
         // Look before the device is opened: that would turn details on, with nothing recorded yet.

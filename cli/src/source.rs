@@ -94,12 +94,11 @@ impl Choice {
     pub fn open(self, input: &Path) -> Result<PathBuf, Error> {
         #[cfg(feature = "bpf")]
         if input == Path::new(DEVICE) {
-            let no_device = || matches!(fs::exists(DEVICE), Ok(false));
             if self == Choice::Bpf {
                 bpf::open()?;
                 return Ok(bpf::PINS.into());
             }
-            if self == Choice::Auto && no_device() {
+            if self == Choice::Auto && device_is_missing() {
                 bpf::open().map_err(bpf_error)?;
                 return Ok(bpf::PINS.into());
             }
@@ -116,11 +115,10 @@ impl Choice {
     pub fn with_details(self, input: &Path) -> Result<Option<PathBuf>, Error> {
         #[cfg(feature = "bpf")]
         {
-            let no_device = || matches!(fs::exists(DEVICE), Ok(false));
             let by_bpf = match self {
                 _ if input == Path::new(bpf::PINS) => true,
                 Choice::Bpf => input == Path::new(DEVICE),
-                Choice::Auto => input == Path::new(DEVICE) && no_device(),
+                Choice::Auto => input == Path::new(DEVICE) && device_is_missing(),
                 Choice::Module => false,
             };
             if by_bpf {
@@ -151,11 +149,17 @@ pub struct SourceArgs {
     pub source: Choice,
 }
 
+/// Return true if there is surely no device. A device that cannot be looked at exists.
+#[cfg(feature = "bpf")]
+fn device_is_missing() -> bool {
+    matches!(fs::exists(DEVICE), Ok(false))
+}
+
 /// Return the path of the meter that is running: the pins of BPF if the module is not loaded, else
 /// `path`.
 pub fn meter(path: &Path) -> PathBuf {
     #[cfg(feature = "bpf")]
-    if path == Path::new(DEVICE) && matches!(fs::exists(DEVICE), Ok(false)) {
+    if path == Path::new(DEVICE) && device_is_missing() {
         let pins = PathBuf::from(bpf::PINS);
         // Pins that cannot be looked at exist.
         if !matches!(fs::exists(&pins), Ok(false)) {

@@ -40,7 +40,7 @@ for CMD.
 
 --why reads each vCPU by itself: the tool runs on each CPU in turn, before and after CMD, and says on
 how many CPUs it may not run. Exits of a vCPU after it was read and before CMD ran count for CMD. Rows
-have a bound beside them, as those of 'exitmeter why' on the host. The host does not reveal its own
+have a bound beside them, like those of 'exitmeter why' on the host. The host does not reveal its own
 vectors, so their exits are in no row. With -r the numbers are the sums of all runs.
 
 When the meter begins anew while CMD runs, because the module is loaded again on the host or the VM
@@ -113,7 +113,7 @@ impl Args {
             }
             None => None,
         };
-        run::outlive_signals().context("cannot wait for signals")?;
+        run::forward_signals().context("cannot wait for signals")?;
         let mut runs = Vec::new();
         let mut status = 0;
         let mut failure = None;

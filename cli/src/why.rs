@@ -33,7 +33,7 @@ use crate::{
     source,
 };
 
-mod csv;
+pub(crate) mod csv;
 pub(crate) mod detail;
 pub(crate) mod device;
 pub(crate) mod export;
@@ -47,9 +47,9 @@ pub(crate) mod text;
 /// On the host: show what exits were about, and which code of the guest caused them.
 ///
 /// For each reason, it lists the most frequent or most costly ports, MSRs, addresses, vectors,
-/// CPUID leaves, hypercalls and registers with their names, and the reasons to go to the VMM. The
-/// module records these only on request: this command turns them on until CMD has ended, or until
-/// Ctrl-C. That needs CAP_PERFMON, which root has.
+/// CPUID leaves, hypercalls and registers with their names, and the reasons why exits went to the
+/// VMM. The module records these details only on request: this command turns them on until CMD has
+/// ended, or until Ctrl-C. That needs CAP_PERFMON, which root has.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 A row is exact, or has its bound beside it: '+12' says that up to 12 more of its exits may stand
@@ -150,10 +150,7 @@ impl Args {
     }
 
     fn report(&self, out: &mut Output) -> anyhow::Result<u8> {
-        let symbols = match &self.symbols {
-            Some(path) => Symbols::read(path)?,
-            None => Symbols::default(),
-        };
+        let symbols = Symbols::read_optional(self.symbols.as_deref())?;
         let mut to = Printer {
             args: self,
             symbols,
@@ -212,7 +209,7 @@ impl Args {
         drop(sender);
         match (ended, &child) {
             (Ok(ended), _) => Ok(ended.map_or(0, command::status)),
-            (Err(error), Some(child)) => Ok(child.outlast(&events, &error)),
+            (Err(error), Some(child)) => Ok(child.report_and_wait(&events, &error)),
             (Err(error), None) => Err(error),
         }
     }
@@ -224,7 +221,7 @@ impl Args {
         events: &Events,
         child: Option<&Child>,
     ) -> anyhow::Result<Option<ExitStatus>> {
-        let mut left = self.count;
+        let mut intervals_left = self.count;
         let mut due = self.interval.map(|interval| Instant::now() + interval);
         let mut reading = Instant::now() + READ_INTERVAL;
         loop {
@@ -248,8 +245,8 @@ impl Args {
                         if end <= now {
                             watch.report(to)?;
                             due = Some(end.max(now - interval) + interval);
-                            left = left.map(|left| left - 1);
-                            if left == Some(0) && child.is_none() {
+                            intervals_left = intervals_left.map(|left| left - 1);
+                            if intervals_left == Some(0) && child.is_none() {
                                 return Ok(None);
                             }
                         }
@@ -257,7 +254,7 @@ impl Args {
                     continue;
                 }
             };
-            if left != Some(0) {
+            if intervals_left != Some(0) {
                 watch.report(to)?;
             }
             return Ok(ended);
@@ -268,14 +265,14 @@ impl Args {
 /// Read a saved snapshot.
 fn saved(path: &Path) -> anyhow::Result<TableSet> {
     let bytes = source::read(path)?;
-    let moment = TableSet::new(&source::parse(path, &bytes)?);
+    let table_set = TableSet::new(&source::parse(path, &bytes)?);
     anyhow::ensure!(
-        moment.has_tables,
+        table_set.has_tables,
         "{} has no details: they were off when it was taken, or its module is too old for them; \
          'exitmeter why -- CMD' turns them on",
         path.display()
     );
-    Ok(moment)
+    Ok(table_set)
 }
 
 /// Return what happened between two saved snapshots.
@@ -329,7 +326,7 @@ impl Watch {
         match now.since(&self.before) {
             Ok(delta) => to.print(delta, &self.names)?,
             Err(error) if error.is_break() => {
-                eprintln!("exitmeter: {NEW_LIFE}; what it told before is lost");
+                eprintln!("exitmeter: {NEW_LIFE}; what it recorded before is lost");
             }
             Err(error) => return Err(error.into()),
         }
@@ -356,15 +353,15 @@ impl Printer<'_> {
     }
 
     /// Print what happened.
-    fn print(&mut self, mut moment: TableSet, names: &NameBook) -> anyhow::Result<()> {
+    fn print(&mut self, mut table_set: TableSet, names: &NameBook) -> anyhow::Result<()> {
         let args = self.args;
         if let Some(vm) = &args.vm {
-            select::vm(&mut moment, vm, names)?;
+            select::vm(&mut table_set, vm, names)?;
         }
-        if args.symbols.is_some() && moment.vms.len() > 1 {
-            return Err(select::Error::Symbols(moment.vms.len()).into());
+        if args.symbols.is_some() && table_set.vms.len() > 1 {
+            return Err(select::Error::Symbols(table_set.vms.len()).into());
         }
-        let mut why = Why::new(&moment, &self.symbols, args.weight);
+        let mut why = Why::new(&table_set, &self.symbols, args.weight);
         why.name(names);
         if let Some(reason) = &args.reason {
             select::reason(&mut why, reason)?;
@@ -379,7 +376,7 @@ impl Printer<'_> {
         } else if args.collapsed || args.speedscope {
             anyhow::ensure!(
                 why.has_code || why.vms.is_empty(),
-                "no code: the snapshot was read without the right to it, or no vCPU ran"
+                "no code: no vCPU ran, or the snapshot was read without CAP_PERFMON; read it as root"
             );
             match args.collapsed {
                 true => export::collapsed(&why, args.weight),

@@ -442,10 +442,10 @@ impl<C: Cpuid> Meter<C> {
     /// meanwhile. The cost of this query is estimated as their mean.
     pub fn cost(&mut self) -> u64 {
         let now = self.cycles(cpuid_reason(self.isa), Phase::Kernel);
-        let told = u128::from(now.wrapping_sub(self.kernel_before));
+        let ticks = u128::from(now.wrapping_sub(self.kernel_before));
         // The answer includes all queries since then but this one.
         let asked = self.queries.wrapping_sub(self.asked_before);
-        let all = told
+        let all = ticks
             .wrapping_mul(asked.into())
             .checked_div(asked.wrapping_sub(1).into());
         all.and_then(|all| u64::try_from(all).ok()).unwrap_or(0)

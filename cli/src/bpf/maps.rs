@@ -394,7 +394,7 @@ impl Maps {
                     copy.add_row(slot, &numbers, &histogram);
                 }
             }
-            let departed = |it: &Copied| self.generation(it.index) != it.generation;
+            let departed = |vcpu: &Copied| self.generation(vcpu.index) != vcpu.generation;
             let is_gone: Vec<bool> = vcpus.iter().map(departed).collect();
             fence(Acquire);
             if self.departed.word(totals::BEGUN) == done {
@@ -435,8 +435,8 @@ impl Maps {
             vcpus.extend(self.copy(index)?);
         }
         let departed = self.totals(&mut vcpus)?;
-        vcpus.sort_by_key(|it| (it.identity.vm, it.identity.vcpu));
-        let rows = |it: &Copied| it.ledger.rows().count();
+        vcpus.sort_by_key(|vcpu| (vcpu.identity.vm, vcpu.identity.vcpu));
+        let rows = |vcpu: &Copied| vcpu.ledger.rows().count();
         let rows = vcpus.iter().map(rows).sum::<usize>() + departed.rows().count();
         let mut buffer = vec![0; size_for(vcpus.len(), rows)];
         loop {

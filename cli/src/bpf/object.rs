@@ -47,9 +47,9 @@ const LOAD_64: u8 = 0x18;
 /// Maps of one entry whose address is patched into the programs.
 const DIRECT: [&str; 3] = ["cpus", "ledgers", "buckets"];
 
-/// BUCKET_STEPS and BUCKET_STEP of cli/bpf/ledger.h.
+/// BUCKET_STEPS of cli/bpf/ledger.h.
 const STEPS: usize = 4;
-/// See [`STEPS`].
+/// BUCKET_STEP of cli/bpf/ledger.h.
 const STEP: usize = 2048;
 
 /// Bytes of a ledger and the histograms behind it.

@@ -24,7 +24,7 @@ use crate::{
 const OTHERS: &str = "others";
 
 /// Numbers by reason and detail, the latter in words.
-pub type Counts = BTreeMap<(Key, String), Numbers>;
+pub type NumbersByDetail = BTreeMap<(Key, String), Numbers>;
 
 /// Counters by VM, and the tables of the latest scrape.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ pub struct Counters {
     /// TSC of the snapshot in which they begin.
     pub since: u64,
     /// Values of the counters.
-    pub rows: Counts,
+    pub rows: NumbersByDetail,
     labels: usize,
 }
 
@@ -75,7 +75,7 @@ impl Details {
         }
         self.at = head.now;
         let new = std::mem::take(&mut sums.tables);
-        let mut added: BTreeMap<u64, Counts> = BTreeMap::new();
+        let mut added: BTreeMap<u64, NumbersByDetail> = BTreeMap::new();
         for (id @ (vm, _), vcpu) in &new {
             let old = self.tables.get(id);
             // The tables are new if details were off meanwhile.
@@ -90,7 +90,7 @@ impl Details {
         for (vm, added) in added {
             let counters = self.vms.entry(vm).or_insert_with(|| Counters {
                 since: head.now,
-                rows: Counts::new(),
+                rows: NumbersByDetail::new(),
                 labels: 0,
             });
             counters.add(added, self.limit);
@@ -107,7 +107,7 @@ impl Details {
 
 impl Counters {
     /// Add the increase of all vCPUs' tables.
-    fn add(&mut self, added: Counts, limit: usize) {
+    fn add(&mut self, added: NumbersByDetail, limit: usize) {
         let mut added: Vec<_> = added.into_iter().collect();
         // If there are too many labels, the details with the most exits get one.
         added.sort_by_key(|(_, numbers)| Reverse(numbers.exits));
@@ -124,19 +124,19 @@ impl Counters {
 }
 
 /// Add the increase of a vCPU's tables.
-fn count(to: &mut Counts, added: &Rows, isa: Isa) {
-    let reason = |of: ReasonKey| Label::new(isa, of.reason()).key();
-    for (key, row) in &added.rows {
+fn count(to: &mut NumbersByDetail, added: &Rows, isa: Isa) {
+    let label_key = |reason: ReasonKey| Label::new(isa, reason.to_reason()).key();
+    for (key, row) in &added.by_key {
         let mut words = Detail::new(key.detail_kind, key.key).words();
         words.push_str(nested_mark(key.nested));
-        add_to(to, (reason(key.reason), words), row.numbers);
+        add_to(to, (label_key(key.reason), words), row.numbers);
     }
-    for ((_, of), others) in &added.others {
-        add_to(to, (reason(*of), OTHERS.to_owned()), *others);
+    for ((_, reason), others) in &added.others {
+        add_to(to, (label_key(*reason), OTHERS.to_owned()), *others);
     }
 }
 
-fn add_to(to: &mut Counts, place: (Key, String), numbers: Numbers) {
+fn add_to(to: &mut NumbersByDetail, place: (Key, String), numbers: Numbers) {
     let sum = to.entry(place).or_default();
     *sum = sum.saturating_add(numbers);
 }

@@ -18,8 +18,8 @@ pub fn labels(sums: &Sums, names: &NameBook) -> BTreeMap<u64, String> {
     // Numbers grow in the order in which VMs start.
     for (number, vm) in &sums.vms {
         let given = names.vm(*number);
-        let said = given.uuid.as_deref().or(given.name.as_deref());
-        let mut label = said.unwrap_or(&vm.name).to_owned();
+        let chosen = given.uuid.as_deref().or(given.name.as_deref());
+        let mut label = chosen.unwrap_or(&vm.name).to_owned();
         if taken.contains(&label) {
             label = format!("{label}/{}/{number}", vm.name);
         }
@@ -43,7 +43,7 @@ mod tests {
     };
 
     /// Return the labels of two VMs, numbers 1 and 2, with these names.
-    fn of(first: VmNames, second: VmNames) -> [String; 2] {
+    fn labels_of(first: VmNames, second: VmNames) -> [String; 2] {
         let saved = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../src/meter/tests/snapshot-1.3.bin"
@@ -70,9 +70,9 @@ mod tests {
     #[test]
     fn labels_prefer_uuid_then_name_then_kvm_name() {
         let all = given(Some("web"), Some("8f"));
-        assert_eq!(of(all, given(Some("db"), None)), ["8f", "db"]);
+        assert_eq!(labels_of(all, given(Some("db"), None)), ["8f", "db"]);
         assert_eq!(
-            of(VmNames::default(), VmNames::default()),
+            labels_of(VmNames::default(), VmNames::default()),
             ["kvm-1234", "kvm-1300"]
         );
     }
@@ -80,11 +80,11 @@ mod tests {
     #[test]
     fn older_vm_keeps_a_contested_label() {
         let same = || given(Some("web"), None);
-        assert_eq!(of(same(), same()), ["web", "web/kvm-1300/2"]);
+        assert_eq!(labels_of(same(), same()), ["web", "web/kvm-1300/2"]);
         // A VM cannot claim the fallback name of another one either.
         let trick = given(Some("kvm-1300"), None);
         assert_eq!(
-            of(trick, VmNames::default()),
+            labels_of(trick, VmNames::default()),
             ["kvm-1300", "kvm-1300/kvm-1300/2"]
         );
     }

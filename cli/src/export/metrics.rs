@@ -543,10 +543,10 @@ impl Writer<'_> {
     }
 
     /// Write a family with one sample per VM.
-    fn each_vm(&mut self, family: &Family, of: impl Fn(&ShownVm<'_>) -> Option<f64>) {
+    fn each_vm(&mut self, family: &Family, value: impl Fn(&ShownVm<'_>) -> Option<f64>) {
         self.to.family(family);
         for shown in self.vms {
-            if let Some(value) = of(shown) {
+            if let Some(value) = value(shown) {
                 self.sample(family, &[("vm", shown.label)], value, shown.start);
             }
         }

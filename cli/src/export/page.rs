@@ -17,7 +17,7 @@ use super::sums::{cycles, Rows, Sums, Vm};
 use crate::{
     model::{Cycles, Ledger, Span},
     names::NameBook,
-    numbers::{exact, rate, share, time},
+    numbers::{clock_rate, exact, rate, share, time},
     plot::{self, html::section, series::Step, svg::escape, Series},
     recording::read::Ending,
 };
@@ -112,10 +112,6 @@ impl History {
         let host = &latest.sums;
         let (from, to) = series.range();
         let span = format!("the last {:.0} s", (to - from).max(1.0));
-        let khz = host
-            .head
-            .tsc_khz
-            .map(|khz| format!("{:.3} MHz", f64::from(khz) / 1000.0));
         let facts = [
             ("VMs", exact(host.vms as u64)),
             ("vCPUs", exact(host.vcpus as u64)),
@@ -130,7 +126,7 @@ impl History {
                 }
                 .to_owned(),
             ),
-            ("clock", khz.unwrap_or_else(|| "of unknown rate".to_owned())),
+            ("clock", clock_rate(host.head.tsc_khz)),
             ("shown", span),
         ];
         let facts: String = facts

@@ -33,10 +33,7 @@ pub enum NoAnswer {
         error: io::Error,
     },
     /// The guest's kernel must be asked, and cannot be.
-    #[error(
-        "code is told to this guest's kernel alone: {} ({error})",
-        remedy(error)
-    )]
+    #[error("only this guest's kernel can read code: {} ({error})", remedy(error))]
     NoKernel {
         /// Error of the device.
         error: io::Error,
@@ -159,7 +156,7 @@ fn registers(bytes: &[u8; 16]) -> Registers {
     }
 }
 
-/// A [`Cpuid`] that counts its queries, for a search that may fail.
+/// A [`Cpuid`] that counts its queries of all leaves, for a search that may fail.
 struct Counted<'a>(&'a mut Querier, u64);
 
 impl Cpuid for Counted<'_> {
@@ -190,10 +187,10 @@ pub fn find<T>(
     }
     let failed_queries = counted.1;
     let mut querier = Access::Device.open()?;
-    let told = Meter::find(&mut querier as &mut dyn Cpuid, likely)
+    let result = Meter::find(&mut querier as &mut dyn Cpuid, likely)
         .map(|meter| read(meter.with_earlier(failed_queries)));
     querier.check()?;
-    Ok((Access::Device, told?))
+    Ok((Access::Device, result?))
 }
 
 #[cfg(test)]

@@ -15,10 +15,10 @@ use crate::{
     paint::{paint, Style},
     report::format_count,
     why::{
-        model::{groups, Counts, Group, Weight},
+        model::{groups, total, Group, Weight},
         symbols::Symbols,
         tables::Rows,
-        text::{no_room, table},
+        text::{dropped_note, table},
     },
 };
 
@@ -72,12 +72,10 @@ impl GuestDetails {
         let mut text = String::new();
         let mut dropped = BTreeSet::new();
         for (title, groups) in shown {
-            let all = groups.iter().fold(Counts::default(), |sum, group| {
-                sum.saturating_add(group.total)
-            });
+            let all = total(groups);
             text += &table(title, groups, all, limit, options, &mut dropped);
         }
-        text + &no_room(dropped) + &self.missing_vcpus(options)
+        text + &dropped_note(dropped) + &self.missing_vcpus(options)
     }
 
     /// Name the vCPUs that are missing from the tables.

@@ -9,10 +9,9 @@ use serde::Serialize;
 
 use super::tables::{Reading, SlowCpu};
 use crate::{
-    model::Label,
+    model::{optional_hexadecimal, Label},
     output::TextOptions,
     paint::{paint, Style},
-    slow::model::hexadecimal,
     table::{
         Side::{Left, Right},
         Table,
@@ -64,7 +63,7 @@ pub struct Exit {
     /// True for an exit from a nested guest.
     pub nested: bool,
     /// Guest RIP, if the guest's kernel asks.
-    #[serde(serialize_with = "hexadecimal")]
+    #[serde(serialize_with = "optional_hexadecimal")]
     pub rip: Option<u64>,
     /// The guest RIP, in words.
     pub code: Option<String>,

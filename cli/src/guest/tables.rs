@@ -46,7 +46,7 @@ pub enum Error {
     #[error("details are on, but the host has no memory for those of this VM's vCPUs")]
     NoTables,
     /// Code is told only to the guest's kernel.
-    #[error("code is told to this guest's kernel alone, which was not asked")]
+    #[error("only this guest's kernel can read code, and it was not asked")]
     NoCode,
     /// The host cannot read the guest's RIP.
     #[error("the host cannot read this guest's RIP, as its registers are encrypted")]
@@ -54,7 +54,7 @@ pub enum Error {
     /// The tables are not those of the earlier reading.
     #[error(
         "the host turned details off or on while the command ran: what its exits were about is not \
-         known"
+         known; run it again"
     )]
     Switched,
     /// The CPUs that this process may run on are unknown.
@@ -430,10 +430,10 @@ impl Reading {
 
     /// Return the number of vCPUs whose tables were read.
     pub fn vcpus(&self) -> usize {
-        let told = self
+        let with_tables = self
             .described()
             .filter(|description| description.has_tables);
-        told.count()
+        with_tables.count()
     }
 
     /// Return the number of vCPUs that were not read, because this process may not run on them.
@@ -501,8 +501,8 @@ impl Reading {
 /// Subtract the tool's own queries from the rows, as far as the rows have them. The rest stays in
 /// `own`.
 fn subtract_own(rows: &mut Rows, isa: Isa, own: &mut Asked) {
-    rows.rows.retain(|key, row| {
-        let leaf = leaf_of(isa, key.reason.reason(), key.detail_kind, key.key);
+    rows.by_key.retain(|key, row| {
+        let leaf = leaf_of(isa, key.reason.to_reason(), key.detail_kind, key.key);
         let Some(own) = leaf.and_then(|leaf| own.get_mut(leaf)) else {
             return true;
         };
@@ -613,11 +613,11 @@ pub fn slow(cpus: &mut Cpus, isa: Isa) -> anyhow::Result<(Reading, BTreeMap<u32,
             return Ok(());
         };
         records.push(Record::Cpu(cpu, description));
-        let mut told = SlowCpu::default();
-        reader.read_slow(TABLE_SLOWEST, |exit| told.slowest.push(exit));
-        reader.read_slow(TABLE_RING, |exit| told.ring.push(exit));
+        let mut exits = SlowCpu::default();
+        reader.read_slow(TABLE_SLOWEST, |exit| exits.slowest.push(exit));
+        reader.read_slow(TABLE_RING, |exit| exits.ring.push(exit));
         records.push(Record::Asked(reader.asked()));
-        slow.insert(cpu, told);
+        slow.insert(cpu, exits);
         Ok(())
     })?;
     Ok((Reading::of(cpus.online, records), slow))
@@ -720,13 +720,13 @@ mod tests {
             .since(&before, Isa::Svm)
             .expect("the same tables")
             .rows();
-        let told: Vec<_> = rows
-            .rows
+        let numbers: Vec<_> = rows
+            .by_key
             .iter()
             .map(|(key, row)| (key.key, row.numbers.exits, row.numbers.kernel))
             .collect();
         assert_eq!(
-            told,
+            numbers,
             [(0, 5, 50), (0x4fff_fff2, 1, 10), (0x4fff_fff6, 2, 20)]
         );
         assert_eq!(

@@ -73,7 +73,7 @@ pub fn read(words: &[&[u8]]) -> VmNames {
     let Some((program, arguments)) = words.split_first() else {
         return VmNames::default();
     };
-    match of(program) {
+    match vmm_of(program) {
         Some(Program::Qemu) => qemu(arguments),
         Some(Program::Firecracker) => firecracker(arguments),
         Some(Program::CloudHypervisor) => cloud_hypervisor(arguments),
@@ -82,7 +82,7 @@ pub fn read(words: &[&[u8]]) -> VmNames {
 }
 
 /// Return the VMM of a program, by its file name.
-fn of(program: &[u8]) -> Option<Program> {
+fn vmm_of(program: &[u8]) -> Option<Program> {
     let name = program.rsplit(|byte| *byte == b'/').next()?;
     // NixOS renames programs that it wraps: .qemu-system-x86_64-wrapped.
     let name = name.strip_prefix(b".").unwrap_or(name);
@@ -117,7 +117,7 @@ fn qemu(arguments: &[&[u8]]) -> VmNames {
             b"name" => name = find(&parameters(value, b"guest"), b"guest").or(name),
             b"uuid" => uuid = uuid_of(value).or(uuid),
             // Only Proxmox's QEMU has this option.
-            b"id" => id = some(value),
+            b"id" => id = non_empty(value),
             b"smbios" => {
                 let fields = parameters(value, b"type");
                 if find(&fields, b"type").as_deref() == Some(b"1") {
@@ -153,7 +153,7 @@ fn qemu(arguments: &[&[u8]]) -> VmNames {
         "qemu"
     };
     VmNames {
-        name: name.and_then(some),
+        name: name.and_then(non_empty),
         uuid: uuid.or_else(|| uuid_of(&find(&hardware, b"uuid")?)),
         manager: Some(manager.to_owned()),
         id,
@@ -172,9 +172,9 @@ fn firecracker(arguments: &[&[u8]]) -> VmNames {
     let socket = long_option(arguments, b"api-sock");
     let called = id.or_else(|| socket.and_then(stem));
     VmNames {
-        name: called.and_then(some),
+        name: called.and_then(non_empty),
         manager: Some("firecracker".to_owned()),
-        id: id.or(socket).and_then(some),
+        id: id.or(socket).and_then(non_empty),
         ..VmNames::default()
     }
 }
@@ -191,10 +191,10 @@ fn cloud_hypervisor(arguments: &[&[u8]]) -> VmNames {
     let kata =
         socket.is_some_and(|socket| contains(socket, b"/run/vc/") || contains(socket, b"/kata/"));
     VmNames {
-        name: socket.and_then(stem).and_then(some),
+        name: socket.and_then(stem).and_then(non_empty),
         uuid: find(&platform, b"uuid").and_then(|uuid| uuid_of(&uuid)),
         manager: Some(if kata { "kata" } else { "cloud-hypervisor" }.to_owned()),
-        id: socket.and_then(some),
+        id: socket.and_then(non_empty),
         ..VmNames::default()
     }
 }
@@ -297,7 +297,7 @@ fn uuid_of(text: &[u8]) -> Option<String> {
 }
 
 /// Return a text, or `None` if it is empty.
-fn some(text: &[u8]) -> Option<String> {
+fn non_empty(text: &[u8]) -> Option<String> {
     (!text.is_empty()).then(|| clean(text))
 }
 

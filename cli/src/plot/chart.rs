@@ -10,11 +10,11 @@ use super::{
 
 /// Width of a chart, in pixels.
 const WIDTH: f64 = 1040.0;
-/// Edges of the data, in pixels.
+/// Left edge of the data, in pixels.
 pub const LEFT: f64 = 66.0;
-/// See [`LEFT`].
+/// Right edge of the data.
 pub const RIGHT: f64 = 670.0;
-/// See [`LEFT`].
+/// Upper edge of the data, without marks.
 pub const TOP: f64 = 84.0;
 /// Left edge of the legend.
 const LEGEND: f64 = 694.0;
@@ -22,20 +22,20 @@ const LEGEND: f64 = 694.0;
 const COLUMNS: [f64; 2] = [966.0, 1024.0];
 /// Height of a line of the legend.
 pub const LINE: f64 = 20.0;
-/// Distance from the first to the second line of a pair, and height of a pair.
+/// Distance from the first to the second line of a pair.
 const BETWEEN: f64 = 16.0;
-/// See [`BETWEEN`].
+/// Height of a pair.
 pub const PAIR: f64 = 38.0;
-/// Font sizes.
+/// Font size of the title.
 const LARGE: f64 = 17.0;
-/// See [`LARGE`].
+/// Font size of all other texts.
 pub const SMALL: f64 = 12.0;
 /// Height below the data, for the labels of the ticks and of the axis.
 const BELOW: f64 = 52.0;
 
-/// Maximum width of a mark's name, and height of the line that leads to it.
+/// Maximum width of a mark's name.
 const LONGEST: f64 = 110.0;
-/// See [`LONGEST`].
+/// Height of the line that leads to a mark's name.
 const LEADER: f64 = 12.0;
 
 /// A line of the legend.

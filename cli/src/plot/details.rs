@@ -61,15 +61,15 @@ pub fn by_reason(series: &Series, weight: Weight) -> Vec<Group> {
 pub fn exits_in_no_table(series: &Series, code: Option<u32>) -> u64 {
     let steps = series.steps.iter().filter(|step| step.details.is_some());
     let exits = steps.flat_map(|step| &step.exits);
-    let exits = exits.filter(|((_, of), _)| code.is_none() || *of == code);
+    let exits = exits.filter(|((_, exit_code), _)| code.is_none() || *exit_code == code);
     let all_exits: u64 = exits.map(|(_, exits)| exits).sum();
-    let told = series.details.as_ref().map(total).unwrap_or_default();
-    all_exits.saturating_sub(told.exits)
+    let in_tables = series.details.as_ref().map(total).unwrap_or_default();
+    all_exits.saturating_sub(in_tables.exits)
 }
 
 /// Return the sum over a table.
 fn total(rows: &Rows) -> Numbers {
-    let own = rows.rows.values().map(|row| row.numbers);
+    let own = rows.by_key.values().map(|row| row.numbers);
     own.chain(rows.others.values().copied())
         .fold(Numbers::default(), Numbers::saturating_add)
 }
@@ -163,10 +163,10 @@ fn heights(step: &Step, layers: &[Layer], weight: Weight) -> Vec<f64> {
     for layer in layers {
         sum += match layer.content {
             Content::Row(key) => {
-                let row = rows.rows.get(&key).map(|row| row.numbers);
+                let row = rows.by_key.get(&key).map(|row| row.numbers);
                 weigh(row.unwrap_or_default(), weight)
             }
-            Content::Others(of) => weigh(rows.others(TABLE_DETAILS, of), weight),
+            Content::Others(reason) => weigh(rows.others(TABLE_DETAILS, reason), weight),
             Content::Rest => weigh(total(rows), weight).saturating_sub(sum),
         };
         heights.push(per_second(sum));

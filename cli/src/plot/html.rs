@@ -11,7 +11,7 @@ use super::{
     svg::{escape, Picture},
 };
 use crate::{
-    numbers::{exact, mean, rough, share},
+    numbers::{exact, mean, share},
     why::model::Weight,
 };
 
@@ -101,15 +101,7 @@ fn details_section(series: &Series, weight: Weight) -> String {
     let mut rows = Vec::new();
     for group in details::by_reason(series, weight) {
         for row in &group.rows {
-            let bound = match row.exact {
-                true => "exact".to_owned(),
-                false => format!(
-                    "+{}, +{} cycles",
-                    rough(row.missed.exits),
-                    rough(row.missed.kernel.unwrap_or(0))
-                ),
-            };
-            rows.push((group.label, row.about(), row.counts, bound));
+            rows.push((group.label, row.about(), row.counts, row.bound()));
         }
         if !group.others.is_zero() {
             let words = if group.rows.is_empty() { "" } else { "others" };

@@ -22,9 +22,9 @@ const ROWS: usize = 14;
 const ROW: f64 = 40.0;
 /// Height of the distribution in a row.
 const HILL: f64 = 20.0;
-/// Edges of the data, in pixels.
+/// Left edge of the data, in pixels.
 const LEFT: f64 = 220.0;
-/// See [`LEFT`].
+/// Right edge of the data.
 const RIGHT: f64 = 790.0;
 /// Titles and right edges of the columns of numbers.
 const COLUMNS: [(&str, f64); 4] = [

@@ -158,14 +158,14 @@ pub enum Error {
     #[error(transparent)]
     Selection(#[from] select::Error),
     /// The VM does not occur.
-    #[error("{} has no VM that is called '{vm}' or belongs to process '{vm}'; {those}", path.display())]
+    #[error("{} has no VM that is called '{vm}' or belongs to process '{vm}'; {listed}", path.display())]
     NoVm {
         /// File.
         path: PathBuf,
         /// Name that was searched for.
         vm: String,
         /// VMs of the recording, in words.
-        those: String,
+        listed: String,
     },
     /// Several VMs have the name at the same time.
     #[error("{}: {error}", path.display())]
@@ -276,12 +276,12 @@ impl Series {
         }
         series.end_of_life(&mut slow, part, reader.names())?;
         if let (Some(vm), 0) = (&part.vm, found) {
-            let those = match others.into_iter().collect::<Vec<_>>() {
+            let listed = match others.into_iter().collect::<Vec<_>>() {
                 none if none.is_empty() => "there is none in that part of it".to_owned(),
                 names => format!("those in it are {}", ascii(&names.join(", "))),
             };
             let (path, vm) = (file(), vm.clone());
-            return Err(Error::NoVm { path, vm, those });
+            return Err(Error::NoVm { path, vm, listed });
         }
         if series.steps.is_empty() {
             let found = series.snapshots;
@@ -313,7 +313,7 @@ impl Series {
         Ok(series)
     }
 
-    fn add(&mut self, mut step: Step, delta: Report, (part, selected): PartOfVms<'_>) {
+    fn add(&mut self, mut step: Step, delta: Report, (part, selected): PartAndVms<'_>) {
         let vms = delta.vms.into_iter();
         let vms = vms
             .filter(|vm| selected.contains(&vm.vm))
@@ -411,7 +411,7 @@ impl Series {
 }
 
 /// A part, and the numbers of its VMs.
-type PartOfVms<'a> = (&'a Part, &'a BTreeSet<u64>);
+type PartAndVms<'a> = (&'a Part, &'a BTreeSet<u64>);
 
 impl Part {
     /// Return the numbers of the part's VMs in a snapshot.
@@ -436,11 +436,11 @@ impl Part {
     /// Return the details between two snapshots.
     fn details(&self, between: &TableSet, selected: &BTreeSet<u64>) -> Result<Rows, select::Error> {
         let code = self.code(between.host.isa)?;
-        let of = code.map(|code| ReasonKey::new(Reason::Code(code)));
+        let reason = code.map(|code| ReasonKey::new(Reason::Code(code)));
         let vcpus = between.vcpus.iter();
         let vcpus = vcpus.filter(|((vm, _), _)| selected.contains(vm));
         let parts: Vec<_> = vcpus
-            .map(|(_, vcpu)| vcpu.rows.part(TABLE_DETAILS, of))
+            .map(|(_, vcpu)| vcpu.rows.part(TABLE_DETAILS, reason))
             .collect();
         Ok(Rows::sum(parts.iter()))
     }

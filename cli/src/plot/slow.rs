@@ -25,8 +25,8 @@ pub fn draw(
     subtitle: &str,
 ) -> Option<Picture> {
     let unit = Unit::new(series);
-    let most = unit.of(series.slow.first()?.exit.took);
-    let least = unit.of(series.slow.last()?.exit.took);
+    let most = unit.convert(series.slow.first()?.exit.took);
+    let least = unit.convert(series.slow.last()?.exit.took);
     let colors: Vec<_> = layers
         .iter()
         .filter_map(|layer| {
@@ -61,7 +61,12 @@ pub fn draw(
         |value| unit.label(value),
     );
     let time = chart.time_axis(series.range());
-    let place = |slow: &SlowExit| (time.place(slow.at), vertical.place(unit.of(slow.exit.took)));
+    let place = |slow: &SlowExit| {
+        (
+            time.place(slow.at),
+            vertical.place(unit.convert(slow.exit.took)),
+        )
+    };
     // The longest are drawn last, above the others.
     for slow in series.slow.iter().rev() {
         let paint = palette::reason(layers, slow.exit.label.key());
@@ -170,7 +175,7 @@ impl Unit {
     }
 
     /// Convert ticks to this unit.
-    fn of(self, ticks: u64) -> f64 {
+    fn convert(self, ticks: u64) -> f64 {
         let ticks = ticks as f64;
         self.khz
             .map_or(ticks, |khz| ticks * 1e6 / f64::from(khz))
@@ -195,7 +200,7 @@ impl Unit {
     /// Format ticks.
     pub fn time(self, ticks: u64) -> String {
         match self.khz {
-            Some(_) => axis::time(axis::round(self.of(ticks) / 1e9)),
+            Some(_) => axis::time(axis::round(self.convert(ticks) / 1e9)),
             None => rough(ticks),
         }
     }

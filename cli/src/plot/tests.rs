@@ -248,10 +248,10 @@ fn both_sides_of_a_new_beginning_are_drawn() {
             png::render(&svg).expect("pixels");
         }
         let facts = facts(&series);
-        let told = facts
+        let new_life = facts
             .iter()
             .find(|(name, _)| name == "the meter began anew");
-        assert!(told.is_some_and(|(_, text)| text.starts_with("at 3.00 s; ")));
+        assert!(new_life.is_some_and(|(_, text)| text.starts_with("at 3.00 s; ")));
     }
     let torn = Series::read(Path::new("x.rec"), &recording(&lives[3]), &Part::default());
     let torn = torn.expect("the steps before the first one");
@@ -529,7 +529,7 @@ fn details_are_shown_by_step_and_name() {
     let snapshots: Vec<_> = (0..4).map(busier).collect();
     let all = series(&recording(&snapshots));
     let exits = |step: &series::Step| {
-        let rows = &step.details.as_ref().expect("details").rows;
+        let rows = &step.details.as_ref().expect("details").by_key;
         rows.values().map(|row| row.numbers.exits).sum::<u64>()
     };
     assert!(all.steps.iter().map(exits).eq([1000, 1000, 1000]));
@@ -543,7 +543,10 @@ fn details_are_shown_by_step_and_name() {
         ),
     ] {
         let picture = details::draw(&all, weight, None, 0, "").expect("details");
-        let texts: Vec<_> = texts(&picture.svg("")).into_iter().map(|it| it.0).collect();
+        let texts: Vec<_> = texts(&picture.svg(""))
+            .into_iter()
+            .map(|(text, _)| text)
+            .collect();
         for word in [
             unit,
             sum,
@@ -592,12 +595,12 @@ fn details_that_are_off_leave_a_gap() {
     without[128..160].fill(0);
     let snapshots = [busier(0), busier(1), without, busier(3), busier(4)];
     let series = series(&recording(&snapshots));
-    let told: Vec<_> = series
+    let has_details: Vec<_> = series
         .steps
         .iter()
         .map(|step| step.details.is_some())
         .collect();
-    assert_eq!(told, [true, false, false, true]);
+    assert_eq!(has_details, [true, false, false, true]);
     // Merging keeps them apart.
     assert_eq!(series.bins(1).len(), 3);
     let picture = details::draw(&series, Weight::Exits, None, 0, "").expect("details");
@@ -645,7 +648,7 @@ fn each_slow_exit_is_one_mark_at_its_time() {
     for slow in &series.slow {
         assert!(
             times.insert((slow.exit.vcpu, slow.exit.tsc)),
-            "{slow:?} is told twice"
+            "{slow:?} is drawn twice"
         );
         assert!((from..=to).contains(&slow.at) && slow.exit.took <= last);
         last = slow.exit.took;

@@ -51,7 +51,7 @@ impl Child {
 
     /// Print why the measurement failed, wait until the command has ended, and return the exit
     /// status. The command is worth more than its measurement, so it runs on.
-    pub fn outlast(&self, events: &Events, error: &anyhow::Error) -> u8 {
+    pub fn report_and_wait(&self, events: &Events, error: &anyhow::Error) -> u8 {
         eprintln!("exitmeter: {error:#}");
         while let Some(RecordEvent::Signal(signal)) = events.wait() {
             self.pass_on(signal);

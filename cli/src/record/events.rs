@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::signals;
 
-/// Something that has happened.
+/// Event that ends a wait.
 #[derive(Clone, Copy, Debug)]
 pub enum RecordEvent {
     /// A signal has come.

@@ -9,6 +9,9 @@ use flate2::{read::DeflateDecoder, write::DeflateEncoder, Compression, Crc};
 /// Size of a head, in bytes.
 pub const HEAD_SIZE: usize = 24;
 
+/// Offset of the checksum in a head.
+const CHECKSUM: usize = 12;
+
 /// Largest body, in bytes. A snapshot of 65536 vCPUs with all rows takes 2 GB.
 const MAX_BODY_SIZE: u32 = i32::MAX as u32;
 
@@ -128,9 +131,6 @@ impl Frame {
         Ok((Self { kind, at, body }, rest))
     }
 }
-
-/// Offset of the checksum in a head.
-const CHECKSUM: usize = 12;
 
 /// Return the CRC-32 of a frame without the checksum itself.
 fn checksum(frame: &[u8]) -> u32 {

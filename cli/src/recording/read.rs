@@ -75,6 +75,11 @@ pub fn is_recording(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC)
 }
 
+/// Return the bytes of a field at offset `at`, or `None` past the end.
+fn field<const SIZE: usize>(bytes: &[u8], at: usize) -> Option<[u8; SIZE]> {
+    bytes.get(at..)?.first_chunk().copied()
+}
+
 impl<'a> Reader<'a> {
     /// Begin to read a recording.
     ///
@@ -86,27 +91,9 @@ impl<'a> Reader<'a> {
         if !is_recording(bytes) {
             return Err(Error::Magic);
         }
-        let u16_at = |at| {
-            bytes
-                .get(at..)?
-                .first_chunk()
-                .copied()
-                .map(u16::from_le_bytes)
-        };
-        let u32_at = |at| {
-            bytes
-                .get(at..)?
-                .first_chunk()
-                .copied()
-                .map(u32::from_le_bytes)
-        };
-        let u64_at = |at| {
-            bytes
-                .get(at..)?
-                .first_chunk()
-                .copied()
-                .map(u64::from_le_bytes)
-        };
+        let u16_at = |at| field(bytes, at).map(u16::from_le_bytes);
+        let u32_at = |at| field(bytes, at).map(u32::from_le_bytes);
+        let u64_at = |at| field(bytes, at).map(u64::from_le_bytes);
         let (Some(major), Some(minor)) = (u16_at(8), u16_at(10)) else {
             return Err(Error::Header);
         };

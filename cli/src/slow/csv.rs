@@ -3,7 +3,10 @@
 //! Slow exits as comma-separated values (RFC 4180).
 
 use super::model::{Exit, Slow};
-use crate::report::{quoted, vmm_columns};
+use crate::{
+    report::{quoted, vmm_columns},
+    why::csv::optional,
+};
 
 /// Line of titles. Times are TSC ticks. Unknown and absent values are empty.
 const HEADER: &str = "when,tsc,vm,name,pid,vcpu,sequence,kind,code,reason,about,nested,rip,symbol,\
@@ -31,13 +34,13 @@ pub fn csv(slow: &Slow, ring: bool) -> String {
 
 fn line(vm_columns: &str, names: &str, exit: &Exit) -> String {
     let fields = [
-        format_optional(exit.when),
+        optional(exit.when),
         exit.tsc.to_string(),
         vm_columns.to_owned(),
         exit.vcpu.to_string(),
         exit.sequence.to_string(),
         exit.label.kind.to_owned(),
-        format_optional(exit.label.code),
+        optional(exit.label.code),
         exit.label.name.map_or_else(String::new, quoted),
         exit.words.as_deref().map_or_else(String::new, quoted),
         u8::from(exit.nested).to_string(),
@@ -47,8 +50,8 @@ fn line(vm_columns: &str, names: &str, exit: &Exit) -> String {
             .then(|| exit.place())
             .flatten()
             .map_or_else(String::new, |place| quoted(&place)),
-        format_optional(exit.cpu_exit),
-        format_optional(exit.cpu_entry),
+        optional(exit.cpu_exit),
+        optional(exit.cpu_entry),
         exit.took.to_string(),
         exit.kernel.to_string(),
         exit.user.to_string(),
@@ -61,8 +64,4 @@ fn line(vm_columns: &str, names: &str, exit: &Exit) -> String {
         names.to_owned(),
     ];
     fields.join(",") + "\n"
-}
-
-fn format_optional(value: Option<impl ToString>) -> String {
-    value.map_or_else(String::new, |value| value.to_string())
 }

@@ -14,10 +14,10 @@ use serde::Serialize;
 
 use super::utc::Utc;
 use crate::{
-    model::{delta::NEW_LIFE, HostReport, Label, Report},
+    model::{delta::NEW_LIFE, optional_hexadecimal, HostReport, Label, Report},
     names::{self, Candidate, NameBook, NoVm, VmNames},
     why::{
-        detail::{user_exit, Detail},
+        detail::{nested_in_brackets, user_exit, Detail},
         symbols::{self, Symbols},
     },
 };
@@ -119,9 +119,7 @@ impl SlowExits {
             (later.host, later.time, later.without_tables);
         Ok(())
     }
-}
 
-impl SlowExits {
     /// Add a later snapshot of the same life, and keep for each window only its slowest exits:
     /// those of an earlier snapshot give way to those of a later one.
     pub fn merge_by_window(&mut self, later: Self) {
@@ -165,7 +163,7 @@ pub struct Slow {
     pub format: u32,
     /// The host, and the moment of the latest snapshot.
     pub host: HostReport,
-    /// vCPUs without a record, for want of memory.
+    /// vCPUs without a record, for lack of memory.
     pub vcpus_without_tables: u32,
     /// VMs.
     pub vms: Vec<Vm>,
@@ -203,7 +201,7 @@ pub struct Ring {
 #[derive(Clone, Debug, Serialize)]
 pub struct Exit {
     /// UTC of the exit, if known.
-    #[serde(serialize_with = "text")]
+    #[serde(serialize_with = "optional_utc")]
     pub when: Option<Utc>,
     /// TSC at the exit.
     pub tsc: u64,
@@ -221,7 +219,7 @@ pub struct Exit {
     /// True if the exit came from an L2 guest.
     pub nested: bool,
     /// RIP of the guest.
-    #[serde(serialize_with = "hexadecimal")]
+    #[serde(serialize_with = "optional_hexadecimal")]
     pub rip: Option<u64>,
     /// Symbol that the RIP belongs to.
     pub symbol: Option<String>,
@@ -251,13 +249,9 @@ pub struct Exit {
     pub culprit: bool,
 }
 
-fn text<S: serde::Serializer>(moment: &Option<Utc>, to: S) -> Result<S::Ok, S::Error> {
+/// Serialize a time in the form of RFC 3339, if it is known.
+fn optional_utc<S: serde::Serializer>(moment: &Option<Utc>, to: S) -> Result<S::Ok, S::Error> {
     moment.map(|moment| moment.to_string()).serialize(to)
-}
-
-/// Serialize a number as text, because JSON's readers have 53 bits.
-pub fn hexadecimal<S: serde::Serializer>(number: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
-    number.map(|number| format!("{number:#x}")).serialize(to)
 }
 
 impl Exit {
@@ -304,10 +298,7 @@ impl Exit {
         if let Some(words) = &self.words {
             about += &format!(" {words}");
         }
-        if self.nested {
-            about += " (nested)";
-        }
-        about
+        about + nested_in_brackets(self.nested)
     }
 
     /// Return the guest's code address, in words.
@@ -341,13 +332,13 @@ impl Slow {
             pid: *pid,
             given: names.vm_of(seen.host.life, vm),
         });
-        let meant = match selection.vm {
+        let selected = match selection.vm {
             Some(vm) => Some(names::find(vm, known)?),
             None => None,
         };
         let mut vms = Vec::new();
         for (number, (name, pid)) in &seen.vms {
-            if meant.as_ref().is_some_and(|meant| !meant.contains(number)) {
+            if selected.as_ref().is_some_and(|vms| !vms.contains(number)) {
                 continue;
             }
             let mut vm = Vm {

@@ -17,7 +17,7 @@ use crate::{
         Side::{Left, Right},
         Table,
     },
-    why::text::{missing, no_room},
+    why::text::{dropped_note, missing_note, NO_EXIT},
 };
 
 /// Choice of the exits to show.
@@ -40,7 +40,7 @@ const VCPU: &str = "vCPU";
 const CPU: &str = "CPU";
 
 /// Text for a ring without exits.
-const NO_RING: &str = "No exit. Rings are kept with the module's parameter slow_us alone.\n";
+const NO_RING: &str = "No exit. Rings are kept only with the module's parameter slow_us.\n";
 
 /// Format the tables of all VMs.
 pub fn text(slow: &Slow, shown: Shown, options: TextOptions) -> String {
@@ -51,12 +51,12 @@ pub fn text(slow: &Slow, shown: Shown, options: TextOptions) -> String {
     };
     let isa = slow.host.isa.name().to_uppercase();
     let mut text = format!("slow exits ({isa}), in {unit}, at times in UTC\n");
-    text += &missing(slow.vcpus_without_tables, slow.vms.is_empty(), options);
+    text += &missing_note(slow.vcpus_without_tables, slow.vms.is_empty(), options);
     let mut dropped = BTreeSet::new();
     for vm in &slow.vms {
         text += &vm_text(vm, khz, shown, options, &mut dropped);
     }
-    text + &no_room(dropped)
+    text + &dropped_note(dropped)
 }
 
 fn vm_text(
@@ -85,7 +85,7 @@ fn vm_text(
             };
         }
         if vm.rings.is_empty() {
-            text += &(title(&vm_title) + "No exit since details are on.\n");
+            text += &(title(&vm_title) + NO_EXIT);
         }
         return text;
     }
@@ -120,7 +120,7 @@ fn table(
     dropped: &mut BTreeSet<String>,
 ) -> String {
     if exits.is_empty() {
-        return "No exit since details are on.\n".to_owned();
+        return NO_EXIT.to_owned();
     }
     let mut absent = Vec::new();
     if exits.iter().all(|exit| exit.rip.is_none()) {

@@ -149,12 +149,11 @@ impl Counters {
             Some(counters)
         };
         let cut_off = || io::Error::from(io::ErrorKind::UnexpectedEof);
-        (counters)().ok_or_else(cut_off)
+        counters().ok_or_else(cut_off)
     }
 
     /// Return true if the meter began anew after `earlier`, so that the numbers cannot be
-    /// subtracted.
-    /// On a host that does not report its life, numbers that shrink show it.
+    /// subtracted. On a host that does not report its life, numbers that shrink show it.
     fn began_anew_since(&self, earlier: &Self) -> bool {
         let shrinks = |old: &ReasonNumbers| {
             let new = self.rows.iter().find(|row| row.code == old.code);
@@ -249,11 +248,11 @@ mod tests {
             row(0x60, 10, 20_000),
             row(0x78, 4, 40),
         ]);
-        let told = after.since(&before).expect("one life");
-        assert_eq!(told.len(), 2);
-        let cpuid = told[0];
+        let rows = after.since(&before).expect("one life");
+        assert_eq!(rows.len(), 2);
+        let cpuid = rows[0];
         assert_eq!((cpuid.exits, cpuid.cycles), (7, [0, 10_500, 0, 0, 0, 0]));
-        assert_eq!(told[1], row(0x78, 4, 40));
+        assert_eq!(rows[1], row(0x78, 4, 40));
     }
 
     #[test]

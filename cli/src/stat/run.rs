@@ -109,7 +109,7 @@ fn forward_signal(signal: i32) {
 /// # Errors
 ///
 /// Returns an error if the system does not allow it.
-pub fn outlive_signals() -> io::Result<()> {
+pub fn forward_signals() -> io::Result<()> {
     let signals = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
     for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
         // SAFETY: `forward_signal` uses only atomics and the system call kill, which a handler may.
@@ -145,14 +145,14 @@ pub fn once(
         false => None,
     };
     let mut reader = match &details {
-        Some((_, left)) => Some((Cpus::open(access)?, left.share()?)),
+        Some((_, file)) => Some((Cpus::open(access)?, file.share()?)),
         None => None,
     };
     let mut command = Command::new(program);
     command.args(arguments);
     let begin = move || {
-        if let Some((cpus, left)) = &mut reader {
-            left.read(cpus, isa, &TABLES)?;
+        if let Some((cpus, file)) = &mut reader {
+            file.read(cpus, isa, &TABLES)?;
         }
         let mut counter = QueryCounter::new(&mut querier);
         let read = before.read(&mut counter);
@@ -161,7 +161,7 @@ pub fn once(
         read.map_err(io::Error::other)?;
         before.write(&mut &theirs)?;
         match &mut reader {
-            Some((_, left)) => left.asked(asked),
+            Some((_, file)) => file.asked(asked),
             None => Ok(()),
         }
     };
@@ -190,8 +190,8 @@ pub fn once(
     let rows = after.since(&before);
     let why = match (details, later) {
         // If the meter began anew, the details are unknown as well.
-        (Some((cpus, left)), Some(later)) if rows.is_some() => {
-            let mut earlier = left.take(&cpus)?;
+        (Some((cpus, file)), Some(later)) if rows.is_some() => {
+            let mut earlier = file.take(&cpus)?;
             earlier.add_asked(asked);
             Some(later.since(&earlier, isa)?)
         }

@@ -224,7 +224,7 @@ impl Summary {
             None => String::new(),
         };
         let why = self.why.as_ref();
-        let why = why.map_or_else(String::new, |told| told.text(false, limit, options));
+        let why = why.map_or_else(String::new, |details| details.text(false, limit, options));
         format!(
             "\n{}\n\n{}\n{}{}, kernel {} of the time, in {:.3} s{}\n\
              {} of this tool's own {} not among them\n{left_out}{why}",

@@ -127,9 +127,9 @@ impl App {
     ///
     /// Returns an error if no VM matches, or several do.
     pub fn open(&mut self, vm: &str) -> Result<(), NoVm> {
-        let meant = names::find(vm, self.now.vms.iter().map(Vm::candidate))?;
+        let found = names::find(vm, self.now.vms.iter().map(Vm::candidate))?;
         // If one process has several VMs, show the first.
-        if let Some(number) = meant.first() {
+        if let Some(number) = found.first() {
             self.go(Scope::Vm(*number));
         }
         Ok(())
@@ -188,11 +188,12 @@ impl App {
         let between = self.between.as_ref().filter(|_| !self.totals);
         let none = Symbols::default();
         let symbols = match (self.scope, &self.symbols) {
-            (Scope::Vm(vm) | Scope::Vcpu(vm, _), (symbols, Some(of))) if vm == *of => symbols,
+            (Scope::Vm(vm) | Scope::Vcpu(vm, _), (symbols, Some(owner))) if vm == *owner => symbols,
             _ => &none,
         };
         let weight = details::weight(self.sorts[self.table_index()]);
-        let breakdown = |moment| Breakdown::new(moment, self.scope, reason, view, symbols, weight);
+        let breakdown =
+            |table_set| Breakdown::new(table_set, self.scope, reason, view, symbols, weight);
         self.breakdown = between.or(self.tables.as_ref()).map(breakdown);
     }
 

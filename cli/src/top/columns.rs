@@ -14,6 +14,9 @@ use crate::{
     why::tables::Key,
 };
 
+/// Blanks between columns.
+pub const GAP: usize = 1;
+
 /// Identity of a line, independent of its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Id {
@@ -69,8 +72,8 @@ pub struct TableLine {
 pub struct Sheet {
     /// Singular and plural of what a line shows.
     pub nouns: [&'static str; 2],
-    /// Text behind these words that says what the lines belong to.
-    pub of: String,
+    /// Text behind the noun that names what the lines belong to.
+    pub suffix: String,
     /// Sort order, as shown in the title bar.
     pub order: &'static str,
     /// Number of sort orders.
@@ -147,7 +150,7 @@ pub fn vms(vms: &[Vm], cycles: Cycles, order: usize) -> Sheet {
     });
     Sheet {
         nouns: ["VM", "VMs"],
-        of: String::new(),
+        suffix: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
         columns,
@@ -187,7 +190,7 @@ pub fn vcpus(vm: Option<&Vm>, order: usize) -> Sheet {
     });
     Sheet {
         nouns: ["vCPU", "vCPUs"],
-        of: String::new(),
+        suffix: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
         columns,
@@ -255,7 +258,7 @@ pub fn reasons(numbers: Option<&ScopeNumbers>, order: usize) -> Sheet {
     });
     Sheet {
         nouns: ["reason", "reasons"],
-        of: String::new(),
+        suffix: String::new(),
         order: ORDERS.get(order).unwrap_or(&ORDERS[0]),
         orders: ORDERS.len(),
         columns,
@@ -290,7 +293,7 @@ fn phases(ledger: &Ledger) -> impl Iterator<Item = String> + '_ {
     phases.map(move |phase| share(ledger.cycles.of(phase), whole))
 }
 
-/// Return the columns that fit, two blanks apart.
+/// Return the columns that fit, [`GAP`] blanks apart.
 pub fn fitting(columns: &[Column], width: u16) -> Vec<usize> {
     let mut order: Vec<usize> = (0..columns.len()).collect();
     let rank = |place: &usize| columns.get(*place).map_or(0, |column| column.rank);
@@ -312,9 +315,6 @@ pub fn fitting(columns: &[Column], width: u16) -> Vec<usize> {
     shown.sort_unstable();
     shown
 }
-
-/// Blanks between columns.
-pub const GAP: usize = 1;
 
 #[cfg(test)]
 mod tests {

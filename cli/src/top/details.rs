@@ -79,7 +79,7 @@ pub struct Breakdown {
     span: Span,
     /// True if the numbers are since details were turned on, and not of an interval.
     pub is_total: bool,
-    /// vCPUs that have no tables for want of memory.
+    /// vCPUs that have no tables for lack of memory.
     pub without_tables: u32,
     /// Reason why there is no code.
     no_code: Option<&'static str>,
@@ -88,27 +88,30 @@ pub struct Breakdown {
 impl Breakdown {
     /// Sum up the tables for a reason in a scope.
     pub fn new(
-        moment: &TableSet,
+        table_set: &TableSet,
         scope: Scope,
         reason: Reason,
         view: View,
         symbols: &Symbols,
         weight: Weight,
     ) -> Self {
-        let host = &moment.host;
-        let vcpus = moment.vcpus.iter().filter(|((vm, vcpu), _)| match scope {
-            Scope::All => true,
-            Scope::Vm(number) => number == *vm,
-            Scope::Vcpu(number, id) => (number, id) == (*vm, *vcpu),
-        });
-        let of = Some(ReasonKey::new(reason));
+        let host = &table_set.host;
+        let vcpus = table_set
+            .vcpus
+            .iter()
+            .filter(|((vm, vcpu), _)| match scope {
+                Scope::All => true,
+                Scope::Vm(number) => number == *vm,
+                Scope::Vcpu(number, id) => (number, id) == (*vm, *vcpu),
+            });
+        let reason = Some(ReasonKey::new(reason));
         let parts = vcpus
             .clone()
-            .map(|(_, vcpu)| vcpu.rows.part(view.table(), of));
+            .map(|(_, vcpu)| vcpu.rows.part(view.table(), reason));
         let parts: Vec<_> = parts.collect();
         let rows = Rows::sum(parts.iter());
         let mut groups = groups(&rows, view.table(), host.isa, symbols, weight);
-        let no_code = if !moment.has_code {
+        let no_code = if !table_set.has_code {
             Some("no code: reading it needs CAP_PERFMON, so run this as root")
         } else {
             // None of the vCPUs has a code address.
@@ -120,8 +123,8 @@ impl Breakdown {
         Self {
             group: groups.pop(),
             span: Span::of(tables::ticks(vcpus.map(|(_, vcpu)| vcpu)), host.tsc_khz),
-            is_total: moment.earlier.is_none(),
-            without_tables: moment.without_tables,
+            is_total: table_set.earlier.is_none(),
+            without_tables: table_set.without_tables,
             no_code: no_code.filter(|_| view == View::Code),
         }
     }
@@ -232,7 +235,7 @@ pub fn sheet(breakdown: Option<&Breakdown>, label: Label, view: View, order: usi
     };
     Sheet {
         nouns: view.nouns(),
-        of: format!(" of {label}"),
+        suffix: format!(" of {label}"),
         order,
         orders: ORDERS.len(),
         columns: columns(view),

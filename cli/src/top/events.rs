@@ -14,7 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::signals;
 
-/// Something that has happened.
+/// Event that ends a wait.
 #[derive(Clone, Copy, Debug)]
 pub enum TopEvent {
     /// A key was pressed.

@@ -44,7 +44,7 @@ impl History {
     }
 
     /// Return up to `count` of the latest rates, the oldest first.
-    pub fn of(&self, scope: Scope, count: usize) -> Vec<u64> {
+    pub fn latest(&self, scope: Scope, count: usize) -> Vec<u64> {
         let Some(rates) = self.rates.get(&scope) else {
             return Vec::new();
         };

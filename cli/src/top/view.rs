@@ -109,7 +109,7 @@ fn exits(
         }
         None => ("-".to_owned(), "-".to_owned()),
     };
-    let rates = app.history.of(app.scope, bars.width.into());
+    let rates = app.history.latest(app.scope, bars.width.into());
     let most = rates.iter().copied().max().unwrap_or(0);
     let mut text = vec![
         Line::from(vec![Span::styled(rate, theme.title()), " exits/s".into()]),
@@ -188,8 +188,8 @@ fn legend(cycles: &Cycles, width: u16, theme: &Theme) -> Line<'static> {
 fn heading(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Theme) {
     let [one, several] = sheet.nouns;
     let lines = match sheet.lines.len() {
-        1 => format!("1 {one}{}", sheet.of),
-        many => format!("{many} {several}{}", sheet.of),
+        1 => format!("1 {one}{}", sheet.suffix),
+        many => format!("{many} {several}{}", sheet.suffix),
     };
     let order = match sheet.order {
         "name" | "number" => format!(", by {}", sheet.order),
@@ -252,7 +252,7 @@ fn lines(frame: &mut Frame<'_>, area: Rect, app: &App, sheet: &Sheet, theme: &Th
             Some(match line.cells.get(*place)? {
                 columns::Cell::Text(text) => aligned(column, text.clone()),
                 columns::Cell::Rates(scope) => {
-                    let rates = app.history.of(*scope, rest);
+                    let rates = app.history.latest(*scope, rest);
                     aligned(column, sparkline(&rates, rest)).style(theme.bars())
                 }
                 columns::Cell::Part(part, whole) => {

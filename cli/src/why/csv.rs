@@ -2,7 +2,7 @@
 
 //! Details of exits as comma-separated values (RFC 4180).
 
-use super::model::{Counts, Group, What, Why};
+use super::model::{Counts, Group, Subject, Why};
 use crate::{
     model::Span,
     report::{quoted, vmm_columns},
@@ -50,13 +50,13 @@ fn group_lines(owner: &str, names: &str, group: &Group) -> String {
     let owner = format!(
         "{owner},{},{},{}",
         label.kind,
-        number(label.code),
+        optional(label.code),
         label.name.map_or_else(String::new, quoted),
     );
     let mut text = String::new();
     for row in &group.rows {
-        let missed = match row.what {
-            What::User { .. } => ",,".to_owned(),
+        let missed = match row.subject {
+            Subject::User { .. } => ",,".to_owned(),
             _ => counts(&row.missed),
         };
         text += &format!(
@@ -78,11 +78,12 @@ fn counts(counts: &Counts) -> String {
         kernel,
         user,
     } = *counts;
-    format!("{exits},{},{}", number(kernel), number(user))
+    format!("{exits},{},{}", optional(kernel), optional(user))
 }
 
-fn number(number: Option<impl ToString>) -> String {
-    number.map_or_else(String::new, |number| number.to_string())
+/// Format a value, or nothing if it is unknown.
+pub(crate) fn optional(value: Option<impl ToString>) -> String {
+    value.map_or_else(String::new, |value| value.to_string())
 }
 
 fn seconds(seconds: Option<f64>) -> String {

@@ -300,6 +300,14 @@ pub fn nested_mark(nested: bool) -> &'static str {
     }
 }
 
+/// Return the mark of exits of an L2 guest behind a name, such as a symbol, or nothing.
+pub fn nested_in_brackets(nested: bool) -> &'static str {
+    match nested {
+        true => " (nested)",
+        false => "",
+    }
+}
+
 /// Describe the reason of an exit to user space.
 pub fn user_exit(key: u64) -> String {
     let name = u32::try_from(key).ok().and_then(exit::name);

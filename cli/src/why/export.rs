@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{json, Value};
 
-use super::model::{Group, Weight, Why};
+use super::{
+    detail::nested_in_brackets,
+    model::{Group, Weight, Why},
+};
 
 /// Schema that speedscope's files name (npm's package speedscope, file-format-schema.json).
 const SCHEMA: &str = "https://www.speedscope.app/file-format-schema.json";
@@ -20,8 +23,8 @@ fn stacks(code: &[Group], weight: Weight) -> BTreeMap<(String, String), u128> {
     let mut stacks: BTreeMap<_, u128> = BTreeMap::new();
     for group in code {
         let rows = group.rows.iter().map(|row| {
-            let nested = if row.nested { " (nested)" } else { "" };
-            (row.what.frame() + nested, row.counts)
+            let frame = row.subject.frame() + nested_in_brackets(row.nested);
+            (frame, row.counts)
         });
         let others = ("[others]".to_owned(), group.others);
         for (frame, counts) in rows.chain([others]) {

@@ -8,7 +8,7 @@ use exitmeter_meter::{
     reasons::Isa,
     snapshot::{TABLE_CODE, TABLE_DETAILS, TABLE_USER},
 };
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::{
     detail::{nested_mark, user_exit, Detail},
@@ -16,8 +16,9 @@ use super::{
     tables::{self, Key, Numbers, Rows, TableSet},
 };
 use crate::{
-    model::{HostReport, Label, Span},
+    model::{hexadecimal, HostReport, Label, Span},
     names::{NameBook, VmNames},
+    numbers::rough,
 };
 
 /// Version of the data's shape. It grows when a field goes or changes its meaning.
@@ -43,7 +44,7 @@ pub struct Why {
     pub interval: Option<Span>,
     /// The host and its module.
     pub host: HostReport,
-    /// vCPUs that have no tables for want of memory.
+    /// vCPUs that have no tables for lack of memory.
     pub vcpus_without_tables: u32,
     /// True if guest code was recorded.
     pub has_code: bool,
@@ -98,7 +99,7 @@ pub struct Group {
 pub struct GroupRow {
     /// Subject of the row.
     #[serde(flatten)]
-    pub what: What,
+    pub subject: Subject,
     /// Subject in words.
     pub words: String,
     /// True if the exits came from an L2 guest.
@@ -118,7 +119,7 @@ pub struct GroupRow {
 /// Subject of a row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
-pub enum What {
+pub enum Subject {
     /// A detail.
     Detail {
         /// Decoded key.
@@ -158,11 +159,6 @@ pub struct Counts {
     pub user: Option<u128>,
 }
 
-/// Serialize an address as text: it does not fit into the numbers of JSON's readers.
-fn hexadecimal<S: Serializer>(number: &u64, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(&format!("{number:#x}"))
-}
-
 impl Counts {
     fn new(table: u32, numbers: Numbers) -> Self {
         Self {
@@ -199,25 +195,25 @@ impl Counts {
     }
 }
 
-impl What {
+impl Subject {
     fn new(key: &Key, symbols: &Symbols) -> Self {
         match key.table {
             TABLE_CODE => {
                 let place = symbols.find(key.key);
-                What::Code {
+                Subject::Code {
                     rip: key.key,
                     half: half(key.key),
                     symbol: place.map(|place| place.symbol.to_owned()),
                     offset: place.map(|place| place.offset),
                 }
             }
-            TABLE_USER => What::User {
+            TABLE_USER => Subject::User {
                 exit_reason: key.key,
             },
             _ => {
                 let detail = Detail::new(key.detail_kind, key.key);
                 let name = detail.name();
-                What::Detail { detail, name }
+                Subject::Detail { detail, name }
             }
         }
     }
@@ -225,25 +221,25 @@ impl What {
     /// Describe the subject.
     pub fn words(&self) -> String {
         match self {
-            What::Detail { detail, .. } => detail.words(),
-            What::Code {
+            Subject::Detail { detail, .. } => detail.words(),
+            Subject::Code {
                 rip,
                 symbol,
                 offset,
                 ..
             } => symbols::words(*rip, symbol.as_deref().zip(*offset)),
-            What::User { exit_reason } => user_exit(*exit_reason),
+            Subject::User { exit_reason } => user_exit(*exit_reason),
         }
     }
 
     /// Return the name of a frame in a profile: the symbol, if there is one.
     pub fn frame(&self) -> String {
         match self {
-            What::Code {
+            Subject::Code {
                 symbol: Some(symbol),
                 ..
             } => symbol.clone(),
-            what => what.words(),
+            subject => subject.words(),
         }
     }
 }
@@ -253,18 +249,34 @@ impl GroupRow {
     pub fn about(&self) -> String {
         self.words.clone() + nested_mark(self.nested)
     }
+
+    /// Format the upper bound of what the row lacks.
+    pub fn bound(&self) -> String {
+        if self.exact {
+            return "exact".to_owned();
+        }
+        let ticks = self.missed.kernel.unwrap_or(0);
+        format!("+{}, +{} cycles", rough(self.missed.exits), rough(ticks))
+    }
+}
+
+/// Return the sum of all groups.
+pub fn total(groups: &[Group]) -> Counts {
+    groups.iter().fold(Counts::default(), |sum, group| {
+        sum.saturating_add(group.total)
+    })
 }
 
 impl Why {
     /// Build the data from tables, with the symbols of the guest.
-    pub fn new(moment: &TableSet, symbols: &Symbols, weight: Weight) -> Self {
-        let host = &moment.host;
+    pub fn new(table_set: &TableSet, symbols: &Symbols, weight: Weight) -> Self {
+        let host = &table_set.host;
         let now = host.snapshot_tsc;
-        let interval = moment
+        let interval = table_set
             .earlier
             .map(|before| Span::of(now.saturating_sub(before), host.tsc_khz));
-        let vms = moment.vms.iter().map(|(&number, (name, pid))| {
-            let vcpus: Vec<_> = moment
+        let vms = table_set.vms.iter().map(|(&number, (name, pid))| {
+            let vcpus: Vec<_> = table_set
                 .vcpus
                 .range((number, 0)..=(number, u32::MAX))
                 .collect();
@@ -276,7 +288,7 @@ impl Why {
                 name: name.clone(),
                 pid: *pid,
                 vmm: VmNames::default(),
-                gone: !moment.runs(number),
+                gone: !table_set.runs(number),
                 vcpus: vcpus.len(),
                 vcpus_without_rip: vcpus.iter().filter(|(_, vcpu)| vcpu.no_rip).count(),
                 span: Span::of(ticks, host.tsc_khz),
@@ -289,8 +301,8 @@ impl Why {
             format: FORMAT,
             interval,
             host: host.clone(),
-            vcpus_without_tables: moment.without_tables,
-            has_code: moment.has_code,
+            vcpus_without_tables: table_set.without_tables,
+            has_code: table_set.has_code,
             vms: vms.collect(),
         }
     }
@@ -313,11 +325,11 @@ impl Vm {
 /// Build the groups of a table, the greatest first.
 pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weight) -> Vec<Group> {
     let mut by_reason: BTreeMap<_, Vec<GroupRow>> = BTreeMap::new();
-    for (key, row) in rows.rows.iter().filter(|(key, _)| key.table == table) {
-        let what = What::new(key, symbols);
+    for (key, row) in rows.by_key.iter().filter(|(key, _)| key.table == table) {
+        let subject = Subject::new(key, symbols);
         by_reason.entry(key.reason).or_default().push(GroupRow {
-            words: what.words(),
-            what,
+            words: subject.words(),
+            subject,
             nested: key.nested,
             counts: Counts::new(table, row.numbers),
             exact: row.missed.is_zero(),
@@ -326,18 +338,17 @@ pub fn groups(rows: &Rows, table: u32, isa: Isa, symbols: &Symbols, weight: Weig
         });
     }
     let others = rows.others.iter().filter(|((other, _), _)| *other == table);
-    for ((_, of), _) in others.clone() {
-        by_reason.entry(*of).or_default();
+    for ((_, reason), _) in others.clone() {
+        by_reason.entry(*reason).or_default();
     }
-    let groups = by_reason.into_iter().map(|(of, mut group_rows)| {
-        let others = rows.others.get(&(table, of)).copied().unwrap_or_default();
-        let others = Counts::new(table, others);
+    let groups = by_reason.into_iter().map(|(reason, mut group_rows)| {
+        let others = Counts::new(table, rows.others(table, reason));
         group_rows.sort_by_key(|row| Reverse((row.counts.weigh(weight), row.counts.exits)));
         let total = group_rows
             .iter()
             .fold(others, |sum, row| sum.saturating_add(row.counts));
         Group {
-            label: Label::new(isa, of.reason()),
+            label: Label::new(isa, reason.to_reason()),
             total,
             rows: group_rows,
             others,

@@ -35,16 +35,19 @@ pub enum Error {
 /// # Errors
 ///
 /// Returns an error if no VM matches, or several do.
-pub fn vm(moment: &mut TableSet, vm: &str, names: &NameBook) -> Result<(), NoVm> {
-    let life = moment.host.life;
-    let known = moment.vms.iter().map(|(&number, (name, pid))| Candidate {
-        vm: number,
-        kvm: name,
-        pid: *pid,
-        given: names.vm_of(life, number),
-    });
-    let meant = names::find(vm, known)?;
-    moment.vms.retain(|number, _| meant.contains(number));
+pub fn vm(table_set: &mut TableSet, vm: &str, names: &NameBook) -> Result<(), NoVm> {
+    let life = table_set.host.life;
+    let known = table_set
+        .vms
+        .iter()
+        .map(|(&number, (name, pid))| Candidate {
+            vm: number,
+            kvm: name,
+            pid: *pid,
+            given: names.vm_of(life, number),
+        });
+    let selected = names::find(vm, known)?;
+    table_set.vms.retain(|number, _| selected.contains(number));
     Ok(())
 }
 

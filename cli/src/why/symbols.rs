@@ -108,6 +108,15 @@ impl Symbols {
         Self::parse(BufReader::new(file.take(MAX_FILE_SIZE + 1)), path)
     }
 
+    /// Read the symbols of a file, or return none without a file.
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::read`].
+    pub fn read_optional(path: Option<&Path>) -> Result<Self, Error> {
+        path.map_or_else(|| Ok(Self::default()), Self::read)
+    }
+
     fn parse(mut from: impl BufRead, path: &Path) -> Result<Self, Error> {
         let mut symbols = Vec::new();
         let mut bytes = Vec::new();

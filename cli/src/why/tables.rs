@@ -90,8 +90,8 @@ impl ReasonKey {
         })
     }
 
-    /// Return the reason.
-    pub fn reason(self) -> Reason {
+    /// Convert the key back to the reason.
+    pub fn to_reason(self) -> Reason {
         match self {
             Self(0, code) => Reason::Code(code),
             Self(1, _) => Reason::Start,
@@ -128,7 +128,7 @@ pub struct RowNumbers {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rows {
     /// Rows by their keys.
-    pub rows: BTreeMap<Key, RowNumbers>,
+    pub by_key: BTreeMap<Key, RowNumbers>,
     /// Others, by table and reason.
     pub others: BTreeMap<(u32, ReasonKey), Numbers>,
 }
@@ -138,20 +138,20 @@ impl Rows {
     pub fn new(entries: impl IntoIterator<Item = TableRow>) -> Self {
         let mut new = Self::default();
         for entry in entries {
-            let of = ReasonKey::new(entry.reason);
+            let reason = ReasonKey::new(entry.reason);
             let numbers = Numbers {
                 exits: entry.exits,
                 kernel: entry.kernel.unwrap_or(0).into(),
                 user: entry.user.unwrap_or(0).into(),
             };
             if entry.others {
-                let others = new.others.entry((entry.table, of)).or_default();
+                let others = new.others.entry((entry.table, reason)).or_default();
                 *others = others.saturating_add(numbers);
                 continue;
             }
             let key = Key {
                 table: entry.table,
-                reason: of,
+                reason,
                 nested: entry.nested,
                 detail_kind: entry.detail_kind,
                 key: entry.key,
@@ -162,7 +162,7 @@ impl Rows {
                 user: entry.missed.user.into(),
             };
             // Each key has one row, unless the snapshot is damaged.
-            let row = new.rows.entry(key).or_default();
+            let row = new.by_key.entry(key).or_default();
             row.numbers = row.numbers.saturating_add(numbers);
             row.missed = row.missed.saturating_add(missed);
         }
@@ -170,14 +170,17 @@ impl Rows {
     }
 
     /// Return the exits of a reason that are in no row of a table.
-    pub fn others(&self, table: u32, of: ReasonKey) -> Numbers {
-        self.others.get(&(table, of)).copied().unwrap_or_default()
+    pub fn others(&self, table: u32, reason: ReasonKey) -> Numbers {
+        self.others
+            .get(&(table, reason))
+            .copied()
+            .unwrap_or_default()
     }
 
     /// Return the part of one table, for all reasons or for one.
-    pub fn part(&self, table: u32, of: Option<ReasonKey>) -> Self {
-        let (from, to) = match of {
-            Some(of) => (of, of),
+    pub fn part(&self, table: u32, reason: Option<ReasonKey>) -> Self {
+        let (from, to) = match reason {
+            Some(reason) => (reason, reason),
             None => (ReasonKey(0, 0), ReasonKey(u32::MAX, u32::MAX)),
         };
         let first = Key {
@@ -194,10 +197,10 @@ impl Rows {
             detail_kind: u8::MAX,
             key: u64::MAX,
         };
-        let rows = self.rows.range(first..=last);
+        let rows = self.by_key.range(first..=last);
         let others = self.others.range((table, from)..=(table, to));
         Self {
-            rows: rows.map(|(key, row)| (*key, *row)).collect(),
+            by_key: rows.map(|(key, row)| (*key, *row)).collect(),
             others: others.map(|(place, sum)| (*place, *sum)).collect(),
         }
     }
@@ -205,7 +208,7 @@ impl Rows {
     /// Sum up each reason in each table, rows and others.
     fn totals(&self) -> BTreeMap<(u32, ReasonKey), Numbers> {
         let mut totals = self.others.clone();
-        for (key, row) in &self.rows {
+        for (key, row) in &self.by_key {
             let total = totals.entry((key.table, key.reason)).or_default();
             *total = total.saturating_add(row.numbers);
         }
@@ -220,8 +223,8 @@ impl Rows {
             let left = left.entry(place).or_default();
             *left = left.saturating_sub(total);
         }
-        for (key, row) in &self.rows {
-            let row = match earlier.rows.get(key) {
+        for (key, row) in &self.by_key {
+            let row = match earlier.by_key.get(key) {
                 // The row was there all the time.
                 Some(old) if old.missed.exits == row.missed.exits => RowNumbers {
                     numbers: row.numbers.saturating_sub(old.numbers),
@@ -238,7 +241,7 @@ impl Rows {
             let left = left.entry((key.table, key.reason)).or_default();
             *left = left.saturating_sub(row.numbers);
             if !row.numbers.is_zero() {
-                new.rows.insert(*key, row);
+                new.by_key.insert(*key, row);
             }
         }
         left.retain(|_, numbers| !numbers.is_zero());
@@ -252,7 +255,7 @@ impl Rows {
         if others.exits == 0 {
             return Numbers::default();
         }
-        match self.rows.get(key) {
+        match self.by_key.get(key) {
             Some(row) => row.missed.minimum(others),
             None => others,
         }
@@ -260,17 +263,17 @@ impl Rows {
 
     /// Sum up several vCPUs.
     pub fn sum<'a>(vcpus: impl Iterator<Item = &'a Self> + Clone) -> Self {
-        let keys: BTreeSet<_> = vcpus.clone().flat_map(|vcpu| vcpu.rows.keys()).collect();
+        let keys: BTreeSet<_> = vcpus.clone().flat_map(|vcpu| vcpu.by_key.keys()).collect();
         let mut sum = Self::default();
         for key in keys {
             let row = vcpus.clone().fold(RowNumbers::default(), |sum, vcpu| {
-                let numbers = vcpu.rows.get(key).map(|row| row.numbers);
+                let numbers = vcpu.by_key.get(key).map(|row| row.numbers);
                 RowNumbers {
                     numbers: sum.numbers.saturating_add(numbers.unwrap_or_default()),
                     missed: sum.missed.saturating_add(vcpu.missed(key)),
                 }
             });
-            sum.rows.insert(*key, row);
+            sum.by_key.insert(*key, row);
         }
         for (place, others) in vcpus.flat_map(|vcpu| &vcpu.others) {
             let sum = sum.others.entry(*place).or_default();
@@ -324,7 +327,7 @@ pub struct TableSet {
     pub has_tables: bool,
     /// True if guest code was recorded.
     pub has_code: bool,
-    /// vCPUs that have no tables for want of memory.
+    /// vCPUs that have no tables for lack of memory.
     pub without_tables: u32,
     /// TSC at the earlier of two moments.
     pub earlier: Option<u64>,
@@ -458,14 +461,14 @@ pub(crate) mod tests {
     }
 
     /// Return exits and bounds by MSR, and the others.
-    fn told(rows: &Rows) -> (Vec<(u64, u64, u64)>, u64) {
-        let told = rows.rows.iter().map(|(key, row)| {
+    fn exits_and_bounds(rows: &Rows) -> (Vec<(u64, u64, u64)>, u64) {
+        let by_msr = rows.by_key.iter().map(|(key, row)| {
             let (numbers, missed) = (row.numbers, row.missed);
             assert_eq!(numbers.kernel, u128::from(numbers.exits) * 10);
             (key.key & 0xffff_ffff, numbers.exits, missed.exits)
         });
         let others = rows.others.values().map(|others| others.exits).sum();
-        (told.collect(), others)
+        (by_msr.collect(), others)
     }
 
     #[test]
@@ -475,16 +478,22 @@ pub(crate) mod tests {
         let third = rows(&[(Some(1), 1, 0)]);
         let sum = Rows::sum([&one, &other, &third].into_iter());
         // The second vCPU may have had up to three exits for MSR 2; the third had none.
-        assert_eq!(told(&sum), (vec![(1, 108, 0), (2, 50, 12)], 23));
+        assert_eq!(exits_and_bounds(&sum), (vec![(1, 108, 0), (2, 50, 12)], 23));
     }
 
     #[test]
     fn bound_is_limited_by_the_others() {
         let tight = rows(&[(Some(1), 100, 60), (None, 20, 0)]);
-        assert_eq!(told(&Rows::sum([&tight].into_iter())).0, [(1, 100, 20)]);
+        assert_eq!(
+            exits_and_bounds(&Rows::sum([&tight].into_iter())).0,
+            [(1, 100, 20)]
+        );
         // All that the row's set lost was of other reasons.
         let exact = rows(&[(Some(1), 100, 60)]);
-        assert_eq!(told(&Rows::sum([&exact].into_iter())).0, [(1, 100, 0)]);
+        assert_eq!(
+            exits_and_bounds(&Rows::sum([&exact].into_iter())).0,
+            [(1, 100, 0)]
+        );
     }
 
     #[test]
@@ -492,7 +501,7 @@ pub(crate) mod tests {
         let before = rows(&[(Some(1), 100, 30), (None, 40, 0)]);
         let after = rows(&[(Some(1), 150, 30), (Some(2), 4, 0), (None, 40, 0)]);
         assert_eq!(
-            told(&after.since(&before)),
+            exits_and_bounds(&after.since(&before)),
             (vec![(1, 50, 0), (2, 4, 0)], 0)
         );
     }
@@ -505,10 +514,13 @@ pub(crate) mod tests {
         let after = rows(&[(Some(1), 25, 12), (Some(3), 6, 5), (None, 19, 0)]);
         let between = after.since(&before);
         // 50 exits in all minus 15 before are 35, and 31 of these are in rows.
-        assert_eq!(told(&between), (vec![(1, 25, 2), (3, 6, 5)], 4));
+        assert_eq!(exits_and_bounds(&between), (vec![(1, 25, 2), (3, 6, 5)], 4));
         // Fewer exits than before are not an error, and do not become negative.
         let after = rows(&[(Some(1), 3, 12), (None, 30, 0)]);
-        assert_eq!(told(&after.since(&before)), (vec![(1, 3, 2)], 15));
+        assert_eq!(
+            exits_and_bounds(&after.since(&before)),
+            (vec![(1, 3, 2)], 15)
+        );
     }
 
     #[test]
@@ -521,7 +533,7 @@ pub(crate) mod tests {
         user.table = TABLE_USER;
         let rows = Rows::new([entry(Some(9), 4, 0), entry(None, 2, 0), other, others, user]);
         let exits = |part: Rows| {
-            let rows: u64 = part.rows.values().map(|row| row.numbers.exits).sum();
+            let rows: u64 = part.by_key.values().map(|row| row.numbers.exits).sum();
             (rows, part.others.values().map(|sum| sum.exits).sum::<u64>())
         };
         let of = |code| Some(ReasonKey::new(Reason::Code(code)));
@@ -541,7 +553,7 @@ pub(crate) mod tests {
         let mut user = entry(Some(1), 7, 0);
         user.table = TABLE_USER;
         let rows = Rows::new([entry(Some(1), 4, 0), other, nested, user]);
-        assert_eq!(rows.rows.len(), 4);
+        assert_eq!(rows.by_key.len(), 4);
     }
 
     /// Space-Saving as in the module: one set of two rows.
@@ -596,7 +608,7 @@ pub(crate) mod tests {
                 .map(|(now, earlier)| now.rows().since(&earlier.rows()))
                 .collect();
             let sum = Rows::sum(between.iter());
-            let (rows, others) = told(&sum);
+            let (rows, others) = exits_and_bounds(&sum);
             let in_rows: u64 = rows.iter().map(|row| row.1).sum();
             assert_eq!(in_rows + others, after.len() as u64);
             for (key, exits, missed) in rows {

@@ -6,10 +6,9 @@ use std::collections::BTreeSet;
 
 use exitmeter_meter::phase::Phase;
 
-use super::model::{Counts, Group, GroupRow, Vm, Why};
+use super::model::{total, Counts, Group, Vm, Why};
 use crate::{
-    model::Span,
-    numbers::{exact, mean, rough, share, time},
+    numbers::{exact, mean, share, time},
     output::TextOptions,
     paint::{paint, Style},
     report::format_count,
@@ -29,6 +28,9 @@ pub struct Shown {
     pub limit: usize,
 }
 
+/// Text for a VM without exits.
+pub(crate) const NO_EXIT: &str = "No exit since details are on.\n";
+
 /// Titles of the columns.
 const EXITS: &str = "exits";
 const SHARE: &str = "share";
@@ -45,19 +47,23 @@ pub fn text(why: &Why, shown: Shown, options: TextOptions) -> String {
         Some(interval) => format!("in {} ({isa})\n", time(interval.ticks, host.tsc_khz)),
         None => format!("since details are on ({isa})\n"),
     };
-    text += &missing(why.vcpus_without_tables, why.vms.is_empty(), options);
+    text += &missing_note(why.vcpus_without_tables, why.vms.is_empty(), options);
     if shown.code && !why.has_code {
-        text += "\nNo code: the snapshot was read without the right to it, or no vCPU ran.\n";
+        text += "\nNo code: no vCPU ran, or the snapshot was read without CAP_PERFMON; read it as root.\n";
     }
     let mut dropped = BTreeSet::new();
     for vm in &why.vms {
         text += &vm_text(vm, host.tsc_khz, shown, options, &mut dropped);
     }
-    text + &no_room(dropped)
+    text + &dropped_note(dropped)
 }
 
-/// Format the notes on what no table has: vCPUs without tables, or no VM at all.
-pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, options: TextOptions) -> String {
+/// Format the notes on what is in no table: vCPUs without tables, or that no VM runs.
+pub(crate) fn missing_note(
+    vcpus_without_tables: u32,
+    no_vm_runs: bool,
+    options: TextOptions,
+) -> String {
     let mut text = String::new();
     if vcpus_without_tables != 0 {
         let vcpus = format_count(vcpus_without_tables.into(), "vCPU");
@@ -71,7 +77,7 @@ pub(crate) fn missing(vcpus_without_tables: u32, no_vm_runs: bool, options: Text
 }
 
 /// Format the note on the columns that did not fit.
-pub(crate) fn no_room(dropped: BTreeSet<String>) -> String {
+pub(crate) fn dropped_note(dropped: BTreeSet<String>) -> String {
     if dropped.is_empty() {
         return String::new();
     }
@@ -87,16 +93,14 @@ fn vm_text(
     dropped: &mut BTreeSet<String>,
 ) -> String {
     let groups = if shown.code { &vm.code } else { &vm.details };
-    let all = groups.iter().fold(Counts::default(), |sum, group| {
-        sum.saturating_add(group.total)
-    });
+    let all = total(groups);
     let gone = if vm.gone { ", gone" } else { "" };
     let title = format!(
         "{}, process {}{gone}: {} in {}, {}",
         options.plain(&vm.label()),
         vm.pid,
         format_count(all.exits, "exit"),
-        spent(vm.span, khz),
+        time(vm.span.ticks, khz),
         format_count(vm.vcpus as u64, "vCPU"),
     );
     let mut text = format!("\n{}\n", paint(&title, Style::Strong, options.color));
@@ -105,14 +109,11 @@ fn vm_text(
         text += &format!("cannot read the RIP of {vcpus}: encrypted registers\n");
     }
     if vm.vcpus == 0 {
-        return text + "No exit since details are on.\n";
+        return text + NO_EXIT;
     }
     text += &table("about", groups, all, shown.limit, options, dropped);
     if !shown.code && !vm.user_exits.is_empty() {
-        let all = vm.user_exits.iter();
-        let all = all.fold(Counts::default(), |sum, group| {
-            sum.saturating_add(group.total)
-        });
+        let all = total(&vm.user_exits);
         text += &table(
             "to user space",
             &vm.user_exits,
@@ -123,10 +124,6 @@ fn vm_text(
         );
     }
     text
-}
-
-fn spent(span: Span, khz: Option<u32>) -> String {
-    time(span.ticks, khz)
 }
 
 /// Format the groups of a table: reasons, with their rows below them.
@@ -165,7 +162,7 @@ pub(crate) fn table(
             table.row(cells(name, group.total, all, "", number));
             for row in group.rows.iter().take(limit) {
                 let words = Cell::from(format!("  {}", row.about()));
-                table.row(cells(words, row.counts, group.total, &bound(row), number));
+                table.row(cells(words, row.counts, group.total, &row.bound(), number));
             }
             let rest = group.rows.get(limit..).unwrap_or_default();
             if !rest.is_empty() {
@@ -208,13 +205,4 @@ fn cells(
         of(Phase::User, counts.user),
         bound.to_owned().into(),
     ]
-}
-
-/// Format the bound of a row.
-fn bound(row: &GroupRow) -> String {
-    if row.exact {
-        return "exact".to_owned();
-    }
-    let ticks = row.missed.kernel.unwrap_or(0);
-    format!("+{}, +{} cycles", rough(row.missed.exits), rough(ticks))
 }

@@ -4,10 +4,7 @@
 
 use clap::ValueEnum;
 use exitmeter_guest::defined;
-use exitmeter_meter::{
-    handlers::is_handled,
-    reasons::{self, Isa},
-};
+use exitmeter_meter::reasons::{self, is_handled, Isa};
 use serde::Serialize;
 
 use crate::{

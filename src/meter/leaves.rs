@@ -535,7 +535,7 @@ mod tests {
             Registers {
                 eax: 3,
                 ebx: 1,
-                ecx: 78,
+                ecx: reasons::defined_count(Isa::Vmx),
                 edx: 2021
             }
         );

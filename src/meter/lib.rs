@@ -3,8 +3,8 @@
 //! The pure half of exitmeter, as a crate for the tools and the tests.
 //!
 //! The kernel module compiles the same files by `mod meter;`. A path such as
-//! `crate::meter::phase::Phase` resolves in both builds. [`reader`] and [`handlers`], which only
-//! the tools need, are declared here and not in the module.
+//! `crate::meter::phase::Phase` resolves in both builds. [`reader`], which only the tools need, is
+//! declared here and not in the module.
 //!
 //! Read a snapshot, here a saved one:
 //!
@@ -34,5 +34,4 @@
 pub mod meter;
 pub use meter::*;
 
-pub mod handlers;
 pub mod reader;

@@ -2,7 +2,7 @@
 
 //! Exit reasons of VMX and exit codes of SVM: their codes, their names and their slots.
 //!
-//! The modules of the two vendors hold codes and names, with their sources.
+//! The modules of the two vendors list them, with their sources.
 
 mod svm;
 mod vmx;
@@ -133,24 +133,53 @@ pub const fn code(isa: Isa, slot: Slot) -> Option<u32> {
     }
 }
 
+/// An exit reason that the vendor's manual defines.
+struct Defined {
+    code: u32,
+    name: &'static str,
+    /// True if KVM of Linux 7.3 has a handler for it: `kvm_vmx_exit_handlers` in `vmx.c` and
+    /// `svm_exit_handlers` in `svm.c`. An exit without a handler ends KVM_RUN with an error, so its
+    /// count stays 0.
+    handled: bool,
+}
+
+/// Return an exit reason that KVM has a handler for.
+const fn handled(code: u32, name: &'static str) -> Defined {
+    Defined {
+        code,
+        name,
+        handled: true,
+    }
+}
+
+/// Return an exit reason that KVM has no handler for.
+const fn unhandled(code: u32, name: &'static str) -> Defined {
+    Defined {
+        code,
+        name,
+        handled: false,
+    }
+}
+
 /// Names of VMX's slots.
-static VMX: Names = by_slot(Isa::Vmx, vmx::NAMES);
+static VMX: Names = by_slot(Isa::Vmx, vmx::DEFINED);
 /// Names of SVM's slots.
-static SVM: Names = by_slot(Isa::Svm, svm::NAMES);
+static SVM: Names = by_slot(Isa::Svm, svm::DEFINED);
 
 /// Name of each slot, or `None` for slots without a defined code.
 type Names = [Option<&'static str>; SLOTS];
 
 /// Return the names of a vendor's codes in the order of their slots.
-const fn by_slot(isa: Isa, names: &[(u32, &'static str)]) -> Names {
+const fn by_slot(isa: Isa, codes: &[Defined]) -> Names {
     let mut slots: Names = [None; SLOTS];
     let mut next = 0;
-    while next < names.len() {
-        let (code, name) = names[next];
+    while next < codes.len() {
+        let Defined { code, name, .. } = codes[next];
         let index = slot(isa, code).index();
         // PANIC: Only in the compiler, which evaluates this function: a defined code needs a slot of
         // its own.
-        assert!(index != Slot::OTHER.index() && slots[index].is_none());
+        assert!(index != Slot::OTHER.index(), "the code has no slot of its own");
+        assert!(slots[index].is_none(), "the code is listed twice");
         slots[index] = Some(name);
         next += 1;
     }
@@ -161,6 +190,15 @@ const fn by_slot(isa: Isa, names: &[(u32, &'static str)]) -> Names {
 #[inline]
 pub fn is_defined(isa: Isa, code: u32) -> bool {
     name(isa, code).is_some()
+}
+
+/// Return true if KVM of Linux 7.3 has a handler for exit reason `code`. Only the tools use this.
+pub fn is_handled(isa: Isa, code: u32) -> bool {
+    let codes = match isa {
+        Isa::Vmx => vmx::DEFINED,
+        Isa::Svm => svm::DEFINED,
+    };
+    codes.iter().any(|it| it.code == code && it.handled)
 }
 
 /// Return the number of codes that the vendor's manual defines.
@@ -191,20 +229,21 @@ mod tests {
 
     #[test]
     fn exactly_the_listed_codes_are_defined_and_each_has_a_slot_of_its_own() {
-        for (isa, names) in [(Isa::Vmx, vmx::NAMES), (Isa::Svm, svm::NAMES)] {
+        for (isa, codes) in [(Isa::Vmx, vmx::DEFINED), (Isa::Svm, svm::DEFINED)] {
             for number in (0..0x500).chain(u32::MAX - 9..=u32::MAX) {
-                let listed = names.iter().find(|(code, _)| *code == number);
+                let listed = codes.iter().find(|it| it.code == number);
                 assert_eq!(
                     name(isa, number),
-                    listed.map(|(_, name)| *name),
+                    listed.map(|it| it.name),
                     "{isa:?} {number:#x}"
                 );
                 assert_eq!(is_defined(isa, number), listed.is_some());
+                assert_eq!(is_handled(isa, number), listed.is_some_and(|it| it.handled));
                 if listed.is_some() {
                     assert_eq!(code(isa, slot(isa, number)), Some(number));
                 }
             }
-            assert_eq!(defined_count(isa) as usize, names.len());
+            assert_eq!(defined_count(isa) as usize, codes.len());
         }
     }
 
@@ -236,12 +275,14 @@ mod tests {
     }
 
     #[test]
-    fn knows_undefined_reasons_and_names() {
+    fn knows_undefined_and_unhandled_reasons_and_names() {
         for number in [35, 38, 42, 71, 80, 83, 0x8000_0030, u32::MAX] {
             assert!(!is_defined(Isa::Vmx, number));
         }
         assert_eq!(name(Isa::Vmx, 10), Some("CPUID"));
         assert_eq!(name(Isa::Svm, 0x72), Some("CPUID"));
         assert_eq!(name(Isa::Svm, u32::MAX), Some("INVALID"));
+        assert!(is_handled(Isa::Vmx, 10) && !is_handled(Isa::Vmx, 11));
+        assert!(is_handled(Isa::Svm, 0x72) && !is_handled(Isa::Svm, 0x75));
     }
 }

@@ -582,11 +582,12 @@ fn sweep(mode: Mode, map: Map, number: u64) -> Result<()> {
     Ok(())
 }
 
-/// Return true if the vendor's manual defines `code`. For VMX the list is that of the course (src/meter/leaves.rs).
+/// Return true if the vendor's manual defines `code`; for VMX up to 85, as the course lists the codes
+/// (src/meter/leaves.rs).
 fn is_defined(vendor: Isa, code: u32) -> bool {
-    match vendor {
-        Isa::Vmx => code <= 85 && !matches!(code, 35 | 38 | 42 | 71 | 80..=83),
-        Isa::Svm => reasons::is_defined(vendor, code),
+    match (vendor, code) {
+        (Isa::Vmx, 0..=85) => !matches!(code, 35 | 38 | 42 | 71 | 80..=83),
+        _ => reasons::is_defined(vendor, code),
     }
 }
 

@@ -58,6 +58,28 @@ pub enum Kind {
     Eoi = 12,
 }
 
+impl Kind {
+    /// Return the kind with a number, or `None` if there is none.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        Some(match number {
+            0 => Kind::None,
+            1 => Kind::Port,
+            2 => Kind::Msr,
+            3 => Kind::Address,
+            4 => Kind::Memory,
+            5 => Kind::Vector,
+            6 => Kind::Cpuid,
+            7 => Kind::Hypercall,
+            8 => Kind::Control,
+            9 => Kind::Debug,
+            10 => Kind::ApicAccess,
+            11 => Kind::ApicWrite,
+            12 => Kind::Eoi,
+            _ => return None,
+        })
+    }
+}
+
 /// Flag in a key, above the reason: the exit came from a nested guest.
 pub const NESTED: u64 = 1 << 63;
 
@@ -719,11 +741,7 @@ mod tests {
             hyperv: None,
         };
         let mut with_detail = 0;
-        for (isa, code) in [Isa::Vmx, Isa::Svm]
-            .map(|isa| (0..0x500).map(move |it| (isa, it)))
-            .into_iter()
-            .flatten()
-        {
+        for (isa, code) in codes() {
             let slot = reasons::slot(isa, code);
             let Some(key) = key(isa, slot, &exit) else {
                 continue;
@@ -732,10 +750,90 @@ mod tests {
             assert_eq!(key & NESTED, 0, "{isa:?} {code:#x}: {key:#x}");
             let (kind, number) = to_wire(isa, code, detail_of(key));
             assert_ne!(kind, Kind::None, "{isa:?} {code:#x}");
+            assert_eq!(Kind::from_number(kind as u8), Some(kind));
             assert!(kind != Kind::Address || number & IS_ADDRESS == 0);
             with_detail += 1;
         }
-        assert_eq!(with_detail, 16 + 6);
+        assert_eq!(with_detail, with_details().count());
+    }
+
+    fn codes() -> impl Iterator<Item = (Isa, u32)> {
+        [Isa::Vmx, Isa::Svm]
+            .into_iter()
+            .flat_map(|isa| (0..0x500).map(move |code| (isa, code)))
+    }
+
+    fn with_details() -> impl Iterator<Item = (Isa, u32)> {
+        codes().filter(|(isa, code)| source_of(*isa, *code).0 != source::NONE)
+    }
+
+    /// docs/interface.md has each kind, and docs/why.md each reason with details.
+    #[test]
+    fn the_documentation_has_all_details() {
+        let section = |page: &'static str, title: &str| {
+            let (_, rest) = page.split_once(title).expect("the section");
+            rest.split("\n#").next().expect("its text")
+        };
+        let interface = include_str!("../../docs/interface.md");
+        let kinds = section(interface, "\n#### Key of a detail\n");
+        for kind in (0..=u8::MAX).filter_map(Kind::from_number) {
+            let row = format!("\n| {} |", kind as u8);
+            assert!(kinds.contains(&row), "{kind:?}");
+        }
+        let rows = section(include_str!("../../docs/why.md"), "\n## Rows\n");
+        let names: Vec<_> = rows
+            .split(|letter| !matches!(letter, 'A'..='Z' | '_'))
+            .collect();
+        for (isa, code) in with_details() {
+            let name = reasons::name(isa, code).expect("a name");
+            assert!(names.contains(&name), "{name}");
+        }
+    }
+
+    /// The BPF programs compose the same keys. On VMX they know no guest-physical address.
+    #[test]
+    fn the_bpf_programs_have_the_same_details() {
+        let text = include_str!("../../cli/bpf/tables.h");
+        // The rows that a function names, each with the mask that is set behind it.
+        let cases = |function: &str| {
+            let (_, rest) = text.split_once(&format!(" {function}(")).expect("it");
+            let body = rest.split("\n}\n").next().expect("its body");
+            let mut found: Vec<(usize, Option<u64>)> = Vec::new();
+            for line in body.lines().map(str::trim) {
+                if let Some(number) = line.strip_prefix("case ") {
+                    let number = number.trim_end_matches(['{', ' ', ':']);
+                    found.push((hex_or_decimal(number) as usize, None));
+                } else if let Some(mask) = line.strip_prefix("mask = ") {
+                    let mask = hex_or_decimal(mask.trim_end_matches(';'));
+                    for (_, none) in found.iter_mut().rev().take_while(|it| it.1.is_none()) {
+                        *none = Some(mask);
+                    }
+                }
+            }
+            found
+        };
+        let registers = ["svm_key", "vmx_key_of_registers"].map(cases);
+        let vmcs = cases("vmx_key_of_vmcs");
+        for (isa, code) in with_details() {
+            let row = reasons::slot(isa, code).index();
+            let (source, mask) = source_of(isa, code);
+            let expected = match (isa, source) {
+                (Isa::Svm, _) => registers[0].contains(&(row, None)),
+                (Isa::Vmx, source::ADDRESS | source::FAULT) => true,
+                (Isa::Vmx, ..=source::NONE) => registers[1].contains(&(row, None)),
+                (Isa::Vmx, _) => vmcs.contains(&(row, Some(mask))),
+            };
+            assert!(expected, "{isa:?} {code:#x}");
+        }
+        let known = registers.iter().flatten().count() + vmcs.len();
+        assert_eq!(known + [48, 49].len(), with_details().count());
+    }
+
+    fn hex_or_decimal(text: &str) -> u64 {
+        match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).expect("a number"),
+            None => text.parse().expect("a number"),
+        }
     }
 
     /// Qualification, interruption information and EXITINFO1 with all bits set besides those that

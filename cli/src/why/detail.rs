@@ -128,30 +128,30 @@ impl Detail {
         let u8_at = |first, count| bits(first, count) as u8;
         let u16_at = |first, count| bits(first, count) as u16;
         let u32_at = |first, count| bits(first, count) as u32;
-        match number {
-            number if number == Kind::Port as u8 => Detail::Port {
+        match Kind::from_number(number) {
+            Some(Kind::Port) => Detail::Port {
                 port: u16_at(0, 16),
                 input: bit(32),
                 string: bit(33),
                 rep: bit(34),
                 size: u8_at(36, 3),
             },
-            number if number == Kind::Msr as u8 => Detail::Msr {
+            Some(Kind::Msr) => Detail::Msr {
                 msr: u32_at(0, 32),
                 write: bit(32),
             },
-            number if number == Kind::Address as u8 => Detail::Gpa { gpa: bits(0, 52) },
-            number if number == Kind::Memory as u8 => Detail::Memory {
+            Some(Kind::Address) => Detail::Gpa { gpa: bits(0, 52) },
+            Some(Kind::Memory) => Detail::Memory {
                 gib: u32_at(0, 22),
                 read: bit(32),
                 write: bit(33),
                 fetch: bit(34),
             },
-            number if number == Kind::Vector as u8 => Detail::Vector {
+            Some(Kind::Vector) => Detail::Vector {
                 vector: u8_at(0, 8),
                 class: u8_at(8, 3),
             },
-            number if number == Kind::Cpuid as u8 => {
+            Some(Kind::Cpuid) => {
                 let (leaf, subleaf) = (u32_at(0, 32), u32_at(32, 23));
                 Detail::Cpuid {
                     leaf,
@@ -159,29 +159,29 @@ impl Detail {
                     or_more: subleaf == LAST_SUBLEAF,
                 }
             }
-            number if number == Kind::Hypercall as u8 => Detail::Hypercall {
+            Some(Kind::Hypercall) => Detail::Hypercall {
                 number: u32_at(0, 32),
                 hyperv: bit(32),
             },
-            number if number == Kind::Control as u8 => Detail::Cr {
+            Some(Kind::Control) => Detail::Cr {
                 register: u8_at(0, 4),
                 access: u8_at(4, 2),
             },
-            number if number == Kind::Debug as u8 => Detail::Dr {
+            Some(Kind::Debug) => Detail::Dr {
                 register: u8_at(0, 3),
                 read: bit(4),
             },
-            number if number == Kind::ApicAccess as u8 => Detail::ApicAccess {
+            Some(Kind::ApicAccess) => Detail::ApicAccess {
                 offset: u16_at(0, 12),
                 access: u8_at(12, 4),
             },
-            number if number == Kind::ApicWrite as u8 => Detail::ApicWrite {
+            Some(Kind::ApicWrite) => Detail::ApicWrite {
                 offset: u16_at(0, 12),
             },
-            number if number == Kind::Eoi as u8 => Detail::Eoi {
+            Some(Kind::Eoi) => Detail::Eoi {
                 vector: u8_at(0, 8),
             },
-            number => Detail::Unknown { number, key },
+            Some(Kind::None) | None => Detail::Unknown { number, key },
         }
     }
 

@@ -4,6 +4,8 @@
 //! query is an exit as well.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod saved;
+
 use exitmeter::{guest::Sweep, output::TextOptions, stat::Counters};
 use exitmeter_guest::{cpuid_reason, Cpuid, Error, Meter};
 use exitmeter_meter::{
@@ -182,10 +184,7 @@ fn queries_before_the_meter_was_found_are_subtracted() {
 #[test]
 fn the_table_matches_the_saved_text() {
     let sweep = Sweep::read(&mut metered(LeafMap::Map2021), Isa::Vmx).unwrap();
-    assert_eq!(
-        sweep.text(TextOptions::default()),
-        include_str!("guest.txt")
-    );
+    saved::compare(&sweep.text(TextOptions::default()), "guest.txt");
     let narrow = TextOptions {
         width: Some(80),
         ..TextOptions::default()

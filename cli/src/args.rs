@@ -104,4 +104,17 @@ mod tests {
     fn clap_accepts_the_definitions() {
         Args::command().debug_assert();
     }
+
+    #[test]
+    fn the_readme_lists_the_commands() {
+        let readme = include_str!("../../README.md");
+        let (_, section) = readme.split_once("\n## The tool\n").expect("it");
+        let (section, _) = section.split_once("\n## ").expect("its end");
+        for command in Args::command().get_subcommands() {
+            let name = command.get_name();
+            let is_listed = section.contains(&format!("exitmeter {name} "));
+            // `make install` calls these two.
+            assert!(is_listed || matches!(name, "completions" | "man"), "{name}");
+        }
+    }
 }

@@ -87,6 +87,13 @@ pub(super) fn cases() -> Vec<Case> {
                 ("host_scope=300", "host_scope=300 is refused: it is 0 or 1"),
                 ("log_queries=2", "log_queries=2 is refused: it is 0 or 1"),
                 ("log_queries=-1", "log_queries=-1 is refused: it is 0 or 1"),
+                ("details=2", "details=2 is refused: it is 0 or 1"),
+                ("details=-1", "details=-1 is refused: it is 0 or 1"),
+                (
+                    "slow_us=1000000001",
+                    "slow_us=1000000001 is refused: it is 0 to 1000000000",
+                ),
+                ("slow_us=-1", "slow_us=-1 is refused: it is 0 to 1000000000"),
             ] {
                 check_refused(parameters, libc::EINVAL, words)?;
             }

@@ -366,6 +366,32 @@ fn another_kernel_only_changes_steps_that_depend_on_it() {
     );
 }
 
+#[test]
+fn each_configuration_is_a_kernel_that_the_help_and_the_documentation_name() {
+    let read = |name: &str| fs::read_to_string(repository().join(name)).unwrap();
+    let configs = fs::read_dir(repository().join("scripts/configs")).unwrap();
+    let mut names: Vec<_> = configs
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|name| name.strip_suffix(".config").unwrap().to_owned())
+        .filter(|name| name != "common")
+        .collect();
+    names.sort();
+    let mut known = DEBUG_KERNELS.to_vec();
+    known.sort();
+    assert_eq!(names, known);
+    let (help, page) = (read("lab/src/cli.rs"), read("docs/testing.md"));
+    let kernels = page
+        .lines()
+        .find(|line| line.contains("| a debug kernel that is built here"))
+        .unwrap();
+    for name in names {
+        let suffix = format!("CONFIG_LOCALVERSION=\"-{name}\"\n");
+        assert!(read(&format!("scripts/configs/{name}.config")).contains(&suffix));
+        let name = format!("`{name}`");
+        assert!(help.contains(&name) && kernels.contains(&name), "{name}");
+    }
+}
+
 /// Return a sandbox whose packaged kernel has this line in its configuration. Its tree, selftests and debug kernel write
 /// their names to the log.
 fn sandbox_with_kernel(config: &str) -> Sandbox {

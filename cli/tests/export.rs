@@ -33,6 +33,10 @@ const SAVED: &str = concat!(
     "/../src/meter/tests/snapshot-1.3.bin"
 );
 
+/// Series of a VM and of a host besides those of reasons.
+const OF_VM: usize = 11;
+const OF_HOST: usize = 15;
+
 /// Return the text of a scrape.
 fn metrics(server: &Server) -> String {
     let (head, body) = server.ask("GET /metrics");
@@ -139,12 +143,16 @@ fn labels_with_many_series_are_optional() {
         !usual.contains("vcpu=") && !usual.contains("exitmeter_exit_duration"),
         "{usual}"
     );
-    // Series that a VM adds, by the formula of docs/fleet.md: 11, and for each reason 2, or 3 with
-    // time of the VMM.
+    // Series that a VM adds, by the formula of docs/fleet.md: for each reason 2, or 3 with time of the
+    // VMM, and some more.
     let of_one = samples(&usual)
         .into_keys()
         .filter(|name| name.contains("vm=\"kvm-1234\""));
-    assert_eq!(of_one.count(), 11 + 2 * 9 + 2);
+    assert_eq!(of_one.count(), OF_VM + 2 * 9 + 2);
+    let help = succeeded(exitmeter(&["help", "export"]).output().unwrap());
+    let of_20 = format!("a VM with 20 reasons has {} series", OF_VM + 2 * 20 + 1);
+    let help: Vec<_> = help.split_whitespace().collect();
+    assert!(help.join(" ").contains(&of_20), "{help:?}");
     let all = samples(&file(folder.path(), &[SAVED, "--vcpus", "--histograms"]));
     let exits = "exitmeter_vcpu_exits_total{vm=\"kvm-1234\",vcpu=\"1\"}";
     assert_eq!(all[exits], 530.0);
@@ -487,11 +495,13 @@ fn a_host_of_100_vms_has_less_than_10000_series() {
             .filter(|sample| sample.starts_with(name))
             .count()
     };
-    // The formula of docs/fleet.md.
+    let page = include_str!("../../docs/fleet.md");
+    assert!(page.contains(&format!("\n    {OF_VM} + 2 R + U ")));
+    assert!(page.contains(&format!("\nA host has {OF_HOST} + 17 R + U ")));
     let reasons = of_name("exitmeter_host_exits_total{");
     let with_user = of_name("exitmeter_host_user_seconds_total{");
-    let of_vm = 11 + 2 * reasons + with_user;
-    let of_host = 15 + 17 * reasons + with_user;
+    let of_vm = OF_VM + 2 * reasons + with_user;
+    let of_host = OF_HOST + 17 * reasons + with_user;
     assert!(reasons >= 20 && with_user >= 1, "{reasons} {with_user}");
     assert_eq!(found.len(), 100 * of_vm + of_host);
     assert!(found.len() < 10_000, "{}", found.len());

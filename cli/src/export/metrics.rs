@@ -563,3 +563,32 @@ impl<'a> Writer<'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    /// docs/fleet.md has each family of this file, also those that only some hosts have.
+    #[test]
+    fn the_documentation_has_each_family() {
+        let page = include_str!("../../../docs/fleet.md");
+        let (code, _) = include_str!("metrics.rs")
+            .split_once("#[cfg(test)]")
+            .expect("this module");
+        let families = code.split(": Family = Family {").skip(1);
+        let mut count = 0;
+        for family in families {
+            let between = |start: &str, end: &str| {
+                let (_, rest) = family.split_once(start).expect("the field");
+                rest.split_once(end).expect("its end").0
+            };
+            let suffix = match between("kind: Kind::", ",") {
+                "Counter" => "_total",
+                "Info" => "_info",
+                _ => "",
+            };
+            let name = format!("`{}{suffix}`", between("name: \"", "\""));
+            assert!(page.contains(&name), "docs/fleet.md has no {name}");
+            count += 1;
+        }
+        assert!(count >= 30, "{count}");
+    }
+}

@@ -28,7 +28,7 @@ use Ordering::Relaxed;
 mod copy;
 mod reader;
 mod writer;
-pub use copy::{LedgerCopy, RowCopy, Slots, Totals};
+pub use copy::{LedgerCopy, Slots, Totals};
 pub use reader::{Copying, More};
 pub use writer::{NoSupply, Supply};
 
@@ -89,6 +89,61 @@ impl Row {
         };
         // SAFETY: The numbers of phases are below that of `Waiting`, which is the last one.
         unsafe { self.cycles.get_unchecked(place) }
+    }
+}
+
+/// Copy of the numbers of one row.
+///
+/// `struct sums` of cli/bpf/ledger.h has the same numbers in the same order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowCopy {
+    /// VM exits.
+    pub exits: u64,
+    /// VM exits from a nested guest, an L2. They are among `exits`.
+    pub nested_exits: u64,
+    /// TSC ticks by phase, in the order of [`Phase::ALL`].
+    pub cycles: [u64; Phase::COUNT],
+    /// Maximum kernel ticks of one exit, up to the entry after it.
+    pub max: u64,
+}
+
+impl RowCopy {
+    const EMPTY: Self = Self::from_numbers([0; Self::NUMBERS]);
+
+    /// Number of the numbers, each of 8 bytes.
+    pub const NUMBERS: usize = size_of::<Self>() / size_of::<u64>();
+
+    /// Create a copy from its numbers, in the order of the fields.
+    pub const fn from_numbers(numbers: [u64; Self::NUMBERS]) -> Self {
+        let [exits, nested_exits, cycles @ .., max] = numbers;
+        Self {
+            exits,
+            nested_exits,
+            cycles,
+            max,
+        }
+    }
+
+    /// Return the TSC ticks in a phase.
+    pub fn cycles(&self, phase: Phase) -> u64 {
+        self.cycles.get(phase as usize).copied().unwrap_or(0)
+    }
+
+    /// Add the numbers of another row.
+    fn add(&mut self, other: &RowCopy) {
+        let Self {
+            exits,
+            nested_exits,
+            cycles,
+            max,
+        } = self;
+        *exits = exits.wrapping_add(other.exits);
+        *nested_exits = nested_exits.wrapping_add(other.nested_exits);
+        for (to, from) in cycles.iter_mut().zip(other.cycles) {
+            *to = to.wrapping_add(from);
+        }
+        *max = other.max.max(*max);
     }
 }
 
@@ -179,7 +234,24 @@ pub struct Ledger {
     histograms: [Histogram; 1 + OWN_HISTOGRAMS],
 }
 
-// cli/bpf/ledger.h has the same struct, with these numbers.
+/// Offsets and sizes, in bytes, by their names in cli/bpf/ledger.h. It declares the same structs in
+/// C, and compiles only with these numbers.
+#[cfg(not(loom))]
+pub const C_LAYOUT: [(&str, usize); 12] = [
+    ("LEDGER_FIRST", offset_of!(Ledger, first)),
+    ("LEDGER_TABLES", offset_of!(Ledger, tables)),
+    ("LEDGER_PLACES", offset_of!(Ledger, places)),
+    ("LEDGER_SLOTS", offset_of!(Ledger, slots)),
+    ("LEDGER_ROWS", offset_of!(Ledger, rows)),
+    ("LEDGER_NESTED", offset_of!(Ledger, nested)),
+    ("LEDGER_WAITING", offset_of!(Ledger, waiting)),
+    ("LEDGER_HISTOGRAMS", offset_of!(Ledger, histograms)),
+    ("LEDGER_SIZE", size_of::<Ledger>()),
+    ("MORE_HISTOGRAMS_SIZE", size_of::<MoreHistograms>()),
+    ("ROW_SIZE", size_of::<Row>()),
+    ("SUMS_SIZE", size_of::<RowCopy>()),
+];
+
 #[cfg(not(loom))]
 const _: () = {
     assert!(size_of::<Row>() == 64);
@@ -209,6 +281,26 @@ impl Ledger {
     fn place(&self) -> Place {
         // INVARIANT: By that of `Ledger`.
         Place(self.row.load(Relaxed) as usize)
+    }
+
+    /// Return the TSC ticks of a row in a phase.
+    fn cycles_at(&self, place: Place, phase: Phase) -> u64 {
+        match phase {
+            Phase::Waiting => beside(&self.waiting, place),
+            _ => self.row_at(place).cycles(phase).load(Relaxed),
+        }
+    }
+
+    /// Copy the numbers of a row.
+    #[inline]
+    fn copy_row(&self, place: Place) -> RowCopy {
+        let row = self.row_at(place);
+        RowCopy {
+            exits: row.exits.load(Relaxed),
+            nested_exits: beside(&self.nested, place),
+            cycles: Phase::ALL.map(|phase| self.cycles_at(place, phase)),
+            max: row.max.load(Relaxed),
+        }
     }
 
     /// Return the slot that has a row.
@@ -320,9 +412,34 @@ impl Ledger {
                 let histogram = (&raw mut (*at).histograms).cast::<Histogram>().add(number);
                 fill(histogram.cast(), BUCKETS, zero);
             }
-            ledger.assume_init()
+            let ledger = ledger.assume_init();
+            // This names all fields, so that the compiler asks for a new one. Write it above, too.
+            let Self {
+                begun: _,
+                last: _,
+                carried: _,
+                row: _,
+                phase: _,
+                first: _,
+                taken: _,
+                tables: _,
+                more: _,
+                places: _,
+                slots: _,
+                rows: _,
+                nested: _,
+                waiting: _,
+                histograms: _,
+            } = &*ledger;
+            ledger
         }
     }
+}
+
+/// Return the number of a row in an array beside the rows.
+fn beside(cells: &[AtomicU64; ROWS], place: Place) -> u64 {
+    let cell = cells.get(place.number());
+    cell.map_or(0, |cell| cell.load(Relaxed))
 }
 
 impl Histogram {

@@ -9,7 +9,7 @@ use crate::meter::{
     reasons::{Slot, SLOTS},
 };
 
-use super::HISTOGRAMS;
+use super::{RowCopy, HISTOGRAMS};
 
 /// Words of the bitmap of rows in use.
 pub(super) const WORDS: usize = SLOTS.div_ceil(64);
@@ -52,42 +52,6 @@ fn slots_in(rows: [u64; WORDS]) -> Slots {
 pub(super) fn set(rows: &mut [u64; WORDS], slot: Slot) {
     if let Some(word) = rows.get_mut(slot.index() / 64) {
         *word |= 1_u64.wrapping_shl(slot.index() as u32 % 64);
-    }
-}
-
-/// Copy of the numbers of one row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RowCopy {
-    /// VM exits.
-    pub exits: u64,
-    /// VM exits from a nested guest, an L2. They are among `exits`.
-    pub nested_exits: u64,
-    /// TSC ticks by phase, in the order of [`Phase::ALL`].
-    pub cycles: [u64; Phase::COUNT],
-    /// Maximum kernel ticks of one exit, up to the entry after it.
-    pub max: u64,
-}
-
-impl RowCopy {
-    const EMPTY: Self = Self {
-        exits: 0,
-        nested_exits: 0,
-        cycles: [0; Phase::COUNT],
-        max: 0,
-    };
-
-    /// Return the TSC ticks in a phase.
-    pub fn cycles(&self, phase: Phase) -> u64 {
-        self.cycles.get(phase as usize).copied().unwrap_or(0)
-    }
-
-    fn add(&mut self, other: &RowCopy) {
-        self.exits = self.exits.wrapping_add(other.exits);
-        self.nested_exits = self.nested_exits.wrapping_add(other.nested_exits);
-        for (to, from) in self.cycles.iter_mut().zip(other.cycles) {
-            *to = to.wrapping_add(from);
-        }
-        self.max = self.max.max(other.max);
     }
 }
 

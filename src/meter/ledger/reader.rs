@@ -3,8 +3,9 @@
 //! The readers of a ledger, beside its writer: sums for guests, and copies for snapshots.
 
 use super::{
+    beside,
     copy::{set, WORDS},
-    Histogram, Ledger, LedgerCopy, Place, Row, RowCopy, WithTables, OWN_HISTOGRAMS,
+    Histogram, Ledger, LedgerCopy, Place, Row, WithTables, OWN_HISTOGRAMS,
 };
 use crate::meter::{
     atomic::{
@@ -103,7 +104,7 @@ impl Ledger {
     /// Return the exits of a slot that came from a nested guest.
     pub fn nested_exits(&self, slot: Slot) -> u64 {
         self.row_of(slot)
-            .map_or(0, |(place, _)| self.nested_at(place))
+            .map_or(0, |(place, _)| beside(&self.nested, place))
     }
 
     /// Return the TSC ticks of a slot in a phase.
@@ -124,19 +125,6 @@ impl Ledger {
         self.rows().fold(0, |sum, (_, place)| {
             sum.wrapping_add(self.cycles_at(place, phase))
         })
-    }
-
-    fn nested_at(&self, place: Place) -> u64 {
-        let cell = self.nested.get(place.number());
-        cell.map_or(0, |cell| cell.load(Relaxed))
-    }
-
-    fn cycles_at(&self, place: Place, phase: Phase) -> u64 {
-        let cell = match phase {
-            Phase::Waiting => self.waiting.get(place.number()),
-            _ => Some(self.row_at(place).cycles(phase)),
-        };
-        cell.map_or(0, |cell| cell.load(Relaxed))
     }
 
     /// Copy the ledger, without histograms outside it: see [`Copying::copy`].
@@ -212,13 +200,7 @@ impl Copying<'_> {
         self.out.used = [0; WORDS];
         let mut copied = [0_u64; WORDS];
         for (slot, place) in ledger.rows() {
-            let row = ledger.row_at(place);
-            let numbers = RowCopy {
-                exits: row.exits.load(Relaxed),
-                nested_exits: ledger.nested_at(place),
-                cycles: Phase::ALL.map(|phase| ledger.cycles_at(place, phase)),
-                max: row.max.load(Relaxed),
-            };
+            let numbers = ledger.copy_row(place);
             let kernel = numbers.cycles(Phase::Kernel);
             if self.copy_histogram(slot, place, kernel) {
                 set(&mut copied, slot);

@@ -24,19 +24,19 @@
 use core::fmt;
 
 use crate::{
-    histogram::{Buckets, BUCKETS, EMPTY, FIRST_POWER, PARTS_POWER},
+    histogram::{Buckets, EMPTY},
     leaves::LeafMap,
     phase::Phase,
     reasons::Isa,
     snapshot::{
-        Reason, BLOCKED, CPU_ENTRY, CPU_EXIT, DESCRIPTOR_SIZE, ENTRY_HEAD_SIZE, EXITS,
-        EXITS_MISSED, FLAG_BPF, FLAG_CULPRIT, FLAG_FROZEN, FLAG_HOST_SCOPE, FLAG_NESTED,
-        FLAG_NO_ENTRY_RIP, FLAG_NO_RIP, FLAG_OTHERS, FLAG_TSC_STABLE, HEADER_SIZE, HEAD_SIZE,
-        KERNEL_HISTOGRAM, KERNEL_MAX, KERNEL_MISSED, KIND_BOUND, KIND_HISTOGRAM, KIND_MAXIMUM,
-        KIND_PER_EXIT, KIND_SUM, MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, RIP, ROW_HEAD_SIZE,
-        SCHEDULED_OUT, SECTION_HEAD_SIZE, SEQUENCE, TABLES_HEAD_SIZE, TABLE_RING, TABLE_SLOWEST,
-        TABLE_USER, TIME, UNIT_ADDRESS, UNIT_EVENTS, UNIT_NUMBER, UNIT_TICKS, UNIT_TIME, USER_EXIT,
-        USER_MISSED, WINDOW,
+        Reason, BLOCKED, COUNTERS, COUNTERS_BY_MINOR, CPU_ENTRY, CPU_EXIT, DESCRIPTOR_SIZE,
+        ENTRY_HEAD_SIZE, EXITS, EXITS_MISSED, FLAG_BPF, FLAG_CULPRIT, FLAG_FROZEN, FLAG_HOST_SCOPE,
+        FLAG_NESTED, FLAG_NO_ENTRY_RIP, FLAG_NO_RIP, FLAG_OTHERS, FLAG_TSC_STABLE, HEADER_SIZE,
+        HEAD_SIZE, KERNEL_HISTOGRAM, KERNEL_MAX, KERNEL_MISSED, KIND_BOUND, KIND_HISTOGRAM,
+        KIND_MAXIMUM, KIND_PER_EXIT, KIND_SUM, MAGIC, MAJOR, NAME_SIZE, NESTED_EXITS, RIP,
+        ROW_HEAD_SIZE, SCHEDULED_OUT, SECTION_HEAD_SIZE, SEQUENCE, TABLES_HEAD_SIZE, TABLE_RING,
+        TABLE_SLOWEST, TABLE_USER, TIME, UNIT_ADDRESS, UNIT_EVENTS, UNIT_NUMBER, UNIT_TICKS,
+        UNIT_TIME, USER_EXIT, USER_MISSED, WINDOW,
     },
 };
 
@@ -160,6 +160,19 @@ pub enum Unit {
     Unknown(u32),
 }
 
+impl Unit {
+    fn read(number: u32) -> Self {
+        match number {
+            UNIT_EVENTS => Unit::Events,
+            UNIT_TICKS => Unit::Ticks,
+            UNIT_NUMBER => Unit::Number,
+            UNIT_TIME => Unit::Time,
+            UNIT_ADDRESS => Unit::Address,
+            other => Unit::Unknown(other),
+        }
+    }
+}
+
 /// Kind of a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -183,12 +196,6 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The kind of histogram that [`crate::histogram`] can read.
-    const HISTOGRAM: Self = Kind::Histogram {
-        parts_power: PARTS_POWER,
-        first_power: FIRST_POWER,
-    };
-
     /// Decode the kind: its number in the lowest byte, and its parameters in the next two.
     fn read(bytes: u32) -> Self {
         let [kind, parts, first, _] = bytes.to_le_bytes();
@@ -223,14 +230,7 @@ pub struct Counter<'a> {
 impl<'a> Counter<'a> {
     fn read(descriptor: &'a [u8]) -> Option<Self> {
         Some(Self {
-            unit: match u32_at(descriptor, 0)? {
-                UNIT_EVENTS => Unit::Events,
-                UNIT_TICKS => Unit::Ticks,
-                UNIT_NUMBER => Unit::Number,
-                UNIT_TIME => Unit::Time,
-                UNIT_ADDRESS => Unit::Address,
-                other => Unit::Unknown(other),
-            },
+            unit: Unit::read(u32_at(descriptor, 0)?),
             kind: Kind::read(u32_at(descriptor, 4)?),
             offset: usize::try_from(u32_at(descriptor, 8)?).ok()?,
             len: usize::try_from(u32_at(descriptor, 12)?).ok()?,
@@ -244,13 +244,11 @@ impl<'a> Counter<'a> {
 struct Shape {
     head: usize,
     row: usize,
-    exits: usize,
+    /// Offset of each of [`COUNTERS`]; `None` for a counter that the snapshot lacks.
+    counters: [Option<usize>; COUNTERS.len()],
     /// Offset of each phase; `None` for a phase that the snapshot lacks, as versions before 1.2
     /// lack [`Phase::Waiting`].
     cycles: [Option<usize>; Phase::COUNT],
-    max: Option<usize>,
-    nested_exits: Option<usize>,
-    histogram: Option<usize>,
 }
 
 /// Head of a snapshot, up to its descriptors, for programs that read one record at a time.
@@ -640,43 +638,41 @@ impl Shape {
                 return Err(Error::Damaged("a counter lies outside of its row"));
             }
         }
-        let find = |name, len| {
-            let mut counters = counters.clone();
-            counters.find(move |counter| counter.name == name && counter.len == len)
-        };
-        let offset_of = |name| match find(name, 1) {
-            Some(counter) => Ok(counter.offset),
-            None => Err(Error::Counter(name)),
-        };
-        // Version 1.0 lacks these, and a later one may define them otherwise.
-        let offset_if = |name, len, unit, kind| {
-            find(name, len)
-                .filter(|counter| counter.unit == unit && counter.kind == kind)
-                .map(|counter| counter.offset)
-        };
-        let blocked = offset_of(BLOCKED)?;
-        let of_12 = |phase: Phase| offset_if(phase.name(), 1, Unit::Ticks, Kind::Sum);
-        let (halted, waiting) = match (of_12(Phase::Halted), of_12(Phase::Waiting)) {
-            (Some(halted), Some(waiting)) => (halted, Some(waiting)),
-            _ => (blocked, None),
-        };
-        let mut cycles = [None; Phase::COUNT];
-        for (cycles, phase) in cycles.iter_mut().zip(Phase::ALL) {
-            *cycles = match phase {
-                Phase::Halted => Some(halted),
-                Phase::Waiting => waiting,
-                phase => Some(offset_of(phase.name())?),
-            };
-        }
-        Ok(Self {
+        let mut shape = Self {
             head,
             row,
-            exits: offset_of(EXITS)?,
-            cycles,
-            max: offset_if(KERNEL_MAX, 1, Unit::Ticks, Kind::Maximum),
-            nested_exits: offset_if(NESTED_EXITS, 1, Unit::Events, Kind::Sum),
-            histogram: offset_if(KERNEL_HISTOGRAM, BUCKETS, Unit::Ticks, Kind::HISTOGRAM),
-        })
+            counters: [None; COUNTERS.len()],
+            cycles: [None; Phase::COUNT],
+        };
+        let [of_1_0, ..] = COUNTERS_BY_MINOR;
+        let offsets = shape.counters.iter_mut().zip(COUNTERS);
+        for (place, (offset, (name, unit, kind, len))) in offsets.enumerate() {
+            let mut counters = counters.clone();
+            let found = counters.find(|counter| counter.name == name && counter.len == len);
+            let is_ours = |counter: &Counter<'_>| {
+                (counter.unit, counter.kind) == (Unit::read(unit), Kind::read(kind))
+            };
+            let found = match place < of_1_0 {
+                true => Some(found.ok_or(Error::Counter(name))?),
+                // An earlier version lacks it, and a later one may define it otherwise.
+                false => found.filter(is_ours),
+            };
+            *offset = found.map(|counter| counter.offset);
+        }
+        let sleeps = [Phase::Halted, Phase::Waiting].map(|phase| shape.offset(phase.name()));
+        let separates_waits = sleeps.iter().all(Option::is_some);
+        shape.cycles = Phase::ALL.map(|phase| match phase {
+            Phase::Halted if !separates_waits => shape.offset(BLOCKED),
+            Phase::Waiting if !separates_waits => None,
+            phase => shape.offset(phase.name()),
+        });
+        Ok(shape)
+    }
+
+    /// Return the offset of a counter in a row, by its name in [`COUNTERS`].
+    fn offset(&self, name: &str) -> Option<usize> {
+        let place = COUNTERS.iter().position(|(its, ..)| *its == name)?;
+        self.counters.get(place).copied().flatten()
     }
 
     /// Return the offset of the waiting ticks in a row.
@@ -819,13 +815,19 @@ impl<'a> Row<'a> {
 
     /// Return the number of VM exits.
     pub fn exits(&self) -> u64 {
-        u64_at(self.bytes, self.shape.exits).unwrap_or(0)
+        self.number(EXITS).unwrap_or(0)
+    }
+
+    /// Return a counter of one value by its name, such as [`NESTED_EXITS`], or `None` if the
+    /// snapshot lacks it.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        u64_at(self.bytes, self.shape.offset(name)?)
     }
 
     /// Return the number of exits from a nested guest, an L2, or `None` if the snapshot lacks it,
     /// as version 1.0 does.
     pub fn nested_exits(&self) -> Option<u64> {
-        u64_at(self.bytes, self.shape.nested_exits?)
+        self.number(NESTED_EXITS)
     }
 
     /// Return the TSC ticks spent in a phase. If the snapshot does not separate the two kinds of
@@ -840,13 +842,14 @@ impl<'a> Row<'a> {
     /// Return the most ticks that one exit spent in the kernel phase up to its entry, or `None` if
     /// the snapshot lacks it, as version 1.0 does.
     pub fn max(&self) -> Option<u64> {
-        u64_at(self.bytes, self.shape.max?)
+        self.number(KERNEL_MAX)
     }
 
     /// Return the histogram of the ticks that exits spent in the kernel phase up to their entry, or
     /// `None` if the snapshot lacks it or has other buckets.
     pub fn histogram(&self) -> Option<Buckets> {
-        let samples = self.bytes.get(self.shape.histogram?..)?.chunks_exact(8);
+        let offset = self.shape.offset(KERNEL_HISTOGRAM)?;
+        let samples = self.bytes.get(offset..)?.chunks_exact(8);
         let mut buckets = EMPTY;
         for (to, from) in buckets.iter_mut().zip(samples) {
             *to = u64_at(from, 0)?;

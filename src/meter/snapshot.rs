@@ -235,11 +235,30 @@ pub const SECTION_HEAD_SIZE: usize = 16;
 /// Size of an entry before its columns, in bytes.
 pub const ENTRY_HEAD_SIZE: usize = 24;
 
-/// Number of counters in a row: exits, each phase, the sum of both kinds of sleep, and three for
-/// the cost and origin of single exits.
-const COUNTERS: usize = 1 + Phase::COUNT + 1 + 3;
+/// Counters of a row before its histogram.
+const BEFORE_HISTOGRAM: usize = 8;
+/// Counters of a row after its histogram.
+const AFTER_HISTOGRAM: usize = 2;
+/// Counters of a row: name, unit, kind and number of values, in the order of the row.
+pub(crate) const COUNTERS: [(&str, u32, u32, usize); BEFORE_HISTOGRAM + 1 + AFTER_HISTOGRAM] = [
+    (EXITS, UNIT_EVENTS, KIND_SUM, 1),
+    (Phase::Guest.name(), UNIT_TICKS, KIND_SUM, 1),
+    (Phase::Kernel.name(), UNIT_TICKS, KIND_SUM, 1),
+    (Phase::User.name(), UNIT_TICKS, KIND_SUM, 1),
+    (BLOCKED, UNIT_TICKS, KIND_SUM, 1),
+    (Phase::Preempted.name(), UNIT_TICKS, KIND_SUM, 1),
+    (KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, 1),
+    (NESTED_EXITS, UNIT_EVENTS, KIND_SUM, 1),
+    (KERNEL_HISTOGRAM, UNIT_TICKS, OUR_HISTOGRAM, BUCKETS),
+    (Phase::Halted.name(), UNIT_TICKS, KIND_SUM, 1),
+    (Phase::Waiting.name(), UNIT_TICKS, KIND_SUM, 1),
+];
+/// Number of counters in each minor version, from 0 on. A new counter comes last, with a new
+/// version.
+pub(crate) const COUNTERS_BY_MINOR: [usize; MINOR as usize + 1] = [6, 9, 11, 11];
+const _: () = assert!(COUNTERS_BY_MINOR[MINOR as usize] == COUNTERS.len());
 /// Size of a row, in bytes. Each counter but the histogram is one number.
-const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (COUNTERS - 1 + BUCKETS);
+const ROW_SIZE: usize = ROW_HEAD_SIZE + 8 * (BEFORE_HISTOGRAM + BUCKETS + AFTER_HISTOGRAM);
 
 /// Flag: the TSC runs at the same rate on all CPUs.
 pub const FLAG_TSC_STABLE: u32 = 1 << 0;
@@ -388,6 +407,9 @@ pub const KIND_HISTOGRAM: u32 = 2;
 /// Kind of a counter: the maximum of its samples.
 pub const KIND_MAXIMUM: u32 = 3;
 
+/// Kind of a histogram with the buckets of [`crate::histogram`], with its parameters.
+const OUR_HISTOGRAM: u32 = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
+
 /// Kind of a column: an upper bound for what another column lacks.
 pub const KIND_BOUND: u32 = 4;
 /// Kind of a column: a value of one exit.
@@ -486,7 +508,7 @@ pub struct BufferTooSmall {
 
 /// Return the size of a snapshot, in bytes. `rows` counts the rows of all vCPUs and of the totals.
 pub const fn size_for(vcpus: usize, rows: usize) -> usize {
-    const FIXED: usize = HEADER_SIZE + COUNTERS * DESCRIPTOR_SIZE + HEAD_SIZE;
+    const FIXED: usize = HEADER_SIZE + COUNTERS.len() * DESCRIPTOR_SIZE + HEAD_SIZE;
     FIXED
         .saturating_add(vcpus.saturating_mul(HEAD_SIZE))
         .saturating_add(rows.saturating_mul(ROW_SIZE))
@@ -530,23 +552,8 @@ impl<'a> Encoder<'a> {
             has_tables: false,
             without_tables: 0,
         };
-        let histogram = KIND_HISTOGRAM | PARTS_POWER << 8 | FIRST_POWER << 16;
-        // In the order of the row's numbers: new ones come last.
-        let counters: [(&str, u32, u32, usize); COUNTERS] = [
-            (EXITS, UNIT_EVENTS, KIND_SUM, 1),
-            (Phase::Guest.name(), UNIT_TICKS, KIND_SUM, 1),
-            (Phase::Kernel.name(), UNIT_TICKS, KIND_SUM, 1),
-            (Phase::User.name(), UNIT_TICKS, KIND_SUM, 1),
-            (BLOCKED, UNIT_TICKS, KIND_SUM, 1),
-            (Phase::Preempted.name(), UNIT_TICKS, KIND_SUM, 1),
-            (KERNEL_MAX, UNIT_TICKS, KIND_MAXIMUM, 1),
-            (NESTED_EXITS, UNIT_EVENTS, KIND_SUM, 1),
-            (KERNEL_HISTOGRAM, UNIT_TICKS, histogram, BUCKETS),
-            (Phase::Halted.name(), UNIT_TICKS, KIND_SUM, 1),
-            (Phase::Waiting.name(), UNIT_TICKS, KIND_SUM, 1),
-        ];
         let mut place = 0_u32;
-        for (name, unit, kind, count) in counters {
+        for (name, unit, kind, count) in COUNTERS {
             let offset = (ROW_HEAD_SIZE as u32).wrapping_add(place.wrapping_mul(8));
             encoder.descriptor(name, unit, kind, offset, count as u32);
             place = place.wrapping_add(count as u32);
@@ -798,7 +805,7 @@ impl<'a> Encoder<'a> {
     }
 
     fn header(&mut self, size: usize, totals_at: usize, gone: u64, unmetered: u64) {
-        const RECORDS_AT: usize = HEADER_SIZE + COUNTERS * DESCRIPTOR_SIZE;
+        const RECORDS_AT: usize = HEADER_SIZE + COUNTERS.len() * DESCRIPTOR_SIZE;
         let host = self.host;
         let flag = |flag, set| if set { flag } else { 0 };
         self.bytes(&MAGIC);
@@ -816,7 +823,7 @@ impl<'a> Encoder<'a> {
         self.u64(unmetered);
         self.u64(gone);
         self.u64(HEADER_SIZE as u64);
-        self.u32(COUNTERS as u32);
+        self.u32(COUNTERS.len() as u32);
         self.u32(DESCRIPTOR_SIZE as u32);
         self.u64(RECORDS_AT as u64);
         self.u32(self.vcpus);
@@ -877,20 +884,30 @@ impl<'a> Encoder<'a> {
         let [kind, code] = Reason::of(self.host.isa, slot).to_wire();
         self.u32(kind);
         self.u32(code);
+        let RowCopy {
+            exits,
+            nested_exits,
+            cycles: _,
+            max,
+        } = *row;
         let [halted, waiting] = [Phase::Halted, Phase::Waiting].map(|phase| row.cycles(phase));
-        self.u64(row.exits);
-        self.u64(row.cycles(Phase::Guest));
-        self.u64(row.cycles(Phase::Kernel));
-        self.u64(row.cycles(Phase::User));
-        self.u64(halted.saturating_add(waiting));
-        self.u64(row.cycles(Phase::Preempted));
-        self.u64(row.max);
-        self.u64(row.nested_exits);
-        for samples in histogram {
-            self.u64(*samples);
+        // In the order of `COUNTERS`.
+        let before: [u64; BEFORE_HISTOGRAM] = [
+            exits,
+            row.cycles(Phase::Guest),
+            row.cycles(Phase::Kernel),
+            row.cycles(Phase::User),
+            halted.saturating_add(waiting),
+            row.cycles(Phase::Preempted),
+            max,
+            nested_exits,
+        ];
+        let after: [u64; AFTER_HISTOGRAM] = [halted, waiting];
+        for numbers in [&before[..], histogram, &after] {
+            for number in numbers {
+                self.u64(*number);
+            }
         }
-        self.u64(halted);
-        self.u64(waiting);
     }
 
     fn u32(&mut self, value: u32) {

@@ -13,8 +13,8 @@ use exitmeter_meter::{
     reasons::{self, Isa, Slot},
     slow::Leaving,
     snapshot::{
-        size_for, BufferTooSmall, Encoder, HostHeader, Identity, Reason, TABLE_CODE, TABLE_DETAILS,
-        TABLE_RING, TABLE_SLOWEST, TABLE_USER,
+        size_for, BufferTooSmall, Encoder, HostHeader, Identity, Reason, MINOR, TABLE_CODE,
+        TABLE_DETAILS, TABLE_RING, TABLE_SLOWEST, TABLE_USER,
     },
     tables::{About, Tables, TablesCopy},
 };
@@ -1204,6 +1204,40 @@ proptest! {
             snapshot.totals().filter_map(|row| row.max()).max().unwrap_or(0)
         );
     }
+}
+
+/// docs/interface.md lists each counter with its place in a row, and the module's documentation
+/// names each.
+#[test]
+fn documentation_has_the_counters() {
+    let page = include_str!("../../../docs/interface.md");
+    let source = include_str!("../snapshot.rs");
+    let snapshot = Snapshot::parse(SAVED).unwrap();
+    let mut offset = 8;
+    for counter in snapshot.counters() {
+        let unit = match counter.unit {
+            Unit::Events => "events",
+            Unit::Ticks => "TSC ticks",
+            unit => panic!("{unit:?}"),
+        };
+        let kind = match counter.kind {
+            Kind::Sum => "sum",
+            Kind::Maximum => "maximum",
+            Kind::Histogram { .. } => "histogram",
+            kind => panic!("{kind:?}"),
+        };
+        let (name, len) = (counter.name, counter.len);
+        let line = format!("\n| `{name}` | {unit} | {kind} | {offset} | {len} | 1.");
+        assert!(page.contains(&line), "{line}");
+        offset += 8 * len;
+        let mut documentation = source.lines().filter(|line| line.starts_with("//!"));
+        assert!(
+            documentation.any(|line| line.contains(&format!("`{name}`"))),
+            "{name}"
+        );
+    }
+    let version = format!("minor version, {MINOR}: ");
+    assert!(page.contains(&version) && source.contains(&version));
 }
 
 /// docs/interface.md has the same tables as the module's documentation.

@@ -4,6 +4,8 @@
 
 use std::{env, ffi::OsString, path::PathBuf, process::Command};
 
+use exitmeter_meter::ledger::C_LAYOUT;
+
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=bpf");
@@ -15,6 +17,8 @@ fn main() {
     let folder = env::var_os("OUT_DIR")
         .map(PathBuf::from)
         .unwrap_or_default();
+    // The layout of the module's ledger, for ledger.h to check.
+    let layout = C_LAYOUT.map(|(name, value)| format!("-D{name}={value}"));
     // Headers of user space are under the name of the machine that clang compiles on, and BPF is none.
     let status = Command::new(&clang)
         .args([
@@ -23,6 +27,7 @@ fn main() {
         .arg("-I/usr/include/x86_64-linux-gnu")
         // The folder of the checkout would be in the program otherwise.
         .arg("-fdebug-compilation-dir=.")
+        .args(layout)
         .args(["-c", "bpf/ledger.bpf.c", "-o"])
         .arg(folder.join("ledger.bpf.o"))
         .status();

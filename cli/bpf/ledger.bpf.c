@@ -966,11 +966,14 @@ static long fold_bucket(u32 bucket, struct folding *folding)
 	return 0;
 }
 
+_Static_assert(sizeof(struct sums) == (2 + PHASES + 1) * sizeof(u64), "fold_row() adds each number");
+
 /* Add one row to the totals. */
 static long fold_row(u32 number, struct folding *folding)
 {
 	struct ledger *ledger = folding->ledger;
-	u64 *from, *to;
+	struct sums *to;
+	u64 *from;
 	u32 slot;
 
 	forget(number);
@@ -981,14 +984,14 @@ static long fold_row(u32 number, struct folding *folding)
 	if (slot >= SLOTS)
 		return 1;
 	from = ledger->rows[number];
-	to = folding->totals->rows[slot];
-	__sync_fetch_and_add(&to[0], from[EXITS]);
-	__sync_fetch_and_add(&to[1], ledger->nested[number]);
+	to = &folding->totals->rows[slot];
+	__sync_fetch_and_add(&to->exits, from[EXITS]);
+	__sync_fetch_and_add(&to->nested_exits, ledger->nested[number]);
 #pragma unroll
 	for (u32 phase = 0; phase < WAITING; phase++)
-		__sync_fetch_and_add(&to[2 + phase], from[CYCLES + phase]);
-	__sync_fetch_and_add(&to[2 + WAITING], ledger->waiting[number]);
-	raise(&to[2 + PHASES], from[MAX]);
+		__sync_fetch_and_add(&to->cycles[phase], from[CYCLES + phase]);
+	__sync_fetch_and_add(&to->cycles[WAITING], ledger->waiting[number]);
+	raise(&to->max, from[MAX]);
 	folding->slot = slot;
 	folding->place = from[HISTOGRAM];
 	if (folding->place)

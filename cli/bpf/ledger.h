@@ -3,8 +3,8 @@
  * Layout of a vCPU's ledger and of the data beside it, as the tool reads them.
  *
  * struct ledger is `Ledger` of src/meter/ledger.rs, to the byte: the tool maps it and copies it with the module's own code. The
- * histograms that the module allocates when a vCPU needs them (`MoreHistograms`) follow it. Both files assert these offsets,
- * so neither compiles with others.
+ * histograms that the module allocates when a vCPU needs them (`MoreHistograms`) follow it. build.rs defines LEDGER_* and the
+ * other sizes that are asserted here, from `C_LAYOUT` in ledger.rs.
  */
 #ifndef EXITMETER_BPF_LEDGER_H
 #define EXITMETER_BPF_LEDGER_H
@@ -61,16 +61,17 @@ struct ledger {
 	u64 more_histograms[HISTOGRAMS - OWN_HISTOGRAMS][BUCKETS];
 } __attribute__((aligned(64)));
 
-_Static_assert(offsetof(struct ledger, first) == 32, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, tables) == 48, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, places) == 64, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, slots) == 420, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, rows) == 512, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, nested) == 4352, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, waiting) == 4832, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, histograms) == 5312, "as in ledger.rs");
-_Static_assert(offsetof(struct ledger, more_histograms) == 16064, "as in ledger.rs");
-_Static_assert(sizeof(struct ledger) == 16064 + 8192, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, first) == LEDGER_FIRST, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, tables) == LEDGER_TABLES, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, places) == LEDGER_PLACES, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, slots) == LEDGER_SLOTS, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, rows) == LEDGER_ROWS, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, nested) == LEDGER_NESTED, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, waiting) == LEDGER_WAITING, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, histograms) == LEDGER_HISTOGRAMS, "as in ledger.rs");
+_Static_assert(offsetof(struct ledger, more_histograms) == LEDGER_SIZE, "as in ledger.rs");
+_Static_assert(sizeof(struct ledger) == LEDGER_SIZE + MORE_HISTOGRAMS_SIZE, "as in ledger.rs");
+_Static_assert(ROW * sizeof(u64) == ROW_SIZE, "as in ledger.rs");
 
 /* Owner of a ledger. */
 struct owner {
@@ -106,17 +107,27 @@ struct owner {
 
 _Static_assert(sizeof(struct owner) == 160, "as in maps.rs");
 
+/* Sums of one reason: `RowCopy` of ledger.rs. */
+struct sums {
+	u64 exits;
+	u64 nested_exits;
+	u64 cycles[PHASES];
+	u64 max;
+};
+
+_Static_assert(sizeof(struct sums) == SUMS_SIZE, "as in ledger.rs");
+
 /* Totals of the vCPUs that are gone. */
 struct totals {
 	/* Number of vCPUs whose addition has begun, and number of those whose addition is done. */
 	u64 begun;
 	u64 done;
 	u64 polled;
-	u64 rows[SLOTS][2 + PHASES + 1];
+	struct sums rows[SLOTS];
 	u64 histograms[SLOTS][BUCKETS];
 };
 
-_Static_assert(sizeof(struct totals) == 24 + 178 * (9 + 64) * 8, "as in maps.rs");
+_Static_assert(sizeof(struct totals) == 24 + SLOTS * (SUMS_SIZE + BUCKETS * 8), "as in maps.rs");
 
 /* State of the whole meter. The loader writes all but the last three fields. */
 struct meter {

@@ -23,7 +23,6 @@ use exitmeter_meter::{
     histogram::BUCKETS,
     leaves::LeafMap,
     ledger::{Copying, Histogram, Ledger, LedgerCopy, More, MoreHistograms, RowCopy, Totals},
-    phase::Phase,
     reasons::{Isa, Slot, SLOTS},
     snapshot::{size_for, Encoder, HostHeader, Identity, NAME_SIZE},
     tables::{Tables, TablesCopy},
@@ -44,6 +43,8 @@ pub const NAMES: [&str; 5] = ["ledgers", "owners", "departed", "meter", "tables"
 /// Version of the maps, `layout` of struct meter. It changes when older readers would misread the
 /// maps.
 const LAYOUT: u64 = 0x4558_4954_0005;
+// The sizes of this version. Others need a new version.
+const _: () = assert!(LEDGER == 3032 && totals::WORDS == 12_997);
 
 /// Attempts to copy a vCPU's ledger. An attempt takes a microsecond, and the programs leave that
 /// much time between two transitions.
@@ -99,15 +100,13 @@ mod owner {
 
 /// `struct totals` of cli/bpf/ledger.h: its size and the places of its parts, in words.
 mod totals {
-    use super::{BUCKETS, SLOTS};
+    use super::{RowCopy, BUCKETS, SLOTS};
 
     pub(super) const BEGUN: usize = 0;
     pub(super) const DONE: usize = 1;
     pub(super) const POLLED: usize = 2;
     pub(super) const ROWS: usize = 3;
-    /// Words of a row: exits, nested exits, phases, maximum.
-    pub(super) const ROW: usize = 9;
-    pub(super) const HISTOGRAMS: usize = ROWS + SLOTS * ROW;
+    pub(super) const HISTOGRAMS: usize = ROWS + SLOTS * RowCopy::NUMBERS;
     pub(super) const WORDS: usize = HISTOGRAMS + SLOTS * BUCKETS;
 }
 
@@ -375,16 +374,9 @@ impl Maps {
             copy.vcpus = done;
             copy.polled = self.departed.word(totals::POLLED);
             for slot in Slot::all() {
-                let row = |place| {
-                    self.departed
-                        .word(totals::ROWS + slot.index() * totals::ROW + place)
-                };
-                let numbers = RowCopy {
-                    exits: row(0),
-                    nested_exits: row(1),
-                    cycles: Phase::ALL.map(|phase| row(2 + phase as usize)),
-                    max: row(8),
-                };
+                let first = totals::ROWS + slot.index() * RowCopy::NUMBERS;
+                let numbers = std::array::from_fn(|place| self.departed.word(first + place));
+                let numbers = RowCopy::from_numbers(numbers);
                 if numbers != RowCopy::default() {
                     let first = totals::HISTOGRAMS + slot.index() * BUCKETS;
                     let mut histogram = [0; BUCKETS];

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use self::{slow::Slow, tables::Reading};
 use crate::{
-    model::{isa_name, Cycles, Label, Ledger, ReasonRow, Sort, FORMAT},
+    model::{isa_name, Counts, Label, Ledger, ReasonRow, Sort, FORMAT},
     numbers::rough,
     output::{Output, TextOptions},
     report::{format_count, Writer},
@@ -296,7 +296,7 @@ impl Sweep {
         meter.read(|row| rows.push(reason_row(isa, &row)));
         meter.check_life()?;
         let mut ledger = Ledger::of(rows);
-        ledger.cycles.separates_waits = meter.separates_waits();
+        ledger.counts.cycles.separates_waits = meter.separates_waits();
         Ok(Self {
             format: FORMAT,
             isa,
@@ -325,10 +325,7 @@ impl Sweep {
 fn reason_row(isa: Isa, row: &ReasonNumbers) -> ReasonRow {
     ReasonRow {
         label: Label::new(isa, Reason::Code(row.code)),
-        exits: row.exits,
-        nested_exits: row.nested_exits,
-        cycles: Cycles::counted(row.separates_waits, |phase| row.cycles(phase)),
-        polled: None,
+        counts: Counts::of_guest(row),
         // No leaf provides the distribution.
         spread: None,
     }

@@ -18,7 +18,7 @@ mod ledger;
 
 #[cfg(feature = "export")]
 pub(crate) use ledger::sum_if_known;
-pub use ledger::{Cycles, Label, Ledger, ReasonRow, Sort};
+pub use ledger::{Counts, Cycles, Label, Ledger, ReasonRow, Sort};
 
 /// Version of the data format. It grows when a field goes or changes its meaning.
 pub const FORMAT: u32 = 1;

@@ -282,7 +282,7 @@ fn snapshots_of_different_lives_are_refused() {
     let second = world.report();
     assert_eq!(first.since(&second).unwrap_err(), Error::Order);
     let mut fewer = second.clone();
-    fewer.vms[0].vcpus[0].ledger.reasons[0].exits -= 1;
+    fewer.vms[0].vcpus[0].ledger.reasons[0].counts.exits -= 1;
     assert_eq!(
         fewer.since(&first).unwrap_err(),
         Error::Backwards(format!("{} vCPU 0", "v".repeat(48)))

@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, ErrorKind, Read},
+    ops::Deref,
     path::Path,
 };
 
@@ -18,7 +19,7 @@ use exitmeter_meter::{
 };
 
 use crate::{
-    model::{sum_if_known, Cycles, Label, ReasonRow},
+    model::{sum_if_known, Counts, Cycles, Label, ReasonRow},
     names::RunningVms,
     source,
     spread::Spread,
@@ -40,12 +41,7 @@ pub type Rows = BTreeMap<Key, ReasonRow>;
 #[derive(Clone, Debug)]
 pub struct CompactRow {
     label: Label,
-    /// VM exits.
-    pub exits: u64,
-    /// Exits from nested guests, if known.
-    pub nested_exits: Option<u64>,
-    /// TSC ticks by phase.
-    pub cycles: Cycles,
+    counts: Counts,
     /// Distribution of the cost of single exits, if requested.
     pub spread: Option<Box<Spread>>,
 }
@@ -250,15 +246,11 @@ impl Sums {
         // add the whole minute to one scrape.
         if let (Some(phase), Some(reason)) = (record.phase(), record.latest()) {
             let running = u128::from(self.head.now.saturating_sub(record.last()));
+            let mut counts = Counts::default();
+            counts.cycles.separates_waits = separates_waits;
             let row = ReasonRow {
                 label: Label::new(isa, reason),
-                exits: 0,
-                nested_exits: Some(0),
-                cycles: Cycles::by_phase(separates_waits, |other| match other == phase {
-                    true => running,
-                    false => 0,
-                }),
-                polled: None,
+                counts: counts.of_phase(phase, running),
                 spread: None,
             };
             add(&mut self.running, row);
@@ -282,22 +274,26 @@ impl Vm {
     }
 }
 
+impl Deref for CompactRow {
+    type Target = Counts;
+
+    fn deref(&self) -> &Counts {
+        &self.counts
+    }
+}
+
 impl CompactRow {
     /// Create a row without numbers.
     fn new(row: &ReasonRow, detail: Detail) -> Self {
         Self {
             label: row.label,
-            exits: 0,
-            nested_exits: Some(0),
-            cycles: Cycles::default(),
+            counts: Counts::default(),
             spread: (detail.spreads && row.spread.is_some()).then(Box::default),
         }
     }
 
     fn add(&mut self, row: &ReasonRow) {
-        self.exits = self.exits.saturating_add(row.exits);
-        self.nested_exits = sum_if_known(self.nested_exits, row.nested_exits);
-        self.cycles += row.cycles;
+        self.counts += row.counts;
         if let (Some(sum), Some(spread)) = (&mut self.spread, row.spread) {
             **sum += spread;
         }
@@ -307,10 +303,7 @@ impl CompactRow {
     pub fn report_row(&self) -> ReasonRow {
         ReasonRow {
             label: self.label,
-            exits: self.exits,
-            nested_exits: self.nested_exits,
-            cycles: self.cycles,
-            polled: None,
+            counts: self.counts,
             spread: self.spread.as_deref().copied(),
         }
     }

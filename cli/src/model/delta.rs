@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Cycles, Departed, Ledger, ReasonRow, Report, Span, VcpuReport};
+use super::{Counts, Departed, Ledger, ReasonRow, Report, Span, VcpuReport};
 use crate::spread::Spread;
 
 /// A reason why two snapshots have no difference.
@@ -115,16 +115,9 @@ impl VcpuReport {
         let mut rows = self.ledger.reasons.clone();
         if let (Some(phase), Some(label)) = (self.phase, self.latest) {
             let running = u128::from(self.moment(now).saturating_sub(self.last_tsc));
-            let separates_waits = self.ledger.cycles.separates_waits;
             rows.push(ReasonRow {
                 label,
-                exits: 0,
-                nested_exits: self.ledger.nested_exits.map(|_| 0),
-                cycles: Cycles::by_phase(separates_waits, |other| match other == phase {
-                    true => running,
-                    false => 0,
-                }),
-                polled: None,
+                counts: self.ledger.of_phase(phase, running),
                 spread: self
                     .ledger
                     .reasons
@@ -197,13 +190,16 @@ impl Ledger {
             .map(|row| match earlier.row(&row.label) {
                 Some(old) => row.since(old),
                 None => Some(ReasonRow {
-                    polled: None,
+                    counts: Counts {
+                        polled: None,
+                        ..row.counts
+                    },
                     ..*row
                 }),
             });
         let rows: Vec<_> = rows.collect::<Option<_>>()?;
         let mut ledger = Self::of(rows.into_iter().filter(ReasonRow::has_moved));
-        ledger.cycles.separates_waits =
+        ledger.counts.cycles.separates_waits =
             self.cycles.separates_waits && earlier.cycles.separates_waits;
         known.then_some(ledger)
     }
@@ -218,21 +214,13 @@ impl ReasonRow {
     /// Return the difference from an earlier row of the same reason, or `None` if `earlier` is not
     /// an older state of this one.
     pub fn since(&self, earlier: &Self) -> Option<Self> {
-        let nested_exits = match (self.nested_exits, earlier.nested_exits) {
-            (Some(new), Some(old)) => Some(new.checked_sub(old)?),
-            _ => None,
-        };
         let spread = match (&self.spread, &earlier.spread) {
             (Some(new), Some(old)) => Some(new.since(old)?),
             (new, _) => *new,
         };
         Some(Self {
             label: self.label,
-            exits: self.exits.checked_sub(earlier.exits)?,
-            nested_exits,
-            cycles: self.cycles.since(&earlier.cycles),
-            // The caller separates polling again for the whole ledger.
-            polled: None,
+            counts: self.counts.since(&earlier.counts)?,
             spread,
         })
     }

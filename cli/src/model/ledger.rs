@@ -2,8 +2,15 @@
 
 //! Exits and ticks by reason.
 
-use std::{cmp::Reverse, collections::BTreeMap, fmt, iter::Sum, ops::AddAssign};
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    fmt,
+    iter::Sum,
+    ops::{AddAssign, Deref},
+};
 
+use exitmeter_guest::ReasonNumbers;
 use exitmeter_meter::{
     phase::Phase,
     reader::Row,
@@ -14,9 +21,11 @@ use serde::{ser::SerializeMap as _, Serialize, Serializer};
 
 use crate::spread::Spread;
 
-/// Numbers of a vCPU, or sums over several vCPUs.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Ledger {
+/// Numbers of one reason, or sums over several.
+///
+/// A ledger and a row dereference to their counts.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Counts {
     /// VM exits.
     pub exits: u64,
     /// Exits from nested guests, if known.
@@ -24,10 +33,18 @@ pub struct Ledger {
     pub nested_exits: Option<u64>,
     /// TSC ticks by phase.
     pub cycles: Cycles,
-    /// Kernel ticks in which KVM polled before it let the vCPU sleep, if known (see
+    /// Kernel ticks of HLT in which KVM polled before it let the vCPU sleep, if known (see
     /// `separate_polling`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polled: Option<u128>,
+}
+
+/// Numbers of a vCPU, or sums over several vCPUs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Ledger {
+    /// Sums over the reasons.
+    #[serde(flatten)]
+    pub counts: Counts,
     /// Numbers by reason, sorted by kernel cycles without polling, the most first.
     pub reasons: Vec<ReasonRow>,
 }
@@ -50,16 +67,9 @@ pub struct ReasonRow {
     /// Reason that the numbers are booked on.
     #[serde(flatten)]
     pub label: Label,
-    /// VM exits.
-    pub exits: u64,
-    /// Exits from nested guests, if known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub nested_exits: Option<u64>,
-    /// TSC ticks by phase.
-    pub cycles: Cycles,
-    /// Kernel ticks of HLT in which KVM polled before it let the vCPU sleep, if known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub polled: Option<u128>,
+    /// The numbers.
+    #[serde(flatten)]
+    pub counts: Counts,
     /// Distribution of the kernel ticks of single exits, if known: `p50`, `p90` and `p99` within
     /// 20%, `max` (exact if `max_exact`), and `histogram`, a list of buckets, each with its lower
     /// bound in ticks and its number of exits.
@@ -288,13 +298,104 @@ impl fmt::Display for Label {
     }
 }
 
+impl Default for Counts {
+    /// Return counts of nothing. Adding them changes nothing.
+    fn default() -> Self {
+        Self {
+            exits: 0,
+            nested_exits: Some(0),
+            cycles: Cycles::default(),
+            polled: None,
+        }
+    }
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        let Self {
+            exits,
+            nested_exits,
+            cycles,
+            polled,
+        } = self;
+        *exits = exits.saturating_add(other.exits);
+        *nested_exits = sum_if_known(*nested_exits, other.nested_exits);
+        *cycles += other.cycles;
+        *polled = sum_of_known(*polled, other.polled);
+    }
+}
+
+impl Counts {
+    /// Convert a row of a snapshot. `separates_waits` is true if the snapshot counts the two sleeps
+    /// separately.
+    fn new(separates_waits: bool, row: &Row<'_>) -> Self {
+        Self {
+            exits: row.exits(),
+            nested_exits: row.nested_exits(),
+            cycles: Cycles::counted(separates_waits, |phase| row.cycles(phase)),
+            polled: None,
+        }
+    }
+
+    /// Convert the numbers that a guest reads.
+    pub(crate) fn of_guest(row: &ReasonNumbers) -> Self {
+        Self {
+            exits: row.exits,
+            nested_exits: row.nested_exits,
+            cycles: Cycles::counted(row.separates_waits, |phase| row.cycles(phase)),
+            polled: None,
+        }
+    }
+
+    /// Return counts of nothing but ticks of a phase. A number is known if it is known here.
+    pub(crate) fn of_phase(&self, phase: Phase, ticks: u128) -> Self {
+        let cycles = |other| if other == phase { ticks } else { 0 };
+        Self {
+            exits: 0,
+            nested_exits: self.nested_exits.map(|_| 0),
+            cycles: Cycles::by_phase(self.cycles.separates_waits, cycles),
+            polled: None,
+        }
+    }
+
+    /// Return the difference from an earlier moment, or `None` if a number that can only grow has
+    /// fallen.
+    pub(super) fn since(&self, earlier: &Self) -> Option<Self> {
+        Some(Self {
+            exits: self.exits.checked_sub(earlier.exits)?,
+            nested_exits: grown_if_known(self.nested_exits, earlier.nested_exits)?,
+            cycles: self.cycles.since(&earlier.cycles),
+            // The caller separates polling again for the whole ledger.
+            polled: None,
+        })
+    }
+
+    /// Return the kernel ticks without polling: the cost of the exits.
+    pub fn cost(&self) -> u128 {
+        self.cycles.kernel.saturating_sub(self.polled.unwrap_or(0))
+    }
+}
+
+impl Deref for ReasonRow {
+    type Target = Counts;
+
+    fn deref(&self) -> &Counts {
+        &self.counts
+    }
+}
+
+impl Deref for Ledger {
+    type Target = Counts;
+
+    fn deref(&self) -> &Counts {
+        &self.counts
+    }
+}
+
 impl AddAssign for ReasonRow {
     /// Add a row of the same reason.
     fn add_assign(&mut self, row: Self) {
-        self.exits = self.exits.saturating_add(row.exits);
-        self.nested_exits = sum_if_known(self.nested_exits, row.nested_exits);
-        self.cycles += row.cycles;
-        self.polled = sum_of_known(self.polled, row.polled);
+        self.counts += row.counts;
         if let (Some(sum), Some(spread)) = (&mut self.spread, row.spread) {
             *sum += spread;
         }
@@ -307,17 +408,9 @@ impl ReasonRow {
     pub fn new(isa: Isa, separates_waits: bool, row: &Row<'_>) -> Self {
         Self {
             label: Label::new(isa, row.reason()),
-            exits: row.exits(),
-            nested_exits: row.nested_exits(),
-            cycles: Cycles::counted(separates_waits, |phase| row.cycles(phase)),
-            polled: None,
+            counts: Counts::new(separates_waits, row),
             spread: Spread::read(row),
         }
-    }
-
-    /// Return the kernel ticks without polling: the cost of the exits.
-    pub fn cost(&self) -> u128 {
-        self.cycles.kernel.saturating_sub(self.polled.unwrap_or(0))
     }
 }
 
@@ -330,13 +423,8 @@ impl Ledger {
         rows: impl Iterator<Item = Row<'a>>,
     ) -> Self {
         let mut ledger = Self::of(rows.map(|row| ReasonRow::new(isa, separates_waits, &row)));
-        ledger.cycles.separates_waits = separates_waits;
+        ledger.counts.cycles.separates_waits = separates_waits;
         ledger
-    }
-
-    /// Return the kernel ticks without polling: the cost of the exits.
-    pub fn cost(&self) -> u128 {
-        self.cycles.kernel.saturating_sub(self.polled.unwrap_or(0))
     }
 
     /// Separate the polling from HLT's kernel ticks: the time that KVM polled before it let the
@@ -358,26 +446,20 @@ impl Ledger {
             .reasons
             .iter_mut()
             .find(|row| row.label.key() == hlt.key());
-        self.polled = ticks.map(|_| 0);
+        self.counts.polled = ticks.map(|_| 0);
         if let Some(row) = row {
-            row.polled = ticks.map(|ticks| ticks.min(row.cycles.kernel));
-            self.polled = row.polled;
+            row.counts.polled = ticks.map(|ticks| ticks.min(row.cycles.kernel));
+            self.counts.polled = row.polled;
         }
         self.sort(Sort::Cycles);
     }
 
     /// Sum up rows, several of which may have the same reason.
     pub fn of(rows: impl IntoIterator<Item = ReasonRow>) -> Self {
-        let mut ledger = Self {
-            nested_exits: Some(0),
-            ..Self::default()
-        };
+        let mut ledger = Self::default();
         let mut reasons = BTreeMap::new();
         for row in rows {
-            ledger.exits = ledger.exits.saturating_add(row.exits);
-            ledger.nested_exits = sum_if_known(ledger.nested_exits, row.nested_exits);
-            ledger.cycles += row.cycles;
-            ledger.polled = sum_of_known(ledger.polled, row.polled);
+            ledger.counts += row.counts;
             reasons
                 .entry(row.label.key())
                 .and_modify(|sum: &mut ReasonRow| *sum += row)
@@ -411,6 +493,14 @@ impl Ledger {
 /// Return the sum if both parts are known.
 pub(crate) fn sum_if_known(one: Option<u64>, other: Option<u64>) -> Option<u64> {
     Some(one?.saturating_add(other?))
+}
+
+/// Return the growth of a number, where both are known; or `None` if it has fallen.
+fn grown_if_known(new: Option<u64>, old: Option<u64>) -> Option<Option<u64>> {
+    match new.zip(old) {
+        Some((new, old)) => Some(Some(new.checked_sub(old)?)),
+        None => Some(None),
+    }
 }
 
 /// Return the sum of the known parts.

@@ -4,7 +4,7 @@
 
 use super::Selection;
 use crate::{
-    model::{ReasonRow, Report, Span},
+    model::{Counts, ReasonRow, Report, Span},
     names::VmNames,
 };
 
@@ -17,6 +17,22 @@ pub const HEADER: &str = "time_s,span_s,vm,name,pid,vcpu,kind,code,reason,exits,
 per_second,guest,kernel,user,blocked,preempted,share,mean,p50,p90,p99,max,max_exact,halted,waiting,\
 polled,vmm_name,vmm_uuid,vmm_manager,vmm_id,vmm_unit\n";
 
+/// Columns about the vCPUs of a line, which come first.
+const OWNER: usize = 6;
+
+/// Columns with the names that the VMM was given, which come last.
+const NAMES: usize = 5;
+
+/// Columns about the reason, in between.
+const REASON: usize = {
+    let (mut columns, mut at) = (1, 0);
+    while at < HEADER.len() {
+        columns += (HEADER.as_bytes()[at] == b',') as usize;
+        at += 1;
+    }
+    columns - OWNER - NAMES
+};
+
 /// Format the names that the VMM was given, as the last columns of a line.
 pub(crate) fn vmm_columns(given: &VmNames) -> String {
     let VmNames {
@@ -27,7 +43,7 @@ pub(crate) fn vmm_columns(given: &VmNames) -> String {
         unit,
         ..
     } = given;
-    let texts = [name, uuid, manager, id, unit];
+    let texts: [_; NAMES] = [name, uuid, manager, id, unit];
     let texts = texts.map(|text| text.as_deref().map_or_else(String::new, quoted));
     texts.join(",")
 }
@@ -40,15 +56,15 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
     let time = seconds(&Span::of(age, host.tsc_khz));
     let mut text = String::new();
     for vm in &report.vms {
-        let owner = [
+        let owner: [_; OWNER] = [
             time.clone(),
             seconds(&vm.span),
             vm.vm.to_string(),
             quoted(&vm.name),
             vm.pid.to_string(),
             number(selection.vcpu),
-        ]
-        .join(",");
+        ];
+        let owner = owner.join(",");
         let names = vmm_columns(&vm.vmm);
         for row in &vm.ledger.reasons {
             text += &line(&owner, &names, row, vm.ledger.cycles.kernel, Some(vm.span));
@@ -66,38 +82,42 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
 }
 
 fn line(owner: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Span>) -> String {
-    let rate = span.and_then(|span| span.per_second(row.exits));
-    let part = |whole: u128| (whole != 0).then(|| row.cycles.kernel as f64 / whole as f64);
+    let Counts {
+        exits,
+        nested_exits,
+        cycles,
+        polled,
+    } = row.counts;
+    let rate = span.and_then(|span| span.per_second(exits));
+    let part = |whole: u128| (whole != 0).then(|| cycles.kernel as f64 / whole as f64);
     let spread = row.spread.as_ref();
     let quantile = |percent| number(spread.and_then(|spread| spread.quantile(percent)));
-    let mut fields = vec![
-        owner.to_owned(),
+    let max = spread.filter(|spread| spread.max != 0);
+    let sleep = |ticks: u128| number(cycles.separates_waits.then_some(ticks));
+    let reason: [String; REASON] = [
         row.label.kind.to_owned(),
         number(row.label.code),
         row.label.name.map_or_else(String::new, quoted),
-        row.exits.to_string(),
-        number(row.nested_exits),
+        exits.to_string(),
+        number(nested_exits),
         decimal(rate, 3),
+        cycles.guest.to_string(),
+        cycles.kernel.to_string(),
+        cycles.user.to_string(),
+        cycles.blocked().to_string(),
+        cycles.preempted.to_string(),
+        decimal(part(kernel), 6),
+        decimal(part(exits.into()), 1),
+        quantile(50),
+        quantile(90),
+        quantile(99),
+        number(max.map(|spread| spread.max)),
+        number(max.map(|spread| spread.max_exact)),
+        sleep(cycles.halted),
+        sleep(cycles.waiting),
+        number(polled),
     ];
-    let cycles = &row.cycles;
-    let phases = [
-        cycles.guest,
-        cycles.kernel,
-        cycles.user,
-        cycles.blocked(),
-        cycles.preempted,
-    ];
-    fields.extend(phases.map(|ticks| ticks.to_string()));
-    fields.extend([decimal(part(kernel), 6), decimal(part(row.exits.into()), 1)]);
-    fields.extend([50, 90, 99].map(quantile));
-    let max = spread.filter(|spread| spread.max != 0);
-    fields.push(number(max.map(|spread| spread.max)));
-    fields.push(number(max.map(|spread| spread.max_exact)));
-    let sleeps = [cycles.halted, cycles.waiting];
-    fields.extend(sleeps.map(|ticks| number(cycles.separates_waits.then_some(ticks))));
-    fields.push(number(row.polled));
-    fields.push(names.to_owned());
-    fields.join(",") + "\n"
+    format!("{owner},{},{names}\n", reason.join(","))
 }
 
 fn number(number: Option<impl ToString>) -> String {

@@ -8,7 +8,7 @@ use exitmeter_meter::phase::Phase;
 
 use super::Selection;
 use crate::{
-    model::{Cycles, HostReport, Ledger, Meter, ReasonRow, Report, Span, VcpuReport},
+    model::{Counts, Cycles, HostReport, Ledger, Meter, ReasonRow, Report, Span, VcpuReport},
     names::VmNames,
     numbers::{at_least, exact, rate, rough, rounded, share, time},
     output::TextOptions,
@@ -366,6 +366,12 @@ fn cells(
     span: Option<Span>,
     number: fn(u128) -> String,
 ) -> [String; 17] {
+    let Counts {
+        exits,
+        nested_exits,
+        cycles,
+        polled,
+    } = row.counts;
     let single = |ticks: fn(&Spread) -> Option<u64>| {
         let ticks = row.spread.as_ref().and_then(ticks);
         ticks.map_or_else(|| "-".to_owned(), rough)
@@ -374,17 +380,17 @@ fn cells(
         Some(spread) if !spread.max_exact => "~",
         _ => "",
     };
-    let full = |text, phase| at_least(text, row.cycles.is_full(phase));
-    let phase = |phase| full(rough(row.cycles.of(phase)), phase);
-    let mean = rounded(row.cost(), row.exits);
+    let full = |text, phase| at_least(text, cycles.is_full(phase));
+    let phase = |phase| full(rough(cycles.of(phase)), phase);
+    let mean = rounded(row.cost(), exits);
     [
         format_code(row.label.code),
         row.label.to_string(),
-        number(row.exits.into()),
-        nested(row.nested_exits, number),
-        rate(span.and_then(|span| span.per_second(row.exits))),
+        number(exits.into()),
+        nested(nested_exits, number),
+        rate(span.and_then(|span| span.per_second(exits))),
         full(number(row.cost()), Phase::Kernel),
-        row.polled.map_or_else(|| "-".to_owned(), rough),
+        polled.map_or_else(|| "-".to_owned(), rough),
         share(row.cost(), ledger.cost()),
         mean.map_or_else(|| "-".to_owned(), number),
         single(|spread| spread.quantile(50)),

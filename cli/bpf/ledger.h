@@ -57,7 +57,7 @@ struct ledger {
 	u64 rows[ROWS][ROW] __attribute__((aligned(64)));
 	u64 nested[ROWS];
 	u64 waiting[ROWS];
-	u64 histograms[1 + OWN_HISTOGRAMS][BUCKETS];
+	u64 histograms[1 + OWN_HISTOGRAMS][BUCKETS] __attribute__((aligned(64)));
 	u64 more_histograms[HISTOGRAMS - OWN_HISTOGRAMS][BUCKETS];
 } __attribute__((aligned(64)));
 

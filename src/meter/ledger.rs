@@ -252,6 +252,11 @@ pub const C_LAYOUT: [(&str, usize); 12] = [
     ("SUMS_SIZE", size_of::<RowCopy>()),
 ];
 
+/// Version of the structs in [`C_LAYOUT`]. It changes with their numbers: a tool must not read the
+/// ledgers of BPF programs that another version of the tool has left running.
+pub const C_VERSION: u64 = 5;
+
+// The numbers of `C_VERSION`.
 #[cfg(not(loom))]
 const _: () = {
     assert!(size_of::<Row>() == 64);
@@ -265,6 +270,7 @@ const _: () = {
     assert!(offset_of!(Ledger, histograms) == 5312);
     assert!(size_of::<Ledger>() == 16064);
     assert!(size_of::<MoreHistograms>() == 8192);
+    assert!(size_of::<RowCopy>() == 72);
     // A place fits into 16 bits, a slot into 8.
     assert!(ROWS * size_of::<Row>() <= u16::MAX as usize && SLOTS <= 256);
 };

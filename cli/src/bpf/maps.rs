@@ -22,7 +22,9 @@ use aya::{maps::MapData, Pod};
 use exitmeter_meter::{
     histogram::BUCKETS,
     leaves::LeafMap,
-    ledger::{Copying, Histogram, Ledger, LedgerCopy, More, MoreHistograms, RowCopy, Totals},
+    ledger::{
+        Copying, Histogram, Ledger, LedgerCopy, More, MoreHistograms, RowCopy, Totals, C_VERSION,
+    },
     reasons::{Isa, Slot, SLOTS},
     snapshot::{size_for, Encoder, HostHeader, Identity, NAME_SIZE},
     tables::{Tables, TablesCopy},
@@ -41,10 +43,8 @@ const LEDGER: usize = (size_of::<Ledger>() + size_of::<MoreHistograms>()) / 8;
 pub const NAMES: [&str; 5] = ["ledgers", "owners", "departed", "meter", "tables"];
 
 /// Version of the maps, `layout` of struct meter. It changes when older readers would misread the
-/// maps.
-const LAYOUT: u64 = 0x4558_4954_0005;
-// The sizes of this version. Others need a new version.
-const _: () = assert!(LEDGER == 3032 && totals::WORDS == 12_997);
+/// maps, and with the ledger.
+const LAYOUT: u64 = 0x4558_4954_0000 | C_VERSION;
 
 /// Attempts to copy a vCPU's ledger. An attempt takes a microsecond, and the programs leave that
 /// much time between two transitions.

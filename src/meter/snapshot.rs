@@ -240,7 +240,7 @@ const BEFORE_HISTOGRAM: usize = 8;
 /// Counters of a row after its histogram.
 const AFTER_HISTOGRAM: usize = 2;
 /// Counters of a row: name, unit, kind and number of values, in the order of the row.
-pub(crate) const COUNTERS: [(&str, u32, u32, usize); BEFORE_HISTOGRAM + 1 + AFTER_HISTOGRAM] = [
+pub const COUNTERS: [(&str, u32, u32, usize); BEFORE_HISTOGRAM + 1 + AFTER_HISTOGRAM] = [
     (EXITS, UNIT_EVENTS, KIND_SUM, 1),
     (Phase::Guest.name(), UNIT_TICKS, KIND_SUM, 1),
     (Phase::Kernel.name(), UNIT_TICKS, KIND_SUM, 1),

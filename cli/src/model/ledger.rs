@@ -15,7 +15,7 @@ use exitmeter_meter::{
     phase::Phase,
     reader::Row,
     reasons::{self, Isa},
-    snapshot::{Reason, BLOCKED},
+    snapshot::{Reason, BLOCKED, COUNTERS},
 };
 use serde::{ser::SerializeMap as _, Serialize, Serializer};
 
@@ -297,6 +297,9 @@ impl fmt::Display for Label {
         })
     }
 }
+
+// `Counts` and `Spread` have all counters of this version.
+const _: () = assert!(COUNTERS.len() == 11);
 
 impl Default for Counts {
     /// Return counts of nothing. Adding them changes nothing.

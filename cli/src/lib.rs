@@ -11,7 +11,8 @@
 //! - Over time: [`top`] shows snapshots live, [`record`] stores them in a [`recording`], and
 //!   [`plot`] draws a recording.
 //! - Output: [`output`] prints, with [`table`], [`numbers`] and [`paint`] for the layout.
-//! - Processes: [`command`] runs child commands, and [`signals`] catches what would end the tool.
+//! - Processes: [`command`] runs child commands, [`signals`] catches what would end the tool, and
+//!   [`stop`] records it until the tool can end in order.
 //! - Optional: `bpf` keeps the same numbers without the module, and `export` serves the numbers of
 //!   a host to Prometheus.
 
@@ -39,6 +40,7 @@ pub mod slow;
 pub mod source;
 pub mod spread;
 pub mod stat;
+pub mod stop;
 pub mod table;
 #[cfg(feature = "top")]
 pub mod top;

@@ -4,7 +4,7 @@
 //!
 //! `checks` runs guests with known exits (the crate tiny-guests), and compares the meter's numbers
 //! (`own`) with the kernel's own histogram (`hist`). `cost` measures exits, and with `reload` also
-//! without the module. `host` is the host under test, and `stop` the user's request to end.
+//! without the module. `host` is the host under test.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -21,11 +21,11 @@ use self::{
     host::MeteredHost,
     model::{Check, Results, Verdict},
     reload::Reload,
-    stop::{Stop, Stopped},
 };
 use crate::{
     output::{self, Output},
     source::Choice,
+    stop::{Stop, Stopped},
 };
 
 mod checks;
@@ -38,7 +38,6 @@ mod model;
 mod own;
 mod reload;
 mod statistics;
-mod stop;
 mod text;
 
 /// Exit status when a check has failed.

@@ -19,9 +19,8 @@ use super::{
     host::{thread, MeteredHost},
     model::{Check, Verdict},
     own::{Exits, MeteredGuest},
-    stop::Stopped,
 };
-use crate::{numbers::exact, source, why::device};
+use crate::{numbers::exact, source, stop::Stopped, why::device};
 
 /// Loop iterations of a guest.
 const LOOPS: u32 = 500;
@@ -539,7 +538,7 @@ fn compare_details(host: &MeteredHost, device: &device::Device, touched: &Touche
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::verify::stop::Stop;
+    use crate::stop::Stop;
 
     fn host() -> MeteredHost {
         MeteredHost {

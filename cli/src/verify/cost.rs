@@ -76,7 +76,7 @@ type Block = Vec<[Sample; KINDS.len()]>;
 ///
 /// # Errors
 ///
-/// Returns [`Stopped`](super::stop::Stopped), an error of KVM, or an error if the module cannot be
+/// Returns [`Stopped`](crate::stop::Stopped), an error of KVM, or an error if the module cannot be
 /// unloaded or loaded.
 pub fn measure(
     host: &MeteredHost,

@@ -18,10 +18,10 @@ use tiny_guests::{Config, TinyVm};
 use super::{
     hist,
     own::{Before, MeteredGuest},
-    stop::Stop,
 };
 use crate::{
     source::{self, Choice, DEVICE},
+    stop::Stop,
     why::device::Device,
 };
 
@@ -150,7 +150,7 @@ impl MeteredHost {
     ///
     /// # Errors
     ///
-    /// Returns an error of KVM, or [`Stopped`](super::stop::Stopped).
+    /// Returns an error of KVM, or [`Stopped`](crate::stop::Stopped).
     pub fn run(&self, config: Config) -> anyhow::Result<TinyVm> {
         self.stop.check()?;
         let mut machine = TinyVm::new(config)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The user's request to end, by a signal. A running guest returns at a signal, and the flag is
-//! checked between two guests, so that everything is cleaned up by its owner.
+//! The user's request to end, by a signal. The flag is checked between two steps of the work, so
+//! that everything is cleaned up by its owner. A running guest returns at a signal.
 
 use std::{
     io,
@@ -9,6 +9,8 @@ use std::{
         atomic::{AtomicUsize, Ordering},
         Arc,
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use signal_hook::{
@@ -17,6 +19,9 @@ use signal_hook::{
 };
 
 use crate::signals;
+
+/// Interval at which a pause checks for a signal.
+const TICK: Duration = Duration::from_millis(50);
 
 /// Error when a signal has come.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
@@ -66,6 +71,22 @@ impl Stop {
             signal => Err(Stopped(u8::try_from(signal).unwrap_or(u8::MAX))),
         }
     }
+
+    /// Sleep for `time`, or until a signal comes.
+    ///
+    /// # Errors
+    ///
+    /// Fails with [`Stopped`].
+    pub fn pause(&self, time: Duration) -> Result<(), Stopped> {
+        let begun = Instant::now();
+        loop {
+            self.check()?;
+            match time.saturating_sub(begun.elapsed()) {
+                Duration::ZERO => return Ok(()),
+                left => thread::sleep(left.min(TICK)),
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -76,8 +97,10 @@ mod tests {
     fn signal_gives_exit_status() {
         let stop = Stop::default();
         assert_eq!(stop.check(), Ok(()));
+        assert_eq!(stop.pause(Duration::ZERO), Ok(()));
         stop.0.store(SIGINT as usize, Ordering::Relaxed);
         assert!(stop.is_wanted());
         assert_eq!(stop.check().map_err(Stopped::status), Err(130));
+        assert_eq!(stop.pause(Duration::MAX), Err(Stopped(2)));
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
-use exitmeter::export::server;
+use exitmeter::{export::server, stop::Stop};
 use fleet::{
     boards::{Board, BOARDS},
     hosts::{recording_paths, Hosts},
@@ -22,10 +22,6 @@ use fleet::{
     tiers::Tiers,
 };
 use serde_json::Value;
-use signal_hook::{
-    consts::{SIGINT, SIGTERM},
-    iterator::Signals,
-};
 
 /// Run Debian's Prometheus, with exitmeter's rules and alerts, on hosts that play recordings of emulated hosts.
 #[derive(Debug, Parser)]
@@ -72,6 +68,21 @@ const LOW_STEAL: f64 = 0.02;
 
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
+    let stop = Stop::default();
+    stop.begin().context("cannot wait for signals")?;
+    let result = run(&args, &stop);
+    match stop.check() {
+        // Ctrl-C on a terminal also reaches the servers, so the error may be that one of them is gone.
+        Err(stopped) if result.is_err() => {
+            eprintln!("fleet: {stopped}");
+            Ok(stopped.status().into())
+        }
+        _ => result,
+    }
+}
+
+/// Start hosts and servers, and check, measure or show them. A signal ends this early, and nothing is left of it.
+fn run(args: &Args, stop: &Stop) -> Result<ExitCode> {
     let recordings = recording_paths().map(|path| Recording::read(&path));
     let recordings: Vec<Recording> = recordings.collect::<Result<_>>()?;
     let mut hosts = Hosts::new(recordings, args.hosts as usize, args.vms, args.speed);
@@ -91,15 +102,13 @@ fn main() -> Result<ExitCode> {
         real_waits: args.measure.is_some(),
     };
     let leaves = args.leaves.map(|leaves| leaves as usize);
-    let tiers = Tiers::start(folder.path(), &hosts, served, options, leaves)?;
+    let tiers = Tiers::start(folder.path(), &hosts, served, options, leaves, stop)?;
     if args.check {
-        return check(&hosts, &tiers, options);
+        return check(&hosts, &tiers, options, stop);
     }
     if let Some(minutes) = args.measure {
-        return measure(&tiers, minutes);
+        return measure(&tiers, minutes, stop);
     }
-    // Only from here on: without a handler, Ctrl-C ends a check or a measurement at once, and its children end with it.
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let url = tiers.top_or_only().url();
     println!(
         "{} hosts, {} times as fast as they were recorded",
@@ -121,17 +130,17 @@ fn main() -> Result<ExitCode> {
     println!("  exits by reason     {url}/graph?g0.expr=sum%20by%20(reason)(instance_reason%3Aexitmeter_host_exits%3Arate5m)&g0.tab=0&g0.range_input=10m");
     println!("  steal by VM         {url}/graph?g0.expr=vm%3Aexitmeter_preempted%3Aratio_rate5m&g0.tab=0&g0.range_input=10m");
     println!("Ctrl-C ends it.");
-    signals.forever().next();
+    while stop.pause(Duration::MAX).is_ok() {}
     drop(tiers);
     println!("ended");
     Ok(ExitCode::SUCCESS)
 }
 
 /// Print what the programs take in each minute, and then the times of rules and scrapes.
-fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
+fn measure(tiers: &Tiers, minutes: u32, stop: &Stop) -> Result<ExitCode> {
     let mut before = BTreeMap::new();
     for minute in 1..=minutes {
-        thread::sleep(Duration::from_secs(60));
+        stop.pause(Duration::from_secs(60))?;
         for program in tiers.servers() {
             for cost in program.costs()? {
                 let series = cost.series.map(|series| format!("{series:.0} series, "));
@@ -167,6 +176,7 @@ fn measure(tiers: &Tiers, minutes: u32) -> Result<ExitCode> {
         let name = program.name();
         let failed = program.query("count(up == 0) or vector(0)");
         let (Ok(found), Ok(failed)) = (program.query(query), failed) else {
+            stop.check()?;
             println!("{name} is too busy to answer");
             continue;
         };
@@ -188,21 +198,23 @@ fn rounds(recording: &Recording) -> u64 {
     (times as u64).max(1)
 }
 
-fn check(hosts: &Hosts, tiers: &Tiers, options: ScrapeOptions) -> Result<ExitCode> {
+fn check(hosts: &Hosts, tiers: &Tiers, options: ScrapeOptions, stop: &Stop) -> Result<ExitCode> {
     // Panels, page and rules are checked while VMs come and go, the sums after the hosts have stopped.
     let played = PANEL_CHECK.saturating_sub(hosts.begun.elapsed());
-    let mut passed = eventually(played, || check_panels(tiers))?;
+    let mut passed = eventually(played, stop, || check_panels(tiers))?;
     for program in tiers.servers() {
         let played = PANEL_CHECK.saturating_sub(hosts.begun.elapsed());
-        passed += eventually(played, || check_console(hosts, program))?;
+        passed += eventually(played, stop, || check_console(hosts, program))?;
     }
     for program in &tiers.leaves {
-        passed += eventually(Duration::ZERO, || check_rules(program, options.each))?;
+        passed += eventually(Duration::ZERO, stop, || check_rules(program, options.each))?;
     }
     let left = PLAY_TIME.saturating_sub(hosts.begun.elapsed());
-    passed += eventually(left, || check_sums_and_alerts(hosts, tiers))?;
+    passed += eventually(left, stop, || check_sums_and_alerts(hosts, tiers))?;
     if tiers.top.is_some() {
-        passed += eventually(Duration::ZERO, || check_top(hosts, tiers, options.each))?;
+        passed += eventually(Duration::ZERO, stop, || {
+            check_top(hosts, tiers, options.each)
+        })?;
     }
     println!("{passed} passed, 0 failed");
     Ok(ExitCode::SUCCESS)
@@ -423,15 +435,15 @@ fn check_top(hosts: &Hosts, tiers: &Tiers, each: u64) -> Result<u64> {
 }
 
 /// Wait for `after`, then repeat a check until it passes, for up to [`SETTLE_TIMEOUT`].
-fn eventually(after: Duration, holds: impl Fn() -> Result<u64>) -> Result<u64> {
-    thread::sleep(after);
+fn eventually(after: Duration, stop: &Stop, holds: impl Fn() -> Result<u64>) -> Result<u64> {
+    stop.pause(after)?;
     let begun = Instant::now();
     loop {
         let result = holds();
         if result.is_ok() || begun.elapsed() > SETTLE_TIMEOUT {
             return result;
         }
-        thread::sleep(Duration::from_secs(1));
+        stop.pause(Duration::from_secs(1))?;
     }
 }
 

@@ -5,15 +5,17 @@
 use std::{
     fmt::Write as _,
     fs::{self, File},
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{bail, ensure, Context as _, Result};
+use exitmeter::stop::Stop;
+use rustix::process::{kill_process_group, Pid, Signal};
 use serde_json::Value;
 
 /// File of the rules in the packages.
@@ -34,17 +36,20 @@ pub const CONSOLE: &str = "/consoles/exitmeter.html";
 /// Time limit for a program to start, and for an answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Interval at which a wait for a program or for an answer checks for a signal.
+const TICK: Duration = Duration::from_millis(50);
+
 /// Return the folder of Debian's programs. The first call fetches them.
 ///
 /// # Errors
 ///
-/// The programs cannot be fetched.
-pub fn programs() -> Result<PathBuf> {
-    Ok(unpacked(&[])?.join("usr/bin"))
+/// The programs cannot be fetched, or a signal has come.
+pub fn programs(stop: &Stop) -> Result<PathBuf> {
+    Ok(unpacked(&[], stop)?.join("usr/bin"))
 }
 
 /// Unpack Debian's packages with scripts/prometheus.sh and these options, unless they are there, and return the folder.
-fn unpacked(options: &[&str]) -> Result<PathBuf> {
+fn unpacked(options: &[&str], stop: &Stop) -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(home?.join(".cache")));
@@ -52,13 +57,25 @@ fn unpacked(options: &[&str]) -> Result<PathBuf> {
         .context("HOME is not set")?
         .join("exitmeter/prometheus");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/prometheus.sh");
-    let status = Command::new(script).args(options).arg(&folder).status();
-    ensure!(
-        status
-            .with_context(|| format!("cannot run {script}"))?
-            .success(),
-        "cannot fetch Debian's Prometheus"
-    );
+    let mut process = Command::new(script)
+        .args(options)
+        .arg(&folder)
+        // The script's processes can be ended together.
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("cannot run {script}"))?;
+    let status = loop {
+        if let Some(status) = process.try_wait()? {
+            break status;
+        }
+        if let Err(stopped) = stop.pause(TICK) {
+            // The script removes its temporary folder. The signal fails only if the processes are gone already.
+            let _ = kill_process_group(Pid::from_child(&process), Signal::TERM);
+            process.wait()?;
+            return Err(stopped.into());
+        }
+    };
+    ensure!(status.success(), "cannot fetch Debian's Prometheus");
     Ok(folder)
 }
 
@@ -163,8 +180,14 @@ impl Prometheus {
     ///
     /// # Errors
     ///
-    /// The server does not start.
-    pub fn start(folder: &Path, name: &str, options: ScrapeOptions, scrapes: &str) -> Result<Self> {
+    /// The server does not start, or a signal has come.
+    pub fn start(
+        folder: &Path,
+        name: &str,
+        options: ScrapeOptions,
+        scrapes: &str,
+        stop: &Stop,
+    ) -> Result<Self> {
         let ScrapeOptions { engine, each, .. } = options;
         fs::create_dir_all(folder)?;
         let rules = folder.join("rules.yml");
@@ -185,7 +208,7 @@ impl Prometheus {
         let (file, data) = (file.display(), folder.join("data"));
         let data = data.display();
         if !engine.is_victoria() {
-            let scrapes = Server::start(folder, name, "prometheus", |address| {
+            let scrapes = Server::start(folder, name, "prometheus", stop, |address| {
                 vec![
                     format!("--config.file={file}"),
                     format!("--storage.tsdb.path={data}"),
@@ -202,7 +225,7 @@ impl Prometheus {
                 alerts: None,
             });
         }
-        let scrapes = Server::start(folder, name, "victoria-metrics", |address| {
+        let scrapes = Server::start(folder, name, "victoria-metrics", stop, |address| {
             let mut arguments = vec![
                 format!("-promscrape.config={file}"),
                 format!("-storageDataPath={data}"),
@@ -220,7 +243,7 @@ impl Prometheus {
             let notifier = folder.join("notifier.yml");
             fs::write(&notifier, "static_configs: []\n")?;
             let url = scrapes.url();
-            let vmalert = Server::start(folder, "vmalert", "vmalert", |address| {
+            let vmalert = Server::start(folder, "vmalert", "vmalert", stop, |address| {
                 vec![
                     format!("-rule={}", rules.display()),
                     format!("-datasource.url={url}"),
@@ -248,7 +271,7 @@ impl Prometheus {
     pub fn url_of_alerts(&self) -> String {
         let program = self.alerts.as_ref().unwrap_or(&self.scrapes);
         // Debian's Prometheus has only the classic pages, from before React.
-        let is_classic = get(program.address, "/classic/alerts").is_ok();
+        let is_classic = program.get("/classic/alerts").is_ok();
         program.url() + if is_classic { "/classic" } else { "" }
     }
 
@@ -261,7 +284,7 @@ impl Prometheus {
         if self.engine.is_victoria() {
             return Ok(None);
         }
-        get(self.scrapes.address, CONSOLE).map(Some)
+        self.scrapes.get(CONSOLE).map(Some)
     }
 
     /// Check that the server serves a file of its pages.
@@ -270,10 +293,7 @@ impl Prometheus {
     ///
     /// The server does not serve the file, or it is empty.
     pub fn serves(&self, path: &str) -> Result<()> {
-        ensure!(
-            !get(self.scrapes.address, path)?.is_empty(),
-            "{path} is empty"
-        );
+        ensure!(!self.scrapes.get(path)?.is_empty(), "{path} is empty");
         Ok(())
     }
 
@@ -312,9 +332,9 @@ impl Prometheus {
     /// There is no answer, or it has no groups.
     pub fn groups(&self) -> Result<Vec<Group>> {
         let program = self.alerts.as_ref().unwrap_or(&self.scrapes);
-        let answer: Value = serde_json::from_str(&get(program.address, "/api/v1/rules")?)?;
+        let answer: Value = serde_json::from_str(&program.get("/api/v1/rules")?)?;
         let groups = answer["data"]["groups"].as_array().context("no groups")?;
-        let metrics = get(program.address, "/metrics")?;
+        let metrics = program.get("/metrics")?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         groups
             .iter()
@@ -368,7 +388,7 @@ impl Prometheus {
         if let Some(at) = at {
             write!(path, "&time={at:.3}")?;
         }
-        let mut answer: Value = serde_json::from_str(&get(self.scrapes.address, &path)?)?;
+        let mut answer: Value = serde_json::from_str(&self.scrapes.get(&path)?)?;
         match answer["data"]["result"].take() {
             Value::Array(result) => Ok(result),
             _ => bail!("{query}: {answer}"),
@@ -441,6 +461,7 @@ struct Server {
     name: String,
     process: Child,
     address: SocketAddr,
+    stop: Stop,
 }
 
 impl Server {
@@ -449,6 +470,7 @@ impl Server {
         folder: &Path,
         name: &str,
         program: &str,
+        stop: &Stop,
         arguments: impl FnOnce(SocketAddr) -> Vec<String>,
     ) -> Result<Self> {
         // If another process takes the port meanwhile, the program fails with an error.
@@ -459,8 +481,8 @@ impl Server {
             env!("CARGO_MANIFEST_DIR"),
             "/../../scripts/prometheus-run.sh"
         );
-        let folder_of_programs = unpacked(&[])?;
-        unpacked(&["--pages"])?;
+        let folder_of_programs = unpacked(&[], stop)?;
+        unpacked(&["--pages"], stop)?;
         let process = command_that_ends_with_us(Path::new(run))
             .arg(&folder_of_programs)
             .arg(program)
@@ -474,15 +496,16 @@ impl Server {
             name: name.to_owned(),
             process,
             address,
+            stop: stop.clone(),
         };
         let begun = Instant::now();
-        while get(address, "/-/healthy").is_err() {
+        while started.get("/-/healthy").is_err() {
+            stop.pause(TICK)?;
             let ended = started.process.try_wait()?;
             if ended.is_some() || begun.elapsed() > TIMEOUT {
                 let log = fs::read_to_string(path).unwrap_or_default();
                 bail!("{program} does not start: {log}");
             }
-            thread::sleep(Duration::from_millis(100));
         }
         Ok(started)
     }
@@ -491,9 +514,32 @@ impl Server {
         format!("http://{}", self.address)
     }
 
+    /// Send a GET request and return the body of the answer. Fail at once if a signal has come.
+    fn get(&self, path: &str) -> Result<String> {
+        self.stop.check()?;
+        let begun = Instant::now();
+        let address = self.address;
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(TICK))?;
+        // With HTTP/1.0 the answer is not chunked.
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+        let mut answer = Vec::new();
+        while let Err(error) = stream.read_to_end(&mut answer) {
+            let is_late = begun.elapsed() > TIMEOUT;
+            if error.kind() != io::ErrorKind::WouldBlock || is_late {
+                return Err(error.into());
+            }
+            self.stop.check()?;
+        }
+        let answer = String::from_utf8(answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        ensure!(head.contains(" 200 "), "{path}: {head}\n{body}");
+        Ok(body.to_owned())
+    }
+
     /// Return the resources that the program has taken. `series` names the metric that counts its series.
     fn cost(&self, series: Option<&str>) -> Result<Cost> {
-        let text = get(self.address, "/metrics")?;
+        let text = self.get("/metrics")?;
         let value = |name: &str| -> Result<f64> {
             let line = text
                 .lines()
@@ -522,17 +568,4 @@ fn command_that_ends_with_us(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
-}
-
-/// Send a GET request and return the body of the answer.
-fn get(address: SocketAddr, path: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    // With HTTP/1.0 the answer is not chunked.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
-    ensure!(head.contains(" 200 "), "{path}: {head}\n{body}");
-    Ok(body.to_owned())
 }

@@ -8,6 +8,7 @@
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, ops::Range, path::Path};
 
 use anyhow::{ensure, Context as _, Result};
+use exitmeter::stop::Stop;
 use serde_json::Value;
 
 use crate::{
@@ -36,18 +37,19 @@ impl Tiers {
     ///
     /// # Errors
     ///
-    /// A server does not start, or the options do not fit leaves.
+    /// A server does not start, the options do not fit leaves, or a signal has come.
     pub fn start(
         folder: &Path,
         hosts: &Hosts,
         served: SocketAddr,
         options: ScrapeOptions,
         leaves: Option<usize>,
+        stop: &Stop,
     ) -> Result<Self> {
         let name = options.engine.name();
         let Some(count) = leaves else {
             let scrapes = scrape_hosts(hosts, 0..hosts.count, served)?;
-            let one = Prometheus::start(folder, name, options, &scrapes)?;
+            let one = Prometheus::start(folder, name, options, &scrapes, stop)?;
             return Ok(Self {
                 leaves: vec![one],
                 top: None,
@@ -62,7 +64,8 @@ impl Tiers {
         let leaves = (0..count).map(|leaf| {
             let name = format!("leaf {leaf}");
             let scrapes = scrape_hosts(hosts, share(leaf, count, hosts.count), served)?;
-            Prometheus::start(&folder.join(leaf.to_string()), &name, options, &scrapes)
+            let folder = folder.join(leaf.to_string());
+            Prometheus::start(&folder, &name, options, &scrapes, stop)
         });
         let leaves: Vec<_> = leaves.collect::<Result<_>>()?;
         let scrapes = scrape_leaves(&leaves)?;
@@ -70,7 +73,7 @@ impl Tiers {
             engine: Engine::PrometheusWithoutRules,
             ..options
         };
-        let top = Prometheus::start(&folder.join("top"), "top", options, &scrapes)?;
+        let top = Prometheus::start(&folder.join("top"), "top", options, &scrapes, stop)?;
         Ok(Self {
             leaves,
             top: Some(top),

@@ -10,7 +10,7 @@ use std::{
     process::{Command, Output},
 };
 
-use exitmeter::export::exposition::Format;
+use exitmeter::{export::exposition::Format, stop::Stop};
 use fleet::{
     boards::{BOARDS, FOLDER},
     hosts::{recording_paths, Hosts},
@@ -26,7 +26,8 @@ use promql_parser::{
 const DOCS: &str = include_str!("../../../docs/fleet.md");
 
 fn promtool(arguments: &[&str], input: Option<File>) -> Output {
-    let mut command = Command::new(programs().unwrap().join("promtool"));
+    let programs = programs(&Stop::default()).unwrap();
+    let mut command = Command::new(programs.join("promtool"));
     if let Some(input) = input {
         command.stdin(input);
     }

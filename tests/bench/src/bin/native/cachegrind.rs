@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
     process::{Command, Stdio},
 };
 
@@ -43,20 +43,18 @@ pub fn count() -> Result<()> {
 
 /// Run `exits` exits under cachegrind and return its events.
 fn events(exits: u32) -> Result<BTreeMap<String, u64>> {
-    let folder = env::temp_dir().join(format!("exitmeter-native-{}", std::process::id()));
-    fs::create_dir_all(&folder)?;
-    let file = folder.join("cachegrind");
-    let status = Command::new("valgrind")
+    let output = Command::new("valgrind")
         .args(["--tool=cachegrind", "--cache-sim=yes", "--branch-sim=yes"])
-        .arg(format!("--cachegrind-out-file={}", file.display()))
+        // This program prints nothing itself. A file would be left behind if a signal ended the count.
+        .arg("--cachegrind-out-file=/dev/stdout")
         .arg(env::current_exe()?)
         .args(["--exits", &exits.to_string()])
         .stderr(Stdio::null())
-        .status()
+        .output()
         .context("cannot run valgrind: install Debian's package valgrind")?;
+    let status = output.status;
     ensure!(status.success(), "valgrind ended with {status}");
-    let text = fs::read_to_string(&file)?;
-    fs::remove_dir_all(&folder)?;
+    let text = String::from_utf8(output.stdout)?;
     let line = |key| text.lines().find_map(|line: &str| line.strip_prefix(key));
     let names = line("events: ").context("cachegrind names no events")?;
     let sums = line("summary: ").context("cachegrind gives no sums")?;

@@ -334,8 +334,6 @@ pub fn holders() -> Vec<Holder> {
 
 #[cfg(test)]
 mod tests {
-    use std::env;
-
     use super::*;
 
     #[test]
@@ -356,9 +354,8 @@ mod tests {
     #[test]
     fn compressed_module_is_unpacked() {
         let module = b"\x7fELF, or what stands for it";
-        let folder = env::temp_dir().join(format!("exitmeter-packed-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let plain = folder.join("exitmeter.ko");
+        let folder = tempfile::TempDir::new().unwrap();
+        let plain = folder.path().join("exitmeter.ko");
         fs::write(&plain, module).unwrap();
         assert_eq!(unpack(&plain, module).unwrap(), None);
         for (program, suffix) in [("gzip", "gz"), ("xz", "xz"), ("zstd", "zst")] {
@@ -371,7 +368,7 @@ mod tests {
                 assert_ne!(program, "gzip", "Debian's base has gzip");
                 continue;
             };
-            let path = folder.join(format!("exitmeter.ko.{suffix}"));
+            let path = folder.path().join(format!("exitmeter.ko.{suffix}"));
             fs::write(&path, &packed.stdout).unwrap();
             let unpacked = unpack(&path, &packed.stdout).unwrap();
             assert_eq!(unpacked.as_deref(), Some(&module[..]), "{program}");
@@ -381,6 +378,5 @@ mod tests {
             let error = unpack(&path, part).unwrap_err().to_string();
             assert_eq!(error, format!("{program} cannot unpack it"));
         }
-        fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -13,8 +13,6 @@ use std::{
     process::{Child, ChildStdout, Command, ExitStatus, Stdio},
 };
 
-use rustix::process::{set_parent_process_death_signal, setpgid, Signal};
-
 use crate::{host::Machine, image::Images, setup::Setup};
 
 /// Description of a host for its emulator.
@@ -64,8 +62,10 @@ pub struct Emulator {
 }
 
 impl Emulator {
-    /// Start an emulator. Return it with its standard output, which carries the bytes that the host writes to the port.
-    /// Its own messages go to `log`. It does not outlive the thread that started it.
+    /// Start an emulator, the command of an [`InRoot`]. Return it with its standard output, which carries the bytes that the
+    /// host writes to the port. Its own messages go to `log`. It does not outlive the thread that started it.
+    ///
+    /// [`InRoot`]: crate::setup::InRoot
     ///
     /// # Errors
     ///
@@ -74,17 +74,9 @@ impl Emulator {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(log);
-        // SAFETY: Makes only calls that are allowed between fork and exec.
-        unsafe {
-            command.pre_exec(|| {
-                // Keep the terminal's Ctrl-C away: the lab ends the emulator and still has work to do after it.
-                setpgid(None, None)?;
-                // If the lab is killed, the emulator dies too.
-                set_parent_process_death_signal(Some(Signal::KILL))?;
-                Ok(())
-            });
-        }
+            .stderr(log)
+            // Keep the terminal's Ctrl-C away: the lab ends the emulator and still has work to do after it.
+            .process_group(0);
         let mut process = command.spawn()?;
         let output = process
             .stdout

@@ -414,7 +414,15 @@ fn a_full_disk_is_100_and_names_its_remedy_once() {
 
 /// Start a run. Return it once its script has begun, with the first process of its emulator.
 fn start_run() -> (Child, Pid) {
-    let mut run = lab(&["--", "echo begun; sleep 1000"])
+    first_child_of(lab(&["--", SLEEP]))
+}
+
+/// Script that prints a line, and then runs until it is killed.
+const SLEEP: &str = "echo begun; sleep 1000";
+
+/// Start a command of the lab. Return it once its script, [`SLEEP`], has begun, with its first child.
+fn first_child_of(mut command: Command) -> (Child, Pid) {
+    let mut run = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -426,8 +434,8 @@ fn start_run() -> (Child, Pid) {
     assert_eq!(line, "begun\n");
     let children = format!("/proc/{0}/task/{0}/children", run.id());
     let children = fs::read_to_string(children).unwrap();
-    let emulator = children.split_whitespace().next().unwrap().parse().unwrap();
-    (run, Pid::from_raw(emulator).unwrap())
+    let child = children.split_whitespace().next().unwrap().parse().unwrap();
+    (run, Pid::from_raw(child).unwrap())
 }
 
 /// Return the last process of an emulator. It is the emulator itself; its namespace's first process waits for it.
@@ -501,13 +509,30 @@ fn a_killed_run_leaves_nothing_running() {
     are_gone_soon([emulator, innermost]);
 }
 
+#[test]
+#[ignore = "takes the set-up"]
+fn a_command_in_the_root_ends_with_the_lab() {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::KILL] {
+        // A test may run where signals are ignored, and its children inherit that.
+        let mut command = Command::new("env");
+        command
+            .args(["--default-signal", env!("CARGO_BIN_EXE_lab")])
+            .args(["root", "--", "sh", "-c", SLEEP]);
+        let (mut root, child) = first_child_of(command);
+        let innermost = innermost(child);
+        kill_process(Pid::from_child(&root), signal).unwrap();
+        root.wait().unwrap();
+        are_gone_soon([child, innermost]);
+    }
+}
+
 /// Check that processes end soon. The kernel needs a moment for a killed process with a host's memory.
 fn are_gone_soon(processes: [Pid; 2]) {
     let since = Instant::now();
     while !processes.into_iter().all(is_gone) {
         assert!(
             since.elapsed() < Duration::from_secs(5),
-            "the emulator lives on"
+            "a process lives on"
         );
         thread::sleep(Duration::from_millis(50));
     }

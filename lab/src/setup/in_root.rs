@@ -4,15 +4,19 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    os::unix::process::CommandExt as _,
     path::Path,
     process::Command,
 };
+
+use rustix::process::{set_parent_process_death_signal, Signal};
 
 use crate::paths::repository;
 
 /// Description of a command that runs in a root. scripts/in-root.sh lists the files that it sees there.
 ///
-/// To end the command, kill its process with SIGKILL: all of its children die with it.
+/// To end the command, kill its process with SIGKILL: all of its children die with it. They also die with the thread that
+/// started the command, and so with a lab that a signal ends.
 #[derive(Clone, Debug)]
 pub struct InRoot {
     arguments: Vec<OsString>,
@@ -50,6 +54,10 @@ impl InRoot {
     pub fn command(self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(repository().join("scripts/in-root.sh"));
         command.args(self.arguments).arg("--").arg(program);
+        // SAFETY: Makes one system call, which is allowed between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
         command
     }
 }

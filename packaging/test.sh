@@ -109,8 +109,9 @@ boot() {
   shift 2
   say "booting Linux $kernel: $mode"
   rm -f "$work/$mode".{result,console}
-  # The emulator is the lab's. The host's writes are lost with it, so each boot begins with the same disk.
-  timeout --kill-after 10 1500 cargo lab root -- qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
+  # The emulator is the lab's. The host's writes are lost with it, so each boot begins with the same disk. It ends with the lab,
+  # and the lab by Ctrl-C, which reaches it only with --foreground, or with this script.
+  setpriv --pdeathsig TERM -- timeout --foreground --kill-after 10 1500 cargo lab root -- qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
     -cpu EPYC,+svm,+npt,check=off -smp 2 -m 2048 -accel tcg,thread=multi \
     -drive file=/src/build/packages-test/host.img,if=virtio,format=raw,snapshot=on \
     -serial "file:/src/build/packages-test/$mode.console" -serial "file:/src/build/packages-test/$mode.result" "$@" ||

@@ -178,7 +178,10 @@ const fn by_slot(isa: Isa, codes: &[Defined]) -> Names {
         let index = slot(isa, code).index();
         // PANIC: Only in the compiler, which evaluates this function: a defined code needs a slot of
         // its own.
-        assert!(index != Slot::OTHER.index(), "the code has no slot of its own");
+        assert!(
+            index != Slot::OTHER.index(),
+            "the code has no slot of its own"
+        );
         assert!(slots[index].is_none(), "the code is listed twice");
         slots[index] = Some(name);
         next += 1;

@@ -15,7 +15,8 @@ use crate::host::{self, bpf::Fentry, codes, hist, leaves::MAP_2021, log::Log, mo
 const TRACING: &str = "/sys/kernel/tracing";
 
 /// KVM functions that the module hooks.
-const FUNCTIONS: [&str; 4] = [
+const FUNCTIONS: [&str; 5] = [
+    "kvm_create_lapic",
     "kvm_emulate_cpuid",
     "kvm_arch_vcpu_load",
     "kvm_arch_vcpu_put",

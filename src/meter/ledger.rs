@@ -111,7 +111,7 @@ pub struct RowCopy {
 impl RowCopy {
     const EMPTY: Self = Self::from_numbers([0; Self::NUMBERS]);
 
-    /// Number of the numbers, each of 8 bytes.
+    /// Count of its numbers, which have 8 bytes each.
     pub const NUMBERS: usize = size_of::<Self>() / size_of::<u64>();
 
     /// Create a copy from its numbers, in the order of the fields.

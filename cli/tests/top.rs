@@ -353,6 +353,8 @@ fn a_reason_opens_to_its_details_and_these_to_code() {
         terminal.settle();
     }
     terminal.resize(80, 24);
+    // A key that comes together with the new size waits in crossterm for the next one.
+    terminal.wait_for("6 details of MSR_WRITE, most exits first");
     // All the way back, to the line that was entered.
     terminal.keys("\r");
     terminal.wait_for("places in the code of MSR_WRITE");

@@ -6,7 +6,7 @@
 //! The rooms, from the top down; none calls one above it:
 //!
 //! - [`hooks`]: the hooks into KVM, and their callbacks.
-//! - [`cpuid`], [`device`], [`log`]: answers to guests, /dev/exitmeter, and the lines in the kernel log.
+//! - [`answers`], [`device`], [`log`]: answers to guests, /dev/exitmeter, and the lines in the kernel log.
 //! - [`registry`]: which ledger belongs to which vCPU.
 //! - [`parameters`]: the module's parameters.
 //! - [`kvm`]: readers of KVM.
@@ -17,8 +17,8 @@
 
 #![crate_name = "exitmeter"]
 
+mod answers;
 mod bindings;
-mod cpuid;
 mod device;
 mod hooks;
 mod kvm;

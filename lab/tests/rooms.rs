@@ -13,7 +13,7 @@ use std::{
 const ROOMS: [&[&str]; 9] = [
     &["exitmeter_main"],
     &["hooks"],
-    &["cpuid", "device"],
+    &["answers", "device"],
     &["log"],
     &["registry"],
     &["parameters"],

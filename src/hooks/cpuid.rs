@@ -21,8 +21,8 @@ use super::{
     },
 };
 use crate::{
+    answers,
     bindings,
-    cpuid,
     kvm::vcpu::{
         Vcpu,
         RAX,
@@ -156,7 +156,7 @@ unsafe extern "C" fn exitmeter_emulate_cpuid(vcpu: *mut bindings::kvm_vcpu) -> c
         return ret;
     }
     if let Some(answer) =
-        published().and_then(|it| cpuid::answer(it, guest, leaf, subleaf, at_cpl_0))
+        published().and_then(|it| answers::answer(it, guest, leaf, subleaf, at_cpl_0))
     {
         guest.write_answer(answer);
     }

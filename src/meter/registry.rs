@@ -44,11 +44,11 @@ use core::{
 };
 
 use super::{
+    hash_table::{HashEntry, HashTable},
     leaves::Leaves,
     ledger::{Ledger, LedgerCopy, Totals},
     phase::Phase,
     snapshot::{self, Identity, NAME_SIZE},
-    table::{HashEntry, HashTable},
     tables::Tables,
 };
 

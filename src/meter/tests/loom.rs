@@ -6,10 +6,10 @@
 #![cfg(loom)]
 
 use exitmeter_meter::{
+    hash_table::{Full, HashEntry, HashTable},
     ledger::{Ledger, LedgerCopy},
     phase::Phase,
     reasons::{self, Isa, Slot},
-    table::{Full, HashEntry, HashTable},
 };
 use loom::{sync::Arc, thread};
 

@@ -13,12 +13,12 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 use exitmeter_meter::{
+    hash_table::{HashEntry, HashTable},
     leaves::LeafMap,
     ledger::{Ledger, LedgerCopy, Totals, TRIES},
     phase::Phase,
     reasons::{slot, Isa},
     snapshot::{size_for, Encoder, HostHeader, Identity, NAME_SIZE},
-    table::{HashEntry, HashTable},
 };
 
 const COUNTS: [usize; 4] = [1, 16, 256, 4096];

@@ -118,6 +118,32 @@ fn copy_by_windows_shows_one_moment() {
     });
 }
 
+/// A copy beside the move to a restarted clock has the times of one of the two clocks.
+#[test]
+fn copy_beside_a_restarted_clock_shows_one_moment() {
+    try_all(|| {
+        let ledger = Arc::new(*wrap(Ledger::new()));
+        ledger.0.begin(0, Phase::Guest);
+        let [(now, exit), ..] = LIFE;
+        exit(&ledger.0, now);
+        // The old clock reads 1000 where the new one reads 300.
+        let writer = thread::spawn({
+            let ledger = Arc::clone(&ledger);
+            move || ledger.0.rebase(1000, 300)
+        });
+        let kernel_ticks = |copy: &LedgerCopy| copy.row(slot(10)).cycles(Phase::Kernel);
+        let mut copy = copy();
+        if ledger.0.try_copy(&mut copy) {
+            assert!(copy.balances());
+            let due = if copy.last == 300 { 990 } else { 0 };
+            assert_eq!(kernel_ticks(&copy), due);
+        }
+        writer.join().expect("it ends");
+        assert!(ledger.0.try_copy(&mut copy) && copy.balances());
+        assert_eq!((copy.last, kernel_ticks(&copy)), (300, 990));
+    });
+}
+
 /// A ledger on the heap, for sharing.
 struct Shared(Box<Ledger>);
 

@@ -6,6 +6,7 @@ use super::Selection;
 use crate::{
     model::{Counts, ReasonRow, Report, Span},
     names::VmNames,
+    why::csv::optional,
 };
 
 /// Line of titles. `time_s` is the moment of the snapshot, in seconds since the module was loaded.
@@ -62,7 +63,7 @@ pub fn csv(report: &Report, selection: &Selection<'_>) -> String {
             vm.vm.to_string(),
             quoted(&vm.name),
             vm.pid.to_string(),
-            number(selection.vcpu),
+            optional(selection.vcpu),
         ];
         let owner = owner.join(",");
         let names = vmm_columns(&vm.vmm);
@@ -91,15 +92,15 @@ fn line(owner: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Sp
     let rate = span.and_then(|span| span.per_second(exits));
     let part = |whole: u128| (whole != 0).then(|| cycles.kernel as f64 / whole as f64);
     let spread = row.spread.as_ref();
-    let quantile = |percent| number(spread.and_then(|spread| spread.quantile(percent)));
+    let quantile = |percent| optional(spread.and_then(|spread| spread.quantile(percent)));
     let max = spread.filter(|spread| spread.max != 0);
-    let sleep = |ticks: u128| number(cycles.separates_waits.then_some(ticks));
+    let sleep = |ticks: u128| optional(cycles.separates_waits.then_some(ticks));
     let reason: [String; REASON] = [
         row.label.kind.to_owned(),
-        number(row.label.code),
+        optional(row.label.code),
         row.label.name.map_or_else(String::new, quoted),
         exits.to_string(),
-        number(nested_exits),
+        optional(nested_exits),
         decimal(rate, 3),
         cycles.guest.to_string(),
         cycles.kernel.to_string(),
@@ -111,17 +112,13 @@ fn line(owner: &str, names: &str, row: &ReasonRow, kernel: u128, span: Option<Sp
         quantile(50),
         quantile(90),
         quantile(99),
-        number(max.map(|spread| spread.max)),
-        number(max.map(|spread| spread.max_exact)),
+        optional(max.map(|spread| spread.max)),
+        optional(max.map(|spread| spread.max_exact)),
         sleep(cycles.halted),
         sleep(cycles.waiting),
-        number(polled),
+        optional(polled),
     ];
     format!("{owner},{},{names}\n", reason.join(","))
-}
-
-fn number(number: Option<impl ToString>) -> String {
-    number.map_or_else(String::new, |number| number.to_string())
 }
 
 fn decimal(number: Option<f64>, places: usize) -> String {

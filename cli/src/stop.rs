@@ -76,7 +76,7 @@ impl Stop {
     ///
     /// # Errors
     ///
-    /// Fails with [`Stopped`].
+    /// Returns [`Stopped`].
     pub fn pause(&self, time: Duration) -> Result<(), Stopped> {
         let begun = Instant::now();
         loop {
